@@ -1,0 +1,79 @@
+# Duet. `make train` goes from nothing to a trained network and a report; `make test` checks all.
+
+PYTHON ?= python3
+VENV   ?= .venv
+CUDA   ?= 13
+
+# Your own pictures: a folder per class, a tar per class, or one tar of either.
+TRAIN  ?=
+VAL    ?=
+HOLDOUT ?= 0.1
+
+ifeq ($(strip $(TRAIN)),)
+NAME   ?= demo
+CONFIG ?= configs/demo.toml
+else
+# .../cifar10/train -> cifar10
+NAME   ?= $(or $(notdir $(patsubst %/,%,$(dir $(patsubst %/,%,$(TRAIN))))),own)
+CONFIG ?= configs/narrow.toml
+endif
+DATA   ?= data/$(NAME)
+RUN    ?= runs/$(NAME)
+
+py      = $(VENV)/bin/python
+install = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.PHONY: help train test check format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make train                        draw a demo set, pack, train, evaluate, report'
+	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own pictures (VAL, or HOLDOUT=0.1)'
+	@echo '           [CONFIG=configs/narrow.toml] [DATA=data/NAME] [RUN=runs/NAME]'
+	@echo 'make test                         lint, types, import rules, tests'
+	@echo 'make format                       let ruff format and fix'
+	@echo 'make clean                        remove caches (data/, runs/ and .venv stay)'
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "error: Duet needs Python 3.11 or newer, $(PYTHON) is %d.%d; make PYTHON=python3.11" % v)'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	@echo 'installing into $(VENV) (once; a minute or two)'
+	@$(install) torch
+	@$(install) -e '.[cuda$(CUDA)]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@$(install) -e '.[cuda$(CUDA),dev]'
+	@touch $@
+
+train: $(VENV)/.installed
+ifeq ($(strip $(TRAIN)),)
+	@$(py) -m pipeline.demo_pictures data/demo-pictures
+	@$(py) -m pipeline.build_shards $(DATA) --train data/demo-pictures/train --val data/demo-pictures/val
+else
+	@$(py) -m pipeline.build_shards $(DATA) --train $(TRAIN) $(if $(strip $(VAL)),--val $(VAL),--holdout $(HOLDOUT))
+endif
+	@$(py) -m cluster.train $(CONFIG) --data $(DATA) --run $(RUN)
+	@$(py) -m cluster.evaluate $(RUN) --data $(DATA) --views 1
+	@$(py) -m cluster.evaluate $(RUN) --data $(DATA) --views 10
+	@$(py) -m cluster.report $(RUN) --data $(DATA)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: check
+	$(py) -m pytest
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find pipeline model cluster tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,99 @@
+"""How a sample is cut, flipped and tinted: a pure function of (seed, epoch, sample id).
+
+Each sample of each epoch has its own SplitMix64 generator (Steele, Lea, Flood 2014: "Fast
+splittable pseudorandom number generators"), whose state is hashed from the three numbers; the
+draws of a whole batch are made at once. So the pixels of a sample do not depend on the batch, the
+rank or the thread that makes them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+CROP = 224
+"""Height and width of a training crop, in pixels."""
+BORDER = 32
+"""A crop's corner is one of 0..BORDER in each direction (256 - 224)."""
+
+Words = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Draws(NamedTuple):
+    """The random choices of a batch of b samples."""
+
+    x: npt.NDArray[np.int64]
+    """[b] left edge of the crop, 0..32."""
+    y: npt.NDArray[np.int64]
+    """[b] upper edge of the crop, 0..32."""
+    flip: npt.NDArray[np.bool_]
+    """[b] mirror left to right; probability 1/2."""
+    colour: Floats
+    """[b, 3] standard normal, one per principal component (the paper's alpha / 0.1)."""
+
+
+def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Draws:
+    """Return the draws of samples `ids` in `epochs` (both int64 [b]).
+
+    Paper, section 4.1: random 224x224 patches and their reflections, and three colour draws
+    "each alpha is drawn only once for all the pixels of a particular training image until that
+    image is used for training again".
+    """
+    words = _words(seed, epochs, ids, 7)
+    return Draws(
+        x=_below(words[0], BORDER + 1),
+        y=_below(words[1], BORDER + 1),
+        flip=(words[2] >> np.uint64(63)).astype(bool),
+        colour=np.stack([_normal(*words[3:5])[0], *_normal(*words[5:7])], axis=1),
+    )
+
+
+def tint(
+    colour: npt.NDArray[np.float64], basis: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the RGB shift [b, 3] of draws [b, 3] for a basis [3, 3] of components in columns."""
+    # A sum in a fixed order: a matrix product may round otherwise for another batch size.
+    shift = colour[:, :1] * basis[:, 0]
+    shift += colour[:, 1:2] * basis[:, 1]
+    shift += colour[:, 2:3] * basis[:, 2]
+    return shift
+
+
+def _words(
+    seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], count: int
+) -> list[Words]:
+    """Return `count` uniform 64-bit words per sample."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
+        start = _mix(np.array([seed], np.uint64) + _GOLDEN)
+        state = _mix(_mix(start + epochs.astype(np.uint64)) + ids.astype(np.uint64))
+        return [_mix(state + np.uint64(k + 1) * _GOLDEN) for k in range(count)]
+
+
+def _mix(word: Words) -> Words:
+    """SplitMix64's finalizer: a bijection of 64-bit words in which every bit matters."""
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+def _below(word: Words, limit: int) -> npt.NDArray[np.int64]:
+    """Return whole numbers 0..limit-1, uniform to within limit / 2**32."""
+    return ((word >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32)).astype(np.int64)
+
+
+def _normal(first: Words, second: Words) -> tuple[Floats, Floats]:
+    """Return two standard normals per pair of words (Box and Muller 1958)."""
+    unit = 2.0**-53
+    radius = np.sqrt(-2 * np.log(((first >> np.uint64(11)).astype(np.float64) + 0.5) * unit))
+    angle = 2 * np.pi * ((second >> np.uint64(11)).astype(np.float64) * unit)
+    # log and cos differ in the last bit between processors: leave bits that do not.
+    coarse = 2.0**20
+    return (
+        np.round(radius * np.cos(angle) * coarse) / coarse,
+        np.round(radius * np.sin(angle) * coarse) / coarse,
+    )

@@ -1,0 +1,131 @@
+"""What a sealed data set is: a folder whose `manifest.json` names every shard in it.
+
+DATA/manifest.json          this file's `Manifest`, written last: no manifest, no data set
+DATA/train-000000.tar       shards: plain WebDataset tars of `KEY.jpg` and `KEY.cls`
+DATA/train-000000.idx       DALI's index of the same shard, for any other tool
+DATA/train.index.npy        where each sample of the split lies (`shards.INDEX_DTYPE`)
+DATA/stats.npz              statistics of the training pictures (`statistics.Statistics`)
+DATA/rejects.jsonl          every picture that was not packed, and why
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, UsageError
+from pipeline.files import sealed, sha256
+
+VERSION = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar: its file name, samples, bytes and SHA-256 (hexadecimal)."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split (`train`, `val`): its shards in stored order, and the hash of its index file."""
+
+    shards: tuple[Shard, ...]
+    index_sha256: str
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards in bytes."""
+        return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that a data set claims about itself."""
+
+    splits: dict[str, Split]
+    classes: tuple[str, ...]
+    """Class names; a label is a place in this list."""
+    seed: int
+    """Seed of the shuffle over the pictures when they were packed."""
+    sources: dict[str, str]
+    """Where each split came from, as the builder was told."""
+    plan: str
+    """SHA-256 over the list of source pictures and every setting of the build."""
+    rejected: int = 0
+    """Pictures that were left out; `rejects.jsonl` lists them."""
+    image_size: int = 256
+    """Height and width of every stored picture, in pixels."""
+    quality: int = 90
+    """JPEG quality of the stored pictures, 1..100."""
+    version: int = field(default=VERSION)
+
+    def save(self, data: Path) -> None:
+        """Write `DATA/manifest.json`; from this moment the data set exists."""
+        with sealed(data / NAME) as file:
+            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, data: Path) -> Manifest:
+        """Read `DATA/manifest.json`.
+
+        Raises:
+            UsageError: `data` is not a folder with a manifest.
+            DataError: the manifest is damaged or of another version.
+        """
+        path = data / NAME
+        if not data.is_dir():
+            raise UsageError(f"data set {data} is not a folder; build it with {_HOW}")
+        if not path.is_file():
+            raise UsageError(f"data set {data} has no {NAME}; build it with {_HOW}")
+        try:
+            return cls._parse(json.loads(path.read_bytes()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} cannot be read ({_reason(error)}); build it again") from error
+
+    @classmethod
+    def _parse(cls, table: dict[str, Any]) -> Manifest:
+        if table["version"] != VERSION:
+            raise ValueError(f"version {table['version']}, this program reads {VERSION}")
+        splits = {
+            name: Split(
+                shards=tuple(Shard(**shard) for shard in split["shards"]),
+                index_sha256=split["index_sha256"],
+            )
+            for name, split in table.pop("splits").items()
+        }
+        return cls(splits=splits, classes=tuple(table.pop("classes")), **table)
+
+    def split(self, name: str, data: Path) -> Split:
+        """Return a split by name.
+
+        Raises:
+            UsageError: there is no such split; the message says which there are.
+        """
+        if name not in self.splits:
+            there = ", ".join(self.splits)
+            raise UsageError(f"data set {data} has no split {name!r}; it has {there}")
+        return self.splits[name]
+
+
+def identity(data: Path) -> str:
+    """Return the SHA-256 of the manifest file: two data sets with the same one are the same."""
+    return sha256(data / NAME)
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+
+
+_HOW = "python -m pipeline.build_shards"

@@ -1,0 +1,107 @@
+"""One shard: a plain WebDataset tar, DALI's index of it, and our rows about its samples."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import webdataset
+
+from pipeline.errors import DataError
+from pipeline.files import sealed, sha256
+from pipeline.manifest import Shard
+
+INDEX_DTYPE = np.dtype(
+    [("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
+)
+"""A row of `SPLIT.index.npy`, 24 bytes: shard number, label, byte range of the JPEG in the tar,
+and the CRC-32 (zlib) of its bytes. Row i is sample i of the split."""
+
+Index = npt.NDArray[np.void]
+
+
+def index_name(split: str) -> str:
+    """Name of the index file of a split."""
+    return f"{split}.index.npy"
+
+
+def shard_name(split: str, number: int) -> str:
+    """Name of a tar: `train-000000.tar`."""
+    return f"{split}-{number:06d}.tar"
+
+
+def write_shard(
+    data: Path, split: str, number: int, samples: Iterable[tuple[bytes, int]]
+) -> tuple[Shard, Index]:
+    """Write one tar with its `.idx`, both sealed, byte for byte the same for the same samples.
+
+    Args:
+        data: the folder of the set.
+        split: `train`, `val`.
+        number: which shard of the split this is.
+        samples: JPEG bytes and label (0..) of each sample, in stored order.
+
+    Returns:
+        The shard's row for the manifest, and its `INDEX_DTYPE` rows.
+    """
+    path = data / shard_name(split, number)
+    labels: list[int] = []
+    with sealed(path) as file:
+        writer = webdataset.TarWriter(file, encoder=False, mtime=0)
+        for place, (jpeg, label) in enumerate(samples):
+            key = f"{number:06d}_{place:05d}"
+            writer.write({"__key__": key, "cls": str(label).encode(), "jpg": jpeg})
+            labels.append(label)
+        writer.close()
+    rows, listing = _index(path, number, labels)
+    with sealed(path.with_suffix(".idx")) as file:
+        file.write(listing.encode())
+    shard = Shard(name=path.name, samples=len(rows), bytes=path.stat().st_size, sha256=sha256(path))
+    return shard, rows
+
+
+def _index(path: Path, number: int, labels: list[int]) -> tuple[Index, str]:
+    """Read a finished tar back: our rows, and the text of DALI's `wds2idx` for it."""
+    rows = np.zeros(len(labels), INDEX_DTYPE)
+    lines = [f"v1.2 {len(labels)}"]
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        members = tar.getmembers()
+        for place, (cls, jpg) in enumerate(zip(members[::2], members[1::2], strict=True)):
+            lines.append(
+                f"cls {cls.offset_data} {cls.size} {cls.name} "
+                f"jpg {jpg.offset_data} {jpg.size} {jpg.name}"
+            )
+            file.seek(jpg.offset_data)
+            crc = zlib.crc32(file.read(jpg.size))
+            rows[place] = (number, labels[place], jpg.offset_data, jpg.size, crc)
+    return rows, "\n".join(lines) + "\n"
+
+
+def save_index(data: Path, split: str, rows: Index) -> str:
+    """Write `SPLIT.index.npy` and return its SHA-256."""
+    path = data / index_name(split)
+    with sealed(path) as file:
+        np.save(file, rows, allow_pickle=False)
+    return sha256(path)
+
+
+def load_index(data: Path, split: str, samples: int) -> Index:
+    """Map `SPLIT.index.npy` into memory.
+
+    Raises:
+        DataError: missing, damaged, or not of `samples` rows.
+    """
+    path = data / index_name(split)
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); build the set again") from error
+    if rows.dtype != INDEX_DTYPE or len(rows) != samples:
+        raise DataError(
+            f"{path} does not fit the manifest ({samples} samples); build the set again"
+        )
+    return np.asarray(rows)

@@ -1,0 +1,115 @@
+"""The third door: how many pictures a second the stream gives on this machine.
+
+    python -m pipeline.throughput DATA [--device cpu|gpu] [--reader stream|native]
+
+The first batches are left out; the rate is the median over equal windows, with the slowest and
+the fastest beside it. `--reader native` measures DALI's own WebDataset reader on the same shards
+with the same graph, as the yardstick.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from pipeline.batches import Stream
+from pipeline.errors import UsageError, run
+from pipeline.native import NativeReader
+from pipeline.progress import Progress
+
+WARM_UP = 8
+"""Batches before the clock starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Measure the stream without a trainer behind it."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Folder of the data set."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where pictures are decoded and left."""
+    reader: Literal["stream", "native"] = "stream"
+    """`stream` is ours, `native` is DALI's own WebDataset reader on the same shards."""
+    split: str = "train"
+    """Split to read."""
+    batch_size: int = 128
+    """Pictures in a batch."""
+    threads: int = len(os.sched_getaffinity(0))
+    """Host threads that decode."""
+    windows: int = 5
+    """Windows to time; the median of their rates is the result."""
+    window: int = 40
+    """Batches in a window."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+def measure(options: Throughput) -> list[float]:
+    """Return the img/s of each window, after a warm-up that is not counted."""
+    if min(options.batch_size, options.threads, options.windows, options.window) < 1:
+        raise UsageError("--batch-size, --threads, --windows and --window must be at least 1")
+    rates = []
+    with closing(_batches(options)) as batches:
+        for _ in itertools.islice(batches, WARM_UP):
+            pass
+        pictures = options.window * options.batch_size
+        with Progress("measuring", total=options.windows * pictures, unit="img") as progress:
+            for _ in range(options.windows):
+                start = time.perf_counter()
+                for _ in itertools.islice(batches, options.window):
+                    pass
+                if options.device == "gpu":
+                    torch.cuda.synchronize()
+                rates.append(pictures / (time.perf_counter() - start))
+                progress.advance(pictures)
+    return rates
+
+
+def _batches(options: Throughput) -> Generator[torch.Tensor]:
+    common = {"split": options.split, "batch_size": options.batch_size, "threads": options.threads}
+    if options.reader == "native":
+        reader = NativeReader(options.data, device=options.device, **common)  # type: ignore[arg-type]
+        while True:
+            yield next(reader)
+    with Stream(options.data, device=options.device, **common) as stream:  # type: ignore[arg-type]
+        for batch in stream:
+            yield batch.images
+
+
+def main() -> int:
+    """Measure and say the rate."""
+    options = tyro.cli(Throughput, prog="python -m pipeline.throughput", description=__doc__)
+    rates = measure(options)
+    median, low, high = statistics.median(rates), min(rates), max(rates)
+    if options.json:
+        facts = {
+            "reader": options.reader,
+            "device": options.device,
+            "threads": options.threads,
+            "batch_size": options.batch_size,
+            "img_s": round(median, 1),
+            "windows": [round(rate, 1) for rate in rates],
+        }
+        sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stderr.write(
+        f"{options.reader} reader, {options.device}, {options.threads} threads, batch "
+        f"{options.batch_size}: {median:,.0f} img/s (windows {low:,.0f} to {high:,.0f})\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,133 @@
+"""Check a sealed data set against its manifest, byte for byte.
+
+    python -m pipeline.verify DATA
+
+Every shard and index is hashed; in a shard that differs, every sample's CRC-32 is checked, so
+that the damage is named by shard and sample. Exit code 0: sound. 4: damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline.errors import DataError, run
+from pipeline.files import sha256
+from pipeline.manifest import Manifest, Shard, Split
+from pipeline.pixel_stats import Statistics
+from pipeline.progress import Progress
+from pipeline.shards import Index, index_name, load_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check every byte of a data set against its manifest."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Folder of the data set."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+Damage = dict[str, Any]
+"""One finding: `file`, `reason`, and for a damaged sample `sample` (its id in the split)."""
+
+
+def verify(data: Path) -> list[Damage]:
+    """Return all damage found in a data set; an empty list means it is sound.
+
+    Raises:
+        UsageError: `data` holds no data set.
+        DataError: the manifest itself cannot be read.
+    """
+    manifest = Manifest.load(data)
+    found: list[Damage] = []
+    try:
+        Statistics.load(data)
+    except DataError as error:
+        found.append({"file": "stats.npz", "reason": str(error)})
+    total = sum(split.bytes for split in manifest.splits.values()) >> 20
+    workers = len(os.sched_getaffinity(0))
+    with (
+        Progress("checking", total=total, unit="MiB") as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for name, split in manifest.splits.items():
+            rows = _index(data, name, split, found)
+            results = pool.map(partial(_shard, data, rows), split.shards, _starts(split))
+            for shard, damage in zip(split.shards, results, strict=True):
+                found.extend(damage)
+                progress.advance(shard.bytes >> 20)
+    return found
+
+
+def _starts(split: Split) -> Iterator[int]:
+    """Return the id of the first sample of each shard."""
+    return accumulate((shard.samples for shard in split.shards[:-1]), initial=0)
+
+
+def _index(data: Path, name: str, split: Split, found: list[Damage]) -> Index | None:
+    file = index_name(name)
+    try:
+        rows = load_index(data, name, split.samples)
+    except DataError as error:
+        found.append({"file": file, "reason": str(error)})
+        return None
+    if sha256(data / file) != split.index_sha256:
+        found.append({"file": file, "reason": "SHA-256 differs from the manifest"})
+        return None
+    return rows
+
+
+def _shard(data: Path, rows: Index | None, shard: Shard, start: int) -> list[Damage]:
+    path = data / shard.name
+    if not path.is_file():
+        return [{"file": shard.name, "reason": "missing"}]
+    if not path.with_suffix(".idx").is_file():
+        return [{"file": path.with_suffix(".idx").name, "reason": "missing"}]
+    if sha256(path) == shard.sha256:
+        return []
+    whole: Damage = {"file": shard.name, "reason": "SHA-256 differs from the manifest"}
+    if rows is None:
+        return [whole]
+    samples = []
+    with path.open("rb") as file:
+        for place in range(start, start + shard.samples):
+            row = rows[place]
+            file.seek(row["offset"])
+            if zlib.crc32(file.read(row["size"])) != row["crc"]:
+                samples.append(
+                    {"file": shard.name, "sample": place, "reason": "CRC-32 of the picture differs"}
+                )
+    return samples or [whole]
+
+
+def main() -> int:
+    """Check, name all damage, and return 0 or 4."""
+    options = tyro.cli(Verify, prog="python -m pipeline.verify", description=__doc__)
+    damage = verify(options.data)
+    if options.json:
+        facts = {"data": str(options.data), "sound": not damage, "damage": damage}
+        sys.stdout.write(json.dumps(facts) + "\n")
+    for one in damage:
+        sample = f" sample {one['sample']}" if "sample" in one else ""
+        sys.stderr.write(f"{one['file']}{sample}: {one['reason']}\n")
+    if damage:
+        raise DataError(f"{options.data} is damaged in {len(damage)} places; build it again")
+    sys.stderr.write(f"{options.data} is sound\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
