@@ -1,0 +1,46 @@
+"""Fixtures shared by all tests: drawn pictures and a tiny sealed data set of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.build_shards import Build, build
+from tests.drawn import folder_per_class
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip GPU tests with their reason; on a machine that must have a GPU, fail instead."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        reason = "needs a CUDA device, and torch sees none"
+        if os.environ.get("REQUIRE_GPU") == "1":
+            pytest.fail(f"REQUIRE_GPU=1: {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/<class>/*.jpg (4 x 12) and val/<class>/*.jpg (4 x 5)."""
+    root = tmp_path_factory.mktemp("pictures")
+    folder_per_class(root / "train", 12)
+    folder_per_class(root / "val", 5, first_seed=500)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed data set of `pictures`: 48 train and 20 val samples in shards of 10."""
+    out = tmp_path_factory.mktemp("tiny") / "data"
+    build(
+        Build(
+            out=out,
+            train=pictures / "train",
+            val=pictures / "val",
+            samples_per_shard=10,
+            workers=1,
+        )
+    )
+    return out
