@@ -1,0 +1,27 @@
+"""Drives pipeline and model: from a config file and a data set to a trained network.
+
+Read in this order:
+
+    worker      the training loop (start here)
+    place       where this process stands in the job, and what the processes say to each other
+    feed        two halves of a batch become the whole batch
+    checkpoint  both columns on disk, whole or not at all
+    log         metrics.jsonl, validation.jsonl
+    events      what a worker tells the driver
+    config      every setting, from file and flags
+    topology    which worker is which column, on which node (pure)
+    run_folder  what RUN holds, and whether the run in it may be continued
+    ray_session workers started, watched and restarted by Ray
+    console     what the user sees
+    train       entry: python -m cluster.train
+    evaluate    entry: python -m cluster.evaluate
+    report      entry: python -m cluster.report
+
+Everything below `ray_session` runs without Ray.
+"""
+
+import os
+
+# With a core taken away (by decoding, or a neighbour), OpenMP's spinning threads make a step up to
+# 60 times slower, measured on two cores; sleeping ones cost nothing. torch reads this when loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,213 @@
+"""The third door: errors of a trained network on every picture of a split, once each.
+
+    python -m cluster.evaluate RUN --data DATA [--views 1|10] [--json]
+
+One process with both columns, on the newest complete checkpoint. Views as in the paper (section
+4.1): the centre crop, or the mean over four corners, centre and their mirror images. Writes
+RUN/evaluation-1.json or RUN/evaluation-10.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from cluster.checkpoint import Found, load, newest
+from cluster.config import read_back
+from cluster.events import Event, Warned
+from cluster.run_folder import CHECKPOINTS, CONFIG
+from model.alexnet import AlexNet
+from model.evaluate import errors, view_probabilities
+from pipeline.batches import Stream
+from pipeline.errors import SetupError, UsageError, run
+from pipeline.files import sealed
+from pipeline.manifest import Manifest
+from pipeline.progress import Progress
+
+MOST_CONFUSED = 50
+"""Classes up to which the confusion matrix is written."""
+BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a trained network on every picture of a split, once each."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run; its newest complete checkpoint is used."""
+    data: Path
+    """Data set, made by pipeline.build_shards; its classes must be those of training."""
+    views: Literal[1, 10] = 1
+    """1: centre crop; 10: corners, centre and their mirror images, averaged."""
+    split: str = "val"
+    """Split of the data set."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU if there is one."""
+    json: bool = False
+    """Print one JSON object to stdout, everything else to stderr."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        DuetError: one line, with the exit code to leave with.
+    """
+    options = tyro.cli(Evaluate, args=argv, prog="python -m cluster.evaluate")
+    result = evaluate(options)
+    path = options.run / f"evaluation-{options.views}.json"
+    with sealed(path) as file:
+        file.write((json.dumps(result) + "\n").encode())
+    out = sys.stderr if options.json else sys.stdout
+    views = "centre view" if options.views == 1 else "ten views"
+    out.write(
+        f"{options.split}, {result['samples']:,} pictures, {views}, step {result['step']}: "
+        f"top-1 error {result['top1_error']:.2%}, top-5 error {result['top5_error']:.2%}, "
+        f"loss {result['loss']:.4f} ({result['img_s']:,.0f} img/s) -> {path}\n"
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def evaluate(options: Evaluate) -> dict[str, Any]:
+    """Return what goes into evaluation-<views>.json; errors are fractions.
+
+    Raises:
+        UsageError: no run, no checkpoint, or a data set that does not fit.
+    """
+    config, _ = read_back(_settings(options.run))
+    found = _checkpoint(options.run)
+    manifest = Manifest.load(options.data)
+    manifest.split(options.split, options.data)
+    device = _device(options.device)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    net = AlexNet(classes=_classes(found, manifest, options), width=config.width).to(device)
+    load(found.path, net)
+    view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
+    stream = Stream(
+        options.data,
+        split=options.split,
+        batch_size=BATCH,
+        device="gpu" if device.type == "cuda" else "cpu",
+        view=view,
+        once=True,
+    )
+    counts, seconds = _count(net, stream, options, device)
+    return {
+        "views": options.views,
+        "split": options.split,
+        "step": found.mark.step,
+        "position": found.mark.position,
+        **_summary(counts, manifest.classes),
+        "img_s": round(stream.samples / seconds, 1),
+        "seconds": round(seconds, 2),
+    }
+
+
+@dataclass
+class Counts:
+    """Sums over the pictures seen."""
+
+    classes: int
+
+    def __post_init__(self) -> None:
+        self.loss = self.top1 = self.top5 = self.samples = 0.0
+        self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+
+    def add(self, probabilities: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
+        """Count a batch: float [b, classes], int64 [b], float [b] (0 for rows that only pad)."""
+        top1, top5 = errors(probabilities, labels, weights)
+        chosen = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
+        self.loss += float((F.nll_loss(chosen, labels, reduction="none") * weights).sum())
+        self.top1 += float(top1)
+        self.top5 += float(top5)
+        self.samples += float(weights.sum())
+        real = weights > 0
+        cells = labels[real] * self.classes + probabilities[real].argmax(1)
+        flat = torch.bincount(cells.cpu(), minlength=self.classes**2)
+        self.confusion += flat.view(self.classes, self.classes)
+
+
+def _count(
+    net: AlexNet, stream: Stream, options: Evaluate, device: torch.device
+) -> tuple[Counts, float]:
+    counts = Counts(net.classes)
+    start = time.perf_counter()
+    what = f"evaluating, {options.views} view{'s' if options.views > 1 else ''}"
+    with stream, Progress(what, total=stream.samples, unit="img") as progress:
+        for batch in stream:
+            probabilities = view_probabilities(net, batch.images.float(), options.views)
+            counts.add(probabilities, batch.labels, batch.weights)
+            progress.advance(int(batch.weights.sum()))
+    return counts, time.perf_counter() - start
+
+
+def _summary(counts: Counts, names: tuple[str, ...]) -> dict[str, Any]:
+    samples = counts.samples
+    per_class = counts.confusion.sum(1)
+    right = counts.confusion.diagonal()
+    result: dict[str, Any] = {
+        "samples": round(samples),
+        "top1_error": counts.top1 / samples,
+        "top5_error": counts.top5 / samples,
+        "loss": counts.loss / samples,
+        "classes": {
+            name: 1 - int(right[label]) / int(per_class[label])
+            for label, name in enumerate(names)
+            if per_class[label]
+        },
+    }
+    if len(names) <= MOST_CONFUSED:
+        result["confusion"] = counts.confusion.tolist()
+    return result
+
+
+def _settings(folder: Path) -> Path:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} is no run folder (it has no {CONFIG}); name one that cluster.train made"
+        )
+    return path
+
+
+def _checkpoint(folder: Path) -> Found:
+    def warn(event: Event) -> None:
+        if isinstance(event, Warned):
+            sys.stderr.write(f"warning: {event.text}\n")
+
+    found = newest(folder / CHECKPOINTS, warn)
+    if found is None:
+        raise UsageError(f"{folder} has no complete checkpoint yet; train on with cluster.train")
+    return found
+
+
+def _classes(found: Found, manifest: Manifest, options: Evaluate) -> int:
+    trained = found.classes
+    if manifest.classes != trained:
+        raise UsageError(
+            f"data set {options.data} has {len(manifest.classes)} classes, not the {len(trained)} "
+            f"of the run in {options.run} or not in that order; name the data set of the training"
+        )
+    return len(trained)
+
+
+def _device(wanted: str) -> torch.device:
+    there = torch.cuda.is_available()
+    if wanted == "gpu" and not there:
+        raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+if __name__ == "__main__":
+    run(main)

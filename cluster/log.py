@@ -1,0 +1,186 @@
+"""What a run writes down as it goes: a row a step, a row a validation, the same to the watcher."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from cluster.config import Config
+from cluster.events import Stepped, Tell, Validated
+from cluster.place import Place
+from cluster.run_folder import Mark
+from pipeline.errors import DuetError
+
+METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+TELL_EVERY = 0.25
+"""Seconds between steps told to the watcher; every step goes into the file."""
+
+
+class NotFinite(DuetError):
+    """The loss is no number any more."""
+
+
+class Log:
+    """Times the steps and writes their rows; only the leader of the job writes.
+
+    A row is written while the next step is already under way, so that a GPU never waits for the
+    host to read the loss. `flush` writes the row that is still owed.
+    """
+
+    def __init__(self, run: Path, place: Place, tell: Tell, samples: int, step: int) -> None:
+        """Open the files of `run`, first cutting off rows after `step`.
+
+        Args:
+            run: folder of the run.
+            place: of this process.
+            tell: the watcher.
+            samples: training pictures, to count epochs.
+            step: step the run goes on from; 0 for a new one.
+        """
+        self._place, self._tell, self._samples = place, tell, samples
+        self._files: dict[str, IO[str]] = {}
+        if place.leads:
+            for name in (METRICS, VALIDATION):
+                cut(run / name, step)
+                self._files[name] = (run / name).open("a", encoding="utf-8")
+        self._owed: tuple[dict[str, Any], Tensor] | None = None
+        self._window: list[dict[str, Any]] = []
+        self._told = time.monotonic()
+        self._waited = 0.0
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep the block (validation, checkpoint) out of the time of the steps."""
+        self.flush()
+        yield
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def step(
+        self, step: int, position: int, config: Config, rates: tuple[float, float], values: Tensor
+    ) -> None:
+        """Note a step that was launched.
+
+        Args:
+            step: its number, from 1.
+            position: samples consumed by the job after it.
+            config: the settings.
+            rates: learning rates of weights and biases.
+            values: float [2] on the device: mean loss and top-1 error of the batch.
+
+        Raises:
+            NotFinite: the loss of the step before (or, after `flush`, of this one) is not finite.
+        """
+        self.flush()
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        waited, self._waited = self._waited, 0.0
+        row = {
+            "position": position,
+            "epoch": self._epoch(position),
+            "step": step,
+            "loss": 0.0,
+            "top1_error": 0.0,
+            "lr": rates[0],
+            "lr_bias": rates[1],
+            "img_s": round(config.batch_size / seconds, 2),
+            "data_wait": round(waited / seconds, 4),
+            "seconds": round(seconds, 5),
+        }
+        self._owed = row, values
+
+    def flush(self) -> None:
+        """Write the row that is still owed.
+
+        Raises:
+            NotFinite: its loss is not finite.
+        """
+        if self._owed is None:
+            return
+        row, values = self._owed
+        self._owed = None
+        row["loss"], row["top1_error"] = (round(value, 6) for value in values.tolist())
+        if not math.isfinite(row["loss"]):
+            raise NotFinite(
+                f"the loss of step {row['step']} is {row['loss']}; "
+                "start a new --run with a lower lr"
+            )
+        if self._place.leads:
+            self._write(METRICS, row)
+            self._window.append(row)
+            if time.monotonic() - self._told >= TELL_EVERY:
+                self._tell(Stepped(_mean(self._window)))
+                self._told = time.monotonic()
+                self._window.clear()
+
+    def validation(self, mark: Mark, results: dict[str, float]) -> None:
+        """Note a pass over the validation pictures."""
+        if self._place.leads:
+            row = {
+                "position": mark.position,
+                "epoch": self._epoch(mark.position),
+                "step": mark.step,
+            }
+            self._write(VALIDATION, row | results)
+            self._tell(Validated(row | results))
+
+    def _epoch(self, position: int) -> float:
+        return round(position / self._samples, 4)
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps(row) + "\n")
+        self._files[name].flush()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            for file in self._files.values():
+                file.close()
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last row with the mean of what varies from step to step."""
+    means = {
+        key: sum(row[key] for row in rows) / len(rows)
+        for key in ("loss", "top1_error", "img_s", "data_wait", "seconds")
+    }
+    return {**rows[-1], **means}
+
+
+def cut(path: Path, step: int) -> None:
+    """Shorten a file of rows so that none is after `step`, nor half written.
+
+    One truncation: whoever reads meanwhile sees whole rows only, and a crash leaves the old
+    file or the new one.
+    """
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    os.truncate(path, end)

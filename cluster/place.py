@@ -1,0 +1,131 @@
+"""Where this process stands in the job, and the few things the processes say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.exchange import Exchange
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One process of the job. `Place()` is a job of one process with both columns."""
+
+    columns: tuple[int, ...] = (0, 1)
+    """Columns this process holds: (0, 1), (0,) or (1,)."""
+    replica: int = 0
+    replicas: int = 1
+    device: torch.device = CPU
+    cores: int = 1
+    """CPU cores this process should keep busy."""
+    pair: dist.ProcessGroup | None = None
+    """The two columns of this replica; None when both are here."""
+    pictures: dist.ProcessGroup | None = None
+    """The same two once more: the next batch crosses here while the pair computes."""
+    peers: dist.ProcessGroup | None = None
+    """The same column(s) of every replica; None when there is one replica."""
+
+    @property
+    def size(self) -> int:
+        """Processes per replica, 1 or 2."""
+        return 2 if self.pair else 1
+
+    @property
+    def rank(self) -> int:
+        """Rank in the job: which slice of the global batch this process decodes."""
+        return self.replica * self.size + (self.columns[0] if self.pair else 0)
+
+    @property
+    def world_size(self) -> int:
+        """Processes in the job."""
+        return self.replicas * self.size
+
+    @property
+    def leads(self) -> bool:
+        """The one process that writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """What the network needs to reach the other column."""
+        return Exchange(self.pair) if self.pair else None
+
+    def share(self, value: T) -> T:
+        """Return the leader's value on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=CPU)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        found: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found  # type: ignore[return-value]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the replicas, in place; the two columns of a replica hold the same values."""
+        if self.peers:
+            dist.all_reduce(values, group=self.peers)
+            values /= self.replicas
+        return values
+
+    def average_gradients(self, net: nn.Module) -> None:
+        """Replace every gradient by its mean over the replicas."""
+        if not self.peers:
+            return
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        work = [dist.all_reduce(g, group=self.peers, async_op=True) for g in gradients]
+        for one in work:
+            one.wait()
+        torch._foreach_div_(gradients, self.replicas)
+
+    def __str__(self) -> str:
+        columns = " and ".join("ab"[column] for column in self.columns)
+        return f"replica {self.replica}, column{'s' * (len(self.columns) - 1)} {columns}"
+
+
+def take_place(seats: Sequence[Sequence[int]], device: torch.device, cores: int) -> Place:
+    """Build this process's `Place` in an initialised torch.distributed job; all ranks call it.
+
+    Args:
+        seats: for each replica its ranks in column order (`topology.seats`); rank 0 comes first.
+        device: of this process.
+        cores: CPU cores of this process.
+    """
+    me, size = dist.get_rank(), len(seats[0])
+    replica = next(index for index, ranks in enumerate(seats) if me in ranks)
+    pair = pictures = peers = None
+    # Every rank has to create every group, in the same order, also those it is not in.
+    if size == 2:
+        for ranks in seats:
+            groups = dist.new_group(list(ranks)), dist.new_group(list(ranks))
+            if me in ranks:
+                pair, pictures = groups
+    if len(seats) > 1:
+        for column in range(size):
+            ranks = [replica_ranks[column] for replica_ranks in seats]
+            group = dist.new_group(ranks)
+            peers = group if me in ranks else peers
+    return Place(
+        columns=(seats[replica].index(me),) if size == 2 else (0, 1),
+        replica=replica,
+        replicas=len(seats),
+        device=device,
+        cores=cores,
+        pair=pair,
+        pictures=pictures,
+        peers=peers,
+    )

@@ -1,0 +1,152 @@
+"""The pictures of a report: what the network sees, and what its first layer looks for."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from cluster.checkpoint import FOLDER, column_file, newest
+from cluster.events import Warned
+from pipeline.errors import DuetError
+from pipeline.manifest import Manifest
+
+PICTURES = 32
+SHOWN_SIDE = 144  # pixels; shown at about half of that, sharp on dense screens
+KERNEL_SCALE = 4
+KERNEL_GAP = 1  # kernel pixels between neighbours
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Unavailable(Exception):
+    """A picture cannot be made; the message is what the page says in its place."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training picture as the network gets it."""
+
+    name: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The first layer of a column as one picture."""
+
+    column: str
+    uri: str
+    count: int
+    step: int
+
+
+def mosaic(data: Path, config: dict[str, Any]) -> list[Sample]:
+    """The first training pictures of a run, cropped, flipped and coloured as it had them.
+
+    Raises:
+        Unavailable: the data set cannot be read here.
+    """
+    try:
+        # DALI takes seconds to load and may be missing where only a report is wanted.
+        from pipeline.batches import Stream
+
+        classes = Manifest.load(data).classes
+        count = min(PICTURES, int(config.get("batch_size", PICTURES)))
+        with Stream(
+            data,
+            batch_size=count,
+            seed=int(config.get("seed", 0)),
+            colour=float(config.get("colour", 0.1)),
+        ) as stream:
+            batch = next(stream)
+            mean = stream.channel_mean
+    except (DuetError, ImportError, OSError, RuntimeError, ValueError) as error:
+        raise Unavailable(f"No pictures: {_first_line(error)}.") from error
+    restored = batch.images.float().cpu().numpy() + np.asarray(mean).reshape(1, 3, 1, 1)
+    pixels = restored.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    labels = batch.labels.cpu().tolist()
+    return [
+        Sample(classes[label], _jpeg(picture))
+        for label, picture in zip(labels, pixels, strict=True)
+    ]
+
+
+def first_kernels(run: Path) -> list[Kernels]:
+    """conv1 of column a and of column b, from the newest complete checkpoint of RUN.
+
+    Raises:
+        Unavailable: there is none, or it cannot be read.
+    """
+    damaged: list[str] = []
+    found = newest(
+        run / FOLDER,
+        lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,
+    )
+    if found is None:
+        reason = f" ({damaged[0]})" if damaged else ""
+        raise Unavailable(f"No kernels: the run has no complete checkpoint yet{reason}.")
+    try:
+        weights = [_conv1(found.path, column) for column in (0, 1)]
+    except (SafetensorError, OSError) as error:
+        raise Unavailable(f"No kernels: {found.path}: {_first_line(error)}.") from error
+    return [
+        Kernels(name, _png(tile(kernels)), len(kernels), found.mark.step)
+        for name, kernels in zip("ab", weights, strict=True)
+    ]
+
+
+def _conv1(checkpoint: Path, column: int) -> npt.NDArray[np.float32]:
+    with safe_open(checkpoint / column_file(column), framework="numpy") as file:
+        kernels: npt.NDArray[np.float32] = file.get_tensor(f"weights/{'ab'[column]}.conv1.weight")
+    return kernels
+
+
+def tile(kernels: npt.NDArray[np.float32]) -> Pixels:
+    """Kernels [n, 3, k, k] side by side, each stretched to full contrast around grey.
+
+    Returns:
+        RGBA picture, uint8 [height, width, 4], about four wide to three high, gaps clear.
+    """
+    count, side = len(kernels), kernels.shape[-1]
+    most = np.abs(kernels).max(axis=(1, 2, 3), keepdims=True)
+    shades = np.round(127.5 + 127.5 * kernels / np.maximum(most, 1e-12)).astype(np.uint8)
+    across = math.ceil(math.sqrt(count * 4 / 3))
+    down = math.ceil(count / across)
+    pitch = side + KERNEL_GAP
+    sheet = np.zeros((down * pitch - KERNEL_GAP, across * pitch - KERNEL_GAP, 4), np.uint8)
+    for number, shade in enumerate(shades):
+        top, left = number // across * pitch, number % across * pitch
+        sheet[top : top + side, left : left + side, :3] = shade.transpose(1, 2, 0)
+        sheet[top : top + side, left : left + side, 3] = 255
+    return sheet.repeat(KERNEL_SCALE, 0).repeat(KERNEL_SCALE, 1)
+
+
+def _jpeg(pixels: Pixels) -> str:
+    image = Image.fromarray(pixels).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=82)
+    return _uri("image/jpeg", file)
+
+
+def _png(pixels: Pixels) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return _uri("image/png", file)
+
+
+def _uri(kind: str, file: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,143 @@
+"""What RUN holds, who may write to it, and whether a run in it may be continued.
+
+RUN/config.toml          every setting as used, and the hash of the data set's manifest
+RUN/machine.json         processor, memory, GPUs, versions
+RUN/metrics.jsonl        a row a step                       (log.py)
+RUN/validation.jsonl     a row a validation                 (log.py)
+RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)
+RUN/error.log            traceback of the last failure, if there was one
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config, as_toml, differences, read_back
+from pipeline.errors import UsageError
+from pipeline.files import sealed, writable_folder
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.toml"
+MACHINE = "machine.json"
+ERRORS = "error.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """How far a run has come: steps made and samples consumed by the whole job."""
+
+    step: int = 0
+    position: int = 0
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Create RUN if need be and keep other trainings out of it.
+
+    Raises:
+        UsageError: RUN cannot be written, or another training holds it.
+    """
+    writable_folder(run, "run folder")
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"run folder {run} is in use by another training; name another"
+            ) from error
+        yield
+
+
+def settle(run: Path, config: Config, data_sha256: str, samples: int, step: int) -> None:
+    """Write RUN/config.toml, after making sure that a run with checkpoints keeps its meaning.
+
+    Args:
+        run: folder of the run.
+        config: the settings of this command.
+        data_sha256: identity of the data set.
+        samples: its training pictures.
+        step: step of the newest checkpoint, 0 if there is none.
+
+    Raises:
+        UsageError: the checkpoints were made with other settings or other data; names both.
+    """
+    path = run / CONFIG
+    if step and path.exists():
+        old, old_data = read_back(path)
+        differ = differences(old, config, samples)
+        if old_data != data_sha256:
+            differ.append(f"data set (manifest): {old_data[:12]} -> {data_sha256[:12]}")
+        if differ:
+            raise UsageError(
+                f"run folder {run} holds a run at step {step} with other settings "
+                f"({'; '.join(differ)}); use these again, or another --run"
+            )
+    with sealed(path) as file:
+        file.write(as_toml(config, data_sha256).encode())
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The sealed checkpoints of RUN/checkpoints, newest first; their bytes are not looked at."""
+    found = [path for path in folder.glob("step-*") if _step(path) is not None]
+    return sorted(found, key=lambda path: _step(path) or 0, reverse=True)
+
+
+def reached(run: Path) -> int:
+    """Step of the newest checkpoint of a run; 0 if there is none."""
+    return next((_step(path) or 0 for path in checkpoints_in(run / CHECKPOINTS)), 0)
+
+
+def _step(path: Path) -> int | None:
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else None
+
+
+def write_machine(run: Path, workers: int) -> None:
+    """Write RUN/machine.json: what this process runs on."""
+    with sealed(run / MACHINE) as file:
+        file.write((json.dumps(machine() | {"workers": workers}, indent=1) + "\n").encode())
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, GPUs and versions, as far as they can be found out."""
+    import torch  # here: whoever only looks at a run need not wait for it
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+        "ray": _version("ray"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(*distributions: str) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None

@@ -1,0 +1,154 @@
+"""What a run wrote down, read back: tolerant of everything that may be missing or half there.
+
+A run of ImageNet has about a million rows, so `Series` keeps columns of numbers, not rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.log import METRICS, VALIDATION
+from cluster.run_folder import CONFIG, MACHINE
+from pipeline.errors import UsageError
+
+Floats = npt.NDArray[np.float64]
+
+STEP_NUMBERS = ("epoch", "loss", "top1_error", "lr", "img_s", "data_wait", "seconds")
+VALIDATION_NUMBERS = ("loss", "top1_error", "top5_error")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Rows of a JSON-lines file as columns; numbers that a row lacks are NaN."""
+
+    columns: dict[str, Floats]
+    """Always with "position" and "step", which grow strictly."""
+    unreadable: int = 0
+    """Lines left out because they were no row."""
+    restarts: tuple[tuple[int, int], ...] = ()
+    """(step reached, step gone on from) wherever the step goes back; the overtaken rows are out."""
+
+    def __len__(self) -> int:
+        return len(self.columns["position"])
+
+    def __getitem__(self, name: str) -> Floats:
+        return self.columns[name]
+
+    def last(self, name: str) -> float:
+        """The last value of a column; NaN when there is none."""
+        return float(self[name][-1]) if len(self) else math.nan
+
+
+@dataclass(frozen=True)
+class Records:
+    """All of RUN that a report shows."""
+
+    run: Path
+    metrics: Series
+    validation: Series
+    config: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By views, 1 or 10."""
+    notes: tuple[str, ...] = ()
+    """What was damaged or missing, a sentence each."""
+
+
+def read_records(run: Path) -> Records:
+    """Read what RUN holds.
+
+    Raises:
+        UsageError: RUN has no metrics.jsonl.
+    """
+    if not (run / METRICS).is_file():
+        raise UsageError(f"{run} has no {METRICS}: it is not the folder of a run; give --run's RUN")
+    notes: list[str] = []
+    metrics = read_series(run / METRICS, STEP_NUMBERS)
+    validation = read_series(run / VALIDATION, VALIDATION_NUMBERS)
+    for name, series in ((METRICS, metrics), (VALIDATION, validation)):
+        if series.unreadable:
+            lines = "line" if series.unreadable == 1 else "lines"
+            notes.append(f"{series.unreadable:,} {lines} of {name} could not be read; left out.")
+    evaluations = {
+        views: table
+        for views in (1, 10)
+        if (table := _table(run / f"evaluation-{views}.json", notes))
+    }
+    return Records(
+        run=run,
+        metrics=metrics,
+        validation=validation,
+        config=_table(run / CONFIG, notes),
+        machine=_table(run / MACHINE, notes),
+        evaluations=evaluations,
+        notes=tuple(notes),
+    )
+
+
+def read_series(path: Path, names: tuple[str, ...]) -> Series:
+    """Read the numbers `names` of every row; a missing file is a series without rows."""
+    numbers = {name: array("d") for name in ("position", "step", *names)}
+    unreadable = 0
+    restarts = []
+    for row in _rows(path):
+        if row is None:
+            unreadable += 1
+            continue
+        steps = numbers["step"]
+        if len(steps) and row["step"] <= steps[-1]:
+            restarts.append((int(steps[-1]), max(0, int(row["step"]) - 1)))
+            keep = int(np.searchsorted(np.frombuffer(steps), row["step"]))
+            for name, column in numbers.items():
+                numbers[name] = column[:keep]
+        for name, column in numbers.items():
+            column.append(_number(row.get(name)))
+    return Series(
+        columns={name: np.array(column, float) for name, column in numbers.items()},
+        unreadable=unreadable,
+        restarts=tuple(restarts),
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Each line as a row that has a position and a step; None for any other line."""
+    try:
+        file = path.open("rb")
+    except OSError:
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                whole = math.isfinite(row["position"]) and math.isfinite(row["step"])
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            yield row if whole else None
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _table(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON object or TOML table; empty, with a note, when the file is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        if not isinstance(table, dict):
+            raise ValueError("it is no table")
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
+        return {}
+    return table

@@ -1,0 +1,112 @@
+"""The second door: train both columns, or go on where the run in RUN stopped.
+
+    python -m cluster.train CONFIG.toml --data DATA --run RUN [--steps N] [flags override the file]
+
+Starts a Ray on this machine, reachable from this machine only, unless RAY_ADDRESS names one
+(`ray job submit` sets it). What a run leaves in RUN: see `run_folder`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from cluster.config import Command, parse
+from cluster.console import Screen
+from cluster.events import Failed, Started
+from cluster.run_folder import ERRORS, held, reached, settle
+from pipeline.errors import DuetError, run
+from pipeline.manifest import Manifest, identity
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        DuetError: one line, with the exit code to leave with.
+    """
+    command = parse(sys.argv[1:] if argv is None else argv)
+    config, data, folder = command.settings, command.data.resolve(), command.run.resolve()
+    manifest = Manifest.load(data)
+    samples = manifest.split("train", data).samples
+    if config.validate_every:
+        manifest.split("val", data)
+    with held(folder), Screen() as screen:
+        step, total = reached(folder), config.total_steps(samples)
+        settle(folder, config, identity(data), samples, step)
+        if step >= total:
+            screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
+            return 0
+        screen.say(summary(command, manifest, total))
+        train_with_ray(
+            Command(config=command.config, data=data, run=folder, settings=config), screen
+        )
+    return 0
+
+
+def summary(command: Command, manifest: Manifest, total: int) -> str:
+    """The run in a line or two."""
+    config = command.settings
+    pictures = manifest.splits["train"].samples
+    return (
+        f"{command.config} -> {command.run}\n"
+        f"{pictures:,} pictures, {len(manifest.classes)} classes; width {config.width:g}, "
+        f"batch {config.batch_size}, "
+        f"{total:,} steps = {total * config.batch_size / pictures:.1f} epochs"
+    )
+
+
+def train_with_ray(command: Command, screen: Screen) -> None:
+    """Start the workers and show what they tell until they are done.
+
+    Raises:
+        DuetError: the run failed.
+    """
+    from cluster.ray_session import SCRATCH, Training, place_workers, session
+
+    config = command.settings
+    first: Failed | None = None
+    try:
+        with session(workers=2 * config.replicas):
+            training = Training(config, command.data, command.run, place_workers(config))
+            for event in training.events():
+                if isinstance(event, Started):
+                    first = None  # what failed before has been mended by the restart
+                if isinstance(event, Failed):
+                    first = first or event
+                    if event.final:
+                        break
+                screen.show(event)
+    finally:
+        shutil.rmtree(command.run / SCRATCH, ignore_errors=True)
+    if first is not None or training.failure is not None:
+        raise explain(first, training.failure, command.run)
+
+
+def explain(first: Failed | None, failure: BaseException | None, folder: Path) -> DuetError:
+    """The error to leave with; RUN/error.log gets the whole story."""
+    deaths = [
+        f"the worker of rank {rank} died ({str(error).splitlines()[0]})"
+        for rank, error in getattr(failure, "worker_failures", {}).items()
+        if type(error).__name__ in ("RayActorError", "ActorDiedError", "OutOfMemoryError")
+    ]
+    if first is not None and (first.final or not deaths):
+        text, code = f"{first.worker}: {first.text}", first.exit_code
+    else:
+        lines = deaths or str(failure).strip().splitlines() or [repr(failure)]
+        text, code = lines[0], 1
+    log = folder / ERRORS
+    trace = [first.trace] if first else []
+    log.write_text(
+        "\n".join([time.strftime("%F %T"), text, *trace, str(failure)]) + "\n", encoding="utf-8"
+    )
+    error = DuetError(f"{text} (traceback in {os.path.relpath(log)})")
+    error.exit_code = code
+    return error
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,189 @@
+"""The training loop. Read this first; it needs no Ray, and one process is enough to run it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.checkpoint import Checkpoints
+from cluster.config import Config
+from cluster.events import Finished, Started, Tell
+from cluster.feed import Feed, Whole
+from cluster.log import Log
+from cluster.place import Place
+from cluster.run_folder import Mark
+from model.alexnet import AlexNet
+from model.evaluate import errors
+from model.optim import Sgd2012, learning_rates
+from pipeline.batches import Stream, View
+from pipeline.manifest import Manifest, identity
+
+
+def train(config: Config, data: Path, run: Path, place: Place, tell: Tell) -> None:
+    """Train to the end of the run, from its newest checkpoint if there is one.
+
+    Every process of the job calls this at the same time. The state of a run is the weights, the
+    velocities, and two integers: the step and the position in the stream of samples.
+
+    Args:
+        config: the settings.
+        data: sealed data set.
+        run: folder for checkpoints and rows, the same on every node.
+        place: of this process.
+        tell: gets events, mostly from the leader of the job.
+
+    Raises:
+        NotFinite: the loss is no number any more; all processes raise it.
+        DataError, SetupError: from the stream.
+    """
+    torch.set_num_threads(place.cores)
+    manifest = Manifest.load(data)
+    samples = manifest.split("train", data).samples
+    total = config.total_steps(samples)
+
+    net = AlexNet(
+        columns=place.columns,
+        classes=len(manifest.classes),
+        width=config.width,
+        exchange=place.exchange,
+        seed=config.seed,
+    ).to(place.device)
+    optimiser = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
+    about = {"config": asdict(config), "data_sha256": identity(data), "classes": manifest.classes}
+    checkpoints = Checkpoints(run, place, about, config.keep)
+    mark = checkpoints.resume(net, optimiser, tell)
+
+    stream = open_stream(config, data, place, position=mark.position)
+    with stream, Feed(stream, place) as feed, Log(run, place, tell, samples, mark.step) as log:
+        if place.leads:
+            tell(Started(mark.step, total, describe(config, place)))
+        for step in range(mark.step + 1, total + 1):
+            with log.waiting():
+                batch = next(feed)
+            rates = rates_at(config, step / total)
+            net.set_step(step, place.replica)
+            loss, wrong = forward(net, batch, config, place)
+            optimiser.zero_grad()
+            loss.backward()
+            place.average_gradients(net)
+            optimiser.step(*rates)
+            log.step(
+                step, batch.position, config, rates, place.mean(torch.stack((loss.detach(), wrong)))
+            )
+
+            mark = Mark(step=step, position=batch.position)
+            if due(step, config.validate_every, total):
+                with log.paused():
+                    log.validation(mark, validate(net, config, data, place))
+            if due(step, config.checkpoint_every, total):
+                with log.paused():
+                    checkpoints.save(mark, net, optimiser, tell)
+    if place.leads:
+        tell(Finished(mark.step))
+
+
+def forward(net: AlexNet, batch: Whole, config: Config, place: Place) -> tuple[Tensor, Tensor]:
+    """Return mean loss (with its gradient) and top-1 error of a batch."""
+    logits = net_output(net, batch, config, place)
+    wrong, _ = errors(logits.detach(), batch.labels, batch.weights)
+    return F.cross_entropy(logits, batch.labels), wrong / len(batch.labels)
+
+
+@torch.no_grad()
+def validate(net: AlexNet, config: Config, data: Path, place: Place) -> dict[str, float]:
+    """Return loss and errors of the centre view of every validation picture, once each."""
+    start = time.perf_counter()
+    sums = torch.zeros(4, device=place.device, dtype=torch.float64)
+    net.eval()
+    stream = open_stream(config, data, place, split="val", view="centre", once=True)
+    with stream, Feed(stream, place) as feed:
+        for batch in feed:
+            logits = net_output(net, batch, config, place)
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            top1, top5 = errors(logits, batch.labels, batch.weights)
+            sums += torch.stack(((losses * batch.weights).sum(), top1, top5, batch.weights.sum()))
+    net.train()
+    loss, top1_error, top5_error, samples = place.mean(sums).tolist()
+    return {
+        "loss": round(loss / samples, 6),
+        "top1_error": round(top1_error / samples, 6),
+        "top5_error": round(top5_error / samples, 6),
+        "samples": stream.samples,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def net_output(net: AlexNet, batch: Whole, config: Config, place: Place) -> Tensor:
+    """Return the logits, float32 [b, classes]."""
+    dtype = compute_dtype(config)
+    with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
+        logits: Tensor = net(batch.images.float())
+    return logits.float()
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Return what layers compute in."""
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def open_stream(
+    config: Config, data: Path, place: Place, *, split: str = "train", view: View = "random",
+    position: int = 0, once: bool = False,
+) -> Stream:  # fmt: skip
+    """Open this process's share of the pictures."""
+    return Stream(
+        data,
+        split=split,
+        view=view,
+        position=position,
+        once=once,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=place.rank,
+        world_size=place.world_size,
+        device="gpu" if place.device.type == "cuda" else "cpu",
+        colour=config.colour,
+        threads=config.threads or place.cores,
+    )
+
+
+def rates_at(config: Config, progress: float) -> tuple[float, float]:
+    """Return the learning rates of weights and biases in the step that ends at `progress`."""
+    return learning_rates(
+        progress,
+        config.lr,
+        config.bias_factor,
+        config.lr_drop,
+        config.lr_drops,
+        config.bias_drop,
+        config.bias_drops,
+    )
+
+
+def describe(config: Config, place: Place) -> str:
+    """Return the workers in words."""
+    each = (
+        "a column each"
+        if place.pair
+        else "both columns each"
+        if place.replicas > 1
+        else "both columns"
+    )
+    device = place.device.type if place.device.type == "cpu" else torch.cuda.get_device_name()
+    many = "workers" if place.world_size > 1 else "worker"
+    threads = f"{place.cores} thread{'s' if place.cores > 1 else ''}"
+    return (
+        f"{place.world_size} {many} ({each}, {threads}), {device}, {compute_dtype(config)}".replace(
+            "torch.", ""
+        )
+    )
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something done `every` steps (0: never) and at the end is due after `step`."""
+    return every > 0 and (step % every == 0 or step == total)

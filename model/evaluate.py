@@ -1,0 +1,99 @@
+"""Testing as the paper does it (section 4.1): one view or ten, softmax averaged, top-1 and top-5 errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+CROP = 224
+# Corner (top, left) of each crop in a 256 x 256 picture, in the original's order (convdata_jpeg.py).
+_CORNERS = ((0, 0), (0, 32), (16, 16), (32, 0), (32, 32))
+
+
+def ten_views(images: Tensor) -> Tensor:
+    """The four corners and the centre of each picture, then the mirror images of the five.
+
+    Args:
+        images: [b, 3, 256, 256], any dtype.
+
+    Returns:
+        [b, 10, 3, 224, 224].
+
+    Raises:
+        ValueError: pictures of another size.
+    """
+    return torch.stack(list(_views(images, 10)), dim=1)
+
+
+def _views(images: Tensor, views: int) -> Iterator[Tensor]:
+    """One view after the other, each [b, 3, 224, 224]."""
+    if views not in (1, 10):
+        raise ValueError(f"views is {views}; it is 1 (centre) or 10 (corners, centre, mirrored)")
+    sizes = {(256, 256), (CROP, CROP)} if views == 1 else {(256, 256)}
+    if images.dim() != 4 or tuple(images.shape[2:]) not in sizes:
+        known = " or ".join(f"[b, 3, {h}, {w}]" for h, w in sorted(sizes))
+        raise ValueError(f"{views} views need pictures {known}, not {list(images.shape)}")
+    if views == 1:
+        edge = (images.shape[2] - CROP) // 2
+        yield images[:, :, edge : edge + CROP, edge : edge + CROP]
+        return
+    for mirrored in (False, True):
+        for top, left in _CORNERS:
+            crop = images[:, :, top : top + CROP, left : left + CROP]
+            yield crop.flip(-1) if mirrored else crop
+
+
+@torch.no_grad()
+def view_probabilities(net: nn.Module, images: Tensor, views: int = 1) -> Tensor:
+    """Class probabilities of pictures: the mean of the softmax outputs over the views.
+
+    The network is put in evaluation mode for the purpose and left in the mode it was in.
+
+    Args:
+        net: [b, 3, 224, 224] -> logits [b, classes]. Both ranks of a pair call this with the same images.
+        images: [b, 3, 256, 256]; for one view also [b, 3, 224, 224], the centre cut out already.
+        views: 1 or 10.
+
+    Returns:
+        float32 [b, classes], rows sum to 1.
+
+    Raises:
+        ValueError: another number of views, or pictures of the wrong size.
+    """
+    was_training = net.training
+    net.eval()
+    try:
+        # one view at a time: a tenth of the memory of all views in one batch, and no slower
+        outputs = [torch.softmax(net(view).float(), dim=1) for view in _views(images, views)]
+    finally:
+        net.train(was_training)
+    return torch.stack(outputs).mean(0)
+
+
+def errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """How many pictures have their class neither first nor among the first five.
+
+    Ties: when classes tie with the right one for fewer places than there are classes, the picture counts as right to the share of
+    the places, which is what drawing lots would give on average. A network that answers the same for every class gets
+    no advantage out of it. A row with NaN is wrong.
+
+    Args:
+        probabilities: float [b, classes], or anything that ranks the classes.
+        labels: int64 [b].
+        weights: float [b]; 0 for rows that only pad the batch.
+
+    Returns:
+        weighted counts of top-1 and top-5 errors (top-n with n < 5 classes: none), float32 scalars.
+    """
+    own = probabilities.gather(1, labels[:, None])
+    ahead = (probabilities > own).sum(1)
+    level = (probabilities == own).sum(1)
+    broken = probabilities.isnan().any(1)
+
+    def wrong(places: int) -> Tensor:
+        right = ((places - ahead) / level.clamp(min=1)).clamp(0.0, 1.0).masked_fill(broken, 0.0)
+        return ((1.0 - right) * weights).sum().float()
+
+    return wrong(1), wrong(min(5, probabilities.shape[1]))

@@ -1,0 +1,102 @@
+"""Views, averaged probabilities and error counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.evaluate import errors, ten_views, view_probabilities
+
+
+def pictures(b: int = 2) -> Tensor:
+    """Every pixel says where it is: channel 0 its row, channel 1 its column, channel 2 the picture."""
+    rows = torch.arange(256.0)[:, None].expand(256, 256)
+    number = torch.arange(float(b))[:, None, None].expand(b, 256, 256)
+    return torch.stack((rows.expand(b, 256, 256), rows.T.expand(b, 256, 256), number), dim=1)
+
+
+class Mean(nn.Module):
+    """Logits that depend on the view: scaled means of the three channels, and half of it all when not training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        corner = x[:, :, 0, 0] / (10.0 if self.training else 20.0)
+        return corner
+
+
+def test_ten_views_in_the_originals_order() -> None:
+    views = ten_views(pictures())
+    assert views.shape == (2, 10, 3, 224, 224)
+    corners = [(int(v[0, 0, 0]), int(v[1, 0, 0])) for v in views[0]]
+    assert corners[:5] == [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
+    # mirrored: the left edge shows what was the right edge
+    assert corners[5:] == [(top, left + 223) for top, left in corners[:5]]
+    assert views[1, :, 2].unique().tolist() == [1.0]
+
+
+def test_probabilities_are_averaged_not_logits() -> None:
+    net = Mean().train()
+    images = pictures()
+    found = view_probabilities(net, images, views=10)
+    logits = torch.stack([view[:, :, 0, 0] / 20.0 for view in ten_views(images).unbind(1)])
+    torch.testing.assert_close(found, torch.softmax(logits, -1).mean(0))
+    assert not torch.allclose(found, torch.softmax(logits.mean(0), -1), atol=1e-3)
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
+    assert net.training
+
+
+def test_one_view_is_the_centre() -> None:
+    images = pictures()
+    expected = torch.softmax(images[:, :, 16, 16] / 20.0, -1)
+    torch.testing.assert_close(view_probabilities(Mean().eval(), images, views=1), expected)
+    crop = images[:, :, 16:240, 16:240]
+    torch.testing.assert_close(view_probabilities(Mean(), crop, views=1), expected)
+
+
+def test_unusable_requests_are_refused() -> None:
+    with pytest.raises(ValueError, match="views is 5"):
+        view_probabilities(Mean(), pictures(), views=5)
+    with pytest.raises(ValueError, match="256"):
+        view_probabilities(Mean(), pictures()[..., :224, :224], views=10)
+    with pytest.raises(ValueError, match="224"):
+        view_probabilities(Mean(), pictures()[..., :200, :200], views=1)
+
+
+def test_errors_against_a_sort() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(200, 12, generator=generator).softmax(1)
+    labels = torch.randint(0, 12, (200,), generator=generator)
+    weights = torch.rand(200, generator=generator)
+    order = [sorted(range(12), key=lambda c: -row[c].item()) for row in probabilities]
+    for count, places in zip(errors(probabilities, labels, weights), (1, 5), strict=True):
+        expected = sum(
+            w
+            for w, label, row in zip(weights.tolist(), labels.tolist(), order, strict=True)
+            if label not in row[:places]
+        )
+        assert count.item() == pytest.approx(expected, rel=1e-5)
+        assert count.dtype == torch.float32
+
+
+def test_padding_rows_do_not_count() -> None:
+    probabilities = torch.tensor([[0.1, 0.9], [0.1, 0.9], [0.1, 0.9]])
+    top1, top5 = errors(probabilities, torch.tensor([0, 1, 0]), torch.tensor([1.0, 1.0, 0.0]))
+    assert (top1.item(), top5.item()) == (1.0, 0.0)
+
+
+def test_a_tie_counts_as_lots_drawn() -> None:
+    one = torch.ones(1)
+    level = torch.full((1, 10), 0.1)
+    top1, top5 = errors(level, torch.tensor([3]), one)
+    assert (top1.item(), top5.item()) == pytest.approx((0.9, 0.5))
+    # two ahead, then four level ones on places 3 to 6: three of the four are among the first five
+    row = torch.tensor([[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]])
+    top1, top5 = errors(row, torch.tensor([4]), one)
+    assert (top1.item(), top5.item()) == pytest.approx((1.0, 0.25))
+
+
+def test_nan_is_wrong() -> None:
+    rows = torch.full((2, 6), float("nan"))
+    rows[1] = torch.tensor([0.5, float("nan"), 0.1, 0.1, 0.1, 0.1])
+    counts = errors(rows, torch.tensor([0, 0]), torch.ones(2))
+    assert [count.item() for count in counts] == [2.0, 2.0]
