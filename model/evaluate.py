@@ -1,4 +1,4 @@
-"""Testing as the paper does it (section 4.1): one view or ten, softmax averaged, top-1 and top-5 errors."""
+"""Testing as in the paper (section 4.1): one view or ten, mean softmax, top-1 and top-5 errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 CROP = 224
-# Corner (top, left) of each crop in a 256 x 256 picture, in the original's order (convdata_jpeg.py).
+# Corners (top, left) of the crops of a 256 x 256 picture, in the original's order
+# (convdata_jpeg.py).
 _CORNERS = ((0, 0), (0, 32), (16, 16), (32, 0), (32, 32))
 
 
@@ -52,7 +53,8 @@ def view_probabilities(net: nn.Module, images: Tensor, views: int = 1) -> Tensor
     The network is put in evaluation mode for the purpose and left in the mode it was in.
 
     Args:
-        net: [b, 3, 224, 224] -> logits [b, classes]. Both ranks of a pair call this with the same images.
+        net: [b, 3, 224, 224] -> logits [b, classes]. In a pair both ranks call this, with the same
+            images.
         images: [b, 3, 256, 256]; for one view also [b, 3, 224, 224], the centre cut out already.
         views: 1 or 10.
 
@@ -75,9 +77,9 @@ def view_probabilities(net: nn.Module, images: Tensor, views: int = 1) -> Tensor
 def errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """How many pictures have their class neither first nor among the first five.
 
-    Ties: when classes tie with the right one for fewer places than there are classes, the picture counts as right to the share of
-    the places, which is what drawing lots would give on average. A network that answers the same for every class gets
-    no advantage out of it. A row with NaN is wrong.
+    Ties as in the original (src/layer_kernels.cu): where n classes, the right one among them, are
+    level for fewer than n places, the picture counts as right to the share places / n, which is
+    what drawing lots gives on average. A row with a NaN in it is wrong.
 
     Args:
         probabilities: float [b, classes], or anything that ranks the classes.

@@ -1,8 +1,9 @@
 """What crosses between the two columns of a pair, and how its gradient comes back.
 
-All of it is one move, a swap with the peer. Point to point because it is the quickest there is under gloo (measured:
-`all_gather` takes 2 to 3 times as long for a batch of pictures, `reduce_scatter` 2 to 3 times for a gradient), and because its
-name, unlike those of the collectives, is the same in every torch release.
+All of it is one move, a swap with the peer. Point to point, because under gloo that is the quickest
+(measured: `all_gather` takes 2 to 3 times as long for a batch of pictures, `reduce_scatter` 2 to 3
+times for a gradient), and because its name, unlike those of the collectives, is the same in torch
+2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ class Exchange:
             x: float [b, c] or [b, c, h, w], this column's maps.
 
         Returns:
-            [b, 2c, ...], column a first, in the dtype and memory format of x. Each column feeds it to
-            its own weights, so the backward pass adds up both columns' gradients of the own maps.
+            [b, 2c, ...], column a first, in the dtype and memory format of x. Each column feeds it
+            to its own weights: the backward pass adds up both columns' gradients of the own maps.
         """
         return cast(Tensor, _Gather.apply(x, self))
 
     def gather_replicated(self, x: Tensor) -> Tensor:
-        """As `gather`, for values from which both ranks go on to compute the same (logits, then loss).
+        """As `gather`, for values from which both ranks compute the same (logits, then loss).
 
-        The gradient that arrives is then the whole gradient on both ranks already: the backward pass
-        keeps the own slice and sends nothing.
+        The gradient that arrives is then the whole gradient on both ranks already: the backward
+        pass keeps the own slice and sends nothing.
         """
         return cast(Tensor, _GatherReplicated.apply(x, self))
 

@@ -14,8 +14,8 @@ LRN_ALPHA = 1e-4
 LRN_BETA = 0.75
 LRN_K = 2.0
 
-# Numbers worked on at a time on a CPU: few enough that all intermediate values stay in the cache, which
-# makes the layer 2 to 3 times as fast as going over the whole batch operation by operation.
+# Numbers worked on at a time on a CPU: few enough that all intermediate values stay in the cache,
+# which makes the layer 2 to 3 times as fast as going over the whole batch operation by operation.
 _CHUNK = 150_000
 
 
@@ -24,12 +24,12 @@ def local_response_norm(x: Tensor, columns: int = 1) -> Tensor:
 
         y_i = x_i / (k + alpha/size * sum of x_j^2 over the 5 maps j = i-2 .. i+2)^0.75
 
-    The window is cut off at the first and the last map of its column and never reaches into the other one. alpha is
-    divided by the window size, as in the original source (layer.py) and `torch.nn.LocalResponseNorm`; the formula printed in
-    the paper leaves the division out.
+    The window is cut off at the first and the last map of its column and never reaches into the
+    other one. alpha is divided by the window size, as in the original source (layer.py) and in
+    `torch.nn.LocalResponseNorm`; the formula printed in the paper leaves the division out.
 
-    Computed in float32 even where x is bfloat16: k + alpha/size * sum is 2 and a little, and bfloat16
-    has steps of 1/64 there, more than most sums are worth, so the layer would do nothing at all.
+    Computed in float32 even where x is bfloat16: k + alpha/size * sum is 2 and a little, and
+    bfloat16 has steps of 1/64 there, more than most sums are worth: the layer would do nothing.
 
     Args:
         x: float [b, columns * c, h, w].
@@ -42,8 +42,9 @@ def local_response_norm(x: Tensor, columns: int = 1) -> Tensor:
 
 
 class _LocalResponseNorm(torch.autograd.Function):
-    """With s = k + alpha/size * sum: s^-.75 is two square roots, and the sum over the window a product with a band
-    matrix, so no power and no transposition. Only x is kept: computing s again is quicker than storing it."""
+    """With s = k + alpha/size * sum, s^-.75 is two square roots and the sum a product with a band
+    matrix: no power, no transposition. Only x is kept: to compute s again is quicker than to store.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, columns: int) -> Tensor:
@@ -118,11 +119,11 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 class PictureConv(nn.Conv2d):
-    """The first convolution: reads the picture, with zeros added on its right and at its bottom only.
+    """The first convolution: reads the picture, with zeros on its right and at its bottom only.
 
     The original's convolutions rounded the size of their output up and read 0 outside the picture
     (layer.py, cudaconv3/src/filter_acts.cu). That is what `edge` zeros do: 224 + 3 pixels, filters
-    of 11 at a stride of 4, 55 maps' pixels. Without them it is 54.
+    of 11 at a stride of 4, maps of 55 x 55. Without them it would be 54.
 
     Args:
         maps: output maps.
@@ -149,9 +150,9 @@ class PictureConv(nn.Conv2d):
         dtype = _working_dtype(pictures)
         if dtype not in (torch.bfloat16, torch.float16):
             return F.conv2d(self._padded(pictures, dtype, 0), self.weight, self.bias, stride)
-        # The matrix units that bfloat16 is for (AMX, tensor cores) idle on 3 input maps. `stride` pixels beside
-        # each other are taken for maps instead: the same memory seen as [.., w / stride, stride * 3], the same
-        # sums, filters filled up with zeros. A third off the time of the layer.
+        # The matrix units that bfloat16 is for (AMX, tensor cores) idle on 3 input maps. Here
+        # `stride` neighbouring pixels pass for maps (memory seen as [.., w / stride, stride * 3]):
+        # the same sums, with filters filled up with zeros. A third off the time of the layer.
         more = -kernel % stride
         x = self._padded(pictures, dtype, more)
         b, c, h, w = x.shape

@@ -16,9 +16,9 @@ class Sgd2012:
         weights:  v <- momentum * v - weight_decay * lr * w - lr * gradient;   w <- w + v
         biases:   v <- momentum * v - lr_bias * gradient;                      b <- b + v
 
-    `torch.optim.SGD` multiplies the velocity by the rate afterwards: the same as long as the rate stays, but after
-    a drop of the rate it shrinks at once the speed that here runs on for some ten steps.
-    Gradients are means over the batch (src/weights.cu of the original divides by it).
+    `torch.optim.SGD` multiplies the velocity by the rate afterwards: the same as long as the rate
+    stays, but a drop of it then cuts at once the speed that here runs on for some ten steps.
+    Gradients are means over the batch (the original divides by its size in src/layer.cu).
 
     Args:
         named_parameters: (name, parameter) pairs; a name that ends in "bias" makes it a bias.
@@ -60,8 +60,8 @@ class Sgd2012:
                 self._update(names, rate, decay)
 
     def _update(self, names: list[str], rate: float, decay: float) -> None:
-        values = [self._parameters[name] for name in names]
-        gradients = [value.grad for value in values]
+        values: list[Tensor] = [self._parameters[name] for name in names]
+        gradients = [value.grad for value in values if value.grad is not None]
         velocities = [self.velocities[name] for name in names]
         torch._foreach_mul_(velocities, self.momentum)
         if decay:
@@ -93,8 +93,9 @@ def learning_rates(
 ) -> tuple[float, float]:
     """Learning rates of weights and biases: equal stretches, each with a constant rate.
 
-    The schedule `dexp` of the original, with the values of its network 170 (layer-params-170.cfg), which came as far without anyone
-    watching as the paper's network did with rates lowered by hand: .01, .0016, .00025, .00004 and, for biases, .02, .002.
+    The schedule `dexp` of the original with the values of its network 170 (layer-params-170.cfg),
+    which came as far on its own as the paper's network did with rates lowered by hand: .01, .0016,
+    .00025, .00004 and, for biases, .02, .002.
 
     Args:
         progress: share of the training done, in [0, 1].
@@ -121,6 +122,6 @@ def _stretch_rate(progress: float, first: float, drop: float, stretches: int) ->
         raise ValueError(f"a schedule has at least 1 stretch, not {stretches}")
     if stretches == 1:
         return first
-    # The end of a stretch still belongs to it, as in the original (lr.cu, DiscreteExpParameterSchedule).
+    # The end of a stretch still belongs to it, as in the original (cuda-convnet2, src/lr.cu).
     place = next(i for i in range(stretches) if progress <= (i + 1) / stretches)
     return float(first * (1.0 / drop) ** (place / (stretches - 1)))

@@ -1,4 +1,4 @@
-"""Sizes, parameters and multiply-adds of every layer, worked out from the table the network is built from."""
+"""Sizes, parameters and multiply-adds of every layer, from the table the network is built from."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Row:
 
     @property
     def parameters(self) -> int:
+        """Weights and biases."""
         return self.weights + self.biases
 
     @property

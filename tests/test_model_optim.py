@@ -1,4 +1,4 @@
-"""The update rule against a recurrence by hand; the schedule against the original's published rates."""
+"""The update rule against a recurrence by hand; the schedule against the original's rates."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def test_velocities_travel_under_the_keys_of_the_weights() -> None:
 @pytest.mark.parametrize(
     ("progress", "weights", "biases"),
     [
-        # layer-params-170: .01 .001587 .000252 .00004 in equal quarters, .02 and .002 in halves; the
-        # end of a stretch belongs to it (lr.cu)
+        # layer-params-170: .01 .001587 .000252 .00004 in equal quarters, .02 and .002 in halves;
+        # the end of a stretch belongs to it (lr.cu)
         (0.0, 0.01, 0.02),
         (0.25, 0.01, 0.02),
         (0.2500001, 0.001587, 0.02),
@@ -130,7 +130,7 @@ def test_one_stretch_is_a_constant_rate() -> None:
 
 
 def test_schedule_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="progress is 1.5"):
+    with pytest.raises(ValueError, match=r"progress is 1\.5"):
         learning_rates(1.5, 0.01)
     with pytest.raises(ValueError, match="progress is nan"):
         learning_rates(float("nan"), 0.01)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +117,11 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def pair() -> tuple[dict[str, Any], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (folder,), nprocs=2)
         a, b = (torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2))
-    yield a, b
+    return a, b
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +148,8 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return (found - expected).abs().max().item() / scale if scale else found.abs().max().item()
 
 
-# Of logits, gradients, and everything after training. float64: rounding only. float32: the same sums in
-# another order. bfloat16: 8 bits, and two different orders of rounding.
+# Of logits, gradients, and everything after training. float64: rounding only. float32: the same
+# sums in another order. bfloat16: 8 bits, rounded in another order.
 TOLERANCES = {
     "float64": (1e-12, 1e-11, 1e-10),
     "float64, 7 classes, channels last": (1e-12, 1e-11, 1e-10),
