@@ -108,22 +108,22 @@ def smooth(values: Floats, window: int) -> Floats:
     return np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
 
 
-def thin(x: Floats, y: Floats, buckets: int = BUCKETS) -> tuple[Floats, Floats]:
-    """At most 2 * `buckets` points that cover the same ground: the extremes of each bucket."""
+def thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Noisy values as at most 2 * `BUCKETS` points: each stretch's 5th and 95th percentile."""
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
-    if len(x) <= buckets:
+    if len(x) <= BUCKETS:
         return x, y
-    starts = np.linspace(0, len(x), buckets, endpoint=False).astype(int)
-    lows, highs = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
-    return np.repeat(x[starts], 2), np.stack([lows, highs], 1).reshape(-1)
+    starts = np.linspace(0, len(x), BUCKETS, endpoint=False).astype(int)
+    ends = [np.percentile(stretch, (5, 95)) for stretch in np.split(y, starts[1:])]
+    return np.repeat(x[starts], 2), np.concatenate(ends)
 
 
 def line(
-    x: Floats, y: Floats, axes: tuple[Axis, Axis], look: str, name: str = "", extremes: bool = False
+    x: Floats, y: Floats, axes: tuple[Axis, Axis], look: str, name: str = "", noisy: bool = False
 ) -> Line:
-    """A polyline; `extremes` keeps every peak of noisy values, else points are picked evenly."""
-    if extremes:
+    """A polyline; of `noisy` values it shows the spread, else points are picked evenly."""
+    if noisy:
         x, y = thin(x, y)
     elif len(x) > BUCKETS:
         picked = np.linspace(0, len(x) - 1, BUCKETS).round().astype(int)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,8 @@ class Screen:
     """Shows events; use as a context manager around the run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        # The stdout of now: later, what Ray prints is kept away from it.
+        self._console = console or Console(file=sys.stdout, highlight=False)
         self._live = self._console.is_terminal
         self._total = 0
         self._first: tuple[float, int] | None = None

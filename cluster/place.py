@@ -87,10 +87,11 @@ class Place:
         if not self.peers:
             return
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        work = [dist.all_reduce(g, group=self.peers, async_op=True) for g in gradients]
-        for one in work:
-            one.wait()
-        torch._foreach_div_(gradients, self.replicas)
+        # One message, whatever the memory formats.
+        flat = self.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view(gradient.shape))
 
     def __str__(self) -> str:
         columns = " and ".join("ab"[column] for column in self.columns)

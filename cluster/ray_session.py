@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import traceback
@@ -77,11 +78,16 @@ def session(workers: int) -> Iterator[None]:
     scratch = None if attached else Path(tempfile.mkdtemp(prefix="duet-"))
     try:
         _start(ray, scratch, workers)
+        signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own, which aborts
         yield
     finally:
         ray.shutdown()
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _start(ray: Any, scratch: Path | None, workers: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.charts import (
+    BUCKETS,
     Axis,
     Chart,
     Dot,
@@ -49,7 +50,7 @@ def _learning(
     most = max(_most(values), _most(checked))
     axes = across, axis_to(min(most, limit))
     lines = [
-        line(metrics["position"], values, axes, "raw", extremes=True),
+        line(metrics["position"], values, axes, "raw", noisy=True),
         _smoothed(metrics, values, axes, "training"),
         line(validation["position"], checked, axes, "check", "validation"),
     ]
@@ -69,7 +70,7 @@ def _speed(records: Records) -> Chart:
     metrics = records.metrics
     axes = _across(metrics, records.validation), axis_to(_most(metrics["img_s"], 98) * 1.1)
     lines = [
-        line(metrics["position"], metrics["img_s"], axes, "raw", extremes=True),
+        line(metrics["position"], metrics["img_s"], axes, "raw", noisy=True),
         _smoothed(metrics, metrics["img_s"], axes, "whole job"),
     ]
     return _chart(records, "Pictures per second", axes, lines, [], "", _caption(metrics))
@@ -80,7 +81,7 @@ def _wait(records: Records) -> Chart:
     values = metrics["data_wait"] * 100
     axes = _across(metrics, records.validation), axis_to(max(4.0, _most(values, 98) * 1.1))
     lines = [
-        line(metrics["position"], values, axes, "raw", extremes=True),
+        line(metrics["position"], values, axes, "raw", noisy=True),
         _smoothed(metrics, values, axes, "share of a step"),
     ]
     return _chart(records, "Waiting for data", axes, lines, [], " %", _caption(metrics))
@@ -128,7 +129,7 @@ def _picture_ticks(metrics: Series, axis: Axis) -> list[Tick]:
         Tick(
             axis.place(value),
             short(value) if value else "0",
-            f"{value / epoch:.3g}" if math.isfinite(epoch) else "",
+            short(value / epoch) if math.isfinite(epoch) else "",
         )
         for value in axis.round_values(5)
     ]
@@ -146,4 +147,7 @@ def _rate_drops(metrics: Series, axis: Axis) -> list[Tick]:
 
 def _caption(metrics: Series) -> str:
     window = window_of(len(metrics))
-    return f"Line: mean over {window:,} steps; faint: every step." if window > 1 else ""
+    if window == 1:
+        return ""
+    faint = "every step" if len(metrics) <= BUCKETS else "the middle nine tenths of the steps"
+    return f"Line: mean over {window:,} steps; faint: {faint}."

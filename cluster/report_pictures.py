@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from cluster.checkpoint import FOLDER, column_file, newest
+from cluster.checkpoint import Found, column_file, newest
 from cluster.events import Warned
+from cluster.run_folder import CHECKPOINTS
 from pipeline.errors import DuetError
 from pipeline.manifest import Manifest
 
@@ -80,20 +81,29 @@ def mosaic(data: Path, config: dict[str, Any]) -> list[Sample]:
     ]
 
 
-def first_kernels(run: Path) -> list[Kernels]:
-    """conv1 of column a and of column b, from the newest complete checkpoint of RUN.
+def newest_checkpoint(run: Path) -> Found:
+    """The newest complete checkpoint of RUN, every byte checked.
 
     Raises:
-        Unavailable: there is none, or it cannot be read.
+        Unavailable: there is none.
     """
     damaged: list[str] = []
     found = newest(
-        run / FOLDER,
+        run / CHECKPOINTS,
         lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,
     )
     if found is None:
         reason = f" ({damaged[0]})" if damaged else ""
         raise Unavailable(f"No kernels: the run has no complete checkpoint yet{reason}.")
+    return found
+
+
+def first_kernels(found: Found) -> list[Kernels]:
+    """conv1 of column a and of column b.
+
+    Raises:
+        Unavailable: the files hold no such tensors.
+    """
     try:
         weights = [_conv1(found.path, column) for column in (0, 1)]
     except (SafetensorError, OSError) as error:

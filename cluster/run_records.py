@@ -25,6 +25,12 @@ Floats = npt.NDArray[np.float64]
 
 STEP_NUMBERS = ("epoch", "loss", "top1_error", "lr", "img_s", "data_wait", "seconds")
 VALIDATION_NUMBERS = ("loss", "top1_error", "top5_error")
+EVALUATION_PARTS: dict[str, type | tuple[type, ...]] = {
+    "top1_error": (int, float),
+    "top5_error": (int, float),
+    "classes": dict,
+    "confusion": list,
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def read_records(run: Path) -> Records:
     evaluations = {
         views: table
         for views in (1, 10)
-        if (table := _table(run / f"evaluation-{views}.json", notes))
+        if (table := _evaluation(run / f"evaluation-{views}.json", notes))
     }
     return Records(
         run=run,
@@ -150,5 +156,19 @@ def _table(path: Path, notes: list[str]) -> dict[str, Any]:
             raise ValueError("it is no table")
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
+        return {}
+    return table
+
+
+def _evaluation(path: Path, notes: list[str]) -> dict[str, Any]:
+    """An evaluation whose parts, where they are there, are of the right kind."""
+    table = _table(path, notes)
+    wrong = [
+        name
+        for name, kind in EVALUATION_PARTS.items()
+        if name in table and not isinstance(table[name], kind)
+    ]
+    if wrong:
+        notes.append(f"{path.name} is left out: {', '.join(wrong)} cannot be read.")
         return {}
     return table

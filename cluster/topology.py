@@ -58,7 +58,7 @@ def plan(nodes: Sequence[Node], *, replicas: int, size: int, gpu: bool) -> Plan:
         raise SetupError(
             f"{replicas} replica(s) of {size} worker(s) need {replicas * size} {kind}s, "
             f"{size} of them on one node each time; the cluster has {kind}s {there or 'none'}; "
-            f"{_way_out(size, gpu)}"
+            f"{_way_out(gpu, any(node.gpus for node in nodes), size)}"
         )
     used: dict[str, int] = {}
     # The roomiest node first, and each one filled before the next: least goes over the wire.
@@ -71,10 +71,11 @@ def plan(nodes: Sequence[Node], *, replicas: int, size: int, gpu: bool) -> Plan:
     return Plan(nodes=order, cpus=max(1, int(cpus)), gpus=int(gpu), size=size)
 
 
-def _way_out(size: int, gpu: bool) -> str:
-    if gpu and size == 2:
-        return "lower --replicas, or use --no-pair (both columns on one GPU) or --device cpu"
-    return "lower --replicas, or use --device cpu" if gpu else "lower --replicas or add nodes"
+def _way_out(gpu: bool, any_gpu: bool, size: int) -> str:
+    if not gpu:
+        return "lower --replicas or add nodes"
+    one = "--no-pair (both columns on one GPU), " if any_gpu and size == 2 else ""
+    return f"use {one}fewer --replicas or --device cpu"
 
 
 def seats(nodes: Sequence[str], size: int) -> tuple[tuple[int, ...], ...]:

@@ -8,18 +8,23 @@ Starts a Ray on this machine, reachable from this machine only, unless RAY_ADDRE
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from cluster.config import Command, parse
+from cluster.config import Command, Config, parse
 from cluster.console import Screen
 from cluster.events import Failed, Started
 from cluster.run_folder import ERRORS, held, reached, settle
 from pipeline.errors import DuetError, run
 from pipeline.manifest import Manifest, identity
+
+DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
+"""What Ray Train calls a worker that is gone; one that raised an error comes as that error."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +46,11 @@ def main(argv: list[str] | None = None) -> int:
             screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
             return 0
         screen.say(summary(command, manifest, total))
-        train_with_ray(
-            Command(config=command.config, data=data, run=folder, settings=config), screen
-        )
+        try:
+            train_with_ray(config, data, folder, screen)
+        except KeyboardInterrupt:
+            screen.say(f"stopped; the same command goes on from step {reached(folder)}")
+            raise
     return 0
 
 
@@ -59,7 +66,7 @@ def summary(command: Command, manifest: Manifest, total: int) -> str:
     )
 
 
-def train_with_ray(command: Command, screen: Screen) -> None:
+def train_with_ray(config: Config, data: Path, folder: Path, screen: Screen) -> None:
     """Start the workers and show what they tell until they are done.
 
     Raises:
@@ -67,11 +74,11 @@ def train_with_ray(command: Command, screen: Screen) -> None:
     """
     from cluster.ray_session import SCRATCH, Training, place_workers, session
 
-    config = command.settings
+    aside = io.StringIO()  # what Ray has to say on stdout
     first: Failed | None = None
     try:
-        with session(workers=2 * config.replicas):
-            training = Training(config, command.data, command.run, place_workers(config))
+        with redirect_stdout(aside), session(workers=2 * config.replicas):
+            training = Training(config, data, folder, place_workers(config))
             for event in training.events():
                 if isinstance(event, Started):
                     first = None  # what failed before has been mended by the restart
@@ -81,17 +88,19 @@ def train_with_ray(command: Command, screen: Screen) -> None:
                         break
                 screen.show(event)
     finally:
-        shutil.rmtree(command.run / SCRATCH, ignore_errors=True)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     if first is not None or training.failure is not None:
-        raise explain(first, training.failure, command.run)
+        raise explain(first, training.failure, folder, aside.getvalue())
 
 
-def explain(first: Failed | None, failure: BaseException | None, folder: Path) -> DuetError:
+def explain(
+    first: Failed | None, failure: BaseException | None, folder: Path, aside: str
+) -> DuetError:
     """The error to leave with; RUN/error.log gets the whole story."""
     deaths = [
-        f"the worker of rank {rank} died ({str(error).splitlines()[0]})"
+        f"the worker of rank {rank} died: killed, or out of memory"
         for rank, error in getattr(failure, "worker_failures", {}).items()
-        if type(error).__name__ in ("RayActorError", "ActorDiedError", "OutOfMemoryError")
+        if type(error).__name__ in DEATHS
     ]
     if first is not None and (first.final or not deaths):
         text, code = f"{first.worker}: {first.text}", first.exit_code
@@ -100,9 +109,9 @@ def explain(first: Failed | None, failure: BaseException | None, folder: Path) -
         text, code = lines[0], 1
     log = folder / ERRORS
     trace = [first.trace] if first else []
-    log.write_text(
-        "\n".join([time.strftime("%F %T"), text, *trace, str(failure)]) + "\n", encoding="utf-8"
-    )
+    if first is None or not first.final:
+        trace += [str(failure), aside]
+    log.write_text("\n".join([time.strftime("%F %T"), text, *trace]) + "\n", encoding="utf-8")
     error = DuetError(f"{text} (traceback in {os.path.relpath(log)})")
     error.exit_code = code
     return error

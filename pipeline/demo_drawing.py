@@ -24,7 +24,7 @@ Figure = Callable[[Plane, Plane, np.random.Generator], Plane]
 SHORT_SIDE = (64, 600)  # pixels; small ones are far more common
 ASPECT = 2.5  # longest side ratio, either way up
 GREY, CMYK, PROGRESSIVE, TURNED = 0.05, 0.03, 0.12, 0.06  # shares of the files
-LEAST_CONTRAST = 0.25  # in luminance 0..1, between figure and background
+LEAST_CONTRAST = 0.15  # in luminance 0..1, between figure and background
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 EXIF_ORIENTATION = 0x0112
@@ -161,7 +161,7 @@ def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
     picture += cover * (paint - picture)
     picture *= 1 + _slope(x, y, 0.25, rng)[..., None]  # light from one side
     grain = rng.standard_normal((height, width), dtype=np.float32)
-    picture += grain[..., None] * np.float32(rng.uniform(0, 0.05))
+    picture += grain[..., None] * np.float32(rng.uniform(0, 0.08))
     return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8), "RGB")
 
 
@@ -200,10 +200,10 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
 
 def _cover(name: str, x: Plane, y: Plane, pixel: float, rng: np.random.Generator) -> Plane:
     """0..1 per pixel: how much of it the figure covers (edges soft over one pixel)."""
-    radius = rng.uniform(0.7, 1.0) if name in TEXTURES else rng.uniform(0.45, 0.85)
+    radius = rng.uniform(0.7, 1.0) if name in TEXTURES else rng.uniform(0.4, 0.85)
     room = 0.25 if name in TEXTURES else min(0.3, 1 - radius)
     along, across = rng.uniform(-room, room, 2).astype(np.float32)
-    turn, squash = rng.uniform(0, 2 * math.pi), rng.uniform(0.85, 1.15)
+    turn, squash = rng.uniform(0, 2 * math.pi), rng.uniform(0.8, 1.25)
     cos, sin = math.cos(turn) / radius, math.sin(turn) / radius
     x, y = x - along, y - across
     x, y = (
@@ -233,15 +233,15 @@ def _slope(x: Plane, y: Plane, most: float, rng: np.random.Generator) -> Plane:
 
 def _background(width: int, height: int, colour: Plane, rng: np.random.Generator) -> Plane:
     """[height, width, 3], 0..1: clouds around a colour, with small things lying about."""
-    clouds = colour + rng.normal(0, rng.uniform(0.02, 0.09), (*rng.integers(2, 7, 2), 3))
+    clouds = colour + rng.normal(0, rng.uniform(0.02, 0.12), (*rng.integers(2, 7, 2), 3))
     tiny = Image.fromarray((clouds.clip(0, 1) * 255).astype(np.uint8), "RGB")
     image = tiny.resize((width, height), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
     short = min(width, height)
-    for _ in range(rng.integers(0, 7)):
+    for _ in range(rng.integers(0, 12)):
         x, y = rng.random(2) * (width, height)
-        ink = tuple(int(value) for value in (colour + rng.normal(0, 0.2, 3)).clip(0, 1) * 255)
-        size, turn = short * rng.uniform(0.03, 0.09), rng.uniform(0, 2 * math.pi)
+        ink = tuple(int(value) for value in (colour + rng.normal(0, 0.25, 3)).clip(0, 1) * 255)
+        size, turn = short * rng.uniform(0.03, 0.11), rng.uniform(0, 2 * math.pi)
         far = (x + 3 * size * math.cos(turn), y + 3 * size * math.sin(turn))
         match rng.integers(0, 3):
             case 0:

@@ -1,0 +1,178 @@
+"""The numbers of a report: what stands in its tiles, bars and tables, and how it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.charts import short
+from cluster.run_records import Records
+from model.summary import Row, table, totals
+from pipeline.manifest import Manifest
+
+FEW_CLASSES = 30  # up to so many are all listed, of more the ends
+ENDS = 15
+NUMBERED = 15  # up to so many classes the confusion matrix shows its numbers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A big number."""
+
+    label: str
+    value: str
+    unit: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer with the shares of its columns in the largest layer's parameters, 0..1."""
+
+    a: Row
+    b: Row
+    shares: tuple[float, float]
+
+
+def lead(records: Records, manifest: Manifest | None) -> str:
+    """The run in a sentence or two."""
+    metrics = records.metrics
+    width = records.config.get("width")
+    size = "" if width is None else " at full width" if width == 1 else f" at width {width:g}"
+    words = f"AlexNet of 2012, both columns,{size}".rstrip(",")
+    if len(metrics):
+        words += f", after {metrics.last('step'):,.0f} steps"
+    if math.isfinite(metrics.last("epoch")):
+        words += f" or {short(metrics.last('epoch'))} epochs"
+    if manifest is not None and "train" in manifest.splits:
+        words += (
+            f" over {manifest.splits['train'].samples:,} training pictures "
+            f"of {len(manifest.classes):,} classes"
+        )
+    return words + "."
+
+
+def error_tiles(records: Records) -> list[Tile]:
+    """Top-1 and top-5 error with one and ten views; the last validation stands in for one view."""
+    tiles = []
+    for rank in ("1", "5"):
+        for views in (1, 10):
+            label = f"top-{rank} error, {'one view' if views == 1 else 'ten views'}"
+            value = records.evaluations.get(views, {}).get(f"top{rank}_error")
+            note = _evaluated(records.evaluations.get(views, {}))
+            if value is None and views == 1 and len(records.validation):
+                value = records.validation.last(f"top{rank}_error")
+                note = f"validation at step {records.validation.last('step'):,.0f}"
+            if value is None:
+                note = f"not evaluated (cluster.evaluate --views {views})"
+            tiles.append(Tile(label, percent(value), "%" if value is not None else "", note))
+    return tiles
+
+
+def _evaluated(evaluation: dict[str, Any]) -> str:
+    samples, step = evaluation.get("samples"), evaluation.get("step")
+    over = f"{samples:,} pictures" if isinstance(samples, int) else ""
+    at = f"step {step:,}" if isinstance(step, int) else ""
+    return ", ".join(part for part in (over, at) if part)
+
+
+def run_tiles(records: Records) -> list[Tile]:
+    """What the run took: pictures, speed, waiting and time; nothing without steps."""
+    metrics = records.metrics
+    if not len(metrics):
+        return []
+    lasted, waited, speeds = metrics["seconds"], metrics["data_wait"], metrics["img_s"]
+    timed = np.isfinite(lasted) & np.isfinite(waited) & np.isfinite(speeds)
+    seconds = float(lasted[timed].sum())
+    epochs = metrics.last("epoch")
+    note = f"{short(epochs)} epochs" if math.isfinite(epochs) else ""
+    tiles = [Tile("pictures seen", f"{metrics.last('position'):,.0f}", note=note)]
+    if seconds > 0:
+        wait = float((waited[timed] * lasted[timed]).sum()) / seconds
+        speed = float(np.median(speeds[timed]))
+        tiles += [
+            Tile("pictures per second", f"{speed:,.0f}", note="median step, whole job"),
+            Tile("waiting for data", percent(wait), "%", "of the time in steps"),
+            Tile("time in steps", *duration(seconds), "without validation and checkpoints"),
+        ]
+    return tiles
+
+
+def layers(records: Records, classes: int) -> dict[str, Any] | None:
+    """Rows and totals of the network; None when its classes or its width are not known."""
+    if not classes or "width" not in records.config:
+        return None
+    try:
+        rows = table(classes=classes, width=records.config["width"])
+    except (ValueError, TypeError):
+        return None
+    most = max(row.parameters for row in rows)
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return {
+        "rows": [LayerRow(a, b, (a.parameters / most, b.parameters / most)) for a, b in pairs],
+        "a": totals(rows[::2]),
+        "b": totals(rows[1::2]),
+        "both": totals(rows),
+    }
+
+
+def class_errors(records: Records) -> dict[str, Any] | None:
+    """Errors by class, worst first, from the evaluation with the most views."""
+    for views in (10, 1):
+        errors = records.evaluations.get(views, {}).get("classes")
+        if errors:
+            ranked = sorted(errors.items(), key=lambda item: (-item[1], item[0]))
+            few = len(ranked) <= FEW_CLASSES
+            groups = [("", ranked)] if few else [("worst", ranked[:ENDS]), ("best", ranked[-ENDS:])]
+            return {"views": views, "groups": groups, "count": len(ranked)}
+    return None
+
+
+def confusion(records: Records, names: Sequence[str]) -> dict[str, Any] | None:
+    """The confusion matrix as counts and their shares of the row (a true class)."""
+    for views in (10, 1):
+        counts = records.evaluations.get(views, {}).get("confusion")
+        if not counts or len(counts) != len(names):
+            continue
+        rows = [
+            (name, [(count, count / max(1, sum(row))) for count in row])
+            for name, row in zip(names, counts, strict=True)
+        ]
+        return {"views": views, "rows": rows, "names": names, "numbered": len(rows) <= NUMBERED}
+    return None
+
+
+def percent(share: float | None) -> str:
+    """A share 0..1 in per cent with one decimal; a dash when it is not known."""
+    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.1f}"
+
+
+def human_bytes(size: float) -> str:
+    """A size in bytes, kB, MB or GB (powers of ten)."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= power:
+            return f"{size / power:.3g} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def duration(seconds: float) -> tuple[str, str]:
+    """Seconds as a number and its unit."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g}", unit
+    return f"{seconds:.0f}", "s"
+
+
+def plain(value: object) -> str:
+    """A setting as a person would write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value in (None, "") else f"{value}"

@@ -1,0 +1,185 @@
+"""Settings: file and flags, who wins, and what the user is told about a mistake."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import FREE, Config, as_toml, differences, parse, read_back
+from pipeline.errors import UsageError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path):
+    """Parse a config file of the given text, with the given flags."""
+
+    def of(text: str, *flags: str) -> Config:
+        path = tmp_path / "some.toml"
+        path.write_text(text, encoding="utf-8")
+        return parse([str(path), "--data", "d", "--run", "r", *flags]).settings
+
+    return of
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(settings):
+    found = settings("width = 0.5\nseed = 3\npair = false", "--seed", "4", "--pair")
+    assert found == Config(width=0.5, seed=4)
+
+
+def test_a_whole_number_will_do_for_a_float(settings):
+    assert settings("lr = 1").lr == 1.0
+
+
+def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(settings):
+    assert settings("steps = 400", "--epochs", "2").total_steps(640) == 10
+    assert settings("epochs = 3.0", "--steps", "7").total_steps(640) == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "words"),
+    [
+        ("widht = 0.5", (), ["some.toml", "'widht'", "did you mean 'width'?"]),
+        ("zzz = 1", (), ["some.toml", "'zzz'", "there are", "batch_size"]),
+        ("width = 'half'", (), ["some.toml", "width", "'half'", "a number"]),
+        ("batch_size = 12.5", (), ["some.toml", "batch_size", "12.5", "a whole number"]),
+        ("batch_size = true", (), ["batch_size", "True", "a whole number"]),
+        ("pair = 1", (), ["pair", "true or false"]),
+        ("dtype = 'float16'", (), ["dtype", "'float16'", "'bfloat16'"]),
+        ("[model]\nwidth = 1", (), ["some.toml", "'model'"]),
+        ("width = ", (), ["some.toml", "is not TOML"]),
+        ("batch_size = 127", (), ["batch_size", "127", "126 or 128"]),
+        ("", ("--replicas", "3"), ["batch_size", "128", "multiple of 6", "126 or 132"]),
+        ("lr = -0.1", (), ["lr", "-0.1", "above 0"]),
+        ("lr = nan", (), ["lr", "nan"]),
+        ("width = inf", (), ["width", "inf", "finite"]),
+        ("momentum = 1.0", (), ["momentum", "1.0", "below 1"]),
+        ("epochs = 0", (), ["epochs", "steps"]),
+        ("keep = 0", (), ["keep", "0"]),
+        ("validate_every = -1", (), ["validate_every", "-1"]),
+    ],
+)
+def test_a_mistake_gets_one_line_with_the_setting_its_value_and_the_way_out(
+    settings, text, flags, words
+):
+    with pytest.raises(UsageError) as caught:
+        settings(text, *flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UsageError, match=r"nowhere\.toml cannot be read \(No such file"):
+        parse(["nowhere.toml", "--data", "d", "--run", "r"])
+
+
+@pytest.mark.parametrize(
+    "argv", [["--data", "d", "--run", "r"], ["x.yaml", "--widht", "1"]], ids=["none", "flag"]
+)
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(argv)
+    assert caught.value.code == 2
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    missing = [f.name for f in fields(Config) if f.name.replace("_", "-") not in shown]
+    assert missing == []
+
+
+def test_the_public_settings_are_these():
+    assert [field.name for field in fields(Config)] == [
+        "width", "seed", "batch_size", "epochs", "steps", "lr", "bias_factor", "lr_drop",
+        "lr_drops", "bias_drop", "bias_drops", "momentum", "weight_decay", "colour", "dtype",
+        "replicas", "pair", "device", "threads", "checkpoint_every", "keep", "validate_every",
+        "max_failures",
+    ]  # fmt: skip
+
+
+positive = st.floats(1e-6, 1e6)
+configs = st.builds(
+    Config,
+    width=positive,
+    seed=st.integers(0, 2**31),
+    batch_size=st.integers(1, 999).map(lambda half: 2 * half),
+    epochs=positive,
+    steps=st.integers(0, 10**7),
+    lr=positive,
+    colour=st.floats(0, 10),
+    dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
+    pair=st.booleans(),
+)
+
+
+@given(configs)
+def test_the_effective_config_reads_back_to_itself(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(as_toml(config, "abc"), encoding="utf-8")
+    assert read_back(path) == (config, "abc")
+    assert parse([str(path), "--data", "d", "--run", "r"]).settings == config
+
+
+@given(st.floats(0.01, 100), st.integers(1, 10**6), st.integers(1, 512).map(lambda n: 2 * n))
+def test_epochs_are_rounded_up_to_whole_steps(epochs, samples, batch_size):
+    steps = Config(epochs=epochs, batch_size=batch_size).total_steps(samples)
+    assert steps >= 1
+    assert steps * batch_size >= epochs * samples * (1 - 1e-9)
+    assert (steps - 1) * batch_size < epochs * samples or steps == 1
+
+
+OTHER = {
+    "width": 0.5, "seed": 1, "batch_size": 256, "epochs": 9.0, "steps": 201, "lr": 0.1,
+    "bias_factor": 1.0, "lr_drop": 10.0, "lr_drops": 2, "bias_drop": 5.0, "bias_drops": 3,
+    "momentum": 0.5, "weight_decay": 0.1, "colour": 0.0, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Config) if f.name not in FREE])
+def test_what_a_run_learns_cannot_change_under_way(field):
+    old = Config(steps=400)
+    new = replace(old, **{field: OTHER[field]})
+    found = differences(old, new, samples=4000)
+    if field == "epochs":  # steps decide, so nothing changes
+        assert found == []
+    elif field == "steps":
+        assert found == ["length in steps: 400 -> 201 (learning rates drop by it)"]
+    else:
+        assert found == [f"{field}: {getattr(old, field)} -> {OTHER[field]}"]
+
+
+def test_how_a_run_is_carried_out_may_change():
+    old = Config()
+    free = {
+        "replicas": 2, "device": "cpu", "pair": False, "threads": 3, "checkpoint_every": 7,
+        "keep": 9, "validate_every": 0, "max_failures": 0,
+    }  # fmt: skip
+    assert set(free) == set(FREE)
+    assert differences(old, replace(old, **free), samples=4000) == []
+
+
+def test_the_length_may_change_where_no_rate_depends_on_it():
+    old = Config(steps=400, lr_drops=1, bias_drops=1)
+    assert differences(old, replace(old, steps=600), samples=4000) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_configs_of_the_repository_are_sound_and_say_what_they_are_for(path):
+    text = path.read_text(encoding="utf-8")
+    parse([str(path), "--data", "d", "--run", "r"])
+    head = text[: text.index("\n\n")]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"python -m cluster.train configs/{path.name} --data" in head
+    assert "hardware" in head
+    assert "expected" in head
+    assert tomllib.loads(text)

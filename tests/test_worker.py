@@ -1,0 +1,222 @@
+"""The training loop, without Ray: one process against a pair, and a cut run against a whole one."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from cluster.config import Config
+from cluster.events import Event, Failed, Finished, Saved, Started
+from cluster.log import NotFinite
+from cluster.place import Place, take_place
+from cluster.worker import rates_at, train
+from model.alexnet import AlexNet
+from model.optim import Sgd2012
+from pipeline.batches import Stream
+
+CONFIG = Config(width=0.125, batch_size=8, steps=6, checkpoint_every=3, validate_every=3, threads=1)
+STEPS = CONFIG.steps
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `train` that the processes of a job make together."""
+
+    config: Config
+    data: Path
+    run: Path
+    cut: Path | None = None
+    """First make `run` what this finished run was at step 3."""
+
+
+def work(rank: int, world: int, size: int, folder: Path, calls: list[Call]) -> None:
+    """One process of a job without Ray."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
+    seats = [tuple(range(start, start + size)) for start in range(0, world, size)]
+    place = take_place(seats, torch.device("cpu"), cores=1)
+    for call in calls:
+        if call.cut and rank == 0:
+            cut_at(3, call.cut, call.run)
+        dist.barrier()
+        train(call.config, call.data, call.run, place, lambda event: None)
+    dist.destroy_process_group()
+
+
+def together(folder: Path, calls: list[Call], world: int = 2, size: int = 2) -> None:
+    """Run `calls` in `world` processes, `size` of them to a replica."""
+    folder.mkdir()
+    for call in calls:
+        call.run.mkdir(exist_ok=True)
+    mp.spawn(work, (world, size, folder, calls), nprocs=world)
+
+
+def alone(config: Config, data: Path, run: Path) -> list[Event]:
+    run.mkdir(exist_ok=True)
+    told: list[Event] = []
+    train(config, data, run, Place(), told.append)
+    return told
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def learned(run: Path, name: str = "metrics.jsonl", first: int = 1) -> list[list[float]]:
+    """What does not depend on the clock, of every row."""
+    names = ("position", "step", "epoch", "loss", "top1_error")
+    return [[row[key] for key in names] for row in rows(run, name) if row["step"] >= first]
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    return load_file(folder / "column-a.safetensors") | load_file(folder / "column-b.safetensors")
+
+
+def cut_at(step: int, whole: Path, run: Path) -> Path:
+    """A run that died some steps after the checkpoint of `step`."""
+    name = f"checkpoints/step-{step:08d}"
+    shutil.copytree(whole / name, run / name)
+    for file in ("metrics.jsonl", "validation.jsonl"):
+        shutil.copy(whole / file, run / file)
+    with (run / "metrics.jsonl").open("a") as half:
+        half.write('{"position": 999, "st')
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole runs `one` and `pair`; the others went on from step 3, as their names say."""
+    root = tmp_path_factory.mktemp("runs")
+    alone(CONFIG, tiny_data, root / "one")
+    cut_at(3, root / "one", root / "pair-after-one")
+    cut_at(3, root / "one", root / "one-again")
+    together(
+        root / "job",
+        [
+            Call(CONFIG, tiny_data, root / "pair"),
+            Call(CONFIG, tiny_data, root / "pair-again", cut=root / "pair"),
+            Call(CONFIG, tiny_data, root / "pair-after-one"),
+        ],
+    )
+    cut_at(3, root / "pair", root / "one-after-pair")
+    alone(CONFIG, tiny_data, root / "one-again")
+    alone(CONFIG, tiny_data, root / "one-after-pair")
+    return root
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "validation.jsonl"])
+def test_a_pair_learns_what_one_process_learns(runs, name):
+    one, pair = learned(runs / "one", name), learned(runs / "pair", name)
+    assert len(one) == {"metrics.jsonl": STEPS, "validation.jsonl": 2}[name]
+    torch.testing.assert_close(torch.tensor(pair), torch.tensor(one), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_ends_with_the_weights_and_velocities_of_one_process(runs):
+    one, pair = weights(runs / "one"), weights(runs / "pair")
+    assert pair.keys() == one.keys()
+    torch.testing.assert_close(pair, one, rtol=1e-3, atol=1e-5)
+    start = AlexNet(classes=4, width=CONFIG.width).column_state()
+    moved = [key for key in start if not torch.equal(start[key], one[f"weights/{key}"])]
+    assert moved == list(start)
+
+
+@pytest.mark.parametrize("layout", ["one", "pair"])
+def test_a_run_cut_at_a_checkpoint_goes_on_as_if_nothing_had_happened(runs, layout):
+    whole, again = runs / layout, runs / f"{layout}-again"
+    assert learned(again) == learned(whole)
+    assert learned(again, "validation.jsonl") == learned(whole, "validation.jsonl")
+    before, after = weights(whole), weights(again)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+@pytest.mark.parametrize(("after", "before"), [("one", "pair"), ("pair", "one")])
+def test_a_run_goes_on_in_the_other_layout(runs, after, before):
+    found, wanted = learned(runs / f"{after}-after-{before}"), learned(runs / before)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+    assert found[:3] == wanted[:3]  # those rows were kept, not made again
+
+
+def test_a_row_says_how_the_step_went(runs):
+    for step, row in enumerate(rows(runs / "pair"), start=1):
+        assert row["step"] == step
+        assert row["position"] == 8 * step
+        assert row["epoch"] == round(8 * step / 48, 4)
+        assert (row["lr"], row["lr_bias"]) == rates_at(CONFIG, step / STEPS)
+        assert row["img_s"] == pytest.approx(8 / row["seconds"], rel=0.01)
+        assert 0 <= row["data_wait"] <= 1
+        assert math.log(4) / 3 < row["loss"] < 40
+
+
+def test_a_pass_over_the_validation_pictures_counts_each_once(runs):
+    (row, _) = rows(runs / "pair", "validation.jsonl")
+    assert row["samples"] == 20
+    assert (row["top1_error"] * 20) == pytest.approx(round(row["top1_error"] * 20), abs=1e-4)
+
+
+def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Data-parallel training in one process, written out: mean gradient of the replicas' slices."""
+    net = AlexNet(classes=4, width=config.width)
+    optimiser = Sgd2012(net.named_parameters())
+    losses = []
+    with Stream(data, batch_size=config.batch_size, threads=1) as stream:
+        for step in range(1, steps + 1):
+            batch = next(stream)
+            total = 0.0
+            optimiser.zero_grad()
+            slices = zip(batch.images.chunk(2), batch.labels.chunk(2), strict=True)
+            for replica, (images, labels) in enumerate(slices):
+                net.set_step(step, replica)
+                logits = net(images)
+                loss = torch.nn.functional.cross_entropy(logits, labels) / 2
+                loss.backward()  # gradients add up
+                total += float(loss.detach())
+            optimiser.step(*rates_at(config, step / config.steps))
+            losses.append(total)
+    return losses, net.column_state()
+
+
+def test_two_replicas_of_two_columns_average_their_gradients(tiny_data, tmp_path):
+    config = replace(CONFIG, replicas=2, steps=3)
+    together(tmp_path / "job", [Call(config, tiny_data, tmp_path / "run")], world=4)
+    losses, state = by_hand(config, tiny_data, steps=3)
+    found = [row["loss"] for row in rows(tmp_path / "run")]
+    assert found == pytest.approx(losses, rel=1e-4)
+    trained = weights(tmp_path / "run", step=3)
+    for key, tensor in state.items():
+        torch.testing.assert_close(trained[f"weights/{key}"], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_watcher_hears_of_start_checkpoints_and_end(tiny_data, tmp_path):
+    told = alone(CONFIG, tiny_data, tmp_path / "run")
+    kinds = [type(event) for event in told]
+    assert (kinds[0], kinds[-1]) == (Started, Finished)
+    assert [event.step for event in told if isinstance(event, Saved)] == [3, 6]
+    assert Failed not in kinds
+    assert told[0].total == STEPS
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(tiny_data, tmp_path):
+    wild = replace(CONFIG, lr=1e30)
+    with pytest.raises(NotFinite, match=r"the loss of step 2 is (nan|inf)"):
+        alone(wild, tiny_data, tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_bfloat16_stays_near_float32_and_keeps_float32_weights(runs, tiny_data, tmp_path):
+    alone(replace(CONFIG, dtype="bfloat16", steps=3), tiny_data, tmp_path / "run")
+    first, exact = rows(tmp_path / "run")[0]["loss"], rows(runs / "one")[0]["loss"]
+    assert first == pytest.approx(exact, rel=0.05)
+    assert first != exact
+    assert {tensor.dtype for tensor in weights(tmp_path / "run", 3).values()} == {torch.float32}
