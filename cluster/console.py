@@ -92,10 +92,11 @@ class Screen:
         start, first = self._first or (now, row["step"])
         done = row["step"] - first
         left = (self._total - row["step"]) * (now - start) / max(1, done)
+        # What matters most comes first: a narrow terminal cuts the end off.
         numbers = (
-            f"epoch {row['epoch']:.2f}  loss {row['loss']:.3f}"
-            f"  top-1 error {row['top1_error']:.1%}  {row['img_s']:,.0f} img/s"
-            f"  waiting for data {row['data_wait']:.0%}  {clock(left)} left"
+            f"loss {row['loss']:.3f}  top-1 error {row['top1_error']:.1%}"
+            f"  {row['img_s']:,.0f} img/s  {clock(left)} left"
+            f"  waiting for data {row['data_wait']:.0%}  epoch {row['epoch']:.2f}"
         )
         if self._live:
             counted = f"{row['step']}/{self._total}  {numbers}"

@@ -180,7 +180,16 @@ def cut(path: Path, step: int) -> None:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            row = _step_of(line)
+            if row is None or row > step:
                 break
             end += len(line)
     os.truncate(path, end)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Step of a whole row; None for anything else."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None

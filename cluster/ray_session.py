@@ -39,6 +39,7 @@ OWN = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+OPENMP = "OMP_WAIT_POLICY"
 SCRATCH = ".ray"
 """Folder in RUN for Ray Train's own notes; gone when the run ends."""
 COLLECTIVE_TIMEOUT_S = 300
@@ -201,6 +202,8 @@ def trainer(job: Job) -> Any:
                 max_failures=job.config.max_failures, controller_failure_limit=LOST_STARTS
             ),
             logging_config=LoggingConfig(log_level="ERROR"),
+            # Needed before torch is loaded there, which is before anything of ours is.
+            worker_runtime_env={"env_vars": {OPENMP: os.environ[OPENMP]}},
         ),
     )
 

@@ -131,7 +131,7 @@ def command() -> Iterator[Callable[..., Command]]:
 
 OURS = re.compile(
     r"\S+tiny\.toml -> |48 pictures, |starting: |going on from |restarted after |stopped; "
-    r"|interrupted|step +\d+  (epoch|validation|checkpoint|done)|\S+ is finished|$"
+    r"|interrupted|step +\d+  (loss|validation|checkpoint|done)|\S+ is finished|$"
 )
 
 
@@ -217,7 +217,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     head = subprocess.Popen(
         [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port",
-            "0", "--num-cpus", "2", "--dashboard-port", str(port), "--temp-dir", str(folder),
+            "0", "--num-cpus", "2", "--dashboard-port", str(port),
+            "--dashboard-agent-listen-port", str(free_port()), "--temp-dir", str(folder),
             "--disable-usage-stats",
         ],
         env=environment,
