@@ -15,6 +15,8 @@ import tyro
 
 from pipeline.errors import UsageError
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+
 DATA_KEY = "data_sha256"
 """The one key of RUN/config.toml that is no setting: SHA-256 of the data set's manifest."""
 
@@ -63,8 +65,8 @@ class Config:
     """Of the weights; biases have none."""
     colour: float = 0.1
     """Standard deviation of the colour draws, in those of the training pictures; 0: none."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What layers compute in (weights stay float32); auto is float32."""
+    dtype: Dtype = "auto"
+    """What layers compute in (weights stay float32); auto: bfloat16 where the hardware has it."""
     replicas: int = 1
     """Copies of the network, each with its share of the batch."""
     pair: bool = True
@@ -110,6 +112,11 @@ class Config:
     def halves(self) -> int:
         """Parts a batch is cut into: a half for each column of each replica."""
         return 2 * self.replicas
+
+    @property
+    def size(self) -> int:
+        """Workers per replica: a pair, or one with both columns."""
+        return 2 if self.pair else 1
 
     def _batch_hint(self) -> str:
         below = self.batch_size // self.halves * self.halves

@@ -1,4 +1,4 @@
-"""The third door: errors of a trained network on every picture of a split, once each.
+"""After training: errors of a trained network on every picture of a split, once each.
 
     python -m cluster.evaluate RUN --data DATA [--views 1|10] [--json]
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import tyro
 
 from cluster.checkpoint import Found, load, newest
+from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import read_back
 from cluster.events import Event, Warned
 from cluster.run_folder import CHECKPOINTS, CONFIG
@@ -90,6 +91,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     manifest = Manifest.load(options.data)
     manifest.split(options.split, options.data)
     device = _device(options.device)
+    keep_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = AlexNet(classes=_classes(found, manifest, options), width=config.width).to(device)
     load(found.path, net)
@@ -102,7 +104,8 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         view=view,
         once=True,
     )
-    counts, seconds = _count(net, stream, options, device)
+    with autocast(compute_dtype(config.dtype, device), device):
+        counts, seconds = _count(net, stream, options)
     return {
         "views": options.views,
         "split": options.split,
@@ -138,9 +141,7 @@ class Counts:
         self.confusion += flat.view(self.classes, self.classes)
 
 
-def _count(
-    net: AlexNet, stream: Stream, options: Evaluate, device: torch.device
-) -> tuple[Counts, float]:
+def _count(net: AlexNet, stream: Stream, options: Evaluate) -> tuple[Counts, float]:
     counts = Counts(net.classes)
     start = time.perf_counter()
     what = f"evaluating, {options.views} view{'s' if options.views > 1 else ''}"

@@ -134,7 +134,7 @@ def place_workers(config: Config) -> Plan:
         if node["Alive"]
     ]
     gpu = config.device == "gpu" or (config.device == "auto" and any(node.gpus for node in nodes))
-    return plan(nodes, replicas=config.replicas, size=2 if config.pair else 1, gpu=gpu)
+    return plan(nodes, replicas=config.replicas, size=config.size, gpu=gpu)
 
 
 class Training:

@@ -77,7 +77,7 @@ def train_with_ray(config: Config, data: Path, folder: Path, screen: Screen) -> 
     aside = io.StringIO()  # what Ray has to say on stdout
     first: Failed | None = None
     try:
-        with redirect_stdout(aside), session(workers=2 * config.replicas):
+        with redirect_stdout(aside), session(workers=config.size * config.replicas):
             training = Training(config, data, folder, place_workers(config))
             for event in training.events():
                 if isinstance(event, Started):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoints
+from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
 from cluster.events import Finished, Started, Tell
 from cluster.feed import Feed, Whole
@@ -41,6 +42,7 @@ def train(config: Config, data: Path, run: Path, place: Place, tell: Tell) -> No
         NotFinite: the loss is no number any more; all processes raise it.
         DataError, SetupError: from the stream.
     """
+    keep_memory()
     torch.set_num_threads(place.cores)
     manifest = Manifest.load(data)
     samples = manifest.split("train", data).samples
@@ -120,15 +122,9 @@ def validate(net: AlexNet, config: Config, data: Path, place: Place) -> dict[str
 
 def net_output(net: AlexNet, batch: Whole, config: Config, place: Place) -> Tensor:
     """Return the logits, float32 [b, classes]."""
-    dtype = compute_dtype(config)
-    with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(compute_dtype(config.dtype, place.device), place.device):
         logits: Tensor = net(batch.images.float())
     return logits.float()
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    """Return what layers compute in."""
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
 def open_stream(
@@ -178,10 +174,9 @@ def describe(config: Config, place: Place) -> str:
     many = "workers" if place.world_size > 1 else "worker"
     threads = f"{place.cores} thread{'s' if place.cores > 1 else ''}"
     return (
-        f"{place.world_size} {many} ({each}, {threads}), {device}, {compute_dtype(config)}".replace(
-            "torch.", ""
-        )
-    )
+        f"{place.world_size} {many} ({each}, {threads}), {device}, "
+        f"{compute_dtype(config.dtype, place.device)}"
+    ).replace("torch.", "")
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -20,7 +20,9 @@ from pipeline.batches import Stream
 from pipeline.errors import UsageError
 from pipeline.manifest import Manifest, identity
 
-CONFIG = Config(width=0.125, batch_size=8, steps=4, checkpoint_every=4, validate_every=4)
+CONFIG = Config(
+    dtype="float32", width=0.125, batch_size=8, steps=4, checkpoint_every=4, validate_every=4
+)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from tests.test_worker import Call, together
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 80
 SETTINGS = {
+    "dtype": "float32",
     "width": 0.125,
     "batch_size": 8,
     "steps": STEPS,
@@ -41,7 +42,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text("".join(f"{key} = {value}\n" for key, value in SETTINGS.items()))
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items()))
     return path
 
 

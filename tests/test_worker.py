@@ -23,7 +23,15 @@ from model.alexnet import AlexNet
 from model.optim import Sgd2012
 from pipeline.batches import Stream
 
-CONFIG = Config(width=0.125, batch_size=8, steps=6, checkpoint_every=3, validate_every=3, threads=1)
+CONFIG = Config(
+    dtype="float32",
+    width=0.125,
+    batch_size=8,
+    steps=6,
+    checkpoint_every=3,
+    validate_every=3,
+    threads=1,
+)
 STEPS = CONFIG.steps
 
 
