@@ -61,15 +61,20 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def processes(mark: str, title: str = "") -> list[int]:
     """Living processes that were started, however indirectly, with `mark` in their environment."""
-    found = []
+    parents, titles, ours = {}, {}, set()
     for folder in Path("/proc").iterdir():
         try:
-            ours = mark.encode() in (folder / "environ").read_bytes().split(b"\0")
-            if ours and title.encode() in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
+            pid = int(folder.name)
+            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[pid] = (folder / "cmdline").read_bytes()
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                ours.add(pid)
         except (OSError, ValueError):
             continue
-    return found
+    # Processes that Ray gives a title lose their environment by it; their parents have theirs.
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return [pid for pid in ours if title.encode() in titles.get(pid, b"")]
 
 
 def end_processes(mark: str) -> None:
