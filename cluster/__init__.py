@@ -2,22 +2,23 @@
 
 Read in this order:
 
-    worker      the training loop (start here)
-    place       where this process stands in the job, and what the processes say to each other
-    feed        two halves of a batch become the whole batch
-    checkpoint  both columns on disk, whole or not at all
-    log         metrics.jsonl, validation.jsonl
-    events      what a worker tells the driver
-    config      every setting, from file and flags
-    topology    which worker is which column, on which node (pure)
-    run_folder  what RUN holds, and whether the run in it may be continued
-    ray_session workers started, watched and restarted by Ray
-    console     what the user sees
-    train       entry: python -m cluster.train
-    evaluate    entry: python -m cluster.evaluate
-    report      entry: python -m cluster.report
+    worker           the training loop (start here)
+    place            where this process stands in the job, and what the processes say to each other
+    feed             two halves of a batch become the whole batch
+    compute          the type to compute in, and memory that is not given back
+    checkpoint       both columns on disk, whole or not at all
+    log              metrics.jsonl, validation.jsonl
+    events           what a worker tells the driver
+    config           every setting, from file and flags
+    topology         which worker is which column, on which node (pure)
+    run_folder       what RUN holds, and whether the run in it may be continued
+    ray_session      workers started, watched and restarted by Ray; the only file that knows Ray
+    console          what the user sees
+    train *          the second door: python -m cluster.train
+    evaluate *       errors on every picture of a split, with one view or ten
+    report *         RUN/report.html, from files only (a package of its own)
 
-Everything below `ray_session` runs without Ray.
+`*` is run as `python -m cluster.<name>`.
 """
 
 import os

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from cluster.checkpoint import Checkpoints
 from cluster.place import Place
-from cluster.report import report
-from cluster.report_pictures import KERNEL_SCALE
+from cluster.report.page import report
+from cluster.report.pictures import KERNEL_SCALE
 from cluster.run_folder import Mark
 from model.alexnet import AlexNet
 from model.optim import Sgd2012

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cluster.report_pictures import KERNEL_SCALE, mosaic, tile
+from cluster.report.pictures import KERNEL_SCALE, mosaic, tile
 from pipeline.batches import Stream
 from pipeline.manifest import Manifest
 from pipeline.pixel_stats import Statistics

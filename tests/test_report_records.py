@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.run_records import read_records, read_series
+from cluster.report.records import read_records, read_series
 from pipeline.errors import UsageError
 
 

@@ -1,6 +1,6 @@
 """Numbers of the report, as a person writes them."""
 
-from cluster.report_numbers import duration, human_bytes, percent, plain
+from cluster.report.tables import duration, human_bytes, percent, plain
 
 
 def test_numbers_as_a_person_writes_them() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.charts import (
+from cluster.report.charts import (
     BUCKETS,
     Axis,
     Chart,
@@ -21,7 +21,7 @@ from cluster.charts import (
     smooth,
     window_of,
 )
-from cluster.run_records import Floats, Records, Series
+from cluster.report.records import Floats, Records, Series
 
 MOST_MARKS = 12  # a rate that changes more often than this is a slope, not drops
 SAME_RATE = 0.01

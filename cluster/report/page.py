@@ -21,8 +21,17 @@ import tyro
 
 from cluster.checkpoint import Found
 from cluster.log import METRICS
-from cluster.report_curves import curves
-from cluster.report_numbers import (
+from cluster.report.curves import curves
+from cluster.report.pictures import (
+    Kernels,
+    Sample,
+    Unavailable,
+    first_kernels,
+    mosaic,
+    newest_checkpoint,
+)
+from cluster.report.records import Records, read_records
+from cluster.report.tables import (
     class_errors,
     confusion,
     error_tiles,
@@ -33,16 +42,7 @@ from cluster.report_numbers import (
     plain,
     run_tiles,
 )
-from cluster.report_pictures import (
-    Kernels,
-    Sample,
-    Unavailable,
-    first_kernels,
-    mosaic,
-    newest_checkpoint,
-)
-from cluster.run_records import Records, read_records
-from pipeline.errors import DuetError, UsageError, run
+from pipeline.errors import DuetError, UsageError
 from pipeline.files import sealed
 from pipeline.manifest import Manifest, identity
 
@@ -90,7 +90,7 @@ def render(records: Records, data: Path | None) -> str:
     samples, samples_note = _mosaic(data, records)
     found, kernels, kernels_note = _kernels(records)
     names = _class_names(records, manifest, found)
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         title=records.run.resolve().name,
         lead=lead(records, manifest),
         errors=error_tiles(records),
@@ -169,7 +169,3 @@ def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m cluster.report")
     sys.stdout.write(f"{report(options.run, options.data)}\n")
     return 0
-
-
-if __name__ == "__main__":
-    run(main)

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.charts import BUCKETS, SIDE, Axis, axis_to, dots, line, short, smooth, thin, window_of
+from cluster.report.charts import (
+    BUCKETS,
+    SIDE,
+    Axis,
+    axis_to,
+    dots,
+    line,
+    short,
+    smooth,
+    thin,
+    window_of,
+)
 
 
 @settings(deadline=None)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.charts import short
-from cluster.run_records import Records
+from cluster.report.charts import short
+from cluster.report.records import Records
 from model.summary import Row, table, totals
 from pipeline.manifest import Manifest
 

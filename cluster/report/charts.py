@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cluster.run_records import Floats
+from cluster.report.records import Floats
 
 SIDE = 1000  # units of the square; y points down, as in SVG
 BUCKETS = 500
