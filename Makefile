@@ -8,6 +8,8 @@ CUDA   ?= 13
 TRAIN  ?=
 VAL    ?=
 HOLDOUT ?= 0.1
+# More flags for cluster.train, for example --no-pair on a machine with one GPU.
+FLAGS  ?=
 
 ifeq ($(strip $(TRAIN)),)
 NAME   ?= demo
@@ -30,6 +32,7 @@ help:
 	@echo 'make train                        draw a demo set, pack, train, evaluate, report'
 	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own pictures (VAL, or HOLDOUT=0.1)'
 	@echo '           [CONFIG=configs/narrow.toml] [DATA=data/NAME] [RUN=runs/NAME]'
+	@echo '           [FLAGS="flags of cluster.train"], for example --no-pair with a single GPU'
 	@echo 'make test                         lint, types, import rules, tests'
 	@echo 'make format                       let ruff format and fix'
 	@echo 'make clean                        remove caches (data/, runs/ and .venv stay)'
@@ -56,7 +59,7 @@ ifeq ($(strip $(TRAIN)),)
 else
 	@$(py) -m pipeline.build_shards $(DATA) --train $(TRAIN) $(if $(strip $(VAL)),--val $(VAL),--holdout $(HOLDOUT))
 endif
-	@$(py) -m cluster.train $(CONFIG) --data $(DATA) --run $(RUN)
+	@$(py) -m cluster.train $(CONFIG) --data $(DATA) --run $(RUN) $(FLAGS)
 	@$(py) -m cluster.evaluate $(RUN) --data $(DATA) --views 1
 	@$(py) -m cluster.evaluate $(RUN) --data $(DATA) --views 10
 	@$(py) -m cluster.report $(RUN) --data $(DATA)

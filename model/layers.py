@@ -14,9 +14,12 @@ LRN_ALPHA = 1e-4
 LRN_BETA = 0.75
 LRN_K = 2.0
 
-# Numbers worked on at a time on a CPU: few enough that all intermediate values stay in the cache,
-# which makes the layer 2 to 3 times as fast as going over the whole batch operation by operation.
+# Numbers worked on at a time on a CPU. One thread: few enough that all intermediate values stay in
+# its cache, which makes the layer 2 to 3 times as fast as going over the whole batch operation by
+# operation. Several threads: enough for each to outweigh waking it for every operation (with two
+# threads a whole evaluation is 1.7 times as fast as with the small chunk).
 _CHUNK = 150_000
+_CHUNK_PER_THREAD = 600_000
 
 
 def local_response_norm(x: Tensor, columns: int = 1) -> Tensor:
@@ -103,7 +106,9 @@ class _Window:
             view = x.view(-1, self.maps, x.shape[2] * x.shape[3])
         if x.device.type != "cpu":
             return (view,)
-        return view.split(max(1, _CHUNK // max(1, view[0].numel())))
+        threads = torch.get_num_threads()
+        chunk = _CHUNK if threads == 1 else _CHUNK_PER_THREAD * threads
+        return view.split(max(1, chunk // max(1, view[0].numel())))
 
     def sum(self, part: Tensor) -> Tensor:
         """Each number's sum over its window, alpha/size times."""
