@@ -69,7 +69,8 @@ def main() -> None:
         for dtype, found in rates.items():
             found.append(setup.batch_size / step_seconds(setup, dtype, device))
     for dtype, found in rates.items():
-        print(f"{dtype}  {statistics.median(found):7.1f} img/s  ({min(found):.1f} to {max(found):.1f})")
+        median, low, high = statistics.median(found), min(found), max(found)
+        print(f"{dtype}  {median:7.1f} img/s  ({low:.1f} to {high:.1f})")
 
 
 if __name__ == "__main__":

@@ -92,13 +92,23 @@ class Decoder:
             DecodeFailure: a picture could not be decoded; its whole batch is lost.
         """
         try:
-            (pixels,) = self._pipe.run()
+            return run_on_current_stream(self._pipe)
         except RuntimeError as error:
             if (place := re.search(r"[Ff]ailed to decode sample #(\d+)", str(error))) is None:
                 raise
             raise DecodeFailure(int(place.group(1))) from error
-        tensor: torch.Tensor = from_dlpack(pixels.as_tensor())
-        return tensor
+
+
+def run_on_current_stream(pipe: Pipeline) -> torch.Tensor:
+    """Run a pipeline of one output and return it without a copy.
+
+    GPU memory goes back to DALI when the tensor dies, while kernels that read it may still be
+    queued: DALI waits for those on torch's current stream, because it is told of that stream here.
+    """
+    stream = None if pipe.device_id is None else torch.cuda.current_stream()
+    (output,) = pipe.run(stream)  # positional only
+    tensor: torch.Tensor = from_dlpack(output.as_tensor())
+    return tensor
 
 
 def pixels_of(

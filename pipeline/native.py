@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
-from torch.utils.dlpack import from_dlpack
 
-from pipeline.decode import Device, pixels_of
+from pipeline.decode import Device, pixels_of, run_on_current_stream
 from pipeline.manifest import Manifest
 from pipeline.pixel_stats import Statistics
 
@@ -50,6 +49,4 @@ class NativeReader:
 
     def __next__(self) -> torch.Tensor:
         """Return the next batch of pixels, [b, 3, 224, 224]."""
-        (pixels,) = self._pipe.run()
-        tensor: torch.Tensor = from_dlpack(pixels.as_tensor())
-        return tensor
+        return run_on_current_stream(self._pipe)
