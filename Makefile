@@ -15,8 +15,9 @@ ifeq ($(strip $(TRAIN)),)
 NAME   ?= demo
 CONFIG ?= configs/demo.toml
 else
-# .../cifar10/train -> cifar10
-NAME   ?= $(or $(notdir $(patsubst %/,%,$(dir $(patsubst %/,%,$(TRAIN))))),own)
+# cifar10/train -> cifar10, pictures -> pictures, archive.tar -> archive
+folder := $(abspath $(TRAIN))
+NAME   ?= $(or $(basename $(filter-out train,$(notdir $(folder)))),$(notdir $(patsubst %/,%,$(dir $(folder)))),own)
 CONFIG ?= configs/narrow.toml
 endif
 DATA   ?= data/$(NAME)

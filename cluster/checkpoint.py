@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cluster.events import Saved, Tell, Warned
 from cluster.place import Place
-from cluster.run_folder import CHECKPOINTS, Mark, checkpoints_in
+from cluster.run_folder import CHECKPOINTS, Mark, checkpoints_in, step_of
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
 from pipeline.errors import DataError
@@ -96,7 +96,7 @@ class Checkpoints:
 
     def _clear(self, partial: Path) -> None:
         """Make an empty folder; whatever a crash left under such a name goes."""
-        for left in self._folder.glob(f"*{PARTIAL}"):
+        for left in self._folder.glob(f"step-*{PARTIAL}/"):
             shutil.rmtree(left)
         partial.mkdir(parents=True)
 
@@ -125,8 +125,19 @@ class Checkpoints:
             shutil.rmtree(final)
         partial.rename(final)
         sync_folder(self._folder)
-        for old in checkpoints_in(self._folder)[self._keep :]:
-            shutil.rmtree(old)
+        for path in superfluous(checkpoints_in(self._folder), mark.step, self._keep):
+            shutil.rmtree(path)
+
+
+def superfluous(newest_first: list[Path], step: int, keep: int) -> list[Path]:
+    """Return which checkpoints to delete now that the one of `step` is complete.
+
+    Later ones are damaged: had they been sound, the run would have gone on from them. They must
+    not count among the `keep` that stay.
+    """
+    later = [path for path in newest_first if step_of(path) > step]
+    sound = [path for path in newest_first if step_of(path) <= step]
+    return later + sound[keep:]
 
 
 def state_of(net: AlexNet, optimiser: Sgd2012) -> dict[str, Tensor]:

@@ -21,7 +21,11 @@ def compute_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
     (1.5 to 1.9 times as fast a step as float32 on the latter). Other CPUs only emulate it.
     """
     if wanted == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _has_amx()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else _has_amx()
+        )
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 

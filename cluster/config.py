@@ -30,7 +30,8 @@ FREE = (
     "validate_every",
     "max_failures",
 )
-"""Settings that may change when a run is continued: they do not change what is learned."""
+"""Settings that may change when a run is continued. None changes the pictures or their order;
+`replicas` changes the dropout masks, and it and `pair` the rounding of sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,22 +172,20 @@ def parse(argv: Sequence[str]) -> Command:
         SystemExit: code 2 for a wrong flag, 0 for --help (tyro has spoken).
     """
     user = list(argv)
-    path = next((Path(word) for word in user if word.endswith(".toml")), None)
-    flags = []
-    if path is not None and not {"--help", "-h"} & set(user):
-        table = load(path)
-        given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in user}
-        if given & set(LENGTH):  # the file's other way to give the length must not win
-            table = {key: value for key, value in table.items() if key not in LENGTH}
-        flags = [flag for key, value in table.items() for flag in as_flag(key, value)]
-    raw = tyro.cli(
-        _Raw, args=[*flags, *user], prog="python -m cluster.train", description=Command.__doc__
-    )
+    table = load(_read(user).config)
+    given = {word.split("=")[0] for word in user}
+    if given & {f"--{name}" for name in LENGTH}:  # the file's other way to say it must not win
+        table = {key: value for key, value in table.items() if key not in LENGTH}
+    raw = _read([*(flag for key, value in table.items() for flag in as_flag(key, value)), *user])
     try:
         settings = Config(**asdict(raw.settings))
     except ValueError as error:
         raise UsageError(f"{error} ({raw.config} and the flags given)") from error
     return Command(config=raw.config, data=raw.data, run=raw.run, settings=settings)
+
+
+def _read(words: list[str]) -> _Raw:
+    return tyro.cli(_Raw, args=words, prog="python -m cluster.train", description=Command.__doc__)
 
 
 def load(path: Path) -> dict[str, Any]:

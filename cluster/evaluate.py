@@ -30,7 +30,7 @@ from model.alexnet import AlexNet
 from model.evaluate import errors, view_probabilities
 from pipeline.batches import Stream
 from pipeline.errors import SetupError, UsageError, run
-from pipeline.files import sealed
+from pipeline.files import sealed, writable_folder
 from pipeline.manifest import Manifest
 from pipeline.progress import Progress
 
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     options = tyro.cli(Evaluate, args=argv, prog="python -m cluster.evaluate")
+    _settings(options.run)
+    writable_folder(options.run, "run folder")
     result = evaluate(options)
     path = options.run / f"evaluation-{options.views}.json"
     with sealed(path) as file:

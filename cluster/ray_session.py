@@ -218,10 +218,10 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     try:
         place = find_place(job.plan)
         where = str(place)
-        if place.leads:
-            write_machine(job.run, place.world_size)
         if not job.run.is_dir():
             raise SetupError(f"{job.run} is not on every node; name a --run on shared storage")
+        if place.leads:
+            write_machine(job.run, place.world_size)
         train(job.config, job.data, job.run, place, job.events.actor.put_nowait.remote)
     except Exception as error:
         job.events.put(as_failed(error, where))

@@ -5,7 +5,10 @@ RUN/machine.json         processor, memory, GPUs, versions
 RUN/metrics.jsonl        a row a step                       (log.py)
 RUN/validation.jsonl     a row a validation                 (log.py)
 RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)
+RUN/evaluation-*.json    errors with 1 or 10 views            (evaluate.py)
+RUN/report.html          all of it on one page               (report)
 RUN/error.log            traceback of the last failure, if there was one
+RUN/.lock, RUN/.ray      held while a training runs; Ray Train's own notes, gone when it ends
 """
 
 from __future__ import annotations
@@ -81,24 +84,29 @@ def settle(run: Path, config: Config, data_sha256: str, samples: int, step: int)
                 f"run folder {run} holds a run at step {step} with other settings "
                 f"({'; '.join(differ)}); use these again, or another --run"
             )
+    if path.exists() and step >= config.total_steps(samples):
+        return  # nothing will be trained with these settings
     with sealed(path) as file:
         file.write(as_toml(config, data_sha256).encode())
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The sealed checkpoints of RUN/checkpoints, newest first; their bytes are not looked at."""
-    found = [path for path in folder.glob("step-*") if _step(path) is not None]
-    return sorted(found, key=lambda path: _step(path) or 0, reverse=True)
+    return sorted(
+        (path for path in folder.glob("step-*") if path.name[5:].isdecimal()),
+        key=step_of,
+        reverse=True,
+    )
 
 
 def reached(run: Path) -> int:
     """Step of the newest checkpoint of a run; 0 if there is none."""
-    return next((_step(path) or 0 for path in checkpoints_in(run / CHECKPOINTS)), 0)
+    return next((step_of(path) for path in checkpoints_in(run / CHECKPOINTS)), 0)
 
 
-def _step(path: Path) -> int | None:
-    number = path.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else None
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of one of `checkpoints_in`."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def write_machine(run: Path, workers: int) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from cluster.config import Command, Config, parse
 from cluster.console import Screen
 from cluster.events import Failed, Started
-from cluster.run_folder import ERRORS, held, reached, settle
-from pipeline.errors import DuetError, run
+from cluster.run_folder import CHECKPOINTS, ERRORS, held, reached, settle
+from pipeline.errors import DuetError, UsageError, run
 from pipeline.manifest import Manifest, identity
 
 DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
@@ -37,12 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     config, data, folder = command.settings, command.data.resolve(), command.run.resolve()
     manifest = Manifest.load(data)
     samples = manifest.split("train", data).samples
-    if config.validate_every:
-        manifest.split("val", data)
+    check(command, manifest)
     with held(folder), Screen() as screen:
         step, total = reached(folder), config.total_steps(samples)
         settle(folder, config, identity(data), samples, step)
-        if step >= total:
+        if step >= total and sound(folder, total, screen):
             screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
             return 0
         screen.say(summary(command, manifest, total))
@@ -52,6 +51,33 @@ def main(argv: list[str] | None = None) -> int:
             screen.say(f"stopped; the same command goes on from step {reached(folder)}")
             raise
     return 0
+
+
+def check(command: Command, manifest: Manifest) -> None:
+    """Refuse, before anything has started, what the workers would refuse after half a minute.
+
+    Raises:
+        UsageError: there is nothing to validate on, or no such network.
+    """
+    if command.settings.validate_every and "val" not in manifest.splits:
+        raise UsageError(
+            f"data set {command.data} has no split 'val'; build it with --val or --holdout, "
+            "or train with --validate-every 0"
+        )
+    from model.alexnet import stages  # here: a wrong command is refused before torch is loaded
+
+    try:
+        stages(len(manifest.classes), command.settings.width)
+    except ValueError as error:
+        raise UsageError(f"{error} ({command.config} and the flags given)") from error
+
+
+def sound(folder: Path, total: int, screen: Screen) -> bool:
+    """Whether the last checkpoint of a run that looks finished can be read, byte for byte."""
+    from cluster.checkpoint import newest
+
+    found = newest(folder / CHECKPOINTS, screen.show)
+    return found is not None and found.mark.step >= total
 
 
 def summary(command: Command, manifest: Manifest, total: int) -> str:

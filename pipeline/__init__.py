@@ -8,6 +8,7 @@ The files in the order the bytes flow (each may import only those before it):
     picture         one encoded picture -> a 256x256 JPEG (or the reason why not)
     pixel_stats     mean picture, channel mean and colour covariance of a training set
     manifest        what a sealed data set is: splits, shards, classes, hashes
+    plan            the settings of a build, and which picture goes where
     shards          write, index and seal one tar shard
     build_shards *  the first door: sources -> a sealed data set
     verify *        a sealed data set against its own manifest

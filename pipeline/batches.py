@@ -15,7 +15,7 @@ import torch
 
 from pipeline.augment import BORDER, CROP, draw, tint
 from pipeline.decode import DecodeFailure, Decoder, Device, Feed, fraction
-from pipeline.errors import DataError, SetupError
+from pipeline.errors import DataError
 from pipeline.order import Slots, share, shuffled
 from pipeline.picture import SIZE
 from pipeline.pixel_stats import Statistics
@@ -109,8 +109,6 @@ class Stream:
                 f"out of range: batch_size={batch_size} (at least world_size={world_size}), "
                 f"prefetch={prefetch}, position={position}, seed={seed}, colour={colour}"
             )
-        if device == "gpu" and not torch.cuda.is_available():
-            raise SetupError("device gpu needs a CUDA device, and torch sees none; use cpu")
         path = Path(data)
         self._storage = Storage(path, split)
         statistics = Statistics.load(path)
@@ -185,7 +183,6 @@ class Stream:
         """Plan the next batch and return what the graph needs for it; called ahead of need."""
         slots, weights = self._slots()
         ids = slots.ids
-        # Nothing is counted as planned until it has been read: an error may be caught and retried.
         jpegs = self._storage.read(ids)
         feed = self._draws(slots, jpegs)
         self._position += self._batch_size

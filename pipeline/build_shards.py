@@ -10,76 +10,31 @@ listed in OUT/rejects.jsonl. Running the same command again on a finished set do
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
 
 from pipeline.errors import DuetError, UsageError, run
-from pipeline.files import PARTIAL, sealed, writable_folder
+from pipeline.files import claimed, sealed, writable_folder
 from pipeline.manifest import NAME as MANIFEST
 from pipeline.manifest import Manifest, Shard, Split
 from pipeline.picture import PictureError, encode, square
-from pipeline.pixel_stats import NAME as STATS
 from pipeline.pixel_stats import Statistics, Sums
+from pipeline.plan import Build, Plan, make_plan
 from pipeline.progress import Progress
-from pipeline.shards import Index, index_name, save_index, write_shard
-from pipeline.sources import Picture, Reject, Source, read, scan
+from pipeline.shards import Index, save_index, write_shard
+from pipeline.sources import WHOLE_FILE, Picture, Reject, read
 
 REJECTS = "rejects.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Build:
-    """Pack pictures into WebDataset tar shards that Duet, DALI and webdataset all read."""
-
-    out: Annotated[Path, tyro.conf.Positional]
-    """Folder of the data set; created if need be."""
-    train: Path
-    """Training pictures: a folder per class, a tar per class, or one tar of either."""
-    val: Path | None = None
-    """Validation pictures, laid out like the training ones."""
-    holdout: float = 0.0
-    """Without --val: the share of each class's training pictures to keep for validation."""
-    seed: int = 0
-    """Seed of the shuffle over each split (and of what is held out)."""
-    samples_per_shard: int = 1000
-    """Samples in each shard but the last."""
-    quality: int = 90
-    """JPEG quality of the stored 256x256 pictures, 1..100."""
-    workers: int = len(os.sched_getaffinity(0))
-    """Processes that decode and encode."""
-    json: bool = False
-    """Print one JSON object about the finished set on stdout."""
-
-    def check(self) -> None:
-        """Refuse values that cannot work, each in one line (UsageError)."""
-        for name, low, high in (
-            ("samples_per_shard", 1, 100_000),
-            ("quality", 1, 100),
-            ("workers", 1, 1024),
-            ("seed", 0, 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} {value} is out of range; give {low} to {high}")
-        if not 0 <= self.holdout < 1:
-            raise UsageError(f"--holdout {self.holdout} is out of range; give 0 to below 1")
-        if self.val is not None and self.holdout:
-            raise UsageError("--val and --holdout exclude each other; give one of them")
 
 
 @dataclass
@@ -109,75 +64,26 @@ def build(options: Build) -> Manifest:
         UsageError: the source or OUT will not do.
         DuetError: a worker died, or no picture of a class could be read.
     """
-    options.check()
-    splits, classes, rejects = _plan(options)
-    plan = _fingerprint(options, splits, classes)
-    if (done := _finished(options.out, plan)) is not None:
+    plan = make_plan(options)
+    if (done := _finished(options.out, plan.fingerprint)) is not None:
         return done
     writable_folder(options.out, "data set folder")
-    _clean(options.out)
-    built, jobs = [], list(_jobs(splits, options.samples_per_shard))
+    with claimed(options.out):
+        return _seal(options, plan, _pack(options, plan))
+
+
+def _pack(options: Build, plan: Plan) -> list[_Built]:
+    """Build every shard; the results come in the order of their names."""
+    built, left_out = [], len(plan.rejects)
+    jobs = list(_jobs(plan.splits, options.samples_per_shard))
     pictures = sum(len(job.pictures) for job in jobs)
     with Progress("packing", total=pictures, unit="img") as progress:
         for one in _run(jobs, options):
             built.append(one)
+            left_out += len(one.rejects)
             progress.advance(one.shard.samples + len(one.rejects))
-            progress.note(f"{len(rejects) + sum(len(b.rejects) for b in built)} left out")
-    built.sort(key=lambda one: one.shard.name)
-    rejects += [reject for one in built for reject in one.rejects]
-    return _seal(options, plan, classes, built, rejects)
-
-
-def _plan(options: Build) -> tuple[dict[str, list[Picture]], tuple[str, ...], list[Reject]]:
-    """Return the pictures of each split in stored order, the classes, and what is left out."""
-    sources: dict[str, Source] = {"train": scan(options.train)}
-    classes = sources["train"].classes
-    if options.val is not None:
-        sources["val"] = scan(options.val, classes)
-    rejects = [reject for source in sources.values() for reject in source.rejects]
-    splits = {name: source.pictures for name, source in sources.items()}
-    if options.holdout:
-        splits["train"], splits["val"] = _hold_out(splits["train"], options)
-    return (
-        {name: _shuffled(pictures, options.seed, name) for name, pictures in splits.items()},
-        classes,
-        rejects,
-    )
-
-
-def _hold_out(pictures: list[Picture], options: Build) -> tuple[list[Picture], list[Picture]]:
-    """Split each class's pictures by a seeded draw; every class keeps one in each part."""
-    parts: tuple[list[Picture], list[Picture]] = ([], [])
-    labels = np.array([picture.label for picture in pictures])
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        if len(places) < 2:
-            raise UsageError(
-                f"--holdout needs two pictures a class; class number {label} "
-                f"of {options.train} has one"
-            )
-        count = min(len(places) - 1, max(1, round(len(places) * options.holdout)))
-        drawn = np.random.default_rng([options.seed, int(label)]).permutation(places)
-        parts[1].extend(pictures[place] for place in sorted(drawn[:count]))
-        parts[0].extend(pictures[place] for place in sorted(drawn[count:]))
-    return parts
-
-
-def _shuffled(pictures: list[Picture], seed: int, split: str) -> list[Picture]:
-    order = np.random.default_rng([seed, *split.encode()]).permutation(len(pictures))
-    return [pictures[place] for place in order]
-
-
-def _fingerprint(options: Build, splits: dict[str, list[Picture]], classes: Sequence[str]) -> str:
-    """Hash everything the bytes of the shards depend on, but the pictures' contents."""
-    digest = hashlib.sha256()
-    settings = (options.seed, options.samples_per_shard, options.quality, list(classes))
-    digest.update(json.dumps(settings).encode())
-    for name, pictures in splits.items():
-        digest.update(name.encode())
-        for picture in pictures:
-            digest.update(repr(picture).encode())
-    return digest.hexdigest()
+            progress.note(f"{left_out} left out")
+    return sorted(built, key=lambda one: one.shard.name)
 
 
 def _finished(out: Path, plan: str) -> Manifest | None:
@@ -190,19 +96,6 @@ def _finished(out: Path, plan: str) -> Manifest | None:
             f"{out} holds a finished data set of other pictures or settings; name another folder"
         )
     return manifest
-
-
-def _clean(out: Path) -> None:
-    """Remove what an unfinished build left; refuse a folder that holds anything else."""
-    ours = re.compile(r"(train|val)-\d{6}\.(tar|idx)$|.*" + re.escape(PARTIAL) + "$")
-    known = {STATS, REJECTS, index_name("train"), index_name("val")}
-    for path in sorted(out.iterdir()):
-        if not (ours.match(path.name) or path.name in known):
-            raise UsageError(
-                f"{out} holds {path.name}, which is no part of a data set; name an empty folder"
-            )
-    for path in out.iterdir():
-        path.unlink()
 
 
 def _jobs(splits: dict[str, list[Picture]], samples_per_shard: int) -> Iterator[_Job]:
@@ -248,7 +141,7 @@ def _build_shard(out: Path, job: _Job, quality: int) -> _Built:
     def samples() -> Iterator[tuple[bytes, int]]:
         for picture in job.pictures:
             try:
-                pixels = square(read(picture))
+                pixels = square(_bytes(picture))
             except PictureError as error:
                 rejects.append(Reject(picture.name, str(error)))
                 continue
@@ -260,22 +153,31 @@ def _build_shard(out: Path, job: _Job, quality: int) -> _Built:
     return _Built(job.split, shard, rows, sums, rejects)
 
 
-def _seal(
-    options: Build, plan: str, classes: tuple[str, ...], built: list[_Built], rejects: list[Reject]
-) -> Manifest:
+def _bytes(picture: Picture) -> bytes:
+    """Read a picture; a file of its own that cannot be read is one bad picture, no more."""
+    try:
+        return read(picture)
+    except OSError as error:
+        if picture.size != WHOLE_FILE:
+            raise  # the tar went away or is shorter now: that concerns all of its pictures
+        raise PictureError(f"cannot be read: {error.strerror or error}") from error
+
+
+def _seal(options: Build, plan: Plan, built: list[_Built]) -> Manifest:
     """Write the files about the shards, and the manifest last."""
     splits, sums = {}, Sums()
+    rejects = plan.rejects + [reject for one in built for reject in one.rejects]
     for name in dict.fromkeys(one.split for one in built):
         parts = [one for one in built if one.split == name]
         rows = np.concatenate([one.rows for one in parts])
-        _all_classes(name, rows, classes, rejects)
+        _all_classes(name, rows, plan.classes, rejects)
         splits[name] = Split(
             shards=tuple(one.shard for one in parts),
             index_sha256=save_index(options.out, name, rows),
         )
     for one in built:
         sums += one.sums
-    Statistics.of(sums).save(options.out)
+    stats_sha256 = Statistics.of(sums).save(options.out)
     with sealed(options.out / REJECTS) as file:
         for reject in rejects:
             file.write((json.dumps(reject._asdict()) + "\n").encode())
@@ -284,10 +186,11 @@ def _seal(
         sources["val"] = str(options.val or f"{options.holdout:g} of {options.train}")
     manifest = Manifest(
         splits=splits,
-        classes=classes,
+        classes=plan.classes,
         seed=options.seed,
         sources=sources,
-        plan=plan,
+        plan=plan.fingerprint,
+        stats_sha256=stats_sha256,
         rejected=len(rejects),
         quality=options.quality,
     )

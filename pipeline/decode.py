@@ -22,6 +22,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch.utils.dlpack import from_dlpack
 
 from pipeline.augment import BORDER, CROP
+from pipeline.errors import SetupError
 
 Device = Literal["cpu", "gpu"]
 
@@ -71,8 +72,7 @@ class Decoder:
             prefetch: batches in flight.
             size: height and width to cut out at (x, y): 224, or 256 for the whole picture.
         """
-        device_id = torch.cuda.current_device() if device == "gpu" else None
-        self._pipe = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=prefetch)
+        self._pipe = Pipeline(batch_size, threads, gpu_of(device), prefetch_queue_depth=prefetch)
         with self._pipe:
             jpegs, x, y, flip, mean = fn.external_source(
                 source=source,
@@ -97,6 +97,19 @@ class Decoder:
             if (place := re.search(r"[Ff]ailed to decode sample #(\d+)", str(error))) is None:
                 raise
             raise DecodeFailure(int(place.group(1))) from error
+
+
+def gpu_of(device: Device) -> int | None:
+    """Return the number of the GPU to decode on, the current one; None for the CPU.
+
+    Raises:
+        SetupError: device `gpu` without a CUDA device.
+    """
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        raise SetupError("device gpu needs a CUDA device, and torch sees none; use cpu")
+    return torch.cuda.current_device()
 
 
 def run_on_current_stream(pipe: Pipeline) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pipeline.errors import UsageError
 
 PARTIAL = ".partial"
 """Ending of a file that is being written; whatever has it may be deleted."""
+
+MARKER = ".unfinished"
+"""File in a folder while `claimed` holds it, or after its writer was killed."""
 
 
 @contextmanager
@@ -65,3 +69,32 @@ def writable_folder(path: Path, what: str) -> Path:
             f"{what} {path} cannot be written ({error.strerror}); name another folder"
         ) from error
     return path
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder for one writer, cleared of the files that an unfinished one left there.
+
+    The marker file says that whatever else lies in the folder was written under such a claim.
+    Without it, a folder that holds anything is somebody's, and is not touched.
+
+    Raises:
+        UsageError: the folder is not empty and not ours, or another process holds it.
+    """
+    marker = folder / MARKER
+    strangers = [path.name for path in folder.iterdir()] if not marker.exists() else []
+    if strangers:
+        raise UsageError(
+            f"{folder} holds {sorted(strangers)[0]}, which is no part of an unfinished data set; "
+            "name an empty folder"
+        )
+    with marker.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder} is in use by another process; wait for it") from error
+        for path in folder.iterdir():
+            if path.is_file() and path != marker:
+                path.unlink()
+        yield
+        marker.unlink()

@@ -4,7 +4,7 @@ DATA/manifest.json          this file's `Manifest`, written last: no manifest, n
 DATA/train-000000.tar       shards: plain WebDataset tars of `KEY.jpg` and `KEY.cls`
 DATA/train-000000.idx       DALI's index of the same shard, for any other tool
 DATA/train.index.npy        where each sample of the split lies (`shards.INDEX_DTYPE`)
-DATA/stats.npz              statistics of the training pictures (`statistics.Statistics`)
+DATA/stats.npz              statistics of the training pictures (`pixel_stats.Statistics`)
 DATA/rejects.jsonl          every picture that was not packed, and why
 """
 
@@ -24,12 +24,13 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar: its file name, samples, bytes and SHA-256 (hexadecimal)."""
+    """One tar: its file name, samples, bytes and SHA-256 (hexadecimal), and that of its .idx."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    idx_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,8 @@ class Manifest:
     """Where each split came from, as the builder was told."""
     plan: str
     """SHA-256 over the list of source pictures and every setting of the build."""
+    stats_sha256: str
+    """SHA-256 of `stats.npz`."""
     rejected: int = 0
     """Pictures that were left out; `rejects.jsonl` lists them."""
     image_size: int = 256

@@ -13,7 +13,7 @@ import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.decode import Device, pixels_of, run_on_current_stream
+from pipeline.decode import Device, gpu_of, pixels_of, run_on_current_stream
 from pipeline.manifest import Manifest
 from pipeline.pixel_stats import Statistics
 
@@ -31,9 +31,7 @@ class NativeReader:
         """
         shards = [data / s.name for s in Manifest.load(data).split(split, data).shards]
         mean = [float(value) for value in Statistics.load(data).channel_mean]
-        self._pipe = Pipeline(
-            batch_size, threads, torch.cuda.current_device() if device == "gpu" else None, seed=0
-        )
+        self._pipe = Pipeline(batch_size, threads, gpu_of(device), seed=0)
         with self._pipe:
             parts: Any = fn.readers.webdataset(
                 paths=[str(path) for path in shards],

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError
-from pipeline.files import sealed
+from pipeline.files import sealed, sha256
 from pipeline.picture import SIZE, Pixels
 
 NAME = "stats.npz"
@@ -76,10 +77,11 @@ class Statistics:
             eigenvectors=vectors * signs,
         )
 
-    def save(self, data: Path) -> None:
-        """Write `DATA/stats.npz` (the same bytes for the same numbers)."""
+    def save(self, data: Path) -> str:
+        """Write `DATA/stats.npz` (the same bytes for the same numbers) and return its SHA-256."""
         with sealed(data / NAME) as file:
             np.savez(file, allow_pickle=False, **vars(self))
+        return sha256(data / NAME)
 
     @classmethod
     def load(cls, data: Path) -> Statistics:
@@ -91,7 +93,7 @@ class Statistics:
         try:
             with np.load(data / NAME) as arrays:
                 return cls(**arrays)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
             raise DataError(
                 f"{data / NAME} cannot be read ({error}); build the set again"
             ) from error

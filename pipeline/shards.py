@@ -60,7 +60,13 @@ def write_shard(
     rows, listing = _index(path, number, labels)
     with sealed(path.with_suffix(".idx")) as file:
         file.write(listing.encode())
-    shard = Shard(name=path.name, samples=len(rows), bytes=path.stat().st_size, sha256=sha256(path))
+    shard = Shard(
+        name=path.name,
+        samples=len(rows),
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+        idx_sha256=sha256(path.with_suffix(".idx")),
+    )
     return shard, rows
 
 
@@ -98,7 +104,7 @@ def load_index(data: Path, split: str, samples: int) -> Index:
     path = data / index_name(split)
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read ({error}); build the set again") from error
     if rows.dtype != INDEX_DTYPE or len(rows) != samples:
         raise DataError(

@@ -150,7 +150,11 @@ def _groups(source: Path) -> dict[str, list[_Found]]:
 
 def _walk(folder: Path) -> Iterator[_Found]:
     seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"folder {error.filename} cannot be read ({error.strerror}); mend it")
+
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # a link that leads back up
             folders.clear()
@@ -173,6 +177,8 @@ def _tar_groups(path: Path) -> dict[str, list[_Found]]:
             inside = Path(member.name)
             if inside.suffix == ".tar":
                 inner = cast(IO[bytes], _Section(file, member.offset_data, member.size))
+                if inside.stem in groups:
+                    raise UsageError(f"tar {path} holds class {inside.stem!r} twice; merge them")
                 groups[inside.stem] = [
                     _Found(
                         os.path.abspath(path),

@@ -25,7 +25,7 @@ import tyro
 from pipeline.errors import DataError, run
 from pipeline.files import sha256
 from pipeline.manifest import Manifest, Shard, Split
-from pipeline.pixel_stats import Statistics
+from pipeline.pixel_stats import NAME as STATS
 from pipeline.progress import Progress
 from pipeline.shards import Index, index_name, load_index
 
@@ -40,6 +40,8 @@ class Verify:
     """Print one JSON object on stdout."""
 
 
+DIFFERS = "SHA-256 differs from the manifest"
+
 Damage = dict[str, Any]
 """One finding: `file`, `reason`, and for a damaged sample `sample` (its id in the split)."""
 
@@ -53,10 +55,7 @@ def verify(data: Path) -> list[Damage]:
     """
     manifest = Manifest.load(data)
     found: list[Damage] = []
-    try:
-        Statistics.load(data)
-    except DataError as error:
-        found.append({"file": "stats.npz", "reason": str(error)})
+    _same(data / STATS, manifest.stats_sha256, found)
     total = sum(split.bytes for split in manifest.splits.values()) >> 20
     workers = len(os.sched_getaffinity(0))
     with (
@@ -84,23 +83,33 @@ def _index(data: Path, name: str, split: Split, found: list[Damage]) -> Index | 
     except DataError as error:
         found.append({"file": file, "reason": str(error)})
         return None
-    if sha256(data / file) != split.index_sha256:
-        found.append({"file": file, "reason": "SHA-256 differs from the manifest"})
-        return None
-    return rows
+    return rows if _same(data / file, split.index_sha256, found) else None
+
+
+def _same(path: Path, expected: str, found: list[Damage]) -> bool:
+    """Whether a file has its hash; if not, that is added to the findings."""
+    if not path.is_file():
+        found.append({"file": path.name, "reason": "missing"})
+    elif sha256(path) != expected:
+        found.append({"file": path.name, "reason": DIFFERS})
+    else:
+        return True
+    return False
 
 
 def _shard(data: Path, rows: Index | None, shard: Shard, start: int) -> list[Damage]:
     path = data / shard.name
-    if not path.is_file():
-        return [{"file": shard.name, "reason": "missing"}]
-    if not path.with_suffix(".idx").is_file():
-        return [{"file": path.with_suffix(".idx").name, "reason": "missing"}]
-    if sha256(path) == shard.sha256:
-        return []
-    whole: Damage = {"file": shard.name, "reason": "SHA-256 differs from the manifest"}
-    if rows is None:
-        return [whole]
+    found: list[Damage] = []
+    _same(path.with_suffix(".idx"), shard.idx_sha256, found)
+    if not _same(path, shard.sha256, found) and path.is_file() and rows is not None:
+        samples = _damaged(path, rows, shard, start)
+        # The samples say it all, unless the damage lies between them.
+        found[-1:] = samples or found[-1:]
+    return found
+
+
+def _damaged(path: Path, rows: Index, shard: Shard, start: int) -> list[Damage]:
+    """Name the samples of a damaged shard whose bytes are not those that were packed."""
     samples = []
     with path.open("rb") as file:
         for place in range(start, start + shard.samples):
@@ -110,7 +119,7 @@ def _shard(data: Path, rows: Index | None, shard: Shard, start: int) -> list[Dam
                 samples.append(
                     {"file": shard.name, "sample": place, "reason": "CRC-32 of the picture differs"}
                 )
-    return samples or [whole]
+    return samples
 
 
 def main() -> int:

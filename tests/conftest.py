@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.build_shards import Build, build
+from pipeline.build_shards import build
+from pipeline.plan import Build
 from tests.drawn import folder_per_class
 
 

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.build_shards import Build, build
+from pipeline.batches import Stream
+from pipeline.build_shards import build
 from pipeline.errors import DataError, UsageError
+from pipeline.files import MARKER, claimed
 from pipeline.manifest import Manifest
 from pipeline.pixel_stats import Statistics
+from pipeline.plan import Build
 from pipeline.shards import load_index
 from pipeline.verify import verify
 from tests.drawn import CLASSES, folder_per_class, jpeg
@@ -119,18 +125,41 @@ def test_a_finished_set_is_left_alone_and_another_plan_refused(pictures, tmp_pat
 
 
 def test_leftovers_of_a_killed_build_go_and_strangers_stay(pictures, tmp_path):
-    out = tmp_path / "data"
-    out.mkdir()
+    out, home = tmp_path / "data", tmp_path / "home"
+    with pytest.raises(InterruptedError), killed_while_packing():
+        build(Build(out=out, train=pictures / "val", workers=1))
     (out / "train-000077.tar").write_bytes(b"half")
     (out / "train-000078.tar.123.partial").write_bytes(b"half")
+    with pytest.raises(UsageError, match=r"has no manifest\.json"):
+        Manifest.load(out)
     build(Build(out=out, train=pictures / "val", workers=1))
     assert verify(out) == []
     assert not list(out.glob("train-00007*"))
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"holds thesis\.tex"):
-        build(Build(out=tmp_path / "home", train=pictures / "val", workers=1))
-    assert (tmp_path / "home/thesis.tex").exists()
+    assert not (out / MARKER).exists()
+    home.mkdir()
+    (home / "train-000000.tar").write_text("somebody else's shard")
+    with pytest.raises(UsageError, match=r"holds train-000000\.tar"):
+        build(Build(out=home, train=pictures / "val", workers=1))
+    assert (home / "train-000000.tar").read_text() == "somebody else's shard"
+
+
+@contextmanager
+def killed_while_packing() -> Iterator[None]:
+    """Stop a build where a kill would: shards written, nothing sealed, nothing tidied up."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*_: object) -> None:
+            raise InterruptedError
+
+        patch.setattr("pipeline.build_shards._seal", killed)
+        yield
+
+
+def test_two_builds_do_not_share_a_folder(pictures, tmp_path):
+    out = tmp_path / "data"
+    out.mkdir()
+    with claimed(out), pytest.raises(UsageError, match="in use by another process"):
+        build(Build(out=out, train=pictures / "val", workers=1))
 
 
 def test_holdout_takes_its_share_of_every_class(pictures, tmp_path):
@@ -149,15 +178,21 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(tmp_path):
     (source / "cat/bad.jpg").write_bytes(b"no picture at all")
     (source / "cat/cut.jpg").write_bytes(jpeg(3)[:-300])
     (source / "dog/notes.txt").write_text("hello")
+    (source / "dog/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     done = run(tmp_path / "d", "--train", source, "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["samples"] == {"train": 12}
-    assert facts["rejected"] == 3
+    assert facts["rejected"] == 4
     listed = [json.loads(line) for line in (tmp_path / "d/rejects.jsonl").read_text().splitlines()]
-    assert {Path(row["name"]).name for row in listed} == {"bad.jpg", "cut.jpg", "notes.txt"}
+    assert {Path(row["name"]).name for row in listed} == {
+        "bad.jpg",
+        "cut.jpg",
+        "gone.jpg",
+        "notes.txt",
+    }
     assert all(row["reason"] for row in listed)
-    assert "3 left out" in done.stderr
+    assert "4 left out" in done.stderr
 
 
 def test_a_class_of_unreadable_pictures_is_refused(tmp_path):
@@ -206,6 +241,25 @@ def test_verify_names_shard_and_sample(pictures, tmp_path):
     assert done.returncode == 4
     assert json.loads(done.stdout)["damage"] == found
     assert "train-000001.tar sample 7: CRC-32" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["stats.npz", "train.index.npy", "train-000000.idx"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_damage_to_the_small_files_is_found(tiny_data, tmp_path, name, damage):
+    data = tmp_path / "d"
+    shutil.copytree(tiny_data, data)
+    content = (data / name).read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    broken = {"flip": flipped, "cut": content[:middle], "empty": b""}
+    if damage == "gone":
+        (data / name).unlink()
+    else:
+        (data / name).write_bytes(broken[damage])
+    assert [one["file"] for one in verify(data)] == [name]
+    if damage != "flip" and not name.endswith(".idx"):
+        with pytest.raises(DataError, match=f"{name} cannot be read"):
+            Stream(data)
 
 
 def test_a_manifest_that_is_none_is_refused(tmp_path):

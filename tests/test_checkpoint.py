@@ -97,6 +97,16 @@ def test_only_the_last_ones_are_kept(tmp_path):
     assert reached(tmp_path) == 10
 
 
+def test_damaged_later_ones_neither_stay_nor_push_out_the_sound_one(tmp_path):
+    run = Run(tmp_path, keep=1)
+    for step in (200, 400):
+        run.save(step, seed=step)
+        flip_a_byte(run.step(step))
+    run.save(100, seed=1)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["step-00000100"]
+    assert reached(tmp_path) == 100
+
+
 def flip_a_byte(step: Path) -> None:
     data = bytearray((step / "column-b.safetensors").read_bytes())
     data[-7] ^= 1

@@ -33,6 +33,16 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(settings):
     assert found == Config(width=0.5, seed=4)
 
 
+def test_the_file_is_the_positional_argument_and_nothing_else(tmp_path):
+    path = tmp_path / "settings"  # whatever it is called
+    path.write_text("steps = 7", encoding="utf-8")
+    for data, run in (("d", "steps"), ("d.toml", "epochs")):
+        found = parse(["--data", data, "--run", run, str(path)])
+        assert (found.settings.steps, found.data, found.run) == (7, Path(data), Path(run))
+    with pytest.raises(UsageError, match="nowhere cannot be read"):
+        parse([str(tmp_path / "nowhere"), "--data", "d", "--run", "r"])
+
+
 def test_a_whole_number_will_do_for_a_float(settings):
     assert settings("lr = 1").lr == 1.0
 

@@ -282,6 +282,8 @@ def test_a_submitted_job_trains_and_passes_its_exit_code_on(cluster, config, tin
         (["--data", "{nowhere}"], "is not a folder; build it"),
         (["--run", "{config}"], "cannot be written"),
         (["--run", "/proc/run"], "cannot be written"),
+        (["--width", "0.001"], "width is 0.001; the smallest"),
+        (["--batch-size", "7"], "batch_size is 7; it must be a multiple of 2"),
     ],
 )
 def test_a_wrong_command_is_refused_before_anything_starts(

@@ -172,6 +172,26 @@ def test_a_pass_over_the_validation_pictures_counts_each_once(runs):
     assert (row["top1_error"] * 20) == pytest.approx(round(row["top1_error"] * 20), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"lr": 0.02},
+        {"bias_factor": 1.0},
+        {"momentum": 0.5},
+        {"weight_decay": 0.5},
+        {"colour": 0.9},
+        {"lr_drops": 1},
+        {"dtype": "bfloat16"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_reaches_the_run(runs, tiny_data, tmp_path, change):
+    """A setting that is parsed and then forgotten would leave the losses as they were."""
+    alone(replace(CONFIG, validate_every=0, **change), tiny_data, tmp_path / "run")
+    assert learned(tmp_path / "run") != learned(runs / "one")
+
+
 def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Data-parallel training in one process, written out: mean gradient of the replicas' slices."""
     net = AlexNet(classes=4, width=config.width)
