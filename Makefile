@@ -26,7 +26,7 @@ RUN    ?= runs/$(NAME)
 py      = $(VENV)/bin/python
 install = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help train test check format clean
+.PHONY: help install train test check format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own pictures (VAL, or HOLDOUT=0.1)'
 	@echo '           [CONFIG=configs/narrow.toml] [DATA=data/NAME] [RUN=runs/NAME]'
 	@echo '           [FLAGS="flags of cluster.train"], for example --no-pair with a single GPU'
+	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
 	@echo 'make test                         lint, types, import rules, tests'
 	@echo 'make format                       let ruff format and fix'
 	@echo 'make clean                        remove caches (data/, runs/ and .venv stay)'
@@ -52,6 +53,8 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.installed
 	@$(install) -e '.[cuda$(CUDA),dev]'
 	@touch $@
+
+install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 ifeq ($(strip $(TRAIN)),)

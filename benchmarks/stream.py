@@ -22,7 +22,7 @@ from pipeline.throughput import Throughput, measure
 class Comparison:
     """Measure both readers in turn."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder of the data set."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where pictures are decoded."""

@@ -72,7 +72,12 @@ class Checkpoints:
         Damaged ones are named in a warning and passed over.
         """
         found = newest(self._folder, tell) if self._place.leads else None
-        found = self._place.share(found)
+        found, there = self._place.share((found, bool(checkpoints_in(self._folder))))
+        if found is None and there:
+            raise DataError(
+                f"no checkpoint in {self._folder} is sound; restore one, "
+                "or delete that folder to start over"
+            )
         if found is None:
             return Mark()
         load(found.path, net, optimiser)

@@ -95,6 +95,9 @@ class Config:
             raise ValueError(
                 f"epochs is {self.epochs:g} and steps is 0; one of them must be above 0"
             )
+        self._require("epochs", math.isfinite(self.epochs), "must be finite")
+        self._require("seed", self.seed < 2**63, "must be below 2**63")
+        self._require("threads", self.threads <= 1024, "must be at most 1024")
         for name in ("width", "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops",
                      "bias_drops", "replicas", "checkpoint_every", "keep"):  # fmt: skip
             self._require(name, getattr(self, name) > 0, "must be above 0")
@@ -142,7 +145,7 @@ LENGTH = ("steps", "epochs")
 class Command:
     """Train both columns from a sealed data set; the same command again continues the run."""
 
-    config: Annotated[Path, tyro.conf.Positional]
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """TOML file with any of the settings below; flags given here win over it."""
     data: Path
     """Data set, made by pipeline.build_shards."""
@@ -153,7 +156,8 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class _Unchecked(Config):
-    """The settings as tyro reads them: a wrong value gets our one line, not tyro's box."""
+    # Read without the checks: a value that cannot work gets our one line, not tyro's box.
+    __doc__ = Config.__doc__
 
     def __post_init__(self) -> None:
         pass

@@ -25,11 +25,11 @@ from cluster.checkpoint import Found, load, newest
 from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import read_back
 from cluster.events import Event, Warned
-from cluster.run_folder import CHECKPOINTS, CONFIG
+from cluster.run_folder import CHECKPOINTS, CONFIG, checkpoints_in
 from model.alexnet import AlexNet
 from model.evaluate import errors, view_probabilities
 from pipeline.batches import Stream
-from pipeline.errors import SetupError, UsageError, run
+from pipeline.errors import DataError, SetupError, UsageError, run
 from pipeline.files import sealed, writable_folder
 from pipeline.manifest import Manifest
 from pipeline.progress import Progress
@@ -43,7 +43,7 @@ BATCH = 64
 class Evaluate:
     """Measure a trained network on every picture of a split, once each."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run; its newest complete checkpoint is used."""
     data: Path
     """Data set, made by pipeline.build_shards; its classes must be those of training."""
@@ -191,6 +191,8 @@ def _checkpoint(folder: Path) -> Found:
 
     found = newest(folder / CHECKPOINTS, warn)
     if found is None:
+        if checkpoints_in(folder / CHECKPOINTS):
+            raise DataError(f"no checkpoint of {folder} is sound; restore one, or train anew")
         raise UsageError(f"{folder} has no complete checkpoint yet; train on with cluster.train")
     return found
 

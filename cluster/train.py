@@ -1,4 +1,4 @@
-"""The second door: train both columns, or go on where the run in RUN stopped.
+"""Train both columns, or go on where the run in RUN stopped.
 
     python -m cluster.train CONFIG.toml --data DATA --run RUN [--steps N] [flags override the file]
 
@@ -22,6 +22,8 @@ from cluster.events import Failed, Started
 from cluster.run_folder import CHECKPOINTS, ERRORS, held, reached, settle
 from pipeline.errors import DuetError, UsageError, run
 from pipeline.manifest import Manifest, identity
+from pipeline.pixel_stats import Statistics
+from pipeline.storage import Storage
 
 DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
 """What Ray Train calls a worker that is gone; one that raised an error comes as that error."""
@@ -58,12 +60,17 @@ def check(command: Command, manifest: Manifest) -> None:
 
     Raises:
         UsageError: there is nothing to validate on, or no such network.
+        DataError: a file of the data set is missing or damaged.
     """
     if command.settings.validate_every and "val" not in manifest.splits:
         raise UsageError(
             f"data set {command.data} has no split 'val'; build it with --val or --holdout, "
             "or train with --validate-every 0"
         )
+    for split in ("train", "val") if command.settings.validate_every else ("train",):
+        Storage(command.data, split)
+    Statistics.load(command.data)
+
     from model.alexnet import stages  # here: a wrong command is refused before torch is loaded
 
     try:
@@ -131,7 +138,9 @@ def explain(
     if first is not None and (first.final or not deaths):
         text, code = f"{first.worker}: {first.text}", first.exit_code
     else:
-        lines = deaths or str(failure).strip().splitlines() or [repr(failure)]
+        # Ray's own errors begin with lines that only announce the next.
+        told = [line.strip() for line in str(failure).splitlines() if line.strip()]
+        lines = deaths or [line for line in told if not line.endswith(":")] or [repr(failure)]
         text, code = lines[0], 1
     log = folder / ERRORS
     trace = [first.trace] if first else []

@@ -4,6 +4,7 @@ The files in the order the bytes flow (each may import only those before it):
 
     errors          what a user did wrong, in one line, with the exit code
     files           write-then-rename, so that nothing is ever half there
+    processes       helper processes that end when their parent does
     sources         a folder or tars of pictures -> the list of byte ranges to pack
     picture         one encoded picture -> a 256x256 JPEG (or the reason why not)
     pixel_stats     mean picture, channel mean and colour covariance of a training set

@@ -1,4 +1,4 @@
-"""The first door: pack pictures into a sealed data set of WebDataset shards.
+"""Pack pictures into a sealed data set of WebDataset shards.
 
     python -m pipeline.build_shards OUT --train SRC [--val SRC | --holdout 0.1]
 
@@ -17,19 +17,20 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-from pipeline.errors import DuetError, UsageError, run
+from pipeline.errors import REBUILD, DataError, DuetError, UsageError, run
 from pipeline.files import claimed, sealed, writable_folder
 from pipeline.manifest import NAME as MANIFEST
 from pipeline.manifest import Manifest, Shard, Split
 from pipeline.picture import PictureError, encode, square
 from pipeline.pixel_stats import Statistics, Sums
 from pipeline.plan import Build, Plan, make_plan
+from pipeline.processes import tie_to_parent
 from pipeline.progress import Progress
 from pipeline.shards import Index, save_index, write_shard
 from pipeline.sources import WHOLE_FILE, Picture, Reject, read
@@ -95,6 +96,11 @@ def _finished(out: Path, plan: str) -> Manifest | None:
         raise UsageError(
             f"{out} holds a finished data set of other pictures or settings; name another folder"
         )
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = out / shard.name
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                raise DataError(f"{path} is missing or not whole; {REBUILD}")
     return manifest
 
 
@@ -110,7 +116,9 @@ def _run(jobs: list[_Job], options: Build) -> Iterator[_Built]:
     """Build shards in a pool, as they finish; a few are queued ahead, so memory stays flat."""
     todo = iter(jobs)
     running: set[Future[_Built]] = set()
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        options.workers, mp_context=get_context("spawn"), initializer=tie_to_parent
+    ) as pool:
         try:
             while True:
                 while len(running) < 2 * options.workers and (job := next(todo, None)):
@@ -120,6 +128,10 @@ def _run(jobs: list[_Job], options: Build) -> Iterator[_Built]:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
+        except KeyboardInterrupt:
+            for process in active_children():  # a shard half built is of no use to anybody
+                process.terminate()
+            raise
         except BrokenProcessPool as error:
             raise DuetError(
                 "a packing process died (out of memory?); run the same command again, "
@@ -211,6 +223,7 @@ def main() -> int:
     """Build, then say what was built."""
     options = tyro.cli(Build, prog="python -m pipeline.build_shards", description=__doc__)
     started = time.monotonic()
+    known = (options.out / MANIFEST).exists()
     manifest = build(options)
     seconds = time.monotonic() - started
     samples = {name: split.samples for name, split in manifest.splits.items()}
@@ -231,7 +244,7 @@ def main() -> int:
     )
     sys.stderr.write(
         f"data set {options.out}: {parts} pictures of {len(manifest.classes)} classes{left_out}, "
-        f"{seconds:.0f} s\n"
+        + ("built before\n" if known else f"{seconds:.0f} s\n")
     )
     return 0
 

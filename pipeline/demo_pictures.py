@@ -11,7 +11,6 @@ the byte. OUT appears whole or not at all, with a `demo.json` that says how it w
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import tyro
 
 from pipeline.demo_drawing import FIGURES, draw_jpeg
 from pipeline.errors import DuetError, UsageError, run
+from pipeline.processes import tie_to_parent
 from pipeline.progress import Progress
 
 VERSION = 1  # of the drawings: raise it when the same arguments give other pictures
@@ -126,7 +126,7 @@ def _run(draw: Callable[[Part], int], workers: int, jobs: list[Part]) -> Iterato
     if workers == 1:
         yield from map(draw, jobs)
         return
-    with get_context("spawn").Pool(workers, initializer=_leave_interrupts_alone) as pool:
+    with get_context("spawn").Pool(workers, initializer=tie_to_parent) as pool:
         done = pool.imap_unordered(draw, jobs)
         for _ in jobs:
             try:
@@ -136,10 +136,6 @@ def _run(draw: Callable[[Part], int], workers: int, jobs: list[Part]) -> Iterato
                     f"no picture drawn in {PATIENCE} s (a process died, out of memory?); "
                     "run the same command again with fewer --workers"
                 ) from None
-
-
-def _leave_interrupts_alone() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that leads
 
 
 def _check(options: Options) -> None:

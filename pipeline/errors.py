@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+REBUILD = "delete the data set's folder and build it again"
+"""The way out of damage that cannot be mended in place."""
 
 
 class DuetError(Exception):
@@ -35,9 +39,10 @@ class DataError(DuetError):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and leave the process with the exit code of DESIGN.
 
-    A `DuetError` becomes one line on stderr; Ctrl-C becomes exit code 130; a reader of our
-    output that went away (`| head`) ends us quietly.
+    A `DuetError` becomes one line on stderr; Ctrl-C and SIGTERM become exit code 130; a reader of
+    our output that went away (`| head`) ends us quietly.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` tidies up, as Ctrl-C does
     try:
         sys.exit(main() or 0)
     except DuetError as error:

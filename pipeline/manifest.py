@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import REBUILD, DataError, UsageError
 from pipeline.files import sealed, sha256
 
 VERSION = 1
@@ -95,7 +95,7 @@ class Manifest:
         try:
             return cls._parse(json.loads(path.read_bytes()))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} cannot be read ({_reason(error)}); build it again") from error
+            raise DataError(f"{path} cannot be read ({_reason(error)}); {REBUILD}") from error
 
     @classmethod
     def _parse(cls, table: dict[str, Any]) -> Manifest:

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import DataError
+from pipeline.errors import REBUILD, DataError
 from pipeline.files import sealed, sha256
 from pipeline.picture import SIZE, Pixels
 
@@ -94,6 +94,4 @@ class Statistics:
             with np.load(data / NAME) as arrays:
                 return cls(**arrays)
         except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
-            raise DataError(
-                f"{data / NAME} cannot be read ({error}); build the set again"
-            ) from error
+            raise DataError(f"{data / NAME} cannot be read ({error}); {REBUILD}") from error

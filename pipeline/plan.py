@@ -20,7 +20,7 @@ from pipeline.sources import Picture, Reject, Source, scan
 class Build:
     """Pack pictures into WebDataset tar shards that Duet, DALI and webdataset all read."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the data set; created if need be."""
     train: Path
     """Training pictures: a folder per class, a tar per class, or one tar of either."""
@@ -53,6 +53,9 @@ class Build:
                 raise UsageError(f"{flag} {value} is out of range; give {low} to {high}")
         if not 0 <= self.holdout < 1:
             raise UsageError(f"--holdout {self.holdout} is out of range; give 0 to below 1")
+        for source in filter(None, (self.train, self.val)):
+            if self.out.resolve().is_relative_to(source.resolve()):
+                raise UsageError(f"{self.out} lies inside the source {source}; name another OUT")
         if self.val is not None and self.holdout:
             raise UsageError("--val and --holdout exclude each other; give one of them")
 
@@ -125,5 +128,6 @@ def _fingerprint(options: Build, splits: dict[str, list[Picture]], classes: tupl
     for name, pictures in splits.items():
         digest.update(name.encode())
         for picture in pictures:
-            digest.update(repr(picture).encode())
+            where = (picture.path, picture.offset, picture.size, picture.label)
+            digest.update(repr(where).encode(errors="surrogateescape"))
     return digest.hexdigest()

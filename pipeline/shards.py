@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from pipeline.errors import DataError
+from pipeline.errors import REBUILD, DataError
 from pipeline.files import sealed, sha256
-from pipeline.manifest import Shard
+from pipeline.manifest import Shard, Split
 
 INDEX_DTYPE = np.dtype(
     [("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
@@ -95,19 +95,20 @@ def save_index(data: Path, split: str, rows: Index) -> str:
     return sha256(path)
 
 
-def load_index(data: Path, split: str, samples: int) -> Index:
-    """Map `SPLIT.index.npy` into memory.
+def load_index(data: Path, name: str, split: Split) -> Index:
+    """Map `SPLIT.index.npy` into memory, after comparing it with its hash.
+
+    The labels stand in it and nowhere else that is read: they are checked every time.
 
     Raises:
-        DataError: missing, damaged, or not of `samples` rows.
+        DataError: missing, damaged, or of another set.
     """
-    path = data / index_name(split)
+    path = data / index_name(name)
     try:
+        known = sha256(path) == split.index_sha256
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error}); build the set again") from error
-    if rows.dtype != INDEX_DTYPE or len(rows) != samples:
-        raise DataError(
-            f"{path} does not fit the manifest ({samples} samples); build the set again"
-        )
+        raise DataError(f"{path} cannot be read ({error}); {REBUILD}") from error
+    if not known or rows.dtype != INDEX_DTYPE or len(rows) != split.samples:
+        raise DataError(f"{path} is not the index that was built; {REBUILD}")
     return np.asarray(rows)

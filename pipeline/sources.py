@@ -81,11 +81,15 @@ def scan(source: Path, classes: Sequence[str] | None = None) -> Source:
         raise UsageError(
             f"source {source} is empty; it needs a folder (or a tar) of pictures per class"
         )
+    for name in groups:
+        if not name.isprintable():  # nor is a name in an encoding other than the system's
+            raise UsageError(f"class name {name!r} of source {source} is no text; rename it")
     names = tuple(classes) if classes is not None else tuple(groups)
     unknown = [name for name in groups if name not in set(names)]
     if unknown:
         raise UsageError(
-            f"source {source} has class {unknown[0]!r}, which the training source lacks"
+            f"source {source} has class {unknown[0]!r}, which the training source lacks; "
+            "remove it, or add it to the training pictures"
         )
     if len(names) < 2:
         raise UsageError(f"source {source} has one class, {names[0]!r}; it needs two or more")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import DataError
+from pipeline.errors import REBUILD, DataError
 from pipeline.manifest import Manifest
 from pipeline.shards import load_index
 
@@ -32,14 +32,14 @@ class Storage:
         found = manifest.split(split, data)
         self._data = data
         self._shards = found.shards
-        self._index = load_index(data, split, found.samples)
+        self._index = load_index(data, split, found)
         self._maps: dict[int, Bytes] = {}
         for shard in self._shards:
             path = data / shard.name
             size = path.stat().st_size if path.exists() else None
             if size != shard.bytes:
                 state = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
-                raise DataError(f"shard {path} {state}; restore it or build the set again")
+                raise DataError(f"shard {path} {state}; restore it, or {REBUILD}")
 
     def __len__(self) -> int:
         return len(self._index)

@@ -1,4 +1,4 @@
-"""The third door: how many pictures a second the stream gives on this machine.
+"""How many pictures a second the stream gives on this machine.
 
     python -m pipeline.throughput DATA [--device cpu|gpu] [--reader stream|native]
 
@@ -37,7 +37,7 @@ WARM_UP = 8
 class Throughput:
     """Measure the stream without a trainer behind it."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder of the data set."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where pictures are decoded and left."""

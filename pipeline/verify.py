@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from pipeline.errors import DataError, run
+from pipeline.errors import REBUILD, DataError, run
 from pipeline.files import sha256
 from pipeline.manifest import Manifest, Shard, Split
 from pipeline.pixel_stats import NAME as STATS
@@ -34,7 +34,7 @@ from pipeline.shards import Index, index_name, load_index
 class Verify:
     """Check every byte of a data set against its manifest."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder of the data set."""
     json: bool = False
     """Print one JSON object on stdout."""
@@ -77,13 +77,10 @@ def _starts(split: Split) -> Iterator[int]:
 
 
 def _index(data: Path, name: str, split: Split, found: list[Damage]) -> Index | None:
-    file = index_name(name)
-    try:
-        rows = load_index(data, name, split.samples)
-    except DataError as error:
-        found.append({"file": file, "reason": str(error)})
+    """Return the rows of a split, unless they are damaged themselves."""
+    if not _same(data / index_name(name), split.index_sha256, found):
         return None
-    return rows if _same(data / file, split.index_sha256, found) else None
+    return load_index(data, name, split)
 
 
 def _same(path: Path, expected: str, found: list[Damage]) -> bool:
@@ -133,7 +130,8 @@ def main() -> int:
         sample = f" sample {one['sample']}" if "sample" in one else ""
         sys.stderr.write(f"{one['file']}{sample}: {one['reason']}\n")
     if damage:
-        raise DataError(f"{options.data} is damaged in {len(damage)} places; build it again")
+        places = "1 place" if len(damage) == 1 else f"{len(damage)} places"
+        raise DataError(f"{options.data} is damaged in {places}; {REBUILD}")
     sys.stderr.write(f"{options.data} is sound\n")
     return 0
 

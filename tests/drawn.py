@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.manifest import Manifest
+from pipeline.shards import Index, load_index
+
 CLASSES = ("apple", "bird", "cat", "dog")
 
 
@@ -33,3 +36,8 @@ def folder_per_class(root: Path, per_class: int, first_seed: int = 0) -> Path:
             size = {"width": 60 + 7 * (seed % 9), "height": 50 + 11 * (seed % 7)}
             (folder / f"{place:03d}.jpg").write_bytes(jpeg(seed, **size))
     return root
+
+
+def rows_of(data: Path, split: str) -> Index:
+    """The index of a split of a sealed data set."""
+    return load_index(data, split, Manifest.load(data).splits[split])

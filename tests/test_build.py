@@ -21,9 +21,8 @@ from pipeline.files import MARKER, claimed
 from pipeline.manifest import Manifest
 from pipeline.pixel_stats import Statistics
 from pipeline.plan import Build
-from pipeline.shards import load_index
 from pipeline.verify import verify
-from tests.drawn import CLASSES, folder_per_class, jpeg
+from tests.drawn import CLASSES, folder_per_class, jpeg, rows_of
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -50,7 +49,7 @@ def test_the_manifest_tells_what_is_there(tiny_data):
 def test_webdataset_reads_the_shards(tiny_data):
     """The format's own library finds the samples, in the order and with the labels of our index."""
     manifest = Manifest.load(tiny_data)
-    rows = load_index(tiny_data, "train", 48)
+    rows = rows_of(tiny_data, "train")
     shards = [str(tiny_data / shard.name) for shard in manifest.splits["train"].shards]
     samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
     assert [int(sample["cls"]) for sample in samples] == rows["label"].tolist()
@@ -72,7 +71,7 @@ def test_the_idx_files_are_dalis(tiny_data, tmp_path):
 def test_the_stored_pictures_are_the_sources_in_shuffled_order(pictures, tiny_data):
     from pipeline.picture import encode, square
 
-    rows = load_index(tiny_data, "train", 48)
+    rows = rows_of(tiny_data, "train")
     files = sorted((pictures / "train").glob("*/*.jpg"))
     expected = {encode(square(file.read_bytes()), 90): file.parent.name for file in files}
     tars = sorted(tiny_data.glob("train-*.tar"))
@@ -169,7 +168,7 @@ def test_holdout_takes_its_share_of_every_class(pictures, tmp_path):
         "train": 36,
         "val": 12,
     }
-    rows = load_index(options.out, "val", 12)
+    rows = rows_of(options.out, "val")
     assert np.bincount(rows["label"]).tolist() == [3, 3, 3, 3]
 
 
@@ -225,7 +224,7 @@ def test_the_command_ends_with_one_line_and_the_right_code(pictures, tmp_path):
 def test_verify_names_shard_and_sample(pictures, tmp_path):
     options = Build(out=tmp_path / "d", train=pictures / "val", samples_per_shard=5, workers=1)
     build(options)
-    row = load_index(options.out, "train", 20)[7]
+    row = rows_of(options.out, "train")[7]
     shard = options.out / "train-000001.tar"
     data = bytearray(shard.read_bytes())
     data[int(row["offset"]) + int(row["size"]) // 2] ^= 4

@@ -15,8 +15,8 @@ from pipeline.errors import DataError, SetupError, UsageError
 from pipeline.native import NativeReader
 from pipeline.order import shuffled
 from pipeline.pixel_stats import Statistics
-from pipeline.shards import load_index
 from pipeline.storage import Storage
+from tests.drawn import rows_of
 
 SAMPLES = 48
 
@@ -58,7 +58,7 @@ def test_pixels_are_pillows_cropped_flipped_and_tinted(tiny_data, colour):
 
 
 def test_labels_are_those_packed_with_the_pictures(tiny_data):
-    labels = load_index(tiny_data, "train", SAMPLES)["label"]
+    labels = rows_of(tiny_data, "train")["label"]
     with Stream(tiny_data, batch_size=50) as stream:
         batch = next(stream)
     assert batch.labels.tolist() == labels[batch.ids.numpy()].tolist()
@@ -143,7 +143,7 @@ def test_centre_and_whole_views(tiny_data):
 def test_damage_is_found_and_named(tiny_data, tmp_path):
     data = tmp_path / "d"
     shutil.copytree(tiny_data, data)
-    row = load_index(data, "train", SAMPLES)[13]
+    row = rows_of(data, "train")[13]
     shard = data / "train-000001.tar"
     content = bytearray(shard.read_bytes())
     content[int(row["offset"]) + 700] ^= 1
