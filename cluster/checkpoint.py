@@ -33,7 +33,6 @@ from pipeline.files import PARTIAL, sealed, sha256, sync_folder
 
 JSON = "checkpoint.json"
 VERSION = 1
-FOLDER = CHECKPOINTS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The DALI graphs: JPEG bytes and per-sample draws -> pixels. The only file that knows DALI.
+"""The DALI graphs: JPEG bytes and per-sample draws -> pixels. With `native`, all that knows DALI.
 
 CPU and GPU graphs are the same two operators; `device` chooses where each runs:
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import cluster.checkpoint as checkpoint
-from cluster.checkpoint import FOLDER, Checkpoints, newest, state_of
+from cluster.checkpoint import Checkpoints, newest, state_of
 from cluster.events import Saved, Warned
 from cluster.place import Place
-from cluster.run_folder import Mark, reached
+from cluster.run_folder import CHECKPOINTS, Mark, reached
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
 
@@ -47,7 +47,7 @@ class Run:
         return mark, state_of(net, optimiser)
 
     def step(self, step: int) -> Path:
-        return self.folder / FOLDER / f"step-{step:08d}"
+        return self.folder / CHECKPOINTS / f"step-{step:08d}"
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_only_the_last_ones_are_kept(tmp_path):
     run = Run(tmp_path, keep=2)
     for step in (1, 2, 3, 10):
         run.save(step, seed=step)
-    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == [
         "step-00000003",
         "step-00000010",
     ]
@@ -103,7 +103,7 @@ def test_damaged_later_ones_neither_stay_nor_push_out_the_sound_one(tmp_path):
         run.save(step, seed=step)
         flip_a_byte(run.step(step))
     run.save(100, seed=1)
-    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["step-00000100"]
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000100"]
     assert reached(tmp_path) == 100
 
 
@@ -181,17 +181,17 @@ def test_a_death_while_saving_leaves_the_checkpoint_before(run, monkeypatch, mom
             patch.setattr(Path, "rename", dies)
         with pytest.raises(Killed):
             run.save(6, seed=2)
-    assert (run.folder / FOLDER / "step-00000006.partial").is_dir()
+    assert (run.folder / CHECKPOINTS / "step-00000006.partial").is_dir()
     assert reached(run.folder) == 3
     assert run.resume()[0].step == 3
     run.save(9, seed=3)
     assert run.resume()[0].step == 9
-    assert list((run.folder / FOLDER).glob("*.partial")) == []
+    assert list((run.folder / CHECKPOINTS).glob("*.partial")) == []
 
 
 def test_a_checkpoint_of_another_network_is_refused(run):
     run.save(3, seed=1)
-    found = newest(run.folder / FOLDER, run.told.append)
+    found = newest(run.folder / CHECKPOINTS, run.told.append)
     assert found is not None
     wider = AlexNet(classes=len(CLASSES), width=0.1)
     with pytest.raises(Exception, match=r"step-00000003: the state does not fit the network"):
