@@ -48,13 +48,7 @@ def train(config: Config, data: Path, run: Path, place: Place, tell: Tell) -> No
     samples = manifest.split("train", data).samples
     total = config.total_steps(samples)
 
-    net = AlexNet(
-        columns=place.columns,
-        classes=len(manifest.classes),
-        width=config.width,
-        exchange=place.exchange,
-        seed=config.seed,
-    ).to(place.device)
+    net = network(config, len(manifest.classes), place)
     optimiser = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
     about = {"config": asdict(config), "data_sha256": identity(data), "classes": manifest.classes}
     checkpoints = Checkpoints(run, place, about, config.keep)
@@ -87,6 +81,17 @@ def train(config: Config, data: Path, run: Path, place: Place, tell: Tell) -> No
                     checkpoints.save(mark, net, optimiser, tell)
     if place.leads:
         tell(Finished(mark.step))
+
+
+def network(config: Config, classes: int, place: Place) -> AlexNet:
+    """Return the columns of the network that belong to this place, as they were drawn."""
+    return AlexNet(
+        columns=place.columns,
+        classes=classes,
+        width=config.width,
+        exchange=place.exchange,
+        seed=config.seed,
+    ).to(place.device)
 
 
 def forward(net: AlexNet, batch: Whole, config: Config, place: Place) -> tuple[Tensor, Tensor]:

@@ -223,6 +223,16 @@ def test_two_replicas_of_two_columns_average_their_gradients(tiny_data, tmp_path
     trained = weights(tmp_path / "run", step=3)
     for key, tensor in state.items():
         torch.testing.assert_close(trained[f"weights/{key}"], tensor, rtol=1e-3, atol=1e-5)
+    # Validation counts the pictures of every replica, not only those of the one that writes.
+    net = AlexNet(classes=4, width=config.width)
+    net.load_column_state({key: trained[f"weights/{key}"] for key in state})
+    net.eval()
+    with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
+        batch = next(stream)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(net(batch.images), batch.labels).item()
+    (row,) = rows(tmp_path / "run", "validation.jsonl")
+    assert row["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_the_watcher_hears_of_start_checkpoints_and_end(tiny_data, tmp_path):
