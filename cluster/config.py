@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
+from pipeline.dataset import parse_size
 from pipeline.errors import UsageError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Shuffle = Literal["full", "block"]
 
 DATA_KEY = "data_sha256"
 """The one key of RUN/config.toml that is no setting: SHA-256 of the data set's manifest."""
@@ -29,6 +31,10 @@ FREE = (
     "keep",
     "validate_every",
     "max_failures",
+    "strict",
+    "ledger",
+    "cache",
+    "cache_size",
 )
 """Settings that may change when a run is continued. None changes the pictures or their order;
 `replicas` changes the dropout masks, and it and `pair` the rounding of sums."""
@@ -64,6 +70,11 @@ class Config:
     """Share of the velocity kept in a step."""
     weight_decay: float = 5e-4
     """Of the weights; biases have none."""
+    shuffle: Shuffle = "full"
+    """full: each epoch a permutation of all pictures; block: one of the shards, the pictures mixed
+    within windows of them, for remote stores and spinning disks."""
+    window: int = 16
+    """Shards in a window of the block shuffle."""
     colour: float = 0.1
     """Standard deviation of the colour draws, in those of the training pictures; 0: none."""
     dtype: Dtype = "auto"
@@ -84,6 +95,14 @@ class Config:
     """Steps between passes over the validation pictures; 0: never."""
     max_failures: int = 3
     """Restarts after a lost worker before the run gives up."""
+    strict: bool = False
+    """Stop at the first damaged picture instead of replacing it by another."""
+    ledger: bool = False
+    """Write down every picture delivered, for pipeline.verify --ledger; 8 bytes each."""
+    cache: str = ""
+    """Folder on each node for the shards of a remote data set; "": duet in the user's cache."""
+    cache_size: str = "100GB"
+    """Most bytes in it."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -99,11 +118,15 @@ class Config:
         self._require("seed", self.seed < 2**63, "must be below 2**63")
         self._require("threads", self.threads <= 1024, "must be at most 1024")
         for name in ("width", "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops",
-                     "bias_drops", "replicas", "checkpoint_every", "keep"):  # fmt: skip
+                     "bias_drops", "replicas", "checkpoint_every", "keep", "window"):  # fmt: skip
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("seed", "steps", "weight_decay", "colour", "threads", "validate_every",
                      "max_failures"):  # fmt: skip
             self._require(name, getattr(self, name) >= 0, "must be 0 or above")
+        try:
+            parse_size(self.cache_size)
+        except UsageError as error:
+            raise ValueError(f"cache_size: {error}") from error
         self._require("momentum", 0 <= self.momentum < 1, "must be 0 or above and below 1")
         self._require("batch_size", self.batch_size % self.halves == 0, self._batch_hint())
 
@@ -111,6 +134,11 @@ class Config:
         value = getattr(self, name)
         if not holds or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it {hint if not holds else 'must be finite'}")
+
+    @property
+    def cached(self) -> dict[str, Any]:
+        """What `pipeline.dataset.open_dataset` and `Stream` want to know of the cache."""
+        return {"cache": self.cache or None, "cache_size": parse_size(self.cache_size)}
 
     @property
     def halves(self) -> int:
@@ -147,8 +175,8 @@ class Command:
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """TOML file with any of the settings below; flags given here win over it."""
-    data: Path
-    """Data set, made by pipeline.build_shards."""
+    data: str
+    """Data set, made by pipeline.build_shards: a folder, or an address such as s3://bucket/folder."""
     run: Path
     """Folder for checkpoints and numbers; made if need be."""
     settings: Annotated[Config, tyro.conf.OmitArgPrefixes]
@@ -229,7 +257,7 @@ def _fits(value: object, kind: Any) -> bool:
 def _words(kind: Any) -> str:
     if choices := get_args(kind):
         return " or ".join(repr(choice) for choice in choices)
-    return {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
 
 
 def as_flag(key: str, value: object) -> list[str]:

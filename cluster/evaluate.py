@@ -25,10 +25,11 @@ from cluster.checkpoint import Found, load, newest
 from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import read_back
 from cluster.events import Event, Warned
-from cluster.run_folder import CHECKPOINTS, CONFIG, checkpoints_in
+from cluster.run_folder import CHECKPOINTS, CONFIG, QUARANTINE, checkpoints_in
 from model.alexnet import AlexNet
 from model.evaluate import errors, view_probabilities
 from pipeline.batches import Stream
+from pipeline.dataset import metadata
 from pipeline.errors import DataError, SetupError, UsageError, run
 from pipeline.files import sealed, writable_folder
 from pipeline.manifest import Manifest
@@ -45,8 +46,8 @@ class Evaluate:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run; its newest complete checkpoint is used."""
-    data: Path
-    """Data set, made by pipeline.build_shards; its classes must be those of training."""
+    data: str
+    """Data set (folder or address); its classes must be those of training."""
     views: Literal[1, 10] = 1
     """1: centre crop; 10: corners, centre and their mirror images, averaged."""
     split: str = "val"
@@ -90,8 +91,9 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     """
     config, _ = read_back(_settings(options.run))
     found = _checkpoint(options.run)
-    manifest = Manifest.load(options.data)
-    manifest.split(options.split, options.data)
+    folder = metadata(options.data, **config.cached)
+    manifest = Manifest.load(folder)
+    manifest.split(options.split, folder)
     device = _device(options.device)
     keep_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -105,6 +107,8 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         device="gpu" if device.type == "cuda" else "cpu",
         view=view,
         once=True,
+        quarantine=options.run / QUARANTINE,
+        **config.cached,
     )
     with autocast(compute_dtype(config.dtype, device), device):
         counts, seconds = _count(net, stream, options)

@@ -10,6 +10,7 @@ where the pixels are:
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ class Whole:
     """int64 [b]."""
     weights: Tensor
     """float32 [b], 0 for rows that only pad."""
+    replaced: Tensor
+    """float32 [b], 1 where another sample stands because the one that is due is damaged."""
     position: int
     """Samples consumed by the whole job after this batch."""
 
@@ -61,8 +64,9 @@ class Join(Protocol):
 class Feed:
     """Iterator over whole batches of `stream`, one batch ahead of the network."""
 
-    def __init__(self, stream: Stream, place: Place) -> None:
-        self._stream = stream
+    def __init__(self, stream: Stream, place: Place, batches: int | None = None) -> None:
+        """Start the first; `batches` is how many there will be, unless the stream ends before."""
+        self._stream = itertools.islice(stream, batches)
         self._join = join_for(place)
         self._next = self._start()
 
@@ -103,7 +107,8 @@ class Alone:
 
     def start(self, half: Batch) -> Arrival:
         """The half is the whole."""
-        return lambda: Whole(half.images, half.labels, half.weights, half.position)
+        replaced = half.replaced.to(half.weights)
+        return lambda: Whole(half.images, half.labels, half.weights, replaced, half.position)
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -119,17 +124,18 @@ class SideStream:
     def start(self, half: Batch) -> Arrival:
         """Launch the exchange; the host does not wait for it."""
         self._stream.wait_stream(torch.cuda.current_stream())
+        halves = (half.images, half.labels, half.weights, half.replaced.to(half.weights))
         with torch.cuda.stream(self._stream):
-            joined = self._exchange.batch(half.images, half.labels, half.weights)
-        for tensor in (half.images, half.labels, half.weights):
+            joined = self._exchange.batch(*halves)
+        for tensor in halves:
             tensor.record_stream(self._stream)
 
         def arrive() -> Whole:
             torch.cuda.current_stream().wait_stream(self._stream)
             for tensor in joined:
                 tensor.record_stream(torch.cuda.current_stream())
-            images, labels, weights = joined
-            return Whole(images, labels, weights, half.position)
+            images, labels, weights, replaced = joined
+            return Whole(images, labels, weights, replaced, half.position)
 
         return arrive
 
@@ -159,8 +165,8 @@ class SharedMemory:
         images = self._slots[self._turn]
         self._turn = (self._turn + 1) % SLOTS
         images.chunk(2)[self._index].copy_(half.images)
-        # float64 holds labels and weights exactly
-        sent = torch.stack((half.labels.double(), half.weights.double()))
+        # float64 holds them all exactly
+        sent = torch.stack([row.double() for row in (half.labels, half.weights, half.replaced)])
         received = torch.empty_like(sent)
         peer = dist.get_global_rank(self._group, 1 - self._index)
         work = dist.batch_isend_irecv(
@@ -174,8 +180,8 @@ class SharedMemory:
             for one in work:
                 one.wait()
             halves = (sent, received) if self._index == 0 else (received, sent)
-            labels, weights = torch.cat(halves, dim=1)
-            return Whole(images, labels.long(), weights.float(), half.position)
+            labels, weights, replaced = torch.cat(halves, dim=1)
+            return Whole(images, labels.long(), weights.float(), replaced.float(), half.position)
 
         return arrive
 

@@ -83,7 +83,8 @@ class Log:
             position: samples consumed by the job after it.
             config: the settings.
             rates: learning rates of weights and biases.
-            values: float [2] on the device: mean loss and top-1 error of the batch.
+            values: float [3] on the device: mean loss and top-1 error of the batch, and how many
+                of its pictures replace damaged ones (means over the replicas).
 
         Raises:
             NotFinite: the loss of the step before (or, after `flush`, of this one) is not finite.
@@ -98,6 +99,7 @@ class Log:
             "step": step,
             "loss": 0.0,
             "top1_error": 0.0,
+            "replaced": 0,
             "lr": rates[0],
             "lr_bias": rates[1],
             "img_s": round(config.batch_size / seconds, 2),
@@ -116,7 +118,8 @@ class Log:
             return
         row, values = self._owed
         self._owed = None
-        row["loss"], row["top1_error"] = (round(value, 6) for value in values.tolist())
+        row["loss"], row["top1_error"], replaced = (round(value, 6) for value in values.tolist())
+        row["replaced"] = round(replaced * self._place.replicas)
         if not math.isfinite(row["loss"]):
             raise NotFinite(
                 f"the loss of step {row['step']} is {row['loss']}; "

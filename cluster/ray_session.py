@@ -52,7 +52,7 @@ class Job:
     """What a worker is sent."""
 
     config: Config
-    data: Path
+    data: str
     run: Path
     plan: Plan
     events: Any
@@ -140,7 +140,7 @@ def place_workers(config: Config) -> Plan:
 class Training:
     """A run under way: `events()` until it ends, then `failure` says how."""
 
-    def __init__(self, config: Config, data: Path, run: Path, plan: Plan) -> None:
+    def __init__(self, config: Config, data: str, run: Path, plan: Plan) -> None:
         from ray.util.queue import Queue
 
         self.failure: BaseException | None = None

@@ -4,6 +4,8 @@ RUN/config.toml          every setting as used, and the hash of the data set's m
 RUN/machine.json         processor, memory, GPUs, versions
 RUN/metrics.jsonl        a row a step                       (log.py)
 RUN/validation.jsonl     a row a validation                 (log.py)
+RUN/quarantine.jsonl     damaged pictures that others replaced  (pipeline/quarantine.py)
+RUN/ledger/              what was delivered, with --ledger      (pipeline/ledger.py)
 RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)
 RUN/evaluation-*.json    errors with 1 or 10 views            (evaluate.py)
 RUN/report.html          all of it on one page               (report)
@@ -32,6 +34,8 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
 MACHINE = "machine.json"
 ERRORS = "error.log"
+QUARANTINE = "quarantine.jsonl"
+LEDGER = "ledger"
 
 
 @dataclass(frozen=True, kw_only=True)

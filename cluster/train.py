@@ -13,13 +13,14 @@ import os
 import shutil
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 
 from cluster.config import Command, Config, parse
 from cluster.console import Screen
 from cluster.events import Failed, Started
-from cluster.run_folder import CHECKPOINTS, ERRORS, held, reached, settle
+from cluster.run_folder import CHECKPOINTS, ERRORS, QUARANTINE, held, reached, settle
+from pipeline.dataset import DataSet, is_remote, open_dataset
 from pipeline.errors import DuetError, UsageError, run
 from pipeline.manifest import Manifest, identity
 from pipeline.pixel_stats import Statistics
@@ -36,13 +37,16 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     command = parse(sys.argv[1:] if argv is None else argv)
-    config, data, folder = command.settings, command.data.resolve(), command.run.resolve()
-    manifest = Manifest.load(data)
-    samples = manifest.split("train", data).samples
-    check(command, manifest)
+    config, folder = command.settings, command.run.resolve()
+    dataset = open_dataset(command.data, **config.cached)
+    data = command.data if is_remote(command.data) else str(dataset.folder.resolve())
+    manifest = Manifest.load(dataset.folder)
+    samples = manifest.split("train", dataset.folder).samples
+    with closing(dataset):
+        check(command, manifest, dataset)
     with held(folder), Screen() as screen:
         step, total = reached(folder), config.total_steps(samples)
-        settle(folder, config, identity(data), samples, step)
+        settle(folder, config, identity(dataset.folder), samples, step)
         if step >= total and sound(folder, total, screen):
             screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
             return 0
@@ -52,10 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             screen.say(f"stopped; the same command goes on from step {reached(folder)}")
             raise
+        finally:
+            if replaced := damage(folder / QUARANTINE):
+                screen.say(f"{replaced}; {command.run / QUARANTINE} lists them")
     return 0
 
 
-def check(command: Command, manifest: Manifest) -> None:
+def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
     """Refuse, before anything has started, what the workers would refuse after half a minute.
 
     Raises:
@@ -68,8 +75,8 @@ def check(command: Command, manifest: Manifest) -> None:
             "or train with --validate-every 0"
         )
     for split in ("train", "val") if command.settings.validate_every else ("train",):
-        Storage(command.data, split)
-    Statistics.load(command.data)
+        Storage(dataset, split)
+    Statistics.load(dataset.folder)
 
     from model.alexnet import stages  # here: a wrong command is refused before torch is loaded
 
@@ -99,7 +106,16 @@ def summary(command: Command, manifest: Manifest, total: int) -> str:
     )
 
 
-def train_with_ray(config: Config, data: Path, folder: Path, screen: Screen) -> None:
+def damage(path: Path) -> str:
+    """What RUN/quarantine.jsonl says, in words; nothing if there is none."""
+    try:
+        rows = len(path.read_bytes().splitlines())
+    except OSError:
+        return ""
+    return f"{rows:,} damaged picture{'s were' if rows > 1 else ' was'} replaced by others"
+
+
+def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> None:
     """Start the workers and show what they tell until they are done.
 
     Raises:

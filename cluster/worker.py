@@ -17,15 +17,16 @@ from cluster.events import Finished, Started, Tell
 from cluster.feed import Feed, Whole
 from cluster.log import Log
 from cluster.place import Place
-from cluster.run_folder import Mark
+from cluster.run_folder import LEDGER, QUARANTINE, Mark
 from model.alexnet import AlexNet
 from model.evaluate import errors
 from model.optim import Sgd2012, learning_rates
 from pipeline.batches import Stream, View
+from pipeline.dataset import metadata
 from pipeline.manifest import Manifest, identity
 
 
-def train(config: Config, data: Path, run: Path, place: Place, tell: Tell) -> None:
+def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> None:
     """Train to the end of the run, from its newest checkpoint if there is one.
 
     Every process of the job calls this at the same time. The state of a run is the weights, the
@@ -33,7 +34,7 @@ def train(config: Config, data: Path, run: Path, place: Place, tell: Tell) -> No
 
     Args:
         config: the settings.
-        data: sealed data set.
+        data: folder or address of the sealed data set.
         run: folder for checkpoints and rows, the same on every node.
         place: of this process.
         tell: gets events, mostly from the leader of the job.
@@ -44,18 +45,24 @@ def train(config: Config, data: Path, run: Path, place: Place, tell: Tell) -> No
     """
     keep_memory()
     torch.set_num_threads(place.cores)
-    manifest = Manifest.load(data)
-    samples = manifest.split("train", data).samples
+    about_data = metadata(data, **config.cached)
+    manifest = Manifest.load(about_data)
+    samples = manifest.split("train", about_data).samples
     total = config.total_steps(samples)
 
     net = network(config, len(manifest.classes), place)
     optimiser = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
-    about = {"config": asdict(config), "data_sha256": identity(data), "classes": manifest.classes}
+    about = {
+        "config": asdict(config),
+        "data_sha256": identity(about_data),
+        "classes": manifest.classes,
+    }
     checkpoints = Checkpoints(run, place, about, config.keep)
     mark = checkpoints.resume(net, optimiser, tell)
 
-    stream = open_stream(config, data, place, position=mark.position)
-    with stream, Feed(stream, place) as feed, Log(run, place, tell, samples, mark.step) as log:
+    stream = open_stream(config, data, run, place, position=mark.position)
+    feed = Feed(stream, place, batches=total - mark.step)
+    with stream, feed, Log(run, place, tell, samples, mark.step) as log:
         if place.leads:
             tell(Started(mark.step, total, describe(config, place)))
         for step in range(mark.step + 1, total + 1):
@@ -68,14 +75,13 @@ def train(config: Config, data: Path, run: Path, place: Place, tell: Tell) -> No
             loss.backward()
             place.average_gradients(net)
             optimiser.step(*rates)
-            log.step(
-                step, batch.position, config, rates, place.mean(torch.stack((loss.detach(), wrong)))
-            )
+            values = torch.stack((loss.detach(), wrong, batch.replaced.sum()))
+            log.step(step, batch.position, config, rates, place.mean(values))
 
             mark = Mark(step=step, position=batch.position)
             if due(step, config.validate_every, total):
                 with log.paused():
-                    log.validation(mark, validate(net, config, data, place))
+                    log.validation(mark, validate(net, config, data, run, place))
             if due(step, config.checkpoint_every, total):
                 with log.paused():
                     checkpoints.save(mark, net, optimiser, tell)
@@ -102,12 +108,12 @@ def forward(net: AlexNet, batch: Whole, config: Config, place: Place) -> tuple[T
 
 
 @torch.no_grad()
-def validate(net: AlexNet, config: Config, data: Path, place: Place) -> dict[str, float]:
-    """Return loss and errors of the centre view of every validation picture, once each."""
+def validate(net: AlexNet, config: Config, data: str, run: Path, place: Place) -> dict[str, float]:
+    """Return loss and errors of the centre view of every sound validation picture, once each."""
     start = time.perf_counter()
     sums = torch.zeros(4, device=place.device, dtype=torch.float64)
     net.eval()
-    stream = open_stream(config, data, place, split="val", view="centre", once=True)
+    stream = open_stream(config, data, run, place, split="val", view="centre", once=True)
     with stream, Feed(stream, place) as feed:
         for batch in feed:
             logits = net_output(net, batch, config, place)
@@ -120,7 +126,7 @@ def validate(net: AlexNet, config: Config, data: Path, place: Place) -> dict[str
         "loss": round(loss / samples, 6),
         "top1_error": round(top1_error / samples, 6),
         "top5_error": round(top5_error / samples, 6),
-        "samples": stream.samples,
+        "samples": round(samples * place.replicas),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -133,10 +139,10 @@ def net_output(net: AlexNet, batch: Whole, config: Config, place: Place) -> Tens
 
 
 def open_stream(
-    config: Config, data: Path, place: Place, *, split: str = "train", view: View = "random",
-    position: int = 0, once: bool = False,
+    config: Config, data: str, run: Path, place: Place, *, split: str = "train",
+    view: View = "random", position: int = 0, once: bool = False,
 ) -> Stream:  # fmt: skip
-    """Open this process's share of the pictures."""
+    """Open this process's share of the pictures; `once` is for an evaluation."""
     return Stream(
         data,
         split=split,
@@ -148,8 +154,14 @@ def open_stream(
         rank=place.rank,
         world_size=place.world_size,
         device="gpu" if place.device.type == "cuda" else "cpu",
+        shuffle=config.shuffle,
+        window=config.window,
         colour=config.colour,
         threads=config.threads or place.cores,
+        strict=config.strict,
+        quarantine=run / QUARANTINE,
+        ledger=run / LEDGER if config.ledger and not once else None,
+        **config.cached,
     )
 
 

@@ -1,9 +1,7 @@
 """How a sample is cut, flipped and tinted: a pure function of (seed, epoch, sample id).
 
-Each sample of each epoch has its own SplitMix64 generator (Steele, Lea, Flood 2014: "Fast
-splittable pseudorandom number generators"), whose state is hashed from the three numbers; the
-draws of a whole batch are made at once. So the pixels of a sample do not depend on the batch, the
-rank or the thread that makes them.
+The draws of a whole batch are made at once, each sample's from its own generator (`splitmix`). So
+the pixels of a sample do not depend on the batch, the rank or the thread that makes them.
 """
 
 from __future__ import annotations
@@ -13,15 +11,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.splitmix import Words, below, words
+
 CROP = 224
 """Height and width of a training crop, in pixels."""
 BORDER = 32
 """A crop's corner is one of 0..BORDER in each direction (256 - 224)."""
+WORDS = 7
+"""Random words a sample's draws take; what else is drawn for it comes after these."""
 
-Words = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Draws(NamedTuple):
@@ -44,12 +43,12 @@ def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -
     "each alpha is drawn only once for all the pixels of a particular training image until that
     image is used for training again".
     """
-    words = _words(seed, epochs, ids, 7)
+    drawn = words(seed, epochs, ids, WORDS)
     return Draws(
-        x=_below(words[0], BORDER + 1),
-        y=_below(words[1], BORDER + 1),
-        flip=(words[2] >> np.uint64(63)).astype(bool),
-        colour=np.stack([_normal(*words[3:5])[0], *_normal(*words[5:7])], axis=1),
+        x=below(drawn[0], BORDER + 1),
+        y=below(drawn[1], BORDER + 1),
+        flip=(drawn[2] >> np.uint64(63)).astype(bool),
+        colour=np.stack([_normal(*drawn[3:5])[0], *_normal(*drawn[5:7])], axis=1),
     )
 
 
@@ -62,28 +61,6 @@ def tint(
     shift += colour[:, 1:2] * basis[:, 1]
     shift += colour[:, 2:3] * basis[:, 2]
     return shift
-
-
-def _words(
-    seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], count: int
-) -> list[Words]:
-    """Return `count` uniform 64-bit words per sample."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
-        start = _mix(np.array([seed], np.uint64) + _GOLDEN)
-        state = _mix(_mix(start + epochs.astype(np.uint64)) + ids.astype(np.uint64))
-        return [_mix(state + np.uint64(k + 1) * _GOLDEN) for k in range(count)]
-
-
-def _mix(word: Words) -> Words:
-    """SplitMix64's finalizer: a bijection of 64-bit words in which every bit matters."""
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
-
-
-def _below(word: Words, limit: int) -> npt.NDArray[np.int64]:
-    """Return whole numbers 0..limit-1, uniform to within limit / 2**32."""
-    return ((word >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32)).astype(np.int64)
 
 
 def _normal(first: Words, second: Words) -> tuple[Floats, Floats]:

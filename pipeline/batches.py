@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipeline.augment import BORDER, CROP, draw, tint
-from pipeline.decode import DecodeFailure, Decoder, Device, Feed, fraction
-from pipeline.errors import DataError
-from pipeline.order import Slots, share, shuffled
+from pipeline.augment import CROP
+from pipeline.dataset import CACHE_SIZE, open_dataset
+from pipeline.decode import Device
+from pipeline.flow import DecodeFailure, Flow
+from pipeline.ledger import About, Ledger
+from pipeline.manifest import identity
+from pipeline.order import Block, Full, Order, Shuffle, Stored, share
 from pipeline.picture import SIZE
 from pipeline.pixel_stats import Statistics
-from pipeline.storage import Storage
+from pipeline.quarantine import UNDECODABLE, Quarantine
+from pipeline.reader import Reader, Recipe, Slice
+from pipeline.screen import Screen
+from pipeline.storage import Damage, Storage
 
 View = Literal["random", "centre", "whole"]
 
@@ -37,28 +42,25 @@ class Batch:
     """int64 [b], on the device: places in the manifest's class list."""
     weights: torch.Tensor
     """float32 [b], on the device: 1, or 0 for the rows that pad the last batch of an evaluation."""
+    replaced: torch.Tensor
+    """bool [b], on the host: another sample stands here, because the one that is due is damaged."""
     position: int
     """Samples consumed by the whole job after this batch; give it to a new Stream to go on."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a batch on its way through the graph will be, but for its pixels."""
-
-    ids: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32]
-    position: int
 
 
 class Stream:
     """An endless stream of training batches, or one pass for evaluation.
 
     The samples of a global batch, their order, crops, flips and colours follow from `seed` and
-    `position` alone: ranks, threads and restarts change nothing.
+    `position` alone: ranks, threads, batches read ahead and restarts change nothing, to the bit
+    (on a GPU to what its decoder gives). Every epoch holds every sample once.
 
         with Stream(DATA, split="train", batch_size=128, seed=0, rank=0, world_size=1) as stream:
             batch = next(stream)
+
+    Every sample is checked against its CRC-32. One that is damaged, or cannot be decoded, is
+    replaced by another that follows from seed, epoch and sample alone (in an evaluation: gets no
+    weight), and is found in `damaged`, and in the file `quarantine` if one is named.
     """
 
     def __init__(
@@ -74,14 +76,22 @@ class Stream:
         device: Device = "cpu",
         view: View = "random",
         once: bool = False,
+        shuffle: Shuffle = "full",
+        window: int = 16,
         colour: float = 0.1,
         threads: int | None = None,
         prefetch: int = 2,
+        strict: bool = False,
+        quarantine: str | os.PathLike[str] | None = None,
+        ledger: str | os.PathLike[str] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_size: int = CACHE_SIZE,
     ) -> None:
         """Open a split of a data set.
 
         Args:
-            data: folder that `pipeline.build_shards` sealed.
+            data: folder that `pipeline.build_shards` sealed, or the address of one in a store
+                (`https://`, `s3://`, `gs://`, anything fsspec knows).
             split: `train` or `val`.
             batch_size: of the whole job; this rank gets its contiguous slice of every batch.
             seed: of order and augmentation, 0 or more.
@@ -93,49 +103,89 @@ class Stream:
                 256x256 picture (for ten views).
             once: each sample exactly once in stored order, the last batch padded with rows of
                 weight 0, then the end. Otherwise shuffled and endless, every batch full.
+            shuffle: `full`: each epoch a permutation of all samples, each read by itself; `block`:
+                each epoch a permutation of the shards, the samples mixed within windows of
+                `window` shards, so that only those and the next ones need be at hand.
+            window: shards in a window of the block shuffle, at least 1.
             colour: standard deviation of the paper's PCA colour draws (0.1; 0 turns it off).
                 Applied in view `random` only.
             threads: host threads that decode; the default is one per core this process may use.
             prefetch: batches in flight.
+            strict: stop at the first damaged sample instead of replacing it.
+            quarantine: file that lists damaged samples, one JSON object a line; the ranks of a
+                job and later runs may name the same one.
+            ledger: folder in which this stream writes down what it delivers, for
+                `pipeline.verify --ledger`; ranks and restarts name the same one.
+            cache: folder for the shards of a remote set, shared by all processes of the node.
+            cache_size: most bytes in it.
 
         Raises:
-            UsageError: no data set, or no such split.
+            UsageError: no data set, no such split, or a cache that cannot work.
             DataError: the set is not what its manifest says.
-            SetupError: device `gpu` without a CUDA device.
+            SetupError: device `gpu` without a CUDA device, or a package for the store is missing.
+            StoreError: the store does not answer.
             ValueError: a number out of range.
         """
-        if batch_size < world_size or prefetch < 1 or position < 0 or seed < 0 or colour < 0:
+        if batch_size < world_size or prefetch < 1 or position < 0 or colour < 0:
             raise ValueError(
                 f"out of range: batch_size={batch_size} (at least world_size={world_size}), "
-                f"prefetch={prefetch}, position={position}, seed={seed}, colour={colour}"
+                f"prefetch={prefetch}, position={position}, colour={colour}"
             )
-        path = Path(data)
-        self._storage = Storage(path, split)
-        statistics = Statistics.load(path)
+        first, last = share(batch_size, rank, world_size)
+        self._device: Device = device
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._prefetch = prefetch
+        self._part = Slice(batch_size=batch_size, first=first, last=last, once=once)
+        self._size = SIZE if view == "whole" else CROP
+        self._dataset = open_dataset(data, cache=cache, cache_size=cache_size)
+        self._storage = Storage(self._dataset, split)
+        statistics = Statistics.load(self._dataset.folder)
         self.channel_mean = statistics.channel_mean
         """float64 [3]: what was subtracted, for showing pictures."""
-        self._basis = colour * statistics.eigenvectors * np.sqrt(statistics.eigenvalues)
-        self._view: View = view
-        self._once = once
-        self._seed = seed
-        self._batch_size = batch_size
-        self._position = position
-        self._first, self._last = share(batch_size, rank, world_size)
-        self._device = torch.device("cuda" if device == "gpu" else "cpu")
-        self._plans: deque[_Plan] = deque()
-        self._decoder: Decoder | None = Decoder(
-            self._feed,
-            batch_size=self._last - self._first,
-            device=device,
-            threads=threads or len(os.sched_getaffinity(0)),
-            prefetch=prefetch,
-            size=SIZE if view == "whole" else CROP,
+        recipe = Recipe(
+            random=view == "random",
+            channel_mean=statistics.channel_mean,
+            colours=colour * statistics.eigenvectors * np.sqrt(statistics.eigenvalues),
         )
+        self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)
+        sizes = [shard.samples for shard in self._storage.shards]
+        self._reader = Reader(
+            self._storage,
+            _order(sizes, seed, once, shuffle, window),
+            recipe,
+            self._part,
+            self._quarantine,
+            screen=Screen(len(self._storage), device) if self._storage.encoding == "jpeg" else None,
+            strict=strict,
+        )
+        self._ledger: Ledger | None = None
+        if ledger:
+            about = About(
+                data_sha256=identity(self._dataset.folder),
+                split=split,
+                samples=len(self._storage),
+                seed=seed,
+                shuffle="stored" if once else f"block {window}" if shuffle == "block" else shuffle,
+                view=view,
+                colour=colour,
+                position=position,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                device=device,
+            )
+            self._ledger = Ledger(Path(ledger), about)
+        self._flow: Flow | None = self._start(position)
 
     @property
     def samples(self) -> int:
         """Samples in the split, N."""
         return len(self._storage)
+
+    @property
+    def damaged(self) -> Mapping[int, Damage]:
+        """The damaged samples this stream has come upon, by id."""
+        return self._quarantine.known
 
     def __iter__(self) -> Stream:
         return self
@@ -145,28 +195,39 @@ class Stream:
 
         Raises:
             StopIteration: the one pass has ended.
-            DataError: a sample is damaged.
+            DataError: a sample is damaged and `strict`, or more than replacing can mend.
+            StoreError: a shard could not be fetched.
             ValueError: the stream was closed.
         """
-        if self._decoder is None:
-            raise ValueError("this stream was closed")
-        try:
-            images = self._decoder.run()
-        except DecodeFailure as failure:
-            raise DataError(self._undecodable(failure)) from failure
-        plan = self._plans.popleft()
+        while True:
+            if self._flow is None:
+                raise ValueError("this stream was closed")
+            try:
+                loaded, images = self._flow.run()
+                break
+            except DecodeFailure as failure:
+                self._flow = self._without(self._flow, failure)
+        if self._ledger is not None:
+            self._ledger.record(loaded.first, loaded.due, loaded.ids, images)
+        device = torch.device("cuda" if self._device == "gpu" else "cpu")
         return Batch(
-            ids=torch.from_numpy(plan.ids),
+            ids=torch.from_numpy(loaded.ids),
             images=images,
-            labels=torch.from_numpy(plan.labels).to(self._device),
-            weights=torch.from_numpy(plan.weights).to(self._device),
-            position=plan.position,
+            labels=torch.from_numpy(loaded.labels).to(device),
+            weights=torch.from_numpy(loaded.weights).to(device),
+            replaced=torch.from_numpy(loaded.ids != loaded.due),
+            position=loaded.position,
         )
 
     def close(self) -> None:
-        """Stop decoding and let the memory go."""
-        self._decoder = None
-        self._plans.clear()
+        """Stop reading and decoding, and let files and memory go. Batches stay valid."""
+        if self._flow is not None:
+            self._flow.close()
+            self._flow = None
+            if self._ledger is not None:
+                self._ledger.close()
+            self._storage.close()
+            self._dataset.close()
 
     def __enter__(self) -> Stream:
         return self
@@ -179,42 +240,27 @@ class Stream:
     ) -> None:
         self.close()
 
-    def _feed(self) -> Feed:
-        """Plan the next batch and return what the graph needs for it; called ahead of need."""
-        slots, weights = self._slots()
-        ids = slots.ids
-        jpegs = self._storage.read(ids)
-        feed = self._draws(slots, jpegs)
-        self._position += self._batch_size
-        end = min(self._position, self.samples) if self._once else self._position
-        self._plans.append(_Plan(ids, self._storage.labels(ids), weights, end))
-        return feed
+    def _start(self, position: int) -> Flow:
+        return Flow(
+            self._reader,
+            position,
+            prefetch=self._prefetch,
+            batch_size=self._part.last - self._part.first,
+            device=self._device,
+            threads=self._threads,
+            size=self._size,
+            encoding=self._storage.encoding,
+        )
 
-    def _slots(self) -> tuple[Slots, npt.NDArray[np.float32]]:
-        """Return this rank's slots of the next global batch, and their weights."""
-        count = self._last - self._first
-        start = self._position + self._first
-        if not self._once:
-            return shuffled(self.samples, self._seed, start, count), np.ones(count, np.float32)
-        if self._position >= self.samples:
-            raise StopIteration
-        places = np.arange(start, start + count)
-        real = places < self.samples
-        # Padding rows repeat the last sample; their weight of 0 keeps them out of every sum.
-        ids = np.minimum(places, self.samples - 1)
-        return Slots(np.zeros(count, np.int64), ids), real.astype(np.float32)
+    def _without(self, flow: Flow, failure: DecodeFailure) -> Flow:
+        """Start anew at the batch that failed, without the samples that cannot be decoded."""
+        samples = failure.batch.ids[failure.places].tolist()
+        self._reader.report([self._storage.damage(sample, UNDECODABLE) for sample in samples])
+        flow.close()
+        return self._start(failure.batch.start)
 
-    def _draws(self, slots: Slots, jpegs: list[npt.NDArray[np.uint8]]) -> Feed:
-        mean = np.tile(self.channel_mean, (len(jpegs), 1))
-        if self._view == "random":
-            draws = draw(self._seed, slots.epochs, slots.ids)
-            x, y, flip = draws.x, draws.y, draws.flip
-            mean -= tint(draws.colour, self._basis)  # what is not subtracted is added
-        else:
-            x = y = np.full(len(jpegs), BORDER // 2)
-            flip = np.zeros(len(jpegs), bool)
-        return Feed(jpegs, fraction(x), fraction(y), flip.astype(np.int32), mean.astype(np.float32))
 
-    def _undecodable(self, failure: DecodeFailure) -> str:
-        sample = int(self._plans[0].ids[failure.place])
-        return f"{self._storage.name(sample)} cannot be decoded; pack the set again without it"
+def _order(shards: list[int], seed: int, once: bool, shuffle: Shuffle, window: int) -> Order:
+    if once:
+        return Stored(shards, seed)
+    return Full(shards, seed) if shuffle == "full" else Block(shards, seed, window)

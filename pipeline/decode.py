@@ -1,8 +1,10 @@
-"""The DALI graphs: JPEG bytes and per-sample draws -> pixels. With `native`, all that knows DALI.
+"""The DALI graphs: stored bytes and per-sample draws -> pixels. With `native`, all that knows DALI.
 
 CPU and GPU graphs are the same two operators; `device` chooses where each runs:
 
     decode (only the 224x224 region of the crop) -> crop_mirror_normalize
+
+Raw pictures need the second alone, which then crops as well.
 
 The colour shift is folded into the mean that `crop_mirror_normalize` subtracts anyway (a mean of
 its own for each sample), so the paper's PCA colour costs no pass over the pixels.
@@ -10,7 +12,6 @@ its own for each sample), so the paper's PCA colour costs no pass over the pixel
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pipeline.augment import BORDER, CROP
 from pipeline.errors import SetupError
+from pipeline.picture import SIZE, Encoding
 
 Device = Literal["cpu", "gpu"]
 
@@ -30,7 +32,9 @@ Device = Literal["cpu", "gpu"]
 class Feed(NamedTuple):
     """What one run of the graph takes, for b samples."""
 
-    jpegs: list[npt.NDArray[np.uint8]]
+    pictures: list[npt.NDArray[np.uint8]]
+    """JPEGs, [size] each, or raw pictures, [256, 256, 3] each. DALI reads them where they lie: they
+    stay untouched until the batch after next has come out."""
     x: npt.NDArray[np.float32]
     """[b] left edge of the crop, 0..1 of the free border."""
     y: npt.NDArray[np.float32]
@@ -39,14 +43,6 @@ class Feed(NamedTuple):
     """[b] 1 to mirror."""
     mean: npt.NDArray[np.float32]
     """[b, 3] what to subtract from each channel."""
-
-
-class DecodeFailure(Exception):
-    """DALI could not decode the sample at `place` of a batch."""
-
-    def __init__(self, place: int) -> None:
-        super().__init__(f"sample #{place} of a batch cannot be decoded")
-        self.place = place
 
 
 class Decoder:
@@ -61,6 +57,7 @@ class Decoder:
         threads: int,
         prefetch: int,
         size: int,
+        encoding: Encoding = "jpeg",
     ) -> None:
         """Build the graph.
 
@@ -71,17 +68,20 @@ class Decoder:
             threads: host threads that decode.
             prefetch: batches in flight.
             size: height and width to cut out at (x, y): 224, or 256 for the whole picture.
+            encoding: what the pictures are.
         """
         self._pipe = Pipeline(batch_size, threads, gpu_of(device), prefetch_queue_depth=prefetch)
         with self._pipe:
-            jpegs, x, y, flip, mean = fn.external_source(
+            pictures, x, y, flip, mean = fn.external_source(
                 source=source,
                 num_outputs=len(Feed._fields),
                 batch=True,
                 dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT],
-                ndim=[1, 0, 0, 0, 1],
+                ndim=[3 if encoding == "raw" else 1, 0, 0, 0, 1],
+                layout=["HWC" if encoding == "raw" else "", "", "", "", ""],
+                no_copy=True,
             )
-            self._pipe.set_outputs(pixels_of(jpegs, x, y, flip, mean, device, size))
+            self._pipe.set_outputs(pixels_of(pictures, x, y, flip, mean, device, size, encoding))
         self._pipe.build()
 
     def run(self) -> torch.Tensor:
@@ -89,14 +89,39 @@ class Decoder:
 
         Raises:
             StopIteration: the source has ended.
-            DecodeFailure: a picture could not be decoded; its whole batch is lost.
+            RuntimeError: most likely a picture cannot be decoded (`Trial` says which); its whole
+                batch is lost, and this decoder with it.
         """
+        return run_on_current_stream(self._pipe)
+
+
+class Trial:
+    """Decodes pictures alone, to see whether it can be done."""
+
+    def __init__(self, device: Device) -> None:
+        self._device: Device = device
+        self._pipe: Pipeline | None = None
+
+    def decodes(self, picture: npt.NDArray[np.uint8]) -> bool:
+        """Whether a JPEG (uint8 [size]) gives 256x256 pixels."""
+        if self._pipe is None:
+            self._pipe = self._build()
+        self._pipe.feed_input("picture", [picture])
         try:
-            return run_on_current_stream(self._pipe)
-        except RuntimeError as error:
-            if (place := re.search(r"[Ff]ailed to decode sample #(\d+)", str(error))) is None:
-                raise
-            raise DecodeFailure(int(place.group(1))) from error
+            (pixels,) = self._pipe.run()
+        except RuntimeError:
+            self._pipe = None  # "no longer valid", says DALI
+            return False
+        return tuple(pixels[0].shape()) == (SIZE, SIZE, 3)
+
+    def _build(self) -> Pipeline:
+        pipe = Pipeline(1, 1, gpu_of(self._device), prefetch_queue_depth=1)
+        with pipe:
+            picture = fn.external_source(name="picture", dtype=types.UINT8, ndim=1)
+            where = "mixed" if self._device == "gpu" else "cpu"
+            pipe.set_outputs(fn.decoders.image(picture, device=where, output_type=types.RGB))
+        pipe.build()
+        return pipe
 
 
 def gpu_of(device: Device) -> int | None:
@@ -125,30 +150,38 @@ def run_on_current_stream(pipe: Pipeline) -> torch.Tensor:
 
 
 def pixels_of(
-    jpegs: Any, x: Any, y: Any, flip: Any, mean: Any, device: Device, size: int = CROP
+    pictures: Any,
+    x: Any,
+    y: Any,
+    flip: Any,
+    mean: Any,
+    device: Device,
+    size: int = CROP,
+    encoding: Encoding = "jpeg",
 ) -> Any:
-    """Return the graph of decision 3: encoded pictures -> [3, size, size] pixels.
+    """Return the graph of decision 3: stored pictures -> [3, size, size] pixels.
 
-    All arguments but the last two are DALI nodes (or constants) as in `Feed`; the result is one.
+    The first five arguments are DALI nodes (or constants) as in `Feed`; the result is one.
     """
+    common = {
+        "mirror": flip,
+        "mean": mean,
+        "dtype": types.FLOAT16 if device == "gpu" else types.FLOAT,
+        "output_layout": "CHW",
+    }
+    where = {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
+    if encoding == "raw":
+        pixels = pictures.gpu() if device == "gpu" else pictures
+        return fn.crop_mirror_normalize(pixels, **common, **where)
     pixels = fn.decoders.image_crop(
-        jpegs,
+        pictures,
         device="mixed" if device == "gpu" else "cpu",
-        crop=(size, size),
-        crop_pos_x=x,
-        crop_pos_y=y,
-        rounding="round",
         output_type=types.RGB,
         # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
         jpeg_fancy_upsampling=True,
+        **where,
     )
-    return fn.crop_mirror_normalize(
-        pixels,
-        mirror=flip,
-        mean=mean,
-        dtype=types.FLOAT16 if device == "gpu" else types.FLOAT,
-        output_layout="CHW",
-    )
+    return fn.crop_mirror_normalize(pixels, **common)
 
 
 def fraction(corner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """What a sealed data set is: a folder whose `manifest.json` names every shard in it.
 
 DATA/manifest.json          this file's `Manifest`, written last: no manifest, no data set
-DATA/train-000000.tar       shards: plain WebDataset tars of `KEY.jpg` and `KEY.cls`
+DATA/train-000000.tar       shards: WebDataset tars of `KEY.jpg` (raw: `KEY.npy`) and `KEY.cls`
 DATA/train-000000.idx       DALI's index of the same shard, for any other tool
 DATA/train.index.npy        where each sample of the split lies (`shards.INDEX_DTYPE`)
 DATA/stats.npz              statistics of the training pictures (`pixel_stats.Statistics`)
@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pipeline.errors import REBUILD, DataError, UsageError
 from pipeline.files import sealed, sha256
+from pipeline.picture import Encoding
 
 VERSION = 1
 NAME = "manifest.json"
@@ -70,8 +71,10 @@ class Manifest:
     """Pictures that were left out; `rejects.jsonl` lists them."""
     image_size: int = 256
     """Height and width of every stored picture, in pixels."""
-    quality: int = 90
-    """JPEG quality of the stored pictures, 1..100."""
+    quality: int | None = 90
+    """JPEG quality of the stored pictures, 1..100; None where they are raw."""
+    encoding: Encoding = "jpeg"
+    """How the pictures are stored; sets from before there was a choice hold JPEGs."""
     version: int = field(default=VERSION)
 
     def save(self, data: Path) -> None:
@@ -101,6 +104,8 @@ class Manifest:
     def _parse(cls, table: dict[str, Any]) -> Manifest:
         if table["version"] != VERSION:
             raise ValueError(f"version {table['version']}, this program reads {VERSION}")
+        if (encoding := table.get("encoding", "jpeg")) not in (known := get_args(Encoding)):
+            raise ValueError(f"encoding {encoding!r}, this program reads {', '.join(known)}")
         splits = {
             name: Split(
                 shards=tuple(Shard(**shard) for shard in split["shards"]),

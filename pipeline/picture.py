@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,12 @@ DRAFT_FACTOR = 2
 """JPEGs may be decoded at a reduced scale as long as this many times `SIZE` pixels remain."""
 
 Pixels = npt.NDArray[np.uint8]
+
+Encoding = Literal["jpeg", "raw"]
+"""How a data set stores its pictures: as JPEGs, or as the pixels themselves."""
+
+ENDINGS: dict[Encoding, str] = {"jpeg": "jpg", "raw": "npy"}
+"""What a picture's member of a tar ends in."""
 
 
 class PictureError(Exception):
@@ -62,6 +69,16 @@ def encode(pixels: Pixels, quality: int) -> bytes:
     """Return a baseline JPEG (4:2:0) of uint8 [h, w, 3]; `quality` is 1..100."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def as_npy(pixels: Pixels) -> bytes:
+    """Return uint8 [h, w, 3] as a NumPy file (format 1.0, C order): a header, then the pixels."""
+    file = io.BytesIO()
+    # The version is named, and the order made sure of: the bytes are what data sets are made of.
+    np.lib.format.write_array(
+        file, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False
+    )
     return file.getvalue()
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import tarfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 import webdataset
+from isal import isal_zlib
 
 from pipeline.errors import REBUILD, DataError
 from pipeline.files import sealed, sha256
 from pipeline.manifest import Shard, Split
+from pipeline.picture import ENDINGS, Encoding
 
 INDEX_DTYPE = np.dtype(
     [("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
 )
-"""A row of `SPLIT.index.npy`, 24 bytes: shard number, label, byte range of the JPEG in the tar,
-and the CRC-32 (zlib) of its bytes. Row i is sample i of the split."""
+"""A row of `SPLIT.index.npy`, 24 bytes: shard number, label, byte range in the tar, and the CRC-32
+(zlib's) of those bytes: a whole JPEG, or the pixels of a raw picture (uint8 [256, 256, 3]) without
+the header of their `.npy`. Row i is sample i of the split."""
 
 Index = npt.NDArray[np.void]
 
@@ -34,8 +37,17 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
+def sample_key(number: int, place: int) -> str:
+    """WebDataset key of the sample at `place` of shard `number`: `000000_00000`."""
+    return f"{number:06d}_{place:05d}"
+
+
 def write_shard(
-    data: Path, split: str, number: int, samples: Iterable[tuple[bytes, int]]
+    data: Path,
+    split: str,
+    number: int,
+    samples: Iterable[tuple[bytes, int]],
+    encoding: Encoding = "jpeg",
 ) -> tuple[Shard, Index]:
     """Write one tar with its `.idx`, both sealed, byte for byte the same for the same samples.
 
@@ -43,7 +55,9 @@ def write_shard(
         data: the folder of the set.
         split: `train`, `val`.
         number: which shard of the split this is.
-        samples: JPEG bytes and label (0..) of each sample, in stored order.
+        samples: the file (a JPEG, or a `.npy` when raw) and label (0..) of each sample, in stored
+            order.
+        encoding: what those files are.
 
     Returns:
         The shard's row for the manifest, and its `INDEX_DTYPE` rows.
@@ -52,12 +66,12 @@ def write_shard(
     labels: list[int] = []
     with sealed(path) as file:
         writer = webdataset.TarWriter(file, encoder=False, mtime=0)
-        for place, (jpeg, label) in enumerate(samples):
-            key = f"{number:06d}_{place:05d}"
-            writer.write({"__key__": key, "cls": str(label).encode(), "jpg": jpeg})
+        for place, (picture, label) in enumerate(samples):
+            key = sample_key(number, place)
+            writer.write({"__key__": key, "cls": str(label).encode(), ENDINGS[encoding]: picture})
             labels.append(label)
         writer.close()
-    rows, listing = _index(path, number, labels)
+    rows, listing = _index(path, number, labels, encoding)
     with sealed(path.with_suffix(".idx")) as file:
         file.write(listing.encode())
     shard = Shard(
@@ -70,21 +84,33 @@ def write_shard(
     return shard, rows
 
 
-def _index(path: Path, number: int, labels: list[int]) -> tuple[Index, str]:
+def _index(path: Path, number: int, labels: list[int], encoding: Encoding) -> tuple[Index, str]:
     """Read a finished tar back: our rows, and the text of DALI's `wds2idx` for it."""
     rows = np.zeros(len(labels), INDEX_DTYPE)
     lines = [f"v1.2 {len(labels)}"]
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         members = tar.getmembers()
-        for place, (cls, jpg) in enumerate(zip(members[::2], members[1::2], strict=True)):
+        for place, (cls, picture) in enumerate(zip(members[::2], members[1::2], strict=True)):
             lines.append(
                 f"cls {cls.offset_data} {cls.size} {cls.name} "
-                f"jpg {jpg.offset_data} {jpg.size} {jpg.name}"
+                f"{ENDINGS[encoding]} {picture.offset_data} {picture.size} {picture.name}"
             )
-            file.seek(jpg.offset_data)
-            crc = zlib.crc32(file.read(jpg.size))
-            rows[place] = (number, labels[place], jpg.offset_data, jpg.size, crc)
+            start, size = _payload(file, picture, encoding)
+            file.seek(start)
+            crc = isal_zlib.crc32(file.read(size))  # zlib's polynomial, several times faster
+            rows[place] = (number, labels[place], start, size, crc)
     return rows, "\n".join(lines) + "\n"
+
+
+def _payload(file: IO[bytes], picture: tarfile.TarInfo, encoding: Encoding) -> tuple[int, int]:
+    """Return offset and size of what is fed to the graph: the JPEG, or the pixels of a `.npy`."""
+    start = picture.offset_data
+    if encoding == "raw":
+        file.seek(start)
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    return start, picture.offset_data + picture.size - start
 
 
 def save_index(data: Path, split: str, rows: Index) -> str:

@@ -1,81 +1,168 @@
-"""Sample id -> JPEG bytes and label, from the shards of one split, each checked as it is read."""
+"""Sample id -> the stored bytes and the label, from the shards of one split, checked when read."""
 
 from __future__ import annotations
 
-import zlib
-from pathlib import Path
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 
+from pipeline.dataset import DataSet, LocalSet
 from pipeline.errors import REBUILD, DataError
 from pipeline.manifest import Manifest
-from pipeline.shards import load_index
+from pipeline.order import Ids
+from pipeline.shards import load_index, sample_key
 
 Bytes = npt.NDArray[np.uint8]
 
+OPEN_FILES = 256
+"""Shards that are kept open; beyond that the one not read for longest is closed."""
+
+
+class Damage(NamedTuple):
+    """Why a sample cannot be used, and where it is."""
+
+    split: str
+    sample: int
+    """Its id: the place in the split's stored order."""
+    shard: str
+    """File name of its shard."""
+    key: str
+    """Its WebDataset key in there."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.split} sample {self.sample} ({self.shard}, key {self.key}): {self.reason}"
+
 
 class Storage:
-    """Random access to the samples of one split on a local disk.
+    """Random access to the samples of one split.
 
-    Shards are mapped into memory when first touched; nothing is copied until DALI takes it.
+    Files are read, not mapped: a shard that shrinks or a sector that fails is then the damage of
+    some samples, and not the end of the process.
     """
 
-    def __init__(self, data: Path, split: str) -> None:
+    def __init__(self, dataset: DataSet, split: str) -> None:
         """Open the index of `split`.
 
         Raises:
-            UsageError: no data set, or no such split.
-            DataError: the index is damaged, or a shard is missing or has another size.
+            UsageError: no such split.
+            DataError: the index is damaged, or a shard of a local set is missing.
         """
-        manifest = Manifest.load(data)
-        found = manifest.split(split, data)
-        self._data = data
-        self._shards = found.shards
-        self._index = load_index(data, split, found)
-        self._maps: dict[int, Bytes] = {}
-        for shard in self._shards:
-            path = data / shard.name
-            size = path.stat().st_size if path.exists() else None
-            if size != shard.bytes:
-                state = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
-                raise DataError(f"shard {path} {state}; restore it, or {REBUILD}")
+        manifest = Manifest.load(dataset.folder)
+        found = manifest.split(split, dataset.folder)
+        if isinstance(dataset, LocalSet):  # what a store lacks shows when it is fetched
+            for shard in found.shards:
+                dataset.shard(shard)
+        self.split = split
+        self.shards = found.shards
+        self.encoding = manifest.encoding
+        """What the samples are: JPEGs, or raw pixels, uint8 256x256x3."""
+        self._dataset = dataset
+        self._index = load_index(dataset.folder, split, found)
+        self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def labels(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the labels of samples `ids`, int64 [b]."""
+    def labels(self, ids: Ids) -> Ids:
+        """Return the labels of samples `ids`, both int64 [b]."""
         return self._index["label"][ids].astype(np.int64)
 
-    def read(self, ids: npt.NDArray[np.int64]) -> list[Bytes]:
-        """Return the JPEG bytes of samples `ids` (int64 [b]) as read-only views, uint8 [size].
+    def sizes(self, ids: Ids) -> Ids:
+        """Return the bytes of samples `ids`, both int64 [b]."""
+        return self._index["size"][ids].astype(np.int64)
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Say which shards will be read soon, in this order; returns at once."""
+        self._dataset.ahead([self.shards[number] for number in numbers])
+
+    def advise(self, ids: Ids) -> None:
+        """Tell the kernel to read samples `ids` (int64 [b]) from the disk; does not wait."""
+        for row in self._index[ids]:
+            # A shard that is not open yet may still have to be fetched, which takes its time.
+            if (file := self._files.get(int(row["shard"]))) is not None:
+                os.posix_fadvise(file, row["offset"], row["size"], os.POSIX_FADV_WILLNEED)
+
+    def read(self, ids: Ids, into: Bytes) -> tuple[list[Bytes], dict[int, Damage]]:
+        """Read samples `ids` (int64 [b]) one behind the other into a buffer.
+
+        Args:
+            ids: the samples.
+            into: uint8, at least as long as the sum of their `sizes`.
+
+        Returns:
+            the samples as views of the buffer, uint8 [size], and for each place of `ids` whose
+            bytes are not those that were packed, the damage.
 
         Raises:
-            DataError: the CRC-32 of a sample is not the one it was packed with.
+            DataError, DuetError: a whole shard cannot be had.
         """
-        return [self._read(int(sample)) for sample in ids]
+        rows = self._index[ids]
+        ends = np.cumsum(rows["size"].astype(np.int64)).tolist()
+        views, damaged = [], {}
+        memory, start = memoryview(into.data), 0
+        columns = (rows[name].tolist() for name in ("shard", "offset", "crc"))
+        for place, (shard, offset, crc, end) in enumerate(zip(*columns, ends, strict=True)):
+            view = memory[start:end]
+            reason = self._fill(view, shard, offset, crc)
+            if reason and self._again(shard):
+                reason = self._fill(view, shard, offset, crc)
+            if reason:
+                damaged[place] = self.damage(int(ids[place]), reason)
+            views.append(into[start:end])
+            start = end
+        return views, damaged
 
-    def name(self, sample: int) -> str:
-        """Return what to call a sample in a message: its id, shard and byte offset."""
-        row = self._index[sample]
-        shard = self._data / self._shards[row["shard"]].name
-        return f"sample {sample} ({shard}, offset {row['offset']})"
+    def damage(self, sample: int, reason: str) -> Damage:
+        """Return the damage of a sample, for messages and lists."""
+        number = int(self._index["shard"][sample])
+        first = sum(shard.samples for shard in self.shards[:number])
+        key = sample_key(number, sample - first)
+        return Damage(self.split, sample, self.shards[number].name, key, reason)
 
-    def _read(self, sample: int) -> Bytes:
-        row = self._index[sample]
-        start, number = int(row["offset"]), int(row["shard"])
-        jpeg = self._map(number)[start : start + int(row["size"])]
-        if zlib.crc32(jpeg.data) != row["crc"]:
-            raise DataError(
-                f"{self.name(sample)} is damaged (CRC-32 differs); "
-                f"python -m pipeline.verify {self._data} lists all damage"
-            )
-        return jpeg
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
 
-    def _map(self, number: int) -> Bytes:
-        if number not in self._maps:
-            path = self._data / self._shards[number].name
-            # A plain array over the map: slicing np.memmap itself is five times slower.
-            self._maps[number] = np.asarray(np.memmap(path, np.uint8, "r"))
-        return self._maps[number]
+    def _fill(self, view: memoryview, shard: int, offset: int, crc: int) -> str | None:
+        """Read and check one sample; return what is wrong with it."""
+        try:
+            count = os.preadv(self._file(shard), [view], offset)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
+                raise self._lost(shard, error) from error
+            return f"cannot be read ({error.strerror})"
+        if count < len(view):
+            return "the shard ends before it does"
+        return None if isal_zlib.crc32(view) == crc else "CRC-32 differs"
+
+    def _again(self, number: int) -> bool:
+        """Whether there is a better copy of a shard now; the old one is closed then."""
+        better = self._dataset.recheck(self.shards[number])
+        if better:
+            os.close(self._files.pop(number))
+        return better
+
+    def _file(self, number: int) -> int:
+        file = self._files.get(number)
+        if file is None:
+            if len(self._files) >= OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            with self._dataset.open(self.shards[number]) as opened:
+                file = self._files[number] = os.dup(opened.fileno())
+        else:
+            self._files.move_to_end(number)
+        return file
+
+    def _lost(self, number: int, error: OSError) -> DataError:
+        path = self._dataset.folder / self.shards[number].name
+        return DataError(
+            f"shard {path} cannot be read ({error.strerror}); restore it, or {REBUILD}"
+        )

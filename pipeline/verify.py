@@ -1,9 +1,11 @@
-"""Check a sealed data set against its manifest, byte for byte.
+"""Check a sealed data set against its manifest, byte for byte, or prove what was delivered of it.
 
     python -m pipeline.verify DATA
+    python -m pipeline.verify DATA --ledger RUN
 
 Every shard and index is hashed; in a shard that differs, every sample's CRC-32 is checked, so
-that the damage is named by shard and sample. Exit code 0: sound. 4: damaged.
+that the damage is named by shard and sample. With --ledger, the ledgers of a run are read instead:
+was each epoch delivered exactly once? Exit code 0: sound. 4: damaged, or not exactly once.
 """
 
 from __future__ import annotations
@@ -27,17 +29,21 @@ from pipeline.files import sha256
 from pipeline.manifest import Manifest, Shard, Split
 from pipeline.pixel_stats import NAME as STATS
 from pipeline.progress import Progress
+from pipeline.proof.exactly_once import prove
 from pipeline.shards import Index, index_name, load_index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check every byte of a data set against its manifest."""
+    """Check every byte of a data set, or prove that a run was given each sample once an epoch."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder of the data set."""
     json: bool = False
     """Print one JSON object on stdout."""
+    ledger: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+    """Runs trained with --ledger, or folders with ledgers: prove from them that each epoch was
+    delivered exactly once. No byte of the data is hashed then; for that, run without."""
 
 
 DIFFERS = "SHA-256 differs from the manifest"
@@ -122,6 +128,8 @@ def _damaged(path: Path, rows: Index, shard: Shard, start: int) -> list[Damage]:
 def main() -> int:
     """Check, name all damage, and return 0 or 4."""
     options = tyro.cli(Verify, prog="python -m pipeline.verify", description=__doc__)
+    if options.ledger:
+        return _prove(options)
     damage = verify(options.data)
     if options.json:
         facts = {"data": str(options.data), "sound": not damage, "damage": damage}
@@ -133,6 +141,24 @@ def main() -> int:
         places = "1 place" if len(damage) == 1 else f"{len(damage)} places"
         raise DataError(f"{options.data} is damaged in {places}; {REBUILD}")
     sys.stderr.write(f"{options.data} is sound\n")
+    return 0
+
+
+def _prove(options: Verify) -> int:
+    """Prove from ledgers, name what is wrong, and return 0 or 4."""
+    proof = prove(options.data, options.ledger)
+    if options.json:
+        facts = {"data": str(options.data), **proof.facts()}
+        sys.stdout.write(json.dumps(facts) + "\n")
+    for finding in proof.findings:
+        sys.stderr.write(f"{finding.reason}\n")
+    if proof.findings:
+        ledgers = ", ".join(map(str, options.ledger))
+        raise DataError(
+            f"the ledgers in {ledgers} do not prove that each sample was delivered once an epoch; "
+            "see above, and give the ledgers of all attempts"
+        )
+    sys.stderr.write(f"{proof.summary()}\n")
     return 0
 
 

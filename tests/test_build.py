@@ -20,7 +20,8 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import MARKER, claimed
 from pipeline.manifest import Manifest
 from pipeline.pixel_stats import Statistics
-from pipeline.plan import Build
+from pipeline.plan import Build, fingerprint
+from pipeline.sources import Picture
 from pipeline.verify import verify
 from tests.drawn import CLASSES, folder_per_class, jpeg, rows_of
 
@@ -121,6 +122,28 @@ def test_a_finished_set_is_left_alone_and_another_plan_refused(pictures, tmp_pat
     assert before == {path: path.stat().st_mtime_ns for path in first.out.iterdir()}
     with pytest.raises(UsageError, match="finished data set of other pictures"):
         build(Build(out=first.out, train=pictures / "val", seed=1, workers=1))
+    with pytest.raises(UsageError, match="finished data set of other pictures"):
+        build(Build(out=first.out, train=pictures / "val", encoding="raw", workers=1))
+
+
+def test_sets_from_before_there_were_encodings_hold_jpegs(pictures, tmp_path):
+    options = Build(out=tmp_path / "data", train=pictures / "val", workers=1)
+    path = options.out / "manifest.json"
+    made = build(options)
+    table = json.loads(path.read_text())
+    assert table.pop("encoding") == "jpeg"
+    path.write_text(json.dumps(table))
+    assert build(options) == Manifest.load(options.out) == made
+
+
+def test_the_plan_of_a_jpeg_set_is_what_it_was():
+    """A hash from the release before there were encodings: its sets are still finished sets."""
+    picture = Picture("/p/a.tar", 512, 99, 1, "a")
+    options = Build(out=Path("o"), train=Path("t"))
+    found = fingerprint(options, {"train": [picture]}, ("x", "y"))
+    assert found == "0811ba230d7f9a2e037c7342f24c9ea3f10819767636253325a95da8519af2c9"
+    raw = Build(out=Path("o"), train=Path("t"), encoding="raw")
+    assert fingerprint(raw, {"train": [picture]}, ("x", "y")) != found
 
 
 def test_leftovers_of_a_killed_build_go_and_strangers_stay(pictures, tmp_path):
@@ -212,6 +235,10 @@ def test_the_command_ends_with_one_line_and_the_right_code(pictures, tmp_path):
         ([tmp_path / "file", "--train", train], "cannot be written"),
         ([tmp_path / "d", "--train", train, "--quality", "0"], "--quality 0 is out of range"),
         ([tmp_path / "d", "--train", train, "--val", train, "--holdout", "0.5"], "exclude"),
+        (
+            [tmp_path / "d", "--train", train, "--encoding", "raw", "--quality", "80"],
+            "--quality 80 says nothing about --encoding raw",
+        ),
     ):
         done = run(*arguments)
         assert done.returncode == 2, done
@@ -262,7 +289,13 @@ def test_damage_to_the_small_files_is_found(tiny_data, tmp_path, name, damage):
 
 
 def test_a_manifest_that_is_none_is_refused(tmp_path):
-    for text in ("", "[]", '{"version": 99}', '{"version": 1, "splits": {}}'):
+    for text in (
+        "",
+        "[]",
+        '{"version": 99}',
+        '{"version": 1, "splits": {}}',
+        '{"version": 1, "splits": {}, "encoding": "webp"}',
+    ):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
             Manifest.load(tmp_path)

@@ -111,9 +111,9 @@ def test_help_explains_every_setting(capsys):
 def test_the_public_settings_are_these():
     assert [field.name for field in fields(Config)] == [
         "width", "seed", "batch_size", "epochs", "steps", "lr", "bias_factor", "lr_drop",
-        "lr_drops", "bias_drop", "bias_drops", "momentum", "weight_decay", "colour", "dtype",
-        "replicas", "pair", "device", "threads", "checkpoint_every", "keep", "validate_every",
-        "max_failures",
+        "lr_drops", "bias_drop", "bias_drops", "momentum", "weight_decay", "shuffle", "window",
+        "colour", "dtype", "replicas", "pair", "device", "threads", "checkpoint_every", "keep", "validate_every",
+        "max_failures", "strict", "ledger", "cache", "cache_size",
     ]  # fmt: skip
 
 
@@ -129,6 +129,9 @@ configs = st.builds(
     colour=st.floats(0, 10),
     dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
     pair=st.booleans(),
+    shuffle=st.sampled_from(["full", "block"]),
+    strict=st.booleans(),
+    cache=st.sampled_from(["", "/tmp/a b", "c"]),
 )
 
 
@@ -151,7 +154,8 @@ def test_epochs_are_rounded_up_to_whole_steps(epochs, samples, batch_size):
 OTHER = {
     "width": 0.5, "seed": 1, "batch_size": 256, "epochs": 9.0, "steps": 201, "lr": 0.1,
     "bias_factor": 1.0, "lr_drop": 10.0, "lr_drops": 2, "bias_drop": 5.0, "bias_drops": 3,
-    "momentum": 0.5, "weight_decay": 0.1, "colour": 0.0, "dtype": "bfloat16",
+    "momentum": 0.5, "weight_decay": 0.1, "shuffle": "block", "window": 8,
+    "colour": 0.0, "dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -172,7 +176,8 @@ def test_how_a_run_is_carried_out_may_change():
     old = Config()
     free = {
         "replicas": 2, "device": "cpu", "pair": False, "threads": 3, "checkpoint_every": 7,
-        "keep": 9, "validate_every": 0, "max_failures": 0,
+        "keep": 9, "validate_every": 0, "max_failures": 0, "strict": True, "ledger": True, "cache": "c",
+        "cache_size": "1TB",
     }  # fmt: skip
     assert set(free) == set(FREE)
     assert differences(old, replace(old, **free), samples=4000) == []

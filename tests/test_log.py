@@ -50,7 +50,7 @@ def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
             with log.waiting():
                 time.sleep(0.02)
             time.sleep(0.02)
-            log.step(step, 8 * step, Config(), (0.1, 0.2), torch.tensor([1.5, 0.25]))
+            log.step(step, 8 * step, Config(), (0.1, 0.2), torch.tensor([1.5, 0.25, 0.0]))
             with log.paused():
                 time.sleep(0.3)
                 log.validation(Mark(step=step, position=8 * step), {"loss": 1.0})
@@ -65,6 +65,6 @@ def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
 def test_only_the_leader_writes(tmp_path):
     place = Place(replica=1, replicas=2)
     with Log(tmp_path, place, pytest.fail, samples=40, step=0) as log:
-        log.step(1, 8, Config(), (0.1, 0.2), torch.tensor([1.5, 0.25]))
+        log.step(1, 8, Config(), (0.1, 0.2), torch.tensor([1.5, 0.25, 0.0]))
         log.validation(Mark(step=1, position=8), {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []

@@ -42,6 +42,7 @@ from cluster.report.tables import (
     plain,
     run_tiles,
 )
+from pipeline.dataset import metadata
 from pipeline.errors import DuetError, UsageError
 from pipeline.files import sealed
 from pipeline.manifest import Manifest, identity
@@ -55,11 +56,11 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
-    data: Path | None = None
-    """Its data set, for the pictures and the class names."""
+    data: str | None = None
+    """Its data set (folder or address), for the pictures and the class names."""
 
 
-def report(run: Path, data: Path | None) -> Path:
+def report(run: Path, data: str | None) -> Path:
     """Write RUN/report.html and return its path.
 
     Raises:
@@ -76,7 +77,7 @@ def report(run: Path, data: Path | None) -> Path:
     return run / NAME
 
 
-def render(records: Records, data: Path | None) -> str:
+def render(records: Records, data: str | None) -> str:
     """The page as HTML text."""
     manifest, data_note = _manifest(data, records)
     environment = jinja2.Environment(
@@ -113,20 +114,21 @@ def render(records: Records, data: Path | None) -> str:
     )
 
 
-def _manifest(data: Path | None, records: Records) -> tuple[Manifest | None, str]:
+def _manifest(data: str | None, records: Records) -> tuple[Manifest | None, str]:
     """The data set's manifest, or why there is none; a note when it is not the run's own."""
     if data is None:
         return None, "No data folder was given (--data), so nothing is known of the data set."
     try:
-        manifest = Manifest.load(data)
+        folder = metadata(data, cache=records.config.get("cache") or None)
+        manifest = Manifest.load(folder)
         known = records.config.get("data_sha256")
-        other = known is not None and known != identity(data)
+        other = known is not None and known != identity(folder)
     except (DuetError, OSError) as error:
         return None, f"{error}."
     return manifest, f"{data} is not the data set that the run was trained on." if other else ""
 
 
-def _mosaic(data: Path | None, records: Records) -> tuple[list[Sample], str]:
+def _mosaic(data: str | None, records: Records) -> tuple[list[Sample], str]:
     if data is None:
         return [], "No pictures: no data folder was given (--data)."
     try:

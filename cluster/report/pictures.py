@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from cluster.checkpoint import Found, column_file, newest
 from cluster.events import Warned
 from cluster.run_folder import CHECKPOINTS
+from pipeline.dataset import metadata
 from pipeline.errors import DuetError
 from pipeline.manifest import Manifest
 
@@ -50,7 +51,7 @@ class Kernels:
     step: int
 
 
-def mosaic(data: Path, config: dict[str, Any]) -> list[Sample]:
+def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
     """The first training pictures of a run, cropped, flipped and coloured as it had them.
 
     Raises:
@@ -60,13 +61,17 @@ def mosaic(data: Path, config: dict[str, Any]) -> list[Sample]:
         # DALI takes seconds to load and may be missing where only a report is wanted.
         from pipeline.batches import Stream
 
-        classes = Manifest.load(data).classes
+        cache = config.get("cache") or None
+        classes = Manifest.load(metadata(data, cache=cache)).classes
         count = min(PICTURES, int(config.get("batch_size", PICTURES)))
         with Stream(
             data,
             batch_size=count,
             seed=int(config.get("seed", 0)),
             colour=float(config.get("colour", 0.1)),
+            shuffle=config.get("shuffle", "full"),
+            window=int(config.get("window", 16)),
+            cache=cache,
         ) as stream:
             batch = next(stream)
             mean = stream.channel_mean

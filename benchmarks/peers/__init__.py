@@ -1,0 +1,89 @@
+"""The loaders that `benchmarks/loaders.py` compares, one small module each.
+
+An adapter module has two functions. `prepare(work)` converts the pictures into the loader's own
+format under `work.folder`; `batches(work)` yields batches without end. Both are called in a process
+of the loader's own (`turns.py`), so that no library sees another's threads, and nothing is imported
+before it is asked for. Each adapter's docstring states the settings that it runs its loader with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One line of the comparison."""
+
+    title: str
+    """What the table calls it."""
+    adapter: str
+    """Name of the module in this package."""
+    lane: Literal["jpeg", "raw"] = "jpeg"
+    """Which of the two data sets it reads."""
+    module: str | None = None
+    """The library's import name; None where Duet itself needs the library anyway."""
+    library: str | None = None
+    """The library's name on the package index, for its version."""
+    install: str = ""
+    """How to get it."""
+    gpu: bool = False
+    """Whether it can decode on a GPU too."""
+
+    @property
+    def installed(self) -> bool:
+        """Whether the library is there (it is not imported)."""
+        return self.module is None or importlib.util.find_spec(self.module) is not None
+
+
+_FFCV = {
+    "adapter": "ffcv_beton",
+    "module": "ffcv",
+    "library": "ffcv",
+    "install": "pip install --no-build-isolation ffcv==1.0.2 opencv-python-headless"
+    " (Debian: apt install g++ pkg-config libturbojpeg0-dev libopencv-dev)",
+}
+
+PEERS = {
+    "limit": Peer(
+        title="bare libjpeg-turbo decode: the limit",
+        adapter="bare_decode",
+        module="simplejpeg",
+        library="simplejpeg",
+        install="pip install simplejpeg",
+    ),
+    "ours": Peer(title="Duet stream", adapter="duet_stream", gpu=True),
+    "native": Peer(title="DALI readers.webdataset", adapter="dali_native", gpu=True),
+    "torch": Peer(
+        title="torch DataLoader + Pillow", adapter="torch_pillow", module="PIL", library="pillow"
+    ),
+    "webdataset": Peer(
+        title="webdataset + Pillow",
+        adapter="webdataset_pillow",
+        module="webdataset",
+        library="webdataset",
+    ),
+    "ffcv": Peer(title="FFCV, JPEG", **_FFCV),  # type: ignore[arg-type]
+    "litdata": Peer(
+        title="litData + Pillow",
+        adapter="litdata_chunks",
+        module="litdata",
+        library="litdata",
+        install="pip install litdata",
+    ),
+    "mosaicml": Peer(
+        title="mosaicml streaming + Pillow",
+        adapter="mosaicml_mds",
+        module="streaming",
+        library="mosaicml-streaming",
+        install="pip install mosaicml-streaming",
+    ),
+    "ours-raw": Peer(title="Duet stream, raw", adapter="duet_stream", lane="raw", gpu=True),
+    "native-raw": Peer(
+        title="DALI readers.webdataset, raw", adapter="dali_native", lane="raw", gpu=True
+    ),
+    "ffcv-raw": Peer(title="FFCV, raw", lane="raw", **_FFCV),  # type: ignore[arg-type]
+}
+"""All that can be compared, in the order of the table."""

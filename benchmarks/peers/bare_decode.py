@@ -1,0 +1,45 @@
+"""The limit: libjpeg-turbo decodes the whole 256x256 picture to RGB, and nothing else happens.
+
+simplejpeg lets go of Python's lock while it decodes, so there is one thread a core; each writes
+into one buffer again and again. No crop, no float, no batch in one piece, no order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+from peers.work import STORED, Work, stored
+
+Pixels = npt.NDArray[np.uint8]
+
+CHUNK = 32
+"""Pictures that a thread decodes at a time."""
+
+
+def prepare(work: Work) -> None:
+    """Do nothing: the bytes are taken from the shards."""
+
+
+def batches(work: Work) -> Iterator[Pixels]:
+    """Yield, for every `batch_size` decoded pictures, the last of them; uint8 [256, 256, 3]."""
+    jpegs = itertools.cycle(list(stored(work)))
+    with ThreadPoolExecutor(work.cores) as pool:
+        ahead: deque[Future[Pixels]] = deque()
+        while True:
+            while len(ahead) < 4 * work.cores + work.batch_size // CHUNK:
+                ahead.append(pool.submit(_decode, list(itertools.islice(jpegs, CHUNK))))
+            yield [ahead.popleft().result() for _ in range(work.batch_size // CHUNK)][-1]
+
+
+def _decode(jpegs: list[bytes]) -> Pixels:
+    pixels = np.empty((STORED, STORED, 3), np.uint8)
+    for jpeg in jpegs:
+        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
+    return pixels

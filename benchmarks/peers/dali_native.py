@@ -1,0 +1,27 @@
+"""DALI's `readers.webdataset` on the same shards with the graph of our stream; a thread a core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from peers.work import Work
+from pipeline.native import NativeReader
+
+
+def prepare(work: Work) -> None:
+    """Do nothing: it reads the shards as they are."""
+
+
+def batches(work: Work) -> Iterator[torch.Tensor]:
+    """Yield batches without end."""
+    reader = NativeReader(
+        work.data,
+        split="train",
+        batch_size=work.batch_size,
+        device=work.device,
+        threads=work.cores,
+    )
+    while True:
+        yield next(reader)

@@ -1,0 +1,177 @@
+"""A loader in a process of its own, which works only while it is its turn.
+
+The process prepares the loader, looks once at what it delivers, and then waits. Between its turns
+nobody takes batches from it, so that it fills its queues and stands still; the batches that lie
+ready when its turn begins are not counted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from peers import Peer
+from peers.work import CROP, STORED, Work
+from pipeline.errors import DataError, DuetError, SetupError
+from pipeline.processes import tie_to_parent
+
+LOOKED_AT = 8
+"""Batches whose values are looked at before any measurement."""
+CHANNEL_OFF = 10.0
+"""Grey levels that their channel means may be away from those of the whole set."""
+
+
+class Runner:
+    """One loader, in a process that ends with this one."""
+
+    def __init__(self, peer: Peer, work: Work) -> None:
+        """Start the process; `wait` says when it is ready."""
+        self.title = peer.title
+        self._log = work.folder / "log"
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(peer, work, theirs, self._log))
+        self._process.start()
+        theirs.close()
+
+    def wait(self) -> str | None:
+        """Return None once the loader is ready, or why its library cannot be imported.
+
+        Raises:
+            SetupError: it failed, or what it delivers is not what was asked for.
+        """
+        answer = self._answer()
+        return None if answer is None else str(answer)
+
+    def turn(self, seconds: float) -> float:
+        """Return the img/s over whole batches in a window of `seconds`.
+
+        Raises:
+            SetupError: the loader failed.
+        """
+        self._pipe.send(seconds)
+        return float(self._answer())
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        self._pipe.close()  # its `recv` ends
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            answer = SetupError(f"its process ended with exit code {self._process.exitcode}")
+        if isinstance(answer, DuetError):
+            said = self._log.read_text(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
+            raise type(answer)(f"{self.title}: {answer}; the last that it printed: {last}")
+        return answer
+
+
+def _serve(peer: Peer, work: Work, pipe: Connection, log: Path) -> None:
+    """Run one loader: the main function of its process."""
+    tie_to_parent()
+    # Loaders start workers as they do elsewhere on Linux; this process has no threads yet.
+    multiprocessing.set_start_method("fork", force=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)  # libraries print; the parent's stdout may be JSON
+    os.dup2(file, 2)
+    try:
+        adapter = importlib.import_module(f"peers.{peer.adapter}")
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(f"cannot be imported: {_line(error)}")
+        return
+    try:
+        adapter.prepare(work)
+        batches = adapter.batches(work)
+        look(batches, work, decoded_only=peer.adapter == "bare_decode")
+        pipe.send(None)
+        while True:
+            pipe.send(_measure(batches, work, pipe.recv()))
+    except EOFError:
+        pass  # the parent has seen enough
+    except DuetError as error:
+        pipe.send(error)
+    except BaseException as error:  # what ends it matters, not how
+        traceback.print_exc()
+        pipe.send(SetupError(_line(error)))
+
+
+def look(batches: Iterator[Any], work: Work, *, decoded_only: bool = False) -> None:
+    """Look at some batches: shape, type, range, mean, and that they are not always the same.
+
+    Args:
+        batches: of a loader.
+        work: what it was asked for.
+        decoded_only: it yields uint8 [256, 256, 3] instead, one picture of each batch.
+
+    Raises:
+        DataError: something else was delivered.
+    """
+    if decoded_only:
+        picture = next(batches)
+        _expect("shape", picture.shape, (STORED, STORED, 3))
+        _expect("dtype", picture.dtype, np.dtype(np.uint8))
+        return
+    dtype = torch.float16 if work.device == "gpu" else torch.float32
+    sums, last = torch.zeros(3, dtype=torch.float64), None
+    for _ in range(LOOKED_AT):
+        images = next(batches)
+        _expect("shape", tuple(images.shape), (work.batch_size, 3, CROP, CROP))
+        _expect("dtype", images.dtype, dtype)
+        low, high = images.min().item(), images.max().item()
+        # The paper's colour noise, which is in ours alone, moves a picture by some tens of levels.
+        if not -255 < low < -20 < 20 < high < 355:
+            raise DataError(f"pixels from {low:.1f} to {high:.1f}, not 0..255 minus the mean")
+        if last is not None and torch.equal(images[0], last):
+            raise DataError("two batches begin with the same pixels")
+        last = images[0].clone()
+        sums += images.double().mean((0, 2, 3)).cpu() / LOOKED_AT
+    if sums.abs().max() > CHANNEL_OFF:
+        found = ", ".join(f"{value:+.1f}" for value in sums)
+        raise DataError(f"channel means {found} after the mean was subtracted, expected 0, 0, 0")
+
+
+def _expect(what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise DataError(f"{what} {found}, expected {wanted}")
+
+
+def _measure(batches: Iterator[Any], work: Work, seconds: float) -> float:
+    """Return img/s; the batches that were made before the turn are taken first."""
+    for _ in range(8 + 2 * work.cores):  # torch's workers keep two each, DALI two, FFCV five
+        next(batches)
+    _synchronise(work)
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        next(batches)
+        count += 1
+    if work.device == "gpu":
+        _synchronise(work)
+        passed = time.perf_counter() - start
+    return count * work.batch_size / passed
+
+
+def _synchronise(work: Work) -> None:
+    if work.device == "gpu":
+        torch.cuda.synchronize()
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,103 @@
+"""Batches under way: read in the background, decoded by DALI, taken one by one."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from pipeline.background import Background
+from pipeline.decode import Decoder, Device, Feed, Trial
+from pipeline.picture import Encoding
+from pipeline.reader import Loaded, Reader
+
+
+class DecodeFailure(Exception):
+    """DALI cannot decode some samples of a batch; no other batch comes after this."""
+
+    def __init__(self, batch: Loaded, places: list[int]) -> None:
+        super().__init__(f"samples {batch.ids[places].tolist()} cannot be decoded")
+        self.batch = batch
+        self.places = places
+
+
+class Flow:
+    """Batches from one position on, in order."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        position: int,
+        *,
+        prefetch: int,
+        batch_size: int,
+        device: Device,
+        threads: int,
+        size: int,
+        encoding: Encoding,
+    ) -> None:
+        """Start at once: `prefetch` batches are read and as many decoded before they are asked for.
+
+        The other arguments are those of `Decoder`.
+        """
+        self._reader = reader
+        self._device: Device = device
+        self._background = Background(reader.batches(position), depth=prefetch)
+        self._decoding: deque[Loaded] = deque()
+        self._done: deque[Loaded] = deque()
+        self._keep = prefetch + 1
+        self._error: BaseException | None = None
+        self._decoder = Decoder(
+            self._source,
+            batch_size=batch_size,
+            device=device,
+            threads=threads,
+            prefetch=prefetch,
+            size=size,
+            encoding=encoding,
+        )
+
+    def run(self) -> tuple[Loaded, torch.Tensor]:
+        """Return the next batch and its pixels.
+
+        Raises:
+            StopIteration: there are no more.
+            DecodeFailure: there are pictures in the batch that cannot be decoded.
+            DuetError: what stopped the reader, after all batches before it.
+        """
+        try:
+            images = self._decoder.run()
+        except StopIteration:
+            if self._error is not None:
+                raise self._error from None
+            raise
+        except RuntimeError as error:
+            batch, trial = self._decoding[0], Trial(self._device)
+            # DALI names at most the first bad one.
+            failed = [i for i, jpeg in enumerate(batch.feed.pictures) if not trial.decodes(jpeg)]
+            if not failed:
+                raise
+            raise DecodeFailure(batch, failed) from error
+        loaded = self._decoding.popleft()
+        # A GPU may still be reading the bytes of the last few batches.
+        self._done.append(loaded)
+        if len(self._done) > self._keep:
+            self._reader.give_back(self._done.popleft())
+        return loaded, images
+
+    def close(self) -> None:
+        """Stop reading and decoding."""
+        self._background.close()
+        del self._decoder
+
+    def _source(self) -> Feed:
+        """DALI asks for the next batch; called ahead of need."""
+        try:
+            loaded = self._background.take()
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._error = error  # told when its turn comes: the batches before it are good
+            raise StopIteration from None
+        self._decoding.append(loaded)
+        return loaded.feed
