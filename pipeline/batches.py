@@ -16,7 +16,7 @@ from pipeline.augment import CROP
 from pipeline.dataset import CACHE_SIZE, open_dataset
 from pipeline.decode import Device
 from pipeline.flow import DecodeFailure, Flow
-from pipeline.ledger import About, Ledger
+from pipeline.ledger.writer import About, Ledger
 from pipeline.manifest import identity
 from pipeline.order import Block, Full, Order, Shuffle, Stored, share
 from pipeline.picture import SIZE

@@ -26,6 +26,7 @@ import tyro
 
 from pipeline.errors import REBUILD, DataError, DuetError, UsageError, run
 from pipeline.files import claimed, sealed, writable_folder
+from pipeline.index import Index, save_index
 from pipeline.manifest import NAME as MANIFEST
 from pipeline.manifest import Manifest, Shard, Split
 from pipeline.picture import PictureError, as_npy, encode, square
@@ -33,7 +34,7 @@ from pipeline.pixel_stats import Statistics, Sums
 from pipeline.plan import Build, Plan, make_plan
 from pipeline.processes import tie_to_parent
 from pipeline.progress import Progress
-from pipeline.shards import Index, save_index, write_shard
+from pipeline.shards import write_shard
 from pipeline.sources import WHOLE_FILE, Picture, Reject, read
 
 REJECTS = "rejects.jsonl"

@@ -114,7 +114,7 @@ def open_dataset(
 
     An address is anything that fsspec knows: `https://host/folder`, `s3://bucket/folder`,
     `gs://bucket/folder`; the last two need `duet[s3]` and `duet[gs]`. Credentials and endpoints
-    come from the environment, as `fetch` says.
+    come from the environment, as `stores.fetch` says.
 
     Args:
         data: folder or address.
@@ -135,9 +135,9 @@ def open_dataset(
         local = unquote(urlsplit(where).path) if where.lower().startswith("file://") else where
         Manifest.load(Path(local))
         return LocalSet(Path(local))
-    from pipeline.cache import Cache  # these bring fsspec, which a local set does without
-    from pipeline.fetch import Store
-    from pipeline.remote import RemoteSet
+    from pipeline.stores.cache import Cache  # these bring fsspec, which a local set does without
+    from pipeline.stores.fetch import Store
+    from pipeline.stores.remote import RemoteSet
 
     store = Store(where)
     folder = default_cache() if cache is None else Path(cache)

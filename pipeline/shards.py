@@ -8,38 +8,18 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 import webdataset
 from isal import isal_zlib
 
-from pipeline.errors import REBUILD, DataError
 from pipeline.files import sealed, sha256
-from pipeline.manifest import Shard, Split
+from pipeline.index import INDEX_DTYPE, Index, sample_key
+from pipeline.manifest import Shard
 from pipeline.picture import ENDINGS, Encoding
-
-INDEX_DTYPE = np.dtype(
-    [("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
-)
-"""A row of `SPLIT.index.npy`, 24 bytes: shard number, label, byte range in the tar, and the CRC-32
-(zlib's) of those bytes: a whole JPEG, or the pixels of a raw picture (uint8 [256, 256, 3]) without
-the header of their `.npy`. Row i is sample i of the split."""
-
-Index = npt.NDArray[np.void]
-
-
-def index_name(split: str) -> str:
-    """Name of the index file of a split."""
-    return f"{split}.index.npy"
 
 
 def shard_name(split: str, number: int) -> str:
     """Name of a tar: `train-000000.tar`."""
     return f"{split}-{number:06d}.tar"
-
-
-def sample_key(number: int, place: int) -> str:
-    """WebDataset key of the sample at `place` of shard `number`: `000000_00000`."""
-    return f"{number:06d}_{place:05d}"
 
 
 def write_shard(
@@ -111,30 +91,3 @@ def _payload(file: IO[bytes], picture: tarfile.TarInfo, encoding: Encoding) -> t
         np.lib.format.read_array_header_1_0(file)
         start = file.tell()
     return start, picture.offset_data + picture.size - start
-
-
-def save_index(data: Path, split: str, rows: Index) -> str:
-    """Write `SPLIT.index.npy` and return its SHA-256."""
-    path = data / index_name(split)
-    with sealed(path) as file:
-        np.save(file, rows, allow_pickle=False)
-    return sha256(path)
-
-
-def load_index(data: Path, name: str, split: Split) -> Index:
-    """Map `SPLIT.index.npy` into memory, after comparing it with its hash.
-
-    The labels stand in it and nowhere else that is read: they are checked every time.
-
-    Raises:
-        DataError: missing, damaged, or of another set.
-    """
-    path = data / index_name(name)
-    try:
-        known = sha256(path) == split.index_sha256
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {REBUILD}") from error
-    if not known or rows.dtype != INDEX_DTYPE or len(rows) != split.samples:
-        raise DataError(f"{path} is not the index that was built; {REBUILD}")
-    return np.asarray(rows)

@@ -14,9 +14,9 @@ from isal import isal_zlib
 
 from pipeline.dataset import DataSet, LocalSet
 from pipeline.errors import REBUILD, DataError
+from pipeline.index import load_index, sample_key
 from pipeline.manifest import Manifest
 from pipeline.order import Ids
-from pipeline.shards import load_index, sample_key
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -25,8 +25,10 @@ import torch
 import tyro
 
 from pipeline.batches import Stream
+from pipeline.dataset import is_remote, parse_size
 from pipeline.errors import UsageError, run
 from pipeline.native import NativeReader
+from pipeline.order import Shuffle
 from pipeline.progress import Progress
 
 WARM_UP = 8
@@ -37,39 +39,48 @@ WARM_UP = 8
 class Throughput:
     """Measure the stream without a trainer behind it."""
 
-    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of the data set."""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Data set: a folder, or an address such as s3://bucket/folder."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where pictures are decoded and left."""
     reader: Literal["stream", "native"] = "stream"
     """`stream` is ours, `native` is DALI's own WebDataset reader on the same shards."""
     split: str = "train"
     """Split to read."""
+    shuffle: Shuffle = "full"
+    """Order of the stream: full or block."""
+    window: int = 16
+    """Shards in a window of the block shuffle."""
+    cache: str | None = None
+    """Folder for the shards of a remote set; default: duet in the user's cache folder."""
+    cache_size: str = "100GB"
+    """Most bytes in it."""
     batch_size: int = 128
     """Pictures in a batch."""
     threads: int = len(os.sched_getaffinity(0))
     """Host threads that decode."""
     windows: int = 5
-    """Windows to time; the median of their rates is the result."""
-    window: int = 40
-    """Batches in a window."""
+    """Windows of time; the median of their rates is the result."""
+    batches: int = 40
+    """Batches in each of them."""
     json: bool = False
     """Print one JSON object on stdout."""
 
 
 def measure(options: Throughput) -> list[float]:
     """Return the img/s of each window, after a warm-up that is not counted."""
-    if min(options.batch_size, options.threads, options.windows, options.window) < 1:
-        raise UsageError("--batch-size, --threads, --windows and --window must be at least 1")
+    for name in ("batch_size", "threads", "windows", "batches", "window"):
+        if (value := getattr(options, name)) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     rates = []
     with closing(_batches(options)) as batches:
         for _ in itertools.islice(batches, WARM_UP):
             pass
-        pictures = options.window * options.batch_size
+        pictures = options.batches * options.batch_size
         with Progress("measuring", total=options.windows * pictures, unit="img") as progress:
             for _ in range(options.windows):
                 start = time.perf_counter()
-                for _ in itertools.islice(batches, options.window):
+                for _ in itertools.islice(batches, options.batches):
                     pass
                 if options.device == "gpu":
                     torch.cuda.synchronize()
@@ -79,14 +90,36 @@ def measure(options: Throughput) -> list[float]:
 
 
 def _batches(options: Throughput) -> Generator[torch.Tensor]:
-    common = {"split": options.split, "batch_size": options.batch_size, "threads": options.threads}
     if options.reader == "native":
-        reader = NativeReader(options.data, device=options.device, **common)  # type: ignore[arg-type]
-        while True:
-            yield next(reader)
-    with Stream(options.data, device=options.device, **common) as stream:  # type: ignore[arg-type]
+        yield from _native(options)
+    stream = Stream(
+        options.data,
+        split=options.split,
+        batch_size=options.batch_size,
+        device=options.device,
+        threads=options.threads,
+        shuffle=options.shuffle,
+        window=options.window,
+        cache=options.cache,
+        cache_size=parse_size(options.cache_size),
+    )
+    with stream:
         for batch in stream:
             yield batch.images
+
+
+def _native(options: Throughput) -> Generator[torch.Tensor]:
+    if is_remote(options.data):
+        raise UsageError(f"--reader native reads local folders only, not {options.data}")
+    reader = NativeReader(
+        Path(options.data),
+        split=options.split,
+        batch_size=options.batch_size,
+        device=options.device,
+        threads=options.threads,
+    )
+    while True:
+        yield next(reader)
 
 
 def main() -> int:

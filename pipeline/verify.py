@@ -26,11 +26,11 @@ import tyro
 
 from pipeline.errors import REBUILD, DataError, run
 from pipeline.files import sha256
+from pipeline.index import Index, index_name, load_index
+from pipeline.ledger.proof.exactly_once import prove
 from pipeline.manifest import Manifest, Shard, Split
 from pipeline.pixel_stats import NAME as STATS
 from pipeline.progress import Progress
-from pipeline.proof.exactly_once import prove
-from pipeline.shards import Index, index_name, load_index
 
 
 @dataclass(frozen=True, kw_only=True)

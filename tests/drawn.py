@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.index import Index, load_index
 from pipeline.manifest import Manifest
-from pipeline.shards import Index, load_index
 
 CLASSES = ("apple", "bird", "cat", "dog")
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from pipeline.cache import Cache
-from pipeline.fetch import Policy, Store
 from pipeline.manifest import Manifest, Shard
-from pipeline.remote import RemoteSet
+from pipeline.stores.cache import Cache
+from pipeline.stores.fetch import Policy, Store
+from pipeline.stores.remote import RemoteSet
 
 QUICK = Policy(attempts=4, first_delay=0.02, stall=5)
 HASTY = Policy(attempts=4, first_delay=0.02, stall=0.25)

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import Cache
 from pipeline.errors import DuetError, SetupError, UsageError
-from pipeline.fetch import Policy
-from pipeline.locks import try_lock, unlock
 from pipeline.manifest import Manifest
-from pipeline.remote import RemoteSet
+from pipeline.stores.cache import Cache
+from pipeline.stores.fetch import Policy
+from pipeline.stores.locks import try_lock, unlock
+from pipeline.stores.remote import RemoteSet
 from tests.servers import HASTY, QUICK, Server, fetch_all, remote, shards
 from tests.test_remote import wait_for
 
@@ -262,7 +262,8 @@ def test_one_that_holds_a_lock_and_does_nothing(server, tiny_data, tmp_path):
 
 def test_a_forked_child_does_not_keep_the_locks_of_its_parent(tmp_path):
     script = (
-        "import os, signal, sys, time; from pathlib import Path; from pipeline.locks import *\n"
+        "import os, signal, sys, time; from pathlib import Path\n"
+        "from pipeline.stores.locks import *\n"
         "lock = try_lock(Path(sys.argv[1]))\n"
         "child = os.fork()\n"
         "if child == 0:\n"

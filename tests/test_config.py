@@ -38,7 +38,7 @@ def test_the_file_is_the_positional_argument_and_nothing_else(tmp_path):
     path.write_text("steps = 7", encoding="utf-8")
     for data, run in (("d", "steps"), ("d.toml", "epochs")):
         found = parse(["--data", data, "--run", run, str(path)])
-        assert (found.settings.steps, found.data, found.run) == (7, Path(data), Path(run))
+        assert (found.settings.steps, found.data, found.run) == (7, data, Path(run))
     with pytest.raises(UsageError, match="nowhere cannot be read"):
         parse([str(tmp_path / "nowhere"), "--data", "d", "--run", "r"])
 
@@ -112,8 +112,8 @@ def test_the_public_settings_are_these():
     assert [field.name for field in fields(Config)] == [
         "width", "seed", "batch_size", "epochs", "steps", "lr", "bias_factor", "lr_drop",
         "lr_drops", "bias_drop", "bias_drops", "momentum", "weight_decay", "shuffle", "window",
-        "colour", "dtype", "replicas", "pair", "device", "threads", "checkpoint_every", "keep", "validate_every",
-        "max_failures", "strict", "ledger", "cache", "cache_size",
+        "colour", "dtype", "replicas", "pair", "device", "threads", "checkpoint_every", "keep",
+        "validate_every", "max_failures", "strict", "ledger", "cache", "cache_size",
     ]  # fmt: skip
 
 
@@ -176,8 +176,8 @@ def test_how_a_run_is_carried_out_may_change():
     old = Config()
     free = {
         "replicas": 2, "device": "cpu", "pair": False, "threads": 3, "checkpoint_every": 7,
-        "keep": 9, "validate_every": 0, "max_failures": 0, "strict": True, "ledger": True, "cache": "c",
-        "cache_size": "1TB",
+        "keep": 9, "validate_every": 0, "max_failures": 0, "strict": True, "ledger": True,
+        "cache": "c", "cache_size": "1TB",
     }  # fmt: skip
     assert set(free) == set(FREE)
     assert differences(old, replace(old, **free), samples=4000) == []

@@ -17,8 +17,8 @@ from isal import isal_zlib
 from pipeline.batches import Stream
 from pipeline.dataset import LocalSet
 from pipeline.errors import DataError, UsageError
+from pipeline.index import save_index
 from pipeline.manifest import Manifest
-from pipeline.shards import save_index
 from pipeline.storage import Storage
 from tests.drawn import rows_of
 

@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import verify
-from pipeline.checksum import crc32_each, weighted_sums
 from pipeline.errors import DataError, SetupError, UsageError
-from pipeline.ledger import About, Ledger
-from pipeline.ledger_file import encode, scan
+from pipeline.ledger.checksum import crc32_each, weighted_sums
+from pipeline.ledger.file import encode, scan
+from pipeline.ledger.proof import exactly_once
+from pipeline.ledger.proof.exactly_once import prove
+from pipeline.ledger.writer import About, Ledger
 from pipeline.manifest import Manifest, Shard, Split, identity
-from pipeline.proof import exactly_once
-from pipeline.proof.exactly_once import prove
 
 HEAD = struct.Struct("<IIQII")  # as the docstring of ledger_file has it
 N = 60
@@ -123,7 +123,7 @@ def change(path: Path, frame: int, place: int, add: int) -> None:
     """Add to the 32-bit word number `place` after the head of a frame, and mend the CRC-32."""
     parts = frames(path)
     words = np.frombuffer(parts[frame + 1][HEAD.size :], "<u4").copy()
-    words[place] += add
+    words[place : place + 1] += np.uint32(add)
     body = parts[frame + 1][4 : HEAD.size] + words.tobytes()
     parts[frame + 1] = struct.pack("<I", zlib.crc32(body)) + body
     path.write_bytes(b"".join(parts))
@@ -426,7 +426,7 @@ def test_lists_are_cut_and_the_rest_is_counted(tmp_path, data):
 def test_killing_the_writer_loses_nothing_it_recorded(tmp_path, data):
     code = (
         "import os, signal, sys, numpy as np, torch\n"
-        "from pipeline.ledger import About, Ledger\n"
+        "from pipeline.ledger.writer import About, Ledger\n"
         "ledger = Ledger(sys.argv[1], About(**eval(sys.argv[2])))\n"
         "ids = np.arange(4)\n"
         "for k in range(9):\n"
@@ -477,7 +477,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path, data):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     # A full disk takes what still fits, and then says so.
     with (
-        mock.patch("pipeline.ledger.os.write", side_effect=[3, full]),
+        mock.patch("pipeline.ledger.writer.os.write", side_effect=[3, full]),
         pytest.raises(SetupError, match=r"run/.*\.ledger cannot be written \(No space left"),
     ):
         ledger.record(0, ids, ids, torch.zeros(4, 3, 2, 2))

@@ -21,11 +21,11 @@ import pytest
 
 from pipeline.dataset import LocalSet, is_remote, open_dataset, parse_size
 from pipeline.errors import DataError, DuetError, SetupError, UsageError
-from pipeline.fetch import Policy, Store
+from pipeline.index import load_index
 from pipeline.manifest import Manifest, identity
 from pipeline.pixel_stats import Statistics
-from pipeline.shards import load_index
-from pipeline.store_errors import StoreError
+from pipeline.stores.errors import StoreError
+from pipeline.stores.fetch import Policy, Store
 from tests.servers import HASTY, QUICK, STUCK, Server, remote, shards
 
 ROOT = Path(__file__).parent.parent

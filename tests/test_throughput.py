@@ -13,7 +13,9 @@ from pipeline.throughput import Throughput, measure
 @pytest.mark.parametrize("reader", ["stream", "native"])
 def test_both_readers_are_measured(tiny_data, reader):
     rates = measure(
-        Throughput(data=tiny_data, reader=reader, batch_size=8, threads=1, windows=3, window=2)
+        Throughput(
+            data=str(tiny_data), reader=reader, batch_size=8, threads=1, windows=3, batches=2
+        )
     )
     assert len(rates) == 3
     assert min(rates) > 1  # img/s: anything slower than that is a stall
@@ -21,7 +23,7 @@ def test_both_readers_are_measured(tiny_data, reader):
 
 def test_the_command_prints_one_object(tiny_data, tmp_path):
     command = [sys.executable, "-m", "pipeline.throughput", "--json", "--windows", "2"]
-    small = ["--window", "2", "--batch-size", "8"]
+    small = ["--batches", "2", "--batch-size", "8"]
     done = subprocess.run(
         [*command, *small, str(tiny_data)], capture_output=True, text=True, check=True
     )
@@ -35,5 +37,7 @@ def test_the_command_prints_one_object(tiny_data, tmp_path):
 
 
 def test_numbers_out_of_range_are_refused(tiny_data):
-    with pytest.raises(UsageError, match="must be at least 1"):
-        measure(Throughput(data=tiny_data, windows=0))
+    with pytest.raises(UsageError, match="--windows is 0; it must be at least 1"):
+        measure(Throughput(data=str(tiny_data), windows=0))
+    with pytest.raises(UsageError, match="native reads local folders only, not s3://"):
+        measure(Throughput(data="s3://bucket/set", reader="native"))

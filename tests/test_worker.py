@@ -22,6 +22,10 @@ from cluster.worker import rates_at, train
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
 from pipeline.batches import Stream
+from pipeline.errors import DataError
+from pipeline.ledger.proof.exactly_once import prove
+from pipeline.order import Full
+from tests.drawn import rows_of
 
 CONFIG = Config(
     dtype="float32",
@@ -258,3 +262,51 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_weights(runs, tiny_data, 
     assert first == pytest.approx(exact, rel=0.05)
     assert first != exact
     assert {tensor.dtype for tensor in weights(tmp_path / "run", 3).values()} == {torch.float32}
+
+
+def test_a_damaged_set_trains_to_the_end_and_the_ledger_proves_what_was_delivered(
+    tiny_data, tmp_path
+):
+    """A pair is cut at step 3 and goes on as one process, on a set with four damaged pictures."""
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    index = rows_of(data, "train")
+    shard = data / "train-000002.tar"
+    content = bytearray(shard.read_bytes())
+    bad = (20, 23, 26, 29)
+    for sample in bad:
+        content[int(index[sample]["offset"]) + 600] ^= 4
+    shard.write_bytes(content)
+    config = replace(CONFIG, ledger=True, steps=9, keep=3, validate_every=0)  # an epoch and a half
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    together(tmp_path / "job", [Call(config, data, whole)])
+    cut_at(3, whole, again)
+    shutil.copytree(whole / "ledger", again / "ledger")
+    alone(config, data, again)
+
+    replaced = {row["step"]: row["replaced"] for row in rows(whole)}
+    due = [int(Full([48], CONFIG.seed).slots(p, 1).ids[0]) for p in range(72)]
+    assert replaced == {
+        step: sum(sample in bad for sample in due[8 * step - 8 : 8 * step]) for step in range(1, 10)
+    }
+    assert {row["step"]: row["replaced"] for row in rows(again)} == replaced
+    for run in (whole, again):
+        listed = [row["sample"] for row in rows(run, "quarantine.jsonl")]
+        assert sorted(listed) == list(bad)
+    proof = prove(data, [whole])
+    assert not proof.findings
+    assert "epoch 0 exactly once" in proof.summary()
+    proof = prove(data, [again])
+    assert not proof.findings
+    assert "48 samples delivered again after restarts, all identical" in proof.summary()
+    next((again / "ledger").glob("*-r0001of0002-*")).unlink()
+    assert prove(data, [again]).findings
+
+
+def test_strict_training_stops_with_exit_code_4(tiny_data, tmp_path):
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    shard = data / "train-000002.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(rows_of(data, "train")[23]["offset"]) + 600] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"train sample 23 \(train-000002\.tar.*CRC-32 differs"):
+        alone(replace(CONFIG, strict=True), data, tmp_path / "run")

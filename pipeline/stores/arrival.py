@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.files import sha256
 from pipeline.manifest import Shard
-from pipeline.store_errors import Mismatch
+from pipeline.stores.errors import Mismatch
 
 
 class Arrival:

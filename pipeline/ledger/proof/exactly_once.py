@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.ledger_file import LedgerFile
+from pipeline.index import sample_key
+from pipeline.ledger.file import LedgerFile
+from pipeline.ledger.proof.attempts import attempts_of, open_ledgers, out_of_line
+from pipeline.ledger.proof.findings import LISTED, Finding, Proof, capped, count
+from pipeline.ledger.proof.gaps import Gaps
+from pipeline.ledger.proof.replays import Flags, Replays, Window
 from pipeline.manifest import Manifest, Shard
 from pipeline.order import Ids
 from pipeline.progress import Progress
-from pipeline.proof.attempts import attempts_of, open_ledgers, out_of_line
-from pipeline.proof.findings import LISTED, Finding, Proof, capped, count
-from pipeline.proof.gaps import Gaps
-from pipeline.proof.replays import Flags, Replays, Window
-from pipeline.shards import sample_key
 
 WINDOW = 1 << 22
 """Positions looked at together: whole epochs, and one at least."""

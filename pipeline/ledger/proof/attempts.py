@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import UsageError
-from pipeline.ledger_file import ENDING, LedgerFile, scan
+from pipeline.ledger.file import ENDING, LedgerFile, scan
 from pipeline.manifest import Manifest, identity
 from pipeline.order import Ids, share
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.ledger_file import Deliveries, LedgerFile
-from pipeline.proof.findings import Finding, count
+from pipeline.ledger.file import Deliveries, LedgerFile
+from pipeline.ledger.proof.findings import Finding, count
 
 Flags = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.int32]

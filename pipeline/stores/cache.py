@@ -27,9 +27,9 @@ from pathlib import Path
 
 from pipeline.errors import DuetError, UsageError
 from pipeline.files import PARTIAL, sealed, sync_folder
-from pipeline.locks import try_lock, unlock
 from pipeline.manifest import NAME as MANIFEST
-from pipeline.store_errors import Stopped
+from pipeline.stores.errors import Stopped
+from pipeline.stores.locks import try_lock, unlock
 
 AS_STORED = ".as-stored"
 """Ending of the file beside a shard which the store itself holds damaged; the hash of that."""
@@ -160,9 +160,9 @@ class Cache:
         """
         marker = path.with_name(f"{path.name}.{size}.room{PARTIAL}")
         there = self._make_room(marker, size, beside, spare, wait)
-        signs, since = list(self._files()), time.monotonic()
+        signs, since = self._names(), time.monotonic()
         while not there and wait:
-            now = list(self._files())
+            now = self._names()
             if now != signs:
                 signs, since = now, time.monotonic()
             elif time.monotonic() - since > self._patience:
@@ -264,6 +264,9 @@ class Cache:
             if descriptor is not None:
                 path.unlink(missing_ok=True)
                 unlock(descriptor)
+
+    def _names(self) -> list[tuple[Path, int]]:
+        return sorted((path, stat.st_size) for path, stat in self._files())
 
     def _coming(self, path: Path) -> list[Path]:
         return list(path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"))

@@ -17,15 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.ahead import Ahead, Outcome
-from pipeline.arrival import Arrival
-from pipeline.cache import AS_STORED, Cache
 from pipeline.errors import DataError, UsageError
-from pipeline.fetch import Store
 from pipeline.files import sha256
+from pipeline.index import index_name
 from pipeline.manifest import NAME, Manifest, Shard
 from pipeline.pixel_stats import NAME as STATS
-from pipeline.store_errors import Mismatch, local_errors
+from pipeline.stores.ahead import Ahead, Outcome
+from pipeline.stores.arrival import Arrival
+from pipeline.stores.cache import AS_STORED, Cache
+from pipeline.stores.errors import Mismatch, local_errors
+from pipeline.stores.fetch import Store
 
 THREADS = 4
 """Shards that one process fetches at a time, ahead of need."""
@@ -60,7 +61,7 @@ class RemoteSet:
             self._fetch_small(STATS, manifest.stats_sha256)
             for name, split in manifest.splits.items():
                 # `shards.index_name`, without the packing that comes with an import of it
-                self._fetch_small(f"{name}.index.npy", split.index_sha256)
+                self._fetch_small(index_name(name), split.index_sha256)
         self._given: dict[str, tuple[int, int]] = {}
         self._ahead = Ahead(self._fetch_ahead, threads, self._stop)
         _open_sets.add(self)

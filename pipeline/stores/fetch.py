@@ -25,7 +25,7 @@ from fsspec.core import url_to_fs
 
 from pipeline.errors import DataError, DuetError, SetupError, UsageError
 from pipeline.files import PARTIAL
-from pipeline.store_errors import (
+from pipeline.stores.errors import (
     Mismatch,
     Stopped,
     StoreError,

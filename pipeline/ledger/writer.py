@@ -2,7 +2,7 @@
 
 FOLDER/20261121T003012.123456789Z-r0003of0008-5f0c9a1e.ledger    one rank in one attempt
 
-`ledger_file` says what is in a file; `proof` reads those of a whole run.
+`file` says what is in it; `proof` reads those of a whole run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from types import TracebackType
 
 import torch
 
-from pipeline.checksum import crc32_each, weighted_sums
 from pipeline.errors import SetupError, UsageError
-from pipeline.ledger_file import ENDING, encode
-from pipeline.ledger_file import About as About
+from pipeline.ledger.checksum import crc32_each, weighted_sums
+from pipeline.ledger.file import ENDING, encode
+from pipeline.ledger.file import About as About
 from pipeline.order import Ids
 
 
