@@ -81,6 +81,7 @@ class Stream:
         colour: float = 0.1,
         threads: int | None = None,
         prefetch: int = 2,
+        hw_decoder_load: float = 1.0,
         strict: bool = False,
         quarantine: str | os.PathLike[str] | None = None,
         ledger: str | os.PathLike[str] | None = None,
@@ -111,6 +112,8 @@ class Stream:
                 Applied in view `random` only.
             threads: host threads that decode; the default is one per core this process may use.
             prefetch: batches in flight.
+            hw_decoder_load: share of a batch that the JPEG engines of a GPU decode, where it has
+                some. With 0 or 1 a picture's pixels do not depend on its batch; between, they do.
             strict: stop at the first damaged sample instead of replacing it.
             quarantine: file that lists damaged samples, one JSON object a line; the ranks of a
                 job and later runs may name the same one.
@@ -135,6 +138,7 @@ class Stream:
         self._device: Device = device
         self._threads = threads or len(os.sched_getaffinity(0))
         self._prefetch = prefetch
+        self._hw_decoder_load = hw_decoder_load
         self._part = Slice(batch_size=batch_size, first=first, last=last, once=once)
         self._size = SIZE if view == "whole" else CROP
         self._dataset = open_dataset(data, cache=cache, cache_size=cache_size)
@@ -250,6 +254,7 @@ class Stream:
             threads=self._threads,
             size=self._size,
             encoding=self._storage.encoding,
+            hw_decoder_load=self._hw_decoder_load,
         )
 
     def _without(self, flow: Flow, failure: DecodeFailure) -> Flow:

@@ -58,6 +58,7 @@ class Decoder:
         prefetch: int,
         size: int,
         encoding: Encoding = "jpeg",
+        hw_decoder_load: float = 1.0,
     ) -> None:
         """Build the graph.
 
@@ -69,6 +70,7 @@ class Decoder:
             prefetch: batches in flight.
             size: height and width to cut out at (x, y): 224, or 256 for the whole picture.
             encoding: what the pictures are.
+            hw_decoder_load: see `pixels_of`.
         """
         self._pipe = Pipeline(batch_size, threads, gpu_of(device), prefetch_queue_depth=prefetch)
         with self._pipe:
@@ -81,7 +83,9 @@ class Decoder:
                 layout=["HWC" if encoding == "raw" else "", "", "", "", ""],
                 no_copy=True,
             )
-            self._pipe.set_outputs(pixels_of(pictures, x, y, flip, mean, device, size, encoding))
+            self._pipe.set_outputs(
+                pixels_of(pictures, x, y, flip, mean, device, size, encoding, hw_decoder_load)
+            )
         self._pipe.build()
 
     def run(self) -> torch.Tensor:
@@ -158,10 +162,14 @@ def pixels_of(
     device: Device,
     size: int = CROP,
     encoding: Encoding = "jpeg",
+    hw_decoder_load: float = 1.0,
 ) -> Any:
     """Return the graph of decision 3: stored pictures -> [3, size, size] pixels.
 
     The first five arguments are DALI nodes (or constants) as in `Feed`; the result is one.
+    `hw_decoder_load` is the share of a batch that the JPEG engines of a GPU decode, the rest being
+    done by CUDA. Between 0 and 1 it is the batch that decides which pictures go where, and their
+    pixels differ a little by that.
     """
     common = {
         "mirror": flip,
@@ -179,6 +187,7 @@ def pixels_of(
         output_type=types.RGB,
         # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
         jpeg_fancy_upsampling=True,
+        hw_decoder_load=hw_decoder_load,
         **where,
     )
     return fn.crop_mirror_normalize(pixels, **common)

@@ -35,6 +35,7 @@ class Flow:
         threads: int,
         size: int,
         encoding: Encoding,
+        hw_decoder_load: float,
     ) -> None:
         """Start at once: `prefetch` batches are read and as many decoded before they are asked for.
 
@@ -55,6 +56,7 @@ class Flow:
             prefetch=prefetch,
             size=size,
             encoding=encoding,
+            hw_decoder_load=hw_decoder_load,
         )
 
     def run(self) -> tuple[Loaded, torch.Tensor]:
