@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import numpy as np
 import torch
 
 from pipeline.augment import CROP
@@ -22,8 +22,7 @@ from pipeline.order import Block, Full, Order, Shuffle, Stored, share
 from pipeline.picture import SIZE
 from pipeline.pixel_stats import Statistics
 from pipeline.quarantine import UNDECODABLE, Quarantine
-from pipeline.reader import Reader, Recipe, Slice
-from pipeline.screen import Screen
+from pipeline.reader import Reader, Slice, recipe_of
 from pipeline.storage import Damage, Storage
 
 View = Literal["random", "centre", "whole"]
@@ -135,33 +134,33 @@ class Stream:
                 f"prefetch={prefetch}, position={position}, colour={colour}"
             )
         first, last = share(batch_size, rank, world_size)
-        self._device: Device = device
-        self._threads = threads or len(os.sched_getaffinity(0))
-        self._prefetch = prefetch
-        self._hw_decoder_load = hw_decoder_load
-        self._part = Slice(batch_size=batch_size, first=first, last=last, once=once)
-        self._size = SIZE if view == "whole" else CROP
         self._dataset = open_dataset(data, cache=cache, cache_size=cache_size)
         self._storage = Storage(self._dataset, split)
+        self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)
         statistics = Statistics.load(self._dataset.folder)
         self.channel_mean = statistics.channel_mean
         """float64 [3]: what was subtracted, for showing pictures."""
-        recipe = Recipe(
-            random=view == "random",
-            channel_mean=statistics.channel_mean,
-            colours=colour * statistics.eigenvectors * np.sqrt(statistics.eigenvalues),
-        )
-        self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)
-        sizes = [shard.samples for shard in self._storage.shards]
         self._reader = Reader(
             self._storage,
-            _order(sizes, seed, once, shuffle, window),
-            recipe,
-            self._part,
+            self._order(seed, once, shuffle, window),
+            recipe_of(statistics, random=view == "random", colour=colour),
+            Slice(batch_size=batch_size, first=first, last=last, once=once),
             self._quarantine,
-            screen=Screen(len(self._storage), device) if self._storage.encoding == "jpeg" else None,
             strict=strict,
         )
+        self._device = torch.device("cuda" if device == "gpu" else "cpu")
+        self._start = partial(
+            Flow,
+            self._reader,
+            batch_size=last - first,
+            device=device,
+            threads=threads or len(os.sched_getaffinity(0)),
+            prefetch=prefetch,
+            size=SIZE if view == "whole" else CROP,
+            encoding=self._storage.encoding,
+            hw_decoder_load=hw_decoder_load,
+        )
+        self._flow: Flow | None = self._start(position)
         self._ledger: Ledger | None = None
         if ledger:
             about = About(
@@ -169,7 +168,7 @@ class Stream:
                 split=split,
                 samples=len(self._storage),
                 seed=seed,
-                shuffle="stored" if once else f"block {window}" if shuffle == "block" else shuffle,
+                shuffle="stored" if once else f"block {window}" if shuffle == "block" else "full",
                 view=view,
                 colour=colour,
                 position=position,
@@ -179,7 +178,6 @@ class Stream:
                 device=device,
             )
             self._ledger = Ledger(Path(ledger), about)
-        self._flow: Flow | None = self._start(position)
 
     @property
     def samples(self) -> int:
@@ -213,12 +211,11 @@ class Stream:
                 self._flow = self._without(self._flow, failure)
         if self._ledger is not None:
             self._ledger.record(loaded.first, loaded.due, loaded.ids, images)
-        device = torch.device("cuda" if self._device == "gpu" else "cpu")
         return Batch(
             ids=torch.from_numpy(loaded.ids),
             images=images,
-            labels=torch.from_numpy(loaded.labels).to(device),
-            weights=torch.from_numpy(loaded.weights).to(device),
+            labels=torch.from_numpy(loaded.labels).to(self._device),
+            weights=torch.from_numpy(loaded.weights).to(self._device),
             replaced=torch.from_numpy(loaded.ids != loaded.due),
             position=loaded.position,
         )
@@ -244,18 +241,11 @@ class Stream:
     ) -> None:
         self.close()
 
-    def _start(self, position: int) -> Flow:
-        return Flow(
-            self._reader,
-            position,
-            prefetch=self._prefetch,
-            batch_size=self._part.last - self._part.first,
-            device=self._device,
-            threads=self._threads,
-            size=self._size,
-            encoding=self._storage.encoding,
-            hw_decoder_load=self._hw_decoder_load,
-        )
+    def _order(self, seed: int, once: bool, shuffle: Shuffle, window: int) -> Order:
+        shards = [shard.samples for shard in self._storage.shards]
+        if once:
+            return Stored(shards, seed)
+        return Full(shards, seed) if shuffle == "full" else Block(shards, seed, window)
 
     def _without(self, flow: Flow, failure: DecodeFailure) -> Flow:
         """Start anew at the batch that failed, without the samples that cannot be decoded."""
@@ -263,9 +253,3 @@ class Stream:
         self._reader.report([self._storage.damage(sample, UNDECODABLE) for sample in samples])
         flow.close()
         return self._start(failure.batch.start)
-
-
-def _order(shards: list[int], seed: int, once: bool, shuffle: Shuffle, window: int) -> Order:
-    if once:
-        return Stored(shards, seed)
-    return Full(shards, seed) if shuffle == "full" else Block(shards, seed, window)

@@ -103,7 +103,7 @@ class Trial:
     """Decodes pictures alone, to see whether it can be done."""
 
     def __init__(self, device: Device) -> None:
-        self._device: Device = device
+        self._gpu = gpu_of(device)  # now: the current device is a thread's own affair
         self._pipe: Pipeline | None = None
 
     def decodes(self, picture: npt.NDArray[np.uint8]) -> bool:
@@ -119,10 +119,10 @@ class Trial:
         return tuple(pixels[0].shape()) == (SIZE, SIZE, 3)
 
     def _build(self) -> Pipeline:
-        pipe = Pipeline(1, 1, gpu_of(self._device), prefetch_queue_depth=1)
+        pipe = Pipeline(1, 1, self._gpu, prefetch_queue_depth=1)
         with pipe:
             picture = fn.external_source(name="picture", dtype=types.UINT8, ndim=1)
-            where = "mixed" if self._device == "gpu" else "cpu"
+            where = "cpu" if self._gpu is None else "mixed"
             pipe.set_outputs(fn.decoders.image(picture, device=where, output_type=types.RGB))
         pipe.build()
         return pipe

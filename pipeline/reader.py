@@ -14,6 +14,7 @@ from pipeline.decode import Feed, fraction
 from pipeline.errors import REBUILD, DataError
 from pipeline.order import Ids, Order, Slots
 from pipeline.picture import SIZE
+from pipeline.pixel_stats import Statistics
 from pipeline.quarantine import UNDECODABLE, Quarantine
 from pipeline.screen import Screen
 from pipeline.storage import Bytes, Damage, Storage
@@ -34,6 +35,21 @@ class Recipe:
     """[3]: subtracted from every pixel."""
     colours: npt.NDArray[np.float64]
     """[3, 3]: RGB shift of one deviation along each principal component, in columns."""
+
+
+def recipe_of(statistics: Statistics, *, random: bool, colour: float) -> Recipe:
+    """Return the recipe of the paper over a training set's statistics.
+
+    Args:
+        statistics: of the training set.
+        random: crop, flip and colour by chance.
+        colour: standard deviation of the colour draws, in those of the training pictures.
+    """
+    return Recipe(
+        random=random,
+        channel_mean=statistics.channel_mean,
+        colours=colour * statistics.eigenvectors * np.sqrt(statistics.eigenvalues),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +99,10 @@ class Reader:
         part: Slice,
         quarantine: Quarantine,
         *,
-        screen: Screen | None,
         strict: bool,
     ) -> None:
         """Take the parts together; `strict` stops at the first damaged sample."""
-        self._screen = screen
+        self._screen = Screen(len(storage)) if storage.encoding == "jpeg" else None
         self._storage = storage
         self._order = order
         self._recipe = recipe
