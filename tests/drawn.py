@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,18 @@ def folder_per_class(root: Path, per_class: int, first_seed: int = 0) -> Path:
             size = {"width": 60 + 7 * (seed % 9), "height": 50 + 11 * (seed % 7)}
             (folder / f"{place:03d}.jpg").write_bytes(jpeg(seed, **size))
     return root
+
+
+def flip_bit(data: Path, split: str, *samples: int) -> None:
+    """Flip a bit in the middle of the stored bytes of each sample."""
+    index = rows_of(data, split)
+    for sample in samples:
+        row = index[sample]
+        with (data / f"{split}-{row['shard']:06d}.tar").open("r+b") as shard:
+            shard.seek(int(row["offset"]) + int(row["size"]) // 2)
+            (byte,) = shard.read(1)
+            shard.seek(-1, os.SEEK_CUR)
+            shard.write(bytes([byte ^ 4]))
 
 
 def rows_of(data: Path, split: str) -> Index:

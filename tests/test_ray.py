@@ -23,7 +23,10 @@ from cluster.config import Config
 from cluster.run_folder import held, settle
 from cluster.train import main
 from pipeline.errors import UsageError
+from pipeline.ledger.proof.exactly_once import prove
 from pipeline.manifest import identity
+from tests.drawn import flip_bit
+from tests.servers import Server
 from tests.test_worker import Call, together
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -137,7 +140,7 @@ def command() -> Iterator[Callable[..., Command]]:
 
 OURS = re.compile(
     r"\S+tiny\.toml -> |48 pictures, |starting: |going on from |restarted after |stopped; "
-    r"|interrupted|step +\d+  (loss|validation|checkpoint|done)|\S+ is finished|$"
+    r"|interrupted|1 damaged picture|step +\d+  (loss|validation|checkpoint|done)|\S+ is finished|$"
 )
 
 
@@ -150,7 +153,7 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
     command, config, tiny_data, tmp_path, oracle
 ):
     run = tmp_path / "run"
-    words = (config, "--data", tiny_data, "--run", run)
+    words = (config, "--data", tiny_data, "--run", run, "--ledger")
     one = command(*words)
     one.until("checkpoint")
     one.process.send_signal(signal.SIGINT)
@@ -173,7 +176,12 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
     assert two.lines[-1].split() == ["step", str(STEPS), "done"]
     assert {path.name for path in run.iterdir()} == {
         ".lock", "config.toml", "machine.json", "metrics.jsonl", "validation.jsonl", "checkpoints",
+        "ledger",
     }  # fmt: skip
+    proof = prove(tiny_data, [run])
+    assert not proof.findings
+    assert "3 attempts on 2 ranks" in proof.summary()
+    assert "all identical" in proof.summary()
     assert json.loads((run / "machine.json").read_text())["workers"] == 2
 
     again = command(*words)
@@ -189,6 +197,29 @@ def test_a_failure_in_a_worker_is_one_line_and_a_file(command, config, tiny_data
     assert re.match(r"error: replica 0, column [ab]: the loss of step 2 is (nan|inf); ", error)
     assert "error.log)" in error
     assert "Traceback" in (tmp_path / "run" / "error.log").read_text()
+
+
+@pytest.mark.ray
+def test_a_remote_set_with_a_damaged_picture_trains_or_is_refused(
+    command, config, tiny_data, tmp_path
+):
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    flip_bit(data, "train", 23)
+    cache = ("--cache", tmp_path / "cache", "--cache-size", "1GB", "--steps", 10)
+    with Server(data) as server:
+        words = (config, "--data", server.address, *cache)
+        strict = command(*words, "--run", tmp_path / "strict", "--strict")
+        assert strict.end() == 4
+        (error,) = strangers(strict.lines)
+        assert re.search(r"train sample 23 \(train-000002\.tar, key 000002_00003\): CRC-32", error)
+        mild = command(*words, "--run", tmp_path / "mild")
+        assert mild.end() == 0
+    run = tmp_path / "mild"
+    assert f"1 damaged picture was replaced by others; {run}/quarantine.jsonl" in mild.lines[-1]
+    assert sum(json.loads(row)["replaced"] for row in (run / "metrics.jsonl").open()) > 0
+    (row,) = map(json.loads, (run / "quarantine.jsonl").open())
+    assert row["sample"] == 23
+    assert server.counts["train-000000.tar"] == 1  # two workers, two runs, one cache
 
 
 @pytest.mark.ray

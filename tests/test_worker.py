@@ -25,7 +25,7 @@ from pipeline.batches import Stream
 from pipeline.errors import DataError
 from pipeline.ledger.proof.exactly_once import prove
 from pipeline.order import Full
-from tests.drawn import rows_of
+from tests.drawn import flip_bit
 
 CONFIG = Config(
     dtype="float32",
@@ -269,13 +269,8 @@ def test_a_damaged_set_trains_to_the_end_and_the_ledger_proves_what_was_delivere
 ):
     """A pair is cut at step 3 and goes on as one process, on a set with four damaged pictures."""
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    index = rows_of(data, "train")
-    shard = data / "train-000002.tar"
-    content = bytearray(shard.read_bytes())
     bad = (20, 23, 26, 29)
-    for sample in bad:
-        content[int(index[sample]["offset"]) + 600] ^= 4
-    shard.write_bytes(content)
+    flip_bit(data, "train", *bad)
     config = replace(CONFIG, ledger=True, steps=9, keep=3, validate_every=0)  # an epoch and a half
     whole, again = tmp_path / "whole", tmp_path / "again"
     together(tmp_path / "job", [Call(config, data, whole)])
@@ -304,9 +299,6 @@ def test_a_damaged_set_trains_to_the_end_and_the_ledger_proves_what_was_delivere
 
 def test_strict_training_stops_with_exit_code_4(tiny_data, tmp_path):
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    shard = data / "train-000002.tar"
-    content = bytearray(shard.read_bytes())
-    content[int(rows_of(data, "train")[23]["offset"]) + 600] ^= 4
-    shard.write_bytes(content)
+    flip_bit(data, "train", 23)
     with pytest.raises(DataError, match=r"train sample 23 \(train-000002\.tar.*CRC-32 differs"):
         alone(replace(CONFIG, strict=True), data, tmp_path / "run")
