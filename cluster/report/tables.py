@@ -81,7 +81,7 @@ def _evaluated(evaluation: dict[str, Any]) -> str:
 
 
 def run_tiles(records: Records) -> list[Tile]:
-    """What the run took: pictures, speed, waiting and time; nothing without steps."""
+    """What the run took: pictures, damage, speed, waiting, time; nothing without steps."""
     metrics = records.metrics
     if not len(metrics):
         return []
@@ -91,6 +91,9 @@ def run_tiles(records: Records) -> list[Tile]:
     epochs = metrics.last("epoch")
     note = f"{short(epochs)} epochs" if math.isfinite(epochs) else ""
     tiles = [Tile("pictures seen", f"{metrics.last('position'):,.0f}", note=note)]
+    if replaced := int(np.nansum(metrics["replaced"])):
+        note = "others stood in; quarantine.jsonl lists them"
+        tiles.append(Tile("damaged pictures left out", f"{replaced:,}", note=note))
     if seconds > 0:
         wait = float((waited[timed] * lasted[timed]).sum()) / seconds
         speed = float(np.median(speeds[timed]))
