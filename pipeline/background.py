@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 JOIN_SECONDS = 5.0
-"""How long `close` waits for a thread that is in the middle of something."""
+"""How long the end of the interpreter waits for a thread that is in the middle of something."""
 
 
 class Background(Generic[T]):
@@ -24,6 +24,7 @@ class Background(Generic[T]):
         # The thread must not know `self`: a forgotten Background could then never be collected.
         thread = threading.Thread(target=_make, args=(items, self._queue, stop), daemon=True)
         thread.start()
+        self._thread = thread
         self._finalizer = weakref.finalize(self, _end, thread, self._queue, stop)
 
     def take(self) -> T:
@@ -42,8 +43,13 @@ class Background(Generic[T]):
         return made.item
 
     def close(self) -> None:
-        """Stop the thread; also done at interpreter exit, and when nobody refers to this."""
+        """Stop the thread and wait for its end, once the item in the making is made.
+
+        At interpreter exit, and when nobody refers to this any more, it is stopped too.
+        """
         self._finalizer()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
 
 class _Made(Generic[T]):

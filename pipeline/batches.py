@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from pipeline.augment import CROP
-from pipeline.dataset import CACHE_SIZE, open_dataset
+from pipeline.dataset import CACHE_SIZE, is_remote, open_dataset
 from pipeline.decode import Device
+from pipeline.errors import UsageError
 from pipeline.flow import DecodeFailure, Flow
 from pipeline.ledger.writer import About, Ledger
 from pipeline.manifest import identity
@@ -140,9 +141,12 @@ class Stream:
         statistics = Statistics.load(self._dataset.folder)
         self.channel_mean = statistics.channel_mean
         """float64 [3]: what was subtracted, for showing pictures."""
+        order = self._order(seed, once, shuffle, window)
+        if is_remote(os.fspath(data)):
+            self._fits(order.needs(position), cache_size)
         self._reader = Reader(
             self._storage,
-            self._order(seed, once, shuffle, window),
+            order,
             recipe_of(statistics, random=view == "random", colour=colour),
             Slice(batch_size=batch_size, first=first, last=last, once=once),
             self._quarantine,
@@ -223,12 +227,12 @@ class Stream:
     def close(self) -> None:
         """Stop reading and decoding, and let files and memory go. Batches stay valid."""
         if self._flow is not None:
+            self._dataset.close()  # first: the reader may be waiting for a shard
             self._flow.close()
             self._flow = None
             if self._ledger is not None:
                 self._ledger.close()
             self._storage.close()
-            self._dataset.close()
 
     def __enter__(self) -> Stream:
         return self
@@ -246,6 +250,19 @@ class Stream:
         if once:
             return Stored(shards, seed)
         return Full(shards, seed) if shuffle == "full" else Block(shards, seed, window)
+
+    def _fits(self, needed: Collection[int], cache_size: int) -> None:
+        """Refuse a cache from which shards would be fetched again and again."""
+        size = sum(self._storage.shards[number].bytes for number in needed)
+        about = sum(
+            path.stat().st_size for path in self._dataset.folder.iterdir() if path.suffix != ".tar"
+        )
+        if size + about > cache_size:
+            raise UsageError(
+                f"a cache of {cache_size:,} bytes cannot hold the {len(needed)} shards "
+                f"({size:,} bytes) that are read at a time, and the index; "
+                "give a larger --cache-size, or --shuffle block with a smaller --window"
+            )
 
     def _without(self, flow: Flow, failure: DecodeFailure) -> Flow:
         """Start anew at the batch that failed, without the samples that cannot be decoded."""

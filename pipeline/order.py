@@ -25,6 +25,9 @@ from pipeline.splitmix import words
 Ids = npt.NDArray[np.int64]
 Shuffle = Literal["full", "block"]
 
+SCANNED = 1 << 16
+"""Samples by whose order `Full` says which shards are needed first."""
+
 
 class Slots(NamedTuple):
     """A run of places in the stream: epoch and sample id of each, both int64 [count]."""
@@ -99,6 +102,8 @@ class Order(ABC):
 class Full(Order):
     """Place p of epoch e holds sample `permutation(seed, e, N)[p]`."""
 
+    _soonest: tuple[int, ...] = ()
+
     def run(self, epoch: int, place: int, most: int) -> Ids:
         """Return the ids from `place` of `epoch` on."""
         return permutation(self.seed, epoch, self.samples)[place : place + most]
@@ -108,8 +113,14 @@ class Full(Order):
         return self._drawn(position, due, turn, self.samples)
 
     def needs(self, position: int) -> tuple[int, ...]:
-        """Return all shards: every batch may touch any."""
-        return _all(len(self.starts) - 1)
+        """Return all shards, in the order in which the first call's position comes to need them."""
+        if not self._soonest:
+            epoch, place = divmod(position, self.samples)
+            ids = self.run(epoch, place, SCANNED)
+            shards = np.searchsorted(self.starts, ids, side="right") - 1
+            rest = range(len(self.starts) - 1)
+            self._soonest = tuple(dict.fromkeys([*shards.tolist(), *rest]))
+        return self._soonest
 
 
 class Block(Order):
@@ -217,10 +228,6 @@ def _generator(*key: int) -> np.random.Generator:
 @lru_cache(maxsize=4)
 def _range(start: int, stop: int) -> tuple[int, ...]:
     return tuple(range(start, stop))
-
-
-def _all(count: int) -> tuple[int, ...]:
-    return _range(0, count)
 
 
 def share(count: int, rank: int, world_size: int) -> tuple[int, int]:

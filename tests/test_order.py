@@ -158,3 +158,12 @@ def test_numbers_out_of_range_are_refused(position, count):
         Block([5], 0, 0)
     with pytest.raises(ValueError, match="rank 2"):
         share(8, 2, 2)
+
+
+def test_a_full_shuffle_names_all_shards_soonest_first():
+    order = Full([4] * 10, seed=2)
+    named = order.needs(20)
+    read = np.searchsorted(order.starts, order.slots(20, 20).ids, "right") - 1
+    assert list(named)[: len(set(read))] == list(dict.fromkeys(read.tolist()))
+    assert sorted(named) == list(range(10))
+    assert order.needs(35) is named
