@@ -3,11 +3,12 @@
     python benchmarks/loaders.py DATA [--raw RAWDATA] [--only ours,native,ffcv] [--device gpu]
 
 Every loader gives shuffled batches of random 224x224 crops, half of them mirrored, as float32
-[b, 3, 224, 224] minus the channel mean, from the same stored bytes; ours adds PCA colour. Each runs
-in a process of its own with all cores (settings: `benchmarks/peers/`) and rests while another is
-measured. A round is one turn of each, every second round in reverse; ratios are taken within rounds.
-Others read a copy in their own format in a temporary folder. What is not installed is listed:
-`pip install -e '.[bench]'` brings most of it.
+[b, 3, 224, 224] minus the channel mean, from the same stored bytes; ours adds PCA colour. Each
+runs in a process of its own with all cores (settings: `benchmarks/peers/`) and rests while another
+is measured. A round is one turn of each, every second round in reverse; ratios are taken within
+rounds. Most others read a copy in their own format in a temporary folder, and some hold all
+pictures in memory: a set of some hundred to some ten thousand pictures does. What is not installed
+is listed; `pip install -e '.[bench]'` brings most of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -116,15 +118,17 @@ def work_for(peer: Peer, options: Comparison, folder: Path) -> Work:
     """Return what to ask of a loader; makes its folder.
 
     Raises:
-        UsageError: no data set with a train split, or not of the lane's encoding.
+        UsageError: no data set with a train split, not of the lane's encoding; no room.
     """
     data = options.raw if peer.lane == "raw" else options.data
     assert data is not None  # `chosen` has seen to it
     manifest = Manifest.load(data)
-    encoding = getattr(manifest, "encoding", "jpeg")
-    if encoding != peer.lane:
-        raise UsageError(f"data set {data} holds {encoding}, and {peer.title} wants {peer.lane}")
-    samples = manifest.split("train", data).samples
+    if manifest.encoding != peer.lane:
+        raise UsageError(f"data set {data} holds {manifest.encoding} pictures, not {peer.lane}")
+    split = manifest.split("train", data)
+    passes = -(-EPOCH // split.samples)
+    if peer.copies:
+        _check_room(folder.parent, split.bytes * (passes if peer.lane == "jpeg" else 1), peer)
     red, green, blue = map(float, Statistics.load(data).channel_mean)
     folder.mkdir()
     return Work(
@@ -132,12 +136,21 @@ def work_for(peer: Peer, options: Comparison, folder: Path) -> Work:
         lane=peer.lane,
         folder=folder,
         mean=(red, green, blue),
-        samples=samples,
-        passes=-(-EPOCH // samples),
+        samples=split.samples,
+        passes=passes,
         cores=len(os.sched_getaffinity(0)),
         batch_size=options.batch_size,
+        planes=peer.planes,
         device=options.device,
     )
+
+
+def _check_room(folder: Path, size: int, peer: Peer) -> None:
+    if (free := shutil.disk_usage(folder).free) < 1.1 * size:
+        raise UsageError(
+            f"{peer.title} may need {size / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are "
+            "free; choose another place with --folder, or a smaller set"
+        )
 
 
 def measure(rows: list[Row], options: Comparison, folder: Path) -> None:
@@ -179,6 +192,7 @@ def facts(rows: list[Row], options: Comparison) -> dict[str, Any]:
         ratio = None if ours is None or row.name == "limit" else ours.over(row)
         loaders[row.name] = {
             "title": row.peer.title,
+            "library": row.peer.library,
             "version": _version(row.peer),
             "img_s": round(statistics.median(row.rates), 1) if row.rates else None,
             "rounds": [round(rate, 1) for rate in row.rates],
@@ -203,18 +217,20 @@ def facts(rows: list[Row], options: Comparison) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> rich.table.Table:
     """Return the facts as people read them."""
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
-    out.add_column("loader")
-    for title in ("img/s", "rounds", "of the limit", "ours is"):
+    out.add_column("loader", no_wrap=True)
+    for title in ("img/s", "rounds", "of limit", "ours is"):
         out.add_column(title, justify="right", no_wrap=True)
     missing = []
+    versions = {"": f"torch {found['torch']}", "native": f"DALI {found['dali']}"}
     for name, row in found["loaders"].items():
-        title = f"{row['title']} {row['version'] or ''}".strip()
+        if row["version"]:
+            versions[name.split("-")[0]] = f"{row['library']} {row['version']}"
         if row["missing"]:
             missing.append(f"{name}: {row['missing']}")
             continue
         rates, share, ratio = row["rounds"], row["share_of_limit"], row["ours_over_it"]
         out.add_row(
-            title,
+            row["title"],
             f"{row['img_s']:,.0f}",
             f"{min(rates):,.0f} to {max(rates):,.0f}",
             "" if share is None else f"{share:.2f}",
@@ -222,7 +238,7 @@ def table(found: dict[str, Any]) -> rich.table.Table:
         )
     out.title = (
         f"{found['cpu']}, {found['cores']} cores, {found['device']}; batch {found['batch_size']}, "
-        f"turns of {found['seconds']:g} s; torch {found['torch']}, DALI {found['dali']}"
+        f"turns of {found['seconds']:g} s\n{', '.join(versions.values())}"
     )
     out.title_justify = "left"
     out.caption = "\n".join(missing)
@@ -248,6 +264,8 @@ def main() -> None:
     options = tyro.cli(Comparison, prog="python benchmarks/loaders.py", description=__doc__)
     if min(options.rounds, options.batch_size) < 1 or options.seconds <= 0:
         raise UsageError("--rounds, --batch-size and --seconds must be above 0")
+    if options.folder is not None and not options.folder.is_dir():
+        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
     rows = chosen(options)
     with tempfile.TemporaryDirectory(prefix="loaders-", dir=options.folder) as folder:
         measure(rows, options, Path(folder))

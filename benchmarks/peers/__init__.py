@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,11 @@ class Peer:
     """The library's name on the package index, for its version."""
     install: str = ""
     """How to get it."""
+    copies: bool = False
+    """Whether it reads a copy of the pictures in a format of its own."""
+    planes: bool = False
+    """Whether to ask for contiguous [b, 3, 224, 224] memory where the library's own way is a
+    channels-last view of [b, 224, 224, 3]."""
     gpu: bool = False
     """Whether it can decode on a GPU too."""
 
@@ -38,8 +43,9 @@ class Peer:
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
 
-_FFCV = {
+_FFCV: dict[str, Any] = {
     "adapter": "ffcv_beton",
+    "copies": True,
     "module": "ffcv",
     "library": "ffcv",
     "install": "pip install --no-build-isolation ffcv==1.0.2 opencv-python-headless"
@@ -48,7 +54,7 @@ _FFCV = {
 
 PEERS = {
     "limit": Peer(
-        title="bare libjpeg-turbo decode: the limit",
+        title="bare libjpeg-turbo (the limit)",
         adapter="bare_decode",
         module="simplejpeg",
         library="simplejpeg",
@@ -57,7 +63,11 @@ PEERS = {
     "ours": Peer(title="Duet stream", adapter="duet_stream", gpu=True),
     "native": Peer(title="DALI readers.webdataset", adapter="dali_native", gpu=True),
     "torch": Peer(
-        title="torch DataLoader + Pillow", adapter="torch_pillow", module="PIL", library="pillow"
+        title="torch DataLoader + Pillow",
+        adapter="torch_pillow",
+        module="PIL",
+        library="pillow",
+        copies=True,
     ),
     "webdataset": Peer(
         title="webdataset + Pillow",
@@ -65,13 +75,15 @@ PEERS = {
         module="webdataset",
         library="webdataset",
     ),
-    "ffcv": Peer(title="FFCV, JPEG", **_FFCV),  # type: ignore[arg-type]
+    "ffcv": Peer(title="FFCV JPEG, channels last", **_FFCV),
+    "ffcv-planes": Peer(title="FFCV JPEG, planes", planes=True, **_FFCV),
     "litdata": Peer(
         title="litData + Pillow",
         adapter="litdata_chunks",
         module="litdata",
         library="litdata",
         install="pip install litdata",
+        copies=True,
     ),
     "mosaicml": Peer(
         title="mosaicml streaming + Pillow",
@@ -79,11 +91,18 @@ PEERS = {
         module="streaming",
         library="mosaicml-streaming",
         install="pip install mosaicml-streaming",
+        copies=True,
     ),
-    "ours-raw": Peer(title="Duet stream, raw", adapter="duet_stream", lane="raw", gpu=True),
+    "ours-raw": Peer(title="Duet stream raw", adapter="duet_stream", lane="raw", gpu=True),
     "native-raw": Peer(
-        title="DALI readers.webdataset, raw", adapter="dali_native", lane="raw", gpu=True
+        title="DALI readers.webdataset raw", adapter="dali_native", lane="raw", gpu=True
     ),
-    "ffcv-raw": Peer(title="FFCV, raw", lane="raw", **_FFCV),  # type: ignore[arg-type]
+    "ffcv-raw": Peer(title="FFCV raw, channels last", lane="raw", **_FFCV),
+    "ffcv-raw-planes": Peer(
+        title="FFCV raw, planes",
+        lane="raw",
+        planes=True,
+        **_FFCV,
+    ),
 }
 """All that can be compared, in the order of the table."""

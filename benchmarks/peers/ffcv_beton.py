@@ -2,7 +2,10 @@
 
 The JPEGs go in byte for byte; FFCV's own writer would compress them once more. The pipeline is that
 of its ImageNet example: decode with random crop (here of a fixed size, so that nothing is resized),
-flip, look-up table to float32, channels-last view. The file is read through the page cache.
+flip, look-up table to float32, channels-last view. With `planes` the bytes are put into planes
+first and torch converts them into memory that is used again: of several ways to contiguous
+[b, 3, 224, 224] memory the fastest here. The file is read through the page cache. FFCV decodes with
+libjpeg-turbo's fast, less exact DCT.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from ffcv.fields import RGBImageField
 from ffcv.fields.rgb_image import IMAGE_MODES, RandomResizedCropRGBImageDecoder
@@ -21,8 +23,11 @@ from ffcv.writer import DatasetWriter
 
 from peers.work import CROP, STORED, Work, stored
 
+AHEAD = 3
+"""Batches made in advance (FFCV's default)."""
 
-class _Stored(RGBImageField):
+
+class _Stored(RGBImageField):  # type: ignore[misc]
     """FFCV's image field, but what it is given is stored as it is."""
 
     def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
@@ -66,6 +71,7 @@ def batches(work: Work) -> Iterator[torch.Tensor]:
         os_cache=True,
         order=OrderOption.RANDOM,
         drop_last=True,
+        batches_ahead=AHEAD,
         custom_fields={"image": _Stored},
         indices=np.tile(np.arange(work.samples), work.passes),
         pipelines={
@@ -74,9 +80,7 @@ def batches(work: Work) -> Iterator[torch.Tensor]:
                     (CROP, CROP), scale=(area, area), ratio=(1.0, 1.0)
                 ),
                 RandomHorizontalFlip(),
-                NormalizeImage(_array(work.mean), np.ones(3), np.float32),
-                ToTensor(),
-                ToTorchImage(),
+                *(_planes(work) if work.planes else _channels_last(work)),
             ]
         },
     )
@@ -85,5 +89,26 @@ def batches(work: Work) -> Iterator[torch.Tensor]:
             yield images
 
 
-def _array(values: tuple[float, ...]) -> npt.NDArray[np.float64]:
-    return np.array(values, np.float64)
+def _channels_last(work: Work) -> list[Any]:
+    table = NormalizeImage(np.array(work.mean), np.ones(3), np.float32)
+    return [table, ToTensor(), ToTorchImage()]
+
+
+def _planes(work: Work) -> list[Any]:
+    return [ToTensor(), ToTorchImage(channels_last=False), _Floats(work.mean)]
+
+
+class _Floats(torch.nn.Module):
+    """Bytes -> float32 minus the mean, into as many buffers as FFCV has batches on the way."""
+
+    def __init__(self, mean: tuple[float, ...]) -> None:
+        super().__init__()
+        self._mean = torch.tensor(mean).view(3, 1, 1)
+        self._memory: list[torch.Tensor] = []
+        self._turn = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self._memory:
+            self._memory = [torch.empty(images.shape) for _ in range(AHEAD + 2)]
+        self._turn = (self._turn + 1) % len(self._memory)
+        return self._memory[self._turn].copy_(images).sub_(self._mean)

@@ -1,6 +1,7 @@
 """litData: 64 MB chunks of the stored JPEGs, `StreamingDataset`, Pillow; a worker process a core.
 
-Chunks lie on the local disk already. The loader's workers stay over epochs. Its own JPEG decoding (torchvision's) is not used: Pillow was faster here.
+Chunks lie on the local disk already. The loader's workers stay over epochs. Its own JPEG decoding
+(torchvision's) is not used: Pillow was faster here.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from peers.work import Floats, Work, pillow_crop, stored
 
-
 _TORCHVISION: dict[str, dict[str, object]] = {
     "torchvision": {},
     "torchvision.datasets": {"VisionDataset": object},
@@ -46,7 +45,7 @@ _stand_in_for_torchvision()
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
 
 
-class _Pictures(StreamingDataset):  # type: ignore[misc]
+class _Pictures(StreamingDataset):  # type: ignore[misc, unused-ignore]
     def __getitem__(self, place: Any) -> torch.Tensor:
         return pillow_crop(super().__getitem__(place)["jpeg"])
 
@@ -65,7 +64,7 @@ def batches(work: Work) -> Iterator[torch.Tensor]:
         batch_size=work.batch_size,
         shuffle=True,
     )
-    loader = DataLoader(
+    loader: DataLoader[torch.Tensor] = DataLoader(
         pictures,
         work.batch_size,
         num_workers=work.cores,

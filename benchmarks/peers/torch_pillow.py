@@ -1,6 +1,7 @@
 """torch's `DataLoader` over one file a picture, decoded by Pillow; a worker process a core.
 
-Workers stay over epochs and keep two batches of bytes each in advance (torch's default); see `Floats`.
+Workers stay over epochs and keep two batches each in advance (torch's default). How bytes become
+floats: `peers.work.Floats`.
 """
 
 from __future__ import annotations

@@ -78,8 +78,10 @@ class Runner:
             answer = SetupError(f"its process ended with exit code {self._process.exitcode}")
         if isinstance(answer, DuetError):
             said = self._log.read_text(errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
-            raise type(answer)(f"{self.title}: {answer}; the last that it printed: {last}")
+            last = next(
+                (f"; it printed: {line.strip()}" for line in said[::-1] if line.strip()), ""
+            )
+            raise type(answer)(f"{self.title}: {answer}{last}")
         return answer
 
 

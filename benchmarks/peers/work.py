@@ -42,6 +42,8 @@ class Work:
     """Cores that this process may use: threads or worker processes of a loader."""
     batch_size: int = 128
     """Pictures in a batch."""
+    planes: bool = False
+    """Contiguous planes are wanted where the library's own way is channels-last memory."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where `duet_stream` and `dali_native` decode; all others know the CPU only."""
 
