@@ -181,7 +181,11 @@ class Stream:
                 world_size=world_size,
                 device=device,
             )
-            self._ledger = Ledger(Path(ledger), about)
+            try:
+                self._ledger = Ledger(Path(ledger), about)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def samples(self) -> int:
@@ -232,6 +236,7 @@ class Stream:
             self._flow = None
             if self._ledger is not None:
                 self._ledger.close()
+            self._reader.close()
             self._storage.close()
 
     def __enter__(self) -> Stream:

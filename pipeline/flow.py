@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 
 import torch
@@ -48,8 +49,11 @@ class Flow:
         self._done: deque[Loaded] = deque()
         self._keep = prefetch + 1
         self._error: BaseException | None = None
+        # DALI's graph is a tangle of cycles: if it knew `self`, all of this would stay until a
+        # garbage collection.
+        source = weakref.WeakMethod(self._source)
         self._decoder = Decoder(
-            self._source,
+            lambda: source()(),  # type: ignore[misc]
             batch_size=batch_size,
             device=device,
             threads=threads,
@@ -98,7 +102,7 @@ class Flow:
             loaded = self._background.take()
         except StopIteration:
             raise
-        except BaseException as error:
+        except Exception as error:
             self._error = error  # told when its turn comes: the batches before it are good
             raise StopIteration from None
         self._decoding.append(loaded)

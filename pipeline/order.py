@@ -27,6 +27,8 @@ Shuffle = Literal["full", "block"]
 
 SCANNED = 1 << 16
 """Samples by whose order `Full` says which shards are needed first."""
+PART = 1 << 21
+"""Samples in a part of a full shuffle, about."""
 
 
 class Slots(NamedTuple):
@@ -100,13 +102,20 @@ class Order(ABC):
 
 
 class Full(Order):
-    """Place p of epoch e holds sample `permutation(seed, e, N)[p]`."""
+    """Each epoch is a permutation of all samples, each as likely as any other.
+
+    Of millions of samples each first draws a part of the epoch, and a part is shuffled when it is
+    reached: a restart in the middle need not shuffle them all.
+    """
 
     _soonest: tuple[int, ...] = ()
 
     def run(self, epoch: int, place: int, most: int) -> Ids:
         """Return the ids from `place` of `epoch` on."""
-        return permutation(self.seed, epoch, self.samples)[place : place + most]
+        _, edges = _parts(self.seed, epoch, self.samples)
+        number = _window(edges, place)
+        first = place - int(edges[number])
+        return _part(self.seed, epoch, self.samples, number)[first : first + most]
 
     def substitute(self, position: int, due: int, turn: int) -> int:
         """Return any sample of the split."""
@@ -144,21 +153,21 @@ class Block(Order):
     def run(self, epoch: int, place: int, most: int) -> Ids:
         """Return the ids from `place` of `epoch` on, at most to the end of its window."""
         _, edges = self._layouts(epoch)
-        number = self._number(edges, place)
+        number = _window(edges, place)
         first = place - int(edges[number])
         return self._mixed(epoch, number)[first : first + most]
 
     def substitute(self, position: int, due: int, turn: int) -> int:
         """Return any sample of the same window: its shards are at hand."""
         epoch, place = divmod(position, self.samples)
-        number = self._number(self._layouts(epoch)[1], place)
+        number = _window(self._layouts(epoch)[1], place)
         ids = self._mixed(epoch, number)
         return int(ids[self._drawn(position, due, turn, len(ids))])
 
     def needs(self, position: int) -> tuple[int, ...]:
         """Return the shards of the window at `position` and of the one after it."""
         epoch, place = divmod(position, self.samples)
-        return self._soon(epoch, self._number(self._layouts(epoch)[1], place))
+        return self._soon(epoch, _window(self._layouts(epoch)[1], place))
 
     def _layout(self, epoch: int) -> tuple[Ids, Ids]:
         """Return the shards in this epoch's order, and the place where each window starts, and N.
@@ -169,9 +178,6 @@ class Block(Order):
         ends = np.cumsum(self._sizes[order])[self.window - 1 :: self.window]
         edges = np.concatenate(([0], ends))
         return order, edges if edges[-1] == self.samples else np.append(edges, self.samples)
-
-    def _number(self, edges: Ids, place: int) -> int:
-        return int(np.searchsorted(edges, place, side="right")) - 1
 
     def _mix(self, epoch: int, number: int) -> Ids:
         """Return the ids of a window in their order."""
@@ -205,23 +211,45 @@ class Stored(Order):
 
     def needs(self, position: int) -> tuple[int, ...]:
         """Return the shard at `position` and the next few."""
-        shard = int(np.searchsorted(self.starts, position % self.samples, side="right")) - 1
+        shard = _window(self.starts, position % self.samples)
         return _range(shard, min(shard + 1 + self.AHEAD, len(self.starts) - 1))
 
 
 @lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, samples: int) -> Ids:
-    """Return the order of one epoch: int64 [samples], each of 0..samples-1 once (read-only).
+def _parts(seed: int, epoch: int, samples: int) -> tuple[npt.NDArray[np.uint16], Ids]:
+    """Return the part of an epoch that each sample drew, and the places where parts start, and N.
 
-    The generator is NumPy's PCG64 on `SeedSequence([seed, epoch])`, so that neighbouring seeds
-    and epochs have nothing in common (a sum of the two would).
+    uint16 [samples] and int64 [parts + 1].
     """
-    order = _generator(seed, epoch).permutation(samples)
-    order.flags.writeable = False
-    return order
+    count = 1 + samples // PART
+    if count == 1:
+        return np.zeros(0, np.uint16), np.array([0, samples])
+    drawn = _generator(seed, epoch).integers(0, count, samples, dtype=np.uint16)
+    sizes = np.bincount(drawn, minlength=count)
+    return drawn, np.concatenate(([0], np.cumsum(sizes)))
+
+
+@lru_cache(maxsize=2)
+def _part(seed: int, epoch: int, samples: int, number: int) -> Ids:
+    """Return the ids of a part of an epoch in their order, int64 (read-only)."""
+    drawn, edges = _parts(seed, epoch, samples)
+    if len(edges) == 2:
+        ids = _generator(seed, epoch).permutation(samples)
+    else:
+        ids = np.flatnonzero(drawn == number)
+        _generator(seed, epoch, number + 1).shuffle(ids)
+    ids.flags.writeable = False
+    return ids
+
+
+def _window(edges: Ids, place: int) -> int:
+    """Return which of the stretches between `edges` holds a place."""
+    return int(np.searchsorted(edges, place, side="right")) - 1
 
 
 def _generator(*key: int) -> np.random.Generator:
+    # PCG64 on a SeedSequence: neighbouring seeds and epochs have nothing in common (a sum of the
+    # two would).
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 

@@ -134,6 +134,10 @@ class Reader:
         """Say that nothing looks at the memory of a batch any more: the next may have it."""
         self._free.append(loaded.memory)
 
+    def close(self) -> None:
+        """Let go of what tries pictures; nothing may be read any more."""
+        self._screen = None
+
     def _past_end(self, position: int) -> bool:
         return self._part.once and position >= self._order.samples
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -66,6 +67,7 @@ class Storage:
         self._dataset = dataset
         self._index = load_index(dataset.folder, split, found)
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._finalizer = weakref.finalize(self, _close, self._files)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -128,8 +130,7 @@ class Storage:
 
     def close(self) -> None:
         """Close all files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._finalizer()
 
     def _fill(self, view: memoryview, shard: int, offset: int, crc: int) -> str | None:
         """Read and check one sample; return what is wrong with it."""
@@ -166,3 +167,8 @@ class Storage:
         return DataError(
             f"shard {path} cannot be read ({error.strerror}); restore it, or {REBUILD}"
         )
+
+
+def _close(files: OrderedDict[int, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])

@@ -5,11 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.order import Block, Full, Order, Stored, permutation, share
+from pipeline import order as order_module
+from pipeline.order import Block, Full, Order, Stored, share
 
 seeds = st.integers(0, 2**63 - 1)
 shards = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 windows = st.integers(1, 5)
+
+
+def epoch_of(seed: int, epoch: int, samples: int) -> np.ndarray:
+    return Full([samples], seed).slots(epoch * samples, samples).ids
 
 
 @st.composite
@@ -118,15 +123,15 @@ def test_shares_are_disjoint_in_order_and_cover_the_batch(count, world):
 
 def test_the_order_is_the_one_runs_were_made_with():
     """A change of these numbers (ours or NumPy's) makes every saved position mean another order."""
-    assert permutation(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
-    assert permutation(1, 0, 10).tolist() != permutation(0, 1, 10).tolist()
+    assert epoch_of(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
+    assert epoch_of(1, 0, 10).tolist() != epoch_of(0, 1, 10).tolist()
     block = Block([3, 3, 3, 2], seed=0, window=2)
     assert block.slots(0, 11).ids.tolist() == [7, 1, 2, 0, 8, 6, 4, 5, 10, 9, 3]
     assert [Full([10]).substitute(0, 3, turn) for turn in range(3)] == [3, 7, 6]
 
 
 def test_neighbouring_seeds_epochs_and_windows_are_unrelated():
-    orders = [permutation(seed, epoch, 2000) for seed in range(3) for epoch in range(3)]
+    orders = [epoch_of(seed, epoch, 2000) for seed in range(3) for epoch in range(3)]
     block = Block([1000] * 4, seed=5, window=2)
     windows = [block.slots(start, 2000).ids for start in range(0, 16000, 2000)]
     orders += [np.argsort(window) for window in windows]
@@ -136,13 +141,32 @@ def test_neighbouring_seeds_epochs_and_windows_are_unrelated():
 
 
 def test_the_shuffle_is_a_full_one():
-    moved = np.abs(permutation(5, 0, 10_000) - np.arange(10_000)).mean() / 10_000
+    moved = np.abs(epoch_of(5, 0, 10_000) - np.arange(10_000)).mean() / 10_000
     assert moved == pytest.approx(1 / 3, abs=0.01)  # the ideal's mean displacement
+
+
+def test_a_shuffle_in_parts_is_as_good(monkeypatch):
+    """Every sample is as likely at every place: 24 samples in 4 parts, 4,000 epochs."""
+    monkeypatch.setattr(order_module, "PART", 8)
+    counts = np.zeros((24, 24))
+    together = 0
+    for epoch in range(4000):
+        ids = epoch_of(9, epoch, 24)
+        assert sorted(ids) == list(range(24))
+        counts[ids, np.arange(24)] += 1
+        together += abs(int(np.flatnonzero(ids == 0)[0]) - int(np.flatnonzero(ids == 1)[0])) == 1
+    expected = 4000 / 24
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    assert 23 * 23 - 5 * 32.5 < chi2 < 23 * 23 + 5 * 32.5  # 529 degrees of freedom, 5 deviations
+    assert together / 4000 == pytest.approx(2 / 24, abs=0.022)
+    whole = Full([24], 9).slots(0, 240).ids
+    parts = [Full([24], 9).slots(start, 7).ids for start in range(0, 238, 7)]
+    assert whole[:238].tolist() == np.concatenate(parts).tolist()
 
 
 def test_the_cached_order_cannot_be_spoilt():
     with pytest.raises(ValueError, match="read-only"):
-        permutation(0, 0, 10)[0] = 3
+        Full([10]).run(0, 0, 10)[0] = 3
 
 
 @pytest.mark.parametrize(("position", "count"), [(-1, 1), (0, -1)])

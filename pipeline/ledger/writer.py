@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +69,7 @@ class Ledger:
             raise UsageError(
                 f"ledger folder {folder} cannot be written ({error.strerror}); name another folder"
             ) from error
+        self._finalizer = weakref.finalize(self, os.close, self._file)
         self._write(about.header())
 
     def record(self, position: int, due: Ids, delivered: Ids, images: torch.Tensor) -> None:
@@ -151,7 +153,7 @@ class Ledger:
 
     def _end(self) -> None:
         if self._file is not None:
-            os.close(self._file)
+            self._finalizer()
             self._file = None
 
 

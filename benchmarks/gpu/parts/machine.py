@@ -1,0 +1,121 @@
+"""What all this runs on."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+CODEC = ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg")
+LIBRARIES = (*DALI, *CODEC, "isal", "numpy")
+COPIED = 256 * 2**20
+"""Bytes that are copied to see how fast the way to the GPU is."""
+LOOKS = 0.25
+"""Seconds between two looks at the GPU."""
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Return names and versions of all that matters."""
+    found: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "device": device,
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _said("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+    }
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device == "gpu":
+        query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "driver, clock, power": _said("nvidia-smi", query, "--format=csv,noheader"),
+            "gpu_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
+            "to_gpu_gb_s": {"pinned": _copied(True), "pageable": _copied(False)},
+        }
+    return found
+
+
+class Gauge:
+    """What a GPU says of itself during a window; nothing where `nvidia-ml-py` is not installed."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        try:
+            self._nvml = importlib.import_module("pynvml")
+            self._nvml.nvmlInit()
+            self._gpu = self._nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        except Exception:  # an old driver, or none of its libraries: no looks then
+            self._nvml = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._seen: dict[str, list[float]] = {}
+        self._next = time.perf_counter() + LOOKS
+
+    def look(self) -> None:
+        """Read the values if the last reading is some time ago."""
+        if self._nvml is None or time.perf_counter() < self._next:
+            return
+        self._next += LOOKS
+        nvml, gpu = self._nvml, self._gpu
+        readings: dict[str, Callable[[], float]] = {
+            "gpu_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            "jpeg_percent": lambda: nvml.nvmlDeviceGetJpgUtilization(gpu)[0],
+            "clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+        }
+        for name, read in readings.items():
+            try:
+                self._seen.setdefault(name, []).append(read())
+            except Exception:  # not every GPU and driver knows each of them
+                self._seen.pop(name, None)
+
+    def read(self) -> dict[str, float]:
+        """Return the medians."""
+        return {name: statistics.median(values) for name, values in self._seen.items()}
+
+
+def _copied(pinned: bool) -> float:
+    source = torch.ones(COPIED, dtype=torch.uint8, pin_memory=pinned)
+    target = torch.empty_like(source, device="cuda")
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return round(COPIED / statistics.median(times) / 1e9, 1)
+
+
+def _said(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0]
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

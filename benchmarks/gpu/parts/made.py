@@ -1,0 +1,107 @@
+"""Data sets made of another's pictures, in folders that are thrown away afterwards."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipeline.dataset import LocalSet
+from pipeline.index import load_index, save_index
+from pipeline.manifest import Manifest, Shard
+from pipeline.picture import Encoding, as_npy
+from pipeline.shards import shard_name, write_shard
+from pipeline.storage import Bytes, Storage
+
+RAW_PICTURES = 500
+"""Pictures of a raw set that is made here: 98 MB, more than a processor's caches hold."""
+RAW_SHARD = 100
+"""... and in each of its shards."""
+
+
+def repeated(data: Path, folder: Path, samples: int) -> Path:
+    """Make a set of at least `samples` that links to the train shards of `data` again and again.
+
+    A set of some hundred pictures would else be measured by how epochs begin. All of it stays in
+    the page cache, as far as that holds `data`. Returns `data` itself if it is large enough.
+    """
+    manifest = Manifest.load(data)
+    split = manifest.split("train", data)
+    if split.samples >= samples:
+        return data
+    folder.mkdir()
+    rows = np.array(load_index(data, "train", split))
+    pieces: list[npt.NDArray[np.void]] = []
+    shards: list[Shard] = []
+    for _ in range(-(-samples // split.samples)):
+        piece = rows.copy()
+        piece["shard"] += len(shards)
+        pieces.append(piece)
+        for shard in split.shards:
+            tar, name = data.resolve() / shard.name, shard_name("train", len(shards))
+            (folder / name).symlink_to(tar)
+            (folder / name).with_suffix(".idx").symlink_to(tar.with_suffix(".idx"))
+            shards.append(replace(shard, name=name))
+    _seal(manifest, data, folder, shards, np.concatenate(pieces), manifest.encoding)
+    return folder
+
+
+def raw_of(data: Path, folder: Path) -> Path:
+    """Make a raw set of the first pictures of `data`, decoded by Pillow."""
+    jpegs = pictures(data, RAW_PICTURES)
+    folder.mkdir()
+
+    def pixels(first: int) -> Iterator[tuple[bytes, int]]:
+        for jpeg in jpegs[first : first + RAW_SHARD]:
+            yield as_npy(np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB"))), 0
+
+    starts = range(0, len(jpegs), RAW_SHARD)
+    built = [write_shard(folder, "train", n, pixels(s), "raw") for n, s in enumerate(starts)]
+    rows = np.concatenate([rows for _, rows in built])
+    _seal(Manifest.load(data), data, folder, [shard for shard, _ in built], rows, "raw")
+    return folder
+
+
+def spoilt(
+    data: Path, folder: Path, samples: int, place: int, edit: Callable[[bytes], bytes]
+) -> Path:
+    """Make a set of the first `samples` pictures of `data`, the one at `place` edited.
+
+    Its CRC-32 is that of the edited bytes, so that nothing stops it on its way to the decoder.
+    """
+    jpegs = [(jpeg.tobytes(), 0) for jpeg in pictures(data, samples)]
+    jpegs[place] = (edit(jpegs[place][0]), 0)
+    folder.mkdir()
+    shard, rows = write_shard(folder, "train", 0, jpegs)
+    _seal(Manifest.load(data), data, folder, [shard], rows, "jpeg")
+    return folder
+
+
+def pictures(data: Path, count: int) -> list[Bytes]:
+    """Return what the first `count` train samples (or all there are) hold, uint8 [size] each."""
+    storage = Storage(LocalSet(data), "train")
+    ids = np.arange(min(count, len(storage)))
+    views, _ = storage.read(ids, np.empty(int(storage.sizes(ids).sum()), np.uint8))
+    storage.close()
+    return views
+
+
+def _seal(
+    manifest: Manifest,
+    data: Path,
+    folder: Path,
+    shards: list[Shard],
+    rows: npt.NDArray[np.void],
+    encoding: Encoding,
+) -> None:
+    shutil.copyfile(data / "stats.npz", folder / "stats.npz")
+    digest = save_index(folder, "train", rows)
+    split = replace(manifest.splits["train"], shards=tuple(shards), index_sha256=digest)
+    quality = manifest.quality if encoding == "jpeg" else None
+    replace(manifest, splits={"train": split}, encoding=encoding, quality=quality).save(folder)

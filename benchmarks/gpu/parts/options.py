@@ -1,0 +1,74 @@
+"""What may be chosen, and whether it can work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipeline.decode import Device, gpu_of
+from pipeline.errors import UsageError
+from pipeline.manifest import Manifest
+
+STEPS = ("pixels", "damage", "sweep", "turns", "exact", "bare", "raw")
+"""All there are, in their order; each is a method of the same name."""
+MIXED = 0.65
+"""DALI's default load, checked and compared besides the best and the exact ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure and check the stream on a GPU."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of a data set of JPEGs; some hundred pictures will do."""
+    raw: Path | None = None
+    """Folder of a set built with `--encoding raw`; the default is one made of DATA for the run."""
+    out: Path = Path(__file__).parents[1] / "results"
+    """Folder for the results."""
+    device: Device = "gpu"
+    """`cpu` runs what makes sense there, to try this out."""
+    minutes: float = 8.0
+    """Time for all of it."""
+    seconds: float = 3.0
+    """Length of a window."""
+    rounds: int = 5
+    """Turns of each lane."""
+    samples: int = 20_000
+    """Smaller sets are repeated, by links to their shards, until they have as many."""
+    checked: int = 512
+    """Pictures whose pixels are compared."""
+    skip: str = ""
+    """Steps to leave out, with commas between: pixels, damage, sweep, turns, exact, bare, raw."""
+    threads: int | None = None
+    """Where the sweep begins, and what is used without one; default: one per core."""
+    load: float = MIXED
+    """Likewise."""
+    prefetch: int = 2
+    """Likewise."""
+    batch: int = 256
+    """Likewise."""
+
+
+def steps_of(options: Options) -> list[str]:
+    """Return the steps to take.
+
+    Raises:
+        UsageError: an option that cannot work, or no data set of JPEGs.
+        SetupError: device `gpu` without a CUDA device.
+    """
+    skipped = [name.strip() for name in options.skip.split(",") if name.strip()]
+    if unknown := [name for name in skipped if name not in STEPS]:
+        raise UsageError(f"--skip {unknown[0]}: no such step; there are {', '.join(STEPS)}")
+    for name in ("minutes", "seconds", "rounds", "checked", "samples", "prefetch", "batch"):
+        if (value := getattr(options, name)) <= 0:
+            raise UsageError(f"--{name} is {value}; it must be above 0")
+    if not 0 <= options.load <= 1:
+        raise UsageError(f"--load is {options.load}; it must be from 0 to 1")
+    for data, wanted in ((options.data, "jpeg"), (options.raw, "raw")):
+        if data and (holds := Manifest.load(data).encoding) != wanted:
+            raise UsageError(f"data set {data} holds {holds} pictures; {wanted} is wanted here")
+    gpu_of(options.device)
+    return [step for step in STEPS if step not in skipped]

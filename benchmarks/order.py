@@ -1,0 +1,295 @@
+"""What the order of the samples costs, what a restart costs, and how well each shuffle mixes.
+
+    python benchmarks/order.py DATA [--samples 14000000] [--rounds 3]
+
+Each number of the first two tables is the median over processes of their own, imports not counted.
+Sets of any size are made of DATA's pictures in a temporary folder: thousands of names for a few
+shards, and an index that points at the same samples again and again. So the shards lie in the
+page cache; from a disk, the first batch takes its reads on top. A stream is opened at random
+positions within an epoch, at position 0, and where its first batch lies in two epochs.
+
+The mixing is measured on 1,281 shards of 1,000 samples, as an ideal shuffle would give 1.00:
+
+    displacement    how far a sample moves from its stored place, on average, over N/3
+    company         how many of the pairs that share a batch of 128 in epoch 0 share one in epoch 1
+                    too, over the 127/(N-1) of chance: how often the same pictures meet again
+    spread          over which part of an epoch the samples of one shard come, on average
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from pipeline.batches import Stream
+from pipeline.dataset import LocalSet
+from pipeline.errors import run
+from pipeline.index import load_index, save_index
+from pipeline.manifest import Manifest
+from pipeline.order import Block, Full, Order, Shuffle, Stored
+from pipeline.shards import shard_name
+
+IMAGENET = 1_281
+"""Thousands of training pictures in ILSVRC-2012, and shards of a thousand."""
+SHARD = 1_000
+"""Samples in a shard."""
+BATCH = 128
+EPOCH = 37
+"""Epoch in which streams are opened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure order, restart and mixing."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of a data set, whose pictures the made sets repeat."""
+    samples: int = 14_000_000
+    """Size of the large set, in whole thousands."""
+    rounds: int = 3
+    """Processes for each number."""
+    folder: Path | None = None
+    """Where to put the temporary folder: 24 bytes a sample, 16 at a time."""
+    json: bool = False
+    """Print one JSON object instead of the tables."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an order costs."""
+
+    epoch: float
+    """Seconds for all ids of an epoch."""
+    slots: float
+    """Seconds for a batch's slots at a random position, nothing known before."""
+    memory: int
+    """Bytes by which the process grew at most, for the epoch."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What it takes to have the first batch."""
+
+    opened: float
+    """Seconds until `Stream(...)` is there."""
+    batch: float
+    """Seconds until the first batch is."""
+    memory: int
+    """Most bytes resident at any time, libraries and the mapped index with the rest."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of the parts of an opening, each alone."""
+
+    manifest: float
+    """Parse it."""
+    shards: float
+    """See that each is there."""
+    index: float
+    """Compare it with its SHA-256."""
+    order: float
+    """The first batch's slots."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How well an order mixes; see above."""
+
+    displacement: float
+    company: float
+    spread: float
+
+
+def order_of(shuffle: str, samples: int) -> Order:
+    """Return an order over shards of a thousand: `stored`, `full`, or `block WINDOW`."""
+    sizes = [SHARD] * (samples // SHARD)
+    if shuffle.startswith("block"):
+        return Block(sizes, seed=1, window=int(shuffle.split()[1]))
+    return Full(sizes, seed=1) if shuffle == "full" else Stored(sizes)
+
+
+def random_position(samples: int, number: int) -> int:
+    """Return a position within epoch `EPOCH`."""
+    return EPOCH * samples + int(np.random.default_rng(number).integers(samples - 100 * BATCH))
+
+
+def resident(what: str) -> int:
+    """Return `VmRSS` (now) or `VmHWM` (the most ever) of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def cost(shuffle: str, samples: int, number: int) -> Cost:
+    """Make an epoch's order piece by piece as a stream does; then a few slots from the start."""
+    start = time.perf_counter()
+    order_of(shuffle, samples).slots(random_position(samples, number), BATCH)
+    slots = time.perf_counter() - start
+    order, place = order_of(shuffle, samples), 0
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    while place < samples:
+        place += len(order.run(0, place, samples - place))
+    return Cost(time.perf_counter() - start, slots, resident("VmHWM") - before)
+
+
+def opening(data: Path, position: int, shuffle: Shuffle) -> Opening:
+    """Open a stream at a position and take one batch."""
+    start = time.perf_counter()
+    with Stream(data, batch_size=BATCH, seed=1, position=position, shuffle=shuffle) as stream:
+        opened = time.perf_counter() - start
+        assert next(stream).position == position + BATCH
+        return Opening(opened, time.perf_counter() - start, resident("VmHWM"))
+
+
+def parts(data: Path, position: int) -> Parts:
+    """Do what a stream with a full shuffle does until its first batch, one after the other."""
+    times = [time.perf_counter()]
+    manifest = Manifest.load(data)
+    split = manifest.splits["train"]
+    times.append(time.perf_counter())
+    for shard in split.shards:
+        LocalSet(data).shard(shard)
+    times.append(time.perf_counter())
+    load_index(data, "train", split)
+    times.append(time.perf_counter())
+    Full([shard.samples for shard in split.shards], seed=1).slots(position, BATCH)
+    times.append(time.perf_counter())
+    return Parts(*np.diff(times).tolist())
+
+
+def median_of(rounds: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return a dataclass of the medians, field by field, over fresh processes.
+
+    An argument that is a function is called with the round's number.
+    """
+    context = multiprocessing.get_context("spawn")
+    found = []
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for number in range(rounds):
+            given = [value(number) if callable(value) else value for value in arguments]
+            found.append(pool.submit(function, *given).result())
+    columns = zip(*(asdict(one).values() for one in found), strict=True)
+    return type(found[0])(*(statistics.median(column) for column in columns))
+
+
+def made_set(data: Path, folder: Path, samples: int) -> Path:
+    """Make a set of `samples` out of the first shards of `data`, in a new folder."""
+    folder.mkdir()
+    manifest = Manifest.load(data)
+    split = manifest.splits["train"]
+    rows = load_index(data, "train", split)
+    starts = np.cumsum([0, *(shard.samples for shard in split.shards)])
+    used = min(len(split.shards), 16)
+    for number in range(used):
+        shutil.copyfile(data / split.shards[number].name, folder / f"{number}.copy")
+    pieces, shards = [], []
+    for number in range(samples // SHARD):
+        real = number % used
+        piece = np.resize(rows[starts[real] : starts[real + 1]], SHARD)
+        piece["shard"] = number
+        pieces.append(piece)
+        name = shard_name("train", number)
+        os.link(folder / f"{real}.copy", folder / name)
+        shards.append(replace(split.shards[real], name=name, samples=SHARD))
+    digest = save_index(folder, "train", np.concatenate(pieces))
+    shutil.copyfile(data / "stats.npz", folder / "stats.npz")
+    made = replace(split, shards=tuple(shards), index_sha256=digest)
+    replace(manifest, splits={"train": made}).save(folder)
+    return folder
+
+
+def mixing(order: Order) -> Mixing:
+    """Measure two epochs of an order."""
+    n = order.samples
+    places = []
+    for epoch in range(2):
+        ids = order.slots(epoch * n, n).ids
+        place = np.empty(n, np.int64)
+        place[ids] = np.arange(n)
+        places.append(place)
+    displacement = np.abs(places[0] - np.arange(n)).mean() / (n / 3)
+    batches = [(epoch * n + place) // BATCH for epoch, place in enumerate(places)]
+    together = np.unique(batches[0] * (2 * n) + batches[1], return_counts=True)[1]
+    met = np.unique(batches[0], return_counts=True)[1]
+    again = (together * (together - 1)).sum() / (met * (met - 1)).sum()
+    by_shard = places[0].reshape(-1, SHARD)
+    spread = (by_shard.max(1) - by_shard.min(1) + 1).mean() / n
+    return Mixing(float(displacement), float(again / ((BATCH - 1) / (n - 1))), float(spread))
+
+
+def openings(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
+    """Measure restarts in sets of a thousand, of ImageNet's size, and of the large one's."""
+    found: dict[str, dict[str, Any]] = {}
+    for samples in (20 * SHARD, IMAGENET * SHARD, options.samples):
+        data = made_set(options.data, folder / str(samples), samples)
+
+        def middle(number: int, samples: int = samples) -> int:
+            return random_position(samples, number)
+
+        found[f"{samples:,}"] = {
+            "full": median_of(options.rounds, opening, data, middle, "full"),
+            "full, at 0": median_of(options.rounds, opening, data, 0, "full"),
+            "full, border": median_of(options.rounds, opening, data, samples - BATCH // 2, "full"),
+            "block 16": median_of(options.rounds, opening, data, middle, "block"),
+            "parts": median_of(options.rounds, parts, data, middle),
+        }
+        shutil.rmtree(data)
+    return found
+
+
+def show(
+    orders: dict[str, Cost], found: dict[str, dict[str, Any]], mixed: dict[str, Mixing]
+) -> None:
+    """Print the tables."""
+    print(f"{'order':12}{'epoch s':>10}{'MB':>8}{'slots s':>10}")
+    for name, one in orders.items():
+        print(f"{name:12}{one.epoch:10.2f}{one.memory / 1e6:8.0f}{one.slots:10.4f}")
+    print(f"\n{'samples':>12}  {'first batch':14}{'opened s':>10}{'batch s':>10}{'MB':>8}")
+    for samples, rows in found.items():
+        for name, one in rows.items():
+            if isinstance(one, Opening):
+                line = f"{one.opened:10.2f}{one.batch:10.2f}{one.memory / 1e6:8.0f}"
+                print(f"{samples:>12}  {name:14}{line}")
+            else:
+                each = ", ".join(f"{part} {took:.2f}" for part, took in asdict(one).items())
+                print(f"{'':14}alone, full: {each}")
+    print(f"\n{'mixing':12}{'displacement':>14}{'company':>10}{'spread':>9}")
+    for name, row in mixed.items():
+        print(f"{name:12}{row.displacement:14.3f}{row.company:10.2f}{row.spread:9.3f}")
+
+
+def main() -> None:
+    """Measure, then print."""
+    options = tyro.cli(Options, description=__doc__)
+    orders = {
+        shuffle: median_of(options.rounds, cost, shuffle, options.samples, lambda number: number)
+        for shuffle in ("full", "block 16")
+    }
+    with tempfile.TemporaryDirectory(prefix="duet-order-", dir=options.folder) as folder:
+        found = openings(options, Path(folder))
+    shuffles = ("stored", "block 4", "block 16", "block 64", "full")
+    mixed = {shuffle: mixing(order_of(shuffle, IMAGENET * SHARD)) for shuffle in shuffles}
+    if options.json:
+        tables = {"order": orders, "openings": found, "mixing": mixed}
+        print(json.dumps(tables, default=asdict))
+    else:
+        show(orders, found, mixed)
+
+
+if __name__ == "__main__":
+    run(main)
