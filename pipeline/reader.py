@@ -72,7 +72,7 @@ class Loaded:
     first: int
     """Position of the first sample of this slice."""
     memory: Bytes
-    """Where the pictures of the feed lie."""
+    """Where the pictures of the feed lie, unless in their shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class Reader:
         ids = slots.ids.copy()
         for place in self._quarantine.places(ids):
             ids[place] = self._substitute(first + place, int(slots.ids[place]))
-        memory = self._take(int(self._storage.sizes(ids).sum()))
+        memory = self._take(self._storage.room(ids))
         pictures, damaged = self._checked(ids, memory)
         while damaged:
             self.report(damaged.values())
@@ -190,7 +190,7 @@ class Reader:
             for place in places:
                 ids[place] = self._substitute(first + place, int(slots.ids[place]))
             others = ids[places]
-            room = np.empty(int(self._storage.sizes(others).sum()), np.uint8)
+            room = np.empty(self._storage.room(others), np.uint8)
             views, again = self._checked(others, room)
             for place, view in zip(places, views, strict=True):
                 pictures[place] = view
