@@ -12,6 +12,7 @@ its own for each sample), so the paper's PCA colour costs no pass over the pixel
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,11 @@ from pipeline.errors import SetupError
 from pipeline.picture import SIZE, Encoding
 
 Device = Literal["cpu", "gpu"]
+
+# DALI's own pool for its large host buffers, instead of malloc: the process then keeps one size
+# from the first batches on (where it wandered by a third), without a page fault. Read by DALI when
+# the first pipeline is built; whoever has set it knows better.
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
 
 
 class Feed(NamedTuple):
