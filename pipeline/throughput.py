@@ -51,6 +51,8 @@ class Throughput:
     """Order of the stream: full or block."""
     window: int = 16
     """Shards in a window of the block shuffle."""
+    ledger: Path | None = None
+    """Folder for a ledger, to see what writing one costs."""
     cache: str | None = None
     """Folder for the shards of a remote set; default: duet in the user's cache folder."""
     cache_size: str = "100GB"
@@ -100,6 +102,7 @@ def _batches(options: Throughput) -> Generator[torch.Tensor]:
         threads=options.threads,
         shuffle=options.shuffle,
         window=options.window,
+        ledger=options.ledger,
         cache=options.cache,
         cache_size=parse_size(options.cache_size),
     )

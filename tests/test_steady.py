@@ -65,13 +65,13 @@ def output(code: str, data: Path, folder: Path) -> dict:
 
 @pytest.mark.parametrize("options", ["shuffle='full', ledger=folder", "shuffle='block', window=2"])
 def test_twenty_epochs_take_no_more_memory_or_files_than_two(tiny_data, tmp_path, options):
-    """Batches of 16, three an epoch."""
+    """From the eighth epoch to the eightieth of three batches each, when all buffers are there."""
     code = f"""
     before = held()
     with Stream(data, batch_size=16, threads=2, {options}) as stream:
-        take(stream, 2 * 3)
+        take(stream, 2 * 12)
         early = held() | {{"bytes": resident()}}
-        take(stream, 18 * 3)
+        take(stream, 18 * 12)
         late = held() | {{"bytes": resident()}}
     del stream
     print(json.dumps([before, early, late, held()]))
