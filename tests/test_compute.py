@@ -55,6 +55,7 @@ def test_kept_memory_is_not_fetched_again_from_the_kernel():
         command = [sys.executable, "-c", FAULTS, mode]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    # 16 tensors of 80 MB; huge pages make the default cheaper on some machines, never free
-    assert faults("keep") < 200
+    # 16 tensors of 80 MB have 312,500 pages; the heap may have to grow by one of them.
+    # Huge pages make the default cheaper on some machines, never free.
+    assert faults("keep") < 20_000
     assert faults("keep") < faults("default")
