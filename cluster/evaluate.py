@@ -108,6 +108,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         view=view,
         once=True,
         quarantine=options.run / QUARANTINE,
+        strict=config.strict,
         **config.cached,
     )
     with autocast(compute_dtype(config.dtype, device), device):

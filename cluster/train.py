@@ -76,7 +76,7 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
         )
     for split in ("train", "val") if command.settings.validate_every else ("train",):
         Storage(dataset, split)
-    Statistics.load(dataset.folder)
+    Statistics.load(dataset.folder, manifest.stats_sha256)
 
     from model.alexnet import stages  # here: a wrong command is refused before torch is loaded
 

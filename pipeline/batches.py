@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -61,6 +62,8 @@ class Stream:
     Every sample is checked against its CRC-32. One that is damaged, or cannot be decoded, is
     replaced by another that follows from seed, epoch and sample alone (in an evaluation: gets no
     weight), and is found in `damaged`, and in the file `quarantine` if one is named.
+
+    It holds threads and open files: open it after a fork, not before.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Stream:
                 some. With 0 or 1 a picture's pixels do not depend on its batch; between, they do.
             strict: stop at the first damaged sample instead of replacing it.
             quarantine: file that lists damaged samples, one JSON object a line; the ranks of a
-                job and later runs may name the same one.
+                job and later runs on the same data set may name the same one.
             ledger: folder in which this stream writes down what it delivers, for
                 `pipeline.verify --ledger`; ranks and restarts name the same one.
             cache: folder for the shards of a remote set, shared by all processes of the node.
@@ -134,11 +137,25 @@ class Stream:
                 f"out of range: batch_size={batch_size} (at least world_size={world_size}), "
                 f"prefetch={prefetch}, position={position}, colour={colour}"
             )
+        for name, value, known in (
+            ("view", view, View),
+            ("shuffle", shuffle, Shuffle),
+            ("device", device, Device),
+        ):
+            if value not in get_args(known):
+                raise ValueError(f"{name} is {value!r}; it takes {', '.join(get_args(known))}")
+        if not (math.isfinite(colour) and 0 <= hw_decoder_load <= 1 and (threads or 0) >= 0):
+            raise ValueError(
+                f"out of range: colour={colour}, hw_decoder_load={hw_decoder_load}, "
+                f"threads={threads}"
+            )
+        if window < 1 or seed >= 2**63:
+            raise ValueError(f"out of range: window={window}, seed={seed} (below 2**63)")
         first, last = share(batch_size, rank, world_size)
         self._dataset = open_dataset(data, cache=cache, cache_size=cache_size)
         self._storage = Storage(self._dataset, split)
         self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)
-        statistics = Statistics.load(self._dataset.folder)
+        statistics = Statistics.load(self._dataset.folder, self._storage.manifest.stats_sha256)
         self.channel_mean = statistics.channel_mean
         """float64 [3]: what was subtracted, for showing pictures."""
         order = self._order(seed, once, shuffle, window)

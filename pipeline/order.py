@@ -30,6 +30,9 @@ SCANNED = 1 << 16
 PART = 1 << 21
 """Samples in a part of a full shuffle, about."""
 
+NEAR = 50
+"""Substitutes that `Block` looks for in the same window."""
+
 
 class Slots(NamedTuple):
     """A run of places in the stream: epoch and sample id of each, both int64 [count]."""
@@ -110,12 +113,23 @@ class Full(Order):
 
     _soonest: tuple[int, ...] = ()
 
+    def __init__(self, shards: Sequence[int], seed: int = 0) -> None:
+        """Take shard sizes and seed as `Order` does."""
+        super().__init__(shards, seed)
+        # Its own: several streams would push each other's epochs out, and shuffle at every batch.
+        samples = self.samples
+        self._parts = lru_cache(maxsize=2)(lambda epoch: _parts(seed, epoch, samples))
+        parts = self._parts
+        self._part = lru_cache(maxsize=2)(
+            lambda epoch, number: _part(seed, epoch, samples, number, *parts(epoch))
+        )
+
     def run(self, epoch: int, place: int, most: int) -> Ids:
         """Return the ids from `place` of `epoch` on."""
-        _, edges = _parts(self.seed, epoch, self.samples)
+        _, edges = self._parts(epoch)
         number = _window(edges, place)
         first = place - int(edges[number])
-        return _part(self.seed, epoch, self.samples, number)[first : first + most]
+        return self._part(epoch, number)[first : first + most]
 
     def substitute(self, position: int, due: int, turn: int) -> int:
         """Return any sample of the split."""
@@ -158,7 +172,12 @@ class Block(Order):
         return self._mixed(epoch, number)[first : first + most]
 
     def substitute(self, position: int, due: int, turn: int) -> int:
-        """Return any sample of the same window: its shards are at hand."""
+        """Return any sample of the same window: its shards are at hand.
+
+        A window may be lost as a whole (one shard, cut off): after `NEAR` turns, of the split.
+        """
+        if turn >= NEAR:
+            return self._drawn(position, due, turn, self.samples)
         epoch, place = divmod(position, self.samples)
         number = _window(self._layouts(epoch)[1], place)
         ids = self._mixed(epoch, number)
@@ -215,7 +234,6 @@ class Stored(Order):
         return _range(shard, min(shard + 1 + self.AHEAD, len(self.starts) - 1))
 
 
-@lru_cache(maxsize=2)
 def _parts(seed: int, epoch: int, samples: int) -> tuple[npt.NDArray[np.uint16], Ids]:
     """Return the part of an epoch that each sample drew, and the places where parts start, and N.
 
@@ -229,10 +247,15 @@ def _parts(seed: int, epoch: int, samples: int) -> tuple[npt.NDArray[np.uint16],
     return drawn, np.concatenate(([0], np.cumsum(sizes)))
 
 
-@lru_cache(maxsize=2)
-def _part(seed: int, epoch: int, samples: int, number: int) -> Ids:
+def _part(
+    seed: int,
+    epoch: int,
+    samples: int,
+    number: int,
+    drawn: npt.NDArray[np.uint16],
+    edges: Ids,
+) -> Ids:
     """Return the ids of a part of an epoch in their order, int64 (read-only)."""
-    drawn, edges = _parts(seed, epoch, samples)
     if len(edges) == 2:
         ids = _generator(seed, epoch).permutation(samples)
     else:

@@ -84,13 +84,15 @@ class Statistics:
         return sha256(data / NAME)
 
     @classmethod
-    def load(cls, data: Path) -> Statistics:
-        """Read `DATA/stats.npz`.
+    def load(cls, data: Path, expected: str | None = None) -> Statistics:
+        """Read `DATA/stats.npz`; `expected` is the SHA-256 that it should have.
 
         Raises:
-            DataError: it is missing or damaged.
+            DataError: it is missing, damaged, or of another set.
         """
         try:
+            if expected is not None and sha256(data / NAME) != expected:
+                raise ValueError("it is not the one that was built")
             with np.load(data / NAME) as arrays:
                 return cls(**arrays)
         except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:

@@ -64,15 +64,28 @@ class _List:
 
     def read(self) -> list[Damage]:
         """Return the rows that were not returned before."""
+        if not self._path.parent.is_dir():
+            raise UsageError(f"there is no folder for {self._path}; make it, or name another")
         if not self._path.exists():
             return []
-        with self._path.open("rb") as file:
+        with self._open("rb") as file:
             return self._news(file)
+
+    def _open(self, mode: str) -> IO[bytes]:
+        try:
+            return self._path.open(mode)
+        except OSError as error:
+            raise UsageError(
+                f"{self._path} cannot be opened ({error.strerror}); name another file"
+            ) from error
 
     def append(self, damages: list[Damage]) -> None:
         """Append those that are not listed; other processes may be about to do the same."""
-        with self._path.open("a+b") as file:
+        with self._open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_size < self._end:  # moved away: a new list
+                self._listed.clear()
+                self._end = 0
             self._news(file)
             file.truncate(self._end)  # the rest of a writer that was killed
             rows = [one for one in damages if one[:2] not in self._listed]

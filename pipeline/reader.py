@@ -181,6 +181,8 @@ class Reader:
         """Read the samples of `slots`, or for damaged ones their substitutes."""
         ids = slots.ids.copy()
         for place in self._quarantine.places(ids):
+            if self._strict:  # listed by a stream that was not
+                self.report([self._quarantine.known[int(ids[place])]])
             ids[place] = self._substitute(first + place, int(slots.ids[place]))
         memory = self._take(self._storage.room(ids))
         pictures, damaged = self._checked(ids, memory)

@@ -5,6 +5,9 @@ others' memory: often enough the process ends with a segmentation fault. A pictu
 danger. So a header that was not seen before is tried alone, with its picture; pictures that our
 packer wrote all have the same one, and looking at it costs next to nothing. (Scan data that cannot
 be decoded behind a good header is an ordinary error, and `flow` looks for it when it comes.)
+
+DALI decodes a picture whose scan ends too early if only the crop lies before the end. So that a
+picture is damaged in every crop or in none, one that does not end as a JPEG does is tried, too.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pipeline.decode import Trial
 from pipeline.order import Ids
 from pipeline.storage import Bytes
 
+EOI = b"\xff\xd9"
 HEADERS = 64
 """Headers that are remembered. Beyond them each sample is tried once."""
 
@@ -37,12 +41,16 @@ class Screen:
         return refused
 
     def _passes(self, picture: Bytes) -> bool:
-        if any(picture[:length].tobytes() in self._headers for length in self._lengths):
+        ended = picture[-2:].tobytes() == EOI
+        if ended and any(picture[:length].tobytes() in self._headers for length in self._lengths):
             return True
         if not self._trial.decodes(picture):
             return False
-        if len(self._headers) < HEADERS:
-            length = scan_start(picture)
+        if ended and len(self._headers) < HEADERS:
+            try:
+                length = scan_start(picture)
+            except IndexError:  # no JPEG, or a strange one, but DALI can read it
+                return True
             self._headers.add(picture[:length].tobytes())
             self._lengths.add(length)
         return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import weakref
 from collections import OrderedDict
@@ -13,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from isal import isal_zlib
 
 from pipeline.dataset import DataSet, LocalSet
-from pipeline.errors import REBUILD, DataError
+from pipeline.errors import REBUILD, DataError, DuetError, SetupError
 from pipeline.index import load_index, sample_key
 from pipeline.manifest import Manifest
 from pipeline.order import Ids
@@ -66,6 +66,8 @@ class Storage:
                 dataset.shard(shard)
         self.split = split
         self.shards = found.shards
+        self.manifest = manifest
+        """Of the data set."""
         self.encoding = manifest.encoding
         """What the samples are: JPEGs, or raw pixels, uint8 256x256x3."""
         self._dataset = dataset
@@ -178,8 +180,12 @@ class Storage:
             self._files.move_to_end(number)
         return file
 
-    def _lost(self, number: int, error: OSError) -> DataError:
+    def _lost(self, number: int, error: OSError) -> DuetError:
         path = self._dataset.folder / self.shards[number].name
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return SetupError(
+                f"shard {path} cannot be opened ({error.strerror}); raise `ulimit -n`"
+            )
         return DataError(
             f"shard {path} cannot be read ({error.strerror}); restore it, or {REBUILD}"
         )
@@ -195,7 +201,10 @@ class _File:
     @cached_property
     def mapped(self) -> Bytes:
         """Its bytes, uint8 [size], mapped; whoever refers to them keeps them."""
-        return np.frombuffer(mmap.mmap(self.number, 0, prot=mmap.PROT_READ), np.uint8)
+        # `mmap` would keep a descriptor for each map: of a thousand shards, one a sample in flight.
+        name, size = f"/proc/self/fd/{self.number}", os.fstat(self.number).st_size
+        mapped: Bytes = torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy()
+        return mapped
 
     def close(self) -> None:
         os.close(self.number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from isal import isal_zlib
+from PIL import Image
 
 from pipeline.batches import Stream
 from pipeline.dataset import LocalSet
 from pipeline.errors import DataError, UsageError
 from pipeline.index import save_index
 from pipeline.manifest import Manifest
+from pipeline.screen import Screen
 from pipeline.storage import Storage
 from tests.drawn import rows_of
 
@@ -51,11 +54,15 @@ def spoil(jpeg: bytearray) -> None:
     jpeg[:] = b"not a JPEG".ljust(len(jpeg))
 
 
-def undecodable(data: Path, *samples: int) -> None:
+def end_early(jpeg: bytearray) -> None:
+    jpeg[-len(jpeg) // 12 :] = bytes(len(jpeg) // 12 + 1)
+
+
+def undecodable(data: Path, *samples: int, edit=spoil) -> None:
     """Put bytes into the set that were never a JPEG, index and manifest in agreement with them."""
     rows = rows_of(data, "train").copy()
     for sample in samples:
-        change(data, sample, spoil)
+        change(data, sample, edit)
         content = (data / f"train-{rows[sample]['shard']:06d}.tar").read_bytes()
         start, size = int(rows[sample]["offset"]), int(rows[sample]["size"])
         rows[sample]["crc"] = isal_zlib.crc32(content[start : start + size])
@@ -117,6 +124,60 @@ def test_training_goes_on_with_the_same_substitutes_in_every_world(damaged, tiny
             for field in ("ids", "labels", "images", "replaced"):
                 pieces = joined([part[step] for part in parts], field)
                 assert torch.equal(pieces, getattr(batch, field))
+
+
+def test_a_picture_that_ends_early_is_damaged_in_every_crop_or_in_none(data):
+    """DALI decodes it where the crop lies before the end: then batch and world would decide."""
+    undecodable(data, *range(0, SAMPLES, 4), edit=end_early)
+    options = {"batch_size": 24, "seed": 1}
+    with Stream(data, **options) as stream:
+        whole = taken(stream, BATCHES)
+        assert stream.damaged
+    for world in (2, 4):
+        parts = []
+        for rank in range(world):
+            with Stream(data, **options, rank=rank, world_size=world) as stream:
+                parts.append(taken(stream, BATCHES))
+        for step, batch in enumerate(whole):
+            for field in ("ids", "images"):
+                pieces = joined([part[step] for part in parts], field)
+                assert torch.equal(pieces, getattr(batch, field))
+    with Stream(data, **options, position=72) as stream:
+        assert torch.equal(joined(taken(stream, 3), "ids"), joined(whole[3:], "ids"))
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_window_that_is_lost_as_a_whole_is_replaced_from_the_others(data, window):
+    os.truncate(data / "train-000001.tar", 0)
+    with Stream(data, batch_size=24, shuffle="block", window=window) as stream:
+        batches = taken(stream, 20)
+        assert set(stream.damaged) == set(range(10, 20))
+    assert joined(batches, "replaced").sum() == 100
+
+
+def test_strict_stops_at_what_an_earlier_run_has_listed(data, tmp_path):
+    undecodable(data, 5)
+    for strict in (False, True):
+        options = {"quarantine": tmp_path / "q.jsonl", "strict": strict}
+        with Stream(data, batch_size=SAMPLES, **options) as stream:
+            if strict:
+                with pytest.raises(DataError, match="sample 5 "):
+                    next(stream)
+            else:
+                assert next(stream).replaced.sum() == 1
+
+
+def test_a_list_moved_away_is_begun_anew_and_a_wrong_place_refused(damaged, tmp_path):
+    path = tmp_path / "q.jsonl"
+    with Stream(damaged, batch_size=1, once=True, quarantine=path, threads=1) as stream:
+        while not path.exists():
+            next(stream)
+        path.unlink()
+        list(stream)
+    assert all(json.loads(row)["split"] == "train" for row in path.read_text().splitlines())
+    for wrong in (tmp_path, tmp_path / "none" / "q.jsonl"):
+        with pytest.raises(UsageError, match="another"):
+            Stream(damaged, quarantine=wrong)
 
 
 def test_a_restart_goes_on_with_the_same_substitutes(damaged):
@@ -258,3 +319,47 @@ def test_every_single_bit_counts(data):
         for path, content in original.items():
             path.write_bytes(content)
     assert Storage(LocalSet(data), "train").read(ids, memory)[1] == {}
+
+
+def test_what_dali_alone_finds_is_replaced_too(data, tiny_data, monkeypatch):
+    """Scan data that nobody screened: the batch is made again without the sample."""
+    monkeypatch.setattr(Screen, "refused", lambda self, ids, pictures: [])
+
+    def cut(jpeg: bytearray) -> None:
+        jpeg[len(jpeg) // 2 :] = bytes(len(jpeg) - len(jpeg) // 2)
+
+    undecodable(data, 5, 30, edit=cut)
+    with Stream(tiny_data, batch_size=24, seed=1) as stream:
+        sound = taken(stream, 4)
+    with Stream(data, batch_size=24, seed=1) as stream:
+        whole = taken(stream, 4)
+        assert set(stream.damaged) == {5, 30}
+    replaced = joined(whole, "replaced")
+    assert replaced.sum() == 4
+    assert torch.equal(joined(whole, "images")[~replaced], joined(sound, "images")[~replaced])
+    with Stream(data, batch_size=24, seed=1, strict=True) as stream:
+        for _ in range(2):
+            with pytest.raises(DataError, match="cannot be decoded"):
+                taken(stream, 4)
+
+
+def test_png_bytes_with_a_good_checksum_are_a_picture_too(data):
+    def png(jpeg: bytearray) -> None:
+        file = io.BytesIO()
+        Image.new("RGB", (256, 256), (9, 8, 7)).save(file, "PNG")
+        jpeg[:] = file.getvalue().ljust(len(jpeg), b"\0")
+
+    undecodable(data, 3, edit=png)
+    with Stream(data, batch_size=8, once=True, view="centre") as stream:
+        batch = next(stream)
+    assert not batch.replaced.any()
+    assert batch.images[3].flatten(1).std(1).max() == 0
+
+
+def test_statistics_of_another_set_are_refused(data):
+    with np.load(data / "stats.npz") as arrays:
+        changed = dict(arrays)
+    changed["channel_mean"] += 1
+    np.savez(data / "stats.npz", **changed)
+    with pytest.raises(DataError, match=r"stats\.npz cannot be read \(it is not the one"):
+        Stream(data)

@@ -133,6 +133,17 @@ def test_the_ledgers_of_a_job_cut_and_resized_prove_exactly_once(tiny_data, jour
     assert "exactly once" in proof.summary()
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_ledger_of_an_evaluation_proves_exactly_once(tiny_data, tmp_path, world):
+    """In batches of 20 the last one is padded, beyond the end of the epoch."""
+    for rank in range(world):
+        options = {"view": "centre", "once": True, "ledger": tmp_path, "batch_size": 20}
+        with Stream(tiny_data, rank=rank, world_size=world, **options) as stream:
+            list(stream)
+    proof = prove(tiny_data, [tmp_path])
+    assert (proof.findings, proof.epochs, proof.position) == ((), (0,), SAMPLES)
+
+
 def test_the_proof_fails_without_one_rank(tiny_data, journey, tmp_path):
     """Rank 1 of 4 got 136-143, which others had got before the restart at 128, and 168-175."""
     for path in journey.iterdir():

@@ -157,6 +157,12 @@ def test_wrong_use_is_refused(tiny_data, tmp_path):
         Stream(tiny_data, batch_size=1, world_size=2)
     with pytest.raises(ValueError, match="rank 2"):
         Stream(tiny_data, batch_size=8, rank=2, world_size=2)
+    for wrong in (
+        {"view": "center"}, {"shuffle": "blok"}, {"device": "cuda"}, {"colour": float("nan")},
+        {"hw_decoder_load": 2.0}, {"threads": -1}, {"window": 0}, {"seed": 2**64},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Stream(tiny_data, **wrong)
     stream = Stream(tiny_data)
     stream.close()
     with pytest.raises(ValueError, match="closed"):

@@ -67,6 +67,8 @@ class _Search:
         self._again = self._compared = self._replaced = self._unfinished = 0
         starts = [attempt.position for attempt in self._attempts]
         self._end = max(*starts, *(file.end for file in files))
+        if files[0].about.shuffle == "stored":  # one pass; what is beyond pads the last batch
+            self._end = min(self._end, self._samples)
         self._frontier = self._end
 
     def run(self) -> None:
@@ -131,7 +133,11 @@ class _Search:
             highs = (file.frames[:, 1] + file.frames[:, 2] - 1) // span
             for step in range(int((highs - lows).max(initial=-1)) + 1):
                 touched.update(np.unique(np.minimum(lows + step, highs)).tolist())
-        return ((number * span, (number + 1) * span) for number in sorted(touched))
+        return (
+            (number * span, (number + 1) * span)
+            for number in sorted(touched)
+            if number * span < self._end
+        )
 
     def _look_between(self, first: int, last: int, progress: Progress) -> None:
         """Look for what is missing in a window, and for ids due twice or never."""
