@@ -36,7 +36,7 @@ import tyro
 
 from pipeline.batches import Stream
 from pipeline.dataset import LocalSet
-from pipeline.errors import run
+from pipeline.errors import UsageError, run
 from pipeline.index import load_index, save_index
 from pipeline.manifest import Manifest
 from pipeline.order import Block, Full, Order, Shuffle, Stored
@@ -276,6 +276,11 @@ def show(
 def main() -> None:
     """Measure, then print."""
     options = tyro.cli(Options, description=__doc__)
+    if options.rounds < 1 or options.samples < 20 * SHARD:
+        raise UsageError(f"--rounds must be at least 1, and --samples at least {20 * SHARD}")
+    if options.folder is not None and not options.folder.is_dir():
+        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
+    Manifest.load(options.data)
     orders = {
         shuffle: median_of(options.rounds, cost, shuffle, options.samples, lambda number: number)
         for shuffle in ("full", "block 16")

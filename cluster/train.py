@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from contextlib import closing, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.config import Command, Config, parse
@@ -37,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     command = parse(sys.argv[1:] if argv is None else argv)
-    config, folder = command.settings, command.run.resolve()
+    folder = command.run.resolve()
+    config = command.settings
+    if config.cache:  # RUN/config.toml is read from elsewhere, too
+        config = replace(config, cache=str(Path(config.cache).resolve()))
     dataset = open_dataset(command.data, **config.cached)
     data = command.data if is_remote(command.data) else str(dataset.folder.resolve())
     manifest = Manifest.load(dataset.folder)

@@ -28,6 +28,8 @@ from pipeline.reader import Reader, Slice, recipe_of
 from pipeline.storage import Damage, Storage
 
 View = Literal["random", "centre", "whole"]
+MOST_THREADS = 1024
+"""Host threads that may be asked for."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,11 @@ class Stream:
         ):
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}; it takes {', '.join(get_args(known))}")
-        if not (math.isfinite(colour) and 0 <= hw_decoder_load <= 1 and (threads or 0) >= 0):
+        if not (
+            math.isfinite(colour)
+            and 0 <= hw_decoder_load <= 1
+            and 0 <= (threads or 0) <= MOST_THREADS
+        ):
             raise ValueError(
                 f"out of range: colour={colour}, hw_decoder_load={hw_decoder_load}, "
                 f"threads={threads}"
@@ -160,7 +166,9 @@ class Stream:
         """float64 [3]: what was subtracted, for showing pictures."""
         order = self._order(seed, once, shuffle, window)
         if is_remote(os.fspath(data)):
-            self._fits(order.needs(position), cache_size)
+            needed = order.needs(position)
+            # A pass in stored order reads shard after shard; the others are only fetched ahead.
+            self._fits(needed[:1] if once else needed, cache_size)
         self._reader = Reader(
             self._storage,
             order,
@@ -276,8 +284,10 @@ class Stream:
     def _fits(self, needed: Collection[int], cache_size: int) -> None:
         """Refuse a cache from which shards would be fetched again and again."""
         size = sum(self._storage.shards[number].bytes for number in needed)
-        about = sum(
-            path.stat().st_size for path in self._dataset.folder.iterdir() if path.suffix != ".tar"
+        about = sum(  # not *.partial: another process's, gone the next moment
+            path.stat().st_size
+            for path in self._dataset.folder.iterdir()
+            if path.suffix in (".json", ".npy", ".npz")
         )
         if size + about > cache_size:
             raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,10 @@ def writable_folder(path: Path, what: str) -> Path:
     Raises:
         UsageError: it is a file, or cannot be created or written.
     """
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UsageError(
+            f"{what} {path} is an address; name a local folder, and upload it as it is"
+        )
     probe = path / f".write-test.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ class Flow:
         """
         self._reader = reader
         self._device: Device = device
+        self._raw = encoding == "raw"
         self._background = Background(reader.batches(position), depth=prefetch)
         self._decoding: deque[Loaded] = deque()
         self._done: deque[Loaded] = deque()
@@ -78,11 +79,13 @@ class Flow:
                 raise self._error from None
             raise
         except RuntimeError as error:
+            if self._raw:
+                raise  # there is nothing in raw pictures that could fail to decode
             batch, trial = self._decoding[0], Trial(self._device)
             # DALI names at most the first bad one.
             failed = [i for i, jpeg in enumerate(batch.feed.pictures) if not trial.decodes(jpeg)]
-            if not failed:
-                raise
+            if not failed or len(failed) == len(batch.ids) > 1:
+                raise  # not the pictures: memory, most likely
             raise DecodeFailure(batch, failed) from error
         loaded = self._decoding.popleft()
         # A GPU may still be reading the bytes of the last few batches.

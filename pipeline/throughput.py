@@ -24,8 +24,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from pipeline.batches import Stream
-from pipeline.dataset import is_remote, parse_size
+from pipeline.batches import MOST_THREADS, Stream
+from pipeline.dataset import is_remote, open_dataset, parse_size
 from pipeline.errors import UsageError, run
 from pipeline.native import NativeReader
 from pipeline.order import Shuffle
@@ -74,6 +74,8 @@ def measure(options: Throughput) -> list[float]:
     for name in ("batch_size", "threads", "windows", "batches", "window"):
         if (value := getattr(options, name)) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if options.threads > MOST_THREADS:
+        raise UsageError(f"--threads is {options.threads}; it must be at most {MOST_THREADS}")
     rates = []
     with closing(_batches(options)) as batches:
         for _ in itertools.islice(batches, WARM_UP):
@@ -115,7 +117,7 @@ def _native(options: Throughput) -> Generator[torch.Tensor]:
     if is_remote(options.data):
         raise UsageError(f"--reader native reads local folders only, not {options.data}")
     reader = NativeReader(
-        Path(options.data),
+        open_dataset(options.data).folder,
         split=options.split,
         batch_size=options.batch_size,
         device=options.device,

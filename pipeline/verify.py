@@ -24,7 +24,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from pipeline.errors import REBUILD, DataError, run
+from pipeline.dataset import is_remote, open_dataset
+from pipeline.errors import REBUILD, DataError, UsageError, run
 from pipeline.files import sha256
 from pipeline.index import Index, index_name, load_index
 from pipeline.ledger.proof.exactly_once import prove
@@ -37,7 +38,7 @@ from pipeline.progress import Progress
 class Verify:
     """Check every byte of a data set, or prove that a run was given each sample once an epoch."""
 
-    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder of the data set."""
     json: bool = False
     """Print one JSON object on stdout."""
@@ -128,9 +129,12 @@ def _damaged(path: Path, rows: Index, shard: Shard, start: int) -> list[Damage]:
 def main() -> int:
     """Check, name all damage, and return 0 or 4."""
     options = tyro.cli(Verify, prog="python -m pipeline.verify", description=__doc__)
+    if is_remote(options.data):
+        raise UsageError(f"verify reads local folders, and {options.data} is an address")
+    folder = open_dataset(options.data).folder
     if options.ledger:
-        return _prove(options)
-    damage = verify(options.data)
+        return _prove(options, folder)
+    damage = verify(folder)
     if options.json:
         facts = {"data": str(options.data), "sound": not damage, "damage": damage}
         sys.stdout.write(json.dumps(facts) + "\n")
@@ -144,9 +148,9 @@ def main() -> int:
     return 0
 
 
-def _prove(options: Verify) -> int:
+def _prove(options: Verify, folder: Path) -> int:
     """Prove from ledgers, name what is wrong, and return 0 or 4."""
-    proof = prove(options.data, options.ledger)
+    proof = prove(folder, options.ledger)
     if options.json:
         facts = {"data": str(options.data), **proof.facts()}
         sys.stdout.write(json.dumps(facts) + "\n")

@@ -19,6 +19,7 @@ from PIL import Image
 from pipeline.augment import draw
 from pipeline.batches import Stream
 from pipeline.build_shards import build
+from pipeline.decode import Decoder
 from pipeline.manifest import Manifest
 from pipeline.native import NativeReader
 from pipeline.picture import square
@@ -240,3 +241,14 @@ def test_gpu_pixels_are_the_cpu_graphs(raw_data):
         a, b = next(host), next(device)
     assert b.images.is_cuda
     assert (a.images - b.images.float().cpu()).abs().max() < 0.13  # float16 at 128 to 256
+
+
+def test_an_error_that_is_not_the_pictures_fault_puts_none_in_quarantine(raw_data, monkeypatch):
+    def fail(self):
+        raise RuntimeError("CUDA allocation failed")
+
+    with Stream(raw_data, batch_size=4) as stream:
+        monkeypatch.setattr(Decoder, "run", fail)
+        with pytest.raises(RuntimeError, match="allocation"):
+            next(stream)
+        assert not stream.damaged

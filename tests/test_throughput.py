@@ -41,3 +41,12 @@ def test_numbers_out_of_range_are_refused(tiny_data):
         measure(Throughput(data=str(tiny_data), windows=0))
     with pytest.raises(UsageError, match="native reads local folders only, not s3://"):
         measure(Throughput(data="s3://bucket/set", reader="native"))
+
+
+def test_verify_refuses_an_address_in_one_line():
+    command = [sys.executable, "-m", "pipeline.verify", "https://host/set"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: verify reads local folders, and https://host/set is an address\n"
+    )

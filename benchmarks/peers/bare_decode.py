@@ -30,12 +30,17 @@ def prepare(work: Work) -> None:
 def batches(work: Work) -> Iterator[Pixels]:
     """Yield, for every `batch_size` decoded pictures, the last of them; uint8 [256, 256, 3]."""
     jpegs = itertools.cycle(list(stored(work)))
+    # As many pictures as are counted, whatever the batch.
+    parts = [min(CHUNK, work.batch_size - done) for done in range(0, work.batch_size, CHUNK)]
+    made = 0
     with ThreadPoolExecutor(work.cores) as pool:
         ahead: deque[Future[Pixels]] = deque()
         while True:
-            while len(ahead) < 4 * work.cores + work.batch_size // CHUNK:
-                ahead.append(pool.submit(_decode, list(itertools.islice(jpegs, CHUNK))))
-            yield [ahead.popleft().result() for _ in range(work.batch_size // CHUNK)][-1]
+            while len(ahead) < 4 * work.cores + len(parts):
+                count = parts[made % len(parts)]
+                ahead.append(pool.submit(_decode, list(itertools.islice(jpegs, count))))
+                made += 1
+            yield [ahead.popleft().result() for _ in parts][-1]
 
 
 def _decode(jpegs: list[bytes]) -> Pixels:

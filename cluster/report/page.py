@@ -26,6 +26,7 @@ from cluster.report.pictures import (
     Kernels,
     Sample,
     Unavailable,
+    cache_of,
     first_kernels,
     mosaic,
     newest_checkpoint,
@@ -119,7 +120,7 @@ def _manifest(data: str | None, records: Records) -> tuple[Manifest | None, str]
     if data is None:
         return None, "No data folder was given (--data), so nothing is known of the data set."
     try:
-        folder = metadata(data, cache=records.config.get("cache") or None)
+        folder = metadata(data, **cache_of(records.config))
         manifest = Manifest.load(folder)
         known = records.config.get("data_sha256")
         other = known is not None and known != identity(folder)

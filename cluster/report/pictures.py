@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from cluster.checkpoint import Found, column_file, newest
 from cluster.events import Warned
 from cluster.run_folder import CHECKPOINTS
-from pipeline.dataset import metadata
+from pipeline.dataset import CACHE_SIZE, metadata, parse_size
 from pipeline.errors import DuetError
 from pipeline.manifest import Manifest
 
@@ -61,8 +61,8 @@ def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
         # DALI takes seconds to load and may be missing where only a report is wanted.
         from pipeline.batches import Stream
 
-        cache = config.get("cache") or None
-        classes = Manifest.load(metadata(data, cache=cache)).classes
+        cached = cache_of(config)
+        classes = Manifest.load(metadata(data, **cached)).classes
         count = min(PICTURES, int(config.get("batch_size", PICTURES)))
         with Stream(
             data,
@@ -71,7 +71,7 @@ def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
             colour=float(config.get("colour", 0.1)),
             shuffle=config.get("shuffle", "full"),
             window=int(config.get("window", 16)),
-            cache=cache,
+            **cached,
         ) as stream:
             batch = next(stream)
             mean = stream.channel_mean
@@ -84,6 +84,19 @@ def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
         Sample(classes[label], _jpeg(picture))
         for label, picture in zip(labels, pixels, strict=True)
     ]
+
+
+def cache_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The cache that a run's RUN/config.toml names, as `Config.cached`: with the run's own limit.
+
+    Raises:
+        UsageError: its size cannot be read.
+    """
+    size = config.get("cache_size")
+    return {
+        "cache": config.get("cache") or None,
+        "cache_size": parse_size(str(size)) if size else CACHE_SIZE,
+    }
 
 
 def newest_checkpoint(run: Path) -> Found:
