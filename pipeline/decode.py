@@ -29,10 +29,11 @@ from pipeline.picture import SIZE, Encoding
 
 Device = Literal["cpu", "gpu"]
 
-# DALI's own pool for its large host buffers, instead of malloc: the process then keeps one size
-# from the first batches on (where it wandered by a third), without a page fault. Read by DALI when
+# Small host buffers from a pool of DALI's own instead of malloc: what is left to malloc, a few large
+# blocks, then always fits where it was. The process keeps one size (where it wandered by a third)
+# and takes no page faults, which were a third of the time without it (measured). Read by DALI when
 # the first pipeline is built; whoever has set it knows better.
-os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
 
 
 class Feed(NamedTuple):
