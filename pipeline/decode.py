@@ -29,9 +29,9 @@ from pipeline.picture import SIZE, Encoding
 
 Device = Literal["cpu", "gpu"]
 
-# Small host buffers from a pool of DALI's own instead of malloc: what is left to malloc, a few large
-# blocks, then always fits where it was. The process keeps one size (where it wandered by a third)
-# and takes no page faults, which were a third of the time without it (measured). Read by DALI when
+# Small host buffers come from a pool of DALI's own instead of malloc: what is left to malloc, a few
+# large blocks, then always fits where it was. The process keeps one size (where it wandered by a
+# third) and takes no page faults, which were a third of the time (measured). DALI reads this when
 # the first pipeline is built; whoever has set it knows better.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
 
