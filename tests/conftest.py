@@ -13,7 +13,6 @@ from pipeline.build_shards import build
 from pipeline.plan import Build
 from tests.drawn import folder_per_class
 
-
 # A shell starts its background jobs with SIGINT ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
