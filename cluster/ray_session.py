@@ -60,11 +60,12 @@ class Job:
 
 
 @contextmanager
-def session(workers: int) -> Iterator[None]:
+def session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator[None]:
     """Attach to the Ray that RAY_ADDRESS names, or start one for this run and end it after.
 
     Args:
         workers: processes of the run; an own Ray has room for as many on any machine.
+        ahead: module to import while Ray's own processes start.
 
     Raises:
         SetupError: Ray cannot be started or reached.
@@ -74,8 +75,8 @@ def session(workers: int) -> Iterator[None]:
         os.environ.setdefault(name, value)
     import ray
 
-    # The largest import there is, while Ray's own processes start.
-    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
+    if ahead is not None:
+        threading.Thread(target=importlib.import_module, args=(ahead,), daemon=True).start()
     scratch = None if attached else Path(tempfile.mkdtemp(prefix="duet-"))
     try:
         _start(ray, scratch, workers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -16,25 +15,25 @@ from pipeline.errors import UsageError
 PARTIAL = ".partial"
 """Ending of a file that is being written; whatever has it may be deleted."""
 
-MARKER = ".unfinished"
-"""File in a folder while `claimed` holds it, or after its writer was killed."""
-
 
 @contextmanager
-def sealed(path: Path) -> Iterator[IO[bytes]]:
+def sealed(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a new file for writing that takes its name only when the block ends well.
 
-    The bytes and the rename are on the disk when the block is left. If the block raises, the
-    file of that name is untouched and the partial one is removed.
+    The bytes and the rename are on the disk when the block is left, unless it need not be
+    `durable`: then a loss of power may take it. If the block raises, the file of that name is
+    untouched and the partial one is removed.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -74,32 +73,3 @@ def writable_folder(path: Path, what: str) -> Path:
             f"{what} {path} cannot be written ({error.strerror}); name another folder"
         ) from error
     return path
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder for one writer, cleared of the files that an unfinished one left there.
-
-    The marker file says that whatever else lies in the folder was written under such a claim.
-    Without it, a folder that holds anything is somebody's, and is not touched.
-
-    Raises:
-        UsageError: the folder is not empty and not ours, or another process holds it.
-    """
-    marker = folder / MARKER
-    strangers = [path.name for path in folder.iterdir()] if not marker.exists() else []
-    if strangers:
-        raise UsageError(
-            f"{folder} holds {sorted(strangers)[0]}, which is no part of an unfinished data set; "
-            "name an empty folder"
-        )
-    with marker.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{folder} is in use by another process; wait for it") from error
-        for path in folder.iterdir():
-            if path.is_file() and path != marker:
-                path.unlink()
-        yield
-        marker.unlink()

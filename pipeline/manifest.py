@@ -6,6 +6,7 @@ DATA/train-000000.idx       DALI's index of the same shard, for any other tool
 DATA/train.index.npy        where each sample of the split lies (`shards.INDEX_DTYPE`)
 DATA/stats.npz              statistics of the training pictures (`pixel_stats.Statistics`)
 DATA/rejects.jsonl          every picture that was not packed, and why
+DATA/duplicates.jsonl       pictures that are the same or nearly so, within and across splits
 """
 
 from __future__ import annotations
@@ -71,16 +72,33 @@ class Manifest:
     """Pictures that were left out; `rejects.jsonl` lists them."""
     image_size: int = 256
     """Height and width of every stored picture, in pixels."""
-    quality: int | None = 90
+    quality: int | None = None
     """JPEG quality of the stored pictures, 1..100; None where they are raw."""
     encoding: Encoding = "jpeg"
     """How the pictures are stored; sets from before there was a choice hold JPEGs."""
+    chroma: str | None = None
+    """Colour resolution of stored JPEGs, `4:2:0` or `4:4:4`; None where it is not known."""
+    titles: tuple[str, ...] | None = None
+    """Readable names of the classes, where the source had them."""
+    duplicates: int = 0
+    """Groups of pictures that are the same or nearly so; `duplicates.jsonl` lists them."""
+    leaks: int = 0
+    """Those of the groups that are in more than one split."""
+    libraries: dict[str, str] = field(default_factory=dict)
+    """Releases of the libraries that decided the bytes of the shards."""
+    foreign: bool = False
+    """Another tool made the shards, and `pipeline.index` indexed them where they lie: names, keys
+    and members are of its choosing."""
     version: int = field(default=VERSION)
+
+    def text(self) -> bytes:
+        """Return what `manifest.json` holds."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
     def save(self, data: Path) -> None:
         """Write `DATA/manifest.json`; from this moment the data set exists."""
         with sealed(data / NAME) as file:
-            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
+            file.write(self.text())
 
     @classmethod
     def load(cls, data: Path) -> Manifest:
@@ -95,13 +113,22 @@ class Manifest:
             raise UsageError(f"data set {data} is not a folder; build it with {_HOW}")
         if not path.is_file():
             raise UsageError(f"data set {data} has no {NAME}; build it with {_HOW}")
-        try:
-            return cls._parse(json.loads(path.read_bytes()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} cannot be read ({_reason(error)}); {REBUILD}") from error
+        return cls.parse(path.read_bytes(), str(path))
 
     @classmethod
-    def _parse(cls, table: dict[str, Any]) -> Manifest:
+    def parse(cls, text: bytes, where: str) -> Manifest:
+        """Read the text of a manifest; `where` names it in messages.
+
+        Raises:
+            DataError: it is damaged or of another version.
+        """
+        try:
+            return cls._parsed(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where} cannot be read ({_reason(error)}); {REBUILD}") from error
+
+    @classmethod
+    def _parsed(cls, table: dict[str, Any]) -> Manifest:
         if table["version"] != VERSION:
             raise ValueError(f"version {table['version']}, this program reads {VERSION}")
         if (encoding := table.get("encoding", "jpeg")) not in (known := get_args(Encoding)):
@@ -113,7 +140,13 @@ class Manifest:
             )
             for name, split in table.pop("splits").items()
         }
-        return cls(splits=splits, classes=tuple(table.pop("classes")), **table)
+        titles = table.pop("titles", None)
+        return cls(
+            splits=splits,
+            classes=tuple(table.pop("classes")),
+            titles=None if titles is None else tuple(titles),
+            **table,
+        )
 
     def split(self, name: str, data: Path) -> Split:
         """Return a split by name.

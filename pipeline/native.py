@@ -20,6 +20,9 @@ from pipeline.manifest import Manifest
 from pipeline.picture import ENDINGS, SIZE
 from pipeline.pixel_stats import Statistics
 
+_ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
+"""As DALI matches them: shards of other tools (`pipeline.index`) have any of these."""
+
 
 class NativeReader:
     """Endless batches from `fn.readers.webdataset`."""
@@ -40,7 +43,7 @@ class NativeReader:
             parts: Any = fn.readers.webdataset(
                 paths=[str(path) for path in shards],
                 index_paths=[str(path.with_suffix(".idx")) for path in shards],
-                ext=[ENDINGS[manifest.encoding], "cls"],
+                ext=[_ENDINGS[manifest.encoding], "cls"],
                 random_shuffle=True,
                 name="reader",
             )

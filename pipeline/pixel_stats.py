@@ -1,7 +1,7 @@
 """The training pictures' mean and colour covariance (paper, sections 2 and 4.1).
 
-All sums are of whole numbers below 2**53 and so exact in float64: the result does not depend on
-the order in which pictures or shards are added.
+All sums are of whole numbers, kept exactly: the result does not depend on the order in which
+pictures or shards are added.
 """
 
 from __future__ import annotations
@@ -21,27 +21,59 @@ NAME = "stats.npz"
 
 Floats = npt.NDArray[np.float64]
 
+_RECENT = 257
+"""Pictures whose sum fits 16 bits: adding to those is twice as fast."""
+_WIDE, _RUN = 12, 256
+_RUNS = SIZE * SIZE * 3 // (_WIDE * _RUN) // 2
+
 
 class Sums:
     """Running sums over pictures; addition of two is exact and order-free."""
 
     def __init__(self) -> None:
         self.pictures = 0
-        self.picture: npt.NDArray[np.unsignedinteger] = np.zeros((SIZE, SIZE, 3), np.uint32)
-        self.outer: Floats = np.zeros((3, 3))
+        self.outer: npt.NDArray[np.int64] = np.zeros((3, 3), np.int64)
+        """[3, 3]: sum over pictures and pixels of the products of two channels."""
+        self._picture: npt.NDArray[np.uint64] = np.zeros((SIZE, SIZE, 3), np.uint64)
+        self._recent: npt.NDArray[np.uint16] = np.zeros((SIZE, SIZE, 3), np.uint16)
+        self._recent_pictures = 0
+        self._floats: npt.NDArray[np.float32] = np.empty((_RUNS, _RUN, _WIDE), np.float32)
+
+    @property
+    def picture(self) -> npt.NDArray[np.uint64]:
+        """[256, 256, 3]: sum over pictures."""
+        self._picture += self._recent
+        self._recent[...] = self._recent_pictures = 0
+        return self._picture
+
+    @picture.setter
+    def picture(self, value: npt.NDArray[np.unsignedinteger]) -> None:
+        self._recent[...] = self._recent_pictures = 0
+        self._picture = value.astype(np.uint64)
 
     def add(self, pixels: Pixels) -> None:
-        """Add one picture, uint8 [256, 256, 3]; at most 2**24 by this way into one `Sums`."""
-        # Whole planes first: the product is then twice as fast, and exact in any order.
-        planes = np.ascontiguousarray(pixels.reshape(-1, 3).T).astype(np.float64)
+        """Add one picture, uint8 [256, 256, 3]."""
+        if self._recent_pictures == _RECENT:
+            self.picture  # noqa: B018 - empties what is recent
+        self._recent += pixels
+        self._recent_pictures += 1
         self.pictures += 1
-        self.picture += pixels
-        self.outer += planes @ planes.T
+        # Four neighbouring pixels make a row of 12 values: matrix products of that width are some
+        # times faster than those of width 3, though three quarters of their entries go unused.
+        # A run of 256 rows stays below 2**24, where float32 is exact in any order. Half a picture
+        # at a time stays in the processor's cache.
+        total = np.zeros((_WIDE, _WIDE))
+        for half in pixels.reshape(2, *self._floats.shape):
+            np.copyto(self._floats, half)
+            products = np.matmul(self._floats.transpose(0, 2, 1), self._floats)
+            total += np.add.reduce(products, axis=0, dtype=np.float64)
+        blocks = total.reshape(_WIDE // 3, 3, _WIDE // 3, 3)
+        self.outer += np.einsum("iaib->ab", blocks).astype(np.int64)
 
     def __iadd__(self, other: Sums) -> Sums:
         self.pictures += other.pictures
-        self.picture = self.picture.astype(np.uint64) + other.picture
-        self.outer += other.outer
+        self.picture = self.picture + other.picture
+        self.outer = self.outer + other.outer
         return self
 
 

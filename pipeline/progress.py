@@ -1,36 +1,62 @@
-"""One progress line for long work: done, rate, time left. Silent when stderr is no terminal."""
+"""Progress of long work on stderr: done, rate, time left.
+
+One line that changes on a terminal; elsewhere (a job, a log file) a plain line every half minute.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 
 import rich.console
 import rich.progress as rp
 from rich.text import Text
 
+EVERY = 30.0
+"""Seconds between plain lines."""
+
 
 class Progress:
     """`with Progress("packing", total=1000, unit="img") as p: p.advance(10)`."""
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
+    def __init__(self, what: str, total: int, unit: str, already: int = 0) -> None:
+        """Begin with `already` units done by an earlier run, which say nothing of the rate."""
         console = rich.console.Console(stderr=True)
         self._bar = rp.Progress(
             rp.TextColumn("{task.description}"),
             rp.BarColumn(bar_width=30),
             rp.MofNCompleteColumn(),
-            _Rate(unit),
+            _Rate(unit, already),
             rp.TimeRemainingColumn(),
             rp.TextColumn("{task.fields[note]}", style="dim"),
             console=console,
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task(what, total=total, note="")
+        self._task = self._bar.add_task(what, total=total, completed=already, note="")
+        self._unit, self._already = unit, already
+        self._start = self._told = time.monotonic()
 
     def advance(self, count: int) -> None:
         """Count `count` more units as done."""
         self._bar.advance(self._task, count)
+        if self._bar.disable and time.monotonic() - self._told >= EVERY:
+            self._told = time.monotonic()
+            sys.stderr.write(self._line() + "\n")
+            sys.stderr.flush()
+
+    def _line(self) -> str:
+        """Return, for example, `packing: 5,120 of 20,000 img, 412 img/s, 0:00:36 left`."""
+        (task,) = self._bar.tasks
+        rate = max(1e-9, (task.completed - self._already) / (self._told - self._start))
+        left = timedelta(seconds=min(10**9, round(((task.total or 0) - task.completed) / rate)))
+        note = f", {task.fields['note']}" if task.fields["note"] else ""
+        return (
+            f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {self._unit}, "
+            f"{rate:,.0f} {self._unit}/s, {left} left{note}"
+        )
 
     def note(self, text: str) -> None:
         """Show a short remark at the end of the line."""
@@ -52,11 +78,11 @@ class Progress:
 class _Rate(rp.ProgressColumn):
     """Units a second since the start (rich's own column leaves out the unit)."""
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, already: int) -> None:
         super().__init__()
-        self._unit, self._start = unit, time.monotonic()
+        self._unit, self._already, self._start = unit, already, time.monotonic()
 
     def render(self, task: rp.Task) -> Text:
         """Return, for example, `412 img/s`."""
-        rate = task.completed / max(1e-9, time.monotonic() - self._start)
+        rate = (task.completed - self._already) / max(1e-9, time.monotonic() - self._start)
         return Text(f"{rate:,.0f} {self._unit}/s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tarfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from isal import isal_zlib
 
 from pipeline.dataset import DataSet, LocalSet
 from pipeline.errors import REBUILD, DataError, DuetError, SetupError
-from pipeline.index import load_index, sample_key
+from pipeline.index import load_index, sample_key, split_name
 from pipeline.manifest import Manifest
 from pipeline.order import Ids
 
@@ -146,6 +147,8 @@ class Storage:
         number = int(self._index["shard"][sample])
         first = sum(shard.samples for shard in self.shards[:number])
         key = sample_key(number, sample - first)
+        if self.manifest.foreign:
+            key = self._stored_key(number, int(self._index["offset"][sample])) or "unknown"
         return Damage(self.split, sample, self.shards[number].name, key, reason)
 
     def close(self) -> None:
@@ -163,6 +166,17 @@ class Storage:
         if count < len(view):
             return "the shard ends before it does"
         return None if isal_zlib.crc32(view) == crc else "CRC-32 differs"
+
+    def _stored_key(self, number: int, offset: int) -> str | None:
+        """Return the key that the tar itself has for the picture at `offset`, if it is readable."""
+        try:
+            header = os.pread(
+                self._file(number).number, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE
+            )
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except (OSError, DuetError, tarfile.HeaderError):
+            return None
+        return split_name(member.name)[0]
 
     def _again(self, number: int) -> bool:
         """Whether there is a better copy of a shard now; the old one is closed then."""

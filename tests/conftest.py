@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.build_shards import build
-from pipeline.plan import Build
-from tests.drawn import folder_per_class
+from tests.drawn import folder_per_class, packed
 
 # A shell starts its background jobs with SIGINT ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -40,13 +38,5 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed data set of `pictures`: 48 train and 20 val samples in shards of 10."""
     out = tmp_path_factory.mktemp("tiny") / "data"
-    build(
-        Build(
-            out=out,
-            train=pictures / "train",
-            val=pictures / "val",
-            samples_per_shard=10,
-            workers=1,
-        )
-    )
+    packed(out, train=pictures / "train", val=pictures / "val", samples_per_shard=10)
     return out

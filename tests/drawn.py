@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pipeline.index import Index, load_index
 from pipeline.manifest import Manifest
+from pipeline.packing.build import build
+from pipeline.packing.options import Build
 
 CLASSES = ("apple", "bird", "cat", "dog")
 
@@ -37,6 +41,26 @@ def folder_per_class(root: Path, per_class: int, first_seed: int = 0) -> Path:
             size = {"width": 60 + 7 * (seed % 9), "height": 50 + 11 * (seed % 7)}
             (folder / f"{place:03d}.jpg").write_bytes(jpeg(seed, **size))
     return root
+
+
+class InProcess:
+    """A `packing.pool.Pool` in this process, for builds that need not wait for others to start."""
+
+    def run(self, task: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+        return map(task, jobs)
+
+
+def options(out: Path, **settings: Any) -> Build:
+    """Settings of a build; paths become text."""
+    text = {
+        key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
+    }
+    return Build(out=str(out), **text)
+
+
+def packed(out: Path, **settings: Any) -> Manifest:
+    """Build a data set in this process."""
+    return build(options(out, **settings), pool=InProcess())
 
 
 def flip_bit(data: Path, split: str, *samples: int) -> None:

@@ -5,25 +5,19 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
 
 from pipeline.batches import Stream
-from pipeline.build_shards import build
-from pipeline.errors import DataError, UsageError
-from pipeline.files import MARKER, claimed
+from pipeline.errors import UsageError
 from pipeline.manifest import Manifest
+from pipeline.packing.target import WORK, Folder
 from pipeline.pixel_stats import Statistics
-from pipeline.plan import Build, fingerprint
-from pipeline.sources import Picture
 from pipeline.verify import verify
-from tests.drawn import CLASSES, folder_per_class, jpeg, rows_of
+from tests.drawn import CLASSES, folder_per_class, jpeg, packed, rows_of
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -47,34 +41,12 @@ def test_the_manifest_tells_what_is_there(tiny_data):
     assert verify(tiny_data) == []
 
 
-def test_webdataset_reads_the_shards(tiny_data):
-    """The format's own library finds the samples, in the order and with the labels of our index."""
-    manifest = Manifest.load(tiny_data)
-    rows = rows_of(tiny_data, "train")
-    shards = [str(tiny_data / shard.name) for shard in manifest.splits["train"].shards]
-    samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
-    assert [int(sample["cls"]) for sample in samples] == rows["label"].tolist()
-    for sample in samples:
-        assert Image.open(io.BytesIO(sample["jpg"])).size == (256, 256)
-    assert len({sample["__key__"] for sample in samples}) == 48
-
-
-def test_the_idx_files_are_dalis(tiny_data, tmp_path):
-    import wds2idx  # a module of the DALI wheel
-
-    for shard in sorted(tiny_data.glob("*.tar")):
-        theirs = tmp_path / "theirs.idx"
-        with wds2idx.IndexCreator(str(shard), str(theirs), verbose=False) as creator:
-            creator.create_index()
-        assert shard.with_suffix(".idx").read_text().split() == theirs.read_text().split()
-
-
 def test_the_stored_pictures_are_the_sources_in_shuffled_order(pictures, tiny_data):
-    from pipeline.picture import encode, square
+    from pipeline.packing.pixels import encode, square
 
     rows = rows_of(tiny_data, "train")
     files = sorted((pictures / "train").glob("*/*.jpg"))
-    expected = {encode(square(file.read_bytes()), 90): file.parent.name for file in files}
+    expected = {encode(square(file.read_bytes()), 95, "4:2:0"): file.parent.name for file in files}
     tars = sorted(tiny_data.glob("train-*.tar"))
     stored = []
     for row in rows:
@@ -87,7 +59,7 @@ def test_the_stored_pictures_are_the_sources_in_shuffled_order(pictures, tiny_da
 
 
 def test_statistics_are_those_of_the_pixels(pictures, tiny_data):
-    from pipeline.picture import square
+    from pipeline.packing.pixels import square
 
     values = np.stack(
         [square(file.read_bytes()) for file in sorted((pictures / "train").glob("*/*.jpg"))]
@@ -103,96 +75,93 @@ def test_statistics_are_those_of_the_pixels(pictures, tiny_data):
 
 
 def test_the_same_bytes_whatever_the_number_of_workers(pictures, tiny_data, tmp_path):
-    again = Build(
-        out=tmp_path / "data",
-        train=pictures / "train",
-        val=pictures / "val",
-        samples_per_shard=10,
-        workers=2,
-    )
-    build(again)
-    assert everything(again.out) == everything(tiny_data)
+    for workers in ("1", "3"):
+        out = tmp_path / workers
+        source = ["--train", pictures / "train", "--val", pictures / "val"]
+        done = run(out, *source, "--samples-per-shard", "10", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+        assert everything(out) == everything(tiny_data)
 
 
 def test_a_finished_set_is_left_alone_and_another_plan_refused(pictures, tmp_path):
-    first = Build(out=tmp_path / "data", train=pictures / "val", workers=1)
-    build(first)
-    before = {path: path.stat().st_mtime_ns for path in first.out.iterdir()}
-    build(first)
-    assert before == {path: path.stat().st_mtime_ns for path in first.out.iterdir()}
-    with pytest.raises(UsageError, match="finished data set of other pictures"):
-        build(Build(out=first.out, train=pictures / "val", seed=1, workers=1))
-    with pytest.raises(UsageError, match="finished data set of other pictures"):
-        build(Build(out=first.out, train=pictures / "val", encoding="raw", workers=1))
+    out, train = tmp_path / "data", pictures / "val"
+    first = packed(out, train=train)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert packed(out, train=train) == first == Manifest.load(out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    for other in ({"seed": 1}, {"encoding": "raw"}, {"train": pictures / "train"}):
+        with pytest.raises(UsageError, match="finished data set of other pictures"):
+            packed(out, **{"train": train, **other})
+
+
+def test_the_same_pictures_elsewhere_are_the_same_plan(pictures, tmp_path):
+    """Where the source lies on a machine is no part of what the set is."""
+    shutil.copytree(pictures / "val", tmp_path / "copy")
+    plans = {
+        packed(tmp_path / str(number), train=train).plan
+        for number, train in enumerate((pictures / "val", tmp_path / "copy"))
+    }
+    assert len(plans) == 1
+    for name in ("0", "1"):
+        (tmp_path / name / "manifest.json").unlink()  # it says where the source was
+    assert everything(tmp_path / "0") == everything(tmp_path / "1")
 
 
 def test_sets_from_before_there_were_encodings_hold_jpegs(pictures, tmp_path):
-    options = Build(out=tmp_path / "data", train=pictures / "val", workers=1)
-    path = options.out / "manifest.json"
-    made = build(options)
-    table = json.loads(path.read_text())
-    assert table.pop("encoding") == "jpeg"
-    path.write_text(json.dumps(table))
-    assert build(options) == Manifest.load(options.out) == made
+    out = tmp_path / "data"
+    made = packed(out, train=pictures / "val")
+    table = json.loads((out / "manifest.json").read_text())
+    for name in ("encoding", "chroma", "titles", "duplicates", "leaks", "libraries"):
+        table.pop(name)
+    (out / "manifest.json").write_text(json.dumps(table))
+    old = Manifest.load(out)
+    assert (old.encoding, old.splits, old.plan) == ("jpeg", made.splits, made.plan)
+    assert [batch.ids.tolist() for batch in Stream(out, batch_size=20, view="centre", once=True)]
 
 
-def test_the_plan_of_a_jpeg_set_is_what_it_was():
-    """A hash from the release before there were encodings: its sets are still finished sets."""
-    picture = Picture("/p/a.tar", 512, 99, 1, "a")
-    options = Build(out=Path("o"), train=Path("t"))
-    found = fingerprint(options, {"train": [picture]}, ("x", "y"))
-    assert found == "0811ba230d7f9a2e037c7342f24c9ea3f10819767636253325a95da8519af2c9"
-    raw = Build(out=Path("o"), train=Path("t"), encoding="raw")
-    assert fingerprint(raw, {"train": [picture]}, ("x", "y")) != found
-
-
-def test_leftovers_of_a_killed_build_go_and_strangers_stay(pictures, tmp_path):
-    out, home = tmp_path / "data", tmp_path / "home"
-    with pytest.raises(InterruptedError), killed_while_packing():
-        build(Build(out=out, train=pictures / "val", workers=1))
-    (out / "train-000077.tar").write_bytes(b"half")
-    (out / "train-000078.tar.123.partial").write_bytes(b"half")
-    with pytest.raises(UsageError, match=r"has no manifest\.json"):
-        Manifest.load(out)
-    build(Build(out=out, train=pictures / "val", workers=1))
-    assert verify(out) == []
-    assert not list(out.glob("train-00007*"))
-    assert not (out / MARKER).exists()
-    home.mkdir()
-    (home / "train-000000.tar").write_text("somebody else's shard")
+def test_strangers_in_the_folder_stay(pictures, tmp_path):
+    (tmp_path / "train-000000.tar").write_text("somebody else's shard")
     with pytest.raises(UsageError, match=r"holds train-000000\.tar"):
-        build(Build(out=home, train=pictures / "val", workers=1))
-    assert (home / "train-000000.tar").read_text() == "somebody else's shard"
-
-
-@contextmanager
-def killed_while_packing() -> Iterator[None]:
-    """Stop a build where a kill would: shards written, nothing sealed, nothing tidied up."""
-    with pytest.MonkeyPatch.context() as patch:
-
-        def killed(*_: object) -> None:
-            raise InterruptedError
-
-        patch.setattr("pipeline.build_shards._seal", killed)
-        yield
+        packed(tmp_path, train=pictures / "val")
+    assert (tmp_path / "train-000000.tar").read_text() == "somebody else's shard"
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
 
 
 def test_two_builds_do_not_share_a_folder(pictures, tmp_path):
-    out = tmp_path / "data"
-    out.mkdir()
-    with claimed(out), pytest.raises(UsageError, match="in use by another process"):
-        build(Build(out=out, train=pictures / "val", workers=1))
+    with (
+        Folder(str(tmp_path)).claimed(),
+        pytest.raises(UsageError, match="being built by another process"),
+    ):
+        packed(tmp_path, train=pictures / "val")
+    assert not (tmp_path / WORK).exists()
 
 
-def test_holdout_takes_its_share_of_every_class(pictures, tmp_path):
-    options = Build(out=tmp_path / "d", train=pictures / "train", holdout=0.25, workers=1)
-    manifest = build(options)
+def test_holdout_takes_its_share_of_every_class(pictures, tiny_data, tmp_path):
+    manifest = packed(tmp_path / "d", train=pictures / "train", holdout=0.25)
     assert {name: split.samples for name, split in manifest.splits.items()} == {
         "train": 36,
         "val": 12,
     }
-    rows = rows_of(options.out, "val")
-    assert np.bincount(rows["label"]).tolist() == [3, 3, 3, 3]
+    assert np.bincount(rows_of(tmp_path / "d", "val")["label"]).tolist() == [3, 3, 3, 3]
+    both = np.concatenate([rows_of(tmp_path / "d", split)["crc"] for split in ("train", "val")])
+    assert sorted(both) == sorted(rows_of(tiny_data, "train")["crc"])
+
+
+def test_statistics_are_of_the_training_split_alone(pictures, tmp_path):
+    held, alone = tmp_path / "held", tmp_path / "alone"
+    packed(held, train=pictures / "train", holdout=0.25)
+    data = rows_of(held, "train")
+    with (held / "train-000000.tar").open("rb") as tar:
+        pictures_of = [_pixels_at(tar, row) for row in data]
+    mean = np.mean(pictures_of, axis=(0, 1, 2))
+    assert np.abs(Statistics.load(held).channel_mean - mean).max() < 1  # what the JPEGs lose
+    packed(alone, train=pictures / "train")
+    assert np.abs(Statistics.load(alone).channel_mean - mean).max() > 1
+
+
+def _pixels_at(tar, row) -> np.ndarray:
+    tar.seek(int(row["offset"]))
+    return np.asarray(Image.open(io.BytesIO(tar.read(int(row["size"])))), np.float64)
 
 
 def test_unreadable_pictures_are_left_out_counted_and_listed(tmp_path):
@@ -202,6 +171,13 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(tmp_path):
     (source / "dog/notes.txt").write_text("hello")
     (source / "dog/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     done = run(tmp_path / "d", "--train", source, "--json")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "4 of 16 files (25.00%) cannot be packed" in done.stderr
+    assert "go on without them: --max-rejects 0.26" in done.stderr
+    assert len((tmp_path / "d/rejects.jsonl").read_text().splitlines()) == 4
+    assert not (tmp_path / "d/manifest.json").exists()
+    done = run(tmp_path / "d", "--train", source, "--json", "--max-rejects", "0.3")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["samples"] == {"train": 12}
@@ -222,7 +198,7 @@ def test_a_class_of_unreadable_pictures_is_refused(tmp_path):
     for path in (source / "cat").iterdir():
         path.write_bytes(b"not a picture")
     with pytest.raises(UsageError, match="no picture of class 'cat' could be read"):
-        build(Build(out=tmp_path / "d", train=source, workers=1))
+        packed(tmp_path / "d", train=source, max_rejects=1)
     assert not (tmp_path / "d/manifest.json").exists()
 
 
@@ -246,58 +222,3 @@ def test_the_command_ends_with_one_line_and_the_right_code(pictures, tmp_path):
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
-
-
-def test_verify_names_shard_and_sample(pictures, tmp_path):
-    options = Build(out=tmp_path / "d", train=pictures / "val", samples_per_shard=5, workers=1)
-    build(options)
-    row = rows_of(options.out, "train")[7]
-    shard = options.out / "train-000001.tar"
-    data = bytearray(shard.read_bytes())
-    data[int(row["offset"]) + int(row["size"]) // 2] ^= 4
-    shard.write_bytes(data)
-    (options.out / "train-000003.tar").unlink()
-    found = verify(options.out)
-    assert [(one["file"], one.get("sample")) for one in found] == [
-        ("train-000001.tar", 7),
-        ("train-000003.tar", None),
-    ]
-    command = [sys.executable, "-m", "pipeline.verify", str(options.out), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 4
-    assert json.loads(done.stdout)["damage"] == found
-    assert "train-000001.tar sample 7: CRC-32" in done.stderr
-
-
-@pytest.mark.parametrize("name", ["stats.npz", "train.index.npy", "train-000000.idx"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
-def test_damage_to_the_small_files_is_found(tiny_data, tmp_path, name, damage):
-    data = tmp_path / "d"
-    shutil.copytree(tiny_data, data)
-    content = (data / name).read_bytes()
-    middle = len(content) // 2
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    broken = {"flip": flipped, "cut": content[:middle], "empty": b""}
-    if damage == "gone":
-        (data / name).unlink()
-    else:
-        (data / name).write_bytes(broken[damage])
-    assert [one["file"] for one in verify(data)] == [name]
-    if damage != "flip" and not name.endswith(".idx"):
-        with pytest.raises(DataError, match=f"{name} cannot be read"):
-            Stream(data)
-
-
-def test_a_manifest_that_is_none_is_refused(tmp_path):
-    for text in (
-        "",
-        "[]",
-        '{"version": 99}',
-        '{"version": 1, "splits": {}}',
-        '{"version": 1, "splits": {}, "encoding": "webp"}',
-    ):
-        (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
-            Manifest.load(tmp_path)
-    with pytest.raises(UsageError, match=r"has no manifest\.json"):
-        Manifest.load(tmp_path / "..")

@@ -55,8 +55,11 @@ def test_kept_memory_is_not_fetched_again_from_the_kernel():
         command = [sys.executable, "-c", FAULTS, mode]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    # 16 tensors of 80 MB have 312,500 pages; now and then the heap has to grow by a few tensors.
+    # 16 tensors of 80 MB have 312,500 pages. In one run of four the heap grows once more, by a
+    # whole tensor, when a small object comes to lie behind it; not in five runs one after another.
     # Huge pages make the default cheaper on some machines, never free.
-    kept = min(faults("keep") for _ in range(3))
-    assert kept < 20_000
-    assert kept < faults("default")
+    runs = []
+    while len(runs) < 5 and min(runs, default=200) >= 200:
+        runs.append(faults("keep"))
+    assert min(runs) < 200
+    assert min(runs) < faults("default")

@@ -12,7 +12,6 @@ from pipeline.augment import draw, tint
 from pipeline.batches import Stream
 from pipeline.dataset import LocalSet
 from pipeline.errors import SetupError, UsageError
-from pipeline.native import NativeReader
 from pipeline.order import Full
 from pipeline.pixel_stats import Statistics
 from pipeline.storage import Storage
@@ -170,30 +169,6 @@ def test_wrong_use_is_refused(tiny_data, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(SetupError, match="torch sees none"):
             Stream(tiny_data, device="gpu")
-
-
-def test_dalis_own_reader_sees_the_same_pictures(tiny_data):
-    """One pass of `readers.webdataset` holds each picture once: its labels are ours."""
-    from nvidia.dali import fn
-    from nvidia.dali.pipeline import Pipeline
-
-    shards = sorted(tiny_data.glob("train-*.tar"))
-    pipe = Pipeline(SAMPLES, 1, None)
-    with pipe:
-        parts = fn.readers.webdataset(
-            paths=[str(path) for path in shards],
-            index_paths=[str(path.with_suffix(".idx")) for path in shards],
-            ext=["jpg", "cls"],
-        )
-        pipe.set_outputs(*parts)
-    pipe.build()
-    jpegs, classes = pipe.run()
-    labels = rows_of(tiny_data, "train")["label"]
-    for place in range(SAMPLES):
-        assert np.array_equal(jpegs.at(place), stored_bytes(tiny_data, place))
-        assert int(bytes(classes.at(place))) == labels[place]
-    reader = NativeReader(tiny_data, split="train", batch_size=8, device="cpu", threads=1)
-    assert next(reader).shape == (8, 3, 224, 224)
 
 
 @pytest.mark.gpu

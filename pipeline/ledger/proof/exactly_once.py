@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.index import sample_key
+from pipeline.index.idx import key_in_idx
 from pipeline.ledger.file import LedgerFile
 from pipeline.ledger.proof.attempts import attempts_of, open_ledgers, out_of_line
 from pipeline.ledger.proof.findings import LISTED, Finding, Proof, capped, count
@@ -43,7 +44,8 @@ def prove(data: Path, runs: Sequence[Path]) -> Proof:
     """
     manifest = Manifest.load(data)
     opened = open_ledgers(data, manifest, runs)
-    search = _Search(opened.files, manifest.splits[opened.files[0].about.split].shards)
+    shards = manifest.splits[opened.files[0].about.split].shards
+    search = _Search(opened.files, shards, data if manifest.foreign else None)
     for path, reason in opened.unreadable.items():
         reason = f"{path}: {reason}"
         search.found.append(Finding(kind="unreadable", reason=reason, files=(path.name,)))
@@ -54,8 +56,12 @@ def prove(data: Path, runs: Sequence[Path]) -> Proof:
 class _Search:
     """Goes through all positions, some epochs at a time, and collects what is found."""
 
-    def __init__(self, files: Sequence[LedgerFile], shards: Sequence[Shard]) -> None:
+    def __init__(
+        self, files: Sequence[LedgerFile], shards: Sequence[Shard], foreign: Path | None
+    ) -> None:
+        """Take the ledgers, and the shards; `foreign` is their folder if keys are not ours."""
         self.found: list[Finding] = []
+        self._foreign = foreign
         self._files = files
         self._attempts = attempts_of(files)
         self._samples = files[0].about.samples
@@ -221,5 +227,10 @@ class _Search:
 
     def _name(self, sample: int) -> str:
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        key = sample_key(shard, sample - int(self._starts[shard]))
+        place = sample - int(self._starts[shard])
+        if self._foreign is None:
+            key = sample_key(shard, place)
+        else:
+            idx = (self._foreign / self._shards[shard].name).with_suffix(".idx")
+            key = key_in_idx(idx, place) or "unknown"
         return f"sample {sample} ({self._shards[shard].name}, key {key})"

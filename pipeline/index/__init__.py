@@ -1,4 +1,13 @@
-"""Where each sample of a split lies: `SPLIT.index.npy`, a file that only Duet reads."""
+"""Where each sample of a split lies: `SPLIT.index.npy`, a file that only Duet reads.
+
+    samples     members of a tar -> samples, the picture and the label of each
+    idx         DALI's `.idx` of a tar
+    names       labels as they are written -> numbers, and the names of the classes
+    examine     one shard of another tool -> its rows, and what is wrong with it
+    foreign     a folder of such shards -> a data set
+
+`python -m pipeline.index DIR` is the last of these; this module itself needs no more than NumPy.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +38,12 @@ def index_name(split: str) -> str:
 def sample_key(number: int, place: int) -> str:
     """WebDataset key of the sample at `place` of shard `number`: `000000_00000`."""
     return f"{number:06d}_{place:05d}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return key and ending of a member; the key is empty where the name has no dot."""
+    dot = name.find(".", name.rfind("/") + 1)
+    return (name[:dot], name[dot + 1 :]) if dot >= 0 else ("", name)
 
 
 def save_index(data: Path, split: str, rows: Index) -> str:

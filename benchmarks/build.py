@@ -1,0 +1,256 @@
+"""Ways of packing pictures in turn, on the same pictures with as many processes.
+
+    python benchmarks/build.py PICTURES [--rounds 5] [--workers 2] [--only ours,plain] [--quality]
+
+PICTURES is a folder per class of JPEGs as they were taken, some hundred of them; they are linked
+several times, so that a turn lasts. A turn is a whole program, from its start to its last byte. All
+make 256x256 JPEGs of quality 95; ours besides turns pictures upright and into sRGB, checks, hashes
+and counts them, shuffles, and writes an index. `steady` is without the start: it leaves out the
+time and the pictures of a tiny set (`start`), which is seconds of imports that a real set does not
+notice. Every second round goes in reverse; ratios are medians of those within a round.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.box
+import rich.console
+import rich.table
+import tyro
+from builders import BUILDERS, Builder
+from builders.quality import qualities, quality_table
+
+from pipeline.errors import SetupError, UsageError, run
+from pipeline.progress import Progress
+
+TINY = 8
+"""Pictures of the set that tells how long a program takes to start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Measure ways of packing in turn."""
+
+    pictures: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")]
+    """A folder per class of JPEGs."""
+    rounds: int = 5
+    """How often each has its turn."""
+    workers: int = 2
+    """Processes of each."""
+    repeat: int = 10
+    """How often each picture is packed in a turn."""
+    only: str = ""
+    """Names with commas between; the default is all that are installed."""
+    folder: Path | None = None
+    """Where to put the temporary folder with the outputs."""
+    quality: bool = False
+    """Also measure what the stored pictures lose, over every fifth of them."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+@dataclass
+class Row:
+    """What became of one way."""
+
+    name: str
+    builder: Builder
+    workers: int
+    missing: str = ""
+    start: float = 0.0
+    """Seconds for the tiny set."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each round."""
+
+
+@dataclass(frozen=True)
+class Set:
+    """Pictures as the programs take them: a folder per class, and a list."""
+
+    folder: Path
+    listed: Path
+    count: int
+
+
+def chosen(options: Comparison) -> list[Row]:
+    """Return a row for each way that is to be measured.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    names = [name.strip() for name in options.only.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in BUILDERS]:
+        raise UsageError(f"--only {unknown[0]}: no such way; there are {', '.join(BUILDERS)}")
+    rows = []
+    for name, builder in BUILDERS.items():
+        if not names or name in names:
+            there = builder.module is None or importlib.util.find_spec(builder.module) is not None
+            missing = "" if there else f"not installed (pip install {builder.library})"
+            rows.append(Row(name, builder, options.workers, missing))
+    if options.workers > 1 and rows[0].name == "ours":
+        rows.append(Row("ours-1", BUILDERS["ours"], 1))
+    return rows
+
+
+def linked(pictures: Path, folder: Path, repeat: int, most: int | None = None) -> Set:
+    """Link the pictures into a folder per class, `repeat` times each.
+
+    Raises:
+        UsageError: there are none.
+    """
+    files = sorted(p for p in pictures.glob("*/*") if p.suffix.lower() in {".jpg", ".jpeg"})[:most]
+    if not files:
+        raise UsageError(f"{pictures} has no JPEG in a folder of its class; name another folder")
+    classes = {name: label for label, name in enumerate(sorted({p.parent.name for p in files}))}
+    lines = []
+    for number in range(repeat):
+        for file in files:
+            link = folder / "pictures" / file.parent.name / f"{number:03d}_{file.stem}.jpg"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+            lines.append(f"{link}\t{classes[file.parent.name]}\n")
+    (folder / "list.txt").write_text("".join(lines))
+    return Set(folder / "pictures", folder / "list.txt", len(lines))
+
+
+def turn(row: Row, pictures: Set, out: Path) -> float:
+    """Return the seconds that a program takes for all pictures; its output is deleted.
+
+    Raises:
+        SetupError: it failed.
+    """
+    here = Path(__file__).parent
+    if row.name.startswith("ours"):
+        what = ["-m", row.builder.program, str(out), "--train", str(pictures.folder)]
+        what += ["--workers", str(row.workers)]
+    else:
+        out.mkdir()
+        program = here / "builders" / f"{row.builder.program}.py"
+        what = [str(program), str(pictures.listed), str(out), str(row.workers)]
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, *what], cwd=here.parent, capture_output=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise SetupError(f"{row.builder.title} failed: {' '.join(said)}")
+    shutil.rmtree(out)
+    return seconds
+
+
+def measure(rows: list[Row], options: Comparison, folder: Path) -> int:
+    """Let the programs take turns, fill in the rows, and return the pictures of a turn."""
+    for name in ("tiny", "whole"):
+        (folder / name).mkdir()
+    tiny = linked(options.pictures, folder / "tiny", 1, TINY)
+    whole = linked(options.pictures, folder / "whole", options.repeat)
+    present = [row for row in rows if not row.missing]
+    with Progress("measuring", total=(options.rounds + 1) * len(present), unit="turns") as progress:
+        for number in range(options.rounds + 1):
+            for row in present[:: -1 if number % 2 else 1]:
+                progress.note(row.builder.title)
+                if number == 0:
+                    row.start = min(turn(row, tiny, folder / "out") for _ in range(2))
+                else:
+                    row.seconds.append(turn(row, whole, folder / "out"))
+                progress.advance(1)
+    return whole.count
+
+
+def facts(rows: list[Row], count: int, options: Comparison) -> dict[str, Any]:
+    """Return everything that was found, ready for JSON."""
+    found = {}
+    for row in rows:
+        steady = [(count - TINY) / max(seconds - row.start, 1e-9) for seconds in row.seconds]
+        found[row.name] = {
+            "title": row.builder.title + (f", {row.workers} process" if row.workers == 1 else ""),
+            "library": row.builder.library,
+            "version": _version(row.builder),
+            "workers": row.workers,
+            "start_s": round(row.start, 2),
+            "img_s": [round(count / seconds, 1) for seconds in row.seconds],
+            "steady_img_s": [round(rate, 1) for rate in steady],
+            "missing": row.missing or None,
+        }
+    for way in found.values():
+        ours = found.get("ours", way)["steady_img_s"]
+        pairs = zip(ours, way["steady_img_s"], strict=False)
+        ratios = [a / b for a, b in pairs]
+        way["ours_over_it"] = round(statistics.median(ratios), 3) if ratios else None
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "load_at_end": round(os.getloadavg()[0], 2),
+        "pictures": count,
+        "workers": options.workers,
+        "ways": found,
+    }
+
+
+def table(found: dict[str, Any]) -> rich.table.Table:
+    """Return the facts as people read them."""
+    out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
+    out.add_column("way", no_wrap=True)
+    for title in ("start s", "img/s", "steady img/s", "rounds", "ours is"):
+        out.add_column(title, justify="right", no_wrap=True)
+    for way in found["ways"].values():
+        if way["missing"]:
+            out.add_row(way["title"], "", "", way["missing"])
+            continue
+        steady = way["steady_img_s"]
+        out.add_row(
+            way["title"],
+            f"{way['start_s']:.1f}",
+            f"{statistics.median(way['img_s']):,.0f}",
+            f"{statistics.median(steady):,.0f}",
+            f"{min(steady):,.0f} to {max(steady):,.0f}",
+            f"{way['ours_over_it']:.2f}x",
+        )
+    out.title = (
+        f"{found['pictures']:,} pictures a turn, {found['workers']} processes on {found['cores']} "
+        f"cores; load at the end {found['load_at_end']}"
+    )
+    out.title_justify = "left"
+    return out
+
+
+def _version(builder: Builder) -> str | None:
+    try:
+        return builder.library and importlib.metadata.version(builder.library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    """Compare the ways of packing and print the tables."""
+    options = tyro.cli(Comparison, prog="python benchmarks/build.py", description=__doc__)
+    if min(options.rounds, options.workers, options.repeat) < 1:
+        raise UsageError("--rounds, --workers and --repeat must be above 0")
+    if options.folder is not None and not options.folder.is_dir():
+        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
+    rows = chosen(options)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=options.folder) as folder:
+        count = measure(rows, options, Path(folder))
+    found = facts(rows, count, options)
+    console = rich.console.Console(stderr=options.json)
+    console.print(table(found))
+    if options.quality:
+        found["quality"] = qualities(sorted(options.pictures.glob("*/*"))[::5])
+        console.print(quality_table(found["quality"]))
+    if options.json:
+        sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,18 @@
+"""What no packing can beat: libjpeg-turbo's decoding of the originals, on all processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import simplejpeg
+from shares import Share, in_processes
+
+
+def work(share: Share, folder: Path) -> None:
+    """Decode the pictures of one process, and forget them."""
+    for path, _ in share:
+        simplejpeg.decode_jpeg(Path(path).read_bytes())
+
+
+if __name__ == "__main__":
+    in_processes(work)

@@ -1,0 +1,25 @@
+"""`litdata.optimize`: its own chunks of 64 MB; the pictures are made by Pillow, as `pillow_shards` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litdata import optimize
+from pillow_shards import packed
+from shares import arguments
+
+
+def sample(row: tuple[str, int]) -> dict[str, Any]:
+    """Return what litdata stores of a picture."""
+    path, label = row
+    return {"image": packed(path), "class": label}
+
+
+def main() -> None:
+    """Hand the list to litdata."""
+    pictures, out, workers = arguments()
+    optimize(sample, pictures, str(out), num_workers=workers, chunk_bytes="64MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What the programs have in common: their arguments, and a process for each share of the list."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Share = list[tuple[str, int]]
+"""Path and label of each picture."""
+
+
+def arguments() -> tuple[Share, Path, int]:
+    """Return the pictures, the empty folder and the number of processes."""
+    listed, out, workers = sys.argv[1:]
+    rows = [line.split("\t") for line in Path(listed).read_text().splitlines()]
+    return [(path, int(label)) for path, label in rows], Path(out), int(workers)
+
+
+def in_processes(work: Callable[[Share, Path], None]) -> None:
+    """Run `work(share, folder)` once in each process, with every n-th picture and its own folder.
+
+    Raises:
+        SystemExit: a process failed.
+    """
+    pictures, out, workers = arguments()
+    processes = []
+    for number in range(workers):
+        folder = out / str(number)
+        folder.mkdir()
+        share = pictures[number::workers]
+        processes.append(multiprocessing.Process(target=work, args=(share, folder)))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit("a process failed")

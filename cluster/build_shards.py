@@ -1,0 +1,82 @@
+"""Pack pictures into a sealed data set of WebDataset shards, on all nodes of a Ray cluster.
+
+    python -m cluster.build_shards OUT --train SRC [--val SRC | --holdout 0.1]
+    ray job submit --working-dir . -- python -m cluster.build_shards /shared/OUT --train SRC ...
+
+The flags and the bytes are those of `pipeline.build_shards`, and either goes on with what the other
+began. OUT and the sources must be where every node sees them: shared folders, or addresses
+(s3://bucket/set). Starts a Ray on this machine, reachable from this machine only, unless
+RAY_ADDRESS names one (`ray job submit` sets it). Nodes may die, leave and join meanwhile.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tyro
+
+from cluster.ray_pool import RayPool
+from pipeline.build_shards import tell
+from pipeline.dataset import is_remote
+from pipeline.errors import UsageError, run
+from pipeline.packing.build import build
+from pipeline.packing.options import Build
+from pipeline.packing.store_target import target_for
+from pipeline.packing.target import finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterBuild(Build):
+    """Pack pictures into WebDataset shards on a cluster."""
+
+    workers: int = 0
+    """Tasks under way at a time, one CPU each; 0: as many as the cluster has CPUs for."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build, then say what was built.
+
+    Raises:
+        DuetError: one line, with the exit code to leave with.
+    """
+    asked = tyro.cli(
+        ClusterBuild, args=argv, prog="python -m cluster.build_shards", description=__doc__
+    )
+    workers = asked.workers
+    if not 0 <= workers <= 100_000:
+        raise UsageError(f"--workers {workers} is out of range; give 0 (all) to 100000")
+    given = {field.name: getattr(asked, field.name) for field in fields(Build)}
+    options = Build(**given | {"workers": 1})  # of this class for all nodes; theirs is in the pool
+    target = target_for(_absolute(options.out))
+    started = time.monotonic()
+    known = finished(target)
+    aside = io.StringIO()  # what Ray has to say on stdout
+    with redirect_stdout(aside), RayPool(workers) as pool:
+        manifest = build(options, target, pool)
+    tell(options, manifest, None if known else time.monotonic() - started)
+    return 0
+
+
+def _absolute(out: str) -> str:
+    """Return OUT as workers find it, which run elsewhere.
+
+    Raises:
+        UsageError: in a job, a relative folder would lie in the copy of the code.
+    """
+    if is_remote(out) or out.lower().startswith("file://"):
+        return out
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(out).is_absolute():
+        raise UsageError(
+            f"OUT {out} is relative, and a job runs in a temporary copy of the working folder; "
+            "give an absolute path on storage that all nodes share, or an address"
+        )
+    return os.path.abspath(out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""Stage two: encoded pictures out of many chunks, in shuffled order -> one shard."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+
+from pipeline.index import Index
+from pipeline.manifest import Shard
+from pipeline.packing.chunks import ChunkError, data_name
+from pipeline.packing.target import WORK, Piece, Target
+from pipeline.picture import Encoding
+from pipeline.shards import as_shard, shard_name, write_tar
+
+FOLDER = f"{WORK}/shards"
+
+TAKEN_DTYPE = np.dtype(
+    [("chunk", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")]
+)
+"""A picture to be stored: where it lies among the chunks, and its label."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write; all that a worker needs, wherever it runs."""
+
+    target: Target
+    split: str
+    number: int
+    encoding: Encoding
+    taken: npt.NDArray[np.void]
+    """`TAKEN_DTYPE`, in stored order."""
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A shard that is there."""
+
+    split: str
+    number: int
+    shard: Shard
+    rows: Index
+
+
+def done_name(split: str, number: int) -> str:
+    """Name of what is known of a shard; with it the shard is done."""
+    return f"{FOLDER}/{split}-{number:06d}.npz"
+
+
+def write_shard_of(job: ShardJob) -> int:
+    """Write a shard, its `.idx` and what is known of it; runs in a worker process.
+
+    Returns:
+        How many samples it has.
+
+    Raises:
+        ChunkError: a chunk is not what was written.
+        OSError: the target cannot be read or written.
+    """
+    name = shard_name(job.split, job.number)
+    with job.target.create(name) as file:
+        written = write_tar(file, job.number, _samples(job), job.encoding)
+    with job.target.create(name.removesuffix(".tar") + ".idx") as file:
+        file.write(written.listing)
+    with job.target.create(done_name(job.split, job.number)) as file:
+        shard = as_shard(name, written)
+        np.savez(file, rows=written.rows, shard=np.array(json.dumps(asdict(shard))))
+    return len(written.rows)
+
+
+def read_done(target: Target, split: str, number: int) -> ShardDone | None:
+    """Return what is known of a shard, or None if it has to be written (again)."""
+    try:
+        with np.load(io.BytesIO(target.read(done_name(split, number)))) as arrays:
+            facts = json.loads(arrays["shard"].item())
+            done = ShardDone(split, number, Shard(**facts), arrays["rows"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        return None
+    whole = target.size(done.shard.name) == done.shard.bytes
+    listed = target.size(done.shard.name.removesuffix(".tar") + ".idx") is not None
+    return done if whole and listed else None
+
+
+def _samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
+    names = {chunk: data_name(chunk) for chunk in set(job.taken["chunk"].tolist())}
+    pieces = [Piece(names[chunk], offset, size) for chunk, offset, size, _, _ in job.taken.tolist()]
+    found = job.target.pieces(pieces)
+    for row in job.taken:
+        try:
+            data = next(found)
+        except FileNotFoundError as error:
+            raise ChunkError(int(row["chunk"])) from error
+        if len(data) != row["size"] or isal_zlib.crc32(data) != row["crc"]:
+            raise ChunkError(int(row["chunk"]))
+        yield data, int(row["label"])

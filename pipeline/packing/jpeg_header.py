@@ -1,0 +1,111 @@
+"""What must be known of a JPEG before it is decoded, read from its markers alone.
+
+A few microseconds a picture; neither Pillow nor simplejpeg tells all of it. Their own readers go
+over junk and segments one at a time in Python or without end, so the limits here are theirs too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.packing.limits import MAX_SCANNED, MAX_SCANS, PictureError
+
+MAX_SEGMENTS = 4096
+"""Marker segments before the first scan: an ICC profile may take 255, a long XMP some hundred."""
+MAX_JUNK = 65536
+"""Bytes between segments that belong to none."""
+
+_START = b"\xff\xd8\xff"
+_SCAN, _APP1, _APP2 = 0xDA, 0xE1, 0xE2
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_ALONE = {0x01, *range(0xD0, 0xD8)}
+_EXIF, _ICC = b"Exif\0\0", b"ICC_PROFILE\0"
+
+
+@dataclass
+class JpegHeader:
+    """The facts before the first scan."""
+
+    width: int = 0
+    height: int = 0
+    components: int = 0
+    bits: int = 0
+    """Of a sample: 8, or 12."""
+    process: int = -1
+    """n of the frame's marker SOFn: 0 baseline, 1 extended, 2 progressive."""
+    exif: bytes = b""
+    """The first Exif segment without its name."""
+    icc: list[bytes] = field(default_factory=list)
+    """Segments of the colour profile, as they came."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether any decoder knows this kind: 8-bit Huffman-coded grey or three components."""
+        return self.process in (0, 1, 2) and self.bits == 8 and self.components in (1, 3)
+
+    @property
+    def profile(self) -> bytes | None:
+        """The colour profile, or None where there is none or a part is missing."""
+        parts = {part[0]: part[2:] for part in self.icc if len(part) > 2}
+        if not parts or sorted(parts) != list(range(1, self.icc[0][1] + 1)):
+            return None
+        return b"".join(parts[number] for number in sorted(parts))
+
+
+def read_header(data: bytes) -> JpegHeader | None:
+    """Return the header of a JPEG; None for anything else, and for a frame that was not found.
+
+    Raises:
+        PictureError: it ends within its header, or goes on beyond every limit.
+    """
+    if data[:3] != _START:
+        return None
+    header, at, junk = JpegHeader(), 2, 0
+    for _ in range(MAX_SEGMENTS):
+        begin = data.find(b"\xff", at)
+        junk += begin - at
+        if junk > MAX_JUNK:
+            raise PictureError(f"more than {MAX_JUNK} bytes of junk between its JPEG markers")
+        if begin < 0 or begin + 4 > len(data):
+            raise PictureError("truncated: it ends within its header")
+        marker = data[begin + 1]
+        if marker == 0xFF:  # a fill byte
+            at = begin + 1
+        elif marker in _ALONE or marker == 0:
+            at = begin + 2
+        elif marker == 0xD9:
+            raise PictureError("truncated: it ends before its first scan")
+        else:
+            at = begin + 2 + int.from_bytes(data[begin + 2 : begin + 4], "big")
+            if marker == _SCAN:
+                _check_scans(data, begin, header)
+                return header if header.components else None
+            _take(header, marker, data[begin + 4 : at])
+    raise PictureError(f"more than {MAX_SEGMENTS} segments in its JPEG header")
+
+
+def _take(header: JpegHeader, marker: int, body: bytes) -> None:
+    if marker in _FRAMES and len(body) >= 6:
+        header.process, header.bits = marker - 0xC0, body[0]
+        header.height = int.from_bytes(body[1:3], "big")
+        header.width = int.from_bytes(body[3:5], "big")
+        header.components = body[5]
+    elif marker == _APP1 and body.startswith(_EXIF) and not header.exif:
+        header.exif = body[len(_EXIF) :]
+    elif marker == _APP2 and body.startswith(_ICC):
+        header.icc.append(body[len(_ICC) :])
+
+
+def _check_scans(data: bytes, first: int, header: JpegHeader) -> None:
+    """Refuse what would be decoded over and over.
+
+    A first scan of all components in a frame that is not progressive is the only one that decoders
+    accept, and looking for more would cost a tenth of the decoding.
+    """
+    if header.process != 2 and data[first + 4 : first + 5] == bytes([header.components]):
+        return
+    scans = data.count(b"\xff\xda", first)  # within a scan, 0xff is followed by 0
+    if scans > MAX_SCANS or scans * header.width * header.height > MAX_SCANNED:
+        raise PictureError(
+            f"decompression bomb: {scans} scans of {header.width}x{header.height} pixels"
+        )

@@ -1,0 +1,200 @@
+"""Every picture of the set in its place, before any of them has been opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.dataset import is_remote
+from pipeline.errors import UsageError
+from pipeline.packing.options import Build
+from pipeline.sources import Listing, Reject, scan
+from pipeline.sources.listing import BLOCK
+
+CHUNKS = 32
+"""A small set is cut into this many chunks, so that all workers have something to do."""
+
+SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024
+"""Pictures in a chunk: enough that its statistics (0.8 MB) are little beside it, and few enough
+that a worker that is killed loses seconds."""
+
+UNLIKE_OUTPUT = ("out", "train", "val", "val_labels", "max_rejects", "workers", "json")
+"""Settings on which no byte of a shard depends, but through what the sources hold."""
+
+Places = npt.NDArray[np.uint32]
+"""Rows of pictures: 4 bytes each, for up to 4 billion of them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A chunk: rows `start` to `stop` of a listing, which follow each other in the source."""
+
+    number: int
+    listing: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes where. A picture's row counts through all listings: training first."""
+
+    listings: tuple[Listing, ...]
+    """Of the training source, and of the validation source if there is one."""
+    orders: dict[str, Places]
+    """Per split the rows of its pictures in stored order, shuffled over the whole split."""
+    held_out: npt.NDArray[np.bool_] | None
+    """With --holdout: of each row of the training source, whether it went to validation."""
+    fingerprint: str
+    """SHA-256 over all that the bytes of the set depend on, but the pictures' contents."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is a place in this list."""
+        return self.listings[0].classes
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures in all splits."""
+        return sum(map(len, self.listings))
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The row of the first picture of each listing."""
+        return [0, *np.cumsum([len(listing) for listing in self.listings])[:-1].tolist()]
+
+    def parts(self) -> Iterator[Part]:
+        """Cut all listings into chunks, in the order of their rows."""
+        number = 0
+        for place, listing in enumerate(self.listings):
+            size = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, -(-self.pictures // CHUNKS)))
+            for start in range(0, len(listing), size):
+                yield Part(number, place, start, min(start + size, len(listing)))
+                number += 1
+
+    def trains(self, part: Part) -> npt.NDArray[np.bool_]:
+        """Say of each picture of a chunk whether it is one of the training split."""
+        if part.listing > 0:
+            return np.zeros(part.stop - part.start, np.bool_)
+        if self.held_out is None:
+            return np.ones(part.stop - part.start, np.bool_)
+        return ~self.held_out[part.start : part.stop]
+
+    def name(self, row: int) -> str:
+        """Return how messages call a picture."""
+        listing, place = self._where(row)
+        return listing.full_name(place)
+
+    def rejects(self) -> Iterator[Reject]:
+        """Files left out by the scans."""
+        for listing in self.listings:
+            yield from listing.rejects()
+
+    @property
+    def rejected(self) -> int:
+        """Number of files left out by the scans."""
+        return sum(listing.rejected for listing in self.listings)
+
+    def _where(self, row: int) -> tuple[Listing, int]:
+        for listing, first in zip(self.listings, self.first_rows, strict=True):
+            if row < first + len(listing):
+                return listing, row - first
+        raise IndexError(row)
+
+
+def make_plan(options: Build, scratch: Path) -> Plan:
+    """Scan the sources and put their pictures in order.
+
+    Args:
+        options: the settings.
+        scratch: a local folder of our own for what is found; used as long as the plan is.
+
+    Raises:
+        UsageError: a setting or a source that cannot work.
+    """
+    options.check()
+    listings = [scan(options.train, scratch / "train", split="train")]
+    if options.val is not None:
+        listings.append(
+            scan(
+                options.val,
+                scratch / "val",
+                split="val",
+                classes=listings[0].classes,
+                labels=options.val_labels,
+            )
+        )
+    held = _hold_out(listings[0], options) if options.holdout else None
+    first = np.arange(len(listings[0]), dtype=np.uint32)
+    split = {"train": first if held is None else first[~held]}
+    if options.val is not None:
+        split["val"] = np.arange(len(listings[1]), dtype=np.uint32) + np.uint32(len(listings[0]))
+    elif held is not None:
+        split["val"] = first[held]
+    return Plan(
+        listings=tuple(listings),
+        orders={name: _shuffled(rows, options.seed, name) for name, rows in split.items()},
+        held_out=held,
+        fingerprint=_fingerprint(options, listings),
+    )
+
+
+def _hold_out(listing: Listing, options: Build) -> npt.NDArray[np.bool_]:
+    """Split each class's pictures by a seeded draw; every class keeps one in each part."""
+    labels = np.asarray(listing.rows["label"])
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels, minlength=len(listing.classes))
+    held = np.zeros(len(labels), np.bool_)
+    for label, stop in enumerate(np.cumsum(counts)):
+        places = by_class[stop - counts[label] : stop]
+        if len(places) < 2:
+            raise UsageError(
+                f"--holdout needs two pictures a class; class {listing.classes[label]!r} "
+                f"of {options.train} has {len(places)}"
+            )
+        count = min(len(places) - 1, max(1, round(len(places) * options.holdout)))
+        held[np.random.default_rng([options.seed, label]).permutation(places)[:count]] = True
+    return held
+
+
+def _shuffled(rows: Places, seed: int, split: str) -> Places:
+    return np.random.default_rng([seed, *split.encode()]).permutation(rows)
+
+
+def _fingerprint(options: Build, listings: list[Listing]) -> str:
+    """Hash settings and listings; a source that lies elsewhere with the same names is the same."""
+    digest = hashlib.sha256()
+    for listing in listings:
+        digest.update(_text([len(listing), *listing.classes]))
+        for container in listing.containers:
+            digest.update(_text([container.kind, _below(container.address, listing.source)]))
+        for column in (listing.rows, listing.names.ends, listing.names.text):
+            for start in range(0, len(column), BLOCK):
+                digest.update(np.ascontiguousarray(column[start : start + BLOCK]).tobytes())
+    digest.update(_text(settings(options)))
+    return digest.hexdigest()
+
+
+def settings(options: Build) -> dict[str, Any]:
+    """Return the settings on which the bytes of the set depend."""
+    return {key: value for key, value in asdict(options).items() if key not in UNLIKE_OUTPUT}
+
+
+def _below(address: str, source: str) -> str:
+    """Return where a container lies, as seen from its source."""
+    if is_remote(address):
+        return address
+    root = os.path.abspath(source)
+    return os.path.relpath(address, root) if address.startswith(root) else address
+
+
+def _text(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True).encode(errors="surrogatepass") + b"\n"

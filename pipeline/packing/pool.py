@@ -1,0 +1,101 @@
+"""The processes of this machine that pack, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields, replace
+from multiprocessing import active_children, get_context
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from pipeline.errors import DuetError
+from pipeline.processes import tie_to_parent
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+class Pool(Protocol):
+    """Runs tasks somewhere; `cluster.build_shards` brings one that runs them on Ray."""
+
+    def run(self, task: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
+        """Do `task` for every job and give the results as they come.
+
+        Only a few jobs are taken ahead, so `jobs` may be long. What a task raises is raised. A
+        task whose process dies is done again; a job with a field `careful` has it set then.
+        """
+
+
+class LocalPool:
+    """A `Pool` of processes of this machine, used as a context manager."""
+
+    def __init__(self, workers: int) -> None:
+        """Start `workers` processes when they are first needed."""
+        self._workers = workers
+        self._pool = self._started()
+
+    def run(self, task: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
+        """Do `task` for every job; see `Pool`."""
+        todo = iter(jobs)
+        running: dict[Future[R], J] = {}
+        while True:
+            while len(running) < 2 * self._workers and (job := next(todo, None)) is not None:
+                running[self._pool.submit(task, job)] = job
+            if not running:
+                return
+            died = []
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    died.append(job)
+            if died:
+                # Which process died, and of which job, is not known: all that were under way.
+                died += running.values()
+                running.clear()
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                self._pool = self._started()
+                for job in died:
+                    yield self._alone(task, job)
+
+    def _alone(self, task: Callable[[J], R], job: J) -> R:
+        """Do a job that may have killed its process: first as it is, then carefully."""
+        for attempt in (job, as_careful(job)):
+            with self._started(1) as pool:
+                try:
+                    return pool.submit(task, attempt).result()
+                except BrokenProcessPool:
+                    continue
+        raise DuetError(
+            "a packing process died again and again (out of memory?); run the same command again, "
+            "with fewer --workers"
+        )
+
+    def _started(self, workers: int | None = None) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            workers or self._workers, mp_context=get_context("spawn"), initializer=tie_to_parent
+        )
+
+    def __enter__(self) -> LocalPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            for process in active_children():  # a file half written is of no use to anybody
+                process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def as_careful(job: Any) -> Any:
+    """Return a job with its field `careful` set, if it has one."""
+    if any(field.name == "careful" for field in fields(job)):
+        return replace(job, careful=True)
+    return job

@@ -1,0 +1,298 @@
+"""What a scan of a source finds: one row a picture, kept in files, so that memory stays small.
+
+Fourteen million pictures are 24 bytes and a name each; they are written out as they are found and
+mapped back, so that neither the scan nor the plan grows with the set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import UsageError
+
+ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), ("size", "<i8")])
+"""A picture: the container that holds it, its label, where it lies there and how many bytes it has.
+
+`place` is an offset in a tar, a row of a parquet file, and 0 for a file in a folder. `size` is
+`WHOLE` where the container alone knows it."""
+
+WHOLE = -1
+
+ENCODING = ("utf-8", "surrogateescape")
+"""How names are written: any bytes that a file system or a tar gives survive, text or not."""
+
+Rows = npt.NDArray[np.void]
+
+Kind = Literal["folder", "tar", "parquet"]
+
+
+class Container(NamedTuple):
+    """What holds pictures: a folder, a tar that is not compressed, or a parquet file."""
+
+    kind: Kind
+    address: str
+    """Absolute path, or an address that fsspec knows (`s3://bucket/shard.tar`)."""
+
+
+class Reject(NamedTuple):
+    """A file that will not be packed, and why."""
+
+    name: str
+    reason: str
+
+
+PICTURE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"),
+    *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
+"""What the names of pictures end in, in small letters."""
+
+
+def shown(name: str) -> str:
+    """Return a name as a message may show it: nothing in it steers the terminal."""
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+class Unreadable(Exception):
+    """One picture that its container cannot give; the message is the reason, one line."""
+
+
+class Reader(Protocol):
+    """Reads pictures out of one container; fastest in the order of the listing."""
+
+    def read(self, name: str, place: int, size: int) -> bytes:
+        """Return the encoded bytes of the picture with this name, place and size.
+
+        Raises:
+            Unreadable: this picture cannot be had (a file without permission, an empty row); the
+                container's other pictures can.
+            OSError: the container went away or is shorter than it was.
+        """
+
+    def close(self) -> None:
+        """Let go of the container."""
+
+
+class Names(Sequence[str]):
+    """Names of pictures inside their containers, read from a mapped file."""
+
+    def __init__(self, text: npt.NDArray[np.uint8], ends: npt.NDArray[np.uint64]) -> None:
+        self._text, self._ends = text, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, place):  # type: ignore[no-untyped-def]
+        """Return the name at `place`."""
+        place = int(place)
+        start = int(self._ends[place - 1]) if place else 0
+        return self._text[start : int(self._ends[place])].tobytes().decode(*ENCODING)
+
+    @property
+    def text(self) -> npt.NDArray[np.uint8]:
+        """All names, end to end, encoded as `ENCODING` says."""
+        return self._text
+
+    @property
+    def ends(self) -> npt.NDArray[np.uint64]:
+        """Where each name ends in `text`."""
+        return self._ends
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of one source, in the order in which they are best read."""
+
+    source: str
+    """As the user named it."""
+    containers: tuple[Container, ...]
+    rows: Rows
+    """`ROW_DTYPE`, one a picture."""
+    names: Names
+    """Per picture its name inside the container; `full_name` is how messages call it."""
+    classes: tuple[str, ...]
+    """A label is a place in this list."""
+    titles: tuple[str, ...] | None
+    """Readable names of the classes, where the source has them."""
+    rejects_file: Path
+    rejected: int
+    """Files left out by the scan; `rejects` reads them back."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def full_name(self, place: int) -> str:
+        """Return container and name of a picture: `/data/n01440764.tar/n01440764_18.JPEG`."""
+        address = self.containers[self.rows[place]["container"]].address
+        return f"{address.rstrip('/')}/{self.names[place]}"
+
+    def rejects(self) -> Iterator[Reject]:
+        """Read what the scan left out, in the order it was found."""
+        with self.rejects_file.open(encoding="utf-8") as file:
+            for line in file:
+                yield Reject(**json.loads(line))
+
+
+class ListingWriter:
+    """Collects a `Listing` in the files of a folder.
+
+    `add` is called once a folder, a tar or a row group, not once a picture.
+    """
+
+    def __init__(self, scratch: Path, source: str) -> None:
+        """Write into `scratch`, a folder that is ours alone; created if need be."""
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._scratch, self._source = scratch, source
+        self._containers: list[Container] = []
+        self._classes: dict[str, int] = {}
+        self._rows = (scratch / "rows.bin").open("w+b")
+        self._text = (scratch / "names.bin").open("w+b")
+        self._ends = (scratch / "ends.bin").open("w+b")
+        self._rejects = (scratch / "rejects.jsonl").open("w", encoding="utf-8")
+        self._end = self.pictures = self.rejected = 0
+
+    def container(self, kind: Kind, address: str) -> int:
+        """Note a container and return its number."""
+        self._containers.append(Container(kind, address))
+        return len(self._containers) - 1
+
+    def add(
+        self,
+        container: int,
+        classes: str | Sequence[str],
+        names: Sequence[str],
+        places: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Add pictures of one container, in the order in which they lie there.
+
+        Args:
+            container: what `container` returned.
+            classes: the class of all of them, or of each.
+            names: unique inside the container.
+            places: offsets or row numbers; None for files of a folder.
+            sizes: bytes of each; None where the container alone knows.
+        """
+        rows = np.zeros(len(names), ROW_DTYPE)
+        rows["container"] = container
+        if isinstance(classes, str):
+            rows["label"] = self._class(classes)
+        else:
+            rows["label"] = [self._class(name) for name in classes]
+        if places is not None:
+            rows["place"] = places
+        rows["size"] = WHOLE if sizes is None else sizes
+        encoded = [name.encode(*ENCODING) for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.uint64) + np.uint64(self._end)
+        self._rows.write(rows.tobytes())
+        self._text.write(b"".join(encoded))
+        self._ends.write(ends.tobytes())
+        self.pictures += len(names)
+        self._end = int(ends[-1]) if len(ends) else self._end
+
+    def reject(self, name: str, reason: str) -> None:
+        """Note a file that cannot be packed; `name` as `Listing.full_name` would give it."""
+        self._rejects.write(json.dumps({"name": name, "reason": reason}) + "\n")
+        self.rejected += 1
+
+    def need_class(self, name: str) -> None:
+        """Note a class that may turn out to have no pictures (`finish` then says so)."""
+        self._class(name)
+
+    def finish(
+        self, classes: Sequence[str] | None = None, titles: Sequence[str] | None = None
+    ) -> Listing:
+        """Close the files and return what was found.
+
+        Args:
+            classes: the class list, where something else decides it (the training split, a
+                parquet's features); else the sorted names of the classes that were seen.
+            titles: readable names of `classes`.
+
+        Raises:
+            UsageError: no pictures, fewer than two classes, an unknown class, one without
+                pictures (unless `classes` is given), or one whose name is no text.
+        """
+        for file in (self._rows, self._text, self._ends, self._rejects):
+            file.close()
+        found = sorted(self._classes)
+        names = tuple(classes) if classes is not None else tuple(found)
+        self._check(names, found)
+        counts = _relabel(self._scratch / "rows.bin", list(self._classes), names)
+        for name, count in zip(names, counts, strict=True):
+            if count == 0 and name in self._classes:
+                raise UsageError(
+                    f"class {name!r} of source {self._source} has no pictures; "
+                    "add some or remove it"
+                )
+        return Listing(
+            source=self._source,
+            containers=tuple(self._containers),
+            rows=_mapped(self._scratch / "rows.bin", ROW_DTYPE),
+            names=Names(
+                _mapped(self._scratch / "names.bin", np.dtype(np.uint8)),
+                _mapped(self._scratch / "ends.bin", np.dtype(np.uint64)),
+            ),
+            classes=names,
+            titles=None if titles is None else tuple(titles),
+            rejects_file=self._scratch / "rejects.jsonl",
+            rejected=self.rejected,
+        )
+
+    def _class(self, name: str) -> int:
+        return self._classes.setdefault(name, len(self._classes))
+
+    def _check(self, names: tuple[str, ...], found: list[str]) -> None:
+        if not found:
+            raise UsageError(
+                f"source {self._source} holds no pictures of any class; "
+                "it needs a folder (or a tar) of pictures per class"
+            )
+        for name in found:
+            if not name.isprintable():  # nor is a name in an encoding other than the system's
+                raise UsageError(
+                    f"class name {name!r} of source {self._source} is no text; rename it"
+                )
+        known = set(names)
+        for name in found:
+            if name not in known:
+                raise UsageError(
+                    f"source {self._source} has class {name!r}, which the training source lacks; "
+                    "remove it, or add it to the training pictures"
+                )
+        if len(names) < 2:
+            raise UsageError(
+                f"source {self._source} has one class, {names[0]!r}; it needs two or more"
+            )
+
+
+BLOCK = 1 << 20
+"""Rows handled at a time where a whole column would be large."""
+
+
+def _relabel(path: Path, seen: list[str], names: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    """Turn labels, places among the classes as seen, into places in `names`; count each."""
+    places = {name: place for place, name in enumerate(names)}
+    table = np.array([places[name] for name in seen], np.int32)
+    counts = np.zeros(len(names), np.int64)
+    with path.open("r+b") as file:  # not mapped: its pages would count as our memory
+        while len(rows := np.fromfile(file, ROW_DTYPE, BLOCK)):
+            rows["label"] = table[rows["label"]]
+            counts += np.bincount(rows["label"], minlength=len(names))
+            file.seek(-rows.nbytes, 1)
+            rows.tofile(file)
+            file.flush()
+    return counts
+
+
+def _mapped(path: Path, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r")

@@ -1,0 +1,199 @@
+"""Finds out by looking what a source is, and lists its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import DuetError, UsageError
+from pipeline.sources.addresses import is_remote
+from pipeline.sources.flat import (
+    add_flat_folder,
+    add_flat_tar,
+    labels_for,
+    loose_in_folder,
+    loose_in_tar,
+)
+from pipeline.sources.folders import add_folder, look_into
+from pipeline.sources.ground_truth import GroundTruth, find_titles, is_kit
+from pipeline.sources.listing import Listing, ListingWriter, shown
+from pipeline.sources.names import is_picture
+from pipeline.sources.parquet import is_parquet, scan_parquet
+from pipeline.sources.tars import add_class_tar, add_tar
+from pipeline.sources.webdatasets import is_webdataset, scan_webdataset
+from pipeline.stores.errors import without_secrets
+
+SplitName = Literal["train", "val"]
+
+_FOLDERS: dict[SplitName, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "validation"),
+}
+
+
+def scan(
+    source: str,
+    scratch: Path,
+    *,
+    split: SplitName,
+    classes: Sequence[str] | None = None,
+    labels: str | None = None,
+) -> Listing:
+    """List the pictures of a source without opening them.
+
+    Args:
+        source: a folder, tar, parquet file, or set of shards, as in the package's docstring;
+            local, or an address.
+        scratch: folder for the listing's files; ours alone.
+        split: which part to take where the source holds several.
+        classes: the class list of the training split, when this is another split of the same
+            set; without it the sorted class names of `source` become the list.
+        labels: where the classes of unsorted pictures are written; else looked for beside them.
+
+    Raises:
+        UsageError: nothing there, no classes, a class without pictures, an unknown class, no
+            labels where some are needed, or an archive that cannot be read.
+    """
+    writer = ListingWriter(scratch, source)
+    source = source.removeprefix("file://")
+    try:
+        if (listing := _with_labels(source, writer, split, classes)) is not None:
+            return _unlabelled(listing, labels)
+        if is_remote(source):
+            raise UsageError(
+                f"source {shown(without_secrets(source))} is an address, but not of parquet files "
+                "or WebDataset shards; fetch it first, and name the local copy"
+            )
+        path = split_of(Path(source), split)
+        # What lies in the part may be of another kind than what lies around it.
+        if path != Path(source):
+            listing = _with_labels(str(path), writer, split, classes)
+        if listing is not None:
+            return _unlabelled(listing, labels)
+        return _scan_local(path, writer, classes, labels)
+    except DuetError:  # a store that does not answer is an OSError, too
+        raise
+    except OSError as error:
+        raise UsageError(
+            f"source {shown(source)} cannot be listed: {shown(str(error.filename or source))} "
+            f"fails ({error.strerror or error}); mend it"
+        ) from error
+
+
+def split_of(source: Path, split: SplitName) -> Path:
+    """Return the folder or tar of one split, where a source holds several; else the source.
+
+    Raises:
+        UsageError: the source does not exist, or holds only the other split.
+    """
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise UsageError(
+            f"source {shown(str(source))} does not exist; name a folder or a tar of pictures"
+        )
+    for root in (source, source / "ILSVRC"):  # Kaggle's tree
+        if (root / "Data" / "CLS-LOC").is_dir():
+            source = root / "Data" / "CLS-LOC"
+            break
+    inside = look_into(source)
+    found = {
+        name: [
+            *(entry for entry in inside.files if entry == f"ILSVRC2012_img_{name}.tar"),
+            *(entry for entry in folders if entry in inside.folders),
+        ]
+        for name, folders in _FOLDERS.items()
+    }
+    # A class may well be called "train", but not beside nothing else than a "val" or a "test".
+    others = set(inside.folders) - {*_FOLDERS["train"], *_FOLDERS["val"], "test"}
+    tars = [name for name in inside.files if name.startswith("ILSVRC2012_img_")]
+    if not all(found.values()) and (others or not any(found.values())) and not tars:
+        return source
+    if not found[split]:
+        raise UsageError(
+            f"source {shown(str(source))} has no {split}: it holds "
+            f"{', '.join(map(shown, sorted({*inside.folders, *tars})))}; name the folder or tar "
+            f"of the {split} pictures"
+        )
+    return source / found[split][0]
+
+
+def _with_labels(
+    source: str, writer: ListingWriter, split: SplitName, classes: Sequence[str] | None
+) -> Listing | None:
+    """List a source whose pictures come with their labels: no folder or tar is their class."""
+    if is_parquet(source):
+        return scan_parquet(source, writer, split, classes)
+    if is_webdataset(source):
+        return scan_webdataset(source, writer, split, classes)
+    return None
+
+
+def _scan_local(
+    source: Path, writer: ListingWriter, classes: Sequence[str] | None, labels: str | None
+) -> Listing:
+    """List folders and tars."""
+    loose = loose_in_tar(source) if source.is_file() else loose_in_folder(source)
+    truth: GroundTruth | None = None
+    if loose is not None:
+        truth = labels_for(source, loose, labels)
+        (add_flat_tar if source.is_file() else add_flat_folder)(source, truth, writer)
+        listing = writer.finish(truth.classes if classes is None else classes)
+    else:
+        if source.is_file():
+            add_tar(source, writer)
+        else:
+            _add_classes(source, writer)
+        listing = _unlabelled(writer.finish(classes), labels)
+    titles = (truth.titles if truth else {}) or find_titles(source, listing.classes)
+    if not titles:
+        return listing
+    return replace(listing, titles=tuple(titles.get(name, name) for name in listing.classes))
+
+
+def _add_classes(source: Path, writer: ListingWriter) -> None:
+    """Add a folder that holds a folder or a tar per class."""
+    inside = look_into(source)
+    folders = [name for name in inside.folders if not is_kit(name)]
+    tars = [name for name in inside.files if name.endswith(".tar") and not is_kit(name)]
+    for name in inside.files:
+        if is_picture(name):
+            raise UsageError(
+                f"picture {shown(f'{source}/{name}')} lies outside a class; "
+                "put it into a folder named as its class"
+            )
+    for name in inside.other:  # all pictures of a class may be behind it
+        raise UsageError(
+            f"{shown(f'{source}/{name}')} is a link that leads nowhere, or a device; "
+            "mend or remove it"
+        )
+    if not folders and not tars:
+        raise UsageError(
+            f"source {shown(str(source))} is empty; "
+            "it needs a folder (or a tar) of pictures per class"
+        )
+    both = set(folders) & {name.removesuffix(".tar") for name in tars}
+    if both:
+        raise UsageError(
+            f"class {min(both)!r} is both a folder and a tar in source {shown(str(source))}"
+            "; merge them"
+        )
+    for name in sorted([*folders, *tars], key=lambda name: name.removesuffix(".tar")):
+        class_name = name.removesuffix(".tar") if name in tars else name
+        writer.need_class(class_name)
+        if name in tars:
+            add_class_tar(source / name, class_name, writer)
+        else:
+            add_folder(source / name, class_name, writer)
+
+
+def _unlabelled(listing: Listing, labels: str | None) -> Listing:
+    """Refuse labels for pictures that have theirs already: which of them to believe?"""
+    if labels is not None:
+        raise UsageError(
+            f"source {shown(listing.source)} says itself of which class its pictures are; "
+            f"leave --val-labels {shown(labels)} out"
+        )
+    return listing

@@ -1,0 +1,161 @@
+"""Tars of pictures, read where they lie: one a class, a tar of such tars, or folders in a tar.
+
+The pictures of a tar inside a tar are byte ranges of the outer one, so nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.errors import UsageError
+from pipeline.sources.listing import PICTURE_ENDINGS, ListingWriter, shown
+from pipeline.sources.names import NO_PICTURE, is_hidden
+from pipeline.sources.tar_headers import Member, members
+
+BATCH = 1 << 14
+"""Pictures handed on at a time; memory does not grow with the tar."""
+
+
+class Found:
+    """Pictures of one container that are yet to be handed to the listing."""
+
+    def __init__(self, writer: ListingWriter, container: int) -> None:
+        self._writer, self._container = writer, container
+        self._classes: list[str] = []
+        self._names: list[str] = []
+        self._places: list[int] = []
+        self._sizes: list[int] = []
+
+    def add(self, class_name: str, name: str, place: int, size: int) -> None:
+        """Add a picture."""
+        self._classes.append(class_name)
+        self._names.append(name)
+        self._places.append(place)
+        self._sizes.append(size)
+        if len(self._names) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what there is."""
+        if self._names:
+            columns = (self._classes, self._names, self._places, self._sizes)
+            self._writer.add(self._container, *columns)
+            for column in columns:
+                column.clear()
+
+
+def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:
+    """Add the pictures of a tar that is one class, whatever folders they lie in.
+
+    Raises:
+        UsageError: the tar is damaged or cannot be read.
+    """
+    address = os.path.abspath(path)
+    found = Found(writer, writer.container("tar", address))
+    with open_tar(address) as file:
+        _add_all(members(file, address), address, "", class_name, found, writer)
+    found.flush()
+
+
+def add_tar(path: Path, writer: ListingWriter) -> None:
+    """Add the pictures of one tar that holds a tar or a folder per class.
+
+    Raises:
+        UsageError: the tar is damaged or cannot be read, or a picture lies outside a class.
+    """
+    address = os.path.abspath(path)
+    found = Found(writer, writer.container("tar", address))
+    inner: set[str] = set()
+    folder, class_name = "", ""
+    with open_tar(address) as file:
+        for member in files_of(members(file, address), address, writer):
+            name = member.name
+            at = name.rfind("/") + 1
+            if name.endswith(".tar"):
+                _add_inner(file, address, member, inner, found, writer)
+                continue
+            if name[:at] != folder:  # members of a class mostly follow one another
+                folder, class_name = name[:at], class_of(name)
+            if class_name == "..":
+                writer.reject(f"{address}/{name}", "no class: its folder is `..`")
+            elif not name.lower().endswith(PICTURE_ENDINGS):
+                if class_name:  # else a README beside the classes
+                    writer.reject(f"{address}/{name}", NO_PICTURE)
+            elif class_name:
+                found.add(class_name, name, member.offset, member.size)
+            else:
+                raise UsageError(
+                    f"{shown(address)} holds {shown(name)} outside a class; "
+                    "it needs tars or folders, one a class"
+                )
+    found.flush()
+
+
+def _add_inner(
+    file: BinaryIO,
+    address: str,
+    outer: Member,
+    known: set[str],
+    found: Found,
+    writer: ListingWriter,
+) -> None:
+    """Add the pictures of a tar inside a tar: one class."""
+    class_name = outer.name.rpartition("/")[2].removesuffix(".tar")
+    if class_name in known:
+        raise UsageError(f"tar {shown(address)} holds class {class_name!r} twice; merge them")
+    known.add(class_name)
+    writer.need_class(class_name)
+    stop = outer.offset + outer.size
+    inside = members(file, f"{address}/{outer.name}", outer.offset, stop)
+    _add_all(inside, address, f"{outer.name}/", class_name, found, writer)
+
+
+def class_of(name: str) -> str:
+    """Return the folder that a member lies in, "" if in none, ".." if that is all it says."""
+    parts = [part for part in name.split("/")[:-1] if part not in ("", ".")]
+    return parts[-1] if parts else ""
+
+
+def open_tar(address: str) -> BinaryIO:
+    """Open a local tar, unbuffered.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    try:
+        return open(address, "rb", buffering=0)
+    except OSError as error:
+        raise UsageError(
+            f"tar {shown(address)} cannot be read ({error.strerror}); mend it"
+        ) from error
+
+
+def files_of(found: Iterator[Member], prefix: str, writer: ListingWriter) -> Iterator[Member]:
+    """Yield the regular files that are not hidden; a link named as a picture is rejected."""
+    for member in found:
+        name = member.name
+        if is_hidden(name):
+            continue
+        if member.regular:
+            yield member
+        elif name.lower().endswith(PICTURE_ENDINGS):
+            writer.reject(f"{prefix}/{name}", "no regular file: a link, a folder or a device")
+
+
+def _add_all(
+    inside: Iterator[Member],
+    address: str,
+    prefix: str,
+    class_name: str,
+    found: Found,
+    writer: ListingWriter,
+) -> None:
+    """Add all members of a tar that is one class."""
+    for name, offset, size, _ in files_of(inside, f"{address}/{prefix}".rstrip("/"), writer):
+        if name.lower().endswith(PICTURE_ENDINGS):
+            found.add(class_name, prefix + name, offset, size)
+        else:
+            writer.reject(f"{address}/{prefix}{name}", NO_PICTURE)

@@ -1,0 +1,297 @@
+"""Packing on a Ray of several nodes, one of which goes away; and as a user starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pytest
+
+from pipeline.errors import DataError, DuetError, SetupError, UsageError
+from pipeline.packing import plan
+from pipeline.packing.build import build
+from pipeline.packing.chunks import ChunkError
+from pipeline.packing.isolated import Crash, isolated
+from pipeline.packing.options import Build
+from pipeline.packing.target import WORK, Folder, Target
+from pipeline.sources import Container
+from tests.drawn import folder_per_class
+from tests.test_ray import end_processes, marked, processes
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SimpleNamespace]:
+    """Three nodes of a CPU each on loopback, and this process as their driver."""
+    mark = f"DUET_TEST={uuid.uuid4()}"
+    interrupt = signal.getsignal(signal.SIGINT)
+    terminate = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*mark.split("="))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        from ray.cluster_utils import Cluster
+
+        from cluster import ray_pool
+        from cluster.ray_session import session
+
+        nodes = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+        try:
+            others = [nodes.add_node(num_cpus=1) for _ in range(2)]
+            patch.setenv("RAY_ADDRESS", nodes.address)
+            with session(0, ahead=None):
+                # One driver for all tests: its workers need not start again for each.
+                patch.setattr(ray_pool, "session", lambda *_, **__: contextlib.nullcontext())
+                yield SimpleNamespace(mark=mark, nodes=nodes, others=others, pool=ray_pool.RayPool)
+        finally:
+            nodes.shutdown()
+            end_processes(mark)
+            signal.signal(signal.SIGINT, interrupt)
+            signal.signal(signal.SIGTERM, terminate)
+
+
+@dataclass(frozen=True)
+class Job:
+    target: Target
+    value: int
+    careful: bool = False
+    containers: tuple[Container, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unshared(Folder):
+    """A folder that only the driver sees."""
+
+    def size(self, name: str) -> int | None:
+        return None
+
+
+def squared(job: Job) -> int:
+    return job.value**2
+
+
+def disk_full(job: Job) -> None:
+    raise OSError(28, "No space left on device", "/full/disk")
+
+
+def damaged(job: Job) -> None:
+    raise ChunkError(job.value)
+
+
+def refused(job: Job) -> None:
+    raise DataError("one line")
+
+
+def dies(job: Job) -> str:
+    if not job.careful:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def dies_always(job: Job) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def forks(job: Job) -> tuple[int, str]:
+    try:
+        isolated(os.abort)
+    except Crash as crash:
+        return isolated(pow, job.value, 2), str(crash)
+    return 0, "did not crash"
+
+
+def sleeps(job: Job) -> None:
+    for _ in range(100 * job.value):
+        time.sleep(0.01)
+
+
+@pytest.mark.ray
+def test_results_errors_and_deaths_come_to_the_driver(cluster, tmp_path, monkeypatch):
+    from cluster import ray_pool
+
+    job = Job(Folder(str(tmp_path)), 7)
+    taken = []
+
+    def many() -> Iterator[Job]:
+        for value in range(100):
+            taken.append(value)
+            yield replace(job, value=value)
+
+    with cluster.pool() as pool:
+        found = pool.run(squared, many())
+        first = next(found)
+        assert len(taken) <= 1 + 3 * ray_pool.AHEAD  # and not all hundred
+        assert sorted([first, *found]) == [value**2 for value in range(100)]
+        assert list(pool.run(forks, [job])) == [(49, "SIGABRT")]
+        assert list(pool.run(dies, [job])) == ["alive"]
+        with pytest.raises(DuetError, match="died again and again") as raised:
+            list(pool.run(dies_always, [job]))
+        assert "\n" not in str(raised.value)
+        with pytest.raises(OSError, match="No space left on device on node ") as full:
+            list(pool.run(disk_full, [job]))
+        assert (full.value.errno, full.value.filename) == (28, "/full/disk")
+        with pytest.raises(ChunkError) as chunk:
+            list(pool.run(damaged, [job]))
+        assert chunk.value.number == 7
+        with pytest.raises(DataError, match=r"^one line$"):
+            list(pool.run(refused, [job]))
+        gone = replace(job, containers=(Container("tar", "/nowhere/a.tar"),))
+        with pytest.raises(SetupError, match=r"source /nowhere/a\.tar is not on node "):
+            list(pool.run(squared, [gone]))
+        began = time.monotonic()
+        with contextlib.suppress(DataError):
+            for _ in pool.run(sleeps, [replace(job, value=0), *[replace(job, value=60)] * 3]):
+                raise DataError("the driver has enough")
+        assert list(pool.run(squared, [job])) == [49]  # what slept was ended
+        assert time.monotonic() - began < 30
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # no mark is left
+
+
+@pytest.mark.ray
+def test_a_node_that_is_unlike_the_driver_is_named(cluster, tmp_path, monkeypatch):
+    with (
+        cluster.pool() as pool,
+        pytest.raises(SetupError, match="is not the folder of this build; name an OUT on storage"),
+    ):
+        list(pool.run(squared, [Job(Unshared(str(tmp_path)), 1)]))
+    monkeypatch.setattr("cluster.ray_pool.libraries", lambda: {"pillow": "0.1", "torch": "0.2"})
+    with cluster.pool() as pool, pytest.raises(SetupError, match=r"the driver 0\.[12]: their by"):
+        list(pool.run(squared, [Job(Folder(str(tmp_path)), 1)]))
+
+
+class Killing:
+    """A pool during whose work a node and a worker are killed."""
+
+    def __init__(self, pool: Any, when: dict[str, tuple[int, Callable[[], None]]]) -> None:
+        self.pool, self.when, self.left = pool, dict(when), set(when)
+
+    def run(self, task: Callable, jobs: Iterable) -> Iterator:
+        for count, result in enumerate(self.pool.run(task, jobs)):
+            number, kill = self.when[task.__name__]
+            if count == number:
+                kill()
+                self.left.remove(task.__name__)
+            yield result
+
+
+@pytest.mark.ray
+def test_the_bytes_are_those_of_a_local_build_though_a_node_and_a_worker_die(
+    cluster, tmp_path, monkeypatch
+):
+    pictures = folder_per_class(tmp_path / "pictures", 150)
+    monkeypatch.setattr(plan, "SMALLEST_CHUNK", 8)
+    options = Build(
+        out=str(tmp_path / "local"),
+        train=str(pictures),
+        holdout=0.1,
+        samples_per_shard=15,
+        workers=2,
+    )
+    build(options)
+    again: list[bool] = []
+    attempt = __import__("cluster.ray_pool").ray_pool.Attempt
+    real = attempt.again
+    monkeypatch.setattr(
+        attempt, "again", lambda self, node_died: again.append(node_died) or real(self, node_died)
+    )
+
+    def kill_node() -> None:
+        cluster.nodes.remove_node(cluster.others.pop(), allow_graceful=False)
+
+    def kill_worker() -> None:
+        os.kill(processes(cluster.mark, "ray::do")[0], signal.SIGKILL)
+
+    out = Folder(str(tmp_path / "ray"))
+    kills = {"pack_chunk": (9, kill_node), "write_shard_of": (7, kill_worker)}
+    with cluster.pool() as pool:
+        killing = Killing(pool, kills)
+        build(replace(options, out=out.address), out, killing)
+    assert killing.left == set()
+    assert len(again) >= 2  # something was under way on the node, and in the worker
+    local = Folder(options.out)
+    assert out.names() == local.names()
+    for name in local.names():
+        assert out.read(name) == local.read(name), name
+    assert not any(name.startswith(WORK) for name in local.names())
+
+
+def command(*words: object, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.build_shards", *map(str, words)],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.ray
+def test_as_a_user_starts_it_onto_s3(pictures, tiny_data, monkeypatch):
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    mark, environment = marked(
+        PYTHONPATH=str(REPOSITORY),
+        AWS_ENDPOINT_URL="http://{}:{}".format(*server.get_host_and_port()),
+        AWS_ACCESS_KEY_ID="key",
+        AWS_SECRET_ACCESS_KEY="secret",
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_EC2_METADATA_DISABLED="true",
+        AWS_SHARED_CREDENTIALS_FILE=os.devnull,
+        AWS_CONFIG_FILE=os.devnull,
+    )
+    flags = ("--train", pictures / "train", "--val", pictures / "val", "--samples-per-shard", 10)
+    try:
+        for name in environment:
+            if name.startswith("AWS_"):
+                monkeypatch.setenv(name, environment[name])
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        system.mkdir("bucket")
+        done = command("s3://bucket/set", *flags, environment=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout == ""
+        assert "data set s3://bucket/set: 48 train, 20 val pictures" in done.stderr
+        assert not {"Traceback", "WARNING", "INFO"} & set(done.stderr.split())
+        expected = {path.name: path.read_bytes() for path in tiny_data.iterdir()}
+        assert set(system.ls("bucket/set", detail=False)) == {f"bucket/set/{n}" for n in expected}
+        for name, data in expected.items():
+            assert system.cat_file(f"bucket/set/{name}") == data
+        assert processes(mark) == []
+    finally:
+        end_processes(mark)
+        server.stop()
+
+
+def test_a_wrong_command_is_refused_before_ray_starts(tmp_path, monkeypatch):
+    from cluster.build_shards import main
+
+    def no_ray(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("cluster.ray_pool.session", no_ray)
+    flags = ["--train", str(tmp_path / "nowhere")]
+    for words, message in (
+        ([str(tmp_path / "out"), *flags], "nowhere"),
+        ([str(tmp_path / "out"), *flags, "--workers", "-1"], "--workers -1 is out of range"),
+        ([str(tmp_path / "out"), *flags, "--quality", "0"], "--quality 0 is out of range"),
+        (["ftp://host/x", *flags], "written to folders and to object stores"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            main(words)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UsageError, match="OUT out is relative"):
+        main(["out", *flags])

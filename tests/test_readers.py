@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import io
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import SetupError, UsageError
+from pipeline.sources import limits, remote_file
+from pipeline.sources.addresses import open_file
+from pipeline.sources.asking import Unreachable
+from pipeline.sources.listing import Container, Unreadable
+from pipeline.sources.readers import open_reader
+from pipeline.sources.remote_file import RemoteFile
+from pipeline.sources.tar_headers import members
+from pipeline.stores.errors import StoreError
+from tests.ranges import RangeServer
+from tests.servers import HASTY, QUICK, Server
+
+FILES = {f"{place:04d}.jpg": np.random.default_rng(place).bytes(20_000) for place in range(300)}
+
+
+def write_tar(path: Path, files: dict[str, bytes] = FILES) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tar(tmp_path_factory.mktemp("tar") / "a.tar")
+
+
+def test_files_of_a_folder_one_by_one(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "real").write_bytes(b"real")
+    (tmp_path / "in/link.jpg").symlink_to(tmp_path / "real")
+    (tmp_path / "in/gone.jpg").symlink_to(tmp_path / "nothing")
+    (tmp_path / "in/folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "in/pipe.jpg")
+    (tmp_path / "in/null.jpg").symlink_to("/dev/zero")
+    (tmp_path / "in/empty.jpg").write_bytes(b"")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/\xff.jpg")).write_bytes(b"odd")
+    reader = open_reader(Container("folder", str(tmp_path / "in")))
+    assert reader.read("link.jpg", 0, -1) == b"real"
+    assert reader.read("empty.jpg", 0, -1) == b""
+    assert reader.read("\udcff.jpg", 0, -1) == b"odd"
+    for name, says in {
+        "gone.jpg": "cannot be read: No such file",
+        "folder.jpg": "folder",
+        "pipe.jpg": "pipe",
+        "null.jpg": "device",
+        "a\0b.jpg": "embedded null",
+    }.items():
+        with pytest.raises(Unreadable, match=says):
+            reader.read(name, 0, -1)
+    reader.close()
+
+
+def test_a_file_that_does_not_know_its_size():
+    reader = open_reader(Container("folder", "/proc/self"))
+    assert b"VmRSS" in reader.read("status", 0, -1)
+
+
+def test_a_picture_beyond_the_limit_is_not_read(tmp_path, tar, monkeypatch):
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(limits.MOST_BYTES + 1)  # takes no room
+    with pytest.raises(Unreadable, match="too large: 268,435,457 bytes"):
+        open_reader(Container("folder", str(tmp_path))).read("huge.jpg", 0, -1)
+    with pytest.raises(Unreadable, match="too large"):
+        open_reader(Container("tar", str(tar))).read("x", 512, limits.MOST_BYTES + 1)
+    monkeypatch.setattr(limits, "MOST_BYTES", 100)
+    with pytest.raises(Unreadable, match="too large: 4,"):
+        open_reader(Container("folder", "/proc/self")).read("smaps", 0, -1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+@pytest.mark.parametrize("address", ["/nowhere/at/all", "memory://nowhere/at/all"])
+def test_what_is_gone_is_an_error_of_the_container(kind, address):
+    with pytest.raises(OSError, match=r"No such file|not there"):
+        open_reader(Container(kind, address), QUICK)
+
+
+def test_a_folder_that_went_away_is_not_a_bad_picture(tmp_path):
+    (tmp_path / "in").mkdir()
+    reader = open_reader(Container("folder", str(tmp_path / "in")))
+    (tmp_path / "in").rmdir()
+    with pytest.raises(FileNotFoundError):
+        reader.read("x.jpg", 0, -1)
+
+
+def every_member(address: str, policy=QUICK) -> dict[str, bytes]:
+    with open_file(address, policy) as file:
+        found = list(members(file, address))
+    reader = open_reader(Container("tar", address), policy)
+    result = {item.name: reader.read(item.name, item.offset, item.size) for item in found}
+    reader.close()
+    return result
+
+
+def test_members_of_a_tar(tar, tmp_path):
+    assert every_member(str(tar)) == FILES
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(tar.read_bytes()[:5000])
+    reader = open_reader(Container("tar", str(cut)))
+    with pytest.raises(OSError, match=r"cut\.tar ends inside 0000\.jpg"):
+        reader.read("0000.jpg", 512, 20_000)
+    reader.close()
+
+
+def test_a_remote_tar_is_read_in_few_requests(tar):
+    with RangeServer(tar.parent) as server:
+        reader = open_reader(Container("tar", f"{server.address}/a.tar"), QUICK)
+        with tarfile.open(tar) as file:
+            found = file.getmembers()
+        for item in found:
+            assert reader.read(item.name, item.offset_data, item.size) == FILES[item.name]
+        reader.close()
+        # 6 MB: one request for the size, then 64 KiB, 128 KiB, ... 4 MiB.
+        assert len(server.requests) <= 9, server.requests
+        assert sum(end - start for _, start, end in server.requests) < 1.05 * tar.stat().st_size
+
+
+def test_reading_here_and_there_takes_only_what_is_asked(tar):
+    with RangeServer(tar.parent) as server:
+        reader = open_reader(Container("tar", f"{server.address}/a.tar"), QUICK)
+        server.requests.clear()
+        with tarfile.open(tar) as file:
+            found = file.getmembers()
+        for place in (290, 3, 200, 100):
+            item = found[place]
+            assert reader.read(item.name, item.offset_data, item.size) == FILES[item.name]
+        assert sum(end - start for _, start, end in server.requests) <= 4 * (1 << 16)
+        reader.close()
+
+
+def test_forked_workers_read_from_a_store(tar):
+    with RangeServer(tar.parent) as server:
+        address = f"{server.address}/a.tar"
+        assert every_member(address) == FILES  # a scan before the workers start
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map(every_member, [address] * 4, 1) == 4 * [FILES]
+
+
+def test_a_remote_tar_survives_faults(tar):
+    with RangeServer(tar.parent) as server:
+        server.fail("a.tar", ["", *3 * ["503", "cut", "", "short", "429", ""]])
+        assert every_member(f"{server.address}/a.tar") == FILES
+
+
+def test_a_store_that_fails_for_good_is_one_line(tar):
+    with RangeServer(tar.parent) as server:
+        server.fail("a.tar", itertools.chain([""], itertools.repeat("503")))
+        reader = open_reader(Container("tar", f"{server.address}/a.tar"), QUICK)
+        with pytest.raises(Unreachable, match=r"tried 4 times .* try again later") as raised:
+            reader.read("0000.jpg", 512, 20_000)
+        assert isinstance(raised.value, StoreError)
+        assert isinstance(raised.value, OSError)
+        assert "\n" not in str(raised.value)
+        with pytest.raises(Unreachable, match=r"b\.tar could not be read, tried 2 times.*404"):
+            open_reader(Container("tar", f"{server.address}/b.tar"), QUICK)
+    with pytest.raises(Unreachable, match="tried 4 times"):
+        open_reader(Container("tar", "http://127.0.0.1:1/a.tar"), QUICK)
+
+
+def test_a_server_without_ranges_gives_the_file_once(tar):
+    with Server(tar.parent) as server:
+        with RemoteFile(f"{server.address}/a.tar", QUICK) as file:
+            before = server.counts["a.tar"]
+            file.seek(-1024, os.SEEK_END)
+            assert file.read() == tar.read_bytes()[-1024:]
+            file.seek(512)
+            assert file.read(20_000) == FILES["0000.jpg"]
+            assert server.counts["a.tar"] == before
+        server.fail("a.tar", ["", "", "", "cut"])
+        assert every_member(f"{server.address}/a.tar", HASTY) == FILES
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "says"),
+    [
+        ("nonsense://x/a.tar", UsageError, "unknown scheme 'nonsense'"),
+        ("https://host/a.tar?key=secret", UsageError, "query"),
+        ("memory://a.tar::memory://b.tar", UsageError, "one set at a time"),
+        ("hdfs3a://x", UsageError, "unknown scheme"),
+    ],
+)
+def test_addresses_that_are_none(address, error, says):
+    with pytest.raises((error, SetupError), match=says) as raised:
+        open_reader(Container("tar", address))
+    assert "secret" not in str(raised.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(0, 3000),
+    steps=st.lists(st.tuples(st.integers(0, 3500), st.integers(-1, 3500)), max_size=30),
+)
+def test_a_remote_file_reads_as_a_local_one(size, steps):
+    """Blocks of a few bytes, so that all their borders are met."""
+    data = np.random.default_rng(size).bytes(size)
+    fsspec.filesystem("memory").pipe_file("/readers/any", data)
+    old = remote_file.SMALLEST, remote_file.LARGEST, remote_file.NEAR, remote_file.AHEAD
+    remote_file.SMALLEST, remote_file.LARGEST, remote_file.NEAR, remote_file.AHEAD = 16, 256, 64, 32
+    try:
+        local = io.BytesIO(data)
+        with RemoteFile("memory://readers/any", QUICK) as file:
+            for place, count in steps:
+                assert file.seek(place) == local.seek(place)
+                assert file.read(count) == local.read(count)
+                assert file.tell() == local.tell()
+                assert file.read(7) == local.read(7)
+    finally:
+        remote_file.SMALLEST, remote_file.LARGEST, remote_file.NEAR, remote_file.AHEAD = old
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write_parquet(path: Path, pictures: list, rows: int, kind: pa.DataType = IMAGE) -> str:
+    table = pa.table({"image": pa.array(pictures, kind), "label": [0] * len(pictures)})
+    pq.write_table(table, path, row_group_size=rows, compression="none" if rows > 40 else "snappy")
+    return str(path)
+
+
+def test_rows_in_any_order(tmp_path):
+    data = [np.random.default_rng(place).bytes(50 + place) for place in range(95)]
+    plain = write_parquet(tmp_path / "plain.parquet", data, 10, pa.binary())
+    large = write_parquet(tmp_path / "large.parquet", data, 95, pa.large_binary())
+    struct = write_parquet(tmp_path / "s.parquet", [{"bytes": item} for item in data], 10)
+    order = np.random.default_rng(0).permutation(95).tolist()
+    for path in (plain, large, struct):
+        reader = open_reader(Container("parquet", path))
+        for place in [*range(95), *order]:
+            assert reader.read("x", place, -1) == data[place]
+        with pytest.raises(OSError, match="has 95 rows, not row 95"):
+            reader.read("x", 95, -1)
+        reader.close()
+
+
+def test_rows_without_bytes(tmp_path, monkeypatch):
+    rows = [None, {"bytes": None, "path": "a.jpg"}, {"bytes": b""}, {"bytes": b"12345"}]
+    reader = open_reader(Container("parquet", write_parquet(tmp_path / "x.parquet", rows, 2)))
+    for place in range(3):
+        with pytest.raises(Unreadable, match="empty row"):
+            reader.read("x", place, -1)
+    assert reader.read("x", 3, -1) == b"12345"
+    monkeypatch.setattr(limits, "MOST_BYTES", 4)
+    with pytest.raises(Unreadable, match="too large: 5 bytes"):
+        reader.read("x", 3, -1)
+
+
+def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path):
+    data = [
+        np.random.default_rng(place).integers(0, 9, 9000, np.uint8).tobytes() for place in range(40)
+    ]
+    path = write_parquet(tmp_path / "x.parquet", data, 10, pa.binary())
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    with Path(path).open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(chunk.total_compressed_size))
+    reader = open_reader(Container("parquet", path))
+    read = []
+    for place in range(40):
+        try:
+            assert reader.read("x", place, -1) == data[place]
+            read.append(place)
+        except Unreadable as error:
+            assert "row group" in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+    assert read == [*range(10), *range(20, 40)]
+
+
+def test_rows_of_a_store(tmp_path):
+    data = [np.random.default_rng(place).bytes(20_000) for place in range(100)]
+    write_parquet(tmp_path / "x.parquet", data, 25, pa.binary())
+    with RangeServer(tmp_path) as server:
+        server.fail("x.parquet", ["", "503", "", "cut", "503"])
+        reader = open_reader(Container("parquet", f"{server.address}/x.parquet"), QUICK)
+        assert [reader.read("x", place, -1) for place in range(100)] == data
+        reader.close()
+        assert len(server.requests) < 15, server.requests
+    with RangeServer(tmp_path) as server:
+        reader = open_reader(Container("parquet", f"{server.address}/x.parquet"), QUICK)
+        server.fail("x.parquet", itertools.repeat("500"))
+        with pytest.raises(Unreachable, match="HTTP 500"):  # not a damaged picture
+            reader.read("x", 60, -1)
+        reader.close()
+
+
+MEMORY = """
+import resource, sys
+from pipeline.sources.listing import Container
+from pipeline.sources.readers import open_reader
+for path in sys.argv[1:]:
+    reader = open_reader(Container("parquet", path))
+    for place in range(reader._starts[-1]):
+        reader.read("x", place, -1)
+    reader.close()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    def file(name: str, count: int, rows: int) -> str:
+        return write_parquet(tmp_path / name, data[:count], rows, pa.binary())
+
+    random = np.random.default_rng(0)
+    data = [random.bytes(200_000) for _ in range(450)]
+
+    files = [file("small", 150, 50), file("many", 450, 50), file("one", 450, 450)]
+    command = [sys.executable, "-c", MEMORY, *files]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    small, many, one = map(int, text.split())
+    assert many - small < 12, text  # MiB; the file has 57 more
+    assert one - small < 24, text  # all of it in one row group: 86 MiB
