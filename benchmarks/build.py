@@ -5,9 +5,11 @@
 PICTURES is a folder per class of JPEGs as they were taken, some hundred of them; they are linked
 several times, so that a turn lasts. A turn is a whole program, from its start to its last byte. All
 make 256x256 JPEGs of quality 95; ours besides turns pictures upright and into sRGB, checks, hashes
-and counts them, shuffles, and writes an index. `steady` is without the start: it leaves out the
-time and the pictures of a tiny set (`start`), which is seconds of imports that a real set does not
-notice. Every second round goes in reverse; ratios are medians of those within a round.
+and counts them, shuffles, and writes an index. `steady` leaves out the time and the pictures of a
+set with each picture once (`once`), and with it the seconds of imports in every process that a real
+set does not notice. `cpu ms` is the processor time of all processes for a picture, also without the start: it
+tells least of what else the machine does. Every second round goes in reverse; ratios are medians of
+those within a round.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -35,9 +38,6 @@ from builders.quality import qualities, quality_table
 
 from pipeline.errors import SetupError, UsageError, run
 from pipeline.progress import Progress
-
-TINY = 8
-"""Pictures of the set that tells how long a program takes to start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,15 @@ class Comparison:
     """Print one JSON object on stdout."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a program took."""
+
+    seconds: float
+    cpu: float
+    """Seconds of processors, of it and all processes that it started."""
+
+
 @dataclass
 class Row:
     """What became of one way."""
@@ -70,10 +79,18 @@ class Row:
     builder: Builder
     workers: int
     missing: str = ""
-    start: float = 0.0
-    """Seconds for the tiny set."""
-    seconds: list[float] = field(default_factory=list)
-    """Of each round."""
+    once: Turn = Turn(0, 0)
+    """For the set with each picture once."""
+    turns: list[Turn] = field(default_factory=list)
+    """One a round."""
+
+    def steady(self, more: int) -> list[float]:
+        """Return img/s of each round for the `more` pictures than once."""
+        return [more / max(t.seconds - self.once.seconds, 1e-9) for t in self.turns]
+
+    def cpu_ms(self, more: int) -> list[float]:
+        """Return milliseconds of processor time a picture of each round, for the same ones."""
+        return [1000 * (t.cpu - self.once.cpu) / more for t in self.turns]
 
 
 @dataclass(frozen=True)
@@ -105,13 +122,13 @@ def chosen(options: Comparison) -> list[Row]:
     return rows
 
 
-def linked(pictures: Path, folder: Path, repeat: int, most: int | None = None) -> Set:
+def linked(pictures: Path, folder: Path, repeat: int) -> Set:
     """Link the pictures into a folder per class, `repeat` times each.
 
     Raises:
         UsageError: there are none.
     """
-    files = sorted(p for p in pictures.glob("*/*") if p.suffix.lower() in {".jpg", ".jpeg"})[:most]
+    files = sorted(p for p in pictures.glob("*/*") if p.suffix.lower() in {".jpg", ".jpeg"})
     if not files:
         raise UsageError(f"{pictures} has no JPEG in a folder of its class; name another folder")
     classes = {name: label for label, name in enumerate(sorted({p.parent.name for p in files}))}
@@ -126,8 +143,8 @@ def linked(pictures: Path, folder: Path, repeat: int, most: int | None = None) -
     return Set(folder / "pictures", folder / "list.txt", len(lines))
 
 
-def turn(row: Row, pictures: Set, out: Path) -> float:
-    """Return the seconds that a program takes for all pictures; its output is deleted.
+def turn(row: Row, pictures: Set, out: Path) -> Turn:
+    """Return what a program takes for all pictures; its output is deleted.
 
     Raises:
         SetupError: it failed.
@@ -140,21 +157,26 @@ def turn(row: Row, pictures: Set, out: Path) -> float:
         out.mkdir()
         program = here / "builders" / f"{row.builder.program}.py"
         what = [str(program), str(pictures.listed), str(out), str(row.workers)]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), _cpu()
     done = subprocess.run([sys.executable, *what], cwd=here.parent, capture_output=True)
-    seconds = time.perf_counter() - started
+    took = Turn(time.perf_counter() - started, _cpu() - before)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise SetupError(f"{row.builder.title} failed: {' '.join(said)}")
     shutil.rmtree(out)
-    return seconds
+    return took
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(rows: list[Row], options: Comparison, folder: Path) -> int:
     """Let the programs take turns, fill in the rows, and return the pictures of a turn."""
-    for name in ("tiny", "whole"):
+    for name in ("once", "whole"):
         (folder / name).mkdir()
-    tiny = linked(options.pictures, folder / "tiny", 1, TINY)
+    once = linked(options.pictures, folder / "once", 1)
     whole = linked(options.pictures, folder / "whole", options.repeat)
     present = [row for row in rows if not row.missing]
     with Progress("measuring", total=(options.rounds + 1) * len(present), unit="turns") as progress:
@@ -162,9 +184,10 @@ def measure(rows: list[Row], options: Comparison, folder: Path) -> int:
             for row in present[:: -1 if number % 2 else 1]:
                 progress.note(row.builder.title)
                 if number == 0:
-                    row.start = min(turn(row, tiny, folder / "out") for _ in range(2))
+                    tries = [turn(row, once, folder / "out") for _ in range(2)]
+                    row.once = Turn(min(t.seconds for t in tries), min(t.cpu for t in tries))
                 else:
-                    row.seconds.append(turn(row, whole, folder / "out"))
+                    row.turns.append(turn(row, whole, folder / "out"))
                 progress.advance(1)
     return whole.count
 
@@ -172,23 +195,23 @@ def measure(rows: list[Row], options: Comparison, folder: Path) -> int:
 def facts(rows: list[Row], count: int, options: Comparison) -> dict[str, Any]:
     """Return everything that was found, ready for JSON."""
     found = {}
+    more = count - count // options.repeat
     for row in rows:
-        steady = [(count - TINY) / max(seconds - row.start, 1e-9) for seconds in row.seconds]
         found[row.name] = {
             "title": row.builder.title + (f", {row.workers} process" if row.workers == 1 else ""),
             "library": row.builder.library,
             "version": _version(row.builder),
             "workers": row.workers,
-            "start_s": round(row.start, 2),
-            "img_s": [round(count / seconds, 1) for seconds in row.seconds],
-            "steady_img_s": [round(rate, 1) for rate in steady],
+            "once_s": round(row.once.seconds, 2),
+            "img_s": [round(count / one.seconds, 1) for one in row.turns],
+            "steady_img_s": [round(rate, 1) for rate in row.steady(more)],
+            "cpu_ms": [round(ms, 3) for ms in row.cpu_ms(more)],
             "missing": row.missing or None,
         }
     for way in found.values():
-        ours = found.get("ours", way)["steady_img_s"]
-        pairs = zip(ours, way["steady_img_s"], strict=False)
-        ratios = [a / b for a, b in pairs]
-        way["ours_over_it"] = round(statistics.median(ratios), 3) if ratios else None
+        ours = found.get("ours", way)
+        way["ours_over_it"] = _ratio(ours["steady_img_s"], way["steady_img_s"])
+        way["its_cpu_over_ours"] = _ratio(way["cpu_ms"], ours["cpu_ms"])
     return {
         "cores": len(os.sched_getaffinity(0)),
         "load_at_end": round(os.getloadavg()[0], 2),
@@ -198,30 +221,39 @@ def facts(rows: list[Row], count: int, options: Comparison) -> dict[str, Any]:
     }
 
 
+def _ratio(ones: list[float], others: list[float]) -> float | None:
+    ratios = [one / other for one, other in zip(ones, others, strict=True)]
+    return round(statistics.median(ratios), 3) if ratios else None
+
+
 def table(found: dict[str, Any]) -> rich.table.Table:
     """Return the facts as people read them."""
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
     out.add_column("way", no_wrap=True)
-    for title in ("start s", "img/s", "steady img/s", "rounds", "ours is"):
+    for title in ("once s", "img/s", "steady", "rounds", "ours is", "cpu ms", "ours is"):
         out.add_column(title, justify="right", no_wrap=True)
+    missing = []
     for way in found["ways"].values():
         if way["missing"]:
-            out.add_row(way["title"], "", "", way["missing"])
+            missing.append(f"{way['title']}: {way['missing']}")
             continue
         steady = way["steady_img_s"]
         out.add_row(
             way["title"],
-            f"{way['start_s']:.1f}",
+            f"{way['once_s']:.1f}",
             f"{statistics.median(way['img_s']):,.0f}",
             f"{statistics.median(steady):,.0f}",
             f"{min(steady):,.0f} to {max(steady):,.0f}",
             f"{way['ours_over_it']:.2f}x",
+            f"{statistics.median(way['cpu_ms']):.2f}",
+            f"{way['its_cpu_over_ours']:.2f}x",
         )
     out.title = (
         f"{found['pictures']:,} pictures a turn, {found['workers']} processes on {found['cores']} "
         f"cores; load at the end {found['load_at_end']}"
     )
     out.title_justify = "left"
+    out.caption, out.caption_justify = "\n".join(missing), "left"
     return out
 
 
@@ -235,8 +267,8 @@ def _version(builder: Builder) -> str | None:
 def main() -> None:
     """Compare the ways of packing and print the tables."""
     options = tyro.cli(Comparison, prog="python benchmarks/build.py", description=__doc__)
-    if min(options.rounds, options.workers, options.repeat) < 1:
-        raise UsageError("--rounds, --workers and --repeat must be above 0")
+    if min(options.rounds, options.workers, options.repeat - 1) < 1:
+        raise UsageError("--rounds and --workers must be above 0, --repeat above 1")
     if options.folder is not None and not options.folder.is_dir():
         raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
     rows = chosen(options)
@@ -244,6 +276,7 @@ def main() -> None:
         count = measure(rows, options, Path(folder))
     found = facts(rows, count, options)
     console = rich.console.Console(stderr=options.json)
+    console.width = max(console.width, 112)  # no column is cut where nobody looks
     console.print(table(found))
     if options.quality:
         found["quality"] = qualities(sorted(options.pictures.glob("*/*"))[::5])

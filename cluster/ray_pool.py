@@ -132,12 +132,13 @@ class RayPool:
             try:
                 result: R = ray.get(done)
             except RayTaskError as error:
+                if isinstance(error.cause, (RayError, ImportError)):
+                    raise _unfit(error.cause) from error
                 raise error.cause from error
             except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
                 self._submit(task, attempt.again(isinstance(error, NodeDiedError)))
             except RayError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise SetupError(f"Ray cannot pack any more ({reason}); mend it") from error
+                raise _unfit(error) from error
             else:
                 yield result
 
@@ -183,6 +184,16 @@ class RayPool:
     ) -> None:
         self._cancel()
         self._stack.close()
+
+
+def _unfit(error: Exception) -> SetupError:
+    """Return an error in one line: that of Ray, or the one of Python that Ray quotes."""
+    told = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    quoted = [line for line in told if line.startswith(("ModuleNotFoundError", "ImportError"))]
+    return SetupError(
+        f"a node of the cluster cannot pack ({(quoted or told)[0]}); each needs a running Ray, and "
+        "this project's code and packages"
+    )
 
 
 def _forget(target: Target, mark: str) -> None:

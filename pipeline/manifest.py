@@ -84,6 +84,10 @@ class Manifest:
     """Groups of pictures that are the same or nearly so; `duplicates.jsonl` lists them."""
     leaks: int = 0
     """Those of the groups that are in more than one split."""
+    rejects_sha256: str | None = None
+    """SHA-256 of `rejects.jsonl`; None in sets from before it was kept."""
+    duplicates_sha256: str | None = None
+    """SHA-256 of `duplicates.jsonl`; None in sets from before there was one."""
     libraries: dict[str, str] = field(default_factory=dict)
     """Releases of the libraries that decided the bytes of the shards."""
     foreign: bool = False

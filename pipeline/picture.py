@@ -6,7 +6,7 @@ How pictures of any kind become one is `pipeline.packing.pixels`.
 from __future__ import annotations
 
 import io
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +31,3 @@ def as_npy(pixels: Pixels) -> bytes:
         file, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False
     )
     return file.getvalue()
-
-
-def __getattr__(name: str) -> Any:  # the old homes; the lead takes them out
-    if name in {"square", "encode", "PictureError"}:
-        from pipeline.packing import pixels
-
-        return getattr(pixels, name)
-    raise AttributeError(name)

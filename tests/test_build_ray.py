@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -13,21 +14,23 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pytest
 
 from pipeline.errors import DataError, DuetError, SetupError, UsageError
+from pipeline.files import PARTIAL
 from pipeline.packing import plan
 from pipeline.packing.build import build
 from pipeline.packing.chunks import ChunkError
 from pipeline.packing.isolated import Crash, isolated
 from pipeline.packing.options import Build
-from pipeline.packing.target import WORK, Folder, Target
+from pipeline.packing.target import Folder, Target
 from pipeline.sources import Container
 from tests.drawn import folder_per_class
 from tests.test_ray import end_processes, marked, processes
+from tests.test_store_target import Here
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -57,7 +60,13 @@ def cluster() -> Iterator[SimpleNamespace]:
             with session(0, ahead=None):
                 # One driver for all tests: its workers need not start again for each.
                 patch.setattr(ray_pool, "session", lambda *_, **__: contextlib.nullcontext())
-                yield SimpleNamespace(mark=mark, nodes=nodes, others=others, pool=ray_pool.RayPool)
+                yield SimpleNamespace(
+                    mark=mark,
+                    nodes=nodes,
+                    others=others,
+                    pool=ray_pool.RayPool,
+                    attempt=ray_pool.Attempt,
+                )
         finally:
             nodes.shutdown()
             end_processes(mark)
@@ -115,6 +124,10 @@ def forks(job: Job) -> tuple[int, str]:
     return 0, "did not crash"
 
 
+def lacks_a_package(job: Job) -> None:
+    importlib.import_module("no_such_package")
+
+
 def sleeps(job: Job) -> None:
     for _ in range(100 * job.value):
         time.sleep(0.01)
@@ -150,6 +163,8 @@ def test_results_errors_and_deaths_come_to_the_driver(cluster, tmp_path, monkeyp
         assert chunk.value.number == 7
         with pytest.raises(DataError, match=r"^one line$"):
             list(pool.run(refused, [job]))
+        with pytest.raises(SetupError, match=r"cannot pack .No module named 'no_such_package'.; "):
+            list(pool.run(lacks_a_package, [job]))
         gone = replace(job, containers=(Container("tar", "/nowhere/a.tar"),))
         with pytest.raises(SetupError, match=r"source /nowhere/a\.tar is not on node "):
             list(pool.run(squared, [gone]))
@@ -174,18 +189,27 @@ def test_a_node_that_is_unlike_the_driver_is_named(cluster, tmp_path, monkeypatc
         list(pool.run(squared, [Job(Folder(str(tmp_path)), 1)]))
 
 
-class Killing:
-    """A pool during whose work a node and a worker are killed."""
+@dataclass(frozen=True)
+class Slow(Folder):
+    """A folder in which it shows how a worker dies while it writes."""
 
-    def __init__(self, pool: Any, when: dict[str, tuple[int, Callable[[], None]]]) -> None:
-        self.pool, self.when, self.left = pool, dict(when), set(when)
+    @contextlib.contextmanager
+    def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
+        with super().create(name, durable=durable) as file:
+            yield file
+            time.sleep(0.4 * name.endswith((".bin", ".tar")))
+
+
+class Killing:
+    """A pool during whose work something is killed, once for each task, when it can be."""
+
+    def __init__(self, pool: Any, kills: dict[str, Callable[[], bool]]) -> None:
+        self.pool, self.left = pool, kills
 
     def run(self, task: Callable, jobs: Iterable) -> Iterator:
-        for count, result in enumerate(self.pool.run(task, jobs)):
-            number, kill = self.when[task.__name__]
-            if count == number:
-                kill()
-                self.left.remove(task.__name__)
+        for result in self.pool.run(task, jobs):
+            if task.__name__ in self.left and self.left[task.__name__]():
+                del self.left[task.__name__]
             yield result
 
 
@@ -199,35 +223,58 @@ def test_the_bytes_are_those_of_a_local_build_though_a_node_and_a_worker_die(
         out=str(tmp_path / "local"),
         train=str(pictures),
         holdout=0.1,
-        samples_per_shard=15,
-        workers=2,
+        samples_per_shard=30,
+        workers=1,
     )
-    build(options)
+    build(options, pool=Here())
     again: list[bool] = []
-    attempt = __import__("cluster.ray_pool").ray_pool.Attempt
-    real = attempt.again
+    real = cluster.attempt.again
     monkeypatch.setattr(
-        attempt, "again", lambda self, node_died: again.append(node_died) or real(self, node_died)
+        cluster.attempt,
+        "again",
+        lambda self, node_died: again.append(node_died) or real(self, node_died),
     )
 
-    def kill_node() -> None:
-        cluster.nodes.remove_node(cluster.others.pop(), allow_graceful=False)
+    def writing(ending: str) -> list[int]:
+        """The processes that write such a file at this moment."""
+        found = Path(out.address).rglob(f"*{ending}.*{PARTIAL}")
+        return [int(path.name.removesuffix(PARTIAL).rpartition(".")[2]) for path in found]
 
-    def kill_worker() -> None:
-        os.kill(processes(cluster.mark, "ray::do")[0], signal.SIGKILL)
+    def kill_node() -> bool:
+        for node in cluster.others:
+            (raylet,) = node.all_processes["raylet"]
+            if workers := [pid for pid in writing(".bin") if parent(pid) == raylet.process.pid]:
+                for pid in (raylet.process.pid, *workers):  # all at once, as with a machine
+                    os.kill(pid, signal.SIGKILL)
+                cluster.nodes.remove_node(node, allow_graceful=False)
+                cluster.others.remove(node)
+                return True
+        return False
 
-    out = Folder(str(tmp_path / "ray"))
-    kills = {"pack_chunk": (9, kill_node), "write_shard_of": (7, kill_worker)}
+    def kill_worker() -> bool:
+        for pid in writing(".tar"):
+            os.kill(pid, signal.SIGKILL)
+            return True
+        return False
+
+    out = Slow(str(tmp_path / "ray"))
     with cluster.pool() as pool:
-        killing = Killing(pool, kills)
+        killing = Killing(pool, {"pack_chunk": kill_node, "write_shard_of": kill_worker})
         build(replace(options, out=out.address), out, killing)
-    assert killing.left == set()
-    assert len(again) >= 2  # something was under way on the node, and in the worker
+    assert killing.left == {}
+    assert len(again) >= 2  # both left work behind
     local = Folder(options.out)
-    assert out.names() == local.names()
+    assert sorted(os.listdir(out.address)) == sorted(local.names())
     for name in local.names():
         assert out.read(name) == local.read(name), name
-    assert not any(name.startswith(WORK) for name in local.names())
+
+
+def parent(pid: int) -> int:
+    """The process that started this one; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def command(*words: object, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

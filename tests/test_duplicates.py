@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.packing import hamming
+from pipeline.packing.blocks import Block, best_cut
 from pipeline.packing.duplicates import LISTED, Group, Member, find, write
 from pipeline.packing.forest import Forest
-from pipeline.packing.hamming import Block, _Search, best_cut, clusters
+from pipeline.packing.hamming import _Search, clusters
 from pipeline.packing.perceptual import NEAR
 
 
@@ -76,18 +77,19 @@ def test_so_does_the_way_for_crowded_keys(hashes: np.ndarray, threshold: int, lo
     """Runs count as long at once, and any gain is worth sifting bits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hamming, "LONG", long)
-        patch.setattr(hamming, "_SORT", 0.01)
+        patch.setattr(hamming, "SIFTED", 30)
+        patch.setattr(hamming, "CHECK", 1e4)
         found = [rows.tolist() for rows in clusters(hashes, threshold, workers=1)]
     assert found == brute_force(hashes, threshold)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 64), st.integers(2, 2**32), st.integers(130, 256), st.data())
+@given(st.integers(0, 40), st.integers(2, 2**32), st.integers(130, 256), st.data())
 def test_enough_blocks_of_a_group_are_equal(
     threshold: int, rows: int, bits: int, data: st.DataObject
 ) -> None:
     """Whatever `threshold` bits differ. An enemy spends them best on one block each."""
-    equal, groups = best_cut(threshold, rows, bits)
+    equal, groups, tables, width = best_cut(threshold, rows, bits)
     places = [
         set(range(block.start, block.start + block.width)) for group in groups for block in group
     ]
@@ -97,6 +99,8 @@ def test_enough_blocks_of_a_group_are_equal(
     assert (
         sum(len(group) - equal + 1 for group in groups) == threshold + 1
     )  # what the enemy would need
+    assert tables == sum(len(list(combinations(group, equal))) for group in groups)
+    assert width == equal * min(map(len, places))
     spoiled = data.draw(
         st.sets(st.integers(0, len(places) - 1), max_size=min(threshold, len(places)))
     )

@@ -20,9 +20,10 @@ from PIL import Image
 
 from pipeline.batches import Stream
 from pipeline.errors import DuetError, UsageError
+from pipeline.index import key_in_idx
 from pipeline.index.__main__ import main
-from pipeline.index.foreign import Outcome, Request, index_folder
-from pipeline.index.idx import key_in_idx, read_idx
+from pipeline.indexing.foreign import Outcome, Request, index_folder
+from pipeline.indexing.idx import read_idx
 from pipeline.manifest import Manifest
 from pipeline.native import NativeReader
 from pipeline.pixel_stats import Statistics
@@ -456,7 +457,7 @@ def test_a_set_of_a_store_may_have_any_names(folder, tmp_path):
 
 
 def test_processes_that_die_are_told(monkeypatch, folder):
-    monkeypatch.setattr("pipeline.index.foreign.examine", _die)
+    monkeypatch.setattr("pipeline.indexing.foreign.examine", _die)
     with pytest.raises(DuetError, match="a process died"):
         index(folder, workers=2)
 

@@ -434,6 +434,17 @@ def test_encoding_keeps_the_picture(chroma):
     assert len(encode(original, 50, chroma)) < len(data)
 
 
+@pytest.mark.parametrize("chroma", ["4:2:0", "4:4:4"])
+@pytest.mark.parametrize("quality", [50, 90, 95, 96, 98])
+def test_stored_pictures_lose_no_more_than_pillows(quality, chroma):
+    original = noisy(9, 256, 256)
+    pillow = saved(Image.fromarray(original), "JPEG", quality=quality, subsampling=chroma)
+    ours = encode(original, quality, chroma)
+    got, theirs = (np.asarray(Image.open(io.BytesIO(data))) for data in (ours, pillow))
+    assert psnr(got, original) > psnr(theirs, original) - 0.02
+    assert len(ours) < 1.01 * len(pillow)
+
+
 def test_libraries_print_nothing(capfd):
     data = bytearray(FORMATS["tiff-jpeg"](Image.fromarray(drawn(8, 72, 64))))
     data[data.index(b"\xff\xdb") + 4] = 15  # a quantisation table that cannot be

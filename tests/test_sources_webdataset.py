@@ -5,6 +5,7 @@ import json
 import os
 import string
 import tarfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -285,7 +286,11 @@ def test_a_label_of_a_gigabyte_is_not_read(tmp_path):
             info.size = len(body)
             file.write(info.tobuf() + body.ljust(512, b"\0"))
         file.write(bytes(10240))
+    tracemalloc.start()
     listing = scan(path, tmp_path / "scratch")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100 << 20
     assert len(listing) == 2
     assert rejects(listing) == {"a.jpg": "no label: its .cls of 1,073,741,824 bytes holds none"}
 

@@ -1,4 +1,4 @@
-"""`litdata.optimize`: its own chunks of 64 MB; the pictures are made by Pillow, as `pillow_shards` does."""
+"""`litdata.optimize`: its own chunks of 64 MB, of pictures made by Pillow as in `pillow_shards`."""
 
 from __future__ import annotations
 

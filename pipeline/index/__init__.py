@@ -1,12 +1,6 @@
 """Where each sample of a split lies: `SPLIT.index.npy`, a file that only Duet reads.
 
-    samples     members of a tar -> samples, the picture and the label of each
-    idx         DALI's `.idx` of a tar
-    names       labels as they are written -> numbers, and the names of the classes
-    examine     one shard of another tool -> its rows, and what is wrong with it
-    foreign     a folder of such shards -> a data set
-
-`python -m pipeline.index DIR` is the last of these; this module itself needs no more than NumPy.
+`python -m pipeline.index DIR` gives shards of other tools such a file; `pipeline.indexing` does it.
 """
 
 from __future__ import annotations
@@ -46,6 +40,17 @@ def split_name(name: str) -> tuple[str, str]:
     return (name[:dot], name[dot + 1 :]) if dot >= 0 else ("", name)
 
 
+def key_in_idx(path: Path, place: int) -> str | None:
+    """Return the key of the sample at `place` of the shard with this `.idx`, if it can be had."""
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+            line = next(line for number, line in enumerate(file) if number == place + 1)
+    except (OSError, StopIteration):
+        return None
+    words = line.split()
+    return split_name(words[3])[0] if len(words) >= 4 else None
+
+
 def save_index(data: Path, split: str, rows: Index) -> str:
     """Write `SPLIT.index.npy` and return its SHA-256."""
     path = data / index_name(split)
@@ -66,7 +71,7 @@ def load_index(data: Path, name: str, split: Split) -> Index:
     try:
         known = sha256(path) == split.index_sha256
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header, NumPy's reader raises what it pleases
         raise DataError(f"{path} cannot be read ({error}); {REBUILD}") from error
     if not known or rows.dtype != INDEX_DTYPE or len(rows) != split.samples:
         raise DataError(f"{path} is not the index that was built; {REBUILD}")

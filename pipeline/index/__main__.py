@@ -20,7 +20,7 @@ from typing import Annotated
 import tyro
 
 from pipeline.errors import DataError, UsageError, run
-from pipeline.index.foreign import WORKERS, Outcome, Request, index_folder
+from pipeline.indexing.foreign import WORKERS, Outcome, Request, index_folder
 
 LISTED = 20
 """Lines about bad samples on the terminal; --json has them all."""

@@ -52,7 +52,7 @@ class Bar:
     """Of the longest bar, 0..1."""
 
 
-def round_values(high: float, about: int = 4) -> list[float]:
+def round_values(high: float, about: int = 5) -> list[float]:
     """Some `about` round numbers 0..high: multiples of 1, 2 or 5 times a power of ten."""
     rough = high / about
     power = 10.0 ** math.floor(math.log10(rough))

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pipeline.dataset import DataSet, is_remote
 from pipeline.errors import REBUILD, DataError
+from pipeline.files import sha256
 from pipeline.index import Index, load_index
 from pipeline.manifest import Manifest, Split
 from pipeline.pixel_stats import Statistics
@@ -124,7 +125,7 @@ def gather(data: str, dataset: DataSet) -> Facts:
         ],
         statistics=statistics,
         components=[_component(statistics, place) for place in range(3)],
-        reasons=_reasons(data, dataset) if manifest.rejected else [],
+        reasons=_reasons(data, dataset, manifest) if manifest.rejected else [],
         duplicates=_duplicates(data, dataset, manifest),
     )
 
@@ -150,10 +151,10 @@ def _component(statistics: Statistics, place: int) -> Component:
     )
 
 
-def _reasons(data: str, dataset: DataSet) -> list[Reason] | None:
+def _reasons(data: str, dataset: DataSet, manifest: Manifest) -> list[Reason] | None:
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    with _list(data, dataset, REJECTS) as path:
+    with _list(data, dataset, REJECTS, manifest.rejects_sha256) as path:
         if path is None:
             return None
         for row in _rows(path):
@@ -164,12 +165,11 @@ def _reasons(data: str, dataset: DataSet) -> list[Reason] | None:
 
 
 def _duplicates(data: str, dataset: DataSet, manifest: Manifest) -> Duplicates | None:
-    # Sets that were never searched have no list; an empty one is not worth a fetch.
-    if is_remote(data) and not manifest.duplicates:
-        return None
+    if is_remote(data) and not manifest.duplicates and manifest.duplicates_sha256 is None:
+        return None  # it was never searched, and a store is slow to say so
     counts = dict.fromkeys(("groups", "pictures", "exact", "near", "leaks", "labels_differ"), 0)
     shown: dict[tuple[bool, bool], list[dict[str, Any]]] = {}
-    with _list(data, dataset, DUPLICATES) as path:
+    with _list(data, dataset, DUPLICATES, manifest.duplicates_sha256) as path:
         if path is None:
             return None
         for row in _rows(path):
@@ -187,21 +187,29 @@ def _duplicates(data: str, dataset: DataSet, manifest: Manifest) -> Duplicates |
 
 
 @contextmanager
-def _list(data: str, dataset: DataSet, name: str) -> Iterator[Path | None]:
-    """Give the path of a list beside the manifest; None where there is none."""
+def _list(data: str, dataset: DataSet, name: str, expected: str | None) -> Iterator[Path | None]:
+    """Give the path of a list beside the manifest, checked if its hash is known; None if missing.
+
+    Raises:
+        DataError: it is not the one that was built.
+        StoreError: the store does not give it.
+    """
     if not is_remote(data):
         path = dataset.folder / name
+        if path.is_file() and expected not in (None, sha256(path)):
+            raise DataError(f"{path} is not the one that was built; restore it, or {REBUILD}")
         yield path if path.is_file() else None
         return
+    from pipeline.stores.errors import Mismatch
     from pipeline.stores.fetch import Store
+
+    def check(path: Path) -> None:
+        if expected not in (None, sha256(path)):
+            raise Mismatch("SHA-256 differs from the manifest")
 
     with tempfile.TemporaryDirectory(prefix="duet-") as folder:
         stop = threading.Event()
-        yield Store(data).fetch(name, Path(folder), _any, limit=LARGEST_LIST, stop=stop)
-
-
-def _any(path: Path) -> None:
-    """Accept what arrived: the manifest holds no hash of the lists."""
+        yield Store(data).fetch(name, Path(folder), check, limit=LARGEST_LIST, stop=stop)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -26,10 +26,10 @@ from pipeline.inspect.charts import bars, class_chart, size_chart
 from pipeline.inspect.facts import ORIGINAL_MEAN, Facts, gather
 from pipeline.inspect.pictures import (
     DRAWS,
-    TINTED,
     Samples,
     draw,
     groups,
+    lively,
     mean_picture,
     mosaic,
     strips,
@@ -114,7 +114,7 @@ def render(facts: Facts, dataset: DataSet, seed: int) -> str:
         shown, pixels = mosaic(facts, samples, draw(facts, seed, samples.local))
         context = {
             "mosaic": shown,
-            "strips": strips(facts.statistics, pixels[:TINTED]),
+            "strips": strips(facts.statistics, lively(pixels)),
             "groups": groups(facts, samples),
             "damaged": samples.damaged,
         }
@@ -127,7 +127,7 @@ def render(facts: Facts, dataset: DataSet, seed: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": human_bytes}
+    environment.filters |= {"bytes": human_bytes, "minus": _minus}
     return environment.get_template("page.html.j2").render(
         title=name_of(facts.data),
         facts=facts,
@@ -143,6 +143,11 @@ def render(facts: Facts, dataset: DataSet, seed: int) -> str:
         original_mean=ORIGINAL_MEAN,
         **context,
     )
+
+
+def _minus(text: str) -> str:
+    """Return numbers with minus signs that are as wide as a plus."""
+    return text.replace("-", "−")
 
 
 def _ends(facts: Facts) -> list[tuple[str, list[tuple[str, int]]]]:

@@ -33,7 +33,9 @@ REMOTE_GROUPS = 2
 """Groups shown of a set in a store, where each member may lie in another shard."""
 
 SIDE = 144  # shown at about half of that, sharp on dense screens
-STRIP_SIDE = 128
+TINTED_SIDE = 144
+FLAT = 40
+"""Standard deviation of pixel values below which a picture shows little."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Strips:
-    """One principal component: its draws on some pictures, each strip from -2 to +2."""
+    """What draws of -2 to +2 along one principal component do."""
 
-    uris: list[str]
-    shifts: list[str]
-    """What each draw adds to R, G and B."""
+    pictures: list[list[str]]
+    """Each picture under each draw."""
+    shift: str
+    """What a draw of +1 adds to R, G and B."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,15 @@ def strips(statistics: Statistics, pictures: Sequence[Pixels]) -> list[Strips]:
         colour = np.zeros((len(DRAWS), 3))
         colour[:, component] = DRAWS
         shifts = tint(colour, basis(statistics))
-        rows = [np.concatenate([tinted(one, shift) for shift in shifts], 1) for one in pictures]
-        words = [", ".join(f"{value:+.1f}" for value in shift) for shift in shifts]
-        made.append(Strips([jpeg(row, STRIP_SIDE * len(DRAWS)) for row in rows], words))
+        rows = [[jpeg(tinted(one, shift), TINTED_SIDE) for shift in shifts] for one in pictures]
+        words = ", ".join(f"{value:+.1f}" for value in shifts[DRAWS.index(1)])
+        made.append(Strips(rows, words))
     return made
+
+
+def lively(pictures: Sequence[Pixels]) -> list[Pixels]:
+    """Return pictures on which colours show: not flat ones, unless there are no others."""
+    return sorted(pictures, key=lambda pixels: bool(pixels.std() < FLAT))[:TINTED]
 
 
 def mean_picture(statistics: Statistics) -> str:

@@ -1,15 +1,8 @@
 """Every pair of 256-bit hashes within a Hamming distance, joined into clusters: exact, and fast.
 
-Why no pair is missed. With t the threshold, the 256 bits are cut into groups, and group i into
-r_i + k blocks, where the sum of (r_i + 1) is t + 1. If each group held r_i + 1 or more of the bits
-in which a pair differs, there would be t + 1 or more of them; so within distance t some group holds
-at most r_i, and at least k of its r_i + k blocks are equal. Sorting by each choice of k blocks of
-each group therefore brings every such pair side by side, next to few others. For 14 million rows
-and 16 bits that is, for example, 4 groups of 5 and 6 blocks of 12 bits, of which 2 are equal: 45
-sorts. `best_cut` chooses.
-
-Identical hashes are one row in all of this, and rows that are joined already are not compared
-again: a hundred thousand copies of a picture, or of nearly the same, are no five billion pairs.
+`blocks` says which bits to sort by, and why no pair is missed. Identical hashes are one row in all
+of this, and rows that are joined already are not compared again: a hundred thousand copies of a
+picture, or of nearly the same, are no five billion pairs.
 """
 
 from __future__ import annotations
@@ -17,16 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations, pairwise
-from math import comb
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.packing.blocks import BITS, CHECK, KEY_BITS, Block, best_cut, possible_cuts
 from pipeline.packing.forest import Forest, Rows
 
-BITS = 256
 WORDS = 4
 
 Hashes = npt.NDArray[np.uint8]
@@ -39,39 +31,16 @@ Distances = npt.NDArray[np.uint16]
 
 LONG = 256
 """Rows with equal keys that are compared pair by pair; more are taken around leaders."""
-KEY_BITS = 32
-EQUAL = (2, 3, 4)
-"""Blocks that a sort looks at."""
 PAIRS = 1 << 20
 """Pairs compared at a time."""
 SAMPLE = 4096
 """Rows that tell which bits differ, and rows whose bits are taken apart at a time."""
+SIFTED = 1024
+"""Rows of a run from which a search by the bits in which they differ can be worth it."""
 EVEN = 1 / 8
 """A bit tells much about rows if no less than this share of them have it, and lack it."""
 
 _ROW = np.uint64(2**32 - 1)
-_SORT, _CHECK = 50, 80
-"""Nanoseconds to sort a row by a key, and to compare a pair (measured): only their ratio counts."""
-
-
-class Block(NamedTuple):
-    """Some neighbouring bits of a hash; 16 at most."""
-
-    start: int
-    width: int
-
-
-class Cut(NamedTuple):
-    """Groups of blocks; near pairs have `equal` blocks of a group in common."""
-
-    equal: int
-    groups: list[list[Block]]
-
-    def cost(self, rows: int) -> float:
-        """Return about how long a search takes, in nanoseconds."""
-        tables = sum(comb(len(group), self.equal) for group in self.groups)
-        width = min(block.width for group in self.groups for block in group)
-        return tables * (rows * _SORT + rows * rows / 2 / 2.0 ** (width * self.equal) * _CHECK)
 
 
 class Column(NamedTuple):
@@ -107,26 +76,6 @@ def clusters(
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
             _Search(words, distinct, threshold, forest).run(pool.map)
     return forest.clusters()
-
-
-def best_cut(threshold: int, rows: int, bits: int = BITS) -> Cut:
-    """Return the groups of blocks (module docstring) that are cheapest for so many rows."""
-    return min(_cuts(threshold, bits), key=lambda cut: cut.cost(rows))
-
-
-def _cuts(threshold: int, bits: int) -> list[Cut]:
-    """Return a cut for every possible number of groups and of equal blocks, as even as can be."""
-    cuts = []
-    for equal in EQUAL:
-        for groups in range(1, threshold + 2):
-            each, more = divmod(threshold + 1, groups)
-            sizes = [each + (place < more) - 1 + equal for place in range(groups)]
-            if (count := sum(sizes)) <= bits:
-                borders = [bits * place // count for place in range(count + 1)]
-                most = min(16, KEY_BITS // equal)
-                blocks = iter(Block(a, min(most, b - a)) for a, b in pairwise(borders))
-                cuts.append(Cut(equal, [[next(blocks) for _ in range(size)] for size in sizes]))
-    return cuts
 
 
 def distances(words: Words, left: Rows | int, right: Rows) -> Distances:
@@ -237,7 +186,8 @@ class _Search:
         """Join near pairs of many rows that are equal in some blocks."""
         if not np.ptp(self._forest.roots(rows)):  # joined already
             return
-        if self._whole and (sifted := _sift(self._words, rows, self._threshold)):
+        large = self._whole and len(rows) >= SIFTED
+        if large and (sifted := _sift(self._words, rows, self._threshold)):
             _Search(self._words, rows, self._threshold, self._forest, sifted).run(map)
         else:
             self._around_leaders(rows)
@@ -284,8 +234,10 @@ def _sift(words: Words, rows: Rows, threshold: int) -> tuple[Words, int] | None:
     sample = words[rows[:: max(1, len(rows) // SAMPLE)]]
     ones = np.unpackbits(sample.view(np.uint8), axis=1, bitorder="little").mean(0)
     useful = np.flatnonzero((ones > EVEN) & (ones < 1 - EVEN))
-    cost = min((cut.cost(len(rows)) for cut in _cuts(threshold, len(useful))), default=np.inf)
-    if cost > len(rows) ** 2 * _CHECK / 10:
+    cost = min(
+        (cut.cost(len(rows)) for cut in possible_cuts(threshold, len(useful))), default=np.inf
+    )
+    if cost > len(rows) ** 2 * CHECK / 10:
         return None
     packed = np.zeros((len(rows), BITS // 8), np.uint8)
     for start in range(0, len(rows), SAMPLE):

@@ -10,11 +10,13 @@ enlarges. The sources are not trusted: see `limits`.
 
 from __future__ import annotations
 
+import io
 from typing import Literal
 
 import numpy as np
 import simplejpeg
 import torch
+from PIL import Image
 
 from pipeline.packing.careful import square_any
 from pipeline.packing.fast import square_jpeg
@@ -26,6 +28,9 @@ __all__ = ["Chroma", "PictureError", "encode", "one_thread", "square"]
 
 Chroma = Literal["4:2:0", "4:4:4"]
 """How a JPEG keeps its colours: at half the width and height, or in full."""
+
+ACCURATE = 96
+"""Quality from which on libjpeg-turbo's own interface, which simplejpeg uses, is accurate."""
 
 
 def square(data: bytes, min_side: int = 8) -> Pixels:
@@ -55,13 +60,22 @@ def square(data: bytes, min_side: int = 8) -> Pixels:
 
 
 def encode(pixels: Pixels, quality: int, chroma: Chroma = "4:2:0") -> bytes:
-    """Return a baseline JPEG of uint8 [h, w, 3]; `quality` is 1..100."""
+    """Return a baseline JPEG of uint8 [h, w, 3]; `quality` is 1..100.
+
+    The cosine transform is the accurate one. simplejpeg, the quicker encoder, takes it from
+    quality 96 on only; its fast one would cost 0.3 dB at 95 (0.6 at 4:4:4).
+    """
+    if quality < ACCURATE:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=chroma)
+        return file.getvalue()
     return bytes(
         simplejpeg.encode_jpeg(
             np.ascontiguousarray(pixels),
             quality=quality,
             colorspace="RGB",
             colorsubsampling=chroma.replace(":", ""),
+            fastdct=False,  # its rounding would cost 0.3 dB
         )
     )
 

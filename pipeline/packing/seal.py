@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 
 from pipeline.errors import UsageError
+from pipeline.files import sha256
 from pipeline.index import INDEX_DTYPE, index_name
 from pipeline.manifest import NAME as MANIFEST
 from pipeline.manifest import Manifest, Shard, Split
@@ -59,10 +60,11 @@ def seal(
         OSError: the target cannot be written.
     """
     splits = {name: _split(name, count, target) for name, count in shards.items()}
-    with target.create(DUPLICATES) as file:
+    with (scratch / DUPLICATES).open("wb") as file:
         same = _write_duplicates(file, plan, collected)
     stats_sha256 = Statistics.of(collected.sums).save(scratch)
     copied(scratch / STATS, target, STATS)
+    copied(scratch / DUPLICATES, target, DUPLICATES)
     copied(collected.rejects_file, target, REJECTS)
     sources = {"train": str(options.train)}
     if "val" in splits:
@@ -79,8 +81,10 @@ def seal(
         quality=options.quality if options.encoding == "jpeg" else None,
         chroma=options.chroma if options.encoding == "jpeg" else None,
         encoding=options.encoding,
+        rejects_sha256=sha256(collected.rejects_file),
         duplicates=same.groups,
         leaks=same.leaks,
+        duplicates_sha256=sha256(scratch / DUPLICATES),
         libraries=libraries,
     )
     with target.create(MANIFEST) as file:

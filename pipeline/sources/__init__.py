@@ -14,10 +14,15 @@
 
 A picture ends as a place in a container; `open_reader` reads it from there in any process.
 
-    listing        one row a picture, in mapped files        tar_headers    members of a tar
-    folders, tars  a class each, or classes in them          flat           pictures in no class
-    ground_truth   their classes, and readable names         devkit         ILSVRC2012's kit
-    parquet, webdatasets                                     readers        the bytes again
+    scan                      which of these it is
+    folders, tars, flat       a class each, classes in one tar, pictures in no class
+    ground_truth              the classes of the latter, and readable names of classes
+    devkit, matlab            ILSVRC2012's development kit
+    parquet*, webdatasets     what has its labels beside its pictures; class_names, shard_labels
+    listing, names            one row a picture, in mapped files; what names may be
+    tar_headers               the members of a tar, local or not
+    readers                   the bytes of a picture
+    addresses, remote_file    what lies in a store
 """
 
 from pipeline.sources.listing import (

@@ -17,7 +17,7 @@ from pipeline.stores.fetch import Policy
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 4 << 20
 MOST_ROWS = 256
 """Rows in memory: as many as make up `BATCH_BYTES` by the mean of their row group."""
 
@@ -26,7 +26,8 @@ class ParquetReader:
     """Rows of a parquet file.
 
     Only the column of pictures is read, and of it only the pages that lie between the beginning of
-    a row group and the row wanted. Going back begins the row group anew.
+    a row group and the row wanted. Going back begins the row group anew. In memory are a batch and
+    a few pages; a page holds at most 1,024 rows as pyarrow writes them, or the row group.
     """
 
     def __init__(self, address: str, policy: Policy | None = None) -> None:

@@ -59,7 +59,7 @@ def stats_damage(data: Path, manifest: Manifest) -> list[Damage]:
         return found
     try:
         statistics = Statistics.load(data)
-    except DataError:
+    except Exception:  # of a damaged header, NumPy's reader raises what it pleases
         return [damage(STATS, "its bytes are as sealed, but it holds no statistics")]
     return [damage(STATS, reason) for reason in _strange(statistics)][:1]
 
@@ -88,20 +88,15 @@ def _strange(statistics: Statistics) -> Iterator[str]:
 
 def list_damage(data: Path, manifest: Manifest) -> list[Damage]:
     """Return what is wrong with the lists of rejects and of duplicates."""
-    found = _rows_damage(
-        data / REJECTS, manifest.rejected, "rejected", {"name", "reason"}, _hash(manifest, REJECTS)
-    )
-    if (duplicates := getattr(manifest, "duplicates", None)) is not None:
-        found += _rows_damage(
-            data / DUPLICATES, duplicates, "duplicates", set(), _hash(manifest, DUPLICATES)
-        )
-    return found
-
-
-def _hash(manifest: Manifest, name: str) -> str | None:
-    """Return the hash of a list, where the manifest has it."""
-    known: str | None = getattr(manifest, f"{name.partition('.')[0]}_sha256", None)
-    return known
+    columns = {"name", "reason"}
+    return [
+        *_rows_damage(
+            data / REJECTS, manifest.rejected, "rejected", columns, manifest.rejects_sha256
+        ),
+        *_rows_damage(
+            data / DUPLICATES, manifest.duplicates, "duplicates", set(), manifest.duplicates_sha256
+        ),
+    ]
 
 
 def _rows_damage(

@@ -18,10 +18,10 @@ from isal import isal_zlib
 
 from pipeline.errors import UsageError
 from pipeline.index import Index, index_name, sample_key
-from pipeline.index.examine import tar_fault
-from pipeline.index.idx import idx_text, read_idx
-from pipeline.index.names import Classes
-from pipeline.index.samples import Part, Sample, Unfit, label_of, samples_of
+from pipeline.indexing.examine import tar_fault
+from pipeline.indexing.idx import idx_text, read_idx
+from pipeline.indexing.names import Classes
+from pipeline.indexing.samples import Part, Sample, Unfit, label_of, samples_of
 from pipeline.manifest import Shard
 from pipeline.picture import ENDINGS, SIZE, Encoding, as_npy
 from pipeline.sources.listing import shown

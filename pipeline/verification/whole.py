@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from pipeline.index.names import Classes
+from pipeline.indexing.names import Classes
 from pipeline.manifest import Manifest
 from pipeline.progress import Progress
 from pipeline.shard_pool import in_order

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.index import sample_key
-from pipeline.index.idx import key_in_idx
+from pipeline.index import key_in_idx, sample_key
 from pipeline.ledger.file import LedgerFile
 from pipeline.ledger.proof.attempts import attempts_of, open_ledgers, out_of_line
 from pipeline.ledger.proof.findings import LISTED, Finding, Proof, capped, count

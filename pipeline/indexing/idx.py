@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.index import split_name
-
-if TYPE_CHECKING:  # the rest of the package brings the readers of sources
-    from pipeline.index.samples import Sample
+from pipeline.indexing.samples import Sample
 
 _COLUMNS = {"v1.1": 3, "v1.2": 4}
 """Words a file; the fourth is its name."""
@@ -55,17 +50,6 @@ def read_idx(content: bytes) -> list[Places]:
     if count.strip() != str(len(lines)):
         raise ValueError(f"it has {len(lines)} lines, and says {count.strip()!r}")
     return [_places(line.split(), _COLUMNS[version], number) for number, line in enumerate(lines)]
-
-
-def key_in_idx(path: Path, place: int) -> str | None:
-    """Return the key of the sample at `place` of the shard with this `.idx`, if it can be had."""
-    try:
-        with path.open(encoding="utf-8", errors="surrogateescape") as file:
-            line = next(line for number, line in enumerate(file) if number == place + 1)
-    except (OSError, StopIteration):
-        return None
-    words = line.split()
-    return split_name(words[3])[0] if len(words) >= 4 else None
 
 
 def _places(words: list[str], columns: int, number: int) -> Places:

@@ -14,9 +14,9 @@ from isal import isal_zlib
 from pipeline.errors import UsageError
 from pipeline.files import sealed
 from pipeline.index import INDEX_DTYPE, Index
-from pipeline.index.idx import idx_text, places_of, read_idx
-from pipeline.index.names import MOST, Classes
-from pipeline.index.samples import Sample, Unfit, has_pictures, label_of, samples_of
+from pipeline.indexing.idx import idx_text, places_of, read_idx
+from pipeline.indexing.names import MOST, Classes
+from pipeline.indexing.samples import Sample, Unfit, has_pictures, label_of, samples_of
 from pipeline.pixel_stats import Sums
 from pipeline.sources.listing import shown
 from pipeline.sources.tar_headers import members

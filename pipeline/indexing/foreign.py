@@ -21,8 +21,8 @@ import numpy as np
 from pipeline.errors import DataError, UsageError
 from pipeline.files import sealed, sha256, writable_folder
 from pipeline.index import Index, index_name, save_index
-from pipeline.index.examine import Bad, Examined, Job, Listing, examine, list_for_dali
-from pipeline.index.names import Classes, read_classes
+from pipeline.indexing.examine import Bad, Examined, Job, Listing, examine, list_for_dali
+from pipeline.indexing.names import Classes, read_classes
 from pipeline.manifest import NAME as MANIFEST
 from pipeline.manifest import Manifest, Shard, Split
 from pipeline.pixel_stats import NAME as STATS
