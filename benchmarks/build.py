@@ -7,9 +7,9 @@ several times, so that a turn lasts. A turn is a whole program, from its start t
 make 256x256 JPEGs of quality 95; ours besides turns pictures upright and into sRGB, checks, hashes
 and counts them, shuffles, and writes an index. `steady` leaves out the time and the pictures of a
 set with each picture once (`once`), and with it the seconds of imports in every process that a real
-set does not notice. `cpu ms` is the processor time of all processes for a picture, also without the start: it
-tells least of what else the machine does. Every second round goes in reverse; ratios are medians of
-those within a round.
+set does not notice. `cpu ms` is the processor time of all processes for a picture, also without the
+start: it tells least of what else the machine does. Every second round goes in reverse; ratios are
+medians of those within a round.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ step looks for what is missing and makes it. The manifest is written last.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -145,11 +146,9 @@ def _few_enough(options: Build, plan: Plan, target: Target, collected: Collected
 
 
 def _above(share: float) -> float:
-    """Return a short number not below a share."""
-    for digits in range(1, 9):
-        if (rounded := round(share + 0.5 * 10**-digits, digits)) < 1.2 * share:
-            return min(1.0, rounded)
-    return min(1.0, share)
+    """Return a number not below a share, of two digits that count: 0.26 for 0.25."""
+    digits = 1 - math.floor(math.log10(share))
+    return min(1.0, round(share + 0.5 * 10.0**-digits, digits))
 
 
 def _as_it_is(options: Build, target: Target) -> Manifest:
@@ -193,7 +192,7 @@ def _begin(options: Build, plan: Plan, target: Target) -> None:
     )
 
 
-def _difference(theirs: dict[str, object], ours: dict[str, object]) -> str:
+def _difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
     for kind in ("settings", "libraries"):
         before, now = theirs.get(kind), ours[kind]
         if isinstance(before, dict) and isinstance(now, dict):

@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,4 +47,4 @@ def isolated(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T
         raise Crash(os.WTERMSIG(status))
     if os.waitstatus_to_exitcode(status) != 0:
         raise Crash(0)
-    return pickle.loads(result)
+    return cast(T, pickle.loads(result))
