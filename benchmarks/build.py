@@ -4,7 +4,7 @@
 
 PICTURES is a folder per class of JPEGs as they were taken, some hundred of them; they are linked
 several times, so that a turn lasts. A turn is a whole program, from its start to its last byte. All
-make 256x256 JPEGs of quality 95; ours besides turns pictures upright and into sRGB, checks, hashes
+make 256x256 JPEGs of quality 96; ours besides turns pictures upright and into sRGB, checks, hashes
 and counts them, shuffles, and writes an index. `steady` leaves out the time and the pictures of a
 set with each picture once (`once`), and with it the seconds of imports in every process that a real
 set does not notice. `cpu ms` is the processor time of all processes for a picture, also without the

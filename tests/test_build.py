@@ -46,7 +46,7 @@ def test_the_stored_pictures_are_the_sources_in_shuffled_order(pictures, tiny_da
 
     rows = rows_of(tiny_data, "train")
     files = sorted((pictures / "train").glob("*/*.jpg"))
-    expected = {encode(square(file.read_bytes()), 95, "4:2:0"): file.parent.name for file in files}
+    expected = {encode(square(file.read_bytes()), 96, "4:2:0"): file.parent.name for file in files}
     tars = sorted(tiny_data.glob("train-*.tar"))
     stored = []
     for row in rows:

@@ -86,7 +86,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(pictures, raw_data, tmp_p
 def test_all_but_the_pictures_is_as_in_the_jpeg_set(raw_data, tiny_data):
     raw, jpeg = Manifest.load(raw_data), Manifest.load(tiny_data)
     assert (raw.encoding, raw.quality) == ("raw", None)
-    assert (jpeg.encoding, jpeg.quality) == ("jpeg", 95)
+    assert (jpeg.encoding, jpeg.quality) == ("jpeg", 96)
     assert raw.plan != jpeg.plan
     assert raw.stats_sha256 == jpeg.stats_sha256
     for split in ("train", "val"):
@@ -184,7 +184,7 @@ def test_the_jpegs_are_made_of_the_raw_pixels(raw_data, tiny_data):
         a, b = (next(one).images.numpy().transpose(0, 2, 3, 1) + mean for one in (raw, jpeg))
     for pixels, got in zip(a.round().astype(np.uint8), b, strict=True):
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=95)
+        Image.fromarray(pixels).save(file, "JPEG", quality=96)
         np.testing.assert_allclose(got, np.asarray(Image.open(file)), atol=1e-3)
 
 

@@ -23,7 +23,7 @@ def packed(path: str) -> bytes:
     square = pixels[top : top + side, left : left + side]
     method = cv2.INTER_AREA if side >= 256 else cv2.INTER_CUBIC
     small = np.ascontiguousarray(cv2.resize(square, (256, 256), interpolation=method))
-    return simplejpeg.encode_jpeg(small, quality=95, colorspace="RGB", colorsubsampling="420")
+    return simplejpeg.encode_jpeg(small, quality=96, colorspace="RGB", colorsubsampling="420")
 
 
 def work(share: Share, folder: Path) -> None:

@@ -19,9 +19,11 @@ from pipeline.errors import REBUILD, DataError, DuetError, UsageError
 from pipeline.manifest import NAME as MANIFEST
 from pipeline.manifest import Manifest
 from pipeline.packing import chunks
+from pipeline.packing.ahead import ahead
 from pipeline.packing.chunks import ChunkError, chunk_job, data_name, facts_name, pack_chunk
 from pipeline.packing.collect import Collected, collect
-from pipeline.packing.gather import ShardJob, read_done, write_shard_of
+from pipeline.packing.gather import FOLDER as SHARDS
+from pipeline.packing.gather import ShardJob, done_name, read_done, write_shard_of
 from pipeline.packing.options import Build
 from pipeline.packing.plan import Plan, make_plan, settings
 from pipeline.packing.pool import LocalPool, Pool
@@ -113,13 +115,16 @@ def _gather(
     counts = {}
     jobs = []
     total = int(collected.packed.sum())
+    there = target.names(SHARDS)
     for split in plan.orders:
         order = collected.order(plan, split)
         step = options.samples_per_shard
         counts[split] = -(-len(order) // step)
-        for number in range(counts[split]):
-            if read_done(target, split, number) is None:
-                jobs.append((split, number, order[number * step : (number + 1) * step]))
+        maybe = [n for n in range(counts[split]) if done_name(split, n) in there]
+        known = zip(maybe, ahead(lambda n: read_done(target, split, n), maybe), strict=True)  # noqa: B023
+        done = {number for number, found in known if found is not None}
+        for number in sorted(set(range(counts[split])) - done):
+            jobs.append((split, number, order[number * step : (number + 1) * step]))
     already = total - sum(len(rows) for *_, rows in jobs)
     todo = (
         ShardJob(target, split, number, options.encoding, collected.taken[rows])
@@ -161,10 +166,10 @@ def _as_it_is(options: Build, target: Target) -> Manifest:
             f"{target.address} holds a finished data set of other pictures or settings, or of "
             "another version of Duet; name another folder"
         )
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            if target.size(shard.name) != shard.bytes:
-                raise DataError(f"{target.address}/{shard.name} is missing or not whole; {REBUILD}")
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    for shard, size in zip(shards, ahead(lambda s: target.size(s.name), shards), strict=True):
+        if size != shard.bytes:
+            raise DataError(f"{target.address}/{shard.name} is missing or not whole; {REBUILD}")
     target.clear(WORK)  # of a build that was killed after its last word
     return manifest
 

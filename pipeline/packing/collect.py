@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.packing.ahead import ahead
 from pipeline.packing.chunks import HASH_BYTES, Chunk, read_chunk
 from pipeline.packing.gather import TAKEN_DTYPE
 from pipeline.packing.plan import Part, Places, Plan
@@ -80,8 +81,9 @@ def collect(plan: Plan, target: Target, scratch: Path) -> Collected:
 
 def _chunks(plan: Plan, target: Target) -> Iterator[tuple[Part, int, Chunk]]:
     firsts = plan.first_rows
-    for part in plan.parts():
-        yield part, firsts[part.listing] + part.start, read_chunk(target, part.number)
+    chunks = ahead(lambda part: read_chunk(target, part.number), plan.parts())
+    for part, chunk in zip(plan.parts(), chunks, strict=True):
+        yield part, firsts[part.listing] + part.start, chunk
 
 
 def _hashes(path: Path) -> npt.NDArray[np.uint8]:

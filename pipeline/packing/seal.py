@@ -15,6 +15,7 @@ from pipeline.files import sha256
 from pipeline.index import INDEX_DTYPE, index_name
 from pipeline.manifest import NAME as MANIFEST
 from pipeline.manifest import Manifest, Shard, Split
+from pipeline.packing.ahead import ahead
 from pipeline.packing.collect import Collected
 from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.duplicates import Counts, Member, find, write
@@ -131,7 +132,7 @@ def _write_duplicates(file: IO[bytes], plan: Plan, collected: Collected) -> Coun
 
 def _split(name: str, shards: int, target: Target) -> Split:
     """Join the rows of a split's shards into its index, one shard in memory at a time."""
-    facts = [_done(target, name, number).shard for number in range(shards)]
+    facts = [done.shard for done in _all_done(target, name, shards)]
     digest = hashlib.sha256()
     with target.create(index_name(name)) as file:
         for data in _index(name, facts, target):
@@ -152,8 +153,12 @@ def _index(name: str, facts: list[Shard], target: Target) -> Iterator[bytes]:
         },
     )
     yield header.getvalue()
-    for number in range(len(facts)):
-        yield _done(target, name, number).rows.tobytes()
+    for done in _all_done(target, name, len(facts)):
+        yield done.rows.tobytes()
+
+
+def _all_done(target: Target, name: str, shards: int) -> Iterator[ShardDone]:
+    return ahead(lambda number: _done(target, name, number), range(shards))
 
 
 def _done(target: Target, name: str, number: int) -> ShardDone:

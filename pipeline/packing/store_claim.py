@@ -75,7 +75,9 @@ class Claim:
     def _take(self) -> None:
         if not self._create():
             holder = self._holder()
-            if holder is not None and holder != self._mine:
+            if holder is None:  # it has just ended
+                self._create()
+            elif holder != self._mine:  # as it is after an answer that got lost
                 self._refuse_unless_dead(holder)
                 self._write()
                 time.sleep(SETTLE)
