@@ -10,6 +10,8 @@ VAL    ?=
 HOLDOUT ?= 0.1
 # More flags for cluster.train, for example --no-pair on a machine with one GPU.
 FLAGS  ?=
+# More flags for pipeline.build_shards, for example --max-rejects 0.02.
+PACK   ?=
 
 ifeq ($(strip $(TRAIN)),)
 NAME   ?= demo
@@ -34,6 +36,7 @@ help:
 	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own pictures (VAL, or HOLDOUT=0.1)'
 	@echo '           [CONFIG=configs/narrow.toml] [DATA=data/NAME] [RUN=runs/NAME]'
 	@echo '           [FLAGS="flags of cluster.train"], for example --no-pair with a single GPU'
+	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
 	@echo 'make test                         lint, types, import rules, tests'
 	@echo 'make format                       let ruff format and fix'
@@ -59,9 +62,9 @@ install: $(VENV)/.installed
 train: $(VENV)/.installed
 ifeq ($(strip $(TRAIN)),)
 	@$(py) -m pipeline.demo_pictures data/demo-pictures
-	@$(py) -m pipeline.build_shards $(DATA) --train data/demo-pictures/train --val data/demo-pictures/val
+	@$(py) -m pipeline.build_shards $(DATA) --train data/demo-pictures/train --val data/demo-pictures/val $(PACK)
 else
-	@$(py) -m pipeline.build_shards $(DATA) --train $(TRAIN) $(if $(strip $(VAL)),--val $(VAL),--holdout $(HOLDOUT))
+	@$(py) -m pipeline.build_shards $(DATA) --train $(TRAIN) $(if $(strip $(VAL)),--val $(VAL),--holdout $(HOLDOUT)) $(PACK)
 endif
 	@$(py) -m cluster.train $(CONFIG) --data $(DATA) --run $(RUN) $(FLAGS)
 	@$(py) -m cluster.evaluate $(RUN) --data $(DATA) --views 1
@@ -75,7 +78,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 test: check
-	$(py) -m pytest
+	$(py) -m pytest -n 2 --dist loadgroup
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .

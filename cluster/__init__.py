@@ -12,9 +12,11 @@ Read in this order:
     config           every setting, from file and flags
     topology         which worker is which column, on which node (pure)
     run_folder       what RUN holds, and whether the run in it may be continued
-    ray_session      workers started, watched and restarted by Ray; the only file that knows Ray
+    ray_session      workers started, watched and restarted by Ray, our own or one that is there
+    ray_pool         packing as Ray tasks
     console          what the user sees
     train *          the second door: python -m cluster.train
+    build_shards *   the first door, on a cluster
     evaluate *       errors on every picture of a split, with one view or ten
     report *         RUN/report.html, from files only (a package of its own)
 

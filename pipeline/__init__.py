@@ -4,31 +4,37 @@ The files in the order the bytes flow (each may import only those before it):
 
     errors          what a user did wrong, in one line, with the exit code
     files           write-then-rename, so that nothing is ever half there
+    whole_file      a file read or mapped once, and looked at from many sides
     processes       helper processes that end when their parent does
     progress        one progress line, silent when nobody looks
     splitmix        random words as a pure function of numbers
     augment         epoch and sample id -> crop, flip, colour (a pure function)
     order           position in the stream -> epoch and sample id (a pure function)
-    sources         a folder or tars of pictures -> the list of byte ranges to pack
-    picture         one encoded picture -> 256x256 pixels, as JPEG or raw (or the reason why not)
+    picture         what a stored picture is
     pixel_stats     mean picture, channel mean and colour covariance of a training set
     manifest        what a sealed data set is: splits, shards, classes, hashes
-    index           where each sample of a split lies
-    plan            the settings of a build, and which picture goes where
-    shards          write and seal one tar shard
-    build_shards *  the first door: sources -> a sealed data set
+    stored_picture  a stored picture, decoded strictly
+    shard_pool      the same work on each of many shards, on all cores
+    index *         where each sample of a split lies
+    shards          write one tar shard
     stores          shards fetched from a store into a cache that a node shares
     dataset         a folder or an address -> local files
+    sources         folders, tars, parquet, shards -> a listing of pictures, and readers of them
     storage         sample id -> checked bytes and label
     decode          the DALI graphs: stored bytes and draws -> pixels
     ledger          what was delivered, and the proof of exactly once
-    verify *        a data set against its manifest; a run's deliveries against its ledgers
     quarantine      the damaged samples, each listed once
     screen          pictures that DALI must not see in a batch
     reader          position -> a batch ready to be decoded, damaged samples replaced
     background      an iterator that runs ahead in a thread
     flow            batches under way: read, decoded, taken
     batches         all of it joined: `Stream`
+    indexing        shards of other tools -> an index, statistics and a manifest
+    packing         pictures -> chunks -> shards -> a sealed data set
+    build_shards *  the first door: sources -> a sealed data set
+    verification    every byte of a set, and what it says of itself
+    verify *        a data set against its manifest; a run's deliveries against its ledgers
+    inspect *       what a set holds: a table and a page
     native          DALI's own reader on the same graph, as the yardstick
     throughput *    the third door: how fast it is
     demo_pictures * draws a small data set to try everything on

@@ -41,11 +41,9 @@ class LocalPool:
         todo = iter(jobs)
         running: dict[Future[R], J] = {}
         while True:
-            while len(running) < 2 * self._workers and (job := next(todo, None)) is not None:
-                running[self._pool.submit(task, job)] = job
-            if not running:
+            died = self._give(task, todo, running)
+            if not running and not died:
                 return
-            died = []
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 try:
@@ -60,6 +58,17 @@ class LocalPool:
                 self._pool = self._started()
                 for job in died:
                     yield self._alone(task, job)
+
+    def _give(
+        self, task: Callable[[J], R], todo: Iterator[J], running: dict[Future[R], J]
+    ) -> list[J]:
+        """Give out jobs until enough are under way; return one that found all processes dead."""
+        while len(running) < 2 * self._workers and (job := next(todo, None)) is not None:
+            try:
+                running[self._pool.submit(task, job)] = job
+            except BrokenProcessPool:
+                return [job]
+        return []
 
     def _alone(self, task: Callable[[J], R], job: J) -> R:
         """Do a job that may have killed its process: first as it is, then carefully."""
