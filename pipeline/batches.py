@@ -30,6 +30,8 @@ from pipeline.storage import Damage, Storage
 View = Literal["random", "centre", "whole"]
 MOST_THREADS = 1024
 """Host threads that may be asked for."""
+MOST_COLOUR = 1e6
+"""Colour draws that may be asked for: any finite number that means something."""
 
 
 @dataclass(frozen=True)
@@ -134,29 +136,17 @@ class Stream:
             StoreError: the store does not answer.
             ValueError: a number out of range.
         """
-        if batch_size < world_size or prefetch < 1 or position < 0 or colour < 0:
-            raise ValueError(
-                f"out of range: batch_size={batch_size} (at least world_size={world_size}), "
-                f"prefetch={prefetch}, position={position}, colour={colour}"
-            )
-        for name, value, known in (
-            ("view", view, View),
-            ("shuffle", shuffle, Shuffle),
-            ("device", device, Device),
-        ):
-            if value not in get_args(known):
-                raise ValueError(f"{name} is {value!r}; it takes {', '.join(get_args(known))}")
-        if not (
-            math.isfinite(colour)
-            and 0 <= hw_decoder_load <= 1
-            and 0 <= (threads or 0) <= MOST_THREADS
-        ):
-            raise ValueError(
-                f"out of range: colour={colour}, hw_decoder_load={hw_decoder_load}, "
-                f"threads={threads}"
-            )
-        if window < 1 or seed >= 2**63:
-            raise ValueError(f"out of range: window={window}, seed={seed} (below 2**63)")
+        _check_names(view=view, shuffle=shuffle, device=device)
+        _check_ranges(
+            batch_size=(batch_size, world_size, math.inf),
+            prefetch=(prefetch, 1, math.inf),
+            position=(position, 0, math.inf),
+            colour=(colour, 0, MOST_COLOUR),
+            hw_decoder_load=(hw_decoder_load, 0, 1),
+            threads=(threads or 0, 0, MOST_THREADS),
+            window=(window, 1, math.inf),
+            seed=(seed, 0, 2**63 - 1),
+        )
         first, last = share(batch_size, rank, world_size)
         self._dataset = open_dataset(data, cache=cache, cache_size=cache_size)
         self._storage = Storage(self._dataset, split)
@@ -192,12 +182,13 @@ class Stream:
         self._flow: Flow | None = self._start(position)
         self._ledger: Ledger | None = None
         if ledger:
+            shuffled = f"block {window}" if shuffle == "block" else "full"
             about = About(
                 data_sha256=identity(self._dataset.folder),
                 split=split,
                 samples=len(self._storage),
                 seed=seed,
-                shuffle="stored" if once else f"block {window}" if shuffle == "block" else "full",
+                shuffle="stored" if once else shuffled,
                 view=view,
                 colour=colour,
                 position=position,
@@ -206,11 +197,7 @@ class Stream:
                 world_size=world_size,
                 device=device,
             )
-            try:
-                self._ledger = Ledger(Path(ledger), about)
-            except BaseException:
-                self.close()
-                raise
+            self._ledger = self._opened(Path(ledger), about)
 
     @property
     def samples(self) -> int:
@@ -275,6 +262,14 @@ class Stream:
     ) -> None:
         self.close()
 
+    def _opened(self, ledger: Path, about: About) -> Ledger:
+        """Open the ledger, or leave nothing of this stream open."""
+        try:
+            return Ledger(ledger, about)
+        except BaseException:
+            self.close()
+            raise
+
     def _order(self, seed: int, once: bool, shuffle: Shuffle, window: int) -> Order:
         shards = [shard.samples for shard in self._storage.shards]
         if once:
@@ -302,3 +297,18 @@ class Stream:
         self._reader.report([self._storage.damage(sample, UNDECODABLE) for sample in samples])
         flow.close()
         return self._start(failure.batch.start)
+
+
+def _check_names(**given: str) -> None:
+    known = {"view": View, "shuffle": Shuffle, "device": Device}
+    for name, value in given.items():
+        if value not in (words := get_args(known[name])):
+            raise ValueError(f"{name} is {value!r}; it takes {', '.join(words)}")
+
+
+def _check_ranges(**given: tuple[float, float, float]) -> None:
+    """Refuse a value that is not between two others (a NaN is between none)."""
+    for name, (value, low, high) in given.items():
+        if not low <= value <= high:
+            borders = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"out of range: {name}={value}; it takes {borders}")
