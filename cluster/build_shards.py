@@ -21,12 +21,12 @@ from pathlib import Path
 import tyro
 
 from cluster.ray_pool import RayPool
-from pipeline.build_shards import tell
 from pipeline.dataset import is_remote
 from pipeline.errors import UsageError, run
 from pipeline.packing.build import build
 from pipeline.packing.options import Build
 from pipeline.packing.store_target import target_for
+from pipeline.packing.summary import tell
 from pipeline.packing.target import finished
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     aside = io.StringIO()  # what Ray has to say on stdout
     with redirect_stdout(aside), RayPool(workers) as pool:
         manifest = build(options, target, pool)
-    tell(options, manifest, None if known else time.monotonic() - started)
+    tell(options, manifest, target, None if known else time.monotonic() - started)
     return 0
 
 

@@ -12,20 +12,15 @@ While packing, OUT takes twice the room of the finished set.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from typing import Any
 
 import tyro
 
 from pipeline.errors import run
-from pipeline.manifest import Manifest
 from pipeline.packing.build import build
-from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.options import Build
-from pipeline.packing.seal import REJECTS
 from pipeline.packing.store_target import target_for
+from pipeline.packing.summary import tell
 from pipeline.packing.target import finished
 
 
@@ -33,66 +28,11 @@ def main() -> int:
     """Build, then say what was built."""
     options = tyro.cli(Build, prog="python -m pipeline.build_shards", description=__doc__)
     started = time.monotonic()
-    known = finished(target_for(options.out))
-    tell(options, build(options), None if known else time.monotonic() - started)
+    target = target_for(options.out)
+    known = finished(target)
+    manifest = build(options, target)
+    tell(options, manifest, target, None if known else time.monotonic() - started)
     return 0
-
-
-def tell(options: Build, manifest: Manifest, seconds: float | None) -> None:
-    """Say what a finished set holds; `seconds` is None if it was there before."""
-    if options.json:
-        sys.stdout.write(json.dumps(facts(options, manifest, seconds)) + "\n")
-    sys.stderr.write("".join(f"{line}\n" for line in lines(options, manifest, seconds)))
-
-
-def facts(options: Build, manifest: Manifest, seconds: float | None) -> dict[str, Any]:
-    """Return what `--json` prints."""
-    return {
-        "data": str(options.out),
-        "samples": {name: split.samples for name, split in manifest.splits.items()},
-        "shards": {name: len(split.shards) for name, split in manifest.splits.items()},
-        "bytes": sum(split.bytes for split in manifest.splits.values()),
-        "encoding": manifest.encoding,
-        "classes": len(manifest.classes),
-        "rejected": manifest.rejected,
-        "duplicates": manifest.duplicates,
-        "leaks": manifest.leaks,
-        "seconds": round(seconds or 0, 3),
-    }
-
-
-def lines(options: Build, manifest: Manifest, seconds: float | None) -> list[str]:
-    """Return what people are told."""
-    out = options.out
-    samples = {name: split.samples for name, split in manifest.splits.items()}
-    size = sum(split.bytes for split in manifest.splits.values())
-    parts = ", ".join(f"{count:,} {name}" for name, count in samples.items())
-    left_out = f", {manifest.rejected:,} left out ({out}/{REJECTS})" if manifest.rejected else ""
-    time_taken = "built before" if seconds is None else f"{seconds:.0f} s"
-    told = [
-        f"data set {out}: {parts} pictures of {len(manifest.classes):,} classes{left_out}, "
-        f"{_human(size)} of {manifest.encoding} shards, {time_taken}"
-    ]
-    if manifest.duplicates:
-        told.append(
-            f"{_groups(manifest.duplicates)} of the same or nearly the same picture "
-            f"({out}/{DUPLICATES})"
-        )
-    if manifest.leaks:
-        told.append(
-            f"warning: {_groups(manifest.leaks)} of them in more than one split: what is "
-            "validated was trained on"
-        )
-    return told
-
-
-def _groups(count: int) -> str:
-    return "1 group" if count == 1 else f"{count:,} groups"
-
-
-def _human(size: int) -> str:
-    """Return a number of bytes in MB, or in GB from a billion on (powers of ten)."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.drawn import folder_per_class, packed
+from tests.servers import Server
+
+# What these helpers assert is to be told as fully as if a test had asserted it.
+pytest.register_assert_rewrite("tests.addresses", "tests.ledgers", "tests.squares")
 
 # A shell starts its background jobs with SIGINT ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -47,3 +53,25 @@ def tiny_data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "data"
     packed(out, train=pictures / "train", val=pictures / "val", samples_per_shard=10)
     return out
+
+
+@pytest.fixture
+def data(tiny_data: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_data` to do damage to."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+@pytest.fixture
+def server(tiny_data: Path) -> Iterator[Server]:
+    """A web server with `tiny_data`."""
+    with Server(tiny_data) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """An S3 server on loopback."""
+    moto = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    yield "http://{}:{}".format(*moto.get_host_and_port())
+    moto.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 import threading
@@ -11,6 +12,9 @@ from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
+from pipeline.errors import DuetError
 from pipeline.manifest import Manifest, Shard
 from pipeline.stores.cache import Cache
 from pipeline.stores.fetch import Policy, Store
@@ -21,6 +25,7 @@ HASTY = Policy(attempts=4, first_delay=0.02, stall=0.25)
 """For servers that are stuck; on a busy machine it may give up a good one, and try again."""
 STUCK = ("stall", "trickle", "mute")
 PLENTY = 10**9
+ALWAYS = itertools.repeat
 
 
 class Server(ThreadingHTTPServer):
@@ -143,6 +148,20 @@ def remote(
 
 def shards(data: Path, split: str = "train") -> tuple[Shard, ...]:
     return Manifest.load(data).splits[split].shards
+
+
+def wait_for(what, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def complain(raised: pytest.ExceptionInfo[DuetError]) -> str:
+    """The message, which must be one line."""
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
 
 
 def fetch_all(address: str, cache: str, order: Iterable[int] = ()) -> None:

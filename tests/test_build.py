@@ -222,3 +222,24 @@ def test_the_command_ends_with_one_line_and_the_right_code(pictures, tmp_path):
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
+
+
+def test_a_picture_of_both_splits_is_told_loudly(pictures, tmp_path):
+    """The same picture, saved again at another size and quality, is still the same picture."""
+    val = tmp_path / "val"
+    shutil.copytree(pictures / "val", val)
+    original = Image.open(pictures / "train/cat/003.jpg")
+    larger = original.resize((2 * original.width, 2 * original.height), Image.Resampling.BICUBIC)
+    larger.save(val / "dog/copy.jpg", quality=70)
+    done = run(tmp_path / "d", "--train", pictures / "train", "--val", val, "--json")
+    assert done.returncode == 0
+    facts = json.loads(done.stdout)
+    assert (facts["duplicates"], facts["leaks"]) == (1, 1)
+    assert "warning: 1 group of them in more than one split" in done.stderr
+    assert f"train {pictures}/train/cat/003.jpg = val {val}/dog/copy.jpg" in done.stderr
+    (row,) = map(json.loads, (tmp_path / "d/duplicates.jsonl").read_text().splitlines())
+    assert (row["kind"], row["leak"], row["labels_differ"]) == ("near", True, True)
+    for member in row["members"]:
+        rows = rows_of(tmp_path / "d", member["split"])
+        assert rows[member["sample"]]["label"] == member["label"]
+    assert [CLASSES[member["label"]] for member in row["members"]] == ["cat", "dog"]

@@ -1,98 +1,23 @@
-"""Damaged samples: found, replaced in the same way by everyone, listed once; or refused."""
+"""Damaged samples are replaced in the same way by everyone, or left out of an evaluation."""
 
 from __future__ import annotations
 
-import errno
 import io
-import json
 import os
-import shutil
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from isal import isal_zlib
 from PIL import Image
 
 from pipeline.batches import Stream
-from pipeline.dataset import LocalSet
-from pipeline.errors import DataError, UsageError
-from pipeline.index import save_index
-from pipeline.manifest import Manifest
+from pipeline.errors import DataError
 from pipeline.screen import Screen
-from pipeline.storage import Storage
+from tests.damaged import BAD, BATCHES, SAMPLES, six_damaged, taken, undecodable  # noqa: F401 - a fixture
 from tests.drawn import rows_of
-
-SAMPLES = 48  # in shards of 10
-FLIPPED, ZEROED, CUT, UNDECODABLE = 13, 27, (45, 46, 47), 31
-BATCHES = 6  # of 24: three epochs
-
-
-def change(data: Path, sample: int, edit) -> None:
-    """Let `edit` change the stored bytes of a sample in place."""
-    row = rows_of(data, "train")[sample]
-    start, size = int(row["offset"]), int(row["size"])
-    shard = data / f"train-{row['shard']:06d}.tar"
-    content = bytearray(shard.read_bytes())
-    jpeg = content[start : start + size]
-    edit(jpeg)
-    content[start : start + size] = jpeg
-    shard.write_bytes(content)
-
-
-def flip(jpeg: bytearray) -> None:
-    jpeg[700] ^= 1
-
-
-def zero(jpeg: bytearray) -> None:
-    jpeg[800:1000] = bytes(200)
-
-
-def spoil(jpeg: bytearray) -> None:
-    jpeg[:] = b"not a JPEG".ljust(len(jpeg))
 
 
 def end_early(jpeg: bytearray) -> None:
     jpeg[-len(jpeg) // 12 :] = bytes(len(jpeg) // 12 + 1)
-
-
-def undecodable(data: Path, *samples: int, edit=spoil) -> None:
-    """Put bytes into the set that were never a JPEG, index and manifest in agreement with them."""
-    rows = rows_of(data, "train").copy()
-    for sample in samples:
-        change(data, sample, edit)
-        content = (data / f"train-{rows[sample]['shard']:06d}.tar").read_bytes()
-        start, size = int(rows[sample]["offset"]), int(rows[sample]["size"])
-        rows[sample]["crc"] = isal_zlib.crc32(content[start : start + size])
-    manifest = Manifest.load(data)
-    split = replace(manifest.splits["train"], index_sha256=save_index(data, "train", rows))
-    replace(manifest, splits=manifest.splits | {"train": split}).save(data)
-
-
-@pytest.fixture
-def data(tiny_data, tmp_path) -> Path:
-    """A copy that may be damaged."""
-    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
-
-
-@pytest.fixture
-def damaged(data) -> Path:
-    """Six of 48 samples are damaged, in each of the ways there are."""
-    undecodable(data, UNDECODABLE)
-    change(data, FLIPPED, flip)
-    change(data, ZEROED, zero)
-    cut = int(rows_of(data, "train")[CUT[0]]["offset"]) + 100
-    os.truncate(data / "train-000004.tar", cut)
-    return data
-
-
-BAD = {FLIPPED, ZEROED, *CUT, UNDECODABLE}
-
-
-def taken(stream: Stream, batches: int) -> list:
-    return [next(stream) for _ in range(batches)]
 
 
 def joined(batches: list, field: str) -> torch.Tensor:
@@ -155,31 +80,6 @@ def test_a_window_that_is_lost_as_a_whole_is_replaced_from_the_others(data, wind
     assert joined(batches, "replaced").sum() == 100
 
 
-def test_strict_stops_at_what_an_earlier_run_has_listed(data, tmp_path):
-    undecodable(data, 5)
-    for strict in (False, True):
-        options = {"quarantine": tmp_path / "q.jsonl", "strict": strict}
-        with Stream(data, batch_size=SAMPLES, **options) as stream:
-            if strict:
-                with pytest.raises(DataError, match="sample 5 "):
-                    next(stream)
-            else:
-                assert next(stream).replaced.sum() == 1
-
-
-def test_a_list_moved_away_is_begun_anew_and_a_wrong_place_refused(damaged, tmp_path):
-    path = tmp_path / "q.jsonl"
-    with Stream(damaged, batch_size=1, once=True, quarantine=path, threads=1) as stream:
-        while not path.exists():
-            next(stream)
-        path.unlink()
-        list(stream)
-    assert all(json.loads(row)["split"] == "train" for row in path.read_text().splitlines())
-    for wrong in (tmp_path, tmp_path / "none" / "q.jsonl"):
-        with pytest.raises(UsageError, match="another"):
-            Stream(damaged, quarantine=wrong)
-
-
 def test_a_restart_goes_on_with_the_same_substitutes(damaged):
     with Stream(damaged, batch_size=20, seed=2) as stream:
         whole = taken(stream, 6)
@@ -191,134 +91,11 @@ def test_a_restart_goes_on_with_the_same_substitutes(damaged):
             )
 
 
-def test_each_damaged_sample_is_listed_once_with_its_reason(damaged, tmp_path):
-    path = tmp_path / "quarantine.jsonl"
-    for _ in range(2):  # a restart
-        streams = [
-            Stream(damaged, batch_size=24, rank=rank, world_size=2, quarantine=path)
-            for rank in range(2)
-        ]
-        for stream in streams:
-            with stream:
-                taken(stream, BATCHES)
-    rows = {row["sample"]: row for row in map(json.loads, path.read_text().splitlines())}
-    assert len(path.read_text().splitlines()) == len(rows)
-    assert set(rows) == BAD
-    assert {row["split"] for row in rows.values()} == {"train"}
-    assert rows[FLIPPED]["shard"] == "train-000001.tar"
-    assert rows[FLIPPED]["key"] == "000001_00003"
-    assert rows[FLIPPED]["reason"] == rows[ZEROED]["reason"] == "CRC-32 differs"
-    assert rows[CUT[1]]["reason"] == "the shard ends before it does"
-    assert "cannot be decoded" in rows[UNDECODABLE]["reason"]
-
-
-def test_a_list_cut_short_by_a_kill_is_mended_and_a_strange_one_refused(damaged, tmp_path):
-    path = tmp_path / "quarantine.jsonl"
-    path.write_text('{"split": "train", "sam')
-    with Stream(damaged, batch_size=SAMPLES, quarantine=path) as stream:
-        taken(stream, 1)
-    assert {json.loads(row)["sample"] for row in path.read_text().splitlines()} == BAD
-    path.write_text("hello\n")
-    with pytest.raises(UsageError, match=r"quarantine\.jsonl is no list of damaged samples"):
-        Stream(damaged, quarantine=path)
-
-
-def test_damage_that_was_mended_is_no_damage(damaged, tiny_data, tmp_path):
-    path = tmp_path / "quarantine.jsonl"
-    with Stream(damaged, batch_size=SAMPLES, quarantine=path) as stream:
-        taken(stream, 1)
-    for shard in ("train-000001.tar", "train-000002.tar", "train-000004.tar"):
-        shutil.copy(tiny_data / shard, damaged)
-    with Stream(damaged, batch_size=SAMPLES, quarantine=path) as stream:
-        (batch,) = taken(stream, 1)
-    assert batch.replaced.sum() == 1
-    assert set(stream.damaged) == {UNDECODABLE}
-
-
 def test_an_evaluation_leaves_damaged_samples_out(damaged):
     with Stream(damaged, batch_size=10, view="centre", once=True) as stream:
         batches = list(stream)
     counted = joined(batches, "ids")[joined(batches, "weights") == 1].tolist()
     assert sorted(counted) == sorted(set(range(SAMPLES)) - BAD)
-
-
-def test_strict_stops_at_the_first_damaged_sample(data):
-    change(data, FLIPPED, flip)
-    with Stream(data, batch_size=12, once=True, strict=True) as stream:
-        assert next(stream).ids.tolist() == list(range(12))  # what is sound is delivered
-        message = (
-            r"train sample 13 \(train-000001\.tar, key 000001_00003\): CRC-32 differs; .*verify"
-        )
-        for _ in range(2):
-            with pytest.raises(DataError, match=message):
-                next(stream)
-    undecodable(data, 5)
-    with Stream(data, batch_size=12, once=True, strict=True) as stream:
-        for _ in range(2):
-            with pytest.raises(DataError, match=r"sample 5 .*cannot be decoded"):
-                next(stream)
-
-
-def test_a_missing_shard_stops_with_its_name(data):
-    (data / "train-000003.tar").unlink()
-    with pytest.raises(DataError, match=r"shard .*train-000003\.tar is missing"):
-        Stream(data)
-
-
-def test_a_shard_that_goes_away_stops_with_its_name(data):
-    with Stream(data, batch_size=2, once=True, threads=1) as stream:
-        next(stream)
-        (data / "train-000004.tar").unlink()
-        with pytest.raises(DataError, match=r"train-000004\.tar"):
-            list(stream)
-
-
-def test_a_set_without_a_sound_sample_stops(data):
-    for shard in data.glob("train-*.tar"):
-        os.truncate(shard, 100)
-    with (
-        Stream(data, batch_size=8) as stream,
-        pytest.raises(DataError, match="100 others that might take its place"),
-    ):
-        next(stream)
-
-
-def test_a_sector_that_fails_is_damage_and_not_the_end(data, monkeypatch):
-    real = os.preadv
-    bad = int(rows_of(data, "train")[FLIPPED]["offset"])
-    shards = []
-
-    def preadv(file, buffers, offset):
-        if offset == bad and Path(f"/proc/self/fd/{file}").readlink().name == "train-000001.tar":
-            shards.append(offset)
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(file, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    with Stream(data, batch_size=SAMPLES) as stream:
-        (batch,) = taken(stream, 1)
-    assert shards
-    assert batch.replaced.sum() == 1
-    assert "Input/output error" in stream.damaged[FLIPPED].reason
-
-
-def test_every_single_bit_counts(data):
-    """240 single bits flipped anywhere in the pictures: each is found."""
-    rng = np.random.default_rng(0)
-    original = {path: path.read_bytes() for path in data.glob("train-*.tar")}
-    ids, memory = np.arange(SAMPLES), np.empty(2_000_000, np.uint8)
-
-    def one_bit(jpeg: bytearray) -> None:
-        jpeg[rng.integers(len(jpeg))] ^= 1 << int(rng.integers(8))
-
-    for _ in range(5):
-        for sample in ids:
-            change(data, sample, one_bit)
-        _, damaged = Storage(LocalSet(data), "train").read(ids, memory)
-        assert len(damaged) == SAMPLES
-        for path, content in original.items():
-            path.write_bytes(content)
-    assert Storage(LocalSet(data), "train").read(ids, memory)[1] == {}
 
 
 def test_what_dali_alone_finds_is_replaced_too(data, tiny_data, monkeypatch):
@@ -354,12 +131,3 @@ def test_png_bytes_with_a_good_checksum_are_a_picture_too(data):
         batch = next(stream)
     assert not batch.replaced.any()
     assert batch.images[3].flatten(1).std(1).max() == 0
-
-
-def test_statistics_of_another_set_are_refused(data):
-    with np.load(data / "stats.npz") as arrays:
-        changed = dict(arrays)
-    changed["channel_mean"] += 1
-    np.savez(data / "stats.npz", **changed)
-    with pytest.raises(DataError, match=r"stats\.npz cannot be read \(it is not the one"):
-        Stream(data)

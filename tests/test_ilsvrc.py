@@ -2,104 +2,35 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import tarfile
-import zlib
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.io import savemat
 
 from pipeline.errors import UsageError
-from pipeline.sources import Listing, scan
+from pipeline.sources import Listing
+from tests.ilsvrc import (  # noqa: F401 - fixtures
+    SHOWN,
+    TRUTH,
+    VALIDATION,
+    WNIDS,
+    devkit,
+    kit_archive,
+    scans,
+    tar_of,
+    train_tar,
+    val_folder,
+    val_name,
+    val_tar,
+    words,
+)
 
-LEAVES, SYNSETS, VALIDATION = 1000, 1860, 50_000
-WNIDS = [f"n{1440764 + 7919 * (387 * place % LEAVES):08d}" for place in range(LEAVES)]
-"""The synset with ILSVRC2012_ID 1, 2, 3, ...: as in the real kit, not in the order of the wnids."""
 ORDER = sorted(WNIDS)
-TRUTH = np.random.default_rng(0).integers(1, LEAVES + 1, VALIDATION).tolist()
-SHOWN = (1, 2, 3, 48_981, 50_000)
-"""The validation pictures that the archives of the tests hold."""
-
-
-def words(wnid: str) -> str:
-    return f"words of {wnid}, others"
 
 
 def label_of(number: int) -> int:
     return ORDER.index(WNIDS[TRUTH[number - 1] - 1])
-
-
-def val_name(number: int) -> str:
-    return f"ILSVRC2012_val_{number:08d}.JPEG"
-
-
-@pytest.fixture(scope="session")
-def meta() -> bytes:
-    """meta.mat in its real structure: 1860 synsets, the first 1000 at the bottom of the tree."""
-    synsets = np.zeros(
-        (SYNSETS, 1),
-        [
-            ("ILSVRC2012_ID", object),
-            ("WNID", object),
-            ("words", object),
-            ("gloss", object),
-            ("num_children", object),
-            ("children", object),
-            ("wordnet_height", object),
-            ("num_train_images", object),
-        ],
-    )
-    for place in range(SYNSETS):
-        inner = place >= LEAVES
-        wnid = f"n{90_000_000 + place:08d}" if inner else WNIDS[place]
-        children = np.array([[1, 2, 3]], np.uint16) if inner else np.zeros((1, 0), np.uint8)
-        synsets[place, 0] = (
-            *(np.uint16(place + 1), wnid, words(wnid), "a gloss"),
-            *(np.uint8(3 * inner), children, np.uint8(inner), np.uint16(0 if inner else 1300)),
-        )
-    file = io.BytesIO()
-    savemat(file, {"synsets": synsets}, do_compression=True)
-    return file.getvalue()
-
-
-@pytest.fixture(scope="session")
-def kit(meta) -> dict[str, bytes]:
-    truth = "".join(f"{number}\n" for number in TRUTH).encode()
-    return {
-        "readme.txt": b"Introduction",
-        "data/meta.mat": meta,
-        "data/ILSVRC2012_validation_ground_truth.txt": truth,
-        "data/ILSVRC2012_clsloc_validation_blacklist.txt": b"36\n50\n",
-        "evaluation/demo_val.m": b"% demo",
-    }
-
-
-def tar_of(path: Path, members: dict[str, bytes], mode: str = "w", folders=()) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode, format=tarfile.GNU_FORMAT) as tar:
-        for name in folders:
-            info = tarfile.TarInfo(name)
-            info.type = tarfile.DIRTYPE
-            tar.addfile(info)
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def kit_archive(folder: Path, kit: dict[str, bytes]) -> Path:
-    name = "ILSVRC2012_devkit_t12"
-    return tar_of(
-        folder / f"{name}.tar.gz",
-        {f"{name}/{inside}": data for inside, data in kit.items()},
-        "w:gz",
-        folders=[name, f"{name}/data"],
-    )
 
 
 def kit_folder(folder: Path, kit: dict[str, bytes]) -> Path:
@@ -145,38 +76,6 @@ def name_list(folder: Path, *_) -> Path:
 def mapping(folder: Path) -> None:
     lines = [f"{wnid} {words(wnid)}\n" for wnid in ORDER]
     (folder / "LOC_synset_mapping.txt").write_text("".join(lines))
-
-
-def val_tar(folder: Path, numbers=SHOWN) -> Path:
-    contents = {val_name(number): b"%d" % number for number in numbers}
-    return tar_of(folder / "ILSVRC2012_img_val.tar", contents)
-
-
-def val_folder(folder: Path, numbers=SHOWN) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in numbers:
-        (folder / val_name(number)).write_bytes(b"%d" % number)
-    return folder
-
-
-def train_tar(folder: Path, wnids: list[str]) -> Path:
-    """As handed out: a tar per class, in no order that matters, of `<wnid>_<number>.JPEG`."""
-    inner = {}
-    for wnid in wnids:
-        contents = {f"{wnid}_{number}.JPEG": wnid.encode() for number in (18, 3)}
-        inner[f"{wnid}.tar"] = tar_of(folder / "inner.tar", contents).read_bytes()
-    (folder / "inner.tar").unlink()
-    return tar_of(folder / "ILSVRC2012_img_train.tar", inner)
-
-
-@pytest.fixture
-def listed(tmp_path):
-    count = iter(range(1000))
-
-    def scanned(source, split="val", **options) -> Listing:
-        return scan(str(source), tmp_path / f".scratch{next(count)}", split=split, **options)
-
-    return scanned
 
 
 def check_validation(listing: Listing, titles: bool) -> None:
@@ -327,116 +226,6 @@ def test_a_kaggle_line_without_a_class_leaves_its_picture_out(tmp_path, listed):
     listing = listed(source)
     assert [listing.classes[label] for label in listing.rows["label"]] == [WNIDS[1], WNIDS[0]]
     assert [name for name, _ in listing.rejects()] == [f"{source}/{val_name(3)}"]
-
-
-def test_labels_of_other_pictures_are_refused(tmp_path, listed):
-    (tmp_path / "labels.txt").write_text("a.jpg cat\nb.jpg dog\n")
-    with pytest.raises(UsageError, match=r"labels .*labels.txt name none of the pictures of .*a;"):
-        listed(val_tar(tmp_path), labels=str(tmp_path / "labels.txt"))
-
-
-def test_without_ground_truth_it_says_what_to_give(tmp_path, listed):
-    for source in (val_tar(tmp_path), val_folder(tmp_path / "val")):
-        with pytest.raises(
-            UsageError, match=r"no ground truth .* give --val-labels FILE: ILSVRC20"
-        ):
-            listed(source)
-
-
-def _bomb(kit):
-    return {**kit, "data/meta.mat": kit["data/meta.mat"] + bytes(65 << 20)}
-
-
-def _mat_bomb(kit):
-    raw = zlib.compress(bytes(70 << 20), 9)
-    part = (15).to_bytes(4, "little") + len(raw).to_bytes(4, "little") + raw
-    return {**kit, "data/meta.mat": kit["data/meta.mat"][:128] + part}
-
-
-def _without(name):
-    return lambda kit: {key: data for key, data in kit.items() if not key.endswith(name)}
-
-
-def _truth(text):
-    return lambda kit: {**kit, "data/ILSVRC2012_validation_ground_truth.txt": text}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_bomb, "unpacks to more than 64 MiB"),
-        (_mat_bomb, "meta.mat: it unpacks to more than 64 MiB"),
-        (_without("meta.mat"), "holds no data/meta.mat"),
-        (_without("ground_truth.txt"), "lack ILSVRC2012_validation_ground_truth.txt"),
-        (_truth(b"1\n2\n1001\n"), "ground_truth.txt says 1001, which is no ILSVRC2012_ID"),
-        (_truth(b"1\n\n2\n"), "ground_truth.txt says .* which is no ILSVRC2012_ID"),
-        (_truth(b"1\nn01440764\n"), "ground_truth.txt says .*n01440764"),
-        (
-            lambda kit: {**kit, "data/meta.mat": kit["data/meta.mat"][:5000]},
-            "meta.mat: it is damaged",
-        ),
-        (lambda kit: {**kit, "data/meta.mat": b"MATLAB 5.0"}, "meta.mat: it is damaged"),
-    ],
-)
-def test_kits_that_will_not_do_are_named_in_one_line(change, message, kit, tmp_path, listed):
-    source = val_tar(tmp_path)
-    kit_archive(tmp_path, change(kit))
-    with pytest.raises(UsageError, match=message) as caught:
-        listed(source)
-    assert str(caught.value).isprintable()
-
-
-def test_a_kit_that_was_cut_off(kit, tmp_path, listed):
-    source = val_tar(tmp_path)
-    archive = kit_archive(tmp_path, kit)
-    archive.write_bytes(archive.read_bytes()[:-500])
-    with pytest.raises(UsageError, match=r"devkit_t12\.tar\.gz cannot be used"):
-        listed(source)
-    # For training it would only have given readable names.
-    assert listed(train_tar(tmp_path, WNIDS[:2]), "train").titles is None
-    archive.write_bytes(gzip.compress(b"no tar"))
-    with pytest.raises(UsageError, match=r"devkit_t12\.tar\.gz cannot be read"):
-        listed(source)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "are empty"),
-        ("ImageId,PredictionString\n", "are empty"),
-        ("n01440764\n\nn01440764\n", "have a line '', which names no class"),
-        ("n01440764\nx n01440764\n", "have a line 'x n01440764'"),
-        ("x n01440764\nn01440764\n", "have a line 'n01440764'"),
-        ("ILSVRC2012_val_00000001.JPEG 65\n", "have a line 'ILSVRC2012_val_00000001.JPEG 65'"),
-        ("x ..\n", "which names no class"),
-        ("x ../../etc\n", "which names no class"),
-        ("x n01440764\nx.JPEG n01443537\n", "have two classes for x, 'n01440764' and 'n01443537'"),
-        ("\x1b[2J \x1b[2J\n", r"have a line '\\x1b\[2J"),
-    ],
-)
-def test_lists_that_will_not_do_are_named_in_one_line(text, message, tmp_path, listed):
-    (tmp_path / "labels.txt").write_text(text)
-    with pytest.raises(UsageError, match=message) as caught:
-        listed(val_tar(tmp_path), labels=str(tmp_path / "labels.txt"))
-    assert str(caught.value).isprintable()
-
-
-def test_labels_that_are_not_there(tmp_path, listed):
-    source = val_tar(tmp_path)
-    with pytest.raises(UsageError, match=r"labels .*nowhere do not exist; give --val-labels"):
-        listed(source, labels=str(tmp_path / "nowhere"))
-    (tmp_path / "void").mkdir()
-    with pytest.raises(UsageError, match="void holds no labels; give --val-labels"):
-        listed(source, labels=str(tmp_path / "void"))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="binary is no text"):
-        listed(source, labels=str(tmp_path / "binary"))
-
-
-def test_a_download_without_the_split_says_so(tmp_path, listed):
-    train_tar(tmp_path / "d", WNIDS[:2])
-    with pytest.raises(UsageError, match=r"has no val: it holds ILSVRC2012_img_train\.tar"):
-        listed(tmp_path / "d")
 
 
 def test_titles_from_a_list_of_words(tmp_path, listed):

@@ -7,46 +7,29 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from cluster.config import Config
-from cluster.run_folder import held, settle
-from cluster.train import main
-from pipeline.errors import UsageError
 from pipeline.ledger.proof.exactly_once import prove
-from pipeline.manifest import identity
 from tests.drawn import flip_bit
 from tests.servers import Server
 from tests.test_worker import Call, together
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-STEPS = 80
-SETTINGS = {
-    "dtype": "float32",
-    "width": 0.125,
-    "batch_size": 8,
-    "steps": STEPS,
-    "checkpoint_every": 10,
-    "validate_every": 30,
-    "max_failures": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items()))
-    return path
+from tests.trainings import (  # noqa: F401 - a fixture
+    REPOSITORY,
+    SETTINGS,
+    STEPS,
+    end_processes,
+    losses,
+    marked,
+    processes,
+    tiny_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,44 +38,6 @@ def oracle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tu
     root = tmp_path_factory.mktemp("oracle")
     together(root / "job", [Call(Config(**SETTINGS), tiny_data, root / "run")])
     return losses(root / "run")
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [(row["position"], row["loss"]) for row in map(json.loads, lines)]
-
-
-def processes(mark: str, title: str = "") -> list[int]:
-    """Living processes that were started, however indirectly, with `mark` in their environment."""
-    parents, titles, ours = {}, {}, set()
-    for folder in Path("/proc").iterdir():
-        try:
-            pid = int(folder.name)
-            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[pid] = (folder / "cmdline").read_bytes()
-            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                ours.add(pid)
-        except (OSError, ValueError):
-            continue
-    # Processes that Ray gives a title lose their environment by it; their parents have theirs.
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    return [pid for pid in ours if title.encode() in titles.get(pid, b"")]
-
-
-def end_processes(mark: str) -> None:
-    """End what is left of them."""
-    for pid in processes(mark):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def marked(**more: str) -> tuple[str, dict[str, str]]:
-    """A mark, and an environment with it."""
-    value = str(uuid.uuid4())
-    environment = {**os.environ, "DUET_TEST": value, **more}
-    environment.pop("RAY_ADDRESS", None)
-    return f"DUET_TEST={value}", environment
 
 
 class Command:
@@ -232,117 +177,3 @@ def test_too_few_gpus_is_exit_code_3(command, config, tiny_data, tmp_path):
     (error,) = strangers(one.lines)
     assert "need 8 GPUs" in error
     assert "--device cpu" in error
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Ray of its own that takes jobs, on loopback only; yields the environment to reach it."""
-    port = free_port()
-    folder = Path(tempfile.mkdtemp(prefix="duet-ray-"))  # a short path: Ray's sockets lie in it
-    mark, environment = marked(
-        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-        RAY_AUTH_MODE="disabled",
-        RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{port}",
-    )
-    head = subprocess.Popen(
-        [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port",
-            "0", "--num-cpus", "2", "--dashboard-port", str(port),
-            "--dashboard-agent-listen-port", str(free_port()), "--temp-dir", str(folder),
-            "--disable-usage-stats",
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
-        yield environment
-    finally:
-        end_processes(mark)
-        head.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.ray
-def test_a_submitted_job_trains_and_passes_its_exit_code_on(cluster, config, tiny_data, tmp_path):
-    run = tmp_path / "run"
-
-    def submit(*flags: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [
-                sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".",
-                "--", "python", "-m", "cluster.train", str(config), "--data", str(tiny_data),
-                "--run", str(run), *flags,
-            ],
-            cwd=REPOSITORY,
-            env=cluster,
-            text=True,
-            capture_output=True,
-            timeout=120,
-        )  # fmt: skip
-
-    done = submit("--steps", "4")
-    deadline = time.monotonic() + 60
-    while "No available agent" in done.stderr and time.monotonic() < deadline:
-        time.sleep(1)  # the head listens before it can take jobs
-        done = submit("--steps", "4")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(losses(run)) == 4
-    assert "Traceback" not in done.stdout + done.stderr
-    refused = submit("--steps", "4", "--width", "0.25")
-    assert refused.returncode != 0
-    assert "width: 0.125 -> 0.25" in refused.stdout + refused.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--data", "{nowhere}"], "is not a folder; build it"),
-        (["--run", "{config}"], "cannot be written"),
-        (["--run", "/proc/run"], "cannot be written"),
-        (["--width", "0.001"], "width is 0.001; the smallest"),
-        (["--batch-size", "7"], "batch_size is 7; it must be a multiple of 2"),
-    ],
-)
-def test_a_wrong_command_is_refused_before_anything_starts(
-    config, tiny_data, tmp_path, words, message
-):
-    names = {"nowhere": tmp_path / "nowhere", "config": config}
-    words = [word.format(**names) for word in words]
-    argv = [str(config), "--data", str(tiny_data), "--run", str(tmp_path / "run"), *words]
-    with pytest.raises(UsageError, match=message) as caught:
-        main(argv)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_run_that_another_training_holds_is_refused(config, tiny_data, tmp_path):
-    with held(tmp_path), pytest.raises(UsageError, match="in use by another training"):
-        main([str(config), "--data", str(tiny_data), "--run", str(tmp_path)])
-
-
-def test_a_run_with_other_settings_or_data_is_refused(config, tiny_data, tmp_path):
-    run, other = tmp_path / "run", tmp_path / "other"
-    run.mkdir()
-    settle(run, Config(**SETTINGS), identity(tiny_data), samples=48, step=0)
-    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
-    shutil.copytree(tiny_data, other)
-    manifest = other / "manifest.json"
-    manifest.write_text(manifest.read_text() + "\n")
-    with pytest.raises(UsageError) as caught:
-        main([str(config), "--data", str(other), "--run", str(run), "--lr", "0.5", "--seed", "7"])
-    message = str(caught.value)
-    for words in ("at step 10", "lr: 0.01 -> 0.5", "seed: 0 -> 7", "data set (manifest): "):
-        assert words in message

@@ -1,0 +1,55 @@
+"""Trainings that are refused before Ray starts."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from cluster.config import Config
+from cluster.run_folder import held, settle
+from cluster.train import main
+from pipeline.errors import UsageError
+from pipeline.manifest import identity
+from tests.trainings import SETTINGS, tiny_config  # noqa: F401 - a fixture
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "{nowhere}"], "is not a folder; build it"),
+        (["--run", "{config}"], "cannot be written"),
+        (["--run", "/proc/run"], "cannot be written"),
+        (["--width", "0.001"], "width is 0.001; the smallest"),
+        (["--batch-size", "7"], "batch_size is 7; it must be a multiple of 2"),
+    ],
+)
+def test_a_wrong_command_is_refused_before_anything_starts(
+    config, tiny_data, tmp_path, words, message
+):
+    names = {"nowhere": tmp_path / "nowhere", "config": config}
+    words = [word.format(**names) for word in words]
+    argv = [str(config), "--data", str(tiny_data), "--run", str(tmp_path / "run"), *words]
+    with pytest.raises(UsageError, match=message) as caught:
+        main(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_another_training_holds_is_refused(config, tiny_data, tmp_path):
+    with held(tmp_path), pytest.raises(UsageError, match="in use by another training"):
+        main([str(config), "--data", str(tiny_data), "--run", str(tmp_path)])
+
+
+def test_a_run_with_other_settings_or_data_is_refused(config, tiny_data, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    settle(run, Config(**SETTINGS), identity(tiny_data), samples=48, step=0)
+    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    shutil.copytree(tiny_data, other)
+    manifest = other / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(UsageError) as caught:
+        main([str(config), "--data", str(other), "--run", str(run), "--lr", "0.5", "--seed", "7"])
+    message = str(caught.value)
+    for words in ("at step 10", "lr: 0.01 -> 0.5", "seed: 0 -> 7", "data set (manifest): "):
+        assert words in message

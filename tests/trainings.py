@@ -1,0 +1,69 @@
+"""Small trainings as a user starts them, and the processes of theirs that live."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STEPS = 80
+SETTINGS = {
+    "dtype": "float32",
+    "width": 0.125,
+    "batch_size": 8,
+    "steps": STEPS,
+    "checkpoint_every": 10,
+    "validate_every": 30,
+    "max_failures": 1,
+}
+
+
+@pytest.fixture(name="config", scope="module")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items()))
+    return path
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [(row["position"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def processes(mark: str, title: str = "") -> list[int]:
+    """Living processes that were started, however indirectly, with `mark` in their environment."""
+    parents, titles, ours = {}, {}, set()
+    for folder in Path("/proc").iterdir():
+        try:
+            pid = int(folder.name)
+            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[pid] = (folder / "cmdline").read_bytes()
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                ours.add(pid)
+        except (OSError, ValueError):
+            continue
+    # Processes that Ray gives a title lose their environment by it; their parents have theirs.
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return [pid for pid in ours if title.encode() in titles.get(pid, b"")]
+
+
+def end_processes(mark: str) -> None:
+    """End what is left of them."""
+    for pid in processes(mark):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def marked(**more: str) -> tuple[str, dict[str, str]]:
+    """A mark, and an environment with it."""
+    value = str(uuid.uuid4())
+    environment = {**os.environ, "DUET_TEST": value, **more}
+    environment.pop("RAY_ADDRESS", None)
+    return f"DUET_TEST={value}", environment
