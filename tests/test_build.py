@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.batches import Stream
-from pipeline.errors import UsageError
+from pipeline.errors import DuetError, UsageError
 from pipeline.manifest import Manifest
 from pipeline.packing.target import WORK, Folder
 from pipeline.pixel_stats import Statistics
@@ -243,3 +243,14 @@ def test_a_picture_of_both_splits_is_told_loudly(pictures, tmp_path):
         rows = rows_of(tmp_path / "d", member["split"])
         assert rows[member["sample"]]["label"] == member["label"]
     assert [CLASSES[member["label"]] for member in row["members"]] == ["cat", "dog"]
+
+
+def test_max_rejects_may_be_reached_but_not_exceeded(tmp_path):
+    source = folder_per_class(tmp_path / "s", 24)
+    for path in sorted((source / "cat").iterdir())[:3]:
+        path.write_bytes(b"no picture")
+    (tmp_path / "s/dog/notes.txt").write_text("the 97th file")
+    for number, share in enumerate((4 / 97, 0.05)):
+        assert packed(tmp_path / str(number), train=source, max_rejects=share).rejected == 4
+    with pytest.raises(DuetError, match="4 of 97 files"):
+        packed(tmp_path / "d", train=source, max_rejects=0.04)

@@ -69,7 +69,7 @@ def test_twenty_kills_at_random_moments(source, undisturbed, tmp_path):
                 packed(out, train=source, **SETTINGS)
             finally:
                 os._exit(0)
-        time.sleep(draw.uniform(0, 0.15 * whole))
+        time.sleep(draw.uniform(0, 0.6 * whole))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kills += os.WIFSIGNALED(status)
@@ -134,6 +134,42 @@ def test_damage_to_what_was_done_is_mended(source, undisturbed, tmp_path, damage
 
 def _interrupted(*_: object) -> None:
     raise Cut
+
+
+def test_a_picture_that_is_garbage_by_now_moves_the_others(source, tmp_path):
+    """A chunk must be packed again, and its pictures are rejects now: shards are written anew."""
+    copy, out = tmp_path / "source", tmp_path / "data"
+    shutil.copytree(source, copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.packing.build.seal", _interrupted)
+        with pytest.raises(Cut):
+            packed(out, train=copy, max_rejects=0.1, **SETTINGS)
+    (out / facts_name(5)).unlink()
+    (out / data_name(7)).write_bytes(b"")
+    for garbage in sorted(copy.glob("*/*.jpg"))[40:48]:  # the pictures of chunk 5
+        garbage.write_bytes(b"no picture")
+    packed(out, train=copy, max_rejects=0.1, **SETTINGS)
+    assert verify(out) == []
+    packed(tmp_path / "anew", train=copy, max_rejects=0.1, **SETTINGS)
+    assert everything(out) == everything(tmp_path / "anew")
+    assert len((out / "rejects.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_folder_deleted_under_a_build_leaves_nothing_to_the_next(source, tmp_path):
+    """Workers of the first may still be writing chunks of other settings there."""
+    out = tmp_path / "data"
+    (out / FOLDER).mkdir(parents=True)
+    packed(tmp_path / "other", train=source, quality=20, **SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.packing.build._gather", _interrupted)
+        with pytest.raises(Cut):
+            packed(tmp_path / "half", train=source, quality=20, **SETTINGS)
+    shutil.rmtree(out)
+    shutil.copytree(tmp_path / "half", out)
+    (out / WORK / "build.json").unlink()
+    packed(out, train=source, **SETTINGS)
+    packed(tmp_path / "anew", train=source, **SETTINGS)
+    assert everything(out) == everything(tmp_path / "anew")
 
 
 def test_an_unfinished_set_of_other_settings_is_refused(source, tmp_path):

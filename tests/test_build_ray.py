@@ -155,7 +155,7 @@ def test_results_errors_and_deaths_come_to_the_driver(cluster, tmp_path, monkeyp
         assert (full.value.errno, full.value.filename) == (28, "/full/disk")
         with pytest.raises(ChunkError) as chunk:
             list(pool.run(damaged, [job]))
-        assert chunk.value.number == 7
+        assert chunk.value.numbers[0] == 7
         with pytest.raises(DataError, match=r"^one line$"):
             list(pool.run(refused, [job]))
         with pytest.raises(SetupError, match=r"cannot pack .No module named 'no_such_package'.; "):

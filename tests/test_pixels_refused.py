@@ -175,3 +175,43 @@ def test_libraries_print_nothing(capfd):
     assert capfd.readouterr() == ("", "")
     os.write(2, b"heard again")
     assert capfd.readouterr().err == "heard again"
+
+
+def test_a_jpeg_that_lost_its_data_is_truncated_though_it_has_an_end():
+    """Pillow alone would make the rest up in grey."""
+    whole = jpeg(3, 400, 300)
+    header = whole.index(b"\xff\xda") + 14
+    third = whole[: len(whole) // 3] + b"\xff\xd9"
+    none = whole[:header] + b"\xff\xd9"
+    size = whole.index(b"\xff\xc0") + 5
+    larger = whole[:size] + struct.pack(">HH", 3000, 4000) + whole[size + 4 :]
+    for data in (third, none, larger):
+        with pytest.raises(PictureError, match="truncated"):
+            square(data)
+    assert square(whole).shape == (256, 256, 3)
+
+
+def test_slow_kinds_are_refused_by_what_they_say_of_themselves(monkeypatch):
+    with pytest.raises(PictureError, match="written as text"):
+        square(b"P3 300 300 255\n" + b"1 " * 270_000)
+    binary = b"P6 300 300 255\n" + bytes(270_000)
+    assert square(binary).max() == 0
+    strips = Image.new("L", (64, 64))
+    data = saved(strips, "TIFF", strip_size=1)
+    assert square(data).shape == (256, 256, 3)
+    monkeypatch.setattr("pipeline.packing.careful.MAX_OTHER_BYTES", 1000)
+    with pytest.raises(PictureError, match="more than it may have"):
+        square(binary)
+
+
+def test_a_decoder_in_python_is_stopped(monkeypatch):
+    from pipeline.packing import careful, limits
+
+    def forever(image):
+        while True:
+            pass
+
+    monkeypatch.setattr(careful, "_square", forever)
+    monkeypatch.setattr(careful, "in_time", lambda: limits.in_time(0.05))
+    with pytest.raises(PictureError, match=r"takes more than 0\.05 s"):
+        square(saved(Image.new("L", (64, 64)), "PNG"))

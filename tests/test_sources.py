@@ -254,3 +254,25 @@ def test_a_listing_is_relabelled_across_its_blocks(tmp_path, monkeypatch):
     assert listing.rows["label"].tolist() == [2, 2, 0, 0, 1, 1, 0, 0, 2, 2, 1, 1]
     assert list(listing.names) == [f"{number}.jpg" for number in range(12)]
     assert np.all(listing.rows["size"] == -1)
+
+
+def test_classes_of_a_tar_lie_in_one_folder(tmp_path, listed):
+    """In x/one, x/two and y/one, who knows whether x or one is the class?"""
+    names = ("x/one/1.jpg", "x/two/2.jpg", "y/one/3.jpg")
+    with pytest.raises(UsageError, match=r"has classes in /x and in /y \(y/one/3\.jpg\)"):
+        listed(tar_of(tmp_path / "deep.tar", dict.fromkeys(names, b"x")))
+    inside = tar_of(tmp_path / "one.tar", dict.fromkeys(("x/one/1.jpg", "./x/two/2.jpg"), b"x"))
+    assert listed(inside).classes == ("one", "two")
+
+
+def test_a_link_to_the_source_brings_no_other_classes_in(tmp_path, listed):
+    for name in ("a", "b"):
+        (tmp_path / "s" / name).mkdir(parents=True)
+        (tmp_path / "s" / name / f"{name}.jpg").write_bytes(b"x")
+    (tmp_path / "s/a/up").symlink_to(tmp_path / "s")
+    (tmp_path / "s/b/top").symlink_to(tmp_path)
+    found = listed(tmp_path / "s")
+    assert [found.full_name(place) for place in range(len(found))] == [
+        f"{tmp_path}/s/a/a.jpg",
+        f"{tmp_path}/s/b/b.jpg",
+    ]

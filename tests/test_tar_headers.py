@@ -206,6 +206,14 @@ DAMAGED = {
         header(kind=b"x", size=9) + b"0 path=a\n".ljust(512, b"\0") + END,
         "damaged extension",
     ),
+    "pax without a blank": (
+        header(kind=b"x", size=31) + (b"A" * 30 + b"\n").ljust(512, b"\0") + END,
+        "damaged extension",
+    ),
+    "pax without a second blank": (
+        header(kind=b"x", size=42) + (b"11 path=ab\n" + b"A" * 30 + b"\n").ljust(512, b"\0") + END,
+        "damaged extension",
+    ),
     "pax too long": (
         header(kind=b"x", size=9) + b"9999 pa=a".ljust(512, b"\0") + END,
         "damaged extension",

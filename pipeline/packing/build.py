@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pipeline.packing.collect import Collected, collect
 from pipeline.packing.gather import FOLDER as SHARDS
 from pipeline.packing.gather import ShardJob, done_name, read_done, write_shard_of
 from pipeline.packing.options import Build
-from pipeline.packing.plan import Plan, make_plan, settings
+from pipeline.packing.plan import Places, Plan, chunk_format, make_plan, settings
 from pipeline.packing.pool import LocalPool, Pool
 from pipeline.packing.seal import REJECTS, all_classes, copied, seal
 from pipeline.packing.store_target import target_for
@@ -60,8 +61,9 @@ def build(options: Build, target: Target | None = None, pool: Pool | None = None
 
 
 def _build_in(target: Target, options: Build, pool: Pool | None) -> Manifest:
-    if finished(target):
-        return _as_it_is(options, target)
+    with _one_line(target):
+        if finished(target):
+            return _as_it_is(options, target)
     with _one_line(target), target.claimed(), target.scratch() as scratch:
         plan = make_plan(options, scratch)
         _begin(options, plan, target)
@@ -71,8 +73,8 @@ def _build_in(target: Target, options: Build, pool: Pool | None) -> Manifest:
                 try:
                     return _build(options, plan, target, workers, scratch)
                 except ChunkError as error:
-                    target.remove([facts_name(error.number)])
-                    damaged[error.number] += 1
+                    target.remove(map(facts_name, error.numbers))
+                    damaged.update(error.numbers)
     raise DuetError(f"{target.address} gives back other bytes than were written; replace the disk")
 
 
@@ -81,7 +83,7 @@ def _build(options: Build, plan: Plan, target: Target, pool: Pool, scratch: Path
     _pack(options, plan, target, pool)
     collected = collect(plan, target, scratch)
     _few_enough(options, plan, target, collected)
-    all_classes(plan, collected)
+    all_classes(plan, collected, target)
     shards = _gather(options, plan, target, pool, collected)
     manifest = seal(options, plan, target, collected, shards, scratch, libraries())
     target.clear(WORK)
@@ -121,10 +123,10 @@ def _gather(
         step = options.samples_per_shard
         counts[split] = -(-len(order) // step)
         maybe = [n for n in range(counts[split]) if done_name(split, n) in there]
-        known = zip(maybe, ahead(lambda n: read_done(target, split, n), maybe), strict=True)  # noqa: B023
-        done = {number for number, found in known if found is not None}
-        for number in sorted(set(range(counts[split])) - done):
-            jobs.append((split, number, order[number * step : (number + 1) * step]))
+        rows = [order[number * step : (number + 1) * step] for number in range(counts[split])]
+        known = ahead(partial(_is_done, target, split, collected, rows), maybe)
+        done = {number for number, is_done in zip(maybe, known, strict=True) if is_done}
+        jobs += [(split, n, rows[n]) for n in range(counts[split]) if n not in done]
     already = total - sum(len(rows) for *_, rows in jobs)
     todo = (
         ShardJob(target, split, number, options.encoding, collected.taken[rows])
@@ -136,10 +138,16 @@ def _gather(
     return counts
 
 
+def _is_done(
+    target: Target, split: str, collected: Collected, rows: list[Places], number: int
+) -> bool:
+    return read_done(target, split, number, collected.taken[rows[number]]) is not None
+
+
 def _few_enough(options: Build, plan: Plan, target: Target, collected: Collected) -> None:
     """Refuse to ship a set of which too much is missing."""
     everything = plan.pictures + plan.rejected
-    if collected.rejected <= options.max_rejects * everything:
+    if collected.rejected <= options.max_rejects * everything + 1e-6:  # 0.29 * 100 is below 29
         return
     copied(collected.rejects_file, target, REJECTS)
     share = collected.rejected / everything
@@ -178,12 +186,15 @@ def _begin(options: Build, plan: Plan, target: Target) -> None:
     """Write down what this build is of, or make sure that the unfinished one is of the same."""
     ours = {
         "plan": plan.fingerprint,
+        "format": chunk_format(),
         "settings": settings(options),
         "libraries": libraries(),
     }
     try:
         theirs = json.loads(target.read(STATE))
     except FileNotFoundError:
+        target.clear(chunks.FOLDER)  # of a build whose folder was deleted under it
+        target.clear(SHARDS)
         with target.create(STATE) as file:
             file.write(json.dumps(ours, indent=1).encode())
         return
@@ -198,6 +209,8 @@ def _begin(options: Build, plan: Plan, target: Target) -> None:
 
 
 def _difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
+    if theirs.get("format") != ours["format"]:
+        return "another version of Duet"
     for kind in ("settings", "libraries"):
         before, now = theirs.get(kind), ours[kind]
         if isinstance(before, dict) and isinstance(now, dict):
@@ -232,8 +245,12 @@ def _one_line(target: Target) -> Iterator[None]:
     """Turn what a disk does wrong into one line."""
     try:
         yield
+    except DuetError:  # a store that does not answer is an OSError, too
+        raise
     except OSError as error:
-        raise DuetError(
-            f"{error.filename or target.address} failed while packing "
-            f"({error.strerror or error}); mend it and run the same command again, it goes on"
-        ) from error
+        what = (
+            f"{error.filename or target.address} failed while packing ({error.strerror})"
+            if error.strerror
+            else str(error)  # our own words, which name the file
+        )
+        raise DuetError(f"{what}; mend it and run the same command again, it goes on") from error

@@ -8,6 +8,7 @@ so that few copies of a large picture exist at once.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 import warnings
@@ -19,15 +20,17 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.packing.fast import reduction
 from pipeline.packing.finish import ORIENTATION, to_srgb, upright, valid
-from pipeline.packing.limits import PictureError, check_size
+from pipeline.packing.limits import MAX_OTHER_BYTES, PictureError, check_size, in_time
 from pipeline.picture import SIZE, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What Pillow may take the bytes for."""
+JPEG = b"\xff\xd8"
 BAND = 2**20
 """Values of a deep picture that are converted at once."""
 
 _stderr = threading.Lock()
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what is wrong with a picture is a reason
 
 
 def square_any(data: bytes, min_side: int) -> Pixels:
@@ -36,11 +39,16 @@ def square_any(data: bytes, min_side: int) -> Pixels:
     Raises:
         PictureError: no picture, truncated, too small, or too large to be one.
     """
+    if data[:2] in (b"P1", b"P2", b"P3"):
+        raise PictureError("a PNM whose pixels are written as text")
+    if data[:2] != JPEG and len(data) > MAX_OTHER_BYTES:
+        raise PictureError(f"{len(data)} bytes are more than it may have ({MAX_OTHER_BYTES})")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF, large pictures: not the user's matter
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with in_time(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 check_size(*image.size, min_side)
+                _check_tiles(image)
                 with _silent() if image.format == "TIFF" else nullcontext():
                     return _square(image)
     except PictureError:
@@ -48,6 +56,13 @@ def square_any(data: bytes, min_side: int) -> Pixels:
     # Pillow's decoders raise what they please on damaged input; whatever it is, it is this file.
     except Exception as error:
         raise PictureError(_reason(error)) from error
+
+
+def _check_tiles(image: Image.Image) -> None:
+    """Refuse a picture in more pieces than it has rows or tiles: each starts a decoder."""
+    pieces = len(getattr(image, "tile", ()))
+    if pieces > 2 * image.height + image.width * image.height // 64 + 1000:
+        raise PictureError(f"{pieces} strips or tiles in {image.width}x{image.height} pixels")
 
 
 @contextmanager

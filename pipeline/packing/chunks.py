@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from pipeline.packing.plan import Part, Plan
 from pipeline.packing.target import WORK, Target
 from pipeline.pixel_stats import Sums
 from pipeline.sources import Container
+from pipeline.stores.errors import StoreError
 
 FOLDER = f"{WORK}/chunks"
 
@@ -76,11 +76,11 @@ class Chunk:
 
 
 class ChunkError(Exception):
-    """The files of a chunk are not what was written; it must be packed again."""
+    """The files of some chunks are not what was written; they must be packed again."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    def __init__(self, *numbers: int) -> None:
+        super().__init__(*numbers)
+        self.numbers = numbers
 
 
 def data_name(number: int) -> str:
@@ -121,21 +121,29 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
     return pack(job)
 
 
-def read_chunk(target: Target, number: int) -> Chunk:
-    """Read what is known of a chunk.
+def read_chunk(target: Target, number: int, pictures: int) -> Chunk:
+    """Read what is known of a chunk of so many pictures.
 
     Raises:
-        ChunkError: it is missing or damaged.
+        ChunkError: it is missing or damaged, or its pictures are.
+        StoreError: the store does not answer.
     """
     try:
         with np.load(io.BytesIO(target.read(facts_name(number)))) as arrays:
             sums = Sums()
             sums.pictures = int(arrays["pictures"])
             sums.picture, sums.outer = arrays["picture"], arrays["outer"]
-            return Chunk(
+            chunk = Chunk(
                 packed=arrays["packed"],
                 reasons=dict(json.loads(arrays["reasons"].tobytes())),
                 sums=sums,
             )
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        whole = chunk.packed.dtype == PACKED_DTYPE and len(chunk.packed) == pictures
+        size = int(chunk.packed["size"].sum(dtype=np.int64))
+        if whole and target.size(data_name(number)) == size:
+            return chunk
+    except StoreError:
+        raise
+    except Exception as error:  # of a damaged header, NumPy's reader raises what it pleases
         raise ChunkError(number) from error
+    raise ChunkError(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.packing.ahead import ahead
-from pipeline.packing.chunks import HASH_BYTES, Chunk, read_chunk
+from pipeline.packing.chunks import HASH_BYTES, Chunk, ChunkError, read_chunk
 from pipeline.packing.gather import TAKEN_DTYPE
 from pipeline.packing.plan import Part, Places, Plan
 from pipeline.packing.target import Target
@@ -43,10 +44,10 @@ def collect(plan: Plan, target: Target, scratch: Path) -> Collected:
     """Read all chunks back, in their order.
 
     Raises:
-        ChunkError: one is missing or damaged.
+        ChunkError: some are missing or damaged.
     """
     count = plan.pictures
-    taken = np.memmap(scratch / "taken.bin", TAKEN_DTYPE, "w+", shape=(count,))
+    taken = _allocated(scratch / "taken.bin", count)
     packed = np.zeros(count, np.bool_)
     sums, rejected = Sums(), 0
     with (
@@ -81,9 +82,28 @@ def collect(plan: Plan, target: Target, scratch: Path) -> Collected:
 
 def _chunks(plan: Plan, target: Target) -> Iterator[tuple[Part, int, Chunk]]:
     firsts = plan.first_rows
-    chunks = ahead(lambda part: read_chunk(target, part.number), plan.parts())
-    for part, chunk in zip(plan.parts(), chunks, strict=True):
-        yield part, firsts[part.listing] + part.start, chunk
+    damaged: list[int] = []
+
+    def read(part: Part) -> Chunk | None:
+        try:
+            return read_chunk(target, part.number, part.stop - part.start)
+        except ChunkError:
+            return None
+
+    for part, chunk in zip(plan.parts(), ahead(read, plan.parts()), strict=True):
+        if chunk is None:
+            damaged.append(part.number)
+        else:
+            yield part, firsts[part.listing] + part.start, chunk
+    if damaged:
+        raise ChunkError(*damaged)
+
+
+def _allocated(path: Path, count: int) -> npt.NDArray[np.void]:
+    """Map a new file whose room on the disk is sure: without it, a write would be a bus error."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, count * TAKEN_DTYPE.itemsize)
+    return np.memmap(path, TAKEN_DTYPE, "r+", shape=(count,))
 
 
 def _hashes(path: Path) -> npt.NDArray[np.uint8]:

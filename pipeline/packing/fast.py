@@ -15,6 +15,7 @@ import torch
 
 from pipeline.packing.finish import orientation, pixels_to_srgb, upright
 from pipeline.packing.jpeg_header import JpegHeader
+from pipeline.packing.limits import PictureError
 from pipeline.picture import SIZE, Pixels
 
 KEPT = 8
@@ -57,6 +58,9 @@ def square_jpeg(data: bytes, header: JpegHeader) -> Pixels | None:
 
     Returns:
         uint8 [256, 256, 3], sRGB.
+
+    Raises:
+        PictureError: its data ends before the picture does.
     """
     profile = header.profile
     if profile is not None and header.components == 1:
@@ -71,7 +75,11 @@ def square_jpeg(data: bytes, header: JpegHeader) -> Pixels | None:
             min_factor=factor,
             buffer=_scratch.decoded if 3 * height * width <= SCRATCH else None,
         )
-    except ValueError:
+    except ValueError as error:
+        if "premature end" in str(error).lower():  # Pillow would make it up in grey
+            raise PictureError(f"truncated: {error}") from error
+        return None
+    except MemoryError:
         return None
     return upright(pixels_to_srgb(shrink(pixels), profile), orientation(header.exif))
 

@@ -6,6 +6,7 @@ Both steps are as good after the resampling as before it, and cost a fraction th
 from __future__ import annotations
 
 import io
+import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -75,9 +76,11 @@ def orientation(exif: bytes) -> int:
     if not exif:
         return 1
     try:
-        tags = Image.Exif()
-        tags.load(exif)
-        return valid(tags.get(ORIENTATION))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tags = Image.Exif()
+            tags.load(exif)
+            return valid(tags.get(ORIENTATION))
     except Exception:  # Pillow's reader raises what it pleases on damaged data
         return 1
 

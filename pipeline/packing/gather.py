@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from pipeline.packing.chunks import ChunkError, data_name
 from pipeline.packing.target import WORK, Piece, Target
 from pipeline.picture import Encoding
 from pipeline.shards import as_shard, shard_name, write_tar
+from pipeline.stores.errors import StoreError
 
 FOLDER = f"{WORK}/shards"
 
@@ -71,17 +72,42 @@ def write_shard_of(job: ShardJob) -> int:
         file.write(written.listing)
     with job.target.create(done_name(job.split, job.number)) as file:
         shard = as_shard(name, written)
-        np.savez(file, rows=written.rows, shard=np.array(json.dumps(asdict(shard))))
+        np.savez(
+            file,
+            rows=written.rows,
+            shard=np.array(json.dumps(asdict(shard))),
+            content=np.array(content(job.taken)),
+        )
     return len(written.rows)
 
 
-def read_done(target: Target, split: str, number: int) -> ShardDone | None:
-    """Return what is known of a shard, or None if it has to be written (again)."""
+def content(taken: npt.NDArray[np.void]) -> str:
+    """Return a hash of what a shard is to hold: it is another if a picture became a reject."""
+    columns = np.stack([taken[name].astype(np.int64) for name in ("crc", "size", "label")])
+    return hashlib.sha256(columns.tobytes()).hexdigest()
+
+
+def read_done(
+    target: Target, split: str, number: int, taken: npt.NDArray[np.void] | None = None
+) -> ShardDone | None:
+    """Return what is known of a shard, or None if it has to be written (again).
+
+    Args:
+        target: where it is.
+        split: of it.
+        number: of it.
+        taken: what it is to hold; None if that was looked at before.
+    """
     try:
         with np.load(io.BytesIO(target.read(done_name(split, number)))) as arrays:
             facts = json.loads(arrays["shard"].item())
             done = ShardDone(split, number, Shard(**facts), arrays["rows"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+            held = arrays["content"].item()
+    except StoreError:
+        raise
+    except Exception:  # of a damaged header, NumPy's reader raises what it pleases
+        return None
+    if taken is not None and held != content(taken):
         return None
     whole = target.size(done.shard.name) == done.shard.bytes
     listed = target.size(done.shard.name.removesuffix(".tar") + ".idx") is not None

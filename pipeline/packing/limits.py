@@ -2,15 +2,23 @@
 
 Sources are not trusted: every limit is checked on the header, before anything is decoded. Within
 them a picture takes at most about 2 GB of memory (100 megapixels as a WebP with transparency; a
-JPEG 0.9 GB) beside the file itself, and some seconds.
+JPEG 0.9 GB) beside the file itself, and some seconds; `MAX_SECONDS` ends what takes longer.
 """
 
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MAX_BYTES = 256 * 2**20
-"""Size of an encoded picture."""
+"""Size of a JPEG."""
+MAX_OTHER_BYTES = 64 * 2**20
+"""Size of any other picture: of these, decoders take millions of small steps for a few bytes."""
+MAX_SECONDS = 60
+"""Time for a picture; what a decoder does in its own code is waited for."""
 MAX_PIXELS = 100_000_000
 """Width times height."""
 MAX_SCANS = 100
@@ -47,3 +55,26 @@ def check_size(width: int, height: int, min_side: int) -> None:
         raise PictureError(
             f"decompression bomb: {width}x{height} is more than {MAX_PIXELS // 10**6} megapixels"
         )
+
+
+@contextmanager
+def in_time(seconds: float = MAX_SECONDS) -> Iterator[None]:
+    """Refuse a picture that takes longer; only a process's main thread can be stopped so.
+
+    Raises:
+        PictureError: the time is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise PictureError(f"decoding it takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

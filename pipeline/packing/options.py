@@ -84,10 +84,14 @@ class Build:
     def _out_is_no_source(self) -> None:
         if is_remote(self.out):
             return
-        out = Path(self.out).resolve()
+        out = _local(self.out)
         for source in filter(None, (self.train, self.val)):
-            if not is_remote(source) and out.is_relative_to(Path(source).resolve()):
+            if not is_remote(source) and out.is_relative_to(_local(source)):
                 raise UsageError(f"{self.out} lies inside the source {source}; name another OUT")
+
+
+def _local(path: str) -> Path:
+    return Path(path.removeprefix("file://")).resolve()
 
 
 def _flag(name: str) -> str:

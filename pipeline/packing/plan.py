@@ -26,6 +26,10 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024
 """Pictures in a chunk: enough that its statistics (0.8 MB) are little beside it, and few enough
 that a worker that is killed loses seconds."""
 
+FORMAT = 1
+"""Of what a build leaves behind to go on with, and of how it makes pixels, order and hashes: what
+has another number cannot be mixed with it."""
+
 UNLIKE_OUTPUT = ("out", "train", "val", "val_labels", "max_rejects", "workers", "json")
 """Settings on which no byte of a shard depends, but through what the sources hold."""
 
@@ -179,8 +183,13 @@ def _fingerprint(options: Build, listings: list[Listing]) -> str:
         for column in (listing.rows, listing.names.ends, listing.names.text):
             for start in range(0, len(column), BLOCK):
                 digest.update(np.ascontiguousarray(column[start : start + BLOCK]).tobytes())
-    digest.update(_text(settings(options)))
+    digest.update(_text([FORMAT, settings(options)]))
     return digest.hexdigest()
+
+
+def chunk_format() -> list[int]:
+    """Return what two builds must share for one to go on with the chunks of the other."""
+    return [FORMAT, CHUNKS, SMALLEST_CHUNK, LARGEST_CHUNK]
 
 
 def settings(options: Build) -> dict[str, Any]:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from multiprocessing import active_children, get_context
 from types import TracebackType
@@ -34,6 +43,7 @@ class LocalPool:
     def __init__(self, workers: int) -> None:
         """Start `workers` processes when they are first needed."""
         self._workers = workers
+        self._ending = False
         self._pool = self._started()
 
     def run(self, task: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
@@ -56,8 +66,7 @@ class LocalPool:
                 running.clear()
                 self._pool.shutdown(wait=True, cancel_futures=True)
                 self._pool = self._started()
-                for job in died:
-                    yield self._alone(task, job)
+                yield from self._apart(task, died)
 
     def _give(
         self, task: Callable[[J], R], todo: Iterator[J], running: dict[Future[R], J]
@@ -65,14 +74,30 @@ class LocalPool:
         """Give out jobs until enough are under way; return one that found all processes dead."""
         while len(running) < 2 * self._workers and (job := next(todo, None)) is not None:
             try:
-                running[self._pool.submit(task, job)] = job
+                with _interrupts_later():
+                    running[self._pool.submit(task, job)] = job
             except BrokenProcessPool:
                 return [job]
         return []
 
+    def _apart(self, task: Callable[[J], R], jobs: list[J]) -> Iterator[R]:
+        """Do jobs that may have killed their process, each in one of its own, side by side."""
+        with ThreadPoolExecutor(self._workers) as threads:
+            try:
+                futures = [threads.submit(self._alone, task, job) for job in jobs]
+                for future in as_completed(futures):
+                    yield future.result()
+            except BaseException:
+                self._ending = True
+                threads.shutdown(wait=False, cancel_futures=True)
+                _terminate()
+                raise
+
     def _alone(self, task: Callable[[J], R], job: J) -> R:
-        """Do a job that may have killed its process: first as it is, then carefully."""
+        """Do a job in a process of its own: first as it is, then carefully."""
         for attempt in (job, as_careful(job)):
+            if self._ending:
+                break
             with self._started(1) as pool:
                 try:
                     return pool.submit(task, attempt).result()
@@ -98,8 +123,8 @@ class LocalPool:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None:
-            for process in active_children():  # a file half written is of no use to anybody
-                process.terminate()
+            self._ending = True
+            _terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -108,3 +133,18 @@ def as_careful(job: Any) -> Any:
     if any(field.name == "careful" for field in fields(job)):
         return replace(job, careful=True)
     return job
+
+
+def _terminate() -> None:
+    for process in active_children():  # a file half written is of no use to anybody
+        process.terminate()
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C back while processes start: they inherit that, and have nothing to say to it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

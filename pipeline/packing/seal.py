@@ -29,7 +29,7 @@ from pipeline.pixel_stats import Statistics
 REJECTS = "rejects.jsonl"
 
 
-def all_classes(plan: Plan, collected: Collected) -> None:
+def all_classes(plan: Plan, collected: Collected, target: Target) -> None:
     """Refuse a training set that lacks a class, and a split without pictures.
 
     Raises:
@@ -41,9 +41,14 @@ def all_classes(plan: Plan, collected: Collected) -> None:
         if len(labels) == 0 or (split == "train" and len(empty)):
             what = f"class {plan.classes[empty[0]]!r}" if len(labels) else f"split {split!r}"
             with collected.rejects_file.open(encoding="utf-8") as file:
-                example = next(file, "").strip()
+                lines = (line.strip() for line in file)
+                name = plan.classes[empty[0]] if len(labels) else ""
+                example = next((line for line in lines if name in line), "")
             example = f" (for example {example})" if example else ""
-            raise UsageError(f"no picture of {what} could be read{example}; replace them")
+            raise UsageError(
+                f"no picture of {what} could be read{example}; replace them, delete "
+                f"{target.address}, and run the same command again"
+            )
 
 
 def seal(

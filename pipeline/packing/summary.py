@@ -13,6 +13,7 @@ from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.options import Build
 from pipeline.packing.seal import REJECTS
 from pipeline.packing.target import Target
+from pipeline.sources import other_split
 from pipeline.sources.listing import shown
 
 NAMED = 5
@@ -24,6 +25,8 @@ def tell(options: Build, manifest: Manifest, target: Target, seconds: float | No
     if options.json:
         sys.stdout.write(json.dumps(facts(options, manifest, seconds)) + "\n")
     told = [*lines(options, manifest, seconds), *leaks(manifest, target)]
+    if "val" not in manifest.splits and (other := other_split(options.train)):
+        told.append(f"note: {shown(other)} was left alone; --val packs it, in another OUT")
     sys.stderr.write("".join(f"{line}\n" for line in told))
 
 

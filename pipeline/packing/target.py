@@ -98,7 +98,7 @@ class Folder:
     def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
         """Write a file; see `Target`."""
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not its parents: OUT may have been deleted under us
         with sealed(path, durable=durable) as file:
             yield file
 

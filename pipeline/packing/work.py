@@ -12,6 +12,7 @@ from isal import isal_zlib
 from pipeline.errors import DuetError
 from pipeline.packing.chunks import PACKED_DTYPE, ChunkDone, ChunkJob, data_name, facts_name
 from pipeline.packing.isolated import Crash, isolated
+from pipeline.packing.limits import one_line
 from pipeline.packing.options import Build
 from pipeline.packing.perceptual import perceptual_hash
 from pipeline.packing.pixels import PictureError, encode, one_thread, square
@@ -71,6 +72,8 @@ def _square(data: bytes, min_side: int) -> Pixels | str:
         return square(data, min_side)
     except PictureError as error:
         return str(error)
+    except Exception as error:  # whatever it is, it is this picture's
+        return f"cannot be decoded: {one_line(error) or type(error).__name__}"
 
 
 def _square_apart(data: bytes, job: ChunkJob) -> Pixels | str:

@@ -34,7 +34,7 @@ from pipeline.sources.listing import (
     Unreadable,
 )
 from pipeline.sources.readers import open_reader
-from pipeline.sources.scan import scan
+from pipeline.sources.scan import other_split, scan
 
 __all__ = [
     "Container",
@@ -44,5 +44,6 @@ __all__ = [
     "Reject",
     "Unreadable",
     "open_reader",
+    "other_split",
     "scan",
 ]

@@ -77,7 +77,9 @@ def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
 
 def _walk(top: str) -> Iterator[tuple[str, Inside]]:
     """Yield each folder once, those inside before the one that holds them."""
-    seen: set[tuple[int, int]] = set()
+    # A link to the source or above it would bring the pictures of other classes in.
+    above = {*Path(top).resolve().parents, *Path(top).parents}
+    seen = {_identity(str(folder)) for folder in above}
     todo: list[tuple[str, Inside | None]] = [(top, None)]
     while todo:
         path, inside = todo.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from pipeline.sources.parquet import is_parquet, scan_parquet
 from pipeline.sources.tars import add_class_tar, add_tar
 from pipeline.sources.webdatasets import is_webdataset, scan_webdataset
 from pipeline.stores.errors import without_secrets
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 SplitName = Literal["train", "val"]
 
@@ -56,8 +59,8 @@ def scan(
         UsageError: nothing there, no classes, a class without pictures, an unknown class, no
             labels where some are needed, or an archive that cannot be read.
     """
-    writer = ListingWriter(scratch, source)
     source = source.removeprefix("file://")
+    writer = ListingWriter(scratch, source)
     try:
         if (listing := _with_labels(source, writer, split, classes)) is not None:
             return _unlabelled(listing, labels)
@@ -76,10 +79,22 @@ def scan(
     except DuetError:  # a store that does not answer is an OSError, too
         raise
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # that is our own folder, where the listing is written
         raise UsageError(
             f"source {shown(source)} cannot be listed: {shown(str(error.filename or source))} "
             f"fails ({error.strerror or error}); mend it"
         ) from error
+
+
+def other_split(source: str) -> str | None:
+    """Return the validation part that a training source holds besides, for a hint."""
+    path = Path(source.removeprefix("file://"))
+    try:
+        train, val = split_of(path, "train"), split_of(path, "val")
+    except (UsageError, OSError):
+        return None
+    return None if train == val else str(val)
 
 
 def split_of(source: Path, split: SplitName) -> Path:
@@ -170,6 +185,11 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
             "mend or remove it"
         )
     if not folders and not tars:
+        if packed := [name for name in inside.files if name.endswith(COMPRESSED)]:
+            raise UsageError(
+                f"{shown(f'{source}/{packed[0]}')} is compressed; unpack it to a .tar first "
+                "(pictures do not get smaller)"
+            )
         raise UsageError(
             f"source {shown(str(source))} is empty; "
             "it needs a folder (or a tar) of pictures per class"

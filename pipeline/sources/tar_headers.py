@@ -172,7 +172,7 @@ class _Window:
             space = content.find(b" ", at, at + 20)
             length = content[at:space] if space > 0 else b""
             end = at + int(length) if length.isdigit() else 0
-            if not space < end <= len(content) or content[end - 1] != 0x0A:
+            if not at < space < end <= len(content) or content[end - 1] != 0x0A:
                 raise self.damage(f"a damaged extension header at byte {place:,}")
             key, _, value = content[space + 1 : end - 1].partition(b"=")
             if key == b"path":

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from pipeline.errors import UsageError
 from pipeline.sources.listing import PICTURE_ENDINGS, ListingWriter, shown
-from pipeline.sources.names import NO_PICTURE, is_hidden
+from pipeline.sources.names import NO_PICTURE, is_hidden, is_picture
 from pipeline.sources.tar_headers import Member, members
 
 BATCH = 1 << 14
@@ -69,7 +69,7 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
     address = os.path.abspath(path)
     found = Found(writer, writer.container("tar", address))
     inner: set[str] = set()
-    folder, class_name = "", ""
+    folder, class_name, above = "", "", ""
     with open_tar(address) as file:
         for member in files_of(members(file, address), address, writer):
             name = member.name
@@ -79,6 +79,8 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
                 continue
             if name[:at] != folder:  # members of a class mostly follow one another
                 folder, class_name = name[:at], class_of(name)
+            if class_name not in ("", "..") and is_picture(name):
+                above = _same_above(address, name, class_name, above)
             if class_name == "..":
                 writer.reject(f"{address}/{name}", "no class: its folder is `..`")
             elif not name.lower().endswith(PICTURE_ENDINGS):
@@ -113,10 +115,28 @@ def _add_inner(
     _add_all(inside, address, f"{outer.name}/", class_name, found, writer)
 
 
+def _same_above(address: str, name: str, class_name: str, known: str) -> str:
+    """Return the folder that a picture's class lies in (with a slash), the same for all classes.
+
+    Raises:
+        UsageError: it is another: which of the folders is the class, nobody knows.
+    """
+    above = "/" + "/".join(part for part in _folders(name)[:-1] if part != "..")
+    if known and above != known:
+        raise UsageError(
+            f"tar {shown(address)} has classes in {shown(known)} and in {shown(above)} "
+            f"({shown(name)}); unpack it, or put all class folders into one"
+        )
+    return above
+
+
+def _folders(name: str) -> list[str]:
+    return [part for part in name.split("/")[:-1] if part not in ("", ".")]
+
+
 def class_of(name: str) -> str:
     """Return the folder that a member lies in, "" if in none, ".." if that is all it says."""
-    parts = [part for part in name.split("/")[:-1] if part not in ("", ".")]
-    return parts[-1] if parts else ""
+    return (_folders(name) or [""])[-1]
 
 
 def open_tar(address: str) -> BinaryIO:
