@@ -78,7 +78,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 test: check
-	$(py) -m pytest -n 2 --dist loadgroup
+	$(py) -m pytest -n 2 --dist loadfile
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .

@@ -69,7 +69,7 @@ def test_twenty_kills_at_random_moments(source, undisturbed, tmp_path):
                 packed(out, train=source, **SETTINGS)
             finally:
                 os._exit(0)
-        time.sleep(draw.uniform(0, 0.6 * whole))
+        time.sleep(draw.uniform(0, 0.15 * whole))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kills += os.WIFSIGNALED(status)
@@ -77,7 +77,7 @@ def test_twenty_kills_at_random_moments(source, undisturbed, tmp_path):
             assert everything(out) == undisturbed
             shutil.rmtree(out)
         else:
-            progress.add(len(list((out / FOLDER).glob("*.npz"))) if out.exists() else 0)
+            progress.add(len(list((out / WORK).rglob("*.npz"))) if out.exists() else 0)
     packed(out, train=source, **SETTINGS)
     assert everything(out) == undisturbed
     assert verify(out) == []

@@ -24,9 +24,15 @@ from pipeline.packing.ahead import ahead
 from pipeline.packing.chunks import ChunkError, chunk_job, data_name, facts_name, pack_chunk
 from pipeline.packing.collect import Collected, collect
 from pipeline.packing.gather import FOLDER as SHARDS
-from pipeline.packing.gather import ShardJob, done_name, read_done, write_shard_of
+from pipeline.packing.gather import (
+    ShardJob,
+    done_name,
+    fetch_done,
+    parse_done,
+    write_shard_of,
+)
 from pipeline.packing.options import Build
-from pipeline.packing.plan import Places, Plan, chunk_format, make_plan, settings
+from pipeline.packing.plan import Plan, chunk_format, make_plan, settings
 from pipeline.packing.pool import LocalPool, Pool
 from pipeline.packing.seal import REJECTS, all_classes, copied, seal
 from pipeline.packing.store_target import target_for
@@ -124,8 +130,13 @@ def _gather(
         counts[split] = -(-len(order) // step)
         maybe = [n for n in range(counts[split]) if done_name(split, n) in there]
         rows = [order[number * step : (number + 1) * step] for number in range(counts[split])]
-        known = ahead(partial(_is_done, target, split, collected, rows), maybe)
-        done = {number for number, is_done in zip(maybe, known, strict=True) if is_done}
+        done = {
+            number
+            for number, fetched in zip(
+                maybe, ahead(partial(fetch_done, target, split), maybe), strict=True
+            )
+            if parse_done(fetched, split, number, collected.taken[rows[number]])
+        }
         jobs += [(split, n, rows[n]) for n in range(counts[split]) if n not in done]
     already = total - sum(len(rows) for *_, rows in jobs)
     todo = (
@@ -136,12 +147,6 @@ def _gather(
         for samples in pool.run(write_shard_of, todo):
             progress.advance(samples)
     return counts
-
-
-def _is_done(
-    target: Target, split: str, collected: Collected, rows: list[Places], number: int
-) -> bool:
-    return read_done(target, split, number, collected.taken[rows[number]]) is not None
 
 
 def _few_enough(options: Build, plan: Plan, target: Target, collected: Collected) -> None:

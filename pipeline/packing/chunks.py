@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -121,15 +122,37 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
     return pack(job)
 
 
-def read_chunk(target: Target, number: int, pictures: int) -> Chunk:
-    """Read what is known of a chunk of so many pictures.
+class Fetched(NamedTuple):
+    """The files of a chunk, as the target gives them; None where it does not."""
+
+    facts: bytes | None
+    size: int | None
+    """Of the pictures, in bytes."""
+
+
+def fetch_chunk(target: Target, number: int) -> Fetched:
+    """Read what is known of a chunk; threads may do this side by side.
 
     Raises:
-        ChunkError: it is missing or damaged, or its pictures are.
         StoreError: the store does not answer.
     """
     try:
-        with np.load(io.BytesIO(target.read(facts_name(number)))) as arrays:
+        return Fetched(target.read(facts_name(number)), target.size(data_name(number)))
+    except StoreError:
+        raise
+    except OSError:
+        return Fetched(None, None)
+
+
+def parse_chunk(fetched: Fetched, number: int, pictures: int) -> Chunk:
+    """Return a chunk of so many pictures. Only one thread may do this: NumPy parses its headers as
+    Python, and of that CPython 3.11 keeps count in one place for all threads.
+
+    Raises:
+        ChunkError: it is missing or damaged, or its pictures are.
+    """
+    try:
+        with np.load(io.BytesIO(fetched.facts or b"")) as arrays:
             sums = Sums()
             sums.pictures = int(arrays["pictures"])
             sums.picture, sums.outer = arrays["picture"], arrays["outer"]
@@ -139,11 +162,8 @@ def read_chunk(target: Target, number: int, pictures: int) -> Chunk:
                 sums=sums,
             )
         whole = chunk.packed.dtype == PACKED_DTYPE and len(chunk.packed) == pictures
-        size = int(chunk.packed["size"].sum(dtype=np.int64))
-        if whole and target.size(data_name(number)) == size:
+        if whole and fetched.size == int(chunk.packed["size"].sum(dtype=np.int64)):
             return chunk
-    except StoreError:
-        raise
     except Exception as error:  # of a damaged header, NumPy's reader raises what it pleases
         raise ChunkError(number) from error
     raise ChunkError(number)

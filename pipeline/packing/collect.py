@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.packing.ahead import ahead
-from pipeline.packing.chunks import HASH_BYTES, Chunk, ChunkError, read_chunk
+from pipeline.packing.chunks import HASH_BYTES, Chunk, ChunkError, fetch_chunk, parse_chunk
 from pipeline.packing.gather import TAKEN_DTYPE
 from pipeline.packing.plan import Part, Places, Plan
 from pipeline.packing.target import Target
@@ -84,14 +84,11 @@ def _chunks(plan: Plan, target: Target) -> Iterator[tuple[Part, int, Chunk]]:
     firsts = plan.first_rows
     damaged: list[int] = []
 
-    def read(part: Part) -> Chunk | None:
+    files = ahead(lambda part: fetch_chunk(target, part.number), plan.parts())
+    for part, fetched in zip(plan.parts(), files, strict=True):
         try:
-            return read_chunk(target, part.number, part.stop - part.start)
+            chunk = parse_chunk(fetched, part.number, part.stop - part.start)
         except ChunkError:
-            return None
-
-    for part, chunk in zip(plan.parts(), ahead(read, plan.parts()), strict=True):
-        if chunk is None:
             damaged.append(part.number)
         else:
             yield part, firsts[part.listing] + part.start, chunk

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -87,31 +88,52 @@ def content(taken: npt.NDArray[np.void]) -> str:
     return hashlib.sha256(columns.tobytes()).hexdigest()
 
 
-def read_done(
-    target: Target, split: str, number: int, taken: npt.NDArray[np.void] | None = None
+class Fetched(NamedTuple):
+    """What the target holds of a shard; None where it holds nothing."""
+
+    facts: bytes | None
+    size: int | None
+    idx_size: int | None
+
+
+def fetch_done(target: Target, split: str, number: int) -> Fetched:
+    """Read what is known of a shard; threads may do this side by side.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    name = shard_name(split, number)
+    try:
+        facts = target.read(done_name(split, number))
+    except StoreError:
+        raise
+    except OSError:
+        return Fetched(None, None, None)
+    return Fetched(facts, target.size(name), target.size(name.removesuffix(".tar") + ".idx"))
+
+
+def parse_done(
+    fetched: Fetched, split: str, number: int, taken: npt.NDArray[np.void] | None = None
 ) -> ShardDone | None:
     """Return what is known of a shard, or None if it has to be written (again).
 
     Args:
-        target: where it is.
+        fetched: what `fetch_done` gave; only one thread may parse, as in `chunks.parse_chunk`.
         split: of it.
         number: of it.
         taken: what it is to hold; None if that was looked at before.
     """
     try:
-        with np.load(io.BytesIO(target.read(done_name(split, number)))) as arrays:
+        with np.load(io.BytesIO(fetched.facts or b"")) as arrays:
             facts = json.loads(arrays["shard"].item())
             done = ShardDone(split, number, Shard(**facts), arrays["rows"])
             held = arrays["content"].item()
-    except StoreError:
-        raise
     except Exception:  # of a damaged header, NumPy's reader raises what it pleases
         return None
     if taken is not None and held != content(taken):
         return None
-    whole = target.size(done.shard.name) == done.shard.bytes
-    listed = target.size(done.shard.name.removesuffix(".tar") + ".idx") is not None
-    return done if whole and listed else None
+    whole = fetched.size == done.shard.bytes and fetched.idx_size is not None
+    return done if whole else None
 
 
 def _samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:

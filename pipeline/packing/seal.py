@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -19,12 +20,13 @@ from pipeline.packing.ahead import ahead
 from pipeline.packing.collect import Collected
 from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.duplicates import Counts, Member, find, write
-from pipeline.packing.gather import ShardDone, read_done
+from pipeline.packing.gather import ShardDone, fetch_done, parse_done
 from pipeline.packing.options import Build
 from pipeline.packing.plan import Plan
 from pipeline.packing.target import Target
 from pipeline.pixel_stats import NAME as STATS
 from pipeline.pixel_stats import Statistics
+from pipeline.shards import shard_name
 
 REJECTS = "rejects.jsonl"
 
@@ -163,11 +165,9 @@ def _index(name: str, facts: list[Shard], target: Target) -> Iterator[bytes]:
 
 
 def _all_done(target: Target, name: str, shards: int) -> Iterator[ShardDone]:
-    return ahead(lambda number: _done(target, name, number), range(shards))
-
-
-def _done(target: Target, name: str, number: int) -> ShardDone:
-    done = read_done(target, name, number)
-    if done is None:
-        raise OSError(f"shard {number} of {name} went away while packing")
-    return done
+    files = ahead(partial(fetch_done, target, name), range(shards))
+    for number, fetched in enumerate(files):
+        done = parse_done(fetched, name, number)
+        if done is None:
+            raise OSError(f"{target.address}/{shard_name(name, number)} went away while packing")
+        yield done
