@@ -43,16 +43,16 @@ def test_as_a_user_starts_it_onto_s3(pictures, tiny_data, monkeypatch):
             if name.startswith("AWS_"):
                 monkeypatch.setenv(name, environment[name])
         system = fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("bucket")
-        done = command("s3://bucket/set", *flags, environment=environment)
+        system.mkdir("packed")
+        done = command("s3://packed/set", *flags, environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout == ""
-        assert "data set s3://bucket/set: 48 train, 20 val pictures" in done.stderr
+        assert "data set s3://packed/set: 48 train, 20 val pictures" in done.stderr
         assert not {"Traceback", "WARNING", "INFO"} & set(done.stderr.split())
         expected = {path.name: path.read_bytes() for path in tiny_data.iterdir()}
-        assert set(system.ls("bucket/set", detail=False)) == {f"bucket/set/{n}" for n in expected}
+        assert set(system.ls("packed/set", detail=False)) == {f"packed/set/{n}" for n in expected}
         for name, data in expected.items():
-            assert system.cat_file(f"bucket/set/{name}") == data
+            assert system.cat_file(f"packed/set/{name}") == data
         assert processes(mark) == []
     finally:
         end_processes(mark)
