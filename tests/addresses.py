@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from pipeline.packing.options import Build
@@ -20,23 +18,9 @@ QUICK = Policy(attempts=3, first_delay=0.01, stall=5)
 
 
 @pytest.fixture(name="bucket")
-def s3_address(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def s3_address(s3_bucket: str) -> str:
     """An address in a bucket of `s3_server`, which the environment leads to."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "AWS_CONFIG_FILE": os.devnull,
-    }.items():
-        monkeypatch.setenv(name, value)
-    name = f"bucket-{uuid.uuid4()}"
-    pytest.importorskip("boto3").client("s3").create_bucket(Bucket=name)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    yield f"s3://{name}/sets/mine"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    return f"{s3_bucket}/sets/mine"
 
 
 @pytest.fixture(name="memory")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -68,3 +70,23 @@ def s3_server() -> Iterator[str]:
     moto.start()
     yield "http://{}:{}".format(*moto.get_host_and_port())
     moto.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A new bucket of `s3_server`, `s3://NAME`, which the environment leads to."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_CONFIG_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{uuid.uuid4()}"
+    pytest.importorskip("boto3").client("s3").create_bucket(Bucket=name)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield f"s3://{name}"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()

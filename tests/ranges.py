@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
-
-import fsspec
-import pytest
 
 from tests.servers import Handler, Server
 
@@ -57,25 +52,3 @@ class RangeHandler(Handler):
             self.close_connection = True
         self.end_headers()
         self.wfile.write(sent)
-
-
-@pytest.fixture
-def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty bucket of an S3 server; the client is told by the environment."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "AWS_CONFIG_FILE": os.devnull,
-    }.items():
-        monkeypatch.setenv(name, value)
-    pytest.importorskip("boto3").client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket/set"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()

@@ -5,11 +5,9 @@ The oracle is the local folder that the server serves: the bytes must be its byt
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -154,28 +152,12 @@ def test_passwords_are_not_told(server, tmp_path):
 
 
 @pytest.fixture
-def bucket(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server on loopback with the set in a bucket; the client is told by the environment."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "AWS_CONFIG_FILE": os.devnull,
-    }.items():
-        monkeypatch.setenv(name, value)
+def bucket(tiny_data: Path, s3_bucket: str) -> str:
+    """The set in a bucket of an S3 server on loopback."""
     client = pytest.importorskip("boto3").client("s3")
-    client.create_bucket(Bucket="bucket")
     for path in tiny_data.iterdir():
-        client.upload_file(str(path), "bucket", f"sets/tiny/{path.name}")
-    yield "s3://bucket/sets/tiny"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
+        client.upload_file(str(path), s3_bucket.removeprefix("s3://"), f"sets/tiny/{path.name}")
+    return f"{s3_bucket}/sets/tiny"
 
 
 def test_s3(bucket, tiny_data, tmp_path, monkeypatch):
@@ -184,7 +166,10 @@ def test_s3(bucket, tiny_data, tmp_path, monkeypatch):
     for shard in shards(tiny_data):
         assert data.shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
     data.close()
-    for address, says in (("s3://bucket/nothing", "not there"), ("s3://other/x", "not there")):
+    for address, says in (
+        (bucket.replace("sets", "nothing"), "not there"),
+        ("s3://other/x", "not there"),
+    ):
         with pytest.raises(StoreError, match=says) as raised:
             remote(address, tmp_path)
         assert "tried 2 times" in complain(raised)
@@ -192,7 +177,7 @@ def test_s3(bucket, tiny_data, tmp_path, monkeypatch):
     shard = shards(tiny_data)[0]
     body = bytearray((tiny_data / shard.name).read_bytes())
     body[900] ^= 1
-    client.put_object(Bucket="bucket", Key=f"sets/tiny/{shard.name}", Body=bytes(body))
+    client.put_object(Bucket=bucket.split("/")[2], Key=f"sets/tiny/{shard.name}", Body=bytes(body))
     fresh = remote(bucket, tmp_path / "fresh")
     assert fresh.shard(shard).read_bytes() == body
     assert fresh.recheck(shard) is False

@@ -17,7 +17,7 @@ from pipeline.sources.asking import Unreachable
 from pipeline.sources.parquet import is_parquet
 from tests.drawn import CLASSES
 from tests.parquets import IMAGE, LABELS, NUMBERED, PICTURES, contents, features, scan, write
-from tests.ranges import RangeServer, s3_bucket  # noqa: F401 - a fixture
+from tests.ranges import RangeServer
 
 NAMED = [(CLASSES[label], data) for label, data in zip(LABELS, PICTURES, strict=True)]
 
@@ -157,7 +157,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield "memory://parquet"
         system.rm("/parquet", recursive=True)
     else:
-        address = request.getfixturevalue("s3_bucket")
+        address = f"{request.getfixturevalue('s3_bucket')}/set"
         for path in folder.iterdir():
             fsspec.filesystem("s3").put_file(str(path), f"{address}/{path.name}")
         yield address

@@ -16,7 +16,7 @@ from pipeline.sources.listing import Listing
 from pipeline.sources.readers import open_reader
 from pipeline.sources.webdatasets import is_webdataset
 from tests.drawn import CLASSES
-from tests.ranges import RangeServer, s3_bucket  # noqa: F401 - a fixture
+from tests.ranges import RangeServer
 from tests.servers import QUICK
 from tests.webdatasets import PICTURES, scan, write_shards
 
@@ -181,7 +181,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield "memory://shards"
         system.rm("/shards", recursive=True)
     else:
-        address = request.getfixturevalue("s3_bucket")
+        address = f"{request.getfixturevalue('s3_bucket')}/set"
         for path in folder.iterdir():
             fsspec.filesystem("s3").put_file(str(path), f"{address}/{path.name}")
         yield address
