@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,8 @@ def sealed(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     `durable`: then a loss of power may take it. If the block raises, the file of that name is
     untouched and the partial one is removed.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    # Not the process's id: another node may have the same, and write the same file.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             yield file
