@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ def test_a_crash_is_told_from_a_kill():
 
 
 def _signal_self(number: int) -> None:
+    faulthandler.disable()  # pytest's, which would print where
     os.kill(os.getpid(), number)
 
 
