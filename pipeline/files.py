@@ -25,8 +25,9 @@ def sealed(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     `durable`: then a loss of power may take it. If the block raises, the file of that name is
     untouched and the partial one is removed.
     """
-    # Not the process's id: another node may have the same, and write the same file.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    # Not the process's id alone: on another node one may have the same, and write the same file.
+    unique = f"{secrets.token_hex(4)}.{os.getpid()}"
+    partial = path.with_name(f"{path.name}.{unique}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             yield file
