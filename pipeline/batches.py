@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +31,6 @@ from pipeline.storage import Damage, Storage
 View = Literal["random", "centre", "whole"]
 MOST_THREADS = 1024
 """Host threads that may be asked for."""
-MOST_COLOUR = 1e6
-"""Colour draws that may be asked for: any finite number that means something."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,45 @@ class Stream:
     weight), and is found in `damaged`, and in the file `quarantine` if one is named.
 
     It holds threads and open files: open it after a fork, not before.
+
+    Args:
+        data: folder that `pipeline.build_shards` sealed, or the address of one in a store
+            (`https://`, `s3://`, `gs://`, anything fsspec knows).
+        split: `train` or `val`.
+        batch_size: of the whole job; this rank gets its contiguous slice of every batch.
+        seed: of order and augmentation, 0 or more.
+        position: samples consumed before (a batch's `.position`).
+        rank: this rank, 0..world_size-1.
+        world_size: ranks that share the batch.
+        device: where pixels are made and left: `cpu`, or `gpu` for the current CUDA device.
+        view: `random` crop, flip and colour (training); `centre` crop (evaluation); `whole`
+            256x256 picture (for ten views).
+        once: each sample exactly once in stored order, the last batch padded with rows of
+            weight 0, then the end. Otherwise shuffled and endless, every batch full.
+        shuffle: `full`: each epoch a permutation of all samples, each read by itself; `block`:
+            each epoch a permutation of the shards, the samples mixed within windows of
+            `window` shards, so that only those and the next ones need be at hand.
+        window: shards in a window of the block shuffle, at least 1.
+        colour: standard deviation of the paper's PCA colour draws (0.1; 0 turns it off).
+            Applied in view `random` only.
+        threads: host threads that decode; the default is one per core this process may use.
+        prefetch: batches in flight.
+        hw_decoder_load: share of a batch that the JPEG engines of a GPU decode, where it has
+            some. With 0 or 1 a picture's pixels do not depend on its batch; between, they do.
+        strict: stop at the first damaged sample instead of replacing it.
+        quarantine: file that lists damaged samples, one JSON object a line; the ranks of a
+            job and later runs on the same data set may name the same one.
+        ledger: folder in which this stream writes down what it delivers, for
+            `pipeline.verify --ledger`; ranks and restarts name the same one.
+        cache: folder for the shards of a remote set, shared by all processes of the node.
+        cache_size: most bytes in it.
+
+    Raises:
+        UsageError: no data set, no such split, or a cache that cannot work.
+        DataError: the set is not what its manifest says.
+        SetupError: device `gpu` without a CUDA device, or a package for the store is missing.
+        StoreError: the store does not answer.
+        ValueError: a number out of range.
     """
 
     def __init__(
@@ -95,53 +133,13 @@ class Stream:
         cache: str | os.PathLike[str] | None = None,
         cache_size: int = CACHE_SIZE,
     ) -> None:
-        """Open a split of a data set.
-
-        Args:
-            data: folder that `pipeline.build_shards` sealed, or the address of one in a store
-                (`https://`, `s3://`, `gs://`, anything fsspec knows).
-            split: `train` or `val`.
-            batch_size: of the whole job; this rank gets its contiguous slice of every batch.
-            seed: of order and augmentation, 0 or more.
-            position: samples consumed before (a batch's `.position`).
-            rank: this rank, 0..world_size-1.
-            world_size: ranks that share the batch.
-            device: where pixels are made and left: `cpu`, or `gpu` for the current CUDA device.
-            view: `random` crop, flip and colour (training); `centre` crop (evaluation); `whole`
-                256x256 picture (for ten views).
-            once: each sample exactly once in stored order, the last batch padded with rows of
-                weight 0, then the end. Otherwise shuffled and endless, every batch full.
-            shuffle: `full`: each epoch a permutation of all samples, each read by itself; `block`:
-                each epoch a permutation of the shards, the samples mixed within windows of
-                `window` shards, so that only those and the next ones need be at hand.
-            window: shards in a window of the block shuffle, at least 1.
-            colour: standard deviation of the paper's PCA colour draws (0.1; 0 turns it off).
-                Applied in view `random` only.
-            threads: host threads that decode; the default is one per core this process may use.
-            prefetch: batches in flight.
-            hw_decoder_load: share of a batch that the JPEG engines of a GPU decode, where it has
-                some. With 0 or 1 a picture's pixels do not depend on its batch; between, they do.
-            strict: stop at the first damaged sample instead of replacing it.
-            quarantine: file that lists damaged samples, one JSON object a line; the ranks of a
-                job and later runs on the same data set may name the same one.
-            ledger: folder in which this stream writes down what it delivers, for
-                `pipeline.verify --ledger`; ranks and restarts name the same one.
-            cache: folder for the shards of a remote set, shared by all processes of the node.
-            cache_size: most bytes in it.
-
-        Raises:
-            UsageError: no data set, no such split, or a cache that cannot work.
-            DataError: the set is not what its manifest says.
-            SetupError: device `gpu` without a CUDA device, or a package for the store is missing.
-            StoreError: the store does not answer.
-            ValueError: a number out of range.
-        """
+        """Open a split of a data set; the arguments are explained above."""
         _check_names(view=view, shuffle=shuffle, device=device)
         _check_ranges(
             batch_size=(batch_size, world_size, math.inf),
             prefetch=(prefetch, 1, math.inf),
             position=(position, 0, math.inf),
-            colour=(colour, 0, MOST_COLOUR),
+            colour=(colour, 0, sys.float_info.max),  # any that is finite
             hw_decoder_load=(hw_decoder_load, 0, 1),
             threads=(threads or 0, 0, MOST_THREADS),
             window=(window, 1, math.inf),

@@ -67,11 +67,6 @@ class Examined:
     sums: Sums = field(default_factory=Sums)
     bad: list[Bad] = field(default_factory=list)
 
-    @property
-    def unusable(self) -> bool:
-        """Whether something is wrong with the shard as a whole."""
-        return any(not one.key for one in self.bad)
-
 
 def examine(job: Job) -> Examined:
     """Look at every sample of a shard: decode its picture, find its label."""
