@@ -3,7 +3,9 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,21 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
     with LocalPool(2) as pool:
         assert sorted(pool.run(square, jobs)) == [number**2 for number in range(12)]
         assert sorted(pool.run(killed_the_first_time, jobs)) == [(n, False) for n in range(12)]
+
+
+def test_processes_that_die_while_nobody_looks_are_started_anew(tmp_path):
+    """The pool breaks between two results: the next job finds no process to be given to."""
+    jobs = [Job(number, tmp_path) for number in range(12)]
+    with LocalPool(1) as pool:
+        results = pool.run(square, jobs)
+        first = next(results)
+        broken = pool._pool
+        for process in active_children():
+            process.kill()
+        with pytest.raises(BrokenProcessPool):
+            while True:
+                broken.submit(os.getpid).result()
+        assert sorted([first, *results]) == [number**2 for number in range(12)]
 
 
 def test_a_job_that_kills_its_process_is_done_with_care(tmp_path):
