@@ -55,11 +55,16 @@ def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -
 def tint(
     colour: npt.NDArray[np.float64], basis: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Return the RGB shift [b, 3] of draws [b, 3] for a basis [3, 3] of components in columns."""
+    """Return the RGB shift [b, 3] of draws [b, 3].
+
+    Args:
+        colour: the draws.
+        basis: components in columns, [3, 3], or [b, 3, 3] for a basis of each sample.
+    """
     # A sum in a fixed order: a matrix product may round otherwise for another batch size.
-    shift = colour[:, :1] * basis[:, 0]
-    shift += colour[:, 1:2] * basis[:, 1]
-    shift += colour[:, 2:3] * basis[:, 2]
+    shift = colour[:, :1] * basis[..., 0]
+    shift += colour[:, 1:2] * basis[..., 1]
+    shift += colour[:, 2:3] * basis[..., 2]
     return shift
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
+from pipeline.arguments import check_ranges, check_words
 from pipeline.augment import CROP
 from pipeline.dataset import CACHE_SIZE, is_remote, open_dataset
 from pipeline.decode import Device
@@ -25,10 +25,12 @@ from pipeline.order import Block, Full, Order, Shuffle, Stored, share
 from pipeline.picture import SIZE
 from pipeline.pixel_stats import Statistics
 from pipeline.quarantine import UNDECODABLE, Quarantine
-from pipeline.reader import Reader, Slice, recipe_of
+from pipeline.reader import Reader, Slice
+from pipeline.recipe import Colour, ColourPlan, Mean, central, recipe_of
 from pipeline.storage import Damage, Storage
 
 View = Literal["random", "centre", "whole"]
+WORDS = {"view": View, "shuffle": Shuffle, "device": Device, "mean": Mean}
 MOST_THREADS = 1024
 """Host threads that may be asked for."""
 
@@ -41,7 +43,7 @@ class Batch:
     """int64 [b], on the host: places in the split's stored order."""
     images: torch.Tensor
     """[b, 3, 224, 224] (view "whole": 256x256) on the device; float32 on the CPU, float16 on a
-    GPU; RGB, 0..255 minus the training set's channel mean and the sample's colour shift."""
+    GPU; RGB, 0..255 minus the training set's mean and the sample's colour shift."""
     labels: torch.Tensor
     """int64 [b], on the device: places in the manifest's class list."""
     weights: torch.Tensor
@@ -86,8 +88,16 @@ class Stream:
             each epoch a permutation of the shards, the samples mixed within windows of
             `window` shards, so that only those and the next ones need be at hand.
         window: shards in a window of the block shuffle, at least 1.
-        colour: standard deviation of the paper's PCA colour draws (0.1; 0 turns it off).
-            Applied in view `random` only.
+        colour: standard deviation of the paper's PCA colour draws (0.1; 0 turns it off), or pairs
+            (epoch from which on it holds, deviation): the original draws colours in epochs 0..66
+            only, ((0, 0.1), (67, 0.0)). Applied in view `random` only.
+        colour_divide: divide pixels by 1 + colour after that, as the original does to keep their
+            scale near that of test pictures (convdata_jpeg.py). In view `random` only.
+        mean: what is subtracted from the pixels of the training set: the mean of each `channel`,
+            or the mean `picture` (paper, section 2: "the mean activity over the training set from
+            each pixel"). As in the original (convdata_jpeg.py) it is the centre of the mean
+            picture for every crop, wherever it was cut, and never flipped. In view `whole` none is
+            subtracted: subtract `view_mean` from each 224x224 view that is cut out.
         threads: host threads that decode; the default is one per core this process may use.
         prefetch: batches in flight.
         hw_decoder_load: share of a batch that the JPEG engines of a GPU decode, where it has
@@ -123,7 +133,9 @@ class Stream:
         once: bool = False,
         shuffle: Shuffle = "full",
         window: int = 16,
-        colour: float = 0.1,
+        colour: Colour = 0.1,
+        colour_divide: bool = False,
+        mean: Mean = "channel",
         threads: int | None = None,
         prefetch: int = 2,
         hw_decoder_load: float = 1.0,
@@ -134,24 +146,38 @@ class Stream:
         cache_size: int = CACHE_SIZE,
     ) -> None:
         """Open a split of a data set; the arguments are explained above."""
-        _check_names(view=view, shuffle=shuffle, device=device)
-        _check_ranges(
+        check_words(WORDS, view=view, shuffle=shuffle, device=device, mean=mean)
+        check_ranges(
             batch_size=(batch_size, world_size, math.inf),
             prefetch=(prefetch, 1, math.inf),
             position=(position, 0, math.inf),
-            colour=(colour, 0, sys.float_info.max),  # any that is finite
             hw_decoder_load=(hw_decoder_load, 0, 1),
             threads=(threads or 0, 0, MOST_THREADS),
             window=(window, 1, math.inf),
             seed=(seed, 0, 2**63 - 1),
         )
+        ColourPlan.of(colour)  # refused before anything is opened
         first, last = share(batch_size, rank, world_size)
         self._dataset = open_dataset(data, cache=cache, cache_size=cache_size)
         self._storage = Storage(self._dataset, split)
         self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)
         statistics = Statistics.load(self._dataset.folder, self._storage.manifest.stats_sha256)
+        recipe = recipe_of(
+            statistics,
+            random=view == "random",
+            colour=colour,
+            mean=mean,
+            divide=colour_divide,
+            whole=view == "whole",
+        )
         self.channel_mean = statistics.channel_mean
-        """float64 [3]: what was subtracted, for showing pictures."""
+        """float64 [3]: the mean of each channel over the training set."""
+        self.mean = recipe.subtracted
+        """float32 [3, 1, 1] or [3, 224, 224]: what was subtracted, for showing pictures."""
+        apart = mean == "picture" and view == "whole"
+        self.view_mean = torch.from_numpy(central(statistics)) if apart else None
+        """float32 [3, 224, 224] on the host: what has yet to be subtracted from each view cut out
+        of a whole picture; None where all is done."""
         order = self._order(seed, once, shuffle, window)
         if is_remote(os.fspath(data)):
             needed = order.needs(position)
@@ -160,7 +186,7 @@ class Stream:
         self._reader = Reader(
             self._storage,
             order,
-            recipe_of(statistics, random=view == "random", colour=colour),
+            recipe,
             Slice(batch_size=batch_size, first=first, last=last, once=once),
             self._quarantine,
             strict=strict,
@@ -188,7 +214,9 @@ class Stream:
                 seed=seed,
                 shuffle="stored" if once else shuffled,
                 view=view,
-                colour=colour,
+                colour=recipe.plan.given,
+                colour_divide=colour_divide,
+                mean=mean,
                 position=position,
                 batch_size=batch_size,
                 rank=rank,
@@ -295,18 +323,3 @@ class Stream:
         self._reader.report([self._storage.damage(sample, UNDECODABLE) for sample in samples])
         flow.close()
         return self._start(failure.batch.start)
-
-
-def _check_names(**given: str) -> None:
-    known = {"view": View, "shuffle": Shuffle, "device": Device}
-    for name, value in given.items():
-        if value not in (words := get_args(known[name])):
-            raise ValueError(f"{name} is {value!r}; it takes {', '.join(words)}")
-
-
-def _check_ranges(**given: tuple[float, float, float]) -> None:
-    """Refuse a value that is not between two others (a NaN is between none)."""
-    for name, (value, low, high) in given.items():
-        if not low <= value <= high:
-            borders = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise ValueError(f"out of range: {name}={value}; it takes {borders}")

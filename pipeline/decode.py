@@ -6,6 +6,8 @@ CPU and GPU graphs are the same two operators; `device` chooses where each runs:
 
 Raw pictures need the second alone, which then crops as well.
 
+The mean picture, where it is asked for, is one pass more.
+
 The colour shift is folded into the mean that `crop_mirror_normalize` subtracts anyway (a mean of
 its own for each sample), so the paper's PCA colour costs no pass over the pixels.
 """
@@ -50,6 +52,8 @@ class Feed(NamedTuple):
     """[b] 1 to mirror."""
     mean: npt.NDArray[np.float32]
     """[b, 3] what to subtract from each channel."""
+    divisor: npt.NDArray[np.float32] | None = None
+    """[b] what to divide by in the end; only a decoder that divides looks at it."""
 
 
 class Decoder:
@@ -66,6 +70,8 @@ class Decoder:
         size: int,
         encoding: Encoding = "jpeg",
         hw_decoder_load: float = 1.0,
+        picture: npt.NDArray[np.float32] | None = None,
+        divide: bool = False,
     ) -> None:
         """Build the graph.
 
@@ -78,20 +84,40 @@ class Decoder:
             size: height and width to cut out at (x, y): 224, or 256 for the whole picture.
             encoding: what the pictures are.
             hw_decoder_load: see `pixels_of`.
+            picture: [3, size, size] what to subtract from each crop besides the feed's mean.
+            divide: by the feed's divisor.
         """
+        stored = (types.UINT8, 3, "HWC") if encoding == "raw" else (types.UINT8, 1, "")
+        number, numbers = (types.FLOAT, 0, ""), (types.FLOAT, 1, "")
+        inputs = [stored, number, number, (types.INT32, 0, ""), numbers]
+        if divide:
+            inputs.append(number)
+        kinds, dimensions, layouts = zip(*inputs, strict=True)
         self._pipe = Pipeline(batch_size, threads, gpu_of(device), prefetch_queue_depth=prefetch)
         with self._pipe:
-            pictures, x, y, flip, mean = fn.external_source(
-                source=source,
-                num_outputs=len(Feed._fields),
+            pictures, x, y, flip, mean, *divisor = fn.external_source(
+                source=lambda: source()[: len(inputs)],
+                num_outputs=len(inputs),
                 batch=True,
-                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT],
-                ndim=[3 if encoding == "raw" else 1, 0, 0, 0, 1],
-                layout=["HWC" if encoding == "raw" else "", "", "", "", ""],
+                dtype=list(kinds),
+                ndim=list(dimensions),
+                layout=list(layouts),
                 no_copy=True,
             )
             self._pipe.set_outputs(
-                pixels_of(pictures, x, y, flip, mean, device, size, encoding, hw_decoder_load)
+                pixels_of(
+                    pictures,
+                    x,
+                    y,
+                    flip,
+                    mean,
+                    device,
+                    size,
+                    encoding,
+                    hw_decoder_load,
+                    picture=picture,
+                    divisor=divisor[0] if divide else None,
+                )
             )
         self._pipe.build()
 
@@ -170,34 +196,51 @@ def pixels_of(
     size: int = CROP,
     encoding: Encoding = "jpeg",
     hw_decoder_load: float = 1.0,
+    *,
+    picture: npt.NDArray[np.float32] | None = None,
+    divisor: Any = None,
 ) -> Any:
     """Return the graph of decision 3: stored pictures -> [3, size, size] pixels.
 
-    The first five arguments are DALI nodes (or constants) as in `Feed`; the result is one.
+    The first five arguments and `divisor` are DALI nodes (or constants) as in `Feed`; the result
+    is one. `picture`, [3, size, size], is subtracted from each crop besides `mean`.
     `hw_decoder_load` is the share of a batch that the JPEG engines of a GPU decode, the rest being
     done by CUDA. Between 0 and 1 it is the batch that decides which pictures go where, and their
     pixels differ a little by that.
     """
+    small = device == "gpu" and picture is None  # DALI's arithmetic knows no float16
     common = {
         "mirror": flip,
         "mean": mean,
-        "dtype": types.FLOAT16 if device == "gpu" else types.FLOAT,
+        "dtype": types.FLOAT16 if small else types.FLOAT,
         "output_layout": "CHW",
     }
+    if picture is None and divisor is not None:
+        common["std"] = divisor
     where = {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
     if encoding == "raw":
         pixels = pictures.gpu() if device == "gpu" else pictures
-        return fn.crop_mirror_normalize(pixels, **common, **where)
-    pixels = fn.decoders.image_crop(
-        pictures,
-        device="mixed" if device == "gpu" else "cpu",
-        output_type=types.RGB,
-        # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
-        jpeg_fancy_upsampling=True,
-        hw_decoder_load=hw_decoder_load,
-        **where,
-    )
-    return fn.crop_mirror_normalize(pixels, **common)
+        pixels = fn.crop_mirror_normalize(pixels, **common, **where)
+    else:
+        pixels = fn.decoders.image_crop(
+            pictures,
+            device="mixed" if device == "gpu" else "cpu",
+            output_type=types.RGB,
+            # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
+            jpeg_fancy_upsampling=True,
+            hw_decoder_load=hw_decoder_load,
+            **where,
+        )
+        pixels = fn.crop_mirror_normalize(pixels, **common)
+    return pixels if picture is None else _less(pixels, picture, divisor, device)
+
+
+def _less(pixels: Any, picture: npt.NDArray[np.float32], divisor: Any, device: Device) -> Any:
+    """Return the graph from float32 crops to crops less `picture`, divided; float16 on a GPU."""
+    pixels = pixels - types.Constant(picture, device=device)
+    if divisor is not None:
+        pixels = pixels / (divisor.gpu() if device == "gpu" else divisor)
+    return fn.cast(pixels, dtype=types.FLOAT16) if device == "gpu" else pixels
 
 
 def fraction(corner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -62,6 +62,8 @@ class Flow:
             size=size,
             encoding=encoding,
             hw_decoder_load=hw_decoder_load,
+            picture=reader.recipe.picture,
+            divide=reader.recipe.divide,
         )
 
     def run(self) -> tuple[Loaded, torch.Tensor]:

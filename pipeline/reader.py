@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.augment import BORDER, draw, tint
+from pipeline.augment import BORDER, draw
 from pipeline.decode import Feed, fraction
 from pipeline.errors import REBUILD, DataError
 from pipeline.order import Ids, Order, Slots
 from pipeline.picture import SIZE
-from pipeline.pixel_stats import Statistics
 from pipeline.quarantine import UNDECODABLE, Quarantine
+from pipeline.recipe import Recipe
 from pipeline.screen import Screen
 from pipeline.storage import Bytes, Damage, Storage
 
@@ -23,33 +23,6 @@ LOOKAHEAD = 4
 """Batches whose bytes the kernel is told to fetch before they are read."""
 TURNS = 100
 """Substitutes tried for one damaged sample; if all are damaged too, the data set is lost."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What becomes of a picture on its way to the network."""
-
-    random: bool
-    """Random crop, flip and colour; otherwise the centre."""
-    channel_mean: npt.NDArray[np.float64]
-    """[3]: subtracted from every pixel."""
-    colours: npt.NDArray[np.float64]
-    """[3, 3]: RGB shift of one deviation along each principal component, in columns."""
-
-
-def recipe_of(statistics: Statistics, *, random: bool, colour: float) -> Recipe:
-    """Return the recipe of the paper over a training set's statistics.
-
-    Args:
-        statistics: of the training set.
-        random: crop, flip and colour by chance.
-        colour: standard deviation of the colour draws, in those of the training pictures.
-    """
-    return Recipe(
-        random=random,
-        channel_mean=statistics.channel_mean,
-        colours=colour * statistics.eigenvectors * np.sqrt(statistics.eigenvalues),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +78,8 @@ class Reader:
         self._screen = Screen(len(storage)) if storage.encoding == "jpeg" else None
         self._storage = storage
         self._order = order
-        self._recipe = recipe
+        self.recipe = recipe
+        """What becomes of the pictures."""
         self._part = part
         self._quarantine = quarantine
         self._strict = strict
@@ -235,15 +209,23 @@ class Reader:
     def _feed(self, slots: Slots, pictures: list[Bytes]) -> Feed:
         if self._storage.encoding == "raw":
             pictures = [picture.reshape(SIZE, SIZE, 3) for picture in pictures]
-        mean = np.tile(self._recipe.channel_mean, (len(pictures), 1))
-        if self._recipe.random:
+        divisor = None
+        if self.recipe.random:
             # By the sample that is due: its substitute may also come in its own turn.
             draws = draw(self._order.seed, slots.epochs, slots.ids)
             x, y, flip = draws.x, draws.y, draws.flip
-            mean -= tint(draws.colour, self._recipe.colours)  # what is not subtracted is added
+            mean = self.recipe.means(draws.colour, slots.epochs)
+            if self.recipe.divide:
+                divisor = self.recipe.divisors(slots.epochs).astype(np.float32)
         else:
             x = y = np.full(len(pictures), BORDER // 2)
             flip = np.zeros(len(pictures), bool)
+            mean = np.tile(self.recipe.channel_mean, (len(pictures), 1))
         return Feed(
-            pictures, fraction(x), fraction(y), flip.astype(np.int32), mean.astype(np.float32)
+            pictures,
+            fraction(x),
+            fraction(y),
+            flip.astype(np.int32),
+            mean.astype(np.float32),
+            divisor,
         )

@@ -22,7 +22,7 @@ from pipeline.inspect.page import main, name_of
 from pipeline.inspect.pictures import basis, strips, tinted
 from pipeline.manifest import Manifest, Shard, Split
 from pipeline.pixel_stats import Statistics
-from pipeline.reader import recipe_of
+from pipeline.recipe import recipe_of
 from tests.drawn import CLASSES, flip_bit, rows_of
 from tests.servers import Server
 
@@ -177,14 +177,14 @@ def test_damaged_pictures_are_left_out_and_named(data: Path, here: Path, capsys)
 
 def test_colour_draws_are_those_of_the_training(tiny_data: Path) -> None:
     statistics = Statistics.load(tiny_data)
-    recipe = recipe_of(statistics, random=True, colour=0.1)
-    np.testing.assert_array_equal(basis(statistics), recipe.colours)
+    (colours,) = recipe_of(statistics, random=True, colour=0.1).colours
+    np.testing.assert_array_equal(basis(statistics), colours)
     grey = np.full((256, 256, 3), 128, np.uint8)
     for component, made in enumerate(strips(statistics, [grey])):
         (uris,) = made.pictures
         for times, uri in zip((-2, -1, 0, 1, 2), uris, strict=True):
             found = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
-            expected = np.rint(128 + times * recipe.colours[:, component])
+            expected = np.rint(128 + times * colours[:, component])
             assert np.abs(found.reshape(-1, 3).mean(0) - expected).max() <= 2  # as a JPEG
     white = tinted(np.full((1, 1, 3), 250, np.uint8), np.array([9.0, -260.0, 0.4]))
     assert white.tolist() == [[[255, 0, 250]]]

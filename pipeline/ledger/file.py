@@ -15,7 +15,7 @@ import json
 import mmap
 import struct
 from array import array
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +47,13 @@ class About:
     """Name of the order with its settings: `full`, `block 16`."""
     view: str
     """How a picture is cut: `random`, `centre`, `whole`."""
-    colour: float
-    """Standard deviation of the colour draws."""
+    colour: float | tuple[tuple[int, float], ...]
+    """Standard deviation of the colour draws; or pairs, the first epoch that has it and it."""
+    colour_divide: bool = False
+    """Whether pixels were divided by 1 + colour. Not in files of before there was a choice."""
+    mean: str = "channel"
+    """What was subtracted: the mean of each `channel`, or the mean `picture`. Not in files of
+    before there was a choice."""
     position: int
     """Samples that the job had consumed when the attempt began."""
     batch_size: int
@@ -91,6 +96,9 @@ class About:
         facts = json.loads(line)
         if not isinstance(facts, dict) or facts.get("ledger") != VERSION:
             raise ValueError(f"its first line is not that of a ledger of version {VERSION}")
+        facts = {f.name: f.default for f in fields(cls) if f.default is not MISSING} | facts
+        if isinstance(facts["colour"], list):
+            facts["colour"] = tuple((start, value) for start, value in facts["colour"])
         try:
             return cls(**{field.name: facts[field.name] for field in fields(cls)})
         except (KeyError, TypeError) as error:

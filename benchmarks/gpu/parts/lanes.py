@@ -30,7 +30,8 @@ from pipeline.order import Full
 from pipeline.picture import ENDINGS, SIZE
 from pipeline.pixel_stats import Statistics
 from pipeline.quarantine import Quarantine
-from pipeline.reader import Reader, Slice, recipe_of
+from pipeline.reader import Reader, Slice
+from pipeline.recipe import recipe_of
 from pipeline.storage import Storage
 
 MEMORY = 4096

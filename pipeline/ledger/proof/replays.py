@@ -88,7 +88,8 @@ class Replays:
         other_ids, owner = window.add_ids(number, told)
         self._note("ids", number, told, other_ids, owner, window)
         # Other devices decode to other pixels, and what is cut or coloured otherwise looks so.
-        kind = about.checksum, about.device, about.view, about.colour
+        colour = about.colour, about.colour_divide
+        kind = about.checksum, about.device, about.view, about.mean, colour
         other_pixels, owner = window.add_pixels(number, kind, told)
         self._note("pixels", number, told, other_pixels & ~other_ids, owner, window)
 
