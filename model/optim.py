@@ -1,13 +1,17 @@
-"""The update rule of the paper (section 5) and the learning rates of the original source."""
+"""The update rule of the paper (section 5), and what the original printed of its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from model.alexnet import AlexNet
+from model.schedule import Rates
+from model.schedule import dexp as learning_rates  # noqa: F401  (until cluster/worker.py asks there)
 
 
 class Sgd2012:
@@ -19,6 +23,10 @@ class Sgd2012:
     `torch.optim.SGD` multiplies the velocity by the rate afterwards: the same as long as the rate
     stays, but a drop of it then cuts at once the speed that here runs on for some ten steps.
     Gradients are means over the batch (the original divides by its size in src/layer.cu).
+
+    A parameter of rate 0 is frozen by the same rule: what speed it has runs out, without decay and
+    gradient. (The original leaves such a one alone, speed and all: src/weights.cu,
+    `Weights::update`. Ours ends at most momentum / (1 - momentum) times its last step further on.)
 
     Args:
         named_parameters: (name, parameter) pairs; a name that ends in "bias" makes it a bias.
@@ -43,31 +51,48 @@ class Sgd2012:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, lr: float, lr_bias: float) -> None:
-        """Update every parameter that has a gradient.
+    def step(self, rates: Rates | float, lr_bias: float = 0.0) -> None:
+        """Update every parameter that has a gradient; the gradients stay as they are.
 
         Args:
-            lr: learning rate of the weights.
-            lr_bias: learning rate of the biases.
+            rates: learning rates, or the one of all weights.
+            lr_bias: then, the one of all biases.
         """
-        for biases, rate, decay in ((False, lr, self.weight_decay), (True, lr_bias, 0.0)):
-            names = [
-                name
-                for name, parameter in self._parameters.items()
-                if name.endswith("bias") == biases and parameter.grad is not None
-            ]
-            if names:
-                self._update(names, rate, decay)
+        if not isinstance(rates, Rates):
+            rates = Rates(rates, lr_bias)
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                decay = 0.0 if name.endswith("bias") else self.weight_decay
+                groups.setdefault((rates.of(name), decay), []).append(name)
+        for (rate, decay), names in groups.items():
+            self._update(names, rate, decay)
 
     def _update(self, names: list[str], rate: float, decay: float) -> None:
         values: list[Tensor] = [self._parameters[name] for name in names]
-        gradients = [value.grad for value in values if value.grad is not None]
+        gradients = [like(value.grad, value) for value in values if value.grad is not None]
         velocities = [self.velocities[name] for name in names]
-        torch._foreach_mul_(velocities, self.momentum)
-        if decay:
+        if self.momentum == 0.0:  # torch keeps no velocity then
+            torch._foreach_zero_(velocities)
             torch._foreach_add_(velocities, values, alpha=-decay * rate)
-        torch._foreach_add_(velocities, gradients, alpha=-rate)
-        torch._foreach_add_(values, velocities)
+            torch._foreach_add_(velocities, gradients, alpha=-rate)
+            torch._foreach_add_(values, velocities)
+            return
+        # torch: v <- momentum * v + (1 - dampening) * (gradient + decay * w);  w <- w - lr * v.
+        # So the rule itself, in one pass, and the buffer is the velocity at any rate: nothing has
+        # to be rescaled when the rate changes. 1 - dampening is exact to 1e-16 (double precision).
+        sgd(
+            values,
+            gradients,
+            list(velocities),
+            fused=True,
+            lr=-1.0,
+            dampening=1.0 + rate,
+            weight_decay=decay,
+            momentum=self.momentum,
+            nesterov=False,
+            maximize=False,
+        )
 
     def column_state(self, net: AlexNet) -> dict[str, Tensor]:
         """The velocities, under the keys that `net.column_state` gives the parameters."""
@@ -82,46 +107,51 @@ class Sgd2012:
         net.fill(self.velocities, state)
 
 
-def learning_rates(
-    progress: float,
-    lr: float,
-    bias_factor: float = 2.0,
-    drop: float = 250.0,
-    drops: int = 4,
-    bias_drop: float = 10.0,
-    bias_drops: int = 2,
-) -> tuple[float, float]:
-    """Learning rates of weights and biases: equal stretches, each with a constant rate.
+def like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """Return `tensor` with the strides of `pattern`: torch's fused update reads memory in order."""
+    if tensor.stride() == pattern.stride():
+        return tensor
+    return torch.empty_like(pattern).copy_(tensor)
 
-    The schedule `dexp` of the original with the values of its network 170 (layer-params-170.cfg),
-    which came as far on its own as the paper's network did with rates lowered by hand: .01, .0016,
-    .00025, .00004 and, for biases, .02, .002.
 
-    Args:
-        progress: share of the training done, in [0, 1].
-        lr: first rate of the weights.
-        bias_factor: first rate of the biases, as a multiple of `lr`.
-        drop: first rate of the weights over their last.
-        drops: number of stretches for the weights; 1 keeps the rate constant.
-        bias_drop: as `drop`, for biases.
-        bias_drops: as `drops`, for biases.
+class Means(NamedTuple):
+    """Means over a parameter, as the original printed them with every test (convnet.py)."""
 
-    Raises:
-        ValueError: progress outside [0, 1], or fewer than 1 stretch.
+    value: float
+    """Of |w|."""
+    update: float
+    """Of |v|, what the last step added to w."""
+    gradient: float
+    """Of |dL/dw|; 0 if there is none."""
+
+
+@torch.no_grad()
+def layer_statistics(net: AlexNet, optimiser: Sgd2012) -> dict[str, Means]:
+    """Return the means of each parameter of each column here: "a.conv1.weight", ...
+
+    Call it after a step, before the gradients are dropped. A device is waited for once.
     """
-    if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress is {progress}; it is the share of the training done, 0 to 1")
-    return (
-        _stretch_rate(progress, lr, drop, drops),
-        _stretch_rate(progress, lr * bias_factor, bias_drop, bias_drops),
-    )
+    parameters = dict(net.named_parameters())
+    gradients = {
+        name: torch.zeros_like(value) if value.grad is None else value.grad
+        for name, value in parameters.items()
+    }
+    sums = torch.stack(
+        [
+            rows.sum()
+            for tensors in (parameters, optimiser.velocities, gradients)
+            for rows in net.split({name: _row_sums(t) for name, t in tensors.items()}).values()
+        ]
+    ).tolist()
+    sizes = {key: piece.numel() for key, piece in net.column_state().items()}
+    return {
+        key: Means(*(total / size for total in sums[index :: len(sizes)]))
+        for index, (key, size) in enumerate(sizes.items())
+    }
 
 
-def _stretch_rate(progress: float, first: float, drop: float, stretches: int) -> float:
-    if stretches < 1:
-        raise ValueError(f"a schedule has at least 1 stretch, not {stretches}")
-    if stretches == 1:
-        return first
-    # The end of a stretch still belongs to it, as in the original (cuda-convnet2, src/lr.cu).
-    place = next(i for i in range(stretches) if progress <= (i + 1) / stretches)
-    return float(first * (1.0 / drop) ** (place / (stretches - 1)))
+def _row_sums(tensor: Tensor) -> Tensor:
+    """Sums of |x| over all but dim 0; one float32 sum over millions would be off by a percent."""
+    if tensor.dim() == 1:
+        return tensor.abs()
+    return torch.linalg.vector_norm(tensor, 1, dim=tuple(range(1, tensor.dim())))

@@ -1,0 +1,332 @@
+"""Learning rates as pure functions: of progress, of a list of changes, of the validation errors.
+
+Three ways to lower them (DESIGN's `schedule`): `dexp`, which the original source's network 170 used
+on its own; `manual`, a list of changes by epoch, as its network 145, the paper's, was trained; and
+`plateau`, the paper's words: "divide the learning rate by 10 when the validation error rate stopped
+improving with the current learning rate" (section 5).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+COLOUR = "colour"
+DROP = "drop"
+DROP_BIASES = "drop_bias"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of one step, each 0 or above; 0 freezes."""
+
+    weights: float
+    biases: float
+    layers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Rates (of weights, of biases) of the layers that do not have the common ones."""
+
+    def of(self, parameter: str) -> float:
+        """Rate of a parameter by its name: `conv1.weight`, `conv1.bias`."""
+        layer, _, kind = parameter.rpartition(".")
+        weights, biases = self.layers.get(layer, (self.weights, self.biases))
+        return biases if kind == "bias" else weights
+
+
+@dataclass(frozen=True)
+class Change:
+    """An entry of the schedule `manual`."""
+
+    epoch: float
+    """Passes over the training pictures after which it holds."""
+    name: str
+    """lr, lr_bias, lr.LAYER, lr_bias.LAYER or colour."""
+    value: float
+
+
+def dexp(
+    progress: float,
+    lr: float,
+    bias_factor: float = 2.0,
+    drop: float = 250.0,
+    drops: int = 4,
+    bias_drop: float = 10.0,
+    bias_drops: int = 2,
+) -> tuple[float, float]:
+    """Learning rates of weights and biases: equal stretches, each with a constant rate.
+
+    The schedule `dexp` of the original with the values of its network 170 (layer-params-170.cfg),
+    which came as far on its own as the paper's network did with rates lowered by hand: .01, .0016,
+    .00025, .00004 and, for biases, .02, .002.
+
+    Args:
+        progress: share of the training done, in [0, 1].
+        lr: first rate of the weights.
+        bias_factor: first rate of the biases, as a multiple of `lr`.
+        drop: first rate of the weights over their last.
+        drops: number of stretches for the weights; 1 keeps the rate constant.
+        bias_drop: as `drop`, for biases.
+        bias_drops: as `drops`, for biases.
+
+    Raises:
+        ValueError: progress outside [0, 1], or fewer than 1 stretch.
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress is {progress}; it is the share of the training done, 0 to 1")
+    return (
+        _stretch_rate(progress, lr, drop, drops),
+        _stretch_rate(progress, lr * bias_factor, bias_drop, bias_drops),
+    )
+
+
+def _stretch_rate(progress: float, first: float, drop: float, stretches: int) -> float:
+    if stretches < 1:
+        raise ValueError(f"a schedule has at least 1 stretch, not {stretches}")
+    if stretches == 1:
+        return first
+    # The end of a stretch still belongs to it, as in the original (cuda-convnet2, src/lr.cu).
+    place = next(i for i in range(stretches) if progress <= (i + 1) / stretches)
+    return float(first * (1.0 / drop) ** (place / (stretches - 1)))
+
+
+def scaled(lr: float, batch_size: int, rule: str, base: int = 128) -> float:
+    """Return the rate for batches of another size than it was found for.
+
+    "One weird trick for parallelizing convolutional neural networks" (arXiv 1404.5997): for k times
+    the batch, theory asks for sqrt(k) times the rate, which keeps the variance of the update; in
+    practice k times the rate did best.
+
+    Args:
+        lr: rate for batches of `base` pictures.
+        batch_size: pictures in a batch.
+        rule: "none", "linear" or "sqrt".
+        base: 128, as in the paper.
+
+    Raises:
+        ValueError: another rule.
+    """
+    factors = {"none": 1.0, "linear": batch_size / base, "sqrt": math.sqrt(batch_size / base)}
+    if rule not in factors:
+        raise ValueError(f"rate_scaling is {rule!r}; it is one of {', '.join(factors)}")
+    return lr * factors[rule]
+
+
+def in_force(
+    lr: float,
+    lr_bias: float,
+    settings: Iterable[tuple[str, float]],
+    factors: Mapping[str, float] | None = None,
+) -> Rates:
+    """Return the rates after a row of settings, of which later ones win.
+
+    A rate that a layer was given of its own (`lr.conv1`) is absolute: later changes of `lr` and the
+    layer's factor leave it alone, as conv1 of the original's network 145 stayed at 0 when the other
+    layers went on to 1e-5. Only `drop` divides it, too.
+
+    Args:
+        lr: first rate of the weights.
+        lr_bias: first rate of the biases.
+        settings: (name, value): `lr`, `lr_bias`, `lr.LAYER`, `lr_bias.LAYER` set a rate; `drop`
+            divides all rates of weights by its value, `drop_bias` those of biases; `colour` is
+            passed over.
+        factors: `layer_factors`.
+
+    Raises:
+        ValueError: a setting of another name.
+    """
+    common = {"lr": lr, "lr_bias": lr_bias}
+    own: dict[str, dict[str, float]] = {"lr": {}, "lr_bias": {}}
+    for name, value in settings:
+        kind, _, layer = name.partition(".")
+        if kind in common and layer:
+            own[kind][layer] = value
+        elif name in common:
+            common[name] = value
+        elif name in (DROP, DROP_BIASES):
+            kind = "lr" if name == DROP else "lr_bias"
+            common[kind] /= value
+            own[kind] = {layer: rate / value for layer, rate in own[kind].items()}
+        elif name != COLOUR:
+            raise ValueError(f"no rate is called {name!r}")
+    factors = factors or {}
+    layers = {
+        layer: (
+            own["lr"].get(layer, common["lr"] * factors.get(layer, 1.0)),
+            own["lr_bias"].get(layer, common["lr_bias"] * factors.get(layer, 1.0)),
+        )
+        for layer in sorted({*own["lr"], *own["lr_bias"], *factors})
+    }
+    return Rates(common["lr"], common["lr_bias"], layers)
+
+
+def manual(
+    epoch: float,
+    changes: Iterable[Change],
+    lr: float,
+    lr_bias: float,
+    factors: Mapping[str, float] | None = None,
+) -> Rates:
+    """Return the rates of a step before which `epoch` passes over the training set were made.
+
+    An entry holds from the first step that begins with its number of passes made. The original
+    counts epochs from 1 (its models start with `epoch = 1`, cuda-convnet2's gpumodel.py), and its
+    notes name the epoch in which a run was stopped, to go on with another rate: "epoch 25: set
+    epsw to 0.001" was done with 24 to 25 passes made. We take such a note to be at the end of its
+    epoch, with 25 made, so that its numbers stay as they are. Network 145 (layer-params-145.cfg),
+    with lr 0.01, bias_factor 2 and 91 epochs ("epoch 91: killed"), is:
+
+        25 lr 0.001, 51 lr 0.0001, 67 lr.conv1 0.00001, 67 colour 0, 72 lr.conv1 0,
+        72 lr_bias.conv1 0, 79 lr 0.00001
+
+    (That conv1's biases were stopped with its weights is not in the notes; in the file they are.)
+
+    Args:
+        epoch: 0 or above, may be broken.
+        changes: `parse_changes`.
+        lr: rate of the weights until it is changed.
+        lr_bias: rate of the biases until it is changed.
+        factors: `layer_factors`.
+    """
+    past = [(change.name, change.value) for change in changes if change.epoch <= epoch]
+    return in_force(lr, lr_bias, past, factors)
+
+
+def parse_changes(entries: Sequence[str], layers: Sequence[str]) -> tuple[Change, ...]:
+    """Read the entries of the schedule `manual`, each "EPOCH NAME VALUE", and sort them by epoch.
+
+    Of one epoch, the later entry in the list comes later.
+
+    Args:
+        entries: for example "25 lr 0.001". EPOCH is 0 or above, for `colour` a whole number.
+        layers: names of the network's layers.
+
+    Raises:
+        ValueError: one line that names the entry, what is wrong with it, and what would do.
+    """
+    known = [*rate_names(layers), COLOUR]
+    changes = [_parse_change(entry, known) for entry in entries]
+    return tuple(sorted(changes, key=lambda change: change.epoch))
+
+
+def _parse_change(entry: str, known: Sequence[str]) -> Change:
+    words = entry.split()
+    if len(words) != 3:
+        raise ValueError(
+            f"changes: {entry!r} should be three words, EPOCH NAME VALUE, such as '25 lr 0.001'"
+        )
+    epoch, value = (_number(word) for word in (words[0], words[2]))
+    name = words[1]
+    if epoch is None:
+        raise ValueError(f"changes: {entry!r}: the epoch {words[0]!r} should be a number from 0 up")
+    if name not in known:
+        raise ValueError(f"changes: {entry!r}: nothing is called {name!r}; {nearest(name, known)}")
+    if value is None:
+        raise ValueError(f"changes: {entry!r}: the value {words[2]!r} should be a number from 0 up")
+    if name == COLOUR and not epoch.is_integer():
+        raise ValueError(f"changes: {entry!r}: colour changes between whole epochs only")
+    return Change(epoch, name, value)
+
+
+def rate_names(layers: Sequence[str]) -> list[str]:
+    """Names under which rates can be set: lr, lr_bias, lr.LAYER ..., lr_bias.LAYER ..."""
+    return ["lr", "lr_bias", *(f"{kind}.{layer}" for kind in ("lr", "lr_bias") for layer in layers)]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return a hint for whoever wrote a name that is not known."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+
+
+def _number(text: str) -> float | None:
+    """A finite number from 0 up; None for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < math.inf else None
+
+
+def colour_steps(changes: Iterable[Change], first: float) -> tuple[tuple[int, float], ...]:
+    """Return the deviations of the colour draws: (epoch, value) from epoch 0 on.
+
+    Each value holds for the epochs from its own up to the next one's, counted from 0. The original
+    went from .1 to 0 in its epoch 67 (layer-params-145.cfg).
+
+    Args:
+        changes: `parse_changes`; those of rates are passed over.
+        first: value until it is changed.
+    """
+    values = {0: first}
+    for change in changes:
+        if change.name == COLOUR:
+            values[int(change.epoch)] = change.value
+    return tuple(sorted(values.items()))
+
+
+def layer_factors(entries: Sequence[str], layers: Sequence[str]) -> dict[str, float]:
+    """Read factors on both rates of a layer: "conv1=0.1", "fc8=10"; 0 freezes the layer.
+
+    Args:
+        entries: LAYER=FACTOR; the factor is 0 or above.
+        layers: names of the network's layers.
+
+    Raises:
+        ValueError: one line that names the entry, what is wrong with it, and what would do.
+    """
+    factors: dict[str, float] = {}
+    for entry in entries:
+        layer, equals, text = (part.strip() for part in entry.partition("="))
+        if not equals:
+            raise ValueError(f"layer_rates: {entry!r} should be LAYER=FACTOR, such as 'conv1=0.1'")
+        if layer not in layers:
+            hint = nearest(layer, layers)
+            raise ValueError(f"layer_rates: {entry!r}: no layer is called {layer!r}; {hint}")
+        if layer in factors:
+            raise ValueError(f"layer_rates: {entry!r}: {layer} has a factor already; give one")
+        factor = _number(text)
+        if factor is None:
+            raise ValueError(
+                f"layer_rates: {entry!r}: the factor {text!r} should be a number from 0 up"
+            )
+        factors[layer] = factor
+    return factors
+
+
+def plateau_drops(
+    history: Iterable[tuple[int, float]],
+    patience: int,
+    most: int = 3,
+    threshold: float = 0.0,
+    restarts: Collection[int] = (),
+) -> list[int]:
+    """Return after which steps the rate is divided because the validation error has stalled.
+
+    The rule of `torch.optim.lr_scheduler.ReduceLROnPlateau` with `threshold_mode="rel"`: a
+    validation is an improvement if its error is below best * (1 - threshold); the rate is divided
+    at the validation that makes more than `patience` in a row without one. The best error is kept
+    over a division, the count begins anew. An error that is no number is no improvement.
+
+    Args:
+        history: (step, error) of each validation, in order.
+        patience: validations without improvement that are put up with, 0 or above.
+        most: divisions in all; the paper had three.
+        threshold: share of the best error, in [0, 1).
+        restarts: steps after which the rates were set by hand: the count begins anew there, too.
+    """
+    drops: list[int] = []
+    best, stalled = math.inf, 0
+    left = sorted(restarts)
+    for step, error in history:
+        while left and left[0] < step:
+            left.pop(0)
+            stalled = 0
+        if error < best * (1.0 - threshold):
+            best, stalled = error, 0
+        else:
+            stalled += 1
+        if stalled > patience and len(drops) < most:
+            drops.append(step)
+            stalled = 0
+    return drops
