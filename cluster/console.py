@@ -11,7 +11,7 @@ import rich.progress as rp
 from rich.console import Console
 from rich.text import Text
 
-from cluster.events import Event, Finished, Saved, Started, Stepped, Validated, Warned
+from cluster.events import Event, Finished, Rated, Saved, Started, Stepped, Validated, Warned
 
 EVERY = 5.0
 """Seconds between plain lines."""
@@ -69,6 +69,8 @@ class Screen:
                 )
             case Saved(step, seconds):
                 self.say(f"step {step:>6}  checkpoint ({seconds:.1f} s)")
+            case Rated(step, text):
+                self.say(f"step {step:>6}  from here on: {text}")
             case Warned(text):
                 self.say(f"warning: {text}")
             case Finished(step):

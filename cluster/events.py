@@ -41,6 +41,16 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Rated:
+    """The learning rates change."""
+
+    step: int
+    """The last step before it."""
+    text: str
+    """From what to what, and why; one line."""
+
+
+@dataclass(frozen=True)
 class Warned:
     """Something the user should know; training goes on."""
 
@@ -68,5 +78,5 @@ class Failed:
     """The same would happen again: do not restart."""
 
 
-Event = Started | Stepped | Validated | Saved | Warned | Finished | Failed
+Event = Started | Stepped | Validated | Saved | Rated | Warned | Finished | Failed
 Tell = Callable[[Event], None]

@@ -1,0 +1,200 @@
+"""What changes the learning rates of a run, and when: one list, whatever the reason."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+from model.schedule import (
+    COLOUR,
+    DROP,
+    DROP_BIASES,
+    Rates,
+    dexp,
+    in_force,
+    layer_factors,
+    parse_changes,
+    scaled,
+)
+
+SCHEDULE, PLATEAU, BY_HAND = "schedule", "plateau", "by hand"
+REASONS = (SCHEDULE, PLATEAU, BY_HAND)
+"""In the order in which they come after one and the same step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings of a run that its learning rates follow from; `cluster.config` explains them."""
+
+    schedule: str = "dexp"
+    lr: float = 0.01
+    bias_factor: float = 2.0
+    lr_drop: float = 250.0
+    lr_drops: int = 4
+    bias_drop: float = 10.0
+    bias_drops: int = 2
+    changes: tuple[str, ...] = ()
+    layer_rates: tuple[str, ...] = ()
+    patience: int = 3
+    plateau_drops: int = 3
+    plateau_factor: float = 10.0
+    plateau_threshold: float = 0.002
+    plateau_biases: bool = True
+    """Whether a drop divides the rate of the biases, too."""
+    rate_scaling: str = "none"
+    batch_size: int = 128
+    samples: int
+    """Training pictures."""
+    total: int
+    """Steps of the whole run."""
+    layers: tuple[str, ...]
+    """Names of the network's layers."""
+
+    @classmethod
+    def of(cls, config: object, samples: int, total: int, layers: Sequence[str]) -> Recipe:
+        """Take from `config` what it has of the settings above.
+
+        Args:
+            config: a `Config`.
+            samples: training pictures.
+            total: steps of the whole run.
+            layers: names of the network's layers.
+        """
+        own = [f.name for f in fields(cls) if f.default is not MISSING and hasattr(config, f.name)]
+        settings: dict[str, Any] = {name: getattr(config, name) for name in own}
+        return cls(samples=samples, total=total, layers=tuple(layers), **settings)
+
+    def drop(self) -> dict[str, float]:
+        """Settings that divide the rates in force."""
+        biases = {DROP_BIASES: self.plateau_factor} if self.plateau_biases else {}
+        return {DROP: self.plateau_factor} | biases
+
+    def rates(self, events: Iterable[Event]) -> Rates:
+        """Rates after some events, on top of those of the first step."""
+        factors = layer_factors(self.layer_rates, self.layers)
+        settings = [setting for event in events for setting in event.settings.items()]
+        return in_force(*self._begin(), settings, factors)
+
+    def _begin(self) -> tuple[float, float]:
+        return self._dexp(1) if self.schedule == "dexp" else (self._lr, self._lr * self.bias_factor)
+
+    @property
+    def _lr(self) -> float:
+        return scaled(self.lr, self.batch_size, self.rate_scaling)
+
+    def _dexp(self, step: int) -> tuple[float, float]:
+        return dexp(
+            step / self.total,
+            self._lr,
+            self.bias_factor,
+            self.lr_drop,
+            self.lr_drops,
+            self.bias_drop,
+            self.bias_drops,
+        )
+
+    def scheduled(self) -> list[Event]:
+        """What is known before the run begins: the steps of `dexp`, or the changes of `manual`."""
+        return {"dexp": self._stretches, "manual": self._changes}.get(self.schedule, list)()
+
+    def _stretches(self) -> list[Event]:
+        # A rate can change at the end of a stretch only; where exactly is left to `dexp`.
+        borders = {
+            self.total * place // stretches + near
+            for stretches in (self.lr_drops, self.bias_drops)
+            for place in range(1, stretches)
+            for near in (-1, 0, 1)
+        }
+        events = []
+        for step in sorted(border for border in borders if 0 < border < self.total):
+            pairs = zip(("lr", "lr_bias"), self._dexp(step), self._dexp(step + 1), strict=True)
+            if changed := {name: after for name, before, after in pairs if before != after}:
+                events.append(Event(step, SCHEDULE, changed))
+        return events
+
+    def _changes(self) -> list[Event]:
+        found: dict[int, dict[str, float]] = {}
+        for change in parse_changes(self.changes, self.layers):
+            # Exact: every process must find the same step.
+            step = math.ceil(Fraction(change.epoch) * self.samples / self.batch_size)
+            rate = change.name != COLOUR
+            value = scaled(change.value, self.batch_size, self.rate_scaling if rate else "none")
+            settings = found.setdefault(step, {})
+            settings.pop(change.name, None)  # to the end: later ones win
+            settings[change.name] = value
+        return [Event(step, SCHEDULE, settings) for step, settings in found.items()]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of the rates."""
+
+    after: int
+    """The last step before it."""
+    why: str
+    """One of REASONS."""
+    settings: Mapping[str, float]
+    """As `model.schedule.in_force` takes them."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts events."""
+        return self.after, REASONS.index(self.why)
+
+    @property
+    def key(self) -> tuple[int, str, tuple[str, ...]]:
+        """The same for two that are one and the same change."""
+        return self.after, self.why, tuple(self.settings)
+
+
+def words(event: Event, before: Rates, after: Rates) -> str:
+    """An event for people: `lr 0.01 -> 0.001, lr_bias 0.02 -> 0.002 (plateau)`."""
+    old, new = named(before), named(after)
+    told = []
+    for name, value in new.items():
+        kind, _, layer = name.partition(".")
+        was = old.get(name, old[kind])  # a layer without a rate of its own had the common one
+        if was != value and not (layer and (was, value) == (old[kind], new[kind])):
+            told.append(f"{name} {was:.4g} -> {value:.4g}")
+    if COLOUR in event.settings:
+        told.append(f"colour -> {event.settings[COLOUR]:.4g}")
+    return f"{', '.join(told) or 'no rate changes'} ({event.why})"
+
+
+def named(rates: Rates) -> dict[str, float]:
+    """Rates by the names under which they are set: lr, lr_bias, lr.conv1, ..."""
+    found = {"lr": rates.weights, "lr_bias": rates.biases}
+    for layer, (weights, biases) in rates.layers.items():
+        found |= {f"lr.{layer}": weights, f"lr_bias.{layer}": biases}
+    return found
+
+
+def as_row(event: Event, before: Rates, after: Rates, recipe: Recipe) -> dict[str, Any]:
+    """An event as a row of RUN/rates.jsonl: `step` is the last one before it."""
+    position = event.after * recipe.batch_size
+    return {
+        "position": position,
+        "epoch": round(position / recipe.samples, 4),
+        "step": event.after,
+        "why": event.why,
+        "what": words(event, before, after),
+        "set": dict(event.settings),
+        "lr": after.weights,
+        "lr_bias": after.biases,
+        "layers": {layer: list(pair) for layer, pair in after.layers.items()},
+    }
+
+
+def from_row(line: bytes) -> Event | None:
+    """Read a row back; None if it is none."""
+    try:
+        row = json.loads(line)
+        settings = {str(name): float(value) for name, value in row["set"].items()}
+        event = Event(int(row["step"]), str(row["why"]), settings)
+        return event if line.endswith(b"\n") and event.why in REASONS else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
