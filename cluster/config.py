@@ -1,26 +1,22 @@
-"""Every setting of a training run: one flat table, from a TOML file and from flags."""
+"""Every setting of a training run: one flat table. `config_file` reads and writes it."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
-import tomllib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-import tyro
-
+from model.design import LAYER_NAMES, Activation, Design, Norm, Pool, Without
+from model.schedule import colour_steps, layer_factors, parse_changes
 from pipeline.dataset import parse_size
 from pipeline.errors import UsageError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Shuffle = Literal["full", "block"]
+Schedule = Literal["dexp", "plateau", "manual"]
+Scaling = Literal["none", "linear", "sqrt"]
 
-DATA_KEY = "data_sha256"
-"""The one key of RUN/config.toml that is no setting: SHA-256 of the data set's manifest."""
+LENGTH = ("steps", "epochs")
 
 FREE = (
     "replicas",
@@ -30,6 +26,7 @@ FREE = (
     "checkpoint_every",
     "keep",
     "validate_every",
+    "statistics_every",
     "max_failures",
     "strict",
     "ledger",
@@ -46,6 +43,21 @@ class Config:
 
     width: float = 1.0
     """Factor on all maps and units; 1 is the network of the paper."""
+    columns: int = 2
+    """2, or 1 for the paper's single-column network to compare with."""
+    norm: Norm = "lrn"
+    """lrn: local response normalisation in layers 1 and 2; none: no normalisation."""
+    relu_first: bool = True
+    """ReLU before normalisation, as the paper says; --no-relu-first: after pooling in conv1 and
+    conv5, as the released source has it."""
+    spatial_norm: bool = False
+    """The source's second normalisation in layer 2, over 5x5 pixels of a map."""
+    pool: Pool = "3/2"
+    """Side and stride of the max-pooling windows."""
+    activation: Activation = "relu"
+    """relu or tanh."""
+    without: Without = "none"
+    """A layer to leave out."""
     seed: int = 0
     """Of the initial weights, dropout, the order of pictures and their augmentation."""
     batch_size: int = 128
@@ -54,6 +66,11 @@ class Config:
     """Length of the run in passes over the training pictures; used when steps is 0."""
     steps: int = 0
     """Length of the run in steps; 0: as epochs says."""
+    schedule: Schedule = "dexp"
+    """dexp: equal stretches, by lr_drop and the like; plateau: divided when the validation error
+    stalls; manual: as changes says."""
+    rate_scaling: Scaling = "none"
+    """lr times batch_size / 128 (linear), or the root of it (sqrt), or neither."""
     lr: float = 0.01
     """First learning rate of the weights."""
     bias_factor: float = 2.0
@@ -66,6 +83,18 @@ class Config:
     """As lr_drop, for the biases."""
     bias_drops: int = 2
     """As lr_drops, for the biases."""
+    changes: tuple[str, ...] = ()
+    """"EPOCH NAME VALUE" each; NAME is colour, lr.LAYER, lr_bias.LAYER or, for manual, lr, lr_bias."""
+    patience: int = 3
+    """For plateau: validations without a better error before the rate is divided."""
+    plateau_drops: int = 3
+    """For plateau: most divisions."""
+    plateau_factor: float = 10.0
+    """For plateau: what the rates are divided by."""
+    plateau_threshold: float = 0.002
+    """For plateau: share by which an error must be below the best one to count as better."""
+    layer_rates: tuple[str, ...] = ()
+    """Factors on the rates of single layers, "conv1=0.1" each; 0 freezes."""
     momentum: float = 0.9
     """Share of the velocity kept in a step."""
     weight_decay: float = 5e-4
@@ -77,8 +106,15 @@ class Config:
     """Shards in a window of the block shuffle."""
     colour: float = 0.1
     """Standard deviation of the colour draws, in those of the training pictures; 0: none."""
+    colour_divide: bool = False
+    """Divide training pictures by 1 + colour, as the released source does."""
+    mean: Literal["channel", "picture"] = "channel"
+    """What is subtracted: the mean of each channel, or the mean picture (its centre, from every
+    crop) as in 2012."""
     dtype: Dtype = "auto"
     """What layers compute in (weights stay float32); auto: bfloat16 where the hardware has it."""
+    exchange_dtype: Literal["auto", "bfloat16"] = "auto"
+    """What crosses between columns; auto: as it is computed."""
     replicas: int = 1
     """Copies of the network, each with its share of the batch."""
     pair: bool = True
@@ -93,6 +129,8 @@ class Config:
     """Checkpoints kept; older ones are deleted."""
     validate_every: int = 500
     """Steps between passes over the validation pictures; 0: never."""
+    statistics_every: int = 50
+    """Steps between rows of each layer's mean |weight|, |update| and |gradient|; 0: never."""
     max_failures: int = 3
     """Restarts after a lost worker before the run gives up."""
     strict: bool = False
@@ -118,17 +156,40 @@ class Config:
         self._require("seed", self.seed < 2**63, "must be below 2**63")
         self._require("threads", self.threads <= 1024, "must be at most 1024")
         for name in ("width", "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops",
-                     "bias_drops", "replicas", "checkpoint_every", "keep", "window"):  # fmt: skip
+                     "bias_drops", "replicas", "checkpoint_every", "keep", "window", "patience",
+                     "plateau_factor"):  # fmt: skip
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("seed", "steps", "weight_decay", "colour", "threads", "validate_every",
-                     "max_failures"):  # fmt: skip
+                     "max_failures", "plateau_drops", "plateau_threshold",
+                     "statistics_every"):  # fmt: skip
             self._require(name, getattr(self, name) >= 0, "must be 0 or above")
         try:
             parse_size(self.cache_size)
         except UsageError as error:
             raise ValueError(f"cache_size: {error}") from error
+        self._check_schedule()
         self._require("momentum", 0 <= self.momentum < 1, "must be 0 or above and below 1")
         self._require("batch_size", self.batch_size % self.halves == 0, self._batch_hint())
+
+    def _check_schedule(self) -> None:
+        """Refuse a network or rates that cannot be.
+
+        Raises:
+            ValueError: names the setting, its value and what would do.
+        """
+        layers = [layer.name for layer in self.design.layers()]
+        layer_factors(self.layer_rates, layers)
+        for change in parse_changes(self.changes, layers):
+            if change.name in ("lr", "lr_bias") and self.schedule != "manual":
+                raise ValueError(
+                    f"changes: {change.name} goes with schedule = 'manual'; with "
+                    f"{self.schedule!r} only colour and single layers' rates can change"
+                )
+        if self.schedule == "plateau" and not self.validate_every:
+            raise ValueError(
+                "schedule is 'plateau', which looks at the validation error, "
+                "and validate_every is 0; it must be above 0"
+            )
 
     def _require(self, name: str, holds: bool, hint: str) -> None:
         value = getattr(self, name)
@@ -141,19 +202,33 @@ class Config:
         return {"cache": self.cache or None, "cache_size": parse_size(self.cache_size)}
 
     @property
+    def design(self) -> Design:
+        """The network."""
+        return Design.of(asdict(self))
+
+    @property
+    def colours(self) -> tuple[tuple[int, float], ...]:
+        """Colour by epoch: (first epoch, value) pairs, as `Stream` takes them."""
+        changes = parse_changes(self.changes, LAYER_NAMES)
+        return colour_steps(changes, self.colour)
+
+    @property
     def halves(self) -> int:
-        """Parts a batch is cut into: a half for each column of each replica."""
-        return 2 * self.replicas
+        """Parts a batch is cut into: a part for each column of each replica."""
+        return self.columns * self.replicas
 
     @property
     def size(self) -> int:
-        """Workers per replica: a pair, or one with both columns."""
-        return 2 if self.pair else 1
+        """Workers per replica: a pair, or one with all columns."""
+        return 2 if self.pair and self.columns == 2 else 1
 
     def _batch_hint(self) -> str:
         below = self.batch_size // self.halves * self.halves
         near = f"{below} or {below + self.halves}" if below else f"{self.halves}"
-        return f"must be a multiple of {self.halves} (replicas x 2 columns), for example {near}"
+        return (
+            f"must be a multiple of {self.halves} (replicas x {self.columns} columns), "
+            f"for example {near}"
+        )
 
     def total_steps(self, samples: int) -> int:
         """Steps of the whole run over a training set of `samples` pictures; at least 1."""
@@ -162,135 +237,7 @@ class Config:
     @property
     def constant_rates(self) -> bool:
         """The learning rates do not depend on the length of the run."""
-        return self.lr_drops == 1 and self.bias_drops == 1
-
-
-TYPES = get_type_hints(Config)
-LENGTH = ("steps", "epochs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """Train both columns from a sealed data set; the same command again continues the run."""
-
-    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """TOML file with any of the settings below; flags given here win over it."""
-    data: str
-    """Data set, made by pipeline.build_shards: a folder, or an address such as s3://bucket/folder."""
-    run: Path
-    """Folder for checkpoints and numbers; made if need be."""
-    settings: Annotated[Config, tyro.conf.OmitArgPrefixes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Unchecked(Config):
-    # Read without the checks: a value that cannot work gets our one line, not tyro's box.
-    __doc__ = Config.__doc__
-
-    def __post_init__(self) -> None:
-        pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Raw(Command):
-    settings: Annotated[_Unchecked, tyro.conf.OmitArgPrefixes]
-
-
-def parse(argv: Sequence[str]) -> Command:
-    """Read the command line and the config file it names.
-
-    Raises:
-        UsageError: the file is missing or wrong, or a setting is; one line.
-        SystemExit: code 2 for a wrong flag, 0 for --help (tyro has spoken).
-    """
-    user = list(argv)
-    table = load(_read(user).config)
-    given = {word.split("=")[0] for word in user}
-    if given & {f"--{name}" for name in LENGTH}:  # the file's other way to say it must not win
-        table = {key: value for key, value in table.items() if key not in LENGTH}
-    raw = _read([*(flag for key, value in table.items() for flag in as_flag(key, value)), *user])
-    try:
-        settings = Config(**asdict(raw.settings))
-    except ValueError as error:
-        raise UsageError(f"{error} ({raw.config} and the flags given)") from error
-    return Command(config=raw.config, data=raw.data, run=raw.run, settings=settings)
-
-
-def _read(words: list[str]) -> _Raw:
-    return tyro.cli(_Raw, args=words, prog="python -m cluster.train", description=Command.__doc__)
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Read a config file, checking names and types of its keys but not yet their values.
-
-    Raises:
-        UsageError: names the file, the key and what it should be.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UsageError(f"config file {path} cannot be read ({reason}); see configs/") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"config file {path} is not TOML: {error}") from error
-    table.pop(DATA_KEY, None)
-    for key, value in table.items():
-        if key not in TYPES:
-            near = difflib.get_close_matches(key, TYPES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TYPES)}"
-            raise UsageError(f"config file {path}: no setting {key!r}; {hint}")
-        if not _fits(value, TYPES[key]):
-            raise UsageError(
-                f"config file {path}: {key} is {value!r}; it takes {_words(TYPES[key])}"
-            )
-    return table
-
-
-def _fits(value: object, kind: Any) -> bool:
-    if choices := get_args(kind):
-        return value in choices
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is kind
-
-
-def _words(kind: Any) -> str:
-    if choices := get_args(kind):
-        return " or ".join(repr(choice) for choice in choices)
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-
-
-def as_flag(key: str, value: object) -> list[str]:
-    """A setting as tyro's flags."""
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", str(value)]
-
-
-def as_toml(config: Config, data_sha256: str) -> str:
-    """The effective config as a file that `parse` reads back to the same config."""
-    lines = ["# Written by cluster.train: every setting of this run, as it was used."]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        lines.append(f"{field.name} = {json.dumps(value)}")
-    lines.append("# The data set: SHA-256 of its manifest.json.")
-    lines.append(f'{DATA_KEY} = "{data_sha256}"')
-    return "\n".join(lines) + "\n"
-
-
-def read_back(path: Path) -> tuple[Config, str]:
-    """Read RUN/config.toml: the settings of the run, and the identity of its data set.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    table = load(path)
-    data = tomllib.loads(path.read_text(encoding="utf-8")).get(DATA_KEY, "")
-    try:
-        return Config(**table), str(data)
-    except ValueError as error:
-        raise UsageError(f"config file {path}: {error}") from error
+        return self.schedule != "dexp" or (self.lr_drops == 1 and self.bias_drops == 1)
 
 
 def differences(old: Config, new: Config, samples: int) -> list[str]:

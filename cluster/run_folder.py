@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, as_toml, differences, read_back
+from cluster.config import Config, differences
+from cluster.config_file import as_toml, read_back
 from pipeline.errors import UsageError
 from pipeline.files import sealed, writable_folder
 

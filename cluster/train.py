@@ -17,7 +17,8 @@ from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.config import Command, Config, parse
+from cluster.config import Config
+from cluster.config_file import Command, parse
 from cluster.console import Screen
 from cluster.events import Failed, Started
 from cluster.run_folder import CHECKPOINTS, ERRORS, QUARANTINE, held, reached, settle

@@ -3,99 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import layers
+from model.design import COLUMN_NAMES, EDGE_PAD, Design, Stage, stages
 from model.exchange import Exchange
 from model.layers import PictureConv, dropout, dropout_mask, local_response_norm, seed_of
 
-COLUMN_NAMES = "ab"
-IMAGE_SIZE = 224
-IMAGE_MAPS = 3
-# Zeros on the right and at the bottom of the picture: see PictureConv.
-EDGE_PAD = 3
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer as the table has it; counts are of ONE column, at width 1."""
-
-    name: str
-    maps: int | None
-    """Output maps or units; None: half of the classes, rounded up."""
-    kernel: int = 0
-    """Side of the filter in pixels; 0: fully connected."""
-    stride: int = 1
-    pad: int = 0
-    reads: str = "own"
-    """"own" column's maps, "both" columns', or the "picture"."""
-    deviation: float = 0.01
-    bias: float = 0.0
-    then: tuple[str, ...] = ("relu",)
-    """What follows, in order: relu, norm (local response), pool (max, 3/2) and dropout."""
-
-
-# Sizes: paper section 3.5. Order of relu and norm: paper section 3.3. Initial values: the original
-# source (layers-145.cfg), which has .03 in conv3 to conv5 where the paper prints .01; with .01 the
-# picture hardly reaches the output of the fresh network.
-LAYERS = (
-    Layer("conv1", 48, kernel=11, stride=4, reads="picture", then=("relu", "norm", "pool")),
-    Layer("conv2", 128, kernel=5, pad=2, bias=1.0, then=("relu", "norm", "pool")),
-    Layer("conv3", 192, kernel=3, pad=1, reads="both", deviation=0.03),
-    Layer("conv4", 192, kernel=3, pad=1, deviation=0.03, bias=1.0),
-    Layer("conv5", 128, kernel=3, pad=1, deviation=0.03, bias=1.0, then=("relu", "pool")),
-    Layer("fc6", 2048, reads="both", bias=1.0, then=("relu", "dropout")),
-    Layer("fc7", 2048, reads="both", bias=1.0, then=("relu", "dropout")),
-    Layer("fc8", None, reads="both", then=()),
-)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A layer of one particular network: the table's row, its sizes worked out, for one column."""
-
-    layer: Layer
-    inputs: int
-    """Maps or units that a column's weights read."""
-    outputs: int
-    input_size: int
-    """Side of the input maps in pixels, edge pad left out; 1 for units."""
-    output_size: int
-    final_size: int
-    """Side after the pooling, if there is any."""
-
-
-def stages(classes: int = 1000, width: float = 1.0) -> tuple[Stage, ...]:
-    """The layers of a network with `classes` classes and `width` times the maps and units.
-
-    Raises:
-        ValueError: fewer than 2 classes, or a width that leaves a layer without a map.
-    """
-    smallest = 1 / min(layer.maps for layer in LAYERS if layer.maps)
-    if classes < 2:
-        raise ValueError(f"classes is {classes}; a classifier needs at least 2")
-    if not smallest <= width < math.inf:
-        raise ValueError(f"width is {width}; the smallest that makes sense is {smallest:.3f}")
-    found = []
-    maps, size = IMAGE_MAPS, IMAGE_SIZE
-    for layer in LAYERS:
-        inputs = maps * (2 if layer.reads == "both" else 1)
-        outputs = (classes + 1) // 2 if layer.maps is None else round(layer.maps * width)
-        if layer.kernel:
-            edge = EDGE_PAD if layer.reads == "picture" else 0
-            output_size = (size + edge + 2 * layer.pad - layer.kernel) // layer.stride + 1
-        else:
-            inputs, output_size = inputs * size * size, 1
-        final_size = (output_size - 3) // 2 + 1 if "pool" in layer.then else output_size
-        found.append(
-            Stage(layer, inputs, outputs, size if layer.kernel else 1, output_size, final_size)
-        )
-        maps, size = outputs, final_size
-    return tuple(found)
+Watch = Callable[[str, Tensor], None]
 
 
 class AlexNet(nn.Module):
@@ -107,15 +26,17 @@ class AlexNet(nn.Module):
     last.
 
     Args:
-        columns: (0, 1), or (0,) or (1,) for one column, which then needs `exchange`.
+        columns: (0, 1), the default, or (0,) or (1,) for one column, which then needs `exchange`.
         classes: number of classes, at least 2. Each column computes half of them; with an odd
             number column b has one unit too many: it is cut off from the logits, gets no gradient
             and only decays.
         width: factor on all maps and units. Other than 1, initial deviations are multiplied by
             1/sqrt(width), without which the signal dies on its way through a narrow network.
+            Short for `design=Design(width=...)`.
         exchange: the link to the other column.
         seed: of the initial weights and of the dropout masks. Both belong to a column, not to a
             process: they are equal in either form.
+        design: another network than the paper's. One of a single column has `columns=(0,)`.
 
     Raises:
         ValueError: an argument out of range, or an exchange that does not fit the columns.
@@ -123,18 +44,22 @@ class AlexNet(nn.Module):
 
     def __init__(
         self,
-        columns: Sequence[int] = (0, 1),
+        columns: Sequence[int] | None = None,
         classes: int = 1000,
-        width: float = 1.0,
+        width: float | None = None,
         exchange: Exchange | None = None,
         seed: int = 0,
+        design: Design | None = None,
     ) -> None:
         super().__init__()
-        self.columns = tuple(columns)
+        if design is not None and width is not None:
+            raise ValueError(f"give width or design, not both (width={width}, design={design})")
+        self.design = design or Design(width=1.0 if width is None else width)
+        whole = tuple(range(self.design.columns))
+        self.columns = whole if columns is None else tuple(columns)
         self.classes = classes
-        self.width = width
         self.seed = seed
-        self.stages = stages(classes, width)
+        self.stages = stages(classes, self.design)
         self.exchange = exchange
         self._check_columns()
         self._moment: tuple[int, int] | None = None
@@ -143,6 +68,12 @@ class AlexNet(nn.Module):
         self._initialise()
 
     def _check_columns(self) -> None:
+        if self.design.columns == 1:
+            if self.columns != (0,) or self.exchange is not None:
+                raise ValueError(
+                    f"a network of one column has columns (0,) and no exchange, not {self.columns}"
+                )
+            return
         if self.columns not in ((0, 1), (0,), (1,)):
             raise ValueError(f"columns is {self.columns}; it is (0, 1), (0,) or (1,)")
         if len(self.columns) == 2 and self.exchange is not None:
@@ -185,7 +116,7 @@ class AlexNet(nn.Module):
     def _initialise(self) -> None:
         for stage in self.stages:
             name = stage.layer.name
-            deviation = stage.layer.deviation / math.sqrt(self.width)
+            deviation = stage.layer.deviation / math.sqrt(self.design.width)
             weight = self.get_parameter(f"{name}.weight")
             for column, own in zip(self.columns, weight.chunk(len(self.columns)), strict=True):
                 generator = torch.Generator().manual_seed(
@@ -206,10 +137,15 @@ class AlexNet(nn.Module):
         """
         self._moment = (step, replica)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The logits, [b, classes], of images [b, 3, 224, 224] (float, channel mean subtracted).
+    def forward(self, images: Tensor, watch: Watch | None = None) -> Tensor:
+        """The logits, [b, classes], of images [b, 3, 224, 224] (float, mean subtracted).
 
         In a pair both ranks pass the same images and get the same logits.
+
+        Args:
+            images: as above.
+            watch: called with (layer, tensor) for what each layer passes on, before any dropout:
+                float [b, maps, h, w] or [b, units] of the columns here.
         """
         x = images
         for stage in self.stages:
@@ -220,19 +156,27 @@ class AlexNet(nn.Module):
                 x = x.flatten(1)
             x = self.get_submodule(layer.name)(x)
             for operation in layer.then:
-                x = self._follow(operation, x, stage)
+                if operation != "dropout":
+                    x = self._follow(operation, x)
+            if watch is not None:
+                watch(layer.name, x)
+            if "dropout" in layer.then:
+                x = dropout(x, self._mask(x, stage) if self.training else None)
         if self.exchange is not None:
             x = self.exchange.gather_replicated(x)
         return x[:, : self.classes]
 
-    def _follow(self, operation: str, x: Tensor, stage: Stage) -> Tensor:
+    def _follow(self, operation: str, x: Tensor) -> Tensor:
         if operation == "relu":
             return F.relu(x, inplace=True)
+        if operation == "tanh":
+            return torch.tanh(x)
         if operation == "norm":
             return local_response_norm(x, len(self.columns))
-        if operation == "pool":
-            return F.max_pool2d(x, kernel_size=3, stride=2)
-        return dropout(x, self._mask(x, stage) if self.training else None)
+        if operation == "spatial_norm":
+            return layers.spatial_response_norm(x)
+        window, stride = self.design.pool_window
+        return F.max_pool2d(x, window, stride, ceil_mode=True)
 
     def _mask(self, x: Tensor, stage: Stage) -> Tensor:
         if self._moment is None:

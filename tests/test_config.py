@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import FREE, Config, as_toml, differences, parse, read_back
+from cluster.config import FREE, Config, differences
+from cluster.config_file import as_toml, parse, read_back
+from model.design import Design
 from pipeline.errors import UsageError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -73,6 +75,15 @@ def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(setti
         ("epochs = 0", (), ["epochs", "steps"]),
         ("keep = 0", (), ["keep", "0"]),
         ("validate_every = -1", (), ["validate_every", "-1"]),
+        ("width = 0.01", (), ["width is 0.01", "smallest that makes sense"]),
+        ("pool = '4/2'", (), ["some.toml", "pool", "'4/2'", "'3/2' or '2/2'"]),
+        ("norm = 'none'\nspatial_norm = true", (), ["spatial_norm", "'lrn'"]),
+        ("changes = 'x'", (), ["changes", "a list of texts"]),
+        ("changes = ['25 lr 0.1']", (), ["changes: lr", "schedule = 'manual'"]),
+        ("changes = ['5 lr.conv9 0']", (), ["'5 lr.conv9 0'", "'lr.conv9'", "did you mean"]),
+        ("without = 'conv3'\nlayer_rates = ['conv3=0']", (), ["layer_rates", "'conv3'"]),
+        ("schedule = 'plateau'\nvalidate_every = 0", (), ["validate_every is 0", "above 0"]),
+        ("columns = 1", ("--replicas", "3"), ["batch_size", "replicas x 1 columns"]),
     ],
 )
 def test_a_mistake_gets_one_line_with_the_setting_its_value_and_the_way_out(
@@ -110,17 +121,25 @@ def test_help_explains_every_setting(capsys):
 
 def test_the_public_settings_are_these():
     assert [field.name for field in fields(Config)] == [
-        "width", "seed", "batch_size", "epochs", "steps", "lr", "bias_factor", "lr_drop",
-        "lr_drops", "bias_drop", "bias_drops", "momentum", "weight_decay", "shuffle", "window",
-        "colour", "dtype", "replicas", "pair", "device", "threads", "checkpoint_every", "keep",
-        "validate_every", "max_failures", "strict", "ledger", "cache", "cache_size",
+        "width", "columns", "norm", "relu_first", "spatial_norm", "pool", "activation", "without",
+        "seed", "batch_size", "epochs", "steps", "schedule", "rate_scaling", "lr", "bias_factor",
+        "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes", "patience", "plateau_drops",
+        "plateau_factor", "plateau_threshold", "layer_rates", "momentum", "weight_decay", "shuffle",
+        "window", "colour", "colour_divide", "mean", "dtype", "exchange_dtype", "replicas", "pair",
+        "device", "threads", "checkpoint_every", "keep", "validate_every", "statistics_every",
+        "max_failures", "strict", "ledger", "cache", "cache_size",
     ]  # fmt: skip
 
 
 positive = st.floats(1e-6, 1e6)
 configs = st.builds(
     Config,
-    width=positive,
+    width=st.floats(0.03, 1e3),
+    columns=st.sampled_from([1, 2]),
+    schedule=st.sampled_from(["dexp", "plateau", "manual"]),
+    changes=st.lists(st.sampled_from(["3 colour 0", "1.5 lr.conv1 0.1"]), max_size=2).map(tuple),
+    layer_rates=st.sampled_from([(), ("fc8=10", "conv1=0")]),
+    relu_first=st.booleans(),
     seed=st.integers(0, 2**31),
     batch_size=st.integers(1, 999).map(lambda half: 2 * half),
     epochs=positive,
@@ -155,7 +174,12 @@ OTHER = {
     "width": 0.5, "seed": 1, "batch_size": 256, "epochs": 9.0, "steps": 201, "lr": 0.1,
     "bias_factor": 1.0, "lr_drop": 10.0, "lr_drops": 2, "bias_drop": 5.0, "bias_drops": 3,
     "momentum": 0.5, "weight_decay": 0.1, "shuffle": "block", "window": 8,
-    "colour": 0.0, "dtype": "bfloat16",
+    "colour": 0.0, "dtype": "bfloat16", "columns": 1, "norm": "none", "relu_first": False,
+    "spatial_norm": True, "pool": "2/2", "activation": "tanh", "without": "conv4",
+    "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
+    "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
+    "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "picture",
+    "exchange_dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -166,6 +190,8 @@ def test_what_a_run_learns_cannot_change_under_way(field):
     found = differences(old, new, samples=4000)
     if field == "epochs":  # steps decide, so nothing changes
         assert found == []
+    elif field == "schedule":  # manual: the length matters no more
+        assert found == ["schedule: dexp -> manual"]
     elif field == "steps":
         assert found == ["length in steps: 400 -> 201 (learning rates drop by it)"]
     else:
@@ -176,7 +202,7 @@ def test_how_a_run_is_carried_out_may_change():
     old = Config()
     free = {
         "replicas": 2, "device": "cpu", "pair": False, "threads": 3, "checkpoint_every": 7,
-        "keep": 9, "validate_every": 0, "max_failures": 0, "strict": True, "ledger": True,
+        "keep": 9, "validate_every": 0, "statistics_every": 0, "max_failures": 0, "strict": True, "ledger": True,
         "cache": "c", "cache_size": "1TB",
     }  # fmt: skip
     assert set(free) == set(FREE)
@@ -193,8 +219,39 @@ def test_the_configs_of_the_repository_are_sound_and_say_what_they_are_for(path)
     text = path.read_text(encoding="utf-8")
     parse([str(path), "--data", "d", "--run", "r"])
     head = text[: text.index("\n\n")]
+    preset = path.stem not in ("demo", "narrow")
+    assert not preset or "source" in head
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"python -m cluster.train configs/{path.name} --data" in head
     assert "hardware" in head
     assert "expected" in head
     assert tomllib.loads(text)
+
+
+def test_presets_say_what_is_known_of_them():
+    """A claim each: what differs from the paper's network, and the published number."""
+    presets = {path.stem: parse([str(path), "--data", "d", "--run", "r"]).settings
+               for path in CONFIGS}  # fmt: skip
+    heads = {path.stem: path.read_text(encoding="utf-8") for path in CONFIGS}
+    source = {"relu_first": False, "spatial_norm": True}
+    assert presets["paper"].design == Design()
+    for name, design in {
+        "dexp": Design(**source),
+        "source2012": Design(**source),
+        "one_gpu": Design(columns=1, **source),
+        "no_lrn": Design(norm="none", relu_first=False),
+        "pool2": Design(pool="2/2", **source),
+        "tanh": Design(activation="tanh", **source),
+        "no_conv3": Design(without="conv3", **source),
+        "no_conv4": Design(without="conv4", **source),
+        "no_conv5": Design(without="conv5", **source),
+    }.items():
+        assert presets[name].design == design, name
+        full = replace(presets[name], **{key: getattr(presets["dexp"], key) for key in vars(
+            Design(columns=2))})  # fmt: skip
+        if name != "source2012":  # an ablation differs from dexp by its network alone
+            assert full == presets["dexp"], name
+    assert "42.34" in heads["dexp"]
+    assert "18.05" in heads["dexp"]
+    assert presets["source2012"].colours == ((0, 0.1), (67, 0.0))
+    assert presets["dexp"].colours == ((0, 0.1), (68, 0.0))

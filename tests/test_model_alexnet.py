@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.alexnet import LAYERS, AlexNet, stages
+from model.alexnet import AlexNet
+from model.design import LAYERS, Design, stages
 from model.summary import table, totals
 
 # Fact sheet of the original (layers-145.cfg): parameters of one column of each layer
@@ -107,7 +108,7 @@ def test_table_has_the_published_numbers() -> None:
 @pytest.mark.parametrize(("classes", "width"), [(10, 0.25), (7, 1 / 16), (1000, 1 / 3)])
 def test_table_follows_the_network(classes: int, width: float) -> None:
     net = AlexNet(classes=classes, width=width)
-    assert totals(table(classes, width)).parameters == sum(p.numel() for p in net.parameters())
+    assert totals(table(classes, Design(width=width))).parameters == sum(p.numel() for p in net.parameters())
 
 
 def test_initial_values(full: AlexNet) -> None:
@@ -283,7 +284,7 @@ def test_widths_without_maps_are_refused(width: float) -> None:
 
 
 def test_smallest_width_and_two_classes_run() -> None:
-    assert min(stage.outputs for stage in stages(1000, 1 / 48)) == 1
+    assert min(stage.outputs for stage in stages(1000, Design(width=1 / 48))) == 1
     net = AlexNet(classes=2, width=1 / 48).eval()
     assert net(images()).shape == (2, 2)
     with pytest.raises(ValueError, match="classes is 1"):

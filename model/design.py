@@ -1,0 +1,207 @@
+"""The table of layers: the network of the paper, and the networks it was compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+COLUMN_NAMES = "ab"
+IMAGE_SIZE = 224
+IMAGE_MAPS = 3
+# Zeros on the right and at the bottom of the picture: see `model.layers.PictureConv`.
+EDGE_PAD = 3
+
+Norm = Literal["lrn", "none"]
+Pool = Literal["3/2", "2/2"]
+Activation = Literal["relu", "tanh"]
+Without = Literal["none", "conv3", "conv4", "conv5"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as the table has it; counts are of ONE column, at width 1."""
+
+    name: str
+    maps: int | None
+    """Output maps or units; None: the classes of a column (half of them, rounded up, of two)."""
+    kernel: int = 0
+    """Side of the filter in pixels; 0: fully connected."""
+    stride: int = 1
+    pad: int = 0
+    reads: str = "own"
+    """"own" column's maps, "both" columns', or the "picture"."""
+    deviation: float = 0.01
+    bias: float = 0.0
+    then: tuple[str, ...] = ("relu",)
+    """What follows, in order: relu or tanh, norm (local response), spatial_norm, pool, dropout."""
+
+
+# Sizes: paper section 3.5. Order of relu and norm: paper section 3.3. Initial values: the original
+# source (layers-145.cfg), which has .03 in conv3 to conv5 where the paper prints .01; with .01 the
+# picture hardly reaches the output of the fresh network.
+LAYERS = (
+    Layer("conv1", 48, kernel=11, stride=4, reads="picture", then=("relu", "norm", "pool")),
+    Layer("conv2", 128, kernel=5, pad=2, bias=1.0, then=("relu", "norm", "pool")),
+    Layer("conv3", 192, kernel=3, pad=1, reads="both", deviation=0.03),
+    Layer("conv4", 192, kernel=3, pad=1, deviation=0.03, bias=1.0),
+    Layer("conv5", 128, kernel=3, pad=1, deviation=0.03, bias=1.0, then=("relu", "pool")),
+    Layer("fc6", 2048, reads="both", bias=1.0, then=("relu", "dropout")),
+    Layer("fc7", 2048, reads="both", bias=1.0, then=("relu", "dropout")),
+    Layer("fc8", None, reads="both", then=()),
+)
+LAYER_NAMES = tuple(layer.name for layer in LAYERS)
+
+_ACCEPTED: dict[type, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,)}
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """Which network. The defaults are the paper's; every other value is an ablation of it.
+
+    Raises:
+        ValueError: a value that is not among those a setting takes, or no network at all.
+    """
+
+    width: float = 1.0
+    """Factor on all maps and units."""
+    columns: int = 2
+    """2: the paper's network; 1: its single column to compare with (layers-145-half.cfg: as wide
+    as one of two, but for 256 maps in conv5 and 4,096 units in fc6 and fc7)."""
+    norm: Norm = "lrn"
+    """lrn: local response normalisation after conv1 and conv2; none: neither it nor spatial_norm
+    (layers-148.cfg)."""
+    relu_first: bool = True
+    """The paper's order, ReLU before normalisation. False: the source's (layers-145.cfg), where
+    conv1 and conv5 have it after the pooling, so that conv1 is normalised with its signs."""
+    spatial_norm: bool = False
+    """The source's second normalisation in layer 2, over 5x5 pixels of a map (`cnorm2`)."""
+    pool: Pool = "3/2"
+    """Side and stride of the max-pooling windows. 2/2 as layers-147.cfg: conv2 padded by 1 and
+    conv5 by 0, so that fc6 still reads 6x6."""
+    activation: Activation = "relu"
+    without: Without = "none"
+    """A layer left out. What follows conv3 then reads both columns in its stead, and what comes
+    before conv5 has its 128 maps, so that fc6 stays as it is."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Design)
+        for field in fields(self):
+            value, kind = getattr(self, field.name), hints[field.name]
+            if choices := get_args(kind):
+                if value not in choices:
+                    known = ", ".join(repr(choice) for choice in choices)
+                    raise ValueError(f"{field.name} is {value!r}; it takes {known}")
+            elif not isinstance(value, _ACCEPTED[kind]) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{field.name} is {value!r}; it takes {_WORDS[kind]}")
+        if self.columns not in (1, 2):
+            raise ValueError(f"columns is {self.columns}; a network has 1 or 2")
+        smallest = 1 / min(layer.maps for layer in LAYERS if layer.maps)
+        if not smallest <= self.width < math.inf:
+            raise ValueError(
+                f"width is {self.width}; the smallest that makes sense is {smallest:.3f}"
+            )
+        if self.norm == "none" and self.spatial_norm:
+            raise ValueError("spatial_norm goes with norm = 'lrn'; norm is 'none'")
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> Design:
+        """The design that a table of settings describes; keys of other things are passed over."""
+        names = {field.name for field in fields(Design)}
+        return Design(**{key: value for key, value in settings.items() if key in names})
+
+    @property
+    def pool_window(self) -> tuple[int, int]:
+        """Side and stride of the pooling windows in pixels."""
+        return (3, 2) if self.pool == "3/2" else (2, 2)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The rows of this network's table, from the picture to the logits."""
+        rows = [self._operations(layer) for layer in self._reads(self._left())]
+        if self.pool == "2/2":
+            pads = {"conv2": 1, "conv5": 0}
+            rows = [replace(row, pad=pads.get(row.name, row.pad)) for row in rows]
+        return tuple(rows)
+
+    def _left(self) -> list[Layer]:
+        """The table without what this network leaves out, and what stands in for it."""
+        rows = {layer.name: layer for layer in LAYERS if layer.name != self.without}
+        if self.without == "conv3":
+            rows["conv4"] = replace(rows["conv4"], reads="both")
+        if self.without == "conv5":
+            rows["conv4"] = replace(rows["conv4"], maps=128, then=LAYERS[4].then)
+        return list(rows.values())
+
+    def _reads(self, rows: list[Layer]) -> list[Layer]:
+        if self.columns == 2:
+            return rows
+        last = [row.name for row in rows if row.kernel][-1]
+        maps = {last: 256, "fc6": 4096, "fc7": 4096}
+        return [
+            replace(
+                row,
+                maps=maps.get(row.name, row.maps),
+                reads="picture" if row.reads == "picture" else "own",
+            )
+            for row in rows
+        ]
+
+    def _operations(self, layer: Layer) -> Layer:
+        then = list(layer.then)
+        if not self.relu_first and "pool" in then and layer.name != "conv2":
+            then = [*then[1:], then[0]]
+        if self.norm == "none":
+            then = [operation for operation in then if operation != "norm"]
+        if self.spatial_norm and layer.name == "conv2":
+            then.insert(then.index("norm") + 1, "spatial_norm")
+        then = [self.activation if operation == "relu" else operation for operation in then]
+        return replace(layer, then=tuple(then))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A layer of one particular network: the table's row, its sizes worked out, for one column."""
+
+    layer: Layer
+    inputs: int
+    """Maps or units that a column's weights read."""
+    outputs: int
+    input_size: int
+    """Side of the input maps in pixels, edge pad left out; 1 for units."""
+    output_size: int
+    final_size: int
+    """Side after the pooling, if there is any."""
+
+
+def stages(classes: int = 1000, design: Design | None = None) -> tuple[Stage, ...]:
+    """The layers of a network for `classes` classes with their sizes; the paper's by default.
+
+    Raises:
+        ValueError: fewer than 2 classes.
+    """
+    design = design or Design()
+    if classes < 2:
+        raise ValueError(f"classes is {classes}; a classifier needs at least 2")
+    window, step = design.pool_window
+    found = []
+    maps, size = IMAGE_MAPS, IMAGE_SIZE
+    for layer in design.layers():
+        inputs = maps * (2 if layer.reads == "both" else 1)
+        outputs = -(-classes // design.columns)
+        if layer.maps is not None:
+            outputs = round(layer.maps * design.width)
+        if layer.kernel:
+            edge = EDGE_PAD if layer.reads == "picture" else 0
+            output_size = (size + edge + 2 * layer.pad - layer.kernel) // layer.stride + 1
+        else:
+            inputs, output_size = inputs * size * size, 1
+        final_size = output_size
+        if "pool" in layer.then:  # rounded up, as in the original (layer.py); torch: ceil_mode
+            final_size = -(-(output_size - window) // step) + 1
+        found.append(
+            Stage(layer, inputs, outputs, size if layer.kernel else 1, output_size, final_size)
+        )
+        maps, size = outputs, final_size
+    return tuple(found)
