@@ -6,8 +6,6 @@ CPU and GPU graphs are the same two operators; `device` chooses where each runs:
 
 Raw pictures need the second alone, which then crops as well.
 
-The mean picture, where it is asked for, is one pass more.
-
 The colour shift is folded into the mean that `crop_mirror_normalize` subtracts anyway (a mean of
 its own for each sample), so the paper's PCA colour costs no pass over the pixels.
 """
@@ -70,7 +68,6 @@ class Decoder:
         size: int,
         encoding: Encoding = "jpeg",
         hw_decoder_load: float = 1.0,
-        picture: npt.NDArray[np.float32] | None = None,
         divide: bool = False,
     ) -> None:
         """Build the graph.
@@ -84,7 +81,6 @@ class Decoder:
             size: height and width to cut out at (x, y): 224, or 256 for the whole picture.
             encoding: what the pictures are.
             hw_decoder_load: see `pixels_of`.
-            picture: [3, size, size] what to subtract from each crop besides the feed's mean.
             divide: by the feed's divisor.
         """
         stored = (types.UINT8, 3, "HWC") if encoding == "raw" else (types.UINT8, 1, "")
@@ -115,8 +111,7 @@ class Decoder:
                     size,
                     encoding,
                     hw_decoder_load,
-                    picture=picture,
-                    divisor=divisor[0] if divide else None,
+                    divisor[0] if divide else None,
                 )
             )
         self._pipe.build()
@@ -196,51 +191,38 @@ def pixels_of(
     size: int = CROP,
     encoding: Encoding = "jpeg",
     hw_decoder_load: float = 1.0,
-    *,
-    picture: npt.NDArray[np.float32] | None = None,
     divisor: Any = None,
 ) -> Any:
     """Return the graph of decision 3: stored pictures -> [3, size, size] pixels.
 
     The first five arguments and `divisor` are DALI nodes (or constants) as in `Feed`; the result
-    is one. `picture`, [3, size, size], is subtracted from each crop besides `mean`.
+    is one.
     `hw_decoder_load` is the share of a batch that the JPEG engines of a GPU decode, the rest being
     done by CUDA. Between 0 and 1 it is the batch that decides which pictures go where, and their
     pixels differ a little by that.
     """
-    small = device == "gpu" and picture is None  # DALI's arithmetic knows no float16
     common = {
         "mirror": flip,
         "mean": mean,
-        "dtype": types.FLOAT16 if small else types.FLOAT,
+        "dtype": types.FLOAT16 if device == "gpu" else types.FLOAT,
         "output_layout": "CHW",
     }
-    if picture is None and divisor is not None:
+    if divisor is not None:
         common["std"] = divisor
     where = {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
     if encoding == "raw":
         pixels = pictures.gpu() if device == "gpu" else pictures
-        pixels = fn.crop_mirror_normalize(pixels, **common, **where)
-    else:
-        pixels = fn.decoders.image_crop(
-            pictures,
-            device="mixed" if device == "gpu" else "cpu",
-            output_type=types.RGB,
-            # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
-            jpeg_fancy_upsampling=True,
-            hw_decoder_load=hw_decoder_load,
-            **where,
-        )
-        pixels = fn.crop_mirror_normalize(pixels, **common)
-    return pixels if picture is None else _less(pixels, picture, divisor, device)
-
-
-def _less(pixels: Any, picture: npt.NDArray[np.float32], divisor: Any, device: Device) -> Any:
-    """Return the graph from float32 crops to crops less `picture`, divided; float16 on a GPU."""
-    pixels = pixels - types.Constant(picture, device=device)
-    if divisor is not None:
-        pixels = pixels / (divisor.gpu() if device == "gpu" else divisor)
-    return fn.cast(pixels, dtype=types.FLOAT16) if device == "gpu" else pixels
+        return fn.crop_mirror_normalize(pixels, **common, **where)
+    pixels = fn.decoders.image_crop(
+        pictures,
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+        # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=hw_decoder_load,
+        **where,
+    )
+    return fn.crop_mirror_normalize(pixels, **common)
 
 
 def fraction(corner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -77,9 +77,10 @@ class Recipe:
     random: bool
     """Random crop, flip and colour; otherwise the centre."""
     channel_mean: npt.NDArray[np.float64]
-    """[3]: subtracted from every pixel; 0 with a mean picture."""
+    """[3]: subtracted from every pixel."""
     picture: npt.NDArray[np.float32] | None
-    """[3, 224, 224]: subtracted from every crop, wherever it was cut and whether flipped or not."""
+    """[3, 224, 224]: subtracted besides from every crop, wherever it was cut and whether flipped
+    or not. Its channels have a mean near 0: float16 holds it to a hundredth of a grey level."""
     plan: ColourPlan
     """How strong the colour draws are."""
     colours: npt.NDArray[np.float64]
@@ -91,9 +92,8 @@ class Recipe:
     @property
     def subtracted(self) -> npt.NDArray[np.float32]:
         """What is subtracted from a picture without colour: [3, 1, 1] or [3, 224, 224]."""
-        if self.picture is not None:
-            return self.picture
-        return self.channel_mean.astype(np.float32).reshape(3, 1, 1)
+        mean = self.channel_mean.reshape(3, 1, 1)
+        return (mean if self.picture is None else mean + self.picture).astype(np.float32)
 
     def means(
         self, colour: npt.NDArray[np.float64], epochs: npt.NDArray[np.int64]
@@ -129,17 +129,23 @@ def recipe_of(
         colour: standard deviation of the colour draws, or pairs: see `Colour`.
         mean: what to subtract from the pixels, the mean of each channel or the mean picture.
         divide: divide by 1 + colour, if `random`.
-        whole: pictures are not cut to crops, so the mean picture (of a crop) is left out.
+        whole: pictures are not cut to crops; with a mean picture nothing is subtracted then.
 
     Raises:
         ValueError: a colour out of range.
     """
     plan = ColourPlan.of(colour)
+    channels = statistics.channel_mean
+    picture = None
+    if mean == "picture" and whole:
+        channels = np.zeros(3)
+    elif mean == "picture":
+        picture = (central(statistics) - channels.reshape(3, 1, 1)).astype(np.float32)
     deviations = np.sqrt(statistics.eigenvalues)
     return Recipe(
         random=random,
-        channel_mean=statistics.channel_mean if mean == "channel" else np.zeros(3),
-        picture=central(statistics) if mean == "picture" and not whole else None,
+        channel_mean=channels,
+        picture=picture,
         plan=plan,
         colours=np.stack([value * statistics.eigenvectors * deviations for value in plan.values]),
         divide=divide and random,
