@@ -109,7 +109,7 @@ class Checkpoints:
     ) -> dict[str, dict[str, Any]]:
         state = state_of(net, optimiser)
         written = {}
-        for column in self._place.columns:
+        for column in net.columns:
             path = partial / column_file(column)
             own = {
                 key: tensor for key, tensor in state.items() if key.split("/")[1][0] == "ab"[column]
@@ -200,7 +200,8 @@ def _check(path: Path) -> Found:
     table = json.loads((path / JSON).read_bytes())
     if table["version"] != VERSION:
         raise ValueError(f"version {table['version']}, this program reads {VERSION}")
-    if {column_file(0), column_file(1)} - set(table["files"]):
+    columns = table.get("config", {}).get("columns", 2)
+    if {column_file(column) for column in range(columns)} - set(table["files"]):
         raise ValueError("a column is missing")
     for name, facts in table["files"].items():
         size = (path / name).stat().st_size

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,16 +16,14 @@ from cluster.config import Config
 from cluster.events import Stepped, Tell, Validated
 from cluster.place import Place
 from cluster.run_folder import Mark
-from pipeline.errors import DuetError
+from model.optim import Means
+from model.schedule import Rates
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+LAYERS = "layers.jsonl"
 TELL_EVERY = 0.25
 """Seconds between steps told to the watcher; every step goes into the file."""
-
-
-class NotFinite(DuetError):
-    """The loss is no number any more."""
 
 
 class Log:
@@ -49,7 +46,7 @@ class Log:
         self._place, self._tell, self._samples = place, tell, samples
         self._files: dict[str, IO[str]] = {}
         if place.leads:
-            for name in (METRICS, VALIDATION):
+            for name in (METRICS, VALIDATION, LAYERS):
                 cut(run / name, step)
                 self._files[name] = (run / name).open("a", encoding="utf-8")
         self._owed: tuple[dict[str, Any], Tensor] | None = None
@@ -73,21 +70,16 @@ class Log:
         self._start = time.perf_counter()
         self._waited = 0.0
 
-    def step(
-        self, step: int, position: int, config: Config, rates: tuple[float, float], values: Tensor
-    ) -> None:
+    def step(self, step: int, position: int, config: Config, rates: Rates, values: Tensor) -> None:
         """Note a step that was launched.
 
         Args:
             step: its number, from 1.
             position: samples consumed by the job after it.
             config: the settings.
-            rates: learning rates of weights and biases.
+            rates: its learning rates.
             values: float [3] on the device: mean loss and top-1 error of the batch, and how many
                 of its pictures replace damaged ones (means over the replicas).
-
-        Raises:
-            NotFinite: the loss of the step before (or, after `flush`, of this one) is not finite.
         """
         self.flush()
         now = time.perf_counter()
@@ -100,8 +92,8 @@ class Log:
             "loss": 0.0,
             "top1_error": 0.0,
             "replaced": 0,
-            "lr": rates[0],
-            "lr_bias": rates[1],
+            "lr": rates.weights,
+            "lr_bias": rates.biases,
             "img_s": round(config.batch_size / seconds, 2),
             "data_wait": round(waited / seconds, 4),
             "seconds": round(seconds, 5),
@@ -109,22 +101,13 @@ class Log:
         self._owed = row, values
 
     def flush(self) -> None:
-        """Write the row that is still owed.
-
-        Raises:
-            NotFinite: its loss is not finite.
-        """
+        """Write the row that is still owed."""
         if self._owed is None:
             return
         row, values = self._owed
         self._owed = None
         row["loss"], row["top1_error"], replaced = (round(value, 6) for value in values.tolist())
         row["replaced"] = round(replaced * self._place.replicas)
-        if not math.isfinite(row["loss"]):
-            raise NotFinite(
-                f"the loss of step {row['step']} is {row['loss']}; "
-                "start a new --run with a lower lr"
-            )
         if self._place.leads:
             self._write(METRICS, row)
             self._window.append(row)
@@ -132,6 +115,26 @@ class Log:
                 self._tell(Stepped(_mean(self._window)))
                 self._told = time.monotonic()
                 self._window.clear()
+
+    def statistics(self, mark: Mark, means: Sequence[Mapping[str, Means]]) -> None:
+        """Note mean |weight|, |update| and |gradient| of each layer, column and kind of parameter.
+
+        Args:
+            mark: the step after which they were taken.
+            means: `model.optim.layer_statistics` of every process, in rank order.
+        """
+        if self._place.leads:
+            row = {
+                "position": mark.position,
+                "epoch": self._epoch(mark.position),
+                "step": mark.step,
+                "layers": {
+                    key: [float(f"{value:.4g}") for value in found]
+                    for part in means[: self._place.size]  # replica 0; the others hold the same
+                    for key, found in part.items()
+                },
+            }
+            self._write(LAYERS, row)
 
     def validation(self, mark: Mark, results: dict[str, float]) -> None:
         """Note a pass over the validation pictures."""

@@ -4,6 +4,9 @@ RUN/config.toml          every setting as used, and the hash of the data set's m
 RUN/machine.json         processor, memory, GPUs, versions
 RUN/metrics.jsonl        a row a step                       (log.py)
 RUN/validation.jsonl     a row a validation                 (log.py)
+RUN/layers.jsonl         each layer's means, every 50 steps (log.py)
+RUN/rates.jsonl          a row a change of the rates        (rates.py)
+RUN/rates.toml           put there by hand to change them   (hand_rates.py)
 RUN/quarantine.jsonl     damaged pictures that others replaced  (pipeline/quarantine.py)
 RUN/ledger/              what was delivered, with --ledger      (pipeline/ledger.py)
 RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)

@@ -22,6 +22,7 @@ from cluster.config_file import Command, parse
 from cluster.console import Screen
 from cluster.events import Failed, Started
 from cluster.run_folder import CHECKPOINTS, ERRORS, QUARANTINE, held, reached, settle
+from model.design import stages
 from pipeline.dataset import DataSet, is_remote, open_dataset
 from pipeline.errors import DuetError, UsageError, run
 from pipeline.manifest import Manifest, identity
@@ -83,10 +84,8 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
         Storage(dataset, split)
     Statistics.load(dataset.folder, manifest.stats_sha256)
 
-    from model.alexnet import stages  # here: a wrong command is refused before torch is loaded
-
     try:
-        stages(len(manifest.classes), command.settings.width)
+        stages(len(manifest.classes), command.settings.design)
     except ValueError as error:
         raise UsageError(f"{error} ({command.config} and the flags given)") from error
 

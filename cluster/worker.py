@@ -15,12 +15,15 @@ from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
 from cluster.events import Finished, Started, Tell
 from cluster.feed import Feed, Whole
+from cluster.health import check_finite
 from cluster.log import Log
 from cluster.place import Place
+from cluster.rate_events import Recipe
+from cluster.rates import RateControl
 from cluster.run_folder import LEDGER, QUARANTINE, Mark
 from model.alexnet import AlexNet
 from model.evaluate import errors
-from model.optim import Sgd2012, learning_rates
+from model.optim import Sgd2012, layer_statistics
 from pipeline.batches import Stream, View
 from pipeline.dataset import metadata
 from pipeline.manifest import Manifest, identity
@@ -45,6 +48,7 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
     """
     keep_memory()
     torch.set_num_threads(place.cores)
+    dtype = compute_dtype(config.dtype, place.device)
     about_data = metadata(data, **config.cached)
     manifest = Manifest.load(about_data)
     samples = manifest.split("train", about_data).samples
@@ -59,6 +63,8 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
     }
     checkpoints = Checkpoints(run, place, about, config.keep)
     mark = checkpoints.resume(net, optimiser, tell)
+    recipe = Recipe.of(config, samples, total, [stage.layer.name for stage in net.stages])
+    rates = RateControl(recipe, run, place, tell, mark.step)
 
     stream = open_stream(config, data, run, place, position=mark.position)
     feed = Feed(stream, place, batches=total - mark.step)
@@ -68,21 +74,30 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
         for step in range(mark.step + 1, total + 1):
             with log.waiting():
                 batch = next(feed)
-            rates = rates_at(config, step / total)
             net.set_step(step, place.replica)
             loss, wrong = forward(net, batch, config, place)
             optimiser.zero_grad()
             loss.backward()
+            log.flush()
+            check_finite(loss, net, batch.images, dtype, place, step, run)
             place.average_gradients(net)
-            optimiser.step(*rates)
+            optimiser.step(rates.at(step))
             values = torch.stack((loss.detach(), wrong, batch.replaced.sum()))
-            log.step(step, batch.position, config, rates, place.mean(values))
+            log.step(step, batch.position, config, rates.at(step), place.mean(values))
 
             mark = Mark(step=step, position=batch.position)
+            if due(step, config.statistics_every, total):
+                log.statistics(mark, place.gather(layer_statistics(net, optimiser)))
+            error = None
             if due(step, config.validate_every, total):
                 with log.paused():
-                    log.validation(mark, validate(net, config, data, run, place))
-            if due(step, config.checkpoint_every, total):
+                    found = validate(net, config, data, run, place)
+                    log.validation(mark, found)
+                    error = found["top1_error"]
+            saves = due(step, config.checkpoint_every, total)
+            if saves or error is not None:
+                rates.review(step, error)
+            if saves:
                 with log.paused():
                     checkpoints.save(mark, net, optimiser, tell)
     if place.leads:
@@ -92,9 +107,9 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
 def network(config: Config, classes: int, place: Place) -> AlexNet:
     """Return the columns of the network that belong to this place, as they were drawn."""
     return AlexNet(
-        columns=place.columns,
+        columns=place.columns if place.pair else None,
         classes=classes,
-        width=config.width,
+        design=config.design,
         exchange=place.exchange,
         seed=config.seed,
     ).to(place.device)
@@ -156,25 +171,14 @@ def open_stream(
         device="gpu" if place.device.type == "cuda" else "cpu",
         shuffle=config.shuffle,
         window=config.window,
-        colour=config.colour,
+        colour=config.colours,
+        colour_divide=config.colour_divide,
+        mean=config.mean,
         threads=config.threads or place.cores,
         strict=config.strict,
         quarantine=run / QUARANTINE,
         ledger=run / LEDGER if config.ledger and not once else None,
         **config.cached,
-    )
-
-
-def rates_at(config: Config, progress: float) -> tuple[float, float]:
-    """Return the learning rates of weights and biases in the step that ends at `progress`."""
-    return learning_rates(
-        progress,
-        config.lr,
-        config.bias_factor,
-        config.lr_drop,
-        config.lr_drops,
-        config.bias_drop,
-        config.bias_drops,
     )
 
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from cluster.config import Config
 from cluster.events import Event, Failed, Finished, Saved, Started
-from cluster.log import NotFinite
+from cluster.health import NotFinite
 from cluster.place import Place, take_place
-from cluster.worker import rates_at, train
+from cluster.worker import train
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
+from model.schedule import Rates, dexp
 from pipeline.batches import Stream
 from pipeline.errors import DataError
 from pipeline.ledger.proof.exactly_once import prove
@@ -37,6 +38,11 @@ CONFIG = Config(
     threads=1,
 )
 STEPS = CONFIG.steps
+
+
+def rates_at(config: Config, progress: float) -> tuple[float, float]:
+    return dexp(progress, config.lr, config.bias_factor, config.lr_drop, config.lr_drops,
+                config.bias_drop, config.bias_drops)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,7 +219,7 @@ def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[s
                 loss = torch.nn.functional.cross_entropy(logits, labels) / 2
                 loss.backward()  # gradients add up
                 total += float(loss.detach())
-            optimiser.step(*rates_at(config, step / config.steps))
+            optimiser.step(Rates(*rates_at(config, step / config.steps)))
             losses.append(total)
     return losses, net.column_state()
 
@@ -250,7 +256,7 @@ def test_the_watcher_hears_of_start_checkpoints_and_end(tiny_data, tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(tiny_data, tmp_path):
     wild = replace(CONFIG, lr=1e30)
-    with pytest.raises(NotFinite, match=r"the loss of step 2 is (nan|inf)"):
+    with pytest.raises(NotFinite, match=r"the loss of step 2 is (nan|inf): conv\d is the first"):
         alone(wild, tiny_data, tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1]
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -302,3 +308,52 @@ def test_strict_training_stops_with_exit_code_4(tiny_data, tmp_path):
     flip_bit(data, "train", 23)
     with pytest.raises(DataError, match=r"train sample 23 \(train-000002\.tar.*CRC-32 differs"):
         alone(replace(CONFIG, strict=True), data, tmp_path / "run")
+
+
+def test_statistics_of_both_columns_are_written_alike_by_one_process_and_a_pair(runs):
+    one, pair = ({row["step"]: row for row in rows(runs / name, "layers.jsonl")}
+                 for name in ("one", "pair"))  # fmt: skip
+    assert list(one) == list(pair) == [STEPS]  # 50 is further than the run, its end always has one
+    means = one[STEPS]["layers"]
+    trained = {key: value for key, value in weights(runs / "one").items()}
+    assert set(means) == {key.partition("/")[2] for key in trained if key.startswith("weights/")}
+    for key, (weight, update, gradient) in means.items():
+        assert weight == pytest.approx(trained[f"weights/{key}"].abs().mean().item(), rel=1e-3)
+        assert update == pytest.approx(trained[f"velocity/{key}"].abs().mean().item(), rel=1e-3)
+        assert gradient > 0
+        assert pair[STEPS]["layers"][key] == pytest.approx([weight, update, gradient], rel=0.01)
+
+
+def test_designs_train_and_go_on_from_their_checkpoints(tiny_data, tmp_path):
+    """One column, and the source's network with its recipe, cut at step 3."""
+    for name, changes in {
+        "one_gpu": {"columns": 1},
+        "source": {
+            "relu_first": False,
+            "spatial_norm": True,
+            "mean": "picture",
+            "colour_divide": True,
+            "schedule": "manual",
+            "changes": ("0.5 lr 0.005", "0.5 lr.conv1 0", "1 colour 0"),
+        },
+    }.items():
+        config = replace(CONFIG, steps=9, keep=3, **changes)
+        whole, again = tmp_path / name, tmp_path / f"{name}-again"
+        alone(config, tiny_data, whole)
+        shutil.copytree(whole, again)
+        for step in (6, 9):
+            shutil.rmtree(again / f"checkpoints/step-{step:08d}", ignore_errors=True)
+        (again / "checkpoints").mkdir(exist_ok=True)
+        alone(config, tiny_data, again)
+        assert learned(again) == learned(whole)
+        assert rows(again, "rates.jsonl") == rows(whole, "rates.jsonl")
+    rates = [row["lr"] for row in rows(whole)]
+    assert rates == [0.01] * 3 + [0.005] * 6
+    told = [row["what"] for row in rows(whole, "rates.jsonl")]
+    assert any("lr.conv1" in what for what in told)
+    frozen = {step: load_file(whole / f"checkpoints/step-{step:08d}/column-a.safetensors")
+              for step in (6, 9)}  # fmt: skip
+    moved = (frozen[9]["weights/a.conv1.weight"] - frozen[6]["weights/a.conv1.weight"]).abs().max()
+    # what conv1 has left is its momentum, running out: .9 + .9**2 + .9**3 of the velocity of step 6
+    velocity = frozen[6]["velocity/a.conv1.weight"].abs().max()
+    assert 0 < moved <= 2.5 * velocity
