@@ -152,7 +152,7 @@ class Event:
 
 
 def words(event: Event, before: Rates, after: Rates) -> str:
-    """An event for people: `lr 0.01 -> 0.001, lr_bias 0.02 -> 0.002 (plateau)`."""
+    """An event for people: `lr 0.01 -> 0.001, lr_bias 0.02 -> 0.002`."""
     old, new = named(before), named(after)
     told = []
     for name, value in new.items():
@@ -162,7 +162,7 @@ def words(event: Event, before: Rates, after: Rates) -> str:
             told.append(f"{name} {was:.4g} -> {value:.4g}")
     if COLOUR in event.settings:
         told.append(f"colour -> {event.settings[COLOUR]:.4g}")
-    return f"{', '.join(told) or 'no rate changes'} ({event.why})"
+    return ", ".join(told) or "no rate changes"
 
 
 def named(rates: Rates) -> dict[str, float]:

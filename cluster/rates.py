@@ -158,7 +158,8 @@ class RateControl:
 
     def _say(self, index: int) -> None:
         event = self._events[index]
-        self._tell(Rated(event.after, words(event, *self._sides(index))))
+        text = f"{words(event, *self._sides(index))} ({event.why})"
+        self._tell(Rated(event.after, text))
 
     @staticmethod
     def _write(path: Path, rows: list[dict[str, Any]], anew: bool = False) -> None:
