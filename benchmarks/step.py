@@ -19,6 +19,7 @@ import tyro
 from cluster.compute import autocast, keep_memory
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
+from model.schedule import Rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def step_seconds(setup: Setup, dtype: torch.dtype, device: torch.device, steps: 
             logits = net(images).float()
         optimiser.zero_grad()
         F.cross_entropy(logits, labels).backward()
-        optimiser.step(1e-3, 2e-3)
+        optimiser.step(Rates(1e-3, 2e-3))
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -11,7 +11,6 @@ from torch.optim.sgd import sgd
 
 from model.alexnet import AlexNet
 from model.schedule import Rates
-from model.schedule import dexp as learning_rates  # noqa: F401  (until cluster/worker.py asks there)
 
 
 class Sgd2012:
@@ -51,15 +50,8 @@ class Sgd2012:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, rates: Rates | float, lr_bias: float = 0.0) -> None:
-        """Update every parameter that has a gradient; the gradients stay as they are.
-
-        Args:
-            rates: learning rates, or the one of all weights.
-            lr_bias: then, the one of all biases.
-        """
-        if not isinstance(rates, Rates):
-            rates = Rates(rates, lr_bias)
+    def step(self, rates: Rates) -> None:
+        """Update every parameter that has a gradient; the gradients stay as they are."""
         groups: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from model.alexnet import AlexNet
 from model.exchange import Exchange
 from model.optim import Sgd2012
+from model.schedule import Rates
 
 BATCH = 4
 WIDTH = 1 / 16
@@ -64,7 +65,7 @@ def outcome(case: Case, columns: tuple[int, ...], exchange: Exchange | None) -> 
             result["logits"] = logits.detach().clone()
             gradients = {name: value.grad for name, value in net.named_parameters()}
             result["gradients"] = copied(net.split(gradients))
-        optimiser.step(0.003, 0.006)
+        optimiser.step(Rates(0.003, 0.006))
     result["parameters"] = copied(net.column_state())
     result["velocities"] = copied(optimiser.column_state(net))
     net.eval()
