@@ -1,9 +1,10 @@
-"""The four charts of a report: loss, error, pictures a second, waiting for data."""
+"""The charts of a report: loss, error, pictures a second, waiting for data, moving weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,8 @@ SAME_RATE = 0.01
 
 def curves(records: Records) -> list[Chart]:
     """All charts of a run with at least one step."""
-    return [_loss(records), _error(records), _speed(records), _wait(records)]
+    charts = [_loss(records), _error(records), _speed(records), _wait(records)]
+    return [*charts, _updates(records)] if len(records.updates) > 1 else charts
 
 
 def _loss(records: Records) -> Chart:
@@ -62,7 +64,7 @@ def _learning(
     caption = _caption(metrics)
     if not len(validation):
         caption += " No validation rows yet."
-    drops = _rate_drops(metrics, across)
+    drops = _rate_marks(records, across)
     return _chart(records, title, axes, lines, points, unit, caption, drops)
 
 
@@ -85,6 +87,34 @@ def _wait(records: Records) -> Chart:
         _smoothed(metrics, values, axes, "share of a step"),
     ]
     return _chart(records, "Waiting for data", axes, lines, [], " %", _caption(metrics))
+
+
+def _updates(records: Records) -> Chart:
+    """How far a step moves the weights of each layer, as a share of them; powers of ten."""
+    across = _across(records.metrics, records.validation)
+    places = records.updates["position"]
+    layers = {
+        name: np.log10(np.where(values > 0, values, math.nan))
+        for name, values in records.updates.items()
+        if name != "position"
+    }
+    known = np.concatenate([values[np.isfinite(values)] for values in layers.values()])
+    low, high = (math.floor(known.min()), math.ceil(known.max())) if len(known) else (-4, -2)
+    axes = across, Axis(low, max(high, low + 1))
+    shown = list(layers.items())
+    lines = [
+        line(places, values, axes, f"layer l{number}", name)
+        for number, (name, values) in enumerate(shown)
+    ]
+    powers = range(low, max(high, low + 1) + 1)
+    return Chart(
+        title="Update against weight",
+        x=_picture_ticks(records.metrics, across),
+        y=[Tick(axes[1].place(power), f"1e{power}") for power in powers],
+        lines=[line for line in lines if line.path],
+        marks=_rate_marks(records, across),
+        caption="Mean |update| of a step over mean |weight|, of the weights of each layer.",
+    )
 
 
 def _chart(
@@ -133,6 +163,29 @@ def _picture_ticks(metrics: Series, axis: Axis) -> list[Tick]:
         )
         for value in axis.round_values(5)
     ]
+
+
+def _rate_marks(records: Records, axis: Axis) -> list[Tick]:
+    """A mark for every change of the rates that was written down; else where they are seen to."""
+    if not records.rates:
+        return _rate_drops(records.metrics, axis)
+    told = [(row["position"], _mark_label(row)) for row in records.rates]
+    marks = [Tick(axis.place(position), label) for position, label in told if label]
+    return marks if len(marks) <= MOST_MARKS else []
+
+
+def _mark_label(row: dict[str, Any]) -> str:
+    """A row of rates.jsonl in a few letters: `lr 0.001`, `conv1 0`, `colour 0`; bias rates none."""
+    told = []
+    for name, value in row["set"].items():
+        kind, _, layer = str(name).partition(".")
+        if kind in ("lr", "drop") and not layer:
+            told.append(f"lr {row.get('lr', value):.2g}")
+        elif kind == "lr":
+            told.append(f"{layer} {value:.2g}")
+        elif kind == "colour":
+            told.append(f"colour {value:.2g}")
+    return ", ".join(told)
 
 
 def _rate_drops(metrics: Series, axis: Axis) -> list[Tick]:

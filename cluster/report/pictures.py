@@ -123,12 +123,13 @@ def first_kernels(found: Found) -> list[Kernels]:
         Unavailable: the files hold no such tensors.
     """
     try:
-        weights = [_conv1(found.path, column) for column in (0, 1)]
+        columns = [c for c in (0, 1) if c == 0 or (found.path / column_file(c)).exists()]
+        weights = [_conv1(found.path, column) for column in columns]
     except (SafetensorError, OSError) as error:
         raise Unavailable(f"No kernels: {found.path}: {_first_line(error)}.") from error
     return [
         Kernels(name, _png(tile(kernels)), len(kernels), found.mark.step)
-        for name, kernels in zip("ab", weights, strict=True)
+        for name, kernels in zip("ab", weights, strict=False)
     ]
 
 

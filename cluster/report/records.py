@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.log import METRICS, VALIDATION
+from cluster.log import LAYERS, METRICS, VALIDATION
+from cluster.rates import RATES
 from cluster.run_folder import CONFIG, MACHINE
 from pipeline.errors import UsageError
 
@@ -66,6 +67,10 @@ class Records:
     machine: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By views, 1 or 10."""
+    rates: tuple[dict[str, Any], ...] = ()
+    """Rows of rates.jsonl, of which there is one for every change of the learning rates."""
+    updates: dict[str, Floats] = field(default_factory=dict)
+    """By layer, and "position" (all of one length): mean |update| over mean |weight|."""
     notes: tuple[str, ...] = ()
     """What was damaged or missing, a sentence each."""
 
@@ -97,6 +102,8 @@ def read_records(run: Path) -> Records:
         config=_table(run / CONFIG, notes),
         machine=_table(run / MACHINE, notes),
         evaluations=evaluations,
+        rates=tuple(row for row in _rows(run / RATES) if row and isinstance(row.get("set"), dict)),
+        updates=read_updates(run / LAYERS),
         notes=tuple(notes),
     )
 
@@ -123,6 +130,27 @@ def read_series(path: Path, names: tuple[str, ...]) -> Series:
         unreadable=unreadable,
         restarts=tuple(restarts),
     )
+
+
+def read_updates(path: Path) -> dict[str, Floats]:
+    """Read how fast the weights of each layer move, a mean over its columns; empty without rows."""
+    found: dict[str, list[float]] = {}
+    rows = [row for row in _rows(path) if row and isinstance(row.get("layers"), dict)]
+    for number, row in enumerate(rows):
+        found.setdefault("position", []).append(row["position"])
+        sums: dict[str, list[float]] = {}
+        for key, means in row["layers"].items():
+            column, _, rest = str(key).partition(".")
+            layer, _, kind = rest.partition(".")
+            if column and kind == "weight" and isinstance(means, list) and len(means) > 1:
+                sums.setdefault(layer, []).append(_number(means[1]) / max(_number(means[0]), 1e-30))
+        for layer, ratios in sums.items():
+            values = found.setdefault(layer, [])
+            values += [math.nan] * (number - len(values)) + [float(np.mean(ratios))]
+    return {
+        name: np.array(values + [math.nan] * (len(rows) - len(values)))
+        for name, values in found.items()
+    }
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any] | None]:

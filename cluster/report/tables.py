@@ -11,6 +11,7 @@ import numpy as np
 
 from cluster.report.charts import short
 from cluster.report.records import Records
+from model.design import Design
 from model.summary import Row, table, totals
 from pipeline.manifest import Manifest
 
@@ -34,7 +35,8 @@ class LayerRow:
     """A layer with the shares of its columns in the largest layer's parameters, 0..1."""
 
     a: Row
-    b: Row
+    b: Row | None
+    """None in a network of one column."""
     shares: tuple[float, float]
 
 
@@ -43,7 +45,8 @@ def lead(records: Records, manifest: Manifest | None) -> str:
     metrics = records.metrics
     width = records.config.get("width")
     size = "" if width is None else " at full width" if width == 1 else f" at width {width:g}"
-    words = f"AlexNet of 2012, both columns,{size}".rstrip(",")
+    columns = "one column" if records.config.get("columns") == 1 else "both columns"
+    words = f"AlexNet of 2012, {columns},{size}".rstrip(",")
     if len(metrics):
         words += f", after {metrics.last('step'):,.0f} steps"
     if math.isfinite(metrics.last("epoch")):
@@ -110,15 +113,19 @@ def layers(records: Records, classes: int) -> dict[str, Any] | None:
     if not classes or "width" not in records.config:
         return None
     try:
-        rows = table(classes=classes, width=records.config["width"])
+        design = Design.of(records.config)
+        rows = table(classes, design)
     except (ValueError, TypeError):
         return None
     most = max(row.parameters for row in rows)
-    pairs = zip(rows[::2], rows[1::2], strict=True)
+    a, b = rows[:: design.columns], rows[1::2] if design.columns == 2 else [None] * len(rows)
     return {
-        "rows": [LayerRow(a, b, (a.parameters / most, b.parameters / most)) for a, b in pairs],
-        "a": totals(rows[::2]),
-        "b": totals(rows[1::2]),
+        "rows": [
+            LayerRow(x, y, (x.parameters / most, y.parameters / most if y else 0.0))
+            for x, y in zip(a, b, strict=True)
+        ],
+        "a": totals(a),
+        "b": totals(y for y in b if y) if design.columns == 2 else None,
         "both": totals(rows),
     }
 

@@ -1,0 +1,99 @@
+"""What a report shows of the recipe: a mark for each change of the rates, how far weights move."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config
+from cluster.config_file import as_toml
+from cluster.report.curves import curves
+from cluster.report.page import render
+from cluster.report.records import read_records
+from cluster.report.tables import layers
+
+
+def written(run: Path, name: str, rows: list[dict]) -> None:
+    (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    steps = [
+        {"position": 8 * s, "step": s, "epoch": s / 10, "loss": 2.0, "top1_error": 0.5,
+         "lr": 0.01, "img_s": 9.0, "seconds": 1.0, "data_wait": 0.0}
+        for s in range(1, 101)
+    ]  # fmt: skip
+    written(tmp_path, "metrics.jsonl", steps)
+    rates = [
+        (20, {"lr": 0.001, "lr_bias": 0.002}, 0.001),
+        (40, {"lr.conv1": 1e-5, "colour": 0.0}, 0.001),
+        (50, {"lr_bias.conv1": 0.0}, 0.001),
+        (60, {"drop": 10.0}, 0.0001),
+    ]
+    written(
+        tmp_path,
+        "rates.jsonl",
+        [{"position": 8 * s, "step": s, "set": what, "lr": lr} for s, what, lr in rates],
+    )
+    means = {f"{c}.{layer}.{kind}": [0.01, 0.01 * 10**-power, 0.1]
+             for layer, power in (("conv1", 2), ("fc6", 4)) for c in "ab"
+             for kind in ("weight", "bias")}  # fmt: skip
+    written(
+        tmp_path,
+        "layers.jsonl",
+        [{"position": 400, "step": 50, "layers": means},
+         {"position": 800, "step": 100, "layers": means}],
+    )  # fmt: skip
+    (tmp_path / "config.toml").write_text(as_toml(Config(columns=2), "abc"))
+    return tmp_path
+
+
+def test_every_change_of_the_weights_rates_is_a_mark(run: Path) -> None:
+    loss = curves(read_records(run))[0]
+    assert [(mark.place, mark.label) for mark in loss.marks] == [
+        (0.2, "lr 0.001"), (0.4, "conv1 1e-05, colour 0"), (0.6, "lr 0.0001")
+    ]  # fmt: skip
+    (run / "rates.jsonl").unlink()  # a run of before: nothing is seen to change
+    assert curves(read_records(run))[0].marks == []
+
+
+def test_updates_are_drawn_by_layer_on_powers_of_ten(run: Path) -> None:
+    records = read_records(run)
+    assert list(records.updates) == ["position", "conv1", "fc6"]
+    assert records.updates["conv1"].tolist() == pytest.approx([1e-2, 1e-2])
+    chart = curves(records)[-1]
+    assert chart.title == "Update against weight"
+    assert [tick.label for tick in chart.y] == ["1e-4", "1e-3", "1e-2"]
+    assert [line.name for line in chart.lines] == ["conv1", "fc6"]
+    assert [line.path.split("L")[0] for line in chart.lines] == ["M500.0 0.0", "M500.0 1000.0"]
+    page = render(records, None)
+    assert "Update against weight" in page
+    assert "conv1 1e-05, colour 0" in page
+
+
+def test_damaged_and_missing_means_are_passed_over(run: Path) -> None:
+    with (run / "layers.jsonl").open("a") as file:
+        file.write('{"position": 808, "step": 101, "layers": {"a.fc6.weight": "x"}}\nnonsense\n')
+    updates = read_records(run).updates
+    assert len(updates["fc6"]) == len(updates["position"]) == 3
+    assert math.isnan(updates["fc6"][2])
+    curves(read_records(run))
+    (run / "layers.jsonl").unlink()
+    assert len(curves(read_records(run))) == 4
+
+
+def test_a_network_of_one_column_has_one_in_its_report(run: Path) -> None:
+    (run / "config.toml").write_text(as_toml(Config(columns=1), "abc"))
+    records = read_records(run)
+    found = layers(records, 1000)
+    assert found is not None
+    assert found["both"].parameters == 59_798_312
+    assert found["b"] is None
+    assert all(row.b is None for row in found["rows"])
+    page = render(records, None)
+    assert "one column" in page
+    assert "column b" not in page
