@@ -1,10 +1,11 @@
 """After training: errors of a trained network on every picture of a split, once each.
 
-    python -m cluster.evaluate RUN --data DATA [--views 1|10] [--json]
+    python -m cluster.evaluate RUN --data DATA [--views 1|10] [--save-probabilities] [--json]
 
 One process with both columns, on the newest complete checkpoint. Views as in the paper (section
 4.1): the centre crop, or the mean over four corners, centre and their mirror images. Writes
-RUN/evaluation-1.json or RUN/evaluation-10.json.
+RUN/evaluation-1.json or RUN/evaluation-10.json, and for `cluster.ensemble`, which averages several
+networks, RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ import json
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 
 from cluster.checkpoint import Found, load, newest
 from cluster.compute import autocast, compute_dtype, keep_memory
-from cluster.config import read_back
+from cluster.config import Config
+from cluster.config_file import read_back
 from cluster.events import Event, Warned
+from cluster.probabilities import About, Writer, file_of, writing
 from cluster.run_folder import CHECKPOINTS, CONFIG, QUARANTINE, checkpoints_in
 from model.alexnet import AlexNet
-from model.evaluate import errors, view_probabilities
+from model.evaluate import sums, view_probabilities
 from pipeline.batches import Stream
 from pipeline.dataset import metadata
 from pipeline.errors import DataError, SetupError, UsageError, run
 from pipeline.files import sealed, writable_folder
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, identity
 from pipeline.progress import Progress
 
 MOST_CONFUSED = 50
@@ -54,6 +57,8 @@ class Evaluate:
     """Split of the data set."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
+    save_probabilities: bool = False
+    """Write each picture's class probabilities, for cluster.ensemble."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""
 
@@ -78,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         f"top-1 error {result['top1_error']:.2%}, top-5 error {result['top5_error']:.2%}, "
         f"loss {result['loss']:.4f} ({result['img_s']:,.0f} img/s) -> {path}\n"
     )
+    if options.save_probabilities:
+        out.write(f"probabilities -> {file_of(options.run, options.views)}\n")
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
     return 0
@@ -89,15 +96,18 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     Raises:
         UsageError: no run, no checkpoint, or a data set that does not fit.
     """
-    config, _ = read_back(_settings(options.run))
+    config, trained_on = read_back(_settings(options.run))
     found = _checkpoint(options.run)
     folder = metadata(options.data, **config.cached)
     manifest = Manifest.load(folder)
-    manifest.split(options.split, folder)
+    samples = manifest.split(options.split, folder).samples
+    data_sha256 = identity(folder)
+    if data_sha256 != trained_on:
+        _warn(f"{options.data} is not the data set of the training; its own mean is subtracted")
     device = _device(options.device)
     keep_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    net = AlexNet(classes=_classes(found, manifest, options), width=config.width).to(device)
+    net = network_of(config, _classes(found, manifest, options)).to(device)
     load(found.path, net)
     view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
     stream = Stream(
@@ -106,13 +116,22 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         batch_size=BATCH,
         device="gpu" if device.type == "cuda" else "cpu",
         view=view,
+        mean=config.mean,
         once=True,
         quarantine=options.run / QUARANTINE,
         strict=config.strict,
         **config.cached,
     )
-    with autocast(compute_dtype(config.dtype, device), device):
-        counts, seconds = _count(net, stream, options)
+    about = About(
+        views=options.views,
+        split=options.split,
+        samples=samples,
+        classes=manifest.classes,
+        data_sha256=data_sha256,
+        step=found.mark.step,
+    )
+    with _saving(options, about) as writer, autocast(compute_dtype(config.dtype, device), device):
+        counts, seconds = _count(net, stream, options, writer)
     return {
         "views": options.views,
         "split": options.split,
@@ -124,6 +143,17 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     }
 
 
+def network_of(config: Config, classes: int) -> AlexNet:
+    """Return the whole network of a run, its weights not loaded yet."""
+    return AlexNet(classes=classes, design=config.design)
+
+
+def _saving(options: Evaluate, about: About) -> AbstractContextManager[Writer | None]:
+    if not options.save_probabilities:
+        return nullcontext()
+    return writing(file_of(options.run, options.views), about)
+
+
 @dataclass
 class Counts:
     """Sums over the pictures seen."""
@@ -131,44 +161,47 @@ class Counts:
     classes: int
 
     def __post_init__(self) -> None:
-        self.loss = self.top1 = self.top5 = self.samples = 0.0
+        self.sums = torch.zeros(4, dtype=torch.float64)
+        """As `model.evaluate.sums` has them."""
         self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64)
 
     def add(self, probabilities: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
         """Count a batch: float [b, classes], int64 [b], float [b] (0 for rows that only pad)."""
-        top1, top5 = errors(probabilities, labels, weights)
-        chosen = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
-        self.loss += float((F.nll_loss(chosen, labels, reduction="none") * weights).sum())
-        self.top1 += float(top1)
-        self.top5 += float(top5)
-        self.samples += float(weights.sum())
+        self.sums += sums(probabilities, labels, weights).cpu()
         real = weights > 0
         cells = labels[real] * self.classes + probabilities[real].argmax(1)
         flat = torch.bincount(cells.cpu(), minlength=self.classes**2)
         self.confusion += flat.view(self.classes, self.classes)
 
 
-def _count(net: AlexNet, stream: Stream, options: Evaluate) -> tuple[Counts, float]:
+def _count(
+    net: AlexNet, stream: Stream, options: Evaluate, writer: Writer | None
+) -> tuple[Counts, float]:
     counts = Counts(net.classes)
     start = time.perf_counter()
     what = f"evaluating, {options.views} view{'s' if options.views > 1 else ''}"
     with stream, Progress(what, total=stream.samples, unit="img") as progress:
+        mean = stream.view_mean
+        if mean is not None:
+            mean = mean.to(next(net.parameters()).device)
         for batch in stream:
-            probabilities = view_probabilities(net, batch.images.float(), options.views)
+            probabilities = view_probabilities(net, batch.images.float(), options.views, mean)
             counts.add(probabilities, batch.labels, batch.weights)
+            if writer is not None:
+                writer.add(probabilities, batch.labels, batch.weights)
             progress.advance(int(batch.weights.sum()))
     return counts, time.perf_counter() - start
 
 
 def _summary(counts: Counts, names: tuple[str, ...]) -> dict[str, Any]:
-    samples = counts.samples
+    loss, top1, top5, samples = counts.sums.tolist()
     per_class = counts.confusion.sum(1)
     right = counts.confusion.diagonal()
     result: dict[str, Any] = {
         "samples": round(samples),
-        "top1_error": counts.top1 / samples,
-        "top5_error": counts.top5 / samples,
-        "loss": counts.loss / samples,
+        "top1_error": top1 / samples,
+        "top5_error": top5 / samples,
+        "loss": loss / samples,
         "classes": {
             name: 1 - int(right[label]) / int(per_class[label])
             for label, name in enumerate(names)
@@ -189,12 +222,16 @@ def _settings(folder: Path) -> Path:
     return path
 
 
-def _checkpoint(folder: Path) -> Found:
-    def warn(event: Event) -> None:
-        if isinstance(event, Warned):
-            sys.stderr.write(f"warning: {event.text}\n")
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
 
-    found = newest(folder / CHECKPOINTS, warn)
+
+def _checkpoint(folder: Path) -> Found:
+    def tell(event: Event) -> None:
+        if isinstance(event, Warned):
+            _warn(event.text)
+
+    found = newest(folder / CHECKPOINTS, tell)
     if found is None:
         if checkpoints_in(folder / CHECKPOINTS):
             raise DataError(f"no checkpoint of {folder} is sound; restore one, or train anew")

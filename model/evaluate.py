@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CROP = 224
 # Corners (top, left) of the crops of a 256 x 256 picture, in the original's order
 # (convdata_jpeg.py).
 _CORNERS = ((0, 0), (0, 32), (16, 16), (32, 0), (32, 32))
+
+_SHARE = 2.0**30
 
 
 def ten_views(images: Tensor) -> Tensor:
@@ -47,7 +50,9 @@ def _views(images: Tensor, views: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def view_probabilities(net: nn.Module, images: Tensor, views: int = 1) -> Tensor:
+def view_probabilities(
+    net: nn.Module, images: Tensor, views: int = 1, mean: Tensor | None = None
+) -> Tensor:
     """Class probabilities of pictures: the mean of the softmax outputs over the views.
 
     The network is put in evaluation mode for the purpose and left in the mode it was in.
@@ -57,6 +62,9 @@ def view_probabilities(net: nn.Module, images: Tensor, views: int = 1) -> Tensor
             images.
         images: [b, 3, 256, 256]; for one view also [b, 3, 224, 224], the centre cut out already.
         views: 1 or 10.
+        mean: [3, 224, 224] to subtract from every view: the mean picture of the training set, if
+            that is what the network was trained with. The original subtracts its centre from
+            views of the corners and mirrored views, too (convdata_jpeg.py).
 
     Returns:
         float32 [b, classes], rows sum to 1.
@@ -68,7 +76,10 @@ def view_probabilities(net: nn.Module, images: Tensor, views: int = 1) -> Tensor
     net.eval()
     try:
         # one view at a time: a tenth of the memory of all views in one batch, and no slower
-        outputs = [torch.softmax(net(view).float(), dim=1) for view in _views(images, views)]
+        outputs = [
+            torch.softmax(net(view if mean is None else view - mean).float(), dim=1)
+            for view in _views(images, views)
+        ]
     finally:
         net.train(was_training)
     return torch.stack(outputs).mean(0)
@@ -81,13 +92,16 @@ def errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tens
     level for fewer than n places, the picture counts as right to the share places / n, which is
     what drawing lots gives on average. A row with a NaN in it is wrong.
 
+    Shares are rounded to 2**-30 of a picture: so counts of many batches add up without rounding,
+    and to the same number however the pictures were dealt out to batches and processes.
+
     Args:
         probabilities: float [b, classes], or anything that ranks the classes.
         labels: int64 [b].
         weights: float [b]; 0 for rows that only pad the batch.
 
     Returns:
-        weighted counts of top-1 and top-5 errors (top-n with n < 5 classes: none), float32 scalars.
+        weighted counts of top-1 and top-5 errors (top-n with n < 5 classes: none), float64 scalars.
     """
     own = probabilities.gather(1, labels[:, None])
     ahead = (probabilities > own).sum(1)
@@ -95,7 +109,27 @@ def errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tens
     broken = probabilities.isnan().any(1)
 
     def wrong(places: int) -> Tensor:
-        right = ((places - ahead) / level.clamp(min=1)).clamp(0.0, 1.0).masked_fill(broken, 0.0)
-        return ((1.0 - right) * weights).sum().float()
+        right = ((places - ahead).double() / level.clamp(min=1)).clamp(0.0, 1.0)
+        right = (right * _SHARE).round() / _SHARE
+        return ((1.0 - right.masked_fill(broken, 0.0)) * weights).sum()
 
     return wrong(1), wrong(min(5, probabilities.shape[1]))
+
+
+def sums(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """What errors and loss of many batches are summed up from.
+
+    Args:
+        probabilities: float32 [b, classes].
+        labels: int64 [b].
+        weights: float [b]; 0 for rows that do not count.
+
+    Returns:
+        float64 [4], weighted sums over the batch: -log of the probability of the right class
+        (capped at 87, where float32 ends), top-1 errors and top-5 errors as `errors` counts them,
+        and the weights.
+    """
+    top1, top5 = errors(probabilities, labels, weights)
+    chosen = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
+    loss = (F.nll_loss(chosen, labels, reduction="none") * weights).sum()
+    return torch.stack((loss.double(), top1, top5, weights.sum().double()))

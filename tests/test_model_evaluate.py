@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.evaluate import errors, ten_views, view_probabilities
+from model.evaluate import errors, sums, ten_views, view_probabilities
 
 
 def pictures(b: int = 2) -> Tensor:
@@ -52,6 +52,35 @@ def test_one_view_is_the_centre() -> None:
     torch.testing.assert_close(view_probabilities(Corner(), crop, views=1), expected)
 
 
+@pytest.mark.parametrize("views", [1, 10])
+def test_the_mean_picture_is_the_same_for_every_view_and_never_mirrored(views: int) -> None:
+    """As convdata_jpeg.py: crops first, flips next, then the centre of the mean off them all."""
+    images = pictures()
+    mean = torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(1)) * 50
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 4)).requires_grad_(False)
+    corners = [(16, 16)] if views == 1 else [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
+    crops = [images[:, :, top : top + 224, left : left + 224] for top, left in corners]
+    crops += [crop.flip(3) for crop in crops] if views == 10 else []
+    expected = torch.stack([torch.softmax(net((crop - mean) / 200), 1) for crop in crops]).mean(0)
+    scaled = view_probabilities(net, images / 200, views, mean / 200)
+    torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(view_probabilities(net, images / 200, views), expected, atol=1e-3)
+
+
+def test_sums_are_of_loss_errors_and_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.randn(50, 8, generator=generator).softmax(1)
+    labels = torch.randint(0, 8, (50,), generator=generator)
+    weights = (torch.arange(50) % 4 > 0).float()
+    loss, top1, top5, count = sums(probabilities, labels, weights).tolist()
+    chosen = probabilities.double()[torch.arange(50), labels]
+    assert loss == pytest.approx(float(-(chosen.log() * weights).sum()), rel=1e-6)
+    assert [top1, top5] == [float(one) for one in errors(probabilities, labels, weights)]
+    assert count == 37
+    none = torch.tensor([[1.0, 0.0]])
+    assert sums(none, torch.tensor([1]), torch.ones(1))[0].item() == pytest.approx(87.34, abs=0.01)
+
+
 def test_unusable_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="views is 5"):
         view_probabilities(Corner(), pictures(), views=5)
@@ -74,7 +103,7 @@ def test_errors_against_a_sort() -> None:
             if label not in row[:places]
         )
         assert count.item() == pytest.approx(expected, rel=1e-5)
-        assert count.dtype == torch.float32
+        assert count.dtype == torch.float64
 
 
 def test_padding_rows_do_not_count() -> None:
