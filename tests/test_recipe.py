@@ -11,6 +11,7 @@ import torch
 
 from pipeline.augment import draw, tint
 from pipeline.batches import Stream
+from pipeline.flow import _subtract
 from pipeline.ledger.file import About, scan
 from pipeline.ledger.proof.exactly_once import prove
 from pipeline.order import Full
@@ -215,3 +216,17 @@ def test_gpu_pixels_are_the_cpu_graphs(tiny_data, mean):
     difference = (a.images - b.images.float().cpu()).abs()
     assert difference.mean() < 0.5  # grey levels: another IDCT, float16
     assert difference.flatten()[::97].quantile(0.999) < 8
+
+
+@pytest.mark.parametrize("divisor", [None, np.array([1.0, 1.1, 1.3], np.float32)])
+def test_float16_pixels_lose_little_by_the_mean_picture(divisor):
+    """What a GPU does with its pixels, on the CPU."""
+    rng = np.random.default_rng(0)
+    centred = rng.integers(0, 256, (3, 3, 224, 224)) - 115.3
+    picture = rng.normal(0, 12, (3, 224, 224))
+    scale = 1 if divisor is None else divisor.astype(np.float64)[:, None, None, None]
+    images = torch.from_numpy(centred / scale).half()
+    _subtract(images, torch.from_numpy(picture).half(), divisor)
+    difference = images.numpy() - (centred - picture) / scale
+    assert np.abs(difference).max() < 0.15  # grey levels; float16 alone: 0.06
+    assert np.abs(difference).mean() < 0.03
