@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.alexnet import AlexNet
+from model.design import Design
 from model.exchange import Exchange
 from model.optim import Sgd2012
 from model.schedule import Rates
 
 BATCH = 4
 WIDTH = 1 / 16
+PAPER = Design(width=WIDTH)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Case:
     layout: torch.memory_format
     steps: int = 20
     autocast: bool = False
+    design: Design = PAPER
 
 
 CASES = {
@@ -38,7 +42,15 @@ CASES = {
     "float64, 7 classes, channels last": Case(torch.float64, 7, torch.channels_last, steps=2),
     "float32, channels last": Case(torch.float32, 10, torch.channels_last),
     "bfloat16 autocast": Case(torch.float32, 10, torch.channels_last, steps=1, autocast=True),
+    "float64, no conv3, source's order": Case(
+        torch.float64,
+        10,
+        torch.contiguous_format,
+        steps=2,
+        design=Design(width=WIDTH, without="conv3", relu_first=False),
+    ),
 }
+EXACT = [name for name in CASES if name != "bfloat16 autocast"]
 
 
 def batch(case: Case) -> tuple[Tensor, Tensor]:
@@ -50,7 +62,7 @@ def batch(case: Case) -> tuple[Tensor, Tensor]:
 
 def outcome(case: Case, columns: tuple[int, ...], exchange: Exchange | None) -> dict[str, Any]:
     """Everything that must not depend on how many processes there are."""
-    net = AlexNet(columns, classes=case.classes, width=WIDTH, exchange=exchange, seed=7)
+    net = AlexNet(columns, classes=case.classes, exchange=exchange, seed=7, design=case.design)
     net = net.to(case.dtype).to(memory_format=case.layout)
     optimiser = Sgd2012(net.named_parameters())
     images, labels = batch(case)
@@ -108,7 +120,8 @@ def exchanged(link: Exchange) -> dict[str, Any]:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder}/init"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    patience = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2, timeout=patience)
     link = Exchange()
     results = {name: outcome(case, (rank,), link) for name, case in CASES.items()}
     results["exchange"] = exchanged(link)
@@ -149,19 +162,14 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return (found - expected).abs().max().item() / scale if scale else found.abs().max().item()
 
 
-# Of logits, gradients, and everything after training. float64: rounding only. float32: the same
-# sums in another order. bfloat16: 8 bits, rounded in another order.
-TOLERANCES = {
-    "float64": (1e-12, 1e-11, 1e-10),
-    "float64, 7 classes, channels last": (1e-12, 1e-11, 1e-10),
-    "float32, channels last": (1e-5, 1e-4, 1e-3),
-    "bfloat16 autocast": (2e-2, 5e-2, 1e-1),
-}
+# Of logits, gradients, and everything after training: rounding only in float64, and in float32 the
+# same sums in another order.
+TOLERANCES = {"float64": (1e-12, 1e-11, 1e-10), "float32": (1e-5, 1e-4, 1e-3)}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EXACT)
 def test_pair_equals_one_process(pair: Any, one: dict[str, Any], case: str) -> None:
-    forward, backward, trained = TOLERANCES[case]
+    forward, backward, trained = TOLERANCES[case.split(",")[0]]
     for half in pair:
         assert half[case]["logits"].shape == (BATCH, CASES[case].classes)
         assert distance(half[case]["logits"], one[case]["logits"]) <= forward
@@ -174,6 +182,27 @@ def test_pair_equals_one_process(pair: Any, one: dict[str, Any], case: str) -> N
         assert found.keys() == one[case][what].keys()
         far = {k: distance(v, one[case][what][k]) for k, v in found.items()}
         assert max(far.values()) <= limit, (what, max(far.items(), key=lambda item: item[1]))
+
+
+def test_bfloat16_pair_is_no_further_from_float64_than_one_process(
+    pair: Any, one: dict[str, Any]
+) -> None:
+    """8 bits, rounded at other places: ReLUs and pooling windows near a tie then decide otherwise,
+    so that the two are as far from each other as from the truth, and only that can be compared.
+    """
+    case = "bfloat16 autocast"
+    for half in pair:
+        assert distance(half[case]["logits"], one[case]["logits"]) <= 2e-2
+        assert torch.equal(half[case]["tested"], pair[0][case]["tested"])
+    truth = one["float64"]["gradients"]
+
+    def error(found: dict[str, Tensor]) -> float:
+        shares = [(found[key].double() - g).norm() / g.norm() for key, g in truth.items()]
+        return torch.stack(shares).norm().item()
+
+    alone = error(one[case]["gradients"])
+    assert error(joined(pair, case, "gradients")) <= 1.25 * alone
+    assert error(one["float32, channels last"]["gradients"]) < alone / 100
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,210 @@
+"""A pair of column processes against the one-process network, a training step of each, in turn.
+
+    python benchmarks/pair.py [--widths 1 0.25] [--dtypes bfloat16 float32] [--json]
+
+The pair has half of the threads in each process. All processes of a case are started once and rest
+while another form has its turn; a round is one turn of each, and ratios are taken within rounds.
+`waited` is what a column stood still in a step, for the other column or for gloo.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import rich.console
+import rich.table
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import tyro
+
+from cluster.compute import autocast, keep_memory
+from model.alexnet import AlexNet
+from model.exchange import Exchange
+from pipeline.errors import run
+
+CPU = torch.device("cpu")
+FORMS = {"one process": ((0, 1),), "pair": ((0,), (1,)), "pair, bfloat16 wire": ((0,), (1,))}
+"""Columns of each process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Measure a pair of processes against one with both columns."""
+
+    widths: tuple[float, ...] = (1.0, 0.25)
+    """Factors on all maps and units; 1 is the network of the paper."""
+    dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    """What to compute in; float32 also gets its turn with bfloat16 between the columns."""
+    batch_size: int = 128
+    """Pictures in a step."""
+    classes: int = 1000
+    """Classes to tell apart."""
+    threads: int = len(os.sched_getaffinity(0))
+    """CPU threads of the one process, at least 2; the columns of a pair have half of them each."""
+    rounds: int = 5
+    """How often each form has its turn."""
+    steps: int = 3
+    """Steps in a turn; the median counts."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step took: seconds."""
+
+    whole: float
+    forward: float
+    backward: float
+    update: float
+    waited: float
+    sent: int
+    """Bytes to the other column."""
+
+
+def work(
+    setup: Setup, form: str, column: int, case: tuple[float, str], init: str, ask: Any
+) -> None:
+    """Be a process: take so many steps when asked to, and tell what each took."""
+    keep_memory()
+    columns = FORMS[form][column]
+    torch.set_num_threads(max(1, setup.threads * len(columns) // 2))
+    exchange = None
+    if len(columns) == 1:
+        dist.init_process_group("gloo", init_method=init, rank=column, world_size=2)
+        exchange = Exchange(wire=torch.bfloat16 if "wire" in form else None)
+    net = AlexNet(columns, classes=setup.classes, width=case[0], exchange=exchange)
+    steps = training(net, setup, getattr(torch, case[1]))
+    while (count := ask.recv()) > 0:
+        ask.send([next(steps) for _ in range(count)])
+    if exchange is not None:
+        dist.destroy_process_group()
+
+
+def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
+    """Train on random pictures without end."""
+    generator = torch.Generator().manual_seed(1)
+    images = 60 * torch.randn(setup.batch_size, 3, 224, 224, generator=generator)
+    labels = torch.randint(0, setup.classes, (setup.batch_size,), generator=generator)
+    optimiser = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
+    traffic = {} if net.exchange is None else net.exchange.traffic
+    step = 0
+    while True:
+        traffic.clear()
+        step += 1
+        marks = [time.perf_counter()]
+        net.set_step(step)
+        with autocast(dtype, CPU):
+            loss = F.cross_entropy(net(images).float(), labels)
+        marks.append(time.perf_counter())
+        optimiser.zero_grad()
+        loss.backward()
+        marks.append(time.perf_counter())
+        optimiser.step()
+        marks.append(time.perf_counter())
+        parts = [later - sooner for sooner, later in itertools.pairwise(marks)]
+        waited = sum(place.waited for place in traffic.values())
+        sent = sum(place.forward + place.backward for place in traffic.values())
+        yield Step(marks[-1] - marks[0], *parts, waited, sent)
+
+
+@contextmanager
+def started(setup: Setup, form: str, case: tuple[float, str]) -> Iterator[list[Connection]]:
+    """The processes of a form, waiting for their turn."""
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        lines, processes = [], []
+        for column in range(len(FORMS[form])):
+            line, other = context.Pipe()
+            arguments = (setup, form, column, case, f"file://{folder}/init", other)
+            processes.append(context.Process(target=work, args=arguments, daemon=True))
+            processes[-1].start()
+            lines.append(line)
+        yield lines
+        for line in lines:
+            line.send(0)
+        for process in processes:
+            process.join()
+
+
+def turn(lines: list[Connection], steps: int) -> Step:
+    """Let a form take some steps; the one of median length, of the slower process each time."""
+    for line in lines:
+        line.send(steps)
+    found = zip(*[line.recv() for line in lines], strict=True)
+    slower = [max(columns, key=lambda step: step.whole) for columns in found]
+    return sorted(slower, key=lambda step: step.whole)[len(slower) // 2]
+
+
+def measure(setup: Setup, case: tuple[float, str]) -> list[dict[str, Any]]:
+    """All forms in turn: a row for each."""
+    forms = [form for form in FORMS if case[1] == "float32" or "wire" not in form]
+    taken: dict[str, list[Step]] = {form: [] for form in forms}
+    with ExitStack() as stack:
+        lines = {form: stack.enter_context(started(setup, form, case)) for form in forms}
+        for form in forms:
+            turn(lines[form], 1)
+        for _ in range(setup.rounds):
+            for form in forms:
+                taken[form].append(turn(lines[form], setup.steps))
+    return [row(setup, case, form, steps, taken["one process"]) for form, steps in taken.items()]
+
+
+def row(
+    setup: Setup, case: tuple[float, str], form: str, steps: list[Step], one: list[Step]
+) -> dict[str, Any]:
+    """The medians over the rounds."""
+    ratios = [a.whole / b.whole for a, b in zip(one, steps, strict=True)]
+    medians = {
+        key: statistics.median(asdict(step)[key] for step in steps) for key in asdict(steps[0])
+    }
+    return {
+        "width": case[0],
+        "dtype": case[1],
+        "form": form,
+        "images_per_second": setup.batch_size / medians["whole"],
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        **medians,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> rich.table.Table:
+    """For people."""
+    heads = ("width", "dtype", "form", "img/s", "ratio", "(from to)", "step ms", "forward")
+    shown = rich.table.Table(*heads, "backward", "update", "waited", "sent MB")
+    for found in rows:
+        low, high = min(found["ratios"]), max(found["ratios"])
+        parts = [found[key] * 1e3 for key in ("whole", "forward", "backward", "update", "waited")]
+        shown.add_row(
+            f"{found['width']:g}", found["dtype"], found["form"],
+            f"{found['images_per_second']:.1f}", f"{found['ratio']:.2f}", f"{low:.2f} {high:.2f}",
+            *(f"{part:.1f}" for part in parts), f"{found['sent'] / 1e6:.1f}",
+        )  # fmt: skip
+    return shown
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    setup = tyro.cli(Setup)
+    rows = [row for w in setup.widths for d in setup.dtypes for row in measure(setup, (w, d))]
+    rich.console.Console(stderr=setup.json, width=130).print(table(rows))
+    if setup.json:
+        sys.stdout.write(json.dumps({"setup": asdict(setup), "rows": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
