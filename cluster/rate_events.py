@@ -102,15 +102,14 @@ class Recipe:
         return {"dexp": self._stretches, "manual": self._changes}.get(self.schedule, list)()
 
     def _stretches(self) -> list[Event]:
-        # A rate can change at the end of a stretch only; where exactly is left to `dexp`.
+        # The end of a stretch still belongs to it.
         borders = {
-            self.total * place // stretches + near
+            self.total * place // stretches
             for stretches in (self.lr_drops, self.bias_drops)
             for place in range(1, stretches)
-            for near in (-1, 0, 1)
         }
         events = []
-        for step in sorted(border for border in borders if 0 < border < self.total):
+        for step in sorted(borders - {0, self.total}):
             pairs = zip(("lr", "lr_bias"), self._dexp(step), self._dexp(step + 1), strict=True)
             if changed := {name: after for name, before, after in pairs if before != after}:
                 events.append(Event(step, SCHEDULE, changed))
@@ -123,9 +122,7 @@ class Recipe:
             step = math.ceil(Fraction(change.epoch) * self.samples / self.batch_size)
             rate = change.name != COLOUR
             value = scaled(change.value, self.batch_size, self.rate_scaling if rate else "none")
-            settings = found.setdefault(step, {})
-            settings.pop(change.name, None)  # to the end: later ones win
-            settings[change.name] = value
+            found.setdefault(step, {})[change.name] = value  # later ones win
         return [Event(step, SCHEDULE, settings) for step, settings in found.items()]
 
 

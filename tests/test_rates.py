@@ -67,8 +67,8 @@ class Story:
             kill: the step.
             lost: bytes by which that review's last row comes out too short; None: it is whole.
         """
-        cut(self.run / VALIDATION, self.saved)
         control = RateControl(self.recipe, self.run, Place(), self.heard.append, self.saved)
+        cut(self.run / VALIDATION, self.saved)
         for step in range(self.saved + 1, self.recipe.total + 1):
             self.rates[step] = control.at(step)
             self.review(control, step)
@@ -215,6 +215,14 @@ def test_a_setting_by_hand_begins_the_count_of_plateau_anew(tmp_path: Path) -> N
     drops = [row["step"] for row in rows(tmp_path) if row["why"] == "plateau"]
     assert drops == plateau_drops(ERRORS.items(), 1, 3, 0.002, restarts=[12])
     assert drops != plateau_drops(ERRORS.items(), 1, 3, 0.002)
+
+
+def test_after_one_and_the_same_step_the_hand_has_the_last_word(tmp_path: Path) -> None:
+    made = recipe(schedule="plateau", patience=1)
+    story = Story(made, tmp_path, errors=ERRORS, hand={16: "lr = 1\n"})
+    story.go_on()
+    assert [row["why"] for row in rows(tmp_path)][:2] == ["plateau", "by hand"]
+    assert story.rates[17] == Rates(1.0, 0.02 / 10)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +383,10 @@ def test_a_file_that_lies_there_at_the_start_counts_from_the_first_step(tmp_path
         (tmp_path / "rates.toml").write_text(text)
         control = RateControl(recipe(), tmp_path, Place(), lambda _: None, 0)
     assert control.at(1).weights == 0.125
+    assert [row["lr"] for row in rows(tmp_path)] == [0.5, 0.25, 0.125]
+    kept = (tmp_path / RATES).read_bytes().splitlines(keepends=True)[:2]
+    (tmp_path / RATES).write_bytes(b"".join(kept))
+    assert RateControl(recipe(), tmp_path, Place(), lambda _: None, 0).at(1).weights == 0.125
     assert [row["lr"] for row in rows(tmp_path)] == [0.5, 0.25, 0.125]
 
 
