@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from cluster.console import Screen, clock
-from cluster.events import Failed, Finished, Saved, Started, Stepped, Validated, Warned
+from cluster.events import Failed, Finished, Rated, Saved, Started, Stepped, Validated, Warned
 from cluster.train import explain
 
 ROW = {
@@ -47,6 +47,12 @@ def test_without_a_terminal_every_event_is_one_line_and_steps_are_rare():
         "  (2,000 pictures, 3.0 s)",
         "step     10  checkpoint (0.5 s)",
         "step     10  done",
+    ]
+
+
+def test_a_change_of_the_rates_is_a_line():
+    assert shown(Rated(500, "lr 0.01 -> 0.001 [plateau]")) == [
+        "step    500  from here on: lr 0.01 -> 0.001 [plateau]"
     ]
 
 
