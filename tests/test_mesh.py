@@ -20,6 +20,7 @@ from cluster import gradients
 from cluster.gradients import GradientAverage
 from cluster.place import Place, take_place
 from model.alexnet import AlexNet
+from model.exchange import Exchange
 
 SEATS = ((0, 1), (2, 3))
 REPLICAS = len(SEATS)
@@ -30,7 +31,7 @@ CLASSES = 10
 
 
 def network(place: Place) -> AlexNet:
-    exchange = place.exchange
+    exchange = Exchange(place.pair) if place.pair else None
     return AlexNet(place.columns, CLASSES, width=1 / 16, exchange=exchange, seed=7).double()
 
 

@@ -1,0 +1,177 @@
+"""What it costs to average gradients over two replicas: ours, torch's DDP, and not at all.
+
+    python benchmarks/replicas.py [--width 1] [--dtype bfloat16] [--json]
+
+Two processes with both columns each, on half of the threads and of the batch, take a training step
+in every way in turn; ratios are within rounds. Over the loopback of one machine gloo's copies take
+the time of the cores that compute: that much no overlap can hide.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import rich.console
+import rich.table
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.compute import autocast, keep_memory
+from cluster.gradients import GradientAverage
+from cluster.place import Place
+from model.alexnet import AlexNet
+from pipeline.errors import run
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Measure ways to average gradients."""
+
+    width: float = 1.0
+    """Factor on all maps and units; 1 is the network of the paper."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What to compute in; gradients are averaged in float32."""
+    batch_size: int = 128
+    """Pictures in a step of both replicas."""
+    threads: int = len(os.sched_getaffinity(0))
+    """CPU threads of both."""
+    rounds: int = 7
+    """How often each way has its turn."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A network that trains, and what follows its backward pass."""
+
+    call: Callable[[Tensor], Tensor]
+    net: AlexNet
+    finish: Callable[[], object]
+    optimiser: torch.optim.Optimizer
+
+
+def nothing() -> None:
+    """No averaging."""
+
+
+def afterwards(net: nn.Module, place: Place) -> Callable[[], object]:
+    """The same messages, but none before the backward pass has ended."""
+    average = GradientAverage(net, place)
+    average.close()
+
+    def finish() -> None:
+        for parameter in reversed(list(net.parameters())):
+            average._ready(parameter)
+        average.finish()
+
+    return finish
+
+
+def overlapped(net: nn.Module, place: Place) -> Callable[[], object]:
+    """As the training does it."""
+    return GradientAverage(net, place).finish
+
+
+def ways(setup: Setup, place: Place) -> dict[str, Way]:
+    """All ways, each with a network of its own."""
+
+    def made(finish_of: Callable[[AlexNet, Place], Callable[[], object]], ddp: bool = False) -> Way:
+        net = AlexNet(width=setup.width)
+        optimiser = torch.optim.SGD(
+            net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=True
+        )
+        call: Any = DistributedDataParallel(net, gradient_as_bucket_view=True) if ddp else net
+        return Way(call, net, finish_of(net, place), optimiser)
+
+    return {
+        "not averaged": made(lambda net, place: nothing),
+        "after the backward pass": made(afterwards),
+        "during the backward pass": made(overlapped),
+        "DistributedDataParallel": made(lambda net, place: nothing, ddp=True),
+    }
+
+
+def work(rank: int, setup: Setup, folder: str) -> None:
+    """Be a replica; the first writes down the seconds of every step."""
+    warnings.filterwarnings("ignore", message=".*buffers.*")
+    keep_memory()
+    torch.set_num_threads(max(1, setup.threads // 2))
+    init = f"file://{folder}/init"
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    place = Place(replica=rank, replicas=2, peers=dist.group.WORLD)
+    generator = torch.Generator().manual_seed(rank)
+    images = 60 * torch.randn(setup.batch_size // 2, 3, 224, 224, generator=generator)
+    labels = torch.randint(0, 1000, (setup.batch_size // 2,), generator=generator)
+    step = partial(seconds_of_step, images, labels, getattr(torch, setup.dtype))
+    there = ways(setup, place)
+    found: dict[str, list[float]] = {name: [] for name in there}
+    for turn in range(1 + setup.rounds):
+        for name, way in there.items():
+            seconds = statistics.mean(step(way, rank, turn) for _ in range(2))
+            if turn:
+                found[name].append(seconds)
+    if rank == 0:
+        with open(f"{folder}/found", "w", encoding="utf-8") as file:
+            json.dump(found, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def seconds_of_step(
+    images: Tensor, labels: Tensor, dtype: torch.dtype, way: Way, rank: int, turn: int
+) -> float:
+    """Take one training step, both replicas from the same moment on."""
+    dist.barrier()
+    start = time.perf_counter()
+    way.net.set_step(turn, rank)
+    with autocast(dtype, CPU):
+        loss = F.cross_entropy(way.call(images).float(), labels)
+    way.optimiser.zero_grad()
+    loss.backward()
+    way.finish()
+    way.optimiser.step()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    setup = tyro.cli(Setup)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (setup, folder), nprocs=2)
+        with open(f"{folder}/found", encoding="utf-8") as file:
+            found: dict[str, list[float]] = json.load(file)
+    bare = found["not averaged"]
+    table = rich.table.Table("gradients", "step ms", "img/s", "of not averaged", "(from to)")
+    rows = []
+    for name, seconds in found.items():
+        median = statistics.median(seconds)
+        ratios = [mine / theirs for theirs, mine in zip(seconds, bare, strict=True)]
+        rate, ratio = setup.batch_size / median, statistics.median(ratios)
+        spread = f"{min(ratios):.2f} {max(ratios):.2f}"
+        table.add_row(name, f"{median * 1e3:.1f}", f"{rate:.1f}", f"{ratio:.2f}", spread)
+        rows.append({"form": name, "seconds": seconds, "images_per_second": rate, "ratio": ratio})
+    rich.console.Console(stderr=setup.json).print(table)
+    if setup.json:
+        sys.stdout.write(json.dumps({"setup": asdict(setup), "rows": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
