@@ -98,8 +98,9 @@ class Recipe:
         )
 
     def scheduled(self) -> list[Event]:
-        """What is known before the run begins: the steps of `dexp`, or the changes of `manual`."""
-        return {"dexp": self._stretches, "manual": self._changes}.get(self.schedule, list)()
+        """What is known before the run begins: the steps of `dexp`, and the changes by epoch."""
+        stretches = self._stretches() if self.schedule == "dexp" else []
+        return [*stretches, *self._changes()]
 
     def _stretches(self) -> list[Event]:
         # The end of a stretch still belongs to it.

@@ -145,6 +145,16 @@ def test_manual_rates_are_scaled_with_the_batch_and_colour_is_not() -> None:
     assert event.settings == {"lr": 0.2, "colour": 0.1}
 
 
+def test_layers_may_be_changed_by_epoch_under_any_schedule(tmp_path: Path) -> None:
+    made = recipe(changes=("1 lr.conv1 0.5", "2 colour 0", "3 lr.conv1 0"), bias_drops=1)
+    story = Story(made, tmp_path)
+    story.go_on()
+    for step, rates in story.rates.items():
+        weights, biases = dexp(step / 40, 0.01, bias_drops=1)
+        own = {"conv1": (0.0 if step > 30 else 0.5, biases)} if step > 10 else {}
+        assert rates == Rates(weights, biases, own), step
+
+
 ERRORS = dict(zip(range(4, 41, 4), (9, 8, 8, 8, 7, 7, 7, 7, 7, 7), strict=True))
 """Step -> validation error."""
 
