@@ -84,7 +84,8 @@ class Config:
     bias_drops: int = 2
     """As lr_drops, for the biases."""
     changes: tuple[str, ...] = ()
-    """"EPOCH NAME VALUE" each; NAME is colour, lr.LAYER, lr_bias.LAYER or, for manual, lr, lr_bias."""
+    """"EPOCH NAME VALUE" each; NAME is colour, lr.LAYER, lr_bias.LAYER or, for manual only, lr or
+    lr_bias."""
     patience: int = 3
     """For plateau: validations without a better error before the rate is divided."""
     plateau_drops: int = 3

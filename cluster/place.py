@@ -8,9 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from model.exchange import Exchange
+from torch import Tensor
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -54,11 +52,6 @@ class Place:
         """The one process that writes what is written once."""
         return self.rank == 0
 
-    @property
-    def exchange(self) -> Exchange | None:
-        """What the network needs to reach the other column."""
-        return Exchange(self.pair) if self.pair else None
-
     def share(self, value: T) -> T:
         """Return the leader's value on every process."""
         if self.world_size == 1:
@@ -81,17 +74,6 @@ class Place:
             dist.all_reduce(values, group=self.peers)
             values /= self.replicas
         return values
-
-    def average_gradients(self, net: nn.Module) -> None:
-        """Replace every gradient by its mean over the replicas."""
-        if not self.peers:
-            return
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        # One message, whatever the memory formats.
-        flat = self.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view(gradient.shape))
 
     def __str__(self) -> str:
         columns = " and ".join("ab"[column] for column in self.columns)

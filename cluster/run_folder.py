@@ -11,6 +11,7 @@ RUN/quarantine.jsonl     damaged pictures that others replaced  (pipeline/quaran
 RUN/ledger/              what was delivered, with --ledger      (pipeline/ledger.py)
 RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)
 RUN/evaluation-*.json    errors with 1 or 10 views            (evaluate.py)
+RUN/probabilities-*      of every picture, with --save-probabilities  (probabilities.py)
 RUN/report.html          all of it on one page               (report)
 RUN/error.log            traceback of the last failure, if there was one
 RUN/.lock, RUN/.ray      held while a training runs; Ray Train's own notes, gone when it ends

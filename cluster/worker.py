@@ -15,6 +15,7 @@ from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
 from cluster.events import Finished, Started, Tell
 from cluster.feed import Feed, Whole
+from cluster.gradients import GradientAverage
 from cluster.health import check_finite
 from cluster.log import Log
 from cluster.place import Place
@@ -23,6 +24,7 @@ from cluster.rates import RateControl
 from cluster.run_folder import LEDGER, QUARANTINE, Mark
 from model.alexnet import AlexNet
 from model.evaluate import errors
+from model.exchange import Exchange
 from model.optim import Sgd2012, layer_statistics
 from pipeline.batches import Stream, View
 from pipeline.dataset import metadata
@@ -68,7 +70,8 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
 
     stream = open_stream(config, data, run, place, position=mark.position)
     feed = Feed(stream, place, batches=total - mark.step)
-    with stream, feed, Log(run, place, tell, samples, mark.step) as log:
+    average = GradientAverage(net, place)
+    with stream, feed, average, Log(run, place, tell, samples, mark.step) as log:
         if place.leads:
             tell(Started(mark.step, total, describe(config, place)))
         for step in range(mark.step + 1, total + 1):
@@ -80,7 +83,7 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
             loss.backward()
             log.flush()
             check_finite(loss, net, batch.images, dtype, place, step, run)
-            place.average_gradients(net)
+            average.finish()
             optimiser.step(rates.at(step))
             values = torch.stack((loss.detach(), wrong, batch.replaced.sum()))
             log.step(step, batch.position, config, rates.at(step), place.mean(values))
@@ -106,11 +109,12 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
 
 def network(config: Config, classes: int, place: Place) -> AlexNet:
     """Return the columns of the network that belong to this place, as they were drawn."""
+    wire = torch.bfloat16 if config.exchange_dtype == "bfloat16" else None
     return AlexNet(
         columns=place.columns if place.pair else None,
         classes=classes,
         design=config.design,
-        exchange=place.exchange,
+        exchange=Exchange(place.pair, wire) if place.pair else None,
         seed=config.seed,
     ).to(place.device)
 

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import layers
 from model.design import COLUMN_NAMES, EDGE_PAD, Design, Stage, stages
 from model.exchange import Exchange
-from model.layers import PictureConv, dropout, dropout_mask, local_response_norm, seed_of
+from model.layers import PictureConv, dropout, dropout_mask, seed_of
+from model.norm import local_response_norm, norm_pool, spatial_response_norm
 
+# What is quicker in one pass over memory than in several.
+PASSES = (("relu", "norm", "pool"), ("norm", "pool"), ("relu", "pool"), ("relu", "norm"))
 Watch = Callable[[str, Tensor], None]
 
 
@@ -63,6 +65,7 @@ class AlexNet(nn.Module):
         self.exchange = exchange
         self._check_columns()
         self._moment: tuple[int, int] | None = None
+        self._following = {s.layer.name: together(s.layer.then) for s in self.stages}
         for stage in self.stages:
             self.add_module(stage.layer.name, self._module(stage))
         self._initialise()
@@ -150,33 +153,33 @@ class AlexNet(nn.Module):
         x = images
         for stage in self.stages:
             layer = stage.layer
-            if layer.reads == "both" and self.exchange is not None:
-                x = self.exchange.gather(x)
             if not layer.kernel:
                 x = x.flatten(1)
-            x = self.get_submodule(layer.name)(x)
-            for operation in layer.then:
-                if operation != "dropout":
-                    x = self._follow(operation, x)
+            module = self.get_submodule(layer.name)
+            if layer.reads == "both" and self.exchange is not None:
+                x = self.exchange.through(module, x, layer.name)
+            else:
+                x = module(x)
+            for operations in self._following[layer.name]:
+                x = self._follow(operations, x)
             if watch is not None:
                 watch(layer.name, x)
             if "dropout" in layer.then:
                 x = dropout(x, self._mask(x, stage) if self.training else None)
         if self.exchange is not None:
-            x = self.exchange.gather_replicated(x)
+            x = self.exchange.gather_replicated(x, "logits")
         return x[:, : self.classes]
 
-    def _follow(self, operation: str, x: Tensor) -> Tensor:
-        if operation == "relu":
-            return F.relu(x, inplace=True)
-        if operation == "tanh":
-            return torch.tanh(x)
-        if operation == "norm":
-            return local_response_norm(x, len(self.columns))
-        if operation == "spatial_norm":
-            return layers.spatial_response_norm(x)
-        window, stride = self.design.pool_window
-        return F.max_pool2d(x, window, stride, ceil_mode=True)
+    def _follow(self, operations: tuple[str, ...], x: Tensor) -> Tensor:
+        columns, relu = len(self.columns), "relu" in operations
+        if "pool" in operations:
+            window, stride = self.design.pool_window
+            return norm_pool(x, columns, relu, "norm" in operations, window, stride)
+        if "norm" in operations:
+            return local_response_norm(x, columns, relu)
+        if relu:
+            return F.relu(x)
+        return torch.tanh(x) if operations == ("tanh",) else spatial_response_norm(x)
 
     def _mask(self, x: Tensor, stage: Stage) -> Tensor:
         if self._moment is None:
@@ -242,3 +245,14 @@ class AlexNet(nn.Module):
             ValueError: a key is missing or unexpected or a shape differs; nothing is changed then.
         """
         self.fill(dict(self.named_parameters()), state)
+
+
+def together(operations: Sequence[str]) -> list[tuple[str, ...]]:
+    """Cut operations that follow each other into those that one pass does; dropout is left out."""
+    found: list[tuple[str, ...]] = []
+    rest = tuple(operation for operation in operations if operation != "dropout")
+    while rest:
+        taken = next((p for p in PASSES if rest[: len(p)] == p), rest[:1])
+        found.append(taken)
+        rest = rest[len(taken) :]
+    return found

@@ -94,7 +94,7 @@ class Design:
                 if value not in choices:
                     known = ", ".join(repr(choice) for choice in choices)
                     raise ValueError(f"{field.name} is {value!r}; it takes {known}")
-            elif not isinstance(value, _ACCEPTED[kind]) or isinstance(value, bool) != (kind is bool):
+            elif not isinstance(value, _ACCEPTED[kind]) or (type(value) is bool) != (kind is bool):
                 raise ValueError(f"{field.name} is {value!r}; it takes {_WORDS[kind]}")
         if self.columns not in (1, 2):
             raise ValueError(f"columns is {self.columns}; a network has 1 or 2")

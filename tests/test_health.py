@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from cluster.health import NotFinite, check_finite
 from cluster.place import Place, take_place
 from model.alexnet import AlexNet
+from model.exchange import Exchange
 
 WIDTH = 1 / 16
 
@@ -23,7 +24,7 @@ def images() -> torch.Tensor:
 
 def network(place: Place) -> AlexNet:
     columns = place.columns if place.pair else None
-    net = AlexNet(columns, classes=5, width=WIDTH, exchange=place.exchange).train()
+    net = AlexNet(columns, classes=5, width=WIDTH, exchange=Exchange(place.pair) if place.pair else None).train()
     net.set_step(7)
     return net
 
