@@ -3,124 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LRN_SIZE = 5
-LRN_ALPHA = 1e-4
-LRN_BETA = 0.75
-LRN_K = 2.0
+from model.norm import local_response_norm, norm_pool, spatial_response_norm
 
-# Numbers worked on at a time on a CPU. One thread: few enough that all intermediate values stay in
-# its cache, which makes the layer 2 to 3 times as fast as going over the whole batch operation by
-# operation. Several threads: enough for each to outweigh waking it for every operation (with two
-# threads a whole evaluation is 1.7 times as fast as with the small chunk).
-_CHUNK = 150_000
-_CHUNK_PER_THREAD = 600_000
-
-
-def local_response_norm(x: Tensor, columns: int = 1) -> Tensor:
-    """Local response normalisation across the maps of a column (paper section 3.3).
-
-        y_i = x_i / (k + alpha/size * sum of x_j^2 over the 5 maps j = i-2 .. i+2)^0.75
-
-    The window is cut off at the first and the last map of its column and never reaches into the
-    other one. alpha is divided by the window size, as in the original source (layer.py) and in
-    `torch.nn.LocalResponseNorm`; the formula printed in the paper leaves the division out.
-
-    Computed in float32 even where x is bfloat16: k + alpha/size * sum is 2 and a little, and
-    bfloat16 has steps of 1/64 there, more than most sums are worth: the layer would do nothing.
-
-    Args:
-        x: float [b, columns * c, h, w].
-        columns: how many columns' maps x holds, one column after the other.
-
-    Returns:
-        as x, in its dtype and memory format.
-    """
-    return cast(Tensor, _LocalResponseNorm.apply(x, columns))
-
-
-class _LocalResponseNorm(torch.autograd.Function):
-    """With s = k + alpha/size * sum, s^-.75 is two square roots and the sum a product with a band
-    matrix: no power, no transposition. Only x is kept: to compute s again is quicker than to store.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: int) -> Tensor:
-        if not _is_channels_last(x):
-            x = x.contiguous()
-        ctx.save_for_backward(x)
-        ctx.columns = columns
-        y = torch.empty_like(x)
-        window = _Window(x, columns)
-        with torch.autocast(x.device.type, enabled=False):
-            for part, out in zip(window.parts(x), window.parts(y), strict=True):
-                wide = part.to(window.dtype)
-                root = window.inverse_root(wide)
-                out.copy_(root.sqrt().mul_(root).mul_(wide))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        gradient = gradient.contiguous(memory_format=layout)
-        result = torch.empty_like(x)
-        window = _Window(x, ctx.columns)
-        with torch.autocast(x.device.type, enabled=False):
-            for part, above, out in zip(
-                window.parts(x), window.parts(gradient), window.parts(result), strict=True
-            ):
-                wide = part.to(window.dtype)
-                root = window.inverse_root(wide)
-                direct = root.sqrt().mul_(root).mul_(above)
-                others = window.sum((direct * wide).mul_(root).mul_(root))
-                out.copy_(direct.addcmul_(others, wide, value=-2 * LRN_BETA))
-        return result, None
-
-
-class _Window:
-    """The sums over neighbouring maps, alpha/size times, on the cheapest view of x's layout.
-
-    Channels last: rows [b * h * w * columns, c]. Otherwise: matrices [b * columns, c, h * w].
-    """
-
-    def __init__(self, x: Tensor, columns: int) -> None:
-        self.columns = columns
-        self.maps = x.shape[1] // columns
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.rows = _is_channels_last(x)
-        place = torch.arange(self.maps, device=x.device)
-        near = (place[:, None] - place).abs() <= LRN_SIZE // 2
-        self.band = near.to(self.dtype) * (LRN_ALPHA / LRN_SIZE)
-
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Views that together are x."""
-        if self.rows:
-            view = x.permute(0, 2, 3, 1).view(-1, self.maps)
-        else:
-            view = x.view(-1, self.maps, x.shape[2] * x.shape[3])
-        if x.device.type != "cpu":
-            return (view,)
-        threads = torch.get_num_threads()
-        chunk = _CHUNK if threads == 1 else _CHUNK_PER_THREAD * threads
-        return view.split(max(1, chunk // max(1, view[0].numel())))
-
-    def sum(self, part: Tensor) -> Tensor:
-        """Each number's sum over its window, alpha/size times."""
-        return part @ self.band if self.rows else self.band @ part
-
-    def inverse_root(self, part: Tensor) -> Tensor:
-        """s^-.5"""
-        return self.sum(part * part).add_(LRN_K).rsqrt_()
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1
+__all__ = [
+    "PictureConv",
+    "dropout",
+    "dropout_mask",
+    "local_response_norm",
+    "norm_pool",
+    "seed_of",
+    "spatial_response_norm",
+]
 
 
 class PictureConv(nn.Conv2d):

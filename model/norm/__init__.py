@@ -1,0 +1,24 @@
+"""Local response normalisation, alone or together with the ReLU and the pooling around it.
+
+kernels.c     what a CPU runs: compiled once by the system's C compiler
+native        finds, compiles, loads and calls it
+triton_gpu    what a GPU runs
+composed      the same out of torch's own operations: for all other cases, and to test against
+
+`local_response_norm` and the others take what is quickest for the tensor they get; `backend` says
+what that is. Every form computes the same numbers, within rounding.
+"""
+
+from model.norm.composed import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, spatial_response_norm
+from model.norm.dispatch import backend, local_response_norm, norm_pool
+
+__all__ = [
+    "LRN_ALPHA",
+    "LRN_BETA",
+    "LRN_K",
+    "LRN_SIZE",
+    "backend",
+    "local_response_norm",
+    "norm_pool",
+    "spatial_response_norm",
+]
