@@ -87,11 +87,13 @@ class Config:
     """"EPOCH NAME VALUE" each; NAME is colour, lr.LAYER, lr_bias.LAYER or, for manual only, lr or
     lr_bias."""
     patience: int = 3
-    """For plateau: validations without a better error before the rate is divided."""
+    """For plateau: validations without a better error that are put up with; one more divides."""
     plateau_drops: int = 3
     """For plateau: most divisions."""
     plateau_factor: float = 10.0
     """For plateau: what the rates are divided by."""
+    plateau_biases: bool = True
+    """For plateau: divide the rate of the biases, too (the source's network 145 did not)."""
     plateau_threshold: float = 0.002
     """For plateau: share by which an error must be below the best one to count as better."""
     layer_rates: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -70,12 +70,11 @@ class Log:
         self._start = time.perf_counter()
         self._waited = 0.0
 
-    def step(self, step: int, position: int, config: Config, rates: Rates, values: Tensor) -> None:
+    def step(self, mark: Mark, config: Config, rates: Rates, values: Tensor) -> None:
         """Note a step that was launched.
 
         Args:
-            step: its number, from 1.
-            position: samples consumed by the job after it.
+            mark: its number, from 1, and the samples consumed by the job after it.
             config: the settings.
             rates: its learning rates.
             values: float [3] on the device: mean loss and top-1 error of the batch, and how many
@@ -86,9 +85,9 @@ class Log:
         seconds, self._start = now - self._start, now
         waited, self._waited = self._waited, 0.0
         row = {
-            "position": position,
-            "epoch": self._epoch(position),
-            "step": step,
+            "position": mark.position,
+            "epoch": self._epoch(mark.position),
+            "step": mark.step,
             "loss": 0.0,
             "top1_error": 0.0,
             "replaced": 0,
@@ -136,8 +135,14 @@ class Log:
             }
             self._write(LAYERS, row)
 
-    def validation(self, mark: Mark, results: dict[str, float]) -> None:
-        """Note a pass over the validation pictures."""
+    def validation(self, mark: Mark, validate: Callable[[], dict[str, float]]) -> float:
+        """Make a pass over the validation pictures, outside the time of the steps, and note it.
+
+        Returns:
+            its top-1 error, 0 to 1.
+        """
+        with self.paused():
+            results = validate()
         if self._place.leads:
             row = {
                 "position": mark.position,
@@ -146,6 +151,7 @@ class Log:
             }
             self._write(VALIDATION, row | results)
             self._tell(Validated(row | results))
+        return results["top1_error"]
 
     def _epoch(self, position: int) -> float:
         return round(position / self._samples, 4)

@@ -77,26 +77,24 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
         for step in range(mark.step + 1, total + 1):
             with log.waiting():
                 batch = next(feed)
+            rates.note(step - 1)
             net.set_step(step, place.replica)
             loss, wrong = forward(net, batch, config, place)
             optimiser.zero_grad()
             loss.backward()
-            log.flush()
+            log.flush()  # the row of the step before
             check_finite(loss, net, batch.images, dtype, place, step, run)
             average.finish()
             optimiser.step(rates.at(step))
-            values = torch.stack((loss.detach(), wrong, batch.replaced.sum()))
-            log.step(step, batch.position, config, rates.at(step), place.mean(values))
+            values = place.mean(torch.stack((loss.detach(), wrong, batch.replaced.sum())))
 
             mark = Mark(step=step, position=batch.position)
+            log.step(mark, config, rates.at(step), values)
             if due(step, config.statistics_every, total):
                 log.statistics(mark, place.gather(layer_statistics(net, optimiser)))
             error = None
             if due(step, config.validate_every, total):
-                with log.paused():
-                    found = validate(net, config, data, run, place)
-                    log.validation(mark, found)
-                    error = found["top1_error"]
+                error = log.validation(mark, lambda: validate(net, config, data, run, place))
             saves = due(step, config.checkpoint_every, total)
             if saves or error is not None:
                 rates.review(step, error)

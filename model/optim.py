@@ -23,9 +23,8 @@ class Sgd2012:
     stays, but a drop of it then cuts at once the speed that here runs on for some ten steps.
     Gradients are means over the batch (the original divides by its size in src/layer.cu).
 
-    A parameter of rate 0 is frozen by the same rule: what speed it has runs out, without decay and
-    gradient. (The original leaves such a one alone, speed and all: src/weights.cu,
-    `Weights::update`. Ours ends at most momentum / (1 - momentum) times its last step further on.)
+    A parameter of rate 0 is frozen as in the original: left alone, velocity and all, which it goes
+    on with when it thaws (src/weights.cu, `Weights::update`).
 
     Args:
         named_parameters: (name, parameter) pairs; a name that ends in "bias" makes it a bias.
@@ -54,7 +53,7 @@ class Sgd2012:
         """Update every parameter that has a gradient; the gradients stay as they are."""
         groups: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
+            if parameter.grad is not None and rates.of(name) > 0:
                 decay = 0.0 if name.endswith("bias") else self.weight_decay
                 groups.setdefault((rates.of(name), decay), []).append(name)
         for (rate, decay), names in groups.items():

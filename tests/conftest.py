@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.drawn import folder_per_class, packed
 from tests.servers import Server
@@ -22,6 +23,10 @@ pytest.register_assert_rewrite("tests.addresses", "tests.ledgers", "tests.square
 # A shell starts its background jobs with SIGINT ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A machine that is busy at the first example, importing, is no failure.
+settings.register_profile("duet", deadline=None)
+settings.load_profile("duet")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -124,8 +124,9 @@ def test_the_public_settings_are_these():
         "width", "columns", "norm", "relu_first", "spatial_norm", "pool", "activation", "without",
         "seed", "batch_size", "epochs", "steps", "schedule", "rate_scaling", "lr", "bias_factor",
         "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes", "patience", "plateau_drops",
-        "plateau_factor", "plateau_threshold", "layer_rates", "momentum", "weight_decay", "shuffle",
-        "window", "colour", "colour_divide", "mean", "dtype", "exchange_dtype", "replicas", "pair",
+        "plateau_factor", "plateau_biases", "plateau_threshold", "layer_rates",
+        "momentum", "weight_decay", "shuffle", "window", "colour", "colour_divide",
+        "mean", "dtype", "exchange_dtype", "replicas", "pair",
         "device", "threads", "checkpoint_every", "keep", "validate_every", "statistics_every",
         "max_failures", "strict", "ledger", "cache", "cache_size",
     ]  # fmt: skip
@@ -177,7 +178,7 @@ OTHER = {
     "colour": 0.0, "dtype": "bfloat16", "columns": 1, "norm": "none", "relu_first": False,
     "spatial_norm": True, "pool": "2/2", "activation": "tanh", "without": "conv4",
     "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
-    "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
+    "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
     "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "picture",
     "exchange_dtype": "bfloat16",
 }  # fmt: skip
@@ -202,8 +203,8 @@ def test_how_a_run_is_carried_out_may_change():
     old = Config()
     free = {
         "replicas": 2, "device": "cpu", "pair": False, "threads": 3, "checkpoint_every": 7,
-        "keep": 9, "validate_every": 0, "statistics_every": 0, "max_failures": 0, "strict": True, "ledger": True,
-        "cache": "c", "cache_size": "1TB",
+        "keep": 9, "validate_every": 0, "statistics_every": 0, "max_failures": 0, "strict": True,
+        "ledger": True, "cache": "c", "cache_size": "1TB",
     }  # fmt: skip
     assert set(free) == set(FREE)
     assert differences(old, replace(old, **free), samples=4000) == []

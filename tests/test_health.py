@@ -24,7 +24,9 @@ def images() -> torch.Tensor:
 
 def network(place: Place) -> AlexNet:
     columns = place.columns if place.pair else None
-    net = AlexNet(columns, classes=5, width=WIDTH, exchange=Exchange(place.pair) if place.pair else None).train()
+    net = AlexNet(
+        columns, classes=5, width=WIDTH, exchange=Exchange(place.pair) if place.pair else None
+    ).train()
     net.set_step(7)
     return net
 

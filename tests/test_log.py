@@ -15,6 +15,7 @@ from cluster.config import Config
 from cluster.log import METRICS, Log, cut
 from cluster.place import Place
 from cluster.run_folder import Mark
+from model.schedule import Rates
 
 
 def write(path: Path, steps: range, tail: str = "") -> Path:
@@ -44,16 +45,26 @@ def test_a_garbled_whole_row_ends_what_is_kept(tmp_path):
     assert steps_in(path) == [1, 2]
 
 
+def slow_validation() -> dict[str, float]:
+    time.sleep(0.3)
+    return {"loss": 1.0, "top1_error": 0.25}
+
+
 def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
     with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
         for step in (1, 2):
             with log.waiting():
                 time.sleep(0.02)
             time.sleep(0.02)
-            log.step(step, 8 * step, Config(), (0.1, 0.2), torch.tensor([1.5, 0.25, 0.0]))
+            log.step(
+                Mark(step=step, position=8 * step),
+                Config(),
+                Rates(0.1, 0.2),
+                torch.tensor([1.5, 0.25, 0.0]),
+            )
             with log.paused():
                 time.sleep(0.3)
-                log.validation(Mark(step=step, position=8 * step), {"loss": 1.0})
+            log.validation(Mark(step=step, position=8 * step), slow_validation)
     first, second = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
     for row in (first, second):
         assert 0.04 <= row["seconds"] < 0.3
@@ -65,6 +76,8 @@ def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
 def test_only_the_leader_writes(tmp_path):
     place = Place(replica=1, replicas=2)
     with Log(tmp_path, place, pytest.fail, samples=40, step=0) as log:
-        log.step(1, 8, Config(), (0.1, 0.2), torch.tensor([1.5, 0.25, 0.0]))
-        log.validation(Mark(step=1, position=8), {"loss": 1.0})
+        log.step(
+            Mark(step=1, position=8), Config(), Rates(0.1, 0.2), torch.tensor([1.5, 0.25, 0.0])
+        )
+        assert log.validation(Mark(step=1, position=8), slow_validation) == 0.25
     assert list(tmp_path.iterdir()) == []

@@ -108,7 +108,9 @@ def test_table_has_the_published_numbers() -> None:
 @pytest.mark.parametrize(("classes", "width"), [(10, 0.25), (7, 1 / 16), (1000, 1 / 3)])
 def test_table_follows_the_network(classes: int, width: float) -> None:
     net = AlexNet(classes=classes, width=width)
-    assert totals(table(classes, Design(width=width))).parameters == sum(p.numel() for p in net.parameters())
+    assert totals(table(classes, Design(width=width))).parameters == sum(
+        p.numel() for p in net.parameters()
+    )
 
 
 def test_initial_values(full: AlexNet) -> None:

@@ -44,7 +44,7 @@ def test_the_notes_footprint_formula() -> None:
 
 
 def test_receptive_fields() -> None:
-    """Worked out by hand: conv1 11; pool1 19; conv2 51; pool2 67; conv3 99; conv4 131; conv5 163."""
+    """By hand: conv1 11; pool1 19; conv2 51; pool2 67; conv3 99; conv4 131; conv5 163."""
     fields = {row.layer: row.receptive_field for row in table()}
     assert [fields[f"conv{n}"] for n in range(1, 6)] == [11, 51, 99, 131, 163]
     assert {fields["fc6"], fields["fc7"], fields["fc8"]} == {224}

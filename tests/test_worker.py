@@ -315,7 +315,7 @@ def test_statistics_of_both_columns_are_written_alike_by_one_process_and_a_pair(
                  for name in ("one", "pair"))  # fmt: skip
     assert list(one) == list(pair) == [STEPS]  # 50 is further than the run, its end always has one
     means = one[STEPS]["layers"]
-    trained = {key: value for key, value in weights(runs / "one").items()}
+    trained = weights(runs / "one")
     assert set(means) == {key.partition("/")[2] for key in trained if key.startswith("weights/")}
     for key, (weight, update, gradient) in means.items():
         assert weight == pytest.approx(trained[f"weights/{key}"].abs().mean().item(), rel=1e-3)
@@ -353,7 +353,6 @@ def test_designs_train_and_go_on_from_their_checkpoints(tiny_data, tmp_path):
     assert any("lr.conv1" in what for what in told)
     frozen = {step: load_file(whole / f"checkpoints/step-{step:08d}/column-a.safetensors")
               for step in (6, 9)}  # fmt: skip
-    moved = (frozen[9]["weights/a.conv1.weight"] - frozen[6]["weights/a.conv1.weight"]).abs().max()
-    # what conv1 has left is its momentum, running out: .9 + .9**2 + .9**3 of the velocity of step 6
-    velocity = frozen[6]["velocity/a.conv1.weight"].abs().max()
-    assert 0 < moved <= 2.5 * velocity
+    for key, value in frozen[6].items():
+        same = torch.equal(value, frozen[9][key])
+        assert same == key.endswith("a.conv1.weight"), key
