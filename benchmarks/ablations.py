@@ -1,11 +1,11 @@
 """Every ablation of configs/ at equal pictures seen: one row each, with the noise over seeds.
 
-    python benchmarks/ablations.py DATA OUT [--steps 1200] [--width 0.25] [--seeds 2]
+    python benchmarks/ablations.py DATA OUT [--steps 800] [--width 0.25] [--seeds 2]
 
-Trains each preset `--seeds` times through `cluster.train`, one run on each core, evaluates centre
-and ten views of the whole validation set, and prints a table. A run is a folder of OUT; what is
-finished is not made again, what was killed goes on. Rates as in configs/narrow.toml: so short a run
-has no time for the presets' own.
+Trains each preset `--seeds` times through `cluster.train`, one run on each core, and prints a table
+of the errors on the whole validation set (centre view) after the last step. A run is a folder of
+OUT; what is finished is not made again, what was killed goes on. Rates fall as in
+configs/narrow.toml: so short a run has no time for the presets' own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import tyro
 from cluster.config_file import load
 from model.design import Design
 from model.summary import table, totals
+from pipeline.dataset import metadata
+from pipeline.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "dexp"
@@ -51,7 +53,7 @@ class Setup:
     """A sealed data set with train and val."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder of the runs and the table."""
-    steps: int = 1200
+    steps: int = 800
     """Steps of 128 pictures in each run."""
     width: float = 0.25
     """Factor on all maps and units."""
@@ -71,7 +73,6 @@ class Row:
     parameters: int
     top1: list[float] = field(default_factory=list)
     top5: list[float] = field(default_factory=list)
-    top1_ten: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     img_s: list[float] = field(default_factory=list)
@@ -123,7 +124,7 @@ def run_all(setup: Setup, jobs: list[tuple[str, int]]) -> list[str]:
 
 
 def run_one(setup: Setup, preset: str, seed: int, core: int) -> bool:
-    """Train and evaluate one preset with one seed on one core."""
+    """Train one preset with one seed on one core."""
     run = setup.out / f"{preset}-{seed}"
     train = [
         "cluster.train", f"configs/{preset}.toml", "--data", setup.data, "--run", str(run),
@@ -132,46 +133,40 @@ def run_one(setup: Setup, preset: str, seed: int, core: int) -> bool:
         "--changes", "--no-pair", "--checkpoint-every", "400", "--validate-every", "400",
         *setup.flags,
     ]  # fmt: skip
-    commands = [train] + [
-        ["cluster.evaluate", str(run), "--data", setup.data, "--views", views]
-        for views in ("1", "10")
-        if not _evaluated(run / f"evaluation-{views}.json", setup.steps)
-    ]
     with (setup.out / f"{preset}-{seed}.log").open("a") as log:
-        for command in commands:
-            done = subprocess.run(
-                ["taskset", "-c", f"{core}", sys.executable, "-m", *command],
-                cwd=ROOT, stdout=log, stderr=log, check=False,
-            )  # fmt: skip
-            if done.returncode:
-                print(f"{preset}-{seed}: {command[0]} ended with {done.returncode}, see {log.name}")
-                return False
+        done = subprocess.run(
+            ["taskset", "-c", f"{core}", sys.executable, "-m", *train],
+            cwd=ROOT, stdout=log, stderr=log, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        print(f"{preset}-{seed}: ended with {done.returncode}, see {log.name}", flush=True)
+        return False
     print(f"{preset}-{seed}: done", flush=True)
     return True
-
-
-def _evaluated(path: Path, step: int) -> bool:
-    return path.is_file() and json.loads(path.read_text())["step"] == step
 
 
 def read(setup: Setup, preset: str) -> Row:
     """What the finished runs of a preset left behind."""
     design = Design.of(load(ROOT / "configs" / f"{preset}.toml") | {"width": setup.width})
-    row = Row(preset, 0)
+    classes = len(Manifest.load(metadata(setup.data)).classes)
+    row = Row(preset, totals(table(classes, design)).parameters)
     for seed in range(setup.seeds):
         run = setup.out / f"{preset}-{seed}"
-        if not _evaluated(run / "evaluation-10.json", setup.steps):
+        last = [{}, *rows_of(run / "validation.jsonl")][-1]
+        if last.get("step") != setup.steps:
             continue
-        centre, ten = (json.loads((run / f"evaluation-{v}.json").read_text()) for v in (1, 10))
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-        row.parameters = totals(table(len(centre["classes"]), design)).parameters
-        row.top1.append(100 * centre["top1_error"])
-        row.top5.append(100 * centre["top5_error"])
-        row.top1_ten.append(100 * ten["top1_error"])
-        row.loss.append(centre["loss"])
+        steps = rows_of(run / "metrics.jsonl")
+        row.top1.append(100 * last["top1_error"])
+        row.top5.append(100 * last["top5_error"])
+        row.loss.append(last["loss"])
         row.train_loss.append(statistics.fmean(step["loss"] for step in steps[-50:]))
         row.img_s.append(statistics.median(step["img_s"] for step in steps))
     return row
+
+
+def rows_of(path: Path) -> list[dict[str, float]]:
+    """The rows of a JSON-lines file; none if it is not there."""
+    return [json.loads(line) for line in path.open()] if path.is_file() else []
 
 
 def as_table(rows: list[Row], setup: Setup) -> str:
@@ -179,7 +174,7 @@ def as_table(rows: list[Row], setup: Setup) -> str:
     base = next((row for row in rows if row.preset == BASE), None)
     lines = [
         "| preset | parameters | top-1 error, centre (each seed) | against "
-        f"{BASE} | on ImageNet, paper | ten views | top-5 | train loss | img/s, one core |",
+        f"{BASE} | on ImageNet, paper | top-5 | val loss | train loss | img/s, one core |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -188,7 +183,7 @@ def as_table(rows: list[Row], setup: Setup) -> str:
         gap = "" if base is None or row is base else f"{mean(row.top1) - mean(base.top1):+.1f}"
         lines.append(
             f"| {row.preset} | {row.parameters:,} | {mean(row.top1):.1f} ({each}) | {gap} | "
-            f"{PAPER.get(row.preset, '')} | {mean(row.top1_ten):.1f} | {mean(row.top5):.1f} | "
+            f"{PAPER.get(row.preset, '')} | {mean(row.top5):.1f} | {mean(row.loss):.2f} | "
             f"{mean(row.train_loss):.2f} | {mean(row.img_s):,.0f} |"
         )
     return "\n".join([*lines, "", noise(rows, setup)])
