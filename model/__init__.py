@@ -1,11 +1,14 @@
 """Tensors in, tensors out: the AlexNet of 2012, both columns of it.
 
-alexnet    the table of layers and the network, in one process or one column per process
-layers     what torch does not have: local response normalisation, the dropout of the paper
+design     the table of layers: the paper's network, and those it was compared with
+alexnet    the network, in one process or one column per process
+layers     the first convolution, which reads the picture; the dropout of the paper
+norm       response normalisation, with what is around it in one pass
 exchange   what crosses between the two columns of a pair, and its gradients
-optim      the update rule and the learning-rate schedule of the original
+optim      the update rule of the original, and the means of each layer
+schedule   the learning rates
 evaluate   ten views, averaged probabilities, top-1 and top-5 errors
-summary    sizes, parameters and multiply-adds of every layer
+summary    the layer table: sizes, parameters, multiply-adds, memory, what crosses
 
 This package knows nothing of files, data sets or Ray.
 """
