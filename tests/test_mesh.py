@@ -170,7 +170,7 @@ def twice_backward(place: Place) -> str:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder}/init"
-    patience = timedelta(seconds=60)
+    patience = timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=4, timeout=patience)
     place = take_place(SEATS, torch.device("cpu"), 1)
     found = {

@@ -168,7 +168,7 @@ def refused(link: Exchange) -> list[str]:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder}/init"
-    patience = timedelta(seconds=60)
+    patience = timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2, timeout=patience)
     link, thin = Exchange(), Exchange(wire=torch.bfloat16)
     found = {f"{kind}, {mode}": crossed(link, kind, mode) for kind in LAYERS for mode in MODES}
