@@ -5,6 +5,7 @@ alexnet    the network, in one process or one column per process
 layers     the first convolution, which reads the picture; the dropout of the paper
 norm       response normalisation, with what is around it in one pass
 exchange   what crosses between the two columns of a pair, and its gradients
+halves     a layer's arithmetic cut along its inputs, for the exchange
 optim      the update rule of the original, and the means of each layer
 schedule   the learning rates
 evaluate   ten views, averaged probabilities, top-1 and top-5 errors
