@@ -181,6 +181,8 @@ def _loaded(compiler: tuple[list[str], str]) -> ctypes.CDLL:
         # Other processes may do the same at the same time: whole files only, the last one stays.
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
             partial.write(made.read_bytes())
+            partial.flush()
+            os.fsync(partial.fileno())  # a file cut off by a power failure would crash its user
         Path(partial.name).replace(folder / name)
     return ctypes.CDLL(str(folder / name))
 
