@@ -42,6 +42,7 @@ class Sgd2012:
         self.weight_decay = weight_decay
         self._parameters = dict(named_parameters)
         self.velocities = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        self._moved: list[str] = []
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -56,6 +57,7 @@ class Sgd2012:
             if parameter.grad is not None and rates.of(name) > 0:
                 decay = 0.0 if name.endswith("bias") else self.weight_decay
                 groups.setdefault((rates.of(name), decay), []).append(name)
+        self._moved = [name for names in groups.values() for name in names]
         for (rate, decay), names in groups.items():
             self._update(names, rate, decay)
 
@@ -85,6 +87,13 @@ class Sgd2012:
             maximize=False,
         )
 
+    def updates(self) -> dict[str, Tensor]:
+        """Return what the last step added to each parameter: its velocity; zeros if left alone."""
+        return {
+            name: velocity if name in self._moved else torch.zeros_like(velocity)
+            for name, velocity in self.velocities.items()
+        }
+
     def column_state(self, net: AlexNet) -> dict[str, Tensor]:
         """The velocities, under the keys that `net.column_state` gives the parameters."""
         return net.split(self.velocities)
@@ -111,7 +120,7 @@ class Means(NamedTuple):
     value: float
     """Of |w|."""
     update: float
-    """Of |v|, what the last step added to w."""
+    """Of what the last step added to w; 0 if it is frozen."""
     gradient: float
     """Of |dL/dw|; 0 if there is none."""
 
@@ -130,7 +139,7 @@ def layer_statistics(net: AlexNet, optimiser: Sgd2012) -> dict[str, Means]:
     sums = torch.stack(
         [
             rows.sum()
-            for tensors in (parameters, optimiser.velocities, gradients)
+            for tensors in (parameters, optimiser.updates(), gradients)
             for rows in net.split({name: _row_sums(t) for name, t in tensors.items()}).values()
         ]
     ).tolist()

@@ -256,3 +256,17 @@ def test_means_of_each_parameter_of_each_column() -> None:
             assert mine == pytest.approx(expected, rel=1e-6), key
     assert found["a.fc8.bias"].gradient == 0.0
     assert found["a.conv1.weight"] != found["b.conv1.weight"]
+
+
+def test_the_update_of_frozen_weights_is_0_though_their_velocity_waits() -> None:
+    net = network_with_gradients()
+    optimiser = Sgd2012(net.named_parameters())
+    optimiser.step(Rates(0.01, 0.02))
+    moving = layer_statistics(net, optimiser)["b.conv1.weight"]
+    optimiser.step(Rates(0.01, 0.02, {"conv1": (0.0, 0.02)}))
+    frozen = layer_statistics(net, optimiser)
+    assert moving.update > 0.0
+    assert frozen["b.conv1.weight"]._replace(gradient=0.0) == (moving.value, 0.0, 0.0)
+    assert frozen["b.conv1.weight"].gradient == moving.gradient
+    assert frozen["b.conv1.bias"].update > 0.0
+    assert optimiser.velocities["conv1.weight"].any()
