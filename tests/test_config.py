@@ -256,3 +256,5 @@ def test_presets_say_what_is_known_of_them():
     assert "18.05" in heads["dexp"]
     assert presets["source2012"].colours == ((0, 0.1), (67, 0.0))
     assert presets["dexp"].colours == ((0, 0.1), (68, 0.0))
+    assert presets["dexp"].epochs == 95  # layer-params-169.cfg, from which 170 went on
+    assert "a pair of GPUs" not in heads["one_gpu"]
