@@ -1,78 +1,250 @@
-"""One training step of the one-process network: forward, backward, update, on random pictures.
+"""A training step of the full network on the CPU: ours, the plain PyTorch version, torchvision's.
 
-    python benchmarks/step.py [--width 0.25] [--batch-size 128] [--threads 2]
+    python benchmarks/step.py [--rounds 3] [--profile] [--json]
 
-Prints img/s in float32 and bfloat16, in turn in one run, median of the steps.
+Forward, backward and update of a batch of random pictures, in float32 and in bfloat16 (autocast).
+Every network lives in a process of its own, with all threads, and they take turns; rates are
+medians over the rounds, ratios medians of what was found within a round.
+
+    duet              this project's, with the settings of `cluster.train`
+    duet without LRN  the same without the normalisation: what is missing is what it costs
+    plain             the paper's network out of torch.nn, as anybody would write it
+    plain, memory     the same, but malloc keeps what is freed, as Duet has it: where pages are
+                      dear (virtual machines) that alone is worth a factor of two
+    torchvision       its AlexNet, the same in memory: ANOTHER network, of one column and without
+                      normalisation
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import statistics
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
 
+import rich.console
+import rich.table
 import torch
-import torch.nn.functional as F
 import tyro
+from nets import Step, duet_step, eager_step, plain_alexnet, torchvision_alexnet
+from torch.profiler import ProfilerActivity, profile
 
-from cluster.compute import autocast, keep_memory
+from cluster.compute import keep_memory
 from model.alexnet import AlexNet
-from model.optim import Sgd2012
-from model.schedule import Rates
+from model.design import Design
+from model.norm import backend
+from pipeline.errors import run
+
+DTYPES = ("float32", "bfloat16")
+KEPT = ("duet", "duet without LRN", "plain, memory", "torchvision")
+"""Whose malloc keeps what is freed."""
+LANES = ("duet", "duet without LRN", "plain", "plain, memory", "torchvision")
+WARM_UP = 2
+"""Steps before the first turn: memory grows, kernels are chosen."""
+NORMS = ("_NativePool", "_NativeNorm", "Norm")
+"""Autograd functions of `model.norm`, as the profiler names them."""
+Rates = dict[str, dict[str, list[float]]]
+"""Lane -> type -> img/s of every round."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What to measure."""
+    """Time training steps on the CPU: ours, plain PyTorch, torchvision."""
 
-    width: float = 0.25
-    """Factor on all maps and units; 1 is the network of the paper."""
+    width: float = 1.0
+    """Factor on all maps and units; 1 is the network of the paper. Not for torchvision's."""
     classes: int = 1000
     """Classes to tell apart."""
     batch_size: int = 128
     """Pictures in a step."""
     threads: int = len(os.sched_getaffinity(0))
-    """CPU threads; a GPU is used where there is one."""
-    rounds: int = 5
-    """How often each type has its turn."""
+    """CPU threads of each network."""
+    rounds: int = 3
+    """How often each network has its turn."""
+    steps: int = 2
+    """Steps in a turn."""
+    profile: bool = False
+    """Also list where the time of our step goes, by operation."""
+    json: bool = False
+    """Print one JSON object on stdout, the table on stderr."""
 
 
-def step_seconds(setup: Setup, dtype: torch.dtype, device: torch.device, steps: int = 4) -> float:
-    """Return the median seconds of a step after one that is not counted."""
-    net = AlexNet(classes=setup.classes, width=setup.width).to(device)
-    optimiser = Sgd2012(net.named_parameters())
-    images = 60 * torch.randn(setup.batch_size, 3, 224, 224, device=device)
-    labels = torch.randint(0, setup.classes, (setup.batch_size,), device=device)
-    seconds = []
-    for step in range(1 + steps):
+def step_of(lane: str, setup: Setup) -> Step:
+    """Return the step of a lane."""
+    if lane.startswith("duet"):
+        design = Design(width=setup.width, norm="none" if "without" in lane else "lrn")
+        return duet_step(AlexNet(classes=setup.classes, design=design))
+    if lane == "torchvision":
+        return eager_step(torchvision_alexnet(setup.classes))
+    return eager_step(plain_alexnet(setup.classes, setup.width))
+
+
+def serve(wire: Connection, lane: str, setup: Setup) -> None:
+    """Be a lane: answer a type with the img/s of a turn, None with a profile, "" by ending."""
+    if lane in KEPT:
+        keep_memory()
+    torch.set_num_threads(setup.threads)
+    torch.manual_seed(0)
+    try:
+        step = step_of(lane, setup)
+    except ImportError as error:
+        wire.send(str(error))
+        return
+    images = 60 * torch.randn(setup.batch_size, 3, 224, 224)
+    labels = torch.randint(0, setup.classes, (setup.batch_size,))
+    for dtype in DTYPES:
+        for number in range(WARM_UP):
+            step(number, images, labels, getattr(torch, dtype))
+    wire.send(None)
+    while asked := wire.recv():
+        dtype = getattr(torch, asked["dtype"])
+        if asked["profile"]:
+            wire.send(profiled(lambda: step(0, images, labels, dtype)))  # noqa: B023
+            continue
         start = time.perf_counter()
-        net.set_step(step)
-        with autocast(dtype, device):
-            logits = net(images).float()
-        optimiser.zero_grad()
-        F.cross_entropy(logits, labels).backward()
-        optimiser.step(Rates(1e-3, 2e-3))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+        for number in range(setup.steps):
+            step(number, images, labels, dtype)
+        wire.send(setup.steps * setup.batch_size / (time.perf_counter() - start))
+
+
+def profiled(step: Any, steps: int = 3) -> dict[str, float]:
+    """Return operation -> share of a step's time, without what it calls in turn."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]):
+        step()  # the profiler's own memory has to grow, too
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(steps):
+            step()
+    rows = {row.key: row.self_cpu_time_total for row in found.key_averages()}
+    total = sum(rows.values())
+    ordered = sorted(rows.items(), key=lambda row: -row[1])
+    return {name: spent / total for name, spent in ordered}
+
+
+def measured(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[str, float]]]:
+    """Return the rates, why lanes are missing, and the profile of our step in each type."""
+    context = multiprocessing.get_context("spawn")
+    wires: dict[str, Connection] = {}
+    missing: dict[str, str] = {}
+    for lane in LANES:
+        wire, end = context.Pipe()
+        context.Process(target=serve, args=(end, lane, setup), daemon=True).start()
+        end.close()
+        if reason := wire.recv():
+            missing[lane] = reason
+        else:
+            wires[lane] = wire
+
+    def answer(lane: str, dtype: str, profile: bool = False) -> Any:
+        wires[lane].send({"dtype": dtype, "profile": profile})
+        return wires[lane].recv()
+
+    rates: Rates = {lane: {dtype: [] for dtype in DTYPES} for lane in wires}
+    for number in range(setup.rounds):
+        for lane in list(wires)[:: -1 if number % 2 else 1]:
+            for dtype in DTYPES:
+                rates[lane][dtype].append(answer(lane, dtype))
+    profiles = {dtype: answer("duet", dtype, profile=True) for dtype in DTYPES}
+    for wire in wires.values():
+        wire.send("")
+    return rates, missing, profiles
+
+
+def best(found: dict[str, list[float]]) -> str:
+    """Return the type that is fastest in the median."""
+    return max(found, key=lambda dtype: statistics.median(found[dtype]))
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """Return the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def summary(rates: Rates, profiles: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return the figures that the table and the goals are made of."""
+    ours, bare = rates["duet"], rates["duet without LRN"]
+    fastest = best(ours)
+    passes = {
+        dtype: sum(
+            share for name, share in shares.items() if name.removesuffix("Backward") in NORMS
+        )
+        for dtype, shares in profiles.items()
+    }
+    return {
+        "best": {lane: best(found) for lane, found in rates.items()},
+        "ratio_in_best": {
+            lane: ratio(ours[fastest], found[best(found)]) for lane, found in rates.items()
+        },
+        "ratio": {
+            lane: {dtype: ratio(ours[dtype], found[dtype]) for dtype in DTYPES}
+            for lane, found in rates.items()
+        },
+        "lrn_share": {dtype: 1 - 1 / ratio(bare[dtype], ours[dtype]) for dtype in DTYPES},
+        "passes_share": passes,
+    }
+
+
+def show(
+    setup: Setup,
+    rates: Rates,
+    missing: dict[str, str],
+    found: dict[str, Any],
+    profiles: dict[str, dict[str, float]],
+) -> None:
+    """Print the tables."""
+    console = rich.console.Console(stderr=setup.json, width=100)
+    table = rich.table.Table("network", "type", "img/s", "(from to)", "ours over this", "best/best")
+    for lane, types in rates.items():
+        for dtype, values in types.items():
+            over = found["ratio_in_best"][lane] if dtype == found["best"][lane] else None
+            table.add_row(
+                lane,
+                dtype,
+                f"{statistics.median(values):.1f}",
+                f"{min(values):.1f} {max(values):.1f}",
+                f"{found['ratio'][lane][dtype]:.2f}",
+                "" if over is None else f"{over:.2f}",
+            )
+    console.print(table)
+    for lane, reason in missing.items():
+        console.print(f"{lane}: {reason[:160]}", highlight=False)
+    console.print(f"normalisation by {backend()}", highlight=False)
+    for dtype in DTYPES:
+        console.print(
+            f"LRN in our step, {dtype}: {found['lrn_share'][dtype]:.1%} of its time (against the "
+            f"network without); {found['passes_share'][dtype]:.1%} with the ReLU and the pooling "
+            "of the same passes",
+            highlight=False,
+        )
+    for dtype, shares in profiles.items() if setup.profile else ():
+        table = rich.table.Table(f"operation, {dtype}", "share of our step")
+        for name, share in list(shares.items())[:25]:
+            table.add_row(name, f"{share:.1%}")
+        console.print(table)
 
 
 def main() -> None:
-    """Measure both types in turn and print the medians."""
+    """Measure in turn and print."""
     setup = tyro.cli(Setup, description=__doc__)
-    keep_memory()
-    torch.set_num_threads(setup.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(setup.rounds):
-        for dtype, found in rates.items():
-            found.append(setup.batch_size / step_seconds(setup, dtype, device))
-    for dtype, found in rates.items():
-        median, low, high = statistics.median(found), min(found), max(found)
-        print(f"{dtype}  {median:7.1f} img/s  ({low:.1f} to {high:.1f})")
+    rates, missing, profiles = measured(setup)
+    found = summary(rates, profiles)
+    show(setup, rates, missing, found, profiles)
+    if setup.json:
+        whole = {
+            "setup": asdict(setup),
+            "torch": torch.__version__,
+            "backend": backend(),
+            "img_s": rates,
+            "missing": missing,
+            "profile": profiles,
+        }
+        sys.stdout.write(json.dumps(whole | found) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

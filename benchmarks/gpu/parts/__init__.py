@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/gpu/stream.py`.
+"""The parts of `benchmarks/gpu/stream.py` and, the last two, of `step.py`.
 
 options   what may be chosen, and the steps
 lanes     what is measured: ways from stored pictures to batches
@@ -7,7 +7,8 @@ clock     batches -> pictures a second, and the time there is for it
 search    the best setting, one axis after the other
 pixels    are they those of the CPU, and the same every time?
 damage    what a picture that cannot be decoded does (a process of its own)
-machine   what all this runs on
 record    the results: sealed after each measurement
 table     ... as people read them
+machine   what all this runs on
+step_table  a training step's results, and the goals
 """

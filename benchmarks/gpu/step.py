@@ -1,0 +1,280 @@
+"""How fast a training step is on one GPU with both columns, and how far from what it could be.
+
+    python benchmarks/gpu/step.py [--out benchmarks/gpu/results] [--minutes 8]
+
+The limits of the device (large matrix products, a large copy); local response normalisation alone,
+in each of its forms; steps in turn of our network and of the plain PyTorch one, in fp32, tf32 and
+bf16, eager and compiled; the operations of our best lane. Everything is written to a JSON file and
+a table in OUT as soon as it is measured. README.md beside this file says how to read them. Needs
+torch and nothing else. `--device cpu --width 0.0625 --batch 8` tries it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from nets import Step, duet_step, eager_step, plain_alexnet  # noqa: E402
+from parts.machine import facts  # noqa: E402
+from parts.step_table import best, goals, markdown  # noqa: E402
+
+from model.alexnet import AlexNet  # noqa: E402
+from model.norm import backend, composed, local_response_norm  # noqa: E402
+
+MODES = ("fp32", "tf32", "bf16")
+NORM_SHAPES = ((96, 55, 55), (256, 27, 27))
+WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A network, in one type, eager or compiled."""
+
+    net: str
+    mode: str
+    form: str
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return f"{self.net} {self.mode} {self.form}"
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line says."""
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    found.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    found.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    found.add_argument("--batch", type=int, default=128, help="images in a step")
+    found.add_argument("--width", type=float, default=1.0, help="factor on all maps and units")
+    found.add_argument("--minutes", type=float, default=8.0, help="begin nothing new after these")
+    found.add_argument("--rounds", type=int, default=5, help="turns of each lane")
+    found.add_argument("--seconds", type=float, default=1.0, help="length of a turn, at least")
+    found.add_argument("--matrix", type=int, default=8192, help="side of the matrices multiplied")
+    found.add_argument(
+        "--skip", default="", help="limits, norm, steps, profile or compiled, with commas between"
+    )
+    return found.parse_args(given)
+
+
+class Bench:
+    """One run. What it finds is on the disk after each measurement."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Look at the machine and name the results."""
+        self.options = options
+        self.device = torch.device("cuda" if options.device == "gpu" else "cpu")
+        self.end = time.monotonic() + 60 * options.minutes
+        machine = facts(options.device) | {"norm": backend(self.device)}
+        options.out.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "cpu")).lower()).strip("-")
+        self.path = (
+            options.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-step-{name}.json"
+        )
+        command = shlex.join(["python", "benchmarks/gpu/step.py", *sys.argv[1:]])
+        self.found: dict[str, Any] = {"command": command, "machine": machine, "finished": False}
+        self.found["setup"] = {"batch": options.batch, "width": options.width}
+
+    def put(self, key: str, value: Any) -> None:
+        """Note a finding."""
+        self.found[key] = value
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        self.path.with_suffix(".md").write_text(markdown(self.found), encoding="utf-8")
+
+    def seconds(self, work: Callable[[], object], at_least: float = 0.3) -> float:
+        """Return the seconds of one `work`, all of its work waited for."""
+        for _ in range(2):
+            work()
+        self.wait()
+        count, start = 0, time.perf_counter()
+        while True:
+            work()
+            count += 1
+            if count % 4 == 0 or self.device.type == "cpu":
+                self.wait()
+                if (passed := time.perf_counter() - start) > at_least:
+                    return passed / count
+
+    def wait(self) -> None:
+        """Let the device finish."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def limits(self) -> None:
+        """Measure large matrix products in each type, and a large copy."""
+        side = self.options.matrix
+        found = {}
+        for mode in MODES:
+            precision(mode)
+            dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+            a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
+            found[f"{mode}_tflops"] = 2e-12 * side**3 / self.seconds(partial(torch.matmul, a, b))
+        source = torch.ones(side * side, device=self.device)
+        target = torch.empty_like(source)
+        copied = self.seconds(partial(target.copy_, source))
+        self.put("limits", found | {"copy_gb_s": 8e-9 * side * side / copied})
+
+    def norm(self) -> None:
+        """Measure LRN with its ReLU alone, forward and backward, in each of its forms."""
+        forms: dict[str, Callable[..., torch.Tensor]] = {
+            backend(self.device): local_response_norm,
+            "torch operations": lambda x, c, r: composed.Norm.apply(x, c, r),
+            "torch.nn.LocalResponseNorm": plain_norm,
+        }
+        if "compiled" not in self.options.skip:
+            forms["torch.compile"] = torch.compile(composed.traceable_norm)
+        rows: list[dict[str, Any]] = []
+        for maps, height, width in NORM_SHAPES:
+            shape = (self.options.batch, max(8, round(maps * self.options.width)), height, width)
+            x = 20 * torch.randn(shape, device=self.device)
+            exact = plain_norm(x[:4].double(), 2, True)
+            x = x.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+            for name, form in forms.items():
+                row: dict[str, Any] = {"form": name, "shape": list(shape)}
+                try:
+                    y = form(x, 2, True)
+                    error = (y[:4].detach().double() - exact).abs() / (exact + 1)
+                    row["error"] = float(error.max())
+                    row["forward_ms"] = 1e3 * self.seconds(lambda: form(x, 2, True))  # noqa: B023
+                    back = partial(torch.autograd.grad, y, x, torch.ones_like(y), retain_graph=True)
+                    row["backward_ms"] = 1e3 * self.seconds(back)
+                except Exception as error:
+                    row["failed"] = told(error)
+                self.put("norm", rows := [*rows, row])
+
+    def lanes(self) -> list[Lane]:
+        """Return all lanes, the ones that matter most first."""
+        forms = ("eager",) if "compiled" in self.options.skip else ("eager", "compiled")
+        return [
+            Lane(net, mode, form)
+            for form in forms
+            for net in ("duet", "plain")
+            for mode in reversed(MODES)
+        ]
+
+    def steps(self) -> None:
+        """Measure all lanes in turn."""
+        turns = {}
+        images = 60 * torch.randn(self.options.batch, 3, 224, 224, device=self.device)
+        labels = torch.randint(0, 1000, (self.options.batch,), device=self.device)
+        rows: dict[str, dict[str, Any]] = {}
+        for lane in self.lanes():
+            if time.monotonic() > self.end:
+                break
+            row = rows[lane.name] = {"net": lane.net, "mode": lane.mode, "form": lane.form}
+            try:
+                turn, start = self.turn(lane, images, labels), time.perf_counter()
+                for _ in range(WARM_UP):
+                    turn()
+                self.wait()
+                row |= {"warm_up_s": time.perf_counter() - start, "img_s": []}
+                turns[lane.name] = turn
+            except Exception as error:
+                row["failed"] = told(error)
+            self.put("steps", rows)
+        for number in range(self.options.rounds):
+            if number and time.monotonic() > self.end:
+                break
+            for name in list(turns)[:: -1 if number % 2 else 1]:
+                spent = self.seconds(turns[name], self.options.seconds)
+                rows[name]["img_s"].append(self.options.batch / spent)
+            self.put("steps", rows)
+        self.put("goals", goals(self.found))
+
+    def turn(self, lane: Lane, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+        """Return what takes one step of a lane."""
+        torch.manual_seed(0)
+        step: Step
+        if lane.net == "plain":
+            plain = plain_alexnet(width=self.options.width).to(self.device)
+            step = eager_step(torch.compile(plain) if lane.form == "compiled" else plain)
+        else:
+            net = AlexNet(width=self.options.width).to(self.device)
+            step = duet_step(net, torch.compile(net) if lane.form == "compiled" else None)
+        dtype = torch.bfloat16 if lane.mode == "bf16" else torch.float32
+
+        def turn() -> None:
+            precision(lane.mode)
+            step(0, images, labels, dtype)
+
+        return turn
+
+    def profile(self) -> None:
+        """List the operations of our fastest lane."""
+        from torch.profiler import ProfilerActivity, profile
+
+        lane = best(self.found.get("steps", {}), "duet")
+        if lane is None:
+            return
+        images = 60 * torch.randn(self.options.batch, 3, 224, 224, device=self.device)
+        labels = torch.randint(0, 1000, (self.options.batch,), device=self.device)
+        turn = self.turn(Lane(lane["net"], lane["mode"], lane["form"]), images, labels)
+        for _ in range(WARM_UP):
+            turn()
+        cuda = self.device.type == "cuda"
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+        with profile(activities=kinds) as seen:
+            for _ in range(3):
+                turn()
+            self.wait()
+        attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
+        rows = sorted(((getattr(r, attribute), r.key) for r in seen.key_averages()), reverse=True)
+        total = sum(spent for spent, _ in rows) or 1.0
+        top = [{"share": spent / total, "operation": key[:90]} for spent, key in rows[:20]]
+        self.put("profile", top)
+
+
+def precision(mode: str) -> None:
+    """Allow tensor cores for float32 matrices, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = mode != "fp32"
+    torch.backends.cudnn.allow_tf32 = mode != "fp32"
+
+
+def plain_norm(x: torch.Tensor, columns: int, relu: bool) -> torch.Tensor:
+    """Return what torch's own layer makes of it."""
+    norm = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
+    x = x.relu() if relu else x
+    return torch.cat([norm(own) for own in x.chunk(columns, dim=1)], dim=1)
+
+
+def told(error: Exception) -> str:
+    """Return one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def main() -> int:
+    """Take the steps that are not skipped; say where the results are."""
+    options = arguments()
+    if options.device == "gpu" and not torch.cuda.is_available():
+        sys.stderr.write("error: torch sees no GPU; --device cpu tries the script out\n")
+        return 3
+    torch.backends.cudnn.benchmark = True
+    bench = Bench(options)
+    sys.stderr.write(f"results: {bench.path.with_suffix('.md')}\n")
+    skipped = options.skip.split(",")
+    for step in ("limits", "norm", "steps", "profile"):
+        if step not in skipped and time.monotonic() < bench.end:
+            getattr(bench, step)()
+            gc.collect()
+    bench.put("finished", True)
+    sys.stderr.write(bench.path.with_suffix(".md").read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The networks that steps are timed with: torch only, nothing of Duet but what is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Step = Callable[[int, Tensor, Tensor, torch.dtype], None]
+"""Take training step number n on images [b, 3, 224, 224] and labels [b], computing in a dtype."""
+
+
+class ColumnNorm(nn.Module):
+    """torch's own local response normalisation, on each column's maps."""
+
+    def __init__(self) -> None:
+        """Take the constants of the paper."""
+        super().__init__()
+        self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take [b, 2 * maps, h, w]."""
+        return torch.cat([self.norm(own) for own in x.chunk(2, dim=1)], dim=1)
+
+
+def plain_alexnet(classes: int = 1000, width: float = 1.0) -> nn.Sequential:
+    """Return the paper's network as anybody would write it: two columns by grouped convolutions."""
+
+    def n(maps: int) -> int:
+        return 2 * round(maps / 2 * width)
+
+    return nn.Sequential(
+        nn.ZeroPad2d((0, 3, 0, 3)),
+        nn.Conv2d(3, n(96), 11, stride=4),
+        nn.ReLU(inplace=True),
+        ColumnNorm(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(n(96), n(256), 5, padding=2, groups=2),
+        nn.ReLU(inplace=True),
+        ColumnNorm(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(n(256), n(384), 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(n(384), n(384), 3, padding=1, groups=2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(n(384), n(256), 3, padding=1, groups=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2),
+        nn.Flatten(),
+        nn.Linear(36 * n(256), n(4096)),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(n(4096), n(4096)),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(n(4096), classes),
+    )
+
+
+def torchvision_alexnet(classes: int = 1000) -> nn.Module:
+    """Return torchvision's AlexNet, which is another network: one column, no normalisation.
+
+    Raises:
+        ImportError: torchvision is not there, or not one for this torch.
+    """
+    try:
+        net: nn.Module = importlib.import_module("torchvision.models").alexnet(num_classes=classes)
+    except Exception as error:  # one for another torch fails in many ways
+        raise ImportError(f"no torchvision: {type(error).__name__}: {error}") from error
+    return net
+
+
+def eager_step(net: nn.Module) -> Step:
+    """Return the step of the usual training loop."""
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+
+    def step(number: int, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(net(images), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def duet_step(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Step:
+    """Return the step of `cluster.worker`.
+
+    Args:
+        net: a `model.alexnet.AlexNet`.
+        call: what to call for its forward pass, if not the network itself: a compiled form.
+    """
+    from model.optim import Sgd2012
+    from model.schedule import Rates
+
+    optimiser, rates = Sgd2012(net.named_parameters()), Rates(1e-3, 2e-3)
+    forward = call or net
+
+    def step(number: int, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+        net.set_step(number)  # type: ignore[operator]
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            logits = forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step(rates)
+
+    return step
