@@ -12,8 +12,8 @@ again after S, so that it comes out the same; delete it to prevent that.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -70,7 +70,7 @@ def _setting(name: str, value: object, recipe: Recipe) -> dict[str, float]:
             raise ValueError(f"drop is {value!r}; it takes true")
         return recipe.drop() if value else {}
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
+    if not number or not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
         raise ValueError(f"{name} is {value!r}; it takes a number from 0 up")
     return {name: float(value)}  # type: ignore[arg-type]
 
@@ -82,32 +82,38 @@ def take(run: Path, step: int, recipe: Recipe, tell: Tell) -> Event | None:
     """
     path = run / FILE
     try:
-        text = _settled(path)
-        if text is None:
+        raw = _settled(path)
+        if raw is None:
             return None
         try:
-            settings = parse(text, recipe)
+            settings = parse(_text(raw), recipe)
         except ValueError as error:
             aside = _move(path, f"rates-bad-{step}")
             tell(Warned(f"{path} is passed over: {error} (it is now {aside.name})"))
             return None
         _move(path, f"rates-applied-{step}")
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        tell(Warned(f"{path} cannot be used ({reason}); the rates stay as they are"))
+    except OSError as error:
+        tell(Warned(f"{path} cannot be used ({error.strerror}); the rates stay as they are"))
         return None
     return Event(step, BY_HAND, settings)
 
 
-def _settled(path: Path) -> str | None:
-    """The text of a file that nobody is writing any more; None if there is none yet."""
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not text; write lines such as lr = 0.001") from error
+
+
+def _settled(path: Path) -> bytes | None:
+    """What is in a file that nobody is writing any more; None if there is none yet."""
     if not path.exists():
         return None
     raw = path.read_bytes()
     time.sleep(SETTLED)
     if not raw.strip() or path.read_bytes() != raw:
         return None  # still being written: next time
-    return raw.decode()
+    return raw
 
 
 def _move(path: Path, name: str) -> Path:

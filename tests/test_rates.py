@@ -246,6 +246,7 @@ def test_after_one_and_the_same_step_the_hand_has_the_last_word(tmp_path: Path) 
         ("drop = 10", "drop is 10; it takes true"),
         ("lr = -1", "lr is -1; it takes a number from 0 up"),
         ("lr = nan", "lr is nan; it takes a number from 0 up"),
+        (f"lr = 1{'0' * 400}", "it takes a number from 0 up"),
         ("lr = true", "lr is True; it takes a number from 0 up"),
         ('lr_bias = "0.1"', "lr_bias is '0.1'; it takes a number"),
         ("# nothing", "it sets nothing; write lines such as lr = 0.001"),
@@ -273,11 +274,12 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_run(tmp_path: Path) -> Non
     control = RateControl(recipe(), tmp_path, Place(), heard.append, 0)
     (tmp_path / "rates.toml").write_bytes(b"lr = \xff\n")
     control.review(1)
-    (tmp_path / "rates.toml").unlink()
+    assert (tmp_path / "rates-bad-1.toml").read_bytes() == b"lr = \xff\n"  # told once
     (tmp_path / "rates.toml").mkdir()
     control.review(2)
     assert len(texts(heard, Warned)) == 2
     assert "not text" in texts(heard, Warned)[0]
+    assert "Is a directory" in texts(heard, Warned)[1]
     assert control.at(3) == Rates(*dexp(3 / 40, 0.01))
 
 
