@@ -159,11 +159,11 @@ class Config:
         self._require("seed", self.seed < 2**63, "must be below 2**63")
         self._require("threads", self.threads <= 1024, "must be at most 1024")
         for name in ("width", "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops",
-                     "bias_drops", "replicas", "checkpoint_every", "keep", "window", "patience",
-                     "plateau_factor"):  # fmt: skip
+                     "bias_drops", "replicas", "checkpoint_every", "keep",
+                     "window"):  # fmt: skip
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("seed", "steps", "weight_decay", "colour", "threads", "validate_every",
-                     "max_failures", "plateau_drops", "plateau_threshold",
+                     "max_failures", "patience", "plateau_drops", "plateau_threshold",
                      "statistics_every"):  # fmt: skip
             self._require(name, getattr(self, name) >= 0, "must be 0 or above")
         try:
@@ -172,6 +172,8 @@ class Config:
             raise ValueError(f"cache_size: {error}") from error
         self._check_schedule()
         self._require("momentum", 0 <= self.momentum < 1, "must be 0 or above and below 1")
+        self._require("plateau_threshold", self.plateau_threshold < 1, "must be below 1")
+        self._require("plateau_factor", self.plateau_factor > 1, "must be above 1")
         self._require("batch_size", self.batch_size % self.halves == 0, self._batch_hint())
 
     def _check_schedule(self) -> None:
