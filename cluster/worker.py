@@ -186,13 +186,11 @@ def open_stream(
 
 def describe(config: Config, place: Place) -> str:
     """Return the workers in words."""
-    each = (
-        "a column each"
-        if place.pair
-        else "both columns each"
-        if place.replicas > 1
-        else "both columns"
-    )
+    if place.pair:
+        each = "a column each"
+    else:
+        each = "both columns" if config.columns == 2 else "the one column"
+        each += " each" if place.replicas > 1 else ""
     device = place.device.type if place.device.type == "cpu" else torch.cuda.get_device_name()
     many = "workers" if place.world_size > 1 else "worker"
     threads = f"{place.cores} thread{'s' if place.cores > 1 else ''}"

@@ -57,6 +57,11 @@ def test_every_change_of_the_weights_rates_is_a_mark(run: Path) -> None:
     assert [(mark.place, mark.label) for mark in loss.marks] == [
         (0.2, "lr 0.001"), (0.4, "conv1 1e-05, colour 0"), (0.6, "lr 0.0001")
     ]  # fmt: skip
+    more = [{"position": 8 * s, "step": s, "set": {"lr": 0.1 / s}, "lr": 0.1 / s}
+            for s in range(1, 14)]  # fmt: skip
+    written(run, "rates.jsonl", more)  # too many for labels
+    marks = curves(read_records(run))[0].marks
+    assert [(mark.place, mark.label) for mark in marks] == [(s / 100, "") for s in range(1, 14)]
     (run / "rates.jsonl").unlink()  # a run of before: nothing is seen to change
     assert curves(read_records(run))[0].marks == []
 
@@ -97,3 +102,4 @@ def test_a_network_of_one_column_has_one_in_its_report(run: Path) -> None:
     page = render(records, None)
     assert "one column" in page
     assert "column b" not in page
+    assert "both columns" not in page

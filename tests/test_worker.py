@@ -18,7 +18,7 @@ from cluster.config import Config
 from cluster.events import Event, Failed, Finished, Saved, Started
 from cluster.health import NotFinite
 from cluster.place import Place, take_place
-from cluster.worker import train
+from cluster.worker import describe, train
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
 from model.schedule import Rates, dexp
@@ -356,3 +356,10 @@ def test_designs_train_and_go_on_from_their_checkpoints(tiny_data, tmp_path):
     for key, value in frozen[6].items():
         same = torch.equal(value, frozen[9][key])
         assert same == key.endswith("a.conv1.weight"), key
+
+
+def test_the_workers_are_told_in_words():
+    assert "1 worker (both columns, 1 thread), cpu" in describe(CONFIG, Place())
+    assert "1 worker (the one column, 1 thread)" in describe(replace(CONFIG, columns=1), Place())
+    two = Place(replica=1, replicas=2, cores=2)
+    assert "2 workers (both columns each, 2 threads)" in describe(CONFIG, two)

@@ -24,7 +24,7 @@ from cluster.report.charts import (
 )
 from cluster.report.records import Floats, Records, Series
 
-MOST_MARKS = 12  # a rate that changes more often than this is a slope, not drops
+MOST_MARKS = 12  # more have no room for their labels
 SAME_RATE = 0.01
 
 
@@ -170,8 +170,8 @@ def _rate_marks(records: Records, axis: Axis) -> list[Tick]:
     if not records.rates:
         return _rate_drops(records.metrics, axis)
     told = [(row["position"], _mark_label(row)) for row in records.rates]
-    marks = [Tick(axis.place(position), label) for position, label in told if label]
-    return marks if len(marks) <= MOST_MARKS else []
+    marks = [(axis.place(position), label) for position, label in told if label]
+    return [Tick(place, label if len(marks) <= MOST_MARKS else "") for place, label in marks]
 
 
 def _mark_label(row: dict[str, Any]) -> str:
@@ -193,7 +193,7 @@ def _rate_drops(metrics: Series, axis: Axis) -> list[Tick]:
     with np.errstate(invalid="ignore", divide="ignore"):
         moved = np.abs(rates[1:] - rates[:-1]) > SAME_RATE * np.abs(rates[:-1])
     places = np.flatnonzero(moved) + 1
-    if len(places) > MOST_MARKS:
+    if len(places) > MOST_MARKS:  # a slope, not drops
         return []
     return [Tick(axis.place(metrics["position"][i]), f"lr {rates[i]:.2g}") for i in places]
 
