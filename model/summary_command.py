@@ -76,7 +76,7 @@ def read_design(path: Path) -> Design:
         raise ValueError(f"config {path} is not TOML: {error}") from None
     names = [field.name for field in fields(Design)]
     for key in settings:  # other keys are the trainer's; one that is nearly ours is a slip
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
         if near and key not in names:
             raise ValueError(f"config {path}: no setting {key!r}; did you mean {near[0]!r}?")
     try:

@@ -89,6 +89,7 @@ def test_json_is_one_object_with_the_same_sums(capsys) -> None:
     ("text", "words"),
     [
         ("widht = 1.0", ["'widht'", "did you mean 'width'?"]),
+        ("nrom = 'none'", ["'nrom'", "did you mean 'norm'?"]),
         ("pool = '4/2'", ["pool is '4/2'", "'3/2', '2/2'"]),
         ("width = 'big'", ["width"]),
         ("width = ", ["is not TOML"]),
