@@ -1,6 +1,4 @@
-"""Local response normalisation against a plain loop and torch's own, in each form that runs here;
-the spatial one of the source.
-"""
+"""Local response normalisation against a plain loop and torch's own, each form that runs here."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.norm import composed, local_response_norm, native, spatial_response_norm
+from model.norm import composed, local_response_norm, native
 from tests.lrn import LAYOUTS, by_hand, maps
 
 TORCHS = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
@@ -162,35 +160,3 @@ def test_the_form_for_compilers_is_the_same(form: str) -> None:
         y, expected = composed.traceable_norm(x, 2, True), by_hand(x.relu(), 2)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         assert composed.traceable_norm(x.bfloat16(), 2, True).dtype == torch.bfloat16
-
-
-def spatial_by_hand(x: torch.Tensor) -> torch.Tensor:
-    """Pixel after pixel: scale .001/25, window 5x5 cut off at the borders, k = 1."""
-    rows = []
-    for i in range(x.shape[2]):
-        row = []
-        for j in range(x.shape[3]):
-            near = x[:, :, max(0, i - 2) : i + 3, max(0, j - 2) : j + 3]
-            row.append(x[:, :, i, j] / (1 + 0.001 / 25 * near.square().sum((2, 3))) ** 0.75)
-        rows.append(torch.stack(row, 2))
-    return torch.stack(rows, 2)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 5, 9, 7), (2, 3, 3, 2), (1, 1, 1, 1)])
-def test_spatial_norm_is_the_formula(
-    shape: tuple[int, ...], layout: torch.memory_format, form: str
-) -> None:
-    x = maps(*shape).contiguous(memory_format=layout).requires_grad_()
-    y, expected = spatial_response_norm(x), spatial_by_hand(x)
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    assert y.is_contiguous(memory_format=layout)
-    assert torch.autograd.gradcheck(spatial_response_norm, (x,))
-    narrow = x.detach().bfloat16()
-    assert spatial_response_norm(narrow).dtype == torch.bfloat16
-    torch.testing.assert_close(
-        spatial_response_norm(narrow).double(),
-        spatial_by_hand(narrow.double()),
-        rtol=2**-8,
-        atol=0,
-    )

@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from model.norm import backend, local_response_norm, native, norm_pool
+from model.norm import backend, local_response_norm, native, norm_pool, spatial_response_norm
 from tests.lrn import by_hand, maps
 
 
@@ -132,9 +133,14 @@ def test_lesser_processors_get_the_same_numbers(
 
     def results() -> list[torch.Tensor]:
         found = []
-        for run in (local_response_norm, norm_pool):
+        runs = (
+            partial(local_response_norm, columns=2, relu=True),
+            partial(norm_pool, columns=2, relu=True),
+            spatial_response_norm,
+        )
+        for run in runs:
             leaf = x.clone().requires_grad_()
-            y = run(leaf, 2, relu=True)
+            y = run(leaf)
             y.square().sum().backward()
             assert leaf.grad is not None
             found += [y.detach(), leaf.grad]

@@ -1,6 +1,6 @@
 """Local response normalisation, alone or together with the ReLU and the pooling around it.
 
-kernels.c     what a CPU runs: compiled once by the system's C compiler
+kernels.c     what a CPU runs, with *.inc: compiled once by the system's C compiler
 native        finds, compiles, loads and calls it
 triton_gpu    what a GPU runs
 composed      the same out of torch's own operations: for all other cases, and to test against
@@ -9,8 +9,8 @@ composed      the same out of torch's own operations: for all other cases, and t
 what that is. Every form computes the same numbers, within rounding.
 """
 
-from model.norm.composed import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE, spatial_response_norm
-from model.norm.dispatch import backend, local_response_norm, norm_pool
+from model.norm.composed import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE
+from model.norm.dispatch import backend, local_response_norm, norm_pool, spatial_response_norm
 
 __all__ = [
     "LRN_ALPHA",

@@ -82,27 +82,12 @@ def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:
         return cast(Tensor, (wide * root * root.sqrt()).flatten(1, 2).to(x.dtype))
 
 
-def spatial_response_norm(x: Tensor) -> Tensor:
-    """Normalisation over the neighbourhood in the same map: layer `cnorm2` of the original.
+class Spatial(torch.autograd.Function):
+    """`spatial_response_norm`, for any device and any float."""
 
-        y = x / (1 + 0.001/25 * sum of x^2 over the 5x5 pixels around)^0.75
-
-    The paper does not mention it. Windows are cut off at the borders; the sum is divided by 25 all
-    the same (layer.py: scale /= size**2 for a layer of type rnorm). In float32 even where x is
-    bfloat16. Only x is kept for the backward pass.
-
-    Args:
-        x: float [b, maps, h, w], any strides.
-
-    Returns:
-        as x, in its dtype and memory format.
-    """
-    return cast(Tensor, _Spatial.apply(x))
-
-
-class _Spatial(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Take [b, maps, h, w]."""
         ctx.save_for_backward(x)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(_working(x))
@@ -111,6 +96,7 @@ class _Spatial(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Take the gradient of the output."""
         (x,) = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(_working(x))

@@ -90,6 +90,30 @@ def norm_pool(
     return F.max_pool2d(x, window, stride, ceil_mode=True)
 
 
+def spatial_response_norm(x: Tensor) -> Tensor:
+    """Normalisation over the neighbourhood in the same map: layer `cnorm2` of the original.
+
+        y = x / (1 + 0.001/25 * sum of x^2 over the 5x5 pixels around)^0.75
+
+    The paper does not mention it. Windows are cut off at the borders; the sum is divided by 25 all
+    the same (layer.py: scale /= size**2 for a layer of type rnorm). In float32 even where x is
+    bfloat16. Only x is kept for the backward pass; on a CPU each pass goes over memory once.
+
+    Args:
+        x: float [b, maps, h, w], any strides.
+
+    Returns:
+        as x, in its dtype and memory format.
+
+    Raises:
+        ValueError: x has another number of dimensions.
+    """
+    _check(x, 1)
+    if torch.compiler.is_compiling() or not native.takes(x):
+        return cast(Tensor, composed.Spatial.apply(x))
+    return cast(Tensor, _NativeSpatial.apply(x))
+
+
 def backend(device: torch.device | str = "cpu") -> str:
     """Say in a few words what computes the normalisation there, and if it is not the best, why."""
     kind = torch.device(device).type
@@ -133,3 +157,16 @@ class _NativePool(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         found = native.pool(x, composed.laid_out_as(x, gradient), *ctx.settings)
         return found, None, None, None, None, None
+
+
+class _NativeSpatial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = composed.dense(x)
+        ctx.save_for_backward(x)
+        return native.spatial(x, None)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return native.spatial(x, composed.laid_out_as(x, gradient))

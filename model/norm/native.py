@@ -23,12 +23,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.norm.composed import LRN_ALPHA, LRN_K, LRN_SIZE, is_channels_last
+from model.norm.composed import (
+    LRN_ALPHA,
+    LRN_K,
+    LRN_SIZE,
+    SPATIAL_SCALE,
+    SPATIAL_SIZE,
+    is_channels_last,
+)
 
 MOST_WINDOW = 4
 """Largest pooling window of the kernels, as in kernels.c."""
 _SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
-_SOURCES = ("kernels.c", "kernels.inc")
+_SOURCES = ("kernels.c", "kernels.inc", "spatial.inc")
 # No exceptions and no errno, or loops with roots would not become vectors; results stay the same.
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 # GCC shies away from full vectors by default; a third off the time of the kernels.
@@ -37,6 +44,8 @@ _COMPILE_SECONDS = 120
 _LONG, _INT, _DOUBLE, _POINTER = ctypes.c_long, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
 _NORM = (*[_POINTER] * 3, *[_LONG] * 6, _DOUBLE, _DOUBLE, _INT, _INT)
 _POOL = (*[_POINTER] * 3, *[_LONG] * 7, _DOUBLE, _DOUBLE, _INT, _INT, _INT)
+
+_SPATIAL = (*[_POINTER] * 3, *[_LONG] * 4, _DOUBLE, _INT)
 
 
 class _Unavailable(Exception):
@@ -105,6 +114,21 @@ def pool(
     return y
 
 
+def spatial(x: Tensor, above: Tensor | None) -> Tensor:
+    """Return x normalised over the pixels around, or with `above`, the gradient of that, that of x.
+
+    Args:
+        x: bfloat16, float32 or float64 [b, maps, h, w], dense in either format.
+        above: of the same shape, dtype and memory format.
+    """
+    y = torch.empty_like(x)
+    images, maps, height, width = x.shape
+    if not is_channels_last(x):  # each map is an image of its own
+        images, maps = images * maps, 1
+    _call("spatial", x, above, y, images, height, width, maps, SPATIAL_SCALE / SPATIAL_SIZE**2)
+    return y
+
+
 def _call(name: str, x: Tensor, above: Tensor | None, y: Tensor, *settings: float) -> None:
     library = _library()[0]
     failed: int = getattr(library, f"{name}_{_SUFFIXES[x.dtype]}")(
@@ -128,7 +152,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         library = _loaded(compiler)
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         return None, f"torch operations, as there are no compiled kernels: {error}"
-    for name, arguments in (("norm", _NORM), ("pool", _POOL)):
+    for name, arguments in (("norm", _NORM), ("pool", _POOL), ("spatial", _SPATIAL)):
         for suffix in _SUFFIXES.values():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, ctypes.c_int
