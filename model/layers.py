@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.norm import local_response_norm, norm_pool, spatial_response_norm
+from model.norm import local_response_norm, norm_pool, padded_pictures, spatial_response_norm
 
 __all__ = [
     "PictureConv",
@@ -66,21 +66,18 @@ class PictureConv(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, (stride, 1))
 
     def _padded(self, pictures: Tensor, dtype: torch.dtype, more: int) -> Tensor:
-        """Pictures of just the size the filters cover, channels last, in one pass over memory.
+        """Pictures of just the size the filters cover, channels last.
 
         Args:
             pictures: float [b, c, h, w].
             dtype: of the result.
             more: columns of zeros beyond the edge.
         """
-        b, c, h, w = pictures.shape
         kernel, stride = self.kernel_size[0], self.stride[0]
-        covered = [(n + self.edge - kernel) // stride * stride + kernel for n in (h, w)]
-        x = pictures.new_empty((b, covered[0], covered[1] + more, c), dtype=dtype)
-        x[:, h:] = 0
-        x[:, :h, w:] = 0
-        x[:, :h, :w] = pictures.permute(0, 2, 3, 1)[:, : covered[0], : covered[1]]
-        return x.permute(0, 3, 1, 2)
+        height, width = (
+            (n + self.edge - kernel) // stride * stride + kernel for n in pictures.shape[2:]
+        )
+        return padded_pictures(pictures, height, width + more, dtype)
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ kernels.c     what a CPU runs, with *.inc: compiled once by the system's C compi
 native        finds, compiles, loads and calls it
 triton_gpu    what a GPU runs
 composed      the same out of torch's own operations: for all other cases, and to test against
+pictures      what makes pictures ready for the first convolution, a kernel of the same library
 
 `local_response_norm` and the others take what is quickest for the tensor they get; `backend` says
 what that is. Every form computes the same numbers, within rounding.
@@ -11,6 +12,7 @@ what that is. Every form computes the same numbers, within rounding.
 
 from model.norm.composed import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE
 from model.norm.dispatch import backend, local_response_norm, norm_pool, spatial_response_norm
+from model.norm.pictures import padded_pictures
 
 __all__ = [
     "LRN_ALPHA",
@@ -20,5 +22,6 @@ __all__ = [
     "backend",
     "local_response_norm",
     "norm_pool",
+    "padded_pictures",
     "spatial_response_norm",
 ]

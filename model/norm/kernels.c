@@ -20,7 +20,7 @@
 typedef uint16_t bfloat16;
 
 enum { EDGE = 2, LANES = 16, BLOCK = 1536, MOST_WINDOW = 4, MOST_TAPS = 16,
-       REACH = 2, SPAN = 5, AT_ONCE = 32 };
+       REACH = 2, SPAN = 5, AT_ONCE = 32, COLOURS = 3 };
 
 static inline float wide_bfloat16(bfloat16 x) {
     const uint32_t bits = (uint32_t)x << 16;

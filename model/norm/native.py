@@ -34,18 +34,22 @@ from model.norm.composed import (
 
 MOST_WINDOW = 4
 """Largest pooling window of the kernels, as in kernels.c."""
+COLOURS = 3
+"""Of the pictures that the kernels take, as in kernels.c."""
 _SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
-_SOURCES = ("kernels.c", "kernels.inc", "spatial.inc")
+_SOURCES = ("kernels.c", "kernels.inc", "pictures.inc", "spatial.inc")
 # No exceptions and no errno, or loops with roots would not become vectors; results stay the same.
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 # GCC shies away from full vectors by default; a third off the time of the kernels.
 _FLAGS_X86 = ("-mprefer-vector-width=512",)
-_COMPILE_SECONDS = 120
+_COMPILE_SECONDS = 300  # it takes 3, but many processes may start on few cores
 _LONG, _INT, _DOUBLE, _POINTER = ctypes.c_long, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
 _NORM = (*[_POINTER] * 3, *[_LONG] * 6, _DOUBLE, _DOUBLE, _INT, _INT)
 _POOL = (*[_POINTER] * 3, *[_LONG] * 7, _DOUBLE, _DOUBLE, _INT, _INT, _INT)
 
 _SPATIAL = (*[_POINTER] * 3, *[_LONG] * 4, _DOUBLE, _INT)
+_PICTURES = (*[_POINTER] * 2, *[_LONG] * 5, _INT)
+_KERNELS = (("norm", _NORM), ("pool", _POOL), ("spatial", _SPATIAL), ("pictures", _PICTURES))
 
 
 class _Unavailable(Exception):
@@ -60,6 +64,13 @@ def takes(x: Tensor) -> bool:
 def pools(x: Tensor, window: int) -> bool:
     """Whether `pool` can work on x."""
     return window <= MOST_WINDOW and is_channels_last(x) and takes(x)
+
+
+def takes_pictures(x: Tensor, height: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether `pictures` can work on x."""
+    colours, h, w = x.shape[1:]
+    fits = colours == COLOURS and h <= height and w <= width and x.is_contiguous()
+    return fits and x.dtype == torch.float32 and dtype in _SUFFIXES and takes(x)
 
 
 def described() -> str:
@@ -129,6 +140,22 @@ def spatial(x: Tensor, above: Tensor | None) -> Tensor:
     return y
 
 
+def pictures(x: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return x with zeros on its right and at its bottom, channels last.
+
+    Args:
+        x: float32 [b, COLOURS, h, w], contiguous.
+        height: of the result, at least h.
+        width: of the result, at least w.
+        dtype: of the result: bfloat16, float32 or float64.
+    """
+    images, colours, *sides = x.shape
+    y = x.new_empty((images, height, width, colours), dtype=dtype)
+    sizes = (images, *sides, height, width, torch.get_num_threads())
+    getattr(_library()[0], f"pictures_{_SUFFIXES[dtype]}")(x.data_ptr(), y.data_ptr(), *sizes)
+    return y.permute(0, 3, 1, 2)
+
+
 def _call(name: str, x: Tensor, above: Tensor | None, y: Tensor, *settings: float) -> None:
     library = _library()[0]
     failed: int = getattr(library, f"{name}_{_SUFFIXES[x.dtype]}")(
@@ -152,7 +179,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         library = _loaded(compiler)
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         return None, f"torch operations, as there are no compiled kernels: {error}"
-    for name, arguments in (("norm", _NORM), ("pool", _POOL), ("spatial", _SPATIAL)):
+    for name, arguments in _KERNELS:
         for suffix in _SUFFIXES.values():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, ctypes.c_int
