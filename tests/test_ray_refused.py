@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from cluster import ray_session
 from cluster.config import Config
 from cluster.run_folder import held, settle
 from cluster.train import main
-from pipeline.errors import UsageError
+from pipeline.errors import SetupError, UsageError
 from pipeline.manifest import identity
 from tests.trainings import SETTINGS, tiny_config  # noqa: F401 - a fixture
 
@@ -53,3 +55,17 @@ def test_a_run_with_other_settings_or_data_is_refused(config, tiny_data, tmp_pat
     message = str(caught.value)
     for words in ("at step 10", "lr: 0.01 -> 0.5", "seed: 0 -> 7", "data set (manifest): "):
         assert words in message
+
+
+def test_a_ray_that_does_not_start_is_a_line(tmp_path, monkeypatch):
+    def init(**_):
+        raise Exception("The current node timed out during startup.\nMore of it")  # as Ray does
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(SetupError) as caught:
+        ray_session._start(SimpleNamespace(init=init), tmp_path, workers=1)
+    assert str(caught.value) == (
+        "no Ray on this machine (The current node timed out during startup.); "
+        "try again when less runs here"
+    )
