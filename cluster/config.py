@@ -248,13 +248,15 @@ class Config:
 def differences(old: Config, new: Config, samples: int) -> list[str]:
     """What keeps `new` from continuing a run of `old`, as `name: old -> new`; empty if nothing.
 
-    Settings in `FREE` may differ. The length may differ if no learning rate depends on it.
+    Settings in `FREE` may differ, but for `validate_every` where `plateau` counts validations. The
+    length may differ if no learning rate depends on it.
     """
     before, after = asdict(old), asdict(new)
+    free = set(FREE) - ({"validate_every"} if old.schedule == "plateau" else set())
     found = [
         f"{name}: {before[name]} -> {after[name]}"
         for name in before
-        if before[name] != after[name] and name not in FREE and name not in LENGTH
+        if before[name] != after[name] and name not in free and name not in LENGTH
     ]
     lengths = old.total_steps(samples), new.total_steps(samples)
     if lengths[0] != lengths[1] and not (old.constant_rates and new.constant_rates):

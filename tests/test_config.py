@@ -213,6 +213,12 @@ def test_how_a_run_is_carried_out_may_change():
     assert differences(old, replace(old, **free), samples=4000) == []
 
 
+def test_plateau_counts_validations():
+    old = Config(schedule="plateau")
+    found = differences(old, replace(old, validate_every=7, checkpoint_every=7), samples=4000)
+    assert found == ["validate_every: 500 -> 7"]
+
+
 def test_the_length_may_change_where_no_rate_depends_on_it():
     old = Config(steps=400, lr_drops=1, bias_drops=1)
     assert differences(old, replace(old, steps=600), samples=4000) == []
