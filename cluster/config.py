@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from model.changes import colour_steps, layer_factors, parse_changes
 from model.design import LAYER_NAMES, Activation, Design, Norm, Pool, Without
-from model.schedule import colour_steps, layer_factors, parse_changes
 from pipeline.dataset import parse_size
 from pipeline.errors import UsageError
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from cluster.events import Tell, Warned
 from cluster.rate_events import BY_HAND, Event, Recipe
-from model.schedule import DROP, nearest, rate_names
+from model.changes import nearest, rate_names
+from model.schedule import DROP
 from pipeline.files import sync_folder
 
 FILE = "rates.toml"

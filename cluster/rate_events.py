@@ -9,17 +9,8 @@ from dataclasses import MISSING, dataclass, fields
 from fractions import Fraction
 from typing import Any
 
-from model.schedule import (
-    COLOUR,
-    DROP,
-    DROP_BIASES,
-    Rates,
-    dexp,
-    in_force,
-    layer_factors,
-    parse_changes,
-    scaled,
-)
+from model.changes import COLOUR, layer_factors, parse_changes
+from model.schedule import DROP, DROP_BIASES, Rates, dexp, in_force, scaled
 
 SCHEDULE, PLATEAU, BY_HAND = "schedule", "plateau", "by hand"
 REASONS = (SCHEDULE, PLATEAU, BY_HAND)

@@ -7,7 +7,7 @@ norm       response normalisation, with what is around it in one pass
 exchange   what crosses between the two columns of a pair, and its gradients
 halves     a layer's arithmetic cut along its inputs, for the exchange
 optim      the update rule of the original, and the means of each layer
-schedule   the learning rates
+schedule   the learning rates (changes: what a recipe says of them in words)
 evaluate   ten views, averaged probabilities, top-1 and top-5 errors
 summary    the layer table: sizes, parameters, multiply-adds, memory, what crosses
 

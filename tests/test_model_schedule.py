@@ -10,18 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.schedule import (
-    Change,
-    Rates,
-    colour_steps,
-    dexp,
-    in_force,
-    layer_factors,
-    manual,
-    parse_changes,
-    plateau_drops,
-    scaled,
-)
+from model.changes import Change, colour_steps, layer_factors, parse_changes
+from model.schedule import Rates, dexp, in_force, plateau_drops, scaled
+from tests.rates import manual
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 NETWORK_145 = (

@@ -21,7 +21,9 @@ from cluster.log import VALIDATION, cut
 from cluster.place import Place
 from cluster.rate_events import Recipe
 from cluster.rates import RATES, RateControl
-from model.schedule import Rates, dexp, manual, parse_changes, plateau_drops
+from model.changes import parse_changes
+from model.schedule import Rates, dexp, plateau_drops
+from tests.rates import manual
 
 LAYERS = ("conv1", "conv2", "fc8")
 
