@@ -2,114 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file
 
-from cluster.config import Config
-from cluster.events import Event, Failed, Finished, Saved, Started
-from cluster.health import NotFinite
-from cluster.place import Place, take_place
-from cluster.worker import describe, train
+from cluster.events import Failed, Finished, Saved, Started
+from cluster.place import Place
+from cluster.worker import describe
 from model.alexnet import AlexNet
-from model.optim import Sgd2012
-from model.schedule import Rates, dexp
-from pipeline.batches import Stream
 from pipeline.errors import DataError
 from pipeline.ledger.proof.exactly_once import prove
 from pipeline.order import Full
 from tests.drawn import flip_bit
-
-CONFIG = Config(
-    dtype="float32",
-    width=0.125,
-    batch_size=8,
-    steps=6,
-    checkpoint_every=3,
-    validate_every=3,
-    threads=1,
+from tests.loops import (
+    CONFIG,
+    STEPS,
+    Call,
+    alone,
+    cut_at,
+    learned,
+    rates_at,
+    rows,
+    together,
+    weights,
 )
-STEPS = CONFIG.steps
-
-
-def rates_at(config: Config, progress: float) -> tuple[float, float]:
-    return dexp(progress, config.lr, config.bias_factor, config.lr_drop, config.lr_drops,
-                config.bias_drop, config.bias_drops)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of `train` that the processes of a job make together."""
-
-    config: Config
-    data: Path
-    run: Path
-    cut: Path | None = None
-    """First make `run` what this finished run was at step 3."""
-
-
-def work(rank: int, world: int, size: int, folder: Path, calls: list[Call]) -> None:
-    """One process of a job without Ray."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
-    )
-    seats = [tuple(range(start, start + size)) for start in range(0, world, size)]
-    place = take_place(seats, torch.device("cpu"), cores=1)
-    for call in calls:
-        if call.cut and rank == 0:
-            cut_at(3, call.cut, call.run)
-        dist.barrier()
-        train(call.config, call.data, call.run, place, lambda event: None)
-    dist.destroy_process_group()
-
-
-def together(folder: Path, calls: list[Call], world: int = 2, size: int = 2) -> None:
-    """Run `calls` in `world` processes, `size` of them to a replica."""
-    folder.mkdir()
-    for call in calls:
-        call.run.mkdir(exist_ok=True)
-    mp.spawn(work, (world, size, folder, calls), nprocs=world)
-
-
-def alone(config: Config, data: Path, run: Path) -> list[Event]:
-    run.mkdir(exist_ok=True)
-    told: list[Event] = []
-    train(config, data, run, Place(), told.append)
-    return told
-
-
-def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
-def learned(run: Path, name: str = "metrics.jsonl", first: int = 1) -> list[list[float]]:
-    """What does not depend on the clock, of every row."""
-    names = ("position", "step", "epoch", "loss", "top1_error")
-    return [[row[key] for key in names] for row in rows(run, name) if row["step"] >= first]
-
-
-def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    return load_file(folder / "column-a.safetensors") | load_file(folder / "column-b.safetensors")
-
-
-def cut_at(step: int, whole: Path, run: Path) -> Path:
-    """A run that died some steps after the checkpoint of `step`."""
-    name = f"checkpoints/step-{step:08d}"
-    shutil.copytree(whole / name, run / name)
-    for file in ("metrics.jsonl", "validation.jsonl"):
-        shutil.copy(whole / file, run / file)
-    with (run / "metrics.jsonl").open("a") as half:
-        half.write('{"position": 999, "st')
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -193,56 +113,26 @@ def test_a_pass_over_the_validation_pictures_counts_each_once(runs):
         {"colour": 0.9},
         {"lr_drops": 1},
         {"dtype": "bfloat16"},
+        {"columns": 1},
+        {"norm": "none"},
+        {"relu_first": False},
+        {"spatial_norm": True},
+        {"pool": "2/2"},
+        {"activation": "tanh"},
+        {"without": "conv4"},
+        {"mean": "picture"},
+        {"colour_divide": True},
+        {"layer_rates": ("conv3=0",)},
+        {"rate_scaling": "sqrt"},
+        {"changes": ("0 lr.fc8 0.1",)},
+        {"schedule": "plateau", "lr": 0.02, "validate_every": 3},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_every_setting_reaches_the_run(runs, tiny_data, tmp_path, change):
     """A setting that is parsed and then forgotten would leave the losses as they were."""
-    alone(replace(CONFIG, validate_every=0, **change), tiny_data, tmp_path / "run")
+    alone(replace(CONFIG, **{"validate_every": 0, **change}), tiny_data, tmp_path / "run")
     assert learned(tmp_path / "run") != learned(runs / "one")
-
-
-def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Data-parallel training in one process, written out: mean gradient of the replicas' slices."""
-    net = AlexNet(classes=4, width=config.width)
-    optimiser = Sgd2012(net.named_parameters())
-    losses = []
-    with Stream(data, batch_size=config.batch_size, threads=1) as stream:
-        for step in range(1, steps + 1):
-            batch = next(stream)
-            total = 0.0
-            optimiser.zero_grad()
-            slices = zip(batch.images.chunk(2), batch.labels.chunk(2), strict=True)
-            for replica, (images, labels) in enumerate(slices):
-                net.set_step(step, replica)
-                logits = net(images)
-                loss = torch.nn.functional.cross_entropy(logits, labels) / 2
-                loss.backward()  # gradients add up
-                total += float(loss.detach())
-            optimiser.step(Rates(*rates_at(config, step / config.steps)))
-            losses.append(total)
-    return losses, net.column_state()
-
-
-def test_two_replicas_of_two_columns_average_their_gradients(tiny_data, tmp_path):
-    config = replace(CONFIG, replicas=2, steps=3)
-    together(tmp_path / "job", [Call(config, tiny_data, tmp_path / "run")], world=4)
-    losses, state = by_hand(config, tiny_data, steps=3)
-    found = [row["loss"] for row in rows(tmp_path / "run")]
-    assert found == pytest.approx(losses, rel=1e-4)
-    trained = weights(tmp_path / "run", step=3)
-    for key, tensor in state.items():
-        torch.testing.assert_close(trained[f"weights/{key}"], tensor, rtol=1e-3, atol=1e-5)
-    # Validation counts the pictures of every replica, not only those of the one that writes.
-    net = AlexNet(classes=4, width=config.width)
-    net.load_column_state({key: trained[f"weights/{key}"] for key in state})
-    net.eval()
-    with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
-        batch = next(stream)
-    with torch.no_grad():
-        loss = torch.nn.functional.cross_entropy(net(batch.images), batch.labels).item()
-    (row,) = rows(tmp_path / "run", "validation.jsonl")
-    assert row["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_the_watcher_hears_of_start_checkpoints_and_end(tiny_data, tmp_path):
@@ -252,14 +142,6 @@ def test_the_watcher_hears_of_start_checkpoints_and_end(tiny_data, tmp_path):
     assert [event.step for event in told if isinstance(event, Saved)] == [3, 6]
     assert Failed not in kinds
     assert told[0].total == STEPS
-
-
-def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(tiny_data, tmp_path):
-    wild = replace(CONFIG, lr=1e30)
-    with pytest.raises(NotFinite, match=r"the loss of step 2 is (nan|inf): conv\d is the first"):
-        alone(wild, tiny_data, tmp_path / "run")
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1]
-    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_bfloat16_stays_near_float32_and_keeps_float32_weights(runs, tiny_data, tmp_path):
@@ -322,40 +204,6 @@ def test_statistics_of_both_columns_are_written_alike_by_one_process_and_a_pair(
         assert update == pytest.approx(trained[f"velocity/{key}"].abs().mean().item(), rel=1e-3)
         assert gradient > 0
         assert pair[STEPS]["layers"][key] == pytest.approx([weight, update, gradient], rel=0.01)
-
-
-def test_designs_train_and_go_on_from_their_checkpoints(tiny_data, tmp_path):
-    """One column, and the source's network with its recipe, cut at step 3."""
-    for name, changes in {
-        "one_gpu": {"columns": 1},
-        "source": {
-            "relu_first": False,
-            "spatial_norm": True,
-            "mean": "picture",
-            "colour_divide": True,
-            "schedule": "manual",
-            "changes": ("0.5 lr 0.005", "0.5 lr.conv1 0", "1 colour 0"),
-        },
-    }.items():
-        config = replace(CONFIG, steps=9, keep=3, **changes)
-        whole, again = tmp_path / name, tmp_path / f"{name}-again"
-        alone(config, tiny_data, whole)
-        shutil.copytree(whole, again)
-        for step in (6, 9):
-            shutil.rmtree(again / f"checkpoints/step-{step:08d}", ignore_errors=True)
-        (again / "checkpoints").mkdir(exist_ok=True)
-        alone(config, tiny_data, again)
-        assert learned(again) == learned(whole)
-        assert rows(again, "rates.jsonl") == rows(whole, "rates.jsonl")
-    rates = [row["lr"] for row in rows(whole)]
-    assert rates == [0.01] * 3 + [0.005] * 6
-    told = [row["what"] for row in rows(whole, "rates.jsonl")]
-    assert any("lr.conv1" in what for what in told)
-    frozen = {step: load_file(whole / f"checkpoints/step-{step:08d}/column-a.safetensors")
-              for step in (6, 9)}  # fmt: skip
-    for key, value in frozen[6].items():
-        same = torch.equal(value, frozen[9][key])
-        assert same == key.endswith("a.conv1.weight"), key
 
 
 def test_the_workers_are_told_in_words():
