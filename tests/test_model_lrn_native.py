@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.norm import backend, local_response_norm, native, norm_pool, spatial_response_norm
+from model.norm import backend, build, local_response_norm, native, norm_pool, spatial_response_norm
 from tests.lrn import by_hand, maps
 
 
@@ -37,7 +37,7 @@ def works() -> bool:
 
 def said_elsewhere(script: str) -> str:
     """What a process of its own prints, which has nothing to complain of."""
-    script = f"from model.norm import backend, native\n{script}"
+    script = f"from model.norm import backend, build\n{script}"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -54,7 +54,7 @@ def test_they_are_compiled_once_in_silence(
     made = kept.stat().st_mtime_ns
     # A new process only reads them.
     never = "def never(*arguments): raise AssertionError('compiled again')\n"
-    said = said_elsewhere(f"{never}native._compiled = never\nprint(backend())")
+    said = said_elsewhere(f"{never}build._compiled = never\nprint(backend())")
     assert said.startswith("kernels compiled by")
     assert kept.stat().st_mtime_ns == made
     assert capfd.readouterr() == ("", "")
@@ -147,9 +147,18 @@ def test_lesser_processors_get_the_same_numbers(
         return found
 
     best = results()
-    monkeypatch.setattr(native, "_FLAGS", ("-std=gnu11", "-O2", *flags))
-    monkeypatch.setattr(native, "_FLAGS_X86", ())
+    monkeypatch.setattr(build, "FLAGS", ("-std=gnu11", "-O2", *flags))
+    monkeypatch.setattr(build, "FLAGS_X86", ())
     native._library.cache_clear()
     for ours, theirs in zip(results(), best, strict=True):
         assert not native.described().startswith("torch")
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # of up to 400
+
+
+def test_a_full_disk_is_no_harm(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build.os, "fsync", no_room)
+    assert works()
+    assert list(cache.iterdir()) == []

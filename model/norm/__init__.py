@@ -1,7 +1,8 @@
 """Local response normalisation, alone or together with the ReLU and the pooling around it.
 
-kernels.c     what a CPU runs, with *.inc: compiled once by the system's C compiler
-native        finds, compiles, loads and calls it
+kernels.c     what a CPU runs, with *.inc
+build         ... compiled once by the system's C compiler, and kept
+native        ... called
 triton_gpu    what a GPU runs
 composed      the same out of torch's own operations: for all other cases, and to test against
 pictures      what makes pictures ready for the first convolution, a kernel of the same library

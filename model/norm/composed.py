@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LRN_SIZE = 5
 LRN_ALPHA = 1e-4
@@ -48,6 +49,7 @@ class Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Take the gradient of the output."""
         (x,) = ctx.saved_tensors
@@ -95,6 +97,7 @@ class Spatial(torch.autograd.Function):
             return root.sqrt().mul_(root).mul_(wide).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Take the gradient of the output."""
         (x,) = ctx.saved_tensors

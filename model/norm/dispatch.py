@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.norm import composed, native, triton_gpu
 
@@ -138,6 +139,7 @@ class _NativeNorm(torch.autograd.Function):
         return native.norm(x, None, *ctx.settings)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         return native.norm(x, composed.laid_out_as(x, gradient), *ctx.settings), None, None
@@ -153,6 +155,7 @@ class _NativePool(torch.autograd.Function):
         return native.pool(x, None, *ctx.settings)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         found = native.pool(x, composed.laid_out_as(x, gradient), *ctx.settings)
@@ -167,6 +170,7 @@ class _NativeSpatial(torch.autograd.Function):
         return native.spatial(x, None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return native.spatial(x, composed.laid_out_as(x, gradient))

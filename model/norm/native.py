@@ -1,28 +1,20 @@
-"""The CPU's kernels: compiled once for this machine by its C compiler, then called by address.
+"""The CPU's kernels, called by the addresses of tensors.
 
 No compiler, or one that fails, is no error: `takes` says no and torch's own operations do the work.
-What was compiled lies in the user's cache folder (`$XDG_CACHE_HOME/duet` or `~/.cache/duet`), named
-by a hash of source, compiler, flags and processor, and is read again by every later process.
 Set DUET_KERNELS=torch to do without.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
-import re
-import shlex
-import shutil
 import subprocess
-import tempfile
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.norm import build
 from model.norm.composed import (
     LRN_ALPHA,
     LRN_K,
@@ -37,12 +29,6 @@ MOST_WINDOW = 4
 COLOURS = 3
 """Of the pictures that the kernels take, as in kernels.c."""
 _SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
-_SOURCES = ("kernels.c", "kernels.inc", "pictures.inc", "spatial.inc")
-# No exceptions and no errno, or loops with roots would not become vectors; results stay the same.
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
-# GCC shies away from full vectors by default; a third off the time of the kernels.
-_FLAGS_X86 = ("-mprefer-vector-width=512",)
-_COMPILE_SECONDS = 300  # it takes 3, but many processes may start on few cores
 _LONG, _INT, _DOUBLE, _POINTER = ctypes.c_long, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
 _NORM = (*[_POINTER] * 3, *[_LONG] * 6, _DOUBLE, _DOUBLE, _INT, _INT)
 _POOL = (*[_POINTER] * 3, *[_LONG] * 7, _DOUBLE, _DOUBLE, _INT, _INT, _INT)
@@ -50,10 +36,6 @@ _POOL = (*[_POINTER] * 3, *[_LONG] * 7, _DOUBLE, _DOUBLE, _INT, _INT, _INT)
 _SPATIAL = (*[_POINTER] * 3, *[_LONG] * 4, _DOUBLE, _INT)
 _PICTURES = (*[_POINTER] * 2, *[_LONG] * 5, _INT)
 _KERNELS = (("norm", _NORM), ("pool", _POOL), ("spatial", _SPATIAL), ("pictures", _PICTURES))
-
-
-class _Unavailable(Exception):
-    """Why there are no kernels, in a few words."""
 
 
 def takes(x: Tensor) -> bool:
@@ -174,101 +156,12 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     """The kernels, and a description; or None and the reason."""
     try:
         if os.environ.get("DUET_KERNELS") == "torch":
-            raise _Unavailable("DUET_KERNELS=torch")
-        compiler = _compiler()
-        library = _loaded(compiler)
-    except (_Unavailable, OSError, subprocess.SubprocessError) as error:
+            raise build.Unavailable("DUET_KERNELS=torch")
+        library, compiler = build.kernels()
+    except (build.Unavailable, OSError, subprocess.SubprocessError) as error:
         return None, f"torch operations, as there are no compiled kernels: {error}"
     for name, arguments in _KERNELS:
         for suffix in _SUFFIXES.values():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, ctypes.c_int
-    return library, f"kernels compiled by {compiler[-1]}"
-
-
-def _compiler() -> tuple[list[str], str]:
-    """The command, and the first line of what it says of itself."""
-    wanted = os.environ.get("CC")
-    for command in [shlex.split(wanted)] if wanted else [["gcc"], ["cc"], ["clang"]]:
-        if command and shutil.which(command[0]):
-            said = subprocess.run([*command, "--version"], capture_output=True, text=True,
-                                  timeout=20, check=True)  # fmt: skip
-            return command, said.stdout.splitlines()[0]
-    raise _Unavailable(f"no C compiler ({wanted or 'gcc, cc, clang'})")
-
-
-def _openmp() -> str:
-    """The OpenMP library that torch runs its threads with.
-
-    The kernels have to use the same: a second one would bring threads of its own, which keep the
-    processor busy while they wait, and double the number of threads.
-    """
-    names = re.findall(
-        r"/\S*/lib(?:gomp|iomp5|omp)[-.][^/\s]*", Path("/proc/self/maps").read_text()
-    )
-    near = [name for name in names if "/torch" in name]
-    if not names:
-        raise _Unavailable("torch was built without OpenMP")
-    return (near or names)[0]
-
-
-def _loaded(compiler: tuple[list[str], str]) -> ctypes.CDLL:
-    openmp = _openmp()
-    flags = [*_FLAGS, *(_FLAGS_X86 if platform.machine() == "x86_64" else ())]
-    here = Path(__file__).parent
-    parts = [(here / name).read_bytes() for name in _SOURCES]
-    parts += [part.encode() for part in (*compiler[0], compiler[1], *flags, openmp, _processor())]
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24] + ".so"
-    folder = _cache()
-    if folder is not None and (folder / name).is_file():
-        try:
-            return ctypes.CDLL(str(folder / name))
-        except OSError:  # damaged: made anew below
-            pass
-    with tempfile.TemporaryDirectory(prefix="duet-") as work:
-        made = _compiled(compiler[0], flags, openmp, Path(work))
-        if folder is None:
-            return ctypes.CDLL(str(made))
-        # Other processes may do the same at the same time: whole files only, the last one stays.
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
-            partial.write(made.read_bytes())
-            partial.flush()
-            os.fsync(partial.fileno())  # a file cut off by a power failure would crash its user
-        Path(partial.name).replace(folder / name)
-    return ctypes.CDLL(str(folder / name))
-
-
-def _compiled(command: list[str], flags: list[str], openmp: str, folder: Path) -> Path:
-    objects, library = folder / "kernels.o", folder / "kernels.so"
-    source = Path(__file__).parent / _SOURCES[0]
-    for arguments in (
-        [*flags, "-fPIC", "-fopenmp", "-c", str(source), "-o", str(objects)],
-        ["-shared", "-Wl,--no-undefined", str(objects), openmp, "-lm", "-o", str(library)],
-    ):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True,
-                              timeout=_COMPILE_SECONDS)  # fmt: skip
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["it failed"]
-            raise _Unavailable(f"{shlex.join(command)} says: {lines[0][:200]}")
-    return library
-
-
-def _processor() -> str:
-    """What `-march=native` depends on: home folders may be shared between unlike machines."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
-    found = {line for line in lines if line.split("\t")[0].split(":")[0].strip() in wanted}
-    return "\n".join([platform.machine(), *sorted(found)])
-
-
-def _cache() -> Path | None:
-    """The user's own cache folder; None if there is none that only the user can write to."""
-    try:
-        base = os.environ.get("XDG_CACHE_HOME")
-        folder = (Path(base) if base else Path.home() / ".cache") / "duet"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
-        return None
-    own = status.st_uid == os.getuid() and not status.st_mode & 0o022
-    return folder if own and os.access(folder, os.W_OK) else None
+    return library, f"kernels compiled by {compiler}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.norm.composed import (
     LRN_ALPHA,
@@ -53,6 +54,7 @@ class Norm(torch.autograd.Function):
         return launch(x, None, columns, relu)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Take the gradient of the output."""
         (x,) = ctx.saved_tensors
