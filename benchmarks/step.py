@@ -17,6 +17,7 @@ medians over the rounds, ratios medians of what was found within a round.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -32,13 +33,14 @@ import rich.table
 import torch
 import tyro
 from nets import Step, duet_step, eager_step, plain_alexnet, torchvision_alexnet
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from cluster.compute import keep_memory
 from model.alexnet import AlexNet
 from model.design import Design
 from model.norm import backend
-from pipeline.errors import run
+from pipeline.errors import DuetError, run
 
 DTYPES = ("float32", "bfloat16")
 KEPT = ("duet", "duet without LRN", "plain, memory", "torchvision")
@@ -46,6 +48,7 @@ KEPT = ("duet", "duet without LRN", "plain, memory", "torchvision")
 LANES = ("duet", "duet without LRN", "plain", "plain, memory", "torchvision")
 WARM_UP = 2
 """Steps before the first turn: memory grows, kernels are chosen."""
+MEMORY = "all networks together take 13 GB at full size and batch 128"
 NORMS = ("_NativePool", "_NativeNorm", "Norm")
 """Autograd functions of `model.norm`, as the profiler names them."""
 Rates = dict[str, dict[str, list[float]]]
@@ -85,7 +88,7 @@ def step_of(lane: str, setup: Setup) -> Step:
 
 
 def serve(wire: Connection, lane: str, setup: Setup) -> None:
-    """Be a lane: answer a type with the img/s of a turn, None with a profile, "" by ending."""
+    """Be a lane: answer what is asked until nothing is."""
     if lane in KEPT:
         keep_memory()
     torch.set_num_threads(setup.threads)
@@ -101,6 +104,12 @@ def serve(wire: Connection, lane: str, setup: Setup) -> None:
         for number in range(WARM_UP):
             step(number, images, labels, getattr(torch, dtype))
     wire.send(None)
+    with contextlib.suppress(EOFError):  # whoever asked is gone
+        answer(wire, step, images, labels, setup)
+
+
+def answer(wire: Connection, step: Step, images: Tensor, labels: Tensor, setup: Setup) -> None:
+    """Answer a type with the img/s of a turn or a profile."""
     while asked := wire.recv():
         dtype = getattr(torch, asked["dtype"])
         if asked["profile"]:
@@ -126,32 +135,53 @@ def profiled(step: Any, steps: int = 3) -> dict[str, float]:
     return {name: spent / total for name, spent in ordered}
 
 
+class Peer:
+    """A lane in its process."""
+
+    def __init__(self, lane: str, setup: Setup) -> None:
+        """Start it, and wait until it is warm."""
+        context = multiprocessing.get_context("spawn")
+        self.lane = lane
+        self._wire, end = context.Pipe()
+        self._process = context.Process(target=serve, args=(end, lane, setup), daemon=True)
+        self._process.start()
+        end.close()
+        self.missing: str | None = self._received()
+        """Why there is no such lane, if there is none."""
+
+    def ask(self, dtype: str, profile: bool = False) -> Any:
+        """Return the img/s of a turn, or a profile."""
+        self._wire.send({"dtype": dtype, "profile": profile})
+        return self._received()
+
+    def end(self) -> None:
+        """Let it go."""
+        self._wire.send(None)
+        self._process.join()
+
+    def _received(self) -> Any:
+        try:
+            return self._wire.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            why = "killed, as when memory runs out" if code == -9 else f"exit code {code}"
+            raise DuetError(f"the process of {self.lane!r} ended ({why}); {MEMORY}") from None
+
+
 def measured(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[str, float]]]:
     """Return the rates, why lanes are missing, and the profile of our step in each type."""
-    context = multiprocessing.get_context("spawn")
-    wires: dict[str, Connection] = {}
-    missing: dict[str, str] = {}
-    for lane in LANES:
-        wire, end = context.Pipe()
-        context.Process(target=serve, args=(end, lane, setup), daemon=True).start()
-        end.close()
-        if reason := wire.recv():
-            missing[lane] = reason
-        else:
-            wires[lane] = wire
-
-    def answer(lane: str, dtype: str, profile: bool = False) -> Any:
-        wires[lane].send({"dtype": dtype, "profile": profile})
-        return wires[lane].recv()
-
-    rates: Rates = {lane: {dtype: [] for dtype in DTYPES} for lane in wires}
+    started = [Peer(lane, setup) for lane in LANES]
+    missing = {peer.lane: peer.missing for peer in started if peer.missing}
+    peers = {peer.lane: peer for peer in started if not peer.missing}
+    rates: Rates = {lane: {dtype: [] for dtype in DTYPES} for lane in peers}
     for number in range(setup.rounds):
-        for lane in list(wires)[:: -1 if number % 2 else 1]:
+        for lane in list(peers)[:: -1 if number % 2 else 1]:
             for dtype in DTYPES:
-                rates[lane][dtype].append(answer(lane, dtype))
-    profiles = {dtype: answer("duet", dtype, profile=True) for dtype in DTYPES}
-    for wire in wires.values():
-        wire.send("")
+                rates[lane][dtype].append(peers[lane].ask(dtype))
+    profiles = {dtype: peers["duet"].ask(dtype, profile=True) for dtype in DTYPES}
+    for peer in peers.values():
+        peer.end()
     return rates, missing, profiles
 
 
