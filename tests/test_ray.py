@@ -85,7 +85,8 @@ def command() -> Iterator[Callable[..., Command]]:
 
 OURS = re.compile(
     r"\S+tiny\.toml -> |48 pictures, |starting: |going on from |restarted after |stopped; "
-    r"|interrupted|1 damaged picture|step +\d+  (loss|validation|checkpoint|done)|\S+ is finished|$"
+    r"|interrupted|1 damaged picture|\S+ is finished"
+    r"|step +\d+  (loss|validation|checkpoint|done|from here on: lr)|$"
 )
 
 
@@ -120,8 +121,8 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
     assert strangers(two.lines) == []
     assert two.lines[-1].split() == ["step", str(STEPS), "done"]
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "config.toml", "machine.json", "metrics.jsonl", "validation.jsonl", "checkpoints",
-        "ledger",
+        ".lock", "config.toml", "machine.json", "metrics.jsonl", "validation.jsonl", "layers.jsonl",
+        "rates.jsonl", "checkpoints", "ledger",
     }  # fmt: skip
     proof = prove(tiny_data, [run])
     assert not proof.findings
@@ -139,7 +140,7 @@ def test_a_failure_in_a_worker_is_one_line_and_a_file(command, config, tiny_data
     one = command(config, "--data", tiny_data, "--run", tmp_path / "run", "--lr", "1e30")
     assert one.end() == 1
     (error,) = strangers(one.lines)
-    assert re.match(r"error: replica 0, column [ab]: the loss of step 2 is (nan|inf); ", error)
+    assert re.match(r"error: replica 0, column [ab]: the loss of step 2 is (nan|inf): column ", error)
     assert "error.log)" in error
     assert "Traceback" in (tmp_path / "run" / "error.log").read_text()
 
