@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from cluster.config import Config
 from model.changes import COLOUR, layer_factors, parse_changes
 from model.schedule import DROP, DROP_BIASES, Rates, dexp, in_force, scaled
 
@@ -19,85 +20,60 @@ REASONS = (SCHEDULE, PLATEAU, BY_HAND)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of a run that its learning rates follow from; `cluster.config` explains them."""
+    """What the learning rates of a run follow from."""
 
-    schedule: str = "dexp"
-    lr: float = 0.01
-    bias_factor: float = 2.0
-    lr_drop: float = 250.0
-    lr_drops: int = 4
-    bias_drop: float = 10.0
-    bias_drops: int = 2
-    changes: tuple[str, ...] = ()
-    layer_rates: tuple[str, ...] = ()
-    patience: int = 3
-    plateau_drops: int = 3
-    plateau_factor: float = 10.0
-    plateau_threshold: float = 0.002
-    plateau_biases: bool = True
-    """Whether a drop divides the rate of the biases, too."""
-    rate_scaling: str = "none"
-    batch_size: int = 128
+    config: Config
     samples: int
     """Training pictures."""
     total: int
     """Steps of the whole run."""
-    layers: tuple[str, ...]
-    """Names of the network's layers."""
 
-    @classmethod
-    def of(cls, config: object, samples: int, total: int, layers: Sequence[str]) -> Recipe:
-        """Take from `config` what it has of the settings above.
-
-        Args:
-            config: a `Config`.
-            samples: training pictures.
-            total: steps of the whole run.
-            layers: names of the network's layers.
-        """
-        own = [f.name for f in fields(cls) if f.default is not MISSING and hasattr(config, f.name)]
-        settings: dict[str, Any] = {name: getattr(config, name) for name in own}
-        return cls(samples=samples, total=total, layers=tuple(layers), **settings)
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the network's layers."""
+        return tuple(layer.name for layer in self.config.design.layers())
 
     def drop(self) -> dict[str, float]:
         """Settings that divide the rates in force."""
-        biases = {DROP_BIASES: self.plateau_factor} if self.plateau_biases else {}
-        return {DROP: self.plateau_factor} | biases
+        biases = {DROP_BIASES: self.config.plateau_factor} if self.config.plateau_biases else {}
+        return {DROP: self.config.plateau_factor} | biases
 
     def rates(self, events: Iterable[Event]) -> Rates:
         """Rates after some events, on top of those of the first step."""
-        factors = layer_factors(self.layer_rates, self.layers)
+        factors = layer_factors(self.config.layer_rates, self.layers)
         settings = [setting for event in events for setting in event.settings.items()]
         return in_force(*self._begin(), settings, factors)
 
     def _begin(self) -> tuple[float, float]:
-        return self._dexp(1) if self.schedule == "dexp" else (self._lr, self._lr * self.bias_factor)
+        if self.config.schedule == "dexp":
+            return self._dexp(1)
+        return self._lr, self._lr * self.config.bias_factor
 
     @property
     def _lr(self) -> float:
-        return scaled(self.lr, self.batch_size, self.rate_scaling)
+        return scaled(self.config.lr, self.config.batch_size, self.config.rate_scaling)
 
     def _dexp(self, step: int) -> tuple[float, float]:
         return dexp(
             step / self.total,
             self._lr,
-            self.bias_factor,
-            self.lr_drop,
-            self.lr_drops,
-            self.bias_drop,
-            self.bias_drops,
+            self.config.bias_factor,
+            self.config.lr_drop,
+            self.config.lr_drops,
+            self.config.bias_drop,
+            self.config.bias_drops,
         )
 
     def scheduled(self) -> list[Event]:
         """What is known before the run begins: the steps of `dexp`, and the changes by epoch."""
-        stretches = self._stretches() if self.schedule == "dexp" else []
+        stretches = self._stretches() if self.config.schedule == "dexp" else []
         return [*stretches, *self._changes()]
 
     def _stretches(self) -> list[Event]:
         # The end of a stretch still belongs to it.
         borders = {
             self.total * place // stretches
-            for stretches in (self.lr_drops, self.bias_drops)
+            for stretches in (self.config.lr_drops, self.config.bias_drops)
             for place in range(1, stretches)
         }
         events = []
@@ -109,11 +85,11 @@ class Recipe:
 
     def _changes(self) -> list[Event]:
         found: dict[int, dict[str, float]] = {}
-        for change in parse_changes(self.changes, self.layers):
+        for change in parse_changes(self.config.changes, self.layers):
             # Exact: every process must find the same step.
-            step = math.ceil(Fraction(change.epoch) * self.samples / self.batch_size)
-            rate = change.name != COLOUR
-            value = scaled(change.value, self.batch_size, self.rate_scaling if rate else "none")
+            step = math.ceil(Fraction(change.epoch) * self.samples / self.config.batch_size)
+            rule = "none" if change.name == COLOUR else self.config.rate_scaling
+            value = scaled(change.value, self.config.batch_size, rule)
             found.setdefault(step, {})[change.name] = value  # later ones win
         return [Event(step, SCHEDULE, settings) for step, settings in found.items()]
 
@@ -164,7 +140,7 @@ def named(rates: Rates) -> dict[str, float]:
 
 def as_row(event: Event, before: Rates, after: Rates, recipe: Recipe) -> dict[str, Any]:
     """An event as a row of RUN/rates.jsonl: `step` is the last one before it."""
-    position = event.after * recipe.batch_size
+    position = event.after * recipe.config.batch_size
     return {
         "position": position,
         "epoch": round(position / recipe.samples, 4),

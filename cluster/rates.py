@@ -108,7 +108,7 @@ class RateControl:
 
     def _stalled(self, step: int) -> list[Event]:
         """The division that `plateau` makes after the validation of this step, if it does."""
-        recipe = self._recipe
+        recipe = self._recipe.config
         past = [event for event in self._events if event.after <= step]
         made = sum(event.why == PLATEAU for event in past)
         if recipe.schedule != "plateau" or made >= recipe.plateau_drops:
@@ -120,7 +120,7 @@ class RateControl:
             recipe.plateau_threshold,
             [event.after for event in past if event.why == BY_HAND],
         )
-        return [Event(step, PLATEAU, recipe.drop())] if step in drops else []
+        return [Event(step, PLATEAU, self._recipe.drop())] if step in drops else []
 
     def _begin(self, step: int) -> None:
         """Find all events known when the run goes on from `step`, and cut RUN/rates.jsonl there."""

@@ -65,7 +65,7 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
     }
     checkpoints = Checkpoints(run, place, about, config.keep)
     mark = checkpoints.resume(net, optimiser, tell)
-    recipe = Recipe.of(config, samples, total, [stage.layer.name for stage in net.stages])
+    recipe = Recipe(config=config, samples=samples, total=total)
     rates = RateControl(recipe, run, place, tell, mark.step)
 
     stream = open_stream(config, data, run, place, position=mark.position)

@@ -7,7 +7,7 @@ import pickle
 import tempfile
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from model.changes import parse_changes
 from model.schedule import Rates, dexp, plateau_drops
 from tests.rates import manual
 
-LAYERS = ("conv1", "conv2", "fc8")
+LAYERS = tuple(layer.name for layer in Config().design.layers())
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +33,10 @@ def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hand_rates, "SETTLED", 0.0)
 
 
-def recipe(**settings: object) -> Recipe:
+def recipe(total: int = 40, **settings: object) -> Recipe:
     """A run of 40 steps of 8 pictures, 4 epochs of 80."""
-    return Recipe(**{"samples": 80, "total": 40, "batch_size": 8, "layers": LAYERS, **settings})  # type: ignore[arg-type]
+    config = Config(**{"batch_size": 8, **settings})  # type: ignore[arg-type]
+    return Recipe(config=config, samples=80, total=total)
 
 
 def rows(run: Path) -> list[dict]:
@@ -242,7 +243,7 @@ def test_after_one_and_the_same_step_the_hand_has_the_last_word(tmp_path: Path) 
     [
         ("lr = ", "it is not TOML"),
         ("lr 0.1", "it is not TOML"),
-        ("lr.conv3 = 1", r"no rate is called 'lr.conv3'; did you mean 'lr.conv"),
+        ("lr.conv9 = 1", r"no rate is called 'lr.conv9'; did you mean 'lr.conv"),
         ("momentum = 1", "no rate is called 'momentum'; there are lr, lr_bias, lr.conv1"),
         ("colour = 0", "no rate is called 'colour'"),
         ("drop = 10", "drop is 10; it takes true"),
@@ -454,10 +455,8 @@ def test_news_of_a_schedule_need_not_wait_for_a_review(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 1
 
 
-def test_a_recipe_takes_its_settings_from_a_config() -> None:
-    config = Config(lr=0.5, layer_rates=("fc8=2",), schedule="plateau", patience=7, batch_size=64)
-    made = Recipe.of(config, samples=1000, total=50, layers=["conv1", "fc8"])
-    assert (made.lr, made.patience, made.schedule, made.total) == (0.5, 7, "plateau", 50)
+def test_a_recipe_knows_the_layers_of_its_network() -> None:
+    config = Config(lr=0.5, layer_rates=("fc8=2",), without="conv4", batch_size=64)
+    made = Recipe(config=config, samples=1000, total=50)
+    assert made.layers == ("conv1", "conv2", "conv3", "conv5", "fc6", "fc7", "fc8")
     assert made.rates([]) == Rates(0.5, 1.0, {"fc8": (1.0, 2.0)})
-    settings = {f.name for f in fields(Recipe)} - {"samples", "total", "layers", "plateau_biases"}
-    assert settings <= {f.name for f in fields(Config)}

@@ -140,7 +140,9 @@ def test_a_failure_in_a_worker_is_one_line_and_a_file(command, config, tiny_data
     one = command(config, "--data", tiny_data, "--run", tmp_path / "run", "--lr", "1e30")
     assert one.end() == 1
     (error,) = strangers(one.lines)
-    assert re.match(r"error: replica 0, column [ab]: the loss of step 2 is (nan|inf): column ", error)
+    assert re.match(
+        r"error: replica 0, column [ab]: the loss of step 2 is (nan|inf): column ", error
+    )
     assert "error.log)" in error
     assert "Traceback" in (tmp_path / "run" / "error.log").read_text()
 
