@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
+
+from model.norm import native
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -22,3 +25,13 @@ def by_hand(x: Tensor, columns: int = 1) -> Tensor:
             near = own[:, max(0, i - 2) : i + 3]
             found.append(own[:, i] / (2.0 + 1e-4 / 5 * near.square().sum(1)) ** 0.75)
     return torch.stack(found, 1)
+
+
+@pytest.fixture(name="form", params=["native", "composed"], autouse=True)
+def each_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compiled kernels, or torch's operations."""
+    if request.param == "composed":
+        monkeypatch.setattr(native, "takes", lambda x: False)
+    elif not native.takes(torch.empty(0)):
+        pytest.skip(native.described())
+    return str(request.param)

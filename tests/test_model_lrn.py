@@ -6,20 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.norm import composed, local_response_norm, native
-from tests.lrn import LAYOUTS, by_hand, maps
+from model.norm import composed, local_response_norm
+from tests.lrn import LAYOUTS, by_hand, each_form, maps  # noqa: F401 - a fixture
 
 TORCHS = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
-
-
-@pytest.fixture(params=["native", "composed"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Compiled kernels, or torch's operations."""
-    if request.param == "composed":
-        monkeypatch.setattr(native, "takes", lambda x: False)
-    elif not native.takes(torch.empty(0)):
-        pytest.skip(native.described())
-    return str(request.param)
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -6,20 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.norm import native, spatial_response_norm
-from tests.lrn import LAYOUTS, maps
+from model.norm import spatial_response_norm
+from tests.lrn import LAYOUTS, each_form, maps  # noqa: F401 - a fixture
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-@pytest.fixture(params=["native", "composed"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Compiled kernels, or torch's operations."""
-    if request.param == "composed":
-        monkeypatch.setattr(native, "takes", lambda x: False)
-    elif not native.takes(torch.empty(0)):
-        pytest.skip(native.described())
-    return str(request.param)
 
 
 def loop(x: Tensor) -> Tensor:

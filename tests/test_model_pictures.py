@@ -11,18 +11,9 @@ from torch import Tensor
 
 from model.layers import PictureConv
 from model.norm import native, padded_pictures
+from tests.lrn import each_form  # noqa: F401 - a fixture
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.fixture(params=["native", "composed"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Compiled kernels, or torch's operations."""
-    if request.param == "composed":
-        monkeypatch.setattr(native, "takes", lambda x: False)
-    elif not native.takes(torch.empty(0)):
-        pytest.skip(native.described())
-    return str(request.param)
 
 
 @pytest.fixture
