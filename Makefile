@@ -8,7 +8,7 @@ CUDA   ?= 13
 TRAIN  ?=
 VAL    ?=
 HOLDOUT ?= 0.1
-# More flags for cluster.train, for example --no-pair on a machine with one GPU.
+# More flags for cluster.train, for example --columns-per-worker 2 on a machine with one GPU.
 FLAGS  ?=
 # More flags for pipeline.build_shards, for example --max-rejects 0.02.
 PACK   ?=
@@ -35,7 +35,7 @@ help:
 	@echo 'make train                        draw a demo set, pack, train, evaluate, report'
 	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own pictures (VAL, or HOLDOUT=0.1)'
 	@echo '           [CONFIG=configs/narrow.toml] [DATA=data/NAME] [RUN=runs/NAME]'
-	@echo '           [FLAGS="flags of cluster.train"], for example --no-pair with a single GPU'
+	@echo '           [FLAGS="flags of cluster.train"], for example --columns-per-worker 2 with a single GPU'
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
 	@echo 'make test                         lint, types, import rules, tests'

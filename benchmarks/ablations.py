@@ -130,8 +130,8 @@ def run_one(setup: Setup, preset: str, seed: int, core: int) -> bool:
         "cluster.train", f"configs/{preset}.toml", "--data", setup.data, "--run", str(run),
         "--width", f"{setup.width}", "--steps", f"{setup.steps}", "--seed", f"{seed}",
         "--schedule", "dexp", "--lr-drop", "8", "--lr-drops", "4", "--bias-drops", "1",
-        "--changes", "--no-pair", "--checkpoint-every", "400", "--validate-every", "400",
-        *setup.flags,
+        "--changes", "--columns-per-worker", "2", "--checkpoint-every", "400",
+        "--validate-every", "400", *setup.flags,
     ]  # fmt: skip
     with (setup.out / f"{preset}-{seed}.log").open("a") as log:
         done = subprocess.run(

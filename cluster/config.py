@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,24 +18,32 @@ Schedule = Literal["dexp", "plateau", "manual"]
 Scaling = Literal["none", "linear", "sqrt"]
 
 LENGTH = ("steps", "epochs")
+REPLICAS = re.compile(r"[0-9]{1,6}(:[0-9]{1,6})?")
+REPLICAS_HINT = "must be a number from 1 up, or two as in 1:4, the fewest and the most"
 
 FREE = (
     "replicas",
     "device",
-    "pair",
+    "columns_per_worker",
+    "microbatch",
     "threads",
     "checkpoint_every",
     "keep",
+    "keep_best",
+    "store",
     "validate_every",
     "statistics_every",
     "max_failures",
+    "node_wait",
+    "collective_timeout",
     "strict",
     "ledger",
+    "tensorboard",
     "cache",
     "cache_size",
 )
-"""Settings that may change when a run is continued. None changes the pictures or their order;
-`replicas` changes the dropout masks, and it and `pair` the rounding of sums."""
+"""Settings that may change when a run is continued. None changes the pictures, their order or the
+dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +127,14 @@ class Config:
     """What layers compute in (weights stay float32); auto: bfloat16 where the hardware has it."""
     exchange_dtype: Literal["auto", "bfloat16"] = "auto"
     """What crosses between columns; auto: as it is computed."""
-    replicas: int = 1
-    """Copies of the network, each with its share of the batch."""
-    pair: bool = True
-    """A worker for each column; --no-pair puts both columns into one, for a single GPU."""
+    replicas: int | str = 1
+    """Copies of the network, each with its share of the batch; "1:4": as many of these as there is
+    room for, fewer when a node goes, more when one comes."""
+    columns_per_worker: Literal[1, 2] = 1
+    """1: a worker for each column; 2: both columns in one, for a single GPU."""
+    microbatch: int = 0
+    """Most pictures that a replica computes on at once, the gradients added up; 0: its share of the
+    batch when there are the most replicas."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs if the cluster has any."""
     threads: int = 0
@@ -130,16 +143,27 @@ class Config:
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
     """Checkpoints kept; older ones are deleted."""
+    keep_best: int = 1
+    """Kept besides them: those with the lowest validation error."""
+    store: str = ""
+    """Address (s3://bucket/folder) or folder for the checkpoints and a copy of the rows; "": in the
+    run's folder, which all nodes must then see."""
     validate_every: int = 500
     """Steps between passes over the validation pictures; 0: never."""
     statistics_every: int = 50
     """Steps between rows of each layer's mean |weight|, |update| and |gradient|; 0: never."""
     max_failures: int = 3
-    """Restarts after a lost worker before the run gives up."""
+    """Restarts with no new checkpoint between them before the run gives up."""
+    node_wait: int = 600
+    """Seconds to wait for a node when, during the run, there is no room for its replicas."""
+    collective_timeout: int = 300
+    """Seconds that a worker may keep the others waiting before they take it for frozen."""
     strict: bool = False
     """Stop at the first damaged picture instead of replacing it by another."""
     ledger: bool = False
     """Write down every picture delivered, for pipeline.verify --ledger; 8 bytes each."""
+    tensorboard: bool = False
+    """Write the numbers for TensorBoard, too, into RUN/tensorboard."""
     cache: str = ""
     """Folder on each node for the shards of a remote data set; "": duet in the user's cache."""
     cache_size: str = "100GB"
@@ -159,12 +183,12 @@ class Config:
         self._require("seed", self.seed < 2**63, "must be below 2**63")
         self._require("threads", self.threads <= 1024, "must be at most 1024")
         for name in ("width", "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops",
-                     "bias_drops", "replicas", "checkpoint_every", "keep",
-                     "window"):  # fmt: skip
+                     "bias_drops", "checkpoint_every", "keep", "window",
+                     "collective_timeout"):  # fmt: skip
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("seed", "steps", "weight_decay", "colour", "threads", "validate_every",
                      "max_failures", "patience", "plateau_drops", "plateau_threshold",
-                     "statistics_every"):  # fmt: skip
+                     "statistics_every", "microbatch", "keep_best", "node_wait"):  # fmt: skip
             self._require(name, getattr(self, name) >= 0, "must be 0 or above")
         try:
             parse_size(self.cache_size)
@@ -174,7 +198,12 @@ class Config:
         self._require("momentum", 0 <= self.momentum < 1, "must be 0 or above and below 1")
         self._require("plateau_threshold", self.plateau_threshold < 1, "must be below 1")
         self._require("plateau_factor", self.plateau_factor > 1, "must be above 1")
-        self._require("batch_size", self.batch_size % self.halves == 0, self._batch_hint())
+        self._require("replicas", bool(REPLICAS.fullmatch(str(self.replicas))), REPLICAS_HINT)
+        if str(self.replicas).isdecimal():  # "2" in a file is 2
+            object.__setattr__(self, "replicas", int(self.replicas))
+        least, most = self.replica_range
+        self._require("replicas", 0 < least <= most, REPLICAS_HINT)
+        self._require("batch_size", bool(self.replica_sizes), self._batch_hint())
 
     def _check_schedule(self) -> None:
         """Refuse a network or rates that cannot be.
@@ -218,21 +247,38 @@ class Config:
         return colour_steps(changes, self.colour)
 
     @property
-    def halves(self) -> int:
-        """Parts a batch is cut into: a part for each column of each replica."""
-        return self.columns * self.replicas
+    def replica_range(self) -> tuple[int, int]:
+        """The fewest and the most replicas."""
+        least, _, most = str(self.replicas).partition(":")
+        return int(least), int(most or least)
+
+    @property
+    def replica_sizes(self) -> tuple[int, ...]:
+        """Numbers of replicas that the batch can be shared out to evenly, ascending."""
+        least, most = self.replica_range
+        most = min(most, self.batch_size // self.columns)
+        return tuple(
+            count
+            for count in range(least, most + 1)
+            if self.batch_size % (count * self.columns) == 0
+        )
+
+    def micro(self, replicas: int) -> int:
+        """Pictures of a replica's share that it computes on at once, when there are so many."""
+        share = self.batch_size // replicas
+        return min(share, self.microbatch or self.batch_size // self.replica_sizes[-1])
 
     @property
     def size(self) -> int:
         """Workers per replica: a pair, or one with all columns."""
-        return 2 if self.pair and self.columns == 2 else 1
+        return 2 if self.columns_per_worker == 1 and self.columns == 2 else 1
 
     def _batch_hint(self) -> str:
-        below = self.batch_size // self.halves * self.halves
-        near = f"{below} or {below + self.halves}" if below else f"{self.halves}"
+        halves = self.columns * self.replica_range[0]
+        below = self.batch_size // halves * halves
+        near = f"{below} or {below + halves}" if below else f"{halves}"
         return (
-            f"must be a multiple of {self.halves} (replicas x {self.columns} columns), "
-            f"for example {near}"
+            f"must be a multiple of {halves} (replicas x {self.columns} columns), for example {near}"
         )
 
     def total_steps(self, samples: int) -> int:

@@ -18,6 +18,7 @@ from pipeline.errors import UsageError
 DATA_KEY = "data_sha256"
 """The one key of RUN/config.toml that is no setting: SHA-256 of the data set's manifest."""
 TEXTS = tuple[str, ...]
+EITHER = int | str
 
 TYPES = get_type_hints(Config)
 
@@ -102,6 +103,8 @@ def load(path: Path) -> dict[str, Any]:
 def _fits(value: object, kind: Any) -> bool:
     if kind == TEXTS:
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if kind == EITHER:
+        return type(value) in (int, str)
     if choices := get_args(kind):
         return value in choices
     if kind is float:
@@ -112,6 +115,8 @@ def _fits(value: object, kind: Any) -> bool:
 def _words(kind: Any) -> str:
     if kind == TEXTS:
         return "a list of texts"
+    if kind == EITHER:
+        return "a whole number or text"
     if choices := get_args(kind):
         return " or ".join(repr(choice) for choice in choices)
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]

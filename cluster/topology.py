@@ -74,7 +74,7 @@ def plan(nodes: Sequence[Node], *, replicas: int, size: int, gpu: bool) -> Plan:
 def _way_out(gpu: bool, any_gpu: bool, size: int) -> str:
     if not gpu:
         return "lower --replicas or add nodes"
-    one = "--no-pair (both columns on one GPU), " if any_gpu and size == 2 else ""
+    one = "--columns-per-worker 2 (both columns on one GPU), " if any_gpu and size == 2 else ""
     return f"use {one}fewer --replicas or --device cpu"
 
 

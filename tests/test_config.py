@@ -31,7 +31,9 @@ def settings(tmp_path: Path):
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(settings):
-    found = settings("width = 0.5\nseed = 3\npair = false", "--seed", "4", "--pair")
+    found = settings(
+        "width = 0.5\nseed = 3\nrelu_first = false", "--seed", "4", "--relu-first"
+    )
     assert found == Config(width=0.5, seed=4)
 
 
@@ -62,7 +64,11 @@ def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(setti
         ("width = 'half'", (), ["some.toml", "width", "'half'", "a number"]),
         ("batch_size = 12.5", (), ["some.toml", "batch_size", "12.5", "a whole number"]),
         ("batch_size = true", (), ["batch_size", "True", "a whole number"]),
-        ("pair = 1", (), ["pair", "true or false"]),
+        ("ledger = 1", (), ["ledger", "true or false"]),
+        ("replicas = 1.5", (), ["replicas", "1.5", "a whole number or text"]),
+        ("", ("--replicas", "4:1"), ["replicas", "4:1", "as in 1:4"]),
+        ("", ("--replicas", "0:2"), ["replicas", "0:2", "as in 1:4"]),
+        ("", ("--replicas", "many"), ["replicas", "many", "as in 1:4"]),
         ("dtype = 'float16'", (), ["dtype", "'float16'", "'bfloat16'"]),
         ("[model]\nwidth = 1", (), ["some.toml", "'model'"]),
         ("width = ", (), ["some.toml", "is not TOML"]),
@@ -129,9 +135,10 @@ def test_the_public_settings_are_these():
         "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes", "patience", "plateau_drops",
         "plateau_factor", "plateau_biases", "plateau_threshold", "layer_rates",
         "momentum", "weight_decay", "shuffle", "window", "colour", "colour_divide",
-        "mean", "dtype", "exchange_dtype", "replicas", "pair",
-        "device", "threads", "checkpoint_every", "keep", "validate_every", "statistics_every",
-        "max_failures", "strict", "ledger", "cache", "cache_size",
+        "mean", "dtype", "exchange_dtype", "replicas",
+        "columns_per_worker", "microbatch", "device", "threads", "checkpoint_every", "keep",
+        "keep_best", "store", "validate_every", "statistics_every", "max_failures", "node_wait",
+        "collective_timeout", "strict", "ledger", "tensorboard", "cache", "cache_size",
     ]  # fmt: skip
 
 
@@ -151,7 +158,8 @@ configs = st.builds(
     lr=positive,
     colour=st.floats(0, 10),
     dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
-    pair=st.booleans(),
+    replicas=st.sampled_from([1, "1", "1:4"]),
+    columns_per_worker=st.sampled_from([1, 2]),
     shuffle=st.sampled_from(["full", "block"]),
     strict=st.booleans(),
     cache=st.sampled_from(["", "/tmp/a b", "c"]),
@@ -202,12 +210,32 @@ def test_what_a_run_learns_cannot_change_under_way(field):
         assert found == [f"{field}: {getattr(old, field)} -> {OTHER[field]}"]
 
 
+@pytest.mark.parametrize(
+    ("batch", "replicas", "sizes", "micro"),
+    [
+        (128, 1, (1,), {1: 128}),
+        (128, "1:4", (1, 2, 4), {1: 32, 2: 32, 4: 32}),
+        (128, "2:7", (2, 4), {2: 32, 4: 32}),
+        (12, "1:99", (1, 2, 3, 6), {1: 2, 3: 2, 6: 2}),
+    ],
+)
+def test_a_batch_is_shared_out_evenly_whatever_the_number_of_replicas(
+    batch, replicas, sizes, micro
+):
+    found = Config(batch_size=batch, replicas=replicas)
+    assert found.replica_sizes == sizes
+    assert {count: found.micro(count) for count in micro} == micro
+    assert Config(batch_size=batch, replicas=replicas, microbatch=1).micro(sizes[0]) == 1
+
+
 def test_how_a_run_is_carried_out_may_change():
     old = Config()
     free = {
-        "replicas": 2, "device": "cpu", "pair": False, "threads": 3, "checkpoint_every": 7,
-        "keep": 9, "validate_every": 0, "statistics_every": 0, "max_failures": 0, "strict": True,
-        "ledger": True, "cache": "c", "cache_size": "1TB",
+        "replicas": "1:2", "device": "cpu", "columns_per_worker": 2, "microbatch": 16,
+        "threads": 3, "checkpoint_every": 7, "keep": 9, "keep_best": 0, "store": "s3://b/x",
+        "validate_every": 0, "statistics_every": 0, "max_failures": 0, "node_wait": 0,
+        "collective_timeout": 10, "strict": True, "ledger": True, "tensorboard": True,
+        "cache": "c", "cache_size": "1TB",
     }  # fmt: skip
     assert set(free) == set(FREE)
     assert differences(old, replace(old, **free), samples=4000) == []

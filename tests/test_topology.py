@@ -33,7 +33,7 @@ def test_a_single_gpu_can_hold_both_columns():
 @pytest.mark.parametrize(
     ("nodes", "size", "gpu", "words"),
     [
-        ([node("m", gpus=1)], 2, True, ["2 GPUs", "m: 1", "--no-pair", "--device cpu"]),
+        ([node("m", gpus=1)], 2, True, ["2 GPUs", "m: 1", "--columns-per-worker 2", "--device cpu"]),
         ([node("m", gpus=1), node("n", gpus=1)], 2, True, ["m: 1, n: 1", "on one node"]),
         ([node("m", cpus=1)], 2, False, ["2 CPUs", "m: 1"]),
         ([], 2, True, ["none"]),
