@@ -277,9 +277,8 @@ class Config:
         halves = self.columns * self.replica_range[0]
         below = self.batch_size // halves * halves
         near = f"{below} or {below + halves}" if below else f"{halves}"
-        return (
-            f"must be a multiple of {halves} (replicas x {self.columns} columns), for example {near}"
-        )
+        parts = f"replicas x {self.columns} columns"
+        return f"must be a multiple of {halves} ({parts}), for example {near}"
 
     def total_steps(self, samples: int) -> int:
         """Steps of the whole run over a training set of `samples` pictures; at least 1."""

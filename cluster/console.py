@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,10 +12,13 @@ import rich.progress as rp
 from rich.console import Console
 from rich.text import Text
 
-from cluster.events import Event, Finished, Rated, Saved, Started, Stepped, Validated, Warned
+from cluster.events import Ended, Event, Finished, Rated, Saved, Started, Stepped, Validated, Warned
+from cluster.topology import Worker
 
 EVERY = 5.0
 """Seconds between plain lines."""
+MOST_WORKERS = 16
+"""Lines of the table of workers."""
 
 
 class Screen:
@@ -73,16 +77,28 @@ class Screen:
                 self.say(f"step {step:>6}  from here on: {text}")
             case Warned(text):
                 self.say(f"warning: {text}")
+            case Ended(step):
+                self.say(f"step {step:>6}  saved, and ended")
             case Finished(step):
                 self.say(f"step {step:>6}  done")
             case _:
                 pass
 
+    def table(self, workers: Sequence[Worker]) -> None:
+        """Show which worker is which column of which replica, and where."""
+        width = max(len("node"), *(len(worker.node) for worker in workers))
+        self.say(f"replica  column   {'node':<{width}}  device")
+        for worker in workers[:MOST_WORKERS]:
+            device = "CPU" if worker.gpu is None else f"GPU {worker.gpu}"
+            self.say(f"{worker.replica:<9}{worker.column:<9}{worker.node:<{width}}  {device}")
+        if len(workers) > MOST_WORKERS:
+            self.say(f"... {len(workers) - MOST_WORKERS} more; RUN/attempts.jsonl has them all")
+
     def _started(self, event: Started) -> None:
         self._starts += 1
         self._total = event.total
         self._first = time.monotonic(), event.step
-        again = "restarted after a lost worker, " if self._starts > 1 else ""
+        again = "restarted, " if self._starts > 1 else ""
         come_from = f"going on from step {event.step}" if event.step else "starting"
         self.say(f"{again}{come_from}: {event.total - event.step:,} steps on {event.place}")
         self._bar.update(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from cluster.topology import Worker
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,14 @@ class Started:
     """Steps of the whole run."""
     place: str
     """The workers in words: how many, where, with what."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The workers are where they are, and know their places; before `Started`."""
+
+    workers: tuple[Worker, ...]
+    """In job order."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,13 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """The loop has ended after `step` because it was asked to, and saved it."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Failed:
     """A worker gives up."""
 
@@ -78,5 +95,7 @@ class Failed:
     """The same would happen again: do not restart."""
 
 
-Event = Started | Stepped | Validated | Saved | Rated | Warned | Finished | Failed
+Event = Placed | Started | Stepped | Validated | Saved | Rated | Warned | Finished | Ended | Failed
 Tell = Callable[[Event], None]
+Publish = Callable[[Mapping[str, float]], None]
+"""Gets the numbers of a process, now and then."""

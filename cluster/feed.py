@@ -44,6 +44,21 @@ class Whole:
     position: int
     """Samples consumed by the whole job after this batch."""
 
+    def parts(self, most: int) -> Iterator[tuple[int, Whole]]:
+        """Cut it into parts of at most `most` pictures: (its first row, the part) each."""
+        for row in range(0, len(self.labels), most):
+            part = slice(row, row + most)
+            yield (
+                row,
+                Whole(
+                    self.images[part],
+                    self.labels[part],
+                    self.weights[part],
+                    self.replaced[part],
+                    self.position,
+                ),
+            )
+
 
 Arrival = Callable[[], Whole]
 """Waits for a batch that is under way."""

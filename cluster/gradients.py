@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,13 @@ class GradientAverage:
         average.finish()
         optimiser.step()
 
+    Gradients of several backward passes add up, and only the last one sends them:
+
+        with average.held():
+            loss_of_a_part.backward()
+        loss_of_the_last_part.backward()
+        average.finish()
+
     All replicas have to pass backward through the same network in the same way. Which gradients
     share a message depends on the network alone, so that sums are the same, bit for bit, in every
     run and after every restart. That is why this is not torch's DistributedDataParallel: it puts
@@ -51,9 +59,19 @@ class GradientAverage:
         self._messages = _messages(parameters, message_bytes) if self._peers else []
         self._of = {p: message for message in self._messages for p in message.parameters}
         self._next = 0
+        self._held = False
         self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in self._of]
 
+    @contextmanager
+    def held(self, holds: bool = True) -> Iterator[None]:
+        """Let gradients add up in the block, and none set off (if `holds`)."""
+        self._held = holds
+        yield
+        self._held = False
+
     def _ready(self, parameter: nn.Parameter) -> None:
+        if self._held:
+            return
         message = self._of[parameter]
         if parameter in message.ready:
             raise RuntimeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +31,8 @@ class Place:
     """The same two once more: the next batch crosses here while the pair computes."""
     peers: dist.ProcessGroup | None = None
     """The same column(s) of every replica; None when there is one replica."""
+    order: tuple[int, ...] = (0,)
+    """Ranks of torch.distributed in the order of the job: the first is the leader's."""
 
     @property
     def size(self) -> int:
@@ -57,16 +59,33 @@ class Place:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=CPU)
+        dist.broadcast_object_list(box, src=self.order[0], device=CPU)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, in rank order."""
+        """Return every process's value, in job order."""
         if self.world_size == 1:
             return [value]
         found: list[T | None] = [None] * self.world_size
         dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]
+        return [found[rank] for rank in self.order]  # type: ignore[misc]
+
+    def poll(self, *values: int) -> Callable[[], list[int]]:
+        """Begin to find the largest of each value over all processes; all of them call it alike.
+
+        Returns:
+            waits for the answer, the same on all processes.
+        """
+        if self.world_size == 1:
+            return lambda: list(values)
+        largest = torch.tensor(values)
+        work = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True)
+
+        def answer() -> list[int]:
+            work.wait()
+            return largest.tolist()
+
+        return answer
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the replicas, in place; the two columns of a replica hold the same values."""
@@ -84,7 +103,7 @@ def take_place(seats: Sequence[Sequence[int]], device: torch.device, cores: int)
     """Build this process's `Place` in an initialised torch.distributed job; all ranks call it.
 
     Args:
-        seats: for each replica its ranks in column order (`topology.seats`); rank 0 comes first.
+        seats: for each replica its ranks in column order (`topology.seats`).
         device: of this process.
         cores: CPU cores of this process.
     """
@@ -111,4 +130,5 @@ def take_place(seats: Sequence[Sequence[int]], device: torch.device, cores: int)
         pair=pair,
         pictures=pictures,
         peers=peers,
+        order=tuple(rank for ranks in seats for rank in ranks),
     )

@@ -13,8 +13,9 @@ RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)
 RUN/evaluation-*.json    errors with 1 or 10 views            (evaluate.py)
 RUN/probabilities-*      of every picture, with --save-probabilities  (probabilities.py)
 RUN/report.html          all of it on one page               (report)
+RUN/attempts.jsonl       a row a start and an end of its workers    (supervisor.py)
 RUN/error.log            traceback of the last failure, if there was one
-RUN/.lock, RUN/.ray      held while a training runs; Ray Train's own notes, gone when it ends
+RUN/.lock, RUN/.leader   held while a training runs: by its driver, by the worker that writes
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,15 +34,18 @@ from typing import Any
 
 from cluster.config import Config, differences
 from cluster.config_file import as_toml, read_back
-from pipeline.errors import UsageError
+from pipeline.errors import SetupError, UsageError
 from pipeline.files import sealed, writable_folder
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
 MACHINE = "machine.json"
 ERRORS = "error.log"
+ATTEMPTS = "attempts.jsonl"
 QUARANTINE = "quarantine.jsonl"
 LEDGER = "ledger"
+LEADER_PATIENCE = 60.0
+"""Seconds that the leader of a new start waits for that of an old one to be gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,30 @@ def held(run: Path) -> Iterator[None]:
             raise UsageError(
                 f"run folder {run} is in use by another training; name another"
             ) from error
+        yield
+
+
+@contextmanager
+def leading(run: Path) -> Iterator[None]:
+    """Keep other leaders out of RUN: the worker of a driver that was killed may still write.
+
+    Raises:
+        SetupError: another one does not end.
+    """
+    with (run / ".leader").open("w") as lock:
+        deadline = time.monotonic() + LEADER_PATIENCE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise SetupError(
+                        f"another worker holds {run}/.leader and does not end; end its process"
+                    ) from error
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks
         yield
 
 

@@ -9,10 +9,7 @@ Starts a Ray on this machine, reachable from this machine only, unless RAY_ADDRE
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import sys
-import time
 from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +17,13 @@ from pathlib import Path
 from cluster.config import Config
 from cluster.config_file import Command, parse
 from cluster.console import Screen
-from cluster.events import Failed, Started
-from cluster.run_folder import CHECKPOINTS, ERRORS, QUARANTINE, held, reached, settle
+from cluster.run_folder import CHECKPOINTS, QUARANTINE, held, reached, settle
 from model.design import stages
 from pipeline.dataset import DataSet, is_remote, open_dataset
-from pipeline.errors import DuetError, UsageError, run
+from pipeline.errors import UsageError, run
 from pipeline.manifest import Manifest, identity
 from pipeline.pixel_stats import Statistics
 from pipeline.storage import Storage
-
-DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
-"""What Ray Train calls a worker that is gone; one that raised an error comes as that error."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,56 +113,18 @@ def damage(path: Path) -> str:
 
 
 def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> None:
-    """Start the workers and show what they tell until they are done.
+    """Have the run trained, on a Ray of its own or one that is there.
 
     Raises:
         DuetError: the run failed.
     """
-    from cluster.ray_session import SCRATCH, Training, place_workers, session
+    from cluster.ray_session import session
+    from cluster.supervisor import Supervisor
 
     aside = io.StringIO()  # what Ray has to say on stdout
-    first: Failed | None = None
-    try:
-        with redirect_stdout(aside), session(workers=config.size * config.replicas):
-            training = Training(config, data, folder, place_workers(config))
-            for event in training.events():
-                if isinstance(event, Started):
-                    first = None  # what failed before has been mended by the restart
-                if isinstance(event, Failed):
-                    first = first or event
-                    if event.final:
-                        break
-                screen.show(event)
-    finally:
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-    if first is not None or training.failure is not None:
-        raise explain(first, training.failure, folder, aside.getvalue())
-
-
-def explain(
-    first: Failed | None, failure: BaseException | None, folder: Path, aside: str
-) -> DuetError:
-    """The error to leave with; RUN/error.log gets the whole story."""
-    deaths = [
-        f"the worker of rank {rank} died: killed, or out of memory"
-        for rank, error in getattr(failure, "worker_failures", {}).items()
-        if type(error).__name__ in DEATHS
-    ]
-    if first is not None and (first.final or not deaths):
-        text, code = f"{first.worker}: {first.text}", first.exit_code
-    else:
-        # Ray's own errors begin with lines that only announce the next.
-        told = [line.strip() for line in str(failure).splitlines() if line.strip()]
-        lines = deaths or [line for line in told if not line.endswith(":")] or [repr(failure)]
-        text, code = lines[0], 1
-    log = folder / ERRORS
-    trace = [first.trace] if first else []
-    if first is None or not first.final:
-        trace += [str(failure), aside]
-    log.write_text("\n".join([time.strftime("%F %T"), text, *trace]) + "\n", encoding="utf-8")
-    error = DuetError(f"{text} (traceback in {os.path.relpath(log)})")
-    error.exit_code = code
-    return error
+    workers = config.size * config.replica_sizes[-1]
+    with redirect_stdout(aside), session(workers):
+        Supervisor(config, data, folder, screen, lambda: reached(folder)).train()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from cluster.checkpoint import Checkpoints
 from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
-from cluster.events import Finished, Started, Tell
+from cluster.events import Ended, Finished, Publish, Started, Tell
 from cluster.feed import Feed, Whole
 from cluster.gradients import GradientAverage
 from cluster.health import check_finite
@@ -31,7 +33,10 @@ from pipeline.dataset import metadata
 from pipeline.manifest import Manifest, identity
 
 
-def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> None:
+def train(
+    config: Config, data: str, run: Path, place: Place, tell: Tell, *,
+    ending: Callable[[], bool] = lambda: False, publish: Publish | None = None,
+) -> None:  # fmt: skip
     """Train to the end of the run, from its newest checkpoint if there is one.
 
     Every process of the job calls this at the same time. The state of a run is the weights, the
@@ -43,14 +48,15 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
         run: folder for checkpoints and rows, the same on every node.
         place: of this process.
         tell: gets events, mostly from the leader of the job.
+        ending: whether to save and return after this step; one process that wants it is enough.
+        publish: gets the numbers of this process about once a second.
 
     Raises:
         NotFinite: the loss is no number any more; all processes raise it.
-        DataError, SetupError: from the stream.
+        DataError, SetupError: from the stream, or the last checkpoint cannot be written.
     """
     keep_memory()
     torch.set_num_threads(place.cores)
-    dtype = compute_dtype(config.dtype, place.device)
     about_data = metadata(data, **config.cached)
     manifest = Manifest.load(about_data)
     samples = manifest.split("train", about_data).samples
@@ -63,46 +69,80 @@ def train(config: Config, data: str, run: Path, place: Place, tell: Tell) -> Non
         "data_sha256": identity(about_data),
         "classes": manifest.classes,
     }
-    checkpoints = Checkpoints(run, place, about, config.keep)
-    mark = checkpoints.resume(net, optimiser, tell)
-    recipe = Recipe(config=config, samples=samples, total=total)
-    rates = RateControl(recipe, run, place, tell, mark.step)
+    checkpoints = Checkpoints(
+        run, place, about, tell,
+        keep=config.keep, keep_best=config.keep_best, store=config.store,
+    )  # fmt: skip
+    mark = checkpoints.resume(net, optimiser)
+    rates = RateControl(
+        Recipe(config=config, samples=samples, total=total), run, place, tell, mark.step
+    )
 
     stream = open_stream(config, data, run, place, position=mark.position)
     feed = Feed(stream, place, batches=total - mark.step)
     average = GradientAverage(net, place)
-    with stream, feed, average, Log(run, place, tell, samples, mark.step) as log:
+    log = Log(run, place, tell, samples, mark.step, publish=publish)
+    with stream, feed, average, closing(checkpoints), log:
         if place.leads:
             tell(Started(mark.step, total, describe(config, place)))
         for step in range(mark.step + 1, total + 1):
             with log.waiting():
                 batch = next(feed)
+            asked = place.poll(ending(), checkpoints.busy)  # the answers come while we compute
             rates.note(step - 1)
-            net.set_step(step, place.replica)
-            loss, wrong = forward(net, batch, config, place)
             optimiser.zero_grad()
-            loss.backward()
-            log.flush()  # the row of the step before
-            check_finite(loss, net, batch.images, dtype, place, step, run)
+            values = learn(step, net, batch, average, log, config, run, place)
             average.finish()
             optimiser.step(rates.at(step))
-            values = place.mean(torch.stack((loss.detach(), wrong, batch.replaced.sum())))
 
             mark = Mark(step=step, position=batch.position)
-            log.step(mark, config, rates.at(step), values)
+            log.step(mark, config, rates.at(step), place.mean(values))
             if due(step, config.statistics_every, total):
                 log.statistics(mark, place.gather(layer_statistics(net, optimiser)))
             error = None
             if due(step, config.validate_every, total):
                 error = log.validation(mark, lambda: validate(net, config, data, run, place))
-            saves = due(step, config.checkpoint_every, total)
+            ends, busy = asked()
+            saves = ends or due(step, config.checkpoint_every, total)
             if saves or error is not None:
                 rates.review(step, error)
+            if checkpoints.pending and not busy:
+                checkpoints.finish()
             if saves:
                 with log.paused():
-                    checkpoints.save(mark, net, optimiser, tell)
+                    checkpoints.begin(mark, net, optimiser, error)
+            if ends:
+                break
+        with log.paused():
+            checkpoints.finish(must=True)
     if place.leads:
-        tell(Finished(mark.step))
+        tell(Finished(mark.step) if mark.step >= total else Ended(mark.step))
+
+
+def learn(
+    step: int, net: AlexNet, batch: Whole, average: GradientAverage, log: Log,
+    config: Config, run: Path, place: Place,
+) -> Tensor:  # fmt: skip
+    """Leave the gradient of the batch's mean loss in the network, part by part.
+
+    Returns:
+        float [3]: mean loss and top-1 error of this replica's share of the batch, and how many of
+        its pictures stand for damaged ones.
+    """
+    own, most = len(batch.labels), config.micro(place.replicas)
+    first = batch.position - config.batch_size + place.replica * own
+    dtype = compute_dtype(config.dtype, place.device)
+    values = torch.zeros(2, device=place.device)
+    for row, part in batch.parts(most):
+        net.set_position(first + row)
+        share = len(part.labels) / own
+        loss, wrong = forward(net, part, config, place)
+        with average.held(row + most < own):
+            (loss * share).backward()
+        log.flush()  # the row of the step before
+        check_finite(loss, net, part.images, dtype, place, step, run)
+        values += torch.stack((loss.detach(), wrong)) * share
+    return torch.cat((values, batch.replaced.sum()[None]))
 
 
 def network(config: Config, classes: int, place: Place) -> AlexNet:
