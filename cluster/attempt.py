@@ -1,0 +1,147 @@
+"""One start of the workers by Ray Train, and what they tell until they are done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from cluster.config import Config
+from cluster.events import Event, Failed, Finished, Placed, Started
+from cluster.mailbox import Mailbox
+from cluster.ray_worker import FAKE_GPUS, Job, run_worker
+from cluster.topology import Plan, Worker
+
+LOOK = 0.2
+"""Seconds between looks into the mailbox."""
+FORWARDED = ("OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_GPUS)
+"""Variables that workers need before torch is loaded there, or that Ray does not hand on."""
+DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
+"""What Ray Train calls a worker that is gone; one that raised an error comes as that error."""
+
+
+class Attempt:
+    """Workers under way: `events()` until they end, then the other attributes say how."""
+
+    def __init__(self, config: Config, data: str, run: Any, plan: Plan) -> None:
+        self.plan = plan
+        self.workers: tuple[Worker, ...] = ()
+        """Known when they are placed."""
+        self.started = self.finished = False
+        self.failed: Failed | None = None
+        """What the first worker that gave up has told."""
+        self.failure: BaseException | None = None
+        """What Ray Train has made of it."""
+        self._mailbox = Mailbox()
+        job = Job(config=config, data=data, run=run, plan=plan, driver=self._mailbox.address)
+        # A thread: fit() would take Ctrl-C to itself, and this one is busy with the screen.
+        self._thread = threading.Thread(target=self._fit, args=(job,), daemon=True)
+        self._thread.start()
+
+    def _fit(self, job: Job) -> None:
+        # Ray Train's own notes; it reads them on the driver's node only.
+        scratch = tempfile.mkdtemp(prefix="duet-train-")
+        try:
+            trainer(job, scratch).fit()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def ask_to_end(self) -> None:
+        """Have the workers save after the step they are at, and end."""
+        self._mailbox.ask_to_end()
+
+    def events(self) -> Iterator[Event | None]:
+        """What the workers tell, until they have ended; None now and then, when it is nothing."""
+        while True:
+            ending = not self._thread.is_alive()
+            for event in self._mailbox.take():
+                self._note(event)
+                yield event
+            if ending:
+                return
+            yield None
+            time.sleep(LOOK)
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case Placed(workers):
+                self.workers = workers
+            case Started():
+                self.started = True
+            case Finished():
+                self.finished = True
+            case Failed() if self.failed is None:
+                self.failed = event
+            case _:
+                pass
+
+    @property
+    def deaths(self) -> list[str]:
+        """The workers that went without a word."""
+        failures = getattr(self.failure, "worker_failures", {})
+        gone = [rank for rank, error in failures.items() if type(error).__name__ in DEATHS]
+        return [self._name(rank) for rank in sorted(gone)]
+
+    def _name(self, rank: int) -> str:
+        for worker in self.workers:
+            if worker.rank == rank:
+                columns = f"column{'s' if ' ' in worker.column else ''} {worker.column}"
+                return f"replica {worker.replica}, {columns} (node {worker.node})"
+        return f"rank {rank}"
+
+    @property
+    def why(self) -> str:
+        """Why it ended, in a line, if it did not finish."""
+        if self.deaths:
+            others = f" and {len(self.deaths) - 1} more" if len(self.deaths) > 1 else ""
+            return f"the worker of {self.deaths[0]}{others} died: killed, or out of memory"
+        if self.failed is not None:
+            return f"{self.failed.worker}: {self.failed.text}"
+        # Ray's own errors begin with lines that only announce the next.
+        told = [line.strip() for line in str(self.failure).splitlines() if line.strip()]
+        lines = [line for line in told if not line.endswith(":")]
+        return (lines or [repr(self.failure)])[0]
+
+
+def trainer(job: Job, scratch: str) -> Any:
+    """The Ray Train run of a job."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    nodes = job.plan.nodes
+    resources: dict[str, float] = {"CPU": job.plan.cpus}
+    if job.plan.gpus:
+        resources["GPU"] = job.plan.gpus
+    cuda = job.plan.gpus and not os.environ.get(FAKE_GPUS)
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout_s=job.config.collective_timeout,
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=len(nodes),
+            use_gpu=bool(job.plan.gpus),
+            resources_per_worker=resources,
+            placement_strategy="STRICT_PACK" if len(set(nodes)) == 1 else "PACK",
+            label_selector=[{"ray.io/node-id": node} for node in nodes],
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=scratch,
+            # The supervisor starts again, after it has looked where there is room now.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={
+                "env_vars": {name: os.environ[name] for name in FORWARDED if name in os.environ}
+            },
+        ),
+    )

@@ -1,0 +1,120 @@
+"""What Ray Train calls in every worker: find the place, then train as if there were no Ray."""
+
+from __future__ import annotations
+
+import os
+import platform
+import traceback
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config
+from cluster.events import Failed, Placed
+from cluster.mailbox import Address, Watch
+from cluster.topology import Plan, Seat, seats, table
+from pipeline.errors import DuetError, SetupError
+
+FAKE_GPUS = "DUET_FAKE_GPUS"
+"""Set on a cluster that only pretends to have GPUs: its workers compute on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is sent."""
+
+    config: Config
+    data: str
+    run: Path
+    plan: Plan
+    driver: Address
+
+
+def run_worker(loop_config: dict[str, Any]) -> None:
+    """Ray Train calls this in every worker."""
+    from cluster.run_folder import leading, write_machine
+    from cluster.worker import train
+
+    job: Job = loop_config["job"]
+    where = "a worker"
+    with closing(Watch(job.driver)) as watch:
+        try:
+            place, workers = find_place(job.plan, job.config.columns)
+            where = str(place)
+            prepare_folder(job)
+            with leading(job.run) if place.leads else nullcontext():
+                if place.leads:
+                    write_machine(job.run, place.world_size)
+                    job.driver.tell(Placed(tuple(workers)))
+                train(
+                    job.config, job.data, job.run, place, job.driver.tell, ending=watch.ending
+                )  # fmt: skip
+        except Exception as error:
+            job.driver.tell_now(as_failed(error, where))
+            raise
+
+
+def prepare_folder(job: Job) -> None:
+    """Make sure that RUN is where this worker can write.
+
+    Raises:
+        SetupError: it is not on this node, and there is no store to do without it.
+    """
+    if job.run.is_dir():
+        return
+    if not job.config.store:
+        raise SetupError(
+            f"{job.run} is not on node {platform.node()}; name a --run on storage that all nodes "
+            "share, or a --store s3://..."
+        )
+    job.run.mkdir(parents=True, exist_ok=True)
+
+
+def find_place(plan: Plan, columns: int) -> Any:
+    """This worker's place, from where the workers were really started, and the table of all.
+
+    Raises:
+        SetupError: the columns of a replica do not share a node, or there is no GPU here.
+    """
+    import ray
+    import torch.distributed as dist
+
+    from cluster.place import take_place
+
+    gpus = [int(number) for number in ray.get_gpu_ids()] if plan.gpus else []
+    mine = Seat(ray.get_runtime_context().get_node_id(), platform.node(), gpus[0] if gpus else None)
+    started: list[Seat] = [mine] * dist.get_world_size()
+    dist.all_gather_object(started, mine)
+    found = seats(started, plan.size)
+    place = take_place(found, _device(plan), plan.cpus)
+    return place, table(started, found, columns)
+
+
+def _device(plan: Plan) -> Any:
+    import torch
+    from ray.train.torch import get_device
+
+    if not plan.gpus or os.environ.get(FAKE_GPUS):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SetupError(
+            f"node {platform.node()} offers GPUs to Ray, but its torch {torch.__version__} sees "
+            "none; install a CUDA build and driver there, or use --device cpu"
+        )
+    device = get_device()
+    torch.cuda.set_device(device)
+    return device
+
+
+def as_failed(error: Exception, where: str) -> Failed:
+    """A worker's exception as an event."""
+    known = isinstance(error, DuetError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    return Failed(
+        text=text.strip().splitlines()[0],
+        trace="".join(traceback.format_exception(error)),
+        worker=where,
+        exit_code=error.exit_code if isinstance(error, DuetError) else 1,
+        final=known,
+    )

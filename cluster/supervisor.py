@@ -1,0 +1,301 @@
+"""A run kept going: workers placed, watched, and started again until the last step is made.
+
+    while there are steps to make:
+        find room for as many replicas as fit          (topology.plan)
+        start their workers                            (attempt.Attempt)
+        watch until they end: done, failed, or asked to end, because the user wants it, a node is
+        about to go, or there is room for more
+
+Whoever is asked to end saves first. Every start and end is a row of RUN/attempts.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.attempt import Attempt
+from cluster.config import Config
+from cluster.console import Screen
+from cluster.events import Placed, Started
+from cluster.nodes import draining, has_gpus, living, name_of
+from cluster.run_folder import ATTEMPTS, ERRORS
+from cluster.topology import Node, NoRoom, Plan, plan
+from pipeline.errors import DuetError
+
+LOOK = 2.0
+"""Seconds between looks at the cluster while training."""
+SETTLE = 15.0
+"""Seconds for which a cluster may need to notice what has ended."""
+GROW_AFTER = 20.0
+"""Seconds after a start before the run is stopped for the sake of more replicas."""
+GRACE = 120.0
+"""Seconds that workers have to save when the user wants the run to end."""
+TELL_EVERY = 30.0
+"""Seconds between lines about a wait."""
+
+
+class Supervisor:
+    """Keeps one run going; needs a Ray (`ray_session.session`)."""
+
+    def __init__(
+        self, config: Config, data: str, run: Path, screen: Screen, reached: Callable[[], int]
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: the settings.
+            data: folder or address of the data set.
+            run: folder of the run.
+            screen: gets lines and events.
+            reached: step of the newest checkpoint.
+        """
+        self._config, self._data, self._run, self._screen = config, data, run, screen
+        self._reached = reached
+        # Decided once: a run that has lost its GPUs must not creep on on CPUs.
+        self._gpu = config.device == "gpu" or (config.device == "auto" and has_gpus())
+        self._number = _last_attempt(run / ATTEMPTS)
+
+    def train(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            NoRoom: the cluster has none, now or for longer than `node_wait`.
+            DuetError: the run failed, `max_failures` times with no new checkpoint between.
+            KeyboardInterrupt: the user ended it.
+        """
+        failures, begun = 0, self._reached()
+        room = self._plan(living())  # at once or not at all
+        with wanted_end() as end:
+            while True:
+                attempt = self._attempt(room, end)
+                if attempt.finished:
+                    return
+                if end():
+                    raise KeyboardInterrupt
+                if attempt.failure is not None or attempt.failed is not None:
+                    step = self._reached()
+                    failures, begun = (failures + 1 if step == begun else 1), step
+                    if failures > self._config.max_failures or self._hopeless(attempt):
+                        raise self._error(attempt)
+                    self._screen.say(f"{attempt.why}; starting again from step {step}")
+                room = self._room(attempt.plan, end)
+
+    def _hopeless(self, attempt: Attempt) -> bool:
+        """Whether the same would happen again."""
+        return attempt.failed is not None and attempt.failed.final
+
+    def _attempt(self, room: Plan, end: Callable[[], int]) -> Attempt:
+        """Start the workers, and stay until they have ended."""
+        self._number += 1
+        attempt = Attempt(self._config, self._data, self._run, room)
+        asked = Asked(attempt, self._screen)
+        for event in attempt.events():
+            if isinstance(event, Placed):
+                self._screen.table(event.workers)
+            if isinstance(event, Started):
+                self._note("start", attempt, step=event.step)
+            if event is not None:
+                self._screen.show(event)
+            if end():
+                asked.by_user()
+            elif attempt.started and (why := self._reason(attempt.plan, asked)):
+                asked.to_end(why)
+        self._note("end", attempt, step=self._reached(), why=asked.why or attempt.why)
+        return attempt
+
+    def _reason(self, now: Plan, asked: Asked) -> str:
+        """Why the workers should start anew elsewhere; empty if they should not."""
+        if not asked.looks():
+            return ""
+        if leaving := draining() & set(now.nodes):
+            return f"node {name_of(min(leaving))} is about to go"
+        if time.monotonic() - asked.since < GROW_AFTER:
+            return ""
+        try:
+            more = self._plan(living(now)).replicas
+        except NoRoom:
+            return ""
+        return f"there is room for {more} replicas" if more > now.replicas else ""
+
+    def _plan(self, nodes: list[Node]) -> Plan:
+        config = self._config
+        return plan(nodes, sizes=config.replica_sizes, size=config.size, gpu=self._gpu)
+
+    def _room(self, before: Plan, end: Callable[[], int]) -> Plan:
+        """Find room for the next start: as much as there will be when the last one is cleared away.
+
+        Raises:
+            NoRoom: there is none for longer than `node_wait` seconds.
+            KeyboardInterrupt: the user does not want to wait.
+        """
+        start, told = time.monotonic(), 0.0
+        while True:
+            waited = time.monotonic() - start
+            try:
+                room = self._plan(answering(living()))
+                if waited > SETTLE or room.replicas >= self._expected(before):
+                    return room
+            except NoRoom as error:
+                if waited > max(SETTLE, self._config.node_wait):
+                    raise
+                if waited > SETTLE and waited - told > TELL_EVERY:
+                    told = waited
+                    left = self._config.node_wait - waited
+                    self._screen.say(f"waiting {left:,.0f} s more for nodes: {error}")
+            if end():
+                raise KeyboardInterrupt
+            time.sleep(0.5)
+
+    def _expected(self, before: Plan) -> int:
+        """Replicas that fit when what the last start held is free again."""
+        try:
+            return self._plan(answering(living(before))).replicas
+        except NoRoom:
+            return 0
+
+    def _note(self, event: str, attempt: Attempt, **more: Any) -> None:
+        row = {
+            "time": round(time.time(), 3),
+            "event": event,
+            "attempt": self._number,
+            "replicas": attempt.plan.replicas,
+            **more,
+        }
+        if event == "start":
+            row["workers"] = [asdict(worker) for worker in attempt.workers]
+        else:
+            row["code"] = int(not attempt.finished)
+            if attempt.finished:
+                row["why"] = "finished"
+        try:
+            with (self._run / ATTEMPTS).open("ab") as file:
+                file.write((json.dumps(row) + "\n").encode())
+        except OSError as error:
+            self._screen.say(
+                f"warning: {self._run / ATTEMPTS} cannot be written ({error.strerror})"
+            )
+
+    def _error(self, attempt: Attempt) -> DuetError:
+        """The error to leave with; RUN/error.log gets the whole story."""
+        failed = attempt.failed
+        told = failed is not None and (failed.final or not attempt.deaths)
+        code = failed.exit_code if failed is not None and told else 1
+        text = f"{failed.worker}: {failed.text}" if failed is not None and told else attempt.why
+        trace = [failed.trace] if failed else []
+        if failed is None or not failed.final:
+            trace += [str(attempt.failure)]
+        log = self._run / ERRORS
+        try:
+            body = "\n".join([time.strftime("%F %T"), text, *trace]) + "\n"
+            log.write_text(body, encoding="utf-8")
+            text = f"{text} (traceback in {os.path.relpath(log)})"
+        except OSError:
+            pass  # the disk may be what is wrong
+        error = DuetError(text)
+        error.exit_code = code
+        return error
+
+
+class Asked:
+    """Whether, since when and why the workers of an attempt were asked to end."""
+
+    def __init__(self, attempt: Attempt, screen: Screen) -> None:
+        self._attempt, self._screen = attempt, screen
+        self.since = time.monotonic()
+        """When the attempt was begun."""
+        self.why = ""
+        self._looked = self.since
+        self._deadline: float | None = None
+
+    def looks(self) -> bool:
+        """Whether it is time to look at the cluster again."""
+        if self.why or time.monotonic() - self._looked < LOOK:
+            return False
+        self._looked = time.monotonic()
+        return True
+
+    def to_end(self, why: str) -> None:
+        """Have the workers save and end."""
+        self.why = why
+        self._screen.say(f"{why}: saving, then starting again")
+        self._attempt.ask_to_end()
+
+    def by_user(self) -> None:
+        """The same because the user wants it, and give up on those that do not.
+
+        Raises:
+            KeyboardInterrupt: nothing would be lost, or they take too long.
+        """
+        if not self._attempt.started:
+            raise KeyboardInterrupt
+        if self._deadline is None:
+            self._deadline = time.monotonic() + GRACE
+            self.why = self.why or "stopped"
+            self._screen.say("stopping: saving first; once more ends it at once")
+            self._attempt.ask_to_end()
+        if time.monotonic() > self._deadline:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def wanted_end() -> Iterator[Callable[[], int]]:
+    """Count Ctrl-C and SIGTERM instead of ending at the first; the second raises.
+
+    Yields:
+        says how many there were.
+    """
+    count = 0
+
+    def note(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: count
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def answering(nodes: list[Node]) -> list[Node]:
+    """Leave out nodes that do not answer: Ray takes some seconds to notice that one is gone."""
+    import ray
+
+    addresses = {
+        node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
+        for node in ray.nodes()
+    }
+    found = []
+    for node in nodes:
+        try:
+            socket.create_connection(addresses[node.id], timeout=2).close()
+        except (OSError, KeyError):
+            continue
+        found.append(node)
+    return found
+
+
+def _last_attempt(path: Path) -> int:
+    """Number of the last attempt in RUN/attempts.jsonl; 0 if there is none."""
+    try:
+        rows = path.read_bytes().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(rows):
+        try:
+            return int(json.loads(line)["attempt"])
+        except (ValueError, KeyError, TypeError):
+            continue  # half written
+    return 0
