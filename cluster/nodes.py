@@ -25,9 +25,9 @@ def living(mine: Plan | None = None) -> list[Node]:
         if not node["Alive"] or identity in leaving or identity not in free:
             continue
         now = {name: free[identity].get(name, 0.0) for name in ("CPU", "GPU")}
-        if mine:
-            now["CPU"] += held[identity] * mine.cpus
-            now["GPU"] += held[identity] * mine.gpus
+        if mine:  # some of it may be free again already
+            now["CPU"] = min(has.get("CPU", 0.0), now["CPU"] + held[identity] * mine.cpus)
+            now["GPU"] = min(has.get("GPU", 0.0), now["GPU"] + held[identity] * mine.gpus)
         nodes.append(
             Node(
                 id=identity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import traceback
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -107,10 +108,25 @@ def _device(plan: Plan) -> Any:
     return device
 
 
+LOST = re.compile(r"gloo|nccl|socket|store|timed? ?out|connection", re.IGNORECASE)
+GONE = re.compile(r"Connection [a-z ]*(?:reset|closed|refused)[a-z ]*|Broken pipe", re.IGNORECASE)
+LATE = re.compile(r"timed? ?out", re.IGNORECASE)
+
+
+def _lost(error: Exception) -> str:
+    """What an error of torch.distributed means to whoever only sees that a worker is missing."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not LOST.search(text):
+        return ""
+    if found := GONE.search(text):
+        return f"lost another worker ({found[0].strip()})"
+    return "another worker does not answer (frozen?)" if LATE.search(text) else ""
+
+
 def as_failed(error: Exception, where: str) -> Failed:
     """A worker's exception as an event."""
     known = isinstance(error, DuetError)
-    text = str(error) if known else f"{type(error).__name__}: {error}"
+    text = str(error) if known else _lost(error) or f"{type(error).__name__}: {error}"
     return Failed(
         text=text.strip().splitlines()[0],
         trace="".join(traceback.format_exception(error)),
