@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -99,13 +100,19 @@ class Place:
         return f"replica {self.replica}, column{'s' * (len(self.columns) - 1)} {columns}"
 
 
-def take_place(seats: Sequence[Sequence[int]], device: torch.device, cores: int) -> Place:
+def take_place(
+    seats: Sequence[Sequence[int]],
+    device: torch.device,
+    cores: int,
+    patience: timedelta | None = None,
+) -> Place:
     """Build this process's `Place` in an initialised torch.distributed job; all ranks call it.
 
     Args:
         seats: for each replica its ranks in column order (`topology.seats`).
         device: of this process.
         cores: CPU cores of this process.
+        patience: for which the others may keep this process waiting; None: as torch has it.
     """
     me, size = dist.get_rank(), len(seats[0])
     replica = next(index for index, ranks in enumerate(seats) if me in ranks)
@@ -113,13 +120,13 @@ def take_place(seats: Sequence[Sequence[int]], device: torch.device, cores: int)
     # Every rank has to create every group, in the same order, also those it is not in.
     if size == 2:
         for ranks in seats:
-            groups = dist.new_group(list(ranks)), dist.new_group(list(ranks))
+            groups = [dist.new_group(list(ranks), timeout=patience) for _ in range(2)]
             if me in ranks:
                 pair, pictures = groups
     if len(seats) > 1:
         for column in range(size):
             ranks = [replica_ranks[column] for replica_ranks in seats]
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=patience)
             peers = group if me in ranks else peers
     return Place(
         columns=(seats[replica].index(me),) if size == 2 else (0, 1),

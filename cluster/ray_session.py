@@ -28,6 +28,8 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
+EVERYWHERE = ("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",)
+"""Variables that Ray Train's controller needs, to which it hands on RAY_TRAIN_* only."""
 OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for loopback only
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -46,6 +48,7 @@ def session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator[Non
         SetupError: Ray cannot be started or reached.
     """
     attached = "RAY_ADDRESS" in os.environ
+    unset = [name for name in EVERYWHERE if name not in os.environ]
     for name, value in (QUIET if attached else QUIET | OWN).items():
         os.environ.setdefault(name, value)
     import ray
@@ -54,7 +57,7 @@ def session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator[Non
         threading.Thread(target=importlib.import_module, args=(ahead,), daemon=True).start()
     scratch = None if attached else Path(tempfile.mkdtemp(prefix="duet-"))
     try:
-        _start(ray, scratch, workers)
+        _start(ray, scratch, workers, {name: os.environ[name] for name in unset})
         signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own, which aborts
         yield
     finally:
@@ -67,7 +70,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _start(ray: Any, scratch: Path | None, workers: int) -> None:
+def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str]) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if scratch is not None:
         # Inherited by every process of the own Ray: the workers find this repository.
@@ -79,8 +82,10 @@ def _start(ray: Any, scratch: Path | None, workers: int) -> None:
             "include_dashboard": False,
             "_temp_dir": str(scratch),
         }
-    elif "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job brings its code itself
-        options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(REPOSITORY)}}
+    else:
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job brings its code itself
+            everywhere = {"PYTHONPATH": str(REPOSITORY), **everywhere}
+        options["runtime_env"] = {"env_vars": everywhere}
     try:
         ray.init(**options)
     except Exception as error:  # a bare one where its processes are too slow to start

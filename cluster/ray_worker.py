@@ -8,6 +8,7 @@ import re
 import traceback
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     where = "a worker"
     with closing(Watch(job.driver)) as watch:
         try:
-            place, workers = find_place(job.plan, job.config.columns)
+            place, workers = find_place(job.plan, job.config)
             where = str(place)
             prepare_folder(job)
             with leading(job.run) if place.leads else nullcontext():
@@ -72,7 +73,7 @@ def prepare_folder(job: Job) -> None:
     job.run.mkdir(parents=True, exist_ok=True)
 
 
-def find_place(plan: Plan, columns: int) -> Any:
+def find_place(plan: Plan, config: Config) -> Any:
     """This worker's place, from where the workers were really started, and the table of all.
 
     Raises:
@@ -88,8 +89,9 @@ def find_place(plan: Plan, columns: int) -> Any:
     started: list[Seat] = [mine] * dist.get_world_size()
     dist.all_gather_object(started, mine)
     found = seats(started, plan.size)
-    place = take_place(found, _device(plan), plan.cpus)
-    return place, table(started, found, columns)
+    patience = timedelta(seconds=config.collective_timeout)
+    place = take_place(found, _device(plan), plan.cpus, patience)
+    return place, table(started, found, config.columns)
 
 
 def _device(plan: Plan) -> Any:
