@@ -101,7 +101,7 @@ def duet_step(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None) ->
     forward = call or net
 
     def step(number: int, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        net.set_step(number)  # type: ignore[operator]
+        net.set_position(number)  # type: ignore[operator]
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             logits = forward(images)
         loss = F.cross_entropy(logits.float(), labels)

@@ -106,7 +106,7 @@ def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
         traffic.clear()
         step += 1
         marks = [time.perf_counter()]
-        net.set_step(step)
+        net.set_position(step)
         with autocast(dtype, CPU):
             loss = F.cross_entropy(net(images).float(), labels)
         marks.append(time.perf_counter())

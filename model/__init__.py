@@ -2,7 +2,8 @@
 
 design     the table of layers: the paper's network, and those it was compared with
 alexnet    the network, in one process or one column per process
-layers     the first convolution, which reads the picture; the dropout of the paper
+layers     the first convolution, which reads the picture
+dropout    the dropout of the paper, its masks a function of the sample
 norm       response normalisation, with what is around it in one pass
 exchange   what crosses between the two columns of a pair, and its gradients
 halves     a layer's arithmetic cut along its inputs, for the exchange

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.design import COLUMN_NAMES, EDGE_PAD, Design, Stage, stages
+from model.dropout import dropout, dropout_mask
 from model.exchange import Exchange
-from model.layers import PictureConv, dropout, dropout_mask, seed_of
+from model.layers import PictureConv, seed_of
 from model.norm import local_response_norm, norm_pool, spatial_response_norm
 
 # What is quicker in one pass over memory than in several.
@@ -64,7 +65,7 @@ class AlexNet(nn.Module):
         self.stages = stages(classes, self.design)
         self.exchange = exchange
         self._check_columns()
-        self._moment: tuple[int, int] | None = None
+        self._position: int | None = None
         self._following = {s.layer.name: together(s.layer.then) for s in self.stages}
         for stage in self.stages:
             self.add_module(stage.layer.name, self._module(stage))
@@ -129,16 +130,16 @@ class AlexNet(nn.Module):
                 own.copy_(drawn)
             self.get_parameter(f"{name}.bias").fill_(stage.layer.bias)
 
-    def set_step(self, step: int, replica: int = 0) -> None:
-        """Say which dropout masks the next forward passes use; training needs it once at least.
+    def set_position(self, position: int) -> None:
+        """Say which samples the next forward passes are made on; training needs it once at least.
 
-        A mask is a function of (seed, step, replica, column, layer), so a restart draws the same.
+        A dropout mask is a function of (seed, position, column, layer): a sample has the same in
+        any number of replicas, in any micro-batch, and after a restart.
 
         Args:
-            step: number of the optimiser step, from 0.
-            replica: number of this pair among data-parallel pairs.
+            position: samples of the whole job before the first row; row i is position + i.
         """
-        self._moment = (step, replica)
+        self._position = position
 
     def forward(self, images: Tensor, watch: Watch | None = None) -> Tensor:
         """The logits, [b, classes], of images [b, 3, 224, 224] (float, mean subtracted).
@@ -182,14 +183,15 @@ class AlexNet(nn.Module):
         return torch.tanh(x) if operations == ("tanh",) else spatial_response_norm(x)
 
     def _mask(self, x: Tensor, stage: Stage) -> Tensor:
-        if self._moment is None:
-            raise RuntimeError("call set_step(step) before a forward pass in training mode")
+        if self._position is None:
+            raise RuntimeError("call set_position(position) before a forward pass in training mode")
         masks = [
             dropout_mask(
+                self._position,
                 len(x),
                 stage.outputs,
                 x.device,
-                (self.seed, *self._moment, column, stage.layer.name),
+                seed_of("dropout", self.seed, column, stage.layer.name),
             )
             for column in self.columns
         ]

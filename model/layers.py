@@ -1,4 +1,4 @@
-"""The layers of the 2012 network that torch lacks, or has in another form."""
+"""The layer of the 2012 network that torch has in another form, and seeds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from model.norm import local_response_norm, norm_pool, padded_pictures, spatial_
 
 __all__ = [
     "PictureConv",
-    "dropout",
-    "dropout_mask",
     "local_response_norm",
     "norm_pool",
     "seed_of",
@@ -85,25 +83,6 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def dropout(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The dropout of the paper (section 4.2), which rescales at test time, not in training.
-
-    Args:
-        x: float [b, units].
-        mask: [b, units] of 0 and 1 in training; None at test time, when every unit is halved.
-    """
-    return x * 0.5 if mask is None else x * mask.to(x.dtype)
-
-
-def dropout_mask(batch: int, units: int, device: torch.device, key: tuple[object, ...]) -> Tensor:
-    """The float32 mask [batch, units], 0 or 1 with equal chance, that belongs to `key`.
-
-    The same key gives the same mask on every machine of the same device type, in every process.
-    """
-    generator = torch.Generator(device).manual_seed(seed_of(*key))
-    return torch.empty(batch, units, device=device).bernoulli_(0.5, generator=generator)
 
 
 def seed_of(*key: object) -> int:

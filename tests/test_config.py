@@ -31,9 +31,7 @@ def settings(tmp_path: Path):
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(settings):
-    found = settings(
-        "width = 0.5\nseed = 3\nrelu_first = false", "--seed", "4", "--relu-first"
-    )
+    found = settings("width = 0.5\nseed = 3\nrelu_first = false", "--seed", "4", "--relu-first")
     assert found == Config(width=0.5, seed=4)
 
 

@@ -27,7 +27,7 @@ def network(place: Place) -> AlexNet:
     net = AlexNet(
         columns, classes=5, width=WIDTH, exchange=Exchange(place.pair) if place.pair else None
     ).train()
-    net.set_step(7)
+    net.set_position(7)
     return net
 
 

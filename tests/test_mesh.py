@@ -42,6 +42,11 @@ def pictures(step: int) -> tuple[Tensor, Tensor]:
     return images * 60, torch.randint(0, CLASSES, (REPLICAS * BATCH,), generator=generator)
 
 
+def first(step: int, replica: int) -> int:
+    """Position of the first sample of a replica in a step."""
+    return (step * REPLICAS + replica) * BATCH
+
+
 def of_replica(step: int, replica: int) -> tuple[Tensor, Tensor]:
     images, labels = (rows.chunk(REPLICAS)[replica] for rows in pictures(step))
     return images, labels
@@ -75,7 +80,7 @@ def on_the_mesh(place: Place, drop: bool = True, message_bytes: int = 2**20) -> 
 
         def backward(step: int) -> None:
             images, labels = of_replica(step, place.replica)
-            net.set_step(step, place.replica)
+            net.set_position(first(step, place.replica))
             loss = F.cross_entropy(net(images), labels)
             loss.backward()
             if step % 2:  # either order must do
@@ -95,7 +100,7 @@ def in_one_process(drop: bool) -> dict[str, Any]:
         losses = []
         for replica in range(REPLICAS):
             images, labels = of_replica(step, replica)
-            net.set_step(step, replica)
+            net.set_position(first(step, replica))
             losses.append(F.cross_entropy(net(images), labels) / REPLICAS)
             losses[-1].backward()
         means.append(torch.stack(losses).sum().detach())
@@ -126,7 +131,7 @@ def in_what_order(place: Place) -> list[str]:
     with GradientAverage(net, place, message_bytes=1) as average:
         for message in average._messages:
             message.__class__ = Watched
-        net.set_step(0, place.replica)
+        net.set_position(first(0, place.replica))
         net(of_replica(0, place.replica)[0]).sum().backward()
         events.append("end")
         average.finish()
@@ -144,7 +149,7 @@ def frozen(place: Place) -> dict[str, Any]:
                 net.get_parameter(late).requires_grad_(False)
             net.zero_grad()
             images, labels = of_replica(0, place.replica)
-            net.set_step(0, place.replica)
+            net.set_position(first(0, place.replica))
             F.cross_entropy(net(images), labels).backward()
             average.finish()
             found[str(step)] = split(net)

@@ -185,7 +185,7 @@ def test_forward_is_the_network_written_out() -> None:
 def test_training_masks_units_and_does_not_rescale() -> None:
     net = narrow().double().train()
     x = images().double()
-    net.set_step(4)
+    net.set_position(4)
     kept: dict[str, Tensor] = {}
     hooks = [
         net.get_submodule(f"fc{n + 1}").register_forward_pre_hook(
@@ -206,23 +206,24 @@ def test_training_masks_units_and_does_not_rescale() -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_masks_belong_to_step_and_replica() -> None:
+def test_masks_belong_to_samples_however_they_are_batched() -> None:
     net = narrow().train()
     x = images()
 
-    def logits(step: int, replica: int = 0) -> Tensor:
-        net.set_step(step, replica)
+    def logits(position: int, pictures: Tensor) -> Tensor:
+        net.set_position(position)
         with torch.no_grad():
-            return net(x)
+            return net(pictures)
 
-    first = logits(3)
-    assert not torch.equal(first, logits(4))
-    assert not torch.equal(first, logits(3, replica=1))
-    assert torch.equal(first, logits(3))
+    whole = logits(7 * 2**40, x)
+    assert not torch.equal(whole, logits(7 * 2**40 + 1, x))
+    assert torch.equal(whole, logits(7 * 2**40, x))
+    parts = [logits(7 * 2**40 + row, x[row : row + 1]) for row in range(len(x))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_training_needs_a_step() -> None:
-    with pytest.raises(RuntimeError, match="set_step"):
+def test_training_needs_a_position() -> None:
+    with pytest.raises(RuntimeError, match="set_position"):
         narrow().train()(images())
 
 
@@ -239,7 +240,7 @@ def test_layouts_and_images_that_need_gradients_agree() -> None:
 
 def test_autocast_stays_near_float32() -> None:
     net = narrow().to(memory_format=torch.channels_last).train()
-    net.set_step(0)
+    net.set_position(0)
     x = images()
     exact = net(x)
     gradients = {}

@@ -25,7 +25,7 @@ DESIGNS = {
 
 
 def loss_of(net: AlexNet, images: Tensor, labels: Tensor) -> Tensor:
-    net.set_step(3)  # the same dropout masks each time
+    net.set_position(3)  # the same dropout masks each time
     return F.cross_entropy(net(images), labels)
 
 

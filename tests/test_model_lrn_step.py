@@ -16,7 +16,7 @@ Step = tuple[Tensor, dict[str, Tensor]]
 def step(dtype: torch.dtype) -> Step:
     """Logits and gradients of a fresh narrow network, in float64."""
     net = AlexNet(width=0.25, classes=100)
-    net.set_step(0)
+    net.set_position(0)
     generator = torch.Generator().manual_seed(1)
     images = 60 * torch.randn(8, 3, 224, 224, generator=generator)
     labels = torch.randint(0, 100, (8,), generator=generator)

@@ -68,7 +68,7 @@ def outcome(case: Case, columns: tuple[int, ...], exchange: Exchange | None) -> 
     images, labels = batch(case)
     result: dict[str, Any] = {"initial": copied(net.column_state())}
     for step in range(case.steps):
-        net.set_step(step)
+        net.set_position(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
             logits = net(images)
         optimiser.zero_grad()

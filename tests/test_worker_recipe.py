@@ -31,7 +31,7 @@ def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[s
             optimiser.zero_grad()
             slices = zip(batch.images.chunk(2), batch.labels.chunk(2), strict=True)
             for replica, (images, labels) in enumerate(slices):
-                net.set_step(step, replica)
+                net.set_position((step - 1) * config.batch_size + replica * len(images))
                 logits = net(images)
                 loss = torch.nn.functional.cross_entropy(logits, labels) / 2
                 loss.backward()  # gradients add up
