@@ -3,35 +3,31 @@
     RUN/checkpoints/step-00000400/
         column-a.safetensors    "weights/a.conv1.weight", "velocity/a.conv1.weight", ...
         column-b.safetensors
-        checkpoint.json         written last: step, position, config, classes, hashes of the files
+        checkpoint.json         written last: step, position, error, config, classes, file hashes
 
-A folder takes its name only when everything in it is on the disk; until then it is called
-`step-00000400.partial`. A column's tensors are the same whether one process held it or two, so
-a run may go on in the other layout.
+A column's tensors are the same whether one process held it or two, so a run may go on in the other
+layout. `checkpoint_writer` writes them, `checkpoint_places` knows where they lie.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.events import Saved, Tell, Warned
-from cluster.place import Place
-from cluster.run_folder import CHECKPOINTS, Mark, checkpoints_in, step_of
+from cluster.checkpoint_places import JSON, Folder, Places, places_of, step_in
+from cluster.events import Tell, Warned
+from cluster.run_folder import Mark
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
-from pipeline.errors import DataError
-from pipeline.files import PARTIAL, sealed, sha256, sync_folder
+from pipeline.errors import DataError, DuetError
+from pipeline.files import sha256
 
-JSON = "checkpoint.json"
 VERSION = 1
 
 
@@ -40,108 +36,18 @@ class Found:
     """A complete checkpoint and where it lies."""
 
     path: Path
+    """Local folder with its files."""
     mark: Mark
     classes: tuple[str, ...]
     """Names of the classes it was trained on."""
+    error: float | None = None
+    """Top-1 validation error at its step, if there was a validation."""
+    name: str = ""
 
 
 def column_file(column: int) -> str:
     """Name of a column's file."""
     return f"column-{'ab'[column]}.safetensors"
-
-
-class Checkpoints:
-    """The checkpoints of a run, as the processes of a job write and read them together."""
-
-    def __init__(self, run: Path, place: Place, about: dict[str, Any], keep: int) -> None:
-        """Prepare; writes nothing.
-
-        Args:
-            run: folder of the run, the same on every node.
-            place: of this process.
-            about: what checkpoint.json says besides the mark: config, data set, classes.
-            keep: complete checkpoints to keep.
-        """
-        self._folder = run / CHECKPOINTS
-        self._place, self._about, self._keep = place, about, keep
-
-    def resume(self, net: AlexNet, optimiser: Sgd2012, tell: Tell) -> Mark:
-        """Load the newest complete checkpoint, if there is one; all processes call it.
-
-        Damaged ones are named in a warning and passed over.
-        """
-        found = newest(self._folder, tell) if self._place.leads else None
-        found, there = self._place.share((found, bool(checkpoints_in(self._folder))))
-        if found is None and there:
-            raise DataError(
-                f"no checkpoint in {self._folder} is sound; restore one, "
-                "or delete that folder to start over"
-            )
-        if found is None:
-            return Mark()
-        load(found.path, net, optimiser)
-        return found.mark
-
-    def save(self, mark: Mark, net: AlexNet, optimiser: Sgd2012, tell: Tell) -> None:
-        """Write a checkpoint; all processes call it, those of replica 0 write."""
-        start = time.monotonic()
-        partial = self._folder / f"step-{mark.step:08d}{PARTIAL}"
-        if self._place.leads:
-            self._clear(partial)
-        self._place.gather(None)
-        written = self._write_columns(partial, net, optimiser) if self._place.replica == 0 else {}
-        files = {
-            name: facts for part in self._place.gather(written) for name, facts in part.items()
-        }
-        if self._place.leads:
-            self._seal(partial, mark, files)
-            tell(Saved(mark.step, time.monotonic() - start))
-        self._place.gather(None)
-
-    def _clear(self, partial: Path) -> None:
-        """Make an empty folder; whatever a crash left under such a name goes."""
-        for left in self._folder.glob(f"step-*{PARTIAL}/"):
-            shutil.rmtree(left)
-        partial.mkdir(parents=True)
-
-    def _write_columns(
-        self, partial: Path, net: AlexNet, optimiser: Sgd2012
-    ) -> dict[str, dict[str, Any]]:
-        state = state_of(net, optimiser)
-        written = {}
-        for column in net.columns:
-            path = partial / column_file(column)
-            own = {
-                key: tensor for key, tensor in state.items() if key.split("/")[1][0] == "ab"[column]
-            }
-            save_file(own, path)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            written[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        return written
-
-    def _seal(self, partial: Path, mark: Mark, files: dict[str, dict[str, Any]]) -> None:
-        table = {"version": VERSION, "step": mark.step, "position": mark.position, "files": files}
-        with sealed(partial / JSON) as file:
-            file.write((json.dumps(table | self._about, indent=1) + "\n").encode())
-        final = partial.with_name(partial.name.removesuffix(PARTIAL))
-        if final.exists():  # a damaged one that was passed over
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync_folder(self._folder)
-        for path in superfluous(checkpoints_in(self._folder), mark.step, self._keep):
-            shutil.rmtree(path)
-
-
-def superfluous(newest_first: list[Path], step: int, keep: int) -> list[Path]:
-    """Return which checkpoints to delete now that the one of `step` is complete.
-
-    Later ones are damaged: had they been sound, the run would have gone on from them. They must
-    not count among the `keep` that stay.
-    """
-    later = [path for path in newest_first if step_of(path) > step]
-    sound = [path for path in newest_first if step_of(path) <= step]
-    return later + sound[keep:]
 
 
 def state_of(net: AlexNet, optimiser: Sgd2012) -> dict[str, Tensor]:
@@ -182,32 +88,74 @@ def newest(folder: Path, tell: Tell) -> Found | None:
         folder: RUN/checkpoints.
         tell: gets a warning for each damaged one that is passed over.
     """
-    for path in checkpoints_in(folder):
+    return first_sound(Folder(folder), Folder(folder).sealed(), tell)
+
+
+def found_in(run: Path, store: str, tell: Tell) -> Found | None:
+    """As `newest`, for a run whose checkpoints may lie in a store; they are fetched if need be."""
+    places = places_of(run, store)
+    return first_sound(places, places.sealed(), tell)
+
+
+def first_sound(places: Places, names: Iterable[str], tell: Tell) -> Found | None:
+    """Return the first of some checkpoints of which every byte is right."""
+    for name in names:
         try:
-            return _check(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return check(places, name)
+        except (OSError, ValueError, KeyError, TypeError, DuetError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            tell(Warned(f"checkpoint {path} is damaged ({reason}); passing over it"))
+            there = f"{places.address}/{name}"
+            tell(Warned(f"checkpoint {there} is damaged ({reason}); passing over it"))
     return None
 
 
-def _check(path: Path) -> Found:
+def read_table(places: Places, name: str) -> dict[str, Any]:
+    """Read checkpoint.json.
+
+    Raises:
+        ValueError, KeyError, TypeError, OSError, DuetError: it is damaged, or not there.
+    """
+    table: dict[str, Any] = json.loads(places.read(name, JSON))
+    if table["version"] != VERSION:
+        raise ValueError(f"version {table['version']}, this program reads {VERSION}")
+    return table
+
+
+def check(places: Places, name: str) -> Found:
     """Compare a checkpoint's files with what its checkpoint.json says.
 
     Raises:
-        ValueError, KeyError, TypeError, OSError: it is damaged.
+        ValueError, KeyError, TypeError, OSError, DuetError: it is damaged.
     """
-    table = json.loads((path / JSON).read_bytes())
-    if table["version"] != VERSION:
-        raise ValueError(f"version {table['version']}, this program reads {VERSION}")
+    table = read_table(places, name)
     columns = table.get("config", {}).get("columns", 2)
     if {column_file(column) for column in range(columns)} - set(table["files"]):
         raise ValueError("a column is missing")
-    for name, facts in table["files"].items():
-        size = (path / name).stat().st_size
-        if size != facts["bytes"]:
-            raise ValueError(f"{name} has {size} bytes instead of {facts['bytes']}")
-        if sha256(path / name) != facts["sha256"]:
-            raise ValueError(f"{name} does not have the SHA-256 it was written with")
+    path = fetched(places, name, table, list(table["files"]))
     mark = Mark(step=table["step"], position=table["position"])
-    return Found(path=path, mark=mark, classes=tuple(table["classes"]))
+    if mark.step != step_in(name):
+        raise ValueError(f"it is of step {mark.step}")
+    return Found(
+        path=path,
+        mark=mark,
+        classes=tuple(table["classes"]),
+        error=table.get("top1_error"),
+        name=name,
+    )
+
+
+def fetched(places: Places, name: str, table: dict[str, Any], files: list[str]) -> Path:
+    """Return a local folder with files of a checkpoint, their hashes compared.
+
+    Raises:
+        ValueError: they are not what `table` says; besides, what `check` raises.
+    """
+    path = places.fetch(name, files)
+    for file in files:
+        facts = table["files"][file]
+        size = (path / file).stat().st_size
+        if size != facts["bytes"]:
+            raise ValueError(f"{file} has {size} bytes instead of {facts['bytes']}")
+        if sha256(path / file) != facts["sha256"]:
+            raise ValueError(f"{file} does not have the SHA-256 it was written with")
+    return path

@@ -142,6 +142,26 @@ def reached(run: Path) -> int:
     return next((step_of(path) for path in checkpoints_in(run / CHECKPOINTS)), 0)
 
 
+def last_attempt(run: Path) -> dict[str, Any]:
+    """Return the last row of RUN/attempts.jsonl; empty if there is none."""
+    try:
+        rows = (run / ATTEMPTS).read_bytes().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(rows):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            return {"attempt": int(row["attempt"]), "step": int(row["step"])}
+        except (ValueError, KeyError, TypeError):
+            continue  # half written
+    return {}
+
+
+def last_step(run: Path) -> int:
+    """Step of the newest checkpoint when the workers of a run last began or ended; 0 at first."""
+    return int(last_attempt(run).get("step", 0))
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the step in the name of one of `checkpoints_in`."""
     return int(checkpoint.name.removeprefix("step-"))

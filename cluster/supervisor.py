@@ -27,7 +27,7 @@ from cluster.config import Config
 from cluster.console import Screen
 from cluster.events import Placed, Started
 from cluster.nodes import draining, has_gpus, living, name_of
-from cluster.run_folder import ATTEMPTS, ERRORS
+from cluster.run_folder import ATTEMPTS, ERRORS, last_attempt
 from cluster.topology import Node, NoRoom, Plan, plan
 from pipeline.errors import DuetError
 
@@ -62,7 +62,7 @@ class Supervisor:
         self._reached = reached
         # Decided once: a run that has lost its GPUs must not creep on on CPUs.
         self._gpu = config.device == "gpu" or (config.device == "auto" and has_gpus())
-        self._number = _last_attempt(run / ATTEMPTS)
+        self._number = last_attempt(run).get("attempt", 0)
 
     def train(self) -> None:
         """Train to the last step.
@@ -285,17 +285,3 @@ def answering(nodes: list[Node]) -> list[Node]:
             continue
         found.append(node)
     return found
-
-
-def _last_attempt(path: Path) -> int:
-    """Number of the last attempt in RUN/attempts.jsonl; 0 if there is none."""
-    try:
-        rows = path.read_bytes().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(rows):
-        try:
-            return int(json.loads(line)["attempt"])
-        except (ValueError, KeyError, TypeError):
-            continue  # half written
-    return 0

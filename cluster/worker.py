@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.checkpoint import Checkpoints
+from cluster.checkpoint_writer import Checkpoints
 from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
-from cluster.events import Ended, Finished, Publish, Started, Tell
+from cluster.events import Ended, Finished, Started, Tell
 from cluster.feed import Feed, Whole
 from cluster.gradients import GradientAverage
 from cluster.health import check_finite
@@ -35,7 +35,7 @@ from pipeline.manifest import Manifest, identity
 
 def train(
     config: Config, data: str, run: Path, place: Place, tell: Tell, *,
-    ending: Callable[[], bool] = lambda: False, publish: Publish | None = None,
+    ending: Callable[[], bool] = lambda: False,
 ) -> None:  # fmt: skip
     """Train to the end of the run, from its newest checkpoint if there is one.
 
@@ -49,7 +49,6 @@ def train(
         place: of this process.
         tell: gets events, mostly from the leader of the job.
         ending: whether to save and return after this step; one process that wants it is enough.
-        publish: gets the numbers of this process about once a second.
 
     Raises:
         NotFinite: the loss is no number any more; all processes raise it.
@@ -81,7 +80,7 @@ def train(
     stream = open_stream(config, data, run, place, position=mark.position)
     feed = Feed(stream, place, batches=total - mark.step)
     average = GradientAverage(net, place)
-    log = Log(run, place, tell, samples, mark.step, publish=publish)
+    log = Log(run, place, tell, samples, mark.step)
     with stream, feed, average, closing(checkpoints), log:
         if place.leads:
             tell(Started(mark.step, total, describe(config, place)))

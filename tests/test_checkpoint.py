@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import cluster.checkpoint as checkpoint
-from cluster.checkpoint import Checkpoints, newest, state_of
+import cluster.checkpoint_places as places
+import cluster.checkpoint_writer as writer
+from cluster.checkpoint import newest, state_of
+from cluster.checkpoint_writer import Checkpoints
 from cluster.events import Saved, Warned
 from cluster.place import Place
 from cluster.run_folder import CHECKPOINTS, Mark, reached
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
+from pipeline.errors import SetupError
 
 CLASSES = ("cat", "dog", "owl")
 ABOUT = {"config": {"lr": 0.01}, "data_sha256": "abc", "classes": CLASSES}
@@ -33,17 +42,30 @@ def network(seed: int = 0) -> tuple[AlexNet, Sgd2012]:
 class Run:
     """A run folder with what it was told."""
 
-    def __init__(self, folder: Path, keep: int = 5) -> None:
+    def __init__(self, folder: Path, keep: int = 5, keep_best: int = 0) -> None:
         self.folder = folder
         self.told: list = []
-        self.checkpoints = Checkpoints(folder, Place(), ABOUT, keep)
+        self.keep, self.keep_best = keep, keep_best
+        self.open()
 
-    def save(self, step: int, seed: int) -> None:
-        self.checkpoints.save(Mark(step=step, position=8 * step), *network(seed), self.told.append)
+    def open(self) -> None:
+        """As a new start of the workers does."""
+        self.checkpoints = Checkpoints(
+            self.folder, Place(), ABOUT, self.told.append, keep=self.keep, keep_best=self.keep_best
+        )
+        (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
+
+    def begin(self, step: int, seed: int, error: float | None = None) -> None:
+        self.checkpoints.begin(Mark(step=step, position=8 * step), *network(seed), error)
+
+    def save(self, step: int, seed: int, error: float | None = None) -> None:
+        self.begin(step, seed, error)
+        self.checkpoints.finish(must=True)
 
     def resume(self) -> tuple[Mark, dict[str, torch.Tensor]]:
+        self.open()
         net, optimiser = network(seed=99)
-        mark = self.checkpoints.resume(net, optimiser, self.told.append)
+        mark = self.checkpoints.resume(net, optimiser)
         return mark, state_of(net, optimiser)
 
     def step(self, step: int) -> Path:
@@ -156,37 +178,160 @@ def test_a_damaged_one_is_replaced_when_the_run_comes_by_again(run):
     assert same(run.resume()[1], seed=2)
 
 
+MOMENTS = ["column a", "column b", "the json", "the rename"]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) -> None:
+    """Have what is written at some moment fail."""
+    real = {"save": writer.save_file, "sealed": places.sealed, "rename": Path.rename}
+
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    if moment.startswith("column"):
+        name = moment.replace(" ", "-")
+        monkeypatch.setattr(
+            writer,
+            "save_file",
+            lambda state, path: fails() if name in path.name else real["save"](state, path),
+        )
+    elif moment == "the json":
+        monkeypatch.setattr(places, "sealed", fails)
+    else:
+        monkeypatch.setattr(Path, "rename", fails)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_full_disk_is_a_warning_and_the_next_save_is_made(run, monkeypatch, moment):
+    run.save(3, seed=1)
+    with monkeypatch.context() as patch:
+        failing(patch, moment, OSError(errno.ENOSPC, "No space left on device"))
+        run.begin(6, seed=2)
+        run.checkpoints.finish()
+        (warning,) = [event for event in run.told if isinstance(event, Warned)]
+        assert "step 6" in warning.text
+        assert "No space left on device" in warning.text
+        assert "the last one is of step 3" in warning.text
+        run.begin(7, seed=2)
+        with pytest.raises(SetupError, match=r"step 7 .*No space left.* goes on from step 3"):
+            run.checkpoints.finish(must=True)
+    assert [path.name for path in (run.folder / CHECKPOINTS).iterdir()] == ["step-00000003"]
+    run.save(9, seed=3)
+    assert run.resume()[0].step == 9
+
+
 class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("moment", ["before column b", "before the json", "before the rename"])
+@pytest.mark.parametrize("moment", ["the json", "the rename"])
 def test_a_death_while_saving_leaves_the_checkpoint_before(run, monkeypatch, moment):
     run.save(3, seed=1)
-
-    def dies(*args: object, **options: object) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch:
-        if moment == "before column b":
-            real = checkpoint.save_file
-            patch.setattr(
-                checkpoint,
-                "save_file",
-                lambda state, path: dies() if "column-b" in path.name else real(state, path),
-            )
-        elif moment == "before the json":
-            patch.setattr(checkpoint, "sealed", dies)
-        else:
-            patch.setattr(Path, "rename", dies)
+        failing(patch, moment, Killed())
+        run.begin(6, seed=2)
         with pytest.raises(Killed):
-            run.save(6, seed=2)
-    assert (run.folder / CHECKPOINTS / "step-00000006.partial").is_dir()
+            run.checkpoints.finish()
+    assert len(list((run.folder / CHECKPOINTS).glob("step-00000006.*.partial"))) == 1
     assert reached(run.folder) == 3
     assert run.resume()[0].step == 3
     run.save(9, seed=3)
     assert run.resume()[0].step == 9
     assert list((run.folder / CHECKPOINTS).glob("*.partial")) == []
+
+
+def test_a_disk_that_has_gone_is_not_written_to_anew(run):
+    run.save(3, seed=1)
+    there = run.folder / CHECKPOINTS
+    there.rename(run.folder / "away")
+    run.begin(6, seed=2)
+    run.checkpoints.finish()
+    assert "No such file" in next(e.text for e in run.told if isinstance(e, Warned))
+    assert not there.exists()
+    # Nor does a new start take it for a run that has not begun.
+    (run.folder / "attempts.jsonl").write_text('{"attempt": 1, "step": 3}\n{"att')
+    run.checkpoints = Checkpoints(run.folder, Place(), ABOUT, run.told.append, keep=1)
+    with pytest.raises(SetupError, match=r"holds no checkpoint, but the run had one of step 3"):
+        run.checkpoints.resume(*network(seed=99))
+    assert not there.exists()
+    (run.folder / "away").rename(there)
+    run.save(6, seed=2)
+    assert run.resume()[0].step == 6
+
+
+def limited(folder: Path, bytes_: int) -> None:
+    """Save with a limit on the size of files, which the kernel enforces."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, resource.RLIM_INFINITY))
+    run = Run(folder)
+    run.begin(3, seed=1)
+    run.checkpoints.finish()
+    free = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    run.save(6, seed=2)
+    (folder / "told").write_text("\n".join(e.text for e in run.told if isinstance(e, Warned)))
+
+
+def test_what_the_kernel_refuses_is_a_warning(tmp_path):
+    process = mp.get_context("spawn").Process(target=limited, args=(tmp_path, 10_000))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert "File too large" in (tmp_path / "told").read_text()
+    assert Run(tmp_path).resume()[0].step == 6
+
+
+def test_training_goes_on_while_the_state_of_before_is_written(run, monkeypatch):
+    net, optimiser = network(seed=1)
+    go = threading.Event()
+    real = writer.save_file
+    monkeypatch.setattr(writer, "save_file", lambda *words: (go.wait(), real(*words)))
+    run.checkpoints.begin(Mark(step=3, position=24), net, optimiser)
+    assert run.checkpoints.busy
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(7)
+        for velocity in optimiser.velocities.values():
+            velocity.fill_(7)
+    go.set()
+    run.checkpoints.finish(must=True)
+    assert not run.checkpoints.busy
+    assert not run.checkpoints.pending
+    assert same(run.resume()[1], seed=1)
+
+
+def test_what_must_come_before_a_checkpoint_can_hold_it_back(tmp_path):
+    def rows_are_on_the_disk() -> None:
+        raise SetupError("rows are missing")
+
+    (tmp_path / CHECKPOINTS).mkdir()
+    told: list = []
+    saves = Checkpoints(tmp_path, Place(), ABOUT, told.append, keep=1, before=rows_are_on_the_disk)
+    saves.begin(Mark(step=3, position=24), *network(seed=1))
+    saves.finish()
+    assert "rows are missing" in told[0].text
+    assert reached(tmp_path) == 0
+
+
+def test_the_best_ones_stay_besides_the_last(tmp_path):
+    run = Run(tmp_path, keep=2, keep_best=2)
+    for step, error in enumerate([0.9, 0.5, None, 0.5, 0.4, None, None, 0.8], start=1):
+        run.save(step, seed=step, error=error)
+        if step == 6:
+            run.resume()  # a restart does not forget which were good
+    names = sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir())
+    assert names == [f"step-{step:08d}" for step in (4, 5, 7, 8)]
+
+
+def test_a_process_of_an_older_start_cannot_write_into_a_newer_save(run):
+    """Both save the same step; the names they write under differ."""
+    old = run.checkpoints
+    old.begin(Mark(step=3, position=24), *network(seed=1))
+    run.open()
+    run.begin(3, seed=2)
+    run.checkpoints.finish(must=True)
+    assert same(run.resume()[1], seed=2)
+    old.close()
+    assert same(run.resume()[1], seed=2)
 
 
 def test_a_checkpoint_of_another_network_is_refused(run):

@@ -63,7 +63,7 @@ def test_a_pair_learns_what_one_process_learns(runs, name):
 def test_a_pair_ends_with_the_weights_and_velocities_of_one_process(runs):
     one, pair = weights(runs / "one"), weights(runs / "pair")
     assert pair.keys() == one.keys()
-    torch.testing.assert_close(pair, one, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(pair, one, rtol=1e-3, atol=2e-5)
     start = AlexNet(classes=4, width=CONFIG.width).column_state()
     moved = [key for key in start if not torch.equal(start[key], one[f"weights/{key}"])]
     assert moved == list(start)
@@ -203,7 +203,7 @@ def test_statistics_of_both_columns_are_written_alike_by_one_process_and_a_pair(
         assert weight == pytest.approx(trained[f"weights/{key}"].abs().mean().item(), rel=1e-3)
         assert update == pytest.approx(trained[f"velocity/{key}"].abs().mean().item(), rel=1e-3)
         assert gradient > 0
-        assert pair[STEPS]["layers"][key] == pytest.approx([weight, update, gradient], rel=0.01)
+        assert pair[STEPS]["layers"][key] == pytest.approx([weight, update, gradient], rel=0.03)
 
 
 def test_the_workers_are_told_in_words():

@@ -1,0 +1,241 @@
+"""Where checkpoints lie: a folder that all nodes see, or an object store.
+
+    FOLDER/step-00000400/                  takes its name when everything in it is on the disk;
+    FOLDER/step-00000400.3f9c.partial/     until then it is called so
+    s3://.../checkpoints/step-00000400-3f9c/   nothing is renamed there: it is a checkpoint when it
+                                               has a checkpoint.json, which is written last
+
+A name that is being written has a token in it: a process of a start that was given up, and has not
+noticed yet, cannot write into what the next one writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from cluster.run_folder import CHECKPOINTS, checkpoints_in
+from pipeline.dataset import is_remote
+from pipeline.files import PARTIAL, sealed, sync_folder
+from pipeline.packing.store_target import StoreTarget, target_for
+
+JSON = "checkpoint.json"
+_NAME = re.compile(r"step-(\d+)(-[0-9a-f]+)?")
+
+
+class Places(Protocol):
+    """What a run needs of the place where its checkpoints lie."""
+
+    @property
+    def address(self) -> str:
+        """How messages call it."""
+
+    def sealed(self) -> list[str]:
+        """Names of the complete checkpoints, newest first; their bytes are not looked at.
+
+        Raises:
+            OSError, DuetError: the place cannot be reached.
+        """
+
+    def begin(self, step: int, token: str) -> str:
+        """Prepare for a checkpoint; returns the name under which it is written. The leader's."""
+
+    def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
+        """Have `save` write a file of it, and put it on the disk.
+
+        Returns:
+            a local path where its bytes can be read until `settle`.
+        """
+
+    def settle(self, work: str, file: str, path: Path) -> None:
+        """Bring a file that was written to where it belongs."""
+
+    def seal(self, work: str, table: bytes) -> str:
+        """Make it a checkpoint: write checkpoint.json; returns its name. The leader's."""
+
+    def read(self, name: str, file: str) -> bytes:
+        """Return a small file of a checkpoint."""
+
+    def fetch(self, name: str, files: Sequence[str]) -> Path:
+        """Return a local folder with these files of a checkpoint."""
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint, or what was begun."""
+
+    def tidy(self) -> None:
+        """Remove what crashes have left. The leader's, before anything is begun."""
+
+
+def places_of(run: Path, store: str) -> Places:
+    """Return where the checkpoints of a run lie: in its folder, or in `store` if that is given."""
+    if store and is_remote(store):
+        target = target_for(f"{store.rstrip('/')}/{CHECKPOINTS}")
+        assert isinstance(target, StoreTarget)
+        return Bucket(target)
+    return Folder(Path(store or run) / CHECKPOINTS)
+
+
+def step_in(name: str) -> int:
+    """Return the step in a checkpoint's name."""
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1])
+
+
+class Folder:
+    """Checkpoints in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def address(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    def sealed(self) -> list[str]:
+        """Names of the complete ones, newest first."""
+        return [path.name for path in checkpoints_in(self._folder)]
+
+    def begin(self, step: int, token: str) -> str:
+        """Make a folder to write in.
+
+        Raises:
+            FileNotFoundError: on a disk that has gone meanwhile, nothing must be begun anew.
+        """
+        work = f"step-{step:08d}.{token}{PARTIAL}"
+        (self._folder / work).mkdir()
+        return work
+
+    def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
+        """Write a file at its place."""
+        path = self._folder / work / file
+        save(path)
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        return path
+
+    def settle(self, work: str, file: str, path: Path) -> None:
+        """It is there."""
+
+    def seal(self, work: str, table: bytes) -> str:
+        """Write checkpoint.json, and give the folder its name."""
+        with sealed(self._folder / work / JSON) as file:
+            file.write(table)
+        final = self._folder / work.split(".")[0]
+        if final.exists():  # a damaged one that was passed over
+            shutil.rmtree(final)
+        (self._folder / work).rename(final)
+        sync_folder(self._folder)
+        return final.name
+
+    def read(self, name: str, file: str) -> bytes:
+        """Return a file."""
+        return (self._folder / name / file).read_bytes()
+
+    def fetch(self, name: str, files: Sequence[str]) -> Path:
+        """Return the folder of the checkpoint itself."""
+        return self._folder / name
+
+    def remove(self, name: str) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Remove folders that were begun and never took their names. RUN must be there."""
+        self._folder.mkdir(exist_ok=True)
+        for left in self._folder.glob(f"step-*{PARTIAL}/"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+class Bucket:
+    """Checkpoints in an object store."""
+
+    def __init__(self, target: StoreTarget) -> None:
+        self._target = target
+        self._fetched: list[tempfile.TemporaryDirectory[str]] = []
+        """Folders that go with this object."""
+
+    @property
+    def address(self) -> str:
+        """The address, without secrets."""
+        return self._target.address
+
+    def _all(self) -> dict[str, set[str]]:
+        """Files of each checkpoint, complete or not."""
+        found: dict[str, set[str]] = {}
+        for path in self._target.names():
+            name, _, file = path.partition("/")
+            if _NAME.fullmatch(name):
+                found.setdefault(name, set()).add(file)
+        return found
+
+    def sealed(self) -> list[str]:
+        """Names of those with a checkpoint.json, newest first."""
+        complete = [name for name, files in self._all().items() if JSON in files]
+        return sorted(complete, key=lambda name: (step_in(name), name), reverse=True)
+
+    def begin(self, step: int, token: str) -> str:
+        """There is nothing to prepare."""
+        return f"step-{step:08d}-{token}"
+
+    def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
+        """Write a temporary file on this node."""
+        folder = Path(tempfile.mkdtemp(prefix="duet-save-"))
+        try:
+            save(folder / file)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder / file
+
+    def settle(self, work: str, file: str, path: Path) -> None:
+        """Upload it."""
+        name, size = f"{work}/{file}", path.stat().st_size
+        try:
+            self._target.ask(
+                name, lambda system, there: system.put_file(str(path), there), "written", size
+            )
+        finally:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def seal(self, work: str, table: bytes) -> str:
+        """Upload checkpoint.json."""
+        with self._target.create(f"{work}/{JSON}") as file:
+            file.write(table)
+        return work
+
+    def read(self, name: str, file: str) -> bytes:
+        """Download a small file."""
+        return self._target.read(f"{name}/{file}")
+
+    def fetch(self, name: str, files: Sequence[str]) -> Path:
+        """Download files into a temporary folder that lives as long as this object."""
+        folder = tempfile.TemporaryDirectory(prefix="duet-checkpoint-")
+        self._fetched.append(folder)
+        for file in files:
+            local = str(Path(folder.name) / file)
+            size = self._target.size(f"{name}/{file}") or 0
+            self._target.ask(
+                f"{name}/{file}",
+                lambda system, there, local=local: system.get_file(there, local),  # type: ignore[misc]
+                "read",
+                size,
+            )
+        return Path(folder.name)
+
+    def remove(self, name: str) -> None:
+        """Remove its files, checkpoint.json first: half of a checkpoint is none."""
+        self._target.remove([f"{name}/{JSON}"])
+        self._target.clear(name)
+
+    def tidy(self) -> None:
+        """Remove files of checkpoints that were begun and never sealed."""
+        for name, files in self._all().items():
+            if JSON not in files:
+                self._target.clear(name)
