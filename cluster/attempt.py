@@ -12,16 +12,15 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.events import Event, Failed, Finished, Placed, Started
+from cluster.failure import Failure
 from cluster.mailbox import Mailbox
 from cluster.ray_worker import FAKE_GPUS, Job, run_worker
-from cluster.topology import Plan, Worker
+from cluster.topology import Plan
 
 LOOK = 0.2
 """Seconds between looks into the mailbox."""
 FORWARDED = ("OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_GPUS)
 """Variables that workers need before torch is loaded there, or that Ray does not hand on."""
-DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
-"""What Ray Train calls a worker that is gone; one that raised an error comes as that error."""
 
 
 class Attempt:
@@ -29,13 +28,9 @@ class Attempt:
 
     def __init__(self, config: Config, data: str, run: Any, plan: Plan) -> None:
         self.plan = plan
-        self.workers: tuple[Worker, ...] = ()
-        """Known when they are placed."""
         self.started = self.finished = False
-        self.failed: Failed | None = None
-        """What the first worker that gave up has told."""
-        self.failure: BaseException | None = None
-        """What Ray Train has made of it."""
+        self.failure = Failure()
+        """Why it failed, if it did; and the table of workers, when they are placed."""
         self._mailbox = Mailbox()
         job = Job(config=config, data=data, run=run, plan=plan, driver=self._mailbox.address)
         # A thread: fit() would take Ctrl-C to itself, and this one is busy with the screen.
@@ -48,7 +43,7 @@ class Attempt:
         try:
             trainer(job, scratch).fit()
         except BaseException as error:
-            self.failure = error
+            self.failure.raised = error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -71,42 +66,20 @@ class Attempt:
     def _note(self, event: Event) -> None:
         match event:
             case Placed(workers):
-                self.workers = workers
+                self.failure.workers = workers
             case Started():
                 self.started = True
             case Finished():
                 self.finished = True
-            case Failed() if self.failed is None:
-                self.failed = event
+            case Failed() if self.failure.told is None:
+                self.failure.told = event
             case _:
                 pass
 
     @property
-    def deaths(self) -> list[str]:
-        """The workers that went without a word."""
-        failures = getattr(self.failure, "worker_failures", {})
-        gone = [rank for rank, error in failures.items() if type(error).__name__ in DEATHS]
-        return [self._name(rank) for rank in sorted(gone)]
-
-    def _name(self, rank: int) -> str:
-        for worker in self.workers:
-            if worker.rank == rank:
-                columns = f"column{'s' if ' ' in worker.column else ''} {worker.column}"
-                return f"replica {worker.replica}, {columns} (node {worker.node})"
-        return f"rank {rank}"
-
-    @property
-    def why(self) -> str:
-        """Why it ended, in a line, if it did not finish."""
-        if self.deaths:
-            others = f" and {len(self.deaths) - 1} more" if len(self.deaths) > 1 else ""
-            return f"the worker of {self.deaths[0]}{others} died: killed, or out of memory"
-        if self.failed is not None:
-            return f"{self.failed.worker}: {self.failed.text}"
-        # Ray's own errors begin with lines that only announce the next.
-        told = [line.strip() for line in str(self.failure).splitlines() if line.strip()]
-        lines = [line for line in told if not line.endswith(":")]
-        return (lines or [repr(self.failure)])[0]
+    def failed(self) -> bool:
+        """Whether something went wrong."""
+        return self.failure.told is not None or self.failure.raised is not None
 
 
 def trainer(job: Job, scratch: str) -> Any:

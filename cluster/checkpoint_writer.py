@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ class Checkpoints:
         Raises:
             DataError: there are some, and none is sound.
         """
-        found, names, trouble = self._place.share(self._look() if self._place.leads else None)
+        found, names, trouble = self._place.share(
+            self._look() if self._place.leads else (None, [], "")
+        )
         if trouble:
             raise SetupError(trouble)
         if found is None and names:
@@ -211,9 +214,7 @@ class Checkpoints:
             for column in columns:
                 name = column_file(column)
                 own = {key: t for key, t in state.items() if key.split("/")[1][0] == "ab"[column]}
-                path = self._places.write(
-                    save.work, name, lambda path, own=own: save_file(own, path)
-                )  # type: ignore[misc]
+                path = self._places.write(save.work, name, partial(save_file, own))
                 facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
                 self._places.settle(save.work, name, path)
                 save.files[name] = facts

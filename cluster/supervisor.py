@@ -12,7 +12,6 @@ Whoever is asked to end saves first. Every start and end is a row of RUN/attempt
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import time
@@ -27,9 +26,8 @@ from cluster.config import Config
 from cluster.console import Screen
 from cluster.events import Placed, Started
 from cluster.nodes import draining, has_gpus, living, name_of
-from cluster.run_folder import ATTEMPTS, ERRORS, last_attempt
+from cluster.run_folder import ATTEMPTS, last_attempt
 from cluster.topology import Node, NoRoom, Plan, plan
-from pipeline.errors import DuetError
 
 LOOK = 2.0
 """Seconds between looks at the cluster while training."""
@@ -81,17 +79,13 @@ class Supervisor:
                     return
                 if end():
                     raise KeyboardInterrupt
-                if attempt.failure is not None or attempt.failed is not None:
+                if attempt.failed:
                     step = self._reached()
                     failures, begun = (failures + 1 if step == begun else 1), step
-                    if failures > self._config.max_failures or self._hopeless(attempt):
-                        raise self._error(attempt)
-                    self._screen.say(f"{attempt.why}; starting again from step {step}")
+                    if failures > self._config.max_failures or attempt.failure.final:
+                        raise attempt.failure.error(self._run)
+                    self._screen.say(f"{attempt.failure.why}; starting again from step {step}")
                 room = self._room(attempt.plan, end)
-
-    def _hopeless(self, attempt: Attempt) -> bool:
-        """Whether the same would happen again."""
-        return attempt.failed is not None and attempt.failed.final
 
     def _attempt(self, room: Plan, end: Callable[[], int]) -> Attempt:
         """Start the workers, and stay until they have ended."""
@@ -109,7 +103,7 @@ class Supervisor:
                 asked.by_user()
             elif attempt.started and (why := self._reason(attempt.plan, asked)):
                 asked.to_end(why)
-        self._note("end", attempt, step=self._reached(), why=asked.why or attempt.why)
+        self._note("end", attempt, step=self._reached(), why=asked.why or attempt.failure.why)
         return attempt
 
     def _reason(self, now: Plan, asked: Asked) -> str:
@@ -171,7 +165,7 @@ class Supervisor:
             **more,
         }
         if event == "start":
-            row["workers"] = [asdict(worker) for worker in attempt.workers]
+            row["workers"] = [asdict(worker) for worker in attempt.failure.workers]
         else:
             row["code"] = int(not attempt.finished)
             if attempt.finished:
@@ -183,26 +177,6 @@ class Supervisor:
             self._screen.say(
                 f"warning: {self._run / ATTEMPTS} cannot be written ({error.strerror})"
             )
-
-    def _error(self, attempt: Attempt) -> DuetError:
-        """The error to leave with; RUN/error.log gets the whole story."""
-        failed = attempt.failed
-        told = failed is not None and (failed.final or not attempt.deaths)
-        code = failed.exit_code if failed is not None and told else 1
-        text = f"{failed.worker}: {failed.text}" if failed is not None and told else attempt.why
-        trace = [failed.trace] if failed else []
-        if failed is None or not failed.final:
-            trace += [str(attempt.failure)]
-        log = self._run / ERRORS
-        try:
-            body = "\n".join([time.strftime("%F %T"), text, *trace]) + "\n"
-            log.write_text(body, encoding="utf-8")
-            text = f"{text} (traceback in {os.path.relpath(log)})"
-        except OSError:
-            pass  # the disk may be what is wrong
-        error = DuetError(text)
-        error.exit_code = code
-        return error
 
 
 class Asked:

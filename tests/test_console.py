@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from cluster.console import Screen, clock
-from cluster.events import Failed, Finished, Rated, Saved, Started, Stepped, Validated, Warned
-from cluster.train import explain
+from cluster.events import Finished, Rated, Saved, Started, Stepped, Validated, Warned
 
 ROW = {
     "step": 5,
@@ -60,7 +58,7 @@ def test_a_second_start_says_why():
     lines = shown(Started(0, 10, "x"), Warned("checkpoint [a] is damaged"), Started(4, 10, "x"))
     assert lines[1:] == [
         "warning: checkpoint [a] is damaged",
-        "restarted after a lost worker, going on from step 4: 6 steps on x",
+        "restarted, going on from step 4: 6 steps on x",
     ]
 
 
@@ -70,45 +68,3 @@ def test_a_second_start_says_why():
 )
 def test_time_left(seconds, text):
     assert clock(seconds) == text
-
-
-class WorkerHealthCheckFailedError(Exception):
-    """Named like Ray Train's."""
-
-
-class Failure(Exception):
-    """Like Ray Train's WorkerGroupError."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        gone, torn = WorkerHealthCheckFailedError("gone"), RuntimeError("reset by peer")
-        self.worker_failures = {0: gone, 1: torn}
-
-
-def failed(text: str, final: bool, code: int = 1) -> Failed:
-    return Failed(text, "Traceback of " + text, "replica 0, column b", code, final)
-
-
-def test_the_cause_is_told_not_what_it_led_to(tmp_path: Path):
-    told = explain(
-        failed("RuntimeError: reset by peer", final=False), Failure("both"), tmp_path, ""
-    )
-    assert str(told).startswith(
-        "the worker of rank 0 died: killed, or out of memory (traceback in "
-    )
-    assert told.exit_code == 1
-    log = (tmp_path / "error.log").read_text()
-    assert "Traceback of RuntimeError: reset by peer" in log
-    assert "both" in log
-
-
-def test_an_error_of_ours_keeps_its_exit_code(tmp_path: Path):
-    told = explain(failed("shard x is damaged", final=True, code=4), None, tmp_path, "")
-    assert str(told).startswith("replica 0, column b: shard x is damaged (traceback in ")
-    assert told.exit_code == 4
-
-
-def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
-    told = explain(None, RuntimeError("no room\nsecond line"), tmp_path, "said aside")
-    assert str(told).startswith("no room (traceback in ")
-    assert "said aside" in (tmp_path / "error.log").read_text()
