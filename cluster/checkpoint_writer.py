@@ -78,7 +78,6 @@ class Checkpoints:
     def __init__(
         self, run: Path, place: Place, about: dict[str, Any], tell: Tell, *,
         keep: int, keep_best: int = 0, store: str = "",
-        before: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Prepare; writes nothing.
 
@@ -90,11 +89,12 @@ class Checkpoints:
             keep: newest complete checkpoints to keep.
             keep_best: how many to keep besides, of the lowest validation error.
             store: address or folder to have them in; "": in RUN.
-            before: the leader calls it before a checkpoint counts; what it raises is a failed save.
         """
         self._places: Places = places_of(run, store)
         self._run = run
-        self._place, self._about, self._tell, self._before = place, about, tell, before
+        self._place, self._about, self._tell = place, about, tell
+        self.before: Callable[[], None] = lambda: None
+        """The leader calls it before a checkpoint counts; what it raises makes it a failed save."""
         self._keep, self._keep_best = keep, keep_best
         self._save: _Save | None = None
         self._good = 0
@@ -280,7 +280,7 @@ class Checkpoints:
             "files": files,
         }
         try:
-            self._before()
+            self.before()
             text = json.dumps(table | self._about, indent=1) + "\n"
             name = self._places.seal(save.work, text.encode())
         except (OSError, DuetError) as error:

@@ -97,5 +97,5 @@ class Failed:
 
 Event = Placed | Started | Stepped | Validated | Saved | Rated | Warned | Finished | Ended | Failed
 Tell = Callable[[Event], None]
-Publish = Callable[[Mapping[str, float]], None]
-"""Gets the numbers of a process, now and then."""
+Publish = Callable[[int, Mapping[str, float]], None]
+"""Gets step and numbers of a process, now and then."""

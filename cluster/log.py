@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
 from cluster.config import Config
-from cluster.events import Stepped, Tell, Validated
+from cluster.events import Publish, Stepped, Tell, Validated, Warned
 from cluster.place import Place
+from cluster.rows import Rows
 from cluster.run_folder import Mark
+from model.exchange import Exchange
 from model.optim import Means
 from model.schedule import Rates
 
@@ -24,6 +24,10 @@ VALIDATION = "validation.jsonl"
 LAYERS = "layers.jsonl"
 TELL_EVERY = 0.25
 """Seconds between steps told to the watcher; every step goes into the file."""
+PUBLISH_EVERY = 1.0
+"""Seconds between numbers published."""
+MEANS = ("loss", "top1_error", "img_s", "data_wait", "stall", "exchange", "saving", "seconds")
+RESULTS = ("loss", "top1_error", "top5_error")
 
 
 class Log:
@@ -33,7 +37,10 @@ class Log:
     host to read the loss. `flush` writes the row that is still owed.
     """
 
-    def __init__(self, run: Path, place: Place, tell: Tell, samples: int, step: int) -> None:
+    def __init__(
+        self, run: Path, place: Place, tell: Tell, samples: int, step: int,
+        publish: Sequence[Publish] = (),
+    ) -> None:  # fmt: skip
         """Open the files of `run`, first cutting off rows after `step`.
 
         Args:
@@ -42,17 +49,20 @@ class Log:
             tell: the watcher.
             samples: training pictures, to count epochs.
             step: step the run goes on from; 0 for a new one.
+            publish: get the numbers of this process about once a second.
         """
         self._place, self._tell, self._samples = place, tell, samples
-        self._files: dict[str, IO[str]] = {}
+        self._publish = list(publish)
+        self._files: dict[str, Rows] = {}
         if place.leads:
             for name in (METRICS, VALIDATION, LAYERS):
-                cut(run / name, step)
-                self._files[name] = (run / name).open("a", encoding="utf-8")
+                self._files[name] = Rows(run / name, step, lambda text: tell(Warned(text)))
         self._owed: tuple[dict[str, Any], Tensor] | None = None
-        self._window: list[dict[str, Any]] = []
-        self._told = time.monotonic()
-        self._waited = 0.0
+        self._untold: list[dict[str, Any]] = []
+        self._unpublished: list[dict[str, Any]] = []
+        self._told = self._published = time.monotonic()
+        self._replaced = 0
+        self._waited = self._saved = self._exchanged = 0.0
         self._start = time.perf_counter()
 
     @contextmanager
@@ -63,6 +73,14 @@ class Log:
         self._waited += time.perf_counter() - start
 
     @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count the block as standing still for a checkpoint."""
+        start = time.perf_counter()
+        with self.paused():
+            yield
+        self._saved += time.perf_counter() - start
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Keep the block (validation, checkpoint) out of the time of the steps."""
         self.flush()
@@ -70,7 +88,10 @@ class Log:
         self._start = time.perf_counter()
         self._waited = 0.0
 
-    def step(self, mark: Mark, config: Config, rates: Rates, values: Tensor) -> None:
+    def step(
+        self, mark: Mark, config: Config, rates: Rates, values: Tensor,
+        exchange: Exchange | None = None,
+    ) -> None:  # fmt: skip
         """Note a step that was launched.
 
         Args:
@@ -79,11 +100,14 @@ class Log:
             rates: its learning rates.
             values: float [3] on the device: mean loss and top-1 error of the batch, and how many
                 of its pictures replace damaged ones (means over the replicas).
+            exchange: the link to the other column, if there is one.
         """
         self.flush()
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
         waited, self._waited = self._waited, 0.0
+        saved, self._saved = self._saved, 0.0
+        exchanged = sum(one.waited for one in exchange.traffic.values()) if exchange else 0.0
         row = {
             "position": mark.position,
             "epoch": self._epoch(mark.position),
@@ -95,8 +119,13 @@ class Log:
             "lr_bias": rates.biases,
             "img_s": round(config.batch_size / seconds, 2),
             "data_wait": round(waited / seconds, 4),
+            "stall": round((waited + saved) / (seconds + saved), 4),
+            "exchange": round(exchanged - self._exchanged, 5),
+            "saving": round(saved, 5),
             "seconds": round(seconds, 5),
+            "replicas": self._place.replicas,
         }
+        self._exchanged = exchanged
         self._owed = row, values
 
     def flush(self) -> None:
@@ -107,13 +136,32 @@ class Log:
         self._owed = None
         row["loss"], row["top1_error"], replaced = (round(value, 6) for value in values.tolist())
         row["replaced"] = round(replaced * self._place.replicas)
+        self._replaced += row["replaced"]
+        now = time.monotonic()
         if self._place.leads:
-            self._write(METRICS, row)
-            self._window.append(row)
-            if time.monotonic() - self._told >= TELL_EVERY:
-                self._tell(Stepped(_mean(self._window)))
-                self._told = time.monotonic()
-                self._window.clear()
+            self._files[METRICS].add(row)
+            self._untold.append(row)
+            if now - self._told >= TELL_EVERY:
+                self._tell(Stepped(_mean(self._untold)))
+                self._told = now
+                self._untold.clear()
+        if self._publish:
+            self._unpublished.append(row)
+            if now - self._published >= PUBLISH_EVERY:
+                mean = _mean(self._unpublished) | {"replaced": self._replaced}
+                self._publish_all(row["step"], mean)
+                self._published = now
+                self._unpublished.clear()
+
+    def _publish_all(self, step: int, numbers: Mapping[str, float]) -> None:
+        for publish in list(self._publish):
+            try:
+                publish(step, numbers)
+            except Exception as error:  # whoever looks on must not end the training
+                self._publish.remove(publish)
+                self._tell(
+                    Warned(f"numbers are published no more ({type(error).__name__}: {error})")
+                )
 
     def statistics(self, mark: Mark, means: Sequence[Mapping[str, Means]]) -> None:
         """Note mean |weight|, |update| and |gradient| of each layer, column and kind of parameter.
@@ -133,7 +181,7 @@ class Log:
                     for key, found in part.items()
                 },
             }
-            self._write(LAYERS, row)
+            self._files[LAYERS].add(row)
 
     def validation(self, mark: Mark, validate: Callable[[], dict[str, float]]) -> float:
         """Make a pass over the validation pictures, outside the time of the steps, and note it.
@@ -149,16 +197,22 @@ class Log:
                 "epoch": self._epoch(mark.position),
                 "step": mark.step,
             }
-            self._write(VALIDATION, row | results)
+            self._files[VALIDATION].add(row | results)
             self._tell(Validated(row | results))
+            self._publish_all(mark.step, {f"validation_{key}": results[key] for key in RESULTS})
         return results["top1_error"]
 
     def _epoch(self, position: int) -> float:
         return round(position / self._samples, 4)
 
-    def _write(self, name: str, row: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(row) + "\n")
-        self._files[name].flush()
+    def sync(self) -> None:
+        """Put the rows on the disk; a checkpoint must not know of steps that have none.
+
+        Raises:
+            SetupError: the disk does not take them.
+        """
+        for file in self._files.values():
+            file.sync()
 
     def __enter__(self) -> Log:
         return self
@@ -167,6 +221,7 @@ class Log:
         try:
             if kind is None:
                 self.flush()
+                self.sync()
         finally:
             for file in self._files.values():
                 file.close()
@@ -174,34 +229,5 @@ class Log:
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The last row with the mean of what varies from step to step."""
-    means = {
-        key: sum(row[key] for row in rows) / len(rows)
-        for key in ("loss", "top1_error", "img_s", "data_wait", "seconds")
-    }
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
     return {**rows[-1], **means}
-
-
-def cut(path: Path, step: int) -> None:
-    """Shorten a file of rows so that none is after `step`, nor half written.
-
-    One truncation: whoever reads meanwhile sees whole rows only, and a crash leaves the old
-    file or the new one.
-    """
-    if not path.exists():
-        return
-    end = 0
-    with path.open("rb") as file:
-        for line in file:
-            row = _step_of(line)
-            if row is None or row > step:
-                break
-            end += len(line)
-    os.truncate(path, end)
-
-
-def _step_of(line: bytes) -> int | None:
-    """Step of a whole row; None for anything else."""
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
-        return None

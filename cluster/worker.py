@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from cluster.checkpoint_writer import Checkpoints
 from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
-from cluster.events import Ended, Finished, Started, Tell
+from cluster.events import Ended, Finished, Publish, Started, Tell
 from cluster.feed import Feed, Whole
 from cluster.gradients import GradientAverage
 from cluster.health import check_finite
@@ -35,7 +36,7 @@ from pipeline.manifest import Manifest, identity
 
 def train(
     config: Config, data: str, run: Path, place: Place, tell: Tell, *,
-    ending: Callable[[], bool] = lambda: False,
+    ending: Callable[[], bool] = lambda: False, publish: Sequence[Publish] = (),
 ) -> None:  # fmt: skip
     """Train to the end of the run, from its newest checkpoint if there is one.
 
@@ -49,6 +50,7 @@ def train(
         place: of this process.
         tell: gets events, mostly from the leader of the job.
         ending: whether to save and return after this step; one process that wants it is enough.
+        publish: get the numbers of this process about once a second.
 
     Raises:
         NotFinite: the loss is no number any more; all processes raise it.
@@ -56,18 +58,11 @@ def train(
     """
     keep_memory()
     torch.set_num_threads(place.cores)
-    about_data = metadata(data, **config.cached)
-    manifest = Manifest.load(about_data)
-    samples = manifest.split("train", about_data).samples
+    samples, about = look_up(config, data)
     total = config.total_steps(samples)
 
-    net = network(config, len(manifest.classes), place)
+    net = network(config, len(about["classes"]), place)
     optimiser = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
-    about = {
-        "config": asdict(config),
-        "data_sha256": identity(about_data),
-        "classes": manifest.classes,
-    }
     checkpoints = Checkpoints(
         run, place, about, tell,
         keep=config.keep, keep_best=config.keep_best, store=config.store,
@@ -80,7 +75,8 @@ def train(
     stream = open_stream(config, data, run, place, position=mark.position)
     feed = Feed(stream, place, batches=total - mark.step)
     average = GradientAverage(net, place)
-    log = Log(run, place, tell, samples, mark.step)
+    log = Log(run, place, tell, samples, mark.step, publish)
+    checkpoints.before = log.sync
     with stream, feed, average, closing(checkpoints), log:
         if place.leads:
             tell(Started(mark.step, total, describe(config, place)))
@@ -95,7 +91,7 @@ def train(
             optimiser.step(rates.at(step))
 
             mark = Mark(step=step, position=batch.position)
-            log.step(mark, config, rates.at(step), place.mean(values))
+            log.step(mark, config, rates.at(step), place.mean(values), net.exchange)
             if due(step, config.statistics_every, total):
                 log.statistics(mark, place.gather(layer_statistics(net, optimiser)))
             error = None
@@ -108,11 +104,11 @@ def train(
             if checkpoints.pending and not busy:
                 checkpoints.finish()
             if saves:
-                with log.paused():
+                with log.saving():
                     checkpoints.begin(mark, net, optimiser, error)
             if ends:
                 break
-        with log.paused():
+        with log.saving():
             checkpoints.finish(must=True)
     if place.leads:
         tell(Finished(mark.step) if mark.step >= total else Ended(mark.step))
@@ -142,6 +138,17 @@ def learn(
         check_finite(loss, net, part.images, dtype, place, step, run)
         values += torch.stack((loss.detach(), wrong)) * share
     return torch.cat((values, batch.replaced.sum()[None]))
+
+
+def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
+    """Return how many training pictures there are, and what a checkpoint says of its origin."""
+    folder = metadata(data, **config.cached)
+    manifest = Manifest.load(folder)
+    return manifest.split("train", folder).samples, {
+        "config": asdict(config),
+        "data_sha256": identity(folder),
+        "classes": manifest.classes,
+    }
 
 
 def network(config: Config, classes: int, place: Place) -> AlexNet:

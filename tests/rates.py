@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.config import Config
 from cluster.events import Event
-from cluster.log import VALIDATION, cut
+from cluster.log import VALIDATION
 from cluster.place import Place
 from cluster.rate_events import Recipe
 from cluster.rates import RATES, RateControl

@@ -305,7 +305,8 @@ def test_what_must_come_before_a_checkpoint_can_hold_it_back(tmp_path):
 
     (tmp_path / CHECKPOINTS).mkdir()
     told: list = []
-    saves = Checkpoints(tmp_path, Place(), ABOUT, told.append, keep=1, before=rows_are_on_the_disk)
+    saves = Checkpoints(tmp_path, Place(), ABOUT, told.append, keep=1)
+    saves.before = rows_are_on_the_disk
     saves.begin(Mark(step=3, position=24), *network(seed=1))
     saves.finish()
     assert "rows are missing" in told[0].text
