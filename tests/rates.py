@@ -13,6 +13,7 @@ from cluster.log import VALIDATION
 from cluster.place import Place
 from cluster.rate_events import Recipe
 from cluster.rates import RATES, RateControl
+from cluster.rows import cut
 from model.changes import Change
 from model.schedule import Rates, in_force
 
