@@ -35,6 +35,7 @@ class Job:
 
 def run_worker(loop_config: dict[str, Any]) -> None:
     """Ray Train calls this in every worker."""
+    from cluster.prometheus import Gauges
     from cluster.run_folder import leading, write_machine
     from cluster.worker import train
 
@@ -50,7 +51,8 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                     write_machine(job.run, place.world_size)
                     job.driver.tell(Placed(tuple(workers)))
                 train(
-                    job.config, job.data, job.run, place, job.driver.tell, ending=watch.ending
+                    job.config, job.data, job.run, place, job.driver.tell, ending=watch.ending,
+                    publish=[Gauges(job.run.name, place)],
                 )  # fmt: skip
         except Exception as error:
             job.driver.tell_now(as_failed(error, where))

@@ -18,6 +18,7 @@ from cluster.config import Config
 from cluster.config_file import Command, parse
 from cluster.console import Screen
 from cluster.run_folder import CHECKPOINTS, QUARANTINE, held, reached, settle
+from cluster.tensorboard import check_installed
 from model.design import stages
 from pipeline.dataset import DataSet, is_remote, open_dataset
 from pipeline.errors import UsageError, run
@@ -67,6 +68,7 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
     Raises:
         UsageError: there is nothing to validate on, or no such network.
         DataError: a file of the data set is missing or damaged.
+        SetupError: a package is missing.
     """
     if command.settings.validate_every and "val" not in manifest.splits:
         raise UsageError(
@@ -75,6 +77,8 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
         )
     for split in ("train", "val") if command.settings.validate_every else ("train",):
         Storage(dataset, split)
+    if command.settings.tensorboard:
+        check_installed()
     Statistics.load(dataset.folder, manifest.stats_sha256)
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cluster.place import Place
 from cluster.rate_events import Recipe
 from cluster.rates import RateControl
 from cluster.run_folder import LEDGER, QUARANTINE, Mark
+from cluster.tensorboard import Board
 from model.alexnet import AlexNet
 from model.evaluate import errors
 from model.exchange import Exchange
@@ -75,9 +76,10 @@ def train(
     stream = open_stream(config, data, run, place, position=mark.position)
     feed = Feed(stream, place, batches=total - mark.step)
     average = GradientAverage(net, place)
-    log = Log(run, place, tell, samples, mark.step, publish)
+    board = Board(run, mark.step) if config.tensorboard and place.leads else None
+    log = Log(run, place, tell, samples, mark.step, [*publish, board] if board else publish)
     checkpoints.before = log.sync
-    with stream, feed, average, closing(checkpoints), log:
+    with stream, feed, average, closing(checkpoints), board or nullcontext(), log:
         if place.leads:
             tell(Started(mark.step, total, describe(config, place)))
         for step in range(mark.step + 1, total + 1):
