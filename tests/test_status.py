@@ -37,7 +37,8 @@ class Run:
             "".join(
                 json.dumps(
                     {"position": 128 * step, "epoch": step / 10, "step": step,
-                     "loss": 7 - step / 100, "top1_error": 0.9, "lr": 0.01, "lr_bias": 0.02, "img_s": 640.0,
+                     "loss": 7 - step / 100, "top1_error": 0.9, "lr": 0.01,
+                     "lr_bias": 0.02, "img_s": 640.0,
                      "data_wait": 0.02, "stall": 0.03, "exchange": 0.02, "saving": 0.0,
                      "seconds": 0.2, "replicas": 2} | more
                 ) + "\n" for step in range(1, count + 1)
