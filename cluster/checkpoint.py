@@ -13,22 +13,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint_places import JSON, Folder, Places, places_of, step_in
+from cluster.checkpoint_places import JSON, Folder, Places, checkpoint_steps, places_of, step_in
 from cluster.events import Tell, Warned
 from cluster.run_folder import Mark
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
-from pipeline.errors import DataError, DuetError
+from pipeline.errors import DataError, DuetError, UsageError
 from pipeline.files import sha256
+from pipeline.stores.errors import StoreError
+
+__all__ = ["Found", "check", "checkpoint_steps", "column_file", "fetched", "first_sound", "found_in",
+           "load", "newest", "read_table", "state_of"]  # fmt: skip
 
 VERSION = 1
+UNSOUND = (OSError, ValueError, KeyError, TypeError, DuetError)
+"""What reading a damaged checkpoint raises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +42,15 @@ class Found:
     """A complete checkpoint and where it lies."""
 
     path: Path
-    """Local folder with its files."""
+    """Local folder with its files; of a store's, it is there as long as this object."""
     mark: Mark
     classes: tuple[str, ...]
     """Names of the classes it was trained on."""
     error: float | None = None
     """Top-1 validation error at its step, if there was a validation."""
     name: str = ""
+    places: Places | None = None
+    """Kept for as long as files that were fetched are needed."""
 
 
 def column_file(column: int) -> str:
@@ -92,17 +100,32 @@ def newest(folder: Path, tell: Tell) -> Found | None:
 
 
 def found_in(run: Path, store: str, tell: Tell) -> Found | None:
-    """As `newest`, for a run whose checkpoints may lie in a store; they are fetched if need be."""
+    """As `newest`, for a run whose checkpoints may lie in a store; they are fetched if need be.
+
+    Args:
+        run: folder of the run.
+        store: its setting of that name; "": they are in `run`.
+        tell: gets a warning for each damaged one that is passed over.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
     places = places_of(run, store)
     return first_sound(places, places.sealed(), tell)
 
 
 def first_sound(places: Places, names: Iterable[str], tell: Tell) -> Found | None:
-    """Return the first of some checkpoints of which every byte is right."""
+    """Return the first of some checkpoints of which every byte is right.
+
+    Raises:
+        StoreError: the store does not answer; that says nothing about the checkpoint.
+    """
     for name in names:
         try:
             return check(places, name)
-        except (OSError, ValueError, KeyError, TypeError, DuetError) as error:
+        except StoreError:
+            raise
+        except UNSOUND as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             there = f"{places.address}/{name}"
             tell(Warned(f"checkpoint {there} is damaged ({reason}); passing over it"))
@@ -131,7 +154,7 @@ def check(places: Places, name: str) -> Found:
     columns = table.get("config", {}).get("columns", 2)
     if {column_file(column) for column in range(columns)} - set(table["files"]):
         raise ValueError("a column is missing")
-    path = fetched(places, name, table, list(table["files"]))
+    path, holder = fetched(places, name, table, list(table["files"]))
     mark = Mark(step=table["step"], position=table["position"])
     if mark.step != step_in(name):
         raise ValueError(f"it is of step {mark.step}")
@@ -141,16 +164,19 @@ def check(places: Places, name: str) -> Found:
         classes=tuple(table["classes"]),
         error=table.get("top1_error"),
         name=name,
+        places=places,
     )
 
 
-def fetched(places: Places, name: str, table: dict[str, Any], files: list[str]) -> Path:
-    """Return a local folder with files of a checkpoint, their hashes compared.
+def fetched(
+    places: Places, name: str, table: dict[str, Any], files: list[str]
+) -> tuple[Path, object]:
+    """Return a local folder with files of a checkpoint, their hashes compared, and its holder.
 
     Raises:
         ValueError: they are not what `table` says; besides, what `check` raises.
     """
-    path = places.fetch(name, files)
+    path, holder = places.fetch(name, files)
     for file in files:
         facts = table["files"][file]
         size = (path / file).stat().st_size
@@ -158,4 +184,4 @@ def fetched(places: Places, name: str, table: dict[str, Any], files: list[str]) 
             raise ValueError(f"{file} has {size} bytes instead of {facts['bytes']}")
         if sha256(path / file) != facts["sha256"]:
             raise ValueError(f"{file} does not have the SHA-256 it was written with")
-    return path
+    return path, holder

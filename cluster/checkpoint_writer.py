@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,8 @@ class Checkpoints:
         self._place, self._about, self._tell = place, about, tell
         self.before: Callable[[], None] = lambda: None
         """The leader calls it before a checkpoint counts; what it raises makes it a failed save."""
+        self.alongside: Callable[[], None] = lambda: None
+        """Likewise, in the thread that writes."""
         self._keep, self._keep_best = keep, keep_best
         self._save: _Save | None = None
         self._good = 0
@@ -155,7 +157,8 @@ class Checkpoints:
                 self._errors[name] = read_table(self._places, name).get("top1_error")
             except (OSError, ValueError, KeyError, TypeError, DuetError):
                 self._errors[name] = None
-        return first_sound(self._places, names, self._tell), names, ""
+        found = first_sound(self._places, names, self._tell)
+        return replace(found, places=None) if found else None, names, ""
 
     @property
     def busy(self) -> bool:
@@ -218,6 +221,8 @@ class Checkpoints:
                 facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
                 self._places.settle(save.work, name, path)
                 save.files[name] = facts
+            if self._place.leads:
+                self.alongside()
         except Exception as error:
             save.trouble = reason(error)
 

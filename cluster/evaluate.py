@@ -22,18 +22,18 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from cluster.checkpoint import Found, load, newest
+from cluster.checkpoint import Found, found_in, load
 from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
 from cluster.config_file import read_back
 from cluster.events import Event, Warned
 from cluster.probabilities import About, Writer, file_of, writing
-from cluster.run_folder import CHECKPOINTS, CONFIG, QUARANTINE, checkpoints_in
+from cluster.run_folder import CONFIG, QUARANTINE
 from model.alexnet import AlexNet
 from model.evaluate import sums, view_probabilities
 from pipeline.batches import Stream
 from pipeline.dataset import metadata
-from pipeline.errors import DataError, SetupError, UsageError, run
+from pipeline.errors import SetupError, UsageError, run
 from pipeline.files import sealed, writable_folder
 from pipeline.manifest import Manifest, identity
 from pipeline.progress import Progress
@@ -97,7 +97,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         UsageError: no run, no checkpoint, or a data set that does not fit.
     """
     config, trained_on = read_back(_settings(options.run))
-    found = _checkpoint(options.run)
+    found = found_in(options.run, config.store, _tell)
     folder = metadata(options.data, **config.cached)
     manifest = Manifest.load(folder)
     samples = manifest.split(options.split, folder).samples
@@ -226,17 +226,9 @@ def _warn(text: str) -> None:
     sys.stderr.write(f"warning: {text}\n")
 
 
-def _checkpoint(folder: Path) -> Found:
-    def tell(event: Event) -> None:
-        if isinstance(event, Warned):
-            _warn(event.text)
-
-    found = newest(folder / CHECKPOINTS, tell)
-    if found is None:
-        if checkpoints_in(folder / CHECKPOINTS):
-            raise DataError(f"no checkpoint of {folder} is sound; restore one, or train anew")
-        raise UsageError(f"{folder} has no complete checkpoint yet; train on with cluster.train")
-    return found
+def _tell(event: Event) -> None:
+    if isinstance(event, Warned):
+        _warn(event.text)
 
 
 def _classes(found: Found, manifest: Manifest, options: Evaluate) -> int:

@@ -37,6 +37,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     """Ray Train calls this in every worker."""
     from cluster.prometheus import Gauges
     from cluster.run_folder import leading, write_machine
+    from cluster.run_mirror import mirror_of
     from cluster.worker import train
 
     job: Job = loop_config["job"]
@@ -48,6 +49,8 @@ def run_worker(loop_config: dict[str, Any]) -> None:
             prepare_folder(job)
             with leading(job.run) if place.leads else nullcontext():
                 if place.leads:
+                    if mirror := mirror_of(job.run, job.config.store):
+                        mirror.restore()  # another node than the last leader's
                     write_machine(job.run, place.world_size)
                     job.driver.tell(Placed(tuple(workers)))
                 train(

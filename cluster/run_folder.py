@@ -137,11 +137,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
     )
 
 
-def reached(run: Path) -> int:
-    """Step of the newest checkpoint of a run; 0 if there is none."""
-    return next((step_of(path) for path in checkpoints_in(run / CHECKPOINTS)), 0)
-
-
 def last_attempt(run: Path) -> dict[str, Any]:
     """Return the last row of RUN/attempts.jsonl; empty if there is none."""
     try:

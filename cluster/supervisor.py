@@ -27,6 +27,7 @@ from cluster.console import Screen
 from cluster.events import Placed, Started
 from cluster.nodes import draining, has_gpus, living, name_of
 from cluster.run_folder import ATTEMPTS, last_attempt
+from cluster.run_mirror import mirror_of
 from cluster.topology import Node, NoRoom, Plan, plan
 
 LOOK = 2.0
@@ -60,6 +61,7 @@ class Supervisor:
         self._reached = reached
         # Decided once: a run that has lost its GPUs must not creep on on CPUs.
         self._gpu = config.device == "gpu" or (config.device == "auto" and has_gpus())
+        self._mirror = mirror_of(run, config.store)
         self._number = last_attempt(run).get("attempt", 0)
 
     def train(self) -> None:
@@ -71,7 +73,7 @@ class Supervisor:
             KeyboardInterrupt: the user ended it.
         """
         failures, begun = 0, self._reached()
-        room = self._plan(living())  # at once or not at all
+        room = self._first_room()
         with wanted_end() as end:
             while True:
                 attempt = self._attempt(room, end)
@@ -86,6 +88,20 @@ class Supervisor:
                         raise attempt.failure.error(self._run)
                     self._screen.say(f"{attempt.failure.why}; starting again from step {step}")
                 room = self._room(attempt.plan, end)
+
+    def _first_room(self) -> Plan:
+        """Find room at once or not at all.
+
+        Only where the run has been under way before, what it held may be about to be free.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                return self._plan(living())
+            except NoRoom:
+                if self._number == 0 or time.monotonic() - start > SETTLE:
+                    raise
+            time.sleep(0.5)
 
     def _attempt(self, room: Plan, end: Callable[[], int]) -> Attempt:
         """Start the workers, and stay until they have ended."""

@@ -14,14 +14,16 @@ from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.checkpoint_places import reached
 from cluster.config import Config
 from cluster.config_file import Command, parse
 from cluster.console import Screen
-from cluster.run_folder import CHECKPOINTS, QUARANTINE, held, reached, settle
+from cluster.run_folder import QUARANTINE, held, settle
+from cluster.run_mirror import check_store, mirror_of
 from cluster.tensorboard import check_installed
 from model.design import stages
 from pipeline.dataset import DataSet, is_remote, open_dataset
-from pipeline.errors import UsageError, run
+from pipeline.errors import DataError, UsageError, run
 from pipeline.manifest import Manifest, identity
 from pipeline.pixel_stats import Statistics
 from pipeline.storage import Storage
@@ -45,16 +47,20 @@ def main(argv: list[str] | None = None) -> int:
     with closing(dataset):
         check(command, manifest, dataset)
     with held(folder), Screen() as screen:
-        step, total = reached(folder), config.total_steps(samples)
+        if (mirror := mirror_of(folder, config.store)) and (fetched := mirror.restore()):
+            screen.say(f"fetched from {config.store}: {', '.join(fetched)}")
+        step, total = reached(folder, config.store), config.total_steps(samples)
         settle(folder, config, identity(dataset.folder), samples, step)
-        if step >= total and sound(folder, total, screen):
+        if step >= total and sound(folder, config.store, total, screen):
             screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
             return 0
         screen.say(summary(command, manifest, total))
         try:
             train_with_ray(config, data, folder, screen)
         except KeyboardInterrupt:
-            screen.say(f"stopped; the same command goes on from step {reached(folder)}")
+            screen.say(
+                f"stopped; the same command goes on from step {reached(folder, config.store)}"
+            )
             raise
         finally:
             if replaced := damage(folder / QUARANTINE):
@@ -77,6 +83,7 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
         )
     for split in ("train", "val") if command.settings.validate_every else ("train",):
         Storage(dataset, split)
+    check_store(command.settings.store)
     if command.settings.tensorboard:
         check_installed()
     Statistics.load(dataset.folder, manifest.stats_sha256)
@@ -87,12 +94,14 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
         raise UsageError(f"{error} ({command.config} and the flags given)") from error
 
 
-def sound(folder: Path, total: int, screen: Screen) -> bool:
+def sound(folder: Path, store: str, total: int, screen: Screen) -> bool:
     """Whether the last checkpoint of a run that looks finished can be read, byte for byte."""
-    from cluster.checkpoint import newest
+    from cluster.checkpoint import found_in
 
-    found = newest(folder / CHECKPOINTS, screen.show)
-    return found is not None and found.mark.step >= total
+    try:
+        return found_in(folder, store, screen.show).mark.step >= total
+    except DataError:
+        return False  # the workers will say so
 
 
 def summary(command: Command, manifest: Manifest, total: int) -> str:
@@ -128,7 +137,7 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> N
     aside = io.StringIO()  # what Ray has to say on stdout
     workers = config.size * config.replica_sizes[-1]
     with redirect_stdout(aside), session(workers):
-        Supervisor(config, data, folder, screen, lambda: reached(folder)).train()
+        Supervisor(config, data, folder, screen, lambda: reached(folder, config.store)).train()
 
 
 if __name__ == "__main__":

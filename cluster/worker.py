@@ -25,6 +25,7 @@ from cluster.place import Place
 from cluster.rate_events import Recipe
 from cluster.rates import RateControl
 from cluster.run_folder import LEDGER, QUARANTINE, Mark
+from cluster.run_mirror import Mirror, mirror_of
 from cluster.tensorboard import Board
 from model.alexnet import AlexNet
 from model.evaluate import errors
@@ -78,7 +79,7 @@ def train(
     average = GradientAverage(net, place)
     board = Board(run, mark.step) if config.tensorboard and place.leads else None
     log = Log(run, place, tell, samples, mark.step, [*publish, board] if board else publish)
-    checkpoints.before = log.sync
+    join_rows(checkpoints, log, mirror_of(run, config.store) if place.leads else None)
     with stream, feed, average, closing(checkpoints), board or nullcontext(), log:
         if place.leads:
             tell(Started(mark.step, total, describe(config, place)))
@@ -114,6 +115,14 @@ def train(
             checkpoints.finish(must=True)
     if place.leads:
         tell(Finished(mark.step) if mark.step >= total else Ended(mark.step))
+
+
+def join_rows(checkpoints: Checkpoints, log: Log, mirror: Mirror | None) -> None:
+    """Let no checkpoint count before the rows up to it are on the disk, and in the store."""
+    checkpoints.before = log.sync
+    if mirror is not None:
+        mirror.begin()
+        checkpoints.alongside = mirror.push
 
 
 def learn(

@@ -18,10 +18,11 @@ import cluster.checkpoint as checkpoint
 import cluster.checkpoint_places as places
 import cluster.checkpoint_writer as writer
 from cluster.checkpoint import newest, state_of
+from cluster.checkpoint_places import reached
 from cluster.checkpoint_writer import Checkpoints
 from cluster.events import Saved, Warned
 from cluster.place import Place
-from cluster.run_folder import CHECKPOINTS, Mark, reached
+from cluster.run_folder import CHECKPOINTS, Mark
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
 from pipeline.errors import SetupError
@@ -116,7 +117,7 @@ def test_only_the_last_ones_are_kept(tmp_path):
         "step-00000003",
         "step-00000010",
     ]
-    assert reached(tmp_path) == 10
+    assert reached(tmp_path, "") == 10
 
 
 def test_damaged_later_ones_neither_stay_nor_push_out_the_sound_one(tmp_path):
@@ -126,7 +127,7 @@ def test_damaged_later_ones_neither_stay_nor_push_out_the_sound_one(tmp_path):
         flip_a_byte(run.step(step))
     run.save(100, seed=1)
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000100"]
-    assert reached(tmp_path) == 100
+    assert reached(tmp_path, "") == 100
 
 
 def flip_a_byte(step: Path) -> None:
@@ -233,7 +234,7 @@ def test_a_death_while_saving_leaves_the_checkpoint_before(run, monkeypatch, mom
         with pytest.raises(Killed):
             run.checkpoints.finish()
     assert len(list((run.folder / CHECKPOINTS).glob("step-00000006.*.partial"))) == 1
-    assert reached(run.folder) == 3
+    assert reached(run.folder, "") == 3
     assert run.resume()[0].step == 3
     run.save(9, seed=3)
     assert run.resume()[0].step == 9
@@ -310,7 +311,7 @@ def test_what_must_come_before_a_checkpoint_can_hold_it_back(tmp_path):
     saves.begin(Mark(step=3, position=24), *network(seed=1))
     saves.finish()
     assert "rows are missing" in told[0].text
-    assert reached(tmp_path) == 0
+    assert reached(tmp_path, "") == 0
 
 
 def test_the_best_ones_stay_besides_the_last(tmp_path):

@@ -14,9 +14,10 @@ import numpy.typing as npt
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from cluster.checkpoint import Found, column_file, newest
+from cluster.checkpoint import Found, column_file, found_in
+from cluster.config_file import read_back
 from cluster.events import Warned
-from cluster.run_folder import CHECKPOINTS
+from cluster.run_folder import CONFIG
 from pipeline.dataset import CACHE_SIZE, metadata, parse_size
 from pipeline.errors import DuetError
 from pipeline.manifest import Manifest
@@ -106,13 +107,16 @@ def newest_checkpoint(run: Path) -> Found:
         Unavailable: there is none.
     """
     damaged: list[str] = []
-    found = newest(
-        run / CHECKPOINTS,
-        lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,
-    )
-    if found is None:
+    try:
+        config, _ = read_back(run / CONFIG)
+        found = found_in(
+            run,
+            config.store,
+            lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,
+        )
+    except DuetError as error:
         reason = f" ({damaged[0]})" if damaged else ""
-        raise Unavailable(f"No kernels: the run has no complete checkpoint yet{reason}.")
+        raise Unavailable(f"No kernels: the run has no complete checkpoint yet{reason}.") from error
     return found
 
 
