@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint_places import JSON, Folder, Places, checkpoint_steps, places_of, step_in
+from cluster.checkpoint_places import JSON, Folder, Places, places_of, step_in
 from cluster.events import Tell, Warned
 from cluster.run_folder import Mark
 from model.alexnet import AlexNet
@@ -28,9 +28,6 @@ from model.optim import Sgd2012
 from pipeline.errors import DataError, DuetError, UsageError
 from pipeline.files import sha256
 from pipeline.stores.errors import StoreError
-
-__all__ = ["Found", "check", "checkpoint_steps", "column_file", "fetched", "first_sound", "found_in",
-           "load", "newest", "read_table", "state_of"]  # fmt: skip
 
 VERSION = 1
 UNSOUND = (OSError, ValueError, KeyError, TypeError, DuetError)
@@ -49,8 +46,8 @@ class Found:
     error: float | None = None
     """Top-1 validation error at its step, if there was a validation."""
     name: str = ""
-    places: Places | None = None
-    """Kept for as long as files that were fetched are needed."""
+    holder: object = field(default=None, repr=False, compare=False)
+    """Keeps a temporary `path` from being removed."""
 
 
 def column_file(column: int) -> str:
@@ -99,8 +96,8 @@ def newest(folder: Path, tell: Tell) -> Found | None:
     return first_sound(Folder(folder), Folder(folder).sealed(), tell)
 
 
-def found_in(run: Path, store: str, tell: Tell) -> Found | None:
-    """As `newest`, for a run whose checkpoints may lie in a store; they are fetched if need be.
+def found_in(run: Path, store: str, tell: Tell) -> Found:
+    """Return the newest sound checkpoint of a run; one in a store is fetched.
 
     Args:
         run: folder of the run.
@@ -108,10 +105,18 @@ def found_in(run: Path, store: str, tell: Tell) -> Found | None:
         tell: gets a warning for each damaged one that is passed over.
 
     Raises:
+        UsageError: there is none yet.
+        DataError: there are some, and none is sound.
         StoreError: the store does not answer.
     """
     places = places_of(run, store)
-    return first_sound(places, places.sealed(), tell)
+    names = places.sealed()
+    found = first_sound(places, names, tell)
+    if found is None and names:
+        raise DataError(f"no checkpoint of {run} is sound; restore one, or train anew")
+    if found is None:
+        raise UsageError(f"{run} has no complete checkpoint yet; train on with cluster.train")
+    return found
 
 
 def first_sound(places: Places, names: Iterable[str], tell: Tell) -> Found | None:
@@ -164,7 +169,7 @@ def check(places: Places, name: str) -> Found:
         classes=tuple(table["classes"]),
         error=table.get("top1_error"),
         name=name,
-        places=places,
+        holder=holder,
     )
 
 

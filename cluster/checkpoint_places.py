@@ -11,20 +11,31 @@ noticed yet, cannot write into what the next one writes.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote, urlsplit
 
 from cluster.run_folder import CHECKPOINTS, checkpoints_in
 from pipeline.dataset import is_remote
+from pipeline.errors import UsageError
 from pipeline.files import PARTIAL, sealed, sync_folder
-from pipeline.packing.store_target import StoreTarget, target_for
+from pipeline.packing.store_target import OBJECT_STORES, StoreTarget
+from pipeline.stores.errors import without_secrets
+from pipeline.stores.fetch import Policy, Store
 
 JSON = "checkpoint.json"
+POLICY = Policy()
+"""For what a thread does: half a minute of pauses before it gives up."""
+HURRY = Policy(attempts=3, first_delay=0.5, stall=10.0)
+"""For what training waits for."""
 _NAME = re.compile(r"step-(\d+)(-[0-9a-f]+)?")
 
 
@@ -61,23 +72,56 @@ class Places(Protocol):
     def read(self, name: str, file: str) -> bytes:
         """Return a small file of a checkpoint."""
 
-    def fetch(self, name: str, files: Sequence[str]) -> Path:
-        """Return a local folder with these files of a checkpoint."""
+    def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
+        """Return a local folder with these files of a checkpoint, there as long as the object."""
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, or what was begun."""
 
-    def tidy(self) -> None:
-        """Remove what crashes have left. The leader's, before anything is begun."""
+    def prepare(self) -> None:
+        """Make the folder of all checkpoints. The leader's, before anything is begun."""
+
+    def tidy(self, step: int) -> None:
+        """Remove what was begun up to `step` and never sealed: crashes leave that. The leader's,
+        while nothing of that step is being written."""
 
 
 def places_of(run: Path, store: str) -> Places:
-    """Return where the checkpoints of a run lie: in its folder, or in `store` if that is given."""
-    if store and is_remote(store):
-        target = target_for(f"{store.rstrip('/')}/{CHECKPOINTS}")
-        assert isinstance(target, StoreTarget)
-        return Bucket(target)
-    return Folder(Path(store or run) / CHECKPOINTS)
+    """Return where the checkpoints of a run lie: in its folder, or in `store` if that is given.
+
+    Raises:
+        UsageError: no folder, and no address of an object store.
+        SetupError: the package for its scheme is not installed.
+    """
+    if is_remote(store):
+        return Bucket(bucket_of(f"{store.rstrip('/')}/{CHECKPOINTS}"))
+    return Folder((folder_of(store) if store else run) / CHECKPOINTS)
+
+
+def folder_of(store: str) -> Path:
+    """Return the folder that `folder` or `file:///folder` names."""
+    local = store.lower().startswith("file://")
+    return Path(unquote(urlsplit(store).path) if local else store)
+
+
+def bucket_of(address: str) -> StoreTarget:
+    """Return what writes below an address; raises as `places_of`."""
+    if address.partition("://")[0] not in OBJECT_STORES:
+        raise UsageError(
+            f"store {without_secrets(address)}: checkpoints go to folders and to object stores "
+            "(s3://, gs://, az://); give one of these"
+        )
+    Store(address)  # has the package for it
+    return StoreTarget(address, POLICY)
+
+
+def reached(run: Path, store: str) -> int:
+    """Step of the newest checkpoint of a run; 0 if there is none. Its bytes are not looked at.
+
+    Raises:
+        OSError, DuetError: the place cannot be reached.
+    """
+    return next((step_in(name) for name in places_of(run, store).sealed()), 0)
 
 
 def step_in(name: str) -> int:
@@ -129,7 +173,7 @@ class Folder:
             file.write(table)
         final = self._folder / work.split(".")[0]
         if final.exists():  # a damaged one that was passed over
-            shutil.rmtree(final)
+            self.remove(final.name)
         (self._folder / work).rename(final)
         sync_folder(self._folder)
         return final.name
@@ -138,19 +182,27 @@ class Folder:
         """Return a file."""
         return (self._folder / name / file).read_bytes()
 
-    def fetch(self, name: str, files: Sequence[str]) -> Path:
+    def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
         """Return the folder of the checkpoint itself."""
-        return self._folder / name
+        return self._folder / name, None
 
     def remove(self, name: str) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self._folder / name, ignore_errors=True)
+        """Remove the folder; one that is removed by half does not look like a checkpoint."""
+        path = self._folder / name
+        if not name.endswith(PARTIAL):
+            path = path.rename(path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}"))
+        shutil.rmtree(path, ignore_errors=True)
 
-    def tidy(self) -> None:
-        """Remove folders that were begun and never took their names. RUN must be there."""
+    def prepare(self) -> None:
+        """Make the folder. What it lies in must be there."""
         self._folder.mkdir(exist_ok=True)
+
+    def tidy(self, step: int) -> None:
+        """Remove folders that were begun and never took their names."""
         for left in self._folder.glob(f"step-*{PARTIAL}/"):
-            shutil.rmtree(left, ignore_errors=True)
+            number = left.name[5:].split(".")[0]
+            if number.isdecimal() and int(number) <= step:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 class Bucket:
@@ -158,8 +210,6 @@ class Bucket:
 
     def __init__(self, target: StoreTarget) -> None:
         self._target = target
-        self._fetched: list[tempfile.TemporaryDirectory[str]] = []
-        """Folders that go with this object."""
 
     @property
     def address(self) -> str:
@@ -189,9 +239,9 @@ class Bucket:
         folder = Path(tempfile.mkdtemp(prefix="duet-save-"))
         try:
             save(folder / file)
-        except BaseException:
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
+            raise OSError(f"{error}, in {folder.parent} (TMPDIR names another)") from error
         return folder / file
 
     def settle(self, work: str, file: str, path: Path) -> None:
@@ -206,7 +256,7 @@ class Bucket:
 
     def seal(self, work: str, table: bytes) -> str:
         """Upload checkpoint.json."""
-        with self._target.create(f"{work}/{JSON}") as file:
+        with replace(self._target, policy=HURRY).create(f"{work}/{JSON}") as file:
             file.write(table)
         return work
 
@@ -214,28 +264,31 @@ class Bucket:
         """Download a small file."""
         return self._target.read(f"{name}/{file}")
 
-    def fetch(self, name: str, files: Sequence[str]) -> Path:
-        """Download files into a temporary folder that lives as long as this object."""
+    def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
+        """Download files into a temporary folder."""
         folder = tempfile.TemporaryDirectory(prefix="duet-checkpoint-")
-        self._fetched.append(folder)
         for file in files:
-            local = str(Path(folder.name) / file)
-            size = self._target.size(f"{name}/{file}") or 0
-            self._target.ask(
-                f"{name}/{file}",
-                lambda system, there, local=local: system.get_file(there, local),  # type: ignore[misc]
-                "read",
-                size,
-            )
-        return Path(folder.name)
+            self._download(f"{name}/{file}", Path(folder.name) / file)
+        return Path(folder.name), folder
+
+    def _download(self, name: str, local: Path) -> None:
+        size = self._target.size(name)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        self._target.ask(
+            name, lambda system, there: system.get_file(there, str(local)), "read", size
+        )
 
     def remove(self, name: str) -> None:
         """Remove its files, checkpoint.json first: half of a checkpoint is none."""
         self._target.remove([f"{name}/{JSON}"])
         self._target.clear(name)
 
-    def tidy(self) -> None:
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
+    def tidy(self, step: int) -> None:
         """Remove files of checkpoints that were begun and never sealed."""
         for name, files in self._all().items():
-            if JSON not in files:
+            if JSON not in files and step_in(name) <= step:
                 self._target.clear(name)

@@ -2,11 +2,11 @@
 
 `begin` copies what a column owns (the only time training stands still), a thread writes and hashes
 the copy, and `finish`, some steps later, makes it a checkpoint when all columns are on the disk.
+Collective calls are made by `begin` and `finish` only, never by a thread.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import secrets
 import threading
@@ -17,11 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from cluster.checkpoint import (
+    UNSOUND,
     VERSION,
     Found,
     column_file,
@@ -31,6 +28,7 @@ from cluster.checkpoint import (
     read_table,
     state_of,
 )
+from cluster.checkpoint_part import Chore, Copies, Facts, reason, write_columns
 from cluster.checkpoint_places import Places, places_of, step_in
 from cluster.events import Saved, Tell, Warned
 from cluster.place import Place
@@ -38,10 +36,16 @@ from cluster.run_folder import Mark, last_step
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
 from pipeline.errors import DataError, DuetError, SetupError
-from pipeline.files import sha256
+from pipeline.stores.errors import StoreError
 
-Facts = dict[str, dict[str, Any]]
-"""Bytes and hash by file."""
+PATIENCE = 30.0
+"""Seconds that training waits for a save that is still under way when the next one is due."""
+LIMIT = 1800.0
+"""The same for the save that must succeed."""
+BEAT = 10.0
+"""Seconds after which processes that wait for each other say so: a collective has a timeout."""
+PARTING = 5.0
+"""Seconds for a thread to end when the process goes."""
 
 
 @dataclass
@@ -56,9 +60,14 @@ class _Save:
     """Why it has failed."""
     files: Facts = field(default_factory=dict)
     """What this process has written."""
-    thread: threading.Thread | None = None
+    chore: Chore | None = None
+    """Its writing, if this process has any."""
     blocked: float = 0.0
     """Seconds for which training stood still."""
+
+    @property
+    def busy(self) -> bool:
+        return self.chore is not None and self.chore.alive
 
 
 class Checkpoints:
@@ -89,21 +98,31 @@ class Checkpoints:
             keep: newest complete checkpoints to keep.
             keep_best: how many to keep besides, of the lowest validation error.
             store: address or folder to have them in; "": in RUN.
+
+        Raises:
+            UsageError, SetupError: `store` is nothing that checkpoints can be written to.
         """
         self._places: Places = places_of(run, store)
         self._run = run
         self._place, self._about, self._tell = place, about, tell
         self.before: Callable[[], None] = lambda: None
-        """The leader calls it before a checkpoint counts; what it raises makes it a failed save."""
+        """The leader calls it as a save begins; what it raises makes it a failed save."""
         self.alongside: Callable[[], None] = lambda: None
         """Likewise, in the thread that writes."""
         self._keep, self._keep_best = keep, keep_best
         self._save: _Save | None = None
+        self._left_out: tuple[Mark, AlexNet, Sgd2012, float | None] | None = None
+        """What the last `begin` was asked for and did not begin."""
         self._good = 0
         """Step of the last complete one."""
         self._errors: dict[str, float | None] = {}
         """Validation errors of the complete ones, by name."""
-        self._copies: dict[str, Tensor] = {}
+        self._copies = Copies()
+        self._stopped = threading.Event()
+        self._fetched: object = None
+        """Keeps what was fetched until it is loaded."""
+        self._cleaning: Chore | None = None
+        """The leader's removing of what is not needed any more."""
 
     def resume(self, net: AlexNet, optimiser: Sgd2012) -> Mark:
         """Load the newest complete checkpoint, if there is one; all processes call it.
@@ -112,6 +131,7 @@ class Checkpoints:
 
         Raises:
             DataError: there are some, and none is sound.
+            SetupError: they cannot be reached.
         """
         found, names, trouble = self._place.share(
             self._look() if self._place.leads else (None, [], "")
@@ -125,12 +145,10 @@ class Checkpoints:
             )
         if found is None:
             return Mark()
-        path = found.path
-        if not self._place.leads:
-            table = read_table(self._places, found.name)
-            files = [column_file(column) for column in net.columns]
-            path = fetched(self._places, found.name, table, files)
+        path, holder = (found.path, None) if self._place.leads else self._own(found, net)
         load(path, net, optimiser)
+        del holder
+        self._fetched = None
         self._good = found.mark.step
         return found.mark
 
@@ -141,29 +159,50 @@ class Checkpoints:
             before = last_step(self._run)
             if not names and before:
                 # To begin at step 0 would throw away what is only out of reach.
-                return (
-                    None,
-                    [],
-                    (
-                        f"{self._places.address} holds no checkpoint, but the run had one of step "
-                        f"{before}; bring its disk back, or name another --run to start over"
-                    ),
+                raise SetupError(
+                    f"{self._places.address} holds no checkpoint, but the run had one of step "
+                    f"{before}; bring its disk back, or name another --run to start over"
                 )
-            self._places.tidy()
+            self._places.prepare()
+            self._places.tidy(step_in(names[0]) if names else 0)
+            for name in names:
+                self._errors[name] = self._error_of(name)
+            found = first_sound(self._places, names, self._tell)
+        except SetupError as error:
+            return None, [], str(error)
         except (OSError, DuetError) as error:
-            return None, [], f"{self._places.address} cannot be read ({reason(error)})"
-        for name in names:
-            try:
-                self._errors[name] = read_table(self._places, name).get("top1_error")
-            except (OSError, ValueError, KeyError, TypeError, DuetError):
-                self._errors[name] = None
-        found = first_sound(self._places, names, self._tell)
-        return replace(found, places=None) if found else None, names, ""
+            return None, [], f"{self._places.address} cannot be used ({reason(error)})"
+        if found is None:
+            return None, names, ""
+        self._fetched = found.holder  # stays here
+        return replace(found, holder=None), names, ""
+
+    def _error_of(self, name: str) -> float | None:
+        """Return the validation error of a checkpoint; None if it is damaged."""
+        try:
+            error: float | None = read_table(self._places, name).get("top1_error")
+        except StoreError:
+            raise
+        except UNSOUND:
+            return None
+        return error
+
+    def _own(self, found: Found, net: AlexNet) -> tuple[Path, object]:
+        """Return a folder with what the leader has found, as far as it concerns this process."""
+        try:
+            table = read_table(self._places, found.name)
+            files = [column_file(column) for column in net.columns]
+            return fetched(self._places, found.name, table, files)
+        except UNSOUND as error:
+            raise SetupError(
+                f"{self._place} cannot read {self._places.address}/{found.name}, and the leader "
+                f"can ({reason(error)}); have all nodes see the same folder, or give --store"
+            ) from error
 
     @property
     def busy(self) -> bool:
         """Whether this process still writes."""
-        return self._save is not None and alive(self._save.thread)
+        return self._save is not None and self._save.busy
 
     @property
     def pending(self) -> bool:
@@ -175,6 +214,9 @@ class Checkpoints:
     ) -> None:
         """Copy the state and begin to write it; all processes call it, those of replica 0 write.
 
+        If the save before is still under way it is finished first, or, if that takes more than
+        `PATIENCE`, this one is left out, with a warning.
+
         Args:
             mark: the step that was made.
             net: the columns here.
@@ -182,162 +224,170 @@ class Checkpoints:
             error: top-1 validation error, 0 to 1, if it was just measured.
         """
         start = time.monotonic()
+        self._left_out = None
+        self.finish()
         if self._save is not None:
-            self.finish()
+            self._left_out = (mark, net, optimiser, error)
+            if self._place.leads:
+                self._warn(
+                    f"the checkpoint of step {self._save.mark.step} is still being written to "
+                    f"{self._places.address}; that of step {mark.step} is left out"
+                )
+            return
         work, trouble = self._place.share(self._open(mark) if self._place.leads else ("", ""))
         self._save = save = _Save(mark, error, work, trouble)
         if not trouble and self._place.replica == 0:
-            state = self._copied(state_of(net, optimiser))
-            save.thread = threading.Thread(
-                target=self._write, args=(save, state, net.columns), daemon=True
-            )
-            save.thread.start()
+            state = self._copies.take(state_of(net, optimiser))
+            save.chore = Chore(partial(self._write, save, state, net.columns))
         save.blocked = time.monotonic() - start
 
     def _open(self, mark: Mark) -> tuple[str, str]:
         try:
+            self.before()
             return self._places.begin(mark.step, secrets.token_hex(4)), ""
         except (OSError, DuetError) as error:
             return "", reason(error)
 
-    def _copied(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors into memory that is kept from save to save."""
-        for key, tensor in state.items():
-            if key not in self._copies:
-                pinned = tensor.is_cuda
-                self._copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._copies[key].copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in state.values()):
-            torch.cuda.current_stream().synchronize()
-        return self._copies
-
-    def _write(self, save: _Save, state: dict[str, Tensor], columns: tuple[int, ...]) -> None:
-        """The thread: write, hash, bring to its place. Nothing collective is called here."""
-        try:
-            for column in columns:
-                name = column_file(column)
-                own = {key: t for key, t in state.items() if key.split("/")[1][0] == "ab"[column]}
-                path = self._places.write(save.work, name, partial(save_file, own))
-                facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-                self._places.settle(save.work, name, path)
-                save.files[name] = facts
-            if self._place.leads:
-                self.alongside()
-        except Exception as error:
-            save.trouble = reason(error)
+    def _write(self, save: _Save, state: dict[str, Any], columns: tuple[int, ...]) -> None:
+        """What the thread does."""
+        write_columns(self._places, save.work, state, columns, save.files, self._stopped)
+        if self._place.leads and not self._stopped.is_set():
+            self.alongside()
 
     def finish(self, *, must: bool = False) -> None:
         """Wait for all parts and make them a checkpoint; all processes call it.
 
-        Without a save under way this does nothing.
+        Without a save under way this does nothing. One that takes longer than `PATIENCE` stays
+        under way, unless it `must` succeed.
 
         Raises:
             SetupError: it has failed, and `must` not.
         """
         save, start = self._save, time.monotonic()
-        if save is None:
-            return
-        self._save = None
-        if save.thread is not None:
-            save.thread.join()
-        parts = self._place.gather((save.files, save.trouble))
-        trouble = next((words for _, words in parts if words), "")
-        files = {name: facts for part, _ in parts for name, facts in part.items()}
-        if self._place.leads:
-            trouble = trouble or self._seal(save, files)
-            if trouble and save.work:
-                self._remove(save.work)
+        if save is not None:
+            parts = self._parts(save, LIMIT if must else PATIENCE)
+            if parts is None and not must:
+                save.blocked += time.monotonic() - start
+                return
+            self._save = None
+            trouble = self._place.share(self._conclude(save, parts) if self._place.leads else "")
             save.blocked += time.monotonic() - start
-            self._report(save, trouble, must)
-        trouble = self._place.share(trouble)
-        if not trouble:
-            self._good = save.mark.step
-        elif must:
-            raise SetupError(
-                f"the checkpoint of step {save.mark.step} cannot be written to "
-                f"{self._places.address} ({trouble}); mend that, and the same command goes on "
-                f"from step {self._good}"
-            )
+            self._good = self._good if trouble else save.mark.step
+            self._report(save, trouble, must and not self._left_out)
+        if must and self._left_out is not None:  # no step was made since
+            self.begin(*self._left_out)
+            self.finish(must=True)
+        if must:
+            self._clean(None)
 
-    def _report(self, save: _Save, trouble: str, must: bool) -> None:
-        if not trouble:
-            self._tell(Saved(save.mark.step, save.blocked))
-        elif not must:
-            self._tell(
-                Warned(
-                    f"the checkpoint of step {save.mark.step} cannot be written to "
-                    f"{self._places.address} ({trouble}); training goes on, the last one is of "
-                    f"step {self._good}"
-                )
-            )
+    def _parts(self, save: _Save, patience: float) -> list[tuple[Facts, str]] | None:
+        """Wait until all processes have written; None if they do not in time."""
+        deadline = time.monotonic() + patience
+        while True:
+            left = deadline - time.monotonic()
+            if save.chore is not None:
+                save.chore.wait(min(BEAT, max(0.0, left)))
+            trouble = save.trouble or (save.chore.trouble if save.chore else "")
+            if trouble and self._place.world_size > 1 and not save.trouble:
+                trouble = f"{self._place}: {trouble}"
+            found = self._place.gather((save.busy, left <= 0, save.files, trouble))
+            if not any(busy for busy, *_ in found):
+                return [(files, words) for _, _, files, words in found]
+            if any(late for _, late, *_ in found):
+                return None
 
-    def _seal(self, save: _Save, files: Facts) -> str:
-        """Make it a checkpoint, and remove those that are not needed any more; the leader's.
+    def _conclude(self, save: _Save, parts: list[tuple[Facts, str]] | None) -> str:
+        """Make it a checkpoint, and have removed what is not needed any more; the leader's.
 
         Returns:
             why it has failed, or nothing.
         """
+        if parts is None:
+            return f"it takes more than {LIMIT / 60:.0f} minutes"
+        trouble = next((words for _, words in parts if words), "")
+        trouble = trouble or self._seal(save, [files for files, _ in parts])
+        if trouble and save.work:
+            self._clean(partial(self._places.remove, save.work))
+        return trouble
+
+    def _seal(self, save: _Save, parts: list[Facts]) -> str:
         table = {
             "version": VERSION,
             "step": save.mark.step,
             "position": save.mark.position,
             "top1_error": save.error,
-            "files": files,
+            "files": {name: facts for part in parts for name, facts in part.items()},
         }
         try:
-            self.before()
             text = json.dumps(table | self._about, indent=1) + "\n"
             name = self._places.seal(save.work, text.encode())
         except (OSError, DuetError) as error:
             return reason(error)
         self._errors[name] = save.error
-        try:
-            names = self._places.sealed()
-        except (OSError, DuetError):
-            return ""  # another time
-        for old in superfluous(names, self._errors, save.mark.step, self._keep, self._keep_best):
-            self._remove(old)
+        self._clean(partial(self._tidy, name))
         return ""
 
-    def _remove(self, name: str) -> None:
-        try:
-            self._places.remove(name)
-        except (OSError, DuetError) as error:
-            self._tell(Warned(f"{self._places.address}/{name} cannot be removed ({reason(error)})"))
+    def _tidy(self, name: str) -> None:
+        """Remove what a new checkpoint makes superfluous."""
+        names = self._places.sealed()
+        for old in superfluous(names, self._errors, name, self._keep, self._keep_best):
+            self._places.remove(old)
+        self._places.tidy(step_in(name))
+
+    def _clean(self, action: Callable[[], None] | None) -> None:
+        """Have a thread remove something; None: wait until nothing is being removed."""
+        if self._cleaning is not None:
+            if not self._cleaning.wait(0.0 if action else PATIENCE):
+                return  # the next time does it
+            if self._cleaning.trouble:
+                self._warn(f"{self._places.address} is not tidied ({self._cleaning.trouble})")
+        self._cleaning = Chore(action) if action else None
+
+    def _report(self, save: _Save, trouble: str, must: bool) -> None:
+        where = f"{self._places.address} ({trouble})"
+        if trouble and must:
+            self._clean(None)
+            raise SetupError(
+                f"the checkpoint of step {save.mark.step} cannot be written to {where}; free some "
+                f"space there, or bring the disk back: the same command goes on from step "
+                f"{self._good}"
+            )
+        if not self._place.leads:
+            return
+        if not trouble:
+            self._tell(Saved(save.mark.step, save.blocked))
+        else:
+            self._warn(
+                f"the checkpoint of step {save.mark.step} cannot be written to {where}; training "
+                f"goes on, the last one is of step {self._good}"
+            )
+
+    def _warn(self, text: str) -> None:
+        self._tell(Warned(text))
 
     def close(self) -> None:
-        """Wait for this process's own writing, if there is any; no checkpoint comes of it."""
-        if self._save is not None and self._save.thread is not None:
-            self._save.thread.join()
+        """End this process's own writing, if there is any; no checkpoint comes of it."""
+        self._stopped.set()
+        for chore in (self._save.chore if self._save else None, self._cleaning):
+            if chore is not None:
+                chore.wait(PARTING)
         self._save = None
 
 
 def superfluous(
     newest_first: list[str],
     errors: dict[str, float | None],
-    step: int,
+    new: str,
     keep: int,
     keep_best: int,
 ) -> list[str]:
-    """Return which checkpoints to delete now that the one of `step` is complete.
+    """Return which checkpoints to delete now that `new` is complete.
 
     Later ones are damaged: had they been sound, the run would have gone on from them. They must
     not count among those that stay.
     """
-    later = [name for name in newest_first if step_in(name) > step]
-    sound = [name for name in newest_first if step_in(name) <= step]
+    later = [name for name in newest_first if step_in(name) >= step_in(new) and name != new]
+    sound = [name for name in newest_first if name not in later]
     known = {name: error for name in sound if (error := errors.get(name)) is not None}
     best = sorted(known, key=lambda name: (known[name], -step_in(name)))[:keep_best]
     return later + [name for name in sound[keep:] if name not in best]
-
-
-def alive(thread: threading.Thread | None) -> bool:
-    """Whether a thread runs."""
-    return thread is not None and thread.is_alive()
-
-
-def reason(error: Exception) -> str:
-    """An error in a few words."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.strerror or errno.errorcode.get(error.errno, str(error))
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import cluster.checkpoint as checkpoint
+import cluster.checkpoint_part as part
 import cluster.checkpoint_places as places
-import cluster.checkpoint_writer as writer
 from cluster.checkpoint import newest, state_of
 from cluster.checkpoint_places import reached
 from cluster.checkpoint_writer import Checkpoints
@@ -184,7 +184,7 @@ MOMENTS = ["column a", "column b", "the json", "the rename"]
 
 def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) -> None:
     """Have what is written at some moment fail."""
-    real = {"save": writer.save_file, "sealed": places.sealed, "rename": Path.rename}
+    real = {"save": part.save_file, "sealed": places.sealed, "rename": Path.rename}
 
     def fails(*_: object, **__: object) -> NoReturn:
         raise error
@@ -192,7 +192,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) 
     if moment.startswith("column"):
         name = moment.replace(" ", "-")
         monkeypatch.setattr(
-            writer,
+            part,
             "save_file",
             lambda state, path: fails() if name in path.name else real["save"](state, path),
         )
@@ -284,8 +284,8 @@ def test_what_the_kernel_refuses_is_a_warning(tmp_path):
 def test_training_goes_on_while_the_state_of_before_is_written(run, monkeypatch):
     net, optimiser = network(seed=1)
     go = threading.Event()
-    real = writer.save_file
-    monkeypatch.setattr(writer, "save_file", lambda *words: (go.wait(), real(*words)))
+    real = part.save_file
+    monkeypatch.setattr(part, "save_file", lambda *words: (go.wait(), real(*words)))
     run.checkpoints.begin(Mark(step=3, position=24), net, optimiser)
     assert run.checkpoints.busy
     with torch.no_grad():
