@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from cluster.checkpoint import Found, found_in, load
+from cluster.checkpoint import Found, load
+from cluster.checkpoint_choice import choose
 from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
 from cluster.config_file import read_back
@@ -97,7 +98,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         UsageError: no run, no checkpoint, or a data set that does not fit.
     """
     config, trained_on = read_back(_settings(options.run))
-    found = found_in(options.run, config.store, _tell)
+    found = choose(options.run, config.store, _tell)
     folder = metadata(options.data, **config.cached)
     manifest = Manifest.load(folder)
     samples = manifest.split(options.split, folder).samples

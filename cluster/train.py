@@ -96,10 +96,10 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
 
 def sound(folder: Path, store: str, total: int, screen: Screen) -> bool:
     """Whether the last checkpoint of a run that looks finished can be read, byte for byte."""
-    from cluster.checkpoint import found_in
+    from cluster.checkpoint_choice import choose
 
     try:
-        return found_in(folder, store, screen.show).mark.step >= total
+        return choose(folder, store, screen.show).mark.step >= total
     except DataError:
         return False  # the workers will say so
 

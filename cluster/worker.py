@@ -34,6 +34,7 @@ from model.optim import Sgd2012, layer_statistics
 from pipeline.batches import Stream, View
 from pipeline.dataset import metadata
 from pipeline.manifest import Manifest, identity
+from pipeline.pixel_stats import Statistics
 
 
 def train(
@@ -159,6 +160,7 @@ def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
         "config": asdict(config),
         "data_sha256": identity(folder),
         "classes": manifest.classes,
+        "channel_mean": Statistics.load(folder, manifest.stats_sha256).channel_mean.tolist(),
     }
 
 

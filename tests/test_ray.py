@@ -84,9 +84,11 @@ def command() -> Iterator[Callable[..., Command]]:
 
 
 OURS = re.compile(
-    r"\S+tiny\.toml -> |48 pictures, |starting: |going on from |restarted after |stopped; "
-    r"|interrupted|1 damaged picture|\S+ is finished"
-    r"|step +\d+  (loss|validation|checkpoint|done|from here on: lr)|$"
+    r"\S+tiny\.toml -> |48 pictures, |starting: |going on from |restarted, going on|stopped; "
+    r"|replica  column   node |0        [ab]        |stopping: saving first|interrupted"
+    r"|the worker of replica 0, column [ab] \(node \S+\) died: .*; starting again from step \d+$"
+    r"|1 damaged picture|\S+ is finished"
+    r"|step +\d+  (loss|validation|checkpoint|done|saved, and ended|from here on: lr)|$"
 )
 
 
@@ -105,7 +107,9 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
     one.process.send_signal(signal.SIGINT)
     assert one.end() == 130
     assert strangers(one.lines) == []
-    assert any(line.startswith("stopped; the same command goes on from") for line in one.lines)
+    saved = next(line.split()[1] for line in one.lines if line.endswith("saved, and ended"))
+    assert f"stopped; the same command goes on from step {saved}" in one.lines
+    assert losses(run)[-1][0] == int(saved) * SETTINGS["batch_size"]  # nothing is lost
     deadline = time.monotonic() + 30
     while processes(one.mark) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -115,14 +119,14 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
     two.until("going on from step")
     two.until("checkpoint")
     os.kill(processes(two.mark, "ray::RayTrainWorker")[-1], signal.SIGKILL)
-    two.until("restarted after a lost worker, going on from step")
+    two.until("restarted, going on from step")
     assert two.end() == 0
     assert losses(run) == oracle  # every step once, and as if nothing had happened
     assert strangers(two.lines) == []
     assert two.lines[-1].split() == ["step", str(STEPS), "done"]
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "config.toml", "machine.json", "metrics.jsonl", "validation.jsonl", "layers.jsonl",
-        "rates.jsonl", "checkpoints", "ledger",
+        ".lock", ".leader", "attempts.jsonl", "config.toml", "machine.json", "metrics.jsonl",
+        "validation.jsonl", "layers.jsonl", "rates.jsonl", "checkpoints", "ledger",
     }  # fmt: skip
     proof = prove(tiny_data, [run])
     assert not proof.findings

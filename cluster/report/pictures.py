@@ -14,7 +14,8 @@ import numpy.typing as npt
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from cluster.checkpoint import Found, column_file, found_in
+from cluster.checkpoint import Found, column_file
+from cluster.checkpoint_choice import choose
 from cluster.config_file import read_back
 from cluster.events import Warned
 from cluster.run_folder import CONFIG
@@ -109,7 +110,7 @@ def newest_checkpoint(run: Path) -> Found:
     damaged: list[str] = []
     try:
         config, _ = read_back(run / CONFIG)
-        found = found_in(
+        found = choose(
             run,
             config.store,
             lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,

@@ -1,0 +1,152 @@
+"""A trained network as one plain file: both columns merged, for a PyTorch without Duet.
+
+    python -m cluster.export RUN [--out FILE] [--best] [--checkpoint STEP] [--data DATA] [--json]
+
+Writes a safetensors file with the tensors that `torch.nn` layers of the whole network take:
+`conv1.weight` ... `fc8.bias` (convolutions 2, 4 and 5 have groups=2), and `mean`, what is
+subtracted from a picture: [3, 1, 1], or [3, 224, 224] where the network was trained so. The paper
+halves the outputs of fc6 and fc7 at test time (section 4.2); here the weights of fc7 and fc8 are
+halved instead, which is exact: the network runs without, or with PyTorch's own dropout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from safetensors.torch import save
+from torch import Tensor
+
+from cluster.checkpoint import Found, load, read_table
+from cluster.checkpoint_choice import choose
+from cluster.checkpoint_places import places_of
+from cluster.config import Config
+from cluster.config_file import read_back
+from cluster.events import Event, Warned
+from cluster.run_folder import CONFIG
+from model.alexnet import AlexNet
+from model.design import Design
+from pipeline.dataset import metadata
+from pipeline.errors import UsageError
+from pipeline.errors import run as run_command
+from pipeline.files import sealed
+from pipeline.manifest import Manifest, identity
+from pipeline.pixel_stats import Statistics
+
+HALVED = ("fc7.weight", "fc8.weight")
+"""What reads the outputs of a layer with dropout."""
+EDGE = 16
+"""Pixels that the centre of 224 has beside it in a picture of 256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the merged weights of a run as one plain state_dict."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    out: Path | None = None
+    """File to write; default RUN/weights.safetensors."""
+    best: bool = False
+    """The checkpoint with the lowest validation error instead of the newest."""
+    checkpoint: int | None = None
+    """The checkpoint of this step instead."""
+    data: str = ""
+    """Data set of the training; only runs with mean = 'picture', or older ones, need it."""
+    json: bool = False
+    """Print one JSON object to stdout, everything else to stderr."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        DuetError: one line, with the exit code to leave with.
+    """
+    options = tyro.cli(Export, args=argv, prog="python -m cluster.export")
+    if not (options.run / CONFIG).is_file():
+        raise UsageError(f"{options.run} holds no run ({CONFIG} is missing)")
+    config, trained_on = read_back(options.run / CONFIG)
+    found = choose(options.run, config.store, _tell, options.checkpoint, options.best)
+    tensors = merged(config, found)
+    tensors["mean"] = mean_of(options.run, config, found, options.data, trained_on)
+    out = options.out or options.run / "weights.safetensors"
+    about = described(config, found)
+    with sealed(out) as file:
+        file.write(save(tensors, metadata=about))
+    parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "mean")
+    human = sys.stderr if options.json else sys.stdout
+    human.write(
+        f"step {found.mark.step}: {parameters:,} parameters, "
+        f"{len(found.classes)} classes -> {out}\n"
+    )
+    if config.design != Design(width=config.width):
+        human.write(f"not the paper's network: {about['design']}\n")
+    if options.json:
+        result = {"out": str(out), "step": found.mark.step, "parameters": parameters}
+        sys.stdout.write(json.dumps(result | {"top1_error": found.error}) + "\n")
+    return 0
+
+
+def merged(config: Config, found: Found) -> dict[str, Tensor]:
+    """Return the parameters of the whole network, as `torch.nn` layers take them, float32."""
+    classes = len(found.classes)
+    net = AlexNet(columns=tuple(range(config.columns)), classes=classes, design=config.design)
+    load(found.path, net)
+    tensors = {name: p.detach().contiguous() for name, p in net.named_parameters()}
+    for name in ("fc8.weight", "fc8.bias"):  # an odd number of classes is made even
+        tensors[name] = tensors[name][:classes].contiguous()
+    for name in HALVED:
+        tensors[name] = tensors[name] * 0.5
+    return tensors
+
+
+def mean_of(run: Path, config: Config, found: Found, data: str, trained_on: str) -> Tensor:
+    """Return what is subtracted from a picture: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
+
+    Raises:
+        UsageError: it is in the data set, and that is not named, or another.
+        DataError: the data set's statistics are damaged.
+    """
+    table = read_table(places_of(run, config.store), found.name)
+    known = table.get("channel_mean")
+    if config.mean == "channel" and known:
+        return torch.tensor(known, dtype=torch.float32)[:, None, None]
+    if not data:
+        raise UsageError("what is subtracted from pictures is in the data set; name it by --data")
+    folder = metadata(data, **config.cached)
+    if identity(folder) != trained_on:
+        raise UsageError(f"{data} is not the data set of the training; name that one by --data")
+    manifest = Manifest.load(folder)
+    statistics = Statistics.load(folder, manifest.stats_sha256)
+    if config.mean == "channel":
+        return torch.tensor(statistics.channel_mean, dtype=torch.float32)[:, None, None]
+    picture = torch.from_numpy(statistics.mean_picture)[EDGE:-EDGE, EDGE:-EDGE]
+    return picture.permute(2, 0, 1).contiguous()
+
+
+def described(config: Config, found: Found) -> dict[str, str]:
+    """Return the header of the file: texts, JSON where they are more than that."""
+    return {
+        "format": "pt",
+        "made_by": "duet",
+        "step": str(found.mark.step),
+        "classes": json.dumps(found.classes),
+        "design": json.dumps(asdict(config.design)),
+        "dropout": "folded: fc7.weight and fc8.weight are halved",
+        "top1_error": json.dumps(found.error),
+    }
+
+
+def _tell(event: Event) -> None:
+    if isinstance(event, Warned):
+        sys.stderr.write(f"warning: {event.text}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
