@@ -79,7 +79,7 @@ class Places(Protocol):
         """Remove a checkpoint, or what was begun."""
 
     def prepare(self) -> None:
-        """Make the folder of all checkpoints. The leader's, before anything is begun."""
+        """Make the place ready to be written to. The leader's, before anything is begun."""
 
     def tidy(self, step: int) -> None:
         """Remove what was begun up to `step` and never sealed: crashes leave that. The leader's,
@@ -194,8 +194,10 @@ class Folder:
         shutil.rmtree(path, ignore_errors=True)
 
     def prepare(self) -> None:
-        """Make the folder. What it lies in must be there."""
+        """Make the folder, and make room. What it lies in must be there."""
         self._folder.mkdir(exist_ok=True)
+        for left in self._folder.glob(f"step-*{PARTIAL}/"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def tidy(self, step: int) -> None:
         """Remove folders that were begun and never took their names."""

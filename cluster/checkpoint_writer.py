@@ -12,37 +12,27 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import (
-    UNSOUND,
-    VERSION,
-    Found,
-    column_file,
-    fetched,
-    first_sound,
-    load,
-    read_table,
-    state_of,
-)
+from cluster.checkpoint import VERSION, state_of
 from cluster.checkpoint_part import Chore, Copies, Facts, reason, write_columns
 from cluster.checkpoint_places import Places, places_of, step_in
+from cluster.checkpoint_resume import load_newest
 from cluster.events import Saved, Tell, Warned
 from cluster.place import Place
-from cluster.run_folder import Mark, last_step
+from cluster.run_folder import Mark
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
-from pipeline.errors import DataError, DuetError, SetupError
-from pipeline.stores.errors import StoreError
+from pipeline.errors import DuetError, SetupError
 
 PATIENCE = 30.0
 """Seconds that training waits for a save that is still under way when the next one is due."""
 LIMIT = 1800.0
 """The same for the save that must succeed."""
-BEAT = 10.0
+BEAT = 2.0
 """Seconds after which processes that wait for each other say so: a collective has a timeout."""
 PARTING = 5.0
 """Seconds for a thread to end when the process goes."""
@@ -119,8 +109,6 @@ class Checkpoints:
         """Validation errors of the complete ones, by name."""
         self._copies = Copies()
         self._stopped = threading.Event()
-        self._fetched: object = None
-        """Keeps what was fetched until it is loaded."""
         self._cleaning: Chore | None = None
         """The leader's removing of what is not needed any more."""
 
@@ -133,71 +121,11 @@ class Checkpoints:
             DataError: there are some, and none is sound.
             SetupError: they cannot be reached.
         """
-        found, names, trouble = self._place.share(
-            self._look() if self._place.leads else (None, [], "")
+        mark, self._errors = load_newest(
+            self._places, self._run, self._place, net, optimiser, self._tell
         )
-        if trouble:
-            raise SetupError(trouble)
-        if found is None and names:
-            raise DataError(
-                f"no checkpoint in {self._places.address} is sound; restore one, "
-                "or name another --run to start over"
-            )
-        if found is None:
-            return Mark()
-        path, holder = (found.path, None) if self._place.leads else self._own(found, net)
-        load(path, net, optimiser)
-        del holder
-        self._fetched = None
-        self._good = found.mark.step
-        return found.mark
-
-    def _look(self) -> tuple[Found | None, list[str], str]:
-        """Find the newest sound one, and the names of all; the leader's."""
-        try:
-            names = self._places.sealed()
-            before = last_step(self._run)
-            if not names and before:
-                # To begin at step 0 would throw away what is only out of reach.
-                raise SetupError(
-                    f"{self._places.address} holds no checkpoint, but the run had one of step "
-                    f"{before}; bring its disk back, or name another --run to start over"
-                )
-            self._places.prepare()
-            self._places.tidy(step_in(names[0]) if names else 0)
-            for name in names:
-                self._errors[name] = self._error_of(name)
-            found = first_sound(self._places, names, self._tell)
-        except SetupError as error:
-            return None, [], str(error)
-        except (OSError, DuetError) as error:
-            return None, [], f"{self._places.address} cannot be used ({reason(error)})"
-        if found is None:
-            return None, names, ""
-        self._fetched = found.holder  # stays here
-        return replace(found, holder=None), names, ""
-
-    def _error_of(self, name: str) -> float | None:
-        """Return the validation error of a checkpoint; None if it is damaged."""
-        try:
-            error: float | None = read_table(self._places, name).get("top1_error")
-        except StoreError:
-            raise
-        except UNSOUND:
-            return None
-        return error
-
-    def _own(self, found: Found, net: AlexNet) -> tuple[Path, object]:
-        """Return a folder with what the leader has found, as far as it concerns this process."""
-        try:
-            table = read_table(self._places, found.name)
-            files = [column_file(column) for column in net.columns]
-            return fetched(self._places, found.name, table, files)
-        except UNSOUND as error:
-            raise SetupError(
-                f"{self._place} cannot read {self._places.address}/{found.name}, and the leader "
-                f"can ({reason(error)}); have all nodes see the same folder, or give --store"
-            ) from error
+        self._good = mark.step
+        return mark
 
     @property
     def busy(self) -> bool:
