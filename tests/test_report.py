@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from cluster.checkpoint import Checkpoints
+from cluster.checkpoint_writer import Checkpoints
 from cluster.place import Place
 from cluster.report.page import report
 from cluster.report.pictures import KERNEL_SCALE
@@ -93,9 +93,10 @@ def evaluation(run: Path, views: int, **parts: Any) -> None:
 def checkpoint(run: Path) -> None:
     net = AlexNet(classes=len(CLASSES), width=0.0625)
     state = {"classes": list(CLASSES)}
-    Checkpoints(run, Place(), state, keep=1).save(
-        Mark(step=60, position=7680), net, Sgd2012(net.named_parameters()), lambda event: None
-    )
+    (run / "checkpoints").mkdir()
+    checkpoints = Checkpoints(run, Place(), state, lambda event: None, keep=1)
+    checkpoints.begin(Mark(step=60, position=7680), net, Sgd2012(net.named_parameters()))
+    checkpoints.finish(must=True)
 
 
 @pytest.fixture
