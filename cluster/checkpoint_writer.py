@@ -231,9 +231,10 @@ class Checkpoints:
             why it has failed, or nothing.
         """
         if parts is None:
-            return f"it takes more than {LIMIT / 60:.0f} minutes"
-        trouble = next((words for _, words in parts if words), "")
-        trouble = trouble or self._seal(save, [files for files, _ in parts])
+            trouble = f"it is not written after {LIMIT:,.0f} s"
+        else:
+            trouble = next((words for _, words in parts if words), "")
+            trouble = trouble or self._seal(save, [files for files, _ in parts])
         if trouble and save.work:
             self._clean(partial(self._places.remove, save.work))
         return trouble

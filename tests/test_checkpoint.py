@@ -17,70 +17,21 @@ from safetensors.torch import load_file
 import cluster.checkpoint as checkpoint
 import cluster.checkpoint_part as part
 import cluster.checkpoint_places as places
-from cluster.checkpoint import newest, state_of
+import cluster.checkpoint_writer as writer
+from cluster.checkpoint import newest
 from cluster.checkpoint_places import reached
 from cluster.checkpoint_writer import Checkpoints
-from cluster.events import Saved, Warned
+from cluster.events import Saved
 from cluster.place import Place
 from cluster.run_folder import CHECKPOINTS, Mark
 from model.alexnet import AlexNet
-from model.optim import Sgd2012
 from pipeline.errors import SetupError
-
-CLASSES = ("cat", "dog", "owl")
-ABOUT = {"config": {"lr": 0.01}, "data_sha256": "abc", "classes": CLASSES}
-
-
-def network(seed: int = 0) -> tuple[AlexNet, Sgd2012]:
-    net = AlexNet(classes=len(CLASSES), width=0.05, seed=seed)
-    optimiser = Sgd2012(net.named_parameters())
-    generator = torch.Generator().manual_seed(seed)
-    for velocity in optimiser.velocities.values():
-        velocity.normal_(generator=generator)
-    return net, optimiser
-
-
-class Run:
-    """A run folder with what it was told."""
-
-    def __init__(self, folder: Path, keep: int = 5, keep_best: int = 0) -> None:
-        self.folder = folder
-        self.told: list = []
-        self.keep, self.keep_best = keep, keep_best
-        self.open()
-
-    def open(self) -> None:
-        """As a new start of the workers does."""
-        self.checkpoints = Checkpoints(
-            self.folder, Place(), ABOUT, self.told.append, keep=self.keep, keep_best=self.keep_best
-        )
-        (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
-
-    def begin(self, step: int, seed: int, error: float | None = None) -> None:
-        self.checkpoints.begin(Mark(step=step, position=8 * step), *network(seed), error)
-
-    def save(self, step: int, seed: int, error: float | None = None) -> None:
-        self.begin(step, seed, error)
-        self.checkpoints.finish(must=True)
-
-    def resume(self) -> tuple[Mark, dict[str, torch.Tensor]]:
-        self.open()
-        net, optimiser = network(seed=99)
-        mark = self.checkpoints.resume(net, optimiser)
-        return mark, state_of(net, optimiser)
-
-    def step(self, step: int) -> Path:
-        return self.folder / CHECKPOINTS / f"step-{step:08d}"
+from tests.checkpoints import ABOUT, CLASSES, Run, flip_a_byte, network, same, steps
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
-
-
-def same(state: dict[str, torch.Tensor], seed: int) -> bool:
-    wanted = state_of(*network(seed))
-    return state.keys() == wanted.keys() and all(torch.equal(state[k], wanted[k]) for k in wanted)
 
 
 def test_everything_comes_back(run):
@@ -113,10 +64,7 @@ def test_only_the_last_ones_are_kept(tmp_path):
     run = Run(tmp_path, keep=2)
     for step in (1, 2, 3, 10):
         run.save(step, seed=step)
-    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == [
-        "step-00000003",
-        "step-00000010",
-    ]
+    assert run.names() == steps(3, 10)
     assert reached(tmp_path, "") == 10
 
 
@@ -126,14 +74,8 @@ def test_damaged_later_ones_neither_stay_nor_push_out_the_sound_one(tmp_path):
         run.save(step, seed=step)
         flip_a_byte(run.step(step))
     run.save(100, seed=1)
-    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000100"]
+    assert run.names() == steps(100)
     assert reached(tmp_path, "") == 100
-
-
-def flip_a_byte(step: Path) -> None:
-    data = bytearray((step / "column-b.safetensors").read_bytes())
-    data[-7] ^= 1
-    (step / "column-b.safetensors").write_bytes(data)
 
 
 def cut_short(step: Path) -> None:
@@ -167,9 +109,9 @@ def test_a_damaged_one_is_named_and_passed_over(run, damage):
     mark, state = run.resume()
     assert mark.step == 3
     assert same(state, seed=1)
-    (warning,) = [event for event in run.told if isinstance(event, Warned)]
-    assert str(run.step(6)) in warning.text
-    assert words in warning.text
+    (warning,) = run.warnings
+    assert str(run.step(6)) in warning
+    assert words in warning
 
 
 def test_a_damaged_one_is_replaced_when_the_run_comes_by_again(run):
@@ -209,14 +151,14 @@ def test_a_full_disk_is_a_warning_and_the_next_save_is_made(run, monkeypatch, mo
         failing(patch, moment, OSError(errno.ENOSPC, "No space left on device"))
         run.begin(6, seed=2)
         run.checkpoints.finish()
-        (warning,) = [event for event in run.told if isinstance(event, Warned)]
-        assert "step 6" in warning.text
-        assert "No space left on device" in warning.text
-        assert "the last one is of step 3" in warning.text
+        (warning,) = run.warnings
+        assert "step 6" in warning
+        assert "No space left on device" in warning
+        assert "the last one is of step 3" in warning
         run.begin(7, seed=2)
         with pytest.raises(SetupError, match=r"step 7 .*No space left.* goes on from step 3"):
             run.checkpoints.finish(must=True)
-    assert [path.name for path in (run.folder / CHECKPOINTS).iterdir()] == ["step-00000003"]
+    assert run.names() == steps(3)
     run.save(9, seed=3)
     assert run.resume()[0].step == 9
 
@@ -247,7 +189,7 @@ def test_a_disk_that_has_gone_is_not_written_to_anew(run):
     there.rename(run.folder / "away")
     run.begin(6, seed=2)
     run.checkpoints.finish()
-    assert "No such file" in next(e.text for e in run.told if isinstance(e, Warned))
+    assert "No such file" in run.warnings[0]
     assert not there.exists()
     # Nor does a new start take it for a run that has not begun.
     (run.folder / "attempts.jsonl").write_text('{"attempt": 1, "step": 3}\n{"att')
@@ -269,7 +211,7 @@ def limited(folder: Path, bytes_: int) -> None:
     free = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_FSIZE, free)
     run.save(6, seed=2)
-    (folder / "told").write_text("\n".join(e.text for e in run.told if isinstance(e, Warned)))
+    (folder / "told").write_text("\n".join(run.warnings))
 
 
 def test_what_the_kernel_refuses_is_a_warning(tmp_path):
@@ -320,8 +262,7 @@ def test_the_best_ones_stay_besides_the_last(tmp_path):
         run.save(step, seed=step, error=error)
         if step == 6:
             run.resume()  # a restart does not forget which were good
-    names = sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir())
-    assert names == [f"step-{step:08d}" for step in (4, 5, 7, 8)]
+    assert run.names() == steps(4, 5, 7, 8)
 
 
 def test_a_process_of_an_older_start_cannot_write_into_a_newer_save(run):
@@ -343,3 +284,83 @@ def test_a_checkpoint_of_another_network_is_refused(run):
     wider = AlexNet(classes=len(CLASSES), width=0.1)
     with pytest.raises(Exception, match=r"step-00000003: the state does not fit the network"):
         checkpoint.load(found.path, wider)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Files are not written before it is set."""
+    gate, real = threading.Event(), part.save_file
+    monkeypatch.setattr(part, "save_file", lambda *words: (gate.wait(20), real(*words)))
+    return gate
+
+
+def test_a_save_that_takes_too_long_is_not_waited_for(run, gate, monkeypatch):
+    monkeypatch.setattr(writer, "PATIENCE", 0.1)
+    run.begin(3, seed=1)
+    run.begin(6, seed=2)  # is left out
+    run.begin(9, seed=3)  # likewise
+    assert ["6 is left out" in run.warnings[0], "9 is left out" in run.warnings[1]] == [True, True]
+    assert run.checkpoints.pending
+    gate.set()
+    run.checkpoints.finish()
+    assert run.saved == [3]
+    run.save(12, seed=4)
+    assert run.names() == steps(3, 12)
+
+
+def test_the_last_save_is_made_even_if_the_one_before_is_slow(run, gate, monkeypatch):
+    monkeypatch.setattr(writer, "PATIENCE", 0.1)
+    run.begin(3, seed=1)
+    run.begin(6, seed=2)  # is left out, until the end is waited for
+    threading.Timer(0.3, gate.set).start()
+    run.checkpoints.finish(must=True)
+    assert run.saved == [3, 6]
+    assert same(run.resume()[1], seed=2)
+
+
+def test_a_last_save_that_never_ends_is_an_error(run, gate, monkeypatch):
+    monkeypatch.setattr(writer, "LIMIT", 0.1)
+    run.begin(3, seed=1)
+    with pytest.raises(SetupError, match=r"step 3 cannot be written .*it is not written after"):
+        run.checkpoints.finish(must=True)
+    assert run.names() == []
+    gate.set()
+
+
+def test_no_thread_is_left_and_nothing_half_written_looks_like_a_checkpoint(run, gate):
+    before = threading.active_count()
+    run.begin(3, seed=1)
+    assert threading.active_count() == before + 1
+    gate.set()
+    run.checkpoints.close()
+    assert threading.active_count() == before
+    assert reached(run.folder, "") == 0
+    (left,) = run.names()
+    assert left.endswith(".partial")
+    assert run.resume()[0] == Mark()
+    assert run.names() == []
+
+
+def test_a_checkpoint_that_is_removed_by_half_is_none(run, monkeypatch):
+    run.keep = 1
+    run.open()
+    run.save(3, seed=1)
+    monkeypatch.setattr(
+        places.shutil, "rmtree", lambda *_, **__: None
+    )  # dies before the first file
+    run.save(6, seed=2)
+    assert reached(run.folder, "") == 6
+    assert [name for name in run.names() if not name.endswith(".partial")] == list(steps(6))
+
+
+def test_a_store_that_is_a_folder_must_be_there(tmp_path):
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run", store=str(tmp_path / "store"))
+    with pytest.raises(SetupError, match=r"store/checkpoints cannot be used \(No such file"):
+        run.checkpoints.resume(*network(99))
+    (tmp_path / "store").mkdir()
+    run.checkpoints.resume(*network(99))
+    run.save(3, seed=1)
+    assert [path.name for path in (tmp_path / "store" / CHECKPOINTS).iterdir()] == list(steps(3))
+    assert run.names() == []
+    assert run.resume()[0].step == 3
