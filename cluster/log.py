@@ -26,7 +26,10 @@ TELL_EVERY = 0.25
 """Seconds between steps told to the watcher; every step goes into the file."""
 PUBLISH_EVERY = 1.0
 """Seconds between numbers published."""
-MEANS = ("loss", "top1_error", "img_s", "data_wait", "stall", "exchange", "saving", "seconds")
+MEANS = (
+    "loss", "top1_error", "img_s", "data_wait", "stall", "exchange", "exchange_bytes", "saving",
+    "seconds",
+)  # fmt: skip
 RESULTS = ("loss", "top1_error", "top5_error")
 
 
@@ -63,6 +66,8 @@ class Log:
         self._told = self._published = time.monotonic()
         self._replaced = 0
         self._waited = self._saved = self._exchanged = 0.0
+        self._sent = 0
+        self._exchange: Exchange | None = None
         self._start = time.perf_counter()
 
     @contextmanager
@@ -84,9 +89,13 @@ class Log:
     def paused(self) -> Iterator[None]:
         """Keep the block (validation, checkpoint) out of the time of the steps."""
         self.flush()
+        before = _traffic(self._exchange)
         yield
         self._start = time.perf_counter()
         self._waited = 0.0
+        after = _traffic(self._exchange)
+        self._exchanged += after[0] - before[0]
+        self._sent += after[1] - before[1]
 
     def step(
         self, mark: Mark, config: Config, rates: Rates, values: Tensor,
@@ -107,7 +116,7 @@ class Log:
         seconds, self._start = now - self._start, now
         waited, self._waited = self._waited, 0.0
         saved, self._saved = self._saved, 0.0
-        exchanged = sum(one.waited for one in exchange.traffic.values()) if exchange else 0.0
+        exchanged, sent = _traffic(exchange)
         row = {
             "position": mark.position,
             "epoch": self._epoch(mark.position),
@@ -121,11 +130,12 @@ class Log:
             "data_wait": round(waited / seconds, 4),
             "stall": round((waited + saved) / (seconds + saved), 4),
             "exchange": round(exchanged - self._exchanged, 5),
+            "exchange_bytes": sent - self._sent,
             "saving": round(saved, 5),
             "seconds": round(seconds, 5),
             "replicas": self._place.replicas,
         }
-        self._exchanged = exchanged
+        self._exchange, self._exchanged, self._sent = exchange, exchanged, sent
         self._owed = row, values
 
     def flush(self) -> None:
@@ -148,10 +158,15 @@ class Log:
         if self._publish:
             self._unpublished.append(row)
             if now - self._published >= PUBLISH_EVERY:
-                mean = _mean(self._unpublished) | {"replaced": self._replaced}
-                self._publish_all(row["step"], mean)
+                self._publish_rows()
                 self._published = now
-                self._unpublished.clear()
+
+    def _publish_rows(self) -> None:
+        """Publish the means of the rows since the last time."""
+        if self._unpublished:
+            mean = _mean(self._unpublished) | {"replaced": self._replaced}
+            self._publish_all(mean["step"], mean)
+            self._unpublished.clear()
 
     def _publish_all(self, step: int, numbers: Mapping[str, float]) -> None:
         for publish in list(self._publish):
@@ -221,6 +236,7 @@ class Log:
         try:
             if kind is None:
                 self.flush()
+                self._publish_rows()
                 self.sync()
         finally:
             for file in self._files.values():
@@ -231,3 +247,9 @@ def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The last row with the mean of what varies from step to step."""
     means = {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
     return {**rows[-1], **means}
+
+
+def _traffic(exchange: Exchange | None) -> tuple[float, int]:
+    """Seconds that this process has waited for the other column, and bytes sent there, so far."""
+    places = exchange.traffic.values() if exchange else ()
+    return sum(one.waited for one in places), sum(one.forward + one.backward for one in places)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SetupError
+from pipeline.files import sealed, sync_folder
+
+MOST = 1 << 22
+"""Bytes of rows kept in memory before they are put on the disk without being asked."""
 
 
 class Rows:
     """A file to which rows are added, a line of JSON each; one process writes it.
 
-    What the disk does not take is kept in memory, and written in its turn when the disk takes it
-    again: no row is lost, doubled or left half written. `sync` says whether all are there.
+    Rows stay in memory until they are known to be on the disk, not only given to the system: what
+    it does not take, or loses, is written in its turn when it takes it again. No row is lost,
+    doubled or left half written. `sync` says whether all are there.
     """
 
     def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
@@ -25,19 +31,36 @@ class Rows:
             path: of the file.
             step: the last whose rows are kept.
             warn: gets a line when trouble begins, and when it is over.
+
+        Raises:
+            SetupError: the file cannot be opened, or cut.
         """
-        cut(path, step)
         self._path, self._warn = path, warn
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._size = os.fstat(self._file).st_size
-        self._waiting: list[bytes] = []
-        self._troubled = False
+        try:
+            cut(path, step)
+            self._file = _open(path)
+            os.fsync(self._file)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise SetupError(
+                f"{path} cannot be written ({error.strerror}); make room, or bring its disk back"
+            ) from error
+        self._safe = self._size = os.fstat(self._file).st_size
+        """Bytes of the file that are on the disk, and of whole rows in it."""
+        self._rows: list[bytes] = []
+        """What is not safe; the first `_given` of them are in the file."""
+        self._given = self._bytes = 0
+        self._torn = self._troubled = False
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row."""
-        self._waiting.append((json.dumps(row) + "\n").encode())
+        self._rows.append((json.dumps(row) + "\n").encode())
+        self._bytes += len(self._rows[-1])
         try:
-            self._write()
+            if self._troubled or self._bytes > MOST:
+                self._settle()
+            else:
+                self._write()
         except OSError as error:
             if not self._troubled:
                 self._warn(
@@ -47,25 +70,69 @@ class Rows:
             self._troubled = True
 
     def _write(self) -> None:
-        """Write what is waiting.
+        """Give the system what it has not got yet.
 
         Raises:
-            OSError: the disk does not take all of it.
+            OSError: it does not take all of it; no half row is left behind.
         """
-        while self._waiting:
-            line = self._waiting[0]
+        self._mend()
+        while self._given < len(self._rows):
+            left = line = self._rows[self._given]
+            self._torn = True
             try:
-                written = os.write(self._file, line)
-                if written < len(line):
-                    os.write(self._file, line[written:])  # says why not all of it
+                while left:
+                    left = left[os.write(self._file, left) :]
             except OSError:
-                os.ftruncate(self._file, self._size)
+                with suppress(OSError):  # or before the next row
+                    self._mend()
                 raise
+            self._torn = False
             self._size += len(line)
-            self._waiting.pop(0)
+            self._given += 1
+
+    def _mend(self) -> None:
+        """Cut off half a row, if there is one."""
+        if self._torn:
+            os.ftruncate(self._file, self._size)
+            self._torn = False
+
+    def _settle(self) -> None:
+        """Put all rows on the disk, under the name they are looked for.
+
+        Raises:
+            OSError: it does not take them, or the name is gone with its folder.
+        """
+        self._follow()
+        self._write()
+        try:
+            os.fsync(self._file)
+        except OSError:
+            # What was given is dropped, and the next fsync would not say so: give it again.
+            self._size, self._given, self._torn = self._safe, 0, True
+            raise
+        self._safe = self._size
+        self._rows.clear()
+        self._given = self._bytes = 0
         if self._troubled:
             self._troubled = False
             self._warn(f"{self._path} can be written again; no row is lost")
+
+    def _follow(self) -> None:
+        """Make sure that the open file is the one of that name: it may have been deleted."""
+        mine = os.fstat(self._file)
+        try:
+            there = self._path.stat()
+        except FileNotFoundError:
+            there = None
+        if there is not None and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+            return
+        with sealed(self._path) as copy:
+            at = 0
+            while part := os.pread(self._file, min(1 << 20, self._size - at), at):
+                copy.write(part)
+                at += len(part)
+        os.close(self._file)
+        self._file = _open(self._path)
 
     def sync(self) -> None:
         """Put all rows on the disk.
@@ -74,17 +141,21 @@ class Rows:
             SetupError: it does not take them.
         """
         try:
-            self._write()
-            os.fsync(self._file)
+            self._settle()
         except OSError as error:
+            missing = len(self._rows) - self._given
             raise SetupError(
-                f"{self._path} lacks {len(self._waiting)} rows ({error.strerror}); make room, or "
-                "bring its disk back"
+                f"{self._path} lacks {f'{missing} ' if missing else ''}rows ({error.strerror}); "
+                "make room, or bring its disk back"
             ) from error
 
     def close(self) -> None:
         """Close the file; call `sync` first."""
         os.close(self._file)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def cut(path: Path, step: int) -> None:

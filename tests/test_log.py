@@ -1,56 +1,21 @@
-"""Rows on disk: cut at a checkpoint, timed without what is no training."""
+"""Rows of a training: timed without what is no training, and published."""
 
 from __future__ import annotations
 
 import json
-import resource
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cluster.config import Config
 from cluster.log import METRICS, Log
 from cluster.place import Place
-from cluster.rows import Rows, cut
 from cluster.run_folder import Mark
 from model.exchange import Traffic
 from model.schedule import Rates
-from pipeline.errors import SetupError
-
-
-def write(path: Path, steps: range, tail: str = "") -> Path:
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + tail)
-    return path
-
-
-def steps_in(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
-
-
-@given(st.integers(0, 20), st.integers(0, 25), st.sampled_from(["", "{", '{"step": 2', "\0\0"]))
-def test_no_row_after_the_step_and_no_half_row_stays(tmp_path_factory, count, step, tail):
-    path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", range(1, count + 1), tail)
-    cut(path, step)
-    assert steps_in(path) == list(range(1, min(count, step) + 1))
-
-
-def test_a_missing_file_stays_missing(tmp_path):
-    cut(tmp_path / "rows.jsonl", 3)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_garbled_whole_row_ends_what_is_kept(tmp_path):
-    path = write(tmp_path / "rows.jsonl", range(1, 3), "garbage\n" + json.dumps({"step": 3}) + "\n")
-    cut(path, 10)
-    assert steps_in(path) == [1, 2]
-
 
 MARK = Mark(step=1, position=8)
 RATES = Rates(0.1, 0.2)
@@ -96,7 +61,7 @@ def test_only_the_leader_writes(tmp_path):
 
 
 def test_a_step_says_what_training_stood_still_for(tmp_path):
-    traffic = {"conv3": Traffic(waited=0.5), "fc6": Traffic(waited=0.25)}
+    traffic = {"conv3": Traffic(waited=0.5, forward=10), "fc6": Traffic(waited=0.25, backward=5)}
     link: Any = SimpleNamespace(traffic=traffic)
     with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
         for _ in range(2):
@@ -105,10 +70,15 @@ def test_a_step_says_what_training_stood_still_for(tmp_path):
             time.sleep(0.05)
             log.step(MARK, Config(), RATES, VALUES, link)
             traffic["fc6"].waited += 1.0
+            traffic["fc6"].forward += 7
             with log.saving():
                 time.sleep(0.1)
+            with log.paused():  # what crosses in a validation is not the next step's
+                traffic["conv3"].waited += 100.0
+                traffic["conv3"].forward += 1000
     first, second = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
     assert (first["exchange"], second["exchange"]) == (0.75, 1.0)
+    assert (first["exchange_bytes"], second["exchange_bytes"]) == (15, 7)
     assert first["saving"] == 0
     assert second["saving"] >= 0.1
     assert 0.3 < first["stall"] < 0.8
@@ -138,48 +108,11 @@ def test_numbers_are_published_until_somebody_cannot_take_them(tmp_path, monkeyp
     ]
 
 
-def rows_of(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
-
-
-def on_a_small_disk(folder: Path) -> None:
-    """Rows under a limit on the size of files, which the kernel enforces."""
-    told: list[str] = []
-    rows = Rows(folder / "rows.jsonl", 0, told.append)
-    rows.add({"step": 1})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))  # in the second row
-    for step in (2, 3):
-        rows.add({"step": step})
-        assert rows_of(folder / "rows.jsonl") == [1]  # no half row
-    with pytest.raises(SetupError, match=r"rows.jsonl lacks 2 rows \(File too large\)"):
-        rows.sync()
-    free = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    resource.setrlimit(resource.RLIMIT_FSIZE, free)
-    rows.add({"step": 4})
-    rows.sync()
-    rows.close()
-    (folder / "told").write_text("\n".join(told))
-
-
-def test_rows_outlive_a_full_disk_in_their_order(tmp_path):
-    process = mp.get_context("spawn").Process(target=on_a_small_disk, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert rows_of(tmp_path / "rows.jsonl") == [1, 2, 3, 4]
-    first, second = (tmp_path / "told").read_text().splitlines()
-    assert "cannot be written (File too large)" in first
-    assert "no row is lost" in second
-
-
-def test_rows_follow_a_folder_that_is_away_for_a_while(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    rows = Rows(folder / "rows.jsonl", 0, pytest.fail)
-    rows.add({"step": 1})
-    folder.rename(tmp_path / "away")
-    rows.add({"step": 2})
-    (tmp_path / "away").rename(folder)
-    rows.add({"step": 3})
-    rows.close()
-    assert rows_of(folder / "rows.jsonl") == [1, 2, 3]
+def test_the_last_numbers_are_published_however_short_the_run(tmp_path):
+    got: list = []
+    publish = [lambda step, numbers: got.append((step, dict(numbers)))]
+    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0, publish=publish) as log:
+        for step, loss in ((1, 1.0), (2, 2.0)):
+            values = torch.tensor([loss, 0.25, 3.0])
+            log.step(Mark(step=step, position=8 * step), Config(), RATES, values)
+    assert [(step, numbers["loss"], numbers["replaced"]) for step, numbers in got] == [(2, 1.5, 6)]
