@@ -109,10 +109,13 @@ def newest_checkpoint(run: Path) -> Found:
     """
     damaged: list[str] = []
     try:
-        config, _ = read_back(run / CONFIG)
+        store = read_back(run / CONFIG)[0].store
+    except DuetError:
+        store = ""
+    try:
         found = choose(
             run,
-            config.store,
+            store,
             lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,
         )
     except DuetError as error:
