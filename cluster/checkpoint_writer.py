@@ -215,10 +215,11 @@ class Checkpoints:
             left = deadline - time.monotonic()
             if save.chore is not None:
                 save.chore.wait(min(BEAT, max(0.0, left)))
+            busy = save.busy  # first: what is read after its end is final
             trouble = save.trouble or (save.chore.trouble if save.chore else "")
             if trouble and self._place.world_size > 1 and not save.trouble:
                 trouble = f"{self._place}: {trouble}"
-            found = self._place.gather((save.busy, left <= 0, save.files, trouble))
+            found = self._place.gather((busy, left <= 0, save.files, trouble))
             if not any(busy for busy, *_ in found):
                 return [(files, words) for _, _, files, words in found]
             if any(late for _, late, *_ in found):
