@@ -7,13 +7,15 @@ Writes a safetensors file with the tensors that `torch.nn` layers of the whole n
 subtracted from a picture: [3, 1, 1], or [3, 224, 224] where the network was trained so. The paper
 halves the outputs of fc6 and fc7 at test time (section 4.2); here the weights of fc7 and fc8 are
 halved instead, which is exact: the network runs without, or with PyTorch's own dropout.
+
+The header says what follows each layer, so that docs/classify.py runs any design, ablations too.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     tensors = merged(config, found)
     tensors["mean"] = mean_of(options.run, config, found, options.data, trained_on)
     out = options.out or options.run / "weights.safetensors"
-    about = described(config, found)
+    about = described(options.run, config, found)
     with sealed(out) as file:
         file.write(save(tensors, metadata=about))
     parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "mean")
@@ -85,8 +87,6 @@ def main(argv: list[str] | None = None) -> int:
         f"step {found.mark.step}: {parameters:,} parameters, "
         f"{len(found.classes)} classes -> {out}\n"
     )
-    if config.design != Design(width=config.width):
-        human.write(f"not the paper's network: {about['design']}\n")
     if options.json:
         result = {"out": str(out), "step": found.mark.step, "parameters": parameters}
         sys.stdout.write(json.dumps(result | {"top1_error": found.error}) + "\n")
@@ -130,17 +130,42 @@ def mean_of(run: Path, config: Config, found: Found, data: str, trained_on: str)
     return picture.permute(2, 0, 1).contiguous()
 
 
-def described(config: Config, found: Found) -> dict[str, str]:
-    """Return the header of the file: texts, JSON where they are more than that."""
+def described(run: Path, config: Config, found: Found) -> dict[str, str]:
+    """Return the header of the file: JSON, but for the first two."""
+    table = read_table(places_of(run, config.store), found.name)
     return {
         "format": "pt",
         "made_by": "duet",
-        "step": str(found.mark.step),
-        "classes": json.dumps(found.classes),
-        "design": json.dumps(asdict(config.design)),
-        "dropout": "folded: fc7.weight and fc8.weight are halved",
+        "step": json.dumps(found.mark.step),
+        "samples_seen": json.dumps(found.mark.position),
         "top1_error": json.dumps(found.error),
+        "classes": json.dumps(found.classes),
+        "columns": json.dumps(config.columns),
+        "width": json.dumps(config.width),
+        "layers": json.dumps(table_of_layers(config.design)),
+        "dropout": json.dumps("folded: fc7.weight and fc8.weight are halved"),
+        "config": json.dumps(table["config"]),
+        "checkpoint_sha256": json.dumps({k: v["sha256"] for k, v in table["files"].items()}),
     }
+
+
+def table_of_layers(design: Design) -> dict[str, dict[str, object]]:
+    """Return what `torch.nn.functional` needs besides the weights, layer by layer in order.
+
+    A layer's convolution has "stride", "pad" and "groups"; "then" are the operations after it:
+    relu, tanh, norm, spatial_norm, "pool 3/2" or "pool 2/2". Dropout is folded into the weights.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for layer in design.layers():
+        after = {"pool": f"pool {design.pool}"}
+        row: dict[str, object] = {
+            "then": [after.get(word, word) for word in layer.then if word != "dropout"]
+        }
+        if layer.kernel:
+            groups = design.columns if layer.reads == "own" else 1
+            row |= {"stride": layer.stride, "pad": layer.pad, "groups": groups}
+        found[layer.name] = row
+    return found
 
 
 def _tell(event: Event) -> None:

@@ -14,19 +14,29 @@ from safetensors import safe_open
 
 with safe_open(sys.argv[1], "pt") as file:
     w = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    classes = json.loads(file.metadata()["classes"])
-picture = ImageOps.fit(Image.open(sys.argv[2]).convert("RGB"), (256, 256)).crop((16, 16, 240, 240))
+    about = {key: json.loads(file.metadata()[key]) for key in ("classes", "columns", "layers")}
+follow = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "pool 3/2": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
+    "pool 2/2": lambda x: F.max_pool2d(x, 2, 2, ceil_mode=True),
+    "norm": lambda x: torch.cat(  # each column normalises its own maps
+        [F.local_response_norm(own, 5, 1e-4, 0.75, 2.0) for own in x.chunk(about["columns"], 1)], 1
+    ),
+    "spatial_norm": lambda x: x / (1 + 0.001 * F.avg_pool2d(x * x, 5, 1, 2)) ** 0.75,
+}
+picture = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
+picture = ImageOps.fit(picture, (256, 256)).crop((16, 16, 240, 240))
 x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(224, 224, 3)
 x = F.pad((x.permute(2, 0, 1) - w["mean"])[None], (0, 3, 0, 3))
-for n, how in enumerate([(4, 0, 1), (1, 2, 2), (1, 1, 1), (1, 1, 2), (1, 1, 2)], start=1):
-    stride, pad, groups = how
-    x = F.conv2d(x, w[f"conv{n}.weight"], w[f"conv{n}.bias"], stride, pad, groups=groups).relu()
-    if n <= 2:  # each column normalises its own maps
-        columns = [F.local_response_norm(half, 5, 1e-4, 0.75, 2.0) for half in x.chunk(2, 1)]
-        x = torch.cat(columns, 1)
-    x = x if n in (3, 4) else F.max_pool2d(x, 3, 2)
-x = F.linear(x.flatten(1), w["fc6.weight"], w["fc6.bias"]).relu()
-x = F.linear(x, w["fc7.weight"], w["fc7.bias"]).relu()
-p = F.linear(x, w["fc8.weight"], w["fc8.bias"])[0].softmax(0)
+for name, layer in about["layers"].items():
+    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+    if name.startswith("conv"):
+        x = F.conv2d(x, weight, bias, layer["stride"], layer["pad"], groups=layer["groups"])
+    else:
+        x = F.linear(x.flatten(1), weight, bias)
+    for operation in layer["then"]:
+        x = follow[operation](x)
+p = x[0].softmax(0)
 for probability, index in zip(*p.topk(min(5, len(p))), strict=True):
-    print(f"{probability:6.1%}  {classes[index]}")
+    print(f"{probability:6.1%}  {about['classes'][index]}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import runpy
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cluster.checkpoint import load
 from cluster.config_file import as_toml
@@ -47,28 +49,61 @@ def network(run: Path, step: int = CONFIG.steps) -> AlexNet:
     return net.eval()
 
 
-def test_the_script_of_the_readme_says_what_the_network_says(
-    run, pictures, tiny_data, monkeypatch, capsys
-):
-    assert main([str(run)]) == 0
-    picture = sorted((pictures / "val").rglob("*.jpg"))[3]
-    said = capsys.readouterr().out
-    assert said.startswith("step 6: ")
-    monkeypatch.setattr(sys, "argv", ["classify", str(run / "weights.safetensors"), str(picture)])
-    found = runpy.run_path(str(REPOSITORY / "docs" / "classify.py"))["p"]
+def classified(weights: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    monkeypatch.setattr(sys, "argv", ["classify", str(weights), str(picture)])
+    found: Tensor = runpy.run_path(str(REPOSITORY / "docs" / "classify.py"))["x"]
+    return found[0]
 
+
+def logits_of(net: AlexNet, picture: Path, data: Path) -> Tensor:
+    """What the network itself says, of pixels that numpy and Pillow's resize prepared."""
     image = Image.open(picture).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     pixels = np.asarray(image.resize((256, 256), Image.Resampling.BICUBIC, box))[16:240, 16:240]
-    x = pixels - Statistics.load(tiny_data).channel_mean
+    x = pixels - Statistics.load(data).channel_mean
     with torch.no_grad():
-        logits = network(run)(torch.tensor(x, dtype=torch.float32).permute(2, 0, 1)[None])
-    torch.testing.assert_close(found, logits[0].softmax(0), rtol=1e-4, atol=1e-5)
+        logits: Tensor = net.eval()(torch.tensor(x, dtype=torch.float32).permute(2, 0, 1)[None])
+    return logits[0]
+
+
+def test_the_script_of_the_readme_says_what_the_network_says(
+    run, pictures, tiny_data, monkeypatch, capsys
+):
+    assert main([str(run)]) == 0
+    picture = sorted((pictures / "val").rglob("*.jpg"))[3]
+    assert capsys.readouterr().out.startswith("step 6: ")
+    found = classified(run / "weights.safetensors", picture, monkeypatch)
+    logits = logits_of(network(run), picture, tiny_data)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert lines[0].split()[0] == f"{float(found.max()):.1%}"
+    assert lines[0].split()[0] == f"{float(logits.softmax(0).max()):.1%}"
+
+
+# Every field of Design away from its default at least once; the first is `source2012`'s.
+OTHERS = [
+    {"relu_first": False, "spatial_norm": True},
+    {"norm": "none", "activation": "tanh", "without": "conv3"},
+    {"pool": "2/2", "without": "conv5"},
+    {"columns": 1, "without": "conv4"},
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=lambda changes: "-".join(changes))
+def test_the_script_runs_every_other_network(
+    changes, pictures, tiny_data, tmp_path, monkeypatch, capsys
+):
+    run = trained(tiny_data, tmp_path / "run", steps=2, validate_every=0, **changes)
+    assert main([str(run)]) == 0
+    design = replace(CONFIG, **changes).design
+    net = AlexNet(columns=tuple(range(design.columns)), classes=4, design=design)
+    load(run / "checkpoints" / "step-00000002", net)
+    picture = sorted((pictures / "val").rglob("*.jpg"))[3]
+    found = classified(run / "weights.safetensors", picture, monkeypatch)
+    logits = logits_of(net, picture, tiny_data)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_readme_shows_that_script():
@@ -90,8 +125,13 @@ def test_the_file_is_a_plain_state_dict_with_a_header(run, tmp_path):
         assert torch.equal(tensor * factor, wanted[name]), name
     with safe_open(out, "pt") as file:
         about = file.metadata()
-    assert json.loads(about["design"]) == asdict(CONFIG.design)
     assert len(json.loads(about["classes"])) == 4
+    assert json.loads(about["config"])["width"] == json.loads(about["width"]) == CONFIG.width
+    newest = run / "checkpoints" / "step-00000006"
+    assert json.loads(about["checkpoint_sha256"]) == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in newest.glob("*.safetensors")
+    }
 
 
 def test_the_best_or_any_one_can_be_had(run, capsys):
