@@ -34,7 +34,7 @@ LOOK = 2.0
 """Seconds between looks at the cluster while training."""
 SETTLE = 15.0
 """Seconds for which a cluster may need to notice what has ended."""
-GROW_AFTER = 20.0
+GROW_AFTER = 10.0
 """Seconds after a start before the run is stopped for the sake of more replicas."""
 GRACE = 120.0
 """Seconds that workers have to save when the user wants the run to end."""

@@ -85,7 +85,9 @@ def test_a_run_shrinks_with_a_lost_node_grows_with_a_new_one_and_is_one_run(
 ):
     """Nodes of three GPUs: Ray's own packing would split a pair."""
     run = tmp_path / "run"
-    words = ("--replicas", "1:2", "--ledger", "--steps", 400, "--schedule", "manual")
+    # A rate at which rounding stays rounding: at 0.01 its errors grow tenfold in a few steps, in
+    # any two worlds. What a sample's mask or place does to a loss is a hundred times more.
+    words = ("--replicas", "1:2", "--ledger", "--steps", 250, "--schedule", "manual", "--lr", 2e-5)
     one = Training(cluster, config, "--data", tiny_data, "--run", run, *words)
     one.until("starting: ")
     one.until("checkpoint")
@@ -104,11 +106,10 @@ def test_a_run_shrinks_with_a_lost_node_grows_with_a_new_one_and_is_one_run(
     assert proof.findings == ()
     assert set(proof.worlds) == {2, 4}
 
-    settings = Config(**SETTINGS | {"steps": 400, "schedule": "manual"})
+    settings = Config(**SETTINGS | {"steps": 250, "schedule": "manual", "lr": 2e-5})
     together(tmp_path / "job", [Call(settings, tiny_data, tmp_path / "fixed")])
     changed, fixed = learned(run), learned(tmp_path / "fixed")
     assert [row[:3] for row in changed] == [row[:3] for row in fixed]
     losses = torch.tensor([[row[3] for row in rows] for rows in (changed, fixed)])
-    # Rounding differs, and with it, later on, what ReLU and pooling decide.
-    torch.testing.assert_close(losses[0, :50], losses[1, :50], rtol=1e-3, atol=1e-3)
-    assert (losses[0] - losses[1]).abs().mean() < 0.02
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0.01)
+    assert (losses[0, 48:] - losses[0, :-48]).abs().mean() > 0.1  # other masks and crops
