@@ -133,6 +133,11 @@ class Checkpoints:
         return self._save is not None and self._save.busy
 
     @property
+    def writing(self) -> float:
+        """Seconds that this process took to write its part of the save under way; 0 until then."""
+        return self._save.chore.seconds if self._save and self._save.chore else 0.0
+
+    @property
     def pending(self) -> bool:
         """Whether a save was begun and not finished; the same on all processes."""
         return self._save is not None

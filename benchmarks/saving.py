@@ -1,0 +1,219 @@
+"""What a checkpoint costs the training it is made in: the full network, 488 MB of state.
+
+    python benchmarks/saving.py [--rounds 5] [--batch-size 128] [--folder DISK] [--json]
+
+One process holds both columns, so it writes all of it alone: the worst case. After some quiet steps
+a checkpoint is begun, steps are made until it is on the disk, then it is finished; in turns with
+one that training waits for, as it would be without a thread. All numbers are medians of the rounds:
+
+    begin, finish   seconds for which training stands still, copying and sealing
+    writing         seconds until the thread has written, hashed and synced both columns
+    slower          seconds that the steps beside it take longer than quiet ones
+    waited for      seconds that the same takes when training waits for it
+
+The share of training time is (begin + finish + slower) per checkpoint, of that and the steps
+between two checkpoints. Where a step is short and the disk slow, look at `writing`, too: it must
+fit between two checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from cluster.checkpoint import state_of
+from cluster.checkpoint_places import places_of
+from cluster.checkpoint_writer import Checkpoints
+from cluster.compute import autocast, compute_dtype, keep_memory
+from cluster.config import Config
+from cluster.events import Event, Warned
+from cluster.place import Place
+from cluster.run_folder import Mark
+from model.alexnet import AlexNet
+from model.optim import Sgd2012
+from model.schedule import Rates
+from pipeline.errors import DuetError, UsageError, run
+
+INTERVALS = (Config.checkpoint_every, 50)
+"""Steps between checkpoints: the default, and often."""
+QUIET = 3
+"""Quiet steps of a round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure what checkpoints cost."""
+
+    rounds: int = 5
+    """Checkpoints of each kind."""
+    batch_size: int = 128
+    """Pictures in a step."""
+    width: float = 1.0
+    """Factor on all maps and units; 1 is the network of the paper."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU if there is one."""
+    folder: Path | None = None
+    """Folder of the disk to write to; default: where temporary files go."""
+    json: bool = False
+    """Print one JSON object instead of the table."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of a round, or their medians."""
+
+    step: float
+    """A quiet step."""
+    begin: float
+    finish: float
+    writing: float
+    slower: float
+    waited_for: float
+
+    def share(self, interval: int, *, waiting: bool = False) -> float:
+        """Share of the training time that goes to checkpoints every so many steps."""
+        cost = self.waited_for if waiting else self.begin + self.finish + self.slower
+        return cost / (interval * self.step + cost)
+
+
+class Training:
+    """Steps of the full network on random pictures."""
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self._device = device
+        self._dtype = compute_dtype("auto", device)
+        self.net = AlexNet(width=options.width).to(device)
+        self.optimiser = Sgd2012(self.net.named_parameters())
+        self._images = 60 * torch.randn(options.batch_size, 3, 224, 224, device=device)
+        self._labels = torch.randint(0, 1000, (options.batch_size,), device=device)
+        self._step = 0
+
+    def step(self) -> float:
+        """Make a step; returns its seconds."""
+        start, self._step = time.perf_counter(), self._step + 1
+        self.net.set_position(self._step * len(self._labels))
+        self.optimiser.zero_grad()
+        with autocast(self._dtype, self._device):
+            logits = self.net(self._images)
+        F.cross_entropy(logits.float(), self._labels).backward()
+        self.optimiser.step(Rates(1e-3, 2e-3))
+        self.settle()
+        return time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Wait for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights and velocities."""
+        state = state_of(self.net, self.optimiser)
+        return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+    @property
+    def mark(self) -> Mark:
+        """Steps so far."""
+        return Mark(step=self._step, position=self._step)
+
+
+def one_round(training: Training, checkpoints: Checkpoints) -> Round:
+    """Make a checkpoint beside the training, then one that it waits for."""
+    quiet = statistics.median(training.step() for _ in range(QUIET))
+    begin = timed(lambda: checkpoints.begin(training.mark, training.net, training.optimiser))
+    beside: list[float] = []
+    while checkpoints.busy or not beside:
+        beside.append(training.step())
+    writing = checkpoints.writing
+    finish = timed(checkpoints.finish)
+    beside.append(training.step())  # old ones are removed beside it
+    slower = sum(beside) - len(beside) * quiet
+
+    def at_once() -> None:
+        checkpoints.begin(training.mark, training.net, training.optimiser)
+        checkpoints.finish(must=True)
+
+    return Round(quiet, begin, finish, writing, slower, timed(at_once))
+
+
+def timed(action: Callable[[], None]) -> float:
+    """Return how many seconds something takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def measure(options: Options, device: torch.device, folder: Path) -> tuple[Round, int]:
+    """Return the medians of all rounds, and the bytes of a checkpoint."""
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Warned):
+            raise DuetError(event.text)
+
+    training = Training(options, device)
+    about = {"config": {}, "data_sha256": "", "classes": []}
+    places_of(folder, "").prepare()
+    checkpoints = Checkpoints(folder, Place(device=device), about, tell, keep=Config.keep)
+    with closing(checkpoints):
+        one_round(training, checkpoints)  # memory grows, kernels are chosen
+        rounds = [one_round(training, checkpoints) for _ in range(options.rounds)]
+    names = [field.name for field in fields(Round)]
+    medians = {name: statistics.median(getattr(one, name) for one in rounds) for name in names}
+    return Round(**medians), training.bytes
+
+
+def show(found: Round, size: int, shares: dict[str, dict[str, float]]) -> None:
+    """Print the table."""
+    print(f"{size / 1e6:,.0f} MB, {found.step:.3f} s a step\n")
+    for name, seconds in asdict(found).items():
+        if name != "step":
+            print(f"{name.replace('_', ' '):12}{seconds:9.3f} s")
+    print(f"\n{'every':>8}{'standing still':>18}{'with slower steps':>20}{'waited for':>14}")
+    for interval, share in shares.items():
+        cells = f"{share['blocked']:18.2%}{share['all']:20.2%}{share['waited_for']:14.2%}"
+        print(f"{interval:>8}{cells}")
+
+
+def main() -> None:
+    """Measure, then print."""
+    options = tyro.cli(Options, description=__doc__)
+    if options.rounds < 1 or options.batch_size < 1:
+        raise UsageError("--rounds and --batch-size must be at least 1")
+    if options.folder is not None and not options.folder.is_dir():
+        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
+    keep_memory()
+    gpu = torch.cuda.is_available() and options.device != "cpu"
+    if options.device == "gpu" and not gpu:
+        raise UsageError("--device gpu needs a CUDA device, and torch sees none")
+    device = torch.device("cuda" if gpu else "cpu")
+    with tempfile.TemporaryDirectory(prefix="duet-saving-", dir=options.folder) as folder:
+        found, size = measure(options, device, Path(folder))
+    blocked = found.begin + found.finish
+    shares = {
+        str(interval): {
+            "blocked": blocked / (interval * found.step + blocked),
+            "all": found.share(interval),
+            "waited_for": found.share(interval, waiting=True),
+        }
+        for interval in INTERVALS
+    }
+    if options.json:
+        table = {"device": device.type, "bytes": size, "seconds": asdict(found), "shares": shares}
+        print(json.dumps(table))
+    else:
+        show(found, size, shares)
+
+
+if __name__ == "__main__":
+    run(main)
