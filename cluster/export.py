@@ -73,14 +73,20 @@ def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Export, args=argv, prog="python -m cluster.export")
     if not (options.run / CONFIG).is_file():
         raise UsageError(f"{options.run} holds no run ({CONFIG} is missing)")
+    if options.best and options.checkpoint is not None:
+        raise UsageError(f"give --best or --checkpoint {options.checkpoint}, not both")
     config, trained_on = read_back(options.run / CONFIG)
     found = choose(options.run, config.store, _tell, options.checkpoint, options.best)
     tensors = merged(config, found)
     tensors["mean"] = mean_of(options.run, config, found, options.data, trained_on)
     out = options.out or options.run / "weights.safetensors"
     about = described(options.run, config, found)
-    with sealed(out) as file:
-        file.write(save(tensors, metadata=about))
+    try:
+        with sealed(out) as file:
+            file.write(save(tensors, metadata=about))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"cannot write {out}: {reason}; name another file by --out") from error
     parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "mean")
     human = sys.stderr if options.json else sys.stdout
     human.write(
@@ -149,22 +155,20 @@ def described(run: Path, config: Config, found: Found) -> dict[str, str]:
     }
 
 
-def table_of_layers(design: Design) -> dict[str, dict[str, object]]:
-    """Return what `torch.nn.functional` needs besides the weights, layer by layer in order.
+def table_of_layers(design: Design) -> list[list[object]]:
+    """Return [name, how, then] of each layer in order: what is needed besides the weights.
 
-    A layer's convolution has "stride", "pad" and "groups"; "then" are the operations after it:
-    relu, tanh, norm, spatial_norm, "pool 3/2" or "pool 2/2". Dropout is folded into the weights.
+    `how` are arguments of `torch.nn.functional.conv2d`, none for a fully connected layer. `then`
+    are the operations that follow, each with its arguments: ["relu"], ["tanh"], ["norm", columns],
+    ["spatial_norm"], ["pool", side, stride]. Dropout is not among them: it is in the weights.
     """
-    found: dict[str, dict[str, object]] = {}
+    arguments = {"norm": [design.columns], "pool": [*design.pool_window]}
+    found: list[list[object]] = []
     for layer in design.layers():
-        after = {"pool": f"pool {design.pool}"}
-        row: dict[str, object] = {
-            "then": [after.get(word, word) for word in layer.then if word != "dropout"]
-        }
-        if layer.kernel:
-            groups = design.columns if layer.reads == "own" else 1
-            row |= {"stride": layer.stride, "pad": layer.pad, "groups": groups}
-        found[layer.name] = row
+        then = [[word, *arguments.get(word, [])] for word in layer.then if word != "dropout"]
+        groups = design.columns if layer.reads == "own" else 1
+        how = {"stride": layer.stride, "padding": layer.pad, "groups": groups}
+        found.append([layer.name, how if layer.kernel else {}, then])
     return found
 
 

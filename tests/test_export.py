@@ -155,6 +155,10 @@ def test_a_mean_picture_comes_from_the_data_set_of_the_training(tiny_data, tmp_p
 
 
 def test_what_cannot_be_exported_is_a_line(run, tmp_path):
+    with pytest.raises(UsageError, match=r"cannot write .*: No such file .* by --out"):
+        main([str(run), "--out", str(tmp_path / "none" / "w.safetensors")])
+    with pytest.raises(UsageError, match="--best or --checkpoint 4, not both"):
+        main([str(run), "--best", "--checkpoint", "4"])
     with pytest.raises(UsageError, match="holds no run"):
         main([str(tmp_path)])
     bad = Path(shutil.copytree(run, tmp_path / "bad"))
