@@ -10,6 +10,8 @@ VAL    ?=
 HOLDOUT ?= 0.1
 # More flags for cluster.train, for example --columns-per-worker 2 on a machine with one GPU.
 FLAGS  ?=
+# Times that `make soak` kills something.
+KILLS  ?= 50
 # More flags for pipeline.build_shards, for example --max-rejects 0.02.
 PACK   ?=
 
@@ -28,7 +30,7 @@ RUN    ?= runs/$(NAME)
 py      = $(VENV)/bin/python
 install = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install train test check format clean
+.PHONY: help install train test check soak format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +41,7 @@ help:
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
 	@echo 'make test                         lint, types, import rules, tests'
+	@echo 'make soak                         kill a training [KILLS=50] times; half an hour'
 	@echo 'make format                       let ruff format and fix'
 	@echo 'make clean                        remove caches (data/, runs/ and .venv stay)'
 
@@ -79,6 +82,10 @@ check: $(VENV)/.dev
 
 test: check
 	$(py) -m pytest -n 2 --dist loadfile
+
+# Not part of `make test`: half an hour, and it wants a quiet machine.
+soak: $(VENV)/.dev
+	@$(py) -m tests.soak runs/soak --kills $(KILLS)
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
