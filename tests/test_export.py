@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import runpy
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,10 +108,22 @@ def test_the_script_runs_every_other_network(
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_readme_shows_that_script():
-    script = (REPOSITORY / "docs" / "classify.py").read_text()
-    body = script[script.index("with safe_open") :].replace("  # noqa: SIM118", "").strip()
-    assert body in (REPOSITORY / "README.md").read_text()
+def test_the_ten_lines_of_the_readme_do_the_same_for_the_papers_network(
+    run, pictures, monkeypatch, tmp_path, capsys
+):
+    text = (REPOSITORY / "README.md").read_text()
+    (script,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S)
+                 if "weights.safetensors" in block)  # fmt: skip
+    assert len(script[script.index("w = ") :].splitlines()) == 10
+    monkeypatch.chdir(tmp_path)
+    picture = sorted((pictures / "val").rglob("*.jpg"))[3]
+    shutil.copy(picture, "picture.jpg")
+    assert main([str(run), "--out", "weights.safetensors"]) == 0
+    found: dict[str, Any] = {}
+    exec(script, found)
+    monkeypatch.setattr(sys, "argv", ["classify", "weights.safetensors", "picture.jpg"])
+    x = runpy.run_path(str(REPOSITORY / "docs" / "classify.py"))["x"]
+    torch.testing.assert_close(found["p"], x.softmax(1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_file_is_a_plain_state_dict_with_a_header(run, tmp_path):
