@@ -37,7 +37,7 @@ class Chore:
         start = time.monotonic()
         try:
             self._action()
-        except Exception as error:  # training goes on
+        except BaseException as error:  # training goes on
             self.trouble = reason(error)
         self.seconds = time.monotonic() - start
 
@@ -96,7 +96,7 @@ def write_columns(
         facts[name] = found
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """An error in a few words."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or errno.errorcode.get(error.errno, str(error))
