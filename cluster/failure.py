@@ -57,7 +57,7 @@ class Failure:
         # Ray's own errors begin with lines that only announce the next.
         told = [line.strip() for line in str(self.raised).splitlines() if line.strip()]
         lines = [line for line in told if not line.endswith(":")]
-        return (lines or [repr(self.raised)])[0]
+        return (lines or [repr(self.raised)])[0].split(". ")[0]
 
     def error(self, run: Path) -> DuetError:
         """Return the error to leave with; RUN/error.log gets the whole story."""
