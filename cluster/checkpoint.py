@@ -20,12 +20,12 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint_places import JSON, Folder, Places, places_of, step_in
+from cluster.checkpoint_places import JSON, Places, step_in
 from cluster.events import Tell, Warned
 from cluster.run_folder import Mark
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
-from pipeline.errors import DataError, DuetError, UsageError
+from pipeline.errors import DataError, DuetError
 from pipeline.files import sha256
 from pipeline.stores.errors import StoreError
 
@@ -84,39 +84,6 @@ def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
-
-
-def newest(folder: Path, tell: Tell) -> Found | None:
-    """Find the newest complete checkpoint, checking every byte; None if there is none.
-
-    Args:
-        folder: RUN/checkpoints.
-        tell: gets a warning for each damaged one that is passed over.
-    """
-    return first_sound(Folder(folder), Folder(folder).sealed(), tell)
-
-
-def found_in(run: Path, store: str, tell: Tell) -> Found:
-    """Return the newest sound checkpoint of a run; one in a store is fetched.
-
-    Args:
-        run: folder of the run.
-        store: its setting of that name; "": they are in `run`.
-        tell: gets a warning for each damaged one that is passed over.
-
-    Raises:
-        UsageError: there is none yet.
-        DataError: there are some, and none is sound.
-        StoreError: the store does not answer.
-    """
-    places = places_of(run, store)
-    names = places.sealed()
-    found = first_sound(places, names, tell)
-    if found is None and names:
-        raise DataError(f"no checkpoint of {run} is sound; restore one, or train anew")
-    if found is None:
-        raise UsageError(f"{run} has no complete checkpoint yet; train on with cluster.train")
-    return found
 
 
 def first_sound(places: Places, names: Iterable[str], tell: Tell) -> Found | None:

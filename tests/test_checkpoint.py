@@ -15,7 +15,7 @@ import cluster.checkpoint as checkpoint
 import cluster.checkpoint_part as part
 import cluster.checkpoint_places as places
 import cluster.checkpoint_writer as writer
-from cluster.checkpoint import newest
+from cluster.checkpoint_choice import choose
 from cluster.checkpoint_places import reached
 from cluster.checkpoint_writer import Checkpoints
 from cluster.events import Saved
@@ -174,8 +174,7 @@ def test_a_process_of_an_older_start_cannot_write_into_a_newer_save(run):
 
 def test_a_checkpoint_of_another_network_is_refused(run):
     run.save(3, seed=1)
-    found = newest(run.folder / CHECKPOINTS, run.told.append)
-    assert found is not None
+    found = choose(run.folder, "", run.told.append)
     wider = AlexNet(classes=len(CLASSES), width=0.1)
     with pytest.raises(Exception, match=r"step-00000003: the state does not fit the network"):
         checkpoint.load(found.path, wider)

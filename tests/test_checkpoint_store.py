@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import cluster.checkpoint_part as part
 import cluster.checkpoint_places as places
-from cluster.checkpoint import found_in, load, state_of
+from cluster.checkpoint import load, state_of
+from cluster.checkpoint_choice import choose
 from cluster.checkpoint_places import reached
 from cluster.place import Place, take_place
 from cluster.run_mirror import mirror_of
@@ -125,14 +126,14 @@ def test_all_damaged_is_an_error(run):
     with pytest.raises(DataError, match=r"no checkpoint in s3://.*/a/b/checkpoints is sound"):
         run.resume()
     with pytest.raises(DataError, match="is sound"):
-        found_in(run.folder, run.store, run.told.append)
+        choose(run.folder, run.store, run.told.append)
 
 
 def test_readers_have_the_files_for_as_long_as_they_need_them(run):
     with pytest.raises(UsageError, match="no complete checkpoint yet"):
-        found_in(run.folder, run.store, run.told.append)
+        choose(run.folder, run.store, run.told.append)
     run.save(3, seed=1, error=0.25)
-    found = found_in(run.folder, run.store, run.told.append)
+    found = choose(run.folder, run.store, run.told.append)
     net, optimiser = network(99)
     load(found.path, net, optimiser)
     assert same(state_of(net, optimiser), seed=1)
@@ -267,7 +268,7 @@ def test_a_run_goes_on_on_another_machine_with_nothing_but_the_store(run, tiny_d
     alone(config, tiny_data, second)
     assert learned(second) == learned(whole)
     assert learned(second, "validation.jsonl") == learned(whole, "validation.jsonl")
-    found = found_in(second, run.store, run.told.append)
+    found = choose(second, run.store, run.told.append)
     columns = [load_file(found.path / file) for file in WHOLE[1:]]
     state, wanted = columns[0] | columns[1], weights(whole)
     assert state.keys() == wanted.keys()
