@@ -146,8 +146,8 @@ class Config:
     keep_best: int = 1
     """Kept besides them: those with the lowest validation error."""
     store: str = ""
-    """Address (s3://bucket/folder) or folder for the checkpoints and a copy of the rows; "": in the
-    run's folder, which all nodes must then see."""
+    """Address (s3://bucket/folder) for the checkpoints and a copy of the rows, or another folder
+    for the checkpoints; "": in the run's folder, which all nodes must then see."""
     validate_every: int = 500
     """Steps between passes over the validation pictures; 0: never."""
     statistics_every: int = 50

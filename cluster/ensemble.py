@@ -24,9 +24,8 @@ import tyro
 from torch import Tensor
 
 from cluster.checkpoint_places import reached
-from cluster.config_file import read_back
 from cluster.probabilities import About, Saved
-from cluster.run_folder import CONFIG
+from cluster.run_folder import store_of
 from cluster.weights import Chunk, search, weighted
 from model.evaluate import sums
 from pipeline.errors import UsageError, run
@@ -204,7 +203,7 @@ def _difference(one: About, two: About) -> str:
 
 def _tell_old(saved: Saved) -> None:
     """Warn of probabilities that are older than the network."""
-    if (step := reached(saved.run, read_back(saved.run / CONFIG)[0].store)) > saved.about.step:
+    if (step := reached(saved.run, store_of(saved.run))) > saved.about.step:
         sys.stderr.write(
             f"warning: the probabilities of {saved.run} are those of step {saved.about.step}; "
             f"it has come to step {step} since\n"

@@ -137,6 +137,14 @@ def checkpoints_in(folder: Path) -> list[Path]:
     )
 
 
+def store_of(run: Path) -> str:
+    """Return where a run has its checkpoints, as its config says; "" where that cannot be read."""
+    try:
+        return read_back(run / CONFIG)[0].store
+    except UsageError:
+        return ""
+
+
 def last_attempt(run: Path) -> dict[str, Any]:
     """Return the last row of RUN/attempts.jsonl; empty if there is none."""
     try:

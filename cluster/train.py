@@ -14,7 +14,7 @@ from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.checkpoint_places import reached
+from cluster.checkpoint_places import folder_of, reached
 from cluster.config import Config
 from cluster.config_file import Command, parse
 from cluster.console import Screen
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     config = command.settings
     if config.cache:  # RUN/config.toml is read from elsewhere, too
         config = replace(config, cache=str(Path(config.cache).resolve()))
+    if config.store and not is_remote(config.store):
+        config = replace(config, store=str(folder_of(config.store).resolve()))
     dataset = open_dataset(command.data, **config.cached)
     data = command.data if is_remote(command.data) else str(dataset.folder.resolve())
     manifest = Manifest.load(dataset.folder)

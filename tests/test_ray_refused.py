@@ -64,7 +64,7 @@ def test_a_ray_that_does_not_start_is_a_line(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PYTHONPATH", "")
     with pytest.raises(SetupError) as caught:
-        ray_session._start(SimpleNamespace(init=init), tmp_path, workers=1)
+        ray_session._start(SimpleNamespace(init=init), tmp_path, 1, {})
     assert str(caught.value) == (
         "no Ray on this machine (The current node timed out during startup.); "
         "try again when less runs here"

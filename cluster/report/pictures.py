@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from cluster.checkpoint import Found, column_file
 from cluster.checkpoint_choice import choose
-from cluster.config_file import read_back
 from cluster.events import Warned
-from cluster.run_folder import CONFIG
+from cluster.run_folder import store_of
 from pipeline.dataset import CACHE_SIZE, metadata, parse_size
 from pipeline.errors import DuetError
 from pipeline.manifest import Manifest
@@ -109,13 +108,9 @@ def newest_checkpoint(run: Path) -> Found:
     """
     damaged: list[str] = []
     try:
-        store = read_back(run / CONFIG)[0].store
-    except DuetError:
-        store = ""
-    try:
         found = choose(
             run,
-            store,
+            store_of(run),
             lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,
         )
     except DuetError as error:
