@@ -80,6 +80,33 @@ def test_what_cannot_be_placed_is_refused_at_once_with_what_would_fit(
     assert "2 replicas would fit; use --replicas 2 or" in error
 
 
+def test_the_doctor_asks_every_node(cluster, config, tiny_data, tmp_path):
+    def doctor(path: Path) -> tuple[int, dict[str, tuple[str, str]]]:
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster.doctor", str(path), "--data", str(tiny_data),
+             "--run", str(tmp_path / "run"), "--json"],
+            cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        checks = json.loads(done.stdout)["checks"]
+        return done.returncode, {one["name"]: (one["status"], one["value"]) for one in checks}
+
+    code, found = doctor(config)
+    assert code == 0, found
+    assert found["room"] == ("ok", "for 1 replica(s) of 2 worker(s)")
+    nodes = [value for name, value in found.items() if name.startswith("node ")]
+    assert sorted(nodes) == [
+        ("ok", "same packages, sees RUN and DATA"),  # the head
+        *[("warn", "3 GPUs: one has no partner")] * 2,
+    ]
+    assert list((tmp_path / "run").iterdir()) == []  # the mark is gone
+    large = tmp_path / "large.toml"
+    large.write_text(config.read_text() + "replicas = 4\n")
+    code, found = doctor(large)
+    assert code == 3
+    assert found["room"][0] == "FAIL"
+    assert "2 replicas would fit" in found["room"][1]
+
+
 def test_a_run_shrinks_with_a_lost_node_grows_with_a_new_one_and_is_one_run(
     cluster, config, tiny_data, tmp_path
 ):
