@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,13 @@ TAIL = 400
 SLOW = 20.0
 """Times the usual step (and at least QUIET seconds) without a row until a run counts as stalled."""
 QUIET = 60.0
+SOON = 10.0
+"""Seconds in which workers that have died may be noticed and started again."""
+AGAIN = 600.0
+"""Seconds for which a run is believed to be starting again."""
+RECENT = 50
+"""Rows whose means are shown."""
+MEANS = ("loss", "top1_error", "img_s", "data_wait", "stall", "exchange", "saving", "seconds")
 
 
 @dataclass(kw_only=True)
@@ -33,6 +41,10 @@ class State:
     state: str
     """running, stalled, stopped, failed, finished, or not started."""
     why: str = ""
+    evidence: str = ""
+    """What tells that it is running or stalled, and how surely."""
+    elapsed_s: float | None = None
+    """Seconds since the first start, or from there to the end."""
     step: int = 0
     total: int | None = None
     epoch: float | None = None
@@ -42,6 +54,8 @@ class State:
     """Seconds since the last row."""
     last: dict[str, Any] = field(default_factory=dict)
     """Means over the last rows."""
+    img_s_now: float | None = None
+    """Of the last row alone."""
     losses: list[float] = field(default_factory=list)
     validation: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
@@ -49,8 +63,8 @@ class State:
     replaced: int = 0
     """Damaged pictures in RUN/quarantine.jsonl."""
     starts: int = 0
-    ends: list[str] = field(default_factory=list)
-    """Why the last starts ended, newest last."""
+    ends: list[dict[str, Any]] = field(default_factory=list)
+    """When, at which step and why the last starts ended, newest last."""
     workers: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -58,12 +72,13 @@ class State:
         return asdict(self)
 
 
-def look(run: Path, now: float | None = None) -> State:
+def look(run: Path, now: float | None = None, *, mirrored: bool = False) -> State:
     """Read how a run stands.
 
     Args:
         run: its folder.
         now: seconds since 1970; None: the clock's.
+        mirrored: it is a copy from a store: its rows end with the last save.
 
     Raises:
         UsageError: it is no run.
@@ -72,70 +87,111 @@ def look(run: Path, now: float | None = None) -> State:
         raise UsageError(f"{run} holds no run ({CONFIG} is missing); name the --run of a training")
     now = time.time() if now is None else now
     config, _ = read_back(run / CONFIG)
-    rows = list(tail(run / "metrics.jsonl", TAIL))
-    validations = list(tail(run / "validation.jsonl", 10_000))
+    rows = [row for row in tail(run / "metrics.jsonl", TAIL) if "step" in row]
+    validations = [row for row in tail(run / "validation.jsonl", 10_000) if "top1_error" in row]
     attempts = list(tail(run / ATTEMPTS, 10_000))
-    last = rows[-1] if rows else {}
-    state = State(run=str(run), state="not started", step=last.get("step", 0))
-    state.epoch, state.total = last.get("epoch"), _total(config, last)
-    state.age_s = _age(run / "metrics.jsonl", now)
-    recent = rows[-50:]
-    state.losses = [row["loss"] for row in rows]
-    for key in (
-        "loss",
-        "top1_error",
-        "img_s",
-        "data_wait",
-        "stall",
-        "exchange",
-        "saving",
-        "seconds",
-    ):
-        if values := [row[key] for row in recent if key in row]:
-            state.last[key] = sum(values) / len(values)
-    for key in ("lr", "lr_bias", "replicas"):
-        if key in last:
-            state.last[key] = last[key]
+    state = State(run=str(run), state="not started")
+    state.age_s = None if mirrored else _age(run / "metrics.jsonl", now)
+    if rows:
+        _numbers(state, rows)
     if validations:
         state.validation = validations[-1]
-        state.best = min(validations, key=lambda row: float(row.get("top1_error", 1)))
+        state.best = min(validations, key=lambda row: float(row["top1_error"]))
+    starts = [row for row in attempts if row.get("event") == "start"]
+    state.total = _total(config, rows, starts)
     state.checkpoint = _checkpoint(run, config, now)
-    state.replaced = sum(1 for _ in tail(run / "quarantine.jsonl", 10**6))
-    _tell(state, attempts, run, now)
+    state.replaced = _lines(run / "quarantine.jsonl")
+    if attempts:
+        _tell(state, attempts, starts, now)
+        if state.state == "running" and not state.why:
+            _doubt(state, attempts[-1], run, now, mirrored)
     if state.state == "running" and state.total and "seconds" in state.last:
         state.left_s = (state.total - state.step) * state.last["seconds"]
     return state
 
 
-def _tell(state: State, attempts: list[dict[str, Any]], run: Path, now: float) -> None:
+def _numbers(state: State, rows: list[dict[str, Any]]) -> None:
+    """Fill in what the rows say."""
+    last, recent = rows[-1], rows[-RECENT:]
+    state.step, state.epoch, state.img_s_now = last["step"], last.get("epoch"), last.get("img_s")
+    state.losses = [row["loss"] for row in rows if "loss" in row]
+    for key in MEANS:
+        if values := [row[key] for row in recent if key in row]:
+            state.last[key] = sum(values) / len(values)
+    state.last |= {key: last[key] for key in ("lr", "lr_bias", "replicas") if key in last}
+
+
+def _tell(
+    state: State, attempts: list[dict[str, Any]], starts: list[dict[str, Any]], now: float
+) -> None:
     """Fill in what the starts and ends of the workers say."""
-    starts = [row for row in attempts if row.get("event") == "start"]
     ends = [row for row in attempts if row.get("event") == "end"]
-    state.starts = len(starts)
-    state.ends = [str(row.get("why", "")) for row in ends[-5:]]
-    state.workers = list(starts[-1].get("workers", [])) if starts else []
-    if not attempts:
-        return
     final = attempts[-1]
-    if final.get("event") == "end" and final.get("why") == "finished":
-        state.state = "finished"
-    elif final.get("event") == "end" and final.get("why") == "stopped":
-        state.state, state.why = "stopped", "by hand; the same command goes on"
-    elif final.get("event") == "end" and (line := _error(run, float(final.get("time", 0)))):
-        state.state, state.why = "failed", line
-    else:
-        usual = max(QUIET, SLOW * state.last.get("seconds", 0))
-        # A start and a restart take their time before there is a row.
-        since = min(
-            state.age_s if state.age_s is not None else 1e9,
-            max(0.0, now - float(final.get("time", 0))),
-        )
-        quiet = since > usual
-        state.state = "stalled" if quiet else "running"
-        if quiet:
-            state.why = f"no row for {since:,.0f} s: its machines are gone, or something waits"
-        elif final.get("event") == "end":
-            state.why = f"starting again: {final.get('why', '')}"
+    over = final.get("event") == "end"
+    why = str(final.get("why", "")) if over else ""
+    state.starts = len(starts)
+    state.ends = [{key: row.get(key) for key in ("time", "step", "why")} for row in ends[-5:]]
+    state.workers = list(starts[-1].get("workers", [])) if starts else []
+    state.state = {"finished": "finished", "stopped": "stopped"}.get(why, "running")
+    until = now
+    if state.state == "stopped":
+        state.why = "by hand; the same command goes on"
+    if over and state.state != "running":
+        until = _when(final)
+    elif over and (line := _error(Path(state.run), _when(final))):
+        state.state, state.why, until = "failed", line, _when(final)
+    elif over and now - _when(final) < AGAIN:
+        state.why = f"starting again: {why}"
+    state.elapsed_s = max(0.0, until - _when(attempts[0]))
+
+
+def _doubt(state: State, final: dict[str, Any], run: Path, now: float, mirrored: bool) -> None:
+    """Say how sure it is that a run goes on of which nobody has said that it ended."""
+    if mirrored:
+        state.evidence = "not sure: the store has its rows up to the last save only"
+        return
+    # A start takes its time before there is a row.
+    since = max(0.0, now - _when(final))
+    since = since if state.age_s is None else min(since, state.age_s)
+    steps = SLOW * state.last.get("seconds", 0.0)
+    usual = max(QUIET, steps, 3 * float(state.validation.get("seconds", 0.0)))
+    leader = state.workers[0].get("node") if state.workers else None
+    held = _held(run / ".leader") if leader == platform.node() else None
+    ended = final.get("event") == "end"
+    if not ended and held is False and since > SOON:
+        state.state = "stalled"
+        state.why = "its leading worker is gone; the same command goes on, if its driver is, too"
+        state.evidence = "sure: nobody holds RUN/.leader on this machine"
+    elif since > usual or (ended and since > AGAIN):
+        state.state = "stalled"
+        state.why = f"no row for {since:,.0f} s: something waits"
+        if not held:
+            state.why += ", or its machines are gone"
+    if held:
+        state.evidence = "sure: a worker on this machine holds RUN/.leader"
+    elif not state.evidence:
+        sure = "likely" if state.state == "running" else "not sure"
+        state.evidence = f"{sure}: by the age of the last row or start, {since:,.0f} s"
+
+
+def _held(path: Path) -> bool | None:
+    """Whether a process of this machine holds a lock on a file; None if that cannot be told.
+
+    To try to take it might keep the run itself from it.
+    """
+    try:
+        number = str(path.stat().st_ino)
+        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    return any(
+        "FLOCK" in fields and fields[fields.index("FLOCK") + 4].rpartition(":")[2] == number
+        for fields in map(str.split, locks)
+    )
+
+
+def _when(row: dict[str, Any]) -> float:
+    return float(row.get("time", 0.0))
 
 
 def _error(run: Path, ended: float) -> str:
@@ -150,12 +206,14 @@ def _error(run: Path, ended: float) -> str:
     return lines[1] if len(lines) > 1 else ""
 
 
-def _total(config: Config, last: dict[str, Any]) -> int | None:
+def _total(config: Config, rows: list[dict[str, Any]], starts: list[dict[str, Any]]) -> int | None:
+    """Steps of the whole run; of a young run of epochs they cannot be told from its rows."""
     if config.steps:
         return config.steps
-    if last.get("epoch"):
-        samples = last["position"] / last["epoch"]
-        return config.total_steps(round(samples))
+    if starts and "total" in starts[-1]:
+        return int(starts[-1]["total"])
+    if rows and rows[-1].get("epoch", 0.0) > 0.01:  # it has 4 decimals
+        return config.total_steps(round(rows[-1]["position"] / rows[-1]["epoch"]))
     return None
 
 
@@ -172,7 +230,8 @@ def _checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
 
     if config.store and is_remote(config.store):
         return {"where": config.store}
-    found = checkpoints_in(Path(config.store or run) / CHECKPOINTS)
+    folder = Path(config.store.removeprefix("file://") or run)
+    found = checkpoints_in(folder / CHECKPOINTS)
     if not found:
         return {}
     try:
@@ -181,6 +240,17 @@ def _checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
     except OSError:  # deleted meanwhile
         return {}
     return {"step": step_of(found[0]), "age_s": round(age, 1), "bytes": size, "kept": len(found)}
+
+
+def _lines(path: Path) -> int:
+    count = 0
+    try:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                count += part.count(b"\n")
+    except OSError:
+        pass
+    return count
 
 
 def tail(path: Path, most: int) -> Iterator[dict[str, Any]]:

@@ -1,17 +1,22 @@
 """How a run stands, on one screen, from its files: also from another machine that sees RUN.
 
 python -m cluster.status RUN [--watch] [--json]
+
+RUN may be the address of a run's --store: then it is what was there at its last save.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console, Group, RenderableType
@@ -21,7 +26,8 @@ from rich.text import Text
 
 from cluster.console import MOST_WORKERS, clock
 from cluster.run_state import State, look
-from pipeline.errors import run
+from pipeline.dataset import is_remote
+from pipeline.errors import UsageError, run
 
 EVERY = 2.0
 """Seconds between looks with --watch."""
@@ -33,8 +39,8 @@ BARS = "▁▂▃▄▅▆▇█"
 class Status:
     """Show how a run stands, from its files."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, or its --store."""
     watch: bool = False
     """Look again every 2 seconds, until the run has ended or Ctrl-C."""
     json: bool = False
@@ -45,53 +51,79 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Raises:
-        UsageError: RUN holds no run.
+        UsageError: RUN holds no run, or is an address and to be watched.
+        SetupError, StoreError: the store cannot be reached.
     """
     options = tyro.cli(Status, args=argv, prog="python -m cluster.status")
-    state = look(options.run)
-    if options.json:
-        sys.stdout.write(json.dumps(state.as_json()) + "\n")
-        return 0
-    console = Console(file=sys.stdout, highlight=False)
+    if is_remote(options.run):
+        if options.watch:
+            raise UsageError(
+                f"{options.run} changes with each save only; look now and then without --watch, "
+                "or name the folder of the run"
+            )
+        with _fetched(options.run) as folder:
+            return _show(replace(look(folder, mirrored=True), run=options.run), options.json)
+    state = look(Path(options.run))
     if not options.watch:
-        console.print(screen(state, console.width))
-        return 0
+        return _show(state, options.json)
+    if options.json:
+        raise UsageError("--json is one object, --watch are many; give one of them")
+    console = Console(file=sys.stdout, highlight=False)
     with Live(screen(state, console.width), console=console, auto_refresh=False) as live:
         while state.state not in ("finished", "failed"):
             time.sleep(EVERY)
-            state = look(options.run)
+            state = look(Path(options.run))
             live.update(screen(state, console.width), refresh=True)
     return 0
 
 
+def _show(state: State, as_json: bool) -> int:
+    if as_json:
+        sys.stdout.write(json.dumps(state.as_json()) + "\n")
+    else:
+        console = Console(file=sys.stdout, highlight=False)
+        console.print(screen(state, console.width))
+    return 0
+
+
+@contextmanager
+def _fetched(store: str) -> Iterator[Path]:
+    """A folder with the rows that lie beside the checkpoints in a store."""
+    from cluster.run_mirror import Mirror, check_store
+
+    check_store(store)
+    with tempfile.TemporaryDirectory(prefix="duet-status-") as scratch:
+        if not Mirror(Path(scratch), store).restore():
+            raise UsageError(f"{store} holds no run; name the --store of a training")
+        yield Path(scratch)
+
+
 def screen(state: State, width: int = 80) -> RenderableType:
     """All of it, for a terminal of some width."""
-    head = Text.assemble(
-        f"{state.run}  ", (state.state, f"bold {COLOURS.get(state.state, 'default')}")
-    )
-    if state.why:
-        head.append(f"  {state.why}")
+    colour = COLOURS.get(state.state, "default")
+    head = Text.assemble(f"{state.run}  ", (state.state, f"bold {colour}"))
+    parts: list[RenderableType] = [head]
+    for text in filter(None, (state.why, state.evidence)):
+        parts.append(Text(f"  {text}", style=colour if text is state.why else "dim"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for name, value in _lines(state, width):
-        table.add_row(name, value)
-    parts: list[RenderableType] = [head, table]
+        table.add_row(name, Text(value))
+    parts.append(table)
     if state.workers:
-        parts.append(_workers(state))
+        parts += ["", _workers(state)]
     return Group(*parts)
 
 
 def _lines(state: State, width: int) -> list[tuple[str, str]]:
-    last, lines = state.last, []
-    of = f" of {state.total:,} ({state.step / state.total:.1%})" if state.total else ""
-    epoch = f", epoch {state.epoch:.2f}" if state.epoch is not None else ""
-    left = f", {clock(state.left_s)} left" if state.left_s is not None else ""
-    lines.append(("step", f"{state.step:,}{of}{epoch}{left}"))
-    if state.age_s is not None:
+    last, lines = state.last, _progress(state, width)
+    if state.age_s is not None and "loss" in last:
         lines.append(("last row", f"{clock(state.age_s)} ago"))
     if "loss" in last:
-        lines.append(("loss", f"{last['loss']:.3f}  {sparkline(state.losses, width - 40)}"))
+        lines.append(
+            ("loss", f"{last['loss']:.3f}  {sparkline(state.losses, min(width, 100) - 40)}")
+        )
         lines.append(("top-1 error", f"{last['top1_error']:.1%} of the batch"))
     if state.validation:
         row, best = state.validation, state.best
@@ -105,17 +137,37 @@ def _lines(state: State, width: int) -> list[tuple[str, str]]:
     if "lr" in last:
         lines.append(("rates", f"weights {last['lr']:.3g}, biases {last['lr_bias']:.3g}"))
     if "img_s" in last:
-        speed = f"{last['img_s']:,.0f} img/s, {last['seconds'] * 1000:,.0f} ms a step"
-        lines.append(("speed", speed))
+        now = f" (now {state.img_s_now:,.0f})" if state.img_s_now is not None else ""
+        step = f"{last['seconds'] * 1000:,.0f} ms a step"
+        lines.append(("speed", f"{last['img_s']:,.0f} img/s{now}, {step}"))
         lines.append(("waiting", _waiting(state)))
     if state.checkpoint:
         lines.append(("checkpoint", _checkpoint(state)))
     if state.replaced:
         lines.append(("quarantine", f"{state.replaced:,} damaged pictures replaced by others"))
-    if state.starts > 1:
-        lines.append(("starts", f"{state.starts}; the last ended: {state.ends[-1]}"
-                      if state.ends else f"{state.starts}"))  # fmt: skip
+    if state.starts > 1 or (state.ends and state.state != "finished"):
+        lines.append(("starts", f"{state.starts:,}"))
+        lines += [("", _end(end)) for end in state.ends]
     return lines
+
+
+def _progress(state: State, width: int) -> list[tuple[str, str]]:
+    lines = []
+    if state.total:
+        share = min(1.0, state.step / state.total)
+        cells = max(10, min(width, 100) - 40)
+        lines.append(("done", f"{'━' * round(share * cells):╌<{cells}}  {share:.1%}"))
+    of = f" of {state.total:,}" if state.total else ""
+    epoch = f", epoch {state.epoch:.2f}" if state.epoch is not None else ""
+    lines.append(("step", f"{state.step:,}{of}{epoch}"))
+    told = [f"{clock(state.elapsed_s)} since the first start"] if state.elapsed_s else []
+    told += [f"{clock(state.left_s)} left"] if state.left_s is not None else []
+    return lines + ([("time", ", ".join(told))] if told else [])
+
+
+def _end(end: dict[str, Any]) -> str:
+    when = time.strftime("%b %d %H:%M", time.localtime(end["time"])) if end.get("time") else ""
+    return f"{when} at step {end.get('step') or 0:,}: {end.get('why') or 'for no known reason'}"
 
 
 def _waiting(state: State) -> str:
@@ -124,7 +176,7 @@ def _waiting(state: State) -> str:
     if last.get("exchange"):
         told.append(f"for the other column {last['exchange'] / last['seconds']:.1%}")
     if "stall" in last:
-        told.append(f"for data or a checkpoint {last['stall']:.1%}")
+        told.append(f"for data or saving {last['stall']:.1%}")
     return ", ".join(told)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,26 @@ class Board:
         """Open RUN/tensorboard; what is there of steps after `step` is hidden.
 
         Raises:
-            SetupError: the package is missing.
+            SetupError: the package is missing, or nothing can be written there.
         """
         check_installed()
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run / FOLDER), purge_step=step + 1, flush_secs=10)
+        folder = run / FOLDER
+        try:
+            self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
+        except OSError as error:
+            raise SetupError(
+                f"{folder} cannot be written ({error.strerror}); make room, or train with "
+                "--no-tensorboard"
+            ) from error
 
     def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write numbers of a row."""
+        """Write numbers of a row.
+
+        Raises:
+            OSError: the disk does not take them, now or some calls ago; it takes none any more.
+        """
         for key in SCALARS.keys() & numbers.keys():
             self._writer.add_scalar(SCALARS[key], float(numbers[key]), step)
 
@@ -50,7 +62,8 @@ class Board:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.close()
+        with suppress(OSError):  # no reason for a training to fail; the rows have it all
+            self._writer.close()
 
 
 def check_installed() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from rich.console import Console
 
 from cluster.config import Config
 from cluster.config_file import as_toml
+from cluster.run_mirror import Mirror
 from cluster.run_state import look
 from cluster.status import main, screen, sparkline
 from pipeline.errors import UsageError
+from tests.trainings import REPOSITORY
 
 NOW = time.time()
 WORKERS = [
@@ -85,6 +90,69 @@ def test_the_state_follows_from_starts_ends_and_the_last_row(run, events, age, e
     assert (found.step, found.total) == (100, 1000)
 
 
+def on_this_machine(run: Run, age: float) -> None:
+    run.rows(100, age=age)
+    workers = [worker | {"node": platform.node()} for worker in WORKERS]
+    run.attempts(START | {"time": NOW - 900, "workers": workers})
+
+
+def test_a_leader_that_is_gone_is_noticed_at_once_and_surely(run):
+    leader = run.folder / ".leader"
+    leader.touch()
+    on_this_machine(run, age=15)
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(leader)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = look(run.folder, NOW)
+        assert (found.state, found.why) == ("running", "")
+        assert found.evidence == "sure: a worker on this machine holds RUN/.leader"
+        process.kill()
+    found = look(run.folder, NOW)
+    assert found.state == "stalled"
+    assert "its leading worker is gone" in found.why
+    assert found.evidence.startswith("sure")
+
+
+def test_a_leader_elsewhere_leaves_doubt(run):
+    (run.folder / ".leader").touch()
+    run.rows(100, age=15)
+    run.attempts(START)
+    found = look(run.folder, NOW)
+    assert found.state == "running"
+    assert found.evidence == "likely: by the age of the last row or start, 15 s"
+
+
+def test_a_long_validation_is_no_standstill(run):
+    run.rows(100, age=150)
+    run.attempts(START | {"time": NOW - 900})
+    row = {"step": 50, "loss": 6.0, "top1_error": 0.7, "top5_error": 0.5, "seconds": 120.0}
+    (run.folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    assert look(run.folder, NOW).state == "running"
+    assert look(run.folder, NOW + 300).state == "stalled"
+
+
+@pytest.mark.parametrize(
+    ("settings", "epoch", "start", "total"),
+    [
+        ({"steps": 700}, 0.5, {}, 700),
+        ({"epochs": 2}, 0.5, {}, 400),  # half an epoch in 100 steps
+        ({"epochs": 2}, 0.001, {}, None),  # too coarse
+        ({"epochs": 2}, 0.001, {"total": 399}, 399),
+    ],
+)
+def test_the_steps_of_the_whole_run(tmp_path, settings, epoch, start, total):
+    run = Run(tmp_path)
+    (tmp_path / "config.toml").write_text(as_toml(Config(**settings), "abc"))
+    run.rows(100, epoch=epoch)
+    run.attempts(START | start)
+    assert look(tmp_path, NOW).total == total
+
+
 def test_an_error_of_long_ago_says_nothing_of_this_end(run):
     run.rows(100)
     run.attempts(START, DIED)
@@ -126,7 +194,7 @@ def test_the_screen_shows_them_within_its_width(run, width):
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(screen(look(run.folder, NOW), width))
     text = console.export_text()
-    words = ["running", "100 of 1,000 (10.0%)", "3:00 left", "640 img/s", "for data 2.0%",
+    words = ["running", "100 of 1,000", "10.0%", "3:00 left", "640 img/s", "for data 2.0%",
              "step 90", "best 60.00%", "2 damaged pictures", "the worker of", "GPU 3"]  # fmt: skip
     flat = " ".join(text.split())
     assert [word for word in words if word not in flat] == []
@@ -141,6 +209,19 @@ def test_of_a_long_file_only_the_end_is_read(run):
     assert time.perf_counter() - start < 0.5
 
 
+def test_a_long_quarantine_is_counted_not_parsed(run):
+    (run.folder / "quarantine.jsonl").write_bytes(b'{"sample": 3}\n' * 1_000_000)
+    start = time.perf_counter()
+    assert look(run.folder, NOW).replaced == 1_000_000
+    assert time.perf_counter() - start < 0.5
+
+
+def test_nothing_heavy_is_imported_to_look():
+    script = "import sys, cluster.status; print({'torch', 'ray', 'nvidia'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True)
+    assert found.stdout.strip() == b"set()"
+
+
 def test_half_a_row_and_no_rows_are_no_trouble(run):
     assert look(run.folder, NOW).state == "not started"
     (run.folder / "metrics.jsonl").write_text('{"step": 1, "lo')
@@ -151,6 +232,21 @@ def test_half_a_row_and_no_rows_are_no_trouble(run):
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(UsageError, match=r"holds no run \(config.toml is missing\)"):
         main([str(tmp_path)])
+
+
+def test_the_rows_in_a_store_show_a_run_without_its_folder(run, s3_bucket, capsys):
+    full(run)
+    bucket = f"{s3_bucket}/runs/paper"
+    Mirror(run.folder, bucket).push()
+    assert main([bucket, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["step"], found["starts"]) == (bucket, 100, 2)
+    assert found["evidence"].startswith("not sure: the store has its rows up to the last save")
+    assert found["age_s"] is None
+    with pytest.raises(UsageError, match="without --watch"):
+        main([bucket, "--watch"])
+    with pytest.raises(UsageError, match="/empty holds no run"):
+        main([bucket + "/empty"])
 
 
 def test_json_is_one_object(run, capsys):
