@@ -64,7 +64,7 @@ class Log:
         self._untold: list[dict[str, Any]] = []
         self._unpublished: list[dict[str, Any]] = []
         self._told = self._published = time.monotonic()
-        self._replaced = 0
+        self._replaced = self._total = 0
         self._waited = self._saved = self._exchanged = 0.0
         self._sent = 0
         self._exchange: Exchange | None = None
@@ -136,7 +136,7 @@ class Log:
             "replicas": self._place.replicas,
         }
         self._exchange, self._exchanged, self._sent = exchange, exchanged, sent
-        self._owed = row, values
+        self._owed, self._total = (row, values), config.total_steps(self._samples)
 
     def flush(self) -> None:
         """Write the row that is still owed."""
@@ -164,7 +164,8 @@ class Log:
     def _publish_rows(self) -> None:
         """Publish the means of the rows since the last time."""
         if self._unpublished:
-            mean = _mean(self._unpublished) | {"replaced": self._replaced}
+            more = {"replaced": self._replaced, "total": self._total}
+            mean = _mean(self._unpublished) | more
             self._publish_all(mean["step"], mean)
             self._unpublished.clear()
 

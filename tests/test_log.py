@@ -114,5 +114,6 @@ def test_the_last_numbers_are_published_however_short_the_run(tmp_path):
     with Log(tmp_path, Place(), lambda event: None, samples=40, step=0, publish=publish) as log:
         for step, loss in ((1, 1.0), (2, 2.0)):
             values = torch.tensor([loss, 0.25, 3.0])
-            log.step(Mark(step=step, position=8 * step), Config(), RATES, values)
-    assert [(step, numbers["loss"], numbers["replaced"]) for step, numbers in got] == [(2, 1.5, 6)]
+            log.step(Mark(step=step, position=8 * step), Config(steps=70), RATES, values)
+    ((step, numbers),) = got
+    assert (step, numbers["loss"], numbers["replaced"], numbers["total"]) == (2, 1.5, 6, 70)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -26,9 +27,25 @@ def test_the_dashboard_asks_for_what_there_is_and_shows_all_of_it():
     asked = {name for expr in expressions() for name in re.findall(r"ray_duet_\w+", expr)}
     assert asked == NAMES
     for expr in expressions():
-        assert 'run=~"$run"' in expr
-        labels = re.findall(r"by \(([^)]*)\)", expr)
-        assert set(labels[0].split(", ")) <= set(TAGS)
+        chosen = re.findall(r"ray_duet_\w+\{([^}]*)\}", expr)
+        assert len(chosen) == expr.count("ray_duet_"), expr
+        for labels in chosen:  # every metric by the variables of the dashboard
+            pairs = [re.fullmatch(r'(\w+)=~"\$(\w+)"', label) for label in labels.split(", ")]
+            assert all(pair and pair[1] == pair[2] and pair[1] in TAGS for pair in pairs), labels
+            assert 'run=~"$run"' in labels
+        for labels in re.findall(r"by \(([^)]*)\)", expr):
+            assert set(labels.split(", ")) <= set(TAGS)
+    variables = {entry["name"]: entry for entry in DASHBOARD["templating"]["list"]}
+    assert set(TAGS) <= set(variables)
+    for tag in TAGS:
+        assert re.fullmatch(rf"label_values\(ray_duet_step.*, {tag}\)", variables[tag]["query"])
+
+
+def test_what_a_legend_names_is_left_by_the_sum():
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            kept = re.findall(r"by \(([^)]*)\)", target["expr"])[0].split(", ")
+            assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= set(kept)
 
 
 def test_its_panels_lie_beside_each_other_within_the_grid():
@@ -64,6 +81,22 @@ sys.stdin.read()
 """
 
 
+def listening(port: int) -> set[str]:
+    """Addresses, as the kernel writes them, on which somebody listens at a port."""
+    lines = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in (Path("/proc/net") / table).read_text().splitlines()[1:]
+    ]
+    return {
+        address
+        for address, _, its_port in (
+            fields[1].partition(":") for fields in lines if fields[3] == "0A"
+        )
+        if int(its_port, 16) == port
+    }
+
+
 @pytest.mark.ray
 def test_the_endpoint_of_a_node_shows_what_a_worker_publishes():
     port = free_port()
@@ -95,6 +128,7 @@ def test_the_endpoint_of_a_node_shows_what_a_worker_publishes():
         for label in ('run="a-run"', 'replica="3"', 'column="b"'):
             assert label in line, line
         assert "unknown" not in found
+        assert listening(port) == {"0100007F"}  # 127.0.0.1, and nowhere else
     finally:
         end_processes(mark)
         process.wait()

@@ -45,6 +45,17 @@ def test_a_garbled_whole_row_ends_what_is_kept(tmp_path):
     assert steps_in(path) == [1, 2]
 
 
+def test_a_page_that_was_lost_in_a_crash_ends_what_is_kept(tmp_path):
+    path = write(tmp_path / "rows.jsonl", range(1, 200))
+    content = bytearray(path.read_bytes())
+    content[500:700] = bytes(200)
+    path.write_bytes(content)
+    cut(path, 150)
+    kept = steps_in(path)
+    assert kept == list(range(1, len(kept) + 1))
+    assert 500 - 15 < path.stat().st_size <= 500
+
+
 def on_a_small_disk(folder: Path) -> None:
     """Rows under a limit on the size of files, which the kernel enforces."""
     told: list[str] = []
