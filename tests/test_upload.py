@@ -16,7 +16,7 @@ from tests.trainings import REPOSITORY
 MOST = 2**20
 LOOK = (
     "cluster/kuberay/", "cluster/launcher/", "cluster/grafana/", "cluster/report/",
-    "cluster/doctor/", "cluster/status.py", "cluster/run_state.py", "pipeline/inspect/",
+    "cluster/status.py", "cluster/run_state.py", "pipeline/inspect/",
     "pipeline/verification/", "pipeline/verify.py", "pipeline/demo_",
 )  # fmt: skip
 """What is for people who look at things, not for jobs."""
