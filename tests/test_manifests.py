@@ -42,7 +42,7 @@ def test_the_job_is_a_rayjob_of_the_pinned_ray(job):
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
     assert set(spec) <= {
         "submissionMode", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
-        "entrypoint", "runtimeEnvYAML", "rayClusterSpec",
+        "entrypoint", "runtimeEnvYAML", "jobId", "rayClusterSpec",
     }  # fmt: skip
     assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_AUTH_MODE"] == "token"
 
@@ -64,11 +64,12 @@ def test_its_pods_hold_whole_pairs_and_share_memory(job):
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
-def test_the_token_is_on_every_pod_and_in_no_file(job):
+def test_a_token_is_asked_for_on_every_pod_and_is_in_no_file(job):
+    """KubeRay draws it and hands it to the pods."""
+    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     for pod in pods(job):
         names = {one["name"]: one for one in pod["env"]}
         assert names["RAY_AUTH_MODE"]["value"] == "token"
-        assert "secretKeyRef" in names["RAY_AUTH_TOKEN"]["valueFrom"]
     for path in (KUBERAY, LAUNCHER):
         assert not re.search(r"(AKIA|ghp_|hf_)[A-Za-z0-9]{10}", path.read_text())
 
