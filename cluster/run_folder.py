@@ -12,6 +12,7 @@ RUN/ledger/              what was delivered, with --ledger      (pipeline/ledger
 RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)
 RUN/evaluation-*.json    errors with 1 or 10 views            (evaluate.py)
 RUN/probabilities-*      of every picture, with --save-probabilities  (probabilities.py)
+RUN/tensorboard/         the rows for TensorBoard, with --tensorboard  (tensorboard.py)
 RUN/report.html          all of it on one page               (report)
 RUN/attempts.jsonl       a row a start and an end of its workers    (supervisor.py)
 RUN/error.log            traceback of the last failure, if there was one

@@ -174,9 +174,9 @@ def _waiting(state: State) -> str:
     last = state.last
     told = [f"for data {last['data_wait']:.1%}"]
     if last.get("exchange"):
-        told.append(f"for the other column {last['exchange'] / last['seconds']:.1%}")
+        told.append(f"other column {last['exchange'] / last['seconds']:.1%}")
     if "stall" in last:
-        told.append(f"for data or saving {last['stall']:.1%}")
+        told.append(f"data or saving {last['stall']:.1%}")
     return ", ".join(told)
 
 
