@@ -26,7 +26,7 @@ from cluster.config import Config
 from cluster.console import Screen
 from cluster.events import Placed, Started
 from cluster.nodes import draining, has_gpus, living, name_of
-from cluster.run_folder import ATTEMPTS, last_attempt
+from cluster.run_folder import ATTEMPTS, CONFIG, last_attempt, last_step
 from cluster.run_mirror import mirror_of
 from cluster.topology import Node, NoRoom, Plan, plan
 
@@ -112,14 +112,16 @@ class Supervisor:
             if isinstance(event, Placed):
                 self._screen.table(event.workers)
             if isinstance(event, Started):
-                self._note("start", attempt, step=event.step)
+                self._note("start", attempt, step=event.step, total=event.total)
             if event is not None:
                 self._screen.show(event)
             if end():
                 asked.by_user()
             elif attempt.started and (why := self._reason(attempt.plan, asked)):
                 asked.to_end(why)
-        self._note("end", attempt, step=self._reached(), why=asked.why or attempt.failure.why)
+        # While its disk is away a run seems to have reached nothing; what it had is not forgotten.
+        step = max(self._reached(), last_step(self._run))
+        self._note("end", attempt, step=step, why=asked.why or attempt.failure.why)
         return attempt
 
     def _reason(self, now: Plan, asked: Asked) -> str:
