@@ -26,7 +26,7 @@ from cluster.config import Config
 from cluster.console import Screen
 from cluster.events import Placed, Started
 from cluster.nodes import draining, has_gpus, living, name_of
-from cluster.run_folder import ATTEMPTS, CONFIG, last_attempt, last_step
+from cluster.run_folder import ATTEMPTS, last_attempt, last_step
 from cluster.run_mirror import mirror_of
 from cluster.topology import Node, NoRoom, Plan, plan
 
