@@ -92,7 +92,7 @@ def test_the_doctor_asks_every_node(cluster, config, tiny_data, tmp_path):
 
     code, found = doctor(config)
     assert code == 0, found
-    assert found["room"] == ("ok", "for 1 replica(s) of 2 worker(s)")
+    assert found["room"] == ("ok", "1 replica of 2 GPU workers on 1 of 3 nodes")
     nodes = [value for name, value in found.items() if name.startswith("node ")]
     assert sorted(nodes) == [
         ("ok", "same packages, sees RUN and DATA"),  # the head

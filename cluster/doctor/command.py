@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +20,8 @@ from rich.text import Text
 
 from cluster.config import Config
 from cluster.config_file import load
-from cluster.doctor import exchange, hardware, ray_check, software, storage
-from cluster.doctor.finding import Finding, fail
+from cluster.doctor.examination import Examination
+from cluster.doctor.finding import Finding
 from pipeline.errors import SetupError, UsageError
 
 COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
@@ -49,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = tyro.cli(Doctor, args=argv, prog="python -m cluster.doctor")
     config = read(options.config) if options.config else None
-    out = sys.stderr if options.json else sys.stdout
-    console = Console(file=out, highlight=False)
+    console = Console(file=sys.stderr if options.json else sys.stdout, highlight=False)
     found = []
-    for finding in examine(options, config):
-        found.append(finding)
-        console.print(line(finding), soft_wrap=True)
+    visit = Examination(options.data, options.run, config)
+    with redirect_stdout(sys.stderr), console.status("") as status:  # shows on a terminal only
+        for finding in visit.findings(lambda what: status.update(f"looking at {what}")):
+            found.append(finding)
+            console.print(line(finding), soft_wrap=True)
     failed = sum(finding.status == "FAIL" for finding in found)
     warned = sum(finding.status == "warn" for finding in found)
     console.print(verdict(failed, warned), soft_wrap=True)
@@ -74,36 +75,6 @@ def read(path: Path) -> Config:
         return Config(**load(path))
     except ValueError as error:
         raise UsageError(f"{error} ({path})") from error
-
-
-def examine(options: Doctor, config: Config | None) -> Iterator[Finding]:
-    """Yield all findings, the quick ones first."""
-    yield from guarded("packages", lambda: software.judge(software.gather()))
-    here: list[hardware.Hardware] = []
-
-    def machine() -> Iterator[Finding]:
-        here.append(hardware.gather())
-        yield from hardware.judge(here[0], config)
-
-    yield from guarded("machine", machine)
-    if options.data:
-        yield from guarded("data", lambda: storage.judge_data(options.data, config))
-    run = options.run
-    if run is not None:
-        yield from guarded("run", lambda: storage.judge_run(run, config))
-    gpus = len(here[0].gpus) if here else 0
-    yield from guarded("exchange", lambda: exchange.judge(gpus))
-    yield from guarded("Ray", lambda: ray_check.judge(config, options.data, run))
-
-
-def guarded(name: str, judge: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Pass findings on; a check that breaks is one, too."""
-    try:
-        yield from judge()
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        said = f"the check itself failed: {type(error).__name__}: {lines[0]}"
-        yield fail(name, said, "report this, with the output of --json")
 
 
 def line(finding: Finding) -> Text:

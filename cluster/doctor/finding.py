@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Status = Literal["ok", "warn", "FAIL"]
+GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,9 @@ def warn(name: str, value: str, mend: str) -> Finding:
 def fail(name: str, value: str, mend: str) -> Finding:
     """Training would fail, or not begin."""
     return Finding(name, "FAIL", value, mend)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to a line; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,210 +1,143 @@
-"""The cluster that RAY_ADDRESS names: reachable, guarded by a token, and what every node sees."""
+"""Ray as this machine sees it: address, token, job server. What the nodes see: `ray_nodes`."""
 
 from __future__ import annotations
 
 import os
-import platform
-import secrets
+import socket
 import stat
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from cluster.config import Config
-from cluster.doctor.finding import Finding, fail, ok, warn
-from pipeline.errors import DuetError
+from cluster.doctor.finding import Finding, fail, first_line, ok, warn
 
-TOKEN = Path("~/.ray/auth_token")
-NODE_SECONDS = 60
-"""For which a node may take to answer."""
-START = "ray start --head --dashboard-host 127.0.0.1   # then export RAY_ADDRESS"
+SECONDS = 5
+"""For which a port may take to answer."""
+START = "ray start --head --dashboard-host 127.0.0.1   # on the head"
+GCS_PORT = 6379
 
 
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """What a node says of itself."""
-
-    name: str
-    run: bool | None
-    """Whether it sees the mark in RUN; None: there was none to look for."""
-    data: bool | None
-    releases: dict[str, str]
-    """Of Python, torch, DALI and webdataset there."""
-    gpus: int
-    """That Ray has for it."""
-
-
-def judge(config: Config | None, data: str, run: Path | None) -> Iterator[Finding]:
-    """Yield what there is to say of Ray here and of its cluster."""
-    yield from token(TOKEN.expanduser(), os.environ.get("RAY_AUTH_MODE", ""))
-    address = os.environ.get("RAY_ADDRESS", "")
-    jobs = os.environ.get("RAY_API_SERVER_ADDRESS", "")
+def judge(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Yield what there is to say, short of joining the cluster."""
+    address = environment.get("RAY_ADDRESS", "")
+    jobs = environment.get("RAY_API_SERVER_ADDRESS", "")
+    yield from token(environment, clients=bool(address or jobs))
     if jobs:
         yield dashboard(jobs)
     if not address:
         yield ok(
-            "Ray", "RAY_ADDRESS is not set: a training starts its own, on loopback only "
-            "(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0)",
+            "Ray", "RAY_ADDRESS is not set: a training starts a Ray of its own and ends it; it "
+            "listens on loopback only (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which it sets)",
         )  # fmt: skip
+        yield from stale(address_file(), answers)
         return
-    yield from _cluster(address, config, data, run)
+    yield reachable(address)
 
 
-def token(path: Path, mode: str) -> Iterator[Finding]:
-    """Judge the token that guards a cluster."""
-    if not path.exists():
-        if mode == "token" and "RAY_AUTH_TOKEN" not in os.environ:
-            yield fail(
-                "token", f"RAY_AUTH_MODE=token, and no {path}", "ray get-auth-token --generate"
-            )
+def token(environment: Mapping[str, str], clients: bool) -> Iterator[Finding]:
+    """Judge the token that guards a cluster.
+
+    Args:
+        environment: variables.
+        clients: this machine talks to a cluster, rather than to a Ray of its own.
+    """
+    mode = environment.get("RAY_AUTH_MODE", "")
+    given = environment.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
+    path = Path(given).expanduser()
+    if mode == "disabled":
+        if clients:
+            yield warn("token", "RAY_AUTH_MODE=disabled: whoever reaches the cluster's ports runs "
+                       "what he likes on it", "RAY_AUTH_MODE=token, on all nodes")  # fmt: skip
         return
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if environment.get("RAY_AUTH_TOKEN"):
+        if clients and mode != "token":
+            yield _not_looked_for(mode)
+        else:
+            yield ok("token", "in RAY_AUTH_TOKEN")
+    elif not path.exists():
+        if mode == "token":
+            yield fail("token", f"RAY_AUTH_MODE=token, and no {path}",
+                       f"ray get-auth-token --generate > /dev/null; chmod 600 {path}   # or copy "
+                       "the cluster's there")  # fmt: skip
+    elif stat.S_IMODE(path.stat().st_mode) & 0o077:
         yield warn("token", f"{path} can be read by others", f"chmod 600 {path}")
-    elif mode != "token":
-        yield warn(
-            "token", f"there is one, and RAY_AUTH_MODE is {mode or 'not set'}: clients of a "
-            "cluster do not look for it", "export RAY_AUTH_MODE=token",
-        )  # fmt: skip
+    elif clients and mode != "token":
+        yield _not_looked_for(mode)
     else:
         yield ok("token", f"{path}, for its owner only")
 
 
+def _not_looked_for(mode: str) -> Finding:
+    return warn("token", f"there is one, and RAY_AUTH_MODE is {mode or 'not set'}: clients of a "
+                "cluster do not look for it", "export RAY_AUTH_MODE=token")  # fmt: skip
+
+
 def dashboard(address: str) -> Finding:
     """Look whether jobs can be submitted there."""
+    mend = "export RAY_API_SERVER_ADDRESS=http://HEAD:8265, or a tunnel: ssh -L 8265:localhost:8265"
+    if not address.startswith(("http://", "https://")):
+        return fail("job server", f"RAY_API_SERVER_ADDRESS={address} is no http://", mend)
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=5) as answer:
-            answer.read()
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=SECONDS) as got:
+            got.read()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):  # it is there, and asks for the token
-            return ok("job server", f"{address}, guarded")
-        return fail("job server", f"{address} says {error.code}", START)
+            return ok("job server", f"{address} answers, and asks for the token")
+        return fail("job server", f"{address} says {error.code}", mend)
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return fail("job server", f"{address} does not answer ({reason})", START)
-    return ok("job server", address)
+        return fail("job server", f"{address} does not answer ({reason})", mend)
+    return ok("job server", f"{address} answers")
 
 
-def _cluster(address: str, config: Config | None, data: str, run: Path | None) -> Iterator[Finding]:
-    from cluster.nodes import has_gpus, living
-    from cluster.ray_session import session
-    from cluster.topology import plan
+def reachable(address: str) -> Finding:
+    """Look whether something listens where RAY_ADDRESS says."""
+    start = f"{START}; then export RAY_ADDRESS=HEAD:{GCS_PORT}; or unset RAY_ADDRESS"
+    if address.startswith(("http://", "https://")):
+        return fail("RAY_ADDRESS", f"{address} is a job server's address",
+                    f"export RAY_API_SERVER_ADDRESS={address}; unset RAY_ADDRESS")  # fmt: skip
+    if address.startswith("ray://"):
+        return fail("RAY_ADDRESS", f"{address} is for Ray's client, which Ray Train does not do "
+                    "with", "ray job submit, or RAY_ADDRESS=HEAD:6379 on the head")  # fmt: skip
+    if address in ("auto", "local"):
+        return ok("RAY_ADDRESS", address)
+    host, port = _split(address)
+    if not port:
+        return fail("RAY_ADDRESS", f"{address} has no port",
+                    f"export RAY_ADDRESS={host}:{GCS_PORT}")  # fmt: skip
+    why = answers(address)
+    if why:
+        return fail("RAY_ADDRESS", f"{address} does not answer ({why})", start)
+    return ok("RAY_ADDRESS", f"{address} answers")
 
+
+def answers(address: str) -> str:
+    """Why nothing answers at HOST:PORT; empty if something does."""
+    host, port = _split(address)
     try:
-        with session(1, ahead=None):
-            nodes = living()
-            there = ", ".join(f"{n.name}: {n.cpus:g} CPUs, {n.gpus:g} GPUs free" for n in nodes)
-            yield ok("Ray", f"{address}: {there}")
-            if config is not None:
-                gpu = config.device == "gpu" or (config.device == "auto" and has_gpus())
-                try:
-                    found = plan(
-                        nodes, sizes=config.replica_sizes, size=config.size, gpu=gpu
-                    )  # fmt: skip
-                    yield ok("room", f"for {found.replicas} replica(s) of {config.size} worker(s)")
-                except DuetError as error:
-                    yield fail("room", str(error), "fewer --replicas, or more nodes")
-            mark = _mark(run)
-            try:
-                answers = ask(data, mark)
-            finally:
-                if mark is not None:
-                    mark.unlink(missing_ok=True)
-            yield from nodes_agree(answers, releases(), run, data)
-    except DuetError as error:
-        mend = "check RAY_AUTH_MODE=token and the token, or unset RAY_ADDRESS"
-        yield fail("Ray", str(error), mend)
+        with socket.create_connection((host, port), SECONDS):
+            return ""
+    except (OSError, OverflowError) as error:
+        return getattr(error, "strerror", None) or first_line(error)
 
 
-def _mark(run: Path | None) -> Path | None:
-    """Leave a file in RUN that every node should see."""
-    if run is None or not run.is_dir():
-        return None
-    path = run.resolve() / f".doctor.{secrets.token_hex(8)}"
-    path.write_bytes(b"")
-    return path
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdecimal() else (address, 0)
 
 
-def ask(data: str, mark: Path | None) -> dict[str, Node | str]:
-    """Have every node look: what it says, or why it did not, by its name and id."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from pipeline.dataset import is_remote
-
-    folder = str(Path(data).resolve()) if data and not is_remote(data) else ""
-    pending: dict[str, Any] = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=where)
-            gpus = int(node["Resources"].get("GPU", 0))
-            name = f"{node['NodeManagerHostname']} ({node['NodeID'][:6]})"
-            pending[name] = task.remote(str(mark) if mark else "", folder, gpus)
-    answers: dict[str, Node | str] = {}
-    for name, task in pending.items():
-        try:
-            answers[name] = ray.get(task, timeout=NODE_SECONDS)
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            answers[name] = (lines or [type(error).__name__])[-1]
-    return answers
+def address_file() -> Path:
+    """Where `ray start` leaves the address that a `ray` command without any takes."""
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
 
 
-def look(mark: str, data: str, gpus: int) -> Node:
-    """What a node sees; runs there."""
-    return Node(
-        name=platform.node(),
-        run=Path(mark).exists() if mark else None,
-        data=(Path(data) / "manifest.json").exists() if data else None,
-        releases=releases(),
-        gpus=gpus,
-    )
-
-
-def releases() -> dict[str, str]:
-    """What must be the same on all nodes."""
-    import importlib.metadata
-
-    found = {"Python": platform.python_version()}
-    for name in ("torch", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "webdataset", "ray"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def nodes_agree(
-    answers: dict[str, Node | str], mine: dict[str, str], run: Path | None, data: str
-) -> Iterator[Finding]:
-    """Judge what the nodes have said."""
-    for name, node in answers.items():
-        if isinstance(node, str):
-            mend = "each needs this project's packages; see that node's logs"
-            yield fail(f"node {name}", node, mend)
-            continue
-        differ = [
-            f"{package} {node.releases.get(package, 'missing')}, here {release}"
-            for package, release in mine.items()
-            if node.releases.get(package) != release
-        ]
-        if differ:
-            mend = "pip install -c constraints.txt the same on all"
-            yield fail(f"node {name}", "; ".join(differ), mend)
-        elif node.run is False:
-            mend = "a --run on storage that all nodes share, or --store s3://bucket/folder"
-            yield fail(f"node {name}", f"does not see {run}", mend)
-        elif node.data is False:
-            mend = "a --data on storage that all nodes share, or its address in a store"
-            yield fail(f"node {name}", f"does not see {data}", mend)
-        elif node.gpus % 2:
-            mend = "--columns-per-worker 2 uses it, or start its Ray with an even --num-gpus"
-            yield warn(f"node {name}", f"{node.gpus} GPUs: one has no partner", mend)
-        else:
-            seen = " and ".join(
-                what for what, there in (("RUN", node.run), ("DATA", node.data)) if there
-            )
-            yield ok(f"node {name}", f"same packages{f', sees {seen}' if seen else ''}")
+def stale(path: Path, silent: Callable[[str], str]) -> Iterator[Finding]:
+    """Judge an address that a stopped head may have left behind; `silent` is `answers`."""
+    try:
+        address = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return
+    if address and (why := silent(address)):
+        yield warn("old cluster", f"{path} names {address}, which does not answer ({why}): bare "
+                   "`ray` commands try it; trainings do not", f"rm {path}")  # fmt: skip
