@@ -154,6 +154,7 @@ def test_good_nodes_odd_ones_and_silent_ones(monkeypatch):
     [
         ("Version mismatch: The cluster was started with: Ray: 2.59", "pip install -c constraints"),
         ("AuthenticationError: Missing authentication token", "RAY_AUTH_MODE=token"),
+        ("Failed to connect to Ray cluster at 127.0.0.1:38295", "the head's ~/.ray/auth_token"),
         ("no answer for 90 s", "ray status"),
     ],
 )

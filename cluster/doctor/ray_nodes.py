@@ -95,9 +95,11 @@ def mend(why: str) -> str:
         return (
             "the same Python on both sides, and pip install -c constraints.txt 'ray[default,train]'"
         )
-    if "token" in low or "authenticat" in low or "unauthorized" in low:
+    refused = "failed to connect" in low  # all that Ray says of a token that is not the cluster's
+    if refused or "token" in low or "authenticat" in low or "unauthorized" in low:
         return (
-            "export RAY_AUTH_MODE=token; the head's ~/.ray/auth_token belongs here, too, mode 600"
+            "export RAY_AUTH_MODE=token; the head's ~/.ray/auth_token belongs here, too, mode 600; "
+            "`ray status` on the head says whether it is well"
         )
     return "ray status   # on the head; or unset RAY_ADDRESS"
 
