@@ -31,6 +31,7 @@ def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "round_trip", lambda backend: Finding(backend, "ok", ""))
 
 
+@pytest.mark.filterwarnings("ignore:For MPI backend")
 def test_a_round_trip_is_made_and_a_broken_one_is_told(tmp_path):
     found = exchange.round_trip("gloo")
     assert (found.status, found.mend) == ("ok", "")
