@@ -2,30 +2,51 @@
 
 Read in this order:
 
-    worker           the training loop (start here)
-    place            where this process stands in the job, and what the processes say to each other
-    feed             two halves of a batch become the whole batch
-    compute          the type to compute in, and memory that is not given back
-    gradients        means over the replicas, taken while the backward pass runs
-    rates            the learning rates of a run, by schedule and by hand; rates.jsonl
-    rate_events        what changes them, one list (pure)
-    hand_rates         RUN/rates.toml, taken and put aside
-    health           the layer that a loss that is no number comes from
-    checkpoint       both columns on disk, whole or not at all
-    log              metrics.jsonl, validation.jsonl, layers.jsonl
-    events           what a worker tells the driver
-    config           every setting
-    config_file      settings from a file and from flags, and back
-    topology         which worker is which column, on which node (pure)
-    run_folder       what RUN holds, and whether the run in it may be continued
-    ray_session      workers started, watched and restarted by Ray, our own or one that is there
-    ray_pool         packing as Ray tasks
-    console          what the user sees
-    train *          the second door: python -m cluster.train
-    build_shards *   the first door, on a cluster
-    evaluate *       errors on every picture of a split, with one view or ten
-    ensemble *       several networks' probabilities averaged (probabilities, weights)
-    report *         RUN/report.html, from files only (a package of its own)
+    worker             the training loop (start here)
+    training           what a training consists of in one process
+    place              where this process stands in the job, and what the processes say to each other
+    feed               two halves of a batch become the whole batch
+    compute            the type to compute in, and memory that is not given back
+    gradients          means over the replicas, taken while the backward pass runs
+    rates              the learning rates of a run, by schedule and by hand; rates.jsonl
+    rate_events          what changes them, one list (pure)
+    hand_rates           RUN/rates.toml, taken and put aside
+    health             the layer that a loss that is no number comes from
+    checkpoint         both columns on disk, whole or not at all
+    checkpoint_writer    written while training goes on (checkpoint_part: by one process)
+    checkpoint_resume    taken up by all processes
+    checkpoint_places    in a folder or in a store (checkpoint_choice: which one to look at)
+    log, rows          metrics.jsonl, validation.jsonl, layers.jsonl
+    run_mirror         a copy of them in a store
+    tensorboard, prometheus   the same numbers for others
+    events             what a worker tells the driver
+    config             every setting
+    config_file        settings from a file and from flags, and back
+    run_folder         what RUN holds, and whether the run in it may be continued
+    run_state          how the run in it stands
+
+And what only knows of Ray, from the driver to the workers:
+
+    train *            the second door: python -m cluster.train
+    supervisor         a run kept going: placed, watched, asked to save, started again
+    topology           which worker is which column, on which node (pure)
+    nodes              what is free on the nodes now
+    attempt            one start of the workers by Ray Train
+    failure            why it ended
+    channel            what the driver and the workers say to each other
+    loopback           how workers find each other on a Ray of our own
+    ray_worker         what runs in each of them
+    ray_session        Ray, our own or one that is there
+    ray_pool           packing as Ray tasks
+    console            what the user sees
+
+    build_shards *     the first door, on a cluster
+    status *           how a run stands, on one screen
+    doctor *           what is wrong, and what mends it (a package of its own)
+    evaluate *         errors on every picture of a split, with one view or ten
+    ensemble *         several networks' probabilities averaged (probabilities, weights)
+    export *           merged weights as one plain file
+    report *           RUN/report.html, from files only (a package of its own)
 
 `*` is run as `python -m cluster.<name>`.
 """

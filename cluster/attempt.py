@@ -10,15 +10,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from cluster.channel import Channel
 from cluster.config import Config
 from cluster.events import Event, Failed, Finished, Placed, Started
 from cluster.failure import Failure
-from cluster.mailbox import Mailbox
 from cluster.ray_worker import FAKE_GPUS, Job, run_worker
 from cluster.topology import Plan
 
 LOOK = 0.2
-"""Seconds between looks into the mailbox."""
+"""Seconds between looks for what the workers tell."""
 FORWARDED = ("OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_GPUS)
 """Variables that workers need before torch is loaded there, or that Ray does not hand on."""
 
@@ -31,8 +31,8 @@ class Attempt:
         self.started = self.finished = False
         self.failure = Failure()
         """Why it failed, if it did; and the table of workers, when they are placed."""
-        self._mailbox = Mailbox()
-        job = Job(config=config, data=data, run=run, plan=plan, driver=self._mailbox.address)
+        self._channel = Channel()
+        job = Job(config=config, data=data, run=run, plan=plan, driver=self._channel.address)
         # A thread: fit() would take Ctrl-C to itself, and this one is busy with the screen.
         self._thread = threading.Thread(target=self._fit, args=(job,), daemon=True)
         self._thread.start()
@@ -49,13 +49,13 @@ class Attempt:
 
     def ask_to_end(self) -> None:
         """Have the workers save after the step they are at, and end."""
-        self._mailbox.ask_to_end()
+        self._channel.ask_to_end()
 
     def events(self) -> Iterator[Event | None]:
         """What the workers tell, until they have ended; None now and then, when it is nothing."""
         while True:
             ending = not self._thread.is_alive()
-            for event in self._mailbox.take():
+            for event in self._channel.take():
                 self._note(event)
                 yield event
             if ending:
@@ -88,6 +88,8 @@ def trainer(job: Job, scratch: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    from cluster.loopback import LoopbackConfig
+
     nodes = job.plan.nodes
     resources: dict[str, float] = {"CPU": job.plan.cpus}
     if job.plan.gpus:
@@ -96,7 +98,7 @@ def trainer(job: Job, scratch: str) -> Any:
     return TorchTrainer(
         run_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(
+        torch_config=(TorchConfig if "RAY_ADDRESS" in os.environ else LoopbackConfig)(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout_s=job.config.collective_timeout,
         ),

@@ -51,6 +51,7 @@ def keep_memory() -> None:
         mallopt(M_TOP_PAD, 2**28)
 
 
+@lru_cache(maxsize=1)
 def _has_amx() -> bool:
     try:
         return " amx_bf16 " in Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -12,9 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from cluster.channel import Address, Watch
 from cluster.config import Config
 from cluster.events import Failed, Placed
-from cluster.mailbox import Address, Watch
 from cluster.topology import Plan, Seat, seats, table
 from pipeline.errors import DuetError, SetupError
 

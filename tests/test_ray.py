@@ -21,10 +21,12 @@ from tests.drawn import flip_bit
 from tests.servers import Server
 from tests.test_worker import Call, together
 from tests.trainings import (  # noqa: F401 - a fixture
+    LOOPBACK,
     REPOSITORY,
     SETTINGS,
     STEPS,
     end_processes,
+    listening,
     losses,
     marked,
     processes,
@@ -104,6 +106,9 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
     words = (config, "--data", tiny_data, "--run", run, "--ledger")
     one = command(*words)
     one.until("checkpoint")
+    doors = listening(one.mark)
+    assert len(doors) > 10  # Ray's, gloo's and torch's
+    assert [door for door in doors if door[1] not in LOOPBACK] == []
     one.process.send_signal(signal.SIGINT)
     assert one.end() == 130
     assert strangers(one.lines) == []

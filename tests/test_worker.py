@@ -12,7 +12,7 @@ import torch
 
 from cluster.events import Failed, Finished, Saved, Started
 from cluster.place import Place
-from cluster.worker import describe
+from cluster.training import describe
 from model.alexnet import AlexNet
 from pipeline.errors import DataError
 from pipeline.ledger.proof.exactly_once import prove

@@ -54,6 +54,33 @@ def processes(mark: str, title: str = "") -> list[int]:
     return [pid for pid in ours if title.encode() in titles.get(pid, b"")]
 
 
+def listening(mark: str) -> list[tuple[str, str]]:
+    """(title, address) of every TCP socket on which they listen; addresses as /proc has them."""
+    sockets = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":  # LISTEN
+                sockets[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+    found = []
+    for pid in processes(mark):
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):
+                if address := sockets.get(str(descriptor.readlink())):
+                    title = (
+                        Path(f"/proc/{pid}/cmdline").read_bytes()[:40].decode("utf-8", "replace")
+                    )
+                    found.append((title, address))
+    return found
+
+
+LOOPBACK = (
+    "0100007F",
+    "00000000000000000000000001000000",  # ::1
+    "0000000000000000FFFF00000100007F",  # 127.0.0.1 as IPv6 has it
+)
+
+
 def end_processes(mark: str) -> None:
     """End what is left of them."""
     for pid in processes(mark):

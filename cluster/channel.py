@@ -17,7 +17,7 @@ from typing import Any
 from cluster.events import Event
 
 LOOK = 0.5
-"""Seconds between looks of a worker into the mailbox."""
+"""Seconds between a worker's looks whether to end."""
 SILENCE = 60.0
 """Seconds without an answer after which a worker takes the driver for lost."""
 
@@ -43,7 +43,7 @@ class _Box:
         return self._end
 
 
-class Mailbox:
+class Channel:
     """The driver's end."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Watch:
 
     def _look(self) -> None:
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import RayActorError
 
         heard = time.monotonic()
         while not self._stop.wait(LOOK):
@@ -139,13 +139,8 @@ class Watch:
                 heard = time.monotonic()
             except RayActorError:
                 return self._lost()
-            except GetTimeoutError:
-                if time.monotonic() - heard > SILENCE:
-                    return self._lost()
-            except Exception:
-                if self._stop.is_set():
-                    return None  # Ray is going, and so are we
-                if time.monotonic() - heard > SILENCE:
+            except Exception:  # no answer in time, or Ray is going, and so are we
+                if time.monotonic() - heard > SILENCE and not self._stop.is_set():
                     return self._lost()
         return None
 
