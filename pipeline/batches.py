@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import torch
 
-from pipeline.arguments import check_ranges, check_words
-from pipeline.augment import CROP
+from pipeline.asked import Asked, View
 from pipeline.dataset import CACHE_SIZE, is_remote, open_dataset
 from pipeline.decode import Device
 from pipeline.errors import UsageError
 from pipeline.flow import DecodeFailure, Flow
 from pipeline.ledger.writer import About, Ledger
 from pipeline.manifest import identity
-from pipeline.order import Block, Full, Order, Shuffle, Stored, share
-from pipeline.picture import SIZE
+from pipeline.order import Shuffle
 from pipeline.pixel_stats import Statistics
 from pipeline.quarantine import UNDECODABLE, Quarantine
-from pipeline.reader import Reader, Slice
-from pipeline.recipe import Colour, ColourPlan, Mean, central, recipe_of
+from pipeline.reader import Reader
+from pipeline.recipe import Colour, Mean, central
 from pipeline.storage import Damage, Storage
 
-View = Literal["random", "centre", "whole"]
-WORDS = {"view": View, "shuffle": Shuffle, "device": Device, "mean": Mean}
-MOST_THREADS = 1024
-"""Host threads that may be asked for."""
+__all__ = ["Batch", "Stream", "View"]
 
 
 @dataclass(frozen=True)
@@ -146,30 +138,18 @@ class Stream:
         cache_size: int = CACHE_SIZE,
     ) -> None:
         """Open a split of a data set; the arguments are explained above."""
-        check_words(WORDS, view=view, shuffle=shuffle, device=device, mean=mean)
-        check_ranges(
-            batch_size=(batch_size, world_size, math.inf),
-            prefetch=(prefetch, 1, math.inf),
-            position=(position, 0, math.inf),
-            hw_decoder_load=(hw_decoder_load, 0, 1),
-            threads=(threads or 0, 0, MOST_THREADS),
-            window=(window, 1, math.inf),
-            seed=(seed, 0, 2**63 - 1),
-        )
-        ColourPlan.of(colour)  # refused before anything is opened
-        first, last = share(batch_size, rank, world_size)
+        asked = Asked(
+            split=split, batch_size=batch_size, seed=seed, position=position, rank=rank,
+            world_size=world_size, device=device, view=view, once=once, shuffle=shuffle,
+            window=window, colour=colour, colour_divide=colour_divide, mean=mean,
+            threads=threads, prefetch=prefetch,
+            hw_decoder_load=hw_decoder_load,
+        )  # fmt: skip
         self._dataset = open_dataset(data, cache=cache, cache_size=cache_size)
         self._storage = Storage(self._dataset, split)
         self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)
         statistics = Statistics.load(self._dataset.folder, self._storage.manifest.stats_sha256)
-        recipe = recipe_of(
-            statistics,
-            random=view == "random",
-            colour=colour,
-            mean=mean,
-            divide=colour_divide,
-            whole=view == "whole",
-        )
+        recipe = asked.recipe(statistics)
         self.channel_mean = statistics.channel_mean
         """float64 [3]: the mean of each channel over the training set."""
         self.mean = recipe.subtracted
@@ -178,51 +158,20 @@ class Stream:
         self.view_mean = torch.from_numpy(central(statistics)) if apart else None
         """float32 [3, 224, 224] on the host: what has yet to be subtracted from each view cut out
         of a whole picture; None where all is done."""
-        order = self._order(seed, once, shuffle, window)
+        order = asked.order([shard.samples for shard in self._storage.shards])
         if is_remote(os.fspath(data)):
             needed = order.needs(position)
             # A pass in stored order reads shard after shard; the others are only fetched ahead.
             self._fits(needed[:1] if once else needed, cache_size)
         self._reader = Reader(
-            self._storage,
-            order,
-            recipe,
-            Slice(batch_size=batch_size, first=first, last=last, once=once),
-            self._quarantine,
-            strict=strict,
+            self._storage, order, recipe, asked.slice, self._quarantine, strict=strict
         )
         self._device = torch.device("cuda" if device == "gpu" else "cpu")
-        self._start = partial(
-            Flow,
-            self._reader,
-            batch_size=last - first,
-            device=device,
-            threads=threads or len(os.sched_getaffinity(0)),
-            prefetch=prefetch,
-            size=SIZE if view == "whole" else CROP,
-            encoding=self._storage.encoding,
-            hw_decoder_load=hw_decoder_load,
-        )
+        self._start = asked.starter(self._reader, self._storage.encoding)
         self._flow: Flow | None = self._start(position)
         self._ledger: Ledger | None = None
         if ledger:
-            shuffled = f"block {window}" if shuffle == "block" else "full"
-            about = About(
-                data_sha256=identity(self._dataset.folder),
-                split=split,
-                samples=len(self._storage),
-                seed=seed,
-                shuffle="stored" if once else shuffled,
-                view=view,
-                colour=recipe.plan.given,
-                colour_divide=colour_divide,
-                mean=mean,
-                position=position,
-                batch_size=batch_size,
-                rank=rank,
-                world_size=world_size,
-                device=device,
-            )
+            about = asked.about(identity(self._dataset.folder), len(self._storage), recipe)
             self._ledger = self._opened(Path(ledger), about)
 
     @property
@@ -295,12 +244,6 @@ class Stream:
         except BaseException:
             self.close()
             raise
-
-    def _order(self, seed: int, once: bool, shuffle: Shuffle, window: int) -> Order:
-        shards = [shard.samples for shard in self._storage.shards]
-        if once:
-            return Stored(shards, seed)
-        return Full(shards, seed) if shuffle == "full" else Block(shards, seed, window)
 
     def _fits(self, needed: Collection[int], cache_size: int) -> None:
         """Refuse a cache from which shards would be fetched again and again."""

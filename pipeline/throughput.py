@@ -24,7 +24,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from pipeline.batches import MOST_THREADS, Stream
+from pipeline.asked import MOST_THREADS
+from pipeline.batches import Stream
 from pipeline.dataset import is_remote, open_dataset, parse_size
 from pipeline.errors import UsageError, run
 from pipeline.native import NativeReader
