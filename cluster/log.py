@@ -14,14 +14,11 @@ from cluster.config import Config
 from cluster.events import Publish, Stepped, Tell, Validated, Warned
 from cluster.place import Place
 from cluster.rows import Rows
-from cluster.run_folder import Mark
+from cluster.run_folder import LAYERS, METRICS, VALIDATION, Mark
 from model.exchange import Exchange
 from model.optim import Means
 from model.schedule import Rates
 
-METRICS = "metrics.jsonl"
-VALIDATION = "validation.jsonl"
-LAYERS = "layers.jsonl"
 TELL_EVERY = 0.25
 """Seconds between steps told to the watcher; every step goes into the file."""
 PUBLISH_EVERY = 1.0

@@ -16,13 +16,12 @@ from typing import Any
 
 from cluster.events import Rated, Tell, Warned
 from cluster.hand_rates import applied, take
-from cluster.log import VALIDATION
 from cluster.place import Place
 from cluster.rate_events import BY_HAND, PLATEAU, Event, Recipe, as_row, from_row, words
+from cluster.run_folder import RATES, VALIDATION
 from model.schedule import Rates, plateau_drops
 from pipeline.files import sealed
 
-RATES = "rates.jsonl"
 ERROR = "top1_error"
 """The validation error that `plateau` looks at."""
 

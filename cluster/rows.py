@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -188,3 +188,21 @@ def _step_of(line: bytes) -> int | None:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
+    """Yield the last rows of a file, oldest first; what is half written or no row is left out."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - most * 600))
+            lines = file.read().splitlines()
+    except OSError:
+        return
+    for line in lines[-most:]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row

@@ -35,6 +35,7 @@ from typing import Any
 
 from cluster.config import Config, differences
 from cluster.config_file import as_toml, read_back
+from cluster.rows import tail
 from pipeline.errors import SetupError, UsageError
 from pipeline.files import sealed, writable_folder
 
@@ -43,8 +44,14 @@ CONFIG = "config.toml"
 MACHINE = "machine.json"
 ERRORS = "error.log"
 ATTEMPTS = "attempts.jsonl"
+METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+LAYERS = "layers.jsonl"
+RATES = "rates.jsonl"
 QUARANTINE = "quarantine.jsonl"
 LEDGER = "ledger"
+LAST = 20
+"""Rows at the end of RUN/attempts.jsonl among which the last whole one is looked for."""
 LEADER_PATIENCE = 60.0
 """Seconds that the leader of a new start waits for that of an old one to be gone."""
 
@@ -146,24 +153,20 @@ def store_of(run: Path) -> str:
         return ""
 
 
-def last_attempt(run: Path) -> dict[str, Any]:
-    """Return the last row of RUN/attempts.jsonl; empty if there is none."""
-    try:
-        rows = (run / ATTEMPTS).read_bytes().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(rows):
-        try:
-            row: dict[str, Any] = json.loads(line)
-            return {"attempt": int(row["attempt"]), "step": int(row["step"])}
-        except (ValueError, KeyError, TypeError):
-            continue  # half written
-    return {}
+def last_attempt(run: Path) -> int:
+    """Number of the last start of the workers; 0 if there was none."""
+    return _last(run, "attempt")
 
 
 def last_step(run: Path) -> int:
     """Step of the newest checkpoint when the workers of a run last began or ended; 0 at first."""
-    return int(last_attempt(run).get("step", 0))
+    return _last(run, "step")
+
+
+def _last(run: Path, name: str) -> int:
+    """A number of the last row of RUN/attempts.jsonl that has it."""
+    numbers = [row[name] for row in tail(run / ATTEMPTS, LAST) if isinstance(row.get(name), int)]
+    return numbers[-1] if numbers else 0
 
 
 def step_of(checkpoint: Path) -> int:

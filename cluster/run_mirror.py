@@ -2,24 +2,51 @@
 
 STORE/checkpoints/                          checkpoint_places.py
 STORE/run/config.toml, attempts.jsonl, ...  whole files
-STORE/run/metrics.jsonl/000000000000-000000012345    bytes of a file that grows: nothing can
-                                            be added to an object, so each save adds one
+STORE/run/metrics.jsonl/000000000000-000000012345-HASH    bytes of a file that grows: nothing
+                                            can be added to an object, so each save adds one
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from cluster.run_folder import ATTEMPTS, CONFIG, MACHINE, QUARANTINE
+from cluster.run_folder import (
+    ATTEMPTS,
+    CONFIG,
+    LAYERS,
+    MACHINE,
+    METRICS,
+    QUARANTINE,
+    RATES,
+    VALIDATION,
+)
 from pipeline.dataset import is_remote
 from pipeline.errors import UsageError
 from pipeline.files import sealed
 from pipeline.packing.store_target import StoreTarget, target_for
 
-GROWING = ("metrics.jsonl", "validation.jsonl", "layers.jsonl", "rates.jsonl")
-WHOLE = (CONFIG, ATTEMPTS, MACHINE, QUARANTINE)
+GROWING = (METRICS, VALIDATION, LAYERS, RATES)
+LEADERS = (MACHINE, QUARANTINE)
+DRIVERS = (CONFIG, ATTEMPTS)
+"""Whole files, by who writes them: leader and driver may have different disks."""
 BY_HAND = "rates-applied-*.toml"
+PART = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)")
+
+
+class Part(NamedTuple):
+    """Bytes `start` to `end` of a file that grows, and the beginning of their SHA-256."""
+
+    start: int
+    end: int
+    digest: str
+
+    def of(self, name: str) -> str:
+        """Its name in the store."""
+        return f"{name}/{self.start:012d}-{self.end:012d}-{self.digest}"
 
 
 def mirror_of(run: Path, store: str) -> Mirror | None:
@@ -44,41 +71,39 @@ class Mirror:
             StoreError: the store does not answer.
         """
         for name in GROWING:
-            size = _size(self._run / name)
             parts = self._parts(name)
-            kept = [part for part in contiguous(parts) if part[1] <= size]
-            self._sent[name] = kept[-1][1] if kept else 0
-            self._target.remove([_part(name, *part) for part in parts if part not in kept])
+            kept = self._same(name, parts)
+            self._sent[name] = kept[-1].end if kept else 0
+            self._target.remove([part.of(name) for part in parts if part not in kept])
 
     def push(self) -> None:
-        """Send what is new in the rows, and the other files whole.
+        """Send what is new in the rows, and whole what else the leader writes.
 
         Raises:
             StoreError, OSError: the store, or the disk.
         """
         for name in GROWING:
-            path, start = self._run / name, self._sent.get(name, 0)
-            if not path.exists():
-                continue
-            with path.open("rb") as file:
-                file.seek(start)
-                new = file.read()
+            start = self._sent.get(name, 0)
+            new = _bytes(self._run / name, start)
             new = new[: new.rfind(b"\n") + 1]  # the last row may be half written
             if new:
-                with self._target.create(_part(name, start, start + len(new))) as there:
+                part = Part(start, start + len(new), _digest(new))
+                with self._target.create(part.of(name)) as there:
                     there.write(new)
-                self._sent[name] = start + len(new)
-        self.push_whole([*WHOLE, *(path.name for path in self._run.glob(BY_HAND))])
+                self._sent[name] = part.end
+        self.push_whole([*LEADERS, *(path.name for path in self._run.glob(BY_HAND))])
 
-    def push_whole(self, names: Iterable[str] = WHOLE) -> None:
-        """Send whole files, as far as they are there."""
+    def push_whole(self, names: Iterable[str]) -> None:
+        """Send whole files, as far as they are there; raises as `push`."""
         for name in names:
             if (self._run / name).is_file():
                 with self._target.create(name) as there:
                     there.write((self._run / name).read_bytes())
 
     def restore(self) -> list[str]:
-        """Fill RUN with what it lacks, and replace what is shorter than its copy.
+        """Fill RUN with what it lacks; rows that do not continue their copy give way to it.
+
+        Such rows are of an earlier time, when the run was on this machine before.
 
         Returns:
             names of the files that were fetched.
@@ -86,17 +111,15 @@ class Mirror:
         Raises:
             StoreError: the store does not answer.
         """
-        there, fetched = self._target.names(), []
-        for name in sorted(there):
-            if "/" in name:
-                continue
-            if name not in GROWING and not (self._run / name).exists():
+        fetched = []
+        for name in sorted(self._target.names()):
+            if "/" not in name and not (self._run / name).exists():
                 self._write(name, [self._target.read(name)])
                 fetched.append(name)
         for name in GROWING:
             parts = contiguous(self._parts(name))
-            if parts and parts[-1][1] > _size(self._run / name):
-                self._write(name, [self._target.read(_part(name, *part)) for part in parts])
+            if len(self._same(name, parts)) < len(parts):
+                self._write(name, (self._target.read(part.of(name)) for part in parts))
                 fetched.append(name)
         return fetched
 
@@ -105,33 +128,44 @@ class Mirror:
             for part in parts:
                 file.write(part)
 
-    def _parts(self, name: str) -> list[tuple[int, int]]:
+    def _parts(self, name: str) -> list[Part]:
         found = []
         for path in self._target.names(name):
-            start, _, end = path.rpartition("/")[2].partition("-")
-            if start.isdecimal() and end.isdecimal():
-                found.append((int(start), int(end)))
+            if match := PART.fullmatch(path.rpartition("/")[2]):
+                found.append(Part(int(match[1]), int(match[2]), match[3]))
         return sorted(found)
 
+    def _same(self, name: str, parts: Iterable[Part]) -> list[Part]:
+        """Those from byte 0 on that the file in RUN begins with."""
+        found = []
+        for part in contiguous(parts):
+            if _digest(_bytes(self._run / name, part.start, part.end)) != part.digest:
+                break
+            found.append(part)
+        return found
 
-def contiguous(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the parts, (start, end) each in order, that follow each other from byte 0 on."""
-    found: list[tuple[int, int]] = []
-    for start, end in parts:
-        if start == (found[-1][1] if found else 0):
-            found.append((start, end))
+
+def contiguous(parts: Iterable[Part]) -> list[Part]:
+    """Return the parts, in their order, that follow each other from byte 0 on."""
+    found: list[Part] = []
+    for part in parts:
+        if part.start == (found[-1].end if found else 0):
+            found.append(part)
     return found
 
 
-def _part(name: str, start: int, end: int) -> str:
-    return f"{name}/{start:012d}-{end:012d}"
-
-
-def _size(path: Path) -> int:
+def _bytes(path: Path, start: int, end: int | None = None) -> bytes:
+    """Some bytes of a file; none if it is not there."""
     try:
-        return path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else end - start)
     except FileNotFoundError:
-        return 0
+        return b""
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def check_store(store: str) -> None:

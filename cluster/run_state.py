@@ -5,18 +5,26 @@ Nothing here needs torch, Ray, or the run's own machine; of a long file only the
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
 from cluster.config_file import read_back
-from cluster.run_folder import ATTEMPTS, CHECKPOINTS, CONFIG, ERRORS, checkpoints_in, step_of
+from cluster.rows import tail
+from cluster.run_folder import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    CONFIG,
+    ERRORS,
+    METRICS,
+    QUARANTINE,
+    VALIDATION,
+    checkpoints_in,
+    step_of,
+)
 from pipeline.errors import UsageError
 
 TAIL = 400
@@ -87,11 +95,11 @@ def look(run: Path, now: float | None = None, *, mirrored: bool = False) -> Stat
         raise UsageError(f"{run} holds no run ({CONFIG} is missing); name the --run of a training")
     now = time.time() if now is None else now
     config, _ = read_back(run / CONFIG)
-    rows = [row for row in tail(run / "metrics.jsonl", TAIL) if "step" in row]
-    validations = [row for row in tail(run / "validation.jsonl", 10_000) if "top1_error" in row]
+    rows = [row for row in tail(run / METRICS, TAIL) if "step" in row]
+    validations = [row for row in tail(run / VALIDATION, 10_000) if "top1_error" in row]
     attempts = list(tail(run / ATTEMPTS, 10_000))
     state = State(run=str(run), state="not started")
-    state.age_s = None if mirrored else _age(run / "metrics.jsonl", now)
+    state.age_s = None if mirrored else _age(run / METRICS, now)
     if rows:
         _numbers(state, rows)
     if validations:
@@ -100,7 +108,7 @@ def look(run: Path, now: float | None = None, *, mirrored: bool = False) -> Stat
     starts = [row for row in attempts if row.get("event") == "start"]
     state.total = _total(config, rows, starts)
     state.checkpoint = _checkpoint(run, config, now)
-    state.replaced = _lines(run / "quarantine.jsonl")
+    state.replaced = _lines(run / QUARANTINE)
     if attempts:
         _tell(state, attempts, starts, now)
         if state.state == "running" and not state.why:
@@ -230,7 +238,7 @@ def _checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
 
     if config.store and is_remote(config.store):
         return {"where": config.store}
-    folder = Path(config.store.removeprefix("file://") or run)
+    folder = Path(config.store or run)
     found = checkpoints_in(folder / CHECKPOINTS)
     if not found:
         return {}
@@ -251,21 +259,3 @@ def _lines(path: Path) -> int:
     except OSError:
         pass
     return count
-
-
-def tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
-    """The last rows of a file, oldest first; what is half written or no row is left out."""
-    try:
-        with path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - most * 600))
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for line in lines[-most:]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row

@@ -24,11 +24,12 @@ from typing import Any
 from cluster.attempt import Attempt
 from cluster.config import Config
 from cluster.console import Screen
-from cluster.events import Placed, Started
+from cluster.events import Event, Placed, Started
 from cluster.nodes import draining, has_gpus, living, name_of
 from cluster.run_folder import ATTEMPTS, last_attempt, last_step
-from cluster.run_mirror import mirror_of
+from cluster.run_mirror import DRIVERS, mirror_of
 from cluster.topology import Node, NoRoom, Plan, plan
+from pipeline.errors import DuetError
 
 LOOK = 2.0
 """Seconds between looks at the cluster while training."""
@@ -38,6 +39,8 @@ GROW_AFTER = 10.0
 """Seconds after a start before the run is stopped for the sake of more replicas."""
 GRACE = 120.0
 """Seconds that workers have to save when the user wants the run to end."""
+STOPPED = "stopped"
+"""Why an attempt ended that the user wanted to end."""
 TELL_EVERY = 30.0
 """Seconds between lines about a wait."""
 
@@ -62,7 +65,7 @@ class Supervisor:
         # Decided once: a run that has lost its GPUs must not creep on on CPUs.
         self._gpu = config.device == "gpu" or (config.device == "auto" and has_gpus())
         self._mirror = mirror_of(run, config.store)
-        self._number = last_attempt(run).get("attempt", 0)
+        self._number = last_attempt(run)
 
     def train(self) -> None:
         """Train to the last step.
@@ -72,7 +75,7 @@ class Supervisor:
             DuetError: the run failed, `max_failures` times with no new checkpoint between.
             KeyboardInterrupt: the user ended it.
         """
-        failures, begun = 0, self._reached()
+        failures, begun = 0, self._step()
         room = self._first_room()
         with wanted_end() as end:
             while True:
@@ -82,7 +85,7 @@ class Supervisor:
                 if end():
                     raise KeyboardInterrupt
                 if attempt.failed:
-                    step = self._reached()
+                    step = self._step()
                     failures, begun = (failures + 1 if step == begun else 1), step
                     if failures > self._config.max_failures or attempt.failure.final:
                         raise attempt.failure.error(self._run)
@@ -108,21 +111,41 @@ class Supervisor:
         self._number += 1
         attempt = Attempt(self._config, self._data, self._run, room)
         asked = Asked(attempt, self._screen)
-        for event in attempt.events():
-            if isinstance(event, Placed):
-                self._screen.table(event.workers)
-            if isinstance(event, Started):
-                self._note("start", attempt, step=event.step, total=event.total)
-            if event is not None:
-                self._screen.show(event)
-            if end():
-                asked.by_user()
-            elif attempt.started and (why := self._reason(attempt.plan, asked)):
-                asked.to_end(why)
-        # While its disk is away a run seems to have reached nothing; what it had is not forgotten.
-        step = max(self._reached(), last_step(self._run))
-        self._note("end", attempt, step=step, why=asked.why or attempt.failure.why)
+        try:
+            for event in attempt.events():
+                self._tell(event, attempt)
+                if end():
+                    asked.by_user()
+                elif attempt.started and (why := self._reason(attempt.plan, asked)):
+                    asked.to_end(why)
+        except KeyboardInterrupt:
+            asked.why = STOPPED
+            raise
+        finally:
+            why = "finished" if attempt.finished else asked.why or attempt.failure.why
+            self._note("end", step=self._step(), why=why, code=int(not attempt.finished))
         return attempt
+
+    def _tell(self, event: Event | None, attempt: Attempt) -> None:
+        """Show what a worker tells, and note a start."""
+        if isinstance(event, Placed):
+            self._screen.table(event.workers)
+        if isinstance(event, Started):
+            workers = [asdict(worker) for worker in attempt.failure.workers]
+            replicas = attempt.plan.replicas
+            self._note(
+                "start", step=event.step, total=event.total, replicas=replicas, workers=workers
+            )
+        if event is not None:
+            self._screen.show(event)
+
+    def _step(self) -> int:
+        """Step of the newest checkpoint; what it was before, while its disk or store is away."""
+        try:
+            reached = self._reached()
+        except (OSError, DuetError):
+            reached = 0
+        return max(reached, last_step(self._run))
 
     def _reason(self, now: Plan, asked: Asked) -> str:
         """Why the workers should start anew elsewhere; empty if they should not."""
@@ -174,27 +197,15 @@ class Supervisor:
         except NoRoom:
             return 0
 
-    def _note(self, event: str, attempt: Attempt, **more: Any) -> None:
-        row = {
-            "time": round(time.time(), 3),
-            "event": event,
-            "attempt": self._number,
-            "replicas": attempt.plan.replicas,
-            **more,
-        }
-        if event == "start":
-            row["workers"] = [asdict(worker) for worker in attempt.failure.workers]
-        else:
-            row["code"] = int(not attempt.finished)
-            if attempt.finished:
-                row["why"] = "finished"
+    def _note(self, event: str, **more: Any) -> None:
+        row = {"time": round(time.time(), 3), "event": event, "attempt": self._number, **more}
         try:
             with (self._run / ATTEMPTS).open("ab") as file:
                 file.write((json.dumps(row) + "\n").encode())
-        except OSError as error:
-            self._screen.say(
-                f"warning: {self._run / ATTEMPTS} cannot be written ({error.strerror})"
-            )
+            if self._mirror is not None:
+                self._mirror.push_whole(DRIVERS)
+        except (OSError, DuetError) as error:
+            self._screen.say(f"warning: {self._run / ATTEMPTS} cannot be written ({error})")
 
 
 class Asked:
@@ -231,7 +242,7 @@ class Asked:
             raise KeyboardInterrupt
         if self._deadline is None:
             self._deadline = time.monotonic() + GRACE
-            self.why = self.why or "stopped"
+            self.why = self.why or STOPPED
             self._screen.say("stopping: saving first; once more ends it at once")
             self._attempt.ask_to_end()
         if time.monotonic() > self._deadline:

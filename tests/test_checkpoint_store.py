@@ -273,3 +273,40 @@ def test_a_run_goes_on_on_another_machine_with_nothing_but_the_store(run, tiny_d
     state, wanted = columns[0] | columns[1], weights(whole)
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+
+
+def test_rows_of_an_earlier_time_give_way_to_those_in_the_store(run, tmp_path):
+    """A run that comes back to a machine where it was before: its rows there are longer, and of
+    steps that were made again elsewhere."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    for folder, texts in (
+        (there, ["a1\n", "a2\n", "b3\n"]),
+        (back, ["a1\n", "a2\n", "longer 3\n", "4\n"]),
+    ):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(texts))
+    first = mirror_of(there, run.store)
+    assert first is not None
+    first.begin()
+    first.push()
+    again = mirror_of(back, run.store)
+    assert again is not None
+    assert again.restore() == ["metrics.jsonl"]
+    assert (back / "metrics.jsonl").read_text() == "a1\na2\nb3\n"
+    with (back / "metrics.jsonl").open("a") as file:
+        file.write("b4\nhalf")
+    assert again.restore() == []  # what continues the copy stays
+    again.begin()
+    again.push()
+    (back / "metrics.jsonl").unlink()
+    assert again.restore() == ["metrics.jsonl"]
+    assert (back / "metrics.jsonl").read_text() == "a1\na2\nb3\nb4\n"
+    # Cut back to a checkpoint, parts that go beyond it are sent anew.
+    (back / "metrics.jsonl").write_text("a1\n")
+    again.begin()
+    (back / "metrics.jsonl").write_text("a1\nc2\n")
+    again.push()
+    assert again.restore() == []
+    (back / "metrics.jsonl").unlink()
+    again.restore()
+    assert (back / "metrics.jsonl").read_text() == "a1\nc2\n"

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cluster.config import Config
 from cluster.config_file import as_toml
-from cluster.run_mirror import Mirror
+from cluster.run_mirror import DRIVERS, Mirror
 from cluster.run_state import look
 from cluster.status import main, screen, sparkline
 from pipeline.errors import UsageError
@@ -237,7 +237,9 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 def test_the_rows_in_a_store_show_a_run_without_its_folder(run, s3_bucket, capsys):
     full(run)
     bucket = f"{s3_bucket}/runs/paper"
-    Mirror(run.folder, bucket).push()
+    mirror = Mirror(run.folder, bucket)
+    mirror.push()
+    mirror.push_whole(DRIVERS)
     assert main([bucket, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["run"], found["step"], found["starts"]) == (bucket, 100, 2)

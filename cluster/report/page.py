@@ -20,7 +20,6 @@ import jinja2
 import tyro
 
 from cluster.checkpoint import Found
-from cluster.log import METRICS
 from cluster.report.curves import curves
 from cluster.report.pictures import (
     Kernels,
@@ -43,6 +42,7 @@ from cluster.report.tables import (
     plain,
     run_tiles,
 )
+from cluster.run_folder import METRICS
 from pipeline.dataset import metadata
 from pipeline.errors import DuetError, UsageError
 from pipeline.files import sealed

@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.log import LAYERS, METRICS, VALIDATION
-from cluster.rates import RATES
-from cluster.run_folder import CONFIG, MACHINE
+from cluster.run_folder import CONFIG, LAYERS, MACHINE, METRICS, RATES, VALIDATION
 from pipeline.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
