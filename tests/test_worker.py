@@ -31,7 +31,6 @@ from tests.loops import (
     weights,
 )
 
-
 # Rounding differs between one process and a pair. Where a unit is near 0 or two pixels of a pooling
 # window are level it decides otherwise, and that grows; with these draws it does not in six steps.
 DRAWN = replace(CONFIG, seed=2)
@@ -150,7 +149,7 @@ def test_the_watcher_hears_of_start_checkpoints_and_end(tiny_data, tmp_path):
 
 
 def test_bfloat16_stays_near_float32_and_keeps_float32_weights(runs, tiny_data, tmp_path):
-    alone(replace(CONFIG, dtype="bfloat16", steps=3), tiny_data, tmp_path / "run")
+    alone(replace(DRAWN, dtype="bfloat16", steps=3), tiny_data, tmp_path / "run")
     first, exact = rows(tmp_path / "run")[0]["loss"], rows(runs / "one")[0]["loss"]
     assert first == pytest.approx(exact, rel=0.05)
     assert first != exact
