@@ -135,7 +135,7 @@ def test_a_pass_over_the_validation_pictures_counts_each_once(runs):
 )
 def test_every_setting_reaches_the_run(runs, tiny_data, tmp_path, change):
     """A setting that is parsed and then forgotten would leave the losses as they were."""
-    alone(replace(CONFIG, **{"validate_every": 0, **change}), tiny_data, tmp_path / "run")
+    alone(replace(DRAWN, **{"validate_every": 0, **change}), tiny_data, tmp_path / "run")
     assert learned(tmp_path / "run") != learned(runs / "one")
 
 
