@@ -33,6 +33,8 @@ from tests.trainings import REPOSITORY
 
 NODES = 3
 CONFIG = "soak.toml"
+LAST = 40
+"""Steps before the end by which the last kill is due: some are made until it happens."""
 PATIENCE = 240.0
 """Seconds without a new step after which the run is taken for stuck."""
 SETTINGS = {
@@ -135,7 +137,8 @@ def disturb(kills: int, steps: int, run: Disturbed) -> None:
         if made < kills and most >= due and code is None:
             made += strike(run, kills - made)
             left = max(1, kills - made)
-            due = most + max(1, round(run.random.uniform(0.3, 1.3) * (steps - 15 - most) / left))
+            share = run.random.uniform(0.3, 1.2) * (steps - LAST - most) / left
+            due = min(most + max(1, round(share)), max(most + 1, steps - LAST))
         time.sleep(0.2)
     run.settle()
     if made < kills:
