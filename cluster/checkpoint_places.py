@@ -111,6 +111,10 @@ def bucket_of(address: str) -> StoreTarget:
             f"store {without_secrets(address)}: checkpoints go to folders and to object stores "
             "(s3://, gs://, az://); give one of these"
         )
+    if not urlsplit(address).netloc:
+        raise UsageError(
+            f"store {without_secrets(address)} names no bucket; give one such as s3://bucket/folder"
+        )
     Store(address)  # has the package for it
     return StoreTarget(address, POLICY)
 

@@ -59,11 +59,16 @@ class Failure:
         lines = [line for line in told if not line.endswith(":")]
         return (lines or [repr(self.raised)])[0].split(". ")[0]
 
-    def error(self, run: Path) -> DuetError:
-        """Return the error to leave with; RUN/error.log gets the whole story."""
+    def error(self, run: Path, aside: str = "") -> DuetError:
+        """Return the error to leave with; RUN/error.log gets the whole story.
+
+        Args:
+            run: folder of the run.
+            aside: what Ray has said meanwhile, and nobody was shown.
+        """
         trace = [self.told.trace] if self.told else []
         if not self.final:
-            trace.append(str(self.raised))
+            trace += [str(self.raised), aside]
         text, log = self.why, run / ERRORS
         try:
             body = "\n".join([time.strftime("%F %T"), text, *trace]) + "\n"

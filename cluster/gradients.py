@@ -66,8 +66,10 @@ class GradientAverage:
     def held(self, holds: bool = True) -> Iterator[None]:
         """Let gradients add up in the block, and none set off (if `holds`)."""
         self._held = holds
-        yield
-        self._held = False
+        try:
+            yield
+        finally:
+            self._held = False
 
     def _ready(self, parameter: nn.Parameter) -> None:
         if self._held:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from cluster.checkpoint_places import bucket_of
 from cluster.run_folder import (
     ATTEMPTS,
     CONFIG,
@@ -25,9 +26,7 @@ from cluster.run_folder import (
     VALIDATION,
 )
 from pipeline.dataset import is_remote
-from pipeline.errors import UsageError
 from pipeline.files import sealed
-from pipeline.packing.store_target import StoreTarget, target_for
 
 GROWING = (METRICS, VALIDATION, LAYERS, RATES)
 LEADERS = (MACHINE, QUARANTINE)
@@ -58,10 +57,8 @@ class Mirror:
     """The copy; the leader of a job has one, and the driver another for the files it writes."""
 
     def __init__(self, run: Path, store: str) -> None:
-        """Take the address; nothing is sent yet."""
-        target = target_for(f"{store.rstrip('/')}/run")
-        assert isinstance(target, StoreTarget)
-        self._run, self._target = run, target
+        """Take the address; nothing is sent yet. Raises as `bucket_of`."""
+        self._run, self._target = run, bucket_of(f"{store.rstrip('/')}/run")
         self._sent: dict[str, int] = {}
 
     def begin(self) -> None:
@@ -166,17 +163,3 @@ def _bytes(path: Path, start: int, end: int | None = None) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def check_store(store: str) -> None:
-    """Refuse an address that cannot hold checkpoints.
-
-    Raises:
-        UsageError: an unknown scheme, or one where nothing can be written.
-        SetupError: its package is not installed.
-    """
-    if not store or not is_remote(store):
-        return
-    if not store.partition("://")[2].strip("/"):
-        raise UsageError(f"store {store} names no bucket; give one such as s3://bucket/folder")
-    target_for(store)

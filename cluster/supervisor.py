@@ -49,8 +49,9 @@ class Supervisor:
     """Keeps one run going; needs a Ray (`ray_session.session`)."""
 
     def __init__(
-        self, config: Config, data: str, run: Path, screen: Screen, reached: Callable[[], int]
-    ) -> None:
+        self, config: Config, data: str, run: Path, screen: Screen,
+        reached: Callable[[], int], aside: Callable[[], str],
+    ) -> None:  # fmt: skip
         """Prepare.
 
         Args:
@@ -59,9 +60,10 @@ class Supervisor:
             run: folder of the run.
             screen: gets lines and events.
             reached: step of the newest checkpoint.
+            aside: what Ray has said so far.
         """
         self._config, self._data, self._run, self._screen = config, data, run, screen
-        self._reached = reached
+        self._reached, self._aside = reached, aside
         # Decided once: a run that has lost its GPUs must not creep on on CPUs.
         self._gpu = config.device == "gpu" or (config.device == "auto" and has_gpus())
         self._mirror = mirror_of(run, config.store)
@@ -88,7 +90,7 @@ class Supervisor:
                     step = self._step()
                     failures, begun = (failures + 1 if step == begun else 1), step
                     if failures > self._config.max_failures or attempt.failure.final:
-                        raise attempt.failure.error(self._run)
+                        raise attempt.failure.error(self._run, self._aside())
                     self._screen.say(f"{attempt.failure.why}; starting again from step {step}")
                 room = self._room(attempt.plan, end)
 

@@ -14,12 +14,12 @@ from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.checkpoint_places import folder_of, reached
+from cluster.checkpoint_places import folder_of, places_of, reached
 from cluster.config import Config
 from cluster.config_file import Command, parse
 from cluster.console import Screen
 from cluster.run_folder import QUARANTINE, held, settle
-from cluster.run_mirror import check_store, mirror_of
+from cluster.run_mirror import mirror_of
 from cluster.tensorboard import check_installed
 from model.design import stages
 from pipeline.dataset import DataSet, is_remote, open_dataset
@@ -27,6 +27,7 @@ from pipeline.errors import DataError, UsageError, run
 from pipeline.manifest import Manifest, identity
 from pipeline.pixel_stats import Statistics
 from pipeline.storage import Storage
+from pipeline.stores.errors import without_secrets
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         check(command, manifest, dataset)
     with held(folder), Screen() as screen:
         if (mirror := mirror_of(folder, config.store)) and (fetched := mirror.restore()):
-            screen.say(f"fetched from {config.store}: {', '.join(fetched)}")
+            screen.say(f"fetched from {without_secrets(config.store)}: {', '.join(fetched)}")
         step, total = reached(folder, config.store), config.total_steps(samples)
         settle(folder, config, identity(dataset.folder), samples, step)
         if step >= total and sound(folder, config.store, total, screen):
@@ -85,7 +86,7 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
         )
     for split in ("train", "val") if command.settings.validate_every else ("train",):
         Storage(dataset, split)
-    check_store(command.settings.store)
+    places_of(command.run, command.settings.store)
     if command.settings.tensorboard:
         check_installed()
     Statistics.load(dataset.folder, manifest.stats_sha256)
@@ -139,7 +140,9 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> N
     aside = io.StringIO()  # what Ray has to say on stdout
     workers = config.size * config.replica_sizes[-1]
     with redirect_stdout(aside), session(workers):
-        Supervisor(config, data, folder, screen, lambda: reached(folder, config.store)).train()
+        Supervisor(
+            config, data, folder, screen, lambda: reached(folder, config.store), aside.getvalue
+        ).train()
 
 
 if __name__ == "__main__":

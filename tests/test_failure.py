@@ -58,8 +58,10 @@ def test_an_error_of_ours_keeps_its_exit_code(tmp_path: Path):
 
 def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
     failure = Failure(raised=RuntimeError("Training failed due to:\nno room\nthird line"))
-    assert str(failure.error(tmp_path)).startswith("no room (traceback in ")
-    assert "third line" in (tmp_path / "error.log").read_text()
+    assert str(failure.error(tmp_path, "said aside")).startswith("no room (traceback in ")
+    log = (tmp_path / "error.log").read_text()
+    assert "third line" in log
+    assert "said aside" in log
 
 
 def test_a_log_that_cannot_be_written_hides_nothing(tmp_path: Path):

@@ -7,18 +7,18 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from cluster.checkpoint_places import bucket_of, folder_of
 from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.fit import checkpoint_bytes
 from cluster.doctor.speed import told
 from cluster.doctor.storage import CREDENTIALS
-from cluster.run_mirror import check_store
 from pipeline.dataset import is_remote
 from pipeline.errors import DuetError
 from pipeline.files import writable_folder
-from pipeline.packing.store_target import StoreTarget
 from pipeline.stores.errors import without_secrets
 from pipeline.stores.fetch import Policy
 
@@ -61,11 +61,10 @@ def judge_store(store: str) -> Finding:
     """Write a small file to the store of a config, read it back and remove it."""
     safe = without_secrets(store)
     try:
-        check_store(store)
         if not is_remote(store):
-            writable_folder(Path(store.removeprefix("file://")), "store")
+            writable_folder(folder_of(store), "store")
             return ok("store of run", f"{safe} can be written")
-        target = StoreTarget(store.rstrip("/"), Policy(attempts=2, stall=5))
+        target = replace(bucket_of(store.rstrip("/")), policy=Policy(attempts=2, stall=5))
         name, mark = f".doctor.{secrets.token_hex(8)}", secrets.token_bytes(32)
         start = time.perf_counter()
         with target.create(name) as file:
