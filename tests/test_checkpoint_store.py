@@ -224,6 +224,7 @@ def test_where_nothing_can_be_written_is_refused_at_once(tmp_path):
     for store, words in {
         "https://host/folder": "checkpoints go to folders and to object stores",
         "nosuch://host/folder": "checkpoints go to folders and to object stores",
+        "s3://": "names no bucket",
     }.items():
         with pytest.raises(UsageError, match=words):
             Run(tmp_path, store=store)
