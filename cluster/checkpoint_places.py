@@ -94,7 +94,7 @@ def places_of(run: Path, store: str) -> Places:
         SetupError: the package for its scheme is not installed.
     """
     if is_remote(store):
-        return Bucket(bucket_of(f"{store.rstrip('/')}/{CHECKPOINTS}"))
+        return Bucket(bucket_of(store, CHECKPOINTS))
     return Folder((folder_of(store) if store else run) / CHECKPOINTS)
 
 
@@ -104,19 +104,18 @@ def folder_of(store: str) -> Path:
     return Path(unquote(urlsplit(store).path) if local else store)
 
 
-def bucket_of(address: str) -> StoreTarget:
-    """Return what writes below an address; raises as `places_of`."""
-    if address.partition("://")[0] not in OBJECT_STORES:
+def bucket_of(store: str, folder: str) -> StoreTarget:
+    """Return what writes into a folder of a store; raises as `places_of`."""
+    safe = without_secrets(store)
+    if store.partition("://")[0] not in OBJECT_STORES:
         raise UsageError(
-            f"store {without_secrets(address)}: checkpoints go to folders and to object stores "
+            f"store {safe}: checkpoints go to folders and to object stores "
             "(s3://, gs://, az://); give one of these"
         )
-    if not urlsplit(address).netloc:
-        raise UsageError(
-            f"store {without_secrets(address)} names no bucket; give one such as s3://bucket/folder"
-        )
-    Store(address)  # has the package for it
-    return StoreTarget(address, POLICY)
+    if not urlsplit(store).netloc:
+        raise UsageError(f"store {safe} names no bucket; give one such as s3://bucket/folder")
+    Store(store)  # has the package for it
+    return StoreTarget(f"{store.rstrip('/')}/{folder}".rstrip("/"), POLICY)
 
 
 def reached(run: Path, store: str) -> int:

@@ -58,7 +58,7 @@ class Mirror:
 
     def __init__(self, run: Path, store: str) -> None:
         """Take the address; nothing is sent yet. Raises as `bucket_of`."""
-        self._run, self._target = run, bucket_of(f"{store.rstrip('/')}/run")
+        self._run, self._target = run, bucket_of(store, "run")
         self._sent: dict[str, int] = {}
 
     def begin(self) -> None:

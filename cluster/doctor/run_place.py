@@ -64,7 +64,7 @@ def judge_store(store: str) -> Finding:
         if not is_remote(store):
             writable_folder(folder_of(store), "store")
             return ok("store of run", f"{safe} can be written")
-        target = replace(bucket_of(store.rstrip("/")), policy=Policy(attempts=2, stall=5))
+        target = replace(bucket_of(store, ""), policy=Policy(attempts=2, stall=5))
         name, mark = f".doctor.{secrets.token_hex(8)}", secrets.token_bytes(32)
         start = time.perf_counter()
         with target.create(name) as file:
