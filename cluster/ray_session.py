@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,21 @@ def session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator[Non
     scratch = None if attached else Path(tempfile.mkdtemp(prefix="duet-"))
     try:
         _start(ray, scratch, workers, {name: os.environ[name] for name in unset})
+        guard_token()
         signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own, which aborts
         yield
     finally:
         ray.shutdown()
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def guard_token() -> None:
+    """Keep the token of this user's clusters from others; Ray writes it readable for all."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    with suppress(OSError):  # there is none, or it is somebody else's
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
 
 
 def _interrupt(*_: object) -> None:

@@ -69,3 +69,14 @@ def test_a_ray_that_does_not_start_is_a_line(tmp_path, monkeypatch):
         "no Ray on this machine (The current node timed out during startup.); "
         "try again when less runs here"
     )
+
+
+def test_a_token_that_others_can_read_is_kept_from_them(tmp_path, monkeypatch):
+    token = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    ray_session.guard_token()  # there is none
+    token.write_text("secret")
+    token.chmod(0o644)
+    ray_session.guard_token()
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.read_text() == "secret"
