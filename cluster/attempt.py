@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.channel import Channel
 from cluster.config import Config
-from cluster.events import Event, Failed, Finished, Placed, Started
+from cluster.events import Ended, Event, Failed, Finished, Placed, Started
 from cluster.failure import Failure
 from cluster.ray_worker import FAKE_GPUS, Job, run_worker
 from cluster.topology import Plan
@@ -28,7 +28,8 @@ class Attempt:
 
     def __init__(self, config: Config, data: str, run: Any, plan: Plan) -> None:
         self.plan = plan
-        self.started = self.finished = False
+        self.started = self.ended = self.finished = False
+        """Whether they have begun; have saved and ended as they were asked to; have done it all."""
         self.failure = Failure()
         """Why it failed, if it did; and the table of workers, when they are placed."""
         self._channel = Channel()
@@ -69,6 +70,8 @@ class Attempt:
                 self.failure.workers = workers
             case Started():
                 self.started = True
+            case Ended():
+                self.ended = True
             case Finished():
                 self.finished = True
             case Failed() if self.failure.told is None:

@@ -238,9 +238,9 @@ class Asked:
         """The same because the user wants it, and give up on those that do not.
 
         Raises:
-            KeyboardInterrupt: nothing would be lost, or they take too long.
+            KeyboardInterrupt: nothing would be lost (any more), or they take too long.
         """
-        if not self._attempt.started:
+        if not self._attempt.started or self._attempt.ended:
             raise KeyboardInterrupt
         if self._deadline is None:
             self._deadline = time.monotonic() + GRACE

@@ -53,6 +53,7 @@ class Command:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
+            start_new_session=True,
         )
         self.lines: list[str] = []
 
@@ -109,8 +110,11 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
     doors = listening(one.mark)
     assert len(doors) > 10  # Ray's, gloo's and torch's
     assert [door for door in doors if door[1] not in LOOPBACK] == []
-    one.process.send_signal(signal.SIGINT)
+    os.killpg(one.process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it, too
+    one.until("saved, and ended")
+    saved_at = time.monotonic()
     assert one.end() == 130
+    assert time.monotonic() - saved_at < 8
     assert strangers(one.lines) == []
     saved = next(line.split()[1] for line in one.lines if line.endswith("saved, and ended"))
     assert f"stopped; the same command goes on from step {saved}" in one.lines
