@@ -83,7 +83,7 @@ def test_a_config_that_cannot_be_read_is_wrong_usage(tmp_path):
             main([str(path)])
 
 
-def test_a_check_that_breaks_is_a_line_and_the_others_go_on(monkeypatch, no_exchange):
+def test_a_check_that_breaks_is_a_line_and_the_others_go_on(monkeypatch, tmp_path, no_exchange):
     def breaks() -> list[Finding]:
         raise RuntimeError("what?\nmore")
 
@@ -91,6 +91,7 @@ def test_a_check_that_breaks_is_a_line_and_the_others_go_on(monkeypatch, no_exch
     assert (found.status, found.value) == ("FAIL", "the check itself failed: RuntimeError: what?")
     monkeypatch.setattr("cluster.doctor.software.gather", breaks)
     monkeypatch.setattr("cluster.doctor.gpus.gather", breaks)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # another test's head may have just ended
     found_ones = list(Examination("", None, None).findings())
     assert [found.name for found in found_ones if found.status == "FAIL"] == [
         "packages", "this machine",
