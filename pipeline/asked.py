@@ -19,6 +19,7 @@ from pipeline.picture import SIZE, Encoding
 from pipeline.pixel_stats import Statistics
 from pipeline.reader import Reader, Slice
 from pipeline.recipe import Colour, ColourPlan, Mean, Recipe, recipe_of
+from pipeline.waits import Waits
 
 View = Literal["random", "centre", "whole"]
 WORDS = {"view": View, "shuffle": Shuffle, "device": Device, "mean": Mean}
@@ -90,7 +91,7 @@ class Asked:
             whole=self.view == "whole",
         )
 
-    def starter(self, reader: Reader, encoding: Encoding) -> Callable[[int], Flow]:
+    def starter(self, reader: Reader, encoding: Encoding) -> Callable[[int, Waits], Flow]:
         """Return what begins to decode at a position, however often."""
         return partial(
             Flow,

@@ -42,6 +42,11 @@ class Background(Generic[T]):
             raise made.error or StopIteration
         return made.item
 
+    @property
+    def made(self) -> int:
+        """Items that are there to be taken."""
+        return self._queue.qsize()
+
     def close(self) -> None:
         """Stop the thread and wait for its end, once the item in the making is made.
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 
 import torch
@@ -23,6 +24,7 @@ from pipeline.quarantine import UNDECODABLE, Quarantine
 from pipeline.reader import Reader
 from pipeline.recipe import Colour, Mean, central
 from pipeline.storage import Damage, Storage
+from pipeline.waits import Waits
 
 __all__ = ["Batch", "Stream", "View"]
 
@@ -168,7 +170,10 @@ class Stream:
         )
         self._device = torch.device("cuda" if device == "gpu" else "cpu")
         self._start = asked.starter(self._reader, self._storage.encoding)
-        self._flow: Flow | None = self._start(position)
+        self.waits = Waits()
+        """Seconds for which `next` has been waited so far, by what was not ready. Read ahead as it
+        is, a stream that is quick enough has next to none."""
+        self._flow: Flow | None = self._start(position, self.waits)
         self._ledger: Ledger | None = None
         if ledger:
             about = asked.about(identity(self._dataset.folder), len(self._storage), recipe)
@@ -183,6 +188,14 @@ class Stream:
     def damaged(self) -> Mapping[int, Damage]:
         """The damaged samples this stream has come upon, by id."""
         return self._quarantine.known
+
+    @property
+    def read_ahead(self) -> int:
+        """Batches that lay ready to be decoded when the last one was asked for, 0..prefetch.
+
+        0: storage, checksums or the feed hold the stream back.
+        """
+        return self._flow.ready if self._flow else 0
 
     def __iter__(self) -> Stream:
         return self
@@ -204,9 +217,10 @@ class Stream:
                 break
             except DecodeFailure as failure:
                 self._flow = self._without(self._flow, failure)
+        start = perf_counter()
         if self._ledger is not None:
             self._ledger.record(loaded.first, loaded.due, loaded.ids, images)
-        return Batch(
+        batch = Batch(
             ids=torch.from_numpy(loaded.ids),
             images=images,
             labels=torch.from_numpy(loaded.labels).to(self._device),
@@ -214,6 +228,8 @@ class Stream:
             replaced=torch.from_numpy(loaded.ids != loaded.due),
             position=loaded.position,
         )
+        self.waits.handover += perf_counter() - start
+        return batch
 
     def close(self) -> None:
         """Stop reading and decoding, and let files and memory go. Batches stay valid."""
@@ -265,4 +281,4 @@ class Stream:
         samples = failure.batch.ids[failure.places].tolist()
         self._reader.report([self._storage.damage(sample, UNDECODABLE) for sample in samples])
         flow.close()
-        return self._start(failure.batch.start)
+        return self._start(failure.batch.start, self.waits)

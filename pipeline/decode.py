@@ -201,28 +201,46 @@ def pixels_of(
     done by CUDA. Between 0 and 1 it is the batch that decides which pictures go where, and their
     pixels differ a little by that.
     """
-    common = {
-        "mirror": flip,
-        "mean": mean,
-        "dtype": types.FLOAT16 if device == "gpu" else types.FLOAT,
-        "output_layout": "CHW",
-    }
-    if divisor is not None:
-        common["std"] = divisor
-    where = {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
     if encoding == "raw":
         pixels = pictures.gpu() if device == "gpu" else pictures
-        return fn.crop_mirror_normalize(pixels, **common, **where)
-    pixels = fn.decoders.image_crop(
-        pictures,
+        return normalised(pixels, flip, mean, device, divisor, _where(x, y, size))
+    pixels = decoded(pictures, x, y, device, size, hw_decoder_load)
+    return normalised(pixels, flip, mean, device, divisor)
+
+
+def decoded(
+    jpegs: Any, x: Any, y: Any, device: Device, size: int = CROP, hw_decoder_load: float = 1.0
+) -> Any:
+    """Return the first half of that graph: JPEGs -> the crop, uint8 [size, size, 3]."""
+    return fn.decoders.image_crop(
+        jpegs,
         device="mixed" if device == "gpu" else "cpu",
         output_type=types.RGB,
         # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
         jpeg_fancy_upsampling=True,
         hw_decoder_load=hw_decoder_load,
-        **where,
+        **_where(x, y, size),
     )
-    return fn.crop_mirror_normalize(pixels, **common)
+
+
+def normalised(
+    pixels: Any, flip: Any, mean: Any, device: Device, divisor: Any = None, where: Any = None
+) -> Any:
+    """Return its second half: uint8 HWC -> pixels; `where` to crop, in raw pictures, as well."""
+    more = {} if divisor is None else {"std": divisor}
+    return fn.crop_mirror_normalize(
+        pixels,
+        mirror=flip,
+        mean=mean,
+        dtype=types.FLOAT16 if device == "gpu" else types.FLOAT,
+        output_layout="CHW",
+        **more,
+        **(where or {}),
+    )
+
+
+def _where(x: Any, y: Any, size: int) -> dict[str, Any]:
+    return {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
 
 
 def fraction(corner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

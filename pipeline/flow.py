@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from pipeline.background import Background
 from pipeline.decode import Decoder, Device, Feed, Trial
 from pipeline.picture import Encoding
 from pipeline.reader import Loaded, Reader
+from pipeline.waits import Waits
 
 Floats = npt.NDArray[np.float32]
 
@@ -33,6 +35,7 @@ class Flow:
         self,
         reader: Reader,
         position: int,
+        waits: Waits,
         *,
         prefetch: int,
         batch_size: int,
@@ -44,9 +47,12 @@ class Flow:
     ) -> None:
         """Start at once: `prefetch` batches are read and as many decoded before they are asked for.
 
-        The other arguments are those of `Decoder`.
+        What `run` waits for is added to `waits`. The other arguments are those of `Decoder`.
         """
         self._reader = reader
+        self._waits = waits
+        self.ready = 0
+        """Batches that were read, and waited to be decoded, when the last one was asked for."""
         self._device: Device = device
         self._raw = encoding == "raw"
         self._background = Background(reader.batches(position), depth=prefetch)
@@ -54,6 +60,7 @@ class Flow:
         self._done: deque[Loaded] = deque()
         self._keep = prefetch + 1
         self._error: BaseException | None = None
+        self._read_wait = 0.0
         # DALI's graph is a tangle of cycles: if it knew `self`, all of this would stay until a
         # garbage collection.
         source = weakref.WeakMethod(self._source)
@@ -78,6 +85,7 @@ class Flow:
             DecodeFailure: there are pictures in the batch that cannot be decoded.
             DuetError: what stopped the reader, after all batches before it.
         """
+        start, read = perf_counter(), self._read_wait
         try:
             images = self._decoder.run()
         except StopIteration:
@@ -100,6 +108,7 @@ class Flow:
             self._reader.give_back(self._done.popleft())
         if self._picture is not None:
             _subtract(images, self._picture, loaded.feed.divisor)
+        self._waits.decode += perf_counter() - start - (self._read_wait - read)
         return loaded, images
 
     def close(self) -> None:
@@ -109,6 +118,7 @@ class Flow:
 
     def _source(self) -> Feed:
         """DALI asks for the next batch; called ahead of need."""
+        self.ready, start = self._background.made, perf_counter()
         try:
             loaded = self._background.take()
         except StopIteration:
@@ -116,6 +126,9 @@ class Flow:
         except Exception as error:
             self._error = error  # told when its turn comes: the batches before it are good
             raise StopIteration from None
+        waited = perf_counter() - start
+        self._read_wait += waited
+        self._waits.on_reader(waited, loaded.spent)
         self._decoding.append(loaded)
         return loaded.feed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from pipeline.quarantine import UNDECODABLE, Quarantine
 from pipeline.recipe import Recipe
 from pipeline.screen import Screen
 from pipeline.storage import Bytes, Damage, Storage
+from pipeline.waits import Spent
 
 LOOKAHEAD = 4
 """Batches whose bytes the kernel is told to fetch before they are read."""
@@ -46,6 +48,8 @@ class Loaded:
     """Position of the first sample of this slice."""
     memory: Bytes
     """Where the pictures of the feed lie, unless in their shards."""
+    spent: Spent
+    """What it cost the thread that made it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,7 @@ class Reader:
         """
         planned: deque[tuple[int, Slots]] = deque()
         while True:
+            start = perf_counter()
             while len(planned) <= LOOKAHEAD and not self._past_end(position):
                 slots = self._plan(position)
                 self._storage.advise(slots.ids)
@@ -102,7 +107,7 @@ class Reader:
                 position += self._part.batch_size
             if not planned:
                 return
-            yield self._load(*planned.popleft())
+            yield self._load(*planned.popleft(), start)
 
     def give_back(self, loaded: Loaded) -> None:
         """Say that nothing looks at the memory of a batch any more: the next may have it."""
@@ -126,7 +131,7 @@ class Reader:
         ids = np.where(slots.epochs == 0, slots.ids, last)
         return Slots(np.zeros(count, np.int64), ids)
 
-    def _load(self, start: int, slots: Slots) -> Loaded:
+    def _load(self, start: int, slots: Slots, begun: float) -> Loaded:
         needs = self._order.needs(start)
         if needs is not self._needs:
             self._needs = needs
@@ -139,8 +144,10 @@ class Reader:
             position = min(position, self._order.samples)
             counted = np.arange(first, first + len(ids)) < self._order.samples
             weights = (counted & (ids == slots.ids)).astype(np.float32)
+        feed = self._feed(slots, pictures)
+        spent = self._storage.spent()
         return Loaded(
-            feed=self._feed(slots, pictures),
+            feed=feed,
             due=slots.ids,
             ids=ids,
             labels=self._storage.labels(ids),
@@ -149,6 +156,7 @@ class Reader:
             position=position,
             first=first,
             memory=memory,
+            spent=spent._replace(feed=perf_counter() - begun - spent.total),
         )
 
     def _sound(self, first: int, slots: Slots) -> tuple[Ids, list[Bytes], Bytes]:

@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.errors import REBUILD, DataError, DuetError, SetupError
 from pipeline.index import load_index, sample_key, split_name
 from pipeline.manifest import Manifest
 from pipeline.order import Ids
+from pipeline.waits import Spent
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -76,6 +78,7 @@ class Storage:
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._finalizer = weakref.finalize(self, _close, self._files)
         self._maps = self.encoding == "raw"
+        self._opening = self._reading = self._checking = 0.0
         self._read_before = np.zeros(len(self._index) if self._maps else 0, bool)
 
     def __len__(self) -> int:
@@ -125,7 +128,7 @@ class Storage:
                 file = self._file(shard)
                 # What was cut off since it was mapped must not be touched: that is a SIGBUS.
                 whole = os.fstat(file.number).st_size >= offset + size
-                if whole and isal_zlib.crc32(view := file.mapped[offset : offset + size]) == crc:
+                if whole and self._crc(view := file.mapped[offset : offset + size]) == crc:
                     views.append(view)
                     continue
                 view = np.empty(size, np.uint8)
@@ -141,6 +144,12 @@ class Storage:
         if self._maps:
             self._read_before[ids] = True
         return views, damaged
+
+    def spent(self) -> Spent:
+        """Return the seconds that `read` took since this was last asked, without `feed`."""
+        spent = Spent(self._opening, self._reading, self._checking)
+        self._opening = self._reading = self._checking = 0.0
+        return spent
 
     def damage(self, sample: int, reason: str) -> Damage:
         """Return the damage of a sample, for messages and lists."""
@@ -158,14 +167,23 @@ class Storage:
     def _fill(self, view: memoryview, shard: int, offset: int, crc: int) -> str | None:
         """Read and check one sample; return what is wrong with it."""
         try:
-            count = os.preadv(self._file(shard).number, [view], offset)
+            file = self._file(shard).number
+            start = perf_counter()
+            count = os.preadv(file, [view], offset)
+            self._reading += perf_counter() - start
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
                 raise self._lost(shard, error) from error
             return f"cannot be read ({error.strerror})"
         if count < len(view):
             return "the shard ends before it does"
-        return None if isal_zlib.crc32(view) == crc else "CRC-32 differs"
+        return None if self._crc(view) == crc else "CRC-32 differs"
+
+    def _crc(self, view: memoryview | Bytes) -> int:
+        start = perf_counter()
+        crc: int = isal_zlib.crc32(view)
+        self._checking += perf_counter() - start
+        return crc
 
     def _stored_key(self, number: int, offset: int) -> str | None:
         """Return the key that the tar itself has for the picture at `offset`, if it is readable."""
@@ -190,8 +208,10 @@ class Storage:
         if file is None:
             if len(self._files) >= OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
+            start = perf_counter()
             with self._dataset.open(self.shards[number]) as opened:
                 file = self._files[number] = _File(os.dup(opened.fileno()))
+            self._opening += perf_counter() - start
         else:
             self._files.move_to_end(number)
         return file

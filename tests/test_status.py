@@ -251,7 +251,8 @@ def test_the_rows_in_a_store_show_a_run_without_its_folder(run, s3_bucket, capsy
         main([bucket + "/empty"])
 
 
-def test_json_is_one_object(run, capsys):
+def test_json_is_one_object(run, monkeypatch, capsys):
+    monkeypatch.setattr("cluster.status.time.time", lambda: NOW)
     full(run)
     assert main([str(run.folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "running"

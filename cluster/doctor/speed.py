@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from cluster.config import Config
 from pipeline.dataset import DataSet
 from pipeline.errors import DuetError
 from pipeline.manifest import NAME, Shard, Split
+from pipeline.page_cache import forget
 from pipeline.sources.asking import Call, file_system
 from pipeline.stores.errors import TransferError, describe, without_secrets
 from pipeline.stores.fetch import Policy
@@ -119,27 +117,6 @@ def _single_pictures(dataset: DataSet, name: str, split: Split) -> Disk:
             os.close(file)
     return Disk(pictures=done, bytes=read, seconds=seconds, cached=here / whole,
                 order="single pictures at random")  # fmt: skip
-
-
-def forget(file: int) -> int:
-    """Ask the kernel to drop an open file from the page cache.
-
-    Returns:
-        bytes that are in memory all the same (a file system in memory; pages that others map).
-    """
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    size = os.fstat(file).st_size
-    if not size:
-        return 0
-    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-    # A private map may be written to, which ctypes wants before it gives an address.
-    with closing(mmap.mmap(file, size, flags=mmap.MAP_PRIVATE)) as mapped:
-        first = ctypes.c_char.from_buffer(mapped)
-        failed = ctypes.CDLL(None).mincore(
-            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size), pages
-        )
-        del first  # or the map cannot be closed
-    return 0 if failed else min(size, mmap.PAGESIZE * sum(page & 1 for page in pages))
 
 
 def stream(data: str, config: Config | None) -> float:

@@ -1,0 +1,1 @@
+"""The third door: how fast the stream is, stage by stage, and what would make it faster."""

@@ -1,0 +1,119 @@
+"""Honest clocks: rates with their spread, CPU time, and what else keeps the machine busy."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+STEADY = 0.05
+"""Half the spread of the middle half of the windows, over their median: below it, they are steady.
+(The standard error of the median of 5 such windows is then about 2 %.)"""
+FEWEST, MOST = 5, 15
+"""Windows of a measurement: at least, and until they are steady at most."""
+OTHERS = 0.1
+"""Share of the machine's CPUs that others may use before it is said."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Something a second, measured in several windows of time."""
+
+    windows: tuple[float, ...]
+    """In the order they were taken."""
+    cpu: float
+    """Cores that this process kept busy meanwhile."""
+    others: float
+    """Share of the machine's CPUs, 0..1, that other processes kept busy meanwhile."""
+
+    @property
+    def median(self) -> float:
+        """The result."""
+        return statistics.median(self.windows)
+
+    @property
+    def spread(self) -> float:
+        """Half of what the middle half of the windows spans, over the median."""
+        if len(self.windows) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.windows, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+    @property
+    def steady(self) -> bool:
+        """Whether the windows agree."""
+        return self.spread <= STEADY
+
+    @property
+    def error(self) -> float:
+        """About one standard error of the median, over the median (normal windows)."""
+        return float(1.86 * self.spread / max(1, len(self.windows)) ** 0.5)
+
+
+def measured(
+    work: Callable[[], int], seconds: float, *, fewest: int = FEWEST, most: int = MOST,
+    settle: Callable[[], None] = lambda: None,
+) -> Rate:  # fmt: skip
+    """Repeat `work` and return how many of its items a second get done.
+
+    The first call is a warm-up and not counted. There are `fewest` windows of at least
+    `seconds / fewest` each, and more, up to `most`, until they agree.
+
+    Args:
+        work: does some items and says how many.
+        seconds: for `fewest` windows.
+        fewest: windows, at least.
+        most: windows, at most.
+        settle: waits until what was started is done (a GPU), before the clock is read.
+    """
+    work()
+    settle()
+    rates: list[float] = []
+    load = Load()
+    while len(rates) < fewest or (len(rates) < most and not Rate(tuple(rates), 0, 0).steady):
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds / fewest:
+            done += work()
+        settle()
+        rates.append(done / (time.perf_counter() - start))
+    return Rate(tuple(rates), load.cores(), load.others())
+
+
+class Load:
+    """What kept the CPUs busy since this was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._own = _own_seconds()
+        self._all = _busy_seconds()
+
+    def cores(self) -> float:
+        """Cores that this process and its children kept busy."""
+        return (_own_seconds() - self._own) / max(1e-9, time.perf_counter() - self._start)
+
+    def others(self) -> float:
+        """Share of the machine's CPUs, 0..1, that others kept busy; 0 where nobody can tell."""
+        now, before = _busy_seconds(), self._all
+        if now is None or before is None:
+            return 0.0
+        wall = max(1e-9, time.perf_counter() - self._start) * (os.cpu_count() or 1)
+        own = _own_seconds() - self._own
+        return min(1.0, max(0.0, now - before - own) / wall)
+
+
+def _own_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of all processes since the machine started, and those stolen by its host."""
+    try:
+        first = Path("/proc/stat").read_text().partition("\n")[0].split()
+    except OSError:
+        return None
+    user, nice, system, _, _, interrupts, soft, stolen = (int(part) for part in first[1:9])
+    ticks = user + nice + system + interrupts + soft + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
