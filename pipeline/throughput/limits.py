@@ -130,11 +130,11 @@ def nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: float,
     )
     pipe = Pipeline(batch_size, threads, gpu_of("gpu"), prefetch_queue_depth=3)
     with pipe:
-        stored = fn.external_source(source=lambda: next(batches), batch=True, dtype=types.UINT8, ndim=1)
+        stored = fn.external_source(
+            source=lambda: next(batches), batch=True, dtype=types.UINT8, ndim=1
+        )
         pipe.set_outputs(
-            fn.decoders.image(
-                stored, device="mixed", output_type=types.RGB, hw_decoder_load=load
-            )
+            fn.decoders.image(stored, device="mixed", output_type=types.RGB, hw_decoder_load=load)
         )
     pipe.build()
 
@@ -185,5 +185,3 @@ def _blocks(files: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     for file in files:
         for at in range(0, min(each, os.fstat(file).st_size), BLOCK):
             yield file, at
-
-

@@ -99,9 +99,7 @@ class Parts:
     def reader(self) -> Reader:
         """A reader of its own state."""
         quarantine = Quarantine(self.setting.split, None)
-        return Reader(
-            self.storage, self.order, self.recipe, self._slice, quarantine, strict=False
-        )
+        return Reader(self.storage, self.order, self.recipe, self._slice, quarantine, strict=False)
 
     def loaded(self, batches: int, position: int = 0) -> list[Loaded]:
         """The first batches from a position, read and kept."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,13 +30,12 @@ from torch.utils.dlpack import from_dlpack
 from pipeline.augment import CROP
 from pipeline.decode import decoded, gpu_of, normalised
 from pipeline.manifest import Shard
-from pipeline.page_cache import forget
 from pipeline.picture import SIZE
 from pipeline.reader import Loaded
 from pipeline.throughput import limits
-from pipeline.throughput.clock import Load, Rate, measured
+from pipeline.throughput.clock import Rate, measured
+from pipeline.throughput.reading import Reading, reading, reading_cold
 from pipeline.throughput.setting import Parts
-from pipeline.waits import Spent
 
 T = TypeVar("T")
 
@@ -69,79 +68,6 @@ class Stage:
         return self.rate.median / self.limit if self.limit else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What the reading thread does, alone: seconds a picture, in windows of some batches."""
-
-    windows: tuple[Spent, ...]
-    """Means over the pictures of a window each."""
-    cpu: float
-    """Cores kept busy."""
-    others: float
-
-    def rate(self, *names: str) -> Rate:
-        """Pictures a second of some of its parts, or of all."""
-        parts = names or Spent._fields
-        return Rate(
-            tuple(1 / max(1e-12, sum(getattr(one, name) for name in parts))
-                  for one in self.windows),
-            self.cpu, self.others,
-        )  # fmt: skip
-
-    @property
-    def seconds(self) -> Spent:
-        """Seconds a picture: the median of each part."""
-        return Spent(*(float(np.median(part)) for part in zip(*self.windows, strict=True)))
-
-
-def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Reading:
-    """Read the first batches of the stream, round and round, and nothing else."""
-    reader, size = parts.reader(), parts.setting.batch_size
-    source = itertools.chain.from_iterable(
-        itertools.islice(reader.batches(0), batches) for _ in itertools.repeat(None)
-    )
-    reader.give_back(next(source))
-    found: list[Spent] = []
-    load = Load()
-    while len(found) < windows:
-        spent, count, start = Spent(), 0, time.perf_counter()
-        while time.perf_counter() - start < seconds / windows:
-            loaded = next(source)
-            reader.give_back(loaded)
-            spent, count = spent.plus(loaded.spent), count + size
-        found.append(spent.scaled(spent.total / count))
-    return Reading(windows=tuple(found), cpu=load.cores(), others=load.others())
-
-
-def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading, float]:
-    """Read batches of which nothing is in memory.
-
-    Returns:
-        what it took, and the share of their shards that stayed in memory although the kernel was
-        asked to let it go (a file system in memory, pages that others map).
-    """
-    slots = parts.order.slots(0, batches * parts.setting.batch_size)
-    sizes = np.cumsum([shard.samples for shard in parts.storage.shards])
-    numbers = np.unique(np.searchsorted(sizes, slots.ids, side="right"))
-    kept = total = 0
-    for number in numbers.tolist():
-        with parts.dataset.open(parts.storage.shards[number]) as file:
-            kept += forget(file.fileno())
-            total += parts.storage.shards[number].bytes
-    reader = parts.reader()
-    load, found = Load(), []
-    each = max(1, batches // windows)
-    source = itertools.islice(reader.batches(0), windows * each)
-    while window := list(itertools.islice(source, each)):
-        spent = Spent()
-        for loaded in window:
-            spent = spent.plus(loaded.spent)
-            reader.give_back(loaded)
-        found.append(spent.scaled(spent.total / (each * parts.setting.batch_size)))
-    reading = Reading(windows=tuple(found), cpu=load.cores(), others=load.others())
-    return reading, kept / max(1, total)
-
-
 def pixels(parts: Parts, loaded: Sequence[Loaded], threads: int, seconds: float) -> Rate:
     """All that DALI does, decoding and normalising, with `threads` threads and nothing beside."""
     decoder = parts.decoder([one.feed for one in loaded], threads)
@@ -154,6 +80,18 @@ def pixels(parts: Parts, loaded: Sequence[Loaded], threads: int, seconds: float)
     for _ in range(parts.setting.prefetch):
         step()
     return measured(step, seconds, settle=_settle(parts))
+
+
+def pixel_seconds(parts: Parts, loaded: Sequence[Loaded], batches: int) -> list[float]:
+    """Seconds from one batch of pixels to the next, DALI alone."""
+    decoder = parts.decoder([one.feed for one in loaded], parts.setting.threads)
+    settle, found = _settle(parts), []
+    for _ in range(batches + 2 * parts.setting.prefetch):
+        start = time.perf_counter()
+        decoder.run()
+        settle()
+        found.append(time.perf_counter() - start)
+    return found[2 * parts.setting.prefetch :]
 
 
 def decode(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
@@ -261,34 +199,35 @@ class Alone:
     """None: this machine does not let go of the pages."""
     loaded: tuple[Loaded, ...]
     """Batches to feed DALI with."""
+    disk: float
+    """Bytes a second of files read end to end; 0: this machine does not let go of the pages."""
 
 
 def alone(parts: Parts, seconds: float, batches: int) -> Alone:
     """Measure every stage and its limit, about `seconds` each."""
     cold, kept = reading_cold(parts, min(batches, 60))
+    paths = [parts.dataset.shard(shard) for shard in _some_here(parts)]
+    disk, left = limits.disk(paths)
     warm = reading(parts, seconds, batches)
     loaded = tuple(parts.loaded(KEPT))
-    return Alone(
-        stages=tuple(
-            itertools.chain(
-                _reader_stages(parts, warm, cold if kept < COLD else None, seconds),
-                _pixel_stages(parts, loaded, seconds),
-            )
-        ),
-        warm=warm, cold=cold if kept < COLD else None, loaded=loaded,
+    found = Alone(
+        stages=(), warm=warm, cold=cold if kept < COLD else None, loaded=loaded,
+        disk=disk if left < COLD else 0.0,
     )  # fmt: skip
+    stages = itertools.chain(
+        _reader_stages(parts, found, paths, seconds), _pixel_stages(parts, loaded, seconds)
+    )
+    return replace(found, stages=tuple(stages))
 
 
 def _reader_stages(
-    parts: Parts, warm: Reading, cold: Reading | None, seconds: float
+    parts: Parts, found: Alone, paths: Sequence[Path], seconds: float
 ) -> Iterator[Stage]:
-    each = parts.bytes_each
-    paths = [parts.dataset.shard(shard) for shard in _some_here(parts)]
-    disk, kept = limits.disk(paths)
+    each, warm, cold = parts.bytes_each, found.warm, found.cold
     if cold is not None:
         yield Stage(
             name="storage, cold", rate=cold.rate(), bytes=each,
-            limit=disk / each if kept < COLD else None, against="disk, files end to end",
+            limit=found.disk / each or None, against="disk, files end to end",
             note="with checksum and feed, which the kernel reads ahead under",
         )  # fmt: skip
     yield Stage(
@@ -364,4 +303,3 @@ def copied(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
         )  # fmt: skip
         pipe.set_outputs(stored.gpu())
     return _timed(parts, pipe, seconds)
-

@@ -1,0 +1,209 @@
+"""What could be changed, and what each change is predicted to gain."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.throughput import raw_trial, stages
+from pipeline.throughput.machine import cores, memory_bytes
+from pipeline.throughput.prediction import Costs, jitter, predicted
+from pipeline.throughput.reading import reading, reading_cold
+from pipeline.throughput.setting import Parts
+from pipeline.throughput.stages import Alone
+
+WORTH = 1.03
+"""A smaller gain is none: the clocks are not better than that."""
+DEPTHS = (1, 2, 3, 4, 6)
+"""Prefetch depths looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """One change and what it would do."""
+
+    name: str
+    change: str
+    """From what to what."""
+    img_s: float | None
+    """Predicted pictures a second; None: it cannot be said."""
+    gain: float | None
+    """Over what the stream gives now."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Now:
+    """The stream as it is set, and what is known of it."""
+
+    parts: Parts
+    alone: Alone
+    costs: Costs
+    """In the state of the set that counts: from memory, from the disk, or from its store."""
+    img_s: float
+    """Measured, or where that state was not measured, predicted."""
+    fits: bool
+    """The set fits into this machine's memory."""
+    state: str
+    """That state in words."""
+
+    def gained(self, costs: Costs) -> tuple[float, float]:
+        """Pictures a second and gain with other costs: the model's ratio on what was measured."""
+        gain = predicted(costs) / predicted(self.costs)
+        return self.img_s * gain, gain
+
+
+def remedies(now: Now, seconds: float) -> list[Remedy]:
+    """Everything that can be turned, the largest gain first; what cannot help here last."""
+    found = [
+        *_threads(now), *_prefetch(now), *_decoder_load(now, seconds), *_raw(now, seconds),
+        *_block(now), *_cache(now), *_batch(now, seconds),
+    ]  # fmt: skip
+    return sorted(found, key=lambda one: -(one.gain or 0))
+
+
+def _remedy(now: Now, name: str, change: str, costs: Costs, note: str = "") -> Remedy:
+    img_s, gain = now.gained(costs)
+    return Remedy(name=name, change=change, img_s=img_s, gain=gain, note=note)
+
+
+def _threads(now: Now) -> Iterator[Remedy]:
+    costs = now.costs
+    others = [count for count in costs.pixels if count != costs.threads]
+    if others:
+        best = max(others, key=lambda count: (predicted(costs.but(threads=count)), -count))
+        yield _remedy(now, "threads", f"{costs.threads} -> {best}", costs.but(threads=best))
+
+
+def _prefetch(now: Now) -> Iterator[Remedy]:
+    setting = now.parts.setting
+    read = now.alone.warm.each if now.costs.reader == now.alone.warm.seconds else (
+        now.alone.cold.each if now.alone.cold else now.alone.warm.each
+    )  # fmt: skip
+    pixels = stages.pixel_seconds(now.parts, now.alone.loaded, 60)
+    turns = max(len(read), len(pixels), 200)
+    reads = [read[turn % len(read)] for turn in range(turns)]
+    made = [pixels[turn % len(pixels)] for turn in range(turns)]
+    rates = {depth: jitter(reads, made, depth) * setting.batch_size
+             for depth in {*DEPTHS, setting.prefetch}}  # fmt: skip
+    # Queues even out what varies; they do not lift a bound.
+    top = predicted(now.costs)
+    current = min(rates[setting.prefetch], top)
+    best = min((depth for depth in rates if min(rates[depth], top) > 0.99 * max(
+        min(rate, top) for rate in rates.values())), default=setting.prefetch)  # fmt: skip
+    other = best if best != setting.prefetch else setting.prefetch * 2
+    gain = min(rates.get(other, rates[best]), top) / current
+    yield Remedy(
+        name="prefetch depth", change=f"{setting.prefetch} -> {other}",
+        img_s=now.img_s * gain, gain=gain,
+        note="measured batches replayed through queues of that length",
+    )  # fmt: skip
+
+
+def _decoder_load(now: Now, seconds: float) -> Iterator[Remedy]:
+    setting = now.parts.setting
+    if setting.device != "gpu" or now.parts.encoding == "raw":
+        yield Remedy(name="hardware decoder", change="", img_s=None, gain=None,
+                     note="raw pictures" if setting.device == "gpu" else "needs a GPU")  # fmt: skip
+        return
+    rates = {}
+    for load in {0.0, 0.5, 0.75, 1.0} - {setting.hw_decoder_load}:
+        parts = Parts(setting.but(hw_decoder_load=load), now.parts.dataset)
+        rates[load] = stages.pixels(parts, now.alone.loaded, setting.threads, seconds)
+        parts.storage.close()
+    best = max(rates, key=lambda load: rates[load].median)
+    note = "" if best in (0.0, 1.0) else "pixels then depend a little on their batch"
+    yield _remedy(
+        now, "hardware decoder", f"{setting.hw_decoder_load:g} -> {best:g}",
+        now.costs.but(pixels={setting.threads: rates[best]}), note,
+    )  # fmt: skip
+
+
+def _raw(now: Now, seconds: float) -> Iterator[Remedy]:
+    if now.parts.encoding == "raw":
+        return
+    samples = len(now.parts.storage)
+    need = -(-raw_trial.PICTURES // now.parts.setting.batch_size)
+    try:
+        loaded = now.parts.loaded(min(need, max(1, samples // now.parts.setting.batch_size)))
+        rate, each = raw_trial.measure(now.parts.setting, loaded, seconds)
+    except (OSError, subprocess.CalledProcessError):
+        yield Remedy(name="raw encoding", change="jpeg -> raw", img_s=None, gain=None,
+                     note="no room to try it")  # fmt: skip
+        return
+    img_s = rate.median
+    note = f"{each / now.parts.bytes_each:.1f} times the bytes"
+    if now.alone.disk and each * samples > memory_bytes():
+        img_s = min(img_s, now.alone.disk / each)
+        note += ", more than memory holds: the disk bounds it"
+    else:
+        note += ", in memory; tried on some of them"
+    if now.costs.store:
+        img_s = min(img_s, now.costs.store * now.parts.bytes_each / each)
+        note += "; from the store even slower"
+    yield Remedy(name="raw encoding", change="jpeg -> raw", img_s=img_s, gain=img_s / now.img_s,
+                 note=note)  # fmt: skip
+
+
+def _block(now: Now) -> Iterator[Remedy]:
+    if now.parts.setting.shuffle == "block":
+        return
+    if now.fits or now.alone.cold is None:
+        note = "the set is in memory after its first epoch" if now.fits else (
+            "this machine does not let go of pages; a disk cannot be told from memory")  # fmt: skip
+        yield Remedy(name="block shuffle", change="full -> block", img_s=now.img_s, gain=1.0,
+                     note=note)  # fmt: skip
+        return
+    parts = Parts(now.parts.setting.but(shuffle="block"), now.parts.dataset)
+    try:
+        cold, _ = reading_cold(parts, 60)
+    finally:
+        parts.storage.close()
+    yield _remedy(now, "block shuffle", "full -> block", now.costs.but(reader=cold.seconds),
+                  "shards are read end to end")  # fmt: skip
+
+
+def _cache(now: Now) -> Iterator[Remedy]:
+    if not now.costs.store:
+        yield Remedy(name="cache", change="", img_s=None, gain=None,
+                     note="for sets in a store only")  # fmt: skip
+        return
+    size = sum(shard.bytes for shard in now.parts.storage.shards)
+    yield _remedy(now, "cache", f"--cache-size of {size / 1e9:,.1f} GB and more",
+                  now.costs.but(store=0.0), "from the second epoch on")  # fmt: skip
+
+
+def _batch(now: Now, seconds: float) -> Iterator[Remedy]:
+    setting = now.parts.setting
+    if 2 * setting.batch_size > len(now.parts.storage):
+        return
+    parts = Parts(setting.but(batch_size=2 * setting.batch_size), now.parts.dataset)
+    try:
+        loaded = parts.loaded(4)
+        pixels = stages.pixels(parts, loaded, setting.threads, seconds)
+        reader = reading(parts, seconds / 2, 4).seconds
+    finally:
+        parts.storage.close()
+    costs = now.costs.but(pixels={setting.threads: pixels})
+    if now.costs.reader == now.alone.warm.seconds:
+        costs = costs.but(reader=reader)
+    yield _remedy(now, "batch", f"{setting.batch_size} -> {2 * setting.batch_size}", costs)
+
+
+def sweep(parts: Parts, alone: Alone, counts: Sequence[int], seconds: float) -> Costs:
+    """Return the costs of the stream, with DALI's rate at each number of threads."""
+    rates = {count: stages.pixels(parts, alone.loaded, count, seconds) for count in counts}
+    hand_over = next(stage.rate.median for stage in alone.stages if stage.name == "hand-over")
+    return Costs(
+        reader=alone.warm.seconds, pixels=rates, hand_over=1 / hand_over,
+        cores=cores(), threads=parts.setting.threads,
+    )  # fmt: skip
+
+
+def knee(costs: Costs) -> int:
+    """The fewest threads that give 95 % of the most."""
+    most = max(predicted(costs.but(threads=count)) for count in costs.pixels)
+    return min(
+        count for count in costs.pixels if predicted(costs.but(threads=count)) >= 0.95 * most
+    )
