@@ -1,4 +1,4 @@
-"""What the reading thread of a stream does, with nothing beside it: from memory, and from the disk."""
+"""What the reading thread of a stream does, alone: from memory, and from the disk."""
 
 from __future__ import annotations
 

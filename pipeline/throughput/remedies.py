@@ -89,14 +89,14 @@ def _prefetch(now: Now) -> Iterator[Remedy]:
              for depth in {*DEPTHS, setting.prefetch}}  # fmt: skip
     # Queues even out what varies; they do not lift a bound.
     top = predicted(now.costs)
-    current = min(rates[setting.prefetch], top)
-    best = min((depth for depth in rates if min(rates[depth], top) > 0.99 * max(
-        min(rate, top) for rate in rates.values())), default=setting.prefetch)  # fmt: skip
-    other = best if best != setting.prefetch else setting.prefetch * 2
-    gain = min(rates.get(other, rates[best]), top) / current
+    gains = {depth: min(rate, top) / min(rates[setting.prefetch], top)
+             for depth, rate in rates.items()}  # fmt: skip
+    best = min(depth for depth in gains if gains[depth] > max(gains.values()) / 1.01)
+    if best <= setting.prefetch:
+        best = min(depth for depth in DEPTHS if depth > setting.prefetch or depth == DEPTHS[-1])
     yield Remedy(
-        name="prefetch depth", change=f"{setting.prefetch} -> {other}",
-        img_s=now.img_s * gain, gain=gain,
+        name="prefetch depth", change=f"{setting.prefetch} -> {best}",
+        img_s=now.img_s * gains[best], gain=gains[best],
         note="measured batches replayed through queues of that length",
     )  # fmt: skip
 

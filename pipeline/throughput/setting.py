@@ -105,6 +105,14 @@ class Parts:
         """The first batches from a position, read and kept."""
         return list(itertools.islice(self.reader().batches(position), batches))
 
+    def touch(self, pictures: int) -> None:
+        """Bring the first pictures of the stream into memory: a clock then sees no disk."""
+        reader, size = self.reader(), self.setting.batch_size
+        for loaded in itertools.islice(
+            reader.batches(0), min(pictures, len(self.storage)) // size + 1
+        ):
+            reader.give_back(loaded)
+
     def decoder(self, feeds: list[Feed], threads: int) -> Decoder:
         """A decoder that is given the same feeds again and again."""
         setting = self.setting

@@ -1,0 +1,137 @@
+"""The whole examination: every stage, the stream, what bounds it and what would help."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+
+from pipeline.progress import Progress
+from pipeline.throughput import stages
+from pipeline.throughput.clock import Rate
+from pipeline.throughput.machine import cores, machine, memory_bytes
+from pipeline.throughput.prediction import Costs, bounds, predicted
+from pipeline.throughput.remedies import Now, Remedy, knee, remedies, sweep
+from pipeline.throughput.report import Report, Row, row, row_of
+from pipeline.throughput.setting import Parts, Setting, opened
+from pipeline.throughput.stages import Alone
+from pipeline.throughput.store import Fetching, fetching
+from pipeline.throughput.verdict import verdict, warnings
+from pipeline.throughput.whole import Whole, whole
+from pipeline.waits import Waits
+
+SECONDS = 1.5
+"""For which a stage is measured; all of it takes about a minute."""
+POINTS = 400
+"""Of the queue's picture."""
+
+
+def examine(setting: Setting, needed: float | None = None, seconds: float = SECONDS) -> Report:
+    """Measure the stream of a setting, stage by stage and as a whole.
+
+    Args:
+        setting: of the stream.
+        needed: pictures a second that the trainer takes, if that is known.
+        seconds: for each stage.
+
+    Raises:
+        DuetError: as `Stream` does.
+    """
+    with opened(setting) as parts, Progress("examining", total=6, unit="parts") as progress:
+        fetched = fetching(setting, 2 * seconds) if setting.remote else None
+        progress.advance(1)
+        batches = max(1, min(len(parts.storage) // setting.batch_size, 160))
+        alone = stages.alone(parts, seconds, batches)
+        progress.advance(1)
+        costs = sweep(parts, alone, thread_counts(setting.threads), seconds)
+        progress.advance(1)
+        parts.touch(round(predicted(costs) * 4 * seconds))
+        found = whole(setting, 2 * seconds)
+        progress.advance(1)
+        now = state_of(parts, alone, costs, found, fetched)
+        helping = remedies(now, seconds)
+        progress.advance(2)
+    return _report(now, found, helping, needed, fetched)
+
+
+def thread_counts(threads: int) -> list[int]:
+    """Numbers of threads that are tried."""
+    have = cores()
+    return sorted({1, threads, have, max(1, have // 4), max(1, have // 2), have + have // 2})
+
+
+def state_of(
+    parts: Parts, alone: Alone, costs: Costs, found: Whole, fetched: Fetching | None
+) -> Now:
+    """In which state the set is read most of the time, and what the stream gives then."""
+    size = sum(shard.bytes for shard in parts.storage.shards)
+    fits = size < memory_bytes()
+    measured = found.rate.median
+    if fetched is not None:
+        store = fetched.together / parts.bytes_each
+        slow = costs.but(store=store, fetch_cpu=fetched.cpu / store)
+        gives = measured * predicted(slow) / predicted(costs)
+        return Now(parts=parts, alone=alone, costs=slow, img_s=gives, fits=fits,
+                   state="In its first epoch, from the store,")  # fmt: skip
+    if fits or alone.cold is None:
+        return Now(parts=parts, alone=alone, costs=costs, img_s=measured, fits=fits,
+                   state="From the page cache")  # fmt: skip
+    cold = alone.cold
+    slow = costs.but(reader=cold.seconds, reader_cpu=min(1.0, cold.cpu))
+    gives = measured * predicted(slow) / predicted(costs)
+    return Now(parts=parts, alone=alone, costs=slow, img_s=gives, fits=fits,
+               state="From the disk (it is larger than memory)")  # fmt: skip
+
+
+def _report(
+    now: Now, found: Whole, helping: Sequence[Remedy], needed: float | None,
+    fetched: Fetching | None,
+) -> Report:  # fmt: skip
+    parts = now.parts
+    setting, each = parts.setting, parts.bytes_each
+    rows = tuple(row_of(stage) for stage in now.alone.stages)
+    if fetched is not None:
+        rows = (_fetch_row(fetched, each), *rows)
+    decode = next((one.limit_img_s for one in rows if one.name == "decode"), None)
+    total = row("the whole stream", found.rate, each, limit=decode,
+                against="the bare decoder" if decode else "")  # fmt: skip
+    lowest = bounds(now.costs)
+    span = found.asked[-1].at if found.asked else 1.0
+    thin = max(1, len(found.asked) // POINTS)
+    counts = now.costs.pixels
+    return Report(
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=shlex.join(["python", "-m", "pipeline.throughput", *sys.argv[1:]]),
+        machine=machine(setting.device == "gpu"),
+        data={
+            "where": setting.data, "pictures": len(parts.storage), "encoding": parts.encoding,
+            "bytes": sum(shard.bytes for shard in parts.storage.shards), "fits": now.fits,
+        },
+        setting=dataclasses.asdict(setting),
+        stages=rows,
+        whole=total,
+        waits={name: getattr(found.waits, name) / span for name in vars(Waits())},
+        read_full=found.read_full, read_empty=found.read_empty,
+        queue=tuple((one.at, one.read, int(one.decoded)) for one in found.asked[::thin]),
+        sweep={
+            count: (counts[count].median, predicted(now.costs.but(threads=count)))
+            for count in sorted(counts)
+        },
+        knee=knee(now.costs),
+        bounds=tuple((one.name, one.img_s, one.detail) for one in lowest),
+        state=now.state, img_s=now.img_s,
+        remedies=tuple(helping),
+        verdict=verdict(state=now.state, img_s=now.img_s, bounds=lowest, stages=rows,
+                        remedies=helping, needed=needed),
+        needed=needed,
+        warnings=tuple(warnings([*rows, total])),
+    )  # fmt: skip
+
+
+def _fetch_row(fetched: Fetching, each: float) -> Row:
+    rate = Rate((fetched.together / each,), fetched.cpu, fetched.others)
+    return row("fetch from the store", rate, each,
+               note=f"{fetched.shards} shards, several at a time, checked; one alone: "
+               f"{fetched.alone / 1e6:,.0f} MB/s")  # fmt: skip
