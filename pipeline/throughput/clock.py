@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 STEADY = 0.05
 """Half the spread of the middle half of the windows, over their median: below it, they are steady.
@@ -80,6 +83,37 @@ def measured(
         settle()
         rates.append(done / (time.perf_counter() - start))
     return Rate(tuple(rates), load.cores(), load.others())
+
+
+def in_turn(
+    works: Mapping[Key, Callable[[], int]], seconds: float, *, turns: int = FEWEST,
+    settle: Callable[[], None] = lambda: None, drain: int = 3,
+) -> dict[Key, Rate]:  # fmt: skip
+    """Measure several things in turn, so that what drifts on the machine hits all of them.
+
+    Args:
+        works: as `measured` takes one.
+        seconds: for each of them, in all its windows.
+        turns: windows of each.
+        settle: as `measured` has it.
+        drain: calls before each window that are not counted: what lay ready cost nothing.
+    """
+    rates: dict[Key, list[float]] = {key: [] for key in works}
+    cpu = dict.fromkeys(works, 0.0)
+    load = Load()
+    for turn in range(turns):
+        for key in list(works)[:: -1 if turn % 2 else 1]:
+            for _ in range(drain):
+                works[key]()
+            settle()
+            done, start, own = 0, time.perf_counter(), Load()
+            while time.perf_counter() - start < seconds / turns:
+                done += works[key]()
+            settle()
+            rates[key].append(done / (time.perf_counter() - start))
+            cpu[key] += own.cores() / turns
+    others = load.others()
+    return {key: Rate(tuple(found), cpu[key], others) for key, found in rates.items()}
 
 
 class Load:

@@ -97,7 +97,8 @@ def _report(
     decode = next((one.limit_img_s for one in rows if one.name == "decode"), None)
     total = row("the whole stream", found.rate, each, limit=decode,
                 against="the bare decoder" if decode else "")  # fmt: skip
-    lowest = bounds(now.costs)
+    scale = now.img_s / predicted(now.costs)
+    lowest = [dataclasses.replace(one, img_s=one.img_s * scale) for one in bounds(now.costs)]
     span = found.asked[-1].at if found.asked else 1.0
     thin = max(1, len(found.asked) // POINTS)
     counts = now.costs.pixels
@@ -121,7 +122,7 @@ def _report(
         },
         knee=knee(now.costs),
         bounds=tuple((one.name, one.img_s, one.detail) for one in lowest),
-        state=now.state, img_s=now.img_s,
+        state=now.state, img_s=now.img_s, model=1 / scale,
         remedies=tuple(helping),
         verdict=verdict(state=now.state, img_s=now.img_s, bounds=lowest, stages=rows,
                         remedies=helping, needed=needed),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from pipeline.throughput import raw_trial, stages
+from pipeline.throughput.clock import Rate, in_turn
 from pipeline.throughput.machine import cores, memory_bytes
 from pipeline.throughput.prediction import Costs, jitter, predicted
-from pipeline.throughput.reading import reading, reading_cold
+from pipeline.throughput.reading import reading_cold
 from pipeline.throughput.setting import Parts
 from pipeline.throughput.stages import Alone
 
@@ -107,16 +109,20 @@ def _decoder_load(now: Now, seconds: float) -> Iterator[Remedy]:
         yield Remedy(name="hardware decoder", change="", img_s=None, gain=None,
                      note="raw pictures" if setting.device == "gpu" else "needs a GPU")  # fmt: skip
         return
-    rates = {}
-    for load in {0.0, 0.5, 0.75, 1.0} - {setting.hw_decoder_load}:
-        parts = Parts(setting.but(hw_decoder_load=load), now.parts.dataset)
-        rates[load] = stages.pixels(parts, now.alone.loaded, setting.threads, seconds)
-        parts.storage.close()
+    loads = sorted({0.0, 0.5, 0.75, 1.0, setting.hw_decoder_load})
+    with ExitStack() as held:
+        works = {}
+        for load in loads:
+            parts = Parts(setting.but(hw_decoder_load=load), now.parts.dataset)
+            held.callback(parts.storage.close)
+            works[load] = stages.pixels(parts, now.alone.loaded, setting.threads)
+        rates = in_turn(works, seconds, settle=stages.settling(now.parts))
+    present = rates.pop(setting.hw_decoder_load)
     best = max(rates, key=lambda load: rates[load].median)
     note = "" if best in (0.0, 1.0) else "pixels then depend a little on their batch"
     yield _remedy(
         now, "hardware decoder", f"{setting.hw_decoder_load:g} -> {best:g}",
-        now.costs.but(pixels={setting.threads: rates[best]}), note,
+        now.costs.but(pixels={setting.threads: _scaled(now.costs, rates[best], present)}), note,
     )  # fmt: skip
 
 
@@ -180,20 +186,29 @@ def _batch(now: Now, seconds: float) -> Iterator[Remedy]:
         return
     parts = Parts(setting.but(batch_size=2 * setting.batch_size), now.parts.dataset)
     try:
-        loaded = parts.loaded(4)
-        pixels = stages.pixels(parts, loaded, setting.threads, seconds)
-        reader = reading(parts, seconds / 2, 4).seconds
+        works = {
+            2: stages.pixels(parts, parts.loaded(4), setting.threads),
+            1: stages.pixels(now.parts, now.alone.loaded, setting.threads),
+        }
+        rates = in_turn(works, 2 * seconds, settle=stages.settling(parts))
     finally:
         parts.storage.close()
-    costs = now.costs.but(pixels={setting.threads: pixels})
-    if now.costs.reader == now.alone.warm.seconds:
-        costs = costs.but(reader=reader)
-    yield _remedy(now, "batch", f"{setting.batch_size} -> {2 * setting.batch_size}", costs)
+    pixels = {setting.threads: _scaled(now.costs, rates[2], rates[1])}
+    yield _remedy(now, "batch", f"{setting.batch_size} -> {2 * setting.batch_size}",
+                  now.costs.but(pixels=pixels))  # fmt: skip
+
+
+def _scaled(costs: Costs, other: Rate, present: Rate) -> Rate:
+    """DALI's rate as it was measured first, times what two rates measured in turn differ by."""
+    known = costs.pixels[costs.threads]
+    factor = other.median / present.median
+    return Rate(tuple(factor * rate for rate in known.windows), known.cpu, known.others)
 
 
 def sweep(parts: Parts, alone: Alone, counts: Sequence[int], seconds: float) -> Costs:
     """Return the costs of the stream, with DALI's rate at each number of threads."""
-    rates = {count: stages.pixels(parts, alone.loaded, count, seconds) for count in counts}
+    works = {count: stages.pixels(parts, alone.loaded, count) for count in counts}
+    rates = in_turn(works, seconds, settle=stages.settling(parts))
     hand_over = next(stage.rate.median for stage in alone.stages if stage.name == "hand-over")
     return Costs(
         reader=alone.warm.seconds, pixels=rates, hand_over=1 / hand_over,

@@ -70,6 +70,8 @@ class Report:
     """In words: from memory, disk or store; what bounds and remedies are about."""
     img_s: float
     """In that state."""
+    model: float
+    """What the model of the bounds gives for it, over that; bounds are scaled to fit."""
     remedies: tuple[Remedy, ...]
     verdict: str
     needed: float | None = None

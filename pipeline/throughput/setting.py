@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.asked import Asked
@@ -47,7 +48,7 @@ class Setting:
         """Whether the data set is in a store."""
         return is_remote(self.data)
 
-    def stream(self, position: int = 0) -> Stream:
+    def stream(self, position: int = 0, ledger: Path | None = None) -> Stream:
         """Open the stream.
 
         Raises:
@@ -57,7 +58,7 @@ class Setting:
             self.data, position=position, split=self.split, device=self.device,
             shuffle=self.shuffle, window=self.window, batch_size=self.batch_size,
             threads=self.threads, prefetch=self.prefetch, hw_decoder_load=self.hw_decoder_load,
-            cache=self.cache, cache_size=self.cache_size,
+            cache=self.cache, cache_size=self.cache_size, ledger=ledger,
         )  # fmt: skip
 
     @property

@@ -68,8 +68,12 @@ class Stage:
         return self.rate.median / self.limit if self.limit else None
 
 
-def pixels(parts: Parts, loaded: Sequence[Loaded], threads: int, seconds: float) -> Rate:
-    """All that DALI does, decoding and normalising, with `threads` threads and nothing beside."""
+def pixels(parts: Parts, loaded: Sequence[Loaded], threads: int) -> Callable[[], int]:
+    """All that DALI does, decoding and normalising, with `threads` threads and nothing beside.
+
+    Returns:
+        what makes a batch, for `measured` and `in_turn`.
+    """
     decoder = parts.decoder([one.feed for one in loaded], threads)
     size = parts.setting.batch_size
 
@@ -77,15 +81,13 @@ def pixels(parts: Parts, loaded: Sequence[Loaded], threads: int, seconds: float)
         decoder.run()
         return size
 
-    for _ in range(parts.setting.prefetch):
-        step()
-    return measured(step, seconds, settle=_settle(parts))
+    return step
 
 
 def pixel_seconds(parts: Parts, loaded: Sequence[Loaded], batches: int) -> list[float]:
     """Seconds from one batch of pixels to the next, DALI alone."""
     decoder = parts.decoder([one.feed for one in loaded], parts.setting.threads)
-    settle, found = _settle(parts), []
+    settle, found = settling(parts), []
     for _ in range(batches + 2 * parts.setting.prefetch):
         start = time.perf_counter()
         decoder.run()
@@ -155,7 +157,7 @@ def hand_over(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
         torch.from_numpy(one.ids), torch.from_numpy(one.ids != one.due)
         return size
 
-    return measured(step, seconds, settle=_settle(parts))
+    return measured(step, seconds, settle=settling(parts))
 
 
 def _again(feeds: Sequence[T]) -> Callable[[], T]:
@@ -182,10 +184,11 @@ def _timed(parts: Parts, pipe: Pipeline, seconds: float) -> Rate:
 
     for _ in range(parts.setting.prefetch):
         step()
-    return measured(step, seconds, settle=_settle(parts))
+    return measured(step, seconds, settle=settling(parts))
 
 
-def _settle(parts: Parts) -> Callable[[], None]:
+def settling(parts: Parts) -> Callable[[], None]:
+    """What waits for a GPU, if there is one."""
     return torch.cuda.synchronize if parts.setting.device == "gpu" else lambda: None
 
 

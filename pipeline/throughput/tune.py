@@ -108,8 +108,8 @@ def _candidates(setting: Setting) -> Iterator[tuple[str, Sequence[Any]]]:
     counts = thread_counts(setting.threads)
     yield "threads", [count for count in counts if count > setting.threads]
     yield "threads", [count for count in reversed(counts) if count < setting.threads]
-    yield "prefetch", (3, 4, 6)
-    yield "prefetch", (1,)
+    # Never fewer than the default: a trainer's steps vary, and this clock has no trainer.
+    yield "prefetch", [depth for depth in (3, 4, 6) if depth > setting.prefetch]
 
 
 def _against(setting: Setting, best: dict[str, Any], change: dict[str, Any]) -> Trial:

@@ -1,0 +1,237 @@
+"""Where the pictures wait, how far each stage is from its limit, and what would help.
+
+    python -m pipeline.throughput DATA [--device cpu|gpu] [--img-s N] [--tune] [--compare OLD.json]
+    python -m pipeline.throughput DATA --rate [--reader stream|native]
+    python -m pipeline.throughput --plan --gpus N --img-s N --store s3 [--measured FILE.json]
+
+The first measures every stage alone against what this machine can do at best, then the stream,
+says what holds it back and what each change would gain, and writes throughput.json and
+throughput.html. `--rate` measures the stream alone, or DALI's own reader as the yardstick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import rich.console
+import tyro
+
+from pipeline.dataset import is_remote, parse_size
+from pipeline.decode import Device
+from pipeline.errors import DuetError, UsageError, run
+from pipeline.order import Shuffle
+from pipeline.throughput import plan as planning
+from pipeline.throughput import rate as rates
+from pipeline.throughput.compare import changes, regressed, unlike
+from pipeline.throughput.examine import examine
+from pipeline.throughput.machine import cores
+from pipeline.throughput.page import write as write_page
+from pipeline.throughput.report import load, rounded
+from pipeline.throughput.setting import Setting
+from pipeline.throughput.table import show
+from pipeline.throughput.tune import Trial, tune
+from pipeline.throughput.tune import write as write_tuning
+
+NAME = "throughput.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Examine the stream of a data set on this machine."""
+
+    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
+    """Data set: a folder, or an address such as s3://bucket/folder."""
+    device: Device = "cpu"
+    """Where pictures are decoded and left."""
+    split: str = "train"
+    """Split to read."""
+    shuffle: Shuffle | None = None
+    """Order of the stream; default: full, or block for a set in a store."""
+    window: int = 16
+    """Shards in a window of the block shuffle."""
+    cache: str | None = None
+    """Folder for the shards of a remote set; default: duet in the user's cache folder."""
+    cache_size: str = "100GB"
+    """Most bytes in it."""
+    batch_size: int = 128
+    """Pictures in a batch."""
+    threads: int = cores()
+    """Host threads that decode."""
+    prefetch: int = 2
+    """Batches in flight."""
+    hw_decoder_load: float = 1.0
+    """Share of a batch that the JPEG engines of a GPU decode."""
+    img_s: float | None = None
+    """Pictures a second that the trainer takes; with --plan: that the whole job takes."""
+    out: Path = Path()
+    """Folder for throughput.json, throughput.html and tuning.toml."""
+    compare: Path | None = None
+    """An earlier throughput.json; exit code 1 if the stream is slower now, beyond noise."""
+    tune: bool = False
+    """Search threads, prefetch depth (and decoder load) by measuring; writes tuning.toml."""
+    rate: bool = False
+    """Measure the stream's rate only."""
+    reader: Literal["stream", "native"] = "stream"
+    """With --rate: `native` is DALI's own WebDataset reader on the same shards."""
+    ledger: Path | None = None
+    """With --rate: folder for a ledger, to see what writing one costs."""
+    windows: int = 5
+    """With --rate: windows of time; the median of their rates is the result."""
+    batches: int = 40
+    """With --rate: batches in each of them."""
+    plan: bool = False
+    """Reckon what a job needs, from a measured report."""
+    measured: Path | None = None
+    """With --plan: the report; default: throughput.json here, if there is one."""
+    gpus: int = 2
+    """With --plan: GPUs of the job."""
+    gpus_per_node: int = 8
+    """With --plan: of a node."""
+    store: planning.StoreKind = "disk"
+    """With --plan: where the data set is."""
+    pictures: int = 0
+    """With --plan: in an epoch; default: as measured, or ImageNet's."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def check(self) -> None:
+        """Refuse what cannot work (UsageError)."""
+        for name in ("batch_size", "threads", "prefetch", "windows", "batches", "window", "gpus",
+                     "gpus_per_node"):  # fmt: skip
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.img_s is not None and not 0 < self.img_s < float("inf"):
+            raise UsageError(f"--img-s is {self.img_s}; it must be above 0")
+        if self.plan and self.img_s is None:
+            raise UsageError("--plan needs --img-s: the pictures a second that the job takes")
+        if self.data is None and not self.plan:
+            raise UsageError("name a data set: python -m pipeline.throughput DATA")
+        if self.reader == "native" and not self.rate:
+            raise UsageError("--reader native goes with --rate: it has no stages to look at")
+        if not self.out.is_dir():
+            raise UsageError(f"--out {self.out} is no folder; make it, or name another")
+
+    @property
+    def setting(self) -> Setting:
+        """The stream that is measured."""
+        data = self.data or ""
+        setting = Setting(
+            data=data, split=self.split, device=self.device, window=self.window,
+            shuffle=self.shuffle or ("block" if is_remote(data) else "full"),
+            batch_size=self.batch_size, threads=self.threads, prefetch=self.prefetch,
+            hw_decoder_load=self.hw_decoder_load, cache=self.cache,
+            cache_size=parse_size(self.cache_size),
+        )  # fmt: skip
+        try:
+            _ = setting.asked
+        except ValueError as error:
+            raise UsageError(f"{error}") from None
+        return setting
+
+
+def main() -> int:
+    """Run the command.
+
+    Raises:
+        DuetError: one line, with the exit code to leave with.
+    """
+    options = tyro.cli(Options, prog="python -m pipeline.throughput", description=__doc__)
+    options.check()
+    console = rich.console.Console(stderr=True)
+    if options.plan:
+        return _plan(options, console)
+    if options.rate:
+        return rates.main(options.setting, reader=options.reader, windows=options.windows,
+                          batches=options.batches, ledger=options.ledger,
+                          as_json=options.json)  # fmt: skip
+    if options.tune:
+        return _tune(options, console)
+    return _examine(options, console)
+
+
+def _examine(options: Options, console: rich.console.Console) -> int:
+    old = load(options.compare) if options.compare else None
+    report = examine(options.setting, options.img_s)
+    table = report.table()
+    show(report, console)
+    differences = changes(old, table) if old else []
+    if old is not None:
+        for text in unlike(old, table):
+            console.print(f"[yellow]not the same:[/] {text}", highlight=False)
+        for one in differences:
+            console.print(f"{one.name}: {one.before:,.0f} -> {one.after:,.0f} img/s, "
+                          f"{one.ratio:.2f}x: {one.verdict} (noise ±{one.noise:.0%})",
+                          highlight=False)  # fmt: skip
+    report.save(options.out / NAME)
+    write_page(options.out / "throughput.html", table)
+    console.print(f"written: {options.out / NAME}, {options.out / 'throughput.html'}",
+                  highlight=False)  # fmt: skip
+    if options.json:
+        found = [dataclasses.asdict(one) | {"verdict": one.verdict} for one in differences]
+        sys.stdout.write(json.dumps(table | {"changes": rounded(found)}) + "\n")
+    if regressed(differences):
+        last = differences[-1]
+        raise DuetError(
+            f"the stream is slower than in {options.compare}: {last.before:,.0f} -> "
+            f"{last.after:,.0f} img/s ({last.ratio:.2f}x, noise ±{last.noise:.0%})"
+        )
+    return 0
+
+
+def _tune(options: Options, console: rich.console.Console) -> int:
+    setting = options.setting
+
+    def tell(trial: Trial) -> None:
+        what = ", ".join(f"{name} {value}" for name, value in trial.change.items())
+        console.print(f"{what}: {trial.img_s.median:,.0f} img/s, {trial.ratio:.3f} times "
+                      f"{trial.best.median:,.0f}{': better' if trial.better else ''}",
+                      highlight=False)  # fmt: skip
+
+    tuned = tune(setting, tell)
+    path = options.out / "tuning.toml"
+    write_tuning(path, setting, tuned)
+    change = ", ".join(f"{name} = {value}" for name, value in tuned.change.items())
+    console.print(
+        (f"{change}: {tuned.gain:.2f} times the default" if change else "the default is best")
+        + f"; {len(tuned.trials)} trials in {tuned.seconds:.0f} s; written: {path}; "
+        f"python -m cluster.train ... --tuning {path}",
+        highlight=False,
+    )
+    if options.json:
+        facts: dict[str, Any] = {
+            "tuning": tuned.change, "gain": tuned.gain, "seconds": tuned.seconds,
+            "trials": [{"change": one.change, "img_s": one.img_s.median, "ratio": one.ratio,
+                        "better": one.better} for one in tuned.trials],
+        }  # fmt: skip
+        sys.stdout.write(json.dumps(rounded(facts)) + "\n")
+    return 0
+
+
+def _plan(options: Options, console: rich.console.Console) -> int:
+    assert options.img_s is not None
+    path = options.measured or (Path(NAME) if Path(NAME).is_file() else None)
+    report = load(path) if path else None
+    if options.data is not None and report is None:
+        examined = examine(options.setting)
+        examined.save(options.out / NAME)
+        report = examined.table()
+    question = planning.Question(
+        gpus=options.gpus, img_s=options.img_s, store=options.store,
+        gpus_per_node=options.gpus_per_node, pictures=options.pictures,
+    )  # fmt: skip
+    answer = planning.plan(question, report)
+    if path:
+        console.print(f"from {path}: {report and report['machine']['processor']}", highlight=False)
+    planning.show(answer, console)
+    if options.json:
+        sys.stdout.write(json.dumps(rounded(dataclasses.asdict(answer))) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
