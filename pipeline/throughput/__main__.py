@@ -28,7 +28,7 @@ from pipeline.order import Shuffle
 from pipeline.throughput import plan as planning
 from pipeline.throughput import rate as rates
 from pipeline.throughput.compare import changes, regressed, unlike
-from pipeline.throughput.examine import examine
+from pipeline.throughput.examine import SECONDS, examine
 from pipeline.throughput.machine import cores
 from pipeline.throughput.page import write as write_page
 from pipeline.throughput.report import load, rounded
@@ -68,6 +68,8 @@ class Options:
     """Share of a batch that the JPEG engines of a GPU decode."""
     img_s: float | None = None
     """Pictures a second that the trainer takes; with --plan: that the whole job takes."""
+    seconds: float = SECONDS
+    """For which each stage is measured, at least."""
     out: Path = Path()
     """Folder for throughput.json, throughput.html and tuning.toml."""
     compare: Path | None = None
@@ -107,6 +109,8 @@ class Options:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.img_s is not None and not 0 < self.img_s < float("inf"):
             raise UsageError(f"--img-s is {self.img_s}; it must be above 0")
+        if not 0 < self.seconds < 3600:
+            raise UsageError(f"--seconds is {self.seconds}; it must be above 0")
         if self.plan and self.img_s is None:
             raise UsageError("--plan needs --img-s: the pictures a second that the job takes")
         if self.data is None and not self.plan:
@@ -134,13 +138,15 @@ class Options:
         return setting
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = tyro.cli(Options, prog="python -m pipeline.throughput", description=__doc__)
+    options = tyro.cli(
+        Options, prog="python -m pipeline.throughput", description=__doc__, args=argv
+    )
     options.check()
     console = rich.console.Console(stderr=True)
     if options.plan:
@@ -156,7 +162,7 @@ def main() -> int:
 
 def _examine(options: Options, console: rich.console.Console) -> int:
     old = load(options.compare) if options.compare else None
-    report = examine(options.setting, options.img_s)
+    report = examine(options.setting, options.img_s, options.seconds)
     table = report.table()
     show(report, console)
     differences = changes(old, table) if old else []
@@ -217,7 +223,7 @@ def _plan(options: Options, console: rich.console.Console) -> int:
     path = options.measured or (Path(NAME) if Path(NAME).is_file() else None)
     report = load(path) if path else None
     if options.data is not None and report is None:
-        examined = examine(options.setting)
+        examined = examine(options.setting, seconds=options.seconds)
         examined.save(options.out / NAME)
         report = examined.table()
     question = planning.Question(

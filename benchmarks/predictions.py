@@ -1,0 +1,269 @@
+"""Does the profiler predict well? Change the thing, and print predicted beside measured gain.
+
+    python benchmarks/predictions.py DATA [--seconds 2] [--json]
+
+DATA is a JPEG set in a folder. Three changes:
+
+    threads   1 -> 2 (or as many as there are cores)
+    raw       the set packed raw, all of it, against the trial on some of its pictures
+    store     the set behind an HTTP server on this machine that answers late and slowly: the
+              first epoch against one from the cache, predicted from a few shards
+
+What is compared is the gain: rates before and after are measured in turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline.throughput import raw_trial, stages
+from pipeline.throughput.machine import cores
+from pipeline.throughput.prediction import Costs, predicted
+from pipeline.throughput.reading import reading
+from pipeline.throughput.remedies import sweep
+from pipeline.throughput.setting import Setting, opened
+from pipeline.throughput.store import fetching
+from pipeline.throughput.whole import running
+
+TURNS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Predicted beside measured gains."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """A JPEG data set in a folder."""
+    seconds: float = 2.0
+    """Of a measurement."""
+    latency: float = 0.05
+    """Seconds before the server answers."""
+    bandwidth: float = 20e6
+    """Bytes a second of all its connections together."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One change."""
+
+    name: str
+    predicted: float
+    """Gain."""
+    measured: float
+
+    @property
+    def off(self) -> float:
+        """Predicted over measured gain, minus 1."""
+        return self.predicted / self.measured - 1
+
+
+def measured_gain(before: Setting, after: Setting, seconds: float) -> float:
+    """Rates of two streams measured in turn: the median of their ratios."""
+    ratios = []
+    with running(before) as first, running(after) as second:
+        for run in (first, second):  # a first epoch of raw pictures copies them
+            run.window(seconds)
+        for _ in range(TURNS):
+            rates = []
+            for run in (first, second):
+                run.window(0, 8)
+                rates.append(run.window(seconds / TURNS))
+            ratios.append(rates[1] / rates[0])
+    return statistics.median(ratios)
+
+
+def costs_of(setting: Setting, seconds: float, counts: list[int]) -> Costs:
+    """Stages alone."""
+    with opened(setting) as parts:
+        alone = stages.alone(parts, seconds / 2, 40)
+        return sweep(parts, alone, counts, seconds)
+
+
+def threads(setting: Setting, seconds: float) -> Outcome:
+    """One decoding thread, then one a core."""
+    most = cores()
+    costs = costs_of(setting, seconds, [1, most])
+    gain = predicted(costs.but(threads=most)) / predicted(costs.but(threads=1))
+    real = measured_gain(setting.but(threads=1), setting.but(threads=most), seconds)
+    return Outcome(f"threads 1 -> {most}", gain, real)
+
+
+def raw(setting: Setting, seconds: float) -> Outcome:
+    """JPEG, then raw pictures."""
+    with opened(setting) as parts:
+        need = -(-raw_trial.PICTURES // setting.batch_size)
+        loaded = parts.loaded(need)
+        with running(setting) as run:
+            run.window(seconds / 2)
+            now = statistics.median(run.window(seconds / TURNS) for _ in range(TURNS))
+        trial, _ = raw_trial.measure(setting, loaded, seconds)
+    with tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch:
+        source, packed = Path(scratch) / "jpegs", Path(scratch) / "raw"
+        with opened(setting) as parts:
+            everything = len(parts.storage) // setting.batch_size
+            unpack_all(parts.reader().batches(0), source, everything)
+        subprocess.run(
+            [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
+             "--encoding", "raw"], check=True, capture_output=True,
+        )  # fmt: skip
+        with opened(setting.but(data=str(packed))) as parts:
+            reading(parts, 1.0, everything)
+        real = measured_gain(setting, setting.but(data=str(packed)), 2 * seconds)
+    return Outcome("jpeg -> raw", trial.median / now, real)
+
+
+def unpack_all(batches: Iterator[Any], folder: Path, count: int) -> None:
+    """Write the JPEGs of some batches as files."""
+    for _, batch in zip(range(count), batches, strict=False):
+        for number, label, picture in zip(
+            batch.ids.tolist(), batch.labels.tolist(), batch.feed.pictures, strict=True
+        ):
+            path = folder / str(label) / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture.tobytes())
+
+
+class Slow(ThreadingHTTPServer):
+    """Serves a folder on loopback; all connections share a bandwidth."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, latency: float, bandwidth: float) -> None:
+        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+        self.latency, self.bandwidth = latency, bandwidth
+        self._lock, self._free = threading.Lock(), time.monotonic()
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that hang up: a search that has seen enough does."""
+
+    @property
+    def address(self) -> str:
+        """Of the data set."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def pay(self, size: int) -> None:
+        """Wait until the wire has carried `size` more bytes."""
+        with self._lock:
+            self._free = max(self._free, time.monotonic()) + size / self.bandwidth
+            until = self._free
+        time.sleep(max(0.0, until - time.monotonic()))
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Slow
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        time.sleep(self.server.latency)
+        super().do_GET()
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        while block := source.read(2**16):
+            self.server.pay(len(block))
+            outputfile.write(block)
+
+
+@contextmanager
+def slow_server(folder: Path, latency: float, bandwidth: float) -> Iterator[Slow]:
+    """A server, ended after the block."""
+    server = Slow(folder, latency, bandwidth)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def store(setting: Setting, options: Options) -> Outcome:
+    """The first epoch from a store, then epochs from the cache."""
+    with (
+        slow_server(Path(setting.data), options.latency, options.bandwidth) as server,
+        tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch,
+    ):
+        remote = setting.but(
+            data=server.address, shuffle="block", window=4, cache=f"{scratch}/cache"
+        )
+        fetched = fetching(remote, 2 * options.seconds)
+        if fetched is None:
+            raise SystemExit("too few shards: pack DATA with --samples-per-shard 250")
+        costs = costs_of(setting.but(shuffle="block", window=4), options.seconds, [setting.threads])
+        with opened(setting) as parts:
+            rate, each = fetched.together / parts.bytes_each, parts.bytes_each
+            samples = len(parts.storage)
+        slow = costs.but(store=rate, fetch_cpu=fetched.cpu / rate)
+        gain = predicted(costs) / predicted(slow)
+        # The first epoch, from where the first window has arrived to the last shard; then others.
+        with remote.stream() as stream:
+            first = begin_of(stream, setting.batch_size, samples // 4)
+            start = time.perf_counter()
+            batches = int(samples * 0.45) // setting.batch_size
+            for _ in range(batches):
+                next(stream)
+            cold = batches * setting.batch_size / (time.perf_counter() - start)
+            for _ in range((samples - first) // setting.batch_size - batches):
+                next(stream)
+            start = time.perf_counter()
+            for _ in range(2 * batches):
+                next(stream)
+            warm = 2 * batches * setting.batch_size / (time.perf_counter() - start)
+    assert each > 0
+    return Outcome(
+        f"store ({options.latency * 1e3:.0f} ms, {options.bandwidth / 1e6:.0f} MB/s) -> cache",
+        gain, warm / cold,
+    )  # fmt: skip
+
+
+def begin_of(stream: Any, size: int, samples: int) -> int:
+    """Take the first samples; return how many that were."""
+    taken = 0
+    while taken < samples:
+        next(stream)
+        taken += size
+    return taken
+
+
+def main() -> None:
+    """Run all three."""
+    options = tyro.cli(Options, description=__doc__)
+    setting = Setting(data=options.data)
+    outcomes = []
+    for work in (
+        lambda: threads(setting, options.seconds),
+        lambda: raw(setting, options.seconds),
+        lambda: store(setting, options),
+    ):
+        outcomes.append(one := work())
+        sys.stderr.write(
+            f"{one.name}: predicted {one.predicted:.2f}x, measured {one.measured:.2f}x, "
+            f"{one.off:+.0%}\n"
+        )
+    if options.json:
+        rows = [dataclasses.asdict(one) | {"off": one.off} for one in outcomes]
+        sys.stdout.write(json.dumps({"predictions": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What the profiler reckons with: clocks, waits, bounds, queues, comparisons, plans, the search."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.batches import Stream
+from pipeline.storage import Storage
+from pipeline.throughput import tune as tuning
+from pipeline.throughput.clock import Load, Rate, in_turn, measured
+from pipeline.throughput.compare import changes, regressed, unlike
+from pipeline.throughput.examine import thread_counts
+from pipeline.throughput.plan import Question, plan
+from pipeline.throughput.prediction import Costs, bounds, jitter, pixels_at, predicted
+from pipeline.throughput.setting import Setting
+from pipeline.waits import Spent, Waits
+
+TIMES = st.floats(1e-6, 1e-2)
+
+
+def test_a_rate_is_a_median_with_its_spread():
+    rate = Rate((90.0, 100.0, 110.0, 100.0, 1000.0), 1.0, 0.0)
+    assert rate.median == 100
+    low, _, high = np.quantile(rate.windows, [0.25, 0.5, 0.75])
+    assert rate.spread == pytest.approx((high - low) / 2 / 100)
+    assert rate.steady
+    assert not Rate((1.0, 2.0, 3.0), 0, 0).steady
+
+
+def test_the_first_call_is_not_counted_and_unsteady_windows_are_repeated():
+    times = itertools.chain([0.2], itertools.cycle([0.012, 0.03]))
+
+    def work() -> int:
+        time.sleep(next(times))
+        return 1
+
+    rate = measured(work, 0.05, fewest=5, most=8)
+    assert len(rate.windows) == 8  # they never agree
+    assert rate.median > 10  # the warm-up alone would make it 5
+
+
+def test_things_measured_in_turn_keep_their_order():
+    def takes(seconds: float):
+        return lambda: time.sleep(seconds) or 1
+
+    rates = in_turn({1: takes(0.002), 2: takes(0.006)}, 0.1)
+    assert 2 < rates[1].median / rates[2].median < 4
+
+
+def test_own_work_is_not_others():
+    load, until = Load(), time.perf_counter() + 0.5
+    while time.perf_counter() < until:
+        pass
+    assert load.cores() > 0.5
+    assert 0 <= load.others() <= 1
+
+
+@given(st.lists(TIMES, min_size=4, max_size=4), st.floats(0, 10))
+def test_waiting_for_a_reader_is_shared_out_by_what_it_did(parts, seconds):
+    waits, spent = Waits(), Spent(*parts)
+    waits.on_reader(seconds, spent)
+    assert waits.total == pytest.approx(seconds)
+    assert waits.storage == pytest.approx(seconds * spent.storage / spent.total)
+
+
+def test_waits_add_up_to_the_wall_and_name_what_is_slow(tiny_data, monkeypatch):
+    read = Storage.read
+
+    def slow(self, ids, into):
+        time.sleep(0.05)
+        self._reading += 0.05
+        return read(self, ids, into)
+
+    monkeypatch.setattr(Storage, "read", slow)
+    with Stream(tiny_data, batch_size=8, threads=1) as stream:
+        for _ in range(6):
+            next(stream)
+        before, start = stream.waits.copy(), time.perf_counter()
+        for _ in range(10):
+            next(stream)
+        wall, waits = time.perf_counter() - start, stream.waits.since(before)
+        assert stream.read_ahead == 0
+    assert waits.total == pytest.approx(wall, rel=0.03)
+    assert waits.storage > 0.8 * wall
+
+
+def test_a_stream_that_is_ahead_is_hardly_waited_for(tiny_data):
+    with Stream(tiny_data, batch_size=8, threads=1) as stream:
+        for _ in range(4):
+            next(stream)
+        before = stream.waits.copy()
+        for _ in range(5):
+            time.sleep(0.1)  # a trainer's step
+            next(stream)
+        assert stream.read_ahead == 2
+        assert stream.waits.since(before).total < 0.1
+
+
+def costs(**changes):
+    pixels = {1: Rate((1000.0,), 1.0, 0.0), 4: Rate((4000.0,), 4.0, 0.0)}
+    given = {"reader": Spent(0, 1e-5, 1e-6, 1e-5), "pixels": pixels, "hand_over": 1e-6,
+             "cores": 4, "threads": 4}  # fmt: skip
+    return Costs(**(given | changes))
+
+
+def test_the_lowest_bound_holds_the_stream_back():
+    found = {bound.name: bound.img_s for bound in bounds(costs())}
+    assert found["the pixels"] == 4000
+    assert found["the reading thread"] == pytest.approx(1 / 2.1e-5)
+    assert found["the processors"] == pytest.approx(4 / (2.1e-5 + 1e-6 + 1e-3))
+    assert predicted(costs()) == min(found.values()) == found["the processors"]
+    assert predicted(costs(threads=1)) == 1000
+    assert predicted(costs(store=500.0)) == 500
+    assert predicted(costs(reader=Spent(0, 0.01))) == pytest.approx(100)
+    assert pixels_at(costs(), 2).median == pytest.approx(2000)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(TIMES, TIMES), min_size=10, max_size=60), st.integers(1, 6))
+def test_queues_even_out_but_lift_no_bound(pairs, depth):
+    read, pixels = (list(part) for part in zip(*pairs, strict=True))
+    rate, longer = jitter(read, pixels, depth), jitter(read, pixels, depth + 1)
+    settled = len(read) // 5
+    assert longer >= rate * (1 - 0.35)  # what lay ready at the clock's start counts in a short run
+    slowest = max(max(read), max(pixels))
+    assert rate >= 1 / (slowest * 2 + 1e-9)
+    assert rate > 0
+    assert settled >= 2
+
+
+def test_steady_queues_run_at_the_slower_side():
+    assert jitter([0.02] * 100, [0.01] * 100, 2) == pytest.approx(50)
+    assert jitter([0.01] * 100, [0.02] * 100, 1) == pytest.approx(50)
+    bursts = [0.0, 0.0, 0.0, 0.08] * 100  # 0.02 on average
+    assert jitter(bursts, [0.02] * 400, 1) < 0.8 * jitter(bursts, [0.02] * 400, 6)
+    assert jitter(bursts, [0.02] * 400, 6) == pytest.approx(50, rel=0.03)
+
+
+def report(img_s, error=0.0):
+    row = {"name": "decode", "img_s": img_s, "error": error}
+    return {
+        "stages": [row], "whole": row | {"name": "the whole stream"},
+        "machine": {"cores": 2}, "setting": {"threads": 2}, "data": {"where": "x"},
+    }  # fmt: skip
+
+
+def test_a_difference_counts_beyond_the_noise_only():
+    def whole(old, new):
+        return changes(old, new)[-1].verdict
+
+    assert whole(report(100), report(102)) == "same"
+    assert whole(report(100), report(110)) == "faster"
+    assert whole(report(100), report(90)) == "slower"
+    assert whole(report(100, 0.05), report(90, 0.05)) == "same"
+    assert regressed(changes(report(100), report(90)))
+    assert not regressed(changes(report(90), report(100)))
+    other = report(100) | {"machine": {"cores": 8}}
+    assert unlike(report(100), other) == ["cores: 2 -> 8"]
+
+
+def test_a_plan_is_arithmetic_on_marked_figures():
+    question = Question(gpus=16, img_s=20_000, store="s3")
+    needs = {need.name: need.value for need in plan(question, None).needs}
+    assert needs["nodes"] == 2
+    assert needs["cores, all nodes"] == pytest.approx(20_000 * 6e-4 * 1.1)
+    assert needs["read, all nodes"] == pytest.approx(20_000 * 37_300 * 1.1 / 1e9)
+    assert needs["first epoch"] == pytest.approx(1_281_167 / 20_000 / 60)
+    slow = Question(gpus=2, img_s=20_000, store="http")
+    answer = {need.name: need for need in plan(slow, None).needs}
+    assert answer["first epoch"].value == pytest.approx(1_281_167 * 37_300 / 250e6 / 60)
+    assert answer["read, all nodes"].enough is False
+
+
+class Fake:
+    """A stream whose rate follows from its setting."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+
+    def window(self, seconds: float, batches: int = 1) -> float:
+        return self._rate
+
+
+@pytest.mark.parametrize(
+    ("rates", "best"),
+    [
+        ({"threads": {3: 1.3}, "prefetch": {4: 1.2}}, {"threads": 3, "prefetch": 4}),
+        ({"threads": {3: 1.01}, "prefetch": {}}, {}),
+        ({"threads": {1: 0.5, 3: 0.9}, "prefetch": {3: 1.1}}, {"prefetch": 3}),
+    ],
+)
+def test_the_search_finds_what_is_better_and_keeps_the_default_else(monkeypatch, rates, best):
+    @contextmanager
+    def running(setting):
+        factor = 1.0
+        for name, gains in rates.items():
+            factor *= gains.get(getattr(setting, name), 1.0)
+        yield Fake(1000 * factor)
+
+    monkeypatch.setattr(tuning, "running", running)
+    monkeypatch.setattr(tuning, "thread_counts", lambda threads: [1, 2, 3])
+    tuned = tuning.tune(Setting(data="x", threads=2))
+    assert tuned.change == best
+    if best:
+        assert tuned.gain > 1.02
+
+
+def test_threads_from_one_to_more_than_there_are_cores_are_tried():
+    counts = thread_counts(2)
+    assert counts[0] == 1
+    assert 2 in counts
+    assert counts == sorted(set(counts))
