@@ -26,14 +26,19 @@ FORWARDED = ("OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_G
 class Attempt:
     """Workers under way: `events()` until they end, then the other attributes say how."""
 
-    def __init__(self, config: Config, data: str, run: Any, plan: Plan) -> None:
+    def __init__(
+        self, config: Config, data: str, run: Any, plan: Plan, *, measure: bool = False
+    ) -> None:
         self.plan = plan
         self.started = self.ended = self.finished = False
         """Whether they have begun; have saved and ended as they were asked to; have done it all."""
         self.failure = Failure()
         """Why it failed, if it did; and the table of workers, when they are placed."""
         self._channel = Channel()
-        job = Job(config=config, data=data, run=run, plan=plan, driver=self._channel.address)
+        job = Job(
+            config=config, data=data, run=run, plan=plan, driver=self._channel.address,
+            measure=measure,
+        )  # fmt: skip
         # A thread: fit() would take Ctrl-C to itself, and this one is busy with the screen.
         self._thread = threading.Thread(target=self._fit, args=(job,), daemon=True)
         self._thread.start()

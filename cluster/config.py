@@ -27,6 +27,7 @@ FREE = (
     "columns_per_worker",
     "microbatch",
     "threads",
+    "prefetch",
     "checkpoint_every",
     "keep",
     "keep_best",
@@ -139,6 +140,11 @@ class Config:
     """auto: GPUs if the cluster has any."""
     threads: int = 0
     """Threads that decode, per worker; 0: as many as the worker has cores."""
+    prefetch: int = 2
+    """Batches that each worker reads, and decodes, ahead."""
+    hw_decoder_load: float = 1.0
+    """Share of a batch that the JPEG engines of a GPU decode, where it has some; between 0 and 1,
+    pixels depend a little on their batch."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
@@ -183,7 +189,7 @@ class Config:
         self._require("seed", self.seed < 2**63, "must be below 2**63")
         self._require("threads", self.threads <= 1024, "must be at most 1024")
         for name in ("width", "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops",
-                     "bias_drops", "checkpoint_every", "keep", "window",
+                     "bias_drops", "checkpoint_every", "keep", "window", "prefetch",
                      "collective_timeout"):  # fmt: skip
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("seed", "steps", "weight_decay", "colour", "threads", "validate_every",
@@ -195,6 +201,7 @@ class Config:
         except UsageError as error:
             raise ValueError(f"cache_size: {error}") from error
         self._check_schedule()
+        self._require("hw_decoder_load", 0 <= self.hw_decoder_load <= 1, "must be from 0 to 1")
         self._require("momentum", 0 <= self.momentum < 1, "must be 0 or above and below 1")
         self._require("plateau_threshold", self.plateau_threshold < 1, "must be below 1")
         self._require("plateau_factor", self.plateau_factor > 1, "must be above 1")

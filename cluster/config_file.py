@@ -33,6 +33,10 @@ class Command:
     """Data set, made by pipeline.build_shards: a folder, or an address such as s3://bucket/folder."""
     run: Path
     """Folder for checkpoints and numbers; made if need be."""
+    tuning: Path | None = None
+    """A file of pipeline.throughput --tune; its settings win over CONFIG's, flags over both."""
+    measure: bool = False
+    """Do not train: say where a step's time goes, into RUN/measure.json and RUN/throughput.html."""
     settings: Annotated[Config, tyro.conf.OmitArgPrefixes]
 
 
@@ -58,7 +62,10 @@ def parse(argv: Sequence[str]) -> Command:
         SystemExit: code 2 for a wrong flag, 0 for --help (tyro has spoken).
     """
     user = list(argv)
-    table = load(_read(user).config)
+    first = _read(user)
+    table = load(first.config)
+    if first.tuning is not None:
+        table |= load(first.tuning)
     given = {word.split("=")[0] for word in user}
     if given & {f"--{name}" for name in LENGTH}:  # the file's other way to say it must not win
         table = {key: value for key, value in table.items() if key not in LENGTH}
@@ -67,7 +74,10 @@ def parse(argv: Sequence[str]) -> Command:
         settings = Config(**asdict(raw.settings))
     except ValueError as error:
         raise UsageError(f"{error} ({raw.config} and the flags given)") from error
-    return Command(config=raw.config, data=raw.data, run=raw.run, settings=settings)
+    return Command(
+        config=raw.config, data=raw.data, run=raw.run, tuning=raw.tuning, measure=raw.measure,
+        settings=settings,
+    )  # fmt: skip
 
 
 def _read(words: list[str]) -> _Raw:

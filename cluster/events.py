@@ -95,7 +95,17 @@ class Failed:
     """The same would happen again: do not restart."""
 
 
-Event = Placed | Started | Stepped | Validated | Saved | Rated | Warned | Finished | Ended | Failed
+@dataclass(frozen=True)
+class Measured:
+    """What `headspace.measure` has found; plain values."""
+
+    found: dict[str, Any]
+
+
+Event = (
+    Placed | Started | Stepped | Validated | Saved | Rated | Warned | Finished | Ended | Failed
+    | Measured
+)  # fmt: skip
 Tell = Callable[[Event], None]
 Publish = Callable[[int, Mapping[str, float]], None]
 """Gets step and numbers of a process, now and then."""

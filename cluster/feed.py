@@ -82,6 +82,9 @@ class Feed:
     def __init__(self, stream: Stream, place: Place, batches: int | None = None) -> None:
         """Start the first; `batches` is how many there will be, unless the stream ends before."""
         self._stream = itertools.islice(stream, batches)
+        self.waits = stream.waits
+        """What the stream counts; the rest of the time that `next` takes is the way of the halves
+        to each other."""
         self._join = join_for(place)
         self._next = self._start()
 

@@ -13,19 +13,20 @@ from torch import Tensor
 from cluster.config import Config
 from cluster.events import Publish, Stepped, Tell, Validated, Warned
 from cluster.place import Place
-from cluster.rows import Rows
+from cluster.rows import WAITS, Rows
 from cluster.run_folder import LAYERS, METRICS, VALIDATION, Mark
 from model.exchange import Exchange
 from model.optim import Means
 from model.schedule import Rates
+from pipeline.waits import Waits
 
 TELL_EVERY = 0.25
 """Seconds between steps told to the watcher; every step goes into the file."""
 PUBLISH_EVERY = 1.0
 """Seconds between numbers published."""
 MEANS = (
-    "loss", "top1_error", "img_s", "data_wait", "stall", "exchange", "exchange_bytes", "saving",
-    "seconds",
+    "loss", "top1_error", "img_s", "data_wait", *WAITS, "compute", "stall", "exchange",
+    "exchange_bytes", "saving", "seconds",
 )  # fmt: skip
 RESULTS = ("loss", "top1_error", "top5_error")
 
@@ -39,7 +40,7 @@ class Log:
 
     def __init__(
         self, run: Path, place: Place, tell: Tell, samples: int, step: int,
-        publish: Sequence[Publish] = (),
+        publish: Sequence[Publish] = (), keep: list[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Open the files of `run`, first cutting off rows after `step`.
 
@@ -50,7 +51,9 @@ class Log:
             samples: training pictures, to count epochs.
             step: step the run goes on from; 0 for a new one.
             publish: get the numbers of this process about once a second.
+            keep: gets every row of this process.
         """
+        self._keep = keep
         self._place, self._tell, self._samples = place, tell, samples
         self._publish = list(publish)
         self._files: dict[str, Rows] = {}
@@ -62,17 +65,26 @@ class Log:
         self._unpublished: list[dict[str, Any]] = []
         self._told = self._published = time.monotonic()
         self._replaced = self._total = 0
-        self._waited = self._saved = self._exchanged = 0.0
+        self._waited = self._saved = self._exchanged = self._computed = 0.0
+        self._waits = Waits()
         self._sent = 0
         self._exchange: Exchange | None = None
         self._start = time.perf_counter()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the block as waiting for data."""
-        start = time.perf_counter()
+    def waiting(self, waits: Waits) -> Iterator[None]:
+        """Count the block as waiting for data; `waits` is what its stream counts."""
+        before, start = waits.copy(), time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
+        self._waits = waits.since(before)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Count the block as computing, but for what it waits for the other column."""
+        start = time.perf_counter()
+        yield
+        self._computed += time.perf_counter() - start
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -89,7 +101,7 @@ class Log:
         before = _traffic(self._exchange)
         yield
         self._start = time.perf_counter()
-        self._waited = 0.0
+        self._waited = self._computed = 0.0
         after = _traffic(self._exchange)
         self._exchanged += after[0] - before[0]
         self._sent += after[1] - before[1]
@@ -113,6 +125,7 @@ class Log:
         seconds, self._start = now - self._start, now
         waited, self._waited = self._waited, 0.0
         saved, self._saved = self._saved, 0.0
+        computed, self._computed = self._computed, 0.0
         exchanged, sent = _traffic(exchange)
         row = {
             "position": mark.position,
@@ -125,6 +138,8 @@ class Log:
             "lr_bias": rates.biases,
             "img_s": round(config.batch_size / seconds, 2),
             "data_wait": round(waited / seconds, 4),
+            **by_cause(waited, self._waits),
+            "compute": round(computed - (exchanged - self._exchanged), 5),
             "stall": round((waited + saved) / (seconds + saved), 4),
             "exchange": round(exchanged - self._exchanged, 5),
             "exchange_bytes": sent - self._sent,
@@ -144,6 +159,8 @@ class Log:
         row["loss"], row["top1_error"], replaced = (round(value, 6) for value in values.tolist())
         row["replaced"] = round(replaced * self._place.replicas)
         self._replaced += row["replaced"]
+        if self._keep is not None:
+            self._keep.append(row)
         now = time.monotonic()
         if self._place.leads:
             self._files[METRICS].add(row)
@@ -239,6 +256,13 @@ class Log:
         finally:
             for file in self._files.values():
                 file.close()
+
+
+def by_cause(waited: float, waits: Waits) -> dict[str, float]:
+    """Seconds of waiting for data by what was not ready; see `WAITS`. They add up to `waited`."""
+    storage, feed = waits.fetch + waits.storage, waits.checksum + waits.feed
+    causes = (storage, feed, waits.decode, max(0.0, waited - storage - feed - waits.decode))
+    return {name: round(value, 5) for name, value in zip(WAITS, causes, strict=True)}
 
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class Job:
     run: Path
     plan: Plan
     driver: Address
+    measure: bool = False
+    """Do not train, but say where the time goes."""
 
 
 def run_worker(loop_config: dict[str, Any]) -> None:
@@ -46,6 +48,13 @@ def run_worker(loop_config: dict[str, Any]) -> None:
         try:
             place, workers = find_place(job.plan, job.config)
             where = str(place)
+            if job.measure:
+                from cluster.headspace import measure
+
+                if place.leads:
+                    job.driver.tell(Placed(tuple(workers)))
+                measure(job.config, job.data, place, job.driver.tell)
+                return
             prepare_folder(job)
             with leading(job.run) if place.leads else nullcontext():
                 if place.leads:

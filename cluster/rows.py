@@ -15,6 +15,9 @@ from pipeline.files import sealed, sync_folder
 
 MOST = 1 << 22
 """Bytes of rows kept in memory before they are put on the disk without being asked."""
+WAITS = ("wait_storage", "wait_feed", "wait_decode", "wait_transfer")
+"""Seconds of a step's waiting for data, by what was not ready: the disk or the store; checksums,
+order and draws; pixels; and their way to where the network computes."""
 STEP = re.compile(rb'"step": (\d+)[,}]')
 
 

@@ -14,6 +14,7 @@ RUN/evaluation-*.json    errors with 1 or 10 views            (evaluate.py)
 RUN/probabilities-*      of every picture, with --save-probabilities  (probabilities.py)
 RUN/tensorboard/         the rows for TensorBoard, with --tensorboard  (tensorboard.py)
 RUN/report.html          all of it on one page               (report)
+RUN/measure.json         where a step's time goes, with --measure  (measure.py)
 RUN/attempts.jsonl       a row a start and an end of its workers    (supervisor.py)
 RUN/error.log            traceback of the last failure, if there was one
 RUN/.lock, RUN/.leader   held while a training runs: by its driver, by the worker that writes
@@ -43,6 +44,7 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
 MACHINE = "machine.json"
 ERRORS = "error.log"
+MEASURE = "measure.json"
 ATTEMPTS = "attempts.jsonl"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.config_file import read_back
-from cluster.rows import tail
+from cluster.rows import WAITS, tail
 from cluster.run_folder import (
     ATTEMPTS,
     CHECKPOINTS,
@@ -38,7 +38,9 @@ AGAIN = 600.0
 """Seconds for which a run is believed to be starting again."""
 RECENT = 50
 """Rows whose means are shown."""
-MEANS = ("loss", "top1_error", "img_s", "data_wait", "stall", "exchange", "saving", "seconds")
+MEANS = (
+    "loss", "top1_error", "img_s", "data_wait", *WAITS, "stall", "exchange", "saving", "seconds",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)

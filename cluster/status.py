@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.console import MOST_WORKERS, clock
+from cluster.rows import WAITS
 from cluster.run_state import State, look
 from pipeline.dataset import is_remote
 from pipeline.errors import UsageError, run
@@ -171,12 +172,19 @@ def _end(end: dict[str, Any]) -> str:
 
 def _waiting(state: State) -> str:
     last = state.last
-    told = [f"for data {last['data_wait']:.1%}"]
+    told = [f"for data {last['data_wait']:.1%}{_cause(last)}"]
     if last.get("exchange"):
         told.append(f"other column {last['exchange'] / last['seconds']:.1%}")
     if "stall" in last:
         told.append(f"data or saving {last['stall']:.1%}")
     return ", ".join(told)
+
+
+def _cause(row: dict[str, Any]) -> str:
+    """What most of the waiting for data was for."""
+    waits = {name: row.get(name, 0.0) for name in WAITS}
+    most = max(waits, key=lambda name: waits[name])
+    return f" ({most.removeprefix('wait_')})" if waits[most] > 0.005 * row["seconds"] else ""
 
 
 def _checkpoint(state: State) -> str:

@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     samples = manifest.split("train", dataset.folder).samples
     with closing(dataset):
         check(command, manifest, dataset)
+    if command.measure:
+        with held(folder), Screen() as screen:
+            measure(config, data, folder, screen)
+        return 0
     with held(folder), Screen() as screen:
         if (mirror := mirror_of(folder, config.store)) and (fetched := mirror.restore()):
             screen.say(f"fetched from {without_secrets(config.store)}: {', '.join(fetched)}")
@@ -143,6 +147,21 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> N
         Supervisor(
             config, data, folder, screen, lambda: reached(folder, config.store), aside.getvalue
         ).train()
+
+
+def measure(config: Config, data: str, folder: Path, screen: Screen) -> None:
+    """Have workers say where a step's time goes, on a Ray of their own or one that is there.
+
+    Raises:
+        DuetError: they failed.
+    """
+    from cluster.measure import measure_with_ray
+    from cluster.ray_session import session
+
+    aside = io.StringIO()
+    workers = config.size * config.replica_sizes[-1]
+    with redirect_stdout(aside), session(workers):
+        measure_with_ray(config, data, folder, screen, aside.getvalue)
 
 
 if __name__ == "__main__":

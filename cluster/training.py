@@ -148,6 +148,8 @@ def open_stream(
         colour_divide=config.colour_divide,
         mean=config.mean,
         threads=config.threads or place.cores,
+        prefetch=config.prefetch,
+        hw_decoder_load=config.hw_decoder_load,
         strict=config.strict,
         quarantine=run / QUARANTINE,
         ledger=run / LEDGER if config.ledger and not once else None,

@@ -63,14 +63,15 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
     """
     config, place, mark, total = t.config, t.place, t.mark, t.total
     for step in range(mark.step + 1, total + 1):
-        with t.log.waiting():
+        with t.log.waiting(t.feed.waits):
             batch = next(t.feed)
         asked = place.poll(ending(), t.checkpoints.busy)  # the answers come while we compute
         t.rates.note(step - 1)
-        t.optimiser.zero_grad()
-        values = learn(t, step, batch)
-        t.average.finish()
-        t.optimiser.step(t.rates.at(step))
+        with t.log.computing():
+            t.optimiser.zero_grad()
+            values = learn(t, step, batch)
+            t.average.finish()
+            t.optimiser.step(t.rates.at(step))
 
         mark = Mark(step=step, position=batch.position)
         t.log.step(mark, config, t.rates.at(step), place.mean(values), t.net.exchange)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,9 +13,11 @@ import torch
 from cluster.config import Config
 from cluster.log import METRICS, Log
 from cluster.place import Place
+from cluster.rows import WAITS
 from cluster.run_folder import Mark
 from model.exchange import Traffic
 from model.schedule import Rates
+from pipeline.waits import Waits
 
 MARK = Mark(step=1, position=8)
 RATES = Rates(0.1, 0.2)
@@ -30,7 +32,7 @@ def slow_validation() -> dict[str, float]:
 def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
     with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
         for step in (1, 2):
-            with log.waiting():
+            with log.waiting(Waits()):
                 time.sleep(0.02)
             time.sleep(0.02)
             log.step(
@@ -65,7 +67,7 @@ def test_a_step_says_what_training_stood_still_for(tmp_path):
     link: Any = SimpleNamespace(traffic=traffic)
     with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
         for _ in range(2):
-            with log.waiting():
+            with log.waiting(Waits()):
                 time.sleep(0.05)
             time.sleep(0.05)
             log.step(MARK, Config(), RATES, VALUES, link)
@@ -117,3 +119,27 @@ def test_the_last_numbers_are_published_however_short_the_run(tmp_path):
             log.step(Mark(step=step, position=8 * step), Config(steps=70), RATES, values)
     ((step, numbers),) = got
     assert (step, numbers["loss"], numbers["replaced"], numbers["total"]) == (2, 1.5, 6, 70)
+
+
+def test_waiting_is_told_apart_and_computing_is_without_the_other_column(tmp_path):
+    class Link:
+        traffic: ClassVar = {"conv3": Traffic(waited=0.0)}
+
+    waits = Waits()
+    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
+        with log.waiting(waits):
+            waits.fetch, waits.storage, waits.checksum, waits.feed, waits.decode = (
+                0.01, 0.02, 0.003, 0.004, 0.03,
+            )  # fmt: skip
+            time.sleep(0.1)
+        with log.computing():
+            time.sleep(0.05)
+            Link.traffic["conv3"].waited = 0.04
+        log.step(MARK, Config(), RATES, VALUES, Link())
+    row = json.loads((tmp_path / METRICS).read_text())
+    assert (row["wait_storage"], row["wait_feed"], row["wait_decode"]) == (0.03, 0.007, 0.03)
+    waited = sum(row[name] for name in WAITS)
+    assert waited == pytest.approx(row["data_wait"] * row["seconds"], rel=0.01)
+    assert 0.01 <= row["compute"] < 0.05
+    assert row["exchange"] == 0.04
+    assert row["compute"] + row["exchange"] + waited == pytest.approx(row["seconds"], rel=0.03)

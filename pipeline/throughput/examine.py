@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pipeline.progress import Progress
 from pipeline.throughput import stages
 from pipeline.throughput.clock import Rate
-from pipeline.throughput.machine import cores, machine, memory_bytes
+from pipeline.throughput.machine import machine, memory_bytes
 from pipeline.throughput.prediction import Costs, bounds, predicted
 from pipeline.throughput.remedies import Now, Remedy, knee, remedies, sweep
 from pipeline.throughput.report import Report, Row, row, row_of
@@ -28,13 +28,17 @@ POINTS = 400
 """Of the queue's picture."""
 
 
-def examine(setting: Setting, needed: float | None = None, seconds: float = SECONDS) -> Report:
+def examine(
+    setting: Setting, needed: float | None = None, seconds: float = SECONDS,
+    extra: Sequence[Row] = (),
+) -> Report:  # fmt: skip
     """Measure the stream of a setting, stage by stage and as a whole.
 
     Args:
         setting: of the stream.
         needed: pictures a second that the trainer takes, if that is known.
         seconds: for each stage.
+        extra: stages that others have measured.
 
     Raises:
         DuetError: as `Stream` does.
@@ -45,7 +49,7 @@ def examine(setting: Setting, needed: float | None = None, seconds: float = SECO
         batches = max(1, min(len(parts.storage) // setting.batch_size, 160))
         alone = stages.alone(parts, seconds, batches)
         progress.advance(1)
-        costs = sweep(parts, alone, thread_counts(setting.threads), seconds)
+        costs = sweep(parts, alone, thread_counts(setting), seconds)
         progress.advance(1)
         parts.touch(round(predicted(costs) * 4 * seconds))
         found = whole(setting, 2 * seconds)
@@ -53,13 +57,15 @@ def examine(setting: Setting, needed: float | None = None, seconds: float = SECO
         now = state_of(parts, alone, costs, found, fetched)
         helping = remedies(now, seconds)
         progress.advance(2)
-    return _report(now, found, helping, needed, fetched)
+    return _report(now, found, helping, needed, fetched, extra)
 
 
-def thread_counts(threads: int) -> list[int]:
+def thread_counts(setting: Setting) -> list[int]:
     """Numbers of threads that are tried."""
-    have = cores()
-    return sorted({1, threads, have, max(1, have // 4), max(1, have // 2), have + have // 2})
+    have = setting.cores
+    return sorted(
+        {1, setting.threads, have, max(1, have // 4), max(1, have // 2), have + have // 2}
+    )
 
 
 def state_of(
@@ -87,11 +93,11 @@ def state_of(
 
 def _report(
     now: Now, found: Whole, helping: Sequence[Remedy], needed: float | None,
-    fetched: Fetching | None,
+    fetched: Fetching | None, extra: Sequence[Row],
 ) -> Report:  # fmt: skip
     parts = now.parts
     setting, each = parts.setting, parts.bytes_each
-    rows = tuple(row_of(stage) for stage in now.alone.stages)
+    rows = (*(row_of(stage) for stage in now.alone.stages), *extra)
     if fetched is not None:
         rows = (_fetch_row(fetched, each), *rows)
     decode = next((one.limit_img_s for one in rows if one.name == "decode"), None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.throughput import raw_trial, stages
 from pipeline.throughput.clock import Rate, in_turn
-from pipeline.throughput.machine import cores, memory_bytes
+from pipeline.throughput.machine import memory_bytes
 from pipeline.throughput.prediction import Costs, jitter, predicted
 from pipeline.throughput.reading import reading_cold
 from pipeline.throughput.setting import Parts
@@ -212,7 +212,7 @@ def sweep(parts: Parts, alone: Alone, counts: Sequence[int], seconds: float) -> 
     hand_over = next(stage.rate.median for stage in alone.stages if stage.name == "hand-over")
     return Costs(
         reader=alone.warm.seconds, pixels=rates, hand_over=1 / hand_over,
-        cores=cores(), threads=parts.setting.threads,
+        cores=parts.setting.cores, threads=parts.setting.threads,
     )  # fmt: skip
 
 

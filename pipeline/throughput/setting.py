@@ -38,6 +38,8 @@ class Setting:
     hw_decoder_load: float = 1.0
     cache: str | None = None
     cache_size: int = CACHE_SIZE
+    cores: int = len(os.sched_getaffinity(0))
+    """That the stream may keep busy."""
 
     def but(self, **changes: Any) -> Setting:
         """The same with some of it changed."""

@@ -105,7 +105,7 @@ def tune(setting: Setting, tell: Callable[[Trial], None] = lambda _: None,
 def _candidates(setting: Setting) -> Iterator[tuple[str, Sequence[Any]]]:
     if setting.device == "gpu":
         yield "hw_decoder_load", LOADS
-    counts = thread_counts(setting.threads)
+    counts = thread_counts(setting)
     yield "threads", [count for count in counts if count > setting.threads]
     yield "threads", [count for count in reversed(counts) if count < setting.threads]
     # Never fewer than the default: a trainer's steps vary, and this clock has no trainer.
