@@ -134,7 +134,8 @@ def test_the_public_settings_are_these():
         "plateau_factor", "plateau_biases", "plateau_threshold", "layer_rates",
         "momentum", "weight_decay", "shuffle", "window", "colour", "colour_divide",
         "mean", "dtype", "exchange_dtype", "replicas",
-        "columns_per_worker", "microbatch", "device", "threads", "checkpoint_every", "keep",
+        "columns_per_worker", "microbatch", "device", "threads", "prefetch", "hw_decoder_load",
+        "checkpoint_every", "keep",
         "keep_best", "store", "validate_every", "statistics_every", "max_failures", "node_wait",
         "collective_timeout", "strict", "ledger", "tensorboard", "cache", "cache_size",
     ]  # fmt: skip
@@ -189,7 +190,7 @@ OTHER = {
     "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
     "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
     "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "picture",
-    "exchange_dtype": "bfloat16",
+    "exchange_dtype": "bfloat16", "hw_decoder_load": 0.5,
 }  # fmt: skip
 
 
@@ -230,7 +231,7 @@ def test_how_a_run_is_carried_out_may_change():
     old = Config()
     free = {
         "replicas": "1:2", "device": "cpu", "columns_per_worker": 2, "microbatch": 16,
-        "threads": 3, "checkpoint_every": 7, "keep": 9, "keep_best": 0, "store": "s3://b/x",
+        "threads": 3, "prefetch": 4, "checkpoint_every": 7, "keep": 9, "keep_best": 0, "store": "s3://b/x",
         "validate_every": 0, "statistics_every": 0, "max_failures": 0, "node_wait": 0,
         "collective_timeout": 10, "strict": True, "ledger": True, "tensorboard": True,
         "cache": "c", "cache_size": "1TB",

@@ -1,0 +1,75 @@
+"""What it costs to know where the time goes: `python benchmarks/accounting.py DATA`.
+
+The reading thread with its clocks and with a clock that does nothing, in turn; and the clocks of a
+step of training, called again and again. Both as shares of what they are part of.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from cluster.config import Config
+from cluster.log import Log
+from cluster.place import Place
+from cluster.run_folder import Mark
+from model.schedule import Rates
+from pipeline.throughput.reading import reading
+from pipeline.throughput.setting import Setting, opened
+from pipeline.throughput.whole import whole
+from pipeline.waits import Waits
+
+TURNS = 7
+
+
+def pictures_per_second(setting: Setting, clock: bool) -> float:
+    """Of the reading thread alone, from the page cache."""
+    with opened(setting) as parts:
+        reader = parts.reader()
+        batches = iter(reader.batches(0))
+        done, start = 0, time.perf_counter()
+        with mock.patch.multiple("pipeline.storage", perf_counter=time.perf_counter if clock
+                                 else lambda: 0.0):  # fmt: skip
+            while time.perf_counter() - start < 0.5:
+                reader.give_back(next(batches))
+                done += setting.batch_size
+        return done / (time.perf_counter() - start)
+
+
+def step_seconds() -> float:
+    """Of the clocks and the row of one step of training."""
+    config, rates, values = Config(), Rates(0.1, 0.2), torch.tensor([1.0, 0.5, 0.0])
+    with tempfile.TemporaryDirectory() as folder:
+        with Log(Path(folder), Place(), lambda _: None, 1000, 0) as log:
+            start = time.perf_counter()
+            for step in range(1, 2001):
+                with log.waiting(Waits()):
+                    pass
+                with log.computing():
+                    pass
+                log.step(Mark(step=step, position=step), config, rates, values)
+            return (time.perf_counter() - start) / 2000
+
+
+def main() -> None:
+    """Print the shares."""
+    setting = Setting(data=sys.argv[1])
+    with opened(setting) as parts:
+        reading(parts, 1.0, 40)
+    pairs = [(pictures_per_second(setting, True), pictures_per_second(setting, False))
+             for _ in range(TURNS)]  # fmt: skip
+    each = statistics.median(1 / on - 1 / off for on, off in pairs)
+    stream = whole(setting, 3.0).rate.median
+    print(f"clocks of the reading thread: {each * 1e9:,.0f} ns a picture, "
+          f"{each * stream:.2%} of the time of a stream of {stream:,.0f} img/s")  # fmt: skip
+    print(f"clocks and row of a step: {step_seconds() * 1e6:,.0f} µs")
+
+
+if __name__ == "__main__":
+    main()
