@@ -45,16 +45,18 @@ def pictures_per_second(setting: Setting, clock: bool) -> float:
 def step_seconds() -> float:
     """Of the clocks and the row of one step of training."""
     config, rates, values = Config(), Rates(0.1, 0.2), torch.tensor([1.0, 0.5, 0.0])
-    with tempfile.TemporaryDirectory() as folder:
-        with Log(Path(folder), Place(), lambda _: None, 1000, 0) as log:
-            start = time.perf_counter()
-            for step in range(1, 2001):
-                with log.waiting(Waits()):
-                    pass
-                with log.computing():
-                    pass
-                log.step(Mark(step=step, position=step), config, rates, values)
-            return (time.perf_counter() - start) / 2000
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Log(Path(folder), Place(), lambda _: None, 1000, 0) as log,
+    ):
+        start = time.perf_counter()
+        for step in range(1, 2001):
+            with log.waiting(Waits()):
+                pass
+            with log.computing():
+                pass
+            log.step(Mark(step=step, position=step), config, rates, values)
+        return (time.perf_counter() - start) / 2000
 
 
 def main() -> None:
