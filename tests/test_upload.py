@@ -74,7 +74,7 @@ def test_it_holds_neither_data_nor_secrets_nor_tests(upload):
 
 
 JOBS = ("cluster.train", "cluster.build_shards", "cluster.evaluate", "cluster.export",
-        "pipeline.throughput")  # fmt: skip
+        "cluster.measure")  # fmt: skip
 IMPORTED = """
 import importlib.util, pathlib, sys
 for name in sys.argv[2:]:
