@@ -36,7 +36,8 @@ class Column:
     colour: float
     """Median over its kernels, as the next."""
     orientation: float
-    learned: int
+    concentration: float
+    shaped: int
     """Kernels that are more than noise."""
 
 
@@ -58,9 +59,11 @@ class FirstLayer:
     colour: Split | None
     """Whether the columns differ in colourfulness; None for a network of one column."""
     orientation: Split | None
-    learned_colour: Split | None
-    """As `colour`, of the kernels that are more than noise; None if a column has none."""
     scatter: Chart
+    changes: tuple[Column, ...] = ()
+    """The kernels less what they began as: what was learned, without the noise that was drawn."""
+    change_colour: Split | None = None
+    """As `colour`, of these."""
     strips: tuple[Strip, ...] = ()
     charts: tuple[Chart, ...] = ()
     """Over the steps; without kept moments none."""
@@ -69,11 +72,6 @@ class FirstLayer:
     def kernels(self) -> int:
         """Of both columns."""
         return sum(len(column.scores) for column in self.columns)
-
-    @property
-    def learned(self) -> int:
-        """Kernels of both columns that are more than noise."""
-        return sum(column.learned for column in self.columns)
 
 
 def first_layer(found: Found, moments: Sequence[Moment] = ()) -> FirstLayer:
@@ -85,23 +83,36 @@ def first_layer(found: Found, moments: Sequence[Moment] = ()) -> FirstLayer:
     kernels = column_kernels(found)
     rated = {name: scores(weights) for name, weights in kernels.items()}
     past = [one for one in moments if one.step < found.mark.step and same_shape(one, kernels)]
-    past = [*past, Moment(found.mark.step, kernels)]
     layer = FirstLayer(
         step=found.mark.step,
         columns=tuple(_column(name, kernels[name], rated[name]) for name in kernels),
         colour=_apart([one.colour for one in rated.values()]),
         orientation=_apart([one.orientation for one in rated.values()]),
-        learned_colour=_apart([one.colour[one.shaped] for one in rated.values()]),
         scatter=_scatter(rated),
     )
-    if len(past) < 2:
+    if not past:
         return layer
+    if past[0].step == 1:
+        layer = _with_changes(layer, kernels, past[0].columns)
+    past.append(Moment(found.mark.step, kernels))
     shown = picked(past)
     strips = tuple(
         _strip(name, [one.columns[name] for one in shown], [one.step for one in shown], rated[name])
         for name in kernels
     )
     return replace(layer, strips=strips, charts=tuple(_over_time(past)))
+
+
+def _with_changes(
+    layer: FirstLayer, kernels: dict[str, Kernel], first: dict[str, Kernel]
+) -> FirstLayer:
+    changes = {name: weights - first[name] for name, weights in kernels.items()}
+    rated = {name: scores(change) for name, change in changes.items()}
+    return replace(
+        layer,
+        changes=tuple(_column(name, changes[name], rated[name]) for name in changes),
+        change_colour=_apart([one.colour for one in rated.values()]),
+    )
 
 
 def same_shape(moment: Moment, kernels: dict[str, Kernel]) -> bool:
@@ -129,7 +140,8 @@ def _column(name: str, kernels: Kernel, rated: Scores) -> Column:
         scores=rated,
         colour=float(np.median(rated.colour)),
         orientation=float(np.median(rated.orientation)),
-        learned=int(rated.shaped.sum()),
+        concentration=float(np.median(rated.concentration)),
+        shaped=int(rated.shaped.sum()),
     )
 
 
@@ -176,15 +188,15 @@ def _scatter(rated: dict[str, Scores]) -> Chart:
     for name, one in rated.items():
         hints = [
             f"column {name}, kernel {number + 1}: colour {colour:.2f}, orientation {along:.2f}"
-            + ("" if learned else ", like noise")
-            for number, (colour, along, learned) in enumerate(
+            + ("" if shaped else ", like noise")
+            for number, (colour, along, shaped) in enumerate(
                 zip(one.colour, one.orientation, one.shaped, strict=True)
             )
         ]
         points += dots(one.colour, one.orientation, (WHOLE, WHOLE), name, hints)
     return Chart(
         title="Every kernel: orientation over colourfulness",
-        x=[Tick(value, f"{value:.1f}") for value in (0, 0.2, 0.4, 0.6, 0.8, 1)],
+        x=[Tick(value, f"{value:g}") for value in (0, 0.2, 0.4, 0.6, 0.8, 1)],
         y=[Tick(value, f"{value:.1f}") for value in (0, 0.2, 0.4, 0.6, 0.8, 1)],
         lines=[Line("", name, f"column {name}") for name in rated],
         dots=points,
@@ -212,7 +224,7 @@ def _over_time(past: Sequence[Moment]) -> list[Chart]:
         )
         for name in rated[-1]
     ]
-    noise = line(np.array([0, last]), np.full(2, GREY_OF_NOISE), (axis, WHOLE), "raw", "noise")
+    noise = line(np.array([0, last]), np.full(2, GREY_OF_NOISE), (axis, WHOLE), "chance", "noise")
     charts = [
         Chart(
             title="Colourfulness, median kernel",
@@ -243,7 +255,7 @@ def _apart_over_time(
                 across,
                 np.array([s.chance_95 for s in splits]),
                 (axis, half),
-                "raw",
+                "chance",
                 "95 % of random splits are below",
             ),
         ],

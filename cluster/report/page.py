@@ -32,6 +32,7 @@ from cluster.report.pictures import (
     newest_checkpoint,
 )
 from cluster.report.records import Records, read_records
+from cluster.report.scores import noise_limit
 from cluster.report.tables import (
     class_errors,
     confusion,
@@ -144,6 +145,7 @@ def templates(*folders: Path) -> jinja2.Environment:
         "plain": plain,
         "p": probability,
     }
+    environment.globals["noise_limit"] = noise_limit()
     return environment
 
 

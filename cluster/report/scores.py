@@ -22,6 +22,7 @@ GREY_OF_NOISE = 2 / 3
 """Colourfulness of a kernel of independent values: two of three axes of colour are not grey."""
 SPLITS = 5000
 """Random splits that a split into columns is compared with."""
+CERTAIN = 0.05
 NOISE_DRAWS = 1000
 NOISE_PERCENTILE = 99.0
 TINY = 1e-30
@@ -43,8 +44,8 @@ class Scores:
 
     @property
     def shaped(self) -> npt.NDArray[np.bool_]:
-        """Which are more concentrated than 99 of 100 kernels of noise: those that learned."""
-        return self.concentration > _noise_limit()
+        """Which are more concentrated than 99 of 100 kernels of noise."""
+        return self.concentration > noise_limit()
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Split:
     """What 95 % of them stay below."""
     p: float
     """Share of random splits at least as far apart: never below 1 / (splits + 1)."""
+
+    @property
+    def told(self) -> bool:
+        """Whether it is more than a random split would give in 95 of 100 cases."""
+        return self.p < CERTAIN
 
 
 def scores(kernels: Kernel) -> Scores:
@@ -98,7 +104,8 @@ def _concentration(kernels: Floats) -> Floats:
 
 
 @cache
-def _noise_limit() -> float:
+def noise_limit() -> float:
+    """The concentration that one in a hundred kernels of noise is beyond."""
     noise = np.random.default_rng(0).normal(size=(NOISE_DRAWS, 3, 11, 11))
     return float(np.percentile(_concentration(noise), NOISE_PERCENTILE))
 
