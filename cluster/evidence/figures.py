@@ -94,9 +94,9 @@ def _apart(what: str, split: Split, run: Run, letter: str, scale: str) -> Row:
         what=f"columns apart: {hue}{what}",
         group=letter,
         paper="told apart by eye" if hue else "no number",
-        ours=f"{100 * split.apart:.0f} % (random split: {100 * split.chance:.0f} %, 95 % of them "
-        f"below {100 * split.chance_95:.0f} %)",
-        seeds=f"seed {run.config.seed}",
+        ours=f"{100 * split.apart:.0f} %",
+        seeds=f"seed {run.config.seed}; random splits {100 * split.chance:.0f} %, 95 % of them "
+        f"below {100 * split.chance_95:.0f} %",
         verdict=f"{certain if split.told else 'not beyond a random split'} "
         f"(p {probability(split.p)})",
         scale=scale,

@@ -181,7 +181,7 @@ def _against(
 ) -> str:
     """What a variant came to beside the first one."""
     if first is None:
-        return "" if found is None else "what the others are compared with"
+        return "no verdict: not reached" if found is None else "what the others are compared with"
     name, other = first
     if found is None or len(found.values) < runs:
         return f"not reached by all, {name} was"

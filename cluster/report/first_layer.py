@@ -15,7 +15,7 @@ from cluster.checkpoint import Found
 from cluster.kernels import Kernel, Moment
 from cluster.report.charts import Axis, Chart, Dot, Line, Tick, dots, line, short
 from cluster.report.pictures import KERNEL_GAP, KERNEL_SCALE, Pixels, column_kernels, data_uri, tile
-from cluster.report.scores import GREY_OF_NOISE, Scores, Split, scores, split
+from cluster.report.scores import GREY_OF_NOISE, ORIENTATION_OF_NOISE, Scores, Split, scores, split
 
 MOMENTS = 12
 """Moments shown in a strip."""
@@ -214,27 +214,32 @@ def _over_time(past: Sequence[Moment]) -> list[Chart]:
     rated = [{name: scores(weights) for name, weights in one.columns.items()} for one in past]
     ticks = [Tick(axis.place(power), short(10.0**power)) for power in range(int(last) + 1)]
     tenths = [Tick(value, f"{value:.1f}") for value in (0, 0.2, 0.4, 0.6, 0.8, 1)]
-    medians = [
-        line(
-            across,
-            np.array([np.median(one[name].colour) for one in rated]),
-            (axis, WHOLE),
-            name,
-            f"column {name}",
+    charts = []
+    for title, score, of_noise in (
+        ("Colourfulness, median kernel", "colour", GREY_OF_NOISE),
+        ("Orientation, median kernel", "orientation", ORIENTATION_OF_NOISE),
+    ):
+        medians = [
+            line(
+                across,
+                np.array([np.median(getattr(one[name], score)) for one in rated]),
+                (axis, WHOLE),
+                name,
+                f"column {name}",
+            )
+            for name in rated[-1]
+        ]
+        noise = line(np.array([0, last]), np.full(2, of_noise), (axis, WHOLE), "chance", "noise")
+        charts.append(
+            Chart(
+                title=title,
+                x=ticks,
+                y=tenths,
+                lines=[*medians, noise],
+                caption="Steps on a logarithmic axis.",
+                across=("steps", ""),
+            )
         )
-        for name in rated[-1]
-    ]
-    noise = line(np.array([0, last]), np.full(2, GREY_OF_NOISE), (axis, WHOLE), "chance", "noise")
-    charts = [
-        Chart(
-            title="Colourfulness, median kernel",
-            x=ticks,
-            y=tenths,
-            lines=[*medians, noise],
-            caption="Steps on a logarithmic axis.",
-            across=("steps", ""),
-        )
-    ]
     if len(rated[-1]) == 2:
         charts.append(_apart_over_time(across, rated, axis, ticks))
     return charts

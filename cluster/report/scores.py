@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float64]
 
 GREY_OF_NOISE = 2 / 3
 """Colourfulness of a kernel of independent values: two of three axes of colour are not grey."""
+ORIENTATION_OF_NOISE = 0.064
+"""Median orientation of kernels of noise, 3 x 11 x 11 (measured)."""
 SPLITS = 5000
 """Random splits that a split into columns is compared with."""
 CERTAIN = 0.05
