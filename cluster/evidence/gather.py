@@ -13,6 +13,7 @@ from cluster.checkpoint import Found
 from cluster.checkpoint_choice import choose
 from cluster.config import FREE, Config
 from cluster.config_file import read_back
+from cluster.evidence.claims import ABLATIONS
 from cluster.report.records import Records, read_records
 from cluster.run_folder import CONFIG, METRICS
 from pipeline.errors import DataError, UsageError
@@ -195,11 +196,11 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
-    """Sort runs into groups: that with the most seeds first, then as they came."""
+    """Sort runs into groups: most seeds first, then the nearest to the paper, then as they came."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(json.dumps(settings(run), sort_keys=True), []).append(run)
-    ordered = sorted(found.values(), key=lambda group: -len(group))
+    ordered = sorted(found.values(), key=lambda group: (-len(group), _departures(group[0])))
     first = settings(ordered[0][0]) if ordered else {}
     return [
         Group(
@@ -209,6 +210,11 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
         )
         for number, group in enumerate(ordered)
     ]
+
+
+def _departures(run: Run) -> int:
+    """How many of the paper's choices a run does without."""
+    return sum(getattr(run.config, one.setting) in one.instead for one in ABLATIONS)
 
 
 def _differs(first: dict[str, Any], other: dict[str, Any]) -> str:
