@@ -221,13 +221,23 @@ def test_ensembles_of_both_forms(tmp_path, make):
 def test_neighbours_and_codes_where_a_run_has_them(make):
     run = make("s0", {})
     (run / "neighbours").mkdir()
-    table = {"precision_at_k": {"1": 0.5, "10": 0.4}, "auc": 0.7,
-             "codes": [{"name": "128 bits", "recall_at_10": 0.3, "queries_per_s": 1e3}]}  # fmt: skip
+    pictures = {"queries": {"split": "val", "pictures": 1000},
+                "base": {"split": "train", "pictures": 4000}, "k": 6}  # fmt: skip
+    near = {"precision_at_k": 0.5, "precision_by_chance": 0.1, "auc": 0.7, "auc_error": 0.01,
+            "units": 256, **pictures}  # fmt: skip
+    code = {"method": "auto-encoder", "bits": 128, "bytes": 16, "recall_at_k": 0.3,
+            "precision_at_k": 0.4, "queries_s": 1e3}  # fmt: skip
+    rival = {"method": "product", "bits": 64, "bytes": 8, "missing": "no such library"}
+    table = {"step": 40, "neighbours": near, "codes": {"rows": [code, rival], **pictures}}
     (run / "neighbours" / "summary.json").write_text(json.dumps(table))
     page = evidence([run])
-    assert [row.ours for row in rows(page, "neighbours")] == ["50.0 %", "40.0 %", "70.0 %"]
-    (code,) = rows(page, "codes")
-    assert code.ours == "recall at 10 30.0 %, queries per s 1,000"
+    precision, auc = rows(page, "neighbours")
+    assert (precision.ours, precision.verdict) == ("50.0 % (by chance 10.0 %)", "above chance")
+    assert auc.ours == "70.0 ± 2.0 % (by chance 50 %)"
+    (one,) = rows(page, "codes")
+    assert (one.ours, one.verdict) == ("30.0 % / 40.0 %", "16 bytes a picture, 1,000 queries/s")
+    (item,) = [item for item in page.items if item.claim.key == "neighbours"]
+    assert item.notes == ["s0: features of step 40, it has come to 60."]
     assert "cluster.neighbours" not in " ".join(one.command for one in page.missing)
 
 

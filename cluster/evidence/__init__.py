@@ -5,7 +5,8 @@ gather    the runs and results in the folders named, runs sorted into groups of 
 numbers   mean and spread over seeds, and what a difference is worth
 item      an entry of the page: claim, rows of comparisons, scale
 results   items that are numbers: errors, views, what a setting is worth, speed
-figures   items that are pictures: kernels, answers, neighbours
+figures   items that are pictures: kernels, answers
+alike     neighbours and short codes
 studies   items from other commands' results: ensembles, studies
 page      all of it joined into one page (evidence.html.j2, with the report's parts and style)
 """

@@ -1,16 +1,13 @@
-"""Items that are pictures: what the first layer learned, answers, neighbours."""
+"""Items that are pictures: what the first layer learned, and answers."""
 
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cluster.evidence.claims import ANSWERS, CODES, KERNELS, NEIGHBOURS
-from cluster.evidence.gather import NEIGHBOURS as SUMMARY
+from cluster.evidence.claims import ANSWERS, KERNELS
 from cluster.evidence.gather import Gathered, Run
 from cluster.evidence.item import Item, Missing, Row, scale_of
 from cluster.kernels import read_kernels
@@ -25,7 +22,7 @@ OTHER_SEEDS = 3
 """Runs beside the first whose kernels are shown, too."""
 MOST_PICTURES = 4
 MOST_BYTES = 6_000_000
-KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,7 @@ class Picture:
 
 def figures(gathered: Gathered, data: str | None, missing: list[Missing]) -> Iterator[Item]:
     """Yield the items there is something to show of; what lacks is added to `missing`."""
-    place = data or "DATA"
     yield from filter(None, (_kernels(gathered, missing), _answers(gathered, data, missing)))
-    yield from filter(None, _neighbours(gathered, place, missing))
 
 
 def _kernels(gathered: Gathered, missing: list[Missing]) -> Item | None:
@@ -144,71 +139,6 @@ def _answered(run: Run, found: Answers, letter: str, scale: str) -> Item:
             )
         )
     return item
-
-
-def _neighbours(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[Item]:
-    near, codes = Item(NEIGHBOURS, kind="pictures", body=[]), Item(CODES)
-    for group in gathered.groups:
-        for run in group.runs:
-            path = run.path / SUMMARY
-            if not path.is_file():
-                continue
-            try:
-                table = json.loads(path.read_text(encoding="utf-8"))
-                near.rows += list(_near(table, run, group.letter, scale_of(group)))
-                codes.rows += list(_codes(table, run, group.letter, scale_of(group)))
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                gathered.left_out.append(f"{path} cannot be read ({error}).")
-                continue
-            near.body = near.body or pictures_in(path.parent)
-    runs = gathered.runs
-    if near.rows:
-        yield near
-    elif runs:
-        command = f"python -m cluster.neighbours {runs[0].path} --data {data}"
-        missing.append(Missing(title=NEIGHBOURS.title, command=command))
-    if codes.rows:
-        yield codes
-    elif runs:
-        command = f"python -m cluster.neighbours.codes {runs[0].path}"
-        missing.append(Missing(title=CODES.title, command=command))
-
-
-def _near(table: Mapping[str, Any], run: Run, letter: str, scale: str) -> Iterator[Row]:
-    found = {}
-    precision = table.get("precision_at_k") or {}
-    pairs = precision.items() if isinstance(precision, Mapping) else precision
-    chance = table.get("chance")
-    for k, share in pairs:
-        by_lot = f" (by lot {100 * float(chance):.1f} %)" if isinstance(chance, float) else ""
-        found[f"neighbours of the same class, of the nearest {k}"] = f"{100 * share:.1f} %{by_lot}"
-    if isinstance(auc := table.get("auc"), int | float):
-        found["pairs of the same class closer than pairs of others (AUC)"] = f"{100 * auc:.1f} %"
-    for what, ours in found.items():
-        yield Row(
-            what=what, group=letter, paper="no number: five pictures with six neighbours each",
-            ours=ours, seeds=f"seed {run.config.seed}", verdict="to be looked at", scale=scale,
-        )  # fmt: skip
-
-
-def _codes(table: Mapping[str, Any], run: Run, letter: str, scale: str) -> Iterator[Row]:
-    codes = table.get("codes") or []
-    entries = [{"name": k, **v} for k, v in codes.items()] if isinstance(codes, Mapping) else codes
-    for entry in entries:
-        name = entry.get("name") or f"{entry.get('bits', '?')} bits"
-        numbers = [
-            f"{key.replace('_', ' ')} {_plain(key, value)}"
-            for key, value in entry.items()
-            if isinstance(value, int | float) and key != "name"
-        ]
-        yield Row(
-            what=f"{name}", group=letter, paper="not done", ours=", ".join(numbers),
-            seeds=f"seed {run.config.seed}", verdict="the paper's suggestion, tried", scale=scale,
-        )  # fmt: skip
-
-
-def _plain(key: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if key.startswith(("recall", "precision")) else f"{value:,.4g}"
 
 
 def pictures_in(folder: Path, names: Sequence[str] = ()) -> list[Picture]:

@@ -19,7 +19,6 @@ from cluster.run_folder import CONFIG, METRICS
 from pipeline.errors import DataError, UsageError
 
 STUDY = "study.json"
-NEIGHBOURS = "neighbours/summary.json"
 COUNTED = ("top1_error", "top5_error", "samples")
 SAME = {"seed", "epochs", *FREE}
 """Settings that runs of a group may differ in; how long they were is told by their step."""

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from cluster.evidence.alike import alike
 from cluster.evidence.figures import figures
 from cluster.evidence.gather import Gathered, gather
 from cluster.evidence.item import Item, Missing, data_word, rounded, scale_of
@@ -87,6 +88,7 @@ def evidence(paths: Sequence[Path], data: str | None = None) -> Page:
     items = [
         *results(gathered, place, missing),
         *figures(gathered, data, missing),
+        *alike(gathered, place, missing),
         *studies(gathered, place, missing),
     ]
     return Page(gathered, items, missing)
