@@ -14,7 +14,7 @@ from typing import Any
 from cluster.evidence.claims import CODES, NEIGHBOURS
 from cluster.evidence.figures import pictures_in
 from cluster.evidence.gather import Gathered, Group, Run
-from cluster.evidence.item import Item, Missing, Row, scale_of
+from cluster.evidence.item import Item, Missing, Row, scale_of, word
 from cluster.evidence.numbers import NORMAL, counting
 
 SUMMARY = "neighbours/summary.json"
@@ -35,7 +35,7 @@ def alike(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[Ite
         if item.rows:
             yield item
         elif runs:
-            words = command.format(runs[0].path, data)
+            words = command.format(word(runs[0].path), word(data))
             missing.append(Missing(title=item.claim.title, command=words))
 
 
@@ -90,7 +90,9 @@ def _near(table: Mapping[str, Any], run: Run, group: Group) -> Iterator[Row]:
 
 def _codes(table: Mapping[str, Any], run: Run, group: Group) -> Iterator[Row]:
     facts = table.get("codes")
-    for row in facts["rows"] if facts else ():
+    if not facts:
+        return
+    for row in facts["rows"]:
         if "missing" in row:
             continue
         yield Row(

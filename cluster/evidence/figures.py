@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.evidence.claims import ANSWERS, KERNELS
 from cluster.evidence.gather import Gathered, Run
-from cluster.evidence.item import Item, Missing, Row, scale_of
+from cluster.evidence.item import Item, Missing, Row, scale_of, word
 from cluster.kernels import read_kernels
 from cluster.report.answers import Answers, answers
 from cluster.report.first_layer import FirstLayer, first_layer
@@ -112,7 +112,7 @@ def _answers(gathered: Gathered, data: str | None, missing: list[Missing]) -> It
     if gathered.runs:
         run = gathered.runs[0]
         command = (
-            f"python -m cluster.evaluate {run.path} --data {data or 'DATA'} --views 10 "
+            f"python -m cluster.evaluate {word(run.path)} --data {word(data or 'DATA')} --views 10 "
             f"--save-probabilities, then this page with --data {data or 'DATA'}"
         )
         missing.append(Missing(title=ANSWERS.title, command=command, why=reason.rstrip(".")))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster.evidence.claims import BATCH, CLASSES, EPOCHS, PICTURES, WIDTH, Claim
@@ -59,6 +61,11 @@ class Item:
             "rows": [vars(row) for row in self.rows],
             "notes": self.notes,
         }
+
+
+def word(path: Path | str) -> str:
+    """A path or an address as a word of a command."""
+    return shlex.quote(str(path))
 
 
 def scale_of(group: Group) -> str:

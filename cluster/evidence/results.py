@@ -17,8 +17,9 @@ from cluster.evidence.claims import (
     Ablation,
 )
 from cluster.evidence.gather import Gathered, Group, Run
-from cluster.evidence.item import NOT_COMPARABLE, Item, Missing, Row, scale_of, seeds_of
+from cluster.evidence.item import NOT_COMPARABLE, Item, Missing, Row, scale_of, seeds_of, word
 from cluster.evidence.numbers import Difference, Spread, difference, paired, signed
+from cluster.run_folder import CONFIG
 
 RANKS = (("top-1", "top1_error"), ("top-5", "top5_error"))
 WORDS = {1: "one view", 10: "ten views"}
@@ -46,7 +47,7 @@ def _evaluation(run: Run, views: int, data: str) -> Missing:
     why = f"its evaluation is of step {old}" if old not in (None, run.found.mark.step) else ""
     return Missing(
         title=f"Errors of {run.name} with {WORDS[views]}",
-        command=f"python -m cluster.evaluate {run.path} --data {data} --views {views} "
+        command=f"python -m cluster.evaluate {word(run.path)} --data {word(data)} --views {views} "
         "--save-probabilities",
         why=why,
     )
@@ -186,8 +187,8 @@ def _no_pair(claim: Ablation, groups: Sequence[Group], data: str) -> Missing:
     run = base.first
     return Missing(
         title=claim.title,
-        command=f"python -m cluster.train {run.path}/config.toml --data {data} "
-        f"--run {run.path}-{claim.key} {claim.command}",
+        command=f"python -m cluster.train {word(run.path / CONFIG)} --data {word(data)} "
+        f"--run {word(f'{run.path}-{claim.key}')} {claim.command}",
         why=f"no two groups of runs differ in {claim.setting} alone; for the spread repeat it "
         "with --seed of each run",
     )

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.evidence.claims import ENSEMBLE, ENSEMBLE_ERRORS, Claim
 from cluster.evidence.figures import pictures_in
 from cluster.evidence.gather import Gathered
-from cluster.evidence.item import NOT_COMPARABLE, Item, Missing, Row
+from cluster.evidence.item import NOT_COMPARABLE, Item, Missing, Row, word
 from cluster.evidence.numbers import Difference, Spread, difference
 from cluster.probabilities import file_of
 
@@ -45,7 +45,7 @@ def studies(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[I
         missing.append(
             Missing(
                 title="Studies: ReLU against tanh, normalisations, overfitting, pre-training",
-                command=f"python -m cluster.study configs/studies/STUDY.toml --data {data} "
+                command=f"python -m cluster.study configs/studies/STUDY.toml --data {word(data)} "
                 "--out OUT, then this page with OUT",
             )
         )
@@ -53,14 +53,16 @@ def studies(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[I
 
 def _no_ensemble(gathered: Gathered, data: str) -> Missing:
     runs = max((group.runs for group in gathered.groups), key=len)
-    names = " ".join(str(run.path) for run in runs) if len(runs) > 1 else f"{runs[0].path} RUN"
+    names = " ".join(word(run.path) for run in runs) + ("" if len(runs) > 1 else " RUN")
     lacking = [run for run in runs if not file_of(run.path, 10).is_file()]
     why = f"{len(runs)} run{'s' if len(runs) > 1 else ''} of one kind, the paper averages five"
     if lacking:
         why += f"; {len(lacking)} without --save-probabilities of ten views"
     out = runs[0].path.parent / "ensemble.json"
     return Missing(
-        title=ENSEMBLE.title, command=f"python -m cluster.ensemble {names} --out {out}", why=why
+        title=ENSEMBLE.title,
+        command=f"python -m cluster.ensemble {names} --out {word(out)}",
+        why=why,
     )
 
 
