@@ -57,10 +57,12 @@ def test_verdicts(ours, theirs, expected, verdict):
 
 def test_what_the_same_networks_have_in_common_cancels():
     ones, tens = [0.40, 0.50, 0.60], [0.39, 0.488, 0.591]
-    found = paired(tens, ones, 10**9)
+    found = paired(tens, ones, 0.0)
     low, high = scipy.stats.ttest_rel(tens, ones).confidence_interval()
     assert found.value == pytest.approx((low + high) / 2)
     assert found.margin == pytest.approx((high - low) / 2, rel=2e-3)
+    assert paired(tens, ones, 0.05).margin == 0.05
+    assert paired(tens[:1], ones[:1], 0.05).margin == 0.05
     assert not difference(Spread(tuple(tens)), Spread(tuple(ones)), 10**9).telling
 
 

@@ -93,11 +93,17 @@ def difference(ours: Spread, theirs: Spread, pictures: float | None) -> Differen
     return Difference(ours.mean - theirs.mean, margin, counts)
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float], pictures: float) -> Difference:
-    """As `difference`, of the same networks seen twice: their spread over seeds cancels."""
+def paired(ours: Sequence[float], theirs: Sequence[float], margin: float) -> Difference:
+    """As `difference`, of the same networks seen twice: what they have in common cancels.
+
+    Args:
+        ours: errors of the networks.
+        theirs: the same networks' otherwise.
+        margin: of one network's difference, over the pictures; that over seeds counts from three
+            networks on, where it is larger.
+    """
     changes = [one - other for one, other in zip(ours, theirs, strict=True)]
     count = len(changes)
-    margin = counting(statistics.fmean(ours), statistics.fmean(theirs), pictures)
     if count > 2:
         margin = max(margin, student(count - 1) * statistics.stdev(changes) / math.sqrt(count))
     return Difference(statistics.fmean(changes), margin, (count, count))

@@ -16,9 +16,10 @@ from cluster.evidence.claims import (
     VIEWS,
     Ablation,
 )
+from cluster.evidence.discord import discord
 from cluster.evidence.gather import Gathered, Group, Run
 from cluster.evidence.item import NOT_COMPARABLE, Item, Missing, Row, scale_of, seeds_of, word
-from cluster.evidence.numbers import Difference, Spread, difference, paired, signed
+from cluster.evidence.numbers import Difference, Spread, counting, difference, paired, signed
 from cluster.run_folder import CONFIG
 
 RANKS = (("top-1", "top1_error"), ("top-5", "top5_error"))
@@ -105,20 +106,37 @@ def _views(gathered: Gathered) -> Item | None:
         ]
         if not both:
             continue
+        margins = _margins(group, both)
         for (rank, name), expected in zip(RANKS, VIEW_GAIN, strict=True):
             ones, tens = (
                 [float(table[name]) for table in side] for side in zip(*both, strict=True)
             )
-            gap = paired(tens, ones, counted(group, 10))
+            gap = paired(tens, ones, margins[name])
             each = [ten - one for ten, one in zip(tens, ones, strict=True)]
             item.rows.append(
                 _compared(f"{rank} error, ten views less one", group.letter, gap, expected, group)
             )
             item.rows[-1] = _with_seeds(item.rows[-1], each)
     item.notes.append(
-        "±: 95 %, the larger of the spread over seeds (from three on) and of the pictures counted."
+        "±: 95 %, over pictures: those that change sides, where the probabilities of both were "
+        "kept (McNemar), else as if each had been counted on others; from three seeds on over "
+        "seeds, if that is more."
     )
     return item if item.rows else None
+
+
+def _margins(
+    group: Group, both: Sequence[tuple[dict[str, Any], dict[str, Any]]]
+) -> dict[str, float]:
+    """How far chance may take one network's gain by ten views, by the name of the error."""
+    known = [one for run in group.runs if (one := discord(run.path))]
+    if known:
+        return {name: max(one[at] for one in known) for at, (_, name) in enumerate(RANKS)}
+    pictures = counted(group, 10)
+    return {
+        name: max(counting(one[name], ten[name], pictures) for one, ten in both)
+        for _, name in RANKS
+    }
 
 
 def _with_seeds(row: Row, each: Sequence[float]) -> Row:
