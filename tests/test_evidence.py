@@ -228,14 +228,15 @@ def test_ensembles_of_both_forms(tmp_path, make):
     single, both = rows(evidence([run]), "ensemble")
     assert (single.ours, single.paper) == ("31.0 % / 5.0 %", "40.7 % / 18.2 %")
     assert (both.ours, both.verdict) == ("28.0 % / 5.0 % (−3.0 / +0.0 points)",
-                                         "lower, as the paper says")  # fmt: skip
+                                         "as the paper says")  # fmt: skip
 
     def line(nets: int, error: float) -> dict[str, Any]:
         kinds = ("equal", "searched", "held_out")
         each = {"top1_error": error, "top1_error_sd": 0.01, "top5_error": 0.1}
         return {"nets": nets, "combinations": 5, **dict.fromkeys(kinds, each)}
 
-    sizes = table | {"runs": list("abcde"), "sizes": [line(1, 0.3), line(5, 0.31)]}
+    nets = [line(1, 0.3), line(5, 0.32)]
+    sizes = table | {"runs": list("abcde"), "sizes": nets}
     path = tmp_path / "table.json"
     path.write_text(json.dumps(sizes))
     one, equal, *others = rows(evidence([path]), "ensemble")
@@ -243,6 +244,12 @@ def test_ensembles_of_both_forms(tmp_path, make):
                                      "5 combinations (top-1 ± 1.0)")  # fmt: skip
     assert (equal.paper, equal.verdict) == ("38.1 % / 16.4 %", "not lower: contrary to the paper")
     assert len(others) == 2
+    (folder := tmp_path / "study").mkdir()
+    made = {"study": "ensemble", "rows": [], "nets": nets, "views": 10, "scale": "few", "plot": "x"}
+    (folder / "study.json").write_text(json.dumps(made))
+    again = rows(evidence([folder]), "ensemble")
+    assert [row.ours for row in again] == [row.ours for row in (one, equal, *others)]
+    assert again[0].scale == "few; 10 views"
 
 
 def test_neighbours_and_codes_where_a_run_has_them(make):
@@ -285,6 +292,14 @@ def test_page_stands_alone_and_says_what_is_missing(three, tmp_path):
     for words in ("What is missing", "cluster.neighbours", "cluster.ensemble", "cluster.study",
                   "A − B", "section 3.3", "instead of 1,281,167"):  # fmt: skip
         assert words in page.text, words
+
+
+def test_another_data_set_is_said_and_named_in_no_command(three, tiny_data):
+    page = evidence(three, str(tiny_data))
+    assert page.gathered.left_out == [f"{tiny_data}: none of the runs was trained on it."]
+    assert all(str(tiny_data) not in one.command for one in page.missing)
+    with pytest.raises(UsageError, match="gone"):
+        evidence(three, str(tiny_data / "gone"))
 
 
 def test_command_line(three, tmp_path, capsys):

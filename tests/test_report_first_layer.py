@@ -54,6 +54,9 @@ def test_what_was_learned_is_told_apart_though_noise_hides_it(tmp_path):
     assert layer.change_colour is not None
     assert (layer.change_colour.apart, layer.change_colour.ahead) == (1, "b")
     assert layer.change_colour.told
+    lengths = [np.linalg.norm(0.3 * LEARNED[name][0]) / np.linalg.norm(kernel)
+               for name in "ab" for kernel in END[name]]  # fmt: skip
+    assert layer.change_length == pytest.approx(np.median(lengths), rel=1e-4)
     assert layer.colour is not None
     assert layer.colour.apart < 1
 

@@ -20,7 +20,7 @@ from cluster.evidence.numbers import NORMAL, counting
 SUMMARY = "neighbours/summary.json"
 
 
-def alike(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[Item]:
+def alike(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
     """Yield what is known of neighbours and of short codes; what lacks is added to `missing`."""
     near, codes = Item(NEIGHBOURS, kind="pictures", body=[]), Item(CODES)
     for group in gathered.groups:
@@ -35,7 +35,7 @@ def alike(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[Ite
         if item.rows:
             yield item
         elif runs:
-            words = command.format(word(runs[0].path), word(data))
+            words = command.format(word(runs[0].path), gathered.data_of(runs[0]))
             missing.append(Missing(title=item.claim.title, command=words))
 
 

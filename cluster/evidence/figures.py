@@ -41,9 +41,9 @@ class Picture:
     name: str
 
 
-def figures(gathered: Gathered, data: str | None, missing: list[Missing]) -> Iterator[Item]:
+def figures(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
     """Yield the items there is something to show of; what lacks is added to `missing`."""
-    yield from filter(None, (_kernels(gathered, missing), _answers(gathered, data, missing)))
+    yield from filter(None, (_kernels(gathered, missing), _answers(gathered, missing)))
 
 
 def _kernels(gathered: Gathered, missing: list[Missing]) -> Item | None:
@@ -107,22 +107,23 @@ def _specialised(told: Sequence[bool], paper: str) -> str:
     return "as the paper says" if paper != "no number" else "the columns differ"
 
 
-def _answers(gathered: Gathered, data: str | None, missing: list[Missing]) -> Item | None:
+def _answers(gathered: Gathered, missing: list[Missing]) -> Item | None:
     reason = ""
     for group in gathered.groups:
         for run in group.runs:
             config = {"cache": run.config.cache, "cache_size": run.config.cache_size}
             try:
-                found = answers(run.path, data, config)
+                found = answers(run.path, gathered.data, config)
             except Unavailable as error:
                 reason = reason or str(error)
                 continue
             return _answered(run, found, group.letter, scale_of(group))
     if gathered.runs:
         run = gathered.runs[0]
+        data = gathered.data_of(run)
         command = (
-            f"python -m cluster.evaluate {word(run.path)} --data {word(data or 'DATA')} --views 10 "
-            f"--save-probabilities, then this page with --data {data or 'DATA'}"
+            f"python -m cluster.evaluate {word(run.path)} --data {data} --views 10 "
+            f"--save-probabilities, then this page with --data {data}"
         )
         missing.append(Missing(title=ANSWERS.title, command=command, why=reason.rstrip(".")))
     return None

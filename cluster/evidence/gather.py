@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from cluster.config_file import read_back
 from cluster.evidence.claims import ABLATIONS
 from cluster.report.records import Records, read_records
 from cluster.run_folder import CONFIG, METRICS
+from pipeline.dataset import metadata
 from pipeline.errors import DataError, UsageError
+from pipeline.manifest import identity
 
 STUDY = "study.json"
 COUNTED = ("top1_error", "top5_error", "samples")
@@ -98,17 +101,31 @@ class Gathered:
     left_out: list[str] = field(default_factory=list)
     """What was there but cannot be used, and why: a sentence each."""
 
+    data: str | None = None
+    """The data set that was named."""
+    data_sha256: str = ""
+
     @property
     def runs(self) -> list[Run]:
         """Of all groups."""
         return [run for group in self.groups for run in group.runs]
 
+    def data_of(self, run: Run) -> str:
+        """The data set of a run as a word of a command: the one named, if it is that."""
+        fits = self.data is not None and self.data_sha256 == run.data_sha256
+        return shlex.quote(str(self.data)) if fits else "DATA"
 
-def gather(paths: Sequence[Path]) -> Gathered:
+
+def gather(paths: Sequence[Path], data: str | None = None) -> Gathered:
     """Look into runs, folders of runs or studies, and result files.
 
+    Args:
+        paths: of these.
+        data: a data set of theirs, if one is at hand.
+
     Raises:
-        UsageError: one is none of these, or a run that was named has no checkpoint.
+        UsageError: one is none of these, a run that was named has no checkpoint, or there is no
+            such data set.
         DataError: none of the checkpoints of a run that was named is sound.
     """
     found = Gathered()
@@ -122,6 +139,10 @@ def gather(paths: Sequence[Path]) -> Gathered:
         else:
             _look_into(found, runs, path)
     found.groups = grouped(runs.values())
+    if data is not None:
+        found.data, found.data_sha256 = data, identity(metadata(data))
+        if found.runs and all(run.data_sha256 != found.data_sha256 for run in found.runs):
+            found.left_out.append(f"{data}: none of the runs was trained on it.")
     return found
 
 
@@ -178,7 +199,9 @@ def _take_result(found: Gathered, path: Path, named: Path) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
     kind = table if isinstance(table, dict) else {}
-    if isinstance(kind.get("study"), str) and isinstance(kind.get("rows"), list):
+    if isinstance(kind.get("study"), str) and isinstance(kind.get("nets"), list):
+        found.ensembles.append((path, {**kind, "sizes": kind["nets"]}))
+    elif isinstance(kind.get("study"), str) and isinstance(kind.get("rows"), list):
         found.studies.append((path, kind))
     elif isinstance(kind.get("runs"), list) and ("average" in kind or "sizes" in kind):
         found.ensembles.append((path, kind))

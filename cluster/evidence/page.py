@@ -83,14 +83,10 @@ def evidence(paths: Sequence[Path], data: str | None = None) -> Page:
     """
     if not paths:
         raise UsageError("no run was named; name one or more, or a folder of runs")
-    gathered, missing = gather(paths), []  # type: tuple[Gathered, list[Missing]]
-    place = data or "DATA"
-    items = [
-        *results(gathered, place, missing),
-        *figures(gathered, data, missing),
-        *alike(gathered, place, missing),
-        *studies(gathered, place, missing),
-    ]
+    gathered = gather(paths, data)
+    missing: list[Missing] = []
+    parts = (results, figures, alike, studies)
+    items = [item for part in parts for item in part(gathered, missing)]
     return Page(gathered, items, missing)
 
 

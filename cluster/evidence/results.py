@@ -26,19 +26,19 @@ RANKS = (("top-1", "top1_error"), ("top-5", "top5_error"))
 WORDS = {1: "one view", 10: "ten views"}
 
 
-def results(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[Item]:
+def results(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
     """Yield the items there is something to say on; what lacks is added to `missing`."""
     for run in gathered.runs:
         for views in (1, 10):
             if run.errors(views) is None:
-                missing.append(_evaluation(run, views, data))
+                missing.append(_evaluation(run, views, gathered.data_of(run)))
     yield from filter(None, (_errors(gathered), _views(gathered)))
     for claim in ABLATIONS:
         item = _ablation(claim, gathered.groups)
         if item.rows:
             yield item
         elif gathered.groups:
-            missing.append(_no_pair(claim, gathered.groups, data))
+            missing.append(_no_pair(claim, gathered))
     if gathered.groups:
         yield _speed(gathered.groups)
 
@@ -48,7 +48,7 @@ def _evaluation(run: Run, views: int, data: str) -> Missing:
     why = f"its evaluation is of step {old}" if old not in (None, run.found.mark.step) else ""
     return Missing(
         title=f"Errors of {run.name} with {WORDS[views]}",
-        command=f"python -m cluster.evaluate {word(run.path)} --data {word(data)} --views {views} "
+        command=f"python -m cluster.evaluate {word(run.path)} --data {data} --views {views} "
         "--save-probabilities",
         why=why,
     )
@@ -198,14 +198,16 @@ def _ablation(claim: Ablation, groups: Sequence[Group]) -> Item:
     return item
 
 
-def _no_pair(claim: Ablation, groups: Sequence[Group], data: str) -> Missing:
+def _no_pair(claim: Ablation, gathered: Gathered) -> Missing:
+    groups = gathered.groups
     base = next(
         (one for one in groups if one.settings[claim.setting] == claim.paper_has), groups[0]
     )
     run = base.first
     return Missing(
         title=claim.title,
-        command=f"python -m cluster.train {word(run.path / CONFIG)} --data {word(data)} "
+        command=f"python -m cluster.train {word(run.path / CONFIG)} "
+        f"--data {gathered.data_of(run)} "
         f"--run {word(f'{run.path}-{claim.key}')} {claim.command}",
         why=f"no two groups of runs differ in {claim.setting} alone; for the spread repeat it "
         "with --seed of each run",

@@ -11,7 +11,7 @@ from cluster.evidence.claims import ENSEMBLE, ENSEMBLE_ERRORS, Claim
 from cluster.evidence.figures import pictures_in
 from cluster.evidence.gather import Gathered
 from cluster.evidence.item import NOT_COMPARABLE, Item, Missing, Row, word
-from cluster.evidence.numbers import Difference, Spread, difference
+from cluster.evidence.numbers import Difference, Spread, counting, difference
 from cluster.probabilities import file_of
 
 AGAIN = "make it again"
@@ -22,12 +22,13 @@ WEIGHTS = {
 }
 
 
-def studies(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[Item]:
+def studies(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
     """Yield an item for all ensembles, and one for each study that was found."""
-    item = Item(ENSEMBLE)
+    item = Item(ENSEMBLE, kind="pictures", body=[])
     for path, table in gathered.ensembles:
         try:
             item.rows += list(_ensemble(table))
+            item.body += pictures_in(path.parent, [str(table["plot"])]) if "plot" in table else []
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             gathered.left_out.append(
                 f"{path} is no result of cluster.ensemble ({error!r}); {AGAIN}."
@@ -35,7 +36,7 @@ def studies(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[I
     if item.rows:
         yield item
     elif gathered.runs:
-        missing.append(_no_ensemble(gathered, data))
+        missing.append(_no_ensemble(gathered))
     for path, table in gathered.studies:
         try:
             yield _study(path, table)
@@ -45,13 +46,13 @@ def studies(gathered: Gathered, data: str, missing: list[Missing]) -> Iterator[I
         missing.append(
             Missing(
                 title="Studies: ReLU against tanh, normalisations, overfitting, pre-training",
-                command=f"python -m cluster.study configs/studies/STUDY.toml --data {word(data)} "
+                command="python -m cluster.study configs/studies/STUDY.toml --data DATA "
                 "--out OUT, then this page with OUT",
             )
         )
 
 
-def _no_ensemble(gathered: Gathered, data: str) -> Missing:
+def _no_ensemble(gathered: Gathered) -> Missing:
     runs = max((group.runs for group in gathered.groups), key=len)
     names = " ".join(word(run.path) for run in runs) + ("" if len(runs) > 1 else " RUN")
     lacking = [run for run in runs if not file_of(run.path, 10).is_file()]
@@ -68,7 +69,9 @@ def _no_ensemble(gathered: Gathered, data: str) -> Missing:
 
 def _ensemble(table: Mapping[str, Any]) -> Iterator[Row]:
     """Rows of either form: one average of all runs, or a table of several sizes."""
-    scale = f"{table['samples']:,} pictures of {table['split']}, {table['views']} views"
+    count = table.get("samples")
+    told = [table.get("scale"), f"{count:,} pictures counted" if count else None]
+    scale = "; ".join([*filter(None, told), f"{table['views']} views"])
     if "sizes" not in table:
         runs, searched = table["runs"], "searched" if table.get("searched") else "equal"
         each = ", ".join(f"{100 * run['top1_error']:.1f}" for run in runs)
@@ -77,7 +80,7 @@ def _ensemble(table: Mapping[str, Any]) -> Iterator[Row]:
         average = table["average"]
         found = [average["top1_error"], average["top5_error"]]
         what = f"{len(runs)} networks, {WEIGHTS[searched]}"
-        yield _row(what, len(runs), found, "1 average", scale, mean)
+        yield _row(what, len(runs), found, "1 average", scale, mean, count)
         return
     single: list[float] | None = None
     for line in table["sizes"]:
@@ -90,14 +93,14 @@ def _ensemble(table: Mapping[str, Any]) -> Iterator[Row]:
             seeds = f"{ways} combination{'s' if ways > 1 else ''}"
             seeds += f" (top-1 ± {100 * spread:.1f})" if spread else ""
             what = f"{nets} network" if nets == 1 else f"{nets} networks, {words}"
-            yield _row(what, nets, found, seeds, scale, single if nets > 1 else None)
+            yield _row(what, nets, found, seeds, scale, single if nets > 1 else None, count)
             if nets == 1:
                 break
 
 
 def _row(
     what: str, nets: int, found: list[float], seeds: str, scale: str,
-    single: list[float] | None = None,
+    single: list[float] | None = None, count: int | None = None,
 ) -> Row:  # fmt: skip
     told = ENSEMBLE_ERRORS.get(nets)
     gain = ""
@@ -105,7 +108,7 @@ def _row(
     if single is not None:
         gains = [one - other for one, other in zip(found, single, strict=True)]
         gain = f" ({100 * gains[0]:+.1f} / {100 * gains[1]:+.1f} points)".replace("-", "−")
-        verdict = "lower, as the paper says" if gains[0] < 0 else "not lower: contrary to the paper"
+        verdict = _gained(found[0], single[0], count)
     return Row(
         what=f"top-1 / top-5 error of {what}",
         paper=f"{100 * told.top1:.1f} % / {100 * told.top5:.1f} %" if told else "not given",
@@ -114,6 +117,16 @@ def _row(
         verdict=verdict,
         scale=scale,
     )
+
+
+def _gained(average: float, single: float, count: int | None) -> str:
+    """What it says that an average errs so much, and one network of it so much."""
+    margin = counting(average, single, count) if count else 0.0
+    if abs(average - single) <= margin:
+        return "cannot be told from chance (of the pictures)"
+    if average >= single:
+        return "not lower: contrary to the paper"
+    return "as the paper says" if count else "lower (of how many pictures is not told)"
 
 
 def _study(path: Path, table: Mapping[str, Any]) -> Item:

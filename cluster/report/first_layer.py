@@ -62,6 +62,8 @@ class FirstLayer:
     scatter: Chart
     changes: tuple[Column, ...] = ()
     """The kernels less what they began as: what was learned, without the noise that was drawn."""
+    change_length: float = 0.0
+    """Median of their lengths over those of the kernels: how much of these was learned."""
     change_colour: Split | None = None
     """As `colour`, of these."""
     strips: tuple[Strip, ...] = ()
@@ -111,8 +113,15 @@ def _with_changes(
     return replace(
         layer,
         changes=tuple(_column(name, changes[name], rated[name]) for name in changes),
+        change_length=float(
+            np.median([_lengths(changes[name]) / _lengths(kernels[name]) for name in kernels])
+        ),
         change_colour=_apart([one.colour for one in rated.values()]),
     )
+
+
+def _lengths(kernels: Kernel) -> npt.NDArray[np.float32]:
+    return np.maximum(np.linalg.norm(kernels.reshape(len(kernels), -1), axis=1), 1e-12)
 
 
 def same_shape(moment: Moment, kernels: dict[str, Kernel]) -> bool:
