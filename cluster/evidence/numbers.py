@@ -43,8 +43,6 @@ class Difference:
     value: float
     margin: float | None
     """Half of its 95 % interval; None: one seed each, nothing is known of their spread."""
-    seeds: tuple[int, int]
-    """How many there were."""
 
     def __str__(self) -> str:
         margin = "" if self.margin is None else f" ± {100 * self.margin:.1f}"
@@ -90,7 +88,7 @@ def difference(ours: Spread, theirs: Spread, pictures: float | None) -> Differen
         margin = student(freedom) * error
         if pictures is not None:
             margin = max(margin, counting(ours.mean, theirs.mean, pictures))
-    return Difference(ours.mean - theirs.mean, margin, counts)
+    return Difference(ours.mean - theirs.mean, margin)
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], margin: float) -> Difference:
@@ -106,7 +104,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float], margin: float) -> Dif
     count = len(changes)
     if count > 2:
         margin = max(margin, student(count - 1) * statistics.stdev(changes) / math.sqrt(count))
-    return Difference(statistics.fmean(changes), margin, (count, count))
+    return Difference(statistics.fmean(changes), margin)
 
 
 def student(freedom: int) -> float:

@@ -112,11 +112,10 @@ def _views(gathered: Gathered) -> Item | None:
                 [float(table[name]) for table in side] for side in zip(*both, strict=True)
             )
             gap = paired(tens, ones, margins[name])
-            each = [ten - one for ten, one in zip(tens, ones, strict=True)]
-            item.rows.append(
-                _compared(f"{rank} error, ten views less one", group.letter, gap, expected, group)
-            )
-            item.rows[-1] = _with_seeds(item.rows[-1], each)
+            each = [signed(ten - one) for ten, one in zip(tens, ones, strict=True)]
+            seeds = f"{_many(len(each))} ({', '.join(each)})"
+            what = f"{rank} error, ten views less one"
+            item.rows.append(_compared(what, group.letter, gap, expected, seeds, group))
     item.notes.append(
         "±: 95 %, over pictures: those that change sides, where the probabilities of both were "
         "kept (McNemar), else as if each had been counted on others; from three seeds on over "
@@ -139,20 +138,15 @@ def _margins(
     }
 
 
-def _with_seeds(row: Row, each: Sequence[float]) -> Row:
-    told = ", ".join(signed(value) for value in each)
-    return Row(**vars(row) | {"seeds": f"{_many(len(each))} ({told})"})
-
-
 def _compared(
-    what: str, letters: str, gap: Difference, expected: float | None, group: Group
+    what: str, letters: str, gap: Difference, expected: float | None, seeds: str, group: Group
 ) -> Row:
     return Row(
         what=what,
         group=letters,
         paper="no number" if expected is None else f"{signed(expected)} points",
         ours=str(gap),
-        seeds=f"{gap.seeds[0]} against {gap.seeds[1]} seeds",
+        seeds=seeds,
         verdict=gap.verdict(expected),
         scale=scale_of(group),
     )
@@ -189,12 +183,8 @@ def _ablation(claim: Ablation, groups: Sequence[Group]) -> Item:
             what = f"{rank} error, {WORDS[views]}, {claim.setting} {claim.paper_has} less {instead}"
             letters = f"{with_it.letter} − {other.letter}"
             gap = difference(ours, theirs, pictures)
-            item.rows.append(_compared(what, letters, gap, expected, with_it))
-            item.rows[-1] = Row(
-                **vars(item.rows[-1])
-                | {"seeds": f"{ours} ({_many(len(ours.values))}) − {theirs} "
-                            f"({_many(len(theirs.values))})"}
-            )  # fmt: skip
+            seeds = " − ".join(f"{one} ({_many(len(one.values))})" for one in (ours, theirs))
+            item.rows.append(_compared(what, letters, gap, expected, seeds, with_it))
     return item
 
 
