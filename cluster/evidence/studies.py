@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def studies(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
     item = Item(ENSEMBLE, kind="pictures", body=[])
     for path, table in gathered.ensembles:
         try:
-            item.rows += list(_ensemble(table))
+            source = f"{path.resolve().parent.name}/{path.name}"
+            item.rows += [replace(row, seeds=f"{source}: {row.seeds}") for row in _ensemble(table)]
             item.body += pictures_in(path.parent, [str(table["plot"])]) if "plot" in table else []
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             gathered.left_out.append(
@@ -109,6 +111,7 @@ def _row(
         gains = [one - other for one, other in zip(found, single, strict=True)]
         gain = f" ({100 * gains[0]:+.1f} / {100 * gains[1]:+.1f} points)".replace("-", "−")
         verdict = _gained(found[0], single[0], count)
+        verdict += " (flattered: fitted to them)" if WEIGHTS["searched"] in what else ""
     return Row(
         what=f"top-1 / top-5 error of {what}",
         paper=f"{100 * told.top1:.1f} % / {100 * told.top5:.1f} %" if told else "not given",
