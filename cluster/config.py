@@ -157,7 +157,8 @@ class Config:
     validate_every: int = 500
     """Steps between passes over the validation pictures; 0: never."""
     statistics_every: int = 50
-    """Steps between rows of each layer's mean |weight|, |update| and |gradient|; 0: never."""
+    """Steps between rows of each layer's mean |weight|, |update| and |gradient|; 0: never, nor are
+    conv1's kernels kept over time."""
     max_failures: int = 3
     """Restarts with no new checkpoint between them before the run gives up."""
     node_wait: int = 600

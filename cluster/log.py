@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from cluster.config import Config
 from cluster.events import Publish, Stepped, Tell, Validated, Warned
+from cluster.kernels import encoded
 from cluster.place import Place
 from cluster.rows import WAITS, Rows
-from cluster.run_folder import LAYERS, METRICS, VALIDATION, Mark
+from cluster.run_folder import KERNELS, LAYERS, METRICS, VALIDATION, Mark
 from model.exchange import Exchange
 from model.optim import Means
 from model.schedule import Rates
@@ -58,7 +61,7 @@ class Log:
         self._publish = list(publish)
         self._files: dict[str, Rows] = {}
         if place.leads:
-            for name in (METRICS, VALIDATION, LAYERS):
+            for name in (METRICS, VALIDATION, LAYERS, KERNELS):
                 self._files[name] = Rows(run / name, step, lambda text: tell(Warned(text)))
         self._owed: tuple[dict[str, Any], Tensor] | None = None
         self._untold: list[dict[str, Any]] = []
@@ -212,6 +215,22 @@ class Log:
                 },
             }
             self._files[LAYERS].add(row)
+
+    def kernels(self, mark: Mark, parts: Sequence[Mapping[str, npt.NDArray[np.float16]]]) -> None:
+        """Keep the kernels of conv1.
+
+        Args:
+            mark: the step after which they are so.
+            parts: `cluster.kernels.first_kernels` of every process, in rank order.
+        """
+        if self._place.leads:
+            row = {
+                "position": mark.position,
+                "epoch": self._epoch(mark.position),
+                "step": mark.step,
+                "columns": encoded(parts[: self._place.size]),  # the other replicas hold the same
+            }
+            self._files[KERNELS].add(row)
 
     def validation(self, mark: Mark, validate: Callable[[], dict[str, float]]) -> float:
         """Make a pass over the validation pictures, outside the time of the steps, and note it.

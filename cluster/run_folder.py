@@ -5,6 +5,7 @@ RUN/machine.json         processor, memory, GPUs, versions
 RUN/metrics.jsonl        a row a step                       (log.py)
 RUN/validation.jsonl     a row a validation                 (log.py)
 RUN/layers.jsonl         each layer's means, every 50 steps (log.py)
+RUN/kernels.jsonl        conv1 after steps 1, 2, 4, 8 ...   (kernels.py)
 RUN/rates.jsonl          a row a change of the rates        (rates.py)
 RUN/rates.toml           put there by hand to change them   (hand_rates.py)
 RUN/quarantine.jsonl     damaged pictures that others replaced  (pipeline/quarantine.py)
@@ -49,6 +50,7 @@ ATTEMPTS = "attempts.jsonl"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 LAYERS = "layers.jsonl"
+KERNELS = "kernels.jsonl"
 RATES = "rates.jsonl"
 QUARANTINE = "quarantine.jsonl"
 LEDGER = "ledger"

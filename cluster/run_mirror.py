@@ -18,6 +18,7 @@ from cluster.checkpoint_places import bucket_of
 from cluster.run_folder import (
     ATTEMPTS,
     CONFIG,
+    KERNELS,
     LAYERS,
     MACHINE,
     METRICS,
@@ -28,7 +29,7 @@ from cluster.run_folder import (
 from pipeline.dataset import is_remote
 from pipeline.files import sealed
 
-GROWING = (METRICS, VALIDATION, LAYERS, RATES)
+GROWING = (METRICS, VALIDATION, LAYERS, KERNELS, RATES)
 LEADERS = (MACHINE, QUARANTINE)
 DRIVERS = (CONFIG, ATTEMPTS)
 """Whole files, by who writes them: leader and driver may have different disks."""

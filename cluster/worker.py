@@ -15,6 +15,7 @@ from cluster.config import Config
 from cluster.events import Ended, Finished, Publish, Started, Tell
 from cluster.feed import Feed, Whole
 from cluster.health import check_finite
+from cluster.kernels import first_kernels, kept
 from cluster.place import Place
 from cluster.run_folder import Mark
 from cluster.training import Training, describe, open_stream, prepared
@@ -77,6 +78,8 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
         t.log.step(mark, config, t.rates.at(step), place.mean(values), t.net.exchange)
         if due(step, config.statistics_every, total):
             t.log.statistics(mark, place.gather(layer_statistics(t.net, t.optimiser)))
+        if config.statistics_every and kept(step, total):
+            t.log.kernels(mark, place.gather(first_kernels(t.net)))
         error = None
         if due(step, config.validate_every, total):
             error = t.log.validation(mark, lambda: validate(t))

@@ -95,7 +95,7 @@ def cut_at(step: int, whole: Path, run: Path) -> Path:
     """A run that died some steps after the checkpoint of `step`."""
     name = f"checkpoints/step-{step:08d}"
     shutil.copytree(whole / name, run / name)
-    for file in ("metrics.jsonl", "validation.jsonl"):
+    for file in ("metrics.jsonl", "validation.jsonl", "kernels.jsonl"):
         shutil.copy(whole / file, run / file)
     with (run / "metrics.jsonl").open("a") as half:
         half.write('{"position": 999, "st')

@@ -135,7 +135,8 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
     assert two.lines[-1].split() == ["step", str(STEPS), "done"]
     assert {path.name for path in run.iterdir()} == {
         ".lock", ".leader", "attempts.jsonl", "config.toml", "machine.json", "metrics.jsonl",
-        "validation.jsonl", "layers.jsonl", "rates.jsonl", "checkpoints", "ledger",
+        "validation.jsonl", "layers.jsonl", "kernels.jsonl", "rates.jsonl", "checkpoints",
+        "ledger",
     }  # fmt: skip
     proof = prove(tiny_data, [run])
     assert not proof.findings

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cluster.events import Failed, Finished, Saved, Started
+from cluster.kernels import read_kernels
 from cluster.place import Place
 from cluster.training import describe
 from model.alexnet import AlexNet
@@ -208,6 +209,22 @@ def test_statistics_of_both_columns_are_written_alike_by_one_process_and_a_pair(
         assert update == pytest.approx(trained[f"velocity/{key}"].abs().mean().item(), rel=1e-3)
         assert gradient > 0
         assert pair[STEPS]["layers"][key] == pytest.approx([weight, update, gradient], rel=0.01)
+
+
+def test_kernels_of_both_columns_are_kept_alike_by_one_process_and_a_pair(runs):
+    one, pair, again = (read_kernels(runs / name / "kernels.jsonl")
+                        for name in ("one", "pair", "one-again"))  # fmt: skip
+    assert [moment.step for moment in one] == [1, 2, 4, STEPS]
+    trained = weights(runs / "one")
+    for column in "ab":
+        exact = trained[f"weights/{column}.conv1.weight"]
+        torch.testing.assert_close(torch.from_numpy(one[-1].columns[column]), exact, rtol=1e-3,
+                                   atol=1e-6)  # fmt: skip
+        for mine, theirs, later in zip(one, pair, again, strict=True):
+            expected = torch.from_numpy(mine.columns[column])
+            torch.testing.assert_close(torch.from_numpy(theirs.columns[column]), expected,
+                                       rtol=1e-2, atol=1e-4)  # fmt: skip
+            assert torch.equal(torch.from_numpy(later.columns[column]), expected)
 
 
 def test_the_workers_are_told_in_words():

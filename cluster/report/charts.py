@@ -60,6 +60,8 @@ class Chart:
     dots: list[Dot] = field(default_factory=list)
     marks: list[Tick] = field(default_factory=list)
     caption: str = ""
+    across: tuple[str, str] = ("pictures", "epochs")
+    """What the labels of the x axis count, and those below them."""
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,19 @@ import jinja2
 import tyro
 
 from cluster.checkpoint import Found
+from cluster.kernels import read_kernels
+from cluster.report.answers import CHOICES, EACH, Answers, Choice, answers
 from cluster.report.curves import curves
+from cluster.report.first_layer import FirstLayer, first_layer
 from cluster.report.pictures import (
-    Kernels,
     Sample,
     Unavailable,
     cache_of,
-    first_kernels,
     mosaic,
     newest_checkpoint,
 )
 from cluster.report.records import Records, read_records
+from cluster.report.scores import noise_limit
 from cluster.report.tables import (
     class_errors,
     confusion,
@@ -40,9 +42,10 @@ from cluster.report.tables import (
     lead,
     percent,
     plain,
+    probability,
     run_tiles,
 )
-from cluster.run_folder import METRICS
+from cluster.run_folder import KERNELS, METRICS
 from pipeline.dataset import metadata
 from pipeline.errors import DuetError, UsageError
 from pipeline.files import sealed
@@ -59,16 +62,30 @@ class Options:
     """Folder of the run."""
     data: str | None = None
     """Its data set (folder or address), for the pictures and the class names."""
+    answers: tuple[Choice, ...] = CHOICES
+    """Which pictures to show with the network's answers."""
+    each: int = EACH
+    """How many of each choice."""
 
 
-def report(run: Path, data: str | None) -> Path:
+def report(
+    run: Path, data: str | None, choices: Sequence[Choice] = CHOICES, each: int = EACH
+) -> Path:
     """Write RUN/report.html and return its path.
+
+    Args:
+        run: folder of the run.
+        data: its data set, if it is there.
+        choices: which pictures are shown with the network's answers.
+        each: how many of each choice.
 
     Raises:
         UsageError: RUN is not the folder of a run, or cannot be written.
     """
+    if each < 1:
+        raise UsageError(f"--each is {each}; it must be above 0")
     records = read_records(run)
-    page = render(records, data)
+    page = render(records, data, choices, each)
     try:
         with sealed(run / NAME) as file:
             file.write(page.encode())
@@ -78,21 +95,17 @@ def report(run: Path, data: str | None) -> Path:
     return run / NAME
 
 
-def render(records: Records, data: str | None) -> str:
-    """The page as HTML text."""
+def render(
+    records: Records, data: str | None, choices: Sequence[Choice] = CHOICES, each: int = EACH
+) -> str:
+    """The page as HTML text; the arguments are those of `report`."""
     manifest, data_note = _manifest(data, records)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "bytes": human_bytes, "plain": plain}
     samples, samples_note = _mosaic(data, records)
     found, kernels, kernels_note = _kernels(records)
+    answered, answers_note = _answers(records, data, choices, each)
     names = _class_names(records, manifest, found)
-    return environment.get_template("page.html.j2").render(
+    page = templates().get_template("page.html.j2")
+    return page.render(
         title=records.run.resolve().name,
         lead=lead(records, manifest),
         errors=error_tiles(records),
@@ -102,6 +115,8 @@ def render(records: Records, data: str | None) -> str:
         samples_note=samples_note,
         kernels=kernels,
         kernels_note=kernels_note,
+        answers=answered,
+        answers_note=answers_note,
         layers=layers(records, len(names)),
         classes=class_errors(records),
         confusion=confusion(records, names),
@@ -113,6 +128,25 @@ def render(records: Records, data: str | None) -> str:
         notes=records.notes,
         made=_last_change(records.run),
     )
+
+
+def templates(*folders: Path) -> jinja2.Environment:
+    """The templates of this package, after those in `folders`, with the filters they use."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "bytes": human_bytes,
+        "plain": plain,
+        "p": probability,
+    }
+    environment.globals["noise_limit"] = noise_limit()
+    return environment
 
 
 def _manifest(data: str | None, records: Records) -> tuple[Manifest | None, str]:
@@ -138,13 +172,22 @@ def _mosaic(data: str | None, records: Records) -> tuple[list[Sample], str]:
         return [], str(error)
 
 
-def _kernels(records: Records) -> tuple[Found | None, list[Kernels], str]:
+def _kernels(records: Records) -> tuple[Found | None, FirstLayer | None, str]:
     found = None
     try:
         found = newest_checkpoint(records.run)
-        return found, first_kernels(found), ""
+        return found, first_layer(found, read_kernels(records.run / KERNELS)), ""
     except Unavailable as error:
-        return found, [], str(error)
+        return found, None, str(error)
+
+
+def _answers(
+    records: Records, data: str | None, choices: Sequence[Choice], each: int
+) -> tuple[Answers | None, str]:
+    try:
+        return answers(records.run, data, records.config, choices, each), ""
+    except Unavailable as error:
+        return None, str(error)
 
 
 def _class_names(records: Records, manifest: Manifest | None, found: Found | None) -> Sequence[str]:
@@ -170,5 +213,5 @@ def main(argv: list[str] | None = None) -> int:
         UsageError: as `report`.
     """
     options = tyro.cli(Options, args=argv, prog="python -m cluster.report")
-    sys.stdout.write(f"{report(options.run, options.data)}\n")
+    sys.stdout.write(f"{report(options.run, options.data, options.answers, options.each)}\n")
     return 0

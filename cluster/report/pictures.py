@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from cluster.checkpoint import Found, column_file
 from cluster.checkpoint_choice import choose
 from cluster.events import Warned
+from cluster.kernels import Kernel
 from cluster.run_folder import store_of
 from pipeline.dataset import CACHE_SIZE, metadata, parse_size
 from pipeline.errors import DuetError
@@ -24,7 +25,7 @@ from pipeline.manifest import Manifest
 
 PICTURES = 32
 SHOWN_SIDE = 144  # pixels; shown at about half of that, sharp on dense screens
-KERNEL_SCALE = 4
+KERNEL_SCALE = 5
 KERNEL_GAP = 1  # kernel pixels between neighbours
 
 Pixels = npt.NDArray[np.uint8]
@@ -40,16 +41,6 @@ class Sample:
 
     name: str
     uri: str
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The first layer of a column as one picture."""
-
-    column: str
-    uri: str
-    count: int
-    step: int
 
 
 def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
@@ -77,12 +68,12 @@ def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
             batch = next(stream)
             mean = stream.channel_mean
     except (DuetError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise Unavailable(f"No pictures: {_first_line(error)}.") from error
+        raise Unavailable(f"No pictures: {first_line(error)}.") from error
     restored = batch.images.float().cpu().numpy() + np.asarray(mean).reshape(1, 3, 1, 1)
     pixels = restored.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     labels = batch.labels.cpu().tolist()
     return [
-        Sample(classes[label], _jpeg(picture))
+        Sample(classes[label], small_jpeg(picture))
         for label, picture in zip(labels, pixels, strict=True)
     ]
 
@@ -119,39 +110,39 @@ def newest_checkpoint(run: Path) -> Found:
     return found
 
 
-def first_kernels(found: Found) -> list[Kernels]:
-    """conv1 of column a and of column b.
+def column_kernels(found: Found) -> dict[str, Kernel]:
+    """conv1 by column, "a" and (unless the network has one) "b": float32 [maps, 3, 11, 11].
 
     Raises:
         Unavailable: the files hold no such tensors.
     """
     try:
         columns = [c for c in (0, 1) if c == 0 or (found.path / column_file(c)).exists()]
-        weights = [_conv1(found.path, column) for column in columns]
+        return {"ab"[column]: _conv1(found.path, column) for column in columns}
     except (SafetensorError, OSError) as error:
-        raise Unavailable(f"No kernels: {found.path}: {_first_line(error)}.") from error
-    return [
-        Kernels(name, _png(tile(kernels)), len(kernels), found.mark.step)
-        for name, kernels in zip("ab", weights, strict=False)
-    ]
+        raise Unavailable(f"No kernels: {found.path}: {first_line(error)}.") from error
 
 
-def _conv1(checkpoint: Path, column: int) -> npt.NDArray[np.float32]:
+def _conv1(checkpoint: Path, column: int) -> Kernel:
     with safe_open(checkpoint / column_file(column), framework="numpy") as file:
-        kernels: npt.NDArray[np.float32] = file.get_tensor(f"weights/{'ab'[column]}.conv1.weight")
+        kernels: Kernel = file.get_tensor(f"weights/{'ab'[column]}.conv1.weight")
     return kernels
 
 
-def tile(kernels: npt.NDArray[np.float32]) -> Pixels:
+def tile(kernels: Kernel, across: int = 0) -> Pixels:
     """Kernels [n, 3, k, k] side by side, each stretched to full contrast around grey.
 
+    Args:
+        kernels: float, in R, G, B.
+        across: so many in a row; 0: for a sheet about four wide to three high.
+
     Returns:
-        RGBA picture, uint8 [height, width, 4], about four wide to three high, gaps clear.
+        RGBA picture, uint8 [height, width, 4], gaps clear.
     """
     count, side = len(kernels), kernels.shape[-1]
     most = np.abs(kernels).max(axis=(1, 2, 3), keepdims=True)
     shades = np.round(127.5 + 127.5 * kernels / np.maximum(most, 1e-12)).astype(np.uint8)
-    across = math.ceil(math.sqrt(count * 4 / 3))
+    across = across or math.ceil(math.sqrt(count * 4 / 3))
     down = math.ceil(count / across)
     pitch = side + KERNEL_GAP
     sheet = np.zeros((down * pitch - KERNEL_GAP, across * pitch - KERNEL_GAP, 4), np.uint8)
@@ -162,23 +153,20 @@ def tile(kernels: npt.NDArray[np.float32]) -> Pixels:
     return sheet.repeat(KERNEL_SCALE, 0).repeat(KERNEL_SCALE, 1)
 
 
-def _jpeg(pixels: Pixels) -> str:
+def small_jpeg(pixels: Pixels) -> str:
+    """A picture, uint8 [h, h, 3], as a data URI, `SHOWN_SIDE` wide."""
     image = Image.fromarray(pixels).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=82)
-    return _uri("image/jpeg", file)
+    return data_uri("image/jpeg", file)
 
 
-def _png(pixels: Pixels) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
-    return _uri("image/png", file)
-
-
-def _uri(kind: str, file: io.BytesIO) -> str:
+def data_uri(kind: str, file: io.BytesIO) -> str:
+    """The bytes of a file as an address that holds them."""
     return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line without a full stop."""
     lines = str(error).splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")

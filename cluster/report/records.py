@@ -23,7 +23,7 @@ from pipeline.errors import UsageError
 Floats = npt.NDArray[np.float64]
 
 STEP_NUMBERS = ("epoch", "loss", "top1_error", "lr", "img_s", "data_wait", "seconds", "replaced")
-VALIDATION_NUMBERS = ("loss", "top1_error", "top5_error")
+VALIDATION_NUMBERS = ("loss", "top1_error", "top5_error", "samples")
 EVALUATION_PARTS: dict[str, type | tuple[type, ...]] = {
     "top1_error": (int, float),
     "top5_error": (int, float),

@@ -161,6 +161,11 @@ def percent(share: float | None) -> str:
     return "–" if share is None or not math.isfinite(share) else f"{100 * share:.1f}"
 
 
+def probability(p: float) -> str:
+    """A probability of chance, as it is told."""
+    return f"= {p:.2g}" if p >= 0.001 else "< 0.001"
+
+
 def human_bytes(size: float) -> str:
     """A size in bytes, kB, MB or GB (powers of ten)."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

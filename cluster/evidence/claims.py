@@ -1,0 +1,181 @@
+"""What the paper claims, with its numbers and where they stand; nothing else here knows them.
+
+Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks",
+NIPS 2012. Errors are fractions, differences are of errors: negative is better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PICTURES, CLASSES, WIDTH, EPOCHS, BATCH = 1_281_167, 1000, 1.0, 90, 128
+"""The scale of the paper (ILSVRC-2012): training pictures, classes, width, passes, batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One thing that the paper says."""
+
+    key: str
+    title: str
+    section: str
+    """Where it stands."""
+    text: str
+    """In short, close to the paper's words."""
+    number: str = "no number"
+    """The paper's, as it is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Claim):
+    """A claim that one setting makes a difference: two runs that differ in it alone test it."""
+
+    setting: str
+    """Of cluster.config."""
+    paper_has: Any
+    instead: tuple[Any, ...]
+    differences: tuple[float | None, float | None] = (None, None)
+    """What the paper's choice does to the top-1 and the top-5 error; None: it gives no number."""
+    free: tuple[str, ...] = field(default=())
+    """Settings that may differ besides."""
+    command: str = ""
+    """What the run without it is made with, to be added to the command of the run with it."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Error rates of the paper, fractions."""
+
+    name: str
+    top1: float
+    top5: float
+
+
+ERRORS = Claim(
+    key="errors",
+    title="Error rates",
+    section="section 6, tables 1 and 2",
+    text="The network errs in 37.5 % of the ILSVRC-2010 test pictures (top-1; top-5: 17.0 %) and "
+    "in 40.7 % (18.2 %) of the ILSVRC-2012 validation pictures, with ten views each.",
+    number="40.7 % / 18.2 %",
+)
+PAPER_ERRORS = (
+    Errors("ILSVRC-2010 test, one view", 0.390, 0.183),
+    Errors("ILSVRC-2010 test, ten views", 0.375, 0.170),
+    Errors("ILSVRC-2012 validation, ten views", 0.407, 0.182),
+)
+
+VIEWS = Claim(
+    key="views",
+    title="Ten views",
+    section="sections 4.1 and 6",
+    text="To average the answers to five crops and their mirror images takes the error on "
+    "ILSVRC-2010 from 39.0 % to 37.5 % (top-1), from 18.3 % to 17.0 % (top-5).",
+    number="−1.5 / −1.3 points",
+)
+VIEW_GAIN = (-0.015, -0.013)
+
+KERNELS = Claim(
+    key="kernels",
+    title="Figure 3: the columns specialise",
+    section="section 6.1, figure 3",
+    text="The kernels of one GPU are largely colour-agnostic, those of the other largely "
+    "colour-specific; this happens in every run, whatever the initial weights.",
+    number="every run",
+)
+
+ANSWERS = Claim(
+    key="answers",
+    title="Figure 4, left: five answers",
+    section="section 6.1, figure 4",
+    text="Even objects off the centre are recognised, and most of the five most probable labels "
+    "are reasonable; some pictures are ambiguous. The paper shows eight test pictures.",
+)
+
+NEIGHBOURS = Claim(
+    key="neighbours",
+    title="Figure 4, right: neighbours",
+    section="section 6.1, figure 4",
+    text="Pictures whose 4096 activations of the last hidden layer are close (Euclidean) are alike "
+    "to the network, though their pixels are not close in general.",
+)
+
+CODES = Claim(
+    key="codes",
+    title="Short codes",
+    section="section 6.1",
+    text="Euclidean distance between 4096 real numbers is inefficient; an auto-encoder to short "
+    "binary codes could make it efficient. The paper did not do it.",
+)
+
+ENSEMBLE = Claim(
+    key="ensemble",
+    title="Ensembles",
+    section="section 6, table 2",
+    text="To average the answers of five such networks takes the error on the ILSVRC-2012 "
+    "validation pictures from 40.7 % to 38.1 % (top-1), from 18.2 % to 16.4 % (top-5).",
+    number="5 networks: −2.6 / −1.8 points",
+)
+ENSEMBLE_ERRORS = {1: Errors("1 CNN", 0.407, 0.182), 5: Errors("5 CNNs", 0.381, 0.164)}
+
+SPEED = Claim(
+    key="speed",
+    title="Time",
+    section="section 5",
+    text="90 cycles through 1.2 million pictures took five to six days on two GTX 580 with 3 GB: "
+    "208 to 267 pictures a second.",
+    number="208 to 267 img/s",
+)
+
+ABLATIONS = (
+    Ablation(
+        key="pair", title="Two columns against one", section="section 3.2",
+        text="Against a net of one column (half as many kernels in each convolution), the two "
+        "columns lower the error by 1.7 % (top-1) and 1.2 % (top-5).",
+        number="−1.7 / −1.2 points", differences=(-0.017, -0.012),
+        setting="columns", paper_has=2, instead=(1,), free=("columns_per_worker",),
+        command="--columns 1",
+    ),
+    Ablation(
+        key="relu", title="ReLU against tanh", section="section 3.1, figure 1",
+        text="A four-layer net of ReLUs comes to 25 % training error on CIFAR-10 six times as "
+        "fast as one of tanh units; here the error of this network at the end is compared.",
+        number="6 times as fast", setting="activation", paper_has="relu", instead=("tanh",),
+        free=("lr",), command="--activation tanh",
+    ),
+    Ablation(
+        key="lrn", title="Local response normalisation", section="section 3.3",
+        text="It lowers the error by 1.4 % (top-1) and 1.2 % (top-5).",
+        number="−1.4 / −1.2 points", differences=(-0.014, -0.012),
+        setting="norm", paper_has="lrn", instead=("none",), command="--norm none",
+    ),
+    Ablation(
+        key="pooling", title="Overlapping pooling", section="section 3.4",
+        text="Windows of 3 with stride 2 instead of 2 with stride 2 lower the error by 0.4 % "
+        "(top-1) and 0.3 % (top-5).",
+        number="−0.4 / −0.3 points", differences=(-0.004, -0.003),
+        setting="pool", paper_has="3/2", instead=("2/2",), command="--pool 2/2",
+    ),
+    Ablation(
+        key="colour", title="Colour augmentation", section="section 4.1",
+        text="Shifting the colours along their principal components lowers the top-1 error by "
+        "over 1 %.",
+        number="over −1 point (top-1)", differences=(-0.01, None),
+        setting="colour", paper_has=0.1, instead=(0.0,), command="--colour 0",
+    ),
+    Ablation(
+        key="depth", title="Depth", section="section 7",
+        text="To remove any of the middle layers costs about 2 % of top-1 performance.",
+        number="about −2 points (top-1)", differences=(-0.02, None),
+        setting="without", paper_has="none", instead=("conv3", "conv4", "conv5"),
+        command="--without conv4",
+    ),
+    Ablation(
+        key="decay", title="Weight decay", section="section 5",
+        text="The small weight decay is not merely a regulariser: it reduces the training error. "
+        "Here the validation error is compared.",
+        setting="weight_decay", paper_has=5e-4, instead=(0.0,), command="--weight-decay 0",
+    ),
+)  # fmt: skip
+"""Differences are what the paper's choice does: negative lowers the error."""
