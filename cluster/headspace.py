@@ -28,6 +28,7 @@ from cluster.run_folder import Mark
 from cluster.training import Training, look_up, prepared
 from cluster.worker import make_steps
 from model.exchange import Exchange
+from pipeline.throughput import limits
 from pipeline.throughput.clock import Load, Rate
 from pipeline.throughput.examine import examine
 from pipeline.throughput.report import Row, row
@@ -240,7 +241,11 @@ def _result(
     extra: list[Row] = []
     if slowest.exchange_rate:
         each = slowest.exchange_bytes / (config.batch_size // place.replicas)
+        gpu = place.device.type == "cuda"
+        best = (limits.to_device(0.5) if gpu else limits.memory(1, 0.5)).median / 2 / each
         extra.append(row("pair exchange", Rate((slowest.exchange_rate / each,), 0.0, 0.0), each,
+                         limit=2 * best if gpu else best,
+                         against="PCIe, pinned blocks" if gpu else "memory, copied by 1 thread",
                          note="alone: what crosses between the columns, both ways"))  # fmt: skip
     setting = Setting(
         data=data, device="gpu" if place.device.type == "cuda" else "cpu", shuffle=config.shuffle,

@@ -18,6 +18,8 @@ from cluster.checkpoint_writer import Checkpoints
 from cluster.place import Place
 from cluster.report.page import report
 from cluster.report.pictures import KERNEL_SCALE
+from cluster.report.records import read_records
+from cluster.report.tables import run_tiles
 from cluster.run_folder import Mark
 from model.alexnet import AlexNet
 from model.optim import Sgd2012
@@ -305,3 +307,15 @@ def test_parameters_in_the_table_are_those_of_the_network(run: Path) -> None:
     # With an odd number of classes column b holds one unit that is cut off; it is counted.
     count = sum(parameter.numel() for parameter in net.parameters())
     assert f"{count:,} parameters" in page.text
+
+
+def test_the_tile_says_what_the_waiting_was_for(tmp_path):
+    rows = [
+        {"position": 8 * step, "epoch": 1.0, "step": step, "loss": 1.0, "top1_error": 0.5,
+         "lr": 0.1, "img_s": 8.0, "data_wait": 0.5, "wait_storage": 0.3, "wait_feed": 0.0,
+         "wait_decode": 0.1, "wait_transfer": 0.1, "seconds": 1.0, "replaced": 0}
+        for step in (1, 2)
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = [tile.note for tile in run_tiles(read_records(tmp_path)) if "waiting" in tile.label]
+    assert notes == ["of the time in steps; for storage 60%, decode 20%"]

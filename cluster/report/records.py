@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cluster.rows import WAITS
 from cluster.run_folder import CONFIG, LAYERS, MACHINE, METRICS, RATES, VALIDATION
 from pipeline.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
 
-STEP_NUMBERS = ("epoch", "loss", "top1_error", "lr", "img_s", "data_wait", "seconds", "replaced")
+STEP_NUMBERS = (
+    "epoch", "loss", "top1_error", "lr", "img_s", "data_wait", *WAITS, "seconds", "replaced",
+)  # fmt: skip
 VALIDATION_NUMBERS = ("loss", "top1_error", "top5_error", "samples")
 EVALUATION_PARTS: dict[str, type | tuple[type, ...]] = {
     "top1_error": (int, float),

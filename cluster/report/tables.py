@@ -11,6 +11,7 @@ import numpy as np
 
 from cluster.report.charts import short
 from cluster.report.records import Records
+from cluster.rows import WAITS
 from model.design import Design
 from model.summary import Row, table, totals
 from pipeline.manifest import Manifest
@@ -102,10 +103,22 @@ def run_tiles(records: Records) -> list[Tile]:
         speed = float(np.median(speeds[timed]))
         tiles += [
             Tile("pictures per second", f"{speed:,.0f}", note="median step, whole job"),
-            Tile("waiting for data", percent(wait), "%", "of the time in steps"),
+            Tile("waiting for data", percent(wait), "%", f"of the time in steps{_causes(records)}"),
             Tile("time in steps", *duration(seconds), "without validation and checkpoints"),
         ]
     return tiles
+
+
+def _causes(records: Records) -> str:
+    """What the waiting was for, where the rows tell: the largest two parts of it."""
+    sums = {name: float(np.nansum(records.metrics[name])) for name in WAITS}
+    total = sum(sums.values())
+    if not total:
+        return ""
+    parts = sorted(sums.items(), key=lambda part: -part[1])[:2]
+    return "; for " + ", ".join(
+        f"{name.removeprefix('wait_')} {value / total:.0%}" for name, value in parts if value
+    )
 
 
 def layers(records: Records, classes: int) -> dict[str, Any] | None:

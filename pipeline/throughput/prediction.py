@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.throughput.clock import Rate
+from pipeline.throughput.machine import in_threads
 from pipeline.waits import Spent
 
 
@@ -70,7 +71,7 @@ def bounds(costs: Costs) -> list[Bound]:
     found = [
         Bound("the reading thread", 1 / max(1e-12, costs.reader.total),
               f"one thread, {costs.reader.total * 1e6:.0f} µs a picture", costs.reader._asdict()),
-        Bound("the pixels", pixels.median, f"DALI with {costs.threads} threads"),
+        Bound("the pixels", pixels.median, f"DALI with {in_threads(costs.threads)}"),
         Bound("the processors", costs.cores / max(1e-12, sum(work.values())),
               f"{sum(work.values()) * 1e6:.0f} µs of a core a picture, {costs.cores} cores", work),
     ]  # fmt: skip

@@ -34,6 +34,7 @@ from pipeline.picture import SIZE
 from pipeline.reader import Loaded
 from pipeline.throughput import limits
 from pipeline.throughput.clock import Rate, measured
+from pipeline.throughput.machine import in_threads
 from pipeline.throughput.reading import Reading, reading, reading_cold
 from pipeline.throughput.setting import Parts
 
@@ -271,7 +272,7 @@ def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Ite
             name="decode", rate=decode(parts, loaded, seconds), bytes=each + CROPPED,
             limit=limit.median,
             against="nvJPEG of whole pictures, nothing else" if gpu
-            else f"bare libjpeg-turbo, whole pictures, {setting.threads} threads",
+            else f"bare libjpeg-turbo, whole pictures, {in_threads(setting.threads)}",
         )  # fmt: skip
     moved = CROPPED * (1 + (2 if gpu else 4))
     memory = (limits.device_memory if gpu else lambda s: limits.memory(setting.threads, s))(
@@ -280,7 +281,7 @@ def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Ite
     yield Stage(
         name="normalise", rate=normalise(parts, loaded, seconds), bytes=moved,
         limit=memory.median / moved,
-        against="GPU memory, copied" if gpu else f"memory, copied by {setting.threads} threads",
+        against="GPU memory, copied" if gpu else f"memory, copied by {in_threads(setting.threads)}",
         note="with the copy to the GPU" if gpu else "",
     )  # fmt: skip
     if gpu:
