@@ -108,7 +108,7 @@ def test_the_command_pins_the_checkpoint_and_takes_the_same_when_it_starts_again
     wanted = str(origin / "checkpoints/step-00000006")
     assert told[0].init == wanted
     assert read_back(run / "config.toml")[0].init == wanted
-    assert "new: fc8" in capsys.readouterr().err
+    assert "new: fc8" in capsys.readouterr().out
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(origin / "checkpoints/step-00000006")  # the newest is another now
     (run / "attempts.jsonl").unlink(missing_ok=True)
@@ -126,7 +126,7 @@ def test_the_command_pins_the_checkpoint_and_takes_the_same_when_it_starts_again
     ("changes", "words"),
     [
         ({"width": 0.25}, ["a.conv1.weight is [6, 3, 11, 11], and this network's [12, 3, 11, 11]"]),
-        ({"without": "conv4"}, ["has a.conv4.weight, which this network has not"]),
+        ({"without": "conv4"}, ["has a.conv4, which this network has not"]),
         ({"norm": "batch"}, ["has no a.conv1.norm.weight, which this network has"]),
         ({"net": "four", "width": 0.5}, ["a.conv1.weight is [6, 3, 11, 11]"]),
     ],
@@ -144,7 +144,7 @@ def test_conv6_is_taken_where_it_is_and_not_thrown_away() -> None:
     there = {"a.conv1.weight": (1,), "a.conv6.weight": (2,), "a.fc8.weight": (3,)}
     layers = ["conv1", "conv6", "fc8"]
     assert fitting({**there, "a.fc8.weight": (9,)}, there, layers, "X") == list(there)[:2]
-    with pytest.raises(UsageError, match=r"X has a.conv6.weight, which this network has not"):
+    with pytest.raises(UsageError, match=r"X has a.conv6, which this network has not"):
         fitting({"a.conv1.weight": (1,)}, there, ["conv1", "fc8"], "X")
 
 
