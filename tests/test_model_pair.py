@@ -219,6 +219,9 @@ def test_bfloat16_pair_is_no_further_from_float64_than_one_process(
 def test_the_comparison_is_not_empty(one: dict[str, Any], case: str) -> None:
     """Every parameter has a gradient and moved far more than the tolerance."""
     for key, start in one[case]["initial"].items():
+        if "running" in key:
+            assert distance(one[case]["parameters"][key], start) > 1e-6, key
+            continue
         assert one[case]["gradients"][key].abs().max() > 0, key
         assert distance(one[case]["parameters"][key], start) > 1e-6, key
 
