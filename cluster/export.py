@@ -6,13 +6,16 @@ Writes a safetensors file with the tensors that `torch.nn` layers of the whole n
 `conv1.weight` ... `fc8.bias` (convolutions 2, 4 and 5 have groups=2), and `mean`, what is
 subtracted from a picture: [3, 1, 1], or [3, 224, 224] where the network was trained so. The paper
 halves the outputs of fc6 and fc7 at test time (section 4.2); here the weights of fc7 and fc8 are
-halved instead, which is exact: the network runs without, or with PyTorch's own dropout.
+halved instead, which is exact: the network runs without, or with PyTorch's own dropout. What batch
+normalisation does in a test is a factor and a shift for each map: `conv1.scale`, `conv1.shift`.
 
-The header says what follows each layer, so that docs/classify.py runs any design, ablations too.
+The header says what precedes the first layer and follows each, so that docs/classify.py runs any
+design, ablations too.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ from cluster.events import Event, Warned
 from cluster.run_folder import CONFIG
 from model.alexnet import AlexNet
 from model.design import Design
+from model.norm import BatchNorm
 from pipeline.dataset import metadata
 from pipeline.errors import UsageError
 from pipeline.errors import run as run_command
@@ -40,8 +44,6 @@ from pipeline.files import sealed
 from pipeline.manifest import Manifest, identity
 from pipeline.pixel_stats import Statistics
 
-HALVED = ("fc7.weight", "fc8.weight")
-"""What reads the outputs of a layer with dropout."""
 EDGE = 16
 """Pixels that the centre of 224 has beside it in a picture of 256."""
 
@@ -105,10 +107,20 @@ def merged(config: Config, found: Found) -> dict[str, Tensor]:
     net = AlexNet(columns=tuple(range(config.columns)), classes=classes, design=config.design)
     load(found.path, net)
     tensors = {name: p.detach().contiguous() for name, p in net.named_parameters()}
-    for name in ("fc8.weight", "fc8.bias"):  # an odd number of classes is made even
-        tensors[name] = tensors[name][:classes].contiguous()
-    for name in HALVED:
-        tensors[name] = tensors[name] * 0.5
+    layers = config.design.layers()
+    for name in ("weight", "bias"):  # an odd number of classes is made even
+        last = f"{layers[-1].name}.{name}"
+        tensors[last] = tensors[last][:classes].contiguous()
+    for before, layer in itertools.pairwise(layers):
+        if "dropout" in before.then:
+            tensors[f"{layer.name}.weight"] = tensors[f"{layer.name}.weight"] * 0.5
+    for name, module in net.named_modules():
+        if isinstance(module, BatchNorm):
+            layer_name = name.partition(".")[0]
+            del tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+            scale = module.weight / (module.running_var + module.eps).sqrt()
+            tensors[f"{layer_name}.scale"] = scale.detach()
+            tensors[f"{layer_name}.shift"] = (module.bias - module.running_mean * scale).detach()
     return tensors
 
 
@@ -149,7 +161,8 @@ def described(run: Path, config: Config, found: Found) -> dict[str, str]:
         "columns": json.dumps(config.columns),
         "width": json.dumps(config.width),
         "layers": json.dumps(table_of_layers(config.design)),
-        "dropout": json.dumps("folded: fc7.weight and fc8.weight are halved"),
+        "first": json.dumps(before_the_first(config.design)),
+        "dropout": json.dumps("folded: what reads an output with dropout has halved weights"),
         "config": json.dumps(table["config"]),
         "checkpoint_sha256": json.dumps({k: v["sha256"] for k, v in table["files"].items()}),
     }
@@ -160,16 +173,29 @@ def table_of_layers(design: Design) -> list[list[object]]:
 
     `how` are arguments of `torch.nn.functional.conv2d`, none for a fully connected layer. `then`
     are the operations that follow, each with its arguments: ["relu"], ["tanh"], ["norm", columns],
-    ["spatial_norm"], ["pool", side, stride]. Dropout is not among them: it is in the weights.
+    ["spatial_norm"], ["lcn", columns], ["scale", layer], ["pool", side, stride] and
+    ["mean_pool", side, stride]. Dropout is not among them: it is in the weights.
     """
-    arguments = {"norm": [design.columns], "pool": [*design.pool_window]}
+    pool = [*design.pool_window]
+    arguments = {"norm": [design.columns], "lcn": [design.columns], "pool": pool, "mean_pool": pool}
     found: list[list[object]] = []
     for layer in design.layers():
-        then = [[word, *arguments.get(word, [])] for word in layer.then if word != "dropout"]
+        then: list[list[object]] = []
+        for word in layer.then:
+            if word == "batch_norm":
+                then.append(["scale", layer.name])
+            elif word != "dropout":
+                then.append([word, *arguments.get(word, [])])
         groups = design.columns if layer.reads == "own" else 1
         how = {"stride": layer.stride, "padding": layer.pad, "groups": groups}
         found.append([layer.name, how if layer.kernel else {}, then])
     return found
+
+
+def before_the_first(design: Design) -> list[object]:
+    """Return what the picture goes through: ["edge", zeros right and below], ["shrink", side]."""
+    layer = design.layers()[0]
+    return ["shrink", layer.shrink] if layer.shrink > 1 else ["edge", layer.edge]
 
 
 def _tell(event: Event) -> None:

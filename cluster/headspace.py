@@ -94,7 +94,7 @@ def measure(config: Config, data: str, place: Place, tell: Tell) -> None:
     torch.set_num_threads(place.cores)
     config = replace(
         config, validate_every=0, statistics_every=0, schedule="dexp", store="", ledger=False,
-        tensorboard=False, steps=10**7, epochs=1.0,
+        tensorboard=False, steps=10**7, epochs=1.0, init="",
     )  # fmt: skip
     samples, _ = look_up(config, data)
     with (

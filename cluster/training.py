@@ -16,6 +16,7 @@ from cluster.config import Config
 from cluster.events import Publish, Tell
 from cluster.feed import Feed
 from cluster.gradients import GradientAverage
+from cluster.initial import start_from
 from cluster.log import Log
 from cluster.place import Place
 from cluster.rate_events import Recipe
@@ -76,6 +77,8 @@ def prepared(
         keep=config.keep, keep_best=config.keep_best, store=config.store,
     )  # fmt: skip
     mark = checkpoints.resume(net, optimiser)
+    if config.init and not mark.step:
+        start_from(config.init, net, place, tell)
     recipe = Recipe(config=config, samples=samples, total=total)
     rates = RateControl(recipe, run, place, tell, mark.step)
     with ExitStack() as parts:
@@ -130,11 +133,14 @@ def open_stream(
     config: Config, data: str, run: Path, place: Place, *, split: str = "train",
     view: View = "random", position: int = 0, once: bool = False,
 ) -> Stream:  # fmt: skip
-    """Open this process's share of the pictures; `once` is for an evaluation."""
+    """Open this process's share of the pictures; `once` is for an evaluation.
+
+    Without `augment` the view `random` becomes `centre`.
+    """
     return Stream(
         data,
         split=split,
-        view=view,
+        view="centre" if view == "random" and not config.augment else view,
         position=position,
         once=once,
         batch_size=config.batch_size,

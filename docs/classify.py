@@ -14,7 +14,20 @@ from safetensors import safe_open
 
 with safe_open(sys.argv[1], "pt") as file:
     w = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    classes, layers = (json.loads(file.metadata()[key]) for key in ("classes", "layers"))
+    about = {key: json.loads(file.metadata()[key]) for key in ("classes", "layers", "first")}
+
+
+def contrast(x, columns):
+    """Local contrast normalisation, each column's maps by themselves."""
+    x = x.unflatten(1, (columns, -1))
+    far = (torch.arange(x.shape[-1])[:, None] - torch.arange(x.shape[-1])).abs()
+    blur = torch.exp(-0.5 * (far / 2.25) ** 2) * (far < 5)
+    blur = blur / blur.sum(1, keepdim=True)
+    x = x - blur @ x.mean(2, keepdim=True) @ blur.T
+    sigma = (blur @ (x * x).mean(2, keepdim=True) @ blur.T).clamp_min(1e-8).sqrt()
+    return (x / torch.maximum(sigma, sigma.mean((3, 4), keepdim=True))).flatten(1, 2)
+
+
 follow = {
     "relu": torch.relu,
     "tanh": torch.tanh,
@@ -22,16 +35,25 @@ follow = {
     "norm": lambda x, n: F.local_response_norm(  # each of n columns has its own maps
         x.unflatten(1, (n, -1)).flatten(0, 1), 5, 1e-4, 0.75, 2.0
     ).view_as(x),
+    "mean_pool": lambda x, side, stride: F.avg_pool2d(x, side, stride, ceil_mode=True),
+    "lcn": contrast,
+    "scale": lambda x, name: (
+        x * w[f"{name}.scale"][:, None, None] + w[f"{name}.shift"][:, None, None]
+    ),
+    "edge": lambda x, zeros: F.pad(x, (0, zeros, 0, zeros)),
+    "shrink": F.avg_pool2d,
     "spatial_norm": lambda x: x / (1 + 0.001 * F.avg_pool2d(x * x, 5, 1, 2)) ** 0.75,
 }
 picture = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
 picture = ImageOps.fit(picture, (256, 256)).crop((16, 16, 240, 240))
 x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(224, 224, 3)
-x = F.pad((x.permute(2, 0, 1) - w["mean"])[None], (0, 3, 0, 3))
-for name, how, then in layers:
+x = (x.permute(2, 0, 1) - w["mean"])[None]
+first, size = about["first"]
+x = follow[first](x, size)
+for name, how, then in about["layers"]:
     weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
     x = F.conv2d(x, weight, bias, **how) if how else F.linear(x.flatten(1), weight, bias)
     for operation, *arguments in then:
         x = follow[operation](x, *arguments)
-for probability, index in zip(*x[0].softmax(0).topk(min(5, len(classes))), strict=True):
-    print(f"{probability:6.1%}  {classes[index]}")
+for probability, index in zip(*x[0].softmax(0).topk(min(5, len(about["classes"]))), strict=True):
+    print(f"{probability:6.1%}  {about['classes'][index]}")

@@ -90,6 +90,9 @@ OTHERS = [
     {"norm": "none", "activation": "tanh", "without": "conv3"},
     {"pool": "2/2", "without": "conv5"},
     {"columns": 1, "without": "conv4"},
+    {"norm": "lcn", "conv6": True},
+    {"norm": "batch", "dropout": False, "relu_first": False},
+    {"norm": "spatial", "net": "four", "width": 0.5},
 ]
 
 

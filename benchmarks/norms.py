@@ -1,0 +1,102 @@
+"""A training step with each normalisation, and of the four-layer network: img/s, CPU.
+
+    python benchmarks/norms.py [--width 1.0] [--batch-size 128] [--rounds 3] [--json]
+
+Forward, backward and update of random pictures, in the type that `cluster.train` takes there
+(bfloat16 where the CPU has matrix units for it, unless `--dtype` says otherwise). All networks are
+in one process and take turns; rates are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import rich.console
+import rich.table
+import torch
+import tyro
+from nets import duet_step
+
+from cluster.compute import compute_dtype, keep_memory
+from model.alexnet import AlexNet
+from model.design import Design
+
+LANES = {
+    "lrn": Design(),
+    "lrn and spatial (source)": Design(spatial_norm=True),
+    "spatial": Design(norm="spatial"),
+    "lcn": Design(norm="lcn"),
+    "batch": Design(norm="batch"),
+    "none": Design(norm="none"),
+    "conv6": Design(conv6=True),
+    "four layers, no norm": Design(net="four", columns=1, norm="none"),
+}
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Time training steps on the CPU, one normalisation after the other."""
+
+    width: float = 1.0
+    """Factor on all maps and units; the four-layer network stays as it is."""
+    classes: int = 1000
+    """Classes to tell apart."""
+    batch_size: int = 128
+    """Pictures in a step."""
+    threads: int = len(os.sched_getaffinity(0))
+    """CPU threads."""
+    rounds: int = 3
+    """How often each network has its turn, of a step."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """As the setting of that name."""
+    json: bool = False
+    """Print one JSON object on stdout, the table on stderr."""
+
+
+def measure(setup: Setup, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Return img/s of every round of each lane."""
+    images = 60 * torch.randn(setup.batch_size, 3, 224, 224)
+    labels = torch.randint(0, setup.classes, (setup.batch_size,))
+    rates: dict[str, list[float]] = {name: [] for name in LANES}
+    steps = {}
+    for name, design in LANES.items():
+        width = {"width": setup.width} if design.net == "paper" else {}
+        one = Design(**{**vars(design), **width})
+        steps[name] = duet_step(AlexNet(classes=setup.classes, design=one))
+    for number in range(WARM_UP + setup.rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(number, images, labels, dtype)
+            if number >= WARM_UP:
+                rates[name].append(setup.batch_size / (time.perf_counter() - start))
+    return rates
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    setup = tyro.cli(Setup, description=__doc__)
+    keep_memory()
+    torch.set_num_threads(setup.threads)
+    torch.manual_seed(0)
+    dtype = compute_dtype(setup.dtype, torch.device("cpu"))
+    rates = measure(setup, dtype)
+    title = f"width {setup.width:g}, batch {setup.batch_size}, {setup.threads} threads, {dtype}"
+    table = rich.table.Table("network", "img/s", "of lrn", title=title)
+    base = statistics.median(rates["lrn"])
+    for name, found in rates.items():
+        middle = statistics.median(found)
+        table.add_row(name, f"{middle:,.0f}", f"{middle / base:.2f}")
+    rich.console.Console(stderr=setup.json).print(table)
+    if setup.json:
+        sys.stdout.write(json.dumps({"setup": vars(setup), "img_s": rates}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
