@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from cluster.neighbours.command import main
 from cluster.neighbours.distances import Pairs, draw
 from cluster.neighbours.extract import features, stretches
 from cluster.neighbours.features import Features, stem
-from cluster.neighbours.growing import Growing, begin
+from cluster.neighbours.growing import Growing
 from cluster.neighbours.trained import opened
 from cluster.place import Place
 from cluster.run_folder import settle
@@ -216,24 +215,18 @@ def test_what_was_complete_when_it_was_killed_is_not_made_again(
 def test_killed_between_the_last_two_renames(run, tiny_data, tmp_path, small_blocks, monkeypatch):
     monkeypatch.setattr("cluster.neighbours.extract.LocalPool", Here)
     trained = opened(run, str(tiny_data))
-    monkeypatch.setattr("cluster.neighbours.growing.seal", lambda *_: os._exit)
-    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
-    with pytest.raises(UsageError):
-        features(tmp_path, trained, "val")
+    with monkeypatch.context() as patched:
+        patched.setattr("cluster.neighbours.growing.seal", killed)
+        with pytest.raises(KeyboardInterrupt):
+            features(tmp_path, trained, "val")
     assert (tmp_path / "features-val.npy").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr("cluster.neighbours.extract.LocalPool", lambda workers: pytest.fail())
-    monkeypatch.setattr("cluster.neighbours.features.BLOCK", 8)
-    begin(stem(tmp_path, "val"), features_about(trained))
-    growing = Growing(stem(tmp_path, "val"), features_about(trained))
-    assert growing.missing() == []
-    growing.close()
+    monkeypatch.setattr("cluster.neighbours.extract.extract", killed)  # no picture is read again
+    found = features(tmp_path, trained, "val")
+    np.testing.assert_allclose(found.values, by_hand(run, tiny_data, "val"), rtol=2e-3, atol=1e-4)
 
 
-def features_about(trained):
-    from cluster.neighbours.extract import _about
-
-    return _about(trained, "val", "float16")
+def killed(*_):
+    raise KeyboardInterrupt
 
 
 def test_two_workers_make_what_one_makes(run, tiny_data, tmp_path):
@@ -271,9 +264,7 @@ def test_stretches_cover_what_is_missing_once():
 
 
 def test_damaged_pictures_have_no_features_and_are_no_neighbours(run, data, capsys):
-    index = np.load(data / "train.index.npy")
-    row = index[7]
-    flip_bit(data / "train-000000.tar", int(row["offset"]) + int(row["size"]) // 2)
+    flip_bit(data, "train", 7)
     facts = called(capsys, run, data)["neighbours"]
     found = Features(stem(run / "neighbours", "train"))
     assert np.flatnonzero(~found.sound).tolist() == [7]
@@ -337,7 +328,11 @@ def test_features_of_another_run_or_data_set_are_refused(run, tiny_data, tmp_pat
 
 def test_damaged_features_are_refused(run, tiny_data, capsys):
     called(capsys, run, tiny_data)
-    flip_bit(run / "neighbours" / "features-train.npy", 5000)
+    with (run / "neighbours" / "features-train.npy").open("r+b") as file:
+        file.seek(5000)
+        (byte,) = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
     code, line = refused(run, tiny_data)
     assert (code, "rows 0 to 47 are not those that were written" in line) == (4, True)
 

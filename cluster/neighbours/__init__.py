@@ -11,6 +11,7 @@ plot         a histogram as SVG
 autoencoder  4096 numbers to 64..256 bits
 hamming      search among bits
 rivals       codes that need no training, and product quantisation
+trial        the same queries by all of these
 summary      RUN/neighbours/summary.json
 command      python -m cluster.neighbours
 codes        python -m cluster.neighbours.codes
