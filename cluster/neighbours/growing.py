@@ -38,7 +38,7 @@ class Growing:
         """
         self.about = about
         self._base = base
-        self._values = np.lib.format.open_memmap(part(base, "growing"), mode="r+")  # type: ignore[no-untyped-call]
+        self._values = np.lib.format.open_memmap(part(base, "growing"), mode="r+")
         self._offset = int(self._values.offset)
         self._file = os.open(part(base, "growing"), os.O_RDWR)
         self._state = os.open(part(base, "state"), os.O_RDWR)
@@ -132,7 +132,7 @@ def begin(base: Path, about: About) -> None:
                 return
     discard(base)
     try:
-        made = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        made = np.lib.format.open_memmap(
             growing, mode="w+", dtype=about.dtype, shape=(about.samples, about.units)
         )
         del made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -80,10 +81,9 @@ def itq(x: Tensor, start: Linear, seed: int) -> Linear:
 def faiss() -> Any:
     """The library, or None where it is not installed."""
     try:
-        import faiss as library
+        return importlib.import_module("faiss")
     except ImportError:
         return None
-    return library
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def product_quantisation(
         k: neighbours.
     """
     index = library.IndexPQ(x.shape[1], bits // 8, 8)
-    index.cp.min_points_per_centroid = 1  # a small base is no reason for a warning a part
+    index.pq.cp.min_points_per_centroid = 1  # a small base is no reason for a warning a part
     started = time.perf_counter()
     index.train(x.numpy())
     trained = time.perf_counter() - started

@@ -132,8 +132,8 @@ def _some(
         if not len(left):
             return (ids, distances), late
     for place in left:
-        mine = None if own is None else int(own[place])
-        ids[place], distances[place] = _one(queries[place], base, k, memory, mine)
+        itself = None if own is None else int(own[place])
+        ids[place], distances[place] = _one(queries[place], base, k, memory, itself)
     return (ids, distances), late
 
 
