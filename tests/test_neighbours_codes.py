@@ -223,7 +223,7 @@ def test_what_cannot_be_is_refused(run, words, said):
 
 
 def test_features_that_do_not_go_together_are_refused(run, tmp_path):
-    with pytest.raises(UsageError, match="no features .*features-test.json; make them with"):
+    with pytest.raises(UsageError, match=r"no features .*features-test\.json; make them with"):
         main([str(run), "--base", "test"])
     put(run / "neighbours", "val", 80, 2, checkpoint="another")
     with pytest.raises(DataError, match="not of one run"):

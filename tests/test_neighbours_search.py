@@ -76,7 +76,7 @@ def test_a_picture_is_not_its_own_neighbour_and_damaged_ones_are_none():
     rows = rng.integers(0, 3, (300, 5)).astype(np.float16)  # many equal ones
     sound = rng.random(300) > 0.2
     own = np.flatnonzero(sound)
-    found = nearest(rows[own], Base(rows, sound), 4, own=own, memory=LEAST)
+    found = nearest(rows, Base(rows, sound), 4, picked=own, itself=True, memory=LEAST)
     ids, _ = brute_force(rows[own], rows, 4, own, sound)
     np.testing.assert_array_equal(found.ids, ids)
     assert not (found.ids == own[:, None]).any()
@@ -89,4 +89,4 @@ def test_every_picture_can_be_asked_for_but_not_one_more():
     with pytest.raises(UsageError, match="6 neighbours asked for, and there are 5"):
         nearest(rows[:1], all_of(rows), 6)
     with pytest.raises(UsageError, match="5 neighbours asked for, and there are 4"):
-        nearest(rows[:1], all_of(rows), 5, own=np.array([0]))
+        nearest(rows, all_of(rows), 5, itself=True)

@@ -158,12 +158,13 @@ def _searched(
 ) -> Nearest:
     with Progress("nearest neighbours", total=len(ids), unit="queries") as progress:
         return nearest(
-            asked.values[ids],
+            asked.values,
             Base(base.values, base.sound),
             options.k,
             memory=parse_size(options.memory),
             device=device,
-            own=ids if options.base == options.queries else None,
+            picked=ids,
+            itself=options.base == options.queries,
             tell=progress.advance,
         )
 

@@ -62,36 +62,40 @@ def nearest(
     *,
     memory: int = 1 << 31,
     device: str = "cpu",
-    own: Ids | None = None,
+    picked: Ids | None = None,
+    itself: bool = False,
     tell: Tell = lambda count: None,
 ) -> Nearest:
     """Find the k nearest rows of `base` for every query.
 
     Args:
-        queries: floats [Q, units].
+        queries: floats [n, units], in memory or mapped.
         base: what is searched.
         k: neighbours, at least 1.
-        memory: bytes to use at most, beside `queries` and `base` themselves.
+        memory: bytes to use, about; `queries` and `base` themselves not counted.
         device: where the products are made.
-        own: int64 [Q], the rows of `base` that the queries are, which are left out.
+        picked: int64 [Q], the rows of `queries` to answer; None: all, Q = n.
+        itself: `queries` are the rows of `base`, and none is to be its own neighbour.
         tell: called with how many queries have been done, again and again.
 
     Raises:
         UsageError: fewer rows than k, or too little memory.
     """
-    room = int(base.sound.sum()) - (own is not None)
+    room = int(base.sound.sum()) - itself
     if not 1 <= k <= room:
         raise UsageError(f"{k} neighbours asked for, and there are {room} pictures; ask for fewer")
     if memory < LEAST:
         raise UsageError(f"a memory of {memory:,} bytes is too little; give {LEAST:,} or more")
-    ids = np.zeros((len(queries), k), np.int64)
-    distances = np.zeros((len(queries), k))
-    size = _query_rows(queries.shape[1], len(queries), memory)
+    if picked is None:
+        picked = np.arange(len(queries))
+    ids = np.zeros((len(picked), k), np.int64)
+    distances = np.zeros((len(picked), k))
+    size = _query_rows(queries.shape[1], len(picked), memory)
     again = 0
-    for start in range(0, len(queries), size):
+    for start in range(0, len(picked), size):
         part = slice(start, start + size)
-        mine = None if own is None else own[part]
-        found, late = _some(queries[part], base, k, memory, device, mine)
+        own = picked[part] if itself else None
+        found, late = _some(queries[picked[part]], base, k, memory, device, own)
         ids[part], distances[part] = found
         again += late
         tell(len(found[0]))
@@ -153,6 +157,7 @@ def _candidates(
     """
     units = queries.shape[1]
     asked = _tensor(queries).to(device).to(dtype)
+    lengths = np.square(queries.astype(np.float64)).sum(1)
     scores = torch.empty(len(queries), 0, dtype=dtype, device=device)
     ids = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     rows = _base_rows(units, len(queries), memory)
@@ -176,9 +181,8 @@ def _candidates(
             kept = scores.topk(count, dim=1, largest=False)
             scores, ids, dropped = kept.values, ids.gather(1, kept.indices), True
     ids = ids.masked_fill(scores.isinf(), -1)
-    norms = np.square(queries.astype(np.float64)).sum(1)
     worst = scores.max(1).values.double().cpu().numpy()
-    bound = worst + norms - _wrong(units, norms, most, dtype) if dropped else worst + np.inf
+    bound = worst + lengths - _wrong(units, lengths, most, dtype) if dropped else worst + np.inf
     return ids.cpu().numpy(), bound
 
 

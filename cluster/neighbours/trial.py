@@ -27,7 +27,7 @@ from pipeline.progress import Progress
 
 SHORTLIST = 100
 """Pictures by code among which the exact neighbours are looked for, too."""
-NO_FAISS = "not measured: faiss is not installed (pip install faiss-cpu)"
+NO_FAISS = "not measured: faiss is not installed (pip install -e '.[faiss]')"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,12 @@ class Trial:
         self._own = self.ids if own else None
         started = time.perf_counter()
         self._exact = nearest(
-            self._queries,
+            asked.values,
             Base(base.values, base.sound),
             options.k,
             memory=parse_size(options.memory),
-            own=self._own,
+            picked=self.ids,
+            itself=own,
         ).ids
         self._exact_seconds = time.perf_counter() - started
 
