@@ -46,6 +46,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(run: Path, config: Config, data: Path) -> Path:
+    run.mkdir(exist_ok=True)
     settle(run, config, identity(data), samples=48, step=0)
     train(config, data, run, Place(), lambda event: None)
     return run

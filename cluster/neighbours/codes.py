@@ -43,13 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = tyro.cli(Options, args=argv, prog="python -m cluster.neighbours.codes")
     settings(options.run)
-    folder = options.features or options.run / FOLDER
-    if not folder.is_dir():
-        raise UsageError(f"there are no features in {folder}; {MAKE}")
-    writable_folder(options.run / FOLDER, "folder of the run")
-    writable_folder(folder, "--features")
+    kept = options.features or options.run / FOLDER
+    if not kept.is_dir():
+        raise UsageError(f"there are no features in {kept}; {MAKE}")
+    folder = writable_folder(options.run / FOLDER, "the run's folder")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    result = codes(options, folder)
+    result = codes(options, kept, folder)
     out = sys.stderr if options.json else sys.stdout
     out.write("\n".join([*_lines(result["codes"]), f"-> {folder / NAME}"]) + "\n")
     if options.json:
@@ -57,14 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def codes(options: Options, folder: Path) -> dict[str, Any]:
+def codes(options: Options, kept: Path, folder: Path) -> dict[str, Any]:
     """Do it all and return what is in summary.json.
+
+    Args:
+        options: the flags.
+        kept: folder of the features.
+        folder: for the results.
 
     Raises:
         UsageError: no features, more neighbours than pictures, or lengths that cannot be.
         DataError: features of another run, or damaged.
     """
-    asked, base = (Features(stem(folder, split)) for split in (options.queries, options.base))
+    asked, base = (Features(stem(kept, split)) for split in (options.queries, options.base))
     _check(options, asked, base)
     trial = Trial(options, asked, base)
     rows = list(trial.rows(folder))
