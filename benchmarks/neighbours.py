@@ -1,0 +1,97 @@
+"""Exact and Hamming search of `cluster.neighbours` beside faiss's: the same rows, in turn.
+
+    pip install -e ".[faiss]"
+    python benchmarks/neighbours.py [--base 50000] [--queries 1000] [--units 4096] [--rounds 3]
+
+Rows are drawn: sparse and not negative, as behind a ReLU. Prints the median of the rounds in
+queries a second, the peak memory of the process, and the share of equal answers.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+import tyro
+
+from cluster.neighbours.hamming import Hamming, pack
+from cluster.neighbours.search import Base, nearest
+from pipeline.dataset import parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time searches."""
+
+    base: int = 50_000
+    queries: int = 1000
+    units: int = 4096
+    k: int = 10
+    bits: int = 128
+    rounds: int = 3
+    memory: str = "1GB"
+    """For our exact search."""
+
+
+def drawn(count: int, units: int, seed: int) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """Rows that share 64 directions, float16 [count, units]."""
+    directions = np.random.default_rng(0).normal(size=(64, units)).astype(np.float32)
+    rng = np.random.default_rng([seed, 1])
+    parts = [
+        np.maximum(rng.normal(size=(n, 64)).astype(np.float32) @ directions, 0).astype(np.float16)
+        for n in [4096] * (count // 4096) + [count % 4096]
+    ]
+    return np.concatenate(parts)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = tyro.cli(Options)
+    rows, asked = (
+        drawn(n, options.units, s) for s, n in enumerate((options.base, options.queries))
+    )
+    base = Base(rows, np.ones(len(rows), bool))
+    flat = faiss.IndexFlatL2(options.units)
+    flat.add(rows.astype(np.float32))
+    turn = np.random.default_rng(2).normal(size=(options.units, options.bits)).astype(np.float32)
+    codes, short = (pack(part.astype(np.float32) @ turn > 0) for part in (rows, asked))
+    ours, theirs = Hamming(codes), faiss.IndexBinaryFlat(options.bits)
+    theirs.add(codes)
+    memory = parse_size(options.memory)
+    ways: dict[str, Callable[[], Any]] = {
+        "exact, ours": lambda: nearest(asked, base, options.k, memory=memory).ids,
+        "exact, faiss": lambda: flat.search(asked.astype(np.float32), options.k)[1],
+        "Hamming, ours": lambda: ours.nearest(short, options.k)[1],
+        "Hamming, faiss": lambda: theirs.search(short, options.k)[0],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found = {}
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            found[name] = way()
+            seconds[name].append(time.perf_counter() - start)
+    print(
+        f"{options.queries:,} queries among {options.base:,} of {options.units} float16, k "
+        f"{options.k}; {torch.get_num_threads()} threads, faiss {faiss.__version__}"
+    )
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        spread = f"{len(asked) / max(times):,.0f} to {len(asked) / min(times):,.0f}"
+        print(f"{name:<16}{len(asked) / median:>10,.0f} queries/s  ({spread})")
+    for kind in ("exact", "Hamming"):
+        same = (found[f"{kind}, ours"] == found[f"{kind}, faiss"]).mean()
+        print(f"{kind}: {same:.4%} of the answers equal")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory of the process, both sides' data in it: {peak / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
