@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from cluster import ensemble, weights
+from cluster import together, weights
 from cluster.ensemble import main
 from cluster.probabilities import About, Saved, file_of, writing
 from model.evaluate import errors
@@ -200,7 +200,7 @@ def test_searched_weights_are_no_worse_and_said_to_be_searched(runs, capsys):
 
 def test_small_chunks_change_nothing(runs, capsys, monkeypatch):
     whole = told(capsys, *runs, "--search")
-    monkeypatch.setattr(ensemble, "CHUNK", 3 * CLASSES * 17)
+    monkeypatch.setattr(together, "CHUNK", 3 * CLASSES * 17)
     parts = told(capsys, *runs, "--search")
     assert [one["weight"] for one in parts["runs"]] == [one["weight"] for one in whole["runs"]]
     assert parts["average"] == pytest.approx(whole["average"], rel=1e-6)
