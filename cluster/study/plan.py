@@ -31,6 +31,8 @@ network and the centre view; nets: the error of averages of so many networks as 
 Plot = Literal["train", "val", "both", "nets"]
 """Curves of training, of validation, of both side by side; or errors over the number of nets."""
 RESERVED = ("data", "after", "hidden")
+DEPTH = 8
+"""Files that may be like one another in a row."""
 WHOLE = ""
 """Name of DATA as it is."""
 
@@ -122,6 +124,15 @@ def read(path: Path) -> Study:
     Raises:
         UsageError: names the file, the key, and what it should be.
     """
+    study = _Reader(path, _table(path)).study()
+    for variant in study.variants:  # what cannot work is said before hours of the others
+        for value in study.grid[1] or (None,):
+            study.config(variant, study.seeds[0], value, "run" if variant.after else "")
+    return study
+
+
+def _table(path: Path, depth: int = 0) -> dict[str, Any]:
+    """The tables of a file over those of the file it is `like`; `base` as a path from here."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError) as error:
@@ -129,11 +140,20 @@ def read(path: Path) -> Study:
         raise UsageError(f"study {path} cannot be read ({reason}); see configs/studies") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"study {path} is not TOML: {error}") from error
-    study = _Reader(path, table).study()
-    for variant in study.variants:  # what cannot work is said before hours of the others
-        for value in study.grid[1] or (None,):
-            study.config(variant, study.seeds[0], value, "run" if variant.after else "")
-    return study
+    if isinstance(table.get("base"), str):
+        table["base"] = str(path.parent / table["base"])
+    other = table.pop("like", None)
+    if other is None:
+        return table
+    if not isinstance(other, str) or depth > DEPTH:
+        raise UsageError(
+            f"study {path}: like is {other!r}; it takes the name of another study file"
+        )
+    before = _table(path.parent / other, depth + 1)
+    settings = [one.get("settings", {}) for one in (before, table)]
+    if all(isinstance(one, dict) for one in settings):
+        table["settings"] = settings[0] | settings[1]
+    return before | table
 
 
 class _Reader:
@@ -156,7 +176,7 @@ class _Reader:
         study = Study(
             name=self._path.stem,
             **texts,
-            base=self._path.parent / self._text("base"),
+            base=Path(self._text("base")),
             seeds=self._numbers("seeds"),
             measure=table["measure"],
             plot=table["plot"],

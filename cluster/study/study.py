@@ -77,26 +77,29 @@ class Maker:
         Returns:
             those that count, by variant and seed; and those of the grid that were not best.
         """
-        study, first = self._study, self._study.seeds[0]
-        values = study.grid[1] or (None,)
-        each = len(values) + len(study.seeds) - 1
-        total = sum(self._run(one, first, values[0], {}).total * each for one in study.variants)
+        study, values = self._study, self._study.grid[1] or (None,)
+        first = study.seeds[: 1 if study.grid[1] else None]  # of a grid one seed has all values
+        each = len(values) * len(first) + len(study.seeds) - len(first)
+        total = sum(self._run(one, 0, values[0], {}).total * each for one in study.variants)
         tried: Found = {}
-        kept: Found = {}
         with Progress(study.name, total=total, unit="img") as progress:
             for stage in stages(study.variants):
-                tried |= self._all([(one, values) for one in stage], (first,), tried, progress)
-            for name, made in tried.items():
-                kept[name] = [min(made, key=lambda one: one.result.rank)]
+                tried |= self._all([(one, values) for one in stage], first, tried, progress)
+            kept = {name: self._best(made) for name, made in tried.items()}
             for stage in stages(study.variants):
                 best = [(one, (self._value(kept[one.name][0]),)) for one in stage]
-                for name, made in self._all(best, study.seeds[1:], kept, progress).items():
+                rest = study.seeds[len(first) :]
+                for name, made in self._all(best, rest, kept, progress).items():
                     kept[name] += made
         others = [
             one for made in tried.values() for one in made if one not in kept[one.variant.name]
         ]
         count = [one for variant in study.shown for one in kept[variant.name]]
         return count, [one for one in others if not one.variant.hidden]
+
+    def _best(self, made: list[Made]) -> list[Made]:
+        """Of a grid the best run; all of them where there is none."""
+        return [min(made, key=lambda one: one.result.rank)] if self._study.grid[1] else made
 
     def _value(self, made: Made) -> Any:
         return getattr(made.run.config, self._study.grid[0]) if self._study.grid[1] else None
