@@ -19,7 +19,7 @@ BATCH = 8
 STUDY = Study(
     name="s", title="t", claim="c", paper="6 times", source="s", base=Path("b"), seeds=(0, 1),
     measure="pictures", plot="train", goal=0.25, window=3 * BATCH,
-    variants=(Variant(name="relu", settings={}, data=""), Variant(name="tanh", settings={}, data="")),
+    variants=tuple(Variant(name=name, settings={}, data="") for name in ("relu", "tanh")),
 )  # fmt: skip
 
 

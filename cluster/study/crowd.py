@@ -59,6 +59,12 @@ class Run:
         return self.out / f"{self.name}.log"
 
     @property
+    def toml(self) -> bytes:
+        """Its settings as a config file."""
+        table = asdict(self.config)
+        return "".join(f"{key} = {json.dumps(table[key])}\n" for key in table).encode()
+
+    @property
     def pictures(self) -> int:
         """Training pictures in its data set."""
         return _samples(self.data)
@@ -188,8 +194,7 @@ class _Process:
         run.out.mkdir(parents=True, exist_ok=True)
         file = run.out / f"{run.name}.toml"
         with sealed(file, durable=False) as settings:
-            for key, value in asdict(run.config).items():
-                settings.write(f"{key} = {json.dumps(value)}\n".encode())
+            settings.write(run.toml)
         words = [str(file), "--data", run.data, "--run", str(run.folder)]
         with run.log.open("ab") as log:
             self._process = subprocess.Popen(
