@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from model.changes import colour_steps, layer_factors, parse_changes
-from model.design import LAYER_NAMES, Activation, Design, Norm, Pool, Without
+from model.design import Activation, Design, Net, Norm, Pool, Without
 from pipeline.dataset import parse_size
 from pipeline.errors import UsageError
 
@@ -54,8 +54,12 @@ class Config:
     """Factor on all maps and units; 1 is the network of the paper."""
     columns: int = 2
     """2, or 1 for the paper's single-column network to compare with."""
+    net: Net = "paper"
+    """paper: the eight layers; four: the four-layer network of figure 1, for pictures of 32x32."""
     norm: Norm = "lrn"
-    """lrn: local response normalisation in layers 1 and 2; none: no normalisation."""
+    """What normalises in layers 1 and 2. lrn: local response; spatial: the source's second one
+    alone, over 5x5 pixels of a map; lcn: local contrast; batch: over the pictures that are computed
+    on at once; none: nothing."""
     relu_first: bool = True
     """ReLU before normalisation, as the paper says; --no-relu-first: after pooling in conv1 and
     conv5, as the released source has it."""
@@ -67,6 +71,13 @@ class Config:
     """relu or tanh."""
     without: Without = "none"
     """A layer to leave out."""
+    conv6: bool = False
+    """A sixth convolution over the last pooling, as in the paper's pre-trained networks."""
+    dropout: bool = True
+    """Dropout in fc6 and fc7; --no-dropout: neither in training nor in a test."""
+    init: str = ""
+    """Another run (its folder), or one of its checkpoints (folder or address), whose weights to
+    start from; the last layer is new, and conv6 may be."""
     seed: int = 0
     """Of the initial weights, dropout, the order of pictures and their augmentation."""
     batch_size: int = 128
@@ -116,6 +127,8 @@ class Config:
     within windows of them, for remote stores and spinning disks."""
     window: int = 16
     """Shards in a window of the block shuffle."""
+    augment: bool = True
+    """Random crops, mirroring and colour; --no-augment: the centre of each picture, as it is."""
     colour: float = 0.1
     """Standard deviation of the colour draws, in those of the training pictures; 0: none."""
     colour_divide: bool = False
@@ -243,7 +256,7 @@ class Config:
     @property
     def colours(self) -> tuple[tuple[int, float], ...]:
         """Colour by epoch: (first epoch, value) pairs, as `Stream` takes them."""
-        changes = parse_changes(self.changes, LAYER_NAMES)
+        changes = parse_changes(self.changes, [layer.name for layer in self.design.layers()])
         return colour_steps(changes, self.colour)
 
     @property
@@ -264,9 +277,13 @@ class Config:
         )
 
     def micro(self, replicas: int) -> int:
-        """Pictures of a replica's share that it computes on at once, when there are so many."""
-        share = self.batch_size // replicas
-        return min(share, self.microbatch or self.batch_size // self.replica_sizes[-1])
+        """Pictures of a replica's share that it computes on at once, when there are so many.
+
+        With batch normalisation, whose statistics are theirs, as many with any number of replicas.
+        """
+        least = self.batch_size // self.replica_sizes[-1]
+        share = least if self.norm == "batch" else self.batch_size // replicas
+        return min(share, self.microbatch or least)
 
     @property
     def size(self) -> int:
@@ -293,8 +310,9 @@ class Config:
 def differences(old: Config, new: Config, samples: int) -> list[str]:
     """What keeps `new` from continuing a run of `old`, as `name: old -> new`; empty if nothing.
 
-    Settings in `FREE` may differ, but for `validate_every` where `plateau` counts validations. The
-    length may differ if no learning rate depends on it.
+    Settings in `FREE` may differ, but for `validate_every` where `plateau` counts validations, and
+    those that say how many pictures batch normalisation sees at once. The length may differ if no
+    learning rate depends on it.
     """
     before, after = asdict(old), asdict(new)
     free = set(FREE) - ({"validate_every"} if old.schedule == "plateau" else set())
@@ -303,6 +321,11 @@ def differences(old: Config, new: Config, samples: int) -> list[str]:
         for name in before
         if before[name] != after[name] and name not in free and name not in LENGTH
     ]
+    if old.norm == new.norm == "batch" and old.micro(1) != new.micro(1):
+        found.append(
+            f"pictures that are normalised together: {old.micro(1)} -> {new.micro(1)} "
+            "(--microbatch, --replicas)"
+        )
     lengths = old.total_steps(samples), new.total_steps(samples)
     if lengths[0] != lengths[1] and not (old.constant_rates and new.constant_rates):
         found.append(f"length in steps: {lengths[0]} -> {lengths[1]} (learning rates drop by it)")

@@ -130,11 +130,14 @@ def open_stream(
     config: Config, data: str, run: Path, place: Place, *, split: str = "train",
     view: View = "random", position: int = 0, once: bool = False,
 ) -> Stream:  # fmt: skip
-    """Open this process's share of the pictures; `once` is for an evaluation."""
+    """Open this process's share of the pictures; `once` is for an evaluation.
+
+    Without `augment` the view `random` becomes `centre`.
+    """
     return Stream(
         data,
         split=split,
-        view=view,
+        view="centre" if view == "random" and not config.augment else view,
         position=position,
         once=once,
         batch_size=config.batch_size,

@@ -71,6 +71,7 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
         values = learn(t, step, batch)
         t.average.finish()
         t.optimiser.step(t.rates.at(step))
+        t.net.settle(place.mean)
 
         mark = Mark(step=step, position=batch.position)
         t.log.step(mark, config, t.rates.at(step), place.mean(values), t.net.exchange)

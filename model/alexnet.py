@@ -9,15 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.design import COLUMN_NAMES, EDGE_PAD, Design, Stage, stages
+from model.design import COLUMN_NAMES, Design, Stage, stages
 from model.dropout import dropout, dropout_mask
 from model.exchange import Exchange
-from model.layers import PictureConv, seed_of
-from model.norm import local_response_norm, norm_pool, spatial_response_norm
+from model.layers import PictureConv, ShrunkConv, seed_of, together
+from model.norm import (
+    BatchNorm,
+    local_contrast_norm,
+    local_response_norm,
+    norm_pool,
+    spatial_response_norm,
+)
 
-# What is quicker in one pass over memory than in several.
-PASSES = (("relu", "norm", "pool"), ("norm", "pool"), ("relu", "pool"), ("relu", "norm"))
 Watch = Callable[[str, Tensor], None]
+NORM = "norm"
+"""Name of a layer's batch normalisation among its parts: `conv1.norm.weight`."""
+RUNNING = ("running_mean", "running_var")
+"""What is part of the network, but learned by no gradient."""
 
 
 class AlexNet(nn.Module):
@@ -98,9 +106,13 @@ class AlexNet(nn.Module):
         module: nn.Module
         if not layer.kernel:
             return nn.utils.skip_init(nn.Linear, stage.inputs, maps)
-        if layer.reads == "picture":
+        if layer.shrink > 1:
             module = nn.utils.skip_init(
-                PictureConv, stage.inputs, maps, layer.kernel, layer.stride, EDGE_PAD
+                ShrunkConv, stage.inputs, maps, layer.kernel, layer.pad, layer.shrink
+            )
+        elif layer.reads == "picture":
+            module = nn.utils.skip_init(
+                PictureConv, stage.inputs, maps, layer.kernel, layer.stride, layer.edge
             )
         else:
             groups = here if layer.reads == "own" else 1
@@ -113,6 +125,8 @@ class AlexNet(nn.Module):
                 padding=layer.pad,
                 groups=groups,
             )
+        if "batch_norm" in layer.then:
+            module.add_module(NORM, BatchNorm(maps))
         # Channels last throughout: a third off the time of a step on a CPU; tensor cores want it.
         return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -162,7 +176,7 @@ class AlexNet(nn.Module):
             else:
                 x = module(x)
             for operations in self._following[layer.name]:
-                x = self._follow(operations, x)
+                x = self._follow(operations, x, module)
             if watch is not None:
                 watch(layer.name, x)
             if "dropout" in layer.then:
@@ -171,16 +185,44 @@ class AlexNet(nn.Module):
             x = self.exchange.gather_replicated(x, "logits")
         return x[:, : self.classes]
 
-    def _follow(self, operations: tuple[str, ...], x: Tensor) -> Tensor:
+    def _follow(self, operations: tuple[str, ...], x: Tensor, module: nn.Module) -> Tensor:
         columns, relu = len(self.columns), "relu" in operations
+        window, stride = self.design.pool_window
         if "pool" in operations:
-            window, stride = self.design.pool_window
             return norm_pool(x, columns, relu, "norm" in operations, window, stride)
         if "norm" in operations:
             return local_response_norm(x, columns, relu)
-        if relu:
-            return F.relu(x)
-        return torch.tanh(x) if operations == ("tanh",) else spatial_response_norm(x)
+        match operations[0]:
+            case "spatial_norm":
+                return spatial_response_norm(x)
+            case "lcn":
+                return local_contrast_norm(x, columns)
+            case "batch_norm":
+                normalised: Tensor = module.get_submodule(NORM)(x)
+                return normalised
+            case "mean_pool":
+                return F.avg_pool2d(x, window, stride, ceil_mode=True)
+            case "tanh":
+                return torch.tanh(x)
+            case _:
+                return F.relu(x)
+
+    def settle(self, average: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+        """Move the running statistics of batch normalisation, once after each step of training.
+
+        Without batch normalisation, or a forward pass in training mode before, this does nothing.
+
+        Args:
+            average: the mean over the replicas of a float tensor; may work in place.
+        """
+        norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
+        taken = [found for norm in norms if (found := norm.take()) is not None]
+        if not taken:
+            return
+        means = average(torch.cat([found.flatten() for found in taken]))
+        parts = means.split([found.numel() for found in taken])
+        for norm, part in zip(norms, parts, strict=True):
+            norm.settle(part.view(2, -1))
 
     def _mask(self, x: Tensor, stage: Stage) -> Tensor:
         if self._position is None:
@@ -233,28 +275,27 @@ class AlexNet(nn.Module):
             for column, part in zip(self.columns, own, strict=True):
                 part.copy_(state[f"{COLUMN_NAMES[column]}.{name}"])
 
-    def column_state(self) -> dict[str, Tensor]:
-        """The parameters of the columns here: "a.conv1.weight", ..., "b.fc8.bias".
+    def values(self) -> dict[str, Tensor]:
+        """All that a trained network is: parameters, and what batch normalisation has seen."""
+        running = {
+            name: value
+            for name, value in self.named_buffers()
+            if name.rpartition(".")[2] in RUNNING
+        }
+        return dict(self.named_parameters()) | running
 
-        The same keys and shapes whether the columns live in one process or in two.
+    def column_state(self) -> dict[str, Tensor]:
+        """The values of the columns here: "a.conv1.weight", ..., "b.fc8.bias".
+
+        The same keys and shapes whether the columns live in one process or in two. Batch
+        normalisation adds "a.conv1.norm.weight", ... and "a.conv1.norm.running_mean", ....
         """
-        return self.split(dict(self.named_parameters()))
+        return self.split(self.values())
 
     def load_column_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the parameters of `column_state`; it must hold exactly the own columns.
+        """Take over the values of `column_state`; it must hold exactly the own columns.
 
         Raises:
             ValueError: a key is missing or unexpected or a shape differs; nothing is changed then.
         """
-        self.fill(dict(self.named_parameters()), state)
-
-
-def together(operations: Sequence[str]) -> list[tuple[str, ...]]:
-    """Cut operations that follow each other into those that one pass does; dropout is left out."""
-    found: list[tuple[str, ...]] = []
-    rest = tuple(operation for operation in operations if operation != "dropout")
-    while rest:
-        taken = next((p for p in PASSES if rest[: len(p)] == p), rest[:1])
-        found.append(taken)
-        rest = rest[len(taken) :]
-    return found
+        self.fill(self.values(), state)

@@ -10,10 +10,9 @@ from typing import Any, Literal, get_args, get_type_hints
 COLUMN_NAMES = "ab"
 IMAGE_SIZE = 224
 IMAGE_MAPS = 3
-# Zeros on the right and at the bottom of the picture: see `model.layers.PictureConv`.
-EDGE_PAD = 3
 
-Norm = Literal["lrn", "none"]
+Net = Literal["paper", "four"]
+Norm = Literal["lrn", "spatial", "lcn", "batch", "none"]
 Pool = Literal["3/2", "2/2"]
 Activation = Literal["relu", "tanh"]
 Without = Literal["none", "conv3", "conv4", "conv5"]
@@ -32,17 +31,22 @@ class Layer:
     pad: int = 0
     reads: str = "own"
     """"own" column's maps, "both" columns', or the "picture"."""
+    edge: int = 0
+    """Zeros on the right and at the bottom of the picture: see `model.layers.PictureConv`."""
+    shrink: int = 1
+    """Side of the squares of pixels that the layer reads the means of, in place of the pixels."""
     deviation: float = 0.01
     bias: float = 0.0
     then: tuple[str, ...] = ("relu",)
-    """What follows, in order: relu or tanh, norm (local response), spatial_norm, pool, dropout."""
+    """What follows, in order: relu or tanh; norm (local response), spatial_norm, lcn or batch_norm;
+    pool (the largest) or mean_pool; dropout."""
 
 
 # Sizes: paper section 3.5. Order of relu and norm: paper section 3.3. Initial values: the original
 # source (layers-145.cfg), which has .03 in conv3 to conv5 where the paper prints .01; with .01 the
 # picture hardly reaches the output of the fresh network.
 LAYERS = (
-    Layer("conv1", 48, kernel=11, stride=4, reads="picture", then=("relu", "norm", "pool")),
+    Layer("conv1", 48, 11, stride=4, reads="picture", edge=3, then=("relu", "norm", "pool")),
     Layer("conv2", 128, kernel=5, pad=2, bias=1.0, then=("relu", "norm", "pool")),
     Layer("conv3", 192, kernel=3, pad=1, reads="both", deviation=0.03),
     Layer("conv4", 192, kernel=3, pad=1, deviation=0.03, bias=1.0),
@@ -51,7 +55,24 @@ LAYERS = (
     Layer("fc7", 2048, reads="both", bias=1.0, then=("relu", "dropout")),
     Layer("fc8", None, reads="both", then=()),
 )
-LAYER_NAMES = tuple(layer.name for layer in LAYERS)
+# The sixth convolution of the networks that were pre-trained (layers-146-2012-2011.cfg): over the
+# last pooling, with the initial values of the layers before it.
+CONV6 = Layer("conv6", 128, kernel=3, pad=1, reads="both", deviation=0.03, bias=1.0)
+
+# The four-layer network of figure 1: layers-18pct.cfg (with norm = "none": layers-19pct.cfg), whose
+# 32, 32 and 64 maps are two columns' here. It was made for pictures of 32x32 pixels. The means of
+# squares of 8x8 take a crop of 224 out of 256 to what it was in such a picture, 28x28.
+FOUR = (
+    Layer("conv1", 16, 5, pad=2, reads="picture", shrink=8, deviation=1e-4,
+          then=("pool", "relu", "norm")),
+    Layer("conv2", 16, kernel=5, pad=2, then=("relu", "mean_pool", "norm")),
+    Layer("conv3", 32, kernel=5, pad=2, reads="both", then=("relu", "mean_pool")),
+    Layer("fc4", None, reads="both", then=()),
+)  # fmt: skip
+NORMS = {"lrn": ("norm",), "spatial": ("spatial_norm",), "lcn": ("lcn",), "batch": ("batch_norm",),
+         "none": ()}  # fmt: skip
+"""What stands for norm in the table."""
+POOLS = ("pool", "mean_pool")
 
 _ACCEPTED: dict[type, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,)}
 _WORDS = {float: "a number", int: "a whole number", bool: "true or false"}
@@ -70,9 +91,13 @@ class Design:
     columns: int = 2
     """2: the paper's network; 1: its single column to compare with (layers-145-half.cfg: as wide
     as one of two, but for 256 maps in conv5 and 4,096 units in fc6 and fc7)."""
+    net: Net = "paper"
+    """paper: eight layers; four: the network of figure 1, three convolutions of 5x5 and the output,
+    on the picture made 8 times as small."""
     norm: Norm = "lrn"
-    """lrn: local response normalisation after conv1 and conv2; none: neither it nor spatial_norm
-    (layers-148.cfg)."""
+    """What normalises after conv1 and conv2. lrn: local response; spatial: the source's, over 5x5
+    pixels of a map; lcn: local contrast (Jarrett et al. 2009); batch: over the batch (Ioffe and
+    Szegedy 2015); none: nothing, not even spatial_norm (layers-148.cfg)."""
     relu_first: bool = True
     """The paper's order, ReLU before normalisation. False: the source's (layers-145.cfg), where
     conv1 and conv5 have it after the pooling, so that conv1 is normalised with its signs."""
@@ -85,6 +110,10 @@ class Design:
     without: Without = "none"
     """A layer left out. What follows conv3 then reads both columns in its stead, and what comes
     before conv5 has its 128 maps, so that fc6 stays as it is."""
+    conv6: bool = False
+    """A sixth convolution over the last pooling, which reads both columns."""
+    dropout: bool = True
+    """False: all units of fc6 and fc7 take part, in training as in a test, and none is halved."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Design)
@@ -98,13 +127,26 @@ class Design:
                 raise ValueError(f"{field.name} is {value!r}; it takes {_WORDS[kind]}")
         if self.columns not in (1, 2):
             raise ValueError(f"columns is {self.columns}; a network has 1 or 2")
-        smallest = 1 / min(layer.maps for layer in LAYERS if layer.maps)
+        smallest = 1 / min(layer.maps for layer in self._table() if layer.maps)
         if not smallest <= self.width < math.inf:
             raise ValueError(
                 f"width is {self.width}; the smallest that makes sense is {smallest:.3f}"
             )
-        if self.norm == "none" and self.spatial_norm:
-            raise ValueError("spatial_norm goes with norm = 'lrn'; norm is 'none'")
+        if self.norm != "lrn" and self.spatial_norm:
+            raise ValueError(f"spatial_norm goes with norm = 'lrn'; norm is {self.norm!r}")
+        if self.net == "four":
+            self._check_four()
+
+    def _check_four(self) -> None:
+        """Refuse what only the paper's network can have.
+
+        Raises:
+            ValueError: names the setting.
+        """
+        for name in ("relu_first", "spatial_norm", "pool", "without", "conv6"):
+            value, plain = getattr(self, name), getattr(Design, name)
+            if value != plain:
+                raise ValueError(f"{name} is {value!r}; with net = 'four' it stays {plain!r}")
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Design:
@@ -125,37 +167,49 @@ class Design:
             rows = [replace(row, pad=pads.get(row.name, row.pad)) for row in rows]
         return tuple(rows)
 
+    def _table(self) -> tuple[Layer, ...]:
+        return FOUR if self.net == "four" else LAYERS
+
     def _left(self) -> list[Layer]:
         """The table without what this network leaves out, and what stands in for it."""
-        rows = {layer.name: layer for layer in LAYERS if layer.name != self.without}
+        rows = {layer.name: layer for layer in self._table() if layer.name != self.without}
         if self.without == "conv3":
             rows["conv4"] = replace(rows["conv4"], reads="both")
         if self.without == "conv5":
             rows["conv4"] = replace(rows["conv4"], maps=128, then=LAYERS[4].then)
-        return list(rows.values())
+        found = list(rows.values())
+        if self.conv6:
+            found.insert(-3, CONV6)
+        return found
 
     def _reads(self, rows: list[Layer]) -> list[Layer]:
         if self.columns == 2:
             return rows
-        last = [row.name for row in rows if row.kernel][-1]
-        maps = {last: 256, "fc6": 4096, "fc7": 4096}
+        reads = {"both": "own"}
         return [
-            replace(
-                row,
-                maps=maps.get(row.name, row.maps),
-                reads="picture" if row.reads == "picture" else "own",
-            )
+            replace(row, maps=self._alone(row, rows), reads=reads.get(row.reads, row.reads))
             for row in rows
         ]
+
+    def _alone(self, row: Layer, rows: list[Layer]) -> int | None:
+        """Maps of a layer that is the only column's."""
+        if row.maps is None:
+            return None
+        last = [other.name for other in rows if "pool" in other.then][-1]
+        whole = self.net == "four" or row.name in (last, "conv6", "fc6", "fc7")
+        return 2 * row.maps if whole else row.maps
 
     def _operations(self, layer: Layer) -> Layer:
         then = list(layer.then)
         if not self.relu_first and "pool" in then and layer.name != "conv2":
             then = [*then[1:], then[0]]
-        if self.norm == "none":
-            then = [operation for operation in then if operation != "norm"]
-        if self.spatial_norm and layer.name == "conv2":
-            then.insert(then.index("norm") + 1, "spatial_norm")
+        if "norm" in then:
+            place = then.index("norm")
+            then[place : place + 1] = NORMS[self.norm]
+            if self.spatial_norm and layer.name == "conv2":
+                then.insert(place + 1, "spatial_norm")
+        if not self.dropout and "dropout" in then:
+            then.remove("dropout")
         then = [self.activation if operation == "relu" else operation for operation in then]
         return replace(layer, then=tuple(then))
 
@@ -169,7 +223,7 @@ class Stage:
     """Maps or units that a column's weights read."""
     outputs: int
     input_size: int
-    """Side of the input maps in pixels, edge pad left out; 1 for units."""
+    """Side of the input maps in pixels, shrunk, edge pad left out; 1 for units."""
     output_size: int
     final_size: int
     """Side after the pooling, if there is any."""
@@ -192,13 +246,13 @@ def stages(classes: int = 1000, design: Design | None = None) -> tuple[Stage, ..
         outputs = -(-classes // design.columns)
         if layer.maps is not None:
             outputs = round(layer.maps * design.width)
+        size //= layer.shrink
         if layer.kernel:
-            edge = EDGE_PAD if layer.reads == "picture" else 0
-            output_size = (size + edge + 2 * layer.pad - layer.kernel) // layer.stride + 1
+            output_size = (size + layer.edge + 2 * layer.pad - layer.kernel) // layer.stride + 1
         else:
             inputs, output_size = inputs * size * size, 1
         final_size = output_size
-        if "pool" in layer.then:  # rounded up, as in the original (layer.py); torch: ceil_mode
+        if set(POOLS) & set(layer.then):  # rounded up, as in the original (layer.py): ceil_mode
             final_size = -(-(output_size - window) // step) + 1
         found.append(
             Stage(layer, inputs, outputs, size if layer.kernel else 1, output_size, final_size)

@@ -1,21 +1,34 @@
-"""The layer of the 2012 network that torch has in another form, and seeds."""
+"""What the network has in another form than torch, what follows its layers, and seeds."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.norm import local_response_norm, norm_pool, padded_pictures, spatial_response_norm
+from model.norm import (
+    local_contrast_norm,
+    local_response_norm,
+    norm_pool,
+    padded_pictures,
+    spatial_response_norm,
+)
+
+# What is quicker in one pass over memory than in several.
+PASSES = (("relu", "norm", "pool"), ("norm", "pool"), ("relu", "pool"), ("relu", "norm"))
 
 __all__ = [
     "PictureConv",
+    "ShrunkConv",
+    "local_contrast_norm",
     "local_response_norm",
     "norm_pool",
     "seed_of",
     "spatial_response_norm",
+    "together",
 ]
 
 
@@ -78,6 +91,34 @@ class PictureConv(nn.Conv2d):
         return padded_pictures(pictures, height, width + more, dtype)
 
 
+class ShrunkConv(nn.Conv2d):
+    """The first convolution of a network for small pictures: reads means of squares of pixels.
+
+    Args:
+        maps: output maps.
+        kernel: side of the filters, in squares.
+        pad: zeros added on all sides, in squares.
+        shrink: side of the squares, in pixels; what is left at the right and bottom is cut off.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        maps: int,
+        kernel: int,
+        pad: int,
+        shrink: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(inputs, maps, kernel, padding=pad, device=device)
+        self.shrink = shrink
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[b, inputs, h, w] -> [b, maps, ...], channels last."""
+        small = F.avg_pool2d(pictures, self.shrink)
+        return super().forward(small.contiguous(memory_format=torch.channels_last))
+
+
 def _working_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -91,3 +132,14 @@ def seed_of(*key: object) -> int:
         int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()[:8], "little")
         >> 1
     )
+
+
+def together(operations: Sequence[str]) -> list[tuple[str, ...]]:
+    """Cut operations that follow each other into those that one pass does; dropout is left out."""
+    found: list[tuple[str, ...]] = []
+    rest = tuple(operation for operation in operations if operation != "dropout")
+    while rest:
+        taken = next((p for p in PASSES if rest[: len(p)] == p), rest[:1])
+        found.append(taken)
+        rest = rest[len(taken) :]
+    return found

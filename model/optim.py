@@ -143,7 +143,7 @@ def layer_statistics(net: AlexNet, optimiser: Sgd2012) -> dict[str, Means]:
             for rows in net.split({name: _row_sums(t) for name, t in tensors.items()}).values()
         ]
     ).tolist()
-    sizes = {key: piece.numel() for key, piece in net.column_state().items()}
+    sizes = {key: piece.numel() for key, piece in net.split(parameters).items()}
     return {
         key: Means(*(total / size for total in sums[index :: len(sizes)]))
         for index, (key, size) in enumerate(sizes.items())

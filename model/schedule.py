@@ -28,8 +28,8 @@ class Rates:
     """Rates (of weights, of biases) of the layers that do not have the common ones."""
 
     def of(self, parameter: str) -> float:
-        """Rate of a parameter by its name: `conv1.weight`, `conv1.bias`."""
-        layer, _, kind = parameter.rpartition(".")
+        """Rate of a parameter by its name: `conv1.weight`, `conv1.bias`, `conv1.norm.weight`."""
+        layer, kind = parameter.partition(".")[0], parameter.rpartition(".")[2]
         weights, biases = self.layers.get(layer, (self.weights, self.biases))
         return biases if kind == "bias" else weights
 

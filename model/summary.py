@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model.design import COLUMN_NAMES, EDGE_PAD, IMAGE_SIZE, Design, Stage, stages
+from model.design import COLUMN_NAMES, IMAGE_SIZE, POOLS, Design, Stage, stages
 
 FLOAT32 = 4
 
@@ -27,7 +27,7 @@ class Row:
     reads: str
     """Whose maps its weights read: "picture", "own" column or "both"."""
     input_shape: tuple[int, ...]
-    """What the weights read, before any padding."""
+    """What the weights read, shrunk, before any padding."""
     output_shape: tuple[int, ...]
     """What the weights give, before pooling."""
     final_shape: tuple[int, ...]
@@ -38,9 +38,12 @@ class Row:
     pad: int
     edge_pad: int
     """Rows and columns of zeros added on the right and at the bottom only (conv1)."""
+    shrink: int
+    """Side of the squares of pixels whose means are read; 1: the pixels themselves."""
     then: tuple[str, ...]
-    """What follows the weights: relu or tanh, norm, spatial_norm, pool, dropout."""
+    """What follows the weights, as `model.design.Layer` has it."""
     weights: int
+    """With the scales of batch normalisation, as the biases with its shifts."""
     biases: int
     multiply_adds: int
     """Per image, forward pass, weights only."""
@@ -145,27 +148,32 @@ def receptive_fields(found: Iterable[Stage], design: Design) -> list[int]:
     """For each stage the side, in pixels, of what a number of its output depends on.
 
     Response normalisation across maps adds none, that over 5x5 pixels does; zeros outside the
-    picture count as pixels until the picture is all in.
+    picture count as pixels until the picture is all in. Local contrast normalisation divides by a
+    mean over the whole picture at most; here counts what lies around, 9x9 pixels twice. Batch
+    normalisation looks at other pictures, too, in training: that does not count.
     """
     window, step = design.pool_window
+    wider = {"spatial_norm": 4, "lcn": 2 * 8}
     side, jump, sides = 1, 1, []
     for stage in found:
         layer = stage.layer
-        kernel = layer.kernel or stage.inputs  # units: everything there is
-        side += (kernel - 1) * jump
-        jump *= layer.stride if layer.kernel else 1
+        side += (layer.shrink - 1) * jump
+        jump *= layer.shrink
+        side += (layer.kernel - 1) * jump if layer.kernel else 0
+        jump *= layer.stride
         sides.append(side if layer.kernel else IMAGE_SIZE)
-        if "spatial_norm" in layer.then:
-            side += 4 * jump
-        if "pool" in layer.then:
-            side += (window - 1) * jump
-            jump *= step
+        for operation in layer.then:
+            side += wider.get(operation, 0) * jump
+            if operation in POOLS:
+                side += (window - 1) * jump
+                jump *= step
     return sides
 
 
 def _row(stage: Stage, column: str, field: int, logits: bool) -> Row:
     layer = stage.layer
     weights = stage.inputs * stage.outputs * max(1, layer.kernel) ** 2
+    scales = stage.outputs if "batch_norm" in layer.then else 0
     sent = _count(_shape(layer.kernel, stage.inputs, stage.input_size)) // 2
     sent = sent if layer.reads == "both" else 0
     return Row(
@@ -178,10 +186,11 @@ def _row(stage: Stage, column: str, field: int, logits: bool) -> Row:
         kernel=layer.kernel,
         stride=layer.stride if layer.kernel else 0,
         pad=layer.pad,
-        edge_pad=EDGE_PAD if layer.reads == "picture" else 0,
+        edge_pad=layer.edge,
+        shrink=layer.shrink,
         then=layer.then,
-        weights=weights,
-        biases=stage.outputs,
+        weights=weights + scales,
+        biases=stage.outputs + scales,
         multiply_adds=weights * stage.output_size**2,
         receptive_field=field,
         crosses_forward=sent + (stage.outputs if logits else 0),

@@ -128,7 +128,7 @@ def show(rows: list[Row], design: Design, options: Summary) -> None:
         grid.add_row(
             row.layer,
             row.column,
-            row.reads,
+            row.reads if row.shrink == 1 else f"{row.reads}/{row.shrink}",
             _by(row.input_shape),
             _kernel(row),
             _by(row.output_shape),
@@ -169,14 +169,16 @@ def sentences(rows: list[Row], sums: Totals, design: Design, options: Summary) -
         f"optimiser: {_mib(FLOAT32 * sums.parameters)} of velocities, as much of gradients",
     ]
     if design.columns == 2:
+        before, last = rows[-3].layer, rows[-1].layer
         ours, theirs = sums.crosses * size, original_crossing(rows) * size
         found.append(
             f"the pair exchanges {ours:,} bytes an image, both ways, forward and backward "
             f"({_mib(ours * batch)} a step)"
         )
         found.append(
-            f"with all of fc8 on column a, as in 2012, it would be {theirs:,}: here fc8 is cut as "
-            "every layer is, so a sends its fc7, too, and both swap their halves of the logits"
+            f"with all of {last} on column a, as in 2012, it would be {theirs:,}: here {last} is "
+            f"cut as every layer is, so a sends its {before}, too, and both swap their halves of "
+            "the logits"
         )
     return found
 

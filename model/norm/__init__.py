@@ -4,6 +4,8 @@ kernels.c     what a CPU runs, with *.inc
 build         ... compiled once by the system's C compiler, and kept
 native        ... called
 triton_gpu    what a GPU runs
+contrast      what was tried in its place: local contrast normalisation
+batch         ... and batch normalisation
 composed      the same out of torch's own operations: for all other cases, and to test against
 pictures      what makes pictures ready for the first convolution, a kernel of the same library
 
@@ -11,16 +13,21 @@ pictures      what makes pictures ready for the first convolution, a kernel of t
 what that is. Every form computes the same numbers, within rounding.
 """
 
+from model.norm.batch import BatchNorm
 from model.norm.composed import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE
+from model.norm.contrast import LCN_SIZE, local_contrast_norm
 from model.norm.dispatch import backend, local_response_norm, norm_pool, spatial_response_norm
 from model.norm.pictures import padded_pictures
 
 __all__ = [
+    "LCN_SIZE",
     "LRN_ALPHA",
     "LRN_BETA",
     "LRN_K",
     "LRN_SIZE",
+    "BatchNorm",
     "backend",
+    "local_contrast_norm",
     "local_response_norm",
     "norm_pool",
     "padded_pictures",
