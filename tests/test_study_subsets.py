@@ -74,8 +74,14 @@ def test_raw_parts_hold_pixels_and_can_be_cut_again(tiny_data, tmp_path):
 
 def test_what_is_there_is_not_made_again(part, tiny_data):
     before = (part / "manifest.json").stat().st_mtime_ns
-    assert cut_out(str(tiny_data), Part(classes=(0.5, 1.0)), part) == part
+    same = Part(classes=(0.5, 1.0), per_class=5, val_per_class=2)
+    assert cut_out(str(tiny_data), same, part) == part
     assert (part / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_another_part_is_not_taken_for_the_one_that_is_there(part, tiny_data):
+    with pytest.raises(UsageError, match="is another part, or of other data"):
+        cut_out(str(tiny_data), Part(classes=(0.5, 1.0), per_class=6, val_per_class=2), part)
 
 
 def test_a_part_of_a_single_class_is_refused(tiny_data, tmp_path):

@@ -8,21 +8,24 @@ already and only encoded anew (or stored raw).
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
 from cluster.study.plan import Part
-from pipeline.dataset import DataSet, open_dataset
+from pipeline.dataset import DataSet, metadata, open_dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.files import sealed
-from pipeline.manifest import NAME
+from pipeline.manifest import NAME, identity
 from pipeline.order import Ids
 from pipeline.packing.build import build
 from pipeline.packing.options import Build
@@ -38,12 +41,14 @@ def cut_out(data: str, part: Part, out: Path) -> Path:
     Args:
         data: folder or address of a sealed set with train and val.
         part: which part.
-        out: folder of the new set; OUT.source beside it is there while it is made.
+        out: folder of the new set; beside it are OUT.json, what it is a part of, and while it is
+            made OUT.source.
 
     Raises:
-        UsageError: there are no such pictures.
+        UsageError: there are no such pictures, or OUT is another part, or one of other data.
         DataError: a picture of `data` is damaged.
     """
+    _same(out, {"data_sha256": identity(metadata(data)), **asdict(part)})
     if (out / NAME).is_file():
         return out
     source = out.with_name(f"{out.name}.source")
@@ -62,6 +67,21 @@ def cut_out(data: str, part: Part, out: Path) -> Path:
     )
     shutil.rmtree(source)
     return out
+
+
+def _same(out: Path, origin: dict[str, Any]) -> None:
+    """Note in OUT.json what the part is of, or refuse when something else is noted there."""
+    path = out.with_name(f"{out.name}.json")
+    text = json.dumps(origin) + "\n"
+    if path.is_file():
+        if path.read_text(encoding="utf-8") != text:
+            raise UsageError(
+                f"{out} is another part, or of other data ({path}); name another --out"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sealed(path) as file:
+        file.write(text.encode())
 
 
 def write_tar(
