@@ -162,14 +162,15 @@ class Crowd:
             enough: whether a run has shown what it should, and may end before its last step.
 
         Raises:
-            DuetError: one failed, for another reason than that its loss is no number any more.
+            DuetError: one failed, for another reason than that its loss is no number any more; the
+                others have saved.
             KeyboardInterrupt: the user ended it; all have saved.
         """
         waiting, free, failed = list(runs), list(self._room), ""
         busy: list[_Process] = []
         try:
-            while busy or (waiting and not failed):
-                while free and waiting and not failed:
+            while (busy or waiting) and not failed:
+                while free and waiting:
                     busy.append(_Process(waiting.pop(0), free.pop(0), self._module))
                 time.sleep(LOOK)
                 for one in list(busy):

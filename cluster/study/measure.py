@@ -47,6 +47,8 @@ class Result:
     train_error: float
     """Top-1 error of the training pictures, as trained on, a mean over the last window."""
     run: str
+    at: Any = None
+    """Value of the grid's setting; None without a grid."""
     note: str = ""
 
     @property
@@ -153,5 +155,6 @@ def result(study: Study, variant: str, run: Run, train_error: float = math.nan) 
         val_error=val,
         train_error=train_error if study.measure == "gap" else last,
         run=run.name,
+        at=getattr(run.config, study.grid[0]) if study.grid[1] else None,
         note=note,
     )

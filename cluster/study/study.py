@@ -150,7 +150,7 @@ class Maker:
         config = study.config(variant, seed, value, init)
         if not self._options.ray:
             config = replace(config, columns_per_worker=2, replicas=1)
-        at = "" if value is None else f"-{study.grid[0]}{value:g}"
+        at = "" if value is None else f"-{study.grid[0]}{value}".replace("/", "_")
         return Run(
             name=f"{variant.name}{at}-{seed}",
             config=config,

@@ -77,6 +77,7 @@ def variants(
             {
                 "variant": variant.name,
                 "lr": mine[0].lr,
+                "at": mine[0].at,
                 "n": len(mine),
                 "came_to_it": len(values),
                 "mean": mean,
@@ -106,11 +107,10 @@ def _against(study: Study, mean: float | None, before: Sequence[dict[str, Any]])
 
 
 def _at_edge(study: Study, chosen: Result, others: Sequence[Result]) -> bool:
-    """Whether the best value was the smallest or largest tried: a better one may lie beyond it."""
-    name, values = study.grid
-    if name != "lr" or not values or not any(one.variant == chosen.variant for one in others):
-        return False
-    return chosen.lr in (min(values), max(values))
+    """Whether the best value was the first or last tried: a better one may lie beyond it."""
+    values = study.grid[1]
+    tried = any(one.variant == chosen.variant for one in others)
+    return tried and chosen.at in (values[0], values[-1])
 
 
 def _values(results: Sequence[Result], variant: str) -> list[float]:
@@ -146,7 +146,7 @@ def _of_variants(study: Study, found: dict[str, Any]) -> list[str]:
         rows = [row for row in found["rows"] if row["variant"] == one["variant"]]
         each = ", ".join(_cell(study, row["value"], row) for row in rows)
         mean = _cell(study, one["mean"]) if one["mean"] is not None else "not by all"
-        middle = f" {one['lr']:g}{' (edge of the grid)' if one['edge'] else ''} |" if grid else ""
+        middle = f" {one['at']}{' (edge of the grid)' if one['edge'] else ''} |" if grid else ""
         errors = (
             f" {_percent(one['val_error'])} / {_percent(one['train_error'])} |" if extra else ""
         )
