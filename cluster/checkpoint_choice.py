@@ -26,7 +26,13 @@ def choose(run: Path, store: str, tell: Tell, step: int | None = None, best: boo
         DataError: there is, and it is damaged.
         StoreError: the store does not answer.
     """
-    places = places_of(run, store)
+    return choose_at(places_of(run, store), str(run), tell, step, best)
+
+
+def choose_at(
+    places: Places, run: str, tell: Tell, step: int | None = None, best: bool = False
+) -> Found:
+    """As `choose`, given where the checkpoints lie, and how messages call that."""
     names = places.sealed()
     if not names:
         raise UsageError(f"{run} has no complete checkpoint yet; train on with cluster.train")

@@ -127,6 +127,11 @@ def reached(run: Path, store: str) -> int:
     return next((step_in(name) for name in places_of(run, store).sealed()), 0)
 
 
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint, or would be."""
+    return _NAME.fullmatch(name) is not None
+
+
 def step_in(name: str) -> int:
     """Return the step in a checkpoint's name."""
     match = _NAME.fullmatch(name)

@@ -73,7 +73,7 @@ def load_newest(
             "start over"
         )
     if seen.newest:
-        path, holder = (found.path, found.holder) if found else _own(places, seen.newest, place)
+        path, holder = (found.path, found.holder) if found else own_part(places, seen.newest, place)
         load(path, net, optimiser)
         del holder  # and with it what was fetched
     return seen.mark, seen.errors
@@ -115,8 +115,14 @@ def _error_of(places: Places, name: str) -> float | None:
     return error
 
 
-def _own(places: Places, name: str, place: Place) -> tuple[Path, object]:
-    """Return a folder with what the leader has found, as far as it concerns this process."""
+def own_part(places: Places, name: str, place: Place) -> tuple[Path, object]:
+    """Return a folder with what the leader has found, as far as it concerns this process.
+
+    Also an object that keeps it there.
+
+    Raises:
+        SetupError: it cannot be read here, or not as it was written.
+    """
     try:
         files = [column_file(column) for column in place.columns]
         return fetched(places, name, read_table(places, name), files)

@@ -19,6 +19,7 @@ from cluster.checkpoint_places import folder_of, places_of, reached
 from cluster.config import Config
 from cluster.config_file import Command, parse
 from cluster.console import Screen
+from cluster.initial import looked_at, pinned
 from cluster.run_folder import QUARANTINE, held, settle
 from cluster.run_mirror import mirror_of
 from cluster.tensorboard import check_installed
@@ -60,6 +61,10 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
         if (mirror := mirror_of(folder, config.store)) and (fetched := mirror.restore()):
             screen.say(f"fetched from {without_secrets(config.store)}: {', '.join(fetched)}")
         step, total = reached(folder, config.store), config.total_steps(samples)
+        config = pinned(config, folder, step)
+        if config.init and not step:
+            config, said = looked_at(config, len(manifest.classes), screen.show)
+            screen.say(said)
         settle(folder, config, identity(dataset.folder), samples, step)
         if step >= total and sound(folder, config.store, total, screen):
             screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")

@@ -16,6 +16,7 @@ from cluster.config import Config
 from cluster.events import Publish, Tell
 from cluster.feed import Feed
 from cluster.gradients import GradientAverage
+from cluster.initial import start_from
 from cluster.log import Log
 from cluster.place import Place
 from cluster.rate_events import Recipe
@@ -76,6 +77,8 @@ def prepared(
         keep=config.keep, keep_best=config.keep_best, store=config.store,
     )  # fmt: skip
     mark = checkpoints.resume(net, optimiser)
+    if config.init and not mark.step:
+        start_from(config.init, net, place, tell)
     recipe = Recipe(config=config, samples=samples, total=total)
     rates = RateControl(recipe, run, place, tell, mark.step)
     with ExitStack() as parts:
