@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,42 @@ def test_runs_made_with_other_settings_are_refused(out, tiny_data, tmp_path):
     with pytest.raises(UsageError) as error:
         main([str(study), "--data", str(tiny_data), "--out", str(out)])
     assert "was made otherwise (width: 0.125 -> 0.25); name another --out" in str(error.value)
+
+
+def test_a_variant_starts_from_the_run_of_another_on_other_classes(
+    tiny_data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cluster.study.study.Crowd", Here)
+    text = (
+        TEXT[: TEXT.index("[grid]")].replace("[0, 1]", "[3]").replace("= 6", "= 4")
+        + """
+[data.others]
+classes = [0, 0.5]
+[data.wanted]
+classes = [0.5, 1]
+[variants.before]
+data = "others"
+hidden = true
+[variants.scratch]
+data = "wanted"
+[variants.finetuned]
+data = "wanted"
+after = "before"
+"""
+    )
+    words = [str(written(tmp_path, text)), "--data", str(tiny_data), "--out", str(tmp_path / "out")]
+    for _ in range(2):  # the second time nothing is left to do
+        assert main(words) == 0
+    out = tmp_path / "out"
+    assert [row["variant"] for row in found(out)["rows"]] == ["scratch", "finetuned"]
+    data = out / "data" / "wanted"
+    config = Config(**SETTINGS | {"steps": 4}, momentum=0.8, seed=3)
+    alone(config, data, tmp_path / "scratch")
+    before = str(out / "before-3" / "checkpoints" / "step-00000004")
+    alone(replace(config, init=before), data, tmp_path / "finetuned")
+    for name in ("scratch", "finetuned"):
+        assert learned(out / f"{name}-3") == learned(tmp_path / name)
+    assert learned(tmp_path / "scratch") != learned(tmp_path / "finetuned")
 
 
 def started(folder: Path, data: Path, steps: int) -> tuple[subprocess.Popen, str, Path]:

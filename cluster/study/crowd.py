@@ -21,6 +21,7 @@ from pathlib import Path
 from cluster.checkpoint_places import reached
 from cluster.config import Config, differences
 from cluster.config_file import read_back
+from cluster.initial import pinned
 from cluster.rows import tail
 from cluster.run_folder import CONFIG, METRICS
 from pipeline.dataset import metadata
@@ -104,7 +105,7 @@ class Run:
         if not (path := self.folder / CONFIG).is_file():
             return
         before, data = read_back(path)
-        found = differences(before, self.config, self.pictures)
+        found = differences(before, pinned(self.config, self.folder, 0), self.pictures)
         if data != identity(metadata(self.data)):
             found.append("the data set")
         if found:
