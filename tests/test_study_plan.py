@@ -52,6 +52,9 @@ def test_settings_come_from_base_study_variant_and_grid_in_this_order(tmp_path):
     assert (config.width, config.momentum, config.steps, config.batch_size) == (0.125, 0.8, 6, 8)
     assert (config.seed, config.lr, config.activation) == (4, 0.02, "tanh")
     assert study.config(a, 3).activation == "relu"
+    assert a.values == (0.01, 0.02)
+    (other,) = read(written(tmp_path, TEXT + "values = [0.1, 0.2, 0.4]\n")).variants[1:]
+    assert other.values == (0.1, 0.2, 0.4)
 
 
 def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
@@ -80,6 +83,8 @@ def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
         ("[variants.a]", '[variants.a]\nafter = "b"', "variant a: after 'b' is no variant above"),
         ("batch_size = 8", "batch_size = 0", "study ab, variant a: batch_size is 0"),
         ("[variants.b]", "[variants.b", "is not TOML"),
+        ("[variants.b]", "[variants.b]\nvalues = [true]", "[grid] lr is True, which that setting"),
+        ("[grid]\nlr = [0.01, 0.02]", "[variants.c]\nvalues = [1.0]", "values is [1.0]; it takes"),
         ('paper = "6 times"', "paper = 6", "paper is 6; it takes text"),
         ("base.toml", "basis.toml", "basis.toml cannot be read"),
     ],

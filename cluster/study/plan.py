@@ -30,7 +30,7 @@ pictures after the last step; gap: that less the error on the training pictures,
 network and the centre view; nets: the error of averages of so many networks as `sizes` says."""
 Plot = Literal["train", "val", "both", "nets"]
 """Curves of training, of validation, of both side by side; or errors over the number of nets."""
-RESERVED = ("data", "after", "hidden")
+RESERVED = ("data", "after", "hidden", "values")
 DEPTH = 8
 """Files that may be like one another in a row."""
 WHOLE = ""
@@ -64,6 +64,8 @@ class Variant:
     """Variant whose run of the same seed this one starts from (its `init` setting)."""
     hidden: bool = False
     """Not compared: it is there for others to start from."""
+    values: tuple[Any, ...] = ()
+    """Of the grid's setting; those of [grid] unless it says others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def read(path: Path) -> Study:
     """
     study = _Reader(path, _table(path)).study()
     for variant in study.variants:  # what cannot work is said before hours of the others
-        for value in study.grid[1] or (None,):
+        for value in variant.values or (None,):
             study.config(variant, study.seeds[0], value, "run" if variant.after else "")
     return study
 
@@ -186,7 +188,7 @@ class _Reader:
             settings=self._settings("settings", self._tables("settings", flat=True)),
             grid=self._grid(),
             parts=parts,
-            variants=self._variants(parts),
+            variants=self._variants(parts, self._grid()),
         )
         return self._fitting(study)
 
@@ -202,7 +204,9 @@ class _Reader:
                 self._refuse("nets averages the seeds of one variant; there are more")
         return study
 
-    def _variants(self, parts: Mapping[str, Part]) -> tuple[Variant, ...]:
+    def _variants(
+        self, parts: Mapping[str, Part], grid: tuple[str, tuple[Any, ...]]
+    ) -> tuple[Variant, ...]:
         found: list[Variant] = []
         for name, table in self._tables("variants").items():
             data = table.get("data", next(iter(parts), WHOLE))
@@ -219,6 +223,7 @@ class _Reader:
                     data=data,
                     after=after,
                     hidden=bool(table.get("hidden", False)),
+                    values=self._values(grid[0], table.get("values", list(grid[1]))),
                 )
             )
         return tuple(found)
@@ -240,9 +245,16 @@ class _Reader:
         ((key, values),) = table.items()
         if not isinstance(values, list) or len(values) < 2:
             self._refuse(f"[grid] {key} is {values!r}; it takes a list of two values or more")
+        return key, self._values(key, values)
+
+    def _values(self, key: str, values: Any) -> tuple[Any, ...]:
+        if not isinstance(values, list) or (values and "grid" not in self._table):
+            self._refuse(
+                f"values is {values!r}; it takes a list, for the setting that [grid] names"
+            )
         for value in values:
             self._settings("grid", {key: value})
-        return key, tuple(values)
+        return tuple(values)
 
     def _part(self, name: str, table: dict[str, Any]) -> Part:
         known = {one.name for one in fields(Part)}

@@ -77,18 +77,22 @@ class Maker:
         Returns:
             those that count, by variant and seed; and those of the grid that were not best.
         """
-        study, values = self._study, self._study.grid[1] or (None,)
-        first = study.seeds[: 1 if study.grid[1] else None]  # of a grid one seed has all values
-        each = len(values) * len(first) + len(study.seeds) - len(first)
-        total = sum(self._run(one, 0, values[0], {}).total * each for one in study.variants)
+        study = self._study
+        grid = bool(study.grid[1])
+        first = study.seeds[: 1 if grid else None]  # of a grid one seed has all values
+        rest = study.seeds[len(first) :]
+        total = 0
+        for one in study.variants:
+            each = [self._run(one, 0, value, {}).total for value in _values(one)]
+            total += len(first) * sum(each) + len(rest) * each[0]
         tried: Found = {}
         with Progress(study.name, total=total, unit="img") as progress:
             for stage in stages(study.variants):
-                tried |= self._all([(one, values) for one in stage], first, tried, progress)
+                wanted = [(one, _values(one)) for one in stage]
+                tried |= self._all(wanted, first, tried, progress)
             kept = {name: self._best(made) for name, made in tried.items()}
-            for stage in stages(study.variants):
+            for stage in stages(study.variants) if rest else ():
                 best = [(one, (self._value(kept[one.name][0]),)) for one in stage]
-                rest = study.seeds[len(first) :]
                 for name, made in self._all(best, rest, kept, progress).items():
                     kept[name] += made
         others = [
@@ -161,6 +165,11 @@ class Maker:
 
 Found = dict[str, list[Made]]
 """Runs by the name of their variant."""
+
+
+def _values(variant: Variant) -> tuple[Any, ...]:
+    """Of the grid's setting; (None,) without a grid."""
+    return variant.values or (None,)
 
 
 def _left(run: Run) -> int:

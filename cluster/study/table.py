@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.study.crowd import Run
 from cluster.study.measure import Result
-from cluster.study.plan import Study
+from cluster.study.plan import Study, Variant
 from pipeline.dataset import metadata
 from pipeline.files import sealed
 from pipeline.manifest import Manifest
@@ -86,7 +86,7 @@ def variants(
                 "img_s": statistics.fmean(one.img_s for one in mine),
                 "val_error": _mean([one.val_error for one in mine]),
                 "train_error": _mean([one.train_error for one in mine]),
-                "edge": _at_edge(study, mine[0], others),
+                "edge": _at_edge(variant, mine[0], others),
             }
         )
     return found
@@ -106,9 +106,9 @@ def _against(study: Study, mean: float | None, before: Sequence[dict[str, Any]])
     return mean / first if study.measure == "pictures" else mean - first
 
 
-def _at_edge(study: Study, chosen: Result, others: Sequence[Result]) -> bool:
+def _at_edge(variant: Variant, chosen: Result, others: Sequence[Result]) -> bool:
     """Whether the best value was the first or last tried: a better one may lie beyond it."""
-    values = study.grid[1]
+    values = variant.values
     tried = any(one.variant == chosen.variant for one in others)
     return tried and chosen.at in (values[0], values[-1])
 
