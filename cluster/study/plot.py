@@ -54,6 +54,7 @@ def draw(study: Study, runs: Named, found: dict[str, Any], path: Path) -> None:
             _both(axis, name, groups[name])
         for axis in flat[panels:]:
             axis.set_visible(False)
+        figure.supylabel("top-1 error", fontsize=9)
     else:
         _together(flat[0], study, groups)
     figure.suptitle(f"{study.title}\npaper: {study.paper}", fontsize=10)
@@ -125,9 +126,13 @@ def _line(
 
 
 def _tidy(axis: Axes, zero: bool = True) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     if zero:
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.tick_params(labelsize=8)
     for side in ("top", "right"):
