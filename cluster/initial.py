@@ -214,7 +214,8 @@ def fitting(
             )
         taken.append(key)
     if more := [key for key in there if key not in own and _layer(key) != layers[-1]]:
-        raise UsageError(f"{called} has {more[0]}, which this network has not; {way}")
+        layer = more[0].rpartition(".")[0]
+        raise UsageError(f"{called} has {layer}, which this network has not; {way}")
     return taken
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from cluster.config import FREE, Config, differences
 from cluster.config_file import as_toml, parse, read_back
+from model.changes import parse_changes
 from model.design import Design
+from model.schedule import in_force
 from pipeline.errors import UsageError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -82,6 +84,10 @@ def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(setti
         ("width = 0.01", (), ["width is 0.01", "smallest that makes sense"]),
         ("pool = '4/2'", (), ["some.toml", "pool", "'4/2'", "'3/2' or '2/2'"]),
         ("norm = 'none'\nspatial_norm = true", (), ["spatial_norm", "'lrn'"]),
+        ("norm = 'batch'\nspatial_norm = true", (), ["spatial_norm", "'lrn'", "'batch'"]),
+        ("norm = 'layer'", (), ["norm", "'layer'", "'lcn'"]),
+        ("net = 'four'\nconv6 = true", (), ["conv6", "net = 'four'"]),
+        ("net = 'four'\nlayer_rates = ['fc8=1']", (), ["layer_rates", "'fc8'"]),
         ("changes = 'x'", (), ["changes", "a list of texts"]),
         ("changes = ['25 lr 0.1']", (), ["changes: lr", "schedule = 'manual'"]),
         ("changes = ['5 lr.conv9 0']", (), ["'5 lr.conv9 0'", "'lr.conv9'", "did you mean"]),
@@ -128,12 +134,12 @@ def test_help_explains_every_setting(capsys):
 
 def test_the_public_settings_are_these():
     assert [field.name for field in fields(Config)] == [
-        "width", "columns", "norm", "relu_first", "spatial_norm", "pool", "activation", "without",
-        "seed", "batch_size", "epochs", "steps", "schedule", "rate_scaling", "lr", "bias_factor",
-        "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes", "patience", "plateau_drops",
-        "plateau_factor", "plateau_biases", "plateau_threshold", "layer_rates",
-        "momentum", "weight_decay", "shuffle", "window", "colour", "colour_divide",
-        "mean", "dtype", "exchange_dtype", "replicas",
+        "width", "columns", "net", "norm", "relu_first", "spatial_norm", "pool", "activation",
+        "without", "conv6", "dropout", "init", "seed", "batch_size", "epochs", "steps", "schedule",
+        "rate_scaling", "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops",
+        "changes", "patience", "plateau_drops", "plateau_factor", "plateau_biases",
+        "plateau_threshold", "layer_rates", "momentum", "weight_decay", "shuffle", "window",
+        "augment", "colour", "colour_divide", "mean", "dtype", "exchange_dtype", "replicas",
         "columns_per_worker", "microbatch", "device", "threads", "checkpoint_every", "keep",
         "keep_best", "store", "validate_every", "statistics_every", "max_failures", "node_wait",
         "collective_timeout", "strict", "ledger", "tensorboard", "cache", "cache_size",
@@ -186,6 +192,7 @@ OTHER = {
     "momentum": 0.5, "weight_decay": 0.1, "shuffle": "block", "window": 8,
     "colour": 0.0, "dtype": "bfloat16", "columns": 1, "norm": "none", "relu_first": False,
     "spatial_norm": True, "pool": "2/2", "activation": "tanh", "without": "conv4",
+    "net": "four", "conv6": True, "dropout": False, "init": "runs/other", "augment": False,
     "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
     "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
     "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "picture",
@@ -245,6 +252,17 @@ def test_plateau_counts_validations():
     assert found == ["validate_every: 500 -> 7"]
 
 
+def test_what_batch_normalisation_sees_at_once_stays_however_many_replicas_there_are():
+    old = Config(norm="batch", replicas="1:4")
+    assert {old.micro(count) for count in old.replica_sizes} == {32}
+    assert differences(old, replace(old, replicas="2:4"), samples=4000) == []
+    assert differences(old, replace(old, replicas=4), samples=4000) == []
+    for changes in ({"replicas": 1}, {"microbatch": 16}):
+        (found,) = differences(old, replace(old, **changes), samples=4000)
+        assert "normalised together: 32 -> " in found
+    assert {replace(old, microbatch=64).micro(count) for count in old.replica_sizes} == {32}
+
+
 def test_the_length_may_change_where_no_rate_depends_on_it():
     old = Config(steps=400, lr_drops=1, bias_drops=1)
     assert differences(old, replace(old, steps=600), samples=4000) == []
@@ -278,6 +296,11 @@ def test_presets_say_what_is_known_of_them():
         "no_lrn": Design(norm="none", relu_first=False),
         "pool2": Design(pool="2/2", **source),
         "tanh": Design(activation="tanh", **source),
+        "norm_spatial": Design(norm="spatial", relu_first=False),
+        "norm_lcn": Design(norm="lcn", relu_first=False),
+        "norm_batch": Design(norm="batch", relu_first=False),
+        "no_dropout": Design(dropout=False, **source),
+        "conv6": Design(conv6=True, **source),
         "no_conv3": Design(without="conv3", **source),
         "no_conv4": Design(without="conv4", **source),
         "no_conv5": Design(without="conv5", **source),
@@ -287,6 +310,22 @@ def test_presets_say_what_is_known_of_them():
             Design(columns=2))})  # fmt: skip
         if name != "source2012":  # an ablation differs from dexp by its network alone
             assert full == presets["dexp"], name
+    for name, changed in {
+        "no_augment": {"augment": False},
+        "no_decay": {"weight_decay": 0.0},
+        "no_colour": {"colour": 0.0, "colour_divide": False, "changes": ("74 lr.conv1 0",)},
+    }.items():
+        assert presets[name] == replace(presets["dexp"], **changed), name
+    tuned = presets["finetune"]
+    assert tuned.design == Design(conv6=True, **source)
+    rates = in_force(tuned.lr, tuned.lr * tuned.bias_factor,
+                     [(c.name, c.value) for c in parse_changes(
+                         tuned.changes, [layer.name for layer in tuned.design.layers()]
+                     ) if c.epoch == 0])  # fmt: skip
+    assert [rates.of(f"{name}.weight") for name in ("conv1", "conv6", "fc8")] == [1e-4, 1e-3, 0.01]
+    assert {rates.of(f"{name}.bias") for name in ("conv1", "conv6", "fc8")} == {0.02}
+    four = presets["four"]
+    assert (four.weight_decay, four.augment, four.norm, four.columns) == (0.0, False, "none", 1)
     assert "42.34" in heads["dexp"]
     assert "18.05" in heads["dexp"]
     assert presets["source2012"].colours == ((0, 0.1), (67, 0.0))

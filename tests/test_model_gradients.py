@@ -21,6 +21,12 @@ DESIGNS = {
     "tanh": replace(SOURCE, activation="tanh"),
     "no_lrn": Design(norm="none"),
     "no_conv4": Design(without="conv4"),
+    "spatial": Design(norm="spatial"),
+    "lcn": Design(norm="lcn"),
+    "batch": Design(norm="batch"),
+    "conv6": Design(conv6=True, dropout=False),
+    "four": Design(net="four", norm="none", columns=1),
+    "four, tanh, two columns": Design(net="four", activation="tanh"),
 }
 
 
@@ -50,7 +56,7 @@ def test_gradients_of_every_layer_are_the_slopes_of_the_loss(name: str) -> None:
                 ends.append(float(loss_of(net, images, labels)))
                 value -= sign * step * value.grad / size
         found[key] = ((ends[0] - ends[1]) / (2 * step)) / size
-    assert len(found) == 2 * len(net.stages)
+    assert len(found) == 2 * len(net.stages) + (4 if name == "batch" else 0)
     wrong = {key: ratio for key, ratio in found.items() if abs(ratio - 1) > 1e-4}
     assert wrong == {}
 

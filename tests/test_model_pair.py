@@ -50,6 +50,15 @@ CASES = {
         design=Design(width=WIDTH, without="conv3", relu_first=False),
     ),
 }
+CASES |= {
+    name: Case(torch.float64, 10, torch.channels_last, steps=3, design=design)
+    for name, design in {
+        "float64, batch norm": Design(width=WIDTH, norm="batch"),
+        "float64, contrast norm, conv6": Design(width=WIDTH, norm="lcn", conv6=True),
+        "float64, spatial norm, no dropout": Design(width=WIDTH, norm="spatial", dropout=False),
+        "float64, four layers": Design(width=1 / 2, net="four"),
+    }.items()
+}
 EXACT = [name for name in CASES if name != "bfloat16 autocast"]
 
 
@@ -78,6 +87,7 @@ def outcome(case: Case, columns: tuple[int, ...], exchange: Exchange | None) -> 
             gradients = {name: value.grad for name, value in net.named_parameters()}
             result["gradients"] = copied(net.split(gradients))
         optimiser.step(Rates(0.003, 0.006))
+        net.settle()
     result["parameters"] = copied(net.column_state())
     result["velocities"] = copied(optimiser.column_state(net))
     net.eval()

@@ -53,13 +53,27 @@ def test_receptive_fields() -> None:
     assert later["conv3"] == 99 + 4 * 8  # four more pixels of layer 2, each 8 apart
 
 
+def test_receptive_fields_of_other_networks() -> None:
+    """Four layers: 5 squares of 8; pooling 7, conv2 15, pooling 19, conv3 35: all there is of 28.
+
+    The contrast of layer 1 is over 9x9 pixels and again, 4 apart: 16 * 4 more from there on.
+    """
+    fields = {row.layer: row.receptive_field for row in table(design=Design(net="four"))}
+    assert fields == {"conv1": 40, "conv2": 8 * 15, "conv3": 8 * 35, "fc4": 224}
+    later = {row.layer: row.receptive_field for row in table(design=Design(norm="lcn"))}
+    assert later["conv1"] == 11
+    assert later["conv2"] == 51 + 16 * 4
+
+
 def test_one_column_exchanges_nothing() -> None:
     rows = table(design=Design(columns=1))
     assert [row.column for row in rows] == ["a"] * 8
     assert totals(rows).crosses == original_crossing(rows) == 0
 
 
-@pytest.mark.parametrize("name", ["paper", "one_gpu", "no_conv5", "narrow"])
+@pytest.mark.parametrize(
+    "name", ["paper", "one_gpu", "no_conv5", "narrow", "four", "conv6", "norm_batch"]
+)
 def test_the_command_prints_a_table_of_any_config(name, capsys) -> None:
     main([str(ROOT / "configs" / f"{name}.toml"), "--batch-size", "128"])
     shown = capsys.readouterr().out
@@ -68,11 +82,14 @@ def test_the_command_prints_a_table_of_any_config(name, capsys) -> None:
     wanted = {
         "paper": ["60,965,224", "724,406,816", "659,272", "468,992", "876 MiB", "11/4/0+3"],
         "one_gpu": ["59,798,312", "256x6x6"],
+        "four": ["picture/8", "3x28x28", "5/1/2", "64x3x3", "656,328"],
+        "conv6": ["61,555,304", "128x6x6", "conv6"],
+        "norm_batch": ["60,965,928"],
         "no_conv5": ["60,301,288"],
         "narrow": ["width 0.25"],
     }[name]
     assert [words for words in wanted if words not in shown] == []
-    assert ("exchanges" in shown) == (name != "one_gpu")
+    assert ("exchanges" in shown) == (name not in ("one_gpu", "four"))
 
 
 def test_json_is_one_object_with_the_same_sums(capsys) -> None:

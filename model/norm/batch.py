@@ -44,7 +44,7 @@ class BatchNorm(nn.BatchNorm2d):
         y = F.batch_norm(
             x, noted[0], noted[1], self.weight, self.bias, True, momentum=1.0, eps=self.eps
         )
-        noted *= len(x)
+        noted = noted * len(x)  # not in place: the backward pass keeps it
         self._noted = noted if self._noted is None else self._noted + noted
         self._pictures += len(x)
         return y
