@@ -44,9 +44,11 @@ And what only knows of Ray, from the driver to the workers:
     status *           how a run stands, on one screen
     doctor *           what is wrong, and what mends it (a package of its own)
     evaluate *         errors on every picture of a split, with one view or ten
-    ensemble *         several networks' probabilities averaged (probabilities, weights)
+    ensemble *         several networks' probabilities averaged (probabilities, weights, together;
+                       ensemble_table: one, three, five of them)
     export *           merged weights as one plain file
     report *           RUN/report.html, from files only (a package of its own)
+    study *            a claim put to the test by many runs (a package of its own)
 
 `*` is run as `python -m cluster.<name>`.
 """

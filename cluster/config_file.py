@@ -103,14 +103,15 @@ def load(path: Path) -> dict[str, Any]:
             near = difflib.get_close_matches(key, TYPES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TYPES)}"
             raise UsageError(f"config file {path}: no setting {key!r}; {hint}")
-        if not _fits(value, TYPES[key]):
+        if not fits(value, TYPES[key]):
             raise UsageError(
                 f"config file {path}: {key} is {value!r}; it takes {_words(TYPES[key])}"
             )
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
-def _fits(value: object, kind: Any) -> bool:
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value of a TOML file is of the kind that a setting takes (one of `TYPES`)."""
     if kind == TEXTS:
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     if kind == EITHER:

@@ -2,10 +2,13 @@
 
     python -m cluster.evaluate RUN --data DATA --views 10 --save-probabilities      # for each RUN
     python -m cluster.ensemble RUN RUN ... [--weights 1 1 2 | --search] [--views 10] [--json]
+    python -m cluster.ensemble RUN RUN RUN RUN RUN --sizes 1 3 5        # the paper's table 2
 
 Paper, table 2: one network errs in 18.2 % of the pictures (top-5), the average of five in 16.4 %.
 Prints each network and the average; `--search` looks for weights as the original's avg-valid.py
-did, on the pictures that are counted: that flatters them a little.
+did, on the pictures that are counted: that flatters them a little. `--sizes` has a line for each
+number of networks, a mean over which of the runs they are, with equal weights, with weights
+searched so, and with weights searched on the half of the pictures that is not counted.
 """
 
 from __future__ import annotations
@@ -21,18 +24,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 from cluster.checkpoint_places import reached
-from cluster.probabilities import About, Saved
+from cluster.ensemble_table import as_lines, table_of
+from cluster.probabilities import Saved
 from cluster.run_folder import store_of
-from cluster.weights import Chunk, search, weighted
-from model.evaluate import sums
+from cluster.together import Together, counted
+from cluster.weights import search
 from pipeline.errors import UsageError, run
 from pipeline.files import sealed, writable_folder
-
-CHUNK = 1 << 24
-"""Probabilities, of all networks together, in memory at a time (64 MB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ class Ensemble:
     """A weight for each run; default: all equal."""
     search: bool = False
     """Look for the weights with the fewest top-5 errors on these pictures."""
+    sizes: tuple[int, ...] = ()
+    """Instead: a table of averages of so many of the runs."""
     out: Path | None = None
     """File for what --json prints; default: none."""
     json: bool = False
@@ -67,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         with sealed(options.out) as file:
             file.write((json.dumps(result) + "\n").encode())
     out = sys.stderr if options.json else sys.stdout
-    out.write("\n".join(_lines(result)) + "\n")
+    lines = as_lines(result) if options.sizes else _lines(result)
+    out.write("\n".join(lines) + "\n")
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
     return 0
@@ -83,13 +86,15 @@ def average(options: Ensemble) -> dict[str, Any]:
     nets = Together([Saved(path, options.views) for path in options.runs])
     for saved in nets.saved:
         _tell_old(saved)
+    if options.sizes:
+        return table_of(nets.saved, options.sizes)
     count = nets.networks
     weights: tuple[float, ...] = (1 / count,) * count
     if options.search:
         weights = search(nets)
     elif options.weights:
         weights = tuple(weight / sum(options.weights) for weight in options.weights)
-    *each, together = _counted(nets, weights)
+    *each, together = counted(nets, weights)
     runs = [
         {"run": str(saved.run), "step": saved.about.step, "weight": weight, **errors}
         for saved, weight, errors in zip(nets.saved, weights, each, strict=True)
@@ -105,51 +110,6 @@ def average(options: Ensemble) -> dict[str, Any]:
     }
 
 
-class Together:
-    """The probabilities of several runs, picture by picture.
-
-    A picture counts if it was sound for all of them.
-    """
-
-    def __init__(self, saved: Sequence[Saved]) -> None:
-        """Make sure that they are of the same pictures.
-
-        Raises:
-            UsageError: they are not; names the runs and what differs.
-        """
-        self.saved = saved
-        self.networks = len(saved)
-        self.weights = saved[0].weights.clone()
-        """float32 [N], 0 for pictures that do not count."""
-        for other in saved[1:]:
-            _same(saved[0], other)
-            self.weights *= other.weights
-        if not self.weights.any():
-            raise UsageError("no picture was sound for all runs; evaluate them anew")
-
-    def chunks(self, start: int = 0) -> Iterator[tuple[int, Chunk]]:
-        """Yield what comes after each chunk, and the chunk, from picture `start` on."""
-        about = self.saved[0].about
-        rows = max(1, CHUNK // (self.networks * len(about.classes)))
-        for first in range(start, about.samples, rows):
-            last = min(first + rows, about.samples)
-            probabilities = torch.stack([one.rows(first, last) for one in self.saved])
-            labels, weights = self.saved[0].labels[first:last], self.weights[first:last]
-            yield last, Chunk(probabilities, labels, weights)
-
-
-def _counted(nets: Together, weights: Sequence[float]) -> list[dict[str, float]]:
-    """Return errors and loss of each network alone, then of their average."""
-    totals = torch.zeros(nets.networks + 1, 4, dtype=torch.float64)
-    for _, (probabilities, labels, counts) in nets.chunks():
-        answers: list[Tensor] = [*probabilities, weighted(probabilities, weights)]
-        totals += torch.stack([sums(answer, labels, counts) for answer in answers])
-    return [
-        {"top1_error": top1 / samples, "top5_error": top5 / samples, "loss": loss / samples}
-        for loss, top1, top5, samples in totals.tolist()
-    ]
-
-
 def _check(options: Ensemble) -> None:
     """Refuse options that do not go together."""
     count, weights = len(options.runs), options.weights
@@ -157,6 +117,10 @@ def _check(options: Ensemble) -> None:
         raise UsageError(f"{count} runs given; name at least two to average")
     if weights and options.search:
         raise UsageError("--weights says the weights, --search looks for them; give one of the two")
+    if options.sizes and (weights or options.search):
+        raise UsageError("--sizes counts equal and searched weights alike; leave out the others")
+    if wrong := [size for size in options.sizes if not 1 <= size <= count]:
+        raise UsageError(f"--sizes has {wrong[0]}; there are {count} runs")
     if weights and len(weights) != count:
         raise UsageError(f"{len(weights)} weights for {count} runs; give one for each")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
@@ -171,34 +135,6 @@ def _check(options: Ensemble) -> None:
 
 def _words(weights: Sequence[float]) -> str:
     return " ".join(f"{weight:g}" for weight in weights)
-
-
-def _same(first: Saved, other: Saved) -> None:
-    """Refuse probabilities of other pictures or classes."""
-    one, two = first.about, other.about
-    if two.split != one.split:
-        found = f"of split {two.split!r}, those of {first.run} of {one.split!r}"
-    elif two.classes != one.classes:
-        found = f"of other classes ({_difference(one, two)}) than those of {first.run}"
-    elif two.data_sha256 != one.data_sha256 or not torch.equal(first.labels, other.labels):
-        found = (
-            f"of another data set (manifest {two.data_sha256[:12]}) than those of {first.run} "
-            f"({one.data_sha256[:12]})"
-        )
-    else:
-        return
-    raise UsageError(
-        f"the probabilities of {other.run} are {found}; evaluate both on one with cluster.evaluate "
-        "--save-probabilities"
-    )
-
-
-def _difference(one: About, two: About) -> str:
-    if len(one.classes) != len(two.classes):
-        return f"{len(two.classes)}, not {len(one.classes)}"
-    names = zip(one.classes, two.classes, strict=True)
-    place, (a, b) = next((i, pair) for i, pair in enumerate(names) if pair[0] != pair[1])
-    return f"number {place} is {b!r}, not {a!r}"
 
 
 def _tell_old(saved: Saved) -> None:

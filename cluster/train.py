@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,15 @@ from pipeline.pixel_stats import Statistics
 from pipeline.storage import Storage
 from pipeline.stores.errors import without_secrets
 
+Trainer = Callable[[Config, str, Path, Screen], None]
 
-def main(argv: list[str] | None = None) -> int:
+
+def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     """Run the command.
+
+    Args:
+        argv: the words after the command's name.
+        trainer: what makes the run when all is checked, if not `train_with_ray`.
 
     Raises:
         DuetError: one line, with the exit code to leave with.
@@ -68,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         screen.say(summary(command, manifest, total))
         try:
-            train_with_ray(config, data, folder, screen)
+            (trainer or train_with_ray)(config, data, folder, screen)
         except KeyboardInterrupt:
             screen.say(
                 f"stopped; the same command goes on from step {reached(folder, config.store)}"

@@ -18,8 +18,13 @@ def tie_to_parent() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signalled_with_parent(signal.SIGKILL)
+
+
+def signalled_with_parent(number: int) -> None:
+    """Have this process get a signal when the thread that started it ends, however it ends."""
     if sys.platform == "linux":
         parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it died between the two lines
             os._exit(1)

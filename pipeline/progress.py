@@ -24,11 +24,12 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, already: int = 0) -> None:
         """Begin with `already` units done by an earlier run, which say nothing of the rate."""
         console = rich.console.Console(stderr=True)
+        self._rate = _Rate(unit, already)
         self._bar = rp.Progress(
             rp.TextColumn("{task.description}"),
             rp.BarColumn(bar_width=30),
             rp.MofNCompleteColumn(),
-            _Rate(unit, already),
+            self._rate,
             rp.TimeRemainingColumn(),
             rp.TextColumn("{task.fields[note]}", style="dim"),
             console=console,
@@ -46,6 +47,12 @@ class Progress:
             self._told = time.monotonic()
             sys.stderr.write(self._line() + "\n")
             sys.stderr.flush()
+
+    def skip(self, count: int) -> None:
+        """Count `count` more units that are done already, or need not be, and tell no rate."""
+        self._already += count
+        self._rate.already += count
+        self._bar.advance(self._task, count)
 
     def _line(self) -> str:
         """Return, for example, `packing: 5,120 of 20,000 img, 412 img/s, 0:00:36 left`."""
@@ -80,9 +87,9 @@ class _Rate(rp.ProgressColumn):
 
     def __init__(self, unit: str, already: int) -> None:
         super().__init__()
-        self._unit, self._already, self._start = unit, already, time.monotonic()
+        self._unit, self.already, self._start = unit, already, time.monotonic()
 
     def render(self, task: rp.Task) -> Text:
         """Return, for example, `412 img/s`."""
-        rate = (task.completed - self._already) / max(1e-9, time.monotonic() - self._start)
+        rate = (task.completed - self.already) / max(1e-9, time.monotonic() - self._start)
         return Text(f"{rate:,.0f} {self._unit}/s")

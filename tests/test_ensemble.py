@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from cluster import ensemble, weights
+from cluster import together, weights
 from cluster.ensemble import main
 from cluster.probabilities import About, Saved, file_of, writing
 from model.evaluate import errors
@@ -200,7 +201,7 @@ def test_searched_weights_are_no_worse_and_said_to_be_searched(runs, capsys):
 
 def test_small_chunks_change_nothing(runs, capsys, monkeypatch):
     whole = told(capsys, *runs, "--search")
-    monkeypatch.setattr(ensemble, "CHUNK", 3 * CLASSES * 17)
+    monkeypatch.setattr(together, "CHUNK", 3 * CLASSES * 17)
     parts = told(capsys, *runs, "--search")
     assert [one["weight"] for one in parts["runs"]] == [one["weight"] for one in whole["runs"]]
     assert parts["average"] == pytest.approx(whole["average"], rel=1e-6)
@@ -322,3 +323,53 @@ def test_nothing_is_written_but_out(runs, tmp_path, capsys):
     assert told(capsys, *runs, "--out", path) == found
     assert json.loads(path.read_text()) == found
     assert sorted(tmp_path.rglob("*")) == sorted([*before, path.parent, path])
+
+
+def test_the_table_has_a_line_for_each_size_over_all_choices_of_the_runs(runs, capsys):
+    found = told(capsys, *runs, "--sizes", 1, 2, 3)
+    tables = [drawn(0, 2.0), drawn(1, 1.0), drawn(2, 0.2)]
+    assert [line["nets"] for line in found["sizes"]] == [1, 2, 3]
+    assert [line["combinations"] for line in found["sizes"]] == [3, 3, 1]
+    for line, size in zip(found["sizes"], (1, 2, 3), strict=True):
+        for name, places in (("top1_error", 1), ("top5_error", 5)):
+            errors = [
+                by_hand(weights.weighted(torch.stack(some), [1 / size] * size), places)
+                for some in itertools.combinations(tables, size)
+            ]
+            assert line["equal"][name] == pytest.approx(np.mean(errors))
+            sd = line["equal"][f"{name}_sd"]
+            assert sd == (None if size == 3 else pytest.approx(np.std(errors, ddof=1)))
+    searched = told(capsys, *runs, "--search")["average"]
+    whole = found["sizes"][2]
+    assert {name: whole["searched"][name] for name in ("top1_error", "top5_error")} == {
+        name: pytest.approx(searched[name]) for name in ("top1_error", "top5_error")
+    }
+    assert found["sizes"][0]["held_out"] == found["sizes"][0]["equal"]
+
+
+def test_weights_of_the_table_are_searched_on_pictures_that_are_not_counted(runs, capsys):
+    (line,) = told(capsys, *runs, "--sizes", 3)["sizes"]
+    tables = torch.stack([drawn(0, 2.0), drawn(1, 1.0), drawn(2, 0.2)])
+    wrong = {"top1_error": 0.0, "top5_error": 0.0}
+    for tested in (0, 1):
+        fitted = Tables(tables[:, 1 - tested :: 2])
+        fitted.chunks = lambda start=0, f=fitted, t=tested: iter(
+            [(120, weights.Chunk(f.tables, LABELS[1 - t :: 2], torch.ones(120)))]
+        )
+        mean = weights.weighted(tables, weights.search(fitted))
+        skip = range(1 - tested, PICTURES, 2)
+        for name, places in (("top1_error", 1), ("top5_error", 5)):
+            wrong[name] += by_hand(mean, places, skip) / 2
+    for name, error in wrong.items():
+        assert line["held_out"][name] == pytest.approx(error)
+    assert line["held_out"]["top5_error"] >= line["searched"]["top5_error"]
+
+
+def test_sizes_that_cannot_be_are_refused(runs, capsys):
+    assert "--sizes has 4; there are 3 runs" in refused(*runs, "--sizes", 1, 4)
+    assert "--sizes has 0; there are 3 runs" in refused(*runs, "--sizes", 0)
+    assert "leave out the others" in refused(*runs, "--sizes", 1, "--search")
+    main([str(run) for run in runs] + ["--sizes", "1", "3"])
+    said = capsys.readouterr().out
+    assert "1 " in said
+    assert "(mean of 3)" in said
