@@ -4,6 +4,7 @@ Read in this order:
 
     worker             the training loop (start here)
     training           what a training consists of in one process
+    initial            the weights of another run to start from
     place              where this process stands in the job, and what they say to each other
     feed               two halves of a batch become the whole batch
     compute            the type to compute in, and memory that is not given back
