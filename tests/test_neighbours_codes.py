@@ -146,8 +146,10 @@ def test_training_brings_the_features_back_better_and_the_same_each_time():
     start = rivals.itq(x, rivals.pca(x, 16, 0), 0)
     errors, states = [], []
     for steps in (1, 200, 200):
-        net = trained(rows, sound, start, Recipe(bits=16, hidden=48, steps=steps), lambda _: None)
-        errors.append(float(net(x)))
+        net = trained(
+            rows, sound, start, Recipe(bits=16, hidden=48, steps=steps, lr=1e-3), lambda _: None
+        )
+        errors.append(float(net(x).detach()))
         states.append(net.state_dict())
     assert errors[1] < 0.5 * errors[0]
     assert all(torch.equal(states[1][name], states[2][name]) for name in states[1])

@@ -26,12 +26,13 @@ class Recipe:
     """How an auto-encoder is trained."""
 
     bits: int
-    hidden: int = 1024
+    hidden: int = 512
     """Units between features and bits, and between bits and features."""
-    steps: int = 2000
+    steps: int = 600
     batch: int = 256
-    lr: float = 1e-3
-    """First rate of Adam; it falls to 0 along half a cosine."""
+    lr: float = 3e-4
+    """First rate of Adam; it falls to 0 along half a cosine. Faster or longer, codes of 5,000
+    pictures come to fit these alone and find fewer neighbours of others than ITQ does."""
     seed: int = 0
 
     def table(self) -> dict[str, float]:
