@@ -19,14 +19,16 @@ def measured(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
     """Count averages of the runs of a study's variant, in ten views.
 
     Returns:
-        for study.json: "nets", the lines of `ensemble_table.table_of`, and "rows" for the averages.
+        for study.json: "nets", the lines of `ensemble_table.table_of`, "samples", the pictures they
+        were counted on, and "rows" for the averages.
 
     Raises:
         DuetError: as `cluster.evaluate` raises.
     """
     for run in runs:
         _save(run)
-    found = table_of([Saved(run.folder, VIEWS) for run in runs], study.sizes)
+    saved = [Saved(run.folder, VIEWS) for run in runs]
+    found = table_of(saved, study.sizes)
     rows = [
         {
             "variant": f"{line['nets']} networks, {kind.replace('_', ' ')} weights", "seed": None,
@@ -37,7 +39,8 @@ def measured(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
         for line in found["sizes"]
         for kind in KINDS
     ]  # fmt: skip
-    return {"nets": found["sizes"], "views": VIEWS, "rows": rows}
+    samples = saved[0].about.samples
+    return {"nets": found["sizes"], "views": VIEWS, "samples": samples, "rows": rows}
 
 
 def _save(run: Run) -> None:
