@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import tyro
 
 from pipeline.dataset import is_remote, parse_size
 from pipeline.decode import Device
-from pipeline.errors import DuetError, UsageError, run
+from pipeline.errors import DuetError, SetupError, UsageError, run
 from pipeline.order import Shuffle
 from pipeline.throughput import plan as planning
 from pipeline.throughput import rate as rates
@@ -119,6 +120,8 @@ class Options:
             raise UsageError("--reader native goes with --rate: it has no stages to look at")
         if not self.out.is_dir():
             raise UsageError(f"--out {self.out} is no folder; make it, or name another")
+        if not os.access(self.out, os.W_OK):
+            raise UsageError(f"--out {self.out} cannot be written to; name another folder")
 
     @property
     def setting(self) -> Setting:
@@ -148,6 +151,15 @@ def main(argv: list[str] | None = None) -> int:
         Options, prog="python -m pipeline.throughput", description=__doc__, args=argv
     )
     options.check()
+    try:
+        return _run(options)
+    except OSError as error:  # what a set or a store does is told as a DuetError
+        raise SetupError(
+            f"{error.filename or options.out}: {error.strerror}; make room, or name another --out"
+        ) from error
+
+
+def _run(options: Options) -> int:
     console = rich.console.Console(stderr=True)
     if options.plan:
         return _plan(options, console)
