@@ -24,6 +24,9 @@ pytest.register_assert_rewrite("tests.addresses", "tests.ledgers", "tests.square
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+FIRST_RAY = ("test_ray.py", "test_prometheus.py", "test_doctor_ray.py")
+"""Files that take about as long as the other ones that start Ray."""
+
 # A machine that is busy at the first example, importing, is no failure.
 settings.register_profile("duet", deadline=None)
 settings.load_profile("duet")
@@ -38,8 +41,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray come first: they mostly wait, and the others fill their time."""
+    """Share the tests out: a file stays together, and at most two processes start Rays.
+
+    Those come first: they mostly wait, and the others fill their time.
+    """
+    for item in items:
+        group = item.path.name
+        if item.get_closest_marker("ray"):
+            group = "a Ray" if group in FIRST_RAY else "another Ray"
+        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
