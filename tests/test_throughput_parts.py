@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 
 from pipeline.batches import Stream
 from pipeline.storage import Storage
+from pipeline.throughput import stages
 from pipeline.throughput import tune as tuning
 from pipeline.throughput.clock import Load, Rate, in_turn, measured
 from pipeline.throughput.compare import changes, regressed, unlike
 from pipeline.throughput.examine import thread_counts
 from pipeline.throughput.plan import Question, plan
 from pipeline.throughput.prediction import Costs, bounds, jitter, pixels_at, predicted
-from pipeline.throughput.setting import Setting
+from pipeline.throughput.setting import Setting, opened
 from pipeline.waits import Spent, Waits
+from tests.drawn import packed
 
 TIMES = st.floats(1e-6, 1e-2)
 
@@ -217,3 +219,14 @@ def test_threads_from_one_to_more_than_there_are_cores_are_tried():
     assert thread_counts(Setting(data="x", threads=2, cores=2)) == [1, 2, 3]
     assert thread_counts(Setting(data="x", threads=16, cores=16)) == [1, 4, 8, 16, 24]
     assert 5 in thread_counts(Setting(data="x", threads=5, cores=16))
+
+
+def test_raw_pictures_are_first_read_by_the_checksum(pictures, tmp_path):
+    packed(tmp_path / "raw", train=pictures / "train", encoding="raw", samples_per_shard=10)
+    setting = Setting(data=str(tmp_path / "raw"), batch_size=8, threads=1)
+    with opened(setting) as parts:
+        found = stages.alone(parts, 0.05, 4)
+    rows = {stage.name: stage.rate.median for stage in found.stages}
+    assert {"checksum", "feed", "normalise", "hand-over"} <= set(rows)
+    assert not {"storage, page cache", "decode"} & set(rows)
+    assert all(1 < rate < 1e9 for rate in rows.values())

@@ -234,11 +234,12 @@ def _reader_stages(
             limit=found.disk / each or None, against="disk, files end to end",
             note="with checksum and feed, which the kernel reads ahead under",
         )  # fmt: skip
-    yield Stage(
-        name="storage, page cache", rate=warm.rate("storage"), bytes=each,
-        limit=limits.page_cache(paths, seconds / 2).median / each,
-        against="page cache, end to end, one thread",
-    )  # fmt: skip
+    if parts.encoding == "jpeg":  # raw ones are mapped: the checksum is the first to read them
+        yield Stage(
+            name="storage, page cache", rate=warm.rate("storage"), bytes=each,
+            limit=limits.page_cache(paths, seconds / 2).median / each,
+            against="page cache, end to end, one thread",
+        )  # fmt: skip
     yield Stage(
         name="checksum", rate=warm.rate("checksum"), bytes=each,
         limit=limits.checksum(round(each), seconds / 2).median / each,
