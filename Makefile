@@ -81,7 +81,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 test: check
-	$(py) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Not part of `make test`: half an hour, and it wants a quiet machine.
 soak: $(VENV)/.dev

@@ -24,8 +24,11 @@ pytest.register_assert_rewrite("tests.addresses", "tests.ledgers", "tests.square
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-FIRST_RAY = ("test_ray.py", "test_prometheus.py", "test_doctor_ray.py")
-"""Files that take about as long as the other ones that start Ray."""
+LONGEST = {"test_ray_cluster.py": 0, "test_ray.py": 1}
+STARTING_RAYS = (
+    "test_ray_job.py", "test_build_ray.py", "test_build_ray_command.py", "test_doctor_ray.py",
+    "test_prometheus.py",
+)  # fmt: skip
 
 # A machine that is busy at the first example, importing, is no failure.
 settings.register_profile("duet", deadline=None)
@@ -41,18 +44,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out: a file stays together, and at most two processes start Rays.
+    """Put the files in an order in which three processes take them well.
 
-    Those come first: they mostly wait, and the others fill their time.
+    Those that start Rays mostly wait, while the others fill their time: the two longest come first,
+    and the rest of them in the middle, so that there are hardly ever three Rays at a time.
     """
-    for item in items:
-        group = item.path.name
-        if item.get_closest_marker("ray"):
-            group = "a Ray" if group in FIRST_RAY else "another Ray"
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    middle = len(items) // 2
+    places = {}
+    for number, item in enumerate(items):
+        if item.path.name in LONGEST:
+            places[item] = 0
+        elif item.path.name in STARTING_RAYS:
+            places[item] = 2
+        else:
+            places[item] = 1 if number < middle else 3
+    items.sort(key=lambda item: (places[item], LONGEST.get(item.path.name, 0)))
 
 
 @pytest.fixture(scope="session")
