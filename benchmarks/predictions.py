@@ -118,27 +118,16 @@ def raw(setting: Setting, seconds: float) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "raw"
         with opened(setting) as parts:
-            everything = len(parts.storage) // setting.batch_size
-            unpack_all(parts.reader().batches(0), source, everything)
+            everything = len(parts.storage)
+            raw_trial.unpack(parts.reader().batches(0), source, everything)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
              "--encoding", "raw"], check=True, capture_output=True,
         )  # fmt: skip
         with opened(setting.but(data=str(packed))) as parts:
-            reading(parts, 1.0, everything)
+            reading(parts, 1.0, everything // setting.batch_size)
         real = measured_gain(setting, setting.but(data=str(packed)), 2 * seconds)
     return Outcome("jpeg -> raw", trial.median / now, real)
-
-
-def unpack_all(batches: Iterator[Any], folder: Path, count: int) -> None:
-    """Write the JPEGs of some batches as files."""
-    for _, batch in zip(range(count), batches, strict=False):
-        for number, label, picture in zip(
-            batch.ids.tolist(), batch.labels.tolist(), batch.feed.pictures, strict=True
-        ):
-            path = folder / str(label) / f"{number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture.tobytes())
 
 
 class Slow(ThreadingHTTPServer):

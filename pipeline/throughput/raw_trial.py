@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.reader import Loaded
@@ -28,7 +28,7 @@ def measure(setting: Setting, loaded: Sequence[Loaded], seconds: float) -> tuple
     """
     with tempfile.TemporaryDirectory(prefix="duet-raw-") as scratch:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "packed"
-        _unpack(loaded, source)
+        unpack(loaded, source, PICTURES)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
              "--encoding", "raw", "--samples-per-shard", "256"],
@@ -45,14 +45,15 @@ def measure(setting: Setting, loaded: Sequence[Loaded], seconds: float) -> tuple
             return Rate(rates, load.cores(), load.others()), parts.bytes_each
 
 
-def _unpack(loaded: Sequence[Loaded], folder: Path) -> None:
+def unpack(batches: Iterable[Loaded], folder: Path, most: int) -> None:
+    """Write up to `most` JPEGs of some batches as files, in a folder for each class."""
     written = 0
-    for batch in loaded:
+    for batch in batches:
         for number, label, picture in zip(
             batch.ids.tolist(), batch.labels.tolist(), batch.feed.pictures, strict=True
         ):
             path = folder / str(label) / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(picture.tobytes())
-            if (written := written + 1) >= PICTURES:
+            if (written := written + 1) >= most:
                 return
