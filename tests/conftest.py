@@ -30,6 +30,9 @@ STARTING_RAYS = (
     "test_prometheus.py",
 )  # fmt: skip
 
+# Ray's workers give way to whoever wants the processor: here, to the tests beside them.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # A machine that is busy at the first example, importing, is no failure.
 settings.register_profile("duet", deadline=None)
 settings.load_profile("duet")

@@ -20,6 +20,7 @@ from cluster.measure import step_parts, told
 from cluster.place import Place, take_place
 from pipeline.errors import UsageError
 from pipeline.storage import Storage
+from pipeline.throughput import raw_trial
 from tests.loops import CONFIG
 
 
@@ -29,10 +30,15 @@ def quick(monkeypatch):
 
 
 def shorten(put) -> None:
-    """Measure for less time: all but what is measured."""
-    put("cluster.headspace.SECONDS", 0.6)
+    """Measure for less time, and pack no raw pictures (tests/test_throughput.py does)."""
+    put(headspace, "SECONDS", 0.6)
     examine = headspace.examine
-    put("cluster.headspace.examine", lambda *a, **k: examine(*a, seconds=0.05, **k))
+    put(headspace, "examine", lambda *a, **k: examine(*a, seconds=0.05, **k))
+    put(raw_trial, "measure", no_room)
+
+
+def no_room(*_):
+    raise OSError
 
 
 def found_by(config, data, place) -> dict:
@@ -74,7 +80,7 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
 
 def work(rank: int, folder: Path, data: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    shorten(lambda name, value: setattr(headspace, name.rpartition(".")[2], value))
+    shorten(setattr)
     place = take_place([(0, 1)], torch.device("cpu"), cores=1)
     events = []
     headspace.measure(replace(CONFIG, batch_size=16), str(data), place, events.append)

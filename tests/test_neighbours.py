@@ -19,6 +19,7 @@ from PIL import Image
 
 from cluster.checkpoint import load
 from cluster.config import Config
+from cluster.neighbours import extract
 from cluster.neighbours.command import main
 from cluster.neighbours.distances import Pairs, draw
 from cluster.neighbours.extract import features, stretches
@@ -43,6 +44,13 @@ UNITS = 512
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("trained"), CONFIG, tiny_data)
+
+
+@pytest.fixture(autouse=True)
+def one_worker_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single worker would be a process, too, and take four seconds to begin."""
+    pool = extract.LocalPool
+    monkeypatch.setattr(extract, "LocalPool", lambda count: (Here if count == 1 else pool)(count))
 
 
 def made(run: Path, config: Config, data: Path) -> Path:

@@ -75,7 +75,13 @@ def test_the_page_needs_nothing_else_and_shows_all_of_it(examined):
     assert json.loads((out / "throughput.json").read_text())["whole"] == table["whole"]
 
 
-def test_a_comparison_tells_noise_from_a_regression(examined, tiny_data, tmp_path, capsys):
+def test_a_comparison_tells_noise_from_a_regression(
+    examined, tiny_data, tmp_path, monkeypatch, capsys
+):
+    def no_room(*_):
+        raise OSError
+
+    monkeypatch.setattr("pipeline.throughput.raw_trial.measure", no_room)
     out, table, _ = examined
     table = json.loads((out / "throughput.json").read_text())
     table["whole"]["img_s"] *= 100
