@@ -62,7 +62,8 @@ def test_twenty_kills_at_random_moments(source, undisturbed, tmp_path):
     packed(tmp_path / "clock", train=source, **SETTINGS)
     whole = time.monotonic() - begun
     kills, progress = 0, set()
-    while kills < KILLS:
+    # On a busy machine many find nothing done yet: then there are more of them.
+    while kills < KILLS or (len(progress) <= 5 and kills < 10 * KILLS):
         child = os.fork()
         if child == 0:
             try:
