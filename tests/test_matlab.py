@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.io import loadmat, savemat
 
@@ -107,6 +107,7 @@ def test_what_is_not_there_or_too_large_is_said():
 
 
 @settings(max_examples=500, deadline=None)
+@example([(1500, 57)], 904)
 @given(
     st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=5),
     st.integers(130, 1500),
@@ -119,4 +120,5 @@ def test_damage_ends_in_an_error_or_in_structs(changes, stop):
         found = read_structs(bytes(data[:stop]), "found", LIMIT)
     except ValueError:
         return
-    assert len(found) <= 2
+    # The format has no checksum: a damaged count may be larger, but each struct takes some bytes.
+    assert len(found) <= stop // 8
