@@ -35,8 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, differences
+from cluster.config import Config
 from cluster.config_file import as_toml, read_back
+from cluster.continuation import differences
 from cluster.rows import tail
 from pipeline.errors import SetupError, UsageError
 from pipeline.files import sealed, writable_folder

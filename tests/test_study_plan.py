@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import differences
 from cluster.config_file import load
+from cluster.continuation import differences
 from cluster.study.plan import Part, read
 from cluster.study.study import stages
 from pipeline.errors import UsageError

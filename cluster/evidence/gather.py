@@ -12,8 +12,9 @@ from typing import Any
 
 from cluster.checkpoint import Found
 from cluster.checkpoint_choice import choose
-from cluster.config import FREE, Config
+from cluster.config import Config
 from cluster.config_file import read_back
+from cluster.continuation import FREE
 from cluster.evidence.claims import ABLATIONS
 from cluster.report.records import Records, read_records
 from cluster.run_folder import CONFIG, METRICS

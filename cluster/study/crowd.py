@@ -19,8 +19,9 @@ from functools import cache
 from pathlib import Path
 
 from cluster.checkpoint_places import reached
-from cluster.config import Config, differences
+from cluster.config import Config
 from cluster.config_file import read_back
+from cluster.continuation import differences
 from cluster.initial import pinned
 from cluster.rows import tail
 from cluster.run_folder import CONFIG, METRICS

@@ -1,0 +1,73 @@
+"""What may differ when a run is continued."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+
+from cluster.config import Config
+from cluster.continuation import FREE, differences
+
+OTHER = {
+    "width": 0.5, "seed": 1, "batch_size": 256, "epochs": 9.0, "steps": 201, "lr": 0.1,
+    "bias_factor": 1.0, "lr_drop": 10.0, "lr_drops": 2, "bias_drop": 5.0, "bias_drops": 3,
+    "momentum": 0.5, "weight_decay": 0.1, "shuffle": "block", "window": 8,
+    "colour": 0.0, "dtype": "bfloat16", "columns": 1, "norm": "none", "relu_first": False,
+    "spatial_norm": True, "pool": "2/2", "activation": "tanh", "without": "conv4",
+    "net": "four", "conv6": True, "dropout": False, "init": "runs/other", "augment": False,
+    "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
+    "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
+    "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "picture",
+    "exchange_dtype": "bfloat16", "hw_decoder_load": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Config) if f.name not in FREE])
+def test_what_a_run_learns_cannot_change_under_way(field):
+    old = Config(steps=400)
+    new = replace(old, **{field: OTHER[field]})
+    found = differences(old, new, samples=4000)
+    if field == "epochs":  # steps decide, so nothing changes
+        assert found == []
+    elif field == "schedule":  # manual: the length matters no more
+        assert found == ["schedule: dexp -> manual"]
+    elif field == "steps":
+        assert found == ["length in steps: 400 -> 201 (learning rates drop by it)"]
+    else:
+        assert found == [f"{field}: {getattr(old, field)} -> {OTHER[field]}"]
+
+
+def test_how_a_run_is_carried_out_may_change():
+    old = Config()
+    free = {
+        "replicas": "1:2", "device": "cpu", "columns_per_worker": 2, "microbatch": 16,
+        "threads": 3, "prefetch": 4, "checkpoint_every": 7, "keep": 9, "keep_best": 0, "store": "s3://b/x",
+        "validate_every": 0, "statistics_every": 0, "max_failures": 0, "node_wait": 0,
+        "collective_timeout": 10, "strict": True, "ledger": True, "tensorboard": True,
+        "cache": "c", "cache_size": "1TB",
+    }  # fmt: skip
+    assert set(free) == set(FREE)
+    assert differences(old, replace(old, **free), samples=4000) == []
+
+
+def test_plateau_counts_validations():
+    old = Config(schedule="plateau")
+    found = differences(old, replace(old, validate_every=7, checkpoint_every=7), samples=4000)
+    assert found == ["validate_every: 500 -> 7"]
+
+
+def test_what_batch_normalisation_sees_at_once_stays_however_many_replicas_there_are():
+    old = Config(norm="batch", replicas="1:4")
+    assert {old.micro(count) for count in old.replica_sizes} == {32}
+    assert differences(old, replace(old, replicas="2:4"), samples=4000) == []
+    assert differences(old, replace(old, replicas=4), samples=4000) == []
+    for changes in ({"replicas": 1}, {"microbatch": 16}):
+        (found,) = differences(old, replace(old, **changes), samples=4000)
+        assert "normalised together: 32 -> " in found
+    assert {replace(old, microbatch=64).micro(count) for count in old.replica_sizes} == {32}
+
+
+def test_the_length_may_change_where_no_rate_depends_on_it():
+    old = Config(steps=400, lr_drops=1, bias_drops=1)
+    assert differences(old, replace(old, steps=600), samples=4000) == []
