@@ -18,17 +18,21 @@ Read in this order:
     checkpoint_resume    taken up by all processes
     checkpoint_places    in a folder or in a store (checkpoint_choice: which one to look at)
     log, rows          metrics.jsonl, validation.jsonl, layers.jsonl
+    kernels            conv1 as it was after steps 1, 2, 4, 8 ...; kernels.jsonl
     run_mirror         a copy of them in a store
     tensorboard, prometheus   the same numbers for others
     events             what a worker tells the driver
     config             every setting
     config_file        settings from a file and from flags, and back
+    continuation       which of them may change when a run goes on
+    headspace          where a step's time goes; --measure instead of a training
     run_folder         what RUN holds, and whether the run in it may be continued
     run_state          how the run in it stands
 
 And what only knows of Ray, from the driver to the workers:
 
     train *            the second door: python -m cluster.train
+    measure            has workers measure, and writes down what they found
     supervisor         a run kept going: placed, watched, asked to save, started again
     topology           which worker is which column, on which node (pure)
     nodes              what is free on the nodes now
@@ -50,6 +54,8 @@ And what only knows of Ray, from the driver to the workers:
     export *           merged weights as one plain file
     report *           RUN/report.html, from files only (a package of its own)
     study *            a claim put to the test by many runs (a package of its own)
+    neighbours *       pictures that a network takes for alike (a package of its own)
+    evidence *         the paper's claims beside what runs have found (a package of its own)
 
 `*` is run as `python -m cluster.<name>`.
 """

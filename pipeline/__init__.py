@@ -7,6 +7,8 @@ The files in the order the bytes flow (each may import only those before it):
     whole_file      a file read or mapped once, and looked at from many sides
     processes       helper processes that end when their parent does
     progress        one progress line, silent when nobody looks
+    page_cache      what the kernel keeps of files in memory
+    waits           what whoever takes batches has waited for
     splitmix        random words as a pure function of numbers
     augment         epoch and sample id -> crop, flip, colour (a pure function)
     order           position in the stream -> epoch and sample id (a pure function)
@@ -28,6 +30,7 @@ The files in the order the bytes flow (each may import only those before it):
     reader          position -> a batch ready to be decoded, damaged samples replaced
     background      an iterator that runs ahead in a thread
     flow            batches under way: read, decoded, taken
+    asked, opened   what a stream is asked for, and what it is made of
     batches         all of it joined: `Stream`
     indexing        shards of other tools -> an index, statistics and a manifest
     packing         pictures -> chunks -> shards -> a sealed data set
@@ -36,7 +39,7 @@ The files in the order the bytes flow (each may import only those before it):
     verify *        a data set against its manifest; a run's deliveries against its ledgers
     inspect *       what a set holds: a table and a page
     native          DALI's own reader on the same graph, as the yardstick
-    throughput *    the third door: how fast it is
+    throughput *    the third door: how fast it is, and what would help (a package of its own)
     demo_pictures * draws a small data set to try everything on
 
 `*` is run as `python -m pipeline.<name>`. Nothing here knows the network or the cluster.

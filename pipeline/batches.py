@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,16 +14,14 @@ import torch
 from pipeline.asked import Asked, View
 from pipeline.dataset import CACHE_SIZE, is_remote, open_dataset
 from pipeline.decode import Device
-from pipeline.errors import UsageError
 from pipeline.flow import DecodeFailure, Flow
-from pipeline.ledger.writer import About, Ledger
+from pipeline.ledger.writer import Ledger
 from pipeline.manifest import identity
+from pipeline.opened import Opened
 from pipeline.order import Shuffle
-from pipeline.pixel_stats import Statistics
 from pipeline.quarantine import UNDECODABLE, Quarantine
-from pipeline.reader import Reader
-from pipeline.recipe import Colour, Mean, central
-from pipeline.storage import Damage, Storage
+from pipeline.recipe import Colour, Mean
+from pipeline.storage import Damage
 from pipeline.waits import Waits
 
 __all__ = ["Batch", "Stream", "View"]
@@ -114,70 +112,46 @@ class Stream:
 
     def __init__(
         self,
-        data: str | os.PathLike[str],
-        *,
-        split: str = "train",
-        batch_size: int = 128,
-        seed: int = 0,
-        position: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        device: Device = "cpu",
-        view: View = "random",
-        once: bool = False,
-        shuffle: Shuffle = "full",
-        window: int = 16,
-        colour: Colour = 0.1,
-        colour_divide: bool = False,
-        mean: Mean = "channel",
-        threads: int | None = None,
-        prefetch: int = 2,
-        hw_decoder_load: float = 1.0,
-        strict: bool = False,
-        quarantine: str | os.PathLike[str] | None = None,
+        data: str | os.PathLike[str], *, split: str = "train", batch_size: int = 128,
+        seed: int = 0, position: int = 0, rank: int = 0, world_size: int = 1,
+        device: Device = "cpu", view: View = "random", once: bool = False,
+        shuffle: Shuffle = "full", window: int = 16,
+        colour: Colour = 0.1, colour_divide: bool = False, mean: Mean = "channel",
+        threads: int | None = None, prefetch: int = 2, hw_decoder_load: float = 1.0,
+        strict: bool = False, quarantine: str | os.PathLike[str] | None = None,
         ledger: str | os.PathLike[str] | None = None,
-        cache: str | os.PathLike[str] | None = None,
-        cache_size: int = CACHE_SIZE,
-    ) -> None:
+        cache: str | os.PathLike[str] | None = None, cache_size: int = CACHE_SIZE,
+    ) -> None:  # fmt: skip
         """Open a split of a data set; the arguments are explained above."""
         asked = Asked(
             split=split, batch_size=batch_size, seed=seed, position=position, rank=rank,
             world_size=world_size, device=device, view=view, once=once, shuffle=shuffle,
             window=window, colour=colour, colour_divide=colour_divide, mean=mean,
-            threads=threads, prefetch=prefetch,
-            hw_decoder_load=hw_decoder_load,
+            threads=threads, prefetch=prefetch, hw_decoder_load=hw_decoder_load,
         )  # fmt: skip
         self._dataset = open_dataset(data, cache=cache, cache_size=cache_size)
-        self._storage = Storage(self._dataset, split)
-        self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)
-        statistics = Statistics.load(self._dataset.folder, self._storage.manifest.stats_sha256)
-        recipe = asked.recipe(statistics)
-        self.channel_mean = statistics.channel_mean
+        parts = Opened(asked, self._dataset)
+        if is_remote(os.fspath(data)):
+            parts.check_cache(cache_size)
+        self._storage = parts.storage
+        self.channel_mean = parts.statistics.channel_mean
         """float64 [3]: the mean of each channel over the training set."""
-        self.mean = recipe.subtracted
+        self.mean = parts.recipe.subtracted
         """float32 [3, 1, 1] or [3, 224, 224]: what was subtracted, for showing pictures."""
-        apart = mean == "picture" and view == "whole"
-        self.view_mean = torch.from_numpy(central(statistics)) if apart else None
+        self.view_mean = parts.view_mean
         """float32 [3, 224, 224] on the host: what has yet to be subtracted from each view cut out
         of a whole picture; None where all is done."""
-        order = asked.order([shard.samples for shard in self._storage.shards])
-        if is_remote(os.fspath(data)):
-            needed = order.needs(position)
-            # A pass in stored order reads shard after shard; the others are only fetched ahead.
-            self._fits(needed[:1] if once else needed, cache_size)
-        self._reader = Reader(
-            self._storage, order, recipe, asked.slice, self._quarantine, strict=strict
-        )
-        self._device = torch.device("cuda" if device == "gpu" else "cpu")
-        self._start = asked.starter(self._reader, self._storage.encoding)
         self.waits = Waits()
         """Seconds for which `next` has been waited so far, by what was not ready. Read ahead as it
         is, a stream that is quick enough has next to none."""
+        self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)
+        self._reader = parts.reader(self._quarantine, strict=strict)
+        self._device = torch.device("cuda" if device == "gpu" else "cpu")
+        self._start = asked.starter(self._reader, self._storage.encoding)
         self._flow: Flow | None = self._start(position, self.waits)
         self._ledger: Ledger | None = None
         if ledger:
-            about = asked.about(identity(self._dataset.folder), len(self._storage), recipe)
-            self._ledger = self._opened(Path(ledger), about)
+            self._ledger = self._opened(Path(ledger), parts)
 
     @property
     def samples(self) -> int:
@@ -253,28 +227,14 @@ class Stream:
     ) -> None:
         self.close()
 
-    def _opened(self, ledger: Path, about: About) -> Ledger:
+    def _opened(self, ledger: Path, parts: Opened) -> Ledger:
         """Open the ledger, or leave nothing of this stream open."""
         try:
+            about = parts.asked.about(identity(self._dataset.folder), self.samples, parts.recipe)
             return Ledger(ledger, about)
         except BaseException:
             self.close()
             raise
-
-    def _fits(self, needed: Collection[int], cache_size: int) -> None:
-        """Refuse a cache from which shards would be fetched again and again."""
-        size = sum(self._storage.shards[number].bytes for number in needed)
-        about = sum(  # not *.partial: another process's, gone the next moment
-            path.stat().st_size
-            for path in self._dataset.folder.iterdir()
-            if path.suffix in (".json", ".npy", ".npz")
-        )
-        if size + about > cache_size:
-            raise UsageError(
-                f"a cache of {cache_size:,} bytes cannot hold the {len(needed)} shards "
-                f"({size:,} bytes) that are read at a time, and the index; "
-                "give a larger --cache-size, or --shuffle block with a smaller --window"
-            )
 
     def _without(self, flow: Flow, failure: DecodeFailure) -> Flow:
         """Start anew at the batch that failed, without the samples that cannot be decoded."""

@@ -14,13 +14,10 @@ from pipeline.asked import Asked
 from pipeline.batches import Stream
 from pipeline.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset
 from pipeline.decode import Decoder, Device, Feed
-from pipeline.order import Order, Shuffle
+from pipeline.opened import Opened
+from pipeline.order import Shuffle
 from pipeline.picture import Encoding
-from pipeline.pixel_stats import Statistics
-from pipeline.quarantine import Quarantine
-from pipeline.reader import Loaded, Reader
-from pipeline.recipe import Recipe
-from pipeline.storage import Storage
+from pipeline.reader import Loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,31 +75,20 @@ class Setting:
         )  # fmt: skip
 
 
-class Parts:
-    """What a stream of some setting is made of."""
+class Parts(Opened):
+    """What a stream of some setting is made of, to be measured part by part."""
 
     def __init__(self, setting: Setting, dataset: DataSet) -> None:
         """Open them; `opened` closes them as well."""
-        asked = setting.asked
+        super().__init__(setting.asked, dataset)
         self.setting = setting
-        self.dataset = dataset
-        self.storage = Storage(dataset, setting.split)
-        self.order: Order = asked.order([shard.samples for shard in self.storage.shards])
-        statistics = Statistics.load(dataset.folder, self.storage.manifest.stats_sha256)
-        self.recipe: Recipe = asked.recipe(statistics)
         self.encoding: Encoding = self.storage.encoding
-        self._slice = asked.slice
 
     @property
     def bytes_each(self) -> float:
         """Bytes of a stored picture, on average, tar headers included."""
         shards = self.storage.shards
         return sum(shard.bytes for shard in shards) / len(self.storage)
-
-    def reader(self) -> Reader:
-        """A reader of its own state."""
-        quarantine = Quarantine(self.setting.split, None)
-        return Reader(self.storage, self.order, self.recipe, self._slice, quarantine, strict=False)
 
     def loaded(self, batches: int, position: int = 0) -> list[Loaded]:
         """The first batches from a position, read and kept."""
