@@ -31,7 +31,7 @@ from model.exchange import Exchange
 from pipeline.throughput import limits
 from pipeline.throughput.clock import Load, Rate
 from pipeline.throughput.examine import examine
-from pipeline.throughput.report import Row, row
+from pipeline.throughput.row import Row, row
 from pipeline.throughput.setting import Setting
 from pipeline.waits import Waits
 

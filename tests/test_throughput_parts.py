@@ -125,17 +125,18 @@ def test_the_lowest_bound_holds_the_stream_back():
     assert pixels_at(costs(), 2).median == pytest.approx(2000)
 
 
-@settings(max_examples=50)
-@given(st.lists(st.tuples(TIMES, TIMES), min_size=10, max_size=60), st.integers(1, 6))
-def test_queues_even_out_but_lift_no_bound(pairs, depth):
-    read, pixels = (list(part) for part in zip(*pairs, strict=True))
-    rate, longer = jitter(read, pixels, depth), jitter(read, pixels, depth + 1)
-    settled = len(read) // 5
-    assert longer >= rate * (1 - 0.35)  # what lay ready at the clock's start counts in a short run
-    slowest = max(max(read), max(pixels))
-    assert rate >= 1 / (slowest * 2 + 1e-9)
-    assert rate > 0
-    assert settled >= 2
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 5), st.integers(1, 5))
+def test_queues_even_out_but_lift_no_bound(seed, ratio, depth):
+    draws = np.random.default_rng(seed)
+    read, pixels = draws.exponential(0.01, 600), draws.exponential(0.01 * ratio, 600)
+    rates = [jitter(read, pixels, length) for length in (1, depth, depth + 1, 600)]
+    assert rates[0] <= rates[1] * 1.02
+    assert rates[1] <= rates[2] * 1.02  # a longer queue evens out more
+    assert rates[2] <= rates[3] * 1.1
+    slower = max(read.mean(), pixels.mean())
+    assert rates[1] <= 1.25 / slower  # of 600 draws; what lay ready at the clock's start
+    assert rates[0] >= 0.9 / (read.mean() + pixels.mean())  # never worse than one after the other
 
 
 def test_steady_queues_run_at_the_slower_side():
@@ -226,7 +227,7 @@ def test_raw_pictures_are_first_read_by_the_checksum(pictures, tmp_path):
     setting = Setting(data=str(tmp_path / "raw"), batch_size=8, threads=1)
     with opened(setting) as parts:
         found = stages.alone(parts, 0.05, 4)
-    rows = {stage.name: stage.rate.median for stage in found.stages}
+    rows = {row.name: row.img_s for row in found.stages}
     assert {"checksum", "feed", "normalise", "hand-over"} <= set(rows)
     assert not {"storage, page cache", "decode"} & set(rows)
     assert all(1 < rate < 1e9 for rate in rows.values())

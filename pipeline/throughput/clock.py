@@ -74,15 +74,25 @@ def measured(
     """
     work()
     settle()
+    return until_steady(lambda: _window(work, seconds / fewest, settle), fewest, most)
+
+
+def until_steady(window: Callable[[], float], fewest: int = FEWEST, most: int = MOST) -> Rate:
+    """Take windows, each of which gives a rate: `fewest`, and up to `most` until they agree."""
     rates: list[float] = []
     load = Load()
     while len(rates) < fewest or (len(rates) < most and not Rate(tuple(rates), 0, 0).steady):
-        done, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds / fewest:
-            done += work()
-        settle()
-        rates.append(done / (time.perf_counter() - start))
+        rates.append(window())
     return Rate(tuple(rates), load.cores(), load.others())
+
+
+def _window(work: Callable[[], int], seconds: float, settle: Callable[[], None]) -> float:
+    """Repeat `work` for some seconds; return its items a second."""
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        done += work()
+    settle()
+    return done / (time.perf_counter() - start)
 
 
 def in_turn(
@@ -106,11 +116,8 @@ def in_turn(
             for _ in range(drain):
                 works[key]()
             settle()
-            done, start, own = 0, time.perf_counter(), Load()
-            while time.perf_counter() - start < seconds / turns:
-                done += works[key]()
-            settle()
-            rates[key].append(done / (time.perf_counter() - start))
+            own = Load()
+            rates[key].append(_window(works[key], seconds / turns, settle))
             cpu[key] += own.cores() / turns
     others = load.others()
     return {key: Rate(tuple(found), cpu[key], others) for key, found in rates.items()}

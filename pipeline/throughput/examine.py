@@ -14,7 +14,8 @@ from pipeline.throughput.clock import Rate
 from pipeline.throughput.machine import machine, memory_bytes
 from pipeline.throughput.prediction import Costs, bounds, predicted
 from pipeline.throughput.remedies import Now, Remedy, knee, remedies, sweep
-from pipeline.throughput.report import Report, Row, row, row_of
+from pipeline.throughput.report import Report
+from pipeline.throughput.row import Row, row
 from pipeline.throughput.setting import Parts, Setting, opened
 from pipeline.throughput.stages import Alone
 from pipeline.throughput.store import Fetching, fetching
@@ -72,23 +73,19 @@ def state_of(
     parts: Parts, alone: Alone, costs: Costs, found: Whole, fetched: Fetching | None
 ) -> Now:
     """In which state the set is read most of the time, and what the stream gives then."""
-    size = sum(shard.bytes for shard in parts.storage.shards)
-    fits = size < memory_bytes()
-    measured = found.rate.median
+    fits = sum(shard.bytes for shard in parts.storage.shards) < memory_bytes()
+    cold, slow, read = alone.cold, costs, alone.warm
+    state = "From the page cache"
     if fetched is not None:
         store = fetched.together / parts.bytes_each
         slow = costs.but(store=store, fetch_cpu=fetched.cpu / store)
-        gives = measured * predicted(slow) / predicted(costs)
-        return Now(parts=parts, alone=alone, costs=slow, img_s=gives, fits=fits,
-                   state="In its first epoch, from the store,")  # fmt: skip
-    if fits or alone.cold is None:
-        return Now(parts=parts, alone=alone, costs=costs, img_s=measured, fits=fits,
-                   state="From the page cache")  # fmt: skip
-    cold = alone.cold
-    slow = costs.but(reader=cold.seconds, reader_cpu=min(1.0, cold.cpu))
-    gives = measured * predicted(slow) / predicted(costs)
-    return Now(parts=parts, alone=alone, costs=slow, img_s=gives, fits=fits,
-               state="From the disk (it is larger than memory)")  # fmt: skip
+        state = "In its first epoch, from the store,"
+    elif not fits and cold is not None:
+        slow = costs.but(reader=cold.seconds, reader_cpu=min(1.0, cold.cpu))
+        read, state = cold, "From the disk (it is larger than memory)"
+    gives = found.rate.median * predicted(slow) / predicted(costs)
+    return Now(parts=parts, alone=alone, costs=slow, reading=read, img_s=gives, fits=fits,
+               state=state)  # fmt: skip
 
 
 def _report(
@@ -97,7 +94,7 @@ def _report(
 ) -> Report:  # fmt: skip
     parts = now.parts
     setting, each = parts.setting, parts.bytes_each
-    rows = (*(row_of(stage) for stage in now.alone.stages), *extra)
+    rows = (*now.alone.stages, *extra)
     if fetched is not None:
         rows = (_fetch_row(fetched, each), *rows)
     decode = next((one.limit_img_s for one in rows if one.name == "decode"), None)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from pipeline.throughput import raw_trial, stages
 from pipeline.throughput.clock import Rate, in_turn
 from pipeline.throughput.machine import memory_bytes
 from pipeline.throughput.prediction import Costs, jitter, predicted
-from pipeline.throughput.reading import reading_cold
+from pipeline.throughput.reading import Reading, reading_cold
 from pipeline.throughput.setting import Parts
 from pipeline.throughput.stages import Alone
 
@@ -43,6 +42,8 @@ class Now:
     alone: Alone
     costs: Costs
     """In the state of the set that counts: from memory, from the disk, or from its store."""
+    reading: Reading
+    """Of the reading thread in that state."""
     img_s: float
     """Measured, or where that state was not measured, predicted."""
     fits: bool
@@ -80,9 +81,7 @@ def _threads(now: Now) -> Iterator[Remedy]:
 
 def _prefetch(now: Now) -> Iterator[Remedy]:
     setting = now.parts.setting
-    read = now.alone.warm.each if now.costs.reader == now.alone.warm.seconds else (
-        now.alone.cold.each if now.alone.cold else now.alone.warm.each
-    )  # fmt: skip
+    read = now.reading.each
     pixels = stages.pixel_seconds(now.parts, now.alone.loaded, 60)
     turns = max(len(read), len(pixels), 200)
     reads = [read[turn % len(read)] for turn in range(turns)]
@@ -110,13 +109,10 @@ def _decoder_load(now: Now, seconds: float) -> Iterator[Remedy]:
                      note="raw pictures" if setting.device == "gpu" else "needs a GPU")  # fmt: skip
         return
     loads = sorted({0.0, 0.5, 0.75, 1.0, setting.hw_decoder_load})
-    with ExitStack() as held:
-        works = {}
-        for load in loads:
-            parts = Parts(setting.but(hw_decoder_load=load), now.parts.dataset)
-            held.callback(parts.storage.close)
-            works[load] = stages.pixels(parts, now.alone.loaded, setting.threads)
-        rates = in_turn(works, seconds, settle=stages.settling(now.parts))
+    works = {
+        load: stages.pixels(now.parts, now.alone.loaded, setting.threads, load) for load in loads
+    }
+    rates = in_turn(works, seconds, settle=stages.settling(now.parts))
     present = rates.pop(setting.hw_decoder_load)
     best = max(rates, key=lambda load: rates[load].median)
     note = "" if best in (0.0, 1.0) else "pixels then depend a little on their batch"
@@ -209,7 +205,7 @@ def sweep(parts: Parts, alone: Alone, counts: Sequence[int], seconds: float) -> 
     """Return the costs of the stream, with DALI's rate at each number of threads."""
     works = {count: stages.pixels(parts, alone.loaded, count) for count in counts}
     rates = in_turn(works, seconds, settle=stages.settling(parts))
-    hand_over = next(stage.rate.median for stage in alone.stages if stage.name == "hand-over")
+    hand_over = next(row.img_s for row in alone.stages if row.name == "hand-over")
     return Costs(
         reader=alone.warm.seconds, pixels=rates, hand_over=1 / hand_over,
         cores=parts.setting.cores, threads=parts.setting.threads,

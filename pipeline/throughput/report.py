@@ -10,35 +10,11 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.files import sealed
-from pipeline.throughput.clock import Rate
 from pipeline.throughput.machine import Machine
 from pipeline.throughput.remedies import Remedy
-from pipeline.throughput.stages import Stage
+from pipeline.throughput.row import Row
 
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A stage alone, or the whole."""
-
-    name: str
-    img_s: float
-    spread: float
-    """Half of what the middle half of the windows spans, over the median."""
-    error: float
-    """Standard error of the median, over the median."""
-    steady: bool
-    cores: float
-    """Cores kept busy."""
-    others: float
-    """Share of the machine that others kept busy, 0..1."""
-    bytes_s: float
-    limit_img_s: float | None = None
-    share: float | None = None
-    """Of the limit, 0..1."""
-    against: str = ""
-    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,26 +64,6 @@ class Report:
         """As JSON has it."""
         found: dict[str, Any] = rounded(dataclasses.asdict(self))
         return found
-
-
-def row_of(stage: Stage) -> Row:
-    """A stage as a row."""
-    return row(
-        stage.name, stage.rate, stage.bytes, limit=stage.limit, against=stage.against,
-        note=stage.note,
-    )  # fmt: skip
-
-
-def row(
-    name: str, rate: Rate, size: float, *, limit: float | None = None, against: str = "",
-    note: str = "",
-) -> Row:  # fmt: skip
-    """A rate as a row; `size` is in bytes a picture."""
-    return Row(
-        name=name, img_s=rate.median, spread=rate.spread, error=rate.error, steady=rate.steady,
-        cores=rate.cpu, others=rate.others, bytes_s=rate.median * size, limit_img_s=limit,
-        share=rate.median / limit if limit else None, against=against, note=note,
-    )  # fmt: skip
 
 
 def rounded(value: Any) -> Any:

@@ -102,13 +102,16 @@ class Parts(Opened):
         ):
             reader.give_back(loaded)
 
-    def decoder(self, feeds: list[Feed], threads: int) -> Decoder:
-        """A decoder that is given the same feeds again and again."""
+    def decoder(self, feeds: list[Feed], threads: int, load: float | None = None) -> Decoder:
+        """A decoder that is given the same feeds again and again.
+
+        `load` is another hardware-decoder load than the setting's.
+        """
         setting = self.setting
         return Decoder(
             itertools.cycle(feeds).__next__, batch_size=setting.batch_size, device=setting.device,
             threads=threads, prefetch=setting.prefetch, size=224, encoding=self.encoding,
-            hw_decoder_load=setting.hw_decoder_load,
+            hw_decoder_load=setting.hw_decoder_load if load is None else load,
         )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from pipeline.throughput import limits
 from pipeline.throughput.clock import Rate, measured
 from pipeline.throughput.machine import in_threads
 from pipeline.throughput.reading import Reading, reading, reading_cold
+from pipeline.throughput.row import Row, row
 from pipeline.throughput.setting import Parts
 
 T = TypeVar("T")
@@ -48,34 +49,17 @@ CROPPED = 3 * CROP * CROP
 """Bytes of a crop, uint8."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage, alone."""
-
-    name: str
-    rate: Rate
-    """Pictures a second."""
-    bytes: float
-    """Bytes that it reads and writes for a picture."""
-    limit: float | None = None
-    """Pictures a second that this machine could do at best; None: there is no such figure."""
-    against: str = ""
-    """What that limit is."""
-    note: str = ""
-
-    @property
-    def share(self) -> float | None:
-        """How much of the limit is reached, 0..1."""
-        return self.rate.median / self.limit if self.limit else None
-
-
-def pixels(parts: Parts, loaded: Sequence[Loaded], threads: int) -> Callable[[], int]:
+def pixels(
+    parts: Parts, loaded: Sequence[Loaded], threads: int, load: float | None = None
+) -> Callable[[], int]:
     """All that DALI does, decoding and normalising, with `threads` threads and nothing beside.
+
+    `load` is another hardware-decoder load than the setting's.
 
     Returns:
         what makes a batch, for `measured` and `in_turn`.
     """
-    decoder = parts.decoder([one.feed for one in loaded], threads)
+    decoder = parts.decoder([one.feed for one in loaded], threads, load)
     size = parts.setting.batch_size
 
     def step() -> int:
@@ -197,7 +181,7 @@ def settling(parts: Parts) -> Callable[[], None]:
 class Alone:
     """All stages alone, and the figures that a prediction starts from."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[Row, ...]
     warm: Reading
     cold: Reading | None
     """None: this machine does not let go of the pages."""
@@ -226,29 +210,26 @@ def alone(parts: Parts, seconds: float, batches: int) -> Alone:
 
 def _reader_stages(
     parts: Parts, found: Alone, paths: Sequence[Path], seconds: float
-) -> Iterator[Stage]:
+) -> Iterator[Row]:
     each, warm, cold = parts.bytes_each, found.warm, found.cold
     if cold is not None:
-        yield Stage(
-            name="storage, cold", rate=cold.rate(), bytes=each,
+        yield row(
+            "storage, cold", cold.rate(), each,
             limit=found.disk / each or None, against="disk, files end to end",
             note="with checksum and feed, which the kernel reads ahead under",
         )  # fmt: skip
     if parts.encoding == "jpeg":  # raw ones are mapped: the checksum is the first to read them
-        yield Stage(
-            name="storage, page cache", rate=warm.rate("storage"), bytes=each,
+        yield row(
+            "storage, page cache", warm.rate("storage"), each,
             limit=limits.page_cache(paths, seconds / 2).median / each,
             against="page cache, end to end, one thread",
         )  # fmt: skip
-    yield Stage(
-        name="checksum", rate=warm.rate("checksum"), bytes=each,
+    yield row(
+        "checksum", warm.rate("checksum"), each,
         limit=limits.checksum(round(each), seconds / 2).median / each,
         against="CRC-32 alone, one thread",
     )  # fmt: skip
-    yield Stage(
-        name="feed", rate=warm.rate("feed", "fetch"), bytes=0,
-        note="order, draws and views, in Python",
-    )  # fmt: skip
+    yield row("feed", warm.rate("feed", "fetch"), 0, note="order, draws and views, in Python")
 
 
 def _some_here(parts: Parts) -> Sequence[Shard]:
@@ -258,7 +239,7 @@ def _some_here(parts: Parts) -> Sequence[Shard]:
     return here[:16]
 
 
-def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Iterator[Stage]:
+def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Iterator[Row]:
     setting, each = parts.setting, parts.bytes_each
     gpu = setting.device == "gpu"
     jpegs = [picture for one in loaded for picture in one.feed.pictures]
@@ -269,31 +250,28 @@ def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Ite
             )
         else:
             limit = limits.libjpeg(jpegs, setting.threads, seconds / 2)
-        yield Stage(
-            name="decode", rate=decode(parts, loaded, seconds), bytes=each + CROPPED,
-            limit=limit.median,
+        yield row(
+            "decode", decode(parts, loaded, seconds), each + CROPPED, limit=limit.median,
             against="nvJPEG of whole pictures, nothing else" if gpu
             else f"bare libjpeg-turbo, whole pictures, {in_threads(setting.threads)}",
         )  # fmt: skip
     moved = CROPPED * (1 + (2 if gpu else 4))
-    memory = (limits.device_memory if gpu else lambda s: limits.memory(setting.threads, s))(
-        seconds / 2
-    )
-    yield Stage(
-        name="normalise", rate=normalise(parts, loaded, seconds), bytes=moved,
+    half = seconds / 2
+    memory = limits.device_memory(half) if gpu else limits.memory(setting.threads, half)
+    yield row(
+        "normalise", normalise(parts, loaded, seconds), moved,
         limit=memory.median / moved,
         against="GPU memory, copied" if gpu else f"memory, copied by {in_threads(setting.threads)}",
         note="with the copy to the GPU" if gpu else "",
     )  # fmt: skip
     if gpu:
         across = each if parts.encoding == "jpeg" else SIZE * SIZE * 3
-        bus = limits.to_device(seconds / 2)
-        yield Stage(
-            name="copy to the GPU", rate=copied(parts, loaded, seconds), bytes=across,
-            limit=bus.median / across, against="PCIe, pinned blocks of 64 MiB",
+        yield row(
+            "copy to the GPU", copied(parts, loaded, seconds), across,
+            limit=limits.to_device(half).median / across, against="PCIe, pinned blocks of 64 MiB",
         )  # fmt: skip
-    yield Stage(name="hand-over", rate=hand_over(parts, loaded, seconds / 2), bytes=0,
-                note="tensors of what is ready; nothing is copied")  # fmt: skip
+    yield row("hand-over", hand_over(parts, loaded, half), 0,
+              note="tensors of what is ready; nothing is copied")  # fmt: skip
 
 
 def copied(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:

@@ -7,7 +7,8 @@ import rich.console
 import rich.table
 
 from pipeline.throughput.remedies import WORTH
-from pipeline.throughput.report import Report, Row
+from pipeline.throughput.report import Report
+from pipeline.throughput.row import Row
 
 
 def show(report: Report, console: rich.console.Console) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline.throughput.clock import OTHERS
 from pipeline.throughput.prediction import Bound
 from pipeline.throughput.remedies import WORTH, Remedy
-from pipeline.throughput.report import Row
+from pipeline.throughput.row import Row
 
 ENOUGH = 1.1
 """Headroom over the trainer with which a stream is quick enough (AU of 90 % and more)."""

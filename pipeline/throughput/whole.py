@@ -10,7 +10,7 @@ from itertools import islice
 
 import torch
 
-from pipeline.throughput.clock import Load, Rate
+from pipeline.throughput.clock import FEWEST, Rate, until_steady
 from pipeline.throughput.setting import Setting
 from pipeline.waits import Waits
 
@@ -120,13 +120,8 @@ def running(setting: Setting, position: int = 0) -> Iterator[Run]:
         run.close()
 
 
-def whole(setting: Setting, seconds: float, fewest: int = 5, most: int = 15,
-          tell: Callable[[], None] = lambda: None) -> Whole:  # fmt: skip
-    """Measure the stream in `fewest` windows, and up to `most` until they agree."""
+def whole(setting: Setting, seconds: float) -> Whole:
+    """Measure the stream, `seconds` in all if its windows agree, longer if they do not."""
     with running(setting) as run:
-        load, rates = Load(), list[float]()
-        while len(rates) < fewest or (len(rates) < most and not Rate(tuple(rates), 0, 0).steady):
-            rates.append(run.window(seconds / fewest))
-            tell()
-        rate = Rate(tuple(rates), load.cores(), load.others())
+        rate = until_steady(lambda: run.window(seconds / FEWEST))
         return Whole(rate=rate, asked=tuple(run.asked), prefetch=setting.prefetch)
