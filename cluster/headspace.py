@@ -92,9 +92,10 @@ def measure(config: Config, data: str, place: Place, tell: Tell) -> None:
     """
     keep_memory()
     torch.set_num_threads(place.cores)
+    # As good as no rate: so many steps on the same few batches may end in a loss that is no number.
     config = replace(
-        config, validate_every=0, statistics_every=0, schedule="dexp", store="", ledger=False,
-        tensorboard=False, steps=10**7, epochs=1.0, init="",
+        config, validate_every=0, statistics_every=0, store="", ledger=False, tensorboard=False,
+        schedule="dexp", changes=(), layer_rates=(), lr=1e-9, steps=10**7, epochs=1.0, init="",
     )  # fmt: skip
     samples, _ = look_up(config, data)
     with (

@@ -1,12 +1,12 @@
 """`cluster.train --measure`: where a step's time goes, for the settings and machines of a run.
 
-Writes RUN/measure.json, and RUN/throughput.json and .html with the step in it.
+Writes RUN/measure.json, and RUN/throughput.html with the step in it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from cluster.attempt import Attempt
 from cluster.config import Config
 from cluster.console import Screen
 from cluster.events import Measured
-from cluster.nodes import has_gpus, living
+from cluster.nodes import living, uses_gpus
 from cluster.rows import WAITS
 from cluster.run_folder import MEASURE
 from cluster.topology import plan
@@ -30,7 +30,9 @@ NAMES = {
 """Parts of a step in words."""
 
 
-def measure_with_ray(config: Config, data: str, folder: Path, screen: Screen, aside: Any) -> None:
+def measure_with_ray(
+    config: Config, data: str, folder: Path, screen: Screen, aside: Callable[[], str]
+) -> None:
     """Have workers measure, show what they found and write it down; needs a Ray.
 
     Raises:
@@ -38,7 +40,7 @@ def measure_with_ray(config: Config, data: str, folder: Path, screen: Screen, as
         DuetError: it failed.
         KeyboardInterrupt: the user ended it.
     """
-    gpu = config.device == "gpu" or (config.device == "auto" and has_gpus())
+    gpu = uses_gpus(config)
     room = plan(living(), sizes=config.replica_sizes, size=config.size, gpu=gpu)
     attempt = Attempt(config, data, folder, room, measure=True)
     found: Mapping[str, Any] | None = None

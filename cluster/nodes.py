@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.config import Config
 from cluster.topology import Node, Plan
 
 
@@ -46,6 +47,11 @@ def has_gpus() -> bool:
     import ray
 
     return any(node["Alive"] and node["Resources"].get("GPU") for node in ray.nodes())
+
+
+def uses_gpus(config: Config) -> bool:
+    """Whether the workers of a run are to have GPUs, as things stand now."""
+    return config.device == "gpu" or (config.device == "auto" and has_gpus())
 
 
 def name_of(identity: str) -> str:

@@ -25,7 +25,7 @@ from cluster.attempt import Attempt
 from cluster.config import Config
 from cluster.console import Screen
 from cluster.events import Event, Placed, Started
-from cluster.nodes import draining, has_gpus, living, name_of
+from cluster.nodes import draining, living, name_of, uses_gpus
 from cluster.run_folder import ATTEMPTS, last_attempt, last_step
 from cluster.run_mirror import DRIVERS, mirror_of
 from cluster.topology import Node, NoRoom, Plan, plan
@@ -65,7 +65,7 @@ class Supervisor:
         self._config, self._data, self._run, self._screen = config, data, run, screen
         self._reached, self._aside = reached, aside
         # Decided once: a run that has lost its GPUs must not creep on on CPUs.
-        self._gpu = config.device == "gpu" or (config.device == "auto" and has_gpus())
+        self._gpu = uses_gpus(config)
         self._mirror = mirror_of(run, config.store)
         self._number = last_attempt(run)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
-from contextlib import closing, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,14 +150,11 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> N
     Raises:
         DuetError: the run failed.
     """
-    from cluster.ray_session import session
     from cluster.supervisor import Supervisor
 
-    aside = io.StringIO()  # what Ray has to say on stdout
-    workers = config.size * config.replica_sizes[-1]
-    with redirect_stdout(aside), session(workers):
+    with a_ray(config) as aside:
         Supervisor(
-            config, data, folder, screen, lambda: reached(folder, config.store), aside.getvalue
+            config, data, folder, screen, lambda: reached(folder, config.store), aside
         ).train()
 
 
@@ -168,12 +165,19 @@ def measure(config: Config, data: str, folder: Path, screen: Screen) -> None:
         DuetError: they failed.
     """
     from cluster.measure import measure_with_ray
+
+    with a_ray(config) as aside:
+        measure_with_ray(config, data, folder, screen, aside)
+
+
+@contextmanager
+def a_ray(config: Config) -> Iterator[Callable[[], str]]:
+    """A Ray for the workers of a config; yields what tells what Ray has said on stdout so far."""
     from cluster.ray_session import session
 
     aside = io.StringIO()
-    workers = config.size * config.replica_sizes[-1]
-    with redirect_stdout(aside), session(workers):
-        measure_with_ray(config, data, folder, screen, aside.getvalue)
+    with redirect_stdout(aside), session(config.size * config.replica_sizes[-1]):
+        yield aside.getvalue
 
 
 if __name__ == "__main__":

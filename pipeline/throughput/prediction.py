@@ -73,7 +73,7 @@ def bounds(costs: Costs) -> list[Bound]:
               f"one thread, {costs.reader.total * 1e6:.0f} µs a picture", costs.reader._asdict()),
         Bound("the pixels", pixels.median, f"DALI with {in_threads(costs.threads)}"),
         Bound("the processors", costs.cores / max(1e-12, sum(work.values())),
-              f"{sum(work.values()) * 1e6:.0f} µs of a core a picture, {costs.cores} cores", work),
+              f"{sum(work.values()) * 1e6:.0f} µs of a core a picture, {costs.cores} core{'s' if costs.cores > 1 else ''}", work),
     ]  # fmt: skip
     if costs.store:
         found.append(Bound("the store", costs.store))
