@@ -65,7 +65,7 @@ def test_a_cache_too_small_for_the_order_is_refused(tiny_data, tmp_path):
     shards = [path.stat().st_size for path in tiny_data.glob("train-*.tar")]
     about = sum(path.stat().st_size for path in tiny_data.glob("*.[nj][ps]*"))
     with Server(tiny_data) as server:
-        one = {"cache": tmp_path / "one", "cache_size": about + 2 * max(shards)}
+        one = {"cache": tmp_path / "one", "cache_size": about + max(shards) * 3 // 2}
         with Stream(server.address, split="val", once=True, batch_size=4, **one) as stream:
             assert len(list(stream)) == 5  # shard after shard
         small = {"cache": tmp_path, "cache_size": about + sum(shards) - 10}

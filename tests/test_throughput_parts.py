@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batches import Stream
-from pipeline.storage import Storage
 from pipeline.throughput import stages
-from pipeline.throughput import tune as tuning
 from pipeline.throughput.clock import Load, Rate, in_turn, measured
 from pipeline.throughput.compare import changes, regressed, unlike
 from pipeline.throughput.examine import thread_counts
 from pipeline.throughput.plan import Question, plan
-from pipeline.throughput.prediction import Costs, bounds, jitter, pixels_at, predicted
+from pipeline.throughput.prediction import bounds, jitter, pixels_at, predicted
 from pipeline.throughput.setting import Setting, opened
-from pipeline.waits import Spent, Waits
+from pipeline.waits import Spent
 from tests.drawn import packed
+from tests.made_up import costs
 
 TIMES = st.floats(1e-6, 1e-2)
 
@@ -56,6 +53,27 @@ def test_things_measured_in_turn_keep_their_order():
     assert 2 < rates[1].median / rates[2].median < 4
 
 
+def test_what_lay_ready_before_a_window_is_not_counted():
+    def ahead(seconds: float):
+        """Two items are made while nobody asks, as by a decoder that is left alone."""
+        state = {"ready": 2, "asked": time.perf_counter()}
+
+        def work() -> int:
+            if time.perf_counter() - state["asked"] > 0.05:
+                state["ready"] = 2
+            if state["ready"]:
+                state["ready"] -= 1
+            else:
+                time.sleep(seconds)
+            state["asked"] = time.perf_counter()
+            return 1
+
+        return work
+
+    rates = in_turn({1: ahead(0.02), 2: ahead(0.02)}, 0.5)
+    assert all(rate.median < 1.1 / 0.02 for rate in rates.values())
+
+
 def test_own_work_is_not_others():
     load, start, until = Load(), time.perf_counter(), time.process_time() + 0.3
     while time.process_time() < until:
@@ -63,54 +81,6 @@ def test_own_work_is_not_others():
     cores = load.cores()
     assert cores * (time.perf_counter() - start) == pytest.approx(0.3, rel=0.2)
     assert 0 <= load.others() <= 1
-
-
-@given(st.lists(TIMES, min_size=4, max_size=4), st.floats(0, 10))
-def test_waiting_for_a_reader_is_shared_out_by_what_it_did(parts, seconds):
-    waits, spent = Waits(), Spent(*parts)
-    waits.on_reader(seconds, spent)
-    assert waits.total == pytest.approx(seconds)
-    assert waits.storage == pytest.approx(seconds * spent.storage / spent.total)
-
-
-def test_waits_add_up_to_the_wall_and_name_what_is_slow(tiny_data, monkeypatch):
-    read = Storage.read
-
-    def slow(self, ids, into):
-        time.sleep(0.05)
-        self._reading += 0.05
-        return read(self, ids, into)
-
-    monkeypatch.setattr(Storage, "read", slow)
-    with Stream(tiny_data, batch_size=8, threads=1) as stream:
-        for _ in range(6):
-            next(stream)
-        before, start = stream.waits.copy(), time.perf_counter()
-        for _ in range(10):
-            next(stream)
-        wall, waits = time.perf_counter() - start, stream.waits.since(before)
-        assert stream.read_ahead == 0
-    assert waits.total == pytest.approx(wall, rel=0.03)
-    assert waits.storage > 0.8 * wall
-
-
-def test_a_stream_that_is_ahead_is_hardly_waited_for(tiny_data):
-    with Stream(tiny_data, batch_size=8, threads=1) as stream:
-        for _ in range(4):
-            next(stream)
-        before = stream.waits.copy()
-        for _ in range(5):
-            time.sleep(0.1)  # a trainer's step
-            next(stream)
-        assert stream.read_ahead == 2
-        assert stream.waits.since(before).total < 0.1
-
-
-def costs(**changes):
-    pixels = {1: Rate((1000.0,), 1.0, 0.0), 4: Rate((4000.0,), 4.0, 0.0)}
-    given = {"reader": Spent(0, 1e-5, 1e-6, 1e-5), "pixels": pixels, "hand_over": 1e-6,
-             "cores": 4, "threads": 4}  # fmt: skip
-    return Costs(**(given | changes))
 
 
 def test_the_lowest_bound_holds_the_stream_back():
@@ -121,6 +91,8 @@ def test_the_lowest_bound_holds_the_stream_back():
     assert predicted(costs()) == min(found.values()) == found["the processors"]
     assert predicted(costs(threads=1)) == 1000
     assert predicted(costs(store=500.0)) == 500
+    busy = costs(store=1e6, fetch_cpu=2e-3)  # fetching and checking takes of the same processors
+    assert predicted(busy) == pytest.approx(4 / (2.1e-5 + 1e-6 + 1e-3 + 2e-3))
     assert predicted(costs(reader=Spent(0, 0.01))) == pytest.approx(100)
     assert pixels_at(costs(), 2).median == pytest.approx(2000)
 
@@ -180,40 +152,6 @@ def test_a_plan_is_arithmetic_on_marked_figures():
     answer = {need.name: need for need in plan(slow, None).needs}
     assert answer["first epoch"].value == pytest.approx(1_281_167 * 37_300 / 250e6 / 60)
     assert answer["read, all nodes"].enough is False
-
-
-class Fake:
-    """A stream whose rate follows from its setting."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-
-    def window(self, seconds: float, batches: int = 1) -> float:
-        return self._rate
-
-
-@pytest.mark.parametrize(
-    ("rates", "best"),
-    [
-        ({"threads": {3: 1.3}, "prefetch": {4: 1.2}}, {"threads": 3, "prefetch": 4}),
-        ({"threads": {3: 1.01}, "prefetch": {}}, {}),
-        ({"threads": {1: 0.5, 3: 0.9}, "prefetch": {3: 1.1}}, {"prefetch": 3}),
-    ],
-)
-def test_the_search_finds_what_is_better_and_keeps_the_default_else(monkeypatch, rates, best):
-    @contextmanager
-    def running(setting):
-        factor = 1.0
-        for name, gains in rates.items():
-            factor *= gains.get(getattr(setting, name), 1.0)
-        yield Fake(1000 * factor)
-
-    monkeypatch.setattr(tuning, "running", running)
-    monkeypatch.setattr(tuning, "thread_counts", lambda setting: [1, 2, 3])
-    tuned = tuning.tune(Setting(data="x", threads=2))
-    assert tuned.change == best
-    if best:
-        assert tuned.gain > 1.02
 
 
 def test_threads_from_one_to_more_than_there_are_cores_are_tried():

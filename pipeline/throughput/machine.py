@@ -47,6 +47,11 @@ def _processor() -> str:
                  if line.startswith("model name")), platform.processor())  # fmt: skip
 
 
+def in_cores(count: int) -> str:
+    """A number of cores in words."""
+    return f"{count} core{'s' if count > 1 else ''}"
+
+
 def in_threads(count: int) -> str:
     """A number of threads in words."""
     return f"{count} thread{'s' if count > 1 else ''}"

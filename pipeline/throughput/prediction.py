@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.throughput.clock import Rate
-from pipeline.throughput.machine import in_threads
+from pipeline.throughput.machine import in_cores, in_threads
 from pipeline.waits import Spent
 
 
@@ -73,7 +73,8 @@ def bounds(costs: Costs) -> list[Bound]:
               f"one thread, {costs.reader.total * 1e6:.0f} µs a picture", costs.reader._asdict()),
         Bound("the pixels", pixels.median, f"DALI with {in_threads(costs.threads)}"),
         Bound("the processors", costs.cores / max(1e-12, sum(work.values())),
-              f"{sum(work.values()) * 1e6:.0f} µs of a core a picture, {costs.cores} core{'s' if costs.cores > 1 else ''}", work),
+              f"{sum(work.values()) * 1e6:.0f} µs of a core a picture, {in_cores(costs.cores)}",
+              work),
     ]  # fmt: skip
     if costs.store:
         found.append(Bound("the store", costs.store))
@@ -97,23 +98,21 @@ def pixels_at(costs: Costs, threads: int) -> Rate:
 
 
 def jitter(read: Sequence[float], pixels: Sequence[float], depth: int) -> float:
-    """Return the batches a second that come through queues of `depth`.
+    """Return the batches a second that come through a queue of `depth`.
 
-    Batch k is read once batch k-1 is, and there is room for it; it is decoded once it is read,
-    batch k-1 is decoded, and batch k-depth is taken. Its taker is always waiting.
+    Batch k is read once batch k-1 is, and there is room for it; it is decoded once it is read and
+    batch k-1 is decoded. Its taker is always waiting: behind DALI nothing has to be evened out.
 
     Args:
         read: seconds that reading a batch takes, batch by batch.
         pixels: seconds that DALI takes for it.
-        depth: batches that may be ahead at each of the two places.
+        depth: batches that may lie read.
     """
     count = len(read)
-    out, decoded, taken = np.zeros(count), np.zeros(count), np.zeros(count)
+    out, decoded = np.zeros(count), np.zeros(count)
     for k in range(count):
         room = decoded[k - depth - 1] if k > depth else 0.0  # one more is in the making
         out[k] = max(out[k - 1] if k else 0.0, room) + read[k]
-        free = taken[k - depth] if k >= depth else 0.0
-        decoded[k] = max(out[k], decoded[k - 1] if k else 0.0, free) + pixels[k]
-        taken[k] = max(decoded[k], taken[k - 1] if k else 0.0)
+        decoded[k] = max(out[k], decoded[k - 1] if k else 0.0) + pixels[k]
     settled = count // 5
-    return float((count - settled) / (taken[-1] - (taken[settled - 1] if settled else 0.0)))
+    return float((count - settled) / (decoded[-1] - (decoded[settled - 1] if settled else 0.0)))
