@@ -17,12 +17,12 @@ PACK   ?=
 
 ifeq ($(strip $(TRAIN)),)
 NAME   ?= demo
-CONFIG ?= configs/demo.toml
+CONFIG ?= cluster/configs/demo.toml
 else
 # cifar10/train -> cifar10, pictures -> pictures, archive.tar -> archive
 folder := $(abspath $(TRAIN))
 NAME   ?= $(or $(basename $(filter-out train,$(notdir $(folder)))),$(notdir $(patsubst %/,%,$(dir $(folder)))),own)
-CONFIG ?= configs/narrow.toml
+CONFIG ?= cluster/configs/narrow.toml
 endif
 DATA   ?= data/$(NAME)
 RUN    ?= runs/$(NAME)
@@ -36,7 +36,7 @@ install = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c c
 help:
 	@echo 'make train                        draw a demo set, pack, train, evaluate, report'
 	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own pictures (VAL, or HOLDOUT=0.1)'
-	@echo '           [CONFIG=configs/narrow.toml] [DATA=data/NAME] [RUN=runs/NAME]'
+	@echo '           [CONFIG=cluster/configs/narrow.toml] [DATA=data/NAME] [RUN=runs/NAME]'
 	@echo '           [FLAGS="flags of cluster.train"], for example --columns-per-worker 2 with a single GPU'
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
@@ -64,7 +64,7 @@ install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 ifeq ($(strip $(TRAIN)),)
-	@$(py) -m pipeline.demo_pictures data/demo-pictures
+	@$(py) -m pipeline.demo_images data/demo-pictures
 	@$(py) -m pipeline.build_shards $(DATA) --train data/demo-pictures/train --val data/demo-pictures/val $(PACK)
 else
 	@$(py) -m pipeline.build_shards $(DATA) --train $(TRAIN) $(if $(strip $(VAL)),--val $(VAL),--holdout $(HOLDOUT)) $(PACK)
@@ -85,7 +85,7 @@ test: check
 
 # Not part of `make test`: half an hour, and it wants a quiet machine.
 soak: $(VENV)/.dev
-	@$(py) -m tests.soak runs/soak --kills $(KILLS)
+	@$(py) -m tests.end_to_end.soak runs/soak --kills $(KILLS)
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .

@@ -36,8 +36,8 @@ import tyro
 from builders import BUILDERS, Builder
 from builders.quality import qualities, quality_table
 
-from pipeline.errors import SetupError, UsageError, run
-from pipeline.progress import Progress
+from pipeline.tools.errors import SetupError, UsageError, run
+from pipeline.tools.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,10 +36,10 @@ from peers import PEERS, Peer
 from peers.turns import Runner
 from peers.work import Work
 
-from pipeline.errors import UsageError, run
-from pipeline.manifest import Manifest
-from pipeline.pixel_stats import Statistics
-from pipeline.progress import Progress
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.manifest import Manifest
+from pipeline.tools.errors import UsageError, run
+from pipeline.tools.progress import Progress
 
 EPOCH = 25_600
 """Pictures in a loader's epoch at least: smaller sets are gone over several times."""

@@ -1,4 +1,4 @@
-"""Exact and Hamming search of `cluster.neighbours` beside faiss's: the same rows, in turn.
+"""Exact and Hamming search of `cluster.experiments.neighbors` beside faiss's: the same rows, in turn.
 
     pip install -e ".[faiss]"
     python benchmarks/neighbours.py [--base 50000] [--queries 1000] [--units 4096] [--rounds 3]
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import tyro
 
+from cluster.experiments.neighbors.search import Base, nearest
 from cluster.neighbours.hamming import Hamming, pack
-from cluster.neighbours.search import Base, nearest
-from pipeline.dataset import parse_size
+from pipeline.remote.dataset import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)

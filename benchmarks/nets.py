@@ -88,13 +88,13 @@ def eager_step(net: nn.Module) -> Step:
 
 
 def duet_step(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Step:
-    """Return the step of `cluster.worker`.
+    """Return the step of `cluster.training.loop`.
 
     Args:
         net: a `model.alexnet.AlexNet`.
         call: what to call for its forward pass, if not the network itself: a compiled form.
     """
-    from model.optim import Sgd2012
+    from model.optimizer import Sgd2012
     from model.schedule import Rates
 
     optimiser, rates = Sgd2012(net.named_parameters()), Rates(1e-3, 2e-3)

@@ -24,9 +24,9 @@ import torch
 import tyro
 from nets import duet_step
 
-from cluster.compute import compute_dtype, keep_memory
+from cluster.training.precision import compute_dtype, keep_memory
 from model.alexnet import AlexNet
-from model.design import Design
+from model.architecture import Design
 
 LANES = {
     "lrn": Design(),

@@ -35,12 +35,12 @@ import numpy as np
 import tyro
 
 from pipeline.batches import Stream
-from pipeline.dataset import LocalSet
-from pipeline.errors import UsageError, run
-from pipeline.index import load_index, save_index
-from pipeline.manifest import Manifest
-from pipeline.order import Block, Full, Order, Shuffle, Stored
-from pipeline.shards import shard_name
+from pipeline.dataset.index import load_index, save_index
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.shards import shard_name
+from pipeline.remote.dataset import LocalSet
+from pipeline.stream.order import Block, Full, Order, Shuffle, Stored
+from pipeline.tools.errors import UsageError, run
 
 IMAGENET = 1_281
 """Thousands of training pictures in ILSVRC-2012, and shards of a thousand."""

@@ -30,10 +30,10 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import tyro
 
-from cluster.compute import autocast, keep_memory
+from cluster.training.precision import autocast, keep_memory
 from model.alexnet import AlexNet
 from model.exchange import Exchange
-from pipeline.errors import run
+from pipeline.tools.errors import run
 
 CPU = torch.device("cpu")
 FORMS = {"one process": ((0, 1),), "pair": ((0,), (1,)), "pair, bfloat16 wire": ((0,), (1,))}

@@ -34,12 +34,12 @@ import tyro
 
 from pipeline.throughput import raw_trial, stages
 from pipeline.throughput.machine import cores
-from pipeline.throughput.prediction import Costs, predicted
+from pipeline.throughput.model import Costs, predicted
 from pipeline.throughput.reading import reading
 from pipeline.throughput.remedies import sweep
 from pipeline.throughput.setting import Setting, opened
 from pipeline.throughput.store import fetching
-from pipeline.throughput.whole import running
+from pipeline.throughput.stream_rate import running
 
 TURNS = 5
 

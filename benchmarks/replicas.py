@@ -31,11 +31,11 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.compute import autocast, keep_memory
-from cluster.gradients import GradientAverage
-from cluster.place import Place
+from cluster.mesh import Place
+from cluster.training.gradients import GradientAverage
+from cluster.training.precision import autocast, keep_memory
 from model.alexnet import AlexNet
-from pipeline.errors import run
+from pipeline.tools.errors import run
 
 CPU = torch.device("cpu")
 

@@ -32,18 +32,18 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from cluster.checkpoint import state_of
-from cluster.checkpoint_places import places_of
-from cluster.checkpoint_writer import Checkpoints
-from cluster.compute import autocast, compute_dtype, keep_memory
+from cluster.checkpoint.format import state_of
+from cluster.checkpoint.storage import places_of
+from cluster.checkpoint.writer import Checkpoints
 from cluster.config import Config
-from cluster.events import Event, Warned
-from cluster.place import Place
-from cluster.run_folder import Mark
+from cluster.mesh import Place
+from cluster.run.events import Event, Warned
+from cluster.run.folder import Mark
+from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
-from model.optim import Sgd2012
+from model.optimizer import Sgd2012
 from model.schedule import Rates
-from pipeline.errors import DuetError, UsageError, run
+from pipeline.tools.errors import DuetError, UsageError, run
 
 INTERVALS = (Config.checkpoint_every, 50)
 """Steps between checkpoints: the default, and often."""

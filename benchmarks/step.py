@@ -36,11 +36,11 @@ from nets import Step, duet_step, eager_step, plain_alexnet, torchvision_alexnet
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from cluster.compute import keep_memory
+from cluster.training.precision import keep_memory
 from model.alexnet import AlexNet
-from model.design import Design
+from model.architecture import Design
 from model.norm import backend
-from pipeline.errors import DuetError, run
+from pipeline.tools.errors import DuetError, run
 
 DTYPES = ("float32", "bfloat16")
 KEPT = ("duet", "duet without LRN", "plain, memory", "torchvision")

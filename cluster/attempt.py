@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.channel import Channel
 from cluster.config import Config
-from cluster.events import Ended, Event, Failed, Finished, Placed, Started
 from cluster.failure import Failure
-from cluster.ray_worker import FAKE_GPUS, Job, run_worker
-from cluster.topology import Plan
+from cluster.launch.channel import Channel
+from cluster.launch.placement import Plan
+from cluster.launch.worker import FAKE_GPUS, Job, run_worker
+from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started
 
 LOOK = 0.2
 """Seconds between looks for what the workers tell."""

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import tyro
 
-from cluster.ray_pool import RayPool
-from pipeline.dataset import is_remote
-from pipeline.errors import UsageError, run
+from cluster.launch.task_pool import RayPool
 from pipeline.packing.build import build
 from pipeline.packing.options import Build
 from pipeline.packing.store_target import target_for
 from pipeline.packing.summary import tell
-from pipeline.packing.target import finished
+from pipeline.remote.dataset import is_remote
+from pipeline.remote.target import finished
+from pipeline.tools.errors import UsageError, run
 
 
 @dataclass(frozen=True, kw_only=True)

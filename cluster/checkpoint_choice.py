@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from cluster.checkpoint import Found, first_sound, read_table
-from cluster.checkpoint_places import Places, places_of, step_in
-from cluster.events import Tell
-from pipeline.errors import DataError, DuetError, UsageError
+from cluster.checkpoint.format import Found, first_sound, read_table
+from cluster.checkpoint.storage import Places, places_of, step_in
+from cluster.run.events import Tell
+from pipeline.tools.errors import DataError, DuetError, UsageError
 
 
 def choose(run: Path, store: str, tell: Tell, step: int | None = None, best: bool = False) -> Found:

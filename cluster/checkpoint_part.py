@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.checkpoint import column_file
-from cluster.checkpoint_places import Places
-from pipeline.files import sha256
+from cluster.checkpoint.format import column_file
+from cluster.checkpoint.storage import Places
+from pipeline.tools.files import sha256
 
 Facts = dict[str, dict[str, Any]]
 """Bytes and hash by file."""

@@ -7,10 +7,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from model.architecture import Activation, Design, Net, Norm, Pool, Without
 from model.changes import colour_steps, layer_factors, parse_changes
-from model.design import Activation, Design, Net, Norm, Pool, Without
-from pipeline.dataset import parse_size
-from pipeline.errors import UsageError
+from pipeline.remote.dataset import parse_size
+from pipeline.tools.errors import UsageError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Shuffle = Literal["full", "block"]
@@ -228,7 +228,7 @@ class Config:
 
     @property
     def cached(self) -> dict[str, Any]:
-        """What `pipeline.dataset.open_dataset` and `Stream` want to know of the cache."""
+        """What `pipeline.remote.dataset.open_dataset` and `Stream` want to know of the cache."""
         return {"cache": self.cache or None, "cache_size": parse_size(self.cache_size)}
 
     @property

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import tyro
 
 from cluster.config import LENGTH, Config
-from pipeline.errors import UsageError
+from pipeline.tools.errors import UsageError
 
 DATA_KEY = "data_sha256"
 """The one key of RUN/config.toml that is no setting: SHA-256 of the data set's manifest."""

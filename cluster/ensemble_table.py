@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cluster.probabilities import Saved
+from cluster.run.probabilities import Saved
 from cluster.together import Together, counted
 from cluster.weights import search
 

@@ -4,7 +4,7 @@
 
 One process with both columns, on the newest complete checkpoint. Views as in the paper (section
 4.1): the centre crop, or the mean over four corners, centre and their mirror images. Writes
-RUN/evaluation-1.json or RUN/evaluation-10.json, and for `cluster.ensemble`, which averages several
+RUN/evaluation-1.json or RUN/evaluation-10.json, and for `cluster.experiments.ensemble`, which averages several
 networks, RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
 """
 
@@ -22,22 +22,22 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from cluster.checkpoint import Found, load
+from cluster.checkpoint.format import Found, load
 from cluster.checkpoint_choice import choose
-from cluster.compute import autocast, compute_dtype, keep_memory
 from cluster.config import Config
 from cluster.config_file import read_back
-from cluster.events import Event, Warned
-from cluster.probabilities import About, Writer, file_of, writing
-from cluster.run_folder import CONFIG, QUARANTINE
+from cluster.run.events import Event, Warned
+from cluster.run.folder import CONFIG, QUARANTINE
+from cluster.run.probabilities import About, Writer, file_of, writing
+from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
-from model.evaluate import sums, view_probabilities
+from model.metrics import sums, view_probabilities
 from pipeline.batches import Stream
-from pipeline.dataset import metadata
-from pipeline.errors import SetupError, UsageError, run
-from pipeline.files import sealed, writable_folder
-from pipeline.manifest import Manifest, identity
-from pipeline.progress import Progress
+from pipeline.dataset.manifest import Manifest, identity
+from pipeline.remote.dataset import metadata
+from pipeline.tools.errors import SetupError, UsageError, run
+from pipeline.tools.files import sealed, writable_folder
+from pipeline.tools.progress import Progress
 
 MOST_CONFUSED = 50
 """Classes up to which the confusion matrix is written."""
@@ -59,7 +59,7 @@ class Evaluate:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
     save_probabilities: bool = False
-    """Write each picture's class probabilities, for cluster.ensemble."""
+    """Write each picture's class probabilities, for cluster.experiments.ensemble."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""
 
@@ -163,7 +163,7 @@ class Counts:
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64)
-        """As `model.evaluate.sums` has them."""
+        """As `model.metrics.sums` has them."""
         self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64)
 
     def add(self, probabilities: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:

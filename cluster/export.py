@@ -27,22 +27,22 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from cluster.checkpoint import Found, load, read_table
+from cluster.checkpoint.format import Found, load, read_table
+from cluster.checkpoint.storage import places_of
 from cluster.checkpoint_choice import choose
-from cluster.checkpoint_places import places_of
 from cluster.config import Config
 from cluster.config_file import read_back
-from cluster.events import Event, Warned
-from cluster.run_folder import CONFIG
+from cluster.run.events import Event, Warned
+from cluster.run.folder import CONFIG
 from model.alexnet import AlexNet
-from model.design import Design
+from model.architecture import Design
 from model.norm import BatchNorm
-from pipeline.dataset import metadata
-from pipeline.errors import UsageError
-from pipeline.errors import run as run_command
-from pipeline.files import sealed
-from pipeline.manifest import Manifest, identity
-from pipeline.pixel_stats import Statistics
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.manifest import Manifest, identity
+from pipeline.remote.dataset import metadata
+from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import run as run_command
+from pipeline.tools.files import sealed
 
 EDGE = 16
 """Pixels that the centre of 224 has beside it in a picture of 256."""

@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.events import Failed
-from cluster.run_folder import ERRORS
-from cluster.topology import Worker
-from pipeline.errors import DuetError
+from cluster.launch.placement import Worker
+from cluster.run.events import Failed
+from cluster.run.folder import ERRORS
+from pipeline.tools.errors import DuetError
 
 DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
 """What Ray Train calls a worker that is gone; one that raised an error comes as that error."""

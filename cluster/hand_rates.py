@@ -19,11 +19,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from cluster.events import Tell, Warned
 from cluster.rate_events import BY_HAND, Event, Recipe
+from cluster.run.events import Tell, Warned
 from model.changes import nearest, rate_names
 from model.schedule import DROP
-from pipeline.files import sync_folder
+from pipeline.tools.files import sync_folder
 
 FILE = "rates.toml"
 APPLIED = re.compile(r"rates-applied-(\d+)(?:-(\d+))?\.toml")

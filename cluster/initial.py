@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint import Found, column_file, read_table
-from cluster.checkpoint_choice import choose_at
-from cluster.checkpoint_places import (
+from cluster.checkpoint.format import Found, column_file, read_table
+from cluster.checkpoint.loader import own_part
+from cluster.checkpoint.storage import (
     Bucket,
     Folder,
     Places,
@@ -27,16 +27,16 @@ from cluster.checkpoint_places import (
     is_checkpoint,
     step_in,
 )
-from cluster.checkpoint_resume import own_part
+from cluster.checkpoint_choice import choose_at
 from cluster.config import Config
 from cluster.config_file import read_back
-from cluster.events import Tell
-from cluster.place import Place
-from cluster.run_folder import CHECKPOINTS, CONFIG
+from cluster.mesh import Place
+from cluster.run.events import Tell
+from cluster.run.folder import CHECKPOINTS, CONFIG
 from model.alexnet import AlexNet
-from pipeline.dataset import is_remote
-from pipeline.errors import UsageError
+from pipeline.remote.dataset import is_remote
 from pipeline.stores.errors import without_secrets
+from pipeline.tools.errors import UsageError
 
 NEW = "conv6"
 """The layer that may be new, besides the last."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import Config
-from cluster.topology import Node, Plan
+from cluster.launch.placement import Node, Plan
 
 
 def living(mine: Plan | None = None) -> list[Node]:

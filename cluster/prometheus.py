@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.place import Place
+from cluster.mesh import Place
 
 GAUGES = {
     "img_s": ("duet_images_per_second", "Pictures per second, of the whole job."),

@@ -24,11 +24,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.console import MOST_WORKERS, clock
-from cluster.rows import WAITS
-from cluster.run_state import State, look
-from pipeline.dataset import is_remote
-from pipeline.errors import UsageError, run
+from cluster.run.console import MOST_WORKERS, clock
+from cluster.run.jsonl import WAITS
+from cluster.run.state import State, look
+from pipeline.remote.dataset import is_remote
+from pipeline.tools.errors import UsageError, run
 
 EVERY = 2.0
 """Seconds between looks with --watch."""
@@ -90,7 +90,7 @@ def _show(state: State, as_json: bool) -> int:
 @contextmanager
 def _fetched(store: str) -> Iterator[Path]:
     """A folder with the rows that lie beside the checkpoints in a store."""
-    from cluster.run_mirror import Mirror
+    from cluster.run.sync import Mirror
 
     with tempfile.TemporaryDirectory(prefix="duet-status-") as scratch:
         if not Mirror(Path(scratch), store).restore():

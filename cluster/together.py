@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cluster.probabilities import About, Saved
+from cluster.run.probabilities import About, Saved
 from cluster.weights import Chunk, weighted
-from model.evaluate import sums
-from pipeline.errors import UsageError
+from model.metrics import sums
+from pipeline.tools.errors import UsageError
 
 CHUNK = 1 << 24
 """Probabilities, of all networks together, in memory at a time (64 MB)."""

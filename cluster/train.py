@@ -15,21 +15,21 @@ from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.checkpoint_places import folder_of, places_of, reached
+from cluster.checkpoint.storage import folder_of, places_of, reached
 from cluster.config import Config
 from cluster.config_file import Command, parse
-from cluster.console import Screen
 from cluster.initial import looked_at, pinned
-from cluster.run_folder import QUARANTINE, held, settle
-from cluster.run_mirror import mirror_of
-from cluster.tensorboard import check_installed
-from model.design import stages
-from pipeline.dataset import DataSet, is_remote, open_dataset
-from pipeline.errors import DataError, UsageError, run
-from pipeline.manifest import Manifest, identity
-from pipeline.pixel_stats import Statistics
-from pipeline.storage import Storage
+from cluster.run.console import Screen
+from cluster.run.exporters import check_installed
+from cluster.run.folder import QUARANTINE, held, settle
+from cluster.run.sync import mirror_of
+from model.architecture import stages
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.manifest import Manifest, identity
+from pipeline.remote.dataset import DataSet, is_remote, open_dataset
 from pipeline.stores.errors import without_secrets
+from pipeline.stream.shard_reader import Storage
+from pipeline.tools.errors import DataError, UsageError, run
 
 Trainer = Callable[[Config, str, Path, Screen], None]
 
@@ -150,7 +150,7 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> N
     Raises:
         DuetError: the run failed.
     """
-    from cluster.supervisor import Supervisor
+    from cluster.launch.controller import Supervisor
 
     with a_ray(config) as aside:
         Supervisor(
@@ -164,7 +164,7 @@ def measure(config: Config, data: str, folder: Path, screen: Screen) -> None:
     Raises:
         DuetError: they failed.
     """
-    from cluster.measure import measure_with_ray
+    from cluster.launch.measurement import measure_with_ray
 
     with a_ray(config) as aside:
         measure_with_ray(config, data, folder, screen, aside)
@@ -173,7 +173,7 @@ def measure(config: Config, data: str, folder: Path, screen: Screen) -> None:
 @contextmanager
 def a_ray(config: Config) -> Iterator[Callable[[], str]]:
     """A Ray for the workers of a config; yields what tells what Ray has said on stdout so far."""
-    from cluster.ray_session import session
+    from cluster.launch.session import session
 
     aside = io.StringIO()
     with redirect_stdout(aside), session(config.size * config.replica_sizes[-1]):

@@ -4,7 +4,7 @@ As the original's avg-valid.py (`find_coeffs`): all weights start at one half; o
 is tried at 0, .05, ... 1 and takes the value with the fewest top-5 errors, if that is better than
 what it had; after five passes, or when a whole pass has changed nothing, that is it. Where it
 differs: between values with equal top-5 errors the top-1 errors decide; ties count by the rule of
-`model.evaluate.errors`; and weights of 0 for all networks are no candidate.
+`model.metrics.errors`; and weights of 0 for all networks are no candidate.
 
 A class can stand before the right one in some average only if it does in some network, and wherever
 five classes do in every network the picture is lost. So most of what is saved need not be looked
@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from model.evaluate import errors
+from model.metrics import errors
 
 PASSES = 5
 GRID = tuple(step / 20 for step in range(21))

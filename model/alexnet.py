@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.design import COLUMN_NAMES, Design, Stage, stages
+from model.architecture import COLUMN_NAMES, Design, Stage, stages
 from model.dropout import dropout, dropout_mask
 from model.exchange import Exchange
 from model.layers import PictureConv, ShrunkConv, seed_of, together

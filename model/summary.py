@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from model.design import COLUMN_NAMES, IMAGE_SIZE, POOLS, Design, Stage, stages
+from model.architecture import COLUMN_NAMES, IMAGE_SIZE, POOLS, Design, Stage, stages
 
 FLOAT32 = 4
 
@@ -41,7 +41,7 @@ class Row:
     shrink: int
     """Side of the squares of pixels whose means are read; 1: the pixels themselves."""
     then: tuple[str, ...]
-    """What follows the weights, as `model.design.Layer` has it."""
+    """What follows the weights, as `model.architecture.Layer` has it."""
     weights: int
     """With the scales of batch normalisation, as the biases with its shifts."""
     biases: int
@@ -94,7 +94,7 @@ def table(classes: int = 1000, design: Design | None = None) -> list[Row]:
     With an odd number of classes column b's fc8 has the unit that the network cuts off.
 
     Raises:
-        ValueError: as `model.design.stages`.
+        ValueError: as `model.architecture.stages`.
     """
     design = design or Design()
     found = stages(classes, design)

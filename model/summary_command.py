@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from model.design import Design
+from model.architecture import Design
 from model.summary import (
     FLOAT32,
     Row,
@@ -35,7 +35,7 @@ class Summary:
     """Print the layer table of a network: sizes, parameters, multiply-adds, memory, crossings."""
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A training config, for example configs/paper.toml."""
+    """A training config, for example cluster/configs/paper.toml."""
     classes: int = 1000
     """Classes to tell apart."""
     batch_size: int = 128

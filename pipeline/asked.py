@@ -10,16 +10,16 @@ from functools import cached_property, partial
 from typing import Literal
 
 from pipeline.arguments import check_ranges, check_words
-from pipeline.augment import CROP
-from pipeline.decode import Device
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.images import SIZE, Encoding
 from pipeline.flow import Flow
-from pipeline.ledger.writer import About
-from pipeline.order import Block, Full, Order, Shuffle, Stored, share
-from pipeline.picture import SIZE, Encoding
-from pipeline.pixel_stats import Statistics
-from pipeline.reader import Reader, Slice
-from pipeline.recipe import Colour, ColourPlan, Mean, Recipe, recipe_of
-from pipeline.waits import Waits
+from pipeline.stream.augment import CROP
+from pipeline.stream.decode import Device
+from pipeline.stream.ledger.writer import About
+from pipeline.stream.loader import Reader, Slice
+from pipeline.stream.normalization import Colour, ColourPlan, Mean, Recipe, recipe_of
+from pipeline.stream.order import Block, Full, Order, Shuffle, Stored, share
+from pipeline.stream.timing import Waits
 
 View = Literal["random", "centre", "whole"]
 WORDS = {"view": View, "shuffle": Shuffle, "device": Device, "mean": Mean}

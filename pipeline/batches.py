@@ -12,17 +12,17 @@ from types import TracebackType
 import torch
 
 from pipeline.asked import Asked, View
-from pipeline.dataset import CACHE_SIZE, is_remote, open_dataset
-from pipeline.decode import Device
+from pipeline.dataset.manifest import identity
 from pipeline.flow import DecodeFailure, Flow
-from pipeline.ledger.writer import Ledger
-from pipeline.manifest import identity
 from pipeline.opened import Opened
-from pipeline.order import Shuffle
-from pipeline.quarantine import UNDECODABLE, Quarantine
-from pipeline.recipe import Colour, Mean
-from pipeline.storage import Damage
-from pipeline.waits import Waits
+from pipeline.remote.dataset import CACHE_SIZE, is_remote, open_dataset
+from pipeline.stream.decode import Device
+from pipeline.stream.ledger.writer import Ledger
+from pipeline.stream.normalization import Colour, Mean
+from pipeline.stream.order import Shuffle
+from pipeline.stream.quarantine import UNDECODABLE, Quarantine
+from pipeline.stream.shard_reader import Damage
+from pipeline.stream.timing import Waits
 
 __all__ = ["Batch", "Stream", "View"]
 

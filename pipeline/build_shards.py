@@ -16,12 +16,12 @@ import time
 
 import tyro
 
-from pipeline.errors import run
 from pipeline.packing.build import build
 from pipeline.packing.options import Build
 from pipeline.packing.store_target import target_for
 from pipeline.packing.summary import tell
-from pipeline.packing.target import finished
+from pipeline.remote.target import finished
+from pipeline.tools.errors import run
 
 
 def main() -> int:

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.background import Background
-from pipeline.decode import Decoder, Device, Feed, Trial
-from pipeline.picture import Encoding
-from pipeline.reader import Loaded, Reader
-from pipeline.waits import Waits
+from pipeline.dataset.images import Encoding
+from pipeline.stream.decode import Decoder, Device, Feed, Trial
+from pipeline.stream.loader import Loaded, Reader
+from pipeline.stream.prefetch import Background
+from pipeline.stream.timing import Waits
 
 Floats = npt.NDArray[np.float32]
 

@@ -14,14 +14,14 @@ import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.augment import CROP
-from pipeline.decode import Device, gpu_of, pixels_of, run_on_current_stream
-from pipeline.manifest import Manifest
-from pipeline.picture import ENDINGS, SIZE
-from pipeline.pixel_stats import Statistics
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.images import ENDINGS, SIZE
+from pipeline.dataset.manifest import Manifest
+from pipeline.stream.augment import CROP
+from pipeline.stream.decode import Device, gpu_of, pixels_of, run_on_current_stream
 
 _ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
-"""As DALI matches them: shards of other tools (`pipeline.index`) have any of these."""
+"""As DALI matches them: shards of other tools (`pipeline.index_shards`) have any of these."""
 
 
 class NativeReader:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from pipeline.asked import Asked
-from pipeline.dataset import DataSet
-from pipeline.errors import UsageError
-from pipeline.order import Order
-from pipeline.pixel_stats import Statistics
-from pipeline.quarantine import Quarantine
-from pipeline.reader import Reader
-from pipeline.recipe import Recipe, central
-from pipeline.storage import Storage
+from pipeline.dataset.image_stats import Statistics
+from pipeline.remote.dataset import DataSet
+from pipeline.stream.loader import Reader
+from pipeline.stream.normalization import Recipe, central
+from pipeline.stream.order import Order
+from pipeline.stream.quarantine import Quarantine
+from pipeline.stream.shard_reader import Storage
+from pipeline.tools.errors import UsageError
 
 
 class Opened:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.decode import Trial
-from pipeline.order import Ids
-from pipeline.storage import Bytes
+from pipeline.stream.decode import Trial
+from pipeline.stream.order import Ids
+from pipeline.stream.shard_reader import Bytes
 
 EOI = b"\xff\xd9"
 HEADERS = 64

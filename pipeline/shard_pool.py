@@ -9,8 +9,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from typing import TypeVar
 
-from pipeline.errors import DuetError
-from pipeline.processes import tie_to_parent
+from pipeline.tools.errors import DuetError
+from pipeline.tools.processes import tie_to_parent
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

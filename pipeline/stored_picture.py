@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.picture import SIZE, Encoding, Pixels
+from pipeline.dataset.images import SIZE, Encoding, Pixels
 
 try:
     import simplejpeg

@@ -21,10 +21,10 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.dataset import is_remote, open_dataset
-from pipeline.errors import REBUILD, DataError, UsageError, run
-from pipeline.ledger.proof.exactly_once import prove
+from pipeline.remote.dataset import is_remote, open_dataset
 from pipeline.sources.listing import shown
+from pipeline.stream.ledger.proof import prove
+from pipeline.tools.errors import REBUILD, DataError, UsageError, run
 from pipeline.verification.findings import Damage
 from pipeline.verification.whole import Report, check
 

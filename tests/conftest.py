@@ -14,11 +14,13 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.drawn import folder_per_class, packed
-from tests.servers import Server
+from tests.helpers.http_servers import Server
+from tests.helpers.images import folder_per_class, packed
 
 # What these helpers assert is to be told as fully as if a test had asserted it.
-pytest.register_assert_rewrite("tests.addresses", "tests.ledgers", "tests.squares")
+pytest.register_assert_rewrite(
+    "tests.helpers.build_targets", "tests.helpers.ledgers", "tests.helpers.source_images"
+)
 
 # A shell starts its background jobs with SIGINT ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

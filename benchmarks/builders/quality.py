@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.packing.fast import shrink
 from pipeline.packing.jpeg_header import read_header
-from pipeline.packing.pixels import Chroma, encode
+from pipeline.packing.resize import Chroma, encode
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]

@@ -34,7 +34,7 @@ from parts.machine import facts  # noqa: E402
 from parts.step_table import best, goals, markdown  # noqa: E402
 
 from model.alexnet import AlexNet  # noqa: E402
-from model.norm import backend, composed, local_response_norm  # noqa: E402
+from model.norm import backend, local_response_norm, reference  # noqa: E402
 
 MODES = ("fp32", "tf32", "bf16")
 NORM_SHAPES = ((96, 55, 55), (256, 27, 27))
@@ -133,11 +133,11 @@ class Bench:
         """Measure LRN with its ReLU alone, forward and backward, in each of its forms."""
         forms: dict[str, Callable[..., torch.Tensor]] = {
             backend(self.device): local_response_norm,
-            "torch operations": lambda x, c, r: composed.Norm.apply(x, c, r),
+            "torch operations": lambda x, c, r: reference.Norm.apply(x, c, r),
             "torch.nn.LocalResponseNorm": plain_norm,
         }
         if "compiled" not in self.options.skip:
-            forms["torch.compile"] = torch.compile(composed.traceable_norm)
+            forms["torch.compile"] = torch.compile(reference.traceable_norm)
         rows: list[dict[str, Any]] = []
         for maps, height, width in NORM_SHAPES:
             shape = (self.options.batch, max(8, round(maps * self.options.width)), height, width)

@@ -30,8 +30,8 @@ from parts.lanes import Lane, Setting
 from parts.options import MIXED, Options, steps_of
 from parts.record import Record
 
-from pipeline.decode import Device
-from pipeline.errors import DuetError, run
+from pipeline.stream.decode import Device
+from pipeline.tools.errors import DuetError, run
 
 EXACT = (0.0, 1.0)
 """Loads with which the batch does not decide where a picture is decoded."""

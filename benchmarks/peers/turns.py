@@ -22,8 +22,8 @@ import torch
 
 from peers import Peer
 from peers.work import CROP, STORED, Work
-from pipeline.errors import DataError, DuetError, SetupError
-from pipeline.processes import tie_to_parent
+from pipeline.tools.errors import DataError, DuetError, SetupError
+from pipeline.tools.processes import tie_to_parent
 
 LOOKED_AT = 8
 """Batches whose values are looked at before any measurement."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.manifest import Manifest
+from pipeline.dataset.manifest import Manifest
 
 CROP = 224
 STORED = 256

@@ -5,7 +5,7 @@ import sys
 if __name__ == "__main__":
     try:
         from cluster.doctor.command import main
-        from pipeline.errors import run
+        from pipeline.tools.errors import run
     except ModuleNotFoundError as error:  # without these there is nobody else to say it
         old = sys.version_info < (3, 11)
         said = f"Python         {sys.version.split()[0]} is too old, 3.11 is needed"

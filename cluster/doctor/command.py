@@ -22,7 +22,7 @@ from cluster.config import Config
 from cluster.config_file import load
 from cluster.doctor.examination import Examination
 from cluster.doctor.finding import Finding
-from pipeline.errors import SetupError, UsageError
+from pipeline.tools.errors import SetupError, UsageError
 
 COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 

@@ -47,8 +47,8 @@ class Examination:
         yield from software.judge(software.gather())
 
     def _data(self) -> Iterator[Finding]:
-        from cluster.doctor.fit import judge_network
-        from cluster.doctor.storage import Data
+        from cluster.doctor.data import Data
+        from cluster.doctor.job import judge_network
 
         if self.data:
             data = Data(self.data, self.config)
@@ -58,7 +58,7 @@ class Examination:
             yield judge_network(self.config, self.classes)
 
     def _machine(self) -> Iterator[Finding]:
-        from cluster.doctor import fit, gpus, hardware
+        from cluster.doctor import gpus, hardware, job
 
         cards, own = gpus.gather(), not self.address
         self.gpus = len(cards)
@@ -69,7 +69,7 @@ class Examination:
         have = hardware.gather(len(cards))
         yield from hardware.judge(have, own)
         if own and self.config:
-            yield from fit.judge_here(self.config, self.classes, have, cards)
+            yield from job.judge_here(self.config, self.classes, have, cards)
 
     def _run(self) -> Iterator[Finding]:
         from cluster.doctor import run_place
@@ -80,15 +80,15 @@ class Examination:
             yield run_place.judge_store(self.config.store)
 
     def _exchange(self) -> Iterator[Finding]:
-        from cluster.doctor import exchange
+        from cluster.doctor import network
 
-        yield from exchange.judge(self.gpus, bool(self.address))
+        yield from network.judge(self.gpus, bool(self.address))
 
     def _ray(self) -> Iterator[Finding]:
-        from cluster.doctor import ray_check, ray_nodes
+        from cluster.doctor import ray_cluster, ray_nodes
 
         there = bool(self.address)
-        for finding in ray_check.judge():
+        for finding in ray_cluster.judge():
             there = there and not (finding.name == "RAY_ADDRESS" and finding.status == "FAIL")
             yield finding
         if there:

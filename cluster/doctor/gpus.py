@@ -169,7 +169,7 @@ def triton() -> Iterator[Finding]:
     """Yield what computes the normalisation on a GPU."""
     import torch
 
-    from model.norm.dispatch import backend, local_response_norm
+    from model.norm.response import backend, local_response_norm
 
     try:
         x = torch.ones(1, 4, 2, 2, device="cuda")

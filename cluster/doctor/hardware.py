@@ -62,8 +62,8 @@ def gather(gpus: int) -> Hardware:
     """Look; the first time on a machine this compiles the kernels, some three seconds."""
     import torch
 
-    from cluster.compute import compute_dtype
-    from model.norm.dispatch import backend
+    from cluster.training.precision import compute_dtype
+    from model.norm.response import backend
 
     allowed = len(os.sched_getaffinity(0))
     bytes_left, quota = container(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))

@@ -14,11 +14,11 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
-from cluster.doctor.fit import checkpoint_bytes, judge_room
 from cluster.doctor.hardware import FILES, SHARED
-from cluster.doctor.ray_asker import releases
-from cluster.topology import Node
-from pipeline.dataset import is_remote
+from cluster.doctor.job import checkpoint_bytes, judge_room
+from cluster.doctor.ray_probe import releases
+from cluster.launch.placement import Node
+from pipeline.remote.dataset import is_remote
 from pipeline.stores.errors import without_secrets
 
 SECONDS = 90
@@ -65,7 +65,7 @@ def asked(request: dict[str, str]) -> dict[str, Any]:
     """Have a process of its own join the cluster and ask its nodes."""
     with tempfile.TemporaryDirectory(prefix="duet-doctor-") as scratch:
         out = Path(scratch) / "answer"
-        command = [sys.executable, "-m", "cluster.doctor.ray_asker", str(out)]
+        command = [sys.executable, "-m", "cluster.doctor.ray_probe", str(out)]
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         try:

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.checkpoint_places import bucket_of, folder_of
+from cluster.checkpoint.storage import bucket_of, folder_of
 from cluster.config import Config
+from cluster.doctor.data import CREDENTIALS
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
-from cluster.doctor.fit import checkpoint_bytes
+from cluster.doctor.job import checkpoint_bytes
 from cluster.doctor.speed import told
-from cluster.doctor.storage import CREDENTIALS
-from pipeline.dataset import is_remote
-from pipeline.errors import DuetError
-from pipeline.files import writable_folder
+from pipeline.remote.dataset import is_remote
+from pipeline.remote.download import Policy
 from pipeline.stores.errors import without_secrets
-from pipeline.stores.fetch import Policy
+from pipeline.tools.errors import DuetError
+from pipeline.tools.files import writable_folder
 
 PROBE = 2**24
 """Bytes that are written to tell a speed."""

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from pipeline.dataset import DataSet
-from pipeline.errors import DuetError
-from pipeline.manifest import NAME, Shard, Split
+from pipeline.dataset.manifest import NAME, Shard, Split
 from pipeline.page_cache import forget
-from pipeline.sources.asking import Call, file_system
+from pipeline.remote.dataset import DataSet
+from pipeline.remote.download import Policy
+from pipeline.remote.filesystem import Call, file_system
 from pipeline.stores.errors import TransferError, describe, without_secrets
-from pipeline.stores.fetch import Policy
+from pipeline.tools.errors import DuetError
 
 READ = 64 * 2**20
 """Most bytes that are read to tell a speed."""
@@ -89,7 +89,7 @@ def _whole_shards(dataset: DataSet, split: Split) -> Disk:
 def _single_pictures(dataset: DataSet, name: str, split: Split) -> Disk:
     import numpy as np
 
-    from pipeline.index import load_index
+    from pipeline.dataset.index import load_index
 
     index = load_index(dataset.folder, name, split)
     rows = index[np.random.default_rng().permutation(len(index))[:1024]]

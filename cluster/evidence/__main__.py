@@ -1,7 +1,7 @@
-"""`python -m cluster.evidence RUN... [--data DATA] [--out FILE]`."""
+"""`python -m cluster.experiments.evidence RUN... [--data DATA] [--out FILE]`."""
 
-from cluster.evidence.page import main
-from pipeline.errors import run
+from cluster.experiments.evidence.__main__ import main
+from pipeline.tools.errors import run
 
 if __name__ == "__main__":
     run(main)

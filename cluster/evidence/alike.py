@@ -1,4 +1,4 @@
-"""Items from `cluster.neighbours` and `cluster.neighbours.codes`: RUN/neighbours/summary.json.
+"""Items from `cluster.experiments.neighbors` and `cluster.experiments.neighbors.codes`: RUN/neighbours/summary.json.
 
 step         of the checkpoint that the features are of
 neighbours   k, precision_at_k, precision_by_chance, auc, auc_error, queries, base, ...
@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.evidence.claims import CODES, NEIGHBOURS
-from cluster.evidence.figures import pictures_in
-from cluster.evidence.gather import Gathered, Group, Run
 from cluster.evidence.item import Item, Missing, Row, scale_of, word
-from cluster.evidence.numbers import NORMAL, counting
+from cluster.experiments.evidence.claims import CODES, NEIGHBOURS
+from cluster.experiments.evidence.figures import pictures_in
+from cluster.experiments.evidence.runs import Gathered, Group, Run
+from cluster.experiments.evidence.significance import NORMAL, counting
 
 SUMMARY = "neighbours/summary.json"
 
@@ -29,8 +29,8 @@ def alike(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
                 _take(gathered, near, codes, run, group)
     runs = gathered.runs
     for item, command in (
-        (near, "python -m cluster.neighbours {} --data {}"),
-        (codes, "python -m cluster.neighbours.codes {}"),
+        (near, "python -m cluster.experiments.neighbors {} --data {}"),
+        (codes, "python -m cluster.experiments.neighbors.codes {}"),
     ):
         if item.rows:
             yield item

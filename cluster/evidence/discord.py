@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from cluster.evidence.numbers import NORMAL
-from cluster.probabilities import Saved
-from pipeline.errors import DuetError
+from cluster.experiments.evidence.significance import NORMAL
+from cluster.run.probabilities import Saved
+from pipeline.tools.errors import DuetError
 
 ROWS = 4096
 RANKS = (1, 5)

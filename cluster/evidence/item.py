@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.evidence.claims import BATCH, CLASSES, EPOCHS, PICTURES, WIDTH, Claim
-from cluster.evidence.gather import Group, Run
+from cluster.experiments.evidence.claims import BATCH, CLASSES, EPOCHS, PICTURES, WIDTH, Claim
+from cluster.experiments.evidence.runs import Group, Run
 
 NOT_COMPARABLE = "another scale"
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.evidence.claims import ENSEMBLE, ENSEMBLE_ERRORS, Claim
-from cluster.evidence.figures import pictures_in
-from cluster.evidence.gather import Gathered
 from cluster.evidence.item import NOT_COMPARABLE, Item, Missing, Row, word
-from cluster.evidence.numbers import Difference, Spread, counting, difference
-from cluster.probabilities import file_of
+from cluster.experiments.evidence.claims import ENSEMBLE, ENSEMBLE_ERRORS, Claim
+from cluster.experiments.evidence.figures import pictures_in
+from cluster.experiments.evidence.runs import Gathered
+from cluster.experiments.evidence.significance import Difference, Spread, counting, difference
+from cluster.run.probabilities import file_of
 
 AGAIN = "make it again"
 WEIGHTS = {
@@ -33,7 +33,7 @@ def studies(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
             item.body += pictures_in(path.parent, [str(table["plot"])]) if "plot" in table else []
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             gathered.left_out.append(
-                f"{path} is no result of cluster.ensemble ({error!r}); {AGAIN}."
+                f"{path} is no result of cluster.experiments.ensemble ({error!r}); {AGAIN}."
             )
     if item.rows:
         yield item
@@ -48,7 +48,7 @@ def studies(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
         missing.append(
             Missing(
                 title="Studies: ReLU against tanh, normalisations, overfitting, pre-training",
-                command="python -m cluster.study configs/studies/STUDY.toml --data DATA "
+                command="python -m cluster.experiments.study cluster/configs/studies/STUDY.toml --data DATA "
                 "--out OUT, then this page with OUT",
             )
         )
@@ -64,7 +64,7 @@ def _no_ensemble(gathered: Gathered) -> Missing:
     out = runs[0].path.parent / "ensemble.json"
     return Missing(
         title=ENSEMBLE.title,
-        command=f"python -m cluster.ensemble {names} --out {word(out)}",
+        command=f"python -m cluster.experiments.ensemble {names} --out {word(out)}",
         why=why,
     )
 

@@ -1,7 +1,7 @@
-"""`python -m cluster.neighbours RUN --data DATA`."""
+"""`python -m cluster.experiments.neighbors RUN --data DATA`."""
 
-from cluster.neighbours.command import main
-from pipeline.errors import run
+from cluster.experiments.neighbors.__main__ import main
+from pipeline.tools.errors import run
 
 if __name__ == "__main__":
     run(main)

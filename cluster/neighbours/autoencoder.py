@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.neighbours.features import Flags, Rows
+from cluster.experiments.neighbors.features import Flags, Rows
 from cluster.neighbours.rivals import CHUNK, Linear
 
 Tell = Callable[[int], None]

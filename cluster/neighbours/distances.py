@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.neighbours.features import Features, Ids
-from cluster.neighbours.search import Floats, squared
+from cluster.experiments.neighbors.features import Features, Ids
+from cluster.experiments.neighbors.search import Floats, squared
 
 CHUNK = 1 << 24
 """Numbers in a chunk of pairs."""

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.neighbours.features import About, Ids, Rows, crc32, part, seal
-from pipeline.errors import SetupError
-from pipeline.files import sealed, sync_folder
+from cluster.experiments.neighbors.features import About, Ids, Rows, crc32, part, seal
+from pipeline.tools.errors import SetupError
+from pipeline.tools.files import sealed, sync_folder
 
 MISSING, SOUND, DAMAGED = 0, 1, 2
 CRC = np.dtype("<u4")

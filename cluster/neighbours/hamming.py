@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from cluster.neighbours.features import Flags, Ids
+from cluster.experiments.neighbors.features import Flags, Ids
 
 Codes = npt.NDArray[np.uint8]
 WORD = 8

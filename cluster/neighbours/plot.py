@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 import jinja2
 import numpy as np
 
+from cluster.experiments.neighbors.search import Floats
 from cluster.neighbours.distances import Pairs
-from cluster.neighbours.search import Floats
 from cluster.report.charts import Axis, axis_to, short
 
 WIDTH, HEIGHT = 760, 380

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cluster.neighbours.features import Flags, Ids, Rows
+from cluster.experiments.neighbors.features import Flags, Ids, Rows
 
 SAMPLE = 20_000
 """Rows that these are fitted to, at most."""

@@ -1,8 +1,8 @@
 """RUN/neighbours/summary.json: the numbers of both commands, for whoever gathers them.
 
     version, run, step, checkpoint_sha256, data_sha256
-    neighbours   of python -m cluster.neighbours: precision_at_k, auc, mean_ratio, pictures, ...
-    codes        of python -m cluster.neighbours.codes: rows of the table, ...
+    neighbours   of python -m cluster.experiments.neighbors: precision_at_k, auc, mean_ratio, pictures, ...
+    codes        of python -m cluster.experiments.neighbors.codes: rows of the table, ...
 
 Either command writes its own part and keeps the other's, if that is of the same features.
 """
@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.neighbours.features import About
-from pipeline.files import sealed
+from cluster.experiments.neighbors.features import About
+from pipeline.tools.files import sealed
 
 NAME = "summary.json"
 VERSION = 1

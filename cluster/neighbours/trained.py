@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import Found, read_table
+from cluster.checkpoint.format import Found, read_table
+from cluster.checkpoint.storage import places_of
 from cluster.checkpoint_choice import choose
-from cluster.checkpoint_places import places_of
 from cluster.config import Config
 from cluster.config_file import read_back
-from cluster.events import Event, Warned
-from cluster.run_folder import CONFIG, QUARANTINE
-from pipeline.dataset import metadata
-from pipeline.errors import UsageError
-from pipeline.manifest import Manifest, identity
+from cluster.run.events import Event, Warned
+from cluster.run.folder import CONFIG, QUARANTINE
+from pipeline.dataset.manifest import Manifest, identity
+from pipeline.remote.dataset import metadata
+from pipeline.tools.errors import UsageError
 
 FOLDER = "neighbours"
 """Of RUN, for all that is written here."""
@@ -37,7 +37,7 @@ class Trained:
     metadata: Path
     """Local folder of the manifest."""
     data_sha256: str
-    """`pipeline.manifest.identity`."""
+    """`pipeline.dataset.manifest.identity`."""
     quarantine: Path
     """Where damaged pictures are listed."""
 

@@ -16,14 +16,14 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from cluster.experiments.neighbors.features import Features, Flags, Ids, Rows
+from cluster.experiments.neighbors.search import Base, nearest
 from cluster.neighbours import rivals
 from cluster.neighbours.autoencoder import AutoEncoder, Recipe, trained
-from cluster.neighbours.features import Features, Flags, Ids, Rows
 from cluster.neighbours.hamming import Codes, Hamming, pack
-from cluster.neighbours.search import Base, nearest
-from pipeline.dataset import parse_size
-from pipeline.files import sealed
-from pipeline.progress import Progress
+from pipeline.remote.dataset import parse_size
+from pipeline.tools.files import sealed
+from pipeline.tools.progress import Progress
 
 SHORTLIST = 100
 """Pictures by code among which the exact neighbours are looked for, too."""
@@ -35,7 +35,7 @@ class Options:
     """Train auto-encoders to short binary codes and measure searches by them."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run; cluster.neighbours has been there."""
+    """Folder of the run; cluster.experiments.neighbors has been there."""
     bits: tuple[int, ...] = (64, 128, 256)
     """Lengths of the codes, multiples of 8."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10

@@ -1,6 +1,6 @@
 """`python -m cluster.report RUN [--data DATA]`."""
 
 from cluster.report.page import main
-from pipeline.errors import run
+from pipeline.tools.errors import run
 
 run(main)

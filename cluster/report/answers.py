@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.probabilities import Saved, file_of
-from cluster.report.pictures import Unavailable, cache_of, first_line, small_jpeg
-from pipeline.dataset import metadata, open_dataset
-from pipeline.errors import DuetError
-from pipeline.manifest import identity
-from pipeline.picture import Pixels
-from pipeline.storage import Storage
+from cluster.report.images import Unavailable, cache_of, first_line, small_jpeg
+from cluster.run.probabilities import Saved, file_of
+from pipeline.dataset.images import Pixels
+from pipeline.dataset.manifest import identity
+from pipeline.remote.dataset import metadata, open_dataset
 from pipeline.stored_picture import Undecodable, pixels_of
+from pipeline.stream.shard_reader import Storage
+from pipeline.tools.errors import DuetError
 
 Choice = Literal["best", "worst", "random"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)

@@ -19,18 +19,11 @@ from typing import Annotated
 import jinja2
 import tyro
 
-from cluster.checkpoint import Found
-from cluster.kernels import read_kernels
+from cluster.checkpoint.format import Found
 from cluster.report.answers import CHOICES, EACH, Answers, Choice, answers
 from cluster.report.curves import curves
-from cluster.report.first_layer import FirstLayer, first_layer
-from cluster.report.pictures import (
-    Sample,
-    Unavailable,
-    cache_of,
-    mosaic,
-    newest_checkpoint,
-)
+from cluster.report.images import Sample, Unavailable, cache_of, mosaic, newest_checkpoint
+from cluster.report.kernels import FirstLayer, first_layer
 from cluster.report.records import Records, read_records
 from cluster.report.scores import noise_limit
 from cluster.report.tables import (
@@ -45,11 +38,12 @@ from cluster.report.tables import (
     probability,
     run_tiles,
 )
-from cluster.run_folder import KERNELS, METRICS
-from pipeline.dataset import metadata
-from pipeline.errors import DuetError, UsageError
-from pipeline.files import sealed
-from pipeline.manifest import Manifest, identity
+from cluster.run.folder import KERNELS, METRICS
+from cluster.run.kernels import read_kernels
+from pipeline.dataset.manifest import Manifest, identity
+from pipeline.remote.dataset import metadata
+from pipeline.tools.errors import DuetError, UsageError
+from pipeline.tools.files import sealed
 
 NAME = "report.html"
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.rows import WAITS
-from cluster.run_folder import CONFIG, LAYERS, MACHINE, METRICS, RATES, VALIDATION
-from pipeline.errors import UsageError
+from cluster.run.folder import CONFIG, LAYERS, MACHINE, METRICS, RATES, VALIDATION
+from cluster.run.jsonl import WAITS
+from pipeline.tools.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from cluster.kernels import Kernel
+from cluster.run.kernels import Kernel
 
 Floats = npt.NDArray[np.float64]
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from cluster.report.charts import short
 from cluster.report.records import Records
-from cluster.rows import WAITS
-from model.design import Design
+from cluster.run.jsonl import WAITS
+from model.architecture import Design
 from model.summary import Row, table, totals
-from pipeline.manifest import Manifest
+from pipeline.dataset.manifest import Manifest
 
 FEW_CLASSES = 30  # up to so many are all listed, of more the ends
 ENDS = 15

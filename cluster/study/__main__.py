@@ -1,7 +1,7 @@
-"""`python -m cluster.study STUDY.toml --data DATA --out OUT`."""
+"""`python -m cluster.experiments.study STUDY.toml --data DATA --out OUT`."""
 
-from cluster.study.study import main
-from pipeline.errors import run
+from cluster.experiments.study.__main__ import main
+from pipeline.tools.errors import run
 
 if __name__ == "__main__":
     run(main)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from cluster.ensemble_table import KINDS, table_of
 from cluster.evaluate import Evaluate, evaluate
-from cluster.probabilities import Saved, file_of
-from cluster.study.crowd import Run
-from cluster.study.plan import Study
+from cluster.experiments.study.config import Study
+from cluster.experiments.study.runner import Run
+from cluster.run.probabilities import Saved, file_of
 
 VIEWS: Literal[10] = 10
 """As the paper's table counts."""

@@ -14,12 +14,12 @@ import torch
 
 from cluster import train
 from cluster.config import Config
-from cluster.console import Screen
-from cluster.place import Place
-from cluster.run_folder import leading, write_machine
-from cluster.supervisor import wanted_end
-from cluster.worker import train as make_run
-from pipeline.errors import SetupError, run
+from cluster.launch.controller import wanted_end
+from cluster.mesh import Place
+from cluster.run.console import Screen
+from cluster.run.folder import leading, write_machine
+from cluster.training.loop import train as make_run
+from pipeline.tools.errors import SetupError, run
 
 
 def main(argv: list[str] | None = None) -> int:

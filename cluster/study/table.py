@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.study.crowd import Run
-from cluster.study.measure import Result
-from cluster.study.plan import Study, Variant
-from pipeline.dataset import metadata
-from pipeline.files import sealed
-from pipeline.manifest import Manifest
+from cluster.experiments.study.config import Study, Variant
+from cluster.experiments.study.results import Result
+from cluster.experiments.study.runner import Run
+from pipeline.dataset.manifest import Manifest
+from pipeline.remote.dataset import metadata
+from pipeline.tools.files import sealed
 
 RESULT, TABLE, PLOT = "study.json", "study.md", "study.png"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from cluster.evaluate import Evaluate, evaluate
-from cluster.study.crowd import Run
-from pipeline.files import sealed
+from cluster.experiments.study.runner import Run
+from pipeline.tools.files import sealed
 
 
 def train_error(run: Run) -> float:

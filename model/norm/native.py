@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.norm import build
-from model.norm.composed import (
+from model.norm.reference import (
     LRN_ALPHA,
     LRN_K,
     LRN_SIZE,

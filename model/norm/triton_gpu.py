@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.norm.composed import (
-    LRN_ALPHA,
-    LRN_K,
-    LRN_SIZE,
-    dense,
-    is_channels_last,
-    laid_out_as,
-)
+from model.norm.reference import LRN_ALPHA, LRN_K, LRN_SIZE, dense, is_channels_last, laid_out_as
 
 BLOCK = 1024
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -70,7 +63,7 @@ def launch(x: Tensor, above: Tensor | None, columns: int, relu: bool) -> Tensor:
         columns: whose maps x holds.
         relu: whether max(x, 0) is meant.
     """
-    from model.norm import triton_kernels
+    from model.norm import gpu_kernels
 
     y = torch.empty_like(x)
     step = 1 if is_channels_last(x) else x.shape[2] * x.shape[3]
@@ -79,7 +72,7 @@ def launch(x: Tensor, above: Tensor | None, columns: int, relu: bool) -> Tensor:
     if x.numel() == 0:
         return y
     if above is None:
-        triton_kernels.forward[grid](x, y, *settings, relu=relu, BLOCK=BLOCK)
+        gpu_kernels.forward[grid](x, y, *settings, relu=relu, BLOCK=BLOCK)
     else:
-        triton_kernels.backward[grid](x, above, y, *settings, relu=relu, BLOCK=BLOCK)
+        gpu_kernels.backward[grid](x, above, y, *settings, relu=relu, BLOCK=BLOCK)
     return y

@@ -11,16 +11,16 @@ from typing import NamedTuple
 import numpy as np
 from isal import isal_zlib
 
-from pipeline.errors import UsageError
-from pipeline.files import sealed
-from pipeline.index import INDEX_DTYPE, Index
+from pipeline.dataset.image_stats import Sums
+from pipeline.dataset.index import INDEX_DTYPE, Index
+from pipeline.dataset.samples import Sample, Unfit, has_pictures, label_of, samples_of
+from pipeline.dataset.tar import members
 from pipeline.indexing.idx import idx_text, places_of, read_idx
 from pipeline.indexing.names import MOST, Classes
-from pipeline.indexing.samples import Sample, Unfit, has_pictures, label_of, samples_of
-from pipeline.pixel_stats import Sums
 from pipeline.sources.listing import shown
-from pipeline.sources.tar_headers import members
 from pipeline.stored_picture import Undecodable, pixels_of
+from pipeline.tools.errors import UsageError
+from pipeline.tools.files import sealed
 from pipeline.whole_file import WholeFile
 
 PICTURE_LIMIT = 1 << 24

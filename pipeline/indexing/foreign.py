@@ -18,17 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import DataError, UsageError
-from pipeline.files import sealed, sha256, writable_folder
-from pipeline.index import Index, index_name, save_index
+from pipeline.dataset.image_stats import NAME as STATS
+from pipeline.dataset.image_stats import Statistics, Sums
+from pipeline.dataset.index import Index, index_name, save_index
+from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.indexing.examine import Bad, Examined, Job, Listing, examine, list_for_dali
 from pipeline.indexing.names import Classes, read_classes
-from pipeline.manifest import NAME as MANIFEST
-from pipeline.manifest import Manifest, Shard, Split
-from pipeline.pixel_stats import NAME as STATS
-from pipeline.pixel_stats import Statistics, Sums
-from pipeline.progress import Progress
 from pipeline.shard_pool import in_order
+from pipeline.tools.errors import DataError, UsageError
+from pipeline.tools.files import sealed, sha256, writable_folder
+from pipeline.tools.progress import Progress
 
 REJECTS = "rejects.jsonl"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pipeline.indexing.samples import Sample
+from pipeline.dataset.samples import Sample
 
 _COLUMNS = {"v1.1": 3, "v1.2": 4}
 """Words a file; the fourth is its name."""

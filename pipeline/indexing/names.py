@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from pipeline.tools.errors import UsageError
 
 MOST = 1_000_000
 """Classes that a set may have; a label beyond is an id of something else."""

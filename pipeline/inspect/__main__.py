@@ -1,6 +1,6 @@
-"""`python -m pipeline.inspect DATA [--out FILE.html] [--json]`."""
+"""`python -m pipeline.describe DATA [--out FILE.html] [--json]`."""
 
-from pipeline.errors import run
-from pipeline.inspect.page import main
+from pipeline.describe.__main__ import main
+from pipeline.tools.errors import run
 
 run(main)

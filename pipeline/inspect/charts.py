@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.inspect.facts import SplitFacts
+from pipeline.describe.facts import SplitFacts
 
 SIDE = 1000  # units of the square; y points down, as in SVG
 BINS = 60

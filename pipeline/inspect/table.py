@@ -9,7 +9,7 @@ import rich.console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.inspect.facts import ORIGINAL_MEAN, Facts, SplitFacts
+from pipeline.describe.facts import ORIGINAL_MEAN, Facts, SplitFacts
 
 
 def human_bytes(size: float) -> str:

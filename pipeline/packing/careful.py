@@ -18,10 +18,10 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.dataset.images import SIZE, Pixels
 from pipeline.packing.fast import reduction
 from pipeline.packing.finish import ORIENTATION, to_srgb, upright, valid
 from pipeline.packing.limits import MAX_OTHER_BYTES, PictureError, check_size, in_time
-from pipeline.picture import SIZE, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What Pillow may take the bytes for."""

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset.image_stats import Sums
 from pipeline.packing.options import Build
 from pipeline.packing.plan import Part, Plan
-from pipeline.packing.target import WORK, Target
-from pipeline.pixel_stats import Sums
+from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container
 from pipeline.stores.errors import StoreError
 
@@ -117,7 +117,7 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
         OSError: a container went away, or the target cannot be written.
         DuetError: with `careful`, a picture's process was killed from outside.
     """
-    from pipeline.packing.work import pack  # it brings torch, which the driver does without
+    from pipeline.packing.worker import pack  # it brings torch, which the driver does without
 
     return pack(job)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset.image_stats import Sums
 from pipeline.packing.ahead import ahead
 from pipeline.packing.chunks import HASH_BYTES, Chunk, ChunkError, fetch_chunk, parse_chunk
-from pipeline.packing.gather import TAKEN_DTYPE
 from pipeline.packing.plan import Part, Places, Plan
-from pipeline.packing.target import Target
-from pipeline.pixel_stats import Sums
+from pipeline.packing.shards import TAKEN_DTYPE
+from pipeline.remote.target import Target
 from pipeline.sources import Reject
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import simplejpeg
 import torch
 
+from pipeline.dataset.images import SIZE, Pixels
 from pipeline.packing.finish import orientation, pixels_to_srgb, upright
 from pipeline.packing.jpeg_header import JpegHeader
 from pipeline.packing.limits import PictureError
-from pipeline.picture import SIZE, Pixels
 
 KEPT = 8
 """JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times `SIZE` pixels remain.

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-from pipeline.picture import Pixels
+from pipeline.dataset.images import Pixels
 
 MAX_PROFILE = 4 * 2**20
 """Bytes of a colour profile; larger ones are ignored."""

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.dataset import is_remote
-from pipeline.errors import UsageError
-from pipeline.picture import Encoding
+from pipeline.dataset.images import Encoding
+from pipeline.remote.dataset import is_remote
+from pipeline.tools.errors import UsageError
 
 Chroma = Literal["4:2:0", "4:4:4"]
 

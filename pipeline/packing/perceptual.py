@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.picture import SIZE, Pixels
+from pipeline.dataset.images import SIZE, Pixels
 
 BITS = 256
 """Of a fingerprint."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset import is_remote
-from pipeline.errors import UsageError
 from pipeline.packing.options import Build
+from pipeline.remote.dataset import is_remote
 from pipeline.sources import Listing, Reject, scan
 from pipeline.sources.listing import BLOCK
+from pipeline.tools.errors import UsageError
 
 CHUNKS = 32
 """A small set is cut into this many chunks, so that all workers have something to do."""

@@ -19,8 +19,8 @@ from multiprocessing import active_children, get_context
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from pipeline.errors import DuetError
-from pipeline.processes import tie_to_parent
+from pipeline.tools.errors import DuetError
+from pipeline.tools.processes import tie_to_parent
 
 J = TypeVar("J")
 R = TypeVar("R")

@@ -11,22 +11,22 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.errors import UsageError
-from pipeline.files import sha256
-from pipeline.index import INDEX_DTYPE, index_name
-from pipeline.manifest import NAME as MANIFEST
-from pipeline.manifest import Manifest, Shard, Split
+from pipeline.dataset.image_stats import NAME as STATS
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.index import INDEX_DTYPE, index_name
+from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.manifest import Manifest, Shard, Split
+from pipeline.dataset.shards import shard_name
 from pipeline.packing.ahead import ahead
 from pipeline.packing.collect import Collected
 from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.duplicates import Counts, Member, find, write
-from pipeline.packing.gather import ShardDone, fetch_done, parse_done
 from pipeline.packing.options import Build
 from pipeline.packing.plan import Plan
-from pipeline.packing.target import Target
-from pipeline.pixel_stats import NAME as STATS
-from pipeline.pixel_stats import Statistics
-from pipeline.shards import shard_name
+from pipeline.packing.shards import ShardDone, fetch_done, parse_done
+from pipeline.remote.target import Target
+from pipeline.tools.errors import UsageError
+from pipeline.tools.files import sha256
 
 REJECTS = "rejects.jsonl"
 

@@ -18,13 +18,13 @@ from urllib.parse import unquote, urlsplit
 
 from fsspec.core import url_to_fs
 
-from pipeline.dataset import is_remote
-from pipeline.errors import SetupError, UsageError
-from pipeline.packing.store_claim import Claim
-from pipeline.packing.target import WORK, Folder, Piece, Target
-from pipeline.sources.remote_file import Unreachable, insist
+from pipeline.remote.dataset import is_remote
+from pipeline.remote.download import Policy, Store
+from pipeline.remote.file import Unreachable, insist
+from pipeline.remote.lease import Claim
+from pipeline.remote.target import WORK, Folder, Piece, Target
 from pipeline.stores.errors import StoreError, describe, without_secrets
-from pipeline.stores.fetch import Policy, Store
+from pipeline.tools.errors import SetupError, UsageError
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Where a file appears only when all of it has arrived."""

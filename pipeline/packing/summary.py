@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.manifest import Manifest
+from pipeline.dataset.manifest import Manifest
 from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.options import Build
 from pipeline.packing.seal import REJECTS
-from pipeline.packing.target import Target
+from pipeline.remote.target import Target
 from pipeline.sources import other_split
 from pipeline.sources.listing import shown
 

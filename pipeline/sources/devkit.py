@@ -12,11 +12,11 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.errors import UsageError
+from pipeline.dataset.tar import members
 from pipeline.sources.listing import shown
 from pipeline.sources.matlab import read_structs
 from pipeline.sources.names import is_class
-from pipeline.sources.tar_headers import members
+from pipeline.tools.errors import UsageError
 
 META = "meta.mat"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from pipeline.dataset.tar import members
 from pipeline.sources.folders import look_into
-from pipeline.sources.ground_truth import (
+from pipeline.sources.imagenet import (
     GIVE_LABELS,
     GroundTruth,
     find_ground_truth,
@@ -20,8 +20,8 @@ from pipeline.sources.ground_truth import (
 )
 from pipeline.sources.listing import WHOLE, Container, ListingWriter, shown
 from pipeline.sources.names import NO_FILE, NO_PICTURE, is_hidden, is_picture
-from pipeline.sources.tar_headers import members
 from pipeline.sources.tars import Found, class_of, files_of, open_tar
+from pipeline.tools.errors import UsageError
 
 _VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
 _NO_CLASS = frozenset({"", "val", "validation", "ILSVRC2012_img_val"})

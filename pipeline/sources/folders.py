@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.errors import UsageError
 from pipeline.sources.listing import PICTURE_ENDINGS, ListingWriter, shown
 from pipeline.sources.names import NO_FILE, NO_PICTURE
+from pipeline.tools.errors import UsageError
 
 
 class Inside(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import UsageError
+from pipeline.tools.errors import UsageError
 
 ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), ("size", "<i8")])
 """A picture: the container that holds it, its label, where it lies there and how many bytes it has.

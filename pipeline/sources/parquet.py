@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import UsageError
-from pipeline.sources.addresses import each, find, is_remote, of_split
-from pipeline.sources.asking import Unreachable
-from pipeline.sources.class_names import Labels
+from pipeline.remote.filesystem import Unreachable
+from pipeline.sources.classes import Labels
 from pipeline.sources.listing import Listing, ListingWriter, shown
 from pipeline.sources.parquet_columns import DAMAGE, Columns, find_columns, in_a_line, opened
+from pipeline.sources.paths import each, find, is_remote, of_split
 from pipeline.stores.errors import without_secrets
+from pipeline.tools.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa

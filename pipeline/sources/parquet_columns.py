@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UsageError
-from pipeline.sources.addresses import is_remote, open_file
+from pipeline.remote.download import Policy
+from pipeline.sources.paths import is_remote, open_file
 from pipeline.stores.errors import without_secrets
-from pipeline.stores.fetch import Policy
+from pipeline.tools.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.sources.asking import Unreachable
+from pipeline.remote.download import Policy
+from pipeline.remote.filesystem import Unreachable
 from pipeline.sources.limits import refuse_if_too_large
 from pipeline.sources.listing import Unreadable
 from pipeline.sources.parquet_columns import DAMAGE, find_columns, in_a_line, open_parquet
-from pipeline.stores.fetch import Policy
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -6,11 +6,11 @@ import errno
 import os
 import stat
 
-from pipeline.sources.addresses import is_remote
+from pipeline.remote.download import Policy
+from pipeline.remote.file import RemoteFile
 from pipeline.sources.limits import refuse_if_too_large
 from pipeline.sources.listing import ENCODING, Container, Reader, Unreadable, shown
-from pipeline.sources.remote_file import RemoteFile
-from pipeline.stores.fetch import Policy
+from pipeline.sources.paths import is_remote
 
 _NOT_THE_PICTURES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import UsageError
+from pipeline.dataset.tar import Member, members
 from pipeline.sources.listing import PICTURE_ENDINGS, ListingWriter, shown
 from pipeline.sources.names import NO_PICTURE, is_hidden, is_picture
-from pipeline.sources.tar_headers import Member, members
+from pipeline.tools.errors import UsageError
 
 BATCH = 1 << 14
 """Pictures handed on at a time; memory does not grow with the tar."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.files import sha256
-from pipeline.manifest import Shard
+from pipeline.dataset.manifest import Shard
 from pipeline.stores.errors import Mismatch
+from pipeline.tools.files import sha256
 
 
 class Arrival:

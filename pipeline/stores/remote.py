@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import DataError, UsageError
-from pipeline.files import sha256
-from pipeline.index import index_name
-from pipeline.manifest import NAME, Manifest, Shard
-from pipeline.pixel_stats import NAME as STATS
-from pipeline.stores.ahead import Ahead, Outcome
+from pipeline.dataset.image_stats import NAME as STATS
+from pipeline.dataset.index import index_name
+from pipeline.dataset.manifest import NAME, Manifest, Shard
+from pipeline.remote.cache import AS_STORED, Cache
+from pipeline.remote.download import Store
+from pipeline.remote.prefetch import Ahead, Outcome
 from pipeline.stores.arrival import Arrival
-from pipeline.stores.cache import AS_STORED, Cache
 from pipeline.stores.errors import Mismatch, local_errors
-from pipeline.stores.fetch import Store
+from pipeline.tools.errors import DataError, UsageError
+from pipeline.tools.files import sha256
 
 THREADS = 4
 """Shards that one process fetches at a time, ahead of need."""

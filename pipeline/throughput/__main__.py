@@ -22,14 +22,13 @@ from typing import Annotated, Any, Literal
 import rich.console
 import tyro
 
-from pipeline.dataset import is_remote, parse_size
-from pipeline.decode import Device
-from pipeline.errors import DuetError, SetupError, UsageError, run
-from pipeline.order import Shuffle
-from pipeline.throughput import plan as planning
+from pipeline.remote.dataset import is_remote, parse_size
+from pipeline.stream.decode import Device
+from pipeline.stream.order import Shuffle
+from pipeline.throughput import capacity as planning
 from pipeline.throughput import rate as rates
 from pipeline.throughput.compare import changes, regressed, unlike
-from pipeline.throughput.examine import SECONDS, examine
+from pipeline.throughput.diagnosis import SECONDS, examine
 from pipeline.throughput.machine import cores
 from pipeline.throughput.page import write as write_page
 from pipeline.throughput.report import load, rounded
@@ -37,6 +36,7 @@ from pipeline.throughput.setting import Setting
 from pipeline.throughput.table import show
 from pipeline.throughput.tune import Trial, tune
 from pipeline.throughput.tune import write as write_tuning
+from pipeline.tools.errors import DuetError, SetupError, UsageError, run
 
 NAME = "throughput.json"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from pipeline.files import sealed
+from pipeline.tools.files import sealed
 
 WIDTH, HEIGHT = 520, 220
 """Of a chart's plot, in SVG units."""

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from pipeline.dataset import open_dataset
-from pipeline.errors import UsageError
 from pipeline.native import NativeReader
-from pipeline.progress import Progress
+from pipeline.remote.dataset import open_dataset
 from pipeline.throughput.setting import Setting
-from pipeline.throughput.whole import WARM_UP
+from pipeline.throughput.stream_rate import WARM_UP
+from pipeline.tools.errors import UsageError
+from pipeline.tools.progress import Progress
 
 
 def measure(

@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.reader import Loaded
+from pipeline.stream.loader import Loaded
 from pipeline.throughput.clock import Load, Rate
 from pipeline.throughput.setting import Setting, opened
-from pipeline.throughput.whole import running
+from pipeline.throughput.stream_rate import running
 
 PICTURES = 1024
 """Raw ones take 197 kB each: a fifth of a gigabyte, which no processor cache holds."""

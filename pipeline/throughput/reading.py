@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.page_cache import forget
+from pipeline.stream.timing import Spent
 from pipeline.throughput.clock import Load, Rate
 from pipeline.throughput.setting import Parts
-from pipeline.waits import Spent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pipeline.throughput import raw_trial, stages
 from pipeline.throughput.clock import Rate, in_turn
 from pipeline.throughput.machine import memory_bytes
-from pipeline.throughput.prediction import Costs, jitter, predicted
+from pipeline.throughput.model import Costs, jitter, predicted
 from pipeline.throughput.reading import Reading, reading_cold
 from pipeline.throughput.setting import Parts
 from pipeline.throughput.stages import Alone

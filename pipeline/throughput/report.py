@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UsageError
-from pipeline.files import sealed
 from pipeline.throughput.machine import Machine
 from pipeline.throughput.remedies import Remedy
 from pipeline.throughput.row import Row
+from pipeline.tools.errors import UsageError
+from pipeline.tools.files import sealed
 
 VERSION = 1
 

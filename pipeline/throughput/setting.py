@@ -12,12 +12,12 @@ from typing import Any
 
 from pipeline.asked import Asked
 from pipeline.batches import Stream
-from pipeline.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset
-from pipeline.decode import Decoder, Device, Feed
+from pipeline.dataset.images import Encoding
 from pipeline.opened import Opened
-from pipeline.order import Shuffle
-from pipeline.picture import Encoding
-from pipeline.reader import Loaded
+from pipeline.remote.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset
+from pipeline.stream.decode import Decoder, Device, Feed
+from pipeline.stream.loader import Loaded
+from pipeline.stream.order import Shuffle
 
 
 @dataclass(frozen=True, kw_only=True)

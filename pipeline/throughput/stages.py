@@ -27,12 +27,12 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.augment import CROP
-from pipeline.decode import decoded, gpu_of, normalised
-from pipeline.manifest import Shard
-from pipeline.picture import SIZE
-from pipeline.reader import Loaded
-from pipeline.throughput import limits
+from pipeline.dataset.images import SIZE
+from pipeline.dataset.manifest import Shard
+from pipeline.stream.augment import CROP
+from pipeline.stream.decode import decoded, gpu_of, normalised
+from pipeline.stream.loader import Loaded
+from pipeline.throughput import hardware
 from pipeline.throughput.clock import Rate, measured
 from pipeline.throughput.machine import in_threads
 from pipeline.throughput.reading import Reading, reading, reading_cold
@@ -195,7 +195,7 @@ def alone(parts: Parts, seconds: float, batches: int) -> Alone:
     """Measure every stage and its limit, about `seconds` each."""
     cold, kept = reading_cold(parts, min(batches, 60))
     paths = [parts.dataset.shard(shard) for shard in _some_here(parts)]
-    disk, left = limits.disk(paths)
+    disk, left = hardware.disk(paths)
     warm = reading(parts, seconds, batches)
     loaded = tuple(parts.loaded(KEPT))
     found = Alone(
@@ -221,12 +221,12 @@ def _reader_stages(
     if parts.encoding == "jpeg":  # raw ones are mapped: the checksum is the first to read them
         yield row(
             "storage, page cache", warm.rate("storage"), each,
-            limit=limits.page_cache(paths, seconds / 2).median / each,
+            limit=hardware.page_cache(paths, seconds / 2).median / each,
             against="page cache, end to end, one thread",
         )  # fmt: skip
     yield row(
         "checksum", warm.rate("checksum"), each,
-        limit=limits.checksum(round(each), seconds / 2).median / each,
+        limit=hardware.checksum(round(each), seconds / 2).median / each,
         against="CRC-32 alone, one thread",
     )  # fmt: skip
     yield row("feed", warm.rate("feed", "fetch"), 0, note="order, draws and views, in Python")
@@ -245,11 +245,11 @@ def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Ite
     jpegs = [picture for one in loaded for picture in one.feed.pictures]
     if parts.encoding == "jpeg":
         if gpu:
-            limit = limits.nvjpeg(
+            limit = hardware.nvjpeg(
                 jpegs, setting.batch_size, setting.threads, setting.hw_decoder_load, seconds / 2
             )
         else:
-            limit = limits.libjpeg(jpegs, setting.threads, seconds / 2)
+            limit = hardware.libjpeg(jpegs, setting.threads, seconds / 2)
         yield row(
             "decode", decode(parts, loaded, seconds), each + CROPPED, limit=limit.median,
             against="nvJPEG of whole pictures, nothing else" if gpu
@@ -257,7 +257,7 @@ def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Ite
         )  # fmt: skip
     moved = CROPPED * (1 + (2 if gpu else 4))
     half = seconds / 2
-    memory = limits.device_memory(half) if gpu else limits.memory(setting.threads, half)
+    memory = hardware.device_memory(half) if gpu else hardware.memory(setting.threads, half)
     yield row(
         "normalise", normalise(parts, loaded, seconds), moved,
         limit=memory.median / moved,
@@ -268,7 +268,7 @@ def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Ite
         across = each if parts.encoding == "jpeg" else SIZE * SIZE * 3
         yield row(
             "copy to the GPU", copied(parts, loaded, seconds), across,
-            limit=limits.to_device(half).median / across, against="PCIe, pinned blocks of 64 MiB",
+            limit=hardware.to_device(half).median / across, against="PCIe, pinned blocks of 64 MiB",
         )  # fmt: skip
     yield row("hand-over", hand_over(parts, loaded, half), 0,
               note="tensors of what is ready; nothing is copied")  # fmt: skip

@@ -8,8 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
-from pipeline.dataset import open_dataset
-from pipeline.manifest import Manifest
+from pipeline.dataset.manifest import Manifest
+from pipeline.remote.dataset import open_dataset
 from pipeline.throughput.clock import Load
 from pipeline.throughput.setting import Setting
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import sealed
 from pipeline.throughput.clock import Rate
-from pipeline.throughput.examine import thread_counts
+from pipeline.throughput.diagnosis import thread_counts
 from pipeline.throughput.setting import Setting
-from pipeline.throughput.whole import running
+from pipeline.throughput.stream_rate import running
+from pipeline.tools.files import sealed
 
 BUDGET = 100.0
 """Seconds that the search may take."""

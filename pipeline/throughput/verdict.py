@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.throughput.clock import OTHERS
-from pipeline.throughput.prediction import Bound
+from pipeline.throughput.model import Bound
 from pipeline.throughput.remedies import WORTH, Remedy
 from pipeline.throughput.row import Row
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import DataError
-from pipeline.files import sha256
-from pipeline.index import index_name, load_index
-from pipeline.manifest import NAME as MANIFEST
-from pipeline.manifest import Manifest, Split
-from pipeline.picture import SIZE
-from pipeline.pixel_stats import NAME as STATS
-from pipeline.pixel_stats import Statistics
+from pipeline.dataset.image_stats import NAME as STATS
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.images import SIZE
+from pipeline.dataset.index import index_name, load_index
+from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.manifest import Manifest, Split
+from pipeline.tools.errors import DataError
+from pipeline.tools.files import sha256
 from pipeline.verification.findings import DIFFERS, MISSING, Damage, damage
 
 REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.manifest import NAME, Manifest, Shard, Split
-from pipeline.picture import SIZE
+from pipeline.dataset.images import SIZE
+from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
 from pipeline.verification.findings import Damage, damage
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

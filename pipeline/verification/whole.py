@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+from pipeline.dataset.check import Job, check_shard
+from pipeline.dataset.manifest import Manifest
 from pipeline.indexing.names import Classes
-from pipeline.manifest import Manifest
-from pipeline.progress import Progress
 from pipeline.shard_pool import in_order
+from pipeline.tools.progress import Progress
 from pipeline.verification.beside import index_damage, list_damage, stats_damage, strangers
 from pipeline.verification.described import manifest_damage
 from pipeline.verification.findings import Damage
-from pipeline.verification.shard import Job, check_shard
 
 BYTES_A_SECOND, DECODED_A_SECOND = 400e6, 1500
 """About what one process checks and decodes, to tell whether helpers are worth their start."""

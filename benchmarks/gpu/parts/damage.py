@@ -20,8 +20,8 @@ import torch
 
 from parts.made import pictures, spoilt
 from pipeline.batches import Stream
-from pipeline.decode import Decoder, Device, Feed, Trial
-from pipeline.processes import tie_to_parent
+from pipeline.stream.decode import Decoder, Device, Feed, Trial
+from pipeline.tools.processes import tie_to_parent
 
 SAMPLES, BAD, BATCH = 64, 37, 16
 SECONDS = 90

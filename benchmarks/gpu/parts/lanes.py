@@ -20,19 +20,19 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from parts.made import pictures
-from pipeline.augment import CROP
-from pipeline.background import Background
 from pipeline.batches import Stream
-from pipeline.dataset import LocalSet
-from pipeline.decode import Decoder, Device, Feed, gpu_of, pixels_of, run_on_current_stream
-from pipeline.manifest import Manifest
-from pipeline.order import Full
-from pipeline.picture import ENDINGS, SIZE
-from pipeline.pixel_stats import Statistics
-from pipeline.quarantine import Quarantine
-from pipeline.reader import Reader, Slice
-from pipeline.recipe import recipe_of
-from pipeline.storage import Storage
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.images import ENDINGS, SIZE
+from pipeline.dataset.manifest import Manifest
+from pipeline.remote.dataset import LocalSet
+from pipeline.stream.augment import CROP
+from pipeline.stream.decode import Decoder, Device, Feed, gpu_of, pixels_of, run_on_current_stream
+from pipeline.stream.loader import Reader, Slice
+from pipeline.stream.normalization import recipe_of
+from pipeline.stream.order import Full
+from pipeline.stream.prefetch import Background
+from pipeline.stream.quarantine import Quarantine
+from pipeline.stream.shard_reader import Storage
 
 MEMORY = 4096
 """Pictures that lanes over memory go round in, at most."""

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.dataset import LocalSet
-from pipeline.index import load_index, save_index
-from pipeline.manifest import Manifest, Shard
-from pipeline.picture import Encoding, as_npy
-from pipeline.shards import shard_name, write_shard
-from pipeline.storage import Bytes, Storage
+from pipeline.dataset.images import Encoding, as_npy
+from pipeline.dataset.index import load_index, save_index
+from pipeline.dataset.manifest import Manifest, Shard
+from pipeline.dataset.shards import shard_name, write_shard
+from pipeline.remote.dataset import LocalSet
+from pipeline.stream.shard_reader import Bytes, Storage
 
 RAW_PICTURES = 500
 """Pictures of a raw set that is made here: 98 MB, more than a processor's caches hold."""

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.decode import Device, gpu_of
-from pipeline.errors import UsageError
-from pipeline.manifest import Manifest
+from pipeline.dataset.manifest import Manifest
+from pipeline.stream.decode import Device, gpu_of
+from pipeline.tools.errors import UsageError
 
 STEPS = ("pixels", "damage", "sweep", "turns", "exact", "bare", "raw")
 """All there are, in their order; each is a method of the same name."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.table import markdown
-from pipeline.files import sealed, writable_folder
+from pipeline.tools.files import sealed, writable_folder
 
 
 class Record:

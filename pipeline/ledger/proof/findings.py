@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.order import Ids
+from pipeline.stream.order import Ids
 
 LISTED = 10
 """Ids or ranges listed in a finding, and findings of a kind; the rest is counted."""

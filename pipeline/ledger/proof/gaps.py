@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.ledger.proof.attempts import Attempt
 from pipeline.ledger.proof.findings import LISTED, Finding, count, listed, ranges
-from pipeline.order import Ids
+from pipeline.stream.ledger.attempts import Attempt
+from pipeline.stream.order import Ids
 
 _ALL = -1
 """In place of a rank: all of them."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.ledger.file import Deliveries, LedgerFile
 from pipeline.ledger.proof.findings import Finding, count
+from pipeline.stream.ledger.format import Deliveries, LedgerFile
 
 Flags = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.int32]

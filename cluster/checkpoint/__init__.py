@@ -1,0 +1,1 @@
+"""Checkpoints: both columns on disk, whole or not at all."""

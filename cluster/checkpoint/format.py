@@ -1,0 +1,159 @@
+"""Both columns on disk: whole or not at all, and loadable from either layout.
+
+    RUN/checkpoints/step-00000400/
+        column-a.safetensors    "weights/a.conv1.weight", "velocity/a.conv1.weight", ...
+        column-b.safetensors
+        checkpoint.json         written last: step, position, error, config, classes, file hashes
+
+A column's tensors are the same whether one process held it or two, so a run may go on in the other
+layout. `checkpoint_writer` writes them, `checkpoint_places` knows where they lie.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cluster.checkpoint.storage import JSON, Places, step_in
+from cluster.run.events import Tell, Warned
+from cluster.run.folder import Mark
+from model.alexnet import AlexNet
+from model.optimizer import Sgd2012
+from pipeline.stores.errors import StoreError
+from pipeline.tools.errors import DataError, DuetError
+from pipeline.tools.files import sha256
+
+VERSION = 1
+UNSOUND = (OSError, ValueError, KeyError, TypeError, DuetError)
+"""What reading a damaged checkpoint raises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A complete checkpoint and where it lies."""
+
+    path: Path
+    """Local folder with its files; of a store's, it is there as long as this object."""
+    mark: Mark
+    classes: tuple[str, ...]
+    """Names of the classes it was trained on."""
+    error: float | None = None
+    """Top-1 validation error at its step, if there was a validation."""
+    name: str = ""
+    holder: object = field(default=None, repr=False, compare=False)
+    """Keeps a temporary `path` from being removed."""
+
+
+def column_file(column: int) -> str:
+    """Name of a column's file."""
+    return f"column-{'ab'[column]}.safetensors"
+
+
+def state_of(net: AlexNet, optimiser: Sgd2012) -> dict[str, Tensor]:
+    """Weights and velocities of the columns that are here, under the keys of the files."""
+    weights, velocities = net.column_state(), optimiser.column_state(net)
+    return {f"weights/{key}": tensor for key, tensor in weights.items()} | {
+        f"velocity/{key}": tensor for key, tensor in velocities.items()
+    }
+
+
+def load(path: Path, net: AlexNet, optimiser: Sgd2012 | None = None) -> None:
+    """Fill a network (and optimiser) with the columns it holds from a complete checkpoint.
+
+    Raises:
+        DataError: the checkpoint is of another network.
+    """
+    state: dict[str, Tensor] = {}
+    for column in net.columns:
+        state |= load_file(path / column_file(column))
+    try:
+        net.load_column_state(_under("weights/", state))
+        if optimiser is not None:
+            optimiser.load_column_state(net, _under("velocity/", state))
+    except ValueError as error:
+        raise DataError(f"checkpoint {path}: {error}") from error
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
+
+
+def first_sound(places: Places, names: Iterable[str], tell: Tell) -> Found | None:
+    """Return the first of some checkpoints of which every byte is right.
+
+    Raises:
+        StoreError: the store does not answer; that says nothing about the checkpoint.
+    """
+    for name in names:
+        try:
+            return check(places, name)
+        except StoreError:
+            raise
+        except UNSOUND as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            there = f"{places.address}/{name}"
+            tell(Warned(f"checkpoint {there} is damaged ({reason}); passing over it"))
+    return None
+
+
+def read_table(places: Places, name: str) -> dict[str, Any]:
+    """Read checkpoint.json.
+
+    Raises:
+        ValueError, KeyError, TypeError, OSError, DuetError: it is damaged, or not there.
+    """
+    table: dict[str, Any] = json.loads(places.read(name, JSON))
+    if table["version"] != VERSION:
+        raise ValueError(f"version {table['version']}, this program reads {VERSION}")
+    return table
+
+
+def check(places: Places, name: str) -> Found:
+    """Compare a checkpoint's files with what its checkpoint.json says.
+
+    Raises:
+        ValueError, KeyError, TypeError, OSError, DuetError: it is damaged.
+    """
+    table = read_table(places, name)
+    columns = table.get("config", {}).get("columns", 2)
+    if {column_file(column) for column in range(columns)} - set(table["files"]):
+        raise ValueError("a column is missing")
+    path, holder = fetched(places, name, table, list(table["files"]))
+    mark = Mark(step=table["step"], position=table["position"])
+    if mark.step != step_in(name):
+        raise ValueError(f"it is of step {mark.step}")
+    return Found(
+        path=path,
+        mark=mark,
+        classes=tuple(table["classes"]),
+        error=table.get("top1_error"),
+        name=name,
+        holder=holder,
+    )
+
+
+def fetched(
+    places: Places, name: str, table: dict[str, Any], files: list[str]
+) -> tuple[Path, object]:
+    """Return a local folder with files of a checkpoint, their hashes compared, and its holder.
+
+    Raises:
+        ValueError: they are not what `table` says; besides, what `check` raises.
+    """
+    path, holder = places.fetch(name, files)
+    for file in files:
+        facts = table["files"][file]
+        size = (path / file).stat().st_size
+        if size != facts["bytes"]:
+            raise ValueError(f"{file} has {size} bytes instead of {facts['bytes']}")
+        if sha256(path / file) != facts["sha256"]:
+            raise ValueError(f"{file} does not have the SHA-256 it was written with")
+    return path, holder

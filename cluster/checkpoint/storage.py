@@ -1,0 +1,304 @@
+"""Where checkpoints lie: a folder that all nodes see, or an object store.
+
+    FOLDER/step-00000400/                  takes its name when everything in it is on the disk;
+    FOLDER/step-00000400.3f9c.partial/     until then it is called so
+    s3://.../checkpoints/step-00000400-3f9c/   nothing is renamed there: it is a checkpoint when it
+                                               has a checkpoint.json, which is written last
+
+A name that is being written has a token in it: a process of a start that was given up, and has not
+noticed yet, cannot write into what the next one writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from cluster.run.folder import CHECKPOINTS, checkpoints_in
+from pipeline.packing.store_target import OBJECT_STORES, StoreTarget
+from pipeline.remote.dataset import is_remote
+from pipeline.remote.download import Policy, Store
+from pipeline.stores.errors import without_secrets
+from pipeline.tools.errors import UsageError
+from pipeline.tools.files import PARTIAL, sealed, sync_folder
+
+JSON = "checkpoint.json"
+POLICY = Policy()
+"""For what a thread does: half a minute of pauses before it gives up."""
+HURRY = Policy(attempts=3, first_delay=0.5, stall=10.0)
+"""For what training waits for."""
+_NAME = re.compile(r"step-(\d+)(-[0-9a-f]+)?")
+
+
+class Places(Protocol):
+    """What a run needs of the place where its checkpoints lie."""
+
+    @property
+    def address(self) -> str:
+        """How messages call it."""
+
+    def sealed(self) -> list[str]:
+        """Names of the complete checkpoints, newest first; their bytes are not looked at.
+
+        Raises:
+            OSError, DuetError: the place cannot be reached.
+        """
+
+    def begin(self, step: int, token: str) -> str:
+        """Prepare for a checkpoint; returns the name under which it is written. The leader's."""
+
+    def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
+        """Have `save` write a file of it, and put it on the disk.
+
+        Returns:
+            a local path where its bytes can be read until `settle`.
+        """
+
+    def settle(self, work: str, file: str, path: Path) -> None:
+        """Bring a file that was written to where it belongs."""
+
+    def seal(self, work: str, table: bytes) -> str:
+        """Make it a checkpoint: write checkpoint.json; returns its name. The leader's."""
+
+    def read(self, name: str, file: str) -> bytes:
+        """Return a small file of a checkpoint."""
+
+    def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
+        """Return a local folder with these files of a checkpoint, there as long as the object."""
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint, or what was begun."""
+
+    def prepare(self) -> None:
+        """Make the place ready to be written to. The leader's, before anything is begun."""
+
+    def tidy(self, step: int) -> None:
+        """Remove what was begun up to `step` and never sealed: crashes leave that. The leader's,
+        while nothing of that step is being written."""
+
+
+def places_of(run: Path, store: str) -> Places:
+    """Return where the checkpoints of a run lie: in its folder, or in `store` if that is given.
+
+    Raises:
+        UsageError: no folder, and no address of an object store.
+        SetupError: the package for its scheme is not installed.
+    """
+    if is_remote(store):
+        return Bucket(bucket_of(store, CHECKPOINTS))
+    return Folder((folder_of(store) if store else run) / CHECKPOINTS)
+
+
+def folder_of(store: str) -> Path:
+    """Return the folder that `folder` or `file:///folder` names."""
+    local = store.lower().startswith("file://")
+    return Path(unquote(urlsplit(store).path) if local else store)
+
+
+def bucket_of(store: str, folder: str) -> StoreTarget:
+    """Return what writes into a folder of a store; raises as `places_of`."""
+    safe = without_secrets(store)
+    if store.partition("://")[0] not in OBJECT_STORES:
+        raise UsageError(
+            f"store {safe}: checkpoints go to folders and to object stores "
+            "(s3://, gs://, az://); give one of these"
+        )
+    if not urlsplit(store).netloc:
+        raise UsageError(f"store {safe} names no bucket; give one such as s3://bucket/folder")
+    Store(store)  # has the package for it
+    return StoreTarget(f"{store.rstrip('/')}/{folder}".rstrip("/"), POLICY)
+
+
+def reached(run: Path, store: str) -> int:
+    """Step of the newest checkpoint of a run; 0 if there is none. Its bytes are not looked at.
+
+    Raises:
+        OSError, DuetError: the place cannot be reached.
+    """
+    return next((step_in(name) for name in places_of(run, store).sealed()), 0)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint, or would be."""
+    return _NAME.fullmatch(name) is not None
+
+
+def step_in(name: str) -> int:
+    """Return the step in a checkpoint's name."""
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1])
+
+
+class Folder:
+    """Checkpoints in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def address(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    def sealed(self) -> list[str]:
+        """Names of the complete ones, newest first."""
+        return [path.name for path in checkpoints_in(self._folder)]
+
+    def begin(self, step: int, token: str) -> str:
+        """Make a folder to write in.
+
+        Raises:
+            FileNotFoundError: on a disk that has gone meanwhile, nothing must be begun anew.
+        """
+        work = f"step-{step:08d}.{token}{PARTIAL}"
+        (self._folder / work).mkdir()
+        return work
+
+    def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
+        """Write a file at its place."""
+        path = self._folder / work / file
+        save(path)
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        return path
+
+    def settle(self, work: str, file: str, path: Path) -> None:
+        """It is there."""
+
+    def seal(self, work: str, table: bytes) -> str:
+        """Write checkpoint.json, and give the folder its name."""
+        with sealed(self._folder / work / JSON) as file:
+            file.write(table)
+        final = self._folder / work.split(".")[0]
+        if final.exists():  # a damaged one that was passed over
+            self.remove(final.name)
+        (self._folder / work).rename(final)
+        sync_folder(self._folder)
+        return final.name
+
+    def read(self, name: str, file: str) -> bytes:
+        """Return a file."""
+        return (self._folder / name / file).read_bytes()
+
+    def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
+        """Return the folder of the checkpoint itself."""
+        return self._folder / name, None
+
+    def remove(self, name: str) -> None:
+        """Remove the folder; one that is removed by half does not look like a checkpoint."""
+        path = self._folder / name
+        if not name.endswith(PARTIAL):
+            path = path.rename(path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}"))
+        shutil.rmtree(path, ignore_errors=True)
+
+    def prepare(self) -> None:
+        """Make the folder, and make room. What it lies in must be there."""
+        self._folder.mkdir(exist_ok=True)
+        for left in self._folder.glob(f"step-*{PARTIAL}/"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def tidy(self, step: int) -> None:
+        """Remove folders that were begun and never took their names."""
+        for left in self._folder.glob(f"step-*{PARTIAL}/"):
+            number = left.name[5:].split(".")[0]
+            if number.isdecimal() and int(number) <= step:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+class Bucket:
+    """Checkpoints in an object store."""
+
+    def __init__(self, target: StoreTarget) -> None:
+        self._target = target
+
+    @property
+    def address(self) -> str:
+        """The address, without secrets."""
+        return self._target.address
+
+    def _all(self) -> dict[str, set[str]]:
+        """Files of each checkpoint, complete or not."""
+        found: dict[str, set[str]] = {}
+        for path in self._target.names():
+            name, _, file = path.partition("/")
+            if _NAME.fullmatch(name):
+                found.setdefault(name, set()).add(file)
+        return found
+
+    def sealed(self) -> list[str]:
+        """Names of those with a checkpoint.json, newest first."""
+        complete = [name for name, files in self._all().items() if JSON in files]
+        return sorted(complete, key=lambda name: (step_in(name), name), reverse=True)
+
+    def begin(self, step: int, token: str) -> str:
+        """There is nothing to prepare."""
+        return f"step-{step:08d}-{token}"
+
+    def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
+        """Write a temporary file on this node."""
+        folder = Path(tempfile.mkdtemp(prefix="duet-save-"))
+        try:
+            save(folder / file)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"{error}, in {folder.parent} (TMPDIR names another)") from error
+        return folder / file
+
+    def settle(self, work: str, file: str, path: Path) -> None:
+        """Upload it."""
+        name, size = f"{work}/{file}", path.stat().st_size
+        try:
+            self._target.ask(
+                name, lambda system, there: system.put_file(str(path), there), "written", size
+            )
+        finally:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def seal(self, work: str, table: bytes) -> str:
+        """Upload checkpoint.json."""
+        with replace(self._target, policy=HURRY).create(f"{work}/{JSON}") as file:
+            file.write(table)
+        return work
+
+    def read(self, name: str, file: str) -> bytes:
+        """Download a small file."""
+        return self._target.read(f"{name}/{file}")
+
+    def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
+        """Download files into a temporary folder."""
+        folder = tempfile.TemporaryDirectory(prefix="duet-checkpoint-")
+        for file in files:
+            self._download(f"{name}/{file}", Path(folder.name) / file)
+        return Path(folder.name), folder
+
+    def _download(self, name: str, local: Path) -> None:
+        size = self._target.size(name)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        self._target.ask(
+            name, lambda system, there: system.get_file(there, str(local)), "read", size
+        )
+
+    def remove(self, name: str) -> None:
+        """Remove its files, checkpoint.json first: half of a checkpoint is none."""
+        self._target.remove([f"{name}/{JSON}"])
+        self._target.clear(name)
+
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
+    def tidy(self, step: int) -> None:
+        """Remove files of checkpoints that were begun and never sealed."""
+        for name, files in self._all().items():
+            if JSON not in files and step_in(name) <= step:
+                self._target.clear(name)

@@ -1,0 +1,297 @@
+"""Nearest neighbours in the features of a trained network: figure 4 (right) of the paper.
+
+    python -m cluster.experiments.neighbors RUN --data DATA [-k 6] [--queries val] [--base train] [--json]
+
+Passes every picture of both splits through the network once and keeps its fc7 features (4096
+numbers at width 1) in RUN/neighbours; a call that was killed goes on where it was, and a later one
+takes what is there. Finds the exact k nearest base pictures of every query by squared L2 distance,
+and writes RUN/neighbours/
+
+    summary.json      precision at k, how well distances tell classes apart, rates
+    nearest.npz       queries, ids, distances: of every query
+    sheet.png         some queries and their neighbours
+    distances.svg     distances within and across classes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from cluster.experiments.neighbors.extract import features
+from cluster.experiments.neighbors.features import Features, Ids
+from cluster.experiments.neighbors.figures import chosen, drawn, read
+from cluster.experiments.neighbors.search import LEAST, Base, Nearest, nearest
+from cluster.neighbours.distances import draw
+from cluster.neighbours.plot import histogram
+from cluster.neighbours.summary import NAME, write
+from cluster.neighbours.trained import FOLDER, Trained, opened, settings
+from pipeline.remote.dataset import open_dataset, parse_size
+from pipeline.tools.errors import SetupError, UsageError, run
+from pipeline.tools.files import sealed, writable_folder
+from pipeline.tools.progress import Progress
+
+PAPER_K = 6
+"""Neighbours of each picture in figure 4."""
+CORES = 4
+"""CPU cores of a worker, where it has no GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """Find the pictures that a trained network takes for most alike."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run; its newest complete checkpoint is used."""
+    data: str
+    """Data set (folder or address); its classes must be those of training."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = PAPER_K
+    """Neighbours of each picture."""
+    queries: str = "val"
+    """Split whose pictures are looked for."""
+    base: str = "train"
+    """Split in which they are looked for; if it is the same, a picture is not its own neighbour."""
+    step: int | None = None
+    """Take the checkpoint of this step."""
+    features: Path | None = None
+    """Folder for the features (10 GB for 1.28 million pictures); default: RUN/neighbours."""
+    anew: bool = False
+    """Make the features again, also if there are some."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the features in their file."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: GPUs if there are any."""
+    workers: int = 0
+    """Processes that make features; 0: one a GPU, or one for every four cores."""
+    memory: str = "2GB"
+    """Most memory for the search, beside the queries."""
+    show: int = 10
+    """Queries on the contact sheet."""
+    pairs: int = 50_000
+    """Random pairs of either kind, same class and different ones, for the distances."""
+    seed: int = 0
+    """Of the draws of pairs and of the queries that are shown."""
+    json: bool = False
+    """Print one JSON object to stdout, everything else to stderr."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        DuetError: one line, with the exit code to leave with.
+    """
+    options = tyro.cli(Neighbours, args=argv, prog="python -m cluster.experiments.neighbors")
+    settings(options.run)
+    _check(options)
+    folder = writable_folder(options.run / FOLDER, "the run's folder")
+    result = neighbours(options, folder)
+    out = sys.stderr if options.json else sys.stdout
+    out.write("\n".join(_lines(result["neighbours"], folder)) + "\n")
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def neighbours(options: Neighbours, folder: Path) -> dict[str, Any]:
+    """Do it all and return what is in summary.json.
+
+    Args:
+        options: the flags.
+        folder: for the results.
+
+    Raises:
+        UsageError: a run without checkpoints, data of other classes, more neighbours than pictures.
+        DataError: features that are there are of another run, step or data set, or damaged.
+    """
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    trained = opened(options.run, options.data, options.step)
+    _enough(options, trained)
+    devices = _devices(options)
+    kept = writable_folder(options.features, "--features") if options.features else folder
+    started = time.perf_counter()
+    asked, base = (
+        features(
+            kept, trained, split, dtype=options.dtype, devices=devices, anew=options.anew and new
+        )
+        for split, new in ((options.queries, True), (options.base, options.base != options.queries))
+    )
+    made = time.perf_counter() - started
+    ids = np.flatnonzero(asked.sound)
+    started = time.perf_counter()
+    found = _searched(options, asked, base, ids, devices[0])
+    seconds = time.perf_counter() - started
+    with sealed(folder / "nearest.npz") as file:
+        np.savez(file, queries=ids, ids=found.ids, distances=found.distances)
+    right = base.labels[found.ids] == asked.labels[ids][:, None]
+    facts = {
+        "k": options.k,
+        "queries": {"split": options.queries, "pictures": len(ids)},
+        "base": {"split": options.base, "pictures": int(base.sound.sum())},
+        "units": base.about.units,
+        "dtype": base.about.dtype,
+        "bytes_per_picture": base.about.units * base.values.dtype.itemsize,
+        "precision_at_k": float(right.mean()),
+        "precision_at": [float(right[:, : k + 1].mean()) for k in range(options.k)],
+        "precision_by_chance": _chance(asked, base, ids),
+        **_distances(options, asked, base, folder),
+        "features_seconds": round(made, 2),
+        "search_seconds": round(seconds, 3),
+        "queries_s": round(len(ids) / seconds, 1),
+        "searched_again": found.again,
+        "device": devices[0],
+        "files": {"sheet": "sheet.png", "distances": "distances.svg", "nearest": "nearest.npz"},
+        "sheet": _sheet(options, trained, asked, found, ids, folder),
+    }
+    return write(folder, options.run, base.about, "neighbours", facts)
+
+
+def _searched(
+    options: Neighbours, asked: Features, base: Features, ids: Ids, device: str
+) -> Nearest:
+    with Progress("nearest neighbours", total=len(ids), unit="queries") as progress:
+        return nearest(
+            asked.values,
+            Base(base.values, base.sound),
+            options.k,
+            memory=parse_size(options.memory),
+            device=device,
+            picked=ids,
+            itself=options.base == options.queries,
+            tell=progress.advance,
+        )
+
+
+def _distances(
+    options: Neighbours, asked: Features, base: Features, folder: Path
+) -> dict[str, Any]:
+    pairs = draw(asked, base, options.pairs, options.seed)
+    if pairs is None:
+        return {"auc": None, "pairs": 0}
+    title = f"{options.run.resolve().name}, step {base.about.step}: {options.queries} against "
+    with sealed(folder / "distances.svg") as file:
+        file.write(histogram(pairs, title + options.base).encode())
+    return {
+        "auc": pairs.auc,
+        "auc_error": pairs.auc_error,
+        "mean_ratio": None if math.isnan(pairs.ratio) else pairs.ratio,
+        "mean_same": float(pairs.same.mean()),
+        "mean_other": float(pairs.other.mean()),
+        "pairs": options.pairs,
+    }
+
+
+def _sheet(
+    options: Neighbours,
+    trained: Trained,
+    asked: Features,
+    found: Nearest,
+    ids: Ids,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Draw sheet.png; returns which pictures are on it."""
+    rows = chosen(asked.labels[ids], options.show, options.seed)
+    names = trained.manifest.titles or trained.manifest.classes
+    near = found.ids[rows]
+    dataset = open_dataset(trained.data, **trained.config.cached)
+    try:
+        queries = read(dataset, options.queries, ids[rows].tolist())
+        flat = read(dataset, options.base, near.reshape(-1).tolist())
+    finally:
+        dataset.close()
+    others = [flat[at : at + options.k] for at in range(0, len(flat), options.k)]
+    notes = (options.queries, f"the {options.k} nearest of {options.base}; x: of another class")
+    with sealed(folder / "sheet.png") as file:
+        drawn(queries, others, names, notes).save(file, "PNG", optimize=True)
+    return [
+        {
+            "query": int(ids[row]),
+            "class": names[query.label],
+            "neighbours": found.ids[row].tolist(),
+            "classes": [names[one.label] for one in mine],
+            "distances": [round(math.sqrt(far), 4) for far in found.distances[row].tolist()],
+        }
+        for row, query, mine in zip(rows.tolist(), queries, others, strict=True)
+    ]
+
+
+def _chance(asked: Features, base: Features, ids: Ids) -> float:
+    """Precision of neighbours drawn at random."""
+    sizes = np.bincount(base.labels[base.sound], minlength=len(base.about.classes))
+    return float((sizes / sizes.sum())[asked.labels[ids]].mean())
+
+
+def _check(options: Neighbours) -> None:
+    """Refuse numbers out of range."""
+    for name, value, least in (
+        ("-k", options.k, 1),
+        ("--workers", options.workers, 0),
+        ("--show", options.show, 1),
+        ("--pairs", options.pairs, 1),
+        ("--seed", options.seed, 0),
+    ):
+        if value < least:
+            raise UsageError(f"{name} is {value}; give {least} or more")
+    if parse_size(options.memory) < LEAST:
+        raise UsageError(f"--memory {options.memory} is too little; give 64MiB or more")
+
+
+def _enough(options: Neighbours, trained: Trained) -> None:
+    """Refuse more neighbours than there are, before anything is computed."""
+    trained.manifest.split(options.queries, trained.metadata)
+    there = trained.manifest.split(options.base, trained.metadata).samples
+    room = there - (options.base == options.queries)
+    if options.k > room:
+        raise UsageError(
+            f"{options.k} neighbours asked for, and split {options.base} of {options.data} has "
+            f"{room:,} pictures to find; ask for fewer with -k"
+        )
+
+
+def _devices(options: Neighbours) -> list[str]:
+    """Where the workers compute, one entry each."""
+    gpus = torch.cuda.device_count() if options.device != "cpu" else 0
+    if options.device == "gpu" and not gpus:
+        raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
+    if gpus:
+        return [f"cuda:{number % gpus}" for number in range(options.workers or gpus)]
+    cores = len(os.sched_getaffinity(0))
+    return ["cpu"] * (options.workers or max(1, cores // CORES))
+
+
+def _lines(facts: dict[str, Any], folder: Path) -> list[str]:
+    queries, base = facts["queries"], facts["base"]
+    at = facts["precision_at"]
+    lines = [
+        f"{queries['pictures']:,} pictures of {queries['split']} among {base['pictures']:,} of "
+        f"{base['split']}, {facts['units']} features each ({facts['bytes_per_picture']:,} bytes)",
+        f"precision at {facts['k']}: {facts['precision_at_k']:.2%} of the neighbours are of the "
+        f"query's class; at 1: {at[0]:.2%}; by chance: {facts['precision_by_chance']:.2%}",
+    ]
+    if facts["auc"] is not None:
+        ratio = facts["mean_ratio"]
+        lines.append(
+            f"a pair of one class is closer than one of two in {facts['auc']:.1%} of the cases "
+            f"(AUC, +-{facts['auc_error']:.1%}); mean distance "
+            + ("0" if ratio is None else f"{ratio:.3f} times as large")
+        )
+    lines.append(
+        f"features {facts['features_seconds']:,.1f} s, exact search {facts['search_seconds']:,.2f} "
+        f"s ({facts['queries_s']:,.0f} queries/s on {facts['device']}) -> {folder / NAME}, "
+        "sheet.png, distances.svg"
+    )
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,292 @@
+"""A run kept going: workers placed, watched, and started again until the last step is made.
+
+    while there are steps to make:
+        find room for as many replicas as fit          (topology.plan)
+        start their workers                            (attempt.Attempt)
+        watch until they end: done, failed, or asked to end, because the user wants it, a node is
+        about to go, or there is room for more
+
+Whoever is asked to end saves first. Every start and end is a row of RUN/attempts.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.attempt import Attempt
+from cluster.config import Config
+from cluster.launch.placement import Node, NoRoom, Plan, plan
+from cluster.nodes import draining, living, name_of, uses_gpus
+from cluster.run.console import Screen
+from cluster.run.events import Event, Placed, Started
+from cluster.run.folder import ATTEMPTS, last_attempt, last_step
+from cluster.run.sync import DRIVERS, mirror_of
+from pipeline.tools.errors import DuetError
+
+LOOK = 2.0
+"""Seconds between looks at the cluster while training."""
+SETTLE = 15.0
+"""Seconds for which a cluster may need to notice what has ended."""
+GROW_AFTER = 10.0
+"""Seconds after a start before the run is stopped for the sake of more replicas."""
+GRACE = 120.0
+"""Seconds that workers have to save when the user wants the run to end."""
+STOPPED = "stopped"
+"""Why an attempt ended that the user wanted to end."""
+TELL_EVERY = 30.0
+"""Seconds between lines about a wait."""
+
+
+class Supervisor:
+    """Keeps one run going; needs a Ray (`ray_session.session`)."""
+
+    def __init__(
+        self, config: Config, data: str, run: Path, screen: Screen,
+        reached: Callable[[], int], aside: Callable[[], str],
+    ) -> None:  # fmt: skip
+        """Prepare.
+
+        Args:
+            config: the settings.
+            data: folder or address of the data set.
+            run: folder of the run.
+            screen: gets lines and events.
+            reached: step of the newest checkpoint.
+            aside: what Ray has said so far.
+        """
+        self._config, self._data, self._run, self._screen = config, data, run, screen
+        self._reached, self._aside = reached, aside
+        # Decided once: a run that has lost its GPUs must not creep on on CPUs.
+        self._gpu = uses_gpus(config)
+        self._mirror = mirror_of(run, config.store)
+        self._number = last_attempt(run)
+
+    def train(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            NoRoom: the cluster has none, now or for longer than `node_wait`.
+            DuetError: the run failed, `max_failures` times with no new checkpoint between.
+            KeyboardInterrupt: the user ended it.
+        """
+        failures, begun = 0, self._step()
+        room = self._first_room()
+        with wanted_end() as end:
+            while True:
+                attempt = self._attempt(room, end)
+                if attempt.finished:
+                    return
+                if end():
+                    raise KeyboardInterrupt
+                if attempt.failed:
+                    step = self._step()
+                    failures, begun = (failures + 1 if step == begun else 1), step
+                    if failures > self._config.max_failures or attempt.failure.final:
+                        raise attempt.failure.error(self._run, self._aside())
+                    self._screen.say(f"{attempt.failure.why}; starting again from step {step}")
+                room = self._room(attempt.plan, end)
+
+    def _first_room(self) -> Plan:
+        """Find room at once or not at all.
+
+        Only where the run has been under way before, what it held may be about to be free.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                return self._plan(living())
+            except NoRoom:
+                if self._number == 0 or time.monotonic() - start > SETTLE:
+                    raise
+            time.sleep(0.5)
+
+    def _attempt(self, room: Plan, end: Callable[[], int]) -> Attempt:
+        """Start the workers, and stay until they have ended."""
+        self._number += 1
+        attempt = Attempt(self._config, self._data, self._run, room)
+        asked = Asked(attempt, self._screen)
+        try:
+            for event in attempt.events():
+                self._tell(event, attempt)
+                if end():
+                    asked.by_user()
+                elif attempt.started and (why := self._reason(attempt.plan, asked)):
+                    asked.to_end(why)
+        except KeyboardInterrupt:
+            asked.why = STOPPED
+            raise
+        finally:
+            why = "finished" if attempt.finished else asked.why or attempt.failure.why
+            self._note("end", step=self._step(), why=why, code=int(not attempt.finished))
+        return attempt
+
+    def _tell(self, event: Event | None, attempt: Attempt) -> None:
+        """Show what a worker tells, and note a start."""
+        if isinstance(event, Placed):
+            self._screen.table(event.workers)
+        if isinstance(event, Started):
+            workers = [asdict(worker) for worker in attempt.failure.workers]
+            replicas = attempt.plan.replicas
+            self._note(
+                "start", step=event.step, total=event.total, replicas=replicas, workers=workers
+            )
+        if event is not None:
+            self._screen.show(event)
+
+    def _step(self) -> int:
+        """Step of the newest checkpoint; what it was before, while its disk or store is away."""
+        try:
+            reached = self._reached()
+        except (OSError, DuetError):
+            reached = 0
+        return max(reached, last_step(self._run))
+
+    def _reason(self, now: Plan, asked: Asked) -> str:
+        """Why the workers should start anew elsewhere; empty if they should not."""
+        if not asked.looks():
+            return ""
+        if leaving := draining() & set(now.nodes):
+            return f"node {name_of(min(leaving))} is about to go"
+        if time.monotonic() - asked.since < GROW_AFTER:
+            return ""
+        try:
+            more = self._plan(living(now)).replicas
+        except NoRoom:
+            return ""
+        return f"there is room for {more} replicas" if more > now.replicas else ""
+
+    def _plan(self, nodes: list[Node]) -> Plan:
+        config = self._config
+        return plan(nodes, sizes=config.replica_sizes, size=config.size, gpu=self._gpu)
+
+    def _room(self, before: Plan, end: Callable[[], int]) -> Plan:
+        """Find room for the next start: as much as there will be when the last one is cleared away.
+
+        Raises:
+            NoRoom: there is none for longer than `node_wait` seconds.
+            KeyboardInterrupt: the user does not want to wait.
+        """
+        start, told = time.monotonic(), 0.0
+        while True:
+            waited = time.monotonic() - start
+            try:
+                room = self._plan(answering(living()))
+                if waited > SETTLE or room.replicas >= self._expected(before):
+                    return room
+            except NoRoom as error:
+                if waited > max(SETTLE, self._config.node_wait):
+                    raise
+                if waited > SETTLE and waited - told > TELL_EVERY:
+                    told = waited
+                    left = self._config.node_wait - waited
+                    self._screen.say(f"waiting {left:,.0f} s more for nodes: {error}")
+            if end():
+                raise KeyboardInterrupt
+            time.sleep(0.5)
+
+    def _expected(self, before: Plan) -> int:
+        """Replicas that fit when what the last start held is free again."""
+        try:
+            return self._plan(answering(living(before))).replicas
+        except NoRoom:
+            return 0
+
+    def _note(self, event: str, **more: Any) -> None:
+        row = {"time": round(time.time(), 3), "event": event, "attempt": self._number, **more}
+        try:
+            with (self._run / ATTEMPTS).open("ab") as file:
+                file.write((json.dumps(row) + "\n").encode())
+            if self._mirror is not None:
+                self._mirror.push_whole(DRIVERS)
+        except (OSError, DuetError) as error:
+            self._screen.say(f"warning: {self._run / ATTEMPTS} cannot be written ({error})")
+
+
+class Asked:
+    """Whether, since when and why the workers of an attempt were asked to end."""
+
+    def __init__(self, attempt: Attempt, screen: Screen) -> None:
+        self._attempt, self._screen = attempt, screen
+        self.since = time.monotonic()
+        """When the attempt was begun."""
+        self.why = ""
+        self._looked = self.since
+        self._deadline: float | None = None
+
+    def looks(self) -> bool:
+        """Whether it is time to look at the cluster again."""
+        if self.why or time.monotonic() - self._looked < LOOK:
+            return False
+        self._looked = time.monotonic()
+        return True
+
+    def to_end(self, why: str) -> None:
+        """Have the workers save and end."""
+        self.why = why
+        self._screen.say(f"{why}: saving, then starting again")
+        self._attempt.ask_to_end()
+
+    def by_user(self) -> None:
+        """The same because the user wants it, and give up on those that do not.
+
+        Raises:
+            KeyboardInterrupt: nothing would be lost (any more), or they take too long.
+        """
+        if not self._attempt.started or self._attempt.ended:
+            raise KeyboardInterrupt
+        if self._deadline is None:
+            self._deadline = time.monotonic() + GRACE
+            self.why = self.why or STOPPED
+            self._screen.say("stopping: saving first; once more ends it at once")
+            self._attempt.ask_to_end()
+        if time.monotonic() > self._deadline:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def wanted_end() -> Iterator[Callable[[], int]]:
+    """Count Ctrl-C and SIGTERM instead of ending at the first; the second raises.
+
+    Yields:
+        says how many there were.
+    """
+    count = 0
+
+    def note(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: count
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def answering(nodes: list[Node]) -> list[Node]:
+    """Leave out nodes that do not answer: Ray takes some seconds to notice that one is gone."""
+    import ray
+
+    addresses = {
+        node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
+        for node in ray.nodes()
+    }
+    found = []
+    for node in nodes:
+        try:
+            socket.create_connection(addresses[node.id], timeout=2).close()
+        except (OSError, KeyError):
+            continue
+        found.append(node)
+    return found

@@ -1,0 +1,90 @@
+"""`cluster.train --measure`: where a step's time goes, for the settings and machines of a run.
+
+Writes RUN/measure.json, and RUN/throughput.html with the step in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.attempt import Attempt
+from cluster.config import Config
+from cluster.launch.placement import plan
+from cluster.nodes import living, uses_gpus
+from cluster.run.console import Screen
+from cluster.run.events import Measured
+from cluster.run.folder import MEASURE
+from cluster.run.jsonl import WAITS
+from pipeline.throughput.page import write as write_page
+from pipeline.throughput.report import rounded
+from pipeline.tools.files import sealed
+
+NAMES = {
+    "compute": "compute", "exchange": "waiting for the other column",
+    "wait_storage": "waiting for storage", "wait_feed": "waiting for the feed",
+    "wait_decode": "waiting for decoding", "wait_transfer": "waiting for the transfer",
+}  # fmt: skip
+"""Parts of a step in words."""
+
+
+def measure_with_ray(
+    config: Config, data: str, folder: Path, screen: Screen, aside: Callable[[], str]
+) -> None:
+    """Have workers measure, show what they found and write it down; needs a Ray.
+
+    Raises:
+        NoRoom: the cluster has none.
+        DuetError: it failed.
+        KeyboardInterrupt: the user ended it.
+    """
+    gpu = uses_gpus(config)
+    room = plan(living(), sizes=config.replica_sizes, size=config.size, gpu=gpu)
+    attempt = Attempt(config, data, folder, room, measure=True)
+    found: Mapping[str, Any] | None = None
+    for event in attempt.events():
+        if isinstance(event, Measured):
+            found = rounded(event.found)
+        elif event is not None:
+            screen.show(event)
+    if found is None:
+        raise attempt.failure.error(folder, aside())
+    for line in told(found):
+        screen.say(line)
+    with sealed(folder / MEASURE) as file:
+        file.write(json.dumps(found, indent=1).encode() + b"\n")
+    page = folder / "throughput.html"
+    write_page(page, found["report"], step_parts(found))
+    screen.say(f"written: {folder / MEASURE}, {page}")
+
+
+def step_parts(found: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a step by what it was, in words; computing is cut in two by what replay shows."""
+    parts, wall = found["step"]["parts"], found["step"]["wall"]
+    alone = min(parts["compute"], found["replayed"]["parts"]["compute"])
+    named = {"compute": alone, "compute, slowed by the stream": parts["compute"] - alone}
+    named |= {NAMES[name]: parts[name] for name in ("exchange", *WAITS)}
+    return named | {"bookkeeping": max(0.0, wall - sum(parts.values()))}
+
+
+def told(found: Mapping[str, Any]) -> list[str]:
+    """What was found, in lines."""
+    wall = found["step"]["wall"]
+    lines = [f"a step takes {wall * 1e3:,.1f} ms ({found['img_s']:,.0f} img/s):"]
+    for name, seconds in step_parts(found).items():
+        if seconds / wall >= 0.0005:
+            lines.append(f"  {name:<32}{seconds * 1e3:>10,.1f} ms {seconds / wall:>7.1%}")
+    low, high = found["spread"]
+    lines += [
+        f"the parts add up to {found['step']['accounted']:.1%} of the wall time",
+        f"on batches that lie ready: {found['replayed_img_s']:,.0f} img/s; accelerator utilisation "
+        f"{found['au']:.1%} (turns {low:.1%} to {high:.1%}), stall {found['stall']:.1%}",
+        f"the stream alone: {found['stream_img_s']:,.0f} img/s, "
+        f"{found['stream_img_s'] / found['replayed_img_s']:.1f} times what the network takes",
+        found["report"]["verdict"],
+    ]
+    if found["others"] > 0.1:
+        lines.append(f"warning: other programs used {found['others']:.0%} of a machine meanwhile")
+    return lines

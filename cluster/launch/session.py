@@ -1,0 +1,106 @@
+"""A Ray for this command: the one that RAY_ADDRESS names, or one of our own on loopback."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.tools.errors import SetupError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Our lines are the only ones on the screen, and what Ray starts listens on this machine only.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon an end, good or bad, is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the supervisor watches for it
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
+EVERYWHERE = ("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",)
+"""Variables that Ray Train's controller needs, to which it hands on RAY_TRAIN_* only."""
+OWN = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for loopback only
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+
+@contextmanager
+def session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator[None]:
+    """Attach to the Ray that RAY_ADDRESS names, or start one for this run and end it after.
+
+    Args:
+        workers: processes of the run; an own Ray has room for as many on any machine.
+        ahead: module to import while Ray's own processes start.
+
+    Raises:
+        SetupError: Ray cannot be started or reached.
+    """
+    attached = "RAY_ADDRESS" in os.environ
+    unset = [name for name in EVERYWHERE if name not in os.environ]
+    for name, value in (QUIET if attached else QUIET | OWN).items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ahead is not None:
+        threading.Thread(target=importlib.import_module, args=(ahead,), daemon=True).start()
+    scratch = None if attached else Path(tempfile.mkdtemp(prefix="duet-"))
+    try:
+        _start(ray, scratch, workers, {name: os.environ[name] for name in unset})
+        guard_token()
+        signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own, which aborts
+        yield
+    finally:
+        ray.shutdown()
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def guard_token() -> None:
+    """Keep the token of this user's clusters from others; Ray writes it readable for all."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    with suppress(OSError):  # there is none, or it is somebody else's
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str]) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if scratch is not None:
+        # Inherited by every process of the own Ray: the workers find this repository.
+        paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        options |= {
+            "address": "local",
+            "num_cpus": max(workers, len(os.sched_getaffinity(0))),
+            "include_dashboard": False,
+            "_temp_dir": str(scratch),
+        }
+    else:
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job brings its code itself
+            everywhere = {"PYTHONPATH": str(REPOSITORY), **everywhere}
+        options["runtime_env"] = {"env_vars": everywhere}
+    try:
+        ray.init(**options)
+    except Exception as error:  # a bare one where its processes are too slow to start
+        where, way_out = "on this machine", "try again when less runs here"
+        if scratch is None:
+            where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+            way_out = "start one, or unset RAY_ADDRESS"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SetupError(f"no Ray {where} ({reason}); {way_out}") from error

@@ -1,0 +1,244 @@
+"""A `Pool` of Ray tasks: any number of nodes pack, and any of them may die meanwhile.
+
+Ray itself retries nothing here: what died, and how often, decides how it is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from cluster.launch.session import session
+from pipeline.packing.build import libraries
+from pipeline.packing.pool import as_careful
+from pipeline.remote.target import WORK, Target
+from pipeline.sources.paths import is_remote
+from pipeline.tools.errors import DuetError, SetupError
+
+AHEAD = 2
+"""Tasks under way for each CPU: one runs, the next is there when it ends."""
+DEATHS = 3
+"""Deaths of one job's processes after which it is given up; the last of them was careful."""
+LOST_NODES = 20
+"""Nodes that died under one job after which it is given up."""
+PATIENCE = 600.0
+"""Seconds that a cluster may be without any CPU before the build ends."""
+LOOK = 5.0
+"""Seconds after which the size of the cluster is looked up again: nodes come and go."""
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A job under way, and what became of the attempts before."""
+
+    job: Any
+    deaths: int = 0
+    lost_nodes: int = 0
+
+    def again(self, node_died: bool) -> Attempt:
+        """Return the next attempt.
+
+        Raises:
+            DuetError: there have been enough.
+        """
+        deaths, lost = self.deaths + (not node_died), self.lost_nodes + node_died
+        if deaths == DEATHS or lost == LOST_NODES:
+            raise DuetError(
+                "a packing process died again and again (out of memory?); run the same command "
+                "again, with fewer --workers"
+            )
+        careful = deaths == DEATHS - 1
+        return Attempt(as_careful(self.job) if careful else self.job, deaths, lost)
+
+
+class RayPool:
+    """A `Pool` of tasks of a Ray cluster, used as a context manager.
+
+    Ray is attached to, or started, when the first job is there.
+    """
+
+    def __init__(self, workers: int = 0) -> None:
+        """Have at most `workers` tasks under way; 0: as many as the cluster can use."""
+        self._workers = workers
+        self._libraries = libraries()
+        self._mark = f"{WORK}/cluster.{secrets.token_hex(8)}"
+        self._running: dict[Any, Attempt] = {}
+        self._stack = ExitStack()
+        self._do: Any = None
+        self._cpus, self._looked, self._seen = 0, float("-inf"), 0.0
+
+    def run(self, task: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
+        """Do `task`, a function of a module that all nodes have, for every job; see `Pool`.
+
+        Raises:
+            SetupError: no Ray; a node lacks OUT, a source or the libraries; the nodes are gone.
+        """
+        try:
+            for job in jobs:
+                if self._do is None:
+                    self._start(job)
+                while len(self._running) >= self._most():
+                    yield from self._finished(task)
+                self._submit(task, Attempt(job))
+            while self._running:
+                yield from self._finished(task)
+        finally:
+            self._cancel()
+
+    def _start(self, job: Any) -> None:
+        """Have a Ray, and a mark in OUT that all its nodes must see."""
+        self._stack.enter_context(session(self._workers, ahead=None))
+        import ray
+
+        target: Target = job.target
+        with target.create(self._mark) as file:
+            file.write(platform.node().encode())
+        self._stack.callback(_forget, target, self._mark)
+        self._do = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(do)
+        self._seen = time.monotonic()
+
+    def _submit(self, task: Callable[[J], Any], attempt: Attempt) -> None:
+        done = self._do.remote(task, attempt.job, self._mark, self._libraries)
+        self._running[done] = attempt
+
+    def _finished(self, task: Callable[[J], R]) -> Iterator[R]:
+        """Give the results that are there, and begin again what died."""
+        import ray
+        from ray.exceptions import (
+            NodeDiedError,
+            OutOfMemoryError,
+            RayError,
+            RayTaskError,
+            WorkerCrashedError,
+        )
+
+        if not ray.wait(list(self._running), timeout=LOOK)[0]:
+            self._most()
+            return
+        waited = list(self._running)
+        for done in ray.wait(waited, num_returns=len(waited), timeout=0)[0]:
+            attempt = self._running.pop(done)
+            try:
+                result: R = ray.get(done)
+            except RayTaskError as error:
+                if isinstance(error.cause, (RayError, ImportError)):
+                    raise _unfit(error.cause) from error
+                raise error.cause from error
+            except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+                self._submit(task, attempt.again(isinstance(error, NodeDiedError)))
+            except RayError as error:
+                raise _unfit(error) from error
+            else:
+                yield result
+
+    def _most(self) -> int:
+        """Return how many tasks may be under way now.
+
+        Raises:
+            SetupError: there has been nothing to run them on for too long.
+        """
+        import ray
+
+        now = time.monotonic()
+        if now - self._looked >= LOOK:
+            self._cpus, self._looked = int(ray.cluster_resources().get("CPU", 0)), now
+            if self._cpus:
+                self._seen = now
+            elif now - self._seen > PATIENCE:
+                raise SetupError(
+                    f"the cluster has had no CPU for {PATIENCE / 60:.0f} minutes; start a node, "
+                    "and run the same command again"
+                )
+        return self._workers or AHEAD * max(1, self._cpus)
+
+    def _cancel(self) -> None:
+        """End what nobody waits for any more."""
+        if not self._running:
+            return
+        import ray
+
+        for done in self._running:
+            with contextlib.suppress(Exception):  # Ray may be what went wrong
+                ray.cancel(done)
+        self._running.clear()
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cancel()
+        self._stack.close()
+
+
+def _unfit(error: Exception) -> SetupError:
+    """Return an error in one line: that of Ray, or the one of Python that Ray quotes."""
+    told = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    quoted = [line for line in told if line.startswith(("ModuleNotFoundError", "ImportError"))]
+    return SetupError(
+        f"a node of the cluster cannot pack ({(quoted or told)[0]}); each needs a running Ray, and "
+        "this project's code and packages"
+    )
+
+
+def _forget(target: Target, mark: str) -> None:
+    with contextlib.suppress(OSError, DuetError):
+        target.remove([mark])
+
+
+_known: set[str] = set()
+"""Marks that this process, a worker, has seen."""
+
+
+def do(task: Callable[[Any], R], job: Any, mark: str, expected: dict[str, str]) -> R:
+    """Do a job; runs in a worker process on any node.
+
+    Raises:
+        SetupError: this node is not like the driver's.
+        Exception: what `task` raises; of an `OSError` the message says on which node.
+    """
+    node = platform.node()
+    if mark not in _known:
+        _check_node(node, job.target, mark, expected)
+        _known.add(mark)
+    for container in getattr(job, "containers", ()):
+        if not is_remote(container.address) and not Path(container.address).exists():
+            raise SetupError(
+                f"source {container.address} is not on node {node}; put it where all nodes see it"
+            )
+    try:
+        return task(job)
+    except DuetError:
+        raise
+    except OSError as error:
+        why = f"{error.strerror or error} on node {node}"
+        raise OSError(error.errno, why, error.filename) from error
+
+
+def _check_node(node: str, target: Target, mark: str, expected: dict[str, str]) -> None:
+    if target.size(mark) is None:
+        raise SetupError(
+            f"{target.address} on node {node} is not the folder of this build; name an OUT on "
+            "storage that all nodes share"
+        )
+    for name, release in libraries().items():
+        if release != expected[name]:
+            raise SetupError(
+                f"node {node} has {name} {release}, the driver {expected[name]}: their bytes would "
+                "differ; install the same"
+            )

@@ -1,0 +1,152 @@
+"""What Ray Train calls in every worker: find the place, then train as if there were no Ray."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import traceback
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config
+from cluster.launch.channel import Address, Watch
+from cluster.launch.placement import Plan, Seat, seats, table
+from cluster.run.events import Failed, Placed
+from pipeline.tools.errors import DuetError, SetupError
+
+FAKE_GPUS = "DUET_FAKE_GPUS"
+"""Set on a cluster that only pretends to have GPUs: its workers compute on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is sent."""
+
+    config: Config
+    data: str
+    run: Path
+    plan: Plan
+    driver: Address
+    measure: bool = False
+    """Do not train, but say where the time goes."""
+
+
+def run_worker(loop_config: dict[str, Any]) -> None:
+    """Ray Train calls this in every worker."""
+    from cluster.prometheus import Gauges
+    from cluster.run.folder import leading, write_machine
+    from cluster.run.sync import mirror_of
+    from cluster.training.loop import train
+
+    job: Job = loop_config["job"]
+    where = "a worker"
+    with closing(Watch(job.driver)) as watch:
+        try:
+            place, workers = find_place(job.plan, job.config)
+            where = str(place)
+            if job.measure:
+                from cluster.training.profiler import measure
+
+                if place.leads:
+                    job.driver.tell(Placed(tuple(workers)))
+                measure(job.config, job.data, place, job.driver.tell)
+                return
+            prepare_folder(job)
+            with leading(job.run) if place.leads else nullcontext():
+                if place.leads:
+                    if mirror := mirror_of(job.run, job.config.store):
+                        mirror.restore()  # another node than the last leader's
+                    write_machine(job.run, place.world_size)
+                    job.driver.tell(Placed(tuple(workers)))
+                train(
+                    job.config, job.data, job.run, place, job.driver.tell, ending=watch.ending,
+                    publish=[Gauges(job.run.name, place)],
+                )  # fmt: skip
+        except Exception as error:
+            job.driver.tell_now(as_failed(error, where))
+            raise
+
+
+def prepare_folder(job: Job) -> None:
+    """Make sure that RUN is where this worker can write.
+
+    Raises:
+        SetupError: it is not on this node, and there is no store to do without it.
+    """
+    if job.run.is_dir():
+        return
+    if not job.config.store:
+        raise SetupError(
+            f"{job.run} is not on node {platform.node()}; name a --run on storage that all nodes "
+            "share, or a --store s3://..."
+        )
+    job.run.mkdir(parents=True, exist_ok=True)
+
+
+def find_place(plan: Plan, config: Config) -> Any:
+    """This worker's place, from where the workers were really started, and the table of all.
+
+    Raises:
+        SetupError: the columns of a replica do not share a node, or there is no GPU here.
+    """
+    import ray
+    import torch.distributed as dist
+
+    from cluster.mesh import take_place
+
+    gpus = [int(number) for number in ray.get_gpu_ids()] if plan.gpus else []
+    mine = Seat(ray.get_runtime_context().get_node_id(), platform.node(), gpus[0] if gpus else None)
+    started: list[Seat] = [mine] * dist.get_world_size()
+    dist.all_gather_object(started, mine)
+    found = seats(started, plan.size)
+    patience = timedelta(seconds=config.collective_timeout)
+    place = take_place(found, _device(plan), plan.cpus, patience)
+    return place, table(started, found, config.columns)
+
+
+def _device(plan: Plan) -> Any:
+    import torch
+    from ray.train.torch import get_device
+
+    if not plan.gpus or os.environ.get(FAKE_GPUS):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SetupError(
+            f"node {platform.node()} offers GPUs to Ray, but its torch {torch.__version__} sees "
+            "none; install a CUDA build and driver there, or use --device cpu"
+        )
+    device = get_device()
+    torch.cuda.set_device(device)
+    return device
+
+
+LOST = re.compile(r"gloo|nccl|socket|store|timed? ?out|connection", re.IGNORECASE)
+GONE = re.compile(r"Connection [a-z ]*(?:reset|closed|refused)[a-z ]*|Broken pipe", re.IGNORECASE)
+LATE = re.compile(r"timed? ?out", re.IGNORECASE)
+
+
+def _lost(error: Exception) -> str:
+    """What an error of torch.distributed means to whoever only sees that a worker is missing."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not LOST.search(text):
+        return ""
+    if found := GONE.search(text):
+        return f"lost another worker ({found[0].strip()})"
+    return "another worker does not answer (frozen?)" if LATE.search(text) else ""
+
+
+def as_failed(error: Exception, where: str) -> Failed:
+    """A worker's exception as an event."""
+    known = isinstance(error, DuetError)
+    text = str(error) if known else _lost(error) or f"{type(error).__name__}: {error}"
+    return Failed(
+        text=text.strip().splitlines()[0],
+        trace="".join(traceback.format_exception(error)),
+        worker=where,
+        exit_code=error.exit_code if isinstance(error, DuetError) else 1,
+        final=known,
+    )

@@ -1,0 +1,144 @@
+"""What the user sees of a run: a live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import rich.progress as rp
+from rich.console import Console
+from rich.text import Text
+
+from cluster.launch.placement import Worker
+from cluster.run.events import (
+    Ended,
+    Event,
+    Finished,
+    Rated,
+    Saved,
+    Started,
+    Stepped,
+    Validated,
+    Warned,
+)
+
+EVERY = 5.0
+"""Seconds between plain lines."""
+MOST_WORKERS = 16
+"""Lines of the table of workers."""
+
+
+class Screen:
+    """Shows events; use as a context manager around the run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        # The stdout of now: later, what Ray prints is kept away from it.
+        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._live = self._console.is_terminal
+        self._total = 0
+        self._first: tuple[float, int] | None = None
+        self._shown = 0.0
+        self._starts = 0
+        self._bar = rp.Progress(
+            rp.TextColumn("{task.description}"),
+            rp.BarColumn(bar_width=24),
+            rp.TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            disable=not self._live,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=None, numbers="")
+
+    def __enter__(self) -> Screen:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def show(self, event: Event) -> None:
+        """Show what a worker told."""
+        match event:
+            case Started():
+                self._started(event)
+            case Stepped(row):
+                self._stepped(row)
+            case Validated(row):
+                self.say(
+                    f"step {row['step']:>6}  validation: loss {row['loss']:.3f}"
+                    f"  top-1 error {row['top1_error']:.1%}  top-5 error {row['top5_error']:.1%}"
+                    f"  ({row['samples']:,} pictures, {row['seconds']:.1f} s)"
+                )
+            case Saved(step, seconds):
+                self.say(f"step {step:>6}  checkpoint ({seconds:.1f} s)")
+            case Rated(step, text):
+                self.say(f"step {step:>6}  from here on: {text}")
+            case Warned(text):
+                self.say(f"warning: {text}")
+            case Ended(step):
+                self.say(f"step {step:>6}  saved, and ended")
+            case Finished(step):
+                self.say(f"step {step:>6}  done")
+            case _:
+                pass
+
+    def table(self, workers: Sequence[Worker]) -> None:
+        """Show which worker is which column of which replica, and where."""
+        width = max(len("node"), *(len(worker.node) for worker in workers))
+        self.say(f"replica  column   {'node':<{width}}  device")
+        for worker in workers[:MOST_WORKERS]:
+            device = "CPU" if worker.gpu is None else f"GPU {worker.gpu}"
+            self.say(f"{worker.replica:<9}{worker.column:<9}{worker.node:<{width}}  {device}")
+        if len(workers) > MOST_WORKERS:
+            self.say(f"... {len(workers) - MOST_WORKERS} more; RUN/attempts.jsonl has them all")
+
+    def _started(self, event: Started) -> None:
+        self._starts += 1
+        self._total = event.total
+        self._first = time.monotonic(), event.step
+        again = "restarted, " if self._starts > 1 else ""
+        come_from = f"going on from step {event.step}" if event.step else "starting"
+        self.say(f"{again}{come_from}: {event.total - event.step:,} steps on {event.place}")
+        self._bar.update(
+            self._task, description="training", total=event.total, completed=event.step
+        )
+
+    def _stepped(self, row: dict[str, Any]) -> None:
+        now = time.monotonic()
+        start, first = self._first or (now, row["step"])
+        done = row["step"] - first
+        left = (self._total - row["step"]) * (now - start) / max(1, done)
+        # What matters most comes first: a narrow terminal cuts the end off.
+        numbers = (
+            f"loss {row['loss']:.3f}  top-1 error {row['top1_error']:.1%}"
+            f"  {row['img_s']:,.0f} img/s  {clock(left)} left"
+            f"  waiting for data {row['data_wait']:.0%}  epoch {row['epoch']:.2f}"
+        )
+        if self._live:
+            counted = f"{row['step']}/{self._total}  {numbers}"
+            self._bar.update(self._task, completed=row["step"], numbers=counted)
+        elif now - self._shown >= EVERY:
+            self._shown = now
+            self.say(f"step {row['step']:>6}  {numbers}")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 4:05, 1:02:03 or 3 days 4:05:06."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} days {hour}:{minute:02d}:{second:02d}"
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"

@@ -1,0 +1,1 @@
+"""One process's training, without Ray."""

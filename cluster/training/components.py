@@ -1,0 +1,179 @@
+"""What a training consists of in one process, put together from a config and a place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.checkpoint.writer import Checkpoints
+from cluster.config import Config
+from cluster.initial import start_from
+from cluster.mesh import Place
+from cluster.rate_events import Recipe
+from cluster.run.events import Publish, Tell
+from cluster.run.exporters import Board
+from cluster.run.folder import LEDGER, QUARANTINE, Mark
+from cluster.run.metrics import Log
+from cluster.run.sync import Mirror, mirror_of
+from cluster.training.gradients import GradientAverage
+from cluster.training.learning_rate import RateControl
+from cluster.training.pair_batches import Feed
+from cluster.training.precision import compute_dtype
+from model.alexnet import AlexNet
+from model.exchange import Exchange
+from model.optimizer import Sgd2012
+from pipeline.batches import Stream, View
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.manifest import Manifest, identity
+from pipeline.remote.dataset import metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The parts of a training that is under way, as they are after the newest checkpoint."""
+
+    config: Config
+    data: str
+    run: Path
+    place: Place
+    net: AlexNet
+    """The columns that belong here."""
+    optimiser: Sgd2012
+    average: GradientAverage
+    rates: RateControl
+    feed: Feed
+    """The batches that are left."""
+    log: Log
+    checkpoints: Checkpoints
+    mark: Mark
+    """Of the checkpoint that it goes on from."""
+    total: int
+    """Steps of the whole run."""
+
+
+@contextmanager
+def prepared(
+    config: Config, data: str, run: Path, place: Place, tell: Tell, publish: Sequence[Publish]
+) -> Iterator[Training]:
+    """Put a training together, and take it apart after the block.
+
+    Args:
+        config, data, run, place, tell, publish: as `worker.train` has them.
+
+    Raises:
+        DataError, SetupError: from the data set or the checkpoints.
+    """
+    samples, about = look_up(config, data)
+    total = config.total_steps(samples)
+    net = network(config, len(about["classes"]), place)
+    optimiser = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
+    checkpoints = Checkpoints(
+        run, place, about, tell,
+        keep=config.keep, keep_best=config.keep_best, store=config.store,
+    )  # fmt: skip
+    mark = checkpoints.resume(net, optimiser)
+    if config.init and not mark.step:
+        start_from(config.init, net, place, tell)
+    recipe = Recipe(config=config, samples=samples, total=total)
+    rates = RateControl(recipe, run, place, tell, mark.step)
+    with ExitStack() as parts:
+        stream = parts.enter_context(open_stream(config, data, run, place, position=mark.position))
+        feed = parts.enter_context(Feed(stream, place, batches=total - mark.step))
+        average = parts.enter_context(GradientAverage(net, place))
+        parts.enter_context(closing(checkpoints))
+        if config.tensorboard and place.leads:
+            publish = [*publish, parts.enter_context(Board(run, mark.step))]
+        log = parts.enter_context(Log(run, place, tell, samples, mark.step, publish))
+        join_rows(checkpoints, log, mirror_of(run, config.store) if place.leads else None)
+        yield Training(
+            config=config, data=data, run=run, place=place, net=net, optimiser=optimiser,
+            average=average, rates=rates, feed=feed, log=log, checkpoints=checkpoints,
+            mark=mark, total=total,
+        )  # fmt: skip
+
+
+def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
+    """Return how many training pictures there are, and what a checkpoint says of its origin."""
+    folder = metadata(data, **config.cached)
+    manifest = Manifest.load(folder)
+    return manifest.split("train", folder).samples, {
+        "config": asdict(config),
+        "data_sha256": identity(folder),
+        "classes": manifest.classes,
+        "channel_mean": Statistics.load(folder, manifest.stats_sha256).channel_mean.tolist(),
+    }
+
+
+def network(config: Config, classes: int, place: Place) -> AlexNet:
+    """Return the columns of the network that belong to this place, as they were drawn."""
+    wire = torch.bfloat16 if config.exchange_dtype == "bfloat16" else None
+    return AlexNet(
+        columns=place.columns if place.pair else None,
+        classes=classes,
+        design=config.design,
+        exchange=Exchange(place.pair, wire) if place.pair else None,
+        seed=config.seed,
+    ).to(place.device)
+
+
+def join_rows(checkpoints: Checkpoints, log: Log, mirror: Mirror | None) -> None:
+    """Let no checkpoint count before the rows up to it are on the disk, and in the store."""
+    checkpoints.before = log.sync
+    if mirror is not None:
+        mirror.begin()
+        checkpoints.alongside = mirror.push
+
+
+def open_stream(
+    config: Config, data: str, run: Path, place: Place, *, split: str = "train",
+    view: View = "random", position: int = 0, once: bool = False,
+) -> Stream:  # fmt: skip
+    """Open this process's share of the pictures; `once` is for an evaluation.
+
+    Without `augment` the view `random` becomes `centre`.
+    """
+    return Stream(
+        data,
+        split=split,
+        view="centre" if view == "random" and not config.augment else view,
+        position=position,
+        once=once,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=place.rank,
+        world_size=place.world_size,
+        device="gpu" if place.device.type == "cuda" else "cpu",
+        shuffle=config.shuffle,
+        window=config.window,
+        colour=config.colours,
+        colour_divide=config.colour_divide,
+        mean=config.mean,
+        threads=config.threads or place.cores,
+        prefetch=config.prefetch,
+        hw_decoder_load=config.hw_decoder_load,
+        strict=config.strict,
+        quarantine=run / QUARANTINE,
+        ledger=run / LEDGER if config.ledger and not once else None,
+        **config.cached,
+    )
+
+
+def describe(config: Config, place: Place) -> str:
+    """Return the workers in words."""
+    if place.pair:
+        each = "a column each"
+    else:
+        each = "both columns" if config.columns == 2 else "the one column"
+        each += " each" if place.replicas > 1 else ""
+    device = place.device.type if place.device.type == "cpu" else torch.cuda.get_device_name()
+    many = "workers" if place.world_size > 1 else "worker"
+    threads = f"{place.cores} thread{'s' if place.cores > 1 else ''}"
+    return (
+        f"{place.world_size} {many} ({each}, {threads}), {device}, "
+        f"{compute_dtype(config.dtype, place.device)}"
+    ).replace("torch.", "")

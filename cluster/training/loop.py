@@ -1,0 +1,167 @@
+"""The training loop. Read this first; it needs no Ray, and one process is enough to run it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.config import Config
+from cluster.mesh import Place
+from cluster.run.events import Ended, Finished, Publish, Started, Tell
+from cluster.run.folder import Mark
+from cluster.run.kernels import first_kernels, kept
+from cluster.training.components import Training, describe, open_stream, prepared
+from cluster.training.finite_check import check_finite
+from cluster.training.pair_batches import Feed, Whole
+from cluster.training.precision import autocast, compute_dtype, keep_memory
+from model.alexnet import AlexNet
+from model.metrics import errors
+from model.optimizer import layer_statistics
+
+
+def train(
+    config: Config, data: str, run: Path, place: Place, tell: Tell, *,
+    ending: Callable[[], bool] = lambda: False, publish: Sequence[Publish] = (),
+) -> None:  # fmt: skip
+    """Train to the end of the run, from its newest checkpoint if there is one.
+
+    Every process of the job calls this at the same time. The state of a run is the weights, the
+    velocities, and two integers: the step and the position in the stream of samples.
+
+    Args:
+        config: the settings.
+        data: folder or address of the sealed data set.
+        run: folder for checkpoints and rows, the same on every node.
+        place: of this process.
+        tell: gets events, mostly from the leader of the job.
+        ending: whether to save and return after this step; one process that wants it is enough.
+        publish: get the numbers of this process about once a second.
+
+    Raises:
+        NotFinite: the loss is no number any more; all processes raise it.
+        DataError, SetupError: from the stream, or the last checkpoint cannot be written.
+    """
+    keep_memory()
+    torch.set_num_threads(place.cores)
+    with prepared(config, data, run, place, tell, publish) as training:
+        if place.leads:
+            tell(Started(training.mark.step, training.total, describe(config, place)))
+        mark = make_steps(training, ending)
+    if place.leads:
+        tell(Finished(mark.step) if mark.step >= training.total else Ended(mark.step))
+
+
+def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
+    """Make the steps that are left, or those until somebody wants the run to end.
+
+    Returns:
+        the last step made; it is saved.
+    """
+    config, place, mark, total = t.config, t.place, t.mark, t.total
+    for step in range(mark.step + 1, total + 1):
+        with t.log.waiting(t.feed.waits):
+            batch = next(t.feed)
+        asked = place.poll(ending(), t.checkpoints.busy)  # the answers come while we compute
+        t.rates.note(step - 1)
+        with t.log.computing():
+            t.optimiser.zero_grad()
+            values = learn(t, step, batch)
+            t.average.finish()
+            t.optimiser.step(t.rates.at(step))
+            t.net.settle(place.mean)
+
+        mark = Mark(step=step, position=batch.position)
+        t.log.step(mark, config, t.rates.at(step), place.mean(values), t.net.exchange)
+        if due(step, config.statistics_every, total):
+            t.log.statistics(mark, place.gather(layer_statistics(t.net, t.optimiser)))
+        if config.statistics_every and kept(step, total):
+            t.log.kernels(mark, place.gather(first_kernels(t.net)))
+        error = None
+        if due(step, config.validate_every, total):
+            error = t.log.validation(mark, lambda: validate(t))
+        ends, busy = asked()
+        saves = ends or due(step, config.checkpoint_every, total)
+        if saves or error is not None:
+            t.rates.review(step, error)
+        if t.checkpoints.pending and not busy:
+            t.checkpoints.finish()
+        if saves:
+            with t.log.saving():
+                t.checkpoints.begin(mark, t.net, t.optimiser, error)
+        if ends:
+            break
+    with t.log.saving():
+        t.checkpoints.finish(must=True)
+    return mark
+
+
+def learn(t: Training, step: int, batch: Whole) -> Tensor:
+    """Leave the gradient of the batch's mean loss in the network, part by part.
+
+    Returns:
+        float [3]: mean loss and top-1 error of this replica's share of the batch, and how many of
+        its pictures stand for damaged ones.
+    """
+    config, place = t.config, t.place
+    own, most = len(batch.labels), config.micro(place.replicas)
+    first = batch.position - config.batch_size + place.replica * own
+    dtype = compute_dtype(config.dtype, place.device)
+    values = torch.zeros(2, device=place.device)
+    for row, part in batch.parts(most):
+        t.net.set_position(first + row)
+        share = len(part.labels) / own
+        loss, wrong = forward(t.net, part, config, place)
+        with t.average.held(row + most < own):
+            (loss * share).backward()
+        t.log.flush()  # the row of the step before
+        check_finite(loss, t.net, part.images, dtype, place, step, t.run)
+        values += torch.stack((loss.detach(), wrong)) * share
+    return torch.cat((values, batch.replaced.sum()[None]))
+
+
+def forward(net: AlexNet, batch: Whole, config: Config, place: Place) -> tuple[Tensor, Tensor]:
+    """Return mean loss (with its gradient) and top-1 error of a batch."""
+    logits = net_output(net, batch, config, place)
+    wrong, _ = errors(logits.detach(), batch.labels, batch.weights)
+    return F.cross_entropy(logits, batch.labels), wrong / len(batch.labels)
+
+
+@torch.no_grad()
+def validate(t: Training) -> dict[str, float]:
+    """Return loss and errors of the centre view of every sound validation picture, once each."""
+    start, place = time.perf_counter(), t.place
+    sums = torch.zeros(4, device=place.device, dtype=torch.float64)
+    t.net.eval()
+    stream = open_stream(t.config, t.data, t.run, place, split="val", view="centre", once=True)
+    with stream, Feed(stream, place) as feed:
+        for batch in feed:
+            logits = net_output(t.net, batch, t.config, place)
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            top1, top5 = errors(logits, batch.labels, batch.weights)
+            sums += torch.stack(((losses * batch.weights).sum(), top1, top5, batch.weights.sum()))
+    t.net.train()
+    loss, top1_error, top5_error, samples = place.mean(sums).tolist()
+    return {
+        "loss": round(loss / samples, 6),
+        "top1_error": round(top1_error / samples, 6),
+        "top5_error": round(top5_error / samples, 6),
+        "samples": round(samples * place.replicas),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def net_output(net: AlexNet, batch: Whole, config: Config, place: Place) -> Tensor:
+    """Return the logits, float32 [b, classes]."""
+    with autocast(compute_dtype(config.dtype, place.device), place.device):
+        logits: Tensor = net(batch.images.float())
+    return logits.float()
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something done `every` steps (0: never) and at the end is due after `step`."""
+    return every > 0 and (step % every == 0 or step == total)

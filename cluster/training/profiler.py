@@ -1,0 +1,270 @@
+"""Where a step's time goes: the real loop, the same on batches that lie ready, the stream alone.
+
+Real and replayed steps are made in turn, by the training loop itself; nothing is saved. What the
+replayed ones gain is what a stream that is never late could gain at most: the headspace.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from cluster.checkpoint.writer import Checkpoints
+from cluster.config import Config
+from cluster.mesh import Place
+from cluster.run.events import Event, Measured, Tell
+from cluster.run.folder import Mark
+from cluster.run.jsonl import WAITS
+from cluster.run.metrics import Log
+from cluster.training.components import Training, look_up, prepared
+from cluster.training.loop import make_steps
+from cluster.training.pair_batches import Feed, Whole
+from cluster.training.precision import keep_memory
+from model.exchange import Exchange
+from pipeline.stream.timing import Waits
+from pipeline.throughput import hardware
+from pipeline.throughput.clock import Load, Rate
+from pipeline.throughput.diagnosis import examine
+from pipeline.throughput.row import Row, row
+from pipeline.throughput.setting import Setting
+
+WARM_UP = 5
+"""Steps before the clocks start."""
+TURNS = 3
+"""Times that real and replayed steps are made, in turn."""
+SECONDS = 8.0
+"""Of real steps, in all turns."""
+FEWEST = 4
+"""Steps of a turn, at least."""
+KEPT = 3
+"""Batches that are replayed."""
+PARTS = ("compute", "exchange", *WAITS)
+"""Of a step's wall time; what is left is bookkeeping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Steps that were made: means over them, in seconds."""
+
+    steps: int
+    wall: float
+    """By a clock around all of them."""
+    parts: dict[str, float]
+
+    @property
+    def accounted(self) -> float:
+        """Share of the wall that the parts add up to."""
+        return sum(self.parts.values()) / self.wall
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headspace:
+    """What one process has measured."""
+
+    real: Loop
+    replayed: Loop
+    ratios: tuple[float, ...]
+    """Replayed over real wall time, turn by turn."""
+    alone_img_s: float
+    """Of the stream, for the whole job, while nothing computes."""
+    exchange_bytes: int
+    """Sent to the other column in a step."""
+    exchange_rate: float
+    """Bytes a second that cross with nothing beside; 0 without a pair."""
+    others: float
+    """Share of the machine that other programs used meanwhile, 0..1."""
+
+
+def measure(config: Config, data: str, place: Place, tell: Tell) -> None:
+    """Measure a training of these settings; every process of the job calls it at the same time.
+
+    The leader tells what was found (`Measured`). Nothing is written but in a temporary folder.
+
+    Raises:
+        DuetError: from the data set.
+    """
+    keep_memory()
+    torch.set_num_threads(place.cores)
+    # As good as no rate: so many steps on the same few batches may end in a loss that is no number.
+    config = replace(
+        config, validate_every=0, statistics_every=0, store="", ledger=False, tensorboard=False,
+        schedule="dexp", changes=(), layer_rates=(), lr=1e-9, steps=10**7, epochs=1.0, init="",
+    )  # fmt: skip
+    samples, _ = look_up(config, data)
+    with (
+        tempfile.TemporaryDirectory(prefix="duet-measure-") as scratch,
+        prepared(config, data, Path(scratch), place, _quiet, ()) as training,
+    ):
+        found = _headspace(training, samples, Path(scratch))
+    everybody: Sequence[Headspace] = place.gather(found)
+    if place.leads:
+        tell(Measured(_result(config, data, place, everybody)))
+    place.gather(None)  # the others leave it their cores
+
+
+def _quiet(_: Event) -> None:
+    pass
+
+
+def _headspace(t: Training, samples: int, scratch: Path) -> Headspace:
+    steps = _Steps(t, samples, scratch)
+    kept = [_copy(next(t.feed)) for _ in range(KEPT)]
+    ready = cast(Feed, _Replay(kept))
+    steps.make(t.feed, WARM_UP)
+    wall = steps.make(t.feed, WARM_UP).wall
+    each = max(t.place.gather(wall))  # all make as many
+    count = max(FEWEST, round(SECONDS / TURNS / each))
+    real, replayed, load = list[Loop](), list[Loop](), Load()
+    for _ in range(TURNS):
+        real.append(steps.make(t.feed, count))
+        steps.make(ready, 1)
+        replayed.append(steps.make(ready, count))
+        for _ in range(KEPT):  # what has been read ahead meanwhile cost nothing
+            next(t.feed)
+    others = load.others()
+    rows = steps.rows[-1]
+    sent, rate = int(rows["exchange_bytes"]), 0.0
+    if t.net.exchange is not None:
+        rate = _crossing(t.net.exchange, sent, t.place)
+    return Headspace(
+        real=_mean(real), replayed=_mean(replayed),
+        ratios=tuple(fast.wall / slow.wall for fast, slow in zip(replayed, real, strict=True)),
+        alone_img_s=_alone(t, count), exchange_bytes=sent, exchange_rate=rate, others=others,
+    )  # fmt: skip
+
+
+class _Steps:
+    """Has the training loop make steps, and keeps their rows."""
+
+    def __init__(self, t: Training, samples: int, scratch: Path) -> None:
+        self.rows: list[dict[str, Any]] = []
+        log = Log(scratch, t.place, _quiet, samples, 0, keep=self.rows)
+        self._t = replace(t, log=log, checkpoints=cast(Checkpoints, _Nothing()))
+        self._mark = t.mark
+
+    def make(self, feed: Feed, count: int) -> Loop:
+        first = self._mark.step
+        training = replace(self._t, feed=feed, mark=self._mark, total=first + count)
+        before, start = len(self.rows), time.perf_counter()
+        self._mark = Mark(step=make_steps(training, lambda: False).step, position=0)
+        self._t.log.flush()
+        if self._t.place.device.type == "cuda":
+            torch.cuda.synchronize()
+        wall = (time.perf_counter() - start) / count
+        rows = self.rows[before:]
+        parts = {
+            "compute": _means(rows, "compute"), "exchange": _means(rows, "exchange"),
+            **{name: _means(rows, name) for name in WAITS},
+        }  # fmt: skip
+        return Loop(steps=count, wall=wall, parts=parts)
+
+
+class _Nothing:
+    """Checkpoints that are never written."""
+
+    pending = busy = False
+
+    def begin(self, *_: object) -> None:
+        pass
+
+    def finish(self, must: bool = False) -> None:
+        pass
+
+
+class _Replay:
+    """Batches that lie ready."""
+
+    def __init__(self, kept: Sequence[Whole]) -> None:
+        self.waits = Waits()
+        self._turns: Iterator[Whole] = itertools.cycle(kept)
+
+    def __next__(self) -> Whole:
+        return next(self._turns)
+
+
+def _copy(whole: Whole) -> Whole:
+    return replace(
+        whole, **{name: getattr(whole, name).clone()
+                  for name in ("images", "labels", "weights", "replaced")},
+    )  # fmt: skip
+
+
+def _means(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return float(sum(row[name] for row in rows)) / len(rows)
+
+
+def _mean(loops: Sequence[Loop]) -> Loop:
+    return Loop(
+        steps=sum(one.steps for one in loops),
+        wall=sum(one.wall for one in loops) / len(loops),
+        parts={name: sum(one.parts[name] for one in loops) / len(loops) for name in PARTS},
+    )
+
+
+def _alone(t: Training, count: int) -> float:
+    """Pictures a second of the job's stream when nobody computes."""
+    for _ in range(KEPT):
+        next(t.feed)
+    start = time.perf_counter()
+    for _ in range(2 * count):
+        next(t.feed)
+    rate = 2 * count * t.config.batch_size / (time.perf_counter() - start)
+    return min(t.place.gather(rate))
+
+
+def _crossing(exchange: Exchange, size: int, place: Place) -> float:
+    """Bytes a second that cross between columns, in messages of a layer's size."""
+    message = torch.zeros(max(1, size // 8), dtype=torch.uint8, device=place.device)
+    exchange.batch(message)
+    start, turns = time.perf_counter(), 20
+    for _ in range(turns):
+        exchange.batch(message)
+    if place.device.type == "cuda":
+        torch.cuda.synchronize()
+    return turns * len(message) / (time.perf_counter() - start)
+
+
+def _result(
+    config: Config, data: str, place: Place, everybody: Sequence[Headspace]
+) -> dict[str, Any]:
+    """What the driver writes down: the split of a step, and the examination of the stream."""
+    slowest = max(everybody, key=lambda one: one.real.wall)
+    au = sorted(ratio for one in everybody for ratio in one.ratios)
+    au_median = au[len(au) // 2]
+    replayed = config.batch_size / slowest.replayed.wall
+    extra: list[Row] = []
+    if slowest.exchange_rate:
+        each = slowest.exchange_bytes / (config.batch_size // place.replicas)
+        gpu = place.device.type == "cuda"
+        best = (hardware.to_device(0.5) if gpu else hardware.memory(1, 0.5)).median / 2 / each
+        extra.append(row("pair exchange", Rate((slowest.exchange_rate / each,), 0.0, 0.0), each,
+                         limit=2 * best if gpu else best,
+                         against="PCIe, pinned blocks" if gpu else "memory, copied by 1 thread",
+                         note="alone: what crosses between the columns, both ways"))  # fmt: skip
+    setting = Setting(
+        data=data, device="gpu" if place.device.type == "cuda" else "cpu", shuffle=config.shuffle,
+        window=config.window, batch_size=config.batch_size // place.world_size,
+        threads=config.threads or place.cores, cores=place.cores, prefetch=config.prefetch,
+        hw_decoder_load=config.hw_decoder_load, **config.cached,
+    )  # fmt: skip
+    report = examine(setting, replayed / place.world_size, extra=extra)
+    return {
+        "report": report.table(),
+        "workers": place.world_size,
+        "step": {"wall": slowest.real.wall, "parts": slowest.real.parts,
+                 "accounted": slowest.real.accounted},
+        "replayed": {"wall": slowest.replayed.wall, "parts": slowest.replayed.parts},
+        "img_s": config.batch_size / slowest.real.wall, "replayed_img_s": replayed,
+        "stream_img_s": min(one.alone_img_s for one in everybody),
+        "au": min(1.0, au_median), "stall": max(0.0, 1 - au_median),
+        "spread": (au[0], au[-1]),
+        "others": max(one.others for one in everybody),
+        "each": [asdict(one) for one in everybody],
+    }  # fmt: skip

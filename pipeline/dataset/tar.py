@@ -1,0 +1,254 @@
+"""Walks the headers of a tar: where each member's bytes lie, and nothing else.
+
+Python's `tarfile` costs 25 us a member, reads an extension header into memory whatever size it
+claims, and takes damage in the middle for the end. This one costs a tenth, is bounded, and loud.
+It reads what is in use: V7, ustar, GNU (long names, large numbers) and pax (path, size).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from pipeline.sources.listing import ENCODING, shown
+from pipeline.tools.errors import UsageError
+
+BLOCK = 512
+EXTENSION_LIMIT = 1 << 16
+"""Bytes of an extension header; a longest path is 4 KiB, and nothing else in there is read."""
+
+_HEADER = struct.Struct("100s24x12s20xc100x8s80x155s12x")
+"""Name, size, type, magic and prefix."""
+_REGULAR = frozenset({b"0", b"\0", b"7"})
+_EXTENSIONS = frozenset({b"L", b"K", b"x", b"X", b"g"})
+_WITHOUT_DATA = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})
+"""Links, devices, folders and pipes: whatever size they state, no data follow."""
+_ZEROS = bytes(BLOCK)
+_SMALLEST, _LARGEST, _NEAR = 8 * BLOCK, 1 << 20, 1 << 16
+_PACKERS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+}
+
+
+class Member(NamedTuple):
+    """One entry of a tar. The name is only a name: nothing is ever unpacked to it."""
+
+    name: str
+    offset: int
+    """Of its data, from the start of the file that holds the tar."""
+    size: int
+    regular: bool
+    """A file with bytes of its own: no folder, link, device or pipe."""
+
+
+def members(file: BinaryIO, name: str, start: int = 0, stop: int | None = None) -> Iterator[Member]:
+    """Yield the members of a tar in the order in which they lie there.
+
+    Args:
+        file: can seek; best unbuffered, as large blocks are read where members are small, and
+            large members are seeked over.
+        name: of the tar, for messages.
+        start: where the tar begins in `file`, in bytes.
+        stop: where it ends; the end of the file if None.
+
+    Raises:
+        UsageError: damaged, cut off, compressed, sparse or with an absurd header.
+        OSError: the file cannot be read.
+    """
+    window = _Window(file, name, start, stop)
+    said = _Extensions(window)
+    place = start
+    while (header := window.header(place)) is not None:
+        raw, size_field, kind, magic, prefix = _HEADER.unpack(header)
+        size = window.number(size_field, place)
+        if kind in _EXTENSIONS:
+            said.add(kind, place + BLOCK, size)
+            place += BLOCK - size // -BLOCK * BLOCK
+            continue
+        raw = raw.partition(b"\0")[0]
+        if prefix[0] and not magic.startswith(b"ustar "):  # GNU keeps other things there
+            raw = prefix.partition(b"\0")[0] + b"/" + raw
+        if said.anything:
+            raw, size = said.applied(raw, size, place)
+        if kind in _WITHOUT_DATA or (kind == b"\0" and raw.endswith(b"/")):  # V7's folders
+            size, raw, regular = 0, raw.rstrip(b"/"), False
+        else:
+            regular = kind in _REGULAR
+        member = Member(raw.decode(*ENCODING), place + BLOCK, size, regular)
+        window.check(member, sparse=kind == b"S")
+        yield member
+        place += BLOCK - size // -BLOCK * BLOCK
+    if said.own:
+        raise window.damage("it ends after the first half of a header")
+
+
+class _Extensions:
+    """What extension headers say of the member that follows, and of all that do."""
+
+    def __init__(self, window: _Window) -> None:
+        self._window = window
+        self.own: dict[bytes, bytes] = {}
+        self._shared: dict[bytes, bytes] = {}
+        self.anything = False
+
+    def add(self, kind: bytes, place: int, size: int) -> None:
+        """Read the content of an extension header."""
+        content = self._window.extension(place, size)
+        if kind == b"L":
+            self.own.setdefault(b"path", content.partition(b"\0")[0])
+        elif kind == b"g":
+            self._shared |= self._window.records(content, place)
+        elif kind != b"K":  # the target of a link is nothing to us
+            self.own = self._window.records(content, place) | self.own  # the first one wins
+        self.anything = bool(self.own or self._shared)
+
+    def applied(self, raw: bytes, size: int, place: int) -> tuple[bytes, int]:
+        """Return name and size of the member whose header is at `place`."""
+        known = self._shared | self.own
+        if b"size" in known:
+            size = self._window.number(known[b"size"], place, base=10)
+        self.own, self.anything = {}, bool(self._shared)
+        return known.get(b"path", raw), size
+
+
+class _Window:
+    """The part of a tar that is in memory, and what is wrong with it."""
+
+    def __init__(self, file: BinaryIO, name: str, start: int, stop: int | None) -> None:
+        self._file, self._name, self._start = file, name, start
+        self.stop = file.seek(0, 2) if stop is None else stop
+        self._block, self._base, self._length = b"", start, _SMALLEST
+
+    def header(self, place: int) -> bytes | None:
+        """Return the checked header at `place`, or None where the tar ends."""
+        at = place - self._base
+        header = self._block[at : at + BLOCK]
+        if len(header) < BLOCK:
+            header = self._read(place, BLOCK)
+        if header == _ZEROS:
+            self._nothing_after(place + BLOCK)
+            return None
+        if len(header) < BLOCK:
+            if self.stop == self._start:
+                raise self.damage("it is empty")
+            raise self._strange(header, place, "it has no end mark, so more of it may be missing")
+        if not _checked(header):
+            raise self._strange(header, place, f"no valid header at byte {place:,}")
+        return header
+
+    def extension(self, place: int, size: int) -> bytes:
+        """Return the content of an extension header, bounded."""
+        if size > EXTENSION_LIMIT:
+            raise self.damage(f"an extension header of {size:,} bytes at byte {place:,}")
+        content = self._read(place, size)
+        if len(content) < size:
+            raise self.damage("it ends inside an extension header")
+        return content
+
+    def number(self, field: bytes, place: int, base: int = 8) -> int:
+        """Return a size: octal or, of 8 GiB and more, binary (decimal in pax records)."""
+        try:
+            if base == 8 and field[0] == 0x80:
+                size = int.from_bytes(field[1:], "big")
+            else:
+                size = int(field.partition(b"\0")[0].strip() or b"0", base)
+        except ValueError:
+            size = -1
+        if size < 0:
+            raise self.damage(f"a header without a valid size at byte {place:,}")
+        return size
+
+    def records(self, content: bytes, place: int) -> dict[bytes, bytes]:
+        """Return the path and the size that a pax header holds."""
+        found, at = {}, 0
+        while at < len(content) and content[at]:
+            space = content.find(b" ", at, at + 20)
+            length = content[at:space] if space > 0 else b""
+            end = at + int(length) if length.isdigit() else 0
+            if not at < space < end <= len(content) or content[end - 1] != 0x0A:
+                raise self.damage(f"a damaged extension header at byte {place:,}")
+            key, _, value = content[space + 1 : end - 1].partition(b"=")
+            if key == b"path":
+                found[key] = value.rstrip(b"/")
+            elif key == b"size":
+                found[key] = value
+            elif key.startswith(b"GNU.sparse."):
+                raise self.damage(f"a sparse member at byte {place:,}")
+            at = end
+        return found
+
+    def check(self, member: Member, sparse: bool) -> None:
+        """Refuse a member whose bytes are not there, or not all of them."""
+        if sparse or member.offset + member.size > self.stop:
+            what = "is stored sparsely" if sparse else "goes on after its end"
+            raise self.damage(f"{shown(member.name[:200])} {what}")
+
+    def damage(self, what: str) -> UsageError:
+        """Return the error that says so."""
+        return UsageError(
+            f"tar {shown(self._name)} cannot be read ({what}); it must be whole and not compressed"
+        )
+
+    def _strange(self, header: bytes, place: int, what: str) -> UsageError:
+        if place == self._start:
+            for magic, packer in _PACKERS.items():
+                if header.startswith(magic):
+                    return self.damage(f"it is compressed with {packer}")
+        return self.damage(what)
+
+    def _nothing_after(self, place: int) -> None:
+        """Refuse tars that were joined end to end: what follows the first would be lost."""
+        rest = self._read(place, _NEAR)
+        at = len(rest) - len(rest.lstrip(b"\0"))
+        header = rest[at // BLOCK * BLOCK :][:BLOCK]
+        if header[257:262] == b"ustar":
+            raise self.damage(f"it goes on after its end mark, at byte {place + at:,}")
+
+    def _read(self, place: int, size: int) -> bytes:
+        """Return `size` bytes at `place`, fewer where the tar ends."""
+        at = place - self._base
+        if at < 0 or at + size > len(self._block):
+            near = 0 <= at <= len(self._block) + _NEAR
+            self._length = min(2 * self._length, _LARGEST) if near else _SMALLEST
+            self._block = self._fetch(place, max(size, self._length))
+            self._base, at = place, 0
+        return self._block[at : at + size]
+
+    def _fetch(self, place: int, size: int) -> bytes:
+        size = max(0, min(size, self.stop - place))
+        self._file.seek(place)
+        data = self._file.read(size)
+        while len(data) < size and (more := self._file.read(size - len(data))):
+            data += more
+        return data
+
+
+def _checked(header: bytes) -> bool:
+    """Whether the checksum is that of the header, in which its own 8 bytes count as blanks."""
+    try:
+        wanted = int(header[148:154], 8)
+    except ValueError:
+        wanted = -1
+    # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521; a plain sum takes 3 us.
+    total = zlib.adler32(header[156:], zlib.adler32(header[:148])) & 0xFFFF
+    if (wanted - 256 + 1) % 65521 == total and wanted > 0:
+        return True
+    return _checked_slowly(header)
+
+
+def _checked_slowly(header: bytes) -> bool:
+    """The same for checksums that are written as few do: of 7 digits, or of signed bytes."""
+    try:
+        wanted = int(header[148:156].partition(b"\0")[0], 8)
+    except ValueError:
+        return False
+    text = header[:148] + header[156:]
+    total = 256 + sum(text)
+    return wanted in (total, total - 256 * sum(byte > 127 for byte in text))

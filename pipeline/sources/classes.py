@@ -1,0 +1,133 @@
+"""From the labels that a source stores, numbers or words, to its list of classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from pipeline.sources.listing import Listing, ListingWriter, shown
+from pipeline.stores.errors import without_secrets
+from pipeline.tools.errors import UsageError
+
+MOST_CLASSES = 1_000_000
+
+
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names with their number behind those that occur twice.
+
+    ImageNet's list has a crane that is a bird (134) and one that is a machine (517).
+    """
+    counts = Counter(names)
+    taken = {name for name, count in counts.items() if count == 1}
+    result = []
+    for number, name in enumerate(names):
+        if counts[name] > 1 or not name.strip():
+            name = f"{name} {number}".strip()
+            while name in taken:
+                name += "'"
+            taken.add(name)
+        result.append(name)
+    return tuple(result)
+
+
+class Labels:
+    """Turns stored labels into classes, and refuses what does not fit together."""
+
+    def __init__(
+        self,
+        source: str,
+        names: Sequence[str] | None,
+        classes: Sequence[str] | None,
+        titles: Sequence[str] | None = None,
+    ) -> None:
+        """Know what stands beside the pictures.
+
+        Args:
+            source: for messages.
+            names: what the source calls its numbers; None or empty if it does not.
+            classes: the training split's, when this is another split.
+            titles: readable names of the numbers.
+        """
+        self._source = without_secrets(source)
+        self._given = None if classes is None else tuple(classes)
+        self._own = bool(names)
+        self._names = distinct(names) if names else self._given
+        self._titles = titles
+        self._number: str | None = None
+        self._word: str | None = None
+        """Where the first of its kind stood."""
+        self._last = -1
+
+    def fits(self, label: int | str) -> bool:
+        """Whether a label is a number if the first one was, and a word if that was."""
+        return (self._word if isinstance(label, int) else self._number) is None
+
+    def of_number(self, number: int, where: str) -> str:
+        """Return the class of a label that is a number from 0.
+
+        Raises:
+            UsageError: there is no such class, or other labels were words.
+        """
+        if self._number is None:
+            self._number = f"{number} ({where})"
+            self._agree()
+        if self._names is None:
+            if number >= MOST_CLASSES:
+                raise UsageError(
+                    f"label {number} of {where} is beyond {MOST_CLASSES - 1:,}, the largest; "
+                    "number the classes from 0"
+                )
+            self._last = max(self._last, number)
+            return str(number)
+        if number >= len(self._names):
+            known = "the source names" if self._own else "the training source has"
+            raise UsageError(
+                f"label {number} of {where} is no class: {known} {len(self._names)}, "
+                "counted from 0; mend the label"
+            )
+        return self._names[number]
+
+    def of_word(self, word: str, where: str) -> str:
+        """Return the class of a label that is a word.
+
+        Raises:
+            UsageError: other labels were numbers.
+        """
+        if self._word is None:
+            self._word = f"{shown(word)!r} ({where})"
+            self._agree()
+        return word
+
+    def finish(self, writer: ListingWriter, titles: Mapping[int, str] | None = None) -> Listing:
+        """Return the listing, its classes in the order of their numbers, or else sorted.
+
+        Args:
+            writer: has been given all pictures.
+            titles: readable names of numbers, where the pictures brought some.
+
+        Raises:
+            UsageError: see `ListingWriter.finish`; no picture has a label.
+        """
+        if not writer.pictures and writer.rejected:
+            raise UsageError(
+                f"source {self._source} has {writer.rejected:,} pictures, none of them usable "
+                "(such as: no label); the test pictures of most sets have no labels"
+            )
+        if self._given is not None:
+            return writer.finish(self._given)
+        if self._names is not None:
+            return writer.finish(self._names, self._titles)
+        if self._word is not None:
+            return writer.finish()
+        found = [(titles or {}).get(number) for number in range(self._last + 1)]
+        return writer.finish(
+            [str(number) for number in range(self._last + 1)],
+            [title for title in found if title] if found and all(found) else None,
+        )
+
+    def _agree(self) -> None:
+        if self._number is not None and self._word is not None:
+            raise UsageError(
+                f"source {self._source} has labels that are numbers, such as {self._number}, and "
+                f"words, such as {self._word}; make them of one kind"
+            )

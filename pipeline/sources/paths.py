@@ -1,0 +1,277 @@
+"""Which files a source names: a path or an address, a folder, a glob or a brace range of them.
+
+/data/train-{000000..001280}.tar    s3://bucket/set/*.parquet    https://host/train-00.tar
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import itertools
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar, cast
+
+import braceexpand
+
+from pipeline.remote.download import Policy
+from pipeline.remote.file import RemoteFile
+from pipeline.remote.filesystem import Call, file_system, insist
+from pipeline.stores.errors import without_secrets
+from pipeline.tools.errors import DuetError, UsageError
+
+MOST_FILES = 1_000_000
+THREADS = 8
+"""Files of a store that are scanned at a time: one stream is slower than the line."""
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+_RANGE = re.compile(r"(-?[0-9]+)\.\.(-?[0-9]+)")
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+class Files(NamedTuple):
+    """Files that a source names, in the order in which they are read."""
+
+    addresses: tuple[str, ...]
+    """Absolute paths or addresses."""
+    folder: str | None
+    """The folder that was named; None if the files themselves were."""
+
+
+def is_remote(source: str) -> bool:
+    """Whether `source` is an address in a store, rather than a path."""
+    return "://" in source and not source.startswith("file://")
+
+
+def base_name(address: str) -> str:
+    """Return the file name at the end of a path or an address."""
+    return address.rstrip("/").rpartition("/")[2]
+
+
+def beside(address: str, name: str) -> str:
+    """Return the path or address of file `name` in the same folder as the file at `address`."""
+    return f"{address.rstrip('/').rpartition('/')[0]}/{name}"
+
+
+def find(source: str, ending: str) -> Files | None:
+    """Return the files with this ending (`.tar`) that a source names, or None if it names none.
+
+    A folder names those in it, or else in its folder `data`, or else in its folders `train`,
+    `val`, `validation`, `test`.
+
+    Raises:
+        UsageError: a brace range that cannot be read, or with a file that is missing.
+        StoreError: the store does not answer.
+    """
+    if source.startswith("file://"):
+        source = source.removeprefix("file://")
+    pattern = any(mark in source for mark in "{*?[")
+    if is_remote(source):
+        return _find_remote(source, ending, pattern)
+    if os.path.isdir(source):  # noqa: PTH112 - Path.is_dir fails over a long range of names
+        return _in_folders(os.path.abspath(source), ending, _list_local)
+    if os.path.exists(source):  # noqa: PTH110
+        named = source.lower().endswith(ending)
+        return Files((os.path.abspath(source),), None) if named else None
+    if not pattern:
+        return None
+    found = []
+    for name in _braces(source):
+        if any(mark in name for mark in "*?["):
+            found += sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - any root
+        elif os.path.exists(name) or not name.lower().endswith(ending):  # noqa: PTH110
+            found.append(name)
+        else:
+            raise UsageError(f"source {source} names {name}, which does not exist; mend the range")
+    return _files((os.path.abspath(name) for name in found), ending, None)
+
+
+def of_split(files: Files, split: str, source: str) -> tuple[str, ...]:
+    """Return the files of one split, told by the words `train`, `val`, `test` in their names.
+
+    Files that were named by themselves are taken as they are if all are of one split, and so are
+    files without any such word.
+
+    Raises:
+        UsageError: the folder has files of other splits only.
+    """
+    inside = len(files.folder) + 1 if files.folder else None
+    splits = [
+        split_of(base_name(address) if inside is None else address[inside:])
+        for address in files.addresses
+    ]
+    known = sorted({name for name in splits if name})
+    if not known or (files.folder is None and len(known) == 1 and None not in splits):
+        return files.addresses
+    safe = without_secrets(source)
+    if None in splits:
+        other = base_name(files.addresses[splits.index(None)])
+        raise UsageError(
+            f"source {safe} has files of {' and '.join(known)}, and others such as {other}; "
+            "name the files themselves"
+        )
+    wanted = split
+    if split == "val" and "val" not in known:
+        wanted = "test"  # some sets call their labelled second part so
+    chosen = tuple(
+        address for address, name in zip(files.addresses, splits, strict=True) if name == wanted
+    )
+    if not chosen:
+        raise UsageError(
+            f"source {safe} has files of {' and '.join(known)}, none of {split} "
+            f"(such as {base_name(files.addresses[0])}); name the files themselves"
+        )
+    return chosen
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a file (`train-00.tar`, `train/00.tar`) belongs to by its name."""
+    for part in reversed(name.split("/")):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return None
+
+
+def open_file(address: str, policy: Policy | None = None) -> BinaryIO:
+    """Open a file for reading at any place, not buffered.
+
+    Raises:
+        OSError: it cannot be opened; of a store, `Unreachable`.
+        UsageError, SetupError: an address that cannot be spoken to.
+    """
+    if is_remote(address):
+        return cast(BinaryIO, RemoteFile(address, policy))
+    return cast(BinaryIO, open(address, "rb", buffering=0))
+
+
+def read_small(address: str, limit: int) -> bytes | None:
+    """Return a file of at most `limit` bytes, or None if it is not there or longer."""
+    try:
+        with open_file(address, Policy(attempts=2, first_delay=0.2)) as file:
+            if file.seek(0, io.SEEK_END) > limit:
+                return None
+            file.seek(0)
+            return file.read()
+    except (OSError, DuetError):
+        return None
+
+
+def each(items: Iterable[Item], do: Callable[[Item], Iterator[T]], remote: bool) -> Iterator[T]:
+    """Yield what `do` yields for each item, in their order; items of a store several at a time.
+
+    Of a store, what `do` yields is held in memory for `THREADS` items.
+    """
+    if not remote:
+        for item in items:
+            yield from do(item)
+        return
+    rest = iter(items)
+    calls: deque[Call[list[T]]] = deque()
+
+    def begin(count: int) -> None:
+        for item in itertools.islice(rest, count):
+            calls.append(Call(partial(lambda item: list(do(item)), item)))
+
+    begin(THREADS)
+    while calls:
+        yield from calls.popleft().result()
+        begin(1)
+
+
+def _find_remote(source: str, ending: str, pattern: bool) -> Files | None:
+    system, path = file_system(source)
+    safe = without_secrets(source)
+    web = source.startswith(("http://", "https://"))
+    if pattern:
+        found: list[str] = []
+        for name in _braces(source):
+            if any(mark in name for mark in "*?["):
+                if web:
+                    raise UsageError(
+                        f"source {safe}: a web server cannot be searched; name the files with a "
+                        "brace range such as train-{000..146}.tar"
+                    )
+                hits = insist(partial(system.glob, name), safe, Policy())
+                found += [system.unstrip_protocol(hit) for hit in sorted(hits)]
+            else:
+                found.append(name)
+        return _files(found, ending, None)
+    if path.lower().endswith(ending):
+        return Files((source,), None)
+    if web or Path(path).suffix:  # a file of another kind
+        return None
+
+    def listed(folder: str) -> list[str]:
+        names = insist(lambda: _listing(system, folder), safe, Policy())
+        return [system.unstrip_protocol(name) for name in names]
+
+    return _in_folders(source.rstrip("/"), ending, listed)
+
+
+def _listing(system: object, folder: str) -> list[str]:
+    """Names in a folder of a store; none if it is not there."""
+    try:
+        return [str(name) for name in system.ls(folder, detail=False)]  # type: ignore[attr-defined]
+    except FileNotFoundError:
+        return []
+
+
+def _list_local(folder: str) -> list[str]:
+    try:
+        return [f"{folder}/{name}" for name in os.listdir(folder)]
+    except OSError:
+        return []
+
+
+def _in_folders(folder: str, ending: str, listed: Callable[[str], list[str]]) -> Files | None:
+    inside = listed(folder)
+    found = _files(sorted(inside), ending, folder)
+    names = {base_name(name) for name in inside}
+    if found is None and "data" in names:
+        found = _files(sorted(listed(f"{folder}/data")), ending, folder)
+    if found is None:
+        below = [sorted(listed(f"{folder}/{name}")) for name in sorted(names & set(_SPLIT_WORDS))]
+        found = _files(itertools.chain(*below), ending, folder)
+    return found
+
+
+def _files(names: Iterable[str], ending: str, folder: str | None) -> Files | None:
+    chosen = tuple(
+        name
+        for name in names
+        if name.lower().endswith(ending) and not base_name(name).startswith(".")
+    )
+    return Files(chosen, folder) if chosen else None
+
+
+def _braces(source: str) -> list[str]:
+    """Expand `{a,b}` and `{000..146}`, as webdataset does."""
+    safe = without_secrets(source)
+    # The library writes a range out before it yields the first name.
+    for first, last in _RANGE.findall(source):
+        if len(first) > 12 or len(last) > 12 or abs(int(last) - int(first)) >= MOST_FILES:
+            raise UsageError(f"source {safe} names more than {MOST_FILES:,} files")
+    try:
+        names = list(itertools.islice(braceexpand.braceexpand(source), MOST_FILES + 1))
+    except ValueError as error:
+        raise UsageError(f"source {safe}: {error}; mend the braces") from error
+    if len(names) > MOST_FILES:
+        raise UsageError(f"source {safe} names more than {MOST_FILES:,} files")
+    return names

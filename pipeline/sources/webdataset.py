@@ -1,0 +1,286 @@
+"""Lists the pictures of WebDataset shards: tars in which `KEY.jpg` and `KEY.cls` are a sample.
+
+SRC.tar    SRC/*.tar    SRC/train-{000000..001280}.tar    s3://bucket/train-{000..146}.tar
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import BinaryIO, NamedTuple
+
+from pipeline.dataset.tar import Member, members
+from pipeline.sources.classes import Labels
+from pipeline.sources.listing import PICTURE_ENDINGS, Listing, ListingWriter, shown
+from pipeline.sources.paths import (
+    Files,
+    base_name,
+    beside,
+    each,
+    find,
+    is_remote,
+    of_split,
+    open_file,
+    read_small,
+)
+from pipeline.sources.shard_labels import LABEL_ENDINGS, MOST_BYTES, Found, parse
+from pipeline.stores.errors import without_secrets
+from pipeline.tools.errors import UsageError
+
+ENDING = ".tar"
+SAMPLES = 4096
+"""Samples that are in memory at a time."""
+LOOK = 64
+"""Members of the first shard that tell whether it is one."""
+LARGEST_MANIFEST = 64 << 20
+
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+"""webdataset's own: the key ends at the first dot of the base name, the rest is the ending."""
+_META = re.compile(r"__[^/]*__($|/)")
+"""Members that webdataset passes over."""
+
+
+@dataclass
+class _Sample:
+    """Members that follow each other and have the same key."""
+
+    key: str
+    pictures: list[tuple[str, Member]] = field(default_factory=list)
+    label: int | str | None = None
+    rank: int = len(LABEL_ENDINGS)
+    """Place in `LABEL_ENDINGS` of what the label was read from."""
+    title: str | None = None
+    no_label: str = "no label"
+    """The reason why not, if there is none."""
+    linked: bool = False
+    """A link or a device stood in the place of a picture."""
+
+
+class _Picture(NamedTuple):
+    name: str
+    offset: int
+    size: int
+    label: int | str
+    title: str | None
+
+
+@dataclass
+class _Part:
+    """Some samples of a shard that follow each other."""
+
+    address: str
+    pictures: list[_Picture] = field(default_factory=list)
+    rejects: list[tuple[str, str]] = field(default_factory=list)
+
+
+def is_webdataset(source: str) -> bool:
+    """Say whether a source is WebDataset shards: looks at the first members of the first tar.
+
+    Tars of plain pictures, one a class, are none.
+
+    Raises:
+        UsageError: a brace range that cannot be read, or a first tar that is damaged.
+        OSError: the first tar cannot be opened.
+    """
+    files = find(source, ENDING)
+    if files is None:
+        return False
+    keys: set[str] = set()
+    with open_file(files.addresses[0]) as file:
+        for member in islice(members(file, files.addresses[0]), LOOK):
+            key, ending = _split(member.name)
+            if not member.regular or key is None:
+                continue
+            if ending == "cls":
+                return True
+            # A caption or a record beside each picture is a sample, if without a label.
+            if ending in ("json", "txt") or _is_picture(ending):
+                kind = "picture" if _is_picture(ending) else "label"
+                other = "label" if kind == "picture" else "picture"
+                if f"{other} {key}" in keys:
+                    return True
+                keys.add(f"{kind} {key}")
+    return False
+
+
+def scan_webdataset(
+    source: str, writer: ListingWriter, split: str, classes: Sequence[str] | None
+) -> Listing:
+    """List the pictures of a source for which `is_webdataset` holds.
+
+    Args:
+        source: as the user named it.
+        writer: of the listing; nothing has been added yet.
+        split: `train` or `val`, for folders whose shards are named so.
+        classes: of the training split, when this is another one of the same set.
+
+    Raises:
+        UsageError: a damaged shard, labels that do not fit together; what the writer finds.
+        OSError: a shard cannot be opened or read; of a store, `Unreachable`.
+    """
+    files = find(source, ENDING)
+    if files is None:
+        raise UsageError(f"source {without_secrets(source)} names no shards")
+    addresses, labels = _shards(files, source, split, classes)
+    container, current = -1, ""
+    titles: dict[int, str] = {}
+    for part in each(addresses, _scan_shard, is_remote(source)):
+        if part.address != current:
+            container, current = writer.container("tar", part.address), part.address
+        _add(part, container, writer, labels, titles)
+    return labels.finish(writer, titles)
+
+
+def _shards(
+    files: Files, source: str, split: str, classes: Sequence[str] | None
+) -> tuple[tuple[str, ...], Labels]:
+    """Return the shards of a split, and what lies beside them about classes."""
+    first = files.addresses[0]
+    text = read_small(beside(first, "manifest.json"), LARGEST_MANIFEST)
+    try:
+        table = json.loads(text or b"{}")
+        names, titles = table["classes"], table.get("titles")
+        if table.get("encoding", "jpeg") != "jpeg":
+            raise UsageError(
+                f"source {without_secrets(source)} is a packed data set of raw pixels; "
+                "it is used as it is, and packed from where its pictures came from"
+            )
+        inside = {name: {shard["name"] for shard in part["shards"]}
+                  for name, part in table["splits"].items()}  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError):
+        listed = read_small(beside(first, "classes.txt"), LARGEST_MANIFEST)
+        lines = [line.strip() for line in (listed or b"").decode(errors="replace").splitlines()]
+        return of_split(files, split, source), Labels(source, [*filter(None, lines)], classes)
+    labels = Labels(source, names, classes, titles)
+    if files.folder is None:
+        return files.addresses, labels
+    if split not in inside:
+        raise UsageError(
+            f"source {without_secrets(source)} is a packed data set without a split {split!r}; "
+            f"it has {', '.join(sorted(inside))}"
+        )
+    chosen = tuple(name for name in files.addresses if base_name(name) in inside[split])
+    if lost := inside[split] - {base_name(name) for name in chosen}:
+        raise UsageError(
+            f"source {without_secrets(source)} lacks shard {min(lost)}, which its manifest names"
+        )
+    return chosen, labels
+
+
+def _add(
+    part: _Part, container: int, writer: ListingWriter, labels: Labels, titles: dict[int, str]
+) -> None:
+    kept, classes = [], []
+    for picture in part.pictures:
+        where = f"{part.address}/{shown(picture.name)}"
+        if not labels.fits(picture.label):
+            what = "number" if isinstance(picture.label, int) else "word"
+            part.rejects.append((where, f"no label: {picture.label!r} is a {what}, unlike others"))
+            continue
+        if isinstance(picture.label, int):
+            classes.append(labels.of_number(picture.label, where))
+            if picture.title:
+                titles.setdefault(picture.label, picture.title)
+        else:
+            classes.append(labels.of_word(picture.label, where))
+        kept.append(picture)
+    writer.add(
+        container,
+        classes,
+        [picture.name for picture in kept],
+        [picture.offset for picture in kept],
+        [picture.size for picture in kept],
+    )
+    for name, reason in part.rejects:
+        writer.reject(name, reason)
+
+
+def _scan_shard(address: str) -> Iterator[_Part]:
+    """Yield the samples of a shard, `SAMPLES` at a time."""
+    part = _Part(address)
+    seen: set[int] = set()
+    with open_file(address) as file:
+        for sample in _samples(file, address):
+            _judge(sample, part, seen)
+            if len(part.pictures) + len(part.rejects) >= SAMPLES:
+                yield part
+                part = _Part(address)
+    yield part
+
+
+def _samples(file: BinaryIO, address: str) -> Iterator[_Sample]:
+    """Group the members of a shard as webdataset does."""
+    sample: _Sample | None = None
+    titled = True  # until a record beside a label has no readable name of the class
+    for member in members(file, address):
+        key, ending = _split(member.name)
+        if key is None:
+            continue
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            sample = _Sample(key)
+        if _is_picture(ending):
+            sample.pictures.append((ending, member))
+        elif not member.regular or ending not in LABEL_ENDINGS:
+            continue
+        elif LABEL_ENDINGS.index(ending) < sample.rank:
+            _read_label(file, member, ending, sample)
+        elif ending == "json" and titled and member.size <= MOST_BYTES:
+            file.seek(member.offset)
+            sample.title = parse(ending, file.read(member.size)).title
+            titled = sample.title is not None
+    if sample is not None:
+        yield sample
+
+
+def _read_label(file: BinaryIO, member: Member, ending: str, sample: _Sample) -> None:
+    if member.size > MOST_BYTES:
+        found = Found(None)
+    else:
+        file.seek(member.offset)
+        found = parse(ending, file.read(member.size))
+    sample.title = found.title or sample.title
+    if found.label is not None:
+        sample.label, sample.rank = found.label, LABEL_ENDINGS.index(ending)
+    elif ending != "txt":
+        sample.no_label = f"no label: its .{ending} of {member.size:,} bytes holds none"
+
+
+def _judge(sample: _Sample, part: _Part, seen: set[int]) -> None:
+    """Note the picture of a sample, or why there is none."""
+    for ending, member in [item for item in sample.pictures if not item[1].regular]:
+        sample.pictures.remove((ending, member))
+        part.rejects.append((f"{part.address}/{shown(member.name)}", "no picture: a link"))
+        sample.linked = True
+    if not sample.pictures:
+        if not sample.linked and sample.label is not None:
+            name = f"{part.address}/{shown(sample.key)}"
+            part.rejects.append((name, "no picture in the sample"))
+        return
+    # `KEY.jpg` is the picture where there is a `KEY.mask.png` beside it.
+    plain = [member for ending, member in sample.pictures if "." not in ending]
+    chosen = plain if len(plain) == 1 else [member for _, member in sample.pictures]
+    if len(chosen) > 1 or sample.label is None:
+        reason = "two pictures in one sample" if len(chosen) > 1 else sample.no_label
+        for member in chosen:
+            part.rejects.append((f"{part.address}/{shown(member.name)}", reason))
+        return
+    name, offset, size, _ = chosen[0]
+    if hash(name) in seen:
+        name = f"{name} (at byte {offset})"
+    seen.add(hash(name))
+    part.pictures.append(_Picture(name, offset, size, sample.label, sample.title))
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """Split a member's name into key and ending (`left.jpg`), in small letters."""
+    match = None if _META.match(name) else _KEY.fullmatch(name)
+    return (match[1], match[2].lower()) if match else (None, "")
+
+
+def _is_picture(ending: str) -> bool:
+    return f".{ending}".endswith(PICTURE_ENDINGS)

@@ -1,0 +1,1 @@
+"""Stored bytes to batches, in the order they flow."""

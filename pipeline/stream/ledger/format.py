@@ -1,0 +1,266 @@
+"""The file a ledger is: what one rank delivered in one attempt, sample by sample.
+
+    line 1     JSON: everything in `About`, the kind of checksum, the version of this format
+    frames     one a batch: 24 bytes, then 8 bytes a sample (12 for sets beyond 2**32 samples)
+
+A frame, little-endian: CRC-32 of all that follows in it (u4), bytes of the frame (u4), position of
+its first sample (u8), samples b (u4), replaced samples r (u4); then b ids that were due (u4), b
+checksums of pixels (u4), and for the replaced ones their places 0..b-1 (u4) and what was delivered
+instead (u4). A writer that was killed leaves at most one frame that ends too early, the last.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from array import array
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+
+from pipeline.stream.order import Ids, share
+
+VERSION = 1
+ENDING = ".ledger"
+FRAME = struct.Struct("<IIQII")
+_AFTER_CRC = 4
+_HEADER_LIMIT = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a rank set out to deliver in one attempt."""
+
+    data_sha256: str
+    """`manifest.identity` of the data set."""
+    split: str
+    samples: int
+    """N: samples in the split."""
+    seed: int
+    """Of order and augmentation."""
+    shuffle: str
+    """Name of the order with its settings: `full`, `block 16`."""
+    view: str
+    """How a picture is cut: `random`, `centre`, `whole`."""
+    colour: float | tuple[tuple[int, float], ...]
+    """Standard deviation of the colour draws; or pairs, the first epoch that has it and it."""
+    colour_divide: bool = False
+    """Whether pixels were divided by 1 + colour. Not in files of before there was a choice."""
+    mean: str = "channel"
+    """What was subtracted: the mean of each `channel`, or the mean `picture`. Not in files of
+    before there was a choice."""
+    position: int
+    """Samples that the job had consumed when the attempt began."""
+    batch_size: int
+    """Of the whole job."""
+    rank: int
+    world_size: int
+    device: str
+    """`cpu`: checksums are CRC-32s. Any other name, such as `gpu`: weighted sums."""
+
+    def __post_init__(self) -> None:
+        share(self.batch_size, self.rank, self.world_size)  # refuses an impossible rank
+        if self.samples < 1 or self.position < 0 or self.batch_size < self.world_size:
+            raise ValueError(
+                f"out of range: samples={self.samples}, position={self.position}, "
+                f"batch_size={self.batch_size}, world_size={self.world_size}"
+            )
+
+    @property
+    def checksum(self) -> str:
+        """Kind of the checksums."""
+        return "crc32" if self.device == "cpu" else "weighted-sum"
+
+    @property
+    def id_type(self) -> np.dtype[Any]:
+        """How ids are stored."""
+        return np.dtype("<u4" if self.samples <= 1 << 32 else "<u8")
+
+    def header(self) -> bytes:
+        """Return the first line of a file."""
+        facts = {"ledger": VERSION, "checksum": self.checksum, **asdict(self)}
+        return (json.dumps(facts) + "\n").encode()
+
+    @classmethod
+    def parse(cls, line: bytes) -> About:
+        """Read the first line of a file.
+
+        Raises:
+            ValueError: it is no such line; the message says why.
+        """
+        facts = json.loads(line)
+        if not isinstance(facts, dict) or facts.get("ledger") != VERSION:
+            raise ValueError(f"its first line is not that of a ledger of version {VERSION}")
+        facts = {f.name: f.default for f in fields(cls) if f.default is not MISSING} | facts
+        if isinstance(facts["colour"], list):
+            facts["colour"] = tuple((start, value) for start, value in facts["colour"])
+        try:
+            return cls(**{field.name: facts[field.name] for field in fields(cls)})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"its first line does not say all: {error}") from error
+
+
+def encode(
+    id_type: np.dtype[Any],
+    position: int,
+    due: Ids,
+    delivered: Ids,
+    checksums: npt.NDArray[np.uint32],
+) -> bytes:
+    """Return one frame; the three arrays are [b], in order of position."""
+    (places,) = np.nonzero(due != delivered)
+    body = b"".join(
+        (
+            due.astype(id_type).tobytes(),
+            checksums.astype("<u4").tobytes(),
+            places.astype("<u4").tobytes(),
+            delivered[places].astype(id_type).tobytes(),
+        )
+    )
+    head = FRAME.pack(0, FRAME.size + len(body), position, len(due), len(places))[_AFTER_CRC:]
+    crc = isal_zlib.crc32(body, isal_zlib.crc32(head))
+    return struct.pack("<I", crc) + head + body
+
+
+class Deliveries(NamedTuple):
+    """Some of what a file tells, one entry a sample, all [n]."""
+
+    positions: Ids
+    due: Ids
+    """Ids that the order put there, int64."""
+    delivered: Ids
+    """Ids of the samples that were given, int64."""
+    checksums: npt.NDArray[np.uint32]
+
+    def only(self, which: npt.NDArray[np.bool_]) -> Deliveries:
+        """Return those at which `which`, bool [n], is true."""
+        positions, due, delivered, checksums = self
+        return Deliveries(positions[which], due[which], delivered[which], checksums[which])
+
+
+@dataclass(frozen=True, eq=False)
+class LedgerFile:
+    """A file whose frames were found and checked, but are not in memory."""
+
+    path: Path
+    about: About
+    frames: npt.NDArray[np.int64]
+    """[frames, 4]: byte offset, position, samples and replaced samples of each, as written."""
+    torn: bool
+    """Whether the last frame ends too early; it does not count."""
+    damage: str
+    """Why the rest of the file was not read; empty if all of it was."""
+
+    @property
+    def start(self) -> int:
+        """Lowest position of a delivery; where the attempt began if there is none."""
+        return int(self.frames[:, 1].min()) if len(self.frames) else self.about.position
+
+    @property
+    def end(self) -> int:
+        """Position after the last delivery; where the attempt began if there is none."""
+        if not len(self.frames):
+            return self.about.position
+        return int((self.frames[:, 1] + self.frames[:, 2]).max())
+
+    @property
+    def deliveries(self) -> int:
+        """Samples in all frames."""
+        return int(self.frames[:, 2].sum())
+
+    def between(self, first: int, last: int) -> Deliveries:
+        """Read what the file tells about positions [first, last)."""
+        touching = (self.frames[:, 1] < last) & (self.frames[:, 1] + self.frames[:, 2] > first)
+        frames = self.frames[touching]
+        parts = []
+        if len(frames):
+            start, stop = int(frames[:, 0].min()), int(self._ends(frames).max())
+            with self.path.open("rb") as file:
+                file.seek(start)
+                content = np.frombuffer(file.read(stop - start), np.uint8)
+            for count in np.unique(frames[:, 2]):
+                same = frames[frames[:, 2] == count]
+                parts.append(self._gather(content, same - [start, 0, 0, 0], int(count)))
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        told = Deliveries(*columns) if columns else Deliveries(*np.zeros((4, 0), np.int64))
+        inside = (told.positions >= first) & (told.positions < last)
+        return told if inside.all() else told.only(inside)
+
+    def _ends(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        samples = frames[:, 2] + frames[:, 3]
+        ends: npt.NDArray[np.int64] = frames[:, 0] + FRAME.size + samples * _width(self.about)
+        return ends
+
+    def _gather(
+        self, content: npt.NDArray[np.uint8], frames: npt.NDArray[np.int64], count: int
+    ) -> Deliveries:
+        """Cut frames of `count` samples each out of `content`."""
+        ids = self.about.id_type
+        row = np.dtype([("head", "V", FRAME.size), ("due", ids, count), ("sum", "<u4", count)])
+        windows = np.lib.stride_tricks.sliding_window_view(content, row.itemsize)
+        rows = windows[frames[:, 0]].view(row)[:, 0]
+        due = rows["due"].astype(np.int64)
+        delivered = due.copy()
+        for k in np.flatnonzero(frames[:, 3]):
+            at, replaced = int(frames[k, 0]) + row.itemsize, int(frames[k, 3])
+            places = np.frombuffer(content, "<u4", replaced, at)
+            delivered[k, places] = np.frombuffer(content, ids, replaced, at + 4 * replaced)
+        positions = frames[:, 1:2] + np.arange(count)
+        sums = rows["sum"].astype(np.uint32)
+        return Deliveries(positions.ravel(), due.ravel(), delivered.ravel(), sums.ravel())
+
+
+def scan(path: Path) -> LedgerFile | None:
+    """Find and check all frames of a file; None if its writer was killed within the first line.
+
+    Raises:
+        ValueError: the first line is not that of a ledger; the message says why.
+    """
+    with path.open("rb") as file:
+        line = file.readline(_HEADER_LIMIT)
+        if not line.endswith(b"\n") and len(line) < _HEADER_LIMIT:
+            return None
+        about = About.parse(line)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            with memoryview(content) as view:
+                frames, at = _walk(view, len(line), _width(about))
+                torn = _torn(view[at:], about)
+            damage = "" if torn or at == len(content) else f"damaged at byte {at:,}"
+    table = np.frombuffer(frames, np.int64).reshape(-1, 4)
+    return LedgerFile(path, about, table, torn, damage)
+
+
+def _width(about: About) -> int:
+    """Bytes that a sample, and that a replacement takes."""
+    return about.id_type.itemsize + 4
+
+
+def _walk(view: memoryview, at: int, width: int) -> tuple[array[int], int]:
+    """Return the sound frames from byte `at` on, four numbers each, and where they end."""
+    frames = array("q")
+    size = len(view)
+    while at + FRAME.size <= size:
+        crc, length, position, count, replaced = FRAME.unpack_from(view, at)
+        fits = length == FRAME.size + (count + replaced) * width and at + length <= size
+        if not fits or isal_zlib.crc32(view[at + _AFTER_CRC : at + length]) != crc:
+            break
+        frames.extend((at, position, count, replaced))
+        at += length
+    return frames, at
+
+
+def _torn(rest: memoryview, about: About) -> bool:
+    """Whether what follows the sound frames is the beginning of one more, and nothing else."""
+    if not rest or not bytes(rest).strip(b"\0"):
+        return len(rest) > 0  # a machine that lost its power may keep the length, not the bytes
+    if len(rest) < FRAME.size:
+        return True
+    first, last = share(about.batch_size, about.rank, about.world_size)
+    longest = FRAME.size + 2 * (last - first) * _width(about)
+    length: int = FRAME.unpack_from(rest)[1]
+    return len(rest) < length <= longest

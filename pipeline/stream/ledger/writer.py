@@ -1,0 +1,164 @@
+"""`Ledger`: writes down every delivered sample, so that exactly-once can be proved afterwards.
+
+FOLDER/20261121T003012.123456789Z-r0003of0008-5f0c9a1e.ledger    one rank in one attempt
+
+`file` says what is in it; `proof` reads those of a whole run.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from pipeline.ledger.checksum import crc32_each, weighted_sums
+from pipeline.stream.ledger.format import ENDING, About, encode
+from pipeline.stream.order import Ids
+from pipeline.tools.errors import SetupError, UsageError
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """A batch whose checksums a GPU still works on."""
+
+    position: int
+    due: Ids
+    delivered: Ids
+    sums: torch.Tensor
+    ready: torch.cuda.Event
+
+
+class Ledger:
+    """Writes one file: what this rank delivers from now on.
+
+    A frame goes out with one `write` when its batch is recorded: a process that is killed loses
+    nothing of what it recorded. On a GPU the frame of a batch is written when the next one is
+    recorded, so that nobody waits for the device; call `flush` before a checkpoint is sealed.
+
+        with Ledger(RUN / "ledger", about) as ledger:
+            ledger.record(position, due, delivered, images)
+    """
+
+    def __init__(self, folder: Path, about: About) -> None:
+        """Create `folder` if need be, and a file of its own in it; other files are not touched.
+
+        Args:
+            folder: for the ledgers of all ranks and attempts of a run.
+            about: what will be delivered.
+
+        Raises:
+            UsageError: the folder cannot be written.
+            SetupError: the file cannot (a full disk).
+        """
+        self.path = folder / _name(about)
+        """The file."""
+        self._about = about
+        self._owed: _Owed | None = None
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: int | None = os.open(self.path, flags, 0o666)
+        except OSError as error:
+            raise UsageError(
+                f"ledger folder {folder} cannot be written ({error.strerror}); name another folder"
+            ) from error
+        self._finalizer = weakref.finalize(self, os.close, self._file)
+        self._write(about.header())
+
+    def record(self, position: int, due: Ids, delivered: Ids, images: torch.Tensor) -> None:
+        """Note a batch of b samples, before anybody changes its pixels.
+
+        Args:
+            position: of the first sample of this rank's slice.
+            due: ids that the order puts there, int64 [b].
+            delivered: ids that were given: others where a sample was damaged; int64 [b].
+            images: [b, 3, h, w]; float32 on the host, or float16 on the device. Contiguous images
+                are not copied.
+
+        Raises:
+            SetupError: the file cannot be written (a full disk).
+            ValueError: the lengths differ, or the ledger is closed.
+        """
+        if not len(due) == len(delivered) == len(images):
+            raise ValueError(f"{len(due)} ids, {len(delivered)} delivered, {len(images)} images")
+        if self._file is None:
+            raise ValueError(f"ledger {self.path} is closed")
+        self.flush()
+        if self._about.checksum == "crc32":
+            frame = encode(self._about.id_type, position, due, delivered, crc32_each(images))
+            self._write(frame)
+            return
+        sums = weighted_sums(images)
+        if not sums.is_cuda:
+            self._write_sums(position, due, delivered, sums)
+            return
+        host = sums.to("cpu", non_blocking=True)
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record(torch.cuda.current_stream(sums.device))
+        self._owed = _Owed(position, due.copy(), delivered.copy(), host, ready)
+
+    def flush(self) -> None:
+        """Write the batch that is still owed, if there is one; waits for its checksums.
+
+        Raises:
+            SetupError: the file cannot be written.
+        """
+        if self._owed is not None:
+            owed, self._owed = self._owed, None
+            owed.ready.synchronize()
+            self._write_sums(owed.position, owed.due, owed.delivered, owed.sums)
+
+    def close(self) -> None:
+        """Write what is owed and close the file; a second call does nothing."""
+        try:
+            self.flush()
+        finally:
+            self._end()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write_sums(self, position: int, due: Ids, delivered: Ids, sums: torch.Tensor) -> None:
+        frame = encode(self._about.id_type, position, due, delivered, sums.numpy())
+        self._write(frame)
+
+    def _write(self, content: bytes) -> None:
+        if self._file is None:
+            raise ValueError(f"ledger {self.path} is closed")
+        try:
+            written = os.write(self._file, content)
+            if written < len(content):  # a disk that has just become full, or a quota
+                os.write(self._file, content[written:])
+        except OSError as error:
+            self._end()  # what would follow a torn frame could not be read
+            raise SetupError(
+                f"ledger {self.path} cannot be written ({error.strerror}); "
+                "make room, or go on without a ledger"
+            ) from error
+
+    def _end(self) -> None:
+        if self._file is not None:
+            self._finalizer()
+            self._file = None
+
+
+def _name(about: About) -> str:
+    """Return a name that no other file has; names sort by time."""
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+    rank = f"r{about.rank:04d}of{about.world_size:04d}"
+    return f"{moment}.{nanoseconds:09d}Z-{rank}-{secrets.token_hex(4)}{ENDING}"

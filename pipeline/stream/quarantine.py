@@ -1,0 +1,108 @@
+"""The damaged samples of a data set, each listed once, whoever comes upon it.
+
+QUARANTINE.jsonl     a row a sample: split, sample, shard, key, reason
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+from pipeline.stream.order import Ids
+from pipeline.stream.shard_reader import Damage
+from pipeline.tools.errors import UsageError
+
+UNDECODABLE = "its bytes are as packed, but it cannot be decoded"
+
+
+class Quarantine:
+    """What is known to be damaged in one split; any number of processes share it by a file."""
+
+    def __init__(self, split: str, path: Path | None = None) -> None:
+        """Start with what cannot be decoded according to the file at `path`, if there is one.
+
+        Other damage in the file may have been mended since: whoever reads the sample will see.
+
+        Raises:
+            UsageError: the file is there and is no such list, or cannot be read.
+        """
+        self.known: dict[int, Damage] = {}
+        """Damage by sample id."""
+        self._list = _List(path) if path is not None else None
+        for damage in self._list.read() if self._list else []:
+            if damage.split == split and damage.reason == UNDECODABLE:
+                self.known[damage.sample] = damage
+
+    def __contains__(self, sample: int) -> bool:
+        return sample in self.known
+
+    def places(self, ids: Ids) -> list[int]:
+        """Return the places of `ids` (int64 [b]) that hold samples known to be damaged."""
+        if not self.known:
+            return []
+        return [place for place, sample in enumerate(ids.tolist()) if sample in self.known]
+
+    def add(self, damages: Iterable[Damage]) -> None:
+        """Note damaged samples, and list in the file those that are not there yet."""
+        new = [damage for damage in damages if damage.sample not in self.known]
+        self.known.update((damage.sample, damage) for damage in new)
+        if new and self._list:
+            self._list.append(new)
+
+
+class _List:
+    """The file. Only what others added since is read again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._listed: set[tuple[str, int]] = set()
+        self._end = 0  # of the rows that are in `_listed`
+
+    def read(self) -> list[Damage]:
+        """Return the rows that were not returned before."""
+        if not self._path.parent.is_dir():
+            raise UsageError(f"there is no folder for {self._path}; make it, or name another")
+        if not self._path.exists():
+            return []
+        with self._open("rb") as file:
+            return self._news(file)
+
+    def _open(self, mode: str) -> IO[bytes]:
+        try:
+            return self._path.open(mode)
+        except OSError as error:
+            raise UsageError(
+                f"{self._path} cannot be opened ({error.strerror}); name another file"
+            ) from error
+
+    def append(self, damages: list[Damage]) -> None:
+        """Append those that are not listed; other processes may be about to do the same."""
+        with self._open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_size < self._end:  # moved away: a new list
+                self._listed.clear()
+                self._end = 0
+            self._news(file)
+            file.truncate(self._end)  # the rest of a writer that was killed
+            rows = [one for one in damages if one[:2] not in self._listed]
+            file.write(b"".join(json.dumps(row._asdict()).encode() + b"\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+            self._listed.update(row[:2] for row in rows)
+            self._end = file.tell()
+
+    def _news(self, file: IO[bytes]) -> list[Damage]:
+        file.seek(self._end)
+        content = file.read()
+        content = content[: content.rfind(b"\n") + 1]
+        try:
+            rows = [Damage(**json.loads(row)) for row in content.splitlines()]
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{self._path} is no list of damaged samples; move it away") from error
+        self._listed.update(row[:2] for row in rows)
+        self._end += len(content)
+        return rows

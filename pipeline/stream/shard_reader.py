@@ -1,0 +1,251 @@
+"""Sample id -> the stored bytes and the label, from the shards of one split, checked when read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tarfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from isal import isal_zlib
+
+from pipeline.dataset.index import load_index, sample_key, split_name
+from pipeline.dataset.manifest import Manifest
+from pipeline.remote.dataset import DataSet, LocalSet
+from pipeline.stream.order import Ids
+from pipeline.stream.timing import Spent
+from pipeline.tools.errors import REBUILD, DataError, DuetError, SetupError
+
+Bytes = npt.NDArray[np.uint8]
+
+OPEN_FILES = 256
+"""Shards that are kept open; beyond that the one not read for longest is closed."""
+
+
+class Damage(NamedTuple):
+    """Why a sample cannot be used, and where it is."""
+
+    split: str
+    sample: int
+    """Its id: the place in the split's stored order."""
+    shard: str
+    """File name of its shard."""
+    key: str
+    """Its WebDataset key in there."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.split} sample {self.sample} ({self.shard}, key {self.key}): {self.reason}"
+
+
+class Storage:
+    """Random access to the samples of one split.
+
+    Bytes are read by system calls: a shard that was cut off or a sector that fails is then the
+    damage of some samples, and not a SIGBUS. Raw pictures are eight times as large, and copying
+    them takes a quarter of the throughput (measured): once a picture was read so, its next epochs
+    check and hand out the kernel's own pages of the file.
+    """
+
+    def __init__(self, dataset: DataSet, split: str) -> None:
+        """Open the index of `split`.
+
+        Raises:
+            UsageError: no such split.
+            DataError: the index is damaged, or a shard of a local set is missing.
+        """
+        manifest = Manifest.load(dataset.folder)
+        found = manifest.split(split, dataset.folder)
+        if isinstance(dataset, LocalSet):  # what a store lacks shows when it is fetched
+            for shard in found.shards:
+                dataset.shard(shard)
+        self.split = split
+        self.shards = found.shards
+        self.manifest = manifest
+        """Of the data set."""
+        self.encoding = manifest.encoding
+        """What the samples are: JPEGs, or raw pixels, uint8 256x256x3."""
+        self._dataset = dataset
+        self._index = load_index(dataset.folder, split, found)
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._finalizer = weakref.finalize(self, _close, self._files)
+        self._maps = self.encoding == "raw"
+        self._opening = self._reading = self._checking = 0.0
+        self._read_before = np.zeros(len(self._index) if self._maps else 0, bool)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def labels(self, ids: Ids) -> Ids:
+        """Return the labels of samples `ids`, both int64 [b]."""
+        return self._index["label"][ids].astype(np.int64)
+
+    def room(self, ids: Ids) -> int:
+        """Return how many bytes of memory `read` needs for samples `ids` (int64 [b])."""
+        if self._maps:
+            ids = ids[~self._read_before[ids]]
+        return int(self._index["size"][ids].sum(dtype=np.int64))
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Say which shards will be read soon, in this order; returns at once."""
+        self._dataset.ahead([self.shards[number] for number in numbers])
+
+    def advise(self, ids: Ids) -> None:
+        """Tell the kernel to read samples `ids` (int64 [b]) from the disk; does not wait."""
+        for row in self._index[ids]:
+            # A shard that is not open yet may still have to be fetched, which takes its time.
+            if (file := self._files.get(int(row["shard"]))) is not None:
+                os.posix_fadvise(file.number, row["offset"], row["size"], os.POSIX_FADV_WILLNEED)
+
+    def read(self, ids: Ids, into: Bytes) -> tuple[list[Bytes], dict[int, Damage]]:
+        """Read and check samples.
+
+        Args:
+            ids: the samples, int64 [b].
+            into: uint8, at least as long as `room(ids)`.
+
+        Returns:
+            the samples, uint8 [size] each, as views of the buffer or of their shards, and for each
+            place of `ids` whose bytes are not those that were packed, the damage.
+
+        Raises:
+            DataError, DuetError: a whole shard cannot be had.
+        """
+        rows = self._index[ids]
+        views, damaged = [], {}
+        start = 0
+        columns = (rows[name].tolist() for name in ("shard", "offset", "size", "crc"))
+        for place, (shard, offset, size, crc) in enumerate(zip(*columns, strict=True)):
+            if self._maps and self._read_before[ids[place]]:
+                file = self._file(shard)
+                # What was cut off since it was mapped must not be touched: that is a SIGBUS.
+                whole = os.fstat(file.number).st_size >= offset + size
+                if whole and self._crc(view := file.mapped[offset : offset + size]) == crc:
+                    views.append(view)
+                    continue
+                view = np.empty(size, np.uint8)
+            else:
+                view = into[start : start + size]
+                start += size
+            reason = self._fill(view.data, shard, offset, crc)
+            if reason and self._again(shard):
+                reason = self._fill(view.data, shard, offset, crc)
+            if reason:
+                damaged[place] = self.damage(int(ids[place]), reason)
+            views.append(view)
+        if self._maps:
+            self._read_before[ids] = True
+        return views, damaged
+
+    def spent(self) -> Spent:
+        """Return the seconds that `read` took since this was last asked, without `feed`."""
+        spent = Spent(self._opening, self._reading, self._checking)
+        self._opening = self._reading = self._checking = 0.0
+        return spent
+
+    def damage(self, sample: int, reason: str) -> Damage:
+        """Return the damage of a sample, for messages and lists."""
+        number = int(self._index["shard"][sample])
+        first = sum(shard.samples for shard in self.shards[:number])
+        key = sample_key(number, sample - first)
+        if self.manifest.foreign:
+            key = self._stored_key(number, int(self._index["offset"][sample])) or "unknown"
+        return Damage(self.split, sample, self.shards[number].name, key, reason)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._finalizer()
+
+    def _fill(self, view: memoryview, shard: int, offset: int, crc: int) -> str | None:
+        """Read and check one sample; return what is wrong with it."""
+        try:
+            file = self._file(shard).number
+            start = perf_counter()
+            count = os.preadv(file, [view], offset)
+            self._reading += perf_counter() - start
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
+                raise self._lost(shard, error) from error
+            return f"cannot be read ({error.strerror})"
+        if count < len(view):
+            return "the shard ends before it does"
+        return None if self._crc(view) == crc else "CRC-32 differs"
+
+    def _crc(self, view: memoryview | Bytes) -> int:
+        start = perf_counter()
+        crc: int = isal_zlib.crc32(view)
+        self._checking += perf_counter() - start
+        return crc
+
+    def _stored_key(self, number: int, offset: int) -> str | None:
+        """Return the key that the tar itself has for the picture at `offset`, if it is readable."""
+        try:
+            header = os.pread(
+                self._file(number).number, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE
+            )
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except (OSError, DuetError, tarfile.HeaderError):
+            return None
+        return split_name(member.name)[0]
+
+    def _again(self, number: int) -> bool:
+        """Whether there is a better copy of a shard now; the old one is closed then."""
+        better = self._dataset.recheck(self.shards[number])
+        if better:
+            self._files.pop(number).close()
+        return better
+
+    def _file(self, number: int) -> _File:
+        file = self._files.get(number)
+        if file is None:
+            if len(self._files) >= OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            start = perf_counter()
+            with self._dataset.open(self.shards[number]) as opened:
+                file = self._files[number] = _File(os.dup(opened.fileno()))
+            self._opening += perf_counter() - start
+        else:
+            self._files.move_to_end(number)
+        return file
+
+    def _lost(self, number: int, error: OSError) -> DuetError:
+        path = self._dataset.folder / self.shards[number].name
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return SetupError(
+                f"shard {path} cannot be opened ({error.strerror}); raise `ulimit -n`"
+            )
+        return DataError(
+            f"shard {path} cannot be read ({error.strerror}); restore it, or {REBUILD}"
+        )
+
+
+class _File:
+    """An open shard."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        """File descriptor."""
+
+    @cached_property
+    def mapped(self) -> Bytes:
+        """Its bytes, uint8 [size], mapped; whoever refers to them keeps them."""
+        # `mmap` would keep a descriptor for each map: of a thousand shards, one a sample in flight.
+        name, size = f"/proc/self/fd/{self.number}", os.fstat(self.number).st_size
+        mapped: Bytes = torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy()
+        return mapped
+
+    def close(self) -> None:
+        os.close(self.number)
+
+
+def _close(files: OrderedDict[int, _File]) -> None:
+    while files:
+        files.popitem()[1].close()

@@ -1,0 +1,141 @@
+"""The whole examination: every stage, the stream, what bounds it and what would help."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+
+from pipeline.stream.timing import Waits
+from pipeline.throughput import stages
+from pipeline.throughput.clock import Rate
+from pipeline.throughput.machine import machine, memory_bytes
+from pipeline.throughput.model import Costs, bounds, predicted
+from pipeline.throughput.remedies import Now, Remedy, knee, remedies, sweep
+from pipeline.throughput.report import Report
+from pipeline.throughput.row import Row, row
+from pipeline.throughput.setting import Parts, Setting, opened
+from pipeline.throughput.stages import Alone
+from pipeline.throughput.store import Fetching, fetching
+from pipeline.throughput.stream_rate import Whole, whole
+from pipeline.throughput.verdict import verdict, warnings
+from pipeline.tools.progress import Progress
+
+SECONDS = 1.5
+"""For which a stage is measured; all of it takes about a minute."""
+POINTS = 400
+"""Of the queue's picture."""
+
+
+def examine(
+    setting: Setting, needed: float | None = None, seconds: float = SECONDS,
+    extra: Sequence[Row] = (),
+) -> Report:  # fmt: skip
+    """Measure the stream of a setting, stage by stage and as a whole.
+
+    Args:
+        setting: of the stream.
+        needed: pictures a second that the trainer takes, if that is known.
+        seconds: for each stage.
+        extra: stages that others have measured.
+
+    Raises:
+        DuetError: as `Stream` does.
+    """
+    with opened(setting) as parts, Progress("examining", total=6, unit="parts") as progress:
+        fetched = fetching(setting, 2 * seconds) if setting.remote else None
+        progress.advance(1)
+        batches = max(1, min(len(parts.storage) // setting.batch_size, 160))
+        alone = stages.alone(parts, seconds, batches)
+        progress.advance(1)
+        costs = sweep(parts, alone, thread_counts(setting), seconds)
+        progress.advance(1)
+        parts.touch(round(predicted(costs) * 4 * seconds))
+        found = whole(setting, 2 * seconds)
+        progress.advance(1)
+        now = state_of(parts, alone, costs, found, fetched)
+        helping = remedies(now, seconds)
+        progress.advance(2)
+    return _report(now, found, helping, needed, fetched, extra)
+
+
+def thread_counts(setting: Setting) -> list[int]:
+    """Numbers of threads that are tried."""
+    have = setting.cores
+    return sorted(
+        {1, setting.threads, have, max(1, have // 4), max(1, have // 2), have + have // 2}
+    )
+
+
+def state_of(
+    parts: Parts, alone: Alone, costs: Costs, found: Whole, fetched: Fetching | None
+) -> Now:
+    """In which state the set is read most of the time, and what the stream gives then."""
+    fits = sum(shard.bytes for shard in parts.storage.shards) < memory_bytes()
+    cold, slow, read = alone.cold, costs, alone.warm
+    state = "From the page cache"
+    if fetched is not None:
+        store = fetched.together / parts.bytes_each
+        slow = costs.but(store=store, fetch_cpu=fetched.cpu / store)
+        state = "In its first epoch, from the store,"
+    elif not fits and cold is not None:
+        slow = costs.but(reader=cold.seconds, reader_cpu=min(1.0, cold.cpu))
+        read, state = cold, "From the disk (it is larger than memory)"
+    gives = found.rate.median * predicted(slow) / predicted(costs)
+    return Now(parts=parts, alone=alone, costs=slow, reading=read, img_s=gives, fits=fits,
+               state=state)  # fmt: skip
+
+
+def _report(
+    now: Now, found: Whole, helping: Sequence[Remedy], needed: float | None,
+    fetched: Fetching | None, extra: Sequence[Row],
+) -> Report:  # fmt: skip
+    parts = now.parts
+    setting, each = parts.setting, parts.bytes_each
+    rows = (*now.alone.stages, *extra)
+    if fetched is not None:
+        rows = (_fetch_row(fetched, each), *rows)
+    decode = next((one.limit_img_s for one in rows if one.name == "decode"), None)
+    total = row("the whole stream", found.rate, each, limit=decode,
+                against="the bare decoder" if decode else "")  # fmt: skip
+    scale = now.img_s / predicted(now.costs)
+    lowest = [dataclasses.replace(one, img_s=one.img_s * scale) for one in bounds(now.costs)]
+    span = found.asked[-1].at if found.asked else 1.0
+    thin = max(1, len(found.asked) // POINTS)
+    counts = now.costs.pixels
+    return Report(
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=shlex.join(["python", "-m", "pipeline.throughput", *sys.argv[1:]]),
+        machine=machine(setting.device == "gpu"),
+        data={
+            "where": setting.data, "pictures": len(parts.storage), "encoding": parts.encoding,
+            "bytes": sum(shard.bytes for shard in parts.storage.shards), "fits": now.fits,
+        },
+        setting=dataclasses.asdict(setting),
+        stages=rows,
+        whole=total,
+        waits={name: getattr(found.waits, name) / span for name in vars(Waits())},
+        read_full=found.read_full, read_empty=found.read_empty,
+        queue=tuple((one.at, one.read, int(one.decoded)) for one in found.asked[::thin]),
+        sweep={
+            count: (counts[count].median, predicted(now.costs.but(threads=count)))
+            for count in sorted(counts)
+        },
+        knee=knee(now.costs),
+        bounds=tuple((one.name, one.img_s, one.detail) for one in lowest),
+        state=now.state, img_s=now.img_s, model=1 / scale,
+        remedies=tuple(helping),
+        verdict=verdict(state=now.state, img_s=now.img_s, bounds=lowest, stages=rows,
+                        remedies=helping, needed=needed),
+        needed=needed,
+        warnings=tuple(warnings([*rows, total])),
+    )  # fmt: skip
+
+
+def _fetch_row(fetched: Fetching, each: float) -> Row:
+    rate = Rate((fetched.together / each,), fetched.cpu, fetched.others)
+    return row("fetch from the store", rate, each,
+               note=f"{fetched.shards} shards, several at a time, checked; one alone: "
+               f"{fetched.alone / 1e6:,.0f} MB/s")  # fmt: skip

@@ -1,0 +1,187 @@
+"""What this machine can do at best, of each thing that the stream does: measured here and now."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from isal import isal_zlib
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+from pipeline.dataset.images import SIZE
+from pipeline.page_cache import forget
+from pipeline.stream.decode import gpu_of
+from pipeline.throughput.clock import Rate, measured
+
+Bytes = npt.NDArray[np.uint8]
+
+BLOCK = 2**20
+"""Bytes of a read."""
+LARGE = 64 * 2**20
+"""Bytes that no processor cache holds."""
+DISK_THREADS = 4
+"""Files that are read at a time to see what a disk gives."""
+DISK_BYTES = 256 * 2**20
+"""Most bytes that are read to see it."""
+CHUNK = 16
+"""Pictures that a thread decodes at a time."""
+
+
+def page_cache(paths: Sequence[Path], seconds: float) -> Rate:
+    """Bytes a second that one thread reads from the kernel's memory, end to end."""
+    buffer = memoryview(bytearray(BLOCK))
+    with _files(paths) as files:
+        blocks = itertools.cycle(_blocks(files, LARGE))
+
+        def read() -> int:
+            return sum(os.preadv(file, [buffer], at) for file, at in itertools.islice(blocks, 32))
+
+        for _ in range(1 + LARGE // (32 * BLOCK)):
+            read()  # now it is in memory
+        return measured(read, seconds)
+
+
+def disk(paths: Sequence[Path]) -> tuple[float, float]:
+    """Bytes a second that the disk gives, files read end to end, several at a time.
+
+    Returns:
+        the rate, and the share of what was read that lay in memory all the same.
+    """
+    buffers = [memoryview(bytearray(BLOCK)) for _ in range(DISK_THREADS)]
+    with _files(paths) as files:
+        kept = sum(map(forget, files)) / max(1, sum(os.fstat(file).st_size for file in files))
+        blocks = list(_blocks(files, DISK_BYTES))
+        parts = [blocks[start::DISK_THREADS] for start in range(DISK_THREADS)]
+
+        def read(number: int) -> int:
+            return sum(os.preadv(file, [buffers[number]], at) for file, at in parts[number])
+
+        with ThreadPoolExecutor(DISK_THREADS) as pool:
+            start = time.perf_counter()
+            done = sum(pool.map(read, range(DISK_THREADS)))
+            return done / (time.perf_counter() - start), kept
+
+
+def checksum(size: int, seconds: float) -> Rate:
+    """Bytes a second of CRC-32 on one core, over pictures of `size` bytes just read."""
+    pictures = itertools.cycle(np.random.default_rng(0).integers(0, 256, (16, size), np.uint8))
+
+    def check() -> int:
+        for picture in itertools.islice(pictures, 64):
+            isal_zlib.crc32(picture)
+        return 64 * size
+
+    return measured(check, seconds)
+
+
+def memory(threads: int, seconds: float) -> Rate:
+    """Bytes a second that `threads` threads read and write in memory: a copy counts twice."""
+    source, target = torch.ones(LARGE // 4), torch.empty(LARGE // 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    def copy() -> int:
+        target.copy_(source)
+        return 2 * LARGE
+
+    try:
+        return measured(copy, seconds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def libjpeg(jpegs: Sequence[Bytes], threads: int, seconds: float) -> Rate:
+    """Pictures a second that libjpeg-turbo decodes to RGB, whole and into the same memory."""
+    parts = itertools.cycle([jpegs[at : at + CHUNK] for at in range(0, len(jpegs), CHUNK)])
+
+    def decode(part: Sequence[Bytes]) -> int:
+        pixels = np.empty((SIZE, SIZE, 3), np.uint8)
+        for jpeg in part:
+            simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
+        return len(part)
+
+    ahead: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+
+        def step() -> int:
+            while len(ahead) < 4 * threads:
+                ahead.append(pool.submit(decode, next(parts)))
+            return ahead.popleft().result()
+
+        return measured(step, seconds)
+
+
+def nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: float,
+           seconds: float) -> Rate:  # fmt: skip
+    """Pictures a second that the GPU decodes to RGB, whole, in a pipeline of nothing else."""
+    batches = itertools.cycle(
+        [list(jpegs[at : at + batch_size]) for at in range(0, len(jpegs), batch_size)]
+    )
+    pipe = Pipeline(batch_size, threads, gpu_of("gpu"), prefetch_queue_depth=3)
+    with pipe:
+        stored = fn.external_source(
+            source=lambda: next(batches), batch=True, dtype=types.UINT8, ndim=1
+        )
+        pipe.set_outputs(
+            fn.decoders.image(stored, device="mixed", output_type=types.RGB, hw_decoder_load=load)
+        )
+    pipe.build()
+
+    def step() -> int:
+        (pictures,) = pipe.run()
+        return len(pictures)
+
+    return measured(step, seconds, settle=torch.cuda.synchronize)
+
+
+def to_device(seconds: float) -> Rate:
+    """Bytes a second from pinned host memory to the current GPU."""
+    host = torch.empty(LARGE, dtype=torch.uint8).pin_memory()
+    device = torch.empty(LARGE, dtype=torch.uint8, device="cuda")
+
+    def copy() -> int:
+        device.copy_(host, non_blocking=True)
+        return LARGE
+
+    return measured(copy, seconds, settle=torch.cuda.synchronize)
+
+
+def device_memory(seconds: float) -> Rate:
+    """Bytes a second that the current GPU reads and writes: a copy counts twice."""
+    source = torch.ones(LARGE, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy() -> int:
+        target.copy_(source)
+        return 8 * LARGE
+
+    return measured(copy, seconds, settle=torch.cuda.synchronize)
+
+
+@contextmanager
+def _files(paths: Sequence[Path]) -> Iterator[list[int]]:
+    files = [os.open(path, os.O_RDONLY) for path in paths]
+    try:
+        yield files
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def _blocks(files: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(file, offset) of each block, some of each file, `most` bytes in all."""
+    each = max(BLOCK, most // max(1, len(files)))
+    for file in files:
+        for at in range(0, min(each, os.fstat(file).st_size), BLOCK):
+            yield file, at

@@ -1,0 +1,170 @@
+"""The comparison of loaders: what is measured is what was asked for, and the figures add up."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import loaders  # noqa: E402
+from peers import PEERS  # noqa: E402
+from peers.turns import look  # noqa: E402
+from peers.work import CROP, Floats, Work, pillow_crop, stored  # noqa: E402
+
+from pipeline.tools.errors import DataError, UsageError  # noqa: E402
+
+MEAN = (120.0, 110.0, 100.0)
+BATCH = 4
+
+
+def work(data: Path = Path("nowhere")) -> Work:
+    """What loaders are asked for in these tests."""
+    return Work(
+        data=data,
+        lane="jpeg",
+        folder=data,
+        mean=MEAN,
+        samples=48,
+        passes=1,
+        cores=1,
+        batch_size=BATCH,
+    )
+
+
+def good() -> Iterator[torch.Tensor]:
+    """Batches of noise that have the right shape, type, range and mean."""
+    noise = torch.Generator().manual_seed(0)
+    while True:
+        pixels = torch.randint(0, 256, (BATCH, 3, CROP, CROP), generator=noise)
+        yield pixels.float() - 127.5
+
+
+def test_a_sound_loader_passes() -> None:
+    look(good(), work())
+
+
+@pytest.mark.parametrize(
+    ("batches", "named"),
+    [
+        ((x[:, :, :223] for x in good()), "shape"),
+        ((x[:2] for x in good()), "shape"),
+        ((x.double() for x in good()), "dtype torch.float64"),
+        ((x.to(torch.uint8) for x in good()), "dtype torch.uint8"),
+        ((x / 255 for x in good()), "pixels from -0.5 to 0.5"),
+        ((x + 127.5 for x in good()), "pixels from 0.0"),
+        ((x + 11 for x in good()), r"channel means \+11"),
+        ((x + torch.tensor([15, 0, -15.0]).view(3, 1, 1) for x in good()), "channel means"),
+        (itertools.repeat(next(good())), "the same pixels"),
+    ],
+)
+def test_another_output_is_refused(batches: Iterator[torch.Tensor], named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        look(batches, work())
+
+
+def test_floats_are_the_pixels_minus_the_mean() -> None:
+    floats = Floats(MEAN)
+    crops = torch.randint(0, 256, (5, BATCH, CROP, CROP, 3), dtype=torch.uint8)
+    for batch in crops:
+        wanted = batch.numpy().astype(np.float64) - np.array(MEAN)
+        np.testing.assert_array_equal(floats(batch).numpy(), wanted.transpose(0, 3, 1, 2))
+
+
+def test_a_crop_is_a_window_of_the_picture(tiny_data: Path) -> None:
+    jpeg = next(stored(work(tiny_data)))
+    picture = np.asarray(Image.open(io.BytesIO(jpeg)))
+    windows = np.lib.stride_tricks.sliding_window_view(picture, (CROP, CROP), (0, 1))
+    seen = set()
+    for _ in range(12):
+        crop = pillow_crop(jpeg).numpy()
+        for flip, pixels in ((False, crop), (True, crop[:, ::-1])):
+            # The place is where the first row fits; then everything must.
+            fits = (windows[:, :, :, 0] == pixels[0].T).all((2, 3))
+            seen |= {
+                (x, y, flip)
+                for y, x in np.argwhere(fits)
+                if np.array_equal(picture[y : y + CROP, x : x + CROP], pixels)
+            }
+    assert len(seen) > 6, "crops do not vary, or are no windows of the picture"
+    assert {flip for *_, flip in seen} == {False, True}
+
+
+def test_stored_gives_every_picture_of_the_tars(tiny_data: Path) -> None:
+    found = []
+    for shard in sorted(tiny_data.glob("train-*.tar")):
+        with tarfile.open(shard) as tar:
+            found += [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")]  # type: ignore[union-attr]
+    assert len(found) == 48
+    assert list(stored(work(tiny_data))) == found
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    """A machine that is twice as slow in one round must not move the ratio."""
+    ours, theirs, limit = (loaders.Row(name, PEERS[name]) for name in ("ours", "torch", "limit"))
+    ours.rates, theirs.rates = [300.0, 150.0, 330.0], [100.0, 50.0, 100.0]
+    limit.rates = [600.0, 300.0, 600.0]
+    found = loaders.facts([limit, ours, theirs], loaders.Comparison(data=Path()))["loaders"]
+    assert found["torch"]["ours_over_it"] == 3.0
+    assert found["ours"]["share_of_limit"] == 0.5
+    assert found["ours"]["img_s"] == 300
+    assert found["limit"]["ours_over_it"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"only": "ours,swift"}, "swift: no such loader; there are limit, ours, native"),
+        ({"only": "ours-raw"}, "ours-raw: needs --raw"),
+        ({"only": "torch", "device": "gpu"}, "torch: knows the CPU only"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_usage_error(options: dict[str, str], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        loaders.chosen(loaders.Comparison(data=Path(), **options))  # type: ignore[arg-type]
+
+
+def test_a_set_of_the_other_encoding_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    options = loaders.Comparison(data=tiny_data, raw=tiny_data)
+    with pytest.raises(UsageError, match="holds jpeg pictures, not raw"):
+        loaders.work_for(PEERS["ours-raw"], options, tmp_path / "x")
+
+
+def test_a_missing_library_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    rows = {row.name: row for row in loaders.chosen(loaders.Comparison(data=Path()))}
+    assert rows["ours"].missing == ""
+    assert rows["litdata"].missing == "not installed (pip install litdata)"
+    assert "ours-raw" not in rows, "without --raw there is no raw lane"
+
+
+def test_the_whole_comparison_in_json(tiny_data: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "loaders.py"), str(tiny_data)]
+    command += ["--only", "ours,torch", "--rounds", "2", "--seconds", "0.2"]
+    done = subprocess.run(
+        [*command, "--batch-size", "8", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["loaders"]
+    assert list(found) == ["ours", "torch"]
+    for row in found.values():
+        assert len(row["rounds"]) == 2
+        assert row["img_s"] > 0
+    assert found["ours"]["ours_over_it"] == 1.0
+    assert "torch DataLoader + Pillow" in done.stderr, "the table is for people"

@@ -1,0 +1,297 @@
+"""What the doctor finds in broken machines, and that it says what mends them: pure judgements."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config
+from cluster.doctor import gpus, hardware, job, network, software
+from cluster.doctor.finding import Finding
+from cluster.doctor.gpus import Gpu
+from cluster.doctor.hardware import Hardware
+from cluster.doctor.software import Software
+from tests.helpers.training_processes import REPOSITORY
+
+RANGES = software.ranges_in(REPOSITORY / "pyproject.toml")
+GOOD = Software(
+    python=(3, 12, 1),
+    packages=dict.fromkeys(RANGES, "2099.1")
+    | {"torch": "2.13.0", "nvidia-dali-cuda130": "2.4.0", "ray": "2.60.0"},
+    ranges=RANGES,
+    cuda="13.0",
+    driver="580.65.06",
+    devices=2,
+    pins={"numpy": "2099.1"},
+)
+del GOOD.packages["nvidia-dali-cuda120"]
+H100 = Gpu(
+    name="H100", free=79 * 10**9, total=80 * 10**9, capability=(9, 0), uuid="ab", neighbour=True
+)
+PAIR = [H100, replace(H100, neighbour=None)]
+MACHINE = Hardware(
+    cores=16, memory=10**11, shared=10**10, files=65536, temporary_free=10**11, vectors="AVX512",
+    kernels="kernels compiled by gcc",
+)  # fmt: skip
+
+
+def only(findings: list[Finding]) -> Finding:
+    (found,) = (finding for finding in findings if finding.status != "ok")
+    assert found.mend
+    assert "\n" not in found.value + found.mend
+    return found
+
+
+def without(*names: str) -> dict[str, str]:
+    return {name: release for name, release in GOOD.packages.items() if name not in names}
+
+
+def lacks(found: Finding, words: list[str]) -> list[str]:
+    told = f"{found.name} {found.value} {found.mend}"
+    return [word for word in words if word not in told]
+
+
+def test_a_good_machine_has_nothing_to_mend():
+    found = [
+        *software.judge(GOOD),
+        *gpus.judge(PAIR, wanted=True),
+        *hardware.judge(MACHINE, own_ray=True),
+        *job.judge_here(Config(), 1000, MACHINE, PAIR),
+    ]
+    assert [finding for finding in found if finding.status != "ok"] == []
+    assert len(found) > 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"python": (3, 10, 2)}, "FAIL", ["Python 3.10.2", "PYTHON=python3.11"]),
+        ({"packages": without("torch")}, "FAIL", ["torch is missing", "make install"]),
+        ({"packages": without("nvidia-dali-cuda130")}, "FAIL", ["DALI is missing", "CUDA=12"]),
+        ({"packages": GOOD.packages | {"nvidia-dali-cuda120": "2.4.0"}}, "FAIL",
+         ["overwrite each other", "pip uninstall -y nvidia-dali-cuda130 nvidia-dali-cuda120"]),
+        ({"broken": {"nvidia.dali": "libcuda.so.1: no such file"}}, "FAIL",
+         ["DALI", "does not load: libcuda.so.1", "--force-reinstall"]),
+        ({"cuda": None}, "FAIL", ["a CPU build", "580.65.06", "pip uninstall -y torch"]),
+        ({"packages": GOOD.packages | {"ray": "2.61.1"}}, "FAIL",
+         ["2.61.1", "<2.61", "pip install -c constraints.txt 'ray[default,train]'"]),
+        ({"packages": GOOD.packages | {"torch": "2.9.1"}}, "FAIL", ["torch 2.9.1", ">=2.11"]),
+        ({"packages": without("webdataset", "safetensors")}, "FAIL",
+         ["missing: webdataset, safetensors", "make install"]),
+        ({"packages": GOOD.packages | {"numpy": "1.26.4"}, "pins": {}}, "FAIL",
+         ["numpy 1.26.4 (>=2)", "pip install -c constraints.txt numpy"]),
+        ({"pins": {"numpy": "2.4.6"}}, "warn", ["numpy 2099.1 (tested with 2.4.6)"]),
+        ({"blind": "no devices", "hidden": True}, "warn", ["unset CUDA_VISIBLE_DEVICES"]),
+        ({"blind": "no devices", "devices": 0}, "warn", ["docker run --gpus all"]),
+        ({"blind": "system not yet initialized"}, "FAIL",
+         ["sees no GPU: system not yet initialized", "nvidia-smi", "fabricmanager"]),
+    ],
+)  # fmt: skip
+def test_software_that_does_not_go_together_is_named(changes, status, words):
+    found = only(list(software.judge(replace(GOOD, **changes))))
+    assert found.status == status
+    assert lacks(found, words) == []
+
+
+def test_a_driver_that_is_too_old_fails_both_torch_and_dali():
+    found = list(software.judge(replace(GOOD, driver="535.104.05")))
+    bad = [finding for finding in found if finding.status == "FAIL"]
+    assert [finding.name for finding in bad] == ["torch", "DALI"]
+    for finding in bad:
+        assert "needs a driver from 580 on, here is 535.104.05" in finding.value
+        assert "CUDA=12" in finding.mend
+    older = without("nvidia-dali-cuda130") | {"nvidia-dali-cuda120": "2.4.0"}
+    for_12 = replace(GOOD, driver="535.104.05", cuda="12.8", packages=older)
+    assert {finding.status for finding in software.judge(for_12)} == {"ok"}
+
+
+def test_the_driver_tells_its_release(tmp_path):
+    told = tmp_path / "version"
+    told.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n")
+    assert software.driver_in(told) == "535.104.05"
+    told.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
+    )
+    assert software.driver_in(told) == "580.65.06"
+    assert software.driver_in(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("cards", "status", "words"),
+    [
+        ([], "FAIL", ['device = "gpu"', "--device auto"]),
+        ([H100, H100, replace(H100, neighbour=None)], "warn",
+         ["3 (H100): one has no partner", "--columns-per-worker 2"]),
+        ([replace(H100, neighbour=False), H100], "warn", ["GPUs 0 and 1 cannot reach", "topo -m"]),
+        ([replace(H100, free=10**10, users=("41 python",)), H100], "warn",
+         ["GPU 0", "70.0 of 80.0 GB in use by 41 python", "nvidia-smi"]),
+        ([H100, replace(H100, capability=(7, 5))], "warn", ["GPU 1", "no bfloat16", "float32"]),
+        ([replace(H100, mig=True), H100], "warn", ["MIG", "--columns-per-worker 2", "-mig 0"]),
+        ([replace(H100, built_for=False), H100], "FAIL", ["no code for H100 (9.0)", "CUDA=12"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_gpu_is_named(cards, status, words):
+    found = only(list(gpus.judge(cards, wanted=True)))
+    assert found.status == status
+    assert lacks(found, words) == []
+
+
+def test_no_gpus_are_no_matter_where_none_are_wanted():
+    assert [finding.status for finding in gpus.judge([], wanted=False)] == ["ok"]
+
+
+def test_what_nvidia_smi_says_is_read():
+    apps = f"GPU-ab, 123, python\nGPU-ab, {os.getpid()}, python\nGPU-cd, 7, /usr/bin/x\n\n"
+    assert gpus.others(gpus.rows_of(apps), "ab") == ("123 python",)
+    assert gpus.others(gpus.rows_of(apps), "") == ()
+    modes = gpus.rows_of("GPU-ab, Enabled\nGPU-cd, [N/A]\n")
+    assert gpus.matching(modes, "ab") == [("Enabled",)]
+
+
+def test_a_gpu_that_torch_was_not_built_for_is_told():
+    built = ["75", "80", "90", "100"]
+    assert [gpus.has_code(built, c) for c in ((7, 0), (8, 9), (9, 0), (12, 0), (6, 1))] == [
+        False, True, True, True, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"shared": 64 * 2**20}, "warn", ["/dev/shm", "0.1 GB", "--shm-size"]),
+        ({"files": 1024}, "warn", ["open files 1024", "ulimit -n"]),
+        ({"cores": 1, "quota": True}, "warn", ["cores 1", "container's quota", "--cpus"]),
+        ({"memory": 10**9, "limited": True}, "warn", ["memory", "container's limit", "--memory"]),
+        ({"temporary_free": 10**8}, "warn", ["temporary", "0.1 GB free", "TMPDIR"]),
+        ({"temporary_full": 0.97}, "warn", ["97% full"]),
+        ({"temporary": "/scratch/jobs/somebody/1234567/tmp"}, "FAIL",
+         ["too long for Ray's sockets", "TMPDIR=/tmp"]),
+        ({"gpus": 2, "infiniband": True, "locked": 65536}, "warn",
+         ["locked memory", "ulimit -l unlimited"]),
+        ({"kernels": "torch operations, as there are no compiled kernels: no C compiler (gcc)"},
+         "warn", ["no C compiler", "apt install gcc"]),
+        ({"kernels": "torch operations, as there are no compiled kernels: DUET_KERNELS=torch"},
+         "warn", ["unset DUET_KERNELS"]),
+    ],
+)  # fmt: skip
+def test_what_a_machine_lacks_is_named(changes, status, words):
+    found = only(list(hardware.judge(replace(MACHINE, **changes), own_ray=True)))
+    assert found.status == status
+    assert lacks(found, words) == []
+
+
+def test_the_longest_temporary_folder_is_the_one_in_which_sockets_can_be():
+    session = "duet-abcdefgh/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+    longest = hardware.SOCKET - hardware.RAY_BELOW
+    for length, status, reason in (
+        (longest, "ok", FileNotFoundError), (longest + 1, "FAIL", OSError),
+    ):  # fmt: skip
+        folder = "/" + "x" * (length - 1)
+        found = list(hardware.judge(replace(MACHINE, temporary=folder), own_ray=True))
+        assert [f.status for f in found if f.name == "temporary"] == [status]
+        with socket.socket(socket.AF_UNIX) as one, pytest.raises(reason) as error:
+            one.bind(f"{folder}/{session}")  # the kernel, or Python before it, says which it is
+        assert type(error.value) is reason, error.value
+
+
+def groups(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+def test_a_containers_limits_are_found_in_either_version_of_control_groups(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("0::/pods/one\n")
+    root = groups(tmp_path / "v2", {
+        "pods/one/memory.max": "max",
+        "pods/memory.max": "4000", "pods/memory.current": "3000",
+        "pods/memory.stat": "anon 1000\ninactive_file 500",
+        "pods/one/cpu.max": "150000 100000", "pods/cpu.max": "max 100000",
+    })  # fmt: skip
+    assert hardware.container(root, mine) == (1500, 1.5)
+    mine.write_text("4:memory:/a\n3:cpu,cpuacct:/a\n1:name=systemd:/\n")
+    root = groups(tmp_path / "v1", {
+        "memory/a/memory.limit_in_bytes": "4000", "memory/a/memory.usage_in_bytes": "1000",
+        "memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "9",
+        "cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000",
+        "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
+    })  # fmt: skip
+    assert hardware.container(root, mine) == (3000, 3.0)
+    assert hardware.container(tmp_path / "none", mine) == (None, None)
+    assert hardware.container(root, tmp_path / "none") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cards", "status", "words"),
+    [
+        ({"replicas": 2}, PAIR, "FAIL", ["need 4 GPUs", "1 replica would fit", "--replicas 1"]),
+        ({"device": "gpu"}, [], "FAIL", ["2 GPUs", "--device cpu"]),
+        ({"replicas": 16}, [], "warn", ["32 workers take turns on 16", "--replicas"]),
+        ({"batch_size": 65536}, [], "FAIL", ["worker memory", "--microbatch"]),
+        ({"batch_size": 65536}, PAIR, "FAIL", ["worker memory", "79.0 GB free", "--microbatch"]),
+    ],
+)
+def test_a_job_that_does_not_fit_this_machine_is_told_with_what_would(
+    settings, cards, status, words
+):
+    found = only(list(job.judge_here(Config(**settings), 1000, MACHINE, cards)))
+    assert found.status == status
+    assert lacks(found, words) == []
+
+
+def test_the_memory_of_a_worker_is_that_of_the_paper_with_gradient_and_velocity():
+    both = job.worker_bytes(Config(columns_per_worker=2), 1000, 1)
+    parameters, neurons = 60_965_224, 659_272  # of the paper's network, as facts/alexnet.md has it
+    assert both == 4 * (3 * parameters + 2 * neurons * 128)
+    half = job.worker_bytes(Config(), 1000, 1)
+    assert half == pytest.approx(both / 2, rel=1e-3)
+
+
+def test_a_network_that_the_classes_do_not_fit_is_told():
+    assert job.judge_network(Config(), 10).status == "ok"
+    assert job.judge_network(Config(), 1).status == "FAIL"
+
+
+ROUTES = """Iface Destination Gateway Flags
+docker0 0000A8C0 00000000 0001
+ens5 00000000 0100000A 0003
+"""
+
+
+def test_a_host_name_that_nobody_else_can_use_is_told(monkeypatch, tmp_path):
+    (tmp_path / "route").write_text(ROUTES)
+    names = ["lo", "docker0", "ens5"]
+    best = network.default_interface(names, tmp_path / "route")
+    assert best == "ens5"
+    assert network.default_interface(names, tmp_path / "none") == "ens5"
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
+    found = network.interface("here", True, {}, names, best)
+    assert found.status == "warn"
+    assert lacks(found, ["127.0.1.1", "GLOO_SOCKET_IFNAME=ens5 NCCL_SOCKET_IFNAME=ens5"]) == []
+    assert network.interface("here", False, {}, names, best).status == "ok"
+    for variables, status in (
+        ({"GLOO_SOCKET_IFNAME": "ens5"}, "ok"),
+        ({"GLOO_SOCKET_IFNAME": "eth0"}, "FAIL"),
+        ({"GLOO_SOCKET_IFNAME": "en"}, "FAIL"),
+        ({"GLOO_SOCKET_IFNAME": "ens5", "NCCL_SOCKET_IFNAME": "en,ib"}, "ok"),
+        ({"GLOO_SOCKET_IFNAME": "ens5", "NCCL_SOCKET_IFNAME": "=en"}, "FAIL"),
+        ({"GLOO_SOCKET_IFNAME": "ens5", "NCCL_SOCKET_IFNAME": "^docker"}, "ok"),
+    ):
+        assert network.interface("here", True, variables, names, best).status == status, variables
+
+
+def test_two_processes_that_do_not_meet_are_told():
+    assert network.verdict("gloo", False, "fast", "").status == "ok"
+    for stuck, result, why in (
+        (True, "", ""), (True, "fast", ""), (False, "", ""), (False, "fast", "b: reset"),
+    ):  # fmt: skip
+        found = network.verdict("nccl", stuck, result, why)
+        assert found.status == "FAIL"
+        assert "NCCL_DEBUG=INFO" in found.mend
+        assert (why or "a") in found.value

@@ -1,0 +1,242 @@
+"""A study from its file to its table: the runs are those of the training loop, and made once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.config import Config
+from cluster.experiments.study.__main__ import main
+from cluster.study import single
+from pipeline.tools.errors import UsageError
+from tests.helpers.training_processes import REPOSITORY, marked, processes
+from tests.helpers.training_runs import alone, cut_at, learned, rows
+
+STEPS = 6
+SETTINGS = {
+    "width": 0.125, "batch_size": 8, "steps": STEPS, "checkpoint_every": 3, "validate_every": 3,
+    "dtype": "float32", "threads": 1,
+}  # fmt: skip
+TEXT = f"""
+title = "Units"
+claim = "ReLUs learn faster"
+paper = "6 times"
+source = "section 3.1"
+base = "base.toml"
+seeds = [0, 1]
+measure = "error"
+plot = "val"
+[settings]
+{"".join(f"{key} = {json.dumps(value)}{chr(10)}" for key, value in SETTINGS.items())}
+[grid]
+lr = [0.01, 0.001]
+[variants.relu]
+[variants.tanh]
+activation = "tanh"
+"""
+
+
+def written(folder: Path, text: str = TEXT) -> Path:
+    (folder / "base.toml").write_text("momentum = 0.8\n")
+    (folder / "units.toml").write_text(text)
+    return folder / "units.toml"
+
+
+class Here:
+    """A `Crowd` in this process, which need not wait for others to start."""
+
+    def __init__(self, room, module, progress):
+        assert module == "cluster.study.single"
+
+    def make(self, runs, enough):
+        for run in runs:
+            file = run.out / f"{run.name}.toml"
+            file.write_bytes(run.toml)
+            words = [str(file), "--data", run.data, "--run", str(run.folder)]
+            assert single.main(words) == 0
+
+
+@pytest.fixture(scope="module")
+def out(tiny_data, tmp_path_factory):
+    """A study that was made."""
+    folder = tmp_path_factory.mktemp("study")
+    study = written(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluster.experiments.study.Crowd", Here)
+        assert main([str(study), "--data", str(tiny_data), "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def found(out: Path) -> dict:
+    return json.loads((out / "study.json").read_text())
+
+
+def test_runs_are_those_of_the_training_loop(out, tiny_data, tmp_path):
+    config = Config(**SETTINGS, momentum=0.8, activation="tanh", lr=0.001, seed=0)
+    alone(config, tiny_data, tmp_path / "alone")
+    made = out / "tanh-lr0.001-0"
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert learned(made, name) == learned(tmp_path / "alone", name)
+
+
+def test_of_a_grid_the_rate_with_the_lowest_error_is_used_for_the_other_seeds(out):
+    for variant in ("relu", "tanh"):
+        last = {
+            rate: rows(out / f"{variant}-lr{rate}-0", "validation.jsonl")[-1]["top1_error"]
+            for rate in (0.01, 0.001)
+        }
+        best = min(last, key=lambda rate: last[rate])
+        told = [row for row in found(out)["rows"] if row["variant"] == variant]
+        assert [(row["seed"], row["lr"]) for row in told] == [(0, best), (1, best)]
+        assert {path.name for path in out.glob(f"{variant}-lr*-1")} == {f"{variant}-lr{best}-1"}
+        (other,) = [row for row in found(out)["grid"] if row["variant"] == variant]
+        assert {other["lr"], best} == {0.01, 0.001}
+
+
+def test_the_table_has_mean_and_spread_over_seeds(out):
+    result = found(out)
+    assert {key: result[key] for key in ("study", "claim", "paper", "plot")} == {
+        "study": "units", "claim": "ReLUs learn faster", "paper": "6 times", "plot": "study.png",
+    }  # fmt: skip
+    means = []
+    for one in result["variants"]:
+        mine = [row for row in result["rows"] if row["variant"] == one["variant"]]
+        errors = [rows(out / row["run"], "validation.jsonl")[-1]["top1_error"] for row in mine]
+        assert [row["value"] for row in mine] == errors
+        assert one["mean"] == pytest.approx(statistics.fmean(errors))
+        assert one["sd"] == pytest.approx(statistics.stdev(errors))
+        assert {row["pictures"] for row in mine} == {8 * STEPS}
+        means.append(one["mean"])
+    assert result["variants"][1]["against_first"] == pytest.approx(means[1] - means[0])
+    text = (out / "study.md").read_text()
+    for mean in means:
+        assert f"| {100 * mean:.1f} (" in text
+    assert "48 training pictures of 4 classes, width 0.125, at most 6 steps of 8" in text
+
+
+def test_the_plot_shows_something(out):
+    pixels = np.asarray(Image.open(out / "study.png").convert("RGB"))
+    assert pixels.shape[1] > 1000
+    # Two curves in two colours, as matplotlib has them.
+    for colour in ((31, 119, 180), (255, 127, 14)):
+        assert (np.abs(pixels.astype(int) - colour).max(2) < 8).sum() > 60
+
+
+def test_nothing_is_made_twice_and_a_half_run_goes_on(
+    out, tiny_data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("cluster.experiments.study.Crowd", Here)
+    again = Path(shutil.copytree(out, tmp_path / "again"))
+    half = f"relu-lr{found(out)['rows'][0]['lr']}-1"
+    shutil.rmtree(again / half)
+    (again / half).mkdir()
+    shutil.copy(out / half / "config.toml", again / half)
+    cut_at(3, out / half, again / half)
+    before = {path: path.stat().st_mtime_ns for path in again.rglob("metrics.jsonl")}
+    study = str(written(tmp_path))
+    capsys.readouterr()
+    main([study, "--data", str(tiny_data), "--out", str(again), "--json"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])  # runs made here talk, too
+    changed = {p.parent.name for p, time_ in before.items() if p.stat().st_mtime_ns != time_}
+    assert changed == {half}
+    assert learned(again / half) == learned(out / half)
+    assert [row["value"] for row in told["rows"]] == [row["value"] for row in found(out)["rows"]]
+
+
+def test_runs_made_with_other_settings_are_refused(out, tiny_data, tmp_path):
+    study = written(tmp_path, TEXT.replace("width = 0.125", "width = 0.25"))
+    with pytest.raises(UsageError) as error:
+        main([str(study), "--data", str(tiny_data), "--out", str(out)])
+    assert "was made otherwise (width: 0.125 -> 0.25); name another --out" in str(error.value)
+
+
+def test_a_variant_starts_from_the_run_of_another_on_other_classes(
+    tiny_data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cluster.experiments.study.Crowd", Here)
+    text = (
+        TEXT[: TEXT.index("[grid]")].replace("[0, 1]", "[3]").replace("= 6", "= 4")
+        + """
+[data.others]
+classes = [0, 0.5]
+[data.wanted]
+classes = [0.5, 1]
+[variants.before]
+data = "others"
+hidden = true
+[variants.scratch]
+data = "wanted"
+[variants.finetuned]
+data = "wanted"
+after = "before"
+"""
+    )
+    words = [str(written(tmp_path, text)), "--data", str(tiny_data), "--out", str(tmp_path / "out")]
+    for _ in range(2):  # the second time nothing is left to do
+        assert main(words) == 0
+    out = tmp_path / "out"
+    assert [row["variant"] for row in found(out)["rows"]] == ["scratch", "finetuned"]
+    data = out / "data" / "wanted"
+    config = Config(**SETTINGS | {"steps": 4}, momentum=0.8, seed=3)
+    alone(config, data, tmp_path / "scratch")
+    before = str(out / "before-3" / "checkpoints" / "step-00000004")
+    alone(replace(config, init=before), data, tmp_path / "finetuned")
+    for name in ("scratch", "finetuned"):
+        assert learned(out / f"{name}-3") == learned(tmp_path / name)
+    assert learned(tmp_path / "scratch") != learned(tmp_path / "finetuned")
+
+
+def started(folder: Path, data: Path, steps: int) -> tuple[subprocess.Popen, str, Path]:
+    """A study of one run in a process, its mark, and the run, which has made steps."""
+    text = TEXT.replace("steps = 6", f"steps = {steps}").replace("[0, 1]", "[0]")
+    text = text[: text.index("[grid]")] + "[variants.relu]\n"
+    mark, environment = marked()
+    with (folder / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.experiments.study", str(written(folder, text)), "--data",
+             str(data), "--out", str(folder / "out")],
+            cwd=REPOSITORY, env=environment, stdout=said, stderr=said,
+        )  # fmt: skip
+    run = folder / "out" / "relu-0"
+    deadline = time.monotonic() + 90
+    while not (run / "checkpoints").is_dir() or not any((run / "checkpoints").glob("step-*")):
+        assert process.poll() is None, (folder / "said").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process, mark, run
+
+
+def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path):
+    process, mark, run = started(tmp_path, tiny_data, 60)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "said").read_text()
+    assert processes(mark) == []
+    last = rows(run)[-1]["step"]
+    assert 0 < last < 60
+    assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
+    assert "the same command goes on" in run.with_name("relu-0.log").read_text()
+    study = tmp_path / "units.toml"
+    assert main([str(study), "--data", str(tiny_data), "--out", str(tmp_path / "out")]) == 0
+    alone(Config(**SETTINGS | {"steps": 60}, momentum=0.8), tiny_data, tmp_path / "alone")
+    assert learned(run) == learned(tmp_path / "alone")
+
+
+def test_runs_end_with_a_study_that_is_killed(tiny_data, tmp_path):
+    process, mark, _ = started(tmp_path, tiny_data, 5000)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and processes(mark):
+        time.sleep(0.2)
+    assert processes(mark) == []

@@ -1,0 +1,70 @@
+"""What the user is told when workers fail: the cause, not what it led to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.failure import Failure
+from cluster.launch.placement import Worker
+from cluster.run.events import Failed
+
+
+class WorkerHealthCheckFailedError(Exception):
+    """Named like Ray Train's."""
+
+
+class GroupError(Exception):
+    """Like Ray Train's WorkerGroupError."""
+
+    def __init__(self, text: str, *gone: int) -> None:
+        super().__init__(text)
+        dead, torn = WorkerHealthCheckFailedError("gone"), RuntimeError("reset by peer")
+        self.worker_failures = {rank: dead if rank in gone else torn for rank in range(4)}
+
+
+WORKERS = tuple(
+    Worker(rank, rank // 2, "ab"[rank % 2], f"node-{rank // 2}", None) for rank in range(4)
+)
+NOISE = "RuntimeError: reset by peer"
+
+
+def told(text: str, final: bool, code: int = 1) -> Failed:
+    return Failed(text, "Traceback of " + text, "replica 0, column b", code, final)
+
+
+def test_the_cause_is_told_not_what_it_led_to(tmp_path: Path):
+    failure = Failure(WORKERS, told(NOISE, final=False), GroupError("both", 3))
+    assert failure.why.startswith("the worker of replica 1, column b (node node-1) died: killed")
+    error = failure.error(tmp_path)
+    assert str(error).startswith(f"{failure.why} (traceback in ")
+    assert error.exit_code == 1
+    log = (tmp_path / "error.log").read_text()
+    assert f"Traceback of {NOISE}" in log
+    assert "both" in log
+
+
+def test_several_deaths_are_counted():
+    assert "node-0) and 2 more died" in Failure(WORKERS, None, GroupError("all", 0, 2, 3)).why
+    assert Failure((), None, GroupError("early", 2)).why.startswith("the worker of rank 2 died")
+
+
+def test_an_error_of_ours_keeps_its_exit_code(tmp_path: Path):
+    failure = Failure(WORKERS, told("shard x is damaged", final=True, code=4), GroupError("x", 1))
+    assert failure.final
+    error = failure.error(tmp_path)
+    assert str(error).startswith("replica 0, column b: shard x is damaged (traceback in ")
+    assert error.exit_code == 4
+
+
+def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
+    failure = Failure(raised=RuntimeError("Training failed due to:\nno room\nthird line"))
+    assert str(failure.error(tmp_path, "said aside")).startswith("no room (traceback in ")
+    log = (tmp_path / "error.log").read_text()
+    assert "third line" in log
+    assert "said aside" in log
+
+
+def test_a_log_that_cannot_be_written_hides_nothing(tmp_path: Path):
+    assert str(Failure(told=told("disk full", True)).error(tmp_path / "gone")) == (
+        "replica 0, column b: disk full"
+    )

@@ -1,0 +1,128 @@
+"""Who is which column where: pure functions, no processes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.launch.placement import Node, NoRoom, Seat, plan, seats, table
+from pipeline.tools.errors import SetupError
+
+
+def node(name: str, cpus: float = 8, gpus: float = 0) -> Node:
+    return Node(id=f"id-{name}", name=name, cpus=cpus, gpus=gpus)
+
+
+def test_one_machine_gives_each_column_half_of_its_cores():
+    found = plan([node("m", cpus=9)], sizes=[1], size=2, gpu=False)
+    assert (found.nodes, found.cpus, found.gpus) == (("id-m", "id-m"), 4, 0)
+
+
+def test_two_machines_with_three_gpus_each_get_a_pair_each():
+    # Ray's own PACK puts three workers on one of them and splits a pair (facts/ray.md).
+    found = plan([node("m", gpus=3), node("n", gpus=3)], sizes=[2], size=2, gpu=True)
+    assert sorted(found.nodes) == ["id-m", "id-m", "id-n", "id-n"]
+    assert (found.cpus, found.gpus) == (4, 1)
+
+
+def test_a_single_gpu_can_hold_both_columns():
+    assert plan([node("m", gpus=1)], sizes=[1], size=1, gpu=True).nodes == ("id-m",)
+
+
+def test_a_worker_with_a_gpu_needs_a_cpu_too():
+    """Ray would wait without end for a bundle of both."""
+    nodes = [node("m", cpus=3, gpus=8), node("n", cpus=8, gpus=2)]
+    assert plan(nodes, sizes=[1, 2, 3], size=2, gpu=True).nodes.count("id-m") == 2
+    with pytest.raises(NoRoom, match="m: 8 GPUs and 3 CPUs"):
+        plan(nodes, sizes=[3], size=2, gpu=True)
+
+
+def test_of_a_range_the_most_that_fit_are_taken():
+    nodes = [node("m", gpus=4), node("n", gpus=3)]
+    ranges = ([1], [1, 2], [1, 2, 4], [1, 2, 3, 4], [2, 8])
+    found = [plan(nodes, sizes=sizes, size=2, gpu=True).replicas for sizes in ranges]
+    assert found == [1, 2, 2, 3, 2]
+    with pytest.raises(NoRoom):
+        plan(nodes, sizes=[4, 8], size=2, gpu=True)
+
+
+BUSY = Node(id="b", name="b", cpus=8, gpus=1, busy_cpus=4, busy_gpus=3)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size", "gpu", "words"),
+    [
+        ([node("m", gpus=1)], 2, True,
+         ["8 GPUs", "m: 1", "not even one", "--columns-per-worker 2", "--device cpu"]),
+        ([node("m", gpus=5), node("n", gpus=1)], 2, True,
+         ["m: 5 GPUs, n: 1 GPUs", "2 of them on one node", "2 replicas would fit",
+          "--replicas 2 or"]),
+        ([BUSY], 2, True, ["b: 1 GPUs (3 more in use)", "not even one"]),
+        ([node("m", gpus=3)], 1, True, ["4 replicas of 1 worker need 4 GPUs;", "--replicas 3"]),
+        ([node("m", cpus=3)], 2, False, ["8 CPUs", "m: 3", "--replicas 1 or more nodes"]),
+        ([], 2, True, ["no nodes"]),
+    ],
+)  # fmt: skip
+def test_too_little_room_is_refused_with_what_is_there_and_what_is_missing(nodes, size, gpu, words):
+    with pytest.raises(SetupError) as caught:
+        plan(nodes, sizes=[4], size=size, gpu=gpu)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
+
+
+columns = st.sampled_from([1, 2])
+
+
+@given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 8), columns)
+def test_a_plan_keeps_replicas_together_and_within_each_node(gpus, replicas, size):
+    nodes = [node(str(place), cpus=16, gpus=count) for place, count in enumerate(gpus)]
+    most = sum(count // size for count in gpus)
+    if most < replicas:
+        with pytest.raises(SetupError) as caught:
+            plan(nodes, sizes=[replicas], size=size, gpu=True)
+        if most:  # what it says would fit does
+            assert f"{most} replica" in str(caught.value)
+            assert plan(nodes, sizes=[most], size=size, gpu=True).replicas == most
+        return
+    found = plan(nodes, sizes=[replicas], size=size, gpu=True)
+    assert len(found.nodes) == replicas * size
+    for one in nodes:
+        assert found.nodes.count(one.id) <= one.gpus
+        assert found.nodes.count(one.id) * found.cpus <= one.cpus
+    for start in range(0, len(found.nodes), size):
+        assert len(set(found.nodes[start : start + size])) == 1
+
+
+@given(st.lists(st.sampled_from("mno"), min_size=1, max_size=12), columns, st.randoms())
+def test_seats_take_every_rank_once_and_never_split_a_replica(nodes, size, random):
+    """GPUs come in any order; pairs have neighbours among those that the job has on a node."""
+    free = {name: random.sample(range(16), 16) for name in "mno"}
+    started = [Seat(name, name, free[name].pop()) for name in nodes]
+    if any(nodes.count(name) % size for name in nodes):
+        with pytest.raises(SetupError):
+            seats(started, size)
+        return
+    found = seats(started, size)
+    assert sorted(rank for ranks in found for rank in ranks) == list(range(len(nodes)))
+    assert 0 in found[0]
+    for ranks in found:
+        assert len({nodes[rank] for rank in ranks}) == 1
+        mine = [started[rank].gpu for rank in ranks]
+        others = [seat.gpu for seat in started if seat.node == nodes[ranks[0]]]
+        assert [gpu for gpu in others if min(mine) < gpu < max(mine)] == []
+        assert mine == sorted(mine)
+    rows = table(started, found, 2)
+    assert [(row.rank, row.replica) for row in rows] == [
+        (rank, rank // size) for rank in range(len(nodes))
+    ]
+    assert {row.column for row in rows} == ({"a", "b"} if size == 2 else {"a and b"})
+    assert [(row.node, row.gpu) for row in rows] == [
+        (started[rank].name, started[rank].gpu) for ranks in found for rank in ranks
+    ]
+
+
+def test_a_split_pair_is_refused_with_the_table_of_ranks():
+    with pytest.raises(SetupError, match=r"m: ranks \[0, 1, 2\]; n: ranks \[3\]"):
+        seats([Seat(name, name) for name in "mmmn"], 2)

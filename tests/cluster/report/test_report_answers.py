@@ -1,0 +1,114 @@
+"""Figure 4, left: which pictures are shown, with which bars, and what is said without any."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluster.report.answers import answers, choose
+from cluster.report.images import Unavailable
+from cluster.report.page import report
+from cluster.run.probabilities import About, Saved, file_of, writing
+from pipeline.batches import Stream
+from pipeline.dataset.manifest import Manifest, identity
+from pipeline.tools.errors import UsageError
+from tests.cluster.report.test_report import Page
+
+DAMAGED = 3
+VIEWS = 10
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_data: Path) -> Path:
+    """A run with probabilities of the 20 validation pictures, one of them damaged."""
+    saved(tmp_path, tiny_data)
+    row = {"position": 8, "step": 1, "epoch": 0.1, "loss": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return tmp_path
+
+
+def truth(data: Path) -> torch.Tensor:
+    with Stream(data, split="val", batch_size=20, view="centre", once=True) as stream:
+        return next(stream).labels
+
+
+def saved(run: Path, data: Path, sha256: str = "") -> None:
+    names = Manifest.load(data).classes
+    about = About(
+        views=VIEWS, split="val", samples=20, classes=names,
+        data_sha256=sha256 or identity(data), step=7,
+    )  # fmt: skip
+    rows = torch.softmax(torch.randn(20, 4, generator=torch.Generator().manual_seed(1)) * 2, 1)
+    weights = torch.ones(20)
+    weights[DAMAGED] = 0
+    with writing(file_of(run, VIEWS), about) as writer:
+        writer.add(rows, truth(data), weights)
+
+
+def test_best_and_worst_are_by_the_probability_of_the_truth(run, tiny_data):
+    file = Saved(run, VIEWS)
+    true = file.rows(0, 20)[torch.arange(20), file.labels]
+    order = [number for number in torch.argsort(true).tolist() if number != DAMAGED]
+    found = choose(file, ("worst", "best"), 5)
+    assert found == {"worst": order[:5], "best": order[::-1][:5]}
+    lot = choose(file, ("random",), 30)["random"]
+    assert sorted(lot) == [number for number in range(20) if number != DAMAGED]
+    assert choose(file, ("random",), 4)["random"] == lot[:4], "the lot is the same every time"
+
+
+def test_pictures_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny_data):
+    found = answers(run, str(tiny_data), {}, ("worst",), 6)
+    ((title, pictures),) = found.groups
+    assert (title, len(pictures)) == ("Furthest from the truth", 6)
+    assert (found.samples, found.step, found.split) == (19, 7, "val")
+    file, names = Saved(run, VIEWS), Manifest.load(tiny_data).classes
+    with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
+        batch, mean = next(stream), np.asarray(stream.channel_mean)
+    for one in pictures:
+        row = file.rows(one.sample, one.sample + 1)[0]
+        assert one.truth == names[int(file.labels[one.sample])]
+        assert [guess.share for guess in one.guesses] == sorted(row.tolist(), reverse=True)
+        assert [guess.name for guess in one.guesses if guess.true] == [one.truth]
+        shown = Image.open(io.BytesIO(base64.b64decode(one.uri.split(",")[1])))
+        whole = np.asarray(shown.resize((256, 256)), float)[16:240, 16:240]
+        network = batch.images[one.sample].float().numpy().transpose(1, 2, 0) + mean
+        assert np.abs(whole - network).mean() < 8, "it is that picture"
+
+
+def test_the_verdict_is_how_the_error_counts_it(run, tiny_data):
+    ((_, pictures),) = answers(run, str(tiny_data), {}, ("random",), 19).groups
+    assert {one.verdict for one in pictures} == {"right", "in the top 5"}  # of four classes
+    assert [one.verdict == "right" for one in pictures] == [
+        one.guesses[0].name == one.truth for one in pictures
+    ]
+
+
+def test_the_page_has_the_groups_that_were_asked_for(run, tiny_data):
+    page = Page(report(run, str(tiny_data), ("best", "random"), 3))
+    assert sum(alt.startswith("val sample") for alt in page.images) <= 6
+    assert "Surest of the truth" in page.text
+    assert "Drawn by lot" in page.text
+    assert "Furthest from the truth" not in page.text
+
+
+def test_what_is_missing_is_said(run, tiny_data, tmp_path):
+    with pytest.raises(Unavailable, match="no data folder was given"):
+        answers(run, None, {})
+    saved(run, tiny_data, sha256="0" * 64)
+    with pytest.raises(Unavailable, match="is not the data set that was evaluated"):
+        answers(run, str(tiny_data), {})
+    file_of(run, VIEWS).write_bytes(b"damaged")
+    with pytest.raises(Unavailable, match="cannot be used"):
+        answers(run, str(tiny_data), {})
+    file_of(run, VIEWS).unlink()
+    with pytest.raises(Unavailable, match="--save-probabilities"):
+        answers(run, str(tiny_data), {})
+    with pytest.raises(UsageError, match="--each is 0"):
+        report(run, None, each=0)

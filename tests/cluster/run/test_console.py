@@ -1,0 +1,70 @@
+"""What the user sees: lines where there is no terminal, and the error that ends a run."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from cluster.run.console import Screen, clock
+from cluster.run.events import Finished, Rated, Saved, Started, Stepped, Validated, Warned
+
+ROW = {
+    "step": 5,
+    "epoch": 0.5,
+    "loss": 2.25,
+    "top1_error": 0.75,
+    "img_s": 1234.0,
+    "data_wait": 0.04,
+}
+VALIDATED = {
+    "step": 10, "loss": 1.5, "top1_error": 0.4, "top5_error": 0.125, "samples": 2000,
+    "seconds": 3.0,
+}  # fmt: skip
+
+
+def shown(*events: object) -> list[str]:
+    out = io.StringIO()
+    with Screen(Console(file=out, width=60, highlight=False)) as screen:
+        for event in events:
+            screen.show(event)
+    return out.getvalue().splitlines()
+
+
+def test_without_a_terminal_every_event_is_one_line_and_steps_are_rare():
+    steps = [Stepped({**ROW, "step": step}) for step in range(5, 10)]
+    lines = shown(
+        Started(0, 10, "2 workers"), *steps, Validated(VALIDATED), Saved(10, 0.5), Finished(10)
+    )
+    assert lines[0] == "starting: 10 steps on 2 workers"
+    assert lines[1].startswith("step      5  loss 2.250  top-1 error 75.0%  1,234 img/s  ")
+    assert lines[1].endswith("left  waiting for data 4%  epoch 0.50")
+    assert lines[2:] == [
+        "step     10  validation: loss 1.500  top-1 error 40.0%  top-5 error 12.5%"
+        "  (2,000 pictures, 3.0 s)",
+        "step     10  checkpoint (0.5 s)",
+        "step     10  done",
+    ]
+
+
+def test_a_change_of_the_rates_is_a_line():
+    assert shown(Rated(500, "lr 0.01 -> 0.001 [plateau]")) == [
+        "step    500  from here on: lr 0.01 -> 0.001 [plateau]"
+    ]
+
+
+def test_a_second_start_says_why():
+    lines = shown(Started(0, 10, "x"), Warned("checkpoint [a] is damaged"), Started(4, 10, "x"))
+    assert lines[1:] == [
+        "warning: checkpoint [a] is damaged",
+        "restarted, going on from step 4: 6 steps on x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (65.4, "1:05"), (3723, "1:02:03"), (3 * 86400 + 14706, "3 days 4:05:06")],
+)
+def test_time_left(seconds, text):
+    assert clock(seconds) == text

@@ -1,0 +1,145 @@
+"""Rows of a training: timed without what is no training, and published."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from cluster.config import Config
+from cluster.mesh import Place
+from cluster.run.folder import Mark
+from cluster.run.jsonl import WAITS
+from cluster.run.metrics import METRICS, Log
+from model.exchange import Traffic
+from model.schedule import Rates
+from pipeline.stream.timing import Waits
+
+MARK = Mark(step=1, position=8)
+RATES = Rates(0.1, 0.2)
+VALUES = torch.tensor([1.5, 0.25, 0.0])
+
+
+def slow_validation() -> dict[str, float]:
+    time.sleep(0.3)
+    return {"loss": 1.0, "top1_error": 0.25, "top5_error": 0.0}
+
+
+def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
+    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
+        for step in (1, 2):
+            with log.waiting(Waits()):
+                time.sleep(0.02)
+            time.sleep(0.02)
+            log.step(
+                Mark(step=step, position=8 * step),
+                Config(),
+                Rates(0.1, 0.2),
+                torch.tensor([1.5, 0.25, 0.0]),
+            )
+            with log.paused():
+                time.sleep(0.3)
+            log.validation(Mark(step=step, position=8 * step), slow_validation)
+    first, second = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
+    for row in (first, second):
+        assert 0.04 <= row["seconds"] < 0.3
+        assert 0.1 < row["data_wait"] < 0.9
+    assert (second["loss"], second["top1_error"], second["epoch"]) == (1.5, 0.25, 0.4)
+    assert (second["lr"], second["lr_bias"], second["position"]) == (0.1, 0.2, 16)
+
+
+def test_only_the_leader_writes(tmp_path):
+    place = Place(replica=1, replicas=2)
+    with Log(tmp_path, place, pytest.fail, samples=40, step=0) as log:
+        log.step(
+            Mark(step=1, position=8), Config(), Rates(0.1, 0.2), torch.tensor([1.5, 0.25, 0.0])
+        )
+        assert log.validation(Mark(step=1, position=8), slow_validation) == 0.25
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_says_what_training_stood_still_for(tmp_path):
+    traffic = {"conv3": Traffic(waited=0.5, forward=10), "fc6": Traffic(waited=0.25, backward=5)}
+    link: Any = SimpleNamespace(traffic=traffic)
+    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
+        for _ in range(2):
+            with log.waiting(Waits()):
+                time.sleep(0.05)
+            time.sleep(0.05)
+            log.step(MARK, Config(), RATES, VALUES, link)
+            traffic["fc6"].waited += 1.0
+            traffic["fc6"].forward += 7
+            with log.saving():
+                time.sleep(0.1)
+            with log.paused():  # what crosses in a validation is not the next step's
+                traffic["conv3"].waited += 100.0
+                traffic["conv3"].forward += 1000
+    first, second = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
+    assert (first["exchange"], second["exchange"]) == (0.75, 1.0)
+    assert (first["exchange_bytes"], second["exchange_bytes"]) == (15, 7)
+    assert first["saving"] == 0
+    assert second["saving"] >= 0.1
+    assert 0.3 < first["stall"] < 0.8
+    stood = second["data_wait"] * second["seconds"] + second["saving"]
+    assert second["stall"] == pytest.approx(
+        stood / (second["seconds"] + second["saving"]), abs=0.01
+    )
+
+
+def test_numbers_are_published_until_somebody_cannot_take_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.run.metrics.PUBLISH_EVERY", 0.0)
+    told: list = []
+    got: list = []
+
+    def broken(step: int, numbers: object) -> None:
+        raise ConnectionError("nobody there")
+
+    place = Place(replica=1, replicas=2)  # every process publishes its own
+    publish = (broken, lambda step, numbers: got.append((step, dict(numbers))))
+    with Log(tmp_path, place, told.append, samples=40, step=0, publish=publish) as log:
+        for step in (1, 2):
+            log.step(Mark(step=step, position=8 * step), Config(), RATES, VALUES)
+    assert [step for step, _ in got] == [1, 2]
+    assert got[0][1]["loss"] == 1.5
+    assert [event.text for event in told] == [
+        "numbers are published no more (ConnectionError: nobody there)"
+    ]
+
+
+def test_the_last_numbers_are_published_however_short_the_run(tmp_path):
+    got: list = []
+    publish = [lambda step, numbers: got.append((step, dict(numbers)))]
+    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0, publish=publish) as log:
+        for step, loss in ((1, 1.0), (2, 2.0)):
+            values = torch.tensor([loss, 0.25, 3.0])
+            log.step(Mark(step=step, position=8 * step), Config(steps=70), RATES, values)
+    ((step, numbers),) = got
+    assert (step, numbers["loss"], numbers["replaced"], numbers["total"]) == (2, 1.5, 6, 70)
+
+
+def test_waiting_is_told_apart_and_computing_is_without_the_other_column(tmp_path):
+    class Link:
+        traffic: ClassVar = {"conv3": Traffic(waited=0.0)}
+
+    waits = Waits()
+    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
+        with log.waiting(waits):
+            waits.fetch, waits.storage, waits.checksum, waits.feed, waits.decode = (
+                0.01, 0.02, 0.003, 0.004, 0.03,
+            )  # fmt: skip
+            time.sleep(0.1)
+        with log.computing():
+            time.sleep(0.05)
+            Link.traffic["conv3"].waited = 0.04
+        log.step(MARK, Config(), RATES, VALUES, Link())
+    row = json.loads((tmp_path / METRICS).read_text())
+    assert (row["wait_storage"], row["wait_feed"], row["wait_decode"]) == (0.03, 0.007, 0.03)
+    waited = sum(row[name] for name in WAITS)
+    assert waited == pytest.approx(row["data_wait"] * row["seconds"], rel=0.01)
+    assert 0.01 <= row["compute"] < 0.05
+    assert row["exchange"] == 0.04
+    assert row["compute"] + row["exchange"] + waited == pytest.approx(row["seconds"], rel=0.03)

@@ -1,0 +1,199 @@
+"""Settings: file and flags, who wins, and what the user is told about a mistake."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import Config
+from cluster.config_file import as_toml, parse, read_back
+from pipeline.tools.errors import UsageError
+
+
+@pytest.fixture
+def settings(tmp_path: Path):
+    """Parse a config file of the given text, with the given flags."""
+
+    def of(text: str, *flags: str) -> Config:
+        path = tmp_path / "some.toml"
+        path.write_text(text, encoding="utf-8")
+        return parse([str(path), "--data", "d", "--run", "r", *flags]).settings
+
+    return of
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(settings):
+    found = settings("width = 0.5\nseed = 3\nrelu_first = false", "--seed", "4", "--relu-first")
+    assert found == Config(width=0.5, seed=4)
+
+
+def test_the_file_is_the_positional_argument_and_nothing_else(tmp_path):
+    path = tmp_path / "settings"  # whatever it is called
+    path.write_text("steps = 7", encoding="utf-8")
+    for data, run in (("d", "steps"), ("d.toml", "epochs")):
+        found = parse(["--data", data, "--run", run, str(path)])
+        assert (found.settings.steps, found.data, found.run) == (7, data, Path(run))
+    with pytest.raises(UsageError, match="nowhere cannot be read"):
+        parse([str(tmp_path / "nowhere"), "--data", "d", "--run", "r"])
+
+
+def test_a_whole_number_will_do_for_a_float(settings):
+    assert settings("lr = 1").lr == 1.0
+
+
+def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(settings):
+    assert settings("steps = 400", "--epochs", "2").total_steps(640) == 10
+    assert settings("epochs = 3.0", "--steps", "7").total_steps(640) == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "words"),
+    [
+        ("widht = 0.5", (), ["some.toml", "'widht'", "did you mean 'width'?"]),
+        ("zzz = 1", (), ["some.toml", "'zzz'", "there are", "batch_size"]),
+        ("width = 'half'", (), ["some.toml", "width", "'half'", "a number"]),
+        ("batch_size = 12.5", (), ["some.toml", "batch_size", "12.5", "a whole number"]),
+        ("batch_size = true", (), ["batch_size", "True", "a whole number"]),
+        ("ledger = 1", (), ["ledger", "true or false"]),
+        ("replicas = 1.5", (), ["replicas", "1.5", "a whole number or text"]),
+        ("", ("--replicas", "4:1"), ["replicas", "4:1", "as in 1:4"]),
+        ("", ("--replicas", "0:2"), ["replicas", "0:2", "as in 1:4"]),
+        ("", ("--replicas", "many"), ["replicas", "many", "as in 1:4"]),
+        ("dtype = 'float16'", (), ["dtype", "'float16'", "'bfloat16'"]),
+        ("[model]\nwidth = 1", (), ["some.toml", "'model'"]),
+        ("width = ", (), ["some.toml", "is not TOML"]),
+        ("batch_size = 127", (), ["batch_size", "127", "126 or 128"]),
+        ("", ("--replicas", "3"), ["batch_size", "128", "multiple of 6", "126 or 132"]),
+        ("lr = -0.1", (), ["lr", "-0.1", "above 0"]),
+        ("lr = nan", (), ["lr", "nan"]),
+        ("width = inf", (), ["width", "inf", "finite"]),
+        ("momentum = 1.0", (), ["momentum", "1.0", "below 1"]),
+        ("epochs = 0", (), ["epochs", "steps"]),
+        ("keep = 0", (), ["keep", "0"]),
+        ("validate_every = -1", (), ["validate_every", "-1"]),
+        ("width = 0.01", (), ["width is 0.01", "smallest that makes sense"]),
+        ("pool = '4/2'", (), ["some.toml", "pool", "'4/2'", "'3/2' or '2/2'"]),
+        ("norm = 'none'\nspatial_norm = true", (), ["spatial_norm", "'lrn'"]),
+        ("norm = 'batch'\nspatial_norm = true", (), ["spatial_norm", "'lrn'", "'batch'"]),
+        ("norm = 'layer'", (), ["norm", "'layer'", "'lcn'"]),
+        ("net = 'four'\nconv6 = true", (), ["conv6", "net = 'four'"]),
+        ("net = 'four'\nlayer_rates = ['fc8=1']", (), ["layer_rates", "'fc8'"]),
+        ("changes = 'x'", (), ["changes", "a list of texts"]),
+        ("changes = ['25 lr 0.1']", (), ["changes: lr", "schedule = 'manual'"]),
+        ("changes = ['5 lr.conv9 0']", (), ["'5 lr.conv9 0'", "'lr.conv9'", "did you mean"]),
+        ("without = 'conv3'\nlayer_rates = ['conv3=0']", (), ["layer_rates", "'conv3'"]),
+        ("plateau_threshold = 1.0", (), ["plateau_threshold is 1.0", "below 1"]),
+        ("plateau_factor = 0.1", (), ["plateau_factor is 0.1", "above 1"]),
+        ("patience = -1", (), ["patience is -1", "0 or above"]),
+        ("schedule = 'plateau'\nvalidate_every = 0", (), ["validate_every is 0", "above 0"]),
+        ("columns = 1", ("--replicas", "3"), ["batch_size", "replicas x 1 columns"]),
+    ],
+)
+def test_a_mistake_gets_one_line_with_the_setting_its_value_and_the_way_out(
+    settings, text, flags, words
+):
+    with pytest.raises(UsageError) as caught:
+        settings(text, *flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UsageError, match=r"nowhere\.toml cannot be read \(No such file"):
+        parse(["nowhere.toml", "--data", "d", "--run", "r"])
+
+
+@pytest.mark.parametrize(
+    "argv", [["--data", "d", "--run", "r"], ["x.yaml", "--widht", "1"]], ids=["none", "flag"]
+)
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(argv)
+    assert caught.value.code == 2
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    missing = [f.name for f in fields(Config) if f.name.replace("_", "-") not in shown]
+    assert missing == []
+
+
+def test_the_public_settings_are_these():
+    assert [field.name for field in fields(Config)] == [
+        "width", "columns", "net", "norm", "relu_first", "spatial_norm", "pool", "activation",
+        "without", "conv6", "dropout", "init", "seed", "batch_size", "epochs", "steps", "schedule",
+        "rate_scaling", "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops",
+        "changes", "patience", "plateau_drops", "plateau_factor", "plateau_biases",
+        "plateau_threshold", "layer_rates", "momentum", "weight_decay", "shuffle", "window",
+        "augment", "colour", "colour_divide", "mean", "dtype", "exchange_dtype", "replicas",
+        "columns_per_worker", "microbatch", "device", "threads", "prefetch",
+        "hw_decoder_load", "checkpoint_every", "keep",
+        "keep_best", "store", "validate_every", "statistics_every", "max_failures", "node_wait",
+        "collective_timeout", "strict", "ledger", "tensorboard", "cache", "cache_size",
+    ]  # fmt: skip
+
+
+positive = st.floats(1e-6, 1e6)
+configs = st.builds(
+    Config,
+    width=st.floats(0.03, 1e3),
+    columns=st.sampled_from([1, 2]),
+    schedule=st.sampled_from(["dexp", "plateau", "manual"]),
+    changes=st.lists(st.sampled_from(["3 colour 0", "1.5 lr.conv1 0.1"]), max_size=2).map(tuple),
+    layer_rates=st.sampled_from([(), ("fc8=10", "conv1=0")]),
+    relu_first=st.booleans(),
+    seed=st.integers(0, 2**31),
+    batch_size=st.integers(1, 999).map(lambda half: 2 * half),
+    epochs=positive,
+    steps=st.integers(0, 10**7),
+    lr=positive,
+    colour=st.floats(0, 10),
+    dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
+    replicas=st.sampled_from([1, "1", "1:4"]),
+    columns_per_worker=st.sampled_from([1, 2]),
+    shuffle=st.sampled_from(["full", "block"]),
+    strict=st.booleans(),
+    cache=st.sampled_from(["", "/tmp/a b", "c"]),
+)
+
+
+@given(configs)
+def test_the_effective_config_reads_back_to_itself(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(as_toml(config, "abc"), encoding="utf-8")
+    assert read_back(path) == (config, "abc")
+    assert parse([str(path), "--data", "d", "--run", "r"]).settings == config
+
+
+@given(st.floats(0.01, 100), st.integers(1, 10**6), st.integers(1, 512).map(lambda n: 2 * n))
+def test_epochs_are_rounded_up_to_whole_steps(epochs, samples, batch_size):
+    steps = Config(epochs=epochs, batch_size=batch_size).total_steps(samples)
+    assert steps >= 1
+    assert steps * batch_size >= epochs * samples * (1 - 1e-9)
+    assert (steps - 1) * batch_size < epochs * samples or steps == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "replicas", "sizes", "micro"),
+    [
+        (128, 1, (1,), {1: 128}),
+        (128, "1:4", (1, 2, 4), {1: 32, 2: 32, 4: 32}),
+        (128, "2:7", (2, 4), {2: 32, 4: 32}),
+        (12, "1:99", (1, 2, 3, 6), {1: 2, 3: 2, 6: 2}),
+    ],
+)
+def test_a_batch_is_shared_out_evenly_whatever_the_number_of_replicas(
+    batch, replicas, sizes, micro
+):
+    found = Config(batch_size=batch, replicas=replicas)
+    assert found.replica_sizes == sizes
+    assert {count: found.micro(count) for count in micro} == micro
+    assert Config(batch_size=batch, replicas=replicas, microbatch=1).micro(sizes[0]) == 1

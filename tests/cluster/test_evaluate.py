@@ -1,0 +1,198 @@
+"""Evaluation: against counts made one picture at a time, and its files and exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.checkpoint.format import load
+from cluster.config import Config
+from cluster.evaluate import main
+from cluster.experiments.ensemble import main as ensemble
+from cluster.mesh import Place
+from cluster.run.folder import settle
+from cluster.run.probabilities import Saved, file_of
+from cluster.training.loop import train
+from model.alexnet import AlexNet
+from pipeline.batches import Stream
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.manifest import Manifest, identity
+from pipeline.tools.errors import UsageError
+from tests.helpers.images import flip_bit
+
+CONFIG = Config(
+    dtype="float32", width=0.125, batch_size=8, steps=4, checkpoint_every=4, validate_every=4
+)
+
+
+PICTURE = replace(CONFIG, mean="picture", seed=1)
+
+
+def made(run: Path, config: Config, data: Path) -> Path:
+    settle(run, config, identity(data), samples=48, step=0)
+    train(config, data, run, Place(), lambda event: None)
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("trained"), CONFIG, tiny_data)
+
+
+@pytest.fixture(scope="module")
+def with_picture(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that had the mean picture subtracted."""
+    return made(tmp_path_factory.mktemp("picture"), PICTURE, tiny_data)
+
+
+def one_by_one(
+    run: Path, data: Path, views: int, mean: torch.Tensor | float = 0.0
+) -> list[tuple[int, list[float]]]:
+    """(label, probabilities) of every validation picture, each crop cut and run by itself.
+
+    `mean` is subtracted from each crop instead of what the stream subtracts.
+    """
+    net = AlexNet(classes=4, width=CONFIG.width)
+    load(run / "checkpoints" / "step-00000004", net)
+    net.eval()
+    corners = [(16, 16)] if views == 1 else [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
+    found = []
+    with (
+        torch.no_grad(),
+        Stream(data, split="val", batch_size=1, view="whole", once=True, threads=1) as stream,
+    ):
+        back = torch.tensor(stream.mean) if isinstance(mean, torch.Tensor) else 0.0
+        for batch in stream:
+            pixels = batch.images + back
+            crops = [pixels[:, :, y : y + 224, x : x + 224] for y, x in corners]
+            crops += [crop.flip(3) for crop in crops] if views == 10 else []
+            crops = [crop - mean for crop in crops]
+            answers = [torch.softmax(net(crop), dim=1)[0] for crop in crops]
+            found.append((int(batch.labels), torch.stack(answers).mean(0).tolist()))
+    return found
+
+
+@pytest.mark.parametrize("views", [1, 10])
+def test_errors_are_those_counted_one_picture_at_a_time(trained, tiny_data, views, capsys):
+    assert main([str(trained), "--data", str(tiny_data), "--views", str(views), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads((trained / f"evaluation-{views}.json").read_text())
+    assert printed == written
+    answers = one_by_one(trained, tiny_data, views)
+    wrong = [label != max(range(4), key=p.__getitem__) for label, p in answers]
+    assert (written["samples"], written["views"], written["step"]) == (20, views, 4)
+    assert written["top1_error"] == pytest.approx(sum(wrong) / 20)
+    assert written["top5_error"] == 0  # there are four classes
+    loss = -sum(torch.tensor(p[label]).log().item() for label, p in answers) / 20
+    assert written["loss"] == pytest.approx(loss, rel=1e-4)
+    confusion = [[0] * 4 for _ in range(4)]
+    for label, p in answers:
+        confusion[label][p.index(max(p))] += 1
+    assert written["confusion"] == confusion
+    names = Manifest.load(tiny_data).classes
+    assert written["classes"] == {
+        name: pytest.approx(1 - confusion[place][place] / 5) for place, name in enumerate(names)
+    }
+
+
+def test_one_view_agrees_with_the_validation_during_training(trained, tiny_data, capsys):
+    main([str(trained), "--data", str(tiny_data)])
+    row = json.loads((trained / "validation.jsonl").read_text().splitlines()[-1])
+    written = json.loads((trained / "evaluation-1.json").read_text())
+    assert written["top1_error"] == pytest.approx(row["top1_error"])
+    assert written["loss"] == pytest.approx(row["loss"], rel=1e-4)
+    assert "top-1 error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("views", [1, 10])
+def test_the_mean_picture_is_subtracted_as_in_training(with_picture, tiny_data, views, capsys):
+    words = ["--data", str(tiny_data), "--views", str(views), "--save-probabilities"]
+    assert main([str(with_picture), *words]) == 0
+    mean = Statistics.load(tiny_data).mean_picture[16:240, 16:240].transpose(2, 0, 1)
+    answers = one_by_one(with_picture, tiny_data, views, torch.from_numpy(mean))
+    saved = Saved(with_picture, views)
+    expected = torch.tensor([p for _, p in answers])
+    torch.testing.assert_close(saved.rows(0, 20), expected, rtol=1e-4, atol=1e-6)
+    if views == 1:
+        row = json.loads((with_picture / "validation.jsonl").read_text().splitlines()[-1])
+        written = json.loads((with_picture / "evaluation-1.json").read_text())
+        assert written["loss"] == pytest.approx(row["loss"], rel=1e-4)
+    assert f"probabilities -> {file_of(with_picture, views)}" in capsys.readouterr().out
+
+
+def test_saved_probabilities_are_those_that_were_counted(trained, with_picture, tiny_data, capsys):
+    runs = [str(trained), str(with_picture)]
+    for run in runs:
+        main([run, "--data", str(tiny_data), "--save-probabilities"])
+    saved = Saved(trained, 1)
+    answers = one_by_one(trained, tiny_data, 1)
+    assert saved.labels.tolist() == [label for label, _ in answers]
+    np.testing.assert_allclose(saved.rows(0, 20), [p for _, p in answers], rtol=1e-4)
+    about = saved.about
+    assert (about.views, about.split, about.samples, about.step) == (1, "val", 20, 4)
+    assert (about.classes, about.data_sha256) == (
+        Manifest.load(tiny_data).classes,
+        identity(tiny_data),
+    )
+    capsys.readouterr()
+    assert ensemble([*runs, "--views", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for run, one in zip(runs, found["runs"], strict=True):
+        counted = json.loads((Path(run) / "evaluation-1.json").read_text())
+        for name in ("top1_error", "top5_error", "loss"):
+            assert one[name] == pytest.approx(counted[name], rel=1e-6)
+
+
+def test_nothing_is_saved_unless_it_is_asked_for(trained, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    file_of(run, 1).unlink(missing_ok=True)
+    main([str(run), "--data", str(tiny_data)])
+    assert not list(run.glob("probabilities*"))
+
+
+def test_a_damaged_picture_counts_nowhere(trained, data, tmp_path, capsys):
+    flip_bit(data, "val", 3, 19)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    main([str(run), "--data", str(data), "--save-probabilities"])
+    written = json.loads((run / "evaluation-1.json").read_text())
+    answers = one_by_one(trained, data, 1)
+    sound = [answer for place, answer in enumerate(answers) if place not in (3, 19)]
+    wrong = sum(label != p.index(max(p)) for label, p in sound)
+    assert (written["samples"], written["top1_error"]) == (18, pytest.approx(wrong / 18))
+    saved = Saved(run, 1)
+    assert (saved.weights == 0).nonzero()[:, 0].tolist() == [3, 19]
+    assert not saved.rows(3, 4).any()
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_run_or_a_checkpoint_the_message_says_what_to_do(trained, tiny_data, tmp_path):
+    with pytest.raises(UsageError, match="is no run folder"):
+        main([str(tmp_path), "--data", str(tiny_data)])
+    shutil.copy(trained / "config.toml", tmp_path)
+    with pytest.raises(UsageError, match="has no complete checkpoint yet"):
+        main([str(tmp_path), "--data", str(tiny_data)])
+
+
+def test_a_data_set_with_other_classes_is_refused(trained, tiny_data, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_data, other)
+    table = json.loads((other / "manifest.json").read_text())
+    table["classes"][0] = "zebra"
+    (other / "manifest.json").write_text(json.dumps(table))
+    with pytest.raises(UsageError, match=r"has 4 classes, not the 4 of the run in .* that order"):
+        main([str(trained), "--data", str(other)])
+    table["classes"][0] = "apple"
+    table["seed"] = 9
+    (other / "manifest.json").write_text(json.dumps(table))
+    main([str(trained), "--data", str(other)])
+    assert f"{other} is not the data set of the training" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no split 'test'; it has train, val"):
+        main([str(trained), "--data", str(tiny_data), "--split", "test"])

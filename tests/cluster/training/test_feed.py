@@ -1,0 +1,38 @@
+"""The joining of two half batches in shared memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cluster.mesh import take_place
+from cluster.training.pair_batches import Feed
+from pipeline.batches import Stream
+
+
+def work(rank: int, folder: Path, data: Path) -> None:
+    """Column a runs ahead of column b as far as it can; b's batch must stay what it was."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    place = take_place([(0, 1)], torch.device("cpu"), cores=1)
+    with (
+        Stream(data, batch_size=8, seed=3, threads=1) as whole_stream,
+        Stream(data, batch_size=8, seed=3, rank=rank, world_size=2, threads=1) as stream,
+        Feed(stream, place) as feed,
+    ):
+        batch, expected = next(feed), next(whole_stream)
+        if rank == 0:
+            next(feed)  # the second; the third is on its way now
+        dist.barrier()
+        if rank == 1:
+            assert torch.equal(batch.images, expected.images)
+            assert torch.equal(batch.labels, expected.labels)
+            assert batch.position == 8
+            next(feed)
+    dist.destroy_process_group()
+
+
+def test_a_batch_stays_while_the_other_column_runs_ahead(tiny_data, tmp_path):
+    mp.spawn(work, (tmp_path, tiny_data), nprocs=2)

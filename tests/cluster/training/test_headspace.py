@@ -1,0 +1,128 @@
+"""`cluster.train --measure` below Ray: where a step's time goes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cluster.config_file import parse
+from cluster.launch.measurement import step_parts, told
+from cluster.mesh import Place, take_place
+from cluster.run.events import Measured
+from cluster.training import profiler
+from pipeline.stream.shard_reader import Storage
+from pipeline.throughput import raw_trial
+from pipeline.tools.errors import UsageError
+from tests.helpers.training_runs import CONFIG
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    shorten(monkeypatch.setattr)
+
+
+def shorten(put) -> None:
+    """Measure for less time, and pack no raw pictures (tests/pipeline/throughput/test_throughput.py does)."""
+    put(profiler, "SECONDS", 0.6)
+    examine = profiler.examine
+    put(profiler, "examine", lambda *a, **k: examine(*a, seconds=0.05, **k))
+    put(raw_trial, "measure", no_room)
+
+
+def no_room(*_):
+    raise OSError
+
+
+def found_by(config, data, place) -> dict:
+    told = []
+    profiler.measure(config, str(data), place, told.append)
+    (event,) = told
+    assert isinstance(event, Measured)
+    return event.found
+
+
+def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypatch):
+    read = Storage.read
+
+    def slow(self, ids, into):
+        time.sleep(0.15)
+        self._reading += 0.15
+        return read(self, ids, into)
+
+    # Settings that would end in a loss that is no number, or go with another schedule only.
+    wild = replace(
+        CONFIG, lr=1e30, schedule="manual", changes=("1 lr 0.1",), layer_rates=("conv1=0",)
+    )
+    fast = found_by(wild, tiny_data, Place())
+    examined = SimpleNamespace(table=lambda: fast["report"])
+    monkeypatch.setattr(profiler, "examine", lambda *_, **__: examined)
+    monkeypatch.setattr(Storage, "read", slow)
+    late = found_by(CONFIG, tiny_data, Place())
+    for found in (fast, late):
+        assert found["step"]["accounted"] == pytest.approx(1, abs=0.03)
+        assert sum(step_parts(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)
+        assert found["replayed"]["parts"]["wait_storage"] == 0
+        json.dumps(found)  # travels, and is written
+    assert late["step"]["parts"]["wait_storage"] > 0.5 * late["step"]["wall"]
+    assert late["stall"] > 0.5
+    assert late["stall"] == pytest.approx(1 - late["au"])
+    assert fast["au"] > late["au"]
+    assert fast["stream_img_s"] > 3 * late["stream_img_s"]
+    assert late["stream_img_s"] < 8 / 0.15 * 1.1
+    text = "\n".join(told(late))
+    assert "waiting for storage" in text
+    assert f"stall {late['stall']:.1%}" in text
+
+
+def work(rank: int, folder: Path, data: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    shorten(setattr)
+    place = take_place([(0, 1)], torch.device("cpu"), cores=1)
+    events = []
+    profiler.measure(replace(CONFIG, batch_size=16), str(data), place, events.append)
+    assert len(events) == (1 if place.leads else 0)
+    if place.leads:
+        (folder / "found.json").write_text(json.dumps(events[0].found))
+    dist.destroy_process_group()
+
+
+def test_a_pair_measures_its_exchange(tiny_data, tmp_path):
+    mp.spawn(work, (tmp_path, tiny_data), nprocs=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["workers"] == len(found["each"]) == 2
+    assert found["each"][0]["exchange_bytes"] > 0
+    row = next(one for one in found["report"]["stages"] if one["name"] == "pair exchange")
+    assert row["img_s"] > 0
+    assert row["bytes_s"] / row["img_s"] == pytest.approx(
+        found["each"][0]["exchange_bytes"] / 16, rel=0.01
+    )
+    assert found["report"]["setting"]["batch_size"] == 8  # a worker's half
+    assert found["report"]["needed"] == pytest.approx(found["replayed_img_s"] / 2, rel=1e-3)
+    # A step of this net is so short that the vote on whether to end is some percent of it.
+    assert 0.85 < found["step"]["accounted"] <= 1.001
+    assert sum(step_parts(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)
+
+
+def test_a_tuning_file_is_between_the_config_and_the_flags(tmp_path):
+    config, tuning = tmp_path / "c.toml", tmp_path / "tuning.toml"
+    config.write_text("threads = 1\nprefetch = 2\nwidth = 0.5\n")
+    tuning.write_text("# found\nthreads = 3\nprefetch = 4\n")
+    words = [str(config), "--data", "d", "--run", "r", "--tuning", str(tuning)]
+    settings = parse(words).settings
+    assert (settings.threads, settings.prefetch, settings.width) == (3, 4, 0.5)
+    assert parse([*words, "--threads", "5"]).settings.threads == 5
+    tuning.write_text("treads = 3\n")
+    with pytest.raises(UsageError, match=r"tuning.toml: no setting 'treads'; did you mean"):
+        parse(words)
+    with pytest.raises(UsageError, match="prefetch is 0; it must be above 0"):
+        parse([*words[:5], "--prefetch", "0"])
+    with pytest.raises(UsageError, match=r"hw_decoder_load is 2.0; it must be from 0 to 1"):
+        parse([*words[:5], "--hw-decoder-load", "2"])

@@ -1,0 +1,98 @@
+"""A loss that is no number: the layer, the step and the checkpoint are named, by either column."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cluster.mesh import Place, take_place
+from cluster.training.finite_check import NotFinite, check_finite
+from model.alexnet import AlexNet
+from model.exchange import Exchange
+
+WIDTH = 1 / 16
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 60
+
+
+def network(place: Place) -> AlexNet:
+    columns = place.columns if place.pair else None
+    net = AlexNet(
+        columns, classes=5, width=WIDTH, exchange=Exchange(place.pair) if place.pair else None
+    ).train()
+    net.set_position(7)
+    return net
+
+
+def told(net: AlexNet, run: Path, place: Place, pictures: torch.Tensor | None = None) -> str:
+    """What is said of a loss that is not finite."""
+    pictures = images() if pictures is None else pictures
+    with pytest.raises(NotFinite) as caught:
+        check_finite(torch.tensor(torch.nan), net, pictures, torch.float32, place, 7, run)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv4", "fc7", "fc8"])
+def test_the_first_layer_that_is_not_finite_is_named(layer: str, tmp_path: Path) -> None:
+    net = network(Place())
+    with torch.no_grad():
+        net.get_parameter(f"{layer}.weight")[0, 0] = torch.inf
+    message = told(net, tmp_path, Place())
+    assert f"the loss of step 7 is nan: {layer} is the first layer whose output" in message
+    assert "its weight is not either, since the update before" in message
+    assert "there is no checkpoint yet" in message
+
+
+def test_weights_that_are_too_large_are_told_from_broken_ones(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()
+    net = network(Place())
+    with torch.no_grad():
+        net.get_parameter("conv5.weight").mul_(1e37)
+        net.get_parameter("fc6.weight").mul_(1e37)
+    message = told(net, tmp_path, Place())
+    assert "fc6 is the first layer" in message
+    assert "its weights are, the largest is" in message
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000005'}" in message
+
+
+def test_pictures_and_logits_have_their_own_words(tmp_path: Path) -> None:
+    broken = images()
+    broken[1, 2, 3, 4] = torch.nan
+    assert "the pictures themselves" in told(network(Place()), tmp_path, Place(), broken)
+    assert "all layers are finite" in told(network(Place()), tmp_path, Place())
+
+
+def test_a_finite_loss_passes_without_a_second_look(tmp_path: Path) -> None:
+    net = network(Place())
+    net.forward = None  # type: ignore[method-assign, assignment]
+    check_finite(torch.tensor(2.5), net, images(), torch.float32, Place(), 7, tmp_path)
+
+
+def work(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    place = take_place([(0, 1)], torch.device("cpu"), cores=1)
+    net = network(place)
+    with torch.no_grad():
+        if rank == 1:  # column a only gets to see it in conv3
+            net.get_parameter("conv2.weight")[0, 0] = torch.nan
+    (Path(folder) / f"{rank}.txt").write_text(told(net, Path(folder), place))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_both_columns_name_the_one_that_broke_first() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (folder,), nprocs=2)
+        first, second = ((Path(folder) / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    assert "column b, conv2 is the first layer" in first

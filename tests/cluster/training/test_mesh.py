@@ -1,0 +1,294 @@
+"""Two replicas of two columns are the one-process network on the whole batch: four processes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.mesh import Place, take_place
+from cluster.training import gradients
+from cluster.training.gradients import GradientAverage
+from model.alexnet import AlexNet
+from model.exchange import Exchange
+
+SEATS = ((0, 1), (2, 3))
+REPLICAS = len(SEATS)
+BATCH = 3
+"""Pictures of a replica."""
+STEPS = 3
+CLASSES = 10
+
+
+def network(place: Place) -> AlexNet:
+    exchange = Exchange(place.pair) if place.pair else None
+    return AlexNet(place.columns, CLASSES, width=1 / 16, exchange=exchange, seed=7).double()
+
+
+def pictures(step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of a step, replica after replica."""
+    generator = torch.Generator().manual_seed(50 + step)
+    images = torch.randn(REPLICAS * BATCH, 3, 224, 224, generator=generator, dtype=torch.float64)
+    return images * 60, torch.randint(0, CLASSES, (REPLICAS * BATCH,), generator=generator)
+
+
+def first(step: int, replica: int) -> int:
+    """Position of the first sample of a replica in a step."""
+    return (step * REPLICAS + replica) * BATCH
+
+
+def of_replica(step: int, replica: int) -> tuple[Tensor, Tensor]:
+    images, labels = (rows.chunk(REPLICAS)[replica] for rows in pictures(step))
+    return images, labels
+
+
+def trained(
+    net: AlexNet, backward: Callable[[int], object], steps: int = STEPS
+) -> dict[str, dict[str, Tensor]]:
+    """Gradients of the first step, and the parameters after the last."""
+    optimiser = torch.optim.SGD(net.parameters(), 0.003, momentum=0.9, weight_decay=5e-4)
+    found = {}
+    for step in range(steps):
+        optimiser.zero_grad()
+        backward(step)
+        if step == 0:
+            found["gradients"] = split(net)
+        optimiser.step()
+    return {**found, "parameters": {k: v.clone() for k, v in net.column_state().items()}}
+
+
+def split(net: AlexNet) -> dict[str, Tensor]:
+    there = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {key: value.clone() for key, value in net.split(there).items()}
+
+
+def on_the_mesh(place: Place, drop: bool = True, message_bytes: int = 2**20) -> dict[str, Any]:
+    """This process's part of a training on two pairs."""
+    net = network(place).train(drop)
+    means = []
+    with GradientAverage(net, place, message_bytes) as average:
+
+        def backward(step: int) -> None:
+            images, labels = of_replica(step, place.replica)
+            net.set_position(first(step, place.replica))
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            if step % 2:  # either order must do
+                average.finish()
+            means.append(place.mean(loss.detach().clone()))
+            average.finish()
+
+        return {**trained(net, backward), "losses": torch.stack(means)}
+
+
+def in_one_process(drop: bool) -> dict[str, Any]:
+    """The same in one process: replica by replica where their dropout differs, or all at once."""
+    net = network(Place()).train(drop)
+    means = []
+
+    def replica_by_replica(step: int) -> None:
+        losses = []
+        for replica in range(REPLICAS):
+            images, labels = of_replica(step, replica)
+            net.set_position(first(step, replica))
+            losses.append(F.cross_entropy(net(images), labels) / REPLICAS)
+            losses[-1].backward()
+        means.append(torch.stack(losses).sum().detach())
+
+    def all_at_once(step: int) -> None:
+        images, labels = pictures(step)
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        means.append(loss.detach())
+
+    found = trained(net, replica_by_replica if drop else all_at_once)
+    return {**found, "losses": torch.stack(means)}
+
+
+def in_what_order(place: Place) -> list[str]:
+    """When gradients are there and when they set off, in one backward pass."""
+    net = network(place)
+    events: list[str] = []
+    names = {p: name for name, p in net.named_parameters()}
+    for parameter in names:
+        parameter.register_post_accumulate_grad_hook(lambda p: events.append(f"{names[p]} there"))
+
+    class Watched(gradients._Message):
+        def start(self, group: dist.ProcessGroup | None) -> None:
+            events.extend(f"{names[p]} off" for p in self.parameters)
+            super().start(group)
+
+    with GradientAverage(net, place, message_bytes=1) as average:
+        for message in average._messages:
+            message.__class__ = Watched
+        net.set_position(first(0, place.replica))
+        net(of_replica(0, place.replica)[0]).sum().backward()
+        events.append("end")
+        average.finish()
+    return events
+
+
+def frozen(place: Place) -> dict[str, Any]:
+    """Some parameters take no gradient from the start on, others from some step on."""
+    net = network(place)
+    net.get_parameter("conv1.weight").requires_grad_(False)
+    found = {}
+    with GradientAverage(net, place) as average:
+        for step, late in enumerate((None, "fc6.weight")):
+            if late:
+                net.get_parameter(late).requires_grad_(False)
+            net.zero_grad()
+            images, labels = of_replica(0, place.replica)
+            net.set_position(first(0, place.replica))
+            F.cross_entropy(net(images), labels).backward()
+            average.finish()
+            found[str(step)] = split(net)
+    return found
+
+
+def twice_backward(place: Place) -> str:
+    """What is said of a second backward pass before the gradients of the first are means."""
+    net = network(place).eval()
+    said = "nothing"
+    with GradientAverage(net, place) as average:
+        net(of_replica(0, 0)[0]).sum().backward()
+        loss = net(of_replica(0, 0)[0]).sum()
+        with suppress(RuntimeError):
+            loss.backward()
+            said = "accepted"
+        average.finish()
+        net(of_replica(0, 0)[0]).sum().backward()  # and it goes on
+        average.finish()
+    return said
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    init = f"file://{folder}/init"
+    patience = timedelta(minutes=5)
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=4, timeout=patience)
+    place = take_place(SEATS, torch.device("cpu"), 1)
+    found = {
+        "dropout": on_the_mesh(place),
+        "again": on_the_mesh(place),
+        "no dropout": on_the_mesh(place, drop=False),
+        "small messages": on_the_mesh(place, message_bytes=1),
+        "one message": on_the_mesh(place, message_bytes=2**40),
+        "frozen": frozen(place),
+        "order": in_what_order(place),
+        "twice": twice_backward(place),
+    }
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def mesh() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (folder,), nprocs=4)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(4)]
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield {"dropout": in_one_process(True), "no dropout": in_one_process(False)}
+    torch.set_num_threads(threads)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference as a share of the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("case", ["dropout", "no dropout"])
+def test_two_pairs_equal_one_process_on_the_whole_batch(mesh: Any, one: Any, case: str) -> None:
+    expected = one[case]
+    for ranks in SEATS:
+        for what in ("gradients", "parameters"):
+            a, b = (mesh[rank][case][what] for rank in ranks)
+            assert {**a, **b}.keys() == expected[what].keys()
+            for key, value in {**a, **b}.items():
+                assert distance(value, expected[what][key]) <= 1e-11, (what, key)
+        for rank in ranks:
+            assert distance(mesh[rank][case]["losses"], expected["losses"]) <= 1e-12
+
+
+def test_the_comparison_is_not_empty(one: Any) -> None:
+    """The replicas see different pictures and masks, and weights move more than the tolerance."""
+    start = network(Place()).column_state()
+    for key, value in one["dropout"]["parameters"].items():
+        assert distance(value, start[key]) > 1e-6, key
+        assert distance(value, one["no dropout"]["parameters"][key]) > 1e-6, key
+    assert not torch.equal(*(of_replica(0, replica)[0] for replica in range(REPLICAS)))
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+
+
+def test_the_same_run_gives_the_same_bits(mesh: Any) -> None:
+    for found in mesh:
+        assert same_bits(found["dropout"], found["again"])
+
+
+@pytest.mark.parametrize("case", ["dropout", "small messages", "one message"])
+def test_replicas_stay_equal_bit_for_bit(mesh: Any, case: str) -> None:
+    for column in range(2):
+        first, second = (mesh[ranks[column]][case] for ranks in SEATS)
+        assert same_bits(first, second)
+        # a sum of two is the same in either order, so that how messages are cut cannot matter
+        assert same_bits(first, mesh[column]["dropout"])
+
+
+def test_gradients_set_off_while_the_layers_below_compute(mesh: Any) -> None:
+    for found in mesh:
+        events = found["order"]
+        off = [event for event in events if event.endswith("off")]
+        assert off == [event for event in mesh[0]["order"] if event.endswith("off")]
+        assert len(off) == 16  # eight layers, weight and bias
+        for above, below in (("fc8", "fc7"), ("fc6", "conv5"), ("conv2", "conv1")):
+            for kind in ("weight", "bias"):
+                assert events.index(f"{above}.{kind} off") < events.index(f"{below}.{kind} there")
+        assert events.index("conv1.weight off") < events.index("end")
+
+
+def test_what_takes_no_gradient_is_left_out(mesh: Any, one: Any) -> None:
+    for ranks in SEATS:
+        for rank, column in zip(ranks, "ab", strict=True):
+            for step, without in (("0", {"conv1.weight"}), ("1", {"conv1.weight", "fc6.weight"})):
+                found = mesh[rank]["frozen"][step]
+                expected = one["dropout"]["gradients"]
+                mine = {key for key in expected if key.startswith(column)}
+                assert found.keys() == mine - {f"{column}.{name}" for name in without}
+                for key, value in found.items():
+                    assert distance(value, expected[key]) <= 1e-11, key
+
+
+def test_a_second_backward_pass_is_refused(mesh: Any) -> None:
+    assert {found["twice"] for found in mesh} == {"nothing"}
+
+
+def test_one_replica_has_nothing_to_average() -> None:
+    net = network(Place()).eval()
+    with GradientAverage(net, Place()) as average:
+        for _ in range(2):  # here gradients may add up
+            net(of_replica(0, 0)[0][:1]).sum().backward()
+        before = split(net)
+        average.finish()
+    assert same_bits(split(net), before)
+    assert all(not p._post_accumulate_grad_hooks for p in net.parameters())  # type: ignore[attr-defined]

@@ -1,0 +1,27 @@
+"""What lies in the cache of a node, and how large it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.dataset.manifest import Manifest
+from pipeline.stores.remote import RemoteSet
+from tests.helpers.http_servers import shards
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def small_size(data: Path, count: int) -> int:
+    """Room for the metadata of a set and its `count` largest shards."""
+    known = sorted((shard.bytes for shard in shards(data)), reverse=True)
+    names = ("manifest.json", "stats.npz", *(f"{s}.index.npy" for s in Manifest.load(data).splits))
+    return sum((data / name).stat().st_size for name in names) + sum(known[:count])
+
+
+def here(data: RemoteSet) -> set[int]:
+    """The numbers of the training shards that are in the cache."""
+    return {int(path.name[6:12]) for path in data.folder.glob("train-*.tar")}

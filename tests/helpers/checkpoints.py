@@ -1,0 +1,109 @@
+"""A small network with velocities, and a run folder that it is saved to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from zlib import crc32
+
+import torch
+
+from cluster.checkpoint.format import state_of
+from cluster.checkpoint.writer import Checkpoints
+from cluster.mesh import Place
+from cluster.run.events import Saved, Warned
+from cluster.run.folder import CHECKPOINTS, Mark
+from model.alexnet import AlexNet
+from model.exchange import Exchange
+from model.optimizer import Sgd2012
+
+CLASSES = ("cat", "dog", "owl")
+ABOUT = {"config": {"lr": 0.01}, "data_sha256": "abc", "classes": CLASSES}
+
+
+def network(seed: int = 0, place: Place | None = None) -> tuple[AlexNet, Sgd2012]:
+    """A network of which nothing is 0; the same tensors in one process as in two."""
+    pair = place.pair if place else None
+    net = AlexNet(
+        columns=place.columns if place and pair else None,
+        classes=len(CLASSES),
+        width=0.05,
+        seed=seed,
+        exchange=Exchange(pair) if pair else None,
+    )
+    optimiser = Sgd2012(net.named_parameters())
+    velocities = optimiser.column_state(net)
+    for key, velocity in velocities.items():
+        generator = torch.Generator().manual_seed(1000 * seed + crc32(key.encode()))
+        velocities[key] = torch.randn(velocity.shape, generator=generator)
+    optimiser.load_column_state(net, velocities)
+    return net, optimiser
+
+
+def same(state: dict[str, torch.Tensor], seed: int) -> bool:
+    """Whether a state is that of the network of a seed, or of one of its columns."""
+    wanted = state_of(*network(seed))
+    columns = {key.split("/")[1][0] for key in state}
+    wanted = {key: value for key, value in wanted.items() if key.split("/")[1][0] in columns}
+    return state.keys() == wanted.keys() and all(torch.equal(state[k], wanted[k]) for k in wanted)
+
+
+class Run:
+    """A run folder with what it was told."""
+
+    def __init__(
+        self, folder: Path, keep: int = 5, keep_best: int = 0, store: str = "",
+        place: Place | None = None,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        self.told: list = []
+        self.keep, self.keep_best, self.store = keep, keep_best, store
+        self.place = place or Place()
+        self.open()
+
+    def open(self) -> None:
+        """As a new start of the workers does."""
+        self.checkpoints = Checkpoints(
+            self.folder, self.place, ABOUT, self.told.append,
+            keep=self.keep, keep_best=self.keep_best, store=self.store,
+        )  # fmt: skip
+        (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
+
+    def begin(self, step: int, seed: int, error: float | None = None) -> None:
+        mark = Mark(step=step, position=8 * step)
+        self.checkpoints.begin(mark, *network(seed, self.place), error)
+
+    def save(self, step: int, seed: int, error: float | None = None) -> None:
+        self.begin(step, seed, error)
+        self.checkpoints.finish(must=True)
+
+    def resume(self) -> tuple[Mark, dict[str, torch.Tensor]]:
+        self.open()
+        net, optimiser = network(99, self.place)
+        mark = self.checkpoints.resume(net, optimiser)
+        return mark, state_of(net, optimiser)
+
+    def step(self, step: int) -> Path:
+        return self.folder / CHECKPOINTS / f"step-{step:08d}"
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / CHECKPOINTS).iterdir())
+
+    @property
+    def warnings(self) -> list[str]:
+        return [event.text for event in self.told if isinstance(event, Warned)]
+
+    @property
+    def saved(self) -> list[int]:
+        return [event.step for event in self.told if isinstance(event, Saved)]
+
+
+def steps(*numbers: int) -> Sequence[str]:
+    """Names of checkpoints."""
+    return [f"step-{number:08d}" for number in numbers]
+
+
+def flip_a_byte(step: Path) -> None:
+    data = bytearray((step / "column-b.safetensors").read_bytes())
+    data[-7] ^= 1
+    (step / "column-b.safetensors").write_bytes(data)

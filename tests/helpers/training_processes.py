@@ -1,0 +1,96 @@
+"""Small trainings as a user starts them, and the processes of theirs that live."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 80
+SETTINGS = {
+    "dtype": "float32",
+    "width": 0.125,
+    "batch_size": 8,
+    "steps": STEPS,
+    "checkpoint_every": 10,
+    "validate_every": 30,
+    "max_failures": 1,
+}
+
+
+@pytest.fixture(name="config", scope="module")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items()))
+    return path
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [(row["position"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def processes(mark: str, title: str = "") -> list[int]:
+    """Living processes that were started, however indirectly, with `mark` in their environment."""
+    parents, titles, ours = {}, {}, set()
+    for folder in Path("/proc").iterdir():
+        try:
+            pid = int(folder.name)
+            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[pid] = (folder / "cmdline").read_bytes()
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                ours.add(pid)
+        except (OSError, ValueError):
+            continue
+    # Processes that Ray gives a title lose their environment by it; their parents have theirs.
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return [pid for pid in ours if title.encode() in titles.get(pid, b"")]
+
+
+def listening(mark: str) -> list[tuple[str, str]]:
+    """(title, address) of every TCP socket on which they listen; addresses as /proc has them."""
+    sockets = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":  # LISTEN
+                sockets[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+    found = []
+    for pid in processes(mark):
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):
+                if address := sockets.get(str(descriptor.readlink())):
+                    title = (
+                        Path(f"/proc/{pid}/cmdline").read_bytes()[:40].decode("utf-8", "replace")
+                    )
+                    found.append((title, address))
+    return found
+
+
+LOOPBACK = (
+    "0100007F",
+    "00000000000000000000000001000000",  # ::1
+    "0000000000000000FFFF00000100007F",  # 127.0.0.1 as IPv6 has it
+)
+
+
+def end_processes(mark: str) -> None:
+    """End what is left of them."""
+    for pid in processes(mark):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def marked(**more: str) -> tuple[str, dict[str, str]]:
+    """A mark, and an environment with it."""
+    value = str(uuid.uuid4())
+    environment = {**os.environ, "DUET_TEST": value, **more}
+    environment.pop("RAY_ADDRESS", None)
+    return f"DUET_TEST={value}", environment

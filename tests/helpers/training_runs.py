@@ -1,0 +1,102 @@
+"""Small trainings without Ray, by one process or several, and what they wrote down."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from cluster.config import Config
+from cluster.mesh import Place, take_place
+from cluster.run.events import Event
+from cluster.training.loop import train
+from model.schedule import dexp
+
+CONFIG = Config(
+    dtype="float32",
+    width=0.125,
+    batch_size=8,
+    steps=6,
+    checkpoint_every=3,
+    validate_every=3,
+    threads=1,
+)
+STEPS = CONFIG.steps
+
+
+def rates_at(config: Config, progress: float) -> tuple[float, float]:
+    return dexp(progress, config.lr, config.bias_factor, config.lr_drop, config.lr_drops,
+                config.bias_drop, config.bias_drops)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `train` that the processes of a job make together."""
+
+    config: Config
+    data: Path
+    run: Path
+    cut: Path | None = None
+    """First make `run` what this finished run was at step 3."""
+
+
+def work(rank: int, world: int, size: int, folder: Path, calls: list[Call]) -> None:
+    """One process of a job without Ray."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
+    seats = [tuple(range(start, start + size)) for start in range(0, world, size)]
+    place = take_place(seats, torch.device("cpu"), cores=1)
+    for call in calls:
+        if call.cut and rank == 0:
+            cut_at(3, call.cut, call.run)
+        dist.barrier()
+        train(call.config, call.data, call.run, place, lambda event: None)
+    dist.destroy_process_group()
+
+
+def together(folder: Path, calls: list[Call], world: int = 2, size: int = 2) -> None:
+    """Run `calls` in `world` processes, `size` of them to a replica."""
+    folder.mkdir()
+    for call in calls:
+        call.run.mkdir(exist_ok=True)
+    mp.spawn(work, (world, size, folder, calls), nprocs=world)
+
+
+def alone(config: Config, data: Path, run: Path) -> list[Event]:
+    run.mkdir(exist_ok=True)
+    told: list[Event] = []
+    train(config, data, run, Place(), told.append)
+    return told
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def learned(run: Path, name: str = "metrics.jsonl", first: int = 1) -> list[list[float]]:
+    """What does not depend on the clock, of every row."""
+    names = ("position", "step", "epoch", "loss", "top1_error")
+    return [[row[key] for key in names] for row in rows(run, name) if row["step"] >= first]
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    return load_file(folder / "column-a.safetensors") | load_file(folder / "column-b.safetensors")
+
+
+def cut_at(step: int, whole: Path, run: Path) -> Path:
+    """A run that died some steps after the checkpoint of `step`."""
+    name = f"checkpoints/step-{step:08d}"
+    shutil.copytree(whole / name, run / name)
+    for file in ("metrics.jsonl", "validation.jsonl", "kernels.jsonl"):
+        shutil.copy(whole / file, run / file)
+    with (run / "metrics.jsonl").open("a") as half:
+        half.write('{"position": 999, "st')
+    return run

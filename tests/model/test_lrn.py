@@ -1,0 +1,152 @@
+"""Local response normalisation against a plain loop and torch's own, each form that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.norm import local_response_norm, reference
+from tests.helpers.lrn import LAYOUTS, by_hand, each_form, maps  # noqa: F401 - a fixture
+
+TORCHS = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(7, 6, 5, 4), (3, 1, 3, 3), (2, 2, 1, 1), (2, 48, 55, 55)])
+def test_it_is_the_formula(shape: tuple[int, ...], layout: torch.memory_format, relu: bool) -> None:
+    x = maps(*shape).contiguous(memory_format=layout)
+    before = x.clone()
+    y = local_response_norm(x, relu=relu)
+    torch.testing.assert_close(y, by_hand(x.relu() if relu else x), rtol=1e-12, atol=1e-12)
+    assert y.is_contiguous(memory_format=layout)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_and_its_gradient_equal_torchs(layout: torch.memory_format, relu: bool) -> None:
+    # 130 maps of 11 x 9: more than one block of the kernels, and no whole number of vectors.
+    x = maps(3, 130, 11, 9).contiguous(memory_format=layout).requires_grad_()
+    theirs = x.detach().clone().requires_grad_()
+    above = maps(3, 130, 11, 9, seed=2)
+    y = local_response_norm(x, relu=relu)
+    expected = TORCHS(F.relu(theirs) if relu else theirs)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    y.backward(above)
+    expected.backward(above)
+    torch.testing.assert_close(x.grad, theirs.grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_passes_gradcheck(columns: int, layout: torch.memory_format, relu: bool) -> None:
+    x = maps(3, 6, 2, 3).contiguous(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, columns, relu), (x,))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_window_stays_inside_its_column(layout: torch.memory_format) -> None:
+    x = maps(4, 8, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    above, copy = maps(4, 8, 5, 5, seed=2), x.detach().clone().requires_grad_()
+    y, apart = local_response_norm(x, columns=2), by_hand(copy, columns=2)
+    torch.testing.assert_close(y, apart, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(local_response_norm(x, columns=1), apart, rtol=1e-6)
+    y.backward(above)
+    apart.backward(above)
+    torch.testing.assert_close(x.grad, copy.grad, rtol=1e-11, atol=1e-11)
+
+
+def test_it_takes_any_strides() -> None:
+    x = maps(4, 12, 8, 8)[:, ::2, 1:, 1:]
+    above = maps(4, 6, 7, 7).transpose(2, 3)
+    own, copy = x.clone().requires_grad_(), x.contiguous().requires_grad_()
+    local_response_norm(own[:, :, :, :]).backward(above)
+    local_response_norm(copy).backward(above.contiguous())
+    torch.testing.assert_close(local_response_norm(x), by_hand(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(own.grad, copy.grad, rtol=0, atol=0)
+    assert local_response_norm(x[:0]).shape == (0, 6, 7, 7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_is_within_a_few_roundings(layout: torch.memory_format) -> None:
+    # From sums that vanish beside k to such that k vanishes beside.
+    scales = torch.logspace(-3, 6, 64, dtype=torch.float64)[:, None, None, None]
+    wide = (maps(64, 48, 5, 5) * scales).contiguous(memory_format=layout)
+    x = wide.float().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, expected = local_response_norm(x), by_hand(wide)
+    torch.testing.assert_close(y.double(), expected, rtol=4 * 2**-23, atol=0)
+    above = maps(64, 48, 5, 5, seed=2).float().contiguous(memory_format=layout)
+    y.backward(above)
+    expected.backward(above.double())
+    # The gradient is a difference: bound by its larger part, not by itself.
+    assert x.grad is not None
+    assert wide.grad is not None
+    largest = (above.double() * expected / wide).abs().detach().amax((1, 2, 3), keepdim=True)
+    assert float(((x.grad.double() - wide.grad).abs() / largest).max()) < 8 * 2**-23
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_is_normalised_in_float32(layout: torch.memory_format) -> None:
+    # Sums that bfloat16 cannot tell from nothing beside k = 2: its steps there are 1/64 = .016.
+    x = torch.full((2, 8, 3, 3), 8.0, dtype=torch.bfloat16).contiguous(memory_format=layout)
+    assert bool((torch.tensor(2.0, dtype=torch.bfloat16) + 5 * 64 * 2e-5 == 2.0).all())
+    large = maps(2, 8, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=layout)
+    for values in (x, large):
+        values = values.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = local_response_norm(values)
+        assert y.dtype == torch.bfloat16
+        expected = by_hand(values.detach().double())
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)  # one rounding
+        wide = values.detach().double().requires_grad_()
+        by_hand(wide).sum().backward()
+        y.sum().backward()
+        assert values.grad is not None
+        assert wide.grad is not None
+        torch.testing.assert_close(values.grad.double(), wide.grad, rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_no_number_stays_visible(dtype: torch.dtype, form: str) -> None:
+    x = maps(1, 8, 2, 2, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 1, 1] = float("nan")
+    for relu in (False, True):
+        y = local_response_norm(x, relu=relu)
+        assert y[0, 3, 1, 1].isnan()
+        assert y[0, :, 0].isfinite().all()
+        if form == "native":  # a product with a band matrix spreads it over the column
+            assert y[0, 6:, 1, 1].isfinite().all()
+
+
+def test_half_precision_works_too() -> None:
+    x = maps(2, 6, 3, 3).half()
+    y = local_response_norm(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.double(), by_hand(x.double()), rtol=2**-10, atol=0)
+
+
+def test_only_the_input_is_kept() -> None:
+    x = maps(2, 6, 3, 3).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        local_response_norm(x, relu=True)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+
+
+def test_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x is \[2, 7, 3, 3\].*2 columns"):
+        local_response_norm(maps(2, 7, 3, 3), columns=2)
+    with pytest.raises(ValueError, match="x is"):
+        local_response_norm(maps(2, 6, 3))
+
+
+def test_the_form_for_compilers_is_the_same(form: str) -> None:
+    if form == "native":  # once is enough
+        x = maps(3, 12, 5, 5).requires_grad_()
+        y, expected = reference.traceable_norm(x, 2, True), by_hand(x.relu(), 2)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        assert reference.traceable_norm(x.bfloat16(), 2, True).dtype == torch.bfloat16

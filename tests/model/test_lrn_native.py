@@ -1,0 +1,164 @@
+"""How the kernels come to be: compiled once, kept, done without; on lesser processors, too."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.norm import backend, build, local_response_norm, native, norm_pool, spatial_response_norm
+from tests.helpers.lrn import by_hand, maps
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder, and nothing loaded yet."""
+    if not native.takes(torch.empty(0)):
+        pytest.skip(native.described())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path / "duet"
+    native._library.cache_clear()
+
+
+def works() -> bool:
+    """Whether the normalisation does, in whatever form."""
+    x = maps(2, 96, 5, 5).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(local_response_norm(x, 2), by_hand(x, 2), rtol=1e-12, atol=1e-12)
+    return native.takes(x)
+
+
+def said_elsewhere(script: str) -> str:
+    """What a process of its own prints, which has nothing to complain of."""
+    script = f"from model.norm import backend, build\n{script}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_they_are_compiled_once_in_silence(
+    cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert works()
+    assert backend().startswith("kernels compiled by")
+    (kept,) = cache.iterdir()  # and nothing half-made
+    made = kept.stat().st_mtime_ns
+    # A new process only reads them.
+    never = "def never(*arguments): raise AssertionError('compiled again')\n"
+    said = said_elsewhere(f"{never}build._compiled = never\nprint(backend())")
+    assert said.startswith("kernels compiled by")
+    assert kept.stat().st_mtime_ns == made
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_one_openmp_is_loaded() -> None:
+    # In a process of its own: scipy, which other tests import, brings another one along.
+    said = said_elsewhere(
+        "import re\nfrom pathlib import Path\nbackend()\n"
+        "maps = Path('/proc/self/maps').read_text()\n"
+        "print(len(set(re.findall(r'/\\S*/lib(?:gomp|iomp5|omp)[-.]\\S*', maps))))"
+    )
+    assert said == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/nowhere/cc", r"no C compiler \(/nowhere/cc\)"),
+        ("false", "CalledProcessError|returned non-zero"),
+    ],
+)
+def test_without_a_compiler_torch_does_it(
+    cache: Path, compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert not works()
+    assert backend().startswith("torch operations")
+    assert re.search(reason, backend())
+
+
+def test_a_compiler_that_fails_is_quoted(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec echo "cc 1.0"\n'
+        'echo "kernels.c:1: error: no such file: math.h" >&2\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert not works()
+    assert "says: kernels.c:1: error: no such file: math.h" in backend()
+
+
+def test_the_user_can_do_without(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUET_KERNELS", "torch")
+    assert not works()
+    assert backend().endswith("DUET_KERNELS=torch")
+
+
+def test_a_damaged_file_is_made_anew(cache: Path) -> None:
+    assert works()
+    (kept,) = cache.iterdir()
+    whole = kept.stat().st_size
+    kept.unlink()  # not overwritten: this process runs it
+    kept.write_bytes(b"\x7fELF, but not for long")
+    assert said_elsewhere("print(backend())").startswith("kernels compiled by")
+    assert kept.stat().st_size == whole
+
+
+def test_a_folder_that_others_can_write_to_is_not_trusted(cache: Path) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert works()
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [("-march=x86-64-v2",), ("-march=x86-64-v3",)])
+def test_lesser_processors_get_the_same_numbers(
+    cache: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.uname().machine != "x86_64":
+        pytest.skip("not an x86")
+    x = maps(4, 96, 9, 9, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+
+    def results() -> list[torch.Tensor]:
+        found = []
+        runs = (
+            partial(local_response_norm, columns=2, relu=True),
+            partial(norm_pool, columns=2, relu=True),
+            spatial_response_norm,
+        )
+        for run in runs:
+            leaf = x.clone().requires_grad_()
+            y = run(leaf)
+            y.square().sum().backward()
+            assert leaf.grad is not None
+            found += [y.detach(), leaf.grad]
+        return found
+
+    best = results()
+    monkeypatch.setattr(build, "FLAGS", ("-std=gnu11", "-O2", *flags))
+    monkeypatch.setattr(build, "FLAGS_X86", ())
+    native._library.cache_clear()
+    for ours, theirs in zip(results(), best, strict=True):
+        assert not native.described().startswith("torch")
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # of up to 400
+
+
+def test_a_full_disk_is_no_harm(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build.os, "fsync", no_room)
+    assert works()
+    assert list(cache.iterdir()) == []

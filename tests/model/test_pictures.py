@@ -1,0 +1,145 @@
+"""Pictures made ready for the first convolution: the compiled kernel and torch's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.layers import PictureConv
+from model.norm import native, padded_pictures
+from tests.helpers.lrn import each_form  # noqa: F401 - a fixture
+
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that the kernel is called with."""
+    found: list[tuple[int, ...]] = []
+    kernel = native.pictures
+
+    def counted(x: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+        found.append(tuple(x.shape))
+        return kernel(x, height, width, dtype)
+
+    monkeypatch.setattr(native, "pictures", counted)
+    return found
+
+
+def drawn(*shape: int) -> Tensor:
+    """Pictures less their mean: float32, seldom exact in bfloat16."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 60
+
+
+def expected(pictures: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    h, w = pictures.shape[2:]
+    return F.pad(pictures, (0, width - w, 0, height - h)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "height", "width"),
+    [
+        ((2, 3, 224, 224), 227, 228),
+        ((5, 3, 7, 45), 9, 45),
+        ((3, 3, 33, 1), 33, 4),
+        ((1, 3, 1, 1), 1, 1),
+        ((0, 3, 5, 5), 8, 8),
+    ],
+)
+def test_every_bit_is_as_from_torch(
+    shape: tuple[int, ...],
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    form: str,
+    calls: list[tuple[int, ...]],
+) -> None:
+    pictures = drawn(*shape)
+    before = pictures.clone()
+    x = padded_pictures(pictures, height, width, dtype)
+    assert calls == ([shape] if form == "native" else [])
+    assert x.dtype == dtype
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, expected(pictures, height, width, dtype))
+    assert torch.equal(pictures, before)
+
+
+def test_halves_infinities_and_no_numbers_are_rounded_as_by_torch() -> None:
+    # Halfway between two bfloat16 (to the even one), just beside, the largest, the smallest.
+    bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0x00000001]
+    numbers = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    pictures = torch.cat([numbers, -numbers, torch.tensor([-0.0])]).expand(1, 3, 4, 15).contiguous()
+    x = padded_pictures(pictures, 4, 15, torch.bfloat16).contiguous()
+    assert torch.equal(x.view(torch.int16), pictures.bfloat16().view(torch.int16))
+    # Rounding these up would carry over into the exponent, and the sign.
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    assert padded_pictures(odd.expand(1, 3, 1, 2).contiguous(), 1, 2, torch.bfloat16).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x[:, :, 1:, ::2],
+        lambda x: x[:, :1],
+        lambda x: x.double(),
+        lambda x: x.half(),
+        lambda x: x.requires_grad_(),
+    ],
+)
+def test_other_pictures_go_the_way_of_torch(
+    other: Callable[[Tensor], Tensor], calls: list[tuple[int, ...]]
+) -> None:
+    pictures = other(drawn(2, 3, 9, 10))
+    for dtype in (torch.bfloat16, torch.float32):
+        x = padded_pictures(pictures, 12, 13, dtype)
+        assert torch.equal(x, expected(pictures, 12, 13, dtype))
+        assert x.requires_grad == pictures.requires_grad
+    assert torch.equal(
+        padded_pictures(pictures, 12, 13, torch.float16), expected(pictures, 12, 13, torch.float16)
+    )
+    assert not calls
+
+
+def test_pictures_too_large_are_cut_off(calls: list[tuple[int, ...]]) -> None:
+    pictures = drawn(2, 3, 9, 10)
+    for height, width in ((8, 12), (12, 8), (7, 7)):
+        x = padded_pictures(pictures, height, width, torch.bfloat16)
+        assert torch.equal(x, expected(pictures, height, width, torch.bfloat16))
+    assert not calls
+
+
+def test_a_gradient_reaches_the_picture() -> None:
+    pictures = drawn(2, 3, 5, 5).requires_grad_()
+    padded_pictures(pictures, 8, 8, torch.float32).square().sum().backward()
+    torch.testing.assert_close(pictures.grad, 2 * pictures.detach())
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    pictures, threads = drawn(3, 3, 11, 10), torch.get_num_threads()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        try:
+            x = padded_pictures(pictures, 14, 13, torch.bfloat16)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(x, expected(pictures, 14, 13, torch.bfloat16))
+
+
+@pytest.mark.parametrize("size", [32, 33, 35, 224])
+@pytest.mark.parametrize("edge", [0, 3])
+def test_the_convolution_reads_zeros_right_and_below(size: int, edge: int) -> None:
+    layer = PictureConv(3, 8, 11, 4, edge)
+    pictures = drawn(2, 3, size, size)
+    padded = F.pad(pictures, (0, edge, 0, edge))
+    wanted = F.conv2d(padded, layer.weight, layer.bias, 4)
+    torch.testing.assert_close(layer(pictures), wanted, rtol=1e-4, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(pictures)
+    assert narrow.dtype == torch.bfloat16
+    assert float(((narrow - wanted).norm() / wanted.norm()).detach()) < 0.01

@@ -1,0 +1,136 @@
+"""The layer table against the published numbers, and the command that prints it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.architecture import Design
+from model.summary import footprint, original_crossing, table, totals
+from model.summary_command import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Facts of the original (layers-145.cfg): numbers an image that one column sends the other.
+CROSSING = {"conv3": 13 * 13 * 128, "fc6": 6 * 6 * 128, "fc7": 2048, "fc8": 2048}
+NEURONS = {
+    "conv1": 290_400, "conv2": 186_624, "conv3": 64_896, "conv4": 64_896, "conv5": 43_264,
+    "fc6": 4096, "fc7": 4096, "fc8": 1000,
+}  # fmt: skip
+
+
+def test_neurons_and_what_crosses_are_the_originals() -> None:
+    rows = table()
+    for row in rows:
+        assert 2 * row.neurons == NEURONS[row.layer]
+        sent = CROSSING.get(row.layer, 0)
+        assert row.crosses_forward == sent + (500 if row.layer == "fc8" else 0)
+        assert row.crosses_backward == sent
+    sums = totals(rows)
+    assert sums.neurons == 659_272
+    assert original_crossing(rows) * 4 == 468_992
+    # Ours: fc8 is cut, so a sends its fc7 and gets the gradient, and both swap 500 logits.
+    assert sums.crosses * 4 == 468_992 + 2 * 4 * 2048 + 2 * 4 * 500
+
+
+def test_the_notes_footprint_formula() -> None:
+    assert round(footprint(table(), 128) / 2**20) == 876
+    assert round(footprint(table(), 1) / 2**20) == 238
+    assert footprint(table(), 128, 2) * 2 == footprint(table(), 128)
+
+
+def test_receptive_fields() -> None:
+    """By hand: conv1 11; pool1 19; conv2 51; pool2 67; conv3 99; conv4 131; conv5 163."""
+    fields = {row.layer: row.receptive_field for row in table()}
+    assert [fields[f"conv{n}"] for n in range(1, 6)] == [11, 51, 99, 131, 163]
+    assert {fields["fc6"], fields["fc7"], fields["fc8"]} == {224}
+    later = {row.layer: row.receptive_field for row in table(design=Design(spatial_norm=True))}
+    assert later["conv2"] == 51
+    assert later["conv3"] == 99 + 4 * 8  # four more pixels of layer 2, each 8 apart
+
+
+def test_receptive_fields_of_other_networks() -> None:
+    """Four layers: 5 squares of 8; pooling 7, conv2 15, pooling 19, conv3 35: all there is of 28.
+
+    The contrast of layer 1 is over 9x9 pixels and again, 4 apart: 16 * 4 more from there on.
+    """
+    fields = {row.layer: row.receptive_field for row in table(design=Design(net="four"))}
+    assert fields == {"conv1": 40, "conv2": 8 * 15, "conv3": 8 * 35, "fc4": 224}
+    later = {row.layer: row.receptive_field for row in table(design=Design(norm="lcn"))}
+    assert later["conv1"] == 11
+    assert later["conv2"] == 51 + 16 * 4
+
+
+def test_one_column_exchanges_nothing() -> None:
+    rows = table(design=Design(columns=1))
+    assert [row.column for row in rows] == ["a"] * 8
+    assert totals(rows).crosses == original_crossing(rows) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["paper", "one_gpu", "no_conv5", "narrow", "four", "conv6", "norm_batch"]
+)
+def test_the_command_prints_a_table_of_any_config(name, capsys) -> None:
+    main([str(ROOT / "configs" / f"{name}.toml"), "--batch-size", "128"])
+    shown = capsys.readouterr().out
+    assert "multiply-adds" in shown
+    assert max(map(len, shown.splitlines()[:20])) <= 180
+    wanted = {
+        "paper": ["60,965,224", "724,406,816", "659,272", "468,992", "876 MiB", "11/4/0+3"],
+        "one_gpu": ["59,798,312", "256x6x6"],
+        "four": ["picture/8", "3x28x28", "5/1/2", "64x3x3", "656,328"],
+        "conv6": ["61,555,304", "128x6x6", "conv6"],
+        "norm_batch": ["60,965,928"],
+        "no_conv5": ["60,301,288"],
+        "narrow": ["width 0.25"],
+    }[name]
+    assert [words for words in wanted if words not in shown] == []
+    assert ("exchanges" in shown) == (name not in ("one_gpu", "four"))
+
+
+def test_json_is_one_object_with_the_same_sums(capsys) -> None:
+    main([str(ROOT / "configs" / "paper.toml"), "--json", "--dtype", "bfloat16"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["totals"]["parameters"] == 60_965_224
+    assert told["original_crossing_bytes_an_image"] == 468_992 // 2
+    conv1 = told["rows"][0]
+    assert conv1["activation_bytes"] == 145_200 * 128 * 2
+    assert conv1["optimiser_bytes"] == 4 * 17_472
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("widht = 1.0", ["'widht'", "did you mean 'width'?"]),
+        ("nrom = 'none'", ["'nrom'", "did you mean 'norm'?"]),
+        ("pool = '4/2'", ["pool is '4/2'", "'3/2', '2/2'"]),
+        ("width = 'big'", ["width"]),
+        ("width = ", ["is not TOML"]),
+        (None, ["cannot be read"]),
+    ],
+)
+def test_wrong_configs_get_one_line(tmp_path, capsys, text, words) -> None:
+    path = tmp_path / "some.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        main([str(path)])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert [word for word in ["some.toml", *words] if word not in told] == []
+
+
+def test_the_module_runs_without_torch() -> None:
+    program = (
+        "import sys, runpy; sys.argv = ['model.summary', 'cluster/configs/paper.toml', '--json']\n"
+        "runpy.run_module('model.summary', run_name='__main__')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["totals"]["neurons"] == 659_272

@@ -1,0 +1,182 @@
+"""Shards that other tools made train as they lie: `python -m pipeline.index_shards`."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+
+import numpy as np
+import torch
+import wds2idx  # a module of the DALI wheel
+from PIL import Image
+
+from pipeline.batches import Stream
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.index import key_in_idx
+from pipeline.indexing.idx import read_idx
+from pipeline.native import NativeReader
+from pipeline.verify import verify
+from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
+    copy_of_made,
+    decoded,
+    flip,
+    index,
+    made_by_webdataset,
+    picture,
+    write_tar,
+)
+from tests.helpers.http_servers import Server
+from tests.helpers.images import rows_of
+
+
+def test_the_stream_gives_the_pictures_that_pillow_decodes(made, folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = index(folder).manifest
+    assert {name: split.samples for name, split in manifest.splits.items()} == {
+        "train": 20,
+        "val": 6,
+    }
+    assert [shard.name for shard in manifest.splits["train"].shards] == [
+        f"in1k-train-{n:02d}.tar" for n in range(3)
+    ]
+    assert manifest.classes == ("0", "1", "2", "3")
+    for split, first, count in (("train", 0, 20), ("val", 100, 6)):
+        expected = [decoded(picture(first + n)) for n in range(count)]
+        with Stream(folder, split=split, view="whole", once=True, batch_size=count) as stream:
+            batch = next(stream)
+            images = batch.images.numpy().transpose(0, 2, 3, 1) + stream.channel_mean
+        assert batch.weights.tolist() == [1] * count
+        assert batch.labels.tolist() == [sample % 4 for sample in batch.ids.tolist()]
+        for sample, image in zip(batch.ids.tolist(), images, strict=True):
+            np.testing.assert_allclose(image, expected[sample], atol=1e-3)
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    assert verify(folder, decode=True) == []
+
+
+def test_statistics_are_those_of_the_training_pictures(folder):
+    index(folder, workers=2)
+    values = np.stack([decoded(picture(n)) for n in range(20)]).astype(np.float64)
+    stats = Statistics.load(folder)
+    np.testing.assert_allclose(stats.mean_picture, values.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats.channel_mean, values.reshape(-1, 3).mean(0), rtol=1e-12)
+    covariance = np.cov(values.reshape(-1, 3).T, bias=True)
+    np.testing.assert_allclose(stats.covariance, covariance, rtol=1e-9)
+
+
+def test_dalis_own_reader_gives_the_same_pictures(tmp_path):
+    """Each picture is of one colour: what comes out of a crop says which picture it was."""
+    colours = [(20 * n, 255 - 20 * n, 10 * n) for n in range(12)]
+    endings = ["jpg", "jpeg", "JPG", "JPEG"]
+    shown = []
+    for n in range(3):
+        files = []
+        for place in range(4):
+            file = io.BytesIO()
+            Image.new("RGB", (256, 256), colours[4 * n + place]).save(file, "JPEG", quality=100)
+            shown.append(decoded(file.getvalue())[0, 0])
+            key, ending = f"{n}-{place}", endings[place]
+            files += [(f"{key}.{ending}", file.getvalue()), (f"{key}.json", b'{"label": %d}' % n)]
+        write_tar(tmp_path / f"train.{n}.tar", files)
+    index(tmp_path)
+    with Stream(tmp_path, batch_size=12, colour=0) as stream:
+        ours = {tuple(one) for one in _colours(next(stream).images, stream.channel_mean)}
+    reader = NativeReader(tmp_path, split="train", batch_size=12, device="cpu", threads=1)
+    mean = Statistics.load(tmp_path).channel_mean
+    theirs = {tuple(one) for one in _colours(next(reader), mean)}
+    assert ours == theirs == {tuple(one.tolist()) for one in shown}
+
+
+def _colours(images, mean) -> list[list[int]]:
+    flat = images.numpy().transpose(0, 2, 3, 1) + mean
+    assert np.ptp(flat, axis=(1, 2)).max() < 1e-3
+    return flat[:, 0, 0].round().astype(int).tolist()
+
+
+def test_members_of_any_order_ending_and_name(tmp_path):
+    long = "folder/" + "k" * 150
+    files = [
+        ("README", b"nothing"),
+        (".DS_Store.jpg", b"hidden"),
+        ("a.jpg", picture(0)),  # before its label
+        ("a.cls", b"1\n"),
+        ("b.txt", b"a caption"),  # more than is needed
+        ("b.cls", b" 2 "),
+        ("b.json", b'{"label": 0}'),  # .cls is believed first
+        ("b.JPEG", picture(1)),
+        ("c.image.jpeg", picture(2)),
+        ("c.meta.json", b'{"class_id": 3, "caption": "x"}'),
+        ("a.jpg", picture(3)),  # a key once more
+        ("a.cls", b"0"),
+        ("a.jpg", picture(4)),  # and again at once
+        ("a.cls", b"3"),
+        (f"{long}.jpg", picture(5)),
+        (f"{long}.cls", b"2"),
+        ("f/g.h/i.jpg", picture(6)),
+        ("f/g.h/i.json", b'{"target": "1"}'),
+        ("j.jpg", picture(7)),
+        ("j.json", b'{"label": 3}'),
+        ("k.jpg", picture(8)),
+        ("k.json", b'{"cls": 1, "target": 7}'),
+    ]
+    write_tar(tmp_path / "some train.tar", files, format=tarfile.PAX_FORMAT)
+    with tarfile.open(tmp_path / "some train.tar", "a") as tar:
+        link = tarfile.TarInfo("l.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    outcome = index(tmp_path, train="some*.tar")
+    assert outcome.bad == []
+    rows = rows_of(tmp_path, "train")
+    content = (tmp_path / "some train.tar").read_bytes()
+    stored = [content[row["offset"] :][: row["size"]] for row in rows]
+    assert stored == [picture(n) for n in range(9)]
+    assert rows["label"].tolist() == [1, 2, 3, 0, 3, 2, 1, 3, 1]
+    assert verify(tmp_path, decode=True) == []
+    with Stream(tmp_path, batch_size=9) as stream:
+        assert sorted(next(stream).ids.tolist()) == list(range(9))
+    idx = tmp_path / "some train.idx"
+    assert len(read_idx(idx.read_bytes())) == 9
+    assert key_in_idx(idx, 5) == long
+    assert key_in_idx(idx, 9) is None
+
+
+def test_the_idx_is_wds2idxs_and_one_that_is_there_is_kept(made, folder):
+    theirs = {}
+    for tar in sorted(made.glob("*.tar")):
+        idx = (folder / tar.name).with_suffix(".idx")
+        with wds2idx.IndexCreator(str(tar), str(idx), verbose=False) as creator:
+            creator.create_index()
+        theirs[idx.name] = idx.read_bytes()
+    (folder / "in1k-train-01.idx").unlink()
+    inode = (folder / "in1k-train-00.idx").stat().st_ino
+    assert index(folder).bad == []
+    assert {name: (folder / name).read_bytes() for name in theirs} == theirs
+    assert (folder / "in1k-train-00.idx").stat().st_ino == inode
+
+
+def test_our_own_shards_can_be_indexed_anew(tiny_data, tmp_path):
+    for path in tiny_data.glob("*.tar"):
+        shutil.copy(path, tmp_path)
+    index(tmp_path)
+    for split in ("train", "val"):
+        ours, theirs = (data / f"{split}.index.npy" for data in (tiny_data, tmp_path))
+        assert ours.read_bytes() == theirs.read_bytes()
+    for path in tiny_data.glob("*.idx"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_a_set_of_a_store_may_have_any_names(folder, tmp_path):
+    index(folder)
+    with (
+        Server(folder) as server,
+        Stream(folder, batch_size=20) as local,
+        Stream(server.address, cache=tmp_path / "cache", batch_size=20) as remote,
+    ):
+        assert torch.equal(next(local).images, next(remote).images)
+    flip(folder, 11)
+    with (
+        Server(folder) as server,
+        Stream(server.address, cache=tmp_path / "other", batch_size=20) as remote,
+    ):
+        next(remote)
+        assert remote.damaged[11].key == "train/n00011"

@@ -1,0 +1,171 @@
+"""Samples and tars that cannot be trained from are named, or left out."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.batches import Stream
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.manifest import Manifest
+from pipeline.indexing.idx import read_idx
+from pipeline.native import NativeReader
+from pipeline.tools.errors import DuetError
+from pipeline.verify import verify
+from tests.helpers.foreign_shards import (  # noqa: F401
+    copy_of_made,
+    decoded,
+    flip,
+    index,
+    made_by_webdataset,
+    names,
+    picture,
+    run,
+    write_tar,
+)
+from tests.helpers.images import jpeg, pixels
+
+
+def cmyk() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels(1, 256, 256)).convert("CMYK").save(file, "JPEG")
+    return file.getvalue()
+
+
+BAD = {
+    "small": ([("jpg", jpeg(1, 128, 256)), ("cls", b"0")], "it is 128x256, not 256x256"),
+    "torn": ([("jpg", jpeg(2, 256, 256)[:-300]), ("cls", b"0")], "it cannot be decoded"),
+    "text": ([("jpg", b"hello"), ("cls", b"0")], "it is no JPEG"),
+    "empty": ([("jpg", b""), ("cls", b"0")], "it is no JPEG"),
+    "print": ([("jpg", cmyk()), ("cls", b"0")], "its colours are CMYK"),
+    "png": ([("png", b"\x89PNG"), ("cls", b"0")], "its picture is a .png, no JPEG"),
+    "alone": ([("jpg", picture(3))], "it has no label (.cls or .json)"),
+    "blind": ([("cls", b"1")], "it has no picture"),
+    "two": ([("a.jpg", picture(3)), ("b.jpg", picture(3)), ("cls", b"1")], "several pictures"),
+    "odd": ([("jpg", picture(4)), ("cls", b"1.5e3x\0y")], "its .cls of 8 bytes holds no label"),
+    "list": (
+        [("jpg", picture(4)), ("json", b'{"label": [1]}')],
+        "holds no label",
+    ),
+    "none": (
+        [("jpg", picture(4)), ("json", b'{"caption": "dog"}')],
+        "no label (in one of label",
+    ),
+    "broken": ([("jpg", picture(4)), ("json", b'{"label": ')], "holds no label"),
+    "deep": ([("jpg", picture(4)), ("json", b"[" * 9_000)], "holds no label"),
+    "id": ([("jpg", picture(4)), ("cls", b"999999999")], "is no class number"),
+    "minus": ([("jpg", picture(4)), ("cls", b"-1")], "its .cls of 2 bytes holds no label"),
+}
+
+
+@pytest.fixture
+def spoilt(folder: Path) -> Path:
+    """`folder`, with one more training shard of bad samples and two good ones."""
+    files = [("g0.jpg", picture(7)), ("g0.cls", b"2")]
+    for key, (parts, _) in BAD.items():
+        files += [(f"{key}.{ending}", content) for ending, content in parts]
+    write_tar(folder / "x-train.tar", [*files, ("g1.jpg", picture(8)), ("g1.cls", b"3")])
+    return folder
+
+
+def test_what_cannot_be_trained_from_is_named_and_nothing_is_written(spoilt):
+    before = names(spoilt)
+    outcome = index(spoilt)
+    assert outcome.manifest is None
+    assert [(bad.shard, bad.key) for bad in outcome.bad] == [("x-train.tar", key) for key in BAD]
+    for bad, (_, words) in zip(outcome.bad, BAD.values(), strict=True):
+        assert words in bad.reason, bad
+    assert names(spoilt) == before
+    done = run(spoilt, "--json")
+    assert done.returncode == 4
+    facts = json.loads(done.stdout)
+    assert (facts["indexed"], len(facts["bad"])) == (False, len(BAD))
+    assert done.stderr.startswith("x-train.tar key small: it is 128x256, not 256x256\n")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {len(BAD)} samples of {spoilt} cannot")
+    assert "--skip-bad" in done.stderr
+    assert "build_shards OUT --train" in done.stderr
+    assert names(spoilt) == before
+
+
+def test_skip_bad_leaves_them_out_of_everything(spoilt):
+    done = run(spoilt, "--skip-bad", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == {"train": 22, "val": 6}
+    manifest = Manifest.load(spoilt)
+    assert manifest.rejected == len(BAD)
+    assert manifest.splits["train"].shards[-1].samples == 2
+    listed = [json.loads(line) for line in (spoilt / "rejects.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in listed] == [f"x-train.tar/{key}" for key in BAD]
+    values = np.stack([decoded(picture(n)) for n in [*range(20), 7, 8]]).astype(np.float64)
+    np.testing.assert_allclose(Statistics.load(spoilt).mean_picture, values.mean(0), rtol=1e-6)
+    assert verify(spoilt, decode=True) == []
+    with Stream(spoilt, batch_size=22) as stream:
+        batch = next(stream)
+        assert (sorted(batch.ids.tolist()), stream.damaged) == (list(range(22)), {})
+    assert len(read_idx((spoilt / "x-train.idx").read_bytes())) == 2
+    reader = NativeReader(spoilt, split="train", batch_size=22, device="cpu", threads=1)
+    for _ in range(2):  # every sample twice: no bad one is among them
+        assert next(reader).shape == (22, 3, 224, 224)
+
+
+def test_an_idx_of_another_tar_is_refused(folder):
+    for content, words in (
+        (b"v1.2 1\njpg 512 9 a.jpg cls 1536 1 a.cls\n", "is not of in1k-train-00.tar"),
+        (b"hello\n", "is no index of DALI's"),
+        (b"v1.2 4\njpg 512 9 a.jpg\n", "is no index of DALI's"),
+    ):
+        (folder / "in1k-train-00.idx").write_bytes(content)
+        outcome = index(folder, skip_bad=True)
+        assert outcome.manifest is None
+        (bad,) = outcome.bad
+        assert (bad.shard, bad.key) == ("in1k-train-00.idx", "")
+        assert words in bad.reason
+
+
+def test_a_damaged_or_compressed_tar_is_named(folder):
+    whole = (folder / "in1k-train-01.tar").read_bytes()
+    for content, words in (
+        (whole[:5000], "end"),
+        (whole[:600], "end"),
+        (b"\x1f\x8b" + bytes(1000), "compressed with gzip"),
+        (b"", "it is empty"),
+    ):
+        (folder / "in1k-train-01.tar").write_bytes(content)
+        (bad,) = index(folder, skip_bad=True).bad
+        assert (bad.shard, bad.key) == ("in1k-train-01.tar", "")
+        assert words in bad.reason
+    done = run(folder)
+    assert done.returncode == 4
+    assert done.stderr.startswith("in1k-train-01.tar: it is empty\n")
+    assert "manifest.json" not in names(folder)
+
+
+def test_damage_is_named_by_the_key_in_the_tar(folder):
+    index(folder)
+    flip(folder, 11)
+    (found,) = verify(folder)
+    assert (found["file"], found["sample"], found["key"]) == (
+        "in1k-train-01.tar",
+        11,
+        "train/n00011",
+    )
+    with Stream(folder, batch_size=20) as stream:
+        next(stream)
+        damage = stream.damaged[11]
+    assert (damage.shard, damage.key) == ("in1k-train-01.tar", "train/n00011")
+
+
+def test_processes_that_die_are_told(monkeypatch, folder):
+    monkeypatch.setattr("pipeline.indexing.foreign.examine", _die)
+    with pytest.raises(DuetError, match="a process died"):
+        index(folder, workers=2)
+
+
+def _die(job: object) -> None:
+    os._exit(9)

@@ -1,0 +1,102 @@
+"""The classes of shards that other tools made, and the command that indexes them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset.manifest import Manifest
+from pipeline.index_shards import main
+from pipeline.tools.errors import UsageError
+from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
+    copy_of_made,
+    index,
+    made_by_webdataset,
+    names,
+    picture,
+    run,
+    write_tar,
+)
+from tests.helpers.images import rows_of
+
+
+def labelled(folder: Path, labels: list[bytes], split: str = "train") -> None:
+    files = []
+    for n, label in enumerate(labels):
+        files += [(f"{n}.jpg", picture(n)), (f"{n}.cls", label)]
+    write_tar(folder / f"{split}-0.tar", files)
+
+
+def test_classes_come_from_a_list_or_from_the_labels(tmp_path):
+    labelled(tmp_path, [b"cat", b"dog", b"cat", b"ant"])
+    labelled(tmp_path, [b"dog", b"cow"], "val")
+    outcome = index(tmp_path)
+    assert [str(bad) for bad in outcome.bad] == [
+        "val-0.tar key 1: label 'cow' is no class of this set"
+    ]
+    listed = tmp_path / "classes.txt"
+    listed.write_text("dog\ncow\ncat\nant\n\n")
+    manifest = index(tmp_path, classes=listed).manifest
+    assert manifest.classes == ("dog", "cow", "cat", "ant")
+    assert rows_of(tmp_path, "train")["label"].tolist() == [2, 0, 2, 3]
+    assert rows_of(tmp_path, "val")["label"].tolist() == [0, 1]
+    (tmp_path / "manifest.json").unlink()
+    assert index(tmp_path, classes=listed).manifest == manifest  # as after a kill
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "stats.npz").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"stats\.npz is there and would be written over"):
+        index(tmp_path, classes=listed)
+    assert (tmp_path / "stats.npz").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "words"),
+    [
+        ([b"1", b"2"], None, "labels run from 1 to 2, and Duet counts from 0"),
+        ([b"0", b"dog"], None, "some labels are numbers"),
+        ([b"0", b"0"], None, "of one class"),
+        ([b"dog", b"dog"], None, "of one class"),
+        ([b"0", b"1"], "a\n", "names 1 classes"),
+        ([b"0", b"1"], "a\na\n", "'a' more than once"),
+        ([b"0", b"1"], '["a", 1]', "has 1, which is no name"),
+        ([b"0", b"1"], "[", "cannot be read"),
+    ],
+)
+def test_labels_and_lists_that_cannot_be_are_refused(tmp_path, labels, classes, words):
+    labelled(tmp_path, labels)
+    before = names(tmp_path)
+    listed = None
+    if classes is not None:
+        listed = tmp_path.parent / "classes.txt"
+        listed.write_text(classes)
+    with pytest.raises(UsageError, match=words):
+        index(tmp_path, classes=listed)
+    assert names(tmp_path) == before
+
+
+def test_the_command_ends_with_one_line_and_the_right_code(folder, tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    for arguments, words in (
+        ([tmp_path / "nowhere"], "is no folder of this"),
+        ([tmp_path / "none"], "no .tar at all"),
+        ([folder, "--train", "x*.tar"], "--train x*.tar fits no tar"),
+        ([folder, "--train", "*", "--val", "*val*"], "belongs to train and to val"),
+        ([folder, "--train", "a/*.tar"], "has a /"),
+        ([folder, "--workers", "0"], "out of range"),
+        (["s3://bucket/set"], "is no folder of this machine"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["index", *map(str, arguments)])
+        with pytest.raises(UsageError) as refusal:
+            main()
+        assert words in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+    done = run(folder, "--train", "*train*0[01].tar", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "16 train pictures of 4 classes; 2 tars are in no split, indexed in" in done.stderr
+    assert (Manifest.load(folder).splits.keys(), done.stdout) == ({"train"}, "")
+    done = run(folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {folder} is a data set already; ")
+    assert (done.stderr.count("\n"), done.stdout) == (1, "")

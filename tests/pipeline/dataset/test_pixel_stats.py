@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.dataset.image_stats import Statistics, Sums
+
+RNG = np.random.default_rng(0)
+PICTURES = RNG.integers(0, 256, (7, 256, 256, 3), dtype=np.uint8)
+
+
+def exact(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums by integers alone."""
+    rows = pictures.reshape(-1, 3).astype(np.int64)
+    outer = np.array([[(rows[:, a] * rows[:, b]).sum() for b in range(3)] for a in range(3)])
+    return pictures.sum(0, dtype=np.int64), outer
+
+
+def sums_of(pictures: np.ndarray) -> Sums:
+    sums = Sums()
+    for picture in pictures:
+        sums.add(picture)
+    return sums
+
+
+def test_sums_are_exact():
+    picture, outer = exact(PICTURES)
+    sums = sums_of(PICTURES)
+    assert sums.pictures == 7
+    assert (sums.picture == picture).all()
+    assert (sums.outer == outer).all()
+
+
+def test_sums_are_exact_where_they_are_largest():
+    white = np.full((256, 256, 3), 255, np.uint8)
+    sums = sums_of([white] * 300)  # beyond what 16 bits hold
+    assert (sums.picture == 300 * 255).all()
+    assert (sums.outer == 300 * 65536 * 65025).all()
+    sums.add(white)
+    assert (sums.picture == 301 * 255).all()
+
+
+def test_parts_add_up_in_any_order():
+    whole = sums_of(PICTURES)
+    one, other = sums_of(PICTURES[4:]), sums_of(PICTURES[:4])
+    one += other
+    assert one.pictures == whole.pictures
+    assert (one.picture == whole.picture).all()
+    assert (one.outer == whole.outer).all()
+    assert other.pictures == 4
+
+
+def test_statistics_are_numpys():
+    found = Statistics.of(sums_of(PICTURES))
+    rows = PICTURES.reshape(-1, 3).astype(float)
+    assert np.allclose(found.channel_mean, rows.mean(0))
+    assert np.allclose(found.covariance, np.cov(rows.T, bias=True))
+    assert np.allclose(found.mean_picture, PICTURES.mean(0))
+    assert np.allclose(
+        found.covariance @ found.eigenvectors, found.eigenvectors * found.eigenvalues
+    )

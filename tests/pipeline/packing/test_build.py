@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.batches import Stream
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.manifest import Manifest
+from pipeline.remote.target import WORK, Folder
+from pipeline.tools.errors import DuetError, UsageError
+from pipeline.verify import verify
+from tests.helpers.images import CLASSES, folder_per_class, jpeg, packed, rows_of
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.build_shards", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_manifest_tells_what_is_there(tiny_data):
+    manifest = Manifest.load(tiny_data)
+    assert manifest.classes == CLASSES
+    assert {name: split.samples for name, split in manifest.splits.items()} == {
+        "train": 48,
+        "val": 20,
+    }
+    assert [shard.samples for shard in manifest.splits["train"].shards] == [10, 10, 10, 10, 8]
+    assert manifest.rejected == 0
+    assert verify(tiny_data) == []
+
+
+def test_the_stored_pictures_are_the_sources_in_shuffled_order(pictures, tiny_data):
+    from pipeline.packing.resize import encode, square
+
+    rows = rows_of(tiny_data, "train")
+    files = sorted((pictures / "train").glob("*/*.jpg"))
+    expected = {encode(square(file.read_bytes()), 96, "4:2:0"): file.parent.name for file in files}
+    tars = sorted(tiny_data.glob("train-*.tar"))
+    stored = []
+    for row in rows:
+        with tars[row["shard"]].open("rb") as tar:
+            tar.seek(row["offset"])
+            stored.append(tar.read(row["size"]))
+    assert [expected[data] for data in stored] == [CLASSES[label] for label in rows["label"]]
+    assert len(set(stored)) == 48
+    assert rows["label"].tolist() != sorted(rows["label"])
+
+
+def test_statistics_are_those_of_the_pixels(pictures, tiny_data):
+    from pipeline.packing.resize import square
+
+    values = np.stack(
+        [square(file.read_bytes()) for file in sorted((pictures / "train").glob("*/*.jpg"))]
+    ).astype(np.float64)
+    stats = Statistics.load(tiny_data)
+    flat = values.reshape(-1, 3)
+    np.testing.assert_allclose(stats.mean_picture, values.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats.channel_mean, flat.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.covariance, np.cov(flat.T, bias=True), rtol=1e-9)
+    rebuilt = stats.eigenvectors @ np.diag(stats.eigenvalues) @ stats.eigenvectors.T
+    np.testing.assert_allclose(rebuilt, stats.covariance, rtol=1e-9)
+    assert (np.diff(stats.eigenvalues) <= 0).all()
+
+
+def test_the_same_bytes_whatever_the_number_of_workers(pictures, tiny_data, tmp_path):
+    for workers in ("1", "3"):
+        out = tmp_path / workers
+        source = ["--train", pictures / "train", "--val", pictures / "val"]
+        done = run(out, *source, "--samples-per-shard", "10", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+        assert everything(out) == everything(tiny_data)
+
+
+def test_a_finished_set_is_left_alone_and_another_plan_refused(pictures, tmp_path):
+    out, train = tmp_path / "data", pictures / "val"
+    first = packed(out, train=train)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert packed(out, train=train) == first == Manifest.load(out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    for other in ({"seed": 1}, {"encoding": "raw"}, {"train": pictures / "train"}):
+        with pytest.raises(UsageError, match="finished data set of other pictures"):
+            packed(out, **{"train": train, **other})
+
+
+def test_the_same_pictures_elsewhere_are_the_same_plan(pictures, tmp_path):
+    """Where the source lies on a machine is no part of what the set is."""
+    shutil.copytree(pictures / "val", tmp_path / "copy")
+    plans = {
+        packed(tmp_path / str(number), train=train).plan
+        for number, train in enumerate((pictures / "val", tmp_path / "copy"))
+    }
+    assert len(plans) == 1
+    for name in ("0", "1"):
+        (tmp_path / name / "manifest.json").unlink()  # it says where the source was
+    assert everything(tmp_path / "0") == everything(tmp_path / "1")
+
+
+def test_sets_from_before_there_were_encodings_hold_jpegs(pictures, tmp_path):
+    out = tmp_path / "data"
+    made = packed(out, train=pictures / "val")
+    table = json.loads((out / "manifest.json").read_text())
+    for name in ("encoding", "chroma", "titles", "duplicates", "leaks", "libraries"):
+        table.pop(name)
+    (out / "manifest.json").write_text(json.dumps(table))
+    old = Manifest.load(out)
+    assert (old.encoding, old.splits, old.plan) == ("jpeg", made.splits, made.plan)
+    assert [batch.ids.tolist() for batch in Stream(out, batch_size=20, view="centre", once=True)]
+
+
+def test_strangers_in_the_folder_stay(pictures, tmp_path):
+    (tmp_path / "train-000000.tar").write_text("somebody else's shard")
+    with pytest.raises(UsageError, match=r"holds train-000000\.tar"):
+        packed(tmp_path, train=pictures / "val")
+    assert (tmp_path / "train-000000.tar").read_text() == "somebody else's shard"
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+
+
+def test_two_builds_do_not_share_a_folder(pictures, tmp_path):
+    with (
+        Folder(str(tmp_path)).claimed(),
+        pytest.raises(UsageError, match="being built by another process"),
+    ):
+        packed(tmp_path, train=pictures / "val")
+    assert not (tmp_path / WORK).exists()
+
+
+def test_holdout_takes_its_share_of_every_class(pictures, tiny_data, tmp_path):
+    manifest = packed(tmp_path / "d", train=pictures / "train", holdout=0.25)
+    assert {name: split.samples for name, split in manifest.splits.items()} == {
+        "train": 36,
+        "val": 12,
+    }
+    assert np.bincount(rows_of(tmp_path / "d", "val")["label"]).tolist() == [3, 3, 3, 3]
+    both = np.concatenate([rows_of(tmp_path / "d", split)["crc"] for split in ("train", "val")])
+    assert sorted(both) == sorted(rows_of(tiny_data, "train")["crc"])
+
+
+def test_statistics_are_of_the_training_split_alone(pictures, tmp_path):
+    held, alone = tmp_path / "held", tmp_path / "alone"
+    packed(held, train=pictures / "train", holdout=0.25)
+    data = rows_of(held, "train")
+    with (held / "train-000000.tar").open("rb") as tar:
+        pictures_of = [_pixels_at(tar, row) for row in data]
+    mean = np.mean(pictures_of, axis=(0, 1, 2))
+    assert np.abs(Statistics.load(held).channel_mean - mean).max() < 1  # what the JPEGs lose
+    packed(alone, train=pictures / "train")
+    assert np.abs(Statistics.load(alone).channel_mean - mean).max() > 1
+
+
+def _pixels_at(tar, row) -> np.ndarray:
+    tar.seek(int(row["offset"]))
+    return np.asarray(Image.open(io.BytesIO(tar.read(int(row["size"])))), np.float64)
+
+
+def test_unreadable_pictures_are_left_out_counted_and_listed(tmp_path):
+    source = folder_per_class(tmp_path / "s", 3)
+    (source / "cat/bad.jpg").write_bytes(b"no picture at all")
+    (source / "cat/cut.jpg").write_bytes(jpeg(3)[:-300])
+    (source / "dog/notes.txt").write_text("hello")
+    (source / "dog/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    done = run(tmp_path / "d", "--train", source, "--json")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "4 of 16 files (25.00%) cannot be packed" in done.stderr
+    assert "go on without them: --max-rejects 0.26" in done.stderr
+    assert len((tmp_path / "d/rejects.jsonl").read_text().splitlines()) == 4
+    assert not (tmp_path / "d/manifest.json").exists()
+    done = run(tmp_path / "d", "--train", source, "--json", "--max-rejects", "0.3")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["samples"] == {"train": 12}
+    assert facts["rejected"] == 4
+    listed = [json.loads(line) for line in (tmp_path / "d/rejects.jsonl").read_text().splitlines()]
+    assert {Path(row["name"]).name for row in listed} == {
+        "bad.jpg",
+        "cut.jpg",
+        "gone.jpg",
+        "notes.txt",
+    }
+    assert all(row["reason"] for row in listed)
+    assert "4 left out" in done.stderr
+
+
+def test_a_class_of_unreadable_pictures_is_refused(tmp_path):
+    source = folder_per_class(tmp_path / "s", 2)
+    for path in (source / "cat").iterdir():
+        path.write_bytes(b"not a picture")
+    with pytest.raises(UsageError, match="no picture of class 'cat' could be read"):
+        packed(tmp_path / "d", train=source, max_rejects=1)
+    assert not (tmp_path / "d/manifest.json").exists()
+
+
+def test_the_command_ends_with_one_line_and_the_right_code(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    train = pictures / "train"
+    for arguments, words in (
+        ([tmp_path / "d", "--train", tmp_path / "empty"], "is empty"),
+        ([tmp_path / "file", "--train", train], "cannot be written"),
+        ([tmp_path / "d", "--train", train, "--quality", "0"], "--quality 0 is out of range"),
+        ([tmp_path / "d", "--train", train, "--val", train, "--holdout", "0.5"], "exclude"),
+        (
+            [tmp_path / "d", "--train", train, "--encoding", "raw", "--quality", "80"],
+            "--quality 80 says nothing about --encoding raw",
+        ),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, done
+        assert done.stderr.startswith("error: "), done.stderr
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+
+
+def test_a_picture_of_both_splits_is_told_loudly(pictures, tmp_path):
+    """The same picture, saved again at another size and quality, is still the same picture."""
+    val = tmp_path / "val"
+    shutil.copytree(pictures / "val", val)
+    original = Image.open(pictures / "train/cat/003.jpg")
+    larger = original.resize((2 * original.width, 2 * original.height), Image.Resampling.BICUBIC)
+    larger.save(val / "dog/copy.jpg", quality=70)
+    done = run(tmp_path / "d", "--train", pictures / "train", "--val", val, "--json")
+    assert done.returncode == 0
+    facts = json.loads(done.stdout)
+    assert (facts["duplicates"], facts["leaks"]) == (1, 1)
+    assert "warning: 1 group of them in more than one split" in done.stderr
+    assert f"train {pictures}/train/cat/003.jpg = val {val}/dog/copy.jpg" in done.stderr
+    (row,) = map(json.loads, (tmp_path / "d/duplicates.jsonl").read_text().splitlines())
+    assert (row["kind"], row["leak"], row["labels_differ"]) == ("near", True, True)
+    for member in row["members"]:
+        rows = rows_of(tmp_path / "d", member["split"])
+        assert rows[member["sample"]]["label"] == member["label"]
+    assert [CLASSES[member["label"]] for member in row["members"]] == ["cat", "dog"]
+
+
+def test_max_rejects_may_be_reached_but_not_exceeded(tmp_path):
+    """29 of 100 are 0.29 of them, though 0.29 * 100 is below 29 in floating point."""
+    source = folder_per_class(tmp_path / "s", 25)
+    bad = [*(source / "cat").iterdir()][:15] + [*(source / "dog").iterdir()][:14]
+    for path in bad:
+        path.write_bytes(b"no picture")
+    assert packed(tmp_path / "d", train=source, max_rejects=0.29).rejected == 29
+    with pytest.raises(DuetError, match="29 of 100 files"):
+        packed(tmp_path / "e", train=source, max_rejects=0.28)

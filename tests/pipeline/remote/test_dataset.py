@@ -1,0 +1,88 @@
+"""What a data set may be called: folders, addresses, sizes of caches."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+
+from pipeline.remote.dataset import LocalSet, is_remote, open_dataset, parse_size
+from pipeline.remote.download import Store
+from pipeline.tools.errors import DataError, SetupError, UsageError
+from tests.helpers.http_servers import complain, shards
+
+
+def test_addresses_that_cannot_be_spoken_to(monkeypatch):
+    with pytest.raises(UsageError, match=r"unknown scheme 'nonsense'.*s3://bucket"):
+        Store("nonsense://bucket/folder")
+    with pytest.raises(UsageError, match="query"):
+        Store("https://host/folder?token=1")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "registry", {})  # nothing is loaded yet
+    with pytest.raises(SetupError, match=r"pip install 'duet\[s3\]'") as raised:
+        Store("s3://bucket/folder")
+    complain(raised)
+
+
+def test_local_sets(tiny_data, tmp_path):
+    for data in (tiny_data, str(tiny_data), f"file://{tiny_data}"):
+        found = open_dataset(data)
+        assert isinstance(found, LocalSet)
+        assert found.folder == tiny_data
+        shard = shards(tiny_data)[0]
+        assert found.shard(shard) == tiny_data / shard.name
+        found.ahead([shard])
+        assert found.recheck(shard) is False
+        found.close()
+    with pytest.raises(UsageError, match="not a folder"):
+        open_dataset(tmp_path / "nothing")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tiny_data / "manifest.json", bare)
+    with pytest.raises(DataError, match=r"train-000000\.tar is missing"):
+        open_dataset(bare).shard(shards(tiny_data)[0])
+
+
+def test_open_dataset_uses_the_default_cache(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = open_dataset(server.address)
+    assert data.folder.parent == tmp_path / "duet"
+    data.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "remote_"),
+    [
+        ("s3://bucket/x", True),
+        ("HTTPS://host/x", True),
+        ("simplecache::s3://bucket/x", True),
+        ("file:///data", False),
+        ("/data/x", False),
+        ("data/a:b", False),
+        ("C:/x", False),
+    ],
+)
+def test_is_remote(text, remote_):
+    assert is_remote(text) is remote_
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("100GB", 100 * 10**9),
+        ("1.5TiB", 3 * 2**39),
+        ("500 mb", 500 * 10**6),
+        ("2K", 2000),
+        ("1234", 1234),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1.2.3MB", "10 apples", "1iB", "1e9"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UsageError, match="size"):
+        parse_size(text)

@@ -1,0 +1,218 @@
+"""WebDataset shards as a source: labels, classes, splits, ranges, stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import webdataset as wds
+
+from pipeline.sources import webdataset
+from pipeline.sources.listing import Listing
+from pipeline.sources.paths import is_remote
+from pipeline.sources.readers import open_reader
+from pipeline.sources.webdataset import is_webdataset
+from pipeline.tools.errors import UsageError
+from tests.helpers.http_servers import QUICK
+from tests.helpers.images import CLASSES
+from tests.helpers.range_servers import RangeServer
+from tests.helpers.webdatasets import PICTURES, scan, write_shards
+
+
+def contents(listing: Listing) -> list[tuple[str, bytes]]:
+    """Class and bytes of each picture."""
+    found = []
+    readers = [open_reader(container, QUICK) for container in listing.containers]
+    for place, row in enumerate(listing.rows):
+        reader = readers[row["container"]]
+        data = reader.read(listing.names[place], int(row["place"]), int(row["size"]))
+        found.append((listing.classes[row["label"]], data))
+    for reader in readers:
+        reader.close()
+    return found
+
+
+NUMBERED = [(str(place % 4), data) for place, data in enumerate(PICTURES)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"cls": lambda place: place % 4},
+        {"json": lambda place: {"label": place % 4, "width": 96}},
+        {"json": lambda place: {"class_id": str(place % 4)}},
+        {"txt": lambda place: f"{place % 4}\n"},
+        {"txt": lambda place: "9", "json": lambda place: {"a": 1}, "cls": lambda place: place % 4},
+    ],
+)
+def test_shards_of_the_formats_own_writer(tmp_path, fields):
+    folder = write_shards(tmp_path / "s", **fields)
+    assert is_webdataset(str(folder))
+    listing = scan(folder, tmp_path / "scratch")
+    assert contents(listing) == NUMBERED
+    assert listing.classes == ("0", "1", "2", "3")
+    assert listing.titles is None
+    assert listing.rejected == 0
+    assert listing.full_name(9) == f"{folder}/train-000001.tar/00009.jpg"
+
+
+def test_numbers_keep_their_order_and_gaps(tmp_path):
+    folder = write_shards(tmp_path / "s", cls=lambda place: place if place != 5 else 6)
+    listing = scan(folder, tmp_path / "scratch")
+    assert listing.classes == tuple(str(number) for number in range(20))  # not "0", "1", "10"
+    assert [name for name, _ in contents(listing)][:7] == ["0", "1", "2", "3", "4", "6", "6"]
+
+
+def test_words_are_classes(tmp_path):
+    for name, fields in {
+        "cls": {"cls": lambda place: CLASSES[place % 4].encode()},
+        "json": {"json": lambda place: {"label": CLASSES[place % 4]}},
+        "named": {"json": lambda place: {"class_name": CLASSES[place % 4]}},
+    }.items():
+        listing = scan(write_shards(tmp_path / name, **fields), tmp_path / f"scratch-{name}")
+        assert contents(listing) == [
+            (CLASSES[place % 4], data) for place, data in enumerate(PICTURES)
+        ]
+        assert listing.classes == CLASSES
+
+
+def test_titles_out_of_records_beside_the_numbers(tmp_path):
+    def record(place: int) -> dict[str, object]:
+        return {"label": place % 4, "class_name": CLASSES[3 - place % 4]}
+
+    for name, fields in {"both": {"cls": lambda place: place % 4, "json": record},
+                         "json": {"json": record}}.items():  # fmt: skip
+        listing = scan(write_shards(tmp_path / name, **fields), tmp_path / f"scratch-{name}")
+        assert listing.classes == ("0", "1", "2", "3")
+        assert listing.titles == tuple(reversed(CLASSES))
+
+
+def test_classes_beside_the_shards(tmp_path):
+    folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
+    (folder / "classes.txt").write_text("d\nc\nb\na\n")
+    listing = scan(folder, tmp_path / "one")
+    assert listing.classes == ("d", "c", "b", "a")
+    assert contents(listing) == [("dcba"[place % 4], data) for place, data in enumerate(PICTURES)]
+    (folder / "classes.txt").write_text("d\nc\nb\n")
+    with pytest.raises(UsageError, match=r"label 3 of .*00003\.jpg is no class: .* names 3"):
+        scan(folder, tmp_path / "two")
+
+
+def test_numbers_count_the_classes_of_the_training_set(tmp_path):
+    folder = write_shards(tmp_path / "s", "%d.tar", cls=lambda place: place % 4)
+    listing = scan(folder, tmp_path / "one", "val", CLASSES)
+    assert listing.classes == CLASSES
+    assert [name for name, _ in contents(listing)][:4] == list(CLASSES)
+    with pytest.raises(UsageError, match="the training source has 3"):
+        scan(folder, tmp_path / "two", "val", CLASSES[:3])
+
+
+def test_a_packed_data_set_is_a_source(tiny_data, tmp_path):
+    assert is_webdataset(str(tiny_data))
+    listing = scan(tiny_data, tmp_path / "train")
+    assert (len(listing), listing.classes) == (48, CLASSES)
+    val = scan(tiny_data, tmp_path / "val", "val", listing.classes)
+    assert (len(val), val.classes) == (20, CLASSES)
+    one = scan(tiny_data / "val-000001.tar", tmp_path / "one")
+    assert (len(one), one.classes) == (10, CLASSES)
+    with pytest.raises(UsageError, match="without a split 'test'"):
+        scan(tiny_data, tmp_path / "test", "test")
+
+
+def test_splits_by_the_names_of_shards(tmp_path):
+    write_shards(tmp_path / "s", cls=lambda place: place % 4)
+    write_shards(tmp_path / "s", "validation-%06d.tar", cls=lambda place: 3 - place % 4)
+    listing = scan(tmp_path / "s", tmp_path / "train")
+    assert contents(listing) == NUMBERED
+    val = scan(tmp_path / "s", tmp_path / "val", "val")
+    assert contents(val) == [(str(3 - place % 4), data) for place, data in enumerate(PICTURES)]
+
+
+def test_ranges_globs_and_single_shards(tmp_path):
+    folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
+    for number, (source, pictures) in enumerate(
+        {
+            f"{folder}/train-{{000000..000002}}.tar": 20,
+            f"{folder}/train-{{000000,000002}}.tar": 12,
+            f"{folder}/*.tar": 20,
+            f"{folder}/train-00000[01].tar": 16,
+            f"{folder}/train-000001.tar": 8,
+            f"file://{folder}/train-000001.tar": 8,
+        }.items()
+    ):
+        assert is_webdataset(source)
+        listing = scan(source, tmp_path / f"{number}")
+        assert len(listing) == pictures
+        expanded = wds.shardlists.expand_urls(source)
+        if "*" not in source and "[" not in source and "://" not in source:
+            assert [item.address for item in listing.containers] == expanded
+    with pytest.raises(UsageError, match=r"train-000003\.tar, which does not exist"):
+        is_webdataset(f"{folder}/train-{{000000..000003}}.tar")
+    with pytest.raises(UsageError, match="mend the braces"):
+        is_webdataset(f"{folder}/train-{{000000..000003.tar")
+    with pytest.raises(UsageError, match="more than 1,000,000 files"):
+        is_webdataset(f"{folder}/{{000000000..999999999}}.tar")
+    assert not is_webdataset(f"{folder}/nothing-*.tar")
+    named = ",".join(["train-000000"] * 50)
+    assert is_webdataset(f"{folder}/{{{named}}}.tar")  # longer than a name may be
+
+
+def test_a_large_shard_comes_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(webdataset, "SAMPLES", 3)
+    folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
+    listing = scan(folder, tmp_path / "scratch")
+    assert contents(listing) == NUMBERED
+    assert len(listing.containers) == 3
+
+
+@pytest.fixture(params=["memory", "http", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A store with the shards of `PICTURES`."""
+    folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
+    (folder / "classes.txt").write_text("\n".join(CLASSES))
+    if request.param == "http":
+        with RangeServer(folder) as server:
+            yield server.address
+    elif request.param == "memory":
+        system = fsspec.filesystem("memory")
+        system.put(str(folder), "/shards", recursive=True)
+        yield "memory://shards"
+        system.rm("/shards", recursive=True)
+    else:
+        address = f"{request.getfixturevalue('s3_bucket')}/set"
+        for path in folder.iterdir():
+            fsspec.filesystem("s3").put_file(str(path), f"{address}/{path.name}")
+        yield address
+
+
+def test_shards_of_a_store(store, tmp_path):
+    assert is_remote(store)
+    named = [(CLASSES[int(label)], data) for label, data in NUMBERED]
+    whole = f"{store}/train-{{000000..000002}}.tar"
+    assert is_webdataset(whole)
+    listing = scan(whole, tmp_path / "range")
+    assert contents(listing) == named
+    assert listing.full_name(0) == f"{store}/train-000000.tar/00000.jpg"
+    assert contents(scan(f"{store}/train-000001.tar", tmp_path / "one")) == named[8:16]
+    if not store.startswith("http"):
+        for number, source in enumerate((store, f"{store}/", f"{store}/*.tar")):
+            assert is_webdataset(source)
+            found = scan(source, tmp_path / f"{number}")
+            assert contents(found) == named
+            if not store.startswith("memory"):  # fsspec writes these with a third slash
+                assert found.containers == listing.containers
+    else:
+        assert not is_webdataset(store)
+        with pytest.raises(UsageError, match="a web server cannot be searched"):
+            is_webdataset(f"{store}/*.tar")
+
+
+def test_looking_into_a_store_is_cheap(tmp_path):
+    folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
+    with (folder / "train-000000.tar").open("r+b") as file:
+        file.truncate(50 << 20)
+    with RangeServer(folder) as server:
+        assert is_webdataset(f"{server.address}/train-{{000000..000002}}.tar")
+        assert sum(end - start for _, start, end in server.requests) < 100_000

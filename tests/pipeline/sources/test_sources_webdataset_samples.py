@@ -1,0 +1,201 @@
+"""Samples of WebDataset shards that are odd, damaged, or no samples."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.sources import webdataset
+from pipeline.sources.listing import Listing
+from pipeline.sources.shard_labels import parse
+from pipeline.sources.webdataset import is_webdataset
+from pipeline.tools.errors import UsageError
+from tests.helpers.images import CLASSES
+from tests.helpers.webdatasets import PICTURES, scan, write_shards
+
+
+def rejects(listing: Listing) -> dict[str, str]:
+    """Name -> reason, without the folder."""
+    found = {item.name.rpartition(".tar/")[2]: item.reason for item in listing.rejects()}
+    assert len(found) == listing.rejected
+    return found
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_folders_of_plain_tars_are_none(tmp_path):
+    for name in CLASSES:
+        tar_of(tmp_path / f"{name}.tar", [(f"{name}_{i}.JPEG", b"x") for i in range(100)])
+    assert not is_webdataset(str(tmp_path))
+    assert not is_webdataset(str(tmp_path / "apple.tar"))
+    assert not is_webdataset(str(tmp_path / "nothing"))
+    assert not is_webdataset(str(tmp_path / "nothing.tar"))
+    (tmp_path / "x/a").mkdir(parents=True)
+    assert not is_webdataset(str(tmp_path / "x"))
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
+    whole = (folder / "train-000001.tar").read_bytes()
+    (folder / "train-000001.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        UsageError, match=r"train-000001\.tar cannot be read \(it (ends|has no end)"
+    ):
+        scan(folder, tmp_path / "scratch")
+
+
+def test_samples_that_cannot_be_used(tmp_path):
+    picture = PICTURES[0]
+    shard = tar_of(
+        tmp_path / "a.tar",
+        [
+            *(("ok.cls", b"1"), ("ok.jpg", picture)),
+            *(("binary.cls", b"\xff\xfe\0"), ("binary.jpg", picture)),
+            *(("empty.cls", b""), ("empty.jpg", picture)),
+            *(("minus.cls", b"-1"), ("minus.jpg", picture)),
+            *(("word.cls", b"cat"), ("word.jpg", picture)),
+            *(("long.cls", b"7" * 70_000), ("long.jpg", picture)),
+            *(("large.cls", b"1234567890"), ("large.jpg", picture)),
+            *(("json.json", b"{" * 1000), ("json.jpg", picture)),
+            *(("deep.json", b"[" * 60_000), ("deep.jpg", picture)),
+            *(("list.json", b"[1]"), ("list.jpg", picture)),
+            *(("true.json", b'{"label": true}'), ("true.jpg", picture)),
+            *(("digits.json", b'{"label": ' + b"9" * 5000 + b"}"), ("digits.jpg", picture)),
+            *(("caption.txt", b"a cat"), ("caption.jpg", picture)),
+            ("bare.jpg", picture),
+            ("label.cls", b"1"),
+            *(("two.cls", b"1"), ("two.jpg", picture), ("two.png", picture)),
+            *(("mask.cls", b"0"), ("mask.JPEG", picture), ("mask.seg.png", b"")),
+            *(("dir.v1/ok.cls", b"0"), ("dir.v1/ok.webp", picture)),
+            *(("late.jpg", picture), ("other.cls", b"1"), ("late.cls", b"1")),
+            *((".hidden.jpg", b""), ("__meta__/x.jpg", b""), ("README", b""), ("r.md", b"")),
+        ],
+    )
+    listing = scan(shard, tmp_path / "scratch")
+    assert list(listing.names) == ["ok.jpg", "mask.JPEG", "dir.v1/ok.webp"]
+    assert listing.rows["label"].tolist() == [1, 0, 0]
+    assert rejects(listing) == {
+        "binary.jpg": "no label: its .cls of 3 bytes holds none",
+        "empty.jpg": "no label: its .cls of 0 bytes holds none",
+        "minus.jpg": "no label: its .cls of 2 bytes holds none",
+        "word.jpg": "no label: 'cat' is a word, unlike others",
+        "long.jpg": "no label: its .cls of 70,000 bytes holds none",
+        "large.jpg": "no label: its .cls of 10 bytes holds none",
+        "json.jpg": "no label: its .json of 1,000 bytes holds none",
+        "deep.jpg": "no label: its .json of 60,000 bytes holds none",
+        "list.jpg": "no label: its .json of 3 bytes holds none",
+        "true.jpg": "no label: its .json of 15 bytes holds none",
+        "digits.jpg": "no label: its .json of 5,011 bytes holds none",
+        "caption.jpg": "no label",
+        "bare.jpg": "no label",
+        "label": "no picture in the sample",
+        "two.jpg": "two pictures in one sample",
+        "two.png": "two pictures in one sample",
+        "late.jpg": "no label",
+        "other": "no picture in the sample",
+        "late": "no picture in the sample",
+    }
+
+
+def test_a_label_of_a_gigabyte_is_not_read(tmp_path):
+    header = tarfile.TarInfo("a.cls")
+    header.size = 1 << 30
+    path = tmp_path / "a.tar"
+    with path.open("wb") as file:  # takes no room
+        file.write(header.tobuf())
+        file.seek(1 << 30, os.SEEK_CUR)
+        for name, body in (("a.jpg", b"x"), ("b.cls", b"0"), ("b.jpg", b"x"),
+                           ("c.cls", b"1"), ("c.jpg", b"x")):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            file.write(info.tobuf() + body.ljust(512, b"\0"))
+        file.write(bytes(10240))
+    tracemalloc.start()
+    listing = scan(path, tmp_path / "scratch")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100 << 20
+    assert len(listing) == 2
+    assert rejects(listing) == {"a.jpg": "no label: its .cls of 1,073,741,824 bytes holds none"}
+
+
+def test_links_are_no_pictures(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, body in (("a.cls", b"0"), ("a.jpg", b"x"), ("b.cls", b"1"), ("b.jpg", b"x")):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+        link = tarfile.TarInfo("c.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    listing = scan(path, tmp_path / "scratch")
+    assert len(listing) == 2
+    assert rejects(listing) == {"c.jpg": "no picture: a link"}
+
+
+def test_nothing_labelled_says_so(tmp_path):
+    shard = tar_of(tmp_path / "a.tar", [("a.json", b"{}"), ("a.jpg", b"x")])
+    assert is_webdataset(str(shard))
+    with pytest.raises(UsageError, match="has 1 pictures, none of them usable"):
+        scan(shard, tmp_path / "scratch")
+
+
+def test_names_that_occur_twice_are_told_apart(tmp_path):
+    members = [("a.cls", b"0"), ("a.jpg", b"x"), ("b.cls", b"1"), ("b.jpg", b"x")]
+    listing = scan(tar_of(tmp_path / "a.tar", members + members), tmp_path / "scratch")
+    assert len(set(listing.names)) == 4
+
+
+KEYS = st.sampled_from(["a", "b", "x/a", "x.y/a", "./a", "", ".a"])
+ENDINGS = st.sampled_from([".jpg", ".cls", ".PNG", ".seg.png", ".json", ".txt", "", "."])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(KEYS, ENDINGS), max_size=12))
+def test_samples_are_those_of_webdataset(tmp_path_factory, parts):
+    """webdataset's own splitting and grouping is the oracle."""
+    names = ["".join(part) for part in parts if "".join(part)]
+    files = ({"fname": name, "data": number, "__url__": ""} for number, name in enumerate(names))
+    known = wds.tariterators.group_by_keys(files, handler=wds.ignore_and_continue)
+    theirs = [{item for item in sample.values() if isinstance(item, int)} for sample in known]
+    path = tmp_path_factory.mktemp("any") / "a.tar"
+    tar_of(path, [(name, b"1") for name in names] or [("z.cls", b"")])
+    with path.open("rb") as file:
+        ours = [sample.key for sample in webdataset._samples(file, str(path))]
+    expected = [next(names[number] for number in sorted(sample)) for sample in theirs if sample]
+    if names and len({name.lower() for name in names}) == len(names):  # it refuses the same twice
+        assert ours == [wds.tariterators.base_plus_ext(name)[0] for name in expected]
+
+
+@given(st.sampled_from(["cls", "json", "txt"]), st.binary(max_size=200))
+def test_any_bytes_are_a_label_or_none(ending, body):
+    label, title = parse(ending, body)
+    assert label is None or isinstance(label, str) or 0 <= label < 10**9
+    for text in (label, title):
+        assert not isinstance(text, str) or text.isprintable()
+
+
+@given(st.recursive(st.none() | st.integers() | st.text() | st.floats() | st.booleans(),
+                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)),
+       st.sampled_from(["label", "class", "target"]))  # fmt: skip
+def test_any_record_has_a_label_or_none(value, name):
+    label, _ = parse("json", json.dumps({name: value}).encode())
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9:
+        assert label == value

@@ -1,0 +1,133 @@
+"""Damaged samples are replaced in the same way by everyone, or left out of an evaluation."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.batches import Stream
+from pipeline.screen import Screen
+from pipeline.tools.errors import DataError
+from tests.helpers.damage import BAD, BATCHES, SAMPLES, six_damaged, taken, undecodable  # noqa: F401 - a fixture
+from tests.helpers.images import rows_of
+
+
+def end_early(jpeg: bytearray) -> None:
+    jpeg[-len(jpeg) // 12 :] = bytes(len(jpeg) // 12 + 1)
+
+
+def joined(batches: list, field: str) -> torch.Tensor:
+    return torch.cat([getattr(batch, field) for batch in batches])
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+def test_training_goes_on_with_the_same_substitutes_in_every_world(damaged, tiny_data, shuffle):
+    options = {"batch_size": 24, "seed": 1, "shuffle": shuffle, "window": 2}
+    with Stream(tiny_data, **options) as stream:
+        sound = taken(stream, BATCHES)
+    with Stream(damaged, **options) as stream:
+        whole = taken(stream, BATCHES)
+        assert set(stream.damaged) == BAD
+    replaced = joined(whole, "replaced")
+    due = joined(sound, "ids")
+    assert due[replaced].tolist() == [i for i in due.tolist() if i in BAD]
+    assert torch.equal(joined(whole, "ids")[~replaced], due[~replaced])
+    assert torch.equal(joined(whole, "images")[~replaced], joined(sound, "images")[~replaced])
+    assert not BAD & set(joined(whole, "ids").tolist())
+    labels = rows_of(damaged, "train")["label"]
+    assert joined(whole, "labels").tolist() == labels[joined(whole, "ids")].tolist()
+    for world in (2, 3):
+        parts = []
+        for rank in range(world):
+            with Stream(damaged, **options, rank=rank, world_size=world, threads=1) as stream:
+                parts.append(taken(stream, BATCHES))
+        for step, batch in enumerate(whole):
+            for field in ("ids", "labels", "images", "replaced"):
+                pieces = joined([part[step] for part in parts], field)
+                assert torch.equal(pieces, getattr(batch, field))
+
+
+def test_a_picture_that_ends_early_is_damaged_in_every_crop_or_in_none(data):
+    """DALI decodes it where the crop lies before the end: then batch and world would decide."""
+    undecodable(data, *range(0, SAMPLES, 4), edit=end_early)
+    options = {"batch_size": 24, "seed": 1}
+    with Stream(data, **options) as stream:
+        whole = taken(stream, BATCHES)
+        assert stream.damaged
+    for world in (2, 4):
+        parts = []
+        for rank in range(world):
+            with Stream(data, **options, rank=rank, world_size=world) as stream:
+                parts.append(taken(stream, BATCHES))
+        for step, batch in enumerate(whole):
+            for field in ("ids", "images"):
+                pieces = joined([part[step] for part in parts], field)
+                assert torch.equal(pieces, getattr(batch, field))
+    with Stream(data, **options, position=72) as stream:
+        assert torch.equal(joined(taken(stream, 3), "ids"), joined(whole[3:], "ids"))
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_window_that_is_lost_as_a_whole_is_replaced_from_the_others(data, window):
+    os.truncate(data / "train-000001.tar", 0)
+    with Stream(data, batch_size=24, shuffle="block", window=window) as stream:
+        batches = taken(stream, 20)
+        assert set(stream.damaged) == set(range(10, 20))
+    assert joined(batches, "replaced").sum() == 100
+
+
+def test_a_restart_goes_on_with_the_same_substitutes(damaged):
+    with Stream(damaged, batch_size=20, seed=2) as stream:
+        whole = taken(stream, 6)
+    for cut in (1, 3, 4):
+        position = whole[cut - 1].position
+        with Stream(damaged, batch_size=20, seed=2, position=position) as stream:
+            assert torch.equal(
+                joined(taken(stream, 6 - cut), "images"), joined(whole[cut:], "images")
+            )
+
+
+def test_an_evaluation_leaves_damaged_samples_out(damaged):
+    with Stream(damaged, batch_size=10, view="centre", once=True) as stream:
+        batches = list(stream)
+    counted = joined(batches, "ids")[joined(batches, "weights") == 1].tolist()
+    assert sorted(counted) == sorted(set(range(SAMPLES)) - BAD)
+
+
+def test_what_dali_alone_finds_is_replaced_too(data, tiny_data, monkeypatch):
+    """Scan data that nobody screened: the batch is made again without the sample."""
+    monkeypatch.setattr(Screen, "refused", lambda self, ids, pictures: [])
+
+    def cut(jpeg: bytearray) -> None:
+        jpeg[len(jpeg) // 2 :] = bytes(len(jpeg) - len(jpeg) // 2)
+
+    undecodable(data, 5, 30, edit=cut)
+    with Stream(tiny_data, batch_size=24, seed=1) as stream:
+        sound = taken(stream, 4)
+    with Stream(data, batch_size=24, seed=1) as stream:
+        whole = taken(stream, 4)
+        assert set(stream.damaged) == {5, 30}
+    replaced = joined(whole, "replaced")
+    assert replaced.sum() == 4
+    assert torch.equal(joined(whole, "images")[~replaced], joined(sound, "images")[~replaced])
+    with Stream(data, batch_size=24, seed=1, strict=True) as stream:
+        for _ in range(2):
+            with pytest.raises(DataError, match="cannot be decoded"):
+                taken(stream, 4)
+
+
+def test_png_bytes_with_a_good_checksum_are_a_picture_too(data):
+    def png(jpeg: bytearray) -> None:
+        file = io.BytesIO()
+        Image.new("RGB", (256, 256), (9, 8, 7)).save(file, "PNG")
+        jpeg[:] = file.getvalue().ljust(len(jpeg), b"\0")
+
+    undecodable(data, 3, edit=png)
+    with Stream(data, batch_size=8, once=True, view="centre") as stream:
+        batch = next(stream)
+    assert not batch.replaced.any()
+    assert batch.images[3].flatten(1).std(1).max() == 0

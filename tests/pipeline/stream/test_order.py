@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.stream import order as order_module
+from pipeline.stream.order import Block, Full, Order, Stored, share
+
+seeds = st.integers(0, 2**63 - 1)
+shards = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
+windows = st.integers(1, 5)
+
+
+def epoch_of(seed: int, epoch: int, samples: int) -> np.ndarray:
+    return Full([samples], seed).slots(epoch * samples, samples).ids
+
+
+@st.composite
+def orders(draw) -> Order:
+    sizes, seed = draw(shards), draw(seeds)
+    return draw(
+        st.sampled_from([Full(sizes, seed), Block(sizes, seed, draw(windows)), Stored(sizes, seed)])
+    )
+
+
+@given(orders(), st.integers(0, 5))
+def test_an_epoch_holds_each_sample_once(order, epoch):
+    n = order.samples
+    slots = order.slots(epoch * n, n)
+    assert sorted(slots.ids) == list(range(n))
+    assert set(slots.epochs) == {epoch}
+
+
+@given(orders(), st.integers(0, 300), st.lists(st.integers(0, 200), max_size=8))
+def test_cutting_the_stream_anywhere_changes_nothing(order, start, cuts):
+    whole = order.slots(start, sum(cuts))
+    position, parts = start, []
+    for count in cuts:
+        parts.append(order.slots(position, count))
+        position += count
+    assert whole.ids.tolist() == [i for part in parts for i in part.ids]
+    assert whole.epochs.tolist() == [e for part in parts for e in part.epochs]
+
+
+@given(
+    orders(),
+    st.integers(0, 200),
+    st.lists(st.tuples(st.integers(1, 8), st.integers(8, 60), st.integers(0, 4)), max_size=6),
+)
+def test_exactly_once_over_restarts_in_other_worlds(order, start, attempts):
+    """Each attempt: a world, a batch size, batches until it is cut. No sample lost, none twice."""
+    delivered: list[int] = []
+    position = start
+    for world, batch, batches in attempts:
+        for _ in range(batches):
+            for rank in range(world):
+                first, last = share(batch, rank, world)
+                delivered += order.slots(position + first, last - first).ids.tolist()
+            position += batch
+    assert delivered == order.slots(start, position - start).ids.tolist()
+    n = order.samples
+    ends = [min((start // n + 1) * n, position), *range((start // n + 2) * n, position + 1, n)]
+    for a, b in zip([start, *ends], [*ends, position], strict=True):
+        assert len(set(delivered[a - start : b - start])) == b - a
+
+
+@given(shards, seeds, windows, st.integers(0, 3))
+def test_a_block_shuffle_reads_only_the_shards_it_named(sizes, seed, window, epoch):
+    order = Block(sizes, seed, window)
+    for place in range(order.samples):
+        position = epoch * order.samples + place
+        named = order.needs(position)
+        shard = int(np.searchsorted(order.starts, order.slots(position, 1).ids[0], "right")) - 1
+        assert shard in named[:window]
+        assert len(named) <= 2 * window
+    assert order.needs(position) is order.needs(position)
+
+
+def test_the_next_window_is_named_before_it_is_read():
+    order = Block([10] * 6, seed=3, window=2)
+    for window in range(9):  # over epoch borders
+        following = order.needs((window + 1) * 20)[:2]
+        assert set(following) <= set(order.needs(window * 20))
+
+
+def test_a_stored_order_names_the_shard_it_reads_and_the_next():
+    order = Stored([3, 0, 2, 4])
+    assert order.slots(0, 9).ids.tolist() == list(range(9))
+    assert [order.needs(position)[0] for position in range(9)] == [0, 0, 0, 2, 2, 3, 3, 3, 3]
+
+
+@given(orders(), st.integers(0, 500), st.integers(0, 20))
+def test_a_substitute_is_a_sample_and_follows_from_its_place_in_the_epoch(order, position, turn):
+    due = int(order.slots(position, 1).ids[0])
+    found = order.substitute(position, due, turn)
+    assert 0 <= found < order.samples
+    if isinstance(order, Block):
+        near = [order.starts[s : s + 2] for s in order.needs(position)[: order.window]]
+        assert any(start <= found < end for start, end in near)
+    again = type(order)(
+        np.diff(order.starts).tolist(),
+        order.seed,
+        *([order.window] if isinstance(order, Block) else []),
+    )
+    assert again.substitute(position, due, turn) == found
+
+
+def test_substitutes_are_spread():
+    order = Full([1000], seed=1)
+    found = {order.substitute(0, due, turn) for due in range(100) for turn in range(10)}
+    assert len(found) > 600  # 632 of 1000 draws with return
+
+
+@given(st.integers(0, 500), st.integers(1, 16))
+def test_shares_are_disjoint_in_order_and_cover_the_batch(count, world):
+    ranges = [share(count, rank, world) for rank in range(world)]
+    assert [i for first, last in ranges for i in range(first, last)] == list(range(count))
+    sizes = [last - first for first, last in ranges]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_order_is_the_one_runs_were_made_with():
+    """A change of these numbers (ours or NumPy's) makes every saved position mean another order."""
+    assert epoch_of(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
+    assert epoch_of(1, 0, 10).tolist() != epoch_of(0, 1, 10).tolist()
+    block = Block([3, 3, 3, 2], seed=0, window=2)
+    assert block.slots(0, 11).ids.tolist() == [7, 1, 2, 0, 8, 6, 4, 5, 10, 9, 3]
+    assert [Full([10]).substitute(0, 3, turn) for turn in range(3)] == [3, 7, 6]
+
+
+def test_neighbouring_seeds_epochs_and_windows_are_unrelated():
+    orders = [epoch_of(seed, epoch, 2000) for seed in range(3) for epoch in range(3)]
+    block = Block([1000] * 4, seed=5, window=2)
+    windows = [block.slots(start, 2000).ids for start in range(0, 16000, 2000)]
+    orders += [np.argsort(window) for window in windows]
+    for a in range(len(orders)):
+        for b in range(a):
+            assert abs(np.corrcoef(orders[a], orders[b])[0, 1]) < 0.1
+
+
+def test_the_shuffle_is_a_full_one():
+    moved = np.abs(epoch_of(5, 0, 10_000) - np.arange(10_000)).mean() / 10_000
+    assert moved == pytest.approx(1 / 3, abs=0.01)  # the ideal's mean displacement
+
+
+def test_a_shuffle_in_parts_is_as_good(monkeypatch):
+    """Every sample is as likely at every place: 24 samples in 4 parts, 4,000 epochs."""
+    monkeypatch.setattr(order_module, "PART", 8)
+    counts = np.zeros((24, 24))
+    together = 0
+    for epoch in range(4000):
+        ids = epoch_of(9, epoch, 24)
+        assert sorted(ids) == list(range(24))
+        counts[ids, np.arange(24)] += 1
+        together += abs(int(np.flatnonzero(ids == 0)[0]) - int(np.flatnonzero(ids == 1)[0])) == 1
+    expected = 4000 / 24
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    assert 23 * 23 - 5 * 32.5 < chi2 < 23 * 23 + 5 * 32.5  # 529 degrees of freedom, 5 deviations
+    assert together / 4000 == pytest.approx(2 / 24, abs=0.022)
+    whole = Full([24], 9).slots(0, 240).ids
+    parts = [Full([24], 9).slots(start, 7).ids for start in range(0, 238, 7)]
+    assert whole[:238].tolist() == np.concatenate(parts).tolist()
+
+
+def test_the_cached_order_cannot_be_spoilt():
+    with pytest.raises(ValueError, match="read-only"):
+        Full([10]).run(0, 0, 10)[0] = 3
+
+
+@pytest.mark.parametrize(("position", "count"), [(-1, 1), (0, -1)])
+def test_numbers_out_of_range_are_refused(position, count):
+    with pytest.raises(ValueError, match="no order for"):
+        Full([5]).slots(position, count)
+    for bad in ([], [0]):
+        with pytest.raises(ValueError, match="samples=0"):
+            Full(bad)
+    with pytest.raises(ValueError, match="seed=-1"):
+        Full([5], -1)
+    with pytest.raises(ValueError, match="window=0"):
+        Block([5], 0, 0)
+    with pytest.raises(ValueError, match="rank 2"):
+        share(8, 2, 2)
+
+
+def test_a_full_shuffle_names_all_shards_soonest_first():
+    order = Full([4] * 10, seed=2)
+    named = order.needs(20)
+    read = np.searchsorted(order.starts, order.slots(20, 20).ids, "right") - 1
+    assert list(named)[: len(set(read))] == list(dict.fromkeys(read.tolist()))
+    assert sorted(named) == list(range(10))
+    assert order.needs(35) is named

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.batches import Stream
+from pipeline.dataset.image_stats import Statistics
+from pipeline.remote.dataset import LocalSet
+from pipeline.stream.augment import draw, tint
+from pipeline.stream.order import Full
+from pipeline.stream.shard_reader import Storage
+from pipeline.tools.errors import SetupError, UsageError
+from tests.helpers.images import rows_of
+
+SAMPLES = 48
+
+
+def stored_bytes(data: Path, sample: int) -> np.ndarray:
+    (view,), damaged = Storage(LocalSet(data), "train").read(
+        np.array([sample]), np.empty(100_000, np.uint8)
+    )
+    assert not damaged
+    return view
+
+
+def stored(data: Path, sample: int) -> np.ndarray:
+    """A stored picture by Pillow: float64 [256, 256, 3]."""
+    jpeg = stored_bytes(data, sample)
+    return np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")).astype(np.float64)
+
+
+def taken(stream: Stream, batches: int) -> list:
+    return [next(stream) for _ in range(batches)]
+
+
+def joined(batches: list, field: str) -> torch.Tensor:
+    return torch.cat([getattr(batch, field) for batch in batches])
+
+
+@pytest.mark.parametrize("colour", [0.0, 0.1])
+def test_pixels_are_pillows_cropped_flipped_and_tinted(tiny_data, colour):
+    stats = Statistics.load(tiny_data)
+    with Stream(tiny_data, batch_size=60, seed=5, colour=colour) as stream:
+        batch = next(stream)
+    slots = Full([SAMPLES], 5).slots(0, 60)
+    draws = draw(5, *slots)
+    deviations = stats.eigenvectors * np.sqrt(stats.eigenvalues)
+    shift = tint(colour * draws.colour, deviations)
+    assert batch.ids.tolist() == slots.ids.tolist()
+    assert draws.flip.any()
+    assert not draws.flip.all()
+    for place, sample in enumerate(slots.ids):
+        y, x = draws.y[place], draws.x[place]
+        expected = stored(tiny_data, sample)[y : y + 224, x : x + 224]
+        if draws.flip[place]:
+            expected = expected[:, ::-1]
+        expected = expected - stats.channel_mean + shift[place]
+        got = batch.images[place].numpy().transpose(1, 2, 0)
+        np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_labels_are_those_packed_with_the_pictures(tiny_data):
+    labels = rows_of(tiny_data, "train")["label"]
+    with Stream(tiny_data, batch_size=50) as stream:
+        batch = next(stream)
+    assert batch.labels.tolist() == labels[batch.ids.numpy()].tolist()
+    assert (batch.weights == 1).all()
+
+
+def test_batches_do_not_depend_on_world_threads_or_prefetch(tiny_data):
+    with Stream(tiny_data, batch_size=24, seed=1, threads=1) as stream:
+        whole = taken(stream, 5)
+    assert len(set(joined(whole, "ids")[:SAMPLES].tolist())) == SAMPLES
+    for world in (2, 3, 5):
+        parts = []
+        for rank in range(world):
+            options = {"threads": 2, "prefetch": rank + 1, "rank": rank, "world_size": world}
+            with Stream(tiny_data, batch_size=24, seed=1, **options) as stream:
+                parts.append(taken(stream, 5))
+        for step, batch in enumerate(whole):
+            pieces = [part[step] for part in parts]
+            assert torch.equal(joined(pieces, "ids"), batch.ids)
+            assert torch.equal(joined(pieces, "labels"), batch.labels)
+            assert torch.equal(joined(pieces, "images"), batch.images)
+            assert {piece.position for piece in pieces} == {batch.position}
+
+
+def test_a_restart_at_a_position_goes_on_exactly(tiny_data):
+    with Stream(tiny_data, batch_size=20, seed=2) as stream:
+        whole = taken(stream, 6)  # crosses two epoch borders
+    for cut in (1, 2, 4):
+        with Stream(tiny_data, batch_size=20, seed=2, position=whole[cut - 1].position) as stream:
+            rest = taken(stream, 6 - cut)
+        assert torch.equal(joined(rest, "ids"), joined(whole[cut:], "ids"))
+        assert torch.equal(joined(rest, "images"), joined(whole[cut:], "images"))
+    # ... also with another batch size: the samples are the same, cut differently.
+    with Stream(tiny_data, batch_size=30, seed=2) as stream:
+        assert torch.equal(joined(taken(stream, 4), "images"), joined(whole, "images"))
+
+
+def test_earlier_batches_keep_their_pixels(tiny_data):
+    with Stream(tiny_data, batch_size=16) as stream:
+        first = next(stream).images
+        copy = first.clone()
+        taken(stream, 12)
+    assert torch.equal(first, copy)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_gives_each_sample_once(tiny_data, world):
+    seen: list[int] = []
+    lengths = set()
+    for rank in range(world):
+        options = {
+            "split": "val",
+            "view": "centre",
+            "once": True,
+            "rank": rank,
+            "world_size": world,
+        }
+        with Stream(tiny_data, batch_size=9, **options) as stream:
+            batches = list(stream)
+        lengths.add(len(batches))
+        assert batches[-1].position == 20
+        for batch in batches:
+            seen += batch.ids[batch.weights == 1].tolist()
+    assert sorted(seen) == list(range(20))
+    assert lengths == {3}
+
+
+def test_centre_and_whole_views(tiny_data):
+    mean = Statistics.load(tiny_data).channel_mean
+    with (
+        Stream(tiny_data, batch_size=8, view="whole", once=True) as whole,
+        Stream(tiny_data, batch_size=8, view="centre", once=True) as centre,
+    ):
+        a, b = next(whole), next(centre)
+    assert a.images.shape == (8, 3, 256, 256)
+    assert torch.equal(a.images[:, :, 16:240, 16:240], b.images)
+    for place in range(8):
+        got = a.images[place].numpy().transpose(1, 2, 0) + mean
+        np.testing.assert_allclose(got, stored(tiny_data, place), atol=1e-3)
+
+
+def test_wrong_use_is_refused(tiny_data, tmp_path):
+    with pytest.raises(UsageError, match=r"has no manifest\.json"):
+        Stream(tmp_path)
+    with pytest.raises(UsageError, match="no split 'test'; it has train, val"):
+        Stream(tiny_data, split="test")
+    with pytest.raises(ValueError, match="batch_size=1"):
+        Stream(tiny_data, batch_size=1, world_size=2)
+    with pytest.raises(ValueError, match="rank 2"):
+        Stream(tiny_data, batch_size=8, rank=2, world_size=2)
+    for wrong in (
+        {"view": "center"}, {"shuffle": "blok"}, {"device": "cuda"}, {"colour": float("nan")},
+        {"hw_decoder_load": 2.0}, {"threads": -1}, {"window": 0}, {"seed": 2**64},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Stream(tiny_data, **wrong)
+    stream = Stream(tiny_data)
+    stream.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+    if not torch.cuda.is_available():
+        with pytest.raises(SetupError, match="torch sees none"):
+            Stream(tiny_data, device="gpu")
+
+
+@pytest.mark.gpu
+def test_gpu_pixels_are_the_cpu_graphs(tiny_data):
+    with (
+        Stream(tiny_data, batch_size=SAMPLES, seed=3) as host,
+        Stream(tiny_data, batch_size=SAMPLES, seed=3, device="gpu") as device,
+    ):
+        a, b = next(host), next(device)
+    assert b.images.is_cuda
+    assert b.images.dtype == torch.float16
+    assert torch.equal(a.ids, b.ids)
+    difference = (a.images - b.images.float().cpu()).abs()
+    assert difference.mean() < 0.5  # grey levels: another IDCT, float16
+    assert difference.quantile(0.999) < 8

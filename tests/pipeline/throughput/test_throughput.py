@@ -1,0 +1,164 @@
+"""The command of the third door, from the outside."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.throughput.__main__ import main
+from pipeline.throughput.rate import measure
+from pipeline.throughput.setting import Setting
+from pipeline.tools.errors import DuetError, UsageError
+
+COMMAND = [sys.executable, "-m", "pipeline.throughput"]
+QUICK = ("--batch-size", 8, "--seconds", 0.1)
+
+
+def call(*arguments, **more):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def examined(tiny_data, tmp_path_factory):
+    """The folder of an examination of the tiny set, and its JSON."""
+    out = tmp_path_factory.mktemp("examined")
+    done = call(tiny_data, *QUICK, "--out", out, "--img-s", 1e9, "--json")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout), done.stderr
+
+
+def test_every_stage_is_measured_against_a_limit(examined):
+    _, table, _ = examined
+    rows = {row["name"]: row for row in table["stages"]}
+    assert {"storage, page cache", "checksum", "feed", "decode", "normalise", "hand-over"} <= set(
+        rows
+    )
+    for name in ("storage, page cache", "checksum", "decode", "normalise"):
+        row = rows[name]
+        assert row["share"] == pytest.approx(row["img_s"] / row["limit_img_s"], rel=1e-3)
+        assert row["img_s"] > 100
+        assert row["bytes_s"] > 0
+        assert row["against"]
+    # No stage alone is slower than all of them together (by more than noise).
+    assert min(row["img_s"] for row in rows.values()) > 0.5 * table["whole"]["img_s"]
+
+
+def test_the_verdict_names_the_bound_the_next_one_and_the_trainer(examined):
+    _, table, text = examined
+    first, second = table["bounds"][0], table["bounds"][1]
+    assert first[1] <= second[1]
+    assert f"{first[1]:,.0f} img/s" in table["verdict"]
+    assert "would stand still 100% of the time" in table["verdict"]
+    assert "what could be" in text
+    names = [one["name"] for one in table["remedies"]]
+    assert sorted(names) == [
+        "batch", "block shuffle", "cache", "hardware decoder", "prefetch depth", "raw encoding",
+        "threads",
+    ]  # fmt: skip
+    gains = [one["gain"] or 0 for one in table["remedies"]]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_the_page_needs_nothing_else_and_shows_all_of_it(examined):
+    out, table, _ = examined
+    page = (out / "throughput.html").read_text()
+    assert not re.search(r"<script|<link|src=|href=|url\(|@import", page)
+    for row in (*table["stages"][:-1], table["whole"]):
+        assert row["name"] in page
+    assert page.count("<svg") == 2
+    assert json.loads((out / "throughput.json").read_text())["whole"] == table["whole"]
+
+
+def test_a_comparison_tells_noise_from_a_regression(
+    examined, tiny_data, tmp_path, monkeypatch, capsys
+):
+    def no_room(*_):
+        raise OSError
+
+    monkeypatch.setattr("pipeline.throughput.raw_trial.measure", no_room)
+    out, table, _ = examined
+    table = json.loads((out / "throughput.json").read_text())
+    table["whole"]["img_s"] *= 100
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(table))
+    arguments = [tiny_data, *QUICK, "--out", tmp_path, "--compare", old]
+    with pytest.raises(DuetError, match=f"the stream is slower than in {old}") as regression:
+        main([str(argument) for argument in arguments])
+    assert regression.value.exit_code == 1
+    assert "the whole stream: " in capsys.readouterr().err
+    assert (tmp_path / "throughput.json").is_file()
+
+
+def test_bad_input_is_one_line(tiny_data, tmp_path):
+    (tmp_path / "no.json").write_text("{}")
+    for arguments, text in (
+        ((), "name a data set"),
+        ((tmp_path,), "has no manifest.json"),
+        ((tiny_data, "--threads", 0), "--threads is 0; it must be at least 1"),
+        ((tiny_data, "--threads", 5000), "threads=5000; it takes 0 to 1024"),
+        ((tiny_data, "--out", tmp_path / "none"), "is no folder"),
+        ((tiny_data, "--compare", tmp_path / "no.json"), "is no report"),
+        ((tiny_data, "--compare", tmp_path / "none.json"), "cannot be read"),
+        ((tiny_data, "--reader", "native"), "goes with --rate"),
+        ((tiny_data, "--split", "test"), "no split 'test'"),
+        (("--plan",), "--plan needs --img-s"),
+        (("--plan", "--img-s", "-3"), "--img-s is -3.0; it must be above 0"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            main([str(argument) for argument in arguments])
+        assert text in str(refused.value)
+        assert "\n" not in str(refused.value)
+    done = call(tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def test_planning_needs_no_data_set(tmp_path, examined, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--plan", "--gpus", "16", "--img-s", "20000", "--store", "s3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {one["source"] for one in answer["figures"]} == {"given", "assumed"}
+    out, table, _ = examined
+    monkeypatch.chdir(out)
+    assert main(["--plan", "--gpus", "16", "--img-s", "20000", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    figures = {one["name"]: one for one in answer["figures"]}
+    assert figures["bytes of a picture"]["source"] == "measured"
+    assert figures["pictures in an epoch"]["value"] == table["data"]["pictures"]
+
+
+@pytest.mark.parametrize("reader", ["stream", "native"])
+def test_both_readers_are_measured(tiny_data, reader):
+    setting = Setting(data=str(tiny_data), batch_size=8, threads=1)
+    rates = measure(setting, reader=reader, windows=3, batches=2)
+    assert len(rates) == 3
+    assert min(rates) > 1  # img/s: anything slower than that is a stall
+
+
+def test_the_rate_alone_is_one_object(tiny_data, tmp_path):
+    small = ["--windows", 2, "--batches", 2, "--batch-size", 8]
+    done = call(tiny_data, "--rate", "--json", *small, "--ledger", tmp_path / "ledger")
+    facts = json.loads(done.stdout)
+    assert facts["img_s"] > 0
+    assert "img/s (windows" in done.stderr
+    assert list((tmp_path / "ledger").iterdir())
+
+
+def test_dalis_reader_reads_no_store():
+    with pytest.raises(UsageError, match="native reads local folders only, not s3://"):
+        measure(Setting(data="s3://bucket/set"), reader="native", windows=1, batches=1)
+
+
+def test_verify_refuses_an_address_in_one_line():
+    command = [sys.executable, "-m", "pipeline.verify", "https://host/set"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: verify reads local folders, and https://host/set is an address\n"
+    )

@@ -1,0 +1,70 @@
+"""In which state a set is read: from memory, from the disk, from a store; and what then helps."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.stream.timing import Spent
+from pipeline.throughput import remedies as remedies_of
+from pipeline.throughput.clock import Rate
+from pipeline.throughput.diagnosis import state_of
+from pipeline.throughput.model import predicted
+from pipeline.throughput.reading import Reading
+from pipeline.throughput.setting import Setting, opened
+from pipeline.throughput.stages import Alone
+from pipeline.throughput.store import Fetching
+from pipeline.throughput.stream_rate import Whole
+from tests.helpers.fake_costs import costs
+
+READ = Spent(0, 1e-5, 1e-6, 1e-5)
+SLOW = Spent(0, 1e-3, 1e-6, 1e-5)
+
+
+def reading_of(spent):
+    return Reading(windows=(spent,), cpu=0.1, others=0.0, each=(128 * spent.total,))
+
+
+@pytest.fixture
+def states(tiny_data, monkeypatch):
+    """What the stream of a set is taken for, in a machine of some memory, or behind a store."""
+    with opened(Setting(data=str(tiny_data), batch_size=8)) as parts:
+
+        def of(memory: float, fetched=None, cold=SLOW):
+            monkeypatch.setattr("pipeline.throughput.diagnosis.memory_bytes", lambda: memory)
+            alone = Alone(stages=(), warm=reading_of(READ), loaded=(), disk=1e9,
+                          cold=reading_of(cold) if cold else None)  # fmt: skip
+            rate = Rate((3000.0,), 4.0, 0.0)
+            found = Whole(rate=rate, asked=(), prefetch=2)
+            return state_of(parts, alone, costs(), found, fetched)
+
+        yield of
+
+
+def test_a_set_that_fits_is_in_memory_and_one_that_does_not_is_on_the_disk(states):
+    now = states(1e12)
+    assert (now.state, now.img_s, now.fits) == ("From the page cache", 3000, True)
+    assert now.reading.seconds == READ
+    (block,) = remedies_of._block(now)
+    assert (block.gain, block.note) == (1.0, "the set is in memory after its first epoch")
+    now = states(0)
+    assert "larger than memory" in now.state
+    assert now.reading.seconds == now.costs.reader == SLOW
+    assert now.img_s == pytest.approx(3000 * predicted(costs(reader=SLOW, reader_cpu=0.1))
+                                      / predicted(costs()))  # fmt: skip
+    now = states(0, cold=None)  # nobody can tell the disk from memory
+    assert now.state == "From the page cache"
+
+
+def test_a_set_in_a_store_is_first_bound_by_it_and_then_by_the_cache(states):
+    fetched = Fetching(alone=1e6, together=4e6, shards=9, cpu=0.5, others=0.0)
+    now = states(1e12, fetched)
+    size = now.parts.bytes_each
+    assert now.state == "In its first epoch, from the store,"
+    assert now.costs.store == pytest.approx(4e6 / size)
+    assert now.costs.fetch_cpu == pytest.approx(0.5 * size / 4e6)
+    assert now.img_s == pytest.approx(3000 * predicted(now.costs) / predicted(costs()))
+    (cache,) = remedies_of._cache(now)
+    assert cache.img_s == pytest.approx(3000)
+    assert cache.gain == pytest.approx(predicted(costs()) / predicted(now.costs))
+    (none,) = remedies_of._cache(states(1e12))
+    assert none.gain is None
