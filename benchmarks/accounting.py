@@ -21,8 +21,7 @@ from cluster.run.folder import Mark
 from cluster.run.metrics import Log
 from model.schedule import Rates
 from pipeline.stream.timing import Waits
-from pipeline.throughput.reading import reading
-from pipeline.throughput.setting import Setting, opened
+from pipeline.throughput.stages import Setting, opened, reading
 from pipeline.throughput.stream_rate import whole
 
 TURNS = 7
@@ -34,7 +33,8 @@ def pictures_per_second(setting: Setting, clock: bool) -> float:
         reader = parts.reader()
         batches = iter(reader.batches(0))
         done, start = 0, time.perf_counter()
-        with mock.patch.multiple("pipeline.stream.shard_reader", perf_counter=time.perf_counter if clock
+        reader = "pipeline.stream.shard_reader"
+        with mock.patch.multiple(reader, perf_counter=time.perf_counter if clock
                                  else lambda: 0.0):  # fmt: skip
             while time.perf_counter() - start < 0.5:
                 reader.give_back(next(batches))

@@ -1,4 +1,4 @@
-"""Exact and Hamming search of `cluster.experiments.neighbors` beside faiss's: the same rows, in turn.
+"""Exact and Hamming search of `cluster.experiments.neighbors` beside faiss's, in turn.
 
     pip install -e ".[faiss]"
     python benchmarks/neighbours.py [--base 50000] [--queries 1000] [--units 4096] [--rounds 3]
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import tyro
 
+from cluster.experiments.neighbors.codes import Hamming, pack
 from cluster.experiments.neighbors.search import Base, nearest
-from cluster.neighbours.hamming import Hamming, pack
 from pipeline.remote.dataset import parse_size
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.packing import plan
-from pipeline.packing.options import Build
+from pipeline.packing.plan import Build
 from pipeline.sources import Listing, ListingWriter
 
 FOLDER = 1000

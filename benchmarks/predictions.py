@@ -32,13 +32,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from pipeline.throughput import raw_trial, stages
-from pipeline.throughput.machine import cores
-from pipeline.throughput.model import Costs, predicted
-from pipeline.throughput.reading import reading
-from pipeline.throughput.remedies import sweep
-from pipeline.throughput.setting import Setting, opened
-from pipeline.throughput.store import fetching
+from pipeline.throughput import stages, stream_rate
+from pipeline.throughput.hardware import cores
+from pipeline.throughput.model import Costs, predicted, sweep
+from pipeline.throughput.stages import Setting, fetching, opened, reading
 from pipeline.throughput.stream_rate import running
 
 TURNS = 5
@@ -109,17 +106,17 @@ def threads(setting: Setting, seconds: float) -> Outcome:
 def raw(setting: Setting, seconds: float) -> Outcome:
     """JPEG, then raw pictures."""
     with opened(setting) as parts:
-        need = -(-raw_trial.PICTURES // setting.batch_size)
+        need = -(-stream_rate.PICTURES // setting.batch_size)
         loaded = parts.loaded(need)
         with running(setting) as run:
             run.window(seconds / 2)
             now = statistics.median(run.window(seconds / TURNS) for _ in range(TURNS))
-        trial, _ = raw_trial.measure(setting, loaded, seconds)
+        trial, _ = stream_rate.measure_raw(setting, loaded, seconds)
     with tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "raw"
         with opened(setting) as parts:
             everything = len(parts.storage)
-            raw_trial.unpack(parts.reader().batches(0), source, everything)
+            stream_rate.unpack(parts.reader().batches(0), source, everything)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
              "--encoding", "raw"], check=True, capture_output=True,

@@ -21,12 +21,11 @@ from pathlib import Path
 import tyro
 
 from cluster.launch.task_pool import RayPool
+from pipeline.build_shards import tell
 from pipeline.packing.build import build
-from pipeline.packing.options import Build
-from pipeline.packing.store_target import target_for
-from pipeline.packing.summary import tell
+from pipeline.packing.plan import Build
 from pipeline.remote.dataset import is_remote
-from pipeline.remote.target import finished
+from pipeline.remote.target import finished, target_for
 from pipeline.tools.errors import UsageError, run
 
 

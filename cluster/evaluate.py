@@ -4,7 +4,8 @@
 
 One process with both columns, on the newest complete checkpoint. Views as in the paper (section
 4.1): the centre crop, or the mean over four corners, centre and their mirror images. Writes
-RUN/evaluation-1.json or RUN/evaluation-10.json, and for `cluster.experiments.ensemble`, which averages several
+RUN/evaluation-1.json or RUN/evaluation-10.json, and for
+`cluster.experiments.ensemble`, which averages several
 networks, RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
 """
 
@@ -22,10 +23,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from cluster.checkpoint.format import Found, load
-from cluster.checkpoint_choice import choose
-from cluster.config import Config
-from cluster.config_file import read_back
+from cluster.checkpoint.format import Found, choose, load
+from cluster.config import Config, read_back
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG, QUARANTINE
 from cluster.run.probabilities import About, Writer, file_of, writing

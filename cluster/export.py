@@ -27,11 +27,9 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from cluster.checkpoint.format import Found, load, read_table
+from cluster.checkpoint.format import Found, choose, load, read_table
 from cluster.checkpoint.storage import places_of
-from cluster.checkpoint_choice import choose
-from cluster.config import Config
-from cluster.config_file import read_back
+from cluster.config import Config, read_back
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG
 from model.alexnet import AlexNet

@@ -15,10 +15,9 @@ from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.checkpoint.storage import folder_of, places_of, reached
-from cluster.config import Config
-from cluster.config_file import Command, parse
-from cluster.initial import looked_at, pinned
+from cluster.checkpoint.loader import looked_at, pinned
+from cluster.checkpoint.storage import places_of, reached
+from cluster.config import Command, Config, parse
 from cluster.run.console import Screen
 from cluster.run.exporters import check_installed
 from cluster.run.folder import QUARANTINE, held, settle
@@ -27,7 +26,8 @@ from model.architecture import stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import DataSet, is_remote, open_dataset
-from pipeline.stores.errors import without_secrets
+from pipeline.remote.filesystem import without_secrets
+from pipeline.remote.target import folder_of
 from pipeline.stream.shard_reader import Storage
 from pipeline.tools.errors import DataError, UsageError, run
 
@@ -115,7 +115,7 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
 
 def sound(folder: Path, store: str, total: int, screen: Screen) -> bool:
     """Whether the last checkpoint of a run that looks finished can be read, byte for byte."""
-    from cluster.checkpoint_choice import choose
+    from cluster.checkpoint.format import choose
 
     try:
         return choose(folder, store, screen.show).mark.step >= total

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.architecture import COLUMN_NAMES, Design, Stage, stages
-from model.dropout import dropout, dropout_mask
 from model.exchange import Exchange
-from model.layers import PictureConv, ShrunkConv, seed_of, together
+from model.layers import PictureConv, ShrunkConv, dropout, dropout_mask, seed_of, together
 from model.norm import (
     BatchNorm,
     local_contrast_norm,

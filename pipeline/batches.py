@@ -1,28 +1,230 @@
-"""`Stream`: the whole pipeline as an iterator of batches, whose only state is one integer."""
+"""`Stream`: the whole pipeline as an iterator of batches, whose only state is one integer.
+
+Whether the arguments of a public face can be right, told in one line that names them.
+
+What a `Stream` is asked for: refused where it cannot be, and cut up for the parts that do it.
+
+A split opened for a stream: its samples, their order, and what becomes of their pixels.
+"""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
+from typing import Any, Literal, get_args
 
 import torch
 
-from pipeline.asked import Asked, View
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.images import SIZE, Encoding
 from pipeline.dataset.manifest import identity
-from pipeline.flow import DecodeFailure, Flow
-from pipeline.opened import Opened
-from pipeline.remote.dataset import CACHE_SIZE, is_remote, open_dataset
+from pipeline.remote.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset
+from pipeline.stream.augment import CROP
 from pipeline.stream.decode import Device
+from pipeline.stream.ledger.format import About
 from pipeline.stream.ledger.writer import Ledger
-from pipeline.stream.normalization import Colour, Mean
-from pipeline.stream.order import Shuffle
+from pipeline.stream.loader import DecodeFailure, Flow, Reader, Slice
+from pipeline.stream.normalization import Colour, ColourPlan, Mean, Recipe, central, recipe_of
+from pipeline.stream.order import Block, Full, Order, Shuffle, Stored, share
 from pipeline.stream.quarantine import UNDECODABLE, Quarantine
-from pipeline.stream.shard_reader import Damage
+from pipeline.stream.shard_reader import Damage, Storage
 from pipeline.stream.timing import Waits
+from pipeline.tools.errors import UsageError
+
+
+def check_words(known: Mapping[str, Any], **given: str) -> None:
+    """Refuse words that a `Literal` does not have.
+
+    Args:
+        known: the `Literal` of each argument, by name.
+        given: values by name.
+
+    Raises:
+        ValueError: names argument, value and the words there are.
+    """
+    for name, value in given.items():
+        if value not in (words := get_args(known[name])):
+            raise ValueError(f"{name} is {value!r}; it takes {', '.join(words)}")
+
+
+def check_ranges(**given: tuple[float, float, float]) -> None:
+    """Refuse a value that is not between two others (a NaN is between none).
+
+    Args:
+        given: value, lowest and highest, by name.
+
+    Raises:
+        ValueError: names argument, value and borders.
+    """
+    for name, (value, low, high) in given.items():
+        if not low <= value <= high:
+            borders = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"out of range: {name}={value}; it takes {borders}")
+
+
+View = Literal["random", "centre", "whole"]
+WORDS = {"view": View, "shuffle": Shuffle, "device": Device, "mean": Mean}
+MOST_THREADS = 1024
+"""Host threads that may be asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The arguments of a `Stream` that say which samples, which pixels and how; see there.
+
+    Raises:
+        ValueError: one is out of range; names it.
+    """
+
+    split: str
+    batch_size: int
+    seed: int
+    position: int
+    rank: int
+    world_size: int
+    device: Device
+    view: View
+    once: bool
+    shuffle: Shuffle
+    window: int
+    colour: Colour
+    colour_divide: bool
+    mean: Mean
+    threads: int | None
+    prefetch: int
+    hw_decoder_load: float
+
+    def __post_init__(self) -> None:
+        check_words(WORDS, view=self.view, shuffle=self.shuffle, device=self.device, mean=self.mean)
+        check_ranges(
+            batch_size=(self.batch_size, self.world_size, math.inf),
+            prefetch=(self.prefetch, 1, math.inf),
+            position=(self.position, 0, math.inf),
+            hw_decoder_load=(self.hw_decoder_load, 0, 1),
+            threads=(self.threads or 0, 0, MOST_THREADS),
+            window=(self.window, 1, math.inf),
+            seed=(self.seed, 0, 2**63 - 1),
+        )
+        ColourPlan.of(self.colour)
+        _ = self.slice
+
+    @cached_property
+    def slice(self) -> Slice:
+        """This rank's share of every batch."""
+        first, last = share(self.batch_size, self.rank, self.world_size)
+        return Slice(batch_size=self.batch_size, first=first, last=last, once=self.once)
+
+    def order(self, shards: list[int]) -> Order:
+        """The order of the samples, given those of each shard."""
+        if self.once:
+            return Stored(shards, self.seed)
+        full = self.shuffle == "full"
+        return Full(shards, self.seed) if full else Block(shards, self.seed, self.window)
+
+    def recipe(self, statistics: Statistics) -> Recipe:
+        """What is done to pixels, given those of the training set."""
+        return recipe_of(
+            statistics,
+            random=self.view == "random",
+            colour=self.colour,
+            mean=self.mean,
+            divide=self.colour_divide,
+            whole=self.view == "whole",
+        )
+
+    def starter(self, reader: Reader, encoding: Encoding) -> Callable[[int, Waits], Flow]:
+        """Return what begins to decode at a position, however often."""
+        return partial(
+            Flow,
+            reader,
+            batch_size=self.slice.last - self.slice.first,
+            device=self.device,
+            threads=self.threads or len(os.sched_getaffinity(0)),
+            prefetch=self.prefetch,
+            size=SIZE if self.view == "whole" else CROP,
+            encoding=encoding,
+            hw_decoder_load=self.hw_decoder_load,
+        )
+
+    def about(self, data_sha256: str, samples: int, recipe: Recipe) -> About:
+        """What a ledger says of it, given the data set, its samples and what is done to them."""
+        shuffled = f"block {self.window}" if self.shuffle == "block" else "full"
+        return About(
+            data_sha256=data_sha256,
+            split=self.split,
+            samples=samples,
+            seed=self.seed,
+            shuffle="stored" if self.once else shuffled,
+            view=self.view,
+            colour=recipe.plan.given,
+            colour_divide=self.colour_divide,
+            mean=self.mean,
+            position=self.position,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+        )
+
+
+class Opened:
+    """What a `Stream` of some arguments is made of, before anything flows."""
+
+    def __init__(self, asked: Asked, dataset: DataSet) -> None:
+        """Open the split; `storage.close` closes it.
+
+        Raises:
+            UsageError: no such split.
+            DataError: the set is not what its manifest says.
+        """
+        self.asked = asked
+        self.dataset = dataset
+        self.storage = Storage(dataset, asked.split)
+        self.statistics = Statistics.load(dataset.folder, self.storage.manifest.stats_sha256)
+        self.recipe: Recipe = asked.recipe(self.statistics)
+        self.order: Order = asked.order([shard.samples for shard in self.storage.shards])
+
+    @property
+    def view_mean(self) -> torch.Tensor | None:
+        """float32 [3, 224, 224]: the mean picture, where `recipe` leaves it to be subtracted."""
+        apart = self.asked.mean == "picture" and self.asked.view == "whole"
+        return torch.from_numpy(central(self.statistics)) if apart else None
+
+    def reader(self, quarantine: Quarantine | None = None, *, strict: bool = False) -> Reader:
+        """Return what loads batches; without a quarantine it keeps one of its own, in memory."""
+        return Reader(
+            self.storage, self.order, self.recipe, self.asked.slice,
+            quarantine or Quarantine(self.asked.split, None), strict=strict,
+        )  # fmt: skip
+
+    def check_cache(self, cache_size: int) -> None:
+        """Refuse a cache from which shards would be fetched again and again.
+
+        Raises:
+            UsageError: says how much it should hold.
+        """
+        needed = self.order.needs(self.asked.position)
+        # A pass in stored order reads shard after shard; the others are only fetched ahead.
+        needed = needed[:1] if self.asked.once else needed
+        size = sum(self.storage.shards[number].bytes for number in needed)
+        about = sum(  # not *.partial: another process's, gone the next moment
+            path.stat().st_size
+            for path in self.dataset.folder.iterdir()
+            if path.suffix in (".json", ".npy", ".npz")
+        )
+        if size + about > cache_size:
+            raise UsageError(
+                f"a cache of {cache_size:,} bytes cannot hold the {len(needed)} shards "
+                f"({size:,} bytes) that are read at a time, and the index; "
+                "give a larger --cache-size, or --shuffle block with a smaller --window"
+            )
+
 
 __all__ = ["Batch", "Stream", "View"]
 

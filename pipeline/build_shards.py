@@ -8,20 +8,106 @@ pixels, which need no decoding and about six times the space. Pictures that cann
 out, counted, and listed in OUT/rejects.jsonl; too many of them, and the build fails. A build that
 was killed goes on when the same command is run again; on a finished set the command does nothing.
 While packing, OUT takes twice the room of the finished set.
+
+What is said of a finished set: to people on stderr, and with `--json` to programs on stdout.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import tyro
 
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tar import shown
 from pipeline.packing.build import build
-from pipeline.packing.options import Build
-from pipeline.packing.store_target import target_for
-from pipeline.packing.summary import tell
-from pipeline.remote.target import finished
+from pipeline.packing.duplicates import NAME as DUPLICATES
+from pipeline.packing.plan import Build
+from pipeline.packing.shards import REJECTS
+from pipeline.remote.target import Target, finished, target_for
+from pipeline.sources import other_split
 from pipeline.tools.errors import run
+
+NAMED = 5
+"""Leaks that are named on the terminal; the file lists them all."""
+
+
+def tell(options: Build, manifest: Manifest, target: Target, seconds: float | None) -> None:
+    """Say what a finished set holds; `seconds` is None if it was there before."""
+    if options.json:
+        sys.stdout.write(json.dumps(facts(options, manifest, seconds)) + "\n")
+    told = [*lines(options, manifest, seconds), *leaks(manifest, target)]
+    if "val" not in manifest.splits and (other := other_split(options.train)):
+        told.append(f"note: {shown(other)} was left alone; --val packs it, in another OUT")
+    sys.stderr.write("".join(f"{line}\n" for line in told))
+
+
+def facts(options: Build, manifest: Manifest, seconds: float | None) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    return {
+        "data": str(options.out),
+        "samples": {name: split.samples for name, split in manifest.splits.items()},
+        "shards": {name: len(split.shards) for name, split in manifest.splits.items()},
+        "bytes": sum(split.bytes for split in manifest.splits.values()),
+        "encoding": manifest.encoding,
+        "classes": len(manifest.classes),
+        "rejected": manifest.rejected,
+        "duplicates": manifest.duplicates,
+        "leaks": manifest.leaks,
+        "seconds": round(seconds or 0, 3),
+    }
+
+
+def lines(options: Build, manifest: Manifest, seconds: float | None) -> list[str]:
+    """Return what people are told."""
+    out = options.out
+    samples = {name: split.samples for name, split in manifest.splits.items()}
+    size = sum(split.bytes for split in manifest.splits.values())
+    parts = ", ".join(f"{count:,} {name}" for name, count in samples.items())
+    left_out = f", {manifest.rejected:,} left out ({out}/{REJECTS})" if manifest.rejected else ""
+    time_taken = "built before" if seconds is None else f"{seconds:.0f} s"
+    told = [
+        f"data set {out}: {parts} pictures of {len(manifest.classes):,} classes{left_out}, "
+        f"{_human(size)} of {manifest.encoding} shards, {time_taken}"
+    ]
+    if manifest.duplicates:
+        told.append(
+            f"{_groups(manifest.duplicates)} of the same or nearly the same picture "
+            f"({out}/{DUPLICATES})"
+        )
+    return told
+
+
+def leaks(manifest: Manifest, target: Target) -> Iterator[str]:
+    """Warn of pictures that are in more than one split, and name some of them."""
+    if not manifest.leaks:
+        return
+    yield (
+        f"warning: {_groups(manifest.leaks)} of them in more than one split: what is validated "
+        "was trained on"
+    )
+    rows = map(json.loads, target.read(DUPLICATES).splitlines())
+    for row in itertools.islice((row for row in rows if row["leak"]), NAMED):
+        names: dict[str, str] = {}
+        for member in row["members"]:
+            names.setdefault(member["split"], member["name"])
+        yield "  " + " = ".join(f"{split} {shown(name)}" for split, name in names.items())
+    if manifest.leaks > NAMED:
+        yield f"  and {manifest.leaks - NAMED:,} more"
+
+
+def _groups(count: int) -> str:
+    return "1 group" if count == 1 else f"{count:,} groups"
+
+
+def _human(size: int) -> str:
+    """Return a number of bytes in MB, or in GB from a billion on (powers of ten)."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def main() -> int:

@@ -6,9 +6,23 @@ OUT/train/<class>/00000.jpg ... and OUT/val/<class>/00000.jpg ..., the layout of
 folders. Each picture is a pure function of (seed, split, class, number), so the set is the same
 for any number of workers; with the same Pillow and NumPy on the same kind of processor also to
 the byte. OUT appears whole or not at all, with a `demo.json` that says how it was drawn.
+
+Draws one demo picture: a shape or a texture over a cluttered background, as the bytes of a JPEG.
+
+A class is one function of the plane: the signed distance to the figure's edge, negative inside.
+Everything else (place, size, turn, squash, colours, light, clutter, noise, the JPEG's own
+make-up) is drawn at random and says nothing about the class, so a network has to learn the form.
+
+Coordinates: the picture's centre is the origin and half of its shorter side is 1, so the centre
+square that survives "shorter side to 256, centre 256 x 256" is -1..1 in both directions.
 """
 
+from __future__ import annotations
+
+import colorsys
+import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,15 +32,251 @@ from functools import partial
 from multiprocessing import TimeoutError as MultiprocessingTimeout
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import tyro
+from PIL import Image, ImageDraw
 
-from pipeline.demo_drawing import FIGURES, draw_jpeg
 from pipeline.tools.errors import DuetError, UsageError, run
 from pipeline.tools.processes import tie_to_parent
 from pipeline.tools.progress import Progress
+
+Plane = npt.NDArray[np.floating[Any]]
+Figure = Callable[[Plane, Plane, np.random.Generator], Plane]
+
+SHORT_SIDE = (64, 600)  # pixels; small ones are far more common
+ASPECT = 2.5  # longest side ratio, either way up
+GREY, CMYK, PROGRESSIVE, TURNED = 0.05, 0.03, 0.12, 0.06  # shares of the files
+LEAST_CONTRAST = 0.15  # in luminance 0..1, between figure and background
+LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+
+EXIF_ORIENTATION = 0x0112
+# EXIF orientation of a camera held askew -> how the upright picture lies in such a file.
+LIES_IN_FILE = {
+    3: Image.Transpose.ROTATE_180,
+    6: Image.Transpose.ROTATE_90,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def disc(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """A disc of radius 0.9."""
+    return np.hypot(x, y) - np.float32(0.9)
+
+
+def ring(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """A ring of outer radius 1, a fifth to two fifths of it wide."""
+    half = np.float32(rng.uniform(0.1, 0.2))
+    return np.abs(np.hypot(x, y) - (1 - half)) - half
+
+
+def square(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """Sides of 1.6."""
+    return _both(np.abs(x), np.abs(y)) - np.float32(0.8)
+
+
+def triangle(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """Equal sides of 2, less a trifle, around the origin."""
+    slant = np.float32(math.sqrt(3) / 2)
+    return _both(slant * np.abs(x) + y / 2, -y) - np.float32(0.58)
+
+
+def cross(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """Two equal bars of length 2 that cross in the middle."""
+    across, along = np.abs(x), np.abs(y)
+    half = np.float32(rng.uniform(0.2, 0.32))
+    level = _both(across - 1, along - half)
+    upright = _both(across - half, along - 1)
+    return -_both(-level, -upright)  # either of them: not outside both
+
+
+def star(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """Five points: fold the plane onto half of one point, then one straight edge is left."""
+    fifth = 2 * math.pi / 5
+    angle = np.abs(np.mod(np.arctan2(x, y), np.float32(fifth)) - np.float32(fifth / 2))
+    angle = np.float32(fifth / 2) - angle  # 0 at a tip, fifth / 2 in a notch
+    radius = np.hypot(x, y)
+    notch = rng.uniform(0.4, 0.5)
+    edge = np.array([notch * math.cos(fifth / 2) - 1, notch * math.sin(fifth / 2)])
+    out = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+    ahead = radius * np.cos(angle) - 1
+    return ahead * np.float32(out[0]) + radius * np.sin(angle) * np.float32(out[1])
+
+
+def stripes(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """Straight bands, half of the plane dark."""
+    return _both(_bands(x, rng.uniform(0.3, 0.55)), _patch(x, y, rng))
+
+
+def waves(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """Stripes that swing to the side by a fifth of a wave at least, so never nearly straight."""
+    length = rng.uniform(0.7, 1.1)
+    swing = np.float32(length * rng.uniform(0.2, 0.3))
+    bent = x + swing * np.sin(y * np.float32(2 * math.pi / length))
+    return _both(_bands(bent, rng.uniform(0.4, 0.6)) * np.float32(0.6), _patch(x, y, rng))
+
+
+def checks(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """A checkerboard with squares of 0.25 to 0.45."""
+    turn = np.float32(math.pi / rng.uniform(0.25, 0.45))
+    product = np.sin(x * turn) * np.sin(y * turn)
+    return _both(product / turn, _patch(x, y, rng))
+
+
+def dots(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """Round dots on a square grid."""
+    period = np.float32(rng.uniform(0.34, 0.55))
+    half = period / 2
+    from_dot = np.hypot(np.mod(x, period) - half, np.mod(y, period) - half)
+    return _both(from_dot - period * np.float32(rng.uniform(0.26, 0.36)), _patch(x, y, rng))
+
+
+# Sorted by name, like the folders; the position is part of each picture's seed, so only append.
+FIGURES: dict[str, Figure] = {
+    "checks": checks,
+    "cross": cross,
+    "disc": disc,
+    "dots": dots,
+    "ring": ring,
+    "square": square,
+    "star": star,
+    "stripes": stripes,
+    "triangle": triangle,
+    "waves": waves,
+}
+TEXTURES = ("checks", "dots", "stripes", "waves")
+
+
+def _both(one: Plane, other: Plane) -> Plane:
+    """The figure where two figures overlap."""
+    overlap: Plane = np.maximum(one, other)
+    return overlap
+
+
+def _bands(x: Plane, period: float) -> Plane:
+    turn = np.float32(2 * math.pi / period)
+    distance: Plane = np.sin(x * turn) / turn
+    return distance
+
+
+def _patch(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+    """Where a texture ends: a blob with a wobbling edge."""
+    angle = np.arctan2(y, x)
+    wobble = np.full_like(x, 1.1)
+    for waves_round in (2, 3, 5):
+        phase = np.float32(rng.uniform(0, 2 * math.pi))
+        wobble += np.float32(rng.uniform(0, 0.1)) * np.sin(waves_round * angle + phase)
+    return np.hypot(x, y) - wobble
+
+
+def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
+    """An upright RGB picture of class `name`, of random size, with the figure near its centre."""
+    width, height = _size(rng)
+    half = min(width, height) / 2
+    x, y = np.meshgrid(
+        ((np.arange(width) + 0.5 - width / 2) / half).astype(np.float32),
+        ((np.arange(height) + 0.5 - height / 2) / half).astype(np.float32),
+    )
+    behind, before = _two_colours(rng)
+    picture = _background(width, height, behind, rng)
+    cover = _cover(name, x, y, 1 / half, rng)[..., None]
+    paint = before + _slope(x, y, 0.12, rng)[..., None]
+    picture += cover * (paint - picture)
+    picture *= 1 + _slope(x, y, 0.25, rng)[..., None]  # light from one side
+    grain = rng.standard_normal((height, width), dtype=np.float32)
+    picture += grain[..., None] * np.float32(rng.uniform(0, 0.08))
+    return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8), "RGB")
+
+
+def draw_jpeg(name: str, rng: np.random.Generator) -> bytes:
+    """`draw_picture` as a JPEG file; some are grey, CMYK, progressive or carry an orientation."""
+    image = draw_picture(name, rng)
+    kind, turned, progressive = rng.random(3)
+    if kind < GREY:
+        image = image.convert("L")
+    elif kind < GREY + CMYK:
+        image = image.convert("CMYK")
+    exif = Image.Exif()
+    if turned < TURNED:
+        exif[EXIF_ORIENTATION] = orientation = int(rng.choice(list(LIES_IN_FILE)))
+        image = image.transpose(LIES_IN_FILE[orientation])
+    file = io.BytesIO()
+    image.save(
+        file,
+        "JPEG",
+        quality=int(rng.integers(60, 97)),
+        subsampling=int(rng.integers(0, 3)),  # 4:4:4, 4:2:2, 4:2:0
+        progressive=bool(progressive < PROGRESSIVE),
+        exif=exif,
+    )
+    return file.getvalue()
+
+
+def _size(rng: np.random.Generator) -> tuple[int, int]:
+    least, most = SHORT_SIDE
+    short = least * (most / least) ** (rng.random() ** 2.2)
+    aspect = math.exp(np.clip(rng.normal(0, 0.35), -math.log(ASPECT), math.log(ASPECT)))
+    long = short * max(aspect, 1 / aspect)
+    sides = (round(long), round(short))
+    return sides if aspect > 1 else (sides[1], sides[0])
+
+
+def _cover(name: str, x: Plane, y: Plane, pixel: float, rng: np.random.Generator) -> Plane:
+    """0..1 per pixel: how much of it the figure covers (edges soft over one pixel)."""
+    radius = rng.uniform(0.7, 1.0) if name in TEXTURES else rng.uniform(0.4, 0.85)
+    room = 0.25 if name in TEXTURES else min(0.3, 1 - radius)
+    along, across = rng.uniform(-room, room, 2).astype(np.float32)
+    turn, squash = rng.uniform(0, 2 * math.pi), rng.uniform(0.8, 1.25)
+    cos, sin = math.cos(turn) / radius, math.sin(turn) / radius
+    x, y = x - along, y - across
+    x, y = (
+        (x * np.float32(cos) + y * np.float32(sin)) * np.float32(squash),
+        (y * np.float32(cos) - x * np.float32(sin)) / np.float32(squash),
+    )
+    distance = FIGURES[name](x, y, rng)
+    return (np.float32(0.5) - distance * np.float32(radius / pixel)).clip(0, 1)
+
+
+def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
+    """Colours of background and figure, any hue, different enough to tell apart in grey."""
+    while True:
+        pair = [
+            np.array(colorsys.hsv_to_rgb(*(rng.random(), rng.random(), rng.uniform(0.1, 1))))
+            for _ in range(2)
+        ]
+        behind, before = (colour.astype(np.float32) for colour in pair)
+        if abs(float((behind - before) @ LUMINANCE)) > LEAST_CONTRAST:
+            return behind, before
+
+
+def _slope(x: Plane, y: Plane, most: float, rng: np.random.Generator) -> Plane:
+    angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, most)
+    return x * np.float32(strength * math.cos(angle)) + y * np.float32(strength * math.sin(angle))
+
+
+def _background(width: int, height: int, colour: Plane, rng: np.random.Generator) -> Plane:
+    """[height, width, 3], 0..1: clouds around a colour, with small things lying about."""
+    clouds = colour + rng.normal(0, rng.uniform(0.02, 0.12), (*rng.integers(2, 7, 2), 3))
+    tiny = Image.fromarray((clouds.clip(0, 1) * 255).astype(np.uint8), "RGB")
+    image = tiny.resize((width, height), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    short = min(width, height)
+    for _ in range(rng.integers(0, 12)):
+        x, y = rng.random(2) * (width, height)
+        ink = tuple(int(value) for value in (colour + rng.normal(0, 0.25, 3)).clip(0, 1) * 255)
+        size, turn = short * rng.uniform(0.03, 0.11), rng.uniform(0, 2 * math.pi)
+        far = (x + 3 * size * math.cos(turn), y + 3 * size * math.sin(turn))
+        match rng.integers(0, 3):
+            case 0:
+                pen.line((x, y, *far), fill=ink, width=max(1, short // 60))
+            case 1:
+                pen.ellipse((x - size, y - size, x + size, y + size), fill=ink)
+            case _:
+                pen.rectangle((x, y, x + size, y + size * 1.5), fill=ink)
+    return np.asarray(image).astype(np.float32) / 255
+
 
 VERSION = 1  # of the drawings: raise it when the same arguments give other pictures
 RECORD = "demo.json"

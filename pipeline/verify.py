@@ -8,25 +8,126 @@ Every shard is read once: its SHA-256, every member of the tar, every row of the
 and every picture's CRC-32 are checked, and damage is named by shard, sample and key. --decode
 decodes every picture as well. With --ledger, the ledgers of a run are read instead: was each epoch
 delivered exactly once? Exit code 0: sound. 4: damaged, or not exactly once.
+
+A whole data set, checked on all cores.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from pipeline.dataset.check import (
+    Damage,
+    Job,
+    check_shard,
+    index_damage,
+    list_damage,
+    manifest_damage,
+    stats_damage,
+    strangers,
+)
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.samples import Classes
+from pipeline.dataset.tar import shown
 from pipeline.remote.dataset import is_remote, open_dataset
-from pipeline.sources.listing import shown
 from pipeline.stream.ledger.proof import prove
 from pipeline.tools.errors import REBUILD, DataError, UsageError, run
-from pipeline.verification.findings import Damage
-from pipeline.verification.whole import Report, check
+from pipeline.tools.processes import in_order
+from pipeline.tools.progress import Progress
+
+BYTES_A_SECOND, DECODED_A_SECOND = 400e6, 1500
+"""About what one process checks and decodes, to tell whether helpers are worth their start."""
+STARTED_IN = 2.0
+"""Seconds of work that no helper process is started for."""
+
+
+@dataclass
+class Report:
+    """What a check has found."""
+
+    damage: list[Damage] = field(default_factory=list)
+    """Empty: the set is sound."""
+    notes: list[str] = field(default_factory=list)
+    """Names of files in the folder that are no part of the set."""
+    bytes: int = 0
+    """Of the shards, read."""
+    pictures: int = 0
+    """In those shards, by the manifest."""
+
+
+def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Report:
+    """Check all of a data set.
+
+    Args:
+        data: its folder.
+        decode: decode every picture, too.
+        workers: processes; by default as many as there are cores, and none for a small set.
+
+    Raises:
+        UsageError: `data` holds no data set.
+        DataError: the manifest itself cannot be read.
+        DuetError: a process died.
+    """
+    manifest = Manifest.load(data)
+    report = Report(damage=manifest_damage(manifest))
+    if report.damage:
+        return report  # where it says the files are, nobody should look
+    report.notes = strangers(data, manifest)
+    report.damage += stats_damage(data, manifest) + list_damage(data, manifest)
+    sound = set()
+    for name, split in manifest.splits.items():
+        found = index_damage(data, name, split)
+        report.damage += found
+        if not found:
+            sound.add(name)
+    jobs = list(_jobs(data, manifest, sound, decode))
+    total = sum(job.shard.bytes for job in jobs)
+    if workers is None:
+        workers = _workers(manifest, total, decode)
+    with Progress("checking", total=total >> 20, unit="MiB") as progress:
+        for job, checked in zip(jobs, in_order(check_shard, jobs, workers), strict=True):
+            report.damage += checked.damage
+            report.bytes += checked.bytes
+            report.pictures += job.shard.samples if checked.bytes else 0
+            progress.advance(job.shard.bytes >> 20)
+            progress.note(f"{len(report.damage):,} damaged" if report.damage else "")
+    return report
+
+
+def _workers(manifest: Manifest, total: int, decode: bool) -> int:
+    pictures = sum(split.samples for split in manifest.splits.values()) if decode else 0
+    seconds = total / BYTES_A_SECOND + pictures / DECODED_A_SECOND
+    return 1 if seconds < STARTED_IN else len(os.sched_getaffinity(0))
+
+
+def _jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[Job]:
+    classes = Classes(manifest.classes)
+    for name, split in manifest.splits.items():
+        starts = accumulate((shard.samples for shard in split.shards[:-1]), initial=0)
+        for number, (shard, start) in enumerate(zip(split.shards, starts, strict=True)):
+            yield Job(
+                data=data,
+                split=name,
+                number=number,
+                shard=shard,
+                start=start,
+                indexed=name in sound,
+                classes=classes,
+                encoding=manifest.encoding,
+                foreign=manifest.foreign,
+                decode=decode,
+            )
+
 
 LISTED = 100
 """Lines about damage on the terminal; --json has it all."""

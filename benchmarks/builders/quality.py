@@ -17,9 +17,8 @@ import rich.table
 import simplejpeg
 from PIL import Image
 
-from pipeline.packing.fast import shrink
 from pipeline.packing.jpeg_header import read_header
-from pipeline.packing.resize import Chroma, encode
+from pipeline.packing.resize import Chroma, encode, shrink
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from peers.work import Work
-from pipeline.native import NativeReader
+from pipeline.stream.decode import NativeReader
 
 
 def prepare(work: Work) -> None:

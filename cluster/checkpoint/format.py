@@ -7,10 +7,13 @@
 
 A column's tensors are the same whether one process held it or two, so a run may go on in the other
 layout. `checkpoint_writer` writes them, `checkpoint_places` knows where they lie.
+
+Which checkpoint of a finished or running run to look at.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,14 +23,22 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint.storage import JSON, Places, step_in
+from cluster.checkpoint.storage import JSON, Places, places_of, step_in
 from cluster.run.events import Tell, Warned
 from cluster.run.folder import Mark
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
-from pipeline.stores.errors import StoreError
-from pipeline.tools.errors import DataError, DuetError
+from pipeline.remote.filesystem import StoreError
+from pipeline.tools.errors import DataError, DuetError, UsageError
 from pipeline.tools.files import sha256
+
+
+def reason(error: BaseException) -> str:
+    """An error in a few words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror or errno.errorcode.get(error.errno, str(error))
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
 
 VERSION = 1
 UNSOUND = (OSError, ValueError, KeyError, TypeError, DuetError)
@@ -157,3 +168,56 @@ def fetched(
         if sha256(path / file) != facts["sha256"]:
             raise ValueError(f"{file} does not have the SHA-256 it was written with")
     return path, holder
+
+
+def choose(run: Path, store: str, tell: Tell, step: int | None = None, best: bool = False) -> Found:
+    """Find a checkpoint of a run, wherever it has them; it is fetched if need be.
+
+    Args:
+        run: folder of the run.
+        store: its setting of that name.
+        tell: gets a warning for each damaged one that is passed over.
+        step: that of this step; None: the newest sound one.
+        best: the one with the lowest validation error instead.
+
+    Raises:
+        UsageError: there is none, or not such a one.
+        DataError: there is, and it is damaged.
+        StoreError: the store does not answer.
+    """
+    return choose_at(places_of(run, store), str(run), tell, step, best)
+
+
+def choose_at(
+    places: Places, run: str, tell: Tell, step: int | None = None, best: bool = False
+) -> Found:
+    """As `choose`, given where the checkpoints lie, and how messages call that."""
+    names = places.sealed()
+    if not names:
+        raise UsageError(f"{run} has no complete checkpoint yet; train on with cluster.train")
+    if best:
+        names = _by_error(places, names)
+        if not names:
+            raise UsageError(f"no checkpoint of {run} has a validation error; leave --best out")
+    if step is not None:
+        there = ", ".join(str(step_in(name)) for name in names)
+        names = [name for name in names if step_in(name) == step]
+        if not names:
+            raise UsageError(f"{run} has no checkpoint of step {step}; there are {there}")
+    found = first_sound(places, names, tell)
+    if found is None:
+        raise DataError(f"no checkpoint of {run} is sound; restore one, or train anew")
+    return found
+
+
+def _by_error(places: Places, names: Iterable[str]) -> list[str]:
+    """Those with a validation error, the lowest first."""
+    errors = {}
+    for name in names:
+        try:
+            error = read_table(places, name).get("top1_error")
+        except (OSError, ValueError, KeyError, TypeError, DuetError):
+            continue  # damaged
+        if error is not None:
+            errors[name] = error
+    return sorted(errors, key=lambda name: (errors[name], -step_in(name)))

@@ -1,28 +1,45 @@
-"""What the processes of a job load when they start: the same checkpoint, the newest sound one."""
+"""What the processes of a job load when they start: the same checkpoint, the newest sound one.
+
+The weights of another run to start from (`init`): of every layer but the last, which is new.
+
+What is named may be a run, the newest sound checkpoint of which is taken, or one checkpoint. The
+driver looks once which it is and whether the network fits, and writes that checkpoint's own address
+into RUN/config.toml, so that whatever starts again before the first own checkpoint starts from the
+same. Later starts go on from RUN's own: they do not look at it at all.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from cluster.checkpoint.format import (
     UNSOUND,
     Found,
+    choose_at,
     column_file,
     fetched,
     first_sound,
     load,
     read_table,
+    reason,
 )
-from cluster.checkpoint.storage import Places, step_in
-from cluster.checkpoint_part import reason
+from cluster.checkpoint.storage import Bucket, Folder, Places, is_checkpoint, step_in
+from cluster.config import Config, read_back
 from cluster.mesh import Place
 from cluster.run.events import Tell
-from cluster.run.folder import Mark, last_step
+from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, last_step
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
-from pipeline.stores.errors import StoreError
-from pipeline.tools.errors import DataError, DuetError, SetupError
+from pipeline.remote.dataset import is_remote
+from pipeline.remote.filesystem import StoreError, without_secrets
+from pipeline.remote.target import bucket_of, folder_of
+from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError
 
 Errors = dict[str, float | None]
 """Top-1 validation errors by name of the checkpoint, None where there is none."""
@@ -131,3 +148,189 @@ def own_part(places: Places, name: str, place: Place) -> tuple[Path, object]:
             f"{place} cannot read {places.address}/{name}, and the leader can ({reason(error)}); "
             "have all nodes see the same folder, or give --store"
         ) from error
+
+
+NEW = "conv6"
+"""The layer that may be new, besides the last."""
+_WEIGHTS = "weights/"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where to start from."""
+
+    places: Places
+    base: str
+    """Folder or address that holds the checkpoints, as the user or a config has it."""
+    name: str
+    """Of the checkpoint; "" for the newest."""
+
+
+def source_of(init: str) -> Source:
+    """Understand the setting; nothing but a config is read.
+
+    Raises:
+        UsageError: it is no run and no checkpoint, or no address that checkpoints go to.
+    """
+    if is_remote(init):
+        base, _, last = init.rstrip("/").rpartition("/")
+        if is_checkpoint(last):
+            return Source(Bucket(bucket_of(base, "")), base, last)
+        return Source(Bucket(bucket_of(init, CHECKPOINTS)), f"{init.rstrip('/')}/{CHECKPOINTS}", "")
+    path = folder_of(init)
+    if is_checkpoint(path.name):
+        return Source(Folder(path.parent), str(path.parent), path.name)
+    if (path / CONFIG).is_file():
+        store = read_back(path / CONFIG)[0].store
+        if is_remote(store):
+            return source_of(store)
+        path = folder_of(store) if store else path
+    if not (path / CHECKPOINTS).is_dir():
+        raise UsageError(
+            f"init {init} is no run, and no checkpoint (step-...); name a folder that "
+            "cluster.train made"
+        )
+    return Source(Folder(path / CHECKPOINTS), str(path / CHECKPOINTS), "")
+
+
+def chosen(source: Source, tell: Tell) -> Found:
+    """Find the checkpoint, its bytes compared with their hashes; fetched if need be.
+
+    Raises:
+        UsageError: there is none.
+        DataError: it is damaged.
+        StoreError: the store does not answer.
+    """
+    called = f"init {without_secrets(source.base)}"
+    step = step_in(source.name) if source.name else None
+    return choose_at(source.places, called, tell, step)
+
+
+def pinned(config: Config, run: Path, step: int) -> Config:
+    """Return `config` with `init` as the run was begun with it, if it was, and from there.
+
+    Args:
+        config: the settings of this command.
+        run: its folder.
+        step: of its newest checkpoint.
+    """
+    if not config.init:
+        return config
+    init = config.init if is_remote(config.init) else str(folder_of(config.init).resolve())
+    config = replace(config, init=init)
+    before = read_back(run / CONFIG)[0].init if (run / CONFIG).is_file() else ""
+    base = before.rpartition("/")[0]
+    if before and (init in (before, base.removesuffix(f"/{CHECKPOINTS}")) or base == _base(init)):
+        return replace(config, init=before)
+    return config
+
+
+def _base(init: str) -> str:
+    try:
+        source = source_of(init)
+    except UsageError:  # it has gone meanwhile
+        return ""
+    return "" if source.name else source.base
+
+
+def looked_at(config: Config, classes: int, tell: Tell) -> tuple[Config, str]:
+    """Find the checkpoint and make sure that its network fits, before anything has started.
+
+    Args:
+        config: with `init`.
+        classes: of the run that is to begin.
+        tell: gets warnings.
+
+    Returns:
+        the config with the checkpoint's own address, and a line for the user.
+
+    Raises:
+        UsageError, DataError, StoreError: as `source_of` and `chosen`, or it does not fit.
+    """
+    source = source_of(config.init)
+    found = chosen(source, tell)
+    address = f"{source.base}/{found.name}"
+    net = AlexNet(classes=classes, design=config.design)
+    shapes: dict[str, Shape] = {}
+    for column in range(read_table(source.places, found.name)["config"].get("columns", 2)):
+        with safe_open(found.path / column_file(column), "pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    shapes = {k.removeprefix(_WEIGHTS): v for k, v in shapes.items() if k.startswith(_WEIGHTS)}
+    own = {key: tuple(value.shape) for key, value in net.column_state().items()}
+    taken = fitting(own, shapes, layers_of(net), without_secrets(address))
+    new = [layer for layer in layers_of(net) if not any(_layer(key) == layer for key in taken)]
+    said = (
+        f"starts from {without_secrets(address)} ({len(found.classes)} classes); "
+        f"new: {', '.join(new)}"
+    )
+    return replace(config, init=address), said
+
+
+def start_from(init: str, net: AlexNet, place: Place, tell: Tell) -> None:
+    """Fill the columns here from another run's checkpoint; all processes of a job call it.
+
+    Raises:
+        UsageError, DataError, StoreError: as `looked_at`.
+        SetupError: this process cannot read what another one can.
+    """
+    source = source_of(init)
+    name = source.name or place.share(chosen(source, tell).name if place.leads else "")
+    path, holder = own_part(source.places, name, place)
+    state: dict[str, Tensor] = {}
+    for column in net.columns:
+        state |= load_file(path / column_file(column))
+    there = {k.removeprefix(_WEIGHTS): v for k, v in state.items() if k.startswith(_WEIGHTS)}
+    own = net.column_state()
+    taken = fitting(
+        {key: tuple(value.shape) for key, value in own.items()},
+        {key: tuple(value.shape) for key, value in there.items()},
+        layers_of(net),
+        without_secrets(f"{source.base}/{name}"),
+    )
+    net.load_column_state(own | {key: there[key] for key in taken})
+    del holder  # and with it what was fetched
+
+
+def layers_of(net: AlexNet) -> list[str]:
+    """Names of the layers, from the picture to the logits."""
+    return [stage.layer.name for stage in net.stages]
+
+
+def fitting(
+    own: Mapping[str, Shape], there: Mapping[str, Shape], layers: Sequence[str], called: str
+) -> list[str]:
+    """Return the keys that are taken over; see `AlexNet.column_state` for them.
+
+    Args:
+        own: shapes of the network that is to begin.
+        there: of the one that it starts from.
+        layers: names of the former's layers, of which the last is new, and conv6 may be.
+        called: how messages call the latter.
+
+    Raises:
+        UsageError: a layer is missing, has another shape, or is of no use here; names it.
+    """
+    known = {_layer(key) for key in there}
+    new = {layers[-1], NEW} - ({NEW} & known)
+    way = "give the settings of its RUN/config.toml (net, columns, width, norm, conv6, ...)"
+    taken = []
+    for key, shape in own.items():
+        if _layer(key) in new:
+            continue
+        if key not in there:
+            raise UsageError(f"{called} has no {key}, which this network has; {way}")
+        if there[key] != shape:
+            raise UsageError(
+                f"{called}: {key} is {list(there[key])}, and this network's {list(shape)}; {way}"
+            )
+        taken.append(key)
+    if more := [key for key in there if key not in own and _layer(key) != layers[-1]]:
+        layer = more[0].rpartition(".")[0]
+        raise UsageError(f"{called} has {layer}, which this network has not; {way}")
+    return taken
+
+
+def _layer(key: str) -> str:
+    """`a.conv1.norm.weight` -> conv1."""
+    return key.split(".")[1]

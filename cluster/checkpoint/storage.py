@@ -21,19 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 from cluster.run.folder import CHECKPOINTS, checkpoints_in
-from pipeline.packing.store_target import OBJECT_STORES, StoreTarget
 from pipeline.remote.dataset import is_remote
-from pipeline.remote.download import Policy, Store
-from pipeline.stores.errors import without_secrets
-from pipeline.tools.errors import UsageError
+from pipeline.remote.filesystem import Policy
+from pipeline.remote.target import StoreTarget, bucket_of, folder_of
 from pipeline.tools.files import PARTIAL, sealed, sync_folder
 
 JSON = "checkpoint.json"
-POLICY = Policy()
-"""For what a thread does: half a minute of pauses before it gives up."""
 HURRY = Policy(attempts=3, first_delay=0.5, stall=10.0)
 """For what training waits for."""
 _NAME = re.compile(r"step-(\d+)(-[0-9a-f]+)?")
@@ -96,26 +91,6 @@ def places_of(run: Path, store: str) -> Places:
     if is_remote(store):
         return Bucket(bucket_of(store, CHECKPOINTS))
     return Folder((folder_of(store) if store else run) / CHECKPOINTS)
-
-
-def folder_of(store: str) -> Path:
-    """Return the folder that `folder` or `file:///folder` names."""
-    local = store.lower().startswith("file://")
-    return Path(unquote(urlsplit(store).path) if local else store)
-
-
-def bucket_of(store: str, folder: str) -> StoreTarget:
-    """Return what writes into a folder of a store; raises as `places_of`."""
-    safe = without_secrets(store)
-    if store.partition("://")[0] not in OBJECT_STORES:
-        raise UsageError(
-            f"store {safe}: checkpoints go to folders and to object stores "
-            "(s3://, gs://, az://); give one of these"
-        )
-    if not urlsplit(store).netloc:
-        raise UsageError(f"store {safe} names no bucket; give one such as s3://bucket/folder")
-    Store(store)  # has the package for it
-    return StoreTarget(f"{store.rstrip('/')}/{folder}".rstrip("/"), POLICY)
 
 
 def reached(run: Path, store: str) -> int:

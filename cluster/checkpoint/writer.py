@@ -3,6 +3,8 @@
 `begin` copies what a column owns (the only time training stands still), a thread writes and hashes
 the copy, and `finish`, some steps later, makes it a checkpoint when all columns are on the disk.
 Collective calls are made by `begin` and `finish` only, never by a thread.
+
+What one process does for a checkpoint besides training: a copy at once, the rest in a thread.
 """
 
 from __future__ import annotations
@@ -17,16 +19,99 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint.format import VERSION, state_of
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cluster.checkpoint.format import VERSION, column_file, reason, state_of
 from cluster.checkpoint.loader import load_newest
 from cluster.checkpoint.storage import Places, places_of, step_in
-from cluster.checkpoint_part import Chore, Copies, Facts, reason, write_columns
 from cluster.mesh import Place
 from cluster.run.events import Saved, Tell, Warned
 from cluster.run.folder import Mark
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from pipeline.tools.errors import DuetError, SetupError
+from pipeline.tools.files import sha256
+
+Facts = dict[str, dict[str, Any]]
+"""Bytes and hash by file."""
+
+
+class Chore:
+    """Something done in a thread that may be left behind; what goes wrong is kept in words."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.trouble = ""
+        """Why it has failed, once it has ended."""
+        self.seconds = 0.0
+        """How long it took."""
+        self._action = action
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        try:
+            self._action()
+        except BaseException as error:  # training goes on
+            self.trouble = reason(error)
+        self.seconds = time.monotonic() - start
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still being done."""
+        return self._thread.is_alive()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end, for a while; says whether it has come."""
+        self._thread.join(seconds)
+        return not self.alive
+
+
+class Copies:
+    """Memory for a copy of a process's tensors, kept from save to save."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to the CPU; the copies are good until this is called again."""
+        for key, tensor in state.items():
+            if key not in self._memory:
+                self._memory[key] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                )
+            self._memory[key].copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in state.values()):
+            torch.cuda.current_stream().synchronize()
+        return self._memory
+
+
+def write_columns(
+    places: Places, work: str, state: dict[str, Tensor], columns: tuple[int, ...],
+    facts: Facts, stopped: threading.Event,
+) -> None:  # fmt: skip
+    """Write, hash and bring to their place the files of some columns.
+
+    Args:
+        places: where to.
+        work: name under which they are written.
+        state: copies of the tensors.
+        columns: which.
+        facts: gets bytes and hash of each file that is there.
+        stopped: nothing more is begun when set.
+    """
+    for column in columns:
+        if stopped.is_set():
+            return
+        name = column_file(column)
+        own = {key: t for key, t in state.items() if key.split("/")[1][0] == "ab"[column]}
+        path = places.write(work, name, partial(save_file, own))
+        found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        places.settle(work, name, path)
+        facts[name] = found
+
 
 PATIENCE = 30.0
 """Seconds that training waits for a save that is still under way when the next one is due."""

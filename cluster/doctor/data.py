@@ -1,18 +1,241 @@
-"""The data set: there, whole as far as a look can tell, and how fast it is read."""
+"""The data set: there, whole as far as a look can tell, and how fast it is read.
+
+How fast a data set is read: from its disk, from its store, and through the stream.
+
+The run's folder, and the store of its checkpoints: writable, and with room.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.config import Config
-from cluster.doctor import speed
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
-from pipeline.dataset.manifest import Manifest
+from cluster.doctor.job import checkpoint_bytes
+from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
 from pipeline.remote.dataset import CACHE_SIZE, DataSet, default_cache, is_remote, open_dataset
-from pipeline.stores.errors import without_secrets
+from pipeline.remote.filesystem import (
+    Call,
+    Policy,
+    TransferError,
+    describe,
+    file_system,
+    without_secrets,
+)
+from pipeline.remote.target import bucket_of, folder_of
 from pipeline.tools.errors import DataError, DuetError
+from pipeline.tools.files import forget, writable_folder
+
+READ = 64 * 2**20
+"""Most bytes that are read to tell a speed."""
+SECONDS = 3.0
+"""For which one measurement goes on, at most."""
+PARALLEL = 4
+"""Shards that a training fetches at a time (`stores.remote.THREADS`)."""
+PART = 4 * 2**20
+"""Bytes that are read of each of them."""
+STORE_SECONDS = 15.0
+"""For which a store may take to answer."""
+LOOKED_AT = 64
+"""Shards of a store that are looked for; a large set has thousands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """What reading pictures in the config's order gave."""
+
+    pictures: int
+    bytes: int
+    seconds: float
+    cached: float
+    """Share of what was read that lay in the page cache before, although it was asked to go."""
+    order: str
+    """How it was read."""
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return self.pictures / self.seconds
+
+
+def disk(dataset: DataSet, name: str, split: Split, config: Config | None) -> Disk:
+    """Read pictures of a local set as a training does: single ones, or a shard from end to end.
+
+    Args:
+        dataset: in a folder.
+        name: of the split.
+        split: to read.
+        config: says the order; None: single pictures.
+
+    Raises:
+        OSError, DuetError: something cannot be read.
+    """
+    if config is not None and config.shuffle == "block":
+        return _whole_shards(dataset, split)
+    return _single_pictures(dataset, name, split)
+
+
+def _whole_shards(dataset: DataSet, split: Split) -> Disk:
+    read = here = 0
+    start, aside = time.perf_counter(), 0.0
+    for shard in split.shards:
+        with dataset.open(shard) as file:
+            before = time.perf_counter()
+            here += forget(file.fileno())
+            aside += time.perf_counter() - before
+            while block := file.read(2**20):
+                read += len(block)
+        if read >= READ or time.perf_counter() - start - aside > SECONDS:
+            break
+    seconds = time.perf_counter() - start - aside
+    each = split.bytes / split.samples
+    return Disk(pictures=round(read / each), bytes=read, seconds=seconds, cached=here / read,
+                order="shard after shard")  # fmt: skip
+
+
+def _single_pictures(dataset: DataSet, name: str, split: Split) -> Disk:
+    import numpy as np
+
+    from pipeline.dataset.index import load_index
+
+    index = load_index(dataset.folder, name, split)
+    rows = index[np.random.default_rng().permutation(len(index))[:1024]]
+    numbers = sorted({int(row["shard"]) for row in rows})[:256]
+    rows = rows[np.isin(rows["shard"], numbers)]
+    files = {number: os.open(dataset.shard(split.shards[number]), os.O_RDONLY)
+             for number in numbers}  # fmt: skip
+    try:
+        here = sum(map(forget, files.values()))
+        whole = sum(os.fstat(file).st_size for file in files.values())
+        done = read = 0
+        start = time.perf_counter()
+        for batch in np.array_split(rows, max(1, len(rows) // 128)):
+            for row in batch:  # as the stream does: the disk is asked for a batch at once
+                os.posix_fadvise(files[int(row["shard"])], int(row["offset"]), int(row["size"]),
+                                 os.POSIX_FADV_WILLNEED)  # fmt: skip
+            for row in batch:
+                read += len(os.pread(files[int(row["shard"])], int(row["size"]), row["offset"]))
+            done += len(batch)
+            if read >= READ or time.perf_counter() - start > SECONDS:
+                break
+        seconds = time.perf_counter() - start
+    finally:
+        for file in files.values():
+            os.close(file)
+    return Disk(pictures=done, bytes=read, seconds=seconds, cached=here / whole,
+                order="single pictures at random")  # fmt: skip
+
+
+def stream(data: str, config: Config | None) -> float:
+    """Return the pictures a second that the stream gives on this machine's CPU.
+
+    Raises:
+        DuetError: it does not run.
+    """
+    from pipeline.batches import Stream
+
+    config = config or Config()
+    options: dict[str, Any] = {"shuffle": config.shuffle, "window": config.window}
+    if config.threads:
+        options["threads"] = config.threads
+    with Stream(data, batch_size=config.batch_size, **options) as batches:
+        next(batches)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < SECONDS:
+            next(batches)
+            count += config.batch_size
+        return count / (time.perf_counter() - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """What a store said."""
+
+    latency: float
+    """Seconds for an answer about a shard."""
+    rate: float
+    """Bytes a second, PARALLEL shards at a time; 0: not measured, as some are wrong."""
+    less: bool
+    """It is less than that: not all came in STORE_SECONDS."""
+    looked_at: int
+    wrong: tuple[str, ...]
+    """Shards that are missing or of another size, and how."""
+
+
+def answers(address: str) -> float:
+    """Ask a store for a set's manifest; return the seconds that an answer takes.
+
+    Raises:
+        Exception: it does not answer, or says no; `told` says it in a line.
+    """
+    system, root = file_system(address, Policy(stall=STORE_SECONDS))
+    ask = partial(system.info, f"{root.rstrip('/')}/{NAME}")
+    Call(ask).result(STORE_SECONDS)  # connects
+    start = time.perf_counter()
+    Call(ask).result(STORE_SECONDS)
+    return time.perf_counter() - start
+
+
+def store(address: str, shards: Sequence[Shard]) -> Remote:
+    """Ask a store for shards, and read from some; nothing is kept.
+
+    Raises:
+        Exception: it does not answer, or says no; `told` says it in a line.
+    """
+    latency = answers(address)
+    system, root = file_system(address, Policy(stall=STORE_SECONDS))
+    some = shards[:: max(1, len(shards) // LOOKED_AT)][:LOOKED_AT]
+
+    def size(shard: Shard) -> str:
+        try:
+            found = system.info(f"{root.rstrip('/')}/{shard.name}").get("size")
+        except FileNotFoundError:
+            return f"{shard.name} is not there"
+        if found is None or found == shard.bytes:  # None: a server that does not say
+            return ""
+        return f"{shard.name} has {found} bytes instead of {shard.bytes}"
+
+    def part(shard: Shard) -> int:
+        end = min(shard.bytes, PART)
+        return len(system.cat_file(f"{root.rstrip('/')}/{shard.name}", start=0, end=end))
+
+    wrong: list[str] = []
+    for begun in range(0, len(some), 16):
+        asked = [Call(partial(size, shard)) for shard in some[begun : begun + 16]]
+        wrong += filter(None, (call.result(STORE_SECONDS) for call in asked))
+    rate, less = 0.0, False
+    if not wrong:
+        start = time.perf_counter()
+        calls = [Call(partial(part, shard)) for shard in some[:PARALLEL]]
+        try:
+            read = sum(call.result(STORE_SECONDS) for call in calls)
+        except TransferError:
+            read, less = PARALLEL * PART, True
+        rate = read / (time.perf_counter() - start)
+    return Remote(latency=latency, rate=rate, less=less, looked_at=len(some), wrong=tuple(wrong))
+
+
+def told(error: Exception) -> str:
+    """What a store or a disk said, in a line without secrets."""
+    return without_secrets(str(error) if isinstance(error, DuetError) else describe(error))
+
+
+def free_below(folder: Path) -> int:
+    """Free bytes on the disk of a folder that need not be there yet."""
+    while not folder.exists():
+        folder = folder.parent
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
 
 CREDENTIALS = {
     "s3": "export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=...   # or AWS_PROFILE; "
@@ -38,10 +261,10 @@ class Data:
         cached = self.config.cached if self.config else {}
         try:
             if is_remote(self.data):
-                speed.answers(self.data)  # sooner than a training, which is patient, would say it
+                answers(self.data)  # sooner than a training, which is patient, would say it
             dataset = open_dataset(self.data, **cached)
         except Exception as error:  # a store's library raises what it pleases
-            yield fail("data", speed.told(error), self._way_to_data(error))
+            yield fail("data", told(error), self._way_to_data(error))
             return
         with closing(dataset):
             try:
@@ -113,26 +336,27 @@ class Data:
         split = manifest.splits["train"]
         verify = f"python -m pipeline.verify {self.data}"
         try:
-            disk = speed.disk(dataset, "train", split, self.config)
-            rate = speed.stream(self.data, self.config)
+            reading = disk(dataset, "train", split, self.config)
+            rate = stream(self.data, self.config)
         except (DuetError, OSError) as error:
-            yield fail("data speed", speed.told(error), verify)
+            yield fail("data speed", told(error), verify)
             return
-        told = (
-            f"{disk.rate:,.0f} pictures/s from the disk ({disk.bytes / disk.seconds / 1e6:,.0f} "
-            f"MB/s, {disk.order}), {self._batch(disk.rate)}"
+        text = (
+            f"{reading.rate:,.0f} pictures/s from the disk "
+            f"({reading.bytes / reading.seconds / 1e6:,.0f} "
+            f"MB/s, {reading.order}), {self._batch(reading.rate)}"
         )
-        if disk.cached > 0.1:
-            told += f"; {disk.cached:.0%} of it stayed in the page cache, so the disk is slower"
-        elif disk.bytes < speed.READ / 8:
-            told += f"; only {disk.bytes / 1e6:.1f} MB were there to be read"
-        if disk.rate < rate:
+        if reading.cached > 0.1:
+            text += f"; {reading.cached:.0%} of it stayed in the page cache, so the disk is slower"
+        elif reading.bytes < READ / 8:
+            text += f"; only {reading.bytes / 1e6:.1f} MB were there to be read"
+        if reading.rate < rate:
             yield warn(
-                "data speed", f"{told}; it keeps the decoder waiting",
+                "data speed", f"{text}; it keeps the decoder waiting",
                 "--shuffle block, or a copy on a local SSD (once in memory, the page cache serves)",
             )  # fmt: skip
         else:
-            yield ok("data speed", told)
+            yield ok("data speed", text)
         threads = self.config.threads if self.config and self.config.threads else "all"
         yield ok("stream", f"{rate:,.0f} pictures/s decoded here on {threads} cores, "
                  f"{self._batch(rate)}")  # fmt: skip
@@ -145,9 +369,9 @@ class Data:
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
         train = manifest.splits["train"]
         try:
-            found = speed.store(self.data, shards)
+            found = store(self.data, shards)
         except Exception as error:
-            said = speed.told(error)
+            said = told(error)
             yield fail("store", f"{self._safe}: {said}", self._way_to_data(error))
             return
         if found.wrong:
@@ -156,24 +380,24 @@ class Data:
                        f"copy the set there again   # {self._safe}")  # fmt: skip
             return
         rate = found.rate / (train.bytes / train.samples)
-        told = (
+        text = (
             f"answers in {found.latency * 1000:,.0f} ms, {'less than ' * found.less}"
             f"{found.rate / 1e6:,.1f} MB/s with "
-            f"{speed.PARALLEL} at a time = {rate:,.0f} pictures/s, {self._batch(rate)}; "
+            f"{PARALLEL} at a time = {rate:,.0f} pictures/s, {self._batch(rate)}; "
             f"{found.looked_at} of {len(shards)} shards looked at"
         )
         if found.less:
             mend = "a store nearer to this machine, or a copy of the set on a local disk"
-            yield warn("store", told, mend)
+            yield warn("store", text, mend)
         else:
-            yield ok("store", told)
+            yield ok("store", text)
         yield self._cache(manifest)
 
     def _cache(self, manifest: Manifest) -> Finding:
         cached = (self.config or Config()).cached
         folder = Path(cached["cache"] or default_cache()).absolute()
         size = cached["cache_size"] if self.config else CACHE_SIZE
-        free, whole = speed.free_below(folder), manifest.splits["train"].bytes
+        free, whole = free_below(folder), manifest.splits["train"].bytes
         told = f"{folder}: {free / GB:.1f} GB free, {size / GB:.1f} allowed, the set has "
         told += f"{whole / GB:.1f}"
         if free < min(size, whole):
@@ -189,3 +413,64 @@ class Data:
 def judge_data(data: str, config: Config | None) -> Iterator[Finding]:
     """Yield what there is to say of a data set."""
     return Data(data, config).judge()
+
+
+PROBE = 2**24
+"""Bytes that are written to tell a speed."""
+
+
+def judge_run(run: Path, config: Config | None, classes: int | None) -> Iterator[Finding]:
+    """Yield what there is to say of a run's folder; makes it if need be."""
+    try:
+        writable_folder(run, "run folder")
+    except DuetError as error:
+        yield fail("run", str(error), "another --run")
+        return
+    probe, noise = run / f".doctor.{secrets.token_hex(8)}", os.urandom(PROBE)
+    start = time.perf_counter()
+    try:
+        with probe.open("wb") as file:
+            file.write(noise)
+            file.flush()
+            os.fsync(file.fileno())
+        seconds = time.perf_counter() - start
+    except OSError as error:
+        yield fail("run", f"{run}: {error.strerror}", "make room, or another --run")
+        return
+    finally:
+        probe.unlink(missing_ok=True)
+    free = shutil.disk_usage(run).free
+    kept = config.keep + config.keep_best + 1 if config else 4
+    need = 0 if config and config.store else kept * checkpoint_bytes(config, classes)
+    said = f"{run}: {PROBE / seconds / 1e6:,.0f} MB/s to the disk, {free / GB:.1f} GB free"
+    if free < need:
+        mend = "--keep 1 --keep-best 0, make room, or another --run or --store"
+        yield warn("run", f"{said}; its checkpoints take up to {need / GB:.1f} GB", mend)
+    else:
+        yield ok("run", said)
+
+
+def judge_store(store: str) -> Finding:
+    """Write a small file to the store of a config, read it back and remove it."""
+    safe = without_secrets(store)
+    try:
+        if not is_remote(store):
+            writable_folder(folder_of(store), "store")
+            return ok("store of run", f"{safe} can be written")
+        target = replace(bucket_of(store, ""), policy=Policy(attempts=2, stall=5))
+        name, mark = f".doctor.{secrets.token_hex(8)}", secrets.token_bytes(32)
+        start = time.perf_counter()
+        with target.create(name) as file:
+            file.write(mark)
+        try:
+            right = target.read(name) == mark
+        finally:
+            target.remove([name])
+    except (DuetError, OSError) as error:
+        scheme = store.partition("://")[0]
+        mend = CREDENTIALS.get(scheme, "another --store")
+        return fail("store of run", f"{told(error)}", f"{mend}; it must allow writing")
+    seconds = time.perf_counter() - start
+    if not right:
+        return fail("store of run", f"{safe} gives back other bytes", "another --store")
+    return ok("store of run", f"{safe}: written, read and removed in {seconds * 1000:,.0f} ms")

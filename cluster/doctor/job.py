@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
-from cluster.doctor.gpus import Gpu
-from cluster.doctor.hardware import Hardware
+from cluster.doctor.hardware import Gpu, Hardware
 from cluster.launch.placement import Node, NoRoom, plan
 from model.architecture import stages
 from model.summary import FLOAT32, table, totals

@@ -127,8 +127,8 @@ def main(request: dict[str, Any], out: Path) -> None:
     """Join, ask, and write down what there is to say; also why it could not be asked."""
     from dataclasses import asdict
 
+    from cluster.launch.placement import living
     from cluster.launch.session import session
-    from cluster.nodes import living
     from pipeline.tools.errors import DuetError
 
     start = time.monotonic()

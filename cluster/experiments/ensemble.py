@@ -1,38 +1,359 @@
 """Several networks together: their class probabilities averaged, and the errors of that.
 
     python -m cluster.evaluate RUN --data DATA --views 10 --save-probabilities      # for each RUN
-    python -m cluster.experiments.ensemble RUN RUN ... [--weights 1 1 2 | --search] [--views 10] [--json]
-    python -m cluster.experiments.ensemble RUN RUN RUN RUN RUN --sizes 1 3 5        # the paper's table 2
+    python -m cluster.experiments.ensemble RUN RUN ... [--weights 1 1 2 | --search] [--views 10]
+    python -m cluster.experiments.ensemble RUN RUN RUN RUN RUN --sizes 1 3 5     # table 2
 
 Paper, table 2: one network errs in 18.2 % of the pictures (top-5), the average of five in 16.4 %.
 Prints each network and the average; `--search` looks for weights as the original's avg-valid.py
 did, on the pictures that are counted: that flatters them a little. `--sizes` has a line for each
 number of networks, a mean over which of the runs they are, with equal weights, with weights
 searched so, and with weights searched on the half of the pictures that is not counted.
+
+Weights for an average of networks, searched on the pictures themselves.
+
+As the original's avg-valid.py (`find_coeffs`): all weights start at one half; one after the other
+is tried at 0, .05, ... 1 and takes the value with the fewest top-5 errors, if that is better than
+what it had; after five passes, or when a whole pass has changed nothing, that is it. Where it
+differs: between values with equal top-5 errors the top-1 errors decide; ties count by the rule of
+`model.metrics.errors`; and weights of 0 for all networks are no candidate.
+
+A class can stand before the right one in some average only if it does in some network, and wherever
+five classes do in every network the picture is lost. So most of what is saved need not be looked
+at: the search runs on what is left.
+
+The probabilities of several runs, picture by picture, and the errors of their averages.
+
+The table of the paper's form: errors of one network, of three, of five.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 import tyro
+from torch import Tensor
 
 from cluster.checkpoint.storage import reached
-from cluster.ensemble_table import as_lines, table_of
 from cluster.run.folder import store_of
-from cluster.run.probabilities import Saved
-from cluster.together import Together, counted
-from cluster.weights import search
+from cluster.run.probabilities import About, Saved
+from model.metrics import errors, sums
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import sealed, writable_folder
+
+PASSES = 5
+GRID = tuple(step / 20 for step in range(21))
+START = 0.5
+KEPT = 1 << 30
+"""Bytes of what is left that stay in memory; the rest is read again for each weight."""
+_BESIDE = -1.0
+"""Probability of a class that is none: behind every other one, whatever the weights."""
+
+
+class Chunk(NamedTuple):
+    """Some pictures, as all networks see them."""
+
+    probabilities: Tensor
+    """float32 [networks, n, classes]."""
+    labels: Tensor
+    """int64 [n]."""
+    weights: Tensor
+    """float32 [n], 0 for pictures that do not count."""
+
+
+class Chunks(Protocol):
+    """Pictures that can be gone through again and again."""
+
+    networks: int
+
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, Chunk]]:
+        """Yield what comes after each chunk, and the chunk, from picture `start` on."""
+        ...
+
+
+def search(pictures: Chunks, kept: int = KEPT) -> tuple[float, ...]:
+    """Return the weights of the best average that the search finds, one a network; the sum is 1.
+
+    Args:
+        pictures: the probabilities, gone through once, and as far as `kept` does not hold what is
+            left of them, again for each weight that is tried.
+        kept: bytes.
+    """
+    contest = Contest(pictures, kept)
+    weights = [START] * pictures.networks
+    best = contest.errors([weights])[0]
+    changed = 0  # the weight that was changed last
+    for turn in range(PASSES * len(weights)):
+        place = turn % len(weights)
+        if changed == place and turn >= len(weights):
+            break  # a whole pass ago
+        tried = [[*weights[:place], value, *weights[place + 1 :]] for value in GRID]
+        tried = [one for one in tried if sum(one) > 0]
+        found = contest.errors(tried)
+        first = min(range(len(tried)), key=found.__getitem__)
+        if found[first] < best:
+            best, weights, changed = found[first], tried[first], place
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+class Contest:
+    """The pictures that weights decide about, with the classes that can come into question."""
+
+    def __init__(self, pictures: Chunks, kept: int) -> None:
+        """Go through all pictures once; `kept` is how many bytes of what is left may stay."""
+        self._pictures = pictures
+        self._blocks: list[Chunk] = []
+        self._rest: int | None = None
+        start = size = 0
+        for end, chunk in pictures.chunks():
+            blocks = list(undecided(chunk))
+            size += sum(4 * block.probabilities.numel() for block in blocks)
+            if size > kept:
+                self._rest = start
+                break
+            self._blocks += blocks
+            start = end
+
+    def errors(self, candidates: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+        """Return top-5 and top-1 errors among these pictures with each of some weights."""
+        sums = torch.zeros(len(candidates), 2, dtype=torch.float64)
+        for block in self._each():
+            for row, weights in zip(sums, candidates, strict=True):
+                average = weighted(block.probabilities, weights)
+                top1, top5 = errors(average, block.labels, block.weights)
+                row += torch.stack((top5, top1))
+        return [(top5, top1) for top5, top1 in sums.tolist()]
+
+    def _each(self) -> Iterator[Chunk]:
+        yield from self._blocks
+        if self._rest is not None:
+            for _, chunk in self._pictures.chunks(self._rest):
+                yield from undecided(chunk)
+
+
+def weighted(probabilities: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the sum over networks of [networks, n, classes], each times its weight.
+
+    What a network of weight 0 says does not matter, not even if it is no number.
+    """
+    total = torch.zeros_like(probabilities[0])
+    for one, weight in zip(probabilities, weights, strict=True):
+        if weight:
+            total.add_(one, alpha=weight)
+    return total
+
+
+def undecided(chunk: Chunk) -> Iterator[Chunk]:
+    """Yield the pictures of a chunk that weights decide about, in blocks of about equal width.
+
+    In a block the right class is the first one; besides it there are those that some network
+    puts before it or level with it. A class that every network puts behind could at most be level
+    in an average whose rounding hides the difference: nobody would notice in a search.
+    """
+    places = min(5, chunk.probabilities.shape[2])
+    index = chunk.labels[None, :, None].expand(len(chunk.probabilities), -1, 1)
+    own = chunk.probabilities.gather(2, index)
+    lost = (chunk.probabilities > own).all(0).sum(1) >= places
+    near = ((chunk.probabilities >= own) | chunk.probabilities.isnan()).any(0)
+    width = near.sum(1)
+    open_ = (width > 1) & ~lost & (chunk.weights > 0)
+    rank = near.to(torch.int8)
+    rank.scatter_(1, chunk.labels[:, None], 2)
+    low, widest = 1, int(width[open_].max()) if open_.any() else 0
+    while low < widest:
+        high = min(2 * low, widest)
+        rows = (open_ & (width > low) & (width <= high)).nonzero()[:, 0]
+        if len(rows):
+            yield _block(chunk, rows, rank[rows], high)
+        low = high
+
+
+def _block(chunk: Chunk, rows: Tensor, rank: Tensor, width: int) -> Chunk:
+    """Cut out pictures `rows` and for each the `width` classes of the highest `rank` [n, classes].
+
+    Rank 2 is the right class, 1 one that comes into question, 0 any other.
+    """
+    ranks, classes = rank.topk(width, dim=1)
+    index = classes[None].expand(len(chunk.probabilities), -1, -1)
+    found = chunk.probabilities[:, rows].gather(2, index)
+    found = found.masked_fill(ranks[None] == 0, _BESIDE)
+    return Chunk(found, torch.zeros(len(rows), dtype=torch.int64), chunk.weights[rows])
+
+
+CHUNK = 1 << 24
+"""Probabilities, of all networks together, in memory at a time (64 MB)."""
+
+
+class Together:
+    """The probabilities of several runs, picture by picture.
+
+    A picture counts if it was sound for all of them.
+    """
+
+    def __init__(self, saved: Sequence[Saved], weights: Tensor | None = None) -> None:
+        """Make sure that they are of the same pictures.
+
+        Args:
+            saved: of each run.
+            weights: float32 [N], 0 for pictures that are not to count, if others are not, either.
+
+        Raises:
+            UsageError: they are not; names the runs and what differs.
+        """
+        self.saved = saved
+        self.networks = len(saved)
+        self.weights = saved[0].weights * (1.0 if weights is None else weights)
+        """float32 [N], 0 for pictures that do not count."""
+        for other in saved[1:]:
+            _same(saved[0], other)
+            self.weights *= other.weights
+        if not self.weights.any():
+            raise UsageError("no picture was sound for all runs; evaluate them anew")
+
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, Chunk]]:
+        """Yield what comes after each chunk, and the chunk, from picture `start` on."""
+        about = self.saved[0].about
+        rows = max(1, CHUNK // (self.networks * len(about.classes)))
+        for first in range(start, about.samples, rows):
+            last = min(first + rows, about.samples)
+            probabilities = torch.stack([one.rows(first, last) for one in self.saved])
+            labels, weights = self.saved[0].labels[first:last], self.weights[first:last]
+            yield last, Chunk(probabilities, labels, weights)
+
+
+def counted(nets: Together, weights: Sequence[float]) -> list[dict[str, float]]:
+    """Return errors and loss of each network alone, then of their average."""
+    totals = torch.zeros(nets.networks + 1, 4, dtype=torch.float64)
+    for _, (probabilities, labels, counts) in nets.chunks():
+        answers: list[Tensor] = [*probabilities, weighted(probabilities, weights)]
+        totals += torch.stack([sums(answer, labels, counts) for answer in answers])
+    return [
+        {"top1_error": top1 / samples, "top5_error": top5 / samples, "loss": loss / samples}
+        for loss, top1, top5, samples in totals.tolist()
+    ]
+
+
+def _same(first: Saved, other: Saved) -> None:
+    """Refuse probabilities of other pictures or classes."""
+    one, two = first.about, other.about
+    if two.split != one.split:
+        found = f"of split {two.split!r}, those of {first.run} of {one.split!r}"
+    elif two.classes != one.classes:
+        found = f"of other classes ({_difference(one, two)}) than those of {first.run}"
+    elif two.data_sha256 != one.data_sha256 or not torch.equal(first.labels, other.labels):
+        found = (
+            f"of another data set (manifest {two.data_sha256[:12]}) than those of {first.run} "
+            f"({one.data_sha256[:12]})"
+        )
+    else:
+        return
+    raise UsageError(
+        f"the probabilities of {other.run} are {found}; evaluate both on one with cluster.evaluate "
+        "--save-probabilities"
+    )
+
+
+def _difference(one: About, two: About) -> str:
+    if len(one.classes) != len(two.classes):
+        return f"{len(two.classes)}, not {len(one.classes)}"
+    names = zip(one.classes, two.classes, strict=True)
+    place, (a, b) = next((i, pair) for i, pair in enumerate(names) if pair[0] != pair[1])
+    return f"number {place} is {b!r}, not {a!r}"
+
+
+MOST = 10
+"""Combinations of one size that are counted; the first ones, in the order of the runs."""
+KINDS = ("equal", "searched", "held_out")
+"""Equal weights; searched on the pictures that are counted, as the original did; and searched on
+every other picture, counted on those between, and the other way round."""
+ERRORS = ("top1_error", "top5_error")
+
+
+def table_of(saved: Sequence[Saved], sizes: Sequence[int]) -> dict[str, Any]:
+    """Count averages of some of the runs.
+
+    Args:
+        saved: of all runs.
+        sizes: how many of them are averaged, for each line.
+
+    Returns:
+        {"views", "split", "samples", "runs", "sizes": a list of {"nets", "combinations", and for
+        each of `KINDS` its "top1_error" and "top5_error", means over the combinations, with "_sd",
+        the standard deviation (None for one)}}. Errors are fractions.
+
+    Raises:
+        UsageError: the runs do not go together.
+    """
+    about = saved[0].about
+    whole = Together(saved)
+    return {
+        "views": about.views,
+        "split": about.split,
+        "samples": round(float(whole.weights.sum())),
+        "runs": [str(one.run) for one in saved],
+        "sizes": [_line(saved, size, whole) for size in sizes],
+    }
+
+
+def _line(saved: Sequence[Saved], size: int, whole: Together) -> dict[str, Any]:
+    some = list(itertools.islice(itertools.combinations(saved, size), MOST))
+    found = [_errors(Together(one, whole.weights)) for one in some]
+    line: dict[str, Any] = {"nets": size, "combinations": len(some)}
+    for kind in KINDS:
+        line[kind] = {}
+        for name in ERRORS:
+            values = [one[kind][name] for one in found]
+            line[kind][name] = statistics.fmean(values)
+            line[kind][f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    return line
+
+
+def _errors(nets: Together) -> dict[str, dict[str, float]]:
+    """Errors of one combination with each kind of weights."""
+    equal = counted(nets, (1 / nets.networks,) * nets.networks)[-1]
+    if nets.networks == 1:
+        return dict.fromkeys(KINDS, equal)
+    return {
+        "equal": equal,
+        "searched": counted(nets, search(nets))[-1],
+        "held_out": _held_out(nets),
+    }
+
+
+def _held_out(nets: Together) -> dict[str, float]:
+    """Errors with weights searched on the pictures that are not counted."""
+    odd = (torch.arange(len(nets.weights)) % 2).to(nets.weights.dtype)
+    halves = [Together(nets.saved, nets.weights * part) for part in (odd, 1 - odd)]
+    totals = dict.fromkeys(ERRORS, 0.0)
+    for fitted, tested in (halves, reversed(halves)):
+        errors = counted(tested, search(fitted))[-1]
+        share = float(tested.weights.sum() / nets.weights.sum())
+        for name in ERRORS:
+            totals[name] += share * errors[name]
+    return totals
+
+
+def as_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the table in words."""
+    views = "centre view" if result["views"] == 1 else "ten views"
+    yield f"{result['split']}, {result['samples']:,} pictures, {views}; top-1 / top-5 error"
+    yield "  nets  equal weights    searched on these  searched on the other half"
+    for one in result["sizes"]:
+        cells = [
+            f"{one[kind]['top1_error']:7.2%} / {one[kind]['top5_error']:6.2%}" for kind in KINDS
+        ]
+        ways = f"  (mean of {one['combinations']})" if one["combinations"] > 1 else ""
+        yield f"{one['nets']:6}  {cells[0]}  {cells[1]}  {cells[2]}{ways}"
 
 
 @dataclass(frozen=True, kw_only=True)

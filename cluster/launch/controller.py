@@ -7,29 +7,220 @@
         about to go, or there is room for more
 
 Whoever is asked to end saves first. Every start and end is a row of RUN/attempts.jsonl.
+
+Why an attempt failed: who went, who complained, and what the user is told.
+
+One start of the workers by Ray Train, and what they tell until they are done.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import socket
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.attempt import Attempt
 from cluster.config import Config
-from cluster.launch.placement import Node, NoRoom, Plan, plan
-from cluster.nodes import draining, living, name_of, uses_gpus
+from cluster.launch.channel import Channel
+from cluster.launch.placement import Node, NoRoom, Plan, draining, living, name_of, plan, uses_gpus
+from cluster.launch.worker import FAKE_GPUS, Job, run_worker
 from cluster.run.console import Screen
-from cluster.run.events import Event, Placed, Started
-from cluster.run.folder import ATTEMPTS, last_attempt, last_step
+from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started, Worker
+from cluster.run.folder import ATTEMPTS, ERRORS, last_attempt, last_step
 from cluster.run.sync import DRIVERS, mirror_of
 from pipeline.tools.errors import DuetError
+
+DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
+"""What Ray Train calls a worker that is gone; one that raised an error comes as that error."""
+
+
+@dataclass
+class Failure:
+    """What is known of it."""
+
+    workers: tuple[Worker, ...] = ()
+    """In job order; empty if they were not placed yet."""
+    told: Failed | None = None
+    """What the first worker that gave up has told."""
+    raised: BaseException | None = None
+    """What Ray Train has made of it."""
+
+    @property
+    def deaths(self) -> list[str]:
+        """The workers that went without a word."""
+        errors = getattr(self.raised, "worker_failures", {})
+        gone = [rank for rank, error in errors.items() if type(error).__name__ in DEATHS]
+        return [self._name(rank) for rank in sorted(gone)]
+
+    def _name(self, rank: int) -> str:
+        for worker in self.workers:
+            if worker.rank == rank:
+                columns = f"column{'s' if ' ' in worker.column else ''} {worker.column}"
+                return f"replica {worker.replica}, {columns} (node {worker.node})"
+        return f"rank {rank}"
+
+    @property
+    def final(self) -> bool:
+        """Whether the same would happen again."""
+        return self.told is not None and self.told.final
+
+    @property
+    def why(self) -> str:
+        """The cause in a line, not what it led to: others miss the one that has died."""
+        if self.told is not None and (self.told.final or not self.deaths):
+            return f"{self.told.worker}: {self.told.text}"
+        if self.deaths:
+            others = f" and {len(self.deaths) - 1} more" if len(self.deaths) > 1 else ""
+            return f"the worker of {self.deaths[0]}{others} died: killed, or out of memory"
+        # Ray's own errors begin with lines that only announce the next.
+        told = [line.strip() for line in str(self.raised).splitlines() if line.strip()]
+        lines = [line for line in told if not line.endswith(":")]
+        return (lines or [repr(self.raised)])[0].split(". ")[0]
+
+    def error(self, run: Path, aside: str = "") -> DuetError:
+        """Return the error to leave with; RUN/error.log gets the whole story.
+
+        Args:
+            run: folder of the run.
+            aside: what Ray has said meanwhile, and nobody was shown.
+        """
+        trace = [self.told.trace] if self.told else []
+        if not self.final:
+            trace += [str(self.raised), aside]
+        text, log = self.why, run / ERRORS
+        try:
+            body = "\n".join([time.strftime("%F %T"), text, *trace]) + "\n"
+            log.write_text(body, encoding="utf-8")
+            text = f"{text} (traceback in {os.path.relpath(log)})"
+        except OSError:
+            pass  # the disk may be what is wrong
+        error = DuetError(text)
+        if self.told is not None and (self.final or not self.deaths):
+            error.exit_code = self.told.exit_code
+        return error
+
+
+POLL = 0.2
+"""Seconds between looks for what the workers tell."""
+FORWARDED = ("OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_GPUS)
+"""Variables that workers need before torch is loaded there, or that Ray does not hand on."""
+
+
+class Attempt:
+    """Workers under way: `events()` until they end, then the other attributes say how."""
+
+    def __init__(
+        self, config: Config, data: str, run: Any, plan: Plan, *, measure: bool = False
+    ) -> None:
+        self.plan = plan
+        self.started = self.ended = self.finished = False
+        """Whether they have begun; have saved and ended as they were asked to; have done it all."""
+        self.failure = Failure()
+        """Why it failed, if it did; and the table of workers, when they are placed."""
+        self._channel = Channel()
+        job = Job(
+            config=config, data=data, run=run, plan=plan, driver=self._channel.address,
+            measure=measure,
+        )  # fmt: skip
+        # A thread: fit() would take Ctrl-C to itself, and this one is busy with the screen.
+        self._thread = threading.Thread(target=self._fit, args=(job,), daemon=True)
+        self._thread.start()
+
+    def _fit(self, job: Job) -> None:
+        # Ray Train's own notes; it reads them on the driver's node only.
+        scratch = tempfile.mkdtemp(prefix="duet-train-")
+        try:
+            trainer(job, scratch).fit()
+        except BaseException as error:
+            self.failure.raised = error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def ask_to_end(self) -> None:
+        """Have the workers save after the step they are at, and end."""
+        self._channel.ask_to_end()
+
+    def events(self) -> Iterator[Event | None]:
+        """What the workers tell, until they have ended; None now and then, when it is nothing."""
+        while True:
+            ending = not self._thread.is_alive()
+            for event in self._channel.take():
+                self._note(event)
+                yield event
+            if ending:
+                return
+            yield None
+            time.sleep(POLL)
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case Placed(workers):
+                self.failure.workers = workers
+            case Started():
+                self.started = True
+            case Ended():
+                self.ended = True
+            case Finished():
+                self.finished = True
+            case Failed() if self.failure.told is None:
+                self.failure.told = event
+            case _:
+                pass
+
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong."""
+        return self.failure.told is not None or self.failure.raised is not None
+
+
+def trainer(job: Job, scratch: str) -> Any:
+    """The Ray Train run of a job."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    from cluster.launch.worker import LoopbackConfig
+
+    nodes = job.plan.nodes
+    resources: dict[str, float] = {"CPU": job.plan.cpus}
+    if job.plan.gpus:
+        resources["GPU"] = job.plan.gpus
+    cuda = job.plan.gpus and not os.environ.get(FAKE_GPUS)
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"job": job},
+        torch_config=(TorchConfig if "RAY_ADDRESS" in os.environ else LoopbackConfig)(
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout_s=job.config.collective_timeout,
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=len(nodes),
+            use_gpu=bool(job.plan.gpus),
+            resources_per_worker=resources,
+            placement_strategy="STRICT_PACK" if len(set(nodes)) == 1 else "PACK",
+            label_selector=[{"ray.io/node-id": node} for node in nodes],
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=scratch,
+            # The supervisor starts again, after it has looked where there is room now.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={
+                "env_vars": {name: os.environ[name] for name in FORWARDED if name in os.environ}
+            },
+        ),
+    )
+
 
 LOOK = 2.0
 """Seconds between looks at the cluster while training."""

@@ -10,16 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.attempt import Attempt
 from cluster.config import Config
-from cluster.launch.placement import plan
-from cluster.nodes import living, uses_gpus
+from cluster.launch.controller import Attempt
+from cluster.launch.placement import living, plan, uses_gpus
 from cluster.run.console import Screen
 from cluster.run.events import Measured
 from cluster.run.folder import MEASURE
 from cluster.run.jsonl import WAITS
-from pipeline.throughput.page import write as write_page
 from pipeline.throughput.report import rounded
+from pipeline.throughput.report import write as write_page
 from pipeline.tools.files import sealed
 
 NAMES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.tools.errors import SetupError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 # Our lines are the only ones on the screen, and what Ray starts listens on this machine only.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 from cluster.launch.session import session
 from pipeline.packing.build import libraries
-from pipeline.packing.pool import as_careful
 from pipeline.remote.target import WORK, Target
 from pipeline.sources.paths import is_remote
 from pipeline.tools.errors import DuetError, SetupError
+from pipeline.tools.processes import as_careful
 
 AHEAD = 2
 """Tasks under way for each CPU: one runs, the next is there when it ends."""

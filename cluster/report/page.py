@@ -20,12 +20,21 @@ import jinja2
 import tyro
 
 from cluster.checkpoint.format import Found
-from cluster.report.answers import CHOICES, EACH, Answers, Choice, answers
-from cluster.report.curves import curves
-from cluster.report.images import Sample, Unavailable, cache_of, mosaic, newest_checkpoint
-from cluster.report.kernels import FirstLayer, first_layer
+from cluster.report.charts import curves
+from cluster.report.images import (
+    CHOICES,
+    EACH,
+    Answers,
+    Choice,
+    Sample,
+    Unavailable,
+    answers,
+    cache_of,
+    mosaic,
+    newest_checkpoint,
+)
+from cluster.report.kernels import FirstLayer, first_layer, noise_limit
 from cluster.report.records import Records, read_records
-from cluster.report.scores import noise_limit
 from cluster.report.tables import (
     class_errors,
     confusion,

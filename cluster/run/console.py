@@ -12,7 +12,6 @@ import rich.progress as rp
 from rich.console import Console
 from rich.text import Text
 
-from cluster.launch.placement import Worker
 from cluster.run.events import (
     Ended,
     Event,
@@ -23,6 +22,7 @@ from cluster.run.events import (
     Stepped,
     Validated,
     Warned,
+    Worker,
 )
 
 EVERY = 5.0

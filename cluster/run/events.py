@@ -6,7 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.launch.placement import Worker
+
+@dataclass(frozen=True)
+class Worker:
+    """A line of the table of workers."""
+
+    rank: int
+    """In the job: replica * size + column."""
+    replica: int
+    column: str
+    """a, b, or `a and b`."""
+    node: str
+    """Name of its node."""
+    gpu: int | None
+    """Number of its GPU on that node; None on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config
-from cluster.config_file import as_toml, read_back
-from cluster.continuation import differences
+from cluster.config import Config, as_toml, differences, read_back
 from cluster.run.jsonl import tail
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import sealed, writable_folder

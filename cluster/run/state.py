@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config
-from cluster.config_file import read_back
+from cluster.config import Config, read_back
 from cluster.run.folder import (
     ATTEMPTS,
     CHECKPOINTS,

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.checkpoint.storage import bucket_of
 from cluster.run.folder import (
     ATTEMPTS,
     CONFIG,
@@ -27,6 +26,7 @@ from cluster.run.folder import (
     VALIDATION,
 )
 from pipeline.remote.dataset import is_remote
+from pipeline.remote.target import bucket_of
 from pipeline.tools.files import sealed
 
 GROWING = (METRICS, VALIDATION, LAYERS, KERNELS, RATES)

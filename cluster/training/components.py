@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 
+from cluster.checkpoint.loader import start_from
 from cluster.checkpoint.writer import Checkpoints
 from cluster.config import Config
-from cluster.initial import start_from
 from cluster.mesh import Place
-from cluster.rate_events import Recipe
 from cluster.run.events import Publish, Tell
 from cluster.run.exporters import Board
 from cluster.run.folder import LEDGER, QUARANTINE, Mark
 from cluster.run.metrics import Log
 from cluster.run.sync import Mirror, mirror_of
 from cluster.training.gradients import GradientAverage
-from cluster.training.learning_rate import RateControl
+from cluster.training.learning_rate import RateControl, Recipe
 from cluster.training.pair_batches import Feed
 from cluster.training.precision import compute_dtype
 from model.alexnet import AlexNet

@@ -3,24 +3,327 @@
 All changes are events in one list (`rate_events`): those of the schedule, known beforehand; the
 divisions of `plateau`; and what was set by hand (`hand_rates`). The rates of a step follow from the
 events before it. RUN/rates.jsonl has a row for each event that has come.
+
+What changes the learning rates of a run, and when: one list, whatever the reason.
+
+Learning rates set by hand: the file RUN/rates.toml, which a training run takes and puts aside.
+
+    lr = 0.001            # of the weights
+    lr_bias = 0.002       # of the biases
+    lr.conv1 = 0          # of one layer's weights; lr_bias.conv1 of its biases; 0 freezes
+    drop = true           # divide all rates by plateau_factor
+
+A value is absolute and holds until the schedule, or another such file, sets that rate again. What
+was taken after step S becomes RUN/rates-applied-S.toml: a run that goes on from before S takes it
+again after S, so that it comes out the same; delete it to prevent that.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
+import math
 import os
-from collections.abc import Iterable
+import re
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from cluster.hand_rates import applied, take
+from cluster.config import Config
 from cluster.mesh import Place
-from cluster.rate_events import BY_HAND, PLATEAU, Event, Recipe, as_row, from_row, words
 from cluster.run.events import Rated, Tell, Warned
 from cluster.run.folder import RATES, VALIDATION
-from model.schedule import Rates, plateau_drops
-from pipeline.tools.files import sealed
+from model.schedule import (
+    COLOUR,
+    DROP,
+    DROP_BIASES,
+    Rates,
+    dexp,
+    in_force,
+    layer_factors,
+    nearest,
+    parse_changes,
+    plateau_drops,
+    rate_names,
+    scaled,
+)
+from pipeline.tools.files import sealed, sync_folder
+
+SCHEDULE, PLATEAU, BY_HAND = "schedule", "plateau", "by hand"
+REASONS = (SCHEDULE, PLATEAU, BY_HAND)
+"""In the order in which they come after one and the same step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the learning rates of a run follow from."""
+
+    config: Config
+    samples: int
+    """Training pictures."""
+    total: int
+    """Steps of the whole run."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the network's layers."""
+        return tuple(layer.name for layer in self.config.design.layers())
+
+    def drop(self) -> dict[str, float]:
+        """Settings that divide the rates in force."""
+        biases = {DROP_BIASES: self.config.plateau_factor} if self.config.plateau_biases else {}
+        return {DROP: self.config.plateau_factor} | biases
+
+    def rates(self, events: Iterable[Event]) -> Rates:
+        """Rates after some events, on top of those of the first step."""
+        factors = layer_factors(self.config.layer_rates, self.layers)
+        settings = [setting for event in events for setting in event.settings.items()]
+        return in_force(*self._begin(), settings, factors)
+
+    def _begin(self) -> tuple[float, float]:
+        if self.config.schedule == "dexp":
+            return self._dexp(1)
+        return self._lr, self._lr * self.config.bias_factor
+
+    @property
+    def _lr(self) -> float:
+        return scaled(self.config.lr, self.config.batch_size, self.config.rate_scaling)
+
+    def _dexp(self, step: int) -> tuple[float, float]:
+        return dexp(
+            step / self.total,
+            self._lr,
+            self.config.bias_factor,
+            self.config.lr_drop,
+            self.config.lr_drops,
+            self.config.bias_drop,
+            self.config.bias_drops,
+        )
+
+    def scheduled(self) -> list[Event]:
+        """What is known before the run begins: the steps of `dexp`, and the changes by epoch."""
+        stretches = self._stretches() if self.config.schedule == "dexp" else []
+        return [*stretches, *self._changes()]
+
+    def _stretches(self) -> list[Event]:
+        # The end of a stretch still belongs to it.
+        borders = {
+            self.total * place // stretches
+            for stretches in (self.config.lr_drops, self.config.bias_drops)
+            for place in range(1, stretches)
+        }
+        events = []
+        for step in sorted(borders - {0, self.total}):
+            pairs = zip(("lr", "lr_bias"), self._dexp(step), self._dexp(step + 1), strict=True)
+            if changed := {name: after for name, before, after in pairs if before != after}:
+                events.append(Event(step, SCHEDULE, changed))
+        return events
+
+    def _changes(self) -> list[Event]:
+        found: dict[int, dict[str, float]] = {}
+        for change in parse_changes(self.config.changes, self.layers):
+            # Exact: every process must find the same step.
+            step = math.ceil(Fraction(change.epoch) * self.samples / self.config.batch_size)
+            rule = "none" if change.name == COLOUR else self.config.rate_scaling
+            value = scaled(change.value, self.config.batch_size, rule)
+            found.setdefault(step, {})[change.name] = value  # later ones win
+        return [Event(step, SCHEDULE, settings) for step, settings in found.items()]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of the rates."""
+
+    after: int
+    """The last step before it."""
+    why: str
+    """One of REASONS."""
+    settings: Mapping[str, float]
+    """As `model.schedule.in_force` takes them."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts events."""
+        return self.after, REASONS.index(self.why)
+
+    @property
+    def key(self) -> tuple[int, str, tuple[str, ...]]:
+        """The same for two that are one and the same change."""
+        return self.after, self.why, tuple(self.settings)
+
+
+def words(event: Event, before: Rates, after: Rates) -> str:
+    """An event for people: `lr 0.01 -> 0.001, lr_bias 0.02 -> 0.002`."""
+    old, new = named(before), named(after)
+    told = []
+    for name, value in new.items():
+        kind, _, layer = name.partition(".")
+        was = old.get(name, old[kind])  # a layer without a rate of its own had the common one
+        if was != value and not (layer and (was, value) == (old[kind], new[kind])):
+            told.append(f"{name} {was:.4g} -> {value:.4g}")
+    if COLOUR in event.settings:
+        told.append(f"colour -> {event.settings[COLOUR]:.4g}")
+    return ", ".join(told) or "no rate changes"
+
+
+def named(rates: Rates) -> dict[str, float]:
+    """Rates by the names under which they are set: lr, lr_bias, lr.conv1, ..."""
+    found = {"lr": rates.weights, "lr_bias": rates.biases}
+    for layer, (weights, biases) in rates.layers.items():
+        found |= {f"lr.{layer}": weights, f"lr_bias.{layer}": biases}
+    return found
+
+
+def as_row(event: Event, before: Rates, after: Rates, recipe: Recipe) -> dict[str, Any]:
+    """An event as a row of RUN/rates.jsonl: `step` is the last one before it."""
+    position = event.after * recipe.config.batch_size
+    return {
+        "position": position,
+        "epoch": round(position / recipe.samples, 4),
+        "step": event.after,
+        "why": event.why,
+        "what": words(event, before, after),
+        "set": dict(event.settings),
+        "lr": after.weights,
+        "lr_bias": after.biases,
+        "layers": {layer: list(pair) for layer, pair in after.layers.items()},
+    }
+
+
+def from_row(line: bytes) -> Event | None:
+    """Read a row back; None if it is none."""
+    try:
+        row = json.loads(line)
+        settings = {str(name): float(value) for name, value in row["set"].items()}
+        event = Event(int(row["step"]), str(row["why"]), settings)
+        return event if line.endswith(b"\n") and event.why in REASONS else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+FILE = "rates.toml"
+APPLIED = re.compile(r"rates-applied-(\d+)(?:-(\d+))?\.toml")
+SETTLED = 0.2
+"""Seconds for which a file must not change before it is read: it may be half written."""
+
+
+def parse(text: str, recipe: Recipe) -> dict[str, float]:
+    """Read the settings of a file.
+
+    Raises:
+        ValueError: one line that says what is wrong and what would do.
+    """
+    # In TOML nothing can be a value and a table: `lr.conv1` must be a name of its own.
+    quoted = re.sub(r"(?m)^(\s*)((?:lr|lr_bias)\.\w+)(\s*=)", r'\1"\2"\3', text)
+    try:
+        table = tomllib.loads(quoted)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"it is not TOML ({error}); write lines such as lr = 0.001") from error
+    known = [*rate_names(recipe.layers), DROP]
+    settings: dict[str, float] = {}
+    for name, value in _flat(table).items():
+        if name not in known:
+            raise ValueError(f"no rate is called {name!r}; {nearest(name, known)}")
+        settings |= _setting(name, value, recipe)
+    if not settings:
+        raise ValueError("it sets nothing; write lines such as lr = 0.001")
+    return settings
+
+
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """Names with dots, also of what was written as tables (`[lr]`, `conv1 = 0`)."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _setting(name: str, value: object, recipe: Recipe) -> dict[str, float]:
+    if name == DROP:
+        if not isinstance(value, bool):
+            raise ValueError(f"drop is {value!r}; it takes true")
+        return recipe.drop() if value else {}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}; it takes a number from 0 up")
+    return {name: float(value)}  # type: ignore[arg-type]
+
+
+def take(run: Path, step: int, recipe: Recipe, tell: Tell) -> Event | None:
+    """Take RUN/rates.toml, if there is one, and put it aside; never raises.
+
+    A file that cannot be used is put aside as rates-bad-STEP.toml, with a warning.
+    """
+    path = run / FILE
+    try:
+        raw = _settled(path)
+        if raw is None:
+            return None
+        try:
+            settings = parse(_text(raw), recipe)
+        except ValueError as error:
+            aside = _move(path, f"rates-bad-{step}")
+            tell(Warned(f"{path} is passed over: {error} (it is now {aside.name})"))
+            return None
+        _move(path, f"rates-applied-{step}")
+    except OSError as error:
+        tell(Warned(f"{path} cannot be used ({error.strerror}); the rates stay as they are"))
+        return None
+    return Event(step, BY_HAND, settings)
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not text; write lines such as lr = 0.001") from error
+
+
+def _settled(path: Path) -> bytes | None:
+    """What is in a file that nobody is writing any more; None if there is none yet."""
+    if not path.exists():
+        return None
+    raw = path.read_bytes()
+    time.sleep(SETTLED)
+    if not raw.strip() or path.read_bytes() != raw:
+        return None  # still being written: next time
+    return raw
+
+
+def _move(path: Path, name: str) -> Path:
+    """Rename a file to NAME.toml, or to NAME-2.toml and so on if that is taken."""
+    aside = path.with_name(f"{name}.toml")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{name}-{number}.toml")
+    path.rename(aside)
+    sync_folder(path.parent)
+    return aside
+
+
+def applied(run: Path, recipe: Recipe, tell: Tell) -> list[Event]:
+    """What was taken before, in order; a file that cannot be read any more is named and left."""
+    found = []
+    for path in run.glob("rates-applied-*.toml"):
+        if match := APPLIED.fullmatch(path.name):
+            found.append((int(match[1]), int(match[2] or 1), path))
+    events = []
+    for step, _, path in sorted(found):
+        try:
+            events.append(Event(step, BY_HAND, parse(path.read_text(encoding="utf-8"), recipe)))
+        except (OSError, ValueError) as error:
+            tell(Warned(f"{path} is passed over: {error}"))
+    return events
+
 
 ERROR = "top1_error"
 """The validation error that `plateau` looks at."""

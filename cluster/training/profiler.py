@@ -30,10 +30,9 @@ from cluster.training.precision import keep_memory
 from model.exchange import Exchange
 from pipeline.stream.timing import Waits
 from pipeline.throughput import hardware
-from pipeline.throughput.clock import Load, Rate
+from pipeline.throughput.clock import Load, Rate, Row, row
 from pipeline.throughput.diagnosis import examine
-from pipeline.throughput.row import Row, row
-from pipeline.throughput.setting import Setting
+from pipeline.throughput.stages import Setting
 
 WARM_UP = 5
 """Steps before the clocks start."""

@@ -13,9 +13,8 @@ pictures      what makes pictures ready for the first convolution, a kernel of t
 what that is. Every form computes the same numbers, within rounding.
 """
 
-from model.norm.alternatives import LCN_SIZE, local_contrast_norm
-from model.norm.batch import BatchNorm
-from model.norm.pictures import padded_pictures
+from model.norm.alternatives import LCN_SIZE, BatchNorm, local_contrast_norm
+from model.norm.native import padded_pictures
 from model.norm.reference import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE
 from model.norm.response import backend, local_response_norm, norm_pool, spatial_response_norm
 

@@ -4,32 +4,242 @@ The SHA-256 says that the file is the one that was sealed. The CRC-32s are check
 shard whose hash is right, too: they are what a training run goes by, and they stand in another
 file. An index of another build, or a manifest that was written anew over damaged shards, shows
 nowhere else before the run that finds each of its samples damaged.
+
+What is damaged, and where.
+
+The files beside the shards: statistics, index, lists of rejects and duplicates; strangers.
+
+Does a manifest make sense? Its JSON is sound and of this version where this is asked.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from isal import isal_zlib
 
-from pipeline.dataset.images import ENDINGS, SIZE, Encoding, as_npy
-from pipeline.dataset.index import Index, index_name, sample_key
-from pipeline.dataset.manifest import Shard
-from pipeline.dataset.samples import Part, Sample, Unfit, label_of, samples_of
-from pipeline.dataset.tar import Member, members
-from pipeline.indexing.examine import tar_fault
-from pipeline.indexing.idx import idx_text, read_idx
-from pipeline.indexing.names import Classes
-from pipeline.sources.listing import shown
-from pipeline.stored_picture import Undecodable, pixels_of
-from pipeline.tools.errors import UsageError
-from pipeline.verification.beside import file_damage
-from pipeline.verification.findings import DIFFERS, MISSING, Damage, damage
-from pipeline.whole_file import WholeFile
+from pipeline.dataset.image_stats import NAME as STATS
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.images import ENDINGS, SIZE, Encoding, Undecodable, as_npy, pixels_of
+from pipeline.dataset.index import Index, index_name, load_index, sample_key
+from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
+from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.samples import Classes, Part, Sample, Unfit, label_of, samples_of
+from pipeline.dataset.shards import idx_text, read_idx
+from pipeline.dataset.tar import Member, members, shown, tar_fault
+from pipeline.tools.errors import DataError, UsageError
+from pipeline.tools.files import WholeFile, sha256
+
+Damage = dict[str, Any]
+"""One finding: `file`, `reason`, and for a damaged sample `sample` (its id in the split) and `key`
+(its WebDataset key)."""
+
+DIFFERS = "SHA-256 differs from the manifest"
+MISSING = "missing"
+
+
+def damage(file: str, reason: str, sample: int | None = None, key: str | None = None) -> Damage:
+    """Return a finding."""
+    found: Damage = {"file": file}
+    if sample is not None:
+        found["sample"] = sample
+    if key is not None:
+        found["key"] = key
+    return found | {"reason": reason}
+
+
+REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
+
+_SHAPES = {
+    "mean_picture": (SIZE, SIZE, 3),
+    "channel_mean": (3,),
+    "covariance": (3, 3),
+    "eigenvalues": (3,),
+    "eigenvectors": (3, 3),
+}
+
+
+def file_damage(path: Path, expected: str) -> list[Damage]:
+    """Return what is wrong with a file that should have a SHA-256, in hexadecimal."""
+    try:
+        if sha256(path) != expected:
+            return [damage(path.name, DIFFERS)]
+    except FileNotFoundError:
+        return [damage(path.name, MISSING)]
+    except OSError as error:
+        return [damage(path.name, f"cannot be read ({error.strerror})")]
+    return []
+
+
+def index_damage(data: Path, name: str, split: Split) -> list[Damage]:
+    """Return what is wrong with the index of a split as a file; `shard` looks at its rows."""
+    if found := file_damage(data / index_name(name), split.index_sha256):
+        return found
+    try:
+        load_index(data, name, split)
+    except DataError:
+        reason = f"it is no index of the {split.samples:,} samples that the manifest counts"
+        return [damage(index_name(name), reason)]
+    return []
+
+
+def stats_damage(data: Path, manifest: Manifest) -> list[Damage]:
+    """Return what is wrong with the statistics: the hash, or numbers that cannot be."""
+    if found := file_damage(data / STATS, manifest.stats_sha256):
+        return found
+    try:
+        statistics = Statistics.load(data)
+    except Exception:  # of a damaged header, NumPy's reader raises what it pleases
+        return [damage(STATS, "its bytes are as sealed, but it holds no statistics")]
+    return [damage(STATS, reason) for reason in _strange(statistics)][:1]
+
+
+def _strange(statistics: Statistics) -> Iterator[str]:
+    for name, shape in _SHAPES.items():
+        array = getattr(statistics, name)
+        if array.shape != shape or array.dtype.kind != "f":
+            yield f"{name} is {array.dtype} {list(array.shape)}, not floats {list(shape)}"
+            return
+        if not np.isfinite(array).all():
+            yield f"{name} holds numbers that are not finite"
+            return
+    mean = statistics.mean_picture
+    if mean.min() < 0 or mean.max() > 255:
+        yield "mean_picture leaves 0..255"
+    if not np.allclose(mean.mean((0, 1), np.float64), statistics.channel_mean, atol=1e-2):
+        yield "channel_mean is not that of mean_picture"
+    values, vectors = statistics.eigenvalues, statistics.eigenvectors
+    if (values < 0).any() or (np.diff(values) > 0).any():
+        yield "eigenvalues are negative or out of order"
+    close = 1e-6 * max(1.0, float(values.max()))
+    if not np.allclose(vectors @ np.diag(values) @ vectors.T, statistics.covariance, atol=close):
+        yield "eigenvalues and eigenvectors are not those of covariance"
+
+
+def list_damage(data: Path, manifest: Manifest) -> list[Damage]:
+    """Return what is wrong with the lists of rejects and of duplicates."""
+    columns = {"name", "reason"}
+    return [
+        *_rows_damage(
+            data / REJECTS, manifest.rejected, "rejected", columns, manifest.rejects_sha256
+        ),
+        *_rows_damage(
+            data / DUPLICATES, manifest.duplicates, "duplicates", set(), manifest.duplicates_sha256
+        ),
+    ]
+
+
+def _rows_damage(
+    path: Path, expected: int, field: str, columns: set[str], digest: str | None
+) -> list[Damage]:
+    if not path.exists() and expected == 0 and digest is None:
+        return []  # an empty list says nothing that the manifest does not
+    if digest is not None and (found := file_damage(path, digest)):
+        return found
+    count = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not columns <= row.keys():
+                    raise ValueError
+                count += 1
+    except FileNotFoundError:
+        return [damage(path.name, MISSING)]
+    except OSError as error:
+        return [damage(path.name, f"cannot be read ({error.strerror})")]
+    except (ValueError, RecursionError):
+        return [damage(path.name, f"line {count + 1} is not a row of this list")]
+    if count != expected:
+        return [damage(path.name, f"has {count:,} rows, the manifest says {field}: {expected:,}")]
+    return []
+
+
+def strangers(data: Path, manifest: Manifest) -> list[str]:
+    """Return the names of files and folders that are no part of the set; they do no harm."""
+    known = {MANIFEST, STATS, REJECTS, DUPLICATES, *map(index_name, manifest.splits)}
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            known |= {shard.name, Path(shard.name).with_suffix(".idx").name}
+    return sorted(path.name for path in data.iterdir() if path.name not in known)
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def is_plain(name: object) -> bool:
+    """Whether a name is that of a file in the data set's folder, and of nothing elsewhere."""
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and not name.startswith(".")
+        and "\0" not in name
+    )
+
+
+def manifest_damage(manifest: Manifest) -> list[Damage]:
+    """Return what is wrong with a manifest; if anything is, nothing it says is to be followed."""
+    return [damage(NAME, reason) for reason in _reasons(manifest)]
+
+
+def _reasons(manifest: Manifest) -> Iterator[str]:
+    classes, shards = manifest.classes, list[str]()
+    if not manifest.splits:
+        yield "it names no split"
+    if len(classes) < 2 or not all(isinstance(name, str) and name for name in classes):
+        yield "its classes are not two names or more"
+    elif len(set(classes)) < len(classes):
+        yield "it has a class twice"
+    for name, split in manifest.splits.items():
+        if not is_plain(name):
+            yield f"split {name!r} has a name that leaves the folder"
+        yield from _of_split(name, split)
+        shards += [str(shard.name) for shard in split.shards]
+    if len(set(shards)) < len(shards):
+        yield "it names a shard twice"
+    if not _is_hash(manifest.stats_sha256):
+        yield "it has no SHA-256 of the statistics"
+    if not _is_count(manifest.rejected):
+        yield f"rejected is {manifest.rejected!r}, no count"
+    if manifest.image_size != SIZE:
+        yield f"image_size is {manifest.image_size!r}; this program reads {SIZE}"
+
+
+def _of_split(name: str, split: Split) -> Iterator[str]:
+    if not split.shards:
+        yield f"split {name!r} has no shards"
+    if not _is_hash(split.index_sha256):
+        yield f"split {name!r} has no SHA-256 of its index"
+    for shard in split.shards:
+        yield from _of_shard(shard)
+
+
+def _of_shard(shard: Shard) -> Iterator[str]:
+    if not is_plain(shard.name):
+        yield f"shard {shard.name!r} has a name that leaves the folder"
+    elif not shard.name.endswith(".tar"):
+        yield f"shard {shard.name!r} is no .tar by its name"
+    for field in ("samples", "bytes"):
+        if not _is_count(value := getattr(shard, field)) or value == 0:
+            yield f"shard {shard.name!r} has {value!r} {field}"
+    for field in ("sha256", "idx_sha256"):
+        if not _is_hash(getattr(shard, field)):
+            yield f"shard {shard.name!r} has no {field}"
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
 
 RAW_BYTES = SIZE * SIZE * 3
 

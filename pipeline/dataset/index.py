@@ -1,6 +1,6 @@
 """Where each sample of a split lies: `SPLIT.index.npy`, a file that only Duet reads.
 
-`python -m pipeline.index_shards DIR` gives shards of other tools such a file; `pipeline.index_shards` does it.
+`python -m pipeline.index_shards DIR` gives shards of other tools such a file.
 """
 
 from __future__ import annotations

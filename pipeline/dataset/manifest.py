@@ -91,8 +91,8 @@ class Manifest:
     libraries: dict[str, str] = field(default_factory=dict)
     """Releases of the libraries that decided the bytes of the shards."""
     foreign: bool = False
-    """Another tool made the shards, and `pipeline.index_shards` indexed them where they lie: names, keys
-    and members are of its choosing."""
+    """Another tool made the shards, and `pipeline.index_shards` indexed them where they lie: names,
+    keys and members are of its choosing."""
     version: int = field(default=VERSION)
 
     def text(self) -> bytes:

@@ -12,8 +12,22 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from pipeline.sources.listing import ENCODING, shown
 from pipeline.tools.errors import UsageError
+
+
+def tar_fault(error: UsageError) -> str:
+    """Return what is wrong with a tar, out of the line that `members` says it in."""
+    return str(error).partition(" cannot be read (")[2].rpartition(")")[0] or str(error)
+
+
+def shown(name: str) -> str:
+    """Return a name as a message may show it: nothing in it steers the terminal."""
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+ENCODING = ("utf-8", "surrogateescape")
+"""How names are written: any bytes that a file system or a tar gives survive, text or not."""
+
 
 BLOCK = 512
 EXTENSION_LIMIT = 1 << 16

@@ -4,6 +4,8 @@
 
 The page needs no network, no script and no other file. It shows the pictures as they are stored,
 each checked against its CRC-32, and what the colour draws of the training do to them.
+
+`python -m pipeline.describe DATA [--out FILE.html] [--json]`.
 """
 
 from __future__ import annotations
@@ -19,27 +21,31 @@ import jinja2
 import rich.console
 import tyro
 
-from pipeline.describe.facts import ORIGINAL_MEAN, Facts, gather
+from pipeline.describe.facts import (
+    ORIGINAL_MEAN,
+    Facts,
+    as_json,
+    duplicates_line,
+    gather,
+    human_bytes,
+    print_tables,
+    stored_as,
+)
 from pipeline.describe.figures import (
     DRAWS,
     Samples,
+    bars,
+    class_chart,
     draw,
     groups,
     lively,
     mean_picture,
     mosaic,
+    size_chart,
     strips,
 )
-from pipeline.inspect.charts import bars, class_chart, size_chart
-from pipeline.inspect.table import (
-    as_json,
-    duplicates_line,
-    human_bytes,
-    print_tables,
-    stored_as,
-)
 from pipeline.remote.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset, parse_size
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import sealed
 
 ENDS = 12
@@ -176,3 +182,6 @@ def main(argv: list[str] | None = None) -> int:
     print_tables(facts, console)
     sys.stdout.write(f"{page}\n")
     return 0
+
+
+run(main)

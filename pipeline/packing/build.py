@@ -19,18 +19,25 @@ from pathlib import Path
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
 from pipeline.packing import chunks
-from pipeline.packing.ahead import ahead
 from pipeline.packing.chunks import ChunkError, chunk_job, data_name, facts_name, pack_chunk
-from pipeline.packing.collect import Collected, collect
-from pipeline.packing.options import Build
-from pipeline.packing.plan import Plan, chunk_format, make_plan, settings
-from pipeline.packing.pool import LocalPool, Pool
-from pipeline.packing.seal import REJECTS, all_classes, copied, seal
+from pipeline.packing.plan import Build, Plan, chunk_format, make_plan, settings
 from pipeline.packing.shards import FOLDER as SHARDS
-from pipeline.packing.shards import ShardJob, done_name, fetch_done, parse_done, write_shard_of
-from pipeline.packing.store_target import target_for
-from pipeline.remote.target import WORK, Target, finished
+from pipeline.packing.shards import (
+    REJECTS,
+    Collected,
+    ShardJob,
+    all_classes,
+    collect,
+    copied,
+    done_name,
+    fetch_done,
+    parse_done,
+    seal,
+    write_shard_of,
+)
+from pipeline.remote.target import WORK, Target, finished, target_for
 from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError
+from pipeline.tools.processes import LocalPool, Pool, ahead
 from pipeline.tools.progress import Progress
 
 STATE = f"{WORK}/build.json"

@@ -26,10 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.manifest import NAME as MANIFEST
-from pipeline.stores.errors import Stopped
-from pipeline.stores.locks import try_lock, unlock
+from pipeline.remote.filesystem import Stopped
 from pipeline.tools.errors import DuetError, UsageError
-from pipeline.tools.files import PARTIAL, sealed, sync_folder
+from pipeline.tools.files import PARTIAL, sealed, sync_folder, try_lock, unlock
 
 AS_STORED = ".as-stored"
 """Ending of the file beside a shard which the store itself holds damaged; the hash of that."""

@@ -4,6 +4,8 @@ A store is any address that fsspec knows: `http(s)://`, `s3://`, `gs://`, and so
 and endpoints are what fsspec and its packages read from the environment: `AWS_PROFILE`,
 `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `FSSPEC_S3_ANON=true`,
 and the files in `~/.config/fsspec`. Nothing here knows what the bytes mean.
+
+Whether what arrived is the shard of the manifest, and whose fault it is if not.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,8 +24,11 @@ import fsspec
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 
-from pipeline.stores.errors import (
+from pipeline.dataset.manifest import Shard
+from pipeline.remote.filesystem import (
+    EXTRAS,
     Mismatch,
+    Policy,
     Stopped,
     StoreError,
     TransferError,
@@ -34,13 +38,37 @@ from pipeline.stores.errors import (
     without_secrets,
 )
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError
-from pipeline.tools.files import PARTIAL
+from pipeline.tools.files import PARTIAL, sha256
+
+
+class Arrival:
+    """Compares what arrived with the manifest, and knows the store's own damage when it sees it."""
+
+    def __init__(self, shard: Shard) -> None:
+        """Know nothing yet; `as_stored` is the hash of what was accepted although it is damaged."""
+        self.as_stored: str | None = None
+        self._shard = shard
+        self._last = ""
+
+    def __call__(self, arrived: Path) -> None:
+        """Accept the file at `arrived`, or raise `Mismatch`."""
+        size, found = arrived.stat().st_size, sha256(arrived)
+        if size == self._shard.bytes and found == self._shard.sha256:
+            return
+        if size > 0 and found == self._last:
+            # The same wrong bytes twice did not go wrong on the way. The CRC-32 of each sample
+            # tells which of them are usable.
+            self.as_stored = found
+            return
+        self._last = found
+        if size != self._shard.bytes:
+            raise Mismatch(f"it has {size} bytes, not the {self._shard.bytes} of the manifest")
+        raise Mismatch("its bytes are not those of the manifest (SHA-256 differs)")
+
 
 SLOWEST = 1024
 """A transfer that brings fewer bytes than this a second over `Policy.stall` counts as stuck."""
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
-"""Which extra of this package brings what a scheme needs."""
 
 # Jitter from a generator of our own: nobody's seed is touched, and forks do not wait in step.
 _jitter = random.SystemRandom()
@@ -48,26 +76,6 @@ _jitter = random.SystemRandom()
 for _name in ("gcsfs", "s3fs"):
     # They log what they retry; without a handler Python would print that on stderr.
     logging.getLogger(_name).addHandler(logging.NullHandler())
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How long to insist: with the defaults, about half a minute of waiting between the tries."""
-
-    attempts: int = 6
-    first_delay: float = 1.0
-    """Seconds before the second try; doubled before each further one, and varied by a quarter."""
-    stall: float = 30.0
-    """Seconds in which at least `SLOWEST` bytes a second must come, or a try is given up."""
-
-    @property
-    def patience(self) -> float:
-        """Seconds without a sign of life after which another fetching process is stuck."""
-        return 4 * self.stall + 2 * self.delay(self.attempts)
-
-    def delay(self, attempt: int) -> float:
-        """Seconds to wait after try number `attempt` (1..), before jitter."""
-        return float(self.first_delay * 2 ** (attempt - 1))
 
 
 class Store:

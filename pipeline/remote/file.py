@@ -12,9 +12,7 @@ import io
 import tempfile
 from typing import IO, Any
 
-from pipeline.remote.download import Policy
-from pipeline.remote.filesystem import Call, Unreachable, file_system, insist
-from pipeline.stores.errors import TransferError
+from pipeline.remote.filesystem import Call, Policy, TransferError, Unreachable, file_system, insist
 from pipeline.tools.errors import SetupError
 
 __all__ = ["RemoteFile", "Unreachable", "file_system", "insist"]

@@ -1,22 +1,62 @@
 """Where OUT is: files that are whole or not there, in a folder of this machine or one it mounts.
 
 `cluster.build_shards` brings another `Target`, for stores. Names are relative, with `/` between.
+
+OUT in an object store: a file is uploaded when it is whole, and is there whole or not at all.
+
+Credentials and endpoints come from the environment, as `stores.fetch` says.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from fsspec.core import url_to_fs
 
 from pipeline.dataset.manifest import NAME as MANIFEST
-from pipeline.tools.errors import UsageError
+from pipeline.remote.dataset import is_remote
+from pipeline.remote.download import Store
+from pipeline.remote.file import Unreachable, insist
+from pipeline.remote.filesystem import Policy, StoreError, describe, without_secrets
+from pipeline.remote.lease import Claim
+from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import PARTIAL, sealed, writable_folder
+
+
+def bucket_of(store: str, folder: str) -> StoreTarget:
+    """Return what writes into a folder of a store; raises as `places_of`."""
+    safe = without_secrets(store)
+    if store.partition("://")[0] not in OBJECT_STORES:
+        raise UsageError(
+            f"store {safe}: checkpoints go to folders and to object stores "
+            "(s3://, gs://, az://); give one of these"
+        )
+    if not urlsplit(store).netloc:
+        raise UsageError(f"store {safe} names no bucket; give one such as s3://bucket/folder")
+    Store(store)  # has the package for it
+    return StoreTarget(f"{store.rstrip('/')}/{folder}".rstrip("/"), POLICY)
+
+
+def folder_of(store: str) -> Path:
+    """Return the folder that `folder` or `file:///folder` names."""
+    local = store.lower().startswith("file://")
+    return Path(unquote(urlsplit(store).path) if local else store)
+
+
+POLICY = Policy()
+"""For what a thread does: half a minute of pauses before it gives up."""
+
 
 WORK = ".build"
 """Folder in OUT for what a build needs to go on; gone when the set is finished."""
@@ -186,3 +226,214 @@ class Folder:
 def finished(target: Target) -> bool:
     """Say whether a target holds a finished set (the manifest is written last)."""
     return target.size(MANIFEST) is not None
+
+
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+"""Where a file appears only when all of it has arrived."""
+
+BATCH = 256
+"""Pieces that are asked for at a time: with raw pictures 50 MB."""
+
+SLOWEST = 100_000
+"""Bytes a second below which a transfer is given up, after the patience of any request."""
+
+T = TypeVar("T")
+
+
+def target_for(out: str) -> Target:
+    """Return the target that OUT names: a folder, or an address in a store.
+
+    Raises:
+        UsageError: an address where sets cannot be written.
+        SetupError: the package for its scheme is not installed.
+    """
+    if not is_remote(out):
+        return Folder(unquote(urlsplit(out).path) if out.lower().startswith("file://") else out)
+    Store(out)  # knows the scheme, and has its package
+    if out.partition("://")[0] not in OBJECT_STORES:
+        raise UsageError(
+            f"{without_secrets(out)}: sets are written to folders and to object stores (s3://, "
+            "gs://, az://); name one of these, and copy the finished set"
+        )
+    return StoreTarget(out.rstrip("/"))
+
+
+@dataclass(frozen=True)
+class StoreTarget:
+    """A `Target` in a store. Every method raises `StoreError` if it does not answer."""
+
+    url: str
+    policy: Policy = field(default_factory=Policy)
+
+    @property
+    def address(self) -> str:
+        """How messages call it."""
+        return without_secrets(self.url)
+
+    @contextmanager
+    def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
+        """Write a file; see `Target`. Until the block ends it is a temporary one of this node.
+
+        Raises:
+            SetupError: no space left for that.
+        """
+        with _room_for_temporary_files(), tempfile.NamedTemporaryFile(prefix="duet-") as file:
+            yield file
+            file.flush()
+            size = os.fstat(file.fileno()).st_size
+            self.ask(name, lambda system, path: system.put_file(file.name, path), "written", size)
+
+    def read(self, name: str) -> bytes:
+        """Return a whole small file; see `Target`."""
+        data = self.ask(name, _or_none(lambda system, path: bytes(system.cat_file(path))))
+        if data is None:
+            raise self._missing(name)
+        return data
+
+    def pieces(self, pieces: Sequence[Piece]) -> Iterator[bytes]:
+        """Read many byte ranges; see `Target`."""
+        for start in range(0, len(pieces), BATCH):
+            yield from self._batch(pieces[start : start + BATCH])
+
+    def names(self, folder: str = "") -> set[str]:
+        """Return the names of all files; see `Target`."""
+        return {
+            f"{folder}/{name}".lstrip("/")
+            for name in self.ask(folder, lambda system, path: _below(path, system.find(path)))
+        }
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file, or None; see `Target`."""
+        return self.ask(name, _or_none(lambda system, path: int(system.info(path)["size"])))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files; see `Target`."""
+        for name in names:
+            self.ask(name, _or_none(lambda system, path: system.rm_file(path)), "removed")
+
+    def clear(self, folder: str) -> None:
+        """Remove a folder; see `Target`."""
+
+        def remove(system: Any, path: str) -> None:
+            if found := system.find(path):
+                system.rm(found)
+
+        self.ask(folder, _or_none(remove), "removed")
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give a temporary folder of this machine; see `Target`."""
+        with (
+            _room_for_temporary_files(),
+            tempfile.TemporaryDirectory(prefix="duet-") as folder,
+        ):
+            yield Path(folder)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the address for one build; see `Target`."""
+        there = self.ask("", _or_none(lambda s, path: _below(path, s.ls(path, detail=False))))
+        if there and WORK not in there:
+            raise UsageError(
+                f"{self.address} holds {min(there)}, which is no part of an unfinished data set; "
+                "name an empty address"
+            )
+        with Claim(self.ask, f"{WORK}/claim", self.address):
+            yield
+
+    def ask(
+        self,
+        name: str,
+        action: Callable[[Any, str], T],
+        done: str = "read",
+        size: int = 0,
+    ) -> T:
+        """Return what `action(file system, path of the file)` returns, tried again if need be.
+
+        Args:
+            name: the file, relative to the target; the target itself if empty.
+            action: asks the store once.
+            done: what is done with the file, for messages.
+            size: bytes that are transferred.
+
+        Raises:
+            StoreError: the store did not do it, after all tries.
+        """
+        system, root = url_to_fs(self.url)
+        path = f"{root.rstrip('/')}/{name}".rstrip("/")
+
+        def once() -> T:
+            system.invalidate_cache()  # others write here, too
+            return action(system, path)
+
+        patient = replace(self.policy, stall=self.policy.stall + size / SLOWEST)
+        try:
+            return insist(once, f"{self.url}/{name}".rstrip("/"), patient, done=done)
+        except Unreachable as error:
+            # An OSError would be taken for a fault of this one file.
+            raise StoreError(str(error)) from error
+
+    def _batch(self, pieces: Sequence[Piece]) -> Iterator[bytes]:
+        """Ask for pieces at once, and again for those that did not come."""
+        found: list[bytes | Exception] = [StoreError("not asked for yet")] * len(pieces)
+
+        def fetch(system: Any, root: str) -> None:
+            wanted = [place for place, data in enumerate(found) if _failed(data)]
+            parts = system.cat_ranges(
+                [f"{root}/{pieces[place].name}" for place in wanted],
+                [pieces[place].offset for place in wanted],
+                [pieces[place].offset + pieces[place].size for place in wanted],
+                on_error="return",
+            )
+            for place, data in zip(wanted, parts, strict=True):
+                found[place] = b"" if _past_the_end(data) else data
+            for data in found:
+                if isinstance(data, Exception) and _failed(data):
+                    raise data
+
+        self.ask("", fetch, size=sum(piece.size for piece in pieces))
+        for piece, data in zip(pieces, found, strict=True):
+            if isinstance(data, Exception):
+                raise self._missing(piece.name) from data
+            yield data[: piece.size]
+
+    def _missing(self, name: str) -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.address}/{name}")
+
+
+def _or_none(action: Callable[[Any, str], T]) -> Callable[[Any, str], T | None]:
+    """Make an action of another that gives None for what is not there, at the first try."""
+
+    def wrapped(system: Any, path: str) -> T | None:
+        with contextlib.suppress(FileNotFoundError):
+            return action(system, path)
+        return None
+
+    return wrapped
+
+
+def _below(root: str, paths: Iterable[str]) -> set[str]:
+    """Return paths as seen from a folder, without the folder itself."""
+    names = {path[len(root) :].strip("/") for path in paths if path.startswith(root)}
+    return names - {""}
+
+
+def _failed(data: bytes | Exception) -> bool:
+    return isinstance(data, Exception) and not isinstance(data, FileNotFoundError)
+
+
+def _past_the_end(data: bytes | Exception) -> bool:
+    return isinstance(data, Exception) and "(HTTP 416)" in describe(data)
+
+
+@contextmanager
+def _room_for_temporary_files() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(
+                f"no space left in {tempfile.gettempdir()}, where files lie until they are "
+                "uploaded; free some, or name another folder with TMPDIR"
+            ) from error
+        raise

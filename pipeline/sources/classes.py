@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pipeline.sources.listing import Listing, ListingWriter, shown
-from pipeline.stores.errors import without_secrets
+from pipeline.dataset.tar import shown
+from pipeline.remote.filesystem import without_secrets
+from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.tools.errors import UsageError
 
 MOST_CLASSES = 1_000_000

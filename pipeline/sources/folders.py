@@ -2,17 +2,39 @@
 
 Nothing is opened and, where the file system tells folders from files, nothing is even looked at:
 a set of fourteen million files is listed at the speed at which the kernel names them.
+
+Pictures that lie in one place, unsorted, as ILSVRC's validation set does.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.sources.listing import PICTURE_ENDINGS, ListingWriter, shown
-from pipeline.sources.names import NO_FILE, NO_PICTURE
+from pipeline.dataset.tar import members, shown
+from pipeline.sources.imagenet import (
+    GIVE_LABELS,
+    GroundTruth,
+    find_ground_truth,
+    is_kit,
+    is_list,
+    read_ground_truth,
+    stem,
+)
+from pipeline.sources.listing import (
+    NO_FILE,
+    NO_PICTURE,
+    PICTURE_ENDINGS,
+    WHOLE,
+    Container,
+    ListingWriter,
+    is_hidden,
+    is_picture,
+)
+from pipeline.sources.tars import Found, class_of, files_of, open_tar
 from pipeline.tools.errors import UsageError
 
 
@@ -102,3 +124,110 @@ def _identity(path: str) -> tuple[int, int]:
             f"folder {shown(path)} cannot be read ({error.strerror}); mend it"
         ) from error
     return status.st_dev, status.st_ino
+
+
+_VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
+_NO_CLASS = frozenset({"", "val", "validation", "ILSVRC2012_img_val"})
+"""Folders of the pictures in such a tar, which are no classes."""
+
+
+def loose_in_folder(folder: Path) -> str | None:
+    """Return the first picture of a folder that holds pictures, and nothing that may be a class."""
+    inside = look_into(folder)
+    for name in (*inside.folders, *(name for name in inside.files if name.endswith(".tar"))):
+        if not is_kit(name):
+            return None
+    return next(filter(is_picture, inside.files), None)
+
+
+def loose_in_tar(tar: Path) -> str | None:
+    """Return the first picture of a tar if it lies outside any class."""
+    with open_tar(str(tar)) as file:
+        for member in members(file, str(tar)):
+            name = member.name
+            if not member.regular or is_hidden(name):
+                continue
+            if name.endswith(".tar"):
+                return None
+            if is_picture(name):
+                folder = class_of(name)
+                known = folder == "" or (folder in _NO_CLASS and _is_validation(name))
+                return name if known else None
+    return None
+
+
+def add_flat_folder(folder: Path, truth: GroundTruth, writer: ListingWriter) -> None:
+    """Add the pictures of a folder with the classes that `truth` has for them."""
+    path = os.path.abspath(folder)
+    inside = look_into(folder)
+    for name in inside.other:
+        writer.reject(f"{path}/{name}", NO_FILE)
+    names = (name for name in inside.files if name != truth.file.name and not is_list(name))
+    _add(((name, 0, WHOLE) for name in names), Container("folder", path), truth, writer)
+
+
+def add_flat_tar(tar: Path, truth: GroundTruth, writer: ListingWriter) -> None:
+    """Add the pictures of a tar with the classes that `truth` has for them."""
+    path = os.path.abspath(tar)
+    with open_tar(path) as file:
+        files = files_of(members(file, path), path, writer)
+        _add((member[:3] for member in files), Container("tar", path), truth, writer)
+
+
+def labels_for(source: Path, picture: str, labels: str | None) -> GroundTruth:
+    """Return the labels of pictures that lie in no class, as given or as found beside them.
+
+    Args:
+        source: folder or tar.
+        picture: one of them.
+        labels: what the user gave.
+
+    Raises:
+        UsageError: no labels, or not to be understood.
+    """
+    if labels is not None:
+        return read_ground_truth(Path(labels))
+    if not _is_validation(picture):
+        raise UsageError(
+            f"picture {shown(f'{source}/{picture}')} lies outside a class; put it into a folder "
+            f"named as its class, or {GIVE_LABELS}"
+        )
+    if (found := find_ground_truth(source)) is None:
+        raise UsageError(
+            f"validation set {shown(str(source))} has no ground truth in or beside it; "
+            f"{GIVE_LABELS}"
+        )
+    return found
+
+
+def _add(
+    files: Iterable[tuple[str, int, int]],
+    container: Container,
+    truth: GroundTruth,
+    writer: ListingWriter,
+) -> None:
+    """Add files (name, place, size) of one container."""
+    path, labels = container.address, truth.labels
+    found = Found(writer, writer.container(*container))
+    missing = dict.fromkeys(labels)  # in order
+    for name, place, size in files:
+        key = stem(name)
+        if not is_picture(name):
+            writer.reject(f"{path}/{name}", NO_PICTURE)
+        elif key in labels:
+            found.add(labels[key], name, place, size)
+            missing.pop(key, None)
+        else:
+            writer.reject(f"{path}/{name}", f"no label: {shown(str(truth.file))} has none for it")
+    found.flush()
+    if not writer.pictures:
+        raise UsageError(
+            f"labels {shown(str(truth.file))} name none of the pictures of {shown(path)}, but "
+            f"such as {shown(next(iter(labels)))}; {GIVE_LABELS}"
+        )
+    for key in missing:
+        writer.reject(f"{path}/{key}", f"no picture: {shown(str(truth.file))} has a label for it")
+
+
+def _is_validation(name: str) -> bool:
+    return _VALIDATION.fullmatch(name.rpartition("/")[2]) is not None

@@ -2,6 +2,10 @@
 
 Fourteen million pictures are 24 bytes and a name each; they are written out as they are found and
 mapped back, so that neither the scan nor the plan grows with the set.
+
+How large a picture may be before it is not even read.
+
+What the name of a file, or the word of a list, may be.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset.tar import ENCODING
 from pipeline.tools.errors import UsageError
 
 ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), ("size", "<i8")])
@@ -25,8 +30,6 @@ ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), 
 
 WHOLE = -1
 
-ENCODING = ("utf-8", "surrogateescape")
-"""How names are written: any bytes that a file system or a tar gives survive, text or not."""
 
 Rows = npt.NDArray[np.void]
 
@@ -53,11 +56,6 @@ PICTURE_ENDINGS = (
     *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
 """What the names of pictures end in, in small letters."""
-
-
-def shown(name: str) -> str:
-    """Return a name as a message may show it: nothing in it steers the terminal."""
-    return name if name.isprintable() else repr(name)[1:-1]
 
 
 class Unreadable(Exception):
@@ -296,3 +294,37 @@ def _mapped(path: Path, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
     if path.stat().st_size == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")
+
+
+MOST_BYTES = 256 << 20
+"""A picture larger than this is not read: memory must not depend on what a source claims."""
+
+
+def refuse_if_too_large(size: int) -> None:
+    """Raise `Unreadable` for a picture that is too large to be held in memory."""
+    if size > MOST_BYTES:
+        raise Unreadable(f"too large: {size:,} bytes, {MOST_BYTES:,} are read at most")
+
+
+NO_PICTURE = "no picture: unknown file ending"
+"""Why a file is left out whose name ends as no picture's does."""
+
+NO_FILE = "no regular file: a link that leads nowhere, or a device"
+"""Why a name in a folder is left out that is neither a file nor a folder."""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a name ends as pictures do, in capital or small letters."""
+    return name.lower().endswith(PICTURE_ENDINGS)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a member of a tar, or a folder that it lies in, begins with a dot."""
+    if name[:1] != "." and "/." not in name:
+        return False
+    return any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
+
+
+def is_class(word: str) -> bool:
+    """Whether a list may call a class so: no path, and no number that counts we know not what."""
+    return word.isprintable() and "/" not in word and word.strip(".0123456789") != ""

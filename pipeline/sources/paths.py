@@ -18,10 +18,8 @@ from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 import braceexpand
 
-from pipeline.remote.download import Policy
 from pipeline.remote.file import RemoteFile
-from pipeline.remote.filesystem import Call, file_system, insist
-from pipeline.stores.errors import without_secrets
+from pipeline.remote.filesystem import Call, Policy, file_system, insist, without_secrets
 from pipeline.tools.errors import DuetError, UsageError
 
 MOST_FILES = 1_000_000

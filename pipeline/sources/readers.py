@@ -1,16 +1,128 @@
-"""Reads pictures out of folders, tars and parquet files, on a disk or in a store."""
+"""Reads pictures out of folders, tars and parquet files, on a disk or in a store.
+
+Reads pictures out of the rows of a parquet file, forward, a few rows in memory at a time.
+"""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from pipeline.remote.download import Policy
+import numpy as np
+
+from pipeline.dataset.tar import ENCODING, shown
 from pipeline.remote.file import RemoteFile
-from pipeline.sources.limits import refuse_if_too_large
-from pipeline.sources.listing import ENCODING, Container, Reader, Unreadable, shown
+from pipeline.remote.filesystem import Policy, Unreachable
+from pipeline.sources.listing import Container, Reader, Unreadable, refuse_if_too_large
+from pipeline.sources.parquet import DAMAGE, find_columns, in_a_line, open_parquet
 from pipeline.sources.paths import is_remote
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_BYTES = 4 << 20
+MOST_ROWS = 256
+"""Rows in memory: as many as make up `BATCH_BYTES` by the mean of their row group."""
+
+
+class ParquetReader:
+    """Rows of a parquet file.
+
+    Only the column of pictures is read, and of it only the pages that lie between the beginning of
+    a row group and the row wanted. Going back begins the row group anew. In memory are a batch and
+    a few pages; a page holds at most 1,024 rows as pyarrow writes them, or the row group.
+    """
+
+    def __init__(self, address: str, policy: Policy | None = None) -> None:
+        """Read the footer of the file.
+
+        Raises:
+            OSError: it is not there, or no parquet file (any more).
+            UsageError: it has no pictures (any more).
+        """
+        import pyarrow as pa
+
+        self._address = address
+        try:
+            self._file = open_parquet(address, policy)
+        except (pa.ArrowException, *DAMAGE) as error:
+            if isinstance(error, OSError):
+                raise
+            raise OSError(f"{address} is no whole parquet file ({in_a_line(error)})") from error
+        self._columns = find_columns(self._file, address)
+        meta = self._file.metadata
+        rows = (meta.row_group(group).num_rows for group in range(meta.num_row_groups))
+        self._starts = np.array([0, *itertools.accumulate(rows)], np.int64)
+        """Where each row group begins, and the number of all rows."""
+        self._group = -1
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._first, self._rows = 0, 0
+        self._bytes: Any = None
+        """Pictures of the rows `_first` to `_first + _rows`."""
+        self._damage: str | None = None
+        """Why the rest of the row group cannot be read."""
+
+    def read(self, name: str, place: int, size: int) -> bytes:
+        """Return the bytes of the picture in row `place`; see `Reader`."""
+        if place >= self._starts[-1]:
+            raise OSError(f"{self._address} has {self._starts[-1]} rows, not row {place}")
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
+        if group != self._group or place < self._first:
+            self._begin(group)
+        while place >= self._first + self._rows:
+            self._next()
+        value = self._bytes[place - self._first]
+        if not value.is_valid or not (found := value.as_buffer()) or not found.size:
+            raise Unreadable("empty row: its bytes are null, as where only a path is stored")
+        refuse_if_too_large(found.size)
+        data: bytes = found.to_pybytes()
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        self._batches, self._bytes = iter(()), None
+        self._file.close(force=True)
+
+    def _begin(self, group: int) -> None:
+        # Of its columns the metadata say more, but over damaged ones Arrow ends the process.
+        meta = self._file.metadata.row_group(group)
+        mean = max(1, meta.total_byte_size // max(1, meta.num_rows))
+        self._group, self._first, self._rows = group, int(self._starts[group]), 0
+        self._damage, self._bytes, column = None, None, self._columns.image
+        self._batches = self._file.iter_batches(
+            batch_size=max(1, min(MOST_ROWS, BATCH_BYTES // mean)),
+            row_groups=[group],
+            columns=[f"{column}.bytes" if self._columns.in_struct else column],
+            use_threads=False,
+        )
+
+    def _next(self) -> None:
+        import pyarrow as pa
+
+        self._bytes = None  # before the next rows are read: one batch in memory, not two
+        if self._damage is None:
+            try:
+                batch = next(self._batches, None)
+                if batch is None:
+                    self._damage = "its row group ends before it"
+                else:
+                    self._first += self._rows
+                    self._rows = batch.num_rows
+                    column = batch.column(0)
+                    # `flatten` knows that a null struct has no bytes, its child does not.
+                    self._bytes = column.flatten()[0] if self._columns.in_struct else column
+                    return
+            except (pa.ArrowException, *DAMAGE) as error:
+                # Bytes that cannot be unpacked are an OSError to Arrow, but one without a number.
+                if isinstance(error, Unreachable) or getattr(error, "errno", None) is not None:
+                    raise
+                self._damage = in_a_line(error)
+        raise Unreadable(f"cannot be read from its row group: {self._damage}")
+
 
 _NOT_THE_PICTURES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)
 
@@ -26,8 +138,6 @@ def open_reader(container: Container, policy: Policy | None = None) -> Reader:
         OSError: it is not there (any more), or is not what it was.
     """
     if container.kind == "parquet":
-        from pipeline.sources.parquet_reader import ParquetReader
-
         return ParquetReader(container.address, policy)
     if container.kind == "folder":
         return FolderReader(container.address)

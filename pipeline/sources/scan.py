@@ -8,22 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.sources.flat import (
+from pipeline.dataset.tar import shown
+from pipeline.remote.filesystem import without_secrets
+from pipeline.sources.folders import (
     add_flat_folder,
     add_flat_tar,
+    add_folder,
     labels_for,
+    look_into,
     loose_in_folder,
     loose_in_tar,
 )
-from pipeline.sources.folders import add_folder, look_into
 from pipeline.sources.imagenet import GroundTruth, find_titles, is_kit
-from pipeline.sources.listing import Listing, ListingWriter, shown
-from pipeline.sources.names import is_picture
+from pipeline.sources.listing import Listing, ListingWriter, is_picture
 from pipeline.sources.parquet import is_parquet, scan_parquet
 from pipeline.sources.paths import is_remote
 from pipeline.sources.tars import add_class_tar, add_tar
 from pipeline.sources.webdataset import is_webdataset, scan_webdataset
-from pipeline.stores.errors import without_secrets
 from pipeline.tools.errors import DuetError, UsageError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")

@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.dataset.tar import Member, members
-from pipeline.sources.listing import PICTURE_ENDINGS, ListingWriter, shown
-from pipeline.sources.names import NO_PICTURE, is_hidden, is_picture
+from pipeline.dataset.tar import Member, members, shown
+from pipeline.sources.listing import (
+    NO_PICTURE,
+    PICTURE_ENDINGS,
+    ListingWriter,
+    is_hidden,
+    is_picture,
+)
 from pipeline.tools.errors import UsageError
 
 BATCH = 1 << 14

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import BinaryIO, NamedTuple
 
-from pipeline.dataset.tar import Member, members
+from pipeline.dataset.samples import LABEL_ENDINGS, MOST_BYTES, Found, parse
+from pipeline.dataset.tar import Member, members, shown
+from pipeline.remote.filesystem import without_secrets
 from pipeline.sources.classes import Labels
-from pipeline.sources.listing import PICTURE_ENDINGS, Listing, ListingWriter, shown
+from pipeline.sources.listing import PICTURE_ENDINGS, Listing, ListingWriter
 from pipeline.sources.paths import (
     Files,
     base_name,
@@ -26,8 +28,6 @@ from pipeline.sources.paths import (
     open_file,
     read_small,
 )
-from pipeline.sources.shard_labels import LABEL_ENDINGS, MOST_BYTES, Found, parse
-from pipeline.stores.errors import without_secrets
 from pipeline.tools.errors import UsageError
 
 ENDING = ".tar"

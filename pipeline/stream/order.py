@@ -19,8 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.splitmix import words
-from pipeline.stream.augment import WORDS
+from pipeline.stream.augment import WORDS, words
 
 Ids = npt.NDArray[np.int64]
 Shuffle = Literal["full", "block"]

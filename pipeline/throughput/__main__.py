@@ -26,14 +26,12 @@ from pipeline.remote.dataset import is_remote, parse_size
 from pipeline.stream.decode import Device
 from pipeline.stream.order import Shuffle
 from pipeline.throughput import capacity as planning
-from pipeline.throughput import rate as rates
-from pipeline.throughput.compare import changes, regressed, unlike
+from pipeline.throughput import stream_rate as rates
 from pipeline.throughput.diagnosis import SECONDS, examine
-from pipeline.throughput.machine import cores
-from pipeline.throughput.page import write as write_page
-from pipeline.throughput.report import load, rounded
-from pipeline.throughput.setting import Setting
-from pipeline.throughput.table import show
+from pipeline.throughput.hardware import cores
+from pipeline.throughput.report import changes, load, regressed, rounded, show, unlike
+from pipeline.throughput.report import write as write_page
+from pipeline.throughput.stages import Setting
 from pipeline.throughput.tune import Trial, tune
 from pipeline.throughput.tune import write as write_tuning
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run

@@ -10,16 +10,26 @@
     hand-over  tensors for torch
 
 The first four run in one thread, one after the other. The pixels are made by DALI's threads.
+
+How the stream that is measured is set, and its parts opened one by one.
+
+What the reading thread of a stream does, alone: from memory, and from the disk.
+
+What a store gives: shards fetched as the stream fetches them, into a cache that is empty.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,17 +37,270 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.dataset.images import SIZE
-from pipeline.dataset.manifest import Shard
+from pipeline.batches import Asked, Opened, Stream
+from pipeline.dataset.images import SIZE, Encoding
+from pipeline.dataset.manifest import Manifest, Shard
+from pipeline.remote.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset
 from pipeline.stream.augment import CROP
-from pipeline.stream.decode import decoded, gpu_of, normalised
+from pipeline.stream.decode import Decoder, Device, Feed, decoded, gpu_of, normalised
 from pipeline.stream.loader import Loaded
+from pipeline.stream.order import Shuffle
+from pipeline.stream.timing import Spent
 from pipeline.throughput import hardware
-from pipeline.throughput.clock import Rate, measured
-from pipeline.throughput.machine import in_threads
-from pipeline.throughput.reading import Reading, reading, reading_cold
-from pipeline.throughput.row import Row, row
-from pipeline.throughput.setting import Parts
+from pipeline.throughput.clock import Load, Rate, Row, measured, row
+from pipeline.throughput.hardware import in_threads
+from pipeline.tools.files import forget
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The arguments of `Stream` that its speed depends on."""
+
+    data: str
+    split: str = "train"
+    device: Device = "cpu"
+    shuffle: Shuffle = "full"
+    window: int = 16
+    batch_size: int = 128
+    threads: int = len(os.sched_getaffinity(0))
+    prefetch: int = 2
+    hw_decoder_load: float = 1.0
+    cache: str | None = None
+    cache_size: int = CACHE_SIZE
+    cores: int = len(os.sched_getaffinity(0))
+    """That the stream may keep busy."""
+
+    def but(self, **changes: Any) -> Setting:
+        """The same with some of it changed."""
+        return replace(self, **changes)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the data set is in a store."""
+        return is_remote(self.data)
+
+    def stream(self, position: int = 0, ledger: Path | None = None) -> Stream:
+        """Open the stream.
+
+        Raises:
+            DuetError: as `Stream` does.
+        """
+        return Stream(
+            self.data, position=position, split=self.split, device=self.device,
+            shuffle=self.shuffle, window=self.window, batch_size=self.batch_size,
+            threads=self.threads, prefetch=self.prefetch, hw_decoder_load=self.hw_decoder_load,
+            cache=self.cache, cache_size=self.cache_size, ledger=ledger,
+        )  # fmt: skip
+
+    @property
+    def asked(self) -> Asked:
+        """The same as the parts of the stream take it.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        return Asked(
+            split=self.split, batch_size=self.batch_size, seed=0, position=0, rank=0, world_size=1,
+            device=self.device, view="random", once=False, shuffle=self.shuffle,
+            window=self.window, colour=0.1, colour_divide=False, mean="channel",
+            threads=self.threads, prefetch=self.prefetch, hw_decoder_load=self.hw_decoder_load,
+        )  # fmt: skip
+
+
+class Parts(Opened):
+    """What a stream of some setting is made of, to be measured part by part."""
+
+    def __init__(self, setting: Setting, dataset: DataSet) -> None:
+        """Open them; `opened` closes them as well."""
+        super().__init__(setting.asked, dataset)
+        self.setting = setting
+        self.encoding: Encoding = self.storage.encoding
+
+    @property
+    def bytes_each(self) -> float:
+        """Bytes of a stored picture, on average, tar headers included."""
+        shards = self.storage.shards
+        return sum(shard.bytes for shard in shards) / len(self.storage)
+
+    def loaded(self, batches: int, position: int = 0) -> list[Loaded]:
+        """The first batches from a position, read and kept."""
+        return list(itertools.islice(self.reader().batches(position), batches))
+
+    def touch(self, pictures: int) -> None:
+        """Bring the first pictures of the stream into memory: a clock then sees no disk."""
+        reader, size = self.reader(), self.setting.batch_size
+        for loaded in itertools.islice(
+            reader.batches(0), min(pictures, len(self.storage)) // size + 1
+        ):
+            reader.give_back(loaded)
+
+    def decoder(self, feeds: list[Feed], threads: int, load: float | None = None) -> Decoder:
+        """A decoder that is given the same feeds again and again.
+
+        `load` is another hardware-decoder load than the setting's.
+        """
+        setting = self.setting
+        return Decoder(
+            itertools.cycle(feeds).__next__, batch_size=setting.batch_size, device=setting.device,
+            threads=threads, prefetch=setting.prefetch, size=224, encoding=self.encoding,
+            hw_decoder_load=setting.hw_decoder_load if load is None else load,
+        )  # fmt: skip
+
+
+@contextmanager
+def opened(setting: Setting) -> Iterator[Parts]:
+    """Open the parts of a stream.
+
+    Raises:
+        DuetError: as `Stream` does.
+    """
+    with closing(
+        open_dataset(setting.data, cache=setting.cache, cache_size=setting.cache_size)
+    ) as dataset:
+        parts = Parts(setting, dataset)
+        try:
+            yield parts
+        finally:
+            parts.storage.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the reading thread does, alone: seconds a picture, in windows of some batches."""
+
+    windows: tuple[Spent, ...]
+    """Means over the pictures of a window each."""
+    cpu: float
+    """Cores kept busy."""
+    others: float
+    each: tuple[float, ...]
+    """Seconds of each batch."""
+
+    def rate(self, *names: str) -> Rate:
+        """Pictures a second of some of its parts, or of all."""
+        parts = names or Spent._fields
+        return Rate(
+            tuple(1 / max(1e-12, sum(getattr(one, name) for name in parts))
+                  for one in self.windows),
+            self.cpu, self.others,
+        )  # fmt: skip
+
+    @property
+    def seconds(self) -> Spent:
+        """Seconds a picture: the median of each part."""
+        return Spent(*(float(np.median(part)) for part in zip(*self.windows, strict=True)))
+
+
+def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Reading:
+    """Read the first batches of the stream, round and round, and nothing else."""
+    reader, size = parts.reader(), parts.setting.batch_size
+    source = itertools.chain.from_iterable(
+        itertools.islice(reader.batches(0), batches) for _ in itertools.repeat(None)
+    )
+    reader.give_back(next(source))
+    found: list[Spent] = []
+    each: list[float] = []
+    load = Load()
+    while len(found) < windows:
+        spent, count, start = Spent(), 0, time.perf_counter()
+        while time.perf_counter() - start < seconds / windows:
+            loaded = next(source)
+            reader.give_back(loaded)
+            spent, count = spent.plus(loaded.spent), count + size
+            each.append(loaded.spent.total)
+        found.append(spent.scaled(spent.total / count))
+    return Reading(windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each))
+
+
+def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading, float]:
+    """Read batches of which nothing is in memory.
+
+    Returns:
+        what it took, and the share of their shards that stayed in memory although the kernel was
+        asked to let it go (a file system in memory, pages that others map).
+    """
+    slots = parts.order.slots(0, batches * parts.setting.batch_size)
+    sizes = np.cumsum([shard.samples for shard in parts.storage.shards])
+    numbers = np.unique(np.searchsorted(sizes, slots.ids, side="right"))
+    kept = total = 0
+    for number in numbers.tolist():
+        with parts.dataset.open(parts.storage.shards[number]) as file:
+            kept += forget(file.fileno())
+            total += parts.storage.shards[number].bytes
+    reader = parts.reader()
+    load, found = Load(), list[Spent]()
+    each: list[float] = []
+    some = max(1, batches // windows)
+    source = itertools.islice(reader.batches(0), windows * some)
+    while window := list(itertools.islice(source, some)):
+        spent = Spent()
+        for loaded in window:
+            spent = spent.plus(loaded.spent)
+            each.append(loaded.spent.total)
+            reader.give_back(loaded)
+        found.append(spent.scaled(spent.total / (some * parts.setting.batch_size)))
+    reading = Reading(
+        windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each)
+    )
+    return reading, kept / max(1, total)
+
+
+TOGETHER = 4
+"""Shards that are wished for beyond the one waited for, as a window of the block shuffle does."""
+BEGIN = 4
+"""Shards that arrive before the clock starts: as many as are under way at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetching:
+    """How shards arrive."""
+
+    alone: float
+    """Bytes a second of one shard with nothing beside it, connecting included."""
+    together: float
+    """Bytes a second of several at a time: what an epoch gets."""
+    shards: int
+    """That were fetched."""
+    cpu: float
+    """Cores that it kept busy."""
+    others: float
+
+
+def fetching(setting: Setting, seconds: float) -> Fetching | None:
+    """Fetch shards for some seconds; nothing is kept.
+
+    Returns:
+        None for a set of too few shards to tell.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="duet-fetch-") as cache,
+        closing(open_dataset(setting.data, cache=cache, cache_size=setting.cache_size)) as dataset,
+    ):
+        manifest = Manifest.load(dataset.folder)
+        shards = manifest.split(setting.split, dataset.folder).shards
+        if len(shards) < BEGIN + 4:
+            return None
+        start = time.perf_counter()
+        dataset.shard(shards[0])
+        alone = shards[0].bytes / (time.perf_counter() - start)
+        done = begun = 0.0
+        fetched, load = 0, Load()
+        for number, shard in enumerate(islice(shards, 1, None)):
+            dataset.ahead(shards[1 + number : 2 + number + TOGETHER])
+            dataset.shard(shard)
+            if number + 1 == BEGIN:
+                begun, load = time.perf_counter(), Load()
+            elif number + 1 > BEGIN:
+                done, fetched = done + shard.bytes, fetched + 1
+                if fetched >= 2 and time.perf_counter() - begun > seconds:
+                    break
+        took = time.perf_counter() - begun
+        return Fetching(alone=alone, together=done / took, shards=fetched,
+                        cpu=load.cores(), others=load.others())  # fmt: skip
+
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.throughput.clock import Rate
 from pipeline.throughput.diagnosis import thread_counts
-from pipeline.throughput.setting import Setting
+from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import running
 from pipeline.tools.files import sealed
 

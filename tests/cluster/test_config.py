@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import Config
-from cluster.config_file import as_toml, parse, read_back
+from cluster.config import Config, as_toml, parse, read_back
 from pipeline.tools.errors import UsageError
 
 

@@ -6,8 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from cluster.config import Config
-from cluster.continuation import FREE, differences
+from cluster.config import FREE, Config, differences
 
 OTHER = {
     "width": 0.5, "seed": 1, "batch_size": 256, "epochs": 9.0, "steps": 201, "lr": 0.1,

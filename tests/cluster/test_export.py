@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.checkpoint.format import load
-from cluster.config_file import as_toml
+from cluster.config import as_toml
 from cluster.export import main
 from model.alexnet import AlexNet
 from pipeline.dataset.image_stats import Statistics

@@ -1,4 +1,4 @@
-"""The files in configs/: sound, and what they claim to be."""
+"""The files in cluster/configs/: sound, and what they claim to be."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config_file import parse
+from cluster.config import parse
 from model.architecture import Design
-from model.changes import parse_changes
-from model.schedule import in_force
+from model.schedule import in_force, parse_changes
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "cluster" / "configs").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -24,7 +23,7 @@ def test_the_configs_of_the_repository_are_sound_and_say_what_they_are_for(path)
     preset = path.stem not in ("demo", "narrow")
     assert not preset or "source" in head
     assert all(line.startswith("#") for line in head.splitlines())
-    assert f"python -m cluster.train configs/{path.name} --data" in head
+    assert f"python -m cluster.train cluster/configs/{path.name} --data" in head
     assert "hardware" in head
     assert "expected" in head
     assert tomllib.loads(text)

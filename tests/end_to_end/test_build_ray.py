@@ -19,12 +19,12 @@ import pytest
 from pipeline.packing import plan
 from pipeline.packing.build import build
 from pipeline.packing.chunks import ChunkError
-from pipeline.packing.isolated import Crash, isolated
-from pipeline.packing.options import Build
+from pipeline.packing.plan import Build
 from pipeline.remote.target import Folder, Target
 from pipeline.sources import Container
 from pipeline.tools.errors import DataError, DuetError, SetupError
 from pipeline.tools.files import PARTIAL
+from pipeline.tools.processes import Crash, isolated
 from tests.helpers.build_targets import Here
 from tests.helpers.images import folder_per_class
 from tests.helpers.training_processes import end_processes

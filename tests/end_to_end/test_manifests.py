@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from cluster.config_file import parse
+from cluster.config import parse
 from tests.helpers.training_processes import REPOSITORY
 
 yaml = pytest.importorskip("yaml")
-KUBERAY = REPOSITORY / "cluster" / "kuberay" / "rayjob.yaml"
-LAUNCHER = REPOSITORY / "cluster" / "launcher" / "aws.yaml"
+KUBERAY = REPOSITORY / "cluster" / "deploy" / "rayjob.yaml"
+LAUNCHER = REPOSITORY / "cluster" / "deploy" / "aws.yaml"
 
 
 def release(package: str) -> str:
@@ -145,7 +145,7 @@ def test_its_training_command_is_one(path, monkeypatch):
     """Flags that do not exist would only show when the cluster is up."""
     monkeypatch.chdir(REPOSITORY)
     text = re.sub(r"\s*\\?\n#?\s*(?=--\w)", " ", path.read_text())
-    commands = re.findall(r"python -m cluster\.train (configs[^\n`]*)", text)
+    commands = re.findall(r"python -m cluster\.train (cluster/configs[^\n`]*)", text)
     assert commands
     for command in commands:
         words = shlex.split(command)

@@ -23,7 +23,7 @@ JUNK = (
 )  # fmt: skip
 SECRETS = (
     ".env", ".env.local", ".aws/credentials", ".ray/auth_token", "credentials.json", "id.pem",
-    "id_rsa", "secrets.toml", "cluster/.env", "cluster/kuberay/secret.yaml", "cluster/configs/a.key",
+    "id_rsa", "secrets.toml", "cluster/.env", "cluster/deploy/secret.yaml", "cluster/configs/a.key",
 )  # fmt: skip
 
 
@@ -67,10 +67,14 @@ def test_it_holds_neither_data_nor_secrets_nor_tests(upload):
     names = {str(path.relative_to(upload)) for path in upload.rglob("*") if path.is_file()}
     assert names & {*JUNK, *SECRETS} == set()
     assert {name.split("/")[0] for name in names} == {
-        "cluster", "pipeline", "model", "configs", "pyproject.toml", "constraints.txt",
+        "cluster", "pipeline", "model", "pyproject.toml", "constraints.txt",
     }  # fmt: skip
-    here = {path.name for path in (REPOSITORY / "configs").glob("*.toml")}
-    assert {name.removeprefix("configs/") for name in names if name.startswith("configs/")} == here
+    here = {path.name for path in (REPOSITORY / "cluster/configs").glob("*.toml")}
+    assert {
+        name.removeprefix("cluster/configs/")
+        for name in names
+        if name.startswith("cluster/configs/") and "studies" not in name
+    } == here
 
 
 JOBS = ("cluster.train", "cluster.build_shards", "cluster.evaluate", "cluster.export",
@@ -89,7 +93,7 @@ def test_the_jobs_start_from_it_alone(upload):
         [sys.executable, "-c", IMPORTED, str(upload), *JOBS, "cluster.launch.worker"],
         cwd=upload, env=environment, check=True,
     )  # fmt: skip
-    for source in ("kernels.c", "kernels.inc", "pictures.inc", "spatial.inc"):
+    for source in ("kernels.c", "kernels.inc"):
         assert (upload / "model" / "norm" / source).is_file()
 
 

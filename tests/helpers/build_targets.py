@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.packing.options import Build
-from pipeline.packing.store_target import StoreTarget
-from pipeline.remote.download import Policy
-from pipeline.remote.target import WORK
+from pipeline.packing.plan import Build
+from pipeline.remote.filesystem import Policy
+from pipeline.remote.target import WORK, StoreTarget
 
 CLAIM = f"{WORK}/claim"
 QUICK = Policy(attempts=3, first_delay=0.01, stall=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.stores.remote import RemoteSet
+from pipeline.remote.dataset import RemoteSet
 from tests.helpers.http_servers import shards
 
 ROOT = Path(__file__).resolve().parents[2]

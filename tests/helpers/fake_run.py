@@ -1,4 +1,4 @@
-"""`python -m tests.helpers.fake_run CONFIG --data DATA --run RUN`: rows as a training writes them."""
+"""`python -m tests.helpers.fake_run CONFIG --data DATA --run RUN`: rows like a training."""
 
 from __future__ import annotations
 

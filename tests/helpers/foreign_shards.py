@@ -14,7 +14,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.indexing.foreign import Outcome, Request, index_folder
+from pipeline.index_shards import Outcome, Request, index_folder
 from tests.helpers.images import jpeg, rows_of
 
 KINDS = [{}, {"subsampling": 0}, {"mode": "L"}, {"progressive": True}, {"quality": 60}]

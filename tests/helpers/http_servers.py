@@ -16,8 +16,9 @@ import pytest
 
 from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.remote.cache import Cache
-from pipeline.remote.download import Policy, Store
-from pipeline.stores.remote import RemoteSet
+from pipeline.remote.dataset import RemoteSet
+from pipeline.remote.download import Store
+from pipeline.remote.filesystem import Policy
 from pipeline.tools.errors import DuetError
 
 QUICK = Policy(attempts=4, first_delay=0.02, stall=5)

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.dataset.index import Index, load_index
 from pipeline.dataset.manifest import Manifest
 from pipeline.packing.build import build
-from pipeline.packing.options import Build
+from pipeline.packing.plan import Build
 
 CLASSES = ("apple", "bird", "cat", "dog")
 

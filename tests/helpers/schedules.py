@@ -9,13 +9,11 @@ from pathlib import Path
 
 from cluster.config import Config
 from cluster.mesh import Place
-from cluster.rate_events import Recipe
 from cluster.run.events import Event
 from cluster.run.jsonl import cut
 from cluster.run.metrics import VALIDATION
-from cluster.training.learning_rate import RATES, RateControl
-from model.changes import Change
-from model.schedule import Rates, in_force
+from cluster.training.learning_rate import RATES, RateControl, Recipe
+from model.schedule import Change, Rates, in_force
 
 ERRORS = dict(zip(range(4, 41, 4), (9, 8, 8, 8, 7, 7, 7, 7, 7, 7), strict=True))
 """Step -> validation error."""
@@ -38,7 +36,7 @@ def texts(heard: Iterable[Event], kind: type) -> list[str]:
 
 @dataclass
 class Story:
-    """A run as `cluster.training.loop` makes it, without the network; it may be cut off and go on."""
+    """A run as `cluster.training.loop` makes it, without the network; it may be cut off."""
 
     recipe: Recipe
     run: Path

@@ -8,9 +8,8 @@ import struct
 import numpy as np
 from PIL import Image, ImageCms
 
-from pipeline.packing.careful import square_any
-from pipeline.packing.fast import square_jpeg
 from pipeline.packing.jpeg_header import read_header
+from pipeline.packing.resize import square_any, square_jpeg
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

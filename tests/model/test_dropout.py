@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.dropout import dropout, dropout_mask
-from model.layers import seed_of
+from model.layers import dropout, dropout_mask, seed_of
 
 CPU = torch.device("cpu")
 KEY = seed_of("a key")

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.alexnet import AlexNet
-from model.exchange import Exchange, _Swap, _Through
-from model.halves import ConvHalves, LinearHalves, halves_of
+from model.exchange import ConvHalves, Exchange, LinearHalves, _Swap, _Through, halves_of
 
 BATCH = 6
 POSITION = 24

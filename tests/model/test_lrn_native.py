@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.norm import backend, build, local_response_norm, native, norm_pool, spatial_response_norm
+from model.norm import backend, local_response_norm, native, norm_pool, spatial_response_norm
+from model.norm import native as build
 from tests.helpers.lrn import by_hand, maps
 
 

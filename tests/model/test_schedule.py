@@ -10,8 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.changes import Change, colour_steps, layer_factors, parse_changes
-from model.schedule import Rates, dexp, in_force, plateau_drops, scaled
+from model.schedule import (
+    Change,
+    Rates,
+    colour_steps,
+    dexp,
+    in_force,
+    layer_factors,
+    parse_changes,
+    plateau_drops,
+    scaled,
+)
 from tests.helpers.schedules import manual
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.architecture import Design
-from model.summary import footprint, original_crossing, table, totals
-from model.summary_command import main
+from model.summary import footprint, main, original_crossing, table, totals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +74,7 @@ def test_one_column_exchanges_nothing() -> None:
     "name", ["paper", "one_gpu", "no_conv5", "narrow", "four", "conv6", "norm_batch"]
 )
 def test_the_command_prints_a_table_of_any_config(name, capsys) -> None:
-    main([str(ROOT / "configs" / f"{name}.toml"), "--batch-size", "128"])
+    main([str(ROOT / "cluster" / "configs" / f"{name}.toml"), "--batch-size", "128"])
     shown = capsys.readouterr().out
     assert "multiply-adds" in shown
     assert max(map(len, shown.splitlines()[:20])) <= 180
@@ -93,7 +92,7 @@ def test_the_command_prints_a_table_of_any_config(name, capsys) -> None:
 
 
 def test_json_is_one_object_with_the_same_sums(capsys) -> None:
-    main([str(ROOT / "configs" / "paper.toml"), "--json", "--dtype", "bfloat16"])
+    main([str(ROOT / "cluster" / "configs" / "paper.toml"), "--json", "--dtype", "bfloat16"])
     told = json.loads(capsys.readouterr().out)
     assert told["totals"]["parameters"] == 60_965_224
     assert told["original_crossing_bytes_an_image"] == 468_992 // 2

@@ -10,16 +10,17 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import demo_images
-from pipeline.demo_drawing import (
+from pipeline.demo_images import (
     ASPECT,
     EXIF_ORIENTATION,
     FIGURES,
     LIES_IN_FILE,
     SHORT_SIDE,
+    Options,
     draw_jpeg,
     draw_picture,
+    draw_set,
 )
-from pipeline.demo_images import Options, draw_set
 from pipeline.tools.errors import UsageError
 
 

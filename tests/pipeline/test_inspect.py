@@ -17,8 +17,17 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.describe.__main__ import main, name_of
 from pipeline.describe.facts import ORIGINAL_VECTORS, SplitFacts, gather
-from pipeline.describe.figures import basis, strips, tinted
-from pipeline.inspect.charts import SIDE, bars, class_chart, round_values, size_chart, steps
+from pipeline.describe.figures import (
+    CHART_SIDE,
+    bars,
+    basis,
+    class_chart,
+    round_values,
+    size_chart,
+    steps,
+    strips,
+    tinted,
+)
 from pipeline.remote.dataset import LocalSet
 from pipeline.stream.normalization import recipe_of
 from pipeline.tools.errors import DataError, UsageError
@@ -266,7 +275,7 @@ def split_of(per_class: list[int], sizes: list[int]) -> SplitFacts:
 
 def test_outline_has_a_column_for_each_value() -> None:
     path = steps(np.array([1.0, 0.0, 4.0, 2.0]), 4.0)
-    assert path == f"M0 {SIDE}V750.0H250.0V1000.0H500.0V0.0H750.0V500.0H1000.0V{SIDE}Z"
+    assert path == f"M0 {CHART_SIDE}V750.0H250.0V1000.0H500.0V0.0H750.0V500.0H1000.0V{CHART_SIDE}Z"
 
 
 def test_charts_of_many_and_of_few_classes() -> None:

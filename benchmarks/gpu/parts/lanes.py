@@ -72,7 +72,7 @@ def ours(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor
 def native(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor]:
     """Yield the batches of `fn.readers.webdataset` with our graph and the same setting.
 
-    That is `pipeline.native.NativeReader`, whose prefetch and load cannot be chosen.
+    That is `pipeline.stream.decode.NativeReader`, whose prefetch and load cannot be chosen.
     """
     manifest = Manifest.load(data)
     shards = [data / shard.name for shard in manifest.split("train", data).shards]

@@ -1,4 +1,6 @@
-"""What the paper claims beside what was found here: `python -m cluster.experiments.evidence RUN...`, one page.
+"""What the paper claims beside what was found here, on one page.
+
+    python -m cluster.experiments.evidence RUN...
 
 claims    what the paper says, with its numbers and sections
 gather    the runs and results in the folders named, runs sorted into groups of seeds

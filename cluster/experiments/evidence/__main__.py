@@ -2,9 +2,11 @@
 
     python -m cluster.experiments.evidence RUN... [--data DATA] [--out FILE] [--json]
 
-RUN is a run, a folder of runs, the folder of a study, or a result of `cluster.experiments.ensemble --out`. The
-page needs no network, no script and no other file. Runs that differ in their seed only are told
+RUN is a run, a folder of runs, the folder of a study, or a result of
+`cluster.experiments.ensemble --out`. The page needs no network, no script and no other file. Runs that differ in their seed only are told
 together, with the spread over seeds; what is not there is listed with the command that makes it.
+
+`python -m cluster.experiments.evidence RUN... [--data DATA] [--out FILE]`.
 """
 
 from __future__ import annotations
@@ -19,14 +21,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster.evidence.alike import alike
-from cluster.evidence.item import Item, Missing, data_word, rounded, scale_of
-from cluster.evidence.studies import studies
-from cluster.experiments.evidence.figures import figures
-from cluster.experiments.evidence.items import results
-from cluster.experiments.evidence.runs import Gathered, gather
+from cluster.experiments.evidence.figures import alike, figures
+from cluster.experiments.evidence.items import results, studies
+from cluster.experiments.evidence.runs import (
+    Gathered,
+    Item,
+    Missing,
+    data_word,
+    gather,
+    rounded,
+    scale_of,
+)
 from cluster.report.page import templates
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import sealed
 
 NAME = "evidence.html"
@@ -141,3 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         sys.stdout.write(json.dumps(page.as_json()) + "\n")
     return 0
+
+
+if __name__ == "__main__":
+    run(main)

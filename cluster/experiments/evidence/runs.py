@@ -1,4 +1,7 @@
-"""What lies in the folders that a page is asked for: runs, by groups of seeds, and results."""
+"""What lies in the folders that a page is asked for: runs, by groups of seeds, and results.
+
+An entry of the page: what the paper claims, what was found here, and at which scale.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint.format import Found
-from cluster.checkpoint_choice import choose
-from cluster.config import Config
-from cluster.config_file import read_back
-from cluster.continuation import FREE
-from cluster.experiments.evidence.claims import ABLATIONS
+from cluster.checkpoint.format import Found, choose
+from cluster.config import FREE, Config, read_back
+from cluster.experiments.evidence.claims import (
+    ABLATIONS,
+    BATCH,
+    CLASSES,
+    EPOCHS,
+    PICTURES,
+    WIDTH,
+    Claim,
+)
 from cluster.report.records import Records, read_records
 from cluster.run.folder import CONFIG, METRICS
 from pipeline.dataset.manifest import identity
@@ -208,7 +216,8 @@ def _take_result(found: Gathered, path: Path, named: Path) -> None:
         found.ensembles.append((path, kind))
     else:
         raise UsageError(
-            f"{named} is neither a run nor the result of a study or of cluster.experiments.ensemble --out"
+            f"{named} is neither a run nor the result of a study or of "
+            "cluster.experiments.ensemble --out"
         )
 
 
@@ -248,3 +257,96 @@ def _differs(first: dict[str, Any], other: dict[str, Any]) -> str:
             short = (str(two)[:8]) if name == "data_sha256" else f"{two}"
             words.append(f"{name.replace('data_sha256', 'data set')} {short or 'none'}")
     return ", ".join(words)
+
+
+NOT_COMPARABLE = "another scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison, in words."""
+
+    what: str
+    """What was measured."""
+    group: str = ""
+    """Letters of the groups of runs it is from."""
+    paper: str
+    ours: str
+    seeds: str = ""
+    """The single values, or how many there are."""
+    verdict: str
+    scale: str = ""
+    """What was different in scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """What is not there, and the command that makes it."""
+
+    title: str
+    command: str
+    why: str = ""
+
+
+@dataclass
+class Item:
+    """A claim with what there is to say about it."""
+
+    claim: Claim
+    rows: list[Row] = field(default_factory=list)
+    kind: str = ""
+    """Which part of the template shows `body`; "": none."""
+    body: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: without pictures."""
+        return {
+            "key": self.claim.key,
+            "claim": self.claim.text,
+            "section": self.claim.section,
+            "paper": self.claim.number,
+            "rows": [vars(row) for row in self.rows],
+            "notes": self.notes,
+        }
+
+
+def word(path: Path | str) -> str:
+    """A path or an address as a word of a command."""
+    return shlex.quote(str(path))
+
+
+def scale_of(group: Group) -> str:
+    """How the runs of a group differ in scale from the paper's, in words."""
+    run = group.first
+    words = []
+    if not math.isnan(run.pictures) and abs(run.pictures / PICTURES - 1) > 0.01:
+        words.append(f"{rounded(run.pictures)} training pictures instead of {PICTURES:,}")
+    if len(run.found.classes) != CLASSES:
+        words.append(f"{len(run.found.classes):,} classes instead of {CLASSES:,}")
+    if run.config.width != WIDTH:
+        words.append(f"width {run.config.width:g}")
+    if not math.isnan(run.epochs) and abs(run.epochs - EPOCHS) > 5:
+        words.append(f"{run.epochs:.3g} passes instead of {EPOCHS}")
+    if run.config.batch_size != BATCH:
+        words.append(f"batch {run.config.batch_size} instead of {BATCH}")
+    return ", ".join(words) or "none"
+
+
+def rounded(count: float) -> str:
+    """A count to four digits: it comes from a row that has the epoch with four decimals."""
+    digits = max(0, math.floor(math.log10(max(count, 1))) - 3)
+    return f"{round(count / 10**digits) * 10**digits:,}"
+
+
+def seeds_of(group: Group) -> str:
+    """How many seeds, and which."""
+    names = ", ".join(str(run.config.seed) for run in group.runs)
+    return f"seed{'s' if len(group.runs) > 1 else ''} {names}"
+
+
+def data_word(run: Run) -> str:
+    """The data set of a run by what is known of it: its classes and its hash."""
+    names = run.found.classes
+    some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return f"{len(names):,} classes ({some}), manifest {run.data_sha256[:8]}"

@@ -1,6 +1,6 @@
 """Nearest neighbours in the features of a trained network: figure 4 (right) of the paper.
 
-    python -m cluster.experiments.neighbors RUN --data DATA [-k 6] [--queries val] [--base train] [--json]
+    python -m cluster.experiments.neighbors RUN --data DATA [-k 6] [--queries val] [--base train]
 
 Passes every picture of both splits through the network once and keeps its fc7 features (4096
 numbers at width 1) in RUN/neighbours; a call that was killed goes on where it was, and a later one
@@ -11,6 +11,16 @@ and writes RUN/neighbours/
     nearest.npz       queries, ids, distances: of every query
     sheet.png         some queries and their neighbours
     distances.svg     distances within and across classes
+
+RUN/neighbours/summary.json: the numbers of both commands, for whoever gathers them.
+
+    version, run, step, checkpoint_sha256, data_sha256
+    neighbours   of the command itself: precision_at_k, auc, mean_ratio, pictures, ...
+    codes        of python -m cluster.experiments.neighbors.codes: rows of the table, ...
+
+Either command writes its own part and keeps the other's, if that is of the same features.
+
+`python -m cluster.experiments.neighbors RUN --data DATA`.
 """
 
 from __future__ import annotations
@@ -29,17 +39,53 @@ import torch
 import tyro
 
 from cluster.experiments.neighbors.extract import features
-from cluster.experiments.neighbors.features import Features, Ids
-from cluster.experiments.neighbors.figures import chosen, drawn, read
+from cluster.experiments.neighbors.features import (
+    FOLDER,
+    About,
+    Features,
+    Ids,
+    Trained,
+    opened,
+    settings,
+)
+from cluster.experiments.neighbors.figures import chosen, draw, drawn, histogram, read
 from cluster.experiments.neighbors.search import LEAST, Base, Nearest, nearest
-from cluster.neighbours.distances import draw
-from cluster.neighbours.plot import histogram
-from cluster.neighbours.summary import NAME, write
-from cluster.neighbours.trained import FOLDER, Trained, opened, settings
 from pipeline.remote.dataset import open_dataset, parse_size
 from pipeline.tools.errors import SetupError, UsageError, run
 from pipeline.tools.files import sealed, writable_folder
 from pipeline.tools.progress import Progress
+
+NAME = "summary.json"
+VERSION = 1
+
+
+def write(
+    folder: Path, run: Path, about: About, part: Literal["neighbours", "codes"], facts: Any
+) -> dict[str, Any]:
+    """Put a part into the summary and return the whole."""
+    head = {
+        "version": VERSION,
+        "run": str(run),
+        "step": about.step,
+        "checkpoint_sha256": about.checkpoint_sha256,
+        "data_sha256": about.data_sha256,
+    }
+    old = _read(folder / NAME)
+    same = all(old.get(key) == head[key] for key in head if key != "run")
+    kept = {name: old[name] for name in ("neighbours", "codes") if same and name in old}
+    whole = head | kept | {part: facts}
+    with sealed(folder / NAME) as file:
+        file.write((json.dumps(whole, indent=1) + "\n").encode())
+    return whole
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
 
 PAPER_K = 6
 """Neighbours of each picture in figure 4."""

@@ -22,16 +22,27 @@ from torch import Tensor, nn
 
 from cluster.checkpoint.format import load
 from cluster.evaluate import network_of
-from cluster.experiments.neighbors.features import BLOCK, About, Features, Ids, Rows, part, stem
-from cluster.neighbours.growing import Growing, begin, discard
-from cluster.neighbours.trained import Trained, settings
+from cluster.experiments.neighbors.features import (
+    BLOCK,
+    About,
+    Features,
+    Growing,
+    Ids,
+    Rows,
+    Trained,
+    begin,
+    discard,
+    part,
+    settings,
+    stem,
+)
 from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from pipeline.batches import Batch, Stream
-from pipeline.packing.pool import LocalPool
 from pipeline.remote.dataset import open_dataset
 from pipeline.stream.shard_reader import Storage
 from pipeline.tools.errors import DataError, UsageError
+from pipeline.tools.processes import LocalPool
 from pipeline.tools.progress import Progress
 
 BATCH = 64

@@ -4,6 +4,8 @@ Order of things: the parts of the data; runs that others start from; with a grid
 seed, every variant with every value of the grid's setting, of which each variant keeps the one with
 the best number (the fewest pictures, the lowest error; a run that does not come to it is behind all
 that do, and the lower its last training error the better); then the other seeds, with that value.
+
+`python -m cluster.experiments.study STUDY.toml --data DATA --out OUT`.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from typing import Annotated, Any
 
 import tyro
 
+from cluster.experiments.study import results
 from cluster.experiments.study.config import WHOLE, Study, Variant, read
 from cluster.experiments.study.plot import draw
-from cluster.experiments.study.results import Result, result, showing, shown
+from cluster.experiments.study.results import Result, result, showing, shown, train_error
 from cluster.experiments.study.runner import Crowd, Run, slots, visible_gpus
 from cluster.experiments.study.subsets import cut_out
-from cluster.study import nets, table
-from cluster.study.train_error import train_error
 from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import writable_folder
 from pipeline.tools.progress import Progress
 
@@ -123,7 +125,7 @@ class Maker:
             run.check()
         undone = [run for _, run in planned if not self._done(run)]
         progress.skip(sum(run.total for _, run in planned) - sum(map(_left, undone)))
-        module = "cluster.train" if self._options.ray else "cluster.study.single"
+        module = "cluster.train" if self._options.ray else "cluster.experiments.study.runner"
         Crowd(self._room, module, progress).make(undone, lambda run: showing(self._study, run))
         progress.skip(sum(map(_left, undone)))  # of those that ended early
         made: Found = {variant.name: [] for variant, _ in wanted}
@@ -201,14 +203,20 @@ def main(argv: list[str] | None = None) -> int:
     writable_folder(options.out, "folder of the study")
     made, others = Maker(options, study).make()
     runs = [one.run for one in made]
-    found = table.summary(study, [one.result for one in made], [one.result for one in others], runs)
+    found = results.summary(
+        study, [one.result for one in made], [one.result for one in others], runs
+    )
     if study.measure == "nets":
-        averaged = nets.measured(study, runs)
+        averaged = results.measured(study, runs)
         found |= averaged | {"rows": found["rows"] + averaged["rows"]}
-    draw(study, [(one.variant.name, one.run) for one in made], found, options.out / table.PLOT)
-    text = table.write(study, found, options.out)
+    draw(study, [(one.variant.name, one.run) for one in made], found, options.out / results.PLOT)
+    text = results.write(study, found, options.out)
     out = sys.stderr if options.json else sys.stdout
-    out.write(f"{text}\n-> {options.out / table.TABLE}, {options.out / table.PLOT}\n")
+    out.write(f"{text}\n-> {options.out / results.TABLE}, {options.out / results.PLOT}\n")
     if options.json:
-        sys.stdout.write(table.as_json(found))
+        sys.stdout.write(results.as_json(found))
     return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

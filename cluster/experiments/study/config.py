@@ -20,8 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cluster.config import Config
-from cluster.config_file import TYPES, fits, load
+from cluster.config import TYPES, Config, fits, load
 from pipeline.tools.errors import UsageError
 
 Measure = Literal["pictures", "error", "gap", "nets"]

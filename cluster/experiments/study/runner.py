@@ -3,6 +3,12 @@
 Each is a process of its own that a user could have started, told to save and end by the signal that
 Ctrl-C would send. Here they are only started, watched through their rows, and told to end. What a
 run says is in OUT/NAME.log.
+
+One run in this process, without Ray: what many small runs beside each other want.
+
+    python -m cluster.experiments.study.runner CONFIG --data DATA --run RUN
+
+Takes what `cluster.train` takes and does what it does, up to where that starts workers.
 """
 
 from __future__ import annotations
@@ -18,19 +24,50 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from cluster import train
+from cluster.checkpoint.loader import pinned
 from cluster.checkpoint.storage import reached
-from cluster.config import Config
-from cluster.config_file import read_back
-from cluster.continuation import differences
-from cluster.initial import pinned
-from cluster.run.folder import CONFIG, METRICS
+from cluster.config import Config, differences, read_back
+from cluster.launch.controller import wanted_end
+from cluster.mesh import Place
+from cluster.run.console import Screen
+from cluster.run.folder import CONFIG, METRICS, leading, write_machine
 from cluster.run.jsonl import tail
+from cluster.training.loop import train as make_run
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import metadata
-from pipeline.tools.errors import DuetError, UsageError
+from pipeline.tools.errors import DuetError, SetupError, UsageError, run
 from pipeline.tools.files import sealed
 from pipeline.tools.processes import signalled_with_parent
 from pipeline.tools.progress import Progress
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; raises as `cluster.train.main`."""
+    return train.main(argv, train_here)
+
+
+def train_here(config: Config, data: str, folder: Path, screen: Screen) -> None:
+    """Have the run trained by this process, with both columns, on the first GPU it sees.
+
+    Raises:
+        DuetError: the run failed.
+        KeyboardInterrupt: the user ended it; it is saved.
+    """
+    there = torch.cuda.is_available() and config.device != "cpu"
+    if config.device == "gpu" and not there:
+        raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
+    place = Place(
+        device=torch.device("cuda" if there else "cpu"), cores=len(os.sched_getaffinity(0))
+    )
+    with leading(folder), wanted_end() as end:
+        write_machine(folder, place.world_size)
+        make_run(config, data, folder, place, screen.show, ending=lambda: end() > 0)
+        if end():
+            raise KeyboardInterrupt
+
 
 LOOK = 1.0
 """Seconds between looks at the rows of the runs."""
@@ -151,7 +188,7 @@ class Crowd:
 
         Args:
             room: for as many runs at a time.
-            module: that makes a run (`cluster.study.single` or `cluster.train`).
+            module: that makes a run (`cluster.experiments.study.runner` or `cluster.train`).
             progress: gets the pictures seen.
         """
         self._room, self._module, self._progress = room, module, progress
@@ -263,3 +300,7 @@ def _end(processes: Sequence[_Process]) -> None:
     deadline = time.monotonic() + GRACE
     for one in processes:
         one.wait_until(deadline)
+
+
+if __name__ == "__main__":
+    run(main)

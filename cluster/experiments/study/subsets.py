@@ -24,7 +24,7 @@ from PIL import Image
 from cluster.experiments.study.config import Part
 from pipeline.dataset.manifest import NAME, identity
 from pipeline.packing.build import build
-from pipeline.packing.options import Build
+from pipeline.packing.plan import Build
 from pipeline.remote.dataset import DataSet, metadata, open_dataset
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Storage

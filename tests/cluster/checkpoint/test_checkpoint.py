@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import cluster.checkpoint.format as checkpoint
 import cluster.checkpoint.storage as places
+import cluster.checkpoint.writer as part
 import cluster.checkpoint.writer as writer
-import cluster.checkpoint_part as part
+from cluster.checkpoint.format import choose
 from cluster.checkpoint.storage import reached
 from cluster.checkpoint.writer import Checkpoints
-from cluster.checkpoint_choice import choose
 from cluster.mesh import Place
 from cluster.run.events import Saved
 from cluster.run.folder import CHECKPOINTS, Mark

@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 import cluster.checkpoint.storage as places
-import cluster.checkpoint_part as part
+import cluster.checkpoint.writer as part
 from cluster.checkpoint.storage import reached
 from cluster.checkpoint.writer import Checkpoints
 from cluster.mesh import Place

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import cluster.checkpoint.writer as part
 import cluster.checkpoint.writer as writer
-import cluster.checkpoint_part as part
-from cluster.checkpoint_choice import choose
+from cluster.checkpoint.format import choose
 from cluster.mesh import Place, take_place
 from cluster.run.folder import CHECKPOINTS
 from pipeline.tools.errors import DuetError

@@ -15,15 +15,14 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import cluster.checkpoint.storage as places
-import cluster.checkpoint_part as part
-from cluster.checkpoint.format import load, state_of
+import cluster.checkpoint.writer as part
+from cluster.checkpoint.format import choose, load, state_of
 from cluster.checkpoint.storage import reached
-from cluster.checkpoint_choice import choose
 from cluster.mesh import Place, take_place
 from cluster.run.sync import mirror_of
 from cluster.training.loop import train
-from pipeline.packing.store_target import StoreTarget
-from pipeline.remote.download import Policy
+from pipeline.remote.filesystem import Policy
+from pipeline.remote.target import StoreTarget
 from pipeline.tools.errors import DataError, SetupError, UsageError
 from tests.helpers.checkpoints import Run, network, same
 from tests.helpers.training_runs import CONFIG, alone, learned, rows, weights

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import cluster.train as driver
-from cluster.config_file import read_back
-from cluster.initial import fitting, looked_at, pinned
+from cluster.checkpoint.loader import fitting, looked_at, pinned
+from cluster.config import read_back
 from model.alexnet import AlexNet
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import folder_per_class, packed
@@ -168,7 +168,7 @@ def test_nothing_to_start_from_is_a_line(source, tmp_path):
 
 
 def test_an_init_of_before_holds_though_its_run_has_gone(tmp_path):
-    from cluster.config_file import as_toml
+    from cluster.config import as_toml
 
     before = replace(CONFIG, init=f"{tmp_path}/gone/checkpoints/step-00000400")
     (tmp_path / "config.toml").write_text(as_toml(before, "x"))

@@ -10,20 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from cluster.doctor import network, speed
-from cluster.doctor.command import main, verdict
-from cluster.doctor.examination import Examination, guarded
+from cluster.doctor import data, network
+from cluster.doctor.command import Examination, guarded, main, verdict
 from cluster.doctor.finding import Finding
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_processes import REPOSITORY
 
-CONFIG = str(REPOSITORY / "configs" / "demo.toml")
+CONFIG = str(REPOSITORY / "cluster" / "configs" / "demo.toml")
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(speed, "SECONDS", 0.2)
+    monkeypatch.setattr(data, "SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def test_a_check_that_breaks_is_a_line_and_the_others_go_on(monkeypatch, tmp_pat
     (found,) = guarded("x", breaks)
     assert (found.status, found.value) == ("FAIL", "the check itself failed: RuntimeError: what?")
     monkeypatch.setattr("cluster.doctor.software.gather", breaks)
-    monkeypatch.setattr("cluster.doctor.gpus.gather", breaks)
+    monkeypatch.setattr("cluster.doctor.hardware.gather", breaks)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # another test's head may have just ended
     found_ones = list(Examination("", None, None).findings())
     assert [found.name for found in found_ones if found.status == "FAIL"] == [

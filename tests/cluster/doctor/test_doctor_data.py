@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config
+from cluster.doctor import data as run_place
+from cluster.doctor import data as speed
 from cluster.doctor import data as storage
-from cluster.doctor import run_place, speed
 from cluster.doctor.finding import Finding
 from tests.cluster.doctor.test_doctor_machine import lacks, only
 from tests.helpers.images import packed

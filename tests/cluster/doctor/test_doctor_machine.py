@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config
-from cluster.doctor import gpus, hardware, job, network, software
+from cluster.doctor import hardware, job, network, software
+from cluster.doctor import hardware as gpus
 from cluster.doctor.finding import Finding
-from cluster.doctor.gpus import Gpu
-from cluster.doctor.hardware import Hardware
+from cluster.doctor.hardware import Gpu, Hardware
 from cluster.doctor.software import Software
 from tests.helpers.training_processes import REPOSITORY
 
@@ -58,7 +58,7 @@ def lacks(found: Finding, words: list[str]) -> list[str]:
 def test_a_good_machine_has_nothing_to_mend():
     found = [
         *software.judge(GOOD),
-        *gpus.judge(PAIR, wanted=True),
+        *gpus.judge_gpus(PAIR, wanted=True),
         *hardware.judge(MACHINE, own_ray=True),
         *job.judge_here(Config(), 1000, MACHINE, PAIR),
     ]
@@ -135,13 +135,13 @@ def test_the_driver_tells_its_release(tmp_path):
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_gpu_is_named(cards, status, words):
-    found = only(list(gpus.judge(cards, wanted=True)))
+    found = only(list(gpus.judge_gpus(cards, wanted=True)))
     assert found.status == status
     assert lacks(found, words) == []
 
 
 def test_no_gpus_are_no_matter_where_none_are_wanted():
-    assert [finding.status for finding in gpus.judge([], wanted=False)] == ["ok"]
+    assert [finding.status for finding in gpus.judge_gpus([], wanted=False)] == ["ok"]
 
 
 def test_what_nvidia_smi_says_is_read():

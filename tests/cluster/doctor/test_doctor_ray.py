@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.doctor import ray_cluster, ray_nodes, ray_probe
+from cluster.doctor import ray_cluster, ray_probe
+from cluster.doctor import ray_cluster as ray_nodes
 from tests.cluster.doctor.test_doctor_machine import lacks, only
 from tests.helpers.ray_cluster import Simulated
 from tests.helpers.training_processes import REPOSITORY

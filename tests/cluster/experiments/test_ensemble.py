@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from cluster import together, weights
+from cluster.experiments import ensemble
 from cluster.experiments.ensemble import main
 from cluster.run.probabilities import About, Saved, file_of, writing
 from model.metrics import errors
@@ -89,7 +89,7 @@ def test_the_average_is_counted_as_by_hand(runs, capsys):
         assert one["top1_error"] == pytest.approx(by_hand(table, 1))
         assert one["top5_error"] == pytest.approx(by_hand(table, 5))
         assert (one["step"], one["weight"]) == (7, pytest.approx(1 / 3))
-    mean = weights.weighted(torch.stack(tables), [1 / 3] * 3)
+    mean = ensemble.weighted(torch.stack(tables), [1 / 3] * 3)
     assert found["average"]["top1_error"] == pytest.approx(by_hand(mean, 1))
     assert found["average"]["top5_error"] == pytest.approx(by_hand(mean, 5))
     exact = np.mean([np.asarray(table, np.float64) for table in tables], axis=0)
@@ -101,7 +101,7 @@ def test_the_average_is_counted_as_by_hand(runs, capsys):
 
 def test_given_weights_are_used(runs, capsys):
     equal, heavy = told(capsys, *runs), told(capsys, *runs, "--weights", 3, 1, 0)
-    mean = weights.weighted(torch.stack([drawn(0, 2.0), drawn(1, 1.0)]), [0.75, 0.25])
+    mean = ensemble.weighted(torch.stack([drawn(0, 2.0), drawn(1, 1.0)]), [0.75, 0.25])
     assert heavy["average"]["top1_error"] == pytest.approx(by_hand(mean, 1))
     assert heavy["average"] != equal["average"]
     assert [one["weight"] for one in heavy["runs"]] == [0.75, 0.25, 0]
@@ -116,7 +116,7 @@ def of_the_original(tables: torch.Tensor) -> list[float]:
     def errors_of(coeffs: list[float]) -> tuple[float, float]:
         if sum(coeffs) == 0:
             return (float("inf"), float("inf"))
-        preds = weights.weighted(tables, coeffs)
+        preds = ensemble.weighted(tables, coeffs)
         top1, top5 = errors(preds, LABELS, torch.ones(PICTURES))
         return float(top5), float(top1)
 
@@ -152,7 +152,7 @@ class Tables:
             self.read += last - first
             part = slice(first, last)
             ones = torch.ones(last - first)
-            yield last, weights.Chunk(self.tables[:, part], LABELS[part], ones)
+            yield last, ensemble.Chunk(self.tables[:, part], LABELS[part], ones)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -161,25 +161,25 @@ def test_the_search_finds_what_the_originals_finds(seed):
     tables = torch.stack([drawn(10 * seed + k, skill=0.5 + k) for k in range(count)])
     expected = of_the_original(tables)
     kept = Tables(tables)
-    assert weights.search(kept) == pytest.approx(expected)
+    assert ensemble.search(kept) == pytest.approx(expected)
     assert kept.read == PICTURES  # once, and never again
     assert expected != pytest.approx([1 / count] * count)
     for room in (0, 2_000):  # nothing of it, or a part, may stay in memory
         again = Tables(tables)
-        assert weights.search(again, kept=room) == pytest.approx(expected)
+        assert ensemble.search(again, kept=room) == pytest.approx(expected)
         assert again.read > 2 * PICTURES
 
 
 def test_what_is_left_for_the_search_decides_as_all_of_it():
     tables = torch.stack([drawn(k) for k in range(3)])
     tables[1, 5, 3] = float("nan")
-    full = weights.Chunk(tables, LABELS, (torch.arange(PICTURES) % 9 > 0).float())
-    blocks = list(weights.undecided(full))
+    full = ensemble.Chunk(tables, LABELS, (torch.arange(PICTURES) % 9 > 0).float())
+    blocks = list(ensemble.undecided(full))
     assert 0 < sum(block.probabilities.numel() for block in blocks) < tables.numel()
 
     def counts(chunks, one):
         return sum(
-            torch.stack(errors(weights.weighted(p, one), labels, w)).double()
+            torch.stack(errors(ensemble.weighted(p, one), labels, w)).double()
             for p, labels, w in chunks
         )
 
@@ -201,7 +201,7 @@ def test_searched_weights_are_no_worse_and_said_to_be_searched(runs, capsys):
 
 def test_small_chunks_change_nothing(runs, capsys, monkeypatch):
     whole = told(capsys, *runs, "--search")
-    monkeypatch.setattr(together, "CHUNK", 3 * CLASSES * 17)
+    monkeypatch.setattr(ensemble, "CHUNK", 3 * CLASSES * 17)
     parts = told(capsys, *runs, "--search")
     assert [one["weight"] for one in parts["runs"]] == [one["weight"] for one in whole["runs"]]
     assert parts["average"] == pytest.approx(whole["average"], rel=1e-6)
@@ -333,7 +333,7 @@ def test_the_table_has_a_line_for_each_size_over_all_choices_of_the_runs(runs, c
     for line, size in zip(found["sizes"], (1, 2, 3), strict=True):
         for name, places in (("top1_error", 1), ("top5_error", 5)):
             errors = [
-                by_hand(weights.weighted(torch.stack(some), [1 / size] * size), places)
+                by_hand(ensemble.weighted(torch.stack(some), [1 / size] * size), places)
                 for some in itertools.combinations(tables, size)
             ]
             assert line["equal"][name] == pytest.approx(np.mean(errors))
@@ -354,9 +354,9 @@ def test_weights_of_the_table_are_searched_on_pictures_that_are_not_counted(runs
     for tested in (0, 1):
         fitted = Tables(tables[:, 1 - tested :: 2])
         fitted.chunks = lambda start=0, f=fitted, t=tested: iter(
-            [(120, weights.Chunk(f.tables, LABELS[1 - t :: 2], torch.ones(120)))]
+            [(120, ensemble.Chunk(f.tables, LABELS[1 - t :: 2], torch.ones(120)))]
         )
-        mean = weights.weighted(tables, weights.search(fitted))
+        mean = ensemble.weighted(tables, ensemble.search(fitted))
         skip = range(1 - tested, PICTURES, 2)
         for name, places in (("top1_error", 1), ("top5_error", 5)):
             wrong[name] += by_hand(mean, places, skip) / 2

@@ -15,11 +15,9 @@ import pytest
 import torch
 
 from cluster.checkpoint.writer import Checkpoints
-from cluster.config import Config
-from cluster.config_file import as_toml
-from cluster.evidence.discord import discord
+from cluster.config import Config, as_toml
 from cluster.experiments.evidence.__main__ import Page, evidence, main, place_of, render
-from cluster.experiments.evidence.significance import counting
+from cluster.experiments.evidence.significance import counting, discord
 from cluster.mesh import Place
 from cluster.run.folder import Mark
 from cluster.run.kernels import encoded, first_kernels
@@ -289,7 +287,8 @@ def test_page_stands_alone_and_says_what_is_missing(three, tmp_path):
     assert "http" not in page.source
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.source.startswith("<!doctype html>")
-    for words in ("What is missing", "cluster.experiments.neighbors", "cluster.experiments.ensemble", "cluster.experiments.study",
+    for words in ("What is missing", "cluster.experiments.neighbors",
+                  "cluster.experiments.ensemble", "cluster.experiments.study",
                   "A − B", "section 3.3", "instead of 1,281,167"):  # fmt: skip
         assert words in page.text, words
 

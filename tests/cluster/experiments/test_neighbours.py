@@ -22,11 +22,9 @@ from cluster.config import Config
 from cluster.experiments.neighbors import extract
 from cluster.experiments.neighbors.__main__ import main
 from cluster.experiments.neighbors.extract import features, stretches
-from cluster.experiments.neighbors.features import Features, stem
+from cluster.experiments.neighbors.features import Features, Growing, opened, stem
+from cluster.experiments.neighbors.figures import Pairs, draw
 from cluster.mesh import Place
-from cluster.neighbours.distances import Pairs, draw
-from cluster.neighbours.growing import Growing
-from cluster.neighbours.trained import opened
 from cluster.run.folder import settle
 from cluster.training.loop import train
 from model.alexnet import AlexNet
@@ -225,7 +223,7 @@ def test_killed_between_the_last_two_renames(run, tiny_data, tmp_path, small_blo
     monkeypatch.setattr("cluster.experiments.neighbors.extract.LocalPool", Here)
     trained = opened(run, str(tiny_data))
     with monkeypatch.context() as patched:
-        patched.setattr("cluster.neighbours.growing.seal", killed)
+        patched.setattr("cluster.experiments.neighbors.features.seal", killed)
         with pytest.raises(KeyboardInterrupt):
             features(tmp_path, trained, "val")
     assert (tmp_path / "features-val.npy").exists()

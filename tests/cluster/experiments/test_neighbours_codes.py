@@ -12,12 +12,9 @@ import torch
 from safetensors import safe_open
 
 from cluster.config import Config
-from cluster.experiments.neighbors.codes import main
+from cluster.experiments.neighbors import codes as rivals
+from cluster.experiments.neighbors.codes import Hamming, Recipe, main, pack, recall, trained
 from cluster.experiments.neighbors.features import BLOCK, About, Features, crc32, seal, stem
-from cluster.neighbours import rivals
-from cluster.neighbours.autoencoder import Recipe, trained
-from cluster.neighbours.hamming import Hamming, pack
-from cluster.neighbours.trial import recall
 from cluster.run.folder import settle
 from pipeline.tools.errors import DataError, UsageError
 
@@ -171,7 +168,7 @@ def test_turning_loses_less_than_not_turning():
 
 def test_a_length_that_is_there_is_not_trained_again(run, capsys, monkeypatch):
     first = called(run, capsys)["codes"]["rows"]
-    monkeypatch.setattr("cluster.neighbours.trial.trained", None)
+    monkeypatch.setattr("cluster.experiments.neighbors.codes.trained", None)
     second = called(run, capsys)["codes"]["rows"]
     keys = ("method", "bits", "recall_at_k", "precision_at_k")
     assert [[r.get(key) for key in keys] for r in second] == [

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from cluster.config import Config
+from cluster.experiments.study import runner
 from cluster.experiments.study.__main__ import main
-from cluster.study import single
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_processes import REPOSITORY, marked, processes
 from tests.helpers.training_runs import alone, cut_at, learned, rows
@@ -57,14 +57,14 @@ class Here:
     """A `Crowd` in this process, which need not wait for others to start."""
 
     def __init__(self, room, module, progress):
-        assert module == "cluster.study.single"
+        assert module == "cluster.experiments.study.runner"
 
     def make(self, runs, enough):
         for run in runs:
             file = run.out / f"{run.name}.toml"
             file.write_bytes(run.toml)
             words = [str(file), "--data", run.data, "--run", str(run.folder)]
-            assert single.main(words) == 0
+            assert runner.main(words) == 0
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,8 @@ def started(folder: Path, data: Path, steps: int) -> tuple[subprocess.Popen, str
     mark, environment = marked()
     with (folder / "said").open("w") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.experiments.study", str(written(folder, text)), "--data",
+            [sys.executable, "-m", "cluster.experiments.study", str(written(folder, text)),
+             "--data",
              str(data), "--out", str(folder / "out")],
             cwd=REPOSITORY, env=environment, stdout=said, stderr=said,
         )  # fmt: skip

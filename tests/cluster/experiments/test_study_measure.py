@@ -11,9 +11,17 @@ import pytest
 
 from cluster.config import Config
 from cluster.experiments.study.config import Study, Variant
-from cluster.experiments.study.results import Result, curves, pictures_to, result, showing, shown
+from cluster.experiments.study.results import (
+    Result,
+    curves,
+    pictures_to,
+    pooled,
+    result,
+    showing,
+    shown,
+    variants,
+)
 from cluster.experiments.study.runner import Run, slots
-from cluster.study.table import pooled, variants
 
 BATCH = 8
 STUDY = Study(

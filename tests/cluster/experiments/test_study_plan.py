@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config_file import load
-from cluster.continuation import differences
+from cluster.config import differences, load
 from cluster.experiments.study.__main__ import stages
 from cluster.experiments.study.config import Part, read
 from pipeline.tools.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-STUDIES = sorted((REPOSITORY / "configs" / "studies").rglob("*.toml"))
+STUDIES = sorted((REPOSITORY / "cluster" / "configs" / "studies").rglob("*.toml"))
 TEXT = """
 title = "A against b"
 claim = "b is slower"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.failure import Failure
-from cluster.launch.placement import Worker
-from cluster.run.events import Failed
+from cluster.launch.controller import Failure
+from cluster.run.events import Failed, Worker
 
 
 class WorkerHealthCheckFailedError(Exception):

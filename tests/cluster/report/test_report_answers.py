@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.report.answers import answers, choose
-from cluster.report.images import Unavailable
+from cluster.report.images import Unavailable, answers, choose
 from cluster.report.page import report
 from cluster.run.probabilities import About, Saved, file_of, writing
 from pipeline.batches import Stream

@@ -20,8 +20,8 @@ from cluster.report.kernels import (
     first_layer,
     picked,
     scored_sheet,
+    scores,
 )
-from cluster.report.scores import scores
 from cluster.run.folder import Mark
 from cluster.run.kernels import Moment
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config
-from cluster.config_file import as_toml
-from cluster.report.curves import curves
+from cluster.config import Config, as_toml
+from cluster.report.charts import curves
 from cluster.report.page import render
 from cluster.report.records import read_records
 from cluster.report.tables import layers

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cluster.report.scores import GREY_OF_NOISE, ORIENTATION_OF_NOISE, scores, split
+from cluster.report.kernels import GREY_OF_NOISE, ORIENTATION_OF_NOISE, scores, split
 
 DOWN, ACROSS = np.mgrid[-5:6, -5:6].astype(np.float32)
 GREY, OPPONENT = np.ones(3), np.array([1.0, -1.0, 0.0])

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.prometheus import GAUGES, TAGS
+from cluster.run.exporters import GAUGES, TAGS
 from tests.end_to_end.test_ray_job import free_port
 from tests.helpers.training_processes import REPOSITORY, end_processes, marked
 
-DASHBOARD = json.loads((REPOSITORY / "cluster" / "grafana" / "duet.json").read_text())
+DASHBOARD = json.loads((REPOSITORY / "cluster" / "deploy" / "duet.json").read_text())
 NAMES = {f"ray_{name}" for name, _ in GAUGES.values()}
 
 
@@ -71,7 +71,7 @@ ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus
 @ray.remote
 def worker():
     from cluster.mesh import Place
-    from cluster.prometheus import Gauges
+    from cluster.run.exporters import Gauges
     gauges = Gauges("a-run", Place(columns=(1,), replica=3, replicas=4))
     gauges(7, {"loss": 1.5, "img_s": 640, "unknown": 1})
     time.sleep(120)

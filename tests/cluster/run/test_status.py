@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.config import Config
-from cluster.config_file import as_toml
+from cluster.config import Config, as_toml
 from cluster.run.state import look
 from cluster.run.sync import DRIVERS, Mirror
 from cluster.status import main, screen, sparkline

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.config_file import parse
+from cluster.config import parse
 from cluster.launch.measurement import step_parts, told
 from cluster.mesh import Place, take_place
 from cluster.run.events import Measured
 from cluster.training import profiler
 from pipeline.stream.shard_reader import Storage
-from pipeline.throughput import raw_trial
+from pipeline.throughput import stream_rate
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_runs import CONFIG
 
@@ -30,11 +30,11 @@ def quick(monkeypatch):
 
 
 def shorten(put) -> None:
-    """Measure for less time, and pack no raw pictures (tests/pipeline/throughput/test_throughput.py does)."""
+    """Measure for less time, and pack no raw pictures (test_throughput.py does)."""
     put(profiler, "SECONDS", 0.6)
     examine = profiler.examine
     put(profiler, "examine", lambda *a, **k: examine(*a, seconds=0.05, **k))
-    put(raw_trial, "measure", no_room)
+    put(stream_rate, "measure", no_room)
 
 
 def no_room(*_):

@@ -12,14 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import hand_rates
 from cluster.config import Config
 from cluster.mesh import Place
-from cluster.rate_events import Recipe
 from cluster.run.events import Event, Rated
-from cluster.training.learning_rate import RATES, RateControl
-from model.changes import parse_changes
-from model.schedule import Rates, dexp, plateau_drops
+from cluster.training import learning_rate
+from cluster.training.learning_rate import RATES, RateControl, Recipe
+from model.schedule import Rates, dexp, parse_changes, plateau_drops
 from tests.helpers.schedules import ERRORS, Story, manual, recipe, rows, texts
 
 LAYERS = tuple(layer.name for layer in Config().design.layers())
@@ -27,7 +25,7 @@ LAYERS = tuple(layer.name for layer in Config().design.layers())
 
 @pytest.fixture(autouse=True)
 def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hand_rates, "SETTLED", 0.0)
+    monkeypatch.setattr(learning_rate, "SETTLED", 0.0)
 
 
 @given(

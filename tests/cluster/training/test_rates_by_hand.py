@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import hand_rates
 from cluster.mesh import Place
 from cluster.run.events import Event, Rated, Warned
+from cluster.training import learning_rate
 from cluster.training.learning_rate import RATES, RateControl
 from model.schedule import Rates, dexp, plateau_drops
 from tests.helpers.schedules import ERRORS, Story, recipe, rows, texts
@@ -16,7 +16,7 @@ from tests.helpers.schedules import ERRORS, Story, recipe, rows, texts
 
 @pytest.fixture(autouse=True)
 def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hand_rates, "SETTLED", 0.0)
+    monkeypatch.setattr(learning_rate, "SETTLED", 0.0)
 
 
 def test_rates_set_by_hand_hold_until_the_schedule_changes_them(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_file_that_is_still_being_written_is_left_for_the_next_time(
     control = RateControl(recipe(), tmp_path, Place(), lambda _: None, 0)
     path = tmp_path / "rates.toml"
     path.write_text("lr = 0.0")
-    monkeypatch.setattr(hand_rates.time, "sleep", lambda _: path.write_text("lr = 0.05\n"))
+    monkeypatch.setattr(learning_rate.time, "sleep", lambda _: path.write_text("lr = 0.05\n"))
     control.review(1)
     assert control.at(2).weights == 0.01
     control.review(2)

@@ -14,8 +14,8 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import key_in_idx
-from pipeline.indexing.idx import read_idx
-from pipeline.native import NativeReader
+from pipeline.dataset.shards import read_idx
+from pipeline.stream.decode import NativeReader
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     copy_of_made,

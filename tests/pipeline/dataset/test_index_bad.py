@@ -14,8 +14,8 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
-from pipeline.indexing.idx import read_idx
-from pipeline.native import NativeReader
+from pipeline.dataset.shards import read_idx
+from pipeline.stream.decode import NativeReader
 from pipeline.tools.errors import DuetError
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import (  # noqa: F401
@@ -162,7 +162,7 @@ def test_damage_is_named_by_the_key_in_the_tar(folder):
 
 
 def test_processes_that_die_are_told(monkeypatch, folder):
-    monkeypatch.setattr("pipeline.indexing.foreign.examine", _die)
+    monkeypatch.setattr("pipeline.index_shards.examine", _die)
     with pytest.raises(DuetError, match="a process died"):
         index(folder, workers=2)
 

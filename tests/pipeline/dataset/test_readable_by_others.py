@@ -17,7 +17,7 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.native import NativeReader
+from pipeline.stream.decode import NativeReader
 from tests.helpers.images import CLASSES, packed, rows_of
 
 SPLITS = {"train": 48, "val": 20}

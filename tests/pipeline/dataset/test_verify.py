@@ -15,8 +15,7 @@ import pytest
 from pipeline.batches import Stream
 from pipeline.dataset.index import save_index
 from pipeline.tools.errors import DataError, DuetError
-from pipeline.verification.whole import check
-from pipeline.verify import verify
+from pipeline.verify import check, verify
 from tests.helpers.images import flip_bit, jpeg, packed, rows_of
 from tests.helpers.resealed_data import SHARD, overwrite, reseal
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import whole_file
 from pipeline.dataset.index import save_index
+from pipeline.tools import files as whole_file
 from pipeline.verify import verify
 from tests.helpers.images import rows_of
 from tests.helpers.resealed_data import SHARD, overwrite, reseal

@@ -11,12 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.packing import hamming
-from pipeline.packing.blocks import Block, best_cut
-from pipeline.packing.duplicates import LISTED, Group, Member, find, write
-from pipeline.packing.forest import Forest
-from pipeline.packing.hamming import _Search, clusters
-from pipeline.packing.perceptual import NEAR
+from pipeline.packing import duplicates
+from pipeline.packing.duplicates import (
+    LISTED,
+    NEAR,
+    Block,
+    Forest,
+    Group,
+    Member,
+    _Search,
+    best_cut,
+    clusters,
+    find,
+    write,
+)
 
 
 def brute_force(hashes: np.ndarray, threshold: int) -> list[list[int]]:
@@ -76,9 +84,9 @@ def test_finds_what_comparing_all_pairs_finds(hashes: np.ndarray, threshold: int
 def test_so_does_the_way_for_crowded_keys(hashes: np.ndarray, threshold: int, long: int) -> None:
     """Runs count as long at once, and any gain is worth sifting bits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hamming, "LONG", long)
-        patch.setattr(hamming, "SIFTED", 30)
-        patch.setattr(hamming, "CHECK", 1e4)
+        patch.setattr(duplicates, "LONG", long)
+        patch.setattr(duplicates, "SIFTED", 30)
+        patch.setattr(duplicates, "CHECK", 1e4)
         found = [rows.tolist() for rows in clusters(hashes, threshold, workers=1)]
     assert found == brute_force(hashes, threshold)
 

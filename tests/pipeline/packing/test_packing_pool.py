@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.packing.isolated import Crash, isolated
-from pipeline.packing.pool import LocalPool
 from pipeline.tools.errors import DuetError
+from pipeline.tools.processes import Crash, LocalPool, isolated
 
 
 @dataclass(frozen=True)

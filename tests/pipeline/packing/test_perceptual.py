@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.packing.perceptual import BITS, NEAR, distance, perceptual_hash
+from pipeline.packing.duplicates import BITS, NEAR, distance, perceptual_hash
 from pipeline.packing.resize import encode, square
 from tests.helpers.images import jpeg
 from tests.helpers.images import pixels as drawn

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from pipeline.packing import fast
+from pipeline.packing import resize
 from pipeline.packing.resize import encode, square
 from tests.helpers.images import jpeg
 from tests.helpers.images import pixels as drawn
@@ -62,7 +62,7 @@ def test_resampling_is_as_good_as_pillows(side):
     across = np.einsum("ij,hjc->hic", weights(side), original.astype(float))
     exact = np.einsum("ij,jwc->iwc", weights(side), across).clip(0, 255)
     pillow = Image.fromarray(original).resize((256, 256), Image.Resampling.BICUBIC)
-    got = psnr(fast.shrink(original), exact)
+    got = psnr(resize.shrink(original), exact)
     assert got > 55
     assert got > psnr(np.asarray(pillow), exact) - 0.3
 
@@ -86,15 +86,15 @@ def test_both_roads_agree(options, size):
 def test_both_roads_agree_on_grey_and_on_what_they_decode_smaller():
     check_roads(jpeg(4, 300, 400, "L"))
     large = jpeg(5, 4120, 4098, quality=80)
-    assert fast.reduction(4098) == 2
-    assert fast.reduction(4095) == 1
+    assert resize.reduction(4098) == 2
+    assert resize.reduction(4095) == 1
     check_roads(large)
     assert psnr(square(large), papers_way(large)) > 45
 
 
 def test_the_fast_road_gives_the_same_bytes_on_a_processor_without_avx(tmp_path):
     code = (
-        "import hashlib, sys; from pipeline.packing.fast import shrink; import numpy as np;"
+        "import hashlib, sys; from pipeline.packing.resize import shrink; import numpy as np;"
         "p = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8);"
         "print(hashlib.sha256(shrink(p).tobytes() + shrink(p[:90]).tobytes()).hexdigest())"
     )
@@ -105,7 +105,7 @@ def test_the_fast_road_gives_the_same_bytes_on_a_processor_without_avx(tmp_path)
     p = rng.integers(0, 256, (375, 500, 3), np.uint8)
     import hashlib
 
-    here = hashlib.sha256(fast.shrink(p).tobytes() + fast.shrink(p[:90]).tobytes()).hexdigest()
+    here = hashlib.sha256(resize.shrink(p).tobytes() + resize.shrink(p[:90]).tobytes()).hexdigest()
     assert out.stdout.decode().strip() == here, out.stderr.decode()
 
 

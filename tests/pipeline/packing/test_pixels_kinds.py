@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from pipeline.packing import finish
+from pipeline.packing import resize
 from pipeline.packing.resize import square
 from tests.helpers.images import pixels as drawn
 from tests.helpers.source_images import check_roads, profile, psnr, saved
@@ -102,5 +102,5 @@ def test_profiles_that_change_nothing_or_are_broken_are_ignored():
         assert (square(saved(picture, "JPEG", icc_profile=icc)) == plain).all()
     assert not (square(saved(picture, "JPEG", icc_profile=profile(1.8))) == plain).all()
     long = profile(1.8)
-    monstrous = long[:-4] + b"\0" * finish.MAX_PROFILE
-    assert (finish.pixels_to_srgb(plain, monstrous) == plain).all()
+    monstrous = long[:-4] + b"\0" * resize.MAX_PROFILE
+    assert (resize.pixels_to_srgb(plain, monstrous) == plain).all()

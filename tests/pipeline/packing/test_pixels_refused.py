@@ -199,19 +199,20 @@ def test_slow_kinds_are_refused_by_what_they_say_of_themselves(monkeypatch):
     strips = Image.new("L", (64, 64))
     data = saved(strips, "TIFF", strip_size=1)
     assert square(data).shape == (256, 256, 3)
-    monkeypatch.setattr("pipeline.packing.careful.MAX_OTHER_BYTES", 1000)
+    monkeypatch.setattr("pipeline.packing.resize.MAX_OTHER_BYTES", 1000)
     with pytest.raises(PictureError, match="more than it may have"):
         square(binary)
 
 
 def test_a_decoder_in_python_is_stopped(monkeypatch):
-    from pipeline.packing import careful, limits
+    from pipeline.packing import jpeg_header
+    from pipeline.packing import resize as careful
 
     def forever(image):
         while True:
             pass
 
     monkeypatch.setattr(careful, "_square", forever)
-    monkeypatch.setattr(careful, "in_time", lambda: limits.in_time(0.05))
+    monkeypatch.setattr(careful, "in_time", lambda: jpeg_header.in_time(0.05))
     with pytest.raises(PictureError, match=r"takes more than 0\.05 s"):
         square(saved(Image.new("L", (64, 64)), "PNG"))

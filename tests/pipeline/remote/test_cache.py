@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.remote.download import Policy
+from pipeline.remote.filesystem import Policy
 from pipeline.tools.errors import UsageError
 from tests.helpers.caches import here, size_of, small_size
 from tests.helpers.http_servers import HASTY, QUICK, Server, remote, shards, wait_for

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from pipeline.stores.locks import try_lock, unlock
 from pipeline.tools.errors import DuetError, UsageError
+from pipeline.tools.files import try_lock, unlock
 from tests.helpers.caches import ROOT, size_of, small_size
 from tests.helpers.http_servers import ALWAYS, fetch_all, remote, shards, wait_for
 
@@ -89,7 +89,7 @@ def test_one_that_holds_a_lock_and_does_nothing(server, tiny_data, tmp_path):
 def test_a_forked_child_does_not_keep_the_locks_of_its_parent(tmp_path):
     script = (
         "import os, signal, sys, time; from pathlib import Path\n"
-        "from pipeline.stores.locks import *\n"
+        "from pipeline.tools.files import *\n"
         "lock = try_lock(Path(sys.argv[1]))\n"
         "child = os.fork()\n"
         "if child == 0:\n"

@@ -16,8 +16,7 @@ import pytest
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.download import Policy
-from pipeline.stores.errors import StoreError
+from pipeline.remote.filesystem import Policy, StoreError
 from tests.helpers.http_servers import (
     ALWAYS,
     HASTY,

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.remote.download import Policy
-from pipeline.stores.errors import StoreError
+from pipeline.remote.filesystem import Policy, StoreError
 from pipeline.tools.errors import DuetError
 from tests.helpers.http_servers import ALWAYS, remote, shards, wait_for
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stores.errors import StoreError
+from pipeline.remote.filesystem import StoreError
 from pipeline.tools.errors import DataError
 from tests.helpers.http_servers import ALWAYS, Server, complain, remote, shards
 

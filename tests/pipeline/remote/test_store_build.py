@@ -11,9 +11,9 @@ import torch
 from pipeline.batches import Stream
 from pipeline.packing import plan
 from pipeline.packing.build import build
-from pipeline.packing.options import Build
-from pipeline.packing.store_target import StoreTarget
-from pipeline.remote.download import Policy
+from pipeline.packing.plan import Build
+from pipeline.remote.filesystem import Policy
+from pipeline.remote.target import StoreTarget
 from pipeline.tools.errors import DuetError, UsageError
 from tests.helpers.build_targets import (  # noqa: F401
     CLAIM,

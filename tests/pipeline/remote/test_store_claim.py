@@ -12,9 +12,8 @@ import time
 import fsspec
 import pytest
 
-from pipeline.packing.store_target import StoreTarget
 from pipeline.remote import lease
-from pipeline.remote.target import WORK
+from pipeline.remote.target import WORK, StoreTarget
 from pipeline.tools.errors import UsageError
 from tests.helpers.build_targets import (  # noqa: F401
     CLAIM,

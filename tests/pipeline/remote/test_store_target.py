@@ -10,10 +10,9 @@ import uuid
 import fsspec
 import pytest
 
-from pipeline.packing import store_target
-from pipeline.packing.store_target import StoreTarget, target_for
-from pipeline.remote.target import Folder, Piece
-from pipeline.stores.errors import StoreError
+from pipeline.remote import target as store_target
+from pipeline.remote.filesystem import StoreError
+from pipeline.remote.target import Folder, Piece, StoreTarget, target_for
 from pipeline.tools.errors import SetupError, UsageError
 from tests.helpers.build_targets import (  # noqa: F401
     QUICK,

@@ -11,8 +11,7 @@ import torch
 
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import identity
-from pipeline.remote.download import Policy
-from pipeline.stores.errors import StoreError
+from pipeline.remote.filesystem import Policy, StoreError
 from pipeline.tools.errors import UsageError
 from tests.helpers.http_servers import Server
 from tests.helpers.images import flip_bit

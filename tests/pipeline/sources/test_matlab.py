@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.io import loadmat, savemat
 
-from pipeline.sources.matlab import read_structs
+from pipeline.sources.imagenet import read_structs
 
 LIMIT = 1 << 20
 

@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from pipeline.dataset.tar import members
 from pipeline.remote import file as remote_file
 from pipeline.remote.file import RemoteFile
-from pipeline.remote.filesystem import Unreachable
-from pipeline.sources import limits
+from pipeline.remote.filesystem import StoreError, Unreachable
+from pipeline.sources import listing
 from pipeline.sources.listing import Container, Unreadable
 from pipeline.sources.paths import open_file
 from pipeline.sources.readers import open_reader
-from pipeline.stores.errors import StoreError
 from pipeline.tools.errors import SetupError, UsageError
 from tests.helpers.http_servers import HASTY, QUICK, Server
 from tests.helpers.range_servers import RangeServer
@@ -78,12 +77,12 @@ def test_a_file_that_does_not_know_its_size():
 
 def test_a_picture_beyond_the_limit_is_not_read(tmp_path, tar, monkeypatch):
     with (tmp_path / "huge.jpg").open("wb") as file:
-        file.truncate(limits.MOST_BYTES + 1)  # takes no room
+        file.truncate(listing.MOST_BYTES + 1)  # takes no room
     with pytest.raises(Unreadable, match="too large: 268,435,457 bytes"):
         open_reader(Container("folder", str(tmp_path))).read("huge.jpg", 0, -1)
     with pytest.raises(Unreadable, match="too large"):
-        open_reader(Container("tar", str(tar))).read("x", 512, limits.MOST_BYTES + 1)
-    monkeypatch.setattr(limits, "MOST_BYTES", 100)
+        open_reader(Container("tar", str(tar))).read("x", 512, listing.MOST_BYTES + 1)
+    monkeypatch.setattr(listing, "MOST_BYTES", 100)
     with pytest.raises(Unreadable, match="too large: 4,"):
         open_reader(Container("folder", "/proc/self")).read("smaps", 0, -1)
 

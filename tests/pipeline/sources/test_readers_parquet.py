@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.remote.filesystem import Unreachable
-from pipeline.sources import limits, parquet_reader
+from pipeline.sources import listing, readers
 from pipeline.sources.listing import Container, Unreadable
 from pipeline.sources.readers import open_reader
 from tests.helpers.http_servers import QUICK
@@ -32,7 +32,7 @@ def write_parquet(path: Path, pictures: list, rows: int, kind: pa.DataType = IMA
 
 @pytest.mark.parametrize("most_rows", [3, 256])
 def test_rows_in_any_order(tmp_path, monkeypatch, most_rows):
-    monkeypatch.setattr(parquet_reader, "MOST_ROWS", most_rows)
+    monkeypatch.setattr(readers, "MOST_ROWS", most_rows)
     data = [np.random.default_rng(place).bytes(50 + place) for place in range(95)]
     plain = write_parquet(tmp_path / "plain.parquet", data, 10, pa.binary())
     large = write_parquet(tmp_path / "large.parquet", data, 95, pa.large_binary())
@@ -54,7 +54,7 @@ def test_rows_without_bytes(tmp_path, monkeypatch):
         with pytest.raises(Unreadable, match="empty row"):
             reader.read("x", place, -1)
     assert reader.read("x", 3, -1) == b"12345"
-    monkeypatch.setattr(limits, "MOST_BYTES", 4)
+    monkeypatch.setattr(listing, "MOST_BYTES", 4)
     with pytest.raises(Unreadable, match="too large: 5 bytes"):
         reader.read("x", 3, -1)
 

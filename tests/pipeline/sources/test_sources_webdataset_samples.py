@@ -14,9 +14,9 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.dataset.samples import parse
 from pipeline.sources import webdataset
 from pipeline.sources.listing import Listing
-from pipeline.sources.shard_labels import parse
 from pipeline.sources.webdataset import is_webdataset
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES

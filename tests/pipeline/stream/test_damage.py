@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.batches import Stream
-from pipeline.screen import Screen
+from pipeline.stream.quarantine import Screen
 from pipeline.tools.errors import DataError
 from tests.helpers.damage import BAD, BATCHES, SAMPLES, six_damaged, taken, undecodable  # noqa: F401 - a fixture
 from tests.helpers.images import rows_of

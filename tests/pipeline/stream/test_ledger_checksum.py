@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.ledger.checksum import crc32_each, weighted_sums
+from pipeline.stream.ledger.writer import crc32_each, weighted_sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

@@ -18,10 +18,9 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
-from pipeline.native import NativeReader
 from pipeline.packing.resize import square
 from pipeline.stream.augment import draw
-from pipeline.stream.decode import Decoder
+from pipeline.stream.decode import Decoder, NativeReader
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, packed, rows_of
 

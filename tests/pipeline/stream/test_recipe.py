@@ -11,10 +11,10 @@ import torch
 
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
-from pipeline.flow import _subtract
 from pipeline.stream.augment import draw, tint
 from pipeline.stream.ledger.format import About, scan
 from pipeline.stream.ledger.proof import prove
+from pipeline.stream.loader import _subtract
 from pipeline.stream.normalization import ColourPlan
 from pipeline.stream.order import Full
 from tests.helpers.images import packed

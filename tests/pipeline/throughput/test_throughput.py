@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from pipeline.throughput.__main__ import main
-from pipeline.throughput.rate import measure
-from pipeline.throughput.setting import Setting
+from pipeline.throughput.stages import Setting
+from pipeline.throughput.stream_rate import measure_rate
 from pipeline.tools.errors import DuetError, UsageError
 
 COMMAND = [sys.executable, "-m", "pipeline.throughput"]
@@ -81,7 +81,7 @@ def test_a_comparison_tells_noise_from_a_regression(
     def no_room(*_):
         raise OSError
 
-    monkeypatch.setattr("pipeline.throughput.raw_trial.measure", no_room)
+    monkeypatch.setattr("pipeline.throughput.stream_rate.measure", no_room)
     out, table, _ = examined
     table = json.loads((out / "throughput.json").read_text())
     table["whole"]["img_s"] *= 100
@@ -136,7 +136,7 @@ def test_planning_needs_no_data_set(tmp_path, examined, monkeypatch, capsys):
 @pytest.mark.parametrize("reader", ["stream", "native"])
 def test_both_readers_are_measured(tiny_data, reader):
     setting = Setting(data=str(tiny_data), batch_size=8, threads=1)
-    rates = measure(setting, reader=reader, windows=3, batches=2)
+    rates = measure_rate(setting, reader=reader, windows=3, batches=2)
     assert len(rates) == 3
     assert min(rates) > 1  # img/s: anything slower than that is a stall
 
@@ -152,7 +152,7 @@ def test_the_rate_alone_is_one_object(tiny_data, tmp_path):
 
 def test_dalis_reader_reads_no_store():
     with pytest.raises(UsageError, match="native reads local folders only, not s3://"):
-        measure(Setting(data="s3://bucket/set"), reader="native", windows=1, batches=1)
+        measure_rate(Setting(data="s3://bucket/set"), reader="native", windows=1, batches=1)
 
 
 def test_verify_refuses_an_address_in_one_line():

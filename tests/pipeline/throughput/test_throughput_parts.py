@@ -14,10 +14,10 @@ from pipeline.stream.timing import Spent
 from pipeline.throughput import stages
 from pipeline.throughput.capacity import Question, plan
 from pipeline.throughput.clock import Load, Rate, in_turn, measured
-from pipeline.throughput.compare import changes, regressed, unlike
 from pipeline.throughput.diagnosis import thread_counts
 from pipeline.throughput.model import bounds, jitter, pixels_at, predicted
-from pipeline.throughput.setting import Setting, opened
+from pipeline.throughput.report import changes, regressed, unlike
+from pipeline.throughput.stages import Setting, opened
 from tests.helpers.fake_costs import costs
 from tests.helpers.images import packed
 

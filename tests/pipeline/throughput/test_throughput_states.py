@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 
 from pipeline.stream.timing import Spent
-from pipeline.throughput import remedies as remedies_of
+from pipeline.throughput import model as remedies_of
 from pipeline.throughput.clock import Rate
 from pipeline.throughput.diagnosis import state_of
 from pipeline.throughput.model import predicted
-from pipeline.throughput.reading import Reading
-from pipeline.throughput.setting import Setting, opened
-from pipeline.throughput.stages import Alone
-from pipeline.throughput.store import Fetching
+from pipeline.throughput.stages import Alone, Fetching, Reading, Setting, opened
 from pipeline.throughput.stream_rate import Whole
 from tests.helpers.fake_costs import costs
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from pipeline.throughput import tune as tuning
-from pipeline.throughput.setting import Setting
+from pipeline.throughput.stages import Setting
 
 
 class Fake:
