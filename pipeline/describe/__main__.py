@@ -184,4 +184,5 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-run(main)
+if __name__ == "__main__":
+    run(main)

@@ -3,10 +3,9 @@
     python -m cluster.experiments.evidence RUN... [--data DATA] [--out FILE] [--json]
 
 RUN is a run, a folder of runs, the folder of a study, or a result of
-`cluster.experiments.ensemble --out`. The page needs no network, no script and no other file. Runs that differ in their seed only are told
-together, with the spread over seeds; what is not there is listed with the command that makes it.
-
-`python -m cluster.experiments.evidence RUN... [--data DATA] [--out FILE]`.
+`cluster.experiments.ensemble --out`. The page needs no network, no script and no other file. Runs
+that differ only in their seed are grouped, with the spread over seeds; a result that is missing is
+listed with the command that makes it.
 """
 
 from __future__ import annotations
