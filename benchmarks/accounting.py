@@ -16,11 +16,11 @@ from unittest import mock
 import torch
 
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
 from cluster.run.metrics import Log
 from model.schedule import Rates
-from pipeline.stream.timing import Waits
+from pipeline.stream.timing import WaitTimes
 from pipeline.throughput.stages import Setting, opened, reading
 from pipeline.throughput.stream_rate import whole
 
@@ -47,11 +47,11 @@ def step_seconds() -> float:
     config, rates, values = Config(), Rates(0.1, 0.2), torch.tensor([1.0, 0.5, 0.0])
     with (
         tempfile.TemporaryDirectory() as folder,
-        Log(Path(folder), Place(), lambda _: None, 1000, 0) as log,
+        Log(Path(folder), ProcessMesh(), lambda _: None, 1000, 0) as log,
     ):
         start = time.perf_counter()
         for step in range(1, 2001):
-            with log.waiting(Waits()):
+            with log.waiting(WaitTimes()):
                 pass
             with log.computing():
                 pass
@@ -68,7 +68,7 @@ def main() -> None:
              for _ in range(TURNS)]  # fmt: skip
     each = statistics.median(1 / on - 1 / off for on, off in pairs)
     stream = whole(setting, 3.0).rate.median
-    print(f"clocks of the reading thread: {each * 1e9:,.0f} ns a picture, "
+    print(f"clocks of the reading thread: {each * 1e9:,.0f} ns an image, "
           f"{each * stream:.2%} of the time of a stream of {stream:,.0f} img/s")  # fmt: skip
     print(f"clocks and row of a step: {step_seconds() * 1e6:,.0f} µs")
 

@@ -1,13 +1,13 @@
-"""Ways of packing pictures in turn, on the same pictures with as many processes.
+"""Ways of packing images in turn, on the same images with as many processes.
 
     python benchmarks/build.py PICTURES [--rounds 5] [--workers 2] [--only ours,plain] [--quality]
 
 PICTURES is a folder per class of JPEGs as they were taken, some hundred of them; they are linked
 several times, so that a turn lasts. A turn is a whole program, from its start to its last byte. All
-make 256x256 JPEGs of quality 96; ours besides turns pictures upright and into sRGB, checks, hashes
-and counts them, shuffles, and writes an index. `steady` leaves out the time and the pictures of a
-set with each picture once (`once`), and with it the seconds of imports in every process that a real
-set does not notice. `cpu ms` is the processor time of all processes for a picture, also without the
+make 256x256 JPEGs of quality 96; ours besides turns images upright and into sRGB, checks, hashes
+and counts them, shuffles, and writes an index. `steady` leaves out the time and the images of a
+set with each image once (`once`), and with it the seconds of imports in every process that a real
+set does not notice. `cpu ms` is the processor time of all processes for an image, also without the
 start: it tells least of what else the machine does. Every second round goes in reverse; ratios are
 medians of those within a round.
 """
@@ -51,13 +51,13 @@ class Comparison:
     workers: int = 2
     """Processes of each."""
     repeat: int = 10
-    """How often each picture is packed in a turn."""
+    """How often each image is packed in a turn."""
     only: str = ""
     """Names with commas between; the default is all that are installed."""
     folder: Path | None = None
     """Where to put the temporary folder with the outputs."""
     quality: bool = False
-    """Also measure what the stored pictures lose, over every fifth of them."""
+    """Also measure what the stored images lose, over every fifth of them."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -80,22 +80,22 @@ class Row:
     workers: int
     missing: str = ""
     once: Turn = Turn(0, 0)
-    """For the set with each picture once."""
+    """For the set with each image once."""
     turns: list[Turn] = field(default_factory=list)
     """One a round."""
 
     def steady(self, more: int) -> list[float]:
-        """Return img/s of each round for the `more` pictures than once."""
+        """Return img/s of each round for the `more` images than once."""
         return [more / max(t.seconds - self.once.seconds, 1e-9) for t in self.turns]
 
     def cpu_ms(self, more: int) -> list[float]:
-        """Return milliseconds of processor time a picture of each round, for the same ones."""
+        """Return milliseconds of processor time an image of each round, for the same ones."""
         return [1000 * (t.cpu - self.once.cpu) / more for t in self.turns]
 
 
 @dataclass(frozen=True)
 class Set:
-    """Pictures as the programs take them: a folder per class, and a list."""
+    """Images as the programs take them: a folder per class, and a list."""
 
     folder: Path
     listed: Path
@@ -123,7 +123,7 @@ def chosen(options: Comparison) -> list[Row]:
 
 
 def linked(pictures: Path, folder: Path, repeat: int) -> Set:
-    """Link the pictures into a folder per class, `repeat` times each.
+    """Link the images into a folder per class, `repeat` times each.
 
     Raises:
         UsageError: there are none.
@@ -144,7 +144,7 @@ def linked(pictures: Path, folder: Path, repeat: int) -> Set:
 
 
 def turn(row: Row, pictures: Set, out: Path) -> Turn:
-    """Return what a program takes for all pictures; its output is deleted.
+    """Return what a program takes for all images; its output is deleted.
 
     Raises:
         SetupError: it failed.
@@ -173,7 +173,7 @@ def _cpu() -> float:
 
 
 def measure(rows: list[Row], options: Comparison, folder: Path) -> int:
-    """Let the programs take turns, fill in the rows, and return the pictures of a turn."""
+    """Let the programs take turns, fill in the rows, and return the images of a turn."""
     for name in ("once", "whole"):
         (folder / name).mkdir()
     once = linked(options.pictures, folder / "once", 1)
@@ -249,7 +249,7 @@ def table(found: dict[str, Any]) -> rich.table.Table:
             f"{way['its_cpu_over_ours']:.2f}x",
         )
     out.title = (
-        f"{found['pictures']:,} pictures a turn, {found['workers']} processes on {found['cores']} "
+        f"{found['pictures']:,} images a turn, {found['workers']} processes on {found['cores']} "
         f"cores; load at the end {found['load_at_end']}"
     )
     out.title_justify = "left"

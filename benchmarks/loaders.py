@@ -1,4 +1,4 @@
-"""Data loaders in turn on the same pictures: ours, DALI's own, and those of others.
+"""Data loaders in turn on the same images: ours, DALI's own, and those of others.
 
     python benchmarks/loaders.py DATA [--raw RAWDATA] [--only ours,native,ffcv] [--device gpu]
 
@@ -7,7 +7,7 @@ Every loader gives shuffled batches of random 224x224 crops, half of them mirror
 runs in a process of its own with all cores (settings: `benchmarks/peers/`) and rests while another
 is measured. A round is one turn of each, every second round in reverse; ratios are taken within
 rounds. Most others read a copy in their own format in a temporary folder, and some hold all
-pictures in memory: a set of some hundred to some ten thousand pictures does. What is not installed
+images in memory: a set of some hundred to some ten thousand images does. What is not installed
 is listed; `pip install -e '.[bench]'` brings most of it.
 """
 
@@ -42,7 +42,7 @@ from pipeline.tools.errors import UsageError, run
 from pipeline.tools.progress import Progress
 
 EPOCH = 25_600
-"""Pictures in a loader's epoch at least: smaller sets are gone over several times."""
+"""Images in a loader's epoch at least: smaller sets are gone over several times."""
 OURS = {"jpeg": "ours", "raw": "ours-raw"}
 """The loader that the others of a lane are compared with."""
 
@@ -64,7 +64,7 @@ class Comparison:
     seconds: float = 4.0
     """Length of a turn, without its warm-up."""
     batch_size: int = 128
-    """Pictures in a batch."""
+    """Images in a batch."""
     folder: Path | None = None
     """Where to put the temporary folder with the others' formats."""
     json: bool = False
@@ -124,7 +124,7 @@ def work_for(peer: Peer, options: Comparison, folder: Path) -> Work:
     assert data is not None  # `chosen` has seen to it
     manifest = Manifest.load(data)
     if manifest.encoding != peer.lane:
-        raise UsageError(f"data set {data} holds {manifest.encoding} pictures, not {peer.lane}")
+        raise UsageError(f"data set {data} holds {manifest.encoding} images, not {peer.lane}")
     split = manifest.split("train", data)
     passes = -(-EPOCH // split.samples)
     if peer.copies:

@@ -2,7 +2,7 @@
 
     python benchmarks/norms.py [--width 1.0] [--batch-size 128] [--rounds 3] [--json]
 
-Forward, backward and update of random pictures, in the type that `cluster.train` takes there
+Forward, backward and update of random images, in the type that `cluster.train` takes there
 (bfloat16 where the CPU has matrix units for it, unless `--dtype` says otherwise). All networks are
 in one process and take turns; rates are the best and the median over the rounds, ratios medians of
 what was found within a round.
@@ -50,7 +50,7 @@ class Setup:
     classes: int = 1000
     """Classes to tell apart."""
     batch_size: int = 128
-    """Pictures in a step."""
+    """Images in a step."""
     threads: int = len(os.sched_getaffinity(0))
     """CPU threads."""
     rounds: int = 3

@@ -3,7 +3,7 @@
     python benchmarks/order.py DATA [--samples 14000000] [--rounds 3]
 
 Each number of the first two tables is the median over processes of their own, imports not counted.
-Sets of any size are made of DATA's pictures in a temporary folder: thousands of names for a few
+Sets of any size are made of DATA's images in a temporary folder: thousands of names for a few
 shards, and an index that points at the same samples again and again. So the shards lie in the
 page cache; from a disk, the first batch takes its reads on top. A stream is opened at random
 positions within an epoch, at position 0, and where its first batch lies in two epochs.
@@ -12,7 +12,7 @@ The mixing is measured on 1,281 shards of 1,000 samples, as an ideal shuffle wou
 
     displacement    how far a sample moves from its stored place, on average, over N/3
     company         how many of the pairs that share a batch of 128 in epoch 0 share one in epoch 1
-                    too, over the 127/(N-1) of chance: how often the same pictures meet again
+                    too, over the 127/(N-1) of chance: how often the same images meet again
     spread          over which part of an epoch the samples of one shard come, on average
 """
 
@@ -43,7 +43,7 @@ from pipeline.stream.order import Block, Full, Order, Shuffle, Stored
 from pipeline.tools.errors import UsageError, run
 
 IMAGENET = 1_281
-"""Thousands of training pictures in ILSVRC-2012, and shards of a thousand."""
+"""Thousands of training images in ILSVRC-2012, and shards of a thousand."""
 SHARD = 1_000
 """Samples in a shard."""
 BATCH = 128
@@ -56,7 +56,7 @@ class Options:
     """Measure order, restart and mixing."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of a data set, whose pictures the made sets repeat."""
+    """Folder of a data set, whose images the made sets repeat."""
     samples: int = 14_000_000
     """Size of the large set, in whole thousands."""
     rounds: int = 3

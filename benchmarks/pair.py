@@ -49,7 +49,7 @@ class Setup:
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
     """What to compute in; float32 also gets its turn with bfloat16 between the columns."""
     batch_size: int = 128
-    """Pictures in a step."""
+    """Images in a step."""
     classes: int = 1000
     """Classes to tell apart."""
     threads: int = len(os.sched_getaffinity(0))
@@ -95,7 +95,7 @@ def work(
 
 
 def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
-    """Train on random pictures without end."""
+    """Train on random images without end."""
     generator = torch.Generator().manual_seed(1)
     images = 60 * torch.randn(setup.batch_size, 3, 224, 224, generator=generator)
     labels = torch.randint(0, setup.classes, (setup.batch_size,), generator=generator)

@@ -1,8 +1,8 @@
 """How long it takes to plan a set of millions, and what memory: `python benchmarks/plan.py [N]`.
 
-The listing of N pictures (14 million unless told otherwise) in N / 1000 folders is written by
+The listing of N images (14 million unless told otherwise) in N / 1000 folders is written by
 `ListingWriter` as a scan would; all after that is what `pipeline.build_shards` does before it opens
-the first picture. Reading real folders comes on top: about a second for a million files.
+the first image. Reading real folders comes on top: about a second for a million files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.packing.plan import Build
 from pipeline.sources import Listing, ListingWriter
 
 FOLDER = 1000
-"""Pictures in a folder."""
+"""Images in a folder."""
 
 
 def most_memory() -> float:

@@ -5,7 +5,7 @@
 DATA is a JPEG set in a folder. Three changes:
 
     threads   1 -> 2 (or as many as there are cores)
-    raw       the set packed raw, all of it, against the trial on some of its pictures
+    raw       the set packed raw, all of it, against the trial on some of its images
     store     the set behind an HTTP server on this machine that answers late and slowly: the
               first epoch against one from the cache, predicted from a few shards
 
@@ -76,7 +76,7 @@ def measured_gain(before: Setting, after: Setting, seconds: float) -> float:
     """Rates of two streams measured in turn: the median of their ratios."""
     ratios = []
     with running(before) as first, running(after) as second:
-        for run in (first, second):  # a first epoch of raw pictures copies them
+        for run in (first, second):  # a first epoch of raw images copies them
             run.window(seconds)
         for _ in range(TURNS):
             rates = []
@@ -104,7 +104,7 @@ def threads(setting: Setting, seconds: float) -> Outcome:
 
 
 def raw(setting: Setting, seconds: float) -> Outcome:
-    """JPEG, then raw pictures."""
+    """JPEG, then raw images."""
     with opened(setting) as parts:
         need = -(-stream_rate.PICTURES // setting.batch_size)
         loaded = parts.loaded(need)

@@ -31,7 +31,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.training.gradients import GradientAverage
 from cluster.training.precision import autocast, keep_memory
 from model.alexnet import AlexNet
@@ -49,7 +49,7 @@ class Setup:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What to compute in; gradients are averaged in float32."""
     batch_size: int = 128
-    """Pictures in a step of both replicas."""
+    """Images in a step of both replicas."""
     threads: int = len(os.sched_getaffinity(0))
     """CPU threads of both."""
     rounds: int = 7
@@ -72,7 +72,7 @@ def nothing() -> None:
     """No averaging."""
 
 
-def afterwards(net: nn.Module, place: Place) -> Callable[[], object]:
+def afterwards(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
     """The same messages, but none before the backward pass has ended."""
     average = GradientAverage(net, place)
     average.close()
@@ -85,15 +85,17 @@ def afterwards(net: nn.Module, place: Place) -> Callable[[], object]:
     return finish
 
 
-def overlapped(net: nn.Module, place: Place) -> Callable[[], object]:
+def overlapped(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
     """As the training does it."""
     return GradientAverage(net, place).finish
 
 
-def ways(setup: Setup, place: Place) -> dict[str, Way]:
+def ways(setup: Setup, place: ProcessMesh) -> dict[str, Way]:
     """All ways, each with a network of its own."""
 
-    def made(finish_of: Callable[[AlexNet, Place], Callable[[], object]], ddp: bool = False) -> Way:
+    def made(
+        finish_of: Callable[[AlexNet, ProcessMesh], Callable[[], object]], ddp: bool = False
+    ) -> Way:
         net = AlexNet(width=setup.width)
         optimiser = torch.optim.SGD(
             net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=True
@@ -116,7 +118,7 @@ def work(rank: int, setup: Setup, folder: str) -> None:
     torch.set_num_threads(max(1, setup.threads // 2))
     init = f"file://{folder}/init"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    place = Place(replica=rank, replicas=2, peers=dist.group.WORLD)
+    place = ProcessMesh(replica=rank, replicas=2, peers=dist.group.WORLD)
     generator = torch.Generator().manual_seed(rank)
     images = 60 * torch.randn(setup.batch_size // 2, 3, 224, 224, generator=generator)
     labels = torch.randint(0, 1000, (setup.batch_size // 2,), generator=generator)

@@ -36,7 +36,7 @@ from cluster.checkpoint.format import state_of
 from cluster.checkpoint.storage import places_of
 from cluster.checkpoint.writer import Checkpoints
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Warned
 from cluster.run.folder import Mark
 from cluster.training.precision import autocast, compute_dtype, keep_memory
@@ -58,7 +58,7 @@ class Options:
     rounds: int = 5
     """Checkpoints of each kind."""
     batch_size: int = 128
-    """Pictures in a step."""
+    """Images in a step."""
     width: float = 1.0
     """Factor on all maps and units; 1 is the network of the paper."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -88,7 +88,7 @@ class Round:
 
 
 class Training:
-    """Steps of the full network on random pictures."""
+    """Steps of the full network on random images."""
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self._device = device
@@ -164,7 +164,7 @@ def measure(options: Options, device: torch.device, folder: Path) -> tuple[Round
     training = Training(options, device)
     about = {"config": {}, "data_sha256": "", "classes": []}
     places_of(folder, "").prepare()
-    checkpoints = Checkpoints(folder, Place(device=device), about, tell, keep=Config.keep)
+    checkpoints = Checkpoints(folder, ProcessMesh(device=device), about, tell, keep=Config.keep)
     with closing(checkpoints):
         one_round(training, checkpoints)  # memory grows, kernels are chosen
         rounds = [one_round(training, checkpoints) for _ in range(options.rounds)]

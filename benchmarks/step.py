@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--rounds 3] [--profile] [--json]
 
-Forward, backward and update of a batch of random pictures, in float32 and in bfloat16 (autocast).
+Forward, backward and update of a batch of random images, in float32 and in bfloat16 (autocast).
 Every network lives in a process of its own, with all threads, and they take turns; rates are
 medians over the rounds, ratios medians of what was found within a round.
 
@@ -64,7 +64,7 @@ class Setup:
     classes: int = 1000
     """Classes to tell apart."""
     batch_size: int = 128
-    """Pictures in a step."""
+    """Images in a step."""
     threads: int = len(os.sched_getaffinity(0))
     """CPU threads of each network."""
     rounds: int = 3

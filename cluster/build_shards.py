@@ -1,4 +1,4 @@
-"""Pack pictures into a sealed data set of WebDataset shards, on all nodes of a Ray cluster.
+"""Pack images into a sealed data set of WebDataset shards, on all nodes of a Ray cluster.
 
     python -m cluster.build_shards OUT --train SRC [--val SRC | --holdout 0.1]
     ray job submit --working-dir . -- python -m cluster.build_shards /shared/OUT --train SRC ...
@@ -31,7 +31,7 @@ from pipeline.tools.errors import UsageError, run
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterBuild(Build):
-    """Pack pictures into WebDataset shards on a cluster."""
+    """Pack images into WebDataset shards on a cluster."""
 
     workers: int = 0
     """Tasks under way at a time, one CPU each; 0: as many as the cluster has CPUs for."""

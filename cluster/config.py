@@ -43,10 +43,10 @@ class Config:
     columns: int = 2
     """2, or 1 for the paper's single-column network to compare with."""
     net: Net = "paper"
-    """paper: the eight layers; four: the four-layer network of figure 1, for pictures of 32x32."""
+    """paper: the eight layers; four: the four-layer network of figure 1, for images of 32x32."""
     norm: Norm = "lrn"
     """What normalises in layers 1 and 2. lrn: local response; spatial: the source's second one
-    alone, over 5x5 pixels of a map; lcn: local contrast; batch: over the pictures that are computed
+    alone, over 5x5 pixels of a map; lcn: local contrast; batch: over the images that are computed
     on at once; none: nothing."""
     relu_first: bool = True
     """ReLU before normalisation, as the paper says; --no-relu-first: after pooling in conv1 and
@@ -67,11 +67,11 @@ class Config:
     """Another run (its folder), or one of its checkpoints (folder or address), whose weights to
     start from; the last layer is new, and conv6 may be."""
     seed: int = 0
-    """Of the initial weights, dropout, the order of pictures and their augmentation."""
+    """Of the initial weights, dropout, the order of images and their augmentation."""
     batch_size: int = 128
-    """Pictures in a step, over all workers."""
+    """Images in a step, over all workers."""
     epochs: float = 90.0
-    """Length of the run in passes over the training pictures; used when steps is 0."""
+    """Length of the run in passes over the training images; used when steps is 0."""
     steps: int = 0
     """Length of the run in steps; 0: as epochs says."""
     schedule: Schedule = "dexp"
@@ -111,18 +111,18 @@ class Config:
     weight_decay: float = 5e-4
     """Of the weights; biases have none."""
     shuffle: Shuffle = "full"
-    """full: each epoch a permutation of all pictures; block: one of the shards, the pictures mixed
+    """full: each epoch a permutation of all images; block: one of the shards, the images mixed
     within windows of them, for remote stores and spinning disks."""
     window: int = 16
     """Shards in a window of the block shuffle."""
     augment: bool = True
-    """Random crops, mirroring and colour; --no-augment: the centre of each picture, as it is."""
+    """Random crops, mirroring and colour; --no-augment: the centre of each image, as it is."""
     colour: float = 0.1
-    """Standard deviation of the colour draws, in those of the training pictures; 0: none."""
+    """Standard deviation of the colour draws, in those of the training images; 0: none."""
     colour_divide: bool = False
-    """Divide training pictures by 1 + colour, as the released source does."""
+    """Divide training images by 1 + colour, as the released source does."""
     mean: Literal["channel", "picture"] = "channel"
-    """What is subtracted: the mean of each channel, or the mean picture (its centre, from every
+    """What is subtracted: the mean of each channel, or the mean image (its centre, from every
     crop) as in 2012."""
     dtype: Dtype = "auto"
     """What layers compute in (weights stay float32); auto: bfloat16 where the hardware has it."""
@@ -134,7 +134,7 @@ class Config:
     columns_per_worker: Literal[1, 2] = 1
     """1: a worker for each column; 2: both columns in one, for a single GPU."""
     microbatch: int = 0
-    """Most pictures that a replica computes on at once, the gradients added up; 0: its share of the
+    """Most images that a replica computes on at once, the gradients added up; 0: its share of the
     batch when there are the most replicas."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs if the cluster has any."""
@@ -155,7 +155,7 @@ class Config:
     """Address (s3://bucket/folder) for the checkpoints and a copy of the rows, or another folder
     for the checkpoints; "": in the run's folder, which all nodes must then see."""
     validate_every: int = 500
-    """Steps between passes over the validation pictures; 0: never."""
+    """Steps between passes over the validation images; 0: never."""
     statistics_every: int = 50
     """Steps between rows of each layer's mean |weight|, |update| and |gradient|; 0: never, nor are
     conv1's kernels kept over time."""
@@ -166,9 +166,9 @@ class Config:
     collective_timeout: int = 300
     """Seconds that a worker may keep the others waiting before they take it for frozen."""
     strict: bool = False
-    """Stop at the first damaged picture instead of replacing it by another."""
+    """Stop at the first damaged image instead of replacing it by another."""
     ledger: bool = False
-    """Write down every picture delivered, for pipeline.verify --ledger; 8 bytes each."""
+    """Write down every image delivered, for pipeline.verify --ledger; 8 bytes each."""
     tensorboard: bool = False
     """Write the numbers for TensorBoard, too, into RUN/tensorboard."""
     cache: str = ""
@@ -272,7 +272,7 @@ class Config:
         )
 
     def micro(self, replicas: int) -> int:
-        """Pictures of a replica's share that it computes on at once, when there are so many.
+        """Images of a replica's share that it computes on at once, when there are so many.
 
         With batch normalisation, whose statistics are theirs, as many with any number of replicas.
         """
@@ -293,7 +293,7 @@ class Config:
         return f"must be a multiple of {halves} ({parts}), for example {near}"
 
     def total_steps(self, samples: int) -> int:
-        """Steps of the whole run over a training set of `samples` pictures; at least 1."""
+        """Steps of the whole run over a training set of `samples` images; at least 1."""
         return self.steps or max(1, math.ceil(self.epochs * samples / self.batch_size))
 
     @property
@@ -324,7 +324,7 @@ FREE = (
     "cache",
     "cache_size",
 )
-"""Settings that may change when a run is continued. None changes the pictures, their order or the
+"""Settings that may change when a run is continued. None changes the images, their order or the
 dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums."""
 
 
@@ -332,7 +332,7 @@ def differences(old: Config, new: Config, samples: int) -> list[str]:
     """What keeps `new` from continuing a run of `old`, as `name: old -> new`; empty if nothing.
 
     Settings in `FREE` may differ, but for `validate_every` where `plateau` counts validations, and
-    those that say how many pictures batch normalisation sees at once. The length may differ if no
+    those that say how many images batch normalisation sees at once. The length may differ if no
     learning rate depends on it.
     """
     before, after = asdict(old), asdict(new)
@@ -344,7 +344,7 @@ def differences(old: Config, new: Config, samples: int) -> list[str]:
     ]
     if old.norm == new.norm == "batch" and old.micro(1) != new.micro(1):
         found.append(
-            f"pictures that are normalised together: {old.micro(1)} -> {new.micro(1)} "
+            f"images that are normalised together: {old.micro(1)} -> {new.micro(1)} "
             "(--microbatch, --replicas)"
         )
     lengths = old.total_steps(samples), new.total_steps(samples)

@@ -1,4 +1,4 @@
-"""After training: errors of a trained network on every picture of a split, once each.
+"""After training: errors of a trained network on every image of a split, once each.
 
     python -m cluster.evaluate RUN --data DATA [--views 1|10] [--save-probabilities] [--json]
 
@@ -45,7 +45,7 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a trained network on every picture of a split, once each."""
+    """Measure a trained network on every image of a split, once each."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run; its newest complete checkpoint is used."""
@@ -58,7 +58,7 @@ class Evaluate:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
     save_probabilities: bool = False
-    """Write each picture's class probabilities, for cluster.experiments.ensemble."""
+    """Write each image's class probabilities, for cluster.experiments.ensemble."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     out = sys.stderr if options.json else sys.stdout
     views = "centre view" if options.views == 1 else "ten views"
     out.write(
-        f"{options.split}, {result['samples']:,} pictures, {views}, step {result['step']}: "
+        f"{options.split}, {result['samples']:,} images, {views}, step {result['step']}: "
         f"top-1 error {result['top1_error']:.2%}, top-5 error {result['top5_error']:.2%}, "
         f"loss {result['loss']:.4f} ({result['img_s']:,.0f} img/s) -> {path}\n"
     )
@@ -156,7 +156,7 @@ def _saving(options: Evaluate, about: About) -> AbstractContextManager[Writer | 
 
 @dataclass
 class Counts:
-    """Sums over the pictures seen."""
+    """Sums over the images seen."""
 
     classes: int
 

@@ -4,7 +4,7 @@
 
 Writes a safetensors file with the tensors that `torch.nn` layers of the whole network take:
 `conv1.weight` ... `fc8.bias` (convolutions 2, 4 and 5 have groups=2), and `mean`, what is
-subtracted from a picture: [3, 1, 1], or [3, 224, 224] where the network was trained so. The paper
+subtracted from an image: [3, 1, 1], or [3, 224, 224] where the network was trained so. The paper
 halves the outputs of fc6 and fc7 at test time (section 4.2); here the weights of fc7 and fc8 are
 halved instead, which is exact: the network runs without, or with PyTorch's own dropout. What batch
 normalisation does in a test is a factor and a shift for each map: `conv1.scale`, `conv1.shift`.
@@ -43,7 +43,7 @@ from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import sealed
 
 EDGE = 16
-"""Pixels that the centre of 224 has beside it in a picture of 256."""
+"""Pixels that the centre of 224 has beside it in an image of 256."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def merged(config: Config, found: Found) -> dict[str, Tensor]:
 
 
 def mean_of(run: Path, config: Config, found: Found, data: str, trained_on: str) -> Tensor:
-    """Return what is subtracted from a picture: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
+    """Return what is subtracted from an image: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
 
     Raises:
         UsageError: it is in the data set, and that is not named, or another.
@@ -134,7 +134,7 @@ def mean_of(run: Path, config: Config, found: Found, data: str, trained_on: str)
     if config.mean == "channel" and known:
         return torch.tensor(known, dtype=torch.float32)[:, None, None]
     if not data:
-        raise UsageError("what is subtracted from pictures is in the data set; name it by --data")
+        raise UsageError("what is subtracted from images is in the data set; name it by --data")
     folder = metadata(data, **config.cached)
     if identity(folder) != trained_on:
         raise UsageError(f"{data} is not the data set of the training; name that one by --data")
@@ -191,7 +191,7 @@ def table_of_layers(design: Design) -> list[list[object]]:
 
 
 def before_the_first(design: Design) -> list[object]:
-    """Return what the picture goes through: ["edge", zeros right and below], ["shrink", side]."""
+    """Return what the image goes through: ["edge", zeros right and below], ["shrink", side]."""
     layer = design.layers()[0]
     return ["shrink", layer.shrink] if layer.shrink > 1 else ["edge", layer.edge]
 

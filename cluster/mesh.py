@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """One process of the job. `Place()` is a job of one process with both columns."""
+class ProcessMesh:
+    """One process of the job. `ProcessMesh()` is a job of one process with both columns."""
 
     columns: tuple[int, ...] = (0, 1)
     """Columns this process holds: (0, 1), (0,) or (1,)."""
@@ -105,8 +105,8 @@ def take_place(
     device: torch.device,
     cores: int,
     patience: timedelta | None = None,
-) -> Place:
-    """Build this process's `Place` in an initialised torch.distributed job; all ranks call it.
+) -> ProcessMesh:
+    """Build this process's `ProcessMesh` in an initialised torch.distributed job; all call it.
 
     Args:
         seats: for each replica its ranks in column order (`topology.seats`).
@@ -128,7 +128,7 @@ def take_place(
             ranks = [replica_ranks[column] for replica_ranks in seats]
             group = dist.new_group(ranks, timeout=patience)
             peers = group if me in ranks else peers
-    return Place(
+    return ProcessMesh(
         columns=(seats[replica].index(me),) if size == 2 else (0, 1),
         replica=replica,
         replicas=len(seats),

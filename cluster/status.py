@@ -144,7 +144,7 @@ def _lines(state: State, width: int) -> list[tuple[str, str]]:
     if state.checkpoint:
         lines.append(("checkpoint", _checkpoint(state)))
     if state.replaced:
-        lines.append(("quarantine", f"{state.replaced:,} damaged pictures replaced by others"))
+        lines.append(("quarantine", f"{state.replaced:,} damaged images replaced by others"))
     if state.starts > 1 or (state.ends and state.state != "finished"):
         lines.append(("starts", f"{state.starts:,}"))
         lines += [("", _end(end)) for end in state.ends]

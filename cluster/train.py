@@ -28,7 +28,7 @@ from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import DataSet, is_remote, open_dataset
 from pipeline.remote.filesystem import without_secrets
 from pipeline.remote.target import folder_of
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError, run
 
 Trainer = Callable[[Config, str, Path, Screen], None]
@@ -101,7 +101,7 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
             "or train with --validate-every 0"
         )
     for split in ("train", "val") if command.settings.validate_every else ("train",):
-        Storage(dataset, split)
+        ShardReader(dataset, split)
     places_of(command.run, command.settings.store)
     if command.settings.tensorboard:
         check_installed()
@@ -129,7 +129,7 @@ def summary(command: Command, manifest: Manifest, total: int) -> str:
     pictures = manifest.splits["train"].samples
     return (
         f"{command.config} -> {command.run}\n"
-        f"{pictures:,} pictures, {len(manifest.classes)} classes; width {config.width:g}, "
+        f"{pictures:,} images, {len(manifest.classes)} classes; width {config.width:g}, "
         f"batch {config.batch_size}, "
         f"{total:,} steps = {total * config.batch_size / pictures:.1f} epochs"
     )
@@ -141,7 +141,7 @@ def damage(path: Path) -> str:
         rows = len(path.read_bytes().splitlines())
     except OSError:
         return ""
-    return f"{rows:,} damaged picture{'s were' if rows > 1 else ' was'} replaced by others"
+    return f"{rows:,} damaged image{'s were' if rows > 1 else ' was'} replaced by others"
 
 
 def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> None:

@@ -1,4 +1,4 @@
-"""Classify a picture with an exported network: torch, safetensors and Pillow, no Duet.
+"""Classify an image with an exported network: torch, safetensors and Pillow, no Duet.
 
 python -m cluster.export RUN --out weights.safetensors
 python docs/classify.py weights.safetensors picture.jpg

@@ -2,7 +2,7 @@
 
 design     the table of layers: the paper's network, and those it was compared with
 alexnet    the network, in one process or one column per process
-layers     the first convolution, which reads the picture, and what follows a layer
+layers     the first convolution, which reads the image, and what follows a layer
 dropout    the dropout of the paper, its masks a function of the sample
 norm       response normalisation, with what is around it in one pass; local contrast, batch
 exchange   what crosses between the two columns of a pair, and its gradients

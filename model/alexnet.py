@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.architecture import COLUMN_NAMES, Design, Stage, stages
 from model.exchange import Exchange
-from model.layers import PictureConv, ShrunkConv, dropout, dropout_mask, seed_of, together
+from model.layers import ImageConv, ShrunkConv, dropout, dropout_mask, seed_of, together
 from model.norm import (
     BatchNorm,
     local_contrast_norm,
@@ -111,7 +111,7 @@ class AlexNet(nn.Module):
             )
         elif layer.reads == "picture":
             module = nn.utils.skip_init(
-                PictureConv, stage.inputs, maps, layer.kernel, layer.stride, layer.edge
+                ImageConv, stage.inputs, maps, layer.kernel, layer.stride, layer.edge
             )
         else:
             groups = here if layer.reads == "own" else 1

@@ -32,7 +32,7 @@ class Layer:
     reads: str = "own"
     """"own" column's maps, "both" columns', or the "picture"."""
     edge: int = 0
-    """Zeros on the right and at the bottom of the picture: see `model.layers.PictureConv`."""
+    """Zeros on the right and at the bottom of the image: see `model.layers.ImageConv`."""
     shrink: int = 1
     """Side of the squares of pixels that the layer reads the means of, in place of the pixels."""
     deviation: float = 0.01
@@ -44,7 +44,7 @@ class Layer:
 
 # Sizes: paper section 3.5. Order of relu and norm: paper section 3.3. Initial values: the original
 # source (layers-145.cfg), which has .03 in conv3 to conv5 where the paper prints .01; with .01 the
-# picture hardly reaches the output of the fresh network.
+# image hardly reaches the output of the fresh network.
 LAYERS = (
     Layer("conv1", 48, 11, stride=4, reads="picture", edge=3, then=("relu", "norm", "pool")),
     Layer("conv2", 128, kernel=5, pad=2, bias=1.0, then=("relu", "norm", "pool")),
@@ -60,8 +60,8 @@ LAYERS = (
 CONV6 = Layer("conv6", 128, kernel=3, pad=1, reads="both", deviation=0.03, bias=1.0)
 
 # The four-layer network of figure 1: layers-18pct.cfg (with norm = "none": layers-19pct.cfg), whose
-# 32, 32 and 64 maps are two columns' here. It was made for pictures of 32x32 pixels. The means of
-# squares of 8x8 take a crop of 224 out of 256 to what it was in such a picture, 28x28.
+# 32, 32 and 64 maps are two columns' here. It was made for images of 32x32 pixels. The means of
+# squares of 8x8 take a crop of 224 out of 256 to what it was in such an image, 28x28.
 FOUR = (
     Layer("conv1", 16, 5, pad=2, reads="picture", shrink=8, deviation=1e-4,
           then=("pool", "relu", "norm")),
@@ -93,7 +93,7 @@ class Design:
     as one of two, but for 256 maps in conv5 and 4,096 units in fc6 and fc7)."""
     net: Net = "paper"
     """paper: eight layers; four: the network of figure 1, three convolutions of 5x5 and the output,
-    on the picture made 8 times as small."""
+    on the image made 8 times as small."""
     norm: Norm = "lrn"
     """What normalises after conv1 and conv2. lrn: local response; spatial: the source's, over 5x5
     pixels of a map; lcn: local contrast (Jarrett et al. 2009); batch: over the batch (Ioffe and
@@ -160,7 +160,7 @@ class Design:
         return (3, 2) if self.pool == "3/2" else (2, 2)
 
     def layers(self) -> tuple[Layer, ...]:
-        """The rows of this network's table, from the picture to the logits."""
+        """The rows of this network's table, from the image to the logits."""
         rows = [self._operations(layer) for layer in self._reads(self._left())]
         if self.pool == "2/2":
             pads = {"conv2": 1, "conv5": 0}

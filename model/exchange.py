@@ -10,7 +10,7 @@ swap travels while the layer computes what needs no waiting:
                 that of the own arrives   it is added
 
 The swap is point to point, because under gloo that is the quickest (measured: `all_gather` takes 2
-to 3 times as long for a batch of pictures, `reduce_scatter` 2 to 3 times for a gradient), and
+to 3 times as long for a batch of images, `reduce_scatter` 2 to 3 times for a gradient), and
 because its name, unlike those of the collectives, is the same in torch 2.11 and 2.13. Memory that
 two columns on one machine share would take a third to a half of gloo's time for conv3's maps (2 ms
 of 6); but that is less than a hundredth of a step, and most of it is hidden as it is.

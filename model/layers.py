@@ -19,7 +19,7 @@ from model.norm import (
     local_contrast_norm,
     local_response_norm,
     norm_pool,
-    padded_pictures,
+    padded_images,
     spatial_response_norm,
 )
 
@@ -83,7 +83,7 @@ def _signed(word: int) -> int:
 PASSES = (("relu", "norm", "pool"), ("norm", "pool"), ("relu", "pool"), ("relu", "norm"))
 
 __all__ = [
-    "PictureConv",
+    "ImageConv",
     "ShrunkConv",
     "local_contrast_norm",
     "local_response_norm",
@@ -94,10 +94,10 @@ __all__ = [
 ]
 
 
-class PictureConv(nn.Conv2d):
-    """The first convolution: reads the picture, with zeros on its right and at its bottom only.
+class ImageConv(nn.Conv2d):
+    """The first convolution: reads the image, with zeros on its right and at its bottom only.
 
-    The original's convolutions rounded the size of their output up and read 0 outside the picture
+    The original's convolutions rounded the size of their output up and read 0 outside the image
     (layer.py, cudaconv3/src/filter_acts.cu). That is what `edge` zeros do: 224 + 3 pixels, filters
     of 11 at a stride of 4, maps of 55 x 55. Without them it would be 54.
 
@@ -139,10 +139,10 @@ class PictureConv(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, (stride, 1))
 
     def _padded(self, pictures: Tensor, dtype: torch.dtype, more: int) -> Tensor:
-        """Pictures of just the size the filters cover, channels last.
+        """Images of just the size the filters cover, channels last.
 
         Args:
-            pictures: float [b, c, h, w].
+            images: float [b, c, h, w].
             dtype: of the result.
             more: columns of zeros beyond the edge.
         """
@@ -150,11 +150,11 @@ class PictureConv(nn.Conv2d):
         height, width = (
             (n + self.edge - kernel) // stride * stride + kernel for n in pictures.shape[2:]
         )
-        return padded_pictures(pictures, height, width + more, dtype)
+        return padded_images(pictures, height, width + more, dtype)
 
 
 class ShrunkConv(nn.Conv2d):
-    """The first convolution of a network for small pictures: reads means of squares of pixels.
+    """The first convolution of a network for small images: reads means of squares of pixels.
 
     Args:
         maps: output maps.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CROP = 224
-# Corners (top, left) of the crops of a 256 x 256 picture, in the original's order
+# Corners (top, left) of the crops of a 256 x 256 image, in the original's order
 # (convdata_jpeg.py).
 _CORNERS = ((0, 0), (0, 32), (16, 16), (32, 0), (32, 32))
 
@@ -17,7 +17,7 @@ _SHARE = 2.0**30
 
 
 def ten_views(images: Tensor) -> Tensor:
-    """The four corners and the centre of each picture, then the mirror images of the five.
+    """The four corners and the centre of each image, then the mirror images of the five.
 
     Args:
         images: [b, 3, 256, 256], any dtype.
@@ -26,7 +26,7 @@ def ten_views(images: Tensor) -> Tensor:
         [b, 10, 3, 224, 224].
 
     Raises:
-        ValueError: pictures of another size.
+        ValueError: images of another size.
     """
     return torch.stack(list(_views(images, 10)), dim=1)
 
@@ -38,7 +38,7 @@ def _views(images: Tensor, views: int) -> Iterator[Tensor]:
     sizes = {(256, 256), (CROP, CROP)} if views == 1 else {(256, 256)}
     if images.dim() != 4 or tuple(images.shape[2:]) not in sizes:
         known = " or ".join(f"[b, 3, {h}, {w}]" for h, w in sorted(sizes))
-        raise ValueError(f"{views} views need pictures {known}, not {list(images.shape)}")
+        raise ValueError(f"{views} views need images {known}, not {list(images.shape)}")
     if views == 1:
         edge = (images.shape[2] - CROP) // 2
         yield images[:, :, edge : edge + CROP, edge : edge + CROP]
@@ -53,7 +53,7 @@ def _views(images: Tensor, views: int) -> Iterator[Tensor]:
 def view_probabilities(
     net: nn.Module, images: Tensor, views: int = 1, mean: Tensor | None = None
 ) -> Tensor:
-    """Class probabilities of pictures: the mean of the softmax outputs over the views.
+    """Class probabilities of images: the mean of the softmax outputs over the views.
 
     The network is put in evaluation mode for the purpose and left in the mode it was in.
 
@@ -62,7 +62,7 @@ def view_probabilities(
             images.
         images: [b, 3, 256, 256]; for one view also [b, 3, 224, 224], the centre cut out already.
         views: 1 or 10.
-        mean: [3, 224, 224] to subtract from every view: the mean picture of the training set, if
+        mean: [3, 224, 224] to subtract from every view: the mean image of the training set, if
             that is what the network was trained with. The original subtracts its centre from
             views of the corners and mirrored views, too (convdata_jpeg.py).
 
@@ -70,7 +70,7 @@ def view_probabilities(
         float32 [b, classes], rows sum to 1.
 
     Raises:
-        ValueError: another number of views, or pictures of the wrong size.
+        ValueError: another number of views, or images of the wrong size.
     """
     was_training = net.training
     net.eval()
@@ -86,14 +86,14 @@ def view_probabilities(
 
 
 def errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """How many pictures have their class neither first nor among the first five.
+    """How many images have their class neither first nor among the first five.
 
     Ties as in the original (src/layer_kernels.cu): where n classes, the right one among them, are
-    level for fewer than n places, the picture counts as right to the share places / n, which is
+    level for fewer than n places, the image counts as right to the share places / n, which is
     what drawing lots gives on average. A row with a NaN in it is wrong.
 
-    Shares are rounded to 2**-30 of a picture: so counts of many batches add up without rounding,
-    and to the same number however the pictures were dealt out to batches and processes.
+    Shares are rounded to 2**-30 of an image: so counts of many batches add up without rounding,
+    and to the same number however the images were dealt out to batches and processes.
 
     Args:
         probabilities: float [b, classes], or anything that ranks the classes.

@@ -23,7 +23,7 @@ class Change:
     """An entry of `changes`."""
 
     epoch: float
-    """Passes over the training pictures after which it holds."""
+    """Passes over the training images after which it holds."""
     name: str
     """lr, lr_bias, lr.LAYER, lr_bias.LAYER or colour."""
     value: float
@@ -215,8 +215,8 @@ def scaled(lr: float, batch_size: int, rule: str, base: int = 128) -> float:
     practice k times the rate did best.
 
     Args:
-        lr: rate for batches of `base` pictures.
-        batch_size: pictures in a batch.
+        lr: rate for batches of `base` images.
+        batch_size: images in a batch.
         rule: "none", "linear" or "sqrt".
         base: 128, as in the paper.
 

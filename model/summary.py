@@ -3,7 +3,7 @@
     python -m model.summary CONFIG [--classes 1000] [--batch-size 128] [--dtype float32] [--json]
 
 CONFIG is a training config (cluster/configs); what it says of other things than the network is
-passed over. Bytes are per step of `--batch-size` pictures, in `--dtype`. What crosses the pair is
+passed over. Bytes are per step of `--batch-size` images, in `--dtype`. What crosses the pair is
 said of one direction, a to b; as much goes the other way.
 
 What `python -m model.summary` prints.
@@ -60,7 +60,7 @@ class Row:
     multiply_adds: int
     """Per image, forward pass, weights only."""
     receptive_field: int
-    """Side in pixels of the part of the picture that a number in `output_shape` depends on."""
+    """Side in pixels of the part of the image that a number in `output_shape` depends on."""
     crosses_forward: int
     """Numbers an image that this column sends to the other for this layer to read; for the last
     layer its logits, too, which both columns need."""
@@ -101,7 +101,7 @@ class Totals:
 
 
 def table(classes: int = 1000, design: Design | None = None) -> list[Row]:
-    """Every layer, column a then column b, from the picture to the logits.
+    """Every layer, column a then column b, from the image to the logits.
 
     With an odd number of classes column b's fc8 has the unit that the network cuts off.
 
@@ -149,7 +149,7 @@ def footprint(rows: Iterable[Row], batch: int, size: int = FLOAT32) -> int:
 
     Args:
         rows: of the table.
-        batch: pictures; activations A and the weighted sums Z before them count for each.
+        batch: images; activations A and the weighted sums Z before them count for each.
         size: X, bytes of a number.
     """
     sums = totals(rows)
@@ -160,9 +160,9 @@ def receptive_fields(found: Iterable[Stage], design: Design) -> list[int]:
     """For each stage the side, in pixels, of what a number of its output depends on.
 
     Response normalisation across maps adds none, that over 5x5 pixels does; zeros outside the
-    picture count as pixels until the picture is all in. Local contrast normalisation divides by a
-    mean over the whole picture at most; here counts what lies around, 9x9 pixels twice. Batch
-    normalisation looks at other pictures, too, in training: that does not count.
+    image count as pixels until the image is all in. Local contrast normalisation divides by a
+    mean over the whole image at most; here counts what lies around, 9x9 pixels twice. Batch
+    normalisation looks at other images, too, in training: that does not count.
     """
     window, step = design.pool_window
     wider = {"spatial_norm": 4, "lcn": 2 * 8}
@@ -234,7 +234,7 @@ class Summary:
     classes: int = 1000
     """Classes to tell apart."""
     batch_size: int = 128
-    """Pictures in a step."""
+    """Images in a step."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of activations and of what crosses; parameters and velocities are float32."""
     json: bool = False
@@ -361,7 +361,7 @@ def sentences(rows: list[Row], sums: Totals, design: Design, options: Summary) -
     found = [
         f"{sums.parameters:,} parameters, {sums.multiply_adds:,} multiply-adds an image forward, "
         f"{sums.neurons:,} neurons",
-        f"M = X(W+B+A+Z) = {footprint(rows, batch, size) / MIB:,.0f} MiB: {batch} pictures, "
+        f"M = X(W+B+A+Z) = {footprint(rows, batch, size) / MIB:,.0f} MiB: {batch} images, "
         f"{size} bytes a number, weights, biases, activations and the sums before them",
         f"optimiser: {_mib(FLOAT32 * sums.parameters)} of velocities, as much of gradients",
     ]

@@ -33,8 +33,8 @@ from pipeline.stream.loader import DecodeFailure, Flow, Reader, Slice
 from pipeline.stream.normalization import Colour, ColourPlan, Mean, Recipe, central, recipe_of
 from pipeline.stream.order import Block, Full, Order, Shuffle, Stored, share
 from pipeline.stream.quarantine import UNDECODABLE, Quarantine
-from pipeline.stream.shard_reader import Damage, Storage
-from pipeline.stream.timing import Waits
+from pipeline.stream.shard_reader import Damage, ShardReader
+from pipeline.stream.timing import WaitTimes
 from pipeline.tools.errors import UsageError
 
 
@@ -138,7 +138,7 @@ class Asked:
             whole=self.view == "whole",
         )
 
-    def starter(self, reader: Reader, encoding: Encoding) -> Callable[[int, Waits], Flow]:
+    def starter(self, reader: Reader, encoding: Encoding) -> Callable[[int, WaitTimes], Flow]:
         """Return what begins to decode at a position, however often."""
         return partial(
             Flow,
@@ -185,14 +185,14 @@ class Opened:
         """
         self.asked = asked
         self.dataset = dataset
-        self.storage = Storage(dataset, asked.split)
+        self.storage = ShardReader(dataset, asked.split)
         self.statistics = Statistics.load(dataset.folder, self.storage.manifest.stats_sha256)
         self.recipe: Recipe = asked.recipe(self.statistics)
         self.order: Order = asked.order([shard.samples for shard in self.storage.shards])
 
     @property
     def view_mean(self) -> torch.Tensor | None:
-        """float32 [3, 224, 224]: the mean picture, where `recipe` leaves it to be subtracted."""
+        """float32 [3, 224, 224]: the mean image, where `recipe` leaves it to be subtracted."""
         apart = self.asked.mean == "picture" and self.asked.view == "whole"
         return torch.from_numpy(central(self.statistics)) if apart else None
 
@@ -275,7 +275,7 @@ class Stream:
         world_size: ranks that share the batch.
         device: where pixels are made and left: `cpu`, or `gpu` for the current CUDA device.
         view: `random` crop, flip and colour (training); `centre` crop (evaluation); `whole`
-            256x256 picture (for ten views).
+            256x256 image (for ten views).
         once: each sample exactly once in stored order, the last batch padded with rows of
             weight 0, then the end. Otherwise shuffled and endless, every batch full.
         shuffle: `full`: each epoch a permutation of all samples, each read by itself; `block`:
@@ -286,16 +286,16 @@ class Stream:
             (epoch from which on it holds, deviation): the original draws colours in epochs 0..66
             only, ((0, 0.1), (67, 0.0)). Applied in view `random` only.
         colour_divide: divide pixels by 1 + colour after that, as the original does to keep their
-            scale near that of test pictures (convdata_jpeg.py). In view `random` only.
+            scale near that of test images (convdata_jpeg.py). In view `random` only.
         mean: what is subtracted from the pixels of the training set: the mean of each `channel`,
             or the mean `picture` (paper, section 2: "the mean activity over the training set from
             each pixel"). As in the original (convdata_jpeg.py) it is the centre of the mean
-            picture for every crop, wherever it was cut, and never flipped. In view `whole` none is
+            image for every crop, wherever it was cut, and never flipped. In view `whole` none is
             subtracted: subtract `view_mean` from each 224x224 view that is cut out.
         threads: host threads that decode; the default is one per core this process may use.
         prefetch: batches in flight.
         hw_decoder_load: share of a batch that the JPEG engines of a GPU decode, where it has
-            some. With 0 or 1 a picture's pixels do not depend on its batch; between, they do.
+            some. With 0 or 1 an image's pixels do not depend on its batch; between, they do.
         strict: stop at the first damaged sample instead of replacing it.
         quarantine: file that lists damaged samples, one JSON object a line; the ranks of a
             job and later runs on the same data set may name the same one.
@@ -339,11 +339,11 @@ class Stream:
         self.channel_mean = parts.statistics.channel_mean
         """float64 [3]: the mean of each channel over the training set."""
         self.mean = parts.recipe.subtracted
-        """float32 [3, 1, 1] or [3, 224, 224]: what was subtracted, for showing pictures."""
+        """float32 [3, 1, 1] or [3, 224, 224]: what was subtracted, for showing images."""
         self.view_mean = parts.view_mean
         """float32 [3, 224, 224] on the host: what has yet to be subtracted from each view cut out
-        of a whole picture; None where all is done."""
-        self.waits = Waits()
+        of a whole image; None where all is done."""
+        self.waits = WaitTimes()
         """Seconds for which `next` has been waited so far, by what was not ready. Read ahead as it
         is, a stream that is quick enough has next to none."""
         self._quarantine = Quarantine(split, Path(quarantine) if quarantine else None)

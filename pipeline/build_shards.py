@@ -1,10 +1,10 @@
-"""Pack pictures into a sealed data set of WebDataset shards.
+"""Pack images into a sealed data set of WebDataset shards.
 
     python -m pipeline.build_shards OUT --train SRC [--val SRC | --holdout 0.1]
 
-What `SRC` is, is found out by looking; see `pipeline.sources`. Every picture is cut to 256x256,
+What `SRC` is, is found out by looking; see `pipeline.sources`. Every image is cut to 256x256,
 shuffled over its whole split by the seed, and packed: as a JPEG, or with `--encoding raw` as its
-pixels, which need no decoding and about six times the space. Pictures that cannot be read are left
+pixels, which need no decoding and about six times the space. Images that cannot be read are left
 out, counted, and listed in OUT/rejects.jsonl; too many of them, and the build fails. A build that
 was killed goes on when the same command is run again; on a finished set the command does nothing.
 While packing, OUT takes twice the room of the finished set.
@@ -72,19 +72,19 @@ def lines(options: Build, manifest: Manifest, seconds: float | None) -> list[str
     left_out = f", {manifest.rejected:,} left out ({out}/{REJECTS})" if manifest.rejected else ""
     time_taken = "built before" if seconds is None else f"{seconds:.0f} s"
     told = [
-        f"data set {out}: {parts} pictures of {len(manifest.classes):,} classes{left_out}, "
+        f"data set {out}: {parts} images of {len(manifest.classes):,} classes{left_out}, "
         f"{_human(size)} of {manifest.encoding} shards, {time_taken}"
     ]
     if manifest.duplicates:
         told.append(
-            f"{_groups(manifest.duplicates)} of the same or nearly the same picture "
+            f"{_groups(manifest.duplicates)} of the same or nearly the same image "
             f"({out}/{DUPLICATES})"
         )
     return told
 
 
 def leaks(manifest: Manifest, target: Target) -> Iterator[str]:
-    """Warn of pictures that are in more than one split, and name some of them."""
+    """Warn of images that are in more than one split, and name some of them."""
     if not manifest.leaks:
         return
     yield (

@@ -1,19 +1,19 @@
-"""Draw a small picture set of ten shapes and textures, to try everything on without a download.
+"""Draw a small image set of ten shapes and textures, to try everything on without a download.
 
     python -m pipeline.demo_images OUT [--seed 0] [--train 4000] [--val 800] [--workers N]
 
 OUT/train/<class>/00000.jpg ... and OUT/val/<class>/00000.jpg ..., the layout of ImageNet's
-folders. Each picture is a pure function of (seed, split, class, number), so the set is the same
+folders. Each image is a pure function of (seed, split, class, number), so the set is the same
 for any number of workers; with the same Pillow and NumPy on the same kind of processor also to
 the byte. OUT appears whole or not at all, with a `demo.json` that says how it was drawn.
 
-Draws one demo picture: a shape or a texture over a cluttered background, as the bytes of a JPEG.
+Draws one demo image: a shape or a texture over a cluttered background, as the bytes of a JPEG.
 
 A class is one function of the plane: the signed distance to the figure's edge, negative inside.
 Everything else (place, size, turn, squash, colours, light, clutter, noise, the JPEG's own
 make-up) is drawn at random and says nothing about the class, so a network has to learn the form.
 
-Coordinates: the picture's centre is the origin and half of its shorter side is 1, so the centre
+Coordinates: the image's centre is the origin and half of its shorter side is 1, so the centre
 square that survives "shorter side to 256, centre 256 x 256" is -1..1 in both directions.
 """
 
@@ -53,7 +53,7 @@ LEAST_CONTRAST = 0.15  # in luminance 0..1, between figure and background
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 EXIF_ORIENTATION = 0x0112
-# EXIF orientation of a camera held askew -> how the upright picture lies in such a file.
+# EXIF orientation of a camera held askew -> how the upright image lies in such a file.
 LIES_IN_FILE = {
     3: Image.Transpose.ROTATE_180,
     6: Image.Transpose.ROTATE_90,
@@ -133,7 +133,7 @@ def dots(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
     return _both(from_dot - period * np.float32(rng.uniform(0.26, 0.36)), _patch(x, y, rng))
 
 
-# Sorted by name, like the folders; the position is part of each picture's seed, so only append.
+# Sorted by name, like the folders; the position is part of each image's seed, so only append.
 FIGURES: dict[str, Figure] = {
     "checks": checks,
     "cross": cross,
@@ -171,8 +171,8 @@ def _patch(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
     return np.hypot(x, y) - wobble
 
 
-def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
-    """An upright RGB picture of class `name`, of random size, with the figure near its centre."""
+def draw_image(name: str, rng: np.random.Generator) -> Image.Image:
+    """An upright RGB image of class `name`, of random size, with the figure near its centre."""
     width, height = _size(rng)
     half = min(width, height) / 2
     x, y = np.meshgrid(
@@ -191,8 +191,8 @@ def draw_picture(name: str, rng: np.random.Generator) -> Image.Image:
 
 
 def draw_jpeg(name: str, rng: np.random.Generator) -> bytes:
-    """`draw_picture` as a JPEG file; some are grey, CMYK, progressive or carry an orientation."""
-    image = draw_picture(name, rng)
+    """`draw_image` as a JPEG file; some are grey, CMYK, progressive or carry an orientation."""
+    image = draw_image(name, rng)
     kind, turned, progressive = rng.random(3)
     if kind < GREY:
         image = image.convert("L")
@@ -278,32 +278,32 @@ def _background(width: int, height: int, colour: Plane, rng: np.random.Generator
     return np.asarray(image).astype(np.float32) / 255
 
 
-VERSION = 1  # of the drawings: raise it when the same arguments give other pictures
+VERSION = 1  # of the drawings: raise it when the same arguments give other images
 RECORD = "demo.json"
-SPLITS = ("train", "val")  # the position is part of each picture's seed
-PART = 40  # pictures of one job in the pool: about a quarter of a second
+SPLITS = ("train", "val")  # the position is part of each image's seed
+PART = 40  # images of one job in the pool: about a quarter of a second
 PATIENCE = 120  # seconds without a finished job until a process is taken for dead
 
 
 @dataclass(frozen=True)
 class Options:
-    """Draw a small picture set of ten shapes and textures."""
+    """Draw a small image set of ten shapes and textures."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to create."""
     seed: int = 0
-    """Other seeds give other pictures (0 or more)."""
+    """Other seeds give other images (0 or more)."""
     train: int = 4000
-    """Training pictures in all; classes differ by one at most."""
+    """Training images in all; classes differ by one at most."""
     val: int = 800
-    """Validation pictures in all."""
+    """Validation images in all."""
     workers: int = 0
     """Processes that draw; 0 is one per usable core."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run of pictures of one class: numbers start <= n < stop."""
+    """A run of images of one class: numbers start <= n < stop."""
 
     split: str
     name: str
@@ -367,7 +367,7 @@ def _draw_all(folder: Path, options: Options) -> None:
 
 
 def _run(draw: Callable[[Part], int], workers: int, jobs: list[Part]) -> Iterator[int]:
-    """Pictures drawn by each job as it ends, in this process or in a pool.
+    """Images drawn by each job as it ends, in this process or in a pool.
 
     Processes are spawned, not forked, as a progress line runs a thread here; being daemons they
     end with this process, however it ends.
@@ -383,7 +383,7 @@ def _run(draw: Callable[[Part], int], workers: int, jobs: list[Part]) -> Iterato
                 yield done.next(timeout=PATIENCE)
             except MultiprocessingTimeout:
                 raise DuetError(
-                    f"no picture drawn in {PATIENCE} s (a process died, out of memory?); "
+                    f"no image drawn in {PATIENCE} s (a process died, out of memory?); "
                     "run the same command again with fewer --workers"
                 ) from None
 
@@ -422,7 +422,7 @@ def main() -> None:
     new = draw_set(options)
     state = "drawn" if new else "already complete"
     sys.stderr.write(
-        f"{options.train} training and {options.val} validation pictures of "
+        f"{options.train} training and {options.val} validation images of "
         f"{len(FIGURES)} classes {state} in {options.out}\n"
     )
 

@@ -3,8 +3,8 @@
     python -m pipeline.index_shards DIR [--train GLOB] [--val GLOB] [--classes FILE]
 
 For shards that another tool made of 256x256 JPEGs (`.jpg` or `.jpeg`, with the label in `.cls` or
-`.json`). Every picture is decoded once, and what cannot be trained from is named by shard and key;
-then nothing is written, unless --skip-bad leaves it out. Pictures of other sizes or kinds need
+`.json`). Every image is decoded once, and what cannot be trained from is named by shard and key;
+then nothing is written, unless --skip-bad leaves it out. Images of other sizes or kinds need
 `python -m pipeline.build_shards OUT --train DIR`. Nothing in DIR is changed, files are added.
 
 One shard that another tool made -> where its samples lie, their labels, and what is wrong.
@@ -45,7 +45,7 @@ from pipeline.dataset.samples import (
     Classes,
     Sample,
     Unfit,
-    has_pictures,
+    has_images,
     label_of,
     read_classes,
     samples_of,
@@ -53,7 +53,7 @@ from pipeline.dataset.samples import (
 from pipeline.dataset.shards import idx_text, places_of, read_idx
 from pipeline.dataset.tar import members, shown, tar_fault
 from pipeline.tools.errors import DataError, UsageError, run
-from pipeline.tools.files import WholeFile, sealed, sha256, writable_folder
+from pipeline.tools.files import HashedFile, sealed, sha256, writable_folder
 from pipeline.tools.processes import in_order
 from pipeline.tools.progress import Progress
 
@@ -103,10 +103,10 @@ class Examined:
 
 
 def examine(job: Job) -> Examined:
-    """Look at every sample of a shard: decode its picture, find its label."""
+    """Look at every sample of a shard: decode its image, find its label."""
     found = Examined(job.path.name)
     try:
-        with WholeFile(job.path) as file:
+        with HashedFile(job.path) as file:
             found.bytes = file.size
             if file.error is not None:
                 raise file.error
@@ -128,7 +128,7 @@ class Listing(NamedTuple):
     path: Path
     """The tar."""
     pictures: frozenset[int]
-    """Offsets of the pictures that are in it."""
+    """Offsets of the images that are in it."""
 
 
 def list_for_dali(job: Listing) -> str:
@@ -145,10 +145,10 @@ def list_for_dali(job: Listing) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _good(file: WholeFile, job: Job, found: Examined) -> Iterator[Sample]:
+def _good(file: HashedFile, job: Job, found: Examined) -> Iterator[Sample]:
     """Fill in rows and labels, or what is wrong; yield the samples that are fit."""
     rows, codes = [], dict[int | str, int]()
-    for sample in filter(has_pictures, samples_of(members(file.stream(), job.path.name))):
+    for sample in filter(has_images, samples_of(members(file.stream(), job.path.name))):
         try:
             offset, size, crc, label = _row(file, sample, job, found.sums)
         except (Unfit, Undecodable) as error:
@@ -164,11 +164,11 @@ def _good(file: WholeFile, job: Job, found: Examined) -> Iterator[Sample]:
     found.rows, found.labels = np.array(rows, INDEX_DTYPE), list(codes)
 
 
-def _row(file: WholeFile, sample: Sample, job: Job, sums: Sums) -> tuple[int, int, int, int | str]:
-    """Return offset, size and CRC-32 of a picture, and the label as it is written."""
+def _row(file: HashedFile, sample: Sample, job: Job, sums: Sums) -> tuple[int, int, int, int | str]:
+    """Return offset, size and CRC-32 of an image, and the label as it is written."""
     picture = sample.picture()
     if picture.size > PICTURE_LIMIT:
-        raise Unfit(f"its picture has {picture.size:,} bytes")
+        raise Unfit(f"its image has {picture.size:,} bytes")
     label = label_of(sample, file.read)
     number = label if job.classes is None else job.classes.number(label)
     if isinstance(number, int) and not 0 <= number < MOST:
@@ -318,7 +318,7 @@ def _some(names: Sequence[str]) -> str:
 def _examine(
     request: Request, splits: dict[str, list[str]], classes: Classes | None
 ) -> tuple[dict[str, list[Examined]], Sums]:
-    """Look at every shard; return what each holds, and the sums over all training pictures."""
+    """Look at every shard; return what each holds, and the sums over all training images."""
     jobs = [
         Job(request.folder / name, split == "train", classes)
         for split, names in splits.items()
@@ -535,7 +535,7 @@ def _tell(folder: str, outcome: Outcome, seconds: float) -> None:
     unused = f"; {len(outcome.unused)} tars are in no split" if outcome.unused else ""
     count = sum(split.samples for split in manifest.splits.values())
     sys.stderr.write(
-        f"data set {folder}: {parts} pictures of {len(manifest.classes)} classes"
+        f"data set {folder}: {parts} images of {len(manifest.classes)} classes"
         f"{left_out}{unused}, indexed in {seconds:.1f} s "
         f"({count / max(seconds, 1e-9):,.0f} pictures/s)\n"
     )

@@ -5,8 +5,8 @@
     python -m pipeline.verify DATA --ledger RUN
 
 Every shard is read once: its SHA-256, every member of the tar, every row of the index, every label
-and every picture's CRC-32 are checked, and damage is named by shard, sample and key. --decode
-decodes every picture as well. With --ledger, the ledgers of a run are read instead: was each epoch
+and every image's CRC-32 are checked, and damage is named by shard, sample and key. --decode
+decodes every image as well. With --ledger, the ledgers of a run are read instead: was each epoch
 delivered exactly once? Exit code 0: sound. 4: damaged, or not exactly once.
 
 A whole data set, checked on all cores.
@@ -70,7 +70,7 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Re
 
     Args:
         data: its folder.
-        decode: decode every picture, too.
+        decode: decode every image, too.
         workers: processes; by default as many as there are cores, and none for a small set.
 
     Raises:
@@ -140,7 +140,7 @@ class Verify:
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder of the data set."""
     decode: bool = False
-    """Decode every picture, too; a picture that DALI might refuse is named."""
+    """Decode every image, too; an image that DALI might refuse is named."""
     json: bool = False
     """Print one JSON object on stdout."""
     ledger: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
@@ -214,7 +214,7 @@ def _speed(report: Report, seconds: float, decode: bool) -> str:
     seconds = max(seconds, 1e-9)
     what = "checked and decoded" if decode else "checked"
     return (
-        f"{report.pictures:,} pictures, {report.bytes / 1e9:,.2f} GB {what} in {seconds:.1f} s "
+        f"{report.pictures:,} images, {report.bytes / 1e9:,.2f} GB {what} in {seconds:.1f} s "
         f"({report.bytes / 1e9 / seconds:.2f} GB/s, {report.pictures / seconds:,.0f} pictures/s)"
     )
 

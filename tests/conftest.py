@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: drawn pictures and a tiny sealed data set of them."""
+"""Fixtures shared by all tests: drawn images and a tiny sealed data set of them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python benchmarks/builders/PROGRAM.py LIST OUT WORKERS
 
-LIST has a line a picture, its path and its label with a tab between; OUT is an empty folder. Each
+LIST has a line an image, its path and its label with a tab between; OUT is an empty folder. Each
 program uses WORKERS processes and is timed from outside, with its start and all its imports. They
 are written as people write them; what each one does is in its docstring.
 """

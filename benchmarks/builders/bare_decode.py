@@ -9,7 +9,7 @@ from shares import Share, in_processes
 
 
 def work(share: Share, folder: Path) -> None:
-    """Decode the pictures of one process, and forget them."""
+    """Decode the images of one process, and forget them."""
     for path, _ in share:
         simplejpeg.decode_jpeg(Path(path).read_bytes())
 

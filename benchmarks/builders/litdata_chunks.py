@@ -1,4 +1,4 @@
-"""`litdata.optimize`: its own chunks of 64 MB, of pictures made by Pillow as in `pillow_shards`."""
+"""`litdata.optimize`: its own chunks of 64 MB, of images made by Pillow as in `pillow_shards`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shares import arguments
 
 
 def sample(row: tuple[str, int]) -> dict[str, Any]:
-    """Return what litdata stores of a picture."""
+    """Return what litdata stores of an image."""
     path, label = row
     return {"image": packed(path), "class": label}
 

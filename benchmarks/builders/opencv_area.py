@@ -16,7 +16,7 @@ from shares import Share, in_processes
 
 
 def packed(path: str) -> bytes:
-    """Return the picture at 256x256 as a JPEG."""
+    """Return the image at 256x256 as a JPEG."""
     pixels = simplejpeg.decode_jpeg(Path(path).read_bytes())
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2

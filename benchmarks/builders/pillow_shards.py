@@ -15,7 +15,7 @@ from shares import Share, in_processes
 
 
 def packed(path: str) -> bytes:
-    """Return the picture at 256x256 as a JPEG."""
+    """Return the image at 256x256 as a JPEG."""
     image = Image.open(path).convert("RGB")
     scale = 256 / min(image.size)
     size = (max(256, round(image.width * scale)), max(256, round(image.height * scale)))

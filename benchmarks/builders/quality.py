@@ -1,4 +1,4 @@
-"""What stored pictures lose against an exact antialiased bicubic resampling of the originals."""
+"""What stored images lose against an exact antialiased bicubic resampling of the originals."""
 
 from __future__ import annotations
 

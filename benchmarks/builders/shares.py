@@ -8,18 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 Share = list[tuple[str, int]]
-"""Path and label of each picture."""
+"""Path and label of each image."""
 
 
 def arguments() -> tuple[Share, Path, int]:
-    """Return the pictures, the empty folder and the number of processes."""
+    """Return the images, the empty folder and the number of processes."""
     listed, out, workers = sys.argv[1:]
     rows = [line.split("\t") for line in Path(listed).read_text().splitlines()]
     return [(path, int(label)) for path, label in rows], Path(out), int(workers)
 
 
 def in_processes(work: Callable[[Share, Path], None]) -> None:
-    """Run `work(share, folder)` once in each process, with every n-th picture and its own folder.
+    """Run `work(share, folder)` once in each process, with every n-th image and its own folder.
 
     Raises:
         SystemExit: a process failed.

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/stream.py DATA [--raw RAWDATA] [--minutes 8]
 
-Facts of the machine; pixels against the CPU's and against themselves; damaged pictures; a sweep
+Facts of the machine; pixels against the CPU's and against themselves; damaged images; a sweep
 over threads, `hw_decoder_load`, batch and prefetch; ours and DALI's reader in turn; what exact
-pixels cost; the parts alone; raw pictures. Everything is written to a JSON file and a table in OUT
+pixels cost; the parts alone; raw images. Everything is written to a JSON file and a table in OUT
 as soon as it is measured, so that a run that is cut off keeps what it has. README.md beside this
 file says how to read them. Exits with 1 if pixels are not what they should be, or
 damage stops a stream.
@@ -34,10 +34,10 @@ from pipeline.stream.decode import Device
 from pipeline.tools.errors import DuetError, run
 
 EXACT = (0.0, 1.0)
-"""Loads with which the batch does not decide where a picture is decoded."""
+"""Loads with which the batch does not decide where an image is decoded."""
 HOST_SHARES = (0.25, 0.5, 0.75, 1.0)
 OURS, NATIVE, RAW = 30_000, 0.95, 60_000
-"""Goals on one H100 with 16 cores: img/s, of the native reader's, img/s of raw pictures."""
+"""Goals on one H100 with 16 cores: img/s, of the native reader's, img/s of raw images."""
 SHARES = {"sweep": 0.5, "turns": 0.62, "exact": 0.7, "bare": 0.8, "raw": 0.89, "raw turns": 0.96}
 """Part of the time that has gone when a step begins nothing new."""
 GRACE = 120
@@ -78,7 +78,7 @@ class Bench:
         self._check("jpeg", self._data, (*EXACT, MIXED) if self._gauge else (self.best.load,))
 
     def damage(self) -> None:
-        """See what damaged pictures do."""
+        """See what damaged images do."""
         loads = [*EXACT, MIXED] if self._gauge else [0.0]
         rows = damage.tried(self._options.data, self._device, loads)
         self._record.put("damage", rows)
@@ -86,7 +86,7 @@ class Bench:
             mine = [row for row in rows if row["load"] == load]
             went_on = sum(row.get("way") == "stream" and "error" not in row for row in mine)
             found = f"{went_on} of {len(damage.EDITS)}; exit code {mine[-1]['exit_code']}"
-            name = f"streams go on past damaged pictures, load {load:g}"
+            name = f"streams go on past damaged images, load {load:g}"
             self._say(f"damage: {name}: {found}")
             self._judge(name, went_on == len(damage.EDITS), found)
 
@@ -134,7 +134,7 @@ class Bench:
         self._alone("bare", parts, self.best)
 
     def raw(self) -> None:
-        """Do the same with raw pictures."""
+        """Do the same with raw images."""
         given = self._options.raw or made.raw_of(self._options.data, self._folder / "raw-small")
         data = made.repeated(given, self._folder / "raw", self._options.samples)
         if "pixels" not in self._options.skip:
@@ -143,7 +143,7 @@ class Bench:
         axes.pop("load", None)
         best = self._climb("raw sweep", data, self.best, axes)
         ours, _ = self._in_turn("raw turns", data, best)
-        self._goal(f"at least {RAW:,} img/s of raw pictures", clock.median(ours), RAW)
+        self._goal(f"at least {RAW:,} img/s of raw images", clock.median(ours), RAW)
         graph = partial(lanes.recipe, data, self._device)
         feed = partial(lanes.feed_alone, data)
         self._alone(

@@ -1,6 +1,6 @@
 """The loaders that `benchmarks/loaders.py` compares, one small module each.
 
-An adapter module has two functions. `prepare(work)` converts the pictures into the loader's own
+An adapter module has two functions. `prepare(work)` converts the images into the loader's own
 format under `work.folder`; `batches(work)` yields batches without end. Both are called in a process
 of the loader's own (`turns.py`), so that no library sees another's threads, and nothing is imported
 before it is asked for. Each adapter's docstring states the settings that it runs its loader with.
@@ -30,7 +30,7 @@ class Peer:
     install: str = ""
     """How to get it."""
     copies: bool = False
-    """Whether it reads a copy of the pictures in a format of its own."""
+    """Whether it reads a copy of the images in a format of its own."""
     planes: bool = False
     """Whether to ask for contiguous [b, 3, 224, 224] memory where the library's own way is a
     channels-last view of [b, 224, 224, 3]."""

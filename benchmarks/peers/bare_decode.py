@@ -1,4 +1,4 @@
-"""The limit: libjpeg-turbo decodes the whole 256x256 picture to RGB, and nothing else happens.
+"""The limit: libjpeg-turbo decodes the whole 256x256 image to RGB, and nothing else happens.
 
 simplejpeg lets go of Python's lock while it decodes, so there is one thread a core; each writes
 into one buffer again and again. No crop, no float, no batch in one piece, no order.
@@ -20,7 +20,7 @@ from peers.work import STORED, Work, stored
 Pixels = npt.NDArray[np.uint8]
 
 CHUNK = 32
-"""Pictures that a thread decodes at a time."""
+"""Images that a thread decodes at a time."""
 
 
 def prepare(work: Work) -> None:
@@ -28,9 +28,9 @@ def prepare(work: Work) -> None:
 
 
 def batches(work: Work) -> Iterator[Pixels]:
-    """Yield, for every `batch_size` decoded pictures, the last of them; uint8 [256, 256, 3]."""
+    """Yield, for every `batch_size` decoded images, the last of them; uint8 [256, 256, 3]."""
     jpegs = itertools.cycle(list(stored(work)))
-    # As many pictures as are counted, whatever the batch.
+    # As many images as are counted, whatever the batch.
     parts = [min(CHUNK, work.batch_size - done) for done in range(0, work.batch_size, CHUNK)]
     made = 0
     with ThreadPoolExecutor(work.cores) as pool:

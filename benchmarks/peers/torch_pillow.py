@@ -1,4 +1,4 @@
-"""torch's `DataLoader` over one file a picture, decoded by Pillow; a worker process a core.
+"""torch's `DataLoader` over one file an image, decoded by Pillow; a worker process a core.
 
 Workers stay over epochs and keep two batches each in advance (torch's default). How bytes become
 floats: `peers.work.Floats`.
@@ -27,7 +27,7 @@ class _Files(Dataset[torch.Tensor]):
 
 
 def prepare(work: Work) -> None:
-    """Write every picture into a file of its own."""
+    """Write every image into a file of its own."""
     for number, jpeg in enumerate(stored(work)):
         (work.folder / f"{number:08}.jpg").write_bytes(jpeg)
 

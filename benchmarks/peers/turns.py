@@ -121,7 +121,7 @@ def look(batches: Iterator[Any], work: Work, *, decoded_only: bool = False) -> N
     Args:
         batches: of a loader.
         work: what it was asked for.
-        decoded_only: it yields uint8 [256, 256, 3] instead, one picture of each batch.
+        decoded_only: it yields uint8 [256, 256, 3] instead, one image of each batch.
 
     Raises:
         DataError: something else was delivered.
@@ -138,7 +138,7 @@ def look(batches: Iterator[Any], work: Work, *, decoded_only: bool = False) -> N
         _expect("shape", tuple(images.shape), (work.batch_size, 3, CROP, CROP))
         _expect("dtype", images.dtype, dtype)
         low, high = images.min().item(), images.max().item()
-        # The paper's colour noise, which is in ours alone, moves a picture by some tens of levels.
+        # The paper's colour noise, which is in ours alone, moves an image by some tens of levels.
         if not -255 < low < -20 < 20 < high < 355:
             raise DataError(f"pixels from {low:.1f} to {high:.1f}, not 0..255 minus the mean")
         if last is not None and torch.equal(images[0], last):

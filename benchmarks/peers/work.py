@@ -34,14 +34,14 @@ class Work:
     mean: tuple[float, float, float]
     """Red, green, blue; grey levels 0..255."""
     samples: int
-    """Pictures in the train split."""
+    """Images in the train split."""
     passes: int
-    """Passes over the pictures that make one epoch of a loader: a small set would else be measured
+    """Passes over the images that make one epoch of a loader: a small set would else be measured
     by how long a loader takes to begin an epoch."""
     cores: int
     """Cores that this process may use: threads or worker processes of a loader."""
     batch_size: int = 128
-    """Pictures in a batch."""
+    """Images in a batch."""
     planes: bool = False
     """Contiguous planes are wanted where the library's own way is channels-last memory."""
     device: Literal["cpu", "gpu"] = "cpu"
@@ -72,7 +72,7 @@ def stored(work: Work) -> Iterator[bytes]:
 def pillow_crop(jpeg: bytes) -> torch.Tensor:
     """Return a random crop of a JPEG file, every second one mirrored; uint8 [224, 224, 3].
 
-    Pillow decodes the whole picture (it cannot do less); the crop is cut out before NumPy copies.
+    Pillow decodes the whole image (it cannot do less); the crop is cut out before NumPy copies.
     """
     image = Image.open(io.BytesIO(jpeg))
     x, y = random.randint(0, STORED - CROP), random.randint(0, STORED - CROP)

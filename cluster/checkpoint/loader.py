@@ -31,7 +31,7 @@ from cluster.checkpoint.format import (
 )
 from cluster.checkpoint.storage import Bucket, Folder, Places, is_checkpoint, step_in
 from cluster.config import Config, read_back
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Tell
 from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, last_step
 from model.alexnet import AlexNet
@@ -59,7 +59,7 @@ class _Seen:
 
 
 def load_newest(
-    places: Places, run: Path, place: Place, net: AlexNet, optimiser: Sgd2012, tell: Tell
+    places: Places, run: Path, place: ProcessMesh, net: AlexNet, optimiser: Sgd2012, tell: Tell
 ) -> tuple[Mark, Errors]:
     """Load the newest sound checkpoint; all processes call it.
 
@@ -132,7 +132,7 @@ def _error_of(places: Places, name: str) -> float | None:
     return error
 
 
-def own_part(places: Places, name: str, place: Place) -> tuple[Path, object]:
+def own_part(places: Places, name: str, place: ProcessMesh) -> tuple[Path, object]:
     """Return a folder with what the leader has found, as far as it concerns this process.
 
     Also an object that keeps it there.
@@ -267,7 +267,7 @@ def looked_at(config: Config, classes: int, tell: Tell) -> tuple[Config, str]:
     return replace(config, init=address), said
 
 
-def start_from(init: str, net: AlexNet, place: Place, tell: Tell) -> None:
+def start_from(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
     """Fill the columns here from another run's checkpoint; all processes of a job call it.
 
     Raises:
@@ -293,7 +293,7 @@ def start_from(init: str, net: AlexNet, place: Place, tell: Tell) -> None:
 
 
 def layers_of(net: AlexNet) -> list[str]:
-    """Names of the layers, from the picture to the logits."""
+    """Names of the layers, from the image to the logits."""
     return [stage.layer.name for stage in net.stages]
 
 

@@ -24,12 +24,12 @@ from typing import Protocol
 
 from cluster.run.folder import CHECKPOINTS, checkpoints_in
 from pipeline.remote.dataset import is_remote
-from pipeline.remote.filesystem import Policy
+from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import StoreTarget, bucket_of, folder_of
 from pipeline.tools.files import PARTIAL, sealed, sync_folder
 
 JSON = "checkpoint.json"
-HURRY = Policy(attempts=3, first_delay=0.5, stall=10.0)
+HURRY = RetryPolicy(attempts=3, first_delay=0.5, stall=10.0)
 """For what training waits for."""
 _NAME = re.compile(r"step-(\d+)(-[0-9a-f]+)?")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from cluster.checkpoint.format import VERSION, column_file, reason, state_of
 from cluster.checkpoint.loader import load_newest
 from cluster.checkpoint.storage import Places, places_of, step_in
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Saved, Tell, Warned
 from cluster.run.folder import Mark
 from model.alexnet import AlexNet
@@ -38,7 +38,7 @@ Facts = dict[str, dict[str, Any]]
 """Bytes and hash by file."""
 
 
-class Chore:
+class BackgroundTask:
     """Something done in a thread that may be left behind; what goes wrong is kept in words."""
 
     def __init__(self, action: Callable[[], None]) -> None:
@@ -135,7 +135,7 @@ class _Save:
     """Why it has failed."""
     files: Facts = field(default_factory=dict)
     """What this process has written."""
-    chore: Chore | None = None
+    chore: BackgroundTask | None = None
     """Its writing, if this process has any."""
     blocked: float = 0.0
     """Seconds for which training stood still."""
@@ -160,7 +160,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, run: Path, place: Place, about: dict[str, Any], tell: Tell, *,
+        self, run: Path, place: ProcessMesh, about: dict[str, Any], tell: Tell, *,
         keep: int, keep_best: int = 0, store: str = "",
     ) -> None:  # fmt: skip
         """Prepare; writes nothing.
@@ -194,7 +194,7 @@ class Checkpoints:
         """Validation errors of the complete ones, by name."""
         self._copies = Copies()
         self._stopped = threading.Event()
-        self._cleaning: Chore | None = None
+        self._cleaning: BackgroundTask | None = None
         """The leader's removing of what is not needed any more."""
 
     def resume(self, net: AlexNet, optimiser: Sgd2012) -> Mark:
@@ -256,7 +256,7 @@ class Checkpoints:
         self._save = save = _Save(mark, error, work, trouble)
         if not trouble and self._place.replica == 0:
             state = self._copies.take(state_of(net, optimiser))
-            save.chore = Chore(partial(self._write, save, state, net.columns))
+            save.chore = BackgroundTask(partial(self._write, save, state, net.columns))
         save.blocked = time.monotonic() - start
 
     def _open(self, mark: Mark) -> tuple[str, str]:
@@ -361,7 +361,7 @@ class Checkpoints:
                 return  # the next time does it
             if self._cleaning.trouble:
                 self._warn(f"{self._places.address} is not tidied ({self._cleaning.trouble})")
-        self._cleaning = Chore(action) if action else None
+        self._cleaning = BackgroundTask(action) if action else None
 
     def _report(self, save: _Save, trouble: str, must: bool) -> None:
         where = f"{self._places.address} ({trouble})"

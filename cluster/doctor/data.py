@@ -25,7 +25,7 @@ from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
 from pipeline.remote.dataset import CACHE_SIZE, DataSet, default_cache, is_remote, open_dataset
 from pipeline.remote.filesystem import (
     Call,
-    Policy,
+    RetryPolicy,
     TransferError,
     describe,
     file_system,
@@ -51,7 +51,7 @@ LOOKED_AT = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """What reading pictures in the config's order gave."""
+    """What reading images in the config's order gave."""
 
     pictures: int
     bytes: int
@@ -63,25 +63,25 @@ class Disk:
 
     @property
     def rate(self) -> float:
-        """Pictures a second."""
+        """Images a second."""
         return self.pictures / self.seconds
 
 
 def disk(dataset: DataSet, name: str, split: Split, config: Config | None) -> Disk:
-    """Read pictures of a local set as a training does: single ones, or a shard from end to end.
+    """Read images of a local set as a training does: single ones, or a shard from end to end.
 
     Args:
         dataset: in a folder.
         name: of the split.
         split: to read.
-        config: says the order; None: single pictures.
+        config: says the order; None: single images.
 
     Raises:
         OSError, DuetError: something cannot be read.
     """
     if config is not None and config.shuffle == "block":
         return _whole_shards(dataset, split)
-    return _single_pictures(dataset, name, split)
+    return _single_images(dataset, name, split)
 
 
 def _whole_shards(dataset: DataSet, split: Split) -> Disk:
@@ -102,7 +102,7 @@ def _whole_shards(dataset: DataSet, split: Split) -> Disk:
                 order="shard after shard")  # fmt: skip
 
 
-def _single_pictures(dataset: DataSet, name: str, split: Split) -> Disk:
+def _single_images(dataset: DataSet, name: str, split: Split) -> Disk:
     import numpy as np
 
     from pipeline.dataset.index import load_index
@@ -132,11 +132,11 @@ def _single_pictures(dataset: DataSet, name: str, split: Split) -> Disk:
         for file in files.values():
             os.close(file)
     return Disk(pictures=done, bytes=read, seconds=seconds, cached=here / whole,
-                order="single pictures at random")  # fmt: skip
+                order="single images at random")  # fmt: skip
 
 
 def stream(data: str, config: Config | None) -> float:
-    """Return the pictures a second that the stream gives on this machine's CPU.
+    """Return the images a second that the stream gives on this machine's CPU.
 
     Raises:
         DuetError: it does not run.
@@ -177,7 +177,7 @@ def answers(address: str) -> float:
     Raises:
         Exception: it does not answer, or says no; `told` says it in a line.
     """
-    system, root = file_system(address, Policy(stall=STORE_SECONDS))
+    system, root = file_system(address, RetryPolicy(stall=STORE_SECONDS))
     ask = partial(system.info, f"{root.rstrip('/')}/{NAME}")
     Call(ask).result(STORE_SECONDS)  # connects
     start = time.perf_counter()
@@ -192,7 +192,7 @@ def store(address: str, shards: Sequence[Shard]) -> Remote:
         Exception: it does not answer, or says no; `told` says it in a line.
     """
     latency = answers(address)
-    system, root = file_system(address, Policy(stall=STORE_SECONDS))
+    system, root = file_system(address, RetryPolicy(stall=STORE_SECONDS))
     some = shards[:: max(1, len(shards) // LOOKED_AT)][:LOOKED_AT]
 
     def size(shard: Shard) -> str:
@@ -290,11 +290,11 @@ class Data:
             DataError: a file is missing, damaged or of another size.
         """
         from pipeline.dataset.image_stats import Statistics
-        from pipeline.stream.shard_reader import Storage
+        from pipeline.stream.shard_reader import ShardReader
 
         manifest = Manifest.load(dataset.folder)
         for split in manifest.splits:
-            Storage(dataset, split).close()
+            ShardReader(dataset, split).close()
         Statistics.load(dataset.folder, manifest.stats_sha256)
         if not is_remote(self.data):
             for shard in (shard for split in manifest.splits.values() for shard in split.shards):
@@ -405,7 +405,7 @@ class Data:
             return warn("cache", f"{told}: its disk fills up first", mend)
         full = (self.config or Config()).shuffle == "full"
         if full and size < whole:
-            return warn("cache", f"{told}: every epoch fetches all anew, picture by picture",
+            return warn("cache", f"{told}: every epoch fetches all anew, image by image",
                         "--shuffle block, or a larger --cache-size")  # fmt: skip
         return ok("cache", told)
 
@@ -457,7 +457,7 @@ def judge_store(store: str) -> Finding:
         if not is_remote(store):
             writable_folder(folder_of(store), "store")
             return ok("store of run", f"{safe} can be written")
-        target = replace(bucket_of(store, ""), policy=Policy(attempts=2, stall=5))
+        target = replace(bucket_of(store, ""), policy=RetryPolicy(attempts=2, stall=5))
         name, mark = f".doctor.{secrets.token_hex(8)}", secrets.token_bytes(32)
         start = time.perf_counter()
         with target.create(name) as file:

@@ -359,7 +359,7 @@ def judge(have: Hardware, own_ray: bool) -> Iterator[Finding]:
 def _memories(have: Hardware) -> Iterator[Finding]:
     limit = ", by a container's limit" if have.limited else ""
     memory = f"{have.memory / GB:.1f} GB available{limit}"
-    if have.memory < 2 * GB:  # torch, DALI and Ray's processes before any picture
+    if have.memory < 2 * GB:  # torch, DALI and Ray's processes before any image
         mend = "docker run --memory 8g, or end what runs here   # Ray alone takes 1.6 GB"
         yield warn("memory", memory, mend)
     else:

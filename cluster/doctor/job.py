@@ -13,7 +13,7 @@ from model.architecture import stages
 from model.summary import FLOAT32, table, totals
 
 PROCESS = 0.7 * GB
-"""Of a worker before any picture: torch, DALI, Ray (measured: 0.61 to 0.65 GB resident)."""
+"""Of a worker before any image: torch, DALI, Ray (measured: 0.61 to 0.65 GB resident)."""
 KEPT = 3
 """float32 numbers a parameter: its value, gradient and velocity."""
 CLASSES = 1000

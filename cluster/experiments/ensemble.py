@@ -4,13 +4,13 @@
     python -m cluster.experiments.ensemble RUN RUN ... [--weights 1 1 2 | --search] [--views 10]
     python -m cluster.experiments.ensemble RUN RUN RUN RUN RUN --sizes 1 3 5     # table 2
 
-Paper, table 2: one network errs in 18.2 % of the pictures (top-5), the average of five in 16.4 %.
+Paper, table 2: one network errs in 18.2 % of the images (top-5), the average of five in 16.4 %.
 Prints each network and the average; `--search` looks for weights as the original's avg-valid.py
-did, on the pictures that are counted: that flatters them a little. `--sizes` has a line for each
+did, on the images that are counted: that flatters them a little. `--sizes` has a line for each
 number of networks, a mean over which of the runs they are, with equal weights, with weights
-searched so, and with weights searched on the half of the pictures that is not counted.
+searched so, and with weights searched on the half of the images that is not counted.
 
-Weights for an average of networks, searched on the pictures themselves.
+Weights for an average of networks, searched on the images themselves.
 
 As the original's avg-valid.py (`find_coeffs`): all weights start at one half; one after the other
 is tried at 0, .05, ... 1 and takes the value with the fewest top-5 errors, if that is better than
@@ -19,10 +19,10 @@ differs: between values with equal top-5 errors the top-1 errors decide; ties co
 `model.metrics.errors`; and weights of 0 for all networks are no candidate.
 
 A class can stand before the right one in some average only if it does in some network, and wherever
-five classes do in every network the picture is lost. So most of what is saved need not be looked
+five classes do in every network the image is lost. So most of what is saved need not be looked
 at: the search runs on what is left.
 
-The probabilities of several runs, picture by picture, and the errors of their averages.
+The probabilities of several runs, image by image, and the errors of their averages.
 
 The table of the paper's form: errors of one network, of three, of five.
 """
@@ -61,23 +61,23 @@ _BESIDE = -1.0
 
 
 class Chunk(NamedTuple):
-    """Some pictures, as all networks see them."""
+    """Some images, as all networks see them."""
 
     probabilities: Tensor
     """float32 [networks, n, classes]."""
     labels: Tensor
     """int64 [n]."""
     weights: Tensor
-    """float32 [n], 0 for pictures that do not count."""
+    """float32 [n], 0 for images that do not count."""
 
 
 class Chunks(Protocol):
-    """Pictures that can be gone through again and again."""
+    """Images that can be gone through again and again."""
 
     networks: int
 
     def chunks(self, start: int = 0) -> Iterator[tuple[int, Chunk]]:
-        """Yield what comes after each chunk, and the chunk, from picture `start` on."""
+        """Yield what comes after each chunk, and the chunk, from image `start` on."""
         ...
 
 
@@ -85,7 +85,7 @@ def search(pictures: Chunks, kept: int = KEPT) -> tuple[float, ...]:
     """Return the weights of the best average that the search finds, one a network; the sum is 1.
 
     Args:
-        pictures: the probabilities, gone through once, and as far as `kept` does not hold what is
+        images: the probabilities, gone through once, and as far as `kept` does not hold what is
             left of them, again for each weight that is tried.
         kept: bytes.
     """
@@ -107,10 +107,10 @@ def search(pictures: Chunks, kept: int = KEPT) -> tuple[float, ...]:
 
 
 class Contest:
-    """The pictures that weights decide about, with the classes that can come into question."""
+    """The images that weights decide about, with the classes that can come into question."""
 
     def __init__(self, pictures: Chunks, kept: int) -> None:
-        """Go through all pictures once; `kept` is how many bytes of what is left may stay."""
+        """Go through all images once; `kept` is how many bytes of what is left may stay."""
         self._pictures = pictures
         self._blocks: list[Chunk] = []
         self._rest: int | None = None
@@ -125,7 +125,7 @@ class Contest:
             start = end
 
     def errors(self, candidates: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-        """Return top-5 and top-1 errors among these pictures with each of some weights."""
+        """Return top-5 and top-1 errors among these images with each of some weights."""
         sums = torch.zeros(len(candidates), 2, dtype=torch.float64)
         for block in self._each():
             for row, weights in zip(sums, candidates, strict=True):
@@ -154,7 +154,7 @@ def weighted(probabilities: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def undecided(chunk: Chunk) -> Iterator[Chunk]:
-    """Yield the pictures of a chunk that weights decide about, in blocks of about equal width.
+    """Yield the images of a chunk that weights decide about, in blocks of about equal width.
 
     In a block the right class is the first one; besides it there are those that some network
     puts before it or level with it. A class that every network puts behind could at most be level
@@ -179,7 +179,7 @@ def undecided(chunk: Chunk) -> Iterator[Chunk]:
 
 
 def _block(chunk: Chunk, rows: Tensor, rank: Tensor, width: int) -> Chunk:
-    """Cut out pictures `rows` and for each the `width` classes of the highest `rank` [n, classes].
+    """Cut out images `rows` and for each the `width` classes of the highest `rank` [n, classes].
 
     Rank 2 is the right class, 1 one that comes into question, 0 any other.
     """
@@ -195,17 +195,17 @@ CHUNK = 1 << 24
 
 
 class Together:
-    """The probabilities of several runs, picture by picture.
+    """The probabilities of several runs, image by image.
 
-    A picture counts if it was sound for all of them.
+    An image counts if it was sound for all of them.
     """
 
     def __init__(self, saved: Sequence[Saved], weights: Tensor | None = None) -> None:
-        """Make sure that they are of the same pictures.
+        """Make sure that they are of the same images.
 
         Args:
             saved: of each run.
-            weights: float32 [N], 0 for pictures that are not to count, if others are not, either.
+            weights: float32 [N], 0 for images that are not to count, if others are not, either.
 
         Raises:
             UsageError: they are not; names the runs and what differs.
@@ -213,15 +213,15 @@ class Together:
         self.saved = saved
         self.networks = len(saved)
         self.weights = saved[0].weights * (1.0 if weights is None else weights)
-        """float32 [N], 0 for pictures that do not count."""
+        """float32 [N], 0 for images that do not count."""
         for other in saved[1:]:
             _same(saved[0], other)
             self.weights *= other.weights
         if not self.weights.any():
-            raise UsageError("no picture was sound for all runs; evaluate them anew")
+            raise UsageError("no image was sound for all runs; evaluate them anew")
 
     def chunks(self, start: int = 0) -> Iterator[tuple[int, Chunk]]:
-        """Yield what comes after each chunk, and the chunk, from picture `start` on."""
+        """Yield what comes after each chunk, and the chunk, from image `start` on."""
         about = self.saved[0].about
         rows = max(1, CHUNK // (self.networks * len(about.classes)))
         for first in range(start, about.samples, rows):
@@ -244,7 +244,7 @@ def counted(nets: Together, weights: Sequence[float]) -> list[dict[str, float]]:
 
 
 def _same(first: Saved, other: Saved) -> None:
-    """Refuse probabilities of other pictures or classes."""
+    """Refuse probabilities of other images or classes."""
     one, two = first.about, other.about
     if two.split != one.split:
         found = f"of split {two.split!r}, those of {first.run} of {one.split!r}"
@@ -274,8 +274,8 @@ def _difference(one: About, two: About) -> str:
 MOST = 10
 """Combinations of one size that are counted; the first ones, in the order of the runs."""
 KINDS = ("equal", "searched", "held_out")
-"""Equal weights; searched on the pictures that are counted, as the original did; and searched on
-every other picture, counted on those between, and the other way round."""
+"""Equal weights; searched on the images that are counted, as the original did; and searched on
+every other image, counted on those between, and the other way round."""
 ERRORS = ("top1_error", "top5_error")
 
 
@@ -331,7 +331,7 @@ def _errors(nets: Together) -> dict[str, dict[str, float]]:
 
 
 def _held_out(nets: Together) -> dict[str, float]:
-    """Errors with weights searched on the pictures that are not counted."""
+    """Errors with weights searched on the images that are not counted."""
     odd = (torch.arange(len(nets.weights)) % 2).to(nets.weights.dtype)
     halves = [Together(nets.saved, nets.weights * part) for part in (odd, 1 - odd)]
     totals = dict.fromkeys(ERRORS, 0.0)
@@ -346,7 +346,7 @@ def _held_out(nets: Together) -> dict[str, float]:
 def as_lines(result: dict[str, Any]) -> Iterator[str]:
     """Yield the table in words."""
     views = "centre view" if result["views"] == 1 else "ten views"
-    yield f"{result['split']}, {result['samples']:,} pictures, {views}; top-1 / top-5 error"
+    yield f"{result['split']}, {result['samples']:,} images, {views}; top-1 / top-5 error"
     yield "  nets  equal weights    searched on these  searched on the other half"
     for one in result["sizes"]:
         cells = [
@@ -367,7 +367,7 @@ class Ensemble:
     weights: tuple[float, ...] = ()
     """A weight for each run; default: all equal."""
     search: bool = False
-    """Look for the weights with the fewest top-5 errors on these pictures."""
+    """Look for the weights with the fewest top-5 errors on these images."""
     sizes: tuple[int, ...] = ()
     """Instead: a table of averages of so many of the runs."""
     out: Path | None = None
@@ -469,11 +469,11 @@ def _tell_old(saved: Saved) -> None:
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     views = "centre view" if result["views"] == 1 else "ten views"
-    yield f"{result['split']}, {result['samples']:,} pictures, {views}"
+    yield f"{result['split']}, {result['samples']:,} images, {views}"
     yield "   top-1     top-5     loss  weight"
     for one in result["runs"]:
         yield f"{_numbers(one)}  {one['weight']:6.3f}  {one['run']}, step {one['step']}"
-    found = " (weights searched on these pictures)" if result["searched"] else ""
+    found = " (weights searched on these images)" if result["searched"] else ""
     yield f"{_numbers(result['average'])}          average{found}"
 
 

@@ -4,7 +4,7 @@ The template stretches the square over any width and keeps strokes and letters a
 one chart reads well on a phone, on a desk and on paper, in the colours of the page. Whatever
 the number of rows, a chart stays a few tens of kilobytes: a line is thinned to `BUCKETS` points.
 
-The charts of a report: loss, error, pictures a second, waiting for data, moving weights.
+The charts of a report: loss, error, images a second, waiting for data, moving weights.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _error(records: Records) -> Chart:
 def _learning(
     records: Records, title: str, name: str, scale: float, limit: float, unit: str = ""
 ) -> Chart:
-    """Training and validation over the pictures seen, with the drops of the rate."""
+    """Training and validation over the images seen, with the drops of the rate."""
     metrics, validation = records.metrics, records.validation
     values, checked = metrics[name] * scale, validation[name] * scale
     across = _across(metrics, validation)
@@ -222,7 +222,7 @@ def _speed(records: Records) -> Chart:
         line(metrics["position"], metrics["img_s"], axes, "raw", noisy=True),
         _smoothed(metrics, metrics["img_s"], axes, "whole job"),
     ]
-    return _chart(records, "Pictures per second", axes, lines, [], "", _caption(metrics))
+    return _chart(records, "Images per second", axes, lines, [], "", _caption(metrics))
 
 
 def _wait(records: Records) -> Chart:
@@ -256,7 +256,7 @@ def _updates(records: Records) -> Chart:
     powers = range(low, max(high, low + 1) + 1)
     return Chart(
         title="Update against weight",
-        x=_picture_ticks(records.metrics, across),
+        x=_image_ticks(records.metrics, across),
         y=[Tick(axes[1].place(power), f"1e{power}") for power in powers],
         lines=[line for line in lines if line.path],
         marks=_rate_marks(records, across),
@@ -276,7 +276,7 @@ def _chart(
 ) -> Chart:
     return Chart(
         title=title,
-        x=_picture_ticks(records.metrics, axes[0]),
+        x=_image_ticks(records.metrics, axes[0]),
         y=[Tick(axes[1].place(v), f"{short(v)}{unit}") for v in axes[1].round_values()],
         lines=[line for line in lines if line.path],
         dots=points,
@@ -299,8 +299,8 @@ def _most(values: Floats, percentile: float = 99.5) -> float:
     return float(np.percentile(known, percentile)) if len(known) else 0.0
 
 
-def _picture_ticks(metrics: Series, axis: Axis) -> list[Tick]:
-    """Round numbers of pictures, each with the epochs that it is."""
+def _image_ticks(metrics: Series, axis: Axis) -> list[Tick]:
+    """Round numbers of images, each with the epochs that it is."""
     epoch = metrics.last("position") / max(metrics.last("epoch"), 1e-9)
     return [
         Tick(

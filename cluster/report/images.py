@@ -1,8 +1,8 @@
-"""The pictures of a report: what the network sees, and what its first layer looks for.
+"""The images of a report: what the network sees, and what its first layer looks for.
 
-Figure 4 (left) of the paper: pictures, what they are, and the five answers of the network.
+Figure 4 (left) of the paper: images, what they are, and the five answers of the network.
 
-The paper shows eight test pictures of its own choice. Here they are chosen by rule, from the
+The paper shows eight test images of its own choice. Here they are chosen by rule, from the
 probabilities that `cluster.evaluate --save-probabilities` leaves: those in which the true class got
 the most, those in which it got the least, and some drawn by lot among all.
 """
@@ -33,7 +33,7 @@ from cluster.run.probabilities import Saved, file_of
 from pipeline.dataset.images import Pixels, Undecodable, pixels_of
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import CACHE_SIZE, metadata, open_dataset, parse_size
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DuetError
 
 PICTURES = 32
@@ -43,19 +43,19 @@ KERNEL_GAP = 1  # kernel pixels between neighbours
 
 
 class Unavailable(Exception):
-    """A picture cannot be made; the message is what the page says in its place."""
+    """An image cannot be made; the message is what the page says in its place."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A training picture as the network gets it."""
+    """A training image as the network gets it."""
 
     name: str
     uri: str
 
 
 def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
-    """The first training pictures of a run, cropped, flipped and coloured as it had them.
+    """The first training images of a run, cropped, flipped and coloured as it had them.
 
     Raises:
         Unavailable: the data set cannot be read here.
@@ -79,7 +79,7 @@ def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
             batch = next(stream)
             mean = stream.channel_mean
     except (DuetError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise Unavailable(f"No pictures: {first_line(error)}.") from error
+        raise Unavailable(f"No images: {first_line(error)}.") from error
     restored = batch.images.float().cpu().numpy() + np.asarray(mean).reshape(1, 3, 1, 1)
     pixels = restored.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     labels = batch.labels.cpu().tolist()
@@ -148,7 +148,7 @@ def tile(kernels: Kernel, across: int = 0) -> Pixels:
         across: so many in a row; 0: for a sheet about four wide to three high.
 
     Returns:
-        RGBA picture, uint8 [height, width, 4], gaps clear.
+        RGBA image, uint8 [height, width, 4], gaps clear.
     """
     count, side = len(kernels), kernels.shape[-1]
     most = np.abs(kernels).max(axis=(1, 2, 3), keepdims=True)
@@ -165,7 +165,7 @@ def tile(kernels: Kernel, across: int = 0) -> Pixels:
 
 
 def small_jpeg(pixels: Pixels) -> str:
-    """A picture, uint8 [h, h, 3], as a data URI, `SHOWN_SIDE` wide."""
+    """An image, uint8 [h, h, 3], as a data URI, `SHOWN_SIDE` wide."""
     image = Image.fromarray(pixels).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=82)
@@ -186,12 +186,12 @@ def first_line(error: Exception) -> str:
 Choice = Literal["best", "worst", "random"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 EACH = 8
-"""Pictures of a choice."""
+"""Images of a choice."""
 ANSWERS = 5
 BORDER = 16
 """Pixels around the centre view, 224x224 of 256x256."""
 ROWS = 4096
-"""Pictures whose probabilities are in memory at a time."""
+"""Images whose probabilities are in memory at a time."""
 TITLES = {
     "best": "Surest of the truth",
     "worst": "Furthest from the truth",
@@ -211,7 +211,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Answer:
-    """A picture with the network's answers, the most probable first."""
+    """An image with the network's answers, the most probable first."""
 
     uri: str
     sample: int
@@ -231,10 +231,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """Pictures by choice, and what the probabilities are of."""
+    """Images by choice, and what the probabilities are of."""
 
     groups: tuple[tuple[str, tuple[Answer, ...]], ...]
-    """(title, pictures)."""
+    """(title, images)."""
     views: int
     split: str
     samples: int
@@ -248,17 +248,17 @@ def answers(
     choices: Sequence[Choice] = CHOICES,
     each: int = EACH,
 ) -> Answers:
-    """Pictures of the evaluated split with the five most probable classes.
+    """Images of the evaluated split with the five most probable classes.
 
     Args:
         run: folder of the run; its probabilities of ten views if there are, else of one.
         data: the data set that they are of.
         config: of the run, for its cache.
-        choices: which pictures.
+        choices: which images.
         each: how many of each choice.
 
     Raises:
-        Unavailable: there are no probabilities, or no such pictures.
+        Unavailable: there are no probabilities, or no such images.
     """
     views = next((views for views in (10, 1) if file_of(run, views).is_file()), 0)
     if not views:
@@ -273,7 +273,7 @@ def answers(
         chosen = choose(saved, choices, each)
         with (
             closing(open_dataset(data, **cache_of(config))) as dataset,
-            closing(Storage(dataset, saved.about.split)) as storage,
+            closing(ShardReader(dataset, saved.about.split)) as storage,
         ):
             groups = tuple(
                 (TITLES[choice], tuple(_answers(saved, storage, ids, views)))
@@ -296,7 +296,7 @@ def _check(saved: Saved, data: str, config: dict[str, Any]) -> None:
 
 
 def choose(saved: Saved, choices: Sequence[Choice], each: int) -> dict[Choice, list[int]]:
-    """Which pictures each choice shows, by their ids; damaged ones are never shown."""
+    """Which images each choice shows, by their ids; damaged ones are never shown."""
     sound = torch.nonzero(saved.weights > 0).flatten()
     true = torch.cat(
         [
@@ -319,7 +319,7 @@ def _true(probabilities: Tensor, labels: Tensor) -> Tensor:
     return probabilities.gather(1, labels[: len(probabilities), None]).flatten()
 
 
-def _answers(saved: Saved, storage: Storage, ids: list[int], views: int) -> list[Answer]:
+def _answers(saved: Saved, storage: ShardReader, ids: list[int], views: int) -> list[Answer]:
     names, found = saved.about.classes, []
     for sample, pixels in zip(ids, _pixels(storage, ids), strict=True):
         row, label = saved.rows(sample, sample + 1)[0], int(saved.labels[sample])
@@ -333,8 +333,8 @@ def _answers(saved: Saved, storage: Storage, ids: list[int], views: int) -> list
     return found
 
 
-def _pixels(storage: Storage, ids: list[int]) -> list[Pixels]:
-    """The pictures; grey where one was damaged since it was evaluated."""
+def _pixels(storage: ShardReader, ids: list[int]) -> list[Pixels]:
+    """The images; grey where one was damaged since it was evaluated."""
     places = np.array(ids, np.int64)
     views, damages = storage.read(places, np.empty(storage.room(places), np.uint8))
     found = []

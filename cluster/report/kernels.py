@@ -165,7 +165,7 @@ WHOLE = Axis(0, 1)
 
 @dataclass(frozen=True)
 class Column:
-    """The first layer of a column as one picture, and its scores."""
+    """The first layer of a column as one image, and its scores."""
 
     name: str
     uri: str
@@ -295,7 +295,7 @@ def scored_sheet(kernels: Kernel, rated: Scores) -> Pixels:
     """`tile` with two bars under each kernel: its colourfulness and its orientation, 0..1.
 
     Returns:
-        RGBA picture, uint8 [height, width, 4].
+        RGBA image, uint8 [height, width, 4].
     """
     plain = tile(kernels)
     side = kernels.shape[-1] * KERNEL_SCALE

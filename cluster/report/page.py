@@ -64,9 +64,9 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     data: str | None = None
-    """Its data set (folder or address), for the pictures and the class names."""
+    """Its data set (folder or address), for the images and the class names."""
     answers: tuple[Choice, ...] = CHOICES
-    """Which pictures to show with the network's answers."""
+    """Which images to show with the network's answers."""
     each: int = EACH
     """How many of each choice."""
 
@@ -79,7 +79,7 @@ def report(
     Args:
         run: folder of the run.
         data: its data set, if it is there.
-        choices: which pictures are shown with the network's answers.
+        choices: which images are shown with the network's answers.
         each: how many of each choice.
 
     Raises:
@@ -168,7 +168,7 @@ def _manifest(data: str | None, records: Records) -> tuple[Manifest | None, str]
 
 def _mosaic(data: str | None, records: Records) -> tuple[list[Sample], str]:
     if data is None:
-        return [], "No pictures: no data folder was given (--data)."
+        return [], "No images: no data folder was given (--data)."
     try:
         return mosaic(data, records.config), ""
     except Unavailable as error:
@@ -199,7 +199,7 @@ def _class_names(records: Records, manifest: Manifest | None, found: Found | Non
         return found.classes
     if manifest is not None:
         return manifest.classes
-    # An evaluation leaves out classes without pictures.
+    # An evaluation leaves out classes without images.
     tables = (evaluation.get("classes") for evaluation in records.evaluations.values())
     return next((list(classes) for classes in tables if classes), [])
 

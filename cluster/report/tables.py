@@ -54,7 +54,7 @@ def lead(records: Records, manifest: Manifest | None) -> str:
         words += f" or {short(metrics.last('epoch'))} epochs"
     if manifest is not None and "train" in manifest.splits:
         words += (
-            f" over {manifest.splits['train'].samples:,} training pictures "
+            f" over {manifest.splits['train'].samples:,} training images "
             f"of {len(manifest.classes):,} classes"
         )
     return words + "."
@@ -79,13 +79,13 @@ def error_tiles(records: Records) -> list[Tile]:
 
 def _evaluated(evaluation: dict[str, Any]) -> str:
     samples, step = evaluation.get("samples"), evaluation.get("step")
-    over = f"{samples:,} pictures" if isinstance(samples, int) else ""
+    over = f"{samples:,} images" if isinstance(samples, int) else ""
     at = f"step {step:,}" if isinstance(step, int) else ""
     return ", ".join(part for part in (over, at) if part)
 
 
 def run_tiles(records: Records) -> list[Tile]:
-    """What the run took: pictures, damage, speed, waiting, time; nothing without steps."""
+    """What the run took: images, damage, speed, waiting, time; nothing without steps."""
     metrics = records.metrics
     if not len(metrics):
         return []
@@ -94,15 +94,15 @@ def run_tiles(records: Records) -> list[Tile]:
     seconds = float(lasted[timed].sum())
     epochs = metrics.last("epoch")
     note = f"{short(epochs)} epochs" if math.isfinite(epochs) else ""
-    tiles = [Tile("pictures seen", f"{metrics.last('position'):,.0f}", note=note)]
+    tiles = [Tile("images seen", f"{metrics.last('position'):,.0f}", note=note)]
     if replaced := int(np.nansum(metrics["replaced"])):
         note = "others stood in; quarantine.jsonl lists them"
-        tiles.append(Tile("damaged pictures left out", f"{replaced:,}", note=note))
+        tiles.append(Tile("damaged images left out", f"{replaced:,}", note=note))
     if seconds > 0:
         wait = float((waited[timed] * lasted[timed]).sum()) / seconds
         speed = float(np.median(speeds[timed]))
         tiles += [
-            Tile("pictures per second", f"{speed:,.0f}", note="median step, whole job"),
+            Tile("images per second", f"{speed:,.0f}", note="median step, whole job"),
             Tile("waiting for data", percent(wait), "%", f"of the time in steps{_causes(records)}"),
             Tile("time in steps", *duration(seconds), "without validation and checkpoints"),
         ]

@@ -79,7 +79,7 @@ class Screen:
                 self.say(
                     f"step {row['step']:>6}  validation: loss {row['loss']:.3f}"
                     f"  top-1 error {row['top1_error']:.1%}  top-5 error {row['top5_error']:.1%}"
-                    f"  ({row['samples']:,} pictures, {row['seconds']:.1f} s)"
+                    f"  ({row['samples']:,} images, {row['seconds']:.1f} s)"
                 )
             case Saved(step, seconds):
                 self.say(f"step {step:>6}  checkpoint ({seconds:.1f} s)")

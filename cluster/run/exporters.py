@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from pipeline.tools.errors import SetupError
 
 GAUGES = {
-    "img_s": ("duet_images_per_second", "Pictures per second, of the whole job."),
+    "img_s": ("duet_images_per_second", "Images per second, of the whole job."),
     "data_wait": ("duet_data_wait_ratio", "Share of a step spent waiting for data."),
     "wait_storage": (
         "duet_wait_storage_seconds",
@@ -42,12 +42,12 @@ GAUGES = {
     "loss": ("duet_loss", "Mean loss of the batch."),
     "top1_error": ("duet_top1_error_ratio", "Top-1 error of the batch."),
     "lr": ("duet_learning_rate", "Learning rate of the weights."),
-    "epoch": ("duet_epoch", "Passes over the training pictures."),
+    "epoch": ("duet_epoch", "Passes over the training images."),
     "step": ("duet_step", "Steps made."),
     "total": ("duet_steps", "Steps of the whole run."),
     "replicas": ("duet_replicas", "Copies of the network that train now."),
-    "replaced": ("duet_quarantined_pictures", "Damaged pictures replaced since the last start."),
-    "validation_loss": ("duet_validation_loss", "Loss of the validation pictures."),
+    "replaced": ("duet_quarantined_pictures", "Damaged images replaced since the last start."),
+    "validation_loss": ("duet_validation_loss", "Loss of the validation images."),
     "validation_top1_error": ("duet_validation_top1_error_ratio", "Their top-1 error."),
     "validation_top5_error": ("duet_validation_top5_error_ratio", "Their top-5 error."),
 }
@@ -58,7 +58,7 @@ TAGS = ("run", "replica", "column")
 class Gauges:
     """Publishes rows as gauges; for processes that Ray has started."""
 
-    def __init__(self, run: str, place: Place) -> None:
+    def __init__(self, run: str, place: ProcessMesh) -> None:
         """Make the gauges.
 
         Args:

@@ -8,11 +8,11 @@ RUN/layers.jsonl         each layer's means, every 50 steps (log.py)
 RUN/kernels.jsonl        conv1 after steps 1, 2, 4, 8 ...   (kernels.py)
 RUN/rates.jsonl          a row a change of the rates        (rates.py)
 RUN/rates.toml           put there by hand to change them   (hand_rates.py)
-RUN/quarantine.jsonl     damaged pictures that others replaced  (pipeline/stream/quarantine.py)
+RUN/quarantine.jsonl     damaged images that others replaced  (pipeline/stream/quarantine.py)
 RUN/ledger/              what was delivered, with --ledger      (pipeline/ledger.py)
 RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)
 RUN/evaluation-*.json    errors with 1 or 10 views            (evaluate.py)
-RUN/probabilities-*      of every picture, with --save-probabilities  (probabilities.py)
+RUN/probabilities-*      of every image, with --save-probabilities  (probabilities.py)
 RUN/tensorboard/         the rows for TensorBoard, with --tensorboard  (tensorboard.py)
 RUN/report.html          all of it on one page               (report)
 RUN/measure.json         where a step's time goes, with --measure  (measure.py)
@@ -116,7 +116,7 @@ def settle(run: Path, config: Config, data_sha256: str, samples: int, step: int)
         run: folder of the run.
         config: the settings of this command.
         data_sha256: identity of the data set.
-        samples: its training pictures.
+        samples: its training images.
         step: step of the newest checkpoint, 0 if there is none.
 
     Raises:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Stepped, Tell, Validated, Warned
 from cluster.run.folder import KERNELS, LAYERS, METRICS, VALIDATION, Mark
 from cluster.run.jsonl import WAITS, Rows
@@ -21,7 +21,7 @@ from cluster.run.kernels import encoded
 from model.exchange import Exchange
 from model.optimizer import Means
 from model.schedule import Rates
-from pipeline.stream.timing import Waits
+from pipeline.stream.timing import WaitTimes
 
 TELL_EVERY = 0.25
 """Seconds between steps told to the watcher; every step goes into the file."""
@@ -42,7 +42,7 @@ class Log:
     """
 
     def __init__(
-        self, run: Path, place: Place, tell: Tell, samples: int, step: int,
+        self, run: Path, place: ProcessMesh, tell: Tell, samples: int, step: int,
         publish: Sequence[Publish] = (), keep: list[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Open the files of `run`, first cutting off rows after `step`.
@@ -51,7 +51,7 @@ class Log:
             run: folder of the run.
             place: of this process.
             tell: the watcher.
-            samples: training pictures, to count epochs.
+            samples: training images, to count epochs.
             step: step the run goes on from; 0 for a new one.
             publish: get the numbers of this process about once a second.
             keep: gets every row of this process.
@@ -69,13 +69,13 @@ class Log:
         self._told = self._published = time.monotonic()
         self._replaced = self._total = 0
         self._waited = self._saved = self._exchanged = self._computed = 0.0
-        self._waits = Waits()
+        self._waits = WaitTimes()
         self._sent = 0
         self._exchange: Exchange | None = None
         self._start = time.perf_counter()
 
     @contextmanager
-    def waiting(self, waits: Waits) -> Iterator[None]:
+    def waiting(self, waits: WaitTimes) -> Iterator[None]:
         """Count the block as waiting for data; `waits` is what its stream counts."""
         before, start = waits.copy(), time.perf_counter()
         yield
@@ -120,7 +120,7 @@ class Log:
             config: the settings.
             rates: its learning rates.
             values: float [3] on the device: mean loss and top-1 error of the batch, and how many
-                of its pictures replace damaged ones (means over the replicas).
+                of its images replace damaged ones (means over the replicas).
             exchange: the link to the other column, if there is one.
         """
         self.flush()
@@ -233,7 +233,7 @@ class Log:
             self._files[KERNELS].add(row)
 
     def validation(self, mark: Mark, validate: Callable[[], dict[str, float]]) -> float:
-        """Make a pass over the validation pictures, outside the time of the steps, and note it.
+        """Make a pass over the validation images, outside the time of the steps, and note it.
 
         Returns:
             its top-1 error, 0 to 1.
@@ -277,7 +277,7 @@ class Log:
                 file.close()
 
 
-def by_cause(waited: float, waits: Waits) -> dict[str, float]:
+def by_cause(waited: float, waits: WaitTimes) -> dict[str, float]:
     """Seconds of waiting for data by what was not ready; see `WAITS`. They add up to `waited`."""
     storage, feed = waits.fetch + waits.storage, waits.checksum + waits.feed
     causes = (storage, feed, waits.decode, max(0.0, waited - storage - feed - waits.decode))

@@ -1,16 +1,16 @@
-"""The class probabilities of every picture of a split, kept to average networks.
+"""The class probabilities of every image of a split, kept to average networks.
 
     RUN/probabilities-1.safetensors      of the centre view
     RUN/probabilities-10.safetensors     of ten views
 
         ids            int64 [N]             places in the split's stored order, 0..N-1
         labels         int64 [N]             places in `classes`
-        weights        float32 [N]           1; 0 where the picture is damaged
+        weights        float32 [N]           1; 0 where the image is damaged
         probabilities  float32 [N, classes]  rows sum to 1; zeros where the weight is 0
         metadata       "about": JSON of `About`
 
 Reading it runs no code and needs no more memory than the rows that are asked for. It is written row
-by row, too: 50,000 pictures of 1,000 classes are 200 MB.
+by row, too: 50,000 images of 1,000 classes are 200 MB.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class About:
     """1 or 10."""
     split: str
     samples: int
-    """N: pictures in the split."""
+    """N: images in the split."""
     classes: tuple[str, ...]
     """Names, in the order of the columns."""
     data_sha256: str
@@ -114,7 +114,7 @@ class Writer:
         Args:
             probabilities: float32 [b, classes].
             labels: int64 [b].
-            weights: [b], 0 for damaged pictures; rows beyond N only pad and are left out.
+            weights: [b], 0 for damaged images; rows beyond N only pad and are left out.
         """
         rows = slice(self._done, min(self._done + len(labels), self._samples))
         count = rows.stop - rows.start
@@ -176,7 +176,7 @@ class Saved:
             self.labels: Tensor = self._file.get_tensor("labels")
             """int64 [N]."""
             self.weights: Tensor = self._file.get_tensor("weights")
-            """float32 [N], 0 where the picture is damaged."""
+            """float32 [N], 0 where the image is damaged."""
             self._rows: Any = self._file.get_slice("probabilities")
             self._check(views)
         except (SafetensorError, ValueError, TypeError) as error:
@@ -202,4 +202,4 @@ class Saved:
         if len(self.labels) != about.samples or wrong.any():
             raise ValueError("its labels are not those of its rows")
         if len(self.weights) != about.samples or not self.weights.sum() > 0:
-            raise ValueError("it counts no picture")
+            raise ValueError("it counts no image")

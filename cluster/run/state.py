@@ -70,7 +70,7 @@ class State:
     best: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     replaced: int = 0
-    """Damaged pictures in RUN/quarantine.jsonl."""
+    """Damaged images in RUN/quarantine.jsonl."""
     starts: int = 0
     ends: list[dict[str, Any]] = field(default_factory=list)
     """When, at which step and why the last starts ended, newest last."""

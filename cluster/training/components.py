@@ -13,7 +13,7 @@ import torch
 from cluster.checkpoint.loader import start_from
 from cluster.checkpoint.writer import Checkpoints
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Tell
 from cluster.run.exporters import Board
 from cluster.run.folder import LEDGER, QUARANTINE, Mark
@@ -39,7 +39,7 @@ class Training:
     config: Config
     data: str
     run: Path
-    place: Place
+    place: ProcessMesh
     net: AlexNet
     """The columns that belong here."""
     optimiser: Sgd2012
@@ -57,7 +57,7 @@ class Training:
 
 @contextmanager
 def prepared(
-    config: Config, data: str, run: Path, place: Place, tell: Tell, publish: Sequence[Publish]
+    config: Config, data: str, run: Path, place: ProcessMesh, tell: Tell, publish: Sequence[Publish]
 ) -> Iterator[Training]:
     """Put a training together, and take it apart after the block.
 
@@ -97,7 +97,7 @@ def prepared(
 
 
 def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
-    """Return how many training pictures there are, and what a checkpoint says of its origin."""
+    """Return how many training images there are, and what a checkpoint says of its origin."""
     folder = metadata(data, **config.cached)
     manifest = Manifest.load(folder)
     return manifest.split("train", folder).samples, {
@@ -108,7 +108,7 @@ def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
     }
 
 
-def network(config: Config, classes: int, place: Place) -> AlexNet:
+def network(config: Config, classes: int, place: ProcessMesh) -> AlexNet:
     """Return the columns of the network that belong to this place, as they were drawn."""
     wire = torch.bfloat16 if config.exchange_dtype == "bfloat16" else None
     return AlexNet(
@@ -129,10 +129,10 @@ def join_rows(checkpoints: Checkpoints, log: Log, mirror: Mirror | None) -> None
 
 
 def open_stream(
-    config: Config, data: str, run: Path, place: Place, *, split: str = "train",
+    config: Config, data: str, run: Path, place: ProcessMesh, *, split: str = "train",
     view: View = "random", position: int = 0, once: bool = False,
 ) -> Stream:  # fmt: skip
-    """Open this process's share of the pictures; `once` is for an evaluation.
+    """Open this process's share of the images; `once` is for an evaluation.
 
     Without `augment` the view `random` becomes `centre`.
     """
@@ -162,7 +162,7 @@ def open_stream(
     )
 
 
-def describe(config: Config, place: Place) -> str:
+def describe(config: Config, place: ProcessMesh) -> str:
     """Return the workers in words."""
     if place.pair:
         each = "a column each"

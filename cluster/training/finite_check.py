@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import CHECKPOINTS, checkpoints_in
 from cluster.training.precision import autocast
 from model.alexnet import AlexNet
@@ -30,7 +30,7 @@ def check_finite(
     net: AlexNet,
     images: Tensor,
     dtype: torch.dtype,
-    place: Place,
+    place: ProcessMesh,
     step: int,
     run: Path,
 ) -> None:
@@ -71,7 +71,7 @@ def first_not_finite(
     names = [stage.layer.name for stage in net.stages]
     seen: list[tuple[int, str]] = []
     if not images.isfinite().all():
-        return -1, "the pictures themselves are not finite"
+        return -1, "the images themselves are not finite"
 
     def watch(name: str, x: Tensor) -> None:
         if not seen and not x.isfinite().all():
@@ -93,7 +93,7 @@ def _words(net: AlexNet, name: str, x: Tensor) -> str:
     return f"{told}, its weights are, the largest is {largest:.3g}"
 
 
-def _of_the_pair(found: tuple[int, str], place: Place) -> tuple[int, str]:
+def _of_the_pair(found: tuple[int, str], place: ProcessMesh) -> tuple[int, str]:
     """What the column says that broke first."""
     if place.pair is None:
         return found

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 
 # Bytes from which a gradient is a message of its own, sent from where it lies; and the bytes after
 # which smaller ones, copied together, are off. In the full network fc6 alone is 75 MB of a column's
@@ -45,7 +45,7 @@ class GradientAverage:
     order of summation, and so a run that went on differs from one that was never cut.
 
     Gloo and NCCL alike match the operations of a group by their order; this class starts them in
-    one order, that of its messages, and `Place.mean` may follow before or after `finish`.
+    one order, that of its messages, and `ProcessMesh.mean` may follow before or after `finish`.
 
     Args:
         net: its parameters get hooks, until `close`; those that take no gradient are left out.
@@ -53,7 +53,9 @@ class GradientAverage:
         message_bytes: least size of a message, in bytes.
     """
 
-    def __init__(self, net: nn.Module, place: Place, message_bytes: int = MESSAGE_BYTES) -> None:
+    def __init__(
+        self, net: nn.Module, place: ProcessMesh, message_bytes: int = MESSAGE_BYTES
+    ) -> None:
         self._peers, self._replicas = place.peers, place.replicas
         parameters = [p for p in reversed(list(net.parameters())) if p.requires_grad]
         self._messages = _messages(parameters, message_bytes) if self._peers else []

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Rated, Tell, Warned
 from cluster.run.folder import RATES, VALIDATION
 from model.schedule import (
@@ -65,7 +65,7 @@ class Recipe:
 
     config: Config
     samples: int
-    """Training pictures."""
+    """Training images."""
     total: int
     """Steps of the whole run."""
 
@@ -344,7 +344,9 @@ class RateControl:
                 rates.review(step, error or None)
     """
 
-    def __init__(self, recipe: Recipe, run: Path, place: Place, tell: Tell, step: int) -> None:
+    def __init__(
+        self, recipe: Recipe, run: Path, place: ProcessMesh, tell: Tell, step: int
+    ) -> None:
         """Find the events of the run, and write those that have come by now.
 
         Args:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Ended, Finished, Publish, Started, Tell
 from cluster.run.folder import Mark
 from cluster.run.kernels import first_kernels, kept
@@ -25,7 +25,7 @@ from model.optimizer import layer_statistics
 
 
 def train(
-    config: Config, data: str, run: Path, place: Place, tell: Tell, *,
+    config: Config, data: str, run: Path, place: ProcessMesh, tell: Tell, *,
     ending: Callable[[], bool] = lambda: False, publish: Sequence[Publish] = (),
 ) -> None:  # fmt: skip
     """Train to the end of the run, from its newest checkpoint if there is one.
@@ -105,7 +105,7 @@ def learn(t: Training, step: int, batch: Whole) -> Tensor:
 
     Returns:
         float [3]: mean loss and top-1 error of this replica's share of the batch, and how many of
-        its pictures stand for damaged ones.
+        its images stand for damaged ones.
     """
     config, place = t.config, t.place
     own, most = len(batch.labels), config.micro(place.replicas)
@@ -124,7 +124,9 @@ def learn(t: Training, step: int, batch: Whole) -> Tensor:
     return torch.cat((values, batch.replaced.sum()[None]))
 
 
-def forward(net: AlexNet, batch: Whole, config: Config, place: Place) -> tuple[Tensor, Tensor]:
+def forward(
+    net: AlexNet, batch: Whole, config: Config, place: ProcessMesh
+) -> tuple[Tensor, Tensor]:
     """Return mean loss (with its gradient) and top-1 error of a batch."""
     logits = net_output(net, batch, config, place)
     wrong, _ = errors(logits.detach(), batch.labels, batch.weights)
@@ -133,7 +135,7 @@ def forward(net: AlexNet, batch: Whole, config: Config, place: Place) -> tuple[T
 
 @torch.no_grad()
 def validate(t: Training) -> dict[str, float]:
-    """Return loss and errors of the centre view of every sound validation picture, once each."""
+    """Return loss and errors of the centre view of every sound validation image, once each."""
     start, place = time.perf_counter(), t.place
     sums = torch.zeros(4, device=place.device, dtype=torch.float64)
     t.net.eval()
@@ -155,7 +157,7 @@ def validate(t: Training) -> dict[str, float]:
     }
 
 
-def net_output(net: AlexNet, batch: Whole, config: Config, place: Place) -> Tensor:
+def net_output(net: AlexNet, batch: Whole, config: Config, place: ProcessMesh) -> Tensor:
     """Return the logits, float32 [b, classes]."""
     with autocast(compute_dtype(config.dtype, place.device), place.device):
         logits: Tensor = net(batch.images.float())

@@ -4,7 +4,7 @@ The next batch is under way while the network computes on this one. How it cross
 where the pixels are:
 
     CPU   through memory that both processes map: each column writes its half in place. For 128
-          float32 pictures that costs a core 11 ms (measured), where sending them by gloo costs 74.
+          float32 images that costs a core 11 ms (measured), where sending them by gloo costs 74.
     GPU   by the collective of `model.exchange`, on a CUDA stream of its own.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from model.exchange import Exchange
 from pipeline.batches import Batch, Stream
 
@@ -45,7 +45,7 @@ class Whole:
     """Samples consumed by the whole job after this batch."""
 
     def parts(self, most: int) -> Iterator[tuple[int, Whole]]:
-        """Cut it into parts of at most `most` pictures: (its first row, the part) each."""
+        """Cut it into parts of at most `most` images: (its first row, the part) each."""
         for row in range(0, len(self.labels), most):
             part = slice(row, row + most)
             yield (
@@ -79,7 +79,7 @@ class Join(Protocol):
 class Feed:
     """Iterator over whole batches of `stream`, one batch ahead of the network."""
 
-    def __init__(self, stream: Stream, place: Place, batches: int | None = None) -> None:
+    def __init__(self, stream: Stream, place: ProcessMesh, batches: int | None = None) -> None:
         """Start the first; `batches` is how many there will be, unless the stream ends before."""
         self._stream = itertools.islice(stream, batches)
         self.waits = stream.waits
@@ -111,7 +111,7 @@ class Feed:
         self._join.close()
 
 
-def join_for(place: Place) -> Join:
+def join_for(place: ProcessMesh) -> Join:
     """The quickest way to join halves at this place."""
     if place.pair is None or place.pictures is None:
         return Alone()

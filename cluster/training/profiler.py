@@ -18,7 +18,7 @@ import torch
 
 from cluster.checkpoint.writer import Checkpoints
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Measured, Tell
 from cluster.run.folder import Mark
 from cluster.run.jsonl import WAITS
@@ -28,7 +28,7 @@ from cluster.training.loop import make_steps
 from cluster.training.pair_batches import Feed, Whole
 from cluster.training.precision import keep_memory
 from model.exchange import Exchange
-from pipeline.stream.timing import Waits
+from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import hardware
 from pipeline.throughput.clock import Load, Rate, Row, row
 from pipeline.throughput.diagnosis import examine
@@ -81,7 +81,7 @@ class Headspace:
     """Share of the machine that other programs used meanwhile, 0..1."""
 
 
-def measure(config: Config, data: str, place: Place, tell: Tell) -> None:
+def measure(config: Config, data: str, place: ProcessMesh, tell: Tell) -> None:
     """Measure a training of these settings; every process of the job calls it at the same time.
 
     The leader tells what was found (`Measured`). Nothing is written but in a temporary folder.
@@ -181,7 +181,7 @@ class _Replay:
     """Batches that lie ready."""
 
     def __init__(self, kept: Sequence[Whole]) -> None:
-        self.waits = Waits()
+        self.waits = WaitTimes()
         self._turns: Iterator[Whole] = itertools.cycle(kept)
 
     def __next__(self) -> Whole:
@@ -208,7 +208,7 @@ def _mean(loops: Sequence[Loop]) -> Loop:
 
 
 def _alone(t: Training, count: int) -> float:
-    """Pictures a second of the job's stream when nobody computes."""
+    """Images a second of the job's stream when nobody computes."""
     for _ in range(KEPT):
         next(t.feed)
     start = time.perf_counter()
@@ -218,7 +218,7 @@ def _alone(t: Training, count: int) -> float:
     return min(t.place.gather(rate))
 
 
-def _crossing(exchange: Exchange, size: int, place: Place) -> float:
+def _crossing(exchange: Exchange, size: int, place: ProcessMesh) -> float:
     """Bytes a second that cross between columns, in messages of a layer's size."""
     message = torch.zeros(max(1, size // 8), dtype=torch.uint8, device=place.device)
     exchange.batch(message)
@@ -231,7 +231,7 @@ def _crossing(exchange: Exchange, size: int, place: Place) -> float:
 
 
 def _result(
-    config: Config, data: str, place: Place, everybody: Sequence[Headspace]
+    config: Config, data: str, place: ProcessMesh, everybody: Sequence[Headspace]
 ) -> dict[str, Any]:
     """What the driver writes down: the split of a step, and the examination of the stream."""
     slowest = max(everybody, key=lambda one: one.real.wall)

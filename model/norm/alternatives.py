@@ -22,7 +22,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     torch moves the running ones in each forward pass. Here a step may be several passes, of
     micro-batches and in several replicas: all are averaged, and move them once. So they are the
-    same however a batch is shared out, as long as the pictures that are normalised together are.
+    same however a batch is shared out, as long as the images that are normalised together are.
     What is normalised together is a micro-batch, in the process that computes it: training asks no
     other replica for its statistics.
 
@@ -59,7 +59,7 @@ class BatchNorm(nn.BatchNorm2d):
     def take(self) -> Tensor | None:
         """Mean and variance of each map, [2, maps], over what was seen since the last call.
 
-        Means over the passes, each with the weight of its pictures; the variance is that within
+        Means over the passes, each with the weight of its images; the variance is that within
         a pass (unbiased, as torch has it). None if nothing was seen in training.
         """
         if self._noted is None:
@@ -79,7 +79,7 @@ LCN_SIZE = 9
 LCN_DEVIATION = LCN_SIZE / 4
 """Of the Gaussian, in pixels. The paper gives none; this is Torch7's, from the same laboratory."""
 LCN_FLOOR = 1e-4
-"""Smallest divisor: where a picture has no contrast at all, there is nothing to raise it to."""
+"""Smallest divisor: where an image has no contrast at all, there is nothing to raise it to."""
 
 
 def local_contrast_norm(x: Tensor, columns: int = 1) -> Tensor:
@@ -89,7 +89,7 @@ def local_contrast_norm(x: Tensor, columns: int = 1) -> Tensor:
         y_ijk = v_ijk / max(c, s_jk)    s_jk^2 = sum over i, p, q of w_pq * v_i,j+p,k+q^2
 
     The sums run over all maps i of a column and 9x9 pixels; the Gaussian w has a sum of 1 over
-    both. c is the mean of s over the pixels of a picture (of its column), and has its part in the
+    both. c is the mean of s over the pixels of an image (of its column), and has its part in the
     gradient. At the borders w is divided by what of it lies inside, so that a constant is taken to
     0 there, too. In float32 even where x is bfloat16. Besides x only numbers of a pixel are kept
     for the backward pass, none of a map.

@@ -9,7 +9,7 @@ What was compiled lies in the user's cache folder (`$XDG_CACHE_HOME/duet` or `~/
 by a hash of source, compiler, flags and processor, and is read again by every later process. Where
 there is no such folder, each process compiles for itself: some three seconds.
 
-Pictures made ready for the first convolution, with the compiled kernels where they fit.
+Images made ready for the first convolution, with the compiled kernels where they fit.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _cache() -> Path | None:
 MOST_WINDOW = 4
 """Largest pooling window of the kernels, as in kernels.c."""
 COLOURS = 3
-"""Of the pictures that the kernels take, as in kernels.c."""
+"""Of the images that the kernels take, as in kernels.c."""
 _SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 _LONG, _INT, _DOUBLE, _POINTER = ctypes.c_long, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
 _NORM = (*[_POINTER] * 3, *[_LONG] * 6, _DOUBLE, _DOUBLE, _INT, _INT)
@@ -191,7 +191,7 @@ def pools(x: Tensor, window: int) -> bool:
     return window <= MOST_WINDOW and is_channels_last(x) and takes(x)
 
 
-def takes_pictures(x: Tensor, height: int, width: int, dtype: torch.dtype) -> bool:
+def takes_images(x: Tensor, height: int, width: int, dtype: torch.dtype) -> bool:
     """Whether `pictures` can work on x."""
     colours, h, w = x.shape[1:]
     fits = colours == COLOURS and h <= height and w <= width and x.is_contiguous()
@@ -310,15 +310,15 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     return library, f"kernels compiled by {compiler}"
 
 
-def padded_pictures(pictures: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Pictures of another size and dtype, channels last, in one pass over memory.
+def padded_images(pictures: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Images of another size and dtype, channels last, in one pass over memory.
 
     They are filled up with zeros, or cut off, on the right and at the bottom. What a pipeline
     makes, float32 with three colours and contiguous, is done by a compiled kernel on a CPU: a third
     of the time of torch's operations on one core, bit for bit the same.
 
     Args:
-        pictures: float [b, c, h, w], any strides.
+        images: float [b, c, h, w], any strides.
         height: of the result, in pixels.
         width: of the result, in pixels.
         dtype: of the result.
@@ -328,7 +328,7 @@ def padded_pictures(pictures: Tensor, height: int, width: int, dtype: torch.dtyp
     """
     differentiable = pictures.requires_grad and torch.is_grad_enabled()
     apart = differentiable or torch.compiler.is_compiling()
-    if not apart and native.takes_pictures(pictures, height, width, dtype):
+    if not apart and native.takes_images(pictures, height, width, dtype):
         return native.pictures(pictures, height, width, dtype)
     b, c, h, w = pictures.shape
     x = pictures.new_empty((b, height, width, c), dtype=dtype)

@@ -34,7 +34,7 @@ from pipeline.dataset.samples import Classes, Part, Sample, Unfit, label_of, sam
 from pipeline.dataset.shards import idx_text, read_idx
 from pipeline.dataset.tar import Member, members, shown, tar_fault
 from pipeline.tools.errors import DataError, UsageError
-from pipeline.tools.files import WholeFile, sha256
+from pipeline.tools.files import HashedFile, sha256
 
 Damage = dict[str, Any]
 """One finding: `file`, `reason`, and for a damaged sample `sample` (its id in the split) and `key`
@@ -275,7 +275,7 @@ def check_shard(job: Job) -> Checked:
     """Check one shard and its `.idx`."""
     path = job.data / job.shard.name
     try:
-        with WholeFile(path) as file:
+        with HashedFile(path) as file:
             return Checked(_Check(job, file).findings(), file.size)
     except FileNotFoundError:
         return Checked([damage(path.name, MISSING)], 0)
@@ -286,7 +286,7 @@ def check_shard(job: Job) -> Checked:
 class _Check:
     """The checks of one shard; each adds to what was found."""
 
-    def __init__(self, job: Job, file: WholeFile) -> None:
+    def __init__(self, job: Job, file: HashedFile) -> None:
         self._job, self._file = job, file
         self._found: list[Damage] = []
         self._entries: list[Member] = []
@@ -369,7 +369,7 @@ class _Check:
         if isinstance(self._job.classes.number(label), str):
             return f"its label {label} is outside the classes"
         if sample is None and self._fault is None:
-            return f"the index has its picture at byte {offset:,}, where none begins"
+            return f"the index has its image at byte {offset:,}, where none begins"
         try:
             data = self._file.read(offset, size)
         except OSError as error:
@@ -377,10 +377,10 @@ class _Check:
         if len(data) < size:
             return "the shard ends before it does"
         if isal_zlib.crc32(data) != crc:
-            return "CRC-32 of the picture differs"
+            return "CRC-32 of the image differs"
         if sample is None:  # its bytes are there, its header may not be: the first one tells
             return fault
-        return self._sample_fault(place, sample, label, size) or self._picture_fault(data)
+        return self._sample_fault(place, sample, label, size) or self._image_fault(data)
 
     def _sample_fault(self, place: int, sample: Sample, label: int, size: int) -> str | None:
         """Return what is wrong with the members of a sample."""
@@ -400,7 +400,7 @@ class _Check:
         picture = next(part for part, _ in _pictures([sample]))
         length = self._payload(picture)[1]
         if length != size:
-            return f"its picture has {length:,} bytes in the tar and {size:,} in the index"
+            return f"its image has {length:,} bytes in the tar and {size:,} in the index"
         return self._header_fault(picture) if job.encoding == "raw" else None
 
     def _payload(self, part: Part) -> tuple[int, int]:
@@ -412,7 +412,7 @@ class _Check:
         header = bytes(self._file.read(part.offset, part.size - RAW_BYTES))
         return None if header == _npy_header() else "the header of its .npy is damaged"
 
-    def _picture_fault(self, data: bytes | memoryview) -> str | None:
+    def _image_fault(self, data: bytes | memoryview) -> str | None:
         if self._job.decode:
             try:
                 pixels_of(data, self._job.encoding)
@@ -433,7 +433,7 @@ class _Check:
             label = self._job.classes.number(label_of(sample, self._file.read))
             part, _ = next(_pictures([sample]), (None, None))
             if part is None:
-                return "it has no picture"
+                return "it has no image"
             offset, size = self._payload(part)
             data = self._file.read(offset, size)
         except Unfit as error:
@@ -442,7 +442,7 @@ class _Check:
             return f"cannot be read ({error.strerror})"
         if isinstance(label, str):
             return label
-        return self._sample_fault(place, sample, label, size) or self._picture_fault(data)
+        return self._sample_fault(place, sample, label, size) or self._image_fault(data)
 
     def _check_strangers(self) -> None:
         """Find members that belong to no sample."""
@@ -473,7 +473,7 @@ class _Check:
 
 
 def _pictures(samples: Sequence[Sample]) -> Iterator[tuple[Part, Sample]]:
-    """Return the picture of each sample that has one."""
+    """Return the image of each sample that has one."""
     for sample in samples:
         for part in sample.parts:
             if part.kind in ("jpg", "jpeg", "npy"):

@@ -1,7 +1,7 @@
-"""The training pictures' mean and colour covariance (paper, sections 2 and 4.1).
+"""The training images' mean and colour covariance (paper, sections 2 and 4.1).
 
 All sums are of whole numbers, kept exactly: the result does not depend on the order in which
-pictures or shards are added.
+images or shards are added.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ NAME = "stats.npz"
 Floats = npt.NDArray[np.float64]
 
 _RECENT = 257
-"""Pictures whose sum fits 16 bits: adding to those is twice as fast."""
+"""Images whose sum fits 16 bits: adding to those is twice as fast."""
 _WIDE, _RUN = 12, 256
 _RUNS = SIZE * SIZE * 3 // (_WIDE * _RUN) // 2
 
 
 class Sums:
-    """Running sums over pictures; addition of two is exact and order-free."""
+    """Running sums over images; addition of two is exact and order-free."""
 
     def __init__(self) -> None:
         self.pictures = 0
         self.outer: npt.NDArray[np.int64] = np.zeros((3, 3), np.int64)
-        """[3, 3]: sum over pictures and pixels of the products of two channels."""
+        """[3, 3]: sum over images and pixels of the products of two channels."""
         self._picture: npt.NDArray[np.uint64] = np.zeros((SIZE, SIZE, 3), np.uint64)
         self._recent: npt.NDArray[np.uint16] = np.zeros((SIZE, SIZE, 3), np.uint16)
-        self._recent_pictures = 0
+        self._recent_images = 0
         self._floats: npt.NDArray[np.float32] = np.empty((_RUNS, _RUN, _WIDE), np.float32)
 
     @property
     def picture(self) -> npt.NDArray[np.uint64]:
-        """[256, 256, 3]: sum over pictures."""
+        """[256, 256, 3]: sum over images."""
         self._picture += self._recent
-        self._recent[...] = self._recent_pictures = 0
+        self._recent[...] = self._recent_images = 0
         return self._picture
 
     @picture.setter
     def picture(self, value: npt.NDArray[np.unsignedinteger]) -> None:
-        self._recent[...] = self._recent_pictures = 0
+        self._recent[...] = self._recent_images = 0
         self._picture = value.astype(np.uint64)
 
     def add(self, pixels: Pixels) -> None:
-        """Add one picture, uint8 [256, 256, 3]."""
-        if self._recent_pictures == _RECENT:
+        """Add one image, uint8 [256, 256, 3]."""
+        if self._recent_images == _RECENT:
             self.picture  # noqa: B018 - empties what is recent
         self._recent += pixels
-        self._recent_pictures += 1
+        self._recent_images += 1
         self.pictures += 1
         # Four neighbouring pixels make a row of 12 values: matrix products of that width are some
         # times faster than those of width 3, though three quarters of their entries go unused.
-        # A run of 256 rows stays below 2**24, where float32 is exact in any order. Half a picture
+        # A run of 256 rows stays below 2**24, where float32 is exact in any order. Half an image
         # at a time stays in the processor's cache.
         total = np.zeros((_WIDE, _WIDE))
         for half in pixels.reshape(2, *self._floats.shape):
@@ -84,7 +84,7 @@ class Statistics:
     mean_picture: npt.NDArray[np.float32]
     """[256, 256, 3]: the mean activity of each pixel."""
     channel_mean: Floats
-    """[3]: mean over pictures and pixels."""
+    """[3]: mean over images and pixels."""
     covariance: Floats
     """[3, 3]: of the RGB pixel values of the whole training set, about `channel_mean`."""
     eigenvalues: Floats
@@ -94,7 +94,7 @@ class Statistics:
 
     @classmethod
     def of(cls, sums: Sums) -> Statistics:
-        """Turn sums over at least one picture into statistics."""
+        """Turn sums over at least one image into statistics."""
         pixels = sums.pictures * SIZE * SIZE
         mean = sums.picture.sum((0, 1)) / pixels
         covariance = sums.outer / pixels - np.outer(mean, mean)

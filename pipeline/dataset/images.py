@@ -1,11 +1,11 @@
-"""A stored picture: how large it is, what encodings there are, and the raw one.
+"""A stored image: how large it is, what encodings there are, and the raw one.
 
-How pictures of any kind become one is `pipeline.packing.resize`.
+How images of any kind become one is `pipeline.packing.resize`.
 
-One picture as it is stored in a shard -> its pixels, or the reason why it has none.
+One image as it is stored in a shard -> its pixels, or the reason why it has none.
 
 The strictest reading there is: whatever libjpeg would only warn of (a scan that ends early, bytes
-that fit nowhere) is a fault here. A picture that passes decodes everywhere.
+that fit nowhere) is a fault here. An image that passes decodes everywhere.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 SIZE = 256
-"""Height and width of a stored picture, in pixels."""
+"""Height and width of a stored image, in pixels."""
 
 Pixels = npt.NDArray[np.uint8]
 
 Encoding = Literal["jpeg", "raw"]
-"""How a data set stores its pictures: as JPEGs, or as the pixels themselves."""
+"""How a data set stores its images: as JPEGs, or as the pixels themselves."""
 
 ENDINGS: dict[Encoding, str] = {"jpeg": "jpg", "raw": "npy"}
-"""What a picture's member of a tar ends in."""
+"""What an image's member of a tar ends in."""
 
 
 def as_npy(pixels: Pixels) -> bytes:
@@ -56,14 +56,14 @@ EXIF_WITHIN = 65_536
 
 
 class Undecodable(Exception):
-    """These bytes are no picture of 256x256; the message is the reason, one line."""
+    """These bytes are no image of 256x256; the message is the reason, one line."""
 
 
 def pixels_of(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixels:
-    """Decode a stored picture.
+    """Decode a stored image.
 
     Args:
-        data: a JPEG, grey or RGB, or the pixels of a raw picture.
+        data: a JPEG, grey or RGB, or the pixels of a raw image.
         encoding: which of the two.
 
     Returns:
@@ -104,7 +104,7 @@ def size_of(data: bytes) -> tuple[int, int]:
                 warnings.simplefilter("ignore")  # of size, too: whoever calls looks at that
                 image = Image.open(io.BytesIO(data), formats=["JPEG"])
             (width, height), colours = image.size, image.mode
-    # Parsers raise what they please on damaged input; whatever it is, it is this picture.
+    # Parsers raise what they please on damaged input; whatever it is, it is this image.
     except Exception as error:
         what = f"({_one_line(error)})" if data.startswith(SOI) else "at all"
         raise Undecodable(f"it is no JPEG {what}") from error

@@ -18,7 +18,7 @@ INDEX_DTYPE = np.dtype(
     [("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
 )
 """A row of `SPLIT.index.npy`, 24 bytes: shard number, label, byte range in the tar, and the CRC-32
-(zlib's) of those bytes: a whole JPEG, or the pixels of a raw picture (uint8 [256, 256, 3]) without
+(zlib's) of those bytes: a whole JPEG, or the pixels of a raw image (uint8 [256, 256, 3]) without
 the header of their `.npy`. Row i is sample i of the split."""
 
 Index = npt.NDArray[np.void]

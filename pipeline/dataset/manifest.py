@@ -4,9 +4,9 @@ DATA/manifest.json          this file's `Manifest`, written last: no manifest, n
 DATA/train-000000.tar       shards: WebDataset tars of `KEY.jpg` (raw: `KEY.npy`) and `KEY.cls`
 DATA/train-000000.idx       DALI's index of the same shard, for any other tool
 DATA/train.index.npy        where each sample of the split lies (`shards.INDEX_DTYPE`)
-DATA/stats.npz              statistics of the training pictures (`pixel_stats.Statistics`)
-DATA/rejects.jsonl          every picture that was not packed, and why
-DATA/duplicates.jsonl       pictures that are the same or nearly so, within and across splits
+DATA/stats.npz              statistics of the training images (`pixel_stats.Statistics`)
+DATA/rejects.jsonl          every image that was not packed, and why
+DATA/duplicates.jsonl       images that are the same or nearly so, within and across splits
 """
 
 from __future__ import annotations
@@ -61,27 +61,27 @@ class Manifest:
     classes: tuple[str, ...]
     """Class names; a label is a place in this list."""
     seed: int
-    """Seed of the shuffle over the pictures when they were packed."""
+    """Seed of the shuffle over the images when they were packed."""
     sources: dict[str, str]
     """Where each split came from, as the builder was told."""
     plan: str
-    """SHA-256 over the list of source pictures and every setting of the build."""
+    """SHA-256 over the list of source images and every setting of the build."""
     stats_sha256: str
     """SHA-256 of `stats.npz`."""
     rejected: int = 0
-    """Pictures that were left out; `rejects.jsonl` lists them."""
+    """Images that were left out; `rejects.jsonl` lists them."""
     image_size: int = 256
-    """Height and width of every stored picture, in pixels."""
+    """Height and width of every stored image, in pixels."""
     quality: int | None = None
-    """JPEG quality of the stored pictures, 1..100; None where they are raw."""
+    """JPEG quality of the stored images, 1..100; None where they are raw."""
     encoding: Encoding = "jpeg"
-    """How the pictures are stored; sets from before there was a choice hold JPEGs."""
+    """How the images are stored; sets from before there was a choice hold JPEGs."""
     chroma: str | None = None
     """Colour resolution of stored JPEGs, `4:2:0` or `4:4:4`; None where it is not known."""
     titles: tuple[str, ...] | None = None
     """Readable names of the classes, where the source had them."""
     duplicates: int = 0
-    """Groups of pictures that are the same or nearly so; `duplicates.jsonl` lists them."""
+    """Groups of images that are the same or nearly so; `duplicates.jsonl` lists them."""
     leaks: int = 0
     """Those of the groups that are in more than one split."""
     rejects_sha256: str | None = None

@@ -1,4 +1,4 @@
-"""Members of a WebDataset tar -> samples: which file is the picture, which holds the label.
+"""Members of a WebDataset tar -> samples: which file is the image, which holds the label.
 
 The members of a sample follow each other and share a key, the name up to the first dot behind the
 last slash: as `webdataset` and DALI read it. What comes first, what else is there and how endings
@@ -167,7 +167,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 JPEGS = ("jpg", "jpeg")
 OTHERS = ("png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "npy", "npz", "pyd", "pth")
-"""What pictures are stored as elsewhere, and not read from shards here."""
+"""What images are stored as elsewhere, and not read from shards here."""
 
 
 class Unfit(Exception):
@@ -206,11 +206,11 @@ class Sample(NamedTuple):
             return found[0]
         if found:
             names = " and ".join(f".{shown(part.ending)}" for part in found)
-            raise Unfit(f"it has several pictures, {names}; repack with one")
+            raise Unfit(f"it has several images, {names}; repack with one")
         other = next((part for part in self.parts if part.kind in OTHERS), None)
         if other is None:
-            raise Unfit("it has no picture (.jpg or .jpeg)")
-        raise Unfit(f"its picture is a .{shown(other.ending)}, no JPEG")
+            raise Unfit("it has no image (.jpg or .jpeg)")
+        raise Unfit(f"its image is a .{shown(other.ending)}, no JPEG")
 
 
 def samples_of(members: Iterable[Member]) -> Iterator[Sample]:
@@ -235,8 +235,8 @@ def samples_of(members: Iterable[Member]) -> Iterator[Sample]:
         yield Sample(key, tuple(parts))
 
 
-def has_pictures(sample: Sample) -> bool:
-    """Whether this is meant to be a sample: a picture or a label, and not a file that lies by."""
+def has_images(sample: Sample) -> bool:
+    """Whether this is meant to be a sample: an image or a label, and not a file that lies by."""
     return any(part.kind in (*JPEGS, *OTHERS, "cls") for part in sample.parts)
 
 

@@ -125,7 +125,7 @@ def write_tar(
             writer.write({"__key__": key, "cls": text, ending: picture})
             cls, start = place + RECORD, place + 2 * RECORD + _padded(len(text))
             place = start + _padded(len(picture))
-            # Of a raw picture only the pixels are fed to the graph, not the header of their `.npy`.
+            # Of a raw image only the pixels are fed to the graph, not the header of their `.npy`.
             skip = len(picture) - SIZE * SIZE * 3 if encoding == "raw" else 0
             crc = isal_zlib.crc32(memoryview(picture)[skip:])  # zlib's, several times faster
             rows.append((number, label, start + skip, len(picture) - skip, crc))

@@ -2,7 +2,7 @@
 
     facts       manifest, index, statistics, rejects and duplicates -> numbers
     charts      numbers -> SVG paths
-    pictures    samples -> small pictures inside the page
+    images    samples -> small images inside the page
     table       the numbers for a terminal, and as one JSON object
     page        all of it on one page, and the command
 

@@ -2,7 +2,7 @@
 
     python -m pipeline.describe DATA [--out FILE.html] [--json]
 
-The page needs no network, no script and no other file. It shows the pictures as they are stored,
+The page needs no network, no script and no other file. It shows the images as they are stored,
 each checked against its CRC-32, and what the colour draws of the training do to them.
 
 `python -m pipeline.describe DATA [--out FILE.html] [--json]`.
@@ -54,14 +54,14 @@ ENDS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Show what a data set holds: a table, and a page with its pictures."""
+    """Show what a data set holds: a table, and a page with its images."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder or address of the data set."""
     out: Path | None = None
     """The page to write; NAME-inspect.html in the current folder unless given."""
     seed: int = 0
-    """Seed of the choice of pictures."""
+    """Seed of the choice of images."""
     cache: Path | None = None
     """Where shards of a set in a store are kept, as for training."""
     cache_size: str = f"{CACHE_SIZE // 10**9}GB"
@@ -157,7 +157,7 @@ def _minus(text: str) -> str:
 
 
 def _ends(facts: Facts) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Return the smallest and the largest classes of the first split, with their pictures."""
+    """Return the smallest and the largest classes of the first split, with their images."""
     counts = facts.splits[0].per_class
     order = counts.argsort(kind="stable").tolist()
     named = [(facts.title(label), int(counts[label])) for label in order]

@@ -54,9 +54,9 @@ class SplitFacts:
     name: str
     split: Split
     per_class: npt.NDArray[np.int64]
-    """Pictures of each class."""
-    picture_bytes: npt.NDArray[np.uint32]
-    """Stored bytes of each picture."""
+    """Images of each class."""
+    image_bytes: npt.NDArray[np.uint32]
+    """Stored bytes of each image."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why pictures were rejected."""
+    """Why images were rejected."""
 
     reason: str
     """Numbers in it left out."""
@@ -88,7 +88,7 @@ class Duplicates:
     """What `duplicates.jsonl` lists."""
 
     counts: dict[str, int]
-    """groups, pictures, exact, near, leaks, labels_differ."""
+    """groups, images, exact, near, leaks, labels_differ."""
     groups: list[dict[str, Any]]
     """The most telling rows: leaks first, then differing labels, then the rest as listed."""
 
@@ -236,7 +236,7 @@ def human_bytes(size: float) -> str:
 
 
 def stored_as(facts: Facts) -> str:
-    """How the pictures are stored, in a few words."""
+    """How the images are stored, in a few words."""
     manifest = facts.manifest
     if manifest.encoding == "raw":
         return f"raw {manifest.image_size}×{manifest.image_size} pixels"
@@ -254,7 +254,7 @@ def duplicates_line(facts: Facts) -> str:
     if not counts["groups"]:
         return "none"
     return (
-        f"{counts['pictures']:,} pictures in {counts['groups']:,} groups "
+        f"{counts['pictures']:,} images in {counts['groups']:,} groups "
         f"({counts['exact']:,} exact, {counts['near']:,} near), "
         f"{counts['leaks']:,} in more than one split, "
         f"{counts['labels_differ']:,} with differing labels"
@@ -297,7 +297,7 @@ def as_json(facts: Facts, page: str) -> dict[str, Any]:
 
 
 def _split_lines(facts: SplitFacts) -> dict[str, Any]:
-    counts, sizes = facts.per_class, facts.picture_bytes
+    counts, sizes = facts.per_class, facts.image_bytes
     known = len(sizes) > 0
     return {
         "samples": facts.split.samples,
@@ -336,10 +336,10 @@ def print_tables(facts: Facts, console: rich.console.Console) -> None:
 def _splits(facts: Facts) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("split")
-    for name in ("pictures", "shards", "size", "a picture", "classes", "pictures a class"):
+    for name in ("pictures", "shards", "size", "an image", "classes", "images a class"):
         table.add_column(name, justify="right")
     for one in facts.splits:
-        counts, sizes = one.per_class, one.picture_bytes
+        counts, sizes = one.per_class, one.image_bytes
         table.add_row(
             one.name,
             f"{one.split.samples:,}",

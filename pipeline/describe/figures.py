@@ -1,9 +1,9 @@
-"""Samples of a set as small pictures inside the page, each byte of them checked first.
+"""Samples of a set as small images inside the page, each byte of them checked first.
 
 Stepped charts as SVG paths in a unit square, with ticks to be set as text around it.
 
 The template stretches the square over any width and keeps strokes and letters at their size. A
-thousand classes or fourteen million pictures are some hundred steps.
+thousand classes or fourteen million images are some hundred steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.dataset.images import Pixels, Undecodable, pixels_of
 from pipeline.describe.facts import Facts, SplitFacts
 from pipeline.remote.dataset import DataSet, LocalSet
 from pipeline.stream.augment import tint
-from pipeline.stream.shard_reader import Damage, Storage
+from pipeline.stream.shard_reader import Damage, ShardReader
 
 CHART_SIDE = 1000  # units of the square; y points down, as in SVG
 BINS = 60
@@ -89,7 +89,7 @@ def bars(counts: Counts) -> list[Bar]:
 
 
 def class_chart(facts: SplitFacts) -> Chart:
-    """Pictures per class, the largest class first."""
+    """Images per class, the largest class first."""
     ranked = np.sort(facts.per_class)[::-1].astype(np.float64)
     classes = len(ranked)
     drawn = ranked
@@ -99,7 +99,7 @@ def class_chart(facts: SplitFacts) -> Chart:
     top = max(1.0, float(ranked[0]) * 1.08)
     empty = int(np.count_nonzero(ranked == 0))
     caption = (
-        f"{classes:,} classes, {ranked[-1]:,.0f} to {ranked[0]:,.0f} pictures each, "
+        f"{classes:,} classes, {ranked[-1]:,.0f} to {ranked[0]:,.0f} images each, "
         f"median {np.median(ranked):,.0f}"
     )
     return Chart(
@@ -112,10 +112,10 @@ def class_chart(facts: SplitFacts) -> Chart:
 
 
 def size_chart(facts: SplitFacts) -> Chart:
-    """Histogram of the stored bytes of a picture."""
-    sizes = facts.picture_bytes
+    """Histogram of the stored bytes of an image."""
+    sizes = facts.image_bytes
     if not len(sizes):
-        return Chart(facts.name, "", [], [], "no pictures")
+        return Chart(facts.name, "", [], [], "no images")
     most = float(np.percentile(sizes, 99.8)) * 1.05
     counts, _ = np.histogram(sizes, BINS, (0, most))
     top = float(counts.max()) * 1.08
@@ -144,24 +144,24 @@ def short(value: float) -> str:
 MOSAIC = 48
 MOSAIC_SHARDS = 3  # of a set in a store: each is fetched whole
 TINTED = 2
-"""Pictures on which the colour draws are shown."""
+"""Images on which the colour draws are shown."""
 DRAWS = (-2, -1, 0, 1, 2)
 COLOUR = 0.1
 """Standard deviation of the draws in training, in those of the components (paper, section 4.1)."""
 MEMBERS = 4
-"""Pictures of a group of duplicates that are shown."""
+"""Images of a group of duplicates that are shown."""
 REMOTE_GROUPS = 2
 """Groups shown of a set in a store, where each member may lie in another shard."""
 
 SIDE = 144  # shown at about half of that, sharp on dense screens
 TINTED_SIDE = 144
 FLAT = 40
-"""Standard deviation of pixel values below which a picture shows little."""
+"""Standard deviation of pixel values below which an image shows little."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture with what stands below it."""
+    """An image with what stands below it."""
 
     uri: str
     name: str
@@ -173,7 +173,7 @@ class Strips:
     """What draws of -2 to +2 along one principal component do."""
 
     pictures: list[list[str]]
-    """Each picture under each draw."""
+    """Each image under each draw."""
     shift: str
     """What a draw of +1 adds to R, G and B."""
 
@@ -193,7 +193,7 @@ class Samples:
     def __init__(self, dataset: DataSet, facts: Facts) -> None:
         self._facts = facts
         self._dataset = dataset
-        self._opened: dict[str, Storage] = {}
+        self._opened: dict[str, ShardReader] = {}
         self.local = isinstance(dataset, LocalSet)
         self.damaged: list[str] = []
         """What could not be shown, one line each."""
@@ -217,13 +217,13 @@ class Samples:
         labels: list[int] = self._storage(split).labels(np.array(ids, np.int64)).tolist()
         return labels
 
-    def _storage(self, split: str) -> Storage:
+    def _storage(self, split: str) -> ShardReader:
         if split not in self._opened:
-            self._opened[split] = Storage(self._dataset, split)
+            self._opened[split] = ShardReader(self._dataset, split)
         return self._opened[split]
 
     def _decoded(
-        self, storage: Storage, sample: int, data: memoryview, damage: Damage | None
+        self, storage: ShardReader, sample: int, data: memoryview, damage: Damage | None
     ) -> Pixels | None:
         if damage is None:
             try:
@@ -255,7 +255,7 @@ def draw(facts: Facts, seed: int, local: bool) -> list[int]:
 
 
 def mosaic(facts: Facts, samples: Samples, ids: list[int]) -> tuple[list[Shown], list[Pixels]]:
-    """Return random pictures as they are stored, and their pixels; damaged ones left out."""
+    """Return random images as they are stored, and their pixels; damaged ones left out."""
     first = facts.splits[0]
     found = samples.read(first.name, ids)
     labels = samples.labels(first.name, ids)
@@ -282,7 +282,7 @@ def tinted(pixels: Pixels, shift: npt.NDArray[np.float64]) -> Pixels:
 
 
 def strips(statistics: Statistics, pictures: Sequence[Pixels]) -> list[Strips]:
-    """Return what colour draws of -2 to +2 along each component do to pictures."""
+    """Return what colour draws of -2 to +2 along each component do to images."""
     made = []
     for component in range(3):
         colour = np.zeros((len(DRAWS), 3))
@@ -295,17 +295,17 @@ def strips(statistics: Statistics, pictures: Sequence[Pixels]) -> list[Strips]:
 
 
 def lively(pictures: Sequence[Pixels]) -> list[Pixels]:
-    """Return pictures on which colours show: not flat ones, unless there are no others."""
+    """Return images on which colours show: not flat ones, unless there are no others."""
     return sorted(pictures, key=lambda pixels: bool(pixels.std() < FLAT))[:TINTED]
 
 
 def mean_picture(statistics: Statistics) -> str:
-    """Return the mean picture of the training set as a data URI."""
+    """Return the mean image of the training set as a data URI."""
     return jpeg(np.rint(statistics.mean_picture).clip(0, 255).astype(np.uint8), 256, quality=92)
 
 
 def groups(facts: Facts, samples: Samples) -> list[ShownGroup]:
-    """Return the most telling groups of duplicates as pictures."""
+    """Return the most telling groups of duplicates as images."""
     rows = facts.duplicates.groups if facts.duplicates else []
     return [
         _group(facts, samples, row) for row in (rows if samples.local else rows[:REMOTE_GROUPS])
@@ -329,7 +329,7 @@ def _group(facts: Facts, samples: Samples, row: dict[str, Any]) -> ShownGroup:
     words = ["same bytes" if row["kind"] == "exact" else f"{row['distance']} of 256 bits apart"]
     words += ["in several splits"] if row["leak"] else []
     words += ["labels differ"] if row["labels_differ"] else []
-    words += [f"{count:,} pictures"] if count > len(shown) else []
+    words += [f"{count:,} images"] if count > len(shown) else []
     return ShownGroup(shown, ", ".join(words), bool(row["leak"]))
 
 
@@ -345,7 +345,7 @@ def _spread(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def jpeg(pixels: Pixels, width: int, quality: int = 80) -> str:
-    """Return a picture scaled to a width, as a data URI."""
+    """Return an image scaled to a width, as a data URI."""
     image = Image.fromarray(pixels)
     if width != image.width:
         size = (width, round(image.height * width / image.width))

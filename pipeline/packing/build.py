@@ -177,7 +177,7 @@ def _as_it_is(options: Build, target: Target) -> Manifest:
         fingerprint = make_plan(options, Path(scratch)).fingerprint
     if manifest.plan != fingerprint:
         raise UsageError(
-            f"{target.address} holds a finished data set of other pictures or settings, or of "
+            f"{target.address} holds a finished data set of other images or settings, or of "
             "another version of Duet; name another folder"
         )
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
@@ -223,7 +223,7 @@ def _difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str
             for key in now:
                 if before.get(key) != now[key]:
                     return f"{key} {before.get(key)}, and this one is of {now[key]}"
-    return "other pictures"
+    return "other images"
 
 
 def libraries() -> dict[str, str]:

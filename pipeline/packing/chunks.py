@@ -1,6 +1,6 @@
-"""Stage one: a run of source pictures -> 256x256, encoded, checked, hashed and counted.
+"""Stage one: a run of source images -> 256x256, encoded, checked, hashed and counted.
 
-A chunk is two files in the build's work folder: `NNNNNN.bin`, the encoded pictures end to end, and
+A chunk is two files in the build's work folder: `NNNNNN.bin`, the encoded images end to end, and
 `NNNNNN.npz`, what is known of them. The second is written last: with it the chunk is done.
 """
 
@@ -22,7 +22,7 @@ from pipeline.dataset.images import Pixels, as_npy
 from pipeline.packing.duplicates import perceptual_hash
 from pipeline.packing.jpeg_header import one_line
 from pipeline.packing.plan import Build, Part, Plan
-from pipeline.packing.resize import PictureError, encode, one_thread, square
+from pipeline.packing.resize import ImageError, encode, one_thread, square
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader
@@ -42,7 +42,7 @@ PACKED_DTYPE = np.dtype(
         ("hash", "u1", HASH_BYTES),
     ]
 )
-"""A picture of a chunk: whether it could be packed, and then its byte range in the `.bin`, the
+"""An image of a chunk: whether it could be packed, and then its byte range in the `.bin`, the
 CRC-32 of those bytes, and its perceptual hash."""
 
 Packed = npt.NDArray[np.void]
@@ -62,7 +62,7 @@ class ChunkJob:
     trains: npt.NDArray[np.bool_]
     """Whose pixels count in the statistics."""
     careful: bool = False
-    """A process died on this chunk: open each picture in a process of its own."""
+    """A process died on this chunk: open each image in a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Chunk:
 
     packed: Packed
     reasons: dict[int, str]
-    """Why the pictures at these places were left out."""
+    """Why the images at these places were left out."""
     sums: Sums
 
 
@@ -93,7 +93,7 @@ class ChunkError(Exception):
 
 
 def data_name(number: int) -> str:
-    """Name of the pictures of a chunk."""
+    """Name of the images of a chunk."""
     return f"{FOLDER}/{number:06d}.bin"
 
 
@@ -123,7 +123,7 @@ class Fetched(NamedTuple):
 
     facts: bytes | None
     size: int | None
-    """Of the pictures, in bytes."""
+    """Of the images, in bytes."""
 
 
 def fetch_chunk(target: Target, number: int) -> Fetched:
@@ -141,11 +141,11 @@ def fetch_chunk(target: Target, number: int) -> Fetched:
 
 
 def parse_chunk(fetched: Fetched, number: int, pictures: int) -> Chunk:
-    """Return a chunk of so many pictures. Only one thread may do this: NumPy parses its headers as
+    """Return a chunk of so many images. Only one thread may do this: NumPy parses its headers as
     Python, and of that CPython 3.11 keeps count in one place for all threads.
 
     Raises:
-        ChunkError: it is missing or damaged, or its pictures are.
+        ChunkError: it is missing or damaged, or its images are.
     """
     try:
         with np.load(io.BytesIO(fetched.facts or b"")) as arrays:
@@ -166,11 +166,11 @@ def parse_chunk(fetched: Fetched, number: int, pictures: int) -> Chunk:
 
 
 def pack_chunk(job: ChunkJob) -> ChunkDone:
-    """Read, cut, encode and measure the pictures of a chunk; runs in a worker process.
+    """Read, cut, encode and measure the images of a chunk; runs in a worker process.
 
     Raises:
         OSError: a container went away, or the target cannot be written.
-        DuetError: with `careful`, a picture's process was killed from outside.
+        DuetError: with `careful`, an image's process was killed from outside.
     """
     one_thread()
     packed = np.zeros(len(job.rows), PACKED_DTYPE)
@@ -199,14 +199,14 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
             packed=packed,
             reasons=np.frombuffer(json.dumps(list(reasons.items())).encode(), np.uint8),
             pictures=np.uint32(sums.pictures),
-            picture=sums.picture.astype(np.uint32),  # a chunk has far fewer than 2**24 pictures
+            picture=sums.picture.astype(np.uint32),  # a chunk has far fewer than 2**24 images
             outer=sums.outer,
         )
     return ChunkDone(job.number, len(packed), len(reasons))
 
 
 def _pixels(job: ChunkJob) -> Iterator[Pixels | str]:
-    """Give each picture of a chunk, or the reason why there is none."""
+    """Give each image of a chunk, or the reason why there is none."""
     for data in _bytes(job):
         if isinstance(data, str):
             yield data
@@ -219,14 +219,14 @@ def _pixels(job: ChunkJob) -> Iterator[Pixels | str]:
 def _square(data: bytes, min_side: int) -> Pixels | str:
     try:
         return square(data, min_side)
-    except PictureError as error:
+    except ImageError as error:
         return str(error)
-    except Exception as error:  # whatever it is, it is this picture's
+    except Exception as error:  # whatever it is, it is this image's
         return f"cannot be decoded: {one_line(error) or type(error).__name__}"
 
 
 def _square_apart(data: bytes, job: ChunkJob) -> Pixels | str:
-    """Open a picture in a process of its own, which it may take down with it."""
+    """Open an image in a process of its own, which it may take down with it."""
     try:
         return isolated(_square, data, job.options.min_side)
     except Crash as crash:
@@ -239,7 +239,7 @@ def _square_apart(data: bytes, job: ChunkJob) -> Pixels | str:
 
 
 def _bytes(job: ChunkJob) -> Iterator[bytes | str]:
-    """Read the encoded pictures, container by container."""
+    """Read the encoded images, container by container."""
     places: Sequence[int] = range(len(job.rows))
     for number, group in groupby(places, key=lambda place: job.rows[place]["container"]):
         reader = open_reader(job.containers[number])

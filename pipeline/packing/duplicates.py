@@ -1,14 +1,14 @@
-"""Hashes of a set's pictures -> the pictures that are the same or nearly so: `duplicates.jsonl`.
+"""Hashes of a set's images -> the images that are the same or nearly so: `duplicates.jsonl`.
 
-Two pictures are near if their hashes differ in at most `NEAR` bits, and what is near is one
-group (chains too: `distance` says how far a group reaches). Pictures that were packed to the same
-bytes are an `exact` group. A flat picture (one colour, or little but a straight edge) has almost no
-frequencies whose signs a hash could tell: such hashes are all alike though the pictures are not.
+Two images are near if their hashes differ in at most `NEAR` bits, and what is near is one
+group (chains too: `distance` says how far a group reaches). Images that were packed to the same
+bytes are an `exact` group. A flat image (one colour, or little but a straight edge) has almost no
+frequencies whose signs a hash could tell: such hashes are all alike though the images are not.
 They are known by their few (or many) ones, and are duplicates only if their bytes are the same.
 
-A fingerprint of what a picture shows: near duplicates have near fingerprints.
+A fingerprint of what an image shows: near duplicates have near fingerprints.
 
-This is pHash at 256 bits: of the grey picture as 32x32 blocks, the 16x16 lowest frequencies of its
+This is pHash at 256 bits: of the grey image as 32x32 blocks, the 16x16 lowest frequencies of its
 cosine transform, each above the median or not. All of it is done in whole numbers that float64
 holds exactly, so that the bits are the same on every machine.
 
@@ -28,7 +28,7 @@ Every pair of 256-bit hashes within a Hamming distance, joined into clusters: ex
 
 `blocks` says which bits to sort by, and why no pair is missed. Identical hashes are one row in all
 of this, and rows that are joined already are not compared again: a hundred thousand copies of a
-picture, or of nearly the same, are no five billion pairs.
+image, or of nearly the same, are no five billion pairs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from pipeline.dataset.images import SIZE, Pixels
 BITS = 256
 """Of a fingerprint."""
 NEAR = 20
-"""Fingerprints that differ in at most this many bits are of the same picture."""
+"""Fingerprints that differ in at most this many bits are of the same image."""
 
 _BLOCKS, _LOW = 32, 16
 _SIDE = SIZE // _BLOCKS
@@ -74,7 +74,7 @@ def perceptual_hash(pixels: Pixels) -> bytes:
 
 
 def distance(one: bytes, other: bytes) -> int:
-    """Return in how many bits two fingerprints differ: 0..256, about 128 for unlike pictures."""
+    """Return in how many bits two fingerprints differ: 0..256, about 128 for unlike images."""
     return (int.from_bytes(one) ^ int.from_bytes(other)).bit_count()
 
 
@@ -427,7 +427,7 @@ NAME = "duplicates.jsonl"
 
 TELLING = 48
 """A hash with fewer ones or fewer zeros than this tells little. Photographs have 128 of each; flat
-pictures, edges and bars up to 13 ones; discs, crosses and chequers about 30."""
+images, edges and bars up to 13 ones; discs, crosses and chequers about 30."""
 LISTED = 100
 """Members of a group that are listed; `count` says how many there are."""
 
@@ -436,7 +436,7 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that are the same (`exact`) or nearly so."""
+    """Images that are the same (`exact`) or nearly so."""
 
     kind: Literal["exact", "near"]
     distance: int
@@ -446,7 +446,7 @@ class Group:
 
 
 class Member(NamedTuple):
-    """A picture of a group, as it is listed."""
+    """An image of a group, as it is listed."""
 
     split: str
     sample: int
@@ -476,11 +476,11 @@ def find(
     threshold: int = NEAR,
     workers: int | None = None,
 ) -> list[Group]:
-    """Find all groups of pictures that are the same or nearly so, in the order of their first rows.
+    """Find all groups of images that are the same or nearly so, in the order of their first rows.
 
     Args:
         hashes: uint8 [n, 32], perhaps a memmap.
-        sizes: uint32 [n], bytes of each packed picture.
+        sizes: uint32 [n], bytes of each packed image.
         crcs: uint32 [n], CRC-32 of those bytes.
         threshold: bits in which near hashes may differ, 0..254.
         workers: threads; by default one a core.
@@ -511,7 +511,7 @@ def write(
         member: tells what to list of a row; called for those that are listed.
 
     Returns:
-        how many groups, pictures and leaks were written.
+        how many groups, images and leaks were written.
     """
     counts = np.zeros(len(Counts._fields), np.int64)
     for group in groups:
@@ -532,7 +532,7 @@ def write(
 
 
 def _telling(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Return for each hash whether it tells something of its picture."""
+    """Return for each hash whether it tells something of its image."""
     telling = np.empty(len(words), np.bool_)
     for start in range(0, len(words), BLOCK):
         ones = np.bitwise_count(words[start : start + BLOCK]).sum(1, dtype=np.uint16)

@@ -1,12 +1,12 @@
 """What must be known of a JPEG before it is decoded, read from its markers alone.
 
-A few microseconds a picture; neither Pillow nor simplejpeg tells all of it. Their own readers go
+A few microseconds an image; neither Pillow nor simplejpeg tells all of it. Their own readers go
 over junk and segments one at a time in Python or without end, so the limits here are theirs too.
 
-What a picture may be at most, and the error that says why one is refused.
+What an image may be at most, and the error that says why one is refused.
 
 Sources are not trusted: every limit is checked on the header, before anything is decoded. Within
-them a picture takes at most about 2 GB of memory (100 megapixels as a WebP with transparency; a
+them an image takes at most about 2 GB of memory (100 megapixels as a WebP with transparency; a
 JPEG 0.9 GB) beside the file itself, and some seconds; `MAX_SECONDS` ends what takes longer.
 """
 
@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 MAX_BYTES = 256 * 2**20
 """Size of a JPEG."""
 MAX_OTHER_BYTES = 64 * 2**20
-"""Size of any other picture: of these, decoders take millions of small steps for a few bytes."""
+"""Size of any other image: of these, decoders take millions of small steps for a few bytes."""
 MAX_SECONDS = 60
-"""Time for a picture; what a decoder does in its own code is waited for."""
+"""Time for an image; what a decoder does in its own code is waited for."""
 MAX_PIXELS = 100_000_000
 """Width times height."""
 MAX_SCANS = 100
@@ -35,8 +35,8 @@ MAX_REASON = 200
 """Characters of a reason."""
 
 
-class PictureError(Exception):
-    """The bytes are no picture that can be packed; the message is the reason, one line."""
+class ImageError(Exception):
+    """The bytes are no image that can be packed; the message is the reason, one line."""
 
     def __init__(self, reason: object) -> None:
         super().__init__(one_line(reason))
@@ -50,32 +50,32 @@ def one_line(reason: object) -> str:
 
 
 def check_size(width: int, height: int, min_side: int) -> None:
-    """Refuse a picture by its size alone.
+    """Refuse an image by its size alone.
 
     Raises:
-        PictureError: too small, or too large to be one.
+        ImageError: too small, or too large to be one.
     """
     if min(width, height) < max(min_side, 1):
-        raise PictureError(f"too small: {width}x{height}")
+        raise ImageError(f"too small: {width}x{height}")
     if width * height > MAX_PIXELS:
-        raise PictureError(
+        raise ImageError(
             f"decompression bomb: {width}x{height} is more than {MAX_PIXELS // 10**6} megapixels"
         )
 
 
 @contextmanager
 def in_time(seconds: float = MAX_SECONDS) -> Iterator[None]:
-    """Refuse a picture that takes longer; only a process's main thread can be stopped so.
+    """Refuse an image that takes longer; only a process's main thread can be stopped so.
 
     Raises:
-        PictureError: the time is over.
+        ImageError: the time is over.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def over(*_: object) -> None:
-        raise PictureError(f"decoding it takes more than {seconds:g} s")
+        raise ImageError(f"decoding it takes more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -132,7 +132,7 @@ def read_header(data: bytes) -> JpegHeader | None:
     """Return the header of a JPEG; None for anything else, and for a frame that was not found.
 
     Raises:
-        PictureError: it ends within its header, or goes on beyond every limit.
+        ImageError: it ends within its header, or goes on beyond every limit.
     """
     if data[:3] != _START:
         return None
@@ -141,23 +141,23 @@ def read_header(data: bytes) -> JpegHeader | None:
         begin = data.find(b"\xff", at)
         junk += begin - at
         if junk > MAX_JUNK:
-            raise PictureError(f"more than {MAX_JUNK} bytes of junk between its JPEG markers")
+            raise ImageError(f"more than {MAX_JUNK} bytes of junk between its JPEG markers")
         if begin < 0 or begin + 4 > len(data):
-            raise PictureError("truncated: it ends within its header")
+            raise ImageError("truncated: it ends within its header")
         marker = data[begin + 1]
         if marker == 0xFF:  # a fill byte
             at = begin + 1
         elif marker in _ALONE or marker == 0:
             at = begin + 2
         elif marker == 0xD9:
-            raise PictureError("truncated: it ends before its first scan")
+            raise ImageError("truncated: it ends before its first scan")
         else:
             at = begin + 2 + int.from_bytes(data[begin + 2 : begin + 4], "big")
             if marker == _SCAN:
                 _check_scans(data, begin, header)
                 return header if header.components else None
             _take(header, marker, data[begin + 4 : at])
-    raise PictureError(f"more than {MAX_SEGMENTS} segments in its JPEG header")
+    raise ImageError(f"more than {MAX_SEGMENTS} segments in its JPEG header")
 
 
 def _take(header: JpegHeader, marker: int, body: bytes) -> None:
@@ -182,6 +182,6 @@ def _check_scans(data: bytes, first: int, header: JpegHeader) -> None:
         return
     scans = data.count(b"\xff\xda", first)  # within a scan, 0xff is followed by 0
     if scans > MAX_SCANS or scans * header.width * header.height > MAX_SCANNED:
-        raise PictureError(
+        raise ImageError(
             f"decompression bomb: {scans} scans of {header.width}x{header.height} pixels"
         )

@@ -1,4 +1,4 @@
-"""Every picture of the set in its place, before any of them has been opened.
+"""Every image of the set in its place, before any of them has been opened.
 
 The settings of a build.
 """
@@ -28,36 +28,36 @@ Chroma = Literal["4:2:0", "4:4:4"]
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """Pack pictures into WebDataset tar shards that Duet, DALI and webdataset all read."""
+    """Pack images into WebDataset tar shards that Duet, DALI and webdataset all read."""
 
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the data set; created if need be."""
     train: Annotated[str, tyro.conf.arg(metavar="SRC")]
-    """Training pictures: a folder per class, ILSVRC's or any tars of classes, Kaggle's tree, a
+    """Training images: a folder per class, ILSVRC's or any tars of classes, Kaggle's tree, a
     folder (or addresses) of parquet files or of WebDataset shards."""
     val: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """Validation pictures, in any of these forms; also ILSVRC's flat tar or folder."""
+    """Validation images, in any of these forms; also ILSVRC's flat tar or folder."""
     val_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Labels of flat validation pictures: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or a
-    list of synsets; without it they are looked for beside the pictures."""
+    """Labels of flat validation images: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or a
+    list of synsets; without it they are looked for beside the images."""
     holdout: float = 0.0
-    """Without --val: the share of each class's training pictures to keep for validation."""
+    """Without --val: the share of each class's training images to keep for validation."""
     seed: int = 0
     """Seed of the shuffle over each split (and of what is held out)."""
     samples_per_shard: int = 1000
     """Samples in each shard but the last; 1000 raw ones are a tar of 199 MB."""
     encoding: Encoding = "jpeg"
-    """How the 256x256 pictures are stored: `jpeg`, or `raw` uint8 pixels (KEY.npy), which need no
-    decoding and about six times the space (197 kB a picture; ImageNet: 255 GB)."""
+    """How the 256x256 images are stored: `jpeg`, or `raw` uint8 pixels (KEY.npy), which need no
+    decoding and about six times the space (197 kB an image; ImageNet: 255 GB)."""
     quality: int = 96
-    """JPEG quality of the stored pictures, 1..100; only for --encoding jpeg. From 96 on the encoder
+    """JPEG quality of the stored images, 1..100; only for --encoding jpeg. From 96 on the encoder
     uses its accurate cosine transform: 39.2 dB where 95 has 38.6 and 90 has 36.4."""
     chroma: Chroma = "4:2:0"
     """Colour of stored JPEGs at half resolution, or at full; only for --encoding jpeg."""
     min_side: int = 8
-    """Pictures with a side shorter than this many pixels are left out."""
+    """Images with a side shorter than this many pixels are left out."""
     max_rejects: float = 0.001
-    """Share of all pictures that may be left out; with more of them the build fails."""
+    """Share of all images that may be left out; with more of them the build fails."""
     workers: int = len(os.sched_getaffinity(0))
     """Processes that decode and encode."""
     json: bool = False
@@ -88,7 +88,7 @@ class Build:
         if self.val is not None and self.holdout:
             raise UsageError("--val and --holdout exclude each other; give one of them")
         if self.val is None and self.val_labels is not None:
-            raise UsageError("--val-labels goes with --val; name the validation pictures too")
+            raise UsageError("--val-labels goes with --val; name the validation images too")
         self._out_is_no_source()
 
     def _out_is_no_source(self) -> None:
@@ -112,7 +112,7 @@ CHUNKS = 32
 """A small set is cut into this many chunks, so that all workers have something to do."""
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024
-"""Pictures in a chunk: enough that its statistics (0.8 MB) are little beside it, and few enough
+"""Images in a chunk: enough that its statistics (0.8 MB) are little beside it, and few enough
 that a worker that is killed loses seconds."""
 
 FORMAT = 1
@@ -123,7 +123,7 @@ UNLIKE_OUTPUT = ("out", "train", "val", "val_labels", "max_rejects", "workers", 
 """Settings on which no byte of a shard depends, but through what the sources hold."""
 
 Places = npt.NDArray[np.uint32]
-"""Rows of pictures: 4 bytes each, for up to 4 billion of them."""
+"""Rows of images: 4 bytes each, for up to 4 billion of them."""
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes where. A picture's row counts through all listings: training first."""
+    """What goes where. An image's row counts through all listings: training first."""
 
     listings: tuple[Listing, ...]
     """Of the training source, and of the validation source if there is one."""
     orders: dict[str, Places]
-    """Per split the rows of its pictures in stored order, shuffled over the whole split."""
+    """Per split the rows of its images in stored order, shuffled over the whole split."""
     held_out: npt.NDArray[np.bool_] | None
     """With --holdout: of each row of the training source, whether it went to validation."""
     fingerprint: str
-    """SHA-256 over all that the bytes of the set depend on, but the pictures' contents."""
+    """SHA-256 over all that the bytes of the set depend on, but the images' contents."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -156,12 +156,12 @@ class Plan:
 
     @property
     def pictures(self) -> int:
-        """Number of pictures in all splits."""
+        """Number of images in all splits."""
         return sum(map(len, self.listings))
 
     @property
     def first_rows(self) -> list[int]:
-        """The row of the first picture of each listing."""
+        """The row of the first image of each listing."""
         return [0, *np.cumsum([len(listing) for listing in self.listings])[:-1].tolist()]
 
     def parts(self) -> Iterator[Part]:
@@ -174,7 +174,7 @@ class Plan:
                 number += 1
 
     def trains(self, part: Part) -> npt.NDArray[np.bool_]:
-        """Say of each picture of a chunk whether it is one of the training split."""
+        """Say of each image of a chunk whether it is one of the training split."""
         if part.listing > 0:
             return np.zeros(part.stop - part.start, np.bool_)
         if self.held_out is None:
@@ -182,7 +182,7 @@ class Plan:
         return ~self.held_out[part.start : part.stop]
 
     def name(self, row: int) -> str:
-        """Return how messages call a picture."""
+        """Return how messages call an image."""
         listing, place = self._where(row)
         return listing.full_name(place)
 
@@ -204,7 +204,7 @@ class Plan:
 
 
 def make_plan(options: Build, scratch: Path) -> Plan:
-    """Scan the sources and put their pictures in order.
+    """Scan the sources and put their images in order.
 
     Args:
         options: the settings.
@@ -241,7 +241,7 @@ def make_plan(options: Build, scratch: Path) -> Plan:
 
 
 def _hold_out(listing: Listing, options: Build) -> npt.NDArray[np.bool_]:
-    """Split each class's pictures by a seeded draw; every class keeps one in each part."""
+    """Split each class's images by a seeded draw; every class keeps one in each part."""
     labels = np.asarray(listing.rows["label"])
     by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels, minlength=len(listing.classes))
@@ -250,7 +250,7 @@ def _hold_out(listing: Listing, options: Build) -> npt.NDArray[np.bool_]:
         places = by_class[stop - counts[label] : stop]
         if len(places) < 2:
             raise UsageError(
-                f"--holdout needs two pictures a class; class {listing.classes[label]!r} "
+                f"--holdout needs two images a class; class {listing.classes[label]!r} "
                 f"of {options.train} has {len(places)}"
             )
         count = min(len(places) - 1, max(1, round(len(places) * options.holdout)))

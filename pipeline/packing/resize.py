@@ -1,4 +1,4 @@
-"""One encoded picture of any kind -> 256x256 RGB, as the paper's section 2 prepares ImageNet.
+"""One encoded image of any kind -> 256x256 RGB, as the paper's section 2 prepares ImageNet.
 
 "Given a rectangular image, we first rescaled the image such that the shorter side was of
 length 256, and then cropped out the central 256x256 patch from the resulting image."
@@ -17,11 +17,11 @@ Twice as fast as Pillow on both steps. The resampling is derived from Pillow's: 
 whole-number arithmetic but for the precision of the weights, so that a value differs by at most 2
 levels (in 0.3 % of the values by 1), and gives the same bytes with AVX-512, AVX2 or neither.
 
-The Pillow road: every kind of still picture, at its own pace.
+The Pillow road: every kind of still image, at its own pace.
 
 The formats are named, so that nothing reaches a decoder that starts programs or reads files (EPS,
 PDF). Colours, transparency and 16 bits are dealt with after the resampling where that is the same,
-so that few copies of a large picture exist at once.
+so that few copies of a large image exist at once.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from pipeline.dataset.images import SIZE, Pixels
 from pipeline.packing.jpeg_header import (
     MAX_BYTES,
     MAX_OTHER_BYTES,
+    ImageError,
     JpegHeader,
-    PictureError,
     check_size,
     in_time,
     read_header,
@@ -60,7 +60,7 @@ _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return the RGB picture in sRGB of one in L, RGB or CMYK; a broken profile is ignored."""
+    """Return the RGB image in sRGB of one in L, RGB or CMYK; a broken profile is ignored."""
     transform = None if profile is None else _transform(profile, image.mode)
     if transform is not None:
         try:
@@ -148,16 +148,16 @@ KEPT = 8
 """JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times `SIZE` pixels remain.
 
 Below that the scaled transform is no antialiased bicubic any more: on ImageNet originals, with 2
-times as many pixels left, the picture's PSNR falls from 58 to 37 dB, with 4 times to 42 dB.
+times as many pixels left, the image's PSNR falls from 58 to 37 dB, with 4 times to 42 dB.
 """
 
 
 SCRATCH = 4 * 2**20
-"""Bytes of decoded pictures that are put in the same place each time, where the cache has them."""
+"""Bytes of decoded images that are put in the same place each time, where the cache has them."""
 
 
 class _Scratch(threading.local):
-    """Each thread's memory for the picture in hand."""
+    """Each thread's memory for the image in hand."""
 
     def __init__(self) -> None:
         self.decoded = np.empty(SCRATCH, np.uint8)
@@ -186,7 +186,7 @@ def square_jpeg(data: bytes, header: JpegHeader) -> Pixels | None:
         uint8 [256, 256, 3], sRGB.
 
     Raises:
-        PictureError: its data ends before the picture does.
+        ImageError: its data ends before the image does.
     """
     profile = header.profile
     if profile is not None and header.components == 1:
@@ -203,7 +203,7 @@ def square_jpeg(data: bytes, header: JpegHeader) -> Pixels | None:
         )
     except ValueError as error:
         if "premature end" in str(error).lower():  # Pillow would make it up in grey
-            raise PictureError(f"truncated: {error}") from error
+            raise ImageError(f"truncated: {error}") from error
         return None
     except MemoryError:
         return None
@@ -243,42 +243,42 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What Pillow may take the bytes for."""
 JPEG = b"\xff\xd8"
 BAND = 2**20
-"""Values of a deep picture that are converted at once."""
+"""Values of a deep image that are converted at once."""
 
 _stderr = threading.Lock()
-logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what is wrong with a picture is a reason
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what is wrong with an image is a reason
 
 
 def square_any(data: bytes, min_side: int) -> Pixels:
-    """Return the central square of a picture, uint8 [256, 256, 3], sRGB; of a film the first frame.
+    """Return the central square of an image, uint8 [256, 256, 3], sRGB; of a film the first frame.
 
     Raises:
-        PictureError: no picture, truncated, too small, or too large to be one.
+        ImageError: no image, truncated, too small, or too large to be one.
     """
     if data[:2] in (b"P1", b"P2", b"P3"):
-        raise PictureError("a PNM whose pixels are written as text")
+        raise ImageError("a PNM whose pixels are written as text")
     if data[:2] != JPEG and len(data) > MAX_OTHER_BYTES:
-        raise PictureError(f"{len(data)} bytes are more than it may have ({MAX_OTHER_BYTES})")
+        raise ImageError(f"{len(data)} bytes are more than it may have ({MAX_OTHER_BYTES})")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF, large pictures: not the user's matter
+            warnings.simplefilter("ignore")  # damaged EXIF, large images: not the user's matter
             with in_time(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 check_size(*image.size, min_side)
                 _check_tiles(image)
                 with _silent() if image.format == "TIFF" else nullcontext():
                     return _square(image)
-    except PictureError:
+    except ImageError:
         raise
     # Pillow's decoders raise what they please on damaged input; whatever it is, it is this file.
     except Exception as error:
-        raise PictureError(_reason(error)) from error
+        raise ImageError(_reason(error)) from error
 
 
 def _check_tiles(image: Image.Image) -> None:
-    """Refuse a picture in more pieces than it has rows or tiles: each starts a decoder."""
+    """Refuse an image in more pieces than it has rows or tiles: each starts a decoder."""
     pieces = len(getattr(image, "tile", ()))
     if pieces > 2 * image.height + image.width * image.height // 64 + 1000:
-        raise PictureError(f"{pieces} strips or tiles in {image.width}x{image.height} pixels")
+        raise ImageError(f"{pieces} strips or tiles in {image.width}x{image.height} pixels")
 
 
 @contextmanager
@@ -313,7 +313,7 @@ def _square(image: Image.Image) -> Pixels:
 
 
 def _resamplable(image: Image.Image) -> Image.Image:
-    """Return the picture in a mode that can be resampled: L, RGB, RGBA or CMYK."""
+    """Return the image in a mode that can be resampled: L, RGB, RGBA or CMYK."""
     if image.mode.startswith(("I", "F")):
         return _eight_bits(image)
     if "A" in image.mode.upper() or "transparency" in image.info:
@@ -339,7 +339,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no picture: its bytes are of no known format"
+        return "no image: its bytes are of no known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"decompression bomb: {error}"
     if isinstance(error, MemoryError):
@@ -350,7 +350,7 @@ def _reason(error: Exception) -> str:
     return text
 
 
-__all__ = ["Chroma", "PictureError", "encode", "one_thread", "square"]
+__all__ = ["Chroma", "ImageError", "encode", "one_thread", "square"]
 
 Chroma = Literal["4:2:0", "4:4:4"]
 """How a JPEG keeps its colours: at half the width and height, or in full."""
@@ -360,23 +360,23 @@ ACCURATE = 96
 
 
 def square(data: bytes, min_side: int = 8) -> Pixels:
-    """Decode a picture and return its central square, 256x256.
+    """Decode an image and return its central square, 256x256.
 
-    EXIF orientation is honoured; grey, CMYK, palette, 16-bit and transparent pictures (on white)
+    EXIF orientation is honoured; grey, CMYK, palette, 16-bit and transparent images (on white)
     become RGB, and colour profiles sRGB. Of an animation it is the first frame.
 
     Args:
         data: a JPEG, PNG, WebP, GIF, BMP or TIFF.
-        min_side: smaller pictures, in pixels of their shorter side, are refused.
+        min_side: smaller images, in pixels of their shorter side, are refused.
 
     Returns:
         uint8 [256, 256, 3], RGB, 0..255.
 
     Raises:
-        PictureError: no picture, truncated, too small, or beyond the `limits`.
+        ImageError: no image, truncated, too small, or beyond the `limits`.
     """
     if len(data) > MAX_BYTES:
-        raise PictureError(f"{len(data)} bytes are more than a picture may have ({MAX_BYTES})")
+        raise ImageError(f"{len(data)} bytes are more than an image may have ({MAX_BYTES})")
     header = read_header(data)
     if header is not None:
         check_size(header.width, header.height, min_side)

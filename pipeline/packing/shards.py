@@ -1,6 +1,6 @@
-"""Stage two: encoded pictures out of many chunks, in shuffled order -> one shard.
+"""Stage two: encoded images out of many chunks, in shuffled order -> one shard.
 
-What stage one found, read back: where each picture lies, and what was left out.
+What stage one found, read back: where each image lies, and what was left out.
 
 The files about the shards, and the manifest last.
 """
@@ -51,7 +51,7 @@ FOLDER = f"{WORK}/shards"
 TAKEN_DTYPE = np.dtype(
     [("chunk", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")]
 )
-"""A picture to be stored: where it lies among the chunks, and its label."""
+"""An image to be stored: where it lies among the chunks, and its label."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def write_shard_of(job: ShardJob) -> int:
 
 
 def content(taken: npt.NDArray[np.void]) -> str:
-    """Return a hash of what a shard is to hold: it is another if a picture became a reject."""
+    """Return a hash of what a shard is to hold: it is another if an image became a reject."""
     columns = np.stack([taken[name].astype(np.int64) for name in ("crc", "size", "label")])
     return hashlib.sha256(columns.tobytes()).hexdigest()
 
@@ -272,7 +272,7 @@ REJECTS = "rejects.jsonl"
 
 
 def all_classes(plan: Plan, collected: Collected, target: Target) -> None:
-    """Refuse a training set that lacks a class, and a split without pictures.
+    """Refuse a training set that lacks a class, and a split without images.
 
     Raises:
         UsageError: names the class or the split, and a reject.
@@ -288,7 +288,7 @@ def all_classes(plan: Plan, collected: Collected, target: Target) -> None:
                 example = next((line for line in lines if name in line), "")
             example = f" (for example {example})" if example else ""
             raise UsageError(
-                f"no picture of {what} could be read{example}; replace them, delete "
+                f"no image of {what} could be read{example}; replace them, delete "
                 f"{target.address}, and run the same command again"
             )
 
@@ -348,7 +348,7 @@ def copied(path: Path, target: Target, name: str) -> None:
 
 
 def _write_duplicates(file: IO[bytes], plan: Plan, collected: Collected) -> Counts:
-    """Find and list the pictures that are the same, or nearly so."""
+    """Find and list the images that are the same, or nearly so."""
     rows = np.flatnonzero(collected.packed)
     split_of = np.zeros(plan.pictures, np.uint8)
     sample_of = np.zeros(plan.pictures, np.uint32)

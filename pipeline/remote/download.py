@@ -28,7 +28,7 @@ from pipeline.dataset.manifest import Shard
 from pipeline.remote.filesystem import (
     EXTRAS,
     Mismatch,
-    Policy,
+    RetryPolicy,
     Stopped,
     StoreError,
     TransferError,
@@ -67,7 +67,7 @@ class Arrival:
 
 
 SLOWEST = 1024
-"""A transfer that brings fewer bytes than this a second over `Policy.stall` counts as stuck."""
+"""A transfer of fewer bytes a second than this over `RetryPolicy.stall` is stuck."""
 
 
 # Jitter from a generator of our own: nobody's seed is touched, and forks do not wait in step.
@@ -81,7 +81,7 @@ for _name in ("gcsfs", "s3fs"):
 class Store:
     """A folder of files at a remote address."""
 
-    def __init__(self, address: str, policy: Policy | None = None) -> None:
+    def __init__(self, address: str, policy: RetryPolicy | None = None) -> None:
         """Check that the address can be spoken to; nothing is sent yet.
 
         Raises:
@@ -89,7 +89,7 @@ class Store:
             SetupError: the package for the scheme is not installed.
         """
         self._address = address.rstrip("/")
-        self.policy = policy or Policy()
+        self.policy = policy or RetryPolicy()
         for part in address.split("::"):
             _check_scheme(part.partition("://")[0], without_secrets(address))
         if "?" in address and address.startswith("http"):
@@ -243,7 +243,7 @@ def _check_scheme(scheme: str, address: str) -> None:
         raise SetupError(f"data set {address}: nothing here speaks {scheme}://; {way}") from error
 
 
-def _options(address: str, policy: Policy) -> dict[str, Any]:
+def _options(address: str, policy: RetryPolicy) -> dict[str, Any]:
     """What a file system is told beyond its own environment, so that the watch sees its bytes."""
     scheme = address.partition("://")[0]
     if scheme in ("http", "https"):

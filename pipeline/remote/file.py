@@ -12,10 +12,17 @@ import io
 import tempfile
 from typing import IO, Any
 
-from pipeline.remote.filesystem import Call, Policy, TransferError, Unreachable, file_system, insist
+from pipeline.remote.filesystem import (
+    Call,
+    RetryPolicy,
+    TransferError,
+    Unreachable,
+    file_system,
+    retry,
+)
 from pipeline.tools.errors import SetupError
 
-__all__ = ["RemoteFile", "Unreachable", "file_system", "insist"]
+__all__ = ["RemoteFile", "Unreachable", "file_system", "retry"]
 
 SMALLEST, LARGEST = 1 << 16, 1 << 22
 """Bytes of a block: doubled with each one that follows the last, for reading forward."""
@@ -31,7 +38,7 @@ class RemoteFile(io.RawIOBase):
     A server that cannot give parts of a file gives it whole, into a temporary file without a name.
     """
 
-    def __init__(self, address: str, policy: Policy | None = None) -> None:
+    def __init__(self, address: str, policy: RetryPolicy | None = None) -> None:
         """Ask for the size of the file.
 
         Raises:
@@ -39,16 +46,16 @@ class RemoteFile(io.RawIOBase):
             Unreachable: it is not there, or the store does not answer.
         """
         super().__init__()
-        self._address, self._policy = address, policy or Policy()
+        self._address, self._policy = address, policy or RetryPolicy()
         self._system, self._path = file_system(address, self._policy)
         self._blocks: list[tuple[int, bytes]] = []
         """The last two blocks and where they begin: what is read goes a little back and forth."""
         self._coming: tuple[int, int, Call[bytes]] | None = None
         self._place, self._length = 0, SMALLEST // 2
         self._whole: IO[bytes] | None = None
-        size = insist(self._look, address, self._policy)
+        size = retry(self._look, address, self._policy)
         if size is None:
-            self._whole = insist(self._fetch_whole, address, self._policy, watched=False)
+            self._whole = retry(self._fetch_whole, address, self._policy, watched=False)
             size = self._whole.seek(0, io.SEEK_END)
         self.size = size
         """Bytes of the file."""
@@ -142,7 +149,7 @@ class RemoteFile(io.RawIOBase):
         return found
 
     def _get(self, start: int, end: int) -> bytes:
-        return insist(lambda: self._get_once(start, end), self._address, self._policy)
+        return retry(lambda: self._get_once(start, end), self._address, self._policy)
 
     def _get_once(self, start: int, end: int) -> bytes:
         data: bytes = self._system.cat_file(self._path, start=start, end=end)

@@ -26,7 +26,7 @@ from pipeline.tools.errors import DuetError, SetupError, UsageError
 
 
 @dataclass(frozen=True)
-class Policy:
+class RetryPolicy:
     """How long to insist: with the defaults, about half a minute of waiting between the tries."""
 
     attempts: int = 6
@@ -155,14 +155,14 @@ class Unreachable(StoreError, OSError):
     """A store did not give (a part of) a file, after all tries; exit code 1."""
 
 
-def file_system(address: str, policy: Policy | None = None) -> tuple[Any, str]:
+def file_system(address: str, policy: RetryPolicy | None = None) -> tuple[Any, str]:
     """Return the fsspec file system that an address names, and the path in there.
 
     Raises:
         UsageError: an unknown scheme, a chain of them, or an address with a query.
         SetupError: the package for the scheme is not installed.
     """
-    policy, safe = policy or Policy(), without_secrets(address)
+    policy, safe = policy or RetryPolicy(), without_secrets(address)
     scheme = address.partition("://")[0]
     if "::" in address:
         raise UsageError(f"source {safe}: lists with '::' are not read; name one set at a time")
@@ -196,10 +196,10 @@ def file_system(address: str, policy: Policy | None = None) -> tuple[Any, str]:
     return system, path
 
 
-def insist(
+def retry(
     action: Callable[[], T],
     address: str,
-    policy: Policy,
+    policy: RetryPolicy,
     *,
     watched: bool = True,
     done: str = "read",

@@ -27,8 +27,8 @@ from fsspec.core import url_to_fs
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.remote.dataset import is_remote
 from pipeline.remote.download import Store
-from pipeline.remote.file import Unreachable, insist
-from pipeline.remote.filesystem import Policy, StoreError, describe, without_secrets
+from pipeline.remote.file import Unreachable, retry
+from pipeline.remote.filesystem import RetryPolicy, StoreError, describe, without_secrets
 from pipeline.remote.lease import Claim
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import PARTIAL, sealed, writable_folder
@@ -54,7 +54,7 @@ def folder_of(store: str) -> Path:
     return Path(unquote(urlsplit(store).path) if local else store)
 
 
-POLICY = Policy()
+POLICY = RetryPolicy()
 """For what a thread does: half a minute of pauses before it gives up."""
 
 
@@ -232,7 +232,7 @@ OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Where a file appears only when all of it has arrived."""
 
 BATCH = 256
-"""Pieces that are asked for at a time: with raw pictures 50 MB."""
+"""Pieces that are asked for at a time: with raw images 50 MB."""
 
 SLOWEST = 100_000
 """Bytes a second below which a transfer is given up, after the patience of any request."""
@@ -263,7 +263,7 @@ class StoreTarget:
     """A `Target` in a store. Every method raises `StoreError` if it does not answer."""
 
     url: str
-    policy: Policy = field(default_factory=Policy)
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
 
     @property
     def address(self) -> str:
@@ -368,7 +368,7 @@ class StoreTarget:
 
         patient = replace(self.policy, stall=self.policy.stall + size / SLOWEST)
         try:
-            return insist(once, f"{self.url}/{name}".rstrip("/"), patient, done=done)
+            return retry(once, f"{self.url}/{name}".rstrip("/"), patient, done=done)
         except Unreachable as error:
             # An OSError would be taken for a fault of this one file.
             raise StoreError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Where pictures come from: listed and read where they lie, never unpacked.
+"""Where images come from: listed and read where they lie, never unpacked.
 
 `scan` finds out by looking what a source is:
 
@@ -9,19 +9,19 @@
                                       given or beside it (`ground_truth`)
     SRC/Data/CLS-LOC/{train,val}      Kaggle's tree, with LOC_val_solution.csv
     SRC/{train,val}/...               any of these, the split that is asked for
-    SRC/*.parquet                     Hugging Face's: the picture's bytes and its label
+    SRC/*.parquet                     Hugging Face's: the image's bytes and its label
     SRC/shard-{000000..000099}.tar    WebDataset shards, local or at an address
 
-A picture ends as a place in a container; `open_reader` reads it from there in any process.
+An image ends as a place in a container; `open_reader` reads it from there in any process.
 
     scan                      which of these it is
-    folders, tars, flat       a class each, classes in one tar, pictures in no class
+    folders, tars, flat       a class each, classes in one tar, images in no class
     ground_truth              the classes of the latter, and readable names of classes
     devkit, matlab            ILSVRC2012's development kit
-    parquet*, webdatasets     what has its labels beside its pictures; class_names, shard_labels
-    listing, names            one row a picture, in mapped files; what names may be
+    parquet*, webdatasets     what has its labels beside its images; class_names, shard_labels
+    listing, names            one row an image, in mapped files; what names may be
     tar_headers               the members of a tar, local or not
-    readers                   the bytes of a picture
+    readers                   the bytes of an image
     addresses, remote_file    what lies in a store
 """
 

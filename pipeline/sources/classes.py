@@ -41,7 +41,7 @@ class Labels:
         classes: Sequence[str] | None,
         titles: Sequence[str] | None = None,
     ) -> None:
-        """Know what stands beside the pictures.
+        """Know what stands beside the images.
 
         Args:
             source: for messages.
@@ -103,16 +103,16 @@ class Labels:
         """Return the listing, its classes in the order of their numbers, or else sorted.
 
         Args:
-            writer: has been given all pictures.
-            titles: readable names of numbers, where the pictures brought some.
+            writer: has been given all images.
+            titles: readable names of numbers, where the images brought some.
 
         Raises:
-            UsageError: see `ListingWriter.finish`; no picture has a label.
+            UsageError: see `ListingWriter.finish`; no image has a label.
         """
         if not writer.pictures and writer.rejected:
             raise UsageError(
-                f"source {self._source} has {writer.rejected:,} pictures, none of them usable "
-                "(such as: no label); the test pictures of most sets have no labels"
+                f"source {self._source} has {writer.rejected:,} images, none of them usable "
+                "(such as: no label); the test images of most sets have no labels"
             )
         if self._given is not None:
             return writer.finish(self._given)

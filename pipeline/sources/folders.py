@@ -1,9 +1,9 @@
-"""Folders of pictures: what lies in one, and every picture below it.
+"""Folders of images: what lies in one, and every image below it.
 
 Nothing is opened and, where the file system tells folders from files, nothing is even looked at:
 a set of fourteen million files is listed at the speed at which the kernel names them.
 
-Pictures that lie in one place, unsorted, as ILSVRC's validation set does.
+Images that lie in one place, unsorted, as ILSVRC's validation set does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.sources.listing import (
     Container,
     ListingWriter,
     is_hidden,
-    is_picture,
+    is_image,
 )
 from pipeline.sources.tars import Found, class_of, files_of, open_tar
 from pipeline.tools.errors import UsageError
@@ -79,7 +79,7 @@ def look_into(folder: str | Path) -> Inside:
 
 
 def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
-    """Add the pictures below `folder`, in a container for each folder that holds any.
+    """Add the images below `folder`, in a container for each folder that holds any.
 
     Raises:
         UsageError: a folder cannot be read.
@@ -99,7 +99,7 @@ def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
 
 def _walk(top: str) -> Iterator[tuple[str, Inside]]:
     """Yield each folder once, those inside before the one that holds them."""
-    # A link to the source or above it would bring the pictures of other classes in.
+    # A link to the source or above it would bring the images of other classes in.
     above = {*Path(top).resolve().parents, *Path(top).parents}
     seen = {_identity(str(folder)) for folder in above}
     todo: list[tuple[str, Inside | None]] = [(top, None)]
@@ -128,20 +128,20 @@ def _identity(path: str) -> tuple[int, int]:
 
 _VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
 _NO_CLASS = frozenset({"", "val", "validation", "ILSVRC2012_img_val"})
-"""Folders of the pictures in such a tar, which are no classes."""
+"""Folders of the images in such a tar, which are no classes."""
 
 
 def loose_in_folder(folder: Path) -> str | None:
-    """Return the first picture of a folder that holds pictures, and nothing that may be a class."""
+    """Return the first image of a folder that holds images, and nothing that may be a class."""
     inside = look_into(folder)
     for name in (*inside.folders, *(name for name in inside.files if name.endswith(".tar"))):
         if not is_kit(name):
             return None
-    return next(filter(is_picture, inside.files), None)
+    return next(filter(is_image, inside.files), None)
 
 
 def loose_in_tar(tar: Path) -> str | None:
-    """Return the first picture of a tar if it lies outside any class."""
+    """Return the first image of a tar if it lies outside any class."""
     with open_tar(str(tar)) as file:
         for member in members(file, str(tar)):
             name = member.name
@@ -149,7 +149,7 @@ def loose_in_tar(tar: Path) -> str | None:
                 continue
             if name.endswith(".tar"):
                 return None
-            if is_picture(name):
+            if is_image(name):
                 folder = class_of(name)
                 known = folder == "" or (folder in _NO_CLASS and _is_validation(name))
                 return name if known else None
@@ -157,7 +157,7 @@ def loose_in_tar(tar: Path) -> str | None:
 
 
 def add_flat_folder(folder: Path, truth: GroundTruth, writer: ListingWriter) -> None:
-    """Add the pictures of a folder with the classes that `truth` has for them."""
+    """Add the images of a folder with the classes that `truth` has for them."""
     path = os.path.abspath(folder)
     inside = look_into(folder)
     for name in inside.other:
@@ -167,7 +167,7 @@ def add_flat_folder(folder: Path, truth: GroundTruth, writer: ListingWriter) -> 
 
 
 def add_flat_tar(tar: Path, truth: GroundTruth, writer: ListingWriter) -> None:
-    """Add the pictures of a tar with the classes that `truth` has for them."""
+    """Add the images of a tar with the classes that `truth` has for them."""
     path = os.path.abspath(tar)
     with open_tar(path) as file:
         files = files_of(members(file, path), path, writer)
@@ -175,11 +175,11 @@ def add_flat_tar(tar: Path, truth: GroundTruth, writer: ListingWriter) -> None:
 
 
 def labels_for(source: Path, picture: str, labels: str | None) -> GroundTruth:
-    """Return the labels of pictures that lie in no class, as given or as found beside them.
+    """Return the labels of images that lie in no class, as given or as found beside them.
 
     Args:
         source: folder or tar.
-        picture: one of them.
+        image: one of them.
         labels: what the user gave.
 
     Raises:
@@ -189,7 +189,7 @@ def labels_for(source: Path, picture: str, labels: str | None) -> GroundTruth:
         return read_ground_truth(Path(labels))
     if not _is_validation(picture):
         raise UsageError(
-            f"picture {shown(f'{source}/{picture}')} lies outside a class; put it into a folder "
+            f"image {shown(f'{source}/{picture}')} lies outside a class; put it into a folder "
             f"named as its class, or {GIVE_LABELS}"
         )
     if (found := find_ground_truth(source)) is None:
@@ -212,7 +212,7 @@ def _add(
     missing = dict.fromkeys(labels)  # in order
     for name, place, size in files:
         key = stem(name)
-        if not is_picture(name):
+        if not is_image(name):
             writer.reject(f"{path}/{name}", NO_PICTURE)
         elif key in labels:
             found.add(labels[key], name, place, size)
@@ -222,11 +222,11 @@ def _add(
     found.flush()
     if not writer.pictures:
         raise UsageError(
-            f"labels {shown(str(truth.file))} name none of the pictures of {shown(path)}, but "
+            f"labels {shown(str(truth.file))} name none of the images of {shown(path)}, but "
             f"such as {shown(next(iter(labels)))}; {GIVE_LABELS}"
         )
     for key in missing:
-        writer.reject(f"{path}/{key}", f"no picture: {shown(str(truth.file))} has a label for it")
+        writer.reject(f"{path}/{key}", f"no image: {shown(str(truth.file))} has a label for it")
 
 
 def _is_validation(name: str) -> bool:

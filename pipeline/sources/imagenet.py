@@ -1,10 +1,10 @@
-"""Lists beside a source: the class of each validation picture, and readable names of classes.
+"""Lists beside a source: the class of each validation image, and readable names of classes.
 
-ILSVRC's validation pictures are numbered, not sorted. Their classes come from one of
+ILSVRC's validation images are numbered, not sorted. Their classes come from one of
 
     ILSVRC2012_devkit_t12.tar.gz    the development kit, or the folder it unpacks to
     LOC_val_solution.csv            Kaggle's: `ILSVRC2012_val_00048981,n03995372 85 1 499 272 ...`
-    *synset_labels.txt              a WordNet id a line, the first for picture 1
+    *synset_labels.txt              a WordNet id a line, the first for image 1
     any other text file             `ILSVRC2012_val_00000001.JPEG n01751748` lines
 
 Reads an array of structs out of a MATLAB 5 file: just enough for ILSVRC's `meta.mat`.
@@ -12,10 +12,10 @@ Reads an array of structs out of a MATLAB 5 file: just enough for ILSVRC's `meta
 SciPy's reader takes a damaged file for its word and crashes the process. This one reads texts and
 numbers, is bounded, and raises `ValueError` for whatever is not as it should be.
 
-ILSVRC2012's development kit: which picture of the validation set is of which class.
+ILSVRC2012's development kit: which image of the validation set is of which class.
 
 `data/meta.mat` numbers the synsets and names them; `data/ILSVRC2012_validation_ground_truth.txt`
-has that number for picture 1, 2, 3, ... The kit is read as it was handed out, in memory.
+has that number for image 1, 2, 3, ... The kit is read as it was handed out, in memory.
 """
 
 from __future__ import annotations
@@ -145,11 +145,11 @@ class Devkit(NamedTuple):
     """What a development kit says."""
 
     wnids: dict[int, str]
-    """ILSVRC2012_ID -> WordNet id, of the classes that have pictures of their own."""
+    """ILSVRC2012_ID -> WordNet id, of the classes that have images of their own."""
     titles: dict[str, str]
     """WordNet id -> words."""
     truth: list[str]
-    """The WordNet id of validation picture 1, 2, 3, ...; empty if the kit lacks the list."""
+    """The WordNet id of validation image 1, 2, 3, ...; empty if the kit lacks the list."""
 
 
 def is_devkit(path: Path) -> bool:
@@ -263,12 +263,12 @@ _TITLE = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Which picture is of which class."""
+    """Which image is of which class."""
 
     file: Path
     """Where that is written."""
     labels: dict[str, str]
-    """Name of a picture without its ending -> class."""
+    """Name of an image without its ending -> class."""
     classes: tuple[str, ...]
     """All classes, sorted."""
     titles: dict[str, str] = field(default_factory=dict)
@@ -276,7 +276,7 @@ class GroundTruth:
 
 
 def stem(name: str) -> str:
-    """Return the name of a picture without its folder and ending, as lists have it."""
+    """Return the name of an image without its folder and ending, as lists have it."""
     name = name.rpartition("/")[2]
     for ending in PICTURE_ENDINGS:
         if name.lower().endswith(ending):
@@ -285,7 +285,7 @@ def stem(name: str) -> str:
 
 
 def numbered(place: int) -> str:
-    """Return the stem of ILSVRC's validation picture `place`, counted from 0."""
+    """Return the stem of ILSVRC's validation image `place`, counted from 0."""
     return f"ILSVRC2012_val_{place + 1:08d}"
 
 
@@ -300,7 +300,7 @@ def is_list(name: str) -> bool:
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """Read the labels of the validation pictures, whatever they are written in.
+    """Read the labels of the validation images, whatever they are written in.
 
     Args:
         path: one of the files above, or a folder that holds one.
@@ -386,7 +386,7 @@ def _read_list(path: Path) -> GroundTruth:
     for place, line in enumerate(lines):
         words = _words(line)
         if not in_order and len(words) == 1 and line.endswith(","):
-            continue  # named without a class: the picture will be missed, and rejected
+            continue  # named without a class: the image will be missed, and rejected
         if not words or (len(words) == 1) != in_order or not is_class(words[not in_order]):
             raise UsageError(
                 f"labels {shown(str(path))} have a line {line[:80]!r}, which names no "

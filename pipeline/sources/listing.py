@@ -1,9 +1,9 @@
-"""What a scan of a source finds: one row a picture, kept in files, so that memory stays small.
+"""What a scan of a source finds: one row an image, kept in files, so that memory stays small.
 
-Fourteen million pictures are 24 bytes and a name each; they are written out as they are found and
+Fourteen million images are 24 bytes and a name each; they are written out as they are found and
 mapped back, so that neither the scan nor the plan grows with the set.
 
-How large a picture may be before it is not even read.
+How large an image may be before it is not even read.
 
 What the name of a file, or the word of a list, may be.
 """
@@ -23,7 +23,7 @@ from pipeline.dataset.tar import ENCODING
 from pipeline.tools.errors import UsageError
 
 ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), ("size", "<i8")])
-"""A picture: the container that holds it, its label, where it lies there and how many bytes it has.
+"""An image: the container that holds it, its label, where it lies there and how many bytes it has.
 
 `place` is an offset in a tar, a row of a parquet file, and 0 for a file in a folder. `size` is
 `WHOLE` where the container alone knows it."""
@@ -37,7 +37,7 @@ Kind = Literal["folder", "tar", "parquet"]
 
 
 class Container(NamedTuple):
-    """What holds pictures: a folder, a tar that is not compressed, or a parquet file."""
+    """What holds images: a folder, a tar that is not compressed, or a parquet file."""
 
     kind: Kind
     address: str
@@ -55,22 +55,22 @@ PICTURE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"),
     *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
-"""What the names of pictures end in, in small letters."""
+"""What the names of images end in, in small letters."""
 
 
 class Unreadable(Exception):
-    """One picture that its container cannot give; the message is the reason, one line."""
+    """One image that its container cannot give; the message is the reason, one line."""
 
 
 class Reader(Protocol):
-    """Reads pictures out of one container; fastest in the order of the listing."""
+    """Reads images out of one container; fastest in the order of the listing."""
 
     def read(self, name: str, place: int, size: int) -> bytes:
-        """Return the encoded bytes of the picture with this name, place and size.
+        """Return the encoded bytes of the image with this name, place and size.
 
         Raises:
-            Unreadable: this picture cannot be had (a file without permission, an empty row); the
-                container's other pictures can.
+            Unreadable: this image cannot be had (a file without permission, an empty row); the
+                container's other images can.
             OSError: the container went away or is shorter than it was.
         """
 
@@ -79,7 +79,7 @@ class Reader(Protocol):
 
 
 class Names(Sequence[str]):
-    """Names of pictures inside their containers, read from a mapped file."""
+    """Names of images inside their containers, read from a mapped file."""
 
     def __init__(self, text: npt.NDArray[np.uint8], ends: npt.NDArray[np.uint64]) -> None:
         self._text, self._ends = text, ends
@@ -106,15 +106,15 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of one source, in the order in which they are best read."""
+    """The images of one source, in the order in which they are best read."""
 
     source: str
     """As the user named it."""
     containers: tuple[Container, ...]
     rows: Rows
-    """`ROW_DTYPE`, one a picture."""
+    """`ROW_DTYPE`, one an image."""
     names: Names
-    """Per picture its name inside the container; `full_name` is how messages call it."""
+    """Per image its name inside the container; `full_name` is how messages call it."""
     classes: tuple[str, ...]
     """A label is a place in this list."""
     titles: tuple[str, ...] | None
@@ -127,7 +127,7 @@ class Listing:
         return len(self.rows)
 
     def full_name(self, place: int) -> str:
-        """Return container and name of a picture: `/data/n01440764.tar/n01440764_18.JPEG`."""
+        """Return container and name of an image: `/data/n01440764.tar/n01440764_18.JPEG`."""
         address = self.containers[self.rows[place]["container"]].address
         return f"{address.rstrip('/')}/{self.names[place]}"
 
@@ -141,7 +141,7 @@ class Listing:
 class ListingWriter:
     """Collects a `Listing` in the files of a folder.
 
-    `add` is called once a folder, a tar or a row group, not once a picture.
+    `add` is called once a folder, a tar or a row group, not once an image.
     """
 
     def __init__(self, scratch: Path, source: str) -> None:
@@ -169,7 +169,7 @@ class ListingWriter:
         places: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        """Add pictures of one container, in the order in which they lie there.
+        """Add images of one container, in the order in which they lie there.
 
         Args:
             container: what `container` returned.
@@ -201,7 +201,7 @@ class ListingWriter:
         self.rejected += 1
 
     def need_class(self, name: str) -> None:
-        """Note a class that may turn out to have no pictures (`finish` then says so)."""
+        """Note a class that may turn out to have no images (`finish` then says so)."""
         self._class(name)
 
     def finish(
@@ -215,8 +215,8 @@ class ListingWriter:
             titles: readable names of `classes`.
 
         Raises:
-            UsageError: no pictures, fewer than two classes, an unknown class, one without
-                pictures (unless `classes` is given), or one whose name is no text.
+            UsageError: no images, fewer than two classes, an unknown class, one without
+                images (unless `classes` is given), or one whose name is no text.
         """
         for file in (self._rows, self._text, self._ends, self._rejects):
             file.close()
@@ -227,8 +227,7 @@ class ListingWriter:
         for name, count in zip(names, counts, strict=True):
             if count == 0 and name in self._classes:
                 raise UsageError(
-                    f"class {name!r} of source {self._source} has no pictures; "
-                    "add some or remove it"
+                    f"class {name!r} of source {self._source} has no images; add some or remove it"
                 )
         return Listing(
             source=self._source,
@@ -250,8 +249,8 @@ class ListingWriter:
     def _check(self, names: tuple[str, ...], found: list[str]) -> None:
         if not found:
             raise UsageError(
-                f"source {self._source} holds no pictures of any class; "
-                "it needs a folder (or a tar) of pictures per class"
+                f"source {self._source} holds no images of any class; "
+                "it needs a folder (or a tar) of images per class"
             )
         for name in found:
             if not name.isprintable():  # nor is a name in an encoding other than the system's
@@ -263,7 +262,7 @@ class ListingWriter:
             if name not in known:
                 raise UsageError(
                     f"source {self._source} has class {name!r}, which the training source lacks; "
-                    "remove it, or add it to the training pictures"
+                    "remove it, or add it to the training images"
                 )
         if len(names) < 2:
             raise UsageError(
@@ -297,24 +296,24 @@ def _mapped(path: Path, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
 
 
 MOST_BYTES = 256 << 20
-"""A picture larger than this is not read: memory must not depend on what a source claims."""
+"""An image larger than this is not read: memory must not depend on what a source claims."""
 
 
 def refuse_if_too_large(size: int) -> None:
-    """Raise `Unreadable` for a picture that is too large to be held in memory."""
+    """Raise `Unreadable` for an image that is too large to be held in memory."""
     if size > MOST_BYTES:
         raise Unreadable(f"too large: {size:,} bytes, {MOST_BYTES:,} are read at most")
 
 
-NO_PICTURE = "no picture: unknown file ending"
-"""Why a file is left out whose name ends as no picture's does."""
+NO_PICTURE = "no image: unknown file ending"
+"""Why a file is left out whose name ends as no image's does."""
 
 NO_FILE = "no regular file: a link that leads nowhere, or a device"
 """Why a name in a folder is left out that is neither a file nor a folder."""
 
 
-def is_picture(name: str) -> bool:
-    """Whether a name ends as pictures do, in capital or small letters."""
+def is_image(name: str) -> bool:
+    """Whether a name ends as images do, in capital or small letters."""
     return name.lower().endswith(PICTURE_ENDINGS)
 
 

@@ -1,10 +1,10 @@
-"""Lists the pictures of parquet files in the layouts of Hugging Face; no picture is read.
+"""Lists the images of parquet files in the layouts of Hugging Face; no image is read.
 
 SRC.parquet    SRC/*.parquet    SRC/data/train-00000-of-00294.parquet    s3://bucket/*.parquet
 
-Which columns of a parquet file hold pictures and labels, in the layouts of Hugging Face.
+Which columns of a parquet file hold images and labels, in the layouts of Hugging Face.
 
-Pictures are a column `struct<bytes: binary, path: string>` or plain `binary`; labels are numbers,
+Images are a column `struct<bytes: binary, path: string>` or plain `binary`; labels are numbers,
 whose names the schema's metadata may hold (`ClassLabel`), or text.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.dataset.tar import shown
-from pipeline.remote.filesystem import Policy, Unreachable, without_secrets
+from pipeline.remote.filesystem import RetryPolicy, Unreachable, without_secrets
 from pipeline.sources.classes import Labels
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.paths import each, find, is_remote, of_split, open_file
@@ -65,7 +65,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 @contextmanager
-def opened(address: str, policy: Policy | None = None) -> Iterator[pq.ParquetFile]:
+def opened(address: str, policy: RetryPolicy | None = None) -> Iterator[pq.ParquetFile]:
     """Open a parquet file of a disk or a store.
 
     Raises:
@@ -79,7 +79,7 @@ def opened(address: str, policy: Policy | None = None) -> Iterator[pq.ParquetFil
         file.close(force=True)
 
 
-def open_parquet(address: str, policy: Policy | None = None) -> pq.ParquetFile:
+def open_parquet(address: str, policy: RetryPolicy | None = None) -> pq.ParquetFile:
     """As `opened`, for as long as the caller wants it."""
     import pyarrow.parquet as pq
 
@@ -93,7 +93,7 @@ def open_parquet(address: str, policy: Policy | None = None) -> pq.ParquetFile:
 
 
 def find_columns(file: pq.ParquetFile, address: str) -> Columns:
-    """Say which columns are pictures and labels.
+    """Say which columns are images and labels.
 
     Raises:
         UsageError: there are none; the message lists those that are there.
@@ -104,7 +104,7 @@ def find_columns(file: pq.ParquetFile, address: str) -> Columns:
     image = _first(IMAGES, fields, features, "Image", _holds_bytes)
     label = _first(LABELS, fields, features, "ClassLabel", _is_label)
     if image is None or label is None:
-        lacks = "pictures (struct<bytes, path> or binary)" if image is None else "labels"
+        lacks = "images (struct<bytes, path> or binary)" if image is None else "labels"
         known = IMAGES if image is None else LABELS
         # The type of a column may be as long as its writer wants.
         there = ", ".join(f"{field.name} ({str(field.type)[:60]})" for field in schema)[:300]
@@ -220,7 +220,7 @@ def is_parquet(source: str) -> bool:
 def scan_parquet(
     source: str, writer: ListingWriter, split: str, classes: Sequence[str] | None
 ) -> Listing:
-    """List the pictures of a source for which `is_parquet` holds.
+    """List the images of a source for which `is_parquet` holds.
 
     Args:
         source: as the user named it.
@@ -229,7 +229,7 @@ def scan_parquet(
         classes: of the training split, when this is another one of the same set.
 
     Raises:
-        UsageError: a file that is no parquet, or lacks pictures or labels; what the writer finds.
+        UsageError: a file that is no parquet, or lacks images or labels; what the writer finds.
         StoreError: the store does not give a file.
     """
     files = find(source, ENDING)

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple, TypeVar, cast
 import braceexpand
 
 from pipeline.remote.file import RemoteFile
-from pipeline.remote.filesystem import Call, Policy, file_system, insist, without_secrets
+from pipeline.remote.filesystem import Call, RetryPolicy, file_system, retry, without_secrets
 from pipeline.tools.errors import DuetError, UsageError
 
 MOST_FILES = 1_000_000
@@ -147,7 +147,7 @@ def split_of(name: str) -> str | None:
     return None
 
 
-def open_file(address: str, policy: Policy | None = None) -> BinaryIO:
+def open_file(address: str, policy: RetryPolicy | None = None) -> BinaryIO:
     """Open a file for reading at any place, not buffered.
 
     Raises:
@@ -162,7 +162,7 @@ def open_file(address: str, policy: Policy | None = None) -> BinaryIO:
 def read_small(address: str, limit: int) -> bytes | None:
     """Return a file of at most `limit` bytes, or None if it is not there or longer."""
     try:
-        with open_file(address, Policy(attempts=2, first_delay=0.2)) as file:
+        with open_file(address, RetryPolicy(attempts=2, first_delay=0.2)) as file:
             if file.seek(0, io.SEEK_END) > limit:
                 return None
             file.seek(0)
@@ -206,7 +206,7 @@ def _find_remote(source: str, ending: str, pattern: bool) -> Files | None:
                         f"source {safe}: a web server cannot be searched; name the files with a "
                         "brace range such as train-{000..146}.tar"
                     )
-                hits = insist(partial(system.glob, name), safe, Policy())
+                hits = retry(partial(system.glob, name), safe, RetryPolicy())
                 found += [system.unstrip_protocol(hit) for hit in sorted(hits)]
             else:
                 found.append(name)
@@ -217,7 +217,7 @@ def _find_remote(source: str, ending: str, pattern: bool) -> Files | None:
         return None
 
     def listed(folder: str) -> list[str]:
-        names = insist(lambda: _listing(system, folder), safe, Policy())
+        names = retry(lambda: _listing(system, folder), safe, RetryPolicy())
         return [system.unstrip_protocol(name) for name in names]
 
     return _in_folders(source.rstrip("/"), ending, listed)

@@ -1,6 +1,6 @@
-"""Reads pictures out of folders, tars and parquet files, on a disk or in a store.
+"""Reads images out of folders, tars and parquet files, on a disk or in a store.
 
-Reads pictures out of the rows of a parquet file, forward, a few rows in memory at a time.
+Reads images out of the rows of a parquet file, forward, a few rows in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.dataset.tar import ENCODING, shown
 from pipeline.remote.file import RemoteFile
-from pipeline.remote.filesystem import Policy, Unreachable
+from pipeline.remote.filesystem import RetryPolicy, Unreachable
 from pipeline.sources.listing import Container, Reader, Unreadable, refuse_if_too_large
 from pipeline.sources.parquet import DAMAGE, find_columns, in_a_line, open_parquet
 from pipeline.sources.paths import is_remote
@@ -32,17 +32,17 @@ MOST_ROWS = 256
 class ParquetReader:
     """Rows of a parquet file.
 
-    Only the column of pictures is read, and of it only the pages that lie between the beginning of
+    Only the column of images is read, and of it only the pages that lie between the beginning of
     a row group and the row wanted. Going back begins the row group anew. In memory are a batch and
     a few pages; a page holds at most 1,024 rows as pyarrow writes them, or the row group.
     """
 
-    def __init__(self, address: str, policy: Policy | None = None) -> None:
+    def __init__(self, address: str, policy: RetryPolicy | None = None) -> None:
         """Read the footer of the file.
 
         Raises:
             OSError: it is not there, or no parquet file (any more).
-            UsageError: it has no pictures (any more).
+            UsageError: it has no images (any more).
         """
         import pyarrow as pa
 
@@ -62,12 +62,12 @@ class ParquetReader:
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._first, self._rows = 0, 0
         self._bytes: Any = None
-        """Pictures of the rows `_first` to `_first + _rows`."""
+        """Images of the rows `_first` to `_first + _rows`."""
         self._damage: str | None = None
         """Why the rest of the row group cannot be read."""
 
     def read(self, name: str, place: int, size: int) -> bytes:
-        """Return the bytes of the picture in row `place`; see `Reader`."""
+        """Return the bytes of the image in row `place`; see `Reader`."""
         if place >= self._starts[-1]:
             raise OSError(f"{self._address} has {self._starts[-1]} rows, not row {place}")
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
@@ -127,8 +127,8 @@ class ParquetReader:
 _NOT_THE_PICTURES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)
 
 
-def open_reader(container: Container, policy: Policy | None = None) -> Reader:
-    """Open what holds pictures.
+def open_reader(container: Container, policy: RetryPolicy | None = None) -> Reader:
+    """Open what holds images.
 
     Args:
         container: of a `Listing`.
@@ -162,7 +162,7 @@ class FolderReader:
         """Return the bytes of file `name`; see `Reader`."""
         path = os.path.join(self._folder.encode(*ENCODING), name.encode(*ENCODING))
         try:
-            # Without O_NONBLOCK, a pipe named as a picture would be waited for.
+            # Without O_NONBLOCK, a pipe named as an image would be waited for.
             file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 return _read_all(file)
@@ -230,7 +230,7 @@ class TarReader:
 class RemoteTarReader:
     """Byte ranges of a tar in a store, fetched in large blocks ahead of need."""
 
-    def __init__(self, address: str, policy: Policy | None = None) -> None:
+    def __init__(self, address: str, policy: RetryPolicy | None = None) -> None:
         """Ask for the size of the tar.
 
         Raises:

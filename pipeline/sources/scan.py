@@ -1,4 +1,4 @@
-"""Finds out by looking what a source is, and lists its pictures."""
+"""Finds out by looking what a source is, and lists its images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.sources.folders import (
     loose_in_tar,
 )
 from pipeline.sources.imagenet import GroundTruth, find_titles, is_kit
-from pipeline.sources.listing import Listing, ListingWriter, is_picture
+from pipeline.sources.listing import Listing, ListingWriter, is_image
 from pipeline.sources.parquet import is_parquet, scan_parquet
 from pipeline.sources.paths import is_remote
 from pipeline.sources.tars import add_class_tar, add_tar
@@ -45,7 +45,7 @@ def scan(
     classes: Sequence[str] | None = None,
     labels: str | None = None,
 ) -> Listing:
-    """List the pictures of a source without opening them.
+    """List the images of a source without opening them.
 
     Args:
         source: a folder, tar, parquet file, or set of shards, as in the package's docstring;
@@ -54,10 +54,10 @@ def scan(
         split: which part to take where the source holds several.
         classes: the class list of the training split, when this is another split of the same
             set; without it the sorted class names of `source` become the list.
-        labels: where the classes of unsorted pictures are written; else looked for beside them.
+        labels: where the classes of unsorted images are written; else looked for beside them.
 
     Raises:
-        UsageError: nothing there, no classes, a class without pictures, an unknown class, no
+        UsageError: nothing there, no classes, a class without images, an unknown class, no
             labels where some are needed, or an archive that cannot be read.
     """
     source = source.removeprefix("file://")
@@ -108,7 +108,7 @@ def split_of(source: Path, split: SplitName) -> Path:
         return source
     if not source.is_dir():
         raise UsageError(
-            f"source {shown(str(source))} does not exist; name a folder or a tar of pictures"
+            f"source {shown(str(source))} does not exist; name a folder or a tar of images"
         )
     for root in (source, source / "ILSVRC"):  # Kaggle's tree
         if (root / "Data" / "CLS-LOC").is_dir():
@@ -131,7 +131,7 @@ def split_of(source: Path, split: SplitName) -> Path:
         raise UsageError(
             f"source {shown(str(source))} has no {split}: it holds "
             f"{', '.join(map(shown, sorted({*inside.folders, *tars})))}; name the folder or tar "
-            f"of the {split} pictures"
+            f"of the {split} images"
         )
     return source / found[split][0]
 
@@ -139,7 +139,7 @@ def split_of(source: Path, split: SplitName) -> Path:
 def _with_labels(
     source: str, writer: ListingWriter, split: SplitName, classes: Sequence[str] | None
 ) -> Listing | None:
-    """List a source whose pictures come with their labels: no folder or tar is their class."""
+    """List a source whose images come with their labels: no folder or tar is their class."""
     if is_parquet(source):
         return scan_parquet(source, writer, split, classes)
     if is_webdataset(source):
@@ -175,12 +175,12 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
     folders = [name for name in inside.folders if not is_kit(name)]
     tars = [name for name in inside.files if name.endswith(".tar") and not is_kit(name)]
     for name in inside.files:
-        if is_picture(name):
+        if is_image(name):
             raise UsageError(
-                f"picture {shown(f'{source}/{name}')} lies outside a class; "
+                f"image {shown(f'{source}/{name}')} lies outside a class; "
                 "put it into a folder named as its class"
             )
-    for name in inside.other:  # all pictures of a class may be behind it
+    for name in inside.other:  # all images of a class may be behind it
         raise UsageError(
             f"{shown(f'{source}/{name}')} is a link that leads nowhere, or a device; "
             "mend or remove it"
@@ -189,11 +189,11 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
         if packed := [name for name in inside.files if name.endswith(COMPRESSED)]:
             raise UsageError(
                 f"{shown(f'{source}/{packed[0]}')} is compressed; unpack it to a .tar first "
-                "(pictures do not get smaller)"
+                "(images do not get smaller)"
             )
         raise UsageError(
             f"source {shown(str(source))} is empty; "
-            "it needs a folder (or a tar) of pictures per class"
+            "it needs a folder (or a tar) of images per class"
         )
     both = set(folders) & {name.removesuffix(".tar") for name in tars}
     if both:
@@ -211,10 +211,10 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
 
 
 def _unlabelled(listing: Listing, labels: str | None) -> Listing:
-    """Refuse labels for pictures that have theirs already: which of them to believe?"""
+    """Refuse labels for images that have theirs already: which of them to believe?"""
     if labels is not None:
         raise UsageError(
-            f"source {shown(listing.source)} says itself of which class its pictures are; "
+            f"source {shown(listing.source)} says itself of which class its images are; "
             f"leave --val-labels {shown(labels)} out"
         )
     return listing

@@ -1,6 +1,6 @@
-"""Tars of pictures, read where they lie: one a class, a tar of such tars, or folders in a tar.
+"""Tars of images, read where they lie: one a class, a tar of such tars, or folders in a tar.
 
-The pictures of a tar inside a tar are byte ranges of the outer one, so nothing is unpacked.
+The images of a tar inside a tar are byte ranges of the outer one, so nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pipeline.sources.listing import (
     PICTURE_ENDINGS,
     ListingWriter,
     is_hidden,
-    is_picture,
+    is_image,
 )
 from pipeline.tools.errors import UsageError
 
 BATCH = 1 << 14
-"""Pictures handed on at a time; memory does not grow with the tar."""
+"""Images handed on at a time; memory does not grow with the tar."""
 
 
 class Found:
-    """Pictures of one container that are yet to be handed to the listing."""
+    """Images of one container that are yet to be handed to the listing."""
 
     def __init__(self, writer: ListingWriter, container: int) -> None:
         self._writer, self._container = writer, container
@@ -35,7 +35,7 @@ class Found:
         self._sizes: list[int] = []
 
     def add(self, class_name: str, name: str, place: int, size: int) -> None:
-        """Add a picture."""
+        """Add an image."""
         self._classes.append(class_name)
         self._names.append(name)
         self._places.append(place)
@@ -53,7 +53,7 @@ class Found:
 
 
 def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:
-    """Add the pictures of a tar that is one class, whatever folders they lie in.
+    """Add the images of a tar that is one class, whatever folders they lie in.
 
     Raises:
         UsageError: the tar is damaged or cannot be read.
@@ -66,10 +66,10 @@ def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:
 
 
 def add_tar(path: Path, writer: ListingWriter) -> None:
-    """Add the pictures of one tar that holds a tar or a folder per class.
+    """Add the images of one tar that holds a tar or a folder per class.
 
     Raises:
-        UsageError: the tar is damaged or cannot be read, or a picture lies outside a class.
+        UsageError: the tar is damaged or cannot be read, or an image lies outside a class.
     """
     address = os.path.abspath(path)
     found = Found(writer, writer.container("tar", address))
@@ -84,7 +84,7 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
                 continue
             if name[:at] != folder:  # members of a class mostly follow one another
                 folder, class_name = name[:at], class_of(name)
-            if class_name not in ("", "..") and is_picture(name):
+            if class_name not in ("", "..") and is_image(name):
                 above = _same_above(address, name, class_name, above)
             if class_name == "..":
                 writer.reject(f"{address}/{name}", "no class: its folder is `..`")
@@ -109,7 +109,7 @@ def _add_inner(
     found: Found,
     writer: ListingWriter,
 ) -> None:
-    """Add the pictures of a tar inside a tar: one class."""
+    """Add the images of a tar inside a tar: one class."""
     class_name = outer.name.rpartition("/")[2].removesuffix(".tar")
     if class_name in known:
         raise UsageError(f"tar {shown(address)} holds class {class_name!r} twice; merge them")
@@ -121,7 +121,7 @@ def _add_inner(
 
 
 def _same_above(address: str, name: str, class_name: str, known: str) -> str:
-    """Return the folder that a picture's class lies in (with a slash), the same for all classes.
+    """Return the folder that an image's class lies in (with a slash), the same for all classes.
 
     Raises:
         UsageError: it is another: which of the folders is the class, nobody knows.
@@ -159,7 +159,7 @@ def open_tar(address: str) -> BinaryIO:
 
 
 def files_of(found: Iterator[Member], prefix: str, writer: ListingWriter) -> Iterator[Member]:
-    """Yield the regular files that are not hidden; a link named as a picture is rejected."""
+    """Yield the regular files that are not hidden; a link named as an image is rejected."""
     for member in found:
         name = member.name
         if is_hidden(name):

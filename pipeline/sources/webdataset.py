@@ -1,4 +1,4 @@
-"""Lists the pictures of WebDataset shards: tars in which `KEY.jpg` and `KEY.cls` are a sample.
+"""Lists the images of WebDataset shards: tars in which `KEY.jpg` and `KEY.cls` are a sample.
 
 SRC.tar    SRC/*.tar    SRC/train-{000000..001280}.tar    s3://bucket/train-{000..146}.tar
 """
@@ -56,7 +56,7 @@ class _Sample:
     no_label: str = "no label"
     """The reason why not, if there is none."""
     linked: bool = False
-    """A link or a device stood in the place of a picture."""
+    """A link or a device stood in the place of an image."""
 
 
 class _Picture(NamedTuple):
@@ -79,7 +79,7 @@ class _Part:
 def is_webdataset(source: str) -> bool:
     """Say whether a source is WebDataset shards: looks at the first members of the first tar.
 
-    Tars of plain pictures, one a class, are none.
+    Tars of plain images, one a class, are none.
 
     Raises:
         UsageError: a brace range that cannot be read, or a first tar that is damaged.
@@ -96,9 +96,9 @@ def is_webdataset(source: str) -> bool:
                 continue
             if ending == "cls":
                 return True
-            # A caption or a record beside each picture is a sample, if without a label.
-            if ending in ("json", "txt") or _is_picture(ending):
-                kind = "picture" if _is_picture(ending) else "label"
+            # A caption or a record beside each image is a sample, if without a label.
+            if ending in ("json", "txt") or _is_image(ending):
+                kind = "picture" if _is_image(ending) else "label"
                 other = "label" if kind == "picture" else "picture"
                 if f"{other} {key}" in keys:
                     return True
@@ -109,7 +109,7 @@ def is_webdataset(source: str) -> bool:
 def scan_webdataset(
     source: str, writer: ListingWriter, split: str, classes: Sequence[str] | None
 ) -> Listing:
-    """List the pictures of a source for which `is_webdataset` holds.
+    """List the images of a source for which `is_webdataset` holds.
 
     Args:
         source: as the user named it.
@@ -146,7 +146,7 @@ def _shards(
         if table.get("encoding", "jpeg") != "jpeg":
             raise UsageError(
                 f"source {without_secrets(source)} is a packed data set of raw pixels; "
-                "it is used as it is, and packed from where its pictures came from"
+                "it is used as it is, and packed from where its images came from"
             )
         inside = {name: {shard["name"] for shard in part["shards"]}
                   for name, part in table["splits"].items()}  # fmt: skip
@@ -223,7 +223,7 @@ def _samples(file: BinaryIO, address: str) -> Iterator[_Sample]:
             if sample is not None:
                 yield sample
             sample = _Sample(key)
-        if _is_picture(ending):
+        if _is_image(ending):
             sample.pictures.append((ending, member))
         elif not member.regular or ending not in LABEL_ENDINGS:
             continue
@@ -251,21 +251,21 @@ def _read_label(file: BinaryIO, member: Member, ending: str, sample: _Sample) ->
 
 
 def _judge(sample: _Sample, part: _Part, seen: set[int]) -> None:
-    """Note the picture of a sample, or why there is none."""
+    """Note the image of a sample, or why there is none."""
     for ending, member in [item for item in sample.pictures if not item[1].regular]:
         sample.pictures.remove((ending, member))
-        part.rejects.append((f"{part.address}/{shown(member.name)}", "no picture: a link"))
+        part.rejects.append((f"{part.address}/{shown(member.name)}", "no image: a link"))
         sample.linked = True
     if not sample.pictures:
         if not sample.linked and sample.label is not None:
             name = f"{part.address}/{shown(sample.key)}"
-            part.rejects.append((name, "no picture in the sample"))
+            part.rejects.append((name, "no image in the sample"))
         return
-    # `KEY.jpg` is the picture where there is a `KEY.mask.png` beside it.
+    # `KEY.jpg` is the image where there is a `KEY.mask.png` beside it.
     plain = [member for ending, member in sample.pictures if "." not in ending]
     chosen = plain if len(plain) == 1 else [member for _, member in sample.pictures]
     if len(chosen) > 1 or sample.label is None:
-        reason = "two pictures in one sample" if len(chosen) > 1 else sample.no_label
+        reason = "two images in one sample" if len(chosen) > 1 else sample.no_label
         for member in chosen:
             part.rejects.append((f"{part.address}/{shown(member.name)}", reason))
         return
@@ -282,5 +282,5 @@ def _split(name: str) -> tuple[str | None, str]:
     return (match[1], match[2].lower()) if match else (None, "")
 
 
-def _is_picture(ending: str) -> bool:
+def _is_image(ending: str) -> bool:
     return f".{ending}".endswith(PICTURE_ENDINGS)

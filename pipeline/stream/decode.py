@@ -4,7 +4,7 @@ CPU and GPU graphs are the same two operators; `device` chooses where each runs:
 
     decode (only the 224x224 region of the crop) -> crop_mirror_normalize
 
-Raw pictures need the second alone, which then crops as well.
+Raw images need the second alone, which then crops as well.
 
 The colour shift is folded into the mean that `crop_mirror_normalize` subtracts anyway (a mean of
 its own for each sample), so the paper's PCA colour costs no pass over the pixels.
@@ -49,7 +49,7 @@ class Feed(NamedTuple):
     """What one run of the graph takes, for b samples."""
 
     pictures: list[npt.NDArray[np.uint8]]
-    """JPEGs, [size] each, or raw pictures, [256, 256, 3] each. DALI reads them where they lie: they
+    """JPEGs, [size] each, or raw images, [256, 256, 3] each. DALI reads them where they lie: they
     stay untouched until the batch after next has come out."""
     x: npt.NDArray[np.float32]
     """[b] left edge of the crop, 0..1 of the free border."""
@@ -87,8 +87,8 @@ class Decoder:
             device: `cpu` gives float32 pixels in host memory, `gpu` float16 on the current GPU.
             threads: host threads that decode.
             prefetch: batches in flight.
-            size: height and width to cut out at (x, y): 224, or 256 for the whole picture.
-            encoding: what the pictures are.
+            size: height and width to cut out at (x, y): 224, or 256 for the whole image.
+            encoding: what the images are.
             hw_decoder_load: see `pixels_of`.
             divide: by the feed's divisor.
         """
@@ -130,14 +130,14 @@ class Decoder:
 
         Raises:
             StopIteration: the source has ended.
-            RuntimeError: most likely a picture cannot be decoded (`Trial` says which); its whole
+            RuntimeError: most likely an image cannot be decoded (`Trial` says which); its whole
                 batch is lost, and this decoder with it.
         """
         return run_on_current_stream(self._pipe)
 
 
 class Trial:
-    """Decodes pictures alone, to see whether it can be done."""
+    """Decodes images alone, to see whether it can be done."""
 
     def __init__(self, device: Device) -> None:
         self._gpu = gpu_of(device)  # now: the current device is a thread's own affair
@@ -202,12 +202,12 @@ def pixels_of(
     hw_decoder_load: float = 1.0,
     divisor: Any = None,
 ) -> Any:
-    """Return the graph of decision 3: stored pictures -> [3, size, size] pixels.
+    """Return the graph of decision 3: stored images -> [3, size, size] pixels.
 
     The first five arguments and `divisor` are DALI nodes (or constants) as in `Feed`; the result
     is one.
     `hw_decoder_load` is the share of a batch that the JPEG engines of a GPU decode, the rest being
-    done by CUDA. Between 0 and 1 it is the batch that decides which pictures go where, and their
+    done by CUDA. Between 0 and 1 it is the batch that decides which images go where, and their
     pixels differ a little by that.
     """
     if encoding == "raw":
@@ -235,7 +235,7 @@ def decoded(
 def normalised(
     pixels: Any, flip: Any, mean: Any, device: Device, divisor: Any = None, where: Any = None
 ) -> Any:
-    """Return its second half: uint8 HWC -> pixels; `where` to crop, in raw pictures, as well."""
+    """Return its second half: uint8 HWC -> pixels; `where` to crop, in raw images, as well."""
     more = {} if divisor is None else {"std": divisor}
     return fn.crop_mirror_normalize(
         pixels,
@@ -298,7 +298,7 @@ class NativeReader:
 
 
 def _behind_header(npy: Any) -> Any:
-    """Return the graph from the files of raw pictures to their pixels, uint8 [256, 256, 3]."""
+    """Return the graph from the files of raw images to their pixels, uint8 [256, 256, 3]."""
     shape = (SIZE, SIZE, 3)
     # The pixels are the end of the file, however long the header before them is.
     return fn.reshape(npy[-math.prod(shape) :], shape=shape, layout="HWC")

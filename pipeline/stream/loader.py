@@ -22,8 +22,8 @@ from pipeline.stream.normalization import Recipe
 from pipeline.stream.order import Ids, Order, Slots
 from pipeline.stream.prefetch import Background
 from pipeline.stream.quarantine import UNDECODABLE, Quarantine, Screen
-from pipeline.stream.shard_reader import Bytes, Damage, Storage
-from pipeline.stream.timing import Spent, Waits
+from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
+from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.tools.errors import REBUILD, DataError
 
 LOOKAHEAD = 4
@@ -52,7 +52,7 @@ class Loaded:
     first: int
     """Position of the first sample of this slice."""
     memory: Bytes
-    """Where the pictures of the feed lie, unless in their shards."""
+    """Where the images of the feed lie, unless in their shards."""
     spent: Spent
     """What it cost the thread that made it."""
 
@@ -75,7 +75,7 @@ class Reader:
 
     def __init__(
         self,
-        storage: Storage,
+        storage: ShardReader,
         order: Order,
         recipe: Recipe,
         part: Slice,
@@ -88,7 +88,7 @@ class Reader:
         self._storage = storage
         self._order = order
         self.recipe = recipe
-        """What becomes of the pictures."""
+        """What becomes of the images."""
         self._part = part
         self._quarantine = quarantine
         self._strict = strict
@@ -119,7 +119,7 @@ class Reader:
         self._free.append(loaded.memory)
 
     def close(self) -> None:
-        """Let go of what tries pictures; nothing may be read any more."""
+        """Let go of what tries images; nothing may be read any more."""
         self._screen = None
 
     def _past_end(self, position: int) -> bool:
@@ -263,7 +263,7 @@ class Flow:
         self,
         reader: Reader,
         position: int,
-        waits: Waits,
+        waits: WaitTimes,
         *,
         prefetch: int,
         batch_size: int,
@@ -310,7 +310,7 @@ class Flow:
 
         Raises:
             StopIteration: there are no more.
-            DecodeFailure: there are pictures in the batch that cannot be decoded.
+            DecodeFailure: there are images in the batch that cannot be decoded.
             DuetError: what stopped the reader, after all batches before it.
         """
         start, read = perf_counter(), self._read_wait
@@ -322,12 +322,12 @@ class Flow:
             raise
         except RuntimeError as error:
             if self._raw:
-                raise  # there is nothing in raw pictures that could fail to decode
+                raise  # there is nothing in raw images that could fail to decode
             batch, trial = self._decoding[0], Trial(self._device)
             # DALI names at most the first bad one.
             failed = [i for i, jpeg in enumerate(batch.feed.pictures) if not trial.decodes(jpeg)]
             if not failed or len(failed) == len(batch.ids) > 1:
-                raise  # not the pictures: memory, most likely
+                raise  # not the images: memory, most likely
             raise DecodeFailure(batch, failed) from error
         loaded = self._decoding.popleft()
         # A GPU may still be reading the bytes of the last few batches.
@@ -362,7 +362,7 @@ class Flow:
 
 
 def _at(picture: Floats | None, device: Device) -> torch.Tensor | None:
-    """Return a picture where the pixels are, and of their kind."""
+    """Return an image where the pixels are, and of their kind."""
     if picture is None:
         return None
     tensor = torch.from_numpy(picture)
@@ -370,7 +370,7 @@ def _at(picture: Floats | None, device: Device) -> torch.Tensor | None:
 
 
 def _subtract(images: torch.Tensor, picture: torch.Tensor, divisor: Floats | None) -> None:
-    """Subtract a picture from pixels that were divided already, in place.
+    """Subtract an image from pixels that were divided already, in place.
 
     DALI's own arithmetic takes twice as long for it, three times with a divisor, on both cores
     where this keeps one busy; and it knows no float16.

@@ -1,4 +1,4 @@
-"""What becomes of a picture on its way to the network: what is subtracted, how strong colours are.
+"""What becomes of an image on its way to the network: what is subtracted, how strong colours are.
 
 Defaults are those that cost nothing; the recipe behind the paper's numbers, as the released source
 has it, is
@@ -22,7 +22,7 @@ from pipeline.stream.augment import BORDER, CROP, tint
 
 Mean = Literal["channel", "picture"]
 Colour = float | Sequence[tuple[int, float]]
-"""Standard deviation of the colour draws, in those of the training pictures, 0 or more: one for all
+"""Standard deviation of the colour draws, in those of the training images, 0 or more: one for all
 epochs, or pairs (epoch from which on it holds, deviation), the first of them from epoch 0 on."""
 
 
@@ -91,7 +91,7 @@ class Recipe:
 
     @property
     def subtracted(self) -> npt.NDArray[np.float32]:
-        """What is subtracted from a picture without colour: [3, 1, 1] or [3, 224, 224]."""
+        """What is subtracted from an image without colour: [3, 1, 1] or [3, 224, 224]."""
         mean = self.channel_mean.reshape(3, 1, 1)
         return (mean if self.picture is None else mean + self.picture).astype(np.float32)
 
@@ -127,9 +127,9 @@ def recipe_of(
         statistics: of the training set.
         random: crop, flip and colour by chance.
         colour: standard deviation of the colour draws, or pairs: see `Colour`.
-        mean: what to subtract from the pixels, the mean of each channel or the mean picture.
+        mean: what to subtract from the pixels, the mean of each channel or the mean image.
         divide: divide by 1 + colour, if `random`.
-        whole: pictures are not cut to crops; with a mean picture nothing is subtracted then.
+        whole: images are not cut to crops; with a mean image nothing is subtracted then.
 
     Raises:
         ValueError: a colour out of range.
@@ -153,7 +153,7 @@ def recipe_of(
 
 
 def central(statistics: Statistics) -> npt.NDArray[np.float32]:
-    """Return the centre of the mean picture, [3, 224, 224], laid out as a crop.
+    """Return the centre of the mean image, [3, 224, 224], laid out as a crop.
 
     The original subtracts this part from every crop, those from the corners and the flipped ones
     too (convdata_jpeg.py, `data_mean_crop`).

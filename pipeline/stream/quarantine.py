@@ -4,14 +4,14 @@ QUARANTINE.jsonl     a row a sample: split, sample, shard, key, reason
 
 Keep JPEGs from a batch that DALI would fail to parse there.
 
-DALI 2.4 throws when it cannot parse one picture of a batch, while its threads still write to the
-others' memory: often enough the process ends with a segmentation fault. A picture alone is no
-danger. So a header that was not seen before is tried alone, with its picture; pictures that our
+DALI 2.4 throws when it cannot parse one image of a batch, while its threads still write to the
+others' memory: often enough the process ends with a segmentation fault. An image alone is no
+danger. So a header that was not seen before is tried alone, with its image; images that our
 packer wrote all have the same one, and looking at it costs next to nothing. (Scan data that cannot
 be decoded behind a good header is an ordinary error, and `flow` looks for it when it comes.)
 
-DALI decodes a picture whose scan ends too early if only the crop lies before the end. So that a
-picture is damaged in every crop or in none, one that does not end as a JPEG does is tried, too.
+DALI decodes an image whose scan ends too early if only the crop lies before the end. So that a
+image is damaged in every crop or in none, one that does not end as a JPEG does is tried, too.
 """
 
 from __future__ import annotations

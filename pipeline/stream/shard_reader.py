@@ -46,12 +46,12 @@ class Damage(NamedTuple):
         return f"{self.split} sample {self.sample} ({self.shard}, key {self.key}): {self.reason}"
 
 
-class Storage:
+class ShardReader:
     """Random access to the samples of one split.
 
     Bytes are read by system calls: a shard that was cut off or a sector that fails is then the
-    damage of some samples, and not a SIGBUS. Raw pictures are eight times as large, and copying
-    them takes a quarter of the throughput (measured): once a picture was read so, its next epochs
+    damage of some samples, and not a SIGBUS. Raw images are eight times as large, and copying
+    them takes a quarter of the throughput (measured): once an image was read so, its next epochs
     check and hand out the kernel's own pages of the file.
     """
 
@@ -186,7 +186,7 @@ class Storage:
         return crc
 
     def _stored_key(self, number: int, offset: int) -> str | None:
-        """Return the key that the tar itself has for the picture at `offset`, if it is readable."""
+        """Return the key that the tar itself has for the image at `offset`, if it is readable."""
         try:
             header = os.pread(
                 self._file(number).number, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE

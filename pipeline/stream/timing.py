@@ -35,7 +35,7 @@ class Spent(NamedTuple):
 
 
 @dataclass
-class Waits:
+class WaitTimes:
     """Seconds that whoever takes batches has stood still, by what was not ready.
 
     A batch that is not read yet is waited for; how its reader spent its time on it says for what.
@@ -63,10 +63,12 @@ class Waits:
         """Seconds in all."""
         return self.fetch + self.storage + self.checksum + self.feed + self.decode + self.handover
 
-    def copy(self) -> Waits:
+    def copy(self) -> WaitTimes:
         """As they are now."""
-        return Waits(**vars(self))
+        return WaitTimes(**vars(self))
 
-    def since(self, before: Waits) -> Waits:
+    def since(self, before: WaitTimes) -> WaitTimes:
         """What has been added since `before`, an earlier `copy`."""
-        return Waits(**{name: value - getattr(before, name) for name, value in vars(self).items()})
+        return WaitTimes(
+            **{name: value - getattr(before, name) for name, value in vars(self).items()}
+        )

@@ -1,4 +1,4 @@
-"""Where the pictures wait, how far each stage is from its limit, and what would help.
+"""Where the images wait, how far each stage is from its limit, and what would help.
 
     python -m pipeline.throughput DATA [--device cpu|gpu] [--img-s N] [--tune] [--compare OLD.json]
     python -m pipeline.throughput DATA --rate [--reader stream|native]
@@ -46,7 +46,7 @@ class Options:
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     """Data set: a folder, or an address such as s3://bucket/folder."""
     device: Device = "cpu"
-    """Where pictures are decoded and left."""
+    """Where images are decoded and left."""
     split: str = "train"
     """Split to read."""
     shuffle: Shuffle | None = None
@@ -58,7 +58,7 @@ class Options:
     cache_size: str = "100GB"
     """Most bytes in it."""
     batch_size: int = 128
-    """Pictures in a batch."""
+    """Images in a batch."""
     threads: int = cores()
     """Host threads that decode."""
     prefetch: int = 2
@@ -66,7 +66,7 @@ class Options:
     hw_decoder_load: float = 1.0
     """Share of a batch that the JPEG engines of a GPU decode."""
     img_s: float | None = None
-    """Pictures a second that the trainer takes; with --plan: that the whole job takes."""
+    """Images a second that the trainer takes; with --plan: that the whole job takes."""
     seconds: float = SECONDS
     """For which each stage is measured, at least."""
     out: Path = Path()
@@ -111,7 +111,7 @@ class Options:
         if not 0 < self.seconds < 3600:
             raise UsageError(f"--seconds is {self.seconds}; it must be above 0")
         if self.plan and self.img_s is None:
-            raise UsageError("--plan needs --img-s: the pictures a second that the job takes")
+            raise UsageError("--plan needs --img-s: the images a second that the job takes")
         if self.data is None and not self.plan:
             raise UsageError("name a data set: python -m pipeline.throughput DATA")
         if self.reader == "native" and not self.rate:

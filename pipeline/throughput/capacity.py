@@ -31,11 +31,11 @@ ASSUMED_STORES: Mapping[str, tuple[float, str]] = {
 """Bytes a second of a worker (disk and nfs: of a node)."""
 
 IMAGENET = 1_281_167
-"""Training pictures of ILSVRC-2012."""
+"""Training images of ILSVRC-2012."""
 PICTURE_BYTES = 37_300.0
-"""Of a 256x256 picture at quality 96, tar headers included: the mean of ImageNet's sample here."""
+"""Of a 256x256 image at quality 96, tar headers included: the mean of ImageNet's sample here."""
 CORE_SECONDS = 6e-4
-"""Of a core for a picture that the CPU decodes: 2-core AMD EPYC, README's measurement."""
+"""Of a core for an image that the CPU decodes: 2-core AMD EPYC, README's measurement."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Question:
 
     gpus: int
     img_s: float
-    """Pictures a second of the whole job."""
+    """Images a second of the whole job."""
     store: StoreKind
     gpus_per_node: int = 8
     pictures: int = 0
@@ -119,7 +119,7 @@ def plan(question: Question, report: Mapping[str, Any] | None) -> Answer:
         Need("first epoch", first / 60, "min", bound),
         Need("later epochs", pictures.value / img_s / 60, "min", "from the cache"),
     )  # fmt: skip
-    given = Figure("pictures a second", img_s, "given", "img/s",
+    given = Figure("images a second", img_s, "given", "img/s",
                    f"{img_s / question.gpus:,.0f} a GPU")  # fmt: skip
     return Answer(figures=(given, pictures, each, core, store), needs=needs)
 
@@ -131,20 +131,20 @@ def _set(question: Question, report: Mapping[str, Any] | None) -> tuple[Figure, 
         count, source = report["data"]["pictures"], "measured"
         size = report["data"]["bytes"] / count
     if question.pictures:
-        return (Figure("pictures in an epoch", question.pictures, "given"),
-                Figure("bytes of a picture", size, source, "B"))  # fmt: skip
+        return (Figure("images in an epoch", question.pictures, "given"),
+                Figure("bytes of an image", size, source, "B"))  # fmt: skip
     note = "ImageNet" if report is None else ""
-    return (Figure("pictures in an epoch", count, source, note=note),
-            Figure("bytes of a picture", size, source, "B"))  # fmt: skip
+    return (Figure("images in an epoch", count, source, note=note),
+            Figure("bytes of an image", size, source, "B"))  # fmt: skip
 
 
 def _core_seconds(report: Mapping[str, Any] | None) -> Figure:
     if report is None:
-        return Figure("core time of a picture", CORE_SECONDS, "assumed", "s",
+        return Figure("core time of an image", CORE_SECONDS, "assumed", "s",
                       "decoded by the CPU")  # fmt: skip
     seconds = report["whole"]["cores"] / report["whole"]["img_s"]
     where = report["setting"]["device"]
-    return Figure("core time of a picture", seconds, "measured", "s",
+    return Figure("core time of an image", seconds, "measured", "s",
                   f"decoded by the {where.upper()}, {report['machine']['processor']}")  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def row(
     name: str, rate: Rate, size: float, *, limit: float | None = None, against: str = "",
     note: str = "",
 ) -> Row:  # fmt: skip
-    """A rate as a row; `size` is in bytes a picture."""
+    """A rate as a row; `size` is in bytes an image."""
     return Row(
         name=name, img_s=rate.median, spread=rate.spread, error=rate.error, steady=rate.steady,
         cores=rate.cpu, others=rate.others, bytes_s=rate.median * size, limit_img_s=limit,

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from pipeline.stream.timing import Waits
+from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import stages
 from pipeline.throughput.clock import OTHERS, Rate, Row, row
 from pipeline.throughput.hardware import machine, memory_bytes
@@ -39,7 +39,7 @@ MEANING = {
     "the reading thread": "one Python thread that reads, checks and feeds",
     "the pixels": "DALI's threads, which decode and normalise",
     "the processors": "processor time: reading and pixels together want more cores than there are",
-    "the store": "the store, which does not deliver pictures any faster",
+    "the store": "the store, which does not deliver images any faster",
 }
 
 
@@ -106,7 +106,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 SECONDS = 1.5
 """For which a stage is measured; all of it takes about a minute."""
 POINTS = 400
-"""Of the queue's picture."""
+"""Of the queue's image."""
 
 
 def examine(
@@ -117,7 +117,7 @@ def examine(
 
     Args:
         setting: of the stream.
-        needed: pictures a second that the trainer takes, if that is known.
+        needed: images a second that the trainer takes, if that is known.
         seconds: for each stage.
         extra: stages that others have measured.
 
@@ -196,7 +196,7 @@ def _report(
         setting=dataclasses.asdict(setting),
         stages=rows,
         whole=total,
-        waits={name: getattr(found.waits, name) / span for name in vars(Waits())},
+        waits={name: getattr(found.waits, name) / span for name in vars(WaitTimes())},
         read_full=found.read_full, read_empty=found.read_empty,
         queue=tuple((one.at, one.read, int(one.decoded)) for one in found.asked[::thin]),
         sweep={

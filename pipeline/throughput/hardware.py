@@ -99,7 +99,7 @@ DISK_THREADS = 4
 DISK_BYTES = 256 * 2**20
 """Most bytes that are read to see it."""
 CHUNK = 16
-"""Pictures that a thread decodes at a time."""
+"""Images that a thread decodes at a time."""
 
 
 def page_cache(paths: Sequence[Path], seconds: float) -> Rate:
@@ -138,7 +138,7 @@ def disk(paths: Sequence[Path]) -> tuple[float, float]:
 
 
 def checksum(size: int, seconds: float) -> Rate:
-    """Bytes a second of CRC-32 on one core, over pictures of `size` bytes just read."""
+    """Bytes a second of CRC-32 on one core, over images of `size` bytes just read."""
     pictures = itertools.cycle(np.random.default_rng(0).integers(0, 256, (16, size), np.uint8))
 
     def check() -> int:
@@ -166,7 +166,7 @@ def memory(threads: int, seconds: float) -> Rate:
 
 
 def libjpeg(jpegs: Sequence[Bytes], threads: int, seconds: float) -> Rate:
-    """Pictures a second that libjpeg-turbo decodes to RGB, whole and into the same memory."""
+    """Images a second that libjpeg-turbo decodes to RGB, whole and into the same memory."""
     parts = itertools.cycle([jpegs[at : at + CHUNK] for at in range(0, len(jpegs), CHUNK)])
 
     def decode(part: Sequence[Bytes]) -> int:
@@ -188,7 +188,7 @@ def libjpeg(jpegs: Sequence[Bytes], threads: int, seconds: float) -> Rate:
 
 def nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: float,
            seconds: float) -> Rate:  # fmt: skip
-    """Pictures a second that the GPU decodes to RGB, whole, in a pipeline of nothing else."""
+    """Images a second that the GPU decodes to RGB, whole, in a pipeline of nothing else."""
     batches = itertools.cycle(
         [list(jpegs[at : at + batch_size]) for at in range(0, len(jpegs), batch_size)]
     )

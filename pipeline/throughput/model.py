@@ -29,18 +29,18 @@ from pipeline.throughput.stages import Alone, Parts, Reading, reading_cold
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a picture costs at each stage, alone."""
+    """What an image costs at each stage, alone."""
 
     reader: Spent
     """Seconds of the reading thread."""
     pixels: Mapping[int, Rate]
-    """By the number of threads: pictures a second, with the cores that it keeps busy."""
+    """By the number of threads: images a second, with the cores that it keeps busy."""
     hand_over: float
     """Seconds of the taker."""
     cores: int
     """That this process may use."""
     store: float = 0.0
-    """Pictures a second that a store gives; 0: not from a store, or all in the cache."""
+    """Images a second that a store gives; 0: not from a store, or all in the cache."""
     fetch_cpu: float = 0.0
     """Seconds of a core to fetch and check one."""
     reader_cpu: float = 1.0
@@ -55,13 +55,13 @@ class Costs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Something that holds the stream back, and at how many pictures a second."""
+    """Something that holds the stream back, and at how many images a second."""
 
     name: str
     img_s: float
     detail: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Seconds a picture of what it consists of."""
+    """Seconds an image of what it consists of."""
 
 
 def bounds(costs: Costs) -> list[Bound]:
@@ -75,10 +75,10 @@ def bounds(costs: Costs) -> list[Bound]:
     }
     found = [
         Bound("the reading thread", 1 / max(1e-12, costs.reader.total),
-              f"one thread, {costs.reader.total * 1e6:.0f} µs a picture", costs.reader._asdict()),
+              f"one thread, {costs.reader.total * 1e6:.0f} µs an image", costs.reader._asdict()),
         Bound("the pixels", pixels.median, f"DALI with {in_threads(costs.threads)}"),
         Bound("the processors", costs.cores / max(1e-12, sum(work.values())),
-              f"{sum(work.values()) * 1e6:.0f} µs of a core a picture, {in_cores(costs.cores)}",
+              f"{sum(work.values()) * 1e6:.0f} µs of a core an image, {in_cores(costs.cores)}",
               work),
     ]  # fmt: skip
     if costs.store:
@@ -87,7 +87,7 @@ def bounds(costs: Costs) -> list[Bound]:
 
 
 def predicted(costs: Costs) -> float:
-    """Pictures a second."""
+    """Images a second."""
     return bounds(costs)[0].img_s
 
 
@@ -137,7 +137,7 @@ class Remedy:
     change: str
     """From what to what."""
     img_s: float | None
-    """Predicted pictures a second; None: it cannot be said."""
+    """Predicted images a second; None: it cannot be said."""
     gain: float | None
     """Over what the stream gives now."""
     note: str = ""
@@ -161,7 +161,7 @@ class Now:
     """That state in words."""
 
     def gained(self, costs: Costs) -> tuple[float, float]:
-        """Pictures a second and gain with other costs: the model's ratio on what was measured."""
+        """Images a second and gain with other costs: the model's ratio on what was measured."""
         gain = predicted(costs) / predicted(self.costs)
         return self.img_s * gain, gain
 
@@ -215,7 +215,7 @@ def _decoder_load(now: Now, seconds: float) -> Iterator[Remedy]:
     setting = now.parts.setting
     if setting.device != "gpu" or now.parts.encoding == "raw":
         yield Remedy(name="hardware decoder", change="", img_s=None, gain=None,
-                     note="raw pictures" if setting.device == "gpu" else "needs a GPU")  # fmt: skip
+                     note="raw images" if setting.device == "gpu" else "needs a GPU")  # fmt: skip
         return
     loads = sorted({0.0, 0.5, 0.75, 1.0, setting.hw_decoder_load})
     works = {

@@ -80,7 +80,7 @@ def write(path: Path, table: Mapping[str, Any], step: Mapping[str, float] | None
     )  # fmt: skip
     text = environment.get_template("page.html.j2").render(
         r=table, bars=bars(table), wide=WIDTH, high=HEIGHT,
-        picture=waterfall(picture_parts(table), 1e6, "µs"),
+        picture=waterfall(image_parts(table), 1e6, "µs"),
         step=waterfall(step, 1e3, "ms") if step else [],
         queue=queue_plot(table), sweep=sweep_plot(table),
     )  # fmt: skip
@@ -110,8 +110,8 @@ def bars(table: Mapping[str, Any]) -> list[Bar]:
     ]  # fmt: skip
 
 
-def picture_parts(table: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a core that a picture takes at each stage, alone."""
+def image_parts(table: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a core that an image takes at each stage, alone."""
     rows = {row["name"]: row for row in table["stages"]}
     names = ("storage, page cache", "checksum", "feed", "decode", "normalise", "hand-over")
     return {name: rows[name]["cores"] / rows[name]["img_s"] for name in names if name in rows}
@@ -147,7 +147,7 @@ def queue_plot(table: Mapping[str, Any]) -> Plot | None:
 
 
 def sweep_plot(table: Mapping[str, Any]) -> Plot | None:
-    """Pictures a second over threads: DALI alone, and the stream as predicted."""
+    """Images a second over threads: DALI alone, and the stream as predicted."""
     counts = sorted(int(count) for count in table["sweep"])
     if len(counts) < 2:
         return None
@@ -193,7 +193,7 @@ class Change:
 
     name: str
     before: float
-    """Pictures a second."""
+    """Images a second."""
     after: float
     noise: float
     """Share of it that a difference has to exceed."""
@@ -249,7 +249,7 @@ class Report:
     command: str
     machine: Machine
     data: dict[str, Any]
-    """Where, pictures, bytes, encoding; whether it fits into memory."""
+    """Where, images, bytes, encoding; whether it fits into memory."""
     setting: dict[str, Any]
     """Of the stream."""
     stages: tuple[Row, ...]
@@ -261,11 +261,11 @@ class Report:
     queue: tuple[tuple[float, int, int], ...]
     """Seconds, batches that lay read, 1 if pixels were ready: at each batch, thinned."""
     sweep: dict[int, tuple[float, float]]
-    """By threads: pictures a second of DALI alone, and predicted of the stream."""
+    """By threads: images a second of DALI alone, and predicted of the stream."""
     knee: int
     """The fewest threads that give nearly all."""
     bounds: tuple[tuple[str, float, str], ...]
-    """What holds the stream back, lowest first: name, pictures a second, how."""
+    """What holds the stream back, lowest first: name, images a second, how."""
     state: str
     """In words: from memory, disk or store; what bounds and remedies are about."""
     img_s: float
@@ -275,7 +275,7 @@ class Report:
     remedies: tuple[Remedy, ...]
     verdict: str
     needed: float | None = None
-    """Pictures a second that the trainer takes."""
+    """Images a second that the trainer takes."""
     warnings: tuple[str, ...] = ()
     version: int = field(default=VERSION)
 
@@ -329,7 +329,7 @@ def show(report: Report, console: rich.console.Console) -> None:
     """Print stages, the stream, remedies and the verdict."""
     machine, setting = report.machine, report.setting
     console.print(
-        f"{report.data['where']}: {report.data['pictures']:,} {report.data['encoding']} pictures, "
+        f"{report.data['where']}: {report.data['pictures']:,} {report.data['encoding']} images, "
         f"{report.data['bytes'] / 1e9:,.2f} GB; {machine.processor}, {machine.cores} cores"
         + (f", {machine.gpu}" if machine.gpu else "")
         + f"; {setting['device']}, {setting['threads']} threads, batch {setting['batch_size']}, "

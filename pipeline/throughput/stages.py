@@ -1,11 +1,11 @@
 """Each stage of the stream alone, on what the stage before it gave, beside its limit.
 
     fetch      a shard from the store into the cache on this node      (sets in a store only)
-    storage    a picture's bytes from the disk, or from the page cache
+    storage    an image's bytes from the disk, or from the page cache
     checksum   CRC-32 of them
     feed       order, draws, views: what Python does
-    decode     JPEG -> the 224x224 crop                                (not of raw pictures)
-    normalise  crop of raw pictures, mirror, mean and colour, float, CHW
+    decode     JPEG -> the 224x224 crop                                (not of raw images)
+    normalise  crop of raw images, mirror, mean and colour, float, CHW
     copy       host -> device                                          (GPU only)
     hand-over  tensors for torch
 
@@ -118,7 +118,7 @@ class Parts(Opened):
 
     @property
     def bytes_each(self) -> float:
-        """Bytes of a stored picture, on average, tar headers included."""
+        """Bytes of a stored image, on average, tar headers included."""
         shards = self.storage.shards
         return sum(shard.bytes for shard in shards) / len(self.storage)
 
@@ -127,7 +127,7 @@ class Parts(Opened):
         return list(itertools.islice(self.reader().batches(position), batches))
 
     def touch(self, pictures: int) -> None:
-        """Bring the first pictures of the stream into memory: a clock then sees no disk."""
+        """Bring the first images of the stream into memory: a clock then sees no disk."""
         reader, size = self.reader(), self.setting.batch_size
         for loaded in itertools.islice(
             reader.batches(0), min(pictures, len(self.storage)) // size + 1
@@ -166,10 +166,10 @@ def opened(setting: Setting) -> Iterator[Parts]:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What the reading thread does, alone: seconds a picture, in windows of some batches."""
+    """What the reading thread does, alone: seconds an image, in windows of some batches."""
 
     windows: tuple[Spent, ...]
-    """Means over the pictures of a window each."""
+    """Means over the images of a window each."""
     cpu: float
     """Cores kept busy."""
     others: float
@@ -177,7 +177,7 @@ class Reading:
     """Seconds of each batch."""
 
     def rate(self, *names: str) -> Rate:
-        """Pictures a second of some of its parts, or of all."""
+        """Images a second of some of its parts, or of all."""
         parts = names or Spent._fields
         return Rate(
             tuple(1 / max(1e-12, sum(getattr(one, name) for name in parts))
@@ -187,7 +187,7 @@ class Reading:
 
     @property
     def seconds(self) -> Spent:
-        """Seconds a picture: the median of each part."""
+        """Seconds an image: the median of each part."""
         return Spent(*(float(np.median(part)) for part in zip(*self.windows, strict=True)))
 
 
@@ -515,8 +515,8 @@ def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Ite
             limit = hardware.libjpeg(jpegs, setting.threads, seconds / 2)
         yield row(
             "decode", decode(parts, loaded, seconds), each + CROPPED, limit=limit.median,
-            against="nvJPEG of whole pictures, nothing else" if gpu
-            else f"bare libjpeg-turbo, whole pictures, {in_threads(setting.threads)}",
+            against="nvJPEG of whole images, nothing else" if gpu
+            else f"bare libjpeg-turbo, whole images, {in_threads(setting.threads)}",
         )  # fmt: skip
     moved = CROPPED * (1 + (2 if gpu else 4))
     half = seconds / 2

@@ -1,6 +1,6 @@
 """The whole stream: its rate, what it waits for inside, and which queue is empty or full.
 
-What raw pictures would give: some of the set's own, packed raw and streamed for real.
+What raw images would give: some of the set's own, packed raw and streamed for real.
 
 The rate of the stream alone, or of DALI's own WebDataset reader, as the yardstick.
 
@@ -28,7 +28,7 @@ import torch
 from pipeline.remote.dataset import open_dataset
 from pipeline.stream.decode import NativeReader
 from pipeline.stream.loader import Loaded
-from pipeline.stream.timing import Waits
+from pipeline.stream.timing import WaitTimes
 from pipeline.throughput.clock import FEWEST, Load, Rate, until_steady
 from pipeline.throughput.stages import Setting, opened
 from pipeline.tools.errors import UsageError
@@ -48,7 +48,7 @@ class Asking:
     """Seconds since the clock was started."""
     read: int
     """Batches that lay read, and not yet decoded, 0..prefetch."""
-    waited: Waits
+    waited: WaitTimes
     """Seconds, for this batch."""
 
     @property
@@ -62,16 +62,16 @@ class Whole:
     """The stream with nothing behind it that computes."""
 
     rate: Rate
-    """Pictures a second."""
+    """Images a second."""
     asked: tuple[Asking, ...]
     """Every batch, in order."""
     prefetch: int
     """Batches that may be ahead at each place."""
 
     @property
-    def waits(self) -> Waits:
+    def waits(self) -> WaitTimes:
         """Seconds waited in all."""
-        total = Waits()
+        total = WaitTimes()
         for asking in self.asked:
             for name, value in vars(asking.waited).items():
                 setattr(total, name, getattr(total, name) + value)
@@ -110,7 +110,7 @@ class Run:
         self._begun = time.perf_counter()
 
     def window(self, seconds: float, batches: int = 1) -> float:
-        """Take batches for some seconds, and at least so many; return the pictures a second."""
+        """Take batches for some seconds, and at least so many; return the images a second."""
         start, done = time.perf_counter(), 0
         while done < batches or time.perf_counter() - start < seconds:
             before = self._stream.waits.copy()
@@ -152,10 +152,10 @@ PICTURES = 1024
 
 
 def measure_raw(setting: Setting, loaded: Sequence[Loaded], seconds: float) -> tuple[Rate, float]:
-    """Pack pictures raw in a temporary folder, and run the stream on them.
+    """Pack images raw in a temporary folder, and run the stream on them.
 
     Returns:
-        pictures a second, all of them in the page cache, and the bytes of a picture.
+        images a second, all of them in the page cache, and the bytes of an image.
 
     Raises:
         OSError, subprocess.CalledProcessError: there is no room for them.
@@ -170,7 +170,7 @@ def measure_raw(setting: Setting, loaded: Sequence[Loaded], seconds: float) -> t
         )  # fmt: skip
         raw = setting.but(data=str(packed), split="train", shuffle="full", cache=None)
         with opened(raw) as parts:
-            # Their first epoch copies them out of the files, the next ones do not (`Storage`).
+            # Their first epoch copies them out of the files, the next ones do not (`ShardReader`).
             epoch = -(-len(parts.storage) // raw.batch_size)
             with running(raw) as run:
                 run.window(0, epoch)

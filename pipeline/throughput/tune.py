@@ -22,7 +22,7 @@ TURNS = 5
 SECONDS = 0.6
 """Of a measurement."""
 LOADS = (0.0, 1.0)
-"""Decoder loads tried: between them, a picture's pixels depend on its batch."""
+"""Decoder loads tried: between them, an image's pixels depend on its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,8 @@ HELD = 64 * 2**20
 kernel's cache, where the pass for the hash has just put them."""
 
 
-class WholeFile:
-    """`with WholeFile(path) as file: file.sha256; file.read(512, 100)`."""
+class HashedFile:
+    """`with HashedFile(path) as file: file.sha256; file.read(512, 100)`."""
 
     def __init__(self, path: Path) -> None:
         """Read and hash a file.
@@ -72,7 +72,7 @@ class WholeFile:
         self._file.seek(0)
         return self._file
 
-    def __enter__(self) -> WholeFile:
+    def __enter__(self) -> HashedFile:
         return self
 
     def __exit__(

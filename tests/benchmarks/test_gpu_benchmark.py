@@ -76,7 +76,7 @@ def test_differences_are_counted_in_grey_levels():
     assert not pixels.within(pixels.difference(wanted + 1, wanted))
 
 
-def test_a_repeated_set_holds_the_same_pictures_again(tiny_data, tmp_path):
+def test_a_repeated_set_holds_the_same_images_again(tiny_data, tmp_path):
     data = made.repeated(tiny_data, tmp_path / "more", 100)
     assert Manifest.load(data).splits["train"].samples == 144
     first, again = made.pictures(tiny_data, 48), made.pictures(data, 144)
@@ -98,7 +98,7 @@ def test_a_raw_set_holds_what_pillow_decodes(tiny_data, tmp_path):
     assert (found - wanted).abs().max() < 1e-3
 
 
-def test_one_edited_picture_reaches_the_decoder(tiny_data, tmp_path):
+def test_one_edited_image_reaches_the_decoder(tiny_data, tmp_path):
     edit = damage.EDITS["second half missing"]
     data = made.spoilt(tiny_data, tmp_path / "cut", 20, 7, edit)
     with Stream(data, batch_size=20, once=True) as stream:

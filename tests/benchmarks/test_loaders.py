@@ -83,7 +83,7 @@ def test_floats_are_the_pixels_minus_the_mean() -> None:
         np.testing.assert_array_equal(floats(batch).numpy(), wanted.transpose(0, 3, 1, 2))
 
 
-def test_a_crop_is_a_window_of_the_picture(tiny_data: Path) -> None:
+def test_a_crop_is_a_window_of_the_image(tiny_data: Path) -> None:
     jpeg = next(stored(work(tiny_data)))
     picture = np.asarray(Image.open(io.BytesIO(jpeg)))
     windows = np.lib.stride_tricks.sliding_window_view(picture, (CROP, CROP), (0, 1))
@@ -98,11 +98,11 @@ def test_a_crop_is_a_window_of_the_picture(tiny_data: Path) -> None:
                 for y, x in np.argwhere(fits)
                 if np.array_equal(picture[y : y + CROP, x : x + CROP], pixels)
             }
-    assert len(seen) > 6, "crops do not vary, or are no windows of the picture"
+    assert len(seen) > 6, "crops do not vary, or are no windows of the image"
     assert {flip for *_, flip in seen} == {False, True}
 
 
-def test_stored_gives_every_picture_of_the_tars(tiny_data: Path) -> None:
+def test_stored_gives_every_image_of_the_tars(tiny_data: Path) -> None:
     found = []
     for shard in sorted(tiny_data.glob("train-*.tar")):
         with tarfile.open(shard) as tar:
@@ -138,7 +138,7 @@ def test_what_cannot_be_measured_is_a_usage_error(options: dict[str, str], named
 
 def test_a_set_of_the_other_encoding_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     options = loaders.Comparison(data=tiny_data, raw=tiny_data)
-    with pytest.raises(UsageError, match="holds jpeg pictures, not raw"):
+    with pytest.raises(UsageError, match="holds jpeg images, not raw"):
         loaders.work_for(PEERS["ours-raw"], options, tmp_path / "x")
 
 

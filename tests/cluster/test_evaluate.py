@@ -1,4 +1,4 @@
-"""Evaluation: against counts made one picture at a time, and its files and exit codes."""
+"""Evaluation: against counts made one image at a time, and its files and exit codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.checkpoint.format import load
 from cluster.config import Config
 from cluster.evaluate import main
 from cluster.experiments.ensemble import main as ensemble
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import settle
 from cluster.run.probabilities import Saved, file_of
 from cluster.training.loop import train
@@ -36,7 +36,7 @@ PICTURE = replace(CONFIG, mean="picture", seed=1)
 
 def made(run: Path, config: Config, data: Path) -> Path:
     settle(run, config, identity(data), samples=48, step=0)
-    train(config, data, run, Place(), lambda event: None)
+    train(config, data, run, ProcessMesh(), lambda event: None)
     return run
 
 
@@ -46,15 +46,15 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def with_picture(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that had the mean picture subtracted."""
+def with_image(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that had the mean image subtracted."""
     return made(tmp_path_factory.mktemp("picture"), PICTURE, tiny_data)
 
 
 def one_by_one(
     run: Path, data: Path, views: int, mean: torch.Tensor | float = 0.0
 ) -> list[tuple[int, list[float]]]:
-    """(label, probabilities) of every validation picture, each crop cut and run by itself.
+    """(label, probabilities) of every validation image, each crop cut and run by itself.
 
     `mean` is subtracted from each crop instead of what the stream subtracts.
     """
@@ -79,7 +79,7 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("views", [1, 10])
-def test_errors_are_those_counted_one_picture_at_a_time(trained, tiny_data, views, capsys):
+def test_errors_are_those_counted_one_image_at_a_time(trained, tiny_data, views, capsys):
     assert main([str(trained), "--data", str(tiny_data), "--views", str(views), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     written = json.loads((trained / f"evaluation-{views}.json").read_text())
@@ -111,23 +111,23 @@ def test_one_view_agrees_with_the_validation_during_training(trained, tiny_data,
 
 
 @pytest.mark.parametrize("views", [1, 10])
-def test_the_mean_picture_is_subtracted_as_in_training(with_picture, tiny_data, views, capsys):
+def test_the_mean_image_is_subtracted_as_in_training(with_image, tiny_data, views, capsys):
     words = ["--data", str(tiny_data), "--views", str(views), "--save-probabilities"]
-    assert main([str(with_picture), *words]) == 0
+    assert main([str(with_image), *words]) == 0
     mean = Statistics.load(tiny_data).mean_picture[16:240, 16:240].transpose(2, 0, 1)
-    answers = one_by_one(with_picture, tiny_data, views, torch.from_numpy(mean))
-    saved = Saved(with_picture, views)
+    answers = one_by_one(with_image, tiny_data, views, torch.from_numpy(mean))
+    saved = Saved(with_image, views)
     expected = torch.tensor([p for _, p in answers])
     torch.testing.assert_close(saved.rows(0, 20), expected, rtol=1e-4, atol=1e-6)
     if views == 1:
-        row = json.loads((with_picture / "validation.jsonl").read_text().splitlines()[-1])
-        written = json.loads((with_picture / "evaluation-1.json").read_text())
+        row = json.loads((with_image / "validation.jsonl").read_text().splitlines()[-1])
+        written = json.loads((with_image / "evaluation-1.json").read_text())
         assert written["loss"] == pytest.approx(row["loss"], rel=1e-4)
-    assert f"probabilities -> {file_of(with_picture, views)}" in capsys.readouterr().out
+    assert f"probabilities -> {file_of(with_image, views)}" in capsys.readouterr().out
 
 
-def test_saved_probabilities_are_those_that_were_counted(trained, with_picture, tiny_data, capsys):
-    runs = [str(trained), str(with_picture)]
+def test_saved_probabilities_are_those_that_were_counted(trained, with_image, tiny_data, capsys):
+    runs = [str(trained), str(with_image)]
     for run in runs:
         main([run, "--data", str(tiny_data), "--save-probabilities"])
     saved = Saved(trained, 1)
@@ -157,7 +157,7 @@ def test_nothing_is_saved_unless_it_is_asked_for(trained, tiny_data, tmp_path):
     assert not list(run.glob("probabilities*"))
 
 
-def test_a_damaged_picture_counts_nowhere(trained, data, tmp_path, capsys):
+def test_a_damaged_image_counts_nowhere(trained, data, tmp_path, capsys):
     flip_bit(data, "val", 3, 19)
     run = tmp_path / "run"
     shutil.copytree(trained, run)

@@ -161,7 +161,7 @@ def test_the_best_or_any_one_can_be_had(run, capsys):
         main([str(run), "--checkpoint", "5"])
 
 
-def test_a_mean_picture_comes_from_the_data_set_of_the_training(tiny_data, tmp_path):
+def test_a_mean_image_comes_from_the_data_set_of_the_training(tiny_data, tmp_path):
     run = trained(tiny_data, tmp_path / "run", mean="picture", steps=2)
     with pytest.raises(UsageError, match="name it by --data"):
         main([str(run)])

@@ -47,7 +47,7 @@ def test_as_a_user_starts_it_onto_s3(pictures, tiny_data, monkeypatch):
         done = command("s3://packed/set", *flags, environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout == ""
-        assert "data set s3://packed/set: 48 train, 20 val pictures" in done.stderr
+        assert "data set s3://packed/set: 48 train, 20 val images" in done.stderr
         assert not {"Traceback", "WARNING", "INFO"} & set(done.stderr.split())
         expected = {path.name: path.read_bytes() for path in tiny_data.iterdir()}
         assert set(system.ls("packed/set", detail=False)) == {f"packed/set/{n}" for n in expected}

@@ -87,10 +87,10 @@ def command() -> Iterator[Callable[..., Command]]:
 
 
 OURS = re.compile(
-    r"\S+tiny\.toml -> |48 pictures, |starting: |going on from |restarted, going on|stopped; "
+    r"\S+tiny\.toml -> |48 images, |starting: |going on from |restarted, going on|stopped; "
     r"|replica  column   node |0        [ab]        |stopping: saving first|interrupted"
     r"|the worker of replica 0, column [ab] \(node \S+\) died: .*; starting again from step \d+$"
-    r"|1 damaged picture|\S+ is finished"
+    r"|1 damaged image|\S+ is finished"
     r"|step +\d+  (loss|validation|checkpoint|done|saved, and ended|from here on: lr)|$"
 )
 
@@ -150,7 +150,7 @@ def test_a_run_outlives_ctrl_c_and_a_killed_worker_and_is_then_finished(
 
 
 @pytest.mark.ray
-def test_a_remote_set_with_a_damaged_picture_trains_or_is_refused(
+def test_a_remote_set_with_a_damaged_image_trains_or_is_refused(
     command, config, tiny_data, tmp_path
 ):
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
@@ -167,7 +167,7 @@ def test_a_remote_set_with_a_damaged_picture_trains_or_is_refused(
         mild = command(*words, "--run", tmp_path / "mild")
         assert mild.end() == 0
     run = tmp_path / "mild"
-    assert f"1 damaged picture was replaced by others; {run}/quarantine.jsonl" in mild.lines[-1]
+    assert f"1 damaged image was replaced by others; {run}/quarantine.jsonl" in mild.lines[-1]
     assert sum(json.loads(row)["replaced"] for row in (run / "metrics.jsonl").open()) > 0
     (row,) = map(json.loads, (run / "quarantine.jsonl").open())
     assert row["sample"] == 23

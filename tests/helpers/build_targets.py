@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.packing.plan import Build
-from pipeline.remote.filesystem import Policy
+from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import WORK, StoreTarget
 
 CLAIM = f"{WORK}/claim"
-QUICK = Policy(attempts=3, first_delay=0.01, stall=5)
+QUICK = RetryPolicy(attempts=3, first_delay=0.01, stall=5)
 
 
 @pytest.fixture(name="bucket")

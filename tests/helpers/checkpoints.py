@@ -10,7 +10,7 @@ import torch
 
 from cluster.checkpoint.format import state_of
 from cluster.checkpoint.writer import Checkpoints
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Saved, Warned
 from cluster.run.folder import CHECKPOINTS, Mark
 from model.alexnet import AlexNet
@@ -21,7 +21,7 @@ CLASSES = ("cat", "dog", "owl")
 ABOUT = {"config": {"lr": 0.01}, "data_sha256": "abc", "classes": CLASSES}
 
 
-def network(seed: int = 0, place: Place | None = None) -> tuple[AlexNet, Sgd2012]:
+def network(seed: int = 0, place: ProcessMesh | None = None) -> tuple[AlexNet, Sgd2012]:
     """A network of which nothing is 0; the same tensors in one process as in two."""
     pair = place.pair if place else None
     net = AlexNet(
@@ -53,12 +53,12 @@ class Run:
 
     def __init__(
         self, folder: Path, keep: int = 5, keep_best: int = 0, store: str = "",
-        place: Place | None = None,
+        place: ProcessMesh | None = None,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.told: list = []
         self.keep, self.keep_best, self.store = keep, keep_best, store
-        self.place = place or Place()
+        self.place = place or ProcessMesh()
         self.open()
 
     def open(self) -> None:

@@ -27,7 +27,7 @@ def picture(seed: int) -> bytes:
 
 @pytest.fixture(name="made", scope="module")
 def made_by_webdataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards by webdataset.ShardWriter: 20 training pictures in 3, 6 for validation in 1."""
+    """Shards by webdataset.ShardWriter: 20 training images in 3, 6 for validation in 1."""
     folder = tmp_path_factory.mktemp("foreign")
     for split, count, first in (("train", 20, 0), ("validation", 6, 100)):
         pattern = str(folder / f"in1k-{split}-%02d.tar")
@@ -69,7 +69,7 @@ def names(folder: Path) -> set[str]:
 
 
 def flip(folder: Path, sample: int) -> None:
-    """Do damage to a training picture."""
+    """Do damage to a training image."""
     row = rows_of(folder, "train")[sample]
     with (folder / f"in1k-train-{row['shard']:02d}.tar").open("r+b") as file:
         file.seek(int(row["offset"]) + 300)

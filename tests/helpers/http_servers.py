@@ -18,11 +18,11 @@ from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.remote.cache import Cache
 from pipeline.remote.dataset import RemoteSet
 from pipeline.remote.download import Store
-from pipeline.remote.filesystem import Policy
+from pipeline.remote.filesystem import RetryPolicy
 from pipeline.tools.errors import DuetError
 
-QUICK = Policy(attempts=4, first_delay=0.02, stall=5)
-HASTY = Policy(attempts=4, first_delay=0.02, stall=0.25)
+QUICK = RetryPolicy(attempts=4, first_delay=0.02, stall=5)
+HASTY = RetryPolicy(attempts=4, first_delay=0.02, stall=0.25)
 """For servers that are stuck; on a busy machine it may give up a good one, and try again."""
 STUCK = ("stall", "trickle", "mute")
 PLENTY = 10**9
@@ -138,7 +138,7 @@ def remote(
     cache: Path,
     *,
     size: int = PLENTY,
-    policy: Policy = QUICK,
+    policy: RetryPolicy = QUICK,
     threads: int = 2,
     patience: float | None = None,
 ) -> RemoteSet:

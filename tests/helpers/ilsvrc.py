@@ -1,4 +1,4 @@
-"""The archives, kits and lists of ILSVRC2012 in their real layout, with few pictures."""
+"""The archives, kits and lists of ILSVRC2012 in their real layout, with few images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WNIDS = [f"n{1440764 + 7919 * (387 * place % LEAVES):08d}" for place in range(LE
 """The synset with ILSVRC2012_ID 1, 2, 3, ...: as in the real kit, not in the order of the wnids."""
 TRUTH = np.random.default_rng(0).integers(1, LEAVES + 1, VALIDATION).tolist()
 SHOWN = (1, 2, 3, 48_981, 50_000)
-"""The validation pictures that the archives of the tests hold."""
+"""The validation images that the archives of the tests hold."""
 
 
 def words(wnid: str) -> str:

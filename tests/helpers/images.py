@@ -1,4 +1,4 @@
-"""Pictures for tests, drawn here so that no test needs anyone's data."""
+"""Images for tests, drawn here so that no test needs anyone's data."""
 
 from __future__ import annotations
 

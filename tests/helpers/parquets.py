@@ -1,4 +1,4 @@
-"""Parquet files of drawn pictures, and what a scan makes of them."""
+"""Parquet files of drawn images, and what a scan makes of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scan(source: str | Path, scratch: Path, split: str = "train", classes=None) 
 
 
 def contents(listing: Listing) -> list[tuple[str, bytes]]:
-    """Class and bytes of each picture."""
+    """Class and bytes of each image."""
     readers = [open_reader(container, QUICK) for container in listing.containers]
     found = [
         (
@@ -56,7 +56,7 @@ def write(
     metadata: dict[bytes, bytes] | None = None,
     rows: int = 6,
 ) -> Path:
-    """Write pictures as `datasets` does: a struct of bytes and path, and a number."""
+    """Write images as `datasets` does: a struct of bytes and path, and a number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if pa.types.is_struct(kind):
         pictures = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Event
 from cluster.run.jsonl import cut
 from cluster.run.metrics import VALIDATION
@@ -20,7 +20,7 @@ ERRORS = dict(zip(range(4, 41, 4), (9, 8, 8, 8, 7, 7, 7, 7, 7, 7), strict=True))
 
 
 def recipe(total: int = 40, **settings: object) -> Recipe:
-    """A run of 40 steps of 8 pictures, 4 epochs of 80."""
+    """A run of 40 steps of 8 images, 4 epochs of 80."""
     config = Config(**{"batch_size": 8, **settings})  # type: ignore[arg-type]
     return Recipe(config=config, samples=80, total=total)
 
@@ -56,7 +56,7 @@ class Story:
             kill: the step.
             lost: bytes by which that review's last row comes out too short; None: it is whole.
         """
-        control = RateControl(self.recipe, self.run, Place(), self.heard.append, self.saved)
+        control = RateControl(self.recipe, self.run, ProcessMesh(), self.heard.append, self.saved)
         cut(self.run / VALIDATION, self.saved)
         for step in range(self.saved + 1, self.recipe.total + 1):
             self.rates[step] = control.at(step)

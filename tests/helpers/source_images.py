@@ -1,4 +1,4 @@
-"""Pictures in many formats, and what their squares must hold to."""
+"""Images in many formats, and what their squares must hold to."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from cluster.config import Config
-from cluster.mesh import Place, take_place
+from cluster.mesh import ProcessMesh, take_place
 from cluster.run.events import Event
 from cluster.training.loop import train
 from model.schedule import dexp
@@ -72,7 +72,7 @@ def together(folder: Path, calls: list[Call], world: int = 2, size: int = 2) -> 
 def alone(config: Config, data: Path, run: Path) -> list[Event]:
     run.mkdir(exist_ok=True)
     told: list[Event] = []
-    train(config, data, run, Place(), told.append)
+    train(config, data, run, ProcessMesh(), told.append)
     return told
 
 

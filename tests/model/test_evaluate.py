@@ -10,7 +10,7 @@ from model.metrics import errors, sums, ten_views, view_probabilities
 
 
 def pictures(b: int = 2) -> Tensor:
-    """Every pixel says where it is: channel 0 its row, 1 its column, 2 the picture."""
+    """Every pixel says where it is: channel 0 its row, 1 its column, 2 the image."""
     rows = torch.arange(256.0)[:, None].expand(256, 256)
     number = torch.arange(float(b))[:, None, None].expand(b, 256, 256)
     return torch.stack((rows.expand(b, 256, 256), rows.T.expand(b, 256, 256), number), dim=1)
@@ -53,7 +53,7 @@ def test_one_view_is_the_centre() -> None:
 
 
 @pytest.mark.parametrize("views", [1, 10])
-def test_the_mean_picture_is_the_same_for_every_view_and_never_mirrored(views: int) -> None:
+def test_the_mean_image_is_the_same_for_every_view_and_never_mirrored(views: int) -> None:
     """As convdata_jpeg.py: crops first, flips next, then the centre of the mean off them all."""
     images = pictures()
     mean = torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(1)) * 50

@@ -24,7 +24,7 @@ POSITION = 24
 """Whose dropout masks the bounds of WIRE were found with."""
 WIDTH = 1 / 8
 CLASSES = 10
-# Values of one column at width 1 that the other one reads (paper, figure 2), for each picture.
+# Values of one column at width 1 that the other one reads (paper, figure 2), for each image.
 READ = {"conv3": 128 * 13 * 13, "fc6": 128 * 6 * 6, "fc7": 2048, "fc8": 2048}
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -108,7 +108,7 @@ def counted(link: Exchange) -> dict[str, tuple[int, int, int]]:
 
 
 def full_size() -> dict[str, tuple[int, int, int]]:
-    """What the network of the paper itself sends in a step on one picture, in float32."""
+    """What the network of the paper itself sends in a step on one image, in float32."""
     link = Exchange()
     net = AlexNet((link.index,), exchange=link)
     net.set_position(POSITION)
@@ -281,7 +281,7 @@ def errors_of(pair: Any, step: str, key: str) -> dict[str, float]:
 # What a bfloat16 wire does to the gradients, lengths of the errors against float64. It rounds the
 # other column's half to 8 bits, 4e-3 at most; on the way down ReLUs near 0 and pooling windows with
 # near ties decide otherwise, which adds up. In float32 that happens, too, but rarely: once in these
-# six pictures, in layer 2. Computing in bfloat16 throughout, as GPUs do, costs about twice that.
+# six images, in layer 2. Computing in bfloat16 throughout, as GPUs do, costs about twice that.
 WIRE = {"fc8": (4e-3, 1e-6), "fc7": (0.1, 1e-6), "fc6": (0.1, 1e-6), "conv": (0.3, 1e-2)}
 """By layer: bounds of the errors with the wire, and without."""
 

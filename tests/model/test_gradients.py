@@ -61,12 +61,12 @@ def test_gradients_of_every_layer_are_the_slopes_of_the_loss(name: str) -> None:
     assert wrong == {}
 
 
-def test_the_picture_reaches_the_output_of_a_fresh_network() -> None:
-    """Fact sheet, section 3: at pool5 activations vary by about .27 of their mean from picture to
-    picture (.255 over 128 pictures of ImageNet, here), and by .03 with the paper's .01 throughout.
+def test_the_image_reaches_the_output_of_a_fresh_network() -> None:
+    """Fact sheet, section 3: at pool5 activations vary by about .27 of their mean from image to
+    image (.255 over 128 images of ImageNet, here), and by .03 with the paper's .01 throughout.
     """
     generator = torch.Generator().manual_seed(0)
-    # Random pictures with as much of coarse structure as of fine, as photographs have.
+    # Random images with as much of coarse structure as of fine, as photographs have.
     noise = sum(
         F.interpolate(
             torch.randn(16, 3, n, n, generator=generator), size=(224, 224), mode="bicubic"

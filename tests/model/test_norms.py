@@ -18,7 +18,7 @@ WIDTH = 1 / 16
 
 
 def contrast_by_hand(x: Tensor) -> Tensor:
-    """Jarrett et al. 2009, pixel by pixel: a picture [maps, h, w] of one column, float64."""
+    """Jarrett et al. 2009, pixel by pixel: an image [maps, h, w] of one column, float64."""
     maps, height, width = x.shape
 
     def weighted(of: Tensor, j: int, k: int) -> Tensor:
@@ -62,7 +62,7 @@ def test_contrast_has_the_slopes_that_autograd_measures() -> None:
     assert torch.autograd.gradcheck(lambda t: local_contrast_norm(t, 2), (x,), atol=1e-6)
 
 
-def test_a_picture_without_contrast_becomes_nothing_and_has_no_wild_gradient() -> None:
+def test_an_image_without_contrast_becomes_nothing_and_has_no_wild_gradient() -> None:
     x = torch.full((2, 4, 12, 12), 50.0)
     x[1] = 0
     x.requires_grad_()

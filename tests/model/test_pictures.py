@@ -1,4 +1,4 @@
-"""Pictures made ready for the first convolution: the compiled kernel and torch's operations."""
+"""Images made ready for the first convolution: the compiled kernel and torch's operations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.layers import PictureConv
-from model.norm import native, padded_pictures
+from model.layers import ImageConv
+from model.norm import native, padded_images
 from tests.helpers.lrn import each_form  # noqa: F401 - a fixture
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def drawn(*shape: int) -> Tensor:
-    """Pictures less their mean: float32, seldom exact in bfloat16."""
+    """Images less their mean: float32, seldom exact in bfloat16."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 60
 
 
@@ -61,7 +61,7 @@ def test_every_bit_is_as_from_torch(
 ) -> None:
     pictures = drawn(*shape)
     before = pictures.clone()
-    x = padded_pictures(pictures, height, width, dtype)
+    x = padded_images(pictures, height, width, dtype)
     assert calls == ([shape] if form == "native" else [])
     assert x.dtype == dtype
     assert x.is_contiguous(memory_format=torch.channels_last)
@@ -74,11 +74,11 @@ def test_halves_infinities_and_no_numbers_are_rounded_as_by_torch() -> None:
     bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0x00000001]
     numbers = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     pictures = torch.cat([numbers, -numbers, torch.tensor([-0.0])]).expand(1, 3, 4, 15).contiguous()
-    x = padded_pictures(pictures, 4, 15, torch.bfloat16).contiguous()
+    x = padded_images(pictures, 4, 15, torch.bfloat16).contiguous()
     assert torch.equal(x.view(torch.int16), pictures.bfloat16().view(torch.int16))
     # Rounding these up would carry over into the exponent, and the sign.
     odd = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
-    assert padded_pictures(odd.expand(1, 3, 1, 2).contiguous(), 1, 2, torch.bfloat16).isnan().all()
+    assert padded_images(odd.expand(1, 3, 1, 2).contiguous(), 1, 2, torch.bfloat16).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -92,31 +92,31 @@ def test_halves_infinities_and_no_numbers_are_rounded_as_by_torch() -> None:
         lambda x: x.requires_grad_(),
     ],
 )
-def test_other_pictures_go_the_way_of_torch(
+def test_other_images_go_the_way_of_torch(
     other: Callable[[Tensor], Tensor], calls: list[tuple[int, ...]]
 ) -> None:
     pictures = other(drawn(2, 3, 9, 10))
     for dtype in (torch.bfloat16, torch.float32):
-        x = padded_pictures(pictures, 12, 13, dtype)
+        x = padded_images(pictures, 12, 13, dtype)
         assert torch.equal(x, expected(pictures, 12, 13, dtype))
         assert x.requires_grad == pictures.requires_grad
     assert torch.equal(
-        padded_pictures(pictures, 12, 13, torch.float16), expected(pictures, 12, 13, torch.float16)
+        padded_images(pictures, 12, 13, torch.float16), expected(pictures, 12, 13, torch.float16)
     )
     assert not calls
 
 
-def test_pictures_too_large_are_cut_off(calls: list[tuple[int, ...]]) -> None:
+def test_images_too_large_are_cut_off(calls: list[tuple[int, ...]]) -> None:
     pictures = drawn(2, 3, 9, 10)
     for height, width in ((8, 12), (12, 8), (7, 7)):
-        x = padded_pictures(pictures, height, width, torch.bfloat16)
+        x = padded_images(pictures, height, width, torch.bfloat16)
         assert torch.equal(x, expected(pictures, height, width, torch.bfloat16))
     assert not calls
 
 
-def test_a_gradient_reaches_the_picture() -> None:
+def test_a_gradient_reaches_the_image() -> None:
     pictures = drawn(2, 3, 5, 5).requires_grad_()
-    padded_pictures(pictures, 8, 8, torch.float32).square().sum().backward()
+    padded_images(pictures, 8, 8, torch.float32).square().sum().backward()
     torch.testing.assert_close(pictures.grad, 2 * pictures.detach())
 
 
@@ -125,7 +125,7 @@ def test_threads_do_not_change_a_bit() -> None:
     for number in (1, 2, 3):
         torch.set_num_threads(number)
         try:
-            x = padded_pictures(pictures, 14, 13, torch.bfloat16)
+            x = padded_images(pictures, 14, 13, torch.bfloat16)
         finally:
             torch.set_num_threads(threads)
         assert torch.equal(x, expected(pictures, 14, 13, torch.bfloat16))
@@ -134,7 +134,7 @@ def test_threads_do_not_change_a_bit() -> None:
 @pytest.mark.parametrize("size", [32, 33, 35, 224])
 @pytest.mark.parametrize("edge", [0, 3])
 def test_the_convolution_reads_zeros_right_and_below(size: int, edge: int) -> None:
-    layer = PictureConv(3, 8, 11, 4, edge)
+    layer = ImageConv(3, 8, 11, 4, edge)
     pictures = drawn(2, 3, size, size)
     padded = F.pad(pictures, (0, edge, 0, edge))
     wanted = F.conv2d(padded, layer.weight, layer.bias, 4)

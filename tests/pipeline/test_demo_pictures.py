@@ -1,4 +1,4 @@
-"""The demo pictures are what they claim: determined by the seed, varied, whole or absent."""
+"""The demo images are what they claim: determined by the seed, varied, whole or absent."""
 
 import io
 import json
@@ -17,8 +17,8 @@ from pipeline.demo_images import (
     LIES_IN_FILE,
     SHORT_SIDE,
     Options,
+    draw_image,
     draw_jpeg,
-    draw_picture,
     draw_set,
 )
 from pipeline.tools.errors import UsageError
@@ -56,7 +56,7 @@ def test_a_larger_set_starts_with_the_smaller_one(tmp_path: Path) -> None:
     assert small.items() <= large.items()
 
 
-def test_no_picture_twice_and_seed_matters(tmp_path: Path) -> None:
+def test_no_image_twice_and_seed_matters(tmp_path: Path) -> None:
     draw_set(Options(tmp_path / "zero", train=60, val=60, workers=1))
     draw_set(Options(tmp_path / "one", seed=1, train=60, val=60, workers=1))
     pictures = [*contents(tmp_path / "zero").values(), *contents(tmp_path / "one").values()]
@@ -88,17 +88,17 @@ def test_the_files_are_as_various_as_real_ones() -> None:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_orientation_makes_the_picture_upright_again(name: str) -> None:
-    """A viewer that follows the EXIF tag sees the picture as drawn."""
+def test_orientation_makes_the_image_upright_again(name: str) -> None:
+    """A viewer that follows the EXIF tag sees the image as drawn."""
     turned = 0
     for number in range(60):
-        upright = draw_picture(name, np.random.default_rng(number))
+        upright = draw_image(name, np.random.default_rng(number))
         with Image.open(io.BytesIO(draw_jpeg(name, np.random.default_rng(number)))) as file:
             turned += EXIF_ORIENTATION in file.getexif()
             seen = ImageOps.exif_transpose(file).convert("L")
         assert seen.size == upright.size
         error = np.abs(np.asarray(seen, float) - np.asarray(upright.convert("L"), float))
-        assert error.mean() < 12, f"picture {number} of {name}"
+        assert error.mean() < 12, f"image {number} of {name}"
     assert turned, "no turned file among sixty: the test saw nothing"
 
 
@@ -106,7 +106,7 @@ def test_figure_is_seen_in_the_centre_square() -> None:
     """In the centre square two luminances stand apart: the figure survives the packer's crop."""
     for number in range(100):
         name = list(FIGURES)[number % 10]
-        picture = draw_picture(name, np.random.default_rng([3, number])).convert("L")
+        picture = draw_image(name, np.random.default_rng([3, number])).convert("L")
         square = np.asarray(ImageOps.fit(picture, (64, 64)), float)
         assert np.percentile(square, 96) - np.percentile(square, 4) > 25, f"{name} {number}"
 
@@ -117,7 +117,7 @@ def test_mean_colour_does_not_tell_the_class() -> None:
     colours = np.array(
         [
             [
-                np.asarray(draw_picture(name, np.random.default_rng([5, label, number])))
+                np.asarray(draw_image(name, np.random.default_rng([5, label, number])))
                 .reshape(-1, 3)
                 .mean(0)
                 for number in range(count)

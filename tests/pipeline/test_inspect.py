@@ -84,7 +84,7 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
     keys = ("kind", "distance", "count", "leak", "labels_differ", "members")
     lines = [json.dumps(dict(zip(keys, group, strict=True))) for group in groups]
     (copy / "duplicates.jsonl").write_text("\n".join(lines) + "\n")
-    reasons = ["truncated (90 bytes)", "truncated (1,234 bytes)", "<i>no</i> picture"]
+    reasons = ["truncated (90 bytes)", "truncated (1,234 bytes)", "<i>no</i> image"]
     rejects = [json.dumps({"name": f"{n}.jpg", "reason": why}) for n, why in enumerate(reasons)]
     (copy / "rejects.jsonl").write_text("\n".join(rejects) + "\n")
     table = json.loads((copy / "manifest.json").read_text())
@@ -122,7 +122,7 @@ def test_json_says_what_the_files_say(data: Path, here: Path, capsys) -> None:
     assert facts["channel_mean"] == statistics.channel_mean.tolist()
     deviations = [one["deviation"] ** 2 for one in facts["components"]]
     np.testing.assert_allclose(deviations, statistics.eigenvalues)
-    assert facts["rejects"] == {"truncated (… bytes)": 2, "<i>no</i> picture": 1}
+    assert facts["rejects"] == {"truncated (… bytes)": 2, "<i>no</i> image": 1}
     expected = {"groups": 2, "pictures": 207, "exact": 1, "near": 1, "leaks": 1}
     assert facts["duplicates"] == {**expected, "labels_differ": 1}
     assert (here / facts["page"]).is_file()
@@ -156,12 +156,12 @@ def test_page_stands_alone_and_shows_everything(data: Path, here: Path, capsys) 
         line for line in page.text.splitlines() if "bits apart" in line or "Same b" in line
     ]
     assert headlines == [
-        "7 of 256 bits apart, in several splits, labels differ, 205 pictures",
+        "7 of 256 bits apart, in several splits, labels differ, 205 images",
         "Same bytes",
     ]
 
 
-def test_mosaic_shows_the_stored_pictures(data: Path, here: Path, capsys) -> None:
+def test_mosaic_shows_the_stored_images(data: Path, here: Path, capsys) -> None:
     main([str(data), "--seed", "5"])
     page = Page((here / capsys.readouterr().out.splitlines()[-1]).read_text(encoding="utf-8"))
     shown = [image for image in page.images if (image["alt"] or "").startswith("train sample")]
@@ -176,12 +176,12 @@ def test_mosaic_shows_the_stored_pictures(data: Path, here: Path, capsys) -> Non
         assert np.abs(np.asarray(small, float) - np.asarray(stored, float)).mean() < 4
 
 
-def test_damaged_pictures_are_left_out_and_named(data: Path, here: Path, capsys) -> None:
+def test_damaged_images_are_left_out_and_named(data: Path, here: Path, capsys) -> None:
     flip_bit(data, "train", 17)
     main([str(data)])
     page = Page((here / capsys.readouterr().out.splitlines()[-1]).read_text(encoding="utf-8"))
     assert "train sample 17" in page.text
-    assert "47 pictures drawn at random" in page.text
+    assert "47 images drawn at random" in page.text
 
 
 def test_colour_draws_are_those_of_the_training(tiny_data: Path) -> None:
@@ -225,7 +225,7 @@ def test_set_in_a_store(data: Path, here: Path, tmp_path: Path, capsys) -> None:
     assert sum(facts["rejects"].values()) == 3
     page = Page((here / "x.html").read_text(encoding="utf-8"))
     (words,) = [line for line in page.text.splitlines() if "drawn at random" in line]
-    assert words.split()[0] in ("28", "30")  # of three shards: of ten pictures each, or of eight
+    assert words.split()[0] in ("28", "30")  # of three shards: of ten images each, or of eight
 
 
 def test_command_and_its_errors(data: Path, here: Path) -> None:
@@ -238,7 +238,7 @@ def test_command_and_its_errors(data: Path, here: Path) -> None:
     done = call(str(data), "--out", "page.html")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "page.html"
-    assert "207 pictures in 2 groups" in done.stdout
+    assert "207 images in 2 groups" in done.stdout
     none = call("nowhere")
     assert (none.returncode, none.stdout) == (2, "")
     assert none.stderr.startswith("error: data set nowhere")
@@ -280,7 +280,7 @@ def test_outline_has_a_column_for_each_value() -> None:
 
 def test_charts_of_many_and_of_few_classes() -> None:
     chart = class_chart(split_of(list(range(1000)), [5]))
-    assert chart.caption == "1,000 classes, 0 to 999 pictures each, median 500; 1 without any"
+    assert chart.caption == "1,000 classes, 0 to 999 images each, median 500; 1 without any"
     assert len(chart.path) < 10_000
     assert [bar.share for bar in bars(np.array([2, 4, 0]))] == [0.5, 1, 0]
     assert bars(np.arange(1000)) == []

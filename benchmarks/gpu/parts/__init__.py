@@ -1,12 +1,12 @@
 """The parts of `benchmarks/gpu/stream.py` and, the last two, of `step.py`.
 
 options   what may be chosen, and the steps
-lanes     what is measured: ways from stored pictures to batches
-made      data sets made of another's pictures: larger, raw, damaged
-clock     batches -> pictures a second, and the time there is for it
+lanes     what is measured: ways from stored images to batches
+made      data sets made of another's images: larger, raw, damaged
+clock     batches -> images a second, and the time there is for it
 search    the best setting, one axis after the other
 pixels    are they those of the CPU, and the same every time?
-damage    what a picture that cannot be decoded does (a process of its own)
+damage    what an image that cannot be decoded does (a process of its own)
 record    the results: sealed after each measurement
 table     ... as people read them
 machine   what all this runs on

@@ -1,4 +1,4 @@
-"""Batches -> pictures a second; and how much time there is for measuring."""
+"""Batches -> images a second; and how much time there is for measuring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture that cannot be decoded does: run in a process of its own, which it may end.
+"""What an image that cannot be decoded does: run in a process of its own, which it may end.
 
 `tried` starts such processes, one for each load, and returns what they said until they ended.
 """
@@ -39,7 +39,7 @@ EDITS: dict[str, Edit] = {
 
 
 def tried(data: Path, device: Device, loads: list[float]) -> list[dict[str, Any]]:
-    """Return what was seen, a row for each load and way to damage a picture."""
+    """Return what was seen, a row for each load and way to damage an image."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "parts.damage", str(data.resolve()), device]
     rows = []
@@ -106,7 +106,7 @@ def _replaced(data: Path, device: Device, load: float, sound: list[Any]) -> dict
 
 
 def _bare(data: Path, edit: Edit, device: Device, load: float) -> dict[str, Any]:
-    """Return what the graph alone does with a batch that holds the damaged picture."""
+    """Return what the graph alone does with a batch that holds the damaged image."""
     stored = pictures(data, BATCH)
     stored[3] = np.frombuffer(edit(stored[3].tobytes()), np.uint8)
     half, none = np.full(len(stored), 0.5, np.float32), np.zeros(len(stored), np.int32)

@@ -32,10 +32,10 @@ from pipeline.stream.normalization import recipe_of
 from pipeline.stream.order import Full
 from pipeline.stream.prefetch import Background
 from pipeline.stream.quarantine import Quarantine
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 
 MEMORY = 4096
-"""Pictures that lanes over memory go round in, at most."""
+"""Images that lanes over memory go round in, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Setting:
     prefetch: int
     """Batches in flight."""
     batch: int
-    """Pictures in a batch."""
+    """Images in a batch."""
 
 
 Lane = Callable[[Setting], Generator[Any]]
@@ -98,7 +98,7 @@ def native(data: Path, device: Device, setting: Setting) -> Generator[torch.Tens
 
 def feed_alone(data: Path, setting: Setting) -> Generator[Feed]:
     """Yield what our reader gives the graph: ordered, read, checked, drawn, and not decoded."""
-    with closing(Storage(LocalSet(data), "train")) as storage:
+    with closing(ShardReader(LocalSet(data), "train")) as storage:
         recipe = recipe_of(Statistics.load(data), random=True, colour=0.1)
         part = Slice(batch_size=setting.batch, first=0, last=setting.batch, once=False)
         order = Full([shard.samples for shard in storage.shards], 0)
@@ -113,7 +113,7 @@ def feed_alone(data: Path, setting: Setting) -> Generator[Feed]:
 
 
 def recipe(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor]:
-    """Yield batches of our graph from pictures in memory: what our feed could at best lead to."""
+    """Yield batches of our graph from images in memory: what our feed could at best lead to."""
     encoding = Manifest.load(data).encoding
     decoder = Decoder(
         lambda: next(feeds),
@@ -133,7 +133,7 @@ def recipe(data: Path, device: Device, setting: Setting) -> Generator[torch.Tens
 def decode_alone(
     data: Path, device: Device, whole: bool, setting: Setting
 ) -> Generator[torch.Tensor]:
-    """Yield decoded pictures from memory, uint8: bare nvJPEG on a GPU, whole or their crops."""
+    """Yield decoded images from memory, uint8: bare nvJPEG on a GPU, whole or their crops."""
     where: dict[str, Any] = {
         "device": "mixed" if device == "gpu" else "cpu",
         "output_type": types.RGB,
@@ -200,7 +200,7 @@ def _split_graph(data: Path, device: Device, host_share: float, setting: Setting
 
 
 def codec(data: Path, device: Device, setting: Setting) -> Generator[list[Any]]:
-    """Yield whole pictures from nvImageCodec's own decoder, without DALI; waits for each batch."""
+    """Yield whole images from nvImageCodec's own decoder, without DALI; waits for each batch."""
     from nvidia import nvimgcodec  # it comes with DALI, and is not needed for any other lane
 
     kinds = nvimgcodec.BackendKind
@@ -219,7 +219,7 @@ def codec(data: Path, device: Device, setting: Setting) -> Generator[list[Any]]:
         streams = [nvimgcodec.CodeStream(next(stored)) for _ in range(setting.batch)]
         decoded = decoder.decode(streams)
         if any(picture is None for picture in decoded):
-            raise RuntimeError("nvImageCodec could not decode a picture")
+            raise RuntimeError("nvImageCodec could not decode an image")
         if device == "gpu":
             torch.cuda.synchronize()
         yield decoded
@@ -251,7 +251,7 @@ def _from_memory(data: Path, setting: Setting) -> Any:
 
 
 def _feeds(data: Path, setting: Setting) -> Iterator[Feed]:
-    """Yield feeds of pictures that stay in memory, without end."""
+    """Yield feeds of images that stay in memory, without end."""
     stored = pictures(data, MEMORY)
     if Manifest.load(data).encoding == "raw":
         stored = [picture.reshape(SIZE, SIZE, 3) for picture in stored]

@@ -1,4 +1,4 @@
-"""Data sets made of another's pictures, in folders that are thrown away afterwards."""
+"""Data sets made of another's images, in folders that are thrown away afterwards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pipeline.dataset.index import load_index, save_index
 from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.dataset.shards import shard_name, write_shard
 from pipeline.remote.dataset import LocalSet
-from pipeline.stream.shard_reader import Bytes, Storage
+from pipeline.stream.shard_reader import Bytes, ShardReader
 
 RAW_PICTURES = 500
-"""Pictures of a raw set that is made here: 98 MB, more than a processor's caches hold."""
+"""Images of a raw set that is made here: 98 MB, more than a processor's caches hold."""
 RAW_SHARD = 100
 """... and in each of its shards."""
 
@@ -28,7 +28,7 @@ RAW_SHARD = 100
 def repeated(data: Path, folder: Path, samples: int) -> Path:
     """Make a set of at least `samples` that links to the train shards of `data` again and again.
 
-    A set of some hundred pictures would else be measured by how epochs begin. All of it stays in
+    A set of some hundred images would else be measured by how epochs begin. All of it stays in
     the page cache, as far as that holds `data`. Returns `data` itself if it is large enough.
     """
     manifest = Manifest.load(data)
@@ -53,7 +53,7 @@ def repeated(data: Path, folder: Path, samples: int) -> Path:
 
 
 def raw_of(data: Path, folder: Path) -> Path:
-    """Make a raw set of the first pictures of `data`, decoded by Pillow."""
+    """Make a raw set of the first images of `data`, decoded by Pillow."""
     jpegs = pictures(data, RAW_PICTURES)
     folder.mkdir()
 
@@ -71,7 +71,7 @@ def raw_of(data: Path, folder: Path) -> Path:
 def spoilt(
     data: Path, folder: Path, samples: int, place: int, edit: Callable[[bytes], bytes]
 ) -> Path:
-    """Make a set of the first `samples` pictures of `data`, the one at `place` edited.
+    """Make a set of the first `samples` images of `data`, the one at `place` edited.
 
     Its CRC-32 is that of the edited bytes, so that nothing stops it on its way to the decoder.
     """
@@ -85,7 +85,7 @@ def spoilt(
 
 def pictures(data: Path, count: int) -> list[Bytes]:
     """Return what the first `count` train samples (or all there are) hold, uint8 [size] each."""
-    storage = Storage(LocalSet(data), "train")
+    storage = ShardReader(LocalSet(data), "train")
     ids = np.arange(min(count, len(storage)))
     views, _ = storage.read(ids, np.empty(storage.room(ids), np.uint8))
     storage.close()

@@ -23,7 +23,7 @@ class Options:
     """Measure and check the stream on a GPU."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of a data set of JPEGs; some hundred pictures will do."""
+    """Folder of a data set of JPEGs; some hundred images will do."""
     raw: Path | None = None
     """Folder of a set built with `--encoding raw`; the default is one made of DATA for the run."""
     out: Path = Path(__file__).parents[1] / "results"
@@ -39,7 +39,7 @@ class Options:
     samples: int = 20_000
     """Smaller sets are repeated, by links to their shards, until they have as many."""
     checked: int = 512
-    """Pictures whose pixels are compared."""
+    """Images whose pixels are compared."""
     skip: str = ""
     """Steps to leave out, with commas between: pixels, damage, sweep, turns, exact, bare, raw."""
     threads: int | None = None
@@ -69,6 +69,6 @@ def steps_of(options: Options) -> list[str]:
         raise UsageError(f"--load is {options.load}; it must be from 0 to 1")
     for data, wanted in ((options.data, "jpeg"), (options.raw, "raw")):
         if data and (holds := Manifest.load(data).encoding) != wanted:
-            raise UsageError(f"data set {data} holds {holds} pictures; {wanted} is wanted here")
+            raise UsageError(f"data set {data} holds {holds} images; {wanted} is wanted here")
     gpu_of(options.device)
     return [step for step in STEPS if step not in skipped]

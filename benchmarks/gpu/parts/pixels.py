@@ -51,7 +51,7 @@ def taken(
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
-    """Return how two stacks of pictures differ, in grey levels of 0..255."""
+    """Return how two stacks of images differ, in grey levels of 0..255."""
     counts = torch.zeros(512 * LEVELS + 1, dtype=torch.int64)
     total = bias = most = 0.0
     samples = 0

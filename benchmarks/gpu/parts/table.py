@@ -112,14 +112,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 STEPS = {
     "goals": "Goals",
     "pixels": "Pixels, in grey levels",
-    "damage": "Pictures that cannot be decoded",
+    "damage": "Images that cannot be decoded",
     "turns": "In turn, with the best setting",
     "exact": "What it costs that pixels do not depend on the batch",
     "bare": "Parts alone",
     "sweep": "Sweep",
-    "raw sweep": "Sweep, raw pictures",
-    "raw turns": "Raw pictures, in turn",
-    "raw parts": "Raw pictures, parts alone",
+    "raw sweep": "Sweep, raw images",
+    "raw turns": "Raw images, in turn",
+    "raw parts": "Raw images, parts alone",
 }
 """Sections in the order of the page."""
 

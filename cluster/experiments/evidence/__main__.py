@@ -45,7 +45,7 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
     """Runs, folders of runs, folders of studies, results of cluster.experiments.ensemble --out."""
     data: str | None = None
-    """Data set of the runs (folder or address), for pictures with their answers."""
+    """Data set of the runs (folder or address), for images with their answers."""
     out: Path | None = None
     """File to write; default: evidence.html in the folder that holds all that was named."""
     json: bool = False
@@ -61,7 +61,7 @@ class Page:
     missing: list[Missing]
 
     def as_json(self) -> dict[str, Any]:
-        """For machines: without pictures."""
+        """For machines: without images."""
         return {
             "groups": [
                 {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PICTURES, CLASSES, WIDTH, EPOCHS, BATCH = 1_281_167, 1000, 1.0, 90, 128
-"""The scale of the paper (ILSVRC-2012): training pictures, classes, width, passes, batch."""
+"""The scale of the paper (ILSVRC-2012): training images, classes, width, passes, batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ ERRORS = Claim(
     key="errors",
     title="Error rates",
     section="section 6, tables 1 and 2",
-    text="The network errs in 37.5 % of the ILSVRC-2010 test pictures (top-1; top-5: 17.0 %) and "
-    "in 40.7 % (18.2 %) of the ILSVRC-2012 validation pictures, with ten views each.",
+    text="The network errs in 37.5 % of the ILSVRC-2010 test images (top-1; top-5: 17.0 %) and "
+    "in 40.7 % (18.2 %) of the ILSVRC-2012 validation images, with ten views each.",
     number="40.7 % / 18.2 %",
 )
 PAPER_ERRORS = (
@@ -90,14 +90,14 @@ ANSWERS = Claim(
     title="Figure 4, left: five answers",
     section="section 6.1, figure 4",
     text="Even objects off the centre are recognised, and most of the five most probable labels "
-    "are reasonable; some pictures are ambiguous. The paper shows eight test pictures.",
+    "are reasonable; some images are ambiguous. The paper shows eight test images.",
 )
 
 NEIGHBOURS = Claim(
     key="neighbours",
     title="Figure 4, right: neighbours",
     section="section 6.1, figure 4",
-    text="Pictures whose 4096 activations of the last hidden layer are close (Euclidean) are alike "
+    text="Images whose 4096 activations of the last hidden layer are close (Euclidean) are alike "
     "to the network, though their pixels are not close in general.",
 )
 
@@ -114,7 +114,7 @@ ENSEMBLE = Claim(
     title="Ensembles",
     section="section 6, table 2",
     text="To average the answers of five such networks takes the error on the ILSVRC-2012 "
-    "validation pictures from 40.7 % to 38.1 % (top-1), from 18.2 % to 16.4 % (top-5).",
+    "validation images from 40.7 % to 38.1 % (top-1), from 18.2 % to 16.4 % (top-5).",
     number="5 networks: −2.6 / −1.8 points",
 )
 ENSEMBLE_ERRORS = {1: Errors("1 CNN", 0.407, 0.182), 5: Errors("5 CNNs", 0.381, 0.164)}
@@ -123,8 +123,8 @@ SPEED = Claim(
     key="speed",
     title="Time",
     section="section 5",
-    text="90 cycles through 1.2 million pictures took five to six days on two GTX 580 with 3 GB: "
-    "208 to 267 pictures a second.",
+    text="90 cycles through 1.2 million images took five to six days on two GTX 580 with 3 GB: "
+    "208 to 267 images a second.",
     number="208 to 267 img/s",
 )
 

@@ -1,4 +1,4 @@
-"""Items that are pictures: what the first layer learned, and answers.
+"""Items that are images: what the first layer learned, and answers.
 
 Items from RUN/neighbours/summary.json, which `cluster.experiments.neighbors` and its `codes` write.
 
@@ -52,7 +52,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file inside the page."""
+    """An image file inside the page."""
 
     uri: str
     name: str
@@ -155,9 +155,9 @@ def _answered(run: Run, found: Answers, letter: str, scale: str) -> Item:
         right, near = verdicts.count("right"), verdicts.count("in the top 5")
         item.rows.append(
             Row(
-                what=f"of {len(verdicts)} pictures drawn by lot",
+                what=f"of {len(verdicts)} images drawn by lot",
                 group=letter,
-                paper="eight pictures of its own choice",
+                paper="eight images of its own choice",
                 ours=f"{right} right, {near} wrong with the truth in the top 5, "
                 f"{len(verdicts) - right - near} wrong",
                 seeds=f"seed {run.config.seed}",
@@ -168,8 +168,8 @@ def _answered(run: Run, found: Answers, letter: str, scale: str) -> Item:
     return item
 
 
-def pictures_in(folder: Path, names: Sequence[str] = ()) -> list[Picture]:
-    """Pictures of a folder that fit into a page, by name; only `names` if some are given."""
+def images_in(folder: Path, names: Sequence[str] = ()) -> list[Picture]:
+    """Images of a folder that fit into a page, by name; only `names` if some are given."""
     found = []
     for path in sorted(folder / name for name in names) if names else sorted(folder.glob("*")):
         kind = KINDS.get(path.suffix.lower())
@@ -214,7 +214,7 @@ def _take(gathered: Gathered, near: Item, codes: Item, run: Run, group: Group) -
         item.rows += rows
         if rows and step != now:
             item.notes.append(f"{run.name}: features of step {step:,}, it has come to {now:,}.")
-    near.body = near.body or pictures_in(path.parent)
+    near.body = near.body or images_in(path.parent)
 
 
 def _near(table: Mapping[str, Any], run: Run, group: Group) -> Iterator[Row]:
@@ -223,15 +223,15 @@ def _near(table: Mapping[str, Any], run: Run, group: Group) -> Iterator[Row]:
         return
     queries, base = facts["queries"], facts["base"]
     scale = (
-        f"{queries['pictures']:,} pictures of {queries['split']} among {base['pictures']:,} of "
+        f"{queries['pictures']:,} images of {queries['split']} among {base['pictures']:,} of "
         f"{base['split']}, {facts['units']:,} activations; {scale_of(group)}"
     )
     share, chance = facts["precision_at_k"], facts["precision_by_chance"]
     margin = counting(share, chance, queries["pictures"])
     yield Row(
-        what=f"of the {facts['k']} nearest pictures, of the same class",
+        what=f"of the {facts['k']} nearest images, of the same class",
         group=group.letter,
-        paper="no number: five pictures with six neighbours each",
+        paper="no number: five images with six neighbours each",
         ours=f"{100 * share:.1f} % (by chance {100 * chance:.1f} %)",
         seeds=f"seed {run.config.seed}",
         verdict="above chance" if share - chance > margin else "not above chance",
@@ -264,7 +264,7 @@ def _codes(table: Mapping[str, Any], run: Run, group: Group) -> Iterator[Row]:
             paper="not done",
             ours=f"{100 * row['recall_at_k']:.1f} % / {100 * row['precision_at_k']:.1f} %",
             seeds=f"seed {run.config.seed}",
-            verdict=f"{row['bytes']:,} bytes a picture, {row['queries_s']:,.0f} queries/s",
-            scale=f"{facts['queries']['pictures']:,} pictures of {facts['queries']['split']} among "
+            verdict=f"{row['bytes']:,} bytes an image, {row['queries_s']:,.0f} queries/s",
+            scale=f"{facts['queries']['pictures']:,} images of {facts['queries']['split']} among "
             f"{facts['base']['pictures']:,} of {facts['base']['split']}; {scale_of(group)}",
         )

@@ -25,7 +25,7 @@ from cluster.experiments.evidence.claims import (
     Ablation,
     Claim,
 )
-from cluster.experiments.evidence.figures import pictures_in
+from cluster.experiments.evidence.figures import images_in
 from cluster.experiments.evidence.runs import (
     NOT_COMPARABLE,
     Gathered,
@@ -53,7 +53,7 @@ from cluster.run.probabilities import file_of
 AGAIN = "make it again"
 WEIGHTS = {
     "equal": "equal weights",
-    "searched": "weights searched on these pictures",
+    "searched": "weights searched on these images",
     "held_out": "weights searched on the other half",
 }
 
@@ -65,7 +65,7 @@ def studies(gathered: Gathered, missing: list[Missing]) -> Iterator[Item]:
         try:
             source = f"{path.resolve().parent.name}/{path.name}"
             item.rows += [replace(row, seeds=f"{source}: {row.seeds}") for row in _ensemble(table)]
-            item.body += pictures_in(path.parent, [str(table["plot"])]) if "plot" in table else []
+            item.body += images_in(path.parent, [str(table["plot"])]) if "plot" in table else []
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             gathered.left_out.append(
                 f"{path} is no result of cluster.experiments.ensemble ({error!r}); {AGAIN}."
@@ -107,7 +107,7 @@ def _no_ensemble(gathered: Gathered) -> Missing:
 def _ensemble(table: Mapping[str, Any]) -> Iterator[Row]:
     """Rows of either form: one average of all runs, or a table of several sizes."""
     count = table.get("samples")
-    told = [table.get("scale"), f"{count:,} pictures counted" if count else None]
+    told = [table.get("scale"), f"{count:,} images counted" if count else None]
     scale = "; ".join([*filter(None, told), f"{table['views']} views"])
     if "sizes" not in table:
         runs, searched = table["runs"], "searched" if table.get("searched") else "equal"
@@ -161,10 +161,10 @@ def _gained(average: float, single: float, count: int | None) -> str:
     """What it says that an average errs so much, and one network of it so much."""
     margin = counting(average, single, count) if count else 0.0
     if abs(average - single) <= margin:
-        return "cannot be told from chance (of the pictures)"
+        return "cannot be told from chance (of the images)"
     if average >= single:
         return "not lower: contrary to the paper"
-    return "as the paper says" if count else "lower (of how many pictures is not told)"
+    return "as the paper says" if count else "lower (of how many images is not told)"
 
 
 def _study(path: Path, table: Mapping[str, Any]) -> Item:
@@ -176,7 +176,7 @@ def _study(path: Path, table: Mapping[str, Any]) -> Item:
         text=str(table.get("claim") or ""),
         number=str(table.get("paper") or "no number"),
     )
-    item = Item(claim, kind="pictures", body=pictures_in(path.parent, [str(table.get("plot", ""))]))
+    item = Item(claim, kind="pictures", body=images_in(path.parent, [str(table.get("plot", ""))]))
     measure = str(table.get("measure") or table["rows"][0]["measure"])
     first: tuple[str, Spread] | None = None
     for name in dict.fromkeys(str(row["variant"]) for row in table["rows"]):
@@ -206,7 +206,7 @@ def _is_number(value: object) -> bool:
 def _words(measure: str, table: Mapping[str, Any]) -> str:
     goal = table.get("goal")
     return {
-        "pictures": "pictures to " + (f"{goal:.0%} training error" if goal else "the goal"),
+        "pictures": "images to " + (f"{goal:.0%} training error" if goal else "the goal"),
         "error": "top-1 validation error",
         "gap": "validation less training error",
     }.get(measure, measure)
@@ -288,7 +288,7 @@ def spread(group: Group, views: int, name: str) -> Spread | None:
 
 
 def counted(group: Group, views: int) -> float:
-    """Pictures that an error of the group was counted on."""
+    """Images that an error of the group was counted on."""
     tables = [run.errors(views) for run in group.runs]
     return min(float(table["samples"]) for table in tables if table)
 
@@ -314,7 +314,7 @@ def _errors(gathered: Gathered) -> Item | None:
                     ours=" / ".join(map(str, whole)),
                     seeds=f"{_many(len(whole[0].values))} ({each})",
                     verdict=NOT_COMPARABLE if scale_of(group) != "none" else "the same scale",
-                    scale=f"{scale_of(group)}; {counted(group, views):,.0f} pictures counted",
+                    scale=f"{scale_of(group)}; {counted(group, views):,.0f} images counted",
                 )
             )
     return item if item.rows else None
@@ -343,7 +343,7 @@ def _views(gathered: Gathered) -> Item | None:
             what = f"{rank} error, ten views less one"
             item.rows.append(_compared(what, group.letter, gap, expected, seeds, group))
     item.notes.append(
-        "±: 95 %, over pictures: those that change sides, where the probabilities of both were "
+        "±: 95 %, over images: those that change sides, where the probabilities of both were "
         "kept (McNemar), else as if each had been counted on others; from three seeds on over "
         "seeds, if that is more."
     )
@@ -442,7 +442,7 @@ def _speed(groups: Sequence[Group]) -> Item:
         where = gpus or f"{machine.get('cores', '?')} cores of {machine.get('cpu', 'a machine')}"
         item.rows.append(
             Row(
-                what="training pictures a second, median step",
+                what="training images a second, median step",
                 group=group.letter,
                 paper=SPEED.number,
                 ours=" to ".join(f"{value:,.0f}" for value in sorted({min(medians), max(medians)}))

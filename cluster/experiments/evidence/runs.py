@@ -54,13 +54,13 @@ class Run:
 
     @property
     def pictures(self) -> float:
-        """Training pictures, from position and epoch of its last row; NaN without rows."""
+        """Training images, from position and epoch of its last row; NaN without rows."""
         epoch = self.records.metrics.last("epoch")
         return self.records.metrics.last("position") / epoch if epoch > 0 else math.nan
 
     @property
     def epochs(self) -> float:
-        """Passes over the training pictures that the checkpoint has behind it."""
+        """Passes over the training images that the checkpoint has behind it."""
         return self.found.mark.position / self.pictures
 
     def errors(self, views: int) -> dict[str, Any] | None:
@@ -300,7 +300,7 @@ class Item:
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For machines: without pictures."""
+        """For machines: without images."""
         return {
             "key": self.claim.key,
             "claim": self.claim.text,
@@ -321,7 +321,7 @@ def scale_of(group: Group) -> str:
     run = group.first
     words = []
     if not math.isnan(run.pictures) and abs(run.pictures / PICTURES - 1) > 0.01:
-        words.append(f"{rounded(run.pictures)} training pictures instead of {PICTURES:,}")
+        words.append(f"{rounded(run.pictures)} training images instead of {PICTURES:,}")
     if len(run.found.classes) != CLASSES:
         words.append(f"{len(run.found.classes):,} classes instead of {CLASSES:,}")
     if run.config.width != WIDTH:

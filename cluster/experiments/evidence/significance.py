@@ -1,6 +1,6 @@
 """Numbers of several seeds: mean, spread, and what a difference between two groups is worth.
 
-How far chance may take the difference of two answers to the same pictures by one network.
+How far chance may take the difference of two answers to the same images by one network.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def difference(ours: Spread, theirs: Spread, pictures: float | None) -> Differen
     """Return how two groups differ, and how far chance might take it.
 
     The margin is the larger of two: over seeds (Student's t, pooled variance), and of errors over
-    the pictures counted (binomial, as if the two had been counted on different ones).
+    the images counted (binomial, as if the two had been counted on different ones).
 
     Args:
         ours: errors of the one group, or other numbers.
         theirs: of the other.
-        pictures: that each error was counted on; None: they are no errors.
+        images: that each error was counted on; None: they are no errors.
     """
     counts = len(ours.values), len(theirs.values)
     freedom = sum(counts) - 2
@@ -106,7 +106,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float], margin: float) -> Dif
     Args:
         ours: errors of the networks.
         theirs: the same networks' otherwise.
-        margin: of one network's difference, over the pictures; that over seeds counts from three
+        margin: of one network's difference, over the images; that over seeds counts from three
             networks on, where it is larger.
     """
     changes = [one - other for one, other in zip(ours, theirs, strict=True)]
@@ -122,7 +122,7 @@ def student(freedom: int) -> float:
 
 
 def counting(one: float, other: float, pictures: float) -> float:
-    """Half of the 95 % interval of a difference of errors, each counted on so many pictures."""
+    """Half of the 95 % interval of a difference of errors, each counted on so many images."""
     return NORMAL * math.sqrt((one * (1 - one) + other * (1 - other)) / max(pictures, 1))
 
 
@@ -138,7 +138,7 @@ RANKS = (1, 5)
 def discord(run: Path) -> tuple[float, ...] | None:
     """Half of the 95 % interval of (error of ten views) - (of one view), for top-1 and top-5.
 
-    Only pictures that one of them gets wrong and the other right count (McNemar 1947), so it needs
+    Only images that one of them gets wrong and the other right count (McNemar 1947), so it needs
     the probabilities of both.
 
     Returns:

@@ -2,9 +2,9 @@
 
     python -m cluster.experiments.neighbors RUN --data DATA [-k 6] [--queries val] [--base train]
 
-Passes every picture of both splits through the network once and keeps its fc7 features (4096
+Passes every image of both splits through the network once and keeps its fc7 features (4096
 numbers at width 1) in RUN/neighbours; a call that was killed goes on where it was, and a later one
-takes what is there. Finds the exact k nearest base pictures of every query by squared L2 distance,
+takes what is there. Finds the exact k nearest base images of every query by squared L2 distance,
 and writes RUN/neighbours/
 
     summary.json      precision at k, how well distances tell classes apart, rates
@@ -15,7 +15,7 @@ and writes RUN/neighbours/
 RUN/neighbours/summary.json: the numbers of both commands, for whoever gathers them.
 
     version, run, step, checkpoint_sha256, data_sha256
-    neighbours   of the command itself: precision_at_k, auc, mean_ratio, pictures, ...
+    neighbours   of the command itself: precision_at_k, auc, mean_ratio, images, ...
     codes        of python -m cluster.experiments.neighbors.codes: rows of the table, ...
 
 Either command writes its own part and keeps the other's, if that is of the same features.
@@ -88,29 +88,29 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 PAPER_K = 6
-"""Neighbours of each picture in figure 4."""
+"""Neighbours of each image in figure 4."""
 CORES = 4
 """CPU cores of a worker, where it has no GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """Find the pictures that a trained network takes for most alike."""
+    """Find the images that a trained network takes for most alike."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run; its newest complete checkpoint is used."""
     data: str
     """Data set (folder or address); its classes must be those of training."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = PAPER_K
-    """Neighbours of each picture."""
+    """Neighbours of each image."""
     queries: str = "val"
-    """Split whose pictures are looked for."""
+    """Split whose images are looked for."""
     base: str = "train"
-    """Split in which they are looked for; if it is the same, a picture is not its own neighbour."""
+    """Split in which they are looked for; if it is the same, an image is not its own neighbour."""
     step: int | None = None
     """Take the checkpoint of this step."""
     features: Path | None = None
-    """Folder for the features (10 GB for 1.28 million pictures); default: RUN/neighbours."""
+    """Folder for the features (10 GB for 1.28 million images); default: RUN/neighbours."""
     anew: bool = False
     """Make the features again, also if there are some."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -157,7 +157,7 @@ def neighbours(options: Neighbours, folder: Path) -> dict[str, Any]:
         folder: for the results.
 
     Raises:
-        UsageError: a run without checkpoints, data of other classes, more neighbours than pictures.
+        UsageError: a run without checkpoints, data of other classes, more neighbours than images.
         DataError: features that are there are of another run, step or data set, or damaged.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -245,7 +245,7 @@ def _sheet(
     ids: Ids,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Draw sheet.png; returns which pictures are on it."""
+    """Draw sheet.png; returns which images are on it."""
     rows = chosen(asked.labels[ids], options.show, options.seed)
     names = trained.manifest.titles or trained.manifest.classes
     near = found.ids[rows]
@@ -300,7 +300,7 @@ def _enough(options: Neighbours, trained: Trained) -> None:
     if options.k > room:
         raise UsageError(
             f"{options.k} neighbours asked for, and split {options.base} of {options.data} has "
-            f"{room:,} pictures to find; ask for fewer with -k"
+            f"{room:,} images to find; ask for fewer with -k"
         )
 
 
@@ -319,7 +319,7 @@ def _lines(facts: dict[str, Any], folder: Path) -> list[str]:
     queries, base = facts["queries"], facts["base"]
     at = facts["precision_at"]
     lines = [
-        f"{queries['pictures']:,} pictures of {queries['split']} among {base['pictures']:,} of "
+        f"{queries['pictures']:,} images of {queries['split']} among {base['pictures']:,} of "
         f"{base['split']}, {facts['units']} features each ({facts['bytes_per_picture']:,} bytes)",
         f"precision at {facts['k']}: {facts['precision_at_k']:.2%} of the neighbours are of the "
         f"query's class; at 1: {at[0]:.2%}; by chance: {facts['precision_by_chance']:.2%}",

@@ -1,4 +1,4 @@
-"""Short binary codes for pictures: what section 6.1 of the paper proposes and did not do.
+"""Short binary codes for images: what section 6.1 of the paper proposes and did not do.
 
     python -m cluster.experiments.neighbors RUN --data DATA          # makes the features, once
     python -m cluster.experiments.neighbors.codes RUN [--bits 64 128 256] [-k 10] [--json]
@@ -18,7 +18,7 @@ What short codes are measured against: two that are not learned by descent, and 
 Features to bits and back: the auto-encoder that section 6.1 of the paper proposes.
 
 Krizhevsky and Hinton, Using Very Deep Autoencoders for Content-Based Image Retrieval (ESANN 2011),
-coded pictures so; here it codes features. In the forward pass a bit is +1 or -1; backward it counts
+coded images so; here it codes features. In the forward pass a bit is +1 or -1; backward it counts
 as the tanh it was rounded from. No label is used.
 
 Search among binary codes: packed bits, exclusive or, population count.
@@ -194,7 +194,7 @@ class Recipe:
     batch: int = 256
     lr: float = 3e-4
     """First rate of Adam; it falls to 0 along half a cosine. Faster or longer, codes of 5,000
-    pictures come to fit these alone and find fewer neighbours of others than ITQ does."""
+    images come to fit these alone and find fewer neighbours of others than ITQ does."""
     seed: int = 0
 
     def table(self) -> dict[str, float]:
@@ -335,7 +335,7 @@ def _words(codes: Codes) -> npt.NDArray[np.uint64]:
 
 
 SHORTLIST = 100
-"""Pictures by code among which the exact neighbours are looked for, too."""
+"""Images by code among which the exact neighbours are looked for, too."""
 NO_FAISS = "not measured: faiss is not installed (pip install -e '.[faiss]')"
 
 
@@ -350,7 +350,7 @@ class Options:
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """Exact neighbours that are to be found again."""
     queries: str = "val"
-    """Split whose pictures are looked for."""
+    """Split whose images are looked for."""
     base: str = "train"
     """Split that is coded and searched."""
     asked: int = 1000
@@ -360,7 +360,7 @@ class Options:
     hidden: int = Recipe.hidden
     """Units of the auto-encoder's hidden layers."""
     steps: int = Recipe.steps
-    """Of training, 256 pictures each."""
+    """Of training, 256 images each."""
     memory: str = "2GB"
     """Most memory for the exact search."""
     seed: int = 0
@@ -456,7 +456,7 @@ class Trial:
         if library is None:
             return row | {"missing": NO_FAISS}
         if x.shape[1] % (bits // 8) or len(x) < 256:
-            why = f"not measured: {x.shape[1]} features in {bits // 8} parts, {len(x)} pictures"
+            why = f"not measured: {x.shape[1]} features in {bits // 8} parts, {len(x)} images"
             return row | {"missing": why}
         most = min(self.shortlist + 1, len(self._there))
         base = self._base
@@ -468,7 +468,7 @@ class Trial:
     def _row(
         self, method: str, bits: int, found: Ids, seconds: float, took: float
     ) -> dict[str, Any]:
-        """A row of the table; `found` has one picture too many, for the query may be among them."""
+        """A row of the table; `found` has one image too many, for the query may be among them."""
         if self._own is not None:
             own = found == self._own[:, None]
             own[~own.any(1), -1] = True
@@ -545,7 +545,7 @@ def codes(options: Options, kept: Path, folder: Path) -> dict[str, Any]:
         folder: for the results.
 
     Raises:
-        UsageError: no features, more neighbours than pictures, or lengths that cannot be.
+        UsageError: no features, more neighbours than images, or lengths that cannot be.
         DataError: features of another run, or damaged.
     """
     asked, base = (Features(stem(kept, split)) for split in (options.queries, options.base))
@@ -582,7 +582,7 @@ def _check(options: Options, asked: Features, base: Features) -> None:
             raise UsageError(f"{name} is {value}; give 1 or more")
     if options.k > min(there, SHORTLIST):
         raise UsageError(
-            f"{options.k} neighbours asked for; there are {there:,} pictures to find, and "
+            f"{options.k} neighbours asked for; there are {there:,} images to find, and "
             f"{SHORTLIST} are looked at; ask for fewer with -k"
         )
     most = min(two.units, there, SAMPLE)
@@ -590,7 +590,7 @@ def _check(options: Options, asked: Features, base: Features) -> None:
         if bits % 8 or not 8 <= bits <= most:
             raise UsageError(
                 f"--bits {bits}: give multiples of 8 up to {most // 8 * 8} (there are {two.units} "
-                f"features and {there:,} pictures)"
+                f"features and {there:,} images)"
             )
     asked.verify()
     base.verify()
@@ -612,7 +612,7 @@ def _of_this_run(options: Options, base: Features) -> None:
 def _lines(facts: dict[str, Any]) -> list[str]:
     k, queries, base = facts["k"], facts["queries"], facts["base"]
     lines = [
-        f"{queries['pictures']:,} pictures of {queries['split']} among {base['pictures']:,} of "
+        f"{queries['pictures']:,} images of {queries['split']} among {base['pictures']:,} of "
         f"{base['split']}; recall: share of the {k} exact neighbours found among the first {k}, "
         f"and among the first {facts['shortlist']}",
         "method                 bits   bytes  recall  in list  precision  queries/s  training",

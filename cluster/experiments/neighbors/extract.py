@@ -1,4 +1,4 @@
-"""fc7 of every picture of a split, each passed through the network once, by several processes.
+"""fc7 of every image of a split, each passed through the network once, by several processes.
 
 The split is cut into stretches of whole blocks. A worker streams a stretch in stored order and
 writes each block into its place as soon as it is whole. Which worker has which stretch, how many
@@ -40,7 +40,7 @@ from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from pipeline.batches import Batch, Stream
 from pipeline.remote.dataset import open_dataset
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.processes import LocalPool
 from pipeline.tools.progress import Progress
@@ -227,7 +227,7 @@ def _block(net: AlexNet, stream: Stream, rows: range) -> tuple[Tensor, Ids]:
         gone = batch.replaced[:count]
         due = torch.arange(start, start + count)
         if not torch.equal(batch.ids[:count][~gone], due[~gone]):
-            raise RuntimeError(f"the stream gave other pictures than {start} to {start + count}")
+            raise RuntimeError(f"the stream gave other images than {start} to {start + count}")
         kept[-1][gone] = 0
         damaged.append(start - rows.start + gone.nonzero().flatten())
     return torch.cat(kept), torch.cat(damaged).numpy()
@@ -256,7 +256,7 @@ def _stored(rows: Tensor, about: About, block: int) -> Rows:
         hint = "use --dtype float32" if np.isfinite(most) else "the network has diverged; take "
         hint += "" if np.isfinite(most) else "an earlier checkpoint with --step"
         raise UsageError(
-            f"a feature of picture {about.rows(block)[bad]} of {about.split} is {most:g}, which "
+            f"a feature of image {about.rows(block)[bad]} of {about.split} is {most:g}, which "
             f"{about.dtype} cannot hold; {hint}"
         )
     return stored
@@ -264,7 +264,7 @@ def _stored(rows: Tensor, about: About, block: int) -> Rows:
 
 def _labels(trained: Trained, about: About) -> Ids:
     dataset = open_dataset(trained.data, **trained.config.cached)
-    storage = Storage(dataset, about.split)
+    storage = ShardReader(dataset, about.split)
     try:
         labels: Ids = storage.labels(np.arange(about.samples))
     finally:

@@ -1,11 +1,11 @@
-"""fc7 of every picture of a split, in a file that any numpy maps, and what it is of.
+"""fc7 of every image of a split, in a file that any numpy maps, and what it is of.
 
     RUN/neighbours/features-val.npy        float16 or float32 [N, units], rows in stored order
-    RUN/neighbours/features-val.rows.npy   label int32 [N], sound uint8 [N] (0: a damaged picture)
+    RUN/neighbours/features-val.rows.npy   label int32 [N], sound uint8 [N] (0: a damaged image)
     RUN/neighbours/features-val.json       `About`, and a CRC-32 of every block; written last
 
 A feature is what fc8 reads in evaluation: fc7 after ReLU, halved as the dropout of the paper does
-(section 4.2), column a before column b: 4096 units at width 1. Rows of damaged pictures are zeros.
+(section 4.2), column a before column b: 4096 units at width 1. Rows of damaged images are zeros.
 
 A run, its checkpoint and a data set of the same classes.
 
@@ -65,7 +65,7 @@ class Trained:
     data_sha256: str
     """`pipeline.dataset.manifest.identity`."""
     quarantine: Path
-    """Where damaged pictures are listed."""
+    """Where damaged images are listed."""
 
 
 def opened(run: Path, data: str, step: int | None = None) -> Trained:
@@ -94,7 +94,7 @@ def opened(run: Path, data: str, step: int | None = None) -> Trained:
     quarantine = run / QUARANTINE
     if data_sha256 != trained_on:
         _warn(f"{data} is not the data set of the training; its own mean is subtracted")
-        # The run's list names pictures by their places in another set.
+        # The run's list names images by their places in another set.
         quarantine = run / FOLDER / f"quarantine-{data_sha256[:12]}.jsonl"
     return Trained(
         run=run,
@@ -249,7 +249,7 @@ class Features:
         self.labels: Ids = rows["label"].astype(np.int64)
         """[N]: places in `about.classes`."""
         self.sound: Flags = rows["sound"] > 0
-        """[N]: False where the picture is damaged and the row zeros."""
+        """[N]: False where the image is damaged and the row zeros."""
 
     def verify(self) -> None:
         """Compare every block with its CRC-32.
@@ -319,7 +319,7 @@ class Growing:
         Args:
             block: its number.
             values: [rows, units] of the file's dtype.
-            damaged: places in `values` of damaged pictures.
+            damaged: places in `values` of damaged images.
 
         Raises:
             ValueError: not all rows, or others.

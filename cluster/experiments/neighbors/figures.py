@@ -1,6 +1,6 @@
-"""A contact sheet: a row for each query with its nearest pictures, as in figure 4 (right).
+"""A contact sheet: a row for each query with its nearest images, as in figure 4 (right).
 
-How far apart two pictures of one class are, against two of different classes.
+How far apart two images of one class are, against two of different classes.
 
 The histogram of distances as an SVG file of its own.
 """
@@ -22,7 +22,7 @@ from cluster.experiments.neighbors.search import Floats, squared
 from cluster.report.charts import Axis, axis_to, short
 from pipeline.dataset.images import Pixels, Undecodable, pixels_of
 from pipeline.remote.dataset import DataSet
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 
 CHUNK = 1 << 24
 """Numbers in a chunk of pairs."""
@@ -31,7 +31,7 @@ BINS = 60
 
 @dataclass(frozen=True)
 class Pairs:
-    """L2 distances (not squared) of random pairs of a query and a picture of the base."""
+    """L2 distances (not squared) of random pairs of a query and an image of the base."""
 
     same: Floats
     """float64 [n]: of the same class."""
@@ -75,7 +75,7 @@ class Pairs:
 
 
 def draw(queries: Features, base: Features, count: int, seed: int) -> Pairs | None:
-    """Draw pairs of each kind; a picture is never paired with itself.
+    """Draw pairs of each kind; an image is never paired with itself.
 
     Args:
         queries: one side of the pairs; may be `base`.
@@ -84,7 +84,7 @@ def draw(queries: Features, base: Features, count: int, seed: int) -> Pairs | No
         seed: of the draw.
 
     Returns:
-        None if there is only one class, or no two pictures are of one.
+        None if there is only one class, or no two images are of one.
     """
     rng = np.random.default_rng([seed, 8])
     rows = np.flatnonzero(base.sound)
@@ -187,19 +187,19 @@ RIGHT, WRONG = "#12806a", "#b5441c"
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture on the sheet; None where it is damaged."""
+    """An image on the sheet; None where it is damaged."""
 
     pixels: Pixels | None
     label: int
 
 
 def read(dataset: DataSet, split: str, ids: Sequence[int]) -> list[Shown]:
-    """Read pictures of a split.
+    """Read images of a split.
 
     Raises:
         DataError, DuetError: a whole shard cannot be had.
     """
-    storage = Storage(dataset, split)
+    storage = ShardReader(dataset, split)
     try:
         places = np.array(ids, np.int64)
         views, damaged = storage.read(places, np.empty(storage.room(places), np.uint8))
@@ -212,7 +212,7 @@ def read(dataset: DataSet, split: str, ids: Sequence[int]) -> list[Shown]:
         storage.close()
 
 
-def _pixels(storage: Storage, data: bytes) -> Pixels | None:
+def _pixels(storage: ShardReader, data: bytes) -> Pixels | None:
     try:
         return pixels_of(data, storage.encoding)
     except Undecodable:

@@ -3,8 +3,8 @@
 A first pass in float32 finds a few more candidates than are asked for; their distances are then
 computed in float64, difference by difference. The k best of these are the answer if the best
 candidate that was dropped is further away by more than the first pass can have been wrong. Where
-that cannot be shown (many pictures at the same distance) a pass in float64 follows, and for what is
-left the distance to every picture is computed in float64. Ties go to the earlier picture.
+that cannot be shown (many images at the same distance) a pass in float64 follows, and for what is
+left the distance to every image is computed in float64. Ties go to the earlier image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEAST = 1 << 26
 
 @dataclass(frozen=True)
 class Nearest:
-    """The k nearest pictures of Q queries, the nearest first."""
+    """The k nearest images of Q queries, the nearest first."""
 
     ids: Ids
     """int64 [Q, k]: rows of the base."""
@@ -83,7 +83,7 @@ def nearest(
     """
     room = int(base.sound.sum()) - itself
     if not 1 <= k <= room:
-        raise UsageError(f"{k} neighbours asked for, and there are {room} pictures; ask for fewer")
+        raise UsageError(f"{k} neighbours asked for, and there are {room} images; ask for fewer")
     if memory < LEAST:
         raise UsageError(f"a memory of {memory:,} bytes is too little; give {LEAST:,} or more")
     if picked is None:

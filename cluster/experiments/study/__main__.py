@@ -2,7 +2,7 @@
 
 Order of things: the parts of the data; runs that others start from; with a grid, for the first
 seed, every variant with every value of the grid's setting, of which each variant keeps the one with
-the best number (the fewest pictures, the lowest error; a run that does not come to it is behind all
+the best number (the fewest images, the lowest error; a run that does not come to it is behind all
 that do, and the lower its last training error the better); then the other seeds, with that value.
 
 `python -m cluster.experiments.study STUDY.toml --data DATA --out OUT`.
@@ -22,7 +22,7 @@ from cluster.experiments.study import results
 from cluster.experiments.study.config import WHOLE, Study, Variant, read
 from cluster.experiments.study.plot import draw
 from cluster.experiments.study.results import Result, result, showing, shown, train_error
-from cluster.experiments.study.runner import Crowd, Run, slots, visible_gpus
+from cluster.experiments.study.runner import Run, RunPool, slots, visible_gpus
 from cluster.experiments.study.subsets import cut_out
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
@@ -126,7 +126,7 @@ class Maker:
         undone = [run for _, run in planned if not self._done(run)]
         progress.skip(sum(run.total for _, run in planned) - sum(map(_left, undone)))
         module = "cluster.train" if self._options.ray else "cluster.experiments.study.runner"
-        Crowd(self._room, module, progress).make(undone, lambda run: showing(self._study, run))
+        RunPool(self._room, module, progress).make(undone, lambda run: showing(self._study, run))
         progress.skip(sum(map(_left, undone)))  # of those that ended early
         made: Found = {variant.name: [] for variant, _ in wanted}
         for variant, run in planned:
@@ -175,7 +175,7 @@ def _values(variant: Variant) -> tuple[Any, ...]:
 
 
 def _left(run: Run) -> int:
-    """Pictures it has still to see."""
+    """Images it has still to see."""
     return max(0, run.total - run.position)
 
 

@@ -24,8 +24,8 @@ from cluster.config import TYPES, Config, fits, load
 from pipeline.tools.errors import UsageError
 
 Measure = Literal["pictures", "error", "gap", "nets"]
-"""pictures: seen until the training error has come down to `goal`; error: on the validation
-pictures after the last step; gap: that less the error on the training pictures, both with the whole
+"""images: seen until the training error has come down to `goal`; error: on the validation
+images after the last step; gap: that less the error on the training images, both with the whole
 network and the centre view; nets: the error of averages of so many networks as `sizes` says."""
 Plot = Literal["train", "val", "both", "nets"]
 """Curves of training, of validation, of both side by side; or errors over the number of nets."""
@@ -43,9 +43,9 @@ class Part:
     classes: tuple[float, float] = (0.0, 1.0)
     """From where to where in the list of classes, in shares of it: [0, 0.5] is the first half."""
     per_class: int = 0
-    """Training pictures of each class, the first ones in stored (shuffled) order; 0: all."""
+    """Training images of each class, the first ones in stored (shuffled) order; 0: all."""
     val_per_class: int = 0
-    """As `per_class`, of the validation pictures."""
+    """As `per_class`, of the validation images."""
     encoding: Literal["jpeg", "raw"] = "jpeg"
     """How they are stored, as pipeline.build_shards has it; raw pixels need no decoding."""
 
@@ -83,7 +83,7 @@ class Study:
     plot: Plot
     goal: float = 0.25
     window: int = 0
-    """Pictures that the training error is a mean over; 0: a pass over the training pictures."""
+    """Images that the training error is a mean over; 0: a pass over the training images."""
     sizes: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     grid: tuple[str, tuple[Any, ...]] = ("lr", ())

@@ -31,7 +31,7 @@ def draw(study: Study, runs: Named, found: dict[str, Any], path: Path) -> None:
         study: says what is drawn.
         runs: with the names of their variants.
         found: what study.json holds.
-        path: of the picture.
+        path: of the image.
     """
     import matplotlib  # slow to import: whoever only asks for --help need not wait
 
@@ -58,7 +58,7 @@ def draw(study: Study, runs: Named, found: dict[str, Any], path: Path) -> None:
     else:
         _together(flat[0], study, groups)
     figure.suptitle(f"{study.title}\npaper: {study.paper}", fontsize=10)
-    figure.supxlabel("networks averaged" if study.plot == "nets" else "pictures seen", fontsize=9)
+    figure.supxlabel("networks averaged" if study.plot == "nets" else "images seen", fontsize=9)
     figure.text(0.995, 0.005, found["scale"], fontsize=5.5, ha="right", va="bottom", color="0.4")
     with sealed(path) as file:
         figure.savefig(file, format="png", dpi=DPI)
@@ -91,7 +91,7 @@ def _nets(axis: Axes, found: dict[str, Any]) -> None:
     """Errors over the number of networks."""
     sizes = [one["nets"] for one in found["nets"]]
     for number, (kind, name) in enumerate(
-        (("equal", "equal weights"), ("searched", "searched on these pictures"),
+        (("equal", "equal weights"), ("searched", "searched on these images"),
          ("held_out", "searched on the other half"))
     ):  # fmt: skip
         errors = [one[kind]["top1_error"] for one in found["nets"]]

@@ -2,7 +2,7 @@
 
 Averages of the networks of a study: every run's probabilities, then the table of the paper.
 
-The error of a run on the pictures that it was trained on, as a test would count it.
+The error of a run on the images that it was trained on, as a test would count it.
 
 What a study has found, as study.json and as a Markdown table with mean and spread over seeds.
 """
@@ -39,7 +39,7 @@ def measured(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
     """Count averages of the runs of a study's variant, in ten views.
 
     Returns:
-        for study.json: "nets", the lines of `ensemble_table.table_of`, "samples", the pictures they
+        for study.json: "nets", the lines of `ensemble_table.table_of`, "samples", the images they
         were counted on, and "rows" for the averages.
 
     Raises:
@@ -83,7 +83,7 @@ def _save(run: Run) -> None:
 def train_error(run: Run) -> float:
     """Return the top-1 error, 0 to 1, of the whole network in the centre view.
 
-    The errors of metrics.jsonl are of pictures with crops and colours, and of a network with half
+    The errors of metrics.jsonl are of images with crops and colours, and of a network with half
     of its units dropped. It is counted once, and kept in OUT/NAME.train.json.
     """
     path = run.out / f"{run.name}.train.json"
@@ -102,14 +102,14 @@ def train_error(run: Run) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Of a run: pictures seen and errors, 0 to 1."""
+    """Of a run: images seen and errors, 0 to 1."""
 
     train_at: Floats
     train: Floats
-    """Of the training pictures as they were trained on, a mean over the window before."""
+    """Of the training images as they were trained on, a mean over the window before."""
     val_at: Floats
     val: Floats
-    """Of the validation pictures, centre view."""
+    """Of the validation images, centre view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +128,9 @@ class Result:
     img_s: float
     """Median over the steps."""
     val_error: float
-    """Top-1 error of the validation pictures at the end; NaN without."""
+    """Top-1 error of the validation images at the end; NaN without."""
     train_error: float
-    """Top-1 error of the training pictures, as trained on, a mean over the last window."""
+    """Top-1 error of the training images, as trained on, a mean over the last window."""
     run: str
     at: Any = None
     """Value of the grid's setting; None without a grid."""
@@ -187,17 +187,15 @@ def running_mean(values: Floats, window: int) -> Floats:
     return np.asarray((sums[window:] - sums[:-window]) / window)
 
 
-def pictures_to(goal: float, found: Curves) -> float:
-    """Pictures seen when the training error has first come down to `goal`; NaN if it has not."""
+def images_to(goal: float, found: Curves) -> float:
+    """Images seen when the training error has first come down to `goal`; NaN if it has not."""
     below = np.flatnonzero(found.train <= goal)
     return float(found.train_at[below[0]]) if len(below) else math.nan
 
 
 def shown(study: Study, run: Run) -> bool:
     """Whether a run has shown what it should before its last step: the goal was reached."""
-    return study.measure == "pictures" and math.isfinite(
-        pictures_to(study.goal, curves(study, run))
-    )
+    return study.measure == "pictures" and math.isfinite(images_to(study.goal, curves(study, run)))
 
 
 def showing(study: Study, run: Run) -> bool:
@@ -216,14 +214,14 @@ def result(study: Study, variant: str, run: Run, train_error: float = math.nan) 
         study: says what is measured.
         variant: of the run.
         run: made, or diverged.
-        train_error: of the whole network on the training pictures, for `gap`.
+        train_error: of the whole network on the training images, for `gap`.
     """
     train: Series = read_series(run.folder / METRICS, ("top1_error", "img_s"))
     found = curves(study, run)
     val = float(found.val[-1]) if len(found.val) else math.nan
     last = float(found.train[-1]) if len(found.train) else math.nan
     value = {
-        "pictures": pictures_to(study.goal, found), "error": val, "gap": val - train_error,
+        "pictures": images_to(study.goal, found), "error": val, "gap": val - train_error,
         "nets": val,
     }[study.measure]  # fmt: skip
     if run.diverged:
@@ -283,7 +281,7 @@ def scale(runs: Sequence[Run]) -> str:
         manifest = Manifest.load(metadata(run.data))
         config = run.config
         text = (
-            f"{run.pictures:,} training pictures of {len(manifest.classes)} classes, width "
+            f"{run.pictures:,} training images of {len(manifest.classes)} classes, width "
             f"{config.width:g}, at most {run.total // config.batch_size:,} steps of "
             f"{config.batch_size}"
         )
@@ -328,7 +326,7 @@ def pooled(groups: Sequence[Sequence[float]]) -> float | None:
 
 
 def _against(study: Study, mean: float | None, before: Sequence[dict[str, Any]]) -> float | None:
-    """A factor for pictures, a difference for errors; None for the first and what has no mean."""
+    """A factor for images, a difference for errors; None for the first and what has no mean."""
     if mean is None or not before or before[0]["mean"] is None:
         return None
     first = float(before[0]["mean"])
@@ -361,7 +359,7 @@ def as_text(study: Study, found: dict[str, Any]) -> str:
 def _of_variants(study: Study, found: dict[str, Any]) -> list[str]:
     first = found["variants"][0]["variant"]
     what, rate = {
-        "pictures": (f"pictures to {study.goal:.0%} training error", f"over {first}"),
+        "pictures": (f"images to {study.goal:.0%} training error", f"over {first}"),
         "error": ("top-1 error, validation", f"against {first}"),
         "gap": ("validation less training error, points", f"against {first}"),
     }[study.measure]
@@ -388,7 +386,7 @@ def _of_variants(study: Study, found: dict[str, Any]) -> list[str]:
 
 def _of_nets(found: dict[str, Any]) -> list[str]:
     lines = [
-        "| networks | top-1, equal weights | top-5 | searched on these pictures | top-5 "
+        "| networks | top-1, equal weights | top-5 | searched on these images | top-5 "
         "| searched on the other half | top-5 |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -412,7 +410,7 @@ def _noise(study: Study, found: dict[str, Any]) -> str:
     one = found["spread"]
     gap = one * (2 / len(study.seeds)) ** 0.5
     if study.measure == "pictures":
-        return f"Standard deviation over seeds {one:,.0f} pictures (pooled)."
+        return f"Standard deviation over seeds {one:,.0f} images (pooled)."
     return (
         f"Standard deviation over seeds {100 * one:.1f} points (pooled), of a difference "
         f"{100 * gap:.1f}: below {200 * gap:.1f} it may be chance."

@@ -31,7 +31,7 @@ from cluster.checkpoint.loader import pinned
 from cluster.checkpoint.storage import reached
 from cluster.config import Config, differences, read_back
 from cluster.launch.controller import wanted_end
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.console import Screen
 from cluster.run.folder import CONFIG, METRICS, leading, write_machine
 from cluster.run.jsonl import tail
@@ -59,7 +59,7 @@ def train_here(config: Config, data: str, folder: Path, screen: Screen) -> None:
     there = torch.cuda.is_available() and config.device != "cpu"
     if config.device == "gpu" and not there:
         raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
-    place = Place(
+    place = ProcessMesh(
         device=torch.device("cuda" if there else "cpu"), cores=len(os.sched_getaffinity(0))
     )
     with leading(folder), wanted_end() as end:
@@ -105,17 +105,17 @@ class Run:
 
     @property
     def pictures(self) -> int:
-        """Training pictures in its data set."""
+        """Training images in its data set."""
         return _samples(self.data)
 
     @property
     def total(self) -> int:
-        """Pictures seen after its last step."""
+        """Images seen after its last step."""
         return self.config.total_steps(self.pictures) * self.config.batch_size
 
     @property
     def position(self) -> int:
-        """Pictures seen so far."""
+        """Images seen so far."""
         rows = list(tail(self.folder / METRICS, 2))
         return int(rows[-1].get("position", 0)) if rows else 0
 
@@ -180,7 +180,7 @@ def visible_gpus() -> list[str]:
     return there or [str(number) for number in range(torch.cuda.device_count())]
 
 
-class Crowd:
+class RunPool:
     """Makes runs."""
 
     def __init__(self, room: Sequence[Slot], module: str, progress: Progress) -> None:
@@ -189,7 +189,7 @@ class Crowd:
         Args:
             room: for as many runs at a time.
             module: that makes a run (`cluster.experiments.study.runner` or `cluster.train`).
-            progress: gets the pictures seen.
+            progress: gets the images seen.
         """
         self._room, self._module, self._progress = room, module, progress
 
@@ -259,7 +259,7 @@ class _Process:
         return f"run {self.run.name} failed: {why}; see {self.run.log}"
 
     def seen(self, enough: Callable[[Run], bool]) -> int:
-        """Return the pictures since the last time; tell it to end if that is enough."""
+        """Return the images since the last time; tell it to end if that is enough."""
         now = self.run.position
         more, self._before = now - self._before, now
         if not self._asked and more and enough(self.run):

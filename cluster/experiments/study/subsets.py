@@ -1,7 +1,7 @@
-"""Parts of a data set as sealed sets of their own: some of the classes, some pictures of each.
+"""Parts of a data set as sealed sets of their own: some of the classes, some images of each.
 
-The stream reads whole sets. So a part is packed like any other source: its pictures go into a tar
-of CLASS/KEY members, and `pipeline.build_shards` makes the set of it. The pictures are 256x256
+The stream reads whole sets. So a part is packed like any other source: its images go into a tar
+of CLASS/KEY members, and `pipeline.build_shards` makes the set of it. The images are 256x256
 already and only encoded anew (or stored raw).
 """
 
@@ -27,12 +27,12 @@ from pipeline.packing.build import build
 from pipeline.packing.plan import Build
 from pipeline.remote.dataset import DataSet, metadata, open_dataset
 from pipeline.stream.order import Ids
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import sealed
 
 CHUNK = 256
-"""Pictures read at a time."""
+"""Images read at a time."""
 
 
 def cut_out(data: str, part: Part, out: Path) -> Path:
@@ -45,8 +45,8 @@ def cut_out(data: str, part: Part, out: Path) -> Path:
             made OUT.source.
 
     Raises:
-        UsageError: there are no such pictures, or OUT is another part, or one of other data.
-        DataError: a picture of `data` is damaged.
+        UsageError: there are no such images, or OUT is another part, or one of other data.
+        DataError: an image of `data` is damaged.
     """
     _same(out, {"data_sha256": identity(metadata(data)), **asdict(part)})
     if (out / NAME).is_file():
@@ -87,8 +87,8 @@ def _same(out: Path, origin: dict[str, Any]) -> None:
 def write_tar(
     dataset: DataSet, split: str, shares: tuple[float, float], most: int, path: Path
 ) -> None:
-    """Write the pictures of a part of a split as members CLASS/KEY.jpg (raw ones as .png)."""
-    storage = Storage(dataset, split)
+    """Write the images of a part of a split as members CLASS/KEY.jpg (raw ones as .png)."""
+    storage = ShardReader(dataset, split)
     names = storage.manifest.classes
     first, last = (round(share * len(names)) for share in shares)
     if last - first < 2:
@@ -97,7 +97,7 @@ def write_tar(
         )
     chosen = choose(storage.labels(np.arange(len(storage))), first, last, most)
     if not len(chosen):
-        raise UsageError(f"split {split!r} has no picture of classes {first} to {last - 1}")
+        raise UsageError(f"split {split!r} has no image of classes {first} to {last - 1}")
     with sealed(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for sample, label, content in pictures(storage, chosen):
             name = quote(names[label], safe=" ,;'()")
@@ -122,13 +122,13 @@ def choose(labels: Ids, first: int, last: int, most: int) -> Ids:
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
-def pictures(storage: Storage, chosen: Ids) -> Iterator[tuple[int, int, bytes]]:
+def pictures(storage: ShardReader, chosen: Ids) -> Iterator[tuple[int, int, bytes]]:
     """Yield id, label and file of samples; raises DataError for a damaged one."""
     for start in range(0, len(chosen), CHUNK):
         ids = chosen[start : start + CHUNK]
         views, damaged = storage.read(ids, np.empty(storage.room(ids), np.uint8))
         if damaged:
-            raise DataError(f"{next(iter(damaged.values()))}; a study wants sound pictures")
+            raise DataError(f"{next(iter(damaged.values()))}; a study wants sound images")
         for sample, label, view in zip(ids, storage.labels(ids), views, strict=True):
             content = view.tobytes()
             if storage.encoding == "raw":

@@ -46,7 +46,7 @@ class About:
     shuffle: str
     """Name of the order with its settings: `full`, `block 16`."""
     view: str
-    """How a picture is cut: `random`, `centre`, `whole`."""
+    """How an image is cut: `random`, `centre`, `whole`."""
     colour: float | tuple[tuple[int, float], ...]
     """Standard deviation of the colour draws; or pairs, the first epoch that has it and it."""
     colour_divide: bool = False

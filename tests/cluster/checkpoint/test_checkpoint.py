@@ -18,7 +18,7 @@ import cluster.checkpoint.writer as writer
 from cluster.checkpoint.format import choose
 from cluster.checkpoint.storage import reached
 from cluster.checkpoint.writer import Checkpoints
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Saved
 from cluster.run.folder import CHECKPOINTS, Mark
 from model.alexnet import AlexNet
@@ -143,7 +143,7 @@ def test_what_must_come_before_a_checkpoint_can_hold_it_back(tmp_path):
 
     (tmp_path / CHECKPOINTS).mkdir()
     told: list = []
-    saves = Checkpoints(tmp_path, Place(), ABOUT, told.append, keep=1)
+    saves = Checkpoints(tmp_path, ProcessMesh(), ABOUT, told.append, keep=1)
     saves.before = rows_are_on_the_disk
     saves.begin(Mark(step=3, position=24), *network(seed=1))
     saves.finish()

@@ -17,7 +17,7 @@ import cluster.checkpoint.storage as places
 import cluster.checkpoint.writer as part
 from cluster.checkpoint.storage import reached
 from cluster.checkpoint.writer import Checkpoints
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import CHECKPOINTS
 from pipeline.tools.errors import SetupError
 from tests.helpers.checkpoints import ABOUT, Run, network, same, steps
@@ -140,7 +140,7 @@ def test_a_disk_that_has_gone_is_not_written_to_anew(run):
     assert not there.exists()
     # Nor does a new start take it for a run that has not begun.
     (run.folder / "attempts.jsonl").write_text('{"attempt": 1, "step": 3}\n{"att')
-    run.checkpoints = Checkpoints(run.folder, Place(), ABOUT, run.told.append, keep=1)
+    run.checkpoints = Checkpoints(run.folder, ProcessMesh(), ABOUT, run.told.append, keep=1)
     with pytest.raises(SetupError, match=r"holds no checkpoint, but the run had one of step 3"):
         run.checkpoints.resume(*network(seed=99))
     assert not there.exists()

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 import cluster.checkpoint.writer as part
 import cluster.checkpoint.writer as writer
 from cluster.checkpoint.format import choose
-from cluster.mesh import Place, take_place
+from cluster.mesh import ProcessMesh, take_place
 from cluster.run.folder import CHECKPOINTS
 from pipeline.tools.errors import DuetError
 from tests.helpers.checkpoints import Run, network, same, steps
@@ -25,7 +25,7 @@ from tests.helpers.checkpoints import Run, network, same, steps
 REAL = part.save_file
 
 
-def slow(place: Place, go: Path) -> None:
+def slow(place: ProcessMesh, go: Path) -> None:
     """Have column b not written before there is a file `go`."""
 
     def write(*words: Any) -> None:
@@ -37,7 +37,7 @@ def slow(place: Place, go: Path) -> None:
         part.save_file = write
 
 
-def plain(folder: Path, place: Place) -> dict[str, Any]:
+def plain(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     """Column b is slow; training goes on meanwhile, and polls as the loop does."""
     run, turns = Run(folder, place=place), 0
     slow(place, folder / "go")
@@ -50,7 +50,7 @@ def plain(folder: Path, place: Place) -> dict[str, Any]:
     return {"turns": turns, "pending": run.checkpoints.pending, "saved": run.saved}
 
 
-def left_out(folder: Path, place: Place) -> dict[str, Any]:
+def left_out(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     """Column b takes longer than training waits."""
     run = Run(folder, place=place)
     writer.PATIENCE, writer.BEAT = 0.2, 0.1
@@ -63,7 +63,7 @@ def left_out(folder: Path, place: Place) -> dict[str, Any]:
     return {"pending": pending, "saved": run.saved, "warnings": run.warnings}
 
 
-def full(folder: Path, place: Place) -> dict[str, Any]:
+def full(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     """Column b's disk is full, twice."""
 
     def fails(*_: object) -> None:
@@ -86,13 +86,13 @@ def full(folder: Path, place: Place) -> dict[str, Any]:
     return {"warnings": run.warnings, "error": error, "saved": run.saved}
 
 
-def resumed(folder: Path, place: Place) -> dict[str, Any]:
+def resumed(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     """Load what one process has saved (the test did)."""
     mark, state = Run(folder, place=place).resume()
     return {"step": mark.step, "same": same(state, seed=7), "tensors": len(state)}
 
 
-def apart(folder: Path, place: Place) -> dict[str, Any]:
+def apart(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     """The processes see different folders of one name."""
     own = folder / str(place.rank)
     own.mkdir()
@@ -106,7 +106,7 @@ def apart(folder: Path, place: Place) -> dict[str, Any]:
     return {"error": ""}
 
 
-SCENES: dict[str, Callable[[Path, Place], dict[str, Any]]] = {
+SCENES: dict[str, Callable[[Path, ProcessMesh], dict[str, Any]]] = {
     scene.__name__: scene for scene in (plain, left_out, full, resumed, apart)
 }
 

@@ -18,16 +18,16 @@ import cluster.checkpoint.storage as places
 import cluster.checkpoint.writer as part
 from cluster.checkpoint.format import choose, load, state_of
 from cluster.checkpoint.storage import reached
-from cluster.mesh import Place, take_place
+from cluster.mesh import ProcessMesh, take_place
 from cluster.run.sync import mirror_of
 from cluster.training.loop import train
-from pipeline.remote.filesystem import Policy
+from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import StoreTarget
 from pipeline.tools.errors import DataError, SetupError, UsageError
 from tests.helpers.checkpoints import Run, network, same
 from tests.helpers.training_runs import CONFIG, alone, learned, rows, weights
 
-BRIEF = Policy(attempts=2, first_delay=0.01, stall=5.0)
+BRIEF = RetryPolicy(attempts=2, first_delay=0.01, stall=5.0)
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_a_run_goes_on_on_another_machine_with_nothing_but_the_store(run, tiny_d
     config = replace(CONFIG, store=run.store)
     first.mkdir()
     asked = iter([False] * 3 + [True] * 9)
-    train(config, str(tiny_data), first, Place(), run.told.append, ending=lambda: next(asked))
+    train(config, str(tiny_data), first, ProcessMesh(), run.told.append, ending=lambda: next(asked))
     assert reached(first, run.store) == 4
 
     second.mkdir()

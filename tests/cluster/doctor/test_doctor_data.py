@@ -36,7 +36,7 @@ def test_a_sound_set_is_described_and_its_speed_told(tiny_data):
     assert "48 train, 20 val; 4 classes; 7 shards" in found["data"].value
     assert "(pipeline.verify reads every byte)" in found["data"].value
     assert "a batch of 16 in" in found["stream"].value
-    assert "single pictures at random" in found["data speed"].value
+    assert "single images at random" in found["data speed"].value
     assert "MB were there to be read" in found["data speed"].value  # too few to believe
     blocks = {f.name: f for f in judged(tiny_data, Config(batch_size=16, shuffle="block"))}
     assert "shard after shard" in blocks["data speed"].value
@@ -60,7 +60,7 @@ def test_a_set_that_is_not_whole_is_told(data, harm: Callable[[Path], None], wor
     assert "pipeline." in found.mend
 
 
-def test_a_set_without_validation_pictures_does_not_fit_a_config_that_validates(pictures, tmp_path):
+def test_a_set_without_validation_images_does_not_fit_a_config_that_validates(pictures, tmp_path):
     packed(tmp_path / "data", train=pictures / "train", samples_per_shard=10)
     found = only(judged(tmp_path / "data"))
     assert found.status == "FAIL"
@@ -95,7 +95,7 @@ def test_what_is_in_the_page_cache_is_counted_as_others_count_it(tmp_path):
 
 
 def test_a_disk_that_is_slower_than_the_decoder_is_told(tiny_data, monkeypatch):
-    slow = speed.Disk(pictures=10, bytes=10**6, seconds=1, cached=0.5, order="single pictures")
+    slow = speed.Disk(pictures=10, bytes=10**6, seconds=1, cached=0.5, order="single images")
     monkeypatch.setattr(speed, "disk", lambda *_: slow)
     monkeypatch.setattr(speed, "stream", lambda *_: 1000.0)
     found = only(judged(tiny_data))

@@ -65,7 +65,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def by_hand(rows: torch.Tensor, places: int, skip: Sequence[int] = ()) -> float:
-    """Errors counted one picture at a time, in Python: ties as lots drawn."""
+    """Errors counted one image at a time, in Python: ties as lots drawn."""
     wrong = 0.0
     for number, (row, label) in enumerate(zip(rows.tolist(), LABELS.tolist(), strict=True)):
         if number in skip:
@@ -141,7 +141,7 @@ def of_the_original(tables: torch.Tensor) -> list[float]:
 
 
 class Tables:
-    """Tables in memory, in chunks of 50 pictures."""
+    """Tables in memory, in chunks of 50 images."""
 
     def __init__(self, tables: torch.Tensor) -> None:
         self.tables, self.networks, self.read = tables, len(tables), 0
@@ -196,7 +196,7 @@ def test_searched_weights_are_no_worse_and_said_to_be_searched(runs, capsys):
     assert sum(one["weight"] for one in found["runs"]) == pytest.approx(1)
     assert (equal["searched"], found["searched"]) == (False, True)
     main([str(run) for run in runs] + ["--search"])
-    assert "weights searched on these pictures" in capsys.readouterr().out
+    assert "weights searched on these images" in capsys.readouterr().out
 
 
 def test_small_chunks_change_nothing(runs, capsys, monkeypatch):
@@ -207,7 +207,7 @@ def test_small_chunks_change_nothing(runs, capsys, monkeypatch):
     assert parts["average"] == pytest.approx(whole["average"], rel=1e-6)
 
 
-def test_a_picture_counts_if_it_was_sound_for_all(runs, tmp_path, capsys):
+def test_an_image_counts_if_it_was_sound_for_all(runs, tmp_path, capsys):
     other = saved(tmp_path / "damaged", drawn(5), damaged=[3, 100])
     found = told(capsys, runs[0], other)
     assert found["samples"] == PICTURES - 2
@@ -292,7 +292,7 @@ def test_options_that_cannot_work_are_refused(runs, tmp_path):
         saved(tmp_path / f"half-{k}", drawn(k), damaged=range(120 * k, 120 * k + 120))
         for k in range(2)
     ]
-    assert "no picture was sound for all runs" in refused(*nothing)
+    assert "no image was sound for all runs" in refused(*nothing)
 
 
 @pytest.mark.parametrize("harm", ["cut", "no safetensors", "other metadata"])
@@ -347,7 +347,7 @@ def test_the_table_has_a_line_for_each_size_over_all_choices_of_the_runs(runs, c
     assert found["sizes"][0]["held_out"] == found["sizes"][0]["equal"]
 
 
-def test_weights_of_the_table_are_searched_on_pictures_that_are_not_counted(runs, capsys):
+def test_weights_of_the_table_are_searched_on_images_that_are_not_counted(runs, capsys):
     (line,) = told(capsys, *runs, "--sizes", 3)["sizes"]
     tables = torch.stack([drawn(0, 2.0), drawn(1, 1.0), drawn(2, 0.2)])
     wrong = {"top1_error": 0.0, "top5_error": 0.0}

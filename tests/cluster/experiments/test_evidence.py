@@ -18,7 +18,7 @@ from cluster.checkpoint.writer import Checkpoints
 from cluster.config import Config, as_toml
 from cluster.experiments.evidence.__main__ import Page, evidence, main, place_of, render
 from cluster.experiments.evidence.significance import counting, discord
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
 from cluster.run.kernels import encoded, first_kernels
 from cluster.run.probabilities import About, file_of, writing
@@ -34,7 +34,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Makes a run of 60 steps over 4,000 pictures: its name, its errors by views, settings."""
+    """Makes a run of 60 steps over 4,000 images: its name, its errors by views, settings."""
 
     def made(
         name: str, errors: dict[int, float], step: int = 60, saved: bool = True, **settings: Any
@@ -49,7 +49,7 @@ def make(tmp_path: Path) -> Make:
         if saved:
             (run / "checkpoints").mkdir()
             checkpoints = Checkpoints(
-                run, Place(), {"classes": CLASSES}, lambda event: None, keep=1
+                run, ProcessMesh(), {"classes": CLASSES}, lambda event: None, keep=1
             )
             checkpoints.begin(
                 Mark(step=step, position=128 * step), net, Sgd2012(net.named_parameters())
@@ -95,7 +95,7 @@ def test_errors_stand_beside_the_papers_with_spread_and_scale(three):
     assert one.seeds == "2 seeds (top-1: 30.0, 31.0; top-5: 3.0, 3.1)"
     assert ten.paper == "40.7 % / 18.2 % (ILSVRC-2012 validation, ten views)"
     assert ten.verdict == "another scale"
-    for words in ("4,000 training pictures", "8 classes", "width 0.0625", "10,000 pictures"):
+    for words in ("4,000 training images", "8 classes", "width 0.0625", "10,000 images"):
         assert words in ten.scale
 
 
@@ -107,7 +107,7 @@ def test_ten_views_are_compared_within_each_network(three):
     assert first.verdict == "as the paper says"
 
 
-def test_of_two_answers_to_the_same_pictures_those_that_change_sides_count(make):
+def test_of_two_answers_to_the_same_images_those_that_change_sides_count(make):
     run, rng = make("s0", {1: 0.3, 10: 0.29}), np.random.default_rng(0)
     labels = torch.from_numpy(rng.integers(0, 8, 500))
     rows = {1: torch.from_numpy(rng.random((500, 8))).float()}
@@ -182,7 +182,7 @@ def test_the_last_validation_stands_in_for_one_view(make):
     (run / "validation.jsonl").write_text(json.dumps(row) + "\n")
     (found,) = rows(evidence([run]), "errors")
     assert found.ours == "25.0 % / 5.0 %"
-    assert "800 pictures counted" in found.scale
+    assert "800 images counted" in found.scale
 
 
 def study(folder: Path, **more: Any) -> Path:
@@ -191,7 +191,7 @@ def study(folder: Path, **more: Any) -> Path:
     table = {
         "study": "figure1", "title": "ReLU & tanh", "claim": "Six times as fast.",
         "paper": "6 times", "source": "section 3.1", "measure": "pictures", "goal": 0.25,
-        "scale": "5,000 pictures", "plot": "study.png",
+        "scale": "5,000 images", "plot": "study.png",
         "rows": [{"variant": name, "seed": seed, "lr": 0.01, "measure": "pictures", "value": value}
                  for name, both in values.items() for seed, value in enumerate(both)],
     }  # fmt: skip
@@ -203,11 +203,11 @@ def test_a_study_is_told_with_its_own_claim(tmp_path):
     page = evidence([study(tmp_path / "figure1")])
     relu, tanh, slow = rows(page, "study-figure1")
     assert relu.ours == "21,000 ± 1,414"
-    assert relu.what == "relu, lr 0.01: pictures to 25% training error"
+    assert relu.what == "relu, lr 0.01: images to 25% training error"
     assert (tanh.verdict, tanh.paper, tanh.scale) == (
         "4.38 times relu",
         "6 times",
-        "5,000 pictures",
+        "5,000 images",
     )
     assert (slow.seeds, slow.verdict) == (
         "1 of 2 seeds (80,000, not reached)".replace("80,000", "8e+04"),
@@ -267,7 +267,7 @@ def test_neighbours_and_codes_where_a_run_has_them(make):
     assert (precision.ours, precision.verdict) == ("50.0 % (by chance 10.0 %)", "above chance")
     assert auc.ours == "70.0 ± 2.0 % (by chance 50 %)"
     (one,) = rows(page, "codes")
-    assert (one.ours, one.verdict) == ("30.0 % / 40.0 %", "16 bytes a picture, 1,000 queries/s")
+    assert (one.ours, one.verdict) == ("30.0 % / 40.0 %", "16 bytes an image, 1,000 queries/s")
     (item,) = [item for item in page.items if item.claim.key == "neighbours"]
     assert item.notes == ["s0: features of step 40, it has come to 60."]
     assert "cluster.experiments.neighbors" not in " ".join(one.command for one in page.missing)

@@ -33,7 +33,7 @@ def test_margin_over_seeds_is_that_of_a_t_test():
     assert found.telling == (high < 0)
 
 
-def test_few_pictures_widen_the_margin():
+def test_few_images_widen_the_margin():
     found = difference(ONE, OTHER, 100)
     assert found.margin == pytest.approx(counting(0.41, 0.445, 100))
     spread = np.hypot(np.sqrt(0.41 * 0.59 / 100), np.sqrt(0.445 * 0.555 / 100))

@@ -24,7 +24,7 @@ from cluster.experiments.neighbors.__main__ import main
 from cluster.experiments.neighbors.extract import features, stretches
 from cluster.experiments.neighbors.features import Features, Growing, opened, stem
 from cluster.experiments.neighbors.figures import Pairs, draw
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import settle
 from cluster.training.loop import train
 from model.alexnet import AlexNet
@@ -54,7 +54,7 @@ def one_worker_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(run: Path, config: Config, data: Path) -> Path:
     run.mkdir(exist_ok=True)
     settle(run, config, identity(data), samples=48, step=0)
-    train(config, data, run, Place(), lambda event: None)
+    train(config, data, run, ProcessMesh(), lambda event: None)
     return run
 
 
@@ -64,7 +64,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def by_hand(run: Path, data: Path, split: str) -> np.ndarray:
-    """fc7 picture by picture, the layers called one by one and not by the network's forward."""
+    """fc7 image by image, the layers called one by one and not by the network's forward."""
     net = AlexNet(classes=4, width=CONFIG.width)
     load(run / "checkpoints" / "step-00000002", net)
     net.eval()
@@ -140,11 +140,11 @@ def test_a_second_call_takes_what_is_there(run, tiny_data, capsys):
     first = called(capsys, run, tiny_data)
     file = run / "neighbours" / "features-train.npy"
     before = file.stat()
-    shutil.move(tiny_data / "train-000000.tar", tiny_data / "away")  # no picture is read again
+    shutil.move(tiny_data / "train-000000.tar", tiny_data / "away")  # no image is read again
     try:
         second = called(capsys, run, tiny_data, "--queries", "val", "--show", "1")
     except DataError:
-        second = None  # the sheet may want a picture of that shard
+        second = None  # the sheet may want an image of that shard
     finally:
         shutil.move(tiny_data / "away", tiny_data / "train-000000.tar")
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
@@ -152,7 +152,7 @@ def test_a_second_call_takes_what_is_there(run, tiny_data, capsys):
         assert second["neighbours"]["precision_at"] == first["neighbours"]["precision_at"]
 
 
-def test_a_picture_is_not_its_own_neighbour(run, tiny_data, capsys):
+def test_an_image_is_not_its_own_neighbour(run, tiny_data, capsys):
     called(capsys, run, tiny_data, "--queries", "train")
     saved = np.load(run / "neighbours" / "nearest.npz")
     assert not (saved["ids"] == saved["queries"][:, None]).any()
@@ -229,7 +229,7 @@ def test_killed_between_the_last_two_renames(run, tiny_data, tmp_path, small_blo
     assert (tmp_path / "features-val.npy").exists()
     monkeypatch.setattr(
         "cluster.experiments.neighbors.extract.extract", killed
-    )  # no picture is read again
+    )  # no image is read again
     found = features(tmp_path, trained, "val")
     np.testing.assert_allclose(found.values, by_hand(run, tiny_data, "val"), rtol=2e-3, atol=1e-4)
 
@@ -279,7 +279,7 @@ def test_stretches_cover_what_is_missing_once():
             assert len(cut) >= min(workers, len(missing))
 
 
-def test_damaged_pictures_have_no_features_and_are_no_neighbours(run, data, capsys):
+def test_damaged_images_have_no_features_and_are_no_neighbours(run, data, capsys):
     flip_bit(data, "train", 7)
     facts = called(capsys, run, data)["neighbours"]
     found = Features(stem(run / "neighbours", "train"))
@@ -326,14 +326,14 @@ def test_data_of_other_classes_are_refused(run, data):
     assert (code, "not in that order" in line) == (2, True)
 
 
-def test_more_neighbours_than_pictures_are_refused(run, tiny_data):
+def test_more_neighbours_than_images_are_refused(run, tiny_data):
     code, line = refused(run, tiny_data, "-k", "49")
     assert code == 2
     assert "49 neighbours asked for, and split train" in line
-    assert "has 48 pictures" in line
+    assert "has 48 images" in line
     assert not (run / "neighbours" / "features-val.npy").exists()  # before anything is computed
     code, line = refused(run, tiny_data, "-k", "48", "--queries", "train")
-    assert (code, "has 47 pictures" in line) == (2, True)
+    assert (code, "has 47 images" in line) == (2, True)
 
 
 def test_features_of_another_run_or_data_set_are_refused(run, tiny_data, tmp_path, capsys):
@@ -378,7 +378,7 @@ def test_features_too_large_for_float16_are_told(run, tiny_data, monkeypatch):
         lambda net, batch: torch.full((64, UNITS), 7e4),
     )
     trained = opened(run, str(tiny_data))
-    with pytest.raises(UsageError, match="picture 0 of val is 70000, which float16 cannot hold"):
+    with pytest.raises(UsageError, match="image 0 of val is 70000, which float16 cannot hold"):
         features(run, trained, "val")
     assert features(run, trained, "val", dtype="float32").values[3, 3] == 7e4
 
@@ -390,10 +390,10 @@ def test_auc_counts_ties_half():
     assert Pairs(same, other).auc == pytest.approx(np.mean(by_pairs))
 
 
-def test_pairs_are_of_the_kind_they_say_and_never_of_a_picture_with_itself(run, tiny_data, capsys):
+def test_pairs_are_of_the_kind_they_say_and_never_of_an_image_with_itself(run, tiny_data, capsys):
     called(capsys, run, tiny_data)
     base = Features(stem(run / "neighbours", "train"))
-    # Features by which a distance tells the class and the picture of the other side.
+    # Features by which a distance tells the class and the image of the other side.
     base.values = np.zeros((48, 2))
     base.values[:, 0] = base.labels * 1000
     base.values[:, 1] = np.arange(48)

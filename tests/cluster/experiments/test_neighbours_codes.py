@@ -178,7 +178,7 @@ def test_a_length_that_is_there_is_not_trained_again(run, capsys, monkeypatch):
         main([str(run), "--bits", "16", "--steps", "3"])
 
 
-def test_a_picture_is_not_its_own_find(run, capsys):
+def test_an_image_is_not_its_own_find(run, capsys):
     rows = called(run, capsys, "--queries", "train", "--asked", "50", "-k", "1")["codes"]["rows"]
     assert all(row["recall_at_k"] < 1 for row in rows[1:] if "recall_at_k" in row)
 

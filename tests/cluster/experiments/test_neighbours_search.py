@@ -62,7 +62,7 @@ def test_distances_below_the_rounding_of_float32_are_told_apart():
     assert found.again == 9
 
 
-def test_ties_go_to_the_earlier_picture_however_many_there_are():
+def test_ties_go_to_the_earlier_image_however_many_there_are():
     base = np.zeros((2000, 8), np.float16)
     base[5] = 1
     queries = np.zeros((3, 8), np.float16)
@@ -71,7 +71,7 @@ def test_ties_go_to_the_earlier_picture_however_many_there_are():
     assert not found.distances.any()
 
 
-def test_a_picture_is_not_its_own_neighbour_and_damaged_ones_are_none():
+def test_an_image_is_not_its_own_neighbour_and_damaged_ones_are_none():
     rng = np.random.default_rng(7)
     rows = rng.integers(0, 3, (300, 5)).astype(np.float16)  # many equal ones
     sound = rng.random(300) > 0.2
@@ -83,7 +83,7 @@ def test_a_picture_is_not_its_own_neighbour_and_damaged_ones_are_none():
     assert sound[found.ids].all()
 
 
-def test_every_picture_can_be_asked_for_but_not_one_more():
+def test_every_image_can_be_asked_for_but_not_one_more():
     rows = np.eye(5, dtype=np.float32)
     assert nearest(rows[:1], all_of(rows), 5).ids.tolist() == [[0, 1, 2, 3, 4]]
     with pytest.raises(UsageError, match="6 neighbours asked for, and there are 5"):

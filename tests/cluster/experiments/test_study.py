@@ -54,7 +54,7 @@ def written(folder: Path, text: str = TEXT) -> Path:
 
 
 class Here:
-    """A `Crowd` in this process, which need not wait for others to start."""
+    """A `RunPool` in this process, which need not wait for others to start."""
 
     def __init__(self, room, module, progress):
         assert module == "cluster.experiments.study.runner"
@@ -122,7 +122,7 @@ def test_the_table_has_mean_and_spread_over_seeds(out):
     text = (out / "study.md").read_text()
     for mean in means:
         assert f"| {100 * mean:.1f} (" in text
-    assert "48 training pictures of 4 classes, width 0.125, at most 6 steps of 8" in text
+    assert "48 training images of 4 classes, width 0.125, at most 6 steps of 8" in text
 
 
 def test_the_plot_shows_something(out):

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.experiments.study import runner
-from cluster.experiments.study.runner import Crowd, Run, Slot
+from cluster.experiments.study.runner import Run, RunPool, Slot
 from pipeline.tools.errors import DuetError
 from pipeline.tools.progress import Progress
 from tests.helpers.training_runs import rows
@@ -31,7 +31,7 @@ def runs(folder: Path, data: Path, *names: str) -> list[Run]:
 def make(runs: list[Run], enough=lambda run: run.position > 80) -> None:
     room = [Slot(CORES[:1]), Slot(CORES[-1:])]
     with Progress("pretending", total=sum(run.total for run in runs), unit="img") as progress:
-        Crowd(room, "tests.helpers.fake_run", progress).make(runs, enough)
+        RunPool(room, "tests.helpers.fake_run", progress).make(runs, enough)
 
 
 def test_each_has_its_cores_and_ends_when_it_has_shown_enough(tmp_path, tiny_data):

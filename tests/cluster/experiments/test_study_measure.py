@@ -14,7 +14,7 @@ from cluster.experiments.study.config import Study, Variant
 from cluster.experiments.study.results import (
     Result,
     curves,
-    pictures_to,
+    images_to,
     pooled,
     result,
     showing,
@@ -51,12 +51,12 @@ def by_hand(errors: list[float], goal: float, window: int) -> float:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_pictures_to_the_goal_are_those_of_a_loop(seed, tmp_path, tiny_data):
+def test_images_to_the_goal_are_those_of_a_loop(seed, tmp_path, tiny_data):
     draws = np.random.default_rng(seed)
     errors = np.clip(np.linspace(0.6, 0.2, 40) + draws.normal(0, 0.08, 40), 0, 1).tolist()
     run = made(tmp_path, tiny_data, errors)
     expected = by_hand(errors, 0.25, 3)
-    assert pictures_to(0.25, curves(STUDY, run)) == pytest.approx(expected, nan_ok=True)
+    assert images_to(0.25, curves(STUDY, run)) == pytest.approx(expected, nan_ok=True)
     assert shown(STUDY, run) == math.isfinite(expected)
     found = result(STUDY, "relu", run)
     assert found.value == pytest.approx(expected, nan_ok=True)

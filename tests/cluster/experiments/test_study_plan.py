@@ -69,7 +69,7 @@ def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
     ("old", "new", "message"),
     [
         ("title", "titel", "no key 'titel'"),
-        ('measure = "pictures"', 'measure = "speed"', "measure is 'speed'; it takes pictures, "),
+        ('measure = "pictures"', 'measure = "speed"', "measure is 'speed'; it takes images, "),
         ("seeds = [3, 4]", "seeds = [3, 3]", "seeds is [3, 3]; each must be there once"),
         ("seeds = [3, 4]", "seeds = []", "seeds is []; it takes a list of whole numbers"),
         ("width = 0.125", "widht = 0.125", "[settings] has 'widht', which is no setting"),

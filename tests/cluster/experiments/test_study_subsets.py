@@ -1,4 +1,4 @@
-"""Parts of a data set: the right pictures, of the right classes, and nothing else."""
+"""Parts of a data set: the right images, of the right classes, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.images import flip_bit, rows_of
 
 
 def stored(data, split):
-    """Label and pixels of every picture, as Pillow has them."""
+    """Label and pixels of every image, as Pillow has them."""
     rows = rows_of(data, split)
     found = []
     for row in rows:
@@ -28,7 +28,7 @@ def stored(data, split):
 
 
 def raw(data):
-    """Bytes of every training picture of a raw set."""
+    """Bytes of every training image of a raw set."""
     shard = (data / "train-000000.tar").read_bytes()
     return [shard[r["offset"] : r["offset"] + r["size"]] for r in rows_of(data, "train")]
 
@@ -39,7 +39,7 @@ def part(tiny_data, tmp_path_factory):
     return cut_out(str(tiny_data), Part(classes=(0.5, 1.0), per_class=5, val_per_class=2), out)
 
 
-def test_it_has_so_many_pictures_of_these_classes(part):
+def test_it_has_so_many_images_of_these_classes(part):
     manifest = Manifest.load(part)
     assert manifest.classes == ("cat", "dog")
     for split, each in (("train", 5), ("val", 2)):
@@ -49,7 +49,7 @@ def test_it_has_so_many_pictures_of_these_classes(part):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_its_pictures_are_those_of_the_set_the_first_of_each_class(part, tiny_data, split):
+def test_its_images_are_those_of_the_set_the_first_of_each_class(part, tiny_data, split):
     originals = stored(tiny_data, split)
     each = {"train": 5, "val": 2}[split]
     for label in (0, 1):
@@ -89,7 +89,7 @@ def test_a_part_of_a_single_class_is_refused(tiny_data, tmp_path):
         cut_out(str(tiny_data), Part(classes=(0, 0.3)), tmp_path / "one")
 
 
-def test_a_damaged_picture_is_told(data, tmp_path):
+def test_a_damaged_image_is_told(data, tmp_path):
     flip_bit(data, "train", *range(48))
-    with pytest.raises(DataError, match=r"CRC-32 differs; a study wants sound pictures"):
+    with pytest.raises(DataError, match=r"CRC-32 differs; a study wants sound images"):
         cut_out(str(data), Part(), tmp_path / "part")

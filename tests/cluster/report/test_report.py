@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from cluster.checkpoint.writer import Checkpoints
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.report.images import KERNEL_SCALE
 from cluster.report.page import report
 from cluster.report.records import read_records
@@ -96,7 +96,7 @@ def checkpoint(run: Path) -> None:
     net = AlexNet(classes=len(CLASSES), width=0.0625)
     state = {"classes": list(CLASSES)}
     (run / "checkpoints").mkdir()
-    checkpoints = Checkpoints(run, Place(), state, lambda event: None, keep=1)
+    checkpoints = Checkpoints(run, ProcessMesh(), state, lambda event: None, keep=1)
     checkpoints.begin(Mark(step=60, position=7680), net, Sgd2012(net.named_parameters()))
     checkpoints.finish(must=True)
 
@@ -127,9 +127,9 @@ def test_page_of_a_whole_run(run: Path, tiny_data: Path) -> None:
     page = Page(path)
     for number in ("32.2", "29.2", "1.2", "1.0", "7,680", "256", "6.2", "60 steps"):
         assert number in page.text, number
-    for fact in ("Motorola 68000", "8 MB", "0.0625", "48 pictures", "50.0 %", "12.5 %", "lr 0.001"):
+    for fact in ("Motorola 68000", "8 MB", "0.0625", "48 images", "50.0 %", "12.5 %", "lr 0.001"):
         assert fact in page.text, fact
-    for title in ("Loss", "Top-1 error", "Pictures per second", "Waiting for data"):
+    for title in ("Loss", "Top-1 error", "Images per second", "Waiting for data"):
         assert title in page.text
     missing = [part.split("<")[0] for part in page.source.split('class="missing">')[1:]]
     assert [words.split(":")[0] for words in missing] == [
@@ -187,7 +187,7 @@ def test_run_with_nothing_but_steps(tmp_path: Path) -> None:
         "not evaluated (cluster.evaluate --views 1)",
         "not evaluated (cluster.evaluate --views 10)",
         "No validation rows yet.",
-        "No pictures: no data folder was given (--data).",
+        "No images: no data folder was given (--data).",
         "No kernels: the run has no complete checkpoint yet.",
         "No errors by class: run cluster.evaluate first.",
         "No table: it needs the width",
@@ -221,7 +221,7 @@ def test_last_validation_stands_in_for_the_evaluation(run: Path) -> None:
 
 def test_data_set_that_is_gone(run: Path, tmp_path: Path) -> None:
     page = Page(report(run, tmp_path / "gone"))
-    assert "No pictures: data set" in page.text
+    assert "No images: data set" in page.text
     assert "is not a folder" in page.text
 
 

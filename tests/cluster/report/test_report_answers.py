@@ -1,4 +1,4 @@
-"""Figure 4, left: which pictures are shown, with which bars, and what is said without any."""
+"""Figure 4, left: which images are shown, with which bars, and what is said without any."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VIEWS = 10
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_data: Path) -> Path:
-    """A run with probabilities of the 20 validation pictures, one of them damaged."""
+    """A run with probabilities of the 20 validation images, one of them damaged."""
     saved(tmp_path, tiny_data)
     row = {"position": 8, "step": 1, "epoch": 0.1, "loss": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
@@ -62,7 +62,7 @@ def test_best_and_worst_are_by_the_probability_of_the_truth(run, tiny_data):
     assert choose(file, ("random",), 4)["random"] == lot[:4], "the lot is the same every time"
 
 
-def test_pictures_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny_data):
+def test_images_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny_data):
     found = answers(run, str(tiny_data), {}, ("worst",), 6)
     ((title, pictures),) = found.groups
     assert (title, len(pictures)) == ("Furthest from the truth", 6)
@@ -78,7 +78,7 @@ def test_pictures_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny
         shown = Image.open(io.BytesIO(base64.b64decode(one.uri.split(",")[1])))
         whole = np.asarray(shown.resize((256, 256)), float)[16:240, 16:240]
         network = batch.images[one.sample].float().numpy().transpose(1, 2, 0) + mean
-        assert np.abs(whole - network).mean() < 8, "it is that picture"
+        assert np.abs(whole - network).mean() < 8, "it is that image"
 
 
 def test_the_verdict_is_how_the_error_counts_it(run, tiny_data):

@@ -1,4 +1,4 @@
-"""The pictures of the report: kernels side by side, the first training batch."""
+"""The images of the report: kernels side by side, the first training batch."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Scores of kernels: known pictures, noise, and SciPy as the oracle of the comparison."""
+"""Scores of kernels: known images, noise, and SciPy as the oracle of the comparison."""
 
 from __future__ import annotations
 

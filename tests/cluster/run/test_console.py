@@ -42,7 +42,7 @@ def test_without_a_terminal_every_event_is_one_line_and_steps_are_rare():
     assert lines[1].endswith("left  waiting for data 4%  epoch 0.50")
     assert lines[2:] == [
         "step     10  validation: loss 1.500  top-1 error 40.0%  top-5 error 12.5%"
-        "  (2,000 pictures, 3.0 s)",
+        "  (2,000 images, 3.0 s)",
         "step     10  checkpoint (0.5 s)",
         "step     10  done",
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import KERNELS, Mark
 from cluster.run.kernels import encoded, first_kernels, kept, read_kernels
 from cluster.run.metrics import Log
@@ -20,7 +20,7 @@ NET = AlexNet(classes=4, width=0.0625, seed=5)
 
 
 def write(run: Path, steps: range, resumed_from: int = 0) -> None:
-    with Log(run, Place(), pytest.fail, samples=40, step=resumed_from) as log:
+    with Log(run, ProcessMesh(), pytest.fail, samples=40, step=resumed_from) as log:
         for step in steps:
             if kept(step, 100):
                 log.kernels(Mark(step=step, position=8 * step), [first_kernels(NET)])

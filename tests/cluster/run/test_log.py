@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
 from cluster.run.jsonl import WAITS
 from cluster.run.metrics import METRICS, Log
 from model.exchange import Traffic
 from model.schedule import Rates
-from pipeline.stream.timing import Waits
+from pipeline.stream.timing import WaitTimes
 
 MARK = Mark(step=1, position=8)
 RATES = Rates(0.1, 0.2)
@@ -30,9 +30,9 @@ def slow_validation() -> dict[str, float]:
 
 
 def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
-    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
+    with Log(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
         for step in (1, 2):
-            with log.waiting(Waits()):
+            with log.waiting(WaitTimes()):
                 time.sleep(0.02)
             time.sleep(0.02)
             log.step(
@@ -53,7 +53,7 @@ def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
 
 
 def test_only_the_leader_writes(tmp_path):
-    place = Place(replica=1, replicas=2)
+    place = ProcessMesh(replica=1, replicas=2)
     with Log(tmp_path, place, pytest.fail, samples=40, step=0) as log:
         log.step(
             Mark(step=1, position=8), Config(), Rates(0.1, 0.2), torch.tensor([1.5, 0.25, 0.0])
@@ -65,9 +65,9 @@ def test_only_the_leader_writes(tmp_path):
 def test_a_step_says_what_training_stood_still_for(tmp_path):
     traffic = {"conv3": Traffic(waited=0.5, forward=10), "fc6": Traffic(waited=0.25, backward=5)}
     link: Any = SimpleNamespace(traffic=traffic)
-    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
+    with Log(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
         for _ in range(2):
-            with log.waiting(Waits()):
+            with log.waiting(WaitTimes()):
                 time.sleep(0.05)
             time.sleep(0.05)
             log.step(MARK, Config(), RATES, VALUES, link)
@@ -98,7 +98,7 @@ def test_numbers_are_published_until_somebody_cannot_take_them(tmp_path, monkeyp
     def broken(step: int, numbers: object) -> None:
         raise ConnectionError("nobody there")
 
-    place = Place(replica=1, replicas=2)  # every process publishes its own
+    place = ProcessMesh(replica=1, replicas=2)  # every process publishes its own
     publish = (broken, lambda step, numbers: got.append((step, dict(numbers))))
     with Log(tmp_path, place, told.append, samples=40, step=0, publish=publish) as log:
         for step in (1, 2):
@@ -113,7 +113,9 @@ def test_numbers_are_published_until_somebody_cannot_take_them(tmp_path, monkeyp
 def test_the_last_numbers_are_published_however_short_the_run(tmp_path):
     got: list = []
     publish = [lambda step, numbers: got.append((step, dict(numbers)))]
-    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0, publish=publish) as log:
+    with Log(
+        tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0, publish=publish
+    ) as log:
         for step, loss in ((1, 1.0), (2, 2.0)):
             values = torch.tensor([loss, 0.25, 3.0])
             log.step(Mark(step=step, position=8 * step), Config(steps=70), RATES, values)
@@ -125,8 +127,8 @@ def test_waiting_is_told_apart_and_computing_is_without_the_other_column(tmp_pat
     class Link:
         traffic: ClassVar = {"conv3": Traffic(waited=0.0)}
 
-    waits = Waits()
-    with Log(tmp_path, Place(), lambda event: None, samples=40, step=0) as log:
+    waits = WaitTimes()
+    with Log(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
         with log.waiting(waits):
             waits.fetch, waits.storage, waits.checksum, waits.feed, waits.decode = (
                 0.01, 0.02, 0.003, 0.004, 0.03,

@@ -194,7 +194,7 @@ def test_the_screen_shows_them_within_its_width(run, width):
     console.print(screen(look(run.folder, NOW), width))
     text = console.export_text()
     words = ["running", "100 of 1,000", "10.0%", "3:00 left", "640 img/s", "for data 2.0%",
-             "step 90", "best 60.00%", "2 damaged pictures", "the worker of", "GPU 3"]  # fmt: skip
+             "step 90", "best 60.00%", "2 damaged images", "the worker of", "GPU 3"]  # fmt: skip
     flat = " ".join(text.split())
     assert [word for word in words if word not in flat] == []
     assert max(map(len, text.splitlines())) <= width

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Warned
 from cluster.run.exporters import Board
 from cluster.run.folder import Mark
@@ -55,7 +55,7 @@ def on_a_small_disk(run: Path) -> None:
     board = Board(run, 0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     tell = lambda event: told.append(event.text) if isinstance(event, Warned) else None  # noqa: E731
-    with board, Log(run, Place(), tell, samples=40, step=0, publish=[board]) as log:
+    with board, Log(run, ProcessMesh(), tell, samples=40, step=0, publish=[board]) as log:
         for step in range(1, 31):
             mark = Mark(step=step, position=8 * step)
             log.validation(mark, lambda: {"loss": 1.0, "top1_error": 0.5, "top5_error": 0.5})

@@ -1,4 +1,4 @@
-"""Errors counted over the ranks of a job are those that one process counts, to the last picture."""
+"""Errors counted over the ranks of a job are those that one process counts, to the last image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scores(images: Tensor) -> Tensor:
 
 
 def counted(data, world: int, batch_size: int) -> Tensor:
-    """Loss, top-1 and top-5 errors and pictures, summed over batches and ranks."""
+    """Loss, top-1 and top-5 errors and images, summed over batches and ranks."""
     total = torch.zeros(4, dtype=torch.float64)
     for rank in range(world):
         with Stream(

@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 
 from cluster.config import parse
 from cluster.launch.measurement import step_parts, told
-from cluster.mesh import Place, take_place
+from cluster.mesh import ProcessMesh, take_place
 from cluster.run.events import Measured
 from cluster.training import profiler
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 from pipeline.throughput import stream_rate
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_runs import CONFIG
@@ -30,7 +30,7 @@ def quick(monkeypatch):
 
 
 def shorten(put) -> None:
-    """Measure for less time, and pack no raw pictures (test_throughput.py does)."""
+    """Measure for less time, and pack no raw images (test_throughput.py does)."""
     put(profiler, "SECONDS", 0.6)
     examine = profiler.examine
     put(profiler, "examine", lambda *a, **k: examine(*a, seconds=0.05, **k))
@@ -50,7 +50,7 @@ def found_by(config, data, place) -> dict:
 
 
 def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypatch):
-    read = Storage.read
+    read = ShardReader.read
 
     def slow(self, ids, into):
         time.sleep(0.15)
@@ -61,11 +61,11 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
     wild = replace(
         CONFIG, lr=1e30, schedule="manual", changes=("1 lr 0.1",), layer_rates=("conv1=0",)
     )
-    fast = found_by(wild, tiny_data, Place())
+    fast = found_by(wild, tiny_data, ProcessMesh())
     examined = SimpleNamespace(table=lambda: fast["report"])
     monkeypatch.setattr(profiler, "examine", lambda *_, **__: examined)
-    monkeypatch.setattr(Storage, "read", slow)
-    late = found_by(CONFIG, tiny_data, Place())
+    monkeypatch.setattr(ShardReader, "read", slow)
+    late = found_by(CONFIG, tiny_data, ProcessMesh())
     for found in (fast, late):
         assert found["step"]["accounted"] == pytest.approx(1, abs=0.03)
         assert sum(step_parts(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.mesh import Place, take_place
+from cluster.mesh import ProcessMesh, take_place
 from cluster.training.finite_check import NotFinite, check_finite
 from model.alexnet import AlexNet
 from model.exchange import Exchange
@@ -22,7 +22,7 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 60
 
 
-def network(place: Place) -> AlexNet:
+def network(place: ProcessMesh) -> AlexNet:
     columns = place.columns if place.pair else None
     net = AlexNet(
         columns, classes=5, width=WIDTH, exchange=Exchange(place.pair) if place.pair else None
@@ -31,7 +31,7 @@ def network(place: Place) -> AlexNet:
     return net
 
 
-def told(net: AlexNet, run: Path, place: Place, pictures: torch.Tensor | None = None) -> str:
+def told(net: AlexNet, run: Path, place: ProcessMesh, pictures: torch.Tensor | None = None) -> str:
     """What is said of a loss that is not finite."""
     pictures = images() if pictures is None else pictures
     with pytest.raises(NotFinite) as caught:
@@ -43,10 +43,10 @@ def told(net: AlexNet, run: Path, place: Place, pictures: torch.Tensor | None = 
 
 @pytest.mark.parametrize("layer", ["conv1", "conv4", "fc7", "fc8"])
 def test_the_first_layer_that_is_not_finite_is_named(layer: str, tmp_path: Path) -> None:
-    net = network(Place())
+    net = network(ProcessMesh())
     with torch.no_grad():
         net.get_parameter(f"{layer}.weight")[0, 0] = torch.inf
-    message = told(net, tmp_path, Place())
+    message = told(net, tmp_path, ProcessMesh())
     assert f"the loss of step 7 is nan: {layer} is the first layer whose output" in message
     assert "its weight is not either, since the update before" in message
     assert "there is no checkpoint yet" in message
@@ -55,27 +55,27 @@ def test_the_first_layer_that_is_not_finite_is_named(layer: str, tmp_path: Path)
 def test_weights_that_are_too_large_are_told_from_broken_ones(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000003").mkdir()
-    net = network(Place())
+    net = network(ProcessMesh())
     with torch.no_grad():
         net.get_parameter("conv5.weight").mul_(1e37)
         net.get_parameter("fc6.weight").mul_(1e37)
-    message = told(net, tmp_path, Place())
+    message = told(net, tmp_path, ProcessMesh())
     assert "fc6 is the first layer" in message
     assert "its weights are, the largest is" in message
     assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000005'}" in message
 
 
-def test_pictures_and_logits_have_their_own_words(tmp_path: Path) -> None:
+def test_images_and_logits_have_their_own_words(tmp_path: Path) -> None:
     broken = images()
     broken[1, 2, 3, 4] = torch.nan
-    assert "the pictures themselves" in told(network(Place()), tmp_path, Place(), broken)
-    assert "all layers are finite" in told(network(Place()), tmp_path, Place())
+    assert "the images themselves" in told(network(ProcessMesh()), tmp_path, ProcessMesh(), broken)
+    assert "all layers are finite" in told(network(ProcessMesh()), tmp_path, ProcessMesh())
 
 
 def test_a_finite_loss_passes_without_a_second_look(tmp_path: Path) -> None:
-    net = network(Place())
+    net = network(ProcessMesh())
     net.forward = None  # type: ignore[method-assign, assignment]
-    check_finite(torch.tensor(2.5), net, images(), torch.float32, Place(), 7, tmp_path)
+    check_finite(torch.tensor(2.5), net, images(), torch.float32, ProcessMesh(), 7, tmp_path)
 
 
 def work(rank: int, folder: str) -> None:

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.mesh import Place, take_place
+from cluster.mesh import ProcessMesh, take_place
 from cluster.training import gradients
 from cluster.training.gradients import GradientAverage
 from model.alexnet import AlexNet
@@ -25,12 +25,12 @@ from model.exchange import Exchange
 SEATS = ((0, 1), (2, 3))
 REPLICAS = len(SEATS)
 BATCH = 3
-"""Pictures of a replica."""
+"""Images of a replica."""
 STEPS = 3
 CLASSES = 10
 
 
-def network(place: Place) -> AlexNet:
+def network(place: ProcessMesh) -> AlexNet:
     exchange = Exchange(place.pair) if place.pair else None
     return AlexNet(place.columns, CLASSES, width=1 / 16, exchange=exchange, seed=7).double()
 
@@ -72,7 +72,9 @@ def split(net: AlexNet) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in net.split(there).items()}
 
 
-def on_the_mesh(place: Place, drop: bool = True, message_bytes: int = 2**20) -> dict[str, Any]:
+def on_the_mesh(
+    place: ProcessMesh, drop: bool = True, message_bytes: int = 2**20
+) -> dict[str, Any]:
     """This process's part of a training on two pairs."""
     net = network(place).train(drop)
     means = []
@@ -93,7 +95,7 @@ def on_the_mesh(place: Place, drop: bool = True, message_bytes: int = 2**20) -> 
 
 def in_one_process(drop: bool) -> dict[str, Any]:
     """The same in one process: replica by replica where their dropout differs, or all at once."""
-    net = network(Place()).train(drop)
+    net = network(ProcessMesh()).train(drop)
     means = []
 
     def replica_by_replica(step: int) -> None:
@@ -115,7 +117,7 @@ def in_one_process(drop: bool) -> dict[str, Any]:
     return {**found, "losses": torch.stack(means)}
 
 
-def in_what_order(place: Place) -> list[str]:
+def in_what_order(place: ProcessMesh) -> list[str]:
     """When gradients are there and when they set off, in one backward pass."""
     net = network(place)
     events: list[str] = []
@@ -138,7 +140,7 @@ def in_what_order(place: Place) -> list[str]:
     return events
 
 
-def frozen(place: Place) -> dict[str, Any]:
+def frozen(place: ProcessMesh) -> dict[str, Any]:
     """Some parameters take no gradient from the start on, others from some step on."""
     net = network(place)
     net.get_parameter("conv1.weight").requires_grad_(False)
@@ -156,7 +158,7 @@ def frozen(place: Place) -> dict[str, Any]:
     return found
 
 
-def twice_backward(place: Place) -> str:
+def twice_backward(place: ProcessMesh) -> str:
     """What is said of a second backward pass before the gradients of the first are means."""
     net = network(place).eval()
     said = "nothing"
@@ -227,8 +229,8 @@ def test_two_pairs_equal_one_process_on_the_whole_batch(mesh: Any, one: Any, cas
 
 
 def test_the_comparison_is_not_empty(one: Any) -> None:
-    """The replicas see different pictures and masks, and weights move more than the tolerance."""
-    start = network(Place()).column_state()
+    """The replicas see different images and masks, and weights move more than the tolerance."""
+    start = network(ProcessMesh()).column_state()
     for key, value in one["dropout"]["parameters"].items():
         assert distance(value, start[key]) > 1e-6, key
         assert distance(value, one["no dropout"]["parameters"][key]) > 1e-6, key
@@ -284,8 +286,8 @@ def test_a_second_backward_pass_is_refused(mesh: Any) -> None:
 
 
 def test_one_replica_has_nothing_to_average() -> None:
-    net = network(Place()).eval()
-    with GradientAverage(net, Place()) as average:
+    net = network(ProcessMesh()).eval()
+    with GradientAverage(net, ProcessMesh()) as average:
         for _ in range(2):  # here gradients may add up
             net(of_replica(0, 0)[0][:1]).sum().backward()
         before = split(net)

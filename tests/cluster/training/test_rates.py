@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import Config
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Rated
 from cluster.training import learning_rate
 from cluster.training.learning_rate import RATES, RateControl, Recipe
@@ -39,14 +39,14 @@ def test_dexp_at_every_step(total: int, drops: int, bias_drops: int) -> None:
         total=total, lr_drops=drops, bias_drops=bias_drops, rate_scaling="linear", batch_size=512
     )
     with tempfile.TemporaryDirectory() as run:
-        control = RateControl(made, Path(run), Place(), lambda _: None, 0)
+        control = RateControl(made, Path(run), ProcessMesh(), lambda _: None, 0)
         for step in range(1, total + 1):
             rates = dexp(step / total, 0.04, 2.0, 250.0, drops, 10.0, bias_drops)
             assert control.at(step) == Rates(*rates)
 
 
 def test_manual_changes_hold_from_the_first_step_that_begins_at_their_epoch(tmp_path: Path) -> None:
-    # 12 pictures a step of 80: step 8 begins with 84 pictures consumed, step 7 with 72.
+    # 12 images a step of 80: step 8 begins with 84 images consumed, step 7 with 72.
     changes = ("1 lr 0.5", "1 lr.conv1 0.25", "1.5 lr_bias 0.125", "1.5 lr 3", "2 colour 0")
     made = recipe(schedule="manual", changes=changes, batch_size=12, layer_rates=("fc8=10",))
     story = Story(made, tmp_path, checkpoints=frozenset({10, 40}))
@@ -172,14 +172,14 @@ def test_rows_that_a_crash_took_are_written_after_it(tmp_path: Path, schedule: s
     for cut_off in (0, 1, len(whole.splitlines()[-1]) + 1):
         heard.clear()
         (tmp_path / RATES).write_bytes(whole[: len(whole) - cut_off])
-        control = RateControl(made, tmp_path, Place(), heard.append, last)
+        control = RateControl(made, tmp_path, ProcessMesh(), heard.append, last)
         assert (tmp_path / RATES).read_bytes() == whole
         assert control.at(last + 1) == undisturbed[last + 1]
         assert len(texts(heard, Rated)) == (1 if cut_off else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told(Place):
+class Told(ProcessMesh):
     """The leader, or a process that only hears what the leader shared."""
 
     box: deque = field(default_factory=deque)
@@ -220,7 +220,7 @@ def test_other_processes_have_the_leaders_rates_and_write_nothing(tmp_path: Path
 
 def test_news_of_a_schedule_need_not_wait_for_a_review(tmp_path: Path) -> None:
     heard: list[Event] = []
-    control = RateControl(recipe(bias_drops=1), tmp_path, Place(), heard.append, 0)
+    control = RateControl(recipe(bias_drops=1), tmp_path, ProcessMesh(), heard.append, 0)
     for step in range(1, 12):
         control.note(step - 1)
     assert texts(heard, Rated) == ["lr 0.01 -> 0.001587 (schedule)"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Rated, Warned
 from cluster.training import learning_rate
 from cluster.training.learning_rate import RATES, RateControl
@@ -110,7 +110,7 @@ def test_a_bad_file_is_told_in_one_line_and_put_aside(
 
 def test_a_file_that_cannot_be_read_does_not_stop_the_run(tmp_path: Path) -> None:
     heard: list[Event] = []
-    control = RateControl(recipe(), tmp_path, Place(), heard.append, 0)
+    control = RateControl(recipe(), tmp_path, ProcessMesh(), heard.append, 0)
     (tmp_path / "rates.toml").write_bytes(b"lr = \xff\n")
     control.review(1)
     assert (tmp_path / "rates-bad-1.toml").read_bytes() == b"lr = \xff\n"  # told once
@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_run(tmp_path: Path) -> Non
 def test_a_file_that_is_still_being_written_is_left_for_the_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = RateControl(recipe(), tmp_path, Place(), lambda _: None, 0)
+    control = RateControl(recipe(), tmp_path, ProcessMesh(), lambda _: None, 0)
     path = tmp_path / "rates.toml"
     path.write_text("lr = 0.0")
     monkeypatch.setattr(learning_rate.time, "sleep", lambda _: path.write_text("lr = 0.05\n"))
@@ -162,10 +162,10 @@ def test_a_file_that_lies_there_at_the_start_counts_from_the_first_step(tmp_path
     # and two at one and the same step come one after the other
     for text in ("lr = 0.25\n", "lr = 0.125\n"):
         (tmp_path / "rates.toml").write_text(text)
-        control = RateControl(recipe(), tmp_path, Place(), lambda _: None, 0)
+        control = RateControl(recipe(), tmp_path, ProcessMesh(), lambda _: None, 0)
     assert control.at(1).weights == 0.125
     assert [row["lr"] for row in rows(tmp_path)] == [0.5, 0.25, 0.125]
     kept = (tmp_path / RATES).read_bytes().splitlines(keepends=True)[:2]
     (tmp_path / RATES).write_bytes(b"".join(kept))
-    assert RateControl(recipe(), tmp_path, Place(), lambda _: None, 0).at(1).weights == 0.125
+    assert RateControl(recipe(), tmp_path, ProcessMesh(), lambda _: None, 0).at(1).weights == 0.125
     assert [row["lr"] for row in rows(tmp_path)] == [0.5, 0.25, 0.125]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.run.events import Failed, Finished, Saved, Started
 from cluster.run.kernels import read_kernels
 from cluster.training.components import describe
@@ -101,7 +101,7 @@ def test_a_row_says_how_the_step_went(runs):
         assert math.log(4) / 3 < row["loss"] < 40
 
 
-def test_a_pass_over_the_validation_pictures_counts_each_once(runs):
+def test_a_pass_over_the_validation_images_counts_each_once(runs):
     (row, _) = rows(runs / "pair", "validation.jsonl")
     assert row["samples"] == 20
     assert (row["top1_error"] * 20) == pytest.approx(round(row["top1_error"] * 20), abs=1e-4)
@@ -160,7 +160,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_weights(runs, tiny_data, 
 def test_a_damaged_set_trains_to_the_end_and_the_ledger_proves_what_was_delivered(
     tiny_data, tmp_path
 ):
-    """A pair is cut at step 3 and goes on as one process, on a set with four damaged pictures."""
+    """A pair is cut at step 3 and goes on as one process, on a set with four damaged images."""
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     bad = (20, 23, 26, 29)
     flip_bit(data, "train", *bad)
@@ -228,7 +228,9 @@ def test_kernels_of_both_columns_are_kept_alike_by_one_process_and_a_pair(runs):
 
 
 def test_the_workers_are_told_in_words():
-    assert "1 worker (both columns, 1 thread), cpu" in describe(CONFIG, Place())
-    assert "1 worker (the one column, 1 thread)" in describe(replace(CONFIG, columns=1), Place())
-    two = Place(replica=1, replicas=2, cores=2)
+    assert "1 worker (both columns, 1 thread), cpu" in describe(CONFIG, ProcessMesh())
+    assert "1 worker (the one column, 1 thread)" in describe(
+        replace(CONFIG, columns=1), ProcessMesh()
+    )
+    two = ProcessMesh(replica=1, replicas=2, cores=2)
     assert "2 workers (both columns each, 2 threads)" in describe(CONFIG, two)

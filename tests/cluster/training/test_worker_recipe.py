@@ -59,7 +59,7 @@ def test_two_replicas_of_two_columns_average_their_gradients(tiny_data, tmp_path
     trained = weights(tmp_path / "run", step=3)
     for key, tensor in state.items():
         torch.testing.assert_close(trained[f"weights/{key}"], tensor, rtol=1e-3, atol=1e-5)
-    # Validation counts the pictures of every replica, not only those of the one that writes.
+    # Validation counts the images of every replica, not only those of the one that writes.
     net = AlexNet(classes=4, width=config.width)
     net.load_column_state({key: trained[f"weights/{key}"] for key in state})
     net.eval()

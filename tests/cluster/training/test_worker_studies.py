@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.mesh import Place
+from cluster.mesh import ProcessMesh
 from cluster.training.components import open_stream
 from pipeline.batches import Stream
 from tests.helpers.training_runs import (
@@ -98,14 +98,14 @@ def test_other_networks_train_and_go_on(changes, tiny_data, tmp_path):
         assert {key.split(".")[1] for key in first} == {"conv1", "conv2", "conv3", "fc4"}
 
 
-def test_without_augmentation_pictures_are_what_a_test_sees_in_the_same_order(tiny_data, tmp_path):
+def test_without_augmentation_images_are_what_a_test_sees_in_the_same_order(tiny_data, tmp_path):
     plain = replace(CONFIG, augment=False)
     with Stream(tiny_data, view="centre", once=True, batch_size=48, threads=1) as stream:
         centre = next(stream)
     seen = {int(i): picture for i, picture in zip(centre.ids, centre.images, strict=True)}
     with (
-        open_stream(plain, str(tiny_data), tmp_path, Place()) as stream,
-        open_stream(CONFIG, str(tiny_data), tmp_path, Place()) as cropped,
+        open_stream(plain, str(tiny_data), tmp_path, ProcessMesh()) as stream,
+        open_stream(CONFIG, str(tiny_data), tmp_path, ProcessMesh()) as cropped,
     ):
         for _ in range(8):  # over the end of the first pass of 48
             batch, other = next(stream), next(cropped)

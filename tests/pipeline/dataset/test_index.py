@@ -30,7 +30,7 @@ from tests.helpers.http_servers import Server
 from tests.helpers.images import rows_of
 
 
-def test_the_stream_gives_the_pictures_that_pillow_decodes(made, folder):
+def test_the_stream_gives_the_images_that_pillow_decodes(made, folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = index(folder).manifest
     assert {name: split.samples for name, split in manifest.splits.items()} == {
@@ -54,7 +54,7 @@ def test_the_stream_gives_the_pictures_that_pillow_decodes(made, folder):
     assert verify(folder, decode=True) == []
 
 
-def test_statistics_are_those_of_the_training_pictures(folder):
+def test_statistics_are_those_of_the_training_images(folder):
     index(folder, workers=2)
     values = np.stack([decoded(picture(n)) for n in range(20)]).astype(np.float64)
     stats = Statistics.load(folder)
@@ -64,8 +64,8 @@ def test_statistics_are_those_of_the_training_pictures(folder):
     np.testing.assert_allclose(stats.covariance, covariance, rtol=1e-9)
 
 
-def test_dalis_own_reader_gives_the_same_pictures(tmp_path):
-    """Each picture is of one colour: what comes out of a crop says which picture it was."""
+def test_dalis_own_reader_gives_the_same_images(tmp_path):
+    """Each image is of one colour: what comes out of a crop says which image it was."""
     colours = [(20 * n, 255 - 20 * n, 10 * n) for n in range(12)]
     endings = ["jpg", "jpeg", "JPG", "JPEG"]
     shown = []

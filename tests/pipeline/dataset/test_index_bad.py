@@ -44,10 +44,10 @@ BAD = {
     "text": ([("jpg", b"hello"), ("cls", b"0")], "it is no JPEG"),
     "empty": ([("jpg", b""), ("cls", b"0")], "it is no JPEG"),
     "print": ([("jpg", cmyk()), ("cls", b"0")], "its colours are CMYK"),
-    "png": ([("png", b"\x89PNG"), ("cls", b"0")], "its picture is a .png, no JPEG"),
+    "png": ([("png", b"\x89PNG"), ("cls", b"0")], "its image is a .png, no JPEG"),
     "alone": ([("jpg", picture(3))], "it has no label (.cls or .json)"),
-    "blind": ([("cls", b"1")], "it has no picture"),
-    "two": ([("a.jpg", picture(3)), ("b.jpg", picture(3)), ("cls", b"1")], "several pictures"),
+    "blind": ([("cls", b"1")], "it has no image"),
+    "two": ([("a.jpg", picture(3)), ("b.jpg", picture(3)), ("cls", b"1")], "several images"),
     "odd": ([("jpg", picture(4)), ("cls", b"1.5e3x\0y")], "its .cls of 8 bytes holds no label"),
     "list": (
         [("jpg", picture(4)), ("json", b'{"label": [1]}')],

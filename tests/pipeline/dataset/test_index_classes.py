@@ -94,7 +94,7 @@ def test_the_command_ends_with_one_line_and_the_right_code(folder, tmp_path, mon
         assert "\n" not in str(refusal.value)
     done = run(folder, "--train", "*train*0[01].tar", "--workers", "2")
     assert done.returncode == 0, done.stderr
-    assert "16 train pictures of 4 classes; 2 tars are in no split, indexed in" in done.stderr
+    assert "16 train images of 4 classes; 2 tars are in no split, indexed in" in done.stderr
     assert (Manifest.load(folder).splits.keys(), done.stdout) == ({"train"}, "")
     done = run(folder)
     assert done.returncode == 2

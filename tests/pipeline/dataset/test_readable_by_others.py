@@ -25,7 +25,7 @@ SPLITS = {"train": 48, "val": 20}
 
 @pytest.fixture(scope="module")
 def raw_data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The validation pictures as a set of raw pixels."""
+    """The validation images as a set of raw pixels."""
     out = tmp_path_factory.mktemp("raw") / "data"
     packed(out, train=pictures / "val", samples_per_shard=10, encoding="raw")
     return out
@@ -45,7 +45,7 @@ def indexed(data: Path, split: str) -> list[tuple[bytes, int]]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_webdataset_gives_every_picture_and_label_in_our_order(tiny_data, split):
+def test_webdataset_gives_every_image_and_label_in_our_order(tiny_data, split):
     paths = [str(path) for path in shards(tiny_data, split)]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
     assert [(one["jpg"], int(one["cls"])) for one in samples] == indexed(tiny_data, split)
@@ -63,7 +63,7 @@ def test_webdataset_decodes_them(tiny_data, raw_data):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_dalis_own_reader_gives_every_picture_and_label(tiny_data, split):
+def test_dalis_own_reader_gives_every_image_and_label(tiny_data, split):
     """With our `.idx`, and with the one that it makes up for itself."""
     paths = shards(tiny_data, split)
     for indices in ([str(path.with_suffix(".idx")) for path in paths], None):
@@ -100,7 +100,7 @@ def test_the_idx_files_are_what_wds2idx_writes(tiny_data, raw_data, encoding, tm
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs the tar utility")
 @pytest.mark.parametrize("split", SPLITS)
-def test_plain_tar_gives_every_picture_and_label(tiny_data, split, tmp_path):
+def test_plain_tar_gives_every_image_and_label(tiny_data, split, tmp_path):
     for path in shards(tiny_data, split):
         subprocess.run(["tar", "-xf", path, "-C", tmp_path], check=True, capture_output=True)
     keys = sorted(path.stem for path in tmp_path.glob("*.jpg"))

@@ -39,7 +39,7 @@ def test_verify_names_shard_sample_and_key(data):
             "file": SHARD,
             "sample": 17,
             "key": "000001_00007",
-            "reason": "CRC-32 of the picture differs",
+            "reason": "CRC-32 of the image differs",
         },
         {"file": "train-000003.tar", "reason": "missing"},
     ]
@@ -51,7 +51,7 @@ def test_verify_names_shard_sample_and_key(data):
     assert facts["sound"] is False
     assert facts["seconds"] > 0
     lines = done.stderr.splitlines()
-    assert lines[0] == f"{SHARD} sample 17 key 000001_00007: CRC-32 of the picture differs"
+    assert lines[0] == f"{SHARD} sample 17 key 000001_00007: CRC-32 of the image differs"
     assert "GB/s" in lines[-2]
     assert "pictures/s" in lines[-2]
     assert lines[-1].startswith(f"error: {data} is damaged in 2 places; ")
@@ -112,7 +112,7 @@ def test_a_flipped_bit_of_the_manifest_is_found_where_anything_depends_on_it(dat
 
 
 def test_decode_names_what_hashes_cannot_tell(tiny_data, tmp_path):
-    """Pictures that were broken before they were sealed: every hash and CRC is right."""
+    """Images that were broken before they were sealed: every hash and CRC is right."""
     data = Path(shutil.copytree(tiny_data, tmp_path / "d"))
     rows = np.array(rows_of(data, "train"))
     cut = (data / SHARD).read_bytes()[rows[13]["offset"] :][: rows[13]["size"]][:-400]
@@ -144,7 +144,7 @@ def test_a_raw_set_is_checked_to_its_headers(pictures, tmp_path):
     found = verify(data)
     assert [(one["sample"], one["reason"]) for one in found] == [
         (12, "the header of its .npy is damaged"),
-        (13, "CRC-32 of the picture differs"),
+        (13, "CRC-32 of the image differs"),
     ]
 
 

@@ -60,9 +60,9 @@ def swapped(rows: np.ndarray) -> None:
         (shifted, "where none begins", [12]),
         (set_field("offset", 1024), "where none begins", [12]),
         (set_field("offset", 1 << 60), "where none begins", [12]),
-        (set_field("size", 900), "CRC-32 of the picture differs", [12]),
+        (set_field("size", 900), "CRC-32 of the image differs", [12]),
         (set_field("size", 1 << 30), "the shard ends before it does", [12]),
-        (set_field("crc", 7), "CRC-32 of the picture differs", [12]),
+        (set_field("crc", 7), "CRC-32 of the image differs", [12]),
         (set_field("label", 4), "label 4 is outside the classes", [12]),
         (set_field("label", -1), "label -1 is outside the classes", [12]),
         (set_field("shard", 0), "the index has it in shard 0", [12]),
@@ -79,7 +79,7 @@ def test_an_index_that_is_not_of_the_tars_is_found_whatever_its_hash(data, chang
     assert {one["file"] for one in found} == {SHARD}
 
 
-def test_a_row_of_half_a_picture_is_found_whatever_the_hash(data):
+def test_a_row_of_half_an_image_is_found_whatever_the_hash(data):
     with tarfile.open(data / SHARD) as tar:
         half = tar.extractfile("000001_00002.jpg").read()[:700]
 

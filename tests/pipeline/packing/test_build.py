@@ -41,7 +41,7 @@ def test_the_manifest_tells_what_is_there(tiny_data):
     assert verify(tiny_data) == []
 
 
-def test_the_stored_pictures_are_the_sources_in_shuffled_order(pictures, tiny_data):
+def test_the_stored_images_are_the_sources_in_shuffled_order(pictures, tiny_data):
     from pipeline.packing.resize import encode, square
 
     rows = rows_of(tiny_data, "train")
@@ -90,11 +90,11 @@ def test_a_finished_set_is_left_alone_and_another_plan_refused(pictures, tmp_pat
     assert packed(out, train=train) == first == Manifest.load(out)
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
     for other in ({"seed": 1}, {"encoding": "raw"}, {"train": pictures / "train"}):
-        with pytest.raises(UsageError, match="finished data set of other pictures"):
+        with pytest.raises(UsageError, match="finished data set of other images"):
             packed(out, **{"train": train, **other})
 
 
-def test_the_same_pictures_elsewhere_are_the_same_plan(pictures, tmp_path):
+def test_the_same_images_elsewhere_are_the_same_plan(pictures, tmp_path):
     """Where the source lies on a machine is no part of what the set is."""
     shutil.copytree(pictures / "val", tmp_path / "copy")
     plans = {
@@ -152,8 +152,8 @@ def test_statistics_are_of_the_training_split_alone(pictures, tmp_path):
     packed(held, train=pictures / "train", holdout=0.25)
     data = rows_of(held, "train")
     with (held / "train-000000.tar").open("rb") as tar:
-        pictures_of = [_pixels_at(tar, row) for row in data]
-    mean = np.mean(pictures_of, axis=(0, 1, 2))
+        images_of = [_pixels_at(tar, row) for row in data]
+    mean = np.mean(images_of, axis=(0, 1, 2))
     assert np.abs(Statistics.load(held).channel_mean - mean).max() < 1  # what the JPEGs lose
     packed(alone, train=pictures / "train")
     assert np.abs(Statistics.load(alone).channel_mean - mean).max() > 1
@@ -164,7 +164,7 @@ def _pixels_at(tar, row) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(tar.read(int(row["size"])))), np.float64)
 
 
-def test_unreadable_pictures_are_left_out_counted_and_listed(tmp_path):
+def test_unreadable_images_are_left_out_counted_and_listed(tmp_path):
     source = folder_per_class(tmp_path / "s", 3)
     (source / "cat/bad.jpg").write_bytes(b"no picture at all")
     (source / "cat/cut.jpg").write_bytes(jpeg(3)[:-300])
@@ -193,11 +193,11 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(tmp_path):
     assert "4 left out" in done.stderr
 
 
-def test_a_class_of_unreadable_pictures_is_refused(tmp_path):
+def test_a_class_of_unreadable_images_is_refused(tmp_path):
     source = folder_per_class(tmp_path / "s", 2)
     for path in (source / "cat").iterdir():
         path.write_bytes(b"not a picture")
-    with pytest.raises(UsageError, match="no picture of class 'cat' could be read"):
+    with pytest.raises(UsageError, match="no image of class 'cat' could be read"):
         packed(tmp_path / "d", train=source, max_rejects=1)
     assert not (tmp_path / "d/manifest.json").exists()
 
@@ -224,8 +224,8 @@ def test_the_command_ends_with_one_line_and_the_right_code(pictures, tmp_path):
         assert done.stdout == ""
 
 
-def test_a_picture_of_both_splits_is_told_loudly(pictures, tmp_path):
-    """The same picture, saved again at another size and quality, is still the same picture."""
+def test_an_image_of_both_splits_is_told_loudly(pictures, tmp_path):
+    """The same image, saved again at another size and quality, is still the same image."""
     val = tmp_path / "val"
     shutil.copytree(pictures / "val", val)
     original = Image.open(pictures / "train/cat/003.jpg")

@@ -35,7 +35,7 @@ SETTINGS = {"samples_per_shard": 20, "holdout": 0.2, "seed": 3}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 x 60 pictures: with chunks of 8, thirty chunks and a dozen shards."""
+    """4 x 60 images: with chunks of 8, thirty chunks and a dozen shards."""
     return folder_per_class(tmp_path_factory.mktemp("source"), 60)
 
 
@@ -137,8 +137,8 @@ def _interrupted(*_: object) -> None:
     raise Cut
 
 
-def test_a_picture_that_is_garbage_by_now_moves_the_others(source, tmp_path):
-    """A chunk must be packed again, and its pictures are rejects now: shards are written anew."""
+def test_an_image_that_is_garbage_by_now_moves_the_others(source, tmp_path):
+    """A chunk must be packed again, and its images are rejects now: shards are written anew."""
     copy, out = tmp_path / "source", tmp_path / "data"
     shutil.copytree(source, copy)
     with pytest.MonkeyPatch.context() as patch:
@@ -147,7 +147,7 @@ def test_a_picture_that_is_garbage_by_now_moves_the_others(source, tmp_path):
             packed(out, train=copy, max_rejects=0.1, **SETTINGS)
     (out / facts_name(5)).unlink()
     (out / data_name(7)).write_bytes(b"")
-    for garbage in sorted(copy.glob("*/*.jpg"))[40:48]:  # the pictures of chunk 5
+    for garbage in sorted(copy.glob("*/*.jpg"))[40:48]:  # the images of chunk 5
         garbage.write_bytes(b"no picture")
     packed(out, train=copy, max_rejects=0.1, **SETTINGS)
     assert verify(out) == []
@@ -183,7 +183,7 @@ def test_an_unfinished_set_of_other_settings_is_refused(source, tmp_path):
         packed(out, train=source, **{**SETTINGS, "seed": 4})
     (source / "cat/extra.jpg").write_bytes(b"")
     try:
-        with pytest.raises(UsageError, match="unfinished data set of other pictures"):
+        with pytest.raises(UsageError, match="unfinished data set of other images"):
             packed(out, train=source, **SETTINGS)
     finally:
         (source / "cat/extra.jpg").unlink()

@@ -203,7 +203,7 @@ def test_same_bytes_are_exact_others_near() -> None:
     assert find(hashes, sizes, crcs)[2].kind == "near"
 
 
-def test_flat_pictures_are_duplicates_only_to_the_byte() -> None:
+def test_flat_images_are_duplicates_only_to_the_byte() -> None:
     """Rows 0, 2, 4 have (nearly) no ones and 1, 3 no zeros; of 0, 2, 4 the first two are equal."""
     hashes = np.zeros((6, 32), np.uint8)
     hashes[[1, 3]] = 255

@@ -53,7 +53,7 @@ def test_it_is_the_textbooks_hash():
     assert (got != textbook(PICTURES[0])).sum() <= 4  # values next to the median
 
 
-def test_unlike_pictures_differ_in_half_of_their_bits():
+def test_unlike_images_differ_in_half_of_their_bits():
     hashes = [perceptual_hash(picture) for picture in PICTURES]
     apart = [distance(a, b) for place, a in enumerate(hashes) for b in hashes[:place]]
     assert 120 < np.mean(apart) < 136
@@ -78,12 +78,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_same_picture_stored_otherwise_is_near(change):
+def test_the_same_image_stored_otherwise_is_near(change):
     apart = [distance(perceptual_hash(p), perceptual_hash(change(p))) for p in PICTURES]
     assert max(apart) <= NEAR
 
 
-def test_flat_pictures_have_one_hash():
+def test_flat_images_have_one_hash():
     flat = [np.full((256, 256, 3), level, np.uint8) for level in (1, 100, 255)]
     hashes = {perceptual_hash(picture) for picture in flat}
     assert len(hashes) == 1

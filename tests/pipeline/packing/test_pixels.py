@@ -136,7 +136,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("chroma", ["4:2:0", "4:4:4"])
-def test_encoding_keeps_the_picture(chroma):
+def test_encoding_keeps_the_image(chroma):
     original = drawn(9, 256, 256)
     data = encode(original, 90, chroma)
     image = Image.open(io.BytesIO(data))
@@ -150,7 +150,7 @@ def test_encoding_keeps_the_picture(chroma):
 
 @pytest.mark.parametrize("chroma", ["4:2:0", "4:4:4"])
 @pytest.mark.parametrize("quality", [50, 90, 95, 96, 98])
-def test_stored_pictures_lose_no_more_than_pillows(quality, chroma):
+def test_stored_images_lose_no_more_than_pillows(quality, chroma):
     original = noisy(9, 256, 256)
     pillow = saved(Image.fromarray(original), "JPEG", quality=quality, subsampling=chroma)
     ours = encode(original, quality, chroma)

@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright RGB in the colours of sRGB."""
+"""Images of every kind become upright RGB in the colours of sRGB."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.images import pixels as drawn
 from tests.helpers.source_images import check_roads, profile, psnr, saved
 
 
-def test_every_kind_of_picture_becomes_rgb():
+def test_every_kind_of_image_becomes_rgb():
     base = Image.fromarray(drawn(5, 300, 280))
     expected = square(saved(base, "PNG"))
     assert psnr(square(saved(base.convert("CMYK"), "JPEG", quality=98)), expected) > 30

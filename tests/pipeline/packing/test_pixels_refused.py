@@ -1,4 +1,4 @@
-"""What is no whole picture, or a trap, is refused with its reason."""
+"""What is no whole image, or a trap, is refused with its reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.packing import resize
-from pipeline.packing.resize import PictureError, square
+from pipeline.packing.resize import ImageError, square
 from tests.helpers.images import jpeg
 from tests.helpers.images import pixels as drawn
 from tests.helpers.source_images import profile, saved
@@ -22,9 +22,9 @@ from tests.helpers.source_images import profile, saved
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "no picture"),
-        (b"hello, I am a text", "no picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n", "no picture"),
+        (b"", "no image"),
+        (b"hello, I am a text", "no image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n", "no image"),
         (jpeg(1)[:-400], "truncated"),
         (jpeg(1)[:200], "truncated"),
         (saved(Image.fromarray(drawn(1, 300, 300)), "PNG")[:-4000], "truncated"),
@@ -35,14 +35,14 @@ from tests.helpers.source_images import profile, saved
         (b"\xff\xd8\xff\xe2\0\2" + b"\0" * 70000 + jpeg(1)[2:], "junk"),
     ],
 )
-def test_what_is_no_whole_picture_is_refused_with_its_reason(data, reason):
+def test_what_is_no_whole_image_is_refused_with_its_reason(data, reason):
     refused(data, reason)
 
 
 def refused(data: bytes, reason: str) -> None:
     reasons = []
     for _ in range(2):
-        with pytest.raises(PictureError, match=reason) as caught:
+        with pytest.raises(ImageError, match=reason) as caught:
             square(data)
         reasons.append(str(caught.value))
     assert reasons[0] == reasons[1]
@@ -58,7 +58,7 @@ def check_reason(reason: str) -> None:
 
 def test_the_smallest_side_is_the_callers():
     assert square(jpeg(1, 20, 9)).shape == (256, 256, 3)
-    with pytest.raises(PictureError, match="too small: 20x9"):
+    with pytest.raises(ImageError, match="too small: 20x9"):
         square(jpeg(1, 20, 9), min_side=10)
 
 
@@ -141,7 +141,7 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def fuzz(rounds: int, seed: int) -> tuple[int, float]:
-    """Return how many of rounds x 12 damaged pictures were still packed, and the slowest's time."""
+    """Return how many of rounds x 12 damaged images were still packed, and the slowest's time."""
     rng = np.random.default_rng(seed)
     good, slowest = 0, 0.0
     picture = Image.fromarray(drawn(8, 72, 64))
@@ -156,13 +156,13 @@ def fuzz(rounds: int, seed: int) -> tuple[int, float]:
                 assert got.shape == (256, 256, 3)
                 assert got.dtype == np.uint8
                 good += 1
-            except PictureError as error:
+            except ImageError as error:
                 check_reason(str(error))
             slowest = max(slowest, time.monotonic() - started)
     return good, slowest
 
 
-def test_damaged_pictures_are_packed_or_refused():
+def test_damaged_images_are_packed_or_refused():
     good, slowest = fuzz(170, seed=1)
     assert 100 < good < 1900  # neither all refused by their first bytes nor hardly touched
     assert slowest < 5
@@ -186,13 +186,13 @@ def test_a_jpeg_that_lost_its_data_is_truncated_though_it_has_an_end():
     size = whole.index(b"\xff\xc0") + 5
     larger = whole[:size] + struct.pack(">HH", 3000, 4000) + whole[size + 4 :]
     for data in (third, none, larger):
-        with pytest.raises(PictureError, match="truncated"):
+        with pytest.raises(ImageError, match="truncated"):
             square(data)
     assert square(whole).shape == (256, 256, 3)
 
 
 def test_slow_kinds_are_refused_by_what_they_say_of_themselves(monkeypatch):
-    with pytest.raises(PictureError, match="written as text"):
+    with pytest.raises(ImageError, match="written as text"):
         square(b"P3 300 300 255\n" + b"1 " * 270_000)
     binary = b"P6 300 300 255\n" + bytes(270_000)
     assert square(binary).max() == 0
@@ -200,7 +200,7 @@ def test_slow_kinds_are_refused_by_what_they_say_of_themselves(monkeypatch):
     data = saved(strips, "TIFF", strip_size=1)
     assert square(data).shape == (256, 256, 3)
     monkeypatch.setattr("pipeline.packing.resize.MAX_OTHER_BYTES", 1000)
-    with pytest.raises(PictureError, match="more than it may have"):
+    with pytest.raises(ImageError, match="more than it may have"):
         square(binary)
 
 
@@ -214,5 +214,5 @@ def test_a_decoder_in_python_is_stopped(monkeypatch):
 
     monkeypatch.setattr(careful, "_square", forever)
     monkeypatch.setattr(careful, "in_time", lambda: jpeg_header.in_time(0.05))
-    with pytest.raises(PictureError, match=r"takes more than 0\.05 s"):
+    with pytest.raises(ImageError, match=r"takes more than 0\.05 s"):
         square(saved(Image.new("L", (64, 64)), "PNG"))

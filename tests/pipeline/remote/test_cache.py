@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.remote.filesystem import Policy
+from pipeline.remote.filesystem import RetryPolicy
 from pipeline.tools.errors import UsageError
 from tests.helpers.caches import here, size_of, small_size
 from tests.helpers.http_servers import HASTY, QUICK, Server, remote, shards, wait_for
@@ -156,6 +156,6 @@ def test_files_of_others_are_not_touched(server, tiny_data, tmp_path):
 
 
 def test_patience_outlasts_every_pause():
-    for policy in (Policy(), QUICK, HASTY):
+    for policy in (RetryPolicy(), QUICK, HASTY):
         longest = policy.stall + policy.delay(policy.attempts - 1) * 1.25
         assert policy.patience > longest

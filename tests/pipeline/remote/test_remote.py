@@ -16,7 +16,7 @@ import pytest
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.filesystem import Policy, StoreError
+from pipeline.remote.filesystem import RetryPolicy, StoreError
 from tests.helpers.http_servers import (
     ALWAYS,
     HASTY,
@@ -106,7 +106,7 @@ def test_a_failing_store_is_one_line_after_the_tries(
 
 def test_a_store_that_is_not_there(tmp_path):
     with pytest.raises(StoreError, match=r"manifest\.json could not be fetched from http"):
-        remote("http://127.0.0.1:1/set", tmp_path, policy=Policy(2, 0.01, 0.5))
+        remote("http://127.0.0.1:1/set", tmp_path, policy=RetryPolicy(2, 0.01, 0.5))
 
 
 def test_a_file_system_without_timeouts_cannot_hang_us(tmp_path):
@@ -119,7 +119,7 @@ def test_a_file_system_without_timeouts_cannot_hang_us(tmp_path):
     fsspec.register_implementation("stuck", Stuck, clobber=True)
     began = time.monotonic()
     with pytest.raises(StoreError, match="no bytes"):
-        remote("stuck://anywhere", tmp_path, policy=Policy(2, 0.01, 0.2))
+        remote("stuck://anywhere", tmp_path, policy=RetryPolicy(2, 0.01, 0.2))
     assert time.monotonic() - began < 2
 
 

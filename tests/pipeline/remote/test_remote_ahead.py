@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.remote.filesystem import Policy, StoreError
+from pipeline.remote.filesystem import RetryPolicy, StoreError
 from pipeline.tools.errors import DuetError
 from tests.helpers.http_servers import ALWAYS, remote, shards, wait_for
 
@@ -58,7 +58,7 @@ def test_what_fails_in_the_background_is_raised_where_it_is_needed(server, tiny_
 
 
 def test_close_does_not_wait_for_the_store(server, tiny_data, tmp_path):
-    slow = Policy(attempts=4, first_delay=20, stall=20)
+    slow = RetryPolicy(attempts=4, first_delay=20, stall=20)
     data = remote(server.address, tmp_path, policy=slow)
     for shard, fault in zip(shards(tiny_data), ["stall", "503"], strict=False):
         server.fail(shard.name, ALWAYS(fault))

@@ -12,7 +12,7 @@ from pipeline.batches import Stream
 from pipeline.packing import plan
 from pipeline.packing.build import build
 from pipeline.packing.plan import Build
-from pipeline.remote.filesystem import Policy
+from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import StoreTarget
 from pipeline.tools.errors import DuetError, UsageError
 from tests.helpers.build_targets import (  # noqa: F401
@@ -78,7 +78,7 @@ def test_a_damaged_chunk_in_a_store_is_packed_again(memory, pictures, tiny_data)
 def test_an_error_of_the_store_ends_a_build_in_one_line(memory, pictures, monkeypatch):
     system = fsspec.filesystem("memory")
     log: list = []
-    monkeypatch.setattr(Policy, "delay", lambda self, attempt: 0.01)
+    monkeypatch.setattr(RetryPolicy, "delay", lambda self, attempt: 0.01)
     monkeypatch.setattr(type(system), "put_file", staticmethod(fails(999, system.put_file, log)))
     with pytest.raises(DuetError, match="could not be written") as raised:
         build(options(memory, pictures), pool=Here())

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import identity
-from pipeline.remote.filesystem import Policy, StoreError
+from pipeline.remote.filesystem import RetryPolicy, StoreError
 from pipeline.tools.errors import UsageError
 from tests.helpers.http_servers import Server
 from tests.helpers.images import flip_bit
@@ -76,7 +76,7 @@ def test_a_cache_too_small_for_the_order_is_refused(tiny_data, tmp_path):
 
 
 def test_a_store_that_goes_away_ends_the_stream_with_its_name(tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Policy, "delay", lambda self, attempt: 0.01)
+    monkeypatch.setattr(RetryPolicy, "delay", lambda self, attempt: 0.01)
     options = {"shuffle": "block", "window": 1, "batch_size": 4, "prefetch": 1}
     with (
         Server(tiny_data) as server,

@@ -1,4 +1,4 @@
-"""ILSVRC2012 as it is handed out: archives of the real layout, with few pictures."""
+"""ILSVRC2012 as it is handed out: archives of the real layout, with few images."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def check_validation(listing: Listing, titles: bool) -> None:
     assert [name.rpartition("/")[2] for name in listing.names] == [*map(val_name, SHOWN)]
     assert listing.titles == (tuple(map(words, ORDER)) if titles else None)
     assert listing.rejected == VALIDATION - len(SHOWN)
-    assert next(listing.rejects()).reason.startswith("no picture: ")
+    assert next(listing.rejects()).reason.startswith("no image: ")
 
 
 @pytest.mark.parametrize("pictures", [val_tar, lambda folder: val_folder(folder / "val")])
 @pytest.mark.parametrize("labels", [kit_archive, kit_folder, solution, synset_list])
-def test_validation_pictures_get_their_classes_from_what_lies_beside(
+def test_validation_images_get_their_classes_from_what_lies_beside(
     pictures, labels, kit, tmp_path, listed
 ):
     source = pictures(tmp_path)
@@ -98,7 +98,7 @@ def test_validation_pictures_get_their_classes_from_what_lies_beside(
 
 
 @pytest.mark.parametrize("labels", [kit_archive, kit_folder, solution, synset_list, name_list])
-def test_validation_pictures_get_their_classes_from_what_is_given(labels, kit, tmp_path, listed):
+def test_validation_images_get_their_classes_from_what_is_given(labels, kit, tmp_path, listed):
     source = val_tar(tmp_path / "here")
     (tmp_path / "there").mkdir()
     given = labels(tmp_path / "there", kit)
@@ -111,7 +111,7 @@ def test_validation_pictures_get_their_classes_from_what_is_given(labels, kit, t
 
 
 @pytest.mark.parametrize("labels", [kit_archive, kit_folder, solution, synset_list])
-def test_labels_inside_the_folder_of_the_pictures(labels, kit, tmp_path, listed):
+def test_labels_inside_the_folder_of_the_images(labels, kit, tmp_path, listed):
     source = val_folder(tmp_path / "val")
     labels(source, kit)
     mapping(source)
@@ -178,7 +178,7 @@ def test_kaggles_tree(layout, tmp_path, listed):
         check_validation(listed(source, classes=ORDER), titles=True)
 
 
-def test_sorted_validation_pictures_need_no_truth(tmp_path, listed):
+def test_sorted_validation_images_need_no_truth(tmp_path, listed):
     members = {f"{wnid}/{val_name(place + 1)}": b"x" for place, wnid in enumerate(WNIDS[:4])}
     listing = listed(tar_of(tmp_path / "val.tar", members))
     assert listing.classes == tuple(sorted(WNIDS[:4]))
@@ -186,7 +186,7 @@ def test_sorted_validation_pictures_need_no_truth(tmp_path, listed):
         listed(tmp_path / "val.tar", labels="x")
 
 
-def test_pictures_in_a_folder_of_the_tar_are_unsorted_too(tmp_path, listed):
+def test_images_in_a_folder_of_the_tar_are_unsorted_too(tmp_path, listed):
     source = tar_of(
         tmp_path / "v.tar", {f"./val/{val_name(number)}": b"x" for number in SHOWN}, folders=["val"]
     )
@@ -194,7 +194,7 @@ def test_pictures_in_a_folder_of_the_tar_are_unsorted_too(tmp_path, listed):
     check_validation(listed(source), titles=False)
 
 
-def test_pictures_without_a_label_are_rejected(tmp_path, listed):
+def test_images_without_a_label_are_rejected(tmp_path, listed):
     source = val_folder(tmp_path / "val", (1, 2, 3, 50_001))
     (source / "stray.JPEG").write_bytes(b"x")
     (source / "notes.txt").write_bytes(b"x")
@@ -209,13 +209,13 @@ def test_pictures_without_a_label_are_rejected(tmp_path, listed):
     assert {Path(name).name: reason.partition(":")[0] for name, reason in listing.rejects()} == {
         val_name(50_001): "no label",
         "stray.JPEG": "no label",
-        "notes.txt": "no picture",
+        "notes.txt": "no image",
         "lost.JPEG": "no regular file",
-        "ILSVRC2012_val_00000004": "no picture",
+        "ILSVRC2012_val_00000004": "no image",
     }
 
 
-def test_a_kaggle_line_without_a_class_leaves_its_picture_out(tmp_path, listed):
+def test_a_kaggle_line_without_a_class_leaves_its_image_out(tmp_path, listed):
     source = val_folder(tmp_path / "val", (1, 2, 3))
     (tmp_path / "LOC_val_solution.csv").write_text(
         "ImageId,PredictionString\n"

@@ -11,9 +11,9 @@ from pipeline.tools.errors import UsageError
 from tests.helpers.ilsvrc import WNIDS, devkit, kit_archive, scans, train_tar, val_folder, val_tar  # noqa: F401 - fixtures
 
 
-def test_labels_of_other_pictures_are_refused(tmp_path, listed):
+def test_labels_of_other_images_are_refused(tmp_path, listed):
     (tmp_path / "labels.txt").write_text("a.jpg cat\nb.jpg dog\n")
-    with pytest.raises(UsageError, match=r"labels .*labels.txt name none of the pictures of .*a;"):
+    with pytest.raises(UsageError, match=r"labels .*labels.txt name none of the images of .*a;"):
         listed(val_tar(tmp_path), labels=str(tmp_path / "labels.txt"))
 
 

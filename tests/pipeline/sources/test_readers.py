@@ -1,4 +1,4 @@
-"""Pictures out of folders and tars, of this machine or of a store."""
+"""Images out of folders and tars, of this machine or of a store."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_file_that_does_not_know_its_size():
     assert b"VmRSS" in reader.read("status", 0, -1)
 
 
-def test_a_picture_beyond_the_limit_is_not_read(tmp_path, tar, monkeypatch):
+def test_an_image_beyond_the_limit_is_not_read(tmp_path, tar, monkeypatch):
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.truncate(listing.MOST_BYTES + 1)  # takes no room
     with pytest.raises(Unreadable, match="too large: 268,435,457 bytes"):
@@ -94,7 +94,7 @@ def test_what_is_gone_is_an_error_of_the_container(kind, address):
         open_reader(Container(kind, address), QUICK)
 
 
-def test_a_folder_that_went_away_is_not_a_bad_picture(tmp_path):
+def test_a_folder_that_went_away_is_not_a_bad_image(tmp_path):
     (tmp_path / "in").mkdir()
     reader = open_reader(Container("folder", str(tmp_path / "in")))
     (tmp_path / "in").rmdir()

@@ -1,4 +1,4 @@
-"""Pictures out of the rows of Parquet files."""
+"""Images out of the rows of Parquet files."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_rows_of_a_store(tmp_path):
     with RangeServer(tmp_path) as server:
         reader = open_reader(Container("parquet", f"{server.address}/x.parquet"), QUICK)
         server.fail("x.parquet", itertools.repeat("500"))
-        with pytest.raises(Unreachable, match="HTTP 500"):  # not a damaged picture
+        with pytest.raises(Unreachable, match="HTTP 500"):  # not a damaged image
             reader.read("x", 60, -1)
         reader.close()
 

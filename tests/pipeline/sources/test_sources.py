@@ -1,4 +1,4 @@
-"""Folders and tars of classes: their pictures, labels and names."""
+"""Folders and tars of classes: their images, labels and names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contents(listing: Listing) -> list[tuple[str, bytes]]:
     return result
 
 
-def test_every_layout_gives_the_same_pictures(pictures, tmp_path, listed):
+def test_every_layout_gives_the_same_images(pictures, tmp_path, listed):
     train = pictures / "train"
     folders = contents(listed(train))
     assert [name for name, _ in folders] == sorted(12 * list(CLASSES))
@@ -67,7 +67,7 @@ def test_every_layout_gives_the_same_pictures(pictures, tmp_path, listed):
     assert contents(listed(tar_of(tmp_path / "flat.tar", flat))) == folders
 
 
-def test_names_in_messages_lead_to_the_picture(pictures, tmp_path, listed):
+def test_names_in_messages_lead_to_the_image(pictures, tmp_path, listed):
     listing = listed(pictures / "train")
     assert listing.full_name(13) == f"{pictures}/train/{CLASSES[1]}/001.jpg"
     inner = tar_of(tmp_path / "a.tar", {"x.jpg": b"1"}).read_bytes()
@@ -89,7 +89,7 @@ def test_links_nesting_case_and_hidden_files(tmp_path, listed):
     (tmp_path / "s/a/deep/up").symlink_to(tmp_path / "s/a/deep/up")
     (tmp_path / "s/b/y.png").write_bytes(b"")
     (tmp_path / "s/b/.hidden.jpg").write_bytes(b"")
-    (tmp_path / "s/b/notes.txt").write_text("not a picture")
+    (tmp_path / "s/b/notes.txt").write_text("not an image")
     (tmp_path / "s/c").symlink_to(tmp_path / "s/b")
     os.mkfifo(tmp_path / "s/b/pipe.jpg")
     (tmp_path / "s/b/lost.jpg").symlink_to(tmp_path / "nowhere")
@@ -102,7 +102,7 @@ def test_links_nesting_case_and_hidden_files(tmp_path, listed):
     assert rejects[0] == ("up", "no regular file: a link that leads nowhere, or a device")
     assert sorted(rejects[1:4]) == [
         ("lost.jpg", "no regular file: a link that leads nowhere, or a device"),
-        ("notes.txt", "no picture: unknown file ending"),
+        ("notes.txt", "no image: unknown file ending"),
         ("pipe.jpg", "no regular file: a link that leads nowhere, or a device"),
     ]
     assert listing.rejected == len(rejects) == 7
@@ -226,7 +226,7 @@ def test_hidden_members_of_tars_are_left_alone(tmp_path, listed):
     assert (listing.classes, listing.rejected) == (("a", "b"), 0)
 
 
-def test_a_tar_of_many_pictures_in_two_batches(tmp_path, listed):
+def test_a_tar_of_many_images_in_two_batches(tmp_path, listed):
     found = {f"{'ab'[number % 2]}/{number}.jpg": b"%d" % number for number in range(20_000)}
     listing = listed(tar_of(tmp_path / "many.tar", found))
     assert list(listing.names) == list(found)
@@ -234,7 +234,7 @@ def test_a_tar_of_many_pictures_in_two_batches(tmp_path, listed):
     assert contents(listing)[::2500] == [("a", b"%d" % number) for number in range(0, 20_000, 2500)]
 
 
-def test_a_picture_that_went_away_is_unreadable(tmp_path, listed):
+def test_an_image_that_went_away_is_unreadable(tmp_path, listed):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(b"x")

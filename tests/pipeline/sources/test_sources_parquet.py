@@ -51,7 +51,7 @@ def test_the_layout_of_the_datasets_library(tmp_path):
     found = scan(root, tmp_path / "val", "val", train.classes)
     assert contents(found) == [(CLASSES[3 - place % 4], PICTURES[place]) for place in range(8)]
     val.unlink()
-    with pytest.raises(UsageError, match=r"20 pictures, none of them usable .*no labels"):
+    with pytest.raises(UsageError, match=r"20 images, none of them usable .*no labels"):
         scan(root, tmp_path / "test", "val", train.classes)
     one = scan(root / "data/train-00000-of-00002.parquet", tmp_path / "x")
     assert len(one) == 10
@@ -152,7 +152,7 @@ def test_what_is_parquet(tmp_path):
 
 @pytest.fixture(params=["memory", "http", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A store with two files of ten pictures."""
+    """A store with two files of ten images."""
     folder = tmp_path / "s"
     for number in range(2):
         half = slice(10 * number, 10 * number + 10)
@@ -184,7 +184,7 @@ def test_files_of_a_store(store, tmp_path):
         scan(f"{store}/2.parquet", tmp_path / "gone")
 
 
-def test_a_scan_reads_labels_and_no_pictures(tmp_path):
+def test_a_scan_reads_labels_and_no_images(tmp_path):
     random = np.random.default_rng(0)
     pictures = [random.bytes(100_000) for _ in range(100)]
     path = write(tmp_path / "s/a.parquet", pictures, LABELS * 5, rows=25)

@@ -1,4 +1,4 @@
-"""Rows and files of Parquet that are empty, damaged, or no pictures."""
+"""Rows and files of Parquet that are empty, damaged, or no images."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_names_are_unique_and_harmless(tmp_path):
     ("columns", "says"),
     [
         ({"image": [b"x"], "caption": ["x"]}, r"no column of labels.*'image \(binary\), caption"),
-        ({"label": [1], "caption": ["x"]}, r"no column of pictures.*label \(int64\), caption"),
-        ({"image": ["a.jpg"], "label": [1]}, r"no column of pictures.*image \(string\)"),
+        ({"label": [1], "caption": ["x"]}, r"no column of images.*label \(int64\), caption"),
+        ({"image": ["a.jpg"], "label": [1]}, r"no column of images.*image \(string\)"),
         ({"image": [b"x"], "label": [0.5]}, r"no column of labels.*label \(double\)"),
         ({"image": [b"x"], "label": [[1, 2]]}, r"no column of labels.*label \(list"),
-        ({"a": [b"x"], "b": [b"y"], "label": [1]}, r"no column of pictures"),
+        ({"a": [b"x"], "b": [b"y"], "label": [1]}, r"no column of images"),
     ],
 )
 def test_wrong_columns_are_listed(tmp_path, columns, says):

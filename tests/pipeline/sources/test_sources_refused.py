@@ -18,7 +18,7 @@ def _missing(tmp_path):
     return tmp_path / "nowhere"
 
 
-def _class_without_pictures(tmp_path):
+def _class_without_images(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     (tmp_path / "a/1.jpg").write_bytes(b"x")
@@ -26,7 +26,7 @@ def _class_without_pictures(tmp_path):
     return tmp_path
 
 
-def _inner_tar_without_pictures(tmp_path):
+def _inner_tar_without_images(tmp_path):
     empty = tar_of(tmp_path / "x", {"notes.txt": b"x"}).read_bytes()
     return tar_of(tmp_path / "all.tar", {"b.tar": empty, "a/1.jpg": b"x"})
 
@@ -37,7 +37,7 @@ def _one_class(tmp_path):
     return tmp_path
 
 
-def _loose_pictures(tmp_path):
+def _loose_images(tmp_path):
     (tmp_path / "1.jpg").write_bytes(b"x")
     return tmp_path
 
@@ -94,10 +94,10 @@ def _address(tmp_path):
     [
         (_empty, "is empty"),
         (_missing, "does not exist"),
-        (_class_without_pictures, "class 'b' .* has no pictures"),
-        (_inner_tar_without_pictures, "class 'b' .* has no pictures"),
+        (_class_without_images, "class 'b' .* has no images"),
+        (_inner_tar_without_images, "class 'b' .* has no images"),
         (_one_class, "has one class, 'a'"),
-        (_loose_pictures, "1.jpg lies outside a class"),
+        (_loose_images, "1.jpg lies outside a class"),
         (_loose_beside_classes, "1.jpg lies outside a class"),
         (_loose_in_a_tar, "s.tar holds 2.jpg outside a class"),
         (_truncated_tar, "a.tar cannot be read"),

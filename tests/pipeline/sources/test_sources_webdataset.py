@@ -22,7 +22,7 @@ from tests.helpers.webdatasets import PICTURES, scan, write_shards
 
 
 def contents(listing: Listing) -> list[tuple[str, bytes]]:
-    """Class and bytes of each picture."""
+    """Class and bytes of each image."""
     found = []
     readers = [open_reader(container, QUICK) for container in listing.containers]
     for place, row in enumerate(listing.rows):

@@ -104,12 +104,12 @@ def test_samples_that_cannot_be_used(tmp_path):
         "digits.jpg": "no label: its .json of 5,011 bytes holds none",
         "caption.jpg": "no label",
         "bare.jpg": "no label",
-        "label": "no picture in the sample",
-        "two.jpg": "two pictures in one sample",
-        "two.png": "two pictures in one sample",
+        "label": "no image in the sample",
+        "two.jpg": "two images in one sample",
+        "two.png": "two images in one sample",
         "late.jpg": "no label",
-        "other": "no picture in the sample",
-        "late": "no picture in the sample",
+        "other": "no image in the sample",
+        "late": "no image in the sample",
     }
 
 
@@ -135,7 +135,7 @@ def test_a_label_of_a_gigabyte_is_not_read(tmp_path):
     assert rejects(listing) == {"a.jpg": "no label: its .cls of 1,073,741,824 bytes holds none"}
 
 
-def test_links_are_no_pictures(tmp_path):
+def test_links_are_no_images(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         for name, body in (("a.cls", b"0"), ("a.jpg", b"x"), ("b.cls", b"1"), ("b.jpg", b"x")):
@@ -147,13 +147,13 @@ def test_links_are_no_pictures(tmp_path):
         tar.addfile(link)
     listing = scan(path, tmp_path / "scratch")
     assert len(listing) == 2
-    assert rejects(listing) == {"c.jpg": "no picture: a link"}
+    assert rejects(listing) == {"c.jpg": "no image: a link"}
 
 
 def test_nothing_labelled_says_so(tmp_path):
     shard = tar_of(tmp_path / "a.tar", [("a.json", b"{}"), ("a.jpg", b"x")])
     assert is_webdataset(str(shard))
-    with pytest.raises(UsageError, match="has 1 pictures, none of them usable"):
+    with pytest.raises(UsageError, match="has 1 images, none of them usable"):
         scan(shard, tmp_path / "scratch")
 
 

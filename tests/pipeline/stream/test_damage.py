@@ -51,7 +51,7 @@ def test_training_goes_on_with_the_same_substitutes_in_every_world(damaged, tiny
                 assert torch.equal(pieces, getattr(batch, field))
 
 
-def test_a_picture_that_ends_early_is_damaged_in_every_crop_or_in_none(data):
+def test_an_image_that_ends_early_is_damaged_in_every_crop_or_in_none(data):
     """DALI decodes it where the crop lies before the end: then batch and world would decide."""
     undecodable(data, *range(0, SAMPLES, 4), edit=end_early)
     options = {"batch_size": 24, "seed": 1}
@@ -120,7 +120,7 @@ def test_what_dali_alone_finds_is_replaced_too(data, tiny_data, monkeypatch):
                 taken(stream, 4)
 
 
-def test_png_bytes_with_a_good_checksum_are_a_picture_too(data):
+def test_png_bytes_with_a_good_checksum_are_an_image_too(data):
     def png(jpeg: bytearray) -> None:
         file = io.BytesIO()
         Image.new("RGB", (256, 256), (9, 8, 7)).save(file, "PNG")

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.batches import Stream
 from pipeline.remote.dataset import LocalSet
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError
 from tests.helpers.damage import FLIPPED, SAMPLES, change, flip, taken, undecodable
 from tests.helpers.images import rows_of
@@ -78,7 +78,7 @@ def test_a_sector_that_fails_is_damage_and_not_the_end(data, monkeypatch):
 
 
 def test_every_single_bit_counts(data):
-    """240 single bits flipped anywhere in the pictures: each is found."""
+    """240 single bits flipped anywhere in the images: each is found."""
     rng = np.random.default_rng(0)
     original = {path: path.read_bytes() for path in data.glob("train-*.tar")}
     ids, memory = np.arange(SAMPLES), np.empty(2_000_000, np.uint8)
@@ -89,11 +89,11 @@ def test_every_single_bit_counts(data):
     for _ in range(5):
         for sample in ids:
             change(data, sample, one_bit)
-        _, damaged = Storage(LocalSet(data), "train").read(ids, memory)
+        _, damaged = ShardReader(LocalSet(data), "train").read(ids, memory)
         assert len(damaged) == SAMPLES
         for path, content in original.items():
             path.write_bytes(content)
-    assert Storage(LocalSet(data), "train").read(ids, memory)[1] == {}
+    assert ShardReader(LocalSet(data), "train").read(ids, memory)[1] == {}
 
 
 def test_statistics_of_another_set_are_refused(data):

@@ -26,13 +26,13 @@ from tests.helpers.images import CLASSES, folder_per_class, packed, rows_of
 
 SHAPE = (256, 256, 3)
 JPEG_LOSS = 1.2
-"""Mean difference, in grey levels, that a JPEG may make to a drawn picture: 0.8 to 1.0 were
+"""Mean difference, in grey levels, that a JPEG may make to a drawn image: 0.8 to 1.0 were
 seen at quality 90, while a crop that is one pixel off makes 1.45 or more."""
 
 
 @pytest.fixture(scope="module")
 def raw_data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_data`, but raw: the same pictures in the same places of the same shards."""
+    """`tiny_data`, but raw: the same images in the same places of the same shards."""
     return built(pictures, tmp_path_factory.mktemp("raw") / "data")
 
 
@@ -43,7 +43,7 @@ def built(pictures: Path, out: Path, **settings) -> Path:
 
 
 def stored(data: Path, split: str = "train") -> np.ndarray:
-    """All pictures of a split, read by tarfile and NumPy alone: uint8 [n, 256, 256, 3]."""
+    """All images of a split, read by tarfile and NumPy alone: uint8 [n, 256, 256, 3]."""
     found = []
     for path in sorted(data.glob(f"{split}-*.tar")):
         with tarfile.open(path) as tar:
@@ -82,7 +82,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(pictures, raw_data, tmp_p
         assert (again / name).read_bytes() == (raw_data / name).read_bytes(), name
 
 
-def test_all_but_the_pictures_is_as_in_the_jpeg_set(raw_data, tiny_data):
+def test_all_but_the_images_is_as_in_the_jpeg_set(raw_data, tiny_data):
     raw, jpeg = Manifest.load(raw_data), Manifest.load(tiny_data)
     assert (raw.encoding, raw.quality) == ("raw", None)
     assert (jpeg.encoding, jpeg.quality) == ("jpeg", 96)
@@ -93,7 +93,7 @@ def test_all_but_the_pictures_is_as_in_the_jpeg_set(raw_data, tiny_data):
             assert np.array_equal(rows_of(raw_data, split)[field], rows_of(tiny_data, split)[field])
 
 
-def test_unreadable_pictures_are_left_out_and_the_command_tells(tmp_path):
+def test_unreadable_images_are_left_out_and_the_command_tells(tmp_path):
     source = folder_per_class(tmp_path / "s", 2)
     (source / "cat/bad.jpg").write_bytes(b"no picture at all")
     command = [sys.executable, "-m", "pipeline.build_shards", tmp_path / "d", "--train", source]
@@ -214,7 +214,7 @@ def test_gpu_pixels_are_the_cpu_graphs(raw_data):
     assert (a.images - b.images.float().cpu()).abs().max() < 0.13  # float16 at 128 to 256
 
 
-def test_an_error_that_is_not_the_pictures_fault_puts_none_in_quarantine(raw_data, monkeypatch):
+def test_an_error_that_is_not_the_images_fault_puts_none_in_quarantine(raw_data, monkeypatch):
     def fail(self):
         raise RuntimeError("CUDA allocation failed")
 

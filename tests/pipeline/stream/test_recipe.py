@@ -1,4 +1,4 @@
-"""Mean picture, colours by epoch and their division: against Pillow and NumPy."""
+"""Mean image, colours by epoch and their division: against Pillow and NumPy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_pixels_are_pillows_less_the_mean_tinted_and_divided(tiny_data, mean, di
         np.testing.assert_allclose(image.numpy().transpose(1, 2, 0), pixels, atol=1e-3)
 
 
-def test_raw_pictures_have_the_same_options(pictures, tmp_path):
+def test_raw_images_have_the_same_options(pictures, tmp_path):
     data = tmp_path / "data"
     packed(data, train=pictures / "val", encoding="raw")
     stats = Statistics.load(data)
@@ -95,7 +95,7 @@ def test_what_is_evaluated_is_neither_tinted_nor_divided(tiny_data):
 
 
 @pytest.mark.parametrize("mean", ["channel", "picture"])
-def test_what_was_subtracted_gives_the_picture_back(tiny_data, mean):
+def test_what_was_subtracted_gives_the_image_back(tiny_data, mean):
     with Stream(tiny_data, batch_size=6, view="centre", once=True, mean=mean) as stream:
         images = next(stream).images.numpy() + stream.mean
     for place in range(6):
@@ -157,7 +157,7 @@ def test_colours_that_mean_nothing_are_refused(tiny_data, colour, message):
 
 
 def test_a_mean_that_there_is_not_is_refused(tiny_data):
-    with pytest.raises(ValueError, match="mean is 'pixel'; it takes channel, picture"):
+    with pytest.raises(ValueError, match="mean is 'pixel'; it takes channel, image"):
         Stream(tiny_data, mean="pixel")
 
 
@@ -221,7 +221,7 @@ def test_gpu_pixels_are_the_cpu_graphs(tiny_data, mean):
 
 
 @pytest.mark.parametrize("divisor", [None, np.array([1.0, 1.1, 1.3], np.float32)])
-def test_float16_pixels_lose_little_by_the_mean_picture(divisor):
+def test_float16_pixels_lose_little_by_the_mean_image(divisor):
     """What a GPU does with its pixels, on the CPU."""
     rng = np.random.default_rng(0)
     centred = rng.integers(0, 256, (3, 3, 224, 224)) - 115.3

@@ -13,7 +13,7 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.remote.dataset import LocalSet
 from pipeline.stream.augment import draw, tint
 from pipeline.stream.order import Full
-from pipeline.stream.shard_reader import Storage
+from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import SetupError, UsageError
 from tests.helpers.images import rows_of
 
@@ -21,7 +21,7 @@ SAMPLES = 48
 
 
 def stored_bytes(data: Path, sample: int) -> np.ndarray:
-    (view,), damaged = Storage(LocalSet(data), "train").read(
+    (view,), damaged = ShardReader(LocalSet(data), "train").read(
         np.array([sample]), np.empty(100_000, np.uint8)
     )
     assert not damaged
@@ -29,7 +29,7 @@ def stored_bytes(data: Path, sample: int) -> np.ndarray:
 
 
 def stored(data: Path, sample: int) -> np.ndarray:
-    """A stored picture by Pillow: float64 [256, 256, 3]."""
+    """A stored image by Pillow: float64 [256, 256, 3]."""
     jpeg = stored_bytes(data, sample)
     return np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")).astype(np.float64)
 
@@ -64,7 +64,7 @@ def test_pixels_are_pillows_cropped_flipped_and_tinted(tiny_data, colour):
         np.testing.assert_allclose(got, expected, atol=1e-3)
 
 
-def test_labels_are_those_packed_with_the_pictures(tiny_data):
+def test_labels_are_those_packed_with_the_images(tiny_data):
     labels = rows_of(tiny_data, "train")["label"]
     with Stream(tiny_data, batch_size=50) as stream:
         batch = next(stream)

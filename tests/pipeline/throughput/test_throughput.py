@@ -129,8 +129,8 @@ def test_planning_needs_no_data_set(tmp_path, examined, monkeypatch, capsys):
     assert main(["--plan", "--gpus", "16", "--img-s", "20000", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     figures = {one["name"]: one for one in answer["figures"]}
-    assert figures["bytes of a picture"]["source"] == "measured"
-    assert figures["pictures in an epoch"]["value"] == table["data"]["pictures"]
+    assert figures["bytes of an image"]["source"] == "measured"
+    assert figures["images in an epoch"]["value"] == table["data"]["pictures"]
 
 
 @pytest.mark.parametrize("reader", ["stream", "native"])

@@ -160,7 +160,7 @@ def test_threads_from_one_to_more_than_there_are_cores_are_tried():
     assert 5 in thread_counts(Setting(data="x", threads=5, cores=16))
 
 
-def test_raw_pictures_are_first_read_by_the_checksum(pictures, tmp_path):
+def test_raw_images_are_first_read_by_the_checksum(pictures, tmp_path):
     packed(tmp_path / "raw", train=pictures / "train", encoding="raw", samples_per_shard=10)
     setting = Setting(data=str(tmp_path / "raw"), batch_size=8, threads=1)
     with opened(setting) as parts:

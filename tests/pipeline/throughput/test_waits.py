@@ -9,27 +9,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.batches import Stream
-from pipeline.stream.shard_reader import Storage
-from pipeline.stream.timing import Spent, Waits
+from pipeline.stream.shard_reader import ShardReader
+from pipeline.stream.timing import Spent, WaitTimes
 
 
 @given(st.lists(st.floats(1e-6, 1e-2), min_size=4, max_size=4), st.floats(0, 10))
 def test_waiting_for_a_reader_is_shared_out_by_what_it_did(parts, seconds):
-    waits, spent = Waits(), Spent(*parts)
+    waits, spent = WaitTimes(), Spent(*parts)
     waits.on_reader(seconds, spent)
     assert waits.total == pytest.approx(seconds)
     assert waits.storage == pytest.approx(seconds * spent.storage / spent.total)
 
 
 def test_waits_add_up_to_the_wall_and_name_what_is_slow(tiny_data, monkeypatch):
-    read = Storage.read
+    read = ShardReader.read
 
     def slow(self, ids, into):
         time.sleep(0.05)
         self._reading += 0.05
         return read(self, ids, into)
 
-    monkeypatch.setattr(Storage, "read", slow)
+    monkeypatch.setattr(ShardReader, "read", slow)
     with Stream(tiny_data, batch_size=8, threads=1) as stream:
         for _ in range(6):
             next(stream)
