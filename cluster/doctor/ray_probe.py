@@ -53,7 +53,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     if request["data"]:
         found["data"] = (Path(request["data"]) / "manifest.json").exists()
     if request["code"]:
-        found["code"] = (Path(request["code"]) / "cluster" / "worker.py").exists()
+        found["code"] = (Path(request["code"]) / "cluster" / "train.py").exists()
     if request["address"]:
         found["address"] = reach(request["address"])
     found["devices"] = len(list(Path("/dev").glob("nvidia[0-9]*")))
