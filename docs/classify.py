@@ -1,7 +1,7 @@
 """Classify an image with an exported network: torch, safetensors and Pillow, no Duet.
 
 python -m cluster.export RUN --out weights.safetensors
-python docs/classify.py weights.safetensors picture.jpg
+python docs/classify.py weights.safetensors image.jpg
 """
 
 import json
@@ -44,9 +44,9 @@ follow = {
     "shrink": F.avg_pool2d,
     "spatial_norm": lambda x: x / (1 + 0.001 * F.avg_pool2d(x * x, 5, 1, 2)) ** 0.75,
 }
-picture = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
-picture = ImageOps.fit(picture, (256, 256)).crop((16, 16, 240, 240))
-x = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(224, 224, 3)
+image = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
+image = ImageOps.fit(image, (256, 256)).crop((16, 16, 240, 240))
+x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(224, 224, 3)
 x = (x.permute(2, 0, 1) - w["mean"])[None]
 first, size = about["first"]
 x = follow[first](x, size)

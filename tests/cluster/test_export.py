@@ -111,20 +111,20 @@ def test_the_script_runs_every_other_network(
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_ten_lines_of_the_readme_do_the_same_for_the_papers_network(
+def test_the_ten_lines_of_the_page_do_the_same_for_the_papers_network(
     run, pictures, monkeypatch, tmp_path, capsys
 ):
-    text = (REPOSITORY / "README.md").read_text()
+    text = (REPOSITORY / "docs/export.md").read_text()
     (script,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S)
                  if "weights.safetensors" in block)  # fmt: skip
     assert len(script[script.index("w = ") :].splitlines()) == 10
     monkeypatch.chdir(tmp_path)
     picture = sorted((pictures / "val").rglob("*.jpg"))[3]
-    shutil.copy(picture, "picture.jpg")
+    shutil.copy(picture, "image.jpg")
     assert main([str(run), "--out", "weights.safetensors"]) == 0
     found: dict[str, Any] = {}
     exec(script, found)
-    monkeypatch.setattr(sys, "argv", ["classify", "weights.safetensors", "picture.jpg"])
+    monkeypatch.setattr(sys, "argv", ["classify", "weights.safetensors", "image.jpg"])
     x = runpy.run_path(str(REPOSITORY / "docs" / "classify.py"))["x"]
     torch.testing.assert_close(found["p"], x.softmax(1), rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""What README and docs tell people to type exists: modules, their flags, and what links lead to."""
+"""What README and docs say exists: modules, flags, files, what links lead to; and their form."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import runpy
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.training_processes import REPOSITORY
+from tests.docs.pages import DOCS, PAGES, README, REPOSITORY, blocks
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 OURS = ("pipeline", "model", "cluster", "benchmarks", "tests")
 
 
@@ -41,6 +41,18 @@ def commands(text: str) -> list[list[str]]:
 
 def typed() -> list[tuple[str, list[str]]]:
     return [(page.name, words) for page in PAGES for words in commands(page.read_text("utf-8"))]
+
+
+def tree(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield each path of an indented listing, and whether it is marked as a command."""
+    above: list[str] = []
+    for line in text.splitlines():
+        found = re.match(r"( *)([\w.]+/?)( +▸)?(?: {2,}| |$)", line)
+        if found is None or not (above or found[2].endswith("/")):
+            return
+        depth = len(found[1]) // 2
+        above[depth:] = [found[2]]
+        yield "".join(above), bool(found[3])
 
 
 def test_commands_are_found():
@@ -101,7 +113,9 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, REPOSITORY / "CONTRIBUTING.md"], ids=lambda page: page.name
+)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
     for link in links:
@@ -112,3 +126,65 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    """Paths of the repository in running text and blocks, `tests/cluster/test_export.py`."""
+    text = page.read_text("utf-8")
+    named = set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(OURS)}|docs)(?:/[\w.-]+)+/?", text))
+    missing = {path for path in named if not (REPOSITORY / path.rstrip(".")).exists()}
+    assert missing == set()
+
+
+def test_the_readme_is_short():
+    assert README.stat().st_size <= 10_240
+    before = README.read_text("utf-8").split("```")[0]
+    assert len(before.splitlines()) < 30, "one screen before the first command"
+
+
+def test_the_readme_leads_to_every_page():
+    text = README.read_text("utf-8")
+    assert [page.name for page in DOCS if f"(docs/{page.name})" not in text] == []
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_a_page_says_for_whom_it_is_and_what_to_read_next(page):
+    title, blank, first, *_, last = page.read_text("utf-8").rstrip().splitlines()
+    assert re.fullmatch("# .+", title)
+    assert blank == ""
+    assert first.startswith("For ")
+    paragraph = page.read_text("utf-8").rstrip().rpartition("\n\n")[2]
+    assert re.search(r"\b(Next|[Bb]ack to)\b.*\]\(", paragraph, re.S), last
+
+
+TREE = {
+    path: runs
+    for block in blocks(REPOSITORY / "docs" / "architecture.md")
+    for path, runs in [*tree(block.text)]
+}
+"""Paths in the listings of architecture.md, and whether they are marked as commands."""
+
+
+@pytest.mark.parametrize("package", ["pipeline", "model", "cluster"])
+def test_the_architecture_names_every_module(package):
+    there = {
+        path.relative_to(REPOSITORY).as_posix() + "/" * path.is_dir()
+        for path in (REPOSITORY / package).rglob("*")
+        if (path.suffix == ".py" and not path.name.startswith("__"))
+        or (path.is_dir() and not path.name.startswith("__") and "configs" not in path.parts[:-1])
+    }
+    named = {path for path in TREE if path.startswith(package) and path != f"{package}/"}
+    assert sorted(there - named) == []
+    assert sorted(named - there) == []
+
+
+def test_commands_are_marked_in_the_architecture():
+    for path in (path for path, runs in TREE.items() if runs):
+        file = REPOSITORY / path
+        assert file.is_dir() or '__name__ == "__main__"' in file.read_text("utf-8"), path
+        assert file.is_file() or (file / "__main__.py").is_file(), path
+    for page, words in typed():
+        if words[1] == "-m" and words[2].split(".")[0] in ("pipeline", "model", "cluster"):
+            path = words[2].replace(".", "/")
+            assert TREE.get(f"{path}.py") or TREE.get(f"{path}/"), f"{page}: {words[2]}"
