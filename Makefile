@@ -30,7 +30,7 @@ RUN    ?= runs/$(NAME)
 py      = $(VENV)/bin/python
 install = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install train test check soak format clean
+.PHONY: help install train test quick check soak format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
 	@echo 'make test                         lint, types, import rules, tests'
+	@echo 'make quick                        lint, types, and the tests that start no process (90 s)'
 	@echo 'make soak                         kill a training [KILLS=50] times; half an hour'
 	@echo 'make format                       let ruff format and fix'
 	@echo 'make clean                        remove caches (data/, runs/ and .venv stay)'
@@ -82,6 +83,10 @@ check: $(VENV)/.dev
 
 test: check
 	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Everything below Ray and below the start of a process: the loop while one writes.
+quick: check
+	OMP_WAIT_POLICY=passive $(py) -m pytest -n 2 --dist worksteal -m "not ray" --quick -q
 
 # Not part of `make test`: half an hour, and it wants a quiet machine.
 soak: $(VENV)/.dev

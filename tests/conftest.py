@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import shutil
 import signal
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,26 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # A machine that is busy at the first example, importing, is no failure.
 settings.register_profile("duet", deadline=None)
 settings.load_profile("duet")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--quick` leaves out every test that starts a process (fixtures of the session may)."""
+    parser.addoption("--quick", action="store_true", help="skip tests that start processes")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """With `--quick`, skip the test at the first process that it starts."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.skip("--quick: starts a process")
+
+    if not item.config.getoption("--quick"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", refuse)
+        patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        return (yield)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
