@@ -38,7 +38,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.index import load_index, save_index
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import shard_name
-from pipeline.remote.dataset import LocalSet
+from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.order import Block, Full, Order, Shuffle, Stored
 from pipeline.tools.errors import UsageError, run
 
@@ -163,7 +163,7 @@ def parts(data: Path, position: int) -> Parts:
     split = manifest.splits["train"]
     times.append(time.perf_counter())
     for shard in split.shards:
-        LocalSet(data).shard(shard)
+        LocalDataset(data).fetch_shard(shard)
     times.append(time.perf_counter())
     load_index(data, "train", split)
     times.append(time.perf_counter())

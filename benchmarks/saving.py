@@ -32,9 +32,9 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from cluster.checkpoint.format import state_of
-from cluster.checkpoint.storage import places_of
-from cluster.checkpoint.writer import Checkpoints
+from cluster.checkpoint.format import collect_state
+from cluster.checkpoint.storage import open_storage
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Warned
@@ -119,7 +119,7 @@ class Training:
     @property
     def bytes(self) -> int:
         """Of all weights and velocities."""
-        state = state_of(self.net, self.optimiser)
+        state = collect_state(self.net, self.optimiser)
         return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
     @property
@@ -128,14 +128,14 @@ class Training:
         return Mark(step=self._step, position=self._step)
 
 
-def one_round(training: Training, checkpoints: Checkpoints) -> Round:
+def one_round(training: Training, checkpoints: CheckpointManager) -> Round:
     """Make a checkpoint beside the training, then one that it waits for."""
     quiet = statistics.median(training.step() for _ in range(QUIET))
     begin = timed(lambda: checkpoints.begin(training.mark, training.net, training.optimiser))
     beside: list[float] = []
-    while checkpoints.busy or not beside:
+    while checkpoints.is_busy or not beside:
         beside.append(training.step())
-    writing = checkpoints.writing
+    writing = checkpoints.write_seconds
     finish = timed(checkpoints.finish)
     beside.append(training.step())  # old ones are removed beside it
     slower = sum(beside) - len(beside) * quiet
@@ -163,8 +163,10 @@ def measure(options: Options, device: torch.device, folder: Path) -> tuple[Round
 
     training = Training(options, device)
     about = {"config": {}, "data_sha256": "", "classes": []}
-    places_of(folder, "").prepare()
-    checkpoints = Checkpoints(folder, ProcessMesh(device=device), about, tell, keep=Config.keep)
+    open_storage(folder, "").prepare()
+    checkpoints = CheckpointManager(
+        folder, ProcessMesh(device=device), about, tell, keep=Config.keep
+    )
     with closing(checkpoints):
         one_round(training, checkpoints)  # memory grows, kernels are chosen
         rounds = [one_round(training, checkpoints) for _ in range(options.rounds)]

@@ -25,7 +25,7 @@ from pipeline.build_shards import tell
 from pipeline.packing.build import build
 from pipeline.packing.plan import Build
 from pipeline.remote.dataset import is_remote
-from pipeline.remote.target import finished, target_for
+from pipeline.remote.target import is_finished, open_target
 from pipeline.tools.errors import UsageError, run
 
 
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--workers {workers} is out of range; give 0 (all) to 100000")
     given = {field.name: getattr(asked, field.name) for field in fields(Build)}
     options = Build(**given | {"workers": 1})  # of this class for all nodes; theirs is in the pool
-    target = target_for(_absolute(options.out))
+    target = open_target(_absolute(options.out))
     started = time.monotonic()
-    known = finished(target)
+    known = is_finished(target)
     aside = io.StringIO()  # what Ray has to say on stdout
     with redirect_stdout(aside), RayPool(workers) as pool:
         manifest = build(options, target, pool)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from cluster.checkpoint.format import Found, choose, load
+from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
 from cluster.config import Config, read_back
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG, QUARANTINE
@@ -33,9 +33,9 @@ from model.alexnet import AlexNet
 from model.metrics import sums, view_probabilities
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import metadata
+from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import SetupError, UsageError, run
-from pipeline.tools.files import sealed, writable_folder
+from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 
 MOST_CONFUSED = 50
@@ -71,10 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = tyro.cli(Evaluate, args=argv, prog="python -m cluster.evaluate")
     _settings(options.run)
-    writable_folder(options.run, "run folder")
+    ensure_writable(options.run, "run folder")
     result = evaluate(options)
     path = options.run / f"evaluation-{options.views}.json"
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(result) + "\n").encode())
     out = sys.stderr if options.json else sys.stdout
     views = "centre view" if options.views == 1 else "ten views"
@@ -97,8 +97,8 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         UsageError: no run, no checkpoint, or a data set that does not fit.
     """
     config, trained_on = read_back(_settings(options.run))
-    found = choose(options.run, config.store, _tell)
-    folder = metadata(options.data, **config.cached)
+    found = choose_checkpoint(options.run, config.store, _tell)
+    folder = fetch_metadata(options.data, **config.cached)
     manifest = Manifest.load(folder)
     samples = manifest.split(options.split, folder).samples
     data_sha256 = identity(folder)
@@ -108,7 +108,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     keep_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = network_of(config, _classes(found, manifest, options)).to(device)
-    load(found.path, net)
+    load_checkpoint(found.path, net)
     view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
     stream = Stream(
         options.data,
@@ -231,7 +231,7 @@ def _tell(event: Event) -> None:
         _warn(event.text)
 
 
-def _classes(found: Found, manifest: Manifest, options: Evaluate) -> int:
+def _classes(found: Checkpoint, manifest: Manifest, options: Evaluate) -> int:
     trained = found.classes
     if manifest.classes != trained:
         raise UsageError(

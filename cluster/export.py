@@ -27,8 +27,8 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from cluster.checkpoint.format import Found, choose, load, read_table
-from cluster.checkpoint.storage import places_of
+from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint, read_table
+from cluster.checkpoint.storage import open_storage
 from cluster.config import Config, read_back
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG
@@ -37,10 +37,10 @@ from model.architecture import Design
 from model.norm import BatchNorm
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import metadata
+from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 EDGE = 16
 """Pixels that the centre of 224 has beside it in an image of 256."""
@@ -76,13 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.best and options.checkpoint is not None:
         raise UsageError(f"give --best or --checkpoint {options.checkpoint}, not both")
     config, trained_on = read_back(options.run / CONFIG)
-    found = choose(options.run, config.store, _tell, options.checkpoint, options.best)
+    found = choose_checkpoint(options.run, config.store, _tell, options.checkpoint, options.best)
     tensors = merged(config, found)
     tensors["mean"] = mean_of(options.run, config, found, options.data, trained_on)
     out = options.out or options.run / "weights.safetensors"
     about = described(options.run, config, found)
     try:
-        with sealed(out) as file:
+        with atomic_write(out) as file:
             file.write(save(tensors, metadata=about))
     except OSError as error:
         reason = error.strerror or error
@@ -99,11 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def merged(config: Config, found: Found) -> dict[str, Tensor]:
+def merged(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     """Return the parameters of the whole network, as `torch.nn` layers take them, float32."""
     classes = len(found.classes)
     net = AlexNet(columns=tuple(range(config.columns)), classes=classes, design=config.design)
-    load(found.path, net)
+    load_checkpoint(found.path, net)
     tensors = {name: p.detach().contiguous() for name, p in net.named_parameters()}
     layers = config.design.layers()
     for name in ("weight", "bias"):  # an odd number of classes is made even
@@ -122,20 +122,20 @@ def merged(config: Config, found: Found) -> dict[str, Tensor]:
     return tensors
 
 
-def mean_of(run: Path, config: Config, found: Found, data: str, trained_on: str) -> Tensor:
+def mean_of(run: Path, config: Config, found: Checkpoint, data: str, trained_on: str) -> Tensor:
     """Return what is subtracted from an image: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
 
     Raises:
         UsageError: it is in the data set, and that is not named, or another.
         DataError: the data set's statistics are damaged.
     """
-    table = read_table(places_of(run, config.store), found.name)
+    table = read_table(open_storage(run, config.store), found.name)
     known = table.get("channel_mean")
     if config.mean == "channel" and known:
         return torch.tensor(known, dtype=torch.float32)[:, None, None]
     if not data:
         raise UsageError("what is subtracted from images is in the data set; name it by --data")
-    folder = metadata(data, **config.cached)
+    folder = fetch_metadata(data, **config.cached)
     if identity(folder) != trained_on:
         raise UsageError(f"{data} is not the data set of the training; name that one by --data")
     manifest = Manifest.load(folder)
@@ -146,9 +146,9 @@ def mean_of(run: Path, config: Config, found: Found, data: str, trained_on: str)
     return picture.permute(2, 0, 1).contiguous()
 
 
-def described(run: Path, config: Config, found: Found) -> dict[str, str]:
+def described(run: Path, config: Config, found: Checkpoint) -> dict[str, str]:
     """Return the header of the file: JSON, but for the first two."""
-    table = read_table(places_of(run, config.store), found.name)
+    table = read_table(open_storage(run, config.store), found.name)
     return {
         "format": "pt",
         "made_by": "duet",

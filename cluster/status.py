@@ -90,10 +90,10 @@ def _show(state: State, as_json: bool) -> int:
 @contextmanager
 def _fetched(store: str) -> Iterator[Path]:
     """A folder with the rows that lie beside the checkpoints in a store."""
-    from cluster.run.sync import Mirror
+    from cluster.run.sync import RunMirror
 
     with tempfile.TemporaryDirectory(prefix="duet-status-") as scratch:
-        if not Mirror(Path(scratch), store).restore():
+        if not RunMirror(Path(scratch), store).restore():
             raise UsageError(f"{store} holds no run; name the --store of a training")
         yield Path(scratch)
 

@@ -15,19 +15,19 @@ from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.checkpoint.loader import looked_at, pinned
-from cluster.checkpoint.storage import places_of, reached
+from cluster.checkpoint.loader import pin_init, resolve_init
+from cluster.checkpoint.storage import find_last_step, open_storage
 from cluster.config import Command, Config, parse
 from cluster.run.console import Screen
 from cluster.run.exporters import check_installed
 from cluster.run.folder import QUARANTINE, held, settle
-from cluster.run.sync import mirror_of
+from cluster.run.sync import open_mirror
 from model.architecture import stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import DataSet, is_remote, open_dataset
-from pipeline.remote.filesystem import without_secrets
-from pipeline.remote.target import folder_of
+from pipeline.remote.dataset import Dataset, is_remote, open_dataset
+from pipeline.remote.filesystem import hide_credentials
+from pipeline.remote.target import local_path
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError, run
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     if config.cache:  # RUN/config.toml is read from elsewhere, too
         config = replace(config, cache=str(Path(config.cache).resolve()))
     if config.store and not is_remote(config.store):
-        config = replace(config, store=str(folder_of(config.store).resolve()))
+        config = replace(config, store=str(local_path(config.store).resolve()))
     dataset = open_dataset(command.data, **config.cached)
     data = command.data if is_remote(command.data) else str(dataset.folder.resolve())
     manifest = Manifest.load(dataset.folder)
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
             measure(config, data, folder, screen)
         return 0
     with held(folder), Screen() as screen:
-        if (mirror := mirror_of(folder, config.store)) and (fetched := mirror.restore()):
-            screen.say(f"fetched from {without_secrets(config.store)}: {', '.join(fetched)}")
-        step, total = reached(folder, config.store), config.total_steps(samples)
-        config = pinned(config, folder, step)
+        if (mirror := open_mirror(folder, config.store)) and (fetched := mirror.restore()):
+            screen.say(f"fetched from {hide_credentials(config.store)}: {', '.join(fetched)}")
+        step, total = find_last_step(folder, config.store), config.total_steps(samples)
+        config = pin_init(config, folder, step)
         if config.init and not step:
-            config, said = looked_at(config, len(manifest.classes), screen.show)
+            config, said = resolve_init(config, len(manifest.classes), screen.show)
             screen.say(said)
         settle(folder, config, identity(dataset.folder), samples, step)
         if step >= total and sound(folder, config.store, total, screen):
@@ -77,9 +77,8 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
         try:
             (trainer or train_with_ray)(config, data, folder, screen)
         except KeyboardInterrupt:
-            screen.say(
-                f"stopped; the same command goes on from step {reached(folder, config.store)}"
-            )
+            step = find_last_step(folder, config.store)
+            screen.say(f"stopped; the same command goes on from step {step}")
             raise
         finally:
             if replaced := damage(folder / QUARANTINE):
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     return 0
 
 
-def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
+def check(command: Command, manifest: Manifest, dataset: Dataset) -> None:
     """Refuse, before anything has started, what the workers would refuse after half a minute.
 
     Raises:
@@ -102,7 +101,7 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
         )
     for split in ("train", "val") if command.settings.validate_every else ("train",):
         ShardReader(dataset, split)
-    places_of(command.run, command.settings.store)
+    open_storage(command.run, command.settings.store)
     if command.settings.tensorboard:
         check_installed()
     Statistics.load(dataset.folder, manifest.stats_sha256)
@@ -115,10 +114,10 @@ def check(command: Command, manifest: Manifest, dataset: DataSet) -> None:
 
 def sound(folder: Path, store: str, total: int, screen: Screen) -> bool:
     """Whether the last checkpoint of a run that looks finished can be read, byte for byte."""
-    from cluster.checkpoint.format import choose
+    from cluster.checkpoint.format import choose_checkpoint
 
     try:
-        return choose(folder, store, screen.show).mark.step >= total
+        return choose_checkpoint(folder, store, screen.show).mark.step >= total
     except DataError:
         return False  # the workers will say so
 
@@ -154,7 +153,7 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> N
 
     with a_ray(config) as aside:
         Supervisor(
-            config, data, folder, screen, lambda: reached(folder, config.store), aside
+            config, data, folder, screen, lambda: find_last_step(folder, config.store), aside
         ).train()
 
 

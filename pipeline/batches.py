@@ -24,7 +24,7 @@ import torch
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.dataset.manifest import identity
-from pipeline.remote.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset
+from pipeline.remote.dataset import CACHE_SIZE, Dataset, is_remote, open_dataset
 from pipeline.stream.augment import CROP
 from pipeline.stream.decode import Device
 from pipeline.stream.ledger.format import About
@@ -176,7 +176,7 @@ class Asked:
 class Opened:
     """What a `Stream` of some arguments is made of, before anything flows."""
 
-    def __init__(self, asked: Asked, dataset: DataSet) -> None:
+    def __init__(self, asked: Asked, dataset: Dataset) -> None:
         """Open the split; `storage.close` closes it.
 
         Raises:

@@ -24,12 +24,12 @@ from typing import Any
 import tyro
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.tar import shown
+from pipeline.dataset.tar import escape
 from pipeline.packing.build import build
 from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.plan import Build
 from pipeline.packing.shards import REJECTS
-from pipeline.remote.target import Target, finished, target_for
+from pipeline.remote.target import Target, is_finished, open_target
 from pipeline.sources import other_split
 from pipeline.tools.errors import run
 
@@ -43,7 +43,7 @@ def tell(options: Build, manifest: Manifest, target: Target, seconds: float | No
         sys.stdout.write(json.dumps(facts(options, manifest, seconds)) + "\n")
     told = [*lines(options, manifest, seconds), *leaks(manifest, target)]
     if "val" not in manifest.splits and (other := other_split(options.train)):
-        told.append(f"note: {shown(other)} was left alone; --val packs it, in another OUT")
+        told.append(f"note: {escape(other)} was left alone; --val packs it, in another OUT")
     sys.stderr.write("".join(f"{line}\n" for line in told))
 
 
@@ -96,7 +96,7 @@ def leaks(manifest: Manifest, target: Target) -> Iterator[str]:
         names: dict[str, str] = {}
         for member in row["members"]:
             names.setdefault(member["split"], member["name"])
-        yield "  " + " = ".join(f"{split} {shown(name)}" for split, name in names.items())
+        yield "  " + " = ".join(f"{split} {escape(name)}" for split, name in names.items())
     if manifest.leaks > NAMED:
         yield f"  and {manifest.leaks - NAMED:,} more"
 
@@ -114,8 +114,8 @@ def main() -> int:
     """Build, then say what was built."""
     options = tyro.cli(Build, prog="python -m pipeline.build_shards", description=__doc__)
     started = time.monotonic()
-    target = target_for(options.out)
-    known = finished(target)
+    target = open_target(options.out)
+    known = is_finished(target)
     manifest = build(options, target)
     tell(options, manifest, target, None if known else time.monotonic() - started)
     return 0

@@ -36,25 +36,25 @@ from isal import isal_zlib
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics, Sums
-from pipeline.dataset.images import Undecodable, pixels_of
+from pipeline.dataset.images import Undecodable, decode_image
 from pipeline.dataset.index import INDEX_DTYPE, Index, index_name, save_index
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.samples import (
-    MOST,
+    MAX_CLASSES,
     Classes,
     Sample,
-    Unfit,
+    UnfitSample,
+    group_samples,
     has_images,
-    label_of,
     read_classes,
-    samples_of,
+    read_label,
 )
-from pipeline.dataset.shards import idx_text, places_of, read_idx
-from pipeline.dataset.tar import members, shown, tar_fault
+from pipeline.dataset.shards import format_idx, locate_files, parse_idx
+from pipeline.dataset.tar import escape, extract_fault, read_members
 from pipeline.tools.errors import DataError, UsageError, run
-from pipeline.tools.files import HashedFile, sealed, sha256, writable_folder
-from pipeline.tools.processes import in_order
+from pipeline.tools.files import HashedFile, atomic_write, ensure_writable, sha256
+from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
 
 PICTURE_LIMIT = 1 << 24
@@ -79,8 +79,8 @@ class Bad(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        key = f" key {shown(self.key)}" if self.key else ""
-        return f"{shown(self.shard)}{key}: {self.reason}"
+        key = f" key {escape(self.key)}" if self.key else ""
+        return f"{escape(self.shard)}{key}: {self.reason}"
 
 
 @dataclass
@@ -113,7 +113,7 @@ def examine(job: Job) -> Examined:
             found.sha256 = file.sha256 or ""
             good = list(_good(file, job, found))
     except UsageError as error:
-        found.bad.append(Bad(found.name, "", tar_fault(error)))
+        found.bad.append(Bad(found.name, "", extract_fault(error)))
         return found
     except OSError as error:
         found.bad.append(Bad(found.name, "", f"cannot be read ({error.strerror})"))
@@ -136,11 +136,11 @@ def list_for_dali(job: Listing) -> str:
     with job.path.open("rb", buffering=0) as file:
         samples = [
             sample
-            for sample in samples_of(members(file, job.path.name))
+            for sample in group_samples(read_members(file, job.path.name))
             if any(part.offset in job.pictures for part in sample.parts)
         ]
-    content = idx_text(samples)
-    with sealed(job.path.with_suffix(".idx")) as out:
+    content = format_idx(samples)
+    with atomic_write(job.path.with_suffix(".idx")) as out:
         out.write(content)
     return hashlib.sha256(content).hexdigest()
 
@@ -148,10 +148,10 @@ def list_for_dali(job: Listing) -> str:
 def _good(file: HashedFile, job: Job, found: Examined) -> Iterator[Sample]:
     """Fill in rows and labels, or what is wrong; yield the samples that are fit."""
     rows, codes = [], dict[int | str, int]()
-    for sample in filter(has_images, samples_of(members(file.stream(), job.path.name))):
+    for sample in filter(has_images, group_samples(read_members(file.stream(), job.path.name))):
         try:
             offset, size, crc, label = _row(file, sample, job, found.sums)
-        except (Unfit, Undecodable) as error:
+        except (UnfitSample, Undecodable) as error:
             found.bad.append(Bad(found.name, sample.key, str(error)))
             continue
         except OSError as error:
@@ -166,17 +166,17 @@ def _good(file: HashedFile, job: Job, found: Examined) -> Iterator[Sample]:
 
 def _row(file: HashedFile, sample: Sample, job: Job, sums: Sums) -> tuple[int, int, int, int | str]:
     """Return offset, size and CRC-32 of an image, and the label as it is written."""
-    picture = sample.picture()
+    picture = sample.find_image()
     if picture.size > PICTURE_LIMIT:
-        raise Unfit(f"its image has {picture.size:,} bytes")
-    label = label_of(sample, file.read)
+        raise UnfitSample(f"its image has {picture.size:,} bytes")
+    label = read_label(sample, file.read)
     number = label if job.classes is None else job.classes.number(label)
-    if isinstance(number, int) and not 0 <= number < MOST:
-        raise Unfit(f"label {str(label)[:40]} is no class number")
+    if isinstance(number, int) and not 0 <= number < MAX_CLASSES:
+        raise UnfitSample(f"label {str(label)[:40]} is no class number")
     if job.classes is not None and isinstance(number, str):
-        raise Unfit(number)
+        raise UnfitSample(number)
     data = bytes(file.read(picture.offset, picture.size))
-    pixels = pixels_of(data)
+    pixels = decode_image(data)
     if job.measured:
         sums.add(pixels)
     return picture.offset, picture.size, isal_zlib.crc32(data), label
@@ -188,12 +188,12 @@ def _look_at_idx(path: Path, good: list[Sample], found: Examined) -> None:
         return
     content = path.read_bytes()
     try:
-        places = read_idx(content)
+        places = parse_idx(content)
     except ValueError as error:
         found.bad.append(Bad(path.name, "", f"is no index of DALI's ({error}); move it away"))
         return
     known = {tuple(one) for one in places}
-    if missing := [one for one in places_of(good) if tuple(one) not in known]:
+    if missing := [one for one in locate_files(good) if tuple(one) not in known]:
         where = f"byte {missing[0][0][1]:,}"
         reason = f"is not of {found.name}, where a sample begins at {where}; move it away"
         found.bad.append(Bad(path.name, "", reason))
@@ -273,7 +273,7 @@ def _check_folder(folder: Path) -> None:
             f"{folder} is a data set already; `python -m pipeline.verify {folder}` checks it, and "
             f"without its {MANIFEST} it can be indexed anew"
         )
-    writable_folder(folder, "data set folder")
+    ensure_writable(folder, "data set folder")
 
 
 def _shards(request: Request) -> tuple[dict[str, list[str]], list[str]]:
@@ -327,7 +327,7 @@ def _examine(
     total = sum(job.path.stat().st_size for job in jobs) >> 20
     results, sums, bad = [], Sums(), 0
     with Progress("examining", total=total, unit="MiB") as progress:
-        for one in in_order(examine, jobs, request.workers):
+        for one in map_in_order(examine, jobs, request.workers):
             sums += one.sums
             del one.sums  # 786 kB each
             results.append(one)
@@ -367,7 +367,7 @@ def _seal(
     _refuse_others(folder, used, statistics, rejects)
     _write_idx(folder, used, request.workers)
     splits = {name: _split(folder, name, split) for name, split in used.items()}
-    with sealed(folder / REJECTS) as file:
+    with atomic_write(folder / REJECTS) as file:
         file.write(rejects)
     manifest = Manifest(
         splits=splits,
@@ -409,7 +409,7 @@ def _split(folder: Path, name: str, split: Sequence[Examined]) -> Split:
 def _write_idx(folder: Path, used: dict[str, list[Examined]], workers: int) -> None:
     missing = [one for split in used.values() for one in split if not one.idx_sha256]
     jobs = [Listing(folder / one.name, frozenset(one.rows["offset"].tolist())) for one in missing]
-    for one, digest in zip(missing, in_order(list_for_dali, jobs, workers), strict=True):
+    for one, digest in zip(missing, map_in_order(list_for_dali, jobs, workers), strict=True):
         one.idx_sha256 = digest
 
 

@@ -27,22 +27,22 @@ from typing import Annotated
 import tyro
 
 from pipeline.dataset.check import (
-    Damage,
-    Job,
+    CheckJob,
+    DamageRow,
+    check_index,
+    check_lists,
+    check_manifest,
     check_shard,
-    index_damage,
-    list_damage,
-    manifest_damage,
-    stats_damage,
-    strangers,
+    check_stats,
+    find_unknown_files,
 )
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import Classes
-from pipeline.dataset.tar import shown
+from pipeline.dataset.tar import escape
 from pipeline.remote.dataset import is_remote, open_dataset
 from pipeline.stream.ledger.proof import prove
 from pipeline.tools.errors import REBUILD, DataError, UsageError, run
-from pipeline.tools.processes import in_order
+from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
 
 BYTES_A_SECOND, DECODED_A_SECOND = 400e6, 1500
@@ -55,7 +55,7 @@ STARTED_IN = 2.0
 class Report:
     """What a check has found."""
 
-    damage: list[Damage] = field(default_factory=list)
+    damage: list[DamageRow] = field(default_factory=list)
     """Empty: the set is sound."""
     notes: list[str] = field(default_factory=list)
     """Names of files in the folder that are no part of the set."""
@@ -79,14 +79,14 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Re
         DuetError: a process died.
     """
     manifest = Manifest.load(data)
-    report = Report(damage=manifest_damage(manifest))
+    report = Report(damage=check_manifest(manifest))
     if report.damage:
         return report  # where it says the files are, nobody should look
-    report.notes = strangers(data, manifest)
-    report.damage += stats_damage(data, manifest) + list_damage(data, manifest)
+    report.notes = find_unknown_files(data, manifest)
+    report.damage += check_stats(data, manifest) + check_lists(data, manifest)
     sound = set()
     for name, split in manifest.splits.items():
-        found = index_damage(data, name, split)
+        found = check_index(data, name, split)
         report.damage += found
         if not found:
             sound.add(name)
@@ -95,7 +95,7 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Re
     if workers is None:
         workers = _workers(manifest, total, decode)
     with Progress("checking", total=total >> 20, unit="MiB") as progress:
-        for job, checked in zip(jobs, in_order(check_shard, jobs, workers), strict=True):
+        for job, checked in zip(jobs, map_in_order(check_shard, jobs, workers), strict=True):
             report.damage += checked.damage
             report.bytes += checked.bytes
             report.pictures += job.shard.samples if checked.bytes else 0
@@ -110,12 +110,12 @@ def _workers(manifest: Manifest, total: int, decode: bool) -> int:
     return 1 if seconds < STARTED_IN else len(os.sched_getaffinity(0))
 
 
-def _jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[Job]:
+def _jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[CheckJob]:
     classes = Classes(manifest.classes)
     for name, split in manifest.splits.items():
         starts = accumulate((shard.samples for shard in split.shards[:-1]), initial=0)
         for number, (shard, start) in enumerate(zip(split.shards, starts, strict=True)):
-            yield Job(
+            yield CheckJob(
                 data=data,
                 split=name,
                 number=number,
@@ -148,7 +148,7 @@ class Verify:
     delivered exactly once. No byte of the data is hashed then; for that, run without."""
 
 
-def verify(data: Path, *, decode: bool = False) -> list[Damage]:
+def verify(data: Path, *, decode: bool = False) -> list[DamageRow]:
     """Return all damage found in a data set; an empty list means it is sound.
 
     Raises:
@@ -199,15 +199,15 @@ def _facts(options: Verify, report: Report, seconds: float) -> dict[str, object]
     }
 
 
-def _line(one: Damage) -> str:
+def _line(one: DamageRow) -> str:
     sample = f" sample {one['sample']}" if "sample" in one else ""
-    key = f" key {shown(one['key'])}" if "key" in one else ""
-    return f"{shown(one['file'])}{sample}{key}: {one['reason']}"
+    key = f" key {escape(one['key'])}" if "key" in one else ""
+    return f"{escape(one['file'])}{sample}{key}: {one['reason']}"
 
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(map(shown, names[:3])) + more
+    return ", ".join(map(escape, names[:3])) + more
 
 
 def _speed(report: Report, seconds: float, decode: bool) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint.storage import JSON, Places, places_of, step_in
+from cluster.checkpoint.storage import JSON, CheckpointStorage, open_storage, parse_step
 from cluster.run.events import Tell, Warned
 from cluster.run.folder import Mark
 from model.alexnet import AlexNet
@@ -46,7 +46,7 @@ UNSOUND = (OSError, ValueError, KeyError, TypeError, DuetError)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Checkpoint:
     """A complete checkpoint and where it lies."""
 
     path: Path
@@ -66,7 +66,7 @@ def column_file(column: int) -> str:
     return f"column-{'ab'[column]}.safetensors"
 
 
-def state_of(net: AlexNet, optimiser: Sgd2012) -> dict[str, Tensor]:
+def collect_state(net: AlexNet, optimiser: Sgd2012) -> dict[str, Tensor]:
     """Weights and velocities of the columns that are here, under the keys of the files."""
     weights, velocities = net.column_state(), optimiser.column_state(net)
     return {f"weights/{key}": tensor for key, tensor in weights.items()} | {
@@ -74,7 +74,7 @@ def state_of(net: AlexNet, optimiser: Sgd2012) -> dict[str, Tensor]:
     }
 
 
-def load(path: Path, net: AlexNet, optimiser: Sgd2012 | None = None) -> None:
+def load_checkpoint(path: Path, net: AlexNet, optimiser: Sgd2012 | None = None) -> None:
     """Fill a network (and optimiser) with the columns it holds from a complete checkpoint.
 
     Raises:
@@ -97,7 +97,7 @@ def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def first_sound(places: Places, names: Iterable[str], tell: Tell) -> Found | None:
+def find_sound(places: CheckpointStorage, names: Iterable[str], tell: Tell) -> Checkpoint | None:
     """Return the first of some checkpoints of which every byte is right.
 
     Raises:
@@ -105,7 +105,7 @@ def first_sound(places: Places, names: Iterable[str], tell: Tell) -> Found | Non
     """
     for name in names:
         try:
-            return check(places, name)
+            return verify_checkpoint(places, name)
         except StoreError:
             raise
         except UNSOUND as error:
@@ -115,7 +115,7 @@ def first_sound(places: Places, names: Iterable[str], tell: Tell) -> Found | Non
     return None
 
 
-def read_table(places: Places, name: str) -> dict[str, Any]:
+def read_table(places: CheckpointStorage, name: str) -> dict[str, Any]:
     """Read checkpoint.json.
 
     Raises:
@@ -127,7 +127,7 @@ def read_table(places: Places, name: str) -> dict[str, Any]:
     return table
 
 
-def check(places: Places, name: str) -> Found:
+def verify_checkpoint(places: CheckpointStorage, name: str) -> Checkpoint:
     """Compare a checkpoint's files with what its checkpoint.json says.
 
     Raises:
@@ -137,11 +137,11 @@ def check(places: Places, name: str) -> Found:
     columns = table.get("config", {}).get("columns", 2)
     if {column_file(column) for column in range(columns)} - set(table["files"]):
         raise ValueError("a column is missing")
-    path, holder = fetched(places, name, table, list(table["files"]))
+    path, holder = fetch_files(places, name, table, list(table["files"]))
     mark = Mark(step=table["step"], position=table["position"])
-    if mark.step != step_in(name):
+    if mark.step != parse_step(name):
         raise ValueError(f"it is of step {mark.step}")
-    return Found(
+    return Checkpoint(
         path=path,
         mark=mark,
         classes=tuple(table["classes"]),
@@ -151,8 +151,8 @@ def check(places: Places, name: str) -> Found:
     )
 
 
-def fetched(
-    places: Places, name: str, table: dict[str, Any], files: list[str]
+def fetch_files(
+    places: CheckpointStorage, name: str, table: dict[str, Any], files: list[str]
 ) -> tuple[Path, object]:
     """Return a local folder with files of a checkpoint, their hashes compared, and its holder.
 
@@ -170,7 +170,9 @@ def fetched(
     return path, holder
 
 
-def choose(run: Path, store: str, tell: Tell, step: int | None = None, best: bool = False) -> Found:
+def choose_checkpoint(
+    run: Path, store: str, tell: Tell, step: int | None = None, best: bool = False
+) -> Checkpoint:
     """Find a checkpoint of a run, wherever it has them; it is fetched if need be.
 
     Args:
@@ -185,14 +187,14 @@ def choose(run: Path, store: str, tell: Tell, step: int | None = None, best: boo
         DataError: there is, and it is damaged.
         StoreError: the store does not answer.
     """
-    return choose_at(places_of(run, store), str(run), tell, step, best)
+    return choose_from_storage(open_storage(run, store), str(run), tell, step, best)
 
 
-def choose_at(
-    places: Places, run: str, tell: Tell, step: int | None = None, best: bool = False
-) -> Found:
+def choose_from_storage(
+    places: CheckpointStorage, run: str, tell: Tell, step: int | None = None, best: bool = False
+) -> Checkpoint:
     """As `choose`, given where the checkpoints lie, and how messages call that."""
-    names = places.sealed()
+    names = places.list_complete()
     if not names:
         raise UsageError(f"{run} has no complete checkpoint yet; train on with cluster.train")
     if best:
@@ -200,17 +202,17 @@ def choose_at(
         if not names:
             raise UsageError(f"no checkpoint of {run} has a validation error; leave --best out")
     if step is not None:
-        there = ", ".join(str(step_in(name)) for name in names)
-        names = [name for name in names if step_in(name) == step]
+        there = ", ".join(str(parse_step(name)) for name in names)
+        names = [name for name in names if parse_step(name) == step]
         if not names:
             raise UsageError(f"{run} has no checkpoint of step {step}; there are {there}")
-    found = first_sound(places, names, tell)
+    found = find_sound(places, names, tell)
     if found is None:
         raise DataError(f"no checkpoint of {run} is sound; restore one, or train anew")
     return found
 
 
-def _by_error(places: Places, names: Iterable[str]) -> list[str]:
+def _by_error(places: CheckpointStorage, names: Iterable[str]) -> list[str]:
     """Those with a validation error, the lowest first."""
     errors = {}
     for name in names:
@@ -220,4 +222,4 @@ def _by_error(places: Places, names: Iterable[str]) -> list[str]:
             continue  # damaged
         if error is not None:
             errors[name] = error
-    return sorted(errors, key=lambda name: (errors[name], -step_in(name)))
+    return sorted(errors, key=lambda name: (errors[name], -parse_step(name)))

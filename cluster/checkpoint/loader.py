@@ -20,16 +20,22 @@ from torch import Tensor
 
 from cluster.checkpoint.format import (
     UNSOUND,
-    Found,
-    choose_at,
+    Checkpoint,
+    choose_from_storage,
     column_file,
-    fetched,
-    first_sound,
-    load,
+    fetch_files,
+    find_sound,
+    load_checkpoint,
     read_table,
     reason,
 )
-from cluster.checkpoint.storage import Bucket, Folder, Places, is_checkpoint, step_in
+from cluster.checkpoint.storage import (
+    CheckpointStorage,
+    LocalStorage,
+    RemoteStorage,
+    is_checkpoint,
+    parse_step,
+)
 from cluster.config import Config, read_back
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Tell
@@ -37,8 +43,8 @@ from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, last_step
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from pipeline.remote.dataset import is_remote
-from pipeline.remote.filesystem import StoreError, without_secrets
-from pipeline.remote.target import bucket_of, folder_of
+from pipeline.remote.filesystem import StoreError, hide_credentials
+from pipeline.remote.target import local_path, open_store
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError
 
 Errors = dict[str, float | None]
@@ -59,7 +65,12 @@ class _Seen:
 
 
 def load_newest(
-    places: Places, run: Path, place: ProcessMesh, net: AlexNet, optimiser: Sgd2012, tell: Tell
+    places: CheckpointStorage,
+    run: Path,
+    place: ProcessMesh,
+    net: AlexNet,
+    optimiser: Sgd2012,
+    tell: Tell,
 ) -> tuple[Mark, Errors]:
     """Load the newest sound checkpoint; all processes call it.
 
@@ -90,17 +101,19 @@ def load_newest(
             "start over"
         )
     if seen.newest:
-        path, holder = (found.path, found.holder) if found else own_part(places, seen.newest, place)
-        load(path, net, optimiser)
+        path, holder = (
+            (found.path, found.holder) if found else fetch_own_columns(places, seen.newest, place)
+        )
+        load_checkpoint(path, net, optimiser)
         del holder  # and with it what was fetched
     return seen.mark, seen.errors
 
 
-def _look(places: Places, run: Path, tell: Tell) -> tuple[Found | None, _Seen]:
+def _look(places: CheckpointStorage, run: Path, tell: Tell) -> tuple[Checkpoint | None, _Seen]:
     """Find the newest sound one; the leader's."""
     seen = _Seen()
     try:
-        seen.names = places.sealed()
+        seen.names = places.list_complete()
         before = last_step(run)
         if not seen.names and before:
             # To begin at step 0 would throw away what is only out of reach.
@@ -109,9 +122,9 @@ def _look(places: Places, run: Path, tell: Tell) -> tuple[Found | None, _Seen]:
                 "bring its disk back, or name another --run to start over"
             )
         places.prepare()
-        places.tidy(step_in(seen.names[0]) if seen.names else 0)
+        places.remove_unfinished(parse_step(seen.names[0]) if seen.names else 0)
         seen.errors = {name: _error_of(places, name) for name in seen.names}
-        found = first_sound(places, seen.names, tell)
+        found = find_sound(places, seen.names, tell)
     except SetupError as error:
         return None, _Seen(trouble=str(error))
     except (OSError, DuetError) as error:
@@ -121,7 +134,7 @@ def _look(places: Places, run: Path, tell: Tell) -> tuple[Found | None, _Seen]:
     return found, seen
 
 
-def _error_of(places: Places, name: str) -> float | None:
+def _error_of(places: CheckpointStorage, name: str) -> float | None:
     """Return the validation error of a checkpoint; None if it is damaged."""
     try:
         error: float | None = read_table(places, name).get("top1_error")
@@ -132,7 +145,9 @@ def _error_of(places: Places, name: str) -> float | None:
     return error
 
 
-def own_part(places: Places, name: str, place: ProcessMesh) -> tuple[Path, object]:
+def fetch_own_columns(
+    places: CheckpointStorage, name: str, place: ProcessMesh
+) -> tuple[Path, object]:
     """Return a folder with what the leader has found, as far as it concerns this process.
 
     Also an object that keeps it there.
@@ -142,7 +157,7 @@ def own_part(places: Places, name: str, place: ProcessMesh) -> tuple[Path, objec
     """
     try:
         files = [column_file(column) for column in place.columns]
-        return fetched(places, name, read_table(places, name), files)
+        return fetch_files(places, name, read_table(places, name), files)
     except UNSOUND as error:
         raise SetupError(
             f"{place} cannot read {places.address}/{name}, and the leader can ({reason(error)}); "
@@ -157,17 +172,17 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Source:
+class InitSource:
     """Where to start from."""
 
-    places: Places
+    places: CheckpointStorage
     base: str
     """Folder or address that holds the checkpoints, as the user or a config has it."""
     name: str
     """Of the checkpoint; "" for the newest."""
 
 
-def source_of(init: str) -> Source:
+def parse_init(init: str) -> InitSource:
     """Understand the setting; nothing but a config is read.
 
     Raises:
@@ -176,25 +191,27 @@ def source_of(init: str) -> Source:
     if is_remote(init):
         base, _, last = init.rstrip("/").rpartition("/")
         if is_checkpoint(last):
-            return Source(Bucket(bucket_of(base, "")), base, last)
-        return Source(Bucket(bucket_of(init, CHECKPOINTS)), f"{init.rstrip('/')}/{CHECKPOINTS}", "")
-    path = folder_of(init)
+            return InitSource(RemoteStorage(open_store(base, "")), base, last)
+        return InitSource(
+            RemoteStorage(open_store(init, CHECKPOINTS)), f"{init.rstrip('/')}/{CHECKPOINTS}", ""
+        )
+    path = local_path(init)
     if is_checkpoint(path.name):
-        return Source(Folder(path.parent), str(path.parent), path.name)
+        return InitSource(LocalStorage(path.parent), str(path.parent), path.name)
     if (path / CONFIG).is_file():
         store = read_back(path / CONFIG)[0].store
         if is_remote(store):
-            return source_of(store)
-        path = folder_of(store) if store else path
+            return parse_init(store)
+        path = local_path(store) if store else path
     if not (path / CHECKPOINTS).is_dir():
         raise UsageError(
             f"init {init} is no run, and no checkpoint (step-...); name a folder that "
             "cluster.train made"
         )
-    return Source(Folder(path / CHECKPOINTS), str(path / CHECKPOINTS), "")
+    return InitSource(LocalStorage(path / CHECKPOINTS), str(path / CHECKPOINTS), "")
 
 
-def chosen(source: Source, tell: Tell) -> Found:
+def choose_init(source: InitSource, tell: Tell) -> Checkpoint:
     """Find the checkpoint, its bytes compared with their hashes; fetched if need be.
 
     Raises:
@@ -202,12 +219,12 @@ def chosen(source: Source, tell: Tell) -> Found:
         DataError: it is damaged.
         StoreError: the store does not answer.
     """
-    called = f"init {without_secrets(source.base)}"
-    step = step_in(source.name) if source.name else None
-    return choose_at(source.places, called, tell, step)
+    called = f"init {hide_credentials(source.base)}"
+    step = parse_step(source.name) if source.name else None
+    return choose_from_storage(source.places, called, tell, step)
 
 
-def pinned(config: Config, run: Path, step: int) -> Config:
+def pin_init(config: Config, run: Path, step: int) -> Config:
     """Return `config` with `init` as the run was begun with it, if it was, and from there.
 
     Args:
@@ -217,7 +234,7 @@ def pinned(config: Config, run: Path, step: int) -> Config:
     """
     if not config.init:
         return config
-    init = config.init if is_remote(config.init) else str(folder_of(config.init).resolve())
+    init = config.init if is_remote(config.init) else str(local_path(config.init).resolve())
     config = replace(config, init=init)
     before = read_back(run / CONFIG)[0].init if (run / CONFIG).is_file() else ""
     base = before.rpartition("/")[0]
@@ -228,13 +245,13 @@ def pinned(config: Config, run: Path, step: int) -> Config:
 
 def _base(init: str) -> str:
     try:
-        source = source_of(init)
+        source = parse_init(init)
     except UsageError:  # it has gone meanwhile
         return ""
     return "" if source.name else source.base
 
 
-def looked_at(config: Config, classes: int, tell: Tell) -> tuple[Config, str]:
+def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]:
     """Find the checkpoint and make sure that its network fits, before anything has started.
 
     Args:
@@ -248,8 +265,8 @@ def looked_at(config: Config, classes: int, tell: Tell) -> tuple[Config, str]:
     Raises:
         UsageError, DataError, StoreError: as `source_of` and `chosen`, or it does not fit.
     """
-    source = source_of(config.init)
-    found = chosen(source, tell)
+    source = parse_init(config.init)
+    found = choose_init(source, tell)
     address = f"{source.base}/{found.name}"
     net = AlexNet(classes=classes, design=config.design)
     shapes: dict[str, Shape] = {}
@@ -258,46 +275,46 @@ def looked_at(config: Config, classes: int, tell: Tell) -> tuple[Config, str]:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     shapes = {k.removeprefix(_WEIGHTS): v for k, v in shapes.items() if k.startswith(_WEIGHTS)}
     own = {key: tuple(value.shape) for key, value in net.column_state().items()}
-    taken = fitting(own, shapes, layers_of(net), without_secrets(address))
-    new = [layer for layer in layers_of(net) if not any(_layer(key) == layer for key in taken)]
+    taken = match_layers(own, shapes, list_layers(net), hide_credentials(address))
+    new = [layer for layer in list_layers(net) if not any(_layer(key) == layer for key in taken)]
     said = (
-        f"starts from {without_secrets(address)} ({len(found.classes)} classes); "
+        f"starts from {hide_credentials(address)} ({len(found.classes)} classes); "
         f"new: {', '.join(new)}"
     )
     return replace(config, init=address), said
 
 
-def start_from(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
+def load_init(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
     """Fill the columns here from another run's checkpoint; all processes of a job call it.
 
     Raises:
         UsageError, DataError, StoreError: as `looked_at`.
         SetupError: this process cannot read what another one can.
     """
-    source = source_of(init)
-    name = source.name or place.share(chosen(source, tell).name if place.leads else "")
-    path, holder = own_part(source.places, name, place)
+    source = parse_init(init)
+    name = source.name or place.share(choose_init(source, tell).name if place.leads else "")
+    path, holder = fetch_own_columns(source.places, name, place)
     state: dict[str, Tensor] = {}
     for column in net.columns:
         state |= load_file(path / column_file(column))
     there = {k.removeprefix(_WEIGHTS): v for k, v in state.items() if k.startswith(_WEIGHTS)}
     own = net.column_state()
-    taken = fitting(
+    taken = match_layers(
         {key: tuple(value.shape) for key, value in own.items()},
         {key: tuple(value.shape) for key, value in there.items()},
-        layers_of(net),
-        without_secrets(f"{source.base}/{name}"),
+        list_layers(net),
+        hide_credentials(f"{source.base}/{name}"),
     )
     net.load_column_state(own | {key: there[key] for key in taken})
     del holder  # and with it what was fetched
 
 
-def layers_of(net: AlexNet) -> list[str]:
+def list_layers(net: AlexNet) -> list[str]:
     """Names of the layers, from the image to the logits."""
     return [stage.layer.name for stage in net.stages]
 
 
-def fitting(
+def match_layers(
     own: Mapping[str, Shape], there: Mapping[str, Shape], layers: Sequence[str], called: str
 ) -> list[str]:
     """Return the keys that are taken over; see `AlexNet.column_state` for them.

@@ -25,8 +25,8 @@ from typing import Protocol
 from cluster.run.folder import CHECKPOINTS, checkpoints_in
 from pipeline.remote.dataset import is_remote
 from pipeline.remote.filesystem import RetryPolicy
-from pipeline.remote.target import StoreTarget, bucket_of, folder_of
-from pipeline.tools.files import PARTIAL, sealed, sync_folder
+from pipeline.remote.target import StoreTarget, local_path, open_store
+from pipeline.tools.files import PARTIAL, atomic_write, sync_folder
 
 JSON = "checkpoint.json"
 HURRY = RetryPolicy(attempts=3, first_delay=0.5, stall=10.0)
@@ -34,14 +34,14 @@ HURRY = RetryPolicy(attempts=3, first_delay=0.5, stall=10.0)
 _NAME = re.compile(r"step-(\d+)(-[0-9a-f]+)?")
 
 
-class Places(Protocol):
+class CheckpointStorage(Protocol):
     """What a run needs of the place where its checkpoints lie."""
 
     @property
     def address(self) -> str:
         """How messages call it."""
 
-    def sealed(self) -> list[str]:
+    def list_complete(self) -> list[str]:
         """Names of the complete checkpoints, newest first; their bytes are not looked at.
 
         Raises:
@@ -55,10 +55,10 @@ class Places(Protocol):
         """Have `save` write a file of it, and put it on the disk.
 
         Returns:
-            a local path where its bytes can be read until `settle`.
+            a local path where its bytes can be read until `upload`.
         """
 
-    def settle(self, work: str, file: str, path: Path) -> None:
+    def upload(self, work: str, file: str, path: Path) -> None:
         """Bring a file that was written to where it belongs."""
 
     def seal(self, work: str, table: bytes) -> str:
@@ -76,12 +76,12 @@ class Places(Protocol):
     def prepare(self) -> None:
         """Make the place ready to be written to. The leader's, before anything is begun."""
 
-    def tidy(self, step: int) -> None:
+    def remove_unfinished(self, step: int) -> None:
         """Remove what was begun up to `step` and never sealed: crashes leave that. The leader's,
         while nothing of that step is being written."""
 
 
-def places_of(run: Path, store: str) -> Places:
+def open_storage(run: Path, store: str) -> CheckpointStorage:
     """Return where the checkpoints of a run lie: in its folder, or in `store` if that is given.
 
     Raises:
@@ -89,17 +89,17 @@ def places_of(run: Path, store: str) -> Places:
         SetupError: the package for its scheme is not installed.
     """
     if is_remote(store):
-        return Bucket(bucket_of(store, CHECKPOINTS))
-    return Folder((folder_of(store) if store else run) / CHECKPOINTS)
+        return RemoteStorage(open_store(store, CHECKPOINTS))
+    return LocalStorage((local_path(store) if store else run) / CHECKPOINTS)
 
 
-def reached(run: Path, store: str) -> int:
+def find_last_step(run: Path, store: str) -> int:
     """Step of the newest checkpoint of a run; 0 if there is none. Its bytes are not looked at.
 
     Raises:
         OSError, DuetError: the place cannot be reached.
     """
-    return next((step_in(name) for name in places_of(run, store).sealed()), 0)
+    return next((parse_step(name) for name in open_storage(run, store).list_complete()), 0)
 
 
 def is_checkpoint(name: str) -> bool:
@@ -107,14 +107,14 @@ def is_checkpoint(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def step_in(name: str) -> int:
+def parse_step(name: str) -> int:
     """Return the step in a checkpoint's name."""
     match = _NAME.fullmatch(name)
     assert match is not None, name
     return int(match[1])
 
 
-class Folder:
+class LocalStorage:
     """Checkpoints in a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -125,7 +125,7 @@ class Folder:
         """The folder."""
         return str(self._folder)
 
-    def sealed(self) -> list[str]:
+    def list_complete(self) -> list[str]:
         """Names of the complete ones, newest first."""
         return [path.name for path in checkpoints_in(self._folder)]
 
@@ -147,12 +147,12 @@ class Folder:
             os.fsync(written.fileno())
         return path
 
-    def settle(self, work: str, file: str, path: Path) -> None:
+    def upload(self, work: str, file: str, path: Path) -> None:
         """It is there."""
 
     def seal(self, work: str, table: bytes) -> str:
         """Write checkpoint.json, and give the folder its name."""
-        with sealed(self._folder / work / JSON) as file:
+        with atomic_write(self._folder / work / JSON) as file:
             file.write(table)
         final = self._folder / work.split(".")[0]
         if final.exists():  # a damaged one that was passed over
@@ -182,7 +182,7 @@ class Folder:
         for left in self._folder.glob(f"step-*{PARTIAL}/"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def tidy(self, step: int) -> None:
+    def remove_unfinished(self, step: int) -> None:
         """Remove folders that were begun and never took their names."""
         for left in self._folder.glob(f"step-*{PARTIAL}/"):
             number = left.name[5:].split(".")[0]
@@ -190,7 +190,7 @@ class Folder:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-class Bucket:
+class RemoteStorage:
     """Checkpoints in an object store."""
 
     def __init__(self, target: StoreTarget) -> None:
@@ -204,16 +204,16 @@ class Bucket:
     def _all(self) -> dict[str, set[str]]:
         """Files of each checkpoint, complete or not."""
         found: dict[str, set[str]] = {}
-        for path in self._target.names():
+        for path in self._target.list_files():
             name, _, file = path.partition("/")
             if _NAME.fullmatch(name):
                 found.setdefault(name, set()).add(file)
         return found
 
-    def sealed(self) -> list[str]:
+    def list_complete(self) -> list[str]:
         """Names of those with a checkpoint.json, newest first."""
         complete = [name for name, files in self._all().items() if JSON in files]
-        return sorted(complete, key=lambda name: (step_in(name), name), reverse=True)
+        return sorted(complete, key=lambda name: (parse_step(name), name), reverse=True)
 
     def begin(self, step: int, token: str) -> str:
         """There is nothing to prepare."""
@@ -229,11 +229,11 @@ class Bucket:
             raise OSError(f"{error}, in {folder.parent} (TMPDIR names another)") from error
         return folder / file
 
-    def settle(self, work: str, file: str, path: Path) -> None:
+    def upload(self, work: str, file: str, path: Path) -> None:
         """Upload it."""
         name, size = f"{work}/{file}", path.stat().st_size
         try:
-            self._target.ask(
+            self._target.request(
                 name, lambda system, there: system.put_file(str(path), there), "written", size
             )
         finally:
@@ -260,7 +260,7 @@ class Bucket:
         size = self._target.size(name)
         if size is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        self._target.ask(
+        self._target.request(
             name, lambda system, there: system.get_file(there, str(local)), "read", size
         )
 
@@ -272,8 +272,8 @@ class Bucket:
     def prepare(self) -> None:
         """There is nothing to prepare."""
 
-    def tidy(self, step: int) -> None:
+    def remove_unfinished(self, step: int) -> None:
         """Remove files of checkpoints that were begun and never sealed."""
         for name, files in self._all().items():
-            if JSON not in files and step_in(name) <= step:
+            if JSON not in files and parse_step(name) <= step:
                 self._target.clear(name)

@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.checkpoint.format import VERSION, column_file, reason, state_of
+from cluster.checkpoint.format import VERSION, collect_state, column_file, reason
 from cluster.checkpoint.loader import load_newest
-from cluster.checkpoint.storage import Places, places_of, step_in
+from cluster.checkpoint.storage import CheckpointStorage, open_storage, parse_step
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Saved, Tell, Warned
 from cluster.run.folder import Mark
@@ -59,17 +59,17 @@ class BackgroundTask:
         self.seconds = time.monotonic() - start
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether it is still being done."""
         return self._thread.is_alive()
 
     def wait(self, seconds: float) -> bool:
         """Wait for its end, for a while; says whether it has come."""
         self._thread.join(seconds)
-        return not self.alive
+        return not self.is_alive
 
 
-class Copies:
+class StateCopies:
     """Memory for a copy of a process's tensors, kept from save to save."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Copies:
 
 
 def write_columns(
-    places: Places, work: str, state: dict[str, Tensor], columns: tuple[int, ...],
+    places: CheckpointStorage, work: str, state: dict[str, Tensor], columns: tuple[int, ...],
     facts: Facts, stopped: threading.Event,
 ) -> None:  # fmt: skip
     """Write, hash and bring to their place the files of some columns.
@@ -109,7 +109,7 @@ def write_columns(
         own = {key: t for key, t in state.items() if key.split("/")[1][0] == "ab"[column]}
         path = places.write(work, name, partial(save_file, own))
         found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        places.settle(work, name, path)
+        places.upload(work, name, path)
         facts[name] = found
 
 
@@ -141,16 +141,16 @@ class _Save:
     """Seconds for which training stood still."""
 
     @property
-    def busy(self) -> bool:
-        return self.chore is not None and self.chore.alive
+    def is_busy(self) -> bool:
+        return self.chore is not None and self.chore.is_alive
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of a run, as the processes of a job write and read them together.
 
         checkpoints.begin(mark, net, optimiser)
         ...                                   # steps
-        if checkpoints.pending and nobody is busy:
+        if checkpoints.is_pending and nobody is busy:
             checkpoints.finish()
         ...
         checkpoints.finish(must=True)
@@ -177,7 +177,7 @@ class Checkpoints:
         Raises:
             UsageError, SetupError: `store` is nothing that checkpoints can be written to.
         """
-        self._places: Places = places_of(run, store)
+        self._places: CheckpointStorage = open_storage(run, store)
         self._run = run
         self._place, self._about, self._tell = place, about, tell
         self.before: Callable[[], None] = lambda: None
@@ -192,7 +192,7 @@ class Checkpoints:
         """Step of the last complete one."""
         self._errors: dict[str, float | None] = {}
         """Validation errors of the complete ones, by name."""
-        self._copies = Copies()
+        self._copies = StateCopies()
         self._stopped = threading.Event()
         self._cleaning: BackgroundTask | None = None
         """The leader's removing of what is not needed any more."""
@@ -213,17 +213,17 @@ class Checkpoints:
         return mark
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether this process still writes."""
-        return self._save is not None and self._save.busy
+        return self._save is not None and self._save.is_busy
 
     @property
-    def writing(self) -> float:
+    def write_seconds(self) -> float:
         """Seconds that this process took to write its part of the save under way; 0 until then."""
         return self._save.chore.seconds if self._save and self._save.chore else 0.0
 
     @property
-    def pending(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether a save was begun and not finished; the same on all processes."""
         return self._save is not None
 
@@ -255,7 +255,7 @@ class Checkpoints:
         work, trouble = self._place.share(self._open(mark) if self._place.leads else ("", ""))
         self._save = save = _Save(mark, error, work, trouble)
         if not trouble and self._place.replica == 0:
-            state = self._copies.take(state_of(net, optimiser))
+            state = self._copies.take(collect_state(net, optimiser))
             save.chore = BackgroundTask(partial(self._write, save, state, net.columns))
         save.blocked = time.monotonic() - start
 
@@ -305,7 +305,7 @@ class Checkpoints:
             left = deadline - time.monotonic()
             if save.chore is not None:
                 save.chore.wait(min(BEAT, max(0.0, left)))
-            busy = save.busy  # first: what is read after its end is final
+            busy = save.is_busy  # first: what is read after its end is final
             trouble = save.trouble or (save.chore.trouble if save.chore else "")
             if trouble and self._place.world_size > 1 and not save.trouble:
                 trouble = f"{self._place}: {trouble}"
@@ -349,10 +349,10 @@ class Checkpoints:
 
     def _tidy(self, name: str) -> None:
         """Remove what a new checkpoint makes superfluous."""
-        names = self._places.sealed()
-        for old in superfluous(names, self._errors, name, self._keep, self._keep_best):
+        names = self._places.list_complete()
+        for old in select_superfluous(names, self._errors, name, self._keep, self._keep_best):
             self._places.remove(old)
-        self._places.tidy(step_in(name))
+        self._places.remove_unfinished(parse_step(name))
 
     def _clean(self, action: Callable[[], None] | None) -> None:
         """Have a thread remove something; None: wait until nothing is being removed."""
@@ -394,7 +394,7 @@ class Checkpoints:
         self._save = None
 
 
-def superfluous(
+def select_superfluous(
     newest_first: list[str],
     errors: dict[str, float | None],
     new: str,
@@ -406,8 +406,8 @@ def superfluous(
     Later ones are damaged: had they been sound, the run would have gone on from them. They must
     not count among those that stay.
     """
-    later = [name for name in newest_first if step_in(name) >= step_in(new) and name != new]
+    later = [name for name in newest_first if parse_step(name) >= parse_step(new) and name != new]
     sound = [name for name in newest_first if name not in later]
     known = {name: error for name in sound if (error := errors.get(name)) is not None}
-    best = sorted(known, key=lambda name: (known[name], -step_in(name)))[:keep_best]
+    best = sorted(known, key=lambda name: (known[name], -parse_step(name)))[:keep_best]
     return later + [name for name in sound[keep:] if name not in best]

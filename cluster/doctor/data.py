@@ -22,18 +22,18 @@ from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.job import checkpoint_bytes
 from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
-from pipeline.remote.dataset import CACHE_SIZE, DataSet, default_cache, is_remote, open_dataset
+from pipeline.remote.dataset import CACHE_SIZE, Dataset, default_cache, is_remote, open_dataset
 from pipeline.remote.filesystem import (
-    Call,
+    BackgroundCall,
     RetryPolicy,
     TransferError,
-    describe,
-    file_system,
-    without_secrets,
+    describe_error,
+    hide_credentials,
+    open_filesystem,
 )
-from pipeline.remote.target import bucket_of, folder_of
+from pipeline.remote.target import local_path, open_store
 from pipeline.tools.errors import DataError, DuetError
-from pipeline.tools.files import forget, writable_folder
+from pipeline.tools.files import drop_page_cache, ensure_writable
 
 READ = 64 * 2**20
 """Most bytes that are read to tell a speed."""
@@ -67,7 +67,7 @@ class Disk:
         return self.pictures / self.seconds
 
 
-def disk(dataset: DataSet, name: str, split: Split, config: Config | None) -> Disk:
+def disk(dataset: Dataset, name: str, split: Split, config: Config | None) -> Disk:
     """Read images of a local set as a training does: single ones, or a shard from end to end.
 
     Args:
@@ -84,13 +84,13 @@ def disk(dataset: DataSet, name: str, split: Split, config: Config | None) -> Di
     return _single_images(dataset, name, split)
 
 
-def _whole_shards(dataset: DataSet, split: Split) -> Disk:
+def _whole_shards(dataset: Dataset, split: Split) -> Disk:
     read = here = 0
     start, aside = time.perf_counter(), 0.0
     for shard in split.shards:
         with dataset.open(shard) as file:
             before = time.perf_counter()
-            here += forget(file.fileno())
+            here += drop_page_cache(file.fileno())
             aside += time.perf_counter() - before
             while block := file.read(2**20):
                 read += len(block)
@@ -102,7 +102,7 @@ def _whole_shards(dataset: DataSet, split: Split) -> Disk:
                 order="shard after shard")  # fmt: skip
 
 
-def _single_images(dataset: DataSet, name: str, split: Split) -> Disk:
+def _single_images(dataset: Dataset, name: str, split: Split) -> Disk:
     import numpy as np
 
     from pipeline.dataset.index import load_index
@@ -111,10 +111,10 @@ def _single_images(dataset: DataSet, name: str, split: Split) -> Disk:
     rows = index[np.random.default_rng().permutation(len(index))[:1024]]
     numbers = sorted({int(row["shard"]) for row in rows})[:256]
     rows = rows[np.isin(rows["shard"], numbers)]
-    files = {number: os.open(dataset.shard(split.shards[number]), os.O_RDONLY)
+    files = {number: os.open(dataset.fetch_shard(split.shards[number]), os.O_RDONLY)
              for number in numbers}  # fmt: skip
     try:
-        here = sum(map(forget, files.values()))
+        here = sum(map(drop_page_cache, files.values()))
         whole = sum(os.fstat(file).st_size for file in files.values())
         done = read = 0
         start = time.perf_counter()
@@ -177,11 +177,11 @@ def answers(address: str) -> float:
     Raises:
         Exception: it does not answer, or says no; `told` says it in a line.
     """
-    system, root = file_system(address, RetryPolicy(stall=STORE_SECONDS))
+    system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
     ask = partial(system.info, f"{root.rstrip('/')}/{NAME}")
-    Call(ask).result(STORE_SECONDS)  # connects
+    BackgroundCall(ask).result(STORE_SECONDS)  # connects
     start = time.perf_counter()
-    Call(ask).result(STORE_SECONDS)
+    BackgroundCall(ask).result(STORE_SECONDS)
     return time.perf_counter() - start
 
 
@@ -192,7 +192,7 @@ def store(address: str, shards: Sequence[Shard]) -> Remote:
         Exception: it does not answer, or says no; `told` says it in a line.
     """
     latency = answers(address)
-    system, root = file_system(address, RetryPolicy(stall=STORE_SECONDS))
+    system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
     some = shards[:: max(1, len(shards) // LOOKED_AT)][:LOOKED_AT]
 
     def size(shard: Shard) -> str:
@@ -210,12 +210,12 @@ def store(address: str, shards: Sequence[Shard]) -> Remote:
 
     wrong: list[str] = []
     for begun in range(0, len(some), 16):
-        asked = [Call(partial(size, shard)) for shard in some[begun : begun + 16]]
+        asked = [BackgroundCall(partial(size, shard)) for shard in some[begun : begun + 16]]
         wrong += filter(None, (call.result(STORE_SECONDS) for call in asked))
     rate, less = 0.0, False
     if not wrong:
         start = time.perf_counter()
-        calls = [Call(partial(part, shard)) for shard in some[:PARALLEL]]
+        calls = [BackgroundCall(partial(part, shard)) for shard in some[:PARALLEL]]
         try:
             read = sum(call.result(STORE_SECONDS) for call in calls)
         except TransferError:
@@ -226,7 +226,7 @@ def store(address: str, shards: Sequence[Shard]) -> Remote:
 
 def told(error: Exception) -> str:
     """What a store or a disk said, in a line without secrets."""
-    return without_secrets(str(error) if isinstance(error, DuetError) else describe(error))
+    return hide_credentials(str(error) if isinstance(error, DuetError) else describe_error(error))
 
 
 def free_below(folder: Path) -> int:
@@ -254,7 +254,7 @@ class Data:
         self.config = config
         self.classes: int | None = None
         """Number of them; None: the set cannot be read."""
-        self._safe = without_secrets(data)
+        self._safe = hide_credentials(data)
 
     def judge(self) -> Iterator[Finding]:
         """Yield what there is to say; every byte is for `pipeline.verify`."""
@@ -283,7 +283,7 @@ class Data:
             else:
                 yield from self._disk(dataset, manifest)
 
-    def _check(self, dataset: DataSet) -> Manifest:
+    def _check(self, dataset: Dataset) -> Manifest:
         """Look at all that can be looked at without reading every byte.
 
         Raises:
@@ -298,7 +298,7 @@ class Data:
         Statistics.load(dataset.folder, manifest.stats_sha256)
         if not is_remote(self.data):
             for shard in (shard for split in manifest.splits.values() for shard in split.shards):
-                size = dataset.shard(shard).stat().st_size
+                size = dataset.fetch_shard(shard).stat().st_size
                 if size != shard.bytes:
                     raise DataError(
                         f"{dataset.folder / shard.name} has {size} bytes instead of {shard.bytes}"
@@ -332,7 +332,7 @@ class Data:
             return CREDENTIALS[scheme]
         return "look at the address, and whether this machine reaches it (curl, aws s3 ls)"
 
-    def _disk(self, dataset: DataSet, manifest: Manifest) -> Iterator[Finding]:
+    def _disk(self, dataset: Dataset, manifest: Manifest) -> Iterator[Finding]:
         split = manifest.splits["train"]
         verify = f"python -m pipeline.verify {self.data}"
         try:
@@ -422,7 +422,7 @@ PROBE = 2**24
 def judge_run(run: Path, config: Config | None, classes: int | None) -> Iterator[Finding]:
     """Yield what there is to say of a run's folder; makes it if need be."""
     try:
-        writable_folder(run, "run folder")
+        ensure_writable(run, "run folder")
     except DuetError as error:
         yield fail("run", str(error), "another --run")
         return
@@ -452,12 +452,12 @@ def judge_run(run: Path, config: Config | None, classes: int | None) -> Iterator
 
 def judge_store(store: str) -> Finding:
     """Write a small file to the store of a config, read it back and remove it."""
-    safe = without_secrets(store)
+    safe = hide_credentials(store)
     try:
         if not is_remote(store):
-            writable_folder(folder_of(store), "store")
+            ensure_writable(local_path(store), "store")
             return ok("store of run", f"{safe} can be written")
-        target = replace(bucket_of(store, ""), policy=RetryPolicy(attempts=2, stall=5))
+        target = replace(open_store(store, ""), policy=RetryPolicy(attempts=2, stall=5))
         name, mark = f".doctor.{secrets.token_hex(8)}", secrets.token_bytes(32)
         start = time.perf_counter()
         with target.create(name) as file:

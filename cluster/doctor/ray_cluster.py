@@ -26,7 +26,7 @@ from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import releases
 from cluster.launch.placement import Node
 from pipeline.remote.dataset import is_remote
-from pipeline.remote.filesystem import without_secrets
+from pipeline.remote.filesystem import hide_credentials
 
 NODE_SECONDS = 90
 """For which joining the cluster and asking its nodes may take."""
@@ -143,7 +143,7 @@ def judge_node(
         return fail(name, f"does not see {request['data']}", f"a --data {share}, or its address "
                     "in a store")  # fmt: skip
     if has.get("address"):
-        said = without_secrets(f"{request['address']}: {has['address']}")
+        said = hide_credentials(f"{request['address']}: {has['address']}")
         return fail(name, said, "the store's credentials in that node's environment, or "
                     "ray job submit --runtime-env-json '{\"env_vars\": {...}}'")  # fmt: skip
     return _weak_points(name, node, has, need) or ok(name, _sees(has))

@@ -44,12 +44,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from cluster.checkpoint.storage import reached
+from cluster.checkpoint.storage import find_last_step
 from cluster.run.folder import store_of
 from cluster.run.probabilities import About, Saved
 from model.metrics import errors, sums
 from pipeline.tools.errors import UsageError, run
-from pipeline.tools.files import sealed, writable_folder
+from pipeline.tools.files import atomic_write, ensure_writable
 
 PASSES = 5
 GRID = tuple(step / 20 for step in range(21))
@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     result = average(options)
     if options.out is not None:
-        with sealed(options.out) as file:
+        with atomic_write(options.out) as file:
             file.write((json.dumps(result) + "\n").encode())
     out = sys.stderr if options.json else sys.stdout
     lines = as_lines(result) if options.sizes else _lines(result)
@@ -451,7 +451,7 @@ def _check(options: Ensemble) -> None:
     if options.out is not None:
         if options.out.is_dir():
             raise UsageError(f"--out {options.out} is a folder; name a file")
-        writable_folder(options.out.parent, "the folder of --out")
+        ensure_writable(options.out.parent, "the folder of --out")
 
 
 def _words(weights: Sequence[float]) -> str:
@@ -460,7 +460,7 @@ def _words(weights: Sequence[float]) -> str:
 
 def _tell_old(saved: Saved) -> None:
     """Warn of probabilities that are older than the network."""
-    if (step := reached(saved.run, store_of(saved.run))) > saved.about.step:
+    if (step := find_last_step(saved.run, store_of(saved.run))) > saved.about.step:
         sys.stderr.write(
             f"warning: the probabilities of {saved.run} are those of step {saved.about.step}; "
             f"it has come to step {step} since\n"

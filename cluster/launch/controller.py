@@ -36,7 +36,7 @@ from cluster.launch.worker import FAKE_GPUS, Job, run_worker
 from cluster.run.console import Screen
 from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started, Worker
 from cluster.run.folder import ATTEMPTS, ERRORS, last_attempt, last_step
-from cluster.run.sync import DRIVERS, mirror_of
+from cluster.run.sync import DRIVER_FILES, open_mirror
 from pipeline.tools.errors import DuetError
 
 DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
@@ -257,7 +257,7 @@ class Supervisor:
         self._reached, self._aside = reached, aside
         # Decided once: a run that has lost its GPUs must not creep on on CPUs.
         self._gpu = uses_gpus(config)
-        self._mirror = mirror_of(run, config.store)
+        self._mirror = open_mirror(run, config.store)
         self._number = last_attempt(run)
 
     def train(self) -> None:
@@ -396,7 +396,7 @@ class Supervisor:
             with (self._run / ATTEMPTS).open("ab") as file:
                 file.write((json.dumps(row) + "\n").encode())
             if self._mirror is not None:
-                self._mirror.push_whole(DRIVERS)
+                self._mirror.push_whole(DRIVER_FILES)
         except (OSError, DuetError) as error:
             self._screen.say(f"warning: {self._run / ATTEMPTS} cannot be written ({error})")
 

@@ -19,7 +19,7 @@ from cluster.run.folder import MEASURE
 from cluster.run.jsonl import WAITS
 from pipeline.throughput.report import rounded
 from pipeline.throughput.report import write as write_page
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 NAMES = {
     "compute": "compute", "exchange": "waiting for the other column",
@@ -52,7 +52,7 @@ def measure_with_ray(
         raise attempt.failure.error(folder, aside())
     for line in told(found):
         screen.say(line)
-    with sealed(folder / MEASURE) as file:
+    with atomic_write(folder / MEASURE) as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
     page = folder / "throughput.html"
     write_page(page, found["report"], step_parts(found))

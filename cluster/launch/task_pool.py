@@ -21,7 +21,7 @@ from pipeline.packing.build import libraries
 from pipeline.remote.target import WORK, Target
 from pipeline.sources.paths import is_remote
 from pipeline.tools.errors import DuetError, SetupError
-from pipeline.tools.processes import as_careful
+from pipeline.tools.processes import make_careful
 
 AHEAD = 2
 """Tasks under way for each CPU: one runs, the next is there when it ends."""
@@ -59,7 +59,7 @@ class Attempt:
                 "again, with fewer --workers"
             )
         careful = deaths == DEATHS - 1
-        return Attempt(as_careful(self.job) if careful else self.job, deaths, lost)
+        return Attempt(make_careful(self.job) if careful else self.job, deaths, lost)
 
 
 class RayPool:

@@ -109,7 +109,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     """Ray Train calls this in every worker."""
     from cluster.run.exporters import Gauges
     from cluster.run.folder import leading, write_machine
-    from cluster.run.sync import mirror_of
+    from cluster.run.sync import open_mirror
     from cluster.training.loop import train
 
     job: Job = loop_config["job"]
@@ -128,7 +128,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
             prepare_folder(job)
             with leading(job.run) if place.leads else nullcontext():
                 if place.leads:
-                    if mirror := mirror_of(job.run, job.config.store):
+                    if mirror := open_mirror(job.run, job.config.store):
                         mirror.restore()  # another node than the last leader's
                     write_machine(job.run, place.world_size)
                     job.driver.tell(Placed(tuple(workers)))

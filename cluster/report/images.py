@@ -24,15 +24,15 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cluster.checkpoint.format import Found, column_file
-from cluster.checkpoint.format import choose as choose_checkpoint
+from cluster.checkpoint.format import Checkpoint, column_file
+from cluster.checkpoint.format import choose_checkpoint as choose_checkpoint
 from cluster.run.events import Warned
 from cluster.run.folder import store_of
 from cluster.run.kernels import Kernel
 from cluster.run.probabilities import Saved, file_of
-from pipeline.dataset.images import Pixels, Undecodable, pixels_of
+from pipeline.dataset.images import Pixels, Undecodable, decode_image
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import CACHE_SIZE, metadata, open_dataset, parse_size
+from pipeline.remote.dataset import CACHE_SIZE, fetch_metadata, open_dataset, parse_size
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DuetError
 
@@ -65,7 +65,7 @@ def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
         from pipeline.batches import Stream
 
         cached = cache_of(config)
-        classes = Manifest.load(metadata(data, **cached)).classes
+        classes = Manifest.load(fetch_metadata(data, **cached)).classes
         count = min(PICTURES, int(config.get("batch_size", PICTURES)))
         with Stream(
             data,
@@ -102,7 +102,7 @@ def cache_of(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def newest_checkpoint(run: Path) -> Found:
+def newest_checkpoint(run: Path) -> Checkpoint:
     """The newest complete checkpoint of RUN, every byte checked.
 
     Raises:
@@ -121,7 +121,7 @@ def newest_checkpoint(run: Path) -> Found:
     return found
 
 
-def column_kernels(found: Found) -> dict[str, Kernel]:
+def column_kernels(found: Checkpoint) -> dict[str, Kernel]:
     """conv1 by column, "a" and (unless the network has one) "b": float32 [maps, 3, 11, 11].
 
     Raises:
@@ -291,7 +291,7 @@ def _check(saved: Saved, data: str, config: dict[str, Any]) -> None:
     Raises:
         Unavailable: it is another.
     """
-    if identity(metadata(data, **cache_of(config))) != saved.about.data_sha256:
+    if identity(fetch_metadata(data, **cache_of(config))) != saved.about.data_sha256:
         raise Unavailable(f"No answers: {data} is not the data set that was evaluated.")
 
 
@@ -342,7 +342,7 @@ def _pixels(storage: ShardReader, ids: list[int]) -> list[Pixels]:
         try:
             if place in damages:
                 raise Undecodable(str(damages[place]))
-            found.append(pixels_of(view.data, storage.encoding))
+            found.append(decode_image(view.data, storage.encoding))
         except Undecodable:
             found.append(np.full((256, 256, 3), 128, np.uint8))
     return found

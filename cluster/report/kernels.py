@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cluster.checkpoint.format import Found
+from cluster.checkpoint.format import Checkpoint
 from cluster.report.charts import Axis, Chart, Dot, Line, Tick, dots, line, short
 from cluster.report.images import KERNEL_GAP, KERNEL_SCALE, column_kernels, data_uri, tile
 from cluster.run.kernels import Kernel, Moment
@@ -213,7 +213,7 @@ class FirstLayer:
         return sum(len(column.scores) for column in self.columns)
 
 
-def first_layer(found: Found, moments: Sequence[Moment] = ()) -> FirstLayer:
+def first_layer(found: Checkpoint, moments: Sequence[Moment] = ()) -> FirstLayer:
     """Look at conv1 of a checkpoint, and at what was kept of it before.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import Annotated
 import jinja2
 import tyro
 
-from cluster.checkpoint.format import Found
+from cluster.checkpoint.format import Checkpoint
 from cluster.report.charts import curves
 from cluster.report.images import (
     CHOICES,
@@ -50,9 +50,9 @@ from cluster.report.tables import (
 from cluster.run.folder import KERNELS, METRICS
 from cluster.run.kernels import read_kernels
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import metadata
+from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DuetError, UsageError
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 NAME = "report.html"
 
@@ -90,7 +90,7 @@ def report(
     records = read_records(run)
     page = render(records, data, choices, each)
     try:
-        with sealed(run / NAME) as file:
+        with atomic_write(run / NAME) as file:
             file.write(page.encode())
     except OSError as error:
         reason = error.strerror or error
@@ -157,7 +157,7 @@ def _manifest(data: str | None, records: Records) -> tuple[Manifest | None, str]
     if data is None:
         return None, "No data folder was given (--data), so nothing is known of the data set."
     try:
-        folder = metadata(data, **cache_of(records.config))
+        folder = fetch_metadata(data, **cache_of(records.config))
         manifest = Manifest.load(folder)
         known = records.config.get("data_sha256")
         other = known is not None and known != identity(folder)
@@ -175,7 +175,7 @@ def _mosaic(data: str | None, records: Records) -> tuple[list[Sample], str]:
         return [], str(error)
 
 
-def _kernels(records: Records) -> tuple[Found | None, FirstLayer | None, str]:
+def _kernels(records: Records) -> tuple[Checkpoint | None, FirstLayer | None, str]:
     found = None
     try:
         found = newest_checkpoint(records.run)
@@ -193,7 +193,9 @@ def _answers(
         return None, str(error)
 
 
-def _class_names(records: Records, manifest: Manifest | None, found: Found | None) -> Sequence[str]:
+def _class_names(
+    records: Records, manifest: Manifest | None, found: Checkpoint | None
+) -> Sequence[str]:
     """The classes in the order of their labels, from the best source there is."""
     if found is not None:
         return found.classes

@@ -38,7 +38,7 @@ from typing import Any
 from cluster.config import Config, as_toml, differences, read_back
 from cluster.run.jsonl import tail
 from pipeline.tools.errors import SetupError, UsageError
-from pipeline.tools.files import sealed, writable_folder
+from pipeline.tools.files import atomic_write, ensure_writable
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
@@ -74,7 +74,7 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         UsageError: RUN cannot be written, or another training holds it.
     """
-    writable_folder(run, "run folder")
+    ensure_writable(run, "run folder")
     with (run / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,7 +135,7 @@ def settle(run: Path, config: Config, data_sha256: str, samples: int, step: int)
             )
     if path.exists() and step >= config.total_steps(samples):
         return  # nothing will be trained with these settings
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         file.write(as_toml(config, data_sha256).encode())
 
 
@@ -179,7 +179,7 @@ def step_of(checkpoint: Path) -> int:
 
 def write_machine(run: Path, workers: int) -> None:
     """Write RUN/machine.json: what this process runs on."""
-    with sealed(run / MACHINE) as file:
+    with atomic_write(run / MACHINE) as file:
         file.write((json.dumps(machine() | {"workers": workers}, indent=1) + "\n").encode())
 
 

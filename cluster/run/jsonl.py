@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.errors import SetupError
-from pipeline.tools.files import sealed, sync_folder
+from pipeline.tools.files import atomic_write, sync_folder
 
 MOST = 1 << 22
 """Bytes of rows kept in memory before they are put on the disk without being asked."""
@@ -131,7 +131,7 @@ class Rows:
             there = None
         if there is not None and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
             return
-        with sealed(self._path) as copy:
+        with atomic_write(self._path) as copy:
             at = 0
             while part := os.pread(self._file, min(1 << 20, self._size - at), at):
                 copy.write(part)

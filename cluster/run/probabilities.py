@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.tools.errors import DataError, UsageError
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 VERSION = 1
 ALIGNMENT = 8
@@ -149,7 +149,7 @@ def writing(path: Path, about: About) -> Iterator[Writer]:
     Raises:
         ValueError: the block ends well, but rows are missing.
     """
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         writer = Writer(file, about)
         yield writer
         writer.finish()

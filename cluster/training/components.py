@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from cluster.checkpoint.loader import start_from
-from cluster.checkpoint.writer import Checkpoints
+from cluster.checkpoint.loader import load_init
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Tell
 from cluster.run.exporters import Board
 from cluster.run.folder import LEDGER, QUARANTINE, Mark
 from cluster.run.metrics import Log
-from cluster.run.sync import Mirror, mirror_of
+from cluster.run.sync import RunMirror, open_mirror
 from cluster.training.gradients import GradientAverage
 from cluster.training.learning_rate import RateControl, Recipe
 from cluster.training.pair_batches import Feed
@@ -29,7 +29,7 @@ from model.optimizer import Sgd2012
 from pipeline.batches import Stream, View
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import metadata
+from pipeline.remote.dataset import fetch_metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Training:
     feed: Feed
     """The batches that are left."""
     log: Log
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     mark: Mark
     """Of the checkpoint that it goes on from."""
     total: int
@@ -71,13 +71,13 @@ def prepared(
     total = config.total_steps(samples)
     net = network(config, len(about["classes"]), place)
     optimiser = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         run, place, about, tell,
         keep=config.keep, keep_best=config.keep_best, store=config.store,
     )  # fmt: skip
     mark = checkpoints.resume(net, optimiser)
     if config.init and not mark.step:
-        start_from(config.init, net, place, tell)
+        load_init(config.init, net, place, tell)
     recipe = Recipe(config=config, samples=samples, total=total)
     rates = RateControl(recipe, run, place, tell, mark.step)
     with ExitStack() as parts:
@@ -88,7 +88,7 @@ def prepared(
         if config.tensorboard and place.leads:
             publish = [*publish, parts.enter_context(Board(run, mark.step))]
         log = parts.enter_context(Log(run, place, tell, samples, mark.step, publish))
-        join_rows(checkpoints, log, mirror_of(run, config.store) if place.leads else None)
+        join_rows(checkpoints, log, open_mirror(run, config.store) if place.leads else None)
         yield Training(
             config=config, data=data, run=run, place=place, net=net, optimiser=optimiser,
             average=average, rates=rates, feed=feed, log=log, checkpoints=checkpoints,
@@ -98,7 +98,7 @@ def prepared(
 
 def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
     """Return how many training images there are, and what a checkpoint says of its origin."""
-    folder = metadata(data, **config.cached)
+    folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
     return manifest.split("train", folder).samples, {
         "config": asdict(config),
@@ -120,7 +120,7 @@ def network(config: Config, classes: int, place: ProcessMesh) -> AlexNet:
     ).to(place.device)
 
 
-def join_rows(checkpoints: Checkpoints, log: Log, mirror: Mirror | None) -> None:
+def join_rows(checkpoints: CheckpointManager, log: Log, mirror: RunMirror | None) -> None:
     """Let no checkpoint count before the rows up to it are on the disk, and in the store."""
     checkpoints.before = log.sync
     if mirror is not None:

@@ -52,7 +52,7 @@ from model.schedule import (
     rate_names,
     scaled,
 )
-from pipeline.tools.files import sealed, sync_folder
+from pipeline.tools.files import atomic_write, sync_folder
 
 SCHEDULE, PLATEAU, BY_HAND = "schedule", "plateau", "by hand"
 REASONS = (SCHEDULE, PLATEAU, BY_HAND)
@@ -470,7 +470,7 @@ class RateControl:
         """Add rows to a file, or put them in its place; they are on the disk then."""
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         if anew or not path.exists():
-            with sealed(path) as file:
+            with atomic_write(path) as file:
                 file.write(text)
             return
         with path.open("ab") as file:

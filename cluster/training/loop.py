@@ -66,7 +66,7 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
     for step in range(mark.step + 1, total + 1):
         with t.log.waiting(t.feed.waits):
             batch = next(t.feed)
-        asked = place.poll(ending(), t.checkpoints.busy)  # the answers come while we compute
+        asked = place.poll(ending(), t.checkpoints.is_busy)  # the answers come while we compute
         t.rates.note(step - 1)
         with t.log.computing():
             t.optimiser.zero_grad()
@@ -88,7 +88,7 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
         saves = ends or due(step, config.checkpoint_every, total)
         if saves or error is not None:
             t.rates.review(step, error)
-        if t.checkpoints.pending and not busy:
+        if t.checkpoints.is_pending and not busy:
             t.checkpoints.finish()
         if saves:
             with t.log.saving():

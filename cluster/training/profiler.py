@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from cluster.checkpoint.writer import Checkpoints
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Measured, Tell
@@ -145,7 +145,7 @@ class _Steps:
     def __init__(self, t: Training, samples: int, scratch: Path) -> None:
         self.rows: list[dict[str, Any]] = []
         log = Log(scratch, t.place, _quiet, samples, 0, keep=self.rows)
-        self._t = replace(t, log=log, checkpoints=cast(Checkpoints, _Nothing()))
+        self._t = replace(t, log=log, checkpoints=cast(CheckpointManager, _Nothing()))
         self._mark = t.mark
 
     def make(self, feed: Feed, count: int) -> Loop:

@@ -26,17 +26,24 @@ from isal import isal_zlib
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.images import ENDINGS, SIZE, Encoding, Undecodable, as_npy, pixels_of
+from pipeline.dataset.images import ENDINGS, SIZE, Encoding, Undecodable, decode_image, encode_npy
 from pipeline.dataset.index import Index, index_name, load_index, sample_key
 from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
 from pipeline.dataset.manifest import NAME as MANIFEST
-from pipeline.dataset.samples import Classes, Part, Sample, Unfit, label_of, samples_of
-from pipeline.dataset.shards import idx_text, read_idx
-from pipeline.dataset.tar import Member, members, shown, tar_fault
+from pipeline.dataset.samples import (
+    Classes,
+    Sample,
+    SampleFile,
+    UnfitSample,
+    group_samples,
+    read_label,
+)
+from pipeline.dataset.shards import format_idx, parse_idx
+from pipeline.dataset.tar import Member, escape, extract_fault, read_members
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import HashedFile, sha256
 
-Damage = dict[str, Any]
+DamageRow = dict[str, Any]
 """One finding: `file`, `reason`, and for a damaged sample `sample` (its id in the split) and `key`
 (its WebDataset key)."""
 
@@ -44,9 +51,11 @@ DIFFERS = "SHA-256 differs from the manifest"
 MISSING = "missing"
 
 
-def damage(file: str, reason: str, sample: int | None = None, key: str | None = None) -> Damage:
+def make_damage_row(
+    file: str, reason: str, sample: int | None = None, key: str | None = None
+) -> DamageRow:
     """Return a finding."""
-    found: Damage = {"file": file}
+    found: DamageRow = {"file": file}
     if sample is not None:
         found["sample"] = sample
     if key is not None:
@@ -65,39 +74,39 @@ _SHAPES = {
 }
 
 
-def file_damage(path: Path, expected: str) -> list[Damage]:
+def check_file(path: Path, expected: str) -> list[DamageRow]:
     """Return what is wrong with a file that should have a SHA-256, in hexadecimal."""
     try:
         if sha256(path) != expected:
-            return [damage(path.name, DIFFERS)]
+            return [make_damage_row(path.name, DIFFERS)]
     except FileNotFoundError:
-        return [damage(path.name, MISSING)]
+        return [make_damage_row(path.name, MISSING)]
     except OSError as error:
-        return [damage(path.name, f"cannot be read ({error.strerror})")]
+        return [make_damage_row(path.name, f"cannot be read ({error.strerror})")]
     return []
 
 
-def index_damage(data: Path, name: str, split: Split) -> list[Damage]:
+def check_index(data: Path, name: str, split: Split) -> list[DamageRow]:
     """Return what is wrong with the index of a split as a file; `shard` looks at its rows."""
-    if found := file_damage(data / index_name(name), split.index_sha256):
+    if found := check_file(data / index_name(name), split.index_sha256):
         return found
     try:
         load_index(data, name, split)
     except DataError:
         reason = f"it is no index of the {split.samples:,} samples that the manifest counts"
-        return [damage(index_name(name), reason)]
+        return [make_damage_row(index_name(name), reason)]
     return []
 
 
-def stats_damage(data: Path, manifest: Manifest) -> list[Damage]:
+def check_stats(data: Path, manifest: Manifest) -> list[DamageRow]:
     """Return what is wrong with the statistics: the hash, or numbers that cannot be."""
-    if found := file_damage(data / STATS, manifest.stats_sha256):
+    if found := check_file(data / STATS, manifest.stats_sha256):
         return found
     try:
         statistics = Statistics.load(data)
     except Exception:  # of a damaged header, NumPy's reader raises what it pleases
-        return [damage(STATS, "its bytes are as sealed, but it holds no statistics")]
-    return [damage(STATS, reason) for reason in _strange(statistics)][:1]
+        return [make_damage_row(STATS, "its bytes are as sealed, but it holds no statistics")]
+    return [make_damage_row(STATS, reason) for reason in _strange(statistics)][:1]
 
 
 def _strange(statistics: Statistics) -> Iterator[str]:
@@ -122,7 +131,7 @@ def _strange(statistics: Statistics) -> Iterator[str]:
         yield "eigenvalues and eigenvectors are not those of covariance"
 
 
-def list_damage(data: Path, manifest: Manifest) -> list[Damage]:
+def check_lists(data: Path, manifest: Manifest) -> list[DamageRow]:
     """Return what is wrong with the lists of rejects and of duplicates."""
     columns = {"name", "reason"}
     return [
@@ -137,10 +146,10 @@ def list_damage(data: Path, manifest: Manifest) -> list[Damage]:
 
 def _rows_damage(
     path: Path, expected: int, field: str, columns: set[str], digest: str | None
-) -> list[Damage]:
+) -> list[DamageRow]:
     if not path.exists() and expected == 0 and digest is None:
         return []  # an empty list says nothing that the manifest does not
-    if digest is not None and (found := file_damage(path, digest)):
+    if digest is not None and (found := check_file(path, digest)):
         return found
     count = 0
     try:
@@ -151,17 +160,21 @@ def _rows_damage(
                     raise ValueError
                 count += 1
     except FileNotFoundError:
-        return [damage(path.name, MISSING)]
+        return [make_damage_row(path.name, MISSING)]
     except OSError as error:
-        return [damage(path.name, f"cannot be read ({error.strerror})")]
+        return [make_damage_row(path.name, f"cannot be read ({error.strerror})")]
     except (ValueError, RecursionError):
-        return [damage(path.name, f"line {count + 1} is not a row of this list")]
+        return [make_damage_row(path.name, f"line {count + 1} is not a row of this list")]
     if count != expected:
-        return [damage(path.name, f"has {count:,} rows, the manifest says {field}: {expected:,}")]
+        return [
+            make_damage_row(
+                path.name, f"has {count:,} rows, the manifest says {field}: {expected:,}"
+            )
+        ]
     return []
 
 
-def strangers(data: Path, manifest: Manifest) -> list[str]:
+def find_unknown_files(data: Path, manifest: Manifest) -> list[str]:
     """Return the names of files and folders that are no part of the set; they do no harm."""
     known = {MANIFEST, STATS, REJECTS, DUPLICATES, *map(index_name, manifest.splits)}
     for split in manifest.splits.values():
@@ -173,7 +186,7 @@ def strangers(data: Path, manifest: Manifest) -> list[str]:
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def is_plain(name: object) -> bool:
+def is_plain_name(name: object) -> bool:
     """Whether a name is that of a file in the data set's folder, and of nothing elsewhere."""
     return (
         isinstance(name, str)
@@ -183,9 +196,9 @@ def is_plain(name: object) -> bool:
     )
 
 
-def manifest_damage(manifest: Manifest) -> list[Damage]:
+def check_manifest(manifest: Manifest) -> list[DamageRow]:
     """Return what is wrong with a manifest; if anything is, nothing it says is to be followed."""
-    return [damage(NAME, reason) for reason in _reasons(manifest)]
+    return [make_damage_row(NAME, reason) for reason in _reasons(manifest)]
 
 
 def _reasons(manifest: Manifest) -> Iterator[str]:
@@ -197,7 +210,7 @@ def _reasons(manifest: Manifest) -> Iterator[str]:
     elif len(set(classes)) < len(classes):
         yield "it has a class twice"
     for name, split in manifest.splits.items():
-        if not is_plain(name):
+        if not is_plain_name(name):
             yield f"split {name!r} has a name that leaves the folder"
         yield from _of_split(name, split)
         shards += [str(shard.name) for shard in split.shards]
@@ -221,7 +234,7 @@ def _of_split(name: str, split: Split) -> Iterator[str]:
 
 
 def _of_shard(shard: Shard) -> Iterator[str]:
-    if not is_plain(shard.name):
+    if not is_plain_name(shard.name):
         yield f"shard {shard.name!r} has a name that leaves the folder"
     elif not shard.name.endswith(".tar"):
         yield f"shard {shard.name!r} is no .tar by its name"
@@ -244,7 +257,7 @@ def _is_count(value: object) -> bool:
 RAW_BYTES = SIZE * SIZE * 3
 
 
-class Job(NamedTuple):
+class CheckJob(NamedTuple):
     """One shard to check, and what is known of its set."""
 
     data: Path
@@ -263,44 +276,44 @@ class Job(NamedTuple):
     decode: bool
 
 
-class Checked(NamedTuple):
+class CheckResult(NamedTuple):
     """What came of it."""
 
-    damage: list[Damage]
+    damage: list[DamageRow]
     bytes: int
     """Of the tar, read."""
 
 
-def check_shard(job: Job) -> Checked:
+def check_shard(job: CheckJob) -> CheckResult:
     """Check one shard and its `.idx`."""
     path = job.data / job.shard.name
     try:
         with HashedFile(path) as file:
-            return Checked(_Check(job, file).findings(), file.size)
+            return CheckResult(_Check(job, file).findings(), file.size)
     except FileNotFoundError:
-        return Checked([damage(path.name, MISSING)], 0)
+        return CheckResult([make_damage_row(path.name, MISSING)], 0)
     except OSError as error:
-        return Checked([damage(path.name, f"cannot be read ({error.strerror})")], 0)
+        return CheckResult([make_damage_row(path.name, f"cannot be read ({error.strerror})")], 0)
 
 
 class _Check:
     """The checks of one shard; each adds to what was found."""
 
-    def __init__(self, job: Job, file: HashedFile) -> None:
+    def __init__(self, job: CheckJob, file: HashedFile) -> None:
         self._job, self._file = job, file
-        self._found: list[Damage] = []
+        self._found: list[DamageRow] = []
         self._entries: list[Member] = []
         self._fault: str | None = None
         """Why the tar cannot be read to its end."""
         try:
-            self._entries.extend(members(file.stream(), job.shard.name))
+            self._entries.extend(read_members(file.stream(), job.shard.name))
         except UsageError as error:
-            self._fault = tar_fault(error)
+            self._fault = extract_fault(error)
         except OSError as error:
             self._fault = f"cannot be read ({error.strerror})"
-        self._samples = list(samples_of(self._entries))
+        self._samples = list(group_samples(self._entries))
 
-    def findings(self) -> list[Damage]:
+    def findings(self) -> list[DamageRow]:
         """Check everything; return what is wrong with the tar, then with its `.idx`."""
         rows = self._rows_of_index()
         if rows is None:
@@ -311,7 +324,7 @@ class _Check:
             self._check_strangers()
         shard = self._job.shard
         idx = Path(shard.name).with_suffix(".idx")
-        beside = file_damage(self._job.data / idx, shard.idx_sha256)
+        beside = check_file(self._job.data / idx, shard.idx_sha256)
         differs = (self._file.sha256, self._file.size) != (shard.sha256, shard.bytes)
         # The samples say it all, unless the damage lies between them.
         if not self._found and (differs or self._fault is not None):
@@ -330,7 +343,7 @@ class _Check:
 
     def _add(self, reason: str, place: int | None = None, key: str | None = None) -> None:
         sample = None if place is None else self._job.start + place
-        self._found.append(damage(self._job.shard.name, reason, sample, key))
+        self._found.append(make_damage_row(self._job.shard.name, reason, sample, key))
 
     def _rows_of_index(self) -> Index | None:
         if not self._job.indexed:
@@ -387,13 +400,13 @@ class _Check:
         job = self._job
         if not job.foreign:
             if sample.key != sample_key(job.number, place):
-                return f"its key in the tar is {shown(sample.key)}"
+                return f"its key in the tar is {escape(sample.key)}"
             if [part.ending for part in sample.parts] != ["cls", ENDINGS[job.encoding]]:
-                names = ", ".join(shown(part.name) for part in sample.parts)
+                names = ", ".join(escape(part.name) for part in sample.parts)
                 return f"its members are {names}, not .cls and .{ENDINGS[job.encoding]}"
         try:
-            found = job.classes.number(label_of(sample, self._file.read))
-        except Unfit as error:
+            found = job.classes.number(read_label(sample, self._file.read))
+        except UnfitSample as error:
             return str(error)
         if found != label:
             return f"its label is {found} in the tar and {label} in the index"
@@ -403,19 +416,19 @@ class _Check:
             return f"its image has {length:,} bytes in the tar and {size:,} in the index"
         return self._header_fault(picture) if job.encoding == "raw" else None
 
-    def _payload(self, part: Part) -> tuple[int, int]:
+    def _payload(self, part: SampleFile) -> tuple[int, int]:
         """Return offset and size of what the index points at: of a `.npy`, the pixels."""
         skip = max(0, part.size - RAW_BYTES) if self._job.encoding == "raw" else 0
         return part.offset + skip, part.size - skip
 
-    def _header_fault(self, part: Part) -> str | None:
+    def _header_fault(self, part: SampleFile) -> str | None:
         header = bytes(self._file.read(part.offset, part.size - RAW_BYTES))
         return None if header == _npy_header() else "the header of its .npy is damaged"
 
     def _image_fault(self, data: bytes | memoryview) -> str | None:
         if self._job.decode:
             try:
-                pixels_of(data, self._job.encoding)
+                decode_image(data, self._job.encoding)
             except Undecodable as error:
                 return str(error)
         return None
@@ -430,13 +443,13 @@ class _Check:
 
     def _fault_alone(self, place: int, sample: Sample) -> str | None:
         try:
-            label = self._job.classes.number(label_of(sample, self._file.read))
+            label = self._job.classes.number(read_label(sample, self._file.read))
             part, _ = next(_pictures([sample]), (None, None))
             if part is None:
                 return "it has no image"
             offset, size = self._payload(part)
             data = self._file.read(offset, size)
-        except Unfit as error:
+        except UnfitSample as error:
             return None if self._job.foreign else str(error)
         except OSError as error:
             return f"cannot be read ({error.strerror})"
@@ -451,28 +464,28 @@ class _Check:
             if entry.name not in known:
                 self._add(f"it holds {entry.name!r}, which is no file of a sample")
 
-    def _check_idx(self, path: Path, rows: Index | None) -> list[Damage]:
+    def _check_idx(self, path: Path, rows: Index | None) -> list[DamageRow]:
         """Compare an `.idx` with a sound tar: its bytes, or if foreign, its places."""
         content = path.read_bytes()
         if not self._job.foreign:
-            expected = idx_text(self._samples)
+            expected = format_idx(self._samples)
             if content == expected:
                 return []
             pairs = zip(content.splitlines(), expected.splitlines(), strict=False)
             same = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
             where = "its number of lines" if same is None else f"line {same + 1}"
-            return [damage(path.name, f"{where} is not what the tar holds")]
+            return [make_damage_row(path.name, f"{where} is not what the tar holds")]
         try:
-            places = {(offset, size) for one in read_idx(content) for _, offset, size in one}
+            places = {(offset, size) for one in parse_idx(content) for _, offset, size in one}
         except ValueError as error:
-            return [damage(path.name, str(error))]
+            return [make_damage_row(path.name, str(error))]
         wanted = [] if rows is None else rows[["offset", "size"]].tolist()
         lacking = [one for one in wanted if one not in places]
         reason = "it lacks samples that are in the index"
-        return [damage(path.name, reason)] if lacking else []
+        return [make_damage_row(path.name, reason)] if lacking else []
 
 
-def _pictures(samples: Sequence[Sample]) -> Iterator[tuple[Part, Sample]]:
+def _pictures(samples: Sequence[Sample]) -> Iterator[tuple[SampleFile, Sample]]:
     """Return the image of each sample that has one."""
     for sample in samples:
         for part in sample.parts:
@@ -483,4 +496,4 @@ def _pictures(samples: Sequence[Sample]) -> Iterator[tuple[Part, Sample]]:
 
 @cache
 def _npy_header() -> bytes:
-    return as_npy(np.zeros((SIZE, SIZE, 3), np.uint8))[:-RAW_BYTES]
+    return encode_npy(np.zeros((SIZE, SIZE, 3), np.uint8))[:-RAW_BYTES]

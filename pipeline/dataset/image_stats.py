@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pipeline.dataset.images import SIZE, Pixels
 from pipeline.tools.errors import REBUILD, DataError
-from pipeline.tools.files import sealed, sha256
+from pipeline.tools.files import atomic_write, sha256
 
 NAME = "stats.npz"
 
@@ -31,7 +31,7 @@ class Sums:
     """Running sums over images; addition of two is exact and order-free."""
 
     def __init__(self) -> None:
-        self.pictures = 0
+        self.images = 0
         self.outer: npt.NDArray[np.int64] = np.zeros((3, 3), np.int64)
         """[3, 3]: sum over images and pixels of the products of two channels."""
         self._picture: npt.NDArray[np.uint64] = np.zeros((SIZE, SIZE, 3), np.uint64)
@@ -40,24 +40,24 @@ class Sums:
         self._floats: npt.NDArray[np.float32] = np.empty((_RUNS, _RUN, _WIDE), np.float32)
 
     @property
-    def picture(self) -> npt.NDArray[np.uint64]:
+    def image_sum(self) -> npt.NDArray[np.uint64]:
         """[256, 256, 3]: sum over images."""
         self._picture += self._recent
         self._recent[...] = self._recent_images = 0
         return self._picture
 
-    @picture.setter
-    def picture(self, value: npt.NDArray[np.unsignedinteger]) -> None:
+    @image_sum.setter
+    def image_sum(self, value: npt.NDArray[np.unsignedinteger]) -> None:
         self._recent[...] = self._recent_images = 0
         self._picture = value.astype(np.uint64)
 
     def add(self, pixels: Pixels) -> None:
         """Add one image, uint8 [256, 256, 3]."""
         if self._recent_images == _RECENT:
-            self.picture  # noqa: B018 - empties what is recent
+            self.image_sum  # noqa: B018 - empties what is recent
         self._recent += pixels
         self._recent_images += 1
-        self.pictures += 1
+        self.images += 1
         # Four neighbouring pixels make a row of 12 values: matrix products of that width are some
         # times faster than those of width 3, though three quarters of their entries go unused.
         # A run of 256 rows stays below 2**24, where float32 is exact in any order. Half an image
@@ -71,8 +71,8 @@ class Sums:
         self.outer += np.einsum("iaib->ab", blocks).astype(np.int64)
 
     def __iadd__(self, other: Sums) -> Sums:
-        self.pictures += other.pictures
-        self.picture = self.picture + other.picture
+        self.images += other.images
+        self.image_sum = self.image_sum + other.image_sum
         self.outer = self.outer + other.outer
         return self
 
@@ -95,14 +95,14 @@ class Statistics:
     @classmethod
     def of(cls, sums: Sums) -> Statistics:
         """Turn sums over at least one image into statistics."""
-        pixels = sums.pictures * SIZE * SIZE
-        mean = sums.picture.sum((0, 1)) / pixels
+        pixels = sums.images * SIZE * SIZE
+        mean = sums.image_sum.sum((0, 1)) / pixels
         covariance = sums.outer / pixels - np.outer(mean, mean)
         values, vectors = np.linalg.eigh(covariance)
         values, vectors = values[::-1], vectors[:, ::-1]
         signs = np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
         return cls(
-            mean_picture=(sums.picture / sums.pictures).astype(np.float32),
+            mean_picture=(sums.image_sum / sums.images).astype(np.float32),
             channel_mean=mean,
             covariance=covariance,
             eigenvalues=values.clip(0),  # a set of one colour may come out at -1e-12
@@ -111,7 +111,7 @@ class Statistics:
 
     def save(self, data: Path) -> str:
         """Write `DATA/stats.npz` (the same bytes for the same numbers) and return its SHA-256."""
-        with sealed(data / NAME) as file:
+        with atomic_write(data / NAME) as file:
             np.savez(file, allow_pickle=False, **vars(self))
         return sha256(data / NAME)
 

@@ -31,7 +31,7 @@ ENDINGS: dict[Encoding, str] = {"jpeg": "jpg", "raw": "npy"}
 """What an image's member of a tar ends in."""
 
 
-def as_npy(pixels: Pixels) -> bytes:
+def encode_npy(pixels: Pixels) -> bytes:
     """Return uint8 [h, w, 3] as a NumPy file (format 1.0, C order): a header, then the pixels."""
     file = io.BytesIO()
     # The version is named, and the order made sure of: the bytes are what data sets are made of.
@@ -47,7 +47,7 @@ except ImportError:  # Pillow does it too, at half the speed
     simplejpeg = None
 
 SHAPE = (SIZE, SIZE, 3)
-COLOURS = ("YCbCr", "RGB", "Gray", "L")
+COLORS = ("YCbCr", "RGB", "Gray", "L")
 """What JPEGs may hold, as simplejpeg and Pillow call it."""
 SOI = b"\xff\xd8"
 EXIF = b"Exif\0\0"
@@ -59,7 +59,7 @@ class Undecodable(Exception):
     """These bytes are no image of 256x256; the message is the reason, one line."""
 
 
-def pixels_of(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixels:
+def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixels:
     """Decode a stored image.
 
     Args:
@@ -78,7 +78,7 @@ def pixels_of(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixels:
             raise Undecodable(f"it has {flat.size:,} bytes, not 256x256x3")
         return flat.reshape(SHAPE)
     data = bytes(data)
-    size = size_of(data)
+    size = read_jpeg_size(data)
     if size != (SIZE, SIZE):
         raise Undecodable(f"it is {size[0]}x{size[1]}, not {SIZE}x{SIZE}")
     if simplejpeg is None or EXIF in data[:EXIF_WITHIN]:
@@ -90,7 +90,7 @@ def pixels_of(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixels:
     return pixels
 
 
-def size_of(data: bytes) -> tuple[int, int]:
+def read_jpeg_size(data: bytes) -> tuple[int, int]:
     """Return width and height of a JPEG from its header.
 
     Raises:
@@ -108,7 +108,7 @@ def size_of(data: bytes) -> tuple[int, int]:
     except Exception as error:
         what = f"({_one_line(error)})" if data.startswith(SOI) else "at all"
         raise Undecodable(f"it is no JPEG {what}") from error
-    if colours not in COLOURS:
+    if colours not in COLORS:
         raise Undecodable(f"its colours are {colours}, neither RGB nor grey")
     return width, height
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipeline.dataset.manifest import Split
 from pipeline.tools.errors import REBUILD, DataError
-from pipeline.tools.files import sealed, sha256
+from pipeline.tools.files import atomic_write, sha256
 
 INDEX_DTYPE = np.dtype(
     [("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
@@ -34,13 +34,13 @@ def sample_key(number: int, place: int) -> str:
     return f"{number:06d}_{place:05d}"
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_member_name(name: str) -> tuple[str, str]:
     """Return key and ending of a member; the key is empty where the name has no dot."""
     dot = name.find(".", name.rfind("/") + 1)
     return (name[:dot], name[dot + 1 :]) if dot >= 0 else ("", name)
 
 
-def key_in_idx(path: Path, place: int) -> str | None:
+def read_key_from_idx(path: Path, place: int) -> str | None:
     """Return the key of the sample at `place` of the shard with this `.idx`, if it can be had."""
     try:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
@@ -48,13 +48,13 @@ def key_in_idx(path: Path, place: int) -> str | None:
     except (OSError, StopIteration):
         return None
     words = line.split()
-    return split_name(words[3])[0] if len(words) >= 4 else None
+    return split_member_name(words[3])[0] if len(words) >= 4 else None
 
 
 def save_index(data: Path, split: str, rows: Index) -> str:
     """Write `SPLIT.index.npy` and return its SHA-256."""
     path = data / index_name(split)
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         np.save(file, rows, allow_pickle=False)
     return sha256(path)
 

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from pipeline.dataset.images import Encoding
 from pipeline.tools.errors import REBUILD, DataError, UsageError
-from pipeline.tools.files import sealed, sha256
+from pipeline.tools.files import atomic_write, sha256
 
 VERSION = 1
 NAME = "manifest.json"
@@ -101,7 +101,7 @@ class Manifest:
 
     def save(self, data: Path) -> None:
         """Write `DATA/manifest.json`; from this moment the data set exists."""
-        with sealed(data / NAME) as file:
+        with atomic_write(data / NAME) as file:
             file.write(self.text())
 
     @classmethod

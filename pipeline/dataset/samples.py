@@ -19,20 +19,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.dataset.index import split_name
-from pipeline.dataset.tar import Member, shown
+from pipeline.dataset.index import split_member_name
+from pipeline.dataset.tar import Member, escape
 from pipeline.tools.errors import UsageError
 
 LABEL_ENDINGS = ("cls", "json", "txt")
 """The better one comes first."""
-MOST_BYTES = 1 << 16
+MAX_LABEL_BYTES = 1 << 16
 """A label that claims more bytes is none, and is not read."""
 LONGEST_WORD = 200
 NUMBER_FIELDS = ("label", "cls", "class", "class_id", "class_index", "target")
 NAME_FIELDS = ("class_name", "classname", "label_name", "class_text", "label_text")
 
 
-class Found(NamedTuple):
+class MemberLabel(NamedTuple):
     """What a member says."""
 
     label: int | str | None
@@ -41,16 +41,16 @@ class Found(NamedTuple):
     """Readable name of the class, where it stands beside the number."""
 
 
-def parse(ending: str, body: bytes) -> Found:
+def parse_label(ending: str, body: bytes) -> MemberLabel:
     """Return the label in the body of a `.cls`, `.json` or `.txt` member."""
     if ending == "json":
         return _from_json(body)
     try:
         label = _from_text(body.decode())
     except UnicodeDecodeError:
-        return Found(None)
+        return MemberLabel(None)
     # A text may be anything, such as a caption; only a number is a label.
-    return Found(None if ending == "txt" and isinstance(label, str) else label)
+    return MemberLabel(None if ending == "txt" and isinstance(label, str) else label)
 
 
 def _from_text(text: str) -> int | str | None:
@@ -62,20 +62,20 @@ def _from_text(text: str) -> int | str | None:
     return text if text and text.isprintable() and len(text) <= LONGEST_WORD else None
 
 
-def _from_json(body: bytes) -> Found:
+def _from_json(body: bytes) -> MemberLabel:
     try:
         table = json.loads(body)
     except (ValueError, RecursionError):
-        return Found(None)
+        return MemberLabel(None)
     if not isinstance(table, dict):
-        return Found(None)
+        return MemberLabel(None)
     labels = [_from_value(table.get(name)) for name in NUMBER_FIELDS]
     names = [_from_value(table.get(name)) for name in NAME_FIELDS]
     words = [value for value in (*names, *labels) if isinstance(value, str)]
     numbers = [value for value in labels if isinstance(value, int)]
     if numbers:
-        return Found(numbers[0], words[0] if words else None)
-    return Found(words[0] if words else None)
+        return MemberLabel(numbers[0], words[0] if words else None)
+    return MemberLabel(words[0] if words else None)
 
 
 def _from_value(value: object) -> int | str | None:
@@ -87,7 +87,7 @@ def _from_value(value: object) -> int | str | None:
     return _from_text(value)
 
 
-MOST = 1_000_000
+MAX_CLASSES = 1_000_000
 """Classes that a set may have; a label beyond is an id of something else."""
 
 
@@ -165,16 +165,16 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-JPEGS = ("jpg", "jpeg")
-OTHERS = ("png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "npy", "npz", "pyd", "pth")
+JPEG_ENDINGS = ("jpg", "jpeg")
+OTHER_ENDINGS = ("png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "npy", "npz", "pyd", "pth")
 """What images are stored as elsewhere, and not read from shards here."""
 
 
-class Unfit(Exception):
+class UnfitSample(Exception):
     """A sample that cannot be trained from as it is; the message is the reason."""
 
 
-class Part(NamedTuple):
+class SampleFile(NamedTuple):
     """One file of a sample."""
 
     ending: str
@@ -193,43 +193,43 @@ class Sample(NamedTuple):
     """The files that share a key."""
 
     key: str
-    parts: tuple[Part, ...]
+    parts: tuple[SampleFile, ...]
 
-    def picture(self) -> Part:
+    def find_image(self) -> SampleFile:
         """Return the JPEG.
 
         Raises:
             Unfit: there is none, or several.
         """
-        found = [part for part in self.parts if part.kind in JPEGS]
+        found = [part for part in self.parts if part.kind in JPEG_ENDINGS]
         if len(found) == 1:
             return found[0]
         if found:
-            names = " and ".join(f".{shown(part.ending)}" for part in found)
-            raise Unfit(f"it has several images, {names}; repack with one")
-        other = next((part for part in self.parts if part.kind in OTHERS), None)
+            names = " and ".join(f".{escape(part.ending)}" for part in found)
+            raise UnfitSample(f"it has several images, {names}; repack with one")
+        other = next((part for part in self.parts if part.kind in OTHER_ENDINGS), None)
         if other is None:
-            raise Unfit("it has no image (.jpg or .jpeg)")
-        raise Unfit(f"its image is a .{shown(other.ending)}, no JPEG")
+            raise UnfitSample("it has no image (.jpg or .jpeg)")
+        raise UnfitSample(f"its image is a .{escape(other.ending)}, no JPEG")
 
 
-def samples_of(members: Iterable[Member]) -> Iterator[Sample]:
+def group_samples(members: Iterable[Member]) -> Iterator[Sample]:
     """Group the members of a tar into samples, in stored order.
 
     Hidden files and names without a dot are passed over, as DALI and `webdataset` do.
     """
-    key, parts, seen = "", list[Part](), set[str]()
+    key, parts, seen = "", list[SampleFile](), set[str]()
     for member in members:
         if not member.regular:
             continue
-        base, ending = split_name(member.name)
+        base, ending = split_member_name(member.name)
         if not base or base.endswith("/"):
             continue
         if base != key or ending in seen:  # the same once more is another sample of that key
             if parts:
                 yield Sample(key, tuple(parts))
             key, parts, seen = base, [], set()
-        parts.append(Part(ending, member.name, member.offset, member.size))
+        parts.append(SampleFile(ending, member.name, member.offset, member.size))
         seen.add(ending)
     if parts:
         yield Sample(key, tuple(parts))
@@ -237,10 +237,10 @@ def samples_of(members: Iterable[Member]) -> Iterator[Sample]:
 
 def has_images(sample: Sample) -> bool:
     """Whether this is meant to be a sample: an image or a label, and not a file that lies by."""
-    return any(part.kind in (*JPEGS, *OTHERS, "cls") for part in sample.parts)
+    return any(part.kind in (*JPEG_ENDINGS, *OTHER_ENDINGS, "cls") for part in sample.parts)
 
 
-def label_of(sample: Sample, read: Callable[[int, int], bytes | memoryview]) -> int | str:
+def read_label(sample: Sample, read: Callable[[int, int], bytes | memoryview]) -> int | str:
     """Return the label of a sample, as it is written: a number from 0, or the name of a class.
 
     It is found as `build_shards` finds it: in the `.cls`, a field of the `.json`, or the `.txt`.
@@ -256,12 +256,12 @@ def label_of(sample: Sample, read: Callable[[int, int], bytes | memoryview]) -> 
     there = {part.kind: part for part in reversed(sample.parts) if part.kind in LABEL_ENDINGS}
     for kind in LABEL_ENDINGS:
         part = there.get(kind)
-        if part is not None and part.size <= MOST_BYTES:
-            label = parse(kind, bytes(read(part.offset, part.size))).label
+        if part is not None and part.size <= MAX_LABEL_BYTES:
+            label = parse_label(kind, bytes(read(part.offset, part.size))).label
             if label is not None:
                 return label
     first = next((kind for kind in LABEL_ENDINGS if kind in there), None)
     if first is None or first == "txt":
-        raise Unfit("it has no label (.cls or .json)")
+        raise UnfitSample("it has no label (.cls or .json)")
     where = f" (in one of {', '.join(NUMBER_FIELDS)})" if first == "json" else ""
-    raise Unfit(f"its .{first} of {there[first].size:,} bytes holds no label{where}")
+    raise UnfitSample(f"its .{first} of {there[first].size:,} bytes holds no label{where}")

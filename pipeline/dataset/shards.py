@@ -24,7 +24,7 @@ from pipeline.dataset.images import ENDINGS, SIZE, Encoding
 from pipeline.dataset.index import INDEX_DTYPE, Index, sample_key
 from pipeline.dataset.manifest import Shard
 from pipeline.dataset.samples import Sample
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 _COLUMNS = {"v1.1": 3, "v1.2": 4}
 """Words a file; the fourth is its name."""
@@ -33,7 +33,7 @@ Places = list[tuple[str, int, int]]
 """Ending, offset and size of the files of a sample."""
 
 
-def idx_text(samples: Sequence[Sample]) -> bytes:
+def format_idx(samples: Sequence[Sample]) -> bytes:
     """Return the `.idx` that lists these samples."""
     lines = [f"v1.2 {len(samples)}"]
     for sample in samples:
@@ -46,12 +46,12 @@ def idx_text(samples: Sequence[Sample]) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
 
 
-def places_of(samples: Sequence[Sample]) -> list[Places]:
+def locate_files(samples: Sequence[Sample]) -> list[Places]:
     """Return what `read_idx` finds in `idx_text(samples)`."""
     return [[(_word(p.ending), p.offset, p.size) for p in sample.parts] for sample in samples]
 
 
-def read_idx(content: bytes) -> list[Places]:
+def parse_idx(content: bytes) -> list[Places]:
     """Return what an `.idx` lists.
 
     Raises:
@@ -88,7 +88,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenTar:
     """What `write_tar` wrote."""
 
     rows: Index
@@ -101,7 +101,7 @@ class Written:
 
 def write_tar(
     file: IO[bytes], number: int, samples: Iterable[tuple[bytes, int]], encoding: Encoding
-) -> Written:
+) -> WrittenTar:
     """Write a tar of samples, byte for byte the same for the same samples, in one pass.
 
     Args:
@@ -137,7 +137,7 @@ def write_tar(
         raise
     finally:
         writer.close()
-    return Written(
+    return WrittenTar(
         rows=np.array(rows, INDEX_DTYPE),
         listing="".join([f"v1.2 {len(rows)}\n", *lines]).encode(),
         bytes=out.size,
@@ -158,14 +158,14 @@ def write_shard(
         The shard's row for the manifest, and its `INDEX_DTYPE` rows.
     """
     path = data / shard_name(split, number)
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         written = write_tar(file, number, samples, encoding)
-    with sealed(path.with_suffix(".idx")) as file:
+    with atomic_write(path.with_suffix(".idx")) as file:
         file.write(written.listing)
-    return as_shard(path.name, written), written.rows
+    return to_shard(path.name, written), written.rows
 
 
-def as_shard(name: str, written: Written) -> Shard:
+def to_shard(name: str, written: WrittenTar) -> Shard:
     """Return the manifest's row of a shard."""
     return Shard(
         name=name,

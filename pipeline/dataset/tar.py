@@ -15,12 +15,12 @@ from typing import BinaryIO, NamedTuple
 from pipeline.tools.errors import UsageError
 
 
-def tar_fault(error: UsageError) -> str:
+def extract_fault(error: UsageError) -> str:
     """Return what is wrong with a tar, out of the line that `members` says it in."""
     return str(error).partition(" cannot be read (")[2].rpartition(")")[0] or str(error)
 
 
-def shown(name: str) -> str:
+def escape(name: str) -> str:
     """Return a name as a message may show it: nothing in it steers the terminal."""
     return name if name.isprintable() else repr(name)[1:-1]
 
@@ -62,7 +62,9 @@ class Member(NamedTuple):
     """A file with bytes of its own: no folder, link, device or pipe."""
 
 
-def members(file: BinaryIO, name: str, start: int = 0, stop: int | None = None) -> Iterator[Member]:
+def read_members(
+    file: BinaryIO, name: str, start: int = 0, stop: int | None = None
+) -> Iterator[Member]:
     """Yield the members of a tar in the order in which they lie there.
 
     Args:
@@ -76,7 +78,7 @@ def members(file: BinaryIO, name: str, start: int = 0, stop: int | None = None) 
         UsageError: damaged, cut off, compressed, sparse or with an absurd header.
         OSError: the file cannot be read.
     """
-    window = _Window(file, name, start, stop)
+    window = _TarWindow(file, name, start, stop)
     said = _Extensions(window)
     place = start
     while (header := window.header(place)) is not None:
@@ -106,7 +108,7 @@ def members(file: BinaryIO, name: str, start: int = 0, stop: int | None = None) 
 class _Extensions:
     """What extension headers say of the member that follows, and of all that do."""
 
-    def __init__(self, window: _Window) -> None:
+    def __init__(self, window: _TarWindow) -> None:
         self._window = window
         self.own: dict[bytes, bytes] = {}
         self._shared: dict[bytes, bytes] = {}
@@ -132,7 +134,7 @@ class _Extensions:
         return known.get(b"path", raw), size
 
 
-class _Window:
+class _TarWindow:
     """The part of a tar that is in memory, and what is wrong with it."""
 
     def __init__(self, file: BinaryIO, name: str, start: int, stop: int | None) -> None:
@@ -202,12 +204,12 @@ class _Window:
         """Refuse a member whose bytes are not there, or not all of them."""
         if sparse or member.offset + member.size > self.stop:
             what = "is stored sparsely" if sparse else "goes on after its end"
-            raise self.damage(f"{shown(member.name[:200])} {what}")
+            raise self.damage(f"{escape(member.name[:200])} {what}")
 
     def damage(self, what: str) -> UsageError:
         """Return the error that says so."""
         return UsageError(
-            f"tar {shown(self._name)} cannot be read ({what}); it must be whole and not compressed"
+            f"tar {escape(self._name)} cannot be read ({what}); it must be whole and not compressed"
         )
 
     def _strange(self, header: bytes, place: int, what: str) -> UsageError:

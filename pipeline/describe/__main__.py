@@ -44,9 +44,9 @@ from pipeline.describe.figures import (
     size_chart,
     strips,
 )
-from pipeline.remote.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset, parse_size
+from pipeline.remote.dataset import CACHE_SIZE, Dataset, is_remote, open_dataset, parse_size
 from pipeline.tools.errors import UsageError, run
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 ENDS = 12
 """Classes named at each end where there are too many for a list."""
@@ -87,7 +87,7 @@ def inspect(options: Options) -> tuple[Facts, Path]:
     finally:
         dataset.close()
     try:
-        with sealed(page) as file:
+        with atomic_write(page) as file:
             file.write(text.encode(errors="replace"))
     except OSError as error:
         reason = error.strerror or error
@@ -95,7 +95,7 @@ def inspect(options: Options) -> tuple[Facts, Path]:
     return facts, page
 
 
-def _target(options: Options, dataset: DataSet) -> Path:
+def _target(options: Options, dataset: Dataset) -> Path:
     """Return where the page goes: never into the data set, which is sealed."""
     page = options.out or Path(f"{name_of(options.data)}-inspect.html")
     folder = page.resolve().parent
@@ -113,7 +113,7 @@ def name_of(data: str) -> str:
     return name or "data"
 
 
-def render(facts: Facts, dataset: DataSet, seed: int) -> str:
+def render(facts: Facts, dataset: Dataset, seed: int) -> str:
     """Return the page as HTML text."""
     samples = Samples(dataset, facts)
     try:

@@ -25,7 +25,7 @@ from rich.text import Text
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import Index, load_index
 from pipeline.dataset.manifest import Manifest, Split
-from pipeline.remote.dataset import DataSet, is_remote
+from pipeline.remote.dataset import Dataset, is_remote
 from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
 
@@ -114,7 +114,7 @@ class Facts:
         return (manifest.titles or manifest.classes)[label]
 
 
-def gather(data: str, dataset: DataSet) -> Facts:
+def gather(data: str, dataset: Dataset) -> Facts:
     """Read all that is to be known without opening a shard.
 
     Raises:
@@ -157,7 +157,7 @@ def _component(statistics: Statistics, place: int) -> Component:
     )
 
 
-def _reasons(data: str, dataset: DataSet, manifest: Manifest) -> list[Reason] | None:
+def _reasons(data: str, dataset: Dataset, manifest: Manifest) -> list[Reason] | None:
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     with _list(data, dataset, REJECTS, manifest.rejects_sha256) as path:
@@ -170,7 +170,7 @@ def _reasons(data: str, dataset: DataSet, manifest: Manifest) -> list[Reason] | 
     return [Reason(reason, count, examples[reason]) for reason, count in counts.most_common()]
 
 
-def _duplicates(data: str, dataset: DataSet, manifest: Manifest) -> Duplicates | None:
+def _duplicates(data: str, dataset: Dataset, manifest: Manifest) -> Duplicates | None:
     if is_remote(data) and not manifest.duplicates and manifest.duplicates_sha256 is None:
         return None  # it was never searched, and a store is slow to say so
     counts = dict.fromkeys(("groups", "pictures", "exact", "near", "leaks", "labels_differ"), 0)
@@ -193,7 +193,7 @@ def _duplicates(data: str, dataset: DataSet, manifest: Manifest) -> Duplicates |
 
 
 @contextmanager
-def _list(data: str, dataset: DataSet, name: str, expected: str | None) -> Iterator[Path | None]:
+def _list(data: str, dataset: Dataset, name: str, expected: str | None) -> Iterator[Path | None]:
     """Give the path of a list beside the manifest, checked if its hash is known; None if missing.
 
     Raises:

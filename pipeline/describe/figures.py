@@ -20,9 +20,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.images import Pixels, Undecodable, pixels_of
+from pipeline.dataset.images import Pixels, Undecodable, decode_image
 from pipeline.describe.facts import Facts, SplitFacts
-from pipeline.remote.dataset import DataSet, LocalSet
+from pipeline.remote.dataset import Dataset, LocalDataset
 from pipeline.stream.augment import tint
 from pipeline.stream.shard_reader import Damage, ShardReader
 
@@ -190,11 +190,11 @@ class ShownGroup:
 class Samples:
     """Reads and decodes samples of all splits of a set."""
 
-    def __init__(self, dataset: DataSet, facts: Facts) -> None:
+    def __init__(self, dataset: Dataset, facts: Facts) -> None:
         self._facts = facts
         self._dataset = dataset
         self._opened: dict[str, ShardReader] = {}
-        self.local = isinstance(dataset, LocalSet)
+        self.local = isinstance(dataset, LocalDataset)
         self.damaged: list[str] = []
         """What could not be shown, one line each."""
 
@@ -227,7 +227,7 @@ class Samples:
     ) -> Pixels | None:
         if damage is None:
             try:
-                return pixels_of(data, self._facts.manifest.encoding)
+                return decode_image(data, self._facts.manifest.encoding)
             except Undecodable as error:
                 damage = storage.damage(sample, str(error))
         self.damaged.append(str(damage))

@@ -35,9 +35,9 @@ from pipeline.packing.shards import (
     seal,
     write_shard_of,
 )
-from pipeline.remote.target import WORK, Target, finished, target_for
+from pipeline.remote.target import WORK, Target, is_finished, open_target
 from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError
-from pipeline.tools.processes import LocalPool, Pool, ahead
+from pipeline.tools.processes import LocalPool, Pool, read_ahead
 from pipeline.tools.progress import Progress
 
 STATE = f"{WORK}/build.json"
@@ -64,14 +64,14 @@ def build(options: Build, target: Target | None = None, pool: Pool | None = None
         DataError: OUT holds a finished set that is not whole.
     """
     options.check()
-    return _build_in(target or target_for(options.out), options, pool)
+    return _build_in(target or open_target(options.out), options, pool)
 
 
 def _build_in(target: Target, options: Build, pool: Pool | None) -> Manifest:
     with _one_line(target):
-        if finished(target):
+        if is_finished(target):
             return _as_it_is(options, target)
-    with _one_line(target), target.claimed(), target.scratch() as scratch:
+    with _one_line(target), target.reserve(), target.scratch() as scratch:
         plan = make_plan(options, scratch)
         _begin(options, plan, target)
         with _used(pool, options) as workers:
@@ -99,7 +99,7 @@ def _build(options: Build, plan: Plan, target: Target, pool: Pool, scratch: Path
 
 def _pack(options: Build, plan: Plan, target: Target, pool: Pool) -> None:
     """Stage one: the chunks that are missing."""
-    there = target.names(chunks.FOLDER)
+    there = target.list_files(chunks.FOLDER)
     missing = [
         part
         for part in plan.parts()
@@ -124,7 +124,7 @@ def _gather(
     counts = {}
     jobs = []
     total = int(collected.packed.sum())
-    there = target.names(SHARDS)
+    there = target.list_files(SHARDS)
     for split in plan.orders:
         order = collected.order(plan, split)
         step = options.samples_per_shard
@@ -134,7 +134,7 @@ def _gather(
         done = {
             number
             for number, fetched in zip(
-                maybe, ahead(partial(fetch_done, target, split), maybe), strict=True
+                maybe, read_ahead(partial(fetch_done, target, split), maybe), strict=True
             )
             if parse_done(fetched, split, number, collected.taken[rows[number]])
         }
@@ -181,7 +181,7 @@ def _as_it_is(options: Build, target: Target) -> Manifest:
             "another version of Duet; name another folder"
         )
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    for shard, size in zip(shards, ahead(lambda s: target.size(s.name), shards), strict=True):
+    for shard, size in zip(shards, read_ahead(lambda s: target.size(s.name), shards), strict=True):
         if size != shard.bytes:
             raise DataError(f"{target.address}/{shard.name} is missing or not whole; {REBUILD}")
     target.clear(WORK)  # of a build that was killed after its last word

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from pipeline.dataset.image_stats import Sums
-from pipeline.dataset.images import Pixels, as_npy
+from pipeline.dataset.images import Pixels, encode_npy
 from pipeline.packing.duplicates import perceptual_hash
 from pipeline.packing.jpeg_header import one_line
 from pipeline.packing.plan import Build, Part, Plan
@@ -27,7 +27,7 @@ from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader
 from pipeline.tools.errors import DuetError
-from pipeline.tools.processes import Crash, isolated
+from pipeline.tools.processes import Crash, call_isolated
 
 FOLDER = f"{WORK}/chunks"
 
@@ -150,8 +150,8 @@ def parse_chunk(fetched: Fetched, number: int, pictures: int) -> Chunk:
     try:
         with np.load(io.BytesIO(fetched.facts or b"")) as arrays:
             sums = Sums()
-            sums.pictures = int(arrays["pictures"])
-            sums.picture, sums.outer = arrays["picture"], arrays["outer"]
+            sums.images = int(arrays["pictures"])
+            sums.image_sum, sums.outer = arrays["picture"], arrays["outer"]
             chunk = Chunk(
                 packed=arrays["packed"],
                 reasons=dict(json.loads(arrays["reasons"].tobytes())),
@@ -198,8 +198,8 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
             file,
             packed=packed,
             reasons=np.frombuffer(json.dumps(list(reasons.items())).encode(), np.uint8),
-            pictures=np.uint32(sums.pictures),
-            picture=sums.picture.astype(np.uint32),  # a chunk has far fewer than 2**24 images
+            pictures=np.uint32(sums.images),
+            picture=sums.image_sum.astype(np.uint32),  # a chunk has far fewer than 2**24 images
             outer=sums.outer,
         )
     return ChunkDone(job.number, len(packed), len(reasons))
@@ -228,7 +228,7 @@ def _square(data: bytes, min_side: int) -> Pixels | str:
 def _square_apart(data: bytes, job: ChunkJob) -> Pixels | str:
     """Open an image in a process of its own, which it may take down with it."""
     try:
-        return isolated(_square, data, job.options.min_side)
+        return call_isolated(_square, data, job.options.min_side)
     except Crash as crash:
         if crash.from_outside:
             raise DuetError(
@@ -256,5 +256,5 @@ def _bytes(job: ChunkJob) -> Iterator[bytes | str]:
 
 def _encoded(pixels: Pixels, options: Build) -> bytes:
     if options.encoding == "raw":
-        return as_npy(pixels)
+        return encode_npy(pixels)
     return encode(pixels, options.quality, options.chroma)

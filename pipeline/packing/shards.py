@@ -27,7 +27,7 @@ from pipeline.dataset.images import Encoding
 from pipeline.dataset.index import INDEX_DTYPE, Index, index_name
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
-from pipeline.dataset.shards import as_shard, shard_name, write_tar
+from pipeline.dataset.shards import shard_name, to_shard, write_tar
 from pipeline.packing.chunks import (
     HASH_BYTES,
     Chunk,
@@ -40,11 +40,11 @@ from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.duplicates import Counts, Member, find, write
 from pipeline.packing.plan import Build, Part, Places, Plan
 from pipeline.remote.filesystem import StoreError
-from pipeline.remote.target import WORK, Piece, Target
+from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import sha256
-from pipeline.tools.processes import ahead
+from pipeline.tools.processes import read_ahead
 
 FOLDER = f"{WORK}/shards"
 
@@ -97,7 +97,7 @@ def write_shard_of(job: ShardJob) -> int:
     with job.target.create(name.removesuffix(".tar") + ".idx") as file:
         file.write(written.listing)
     with job.target.create(done_name(job.split, job.number)) as file:
-        shard = as_shard(name, written)
+        shard = to_shard(name, written)
         np.savez(
             file,
             rows=written.rows,
@@ -163,8 +163,10 @@ def parse_done(
 
 def _samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
     names = {chunk: data_name(chunk) for chunk in set(job.taken["chunk"].tolist())}
-    pieces = [Piece(names[chunk], offset, size) for chunk, offset, size, _, _ in job.taken.tolist()]
-    found = job.target.pieces(pieces)
+    pieces = [
+        ByteRange(names[chunk], offset, size) for chunk, offset, size, _, _ in job.taken.tolist()
+    ]
+    found = job.target.read_ranges(pieces)
     for row in job.taken:
         try:
             data = next(found)
@@ -239,7 +241,7 @@ def _chunks(plan: Plan, target: Target) -> Iterator[tuple[Part, int, Chunk]]:
     firsts = plan.first_rows
     damaged: list[int] = []
 
-    files = ahead(lambda part: fetch_chunk(target, part.number), plan.parts())
+    files = read_ahead(lambda part: fetch_chunk(target, part.number), plan.parts())
     for part, fetched in zip(plan.parts(), files, strict=True):
         try:
             chunk = parse_chunk(fetched, part.number, part.stop - part.start)
@@ -405,7 +407,7 @@ def _index(name: str, facts: list[Shard], target: Target) -> Iterator[bytes]:
 
 
 def _all_done(target: Target, name: str, shards: int) -> Iterator[ShardDone]:
-    files = ahead(partial(fetch_done, target, name), range(shards))
+    files = read_ahead(partial(fetch_done, target, name), range(shards))
     for number, fetched in enumerate(files):
         done = parse_done(fetched, name, number)
         if done is None:

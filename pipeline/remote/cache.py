@@ -28,7 +28,7 @@ from pathlib import Path
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.remote.filesystem import Stopped
 from pipeline.tools.errors import DuetError, UsageError
-from pipeline.tools.files import PARTIAL, sealed, sync_folder, try_lock, unlock
+from pipeline.tools.files import PARTIAL, atomic_write, sync_folder, try_lock, unlock
 
 AS_STORED = ".as-stored"
 """Ending of the file beside a shard which the store itself holds damaged; the hash of that."""
@@ -83,7 +83,7 @@ class Cache:
         path = folder / MANIFEST
         with self._exclusive():
             if not path.is_file() or path.read_bytes() != manifest:
-                with sealed(path) as file:
+                with atomic_write(path) as file:
                     file.write(manifest)
             self._sweep()
         return folder
@@ -193,7 +193,7 @@ class Cache:
             mark.unlink(missing_ok=True)
         sync_folder(path.parent)
         if as_stored is not None:
-            with sealed(mark) as file:
+            with atomic_write(mark) as file:
                 file.write(as_stored.encode())
 
     def touch(self, path: Path) -> bool:

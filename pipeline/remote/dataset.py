@@ -25,9 +25,9 @@ from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.index import index_name
 from pipeline.dataset.manifest import NAME, Manifest, Shard
 from pipeline.remote.cache import AS_STORED, Cache
-from pipeline.remote.download import Arrival, Store
+from pipeline.remote.download import HashCheck, Store
 from pipeline.remote.filesystem import Mismatch, local_errors
-from pipeline.remote.prefetch import Ahead, Outcome
+from pipeline.remote.prefetch import FetchOutcome, Prefetcher
 from pipeline.tools.errors import REBUILD, DataError, UsageError
 from pipeline.tools.files import sha256
 
@@ -41,7 +41,7 @@ LARGEST_MANIFEST = 256 * 2**20
 """More bytes than this are no manifest (a million shards have about 200 MB of it)."""
 
 
-class RemoteSet:
+class RemoteDataset:
     """A `dataset.DataSet` behind an address."""
 
     def __init__(self, store: Store, cache: Cache, threads: int = THREADS) -> None:
@@ -66,10 +66,10 @@ class RemoteSet:
                 # `shards.index_name`, without the packing that comes with an import of it
                 self._fetch_small(index_name(name), split.index_sha256)
         self._given: dict[str, tuple[int, int]] = {}
-        self._ahead = Ahead(self._fetch_ahead, threads, self._stop)
+        self._ahead = Prefetcher(self._fetch_ahead, threads, self._stop)
         _open_sets.add(self)
 
-    def shard(self, shard: Shard) -> Path:
+    def fetch_shard(self, shard: Shard) -> Path:
         """Return the local path of a whole shard, fetching it first if need be; see `DataSet`."""
         path = self.folder / shard.name
         with local_errors(self._cache.folder):
@@ -86,11 +86,11 @@ class RemoteSet:
         """Open a shard for reading, whatever is removed from the cache meanwhile."""
         while True:
             try:
-                return self.shard(shard).open("rb")
+                return self.fetch_shard(shard).open("rb")
             except FileNotFoundError:
                 continue
 
-    def ahead(self, shards: Sequence[Shard]) -> None:
+    def prefetch(self, shards: Sequence[Shard]) -> None:
         """Fetch these in the background, in this order; see `DataSet`."""
         self._ahead.wish(shards)
 
@@ -113,7 +113,7 @@ class RemoteSet:
 
     def _after_fork(self) -> None:
         self._stop = threading.Event()
-        self._ahead = Ahead(self._fetch_ahead, self._ahead.limit, self._stop)
+        self._ahead = Prefetcher(self._fetch_ahead, self._ahead.limit, self._stop)
 
     def _read_manifest(self) -> bytes:
         """Fetch the manifest as it is in the store now."""
@@ -181,11 +181,11 @@ class RemoteSet:
         except FileNotFoundError:
             return None
 
-    def _fetch_ahead(self, shard: Shard, wishes: Sequence[Shard]) -> Outcome:
+    def _fetch_ahead(self, shard: Shard, wishes: Sequence[Shard]) -> FetchOutcome:
         """Fetch in the background, without waiting for anybody."""
         path = self.folder / shard.name
         if self._is_here(shard) and self._cache.touch(path):  # others shall not remove it now
-            return Outcome.HERE
+            return FetchOutcome.HERE
         # Room goes to what is needed first, whichever thread is faster.
         sooner = itertools.takewhile(lambda wish: wish != shard, wishes)
         beside = sum(wish.bytes for wish in sooner if not self._is_here(wish))
@@ -200,7 +200,7 @@ class RemoteSet:
         spare: set[Path] | None = None,
         beside: int = 0,
         replace: tuple[int, int] | None = None,
-    ) -> Outcome:
+    ) -> FetchOutcome:
         """Bring a shard into the cache, unless it is there.
 
         Args:
@@ -217,12 +217,12 @@ class RemoteSet:
 
         spare = {self.folder / wish.name for wish in self._ahead.wishes} if spare is None else spare
         attempts = None if wait else AHEAD_ATTEMPTS
-        check = Arrival(shard)
+        check = HashCheck(shard)
         with cache.fetching(path, wait=wait, until=here, stop=self._stop) as mine:
             if here():
-                return Outcome.HERE
+                return FetchOutcome.HERE
             if not mine:
-                return Outcome.BUSY
+                return FetchOutcome.BUSY
             with cache.room(
                 path, shard.bytes, beside=beside, spare=spare, wait=wait, stop=self._stop
             ) as there:
@@ -238,7 +238,7 @@ class RemoteSet:
                     if check.as_stored is not None:
                         self._refuse_another_set()
                     self._install(arrived, path, check.as_stored)
-                return Outcome.HERE if there else Outcome.NO_ROOM
+                return FetchOutcome.HERE if there else FetchOutcome.NO_ROOM
 
     def _install(self, arrived: Path, path: Path, as_stored: str | None = None) -> None:
         try:
@@ -254,7 +254,7 @@ class RemoteSet:
             )
 
 
-_open_sets: weakref.WeakSet[RemoteSet] = weakref.WeakSet()
+_open_sets: weakref.WeakSet[RemoteDataset] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
@@ -293,14 +293,14 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<prefix>[kmgtp]?)(?P<binary>i?)b?\s*", re.I)
 
 
-class DataSet(Protocol):
+class Dataset(Protocol):
     """The files of one data set. Threads may share it."""
 
     folder: Path
     """A local folder with `manifest.json`, `stats.npz` and `SPLIT.index.npy`: what the functions
     that take a data folder read. Shards are in it when `shard` or `open` has returned."""
 
-    def shard(self, shard: Shard) -> Path:
+    def fetch_shard(self, shard: Shard) -> Path:
         """Return the local path of a shard, all of it there; it counts as used now.
 
         For a remote set this waits until it is fetched and checked against the manifest. Other
@@ -320,7 +320,7 @@ class DataSet(Protocol):
             As `shard`.
         """
 
-    def ahead(self, shards: Sequence[Shard]) -> None:
+    def prefetch(self, shards: Sequence[Shard]) -> None:
         """Say what will be needed soon, in this order; returns at once.
 
         It is fetched in the background and stays until other shards are wished for. Wishes of an
@@ -344,14 +344,14 @@ class DataSet(Protocol):
         """End all fetching, within seconds; nothing else may be called then."""
 
 
-class LocalSet:
+class LocalDataset:
     """A data set in a folder of this machine."""
 
     def __init__(self, folder: Path) -> None:
         """Take the folder; `Manifest.load` says what is wrong with it."""
         self.folder = folder
 
-    def shard(self, shard: Shard) -> Path:
+    def fetch_shard(self, shard: Shard) -> Path:
         """Return the path of a shard."""
         path = self.folder / shard.name
         if not path.is_file():
@@ -360,9 +360,9 @@ class LocalSet:
 
     def open(self, shard: Shard) -> BinaryIO:
         """Open a shard for reading."""
-        return self.shard(shard).open("rb")
+        return self.fetch_shard(shard).open("rb")
 
-    def ahead(self, shards: Sequence[Shard]) -> None:
+    def prefetch(self, shards: Sequence[Shard]) -> None:
         """Do nothing: it is all here."""
 
     def recheck(self, shard: Shard) -> bool:
@@ -383,7 +383,7 @@ def open_dataset(
     *,
     cache: str | os.PathLike[str] | None = None,
     cache_size: int = CACHE_SIZE,
-) -> DataSet:
+) -> Dataset:
     """Open the data set at a folder or an address.
 
     An address is anything that fsspec knows: `https://host/folder`, `s3://bucket/folder`,
@@ -408,16 +408,16 @@ def open_dataset(
     if not is_remote(where):
         local = unquote(urlsplit(where).path) if where.lower().startswith("file://") else where
         Manifest.load(Path(local))
-        return LocalSet(Path(local))
+        return LocalDataset(Path(local))
     from pipeline.remote.cache import Cache  # these bring fsspec, which a local set does without
     from pipeline.remote.download import Store
 
     store = Store(where)
     folder = default_cache() if cache is None else Path(cache)
-    return RemoteSet(store, Cache(folder.absolute(), cache_size, store.policy.patience))
+    return RemoteDataset(store, Cache(folder.absolute(), cache_size, store.policy.patience))
 
 
-def metadata(
+def fetch_metadata(
     data: str | os.PathLike[str],
     *,
     cache: str | os.PathLike[str] | None = None,

@@ -32,16 +32,16 @@ from pipeline.remote.filesystem import (
     Stopped,
     StoreError,
     TransferError,
-    describe,
+    describe_error,
+    hide_credentials,
     is_permanent,
     raise_if_local,
-    without_secrets,
 )
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError
 from pipeline.tools.files import PARTIAL, sha256
 
 
-class Arrival:
+class HashCheck:
     """Compares what arrived with the manifest, and knows the store's own damage when it sees it."""
 
     def __init__(self, shard: Shard) -> None:
@@ -91,15 +91,15 @@ class Store:
         self._address = address.rstrip("/")
         self.policy = policy or RetryPolicy()
         for part in address.split("::"):
-            _check_scheme(part.partition("://")[0], without_secrets(address))
+            _check_scheme(part.partition("://")[0], hide_credentials(address))
         if "?" in address and address.startswith("http"):
             raise UsageError(
-                f"data set {without_secrets(address)}: an address with a query has no files below "
+                f"data set {hide_credentials(address)}: an address with a query has no files below "
                 "it; give the address of the folder"
             )
 
     def __str__(self) -> str:
-        return without_secrets(self._address)
+        return hide_credentials(self._address)
 
     def fetch(
         self,
@@ -192,8 +192,8 @@ class Store:
 
     def _give_up(self, name: str, failure: Exception, attempts: int, seconds: float) -> NoReturn:
         times = "once" if attempts == 1 else f"{attempts} times in {seconds:.0f} s"
-        what = without_secrets(f"{name} could not be fetched from {self}, tried {times}")
-        why = without_secrets(describe(failure))
+        what = hide_credentials(f"{name} could not be fetched from {self}, tried {times}")
+        why = hide_credentials(describe_error(failure))
         if isinstance(failure, Mismatch):
             raise DataError(f"{what}: {why}; repair the data set in the store") from failure
         check = "check the address and the credentials"

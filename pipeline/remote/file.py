@@ -13,16 +13,16 @@ import tempfile
 from typing import IO, Any
 
 from pipeline.remote.filesystem import (
-    Call,
+    BackgroundCall,
     RetryPolicy,
     TransferError,
     Unreachable,
-    file_system,
+    open_filesystem,
     retry,
 )
 from pipeline.tools.errors import SetupError
 
-__all__ = ["RemoteFile", "Unreachable", "file_system", "retry"]
+__all__ = ["RemoteFile", "Unreachable", "open_filesystem", "retry"]
 
 SMALLEST, LARGEST = 1 << 16, 1 << 22
 """Bytes of a block: doubled with each one that follows the last, for reading forward."""
@@ -47,10 +47,10 @@ class RemoteFile(io.RawIOBase):
         """
         super().__init__()
         self._address, self._policy = address, policy or RetryPolicy()
-        self._system, self._path = file_system(address, self._policy)
+        self._system, self._path = open_filesystem(address, self._policy)
         self._blocks: list[tuple[int, bytes]] = []
         """The last two blocks and where they begin: what is read goes a little back and forth."""
-        self._coming: tuple[int, int, Call[bytes]] | None = None
+        self._coming: tuple[int, int, BackgroundCall[bytes]] | None = None
         self._place, self._length = 0, SMALLEST // 2
         self._whole: IO[bytes] | None = None
         size = retry(self._look, address, self._policy)
@@ -145,7 +145,7 @@ class RemoteFile(io.RawIOBase):
         end = min(start + min(2 * self._length, LARGEST), self.size)
         self._coming = None
         if self._length >= AHEAD and start < end:
-            self._coming = start, end, Call(lambda: self._get_once(start, end))
+            self._coming = start, end, BackgroundCall(lambda: self._get_once(start, end))
         return found
 
     def _get(self, start: int, end: int) -> bytes:

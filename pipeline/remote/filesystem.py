@@ -124,7 +124,7 @@ def is_permanent(error: BaseException) -> bool:
     return isinstance(error, _PERMANENT) or "Credential" in type(error).__name__
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Say in a few words of one line what a store answered."""
     status = _status(error)
     answer = f" (HTTP {status})" if status else ""
@@ -141,7 +141,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or ["no reason given"])[0]
 
 
-def without_secrets(text: str) -> str:
+def hide_credentials(text: str) -> str:
     """Return `text` with `user:password@` of any address in it replaced by stars."""
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
@@ -155,14 +155,14 @@ class Unreachable(StoreError, OSError):
     """A store did not give (a part of) a file, after all tries; exit code 1."""
 
 
-def file_system(address: str, policy: RetryPolicy | None = None) -> tuple[Any, str]:
+def open_filesystem(address: str, policy: RetryPolicy | None = None) -> tuple[Any, str]:
     """Return the fsspec file system that an address names, and the path in there.
 
     Raises:
         UsageError: an unknown scheme, a chain of them, or an address with a query.
         SetupError: the package for the scheme is not installed.
     """
-    policy, safe = policy or RetryPolicy(), without_secrets(address)
+    policy, safe = policy or RetryPolicy(), hide_credentials(address)
     scheme = address.partition("://")[0]
     if "::" in address:
         raise UsageError(f"source {safe}: lists with '::' are not read; name one set at a time")
@@ -219,7 +219,7 @@ def retry(
     began = time.monotonic()
     for attempt in range(1, policy.attempts + 1):
         try:
-            return Call(action).result(4 * policy.stall) if watched else action()
+            return BackgroundCall(action).result(4 * policy.stall) if watched else action()
         except DuetError:
             raise
         except Exception as error:
@@ -234,10 +234,12 @@ def _give_up(what: str, failure: Exception, attempts: int, seconds: float) -> No
     check = "check the address and the credentials"
     way = check if is_permanent(failure) else "try again later"
     times = f"tried {attempts} times in {seconds:.0f} s"
-    raise Unreachable(without_secrets(f"{what}, {times}: {describe(failure)}; {way}")) from failure
+    raise Unreachable(
+        hide_credentials(f"{what}, {times}: {describe_error(failure)}; {way}")
+    ) from failure
 
 
-class Call(Generic[T]):
+class BackgroundCall(Generic[T]):
     """Something that runs in a thread of its own, left behind when nobody waits for it."""
 
     def __init__(self, action: Callable[[], T]) -> None:

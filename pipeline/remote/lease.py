@@ -27,19 +27,19 @@ STALE = 120.0
 SETTLE = 1.5
 """Seconds in which another may take over the same claim at the same time."""
 
-Ask = Callable[..., Any]
-"""`StoreTarget.ask`."""
+Request = Callable[..., Any]
+"""`StoreTarget.request`."""
 
 
-class Claim:
+class Lease:
     """`with Claim(...)`: this process is the one that builds.
 
     Raises:
         UsageError: on entry, another one is; on the way out, another one took over meanwhile.
     """
 
-    def __init__(self, ask: Ask, name: str, address: str) -> None:
-        self._ask, self._name, self._address = ask, name, address
+    def __init__(self, request: Request, name: str, address: str) -> None:
+        self._request, self._name, self._address = request, name, address
         self._mine = {
             "host": platform.node(),
             "pid": os.getpid(),
@@ -51,7 +51,7 @@ class Claim:
         self._lost = False
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> Lease:
         self._take()
         self._thread.start()
         return self
@@ -65,7 +65,7 @@ class Claim:
         self._stop.set()
         self._thread.join()
         if not self._lost:
-            self._ask(self._name, _remove, "removed")
+            self._request(self._name, _remove, "removed")
         elif kind is KeyboardInterrupt:  # by ourselves
             raise UsageError(
                 f"{self._address} was taken over by another build, since this one gave no sign of "
@@ -95,7 +95,7 @@ class Claim:
                 return False
             return True
 
-        return bool(self._ask(self._name, create, "written"))
+        return bool(self._request(self._name, create, "written"))
 
     def _refuse_unless_dead(self, holder: dict[str, Any]) -> None:
         if holder.get("machine") == _machine() and not Path(f"/proc/{holder.get('pid')}").exists():
@@ -123,10 +123,10 @@ class Claim:
                 return system.modified(path)
             return None
 
-        beat = self._ask(self._name, last)
+        beat = self._request(self._name, last)
         if beat is None:
             return STALE
-        return float((self._ask(probe, now, "written") - beat).total_seconds())
+        return float((self._request(probe, now, "written") - beat).total_seconds())
 
     def _keep(self) -> None:
         """Give signs of life, and notice a claim that is no longer ours."""
@@ -146,7 +146,7 @@ class Claim:
                 return bytes(system.cat_file(path))
             return None
 
-        text = self._ask(self._name, read)
+        text = self._request(self._name, read)
         try:
             found = json.loads(text) if text is not None else None
         except ValueError:
@@ -154,7 +154,9 @@ class Claim:
         return found if isinstance(found, dict) or found is None else {}
 
     def _write(self) -> None:
-        self._ask(self._name, lambda system, path: system.pipe_file(path, self._text()), "written")
+        self._request(
+            self._name, lambda system, path: system.pipe_file(path, self._text()), "written"
+        )
 
     def _text(self) -> bytes:
         return json.dumps(self._mine).encode()

@@ -12,7 +12,7 @@ from pipeline.dataset.manifest import Shard
 from pipeline.tools.errors import DuetError
 
 
-class Outcome(enum.Enum):
+class FetchOutcome(enum.Enum):
     """What came of a wish."""
 
     HERE = enum.auto()
@@ -22,12 +22,12 @@ class Outcome(enum.Enum):
     """The cache is full of what is needed sooner."""
 
 
-class Ahead:
+class Prefetcher:
     """Wishes, and at most `limit` daemon threads that last as long as there are some."""
 
     def __init__(
         self,
-        fetch: Callable[[Shard, Sequence[Shard]], Outcome],
+        fetch: Callable[[Shard, Sequence[Shard]], FetchOutcome],
         limit: int,
         stop: threading.Event,
     ) -> None:
@@ -76,8 +76,8 @@ class Ahead:
                     outcome = self._fetch(*task)
                 except (DuetError, OSError):
                     continue  # who needs the shard tries again, and is told
-                busy = busy + 1 if outcome is Outcome.BUSY else 0
-                if outcome is not Outcome.HERE:
+                busy = busy + 1 if outcome is FetchOutcome.BUSY else 0
+                if outcome is not FetchOutcome.HERE:
                     self._later(task[0], outcome, busy)
         finally:
             with self._changed:
@@ -91,14 +91,14 @@ class Ahead:
                 return None
             return self._queue.popleft(), self.wishes
 
-    def _later(self, shard: Shard, outcome: Outcome, busy: int) -> None:
+    def _later(self, shard: Shard, outcome: FetchOutcome, busy: int) -> None:
         """Put a shard back, if it is still wished for, and wait where nothing else can be done."""
         with self._changed:
             if shard not in self.wishes or shard in self._queue:
                 return
-            if outcome is Outcome.BUSY:
+            if outcome is FetchOutcome.BUSY:
                 self._queue.append(shard)  # there may be others that nobody fetches
             else:
                 self._queue.appendleft(shard)  # what is needed first gets the next room
-            if outcome is Outcome.NO_ROOM or busy >= len(self._queue):
+            if outcome is FetchOutcome.NO_ROOM or busy >= len(self._queue):
                 self._changed.wait(0.2)

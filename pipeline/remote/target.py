@@ -28,15 +28,15 @@ from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.remote.dataset import is_remote
 from pipeline.remote.download import Store
 from pipeline.remote.file import Unreachable, retry
-from pipeline.remote.filesystem import RetryPolicy, StoreError, describe, without_secrets
-from pipeline.remote.lease import Claim
+from pipeline.remote.filesystem import RetryPolicy, StoreError, describe_error, hide_credentials
+from pipeline.remote.lease import Lease
 from pipeline.tools.errors import SetupError, UsageError
-from pipeline.tools.files import PARTIAL, sealed, writable_folder
+from pipeline.tools.files import PARTIAL, atomic_write, ensure_writable
 
 
-def bucket_of(store: str, folder: str) -> StoreTarget:
+def open_store(store: str, folder: str) -> StoreTarget:
     """Return what writes into a folder of a store; raises as `places_of`."""
-    safe = without_secrets(store)
+    safe = hide_credentials(store)
     if store.partition("://")[0] not in OBJECT_STORES:
         raise UsageError(
             f"store {safe}: checkpoints go to folders and to object stores "
@@ -48,7 +48,7 @@ def bucket_of(store: str, folder: str) -> StoreTarget:
     return StoreTarget(f"{store.rstrip('/')}/{folder}".rstrip("/"), POLICY)
 
 
-def folder_of(store: str) -> Path:
+def local_path(store: str) -> Path:
     """Return the folder that `folder` or `file:///folder` names."""
     local = store.lower().startswith("file://")
     return Path(unquote(urlsplit(store).path) if local else store)
@@ -62,7 +62,7 @@ WORK = ".build"
 """Folder in OUT for what a build needs to go on; gone when the set is finished."""
 
 
-class Piece(NamedTuple):
+class ByteRange(NamedTuple):
     """A byte range of a file."""
 
     name: str
@@ -92,14 +92,14 @@ class Target(Protocol):
             FileNotFoundError: it is not there.
         """
 
-    def pieces(self, pieces: Sequence[Piece]) -> Iterator[bytes]:
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[bytes]:
         """Read many byte ranges, in the order asked for; a short one is a file that is too short.
 
         Raises:
             FileNotFoundError: one of the files is not there.
         """
 
-    def names(self, folder: str = "") -> set[str]:
+    def list_files(self, folder: str = "") -> set[str]:
         """Return the names (with folders) of all whole files below `folder`."""
 
     def size(self, name: str) -> int | None:
@@ -114,7 +114,7 @@ class Target(Protocol):
     def scratch(self) -> AbstractContextManager[Path]:
         """Give a local folder for what a build finds out, for as long as the block runs."""
 
-    def claimed(self) -> AbstractContextManager[None]:
+    def reserve(self) -> AbstractContextManager[None]:
         """Hold the target for one build.
 
         Raises:
@@ -124,7 +124,7 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True)
-class Folder:
+class FolderTarget:
     """A `Target` in a folder."""
 
     address: str
@@ -139,23 +139,23 @@ class Folder:
         """Write a file; see `Target`."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)  # not its parents: OUT may have been deleted under us
-        with sealed(path, durable=durable) as file:
+        with atomic_write(path, durable=durable) as file:
             yield file
 
     def read(self, name: str) -> bytes:
         """Return a whole small file; see `Target`."""
         return (self.path / name).read_bytes()
 
-    def pieces(self, pieces: Sequence[Piece]) -> Iterator[bytes]:
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[bytes]:
         """Read many byte ranges; see `Target`."""
-        for name, offset, size in pieces:
+        for name, offset, size in ranges:
             descriptor = os.open(self.path / name, os.O_RDONLY)
             try:
                 yield os.pread(descriptor, size, offset)
             finally:
                 os.close(descriptor)
 
-    def names(self, folder: str = "") -> set[str]:
+    def list_files(self, folder: str = "") -> set[str]:
         """Return the names of all whole files; see `Target`."""
         found = set()
         for root, _, files in os.walk(self.path / folder):
@@ -178,9 +178,9 @@ class Folder:
         shutil.rmtree(self.path / folder, ignore_errors=True)
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def reserve(self) -> Iterator[None]:
         """Hold the folder for one build; see `Target`."""
-        writable_folder(self.path, "data set folder")
+        ensure_writable(self.path, "data set folder")
         work = self.path / WORK
         if not work.is_dir() and (strangers := sorted(os.listdir(self.path))):
             raise UsageError(
@@ -223,7 +223,7 @@ class Folder:
                     partial.unlink(missing_ok=True)
 
 
-def finished(target: Target) -> bool:
+def is_finished(target: Target) -> bool:
     """Say whether a target holds a finished set (the manifest is written last)."""
     return target.size(MANIFEST) is not None
 
@@ -240,7 +240,7 @@ SLOWEST = 100_000
 T = TypeVar("T")
 
 
-def target_for(out: str) -> Target:
+def open_target(out: str) -> Target:
     """Return the target that OUT names: a folder, or an address in a store.
 
     Raises:
@@ -248,11 +248,13 @@ def target_for(out: str) -> Target:
         SetupError: the package for its scheme is not installed.
     """
     if not is_remote(out):
-        return Folder(unquote(urlsplit(out).path) if out.lower().startswith("file://") else out)
+        return FolderTarget(
+            unquote(urlsplit(out).path) if out.lower().startswith("file://") else out
+        )
     Store(out)  # knows the scheme, and has its package
     if out.partition("://")[0] not in OBJECT_STORES:
         raise UsageError(
-            f"{without_secrets(out)}: sets are written to folders and to object stores (s3://, "
+            f"{hide_credentials(out)}: sets are written to folders and to object stores (s3://, "
             "gs://, az://); name one of these, and copy the finished set"
         )
     return StoreTarget(out.rstrip("/"))
@@ -268,7 +270,7 @@ class StoreTarget:
     @property
     def address(self) -> str:
         """How messages call it."""
-        return without_secrets(self.url)
+        return hide_credentials(self.url)
 
     @contextmanager
     def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
@@ -281,35 +283,37 @@ class StoreTarget:
             yield file
             file.flush()
             size = os.fstat(file.fileno()).st_size
-            self.ask(name, lambda system, path: system.put_file(file.name, path), "written", size)
+            self.request(
+                name, lambda system, path: system.put_file(file.name, path), "written", size
+            )
 
     def read(self, name: str) -> bytes:
         """Return a whole small file; see `Target`."""
-        data = self.ask(name, _or_none(lambda system, path: bytes(system.cat_file(path))))
+        data = self.request(name, _or_none(lambda system, path: bytes(system.cat_file(path))))
         if data is None:
             raise self._missing(name)
         return data
 
-    def pieces(self, pieces: Sequence[Piece]) -> Iterator[bytes]:
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[bytes]:
         """Read many byte ranges; see `Target`."""
-        for start in range(0, len(pieces), BATCH):
-            yield from self._batch(pieces[start : start + BATCH])
+        for start in range(0, len(ranges), BATCH):
+            yield from self._batch(ranges[start : start + BATCH])
 
-    def names(self, folder: str = "") -> set[str]:
+    def list_files(self, folder: str = "") -> set[str]:
         """Return the names of all files; see `Target`."""
         return {
             f"{folder}/{name}".lstrip("/")
-            for name in self.ask(folder, lambda system, path: _below(path, system.find(path)))
+            for name in self.request(folder, lambda system, path: _below(path, system.find(path)))
         }
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, or None; see `Target`."""
-        return self.ask(name, _or_none(lambda system, path: int(system.info(path)["size"])))
+        return self.request(name, _or_none(lambda system, path: int(system.info(path)["size"])))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files; see `Target`."""
         for name in names:
-            self.ask(name, _or_none(lambda system, path: system.rm_file(path)), "removed")
+            self.request(name, _or_none(lambda system, path: system.rm_file(path)), "removed")
 
     def clear(self, folder: str) -> None:
         """Remove a folder; see `Target`."""
@@ -318,7 +322,7 @@ class StoreTarget:
             if found := system.find(path):
                 system.rm(found)
 
-        self.ask(folder, _or_none(remove), "removed")
+        self.request(folder, _or_none(remove), "removed")
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -330,18 +334,18 @@ class StoreTarget:
             yield Path(folder)
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def reserve(self) -> Iterator[None]:
         """Hold the address for one build; see `Target`."""
-        there = self.ask("", _or_none(lambda s, path: _below(path, s.ls(path, detail=False))))
+        there = self.request("", _or_none(lambda s, path: _below(path, s.ls(path, detail=False))))
         if there and WORK not in there:
             raise UsageError(
                 f"{self.address} holds {min(there)}, which is no part of an unfinished data set; "
                 "name an empty address"
             )
-        with Claim(self.ask, f"{WORK}/claim", self.address):
+        with Lease(self.request, f"{WORK}/claim", self.address):
             yield
 
-    def ask(
+    def request(
         self,
         name: str,
         action: Callable[[Any, str], T],
@@ -373,7 +377,7 @@ class StoreTarget:
             # An OSError would be taken for a fault of this one file.
             raise StoreError(str(error)) from error
 
-    def _batch(self, pieces: Sequence[Piece]) -> Iterator[bytes]:
+    def _batch(self, pieces: Sequence[ByteRange]) -> Iterator[bytes]:
         """Ask for pieces at once, and again for those that did not come."""
         found: list[bytes | Exception] = [StoreError("not asked for yet")] * len(pieces)
 
@@ -391,7 +395,7 @@ class StoreTarget:
                 if isinstance(data, Exception) and _failed(data):
                     raise data
 
-        self.ask("", fetch, size=sum(piece.size for piece in pieces))
+        self.request("", fetch, size=sum(piece.size for piece in pieces))
         for piece, data in zip(pieces, found, strict=True):
             if isinstance(data, Exception):
                 raise self._missing(piece.name) from data
@@ -423,7 +427,7 @@ def _failed(data: bytes | Exception) -> bool:
 
 
 def _past_the_end(data: bytes | Exception) -> bool:
-    return isinstance(data, Exception) and "(HTTP 416)" in describe(data)
+    return isinstance(data, Exception) and "(HTTP 416)" in describe_error(data)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pipeline.dataset.tar import shown
-from pipeline.remote.filesystem import without_secrets
+from pipeline.dataset.tar import escape
+from pipeline.remote.filesystem import hide_credentials
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.tools.errors import UsageError
 
@@ -49,7 +49,7 @@ class Labels:
             classes: the training split's, when this is another split.
             titles: readable names of the numbers.
         """
-        self._source = without_secrets(source)
+        self._source = hide_credentials(source)
         self._given = None if classes is None else tuple(classes)
         self._own = bool(names)
         self._names = distinct(names) if names else self._given
@@ -95,7 +95,7 @@ class Labels:
             UsageError: other labels were numbers.
         """
         if self._word is None:
-            self._word = f"{shown(word)!r} ({where})"
+            self._word = f"{escape(word)!r} ({where})"
             self._agree()
         return word
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.dataset.tar import members, shown
+from pipeline.dataset.tar import escape, read_members
 from pipeline.sources.imagenet import (
     GIVE_LABELS,
     GroundTruth,
@@ -70,7 +70,7 @@ def look_into(folder: str | Path) -> Inside:
                     inside.other.append(entry.name)
     except OSError as error:
         raise UsageError(
-            f"folder {shown(str(error.filename or folder))} cannot be read ({error.strerror}); "
+            f"folder {escape(str(error.filename or folder))} cannot be read ({error.strerror}); "
             "mend it"
         ) from error
     for names in inside:
@@ -121,7 +121,7 @@ def _identity(path: str) -> tuple[int, int]:
         status = Path(path).stat()
     except OSError as error:
         raise UsageError(
-            f"folder {shown(path)} cannot be read ({error.strerror}); mend it"
+            f"folder {escape(path)} cannot be read ({error.strerror}); mend it"
         ) from error
     return status.st_dev, status.st_ino
 
@@ -143,7 +143,7 @@ def loose_in_folder(folder: Path) -> str | None:
 def loose_in_tar(tar: Path) -> str | None:
     """Return the first image of a tar if it lies outside any class."""
     with open_tar(str(tar)) as file:
-        for member in members(file, str(tar)):
+        for member in read_members(file, str(tar)):
             name = member.name
             if not member.regular or is_hidden(name):
                 continue
@@ -170,7 +170,7 @@ def add_flat_tar(tar: Path, truth: GroundTruth, writer: ListingWriter) -> None:
     """Add the images of a tar with the classes that `truth` has for them."""
     path = os.path.abspath(tar)
     with open_tar(path) as file:
-        files = files_of(members(file, path), path, writer)
+        files = files_of(read_members(file, path), path, writer)
         _add((member[:3] for member in files), Container("tar", path), truth, writer)
 
 
@@ -189,12 +189,12 @@ def labels_for(source: Path, picture: str, labels: str | None) -> GroundTruth:
         return read_ground_truth(Path(labels))
     if not _is_validation(picture):
         raise UsageError(
-            f"image {shown(f'{source}/{picture}')} lies outside a class; put it into a folder "
+            f"image {escape(f'{source}/{picture}')} lies outside a class; put it into a folder "
             f"named as its class, or {GIVE_LABELS}"
         )
     if (found := find_ground_truth(source)) is None:
         raise UsageError(
-            f"validation set {shown(str(source))} has no ground truth in or beside it; "
+            f"validation set {escape(str(source))} has no ground truth in or beside it; "
             f"{GIVE_LABELS}"
         )
     return found
@@ -218,15 +218,15 @@ def _add(
             found.add(labels[key], name, place, size)
             missing.pop(key, None)
         else:
-            writer.reject(f"{path}/{name}", f"no label: {shown(str(truth.file))} has none for it")
+            writer.reject(f"{path}/{name}", f"no label: {escape(str(truth.file))} has none for it")
     found.flush()
     if not writer.pictures:
         raise UsageError(
-            f"labels {shown(str(truth.file))} name none of the images of {shown(path)}, but "
-            f"such as {shown(next(iter(labels)))}; {GIVE_LABELS}"
+            f"labels {escape(str(truth.file))} name none of the images of {escape(path)}, but "
+            f"such as {escape(next(iter(labels)))}; {GIVE_LABELS}"
         )
     for key in missing:
-        writer.reject(f"{path}/{key}", f"no image: {shown(str(truth.file))} has a label for it")
+        writer.reject(f"{path}/{key}", f"no image: {escape(str(truth.file))} has a label for it")
 
 
 def _is_validation(name: str) -> bool:

@@ -31,7 +31,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.dataset.tar import members, shown
+from pipeline.dataset.tar import escape, read_members
 from pipeline.sources.listing import PICTURE_ENDINGS, is_class
 from pipeline.tools.errors import UsageError
 
@@ -213,7 +213,7 @@ def _from_archive(path: Path) -> tuple[bytes | None, bytes | None]:
     else:
         data = bounded(path)
     found: dict[str, bytes] = {}
-    for member in members(io.BytesIO(data), str(path)):
+    for member in read_members(io.BytesIO(data), str(path)):
         if member.regular:
             name = member.name.rpartition("/")[2]
             found.setdefault(name, data[member.offset :][: member.size])
@@ -232,9 +232,9 @@ def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
             if not isinstance(number, float) or not isinstance(wnid, str) or not is_class(wnid):
                 raise ValueError(f"synset {len(wnids) + 1} is {wnid!r}, number {number}")
             wnids[int(number)] = wnid
-            titles[wnid] = shown(str(synset["words"] or wnid))
+            titles[wnid] = escape(str(synset["words"] or wnid))
     except (ValueError, KeyError, OverflowError) as error:
-        raise _wrong(path, f"{META}: {shown(str(error))}") from error
+        raise _wrong(path, f"{META}: {escape(str(error))}") from error
     if not wnids:
         raise _wrong(path, f"{META} names no synsets")
     return wnids, titles
@@ -242,7 +242,7 @@ def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
 
 def _wrong(path: Path, what: str) -> UsageError:
     return UsageError(
-        f"development kit {shown(str(path))} cannot be used ({what}); "
+        f"development kit {escape(str(path))} cannot be used ({what}); "
         "give ILSVRC2012_devkit_t12.tar.gz as it was downloaded"
     )
 
@@ -309,19 +309,19 @@ def read_ground_truth(path: Path) -> GroundTruth:
         UsageError: there is none, or it cannot be understood.
     """
     if not path.exists():
-        raise UsageError(f"labels {shown(str(path))} do not exist; {GIVE_LABELS}")
+        raise UsageError(f"labels {escape(str(path))} do not exist; {GIVE_LABELS}")
     if path.name == TRUTH:  # numbers mean something only together with meta.mat
         path = path.parent
     if is_devkit(path):
         kit = read_devkit(path)
         if not kit.truth:
-            raise UsageError(f"labels {shown(str(path))} lack {TRUTH}; {GIVE_LABELS}")
+            raise UsageError(f"labels {escape(str(path))} lack {TRUTH}; {GIVE_LABELS}")
         labels = {numbered(place): wnid for place, wnid in enumerate(kit.truth)}
         return GroundTruth(path, labels, tuple(sorted(kit.wnids.values())), kit.titles)
     if path.is_dir():
         found = next(_candidates(path), None)
         if found is None:
-            raise UsageError(f"folder {shown(str(path))} holds no labels; {GIVE_LABELS}")
+            raise UsageError(f"folder {escape(str(path))} holds no labels; {GIVE_LABELS}")
         return read_ground_truth(found)
     return _read_list(path)
 
@@ -380,7 +380,7 @@ def _read_list(path: Path) -> GroundTruth:
     if lines and lines[0].lower().startswith("imageid,"):
         del lines[0]
     if not lines:
-        raise UsageError(f"labels {shown(str(path))} are empty; {GIVE_LABELS}")
+        raise UsageError(f"labels {escape(str(path))} are empty; {GIVE_LABELS}")
     in_order = len(_words(lines[0])) == 1
     labels: dict[str, str] = {}
     for place, line in enumerate(lines):
@@ -389,13 +389,13 @@ def _read_list(path: Path) -> GroundTruth:
             continue  # named without a class: the image will be missed, and rejected
         if not words or (len(words) == 1) != in_order or not is_class(words[not in_order]):
             raise UsageError(
-                f"labels {shown(str(path))} have a line {line[:80]!r}, which names no "
+                f"labels {escape(str(path))} have a line {line[:80]!r}, which names no "
                 f"class; {GIVE_LABELS}"
             )
         name, class_name = (numbered(place), words[0]) if in_order else (stem(words[0]), words[1])
         if labels.setdefault(name, class_name) != class_name:
             raise UsageError(
-                f"labels {shown(str(path))} have two classes for {shown(name)}, "
+                f"labels {escape(str(path))} have two classes for {escape(name)}, "
                 f"{labels[name]!r} and {class_name!r}; remove one"
             )
     return GroundTruth(path, labels, tuple(sorted(set(labels.values()))))
@@ -407,7 +407,7 @@ def _words(line: str) -> list[str]:
 
 def _titles(path: Path) -> dict[str, str]:
     matches = (_TITLE.fullmatch(line) for line in _lines(path))
-    return {match[1]: shown(match[2]) for match in matches if match}
+    return {match[1]: escape(match[2]) for match in matches if match}
 
 
 def _lines(path: Path) -> list[str]:
@@ -415,8 +415,8 @@ def _lines(path: Path) -> list[str]:
         text = bounded(path).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(
-            f"list {shown(str(path))} cannot be read ({error.strerror}); mend it"
+            f"list {escape(str(path))} cannot be read ({error.strerror}); mend it"
         ) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"list {shown(str(path))} is no text; {GIVE_LABELS}") from error
+        raise UsageError(f"list {escape(str(path))} is no text; {GIVE_LABELS}") from error
     return [line.strip() for line in text.splitlines()]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.dataset.tar import shown
-from pipeline.remote.filesystem import RetryPolicy, Unreachable, without_secrets
+from pipeline.dataset.tar import escape
+from pipeline.remote.filesystem import RetryPolicy, Unreachable, hide_credentials
 from pipeline.sources.classes import Labels
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.paths import each, find, is_remote, of_split, open_file
@@ -109,7 +109,7 @@ def find_columns(file: pq.ParquetFile, address: str) -> Columns:
         # The type of a column may be as long as its writer wants.
         there = ", ".join(f"{field.name} ({str(field.type)[:60]})" for field in schema)[:300]
         raise UsageError(
-            f"parquet file {without_secrets(address)} has no column of {lacks}, such as "
+            f"parquet file {hide_credentials(address)} has no column of {lacks}, such as "
             f"{known[0]!r}; its columns: {there!r}"
         )
     struct = image.type if _is_struct(image.type) else None
@@ -243,8 +243,8 @@ def scan_parquet(
             labels = Labels(source, names, classes, titles=names)
         if rows.columns.names != names:
             raise UsageError(
-                f"parquet file {without_secrets(rows.address)} names its classes differently from "
-                f"{without_secrets(addresses[0])}; take files of one set"
+                f"parquet file {hide_credentials(rows.address)} names its classes differently from "
+                f"{hide_credentials(addresses[0])}; take files of one set"
             )
         if rows.address != current:
             container, current = writer.container("parquet", rows.address), rows.address
@@ -277,7 +277,7 @@ def _scan_file(address: str) -> Iterator[_Rows]:
         raise
     except (pa.ArrowException, *DAMAGE) as error:
         raise UsageError(
-            f"parquet file {without_secrets(address)} cannot be read ({in_a_line(error)}); "
+            f"parquet file {hide_credentials(address)} cannot be read ({in_a_line(error)}); "
             "it must be whole"
         ) from error
 
@@ -314,7 +314,7 @@ def _names(batch: pa.RecordBatch, columns: Columns, first: int, seen: set[int]) 
         paths = image.flatten()[0].to_pylist()
     names = []
     for row, path in enumerate(paths, first):
-        name = shown(path)[-LONGEST_NAME:] if path else f"row-{row:06d}"
+        name = escape(path)[-LONGEST_NAME:] if path else f"row-{row:06d}"
         if hash(name) in seen:
             name = f"{name} (row {row})"
         seen.add(hash(name))

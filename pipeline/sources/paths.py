@@ -19,7 +19,13 @@ from typing import BinaryIO, NamedTuple, TypeVar, cast
 import braceexpand
 
 from pipeline.remote.file import RemoteFile
-from pipeline.remote.filesystem import Call, RetryPolicy, file_system, retry, without_secrets
+from pipeline.remote.filesystem import (
+    BackgroundCall,
+    RetryPolicy,
+    hide_credentials,
+    open_filesystem,
+    retry,
+)
 from pipeline.tools.errors import DuetError, UsageError
 
 MOST_FILES = 1_000_000
@@ -117,7 +123,7 @@ def of_split(files: Files, split: str, source: str) -> tuple[str, ...]:
     known = sorted({name for name in splits if name})
     if not known or (files.folder is None and len(known) == 1 and None not in splits):
         return files.addresses
-    safe = without_secrets(source)
+    safe = hide_credentials(source)
     if None in splits:
         other = base_name(files.addresses[splits.index(None)])
         raise UsageError(
@@ -181,11 +187,11 @@ def each(items: Iterable[Item], do: Callable[[Item], Iterator[T]], remote: bool)
             yield from do(item)
         return
     rest = iter(items)
-    calls: deque[Call[list[T]]] = deque()
+    calls: deque[BackgroundCall[list[T]]] = deque()
 
     def begin(count: int) -> None:
         for item in itertools.islice(rest, count):
-            calls.append(Call(partial(lambda item: list(do(item)), item)))
+            calls.append(BackgroundCall(partial(lambda item: list(do(item)), item)))
 
     begin(THREADS)
     while calls:
@@ -194,8 +200,8 @@ def each(items: Iterable[Item], do: Callable[[Item], Iterator[T]], remote: bool)
 
 
 def _find_remote(source: str, ending: str, pattern: bool) -> Files | None:
-    system, path = file_system(source)
-    safe = without_secrets(source)
+    system, path = open_filesystem(source)
+    safe = hide_credentials(source)
     web = source.startswith(("http://", "https://"))
     if pattern:
         found: list[str] = []
@@ -261,7 +267,7 @@ def _files(names: Iterable[str], ending: str, folder: str | None) -> Files | Non
 
 def _braces(source: str) -> list[str]:
     """Expand `{a,b}` and `{000..146}`, as webdataset does."""
-    safe = without_secrets(source)
+    safe = hide_credentials(source)
     # The library writes a range out before it yields the first name.
     for first, last in _RANGE.findall(source):
         if len(first) > 12 or len(last) > 12 or abs(int(last) - int(first)) >= MOST_FILES:

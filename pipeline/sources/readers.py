@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.dataset.tar import ENCODING, shown
+from pipeline.dataset.tar import ENCODING, escape
 from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import RetryPolicy, Unreachable
 from pipeline.sources.listing import Container, Reader, Unreadable, refuse_if_too_large
@@ -217,7 +217,7 @@ class TarReader:
                 raise
             raise Unreadable(f"cannot be read: {error.strerror}") from error
         if len(data) != size:
-            raise OSError(f"{self._path} ends inside {shown(name)}")
+            raise OSError(f"{self._path} ends inside {escape(name)}")
         return data
 
     def close(self) -> None:
@@ -245,7 +245,7 @@ class RemoteTarReader:
         self._file.seek(place)
         data = self._file.read(size)
         if len(data) != size:
-            raise OSError(f"{self._address} ends inside {shown(name)}")
+            raise OSError(f"{self._address} ends inside {escape(name)}")
         return data
 
     def close(self) -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.dataset.tar import shown
-from pipeline.remote.filesystem import without_secrets
+from pipeline.dataset.tar import escape
+from pipeline.remote.filesystem import hide_credentials
 from pipeline.sources.folders import (
     add_flat_folder,
     add_flat_tar,
@@ -67,8 +67,8 @@ def scan(
             return _unlabelled(listing, labels)
         if is_remote(source):
             raise UsageError(
-                f"source {shown(without_secrets(source))} is an address, but not of parquet files "
-                "or WebDataset shards; fetch it first, and name the local copy"
+                f"source {escape(hide_credentials(source))} is an address, but not of parquet "
+                "files or WebDataset shards; fetch it first, and name the local copy"
             )
         path = split_of(Path(source), split)
         # What lies in the part may be of another kind than what lies around it.
@@ -83,7 +83,7 @@ def scan(
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise  # that is our own folder, where the listing is written
         raise UsageError(
-            f"source {shown(source)} cannot be listed: {shown(str(error.filename or source))} "
+            f"source {escape(source)} cannot be listed: {escape(str(error.filename or source))} "
             f"fails ({error.strerror or error}); mend it"
         ) from error
 
@@ -108,7 +108,7 @@ def split_of(source: Path, split: SplitName) -> Path:
         return source
     if not source.is_dir():
         raise UsageError(
-            f"source {shown(str(source))} does not exist; name a folder or a tar of images"
+            f"source {escape(str(source))} does not exist; name a folder or a tar of images"
         )
     for root in (source, source / "ILSVRC"):  # Kaggle's tree
         if (root / "Data" / "CLS-LOC").is_dir():
@@ -129,8 +129,8 @@ def split_of(source: Path, split: SplitName) -> Path:
         return source
     if not found[split]:
         raise UsageError(
-            f"source {shown(str(source))} has no {split}: it holds "
-            f"{', '.join(map(shown, sorted({*inside.folders, *tars})))}; name the folder or tar "
+            f"source {escape(str(source))} has no {split}: it holds "
+            f"{', '.join(map(escape, sorted({*inside.folders, *tars})))}; name the folder or tar "
             f"of the {split} images"
         )
     return source / found[split][0]
@@ -177,28 +177,28 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
     for name in inside.files:
         if is_image(name):
             raise UsageError(
-                f"image {shown(f'{source}/{name}')} lies outside a class; "
+                f"image {escape(f'{source}/{name}')} lies outside a class; "
                 "put it into a folder named as its class"
             )
     for name in inside.other:  # all images of a class may be behind it
         raise UsageError(
-            f"{shown(f'{source}/{name}')} is a link that leads nowhere, or a device; "
+            f"{escape(f'{source}/{name}')} is a link that leads nowhere, or a device; "
             "mend or remove it"
         )
     if not folders and not tars:
         if packed := [name for name in inside.files if name.endswith(COMPRESSED)]:
             raise UsageError(
-                f"{shown(f'{source}/{packed[0]}')} is compressed; unpack it to a .tar first "
+                f"{escape(f'{source}/{packed[0]}')} is compressed; unpack it to a .tar first "
                 "(images do not get smaller)"
             )
         raise UsageError(
-            f"source {shown(str(source))} is empty; "
+            f"source {escape(str(source))} is empty; "
             "it needs a folder (or a tar) of images per class"
         )
     both = set(folders) & {name.removesuffix(".tar") for name in tars}
     if both:
         raise UsageError(
-            f"class {min(both)!r} is both a folder and a tar in source {shown(str(source))}"
+            f"class {min(both)!r} is both a folder and a tar in source {escape(str(source))}"
             "; merge them"
         )
     for name in sorted([*folders, *tars], key=lambda name: name.removesuffix(".tar")):
@@ -214,7 +214,7 @@ def _unlabelled(listing: Listing, labels: str | None) -> Listing:
     """Refuse labels for images that have theirs already: which of them to believe?"""
     if labels is not None:
         raise UsageError(
-            f"source {shown(listing.source)} says itself of which class its images are; "
-            f"leave --val-labels {shown(labels)} out"
+            f"source {escape(listing.source)} says itself of which class its images are; "
+            f"leave --val-labels {escape(labels)} out"
         )
     return listing

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.dataset.tar import Member, members, shown
+from pipeline.dataset.tar import Member, escape, read_members
 from pipeline.sources.listing import (
     NO_PICTURE,
     PICTURE_ENDINGS,
@@ -61,7 +61,7 @@ def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:
     address = os.path.abspath(path)
     found = Found(writer, writer.container("tar", address))
     with open_tar(address) as file:
-        _add_all(members(file, address), address, "", class_name, found, writer)
+        _add_all(read_members(file, address), address, "", class_name, found, writer)
     found.flush()
 
 
@@ -76,7 +76,7 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
     inner: set[str] = set()
     folder, class_name, above = "", "", ""
     with open_tar(address) as file:
-        for member in files_of(members(file, address), address, writer):
+        for member in files_of(read_members(file, address), address, writer):
             name = member.name
             at = name.rfind("/") + 1
             if name.endswith(".tar"):
@@ -95,7 +95,7 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
                 found.add(class_name, name, member.offset, member.size)
             else:
                 raise UsageError(
-                    f"{shown(address)} holds {shown(name)} outside a class; "
+                    f"{escape(address)} holds {escape(name)} outside a class; "
                     "it needs tars or folders, one a class"
                 )
     found.flush()
@@ -112,11 +112,11 @@ def _add_inner(
     """Add the images of a tar inside a tar: one class."""
     class_name = outer.name.rpartition("/")[2].removesuffix(".tar")
     if class_name in known:
-        raise UsageError(f"tar {shown(address)} holds class {class_name!r} twice; merge them")
+        raise UsageError(f"tar {escape(address)} holds class {class_name!r} twice; merge them")
     known.add(class_name)
     writer.need_class(class_name)
     stop = outer.offset + outer.size
-    inside = members(file, f"{address}/{outer.name}", outer.offset, stop)
+    inside = read_members(file, f"{address}/{outer.name}", outer.offset, stop)
     _add_all(inside, address, f"{outer.name}/", class_name, found, writer)
 
 
@@ -129,8 +129,8 @@ def _same_above(address: str, name: str, class_name: str, known: str) -> str:
     above = "/" + "/".join(part for part in _folders(name)[:-1] if part != "..")
     if known and above != known:
         raise UsageError(
-            f"tar {shown(address)} has classes in {shown(known)} and in {shown(above)} "
-            f"({shown(name)}); unpack it, or put all class folders into one"
+            f"tar {escape(address)} has classes in {escape(known)} and in {escape(above)} "
+            f"({escape(name)}); unpack it, or put all class folders into one"
         )
     return above
 
@@ -154,7 +154,7 @@ def open_tar(address: str) -> BinaryIO:
         return open(address, "rb", buffering=0)
     except OSError as error:
         raise UsageError(
-            f"tar {shown(address)} cannot be read ({error.strerror}); mend it"
+            f"tar {escape(address)} cannot be read ({error.strerror}); mend it"
         ) from error
 
 

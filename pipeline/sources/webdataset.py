@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import BinaryIO, NamedTuple
 
-from pipeline.dataset.samples import LABEL_ENDINGS, MOST_BYTES, Found, parse
-from pipeline.dataset.tar import Member, members, shown
-from pipeline.remote.filesystem import without_secrets
+from pipeline.dataset.samples import LABEL_ENDINGS, MAX_LABEL_BYTES, MemberLabel, parse_label
+from pipeline.dataset.tar import Member, escape, read_members
+from pipeline.remote.filesystem import hide_credentials
 from pipeline.sources.classes import Labels
 from pipeline.sources.listing import PICTURE_ENDINGS, Listing, ListingWriter
 from pipeline.sources.paths import (
@@ -90,7 +90,7 @@ def is_webdataset(source: str) -> bool:
         return False
     keys: set[str] = set()
     with open_file(files.addresses[0]) as file:
-        for member in islice(members(file, files.addresses[0]), LOOK):
+        for member in islice(read_members(file, files.addresses[0]), LOOK):
             key, ending = _split(member.name)
             if not member.regular or key is None:
                 continue
@@ -123,7 +123,7 @@ def scan_webdataset(
     """
     files = find(source, ENDING)
     if files is None:
-        raise UsageError(f"source {without_secrets(source)} names no shards")
+        raise UsageError(f"source {hide_credentials(source)} names no shards")
     addresses, labels = _shards(files, source, split, classes)
     container, current = -1, ""
     titles: dict[int, str] = {}
@@ -145,7 +145,7 @@ def _shards(
         names, titles = table["classes"], table.get("titles")
         if table.get("encoding", "jpeg") != "jpeg":
             raise UsageError(
-                f"source {without_secrets(source)} is a packed data set of raw pixels; "
+                f"source {hide_credentials(source)} is a packed data set of raw pixels; "
                 "it is used as it is, and packed from where its images came from"
             )
         inside = {name: {shard["name"] for shard in part["shards"]}
@@ -159,13 +159,13 @@ def _shards(
         return files.addresses, labels
     if split not in inside:
         raise UsageError(
-            f"source {without_secrets(source)} is a packed data set without a split {split!r}; "
+            f"source {hide_credentials(source)} is a packed data set without a split {split!r}; "
             f"it has {', '.join(sorted(inside))}"
         )
     chosen = tuple(name for name in files.addresses if base_name(name) in inside[split])
     if lost := inside[split] - {base_name(name) for name in chosen}:
         raise UsageError(
-            f"source {without_secrets(source)} lacks shard {min(lost)}, which its manifest names"
+            f"source {hide_credentials(source)} lacks shard {min(lost)}, which its manifest names"
         )
     return chosen, labels
 
@@ -175,7 +175,7 @@ def _add(
 ) -> None:
     kept, classes = [], []
     for picture in part.pictures:
-        where = f"{part.address}/{shown(picture.name)}"
+        where = f"{part.address}/{escape(picture.name)}"
         if not labels.fits(picture.label):
             what = "number" if isinstance(picture.label, int) else "word"
             part.rejects.append((where, f"no label: {picture.label!r} is a {what}, unlike others"))
@@ -215,7 +215,7 @@ def _samples(file: BinaryIO, address: str) -> Iterator[_Sample]:
     """Group the members of a shard as webdataset does."""
     sample: _Sample | None = None
     titled = True  # until a record beside a label has no readable name of the class
-    for member in members(file, address):
+    for member in read_members(file, address):
         key, ending = _split(member.name)
         if key is None:
             continue
@@ -229,20 +229,20 @@ def _samples(file: BinaryIO, address: str) -> Iterator[_Sample]:
             continue
         elif LABEL_ENDINGS.index(ending) < sample.rank:
             _read_label(file, member, ending, sample)
-        elif ending == "json" and titled and member.size <= MOST_BYTES:
+        elif ending == "json" and titled and member.size <= MAX_LABEL_BYTES:
             file.seek(member.offset)
-            sample.title = parse(ending, file.read(member.size)).title
+            sample.title = parse_label(ending, file.read(member.size)).title
             titled = sample.title is not None
     if sample is not None:
         yield sample
 
 
 def _read_label(file: BinaryIO, member: Member, ending: str, sample: _Sample) -> None:
-    if member.size > MOST_BYTES:
-        found = Found(None)
+    if member.size > MAX_LABEL_BYTES:
+        found = MemberLabel(None)
     else:
         file.seek(member.offset)
-        found = parse(ending, file.read(member.size))
+        found = parse_label(ending, file.read(member.size))
     sample.title = found.title or sample.title
     if found.label is not None:
         sample.label, sample.rank = found.label, LABEL_ENDINGS.index(ending)
@@ -254,11 +254,11 @@ def _judge(sample: _Sample, part: _Part, seen: set[int]) -> None:
     """Note the image of a sample, or why there is none."""
     for ending, member in [item for item in sample.pictures if not item[1].regular]:
         sample.pictures.remove((ending, member))
-        part.rejects.append((f"{part.address}/{shown(member.name)}", "no image: a link"))
+        part.rejects.append((f"{part.address}/{escape(member.name)}", "no image: a link"))
         sample.linked = True
     if not sample.pictures:
         if not sample.linked and sample.label is not None:
-            name = f"{part.address}/{shown(sample.key)}"
+            name = f"{part.address}/{escape(sample.key)}"
             part.rejects.append((name, "no image in the sample"))
         return
     # `KEY.jpg` is the image where there is a `KEY.mask.png` beside it.
@@ -267,7 +267,7 @@ def _judge(sample: _Sample, part: _Part, seen: set[int]) -> None:
     if len(chosen) > 1 or sample.label is None:
         reason = "two images in one sample" if len(chosen) > 1 else sample.no_label
         for member in chosen:
-            part.rejects.append((f"{part.address}/{shown(member.name)}", reason))
+            part.rejects.append((f"{part.address}/{escape(member.name)}", reason))
         return
     name, offset, size, _ = chosen[0]
     if hash(name) in seen:

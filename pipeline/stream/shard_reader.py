@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from isal import isal_zlib
 
-from pipeline.dataset.index import load_index, sample_key, split_name
+from pipeline.dataset.index import load_index, sample_key, split_member_name
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import DataSet, LocalSet
+from pipeline.remote.dataset import Dataset, LocalDataset
 from pipeline.stream.order import Ids
 from pipeline.stream.timing import Spent
 from pipeline.tools.errors import REBUILD, DataError, DuetError, SetupError
@@ -55,7 +55,7 @@ class ShardReader:
     check and hand out the kernel's own pages of the file.
     """
 
-    def __init__(self, dataset: DataSet, split: str) -> None:
+    def __init__(self, dataset: Dataset, split: str) -> None:
         """Open the index of `split`.
 
         Raises:
@@ -64,9 +64,9 @@ class ShardReader:
         """
         manifest = Manifest.load(dataset.folder)
         found = manifest.split(split, dataset.folder)
-        if isinstance(dataset, LocalSet):  # what a store lacks shows when it is fetched
+        if isinstance(dataset, LocalDataset):  # what a store lacks shows when it is fetched
             for shard in found.shards:
-                dataset.shard(shard)
+                dataset.fetch_shard(shard)
         self.split = split
         self.shards = found.shards
         self.manifest = manifest
@@ -96,7 +96,7 @@ class ShardReader:
 
     def ahead(self, numbers: Sequence[int]) -> None:
         """Say which shards will be read soon, in this order; returns at once."""
-        self._dataset.ahead([self.shards[number] for number in numbers])
+        self._dataset.prefetch([self.shards[number] for number in numbers])
 
     def advise(self, ids: Ids) -> None:
         """Tell the kernel to read samples `ids` (int64 [b]) from the disk; does not wait."""
@@ -194,7 +194,7 @@ class ShardReader:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except (OSError, DuetError, tarfile.HeaderError):
             return None
-        return split_name(member.name)[0]
+        return split_member_name(member.name)[0]
 
     def _again(self, number: int) -> bool:
         """Whether there is a better copy of a shard now; the old one is closed then."""

@@ -27,7 +27,7 @@ from nvidia.dali.pipeline import Pipeline
 from pipeline.dataset.images import SIZE
 from pipeline.stream.decode import gpu_of
 from pipeline.throughput.clock import Rate, measured
-from pipeline.tools.files import forget
+from pipeline.tools.files import drop_page_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,9 @@ def disk(paths: Sequence[Path]) -> tuple[float, float]:
     """
     buffers = [memoryview(bytearray(BLOCK)) for _ in range(DISK_THREADS)]
     with _files(paths) as files:
-        kept = sum(map(forget, files)) / max(1, sum(os.fstat(file).st_size for file in files))
+        kept = sum(map(drop_page_cache, files)) / max(
+            1, sum(os.fstat(file).st_size for file in files)
+        )
         blocks = list(_blocks(files, DISK_BYTES))
         parts = [blocks[start::DISK_THREADS] for start in range(DISK_THREADS)]
 

@@ -26,7 +26,7 @@ from pipeline.throughput.clock import Row
 from pipeline.throughput.hardware import Machine
 from pipeline.throughput.model import WORTH, Remedy
 from pipeline.tools.errors import UsageError
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 WIDTH, HEIGHT = 520, 220
 """Of a chart's plot, in SVG units."""
@@ -84,7 +84,7 @@ def write(path: Path, table: Mapping[str, Any], step: Mapping[str, float] | None
         step=waterfall(step, 1e3, "ms") if step else [],
         queue=queue_plot(table), sweep=sweep_plot(table),
     )  # fmt: skip
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
@@ -281,7 +281,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        with sealed(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(self.table(), indent=1).encode() + b"\n")
 
     def table(self) -> dict[str, Any]:

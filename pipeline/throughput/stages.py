@@ -40,7 +40,7 @@ from torch.utils.dlpack import from_dlpack
 from pipeline.batches import Asked, Opened, Stream
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.dataset.manifest import Manifest, Shard
-from pipeline.remote.dataset import CACHE_SIZE, DataSet, is_remote, open_dataset
+from pipeline.remote.dataset import CACHE_SIZE, Dataset, is_remote, open_dataset
 from pipeline.stream.augment import CROP
 from pipeline.stream.decode import Decoder, Device, Feed, decoded, gpu_of, normalised
 from pipeline.stream.loader import Loaded
@@ -49,7 +49,7 @@ from pipeline.stream.timing import Spent
 from pipeline.throughput import hardware
 from pipeline.throughput.clock import Load, Rate, Row, measured, row
 from pipeline.throughput.hardware import in_threads
-from pipeline.tools.files import forget
+from pipeline.tools.files import drop_page_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Setting:
 class Parts(Opened):
     """What a stream of some setting is made of, to be measured part by part."""
 
-    def __init__(self, setting: Setting, dataset: DataSet) -> None:
+    def __init__(self, setting: Setting, dataset: Dataset) -> None:
         """Open them; `opened` closes them as well."""
         super().__init__(setting.asked, dataset)
         self.setting = setting
@@ -225,7 +225,7 @@ def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading,
     kept = total = 0
     for number in numbers.tolist():
         with parts.dataset.open(parts.storage.shards[number]) as file:
-            kept += forget(file.fileno())
+            kept += drop_page_cache(file.fileno())
             total += parts.storage.shards[number].bytes
     reader = parts.reader()
     load, found = Load(), list[Spent]()
@@ -284,13 +284,13 @@ def fetching(setting: Setting, seconds: float) -> Fetching | None:
         if len(shards) < BEGIN + 4:
             return None
         start = time.perf_counter()
-        dataset.shard(shards[0])
+        dataset.fetch_shard(shards[0])
         alone = shards[0].bytes / (time.perf_counter() - start)
         done = begun = 0.0
         fetched, load = 0, Load()
         for number, shard in enumerate(islice(shards, 1, None)):
-            dataset.ahead(shards[1 + number : 2 + number + TOGETHER])
-            dataset.shard(shard)
+            dataset.prefetch(shards[1 + number : 2 + number + TOGETHER])
+            dataset.fetch_shard(shard)
             if number + 1 == BEGIN:
                 begun, load = time.perf_counter(), Load()
             elif number + 1 > BEGIN:
@@ -457,7 +457,7 @@ class Alone:
 def alone(parts: Parts, seconds: float, batches: int) -> Alone:
     """Measure every stage and its limit, about `seconds` each."""
     cold, kept = reading_cold(parts, min(batches, 60))
-    paths = [parts.dataset.shard(shard) for shard in _some_here(parts)]
+    paths = [parts.dataset.fetch_shard(shard) for shard in _some_here(parts)]
     disk, left = hardware.disk(paths)
     warm = reading(parts, seconds, batches)
     loaded = tuple(parts.loaded(KEPT))

@@ -13,7 +13,7 @@ from pipeline.throughput.clock import Rate
 from pipeline.throughput.diagnosis import thread_counts
 from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import running
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 BUDGET = 100.0
 """Seconds that the search may take."""
@@ -135,5 +135,5 @@ def write(path: Path, setting: Setting, tuned: Tuned) -> None:
         f"({len(tuned.trials)} trials, {tuned.seconds:.0f} s)",
         *(f"{name} = {value}" for name, value in values.items()),
     ]
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         file.write(("\n".join(lines) + "\n").encode())

@@ -84,7 +84,7 @@ class HashedFile:
         self._file.close()
 
 
-def forget(file: int) -> int:
+def drop_page_cache(file: int) -> int:
     """Ask the kernel to drop an open file from the page cache.
 
     Returns:
@@ -152,7 +152,7 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def sealed(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a new file for writing that takes its name only when the block ends well.
 
     The bytes and the rename are on the disk when the block is left, unless it need not be
@@ -190,7 +190,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def writable_folder(path: Path, what: str) -> Path:
+def ensure_writable(path: Path, what: str) -> Path:
     """Create `path` if need be and prove that a file can be written in it.
 
     Raises:

@@ -48,7 +48,7 @@ class Crash(Exception):
         self.from_outside = number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def isolated(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+def call_isolated(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Return what `call` returns in a fork of this process.
 
     Some 10 ms a call, so for suspects only. The caller must have no other threads that hold locks.
@@ -83,7 +83,7 @@ THREADS = 16
 R = TypeVar("R")
 
 
-def ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield `read` of each item, in their order; at most `THREADS` are read or held at a time."""
     rest = iter(items)
     with ThreadPoolExecutor(THREADS, "read ahead") as pool:
@@ -109,10 +109,10 @@ def tie_to_parent() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signalled_with_parent(signal.SIGKILL)
+    request_parent_death_signal(signal.SIGKILL)
 
 
-def signalled_with_parent(number: int) -> None:
+def request_parent_death_signal(number: int) -> None:
     """Have this process get a signal when the thread that started it ends, however it ends."""
     if sys.platform == "linux":
         parent = os.getppid()
@@ -128,7 +128,9 @@ QUEUED = 2
 """Jobs a process that are given out ahead: no process waits, and memory stays flat."""
 
 
-def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+def map_in_order(
+    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+) -> Iterator[Result]:
     """Yield `work(job)` of each job, in order.
 
     Processes, not threads: of a JPEG shard, every second microsecond goes to Python. For a single
@@ -240,7 +242,7 @@ class LocalPool:
 
     def _alone(self, task: Callable[[J], R], job: J) -> R:
         """Do a job in a process of its own: first as it is, then carefully."""
-        for attempt in (job, as_careful(job)):
+        for attempt in (job, make_careful(job)):
             if self._ending:
                 break
             with self._started(1) as pool:
@@ -273,7 +275,7 @@ class LocalPool:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def as_careful(job: Any) -> Any:
+def make_careful(job: Any) -> Any:
     """Return a job with its field `careful` set, if it has one."""
     if any(field.name == "careful" for field in fields(job)):
         return replace(job, careful=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.checkpoint.format import load
+from cluster.checkpoint.format import load_checkpoint
 from cluster.config import Config
 from cluster.evaluate import main
 from cluster.experiments.ensemble import main as ensemble
@@ -59,7 +59,7 @@ def one_by_one(
     `mean` is subtracted from each crop instead of what the stream subtracts.
     """
     net = AlexNet(classes=4, width=CONFIG.width)
-    load(run / "checkpoints" / "step-00000004", net)
+    load_checkpoint(run / "checkpoints" / "step-00000004", net)
     net.eval()
     corners = [(16, 16)] if views == 1 else [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
     found = []

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checkpoint.format import load
+from cluster.checkpoint.format import load_checkpoint
 from cluster.config import as_toml
 from cluster.export import main
 from model.alexnet import AlexNet
@@ -47,7 +47,7 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def network(run: Path, step: int = CONFIG.steps) -> AlexNet:
     net = AlexNet(classes=4, width=CONFIG.width)
-    load(run / "checkpoints" / f"step-{step:08d}", net)
+    load_checkpoint(run / "checkpoints" / f"step-{step:08d}", net)
     return net.eval()
 
 
@@ -104,7 +104,7 @@ def test_the_script_runs_every_other_network(
     assert main([str(run)]) == 0
     design = replace(CONFIG, **changes).design
     net = AlexNet(columns=tuple(range(design.columns)), classes=4, design=design)
-    load(run / "checkpoints" / "step-00000002", net)
+    load_checkpoint(run / "checkpoints" / "step-00000002", net)
     picture = sorted((pictures / "val").rglob("*.jpg"))[3]
     found = classified(run / "weights.safetensors", picture, monkeypatch)
     logits = logits_of(net, picture, tiny_data)

@@ -20,11 +20,11 @@ from pipeline.packing import plan
 from pipeline.packing.build import build
 from pipeline.packing.chunks import ChunkError
 from pipeline.packing.plan import Build
-from pipeline.remote.target import Folder, Target
+from pipeline.remote.target import FolderTarget, Target
 from pipeline.sources import Container
 from pipeline.tools.errors import DataError, DuetError, SetupError
 from pipeline.tools.files import PARTIAL
-from pipeline.tools.processes import Crash, isolated
+from pipeline.tools.processes import Crash, call_isolated
 from tests.helpers.build_targets import Here
 from tests.helpers.images import folder_per_class
 from tests.helpers.training_processes import end_processes
@@ -78,7 +78,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Unshared(Folder):
+class Unshared(FolderTarget):
     """A folder that only the driver sees."""
 
     def size(self, name: str) -> int | None:
@@ -113,9 +113,9 @@ def dies_always(job: Job) -> None:
 
 def forks(job: Job) -> tuple[int, str]:
     try:
-        isolated(os.abort)
+        call_isolated(os.abort)
     except Crash as crash:
-        return isolated(pow, job.value, 2), str(crash)
+        return call_isolated(pow, job.value, 2), str(crash)
     return 0, "did not crash"
 
 
@@ -132,7 +132,7 @@ def sleeps(job: Job) -> None:
 def test_results_errors_and_deaths_come_to_the_driver(cluster, tmp_path, monkeypatch):
     from cluster.launch import task_pool
 
-    job = Job(Folder(str(tmp_path)), 7)
+    job = Job(FolderTarget(str(tmp_path)), 7)
     taken = []
 
     def many() -> Iterator[Job]:
@@ -183,11 +183,11 @@ def test_a_node_that_is_unlike_the_driver_is_named(cluster, tmp_path, monkeypatc
         "cluster.launch.task_pool.libraries", lambda: {"pillow": "0.1", "torch": "0.2"}
     )
     with cluster.pool() as pool, pytest.raises(SetupError, match=r"the driver 0\.[12]: their by"):
-        list(pool.run(squared, [Job(Folder(str(tmp_path)), 1)]))
+        list(pool.run(squared, [Job(FolderTarget(str(tmp_path)), 1)]))
 
 
 @dataclass(frozen=True)
-class Slow(Folder):
+class Slow(FolderTarget):
     """A folder in which it shows how a worker dies while it writes."""
 
     @contextlib.contextmanager
@@ -260,9 +260,9 @@ def test_the_bytes_are_those_of_a_local_build_though_a_node_and_a_worker_die(
         build(replace(options, out=out.address), out, killing)
     assert killing.left == {}
     assert len(again) >= 2  # both left work behind
-    local = Folder(options.out)
-    assert sorted(os.listdir(out.address)) == sorted(local.names())
-    for name in local.names():
+    local = FolderTarget(options.out)
+    assert sorted(os.listdir(out.address)) == sorted(local.list_files())
+    for name in local.list_files():
         assert out.read(name) == local.read(name), name
 
 

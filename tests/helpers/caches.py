@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import RemoteSet
+from pipeline.remote.dataset import RemoteDataset
 from tests.helpers.http_servers import shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,6 @@ def small_size(data: Path, count: int) -> int:
     return sum((data / name).stat().st_size for name in names) + sum(known[:count])
 
 
-def here(data: RemoteSet) -> set[int]:
+def here(data: RemoteDataset) -> set[int]:
     """The numbers of the training shards that are in the cache."""
     return {int(path.name[6:12]) for path in data.folder.glob("train-*.tar")}

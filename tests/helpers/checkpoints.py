@@ -8,8 +8,8 @@ from zlib import crc32
 
 import torch
 
-from cluster.checkpoint.format import state_of
-from cluster.checkpoint.writer import Checkpoints
+from cluster.checkpoint.format import collect_state
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Saved, Warned
 from cluster.run.folder import CHECKPOINTS, Mark
@@ -42,7 +42,7 @@ def network(seed: int = 0, place: ProcessMesh | None = None) -> tuple[AlexNet, S
 
 def same(state: dict[str, torch.Tensor], seed: int) -> bool:
     """Whether a state is that of the network of a seed, or of one of its columns."""
-    wanted = state_of(*network(seed))
+    wanted = collect_state(*network(seed))
     columns = {key.split("/")[1][0] for key in state}
     wanted = {key: value for key, value in wanted.items() if key.split("/")[1][0] in columns}
     return state.keys() == wanted.keys() and all(torch.equal(state[k], wanted[k]) for k in wanted)
@@ -63,7 +63,7 @@ class Run:
 
     def open(self) -> None:
         """As a new start of the workers does."""
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointManager(
             self.folder, self.place, ABOUT, self.told.append,
             keep=self.keep, keep_best=self.keep_best, store=self.store,
         )  # fmt: skip
@@ -81,7 +81,7 @@ class Run:
         self.open()
         net, optimiser = network(99, self.place)
         mark = self.checkpoints.resume(net, optimiser)
-        return mark, state_of(net, optimiser)
+        return mark, collect_state(net, optimiser)
 
     def step(self, step: int) -> Path:
         return self.folder / CHECKPOINTS / f"step-{step:08d}"

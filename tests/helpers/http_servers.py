@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.remote.cache import Cache
-from pipeline.remote.dataset import RemoteSet
+from pipeline.remote.dataset import RemoteDataset
 from pipeline.remote.download import Store
 from pipeline.remote.filesystem import RetryPolicy
 from pipeline.tools.errors import DuetError
@@ -141,10 +141,10 @@ def remote(
     policy: RetryPolicy = QUICK,
     threads: int = 2,
     patience: float | None = None,
-) -> RemoteSet:
+) -> RemoteDataset:
     """What `open_dataset` does, with a patience fit for tests."""
     wait = policy.patience if patience is None else patience
-    return RemoteSet(Store(address, policy), Cache(cache, size, wait), threads)
+    return RemoteDataset(Store(address, policy), Cache(cache, size, wait), threads)
 
 
 def shards(data: Path, split: str = "train") -> tuple[Shard, ...]:

@@ -28,7 +28,7 @@ from pipeline.describe.figures import (
     strips,
     tinted,
 )
-from pipeline.remote.dataset import LocalSet
+from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.normalization import recipe_of
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import sha256
@@ -129,7 +129,7 @@ def test_json_says_what_the_files_say(data: Path, here: Path, capsys) -> None:
 
 
 def test_components_are_compared_whatever_their_sign(tiny_data: Path) -> None:
-    facts = gather(str(tiny_data), LocalSet(tiny_data))
+    facts = gather(str(tiny_data), LocalDataset(tiny_data))
     statistics = Statistics.load(tiny_data)
     for place, one in enumerate(facts.components):
         np.testing.assert_allclose(one.vector, statistics.eigenvectors[:, place])

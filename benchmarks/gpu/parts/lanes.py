@@ -24,7 +24,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, SIZE
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import LocalSet
+from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import CROP
 from pipeline.stream.decode import Decoder, Device, Feed, gpu_of, pixels_of, run_on_current_stream
 from pipeline.stream.loader import Reader, Slice
@@ -98,7 +98,7 @@ def native(data: Path, device: Device, setting: Setting) -> Generator[torch.Tens
 
 def feed_alone(data: Path, setting: Setting) -> Generator[Feed]:
     """Yield what our reader gives the graph: ordered, read, checked, drawn, and not decoded."""
-    with closing(ShardReader(LocalSet(data), "train")) as storage:
+    with closing(ShardReader(LocalDataset(data), "train")) as storage:
         recipe = recipe_of(Statistics.load(data), random=True, colour=0.1)
         part = Slice(batch_size=setting.batch, first=0, last=setting.batch, once=False)
         order = Full([shard.samples for shard in storage.shards], 0)

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.dataset.images import Encoding, as_npy
+from pipeline.dataset.images import Encoding, encode_npy
 from pipeline.dataset.index import load_index, save_index
 from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.dataset.shards import shard_name, write_shard
-from pipeline.remote.dataset import LocalSet
+from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.shard_reader import Bytes, ShardReader
 
 RAW_PICTURES = 500
@@ -59,7 +59,7 @@ def raw_of(data: Path, folder: Path) -> Path:
 
     def pixels(first: int) -> Iterator[tuple[bytes, int]]:
         for jpeg in jpegs[first : first + RAW_SHARD]:
-            yield as_npy(np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB"))), 0
+            yield encode_npy(np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB"))), 0
 
     starts = range(0, len(jpegs), RAW_SHARD)
     built = [write_shard(folder, "train", n, pixels(s), "raw") for n, s in enumerate(starts)]
@@ -85,7 +85,7 @@ def spoilt(
 
 def pictures(data: Path, count: int) -> list[Bytes]:
     """Return what the first `count` train samples (or all there are) hold, uint8 [size] each."""
-    storage = ShardReader(LocalSet(data), "train")
+    storage = ShardReader(LocalDataset(data), "train")
     ids = np.arange(min(count, len(storage)))
     views, _ = storage.read(ids, np.empty(storage.room(ids), np.uint8))
     storage.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.table import markdown
-from pipeline.tools.files import sealed, writable_folder
+from pipeline.tools.files import atomic_write, ensure_writable
 
 
 class Record:
@@ -21,7 +21,7 @@ class Record:
         Raises:
             UsageError: the folder cannot be written.
         """
-        writable_folder(out, "results folder")
+        ensure_writable(out, "results folder")
         name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "cpu")).lower()).strip("-")
         self.path = out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{name}.json"
         self.found: dict[str, Any] = {"command": command, "machine": machine, "finished": False}
@@ -37,7 +37,7 @@ class Record:
         self._save()
 
     def _save(self) -> None:
-        with sealed(self.path) as file:
+        with atomic_write(self.path) as file:
             file.write((json.dumps(self.found, indent=1) + "\n").encode())
-        with sealed(self.path.with_suffix(".md")) as file:
+        with atomic_write(self.path.with_suffix(".md")) as file:
             file.write(markdown(self.found).encode())

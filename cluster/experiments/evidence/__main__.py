@@ -33,7 +33,7 @@ from cluster.experiments.evidence.runs import (
 )
 from cluster.report.page import templates
 from pipeline.tools.errors import UsageError, run
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 NAME = "evidence.html"
 
@@ -118,7 +118,7 @@ def write(page: Page, out: Path) -> None:
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; name a file")
     try:
-        with sealed(out) as file:
+        with atomic_write(out) as file:
             file.write(render(page).encode())
     except OSError as error:
         reason = error.strerror or error

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint.format import Found, choose
+from cluster.checkpoint.format import Checkpoint, choose_checkpoint
 from cluster.config import FREE, Config, read_back
 from cluster.experiments.evidence.claims import (
     ABLATIONS,
@@ -27,7 +27,7 @@ from cluster.experiments.evidence.claims import (
 from cluster.report.records import Records, read_records
 from cluster.run.folder import CONFIG, METRICS
 from pipeline.dataset.manifest import identity
-from pipeline.remote.dataset import metadata
+from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DataError, UsageError
 
 STUDY = "study.json"
@@ -44,7 +44,7 @@ class Run:
     config: Config
     data_sha256: str
     records: Records
-    found: Found
+    found: Checkpoint
     """Its newest checkpoint."""
 
     @property
@@ -149,7 +149,7 @@ def gather(paths: Sequence[Path], data: str | None = None) -> Gathered:
             _look_into(found, runs, path)
     found.groups = grouped(runs.values())
     if data is not None:
-        found.data, found.data_sha256 = data, identity(metadata(data))
+        found.data, found.data_sha256 = data, identity(fetch_metadata(data))
         if found.runs and all(run.data_sha256 != found.data_sha256 for run in found.runs):
             found.left_out.append(f"{data}: none of the runs was trained on it.")
     return found
@@ -163,7 +163,7 @@ def is_run(path: Path) -> bool:
 def read_run(path: Path) -> Run:
     """Read a run; raises as `gather`."""
     config, data = read_back(path / CONFIG)
-    found = choose(path, config.store, lambda event: None)
+    found = choose_checkpoint(path, config.store, lambda event: None)
     return Run(path, config, data, read_records(path), found)
 
 

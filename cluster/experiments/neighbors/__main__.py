@@ -52,7 +52,7 @@ from cluster.experiments.neighbors.figures import chosen, draw, drawn, histogram
 from cluster.experiments.neighbors.search import LEAST, Base, Nearest, nearest
 from pipeline.remote.dataset import open_dataset, parse_size
 from pipeline.tools.errors import SetupError, UsageError, run
-from pipeline.tools.files import sealed, writable_folder
+from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 
 NAME = "summary.json"
@@ -74,7 +74,7 @@ def write(
     same = all(old.get(key) == head[key] for key in head if key != "run")
     kept = {name: old[name] for name in ("neighbours", "codes") if same and name in old}
     whole = head | kept | {part: facts}
-    with sealed(folder / NAME) as file:
+    with atomic_write(folder / NAME) as file:
         file.write((json.dumps(whole, indent=1) + "\n").encode())
     return whole
 
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Neighbours, args=argv, prog="python -m cluster.experiments.neighbors")
     settings(options.run)
     _check(options)
-    folder = writable_folder(options.run / FOLDER, "the run's folder")
+    folder = ensure_writable(options.run / FOLDER, "the run's folder")
     result = neighbours(options, folder)
     out = sys.stderr if options.json else sys.stdout
     out.write("\n".join(_lines(result["neighbours"], folder)) + "\n")
@@ -164,7 +164,7 @@ def neighbours(options: Neighbours, folder: Path) -> dict[str, Any]:
     trained = opened(options.run, options.data, options.step)
     _enough(options, trained)
     devices = _devices(options)
-    kept = writable_folder(options.features, "--features") if options.features else folder
+    kept = ensure_writable(options.features, "--features") if options.features else folder
     started = time.perf_counter()
     asked, base = (
         features(
@@ -177,7 +177,7 @@ def neighbours(options: Neighbours, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     found = _searched(options, asked, base, ids, devices[0])
     seconds = time.perf_counter() - started
-    with sealed(folder / "nearest.npz") as file:
+    with atomic_write(folder / "nearest.npz") as file:
         np.savez(file, queries=ids, ids=found.ids, distances=found.distances)
     right = base.labels[found.ids] == asked.labels[ids][:, None]
     facts = {
@@ -225,7 +225,7 @@ def _distances(
     if pairs is None:
         return {"auc": None, "pairs": 0}
     title = f"{options.run.resolve().name}, step {base.about.step}: {options.queries} against "
-    with sealed(folder / "distances.svg") as file:
+    with atomic_write(folder / "distances.svg") as file:
         file.write(histogram(pairs, title + options.base).encode())
     return {
         "auc": pairs.auc,
@@ -257,7 +257,7 @@ def _sheet(
         dataset.close()
     others = [flat[at : at + options.k] for at in range(0, len(flat), options.k)]
     notes = (options.queries, f"the {options.k} nearest of {options.base}; x: of another class")
-    with sealed(folder / "sheet.png") as file:
+    with atomic_write(folder / "sheet.png") as file:
         drawn(queries, others, names, notes).save(file, "PNG", optimize=True)
     return [
         {

@@ -64,7 +64,7 @@ from cluster.experiments.neighbors.features import (
 from cluster.experiments.neighbors.search import Base, nearest
 from pipeline.remote.dataset import parse_size
 from pipeline.tools.errors import DataError, DuetError, UsageError, run
-from pipeline.tools.files import sealed, writable_folder
+from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 
 SAMPLE = 20_000
@@ -436,7 +436,7 @@ class Trial:
         seconds = round(time.perf_counter() - started, 2)
         state = {f"net/{name}": tensor.contiguous() for name, tensor in made.state_dict().items()}
         state["codes"] = torch.from_numpy(pack(_bits(made, base.values)))
-        with sealed(path) as file:
+        with atomic_write(path) as file:
             file.write(save(state, {"about": json.dumps(about), "seconds": str(seconds)}))
         return made, seconds
 
@@ -526,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = options.features or options.run / FOLDER
     if not kept.is_dir():
         raise UsageError(f"there are no features in {kept}; {MAKE}")
-    folder = writable_folder(options.run / FOLDER, "the run's folder")
+    folder = ensure_writable(options.run / FOLDER, "the run's folder")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     result = codes(options, kept, folder)
     out = sys.stderr if options.json else sys.stdout

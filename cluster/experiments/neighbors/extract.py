@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cluster.checkpoint.format import load
+from cluster.checkpoint.format import load_checkpoint
 from cluster.evaluate import network_of
 from cluster.experiments.neighbors.features import (
     BLOCK,
@@ -213,7 +213,7 @@ def extract(job: Job) -> int:
 def _network(checkpoint: Path, run: Path, device: str, classes: int) -> AlexNet:
     """A worker's network: loaded for its first stretch, and kept."""
     net = network_of(settings(run)[0], classes)
-    load(checkpoint, net)
+    load_checkpoint(checkpoint, net)
     return net.to(device).eval()
 
 

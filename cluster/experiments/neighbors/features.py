@@ -35,15 +35,15 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
-from cluster.checkpoint.format import Found, choose, read_table
-from cluster.checkpoint.storage import places_of
+from cluster.checkpoint.format import Checkpoint, choose_checkpoint, read_table
+from cluster.checkpoint.storage import open_storage
 from cluster.config import Config, read_back
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG, QUARANTINE
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import metadata
+from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DataError, SetupError, UsageError
-from pipeline.tools.files import sealed, sha256, sync_folder
+from pipeline.tools.files import atomic_write, sha256, sync_folder
 
 FOLDER = "neighbours"
 """Of RUN, for all that is written here."""
@@ -55,7 +55,7 @@ class Trained:
 
     run: Path
     config: Config
-    found: Found
+    found: Checkpoint
     checkpoint_sha256: str
     """As `fingerprint` has it."""
     data: str
@@ -82,8 +82,8 @@ def opened(run: Path, data: str, step: int | None = None) -> Trained:
         StoreError: a store does not answer.
     """
     config, trained_on = settings(run)
-    found = choose(run, config.store, _tell, step)
-    folder = metadata(data, **config.cached)
+    found = choose_checkpoint(run, config.store, _tell, step)
+    folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
     if manifest.classes != found.classes:
         raise UsageError(
@@ -128,7 +128,7 @@ def fingerprint(run: Path, config: Config, name: str) -> str:
     Raises:
         ValueError, KeyError, TypeError, OSError, DuetError: it is damaged, or not there.
     """
-    files: dict[str, Any] = read_table(places_of(run, config.store), name)["files"]
+    files: dict[str, Any] = read_table(open_storage(run, config.store), name)["files"]
     lines = [f"{file} {files[file]['sha256']}\n" for file in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -270,7 +270,7 @@ def seal(base: Path, about: About, labels: Ids, sound: Flags, crc: list[int]) ->
     """Write what is beside the .npy; with the .json the features exist."""
     rows = np.zeros(about.samples, ROWS)
     rows["label"], rows["sound"] = labels, sound
-    with sealed(part(base, "rows.npy")) as file:
+    with atomic_write(part(base, "rows.npy")) as file:
         np.save(file, rows)
     table = about.table() | {
         "sha256_of": "labels and sound flags; the features themselves have a CRC-32 per block",
@@ -279,7 +279,7 @@ def seal(base: Path, about: About, labels: Ids, sound: Flags, crc: list[int]) ->
         "crc32": crc,
         "damaged": int((~sound).sum()),
     }
-    with sealed(part(base, "json")) as file:
+    with atomic_write(part(base, "json")) as file:
         file.write((json.dumps(table) + "\n").encode())
 
 
@@ -408,9 +408,9 @@ def begin(base: Path, about: About) -> None:
         del made
         with growing.open("r+b") as file:  # a full disk shows now
             os.posix_fallocate(file.fileno(), 0, growing.stat().st_size)
-        with sealed(state) as file:
+        with atomic_write(state) as file:
             file.write(bytes(_state_size(about)))
-        with sealed(plan) as file:
+        with atomic_write(plan) as file:
             file.write(json.dumps(about.table()).encode())
     except OSError as error:
         discard(base)

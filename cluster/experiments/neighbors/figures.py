@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from cluster.experiments.neighbors.features import Features, Ids
 from cluster.experiments.neighbors.search import Floats, squared
 from cluster.report.charts import Axis, axis_to, short
-from pipeline.dataset.images import Pixels, Undecodable, pixels_of
-from pipeline.remote.dataset import DataSet
+from pipeline.dataset.images import Pixels, Undecodable, decode_image
+from pipeline.remote.dataset import Dataset
 from pipeline.stream.shard_reader import ShardReader
 
 CHUNK = 1 << 24
@@ -193,7 +193,7 @@ class Shown:
     label: int
 
 
-def read(dataset: DataSet, split: str, ids: Sequence[int]) -> list[Shown]:
+def read(dataset: Dataset, split: str, ids: Sequence[int]) -> list[Shown]:
     """Read images of a split.
 
     Raises:
@@ -214,7 +214,7 @@ def read(dataset: DataSet, split: str, ids: Sequence[int]) -> list[Shown]:
 
 def _pixels(storage: ShardReader, data: bytes) -> Pixels | None:
     try:
-        return pixels_of(data, storage.encoding)
+        return decode_image(data, storage.encoding)
     except Undecodable:
         return None
 

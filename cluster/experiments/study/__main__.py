@@ -26,7 +26,7 @@ from cluster.experiments.study.runner import Run, RunPool, slots, visible_gpus
 from cluster.experiments.study.subsets import cut_out
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
-from pipeline.tools.files import writable_folder
+from pipeline.tools.files import ensure_writable
 from pipeline.tools.progress import Progress
 
 
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.at_once < 0:
         raise UsageError(f"--at-once is {options.at_once}; give a number of runs, or 0")
     study = read(options.study)
-    writable_folder(options.out, "folder of the study")
+    ensure_writable(options.out, "folder of the study")
     made, others = Maker(options, study).make()
     runs = [one.run for one in made]
     found = results.summary(

@@ -12,7 +12,7 @@ from cluster.experiments.study.config import Study
 from cluster.experiments.study.results import Curves, curves
 from cluster.experiments.study.runner import Run
 from cluster.report.records import Floats
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def draw(study: Study, runs: Named, found: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{study.title}\npaper: {study.paper}", fontsize=10)
     figure.supxlabel("networks averaged" if study.plot == "nets" else "images seen", fontsize=9)
     figure.text(0.995, 0.005, found["scale"], fontsize=5.5, ha="right", va="bottom", color="0.4")
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=DPI)
     pyplot.close(figure)
 

@@ -28,8 +28,8 @@ from cluster.run.folder import METRICS, VALIDATION
 from cluster.run.jsonl import tail
 from cluster.run.probabilities import Saved, file_of
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import metadata
-from pipeline.tools.files import sealed
+from pipeline.remote.dataset import fetch_metadata
+from pipeline.tools.files import atomic_write
 
 VIEWS: Literal[10] = 10
 """As the paper's table counts."""
@@ -95,7 +95,7 @@ def train_error(run: Run) -> float:
     found = evaluate(
         Evaluate(run=run.folder, data=run.data, split="train", device=run.config.device)
     )
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(found) + "\n").encode())
     return float(found["top1_error"])
 
@@ -278,7 +278,7 @@ def scale(runs: Sequence[Run]) -> str:
     """At which scale this was run, in words: what the paper had otherwise."""
     found = []
     for run in runs:
-        manifest = Manifest.load(metadata(run.data))
+        manifest = Manifest.load(fetch_metadata(run.data))
         config = run.config
         text = (
             f"{run.pictures:,} training images of {len(manifest.classes)} classes, width "
@@ -446,6 +446,6 @@ def write(study: Study, found: dict[str, Any], out: Path) -> str:
     """Write study.json and study.md, and return the text of the latter."""
     text = as_text(study, found)
     for name, content in ((TABLE, text), (RESULT, as_json(found))):
-        with sealed(out / name) as file:
+        with atomic_write(out / name) as file:
             file.write(content.encode())
     return text

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from cluster import train
-from cluster.checkpoint.loader import pinned
-from cluster.checkpoint.storage import reached
+from cluster.checkpoint.loader import pin_init
+from cluster.checkpoint.storage import find_last_step
 from cluster.config import Config, differences, read_back
 from cluster.launch.controller import wanted_end
 from cluster.mesh import ProcessMesh
@@ -37,10 +37,10 @@ from cluster.run.folder import CONFIG, METRICS, leading, write_machine
 from cluster.run.jsonl import tail
 from cluster.training.loop import train as make_run
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import metadata
+from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run
-from pipeline.tools.files import sealed
-from pipeline.tools.processes import signalled_with_parent
+from pipeline.tools.files import atomic_write
+from pipeline.tools.processes import request_parent_death_signal
 from pipeline.tools.progress import Progress
 
 
@@ -132,7 +132,7 @@ class Run:
     def complete(self) -> bool:
         """The last step is made and saved."""
         total = self.config.total_steps(self.pictures)
-        return self.folder.is_dir() and reached(self.folder, self.config.store) >= total
+        return self.folder.is_dir() and find_last_step(self.folder, self.config.store) >= total
 
     def check(self) -> None:
         """Refuse what is there if it was made with other settings, or on other data.
@@ -143,8 +143,8 @@ class Run:
         if not (path := self.folder / CONFIG).is_file():
             return
         before, data = read_back(path)
-        found = differences(before, pinned(self.config, self.folder, 0), self.pictures)
-        if data != identity(metadata(self.data)):
+        found = differences(before, pin_init(self.config, self.folder, 0), self.pictures)
+        if data != identity(fetch_metadata(self.data)):
             found.append("the data set")
         if found:
             raise UsageError(
@@ -233,7 +233,7 @@ class _Process:
         self._before, self._asked = run.position, False
         run.out.mkdir(parents=True, exist_ok=True)
         file = run.out / f"{run.name}.toml"
-        with sealed(file, durable=False) as settings:
+        with atomic_write(file, durable=False) as settings:
             settings.write(run.toml)
         words = [str(file), "--data", run.data, "--run", str(run.folder)]
         with run.log.open("ab") as log:
@@ -282,7 +282,7 @@ class _Process:
 
 @cache
 def _samples(data: str) -> int:
-    folder = metadata(data)
+    folder = fetch_metadata(data)
     return Manifest.load(folder).split("train", folder).samples
 
 
@@ -290,7 +290,7 @@ def _settle(slot: Slot) -> None:
     """In a new process, before its program: its cores, and what happens when we are no more."""
     os.sched_setaffinity(0, slot.cores)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signalled_with_parent(signal.SIGTERM)
+    request_parent_death_signal(signal.SIGTERM)
 
 
 def _end(processes: Sequence[_Process]) -> None:

@@ -25,11 +25,11 @@ from cluster.experiments.study.config import Part
 from pipeline.dataset.manifest import NAME, identity
 from pipeline.packing.build import build
 from pipeline.packing.plan import Build
-from pipeline.remote.dataset import DataSet, metadata, open_dataset
+from pipeline.remote.dataset import Dataset, fetch_metadata, open_dataset
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError
-from pipeline.tools.files import sealed
+from pipeline.tools.files import atomic_write
 
 CHUNK = 256
 """Images read at a time."""
@@ -48,7 +48,7 @@ def cut_out(data: str, part: Part, out: Path) -> Path:
         UsageError: there are no such images, or OUT is another part, or one of other data.
         DataError: an image of `data` is damaged.
     """
-    _same(out, {"data_sha256": identity(metadata(data)), **asdict(part)})
+    _same(out, {"data_sha256": identity(fetch_metadata(data)), **asdict(part)})
     if (out / NAME).is_file():
         return out
     source = out.with_name(f"{out.name}.source")
@@ -80,12 +80,12 @@ def _same(out: Path, origin: dict[str, Any]) -> None:
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with sealed(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write_tar(
-    dataset: DataSet, split: str, shares: tuple[float, float], most: int, path: Path
+    dataset: Dataset, split: str, shares: tuple[float, float], most: int, path: Path
 ) -> None:
     """Write the images of a part of a split as members CLASS/KEY.jpg (raw ones as .png)."""
     storage = ShardReader(dataset, split)
@@ -98,7 +98,7 @@ def write_tar(
     chosen = choose(storage.labels(np.arange(len(storage))), first, last, most)
     if not len(chosen):
         raise UsageError(f"split {split!r} has no image of classes {first} to {last - 1}")
-    with sealed(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for sample, label, content in pictures(storage, chosen):
             name = quote(names[label], safe=" ,;'()")
             ending = "jpg" if storage.encoding == "jpeg" else "png"

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.index import key_in_idx, sample_key
+from pipeline.dataset.index import read_key_from_idx, sample_key
 from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.stream.ledger.attempts import Attempt, attempts_of, open_ledgers, out_of_line
 from pipeline.stream.ledger.format import Deliveries, LedgerFile
@@ -606,5 +606,5 @@ class _Search:
             key = sample_key(shard, place)
         else:
             idx = (self._foreign / self._shards[shard].name).with_suffix(".idx")
-            key = key_in_idx(idx, place) or "unknown"
+            key = read_key_from_idx(idx, place) or "unknown"
         return f"sample {sample} ({self._shards[shard].name}, key {key})"

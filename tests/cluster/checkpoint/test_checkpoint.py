@@ -15,9 +15,9 @@ import cluster.checkpoint.format as checkpoint
 import cluster.checkpoint.storage as places
 import cluster.checkpoint.writer as part
 import cluster.checkpoint.writer as writer
-from cluster.checkpoint.format import choose
-from cluster.checkpoint.storage import reached
-from cluster.checkpoint.writer import Checkpoints
+from cluster.checkpoint.format import choose_checkpoint
+from cluster.checkpoint.storage import find_last_step
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Saved
 from cluster.run.folder import CHECKPOINTS, Mark
@@ -62,7 +62,7 @@ def test_only_the_last_ones_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         run.save(step, seed=step)
     assert run.names() == steps(3, 10)
-    assert reached(tmp_path, "") == 10
+    assert find_last_step(tmp_path, "") == 10
 
 
 def test_damaged_later_ones_neither_stay_nor_push_out_the_sound_one(tmp_path):
@@ -72,7 +72,7 @@ def test_damaged_later_ones_neither_stay_nor_push_out_the_sound_one(tmp_path):
         flip_a_byte(run.step(step))
     run.save(100, seed=1)
     assert run.names() == steps(100)
-    assert reached(tmp_path, "") == 100
+    assert find_last_step(tmp_path, "") == 100
 
 
 def cut_short(step: Path) -> None:
@@ -124,7 +124,7 @@ def test_training_goes_on_while_the_state_of_before_is_written(run, monkeypatch)
     real = part.save_file
     monkeypatch.setattr(part, "save_file", lambda *words: (go.wait(), real(*words)))
     run.checkpoints.begin(Mark(step=3, position=24), net, optimiser)
-    assert run.checkpoints.busy
+    assert run.checkpoints.is_busy
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.fill_(7)
@@ -132,8 +132,8 @@ def test_training_goes_on_while_the_state_of_before_is_written(run, monkeypatch)
             velocity.fill_(7)
     go.set()
     run.checkpoints.finish(must=True)
-    assert not run.checkpoints.busy
-    assert not run.checkpoints.pending
+    assert not run.checkpoints.is_busy
+    assert not run.checkpoints.is_pending
     assert same(run.resume()[1], seed=1)
 
 
@@ -143,12 +143,12 @@ def test_what_must_come_before_a_checkpoint_can_hold_it_back(tmp_path):
 
     (tmp_path / CHECKPOINTS).mkdir()
     told: list = []
-    saves = Checkpoints(tmp_path, ProcessMesh(), ABOUT, told.append, keep=1)
+    saves = CheckpointManager(tmp_path, ProcessMesh(), ABOUT, told.append, keep=1)
     saves.before = rows_are_on_the_disk
     saves.begin(Mark(step=3, position=24), *network(seed=1))
     saves.finish()
     assert "rows are missing" in told[0].text
-    assert reached(tmp_path, "") == 0
+    assert find_last_step(tmp_path, "") == 0
 
 
 def test_the_best_ones_stay_besides_the_last(tmp_path):
@@ -174,10 +174,10 @@ def test_a_process_of_an_older_start_cannot_write_into_a_newer_save(run):
 
 def test_a_checkpoint_of_another_network_is_refused(run):
     run.save(3, seed=1)
-    found = choose(run.folder, "", run.told.append)
+    found = choose_checkpoint(run.folder, "", run.told.append)
     wider = AlexNet(classes=len(CLASSES), width=0.1)
     with pytest.raises(Exception, match=r"step-00000003: the state does not fit the network"):
-        checkpoint.load(found.path, wider)
+        checkpoint.load_checkpoint(found.path, wider)
 
 
 @pytest.fixture
@@ -194,9 +194,9 @@ def test_a_save_that_takes_too_long_is_not_waited_for(run, gate, monkeypatch):
     run.begin(6, seed=2)  # is left out
     run.begin(9, seed=3)  # likewise
     assert ["6 is left out" in run.warnings[0], "9 is left out" in run.warnings[1]] == [True, True]
-    assert run.checkpoints.pending
+    assert run.checkpoints.is_pending
     gate.set()
-    while run.checkpoints.busy:
+    while run.checkpoints.is_busy:
         time.sleep(0.01)
     run.checkpoints.finish()
     assert run.saved == [3]
@@ -231,7 +231,7 @@ def test_no_thread_is_left_and_nothing_half_written_looks_like_a_checkpoint(run,
     gate.set()
     run.checkpoints.close()
     assert not thread.is_alive()
-    assert reached(run.folder, "") == 0
+    assert find_last_step(run.folder, "") == 0
     (left,) = run.names()
     assert left.endswith(".partial")
     assert run.resume()[0] == Mark()
@@ -246,7 +246,7 @@ def test_a_checkpoint_that_is_removed_by_half_is_none(run, monkeypatch):
         places.shutil, "rmtree", lambda *_, **__: None
     )  # dies before the first file
     run.save(6, seed=2)
-    assert reached(run.folder, "") == 6
+    assert find_last_step(run.folder, "") == 6
     assert [name for name in run.names() if not name.endswith(".partial")] == list(steps(6))
 
 

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 
 import cluster.checkpoint.storage as places
 import cluster.checkpoint.writer as part
-from cluster.checkpoint.storage import reached
-from cluster.checkpoint.writer import Checkpoints
+from cluster.checkpoint.storage import find_last_step
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import CHECKPOINTS
 from pipeline.tools.errors import SetupError
@@ -33,7 +33,7 @@ MOMENTS = ["column a", "column b", "the json", "the rename"]
 
 def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) -> None:
     """Have what is written at some moment fail."""
-    real = {"save": part.save_file, "sealed": places.sealed, "rename": Path.rename}
+    real = {"save": part.save_file, "sealed": places.atomic_write, "rename": Path.rename}
 
     def fails(*_: object, **__: object) -> NoReturn:
         raise error
@@ -46,7 +46,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) 
             lambda state, path: fails() if name in path.name else real["save"](state, path),
         )
     elif moment == "the json":
-        monkeypatch.setattr(places, "sealed", fails)
+        monkeypatch.setattr(places, "atomic_write", fails)
     else:
         monkeypatch.setattr(Path, "rename", fails)
 
@@ -85,7 +85,7 @@ REAL = part.save_file
 DEATHS: dict[str, tuple[object, str, object]] = {
     "a column": (part, "save_file", lambda state, path: half(state, path)),
     "the other": (part, "save_file", lambda s, p: half(s, p) if "b." in p.name else REAL(s, p)),
-    "the json": (places, "sealed", die),
+    "the json": (places, "atomic_write", die),
     "the rename": (Path, "rename", die),
     "after it": (places, "sync_folder", die),
     "the removing": (places.shutil, "rmtree", die),
@@ -120,7 +120,7 @@ def deaths(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_death_at_any_moment_leaves_a_whole_checkpoint(deaths, moment):
     step = 6 if moment in ("after it", "the removing") else 3
     run = Run(deaths / moment, keep=1)
-    assert reached(run.folder, "") == step
+    assert find_last_step(run.folder, "") == step
     assert len(run.names()) == 2 or moment == "after it"
     mark, state = run.resume()
     assert mark.step == step
@@ -140,7 +140,7 @@ def test_a_disk_that_has_gone_is_not_written_to_anew(run):
     assert not there.exists()
     # Nor does a new start take it for a run that has not begun.
     (run.folder / "attempts.jsonl").write_text('{"attempt": 1, "step": 3}\n{"att')
-    run.checkpoints = Checkpoints(run.folder, ProcessMesh(), ABOUT, run.told.append, keep=1)
+    run.checkpoints = CheckpointManager(run.folder, ProcessMesh(), ABOUT, run.told.append, keep=1)
     with pytest.raises(SetupError, match=r"holds no checkpoint, but the run had one of step 3"):
         run.checkpoints.resume(*network(seed=99))
     assert not there.exists()

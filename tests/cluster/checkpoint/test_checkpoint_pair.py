@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 import cluster.checkpoint.writer as part
 import cluster.checkpoint.writer as writer
-from cluster.checkpoint.format import choose
+from cluster.checkpoint.format import choose_checkpoint
 from cluster.mesh import ProcessMesh, take_place
 from cluster.run.folder import CHECKPOINTS
 from pipeline.tools.errors import DuetError
@@ -42,12 +42,12 @@ def plain(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     run, turns = Run(folder, place=place), 0
     slow(place, folder / "go")
     run.begin(3, seed=1)
-    while place.poll(run.checkpoints.busy)()[0]:
+    while place.poll(run.checkpoints.is_busy)()[0]:
         turns += 1
         if turns == 5:
             (folder / "go").touch()
     run.checkpoints.finish()
-    return {"turns": turns, "pending": run.checkpoints.pending, "saved": run.saved}
+    return {"turns": turns, "pending": run.checkpoints.is_pending, "saved": run.saved}
 
 
 def left_out(folder: Path, place: ProcessMesh) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def left_out(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     slow(place, folder / "go")
     run.begin(3, seed=1)
     run.begin(6, seed=2)
-    pending = run.checkpoints.pending
+    pending = run.checkpoints.is_pending
     (folder / "go").touch()
     run.checkpoints.finish(must=True)
     return {"pending": pending, "saved": run.saved, "warnings": run.warnings}
@@ -145,7 +145,7 @@ def test_both_columns_are_written_while_training_goes_on(seen):
     assert leader["turns"] == other["turns"] >= 5
     assert leader["pending"] is other["pending"] is False
     assert (leader["saved"], other["saved"]) == ([3], [])
-    assert choose(leader["folder"], "", pytest.fail).mark.step == 3
+    assert choose_checkpoint(leader["folder"], "", pytest.fail).mark.step == 3
 
 
 def test_one_process_goes_on_from_what_a_pair_saved(seen):

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 import cluster.checkpoint.storage as places
 import cluster.checkpoint.writer as part
-from cluster.checkpoint.format import choose, load, state_of
-from cluster.checkpoint.storage import reached
+from cluster.checkpoint.format import choose_checkpoint, collect_state, load_checkpoint
+from cluster.checkpoint.storage import find_last_step
 from cluster.mesh import ProcessMesh, take_place
-from cluster.run.sync import mirror_of
+from cluster.run.sync import open_mirror
 from cluster.training.loop import train
 from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import StoreTarget
@@ -81,7 +81,7 @@ def test_the_newest_and_the_best_are_kept(run):
     for step, error in enumerate([0.9, 0.5, 0.7, None, None], start=1):
         run.save(step, seed=step, error=error)
     assert there(run) == {2: WHOLE, 4: WHOLE, 5: WHOLE}
-    assert reached(run.folder, run.store) == 5
+    assert find_last_step(run.folder, run.store) == 5
 
 
 def flip(run: Run, step: int) -> None:
@@ -125,17 +125,17 @@ def test_all_damaged_is_an_error(run):
     with pytest.raises(DataError, match=r"no checkpoint in s3://.*/a/b/checkpoints is sound"):
         run.resume()
     with pytest.raises(DataError, match="is sound"):
-        choose(run.folder, run.store, run.told.append)
+        choose_checkpoint(run.folder, run.store, run.told.append)
 
 
 def test_readers_have_the_files_for_as_long_as_they_need_them(run):
     with pytest.raises(UsageError, match="no complete checkpoint yet"):
-        choose(run.folder, run.store, run.told.append)
+        choose_checkpoint(run.folder, run.store, run.told.append)
     run.save(3, seed=1, error=0.25)
-    found = choose(run.folder, run.store, run.told.append)
+    found = choose_checkpoint(run.folder, run.store, run.told.append)
     net, optimiser = network(99)
-    load(found.path, net, optimiser)
-    assert same(state_of(net, optimiser), seed=1)
+    load_checkpoint(found.path, net, optimiser)
+    assert same(collect_state(net, optimiser), seed=1)
     assert (found.mark.step, found.error) == (3, 0.25)
     path = found.path
     del found
@@ -148,7 +148,7 @@ def test_what_a_crash_has_left_is_removed_but_nothing_newer(run):
         bucket(run).put_object(
             Key=f"a/b/checkpoints/step-{step:08d}-abcd/column-a.safetensors", Body=b"half"
         )
-    assert reached(run.folder, run.store) == 6
+    assert find_last_step(run.folder, run.store) == 6
     assert run.resume()[0].step == 6
     assert there(run) == {6: WHOLE, 9: WHOLE[1:2]}  # perhaps another process is writing this
     run.save(9, seed=2)
@@ -157,9 +157,9 @@ def test_what_a_crash_has_left_is_removed_but_nothing_newer(run):
 
 def failing(monkeypatch: pytest.MonkeyPatch, what: str, file: str, times: int) -> list[str]:
     """Have the store fail the first times that a file of some name is read or written."""
-    real, failed = StoreTarget.ask, []
+    real, failed = StoreTarget.request, []
 
-    def ask(self: Any, name: str, action: Any, done: str = "read", size: int = 0) -> Any:
+    def request(self: Any, name: str, action: Any, done: str = "read", size: int = 0) -> Any:
         def hesitant(system: Any, path: str) -> Any:
             if done == what and file in name and len(failed) < times:
                 failed.append(name)
@@ -168,7 +168,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, what: str, file: str, times: int) -
 
         return real(self, name, hesitant, done, size)
 
-    monkeypatch.setattr(StoreTarget, "ask", ask)
+    monkeypatch.setattr(StoreTarget, "request", request)
     return failed
 
 
@@ -257,10 +257,10 @@ def test_a_run_goes_on_on_another_machine_with_nothing_but_the_store(run, tiny_d
     first.mkdir()
     asked = iter([False] * 3 + [True] * 9)
     train(config, str(tiny_data), first, ProcessMesh(), run.told.append, ending=lambda: next(asked))
-    assert reached(first, run.store) == 4
+    assert find_last_step(first, run.store) == 4
 
     second.mkdir()
-    mirror = mirror_of(second, run.store)
+    mirror = open_mirror(second, run.store)
     assert mirror is not None
     assert "metrics.jsonl" in mirror.restore()
     assert mirror.restore() == []
@@ -268,7 +268,7 @@ def test_a_run_goes_on_on_another_machine_with_nothing_but_the_store(run, tiny_d
     alone(config, tiny_data, second)
     assert learned(second) == learned(whole)
     assert learned(second, "validation.jsonl") == learned(whole, "validation.jsonl")
-    found = choose(second, run.store, run.told.append)
+    found = choose_checkpoint(second, run.store, run.told.append)
     columns = [load_file(found.path / file) for file in WHOLE[1:]]
     state, wanted = columns[0] | columns[1], weights(whole)
     assert state.keys() == wanted.keys()
@@ -285,11 +285,11 @@ def test_rows_of_an_earlier_time_give_way_to_those_in_the_store(run, tmp_path):
     ):
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("".join(texts))
-    first = mirror_of(there, run.store)
+    first = open_mirror(there, run.store)
     assert first is not None
     first.begin()
     first.push()
-    again = mirror_of(back, run.store)
+    again = open_mirror(back, run.store)
     assert again is not None
     assert again.restore() == ["metrics.jsonl"]
     assert (back / "metrics.jsonl").read_text() == "a1\na2\nb3\n"

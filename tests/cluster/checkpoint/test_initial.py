@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import cluster.train as driver
-from cluster.checkpoint.loader import fitting, looked_at, pinned
+from cluster.checkpoint.loader import match_layers, pin_init, resolve_init
 from cluster.config import read_back
 from model.alexnet import AlexNet
 from pipeline.tools.errors import DataError, UsageError
@@ -134,7 +134,7 @@ def test_the_command_pins_the_checkpoint_and_takes_the_same_when_it_starts_again
 )
 def test_a_network_that_does_not_fit_is_refused_by_its_layer(source, changes, words):
     with pytest.raises(UsageError) as caught:
-        looked_at(replace(CONFIG, init=str(source), **changes), 3, print)
+        resolve_init(replace(CONFIG, init=str(source), **changes), 3, print)
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in [*words, "step-00000006", "config.toml"] if word not in message] == []
@@ -143,19 +143,19 @@ def test_a_network_that_does_not_fit_is_refused_by_its_layer(source, changes, wo
 def test_conv6_is_taken_where_it_is_and_not_thrown_away() -> None:
     there = {"a.conv1.weight": (1,), "a.conv6.weight": (2,), "a.fc8.weight": (3,)}
     layers = ["conv1", "conv6", "fc8"]
-    assert fitting({**there, "a.fc8.weight": (9,)}, there, layers, "X") == list(there)[:2]
+    assert match_layers({**there, "a.fc8.weight": (9,)}, there, layers, "X") == list(there)[:2]
     with pytest.raises(UsageError, match=r"X has a.conv6, which this network has not"):
-        fitting({"a.conv1.weight": (1,)}, there, ["conv1", "fc8"], "X")
+        match_layers({"a.conv1.weight": (1,)}, there, ["conv1", "fc8"], "X")
 
 
 def test_nothing_to_start_from_is_a_line(source, tmp_path):
     with pytest.raises(UsageError, match="is no run, and no checkpoint"):
-        looked_at(replace(CONFIG, init=str(tmp_path)), 3, print)
+        resolve_init(replace(CONFIG, init=str(tmp_path)), 3, print)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UsageError, match="has no complete checkpoint"):
-        looked_at(replace(CONFIG, init=str(tmp_path)), 3, print)
+        resolve_init(replace(CONFIG, init=str(tmp_path)), 3, print)
     copy = shutil.copytree(source / "checkpoints/step-00000006", tmp_path / "step-00000006")
-    config, said = looked_at(replace(CONFIG, init=str(copy)), 3, print)  # lies anywhere
+    config, said = resolve_init(replace(CONFIG, init=str(copy)), 3, print)  # lies anywhere
     assert config.init == str(copy)
     assert "4 classes" in said
     with (copy / "column-b.safetensors").open("r+b") as file:
@@ -164,7 +164,7 @@ def test_nothing_to_start_from_is_a_line(source, tmp_path):
         file.seek(-1, 2)
         file.write(bytes([last ^ 1]))
     with pytest.raises(DataError, match="is sound"):
-        looked_at(replace(CONFIG, init=str(copy)), 3, lambda event: None)
+        resolve_init(replace(CONFIG, init=str(copy)), 3, lambda event: None)
 
 
 def test_an_init_of_before_holds_though_its_run_has_gone(tmp_path):
@@ -172,9 +172,9 @@ def test_an_init_of_before_holds_though_its_run_has_gone(tmp_path):
 
     before = replace(CONFIG, init=f"{tmp_path}/gone/checkpoints/step-00000400")
     (tmp_path / "config.toml").write_text(as_toml(before, "x"))
-    assert pinned(replace(CONFIG, init=f"{tmp_path}/gone"), tmp_path, 3) == before
-    assert pinned(replace(CONFIG, init=f"{tmp_path}/other"), tmp_path, 3) != before
-    assert pinned(CONFIG, tmp_path, 3) == CONFIG
+    assert pin_init(replace(CONFIG, init=f"{tmp_path}/gone"), tmp_path, 3) == before
+    assert pin_init(replace(CONFIG, init=f"{tmp_path}/other"), tmp_path, 3) != before
+    assert pin_init(CONFIG, tmp_path, 3) == CONFIG
 
 
 def test_a_store_can_be_started_from(s3_bucket, source, tiny_data, tmp_path):
@@ -185,7 +185,7 @@ def test_a_store_can_be_started_from(s3_bucket, source, tiny_data, tmp_path):
     for path in (source / "checkpoints/step-00000006").iterdir():
         files.put_file(str(path), f"{address}/{path.name}")
     for init in (f"{s3_bucket}/a", address):
-        config, _ = looked_at(replace(SMALL, init=init), 4, print)
+        config, _ = resolve_init(replace(SMALL, init=init), 4, print)
         assert config.init == address
     run = tmp_path / "run"
     alone(replace(config, steps=3), tiny_data, run)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.checkpoint.writer import Checkpoints
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config, as_toml
 from cluster.experiments.evidence.__main__ import Page, evidence, main, place_of, render
 from cluster.experiments.evidence.significance import counting, discord
@@ -48,7 +48,7 @@ def make(tmp_path: Path) -> Make:
         net = AlexNet(classes=len(CLASSES), design=config.design, seed=config.seed)
         if saved:
             (run / "checkpoints").mkdir()
-            checkpoints = Checkpoints(
+            checkpoints = CheckpointManager(
                 run, ProcessMesh(), {"classes": CLASSES}, lambda event: None, keep=1
             )
             checkpoints.begin(

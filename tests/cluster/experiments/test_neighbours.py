@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cluster.checkpoint.format import load
+from cluster.checkpoint.format import load_checkpoint
 from cluster.config import Config
 from cluster.experiments.neighbors import extract
 from cluster.experiments.neighbors.__main__ import main
@@ -66,7 +66,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def by_hand(run: Path, data: Path, split: str) -> np.ndarray:
     """fc7 image by image, the layers called one by one and not by the network's forward."""
     net = AlexNet(classes=4, width=CONFIG.width)
-    load(run / "checkpoints" / "step-00000002", net)
+    load_checkpoint(run / "checkpoints" / "step-00000002", net)
     net.eval()
     rows = []
     with (

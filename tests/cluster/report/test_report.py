@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from cluster.checkpoint.writer import Checkpoints
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.mesh import ProcessMesh
 from cluster.report.images import KERNEL_SCALE
 from cluster.report.page import report
@@ -96,7 +96,7 @@ def checkpoint(run: Path) -> None:
     net = AlexNet(classes=len(CLASSES), width=0.0625)
     state = {"classes": list(CLASSES)}
     (run / "checkpoints").mkdir()
-    checkpoints = Checkpoints(run, ProcessMesh(), state, lambda event: None, keep=1)
+    checkpoints = CheckpointManager(run, ProcessMesh(), state, lambda event: None, keep=1)
     checkpoints.begin(Mark(step=60, position=7680), net, Sgd2012(net.named_parameters()))
     checkpoints.finish(must=True)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cluster.checkpoint.format import Found
+from cluster.checkpoint.format import Checkpoint
 from cluster.report.images import KERNEL_SCALE, Unavailable
 from cluster.report.kernels import (
     BAR,
@@ -35,11 +35,11 @@ LEARNED = {
 END = {name: START[name] + 0.3 * LEARNED[name] for name in "ab"}
 
 
-def checkpoint(folder: Path, kernels: dict[str, np.ndarray], step: int = 500) -> Found:
+def checkpoint(folder: Path, kernels: dict[str, np.ndarray], step: int = 500) -> Checkpoint:
     for name, weights in kernels.items():
         file = folder / f"column-{name}.safetensors"
         save_file({f"weights/{name}.conv1.weight": np.ascontiguousarray(weights)}, file)
-    return Found(path=folder, mark=Mark(step=step, position=128 * step), classes=("x",))
+    return Checkpoint(path=folder, mark=Mark(step=step, position=128 * step), classes=("x",))
 
 
 def picture(uri: str) -> np.ndarray:
@@ -114,4 +114,4 @@ def test_a_network_of_one_column_is_not_compared(tmp_path):
 def test_a_checkpoint_without_conv1_is_told(tmp_path):
     save_file({"weights/a.fc8.bias": np.zeros(1)}, tmp_path / "column-a.safetensors")
     with pytest.raises(Unavailable, match="No kernels"):
-        first_layer(Found(path=tmp_path, mark=Mark(step=1, position=1), classes=("x",)))
+        first_layer(Checkpoint(path=tmp_path, mark=Mark(step=1, position=1), classes=("x",)))

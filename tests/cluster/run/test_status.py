@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cluster.config import Config, as_toml
 from cluster.run.state import look
-from cluster.run.sync import DRIVERS, Mirror
+from cluster.run.sync import DRIVER_FILES, RunMirror
 from cluster.status import main, screen, sparkline
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_processes import REPOSITORY
@@ -236,9 +236,9 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 def test_the_rows_in_a_store_show_a_run_without_its_folder(run, s3_bucket, capsys):
     full(run)
     bucket = f"{s3_bucket}/runs/paper"
-    mirror = Mirror(run.folder, bucket)
+    mirror = RunMirror(run.folder, bucket)
     mirror.push()
-    mirror.push_whole(DRIVERS)
+    mirror.push_whole(DRIVER_FILES)
     assert main([bucket, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["run"], found["step"], found["starts"]) == (bucket, 100, 2)

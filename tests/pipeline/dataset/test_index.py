@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.index import key_in_idx
-from pipeline.dataset.shards import read_idx
+from pipeline.dataset.index import read_key_from_idx
+from pipeline.dataset.shards import parse_idx
 from pipeline.stream.decode import NativeReader
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
@@ -135,9 +135,9 @@ def test_members_of_any_order_ending_and_name(tmp_path):
     with Stream(tmp_path, batch_size=9) as stream:
         assert sorted(next(stream).ids.tolist()) == list(range(9))
     idx = tmp_path / "some train.idx"
-    assert len(read_idx(idx.read_bytes())) == 9
-    assert key_in_idx(idx, 5) == long
-    assert key_in_idx(idx, 9) is None
+    assert len(parse_idx(idx.read_bytes())) == 9
+    assert read_key_from_idx(idx, 5) == long
+    assert read_key_from_idx(idx, 9) is None
 
 
 def test_the_idx_is_wds2idxs_and_one_that_is_there_is_kept(made, folder):

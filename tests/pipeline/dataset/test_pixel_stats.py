@@ -25,28 +25,28 @@ def sums_of(pictures: np.ndarray) -> Sums:
 def test_sums_are_exact():
     picture, outer = exact(PICTURES)
     sums = sums_of(PICTURES)
-    assert sums.pictures == 7
-    assert (sums.picture == picture).all()
+    assert sums.images == 7
+    assert (sums.image_sum == picture).all()
     assert (sums.outer == outer).all()
 
 
 def test_sums_are_exact_where_they_are_largest():
     white = np.full((256, 256, 3), 255, np.uint8)
     sums = sums_of([white] * 300)  # beyond what 16 bits hold
-    assert (sums.picture == 300 * 255).all()
+    assert (sums.image_sum == 300 * 255).all()
     assert (sums.outer == 300 * 65536 * 65025).all()
     sums.add(white)
-    assert (sums.picture == 301 * 255).all()
+    assert (sums.image_sum == 301 * 255).all()
 
 
 def test_parts_add_up_in_any_order():
     whole = sums_of(PICTURES)
     one, other = sums_of(PICTURES[4:]), sums_of(PICTURES[:4])
     one += other
-    assert one.pictures == whole.pictures
-    assert (one.picture == whole.picture).all()
+    assert one.images == whole.images
+    assert (one.image_sum == whole.image_sum).all()
     assert (one.outer == whole.outer).all()
-    assert other.pictures == 4
+    assert other.images == 4
 
 
 def test_statistics_are_numpys():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset.tar import EXTENSION_LIMIT, Member, members
+from pipeline.dataset.tar import EXTENSION_LIMIT, Member, read_members
 from pipeline.tools.errors import UsageError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -47,7 +47,7 @@ def archive(found, format=tarfile.PAX_FORMAT, shared=None) -> bytes:
 
 
 def ours(data: bytes, start: int = 0, stop: int | None = None) -> list[Member]:
-    return list(members(io.BytesIO(data), "x.tar", start, stop))
+    return list(read_members(io.BytesIO(data), "x.tar", start, stop))
 
 
 def tarfiles(data: bytes) -> list[Member]:
@@ -127,7 +127,9 @@ def test_sizes_of_8_gib_and_more_are_read_in_gnu_and_in_pax():
         file = Holes()
         file.start = info.tobuf(format)
         file.size = len(file.start) + 10**10 + 1024
-        assert list(members(file, "x.tar")) == [Member("large.jpg", len(file.start), 10**10, True)]
+        assert list(read_members(file, "x.tar")) == [
+            Member("large.jpg", len(file.start), 10**10, True)
+        ]
 
 
 def test_large_members_are_not_read():
@@ -140,7 +142,7 @@ def test_large_members_are_not_read():
 
     data = archive([(f"{number}.jpg", tarfile.REGTYPE, 400_000, "") for number in range(20)])
     file = Counting(data)
-    assert len(list(members(file, "x.tar"))) == 20
+    assert len(list(read_members(file, "x.tar"))) == 20
     assert file.count < len(data) / 25
 
 

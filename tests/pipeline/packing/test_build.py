@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.target import WORK, Folder
+from pipeline.remote.target import WORK, FolderTarget
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, jpeg, packed, rows_of
@@ -129,7 +129,7 @@ def test_strangers_in_the_folder_stay(pictures, tmp_path):
 
 def test_two_builds_do_not_share_a_folder(pictures, tmp_path):
     with (
-        Folder(str(tmp_path)).claimed(),
+        FolderTarget(str(tmp_path)).reserve(),
         pytest.raises(UsageError, match="being built by another process"),
     ):
         packed(tmp_path, train=pictures / "val")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.tools.errors import DuetError
-from pipeline.tools.processes import Crash, LocalPool, isolated
+from pipeline.tools.processes import Crash, LocalPool, call_isolated
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ def test_what_a_task_raises_is_raised(tmp_path):
 
 
 def test_a_crash_is_told_from_a_kill():
-    assert isolated(sorted, [3, 1, 2]) == [1, 2, 3]
+    assert call_isolated(sorted, [3, 1, 2]) == [1, 2, 3]
     with pytest.raises(Crash, match="SIGSEGV") as crash:
-        isolated(_signal_self, signal.SIGSEGV)
+        call_isolated(_signal_self, signal.SIGSEGV)
     assert not crash.value.from_outside
     with pytest.raises(Crash, match="SIGKILL") as crash:
-        isolated(_signal_self, signal.SIGKILL)
+        call_isolated(_signal_self, signal.SIGKILL)
     assert crash.value.from_outside
     with pytest.raises(Crash, match="no result"):
-        isolated(_raise)
+        call_isolated(_raise)
 
 
 def _signal_self(number: int) -> None:

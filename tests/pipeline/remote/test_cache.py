@@ -20,17 +20,17 @@ def test_least_recently_used_leaves_first(server, tiny_data, tmp_path):
     known = shards(tiny_data)
     data = remote(server.address, tmp_path, size=small_size(tiny_data, 3))
     for number in (0, 1, 2, 0):
-        data.shard(known[number])
+        data.fetch_shard(known[number])
     held = (data.folder / known[1].name).open("rb")
-    data.shard(known[3])
+    data.fetch_shard(known[3])
     assert here(data) == {0, 2, 3}
-    data.shard(known[4])
+    data.fetch_shard(known[4])
     assert here(data) == {0, 3, 4}
     with held:
         assert held.read() == (tiny_data / known[1].name).read_bytes()
-    data.shard(known[0])
+    data.fetch_shard(known[0])
     assert server.counts[known[0].name] == 1
-    data.shard(known[1])
+    data.fetch_shard(known[1])
     assert here(data) == {0, 1, 4}
     assert server.counts[known[1].name] == 2
 
@@ -49,9 +49,9 @@ def test_all_sets_share_the_room(server, tiny_data, tmp_path):
         same = remote(server.address.replace("/set", "/elsewhere"), cache, size=room)
         two = remote(other.address, cache, size=room)
         assert one.folder == same.folder != two.folder
-        one.shard(known[0])
-        one.shard(known[1])
-        two.shard(known[2])
+        one.fetch_shard(known[0])
+        one.fetch_shard(known[1])
+        two.fetch_shard(known[2])
         assert (here(one), here(two)) == ({1}, {2})
         assert size_of(cache) <= room
 
@@ -82,9 +82,9 @@ def test_never_larger_than_it_may_be(tiny_data, tmp_path_factory, rooms, calls):
     try:
         for number, call, which in calls:
             if call == "a":
-                sets[which].ahead(known[number:])
+                sets[which].prefetch(known[number:])
             elif call == "s":
-                sets[which].shard(known[number])
+                sets[which].fetch_shard(known[number])
             else:
                 with sets[which].open(known[number]) as file:
                     assert file.read() == (tiny_data / known[number].name).read_bytes()
@@ -102,13 +102,13 @@ def test_never_larger_than_it_may_be(tiny_data, tmp_path_factory, rooms, calls):
 def test_fetching_ahead_does_not_remove_what_is_wished_for(server, tiny_data, tmp_path):
     known = shards(tiny_data)
     data = remote(server.address, tmp_path, size=small_size(tiny_data, 3))
-    data.shard(known[4])
-    data.ahead(known[:4])
+    data.fetch_shard(known[4])
+    data.prefetch(known[:4])
     wait_for(lambda: here(data) == {0, 1, 2})
     time.sleep(0.1)
     assert here(data) == {0, 1, 2}
     assert not server.counts[known[3].name]
-    data.ahead(known[1:4])  # the reader has gone on
+    data.prefetch(known[1:4])  # the reader has gone on
     wait_for(lambda: here(data) == {1, 2, 3})
     data.close()
     assert max(server.counts.values()) == 1
@@ -140,7 +140,7 @@ def test_a_cache_that_is_too_small(server, tiny_data, tmp_path):
     assert "\n" not in str(raised.value)
     data = remote(server.address, tmp_path, size=small_size(tiny_data, 1) - 1, patience=0.2)
     with pytest.raises(UsageError, match="no room"):
-        data.shard(max(shards(tiny_data), key=lambda shard: shard.bytes))
+        data.fetch_shard(max(shards(tiny_data), key=lambda shard: shard.bytes))
 
 
 def test_files_of_others_are_not_touched(server, tiny_data, tmp_path):
@@ -150,7 +150,7 @@ def test_files_of_others_are_not_touched(server, tiny_data, tmp_path):
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     data = remote(server.address, tmp_path, size=small_size(tiny_data, 1))
     for shard in shards(tiny_data):
-        data.shard(shard)
+        data.fetch_shard(shard)
     assert len(here(data)) == 1
     assert all(path.stat().st_size == 10**6 for path in before)
 

@@ -37,7 +37,7 @@ BAD_DISK = (
     "cache = Path(sys.argv[2])\n"
     "try:\n"
     "    data = remote(sys.argv[1], cache)\n"
-    "    for shard in shards(data.folder): data.shard(shard)\n"
+    "    for shard in shards(data.folder): data.fetch_shard(shard)\n"
     "except DuetError as error:\n"
     "    print(error.exit_code, error)\n"
     "    print(len(list(cache.rglob('*.partial'))))\n"
@@ -76,7 +76,7 @@ def test_a_disk_that_fails_in_the_middle(
     monkeypatch.setattr(fsspec.get_filesystem_class("http"), "_get_file", fail)
     fsspec.get_filesystem_class("http").clear_instance_cache()
     with pytest.raises(kind, match=f"cache {tmp_path}.* --cache") as raised:
-        data.shard(shards(tiny_data)[0])
+        data.fetch_shard(shards(tiny_data)[0])
     assert "\n" not in str(raised.value)
     monkeypatch.undo()
     fsspec.get_filesystem_class("http").clear_instance_cache()
@@ -93,4 +93,4 @@ def test_a_cache_that_vanishes(server, tiny_data, tmp_path):
     data = remote(server.address, tmp_path / "cache", policy=HASTY)
     (tmp_path / "cache").rename(tmp_path / "gone")
     with pytest.raises(UsageError, match=r"cache .* cannot be written"):
-        data.shard(shards(tiny_data)[0])
+        data.fetch_shard(shards(tiny_data)[0])

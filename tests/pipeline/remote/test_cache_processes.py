@@ -46,7 +46,7 @@ def test_kill_in_the_middle_of_a_fetch(server, tiny_data, tmp_path):
     wait_for(lambda: any(map(os.path.getsize, tmp_path.rglob("*.tar.*.partial"))), 20)
     other = remote(server.address, tmp_path, size=small_size(tiny_data, 1))
     found: list[bytes] = []
-    waiting = threading.Thread(target=lambda: found.append(other.shard(shard).read_bytes()))
+    waiting = threading.Thread(target=lambda: found.append(other.fetch_shard(shard).read_bytes()))
     waiting.start()
     time.sleep(0.1)
     assert server.counts[shard.name] == 1  # it waits for the one that has begun
@@ -55,7 +55,7 @@ def test_kill_in_the_middle_of_a_fetch(server, tiny_data, tmp_path):
     victim.join()
     assert found == [(tiny_data / shard.name).read_bytes()]
     assert server.counts[shard.name] == 2
-    other.shard(shards(tiny_data)[1])
+    other.fetch_shard(shards(tiny_data)[1])
     assert not list(tmp_path.rglob("*.partial"))
     assert size_of(tmp_path) <= small_size(tiny_data, 1)
 
@@ -69,9 +69,9 @@ def test_the_leftovers_of_the_dead_are_removed(server, tiny_data, tmp_path):
     assert lock is not None
     data = remote(server.address, tmp_path, patience=0.2)
     with pytest.raises(UsageError, match="no room"):  # it is promised to the one that fetches
-        data.shard(shards(tiny_data)[0])
+        data.fetch_shard(shards(tiny_data)[0])
     unlock(lock)
-    data.shard(shards(tiny_data)[0])
+    data.fetch_shard(shards(tiny_data)[0])
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -81,9 +81,9 @@ def test_one_that_holds_a_lock_and_does_nothing(server, tiny_data, tmp_path):
     lock = try_lock(data.folder / "locks" / f"{shard.name}.lock")
     assert lock is not None
     with pytest.raises(DuetError, match=f"another process has held .*{shard.name}"):
-        data.shard(shard)
+        data.fetch_shard(shard)
     unlock(lock)
-    data.shard(shard)
+    data.fetch_shard(shard)
 
 
 def test_a_forked_child_does_not_keep_the_locks_of_its_parent(tmp_path):

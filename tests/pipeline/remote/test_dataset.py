@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeline.remote.dataset import LocalSet, is_remote, open_dataset, parse_size
+from pipeline.remote.dataset import LocalDataset, is_remote, open_dataset, parse_size
 from pipeline.remote.download import Store
 from pipeline.tools.errors import DataError, SetupError, UsageError
 from tests.helpers.http_servers import complain, shards
@@ -28,11 +28,11 @@ def test_addresses_that_cannot_be_spoken_to(monkeypatch):
 def test_local_sets(tiny_data, tmp_path):
     for data in (tiny_data, str(tiny_data), f"file://{tiny_data}"):
         found = open_dataset(data)
-        assert isinstance(found, LocalSet)
+        assert isinstance(found, LocalDataset)
         assert found.folder == tiny_data
         shard = shards(tiny_data)[0]
-        assert found.shard(shard) == tiny_data / shard.name
-        found.ahead([shard])
+        assert found.fetch_shard(shard) == tiny_data / shard.name
+        found.prefetch([shard])
         assert found.recheck(shard) is False
         found.close()
     with pytest.raises(UsageError, match="not a folder"):
@@ -41,7 +41,7 @@ def test_local_sets(tiny_data, tmp_path):
     bare.mkdir()
     shutil.copy(tiny_data / "manifest.json", bare)
     with pytest.raises(DataError, match=r"train-000000\.tar is missing"):
-        open_dataset(bare).shard(shards(tiny_data)[0])
+        open_dataset(bare).fetch_shard(shards(tiny_data)[0])
 
 
 def test_open_dataset_uses_the_default_cache(server, tmp_path, monkeypatch):

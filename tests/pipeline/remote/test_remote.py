@@ -35,7 +35,7 @@ def test_remote_set_is_the_local_one_and_fetched_once(server, tiny_data, tmp_pat
         for split in ("train", "val"):
             for shard in shards(data.folder, split):
                 expected = (tiny_data / shard.name).read_bytes()
-                assert data.shard(shard).read_bytes() == expected
+                assert data.fetch_shard(shard).read_bytes() == expected
                 assert data.open(shard).read() == expected
         manifest = Manifest.load(data.folder)
         assert identity(data.folder) == identity(tiny_data)
@@ -58,7 +58,7 @@ def test_a_fault_that_passes_is_tried_again(server, tiny_data, tmp_path, fault):
     shard = shards(tiny_data)[1]
     server.fail(shard.name, [fault])
     data = remote(server.address, tmp_path, policy=HASTY if fault in STUCK else QUICK)
-    assert data.shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
+    assert data.fetch_shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
     tries = server.counts[shard.name]
     assert tries >= 2 if fault in STUCK else tries == 2
     assert not list(tmp_path.rglob("*.partial"))
@@ -68,7 +68,7 @@ def test_no_length_is_no_fault(server, tiny_data, tmp_path):
     shard = shards(tiny_data)[0]
     server.fail(shard.name, ["no-length"])
     data = remote(server.address, tmp_path)
-    assert data.shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
+    assert data.fetch_shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
     assert server.counts[shard.name] == 1
 
 
@@ -92,7 +92,7 @@ def test_a_failing_store_is_one_line_after_the_tries(
     server.fail(shard.name, ALWAYS(fault))
     began = time.monotonic()
     with pytest.raises(StoreError) as raised:
-        data.shard(shard)
+        data.fetch_shard(shard)
     assert time.monotonic() - began < 4
     text = complain(raised)
     assert shard.name in text
@@ -144,7 +144,7 @@ def test_a_try_that_was_given_up_writes_nothing_when_it_wakes(tiny_data, tmp_pat
     fsspec.register_implementation("drowsy", Drowsy, clobber=True)
     data = remote("drowsy://set", tmp_path, policy=HASTY)
     shard = shards(tiny_data)[0]
-    assert data.shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
+    assert data.fetch_shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
     woken.set()
     wait_for(lambda: late and all(t.name != f"fetch {shard.name}" for t in threading.enumerate()))
     assert not late[0].exists()
@@ -170,9 +170,9 @@ def bucket(tiny_data: Path, s3_bucket: str) -> str:
 
 def test_s3(bucket, tiny_data, tmp_path, monkeypatch):
     data = remote(bucket, tmp_path)
-    data.ahead(shards(tiny_data)[2:])
+    data.prefetch(shards(tiny_data)[2:])
     for shard in shards(tiny_data):
-        assert data.shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
+        assert data.fetch_shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
     data.close()
     for address, says in (
         (bucket.replace("sets", "nothing"), "not there"),
@@ -187,7 +187,7 @@ def test_s3(bucket, tiny_data, tmp_path, monkeypatch):
     body[900] ^= 1
     client.put_object(Bucket=bucket.split("/")[2], Key=f"sets/tiny/{shard.name}", Body=bytes(body))
     fresh = remote(bucket, tmp_path / "fresh")
-    assert fresh.shard(shard).read_bytes() == body
+    assert fresh.fetch_shard(shard).read_bytes() == body
     assert fresh.recheck(shard) is False
     fresh.close()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -21,12 +21,12 @@ def test_fetching_ahead(server, tiny_data, tmp_path):
     wanted = shards(tiny_data)
     data = remote(server.address, tmp_path)
     began = time.monotonic()
-    data.ahead(wanted)
+    data.prefetch(wanted)
     assert time.monotonic() - began < 0.5
     wait_for(lambda: all((data.folder / shard.name).is_file() for shard in wanted))
-    data.ahead(wanted)
+    data.prefetch(wanted)
     for shard in wanted:
-        assert data.shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
+        assert data.fetch_shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
         assert server.counts[shard.name] == 1
     data.close()
 
@@ -35,9 +35,9 @@ def test_new_wishes_replace_those_not_begun(server, tiny_data, tmp_path):
     first, *dropped, last = shards(tiny_data)
     server.fail(first.name, ["slow"])
     data = remote(server.address, tmp_path, threads=1)
-    data.ahead([first, *dropped])
+    data.prefetch([first, *dropped])
     wait_for(lambda: server.counts[first.name] == 1)
-    data.ahead([last])
+    data.prefetch([last])
     wait_for(lambda: (data.folder / last.name).is_file())
     assert (data.folder / first.name).is_file()
     assert not any(server.counts[shard.name] for shard in dropped)
@@ -48,12 +48,12 @@ def test_what_fails_in_the_background_is_raised_where_it_is_needed(server, tiny_
     bad, good = shards(tiny_data)[:2]
     server.fail(bad.name, ALWAYS("503"))
     data = remote(server.address, tmp_path, threads=1)
-    data.ahead([bad, good])
+    data.prefetch([bad, good])
     wait_for(lambda: (data.folder / good.name).is_file())
     with pytest.raises(StoreError, match=bad.name):
-        data.shard(bad)
+        data.fetch_shard(bad)
     server.fail(bad.name, [])
-    assert data.shard(bad).read_bytes() == (tiny_data / bad.name).read_bytes()
+    assert data.fetch_shard(bad).read_bytes() == (tiny_data / bad.name).read_bytes()
     data.close()
 
 
@@ -62,14 +62,14 @@ def test_close_does_not_wait_for_the_store(server, tiny_data, tmp_path):
     data = remote(server.address, tmp_path, policy=slow)
     for shard, fault in zip(shards(tiny_data), ["stall", "503"], strict=False):
         server.fail(shard.name, ALWAYS(fault))
-    data.ahead(shards(tiny_data)[:2])
+    data.prefetch(shards(tiny_data)[:2])
     wait_for(lambda: len(list(tmp_path.rglob("*.partial"))) >= 3)
     began = time.monotonic()
     data.close()
     assert time.monotonic() - began < 1.5
     assert not list(tmp_path.rglob("*.partial"))
     with pytest.raises(DuetError, match="stopped"):
-        data.shard(shards(tiny_data)[0])
+        data.fetch_shard(shards(tiny_data)[0])
 
 
 def test_interpreter_ends_while_a_fetch_is_stuck(server, tiny_data, tmp_path):
@@ -77,8 +77,8 @@ def test_interpreter_ends_while_a_fetch_is_stuck(server, tiny_data, tmp_path):
         server.fail(shard.name, ALWAYS("stall"))
     script = (
         "import sys, time; from pathlib import Path; from tests.helpers.http_servers import *\n"
-        "data = remote(sys.argv[1], Path(sys.argv[2]), policy=Policy(4, 1, 30))\n"
-        "data.ahead(shards(data.folder))\n"
+        "data = remote(sys.argv[1], Path(sys.argv[2]), policy=RetryPolicy(4, 1, 30))\n"
+        "data.prefetch(shards(data.folder))\n"
         "while not list(data.folder.glob('*.tar.*')): time.sleep(.01)\n"
         "time.sleep(.2); print('end', time.time())\n"
     )
@@ -91,12 +91,12 @@ def test_interpreter_ends_while_a_fetch_is_stuck(server, tiny_data, tmp_path):
 def test_a_forked_child_goes_on(server, tiny_data, tmp_path):
     wanted = shards(tiny_data)
     data = remote(server.address, tmp_path)
-    data.ahead(wanted[:2])  # threads of the parent, which the child does not have
+    data.prefetch(wanted[:2])  # threads of the parent, which the child does not have
 
     def child() -> None:
-        data.ahead(wanted[3:])
+        data.prefetch(wanted[3:])
         for shard in wanted:
-            assert data.shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
+            assert data.fetch_shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()

@@ -18,12 +18,12 @@ def test_damage_of_the_store_itself_is_kept_and_known(server, tiny_data, tmp_pat
     server.fail(shard.name, ALWAYS(fault))
     good = (tiny_data / shard.name).read_bytes()
     data = remote(server.address, tmp_path)
-    kept = data.shard(shard).read_bytes()
+    kept = data.fetch_shard(shard).read_bytes()
     assert kept != good
     assert kept[: len(good) // 2] == good[: len(good) // 2]
     assert server.counts[shard.name] == 2
     for again in (data, remote(server.address, tmp_path)):
-        assert again.shard(shard).read_bytes() == kept
+        assert again.fetch_shard(shard).read_bytes() == kept
         assert again.recheck(shard) is False
     assert server.counts[shard.name] == 2
 
@@ -32,7 +32,7 @@ def test_nothing_at_all_is_never_kept(server, tiny_data, tmp_path):
     shard = shards(tiny_data)[2]
     server.fail(shard.name, ALWAYS("empty"))
     with pytest.raises(DataError, match="it has 0 bytes"):
-        remote(server.address, tmp_path).shard(shard)
+        remote(server.address, tmp_path).fetch_shard(shard)
 
 
 def test_a_set_that_was_rebuilt_under_us_is_not_called_damaged(tiny_data, tmp_path):
@@ -45,7 +45,7 @@ def test_a_set_that_was_rebuilt_under_us_is_not_called_damaged(tiny_data, tmp_pa
         with (store / "manifest.json").open("a") as file:
             file.write(" ")
         with pytest.raises(DataError, match="replaced by another"):
-            data.shard(shard)
+            data.fetch_shard(shard)
 
 
 def rot(path: Path) -> None:
@@ -60,18 +60,18 @@ def rot(path: Path) -> None:
 def test_recheck_replaces_a_copy_that_has_rotted(server, tiny_data, tmp_path):
     shard = shards(tiny_data)[0]
     one, other = (remote(server.address, tmp_path) for _ in range(2))
-    path = one.shard(shard)
+    path = one.fetch_shard(shard)
     assert one.recheck(shard) is False  # it is sound
-    assert other.shard(shard) == path
+    assert other.fetch_shard(shard) == path
     rot(path)
     with path.open("rb") as held:  # a reader keeps the file it has
         assert one.recheck(shard) is True
-        assert one.shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
+        assert one.fetch_shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
         assert held.read() != path.read_bytes()
         assert one.recheck(shard) is False
         # The other process finds that the first has mended it.
         assert other.recheck(shard) is True
-        other.shard(shard)
+        other.fetch_shard(shard)
         assert other.recheck(shard) is False
     assert server.counts[shard.name] == 2
 
@@ -80,10 +80,10 @@ def test_recheck_of_rot_over_damage_ends(server, tiny_data, tmp_path):
     shard = shards(tiny_data)[0]
     server.fail(shard.name, ALWAYS("flip"))
     data = remote(server.address, tmp_path)
-    damaged = data.shard(shard).read_bytes()
-    rot(data.shard(shard))
+    damaged = data.fetch_shard(shard).read_bytes()
+    rot(data.fetch_shard(shard))
     assert data.recheck(shard) is True
-    assert data.shard(shard).read_bytes() == damaged
+    assert data.fetch_shard(shard).read_bytes() == damaged
     assert data.recheck(shard) is False
     assert server.counts[shard.name] == 4
 
@@ -91,7 +91,7 @@ def test_recheck_of_rot_over_damage_ends(server, tiny_data, tmp_path):
 def test_recheck_says_when_the_store_fails(server, tiny_data, tmp_path):
     shard = shards(tiny_data)[0]
     data = remote(server.address, tmp_path)
-    path = data.shard(shard)
+    path = data.fetch_shard(shard)
     rot(path)
     server.fail(shard.name, ALWAYS("503"))
     with pytest.raises(StoreError):

@@ -29,7 +29,7 @@ from tests.helpers.build_targets import (  # noqa: F401
 
 def same(target: StoreTarget, folder: Path) -> None:
     expected = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert target.names() == set(expected)
+    assert target.list_files() == set(expected)
     for name, data in expected.items():
         assert target.read(name) == data, name
 
@@ -59,7 +59,7 @@ def test_a_build_at_an_address_goes_on_where_it_was_interrupted(
     for results in (3, 4, 5):  # amid the chunks, then amid the shards
         with pytest.raises(KeyboardInterrupt):
             build(options(memory, pictures), pool=Here(results))
-        assert CLAIM not in StoreTarget(memory).names()
+        assert CLAIM not in StoreTarget(memory).list_files()
     build(options(memory, pictures), pool=Here())
     same(StoreTarget(memory), tiny_data)
 
@@ -68,7 +68,7 @@ def test_a_damaged_chunk_in_a_store_is_packed_again(memory, pictures, tiny_data)
     target = StoreTarget(memory)
     with pytest.raises(KeyboardInterrupt):
         build(options(memory, pictures), pool=Here(2))  # all chunks, no shard
-    (name, *_) = sorted(name for name in target.names() if name.endswith(".bin"))
+    (name, *_) = sorted(name for name in target.list_files() if name.endswith(".bin"))
     data = target.read(name)
     put(target, name, data[: len(data) // 2])
     build(options(memory, pictures), pool=Here())

@@ -27,22 +27,22 @@ from tests.helpers.build_targets import (  # noqa: F401
 
 
 def test_one_build_at_a_time(target):
-    with target.claimed():
-        with pytest.raises(UsageError) as raised, target.claimed():
+    with target.reserve():
+        with pytest.raises(UsageError) as raised, target.reserve():
             pass
         assert f"process {os.getpid()} on {platform.node()}" in complaint(raised)
-        assert target.names() == {CLAIM}
-    assert target.names() == set()
-    with target.claimed():
+        assert target.list_files() == {CLAIM}
+    assert target.list_files() == set()
+    with target.reserve():
         put(target, f"{WORK}/build.json", b"{}")
-    assert target.names() == {f"{WORK}/build.json"}
-    with target.claimed():
+    assert target.list_files() == {f"{WORK}/build.json"}
+    with target.reserve():
         pass
 
 
 def claim_of(target: StoreTarget, **changes: object) -> dict[str, object]:
     """Write what another process would have written."""
-    claim = lease.Claim(target.ask, CLAIM, target.address)
+    claim = lease.Lease(target.request, CLAIM, target.address)
     mine = {**claim._mine, **changes}
     put(target, CLAIM, json.dumps(mine).encode())
     return mine
@@ -58,7 +58,7 @@ def test_the_claim_of_a_killed_build_of_this_machine_is_taken_over_at_once(targe
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     claim_of(target, pid=ended.pid)
-    with target.claimed():
+    with target.reserve():
         assert json.loads(target.read(CLAIM))["pid"] == os.getpid()
 
 
@@ -66,16 +66,16 @@ def test_the_claim_of_another_machine_is_taken_over_when_it_is_stale(
     target, quick_claims, monkeypatch
 ):
     claim_of(target, machine="other", host="far", pid=4)
-    with pytest.raises(UsageError) as raised, target.claimed():
+    with pytest.raises(UsageError) as raised, target.reserve():
         pass
     assert "process 4 on far" in complaint(raised)
     assert "run this again in 1" in complaint(raised)
-    assert target.names() == {CLAIM}
+    assert target.list_files() == {CLAIM}
     monkeypatch.setattr(lease, "STALE", 0.9)  # S3 tells whole seconds
     time.sleep(1)
-    with target.claimed():
+    with target.reserve():
         assert json.loads(target.read(CLAIM))["pid"] == os.getpid()
-    assert target.names() == set()
+    assert target.list_files() == set()
 
 
 def test_a_claim_is_kept_fresh_and_its_loss_ends_the_build(memory, quick_claims):
@@ -84,7 +84,7 @@ def test_a_claim_is_kept_fresh_and_its_loss_ends_the_build(memory, quick_claims)
     path = f"/{memory.removeprefix('memory://')}/{CLAIM}"
 
     def hold() -> None:
-        with target.claimed():
+        with target.reserve():
             before = system.modified(path)
             deadline = time.monotonic() + 5
             while system.modified(path) == before and time.monotonic() < deadline:
@@ -102,6 +102,6 @@ def test_a_claim_is_kept_fresh_and_its_loss_ends_the_build(memory, quick_claims)
 
 def test_strangers_files_are_left_alone(target):
     put(target, "thesis.doc", b"years of work")
-    with pytest.raises(UsageError, match=r"holds thesis\.doc, which is no part"), target.claimed():
+    with pytest.raises(UsageError, match=r"holds thesis\.doc, which is no part"), target.reserve():
         pass
-    assert target.names() == {"thesis.doc"}
+    assert target.list_files() == {"thesis.doc"}

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.remote import target as store_target
 from pipeline.remote.filesystem import StoreError
-from pipeline.remote.target import Folder, Piece, StoreTarget, target_for
+from pipeline.remote.target import ByteRange, FolderTarget, StoreTarget, open_target
 from pipeline.tools.errors import SetupError, UsageError
 from tests.helpers.build_targets import (  # noqa: F401
     QUICK,
@@ -26,7 +26,7 @@ from tests.helpers.build_targets import (  # noqa: F401
 
 
 def test_files_come_and_go(target):
-    assert target.names() == set()
+    assert target.list_files() == set()
     assert target.size("a") is None
     put(target, "a", b"first")
     put(target, "a", b"second")  # in place of the first
@@ -35,15 +35,15 @@ def test_files_come_and_go(target):
     put(StoreTarget(target.url + "-other", QUICK), "b", b"a neighbour's")
     assert target.read("a") == b"second"
     assert (target.size(".build/chunks/1.bin"), target.size(".build/2")) == (1000, 0)
-    assert target.names() == {"a", ".build/chunks/1.bin", ".build/2"}
-    assert target.names(".build/chunks") == {".build/chunks/1.bin"}
+    assert target.list_files() == {"a", ".build/chunks/1.bin", ".build/2"}
+    assert target.list_files(".build/chunks") == {".build/chunks/1.bin"}
     with pytest.raises(FileNotFoundError, match=r"/b'?$"):
         target.read("b")
     target.remove(["a", "never there"])
-    assert target.names() == {".build/chunks/1.bin", ".build/2"}
+    assert target.list_files() == {".build/chunks/1.bin", ".build/2"}
     target.clear(".build")
     target.clear(".build")
-    assert target.names() == set()
+    assert target.list_files() == set()
 
 
 def test_a_file_that_was_not_finished_is_not_there(target, tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_file_that_was_not_finished_is_not_there(target, tmp_path, monkeypatch
     with contextlib.suppress(RuntimeError), target.create("a") as file:
         file.write(b"half")
         raise RuntimeError
-    assert target.names() == set()
+    assert target.list_files() == set()
     put(target, "a", b"whole")
     with target.scratch() as folder:
         assert folder.parent == tmp_path
@@ -63,13 +63,18 @@ def test_pieces_in_the_order_asked_for(target, monkeypatch):
     files = {f"f{n}": bytes((n * 50 + i) % 251 for i in range(100)) for n in range(4)}
     for name, data in files.items():
         put(target, name, data)
-    wanted = [Piece(f"f{n % 4}", 7 * n % 90, 5 + n) for n in range(11)]
+    wanted = [ByteRange(f"f{n % 4}", 7 * n % 90, 5 + n) for n in range(11)]
     expected = [files[name][offset : offset + size] for name, offset, size in wanted]
-    assert list(target.pieces(wanted)) == expected
-    assert list(target.pieces([])) == []
-    cut = [Piece("f1", 90, 20), Piece("f1", 100, 5), Piece("f1", 300, 5), Piece("f2", 0, 3)]
-    assert list(target.pieces(cut)) == [files["f1"][90:], b"", b"", files["f2"][:3]]
-    found = target.pieces([Piece("f0", 0, 2), Piece("gone", 0, 2)])
+    assert list(target.read_ranges(wanted)) == expected
+    assert list(target.read_ranges([])) == []
+    cut = [
+        ByteRange("f1", 90, 20),
+        ByteRange("f1", 100, 5),
+        ByteRange("f1", 300, 5),
+        ByteRange("f2", 0, 3),
+    ]
+    assert list(target.read_ranges(cut)) == [files["f1"][90:], b"", b"", files["f2"][:3]]
+    found = target.read_ranges([ByteRange("f0", 0, 2), ByteRange("gone", 0, 2)])
     assert next(found) == files["f0"][:2]
     with pytest.raises(FileNotFoundError, match="gone"):
         next(found)
@@ -90,8 +95,8 @@ def test_pieces_that_did_not_come_are_asked_for_again_alone(memory, monkeypatch)
         ]
 
     monkeypatch.setattr(type(system), "cat_ranges", staticmethod(flaky))
-    pieces = [Piece("f", place, 2) for place in (0, 2, 4, 6)]
-    assert list(target.pieces(pieces)) == [b"01", b"23", b"45", b"67"]
+    pieces = [ByteRange("f", place, 2) for place in (0, 2, 4, 6)]
+    assert list(target.read_ranges(pieces)) == [b"01", b"23", b"45", b"67"]
     assert asked == [[0, 2, 4, 6], [2, 6]]
 
 
@@ -123,7 +128,7 @@ def test_a_full_temporary_folder_is_named(memory, monkeypatch):
 
 def test_no_bucket_is_one_line(bucket):
     target = StoreTarget(f"s3://nowhere-{uuid.uuid4()}/set", QUICK)
-    with pytest.raises(StoreError, match="not there") as raised, target.claimed():
+    with pytest.raises(StoreError, match="not there") as raised, target.reserve():
         pass
     complaint(raised)
 
@@ -131,8 +136,8 @@ def test_no_bucket_is_one_line(bucket):
 @pytest.mark.parametrize(
     ("out", "expected"),
     [
-        ("data/x", Folder("data/x")),
-        ("file:///data/a%20b", Folder("/data/a b")),
+        ("data/x", FolderTarget("data/x")),
+        ("file:///data/a%20b", FolderTarget("/data/a b")),
         ("s3://bucket/a/", StoreTarget("s3://bucket/a")),
         ("gs://bucket", StoreTarget("gs://bucket")),
     ],
@@ -140,7 +145,7 @@ def test_no_bucket_is_one_line(bucket):
 def test_where_out_is(out, expected):
     if out.startswith("gs:"):
         pytest.importorskip("gcsfs", reason="duet[gs] is not installed")
-    assert target_for(out) == expected
+    assert open_target(out) == expected
     assert pickle.loads(pickle.dumps(expected)) == expected  # workers are sent it
 
 
@@ -154,5 +159,5 @@ def test_where_out_is(out, expected):
 )
 def test_addresses_where_no_set_can_be_written(out, says):
     with pytest.raises(UsageError, match=says) as raised:
-        target_for(out)
+        open_target(out)
     assert "secret" not in complaint(raised)

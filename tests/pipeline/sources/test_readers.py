@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset.tar import members
+from pipeline.dataset.tar import read_members
 from pipeline.remote import file as remote_file
 from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import StoreError, Unreachable
@@ -104,7 +104,7 @@ def test_a_folder_that_went_away_is_not_a_bad_image(tmp_path):
 
 def every_member(address: str, policy=QUICK) -> dict[str, bytes]:
     with open_file(address, policy) as file:
-        found = list(members(file, address))
+        found = list(read_members(file, address))
     reader = open_reader(Container("tar", address), policy)
     result = {item.name: reader.read(item.name, item.offset, item.size) for item in found}
     reader.close()

@@ -14,7 +14,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset.samples import parse
+from pipeline.dataset.samples import parse_label
 from pipeline.sources import webdataset
 from pipeline.sources.listing import Listing
 from pipeline.sources.webdataset import is_webdataset
@@ -186,7 +186,7 @@ def test_samples_are_those_of_webdataset(tmp_path_factory, parts):
 
 @given(st.sampled_from(["cls", "json", "txt"]), st.binary(max_size=200))
 def test_any_bytes_are_a_label_or_none(ending, body):
-    label, title = parse(ending, body)
+    label, title = parse_label(ending, body)
     assert label is None or isinstance(label, str) or 0 <= label < 10**9
     for text in (label, title):
         assert not isinstance(text, str) or text.isprintable()
@@ -196,6 +196,6 @@ def test_any_bytes_are_a_label_or_none(ending, body):
                     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)),
        st.sampled_from(["label", "class", "target"]))  # fmt: skip
 def test_any_record_has_a_label_or_none(value, name):
-    label, _ = parse("json", json.dumps({name: value}).encode())
+    label, _ = parse_label("json", json.dumps({name: value}).encode())
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9:
         assert label == value

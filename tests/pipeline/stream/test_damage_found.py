@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.batches import Stream
-from pipeline.remote.dataset import LocalSet
+from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError
 from tests.helpers.damage import FLIPPED, SAMPLES, change, flip, taken, undecodable
@@ -89,11 +89,11 @@ def test_every_single_bit_counts(data):
     for _ in range(5):
         for sample in ids:
             change(data, sample, one_bit)
-        _, damaged = ShardReader(LocalSet(data), "train").read(ids, memory)
+        _, damaged = ShardReader(LocalDataset(data), "train").read(ids, memory)
         assert len(damaged) == SAMPLES
         for path, content in original.items():
             path.write_bytes(content)
-    assert ShardReader(LocalSet(data), "train").read(ids, memory)[1] == {}
+    assert ShardReader(LocalDataset(data), "train").read(ids, memory)[1] == {}
 
 
 def test_statistics_of_another_set_are_refused(data):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
-from pipeline.remote.dataset import LocalSet
+from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import draw, tint
 from pipeline.stream.order import Full
 from pipeline.stream.shard_reader import ShardReader
@@ -21,7 +21,7 @@ SAMPLES = 48
 
 
 def stored_bytes(data: Path, sample: int) -> np.ndarray:
-    (view,), damaged = ShardReader(LocalSet(data), "train").read(
+    (view,), damaged = ShardReader(LocalDataset(data), "train").read(
         np.array([sample]), np.empty(100_000, np.uint8)
     )
     assert not damaged
