@@ -188,3 +188,40 @@ def test_commands_are_marked_in_the_architecture():
         if words[1] == "-m" and words[2].split(".")[0] in ("pipeline", "model", "cluster"):
             path = words[2].replace(".", "/")
             assert TREE.get(f"{path}.py") or TREE.get(f"{path}/"), f"{page}: {words[2]}"
+
+
+QUOTED = {
+    "cluster.md": [
+        "of them on one node each time",
+        "is not on node",
+        "is in use by another training",
+        "another worker does not answer",
+        "offers GPUs to Ray, but its torch",
+    ],
+    "faq.md": ["has no split 'val'", "holds a run at step", "with other settings"],
+    "stream.md": ["exactly once (", "all identical"],
+    "throughput.md": [
+        "compute, slowed by the stream",
+        "waiting for the other column",
+        "waiting for decoding",
+        "waiting for the transfer",
+        "the parts add up to",
+        "of what the bare decoder does on this machine",
+        "What helps most",
+    ],
+}
+"""Parts of messages that the pages quote."""
+
+
+def test_quoted_messages_are_those_of_the_program():
+    code = "".join(
+        path.read_text("utf-8")
+        for package in ("pipeline", "model", "cluster")
+        for path in (REPOSITORY / package).rglob("*.py")
+    )
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # strings over several lines
+    for page, messages in QUOTED.items():
+        text = " ".join((REPOSITORY / "docs" / page).read_text("utf-8").split())
+        for message in messages:
+            assert message in text, f"{page}: {message}"
+            assert message in code, f"{page} quotes what no command says: {message}"
