@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 from cluster.training.precision import keep_memory
 from model.alexnet import AlexNet
 from model.architecture import Design
-from model.norm import backend
+from model.norm import describe_backend
 from pipeline.tools.errors import DuetError, run
 
 DTYPES = ("float32", "bfloat16")
@@ -243,7 +243,7 @@ def show(
     console.print(table)
     for lane, reason in missing.items():
         console.print(f"{lane}: {reason[:160]}", highlight=False)
-    console.print(f"normalisation by {backend()}", highlight=False)
+    console.print(f"normalisation by {describe_backend()}", highlight=False)
     for dtype in DTYPES:
         console.print(
             f"LRN in our step, {dtype}: {found['lrn_share'][dtype]:.1%} of its time (against the "
@@ -268,7 +268,7 @@ def main() -> None:
         whole = {
             "setup": asdict(setup),
             "torch": torch.__version__,
-            "backend": backend(),
+            "backend": describe_backend(),
             "img_s": rates,
             "missing": missing,
             "profile": profiles,

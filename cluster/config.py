@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 
 from model.architecture import Activation, Design, Net, Norm, Pool, Without
-from model.schedule import colour_steps, layer_factors, parse_changes
+from model.schedule import list_color_steps, parse_changes, parse_layer_rates
 from pipeline.remote.dataset import parse_size
 from pipeline.tools.errors import UsageError
 
@@ -220,7 +220,7 @@ class Config:
             ValueError: names the setting, its value and what would do.
         """
         layers = [layer.name for layer in self.design.layers()]
-        layer_factors(self.layer_rates, layers)
+        parse_layer_rates(self.layer_rates, layers)
         for change in parse_changes(self.changes, layers):
             if change.name in ("lr", "lr_bias") and self.schedule != "manual":
                 raise ValueError(
@@ -246,13 +246,13 @@ class Config:
     @property
     def design(self) -> Design:
         """The network."""
-        return Design.of(asdict(self))
+        return Design.from_settings(asdict(self))
 
     @property
     def colours(self) -> tuple[tuple[int, float], ...]:
         """Colour by epoch: (first epoch, value) pairs, as `Stream` takes them."""
         changes = parse_changes(self.changes, [layer.name for layer in self.design.layers()])
-        return colour_steps(changes, self.colour)
+        return list_color_steps(changes, self.colour)
 
     @property
     def replica_range(self) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from cluster.run.folder import CONFIG, QUARANTINE
 from cluster.run.probabilities import About, Writer, file_of, writing
 from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
-from model.metrics import sums, view_probabilities
+from model.metrics import average_views, sum_metrics
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
@@ -162,12 +162,12 @@ class Counts:
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64)
-        """As `model.metrics.sums` has them."""
+        """As `model.metrics.sum_metrics` has them."""
         self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64)
 
     def add(self, probabilities: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
         """Count a batch: float [b, classes], int64 [b], float [b] (0 for rows that only pad)."""
-        self.sums += sums(probabilities, labels, weights).cpu()
+        self.sums += sum_metrics(probabilities, labels, weights).cpu()
         real = weights > 0
         cells = labels[real] * self.classes + probabilities[real].argmax(1)
         flat = torch.bincount(cells.cpu(), minlength=self.classes**2)
@@ -185,7 +185,7 @@ def _count(
         if mean is not None:
             mean = mean.to(next(net.parameters()).device)
         for batch in stream:
-            probabilities = view_probabilities(net, batch.images.float(), options.views, mean)
+            probabilities = average_views(net, batch.images.float(), options.views, mean)
             counts.add(probabilities, batch.labels, batch.weights)
             if writer is not None:
                 writer.add(probabilities, batch.labels, batch.weights)

@@ -22,7 +22,7 @@ from cluster.run.console import Screen
 from cluster.run.exporters import check_installed
 from cluster.run.folder import QUARANTINE, held, settle
 from cluster.run.sync import open_mirror
-from model.architecture import stages
+from model.architecture import build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import Dataset, is_remote, open_dataset
@@ -107,7 +107,7 @@ def check(command: Command, manifest: Manifest, dataset: Dataset) -> None:
     Statistics.load(dataset.folder, manifest.stats_sha256)
 
     try:
-        stages(len(manifest.classes), command.settings.design)
+        build_stages(len(manifest.classes), command.settings.design)
     except ValueError as error:
         raise UsageError(f"{error} ({command.config} and the flags given)") from error
 

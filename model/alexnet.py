@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.architecture import COLUMN_NAMES, Design, Stage, stages
+from model.architecture import COLUMN_NAMES, Design, Stage, build_stages
 from model.exchange import Exchange
 from model.layers import ImageConv, ShrunkConv, dropout, dropout_mask, seed_of, together
 from model.norm import (
@@ -69,7 +69,7 @@ class AlexNet(nn.Module):
         self.columns = whole if columns is None else tuple(columns)
         self.classes = classes
         self.seed = seed
-        self.stages = stages(classes, self.design)
+        self.stages = build_stages(classes, self.design)
         self.exchange = exchange
         self._check_columns()
         self._position: int | None = None
@@ -171,7 +171,7 @@ class AlexNet(nn.Module):
                 x = x.flatten(1)
             module = self.get_submodule(layer.name)
             if layer.reads == "both" and self.exchange is not None:
-                x = self.exchange.through(module, x, layer.name)
+                x = self.exchange.apply_layer(module, x, layer.name)
             else:
                 x = module(x)
             for operations in self._following[layer.name]:
@@ -206,7 +206,9 @@ class AlexNet(nn.Module):
             case _:
                 return F.relu(x)
 
-    def settle(self, average: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+    def update_running_stats(
+        self, average: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> None:
         """Move the running statistics of batch normalisation, once after each step of training.
 
         Without batch normalisation, or a forward pass in training mode before, this does nothing.
@@ -221,7 +223,7 @@ class AlexNet(nn.Module):
         means = average(torch.cat([found.flatten() for found in taken]))
         parts = means.split([found.numel() for found in taken])
         for norm, part in zip(norms, parts, strict=True):
-            norm.settle(part.view(2, -1))
+            norm.update_running_stats(part.view(2, -1))
 
     def _mask(self, x: Tensor, stage: Stage) -> Tensor:
         if self._position is None:

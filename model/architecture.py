@@ -149,7 +149,7 @@ class Design:
                 raise ValueError(f"{name} is {value!r}; with net = 'four' it stays {plain!r}")
 
     @staticmethod
-    def of(settings: Mapping[str, Any]) -> Design:
+    def from_settings(settings: Mapping[str, Any]) -> Design:
         """The design that a table of settings describes; keys of other things are passed over."""
         names = {field.name for field in fields(Design)}
         return Design(**{key: value for key, value in settings.items() if key in names})
@@ -229,7 +229,7 @@ class Stage:
     """Side after the pooling, if there is any."""
 
 
-def stages(classes: int = 1000, design: Design | None = None) -> tuple[Stage, ...]:
+def build_stages(classes: int = 1000, design: Design | None = None) -> tuple[Stage, ...]:
     """The layers of a network for `classes` classes with their sizes; the paper's by default.
 
     Raises:

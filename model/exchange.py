@@ -187,7 +187,7 @@ class Exchange:
         self.traffic: dict[str, Traffic] = {}
         """By the name that the caller gave the place; emptied by whoever counts."""
 
-    def through(self, layer: nn.Module, x: Tensor, name: str = "") -> Tensor:
+    def apply_layer(self, layer: nn.Module, x: Tensor, name: str = "") -> Tensor:
         """The output of a layer that reads both columns: `layer(gather(x))`, waiting less.
 
         The sum over the inputs is taken in two parts, so that it may differ from that in the last
@@ -229,7 +229,7 @@ class Exchange:
         """
         return cast(Tensor, _GatherReplicated.apply(x, self, name))
 
-    def batch(self, *halves: Tensor) -> tuple[Tensor, ...]:
+    def join_batch(self, *halves: Tensor) -> tuple[Tensor, ...]:
         """Join the two halves of a batch along dim 0, column a's half first; no gradient.
 
         Args:

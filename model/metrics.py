@@ -50,7 +50,7 @@ def _views(images: Tensor, views: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def view_probabilities(
+def average_views(
     net: nn.Module, images: Tensor, views: int = 1, mean: Tensor | None = None
 ) -> Tensor:
     """Class probabilities of images: the mean of the softmax outputs over the views.
@@ -85,7 +85,7 @@ def view_probabilities(
     return torch.stack(outputs).mean(0)
 
 
-def errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def count_errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """How many images have their class neither first nor among the first five.
 
     Ties as in the original (src/layer_kernels.cu): where n classes, the right one among them, are
@@ -116,7 +116,7 @@ def errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tens
     return wrong(1), wrong(min(5, probabilities.shape[1]))
 
 
-def sums(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def sum_metrics(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """What errors and loss of many batches are summed up from.
 
     Args:
@@ -129,7 +129,7 @@ def sums(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         (capped at 87, where float32 ends), top-1 errors and top-5 errors as `errors` counts them,
         and the weights.
     """
-    top1, top5 = errors(probabilities, labels, weights)
+    top1, top5 = count_errors(probabilities, labels, weights)
     chosen = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
     loss = (F.nll_loss(chosen, labels, reduction="none") * weights).sum()
     return torch.stack((loss.double(), top1, top5, weights.sum().double()))

@@ -54,9 +54,9 @@ class Sgd2012:
         """Update every parameter that has a gradient; the gradients stay as they are."""
         groups: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self._parameters.items():
-            if parameter.grad is not None and rates.of(name) > 0:
+            if parameter.grad is not None and rates.get(name) > 0:
                 decay = 0.0 if name.endswith("bias") else self.weight_decay
-                groups.setdefault((rates.of(name), decay), []).append(name)
+                groups.setdefault((rates.get(name), decay), []).append(name)
         self._moved = [name for names in groups.values() for name in names]
         for (rate, decay), names in groups.items():
             self._update(names, rate, decay)
@@ -126,7 +126,7 @@ class Means(NamedTuple):
 
 
 @torch.no_grad()
-def layer_statistics(net: AlexNet, optimiser: Sgd2012) -> dict[str, Means]:
+def compute_layer_statistics(net: AlexNet, optimiser: Sgd2012) -> dict[str, Means]:
     """Return the means of each parameter of each column here: "a.conv1.weight", ...
 
     Call it after a step, before the gradients are dropped. A device is waited for once.

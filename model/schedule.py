@@ -15,11 +15,11 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-COLOUR = "colour"
+COLOR = "colour"
 
 
 @dataclass(frozen=True)
-class Change:
+class ScheduledChange:
     """An entry of `changes`."""
 
     epoch: float
@@ -29,7 +29,7 @@ class Change:
     value: float
 
 
-def parse_changes(entries: Sequence[str], layers: Sequence[str]) -> tuple[Change, ...]:
+def parse_changes(entries: Sequence[str], layers: Sequence[str]) -> tuple[ScheduledChange, ...]:
     """Read the entries of `changes`, each "EPOCH NAME VALUE", and sort them by epoch.
 
     Of one epoch, the later entry in the list comes later. An entry holds from the first step that
@@ -52,12 +52,12 @@ def parse_changes(entries: Sequence[str], layers: Sequence[str]) -> tuple[Change
     Raises:
         ValueError: one line that names the entry, what is wrong with it, and what would do.
     """
-    known = [*rate_names(layers), COLOUR]
+    known = [*list_rate_names(layers), COLOR]
     changes = [_parse_change(entry, known) for entry in entries]
     return tuple(sorted(changes, key=lambda change: change.epoch))
 
 
-def _parse_change(entry: str, known: Sequence[str]) -> Change:
+def _parse_change(entry: str, known: Sequence[str]) -> ScheduledChange:
     words = entry.split()
     if len(words) != 3:
         raise ValueError(
@@ -68,20 +68,21 @@ def _parse_change(entry: str, known: Sequence[str]) -> Change:
     if epoch is None:
         raise ValueError(f"changes: {entry!r}: the epoch {words[0]!r} should be a number from 0 up")
     if name not in known:
-        raise ValueError(f"changes: {entry!r}: nothing is called {name!r}; {nearest(name, known)}")
+        hint = suggest_name(name, known)
+        raise ValueError(f"changes: {entry!r}: nothing is called {name!r}; {hint}")
     if value is None:
         raise ValueError(f"changes: {entry!r}: the value {words[2]!r} should be a number from 0 up")
-    if name == COLOUR and not epoch.is_integer():
+    if name == COLOR and not epoch.is_integer():
         raise ValueError(f"changes: {entry!r}: colour changes between whole epochs only")
-    return Change(epoch, name, value)
+    return ScheduledChange(epoch, name, value)
 
 
-def rate_names(layers: Sequence[str]) -> list[str]:
+def list_rate_names(layers: Sequence[str]) -> list[str]:
     """Names under which rates can be set: lr, lr_bias, lr.LAYER ..., lr_bias.LAYER ..."""
     return ["lr", "lr_bias", *(f"{kind}.{layer}" for kind in ("lr", "lr_bias") for layer in layers)]
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def suggest_name(name: str, known: Sequence[str]) -> str:
     """Return a hint for whoever wrote a name that is not known."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
@@ -96,7 +97,9 @@ def _number(text: str) -> float | None:
     return value if 0 <= value < math.inf else None
 
 
-def colour_steps(changes: Iterable[Change], first: float) -> tuple[tuple[int, float], ...]:
+def list_color_steps(
+    changes: Iterable[ScheduledChange], first: float
+) -> tuple[tuple[int, float], ...]:
     """Return the deviations of the colour draws: (epoch, value) from epoch 0 on.
 
     Each value holds for the epochs from its own up to the next one's, counted from 0. The original
@@ -108,12 +111,12 @@ def colour_steps(changes: Iterable[Change], first: float) -> tuple[tuple[int, fl
     """
     values = {0: first}
     for change in changes:
-        if change.name == COLOUR:
+        if change.name == COLOR:
             values[int(change.epoch)] = change.value
     return tuple(sorted(values.items()))
 
 
-def layer_factors(entries: Sequence[str], layers: Sequence[str]) -> dict[str, float]:
+def parse_layer_rates(entries: Sequence[str], layers: Sequence[str]) -> dict[str, float]:
     """Read factors on both rates of a layer: "conv1=0.1", "fc8=10"; 0 freezes the layer.
 
     Args:
@@ -129,7 +132,7 @@ def layer_factors(entries: Sequence[str], layers: Sequence[str]) -> dict[str, fl
         if not equals:
             raise ValueError(f"layer_rates: {entry!r} should be LAYER=FACTOR, such as 'conv1=0.1'")
         if layer not in layers:
-            hint = nearest(layer, layers)
+            hint = suggest_name(layer, layers)
             raise ValueError(f"layer_rates: {entry!r}: no layer is called {layer!r}; {hint}")
         if layer in factors:
             raise ValueError(f"layer_rates: {entry!r}: {layer} has a factor already; give one")
@@ -155,7 +158,7 @@ class Rates:
     layers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Rates (of weights, of biases) of the layers that do not have the common ones."""
 
-    def of(self, parameter: str) -> float:
+    def get(self, parameter: str) -> float:
         """Rate of a parameter by its name: `conv1.weight`, `conv1.bias`, `conv1.norm.weight`."""
         layer, kind = parameter.partition(".")[0], parameter.rpartition(".")[2]
         weights, biases = self.layers.get(layer, (self.weights, self.biases))
@@ -207,7 +210,7 @@ def _stretch_rate(progress: float, first: float, drop: float, stretches: int) ->
     return float(first * (1.0 / drop) ** (place / (stretches - 1)))
 
 
-def scaled(lr: float, batch_size: int, rule: str, base: int = 128) -> float:
+def scale_rate(lr: float, batch_size: int, rule: str, base: int = 128) -> float:
     """Return the rate for batches of another size than it was found for.
 
     "One weird trick for parallelizing convolutional neural networks" (arXiv 1404.5997): for k times
@@ -229,7 +232,7 @@ def scaled(lr: float, batch_size: int, rule: str, base: int = 128) -> float:
     return lr * factors[rule]
 
 
-def in_force(
+def compute_rates(
     lr: float,
     lr_bias: float,
     settings: Iterable[tuple[str, float]],
@@ -264,7 +267,7 @@ def in_force(
             kind = "lr" if name == DROP else "lr_bias"
             common[kind] /= value
             own[kind] = {layer: rate / value for layer, rate in own[kind].items()}
-        elif name != COLOUR:
+        elif name != COLOR:
             raise ValueError(f"no rate is called {name!r}")
     factors = factors or {}
     layers = {
@@ -277,7 +280,7 @@ def in_force(
     return Rates(common["lr"], common["lr_bias"], layers)
 
 
-def plateau_drops(
+def find_plateau_drops(
     history: Iterable[tuple[int, float]],
     patience: int,
     most: int = 3,

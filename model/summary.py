@@ -24,13 +24,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from model.architecture import COLUMN_NAMES, IMAGE_SIZE, POOLS, Design, Stage, stages
+from model.architecture import COLUMN_NAMES, IMAGE_SIZE, POOLS, Design, Stage, build_stages
 
-FLOAT32 = 4
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Row:
+class ColumnRow:
     """One column's part of one layer. Shapes are (maps, height, width), or (units,)."""
 
     layer: str
@@ -75,7 +75,7 @@ class Row:
     @property
     def parameter_bytes(self) -> int:
         """In float32."""
-        return FLOAT32 * self.parameters
+        return FLOAT32_BYTES * self.parameters
 
     @property
     def neurons(self) -> int:
@@ -85,7 +85,7 @@ class Row:
     @property
     def optimiser_bytes(self) -> int:
         """A velocity for each parameter, float32."""
-        return FLOAT32 * self.parameters
+        return FLOAT32_BYTES * self.parameters
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,16 @@ class Totals:
     """Numbers an image that cross the pair, forward and backward, both directions."""
 
 
-def table(classes: int = 1000, design: Design | None = None) -> list[Row]:
+def build_table(classes: int = 1000, design: Design | None = None) -> list[ColumnRow]:
     """Every layer, column a then column b, from the image to the logits.
 
     With an odd number of classes column b's fc8 has the unit that the network cuts off.
 
     Raises:
-        ValueError: as `model.architecture.stages`.
+        ValueError: as `model.architecture.build_stages`.
     """
     design = design or Design()
-    found = stages(classes, design)
+    found = build_stages(classes, design)
     fields = receptive_fields(found, design)
     rows = []
     for stage, field in zip(found, fields, strict=True):
@@ -119,7 +119,7 @@ def table(classes: int = 1000, design: Design | None = None) -> list[Row]:
     return rows
 
 
-def totals(rows: Iterable[Row]) -> Totals:
+def sum_rows(rows: Iterable[ColumnRow]) -> Totals:
     """Parameters, their bytes in float32, and per image multiply-adds, neurons, crossings."""
     rows = list(rows)
     return Totals(
@@ -131,7 +131,7 @@ def totals(rows: Iterable[Row]) -> Totals:
     )
 
 
-def original_crossing(rows: Iterable[Row]) -> int:
+def original_crossing(rows: Iterable[ColumnRow]) -> int:
     """Numbers an image that would cross with all of the last layer on column a.
 
     So the original placed it (layers-145.cfg: `fc1000 gpu=0`): b sends what fc8 reads and gets its
@@ -144,7 +144,7 @@ def original_crossing(rows: Iterable[Row]) -> int:
     ) + sum(2 * row.crosses_backward for row in rows if row.layer == last and row.column == "b")
 
 
-def footprint(rows: Iterable[Row], batch: int, size: int = FLOAT32) -> int:
+def footprint(rows: Iterable[ColumnRow], batch: int, size: int = FLOAT32_BYTES) -> int:
     """M = X(W + B + A + Z) in bytes: the memory of a network with what a step computes.
 
     Args:
@@ -152,7 +152,7 @@ def footprint(rows: Iterable[Row], batch: int, size: int = FLOAT32) -> int:
         batch: images; activations A and the weighted sums Z before them count for each.
         size: X, bytes of a number.
     """
-    sums = totals(rows)
+    sums = sum_rows(rows)
     return size * (sums.parameters + 2 * sums.neurons * batch)
 
 
@@ -182,13 +182,13 @@ def receptive_fields(found: Iterable[Stage], design: Design) -> list[int]:
     return sides
 
 
-def _row(stage: Stage, column: str, field: int, logits: bool) -> Row:
+def _row(stage: Stage, column: str, field: int, logits: bool) -> ColumnRow:
     layer = stage.layer
     weights = stage.inputs * stage.outputs * max(1, layer.kernel) ** 2
     scales = stage.outputs if "batch_norm" in layer.then else 0
     sent = _count(_shape(layer.kernel, stage.inputs, stage.input_size)) // 2
     sent = sent if layer.reads == "both" else 0
-    return Row(
+    return ColumnRow(
         layer=layer.name,
         column=column,
         reads=layer.reads,
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.batch_size < 1:
             raise ValueError(f"--batch-size is {options.batch_size}; it takes 1 or more")
         design = read_design(options.config)
-        rows = table(options.classes, design)
+        rows = build_table(options.classes, design)
     except ValueError as error:
         _leave(str(error))
     if options.json:
@@ -277,15 +277,15 @@ def read_design(path: Path) -> Design:
         if near and key not in names:
             raise ValueError(f"config {path}: no setting {key!r}; did you mean {near[0]!r}?")
     try:
-        return Design.of(settings)
+        return Design.from_settings(settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"config {path}: {error}") from None
 
 
-def as_json(rows: list[Row], design: Design, options: Summary) -> dict[str, Any]:
+def as_json(rows: list[ColumnRow], design: Design, options: Summary) -> dict[str, Any]:
     """Rows and sums as plain values; bytes as the printed table has them."""
     size = SIZES[options.dtype]
-    sums = totals(rows)
+    sums = sum_rows(rows)
     return {
         "design": asdict(design),
         "classes": options.classes,
@@ -310,7 +310,7 @@ def as_json(rows: list[Row], design: Design, options: Summary) -> dict[str, Any]
     }
 
 
-def show(rows: list[Row], design: Design, options: Summary) -> None:
+def show(rows: list[ColumnRow], design: Design, options: Summary) -> None:
     """Print the table and what it adds up to."""
     size, batch = SIZES[options.dtype], options.batch_size
     grid = Table(title=_title(design, options), title_justify="left", pad_edge=False, box=None)
@@ -339,23 +339,23 @@ def show(rows: list[Row], design: Design, options: Summary) -> None:
             _mib(row.crosses_backward * batch * size) if row.crosses_backward else "",
             end_section=row is rows[-1],
         )
-    sums = totals(rows)
+    sums = sum_rows(rows)
     grid.add_row(
         *["sum", "", "", "", "", "", ""],
         f"{sums.parameters:,}",
         f"{sums.multiply_adds:,}",
         "",
         _mib(sums.neurons * batch * size),
-        _mib(FLOAT32 * sums.parameters),
+        _mib(FLOAT32_BYTES * sums.parameters),
         *_sums(rows, batch * size),
     )
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     console.print(grid)
-    for line in sentences(rows, totals(rows), design, options):
+    for line in sentences(rows, sum_rows(rows), design, options):
         console.print(line, soft_wrap=True)
 
 
-def sentences(rows: list[Row], sums: Totals, design: Design, options: Summary) -> list[str]:
+def sentences(rows: list[ColumnRow], sums: Totals, design: Design, options: Summary) -> list[str]:
     """The sums in words."""
     size, batch = SIZES[options.dtype], options.batch_size
     found = [
@@ -363,7 +363,7 @@ def sentences(rows: list[Row], sums: Totals, design: Design, options: Summary) -
         f"{sums.neurons:,} neurons",
         f"M = X(W+B+A+Z) = {footprint(rows, batch, size) / MIB:,.0f} MiB: {batch} images, "
         f"{size} bytes a number, weights, biases, activations and the sums before them",
-        f"optimiser: {_mib(FLOAT32 * sums.parameters)} of velocities, as much of gradients",
+        f"optimiser: {_mib(FLOAT32_BYTES * sums.parameters)} of velocities, as much of gradients",
     ]
     if design.columns == 2:
         before, last = rows[-3].layer, rows[-1].layer
@@ -380,7 +380,7 @@ def sentences(rows: list[Row], sums: Totals, design: Design, options: Summary) -
     return found
 
 
-def _sums(rows: list[Row], size: int) -> tuple[str, str]:
+def _sums(rows: list[ColumnRow], size: int) -> tuple[str, str]:
     """What crosses for one direction, forward and backward."""
     a = [row for row in rows if row.column == "a"]
     forward, backward = sum(r.crosses_forward for r in a), sum(r.crosses_backward for r in a)
@@ -395,7 +395,7 @@ def _title(design: Design, options: Summary) -> str:
     return f"{', '.join(told)}; batch {options.batch_size}, {options.dtype}; bytes are a step's"
 
 
-def _kernel(row: Row) -> str:
+def _kernel(row: ColumnRow) -> str:
     if not row.kernel:
         return ""
     pad = f"{row.pad}+{row.edge_pad}" if row.edge_pad else f"{row.pad}"

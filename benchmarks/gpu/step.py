@@ -34,7 +34,7 @@ from parts.machine import facts  # noqa: E402
 from parts.step_table import best, goals, markdown  # noqa: E402
 
 from model.alexnet import AlexNet  # noqa: E402
-from model.norm import backend, local_response_norm, reference  # noqa: E402
+from model.norm import describe_backend, local_response_norm, reference  # noqa: E402
 
 MODES = ("fp32", "tf32", "bf16")
 NORM_SHAPES = ((96, 55, 55), (256, 27, 27))
@@ -80,7 +80,7 @@ class Bench:
         self.options = options
         self.device = torch.device("cuda" if options.device == "gpu" else "cpu")
         self.end = time.monotonic() + 60 * options.minutes
-        machine = facts(options.device) | {"norm": backend(self.device)}
+        machine = facts(options.device) | {"norm": describe_backend(self.device)}
         options.out.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "cpu")).lower()).strip("-")
         self.path = (
@@ -132,7 +132,7 @@ class Bench:
     def norm(self) -> None:
         """Measure LRN with its ReLU alone, forward and backward, in each of its forms."""
         forms: dict[str, Callable[..., torch.Tensor]] = {
-            backend(self.device): local_response_norm,
+            describe_backend(self.device): local_response_norm,
             "torch operations": lambda x, c, r: reference.Norm.apply(x, c, r),
             "torch.nn.LocalResponseNorm": plain_norm,
         }

@@ -175,7 +175,7 @@ def triton() -> Iterator[Finding]:
     """Yield what computes the normalisation on a GPU."""
     import torch
 
-    from model.norm.response import backend, local_response_norm
+    from model.norm.response import describe_backend, local_response_norm
 
     try:
         x = torch.ones(1, 4, 2, 2, device="cuda")
@@ -184,7 +184,7 @@ def triton() -> Iterator[Finding]:
         mend = "apt install gcc python3-dev   # Triton compiles its launcher in C"
         yield fail("kernels", f"Triton's do not work: {first_line(error)}", mend)
         return
-    said = backend("cuda")
+    said = describe_backend("cuda")
     if said.startswith("torch"):
         yield warn("kernels", said, "pip install -c constraints.txt triton")
     else:
@@ -242,7 +242,7 @@ def gather(gpus: int) -> Hardware:
     import torch
 
     from cluster.training.precision import compute_dtype
-    from model.norm.response import backend
+    from model.norm.response import describe_backend
 
     allowed = len(os.sched_getaffinity(0))
     bytes_left, quota = container(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
@@ -265,7 +265,7 @@ def gather(gpus: int) -> Hardware:
         temporary_full=disk.used / disk.total,
         vectors=torch.backends.cpu.get_cpu_capability(),
         matrix_units=compute_dtype("auto", torch.device("cpu")) == torch.bfloat16,
-        kernels="" if gpus else backend("cpu"),
+        kernels="" if gpus else describe_backend("cpu"),
     )
 
 

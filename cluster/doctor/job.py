@@ -9,8 +9,8 @@ from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.hardware import Gpu, Hardware
 from cluster.launch.placement import Node, NoRoom, plan
-from model.architecture import stages
-from model.summary import FLOAT32, table, totals
+from model.architecture import build_stages
+from model.summary import FLOAT32_BYTES, build_table, sum_rows
 
 PROCESS = 0.7 * GB
 """Of a worker before any image: torch, DALI, Ray (measured: 0.61 to 0.65 GB resident)."""
@@ -25,11 +25,11 @@ def judge_network(config: Config, classes: int | None) -> Finding:
     count = classes or CLASSES
     assumed = "" if classes else " assumed"
     try:
-        stages(count, config.design)
+        build_stages(count, config.design)
     except ValueError as error:
         mend = "another --width, --columns or --pool; or a data set with more classes"
         return fail("network", f"{error}", mend)
-    parameters = totals(table(count, config.design)).parameters
+    parameters = sum_rows(build_table(count, config.design)).parameters
     replicas = config.replica_sizes[-1]
     return ok(
         "network", f"{parameters / 1e6:,.1f} million parameters, {count} classes{assumed}; batch "
@@ -40,7 +40,7 @@ def judge_network(config: Config, classes: int | None) -> Finding:
 def checkpoint_bytes(config: Config | None, classes: int | None) -> int:
     """Bytes of a checkpoint: a weight and a velocity, float32, for each parameter."""
     design = (config or Config()).design
-    return 2 * totals(table(classes or CLASSES, design)).parameter_bytes
+    return 2 * sum_rows(build_table(classes or CLASSES, design)).parameter_bytes
 
 
 def worker_bytes(config: Config, classes: int | None, replicas: int) -> int:
@@ -49,12 +49,12 @@ def worker_bytes(config: Config, classes: int | None, replicas: int) -> int:
     The paper's M = X(W + B + A + Z), with gradient and velocity for each W and B; all in float32,
     so that there is room to spare in bfloat16.
     """
-    rows = table(classes or CLASSES, config.design)
+    rows = build_table(classes or CLASSES, config.design)
     if config.size == 2:
         rows = [row for row in rows if row.column == "a"]  # b's are as large
-    sums = totals(rows)
+    sums = sum_rows(rows)
     batch = config.micro(replicas)
-    return FLOAT32 * (KEPT * sums.parameters + 2 * sums.neurons * batch)
+    return FLOAT32_BYTES * (KEPT * sums.parameters + 2 * sums.neurons * batch)
 
 
 def on_gpus(config: Config, gpus: bool) -> bool:

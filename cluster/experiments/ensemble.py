@@ -16,7 +16,7 @@ As the original's avg-valid.py (`find_coeffs`): all weights start at one half; o
 is tried at 0, .05, ... 1 and takes the value with the fewest top-5 errors, if that is better than
 what it had; after five passes, or when a whole pass has changed nothing, that is it. Where it
 differs: between values with equal top-5 errors the top-1 errors decide; ties count by the rule of
-`model.metrics.errors`; and weights of 0 for all networks are no candidate.
+`model.metrics.count_errors`; and weights of 0 for all networks are no candidate.
 
 A class can stand before the right one in some average only if it does in some network, and wherever
 five classes do in every network the image is lost. So most of what is saved need not be looked
@@ -47,7 +47,7 @@ from torch import Tensor
 from cluster.checkpoint.storage import find_last_step
 from cluster.run.folder import store_of
 from cluster.run.probabilities import About, Saved
-from model.metrics import errors, sums
+from model.metrics import count_errors, sum_metrics
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 
@@ -130,7 +130,7 @@ class Contest:
         for block in self._each():
             for row, weights in zip(sums, candidates, strict=True):
                 average = weighted(block.probabilities, weights)
-                top1, top5 = errors(average, block.labels, block.weights)
+                top1, top5 = count_errors(average, block.labels, block.weights)
                 row += torch.stack((top5, top1))
         return [(top5, top1) for top5, top1 in sums.tolist()]
 
@@ -236,7 +236,7 @@ def counted(nets: Together, weights: Sequence[float]) -> list[dict[str, float]]:
     totals = torch.zeros(nets.networks + 1, 4, dtype=torch.float64)
     for _, (probabilities, labels, counts) in nets.chunks():
         answers: list[Tensor] = [*probabilities, weighted(probabilities, weights)]
-        totals += torch.stack([sums(answer, labels, counts) for answer in answers])
+        totals += torch.stack([sum_metrics(answer, labels, counts) for answer in answers])
     return [
         {"top1_error": top1 / samples, "top5_error": top5 / samples, "loss": loss / samples}
         for loss, top1, top5, samples in totals.tolist()

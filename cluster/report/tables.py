@@ -13,7 +13,7 @@ from cluster.report.charts import short
 from cluster.report.records import Records
 from cluster.run.jsonl import WAITS
 from model.architecture import Design
-from model.summary import Row, table, totals
+from model.summary import ColumnRow, build_table, sum_rows
 from pipeline.dataset.manifest import Manifest
 
 FEW_CLASSES = 30  # up to so many are all listed, of more the ends
@@ -35,8 +35,8 @@ class Tile:
 class LayerRow:
     """A layer with the shares of its columns in the largest layer's parameters, 0..1."""
 
-    a: Row
-    b: Row | None
+    a: ColumnRow
+    b: ColumnRow | None
     """None in a network of one column."""
     shares: tuple[float, float]
 
@@ -126,8 +126,8 @@ def layers(records: Records, classes: int) -> dict[str, Any] | None:
     if not classes or "width" not in records.config:
         return None
     try:
-        design = Design.of(records.config)
-        rows = table(classes, design)
+        design = Design.from_settings(records.config)
+        rows = build_table(classes, design)
     except (ValueError, TypeError):
         return None
     most = max(row.parameters for row in rows)
@@ -137,9 +137,9 @@ def layers(records: Records, classes: int) -> dict[str, Any] | None:
             LayerRow(x, y, (x.parameters / most, y.parameters / most if y else 0.0))
             for x, y in zip(a, b, strict=True)
         ],
-        "a": totals(a),
-        "b": totals(y for y in b if y) if design.columns == 2 else None,
-        "both": totals(rows),
+        "a": sum_rows(a),
+        "b": sum_rows(y for y in b if y) if design.columns == 2 else None,
+        "both": sum_rows(rows),
     }
 
 

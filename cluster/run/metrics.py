@@ -201,7 +201,7 @@ class Log:
 
         Args:
             mark: the step after which they were taken.
-            means: `model.optimizer.layer_statistics` of every process, in rank order.
+            means: `model.optimizer.compute_layer_statistics` of every process, in rank order.
         """
         if self._place.leads:
             row = {

@@ -39,18 +39,18 @@ from cluster.mesh import ProcessMesh
 from cluster.run.events import Rated, Tell, Warned
 from cluster.run.folder import RATES, VALIDATION
 from model.schedule import (
-    COLOUR,
+    COLOR,
     DROP,
     DROP_BIASES,
     Rates,
+    compute_rates,
     dexp,
-    in_force,
-    layer_factors,
-    nearest,
+    find_plateau_drops,
+    list_rate_names,
     parse_changes,
-    plateau_drops,
-    rate_names,
-    scaled,
+    parse_layer_rates,
+    scale_rate,
+    suggest_name,
 )
 from pipeline.tools.files import atomic_write, sync_folder
 
@@ -81,9 +81,9 @@ class Recipe:
 
     def rates(self, events: Iterable[Event]) -> Rates:
         """Rates after some events, on top of those of the first step."""
-        factors = layer_factors(self.config.layer_rates, self.layers)
+        factors = parse_layer_rates(self.config.layer_rates, self.layers)
         settings = [setting for event in events for setting in event.settings.items()]
-        return in_force(*self._begin(), settings, factors)
+        return compute_rates(*self._begin(), settings, factors)
 
     def _begin(self) -> tuple[float, float]:
         if self.config.schedule == "dexp":
@@ -92,7 +92,7 @@ class Recipe:
 
     @property
     def _lr(self) -> float:
-        return scaled(self.config.lr, self.config.batch_size, self.config.rate_scaling)
+        return scale_rate(self.config.lr, self.config.batch_size, self.config.rate_scaling)
 
     def _dexp(self, step: int) -> tuple[float, float]:
         return dexp(
@@ -129,8 +129,8 @@ class Recipe:
         for change in parse_changes(self.config.changes, self.layers):
             # Exact: every process must find the same step.
             step = math.ceil(Fraction(change.epoch) * self.samples / self.config.batch_size)
-            rule = "none" if change.name == COLOUR else self.config.rate_scaling
-            value = scaled(change.value, self.config.batch_size, rule)
+            rule = "none" if change.name == COLOR else self.config.rate_scaling
+            value = scale_rate(change.value, self.config.batch_size, rule)
             found.setdefault(step, {})[change.name] = value  # later ones win
         return [Event(step, SCHEDULE, settings) for step, settings in found.items()]
 
@@ -144,7 +144,7 @@ class Event:
     why: str
     """One of REASONS."""
     settings: Mapping[str, float]
-    """As `model.schedule.in_force` takes them."""
+    """As `model.schedule.compute_rates` takes them."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -166,8 +166,8 @@ def words(event: Event, before: Rates, after: Rates) -> str:
         was = old.get(name, old[kind])  # a layer without a rate of its own had the common one
         if was != value and not (layer and (was, value) == (old[kind], new[kind])):
             told.append(f"{name} {was:.4g} -> {value:.4g}")
-    if COLOUR in event.settings:
-        told.append(f"colour -> {event.settings[COLOUR]:.4g}")
+    if COLOR in event.settings:
+        told.append(f"colour -> {event.settings[COLOR]:.4g}")
     return ", ".join(told) or "no rate changes"
 
 
@@ -224,11 +224,11 @@ def parse(text: str, recipe: Recipe) -> dict[str, float]:
         table = tomllib.loads(quoted)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"it is not TOML ({error}); write lines such as lr = 0.001") from error
-    known = [*rate_names(recipe.layers), DROP]
+    known = [*list_rate_names(recipe.layers), DROP]
     settings: dict[str, float] = {}
     for name, value in _flat(table).items():
         if name not in known:
-            raise ValueError(f"no rate is called {name!r}; {nearest(name, known)}")
+            raise ValueError(f"no rate is called {name!r}; {suggest_name(name, known)}")
         settings |= _setting(name, value, recipe)
     if not settings:
         raise ValueError("it sets nothing; write lines such as lr = 0.001")
@@ -417,7 +417,7 @@ class RateControl:
         made = sum(event.why == PLATEAU for event in past)
         if recipe.schedule != "plateau" or made >= recipe.plateau_drops:
             return []
-        drops = plateau_drops(
+        drops = find_plateau_drops(
             self._history,
             recipe.patience,
             recipe.plateau_drops,

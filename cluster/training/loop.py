@@ -20,8 +20,8 @@ from cluster.training.finite_check import check_finite
 from cluster.training.pair_batches import Feed, Whole
 from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
-from model.metrics import errors
-from model.optimizer import layer_statistics
+from model.metrics import count_errors
+from model.optimizer import compute_layer_statistics
 
 
 def train(
@@ -73,12 +73,12 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
             values = learn(t, step, batch)
             t.average.finish()
             t.optimiser.step(t.rates.at(step))
-            t.net.settle(place.mean)
+            t.net.update_running_stats(place.mean)
 
         mark = Mark(step=step, position=batch.position)
         t.log.step(mark, config, t.rates.at(step), place.mean(values), t.net.exchange)
         if due(step, config.statistics_every, total):
-            t.log.statistics(mark, place.gather(layer_statistics(t.net, t.optimiser)))
+            t.log.statistics(mark, place.gather(compute_layer_statistics(t.net, t.optimiser)))
         if config.statistics_every and kept(step, total):
             t.log.kernels(mark, place.gather(first_kernels(t.net)))
         error = None
@@ -129,7 +129,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return mean loss (with its gradient) and top-1 error of a batch."""
     logits = net_output(net, batch, config, place)
-    wrong, _ = errors(logits.detach(), batch.labels, batch.weights)
+    wrong, _ = count_errors(logits.detach(), batch.labels, batch.weights)
     return F.cross_entropy(logits, batch.labels), wrong / len(batch.labels)
 
 
@@ -144,7 +144,7 @@ def validate(t: Training) -> dict[str, float]:
         for batch in feed:
             logits = net_output(t.net, batch, t.config, place)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            top1, top5 = errors(logits, batch.labels, batch.weights)
+            top1, top5 = count_errors(logits, batch.labels, batch.weights)
             sums += torch.stack(((losses * batch.weights).sum(), top1, top5, batch.weights.sum()))
     t.net.train()
     loss, top1_error, top5_error, samples = place.mean(sums).tolist()

@@ -144,7 +144,7 @@ class SideStream:
         self._stream.wait_stream(torch.cuda.current_stream())
         halves = (half.images, half.labels, half.weights, half.replaced.to(half.weights))
         with torch.cuda.stream(self._stream):
-            joined = self._exchange.batch(*halves)
+            joined = self._exchange.join_batch(*halves)
         for tensor in halves:
             tensor.record_stream(self._stream)
 

@@ -221,10 +221,10 @@ def _alone(t: Training, count: int) -> float:
 def _crossing(exchange: Exchange, size: int, place: ProcessMesh) -> float:
     """Bytes a second that cross between columns, in messages of a layer's size."""
     message = torch.zeros(max(1, size // 8), dtype=torch.uint8, device=place.device)
-    exchange.batch(message)
+    exchange.join_batch(message)
     start, turns = time.perf_counter(), 20
     for _ in range(turns):
-        exchange.batch(message)
+        exchange.join_batch(message)
     if place.device.type == "cuda":
         torch.cuda.synchronize()
     return turns * len(message) / (time.perf_counter() - start)

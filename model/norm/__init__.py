@@ -9,14 +9,19 @@ batch         ... and batch normalisation
 composed      the same out of torch's own operations: for all other cases, and to test against
 images      what makes images ready for the first convolution, a kernel of the same library
 
-`local_response_norm` and the others take what is quickest for the tensor they get; `backend` says
-what that is. Every form computes the same numbers, within rounding.
+`local_response_norm` and the others take what is quickest for the tensor they get;
+`describe_backend` says what that is. Every form computes the same numbers, within rounding.
 """
 
 from model.norm.alternatives import LCN_SIZE, BatchNorm, local_contrast_norm
 from model.norm.native import padded_images
 from model.norm.reference import LRN_ALPHA, LRN_BETA, LRN_K, LRN_SIZE
-from model.norm.response import backend, local_response_norm, norm_pool, spatial_response_norm
+from model.norm.response import (
+    describe_backend,
+    local_response_norm,
+    norm_pool,
+    spatial_response_norm,
+)
 
 __all__ = [
     "LCN_SIZE",
@@ -25,7 +30,7 @@ __all__ = [
     "LRN_K",
     "LRN_SIZE",
     "BatchNorm",
-    "backend",
+    "describe_backend",
     "local_contrast_norm",
     "local_response_norm",
     "norm_pool",

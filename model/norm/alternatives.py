@@ -18,7 +18,7 @@ BATCH_MOMENTUM = 0.1
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """torch's, but that a forward pass notes the statistics, and `settle` moves the running ones.
+    """torch's, but a forward pass only notes the statistics; `update_running_stats` applies them.
 
     torch moves the running ones in each forward pass. Here a step may be several passes, of
     micro-batches and in several replicas: all are averaged, and move them once. So they are the
@@ -69,7 +69,7 @@ class BatchNorm(nn.BatchNorm2d):
         return found
 
     @torch.no_grad()
-    def settle(self, statistics: Tensor) -> None:
+    def update_running_stats(self, statistics: Tensor) -> None:
         """Move the running statistics towards those of a step, [2, maps]."""
         self.running_mean.lerp_(statistics[0], BATCH_MOMENTUM)
         self.running_var.lerp_(statistics[1], BATCH_MOMENTUM)

@@ -185,7 +185,7 @@ def spatial_response_norm(x: Tensor) -> Tensor:
     return cast(Tensor, _NativeSpatial.apply(x))
 
 
-def backend(device: torch.device | str = "cpu") -> str:
+def describe_backend(device: torch.device | str = "cpu") -> str:
     """Say in a few words what computes the normalisation there, and if it is not the best, why."""
     kind = torch.device(device).type
     if kind == "cpu":

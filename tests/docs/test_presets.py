@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import parse
 from model.architecture import Design
-from model.schedule import in_force, parse_changes
+from model.schedule import compute_rates, parse_changes
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "cluster" / "configs").glob("*.toml"))
 
@@ -65,12 +65,12 @@ def test_presets_say_what_is_known_of_them():
         assert presets[name] == replace(presets["dexp"], **changed), name
     tuned = presets["finetune"]
     assert tuned.design == Design(conv6=True, **source)
-    rates = in_force(tuned.lr, tuned.lr * tuned.bias_factor,
+    rates = compute_rates(tuned.lr, tuned.lr * tuned.bias_factor,
                      [(c.name, c.value) for c in parse_changes(
                          tuned.changes, [layer.name for layer in tuned.design.layers()]
                      ) if c.epoch == 0])  # fmt: skip
-    assert [rates.of(f"{name}.weight") for name in ("conv1", "conv6", "fc8")] == [1e-4, 1e-3, 0.01]
-    assert {rates.of(f"{name}.bias") for name in ("conv1", "conv6", "fc8")} == {0.02}
+    assert [rates.get(f"{name}.weight") for name in ("conv1", "conv6", "fc8")] == [1e-4, 1e-3, 0.01]
+    assert {rates.get(f"{name}.bias") for name in ("conv1", "conv6", "fc8")} == {0.02}
     four = presets["four"]
     assert (four.weight_decay, four.augment, four.norm, four.columns) == (0.0, False, "none", 1)
     assert "42.34" in heads["dexp"]

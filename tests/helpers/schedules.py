@@ -13,7 +13,7 @@ from cluster.run.events import Event
 from cluster.run.jsonl import cut
 from cluster.run.metrics import VALIDATION
 from cluster.training.learning_rate import RATES, RateControl, Recipe
-from model.schedule import Change, Rates, in_force
+from model.schedule import Rates, ScheduledChange, compute_rates
 
 ERRORS = dict(zip(range(4, 41, 4), (9, 8, 8, 8, 7, 7, 7, 7, 7, 7), strict=True))
 """Step -> validation error."""
@@ -87,11 +87,11 @@ class Story:
 
 def manual(
     epoch: float,
-    changes: Iterable[Change],
+    changes: Iterable[ScheduledChange],
     lr: float,
     lr_bias: float,
     factors: Mapping[str, float] | None = None,
 ) -> Rates:
     """Rates of a step before which `epoch` passes over the training set were made."""
     past = [(change.name, change.value) for change in changes if change.epoch <= epoch]
-    return in_force(lr, lr_bias, past, factors)
+    return compute_rates(lr, lr_bias, past, factors)

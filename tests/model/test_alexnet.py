@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.alexnet import AlexNet
-from model.architecture import LAYERS, Design, stages
-from model.summary import table, totals
+from model.architecture import LAYERS, Design, build_stages
+from model.summary import build_table, sum_rows
 
 # Fact sheet of the original (layers-145.cfg): parameters of one column of each layer
 PARAMETERS = {
@@ -83,7 +83,7 @@ def test_shapes_of_the_running_network_are_those_of_the_table(full: AlexNet) -> 
     full.eval()
     with torch.no_grad():
         assert full(images(1)).shape == (1, 1000)
-    for row in table():
+    for row in build_table():
         given, made = seen[row.layer]
         own_maps = 2 if row.reads == "own" else 1
         if row.reads != "picture":
@@ -92,10 +92,10 @@ def test_shapes_of_the_running_network_are_those_of_the_table(full: AlexNet) -> 
 
 
 def test_table_has_the_published_numbers() -> None:
-    rows = table()
-    assert totals(rows).parameters == 60_965_224
-    assert totals(rows).parameter_bytes == 4 * 60_965_224
-    assert totals(rows).multiply_adds == 724_406_816
+    rows = build_table()
+    assert sum_rows(rows).parameters == 60_965_224
+    assert sum_rows(rows).parameter_bytes == 4 * 60_965_224
+    assert sum_rows(rows).multiply_adds == 724_406_816
     assert [(row.layer, row.column) for row in rows[:3]] == [
         ("conv1", "a"), ("conv1", "b"), ("conv2", "a")
     ]  # fmt: skip
@@ -108,7 +108,7 @@ def test_table_has_the_published_numbers() -> None:
 @pytest.mark.parametrize(("classes", "width"), [(10, 0.25), (7, 1 / 16), (1000, 1 / 3)])
 def test_table_follows_the_network(classes: int, width: float) -> None:
     net = AlexNet(classes=classes, width=width)
-    assert totals(table(classes, Design(width=width))).parameters == sum(
+    assert sum_rows(build_table(classes, Design(width=width))).parameters == sum(
         p.numel() for p in net.parameters()
     )
 
@@ -287,7 +287,7 @@ def test_widths_without_maps_are_refused(width: float) -> None:
 
 
 def test_smallest_width_and_two_classes_run() -> None:
-    assert min(stage.outputs for stage in stages(1000, Design(width=1 / 48))) == 1
+    assert min(stage.outputs for stage in build_stages(1000, Design(width=1 / 48))) == 1
     net = AlexNet(classes=2, width=1 / 48).eval()
     assert net(images()).shape == (2, 2)
     with pytest.raises(ValueError, match="classes is 1"):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.alexnet import AlexNet
-from model.architecture import Design, stages
-from model.summary import table, totals
+from model.architecture import Design, build_stages
+from model.summary import build_table, sum_rows
 
 SOURCE = Design(relu_first=False, spatial_norm=True)
 WIDTH = 1 / 16
@@ -181,12 +181,12 @@ def test_each_design_is_its_network_written_out(case: str) -> None:
     ids=str,
 )
 def test_parameters_of_each_design(design: Design, parameters: int) -> None:
-    assert totals(table(design=design)).parameters == parameters
+    assert sum_rows(build_table(design=design)).parameters == parameters
     with torch.device("meta"):
         sizes = [
             stage.inputs * stage.outputs * max(1, stage.layer.kernel) ** 2
             + stage.outputs * (3 if "batch_norm" in stage.layer.then else 1)
-            for stage in stages(1000, design)
+            for stage in build_stages(1000, design)
         ]
     assert design.columns * sum(sizes) == parameters
 

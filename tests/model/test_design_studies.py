@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.alexnet import AlexNet
 from model.architecture import Design
-from model.summary import table, totals
+from model.summary import build_table, sum_rows
 from tests.model.test_design import CASES as PLAIN
 from tests.model.test_design import WIDTH, Written, images, narrow, norm, spatial_norm
 from tests.model.test_norms import contrast_by_hand
@@ -126,8 +126,8 @@ def test_without_dropout_a_test_is_what_training_is_and_needs_no_position() -> N
 )
 def test_the_table_is_of_the_network_that_runs(design: Design) -> None:
     net = AlexNet(classes=10, design=replace(design, width=WIDTH))
-    rows = table(10, net.design)
-    assert totals(rows).parameters == sum(p.numel() for p in net.parameters())
+    rows = build_table(10, net.design)
+    assert sum_rows(rows).parameters == sum(p.numel() for p in net.parameters())
     seen = {}
     for name, module in net.named_children():
         module.register_forward_hook(

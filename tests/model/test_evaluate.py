@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.metrics import errors, sums, ten_views, view_probabilities
+from model.metrics import average_views, count_errors, sum_metrics, ten_views
 
 
 def pictures(b: int = 2) -> Tensor:
@@ -36,7 +36,7 @@ def test_ten_views_in_the_originals_order() -> None:
 def test_probabilities_are_averaged_not_logits() -> None:
     net = Corner().train()
     images = pictures()
-    found = view_probabilities(net, images, views=10)
+    found = average_views(net, images, views=10)
     logits = torch.stack([view[:, :, 0, 0] / 20.0 for view in ten_views(images).unbind(1)])
     torch.testing.assert_close(found, torch.softmax(logits, -1).mean(0))
     assert not torch.allclose(found, torch.softmax(logits.mean(0), -1), atol=1e-3)
@@ -47,9 +47,9 @@ def test_probabilities_are_averaged_not_logits() -> None:
 def test_one_view_is_the_centre() -> None:
     images = pictures()
     expected = torch.softmax(images[:, :, 16, 16] / 20.0, -1)
-    torch.testing.assert_close(view_probabilities(Corner().eval(), images, views=1), expected)
+    torch.testing.assert_close(average_views(Corner().eval(), images, views=1), expected)
     crop = images[:, :, 16:240, 16:240]
-    torch.testing.assert_close(view_probabilities(Corner(), crop, views=1), expected)
+    torch.testing.assert_close(average_views(Corner(), crop, views=1), expected)
 
 
 @pytest.mark.parametrize("views", [1, 10])
@@ -62,9 +62,9 @@ def test_the_mean_image_is_the_same_for_every_view_and_never_mirrored(views: int
     crops = [images[:, :, top : top + 224, left : left + 224] for top, left in corners]
     crops += [crop.flip(3) for crop in crops] if views == 10 else []
     expected = torch.stack([torch.softmax(net((crop - mean) / 200), 1) for crop in crops]).mean(0)
-    scaled = view_probabilities(net, images / 200, views, mean / 200)
+    scaled = average_views(net, images / 200, views, mean / 200)
     torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(view_probabilities(net, images / 200, views), expected, atol=1e-3)
+    assert not torch.allclose(average_views(net, images / 200, views), expected, atol=1e-3)
 
 
 def test_sums_are_of_loss_errors_and_weights() -> None:
@@ -72,22 +72,23 @@ def test_sums_are_of_loss_errors_and_weights() -> None:
     probabilities = torch.randn(50, 8, generator=generator).softmax(1)
     labels = torch.randint(0, 8, (50,), generator=generator)
     weights = (torch.arange(50) % 4 > 0).float()
-    loss, top1, top5, count = sums(probabilities, labels, weights).tolist()
+    loss, top1, top5, count = sum_metrics(probabilities, labels, weights).tolist()
     chosen = probabilities.double()[torch.arange(50), labels]
     assert loss == pytest.approx(float(-(chosen.log() * weights).sum()), rel=1e-6)
-    assert [top1, top5] == [float(one) for one in errors(probabilities, labels, weights)]
+    assert [top1, top5] == [float(one) for one in count_errors(probabilities, labels, weights)]
     assert count == 37
     none = torch.tensor([[1.0, 0.0]])
-    assert sums(none, torch.tensor([1]), torch.ones(1))[0].item() == pytest.approx(87.34, abs=0.01)
+    loss = sum_metrics(none, torch.tensor([1]), torch.ones(1))[0].item()
+    assert loss == pytest.approx(87.34, abs=0.01)
 
 
 def test_unusable_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="views is 5"):
-        view_probabilities(Corner(), pictures(), views=5)
+        average_views(Corner(), pictures(), views=5)
     with pytest.raises(ValueError, match="256"):
-        view_probabilities(Corner(), pictures()[..., :224, :224], views=10)
+        average_views(Corner(), pictures()[..., :224, :224], views=10)
     with pytest.raises(ValueError, match="224"):
-        view_probabilities(Corner(), pictures()[..., :200, :200], views=1)
+        average_views(Corner(), pictures()[..., :200, :200], views=1)
 
 
 def test_errors_against_a_sort() -> None:
@@ -96,7 +97,7 @@ def test_errors_against_a_sort() -> None:
     labels = torch.randint(0, 12, (200,), generator=generator)
     weights = torch.rand(200, generator=generator)
     order = [sorted(range(12), key=lambda c: -row[c].item()) for row in probabilities]
-    for count, places in zip(errors(probabilities, labels, weights), (1, 5), strict=True):
+    for count, places in zip(count_errors(probabilities, labels, weights), (1, 5), strict=True):
         expected = sum(
             w
             for w, label, row in zip(weights.tolist(), labels.tolist(), order, strict=True)
@@ -108,23 +109,23 @@ def test_errors_against_a_sort() -> None:
 
 def test_padding_rows_do_not_count() -> None:
     probabilities = torch.tensor([[0.1, 0.9], [0.1, 0.9], [0.1, 0.9]])
-    top1, top5 = errors(probabilities, torch.tensor([0, 1, 0]), torch.tensor([1.0, 1.0, 0.0]))
+    top1, top5 = count_errors(probabilities, torch.tensor([0, 1, 0]), torch.tensor([1.0, 1.0, 0.0]))
     assert (top1.item(), top5.item()) == (1.0, 0.0)
 
 
 def test_a_tie_counts_as_lots_drawn() -> None:
     one = torch.ones(1)
     level = torch.full((1, 10), 0.1)
-    top1, top5 = errors(level, torch.tensor([3]), one)
+    top1, top5 = count_errors(level, torch.tensor([3]), one)
     assert (top1.item(), top5.item()) == pytest.approx((0.9, 0.5))
     # two ahead, then four level ones on places 3 to 6: three of the four are among the first five
     row = torch.tensor([[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]])
-    top1, top5 = errors(row, torch.tensor([4]), one)
+    top1, top5 = count_errors(row, torch.tensor([4]), one)
     assert (top1.item(), top5.item()) == pytest.approx((1.0, 0.25))
 
 
 def test_nan_is_wrong() -> None:
     rows = torch.full((2, 6), float("nan"))
     rows[1] = torch.tensor([0.5, float("nan"), 0.1, 0.1, 0.1, 0.1])
-    counts = errors(rows, torch.tensor([0, 0]), torch.ones(2))
+    counts = count_errors(rows, torch.tensor([0, 0]), torch.ones(2))
     assert [count.item() for count in counts] == [2.0, 2.0]

@@ -60,7 +60,7 @@ def crossed(link: Exchange, kind: str, mode: str) -> dict[str, Tensor]:
     layer, maps, slopes = layer_and_maps(kind, mode, link.index)
     own = maps.chunk(2, dim=1)[link.index].clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=MODES[mode][2]):
-        y = link.through(layer, own)
+        y = link.apply_layer(layer, own)
     (y.to(slopes.dtype) * slopes).sum().backward()
     found = {"y": y, "maps": own.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
     return {name: value.detach().clone() for name, value in found.items()}  # type: ignore[union-attr]
@@ -148,7 +148,7 @@ def frozen_below(link: Exchange) -> dict[str, Any]:
     """A layer whose inputs take no gradient: nobody waits for one."""
     layer, maps, _ = layer_and_maps("linear", "float64", link.index)
     own = maps.chunk(2, dim=1)[link.index].clone()
-    link.through(layer, own, "fc").sum().backward()
+    link.apply_layer(layer, own, "fc").sum().backward()
     return {"traffic": counted(link), "weight": layer.weight.grad}
 
 
@@ -156,8 +156,8 @@ def refused(link: Exchange) -> list[str]:
     """What is said of wrong arguments."""
     said = []
     for wrong in (
-        lambda: link.through(nn.Conv2d(4, 4, 3, groups=2), torch.zeros(1, 2, 4, 4)),
-        lambda: link.through(nn.ReLU(), torch.zeros(1, 2)),
+        lambda: link.apply_layer(nn.Conv2d(4, 4, 3, groups=2), torch.zeros(1, 2, 4, 4)),
+        lambda: link.apply_layer(nn.ReLU(), torch.zeros(1, 2)),
         lambda: Exchange(wire=torch.float16),
     ):
         with suppress(TypeError, ValueError, AttributeError):

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.norm import backend, local_response_norm, native, norm_pool, spatial_response_norm
+from model.norm import (
+    describe_backend,
+    local_response_norm,
+    native,
+    norm_pool,
+    spatial_response_norm,
+)
 from model.norm import native as build
 from tests.helpers.lrn import by_hand, maps
 
@@ -38,7 +44,7 @@ def works() -> bool:
 
 def said_elsewhere(script: str) -> str:
     """What a process of its own prints, which has nothing to complain of."""
-    script = f"from model.norm import backend, build\n{script}"
+    script = f"from model.norm import describe_backend, build\n{script}"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -50,12 +56,12 @@ def test_they_are_compiled_once_in_silence(
     cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert works()
-    assert backend().startswith("kernels compiled by")
+    assert describe_backend().startswith("kernels compiled by")
     (kept,) = cache.iterdir()  # and nothing half-made
     made = kept.stat().st_mtime_ns
     # A new process only reads them.
     never = "def never(*arguments): raise AssertionError('compiled again')\n"
-    said = said_elsewhere(f"{never}build._compiled = never\nprint(backend())")
+    said = said_elsewhere(f"{never}build._compiled = never\nprint(describe_backend())")
     assert said.startswith("kernels compiled by")
     assert kept.stat().st_mtime_ns == made
     assert capfd.readouterr() == ("", "")
@@ -83,8 +89,8 @@ def test_without_a_compiler_torch_does_it(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     assert not works()
-    assert backend().startswith("torch operations")
-    assert re.search(reason, backend())
+    assert describe_backend().startswith("torch operations")
+    assert re.search(reason, describe_backend())
 
 
 def test_a_compiler_that_fails_is_quoted(
@@ -98,13 +104,13 @@ def test_a_compiler_that_fails_is_quoted(
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     assert not works()
-    assert "says: kernels.c:1: error: no such file: math.h" in backend()
+    assert "says: kernels.c:1: error: no such file: math.h" in describe_backend()
 
 
 def test_the_user_can_do_without(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUET_KERNELS", "torch")
     assert not works()
-    assert backend().endswith("DUET_KERNELS=torch")
+    assert describe_backend().endswith("DUET_KERNELS=torch")
 
 
 def test_a_damaged_file_is_made_anew(cache: Path) -> None:
@@ -113,7 +119,7 @@ def test_a_damaged_file_is_made_anew(cache: Path) -> None:
     whole = kept.stat().st_size
     kept.unlink()  # not overwritten: this process runs it
     kept.write_bytes(b"\x7fELF, but not for long")
-    assert said_elsewhere("print(backend())").startswith("kernels compiled by")
+    assert said_elsewhere("print(describe_backend())").startswith("kernels compiled by")
     assert kept.stat().st_size == whole
 
 

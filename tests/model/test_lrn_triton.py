@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from model.norm import backend, local_response_norm, norm_pool
+from model.norm import describe_backend, local_response_norm, norm_pool
 from tests.helpers.lrn import LAYOUTS, by_hand, maps
 
 INTERPRETED = """
@@ -52,7 +52,7 @@ def test_the_kernels_are_the_formula_in_the_interpreter() -> None:
 @pytest.mark.parametrize("columns", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_gpu_computes_the_formula(layout: torch.memory_format, columns: int, relu: bool) -> None:
-    assert backend("cuda") == "Triton kernels"
+    assert describe_backend("cuda") == "Triton kernels"
     x = maps(5, 96, 13, 13).contiguous(memory_format=layout).requires_grad_()
     above = maps(5, 96, 13, 13, seed=2)
     expected = by_hand(x.relu() if relu else x, columns)

@@ -100,7 +100,7 @@ def test_batch_norm_is_the_formula_and_torchs_own() -> None:
             torch.testing.assert_close(y[:, m], wanted)
         taken = ours.take()
         assert taken is not None
-        ours.settle(taken)
+        ours.update_running_stats(taken)
         torch.testing.assert_close(ours.running_mean, theirs.running_mean)
         torch.testing.assert_close(ours.running_var, theirs.running_var)
     assert ours.take() is None
@@ -121,7 +121,7 @@ def test_parts_of_a_batch_move_the_running_statistics_once() -> None:
     found = parts.take()
     assert found is not None
     torch.testing.assert_close(found, expected)
-    parts.settle(found)
+    parts.update_running_stats(found)
     torch.testing.assert_close(parts.running_mean, 0.1 * expected[0])
 
 
@@ -131,9 +131,9 @@ def test_the_statistics_of_a_network_travel_with_its_weights_under_the_columns_n
     net.set_position(0)
     net(images).sum().backward()
     sent = []
-    net.settle(lambda values: sent.append(values.clone()) or values)
+    net.update_running_stats(lambda values: sent.append(values.clone()) or values)
     assert [len(values) for values in sent] == [2 * (6 + 16)]  # one message: both layers' maps
-    net.settle()
+    net.update_running_stats()
     state = net.column_state()
     assert state["a.conv1.norm.running_mean"].shape == (3,)
     assert state["b.conv2.norm.running_var"].shape == (8,)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.alexnet import AlexNet
-from model.optimizer import Sgd2012, layer_statistics
+from model.optimizer import Sgd2012, compute_layer_statistics
 from model.schedule import Rates
 
 SHAPES = {"conv1.weight": (3, 2), "conv1.bias": (3,), "fc8.weight": (2, 2), "fc8.bias": (2,)}
@@ -244,7 +244,7 @@ def test_means_of_each_parameter_of_each_column() -> None:
     optimiser = Sgd2012(net.named_parameters())
     optimiser.step(Rates(0.01, 0.02))
     net.get_parameter("fc8.bias").grad = None
-    found = layer_statistics(net, optimiser)
+    found = compute_layer_statistics(net, optimiser)
     weights, speeds = net.column_state(), optimiser.column_state(net)
     assert found.keys() == weights.keys()
     gradients = net.split(
@@ -262,9 +262,9 @@ def test_the_update_of_frozen_weights_is_0_though_their_velocity_waits() -> None
     net = network_with_gradients()
     optimiser = Sgd2012(net.named_parameters())
     optimiser.step(Rates(0.01, 0.02))
-    moving = layer_statistics(net, optimiser)["b.conv1.weight"]
+    moving = compute_layer_statistics(net, optimiser)["b.conv1.weight"]
     optimiser.step(Rates(0.01, 0.02, {"conv1": (0.0, 0.02)}))
-    frozen = layer_statistics(net, optimiser)
+    frozen = compute_layer_statistics(net, optimiser)
     assert moving.update > 0.0
     assert frozen["b.conv1.weight"]._replace(gradient=0.0) == (moving.value, 0.0, 0.0)
     assert frozen["b.conv1.weight"].gradient == moving.gradient

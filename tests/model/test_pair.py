@@ -87,7 +87,7 @@ def outcome(case: Case, columns: tuple[int, ...], exchange: Exchange | None) -> 
             gradients = {name: value.grad for name, value in net.named_parameters()}
             result["gradients"] = copied(net.split(gradients))
         optimiser.step(Rates(0.003, 0.006))
-        net.settle()
+        net.update_running_stats()
     result["parameters"] = copied(net.column_state())
     result["velocities"] = copied(optimiser.column_state(net))
     net.eval()
@@ -106,7 +106,7 @@ def exchanged(link: Exchange) -> dict[str, Any]:
     half = slice(2 * link.index, 2 * link.index + 2)
     images, labels = batch(CASES["float32, channels last"])
     weights = torch.arange(4.0)
-    found["batch"] = link.batch(images[half], labels[half], weights[half])
+    found["batch"] = link.join_batch(images[half], labels[half], weights[half])
     found["layout"] = found["batch"][0].is_contiguous(memory_format=torch.channels_last)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         own = (torch.arange(4.0).view(2, 2) + 10 * link.index).to(dtype).requires_grad_()

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.schedule import (
-    Change,
     Rates,
-    colour_steps,
+    ScheduledChange,
+    compute_rates,
     dexp,
-    in_force,
-    layer_factors,
+    find_plateau_drops,
+    list_color_steps,
     parse_changes,
-    plateau_drops,
-    scaled,
+    parse_layer_rates,
+    scale_rate,
 )
 from tests.helpers.schedules import manual
 
@@ -67,13 +67,13 @@ def test_dexp_refuses_nonsense() -> None:
 
 
 def test_rates_scale_with_the_batch() -> None:
-    assert scaled(0.01, 512, "none") == 0.01
-    assert scaled(0.01, 512, "linear") == 0.04
-    assert scaled(0.01, 512, "sqrt") == 0.02
-    assert scaled(0.01, 64, "sqrt") == pytest.approx(0.01 / math.sqrt(2), rel=1e-15)
-    assert scaled(0.01, 64, "linear", base=32) == 0.02
+    assert scale_rate(0.01, 512, "none") == 0.01
+    assert scale_rate(0.01, 512, "linear") == 0.04
+    assert scale_rate(0.01, 512, "sqrt") == 0.02
+    assert scale_rate(0.01, 64, "sqrt") == pytest.approx(0.01 / math.sqrt(2), rel=1e-15)
+    assert scale_rate(0.01, 64, "linear", base=32) == 0.02
     with pytest.raises(ValueError, match="'cubic'; it is one of none, linear, sqrt"):
-        scaled(0.01, 128, "cubic")
+        scale_rate(0.01, 128, "cubic")
 
 
 @pytest.mark.parametrize(
@@ -96,25 +96,25 @@ def test_manual_is_the_schedule_of_network_145(
 ) -> None:
     rates = manual(epoch, parse_changes(NETWORK_145, LAYERS), 0.01, 0.02)
     assert (rates.weights, rates.biases) == (weights, 0.02)
-    assert (rates.of("conv1.weight"), rates.of("conv1.bias")) == conv1
-    assert (rates.of("conv2.weight"), rates.of("fc8.bias")) == (weights, 0.02)
+    assert (rates.get("conv1.weight"), rates.get("conv1.bias")) == conv1
+    assert (rates.get("conv2.weight"), rates.get("fc8.bias")) == (weights, 0.02)
 
 
 def test_colour_noise_of_network_145_ends_with_its_epoch_67() -> None:
     changes = parse_changes(NETWORK_145, LAYERS)
-    assert colour_steps(changes, 0.1) == ((0, 0.1), (67, 0.0))
-    assert colour_steps((), 0.1) == ((0, 0.1),)
+    assert list_color_steps(changes, 0.1) == ((0, 0.1), (67, 0.0))
+    assert list_color_steps((), 0.1) == ((0, 0.1),)
     later = parse_changes(["9 colour 0.1", "0 colour 0.3", "9 colour 0.2", "5 lr 1"], LAYERS)
-    assert colour_steps(later, 0.1) == ((0, 0.3), (9, 0.2))
+    assert list_color_steps(later, 0.1) == ((0, 0.3), (9, 0.2))
 
 
 def test_changes_are_sorted_by_epoch_and_the_later_in_the_list_wins() -> None:
     changes = parse_changes(["3 lr .1", "1 lr .2", "3 lr .3", "  2.5  lr_bias.fc8\t4e-1 "], LAYERS)
     assert changes == (
-        Change(1.0, "lr", 0.2),
-        Change(2.5, "lr_bias.fc8", 0.4),
-        Change(3.0, "lr", 0.1),
-        Change(3.0, "lr", 0.3),
+        ScheduledChange(1.0, "lr", 0.2),
+        ScheduledChange(2.5, "lr_bias.fc8", 0.4),
+        ScheduledChange(3.0, "lr", 0.1),
+        ScheduledChange(3.0, "lr", 0.3),
     )
     assert manual(3, changes, 1.0, 2.0) == Rates(0.3, 2.0, {"fc8": (0.3, 0.4)})
 
@@ -158,27 +158,27 @@ def test_a_wrong_change_is_named_in_one_line(entry: str, complaint: str) -> None
 )
 def test_a_wrong_factor_is_named_in_one_line(entries: list[str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        layer_factors(entries, LAYERS)
+        parse_layer_rates(entries, LAYERS)
 
 
 def test_factors_apply_to_both_rates_and_not_to_a_rate_of_its_own() -> None:
-    factors = layer_factors(["conv1=0.1", " fc8 = 10 ", "conv2=0"], LAYERS)
+    factors = parse_layer_rates(["conv1=0.1", " fc8 = 10 ", "conv2=0"], LAYERS)
     assert factors == {"conv1": 0.1, "fc8": 10.0, "conv2": 0.0}
-    rates = in_force(1.0, 2.0, [], factors)
+    rates = compute_rates(1.0, 2.0, [], factors)
     assert rates.layers == {"conv1": (0.1, 0.2), "fc8": (10.0, 20.0), "conv2": (0.0, 0.0)}
-    rates = in_force(1.0, 2.0, [("lr", 0.5), ("lr.fc8", 0.25)], factors)
-    assert rates.of("conv1.weight") == 0.05
-    assert (rates.of("fc8.weight"), rates.of("fc8.bias")) == (0.25, 20.0)
-    assert rates.of("conv3.weight") == 0.5
+    rates = compute_rates(1.0, 2.0, [("lr", 0.5), ("lr.fc8", 0.25)], factors)
+    assert rates.get("conv1.weight") == 0.05
+    assert (rates.get("fc8.weight"), rates.get("fc8.bias")) == (0.25, 20.0)
+    assert rates.get("conv3.weight") == 0.5
 
 
 def test_a_drop_divides_common_and_own_rates_of_its_kind() -> None:
     settings = [("lr.fc8", 4.0), ("lr_bias.fc8", 6.0), ("drop", 2.0), ("colour", 0.0)]
-    assert in_force(1.0, 3.0, settings) == Rates(0.5, 3.0, {"fc8": (2.0, 6.0)})
+    assert compute_rates(1.0, 3.0, settings) == Rates(0.5, 3.0, {"fc8": (2.0, 6.0)})
     settings.append(("drop_bias", 2.0))
-    assert in_force(1.0, 3.0, settings) == Rates(0.5, 1.5, {"fc8": (2.0, 3.0)})
+    assert compute_rates(1.0, 3.0, settings) == Rates(0.5, 1.5, {"fc8": (2.0, 3.0)})
     with pytest.raises(ValueError, match="no rate is called 'momentum'"):
-        in_force(1.0, 3.0, [("momentum", 0.5)])
+        compute_rates(1.0, 3.0, [("momentum", 0.5)])
 
 
 errors = st.one_of(
@@ -211,15 +211,15 @@ def test_plateau_divides_where_torchs_scheduler_does(
                 rate = optimiser.param_groups[0]["lr"]
                 expected.append(10 * place)
     numbered = [(10 * place, error) for place, error in enumerate(history)]
-    assert plateau_drops(numbered, patience, most, threshold) == expected[:most]
+    assert find_plateau_drops(numbered, patience, most, threshold) == expected[:most]
 
 
 def test_plateau_by_hand() -> None:
     history = list(enumerate([0.9, 0.8, 0.8, 0.81, 0.7, 0.7, 0.7, 0.7, 0.7]))
-    assert plateau_drops(history, patience=1) == [3, 6, 8]
-    assert plateau_drops(history, patience=1, most=2) == [3, 6]
-    assert plateau_drops(history, patience=1, threshold=0.2) == [2, 6, 8]
+    assert find_plateau_drops(history, patience=1) == [3, 6, 8]
+    assert find_plateau_drops(history, patience=1, most=2) == [3, 6]
+    assert find_plateau_drops(history, patience=1, threshold=0.2) == [2, 6, 8]
     # Set by hand after step 5: the validation after step 5 no longer counts, that of 6 does.
-    assert plateau_drops(history, patience=1, restarts=[5]) == [3, 7]
-    assert plateau_drops(history, patience=1, restarts=[2]) == [6, 8]
-    assert plateau_drops([], patience=0) == []
+    assert find_plateau_drops(history, patience=1, restarts=[5]) == [3, 7]
+    assert find_plateau_drops(history, patience=1, restarts=[2]) == [6, 8]
+    assert find_plateau_drops([], patience=0) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.architecture import Design
-from model.summary import footprint, main, original_crossing, table, totals
+from model.summary import build_table, footprint, main, original_crossing, sum_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,13 +23,13 @@ NEURONS = {
 
 
 def test_neurons_and_what_crosses_are_the_originals() -> None:
-    rows = table()
+    rows = build_table()
     for row in rows:
         assert 2 * row.neurons == NEURONS[row.layer]
         sent = CROSSING.get(row.layer, 0)
         assert row.crosses_forward == sent + (500 if row.layer == "fc8" else 0)
         assert row.crosses_backward == sent
-    sums = totals(rows)
+    sums = sum_rows(rows)
     assert sums.neurons == 659_272
     assert original_crossing(rows) * 4 == 468_992
     # Ours: fc8 is cut, so a sends its fc7 and gets the gradient, and both swap 500 logits.
@@ -37,17 +37,18 @@ def test_neurons_and_what_crosses_are_the_originals() -> None:
 
 
 def test_the_notes_footprint_formula() -> None:
-    assert round(footprint(table(), 128) / 2**20) == 876
-    assert round(footprint(table(), 1) / 2**20) == 238
-    assert footprint(table(), 128, 2) * 2 == footprint(table(), 128)
+    assert round(footprint(build_table(), 128) / 2**20) == 876
+    assert round(footprint(build_table(), 1) / 2**20) == 238
+    assert footprint(build_table(), 128, 2) * 2 == footprint(build_table(), 128)
 
 
 def test_receptive_fields() -> None:
     """By hand: conv1 11; pool1 19; conv2 51; pool2 67; conv3 99; conv4 131; conv5 163."""
-    fields = {row.layer: row.receptive_field for row in table()}
+    fields = {row.layer: row.receptive_field for row in build_table()}
     assert [fields[f"conv{n}"] for n in range(1, 6)] == [11, 51, 99, 131, 163]
     assert {fields["fc6"], fields["fc7"], fields["fc8"]} == {224}
-    later = {row.layer: row.receptive_field for row in table(design=Design(spatial_norm=True))}
+    rows = build_table(design=Design(spatial_norm=True))
+    later = {row.layer: row.receptive_field for row in rows}
     assert later["conv2"] == 51
     assert later["conv3"] == 99 + 4 * 8  # four more pixels of layer 2, each 8 apart
 
@@ -57,17 +58,17 @@ def test_receptive_fields_of_other_networks() -> None:
 
     The contrast of layer 1 is over 9x9 pixels and again, 4 apart: 16 * 4 more from there on.
     """
-    fields = {row.layer: row.receptive_field for row in table(design=Design(net="four"))}
+    fields = {row.layer: row.receptive_field for row in build_table(design=Design(net="four"))}
     assert fields == {"conv1": 40, "conv2": 8 * 15, "conv3": 8 * 35, "fc4": 224}
-    later = {row.layer: row.receptive_field for row in table(design=Design(norm="lcn"))}
+    later = {row.layer: row.receptive_field for row in build_table(design=Design(norm="lcn"))}
     assert later["conv1"] == 11
     assert later["conv2"] == 51 + 16 * 4
 
 
 def test_one_column_exchanges_nothing() -> None:
-    rows = table(design=Design(columns=1))
+    rows = build_table(design=Design(columns=1))
     assert [row.column for row in rows] == ["a"] * 8
-    assert totals(rows).crosses == original_crossing(rows) == 0
+    assert sum_rows(rows).crosses == original_crossing(rows) == 0
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_wrong_configs_get_one_line(tmp_path, capsys, text, words) -> None:
 def test_the_module_runs_without_torch() -> None:
     program = (
         "import sys, runpy; sys.argv = ['model.summary', 'cluster/configs/paper.toml', '--json']\n"
-        "runpy.run_module('model.summary', run_name='__main__')\n"
+        "runpy.run_module('model.summary', run_name='__main__', alter_sys=True)\n"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from cluster.experiments import ensemble
 from cluster.experiments.ensemble import main
 from cluster.run.probabilities import About, Saved, file_of, writing
-from model.metrics import errors
+from model.metrics import count_errors
 from pipeline.tools.errors import DataError, UsageError
 
 PICTURES, CLASSES = 240, 12
@@ -117,7 +117,7 @@ def of_the_original(tables: torch.Tensor) -> list[float]:
         if sum(coeffs) == 0:
             return (float("inf"), float("inf"))
         preds = ensemble.weighted(tables, coeffs)
-        top1, top5 = errors(preds, LABELS, torch.ones(PICTURES))
+        top1, top5 = count_errors(preds, LABELS, torch.ones(PICTURES))
         return float(top5), float(top1)
 
     coeffs = [0.5 for _ in range(len(tables))]
@@ -179,7 +179,7 @@ def test_what_is_left_for_the_search_decides_as_all_of_it():
 
     def counts(chunks, one):
         return sum(
-            torch.stack(errors(ensemble.weighted(p, one), labels, w)).double()
+            torch.stack(count_errors(ensemble.weighted(p, one), labels, w)).double()
             for p, labels, w in chunks
         )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from model.metrics import errors, sums
+from model.metrics import count_errors, sum_metrics
 from pipeline.batches import Stream
 from tests.helpers.images import flip_bit
 
@@ -29,7 +29,7 @@ def counted(data, world: int, batch_size: int) -> Tensor:
             batch_size=batch_size, rank=rank, world_size=world,
         ) as stream:  # fmt: skip
             for batch in stream:
-                total += sums(scores(batch.images).softmax(1), batch.labels, batch.weights)
+                total += sum_metrics(scores(batch.images).softmax(1), batch.labels, batch.weights)
     return total
 
 
@@ -51,7 +51,10 @@ def test_that_network_is_level_where_it_matters(tiny_data):
         batch = next(stream)
     answers = scores(batch.images).softmax(1)
     shares = [
-        [float(errors(answers[[k]], batch.labels[[k]], torch.ones(1))[which]) for k in range(20)]
+        [
+            float(count_errors(answers[[k]], batch.labels[[k]], torch.ones(1))[which])
+            for k in range(20)
+        ]
         for which in (0, 1)
     ]
     assert len(set(shares[0])) > 3

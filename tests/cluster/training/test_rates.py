@@ -17,7 +17,7 @@ from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Rated
 from cluster.training import learning_rate
 from cluster.training.learning_rate import RATES, RateControl, Recipe
-from model.schedule import Rates, dexp, parse_changes, plateau_drops
+from model.schedule import Rates, dexp, find_plateau_drops, parse_changes
 from tests.helpers.schedules import ERRORS, Story, manual, recipe, rows, texts
 
 LAYERS = tuple(layer.name for layer in Config().design.layers())
@@ -96,7 +96,7 @@ def test_plateau_divides_after_the_validation_that_is_one_too_many(
     )
     story = Story(made, tmp_path, errors=ERRORS)
     story.go_on()
-    steps = plateau_drops(ERRORS.items(), patience=1, most=2, threshold=0.002)
+    steps = find_plateau_drops(ERRORS.items(), patience=1, most=2, threshold=0.002)
     assert steps == [16, 28]
     for step, rates in story.rates.items():
         factor = 4.0 ** sum(step > drop for drop in steps)

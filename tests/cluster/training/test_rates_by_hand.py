@@ -10,7 +10,7 @@ from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Rated, Warned
 from cluster.training import learning_rate
 from cluster.training.learning_rate import RATES, RateControl
-from model.schedule import Rates, dexp, plateau_drops
+from model.schedule import Rates, dexp, find_plateau_drops
 from tests.helpers.schedules import ERRORS, Story, recipe, rows, texts
 
 
@@ -36,9 +36,9 @@ def test_rates_set_by_hand_hold_until_the_schedule_changes_them(tmp_path: Path) 
     assert at[4] == Rates(first, 0.02)
     assert at[5] == at[10] == Rates(0.5, 0.02, {"conv1": (0.0, 0.02), "fc8": (0.5, 3.0)})
     assert at[11].weights == second
-    assert at[11].of("conv1.weight") == 0.0  # its own
+    assert at[11].get("conv1.weight") == 0.0  # its own
     assert at[21] == Rates(third, 0.002, {"conv1": (0.0, 0.002), "fc8": (third, 3.0)})
-    assert at[25].of("conv2.weight") == 2.0
+    assert at[25].get("conv2.weight") == 2.0
     assert at[31].weights == fourth
     dropped = Rates(
         fourth / 10,
@@ -62,8 +62,8 @@ def test_a_setting_by_hand_begins_the_count_of_plateau_anew(tmp_path: Path) -> N
     story = Story(made, tmp_path, errors=ERRORS, hand={12: "lr = 1\n"})
     story.go_on()
     drops = [row["step"] for row in rows(tmp_path) if row["why"] == "plateau"]
-    assert drops == plateau_drops(ERRORS.items(), 1, 3, 0.002, restarts=[12])
-    assert drops != plateau_drops(ERRORS.items(), 1, 3, 0.002)
+    assert drops == find_plateau_drops(ERRORS.items(), 1, 3, 0.002, restarts=[12])
+    assert drops != find_plateau_drops(ERRORS.items(), 1, 3, 0.002)
 
 
 def test_after_one_and_the_same_step_the_hand_has_the_last_word(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Exact and Hamming search of `cluster.experiments.neighbors` beside faiss's, in turn.
 
     pip install -e ".[faiss]"
-    python benchmarks/neighbours.py [--base 50000] [--queries 1000] [--units 4096] [--rounds 3]
+    python benchmarks/neighbors.py [--base 50000] [--queries 1000] [--units 4096] [--rounds 3]
 
 Rows are drawn: sparse and not negative, as behind a ReLU. Prints the median of the rounds in
 queries a second, the peak memory of the process, and the share of equal answers.
