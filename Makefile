@@ -17,12 +17,12 @@ PACK   ?=
 
 ifeq ($(strip $(TRAIN)),)
 NAME   ?= demo
-CONFIG ?= cluster/configs/demo.toml
+CONFIG ?= demo
 else
 # cifar10/train -> cifar10, pictures -> pictures, archive.tar -> archive
 folder := $(abspath $(TRAIN))
 NAME   ?= $(or $(basename $(filter-out train,$(notdir $(folder)))),$(notdir $(patsubst %/,%,$(dir $(folder)))),own)
-CONFIG ?= cluster/configs/narrow.toml
+CONFIG ?= narrow
 endif
 DATA   ?= data/$(NAME)
 RUN    ?= runs/$(NAME)
@@ -36,7 +36,7 @@ install = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c c
 help:
 	@echo 'make train                        draw a demo set, pack, train, evaluate, report'
 	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own pictures (VAL, or HOLDOUT=0.1)'
-	@echo '           [CONFIG=cluster/configs/narrow.toml] [DATA=data/NAME] [RUN=runs/NAME]'
+	@echo '           [CONFIG=narrow] [DATA=data/NAME] [RUN=runs/NAME]'
 	@echo '           [FLAGS="flags of cluster.train"], for example --columns-per-worker 2 with a single GPU'
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
-from cluster.config import Config, read_back
+from cluster.config import Config, read_run_config
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG, QUARANTINE
 from cluster.run.probabilities import About, Writer, file_of, writing
@@ -96,7 +96,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     Raises:
         UsageError: no run, no checkpoint, or a data set that does not fit.
     """
-    config, trained_on = read_back(_settings(options.run))
+    config, trained_on = read_run_config(_settings(options.run))
     found = choose_checkpoint(options.run, config.store, _tell)
     folder = fetch_metadata(options.data, **config.cached)
     manifest = Manifest.load(folder)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint, read_table
 from cluster.checkpoint.storage import open_storage
-from cluster.config import Config, read_back
+from cluster.config import Config, read_run_config
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG
 from model.alexnet import AlexNet
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"{options.run} holds no run ({CONFIG} is missing)")
     if options.best and options.checkpoint is not None:
         raise UsageError(f"give --best or --checkpoint {options.checkpoint}, not both")
-    config, trained_on = read_back(options.run / CONFIG)
+    config, trained_on = read_run_config(options.run / CONFIG)
     found = choose_checkpoint(options.run, config.store, _tell, options.checkpoint, options.best)
     tensors = merged(config, found)
     tensors["mean"] = mean_of(options.run, config, found, options.data, trained_on)
@@ -102,10 +102,11 @@ def main(argv: list[str] | None = None) -> int:
 def merged(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     """Return the parameters of the whole network, as `torch.nn` layers take them, float32."""
     classes = len(found.classes)
-    net = AlexNet(columns=tuple(range(config.columns)), classes=classes, design=config.design)
+    design = config.design
+    net = AlexNet(columns=tuple(range(design.columns)), classes=classes, design=design)
     load_checkpoint(found.path, net)
     tensors = {name: p.detach().contiguous() for name, p in net.named_parameters()}
-    layers = config.design.layers()
+    layers = design.layers()
     for name in ("weight", "bias"):  # an odd number of classes is made even
         last = f"{layers[-1].name}.{name}"
         tensors[last] = tensors[last][:classes].contiguous()
@@ -156,8 +157,8 @@ def described(run: Path, config: Config, found: Checkpoint) -> dict[str, str]:
         "samples_seen": json.dumps(found.mark.position),
         "top1_error": json.dumps(found.error),
         "classes": json.dumps(found.classes),
-        "columns": json.dumps(config.columns),
-        "width": json.dumps(config.width),
+        "columns": json.dumps(config.design.columns),
+        "width": json.dumps(config.design.width),
         "layers": json.dumps(table_of_layers(config.design)),
         "first": json.dumps(before_the_first(config.design)),
         "dropout": json.dumps("folded: what reads an output with dropout has halved weights"),

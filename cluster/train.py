@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster.checkpoint.loader import pin_init, resolve_init
 from cluster.checkpoint.storage import find_last_step, open_storage
-from cluster.config import Command, Config, parse
+from cluster.config import Command, Config, parse_command
 from cluster.run.console import Screen
 from cluster.run.exporters import check_installed
 from cluster.run.folder import QUARANTINE, held, settle
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    command = parse(sys.argv[1:] if argv is None else argv)
+    command = parse_command(sys.argv[1:] if argv is None else argv)
     folder = command.run.resolve()
     config = command.settings
     if config.cache:  # RUN/config.toml is read from elsewhere, too
@@ -128,7 +128,7 @@ def summary(command: Command, manifest: Manifest, total: int) -> str:
     pictures = manifest.splits["train"].samples
     return (
         f"{command.config} -> {command.run}\n"
-        f"{pictures:,} images, {len(manifest.classes)} classes; width {config.width:g}, "
+        f"{pictures:,} images, {len(manifest.classes)} classes; width {config.design.width:g}, "
         f"batch {config.batch_size}, "
         f"{total:,} steps = {total * config.batch_size / pictures:.1f} epochs"
     )

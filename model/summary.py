@@ -223,6 +223,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIB = 2**20
+PRESETS = Path(__file__).resolve().parents[1] / "cluster" / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +231,7 @@ class Summary:
     """Print the layer table of a network: sizes, parameters, multiply-adds, memory, crossings."""
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A training config, for example cluster/configs/paper.toml."""
+    """A training config, or the name of a preset, for example paper."""
     classes: int = 1000
     """Classes to tell apart."""
     batch_size: int = 128
@@ -263,11 +264,16 @@ def read_design(path: Path) -> Design:
     Raises:
         ValueError: the file cannot be read, or describes no network; one line that names it.
     """
+    preset = PRESETS / f"{path.stem}.toml"
+    if not path.is_file() and preset.is_file():
+        path = preset
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        names = [one.stem for one in sorted(PRESETS.glob("*.toml"))]
+        near = difflib.get_close_matches(path.stem, names, n=3) or names
         raise ValueError(
-            f"config {path} cannot be read ({error.strerror}); see cluster/configs/"
+            f"config {path} cannot be read ({error.strerror}); presets are {', '.join(near)}"
         ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from None

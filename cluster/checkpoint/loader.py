@@ -36,7 +36,7 @@ from cluster.checkpoint.storage import (
     is_checkpoint,
     parse_step,
 )
-from cluster.config import Config, read_back
+from cluster.config import Config, read_run_config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Tell
 from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, last_step
@@ -199,7 +199,7 @@ def parse_init(init: str) -> InitSource:
     if is_checkpoint(path.name):
         return InitSource(LocalStorage(path.parent), str(path.parent), path.name)
     if (path / CONFIG).is_file():
-        store = read_back(path / CONFIG)[0].store
+        store = read_run_config(path / CONFIG)[0].store
         if is_remote(store):
             return parse_init(store)
         path = local_path(store) if store else path
@@ -236,7 +236,7 @@ def pin_init(config: Config, run: Path, step: int) -> Config:
         return config
     init = config.init if is_remote(config.init) else str(local_path(config.init).resolve())
     config = replace(config, init=init)
-    before = read_back(run / CONFIG)[0].init if (run / CONFIG).is_file() else ""
+    before = read_run_config(run / CONFIG)[0].init if (run / CONFIG).is_file() else ""
     base = before.rpartition("/")[0]
     if before and (init in (before, base.removesuffix(f"/{CHECKPOINTS}")) or base == _base(init)):
         return replace(config, init=before)

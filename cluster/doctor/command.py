@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from cluster.config import Config, load
+from cluster.config import Config, load_settings
 from cluster.doctor.finding import Finding, fail, first_line
 from pipeline.tools.errors import SetupError, UsageError
 
@@ -171,7 +171,7 @@ def read(path: Path) -> Config:
         UsageError: it is missing or wrong.
     """
     try:
-        return Config(**load(path))
+        return Config.of(load_settings(path))
     except ValueError as error:
         raise UsageError(f"{error} ({path})") from error
 

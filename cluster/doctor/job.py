@@ -53,7 +53,7 @@ def worker_bytes(config: Config, classes: int | None, replicas: int) -> int:
     if config.size == 2:
         rows = [row for row in rows if row.column == "a"]  # b's are as large
     sums = sum_rows(rows)
-    batch = config.micro(replicas)
+    batch = config.microbatch_size(replicas)
     return FLOAT32_BYTES * (KEPT * sums.parameters + 2 * sums.neurons * batch)
 
 
@@ -116,5 +116,5 @@ def _gpu_memory(config: Config, classes: int | None, gpus: Sequence[Gpu]) -> Fin
 
 
 def _smaller(config: Config) -> str:
-    now = config.micro(config.replica_sizes[0])
+    now = config.microbatch_size(config.replica_sizes[0])
     return f"--microbatch {max(1, now // 4)}, or a smaller --width"

@@ -175,7 +175,7 @@ def find_place(plan: Plan, config: Config) -> Any:
     found = seats(started, plan.size)
     patience = timedelta(seconds=config.collective_timeout)
     place = take_place(found, _device(plan), plan.cpus, patience)
-    return place, table(started, found, config.columns)
+    return place, table(started, found, config.design.columns)
 
 
 def _device(plan: Plan) -> Any:

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, as_toml, differences, read_back
+from cluster.config import Config, find_conflicts, format_toml, read_run_config
 from cluster.run.jsonl import tail
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import atomic_write, ensure_writable
@@ -124,8 +124,8 @@ def settle(run: Path, config: Config, data_sha256: str, samples: int, step: int)
     """
     path = run / CONFIG
     if step and path.exists():
-        old, old_data = read_back(path)
-        differ = differences(old, config, samples)
+        old, old_data = read_run_config(path)
+        differ = find_conflicts(old, config, samples)
         if old_data != data_sha256:
             differ.append(f"data set (manifest): {old_data[:12]} -> {data_sha256[:12]}")
         if differ:
@@ -136,7 +136,7 @@ def settle(run: Path, config: Config, data_sha256: str, samples: int, step: int)
     if path.exists() and step >= config.total_steps(samples):
         return  # nothing will be trained with these settings
     with atomic_write(path) as file:
-        file.write(as_toml(config, data_sha256).encode())
+        file.write(format_toml(config, data_sha256).encode())
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -151,7 +151,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def store_of(run: Path) -> str:
     """Return where a run has its checkpoints, as its config says; "" where that cannot be read."""
     try:
-        return read_back(run / CONFIG)[0].store
+        return read_run_config(run / CONFIG)[0].store
     except UsageError:
         return ""
 

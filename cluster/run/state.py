@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, read_back
+from cluster.config import Config, read_run_config
 from cluster.run.folder import (
     ATTEMPTS,
     CHECKPOINTS,
@@ -95,7 +95,7 @@ def look(run: Path, now: float | None = None, *, mirrored: bool = False) -> Stat
     if not (run / CONFIG).is_file():
         raise UsageError(f"{run} holds no run ({CONFIG} is missing); name the --run of a training")
     now = time.time() if now is None else now
-    config, _ = read_back(run / CONFIG)
+    config, _ = read_run_config(run / CONFIG)
     rows = [row for row in tail(run / METRICS, TAIL) if "step" in row]
     validations = [row for row in tail(run / VALIDATION, 10_000) if "top1_error" in row]
     attempts = list(tail(run / ATTEMPTS, 10_000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
     folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
     return manifest.split("train", folder).samples, {
-        "config": asdict(config),
+        "config": config.table(),
         "data_sha256": identity(folder),
         "classes": manifest.classes,
         "channel_mean": Statistics.load(folder, manifest.stats_sha256).channel_mean.tolist(),
@@ -167,7 +167,7 @@ def describe(config: Config, place: ProcessMesh) -> str:
     if place.pair:
         each = "a column each"
     else:
-        each = "both columns" if config.columns == 2 else "the one column"
+        each = "both columns" if config.design.columns == 2 else "the one column"
         each += " each" if place.replicas > 1 else ""
     device = place.device.type if place.device.type == "cpu" else torch.cuda.get_device_name()
     many = "workers" if place.world_size > 1 else "worker"

@@ -108,7 +108,7 @@ def learn(t: Training, step: int, batch: Whole) -> Tensor:
         its images stand for damaged ones.
     """
     config, place = t.config, t.place
-    own, most = len(batch.labels), config.micro(place.replicas)
+    own, most = len(batch.labels), config.microbatch_size(place.replicas)
     first = batch.position - config.batch_size + place.replica * own
     dtype = compute_dtype(config.dtype, place.device)
     values = torch.zeros(2, device=place.device)

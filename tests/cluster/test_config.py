@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import Config, as_toml, parse, read_back
+from cluster.config import (
+    PRESETS,
+    Config,
+    find_config,
+    format_toml,
+    load_settings,
+    parse_command,
+    read_run_config,
+)
+from model.architecture import Design
 from pipeline.tools.errors import UsageError
 
 
@@ -20,24 +28,24 @@ def settings(tmp_path: Path):
     def of(text: str, *flags: str) -> Config:
         path = tmp_path / "some.toml"
         path.write_text(text, encoding="utf-8")
-        return parse([str(path), "--data", "d", "--run", "r", *flags]).settings
+        return parse_command([str(path), "--data", "d", "--run", "r", *flags]).settings
 
     return of
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(settings):
     found = settings("width = 0.5\nseed = 3\nrelu_first = false", "--seed", "4", "--relu-first")
-    assert found == Config(width=0.5, seed=4)
+    assert found == Config(design=Design(width=0.5), seed=4)
 
 
 def test_the_file_is_the_positional_argument_and_nothing_else(tmp_path):
     path = tmp_path / "settings"  # whatever it is called
     path.write_text("steps = 7", encoding="utf-8")
     for data, run in (("d", "steps"), ("d.toml", "epochs")):
-        found = parse(["--data", data, "--run", run, str(path)])
+        found = parse_command(["--data", data, "--run", run, str(path)])
         assert (found.settings.steps, found.data, found.run) == (7, data, Path(run))
     with pytest.raises(UsageError, match="nowhere cannot be read"):
-        parse([str(tmp_path / "nowhere"), "--data", "d", "--run", "r"])
+        parse_command([str(tmp_path / "nowhere"), "--data", "d", "--run", "r"])
 
 
 def test_a_whole_number_will_do_for_a_float(settings):
@@ -69,7 +77,7 @@ def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(setti
         ("", ("--replicas", "3"), ["batch_size", "128", "multiple of 6", "126 or 132"]),
         ("lr = -0.1", (), ["lr", "-0.1", "above 0"]),
         ("lr = nan", (), ["lr", "nan"]),
-        ("width = inf", (), ["width", "inf", "finite"]),
+        ("width = inf", (), ["width is inf", "smallest that makes sense"]),
         ("momentum = 1.0", (), ["momentum", "1.0", "below 1"]),
         ("epochs = 0", (), ["epochs", "steps"]),
         ("keep = 0", (), ["keep", "0"]),
@@ -102,9 +110,44 @@ def test_a_mistake_gets_one_line_with_the_setting_its_value_and_the_way_out(
     assert [word for word in words if word not in message] == []
 
 
+@pytest.mark.parametrize(
+    "name", ["demo", "demo.toml", "configs/demo.toml", "cluster/configs/demo.toml"]
+)
+def test_a_preset_is_found_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    """Also by the path that earlier versions had, or that it has in the repository."""
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(Path(name)) == load_settings(PRESETS / "demo.toml")
+    assert find_config(Path("small/figure1"), PRESETS / "studies").is_file()
+    Path("demo.toml").write_text("seed = 7", encoding="utf-8")
+    assert load_settings(Path("demo.toml")) == {"seed": 7}  # a file here comes first
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "words"),
+    [
+        ("dexq", PRESETS, ["dexq cannot be read", "did you mean dexp?"]),
+        ("zzz", PRESETS, ["zzz cannot be read", "there are conv6, demo"]),
+        ("small/figure2", PRESETS / "studies", ["small/figure2", "did you mean small/figure1"]),
+    ],
+)
+def test_an_unknown_preset_gets_one_line_with_the_nearest_names(name, folder, words):
+    with pytest.raises(UsageError) as caught:
+        find_config(Path(name), folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_settings_of_an_older_run_are_read_from_its_flat_file(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('width = 0.5\nnorm = "none"\nseed = 3\ndata_sha256 = "ab"\n')
+    config = Config(design=Design(width=0.5, norm="none"), seed=3)
+    assert read_run_config(path) == (config, "ab")
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(UsageError, match=r"nowhere\.toml cannot be read \(No such file"):
-        parse(["nowhere.toml", "--data", "d", "--run", "r"])
+        parse_command(["nowhere.toml", "--data", "d", "--run", "r"])
 
 
 @pytest.mark.parametrize(
@@ -112,21 +155,21 @@ def test_a_missing_file_is_named():
 )
 def test_wrong_usage_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse(argv)
+        parse_command(argv)
     assert caught.value.code == 2
 
 
 def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit) as caught:
-        parse(["--help"])
+        parse_command(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    missing = [f.name for f in fields(Config) if f.name.replace("_", "-") not in shown]
+    missing = [name for name in Config().table() if name.replace("_", "-") not in shown]
     assert missing == []
 
 
 def test_the_public_settings_are_these():
-    assert [field.name for field in fields(Config)] == [
+    assert list(Config().table()) == [
         "width", "columns", "net", "norm", "relu_first", "spatial_norm", "pool", "activation",
         "without", "conv6", "dropout", "init", "seed", "batch_size", "epochs", "steps", "schedule",
         "rate_scaling", "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops",
@@ -143,12 +186,15 @@ def test_the_public_settings_are_these():
 positive = st.floats(1e-6, 1e6)
 configs = st.builds(
     Config,
-    width=st.floats(0.03, 1e3),
-    columns=st.sampled_from([1, 2]),
+    design=st.builds(
+        Design,
+        width=st.floats(0.03, 1e3),
+        columns=st.sampled_from([1, 2]),
+        relu_first=st.booleans(),
+    ),
     schedule=st.sampled_from(["dexp", "plateau", "manual"]),
     changes=st.lists(st.sampled_from(["3 colour 0", "1.5 lr.conv1 0.1"]), max_size=2).map(tuple),
     layer_rates=st.sampled_from([(), ("fc8=10", "conv1=0")]),
-    relu_first=st.booleans(),
     seed=st.integers(0, 2**31),
     batch_size=st.integers(1, 999).map(lambda half: 2 * half),
     epochs=positive,
@@ -167,9 +213,9 @@ configs = st.builds(
 @given(configs)
 def test_the_effective_config_reads_back_to_itself(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("config") / "config.toml"
-    path.write_text(as_toml(config, "abc"), encoding="utf-8")
-    assert read_back(path) == (config, "abc")
-    assert parse([str(path), "--data", "d", "--run", "r"]).settings == config
+    path.write_text(format_toml(config, "abc"), encoding="utf-8")
+    assert read_run_config(path) == (config, "abc")
+    assert parse_command([str(path), "--data", "d", "--run", "r"]).settings == config
 
 
 @given(st.floats(0.01, 100), st.integers(1, 10**6), st.integers(1, 512).map(lambda n: 2 * n))
@@ -194,5 +240,5 @@ def test_a_batch_is_shared_out_evenly_whatever_the_number_of_replicas(
 ):
     found = Config(batch_size=batch, replicas=replicas)
     assert found.replica_sizes == sizes
-    assert {count: found.micro(count) for count in micro} == micro
-    assert Config(batch_size=batch, replicas=replicas, microbatch=1).micro(sizes[0]) == 1
+    assert {count: found.microbatch_size(count) for count in micro} == micro
+    assert Config(batch_size=batch, replicas=replicas, microbatch=1).microbatch_size(sizes[0]) == 1

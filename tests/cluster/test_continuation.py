@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
-from cluster.config import FREE, Config, differences
+from cluster.config import CHANGEABLE, Config, find_conflicts
+from model.architecture import Design
 
 OTHER = {
     "width": 0.5, "seed": 1, "batch_size": 256, "epochs": 9.0, "steps": 201, "lr": 0.1,
@@ -22,11 +23,11 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [f.name for f in fields(Config) if f.name not in FREE])
+@pytest.mark.parametrize("field", [name for name in Config().table() if name not in CHANGEABLE])
 def test_what_a_run_learns_cannot_change_under_way(field):
     old = Config(steps=400)
-    new = replace(old, **{field: OTHER[field]})
-    found = differences(old, new, samples=4000)
+    new = Config.of(old.table() | {field: OTHER[field]})
+    found = find_conflicts(old, new, samples=4000)
     if field == "epochs":  # steps decide, so nothing changes
         assert found == []
     elif field == "schedule":  # manual: the length matters no more
@@ -34,7 +35,7 @@ def test_what_a_run_learns_cannot_change_under_way(field):
     elif field == "steps":
         assert found == ["length in steps: 400 -> 201 (learning rates drop by it)"]
     else:
-        assert found == [f"{field}: {getattr(old, field)} -> {OTHER[field]}"]
+        assert found == [f"{field}: {old.table()[field]} -> {OTHER[field]}"]
 
 
 def test_how_a_run_is_carried_out_may_change():
@@ -46,27 +47,29 @@ def test_how_a_run_is_carried_out_may_change():
         "collective_timeout": 10, "strict": True, "ledger": True, "tensorboard": True,
         "cache": "c", "cache_size": "1TB",
     }  # fmt: skip
-    assert set(free) == set(FREE)
-    assert differences(old, replace(old, **free), samples=4000) == []
+    assert set(free) == set(CHANGEABLE)
+    assert find_conflicts(old, replace(old, **free), samples=4000) == []
 
 
 def test_plateau_counts_validations():
     old = Config(schedule="plateau")
-    found = differences(old, replace(old, validate_every=7, checkpoint_every=7), samples=4000)
+    found = find_conflicts(old, replace(old, validate_every=7, checkpoint_every=7), samples=4000)
     assert found == ["validate_every: 500 -> 7"]
 
 
 def test_what_batch_normalisation_sees_at_once_stays_however_many_replicas_there_are():
-    old = Config(norm="batch", replicas="1:4")
-    assert {old.micro(count) for count in old.replica_sizes} == {32}
-    assert differences(old, replace(old, replicas="2:4"), samples=4000) == []
-    assert differences(old, replace(old, replicas=4), samples=4000) == []
+    old = Config(design=Design(norm="batch"), replicas="1:4")
+    assert {old.microbatch_size(count) for count in old.replica_sizes} == {32}
+    assert find_conflicts(old, replace(old, replicas="2:4"), samples=4000) == []
+    assert find_conflicts(old, replace(old, replicas=4), samples=4000) == []
     for changes in ({"replicas": 1}, {"microbatch": 16}):
-        (found,) = differences(old, replace(old, **changes), samples=4000)
+        (found,) = find_conflicts(old, replace(old, **changes), samples=4000)
         assert "normalised together: 32 -> " in found
-    assert {replace(old, microbatch=64).micro(count) for count in old.replica_sizes} == {32}
+    assert {replace(old, microbatch=64).microbatch_size(count) for count in old.replica_sizes} == {
+        32
+    }
 
 
 def test_the_length_may_change_where_no_rate_depends_on_it():
     old = Config(steps=400, lr_drops=1, bias_drops=1)
-    assert differences(old, replace(old, steps=600), samples=4000) == []
+    assert find_conflicts(old, replace(old, steps=600), samples=4000) == []

@@ -20,6 +20,7 @@ from cluster.run.folder import settle
 from cluster.run.probabilities import Saved, file_of
 from cluster.training.loop import train
 from model.alexnet import AlexNet
+from model.architecture import Design
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
@@ -27,7 +28,12 @@ from pipeline.tools.errors import UsageError
 from tests.helpers.images import flip_bit
 
 CONFIG = Config(
-    dtype="float32", width=0.125, batch_size=8, steps=4, checkpoint_every=4, validate_every=4
+    dtype="float32",
+    design=Design(width=0.125),
+    batch_size=8,
+    steps=4,
+    checkpoint_every=4,
+    validate_every=4,
 )
 
 
@@ -58,7 +64,7 @@ def one_by_one(
 
     `mean` is subtracted from each crop instead of what the stream subtracts.
     """
-    net = AlexNet(classes=4, width=CONFIG.width)
+    net = AlexNet(classes=4, width=CONFIG.design.width)
     load_checkpoint(run / "checkpoints" / "step-00000004", net)
     net.eval()
     corners = [(16, 16)] if views == 1 else [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]

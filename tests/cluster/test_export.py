@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.checkpoint.format import load_checkpoint
-from cluster.config import as_toml
+from cluster.config import Config, format_toml
 from cluster.export import main
 from model.alexnet import AlexNet
 from pipeline.dataset.image_stats import Statistics
@@ -34,9 +34,9 @@ CONFIG = replace(CONFIG, validate_every=2, checkpoint_every=2, keep=9)
 
 
 def trained(data: Path, run: Path, **changes: object) -> Path:
-    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+    config = Config.of(CONFIG.table() | changes)
     alone(config, data, run)
-    (run / "config.toml").write_text(as_toml(config, identity(data)))
+    (run / "config.toml").write_text(format_toml(config, identity(data)))
     return run
 
 
@@ -46,7 +46,7 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def network(run: Path, step: int = CONFIG.steps) -> AlexNet:
-    net = AlexNet(classes=4, width=CONFIG.width)
+    net = AlexNet(classes=4, width=CONFIG.design.width)
     load_checkpoint(run / "checkpoints" / f"step-{step:08d}", net)
     return net.eval()
 
@@ -102,7 +102,7 @@ def test_the_script_runs_every_other_network(
 ):
     run = trained(tiny_data, tmp_path / "run", steps=2, validate_every=0, **changes)
     assert main([str(run)]) == 0
-    design = replace(CONFIG, **changes).design
+    design = Config.of(CONFIG.table() | changes).design
     net = AlexNet(columns=tuple(range(design.columns)), classes=4, design=design)
     load_checkpoint(run / "checkpoints" / "step-00000002", net)
     picture = sorted((pictures / "val").rglob("*.jpg"))[3]
@@ -143,7 +143,7 @@ def test_the_file_is_a_plain_state_dict_with_a_header(run, tmp_path):
     with safe_open(out, "pt") as file:
         about = file.metadata()
     assert len(json.loads(about["classes"])) == 4
-    assert json.loads(about["config"])["width"] == json.loads(about["width"]) == CONFIG.width
+    assert json.loads(about["config"])["width"] == json.loads(about["width"]) == CONFIG.design.width
     newest = run / "checkpoints" / "step-00000006"
     assert json.loads(about["checkpoint_sha256"]) == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()

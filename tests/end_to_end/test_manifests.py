@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import parse
+from cluster.config import parse_command
 from tests.helpers.training_processes import REPOSITORY
 
 yaml = pytest.importorskip("yaml")
@@ -149,7 +149,7 @@ def test_its_training_command_is_one(path, monkeypatch):
     assert commands
     for command in commands:
         words = shlex.split(command)
-        assert parse(words).settings.batch_size == 128
+        assert parse_command(words).settings.batch_size == 128
 
 
 def test_the_launcher_file_passes_rays_own_checks(launcher):

@@ -16,11 +16,12 @@ from cluster.config import Config
 from cluster.mesh import ProcessMesh, take_place
 from cluster.run.events import Event
 from cluster.training.loop import train
+from model.architecture import Design
 from model.schedule import dexp
 
 CONFIG = Config(
     dtype="float32",
-    width=0.125,
+    design=Design(width=0.125),
     batch_size=8,
     steps=6,
     checkpoint_every=3,

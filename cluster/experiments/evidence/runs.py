@@ -9,12 +9,12 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint
-from cluster.config import FREE, Config, read_back
+from cluster.config import CHANGEABLE, Config, read_run_config
 from cluster.experiments.evidence.claims import (
     ABLATIONS,
     BATCH,
@@ -32,7 +32,7 @@ from pipeline.tools.errors import DataError, UsageError
 
 STUDY = "study.json"
 COUNTED = ("top1_error", "top5_error", "samples")
-SAME = {"seed", "epochs", *FREE}
+SAME = {"seed", "epochs", *CHANGEABLE}
 """Settings that runs of a group may differ in; how long they were is told by their step."""
 
 
@@ -162,7 +162,7 @@ def is_run(path: Path) -> bool:
 
 def read_run(path: Path) -> Run:
     """Read a run; raises as `gather`."""
-    config, data = read_back(path / CONFIG)
+    config, data = read_run_config(path / CONFIG)
     found = choose_checkpoint(path, config.store, lambda event: None)
     return Run(path, config, data, read_records(path), found)
 
@@ -223,7 +223,7 @@ def _take_result(found: Gathered, path: Path, named: Path) -> None:
 
 def settings(run: Run) -> dict[str, Any]:
     """The settings that runs of a group share, with the data and how far it came."""
-    table = {name: value for name, value in asdict(run.config).items() if name not in SAME}
+    table = {name: value for name, value in run.config.table().items() if name not in SAME}
     return table | {"data_sha256": run.data_sha256, "step": run.found.mark.step}
 
 
@@ -246,7 +246,8 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 
 def _departures(run: Run) -> int:
     """How many of the paper's choices a run does without."""
-    return sum(getattr(run.config, one.setting) in one.instead for one in ABLATIONS)
+    table = run.config.table()
+    return sum(table[one.setting] in one.instead for one in ABLATIONS)
 
 
 def _differs(first: dict[str, Any], other: dict[str, Any]) -> str:
@@ -324,8 +325,8 @@ def scale_of(group: Group) -> str:
         words.append(f"{rounded(run.pictures)} training images instead of {PICTURES:,}")
     if len(run.found.classes) != CLASSES:
         words.append(f"{len(run.found.classes):,} classes instead of {CLASSES:,}")
-    if run.config.width != WIDTH:
-        words.append(f"width {run.config.width:g}")
+    if run.config.design.width != WIDTH:
+        words.append(f"width {run.config.design.width:g}")
     if not math.isnan(run.epochs) and abs(run.epochs - EPOCHS) > 5:
         words.append(f"{run.epochs:.3g} passes instead of {EPOCHS}")
     if run.config.batch_size != BATCH:

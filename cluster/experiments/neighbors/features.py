@@ -37,7 +37,7 @@ from isal import isal_zlib
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, read_table
 from cluster.checkpoint.storage import open_storage
-from cluster.config import Config, read_back
+from cluster.config import Config, read_run_config
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG, QUARANTINE
 from pipeline.dataset.manifest import Manifest, identity
@@ -119,7 +119,7 @@ def settings(run: Path) -> tuple[Config, str]:
         raise UsageError(
             f"{run} is no run folder (it has no {CONFIG}); name one that cluster.train made"
         )
-    return read_back(run / CONFIG)
+    return read_run_config(run / CONFIG)
 
 
 def fingerprint(run: Path, config: Config, name: str) -> str:

@@ -1,6 +1,6 @@
 """A claim of the paper put to the test: variants of one training, their seeds, and one number each.
 
-    python -m cluster.experiments.study cluster/configs/studies/figure1.toml --data DATA --out OUT
+    python -m cluster.experiments.study figure1 --data DATA --out OUT
 
 Read in this order: plan (what a study file says), subsets (the data sets it is made on), single
 (one run below Ray), crowd (many runs, as many at a time as there is room for), measure (what a run

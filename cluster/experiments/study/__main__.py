@@ -35,7 +35,7 @@ class Options:
     """Make the runs of a study, and tell what they came to; the same command again goes on."""
 
     study: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
-    """Study file; cluster/configs/studies has some."""
+    """Study file, or the name of one in cluster/configs/studies, such as small/figure1."""
     data: str
     """Data set (folder or address) with train and val."""
     out: Path
@@ -108,7 +108,7 @@ class Maker:
         return [min(made, key=lambda one: one.result.rank)] if self._study.grid[1] else made
 
     def _value(self, made: Made) -> Any:
-        return getattr(made.run.config, self._study.grid[0]) if self._study.grid[1] else None
+        return made.run.config.table()[self._study.grid[0]] if self._study.grid[1] else None
 
     def _all(
         self, wanted: Sequence[tuple[Variant, Sequence[Any]]], seeds: Sequence[int],

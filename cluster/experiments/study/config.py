@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cluster.config import TYPES, Config, fits, load
+from cluster.config import PRESETS, TYPES, Config, find_config, is_of_type, load_settings
 from pipeline.tools.errors import UsageError
 
 Measure = Literal["pictures", "error", "gap", "nets"]
@@ -108,23 +108,24 @@ class Study:
         Raises:
             UsageError: they cannot work together.
         """
-        table = load(self.base) | self.settings | variant.settings | {"seed": seed}
+        table = load_settings(self.base) | self.settings | variant.settings | {"seed": seed}
         if value is not None:
             table[self.grid[0]] = value
         if init:
             table["init"] = init
         try:
-            return Config(**table)
+            return Config.of(table)
         except ValueError as error:
             raise UsageError(f"study {self.name}, variant {variant.name}: {error}") from error
 
 
 def read(path: Path) -> Study:
-    """Read a study file.
+    """Read a study file, or the one of that name in cluster/configs/studies.
 
     Raises:
         UsageError: names the file, the key, and what it should be.
     """
+    path = find_config(path, PRESETS / "studies")
     study = _Reader(path, _table(path)).study()
     for variant in study.variants:  # what cannot work is said before hours of the others
         for value in variant.values or (None,):
@@ -233,7 +234,7 @@ class _Reader:
         for key, value in table.items():
             if key not in TYPES:
                 self._refuse(f"[{where}] has {key!r}, which is no setting of cluster.train")
-            if not fits(value, TYPES[key]):
+            if not is_of_type(value, TYPES[key]):
                 self._refuse(f"[{where}] {key} is {value!r}, which that setting does not take")
         return {key: tuple(one) if isinstance(one, list) else one for key, one in table.items()}
 

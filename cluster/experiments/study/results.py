@@ -238,7 +238,7 @@ def result(study: Study, variant: str, run: Run, train_error: float = math.nan) 
         val_error=val,
         train_error=train_error if study.measure == "gap" else last,
         run=run.name,
-        at=getattr(run.config, study.grid[0]) if study.grid[1] else None,
+        at=run.config.table()[study.grid[0]] if study.grid[1] else None,
         note=note,
     )
 
@@ -282,7 +282,7 @@ def scale(runs: Sequence[Run]) -> str:
         config = run.config
         text = (
             f"{run.pictures:,} training images of {len(manifest.classes)} classes, width "
-            f"{config.width:g}, at most {run.total // config.batch_size:,} steps of "
+            f"{config.design.width:g}, at most {run.total // config.batch_size:,} steps of "
             f"{config.batch_size}"
         )
         if text not in found:

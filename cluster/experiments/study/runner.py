@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +29,7 @@ import torch
 from cluster import train
 from cluster.checkpoint.loader import pin_init
 from cluster.checkpoint.storage import find_last_step
-from cluster.config import Config, differences, read_back
+from cluster.config import Config, find_conflicts, read_run_config
 from cluster.launch.controller import wanted_end
 from cluster.mesh import ProcessMesh
 from cluster.run.console import Screen
@@ -100,7 +100,7 @@ class Run:
     @property
     def toml(self) -> bytes:
         """Its settings as a config file."""
-        table = asdict(self.config)
+        table = self.config.table()
         return "".join(f"{key} = {json.dumps(table[key])}\n" for key in table).encode()
 
     @property
@@ -142,8 +142,8 @@ class Run:
         """
         if not (path := self.folder / CONFIG).is_file():
             return
-        before, data = read_back(path)
-        found = differences(before, pin_init(self.config, self.folder, 0), self.pictures)
+        before, data = read_run_config(path)
+        found = find_conflicts(before, pin_init(self.config, self.folder, 0), self.pictures)
         if data != identity(fetch_metadata(self.data)):
             found.append("the data set")
         if found:

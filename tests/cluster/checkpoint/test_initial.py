@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import cluster.train as driver
 from cluster.checkpoint.loader import match_layers, pin_init, resolve_init
-from cluster.config import read_back
+from cluster.config import Config, read_run_config
 from model.alexnet import AlexNet
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import folder_per_class, packed
@@ -63,7 +63,7 @@ def test_all_but_the_last_layer_is_taken_whatever_the_classes_and_only_once(
     run = tmp_path / "run"
     alone(replace(SMALL, init=str(source)), three, run)
     assert {key.split(".")[1] for key, same in taken(run, 3, source).items() if not same} == {"fc8"}
-    fresh = AlexNet(classes=3, width=CONFIG.width).column_state()
+    fresh = AlexNet(classes=3, width=CONFIG.design.width).column_state()
     for key in ("a.fc8.weight", "b.fc8.weight"):
         torch.testing.assert_close(weights(run, 3)[f"weights/{key}"], fresh[key])
     # A run goes on from its own checkpoint: the source may have gone, or be another by now.
@@ -74,7 +74,9 @@ def test_all_but_the_last_layer_is_taken_whatever_the_classes_and_only_once(
 
 
 def test_a_pair_starts_from_what_one_process_saved_and_conv6_is_new(source, tiny_data, tmp_path):
-    config = replace(SMALL, init=f"{source}/checkpoints/step-00000003", conv6=True)
+    config = Config.of(
+        SMALL.table() | {"init": f"{source}/checkpoints/step-00000003", "conv6": True}
+    )
     pair, one = tmp_path / "pair", tmp_path / "one"
     together(tmp_path / "job", [Call(config, tiny_data, pair)])
     alone(config, tiny_data, one)
@@ -107,7 +109,7 @@ def test_the_command_pins_the_checkpoint_and_takes_the_same_when_it_starts_again
     assert driver.main(words) == 0
     wanted = str(origin / "checkpoints/step-00000006")
     assert told[0].init == wanted
-    assert read_back(run / "config.toml")[0].init == wanted
+    assert read_run_config(run / "config.toml")[0].init == wanted
     assert "new: fc8" in capsys.readouterr().out
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(origin / "checkpoints/step-00000006")  # the newest is another now
@@ -134,7 +136,7 @@ def test_the_command_pins_the_checkpoint_and_takes_the_same_when_it_starts_again
 )
 def test_a_network_that_does_not_fit_is_refused_by_its_layer(source, changes, words):
     with pytest.raises(UsageError) as caught:
-        resolve_init(replace(CONFIG, init=str(source), **changes), 3, print)
+        resolve_init(Config.of(CONFIG.table() | {"init": str(source)} | changes), 3, print)
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in [*words, "step-00000006", "config.toml"] if word not in message] == []
@@ -168,10 +170,10 @@ def test_nothing_to_start_from_is_a_line(source, tmp_path):
 
 
 def test_an_init_of_before_holds_though_its_run_has_gone(tmp_path):
-    from cluster.config import as_toml
+    from cluster.config import format_toml
 
     before = replace(CONFIG, init=f"{tmp_path}/gone/checkpoints/step-00000400")
-    (tmp_path / "config.toml").write_text(as_toml(before, "x"))
+    (tmp_path / "config.toml").write_text(format_toml(before, "x"))
     assert pin_init(replace(CONFIG, init=f"{tmp_path}/gone"), tmp_path, 3) == before
     assert pin_init(replace(CONFIG, init=f"{tmp_path}/other"), tmp_path, 3) != before
     assert pin_init(CONFIG, tmp_path, 3) == CONFIG

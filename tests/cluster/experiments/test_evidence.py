@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from cluster.checkpoint.writer import CheckpointManager
-from cluster.config import Config, as_toml
+from cluster.config import Config, format_toml
 from cluster.experiments.evidence.__main__ import Page, evidence, main, place_of, render
 from cluster.experiments.evidence.significance import counting, discord
 from cluster.mesh import ProcessMesh
@@ -23,12 +22,13 @@ from cluster.run.folder import Mark
 from cluster.run.kernels import encoded, first_kernels
 from cluster.run.probabilities import About, file_of, writing
 from model.alexnet import AlexNet
+from model.architecture import Design
 from model.optimizer import Sgd2012
 from pipeline.tools.errors import DataError, UsageError
 from tests.cluster.report.test_report import Page as Html
 
 CLASSES = tuple("abcdefgh")
-BASE = Config(width=0.0625, steps=60, batch_size=128)
+BASE = Config(design=Design(width=0.0625), steps=60, batch_size=128)
 Make = Callable[..., Path]
 
 
@@ -41,8 +41,8 @@ def make(tmp_path: Path) -> Make:
     ) -> Path:
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        config = replace(BASE, **settings)
-        (run / "config.toml").write_text(as_toml(config, "ab" * 32))
+        config = Config.of(BASE.table() | settings)
+        (run / "config.toml").write_text(format_toml(config, "ab" * 32))
         row = {"position": 128 * step, "step": step, "epoch": 128 * step / 4000, "img_s": 250.0}
         (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         net = AlexNet(classes=len(CLASSES), design=config.design, seed=config.seed)

@@ -28,13 +28,19 @@ from cluster.mesh import ProcessMesh
 from cluster.run.folder import settle
 from cluster.training.loop import train
 from model.alexnet import AlexNet
+from model.architecture import Design
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import identity
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import flip_bit
 
 CONFIG = Config(
-    dtype="float32", width=0.125, batch_size=8, steps=2, checkpoint_every=2, validate_every=2
+    dtype="float32",
+    design=Design(width=0.125),
+    batch_size=8,
+    steps=2,
+    checkpoint_every=2,
+    validate_every=2,
 )
 UNITS = 512
 
@@ -65,7 +71,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def by_hand(run: Path, data: Path, split: str) -> np.ndarray:
     """fc7 image by image, the layers called one by one and not by the network's forward."""
-    net = AlexNet(classes=4, width=CONFIG.width)
+    net = AlexNet(classes=4, width=CONFIG.design.width)
     load_checkpoint(run / "checkpoints" / "step-00000002", net)
     net.eval()
     rows = []

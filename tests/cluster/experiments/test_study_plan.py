@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import differences, load
+from cluster.config import find_conflicts, load_settings
 from cluster.experiments.study.__main__ import stages
 from cluster.experiments.study.config import Part, read
 from pipeline.tools.errors import UsageError
@@ -48,9 +48,14 @@ def test_settings_come_from_base_study_variant_and_grid_in_this_order(tmp_path):
     assert (study.name, study.seeds, study.grid) == ("ab", (3, 4), ("lr", (0.01, 0.02)))
     assert (a.data, study.parts) == ("half", {"half": Part(classes=(0.0, 0.5), per_class=3)})
     config = study.config(b, 4, 0.02)
-    assert (config.width, config.momentum, config.steps, config.batch_size) == (0.125, 0.8, 6, 8)
-    assert (config.seed, config.lr, config.activation) == (4, 0.02, "tanh")
-    assert study.config(a, 3).activation == "relu"
+    assert (config.design.width, config.momentum, config.steps, config.batch_size) == (
+        0.125,
+        0.8,
+        6,
+        8,
+    )
+    assert (config.seed, config.lr, config.design.activation) == (4, 0.02, "tanh")
+    assert study.config(a, 3).design.activation == "relu"
     assert a.values == (0.01, 0.02)
     (other,) = read(written(tmp_path, TEXT + "values = [0.1, 0.2, 0.4]\n")).variants[1:]
     assert other.values == (0.1, 0.2, 0.4)
@@ -106,8 +111,8 @@ def test_every_study_can_be_run_and_its_variants_differ(path):
             same_start = (one.steps, variant.data, variant.after) == (
                 config.steps, other.data, other.after
             )  # fmt: skip
-            assert not same_start or differences(config, one, 1000)
-    assert load(study.base)
+            assert not same_start or find_conflicts(config, one, 1000)
+    assert load_settings(study.base)
     assert (
         f"python -m cluster.experiments.study {path.relative_to(REPOSITORY)} --data"
         in path.read_text()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config, as_toml
+from cluster.config import Config, format_toml
 from cluster.report.charts import curves
 from cluster.report.page import render
 from cluster.report.records import read_records
 from cluster.report.tables import layers
+from model.architecture import Design
 
 
 def written(run: Path, name: str, rows: list[dict]) -> None:
@@ -47,7 +48,7 @@ def run(tmp_path: Path) -> Path:
         [{"position": 400, "step": 50, "layers": means},
          {"position": 800, "step": 100, "layers": means}],
     )  # fmt: skip
-    (tmp_path / "config.toml").write_text(as_toml(Config(columns=2), "abc"))
+    (tmp_path / "config.toml").write_text(format_toml(Config(), "abc"))
     return tmp_path
 
 
@@ -91,7 +92,7 @@ def test_damaged_and_missing_means_are_passed_over(run: Path) -> None:
 
 
 def test_a_network_of_one_column_has_one_in_its_report(run: Path) -> None:
-    (run / "config.toml").write_text(as_toml(Config(columns=1), "abc"))
+    (run / "config.toml").write_text(format_toml(Config(design=Design(columns=1)), "abc"))
     records = read_records(run)
     found = layers(records, 1000)
     assert found is not None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.config import Config, as_toml
+from cluster.config import Config, format_toml
 from cluster.run.state import look
 from cluster.run.sync import DRIVER_FILES, RunMirror
 from cluster.status import main, screen, sparkline
@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "config.toml").write_text(as_toml(Config(steps=1000), "abc"))
+        (folder / "config.toml").write_text(format_toml(Config(steps=1000), "abc"))
 
     def rows(self, count: int, age: float = 1.0, **more: Any) -> None:
         path = self.folder / "metrics.jsonl"
@@ -146,7 +146,7 @@ def test_a_long_validation_is_no_standstill(run):
 )
 def test_the_steps_of_the_whole_run(tmp_path, settings, epoch, start, total):
     run = Run(tmp_path)
-    (tmp_path / "config.toml").write_text(as_toml(Config(**settings), "abc"))
+    (tmp_path / "config.toml").write_text(format_toml(Config.of(settings), "abc"))
     run.rows(100, epoch=epoch)
     run.attempts(START | start)
     assert look(tmp_path, NOW).total == total

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.config import parse
+from cluster.config import parse_command
 from cluster.launch.measurement import step_parts, told
 from cluster.mesh import ProcessMesh, take_place
 from cluster.run.events import Measured
@@ -116,13 +116,13 @@ def test_a_tuning_file_is_between_the_config_and_the_flags(tmp_path):
     config.write_text("threads = 1\nprefetch = 2\nwidth = 0.5\n")
     tuning.write_text("# found\nthreads = 3\nprefetch = 4\n")
     words = [str(config), "--data", "d", "--run", "r", "--tuning", str(tuning)]
-    settings = parse(words).settings
-    assert (settings.threads, settings.prefetch, settings.width) == (3, 4, 0.5)
-    assert parse([*words, "--threads", "5"]).settings.threads == 5
+    settings = parse_command(words).settings
+    assert (settings.threads, settings.prefetch, settings.design.width) == (3, 4, 0.5)
+    assert parse_command([*words, "--threads", "5"]).settings.threads == 5
     tuning.write_text("treads = 3\n")
     with pytest.raises(UsageError, match=r"tuning.toml: no setting 'treads'; did you mean"):
-        parse(words)
+        parse_command(words)
     with pytest.raises(UsageError, match="prefetch is 0; it must be above 0"):
-        parse([*words[:5], "--prefetch", "0"])
+        parse_command([*words[:5], "--prefetch", "0"])
     with pytest.raises(UsageError, match=r"hw_decoder_load is 2.0; it must be from 0 to 1"):
-        parse([*words[:5], "--hw-decoder-load", "2"])
+        parse_command([*words[:5], "--hw-decoder-load", "2"])

@@ -30,7 +30,7 @@ from tests.helpers.training_runs import (
 
 def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Data-parallel training in one process, written out: mean gradient of the replicas' slices."""
-    net = AlexNet(classes=4, width=config.width)
+    net = AlexNet(classes=4, width=config.design.width)
     optimiser = Sgd2012(net.named_parameters())
     losses = []
     with Stream(data, batch_size=config.batch_size, threads=1) as stream:
@@ -60,7 +60,7 @@ def test_two_replicas_of_two_columns_average_their_gradients(tiny_data, tmp_path
     for key, tensor in state.items():
         torch.testing.assert_close(trained[f"weights/{key}"], tensor, rtol=1e-3, atol=1e-5)
     # Validation counts the images of every replica, not only those of the one that writes.
-    net = AlexNet(classes=4, width=config.width)
+    net = AlexNet(classes=4, width=config.design.width)
     net.load_column_state({key: trained[f"weights/{key}"] for key in state})
     net.eval()
     with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
@@ -92,7 +92,7 @@ def test_designs_train_and_go_on_from_their_checkpoints(tiny_data, tmp_path):
             "changes": ("0.5 lr 0.005", "0.5 lr.conv1 0", "1 colour 0"),
         },
     }.items():
-        config = replace(CONFIG, steps=9, keep=3, **changes)
+        config = Config.of(CONFIG.table() | {"steps": 9, "keep": 3} | changes)
         whole, again = tmp_path / name, tmp_path / f"{name}-again"
         alone(config, tiny_data, whole)
         shutil.copytree(whole, again)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.training.components import open_stream
 from pipeline.batches import Stream
@@ -24,7 +25,7 @@ from tests.helpers.training_runs import (
     weights,
 )
 
-BATCH = replace(CONFIG, norm="batch", seed=2, steps=STEPS)
+BATCH = Config.of(CONFIG.table() | {"norm": "batch", "seed": 2, "steps": STEPS})
 
 
 def statistics(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -82,10 +83,10 @@ def test_replicas_average_what_their_parts_of_the_batch_have_seen(tiny_data, tmp
     ids=["four", "conv6"],
 )
 def test_other_networks_train_and_go_on(changes, tiny_data, tmp_path):
-    config = replace(CONFIG, **changes)
+    config = Config.of(CONFIG.table() | changes)
     whole, again = tmp_path / "whole", tmp_path / "again"
     alone(config, tiny_data, whole)
-    if config.columns == 1:
+    if config.design.columns == 1:
         (whole / "checkpoints/step-00000003/column-b.safetensors").unlink(missing_ok=True)
     cut_at(3, whole, again)
     alone(config, tiny_data, again)
@@ -94,7 +95,7 @@ def test_other_networks_train_and_go_on(changes, tiny_data, tmp_path):
     last = [run / f"checkpoints/step-{STEPS:08d}/column-a.safetensors" for run in (whole, again)]
     first, second = (load_file(path) for path in last)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
-    if config.net == "four":
+    if config.design.net == "four":
         assert {key.split(".")[1] for key in first} == {"conv1", "conv2", "conv3", "fc4"}
 
 
