@@ -1,7 +1,7 @@
 """Settings of a training run: their fields and checks, the TOML file and flags they come from.
 
 `Config` nests the network (`model.architecture.Design`). Files and flags are flat: `width = 0.25`
-or `--width 0.25` sets `config.design.width`. `Config.of` and `Config.table` translate both ways.
+or `--width 0.25` sets `config.design.width`. `Config.from_settings` and `Config.to_settings` translate both ways.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class Config:
         return f"must be a multiple of {unit} (replicas x {columns} columns), for example {near}"
 
     @classmethod
-    def of(cls, table: Mapping[str, Any]) -> Config:
+    def from_settings(cls, table: Mapping[str, Any]) -> Config:
         """Return the config of a flat table of settings, as files and flags have it.
 
         Raises:
@@ -243,8 +243,8 @@ class Config:
         own = {key: value for key, value in table.items() if key not in DESIGN_TYPES}
         return cls(design=Design.from_settings(table), **own)
 
-    def table(self) -> dict[str, Any]:
-        """Return all settings as one flat table, the network's first; `of` takes it back."""
+    def to_settings(self) -> dict[str, Any]:
+        """Return all settings as one flat table, the network's first."""
         own = {one.name: getattr(self, one.name) for one in fields(self)}
         return asdict(own.pop("design")) | own
 
@@ -306,7 +306,7 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
     and those that decide how many images batch normalisation sees at once. The length may differ if
     no learning rate depends on it.
     """
-    before, after = old.table(), new.table()
+    before, after = old.to_settings(), new.to_settings()
     free = {*CHANGEABLE, *LENGTH} - ({"validate_every"} if old.schedule == "plateau" else set())
     found = [
         f"{name}: {before[name]} -> {after[name]}"
@@ -397,7 +397,7 @@ def parse_command(argv: Sequence[str]) -> Command:
         table = {key: value for key, value in table.items() if key not in LENGTH}
     raw = _parse([*_format_flags(table), *user])
     try:
-        settings = Config.of(raw.settings.table())
+        settings = Config.from_settings(raw.settings.to_settings())
     except ValueError as error:
         raise UsageError(f"{error} ({raw.config} and the flags given)") from error
     return Command(
@@ -506,7 +506,7 @@ def _describe_type(kind: Any) -> str:
 def format_toml(config: Config, data_sha256: str) -> str:
     """Format the effective config as the file RUN/config.toml; `read_run_config` reads it back."""
     lines = ["# Written by cluster.train: every setting of this run, as it was used."]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in config.table().items()]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in config.to_settings().items()]
     lines.append("# The data set: SHA-256 of its manifest.json.")
     lines.append(f'{DATA_KEY} = "{data_sha256}"')
     return "\n".join(lines) + "\n"
@@ -521,6 +521,6 @@ def read_run_config(path: Path) -> tuple[Config, str]:
     table = load_settings(path)
     data = tomllib.loads(path.read_text(encoding="utf-8")).get(DATA_KEY, "")
     try:
-        return Config.of(table), str(data)
+        return Config.from_settings(table), str(data)
     except ValueError as error:
         raise UsageError(f"config file {path}: {error}") from error

@@ -171,7 +171,7 @@ def read(path: Path) -> Config:
         UsageError: it is missing or wrong.
     """
     try:
-        return Config.of(load_settings(path))
+        return Config.from_settings(load_settings(path))
     except ValueError as error:
         raise UsageError(f"{error} ({path})") from error
 

@@ -101,7 +101,7 @@ def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
     folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
     return manifest.split("train", folder).samples, {
-        "config": config.table(),
+        "config": config.to_settings(),
         "data_sha256": identity(folder),
         "classes": manifest.classes,
         "channel_mean": Statistics.load(folder, manifest.stats_sha256).channel_mean.tolist(),

@@ -164,12 +164,12 @@ def test_help_explains_every_setting(capsys):
         parse_command(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    missing = [name for name in Config().table() if name.replace("_", "-") not in shown]
+    missing = [name for name in Config().to_settings() if name.replace("_", "-") not in shown]
     assert missing == []
 
 
 def test_the_public_settings_are_these():
-    assert list(Config().table()) == [
+    assert list(Config().to_settings()) == [
         "width", "columns", "net", "norm", "relu_first", "spatial_norm", "pool", "activation",
         "without", "conv6", "dropout", "init", "seed", "batch_size", "epochs", "steps", "schedule",
         "rate_scaling", "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops",

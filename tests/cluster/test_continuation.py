@@ -23,10 +23,12 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [name for name in Config().table() if name not in CHANGEABLE])
+@pytest.mark.parametrize(
+    "field", [name for name in Config().to_settings() if name not in CHANGEABLE]
+)
 def test_what_a_run_learns_cannot_change_under_way(field):
     old = Config(steps=400)
-    new = Config.of(old.table() | {field: OTHER[field]})
+    new = Config.from_settings(old.to_settings() | {field: OTHER[field]})
     found = find_conflicts(old, new, samples=4000)
     if field == "epochs":  # steps decide, so nothing changes
         assert found == []
@@ -35,7 +37,7 @@ def test_what_a_run_learns_cannot_change_under_way(field):
     elif field == "steps":
         assert found == ["length in steps: 400 -> 201 (learning rates drop by it)"]
     else:
-        assert found == [f"{field}: {old.table()[field]} -> {OTHER[field]}"]
+        assert found == [f"{field}: {old.to_settings()[field]} -> {OTHER[field]}"]
 
 
 def test_how_a_run_is_carried_out_may_change():

@@ -34,7 +34,7 @@ CONFIG = replace(CONFIG, validate_every=2, checkpoint_every=2, keep=9)
 
 
 def trained(data: Path, run: Path, **changes: object) -> Path:
-    config = Config.of(CONFIG.table() | changes)
+    config = Config.from_settings(CONFIG.to_settings() | changes)
     alone(config, data, run)
     (run / "config.toml").write_text(format_toml(config, identity(data)))
     return run
@@ -102,7 +102,7 @@ def test_the_script_runs_every_other_network(
 ):
     run = trained(tiny_data, tmp_path / "run", steps=2, validate_every=0, **changes)
     assert main([str(run)]) == 0
-    design = Config.of(CONFIG.table() | changes).design
+    design = Config.from_settings(CONFIG.to_settings() | changes).design
     net = AlexNet(columns=tuple(range(design.columns)), classes=4, design=design)
     load_checkpoint(run / "checkpoints" / "step-00000002", net)
     picture = sorted((pictures / "val").rglob("*.jpg"))[3]

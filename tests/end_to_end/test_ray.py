@@ -38,7 +38,7 @@ from tests.helpers.training_processes import (  # noqa: F401
 def oracle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
     """(position, loss) of every step of the same run by two bare processes: no Ray, no cuts."""
     root = tmp_path_factory.mktemp("oracle")
-    together(root / "job", [Call(Config.of(SETTINGS), tiny_data, root / "run")])
+    together(root / "job", [Call(Config.from_settings(SETTINGS), tiny_data, root / "run")])
     return losses(root / "run")
 
 

@@ -133,7 +133,7 @@ def test_a_run_shrinks_with_a_lost_node_grows_with_a_new_one_and_is_one_run(
     assert proof.findings == ()
     assert set(proof.worlds) == {2, 4}
 
-    settings = Config.of(SETTINGS | {"steps": 250, "schedule": "manual", "lr": 2e-5})
+    settings = Config.from_settings(SETTINGS | {"steps": 250, "schedule": "manual", "lr": 2e-5})
     together(tmp_path / "job", [Call(settings, tiny_data, tmp_path / "fixed")])
     changed, fixed = learned(run), learned(tmp_path / "fixed")
     assert [row[:3] for row in changed] == [row[:3] for row in fixed]

@@ -45,7 +45,7 @@ def test_a_run_that_another_training_holds_is_refused(config, tiny_data, tmp_pat
 def test_a_run_with_other_settings_or_data_is_refused(config, tiny_data, tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     run.mkdir()
-    settle(run, Config.of(SETTINGS), identity(tiny_data), samples=48, step=0)
+    settle(run, Config.from_settings(SETTINGS), identity(tiny_data), samples=48, step=0)
     (run / "checkpoints" / "step-00000010").mkdir(parents=True)
     shutil.copytree(tiny_data, other)
     manifest = other / "manifest.json"

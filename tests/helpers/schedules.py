@@ -21,7 +21,7 @@ ERRORS = dict(zip(range(4, 41, 4), (9, 8, 8, 8, 7, 7, 7, 7, 7, 7), strict=True))
 
 def recipe(total: int = 40, **settings: object) -> Recipe:
     """A run of 40 steps of 8 images, 4 epochs of 80."""
-    config = Config.of({"batch_size": 8, **settings})
+    config = Config.from_settings({"batch_size": 8, **settings})
     return Recipe(config=config, samples=80, total=total)
 
 

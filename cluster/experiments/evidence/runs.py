@@ -223,7 +223,7 @@ def _take_result(found: Gathered, path: Path, named: Path) -> None:
 
 def settings(run: Run) -> dict[str, Any]:
     """The settings that runs of a group share, with the data and how far it came."""
-    table = {name: value for name, value in run.config.table().items() if name not in SAME}
+    table = {name: value for name, value in run.config.to_settings().items() if name not in SAME}
     return table | {"data_sha256": run.data_sha256, "step": run.found.mark.step}
 
 
@@ -246,7 +246,7 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 
 def _departures(run: Run) -> int:
     """How many of the paper's choices a run does without."""
-    table = run.config.table()
+    table = run.config.to_settings()
     return sum(table[one.setting] in one.instead for one in ABLATIONS)
 
 

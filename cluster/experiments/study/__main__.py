@@ -108,7 +108,7 @@ class Maker:
         return [min(made, key=lambda one: one.result.rank)] if self._study.grid[1] else made
 
     def _value(self, made: Made) -> Any:
-        return made.run.config.table()[self._study.grid[0]] if self._study.grid[1] else None
+        return made.run.config.to_settings()[self._study.grid[0]] if self._study.grid[1] else None
 
     def _all(
         self, wanted: Sequence[tuple[Variant, Sequence[Any]]], seeds: Sequence[int],

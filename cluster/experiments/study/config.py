@@ -114,7 +114,7 @@ class Study:
         if init:
             table["init"] = init
         try:
-            return Config.of(table)
+            return Config.from_settings(table)
         except ValueError as error:
             raise UsageError(f"study {self.name}, variant {variant.name}: {error}") from error
 

@@ -238,7 +238,7 @@ def result(study: Study, variant: str, run: Run, train_error: float = math.nan) 
         val_error=val,
         train_error=train_error if study.measure == "gap" else last,
         run=run.name,
-        at=run.config.table()[study.grid[0]] if study.grid[1] else None,
+        at=run.config.to_settings()[study.grid[0]] if study.grid[1] else None,
         note=note,
     )
 

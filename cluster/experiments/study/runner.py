@@ -100,7 +100,7 @@ class Run:
     @property
     def toml(self) -> bytes:
         """Its settings as a config file."""
-        table = self.config.table()
+        table = self.config.to_settings()
         return "".join(f"{key} = {json.dumps(table[key])}\n" for key in table).encode()
 
     @property

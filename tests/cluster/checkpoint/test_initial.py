@@ -74,8 +74,8 @@ def test_all_but_the_last_layer_is_taken_whatever_the_classes_and_only_once(
 
 
 def test_a_pair_starts_from_what_one_process_saved_and_conv6_is_new(source, tiny_data, tmp_path):
-    config = Config.of(
-        SMALL.table() | {"init": f"{source}/checkpoints/step-00000003", "conv6": True}
+    config = Config.from_settings(
+        SMALL.to_settings() | {"init": f"{source}/checkpoints/step-00000003", "conv6": True}
     )
     pair, one = tmp_path / "pair", tmp_path / "one"
     together(tmp_path / "job", [Call(config, tiny_data, pair)])
@@ -136,7 +136,9 @@ def test_the_command_pins_the_checkpoint_and_takes_the_same_when_it_starts_again
 )
 def test_a_network_that_does_not_fit_is_refused_by_its_layer(source, changes, words):
     with pytest.raises(UsageError) as caught:
-        resolve_init(Config.of(CONFIG.table() | {"init": str(source)} | changes), 3, print)
+        resolve_init(
+            Config.from_settings(CONFIG.to_settings() | {"init": str(source)} | changes), 3, print
+        )
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in [*words, "step-00000006", "config.toml"] if word not in message] == []

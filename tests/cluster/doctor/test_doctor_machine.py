@@ -240,7 +240,7 @@ def test_a_containers_limits_are_found_in_either_version_of_control_groups(tmp_p
 def test_a_job_that_does_not_fit_this_machine_is_told_with_what_would(
     settings, cards, status, words
 ):
-    found = only(list(job.judge_here(Config.of(settings), 1000, MACHINE, cards)))
+    found = only(list(job.judge_here(Config.from_settings(settings), 1000, MACHINE, cards)))
     assert found.status == status
     assert lacks(found, words) == []
 

@@ -41,7 +41,7 @@ def make(tmp_path: Path) -> Make:
     ) -> Path:
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        config = Config.of(BASE.table() | settings)
+        config = Config.from_settings(BASE.to_settings() | settings)
         (run / "config.toml").write_text(format_toml(config, "ab" * 32))
         row = {"position": 128 * step, "step": step, "epoch": 128 * step / 4000, "img_s": 250.0}
         (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")

@@ -83,7 +83,9 @@ def found(out: Path) -> dict:
 
 
 def test_runs_are_those_of_the_training_loop(out, tiny_data, tmp_path):
-    config = Config.of(SETTINGS | {"momentum": 0.8, "activation": "tanh", "lr": 0.001, "seed": 0})
+    config = Config.from_settings(
+        SETTINGS | {"momentum": 0.8, "activation": "tanh", "lr": 0.001, "seed": 0}
+    )
     alone(config, tiny_data, tmp_path / "alone")
     made = out / "tanh-lr0.001-0"
     for name in ("metrics.jsonl", "validation.jsonl"):
@@ -188,7 +190,7 @@ after = "before"
     out = tmp_path / "out"
     assert [row["variant"] for row in found(out)["rows"]] == ["scratch", "finetuned"]
     data = out / "data" / "wanted"
-    config = Config.of(SETTINGS | {"steps": 4, "momentum": 0.8, "seed": 3})
+    config = Config.from_settings(SETTINGS | {"steps": 4, "momentum": 0.8, "seed": 3})
     alone(config, data, tmp_path / "scratch")
     before = str(out / "before-3" / "checkpoints" / "step-00000004")
     alone(replace(config, init=before), data, tmp_path / "finetuned")
@@ -229,7 +231,11 @@ def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path):
     assert "the same command goes on" in run.with_name("relu-0.log").read_text()
     study = tmp_path / "units.toml"
     assert main([str(study), "--data", str(tiny_data), "--out", str(tmp_path / "out")]) == 0
-    alone(Config.of(SETTINGS | {"steps": 60, "momentum": 0.8}), tiny_data, tmp_path / "alone")
+    alone(
+        Config.from_settings(SETTINGS | {"steps": 60, "momentum": 0.8}),
+        tiny_data,
+        tmp_path / "alone",
+    )
     assert learned(run) == learned(tmp_path / "alone")
 
 

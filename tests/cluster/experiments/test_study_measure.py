@@ -33,7 +33,7 @@ STUDY = Study(
 
 def made(folder: Path, data: Path, errors: list[float], name: str = "relu-0", **more) -> Run:
     """A run whose steps had these errors."""
-    run = Run(name=name, config=Config.of({"batch_size": BATCH, "steps": len(errors)} | more),
+    run = Run(name=name, config=Config.from_settings({"batch_size": BATCH, "steps": len(errors)} | more),
               data=str(data), out=folder)  # fmt: skip
     run.folder.mkdir()
     with (run.folder / "metrics.jsonl").open("w") as file:

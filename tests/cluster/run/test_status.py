@@ -146,7 +146,7 @@ def test_a_long_validation_is_no_standstill(run):
 )
 def test_the_steps_of_the_whole_run(tmp_path, settings, epoch, start, total):
     run = Run(tmp_path)
-    (tmp_path / "config.toml").write_text(format_toml(Config.of(settings), "abc"))
+    (tmp_path / "config.toml").write_text(format_toml(Config.from_settings(settings), "abc"))
     run.rows(100, epoch=epoch)
     run.attempts(START | start)
     assert look(tmp_path, NOW).total == total

@@ -92,7 +92,7 @@ def test_designs_train_and_go_on_from_their_checkpoints(tiny_data, tmp_path):
             "changes": ("0.5 lr 0.005", "0.5 lr.conv1 0", "1 colour 0"),
         },
     }.items():
-        config = Config.of(CONFIG.table() | {"steps": 9, "keep": 3} | changes)
+        config = Config.from_settings(CONFIG.to_settings() | {"steps": 9, "keep": 3} | changes)
         whole, again = tmp_path / name, tmp_path / f"{name}-again"
         alone(config, tiny_data, whole)
         shutil.copytree(whole, again)

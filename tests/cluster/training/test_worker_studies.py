@@ -25,7 +25,7 @@ from tests.helpers.training_runs import (
     weights,
 )
 
-BATCH = Config.of(CONFIG.table() | {"norm": "batch", "seed": 2, "steps": STEPS})
+BATCH = Config.from_settings(CONFIG.to_settings() | {"norm": "batch", "seed": 2, "steps": STEPS})
 
 
 def statistics(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -83,7 +83,7 @@ def test_replicas_average_what_their_parts_of_the_batch_have_seen(tiny_data, tmp
     ids=["four", "conv6"],
 )
 def test_other_networks_train_and_go_on(changes, tiny_data, tmp_path):
-    config = Config.of(CONFIG.table() | changes)
+    config = Config.from_settings(CONFIG.to_settings() | changes)
     whole, again = tmp_path / "whole", tmp_path / "again"
     alone(config, tiny_data, whole)
     if config.design.columns == 1:
