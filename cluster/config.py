@@ -1,7 +1,7 @@
 """Settings of a training run: their fields and checks, the TOML file and flags they come from.
 
 `Config` nests the network (`model.architecture.Design`). Files and flags are flat: `width = 0.25`
-or `--width 0.25` sets `config.design.width`. `Config.from_settings` and `Config.to_settings` translate both ways.
+or `--width 0.25` sets `config.design.width`. `from_settings` and `to_settings` translate.
 """
 
 from __future__ import annotations

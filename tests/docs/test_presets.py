@@ -71,7 +71,12 @@ def test_presets_say_what_is_known_of_them():
     assert [rates.get(f"{name}.weight") for name in ("conv1", "conv6", "fc8")] == [1e-4, 1e-3, 0.01]
     assert {rates.get(f"{name}.bias") for name in ("conv1", "conv6", "fc8")} == {0.02}
     four = presets["four"]
-    assert (four.weight_decay, four.augment, four.norm, four.columns) == (0.0, False, "none", 1)
+    assert (four.weight_decay, four.augment, four.design.norm, four.design.columns) == (
+        0.0,
+        False,
+        "none",
+        1,
+    )
     assert "42.34" in heads["dexp"]
     assert "18.05" in heads["dexp"]
     assert presets["source2012"].colours == ((0, 0.1), (67, 0.0))

@@ -33,8 +33,8 @@ STUDY = Study(
 
 def made(folder: Path, data: Path, errors: list[float], name: str = "relu-0", **more) -> Run:
     """A run whose steps had these errors."""
-    run = Run(name=name, config=Config.from_settings({"batch_size": BATCH, "steps": len(errors)} | more),
-              data=str(data), out=folder)  # fmt: skip
+    config = Config.from_settings({"batch_size": BATCH, "steps": len(errors)} | more)
+    run = Run(name=name, config=config, data=str(data), out=folder)
     run.folder.mkdir()
     with (run.folder / "metrics.jsonl").open("w") as file:
         for step, error in enumerate(errors, 1):
