@@ -1,11 +1,11 @@
-"""One page of evidence: every claim of the paper that runs here have something to say on.
+"""Command: one page with every claim of the paper that runs here can test.
 
     python -m cluster.experiments.evidence RUN... [--data DATA] [--out FILE] [--json]
 
 RUN is a run, a folder of runs, the folder of a study, or a result of
 `cluster.experiments.ensemble --out`. The page needs no network, no script and no other file. Runs
-that differ only in their seed are grouped, with the spread over seeds; a result that is missing is
-listed with the command that makes it.
+that differ only in their seed are grouped, with the spread over seeds; a missing result is listed
+with the command that makes it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster.experiments.evidence.figures import alike, figures
-from cluster.experiments.evidence.items import results, studies
+from cluster.experiments.evidence.figures import make_figures, make_neighbors
+from cluster.experiments.evidence.items import make_results, make_studies
 from cluster.experiments.evidence.runs import (
-    Gathered,
+    Evidence,
     Item,
     Missing,
-    data_word,
-    gather,
-    rounded,
-    scale_of,
+    describe_data,
+    describe_scale,
+    format_count,
+    gather_evidence,
 )
 from cluster.report.page import templates
 from pipeline.tools.errors import UsageError, run
@@ -39,7 +39,7 @@ NAME = "evidence.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class EvidenceOptions:
     """Put the paper's claims beside what runs here have found, on one page."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
@@ -53,35 +53,35 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Page:
-    """All that the page says."""
+class EvidencePage:
+    """The contents of the page."""
 
-    gathered: Gathered
+    evidence: Evidence
     items: list[Item]
     missing: list[Missing]
 
     def as_json(self) -> dict[str, Any]:
-        """For machines: without images."""
+        """The page for `--json`, without images."""
         return {
             "groups": [
                 {
                     "letter": group.letter,
                     "runs": [str(run.path) for run in group.runs],
                     "seeds": [run.config.seed for run in group.runs],
-                    "step": group.first.found.mark.step,
-                    "scale": scale_of(group),
+                    "step": group.first.step,
+                    "scale": describe_scale(group),
                     "differs": group.differs,
                 }
-                for group in self.gathered.groups
+                for group in self.evidence.groups
             ],
             "items": [item.as_json() for item in self.items],
             "missing": [vars(one) for one in self.missing],
-            "left_out": self.gathered.left_out,
+            "left_out": self.evidence.skipped,
         }
 
 
-def evidence(paths: Sequence[Path], data: str | None = None) -> Page:
-    """Gather what there is on the paper's claims.
+def make_page(paths: Sequence[Path], data: str | None = None) -> EvidencePage:
+    """Compare the paper's claims with the runs and results in `paths`.
 
     Raises:
         UsageError: a folder is no run, or a run has no checkpoint.
@@ -89,28 +89,28 @@ def evidence(paths: Sequence[Path], data: str | None = None) -> Page:
     """
     if not paths:
         raise UsageError("no run was named; name one or more, or a folder of runs")
-    gathered = gather(paths, data)
+    evidence = gather_evidence(paths, data)
     missing: list[Missing] = []
-    parts = (results, figures, alike, studies)
-    items = [item for part in parts for item in part(gathered, missing)]
-    return Page(gathered, items, missing)
+    makers = (make_results, make_figures, make_neighbors, make_studies)
+    items = [item for make in makers for item in make(evidence, missing)]
+    return EvidencePage(evidence, items, missing)
 
 
-def render(page: Page) -> str:
-    """The page as HTML text."""
+def render(page: EvidencePage) -> str:
+    """Return the page as HTML."""
     environment = templates(Path(__file__).parent)
-    environment.filters |= {"rounded": rounded, "scale": scale_of, "data_word": data_word}
+    environment.filters |= {"format_count": format_count, "describe_data": describe_data}
     return environment.get_template("evidence.html.j2").render(
         items=page.items,
-        groups=page.gathered.groups,
+        groups=page.evidence.groups,
         missing=page.missing,
-        left_out=page.gathered.left_out,
-        runs=len(page.gathered.runs),
+        skipped=page.evidence.skipped,
+        runs=len(page.evidence.runs),
     )
 
 
-def write(page: Page, out: Path) -> None:
-    """Write the page.
+def write(page: EvidencePage, out: Path) -> None:
+    """Write the page as one file.
 
     Raises:
         UsageError: the file cannot be written.
@@ -125,23 +125,23 @@ def write(page: Page, out: Path) -> None:
         raise UsageError(f"{out} cannot be written ({reason}); name another --out") from error
 
 
-def place_of(paths: Sequence[Path]) -> Path:
-    """Where the page goes if nothing else is said: into the folder that holds all of them."""
+def choose_file(paths: Sequence[Path]) -> Path:
+    """Return the default file: evidence.html in the folder that holds all `paths`."""
     folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in paths]
     return Path(os.path.commonpath(folders)) / NAME
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page that the command line asks for and print its path.
+    """Write the page and print its path.
 
     Raises:
-        DuetError: as `evidence` and `write`.
+        DuetError: as `make_page` and `write`.
     """
-    options = tyro.cli(Options, args=argv, prog="python -m cluster.experiments.evidence")
-    page = evidence(options.runs, options.data)
-    out = options.out or place_of(options.runs)
+    options = tyro.cli(EvidenceOptions, args=argv, prog="python -m cluster.experiments.evidence")
+    page = make_page(options.runs, options.data)
+    out = options.out or choose_file(options.runs)
     write(page, out)
-    count = len(page.gathered.runs)
+    count = len(page.evidence.runs)
     words = f"{len(page.items)} claims, {count} run{'s' if count != 1 else ''} -> {out}\n"
     (sys.stderr if options.json else sys.stdout).write(words)
     if options.json:

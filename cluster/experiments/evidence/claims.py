@@ -1,4 +1,4 @@
-"""What the paper claims, with its numbers and where they stand; nothing else here knows them.
+"""Claims of the paper, with its numbers and the sections that they stand in.
 
 Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks",
 NIPS 2012. Errors are fractions, differences are of errors: negative is better.
@@ -9,43 +9,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-PICTURES, CLASSES, WIDTH, EPOCHS, BATCH = 1_281_167, 1000, 1.0, 90, 128
+IMAGES, CLASSES, WIDTH, EPOCHS, BATCH = 1_281_167, 1000, 1.0, 90, 128
 """The scale of the paper (ILSVRC-2012): training images, classes, width, passes, batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One thing that the paper says."""
+    """A statement of the paper."""
 
     key: str
     title: str
     section: str
-    """Where it stands."""
+    """Section, figure or table of the paper."""
     text: str
-    """In short, close to the paper's words."""
+    """The statement in short, close to the paper's words."""
     number: str = "no number"
-    """The paper's, as it is told."""
+    """The paper's number as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(Claim):
-    """A claim that one setting makes a difference: two runs that differ in it alone test it."""
+    """A claim that one setting matters; two runs that differ in it alone test it."""
 
     setting: str
-    """Of cluster.config."""
+    """Name of the setting in cluster.config."""
     paper_has: Any
     instead: tuple[Any, ...]
     differences: tuple[float | None, float | None] = (None, None)
-    """What the paper's choice does to the top-1 and the top-5 error; None: it gives no number."""
+    """Change of the top-1 and top-5 error by the paper's choice; None: the paper has no number."""
     free: tuple[str, ...] = field(default=())
-    """Settings that may differ besides."""
+    """Settings that may differ as well."""
     command: str = ""
-    """What the run without it is made with, to be added to the command of the run with it."""
+    """Flags to add to the command of a run with the paper's choice, for the run without it."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Error rates of the paper, fractions."""
+    """Error rates of the paper, as fractions."""
 
     name: str
     top1: float
@@ -178,4 +178,4 @@ ABLATIONS = (
         setting="weight_decay", paper_has=5e-4, instead=(0.0,), command="--weight-decay 0",
     ),
 )  # fmt: skip
-"""Differences are what the paper's choice does: negative lowers the error."""
+"""Differences are the error with the paper's choice minus that without: negative is better."""

@@ -15,8 +15,14 @@ import torch
 
 from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config, format_toml
-from cluster.experiments.evidence.__main__ import Page, evidence, main, place_of, render
-from cluster.experiments.evidence.significance import counting, discord
+from cluster.experiments.evidence.__main__ import (
+    EvidencePage,
+    choose_file,
+    main,
+    make_page,
+    render,
+)
+from cluster.experiments.evidence.significance import binomial_margin, view_margins
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
 from cluster.run.kernels import encoded, first_kernels
@@ -77,20 +83,20 @@ def three(make: Make) -> list[Path]:
     ]
 
 
-def rows(page: Page, key: str) -> list[Any]:
+def rows(page: EvidencePage, key: str) -> list[Any]:
     return [row for item in page.items if item.claim.key == key for row in item.rows]
 
 
 def test_runs_that_differ_in_their_seed_alone_are_a_group(three, make):
     shorter = make("s2", {}, step=40, seed=2)
-    page = evidence([*three, shorter])
-    found = {g.letter: [run.name for run in g.runs] for g in page.gathered.groups}
+    page = make_page([*three, shorter])
+    found = {g.letter: [run.name for run in g.runs] for g in page.evidence.groups}
     assert found == {"A": ["s0", "s1"], "B": ["n0", "n1"], "C": ["s2"]}
-    assert [group.differs for group in page.gathered.groups] == ["", "norm none", "step 40"]
+    assert [group.differs for group in page.evidence.groups] == ["", "norm none", "step 40"]
 
 
 def test_errors_stand_beside_the_papers_with_spread_and_scale(three):
-    one, ten, *_ = rows(evidence(three), "errors")
+    one, ten, *_ = rows(make_page(three), "errors")
     assert one.ours == "30.5 ± 0.7 % / 3.0 ± 0.1 %"
     assert one.seeds == "2 seeds (top-1: 30.0, 31.0; top-5: 3.0, 3.1)"
     assert ten.paper == "40.7 % / 18.2 % (ILSVRC-2012 validation, ten views)"
@@ -100,7 +106,7 @@ def test_errors_stand_beside_the_papers_with_spread_and_scale(three):
 
 
 def test_ten_views_are_compared_within_each_network(three):
-    first, *_ = rows(evidence(three), "views")
+    first, *_ = rows(make_page(three), "views")
     assert first.paper == "−1.5 points"
     assert first.ours.startswith("−2.2 ±") or first.ours.startswith("−2.3 ±")
     assert first.seeds == "2 seeds (−2.0, −2.5)"
@@ -120,16 +126,16 @@ def test_of_two_answers_to_the_same_images_those_that_change_sides_count(make):
             writer.add(table, labels, torch.ones(500))
     wrong = {views: (table.argmax(1) != labels).numpy() for views, table in rows.items()}
     changes = wrong[10].astype(float) - wrong[1]
-    found = discord(run)
+    found = view_margins(run)
     assert found is not None
-    assert found[0] == pytest.approx(1.96 * changes.std() / 500**0.5)
-    assert found[0] < counting(wrong[1].mean(), wrong[10].mean(), 500) / 2
+    assert found[0] == pytest.approx(1.959964 * changes.std() / 500**0.5)
+    assert found[0] < binomial_margin(wrong[1].mean(), wrong[10].mean(), 500) / 2
     file_of(run, 1).unlink()
-    assert discord(run) is None
+    assert view_margins(run) is None
 
 
 def test_a_setting_is_worth_what_the_groups_differ_by(three):
-    page = evidence(three)
+    page = make_page(three)
     top1, top5 = rows(page, "lrn")
     assert (top1.group, top1.paper) == ("A − B", "−1.4 points")
     assert top1.ours.startswith("−10.0 ±") or top1.ours.startswith("−10.1 ±")
@@ -142,23 +148,23 @@ def test_a_setting_is_worth_what_the_groups_differ_by(three):
 def test_the_opposite_of_the_paper_is_told_as_it_is(make):
     runs = [make(f"{norm}{seed}", {1: error + seed / 1000}, seed=seed, norm=norm)
             for norm, error in (("lrn", 0.5), ("none", 0.3)) for seed in (0, 1)]  # fmt: skip
-    assert {row.verdict for row in rows(evidence(runs), "lrn")} == {"contrary to the paper"}
+    assert {row.verdict for row in rows(make_page(runs), "lrn")} == {"contrary to the paper"}
 
 
 def test_one_seed_each_gives_no_verdict(three):
-    page = evidence([three[0], three[2]])
+    page = make_page([three[0], three[2]])
     assert {row.verdict for row in rows(page, "lrn")} == {"no verdict: one seed each"}
 
 
 def test_groups_that_differ_in_more_than_the_setting_are_not_compared(make):
     runs = [make("a", {1: 0.3}), make("b", {1: 0.4}, norm="none", lr=0.02)]
-    assert rows(evidence(runs), "lrn") == []
-    assert [row.group for row in rows(evidence([*runs, make("t", {1: 0.5}, lr=0.003,
+    assert rows(make_page(runs), "lrn") == []
+    assert [row.group for row in rows(make_page([*runs, make("t", {1: 0.5}, lr=0.003,
             activation="tanh")]), "relu")] == ["A − C"] * 2  # fmt: skip
 
 
 def test_every_run_says_whether_its_columns_specialise(three):
-    page = evidence(three)
+    page = make_page(three)
     found = rows(page, "kernels")
     assert [row.group for row in found] == list("AAABBB")
     assert all("seed 0: p = " in row.seeds and "seed 1: p = " in row.seeds for row in found)
@@ -169,7 +175,7 @@ def test_every_run_says_whether_its_columns_specialise(three):
 
 def test_an_old_evaluation_is_not_taken_for_the_newest(make):
     run = make("s0", {1: 0.3}, step=90)
-    page = evidence([run])
+    page = make_page([run])
     assert rows(page, "errors") == []
     (one,) = [one for one in page.missing if "one view" in one.title]
     assert one.why == "its evaluation is of step 60"
@@ -180,7 +186,7 @@ def test_the_last_validation_stands_in_for_one_view(make):
     run = make("s0", {})
     row = {"position": 7680, "step": 60, "top1_error": 0.25, "top5_error": 0.05, "samples": 800}
     (run / "validation.jsonl").write_text(json.dumps(row) + "\n")
-    (found,) = rows(evidence([run]), "errors")
+    (found,) = rows(make_page([run]), "errors")
     assert found.ours == "25.0 % / 5.0 %"
     assert "800 images counted" in found.scale
 
@@ -200,7 +206,7 @@ def study(folder: Path, **more: Any) -> Path:
 
 
 def test_a_study_is_told_with_its_own_claim(tmp_path):
-    page = evidence([study(tmp_path / "figure1")])
+    page = make_page([study(tmp_path / "figure1")])
     relu, tanh, slow = rows(page, "study-figure1")
     assert relu.ours == "21,000 ± 1,414"
     assert relu.what == "relu, lr 0.01: images to 25% training error"
@@ -223,7 +229,7 @@ def test_ensembles_of_both_forms(tmp_path, make):
     runs = [{"run": "a", **errors}, {"run": "b", **errors, "top1_error": 0.32}]
     average = table | {"searched": False, "runs": runs, "average": {**errors, "top1_error": 0.28}}
     (run / "ensemble.json").write_text(json.dumps(average))
-    single, both = rows(evidence([run]), "ensemble")
+    single, both = rows(make_page([run]), "ensemble")
     assert (single.ours, single.paper) == ("31.0 % / 5.0 %", "40.7 % / 18.2 %")
     assert (both.ours, both.verdict) == ("28.0 % / 5.0 % (−3.0 / +0.0 points)",
                                          "as the paper says")  # fmt: skip
@@ -237,7 +243,7 @@ def test_ensembles_of_both_forms(tmp_path, make):
     sizes = table | {"runs": list("abcde"), "sizes": nets}
     path = tmp_path / "table.json"
     path.write_text(json.dumps(sizes))
-    one, equal, *others = rows(evidence([path]), "ensemble")
+    one, equal, *others = rows(make_page([path]), "ensemble")
     assert one.what == "top-1 / top-5 error of 1 network"
     assert one.seeds == f"{tmp_path.name}/table.json: 5 combinations (top-1 ± 1.0)"
     assert (equal.paper, equal.verdict) == ("38.1 % / 16.4 %", "not lower: contrary to the paper")
@@ -245,7 +251,7 @@ def test_ensembles_of_both_forms(tmp_path, make):
     (folder := tmp_path / "study").mkdir()
     made = {"study": "ensemble", "rows": [], "nets": nets, "views": 10, "scale": "few", "plot": "x"}
     (folder / "study.json").write_text(json.dumps(made))
-    again = rows(evidence([folder]), "ensemble")
+    again = rows(make_page([folder]), "ensemble")
     assert [row.ours for row in again] == [row.ours for row in (one, equal, *others)]
     assert again[0].scale == "few; 10 views"
 
@@ -262,7 +268,7 @@ def test_neighbours_and_codes_where_a_run_has_them(make):
     rival = {"method": "product", "bits": 64, "bytes": 8, "missing": "no such library"}
     table = {"step": 40, "neighbours": near, "codes": {"rows": [code, rival], **pictures}}
     (run / "neighbours" / "summary.json").write_text(json.dumps(table))
-    page = evidence([run])
+    page = make_page([run])
     precision, auc = rows(page, "neighbours")
     assert (precision.ours, precision.verdict) == ("50.0 % (by chance 10.0 %)", "above chance")
     assert auc.ours == "70.0 ± 2.0 % (by chance 50 %)"
@@ -273,14 +279,14 @@ def test_neighbours_and_codes_where_a_run_has_them(make):
     assert "cluster.experiments.neighbors" not in " ".join(one.command for one in page.missing)
 
 
-def html_of(page: Page, folder: Path) -> Html:
+def html_of(page: EvidencePage, folder: Path) -> Html:
     path = folder / "page.html"
     path.write_text(render(page), encoding="utf-8")
     return Html(path)
 
 
 def test_page_stands_alone_and_says_what_is_missing(three, tmp_path):
-    page = html_of(evidence([tmp_path / "runs"]), tmp_path)
+    page = html_of(make_page([tmp_path / "runs"]), tmp_path)
     links = [link for link in page.links if not link.startswith("#")]
     assert links
     assert all(link.startswith("data:image/") for link in links)
@@ -294,11 +300,11 @@ def test_page_stands_alone_and_says_what_is_missing(three, tmp_path):
 
 
 def test_another_data_set_is_said_and_named_in_no_command(three, tiny_data):
-    page = evidence(three, str(tiny_data))
-    assert page.gathered.left_out == [f"{tiny_data}: none of the runs was trained on it."]
+    page = make_page(three, str(tiny_data))
+    assert page.evidence.skipped == [f"{tiny_data}: none of the runs was trained on it."]
     assert all(str(tiny_data) not in one.command for one in page.missing)
     with pytest.raises(UsageError, match="gone"):
-        evidence(three, str(tiny_data / "gone"))
+        make_page(three, str(tiny_data / "gone"))
 
 
 def test_command_line(three, tmp_path, capsys):
@@ -308,15 +314,15 @@ def test_command_line(three, tmp_path, capsys):
     assert (tmp_path / "runs" / "evidence.html").is_file()
     assert "4 runs" in told.err
     assert [group["seeds"] for group in table["groups"]] == [[0, 1], [0, 1]]
-    assert place_of(three[:2]) == tmp_path / "runs" / "evidence.html"
-    assert place_of(three[:1]) == three[0] / "evidence.html"
+    assert choose_file(three[:2]) == tmp_path / "runs" / "evidence.html"
+    assert choose_file(three[:1]) == three[0] / "evidence.html"
 
 
 def test_a_young_run_among_others_is_left_out_and_named(three, make, tmp_path):
     make("young", {}, saved=False)
-    page = evidence([tmp_path / "runs"])
-    assert len(page.gathered.runs) == 4
-    (line,) = page.gathered.left_out
+    page = make_page([tmp_path / "runs"])
+    assert len(page.evidence.runs) == 4
+    (line,) = page.evidence.skipped
     assert "young has no complete checkpoint yet" in line
 
 
@@ -327,13 +333,13 @@ def test_a_young_run_among_others_is_left_out_and_named(three, make, tmp_path):
 def test_a_file_that_is_no_result_is_refused(tmp_path, content, reason):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UsageError, match=reason):
-        evidence([tmp_path / "x.json"])
+        make_page([tmp_path / "x.json"])
 
 
 def test_damaged_parts_of_a_result_are_left_out(tmp_path):
     folder = study(tmp_path / "s", rows=[{"seed": 1}])
-    page = evidence([folder])
-    assert "is no result of a study" in page.gathered.left_out[0]
+    page = make_page([folder])
+    assert "is no result of a study" in page.evidence.skipped[0]
 
 
 def test_bad_input_is_one_line_with_its_exit_code(make, tmp_path):
@@ -342,7 +348,7 @@ def test_bad_input_is_one_line_with_its_exit_code(make, tmp_path):
     for path in broken.glob("checkpoints/step-*/column-a.safetensors"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"no checkpoint of .*broken is sound"):
-        evidence([broken])
+        make_page([broken])
     for path, words in ((tmp_path, "is no run"), (young, "has no complete checkpoint yet"),
                         (tmp_path / "gone", "is no run")):  # fmt: skip
         found = subprocess.run(
