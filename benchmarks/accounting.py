@@ -18,7 +18,7 @@ import torch
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
-from cluster.run.metrics import Log
+from cluster.run.metrics import MetricsLog
 from model.schedule import Rates
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput.stages import Setting, opened, reading
@@ -47,7 +47,7 @@ def step_seconds() -> float:
     config, rates, values = Config(), Rates(0.1, 0.2), torch.tensor([1.0, 0.5, 0.0])
     with (
         tempfile.TemporaryDirectory() as folder,
-        Log(Path(folder), ProcessMesh(), lambda _: None, 1000, 0) as log,
+        MetricsLog(Path(folder), ProcessMesh(), lambda _: None, 1000, 0) as log,
     ):
         start = time.perf_counter()
         for step in range(1, 2001):

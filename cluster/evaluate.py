@@ -27,7 +27,12 @@ from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkp
 from cluster.config import Config, read_run_config
 from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG, QUARANTINE
-from cluster.run.probabilities import About, Writer, file_of, writing
+from cluster.run.probabilities import (
+    ProbabilityInfo,
+    ProbabilityWriter,
+    open_writer,
+    probability_path,
+)
 from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from model.metrics import average_views, sum_metrics
@@ -84,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         f"loss {result['loss']:.4f} ({result['img_s']:,.0f} img/s) -> {path}\n"
     )
     if options.save_probabilities:
-        out.write(f"probabilities -> {file_of(options.run, options.views)}\n")
+        out.write(f"probabilities -> {probability_path(options.run, options.views)}\n")
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
     return 0
@@ -107,7 +112,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     device = _device(options.device)
     keep_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    net = network_of(config, _classes(found, manifest, options)).to(device)
+    net = create_network(config, _classes(found, manifest, options)).to(device)
     load_checkpoint(found.path, net)
     view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
     stream = Stream(
@@ -122,7 +127,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         strict=config.strict,
         **config.cached,
     )
-    about = About(
+    about = ProbabilityInfo(
         views=options.views,
         split=options.split,
         samples=samples,
@@ -143,19 +148,21 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     }
 
 
-def network_of(config: Config, classes: int) -> AlexNet:
+def create_network(config: Config, classes: int) -> AlexNet:
     """Return the whole network of a run, its weights not loaded yet."""
     return AlexNet(classes=classes, design=config.design)
 
 
-def _saving(options: Evaluate, about: About) -> AbstractContextManager[Writer | None]:
+def _saving(
+    options: Evaluate, about: ProbabilityInfo
+) -> AbstractContextManager[ProbabilityWriter | None]:
     if not options.save_probabilities:
         return nullcontext()
-    return writing(file_of(options.run, options.views), about)
+    return open_writer(probability_path(options.run, options.views), about)
 
 
 @dataclass
-class Counts:
+class ErrorCounts:
     """Sums over the images seen."""
 
     classes: int
@@ -175,9 +182,9 @@ class Counts:
 
 
 def _count(
-    net: AlexNet, stream: Stream, options: Evaluate, writer: Writer | None
-) -> tuple[Counts, float]:
-    counts = Counts(net.classes)
+    net: AlexNet, stream: Stream, options: Evaluate, writer: ProbabilityWriter | None
+) -> tuple[ErrorCounts, float]:
+    counts = ErrorCounts(net.classes)
     start = time.perf_counter()
     what = f"evaluating, {options.views} view{'s' if options.views > 1 else ''}"
     with stream, Progress(what, total=stream.samples, unit="img") as progress:
@@ -193,7 +200,7 @@ def _count(
     return counts, time.perf_counter() - start
 
 
-def _summary(counts: Counts, names: tuple[str, ...]) -> dict[str, Any]:
+def _summary(counts: ErrorCounts, names: tuple[str, ...]) -> dict[str, Any]:
     loss, top1, top5, samples = counts.sums.tolist()
     per_class = counts.confusion.sum(1)
     right = counts.confusion.diagonal()

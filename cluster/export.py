@@ -77,10 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"give --best or --checkpoint {options.checkpoint}, not both")
     config, trained_on = read_run_config(options.run / CONFIG)
     found = choose_checkpoint(options.run, config.store, _tell, options.checkpoint, options.best)
-    tensors = merged(config, found)
-    tensors["mean"] = mean_of(options.run, config, found, options.data, trained_on)
+    tensors = merge_columns(config, found)
+    tensors["mean"] = read_mean(options.run, config, found, options.data, trained_on)
     out = options.out or options.run / "weights.safetensors"
-    about = described(options.run, config, found)
+    about = describe_checkpoint(options.run, config, found)
     try:
         with atomic_write(out) as file:
             file.write(save(tensors, metadata=about))
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def merged(config: Config, found: Checkpoint) -> dict[str, Tensor]:
+def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     """Return the parameters of the whole network, as `torch.nn` layers take them, float32."""
     classes = len(found.classes)
     design = config.design
@@ -123,7 +123,7 @@ def merged(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def mean_of(run: Path, config: Config, found: Checkpoint, data: str, trained_on: str) -> Tensor:
+def read_mean(run: Path, config: Config, found: Checkpoint, data: str, trained_on: str) -> Tensor:
     """Return what is subtracted from an image: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
 
     Raises:
@@ -147,7 +147,7 @@ def mean_of(run: Path, config: Config, found: Checkpoint, data: str, trained_on:
     return picture.permute(2, 0, 1).contiguous()
 
 
-def described(run: Path, config: Config, found: Checkpoint) -> dict[str, str]:
+def describe_checkpoint(run: Path, config: Config, found: Checkpoint) -> dict[str, str]:
     """Return the header of the file: JSON, but for the first two."""
     table = read_table(open_storage(run, config.store), found.name)
     return {
@@ -159,15 +159,15 @@ def described(run: Path, config: Config, found: Checkpoint) -> dict[str, str]:
         "classes": json.dumps(found.classes),
         "columns": json.dumps(config.design.columns),
         "width": json.dumps(config.design.width),
-        "layers": json.dumps(table_of_layers(config.design)),
-        "first": json.dumps(before_the_first(config.design)),
+        "layers": json.dumps(list_layers(config.design)),
+        "first": json.dumps(list_image_steps(config.design)),
         "dropout": json.dumps("folded: what reads an output with dropout has halved weights"),
         "config": json.dumps(table["config"]),
         "checkpoint_sha256": json.dumps({k: v["sha256"] for k, v in table["files"].items()}),
     }
 
 
-def table_of_layers(design: Design) -> list[list[object]]:
+def list_layers(design: Design) -> list[list[object]]:
     """Return [name, how, then] of each layer in order: what is needed besides the weights.
 
     `how` are arguments of `torch.nn.functional.conv2d`, none for a fully connected layer. `then`
@@ -191,7 +191,7 @@ def table_of_layers(design: Design) -> list[list[object]]:
     return found
 
 
-def before_the_first(design: Design) -> list[object]:
+def list_image_steps(design: Design) -> list[object]:
     """Return what the image goes through: ["edge", zeros right and below], ["shrink", side]."""
     layer = design.layers()[0]
     return ["shrink", layer.shrink] if layer.shrink > 1 else ["edge", layer.edge]

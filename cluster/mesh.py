@@ -28,7 +28,7 @@ class ProcessMesh:
     """CPU cores this process should keep busy."""
     pair: dist.ProcessGroup | None = None
     """The two columns of this replica; None when both are here."""
-    pictures: dist.ProcessGroup | None = None
+    image_group: dist.ProcessGroup | None = None
     """The same two once more: the next batch crosses here while the pair computes."""
     peers: dist.ProcessGroup | None = None
     """The same column(s) of every replica; None when there is one replica."""
@@ -51,11 +51,11 @@ class ProcessMesh:
         return self.replicas * self.size
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """The one process that writes what is written once."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the leader's value on every process."""
         if self.world_size == 1:
             return value
@@ -71,7 +71,7 @@ class ProcessMesh:
         dist.all_gather_object(found, value)
         return [found[rank] for rank in self.order]  # type: ignore[misc]
 
-    def poll(self, *values: int) -> Callable[[], list[int]]:
+    def reduce_max(self, *values: int) -> Callable[[], list[int]]:
         """Begin to find the largest of each value over all processes; all of them call it alike.
 
         Returns:
@@ -100,7 +100,7 @@ class ProcessMesh:
         return f"replica {self.replica}, column{'s' * (len(self.columns) - 1)} {columns}"
 
 
-def take_place(
+def create_mesh(
     seats: Sequence[Sequence[int]],
     device: torch.device,
     cores: int,
@@ -116,13 +116,13 @@ def take_place(
     """
     me, size = dist.get_rank(), len(seats[0])
     replica = next(index for index, ranks in enumerate(seats) if me in ranks)
-    pair = pictures = peers = None
+    pair = image_group = peers = None
     # Every rank has to create every group, in the same order, also those it is not in.
     if size == 2:
         for ranks in seats:
             groups = [dist.new_group(list(ranks), timeout=patience) for _ in range(2)]
             if me in ranks:
-                pair, pictures = groups
+                pair, image_group = groups
     if len(seats) > 1:
         for column in range(size):
             ranks = [replica_ranks[column] for replica_ranks in seats]
@@ -135,7 +135,7 @@ def take_place(
         device=device,
         cores=cores,
         pair=pair,
-        pictures=pictures,
+        image_group=image_group,
         peers=peers,
         order=tuple(rank for ranks in seats for rank in ranks),
     )

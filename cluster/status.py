@@ -24,9 +24,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.run.console import MOST_WORKERS, clock
+from cluster.run.console import MOST_WORKERS, format_duration
 from cluster.run.jsonl import WAITS
-from cluster.run.state import State, look
+from cluster.run.state import RunState, read_state
 from pipeline.remote.dataset import is_remote
 from pipeline.tools.errors import UsageError, run
 
@@ -63,27 +63,27 @@ def main(argv: list[str] | None = None) -> int:
                 "or name the folder of the run"
             )
         with _fetched(options.run) as folder:
-            return _show(replace(look(folder, mirrored=True), run=options.run), options.json)
-    state = look(Path(options.run))
+            return _show(replace(read_state(folder, mirrored=True), run=options.run), options.json)
+    state = read_state(Path(options.run))
     if not options.watch:
         return _show(state, options.json)
     if options.json:
         raise UsageError("--json is one object, --watch are many; give one of them")
     console = Console(file=sys.stdout, highlight=False)
-    with Live(screen(state, console.width), console=console, auto_refresh=False) as live:
+    with Live(render(state, console.width), console=console, auto_refresh=False) as live:
         while state.state not in ("finished", "failed"):
             time.sleep(EVERY)
-            state = look(Path(options.run))
-            live.update(screen(state, console.width), refresh=True)
+            state = read_state(Path(options.run))
+            live.update(render(state, console.width), refresh=True)
     return 0
 
 
-def _show(state: State, as_json: bool) -> int:
+def _show(state: RunState, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps(state.as_json()) + "\n")
     else:
         console = Console(file=sys.stdout, highlight=False)
-        console.print(screen(state, console.width))
+        console.print(render(state, console.width))
     return 0
 
 
@@ -98,7 +98,7 @@ def _fetched(store: str) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def screen(state: State, width: int = 80) -> RenderableType:
+def render(state: RunState, width: int = 80) -> RenderableType:
     """All of it, for a terminal of some width."""
     colour = COLOURS.get(state.state, "default")
     head = Text.assemble(f"{state.run}  ", (state.state, f"bold {colour}"))
@@ -116,10 +116,10 @@ def screen(state: State, width: int = 80) -> RenderableType:
     return Group(*parts)
 
 
-def _lines(state: State, width: int) -> list[tuple[str, str]]:
+def _lines(state: RunState, width: int) -> list[tuple[str, str]]:
     last, lines = state.last, _progress(state, width)
     if state.age_s is not None and "loss" in last:
-        lines.append(("last row", f"{clock(state.age_s)} ago"))
+        lines.append(("last row", f"{format_duration(state.age_s)} ago"))
     if "loss" in last:
         lines.append(
             ("loss", f"{last['loss']:.3f}  {sparkline(state.losses, min(width, 100) - 40)}")
@@ -151,7 +151,7 @@ def _lines(state: State, width: int) -> list[tuple[str, str]]:
     return lines
 
 
-def _progress(state: State, width: int) -> list[tuple[str, str]]:
+def _progress(state: RunState, width: int) -> list[tuple[str, str]]:
     lines = []
     if state.total:
         share = min(1.0, state.step / state.total)
@@ -160,8 +160,8 @@ def _progress(state: State, width: int) -> list[tuple[str, str]]:
     of = f" of {state.total:,}" if state.total else ""
     epoch = f", epoch {state.epoch:.2f}" if state.epoch is not None else ""
     lines.append(("step", f"{state.step:,}{of}{epoch}"))
-    told = [f"{clock(state.elapsed_s)} since the first start"] if state.elapsed_s else []
-    told += [f"{clock(state.left_s)} left"] if state.left_s is not None else []
+    told = [f"{format_duration(state.elapsed_s)} since the first start"] if state.elapsed_s else []
+    told += [f"{format_duration(state.left_s)} left"] if state.left_s is not None else []
     return lines + ([("time", ", ".join(told))] if told else [])
 
 
@@ -170,7 +170,7 @@ def _end(end: dict[str, Any]) -> str:
     return f"{when} at step {end.get('step') or 0:,}: {end.get('why') or 'for no known reason'}"
 
 
-def _waiting(state: State) -> str:
+def _waiting(state: RunState) -> str:
     last = state.last
     told = [f"for data {last['data_wait']:.1%}{_cause(last)}"]
     if last.get("exchange"):
@@ -187,17 +187,17 @@ def _cause(row: dict[str, Any]) -> str:
     return f" ({most.removeprefix('wait_')})" if waits[most] > 0.005 * row["seconds"] else ""
 
 
-def _checkpoint(state: State) -> str:
+def _checkpoint(state: RunState) -> str:
     found = state.checkpoint
     if "step" not in found:
         return str(found["where"])
     return (
-        f"step {found['step']:,}, {clock(found['age_s'])} ago, {found['bytes'] / 1e6:,.1f} MB; "
-        f"{found['kept']} kept"
+        f"step {found['step']:,}, {format_duration(found['age_s'])} ago, "
+        f"{found['bytes'] / 1e6:,.1f} MB; {found['kept']} kept"
     )
 
 
-def _workers(state: State) -> RenderableType:
+def _workers(state: RunState) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("replica", "column", "node", "device"):
         table.add_column(name)

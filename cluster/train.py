@@ -18,9 +18,9 @@ from pathlib import Path
 from cluster.checkpoint.loader import pin_init, resolve_init
 from cluster.checkpoint.storage import find_last_step, open_storage
 from cluster.config import Command, Config, parse_command
-from cluster.run.console import Screen
-from cluster.run.exporters import check_installed
-from cluster.run.folder import QUARANTINE, held, settle
+from cluster.run.console import RunConsole
+from cluster.run.exporters import require_tensorboard
+from cluster.run.folder import QUARANTINE, lock_run, write_run_config
 from cluster.run.sync import open_mirror
 from model.architecture import build_stages
 from pipeline.dataset.image_stats import Statistics
@@ -31,7 +31,7 @@ from pipeline.remote.target import local_path
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError, run
 
-Trainer = Callable[[Config, str, Path, Screen], None]
+Trainer = Callable[[Config, str, Path, RunConsole], None]
 
 
 def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
@@ -56,12 +56,12 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     manifest = Manifest.load(dataset.folder)
     samples = manifest.split("train", dataset.folder).samples
     with closing(dataset):
-        check(command, manifest, dataset)
+        check_data(command, manifest, dataset)
     if command.measure:
-        with held(folder), Screen() as screen:
-            measure(config, data, folder, screen)
+        with lock_run(folder), RunConsole() as screen:
+            measure_with_ray_session(config, data, folder, screen)
         return 0
-    with held(folder), Screen() as screen:
+    with lock_run(folder), RunConsole() as screen:
         if (mirror := open_mirror(folder, config.store)) and (fetched := mirror.restore()):
             screen.say(f"fetched from {hide_credentials(config.store)}: {', '.join(fetched)}")
         step, total = find_last_step(folder, config.store), config.total_steps(samples)
@@ -69,11 +69,11 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
         if config.init and not step:
             config, said = resolve_init(config, len(manifest.classes), screen.show)
             screen.say(said)
-        settle(folder, config, identity(dataset.folder), samples, step)
-        if step >= total and sound(folder, config.store, total, screen):
+        write_run_config(folder, config, identity(dataset.folder), samples, step)
+        if step >= total and has_sound_checkpoint(folder, config.store, total, screen):
             screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
             return 0
-        screen.say(summary(command, manifest, total))
+        screen.say(summarize(command, manifest, total))
         try:
             (trainer or train_with_ray)(config, data, folder, screen)
         except KeyboardInterrupt:
@@ -81,12 +81,12 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
             screen.say(f"stopped; the same command goes on from step {step}")
             raise
         finally:
-            if replaced := damage(folder / QUARANTINE):
+            if replaced := count_damage(folder / QUARANTINE):
                 screen.say(f"{replaced}; {command.run / QUARANTINE} lists them")
     return 0
 
 
-def check(command: Command, manifest: Manifest, dataset: Dataset) -> None:
+def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
     """Refuse, before anything has started, what the workers would refuse after half a minute.
 
     Raises:
@@ -103,7 +103,7 @@ def check(command: Command, manifest: Manifest, dataset: Dataset) -> None:
         ShardReader(dataset, split)
     open_storage(command.run, command.settings.store)
     if command.settings.tensorboard:
-        check_installed()
+        require_tensorboard()
     Statistics.load(dataset.folder, manifest.stats_sha256)
 
     try:
@@ -112,7 +112,7 @@ def check(command: Command, manifest: Manifest, dataset: Dataset) -> None:
         raise UsageError(f"{error} ({command.config} and the flags given)") from error
 
 
-def sound(folder: Path, store: str, total: int, screen: Screen) -> bool:
+def has_sound_checkpoint(folder: Path, store: str, total: int, screen: RunConsole) -> bool:
     """Whether the last checkpoint of a run that looks finished can be read, byte for byte."""
     from cluster.checkpoint.format import choose_checkpoint
 
@@ -122,7 +122,7 @@ def sound(folder: Path, store: str, total: int, screen: Screen) -> bool:
         return False  # the workers will say so
 
 
-def summary(command: Command, manifest: Manifest, total: int) -> str:
+def summarize(command: Command, manifest: Manifest, total: int) -> str:
     """The run in a line or two."""
     config = command.settings
     pictures = manifest.splits["train"].samples
@@ -134,7 +134,7 @@ def summary(command: Command, manifest: Manifest, total: int) -> str:
     )
 
 
-def damage(path: Path) -> str:
+def count_damage(path: Path) -> str:
     """What RUN/quarantine.jsonl says, in words; nothing if there is none."""
     try:
         rows = len(path.read_bytes().splitlines())
@@ -143,21 +143,21 @@ def damage(path: Path) -> str:
     return f"{rows:,} damaged image{'s were' if rows > 1 else ' was'} replaced by others"
 
 
-def train_with_ray(config: Config, data: str, folder: Path, screen: Screen) -> None:
+def train_with_ray(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
     """Have the run trained, on a Ray of its own or one that is there.
 
     Raises:
         DuetError: the run failed.
     """
-    from cluster.launch.controller import Supervisor
+    from cluster.launch.controller import Controller
 
-    with a_ray(config) as aside:
-        Supervisor(
+    with start_ray(config) as aside:
+        Controller(
             config, data, folder, screen, lambda: find_last_step(folder, config.store), aside
         ).train()
 
 
-def measure(config: Config, data: str, folder: Path, screen: Screen) -> None:
+def measure_with_ray_session(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
     """Have workers say where a step's time goes, on a Ray of their own or one that is there.
 
     Raises:
@@ -165,17 +165,17 @@ def measure(config: Config, data: str, folder: Path, screen: Screen) -> None:
     """
     from cluster.launch.measurement import measure_with_ray
 
-    with a_ray(config) as aside:
+    with start_ray(config) as aside:
         measure_with_ray(config, data, folder, screen, aside)
 
 
 @contextmanager
-def a_ray(config: Config) -> Iterator[Callable[[], str]]:
+def start_ray(config: Config) -> Iterator[Callable[[], str]]:
     """A Ray for the workers of a config; yields what tells what Ray has said on stdout so far."""
-    from cluster.launch.session import session
+    from cluster.launch.session import ray_session
 
     aside = io.StringIO()
-    with redirect_stdout(aside), session(config.size * config.replica_sizes[-1]):
+    with redirect_stdout(aside), ray_session(config.size * config.replica_sizes[-1]):
         yield aside.getvalue
 
 

@@ -39,7 +39,7 @@ from cluster.checkpoint.storage import (
 from cluster.config import Config, read_run_config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Tell
-from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, last_step
+from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, read_last_step
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from pipeline.remote.dataset import is_remote
@@ -91,8 +91,8 @@ def load_newest(
         DataError: there are some, and none is sound, or the newest is of another network.
         SetupError: they cannot be reached.
     """
-    found, seen = _look(places, run, tell) if place.leads else (None, _Seen())
-    seen = place.share(seen)
+    found, seen = _look(places, run, tell) if place.is_leader else (None, _Seen())
+    seen = place.broadcast(seen)
     if seen.trouble:
         raise SetupError(seen.trouble)
     if seen.names and not seen.newest:
@@ -114,7 +114,7 @@ def _look(places: CheckpointStorage, run: Path, tell: Tell) -> tuple[Checkpoint 
     seen = _Seen()
     try:
         seen.names = places.list_complete()
-        before = last_step(run)
+        before = read_last_step(run)
         if not seen.names and before:
             # To begin at step 0 would throw away what is only out of reach.
             raise SetupError(
@@ -292,7 +292,7 @@ def load_init(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
         SetupError: this process cannot read what another one can.
     """
     source = parse_init(init)
-    name = source.name or place.share(choose_init(source, tell).name if place.leads else "")
+    name = source.name or place.broadcast(choose_init(source, tell).name if place.is_leader else "")
     path, holder = fetch_own_columns(source.places, name, place)
     state: dict[str, Tensor] = {}
     for column in net.columns:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from cluster.run.folder import CHECKPOINTS, checkpoints_in
+from cluster.run.folder import CHECKPOINTS, list_checkpoints
 from pipeline.remote.dataset import is_remote
 from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import StoreTarget, local_path, open_store
@@ -127,7 +127,7 @@ class LocalStorage:
 
     def list_complete(self) -> list[str]:
         """Names of the complete ones, newest first."""
-        return [path.name for path in checkpoints_in(self._folder)]
+        return [path.name for path in list_checkpoints(self._folder)]
 
     def begin(self, step: int, token: str) -> str:
         """Make a folder to write in.

@@ -246,13 +246,15 @@ class CheckpointManager:
         self.finish()
         if self._save is not None:
             self._left_out = (mark, net, optimiser, error)
-            if self._place.leads:
+            if self._place.is_leader:
                 self._warn(
                     f"the checkpoint of step {self._save.mark.step} is still being written to "
                     f"{self._places.address}; that of step {mark.step} is left out"
                 )
             return
-        work, trouble = self._place.share(self._open(mark) if self._place.leads else ("", ""))
+        work, trouble = self._place.broadcast(
+            self._open(mark) if self._place.is_leader else ("", "")
+        )
         self._save = save = _Save(mark, error, work, trouble)
         if not trouble and self._place.replica == 0:
             state = self._copies.take(collect_state(net, optimiser))
@@ -269,7 +271,7 @@ class CheckpointManager:
     def _write(self, save: _Save, state: dict[str, Any], columns: tuple[int, ...]) -> None:
         """What the thread does."""
         write_columns(self._places, save.work, state, columns, save.files, self._stopped)
-        if self._place.leads and not self._stopped.is_set():
+        if self._place.is_leader and not self._stopped.is_set():
             self.alongside()
 
     def finish(self, *, must: bool = False) -> None:
@@ -288,7 +290,9 @@ class CheckpointManager:
                 save.blocked += time.monotonic() - start
                 return
             self._save = None
-            trouble = self._place.share(self._conclude(save, parts) if self._place.leads else "")
+            trouble = self._place.broadcast(
+                self._conclude(save, parts) if self._place.is_leader else ""
+            )
             save.blocked += time.monotonic() - start
             self._good = self._good if trouble else save.mark.step
             self._report(save, trouble, must and not self._left_out)
@@ -372,7 +376,7 @@ class CheckpointManager:
                 f"space there, or bring the disk back: the same command goes on from step "
                 f"{self._good}"
             )
-        if not self._place.leads:
+        if not self._place.is_leader:
             return
         if not trouble:
             self._tell(Saved(save.mark.step, save.blocked))

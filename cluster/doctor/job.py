@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.hardware import Gpu, Hardware
-from cluster.launch.placement import Node, NoRoom, plan
+from cluster.launch.placement import Node, NoRoom, place_workers
 from model.architecture import build_stages
 from model.summary import FLOAT32_BYTES, build_table, sum_rows
 
@@ -66,7 +66,7 @@ def judge_room(config: Config, nodes: Sequence[Node]) -> Finding:
     """Judge whether the job fits a cluster as it is now."""
     gpu = on_gpus(config, any(node.gpus + node.busy_gpus for node in nodes))
     try:
-        found = plan(nodes, sizes=config.replica_sizes, size=config.size, gpu=gpu)
+        found = place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=gpu)
     except NoRoom as error:
         what, _, ways = str(error).rpartition("; use ")
         return fail("room", what, ways)

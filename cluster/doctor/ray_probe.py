@@ -127,14 +127,17 @@ def main(request: dict[str, Any], out: Path) -> None:
     """Join, ask, and write down what there is to say; also why it could not be asked."""
     from dataclasses import asdict
 
-    from cluster.launch.placement import living
-    from cluster.launch.session import session
+    from cluster.launch.placement import list_nodes
+    from cluster.launch.session import ray_session
     from pipeline.tools.errors import DuetError
 
     start = time.monotonic()
     try:
-        with session(1, ahead=None):
-            answer = {"seconds": time.monotonic() - start, "room": [asdict(n) for n in living()]}
+        with ray_session(1, ahead=None):
+            answer = {
+                "seconds": time.monotonic() - start,
+                "room": [asdict(n) for n in list_nodes()],
+            }
             answer |= ask(request)
             out.write_text(json.dumps(answer), encoding="utf-8")
     except DuetError as error:

@@ -45,8 +45,8 @@ import tyro
 from torch import Tensor
 
 from cluster.checkpoint.storage import find_last_step
-from cluster.run.folder import store_of
-from cluster.run.probabilities import About, Saved
+from cluster.run.folder import read_store
+from cluster.run.probabilities import ProbabilityInfo, SavedProbabilities
 from model.metrics import count_errors, sum_metrics
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
@@ -200,7 +200,7 @@ class Together:
     An image counts if it was sound for all of them.
     """
 
-    def __init__(self, saved: Sequence[Saved], weights: Tensor | None = None) -> None:
+    def __init__(self, saved: Sequence[SavedProbabilities], weights: Tensor | None = None) -> None:
         """Make sure that they are of the same images.
 
         Args:
@@ -243,7 +243,7 @@ def counted(nets: Together, weights: Sequence[float]) -> list[dict[str, float]]:
     ]
 
 
-def _same(first: Saved, other: Saved) -> None:
+def _same(first: SavedProbabilities, other: SavedProbabilities) -> None:
     """Refuse probabilities of other images or classes."""
     one, two = first.about, other.about
     if two.split != one.split:
@@ -263,7 +263,7 @@ def _same(first: Saved, other: Saved) -> None:
     )
 
 
-def _difference(one: About, two: About) -> str:
+def _difference(one: ProbabilityInfo, two: ProbabilityInfo) -> str:
     if len(one.classes) != len(two.classes):
         return f"{len(two.classes)}, not {len(one.classes)}"
     names = zip(one.classes, two.classes, strict=True)
@@ -279,7 +279,7 @@ every other image, counted on those between, and the other way round."""
 ERRORS = ("top1_error", "top5_error")
 
 
-def table_of(saved: Sequence[Saved], sizes: Sequence[int]) -> dict[str, Any]:
+def table_of(saved: Sequence[SavedProbabilities], sizes: Sequence[int]) -> dict[str, Any]:
     """Count averages of some of the runs.
 
     Args:
@@ -305,7 +305,7 @@ def table_of(saved: Sequence[Saved], sizes: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _line(saved: Sequence[Saved], size: int, whole: Together) -> dict[str, Any]:
+def _line(saved: Sequence[SavedProbabilities], size: int, whole: Together) -> dict[str, Any]:
     some = list(itertools.islice(itertools.combinations(saved, size), MOST))
     found = [_errors(Together(one, whole.weights)) for one in some]
     line: dict[str, Any] = {"nets": size, "combinations": len(some)}
@@ -404,7 +404,7 @@ def average(options: Ensemble) -> dict[str, Any]:
         UsageError: a run without probabilities, or with those of other data.
         DataError: probabilities that cannot be read.
     """
-    nets = Together([Saved(path, options.views) for path in options.runs])
+    nets = Together([SavedProbabilities(path, options.views) for path in options.runs])
     for saved in nets.saved:
         _tell_old(saved)
     if options.sizes:
@@ -458,9 +458,9 @@ def _words(weights: Sequence[float]) -> str:
     return " ".join(f"{weight:g}" for weight in weights)
 
 
-def _tell_old(saved: Saved) -> None:
+def _tell_old(saved: SavedProbabilities) -> None:
     """Warn of probabilities that are older than the network."""
-    if (step := find_last_step(saved.run, store_of(saved.run))) > saved.about.step:
+    if (step := find_last_step(saved.run, read_store(saved.run))) > saved.about.step:
         sys.stderr.write(
             f"warning: the probabilities of {saved.run} are those of step {saved.about.step}; "
             f"it has come to step {step} since\n"

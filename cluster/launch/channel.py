@@ -60,7 +60,7 @@ class Channel:
             )
             .remote()
         )
-        self.address = Address(self._box, here, os.getpid())
+        self.address = DriverAddress(self._box, here, os.getpid())
 
     def take(self) -> list[Event]:
         """What the workers have told since the last call."""
@@ -75,7 +75,7 @@ class Channel:
 
 
 @dataclass(frozen=True)
-class Address:
+class DriverAddress:
     """What a worker needs to reach the driver. Travels between processes."""
 
     box: Any
@@ -95,14 +95,14 @@ class Address:
         ray.get(self.box.put.remote(event), timeout=SILENCE)
 
 
-class Watch:
+class DriverWatch:
     """A worker's eye on its driver: `ending` says whether to end; without a driver it exits.
 
     A worker whose driver was killed must not go on writing into a run that somebody else has begun
     again. Ray ends it, too, but only after several seconds.
     """
 
-    def __init__(self, address: Address, lost: Callable[[], None] | None = None) -> None:
+    def __init__(self, address: DriverAddress, lost: Callable[[], None] | None = None) -> None:
         """Begin to look, in a thread; `lost` is called if the driver is gone (default: exit)."""
         import ray
 

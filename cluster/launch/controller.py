@@ -31,11 +31,20 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.launch.channel import Channel
-from cluster.launch.placement import Node, NoRoom, Plan, draining, living, name_of, plan, uses_gpus
-from cluster.launch.worker import FAKE_GPUS, Job, run_worker
-from cluster.run.console import Screen
+from cluster.launch.placement import (
+    Node,
+    NoRoom,
+    Placement,
+    find_draining_nodes,
+    get_node_name,
+    list_nodes,
+    place_workers,
+    uses_gpus,
+)
+from cluster.launch.worker import FAKE_GPUS, WorkerJob, run_worker
+from cluster.run.console import RunConsole
 from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started, Worker
-from cluster.run.folder import ATTEMPTS, ERRORS, last_attempt, last_step
+from cluster.run.folder import ATTEMPTS, ERRORS, read_last_attempt, read_last_step
 from cluster.run.sync import DRIVER_FILES, open_mirror
 from pipeline.tools.errors import DuetError
 
@@ -115,11 +124,11 @@ FORWARDED = ("OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_G
 """Variables that workers need before torch is loaded there, or that Ray does not hand on."""
 
 
-class Attempt:
+class WorkerGroup:
     """Workers under way: `events()` until they end, then the other attributes say how."""
 
     def __init__(
-        self, config: Config, data: str, run: Any, plan: Plan, *, measure: bool = False
+        self, config: Config, data: str, run: Any, plan: Placement, *, measure: bool = False
     ) -> None:
         self.plan = plan
         self.started = self.ended = self.finished = False
@@ -127,7 +136,7 @@ class Attempt:
         self.failure = Failure()
         """Why it failed, if it did; and the table of workers, when they are placed."""
         self._channel = Channel()
-        job = Job(
+        job = WorkerJob(
             config=config, data=data, run=run, plan=plan, driver=self._channel.address,
             measure=measure,
         )  # fmt: skip
@@ -135,11 +144,11 @@ class Attempt:
         self._thread = threading.Thread(target=self._fit, args=(job,), daemon=True)
         self._thread.start()
 
-    def _fit(self, job: Job) -> None:
+    def _fit(self, job: WorkerJob) -> None:
         # Ray Train's own notes; it reads them on the driver's node only.
         scratch = tempfile.mkdtemp(prefix="duet-train-")
         try:
-            trainer(job, scratch).fit()
+            create_trainer(job, scratch).fit()
         except BaseException as error:
             self.failure.raised = error
         finally:
@@ -182,7 +191,7 @@ class Attempt:
         return self.failure.told is not None or self.failure.raised is not None
 
 
-def trainer(job: Job, scratch: str) -> Any:
+def create_trainer(job: WorkerJob, scratch: str) -> Any:
     """The Ray Train run of a job."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -236,11 +245,11 @@ TELL_EVERY = 30.0
 """Seconds between lines about a wait."""
 
 
-class Supervisor:
+class Controller:
     """Keeps one run going; needs a Ray (`ray_session.session`)."""
 
     def __init__(
-        self, config: Config, data: str, run: Path, screen: Screen,
+        self, config: Config, data: str, run: Path, screen: RunConsole,
         reached: Callable[[], int], aside: Callable[[], str],
     ) -> None:  # fmt: skip
         """Prepare.
@@ -258,7 +267,7 @@ class Supervisor:
         # Decided once: a run that has lost its GPUs must not creep on on CPUs.
         self._gpu = uses_gpus(config)
         self._mirror = open_mirror(run, config.store)
-        self._number = last_attempt(run)
+        self._number = read_last_attempt(run)
 
     def train(self) -> None:
         """Train to the last step.
@@ -270,7 +279,7 @@ class Supervisor:
         """
         failures, begun = 0, self._step()
         room = self._first_room()
-        with wanted_end() as end:
+        with count_interrupts() as end:
             while True:
                 attempt = self._attempt(room, end)
                 if attempt.finished:
@@ -285,7 +294,7 @@ class Supervisor:
                     self._screen.say(f"{attempt.failure.why}; starting again from step {step}")
                 room = self._room(attempt.plan, end)
 
-    def _first_room(self) -> Plan:
+    def _first_room(self) -> Placement:
         """Find room at once or not at all.
 
         Only where the run has been under way before, what it held may be about to be free.
@@ -293,17 +302,17 @@ class Supervisor:
         start = time.monotonic()
         while True:
             try:
-                return self._plan(living())
+                return self._plan(list_nodes())
             except NoRoom:
                 if self._number == 0 or time.monotonic() - start > SETTLE:
                     raise
             time.sleep(0.5)
 
-    def _attempt(self, room: Plan, end: Callable[[], int]) -> Attempt:
+    def _attempt(self, room: Placement, end: Callable[[], int]) -> WorkerGroup:
         """Start the workers, and stay until they have ended."""
         self._number += 1
-        attempt = Attempt(self._config, self._data, self._run, room)
-        asked = Asked(attempt, self._screen)
+        attempt = WorkerGroup(self._config, self._data, self._run, room)
+        asked = StopRequest(attempt, self._screen)
         try:
             for event in attempt.events():
                 self._tell(event, attempt)
@@ -319,7 +328,7 @@ class Supervisor:
             self._note("end", step=self._step(), why=why, code=int(not attempt.finished))
         return attempt
 
-    def _tell(self, event: Event | None, attempt: Attempt) -> None:
+    def _tell(self, event: Event | None, attempt: WorkerGroup) -> None:
         """Show what a worker tells, and note a start."""
         if isinstance(event, Placed):
             self._screen.table(event.workers)
@@ -338,27 +347,27 @@ class Supervisor:
             reached = self._reached()
         except (OSError, DuetError):
             reached = 0
-        return max(reached, last_step(self._run))
+        return max(reached, read_last_step(self._run))
 
-    def _reason(self, now: Plan, asked: Asked) -> str:
+    def _reason(self, now: Placement, asked: StopRequest) -> str:
         """Why the workers should start anew elsewhere; empty if they should not."""
         if not asked.looks():
             return ""
-        if leaving := draining() & set(now.nodes):
-            return f"node {name_of(min(leaving))} is about to go"
+        if leaving := find_draining_nodes() & set(now.nodes):
+            return f"node {get_node_name(min(leaving))} is about to go"
         if time.monotonic() - asked.since < GROW_AFTER:
             return ""
         try:
-            more = self._plan(living(now)).replicas
+            more = self._plan(list_nodes(now)).replicas
         except NoRoom:
             return ""
         return f"there is room for {more} replicas" if more > now.replicas else ""
 
-    def _plan(self, nodes: list[Node]) -> Plan:
+    def _plan(self, nodes: list[Node]) -> Placement:
         config = self._config
-        return plan(nodes, sizes=config.replica_sizes, size=config.size, gpu=self._gpu)
+        return place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=self._gpu)
 
-    def _room(self, before: Plan, end: Callable[[], int]) -> Plan:
+    def _room(self, before: Placement, end: Callable[[], int]) -> Placement:
         """Find room for the next start: as much as there will be when the last one is cleared away.
 
         Raises:
@@ -369,7 +378,7 @@ class Supervisor:
         while True:
             waited = time.monotonic() - start
             try:
-                room = self._plan(answering(living()))
+                room = self._plan(filter_reachable(list_nodes()))
                 if waited > SETTLE or room.replicas >= self._expected(before):
                     return room
             except NoRoom as error:
@@ -383,10 +392,10 @@ class Supervisor:
                 raise KeyboardInterrupt
             time.sleep(0.5)
 
-    def _expected(self, before: Plan) -> int:
+    def _expected(self, before: Placement) -> int:
         """Replicas that fit when what the last start held is free again."""
         try:
-            return self._plan(answering(living(before))).replicas
+            return self._plan(filter_reachable(list_nodes(before))).replicas
         except NoRoom:
             return 0
 
@@ -401,10 +410,10 @@ class Supervisor:
             self._screen.say(f"warning: {self._run / ATTEMPTS} cannot be written ({error})")
 
 
-class Asked:
+class StopRequest:
     """Whether, since when and why the workers of an attempt were asked to end."""
 
-    def __init__(self, attempt: Attempt, screen: Screen) -> None:
+    def __init__(self, attempt: WorkerGroup, screen: RunConsole) -> None:
         self._attempt, self._screen = attempt, screen
         self.since = time.monotonic()
         """When the attempt was begun."""
@@ -443,7 +452,7 @@ class Asked:
 
 
 @contextmanager
-def wanted_end() -> Iterator[Callable[[], int]]:
+def count_interrupts() -> Iterator[Callable[[], int]]:
     """Count Ctrl-C and SIGTERM instead of ending at the first; the second raises.
 
     Yields:
@@ -465,7 +474,7 @@ def wanted_end() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def answering(nodes: list[Node]) -> list[Node]:
+def filter_reachable(nodes: list[Node]) -> list[Node]:
     """Leave out nodes that do not answer: Ray takes some seconds to notice that one is gone."""
     import ray
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.launch.controller import Attempt
-from cluster.launch.placement import living, plan, uses_gpus
-from cluster.run.console import Screen
+from cluster.launch.controller import WorkerGroup
+from cluster.launch.placement import list_nodes, place_workers, uses_gpus
+from cluster.run.console import RunConsole
 from cluster.run.events import Measured
 from cluster.run.folder import MEASURE
 from cluster.run.jsonl import WAITS
@@ -30,7 +30,7 @@ NAMES = {
 
 
 def measure_with_ray(
-    config: Config, data: str, folder: Path, screen: Screen, aside: Callable[[], str]
+    config: Config, data: str, folder: Path, screen: RunConsole, aside: Callable[[], str]
 ) -> None:
     """Have workers measure, show what they found and write it down; needs a Ray.
 
@@ -40,8 +40,8 @@ def measure_with_ray(
         KeyboardInterrupt: the user ended it.
     """
     gpu = uses_gpus(config)
-    room = plan(living(), sizes=config.replica_sizes, size=config.size, gpu=gpu)
-    attempt = Attempt(config, data, folder, room, measure=True)
+    room = place_workers(list_nodes(), sizes=config.replica_sizes, size=config.size, gpu=gpu)
+    attempt = WorkerGroup(config, data, folder, room, measure=True)
     found: Mapping[str, Any] | None = None
     for event in attempt.events():
         if isinstance(event, Measured):
@@ -50,16 +50,16 @@ def measure_with_ray(
             screen.show(event)
     if found is None:
         raise attempt.failure.error(folder, aside())
-    for line in told(found):
+    for line in format_measurement(found):
         screen.say(line)
     with atomic_write(folder / MEASURE) as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
     page = folder / "throughput.html"
-    write_page(page, found["report"], step_parts(found))
+    write_page(page, found["report"], split_step(found))
     screen.say(f"written: {folder / MEASURE}, {page}")
 
 
-def step_parts(found: Mapping[str, Any]) -> dict[str, float]:
+def split_step(found: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of a step by what it was, in words; computing is cut in two by what replay shows."""
     parts, wall = found["step"]["parts"], found["step"]["wall"]
     alone = min(parts["compute"], found["replayed"]["parts"]["compute"])
@@ -68,11 +68,11 @@ def step_parts(found: Mapping[str, Any]) -> dict[str, float]:
     return named | {"bookkeeping": max(0.0, wall - sum(parts.values()))}
 
 
-def told(found: Mapping[str, Any]) -> list[str]:
+def format_measurement(found: Mapping[str, Any]) -> list[str]:
     """What was found, in lines."""
     wall = found["step"]["wall"]
     lines = [f"a step takes {wall * 1e3:,.1f} ms ({found['img_s']:,.0f} img/s):"]
-    for name, seconds in step_parts(found).items():
+    for name, seconds in split_step(found).items():
         if seconds / wall >= 0.0005:
             lines.append(f"  {name:<32}{seconds * 1e3:>10,.1f} ms {seconds / wall:>7.1%}")
     low, high = found["spread"]

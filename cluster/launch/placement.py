@@ -42,7 +42,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Placement:
     """Where the workers go: node ids in rank order, and what each worker gets."""
 
     nodes: tuple[str, ...]
@@ -63,7 +63,9 @@ class NoRoom(SetupError):
     """The cluster cannot hold the job as it is now."""
 
 
-def plan(nodes: Sequence[Node], *, sizes: Sequence[int], size: int, gpu: bool) -> Plan:
+def place_workers(
+    nodes: Sequence[Node], *, sizes: Sequence[int], size: int, gpu: bool
+) -> Placement:
     """Give every replica a node that has room for all of its workers.
 
     Args:
@@ -88,7 +90,7 @@ def plan(nodes: Sequence[Node], *, sizes: Sequence[int], size: int, gpu: bool) -
             used[node.id] = take
     cpus = min(node.cpus // (used[node.id] * size) for node in nodes if node.id in used)
     order = tuple(name for name, pairs in used.items() for _ in range(pairs * size))
-    return Plan(nodes=order, cpus=max(1, int(cpus)), gpus=int(gpu), size=size)
+    return Placement(nodes=order, cpus=max(1, int(cpus)), gpus=int(gpu), size=size)
 
 
 def _refusal(nodes: Sequence[Node], replicas: int, size: int, gpu: bool) -> str:
@@ -123,7 +125,7 @@ def _way_out(nodes: Iterable[Node], fits: int, size: int, gpu: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Seat:
+class WorkerLocation:
     """Where a worker was really started."""
 
     node: str
@@ -134,7 +136,7 @@ class Seat:
     """Number of its GPU on that node."""
 
 
-def seats(started: Sequence[Seat], size: int) -> tuple[tuple[int, ...], ...]:
+def group_ranks(started: Sequence[WorkerLocation], size: int) -> tuple[tuple[int, ...], ...]:
     """Group the ranks that were really started into replicas whose workers share a node.
 
     On a node the workers are paired in the order of their GPUs, so that pairs are neighbours.
@@ -164,12 +166,14 @@ def seats(started: Sequence[Seat], size: int) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(found, key=min))
 
 
-def table(started: Sequence[Seat], found: Sequence[Sequence[int]], columns: int) -> list[Worker]:
+def list_workers(
+    started: Sequence[WorkerLocation], found: Sequence[Sequence[int]], columns: int
+) -> list[Worker]:
     """Return the workers in job order.
 
     Args:
         started: of every rank of torch.distributed.
-        found: `seats` of them.
+        found: `group_ranks` of them.
         columns: of the network, 1 or 2.
     """
     alone = "a and b" if columns == 2 else "a"
@@ -184,7 +188,7 @@ def table(started: Sequence[Seat], found: Sequence[Sequence[int]], columns: int)
     ]
 
 
-def living(mine: Plan | None = None) -> list[Node]:
+def list_nodes(mine: Placement | None = None) -> list[Node]:
     """Return the nodes that live and are not being drained, with what is free on them.
 
     Args:
@@ -192,7 +196,7 @@ def living(mine: Plan | None = None) -> list[Node]:
     """
     import ray
 
-    free, leaving = available(), draining()
+    free, leaving = read_free_resources(), find_draining_nodes()
     held = Counter(mine.nodes) if mine else Counter[str]()
     nodes = []
     for node in ray.nodes():
@@ -228,7 +232,7 @@ def uses_gpus(config: Config) -> bool:
     return config.device == "gpu" or (config.device == "auto" and has_gpus())
 
 
-def name_of(identity: str) -> str:
+def get_node_name(identity: str) -> str:
     """Return the name of a node, for people."""
     import ray
 
@@ -240,7 +244,7 @@ def name_of(identity: str) -> str:
 # go: its own training and serving libraries use these two (2.60; pyproject holds the minor).
 
 
-def available() -> Mapping[str, Mapping[str, float]]:
+def read_free_resources() -> Mapping[str, Mapping[str, float]]:
     """Free resources of each node."""
     from ray._private.state import available_resources_per_node
 
@@ -248,7 +252,7 @@ def available() -> Mapping[str, Mapping[str, float]]:
     return found
 
 
-def draining() -> set[str]:
+def find_draining_nodes() -> set[str]:
     """Ids of the nodes that are being drained: preempted, or taken down by the autoscaler."""
     from ray._private.state import state
 

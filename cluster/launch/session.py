@@ -37,7 +37,7 @@ OWN = {
 
 
 @contextmanager
-def session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator[None]:
+def ray_session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator[None]:
     """Attach to the Ray that RAY_ADDRESS names, or start one for this run and end it after.
 
     Args:

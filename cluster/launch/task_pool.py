@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from cluster.launch.session import session
+from cluster.launch.session import ray_session
 from pipeline.packing.build import libraries
 from pipeline.remote.target import WORK, Target
 from pipeline.sources.paths import is_remote
@@ -98,7 +98,7 @@ class RayPool:
 
     def _start(self, job: Any) -> None:
         """Have a Ray, and a mark in OUT that all its nodes must see."""
-        self._stack.enter_context(session(self._workers, ahead=None))
+        self._stack.enter_context(ray_session(self._workers, ahead=None))
         import ray
 
         target: Target = job.target

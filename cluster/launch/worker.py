@@ -1,4 +1,4 @@
-"""What Ray Train calls in every worker: find the place, then train as if there were no Ray.
+"""What Ray Train calls in every worker: find the mesh, then train as if there were no Ray.
 
 The workers' rendezvous on a Ray of our own, on 127.0.0.1 as all that Ray itself starts there.
 
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _TorchBackend
 
 from cluster.config import Config
-from cluster.launch.channel import Address, Watch
-from cluster.launch.placement import Plan, Seat, seats, table
+from cluster.launch.channel import DriverAddress, DriverWatch
+from cluster.launch.placement import Placement, WorkerLocation, group_ranks, list_workers
 from cluster.run.events import Failed, Placed
 from pipeline.tools.errors import DuetError, SetupError
 
@@ -52,19 +52,19 @@ class LoopbackBackend(_TorchBackend):
         import ray
 
         size, patience = len(worker_group), backend_config.timeout_s
-        port = worker_group.execute_single(0, hold_store, size, patience)
+        port = worker_group.execute_single(0, start_store, size, patience)
         worker_group.execute(_set_torch_distributed_env_vars)
         ray.get(
             [
                 worker_group.execute_single_async(
-                    rank, join, rank, size, port, backend_config.backend, patience
+                    rank, join_process_group, rank, size, port, backend_config.backend, patience
                 )
                 for rank in range(size)
             ]
         )
 
 
-def hold_store(size: int, timeout_s: int) -> int:
+def start_store(size: int, timeout_s: int) -> int:
     """Keep a store for `size` workers in this process; returns its port."""
     with socket.socket() as listening:
         listening.bind((HOST, 0))
@@ -78,7 +78,7 @@ def hold_store(size: int, timeout_s: int) -> int:
     return port
 
 
-def join(rank: int, size: int, port: int, backend: str, timeout_s: int) -> None:
+def join_process_group(rank: int, size: int, port: int, backend: str, timeout_s: int) -> None:
     """Begin torch.distributed in this worker."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
@@ -93,55 +93,55 @@ FAKE_GPUS = "DUET_FAKE_GPUS"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class WorkerJob:
     """What a worker is sent."""
 
     config: Config
     data: str
     run: Path
-    plan: Plan
-    driver: Address
+    plan: Placement
+    driver: DriverAddress
     measure: bool = False
     """Do not train, but say where the time goes."""
 
 
 def run_worker(loop_config: dict[str, Any]) -> None:
     """Ray Train calls this in every worker."""
-    from cluster.run.exporters import Gauges
-    from cluster.run.folder import leading, write_machine
+    from cluster.run.exporters import PrometheusGauges
+    from cluster.run.folder import lock_leader, write_machine
     from cluster.run.sync import open_mirror
     from cluster.training.loop import train
 
-    job: Job = loop_config["job"]
+    job: WorkerJob = loop_config["job"]
     where = "a worker"
-    with closing(Watch(job.driver)) as watch:
+    with closing(DriverWatch(job.driver)) as watch:
         try:
-            place, workers = find_place(job.plan, job.config)
-            where = str(place)
+            mesh, workers = find_mesh(job.plan, job.config)
+            where = str(mesh)
             if job.measure:
                 from cluster.training.profiler import measure
 
-                if place.leads:
+                if mesh.is_leader:
                     job.driver.tell(Placed(tuple(workers)))
-                measure(job.config, job.data, place, job.driver.tell)
+                measure(job.config, job.data, mesh, job.driver.tell)
                 return
             prepare_folder(job)
-            with leading(job.run) if place.leads else nullcontext():
-                if place.leads:
+            with lock_leader(job.run) if mesh.is_leader else nullcontext():
+                if mesh.is_leader:
                     if mirror := open_mirror(job.run, job.config.store):
                         mirror.restore()  # another node than the last leader's
-                    write_machine(job.run, place.world_size)
+                    write_machine(job.run, mesh.world_size)
                     job.driver.tell(Placed(tuple(workers)))
                 train(
-                    job.config, job.data, job.run, place, job.driver.tell, ending=watch.ending,
-                    publish=[Gauges(job.run.name, place)],
+                    job.config, job.data, job.run, mesh, job.driver.tell, ending=watch.ending,
+                    publish=[PrometheusGauges(job.run.name, mesh)],
                 )  # fmt: skip
         except Exception as error:
-            job.driver.tell_now(as_failed(error, where))
+            job.driver.tell_now(describe_failure(error, where))
             raise
 
 
-def prepare_folder(job: Job) -> None:
+def prepare_folder(job: WorkerJob) -> None:
     """Make sure that RUN is where this worker can write.
 
     Raises:
@@ -157,8 +157,8 @@ def prepare_folder(job: Job) -> None:
     job.run.mkdir(parents=True, exist_ok=True)
 
 
-def find_place(plan: Plan, config: Config) -> Any:
-    """This worker's place, from where the workers were really started, and the table of all.
+def find_mesh(plan: Placement, config: Config) -> Any:
+    """This worker's mesh, from where the workers were really started, and the table of all.
 
     Raises:
         SetupError: the columns of a replica do not share a node, or there is no GPU here.
@@ -166,19 +166,21 @@ def find_place(plan: Plan, config: Config) -> Any:
     import ray
     import torch.distributed as dist
 
-    from cluster.mesh import take_place
+    from cluster.mesh import create_mesh
 
     gpus = [int(number) for number in ray.get_gpu_ids()] if plan.gpus else []
-    mine = Seat(ray.get_runtime_context().get_node_id(), platform.node(), gpus[0] if gpus else None)
-    started: list[Seat] = [mine] * dist.get_world_size()
+    mine = WorkerLocation(
+        ray.get_runtime_context().get_node_id(), platform.node(), gpus[0] if gpus else None
+    )
+    started: list[WorkerLocation] = [mine] * dist.get_world_size()
     dist.all_gather_object(started, mine)
-    found = seats(started, plan.size)
+    found = group_ranks(started, plan.size)
     patience = timedelta(seconds=config.collective_timeout)
-    place = take_place(found, _device(plan), plan.cpus, patience)
-    return place, table(started, found, config.design.columns)
+    mesh = create_mesh(found, _device(plan), plan.cpus, patience)
+    return mesh, list_workers(started, found, config.design.columns)
 
 
-def _device(plan: Plan) -> Any:
+def _device(plan: Placement) -> Any:
     import torch
     from ray.train.torch import get_device
 
@@ -209,7 +211,7 @@ def _lost(error: Exception) -> str:
     return "another worker does not answer (frozen?)" if LATE.search(text) else ""
 
 
-def as_failed(error: Exception, where: str) -> Failed:
+def describe_failure(error: Exception, where: str) -> Failed:
     """A worker's exception as an event."""
     known = isinstance(error, DuetError)
     text = str(error) if known else _lost(error) or f"{type(error).__name__}: {error}"

@@ -27,9 +27,9 @@ from torch import Tensor
 from cluster.checkpoint.format import Checkpoint, column_file
 from cluster.checkpoint.format import choose_checkpoint as choose_checkpoint
 from cluster.run.events import Warned
-from cluster.run.folder import store_of
+from cluster.run.folder import read_store
 from cluster.run.kernels import Kernel
-from cluster.run.probabilities import Saved, file_of
+from cluster.run.probabilities import SavedProbabilities, probability_path
 from pipeline.dataset.images import Pixels, Undecodable, decode_image
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import CACHE_SIZE, fetch_metadata, open_dataset, parse_size
@@ -112,7 +112,7 @@ def newest_checkpoint(run: Path) -> Checkpoint:
     try:
         found = choose_checkpoint(
             run,
-            store_of(run),
+            read_store(run),
             lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,
         )
     except DuetError as error:
@@ -260,7 +260,7 @@ def answers(
     Raises:
         Unavailable: there are no probabilities, or no such images.
     """
-    views = next((views for views in (10, 1) if file_of(run, views).is_file()), 0)
+    views = next((views for views in (10, 1) if probability_path(run, views).is_file()), 0)
     if not views:
         raise Unavailable(
             "No answers: the probabilities were not kept (cluster.evaluate --save-probabilities)."
@@ -268,7 +268,7 @@ def answers(
     if data is None:
         raise Unavailable("No answers: no data folder was given (--data).")
     try:
-        saved = Saved(run, views)
+        saved = SavedProbabilities(run, views)
         _check(saved, data, config)
         chosen = choose(saved, choices, each)
         with (
@@ -285,7 +285,7 @@ def answers(
     return Answers(groups, views, about.split, int((saved.weights > 0).sum()), about.step)
 
 
-def _check(saved: Saved, data: str, config: dict[str, Any]) -> None:
+def _check(saved: SavedProbabilities, data: str, config: dict[str, Any]) -> None:
     """Refuse another data set than the probabilities are of.
 
     Raises:
@@ -295,7 +295,9 @@ def _check(saved: Saved, data: str, config: dict[str, Any]) -> None:
         raise Unavailable(f"No answers: {data} is not the data set that was evaluated.")
 
 
-def choose(saved: Saved, choices: Sequence[Choice], each: int) -> dict[Choice, list[int]]:
+def choose(
+    saved: SavedProbabilities, choices: Sequence[Choice], each: int
+) -> dict[Choice, list[int]]:
     """Which images each choice shows, by their ids; damaged ones are never shown."""
     sound = torch.nonzero(saved.weights > 0).flatten()
     true = torch.cat(
@@ -319,7 +321,9 @@ def _true(probabilities: Tensor, labels: Tensor) -> Tensor:
     return probabilities.gather(1, labels[: len(probabilities), None]).flatten()
 
 
-def _answers(saved: Saved, storage: ShardReader, ids: list[int], views: int) -> list[Answer]:
+def _answers(
+    saved: SavedProbabilities, storage: ShardReader, ids: list[int], views: int
+) -> list[Answer]:
     names, found = saved.about.classes, []
     for sample, pixels in zip(ids, _pixels(storage, ids), strict=True):
         row, label = saved.rows(sample, sample + 1)[0], int(saved.labels[sample])

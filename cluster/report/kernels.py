@@ -23,7 +23,7 @@ from PIL import Image
 from cluster.checkpoint.format import Checkpoint
 from cluster.report.charts import Axis, Chart, Dot, Line, Tick, dots, line, short
 from cluster.report.images import KERNEL_GAP, KERNEL_SCALE, column_kernels, data_uri, tile
-from cluster.run.kernels import Kernel, Moment
+from cluster.run.kernels import Kernel, KernelSnapshot
 from pipeline.dataset.images import Pixels
 
 Floats = npt.NDArray[np.float64]
@@ -213,7 +213,7 @@ class FirstLayer:
         return sum(len(column.scores) for column in self.columns)
 
 
-def first_layer(found: Checkpoint, moments: Sequence[Moment] = ()) -> FirstLayer:
+def first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = ()) -> FirstLayer:
     """Look at conv1 of a checkpoint, and at what was kept of it before.
 
     Raises:
@@ -233,7 +233,7 @@ def first_layer(found: Checkpoint, moments: Sequence[Moment] = ()) -> FirstLayer
         return layer
     if past[0].step == 1:
         layer = _with_changes(layer, kernels, past[0].columns)
-    past.append(Moment(found.mark.step, kernels))
+    past.append(KernelSnapshot(found.mark.step, kernels))
     shown = picked(past)
     strips = tuple(
         _strip(name, [one.columns[name] for one in shown], [one.step for one in shown], rated[name])
@@ -261,13 +261,13 @@ def _lengths(kernels: Kernel) -> npt.NDArray[np.float32]:
     return np.maximum(np.linalg.norm(kernels.reshape(len(kernels), -1), axis=1), 1e-12)
 
 
-def same_shape(moment: Moment, kernels: dict[str, Kernel]) -> bool:
+def same_shape(moment: KernelSnapshot, kernels: dict[str, Kernel]) -> bool:
     """Whether a moment is of the network that the checkpoint holds."""
     shapes = {name: weights.shape for name, weights in kernels.items()}
     return {name: weights.shape for name, weights in moment.columns.items()} == shapes
 
 
-def picked(moments: Sequence[Moment]) -> list[Moment]:
+def picked(moments: Sequence[KernelSnapshot]) -> list[KernelSnapshot]:
     """At most `MOMENTS` of them, evenly spread in their order; first and last always."""
     if len(moments) <= MOMENTS:
         return list(moments)
@@ -353,7 +353,7 @@ def _scatter(rated: dict[str, Scores]) -> Chart:
     )
 
 
-def _over_time(past: Sequence[Moment]) -> list[Chart]:
+def _over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
     steps = np.array([one.step for one in past], float)
     last = math.log10(max(steps[-1], 2))
     axis, across = Axis(0, last), np.log10(steps)

@@ -31,7 +31,7 @@ MOST_WORKERS = 16
 """Lines of the table of workers."""
 
 
-class Screen:
+class RunConsole:
     """Shows events; use as a context manager around the run."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -52,7 +52,7 @@ class Screen:
         )
         self._task = self._bar.add_task("starting", total=None, numbers="")
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> RunConsole:
         self._bar.start()
         return self
 
@@ -123,7 +123,7 @@ class Screen:
         # What matters most comes first: a narrow terminal cuts the end off.
         numbers = (
             f"loss {row['loss']:.3f}  top-1 error {row['top1_error']:.1%}"
-            f"  {row['img_s']:,.0f} img/s  {clock(left)} left"
+            f"  {row['img_s']:,.0f} img/s  {format_duration(left)} left"
             f"  waiting for data {row['data_wait']:.0%}  epoch {row['epoch']:.2f}"
         )
         if self._live:
@@ -134,7 +134,7 @@ class Screen:
             self.say(f"step {row['step']:>6}  {numbers}")
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as 4:05, 1:02:03 or 3 days 4:05:06."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

@@ -55,20 +55,20 @@ GAUGES = {
 TAGS = ("run", "replica", "column")
 
 
-class Gauges:
+class PrometheusGauges:
     """Publishes rows as gauges; for processes that Ray has started."""
 
-    def __init__(self, run: str, place: ProcessMesh) -> None:
+    def __init__(self, run: str, mesh: ProcessMesh) -> None:
         """Make the gauges.
 
         Args:
             run: name of the run, for the tag.
-            place: of this process.
+            mesh: of this process.
         """
         from ray.util.metrics import Gauge
 
-        columns = "".join("ab"[column] for column in place.columns)
-        tags = {"run": run, "replica": str(place.replica), "column": columns}
+        columns = "".join("ab"[column] for column in mesh.columns)
+        tags = {"run": run, "replica": str(mesh.replica), "column": columns}
         self._gauges: dict[str, Any] = {}
         for key, (name, meaning) in GAUGES.items():
             self._gauges[key] = Gauge(name, description=meaning, tag_keys=TAGS)
@@ -98,7 +98,7 @@ SCALARS = {
 """Names there, by those in the rows."""
 
 
-class Board:
+class TensorBoardWriter:
     """Writes scalars; the leader of the job has one."""
 
     def __init__(self, run: Path, step: int) -> None:
@@ -107,7 +107,7 @@ class Board:
         Raises:
             SetupError: the package is missing, or nothing can be written there.
         """
-        check_installed()
+        require_tensorboard()
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run / FOLDER
@@ -128,7 +128,7 @@ class Board:
         for key in SCALARS.keys() & numbers.keys():
             self._writer.add_scalar(SCALARS[key], float(numbers[key]), step)
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> TensorBoardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,7 +136,7 @@ class Board:
             self._writer.close()
 
 
-def check_installed() -> None:
+def require_tensorboard() -> None:
     """Look whether there is the package.
 
     Raises:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config, find_conflicts, format_toml, read_run_config
-from cluster.run.jsonl import tail
+from cluster.run.jsonl import read_tail
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import atomic_write, ensure_writable
 
@@ -68,7 +68,7 @@ class Mark:
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Create RUN if need be and keep other trainings out of it.
 
     Raises:
@@ -86,7 +86,7 @@ def held(run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def leading(run: Path) -> Iterator[None]:
+def lock_leader(run: Path) -> Iterator[None]:
     """Keep other leaders out of RUN: the worker of a driver that was killed may still write.
 
     Raises:
@@ -109,7 +109,7 @@ def leading(run: Path) -> Iterator[None]:
         yield
 
 
-def settle(run: Path, config: Config, data_sha256: str, samples: int, step: int) -> None:
+def write_run_config(run: Path, config: Config, data_sha256: str, samples: int, step: int) -> None:
     """Write RUN/config.toml, after making sure that a run with checkpoints keeps its meaning.
 
     Args:
@@ -139,16 +139,16 @@ def settle(run: Path, config: Config, data_sha256: str, samples: int, step: int)
         file.write(format_toml(config, data_sha256).encode())
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The sealed checkpoints of RUN/checkpoints, newest first; their bytes are not looked at."""
     return sorted(
         (path for path in folder.glob("step-*") if path.name[5:].isdecimal()),
-        key=step_of,
+        key=parse_step,
         reverse=True,
     )
 
 
-def store_of(run: Path) -> str:
+def read_store(run: Path) -> str:
     """Return where a run has its checkpoints, as its config says; "" where that cannot be read."""
     try:
         return read_run_config(run / CONFIG)[0].store
@@ -156,34 +156,38 @@ def store_of(run: Path) -> str:
         return ""
 
 
-def last_attempt(run: Path) -> int:
+def read_last_attempt(run: Path) -> int:
     """Number of the last start of the workers; 0 if there was none."""
     return _last(run, "attempt")
 
 
-def last_step(run: Path) -> int:
+def read_last_step(run: Path) -> int:
     """Step of the newest checkpoint when the workers of a run last began or ended; 0 at first."""
     return _last(run, "step")
 
 
 def _last(run: Path, name: str) -> int:
     """A number of the last row of RUN/attempts.jsonl that has it."""
-    numbers = [row[name] for row in tail(run / ATTEMPTS, LAST) if isinstance(row.get(name), int)]
+    numbers = [
+        row[name] for row in read_tail(run / ATTEMPTS, LAST) if isinstance(row.get(name), int)
+    ]
     return numbers[-1] if numbers else 0
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of one of `checkpoints_in`."""
+def parse_step(checkpoint: Path) -> int:
+    """Return the step in the name of one of `list_checkpoints`."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def write_machine(run: Path, workers: int) -> None:
     """Write RUN/machine.json: what this process runs on."""
     with atomic_write(run / MACHINE) as file:
-        file.write((json.dumps(machine() | {"workers": workers}, indent=1) + "\n").encode())
+        file.write(
+            (json.dumps(describe_machine() | {"workers": workers}, indent=1) + "\n").encode()
+        )
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory, GPUs and versions, as far as they can be found out."""
     import torch  # here: whoever only looks at a run need not wait for it
 

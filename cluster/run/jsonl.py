@@ -42,7 +42,7 @@ class Rows:
         """
         self._path, self._warn = path, warn
         try:
-            cut(path, step)
+            cut_rows(path, step)
             self._file = _open(path)
             os.fsync(self._file)
             sync_folder(path.parent)
@@ -163,7 +163,7 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
-def cut(path: Path, step: int) -> None:
+def cut_rows(path: Path, step: int) -> None:
     """Shorten a file of rows so that none is after `step`, nor half written.
 
     One truncation: whoever reads meanwhile sees whole rows only, and a crash leaves the old
@@ -193,7 +193,7 @@ def _step_of(line: bytes) -> int | None:
         return None
 
 
-def tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
+def read_tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
     """Yield the last rows of a file, oldest first; what is half written or no row is left out."""
     try:
         with path.open("rb") as file:

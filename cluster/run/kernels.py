@@ -25,7 +25,7 @@ Kernel = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Moment:
+class KernelSnapshot:
     """conv1 as it was after a step."""
 
     step: int
@@ -33,12 +33,12 @@ class Moment:
     """By column, "a" and "b": float32 [maps, 3, 11, 11], of 2^-11 relative precision."""
 
 
-def kept(step: int, total: int) -> bool:
+def is_snapshot_step(step: int, total: int) -> bool:
     """Whether the kernels after `step` are kept; it does not depend on how a run is cut up."""
     return step & (step - 1) == 0 or step == total
 
 
-def first_kernels(net: AlexNet) -> dict[str, npt.NDArray[np.float16]]:
+def copy_first_kernels(net: AlexNet) -> dict[str, npt.NDArray[np.float16]]:
     """conv1 of the columns here, by column: float16 [maps, 3, 11, 11]."""
     return {
         key.partition(".")[0]: piece.detach().half().cpu().contiguous().numpy()
@@ -47,10 +47,10 @@ def first_kernels(net: AlexNet) -> dict[str, npt.NDArray[np.float16]]:
     }
 
 
-def encoded(
+def encode_kernels(
     parts: Sequence[Mapping[str, npt.NDArray[np.float16]]],
 ) -> dict[str, dict[str, Any]]:
-    """What processes hold (`first_kernels`), as a row has it under "columns"."""
+    """What processes hold (`copy_first_kernels`), as a row has it under "columns"."""
     return {
         column: {
             "shape": list(weights.shape),
@@ -61,12 +61,12 @@ def encoded(
     }
 
 
-def read_kernels(path: Path) -> list[Moment]:
+def read_kernels(path: Path) -> list[KernelSnapshot]:
     """The moments in a file, in the order of their steps; rows that are none are left out.
 
     Where a step was made twice the later row counts. No file: no moments.
     """
-    found: dict[int, Moment] = {}
+    found: dict[int, KernelSnapshot] = {}
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -75,7 +75,7 @@ def read_kernels(path: Path) -> list[Moment]:
         try:
             row = json.loads(line)
             columns = {str(name): _decoded(part) for name, part in row["columns"].items()}
-            moment = Moment(int(row["step"]), columns)
+            moment = KernelSnapshot(int(row["step"]), columns)
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
             continue
         if columns:

@@ -17,7 +17,7 @@ from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Stepped, Tell, Validated, Warned
 from cluster.run.folder import KERNELS, LAYERS, METRICS, VALIDATION, Mark
 from cluster.run.jsonl import WAITS, Rows
-from cluster.run.kernels import encoded
+from cluster.run.kernels import encode_kernels
 from model.exchange import Exchange
 from model.optimizer import Means
 from model.schedule import Rates
@@ -34,7 +34,7 @@ MEANS = (
 RESULTS = ("loss", "top1_error", "top5_error")
 
 
-class Log:
+class MetricsLog:
     """Times the steps and writes their rows; only the leader of the job writes.
 
     A row is written while the next step is already under way, so that a GPU never waits for the
@@ -42,14 +42,14 @@ class Log:
     """
 
     def __init__(
-        self, run: Path, place: ProcessMesh, tell: Tell, samples: int, step: int,
+        self, run: Path, mesh: ProcessMesh, tell: Tell, samples: int, step: int,
         publish: Sequence[Publish] = (), keep: list[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Open the files of `run`, first cutting off rows after `step`.
 
         Args:
             run: folder of the run.
-            place: of this process.
+            mesh: of this process.
             tell: the watcher.
             samples: training images, to count epochs.
             step: step the run goes on from; 0 for a new one.
@@ -57,10 +57,10 @@ class Log:
             keep: gets every row of this process.
         """
         self._keep = keep
-        self._place, self._tell, self._samples = place, tell, samples
+        self._mesh, self._tell, self._samples = mesh, tell, samples
         self._publish = list(publish)
         self._files: dict[str, Rows] = {}
-        if place.leads:
+        if mesh.is_leader:
             for name in (METRICS, VALIDATION, LAYERS, KERNELS):
                 self._files[name] = Rows(run / name, step, lambda text: tell(Warned(text)))
         self._owed: tuple[dict[str, Any], Tensor] | None = None
@@ -141,14 +141,14 @@ class Log:
             "lr_bias": rates.biases,
             "img_s": round(config.batch_size / seconds, 2),
             "data_wait": round(waited / seconds, 4),
-            **by_cause(waited, self._waits),
+            **split_wait(waited, self._waits),
             "compute": round(computed - (exchanged - self._exchanged), 5),
             "stall": round((waited + saved) / (seconds + saved), 4),
             "exchange": round(exchanged - self._exchanged, 5),
             "exchange_bytes": sent - self._sent,
             "saving": round(saved, 5),
             "seconds": round(seconds, 5),
-            "replicas": self._place.replicas,
+            "replicas": self._mesh.replicas,
         }
         self._exchange, self._exchanged, self._sent = exchange, exchanged, sent
         self._owed, self._total = (row, values), config.total_steps(self._samples)
@@ -160,12 +160,12 @@ class Log:
         row, values = self._owed
         self._owed = None
         row["loss"], row["top1_error"], replaced = (round(value, 6) for value in values.tolist())
-        row["replaced"] = round(replaced * self._place.replicas)
+        row["replaced"] = round(replaced * self._mesh.replicas)
         self._replaced += row["replaced"]
         if self._keep is not None:
             self._keep.append(row)
         now = time.monotonic()
-        if self._place.leads:
+        if self._mesh.is_leader:
             self._files[METRICS].add(row)
             self._untold.append(row)
             if now - self._told >= TELL_EVERY:
@@ -203,14 +203,14 @@ class Log:
             mark: the step after which they were taken.
             means: `model.optimizer.compute_layer_statistics` of every process, in rank order.
         """
-        if self._place.leads:
+        if self._mesh.is_leader:
             row = {
                 "position": mark.position,
                 "epoch": self._epoch(mark.position),
                 "step": mark.step,
                 "layers": {
                     key: [float(f"{value:.4g}") for value in found]
-                    for part in means[: self._place.size]  # replica 0; the others hold the same
+                    for part in means[: self._mesh.size]  # replica 0; the others hold the same
                     for key, found in part.items()
                 },
             }
@@ -221,14 +221,16 @@ class Log:
 
         Args:
             mark: the step after which they are so.
-            parts: `cluster.run.kernels.first_kernels` of every process, in rank order.
+            parts: `cluster.run.kernels.copy_first_kernels` of every process, in rank order.
         """
-        if self._place.leads:
+        if self._mesh.is_leader:
             row = {
                 "position": mark.position,
                 "epoch": self._epoch(mark.position),
                 "step": mark.step,
-                "columns": encoded(parts[: self._place.size]),  # the other replicas hold the same
+                "columns": encode_kernels(
+                    parts[: self._mesh.size]
+                ),  # the other replicas hold the same
             }
             self._files[KERNELS].add(row)
 
@@ -240,7 +242,7 @@ class Log:
         """
         with self.paused():
             results = validate()
-        if self._place.leads:
+        if self._mesh.is_leader:
             row = {
                 "position": mark.position,
                 "epoch": self._epoch(mark.position),
@@ -263,7 +265,7 @@ class Log:
         for file in self._files.values():
             file.sync()
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -277,7 +279,7 @@ class Log:
                 file.close()
 
 
-def by_cause(waited: float, waits: WaitTimes) -> dict[str, float]:
+def split_wait(waited: float, waits: WaitTimes) -> dict[str, float]:
     """Seconds of waiting for data by what was not ready; see `WAITS`. They add up to `waited`."""
     storage, feed = waits.fetch + waits.storage, waits.checksum + waits.feed
     causes = (storage, feed, waits.decode, max(0.0, waited - storage - feed - waits.decode))

@@ -7,7 +7,7 @@
         labels         int64 [N]             places in `classes`
         weights        float32 [N]           1; 0 where the image is damaged
         probabilities  float32 [N, classes]  rows sum to 1; zeros where the weight is 0
-        metadata       "about": JSON of `About`
+        metadata       "about": JSON of `ProbabilityInfo`
 
 Reading it runs no code and needs no more memory than the rows that are asked for. It is written row
 by row, too: 50,000 images of 1,000 classes are 200 MB.
@@ -35,7 +35,7 @@ ALIGNMENT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class ProbabilityInfo:
     """What the probabilities are of."""
 
     views: int
@@ -51,7 +51,7 @@ class About:
     """Of the checkpoint."""
 
     @classmethod
-    def parse(cls, text: str) -> About:
+    def parse(cls, text: str) -> ProbabilityInfo:
         """Read what `text` made.
 
         Raises:
@@ -71,12 +71,12 @@ class About:
         return json.dumps({"version": VERSION, **asdict(self)})
 
 
-def file_of(run: Path, views: int) -> Path:
+def probability_path(run: Path, views: int) -> Path:
     """Where a run keeps its probabilities."""
     return run / f"probabilities-{views}.safetensors"
 
 
-def command_for(run: Path, views: int) -> str:
+def format_command(run: Path, views: int) -> str:
     """The command that makes them."""
     return (
         f"python -m cluster.evaluate {run} --data DATA --views {views} --save-probabilities"
@@ -84,10 +84,10 @@ def command_for(run: Path, views: int) -> str:
     )
 
 
-class Writer:
-    """Takes the rows in stored order; see `writing`."""
+class ProbabilityWriter:
+    """Takes the rows in stored order; see `open_writer`."""
 
-    def __init__(self, file: IO[bytes], about: About) -> None:
+    def __init__(self, file: IO[bytes], about: ProbabilityInfo) -> None:
         """Write the head, which says all sizes."""
         self._file, self._samples = file, about.samples
         self._labels = torch.zeros(about.samples, dtype=torch.int64)
@@ -143,19 +143,19 @@ class Writer:
 
 
 @contextmanager
-def writing(path: Path, about: About) -> Iterator[Writer]:
+def open_writer(path: Path, about: ProbabilityInfo) -> Iterator[ProbabilityWriter]:
     """Open a file for all N rows; it takes its name when the block ends well.
 
     Raises:
         ValueError: the block ends well, but rows are missing.
     """
     with atomic_write(path) as file:
-        writer = Writer(file, about)
+        writer = ProbabilityWriter(file, about)
         yield writer
         writer.finish()
 
 
-class Saved:
+class SavedProbabilities:
     """The probabilities of a run, read as far as they are asked for."""
 
     def __init__(self, run: Path, views: int) -> None:
@@ -166,12 +166,12 @@ class Saved:
             DataError: it is not what it should be.
         """
         self.run = run
-        path = file_of(run, views)
+        path = probability_path(run, views)
         if not path.is_file():
-            raise UsageError(f"there is no {path}; {command_for(run, views)}")
+            raise UsageError(f"there is no {path}; {format_command(run, views)}")
         try:
             self._file: Any = safe_open(path, framework="pt")
-            self.about = About.parse((self._file.metadata() or {}).get("about", "null"))
+            self.about = ProbabilityInfo.parse((self._file.metadata() or {}).get("about", "null"))
             """What they are of."""
             self.labels: Tensor = self._file.get_tensor("labels")
             """int64 [N]."""
@@ -182,7 +182,7 @@ class Saved:
         except (SafetensorError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
-                f"{path} cannot be used ({reason}); {command_for(run, views)} anew"
+                f"{path} cannot be used ({reason}); {format_command(run, views)} anew"
             ) from error
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -20,10 +20,10 @@ from cluster.run.folder import (
     METRICS,
     QUARANTINE,
     VALIDATION,
-    checkpoints_in,
-    step_of,
+    list_checkpoints,
+    parse_step,
 )
-from cluster.run.jsonl import WAITS, tail
+from cluster.run.jsonl import WAITS, read_tail
 from pipeline.tools.errors import UsageError
 
 TAIL = 400
@@ -43,7 +43,7 @@ MEANS = (
 
 
 @dataclass(kw_only=True)
-class State:
+class RunState:
     """A run as its files have it; None and empty where they say nothing."""
 
     run: str
@@ -81,7 +81,7 @@ class State:
         return asdict(self)
 
 
-def look(run: Path, now: float | None = None, *, mirrored: bool = False) -> State:
+def read_state(run: Path, now: float | None = None, *, mirrored: bool = False) -> RunState:
     """Read how a run stands.
 
     Args:
@@ -96,10 +96,10 @@ def look(run: Path, now: float | None = None, *, mirrored: bool = False) -> Stat
         raise UsageError(f"{run} holds no run ({CONFIG} is missing); name the --run of a training")
     now = time.time() if now is None else now
     config, _ = read_run_config(run / CONFIG)
-    rows = [row for row in tail(run / METRICS, TAIL) if "step" in row]
-    validations = [row for row in tail(run / VALIDATION, 10_000) if "top1_error" in row]
-    attempts = list(tail(run / ATTEMPTS, 10_000))
-    state = State(run=str(run), state="not started")
+    rows = [row for row in read_tail(run / METRICS, TAIL) if "step" in row]
+    validations = [row for row in read_tail(run / VALIDATION, 10_000) if "top1_error" in row]
+    attempts = list(read_tail(run / ATTEMPTS, 10_000))
+    state = RunState(run=str(run), state="not started")
     state.age_s = None if mirrored else _age(run / METRICS, now)
     if rows:
         _numbers(state, rows)
@@ -119,7 +119,7 @@ def look(run: Path, now: float | None = None, *, mirrored: bool = False) -> Stat
     return state
 
 
-def _numbers(state: State, rows: list[dict[str, Any]]) -> None:
+def _numbers(state: RunState, rows: list[dict[str, Any]]) -> None:
     """Fill in what the rows say."""
     last, recent = rows[-1], rows[-RECENT:]
     state.step, state.epoch, state.img_s_now = last["step"], last.get("epoch"), last.get("img_s")
@@ -131,7 +131,7 @@ def _numbers(state: State, rows: list[dict[str, Any]]) -> None:
 
 
 def _tell(
-    state: State, attempts: list[dict[str, Any]], starts: list[dict[str, Any]], now: float
+    state: RunState, attempts: list[dict[str, Any]], starts: list[dict[str, Any]], now: float
 ) -> None:
     """Fill in what the starts and ends of the workers say."""
     ends = [row for row in attempts if row.get("event") == "end"]
@@ -154,7 +154,7 @@ def _tell(
     state.elapsed_s = max(0.0, until - _when(attempts[0]))
 
 
-def _doubt(state: State, final: dict[str, Any], run: Path, now: float, mirrored: bool) -> None:
+def _doubt(state: RunState, final: dict[str, Any], run: Path, now: float, mirrored: bool) -> None:
     """Say how sure it is that a run goes on of which nobody has said that it ended."""
     if mirrored:
         state.evidence = "not sure: the store has its rows up to the last save only"
@@ -240,7 +240,7 @@ def _checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
     if config.store and is_remote(config.store):
         return {"where": config.store}
     folder = Path(config.store or run)
-    found = checkpoints_in(folder / CHECKPOINTS)
+    found = list_checkpoints(folder / CHECKPOINTS)
     if not found:
         return {}
     try:
@@ -248,7 +248,7 @@ def _checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
         age = max(0.0, now - found[0].stat().st_mtime)
     except OSError:  # deleted meanwhile
         return {}
-    return {"step": step_of(found[0]), "age_s": round(age, 1), "bytes": size, "kept": len(found)}
+    return {"step": parse_step(found[0]), "age_s": round(age, 1), "bytes": size, "kept": len(found)}
 
 
 def _lines(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""What a training consists of in one process, put together from a config and a place."""
+"""What a training consists of in one process, put together from a config and a mesh."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Tell
-from cluster.run.exporters import Board
+from cluster.run.exporters import TensorBoardWriter
 from cluster.run.folder import LEDGER, QUARANTINE, Mark
-from cluster.run.metrics import Log
+from cluster.run.metrics import MetricsLog
 from cluster.run.sync import RunMirror, open_mirror
 from cluster.training.gradients import GradientAverage
-from cluster.training.learning_rate import RateControl, Recipe
-from cluster.training.pair_batches import Feed
+from cluster.training.learning_rate import RateControl, RateSettings
+from cluster.training.pair_batches import PairBatches
 from cluster.training.precision import compute_dtype
 from model.alexnet import AlexNet
 from model.exchange import Exchange
@@ -39,15 +39,15 @@ class Training:
     config: Config
     data: str
     run: Path
-    place: ProcessMesh
+    mesh: ProcessMesh
     net: AlexNet
     """The columns that belong here."""
     optimiser: Sgd2012
     average: GradientAverage
     rates: RateControl
-    feed: Feed
+    feed: PairBatches
     """The batches that are left."""
-    log: Log
+    log: MetricsLog
     checkpoints: CheckpointManager
     mark: Mark
     """Of the checkpoint that it goes on from."""
@@ -56,47 +56,49 @@ class Training:
 
 
 @contextmanager
-def prepared(
-    config: Config, data: str, run: Path, place: ProcessMesh, tell: Tell, publish: Sequence[Publish]
+def prepare_training(
+    config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell, publish: Sequence[Publish]
 ) -> Iterator[Training]:
     """Put a training together, and take it apart after the block.
 
     Args:
-        config, data, run, place, tell, publish: as `worker.train` has them.
+        config, data, run, mesh, tell, publish: as `worker.train` has them.
 
     Raises:
         DataError, SetupError: from the data set or the checkpoints.
     """
-    samples, about = look_up(config, data)
+    samples, about = read_origin(config, data)
     total = config.total_steps(samples)
-    net = network(config, len(about["classes"]), place)
+    net = create_columns(config, len(about["classes"]), mesh)
     optimiser = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
     checkpoints = CheckpointManager(
-        run, place, about, tell,
+        run, mesh, about, tell,
         keep=config.keep, keep_best=config.keep_best, store=config.store,
     )  # fmt: skip
     mark = checkpoints.resume(net, optimiser)
     if config.init and not mark.step:
-        load_init(config.init, net, place, tell)
-    recipe = Recipe(config=config, samples=samples, total=total)
-    rates = RateControl(recipe, run, place, tell, mark.step)
+        load_init(config.init, net, mesh, tell)
+    recipe = RateSettings(config=config, samples=samples, total=total)
+    rates = RateControl(recipe, run, mesh, tell, mark.step)
     with ExitStack() as parts:
-        stream = parts.enter_context(open_stream(config, data, run, place, position=mark.position))
-        feed = parts.enter_context(Feed(stream, place, batches=total - mark.step))
-        average = parts.enter_context(GradientAverage(net, place))
+        stream = parts.enter_context(open_stream(config, data, run, mesh, position=mark.position))
+        feed = parts.enter_context(PairBatches(stream, mesh, batches=total - mark.step))
+        average = parts.enter_context(GradientAverage(net, mesh))
         parts.enter_context(closing(checkpoints))
-        if config.tensorboard and place.leads:
-            publish = [*publish, parts.enter_context(Board(run, mark.step))]
-        log = parts.enter_context(Log(run, place, tell, samples, mark.step, publish))
-        join_rows(checkpoints, log, open_mirror(run, config.store) if place.leads else None)
+        if config.tensorboard and mesh.is_leader:
+            publish = [*publish, parts.enter_context(TensorBoardWriter(run, mark.step))]
+        log = parts.enter_context(MetricsLog(run, mesh, tell, samples, mark.step, publish))
+        sync_rows_first(
+            checkpoints, log, open_mirror(run, config.store) if mesh.is_leader else None
+        )
         yield Training(
-            config=config, data=data, run=run, place=place, net=net, optimiser=optimiser,
+            config=config, data=data, run=run, mesh=mesh, net=net, optimiser=optimiser,
             average=average, rates=rates, feed=feed, log=log, checkpoints=checkpoints,
             mark=mark, total=total,
         )  # fmt: skip
 
 
-def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
+def read_origin(config: Config, data: str) -> tuple[int, dict[str, Any]]:
     """Return how many training images there are, and what a checkpoint says of its origin."""
     folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
@@ -108,19 +110,21 @@ def look_up(config: Config, data: str) -> tuple[int, dict[str, Any]]:
     }
 
 
-def network(config: Config, classes: int, place: ProcessMesh) -> AlexNet:
-    """Return the columns of the network that belong to this place, as they were drawn."""
+def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
+    """Return the columns of the network that belong to this mesh, as they were drawn."""
     wire = torch.bfloat16 if config.exchange_dtype == "bfloat16" else None
     return AlexNet(
-        columns=place.columns if place.pair else None,
+        columns=mesh.columns if mesh.pair else None,
         classes=classes,
         design=config.design,
-        exchange=Exchange(place.pair, wire) if place.pair else None,
+        exchange=Exchange(mesh.pair, wire) if mesh.pair else None,
         seed=config.seed,
-    ).to(place.device)
+    ).to(mesh.device)
 
 
-def join_rows(checkpoints: CheckpointManager, log: Log, mirror: RunMirror | None) -> None:
+def sync_rows_first(
+    checkpoints: CheckpointManager, log: MetricsLog, mirror: RunMirror | None
+) -> None:
     """Let no checkpoint count before the rows up to it are on the disk, and in the store."""
     checkpoints.before = log.sync
     if mirror is not None:
@@ -129,7 +133,7 @@ def join_rows(checkpoints: CheckpointManager, log: Log, mirror: RunMirror | None
 
 
 def open_stream(
-    config: Config, data: str, run: Path, place: ProcessMesh, *, split: str = "train",
+    config: Config, data: str, run: Path, mesh: ProcessMesh, *, split: str = "train",
     view: View = "random", position: int = 0, once: bool = False,
 ) -> Stream:  # fmt: skip
     """Open this process's share of the images; `once` is for an evaluation.
@@ -144,15 +148,15 @@ def open_stream(
         once=once,
         batch_size=config.batch_size,
         seed=config.seed,
-        rank=place.rank,
-        world_size=place.world_size,
-        device="gpu" if place.device.type == "cuda" else "cpu",
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        device="gpu" if mesh.device.type == "cuda" else "cpu",
         shuffle=config.shuffle,
         window=config.window,
         colour=config.colours,
         colour_divide=config.colour_divide,
         mean=config.mean,
-        threads=config.threads or place.cores,
+        threads=config.threads or mesh.cores,
         prefetch=config.prefetch,
         hw_decoder_load=config.hw_decoder_load,
         strict=config.strict,
@@ -162,17 +166,17 @@ def open_stream(
     )
 
 
-def describe(config: Config, place: ProcessMesh) -> str:
+def describe_workers(config: Config, mesh: ProcessMesh) -> str:
     """Return the workers in words."""
-    if place.pair:
+    if mesh.pair:
         each = "a column each"
     else:
         each = "both columns" if config.design.columns == 2 else "the one column"
-        each += " each" if place.replicas > 1 else ""
-    device = place.device.type if place.device.type == "cpu" else torch.cuda.get_device_name()
-    many = "workers" if place.world_size > 1 else "worker"
-    threads = f"{place.cores} thread{'s' if place.cores > 1 else ''}"
+        each += " each" if mesh.replicas > 1 else ""
+    device = mesh.device.type if mesh.device.type == "cpu" else torch.cuda.get_device_name()
+    many = "workers" if mesh.world_size > 1 else "worker"
+    threads = f"{mesh.cores} thread{'s' if mesh.cores > 1 else ''}"
     return (
-        f"{place.world_size} {many} ({each}, {threads}), {device}, "
-        f"{compute_dtype(config.dtype, place.device)}"
+        f"{mesh.world_size} {many} ({each}, {threads}), {device}, "
+        f"{compute_dtype(config.dtype, mesh.device)}"
     ).replace("torch.", "")

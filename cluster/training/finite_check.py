@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.mesh import ProcessMesh
-from cluster.run.folder import CHECKPOINTS, checkpoints_in
+from cluster.run.folder import CHECKPOINTS, list_checkpoints
 from cluster.training.precision import autocast
 from model.alexnet import AlexNet
 from pipeline.tools.errors import DuetError
@@ -30,7 +30,7 @@ def check_finite(
     net: AlexNet,
     images: Tensor,
     dtype: torch.dtype,
-    place: ProcessMesh,
+    mesh: ProcessMesh,
     step: int,
     run: Path,
 ) -> None:
@@ -41,7 +41,7 @@ def check_finite(
         net: as it was when it made the loss, in the same mode and at the same step.
         images: that it made it from.
         dtype: that its layers compute in.
-        place: of this process.
+        mesh: of this process.
         step: number of the step.
         run: folder of the run, where the last good checkpoint is looked for.
 
@@ -51,8 +51,8 @@ def check_finite(
     value = float(loss.detach())
     if math.isfinite(value):
         return
-    _, found = _of_the_pair(first_not_finite(net, images, dtype, place.device), place)
-    good = next(iter(checkpoints_in(run / CHECKPOINTS)), None)
+    _, found = _of_the_pair(find_first_not_finite(net, images, dtype, mesh.device), mesh)
+    good = next(iter(list_checkpoints(run / CHECKPOINTS)), None)
     last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     raise NotFinite(
         f"the loss of step {step} is {value}: {found}; {last}; "
@@ -60,13 +60,13 @@ def check_finite(
     )
 
 
-def first_not_finite(
+def find_first_not_finite(
     net: AlexNet, images: Tensor, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, str]:
     """Make the forward pass again and find the first layer that is not finite.
 
     Returns:
-        its place in the network (behind the last layer: none is), and what was seen, in words.
+        its mesh in the network (behind the last layer: none is), and what was seen, in words.
     """
     names = [stage.layer.name for stage in net.stages]
     seen: list[tuple[int, str]] = []
@@ -93,11 +93,11 @@ def _words(net: AlexNet, name: str, x: Tensor) -> str:
     return f"{told}, its weights are, the largest is {largest:.3g}"
 
 
-def _of_the_pair(found: tuple[int, str], place: ProcessMesh) -> tuple[int, str]:
+def _of_the_pair(found: tuple[int, str], mesh: ProcessMesh) -> tuple[int, str]:
     """What the column says that broke first."""
-    if place.pair is None:
+    if mesh.pair is None:
         return found
     both: list[tuple[int, str] | None] = [None, None]
-    dist.all_gather_object(both, found, group=place.pair)
+    dist.all_gather_object(both, found, group=mesh.pair)
     told = [(one[0], f"column {'ab'[index]}, {one[1]}") for index, one in enumerate(both) if one]
     return min(told)

@@ -26,7 +26,7 @@ class GradientAverage:
     A gradient sets off as soon as it is there, from the last layer to the first, while the layers
     below still compute; `finish` waits for the last. With one replica all of this does nothing.
 
-        average = GradientAverage(net, place)
+        average = GradientAverage(net, mesh)
         loss.backward()
         average.finish()
         optimiser.step()
@@ -49,14 +49,14 @@ class GradientAverage:
 
     Args:
         net: its parameters get hooks, until `close`; those that take no gradient are left out.
-        place: of this process.
+        mesh: of this process.
         message_bytes: least size of a message, in bytes.
     """
 
     def __init__(
-        self, net: nn.Module, place: ProcessMesh, message_bytes: int = MESSAGE_BYTES
+        self, net: nn.Module, mesh: ProcessMesh, message_bytes: int = MESSAGE_BYTES
     ) -> None:
-        self._peers, self._replicas = place.peers, place.replicas
+        self._peers, self._replicas = mesh.peers, mesh.replicas
         parameters = [p for p in reversed(list(net.parameters())) if p.requires_grad]
         self._messages = _messages(parameters, message_bytes) if self._peers else []
         self._of = {p: message for message in self._messages for p in message.parameters}

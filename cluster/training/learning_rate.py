@@ -60,7 +60,7 @@ REASONS = (SCHEDULE, PLATEAU, BY_HAND)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class RateSettings:
     """What the learning rates of a run follow from."""
 
     config: Config
@@ -79,7 +79,7 @@ class Recipe:
         biases = {DROP_BIASES: self.config.plateau_factor} if self.config.plateau_biases else {}
         return {DROP: self.config.plateau_factor} | biases
 
-    def rates(self, events: Iterable[Event]) -> Rates:
+    def rates(self, events: Iterable[RateChange]) -> Rates:
         """Rates after some events, on top of those of the first step."""
         factors = parse_layer_rates(self.config.layer_rates, self.layers)
         settings = [setting for event in events for setting in event.settings.items()]
@@ -105,12 +105,12 @@ class Recipe:
             self.config.bias_drops,
         )
 
-    def scheduled(self) -> list[Event]:
+    def scheduled(self) -> list[RateChange]:
         """What is known before the run begins: the steps of `dexp`, and the changes by epoch."""
         stretches = self._stretches() if self.config.schedule == "dexp" else []
         return [*stretches, *self._changes()]
 
-    def _stretches(self) -> list[Event]:
+    def _stretches(self) -> list[RateChange]:
         # The end of a stretch still belongs to it.
         borders = {
             self.total * place // stretches
@@ -121,10 +121,10 @@ class Recipe:
         for step in sorted(borders - {0, self.total}):
             pairs = zip(("lr", "lr_bias"), self._dexp(step), self._dexp(step + 1), strict=True)
             if changed := {name: after for name, before, after in pairs if before != after}:
-                events.append(Event(step, SCHEDULE, changed))
+                events.append(RateChange(step, SCHEDULE, changed))
         return events
 
-    def _changes(self) -> list[Event]:
+    def _changes(self) -> list[RateChange]:
         found: dict[int, dict[str, float]] = {}
         for change in parse_changes(self.config.changes, self.layers):
             # Exact: every process must find the same step.
@@ -132,11 +132,11 @@ class Recipe:
             rule = "none" if change.name == COLOR else self.config.rate_scaling
             value = scale_rate(change.value, self.config.batch_size, rule)
             found.setdefault(step, {})[change.name] = value  # later ones win
-        return [Event(step, SCHEDULE, settings) for step, settings in found.items()]
+        return [RateChange(step, SCHEDULE, settings) for step, settings in found.items()]
 
 
 @dataclass(frozen=True)
-class Event:
+class RateChange:
     """A change of the rates."""
 
     after: int
@@ -147,7 +147,7 @@ class Event:
     """As `model.schedule.compute_rates` takes them."""
 
     @property
-    def place(self) -> tuple[int, int]:
+    def sort_key(self) -> tuple[int, int]:
         """Sorts events."""
         return self.after, REASONS.index(self.why)
 
@@ -157,9 +157,9 @@ class Event:
         return self.after, self.why, tuple(self.settings)
 
 
-def words(event: Event, before: Rates, after: Rates) -> str:
+def describe_change(event: RateChange, before: Rates, after: Rates) -> str:
     """An event for people: `lr 0.01 -> 0.001, lr_bias 0.02 -> 0.002`."""
-    old, new = named(before), named(after)
+    old, new = name_rates(before), name_rates(after)
     told = []
     for name, value in new.items():
         kind, _, layer = name.partition(".")
@@ -171,7 +171,7 @@ def words(event: Event, before: Rates, after: Rates) -> str:
     return ", ".join(told) or "no rate changes"
 
 
-def named(rates: Rates) -> dict[str, float]:
+def name_rates(rates: Rates) -> dict[str, float]:
     """Rates by the names under which they are set: lr, lr_bias, lr.conv1, ..."""
     found = {"lr": rates.weights, "lr_bias": rates.biases}
     for layer, (weights, biases) in rates.layers.items():
@@ -179,7 +179,9 @@ def named(rates: Rates) -> dict[str, float]:
     return found
 
 
-def as_row(event: Event, before: Rates, after: Rates, recipe: Recipe) -> dict[str, Any]:
+def format_row(
+    event: RateChange, before: Rates, after: Rates, recipe: RateSettings
+) -> dict[str, Any]:
     """An event as a row of RUN/rates.jsonl: `step` is the last one before it."""
     position = event.after * recipe.config.batch_size
     return {
@@ -187,7 +189,7 @@ def as_row(event: Event, before: Rates, after: Rates, recipe: Recipe) -> dict[st
         "epoch": round(position / recipe.samples, 4),
         "step": event.after,
         "why": event.why,
-        "what": words(event, before, after),
+        "what": describe_change(event, before, after),
         "set": dict(event.settings),
         "lr": after.weights,
         "lr_bias": after.biases,
@@ -195,12 +197,12 @@ def as_row(event: Event, before: Rates, after: Rates, recipe: Recipe) -> dict[st
     }
 
 
-def from_row(line: bytes) -> Event | None:
+def parse_row(line: bytes) -> RateChange | None:
     """Read a row back; None if it is none."""
     try:
         row = json.loads(line)
         settings = {str(name): float(value) for name, value in row["set"].items()}
-        event = Event(int(row["step"]), str(row["why"]), settings)
+        event = RateChange(int(row["step"]), str(row["why"]), settings)
         return event if line.endswith(b"\n") and event.why in REASONS else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -212,7 +214,7 @@ SETTLED = 0.2
 """Seconds for which a file must not change before it is read: it may be half written."""
 
 
-def parse(text: str, recipe: Recipe) -> dict[str, float]:
+def parse_rates(text: str, recipe: RateSettings) -> dict[str, float]:
     """Read the settings of a file.
 
     Raises:
@@ -246,7 +248,7 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _setting(name: str, value: object, recipe: Recipe) -> dict[str, float]:
+def _setting(name: str, value: object, recipe: RateSettings) -> dict[str, float]:
     if name == DROP:
         if not isinstance(value, bool):
             raise ValueError(f"drop is {value!r}; it takes true")
@@ -257,7 +259,7 @@ def _setting(name: str, value: object, recipe: Recipe) -> dict[str, float]:
     return {name: float(value)}  # type: ignore[arg-type]
 
 
-def take(run: Path, step: int, recipe: Recipe, tell: Tell) -> Event | None:
+def take_rates_file(run: Path, step: int, recipe: RateSettings, tell: Tell) -> RateChange | None:
     """Take RUN/rates.toml, if there is one, and put it aside; never raises.
 
     A file that cannot be used is put aside as rates-bad-STEP.toml, with a warning.
@@ -268,7 +270,7 @@ def take(run: Path, step: int, recipe: Recipe, tell: Tell) -> Event | None:
         if raw is None:
             return None
         try:
-            settings = parse(_text(raw), recipe)
+            settings = parse_rates(_text(raw), recipe)
         except ValueError as error:
             aside = _move(path, f"rates-bad-{step}")
             tell(Warned(f"{path} is passed over: {error} (it is now {aside.name})"))
@@ -277,7 +279,7 @@ def take(run: Path, step: int, recipe: Recipe, tell: Tell) -> Event | None:
     except OSError as error:
         tell(Warned(f"{path} cannot be used ({error.strerror}); the rates stay as they are"))
         return None
-    return Event(step, BY_HAND, settings)
+    return RateChange(step, BY_HAND, settings)
 
 
 def _text(raw: bytes) -> str:
@@ -310,7 +312,7 @@ def _move(path: Path, name: str) -> Path:
     return aside
 
 
-def applied(run: Path, recipe: Recipe, tell: Tell) -> list[Event]:
+def read_applied(run: Path, recipe: RateSettings, tell: Tell) -> list[RateChange]:
     """What was taken before, in order; a file that cannot be read any more is named and left."""
     found = []
     for path in run.glob("rates-applied-*.toml"):
@@ -319,7 +321,9 @@ def applied(run: Path, recipe: Recipe, tell: Tell) -> list[Event]:
     events = []
     for step, _, path in sorted(found):
         try:
-            events.append(Event(step, BY_HAND, parse(path.read_text(encoding="utf-8"), recipe)))
+            events.append(
+                RateChange(step, BY_HAND, parse_rates(path.read_text(encoding="utf-8"), recipe))
+            )
         except (OSError, ValueError) as error:
             tell(Warned(f"{path} is passed over: {error}"))
     return events
@@ -337,7 +341,7 @@ class RateControl:
     the rates it would have had undisturbed: the rows up to the checkpoint are read back, validation
     errors are read from RUN/validation.jsonl, and what was set by hand after it is set again.
 
-        rates = RateControl(recipe, run, place, tell, mark.step)
+        rates = RateControl(recipe, run, mesh, tell, mark.step)
         for step in range(mark.step + 1, total + 1):
             optimiser.step(rates.at(step))
             if validation or checkpoint due:     # before the checkpoint is saved
@@ -345,24 +349,24 @@ class RateControl:
     """
 
     def __init__(
-        self, recipe: Recipe, run: Path, place: ProcessMesh, tell: Tell, step: int
+        self, recipe: RateSettings, run: Path, mesh: ProcessMesh, tell: Tell, step: int
     ) -> None:
         """Find the events of the run, and write those that have come by now.
 
         Args:
             recipe: the settings.
             run: folder of the run.
-            place: of this process.
+            mesh: the process mesh.
             tell: the watcher.
             step: step the run goes on from; 0 for a new one.
         """
-        self._recipe, self._run, self._place, self._tell = recipe, run, place, tell
+        self._recipe, self._run, self._mesh, self._tell = recipe, run, mesh, tell
         self._history: list[tuple[int, float]] = []
-        self._events: list[Event] = []
+        self._events: list[RateChange] = []
         self._in_force: dict[int, Rates] = {}
-        if place.leads:
+        if mesh.is_leader:
             self._begin(step)
-        self._events = place.share(self._events)
+        self._events = mesh.broadcast(self._events)
         self._written = sum(event.after <= step for event in self._events)
 
     def at(self, step: int) -> Rates:
@@ -382,8 +386,8 @@ class RateControl:
             step: the step just made.
             validation_error: if it was followed by a validation, its top-1 error, 0 to 1.
         """
-        found = self._look(step, validation_error) if self._place.leads else []
-        self._add(self._place.share(found))
+        found = self._look(step, validation_error) if self._mesh.is_leader else []
+        self._add(self._mesh.broadcast(found))
         self.note(step)
 
     def note(self, step: int) -> None:
@@ -392,25 +396,25 @@ class RateControl:
         `review` does it, too. Between reviews it makes the news of a schedule's step timely.
         """
         while self._written < len(self._events) and self._events[self._written].after <= step:
-            if self._place.leads:
+            if self._mesh.is_leader:
                 self._write(self._run / RATES, [self._row(self._written)])
                 self._say(self._written)
             self._written += 1
 
-    def _add(self, events: Iterable[Event]) -> None:
-        self._events = sorted([*self._events, *events], key=lambda event: event.place)
+    def _add(self, events: Iterable[RateChange]) -> None:
+        self._events = sorted([*self._events, *events], key=lambda event: event.sort_key)
         self._in_force.clear()
 
-    def _look(self, step: int, error: float | None) -> list[Event]:
+    def _look(self, step: int, error: float | None) -> list[RateChange]:
         found = []
         if error is not None:
             self._history.append((step, error))
             found += self._stalled(step)
-        if event := take(self._run, step, self._recipe, self._tell):
+        if event := take_rates_file(self._run, step, self._recipe, self._tell):
             found.append(event)
         return found
 
-    def _stalled(self, step: int) -> list[Event]:
+    def _stalled(self, step: int) -> list[RateChange]:
         """The division that `plateau` makes after the validation of this step, if it does."""
         recipe = self._recipe.config
         past = [event for event in self._events if event.after <= step]
@@ -424,24 +428,24 @@ class RateControl:
             recipe.plateau_threshold,
             [event.after for event in past if event.why == BY_HAND],
         )
-        return [Event(step, PLATEAU, self._recipe.drop())] if step in drops else []
+        return [RateChange(step, PLATEAU, self._recipe.drop())] if step in drops else []
 
     def _begin(self, step: int) -> None:
         """Find all events known when the run goes on from `step`, and cut RUN/rates.jsonl there."""
         self._history = read_errors(self._run / VALIDATION, step)
-        rows = read_events(self._run / RATES, step)
-        by_hand = applied(self._run, self._recipe, self._tell)
+        rows = read_changes(self._run / RATES, step)
+        by_hand = read_applied(self._run, self._recipe, self._tell)
         # What rows say has happened. But a crash may have come between an event and its row.
-        self._add([*rows, *missing(self._recipe.scheduled() + by_hand, rows)])
+        self._add([*rows, *find_missing(self._recipe.scheduled() + by_hand, rows)])
         if not any(event.after == step and event.why == PLATEAU for event in rows):
             self._add(self._stalled(step))
-        if event := take(self._run, step, self._recipe, self._tell):
+        if event := take_rates_file(self._run, step, self._recipe, self._tell):
             self._add([event])
         past = [event for event in self._events if event.after <= step]
         if past or (self._run / RATES).exists():
             self._write(self._run / RATES, [self._row(index) for index in range(len(past))], True)
         for index in range(len(past)):
-            if missing([past[index]], rows):
+            if find_missing([past[index]], rows):
                 self._say(index)
         for after in sorted({event.after for event in by_hand if event.after > step}):
             self._tell(
@@ -458,11 +462,11 @@ class RateControl:
         )
 
     def _row(self, index: int) -> dict[str, Any]:
-        return as_row(self._events[index], *self._sides(index), self._recipe)
+        return format_row(self._events[index], *self._sides(index), self._recipe)
 
     def _say(self, index: int) -> None:
         event = self._events[index]
-        text = f"{words(event, *self._sides(index))} ({event.why})"
+        text = f"{describe_change(event, *self._sides(index))} ({event.why})"
         self._tell(Rated(event.after, text))
 
     @staticmethod
@@ -479,7 +483,7 @@ class RateControl:
             os.fsync(file.fileno())
 
 
-def missing(events: Iterable[Event], rows: Iterable[Event]) -> list[Event]:
+def find_missing(events: Iterable[RateChange], rows: Iterable[RateChange]) -> list[RateChange]:
     """Return the events that have no row, each row standing for one event."""
     left = [row.key for row in rows]
     found = []
@@ -491,9 +495,9 @@ def missing(events: Iterable[Event], rows: Iterable[Event]) -> list[Event]:
     return found
 
 
-def read_events(path: Path, step: int) -> list[Event]:
+def read_changes(path: Path, step: int) -> list[RateChange]:
     """Read RUN/rates.jsonl up to `step`; none if there is no such file."""
-    events = [from_row(line) for line in _lines(path)]
+    events = [parse_row(line) for line in _lines(path)]
     return [event for event in events if event is not None and event.after <= step]
 
 

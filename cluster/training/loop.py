@@ -14,10 +14,10 @@ from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Ended, Finished, Publish, Started, Tell
 from cluster.run.folder import Mark
-from cluster.run.kernels import first_kernels, kept
-from cluster.training.components import Training, describe, open_stream, prepared
+from cluster.run.kernels import copy_first_kernels, is_snapshot_step
+from cluster.training.components import Training, describe_workers, open_stream, prepare_training
 from cluster.training.finite_check import check_finite
-from cluster.training.pair_batches import Feed, Whole
+from cluster.training.pair_batches import PairBatches, ReplicaBatch
 from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from model.metrics import count_errors
@@ -25,7 +25,7 @@ from model.optimizer import compute_layer_statistics
 
 
 def train(
-    config: Config, data: str, run: Path, place: ProcessMesh, tell: Tell, *,
+    config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell, *,
     ending: Callable[[], bool] = lambda: False, publish: Sequence[Publish] = (),
 ) -> None:  # fmt: skip
     """Train to the end of the run, from its newest checkpoint if there is one.
@@ -37,7 +37,7 @@ def train(
         config: the settings.
         data: folder or address of the sealed data set.
         run: folder for checkpoints and rows, the same on every node.
-        place: of this process.
+        mesh: of this process.
         tell: gets events, mostly from the leader of the job.
         ending: whether to save and return after this step; one process that wants it is enough.
         publish: get the numbers of this process about once a second.
@@ -47,12 +47,12 @@ def train(
         DataError, SetupError: from the stream, or the last checkpoint cannot be written.
     """
     keep_memory()
-    torch.set_num_threads(place.cores)
-    with prepared(config, data, run, place, tell, publish) as training:
-        if place.leads:
-            tell(Started(training.mark.step, training.total, describe(config, place)))
+    torch.set_num_threads(mesh.cores)
+    with prepare_training(config, data, run, mesh, tell, publish) as training:
+        if mesh.is_leader:
+            tell(Started(training.mark.step, training.total, describe_workers(config, mesh)))
         mark = make_steps(training, ending)
-    if place.leads:
+    if mesh.is_leader:
         tell(Finished(mark.step) if mark.step >= training.total else Ended(mark.step))
 
 
@@ -62,30 +62,32 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
     Returns:
         the last step made; it is saved.
     """
-    config, place, mark, total = t.config, t.place, t.mark, t.total
+    config, mesh, mark, total = t.config, t.mesh, t.mark, t.total
     for step in range(mark.step + 1, total + 1):
         with t.log.waiting(t.feed.waits):
             batch = next(t.feed)
-        asked = place.poll(ending(), t.checkpoints.is_busy)  # the answers come while we compute
+        asked = mesh.reduce_max(
+            ending(), t.checkpoints.is_busy
+        )  # the answers come while we compute
         t.rates.note(step - 1)
         with t.log.computing():
             t.optimiser.zero_grad()
-            values = learn(t, step, batch)
+            values = accumulate_gradients(t, step, batch)
             t.average.finish()
             t.optimiser.step(t.rates.at(step))
-            t.net.update_running_stats(place.mean)
+            t.net.update_running_stats(mesh.mean)
 
         mark = Mark(step=step, position=batch.position)
-        t.log.step(mark, config, t.rates.at(step), place.mean(values), t.net.exchange)
-        if due(step, config.statistics_every, total):
-            t.log.statistics(mark, place.gather(compute_layer_statistics(t.net, t.optimiser)))
-        if config.statistics_every and kept(step, total):
-            t.log.kernels(mark, place.gather(first_kernels(t.net)))
+        t.log.step(mark, config, t.rates.at(step), mesh.mean(values), t.net.exchange)
+        if is_due(step, config.statistics_every, total):
+            t.log.statistics(mark, mesh.gather(compute_layer_statistics(t.net, t.optimiser)))
+        if config.statistics_every and is_snapshot_step(step, total):
+            t.log.kernels(mark, mesh.gather(copy_first_kernels(t.net)))
         error = None
-        if due(step, config.validate_every, total):
+        if is_due(step, config.validate_every, total):
             error = t.log.validation(mark, lambda: validate(t))
         ends, busy = asked()
-        saves = ends or due(step, config.checkpoint_every, total)
+        saves = ends or is_due(step, config.checkpoint_every, total)
         if saves or error is not None:
             t.rates.review(step, error)
         if t.checkpoints.is_pending and not busy:
@@ -100,35 +102,35 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
     return mark
 
 
-def learn(t: Training, step: int, batch: Whole) -> Tensor:
+def accumulate_gradients(t: Training, step: int, batch: ReplicaBatch) -> Tensor:
     """Leave the gradient of the batch's mean loss in the network, part by part.
 
     Returns:
         float [3]: mean loss and top-1 error of this replica's share of the batch, and how many of
         its images stand for damaged ones.
     """
-    config, place = t.config, t.place
-    own, most = len(batch.labels), config.microbatch_size(place.replicas)
-    first = batch.position - config.batch_size + place.replica * own
-    dtype = compute_dtype(config.dtype, place.device)
-    values = torch.zeros(2, device=place.device)
+    config, mesh = t.config, t.mesh
+    own, most = len(batch.labels), config.microbatch_size(mesh.replicas)
+    first = batch.position - config.batch_size + mesh.replica * own
+    dtype = compute_dtype(config.dtype, mesh.device)
+    values = torch.zeros(2, device=mesh.device)
     for row, part in batch.parts(most):
         t.net.set_position(first + row)
         share = len(part.labels) / own
-        loss, wrong = forward(t.net, part, config, place)
+        loss, wrong = compute_loss(t.net, part, config, mesh)
         with t.average.held(row + most < own):
             (loss * share).backward()
         t.log.flush()  # the row of the step before
-        check_finite(loss, t.net, part.images, dtype, place, step, t.run)
+        check_finite(loss, t.net, part.images, dtype, mesh, step, t.run)
         values += torch.stack((loss.detach(), wrong)) * share
     return torch.cat((values, batch.replaced.sum()[None]))
 
 
-def forward(
-    net: AlexNet, batch: Whole, config: Config, place: ProcessMesh
+def compute_loss(
+    net: AlexNet, batch: ReplicaBatch, config: Config, mesh: ProcessMesh
 ) -> tuple[Tensor, Tensor]:
     """Return mean loss (with its gradient) and top-1 error of a batch."""
-    logits = net_output(net, batch, config, place)
+    logits = compute_logits(net, batch, config, mesh)
     wrong, _ = count_errors(logits.detach(), batch.labels, batch.weights)
     return F.cross_entropy(logits, batch.labels), wrong / len(batch.labels)
 
@@ -136,34 +138,34 @@ def forward(
 @torch.no_grad()
 def validate(t: Training) -> dict[str, float]:
     """Return loss and errors of the centre view of every sound validation image, once each."""
-    start, place = time.perf_counter(), t.place
-    sums = torch.zeros(4, device=place.device, dtype=torch.float64)
+    start, mesh = time.perf_counter(), t.mesh
+    sums = torch.zeros(4, device=mesh.device, dtype=torch.float64)
     t.net.eval()
-    stream = open_stream(t.config, t.data, t.run, place, split="val", view="centre", once=True)
-    with stream, Feed(stream, place) as feed:
+    stream = open_stream(t.config, t.data, t.run, mesh, split="val", view="centre", once=True)
+    with stream, PairBatches(stream, mesh) as feed:
         for batch in feed:
-            logits = net_output(t.net, batch, t.config, place)
+            logits = compute_logits(t.net, batch, t.config, mesh)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             top1, top5 = count_errors(logits, batch.labels, batch.weights)
             sums += torch.stack(((losses * batch.weights).sum(), top1, top5, batch.weights.sum()))
     t.net.train()
-    loss, top1_error, top5_error, samples = place.mean(sums).tolist()
+    loss, top1_error, top5_error, samples = mesh.mean(sums).tolist()
     return {
         "loss": round(loss / samples, 6),
         "top1_error": round(top1_error / samples, 6),
         "top5_error": round(top5_error / samples, 6),
-        "samples": round(samples * place.replicas),
+        "samples": round(samples * mesh.replicas),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
 
-def net_output(net: AlexNet, batch: Whole, config: Config, place: ProcessMesh) -> Tensor:
+def compute_logits(net: AlexNet, batch: ReplicaBatch, config: Config, mesh: ProcessMesh) -> Tensor:
     """Return the logits, float32 [b, classes]."""
-    with autocast(compute_dtype(config.dtype, place.device), place.device):
+    with autocast(compute_dtype(config.dtype, mesh.device), mesh.device):
         logits: Tensor = net(batch.images.float())
     return logits.float()
 
 
-def due(step: int, every: int, total: int) -> bool:
+def is_due(step: int, every: int, total: int) -> bool:
     """Whether something done `every` steps (0: never) and at the end is due after `step`."""
     return every > 0 and (step % every == 0 or step == total)

@@ -3,7 +3,7 @@
 The next batch is under way while the network computes on this one. How it crosses depends on
 where the pixels are:
 
-    CPU   through memory that both processes map: each column writes its half in place. For 128
+    CPU   through memory that both processes map: each column writes its half in mesh. For 128
           float32 images that costs a core 11 ms (measured), where sending them by gloo costs 74.
     GPU   by the collective of `model.exchange`, on a CUDA stream of its own.
 """
@@ -30,11 +30,11 @@ SLOTS = 3
 
 
 @dataclass(frozen=True)
-class Whole:
+class ReplicaBatch:
     """The batch of a replica: what the network computes on."""
 
     images: Tensor
-    """[b, 3, h, w], floating, on the device of the place. Valid until the next one is asked for."""
+    """[b, 3, h, w], floating, on the device of the mesh. Valid until the next one is asked for."""
     labels: Tensor
     """int64 [b]."""
     weights: Tensor
@@ -44,13 +44,13 @@ class Whole:
     position: int
     """Samples consumed by the whole job after this batch."""
 
-    def parts(self, most: int) -> Iterator[tuple[int, Whole]]:
+    def parts(self, most: int) -> Iterator[tuple[int, ReplicaBatch]]:
         """Cut it into parts of at most `most` images: (its first row, the part) each."""
         for row in range(0, len(self.labels), most):
             part = slice(row, row + most)
             yield (
                 row,
-                Whole(
+                ReplicaBatch(
                     self.images[part],
                     self.labels[part],
                     self.weights[part],
@@ -60,14 +60,14 @@ class Whole:
             )
 
 
-Arrival = Callable[[], Whole]
+PendingBatch = Callable[[], ReplicaBatch]
 """Waits for a batch that is under way."""
 
 
-class Join(Protocol):
+class BatchJoin(Protocol):
     """A way to bring the halves together."""
 
-    def start(self, half: Batch) -> Arrival:
+    def start(self, half: Batch) -> PendingBatch:
         """Send the own half off; returns at once."""
         ...
 
@@ -76,33 +76,33 @@ class Join(Protocol):
         ...
 
 
-class Feed:
+class PairBatches:
     """Iterator over whole batches of `stream`, one batch ahead of the network."""
 
-    def __init__(self, stream: Stream, place: ProcessMesh, batches: int | None = None) -> None:
+    def __init__(self, stream: Stream, mesh: ProcessMesh, batches: int | None = None) -> None:
         """Start the first; `batches` is how many there will be, unless the stream ends before."""
         self._stream = itertools.islice(stream, batches)
         self.waits = stream.waits
         """What the stream counts; the rest of the time that `next` takes is the way of the halves
         to each other."""
-        self._join = join_for(place)
+        self._join = create_join(mesh)
         self._next = self._start()
 
-    def _start(self) -> Arrival | None:
+    def _start(self) -> PendingBatch | None:
         half = next(self._stream, None)
         return self._join.start(half) if half is not None else None
 
-    def __iter__(self) -> Iterator[Whole]:
+    def __iter__(self) -> Iterator[ReplicaBatch]:
         return self
 
-    def __next__(self) -> Whole:
+    def __next__(self) -> ReplicaBatch:
         if self._next is None:
             raise StopIteration
         whole = self._next()
         self._next = self._start()
         return whole
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> PairBatches:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -111,35 +111,35 @@ class Feed:
         self._join.close()
 
 
-def join_for(place: ProcessMesh) -> Join:
-    """The quickest way to join halves at this place."""
-    if place.pair is None or place.pictures is None:
-        return Alone()
-    if place.device.type == "cuda":
-        return SideStream(Exchange(place.pictures), place.device)
-    return SharedMemory(place.pictures)
+def create_join(mesh: ProcessMesh) -> BatchJoin:
+    """The quickest way to join halves at this mesh."""
+    if mesh.pair is None or mesh.image_group is None:
+        return NoJoin()
+    if mesh.device.type == "cuda":
+        return CudaJoin(Exchange(mesh.image_group), mesh.device)
+    return SharedMemoryJoin(mesh.image_group)
 
 
-class Alone:
+class NoJoin:
     """Nothing to join: both columns are in this process."""
 
-    def start(self, half: Batch) -> Arrival:
+    def start(self, half: Batch) -> PendingBatch:
         """The half is the whole."""
         replaced = half.replaced.to(half.weights)
-        return lambda: Whole(half.images, half.labels, half.weights, replaced, half.position)
+        return lambda: ReplicaBatch(half.images, half.labels, half.weights, replaced, half.position)
 
     def close(self) -> None:
         """Nothing to let go of."""
 
 
-class SideStream:
+class CudaJoin:
     """Halves on two GPUs: gathered on a CUDA stream beside the one that computes."""
 
     def __init__(self, exchange: Exchange, device: torch.device) -> None:
         self._exchange = exchange
         self._stream = torch.cuda.Stream(device)
 
-    def start(self, half: Batch) -> Arrival:
+    def start(self, half: Batch) -> PendingBatch:
         """Launch the exchange; the host does not wait for it."""
         self._stream.wait_stream(torch.cuda.current_stream())
         halves = (half.images, half.labels, half.weights, half.replaced.to(half.weights))
@@ -148,12 +148,12 @@ class SideStream:
         for tensor in halves:
             tensor.record_stream(self._stream)
 
-        def arrive() -> Whole:
+        def arrive() -> ReplicaBatch:
             torch.cuda.current_stream().wait_stream(self._stream)
             for tensor in joined:
                 tensor.record_stream(torch.cuda.current_stream())
             images, labels, weights, replaced = joined
-            return Whole(images, labels, weights, replaced, half.position)
+            return ReplicaBatch(images, labels, weights, replaced, half.position)
 
         return arrive
 
@@ -162,21 +162,21 @@ class SideStream:
         self._stream.synchronize()
 
 
-class SharedMemory:
+class SharedMemoryJoin:
     """Halves on one machine's CPUs: each column writes into pages that both map.
 
     The pages belong to no file (memfd): nothing is left behind however the processes end, and
     the size of /dev/shm does not matter. Labels and weights travel as a message, whose arrival
-    says that the other half of the pixels is in place.
+    says that the other half of the pixels is in mesh.
     """
 
-    def __init__(self, pictures: dist.ProcessGroup) -> None:
-        self._group = pictures
-        self._index = dist.get_rank(pictures)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._index = dist.get_rank(group)
         self._slots: Tensor | None = None
         self._turn = 0
 
-    def start(self, half: Batch) -> Arrival:
+    def start(self, half: Batch) -> PendingBatch:
         """Write the own half and tell the other column."""
         if self._slots is None:
             self._slots = self._map(half.images)
@@ -194,12 +194,14 @@ class SharedMemory:
             ]
         )
 
-        def arrive() -> Whole:
+        def arrive() -> ReplicaBatch:
             for one in work:
                 one.wait()
             halves = (sent, received) if self._index == 0 else (received, sent)
             labels, weights, replaced = torch.cat(halves, dim=1)
-            return Whole(images, labels.long(), weights.float(), replaced.float(), half.position)
+            return ReplicaBatch(
+                images, labels.long(), weights.float(), replaced.float(), half.position
+            )
 
         return arrive
 
@@ -208,7 +210,7 @@ class SharedMemory:
         shape = (SLOTS, 2 * half.shape[0], *half.shape[1:])
         size = 4 * torch.Size(shape).numel()
         first = dist.get_global_rank(self._group, 0)
-        mine = os.memfd_create("duet-pictures") if self._index == 0 else -1
+        mine = os.memfd_create("duet-images") if self._index == 0 else -1
         path = [f"/proc/{os.getpid()}/fd/{mine}"]
         dist.broadcast_object_list(path, src=first, group=self._group)
         descriptor = os.open(path[0], os.O_RDWR)

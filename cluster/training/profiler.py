@@ -22,10 +22,10 @@ from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Measured, Tell
 from cluster.run.folder import Mark
 from cluster.run.jsonl import WAITS
-from cluster.run.metrics import Log
-from cluster.training.components import Training, look_up, prepared
+from cluster.run.metrics import MetricsLog
+from cluster.training.components import Training, prepare_training, read_origin
 from cluster.training.loop import make_steps
-from cluster.training.pair_batches import Feed, Whole
+from cluster.training.pair_batches import PairBatches, ReplicaBatch
 from cluster.training.precision import keep_memory
 from model.exchange import Exchange
 from pipeline.stream.timing import WaitTimes
@@ -49,7 +49,7 @@ PARTS = ("compute", "exchange", *WAITS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
+class LoopTiming:
     """Steps that were made: means over them, in seconds."""
 
     steps: int
@@ -67,8 +67,8 @@ class Loop:
 class Headspace:
     """What one process has measured."""
 
-    real: Loop
-    replayed: Loop
+    real: LoopTiming
+    replayed: LoopTiming
     ratios: tuple[float, ...]
     """Replayed over real wall time, turn by turn."""
     alone_img_s: float
@@ -81,7 +81,7 @@ class Headspace:
     """Share of the machine that other programs used meanwhile, 0..1."""
 
 
-def measure(config: Config, data: str, place: ProcessMesh, tell: Tell) -> None:
+def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
     """Measure a training of these settings; every process of the job calls it at the same time.
 
     The leader tells what was found (`Measured`). Nothing is written but in a temporary folder.
@@ -90,22 +90,22 @@ def measure(config: Config, data: str, place: ProcessMesh, tell: Tell) -> None:
         DuetError: from the data set.
     """
     keep_memory()
-    torch.set_num_threads(place.cores)
+    torch.set_num_threads(mesh.cores)
     # As good as no rate: so many steps on the same few batches may end in a loss that is no number.
     config = replace(
         config, validate_every=0, statistics_every=0, store="", ledger=False, tensorboard=False,
         schedule="dexp", changes=(), layer_rates=(), lr=1e-9, steps=10**7, epochs=1.0, init="",
     )  # fmt: skip
-    samples, _ = look_up(config, data)
+    samples, _ = read_origin(config, data)
     with (
         tempfile.TemporaryDirectory(prefix="duet-measure-") as scratch,
-        prepared(config, data, Path(scratch), place, _quiet, ()) as training,
+        prepare_training(config, data, Path(scratch), mesh, _quiet, ()) as training,
     ):
         found = _headspace(training, samples, Path(scratch))
-    everybody: Sequence[Headspace] = place.gather(found)
-    if place.leads:
-        tell(Measured(_result(config, data, place, everybody)))
-    place.gather(None)  # the others leave it their cores
+    everybody: Sequence[Headspace] = mesh.gather(found)
+    if mesh.is_leader:
+        tell(Measured(_result(config, data, mesh, everybody)))
+    mesh.gather(None)  # the others leave it their cores
 
 
 def _quiet(_: Event) -> None:
@@ -115,12 +115,12 @@ def _quiet(_: Event) -> None:
 def _headspace(t: Training, samples: int, scratch: Path) -> Headspace:
     steps = _Steps(t, samples, scratch)
     kept = [_copy(next(t.feed)) for _ in range(KEPT)]
-    ready = cast(Feed, _Replay(kept))
+    ready = cast(PairBatches, _Replay(kept))
     steps.make(t.feed, WARM_UP)
     wall = steps.make(t.feed, WARM_UP).wall
-    each = max(t.place.gather(wall))  # all make as many
+    each = max(t.mesh.gather(wall))  # all make as many
     count = max(FEWEST, round(SECONDS / TURNS / each))
-    real, replayed, load = list[Loop](), list[Loop](), Load()
+    real, replayed, load = list[LoopTiming](), list[LoopTiming](), Load()
     for _ in range(TURNS):
         real.append(steps.make(t.feed, count))
         steps.make(ready, 1)
@@ -131,7 +131,7 @@ def _headspace(t: Training, samples: int, scratch: Path) -> Headspace:
     rows = steps.rows[-1]
     sent, rate = int(rows["exchange_bytes"]), 0.0
     if t.net.exchange is not None:
-        rate = _crossing(t.net.exchange, sent, t.place)
+        rate = _crossing(t.net.exchange, sent, t.mesh)
     return Headspace(
         real=_mean(real), replayed=_mean(replayed),
         ratios=tuple(fast.wall / slow.wall for fast, slow in zip(replayed, real, strict=True)),
@@ -144,17 +144,17 @@ class _Steps:
 
     def __init__(self, t: Training, samples: int, scratch: Path) -> None:
         self.rows: list[dict[str, Any]] = []
-        log = Log(scratch, t.place, _quiet, samples, 0, keep=self.rows)
+        log = MetricsLog(scratch, t.mesh, _quiet, samples, 0, keep=self.rows)
         self._t = replace(t, log=log, checkpoints=cast(CheckpointManager, _Nothing()))
         self._mark = t.mark
 
-    def make(self, feed: Feed, count: int) -> Loop:
+    def make(self, feed: PairBatches, count: int) -> LoopTiming:
         first = self._mark.step
         training = replace(self._t, feed=feed, mark=self._mark, total=first + count)
         before, start = len(self.rows), time.perf_counter()
         self._mark = Mark(step=make_steps(training, lambda: False).step, position=0)
         self._t.log.flush()
-        if self._t.place.device.type == "cuda":
+        if self._t.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         wall = (time.perf_counter() - start) / count
         rows = self.rows[before:]
@@ -162,7 +162,7 @@ class _Steps:
             "compute": _means(rows, "compute"), "exchange": _means(rows, "exchange"),
             **{name: _means(rows, name) for name in WAITS},
         }  # fmt: skip
-        return Loop(steps=count, wall=wall, parts=parts)
+        return LoopTiming(steps=count, wall=wall, parts=parts)
 
 
 class _Nothing:
@@ -180,15 +180,15 @@ class _Nothing:
 class _Replay:
     """Batches that lie ready."""
 
-    def __init__(self, kept: Sequence[Whole]) -> None:
+    def __init__(self, kept: Sequence[ReplicaBatch]) -> None:
         self.waits = WaitTimes()
-        self._turns: Iterator[Whole] = itertools.cycle(kept)
+        self._turns: Iterator[ReplicaBatch] = itertools.cycle(kept)
 
-    def __next__(self) -> Whole:
+    def __next__(self) -> ReplicaBatch:
         return next(self._turns)
 
 
-def _copy(whole: Whole) -> Whole:
+def _copy(whole: ReplicaBatch) -> ReplicaBatch:
     return replace(
         whole, **{name: getattr(whole, name).clone()
                   for name in ("images", "labels", "weights", "replaced")},
@@ -199,8 +199,8 @@ def _means(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return float(sum(row[name] for row in rows)) / len(rows)
 
 
-def _mean(loops: Sequence[Loop]) -> Loop:
-    return Loop(
+def _mean(loops: Sequence[LoopTiming]) -> LoopTiming:
+    return LoopTiming(
         steps=sum(one.steps for one in loops),
         wall=sum(one.wall for one in loops) / len(loops),
         parts={name: sum(one.parts[name] for one in loops) / len(loops) for name in PARTS},
@@ -215,23 +215,23 @@ def _alone(t: Training, count: int) -> float:
     for _ in range(2 * count):
         next(t.feed)
     rate = 2 * count * t.config.batch_size / (time.perf_counter() - start)
-    return min(t.place.gather(rate))
+    return min(t.mesh.gather(rate))
 
 
-def _crossing(exchange: Exchange, size: int, place: ProcessMesh) -> float:
+def _crossing(exchange: Exchange, size: int, mesh: ProcessMesh) -> float:
     """Bytes a second that cross between columns, in messages of a layer's size."""
-    message = torch.zeros(max(1, size // 8), dtype=torch.uint8, device=place.device)
+    message = torch.zeros(max(1, size // 8), dtype=torch.uint8, device=mesh.device)
     exchange.join_batch(message)
     start, turns = time.perf_counter(), 20
     for _ in range(turns):
         exchange.join_batch(message)
-    if place.device.type == "cuda":
+    if mesh.device.type == "cuda":
         torch.cuda.synchronize()
     return turns * len(message) / (time.perf_counter() - start)
 
 
 def _result(
-    config: Config, data: str, place: ProcessMesh, everybody: Sequence[Headspace]
+    config: Config, data: str, mesh: ProcessMesh, everybody: Sequence[Headspace]
 ) -> dict[str, Any]:
     """What the driver writes down: the split of a step, and the examination of the stream."""
     slowest = max(everybody, key=lambda one: one.real.wall)
@@ -240,23 +240,23 @@ def _result(
     replayed = config.batch_size / slowest.replayed.wall
     extra: list[Row] = []
     if slowest.exchange_rate:
-        each = slowest.exchange_bytes / (config.batch_size // place.replicas)
-        gpu = place.device.type == "cuda"
+        each = slowest.exchange_bytes / (config.batch_size // mesh.replicas)
+        gpu = mesh.device.type == "cuda"
         best = (hardware.to_device(0.5) if gpu else hardware.memory(1, 0.5)).median / 2 / each
         extra.append(row("pair exchange", Rate((slowest.exchange_rate / each,), 0.0, 0.0), each,
                          limit=2 * best if gpu else best,
                          against="PCIe, pinned blocks" if gpu else "memory, copied by 1 thread",
                          note="alone: what crosses between the columns, both ways"))  # fmt: skip
     setting = Setting(
-        data=data, device="gpu" if place.device.type == "cuda" else "cpu", shuffle=config.shuffle,
-        window=config.window, batch_size=config.batch_size // place.world_size,
-        threads=config.threads or place.cores, cores=place.cores, prefetch=config.prefetch,
+        data=data, device="gpu" if mesh.device.type == "cuda" else "cpu", shuffle=config.shuffle,
+        window=config.window, batch_size=config.batch_size // mesh.world_size,
+        threads=config.threads or mesh.cores, cores=mesh.cores, prefetch=config.prefetch,
         hw_decoder_load=config.hw_decoder_load, **config.cached,
     )  # fmt: skip
-    report = examine(setting, replayed / place.world_size, extra=extra)
+    report = examine(setting, replayed / mesh.world_size, extra=extra)
     return {
         "report": report.table(),
-        "workers": place.world_size,
+        "workers": mesh.world_size,
         "step": {"wall": slowest.real.wall, "parts": slowest.real.parts,
                  "accounted": slowest.real.accounted},
         "replayed": {"wall": slowest.replayed.wall, "parts": slowest.replayed.parts},

@@ -16,8 +16,8 @@ from cluster.config import Config
 from cluster.evaluate import main
 from cluster.experiments.ensemble import main as ensemble
 from cluster.mesh import ProcessMesh
-from cluster.run.folder import settle
-from cluster.run.probabilities import Saved, file_of
+from cluster.run.folder import write_run_config
+from cluster.run.probabilities import SavedProbabilities, probability_path
 from cluster.training.loop import train
 from model.alexnet import AlexNet
 from model.architecture import Design
@@ -41,7 +41,7 @@ PICTURE = replace(CONFIG, mean="picture", seed=1)
 
 
 def made(run: Path, config: Config, data: Path) -> Path:
-    settle(run, config, identity(data), samples=48, step=0)
+    write_run_config(run, config, identity(data), samples=48, step=0)
     train(config, data, run, ProcessMesh(), lambda event: None)
     return run
 
@@ -122,21 +122,21 @@ def test_the_mean_image_is_subtracted_as_in_training(with_image, tiny_data, view
     assert main([str(with_image), *words]) == 0
     mean = Statistics.load(tiny_data).mean_picture[16:240, 16:240].transpose(2, 0, 1)
     answers = one_by_one(with_image, tiny_data, views, torch.from_numpy(mean))
-    saved = Saved(with_image, views)
+    saved = SavedProbabilities(with_image, views)
     expected = torch.tensor([p for _, p in answers])
     torch.testing.assert_close(saved.rows(0, 20), expected, rtol=1e-4, atol=1e-6)
     if views == 1:
         row = json.loads((with_image / "validation.jsonl").read_text().splitlines()[-1])
         written = json.loads((with_image / "evaluation-1.json").read_text())
         assert written["loss"] == pytest.approx(row["loss"], rel=1e-4)
-    assert f"probabilities -> {file_of(with_image, views)}" in capsys.readouterr().out
+    assert f"probabilities -> {probability_path(with_image, views)}" in capsys.readouterr().out
 
 
 def test_saved_probabilities_are_those_that_were_counted(trained, with_image, tiny_data, capsys):
     runs = [str(trained), str(with_image)]
     for run in runs:
         main([run, "--data", str(tiny_data), "--save-probabilities"])
-    saved = Saved(trained, 1)
+    saved = SavedProbabilities(trained, 1)
     answers = one_by_one(trained, tiny_data, 1)
     assert saved.labels.tolist() == [label for label, _ in answers]
     np.testing.assert_allclose(saved.rows(0, 20), [p for _, p in answers], rtol=1e-4)
@@ -158,7 +158,7 @@ def test_saved_probabilities_are_those_that_were_counted(trained, with_image, ti
 def test_nothing_is_saved_unless_it_is_asked_for(trained, tiny_data, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    file_of(run, 1).unlink(missing_ok=True)
+    probability_path(run, 1).unlink(missing_ok=True)
     main([str(run), "--data", str(tiny_data)])
     assert not list(run.glob("probabilities*"))
 
@@ -173,7 +173,7 @@ def test_a_damaged_image_counts_nowhere(trained, data, tmp_path, capsys):
     sound = [answer for place, answer in enumerate(answers) if place not in (3, 19)]
     wrong = sum(label != p.index(max(p)) for label, p in sound)
     assert (written["samples"], written["top1_error"]) == (18, pytest.approx(wrong / 18))
-    saved = Saved(run, 1)
+    saved = SavedProbabilities(run, 1)
     assert (saved.weights == 0).nonzero()[:, 0].tolist() == [3, 19]
     assert not saved.rows(3, 4).any()
     assert capsys.readouterr().err == ""

@@ -44,7 +44,7 @@ def cluster() -> Iterator[SimpleNamespace]:
         from ray.cluster_utils import Cluster
 
         from cluster.launch import task_pool
-        from cluster.launch.session import session
+        from cluster.launch.session import ray_session
 
         nodes = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
@@ -52,9 +52,9 @@ def cluster() -> Iterator[SimpleNamespace]:
         try:
             others = [nodes.add_node(num_cpus=1) for _ in range(2)]
             patch.setenv("RAY_ADDRESS", nodes.address)
-            with session(0, ahead=None):
+            with ray_session(0, ahead=None):
                 # One driver for all tests: its workers need not start again for each.
-                patch.setattr(task_pool, "session", lambda *_, **__: contextlib.nullcontext())
+                patch.setattr(task_pool, "ray_session", lambda *_, **__: contextlib.nullcontext())
                 yield SimpleNamespace(
                     mark=mark,
                     nodes=nodes,

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.launch import session
-from cluster.run.folder import held, settle
+from cluster.run.folder import lock_run, write_run_config
 from cluster.train import main
 from pipeline.dataset.manifest import identity
 from pipeline.tools.errors import SetupError, UsageError
@@ -38,14 +38,14 @@ def test_a_wrong_command_is_refused_before_anything_starts(
 
 
 def test_a_run_that_another_training_holds_is_refused(config, tiny_data, tmp_path):
-    with held(tmp_path), pytest.raises(UsageError, match="in use by another training"):
+    with lock_run(tmp_path), pytest.raises(UsageError, match="in use by another training"):
         main([str(config), "--data", str(tiny_data), "--run", str(tmp_path)])
 
 
 def test_a_run_with_other_settings_or_data_is_refused(config, tiny_data, tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     run.mkdir()
-    settle(run, Config.from_settings(SETTINGS), identity(tiny_data), samples=48, step=0)
+    write_run_config(run, Config.from_settings(SETTINGS), identity(tiny_data), samples=48, step=0)
     (run / "checkpoints" / "step-00000010").mkdir(parents=True)
     shutil.copytree(tiny_data, other)
     manifest = other / "manifest.json"

@@ -10,19 +10,19 @@ from pathlib import Path
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Event
-from cluster.run.jsonl import cut
+from cluster.run.jsonl import cut_rows
 from cluster.run.metrics import VALIDATION
-from cluster.training.learning_rate import RATES, RateControl, Recipe
+from cluster.training.learning_rate import RATES, RateControl, RateSettings
 from model.schedule import Rates, ScheduledChange, compute_rates
 
 ERRORS = dict(zip(range(4, 41, 4), (9, 8, 8, 8, 7, 7, 7, 7, 7, 7), strict=True))
 """Step -> validation error."""
 
 
-def recipe(total: int = 40, **settings: object) -> Recipe:
+def recipe(total: int = 40, **settings: object) -> RateSettings:
     """A run of 40 steps of 8 images, 4 epochs of 80."""
     config = Config.from_settings({"batch_size": 8, **settings})
-    return Recipe(config=config, samples=80, total=total)
+    return RateSettings(config=config, samples=80, total=total)
 
 
 def rows(run: Path) -> list[dict]:
@@ -38,7 +38,7 @@ def texts(heard: Iterable[Event], kind: type) -> list[str]:
 class Story:
     """A run as `cluster.training.loop` makes it, without the network; it may be cut off."""
 
-    recipe: Recipe
+    recipe: RateSettings
     run: Path
     errors: dict[int, float] = field(default_factory=dict)
     """Validation error after each step that has a validation."""
@@ -57,7 +57,7 @@ class Story:
             lost: bytes by which that review's last row comes out too short; None: it is whole.
         """
         control = RateControl(self.recipe, self.run, ProcessMesh(), self.heard.append, self.saved)
-        cut(self.run / VALIDATION, self.saved)
+        cut_rows(self.run / VALIDATION, self.saved)
         for step in range(self.saved + 1, self.recipe.total + 1):
             self.rates[step] = control.at(step)
             self.review(control, step)

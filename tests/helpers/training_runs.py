@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from cluster.config import Config
-from cluster.mesh import ProcessMesh, take_place
+from cluster.mesh import ProcessMesh, create_mesh
 from cluster.run.events import Event
 from cluster.training.loop import train
 from model.architecture import Design
@@ -53,7 +53,7 @@ def work(rank: int, world: int, size: int, folder: Path, calls: list[Call]) -> N
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
     )
     seats = [tuple(range(start, start + size)) for start in range(0, world, size)]
-    place = take_place(seats, torch.device("cpu"), cores=1)
+    place = create_mesh(seats, torch.device("cpu"), cores=1)
     for call in calls:
         if call.cut and rank == 0:
             cut_at(3, call.cut, call.run)

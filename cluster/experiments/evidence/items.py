@@ -44,7 +44,7 @@ from cluster.experiments.evidence.significance import (
     view_margins,
 )
 from cluster.run.folder import CONFIG
-from cluster.run.probabilities import file_of
+from cluster.run.probabilities import probability_path
 
 RANKS = (("top-1", "top1_error"), ("top-5", "top5_error"))
 VIEW_WORDS = {1: "one view", 10: "ten views"}
@@ -298,7 +298,7 @@ def make_studies(evidence: Evidence, missing: list[Missing]) -> Iterator[Item]:
 def _ask_for_ensemble(evidence: Evidence) -> Missing:
     runs = max((group.runs for group in evidence.groups), key=len)
     names = " ".join(quote_path(run.path) for run in runs) + ("" if len(runs) > 1 else " RUN")
-    lacking = [run for run in runs if not file_of(run.path, 10).is_file()]
+    lacking = [run for run in runs if not probability_path(run.path, 10).is_file()]
     why = f"{len(runs)} run{'s' if len(runs) > 1 else ''} of one kind, the paper averages five"
     if lacking:
         why += f"; {len(lacking)} without --save-probabilities of ten views"

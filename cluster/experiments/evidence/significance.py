@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from scipy import stats
 
-from cluster.run.probabilities import Saved
+from cluster.run.probabilities import SavedProbabilities
 from pipeline.tools.errors import DuetError
 
 NORMAL_975 = float(stats.norm.ppf(0.975))
@@ -138,7 +138,7 @@ def view_margins(run: Path) -> tuple[float, ...] | None:
         fractions, or None if the run has not kept both, or they are of different checkpoints.
     """
     try:
-        one, ten = Saved(run, 1), Saved(run, 10)
+        one, ten = SavedProbabilities(run, 1), SavedProbabilities(run, 10)
     except DuetError:
         return None
     same = torch.equal(one.labels, ten.labels) and torch.equal(one.weights, ten.weights)
@@ -157,7 +157,7 @@ def view_margins(run: Path) -> tuple[float, ...] | None:
     )
 
 
-def _find_wrong(saved: Saved, first: int, last: int) -> torch.Tensor:
+def _find_wrong(saved: SavedProbabilities, first: int, last: int) -> torch.Tensor:
     """Whether the true class is missing among the first 1 and 5 answers: bool [2, rows]."""
     rows, labels = saved.rows(first, last), saved.labels[first:last]
     above = (rows > rows.gather(1, labels[:, None])).sum(dim=1)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.checkpoint.format import load_checkpoint
-from cluster.evaluate import network_of
+from cluster.evaluate import create_network
 from cluster.experiments.neighbors.features import (
     BLOCK,
     About,
@@ -107,7 +107,7 @@ def features(
 
 
 def _about(trained: Trained, split: str, dtype: str) -> About:
-    last = network_of(trained.config, len(trained.manifest.classes))
+    last = create_network(trained.config, len(trained.manifest.classes))
     return About(
         split=split,
         samples=trained.manifest.split(split, trained.metadata).samples,
@@ -212,7 +212,7 @@ def extract(job: Job) -> int:
 @lru_cache(maxsize=1)
 def _network(checkpoint: Path, run: Path, device: str, classes: int) -> AlexNet:
     """A worker's network: loaded for its first stretch, and kept."""
-    net = network_of(settings(run)[0], classes)
+    net = create_network(settings(run)[0], classes)
     load_checkpoint(checkpoint, net)
     return net.to(device).eval()
 

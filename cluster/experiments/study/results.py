@@ -25,8 +25,8 @@ from cluster.experiments.study.config import Measure, Study, Variant
 from cluster.experiments.study.runner import Run
 from cluster.report.records import Floats, Series, read_series
 from cluster.run.folder import METRICS, VALIDATION
-from cluster.run.jsonl import tail
-from cluster.run.probabilities import Saved, file_of
+from cluster.run.jsonl import read_tail
+from cluster.run.probabilities import SavedProbabilities, probability_path
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.files import atomic_write
@@ -47,7 +47,7 @@ def measured(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
     """
     for run in runs:
         _save(run)
-    saved = [Saved(run.folder, VIEWS) for run in runs]
+    saved = [SavedProbabilities(run.folder, VIEWS) for run in runs]
     found = table_of(saved, study.sizes)
     rows = [
         {
@@ -65,8 +65,8 @@ def measured(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _save(run: Run) -> None:
     """Have the probabilities of a run, of its last step."""
-    if file_of(run.folder, VIEWS).is_file():
-        saved = Saved(run.folder, VIEWS)
+    if probability_path(run.folder, VIEWS).is_file():
+        saved = SavedProbabilities(run.folder, VIEWS)
         if saved.about.step == run.config.total_steps(run.pictures):
             return
     evaluate(
@@ -203,7 +203,7 @@ def showing(study: Study, run: Run) -> bool:
     if study.measure != "pictures":
         return False
     window = window_of(study, run)
-    errors = [row.get("top1_error", 1.0) for row in tail(run.folder / METRICS, window)]
+    errors = [row.get("top1_error", 1.0) for row in read_tail(run.folder / METRICS, window)]
     return len(errors) == window and float(np.mean(errors)) <= study.goal
 
 

@@ -30,11 +30,11 @@ from cluster import train
 from cluster.checkpoint.loader import pin_init
 from cluster.checkpoint.storage import find_last_step
 from cluster.config import Config, find_conflicts, read_run_config
-from cluster.launch.controller import wanted_end
+from cluster.launch.controller import count_interrupts
 from cluster.mesh import ProcessMesh
-from cluster.run.console import Screen
-from cluster.run.folder import CONFIG, METRICS, leading, write_machine
-from cluster.run.jsonl import tail
+from cluster.run.console import RunConsole
+from cluster.run.folder import CONFIG, METRICS, lock_leader, write_machine
+from cluster.run.jsonl import read_tail
 from cluster.training.loop import train as make_run
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     return train.main(argv, train_here)
 
 
-def train_here(config: Config, data: str, folder: Path, screen: Screen) -> None:
+def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
     """Have the run trained by this process, with both columns, on the first GPU it sees.
 
     Raises:
@@ -62,7 +62,7 @@ def train_here(config: Config, data: str, folder: Path, screen: Screen) -> None:
     place = ProcessMesh(
         device=torch.device("cuda" if there else "cpu"), cores=len(os.sched_getaffinity(0))
     )
-    with leading(folder), wanted_end() as end:
+    with lock_leader(folder), count_interrupts() as end:
         write_machine(folder, place.world_size)
         make_run(config, data, folder, place, screen.show, ending=lambda: end() > 0)
         if end():
@@ -116,7 +116,7 @@ class Run:
     @property
     def position(self) -> int:
         """Images seen so far."""
-        rows = list(tail(self.folder / METRICS, 2))
+        rows = list(read_tail(self.folder / METRICS, 2))
         return int(rows[-1].get("position", 0)) if rows else 0
 
     @property

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 import cluster.checkpoint.writer as part
 import cluster.checkpoint.writer as writer
 from cluster.checkpoint.format import choose_checkpoint
-from cluster.mesh import ProcessMesh, take_place
+from cluster.mesh import ProcessMesh, create_mesh
 from cluster.run.folder import CHECKPOINTS
 from pipeline.tools.errors import DuetError
 from tests.helpers.checkpoints import Run, network, same, steps
@@ -42,7 +42,7 @@ def plain(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     run, turns = Run(folder, place=place), 0
     slow(place, folder / "go")
     run.begin(3, seed=1)
-    while place.poll(run.checkpoints.is_busy)()[0]:
+    while place.reduce_max(run.checkpoints.is_busy)()[0]:
         turns += 1
         if turns == 5:
             (folder / "go").touch()
@@ -96,7 +96,7 @@ def apart(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     """The processes see different folders of one name."""
     own = folder / str(place.rank)
     own.mkdir()
-    if place.leads:
+    if place.is_leader:
         Run(own).save(3, seed=1)
     dist.barrier()
     try:
@@ -114,7 +114,7 @@ SCENES: dict[str, Callable[[Path, ProcessMesh], dict[str, Any]]] = {
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    place = take_place([(0, 1)], torch.device("cpu"), cores=1)
+    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
     patience, beat, found = writer.PATIENCE, writer.BEAT, {}
     for name, scene in SCENES.items():
         part.save_file, writer.PATIENCE, writer.BEAT = REAL, patience, beat

@@ -18,7 +18,7 @@ import cluster.checkpoint.storage as places
 import cluster.checkpoint.writer as part
 from cluster.checkpoint.format import choose_checkpoint, collect_state, load_checkpoint
 from cluster.checkpoint.storage import find_last_step
-from cluster.mesh import ProcessMesh, take_place
+from cluster.mesh import ProcessMesh, create_mesh
 from cluster.run.sync import open_mirror
 from cluster.training.loop import train
 from pipeline.remote.filesystem import RetryPolicy
@@ -231,7 +231,7 @@ def test_where_nothing_can_be_written_is_refused_at_once(tmp_path):
 
 def pair(rank: int, folder: Path, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    place = take_place([(0, 1)], torch.device("cpu"), cores=1)
+    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
     own = folder / str(rank)  # no folder that both see
     own.mkdir()
     run = Run(own, store=store, place=place)

@@ -27,10 +27,10 @@ def source(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with four classes."""
     run = tmp_path_factory.mktemp("source") / "run"
     alone(replace(CONFIG, seed=7), tiny_data, run)
-    from cluster.run.folder import settle
+    from cluster.run.folder import write_run_config
     from pipeline.dataset.manifest import identity
 
-    settle(run, replace(CONFIG, seed=7), identity(tiny_data), 48, 0)
+    write_run_config(run, replace(CONFIG, seed=7), identity(tiny_data), 48, 0)
     return run
 
 

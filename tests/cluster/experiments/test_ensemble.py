@@ -15,13 +15,20 @@ from safetensors.numpy import load_file
 
 from cluster.experiments import ensemble
 from cluster.experiments.ensemble import main
-from cluster.run.probabilities import About, Saved, file_of, writing
+from cluster.run.probabilities import (
+    ProbabilityInfo,
+    SavedProbabilities,
+    open_writer,
+    probability_path,
+)
 from model.metrics import count_errors
 from pipeline.tools.errors import DataError, UsageError
 
 PICTURES, CLASSES = 240, 12
 NAMES = tuple(f"class {number}" for number in range(CLASSES))
-ABOUT = About(views=10, split="val", samples=PICTURES, classes=NAMES, data_sha256="ab" * 32, step=7)
+ABOUT = ProbabilityInfo(
+    views=10, split="val", samples=PICTURES, classes=NAMES, data_sha256="ab" * 32, step=7
+)
 LABELS = torch.arange(PICTURES) * 7 % CLASSES
 
 
@@ -36,7 +43,7 @@ def drawn(seed: int, skill: float = 1.0) -> torch.Tensor:
 def saved(
     run: Path,
     rows: torch.Tensor,
-    about: About = ABOUT,
+    about: ProbabilityInfo = ABOUT,
     labels: torch.Tensor = LABELS,
     damaged: Sequence[int] = (),
 ) -> Path:
@@ -44,7 +51,7 @@ def saved(
     run.mkdir()
     counts = torch.ones(len(rows))
     counts[list(damaged)] = 0
-    with writing(file_of(run, about.views), about) as writer:
+    with open_writer(probability_path(run, about.views), about) as writer:
         for start in range(0, len(rows), 64):
             part = slice(start, start + 64)
             lacking = max(0, start + 64 - len(rows))
@@ -212,13 +219,13 @@ def test_an_image_counts_if_it_was_sound_for_all(runs, tmp_path, capsys):
     found = told(capsys, runs[0], other)
     assert found["samples"] == PICTURES - 2
     assert found["runs"][0]["top1_error"] == pytest.approx(by_hand(drawn(0, 2.0), 1, [3, 100]))
-    rows = load_file(file_of(other, 10))
+    rows = load_file(probability_path(other, 10))
     assert not rows["probabilities"][[3, 100]].any()
     assert rows["weights"].sum() == PICTURES - 2
 
 
 def test_the_file_is_plain_safetensors(runs):
-    rows = load_file(file_of(runs[1], 10))
+    rows = load_file(probability_path(runs[1], 10))
     np.testing.assert_array_equal(rows["probabilities"], drawn(1, 1.0))
     np.testing.assert_array_equal(rows["labels"], LABELS)
     np.testing.assert_array_equal(rows["ids"], np.arange(PICTURES))
@@ -226,7 +233,7 @@ def test_the_file_is_plain_safetensors(runs):
     assert {name: str(array.dtype) for name, array in rows.items()} == {
         "probabilities": "float32", "labels": "int64", "ids": "int64", "weights": "float32",
     }  # fmt: skip
-    opened = Saved(runs[1], 10)
+    opened = SavedProbabilities(runs[1], 10)
     assert opened.about == ABOUT
     assert torch.equal(opened.rows(30, 33), drawn(1, 1.0)[30:33])
 
@@ -235,7 +242,7 @@ def test_rows_that_lack_leave_no_file(tmp_path):
     path = tmp_path / "probabilities-10.safetensors"
     with (
         pytest.raises(ValueError, match="64 rows were written, not 240"),
-        writing(path, ABOUT) as w,
+        open_writer(path, ABOUT) as w,
     ):
         w.add(drawn(0)[:64], LABELS[:64], torch.ones(64))
     assert not list(tmp_path.iterdir())
@@ -297,7 +304,7 @@ def test_options_that_cannot_work_are_refused(runs, tmp_path):
 
 @pytest.mark.parametrize("harm", ["cut", "no safetensors", "other metadata"])
 def test_a_file_that_was_harmed_is_told(runs, harm):
-    path = file_of(runs[0], 10)
+    path = probability_path(runs[0], 10)
     content = path.read_bytes()
     if harm == "other metadata":
         content = content.replace(b'\\"version\\": 1', b'\\"version\\": 9')

@@ -25,8 +25,8 @@ from cluster.experiments.evidence.__main__ import (
 from cluster.experiments.evidence.significance import binomial_margin, view_margins
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
-from cluster.run.kernels import encoded, first_kernels
-from cluster.run.probabilities import About, file_of, writing
+from cluster.run.kernels import copy_first_kernels, encode_kernels
+from cluster.run.probabilities import ProbabilityInfo, open_writer, probability_path
 from model.alexnet import AlexNet
 from model.architecture import Design
 from model.optimizer import Sgd2012
@@ -61,7 +61,12 @@ def make(tmp_path: Path) -> Make:
                 Mark(step=step, position=128 * step), net, Sgd2012(net.named_parameters())
             )
             checkpoints.finish(must=True)
-        first = {"position": 128, "step": 1, "epoch": 0.0, "columns": encoded([first_kernels(net)])}
+        first = {
+            "position": 128,
+            "step": 1,
+            "epoch": 0.0,
+            "columns": encode_kernels([copy_first_kernels(net)]),
+        }
         (run / "kernels.jsonl").write_text(json.dumps(first) + "\n")
         for views, error in errors.items():
             table = {"views": views, "split": "val", "step": 60, "samples": 10_000,
@@ -120,9 +125,9 @@ def test_of_two_answers_to_the_same_images_those_that_change_sides_count(make):
     rows[10] = rows[1].clone()
     rows[10][:40] = torch.from_numpy(rng.random((40, 8))).float()
     for views, table in rows.items():
-        about = About(views=views, split="val", samples=500, classes=CLASSES,
+        about = ProbabilityInfo(views=views, split="val", samples=500, classes=CLASSES,
                       data_sha256="ab" * 32, step=60)  # fmt: skip
-        with writing(file_of(run, views), about) as writer:
+        with open_writer(probability_path(run, views), about) as writer:
             writer.add(table, labels, torch.ones(500))
     wrong = {views: (table.argmax(1) != labels).numpy() for views, table in rows.items()}
     changes = wrong[10].astype(float) - wrong[1]
@@ -130,7 +135,7 @@ def test_of_two_answers_to_the_same_images_those_that_change_sides_count(make):
     assert found is not None
     assert found[0] == pytest.approx(1.959964 * changes.std() / 500**0.5)
     assert found[0] < binomial_margin(wrong[1].mean(), wrong[10].mean(), 500) / 2
-    file_of(run, 1).unlink()
+    probability_path(run, 1).unlink()
     assert view_margins(run) is None
 
 

@@ -25,7 +25,7 @@ from cluster.experiments.neighbors.extract import features, stretches
 from cluster.experiments.neighbors.features import Features, Growing, opened, stem
 from cluster.experiments.neighbors.figures import Pairs, draw
 from cluster.mesh import ProcessMesh
-from cluster.run.folder import settle
+from cluster.run.folder import write_run_config
 from cluster.training.loop import train
 from model.alexnet import AlexNet
 from model.architecture import Design
@@ -59,7 +59,7 @@ def one_worker_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(run: Path, config: Config, data: Path) -> Path:
     run.mkdir(exist_ok=True)
-    settle(run, config, identity(data), samples=48, step=0)
+    write_run_config(run, config, identity(data), samples=48, step=0)
     train(config, data, run, ProcessMesh(), lambda event: None)
     return run
 

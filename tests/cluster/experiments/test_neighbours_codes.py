@@ -15,7 +15,7 @@ from cluster.config import Config
 from cluster.experiments.neighbors import codes as rivals
 from cluster.experiments.neighbors.codes import Hamming, Recipe, main, pack, recall, trained
 from cluster.experiments.neighbors.features import BLOCK, About, Features, crc32, seal, stem
-from cluster.run.folder import settle
+from cluster.run.folder import write_run_config
 from pipeline.tools.errors import DataError, UsageError
 
 UNITS = 64
@@ -58,7 +58,7 @@ def put(folder: Path, split: str, count: int, seed: int, checkpoint: str = "ab")
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with features, but no longer the checkpoint that they were made with."""
-    settle(tmp_path, Config(), "cd", samples=900, step=0)
+    write_run_config(tmp_path, Config(), "cd", samples=900, step=0)
     put(tmp_path / "neighbours", "train", 900, 1)
     put(tmp_path / "neighbours", "val", 80, 2)
     return tmp_path

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.launch.placement import Node, NoRoom, Seat, plan, seats, table
+from cluster.launch.placement import (
+    Node,
+    NoRoom,
+    WorkerLocation,
+    group_ranks,
+    list_workers,
+    place_workers,
+)
 from pipeline.tools.errors import SetupError
 
 
@@ -15,36 +22,36 @@ def node(name: str, cpus: float = 8, gpus: float = 0) -> Node:
 
 
 def test_one_machine_gives_each_column_half_of_its_cores():
-    found = plan([node("m", cpus=9)], sizes=[1], size=2, gpu=False)
+    found = place_workers([node("m", cpus=9)], sizes=[1], size=2, gpu=False)
     assert (found.nodes, found.cpus, found.gpus) == (("id-m", "id-m"), 4, 0)
 
 
 def test_two_machines_with_three_gpus_each_get_a_pair_each():
     # Ray's own PACK puts three workers on one of them and splits a pair (facts/ray.md).
-    found = plan([node("m", gpus=3), node("n", gpus=3)], sizes=[2], size=2, gpu=True)
+    found = place_workers([node("m", gpus=3), node("n", gpus=3)], sizes=[2], size=2, gpu=True)
     assert sorted(found.nodes) == ["id-m", "id-m", "id-n", "id-n"]
     assert (found.cpus, found.gpus) == (4, 1)
 
 
 def test_a_single_gpu_can_hold_both_columns():
-    assert plan([node("m", gpus=1)], sizes=[1], size=1, gpu=True).nodes == ("id-m",)
+    assert place_workers([node("m", gpus=1)], sizes=[1], size=1, gpu=True).nodes == ("id-m",)
 
 
 def test_a_worker_with_a_gpu_needs_a_cpu_too():
     """Ray would wait without end for a bundle of both."""
     nodes = [node("m", cpus=3, gpus=8), node("n", cpus=8, gpus=2)]
-    assert plan(nodes, sizes=[1, 2, 3], size=2, gpu=True).nodes.count("id-m") == 2
+    assert place_workers(nodes, sizes=[1, 2, 3], size=2, gpu=True).nodes.count("id-m") == 2
     with pytest.raises(NoRoom, match="m: 8 GPUs and 3 CPUs"):
-        plan(nodes, sizes=[3], size=2, gpu=True)
+        place_workers(nodes, sizes=[3], size=2, gpu=True)
 
 
 def test_of_a_range_the_most_that_fit_are_taken():
     nodes = [node("m", gpus=4), node("n", gpus=3)]
     ranges = ([1], [1, 2], [1, 2, 4], [1, 2, 3, 4], [2, 8])
-    found = [plan(nodes, sizes=sizes, size=2, gpu=True).replicas for sizes in ranges]
+    found = [place_workers(nodes, sizes=sizes, size=2, gpu=True).replicas for sizes in ranges]
     assert found == [1, 2, 2, 3, 2]
     with pytest.raises(NoRoom):
-        plan(nodes, sizes=[4, 8], size=2, gpu=True)
+        place_workers(nodes, sizes=[4, 8], size=2, gpu=True)
 
 
 BUSY = Node(id="b", name="b", cpus=8, gpus=1, busy_cpus=4, busy_gpus=3)
@@ -66,7 +73,7 @@ BUSY = Node(id="b", name="b", cpus=8, gpus=1, busy_cpus=4, busy_gpus=3)
 )  # fmt: skip
 def test_too_little_room_is_refused_with_what_is_there_and_what_is_missing(nodes, size, gpu, words):
     with pytest.raises(SetupError) as caught:
-        plan(nodes, sizes=[4], size=size, gpu=gpu)
+        place_workers(nodes, sizes=[4], size=size, gpu=gpu)
     message = str(caught.value)
     assert [word for word in words if word not in message] == []
     assert "\n" not in message
@@ -81,12 +88,12 @@ def test_a_plan_keeps_replicas_together_and_within_each_node(gpus, replicas, siz
     most = sum(count // size for count in gpus)
     if most < replicas:
         with pytest.raises(SetupError) as caught:
-            plan(nodes, sizes=[replicas], size=size, gpu=True)
+            place_workers(nodes, sizes=[replicas], size=size, gpu=True)
         if most:  # what it says would fit does
             assert f"{most} replica" in str(caught.value)
-            assert plan(nodes, sizes=[most], size=size, gpu=True).replicas == most
+            assert place_workers(nodes, sizes=[most], size=size, gpu=True).replicas == most
         return
-    found = plan(nodes, sizes=[replicas], size=size, gpu=True)
+    found = place_workers(nodes, sizes=[replicas], size=size, gpu=True)
     assert len(found.nodes) == replicas * size
     for one in nodes:
         assert found.nodes.count(one.id) <= one.gpus
@@ -99,12 +106,12 @@ def test_a_plan_keeps_replicas_together_and_within_each_node(gpus, replicas, siz
 def test_seats_take_every_rank_once_and_never_split_a_replica(nodes, size, random):
     """GPUs come in any order; pairs have neighbours among those that the job has on a node."""
     free = {name: random.sample(range(16), 16) for name in "mno"}
-    started = [Seat(name, name, free[name].pop()) for name in nodes]
+    started = [WorkerLocation(name, name, free[name].pop()) for name in nodes]
     if any(nodes.count(name) % size for name in nodes):
         with pytest.raises(SetupError):
-            seats(started, size)
+            group_ranks(started, size)
         return
-    found = seats(started, size)
+    found = group_ranks(started, size)
     assert sorted(rank for ranks in found for rank in ranks) == list(range(len(nodes)))
     assert 0 in found[0]
     for ranks in found:
@@ -113,7 +120,7 @@ def test_seats_take_every_rank_once_and_never_split_a_replica(nodes, size, rando
         others = [seat.gpu for seat in started if seat.node == nodes[ranks[0]]]
         assert [gpu for gpu in others if min(mine) < gpu < max(mine)] == []
         assert mine == sorted(mine)
-    rows = table(started, found, 2)
+    rows = list_workers(started, found, 2)
     assert [(row.rank, row.replica) for row in rows] == [
         (rank, rank // size) for rank in range(len(nodes))
     ]
@@ -125,4 +132,4 @@ def test_seats_take_every_rank_once_and_never_split_a_replica(nodes, size, rando
 
 def test_a_split_pair_is_refused_with_the_table_of_ranks():
     with pytest.raises(SetupError, match=r"m: ranks \[0, 1, 2\]; n: ranks \[3\]"):
-        seats([Seat(name, name) for name in "mmmn"], 2)
+        group_ranks([WorkerLocation(name, name) for name in "mmmn"], 2)

@@ -14,7 +14,12 @@ from PIL import Image
 
 from cluster.report.images import Unavailable, answers, choose
 from cluster.report.page import report
-from cluster.run.probabilities import About, Saved, file_of, writing
+from cluster.run.probabilities import (
+    ProbabilityInfo,
+    SavedProbabilities,
+    open_writer,
+    probability_path,
+)
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.tools.errors import UsageError
@@ -40,19 +45,19 @@ def truth(data: Path) -> torch.Tensor:
 
 def saved(run: Path, data: Path, sha256: str = "") -> None:
     names = Manifest.load(data).classes
-    about = About(
+    about = ProbabilityInfo(
         views=VIEWS, split="val", samples=20, classes=names,
         data_sha256=sha256 or identity(data), step=7,
     )  # fmt: skip
     rows = torch.softmax(torch.randn(20, 4, generator=torch.Generator().manual_seed(1)) * 2, 1)
     weights = torch.ones(20)
     weights[DAMAGED] = 0
-    with writing(file_of(run, VIEWS), about) as writer:
+    with open_writer(probability_path(run, VIEWS), about) as writer:
         writer.add(rows, truth(data), weights)
 
 
 def test_best_and_worst_are_by_the_probability_of_the_truth(run, tiny_data):
-    file = Saved(run, VIEWS)
+    file = SavedProbabilities(run, VIEWS)
     true = file.rows(0, 20)[torch.arange(20), file.labels]
     order = [number for number in torch.argsort(true).tolist() if number != DAMAGED]
     found = choose(file, ("worst", "best"), 5)
@@ -67,7 +72,7 @@ def test_images_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny_d
     ((title, pictures),) = found.groups
     assert (title, len(pictures)) == ("Furthest from the truth", 6)
     assert (found.samples, found.step, found.split) == (19, 7, "val")
-    file, names = Saved(run, VIEWS), Manifest.load(tiny_data).classes
+    file, names = SavedProbabilities(run, VIEWS), Manifest.load(tiny_data).classes
     with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
         batch, mean = next(stream), np.asarray(stream.channel_mean)
     for one in pictures:
@@ -103,10 +108,10 @@ def test_what_is_missing_is_said(run, tiny_data, tmp_path):
     saved(run, tiny_data, sha256="0" * 64)
     with pytest.raises(Unavailable, match="is not the data set that was evaluated"):
         answers(run, str(tiny_data), {})
-    file_of(run, VIEWS).write_bytes(b"damaged")
+    probability_path(run, VIEWS).write_bytes(b"damaged")
     with pytest.raises(Unavailable, match="cannot be used"):
         answers(run, str(tiny_data), {})
-    file_of(run, VIEWS).unlink()
+    probability_path(run, VIEWS).unlink()
     with pytest.raises(Unavailable, match="--save-probabilities"):
         answers(run, str(tiny_data), {})
     with pytest.raises(UsageError, match="--each is 0"):

@@ -23,7 +23,7 @@ from cluster.report.kernels import (
     scores,
 )
 from cluster.run.folder import Mark
-from cluster.run.kernels import Moment
+from cluster.run.kernels import KernelSnapshot
 
 RNG = np.random.default_rng(0)
 START = {name: RNG.normal(size=(12, 3, 11, 11)).astype(np.float32) for name in "ab"}
@@ -47,7 +47,7 @@ def picture(uri: str) -> np.ndarray:
 
 
 def test_what_was_learned_is_told_apart_though_noise_hides_it(tmp_path):
-    layer = first_layer(checkpoint(tmp_path, END), [Moment(1, START)])
+    layer = first_layer(checkpoint(tmp_path, END), [KernelSnapshot(1, START)])
     a, b = layer.changes
     assert (round(a.colour, 3), round(b.colour, 3)) == (0, 1)
     assert min(a.orientation, b.orientation) > 0.99
@@ -76,7 +76,7 @@ def test_bars_are_as_long_as_the_scores_say():
 
 
 def test_strip_goes_through_the_moments_with_the_most_colourful_kernel_first(tmp_path):
-    moments = [Moment(1, START), Moment(2, START)]
+    moments = [KernelSnapshot(1, START), KernelSnapshot(2, START)]
     layer = first_layer(checkpoint(tmp_path, END), moments)
     assert [strip.steps for strip in layer.strips] == [("1", "2", "500")] * 2
     sheet = picture(layer.strips[1].uri)[::KERNEL_SCALE, ::KERNEL_SCALE]
@@ -89,7 +89,7 @@ def test_strip_goes_through_the_moments_with_the_most_colourful_kernel_first(tmp
 
 
 def test_at_most_twelve_moments_with_the_first_and_the_last():
-    moments = [Moment(2**power, START) for power in range(20)]
+    moments = [KernelSnapshot(2**power, START) for power in range(20)]
     steps = [one.step for one in picked(moments)]
     assert len(steps) == 12
     assert (steps[0], steps[-1]) == (1, 2**19)
@@ -98,14 +98,16 @@ def test_at_most_twelve_moments_with_the_first_and_the_last():
 
 def test_moments_after_the_checkpoint_or_of_another_network_do_not_count(tmp_path):
     other = {name: weights[:4] for name, weights in START.items()}
-    moments = [Moment(1, other), Moment(512, START)]
+    moments = [KernelSnapshot(1, other), KernelSnapshot(512, START)]
     layer = first_layer(checkpoint(tmp_path, END), moments)
     assert (layer.strips, layer.charts, layer.changes) == ((), (), ())
     assert layer.colour is not None
 
 
 def test_a_network_of_one_column_is_not_compared(tmp_path):
-    layer = first_layer(checkpoint(tmp_path, {"a": END["a"]}), [Moment(1, {"a": START["a"]})])
+    layer = first_layer(
+        checkpoint(tmp_path, {"a": END["a"]}), [KernelSnapshot(1, {"a": START["a"]})]
+    )
     assert [column.name for column in layer.columns] == ["a"]
     assert (layer.colour, layer.orientation, layer.change_colour) == (None, None, None)
     assert len(layer.charts) == 2

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from cluster.run.console import Screen, clock
+from cluster.run.console import RunConsole, format_duration
 from cluster.run.events import Finished, Rated, Saved, Started, Stepped, Validated, Warned
 
 ROW = {
@@ -26,7 +26,7 @@ VALIDATED = {
 
 def shown(*events: object) -> list[str]:
     out = io.StringIO()
-    with Screen(Console(file=out, width=60, highlight=False)) as screen:
+    with RunConsole(Console(file=out, width=60, highlight=False)) as screen:
         for event in events:
             screen.show(event)
     return out.getvalue().splitlines()
@@ -67,4 +67,4 @@ def test_a_second_start_says_why():
     [(0, "0:00"), (65.4, "1:05"), (3723, "1:02:03"), (3 * 86400 + 14706, "3 days 4:05:06")],
 )
 def test_time_left(seconds, text):
-    assert clock(seconds) == text
+    assert format_duration(seconds) == text

@@ -12,25 +12,25 @@ import pytest
 
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import KERNELS, Mark
-from cluster.run.kernels import encoded, first_kernels, kept, read_kernels
-from cluster.run.metrics import Log
+from cluster.run.kernels import copy_first_kernels, encode_kernels, is_snapshot_step, read_kernels
+from cluster.run.metrics import MetricsLog
 from model.alexnet import AlexNet
 
 NET = AlexNet(classes=4, width=0.0625, seed=5)
 
 
 def write(run: Path, steps: range, resumed_from: int = 0) -> None:
-    with Log(run, ProcessMesh(), pytest.fail, samples=40, step=resumed_from) as log:
+    with MetricsLog(run, ProcessMesh(), pytest.fail, samples=40, step=resumed_from) as log:
         for step in steps:
-            if kept(step, 100):
-                log.kernels(Mark(step=step, position=8 * step), [first_kernels(NET)])
+            if is_snapshot_step(step, 100):
+                log.kernels(Mark(step=step, position=8 * step), [copy_first_kernels(NET)])
 
 
 def test_kept_after_powers_of_two_and_the_last_step():
-    assert [step for step in range(1, 1001) if kept(step, 1000)] == [
+    assert [step for step in range(1, 1001) if is_snapshot_step(step, 1000)] == [
         1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000,
     ]  # fmt: skip
-    assert sum(kept(step, 900_000) for step in range(1, 900_001)) == 21
+    assert sum(is_snapshot_step(step, 900_000) for step in range(1, 900_001)) == 21
 
 
 def test_what_is_read_back_is_conv1_to_half_precision(tmp_path):
@@ -55,9 +55,9 @@ def test_a_run_that_goes_back_loses_the_later_ones_and_makes_them_again(tmp_path
 
 
 def test_two_processes_write_what_one_with_both_columns_does():
-    both = first_kernels(NET)
+    both = copy_first_kernels(NET)
     parts = [{"a": both["a"]}, {"b": both["b"]}]
-    assert encoded(parts) == encoded([both])
+    assert encode_kernels(parts) == encode_kernels([both])
 
 
 def test_damaged_rows_are_left_out_and_the_later_of_two_counts(tmp_path):

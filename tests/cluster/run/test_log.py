@@ -14,7 +14,7 @@ from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
 from cluster.run.jsonl import WAITS
-from cluster.run.metrics import METRICS, Log
+from cluster.run.metrics import METRICS, MetricsLog
 from model.exchange import Traffic
 from model.schedule import Rates
 from pipeline.stream.timing import WaitTimes
@@ -30,7 +30,7 @@ def slow_validation() -> dict[str, float]:
 
 
 def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
-    with Log(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
+    with MetricsLog(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
         for step in (1, 2):
             with log.waiting(WaitTimes()):
                 time.sleep(0.02)
@@ -54,7 +54,7 @@ def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
 
 def test_only_the_leader_writes(tmp_path):
     place = ProcessMesh(replica=1, replicas=2)
-    with Log(tmp_path, place, pytest.fail, samples=40, step=0) as log:
+    with MetricsLog(tmp_path, place, pytest.fail, samples=40, step=0) as log:
         log.step(
             Mark(step=1, position=8), Config(), Rates(0.1, 0.2), torch.tensor([1.5, 0.25, 0.0])
         )
@@ -65,7 +65,7 @@ def test_only_the_leader_writes(tmp_path):
 def test_a_step_says_what_training_stood_still_for(tmp_path):
     traffic = {"conv3": Traffic(waited=0.5, forward=10), "fc6": Traffic(waited=0.25, backward=5)}
     link: Any = SimpleNamespace(traffic=traffic)
-    with Log(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
+    with MetricsLog(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
         for _ in range(2):
             with log.waiting(WaitTimes()):
                 time.sleep(0.05)
@@ -100,7 +100,7 @@ def test_numbers_are_published_until_somebody_cannot_take_them(tmp_path, monkeyp
 
     place = ProcessMesh(replica=1, replicas=2)  # every process publishes its own
     publish = (broken, lambda step, numbers: got.append((step, dict(numbers))))
-    with Log(tmp_path, place, told.append, samples=40, step=0, publish=publish) as log:
+    with MetricsLog(tmp_path, place, told.append, samples=40, step=0, publish=publish) as log:
         for step in (1, 2):
             log.step(Mark(step=step, position=8 * step), Config(), RATES, VALUES)
     assert [step for step, _ in got] == [1, 2]
@@ -113,7 +113,7 @@ def test_numbers_are_published_until_somebody_cannot_take_them(tmp_path, monkeyp
 def test_the_last_numbers_are_published_however_short_the_run(tmp_path):
     got: list = []
     publish = [lambda step, numbers: got.append((step, dict(numbers)))]
-    with Log(
+    with MetricsLog(
         tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0, publish=publish
     ) as log:
         for step, loss in ((1, 1.0), (2, 2.0)):
@@ -128,7 +128,7 @@ def test_waiting_is_told_apart_and_computing_is_without_the_other_column(tmp_pat
         traffic: ClassVar = {"conv3": Traffic(waited=0.0)}
 
     waits = WaitTimes()
-    with Log(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
+    with MetricsLog(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
         with log.waiting(waits):
             waits.fetch, waits.storage, waits.checksum, waits.feed, waits.decode = (
                 0.01, 0.02, 0.003, 0.004, 0.03,

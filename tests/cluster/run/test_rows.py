@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.run import jsonl as rows_module
-from cluster.run.jsonl import Rows, cut
+from cluster.run.jsonl import Rows, cut_rows
 from pipeline.tools.errors import SetupError
 
 
@@ -30,18 +30,18 @@ def steps_in(path: Path) -> list[int]:
 @given(st.integers(0, 20), st.integers(0, 25), st.sampled_from(["", "{", '{"step": 2', "\0\0"]))
 def test_no_row_after_the_step_and_no_half_row_stays(tmp_path_factory, count, step, tail):
     path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", range(1, count + 1), tail)
-    cut(path, step)
+    cut_rows(path, step)
     assert steps_in(path) == list(range(1, min(count, step) + 1))
 
 
 def test_a_missing_file_stays_missing(tmp_path):
-    cut(tmp_path / "rows.jsonl", 3)
+    cut_rows(tmp_path / "rows.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_garbled_whole_row_ends_what_is_kept(tmp_path):
     path = write(tmp_path / "rows.jsonl", range(1, 3), "garbage\n" + json.dumps({"step": 3}) + "\n")
-    cut(path, 10)
+    cut_rows(path, 10)
     assert steps_in(path) == [1, 2]
 
 
@@ -50,7 +50,7 @@ def test_a_page_that_was_lost_in_a_crash_ends_what_is_kept(tmp_path):
     content = bytearray(path.read_bytes())
     content[500:700] = bytes(200)
     path.write_bytes(content)
-    cut(path, 150)
+    cut_rows(path, 150)
     kept = steps_in(path)
     assert kept == list(range(1, len(kept) + 1))
     assert 500 - 15 < path.stat().st_size <= 500

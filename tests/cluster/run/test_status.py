@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from cluster.config import Config, format_toml
-from cluster.run.state import look
+from cluster.run.state import read_state
 from cluster.run.sync import DRIVER_FILES, RunMirror
-from cluster.status import main, screen, sparkline
+from cluster.status import main, render, sparkline
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_processes import REPOSITORY
 
@@ -83,7 +83,7 @@ def test_the_state_follows_from_starts_ends_and_the_last_row(run, events, age, e
     run.attempts(*events)
     if error:
         (run.folder / "error.log").write_text(f"2026-11-26 10:00:00\n{error}\nTraceback\n")
-    found = look(run.folder, NOW)
+    found = read_state(run.folder, NOW)
     assert found.state == state
     assert why in found.why
     assert (found.step, found.total) == (100, 1000)
@@ -107,11 +107,11 @@ def test_a_leader_that_is_gone_is_noticed_at_once_and_surely(run):
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        found = look(run.folder, NOW)
+        found = read_state(run.folder, NOW)
         assert (found.state, found.why) == ("running", "")
         assert found.evidence == "sure: a worker on this machine holds RUN/.leader"
         process.kill()
-    found = look(run.folder, NOW)
+    found = read_state(run.folder, NOW)
     assert found.state == "stalled"
     assert "its leading worker is gone" in found.why
     assert found.evidence.startswith("sure")
@@ -121,7 +121,7 @@ def test_a_leader_elsewhere_leaves_doubt(run):
     (run.folder / ".leader").touch()
     run.rows(100, age=15)
     run.attempts(START)
-    found = look(run.folder, NOW)
+    found = read_state(run.folder, NOW)
     assert found.state == "running"
     assert found.evidence == "likely: by the age of the last row or start, 15 s"
 
@@ -131,8 +131,8 @@ def test_a_long_validation_is_no_standstill(run):
     run.attempts(START | {"time": NOW - 900})
     row = {"step": 50, "loss": 6.0, "top1_error": 0.7, "top5_error": 0.5, "seconds": 120.0}
     (run.folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
-    assert look(run.folder, NOW).state == "running"
-    assert look(run.folder, NOW + 300).state == "stalled"
+    assert read_state(run.folder, NOW).state == "running"
+    assert read_state(run.folder, NOW + 300).state == "stalled"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_the_steps_of_the_whole_run(tmp_path, settings, epoch, start, total):
     (tmp_path / "config.toml").write_text(format_toml(Config.from_settings(settings), "abc"))
     run.rows(100, epoch=epoch)
     run.attempts(START | start)
-    assert look(tmp_path, NOW).total == total
+    assert read_state(tmp_path, NOW).total == total
 
 
 def test_an_error_of_long_ago_says_nothing_of_this_end(run):
@@ -157,7 +157,7 @@ def test_an_error_of_long_ago_says_nothing_of_this_end(run):
     run.attempts(START, DIED)
     (run.folder / "error.log").write_text("then\nold\n")
     os.utime(run.folder / "error.log", (NOW - 5000, NOW - 5000))
-    assert look(run.folder, NOW).state == "running"
+    assert read_state(run.folder, NOW).state == "running"
 
 
 def full(run: Run) -> None:
@@ -177,7 +177,7 @@ def full(run: Run) -> None:
 
 def test_the_numbers_are_those_of_the_last_rows(run):
     full(run)
-    found = look(run.folder, NOW)
+    found = read_state(run.folder, NOW)
     assert found.last["loss"] == pytest.approx(7 - sum(range(51, 101)) / 50 / 100)
     assert found.left_s == pytest.approx(900 * 0.2)
     assert (found.validation["step"], found.best["step"]) == (100, 80)
@@ -191,7 +191,7 @@ def test_the_numbers_are_those_of_the_last_rows(run):
 def test_the_screen_shows_them_within_its_width(run, width):
     full(run)
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(screen(look(run.folder, NOW), width))
+    console.print(render(read_state(run.folder, NOW), width))
     text = console.export_text()
     words = ["running", "100 of 1,000", "10.0%", "3:00 left", "640 img/s", "for data 2.0%",
              "step 90", "best 60.00%", "2 damaged images", "the worker of", "GPU 3"]  # fmt: skip
@@ -204,14 +204,14 @@ def test_of_a_long_file_only_the_end_is_read(run):
     run.rows(60_000)
     run.attempts(START)
     start = time.perf_counter()
-    assert look(run.folder, NOW).step == 60_000
+    assert read_state(run.folder, NOW).step == 60_000
     assert time.perf_counter() - start < 0.5
 
 
 def test_a_long_quarantine_is_counted_not_parsed(run):
     (run.folder / "quarantine.jsonl").write_bytes(b'{"sample": 3}\n' * 1_000_000)
     start = time.perf_counter()
-    assert look(run.folder, NOW).replaced == 1_000_000
+    assert read_state(run.folder, NOW).replaced == 1_000_000
     assert time.perf_counter() - start < 0.5
 
 
@@ -222,10 +222,10 @@ def test_nothing_heavy_is_imported_to_look():
 
 
 def test_half_a_row_and_no_rows_are_no_trouble(run):
-    assert look(run.folder, NOW).state == "not started"
+    assert read_state(run.folder, NOW).state == "not started"
     (run.folder / "metrics.jsonl").write_text('{"step": 1, "lo')
     (run.folder / "attempts.jsonl").write_text("[1]\n{")
-    assert look(run.folder, NOW).step == 0
+    assert read_state(run.folder, NOW).step == 0
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):

@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Warned
-from cluster.run.exporters import Board
+from cluster.run.exporters import TensorBoardWriter
 from cluster.run.folder import Mark
-from cluster.run.metrics import Log
+from cluster.run.metrics import MetricsLog
 from model.schedule import Rates
 from pipeline.tools.errors import SetupError
 from tests.helpers.training_runs import CONFIG, alone, cut_at, rows
@@ -52,10 +52,10 @@ def on_a_small_disk(run: Path) -> None:
     """Numbers under a limit on the size of files, which the kernel enforces."""
     told: list[str] = []
     rates = Rates(0.1, 0.2)
-    board = Board(run, 0)
+    board = TensorBoardWriter(run, 0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     tell = lambda event: told.append(event.text) if isinstance(event, Warned) else None  # noqa: E731
-    with board, Log(run, ProcessMesh(), tell, samples=40, step=0, publish=[board]) as log:
+    with board, MetricsLog(run, ProcessMesh(), tell, samples=40, step=0, publish=[board]) as log:
         for step in range(1, 31):
             mark = Mark(step=step, position=8 * step)
             log.validation(mark, lambda: {"loss": 1.0, "top1_error": 0.5, "top5_error": 0.5})
@@ -79,4 +79,4 @@ def test_a_disk_that_takes_no_more_ends_the_board_and_not_the_training(tmp_path)
 def test_a_folder_that_cannot_be_written_is_a_line(tmp_path):
     (tmp_path / "tensorboard").write_text("a file\n")
     with pytest.raises(SetupError, match="train with --no-tensorboard"):
-        Board(tmp_path, 0)
+        TensorBoardWriter(tmp_path, 0)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cluster.config import parse_command
-from cluster.launch.measurement import step_parts, told
-from cluster.mesh import ProcessMesh, take_place
+from cluster.launch.measurement import format_measurement, split_step
+from cluster.mesh import ProcessMesh, create_mesh
 from cluster.run.events import Measured
 from cluster.training import profiler
 from pipeline.stream.shard_reader import ShardReader
@@ -68,7 +68,7 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
     late = found_by(CONFIG, tiny_data, ProcessMesh())
     for found in (fast, late):
         assert found["step"]["accounted"] == pytest.approx(1, abs=0.03)
-        assert sum(step_parts(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)
+        assert sum(split_step(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)
         assert found["replayed"]["parts"]["wait_storage"] == 0
         json.dumps(found)  # travels, and is written
     assert late["step"]["parts"]["wait_storage"] > 0.5 * late["step"]["wall"]
@@ -77,7 +77,7 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
     assert fast["au"] > late["au"]
     assert fast["stream_img_s"] > 3 * late["stream_img_s"]
     assert late["stream_img_s"] < 8 / 0.15 * 1.1
-    text = "\n".join(told(late))
+    text = "\n".join(format_measurement(late))
     assert "waiting for storage" in text
     assert f"stall {late['stall']:.1%}" in text
 
@@ -85,11 +85,11 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
 def work(rank: int, folder: Path, data: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     shorten(setattr)
-    place = take_place([(0, 1)], torch.device("cpu"), cores=1)
+    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
     events = []
     profiler.measure(replace(CONFIG, batch_size=16), str(data), place, events.append)
-    assert len(events) == (1 if place.leads else 0)
-    if place.leads:
+    assert len(events) == (1 if place.is_leader else 0)
+    if place.is_leader:
         (folder / "found.json").write_text(json.dumps(events[0].found))
     dist.destroy_process_group()
 
@@ -108,7 +108,7 @@ def test_a_pair_measures_its_exchange(tiny_data, tmp_path):
     assert found["report"]["needed"] == pytest.approx(found["replayed_img_s"] / 2, rel=1e-3)
     # A step of this net is so short that the vote on whether to end is some percent of it.
     assert 0.85 < found["step"]["accounted"] <= 1.001
-    assert sum(step_parts(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)
+    assert sum(split_step(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)
 
 
 def test_a_tuning_file_is_between_the_config_and_the_flags(tmp_path):

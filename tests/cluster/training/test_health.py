@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.mesh import ProcessMesh, take_place
+from cluster.mesh import ProcessMesh, create_mesh
 from cluster.training.finite_check import NotFinite, check_finite
 from model.alexnet import AlexNet
 from model.exchange import Exchange
@@ -80,7 +80,7 @@ def test_a_finite_loss_passes_without_a_second_look(tmp_path: Path) -> None:
 
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    place = take_place([(0, 1)], torch.device("cpu"), cores=1)
+    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
     net = network(place)
     with torch.no_grad():
         if rank == 1:  # column a only gets to see it in conv3

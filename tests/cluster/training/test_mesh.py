@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.mesh import ProcessMesh, take_place
+from cluster.mesh import ProcessMesh, create_mesh
 from cluster.training import gradients
 from cluster.training.gradients import GradientAverage
 from model.alexnet import AlexNet
@@ -179,7 +179,7 @@ def work(rank: int, folder: str) -> None:
     init = f"file://{folder}/init"
     patience = timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=4, timeout=patience)
-    place = take_place(SEATS, torch.device("cpu"), 1)
+    place = create_mesh(SEATS, torch.device("cpu"), 1)
     found = {
         "dropout": on_the_mesh(place),
         "again": on_the_mesh(place),

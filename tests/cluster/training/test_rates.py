@@ -16,7 +16,7 @@ from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Rated
 from cluster.training import learning_rate
-from cluster.training.learning_rate import RATES, RateControl, Recipe
+from cluster.training.learning_rate import RATES, RateControl, RateSettings
 from model.architecture import Design
 from model.schedule import Rates, dexp, find_plateau_drops, parse_changes
 from tests.helpers.schedules import ERRORS, Story, manual, recipe, rows, texts
@@ -187,7 +187,7 @@ class Told(ProcessMesh):
     leader: bool = True
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.leader
 
     def share(self, value):
@@ -231,6 +231,6 @@ def test_news_of_a_schedule_need_not_wait_for_a_review(tmp_path: Path) -> None:
 
 def test_a_recipe_knows_the_layers_of_its_network() -> None:
     config = Config(lr=0.5, layer_rates=("fc8=2",), design=Design(without="conv4"), batch_size=64)
-    made = Recipe(config=config, samples=1000, total=50)
+    made = RateSettings(config=config, samples=1000, total=50)
     assert made.layers == ("conv1", "conv2", "conv3", "conv5", "fc6", "fc7", "fc8")
     assert made.rates([]) == Rates(0.5, 1.0, {"fc8": (1.0, 2.0)})

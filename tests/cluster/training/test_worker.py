@@ -13,7 +13,7 @@ import torch
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Failed, Finished, Saved, Started
 from cluster.run.kernels import read_kernels
-from cluster.training.components import describe
+from cluster.training.components import describe_workers
 from model.alexnet import AlexNet
 from model.architecture import Design
 from pipeline.stream.ledger.proof import prove
@@ -229,9 +229,9 @@ def test_kernels_of_both_columns_are_kept_alike_by_one_process_and_a_pair(runs):
 
 
 def test_the_workers_are_told_in_words():
-    assert "1 worker (both columns, 1 thread), cpu" in describe(CONFIG, ProcessMesh())
-    assert "1 worker (the one column, 1 thread)" in describe(
+    assert "1 worker (both columns, 1 thread), cpu" in describe_workers(CONFIG, ProcessMesh())
+    assert "1 worker (the one column, 1 thread)" in describe_workers(
         replace(CONFIG, design=Design(columns=1)), ProcessMesh()
     )
     two = ProcessMesh(replica=1, replicas=2, cores=2)
-    assert "2 workers (both columns each, 2 threads)" in describe(CONFIG, two)
+    assert "2 workers (both columns each, 2 threads)" in describe_workers(CONFIG, two)
