@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from cluster.config import Config
@@ -18,6 +17,7 @@ from cluster.run.events import Event
 from cluster.training.loop import train
 from model.architecture import Design
 from model.schedule import dexp
+from tests.helpers.processes import run_ranks
 
 CONFIG = Config(
     dtype="float32",
@@ -67,7 +67,7 @@ def together(folder: Path, calls: list[Call], world: int = 2, size: int = 2) -> 
     folder.mkdir()
     for call in calls:
         call.run.mkdir(exist_ok=True)
-    mp.spawn(work, (world, size, folder, calls), nprocs=world)
+    run_ranks(work, (world, size, folder, calls), world)
 
 
 def alone(config: Config, data: Path, run: Path) -> list[Event]:

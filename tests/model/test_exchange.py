@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.alexnet import AlexNet
 from model.exchange import ConvHalves, Exchange, LinearHalves, _Swap, _Through, halves_of
+from tests.helpers.processes import run_ranks
 
 BATCH = 6
 POSITION = 24
@@ -194,7 +194,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def pair() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (folder,), nprocs=2)
+        run_ranks(work, (folder,), 2)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from model.architecture import Design
 from model.exchange import Exchange
 from model.optimizer import Sgd2012
 from model.schedule import Rates
+from tests.helpers.processes import run_ranks
 
 BATCH = 4
 WIDTH = 1 / 16
@@ -143,7 +143,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def pair() -> tuple[dict[str, Any], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (folder,), nprocs=2)
+        run_ranks(work, (folder,), 2)
         a, b = (torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2))
     return a, b
 

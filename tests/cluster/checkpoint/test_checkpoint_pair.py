@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import cluster.checkpoint.writer as part
 import cluster.checkpoint.writer as writer
@@ -21,6 +20,7 @@ from cluster.mesh import ProcessMesh, create_mesh
 from cluster.run.folder import CHECKPOINTS
 from pipeline.tools.errors import DuetError
 from tests.helpers.checkpoints import Run, network, same, steps
+from tests.helpers.processes import run_ranks
 
 REAL = part.save_file
 
@@ -131,7 +131,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
     for name in SCENES:
         (folder / name).mkdir()
     Run(folder / "resumed").save(5, seed=7)
-    mp.spawn(work, (folder,), nprocs=2)
+    run_ranks(work, (folder,), 2)
     tables = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
     def of(name: str) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import cluster.checkpoint.storage as places
@@ -25,6 +24,7 @@ from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import StoreTarget
 from pipeline.tools.errors import DataError, SetupError, UsageError
 from tests.helpers.checkpoints import Run, network, same
+from tests.helpers.processes import run_ranks
 from tests.helpers.training_runs import CONFIG, alone, learned, rows, weights
 
 BRIEF = RetryPolicy(attempts=2, first_delay=0.01, stall=5.0)
@@ -243,7 +243,7 @@ def pair(rank: int, folder: Path, store: str) -> None:
 
 def test_a_pair_without_a_folder_that_both_see_goes_on_from_one_process_and_back(run):
     run.save(3, seed=1)
-    mp.spawn(pair, (run.folder, run.store), nprocs=2)
+    run_ranks(pair, (run.folder, run.store), 2)
     mark, state = run.resume()
     assert mark.step == 6
     assert same(state, seed=2)

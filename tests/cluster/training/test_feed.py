@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from cluster.mesh import create_mesh
 from cluster.training.pair_batches import PairBatches
 from pipeline.batches import Stream
+from tests.helpers.processes import run_ranks
 
 
 def work(rank: int, folder: Path, data: Path) -> None:
@@ -35,4 +35,4 @@ def work(rank: int, folder: Path, data: Path) -> None:
 
 
 def test_a_batch_stays_while_the_other_column_runs_ahead(tiny_data, tmp_path):
-    mp.spawn(work, (tmp_path, tiny_data), nprocs=2)
+    run_ranks(work, (tmp_path, tiny_data), 2)

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from cluster.config import parse_command
 from cluster.launch.measurement import format_measurement, split_step
@@ -21,6 +20,7 @@ from cluster.training import profiler
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.throughput import stream_rate
 from pipeline.tools.errors import UsageError
+from tests.helpers.processes import run_ranks
 from tests.helpers.training_runs import CONFIG
 
 
@@ -95,7 +95,7 @@ def work(rank: int, folder: Path, data: Path) -> None:
 
 
 def test_a_pair_measures_its_exchange(tiny_data, tmp_path):
-    mp.spawn(work, (tmp_path, tiny_data), nprocs=2)
+    run_ranks(work, (tmp_path, tiny_data), 2)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["workers"] == len(found["each"]) == 2
     assert found["each"][0]["exchange_bytes"] > 0

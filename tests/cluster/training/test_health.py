@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from cluster.mesh import ProcessMesh, create_mesh
 from cluster.training.finite_check import NotFinite, check_finite
 from model.alexnet import AlexNet
 from model.exchange import Exchange
+from tests.helpers.processes import run_ranks
 
 WIDTH = 1 / 16
 
@@ -92,7 +92,7 @@ def work(rank: int, folder: str) -> None:
 
 def test_both_columns_name_the_one_that_broke_first() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (folder,), nprocs=2)
+        run_ranks(work, (folder,), 2)
         first, second = ((Path(folder) / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second
     assert "column b, conv2 is the first layer" in first

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from cluster.training import gradients
 from cluster.training.gradients import GradientAverage
 from model.alexnet import AlexNet
 from model.exchange import Exchange
+from tests.helpers.processes import run_ranks
 
 SEATS = ((0, 1), (2, 3))
 REPLICAS = len(SEATS)
@@ -198,7 +198,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def mesh() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (folder,), nprocs=4)
+        run_ranks(work, (folder,), 4)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(4)]
 
 
