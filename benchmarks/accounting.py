@@ -30,14 +30,13 @@ TURNS = 7
 def pictures_per_second(setting: Setting, clock: bool) -> float:
     """Of the reading thread alone, from the page cache."""
     with opened(setting) as parts:
-        reader = parts.reader()
-        batches = iter(reader.batches(0))
+        batches = iter(parts.batches(0))
         done, start = 0, time.perf_counter()
         reader = "pipeline.stream.shard_reader"
         with mock.patch.multiple(reader, perf_counter=time.perf_counter if clock
                                  else lambda: 0.0):  # fmt: skip
             while time.perf_counter() - start < 0.5:
-                reader.give_back(next(batches))
+                parts.recycle(next(batches))
                 done += setting.batch_size
         return done / (time.perf_counter() - start)
 

@@ -39,7 +39,8 @@ from pipeline.dataset.index import load_index, save_index
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import shard_name
 from pipeline.remote.dataset import LocalDataset
-from pipeline.stream.order import Block, Full, Order, Shuffle, Stored
+from pipeline.stream.config import Shuffle
+from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder
 from pipeline.tools.errors import UsageError, run
 
 IMAGENET = 1_281
@@ -118,8 +119,8 @@ def order_of(shuffle: str, samples: int) -> Order:
     """Return an order over shards of a thousand: `stored`, `full`, or `block WINDOW`."""
     sizes = [SHARD] * (samples // SHARD)
     if shuffle.startswith("block"):
-        return Block(sizes, seed=1, window=int(shuffle.split()[1]))
-    return Full(sizes, seed=1) if shuffle == "full" else Stored(sizes)
+        return BlockShuffle(sizes, seed=1, window=int(shuffle.split()[1]))
+    return FullShuffle(sizes, seed=1) if shuffle == "full" else StoredOrder(sizes)
 
 
 def random_position(samples: int, number: int) -> int:
@@ -167,7 +168,7 @@ def parts(data: Path, position: int) -> Parts:
     times.append(time.perf_counter())
     load_index(data, "train", split)
     times.append(time.perf_counter())
-    Full([shard.samples for shard in split.shards], seed=1).slots(position, BATCH)
+    FullShuffle([shard.samples for shard in split.shards], seed=1).slots(position, BATCH)
     times.append(time.perf_counter())
     return Parts(*np.diff(times).tolist())
 

@@ -21,10 +21,10 @@ import tyro
 from model.architecture import Design
 from model.schedule import list_color_steps, parse_changes, parse_layer_rates
 from pipeline.remote.dataset import parse_size
+from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Shuffle = Literal["full", "block"]
 Schedule = Literal["dexp", "plateau", "manual"]
 Scaling = Literal["none", "linear", "sqrt"]
 
@@ -35,12 +35,11 @@ REPLICAS = re.compile(r"[0-9]{1,6}(:[0-9]{1,6})?")
 REPLICAS_HINT = "must be a number from 1 up, or two as in 1:4, the fewest and the most"
 POSITIVE = (
     "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops", "bias_drops",
-    "checkpoint_every", "keep", "window", "prefetch", "collective_timeout",
+    "checkpoint_every", "keep", "collective_timeout",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "steps", "weight_decay", "colour", "threads", "validate_every", "max_failures",
-    "patience", "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best",
-    "node_wait",
+    "steps", "weight_decay", "colour", "validate_every", "max_failures", "patience",
+    "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best", "node_wait",
 )  # fmt: skip
 CHANGEABLE = (
     "replicas", "device", "columns_per_worker", "microbatch", "threads", "prefetch",
@@ -120,7 +119,7 @@ class Config:
     """Standard deviation of the colour draws, in those of the training images; 0: none."""
     colour_divide: bool = False
     """Divide training images by 1 + colour, as the released source does."""
-    mean: Literal["channel", "picture"] = "channel"
+    mean: Mean = "channel"
     """Mean to subtract: channel: of each channel; picture: the mean image (its centre, from every
     crop) as in 2012."""
     dtype: Dtype = "auto"
@@ -182,8 +181,6 @@ class Config:
                 f"epochs is {self.epochs:g} and steps is 0; one of them must be above 0"
             )
         self._require("epochs", math.isfinite(self.epochs), "must be finite")
-        self._require("seed", self.seed < 2**63, "must be below 2**63")
-        self._require("threads", self.threads <= 1024, "must be at most 1024")
         for name in POSITIVE:
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in NOT_NEGATIVE:
@@ -193,7 +190,7 @@ class Config:
         except UsageError as error:
             raise ValueError(f"cache_size: {error}") from error
         self._check_schedule()
-        self._require("hw_decoder_load", 0 <= self.hw_decoder_load <= 1, "must be from 0 to 1")
+        _ = self.stream
         self._require("momentum", 0 <= self.momentum < 1, "must be 0 or above and below 1")
         self._require("plateau_threshold", self.plateau_threshold < 1, "must be below 1")
         self._require("plateau_factor", self.plateau_factor > 1, "must be above 1")
@@ -252,6 +249,29 @@ class Config:
     def cached(self) -> dict[str, Any]:
         """Cache arguments of `pipeline.remote.dataset.open_dataset` and `Stream`."""
         return {"cache": self.cache or None, "cache_size": parse_size(self.cache_size)}
+
+    @property
+    def stream(self) -> StreamConfig:
+        """Settings of the stream of training images; a process adds its rank, device and files.
+
+        Raises:
+            ValueError: a setting is out of range; the message names it.
+        """
+        return StreamConfig(
+            batch_size=self.batch_size,
+            seed=self.seed,
+            view="random" if self.augment else "centre",
+            shuffle=self.shuffle,
+            window=self.window,
+            colour=self.colours,
+            colour_divide=self.colour_divide,
+            mean=self.mean,
+            threads=self.threads or None,
+            prefetch=self.prefetch,
+            hw_decoder_load=self.hw_decoder_load,
+            strict=self.strict,
+            **self.cached,
+        )
 
     @property
     def colours(self) -> tuple[tuple[int, float], ...]:

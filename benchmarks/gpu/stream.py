@@ -30,7 +30,7 @@ from parts.lanes import Lane, Setting
 from parts.options import MIXED, Options, steps_of
 from parts.record import Record
 
-from pipeline.stream.decode import Device
+from pipeline.stream.config import Device
 from pipeline.tools.errors import DuetError, run
 
 EXACT = (0.0, 1.0)

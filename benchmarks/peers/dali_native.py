@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from peers.work import Work
+from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import NativeReader
 
 
@@ -16,12 +17,7 @@ def prepare(work: Work) -> None:
 
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
-    reader = NativeReader(
-        work.data,
-        split="train",
-        batch_size=work.batch_size,
-        device=work.device,
-        threads=work.cores,
-    )
+    config = StreamConfig(batch_size=work.batch_size, device=work.device, threads=work.cores)
+    reader = NativeReader(work.data, config)
     while True:
         yield next(reader)

@@ -16,7 +16,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
@@ -144,10 +143,7 @@ def stream(data: str, config: Config | None) -> float:
     from pipeline.batches import Stream
 
     config = config or Config()
-    options: dict[str, Any] = {"shuffle": config.shuffle, "window": config.window}
-    if config.threads:
-        options["threads"] = config.threads
-    with Stream(data, batch_size=config.batch_size, **options) as batches:
+    with Stream(data, config.stream) as batches:
         next(batches)
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < SECONDS:

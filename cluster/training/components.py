@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from cluster.training.precision import compute_dtype
 from model.alexnet import AlexNet
 from model.exchange import Exchange
 from model.optimizer import Sgd2012
-from pipeline.batches import Stream, View
+from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
@@ -132,38 +132,21 @@ def sync_rows_first(
         checkpoints.alongside = mirror.push
 
 
-def open_stream(
-    config: Config, data: str, run: Path, mesh: ProcessMesh, *, split: str = "train",
-    view: View = "random", position: int = 0, once: bool = False,
-) -> Stream:  # fmt: skip
-    """Open this process's share of the images; `once` is for an evaluation.
+def open_stream(config: Config, data: str, run: Path, mesh: ProcessMesh, **settings: Any) -> Stream:
+    """Open this process's slice of the training images.
 
-    Without `augment` the view `random` becomes `centre`.
+    `settings` are fields of `StreamConfig` that differ from those of the training.
     """
-    return Stream(
-        data,
-        split=split,
-        view="centre" if view == "random" and not config.augment else view,
-        position=position,
-        once=once,
-        batch_size=config.batch_size,
-        seed=config.seed,
+    training = replace(
+        config.stream,
         rank=mesh.rank,
         world_size=mesh.world_size,
         device="gpu" if mesh.device.type == "cuda" else "cpu",
-        shuffle=config.shuffle,
-        window=config.window,
-        colour=config.colours,
-        colour_divide=config.colour_divide,
-        mean=config.mean,
         threads=config.threads or mesh.cores,
-        prefetch=config.prefetch,
-        hw_decoder_load=config.hw_decoder_load,
-        strict=config.strict,
         quarantine=run / QUARANTINE,
-        ledger=run / LEDGER if config.ledger and not once else None,
-        **config.cached,
+        ledger=run / LEDGER if config.ledger else None,
     )
+    return Stream(data, training, **settings)
 
 
 def describe_workers(config: Config, mesh: ProcessMesh) -> str:

@@ -141,7 +141,9 @@ def validate(t: Training) -> dict[str, float]:
     start, mesh = time.perf_counter(), t.mesh
     sums = torch.zeros(4, device=mesh.device, dtype=torch.float64)
     t.net.eval()
-    stream = open_stream(t.config, t.data, t.run, mesh, split="val", view="centre", once=True)
+    stream = open_stream(
+        t.config, t.data, t.run, mesh, split="val", view="centre", once=True, ledger=None
+    )
     with stream, PairBatches(stream, mesh) as feed:
         for batch in feed:
             logits = compute_logits(t.net, batch, t.config, mesh)

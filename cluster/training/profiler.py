@@ -247,11 +247,10 @@ def _result(
                          limit=2 * best if gpu else best,
                          against="PCIe, pinned blocks" if gpu else "memory, copied by 1 thread",
                          note="alone: what crosses between the columns, both ways"))  # fmt: skip
-    setting = Setting(
-        data=data, device="gpu" if mesh.device.type == "cuda" else "cpu", shuffle=config.shuffle,
-        window=config.window, batch_size=config.batch_size // mesh.world_size,
-        threads=config.threads or mesh.cores, cores=mesh.cores, prefetch=config.prefetch,
-        hw_decoder_load=config.hw_decoder_load, **config.cached,
+    setting = Setting.of(
+        data, config.stream, device="gpu" if mesh.device.type == "cuda" else "cpu",
+        batch_size=config.batch_size // mesh.world_size,
+        threads=config.threads or mesh.cores, cores=mesh.cores,
     )  # fmt: skip
     report = examine(setting, replayed / mesh.world_size, extra=extra)
     return {

@@ -1,4 +1,4 @@
-"""The DALI graphs: stored bytes and per-sample draws -> pixels. With `native`, all that knows DALI.
+"""The DALI graphs: stored images and random draws -> pixels.
 
 CPU and GPU graphs are the same two operators; `device` chooses where each runs:
 
@@ -8,11 +8,6 @@ Raw images need the second alone, which then crops as well.
 
 The colour shift is folded into the mean that `crop_mirror_normalize` subtracts anyway (a mean of
 its own for each sample), so the paper's PCA colour costs no pass over the pixels.
-
-DALI's own WebDataset reader on the same shards and the same graph: the yardstick.
-
-It has its own order (a shuffle buffer), its own random crops and no checks; it is here to measure
-`pipeline.batches.Stream` against, not to train with.
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +28,9 @@ from torch.utils.dlpack import from_dlpack
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, SIZE, Encoding
 from pipeline.dataset.manifest import Manifest
-from pipeline.stream.augment import BORDER, CROP
+from pipeline.stream.augment import BORDER
+from pipeline.stream.config import Device, StreamConfig
 from pipeline.tools.errors import SetupError
-
-Device = Literal["cpu", "gpu"]
 
 # Small host buffers come from a pool of DALI's own instead of malloc: what is left to malloc, a few
 # large blocks, then always fits where it was. The process keeps one size (where it wandered by a
@@ -45,62 +39,54 @@ Device = Literal["cpu", "gpu"]
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
 
 
-class Feed(NamedTuple):
+class DecoderInput(NamedTuple):
     """What one run of the graph takes, for b samples."""
 
-    pictures: list[npt.NDArray[np.uint8]]
+    images: list[npt.NDArray[np.uint8]]
     """JPEGs, [size] each, or raw images, [256, 256, 3] each. DALI reads them where they lie: they
     stay untouched until the batch after next has come out."""
     x: npt.NDArray[np.float32]
-    """[b] left edge of the crop, 0..1 of the free border."""
+    """[b] left edge of the crop, as a fraction 0..1 of the free border."""
     y: npt.NDArray[np.float32]
-    """[b] upper edge of the crop, 0..1 of the free border."""
+    """[b] upper edge of the crop, as a fraction 0..1 of the free border."""
     flip: npt.NDArray[np.int32]
     """[b] 1 to mirror."""
     mean: npt.NDArray[np.float32]
     """[b, 3] what to subtract from each channel."""
     divisor: npt.NDArray[np.float32] | None = None
-    """[b] what to divide by in the end; only a decoder that divides looks at it."""
+    """[b] what to divide by in the end; only read where the config divides."""
 
 
 class Decoder:
-    """A running DALI pipeline over a source of `Feed`s."""
+    """A running DALI pipeline over a source of `DecoderInput`s."""
 
     def __init__(
         self,
-        source: Callable[[], Feed],
-        *,
-        batch_size: int,
-        device: Device,
-        threads: int,
-        prefetch: int,
-        size: int,
+        source: Callable[[], DecoderInput],
+        config: StreamConfig,
         encoding: Encoding = "jpeg",
-        hw_decoder_load: float = 1.0,
-        divide: bool = False,
     ) -> None:
         """Build the graph.
 
         Args:
             source: called ahead of need, once a batch; raises StopIteration at the end.
-            batch_size: the most samples a feed may have.
-            device: `cpu` gives float32 pixels in host memory, `gpu` float16 on the current GPU.
-            threads: host threads that decode.
-            prefetch: batches in flight.
-            size: height and width to cut out at (x, y): 224, or 256 for the whole image.
-            encoding: what the images are.
-            hw_decoder_load: see `pixels_of`.
-            divide: by the feed's divisor.
+            config: device, threads, prefetch and what is done to pixels. Pixels are float32 in
+                host memory, or float16 on the current GPU; an input has at most `slice_size`
+                samples.
+            encoding: of the images.
+
+        Raises:
+            SetupError: device `gpu` without a CUDA device.
         """
         stored = (types.UINT8, 3, "HWC") if encoding == "raw" else (types.UINT8, 1, "")
         number, numbers = (types.FLOAT, 0, ""), (types.FLOAT, 1, "")
         inputs = [stored, number, number, (types.INT32, 0, ""), numbers]
-        if divide:
+        if config.divides:
             inputs.append(number)
         kinds, dimensions, layouts = zip(*inputs, strict=True)
-        self._pipe = Pipeline(batch_size, threads, gpu_of(device), prefetch_queue_depth=prefetch)
+        self._pipe = open_pipeline(config)
         with self._pipe:
-            pictures, x, y, flip, mean, *divisor = fn.external_source(
+            nodes = fn.external_source(
                 source=lambda: source()[: len(inputs)],
                 num_outputs=len(inputs),
                 batch=True,
@@ -109,20 +95,7 @@ class Decoder:
                 layout=list(layouts),
                 no_copy=True,
             )
-            self._pipe.set_outputs(
-                pixels_of(
-                    pictures,
-                    x,
-                    y,
-                    flip,
-                    mean,
-                    device,
-                    size,
-                    encoding,
-                    hw_decoder_load,
-                    divisor[0] if divide else None,
-                )
-            )
+            self._pipe.set_outputs(make_pixels(config, encoding, *nodes))
         self._pipe.build()
 
     def run(self) -> torch.Tensor:
@@ -130,24 +103,24 @@ class Decoder:
 
         Raises:
             StopIteration: the source has ended.
-            RuntimeError: most likely an image cannot be decoded (`Trial` says which); its whole
-                batch is lost, and this decoder with it.
+            RuntimeError: most likely an image cannot be decoded (`TrialDecoder` finds it); its
+                whole batch is lost, and this decoder with it.
         """
         return run_on_current_stream(self._pipe)
 
 
-class Trial:
-    """Decodes images alone, to see whether it can be done."""
+class TrialDecoder:
+    """Decodes one image at a time, to find those that cannot be decoded."""
 
     def __init__(self, device: Device) -> None:
         self._gpu = gpu_of(device)  # now: the current device is a thread's own affair
         self._pipe: Pipeline | None = None
 
-    def decodes(self, picture: npt.NDArray[np.uint8]) -> bool:
+    def can_decode(self, image: npt.NDArray[np.uint8]) -> bool:
         """Whether a JPEG (uint8 [size]) gives 256x256 pixels."""
         if self._pipe is None:
             self._pipe = self._build()
-        self._pipe.feed_input("picture", [picture])
+        self._pipe.feed_input("image", [image])
         try:
             (pixels,) = self._pipe.run()
         except RuntimeError:
@@ -158,9 +131,9 @@ class Trial:
     def _build(self) -> Pipeline:
         pipe = Pipeline(1, 1, self._gpu, prefetch_queue_depth=1)
         with pipe:
-            picture = fn.external_source(name="picture", dtype=types.UINT8, ndim=1)
+            image = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
             where = "cpu" if self._gpu is None else "mixed"
-            pipe.set_outputs(fn.decoders.image(picture, device=where, output_type=types.RGB))
+            pipe.set_outputs(fn.decoders.image(image, device=where, output_type=types.RGB))
         pipe.build()
         return pipe
 
@@ -190,65 +163,77 @@ def run_on_current_stream(pipe: Pipeline) -> torch.Tensor:
     return tensor
 
 
-def pixels_of(
-    pictures: Any,
+def open_pipeline(config: StreamConfig, **options: Any) -> Pipeline:
+    """Return an empty DALI pipeline with the batch, threads, device and prefetch of a config.
+
+    Raises:
+        SetupError: device `gpu` without a CUDA device.
+    """
+    return Pipeline(
+        config.slice_size,
+        config.threads or len(os.sched_getaffinity(0)),
+        gpu_of(config.device),
+        prefetch_queue_depth=config.prefetch,
+        **options,
+    )
+
+
+def make_pixels(
+    config: StreamConfig,
+    encoding: Encoding,
+    images: Any,
     x: Any,
     y: Any,
     flip: Any,
     mean: Any,
-    device: Device,
-    size: int = CROP,
-    encoding: Encoding = "jpeg",
-    hw_decoder_load: float = 1.0,
     divisor: Any = None,
 ) -> Any:
-    """Return the graph of decision 3: stored images -> [3, size, size] pixels.
+    """Return the whole graph: stored images -> [3, size, size] pixels.
 
-    The first five arguments and `divisor` are DALI nodes (or constants) as in `Feed`; the result
-    is one.
-    `hw_decoder_load` is the share of a batch that the JPEG engines of a GPU decode, the rest being
-    done by CUDA. Between 0 and 1 it is the batch that decides which images go where, and their
-    pixels differ a little by that.
+    `images` and what follows are DALI nodes (or constants) as in `DecoderInput`; the result is one.
     """
     if encoding == "raw":
-        pixels = pictures.gpu() if device == "gpu" else pictures
-        return normalised(pixels, flip, mean, device, divisor, _where(x, y, size))
-    pixels = decoded(pictures, x, y, device, size, hw_decoder_load)
-    return normalised(pixels, flip, mean, device, divisor)
+        pixels = images.gpu() if config.device == "gpu" else images
+        return normalize(config, pixels, flip, mean, divisor, _crop(config, x, y))
+    return normalize(config, decode_crops(config, images, x, y), flip, mean, divisor)
 
 
-def decoded(
-    jpegs: Any, x: Any, y: Any, device: Device, size: int = CROP, hw_decoder_load: float = 1.0
-) -> Any:
-    """Return the first half of that graph: JPEGs -> the crop, uint8 [size, size, 3]."""
+def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any) -> Any:
+    """Return the first half of the graph: JPEGs -> the crop, uint8 [size, size, 3]."""
     return fn.decoders.image_crop(
         jpegs,
-        device="mixed" if device == "gpu" else "cpu",
+        device="mixed" if config.device == "gpu" else "cpu",
         output_type=types.RGB,
         # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
         jpeg_fancy_upsampling=True,
-        hw_decoder_load=hw_decoder_load,
-        **_where(x, y, size),
+        hw_decoder_load=config.hw_decoder_load,
+        **_crop(config, x, y),
     )
 
 
-def normalised(
-    pixels: Any, flip: Any, mean: Any, device: Device, divisor: Any = None, where: Any = None
+def normalize(
+    config: StreamConfig,
+    pixels: Any,
+    flip: Any,
+    mean: Any,
+    divisor: Any = None,
+    crop: dict[str, Any] | None = None,
 ) -> Any:
-    """Return its second half: uint8 HWC -> pixels; `where` to crop, in raw images, as well."""
+    """Return its second half: uint8 HWC -> pixels; raw images are cut by `crop` as well."""
     more = {} if divisor is None else {"std": divisor}
     return fn.crop_mirror_normalize(
         pixels,
         mirror=flip,
         mean=mean,
-        dtype=types.FLOAT16 if device == "gpu" else types.FLOAT,
+        dtype=types.FLOAT16 if config.device == "gpu" else types.FLOAT,
         output_layout="CHW",
         **more,
-        **(where or {}),
+        **(crop or {}),
     )
 
 
-def _where(x: Any, y: Any, size: int) -> dict[str, Any]:
+def _crop(config: StreamConfig, x: Any, y: Any) -> dict[str, Any]:
+    size = config.image_size
     return {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
 
 
@@ -262,20 +247,22 @@ _ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
 
 
 class NativeReader:
-    """Endless batches from `fn.readers.webdataset`."""
+    """Endless batches from `fn.readers.webdataset`: the yardstick for `pipeline.batches.Stream`.
 
-    def __init__(
-        self, data: Path, *, split: str, batch_size: int, device: Device, threads: int
-    ) -> None:
-        """Open `split` of a data set; `threads` host threads decode.
+    DALI's reader has an order of its own (a shuffle buffer), its own random crops and no checks.
+    """
+
+    def __init__(self, data: Path, config: StreamConfig) -> None:
+        """Open the split of a local dataset.
 
         Raises:
-            UsageError: no data set, or no such split.
+            UsageError: no dataset, or no such split.
+            SetupError: device `gpu` without a CUDA device.
         """
         manifest = Manifest.load(data)
-        shards = [data / s.name for s in manifest.split(split, data).shards]
+        shards = [data / s.name for s in manifest.split(config.split, data).shards]
         mean = [float(value) for value in Statistics.load(data).channel_mean]
-        self._pipe = Pipeline(batch_size, threads, gpu_of(device), seed=0)
+        self._pipe = open_pipeline(config, seed=0)
         with self._pipe:
             parts: Any = fn.readers.webdataset(
                 paths=[str(path) for path in shards],
@@ -286,10 +273,8 @@ class NativeReader:
             )
             x, y = (fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
             flip = fn.random.coin_flip()
-            stored = parts[0] if manifest.encoding == "jpeg" else _behind_header(parts[0])
-            self._pipe.set_outputs(
-                pixels_of(stored, x, y, flip, mean, device, CROP, manifest.encoding)
-            )
+            stored = parts[0] if manifest.encoding == "jpeg" else _skip_header(parts[0])
+            self._pipe.set_outputs(make_pixels(config, manifest.encoding, stored, x, y, flip, mean))
         self._pipe.build()
 
     def __next__(self) -> torch.Tensor:
@@ -297,7 +282,7 @@ class NativeReader:
         return run_on_current_stream(self._pipe)
 
 
-def _behind_header(npy: Any) -> Any:
+def _skip_header(npy: Any) -> Any:
     """Return the graph from the files of raw images to their pixels, uint8 [256, 256, 3]."""
     shape = (SIZE, SIZE, 3)
     # The pixels are the end of the file, however long the header before them is.

@@ -1,7 +1,4 @@
-"""Position -> a batch ready to be decoded: planned, read, checked, damaged samples replaced.
-
-Batches under way: read in the background, decoded by DALI, taken one by one.
-"""
+"""Batches of a stream: planned, read and checked in a thread ahead of need, decoded by DALI."""
 
 from __future__ import annotations
 
@@ -9,93 +6,85 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipeline.dataset.images import SIZE, Encoding
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.images import SIZE
+from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import BORDER, draw
-from pipeline.stream.decode import Decoder, Device, Feed, Trial, fraction
-from pipeline.stream.normalization import Recipe
-from pipeline.stream.order import Ids, Order, Slots
-from pipeline.stream.prefetch import Background
-from pipeline.stream.quarantine import UNDECODABLE, Quarantine, Screen
+from pipeline.stream.config import Device, StreamConfig
+from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder, fraction
+from pipeline.stream.normalization import Floats, Normalization
+from pipeline.stream.order import BlockShuffle, FullShuffle, Ids, Order, Slots, StoredOrder
+from pipeline.stream.prefetch import Prefetcher
+from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine
 from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
 from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.tools.errors import REBUILD, DataError
 
 LOOKAHEAD = 4
-"""Batches whose bytes the kernel is told to fetch before they are read."""
-TURNS = 100
-"""Substitutes tried for one damaged sample; if all are damaged too, the data set is lost."""
+"""Batches whose bytes the kernel is told to read from the disk before they are needed."""
+MAX_SUBSTITUTES = 100
+"""Substitutes tried for one damaged sample; if all are damaged too, the dataset is lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class EncodedBatch:
     """A rank's slice of a batch before it is decoded: b samples."""
 
-    feed: Feed
+    input: DecoderInput
     due: Ids
-    """int64 [b]: the samples that the order has here."""
+    """int64 [b]: ids of the samples that the order has here."""
     ids: Ids
-    """int64 [b]: the samples that are here; others only where those due are damaged."""
+    """int64 [b]: ids of the samples that are here; others only where those due are damaged."""
     labels: Ids
-    """int64 [b]: of `ids`."""
-    weights: npt.NDArray[np.float32]
-    """[b]: 0 for rows that are in nobody's account."""
+    """int64 [b]: labels of `ids`."""
+    weights: Floats
+    """[b]: loss weight of each row: 0 for padding and for samples replaced in an evaluation, else
+    1."""
     start: int
     """Samples consumed by the whole job before this batch."""
     position: int
-    """... and after it."""
+    """Samples consumed by the whole job after it."""
     first: int
     """Position of the first sample of this slice."""
     memory: Bytes
-    """Where the images of the feed lie, unless in their shards."""
+    """Buffer that holds the images, except those mapped from their shards."""
     spent: Spent
-    """What it cost the thread that made it."""
+    """Seconds the reading thread spent on this batch, by stage."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """Which part of the stream a rank gets."""
+class BatchReader:
+    """Reads and checks one rank's slice of each batch; opens the split that a config names."""
 
-    batch_size: int
-    """Of the whole job."""
-    first: int
-    """This rank's part of each batch, a half-open range."""
-    last: int
-    once: bool
-    """One epoch; what the last batch lacks is made up by rows of weight 0."""
+    def __init__(self, dataset: Dataset, config: StreamConfig) -> None:
+        """Open shards, statistics, order and quarantine.
 
-
-class Reader:
-    """Loads one rank's slices of the batches of a stream."""
-
-    def __init__(
-        self,
-        storage: ShardReader,
-        order: Order,
-        recipe: Recipe,
-        part: Slice,
-        quarantine: Quarantine,
-        *,
-        strict: bool,
-    ) -> None:
-        """Take the parts together; `strict` stops at the first damaged sample."""
-        self._screen = Screen(len(storage)) if storage.encoding == "jpeg" else None
-        self._storage = storage
-        self._order = order
-        self.recipe = recipe
-        """What becomes of the images."""
-        self._part = part
-        self._quarantine = quarantine
-        self._strict = strict
+        Raises:
+            UsageError: no such split, or the quarantine file cannot be used.
+            DataError: the dataset is not what its manifest says.
+        """
+        self.config = config
+        self.dataset = dataset
+        self.storage = ShardReader(dataset, config.split)
+        self.statistics = Statistics.load(dataset.folder, self.storage.manifest.stats_sha256)
+        self.normalization = Normalization.of(self.statistics, config)
+        self.order = make_order(config, [shard.samples for shard in self.storage.shards])
+        self.quarantine = Quarantine(
+            config.split, Path(config.quarantine) if config.quarantine else None
+        )
+        """Samples found damaged."""
+        self._header_check: HeaderCheck | None = None
+        if self.storage.encoding == "jpeg":
+            self._header_check = HeaderCheck(len(self.storage))
         self._needs: tuple[int, ...] = ()
         self._free: deque[Bytes] = deque()
 
-    def batches(self, position: int) -> Iterator[Loaded]:
+    def batches(self, position: int) -> Iterator[EncodedBatch]:
         """Yield the batches from `position` on.
 
         Raises:
@@ -107,55 +96,55 @@ class Reader:
             start = perf_counter()
             while len(planned) <= LOOKAHEAD and not self._past_end(position):
                 slots = self._plan(position)
-                self._storage.advise(slots.ids)
+                self.storage.advise(slots.ids)
                 planned.append((position, slots))
-                position += self._part.batch_size
+                position += self.config.batch_size
             if not planned:
                 return
             yield self._load(*planned.popleft(), start)
 
-    def give_back(self, loaded: Loaded) -> None:
-        """Say that nothing looks at the memory of a batch any more: the next may have it."""
-        self._free.append(loaded.memory)
+    def recycle(self, batch: EncodedBatch) -> None:
+        """Take back the buffer of a batch that nothing reads any more, for one of the next."""
+        self._free.append(batch.memory)
 
     def close(self) -> None:
-        """Let go of what tries images; nothing may be read any more."""
-        self._screen = None
+        """Close the shards and the trial decoder; nothing may be read any more."""
+        self._header_check = None
+        self.storage.close()
 
     def _past_end(self, position: int) -> bool:
-        return self._part.once and position >= self._order.samples
+        return self.config.once and position >= self.order.samples
 
     def _plan(self, position: int) -> Slots:
         """Return this rank's slots of the global batch at `position`."""
-        count = self._part.last - self._part.first
-        slots = self._order.slots(position + self._part.first, count)
-        if not self._part.once:
+        first, last = self.config.span
+        slots = self.order.slots(position + first, last - first)
+        if not self.config.once:
             return slots
         # Rows past the end repeat the last sample; their weight of 0 keeps them out of every sum.
-        last = self._order.samples - 1
-        ids = np.where(slots.epochs == 0, slots.ids, last)
-        return Slots(np.zeros(count, np.int64), ids)
+        ids = np.where(slots.epochs == 0, slots.ids, self.order.samples - 1)
+        return Slots(np.zeros_like(ids), ids)
 
-    def _load(self, start: int, slots: Slots, begun: float) -> Loaded:
-        needs = self._order.needs(start)
+    def _load(self, start: int, slots: Slots, begun: float) -> EncodedBatch:
+        needs = self.order.needs(start)
         if needs is not self._needs:
             self._needs = needs
-            self._storage.ahead(needs)
-        first = start + self._part.first
-        ids, pictures, memory = self._sound(first, slots)
+            self.storage.ahead(needs)
+        first = start + self.config.span[0]
+        ids, images, memory = self._read_sound(first, slots)
         weights = np.ones(len(ids), np.float32)
-        position = start + self._part.batch_size
-        if self._part.once:
-            position = min(position, self._order.samples)
-            counted = np.arange(first, first + len(ids)) < self._order.samples
+        position = start + self.config.batch_size
+        if self.config.once:
+            position = min(position, self.order.samples)
+            counted = np.arange(first, first + len(ids)) < self.order.samples
             weights = (counted & (ids == slots.ids)).astype(np.float32)
-        feed = self._feed(slots, pictures)
-        spent = self._storage.spent()
-        return Loaded(
-            feed=feed,
+        decoder_input = self._input(slots, images)
+        spent = self.storage.spent()
+        return EncodedBatch(
+            input=decoder_input,
             due=slots.ids,
             ids=ids,
-            labels=self._storage.labels(ids),
+            labels=self.storage.labels(ids),
             weights=weights,
             start=start,
             position=position,
@@ -164,78 +153,78 @@ class Reader:
             spent=spent._replace(feed=perf_counter() - begun - spent.total),
         )
 
-    def _sound(self, first: int, slots: Slots) -> tuple[Ids, list[Bytes], Bytes]:
+    def _read_sound(self, first: int, slots: Slots) -> tuple[Ids, list[Bytes], Bytes]:
         """Read the samples of `slots`, or for damaged ones their substitutes."""
         ids = slots.ids.copy()
-        for place in self._quarantine.places(ids):
-            if self._strict:  # listed by a stream that was not
-                self.report([self._quarantine.known[int(ids[place])]])
+        for place in self.quarantine.places(ids):
+            if self.config.strict:  # listed by a stream that was not
+                self.add_damage([self.quarantine.known[int(ids[place])]])
             ids[place] = self._substitute(first + place, int(slots.ids[place]))
-        memory = self._take(self._storage.room(ids))
-        pictures, damaged = self._checked(ids, memory)
+        memory = self._buffer(self.storage.room(ids))
+        images, damaged = self._read_checked(ids, memory)
         while damaged:
-            self.report(damaged.values())
+            self.add_damage(damaged.values())
             places = list(damaged)
             for place in places:
                 ids[place] = self._substitute(first + place, int(slots.ids[place]))
             others = ids[places]
-            room = np.empty(self._storage.room(others), np.uint8)
-            views, again = self._checked(others, room)
+            room = np.empty(self.storage.room(others), np.uint8)
+            views, again = self._read_checked(others, room)
             for place, view in zip(places, views, strict=True):
-                pictures[place] = view
+                images[place] = view
             damaged = {places[index]: damage for index, damage in again.items()}
-        return ids, pictures, memory
+        return ids, images, memory
 
-    def _checked(self, ids: Ids, memory: Bytes) -> tuple[list[Bytes], dict[int, Damage]]:
+    def _read_checked(self, ids: Ids, memory: Bytes) -> tuple[list[Bytes], dict[int, Damage]]:
         """Read samples; return them, and the damage at each place where there is some."""
-        pictures, damaged = self._storage.read(ids, memory)
-        if self._screen is not None:
-            for place in self._screen.refused(ids, pictures):
-                damaged.setdefault(place, self._storage.damage(int(ids[place]), UNDECODABLE))
-        return pictures, damaged
+        images, damaged = self.storage.read(ids, memory)
+        if self._header_check is not None:
+            for place in self._header_check.find_undecodable(ids, images):
+                damaged.setdefault(place, self.storage.damage(int(ids[place]), UNDECODABLE))
+        return images, damaged
 
-    def report(self, damages: Collection[Damage]) -> None:
+    def add_damage(self, damages: Collection[Damage]) -> None:
         """Put samples into quarantine: from now on others take their places.
 
         Raises:
             DataError: `strict`.
         """
-        if self._strict:
+        if self.config.strict:
             raise DataError(f"{next(iter(damages))}; python -m pipeline.verify lists all damage")
-        self._quarantine.add(damages)
+        self.quarantine.add(damages)
 
     def _substitute(self, position: int, due: int) -> int:
         """Return the first sound sample of those that may take the place of `due`."""
-        for turn in range(TURNS):
-            if (sample := self._order.substitute(position, due, turn)) not in self._quarantine:
+        for turn in range(MAX_SUBSTITUTES):
+            if (sample := self.order.substitute(position, due, turn)) not in self.quarantine:
                 return sample
         raise DataError(
-            f"{self._quarantine.known[due]}, and so are {TURNS} others that might take its place; "
-            f"{REBUILD}"
+            f"{self.quarantine.known[due]}, and so are {MAX_SUBSTITUTES} others that might take "
+            f"its place; {REBUILD}"
         )
 
-    def _take(self, size: int) -> Bytes:
+    def _buffer(self, size: int) -> Bytes:
         """Return memory of at least `size` bytes, used before if possible: it is mapped then."""
         memory = self._free.popleft() if self._free else np.empty(0, np.uint8)
         return memory if len(memory) >= size else np.empty(size + size // 4, np.uint8)
 
-    def _feed(self, slots: Slots, pictures: list[Bytes]) -> Feed:
-        if self._storage.encoding == "raw":
-            pictures = [picture.reshape(SIZE, SIZE, 3) for picture in pictures]
+    def _input(self, slots: Slots, images: list[Bytes]) -> DecoderInput:
+        if self.storage.encoding == "raw":
+            images = [image.reshape(SIZE, SIZE, 3) for image in images]
         divisor = None
-        if self.recipe.random:
+        if self.config.view == "random":
             # By the sample that is due: its substitute may also come in its own turn.
-            draws = draw(self._order.seed, slots.epochs, slots.ids)
+            draws = draw(self.order.seed, slots.epochs, slots.ids)
             x, y, flip = draws.x, draws.y, draws.flip
-            mean = self.recipe.means(draws.colour, slots.epochs)
-            if self.recipe.divide:
-                divisor = self.recipe.divisors(slots.epochs).astype(np.float32)
+            mean = self.normalization.means(draws.colour, slots.epochs)
+            if self.config.divides:
+                divisor = self.normalization.divisors(slots.epochs).astype(np.float32)
         else:
-            x = y = np.full(len(pictures), BORDER // 2)
-            flip = np.zeros(len(pictures), bool)
-            mean = np.tile(self.recipe.channel_mean, (len(pictures), 1))
-        return Feed(
-            pictures,
+            x = y = np.full(len(images), BORDER // 2)
+            flip = np.zeros(len(images), bool)
+            mean = np.tile(self.normalization.channel_mean, (len(images), 1))
+        return DecoderInput(
+            images,
             fraction(x),
             fraction(y),
             flip.astype(np.int32),
@@ -244,68 +233,56 @@ class Reader:
         )
 
 
-Floats = npt.NDArray[np.float32]
+def make_order(config: StreamConfig, shards: list[int]) -> Order:
+    """Return the order of the samples; `shards` is the number of samples of each shard."""
+    if config.once:
+        return StoredOrder(shards, config.seed)
+    if config.shuffle == "full":
+        return FullShuffle(shards, config.seed)
+    return BlockShuffle(shards, config.seed, config.window)
 
 
 class DecodeFailure(Exception):
     """DALI cannot decode some samples of a batch; no other batch comes after this."""
 
-    def __init__(self, batch: Loaded, places: list[int]) -> None:
+    def __init__(self, batch: EncodedBatch, places: list[int]) -> None:
         super().__init__(f"samples {batch.ids[places].tolist()} cannot be decoded")
         self.batch = batch
         self.places = places
 
 
-class Flow:
-    """Batches from one position on, in order."""
+class Loader:
+    """Decoding loop: prefetches batches in a thread and runs the DALI pipeline over them."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        position: int,
-        waits: WaitTimes,
-        *,
-        prefetch: int,
-        batch_size: int,
-        device: Device,
-        threads: int,
-        size: int,
-        encoding: Encoding,
-        hw_decoder_load: float,
-    ) -> None:
+    def __init__(self, reader: BatchReader, position: int, waits: WaitTimes) -> None:
         """Start at once: `prefetch` batches are read and as many decoded before they are asked for.
 
-        What `run` waits for is added to `waits`. The other arguments are those of `Decoder`.
+        Args:
+            reader: reads the batches; its config says how they are decoded.
+            position: samples consumed by the whole job before the first batch.
+            waits: the seconds that `run` waits are added to it.
         """
         self._reader = reader
         self._waits = waits
         self.ready = 0
         """Batches that were read, and waited to be decoded, when the last one was asked for."""
-        self._device: Device = device
-        self._raw = encoding == "raw"
-        self._background = Background(reader.batches(position), depth=prefetch)
-        self._decoding: deque[Loaded] = deque()
-        self._done: deque[Loaded] = deque()
-        self._keep = prefetch + 1
+        config = reader.config
+        self._prefetcher = Prefetcher(reader.batches(position), depth=config.prefetch)
+        self._decoding: deque[EncodedBatch] = deque()
+        self._done: deque[EncodedBatch] = deque()
         self._error: BaseException | None = None
         self._read_wait = 0.0
         # DALI's graph is a tangle of cycles: if it knew `self`, all of this would stay until a
         # garbage collection.
-        source = weakref.WeakMethod(self._source)
+        source = weakref.WeakMethod(self._next_input)
         self._decoder = Decoder(
             lambda: source()(),  # type: ignore[misc]
-            batch_size=batch_size,
-            device=device,
-            threads=threads,
-            prefetch=prefetch,
-            size=size,
-            encoding=encoding,
-            hw_decoder_load=hw_decoder_load,
-            divide=reader.recipe.divide,
+            config,
+            reader.storage.encoding,
         )
-        self._picture = _at(reader.recipe.picture, device)
+        self._mean_image = _on_device(reader.normalization.mean_image, config.device)
 
-    def run(self) -> tuple[Loaded, torch.Tensor]:
+    def run(self) -> tuple[EncodedBatch, torch.Tensor]:
         """Return the next batch and its pixels.
 
         Raises:
@@ -313,7 +290,7 @@ class Flow:
             DecodeFailure: there are images in the batch that cannot be decoded.
             DuetError: what stopped the reader, after all batches before it.
         """
-        start, read = perf_counter(), self._read_wait
+        start, read_wait = perf_counter(), self._read_wait
         try:
             images = self._decoder.run()
         except StopIteration:
@@ -321,62 +298,68 @@ class Flow:
                 raise self._error from None
             raise
         except RuntimeError as error:
-            if self._raw:
-                raise  # there is nothing in raw images that could fail to decode
-            batch, trial = self._decoding[0], Trial(self._device)
-            # DALI names at most the first bad one.
-            failed = [i for i, jpeg in enumerate(batch.feed.pictures) if not trial.decodes(jpeg)]
-            if not failed or len(failed) == len(batch.ids) > 1:
-                raise  # not the images: memory, most likely
-            raise DecodeFailure(batch, failed) from error
-        loaded = self._decoding.popleft()
+            if failure := self._find_failure():
+                raise failure from error
+            raise
+        batch = self._decoding.popleft()
         # A GPU may still be reading the bytes of the last few batches.
-        self._done.append(loaded)
-        if len(self._done) > self._keep:
-            self._reader.give_back(self._done.popleft())
-        if self._picture is not None:
-            _subtract(images, self._picture, loaded.feed.divisor)
-        self._waits.decode += perf_counter() - start - (self._read_wait - read)
-        return loaded, images
+        self._done.append(batch)
+        if len(self._done) > self._reader.config.prefetch + 1:
+            self._reader.recycle(self._done.popleft())
+        if self._mean_image is not None:
+            subtract_image(images, self._mean_image, batch.input.divisor)
+        self._waits.decode += perf_counter() - start - (self._read_wait - read_wait)
+        return batch, images
 
     def close(self) -> None:
         """Stop reading and decoding."""
-        self._background.close()
+        self._prefetcher.close()
         del self._decoder
 
-    def _source(self) -> Feed:
-        """DALI asks for the next batch; called ahead of need."""
-        self.ready, start = self._background.made, perf_counter()
+    def _find_failure(self) -> DecodeFailure | None:
+        """Return the images that made DALI fail; None where something else did, such as memory."""
+        if self._reader.storage.encoding == "raw":
+            return None
+        batch, trial = self._decoding[0], TrialDecoder(self._reader.config.device)
+        # DALI names at most the first bad one.
+        failed = [i for i, jpeg in enumerate(batch.input.images) if not trial.can_decode(jpeg)]
+        if not failed or len(failed) == len(batch.ids) > 1:
+            return None
+        return DecodeFailure(batch, failed)
+
+    def _next_input(self) -> DecoderInput:
+        """Return the next batch's input; DALI calls this ahead of need."""
+        self.ready, start = self._prefetcher.ready, perf_counter()
         try:
-            loaded = self._background.take()
+            batch = self._prefetcher.take()
         except StopIteration:
             raise
         except Exception as error:
-            self._error = error  # told when its turn comes: the batches before it are good
+            self._error = error  # raised after the batches before it, which are good
             raise StopIteration from None
         waited = perf_counter() - start
         self._read_wait += waited
-        self._waits.on_reader(waited, loaded.spent)
-        self._decoding.append(loaded)
-        return loaded.feed
+        self._waits.on_reader(waited, batch.spent)
+        self._decoding.append(batch)
+        return batch.input
 
 
-def _at(picture: Floats | None, device: Device) -> torch.Tensor | None:
-    """Return an image where the pixels are, and of their kind."""
-    if picture is None:
+def _on_device(image: Floats | None, device: Device) -> torch.Tensor | None:
+    """Return an image with the device and dtype of the pixels."""
+    if image is None:
         return None
-    tensor = torch.from_numpy(picture)
+    tensor = torch.from_numpy(image)
     return tensor.to("cuda", torch.float16) if device == "gpu" else tensor
 
 
-def _subtract(images: torch.Tensor, picture: torch.Tensor, divisor: Floats | None) -> None:
+def subtract_image(images: torch.Tensor, image: torch.Tensor, divisor: Floats | None) -> None:
     """Subtract an image from pixels that were divided already, in place.
 
     DALI's own arithmetic takes twice as long for it, three times with a divisor, on both cores
     where this keeps one busy; and it knows no float16.
     """
     if divisor is None:
-        images.sub_(picture)
+        images.sub_(image)
     else:
         share = torch.from_numpy(1 / divisor).to(images).view(-1, 1, 1, 1)
-        images.addcmul_(picture, share, value=-1)
+        images.addcmul_(image, share, value=-1)

@@ -4,9 +4,9 @@
 lies in epoch e = p // N, at place p % N of that epoch's order. Nothing else decides the order:
 not the number of workers or threads, not the batch a rank gets, not a restart.
 
-    Full     each epoch is a permutation of all samples
-    Block    each epoch permutes the shards, and the samples within windows of a few shards
-    Stored   as the samples lie in the shards (evaluation)
+    FullShuffle   each epoch is a permutation of all samples
+    BlockShuffle  each epoch permutes the shards, and the samples within windows of a few shards
+    StoredOrder   as the samples lie in the shards (evaluation)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +22,14 @@ import numpy.typing as npt
 from pipeline.stream.augment import WORDS, words
 
 Ids = npt.NDArray[np.int64]
-Shuffle = Literal["full", "block"]
 
 SCANNED = 1 << 16
-"""Samples by whose order `Full` says which shards are needed first."""
+"""Samples by whose order `FullShuffle` says which shards are needed first."""
 PART = 1 << 21
 """Samples in a part of a full shuffle, about."""
 
 NEAR = 50
-"""Substitutes that `Block` looks for in the same window."""
+"""Substitutes that `BlockShuffle` looks for in the same window."""
 
 
 class Slots(NamedTuple):
@@ -103,7 +102,7 @@ class Order(ABC):
         return int(word[0]) % limit
 
 
-class Full(Order):
+class FullShuffle(Order):
     """Each epoch is a permutation of all samples, each as likely as any other.
 
     Of millions of samples each first draws a part of the epoch, and a part is shuffled when it is
@@ -145,7 +144,7 @@ class Full(Order):
         return self._soonest
 
 
-class Block(Order):
+class BlockShuffle(Order):
     """Shards in an order of their own each epoch; samples mixed within windows of shards."""
 
     def __init__(self, shards: Sequence[int], seed: int = 0, window: int = 16) -> None:
@@ -213,7 +212,7 @@ class Block(Order):
         return tuple(dict.fromkeys([*self._shards(epoch, number).tolist(), *following.tolist()]))
 
 
-class Stored(Order):
+class StoredOrder(Order):
     """Every epoch in stored order."""
 
     AHEAD = 4

@@ -14,14 +14,14 @@ JOIN_SECONDS = 5.0
 """How long the end of the interpreter waits for a thread that is in the middle of something."""
 
 
-class Background(Generic[T]):
+class Prefetcher(Generic[T]):
     """The items of an iterator, the next few of them made beforehand."""
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         """Start at once; at most `depth` items (and one in the making) wait to be taken."""
         self._queue: queue.Queue[_Made[T]] = queue.Queue(depth)
         stop = threading.Event()
-        # The thread must not know `self`: a forgotten Background could then never be collected.
+        # The thread must not know `self`: a forgotten Prefetcher could then never be collected.
         thread = threading.Thread(target=_make, args=(items, self._queue, stop), daemon=True)
         thread.start()
         self._thread = thread
@@ -43,8 +43,8 @@ class Background(Generic[T]):
         return made.item
 
     @property
-    def made(self) -> int:
-        """Items that are there to be taken."""
+    def ready(self) -> int:
+        """Items that can be taken without waiting."""
         return self._queue.qsize()
 
     def close(self) -> None:

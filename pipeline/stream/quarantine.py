@@ -25,7 +25,7 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.stream.decode import Trial
+from pipeline.stream.decode import TrialDecoder
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.tools.errors import UsageError
@@ -35,48 +35,48 @@ HEADERS = 64
 """Headers that are remembered. Beyond them each sample is tried once."""
 
 
-class Screen:
-    """What is known of the headers of a split's samples."""
+class HeaderCheck:
+    """Finds JPEGs whose headers DALI cannot parse, before they get into a batch."""
 
     def __init__(self, samples: int) -> None:
         self._passed = np.zeros(samples, bool)
         self._headers: set[bytes] = set()
         self._lengths: set[int] = set()
-        self._trial = Trial("cpu")  # whatever decodes: the parser is the same
+        self._trial = TrialDecoder("cpu")  # whatever decodes: the parser is the same
 
-    def refused(self, ids: Ids, pictures: list[Bytes]) -> list[int]:
+    def find_undecodable(self, ids: Ids, images: list[Bytes]) -> list[int]:
         """Return the places of samples `ids` (int64 [b]) whose JPEGs must not go into a batch."""
         unknown = np.flatnonzero(~self._passed[ids]).tolist()
-        refused = [place for place in unknown if not self._passes(pictures[place])]
+        found = [place for place in unknown if not self._is_decodable(images[place])]
         self._passed[ids] = True
-        self._passed[ids[refused]] = False
-        return refused
+        self._passed[ids[found]] = False
+        return found
 
-    def _passes(self, picture: Bytes) -> bool:
-        ended = picture[-2:].tobytes() == EOI
-        if ended and any(picture[:length].tobytes() in self._headers for length in self._lengths):
+    def _is_decodable(self, image: Bytes) -> bool:
+        ended = image[-2:].tobytes() == EOI
+        if ended and any(image[:length].tobytes() in self._headers for length in self._lengths):
             return True
-        if not self._trial.decodes(picture):
+        if not self._trial.can_decode(image):
             return False
         if ended and len(self._headers) < HEADERS:
             try:
-                length = scan_start(picture)
+                length = scan_start(image)
             except IndexError:  # no JPEG, or a strange one, but DALI can read it
                 return True
-            self._headers.add(picture[:length].tobytes())
+            self._headers.add(image[:length].tobytes())
             self._lengths.add(length)
         return True
 
 
-def scan_start(picture: Bytes) -> int:
+def scan_start(image: Bytes) -> int:
     """Return where the first scan's data begin in a well-formed JPEG, uint8 [size].
 
     All before is the header: ITU-T T.81, annex B. Marker segments give their own length.
     """
     place = 2
-    while picture[place + 1] != 0xDA:
-        place += 2 + int(picture[place + 2]) * 256 + int(picture[place + 3])
-    return place + 2 + int(picture[place + 2]) * 256 + int(picture[place + 3])
+    while image[place + 1] != 0xDA:
+        place += 2 + int(image[place + 2]) * 256 + int(image[place + 3])
+    return place + 2 + int(image[place + 2]) * 256 + int(image[place + 3])
 
 
 UNDECODABLE = "its bytes are as packed, but it cannot be decoded"

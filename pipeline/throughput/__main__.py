@@ -23,8 +23,7 @@ import rich.console
 import tyro
 
 from pipeline.remote.dataset import is_remote, parse_size
-from pipeline.stream.decode import Device
-from pipeline.stream.order import Shuffle
+from pipeline.stream.config import Device, Shuffle
 from pipeline.throughput import capacity as planning
 from pipeline.throughput import stream_rate as rates
 from pipeline.throughput.diagnosis import SECONDS, examine
@@ -125,18 +124,16 @@ class Options:
     def setting(self) -> Setting:
         """The stream that is measured."""
         data = self.data or ""
-        setting = Setting(
-            data=data, split=self.split, device=self.device, window=self.window,
-            shuffle=self.shuffle or ("block" if is_remote(data) else "full"),
-            batch_size=self.batch_size, threads=self.threads, prefetch=self.prefetch,
-            hw_decoder_load=self.hw_decoder_load, cache=self.cache,
-            cache_size=parse_size(self.cache_size),
-        )  # fmt: skip
         try:
-            _ = setting.asked
+            return Setting(
+                data=data, split=self.split, device=self.device, window=self.window,
+                shuffle=self.shuffle or ("block" if is_remote(data) else "full"),
+                batch_size=self.batch_size, threads=self.threads, prefetch=self.prefetch,
+                hw_decoder_load=self.hw_decoder_load, cache=self.cache,
+                cache_size=parse_size(self.cache_size),
+            )  # fmt: skip
         except ValueError as error:
             raise UsageError(f"{error}") from None
-        return setting
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,14 +37,20 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.batches import Asked, Opened, Stream
+from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.dataset.manifest import Manifest, Shard
-from pipeline.remote.dataset import CACHE_SIZE, Dataset, is_remote, open_dataset
+from pipeline.remote.dataset import Dataset, is_remote, open_dataset
 from pipeline.stream.augment import CROP
-from pipeline.stream.decode import Decoder, Device, Feed, decoded, gpu_of, normalised
-from pipeline.stream.loader import Loaded
-from pipeline.stream.order import Shuffle
+from pipeline.stream.config import StreamConfig
+from pipeline.stream.decode import (
+    Decoder,
+    DecoderInput,
+    decode_crops,
+    normalize,
+    open_pipeline,
+)
+from pipeline.stream.loader import BatchReader, EncodedBatch
 from pipeline.stream.timing import Spent
 from pipeline.throughput import hardware
 from pipeline.throughput.clock import Load, Rate, Row, measured, row
@@ -53,22 +59,20 @@ from pipeline.tools.files import drop_page_cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """The arguments of `Stream` that its speed depends on."""
+class Setting(StreamConfig):
+    """The stream that is measured: its dataset, its settings, its cores."""
 
     data: str
-    split: str = "train"
-    device: Device = "cpu"
-    shuffle: Shuffle = "full"
-    window: int = 16
-    batch_size: int = 128
+    """Folder or address of the dataset."""
     threads: int = len(os.sched_getaffinity(0))
-    prefetch: int = 2
-    hw_decoder_load: float = 1.0
-    cache: str | None = None
-    cache_size: int = CACHE_SIZE
+    """Host threads that decode."""
     cores: int = len(os.sched_getaffinity(0))
-    """That the stream may keep busy."""
+    """Number of cores that the stream may keep busy."""
+
+    @classmethod
+    def of(cls, data: str, config: StreamConfig, **changes: Any) -> Setting:
+        """Return the setting of a stream that a config describes; `changes` are fields."""
+        return cls(data=data, **{**vars(config), **changes})
 
     def but(self, **changes: Any) -> Setting:
         """The same with some of it changed."""
@@ -85,34 +89,15 @@ class Setting:
         Raises:
             DuetError: as `Stream` does.
         """
-        return Stream(
-            self.data, position=position, split=self.split, device=self.device,
-            shuffle=self.shuffle, window=self.window, batch_size=self.batch_size,
-            threads=self.threads, prefetch=self.prefetch, hw_decoder_load=self.hw_decoder_load,
-            cache=self.cache, cache_size=self.cache_size, ledger=ledger,
-        )  # fmt: skip
-
-    @property
-    def asked(self) -> Asked:
-        """The same as the parts of the stream take it.
-
-        Raises:
-            ValueError: a number is out of range.
-        """
-        return Asked(
-            split=self.split, batch_size=self.batch_size, seed=0, position=0, rank=0, world_size=1,
-            device=self.device, view="random", once=False, shuffle=self.shuffle,
-            window=self.window, colour=0.1, colour_divide=False, mean="channel",
-            threads=self.threads, prefetch=self.prefetch, hw_decoder_load=self.hw_decoder_load,
-        )  # fmt: skip
+        return Stream(self.data, self, position=position, ledger=ledger)
 
 
-class Parts(Opened):
-    """What a stream of some setting is made of, to be measured part by part."""
+class Parts(BatchReader):
+    """The parts of a stream of some setting, to be measured one by one."""
 
     def __init__(self, setting: Setting, dataset: Dataset) -> None:
         """Open them; `opened` closes them as well."""
-        super().__init__(setting.asked, dataset)
+        super().__init__(dataset, setting)
         self.setting = setting
         self.encoding: Encoding = self.storage.encoding
 
@@ -122,29 +107,26 @@ class Parts(Opened):
         shards = self.storage.shards
         return sum(shard.bytes for shard in shards) / len(self.storage)
 
-    def loaded(self, batches: int, position: int = 0) -> list[Loaded]:
+    def loaded(self, batches: int, position: int = 0) -> list[EncodedBatch]:
         """The first batches from a position, read and kept."""
-        return list(itertools.islice(self.reader().batches(position), batches))
+        return list(itertools.islice(self.batches(position), batches))
 
     def touch(self, pictures: int) -> None:
         """Bring the first images of the stream into memory: a clock then sees no disk."""
-        reader, size = self.reader(), self.setting.batch_size
-        for loaded in itertools.islice(
-            reader.batches(0), min(pictures, len(self.storage)) // size + 1
-        ):
-            reader.give_back(loaded)
+        count = min(pictures, len(self.storage)) // self.setting.batch_size + 1
+        for loaded in itertools.islice(self.batches(0), count):
+            self.recycle(loaded)
 
-    def decoder(self, feeds: list[Feed], threads: int, load: float | None = None) -> Decoder:
+    def decoder(
+        self, feeds: list[DecoderInput], threads: int, load: float | None = None
+    ) -> Decoder:
         """A decoder that is given the same feeds again and again.
 
         `load` is another hardware-decoder load than the setting's.
         """
-        setting = self.setting
-        return Decoder(
-            itertools.cycle(feeds).__next__, batch_size=setting.batch_size, device=setting.device,
-            threads=threads, prefetch=setting.prefetch, size=224, encoding=self.encoding,
-            hw_decoder_load=setting.hw_decoder_load if load is None else load,
-        )  # fmt: skip
+        load = self.setting.hw_decoder_load if load is None else load
+        setting = self.setting.but(threads=threads, hw_decoder_load=load)
+        return Decoder(itertools.cycle(feeds).__next__, setting, self.encoding)
 
 
 @contextmanager
@@ -193,11 +175,11 @@ class Reading:
 
 def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Reading:
     """Read the first batches of the stream, round and round, and nothing else."""
-    reader, size = parts.reader(), parts.setting.batch_size
+    size = parts.setting.batch_size
     source = itertools.chain.from_iterable(
-        itertools.islice(reader.batches(0), batches) for _ in itertools.repeat(None)
+        itertools.islice(parts.batches(0), batches) for _ in itertools.repeat(None)
     )
-    reader.give_back(next(source))
+    parts.recycle(next(source))
     found: list[Spent] = []
     each: list[float] = []
     load = Load()
@@ -205,7 +187,7 @@ def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Rea
         spent, count, start = Spent(), 0, time.perf_counter()
         while time.perf_counter() - start < seconds / windows:
             loaded = next(source)
-            reader.give_back(loaded)
+            parts.recycle(loaded)
             spent, count = spent.plus(loaded.spent), count + size
             each.append(loaded.spent.total)
         found.append(spent.scaled(spent.total / count))
@@ -227,17 +209,16 @@ def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading,
         with parts.dataset.open(parts.storage.shards[number]) as file:
             kept += drop_page_cache(file.fileno())
             total += parts.storage.shards[number].bytes
-    reader = parts.reader()
     load, found = Load(), list[Spent]()
     each: list[float] = []
     some = max(1, batches // windows)
-    source = itertools.islice(reader.batches(0), windows * some)
+    source = itertools.islice(parts.batches(0), windows * some)
     while window := list(itertools.islice(source, some)):
         spent = Spent()
         for loaded in window:
             spent = spent.plus(loaded.spent)
             each.append(loaded.spent.total)
-            reader.give_back(loaded)
+            parts.recycle(loaded)
         found.append(spent.scaled(spent.total / (some * parts.setting.batch_size)))
     reading = Reading(
         windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each)
@@ -313,7 +294,7 @@ CROPPED = 3 * CROP * CROP
 
 
 def pixels(
-    parts: Parts, loaded: Sequence[Loaded], threads: int, load: float | None = None
+    parts: Parts, loaded: Sequence[EncodedBatch], threads: int, load: float | None = None
 ) -> Callable[[], int]:
     """All that DALI does, decoding and normalising, with `threads` threads and nothing beside.
 
@@ -322,7 +303,7 @@ def pixels(
     Returns:
         what makes a batch, for `measured` and `in_turn`.
     """
-    decoder = parts.decoder([one.feed for one in loaded], threads, load)
+    decoder = parts.decoder([one.input for one in loaded], threads, load)
     size = parts.setting.batch_size
 
     def step() -> int:
@@ -332,9 +313,9 @@ def pixels(
     return step
 
 
-def pixel_seconds(parts: Parts, loaded: Sequence[Loaded], batches: int) -> list[float]:
+def pixel_seconds(parts: Parts, loaded: Sequence[EncodedBatch], batches: int) -> list[float]:
     """Seconds from one batch of pixels to the next, DALI alone."""
-    decoder = parts.decoder([one.feed for one in loaded], parts.setting.threads)
+    decoder = parts.decoder([one.input for one in loaded], parts.setting.threads)
     settle, found = settling(parts), []
     for _ in range(batches + 2 * parts.setting.prefetch):
         start = time.perf_counter()
@@ -344,23 +325,23 @@ def pixel_seconds(parts: Parts, loaded: Sequence[Loaded], batches: int) -> list[
     return found[2 * parts.setting.prefetch :]
 
 
-def decode(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
+def decode(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
     """JPEGs to crops, uint8."""
     setting = parts.setting
-    pipe = _pipeline(parts)
+    pipe = open_pipeline(parts.setting)
     with pipe:
         jpegs, x, y = fn.external_source(
-            source=_again([one.feed[:3] for one in loaded]), num_outputs=3,
+            source=_again([one.input[:3] for one in loaded]), num_outputs=3,
             batch=True, dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 0],
             no_copy=True,
         )  # fmt: skip
         pipe.set_outputs(
-            decoded(jpegs, x, y, setting.device, hw_decoder_load=setting.hw_decoder_load)
+            decode_crops(setting, jpegs, x, y)
         )
     return _timed(parts, pipe, seconds)
 
 
-def normalise(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
+def normalise(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
     """Crops to the pixels of the stream: [3, 224, 224], float32 or, on a GPU, float16."""
     size, raw = parts.setting.batch_size, parts.encoding == "raw"
     draws = np.random.default_rng(0)
@@ -370,8 +351,10 @@ def normalise(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
         list(draws.integers(0, 256, (size, side, side, 3), np.uint8))
         for _ in range(min(4, len(loaded)))
     ]
-    feeds = [(crop, one.feed.flip, one.feed.mean) for crop, one in zip(crops, loaded, strict=False)]
-    pipe = _pipeline(parts)
+    feeds = [
+        (crop, one.input.flip, one.input.mean) for crop, one in zip(crops, loaded, strict=False)
+    ]
+    pipe = open_pipeline(parts.setting)
     with pipe:
         pictures, flip, mean = fn.external_source(
             source=_again(feeds), num_outputs=3, batch=True,
@@ -380,15 +363,15 @@ def normalise(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
         )  # fmt: skip
         if parts.setting.device == "gpu":
             pictures = pictures.gpu()
-        pipe.set_outputs(normalised(pictures, flip, mean, parts.setting.device, where=where))
+        pipe.set_outputs(normalize(parts.setting, pictures, flip, mean, crop=where))
     return _timed(parts, pipe, seconds)
 
 
-def hand_over(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
+def hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
     """Pixels that are ready, and ids and labels, to torch."""
     size = parts.setting.batch_size
     gpu = parts.setting.device == "gpu"
-    pipe = _pipeline(parts)
+    pipe = open_pipeline(parts.setting)
     with pipe:
         ready = fn.external_source(
             source=lambda: np.zeros((size, 1), np.float32), dtype=types.FLOAT, ndim=1
@@ -412,14 +395,6 @@ def _again(feeds: Sequence[T]) -> Callable[[], T]:
     """A source that gives the same in turn, for ever."""
     turns = itertools.cycle(feeds)
     return lambda: next(turns)
-
-
-def _pipeline(parts: Parts) -> Pipeline:
-    setting = parts.setting
-    return Pipeline(
-        setting.batch_size, setting.threads, gpu_of(setting.device),
-        prefetch_queue_depth=setting.prefetch,
-    )  # fmt: skip
 
 
 def _timed(parts: Parts, pipe: Pipeline, seconds: float) -> Rate:
@@ -448,7 +423,7 @@ class Alone:
     warm: Reading
     cold: Reading | None
     """None: this machine does not let go of the pages."""
-    loaded: tuple[Loaded, ...]
+    loaded: tuple[EncodedBatch, ...]
     """Batches to feed DALI with."""
     disk: float
     """Bytes a second of files read end to end; 0: this machine does not let go of the pages."""
@@ -502,10 +477,10 @@ def _some_here(parts: Parts) -> Sequence[Shard]:
     return here[:16]
 
 
-def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Iterator[Row]:
+def _pixel_stages(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Iterator[Row]:
     setting, each = parts.setting, parts.bytes_each
     gpu = setting.device == "gpu"
-    jpegs = [picture for one in loaded for picture in one.feed.pictures]
+    jpegs = [picture for one in loaded for picture in one.input.images]
     if parts.encoding == "jpeg":
         if gpu:
             limit = hardware.nvjpeg(
@@ -537,11 +512,11 @@ def _pixel_stages(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Ite
               note="tensors of what is ready; nothing is copied")  # fmt: skip
 
 
-def copied(parts: Parts, loaded: Sequence[Loaded], seconds: float) -> Rate:
+def copied(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
     """Stored bytes of a batch, from where they lie to the GPU."""
-    pipe = _pipeline(parts)
+    pipe = open_pipeline(parts.setting)
     raw = parts.encoding == "raw"
-    feeds = [one.feed.pictures for one in loaded]
+    feeds = [one.input.images for one in loaded]
     with pipe:
         stored = fn.external_source(
             source=_again(feeds), batch=True, dtype=types.UINT8, ndim=3 if raw else 1,

@@ -27,7 +27,7 @@ import torch
 
 from pipeline.remote.dataset import open_dataset
 from pipeline.stream.decode import NativeReader
-from pipeline.stream.loader import Loaded
+from pipeline.stream.loader import EncodedBatch
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput.clock import FEWEST, Load, Rate, until_steady
 from pipeline.throughput.stages import Setting, opened
@@ -151,7 +151,9 @@ PICTURES = 1024
 """Raw ones take 197 kB each: a fifth of a gigabyte, which no processor cache holds."""
 
 
-def measure_raw(setting: Setting, loaded: Sequence[Loaded], seconds: float) -> tuple[Rate, float]:
+def measure_raw(
+    setting: Setting, loaded: Sequence[EncodedBatch], seconds: float
+) -> tuple[Rate, float]:
     """Pack images raw in a temporary folder, and run the stream on them.
 
     Returns:
@@ -179,12 +181,12 @@ def measure_raw(setting: Setting, loaded: Sequence[Loaded], seconds: float) -> t
             return Rate(rates, load.cores(), load.others()), parts.bytes_each
 
 
-def unpack(batches: Iterable[Loaded], folder: Path, most: int) -> None:
+def unpack(batches: Iterable[EncodedBatch], folder: Path, most: int) -> None:
     """Write up to `most` JPEGs of some batches as files, in a folder for each class."""
     written = 0
     for batch in batches:
         for number, label, picture in zip(
-            batch.ids.tolist(), batch.labels.tolist(), batch.feed.pictures, strict=True
+            batch.ids.tolist(), batch.labels.tolist(), batch.input.images, strict=True
         ):
             path = folder / str(label) / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,13 +237,7 @@ def _stream(setting: Setting, ledger: Path | None) -> Generator[torch.Tensor]:
 def _native(setting: Setting) -> Generator[torch.Tensor]:
     if setting.remote:
         raise UsageError(f"--reader native reads local folders only, not {setting.data}")
-    reader = NativeReader(
-        open_dataset(setting.data).folder,
-        split=setting.split,
-        batch_size=setting.batch_size,
-        device=setting.device,
-        threads=setting.threads,
-    )
+    reader = NativeReader(open_dataset(setting.data).folder, setting)
     while True:
         yield next(reader)
 

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.dataset.manifest import Manifest, Shard, Split, identity
 from pipeline.stream.ledger import proof as exactly_once
-from pipeline.stream.ledger.writer import About, Ledger
+from pipeline.stream.ledger.writer import Ledger, LedgerHeader
 
 HEAD = struct.Struct("<IIQII")  # as the docstring of ledger_file has it
 N = 60
@@ -37,11 +37,11 @@ def data_set(folder: Path, samples: int, shard: int = 20) -> Path:
     return folder
 
 
-def about(data: Path, position: int, batch: int, rank: int, world: int, **other) -> About:
+def about(data: Path, position: int, batch: int, rank: int, world: int, **other) -> LedgerHeader:
     samples = Manifest.load(data).splits["train"].samples
     fixed = {"split": "train", "seed": 7, "shuffle": "full", "view": "random", "colour": 0.1}
     facts = {"data_sha256": identity(data), "samples": samples, "device": "cpu", **fixed, **other}
-    return About(position=position, batch_size=batch, rank=rank, world_size=world, **facts)
+    return LedgerHeader(position=position, batch_size=batch, rank=rank, world_size=world, **facts)
 
 
 def order(samples: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,8 @@ from pipeline.describe.figures import (
     tinted,
 )
 from pipeline.remote.dataset import LocalDataset
-from pipeline.stream.normalization import recipe_of
+from pipeline.stream.config import StreamConfig
+from pipeline.stream.normalization import Normalization
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import sha256
 from tests.helpers.http_servers import Server
@@ -186,7 +187,7 @@ def test_damaged_images_are_left_out_and_named(data: Path, here: Path, capsys) -
 
 def test_colour_draws_are_those_of_the_training(tiny_data: Path) -> None:
     statistics = Statistics.load(tiny_data)
-    (colours,) = recipe_of(statistics, random=True, colour=0.1).colours
+    (colours,) = Normalization.of(statistics, StreamConfig()).colour_shifts
     np.testing.assert_array_equal(basis(statistics), colours)
     grey = np.full((256, 256, 3), 128, np.uint8)
     for component, made in enumerate(strips(statistics, [grey])):

@@ -20,7 +20,8 @@ import torch
 
 from parts.made import pictures, spoilt
 from pipeline.batches import Stream
-from pipeline.stream.decode import Decoder, Device, Feed, Trial
+from pipeline.stream.config import Device, StreamConfig
+from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder
 from pipeline.tools.processes import tie_to_parent
 
 SAMPLES, BAD, BATCH = 64, 37, 16
@@ -79,7 +80,7 @@ def main() -> None:
             damaged = spoilt(data, Path(folder) / str(number), SAMPLES, BAD, edit)
             _tell(case=name, way="stream", **_replaced(damaged, device, load, sound))
             bad = pictures(damaged, SAMPLES)[BAD]
-            _tell(case=name, way="alone", raises=not Trial(device).decodes(bad))
+            _tell(case=name, way="alone", raises=not TrialDecoder(device).can_decode(bad))
     # Last what our stream avoids, because it may be the end of this process.
     for name, edit in EDITS.items():
         _tell(case=name, way="in a batch, not screened", **_bare(data, edit, device, load))
@@ -110,16 +111,9 @@ def _bare(data: Path, edit: Edit, device: Device, load: float) -> dict[str, Any]
     stored = pictures(data, BATCH)
     stored[3] = np.frombuffer(edit(stored[3].tobytes()), np.uint8)
     half, none = np.full(len(stored), 0.5, np.float32), np.zeros(len(stored), np.int32)
-    feed = Feed(stored, half, half, none, np.zeros((len(stored), 3), np.float32))
-    decoder = Decoder(
-        lambda: feed,
-        batch_size=len(stored),
-        device=device,
-        threads=2,
-        prefetch=2,
-        size=224,
-        hw_decoder_load=load,
-    )
+    feed = DecoderInput(stored, half, half, none, np.zeros((len(stored), 3), np.float32))
+    config = StreamConfig(batch_size=len(stored), device=device, threads=2, hw_decoder_load=load)
+    decoder = Decoder(lambda: feed, config)
     try:
         images = decoder.run()
         if device == "gpu":

@@ -21,18 +21,21 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from parts.made import pictures
 from pipeline.batches import Stream
-from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.images import ENDINGS, SIZE
+from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import CROP
-from pipeline.stream.decode import Decoder, Device, Feed, gpu_of, pixels_of, run_on_current_stream
-from pipeline.stream.loader import Reader, Slice
-from pipeline.stream.normalization import recipe_of
-from pipeline.stream.order import Full
-from pipeline.stream.prefetch import Background
-from pipeline.stream.quarantine import Quarantine
-from pipeline.stream.shard_reader import ShardReader
+from pipeline.stream.config import Device, StreamConfig
+from pipeline.stream.decode import (
+    Decoder,
+    DecoderInput,
+    NativeReader,
+    gpu_of,
+    open_pipeline,
+    run_on_current_stream,
+)
+from pipeline.stream.loader import BatchReader
+from pipeline.stream.prefetch import Prefetcher
 
 MEMORY = 4096
 """Images that lanes over memory go round in, at most."""
@@ -57,74 +60,33 @@ Lane = Callable[[Setting], Generator[Any]]
 
 def ours(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor]:
     """Yield the batches of `Stream`, with the full recipe."""
-    with Stream(
-        data,
-        batch_size=setting.batch,
-        device=device,
-        threads=setting.threads,
-        prefetch=setting.prefetch,
-        hw_decoder_load=setting.load,
-    ) as stream:
+    with Stream(data, _config(device, setting)) as stream:
         for batch in stream:
             yield batch.images
 
 
 def native(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor]:
-    """Yield the batches of `fn.readers.webdataset` with our graph and the same setting.
-
-    That is `pipeline.stream.decode.NativeReader`, whose prefetch and load cannot be chosen.
-    """
-    manifest = Manifest.load(data)
-    shards = [data / shard.name for shard in manifest.split("train", data).shards]
-    mean = [float(value) for value in Statistics.load(data).channel_mean]
-    pipe = _pipeline(device, setting)
-    with pipe:
-        parts: Any = fn.readers.webdataset(
-            paths=[str(path) for path in shards],
-            index_paths=[str(path.with_suffix(".idx")) for path in shards],
-            ext=[ENDINGS[manifest.encoding], "cls"],
-            random_shuffle=True,
-        )
-        stored = parts[0]
-        if manifest.encoding == "raw":  # the pixels are the end of the file
-            shape = (SIZE, SIZE, 3)
-            stored = fn.reshape(stored[-SIZE * SIZE * 3 :], shape=shape, layout="HWC")
-        x, y = (fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
-        flip = fn.random.coin_flip()
-        encoding, load = manifest.encoding, setting.load
-        pipe.set_outputs(pixels_of(stored, x, y, flip, mean, device, CROP, encoding, load))
-    yield from _run(pipe)
+    """Yield the batches of DALI's own reader with our graph and the same setting."""
+    reader = NativeReader(data, _config(device, setting))
+    while True:
+        yield next(reader)
 
 
-def feed_alone(data: Path, setting: Setting) -> Generator[Feed]:
+def feed_alone(data: Path, setting: Setting) -> Generator[DecoderInput]:
     """Yield what our reader gives the graph: ordered, read, checked, drawn, and not decoded."""
-    with closing(ShardReader(LocalDataset(data), "train")) as storage:
-        recipe = recipe_of(Statistics.load(data), random=True, colour=0.1)
-        part = Slice(batch_size=setting.batch, first=0, last=setting.batch, once=False)
-        order = Full([shard.samples for shard in storage.shards], 0)
-        known = Quarantine("train", None)
-        reader = Reader(storage, order, recipe, part, known, strict=True)
-        ahead = Background(reader.batches(0), depth=setting.prefetch)
-        with closing(ahead):
+    with closing(BatchReader(LocalDataset(data), _config("cpu", setting))) as reader:
+        prefetcher = Prefetcher(reader.batches(0), depth=setting.prefetch)
+        with closing(prefetcher):
             while True:
-                loaded = ahead.take()
-                yield loaded.feed
-                reader.give_back(loaded)
+                batch = prefetcher.take()
+                yield batch.input
+                reader.recycle(batch)
 
 
 def recipe(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor]:
     """Yield batches of our graph from images in memory: what our feed could at best lead to."""
     encoding = Manifest.load(data).encoding
-    decoder = Decoder(
-        lambda: next(feeds),
-        batch_size=setting.batch,
-        device=device,
-        threads=setting.threads,
-        prefetch=setting.prefetch,
-        size=CROP,
-        encoding=encoding,
-        hw_decoder_load=setting.load,
-    )
+    decoder = Decoder(lambda: next(feeds), _config(device, setting), encoding)
     feeds = _feeds(data, setting)
     while True:
         yield decoder.run()
@@ -140,7 +102,7 @@ def decode_alone(
         "jpeg_fancy_upsampling": True,
         "hw_decoder_load": setting.load,
     }
-    pipe = _pipeline(device, setting)
+    pipe = open_pipeline(_config(device, setting), seed=0)
     with pipe:
         stored, x, y, _, _ = _from_memory(data, setting)
         if whole:
@@ -225,10 +187,14 @@ def codec(data: Path, device: Device, setting: Setting) -> Generator[list[Any]]:
         yield decoded
 
 
-def _pipeline(device: Device, setting: Setting) -> Pipeline:
-    depth = setting.prefetch
-    return Pipeline(
-        setting.batch, setting.threads, gpu_of(device), prefetch_queue_depth=depth, seed=0
+def _config(device: Device, setting: Setting) -> StreamConfig:
+    """Return the settings of our stream."""
+    return StreamConfig(
+        batch_size=setting.batch,
+        device=device,
+        threads=setting.threads,
+        prefetch=setting.prefetch,
+        hw_decoder_load=setting.load,
     )
 
 
@@ -242,7 +208,7 @@ def _from_memory(data: Path, setting: Setting) -> Any:
     feeds = _feeds(data, setting)
     return fn.external_source(
         source=lambda: next(feeds),
-        num_outputs=len(Feed._fields),
+        num_outputs=len(DecoderInput._fields),
         batch=True,
         dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT],
         ndim=[1, 0, 0, 0, 1],
@@ -250,16 +216,16 @@ def _from_memory(data: Path, setting: Setting) -> Any:
     )
 
 
-def _feeds(data: Path, setting: Setting) -> Iterator[Feed]:
+def _feeds(data: Path, setting: Setting) -> Iterator[DecoderInput]:
     """Yield feeds of images that stay in memory, without end."""
     stored = pictures(data, MEMORY)
     if Manifest.load(data).encoding == "raw":
         stored = [picture.reshape(SIZE, SIZE, 3) for picture in stored]
     count, draws = setting.batch, np.random.default_rng(0)
-    endless, kept = itertools.cycle(stored), deque[Feed](maxlen=setting.prefetch + 3)
+    endless, kept = itertools.cycle(stored), deque[DecoderInput](maxlen=setting.prefetch + 3)
     while True:  # DALI reads the arrays after the next were asked for: some are kept
         x, y = draws.random((2, count), np.float32)
         flip = draws.integers(0, 2, count, np.int32)
         mean = np.full((count, 3), 110, np.float32)
-        kept.append(Feed(list(itertools.islice(endless, count)), x, y, flip, mean))
+        kept.append(DecoderInput(list(itertools.islice(endless, count)), x, y, flip, mean))
         yield kept[-1]

@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.stream.decode import Device, gpu_of
+from pipeline.stream.config import Device
+from pipeline.stream.decode import gpu_of
 from pipeline.tools.errors import UsageError
 
 STEPS = ("pixels", "damage", "sweep", "turns", "exact", "bare", "raw")

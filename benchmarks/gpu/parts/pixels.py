@@ -11,7 +11,7 @@ import torch
 
 from parts.lanes import Setting
 from pipeline.batches import Stream
-from pipeline.stream.decode import Device
+from pipeline.stream.config import Device
 
 MEAN = 0.5
 """Grey levels by which GPU and CPU may differ on average."""

@@ -1,6 +1,6 @@
 """The file a ledger is: what one rank delivered in one attempt, sample by sample.
 
-    line 1     JSON: everything in `About`, the kind of checksum, the version of this format
+    line 1     JSON: everything in `LedgerHeader`, the kind of checksum, the version of this format
     frames     one a batch: 24 bytes, then 8 bytes a sample (12 for sets beyond 2**32 samples)
 
 A frame, little-endian: CRC-32 of all that follows in it (u4), bytes of the frame (u4), position of
@@ -33,7 +33,7 @@ _HEADER_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class LedgerHeader:
     """What a rank set out to deliver in one attempt."""
 
     data_sha256: str
@@ -87,7 +87,7 @@ class About:
         return (json.dumps(facts) + "\n").encode()
 
     @classmethod
-    def parse(cls, line: bytes) -> About:
+    def parse(cls, line: bytes) -> LedgerHeader:
         """Read the first line of a file.
 
         Raises:
@@ -148,7 +148,7 @@ class LedgerFile:
     """A file whose frames were found and checked, but are not in memory."""
 
     path: Path
-    about: About
+    about: LedgerHeader
     frames: npt.NDArray[np.int64]
     """[frames, 4]: byte offset, position, samples and replaced samples of each, as written."""
     torn: bool
@@ -225,7 +225,7 @@ def scan(path: Path) -> LedgerFile | None:
         line = file.readline(_HEADER_LIMIT)
         if not line.endswith(b"\n") and len(line) < _HEADER_LIMIT:
             return None
-        about = About.parse(line)
+        about = LedgerHeader.parse(line)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             with memoryview(content) as view:
                 frames, at = _walk(view, len(line), _width(about))
@@ -235,7 +235,7 @@ def scan(path: Path) -> LedgerFile | None:
     return LedgerFile(path, about, table, torn, damage)
 
 
-def _width(about: About) -> int:
+def _width(about: LedgerHeader) -> int:
     """Bytes that a sample, and that a replacement takes."""
     return about.id_type.itemsize + 4
 
@@ -254,7 +254,7 @@ def _walk(view: memoryview, at: int, width: int) -> tuple[array[int], int]:
     return frames, at
 
 
-def _torn(rest: memoryview, about: About) -> bool:
+def _torn(rest: memoryview, about: LedgerHeader) -> bool:
     """Whether what follows the sound frames is the beginning of one more, and nothing else."""
     if not rest or not bytes(rest).strip(b"\0"):
         return len(rest) > 0  # a machine that lost its power may keep the length, not the bytes

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from isal import isal_zlib
 
-from pipeline.stream.ledger.format import ENDING, About, encode
+from pipeline.stream.ledger.format import ENDING, LedgerHeader, encode
 from pipeline.stream.order import Ids
 from pipeline.tools.errors import SetupError, UsageError
 
@@ -95,7 +95,7 @@ class Ledger:
             ledger.record(position, due, delivered, images)
     """
 
-    def __init__(self, folder: Path, about: About) -> None:
+    def __init__(self, folder: Path, about: LedgerHeader) -> None:
         """Create `folder` if need be, and a file of its own in it; other files are not touched.
 
         Args:
@@ -206,7 +206,7 @@ class Ledger:
             self._file = None
 
 
-def _name(about: About) -> str:
+def _name(about: LedgerHeader) -> str:
     """Return a name that no other file has; names sort by time."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))

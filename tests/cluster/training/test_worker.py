@@ -17,7 +17,7 @@ from cluster.training.components import describe_workers
 from model.alexnet import AlexNet
 from model.architecture import Design
 from pipeline.stream.ledger.proof import prove
-from pipeline.stream.order import Full
+from pipeline.stream.order import FullShuffle
 from pipeline.tools.errors import DataError
 from tests.helpers.images import flip_bit
 from tests.helpers.training_runs import (
@@ -173,7 +173,7 @@ def test_a_damaged_set_trains_to_the_end_and_the_ledger_proves_what_was_delivere
     alone(config, data, again)
 
     replaced = {row["step"]: row["replaced"] for row in rows(whole)}
-    due = [int(Full([48], CONFIG.seed).slots(p, 1).ids[0]) for p in range(72)]
+    due = [int(FullShuffle([48], CONFIG.seed).slots(p, 1).ids[0]) for p in range(72)]
     assert replaced == {
         step: sum(sample in bad for sample in due[8 * step - 8 : 8 * step]) for step in range(1, 10)
     }

@@ -17,6 +17,7 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from pipeline.dataset.manifest import Manifest
+from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import NativeReader
 from tests.helpers.images import CLASSES, packed, rows_of
 
@@ -83,7 +84,7 @@ def test_dalis_own_reader_gives_every_image_and_label(tiny_data, split):
             for n in range(SPLITS[split])
         ]
         assert found == indexed(tiny_data, split)
-    reader = NativeReader(tiny_data, split=split, batch_size=8, device="cpu", threads=1)
+    reader = NativeReader(tiny_data, StreamConfig(split=split, batch_size=8, threads=1))
     assert next(reader).shape == (8, 3, 224, 224)
 
 

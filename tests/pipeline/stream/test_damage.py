@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.batches import Stream
-from pipeline.stream.quarantine import Screen
+from pipeline.stream.quarantine import HeaderCheck
 from pipeline.tools.errors import DataError
 from tests.helpers.damage import BAD, BATCHES, SAMPLES, six_damaged, taken, undecodable  # noqa: F401 - a fixture
 from tests.helpers.images import rows_of
@@ -100,7 +100,7 @@ def test_an_evaluation_leaves_damaged_samples_out(damaged):
 
 def test_what_dali_alone_finds_is_replaced_too(data, tiny_data, monkeypatch):
     """Scan data that nobody screened: the batch is made again without the sample."""
-    monkeypatch.setattr(Screen, "refused", lambda self, ids, pictures: [])
+    monkeypatch.setattr(HeaderCheck, "find_undecodable", lambda self, ids, images: [])
 
     def cut(jpeg: bytearray) -> None:
         jpeg[len(jpeg) // 2 :] = bytes(len(jpeg) - len(jpeg) // 2)

@@ -64,8 +64,8 @@ def test_a_first_line_cut_short_counts_as_torn(run, data):
 def test_killing_the_writer_loses_nothing_it_recorded(tmp_path, data):
     code = (
         "import os, signal, sys, numpy as np, torch\n"
-        "from pipeline.stream.ledger.writer import About, Ledger\n"
-        "ledger = Ledger(sys.argv[1], About(**eval(sys.argv[2])))\n"
+        "from pipeline.stream.ledger.writer import LedgerHeader, Ledger\n"
+        "ledger = Ledger(sys.argv[1], LedgerHeader(**eval(sys.argv[2])))\n"
         "ids = np.arange(4)\n"
         "for k in range(9):\n"
         "    ledger.record(4 * k, ids + 4 * k, ids + 4 * k, torch.zeros(4, 3, 2, 2))\n"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.stream import order as order_module
-from pipeline.stream.order import Block, Full, Order, Stored, share
+from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder, share
 
 seeds = st.integers(0, 2**63 - 1)
 shards = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
@@ -14,14 +14,20 @@ windows = st.integers(1, 5)
 
 
 def epoch_of(seed: int, epoch: int, samples: int) -> np.ndarray:
-    return Full([samples], seed).slots(epoch * samples, samples).ids
+    return FullShuffle([samples], seed).slots(epoch * samples, samples).ids
 
 
 @st.composite
 def orders(draw) -> Order:
     sizes, seed = draw(shards), draw(seeds)
     return draw(
-        st.sampled_from([Full(sizes, seed), Block(sizes, seed, draw(windows)), Stored(sizes, seed)])
+        st.sampled_from(
+            [
+                FullShuffle(sizes, seed),
+                BlockShuffle(sizes, seed, draw(windows)),
+                StoredOrder(sizes, seed),
+            ]
+        )
     )
 
 
@@ -68,7 +74,7 @@ def test_exactly_once_over_restarts_in_other_worlds(order, start, attempts):
 
 @given(shards, seeds, windows, st.integers(0, 3))
 def test_a_block_shuffle_reads_only_the_shards_it_named(sizes, seed, window, epoch):
-    order = Block(sizes, seed, window)
+    order = BlockShuffle(sizes, seed, window)
     for place in range(order.samples):
         position = epoch * order.samples + place
         named = order.needs(position)
@@ -79,14 +85,14 @@ def test_a_block_shuffle_reads_only_the_shards_it_named(sizes, seed, window, epo
 
 
 def test_the_next_window_is_named_before_it_is_read():
-    order = Block([10] * 6, seed=3, window=2)
+    order = BlockShuffle([10] * 6, seed=3, window=2)
     for window in range(9):  # over epoch borders
         following = order.needs((window + 1) * 20)[:2]
         assert set(following) <= set(order.needs(window * 20))
 
 
 def test_a_stored_order_names_the_shard_it_reads_and_the_next():
-    order = Stored([3, 0, 2, 4])
+    order = StoredOrder([3, 0, 2, 4])
     assert order.slots(0, 9).ids.tolist() == list(range(9))
     assert [order.needs(position)[0] for position in range(9)] == [0, 0, 0, 2, 2, 3, 3, 3, 3]
 
@@ -96,19 +102,19 @@ def test_a_substitute_is_a_sample_and_follows_from_its_place_in_the_epoch(order,
     due = int(order.slots(position, 1).ids[0])
     found = order.substitute(position, due, turn)
     assert 0 <= found < order.samples
-    if isinstance(order, Block):
+    if isinstance(order, BlockShuffle):
         near = [order.starts[s : s + 2] for s in order.needs(position)[: order.window]]
         assert any(start <= found < end for start, end in near)
     again = type(order)(
         np.diff(order.starts).tolist(),
         order.seed,
-        *([order.window] if isinstance(order, Block) else []),
+        *([order.window] if isinstance(order, BlockShuffle) else []),
     )
     assert again.substitute(position, due, turn) == found
 
 
 def test_substitutes_are_spread():
-    order = Full([1000], seed=1)
+    order = FullShuffle([1000], seed=1)
     found = {order.substitute(0, due, turn) for due in range(100) for turn in range(10)}
     assert len(found) > 600  # 632 of 1000 draws with return
 
@@ -125,14 +131,14 @@ def test_the_order_is_the_one_runs_were_made_with():
     """A change of these numbers (ours or NumPy's) makes every saved position mean another order."""
     assert epoch_of(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
     assert epoch_of(1, 0, 10).tolist() != epoch_of(0, 1, 10).tolist()
-    block = Block([3, 3, 3, 2], seed=0, window=2)
+    block = BlockShuffle([3, 3, 3, 2], seed=0, window=2)
     assert block.slots(0, 11).ids.tolist() == [7, 1, 2, 0, 8, 6, 4, 5, 10, 9, 3]
-    assert [Full([10]).substitute(0, 3, turn) for turn in range(3)] == [3, 7, 6]
+    assert [FullShuffle([10]).substitute(0, 3, turn) for turn in range(3)] == [3, 7, 6]
 
 
 def test_neighbouring_seeds_epochs_and_windows_are_unrelated():
     orders = [epoch_of(seed, epoch, 2000) for seed in range(3) for epoch in range(3)]
-    block = Block([1000] * 4, seed=5, window=2)
+    block = BlockShuffle([1000] * 4, seed=5, window=2)
     windows = [block.slots(start, 2000).ids for start in range(0, 16000, 2000)]
     orders += [np.argsort(window) for window in windows]
     for a in range(len(orders)):
@@ -159,33 +165,33 @@ def test_a_shuffle_in_parts_is_as_good(monkeypatch):
     chi2 = float(((counts - expected) ** 2 / expected).sum())
     assert 23 * 23 - 5 * 32.5 < chi2 < 23 * 23 + 5 * 32.5  # 529 degrees of freedom, 5 deviations
     assert together / 4000 == pytest.approx(2 / 24, abs=0.022)
-    whole = Full([24], 9).slots(0, 240).ids
-    parts = [Full([24], 9).slots(start, 7).ids for start in range(0, 238, 7)]
+    whole = FullShuffle([24], 9).slots(0, 240).ids
+    parts = [FullShuffle([24], 9).slots(start, 7).ids for start in range(0, 238, 7)]
     assert whole[:238].tolist() == np.concatenate(parts).tolist()
 
 
 def test_the_cached_order_cannot_be_spoilt():
     with pytest.raises(ValueError, match="read-only"):
-        Full([10]).run(0, 0, 10)[0] = 3
+        FullShuffle([10]).run(0, 0, 10)[0] = 3
 
 
 @pytest.mark.parametrize(("position", "count"), [(-1, 1), (0, -1)])
 def test_numbers_out_of_range_are_refused(position, count):
     with pytest.raises(ValueError, match="no order for"):
-        Full([5]).slots(position, count)
+        FullShuffle([5]).slots(position, count)
     for bad in ([], [0]):
         with pytest.raises(ValueError, match="samples=0"):
-            Full(bad)
+            FullShuffle(bad)
     with pytest.raises(ValueError, match="seed=-1"):
-        Full([5], -1)
+        FullShuffle([5], -1)
     with pytest.raises(ValueError, match="window=0"):
-        Block([5], 0, 0)
+        BlockShuffle([5], 0, 0)
     with pytest.raises(ValueError, match="rank 2"):
         share(8, 2, 2)
 
 
 def test_a_full_shuffle_names_all_shards_soonest_first():
-    order = Full([4] * 10, seed=2)
+    order = FullShuffle([4] * 10, seed=2)
     named = order.needs(20)
     read = np.searchsorted(order.starts, order.slots(20, 20).ids, "right") - 1
     assert list(named)[: len(set(read))] == list(dict.fromkeys(read.tolist()))

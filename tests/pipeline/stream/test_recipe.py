@@ -12,11 +12,11 @@ import torch
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.stream.augment import draw, tint
-from pipeline.stream.ledger.format import About, scan
+from pipeline.stream.config import ColourPlan
+from pipeline.stream.ledger.format import LedgerHeader, scan
 from pipeline.stream.ledger.proof import prove
-from pipeline.stream.loader import _subtract
-from pipeline.stream.normalization import ColourPlan
-from pipeline.stream.order import Full
+from pipeline.stream.loader import subtract_image
+from pipeline.stream.order import FullShuffle
 from tests.helpers.images import packed
 from tests.helpers.ledgers import about as facts_of
 from tests.helpers.ledgers import attempt, sixty  # noqa: F401 - a fixture
@@ -30,7 +30,7 @@ def expected(data, seed, position, count, *, plan, mean, divide):
     stats = Statistics.load(data)
     centre = stats.mean_picture[16:240, 16:240].astype(np.float64)
     deviations = stats.eigenvectors * np.sqrt(stats.eigenvalues)
-    slots = Full([SAMPLES], seed).slots(position, count)
+    slots = FullShuffle([SAMPLES], seed).slots(position, count)
     draws = draw(seed, *slots)
     for place, (epoch, sample) in enumerate(zip(*slots, strict=True)):
         y, x = draws.y[place], draws.x[place]
@@ -157,7 +157,7 @@ def test_colours_that_mean_nothing_are_refused(tiny_data, colour, message):
 
 
 def test_a_mean_that_there_is_not_is_refused(tiny_data):
-    with pytest.raises(ValueError, match="mean is 'pixel'; it takes channel, image"):
+    with pytest.raises(ValueError, match="mean is 'pixel'; it takes channel, picture"):
         Stream(tiny_data, mean="pixel")
 
 
@@ -176,7 +176,7 @@ def test_the_ledger_says_what_the_pixels_were(tiny_data, tmp_path):
     (path,) = tmp_path.iterdir()
     about = scan(path).about
     assert (about.colour, about.colour_divide, about.mean) == (PLAN, True, "picture")
-    assert About.parse(about.header()) == about
+    assert LedgerHeader.parse(about.header()) == about
     assert prove(tiny_data, [tmp_path]).findings == ()
 
 
@@ -185,10 +185,10 @@ def test_ledgers_of_before_these_options_are_read(data):
     old = json.loads(now.header())
     for name in ("colour_divide", "mean"):
         del old[name]
-    assert About.parse(json.dumps(old).encode()) == now
+    assert LedgerHeader.parse(json.dumps(old).encode()) == now
     del old["view"]
     with pytest.raises(ValueError, match="does not say all: 'view'"):
-        About.parse(json.dumps(old).encode())
+        LedgerHeader.parse(json.dumps(old).encode())
 
 
 @pytest.mark.parametrize("other", [{"mean": "picture"}, {"colour_divide": True}, {"colour": PLAN}])
@@ -228,7 +228,7 @@ def test_float16_pixels_lose_little_by_the_mean_image(divisor):
     picture = rng.normal(0, 12, (3, 224, 224))
     scale = 1 if divisor is None else divisor.astype(np.float64)[:, None, None, None]
     images = torch.from_numpy(centred / scale).half()
-    _subtract(images, torch.from_numpy(picture).half(), divisor)
+    subtract_image(images, torch.from_numpy(picture).half(), divisor)
     difference = images.numpy() - (centred - picture) / scale
     assert np.abs(difference).max() < 0.15  # grey levels; float16 alone: 0.06
     assert np.abs(difference).mean() < 0.03

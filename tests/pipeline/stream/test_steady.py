@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.batches import Stream
-from pipeline.stream.prefetch import Background
+from pipeline.stream.prefetch import Prefetcher
 
 SECONDS = 20  # within which a process ends; most of it is for the imports of a busy machine
 
@@ -166,7 +166,7 @@ def test_ctrl_c_ends_a_loop_over_a_stream_and_nothing_else_is_said(tiny_data, tm
 @pytest.mark.parametrize("prefetch", [1, 2, 3])
 def test_ctrl_c_while_a_batch_is_waited_for_comes_out_at_once(tiny_data, monkeypatch, prefetch):
     """Not behind the batches that are ready: the loop might end before, and never hear of it."""
-    take, calls = Background.take, []
+    take, calls = Prefetcher.take, []
 
     def interrupted(self):
         calls.append(self)
@@ -174,7 +174,7 @@ def test_ctrl_c_while_a_batch_is_waited_for_comes_out_at_once(tiny_data, monkeyp
             signal.raise_signal(signal.SIGINT)
         return take(self)
 
-    monkeypatch.setattr(Background, "take", interrupted)
+    monkeypatch.setattr(Prefetcher, "take", interrupted)
     with Stream(tiny_data, batch_size=16, prefetch=prefetch) as stream:
         next(stream)  # takes `prefetch` batches, and each one after it another
         for _ in range(5 - prefetch):

@@ -12,7 +12,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import draw, tint
-from pipeline.stream.order import Full
+from pipeline.stream.order import FullShuffle
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import SetupError, UsageError
 from tests.helpers.images import rows_of
@@ -47,7 +47,7 @@ def test_pixels_are_pillows_cropped_flipped_and_tinted(tiny_data, colour):
     stats = Statistics.load(tiny_data)
     with Stream(tiny_data, batch_size=60, seed=5, colour=colour) as stream:
         batch = next(stream)
-    slots = Full([SAMPLES], 5).slots(0, 60)
+    slots = FullShuffle([SAMPLES], 5).slots(0, 60)
     draws = draw(5, *slots)
     deviations = stats.eigenvectors * np.sqrt(stats.eigenvalues)
     shift = tint(colour * draws.colour, deviations)
