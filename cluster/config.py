@@ -39,7 +39,8 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "steps", "weight_decay", "colour", "validate_every", "max_failures", "patience",
-    "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best", "node_wait",
+    "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best",
+    "node_wait",
 )  # fmt: skip
 CHANGEABLE = (
     "replicas", "device", "columns_per_worker", "microbatch", "threads", "prefetch",
