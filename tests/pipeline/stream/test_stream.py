@@ -152,7 +152,7 @@ def test_wrong_use_is_refused(tiny_data, tmp_path):
         Stream(tmp_path)
     with pytest.raises(UsageError, match="no split 'test'; it has train, val"):
         Stream(tiny_data, split="test")
-    with pytest.raises(ValueError, match="batch_size=1"):
+    with pytest.raises(ValueError, match="batch_size is 1; it must be 2 or above"):
         Stream(tiny_data, batch_size=1, world_size=2)
     with pytest.raises(ValueError, match="rank 2"):
         Stream(tiny_data, batch_size=8, rank=2, world_size=2)
