@@ -7,11 +7,6 @@ ILSVRC's validation images are numbered, not sorted. Their classes come from one
     *synset_labels.txt              a WordNet id a line, the first for image 1
     any other text file             `ILSVRC2012_val_00000001.JPEG n01751748` lines
 
-Reads an array of structs out of a MATLAB 5 file: just enough for ILSVRC's `meta.mat`.
-
-SciPy's reader takes a damaged file for its word and crashes the process. This one reads texts and
-numbers, is bounded, and raises `ValueError` for whatever is not as it should be.
-
 ILSVRC2012's development kit: which image of the validation set is of which class.
 
 `data/meta.mat` numbers the synsets and names them; `data/ILSVRC2012_validation_ground_truth.txt`
@@ -23,35 +18,34 @@ from __future__ import annotations
 import gzip
 import io
 import re
-import struct
+import resource
+import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from pipeline.dataset.tar import escape, read_members
 from pipeline.sources.listing import PICTURE_ENDINGS, is_class
 from pipeline.tools.errors import UsageError
-
-_MATRIX, _COMPRESSED = 14, 15
-_STRUCT, _CHAR = 2, 4
-_NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
-"""Type of an element -> code of `struct`."""
-_TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16"}
+from pipeline.tools.processes import Crash, call_isolated
 
 Value = str | float | None
-Element = tuple[int, bytes]
 
 
-def read_structs(data: bytes, name: str, limit: int) -> list[dict[str, Value]]:
-    """Return the elements of a struct array.
+def read_structs(data: bytes, name: str) -> list[dict[str, Value]]:
+    """Return the elements of a struct array in a MATLAB 5 file.
+
+    SciPy's reader trusts what a file claims, and a damaged one may crash it: it runs in a process
+    of its own, with `LIMIT` bytes of memory and `MAT_SECONDS` of CPU time.
 
     Args:
-        data: of the file.
-        name: of the variable.
-        limit: bytes that a variable may unpack to.
+        data: content of the file.
+        name: name of the variable.
 
     Returns:
         for each struct its fields that are texts or single numbers (others are None).
@@ -59,78 +53,59 @@ def read_structs(data: bytes, name: str, limit: int) -> list[dict[str, Value]]:
     Raises:
         ValueError: no such variable, or a damaged file; the message is one line.
     """
+    import scipy.io  # noqa: F401 - once, here: the process that reads is a fork of this one
+
     try:
-        order = {b"IM": "<", b"MI": ">"}[data[126:128]]
-        for kind, body in _elements(data[128:], order):
-            if kind == _COMPRESSED:
-                unpacked = zlib.decompressobj().decompress(body, limit + 1)
-                if len(unpacked) > limit:
-                    raise ValueError(f"it unpacks to more than {limit >> 20} MiB")
-                kind, body = next(_elements(unpacked, order))
-            if kind == _MATRIX and (found := _structs(body, name, order)) is not None:
-                return found
-    except (KeyError, IndexError, StopIteration, struct.error, zlib.error) as error:
-        raise ValueError(f"it is damaged, or of another version ({error!r})") from error
-    raise ValueError(f"it holds no structs named {name}")
+        found = call_isolated(_load_structs, data, name)
+    except Crash as crash:
+        raise ValueError(f"it is damaged: its reader crashed ({crash})") from crash
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
-def _structs(body: bytes, name: str, order: str) -> list[dict[str, Value]] | None:
-    """Return the structs of a matrix, None if it is another variable."""
-    parts = _elements(body, order)
-    (_, flags), _, (_, found) = islice(parts, 3)
-    if found != name.encode() or _class(flags, order) != _STRUCT:
-        return None
-    (length,) = struct.unpack(order + "i", next(parts)[1])
-    text = next(parts)[1]
-    if not 0 < length <= 64 or not 0 < len(text) <= 1 << 12:
-        raise ValueError("its structs have no fields")
-    starts = range(0, len(text), length)
-    fields = [text[at : at + length].partition(b"\0")[0].decode("latin-1") for at in starts]
-    result = []
-    while first := next(parts, None):
-        values = [first, *islice(parts, len(fields) - 1)]
-        result.append(
-            {field: _value(*one, order) for field, one in zip(fields, values, strict=True)}
-        )
-    return result
+def _load_structs(data: bytes, name: str) -> list[dict[str, Value]] | str:
+    """Return what `read_structs` returns, or the message of its error."""
+    from scipy.io import loadmat
+
+    _limit_process(LIMIT, MAT_SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            variables = loadmat(
+                io.BytesIO(data),
+                variable_names=[name],
+                squeeze_me=True,
+                uint16_codec="utf-16-le" if data[126:128] == b"IM" else "utf-16-be",
+            )
+        structs = np.atleast_1d(variables.get(name, ())).ravel()
+        fields = structs.dtype.names
+        if fields is None:
+            return f"it holds no structs named {name}"
+        return [
+            dict(zip(fields, map(_plain_value, struct), strict=True)) for struct in structs.tolist()
+        ]
+    except MemoryError:
+        return f"it unpacks to more than {LIMIT >> 20} MiB"
+    except Exception as error:  # SciPy's reader raises anything on damaged input
+        return f"it is damaged, or of another version ({error!r})"
 
 
-def _value(kind: int, body: bytes, order: str) -> Value:
-    """Return the text or the number that a field is."""
-    if kind != _MATRIX or not body:
-        return None
-    parts = list(islice(_elements(body, order), 4))
-    if len(parts) < 4:
-        return None
-    stored, content = parts[3]
-    if _class(parts[0][1], order) == _CHAR:
-        encoding = _TEXTS[stored]
-        if encoding == "utf-16":
-            encoding += "-le" if order == "<" else "-be"
-        return content.decode(encoding, "replace")
-    if (code := _NUMBERS.get(stored)) and len(content) == struct.calcsize(code):
-        return float(struct.unpack(order + code, content)[0])
-    return None
+def _limit_process(memory: int, seconds: int) -> None:
+    """End this process after so many seconds of CPU time; let it take so many bytes more."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, most))
 
 
-def _class(flags: bytes, order: str) -> int:
-    """Return what a matrix is, of its flags."""
-    return int(struct.unpack_from(order + "I", flags)[0]) & 0xFF
-
-
-def _elements(data: bytes, order: str) -> Iterator[Element]:
-    """Yield type and content of the elements that follow each other in `data`."""
-    at = 0
-    while at + 8 <= len(data):
-        kind, size = struct.unpack_from(order + "II", data, at)
-        start = at + 8
-        if kind >> 16:  # up to four bytes lie in the tag itself
-            kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
-        if start + size > len(data) or (start == at + 4 and size > 4):
-            raise ValueError("it is damaged: an element goes on after its end")
-        yield kind, data[start : start + size]
-        padding = 0 if kind == _COMPRESSED else -size % 8
-        at = at + 8 if start == at + 4 else start + size + padding
+def _plain_value(value: object) -> Value:
+    """Return a field that SciPy read as a text or a number; None for anything else."""
+    if isinstance(value, str):
+        return value
+    return float(value) if isinstance(value, int | float) else None
 
 
 META = "meta.mat"
@@ -139,6 +114,8 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 LIMIT = 64 << 20
 """Bytes that a kit, or a list of labels, may unpack to; the real one has a tenth of it."""
+MAT_SECONDS = 20
+"""CPU seconds that reading `meta.mat` may take; the real one takes 0.2."""
 
 
 class Devkit(NamedTuple):
@@ -225,7 +202,7 @@ def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
     wnids: dict[int, str] = {}
     titles: dict[str, str] = {}
     try:
-        for synset in read_structs(meta, "synsets", LIMIT):
+        for synset in read_structs(meta, "synsets"):
             if synset["num_children"] != 0:
                 continue
             number, wnid = synset["ILSVRC2012_ID"], synset["WNID"]

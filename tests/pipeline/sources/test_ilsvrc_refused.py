@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import zlib
+import io
 
+import numpy as np
 import pytest
+from scipy.io import savemat
 
 from pipeline.tools.errors import UsageError
 from tests.helpers.ilsvrc import WNIDS, devkit, kit_archive, scans, train_tar, val_folder, val_tar  # noqa: F401 - fixtures
@@ -30,9 +32,10 @@ def _bomb(kit):
 
 
 def _mat_bomb(kit):
-    raw = zlib.compress(bytes(70 << 20), 9)
-    part = (15).to_bytes(4, "little") + len(raw).to_bytes(4, "little") + raw
-    return {**kit, "data/meta.mat": kit["data/meta.mat"][:128] + part}
+    file = io.BytesIO()
+    synsets = {"words": np.zeros(70 << 20, np.uint8)}
+    savemat(file, {"synsets": synsets}, do_compression=True)
+    return {**kit, "data/meta.mat": file.getvalue()}
 
 
 def _without(name):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 
 import numpy as np
@@ -9,9 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.io import loadmat, savemat
 
-from pipeline.sources.imagenet import read_structs
-
-LIMIT = 1 << 20
+from pipeline.sources import imagenet
+from pipeline.sources.imagenet import LIMIT, read_structs
 
 
 def saved(rows: list[tuple], compressed: bool) -> bytes:
@@ -37,11 +37,11 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 rows = st.lists(st.tuples(numbers, texts, st.just(np.arange(3))), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows, st.booleans())
 def test_reads_what_scipy_writes(found, compressed):
     data = saved(found, compressed)
-    assert read_structs(data, "found", LIMIT) == [
+    assert read_structs(data, "found") == [
         {"id": float(number), "text": text, "list": None} for number, text, _ in found
     ]
 
@@ -89,24 +89,37 @@ def test_reads_what_matlab_writes(order):
     data = b"MATLAB 5.0 MAT-file".ljust(124) + mark + body
     oracle = loadmat(io.BytesIO(data), squeeze_me=True)["found"]
     assert (int(oracle["id"]), str(oracle["WNID"])) == (1000, "n01440764")
-    assert read_structs(data, "found", LIMIT) == [
+    assert read_structs(data, "found") == [
         {"id": 1000.0, "WNID": "n01440764", "words": "tench, Tinca tincà", "children": None}
     ]
 
 
-def test_what_is_not_there_or_too_large_is_said():
+def test_a_variable_that_is_missing_or_too_large_raises():
     data = saved([(1, "a", 0)], True)
     with pytest.raises(ValueError, match="holds no structs named other"):
-        read_structs(data, "other", LIMIT)
+        read_structs(data, "other")
     with pytest.raises(ValueError, match="holds no structs named cells"):
-        read_structs(data, "cells", LIMIT)
-    with pytest.raises(ValueError, match="unpacks to more than 0 MiB"):
-        read_structs(data, "found", 64)
+        read_structs(data, "cells")
     with pytest.raises(ValueError, match="damaged, or of another version"):
-        read_structs(b"", "found", LIMIT)
+        read_structs(b"", "found")
+    large = saved([(1, "a", np.zeros(LIMIT + 1, np.uint8))], True)
+    assert len(large) < 1 << 20
+    with pytest.raises(ValueError, match="unpacks to more than 64 MiB"):
+        read_structs(large, "found")
 
 
-@settings(max_examples=500, deadline=None)
+def test_a_reader_that_crashes_or_hangs_costs_only_its_process(monkeypatch):
+    data = saved([(1, "a", 0)], True)
+    monkeypatch.setattr("scipy.io.loadmat", lambda *_, **__: os.abort())
+    with pytest.raises(ValueError, match=r"its reader crashed \(SIGABRT\)"):
+        read_structs(data, "found")
+    monkeypatch.setattr(imagenet, "MAT_SECONDS", 1)
+    monkeypatch.setattr("scipy.io.loadmat", lambda *_, **__: sum(iter(int, 1)))
+    with pytest.raises(ValueError, match=r"its reader crashed \(SIGXCPU\)"):
+        read_structs(data, "found")
+
+
+@settings(max_examples=60, deadline=None)
 @example([(1500, 57)], 904)
 @given(
     st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=5),
@@ -117,7 +130,7 @@ def test_damage_ends_in_an_error_or_in_structs(changes, stop):
     for at, value in changes:
         data[at % len(data)] = value
     try:
-        found = read_structs(bytes(data[:stop]), "found", LIMIT)
+        found = read_structs(bytes(data[:stop]), "found")
     except ValueError:
         return
     # The format has no checksum: a damaged count may be larger, but each struct takes some bytes.
