@@ -21,6 +21,7 @@ from cluster.config import Command, Config, parse_command
 from cluster.run.console import RunConsole
 from cluster.run.exporters import require_tensorboard
 from cluster.run.folder import QUARANTINE, lock_run, write_run_config
+from cluster.run.jsonl import count_rows
 from cluster.run.sync import open_mirror
 from model.architecture import build_stages
 from pipeline.dataset.image_stats import Statistics
@@ -81,8 +82,12 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
             screen.say(f"stopped; the same command goes on from step {step}")
             raise
         finally:
-            if replaced := count_damage(folder / QUARANTINE):
-                screen.say(f"{replaced}; {command.run / QUARANTINE} lists them")
+            if count := count_rows(folder / QUARANTINE):
+                images = "image was" if count == 1 else "images were"
+                screen.say(
+                    f"{count:,} damaged {images} replaced by others; "
+                    f"{command.run / QUARANTINE} lists them"
+                )
     return 0
 
 
@@ -132,15 +137,6 @@ def summarize(command: Command, manifest: Manifest, total: int) -> str:
         f"batch {config.batch_size}, "
         f"{total:,} steps = {total * config.batch_size / pictures:.1f} epochs"
     )
-
-
-def count_damage(path: Path) -> str:
-    """What RUN/quarantine.jsonl says, in words; nothing if there is none."""
-    try:
-        rows = len(path.read_bytes().splitlines())
-    except OSError:
-        return ""
-    return f"{rows:,} damaged image{'s were' if rows > 1 else ' was'} replaced by others"
 
 
 def train_with_ray(config: Config, data: str, folder: Path, screen: RunConsole) -> None:

@@ -116,7 +116,7 @@ class DriverWatch:
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
-    def ending(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether the driver wants the run to save and end."""
         return self._ends.is_set()
 

@@ -133,7 +133,8 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                     write_machine(job.run, mesh.world_size)
                     job.driver.tell(Placed(tuple(workers)))
                 train(
-                    job.config, job.data, job.run, mesh, job.driver.tell, ending=watch.ending,
+                    job.config, job.data, job.run, mesh, job.driver.tell,
+                    is_stopping=watch.is_stopping,
                     publish=[PrometheusGauges(job.run.name, mesh)],
                 )  # fmt: skip
         except Exception as error:

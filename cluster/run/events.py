@@ -1,4 +1,4 @@
-"""What a worker tells whoever watches it. Plain values: they travel between processes."""
+"""Events that workers send to the driver: plain values, since they travel between processes."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Worker:
-    """A line of the table of workers."""
+    """One row of the worker table."""
 
     rank: int
-    """In the job: replica * size + column."""
+    """Rank in the job: replica * size + column."""
     replica: int
     column: str
     """a, b, or `a and b`."""
     node: str
-    """Name of its node."""
+    """Host name of its node."""
     gpu: int | None
     """Number of its GPU on that node; None on a CPU."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """The loop is about to make its first step after `step`; once for every (re)start."""
+    """The training loop is about to make its first step after `step`; once per (re)start."""
 
     step: int
     total: int
     """Steps of the whole run."""
     place: str
-    """The workers in words: how many, where, with what."""
+    """Description of the workers: their number, device and dtype."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """The workers are where they are, and know their places; before `Started`."""
+    """All workers are running and have formed their process groups; precedes `Started`."""
 
     workers: tuple[Worker, ...]
     """In job order."""
@@ -43,7 +43,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A row of metrics.jsonl; numbers are means since the last such event."""
+    """A row of metrics.jsonl; its metrics are means since the last such event."""
 
     row: dict[str, Any]
 
@@ -57,7 +57,7 @@ class Validated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is complete."""
+    """A checkpoint was completed."""
 
     step: int
     seconds: float
@@ -65,52 +65,52 @@ class Saved:
 
 @dataclass(frozen=True)
 class Rated:
-    """The learning rates change."""
+    """The learning rates have changed."""
 
     step: int
-    """The last step before it."""
+    """Last step before the change."""
     text: str
-    """From what to what, and why; one line."""
+    """Old and new rates and the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Warned:
-    """Something the user should know; training goes on."""
+    """A warning for the user; training continues."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last step is made and saved."""
+    """The last step was made and its checkpoint saved."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The loop has ended after `step` because it was asked to, and saved it."""
+    """The loop stopped after `step` on request and saved a checkpoint of it."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker gives up."""
+    """A worker has failed."""
 
     text: str
-    """One line."""
+    """Error message, one line."""
     trace: str
     worker: str
-    """For example `replica 0, column b`."""
+    """Name of the worker, for example `replica 0, column b`."""
     exit_code: int
     final: bool
-    """The same would happen again: do not restart."""
+    """Whether a restart would fail in the same way."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What `headspace.measure` has found; plain values."""
+    """Result of `cluster.training.profiler.measure`, as plain values."""
 
     found: dict[str, Any]
 
@@ -121,4 +121,4 @@ Event = (
 )  # fmt: skip
 Tell = Callable[[Event], None]
 Publish = Callable[[int, Mapping[str, float]], None]
-"""Gets step and numbers of a process, now and then."""
+"""Receives step and metrics of a process, about once a second."""

@@ -1,11 +1,11 @@
-"""Files of rows that survive a disk that is full, or away for a while."""
+"""JSON-lines files: a writer that survives a full or absent disk, and the readers."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,28 @@ from pipeline.tools.errors import SetupError
 from pipeline.tools.files import atomic_write, sync_folder
 
 MOST = 1 << 22
-"""Bytes of rows kept in memory before they are put on the disk without being asked."""
+"""Bytes of rows kept in memory before an unrequested sync to disk."""
 WAITS = ("wait_storage", "wait_feed", "wait_decode", "wait_transfer")
-"""Seconds of a step's waiting for data, by what was not ready: the disk or the store; checksums,
-order and draws; pixels; and their way to where the network computes."""
+"""Fields with the seconds that a step waited for data: for the disk or the store; for checksums,
+order and random draws; for decoded pixels; and for their transfer to the network's device."""
 STEP = re.compile(rb'"step": (\d+)[,}]')
 
 
 class Rows:
-    """A file to which rows are added, a line of JSON each; one process writes it.
+    """Appends rows to a file, a line of JSON each; one process writes it.
 
-    Rows stay in memory until they are known to be on the disk, not only given to the system: what
-    it does not take, or loses, is written in its turn when it takes it again. No row is lost,
-    doubled or left half written. `sync` says whether all are there.
+    Rows stay in memory until fsync has confirmed them: what the system refuses or loses is written
+    again, in order, when it accepts writes again. No row is lost, doubled or left half written.
+    `sync` raises unless all rows are on disk.
     """
 
     def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
         """Open the file, first cutting off rows after `step`.
 
         Args:
-            path: of the file.
-            step: the last whose rows are kept.
-            warn: gets a line when trouble begins, and when it is over.
+            path: path of the file.
+            step: last step whose rows are kept.
+            warn: receives a line when writing begins to fail, and when it works again.
 
         Raises:
             SetupError: the file cannot be opened, or cut.
@@ -51,9 +51,9 @@ class Rows:
                 f"{path} cannot be written ({error.strerror}); make room, or bring its disk back"
             ) from error
         self._safe = self._size = os.fstat(self._file).st_size
-        """Bytes of the file that are on the disk, and of whole rows in it."""
+        """Bytes of the file that are on disk, and bytes of whole rows in it."""
         self._rows: list[bytes] = []
-        """What is not safe; the first `_given` of them are in the file."""
+        """Rows not confirmed yet; the first `_given` of them are in the file."""
         self._given = self._bytes = 0
         self._torn = self._troubled = False
 
@@ -63,7 +63,7 @@ class Rows:
         self._bytes += len(self._rows[-1])
         try:
             if self._troubled or self._bytes > MOST:
-                self._settle()
+                self._flush()
             else:
                 self._write()
         except OSError as error:
@@ -75,12 +75,12 @@ class Rows:
             self._troubled = True
 
     def _write(self) -> None:
-        """Give the system what it has not got yet.
+        """Write the rows that are not in the file yet.
 
         Raises:
-            OSError: it does not take all of it; no half row is left behind.
+            OSError: the system refuses some of them; no half row is left behind.
         """
-        self._mend()
+        self._truncate_torn()
         while self._given < len(self._rows):
             left = line = self._rows[self._given]
             self._torn = True
@@ -89,30 +89,30 @@ class Rows:
                     left = left[os.write(self._file, left) :]
             except OSError:
                 with suppress(OSError):  # or before the next row
-                    self._mend()
+                    self._truncate_torn()
                 raise
             self._torn = False
             self._size += len(line)
             self._given += 1
 
-    def _mend(self) -> None:
-        """Cut off half a row, if there is one."""
+    def _truncate_torn(self) -> None:
+        """Truncate half a row, if there is one."""
         if self._torn:
             os.ftruncate(self._file, self._size)
             self._torn = False
 
-    def _settle(self) -> None:
-        """Put all rows on the disk, under the name they are looked for.
+    def _flush(self) -> None:
+        """Write and fsync all rows, to the file of that name.
 
         Raises:
-            OSError: it does not take them, or the name is gone with its folder.
+            OSError: the disk refuses them, or the folder is gone.
         """
-        self._follow()
+        self._reopen_if_replaced()
         self._write()
         try:
             os.fsync(self._file)
         except OSError:
-            # What was given is dropped, and the next fsync would not say so: give it again.
+            # The kernel dropped what was written, and the next fsync would not say so: rewrite.
             self._size, self._given, self._torn = self._safe, 0, True
             raise
         self._safe = self._size
@@ -122,8 +122,8 @@ class Rows:
             self._troubled = False
             self._warn(f"{self._path} can be written again; no row is lost")
 
-    def _follow(self) -> None:
-        """Make sure that the open file is the one of that name: it may have been deleted."""
+    def _reopen_if_replaced(self) -> None:
+        """Copy the rows to a new file if the open one was deleted or replaced."""
         mine = os.fstat(self._file)
         try:
             there = self._path.stat()
@@ -140,13 +140,13 @@ class Rows:
         self._file = _open(self._path)
 
     def sync(self) -> None:
-        """Put all rows on the disk.
+        """Write and fsync all rows.
 
         Raises:
-            SetupError: it does not take them.
+            SetupError: the disk refuses them.
         """
         try:
-            self._settle()
+            self._flush()
         except OSError as error:
             missing = len(self._rows) - self._given
             raise SetupError(
@@ -164,10 +164,10 @@ def _open(path: Path) -> int:
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Shorten a file of rows so that none is after `step`, nor half written.
+    """Truncate a file of rows so that none is after `step`, nor half written.
 
-    One truncation: whoever reads meanwhile sees whole rows only, and a crash leaves the old
-    file or the new one.
+    A single truncation: concurrent readers see whole rows only, and a crash leaves the old file or
+    the new one.
     """
     if not path.exists():
         return
@@ -182,8 +182,8 @@ def cut_rows(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """Step of a whole row; None for anything else."""
-    # Millions of rows are looked at before a start: what a crash may leave is seen without parsing.
+    """Return the step of a whole row; None for anything else."""
+    # Millions of rows are checked before a start: the remains of a crash show without parsing.
     whole = line[:1] == b"{" and line.endswith(b"}\n") and b"\0" not in line
     if whole and (found := STEP.search(line)):
         return int(found[1])
@@ -193,8 +193,17 @@ def _step_of(line: bytes) -> int | None:
         return None
 
 
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file in order; skips half-written ones. No file: no rows."""
+    try:
+        with path.open("rb") as file:
+            yield from _parse_rows(line for line in file if line.endswith(b"\n"))
+    except OSError:
+        return
+
+
 def read_tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
-    """Yield the last rows of a file, oldest first; what is half written or no row is left out."""
+    """Yield the last rows of a file, oldest first; skips half-written ones. No file: no rows."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -202,10 +211,26 @@ def read_tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
             lines = file.read().splitlines()
     except OSError:
         return
-    for line in lines[-most:]:
+    yield from _parse_rows(lines[-most:])
+
+
+def _parse_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict):
             yield row
+
+
+def count_rows(path: Path) -> int:
+    """Return the number of rows in a file; 0 if there is no such file."""
+    count = 0
+    try:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                count += part.count(b"\n")
+    except OSError:
+        pass
+    return count

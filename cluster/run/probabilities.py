@@ -1,16 +1,16 @@
-"""The class probabilities of every image of a split, kept to average networks.
+"""Class probabilities of every image of a split, saved so that networks can be averaged.
 
-    RUN/probabilities-1.safetensors      of the centre view
-    RUN/probabilities-10.safetensors     of ten views
+    RUN/probabilities-1.safetensors      centre view
+    RUN/probabilities-10.safetensors     ten views
 
-        ids            int64 [N]             places in the split's stored order, 0..N-1
-        labels         int64 [N]             places in `classes`
+        ids            int64 [N]             index in the split's stored order, 0..N-1
+        labels         int64 [N]             index in `classes`
         weights        float32 [N]           1; 0 where the image is damaged
         probabilities  float32 [N, classes]  rows sum to 1; zeros where the weight is 0
         metadata       "about": JSON of `ProbabilityInfo`
 
-Reading it runs no code and needs no more memory than the rows that are asked for. It is written row
-by row, too: 50,000 images of 1,000 classes are 200 MB.
+Reading runs no code and loads only the requested rows. Rows are written one batch at a time, which
+`safetensors.save` cannot do: 50,000 images of 1,000 classes are 200 MB.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ProbabilityInfo:
-    """What the probabilities are of."""
+    """Metadata of a probabilities file."""
 
     views: int
-    """1 or 10."""
+    """Number of views, 1 or 10."""
     split: str
     samples: int
-    """N: images in the split."""
+    """Number N of images in the split."""
     classes: tuple[str, ...]
-    """Names, in the order of the columns."""
+    """Class names in the order of the columns."""
     data_sha256: str
-    """`pipeline.dataset.manifest.identity` of the data set."""
+    """Identity of the data set (`pipeline.dataset.manifest.identity`)."""
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
 
     @classmethod
     def parse(cls, text: str) -> ProbabilityInfo:
-        """Read what `text` made.
+        """Parse the JSON that `text` returns.
 
         Raises:
-            ValueError: it is something else; the message says why.
+            ValueError: the text is something else; the message says why.
         """
         facts = json.loads(text)
         if not isinstance(facts, dict) or facts.get("version") != VERSION:
@@ -67,17 +67,17 @@ class ProbabilityInfo:
         return cls(**asdict(about) | {"classes": tuple(about.classes)})
 
     def text(self) -> str:
-        """Return it as JSON."""
+        """Return the metadata as JSON."""
         return json.dumps({"version": VERSION, **asdict(self)})
 
 
 def probability_path(run: Path, views: int) -> Path:
-    """Where a run keeps its probabilities."""
+    """Return the path of a run's probabilities."""
     return run / f"probabilities-{views}.safetensors"
 
 
 def format_command(run: Path, views: int) -> str:
-    """The command that makes them."""
+    """Return the hint that names the command which makes them."""
     return (
         f"python -m cluster.evaluate {run} --data DATA --views {views} --save-probabilities"
         " makes it"
@@ -85,10 +85,10 @@ def format_command(run: Path, views: int) -> str:
 
 
 class ProbabilityWriter:
-    """Takes the rows in stored order; see `open_writer`."""
+    """Writes rows in stored order; see `open_writer`."""
 
     def __init__(self, file: IO[bytes], about: ProbabilityInfo) -> None:
-        """Write the head, which says all sizes."""
+        """Write the header, which has all sizes."""
         self._file, self._samples = file, about.samples
         self._labels = torch.zeros(about.samples, dtype=torch.int64)
         self._weights = torch.zeros(about.samples)
@@ -114,7 +114,7 @@ class ProbabilityWriter:
         Args:
             probabilities: float32 [b, classes].
             labels: int64 [b].
-            weights: [b], 0 for damaged images; rows beyond N only pad and are left out.
+            weights: [b], 0 for damaged images; rows beyond N are padding and are skipped.
         """
         rows = slice(self._done, min(self._done + len(labels), self._samples))
         count = rows.stop - rows.start
@@ -126,7 +126,7 @@ class ProbabilityWriter:
         self._done = rows.stop
 
     def finish(self) -> None:
-        """Write what is small.
+        """Write ids, labels and weights.
 
         Raises:
             ValueError: rows are missing.
@@ -144,10 +144,10 @@ class ProbabilityWriter:
 
 @contextmanager
 def open_writer(path: Path, about: ProbabilityInfo) -> Iterator[ProbabilityWriter]:
-    """Open a file for all N rows; it takes its name when the block ends well.
+    """Open a file for all N rows; it gets its name when the block ends without an error.
 
     Raises:
-        ValueError: the block ends well, but rows are missing.
+        ValueError: rows are missing at the end of the block.
     """
     with atomic_write(path) as file:
         writer = ProbabilityWriter(file, about)
@@ -156,14 +156,14 @@ def open_writer(path: Path, about: ProbabilityInfo) -> Iterator[ProbabilityWrite
 
 
 class SavedProbabilities:
-    """The probabilities of a run, read as far as they are asked for."""
+    """Probabilities of a run; rows are read on request."""
 
     def __init__(self, run: Path, views: int) -> None:
         """Open the file of `run`.
 
         Raises:
-            UsageError: there is none; names the command that makes it.
-            DataError: it is not what it should be.
+            UsageError: there is no such file; names the command that makes it.
+            DataError: the file is damaged or of other views.
         """
         self.run = run
         path = probability_path(run, views)
@@ -172,7 +172,7 @@ class SavedProbabilities:
         try:
             self._file: Any = safe_open(path, framework="pt")
             self.about = ProbabilityInfo.parse((self._file.metadata() or {}).get("about", "null"))
-            """What they are of."""
+            """Metadata of the file."""
             self.labels: Tensor = self._file.get_tensor("labels")
             """int64 [N]."""
             self.weights: Tensor = self._file.get_tensor("weights")

@@ -1,6 +1,6 @@
-"""How a run stands, from the files it has written: also from another machine that sees RUN.
+"""State of a run, read from the files in RUN, also by another machine that sees the folder.
 
-Nothing here needs torch, Ray, or the run's own machine; of a long file only the end is read.
+Nothing here needs torch, Ray, or the run's own machine; only the end of long files is read.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from cluster.run.folder import (
     list_checkpoints,
     parse_step,
 )
-from cluster.run.jsonl import WAITS, read_tail
+from cluster.run.jsonl import WAITS, count_rows, read_tail
 from pipeline.tools.errors import UsageError
 
 TAIL = 400
-"""Rows at the end of metrics.jsonl that are looked at."""
+"""Number of rows to read from the end of metrics.jsonl."""
 SLOW = 20.0
-"""Times the usual step (and at least QUIET seconds) without a row until a run counts as stalled."""
+"""A run counts as stalled after so many times its usual step (and QUIET seconds) without a row."""
 QUIET = 60.0
 SOON = 10.0
-"""Seconds in which workers that have died may be noticed and started again."""
+"""Seconds within which the controller notices dead workers and restarts them."""
 AGAIN = 600.0
-"""Seconds for which a run is believed to be starting again."""
+"""Seconds after an end for which a run counts as restarting."""
 RECENT = 50
-"""Rows whose means are shown."""
+"""Number of rows whose means are shown."""
 MEANS = (
     "loss", "top1_error", "img_s", "data_wait", *WAITS, "stall", "exchange", "saving", "seconds",
 )  # fmt: skip
@@ -44,53 +44,53 @@ MEANS = (
 
 @dataclass(kw_only=True)
 class RunState:
-    """A run as its files have it; None and empty where they say nothing."""
+    """State of a run; None or empty where its files say nothing."""
 
     run: str
     state: str
     """running, stalled, stopped, failed, finished, or not started."""
     why: str = ""
     evidence: str = ""
-    """What tells that it is running or stalled, and how surely."""
+    """Evidence that it is running or stalled, and how sure it is."""
     elapsed_s: float | None = None
-    """Seconds since the first start, or from there to the end."""
+    """Seconds from the first start until now, or until the end."""
     step: int = 0
     total: int | None = None
     epoch: float | None = None
     left_s: float | None = None
-    """Seconds to the end at the present speed."""
+    """Estimated seconds to the end at the present speed."""
     age_s: float | None = None
     """Seconds since the last row."""
     last: dict[str, Any] = field(default_factory=dict)
-    """Means over the last rows."""
+    """Means of metrics over the last rows."""
     img_s_now: float | None = None
-    """Of the last row alone."""
+    """Images a second in the last row."""
     losses: list[float] = field(default_factory=list)
     validation: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     replaced: int = 0
-    """Damaged images in RUN/quarantine.jsonl."""
+    """Number of damaged images in RUN/quarantine.jsonl."""
     starts: int = 0
     ends: list[dict[str, Any]] = field(default_factory=list)
-    """When, at which step and why the last starts ended, newest last."""
+    """Time, step and reason of the last ends, newest last."""
     workers: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the state as plain values for JSON."""
         return asdict(self)
 
 
 def read_state(run: Path, now: float | None = None, *, mirrored: bool = False) -> RunState:
-    """Read how a run stands.
+    """Read the state of a run.
 
     Args:
-        run: its folder.
-        now: seconds since 1970; None: the clock's.
-        mirrored: it is a copy from a store: its rows end with the last save.
+        run: run folder.
+        now: seconds since 1970; None: the present.
+        mirrored: the folder is a copy from a store, whose rows end with the last checkpoint.
 
     Raises:
-        UsageError: it is no run.
+        UsageError: the folder holds no run.
     """
     if not (run / CONFIG).is_file():
         raise UsageError(f"{run} holds no run ({CONFIG} is missing); name the --run of a training")
@@ -100,27 +100,27 @@ def read_state(run: Path, now: float | None = None, *, mirrored: bool = False) -
     validations = [row for row in read_tail(run / VALIDATION, 10_000) if "top1_error" in row]
     attempts = list(read_tail(run / ATTEMPTS, 10_000))
     state = RunState(run=str(run), state="not started")
-    state.age_s = None if mirrored else _age(run / METRICS, now)
+    state.age_s = None if mirrored else _compute_age(run / METRICS, now)
     if rows:
-        _numbers(state, rows)
+        _fill_metrics(state, rows)
     if validations:
         state.validation = validations[-1]
         state.best = min(validations, key=lambda row: float(row["top1_error"]))
     starts = [row for row in attempts if row.get("event") == "start"]
-    state.total = _total(config, rows, starts)
-    state.checkpoint = _checkpoint(run, config, now)
-    state.replaced = _lines(run / QUARANTINE)
+    state.total = _find_total(config, rows, starts)
+    state.checkpoint = _find_checkpoint(run, config, now)
+    state.replaced = count_rows(run / QUARANTINE)
     if attempts:
-        _tell(state, attempts, starts, now)
+        _fill_attempts(state, attempts, starts, now)
         if state.state == "running" and not state.why:
-            _doubt(state, attempts[-1], run, now, mirrored)
+            _judge_running(state, attempts[-1], run, now, mirrored)
     if state.state == "running" and state.total and "seconds" in state.last:
         state.left_s = (state.total - state.step) * state.last["seconds"]
     return state
 
 
-def _numbers(state: RunState, rows: list[dict[str, Any]]) -> None:
-    """Fill in what the rows say."""
+def _fill_metrics(state: RunState, rows: list[dict[str, Any]]) -> None:
+    """Fill in the fields that follow from metrics.jsonl."""
     last, recent = rows[-1], rows[-RECENT:]
     state.step, state.epoch, state.img_s_now = last["step"], last.get("epoch"), last.get("img_s")
     state.losses = [row["loss"] for row in rows if "loss" in row]
@@ -130,10 +130,10 @@ def _numbers(state: RunState, rows: list[dict[str, Any]]) -> None:
     state.last |= {key: last[key] for key in ("lr", "lr_bias", "replicas") if key in last}
 
 
-def _tell(
+def _fill_attempts(
     state: RunState, attempts: list[dict[str, Any]], starts: list[dict[str, Any]], now: float
 ) -> None:
-    """Fill in what the starts and ends of the workers say."""
+    """Fill in the fields that follow from the starts and ends of the workers."""
     ends = [row for row in attempts if row.get("event") == "end"]
     final = attempts[-1]
     over = final.get("event") == "end"
@@ -146,26 +146,28 @@ def _tell(
     if state.state == "stopped":
         state.why = "by hand; the same command goes on"
     if over and state.state != "running":
-        until = _when(final)
-    elif over and (line := _error(Path(state.run), _when(final))):
-        state.state, state.why, until = "failed", line, _when(final)
-    elif over and now - _when(final) < AGAIN:
+        until = _read_time(final)
+    elif over and (line := _read_error(Path(state.run), _read_time(final))):
+        state.state, state.why, until = "failed", line, _read_time(final)
+    elif over and now - _read_time(final) < AGAIN:
         state.why = f"starting again: {why}"
-    state.elapsed_s = max(0.0, until - _when(attempts[0]))
+    state.elapsed_s = max(0.0, until - _read_time(attempts[0]))
 
 
-def _doubt(state: RunState, final: dict[str, Any], run: Path, now: float, mirrored: bool) -> None:
-    """Say how sure it is that a run goes on of which nobody has said that it ended."""
+def _judge_running(
+    state: RunState, final: dict[str, Any], run: Path, now: float, mirrored: bool
+) -> None:
+    """Judge whether a run without a recorded end is still running."""
     if mirrored:
         state.evidence = "not sure: the store has its rows up to the last save only"
         return
     # A start takes its time before there is a row.
-    since = max(0.0, now - _when(final))
+    since = max(0.0, now - _read_time(final))
     since = since if state.age_s is None else min(since, state.age_s)
     steps = SLOW * state.last.get("seconds", 0.0)
     usual = max(QUIET, steps, 3 * float(state.validation.get("seconds", 0.0)))
     leader = state.workers[0].get("node") if state.workers else None
-    held = _held(run / ".leader") if leader == platform.node() else None
+    held = _is_locked(run / ".leader") if leader == platform.node() else None
     ended = final.get("event") == "end"
     if not ended and held is False and since > SOON:
         state.state = "stalled"
@@ -183,10 +185,10 @@ def _doubt(state: RunState, final: dict[str, Any], run: Path, now: float, mirror
         state.evidence = f"{sure}: by the age of the last row or start, {since:,.0f} s"
 
 
-def _held(path: Path) -> bool | None:
-    """Whether a process of this machine holds a lock on a file; None if that cannot be told.
+def _is_locked(path: Path) -> bool | None:
+    """Return whether a process of this machine locks a file; None if that is unknown.
 
-    To try to take it might keep the run itself from it.
+    Trying to take the lock could keep the run itself from it.
     """
     try:
         number = str(path.stat().st_ino)
@@ -199,12 +201,12 @@ def _held(path: Path) -> bool | None:
     )
 
 
-def _when(row: dict[str, Any]) -> float:
+def _read_time(row: dict[str, Any]) -> float:
     return float(row.get("time", 0.0))
 
 
-def _error(run: Path, ended: float) -> str:
-    """The line of RUN/error.log, if that was written for this end."""
+def _read_error(run: Path, ended: float) -> str:
+    """Return the message in RUN/error.log, if it was written for this end."""
     path = run / ERRORS
     try:
         if path.stat().st_mtime < ended - 60:
@@ -215,8 +217,10 @@ def _error(run: Path, ended: float) -> str:
     return lines[1] if len(lines) > 1 else ""
 
 
-def _total(config: Config, rows: list[dict[str, Any]], starts: list[dict[str, Any]]) -> int | None:
-    """Steps of the whole run; of a young run of epochs they cannot be told from its rows."""
+def _find_total(
+    config: Config, rows: list[dict[str, Any]], starts: list[dict[str, Any]]
+) -> int | None:
+    """Return the steps of the whole run; unknown for a young run whose length is in epochs."""
     if config.steps:
         return config.steps
     if starts and "total" in starts[-1]:
@@ -226,15 +230,15 @@ def _total(config: Config, rows: list[dict[str, Any]], starts: list[dict[str, An
     return None
 
 
-def _age(path: Path, now: float) -> float | None:
+def _compute_age(path: Path, now: float) -> float | None:
     try:
         return max(0.0, now - path.stat().st_mtime)
     except OSError:
         return None
 
 
-def _checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
-    """Step, age and size of the newest one, if it lies in a folder."""
+def _find_checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
+    """Return step, age and size of the newest checkpoint, if it lies in a folder."""
     from pipeline.remote.dataset import is_remote
 
     if config.store and is_remote(config.store):
@@ -249,14 +253,3 @@ def _checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
     except OSError:  # deleted meanwhile
         return {}
     return {"step": parse_step(found[0]), "age_s": round(age, 1), "bytes": size, "kept": len(found)}
-
-
-def _lines(path: Path) -> int:
-    count = 0
-    try:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                count += part.count(b"\n")
-    except OSError:
-        pass
-    return count

@@ -1,4 +1,4 @@
-"""What a training consists of in one process, put together from a config and a mesh."""
+"""Components of a training in one process: network, optimizer, stream, log, checkpoints."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from pipeline.remote.dataset import fetch_metadata
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The parts of a training that is under way, as they are after the newest checkpoint."""
+    """All components of a training, in the state of the newest checkpoint."""
 
     config: Config
     data: str
     run: Path
     mesh: ProcessMesh
     net: AlexNet
-    """The columns that belong here."""
+    """The columns of this process."""
     optimiser: Sgd2012
     average: GradientAverage
     rates: RateControl
     feed: PairBatches
-    """The batches that are left."""
+    """The remaining batches of the run."""
     log: MetricsLog
     checkpoints: CheckpointManager
     mark: Mark
-    """Of the checkpoint that it goes on from."""
+    """Step and position of the checkpoint to resume from."""
     total: int
     """Steps of the whole run."""
 
@@ -59,10 +59,10 @@ class Training:
 def prepare_training(
     config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell, publish: Sequence[Publish]
 ) -> Iterator[Training]:
-    """Put a training together, and take it apart after the block.
+    """Create the components of a training, and close them after the block.
 
     Args:
-        config, data, run, mesh, tell, publish: as `worker.train` has them.
+        config, data, run, mesh, tell, publish: arguments of `cluster.training.loop.train`.
 
     Raises:
         DataError, SetupError: from the data set or the checkpoints.
@@ -99,7 +99,7 @@ def prepare_training(
 
 
 def read_origin(config: Config, data: str) -> tuple[int, dict[str, Any]]:
-    """Return how many training images there are, and what a checkpoint says of its origin."""
+    """Return the number of training images, and the origin that a checkpoint records."""
     folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
     return manifest.split("train", folder).samples, {
@@ -111,7 +111,7 @@ def read_origin(config: Config, data: str) -> tuple[int, dict[str, Any]]:
 
 
 def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
-    """Return the columns of the network that belong to this mesh, as they were drawn."""
+    """Create the columns of the network that this process holds, with their initial weights."""
     wire = torch.bfloat16 if config.exchange_dtype == "bfloat16" else None
     return AlexNet(
         columns=mesh.columns if mesh.pair else None,
@@ -125,7 +125,7 @@ def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
 def sync_rows_first(
     checkpoints: CheckpointManager, log: MetricsLog, mirror: RunMirror | None
 ) -> None:
-    """Let no checkpoint count before the rows up to it are on the disk, and in the store."""
+    """Have rows written to disk, and to the store, before a checkpoint of their step counts."""
     checkpoints.before = log.sync
     if mirror is not None:
         mirror.begin()
@@ -150,7 +150,7 @@ def open_stream(config: Config, data: str, run: Path, mesh: ProcessMesh, **setti
 
 
 def describe_workers(config: Config, mesh: ProcessMesh) -> str:
-    """Return the workers in words."""
+    """Describe the workers in words, for example "2 workers (a column each, 1 thread), cpu"."""
     if mesh.pair:
         each = "a column each"
     else:

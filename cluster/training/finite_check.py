@@ -1,8 +1,8 @@
-"""When the loss is no number any more: which layer was the first, and where to go on from.
+"""Finds the layer that made a loss non-finite, and the checkpoint to resume from.
 
-The loss is looked at when the backward pass has been launched and before the update: weights are
-then still those that made it, so the same forward pass can be made once more and watched. On a GPU
-the host waits for the forward pass only, and the backward pass runs meanwhile.
+The loss is read after the backward pass was launched and before the update: the weights are still
+those that produced it, so the forward pass can be repeated and watched. On a GPU the host waits for
+the forward pass only, and the backward pass runs meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.tools.errors import DuetError
 
 
 class NotFinite(DuetError):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
 
 def check_finite(
@@ -34,24 +34,24 @@ def check_finite(
     step: int,
     run: Path,
 ) -> None:
-    """Stop if the loss of a step is not finite; both columns of a pair call this alike.
+    """Raise if the loss of a step is not finite; both columns of a pair call this together.
 
     Args:
         loss: scalar, on the device.
-        net: as it was when it made the loss, in the same mode and at the same step.
-        images: that it made it from.
-        dtype: that its layers compute in.
-        mesh: of this process.
+        net: the network, in the same mode and with the same weights as when it computed the loss.
+        images: floating [b, 3, h, w]; images that the loss was computed from.
+        dtype: dtype that the layers compute in.
+        mesh: mesh of this process.
         step: number of the step.
-        run: folder of the run, where the last good checkpoint is looked for.
+        run: run folder, where the newest checkpoint is looked up for the message.
 
     Raises:
-        NotFinite: it is not; the message names step, layer, and the checkpoint.
+        NotFinite: the loss is not; the message names step, layer, and the checkpoint.
     """
     value = float(loss.detach())
     if math.isfinite(value):
         return
-    _, found = _of_the_pair(find_first_not_finite(net, images, dtype, mesh.device), mesh)
+    _, found = _compare_columns(find_first_not_finite(net, images, dtype, mesh.device), mesh)
     good = next(iter(list_checkpoints(run / CHECKPOINTS)), None)
     last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     raise NotFinite(
@@ -63,10 +63,10 @@ def check_finite(
 def find_first_not_finite(
     net: AlexNet, images: Tensor, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, str]:
-    """Make the forward pass again and find the first layer that is not finite.
+    """Repeat the forward pass and find the first layer whose output is not finite.
 
     Returns:
-        its mesh in the network (behind the last layer: none is), and what was seen, in words.
+        index of the layer (-1: the images; one past the last layer: none), and a description.
     """
     names = [stage.layer.name for stage in net.stages]
     seen: list[tuple[int, str]] = []
@@ -75,29 +75,31 @@ def find_first_not_finite(
 
     def watch(name: str, x: Tensor) -> None:
         if not seen and not x.isfinite().all():
-            seen.append((names.index(name), _words(net, name, x)))
+            seen.append((names.index(name), _describe_layer(net, name, x)))
 
     with torch.no_grad(), autocast(dtype, device):
         net(images.float(), watch)
     return seen[0] if seen else (len(names), "all layers are finite, but their logits too large")
 
 
-def _words(net: AlexNet, name: str, x: Tensor) -> str:
+def _describe_layer(net: AlexNet, name: str, x: Tensor) -> str:
     share = 1 - float(x.isfinite().float().mean())
-    told = f"{name} is the first layer whose output is not finite ({share:.1%} of it)"
+    text = f"{name} is the first layer whose output is not finite ({share:.1%} of it)"
     for kind in ("weight", "bias"):
         values = net.get_parameter(f"{name}.{kind}")
         if not values.isfinite().all():
-            return f"{told}, its {kind} is not either, since the update before"
+            return f"{text}, its {kind} is not either, since the update before"
     largest = float(net.get_parameter(f"{name}.weight").abs().max())
-    return f"{told}, its weights are, the largest is {largest:.3g}"
+    return f"{text}, its weights are, the largest is {largest:.3g}"
 
 
-def _of_the_pair(found: tuple[int, str], mesh: ProcessMesh) -> tuple[int, str]:
-    """What the column says that broke first."""
+def _compare_columns(found: tuple[int, str], mesh: ProcessMesh) -> tuple[int, str]:
+    """Return the finding of the column whose layer broke first."""
     if mesh.pair is None:
         return found
     both: list[tuple[int, str] | None] = [None, None]
     dist.all_gather_object(both, found, group=mesh.pair)
-    told = [(one[0], f"column {'ab'[index]}, {one[1]}") for index, one in enumerate(both) if one]
-    return min(told)
+    findings = [
+        (one[0], f"column {'ab'[index]}, {one[1]}") for index, one in enumerate(both) if one
+    ]
+    return min(findings)

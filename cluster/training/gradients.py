@@ -1,4 +1,4 @@
-"""Gradients become means over the replicas while the backward pass still runs."""
+"""Averages gradients over the replicas while the backward pass still runs."""
 
 from __future__ import annotations
 
@@ -14,42 +14,41 @@ from torch import Tensor, nn
 
 from cluster.mesh import ProcessMesh
 
-# Bytes from which a gradient is a message of its own, sent from where it lies; and the bytes after
-# which smaller ones, copied together, are off. In the full network fc6 alone is 75 MB of a column's
-# 114: what is left for the end of the backward pass is conv1 and conv2, 0.7 MB.
+# A gradient of at least so many bytes is a message of its own, reduced in place; smaller ones are
+# copied together until they are as large. In the full network fc6 alone is 75 MB of a column's 114:
+# only conv1 and conv2, 0.7 MB, remain for the end of the backward pass.
 MESSAGE_BYTES = 2**20
 
 
 class GradientAverage:
     """Replaces the gradients of a backward pass by their means over the replicas.
 
-    A gradient sets off as soon as it is there, from the last layer to the first, while the layers
-    below still compute; `finish` waits for the last. With one replica all of this does nothing.
+    The all-reduce of a gradient starts as soon as it is computed, from the last layer to the first,
+    while the layers below still compute; `finish` waits for the last. One replica: no operation.
 
         average = GradientAverage(net, mesh)
         loss.backward()
         average.finish()
         optimiser.step()
 
-    Gradients of several backward passes add up, and only the last one sends them:
+    Gradients of several backward passes add up, and only the last pass reduces them:
 
-        with average.held():
+        with average.hold():
             loss_of_a_part.backward()
         loss_of_the_last_part.backward()
         average.finish()
 
-    All replicas have to pass backward through the same network in the same way. Which gradients
-    share a message depends on the network alone, so that sums are the same, bit for bit, in every
-    run and after every restart. That is why this is not torch's DistributedDataParallel: it puts
-    the messages together anew after the first step, which of three replicas or more changes the
-    order of summation, and so a run that went on differs from one that was never cut.
+    All replicas must run the same backward pass. The grouping of gradients into messages depends on
+    the network alone, so sums have the same bits in every run and after every restart. torch's
+    DistributedDataParallel regroups its buckets after the first step, which changes the order of
+    summation for three replicas or more: a resumed run would differ from an undisturbed one.
 
-    Gloo and NCCL alike match the operations of a group by their order; this class starts them in
-    one order, that of its messages, and `ProcessMesh.mean` may follow before or after `finish`.
+    Gloo and NCCL match the operations of a group by their order; this class starts them in the
+    order of its messages, and `ProcessMesh.mean` may follow before or after `finish`.
 
     Args:
-        net: its parameters get hooks, until `close`; those that take no gradient are left out.
-        mesh: of this process.
+        net: its parameters get hooks, until `close`; those without a gradient are skipped.
+        mesh: mesh of this process.
         message_bytes: least size of a message, in bytes.
     """
 
@@ -65,8 +64,8 @@ class GradientAverage:
         self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in self._of]
 
     @contextmanager
-    def held(self, holds: bool = True) -> Iterator[None]:
-        """Let gradients add up in the block, and none set off (if `holds`)."""
+    def hold(self, holds: bool = True) -> Iterator[None]:
+        """Let gradients accumulate in the block and start no all-reduce (if `holds`)."""
         self._held = holds
         try:
             yield
@@ -82,7 +81,7 @@ class GradientAverage:
                 "a second backward pass before finish(): its gradients would be lost"
             )
         message.ready.add(parameter)
-        # In one order on every replica, in whatever order autograd happens to get there.
+        # The same order on every replica, whatever the order in which autograd finishes.
         while self._next < len(self._messages) and self._messages[self._next].complete:
             self._start()
 
@@ -93,7 +92,7 @@ class GradientAverage:
     def finish(self) -> None:
         """Wait until every gradient of the last backward pass is the mean.
 
-        Parameters that had no part in it keep what they have, on all replicas alike.
+        Parameters that took no part keep their gradient, on all replicas alike.
         """
         while self._next < len(self._messages):
             self._start()
@@ -102,7 +101,7 @@ class GradientAverage:
         self._next = 0
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -117,11 +116,11 @@ class GradientAverage:
 
 @dataclass(eq=False)
 class _Message:
-    """Gradients that travel together."""
+    """Gradients that are reduced together."""
 
     parameters: list[nn.Parameter]
     ready: set[nn.Parameter] = field(default_factory=set)
-    """Those whose gradient is there."""
+    """Parameters whose gradient is computed."""
     _parts: list[Tensor] = field(default_factory=list)
     _sum: Tensor | None = None
     _work: Any = None
@@ -131,7 +130,7 @@ class _Message:
         return len(self.ready) == len(self.parameters)
 
     def start(self, group: dist.ProcessGroup | None) -> None:
-        """Send what is ready."""
+        """Start the all-reduce of the gradients that are ready."""
         gradients = [p.grad for p in self.parameters if p in self.ready and p.grad is not None]
         if not gradients:
             return
@@ -140,7 +139,7 @@ class _Message:
         self._work = dist.all_reduce(self._sum, group=group, async_op=True)
 
     def finish(self, replicas: int) -> None:
-        """Wait, and put the means where the gradients were."""
+        """Wait for the all-reduce and write the means into the gradients."""
         if self._work is not None and self._sum is not None:
             self._work.wait()
             self._sum /= replicas
@@ -152,7 +151,7 @@ class _Message:
 
 
 def _messages(parameters: Iterable[nn.Parameter], least: int) -> list[_Message]:
-    """Parameters in the order in which they get their gradients, cut into messages."""
+    """Group parameters, in the order in which they get their gradients, into messages."""
     messages, small, size = [], _Message([]), 0
     for parameter in parameters:
         if parameter.nbytes >= least:
@@ -167,7 +166,7 @@ def _messages(parameters: Iterable[nn.Parameter], least: int) -> list[_Message]:
 
 
 def _flat(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient in the order of its memory: a view."""
+    """Return a flat view of a gradient in memory order."""
     if gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last):
         gradient = gradient.permute(0, 2, 3, 1)
     return gradient.view(-1)

@@ -1,21 +1,18 @@
-"""The learning rates of a run: what they are at each step, and a row for each change.
+"""Learning rates of a run: the rates of each step, and a row of RUN/rates.jsonl for each change.
 
-All changes are events in one list (`rate_events`): those of the schedule, known beforehand; the
-divisions of `plateau`; and what was set by hand (`hand_rates`). The rates of a step follow from the
-events before it. RUN/rates.jsonl has a row for each event that has come.
+All changes are in one list: those of the schedule, known beforehand; the divisions of `plateau`;
+and those that a user sets in RUN/rates.toml. The rates of a step follow from the changes before it.
 
-What changes the learning rates of a run, and when: one list, whatever the reason.
-
-Learning rates set by hand: the file RUN/rates.toml, which a training run takes and puts aside.
+RUN/rates.toml, which a training run reads and renames:
 
     lr = 0.001            # of the weights
     lr_bias = 0.002       # of the biases
     lr.conv1 = 0          # of one layer's weights; lr_bias.conv1 of its biases; 0 freezes
     drop = true           # divide all rates by plateau_factor
 
-A value is absolute and holds until the schedule, or another such file, sets that rate again. What
-was taken after step S becomes RUN/rates-applied-S.toml: a run that goes on from before S takes it
-again after S, so that it comes out the same; delete it to prevent that.
+A value is absolute and holds until the schedule, or another such file, sets that rate again. A file
+read after step S becomes RUN/rates-applied-S.toml: a run that resumes from before S applies it
+after S again, so that its rates are the same; delete the file to prevent that.
 """
 
 from __future__ import annotations
@@ -38,6 +35,7 @@ from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Rated, Tell, Warned
 from cluster.run.folder import RATES, VALIDATION
+from cluster.run.jsonl import read_rows
 from model.schedule import (
     COLOR,
     DROP,
@@ -56,16 +54,44 @@ from pipeline.tools.files import atomic_write, sync_folder
 
 SCHEDULE, PLATEAU, BY_HAND = "schedule", "plateau", "by hand"
 REASONS = (SCHEDULE, PLATEAU, BY_HAND)
-"""In the order in which they come after one and the same step."""
+"""Reasons of changes, in the order in which changes after the same step apply."""
+ERROR = "top1_error"
+"""Field of RUN/validation.jsonl that `plateau` looks at."""
+FILE = "rates.toml"
+APPLIED = re.compile(r"rates-applied-(\d+)(?:-(\d+))?\.toml")
+SETTLED = 0.2
+"""Seconds for which RUN/rates.toml must not change before it is read: it may be half written."""
+
+
+@dataclass(frozen=True)
+class RateChange:
+    """Rates that are set after a step."""
+
+    after: int
+    """Last step before the change."""
+    why: str
+    """One of `REASONS`."""
+    settings: Mapping[str, float]
+    """Value by name, as `model.schedule.compute_rates` takes them, and the colour."""
+
+    @property
+    def sort_key(self) -> tuple[int, int]:
+        """Orders changes as they apply."""
+        return self.after, REASONS.index(self.why)
+
+    @property
+    def key(self) -> tuple[int, str, tuple[str, ...]]:
+        """Identity of a change: equal for a change and the row written for it."""
+        return self.after, self.why, tuple(self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateSettings:
-    """What the learning rates of a run follow from."""
+    """Settings that the learning rates of a run follow from."""
 
     config: Config
     samples: int
-    """Training images."""
+    """Number of training images."""
     total: int
     """Steps of the whole run."""
 
@@ -75,56 +101,22 @@ class RateSettings:
         return tuple(layer.name for layer in self.config.design.layers())
 
     def drop(self) -> dict[str, float]:
-        """Settings that divide the rates in force."""
+        """Return the settings that divide the current rates."""
         biases = {DROP_BIASES: self.config.plateau_factor} if self.config.plateau_biases else {}
         return {DROP: self.config.plateau_factor} | biases
 
-    def rates(self, events: Iterable[RateChange]) -> Rates:
-        """Rates after some events, on top of those of the first step."""
+    def compute(self, changes: Iterable[RateChange]) -> Rates:
+        """Return the rates after some changes of the first step's rates."""
         factors = parse_layer_rates(self.config.layer_rates, self.layers)
-        settings = [setting for event in events for setting in event.settings.items()]
-        return compute_rates(*self._begin(), settings, factors)
-
-    def _begin(self) -> tuple[float, float]:
+        settings = [setting for change in changes for setting in change.settings.items()]
+        first = self._lr, self._lr * self.config.bias_factor
         if self.config.schedule == "dexp":
-            return self._dexp(1)
-        return self._lr, self._lr * self.config.bias_factor
+            first = self._dexp(1)
+        return compute_rates(*first, settings, factors)
 
-    @property
-    def _lr(self) -> float:
-        return scale_rate(self.config.lr, self.config.batch_size, self.config.rate_scaling)
-
-    def _dexp(self, step: int) -> tuple[float, float]:
-        return dexp(
-            step / self.total,
-            self._lr,
-            self.config.bias_factor,
-            self.config.lr_drop,
-            self.config.lr_drops,
-            self.config.bias_drop,
-            self.config.bias_drops,
-        )
-
-    def scheduled(self) -> list[RateChange]:
-        """What is known before the run begins: the steps of `dexp`, and the changes by epoch."""
-        stretches = self._stretches() if self.config.schedule == "dexp" else []
-        return [*stretches, *self._changes()]
-
-    def _stretches(self) -> list[RateChange]:
-        # The end of a stretch still belongs to it.
-        borders = {
-            self.total * place // stretches
-            for stretches in (self.config.lr_drops, self.config.bias_drops)
-            for place in range(1, stretches)
-        }
-        events = []
-        for step in sorted(borders - {0, self.total}):
-            pairs = zip(("lr", "lr_bias"), self._dexp(step), self._dexp(step + 1), strict=True)
-            if changed := {name: after for name, before, after in pairs if before != after}:
-                events.append(RateChange(step, SCHEDULE, changed))
-        return events
-
-    def _changes(self) -> list[RateChange]:
+    def list_scheduled(self) -> list[RateChange]:
+        """List the changes known before the run begins: the steps of `dexp`, and by epoch."""
+        stretches = self._list_stretches() if self.config.schedule == "dexp" else []
         found: dict[int, dict[str, float]] = {}
         for change in parse_changes(self.config.changes, self.layers):
             # Exact: every process must find the same step.
@@ -132,113 +124,322 @@ class RateSettings:
             rule = "none" if change.name == COLOR else self.config.rate_scaling
             value = scale_rate(change.value, self.config.batch_size, rule)
             found.setdefault(step, {})[change.name] = value  # later ones win
-        return [RateChange(step, SCHEDULE, settings) for step, settings in found.items()]
+        return [*stretches, *(RateChange(step, SCHEDULE, one) for step, one in found.items())]
 
-
-@dataclass(frozen=True)
-class RateChange:
-    """A change of the rates."""
-
-    after: int
-    """The last step before it."""
-    why: str
-    """One of REASONS."""
-    settings: Mapping[str, float]
-    """As `model.schedule.compute_rates` takes them."""
-
-    @property
-    def sort_key(self) -> tuple[int, int]:
-        """Sorts events."""
-        return self.after, REASONS.index(self.why)
+    def _list_stretches(self) -> list[RateChange]:
+        # The last step of a stretch has its rate.
+        borders = {
+            self.total * number // stretches
+            for stretches in (self.config.lr_drops, self.config.bias_drops)
+            for number in range(1, stretches)
+        }
+        found = []
+        for step in sorted(borders - {0, self.total}):
+            pairs = zip(("lr", "lr_bias"), self._dexp(step), self._dexp(step + 1), strict=True)
+            if changed := {name: after for name, before, after in pairs if before != after}:
+                found.append(RateChange(step, SCHEDULE, changed))
+        return found
 
     @property
-    def key(self) -> tuple[int, str, tuple[str, ...]]:
-        """The same for two that are one and the same change."""
-        return self.after, self.why, tuple(self.settings)
+    def _lr(self) -> float:
+        return scale_rate(self.config.lr, self.config.batch_size, self.config.rate_scaling)
+
+    def _dexp(self, step: int) -> tuple[float, float]:
+        config = self.config
+        return dexp(
+            step / self.total, self._lr, config.bias_factor, config.lr_drop, config.lr_drops,
+            config.bias_drop, config.bias_drops,
+        )  # fmt: skip
 
 
-def describe_change(event: RateChange, before: Rates, after: Rates) -> str:
-    """An event for people: `lr 0.01 -> 0.001, lr_bias 0.02 -> 0.002`."""
+class RateControl:
+    """The learning rates of a run, the same to the last bit in all of its processes.
+
+    The leader of the job decides and writes; the other processes receive its changes. All of them
+    create it and call `review` together. A run that resumes from a checkpoint has at every step the
+    rates of an undisturbed run: the rows up to the checkpoint are read back, validation errors are
+    read from RUN/validation.jsonl, and files applied by hand after it are applied again.
+
+        rates = RateControl(settings, run, mesh, tell, mark.step)
+        for step in range(mark.step + 1, total + 1):
+            optimiser.step(rates.at(step))
+            if validation or checkpoint due:     # before the checkpoint is saved
+                rates.review(step, error or None)
+    """
+
+    def __init__(
+        self, settings: RateSettings, run: Path, mesh: ProcessMesh, tell: Tell, step: int
+    ) -> None:
+        """Find the changes of the run, and write those up to `step`.
+
+        Args:
+            settings: settings of the rates.
+            run: run folder.
+            mesh: mesh of this process.
+            tell: receives events.
+            step: step to resume from; 0 for a new run.
+        """
+        self._settings, self._run, self._mesh, self._tell = settings, run, mesh, tell
+        self._history: list[tuple[int, float]] = []
+        self._changes: list[RateChange] = []
+        self._rates: dict[int, Rates] = {}
+        if mesh.is_leader:
+            self._begin(step)
+        self._changes = mesh.broadcast(self._changes)
+        self._written = sum(change.after <= step for change in self._changes)
+
+    def at(self, step: int) -> Rates:
+        """Return the rates of a step, from 1; a pure function of the known changes."""
+        count = bisect.bisect_left(self._changes, step, key=lambda change: change.after)
+        if count not in self._rates:
+            self._rates[count] = self._settings.compute(self._changes[:count])
+        return self._rates[count]
+
+    def review(self, step: int, validation_error: float | None = None) -> None:
+        """Decide after a step whether the rates change; all processes call it, once for a step.
+
+        Call it after a validation and before a checkpoint: its decision is then on disk before
+        there is a checkpoint to resume from.
+
+        Args:
+            step: the step just made.
+            validation_error: if a validation followed the step, its top-1 error, 0 to 1.
+        """
+        found = []
+        if self._mesh.is_leader:
+            if validation_error is not None:
+                self._history.append((step, validation_error))
+                found += self._find_drop(step)
+            if change := take_rates_file(self._run, step, self._settings, self._tell):
+                found.append(change)
+        self._add(self._mesh.broadcast(found))
+        self.note(step)
+
+    def note(self, step: int) -> None:
+        """Write and announce the changes after steps up to `step`; only the leader does anything.
+
+        `review` calls it. Called between reviews, it announces a step of the schedule in time.
+        """
+        while self._written < len(self._changes) and self._changes[self._written].after <= step:
+            if self._mesh.is_leader:
+                self._append_row(self._written)
+                self._announce(self._written)
+            self._written += 1
+
+    def _add(self, changes: Iterable[RateChange]) -> None:
+        self._changes = sorted([*self._changes, *changes], key=lambda change: change.sort_key)
+        self._rates.clear()
+
+    def _find_drop(self, step: int) -> list[RateChange]:
+        """Return the division that `plateau` makes after the validation of this step, if any."""
+        config = self._settings.config
+        past = [change for change in self._changes if change.after <= step]
+        made = sum(change.why == PLATEAU for change in past)
+        if config.schedule != "plateau" or made >= config.plateau_drops:
+            return []
+        drops = find_plateau_drops(
+            self._history, config.patience, config.plateau_drops, config.plateau_threshold,
+            [change.after for change in past if change.why == BY_HAND],
+        )  # fmt: skip
+        return [RateChange(step, PLATEAU, self._settings.drop())] if step in drops else []
+
+    def _begin(self, step: int) -> None:
+        """Find all changes known when resuming from `step`, and cut RUN/rates.jsonl there."""
+        self._history = read_errors(self._run / VALIDATION, step)
+        rows = read_changes(self._run / RATES, step)
+        by_hand = read_applied(self._run, self._settings, self._tell)
+        # A row proves that its change has happened. But a crash may have come between the two.
+        self._add([*rows, *find_missing(self._settings.list_scheduled() + by_hand, rows)])
+        if not any(change.after == step and change.why == PLATEAU for change in rows):
+            self._add(self._find_drop(step))
+        if change := take_rates_file(self._run, step, self._settings, self._tell):
+            self._add([change])
+        past = [change for change in self._changes if change.after <= step]
+        if past or (self._run / RATES).exists():
+            with atomic_write(self._run / RATES) as file:
+                file.write(b"".join(self._format_row(index) for index in range(len(past))))
+        for index, change in enumerate(past):
+            if find_missing([change], rows):
+                self._announce(index)
+        for after in sorted({change.after for change in by_hand if change.after > step}):
+            self._tell(
+                Warned(
+                    f"rates that were set by hand after step {after} will be set there again; to "
+                    f"prevent it, delete {self._run}/rates-applied-{after}.toml and restart"
+                )
+            )
+
+    def _compute_sides(self, index: int) -> tuple[Rates, Rates]:
+        """Return the rates before and after a change."""
+        changes, compute = self._changes, self._settings.compute
+        return compute(changes[:index]), compute(changes[: index + 1])
+
+    def _format_row(self, index: int) -> bytes:
+        row = build_row(self._changes[index], *self._compute_sides(index), self._settings)
+        return (json.dumps(row) + "\n").encode()
+
+    def _append_row(self, index: int) -> None:
+        """Add a row to RUN/rates.jsonl; it is on disk on return."""
+        path = self._run / RATES
+        if not path.exists():
+            with atomic_write(path) as file:
+                file.write(self._format_row(index))
+            return
+        with path.open("ab") as file:
+            file.write(self._format_row(index))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _announce(self, index: int) -> None:
+        change = self._changes[index]
+        text = f"{describe_change(change, *self._compute_sides(index))} ({change.why})"
+        self._tell(Rated(change.after, text))
+
+
+def describe_change(change: RateChange, before: Rates, after: Rates) -> str:
+    """Describe a change for people: `lr 0.01 -> 0.001, lr_bias 0.02 -> 0.002`."""
     old, new = name_rates(before), name_rates(after)
-    told = []
+    parts = []
     for name, value in new.items():
         kind, _, layer = name.partition(".")
         was = old.get(name, old[kind])  # a layer without a rate of its own had the common one
         if was != value and not (layer and (was, value) == (old[kind], new[kind])):
-            told.append(f"{name} {was:.4g} -> {value:.4g}")
-    if COLOR in event.settings:
-        told.append(f"colour -> {event.settings[COLOR]:.4g}")
-    return ", ".join(told) or "no rate changes"
+            parts.append(f"{name} {was:.4g} -> {value:.4g}")
+    if COLOR in change.settings:
+        parts.append(f"colour -> {change.settings[COLOR]:.4g}")
+    return ", ".join(parts) or "no rate changes"
 
 
 def name_rates(rates: Rates) -> dict[str, float]:
-    """Rates by the names under which they are set: lr, lr_bias, lr.conv1, ..."""
+    """Return rates by the names that set them: lr, lr_bias, lr.conv1, ..."""
     found = {"lr": rates.weights, "lr_bias": rates.biases}
     for layer, (weights, biases) in rates.layers.items():
         found |= {f"lr.{layer}": weights, f"lr_bias.{layer}": biases}
     return found
 
 
-def format_row(
-    event: RateChange, before: Rates, after: Rates, recipe: RateSettings
+def build_row(
+    change: RateChange, before: Rates, after: Rates, settings: RateSettings
 ) -> dict[str, Any]:
-    """An event as a row of RUN/rates.jsonl: `step` is the last one before it."""
-    position = event.after * recipe.config.batch_size
+    """Build the row of RUN/rates.jsonl for a change; `step` is the last one before it."""
+    position = change.after * settings.config.batch_size
     return {
         "position": position,
-        "epoch": round(position / recipe.samples, 4),
-        "step": event.after,
-        "why": event.why,
-        "what": describe_change(event, before, after),
-        "set": dict(event.settings),
+        "epoch": round(position / settings.samples, 4),
+        "step": change.after,
+        "why": change.why,
+        "what": describe_change(change, before, after),
+        "set": dict(change.settings),
         "lr": after.weights,
         "lr_bias": after.biases,
         "layers": {layer: list(pair) for layer, pair in after.layers.items()},
     }
 
 
-def parse_row(line: bytes) -> RateChange | None:
-    """Read a row back; None if it is none."""
+def read_changes(path: Path, step: int) -> list[RateChange]:
+    """Read the changes of RUN/rates.jsonl up to `step`; none if there is no such file."""
+    found = []
+    for row in read_rows(path):
+        try:
+            settings = {str(name): float(value) for name, value in row["set"].items()}
+            change = RateChange(int(row["step"]), str(row["why"]), settings)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if change.why in REASONS and change.after <= step:
+            found.append(change)
+    return found
+
+
+def read_errors(path: Path, step: int) -> list[tuple[int, float]]:
+    """Read (step, top-1 error) from RUN/validation.jsonl, up to `step`."""
+    found = []
+    for row in read_rows(path):
+        try:
+            found.append((int(row["step"]), float(row[ERROR])))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [pair for pair in found if pair[0] <= step]
+
+
+def find_missing(changes: Iterable[RateChange], rows: Iterable[RateChange]) -> list[RateChange]:
+    """Return the changes that have no row, each row standing for one change."""
+    left = [row.key for row in rows]
+    found = []
+    for change in changes:
+        if change.key in left:
+            left.remove(change.key)
+        else:
+            found.append(change)
+    return found
+
+
+def take_rates_file(run: Path, step: int, settings: RateSettings, tell: Tell) -> RateChange | None:
+    """Read RUN/rates.toml, if it exists, and rename it; never raises.
+
+    An invalid file becomes rates-bad-STEP.toml, with a warning.
+    """
+    path = run / FILE
     try:
-        row = json.loads(line)
-        settings = {str(name): float(value) for name, value in row["set"].items()}
-        event = RateChange(int(row["step"]), str(row["why"]), settings)
-        return event if line.endswith(b"\n") and event.why in REASONS else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        raw = _read_settled(path)
+        if raw is None:
+            return None
+        try:
+            rates = parse_rates(raw, settings)
+        except ValueError as error:
+            aside = _rename(path, f"rates-bad-{step}")
+            tell(Warned(f"{path} is ignored: {error} (it is now {aside.name})"))
+            return None
+        _rename(path, f"rates-applied-{step}")
+    except OSError as error:
+        tell(Warned(f"{path} cannot be used ({error.strerror}); the rates stay as they are"))
         return None
+    return RateChange(step, BY_HAND, rates)
 
 
-FILE = "rates.toml"
-APPLIED = re.compile(r"rates-applied-(\d+)(?:-(\d+))?\.toml")
-SETTLED = 0.2
-"""Seconds for which a file must not change before it is read: it may be half written."""
+def read_applied(run: Path, settings: RateSettings, tell: Tell) -> list[RateChange]:
+    """Read the files that were applied before, in order; warns of one that cannot be read."""
+    found = []
+    for path in run.glob("rates-applied-*.toml"):
+        if match := APPLIED.fullmatch(path.name):
+            found.append((int(match[1]), int(match[2] or 1), path))
+    changes = []
+    for step, _, path in sorted(found):
+        try:
+            changes.append(RateChange(step, BY_HAND, parse_rates(path.read_bytes(), settings)))
+        except (OSError, ValueError) as error:
+            tell(Warned(f"{path} is ignored: {error}"))
+    return changes
 
 
-def parse_rates(text: str, recipe: RateSettings) -> dict[str, float]:
-    """Read the settings of a file.
+def parse_rates(raw: bytes, settings: RateSettings) -> dict[str, float]:
+    """Parse the text of a rates file.
 
     Raises:
         ValueError: one line that says what is wrong and what would do.
     """
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not text; write lines such as lr = 0.001") from error
     # In TOML nothing can be a value and a table: `lr.conv1` must be a name of its own.
     quoted = re.sub(r"(?m)^(\s*)((?:lr|lr_bias)\.\w+)(\s*=)", r'\1"\2"\3', text)
     try:
         table = tomllib.loads(quoted)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"it is not TOML ({error}); write lines such as lr = 0.001") from error
-    known = [*list_rate_names(recipe.layers), DROP]
-    settings: dict[str, float] = {}
-    for name, value in _flat(table).items():
+    known = [*list_rate_names(settings.layers), DROP]
+    rates: dict[str, float] = {}
+    for name, value in _flatten(table).items():
         if name not in known:
             raise ValueError(f"no rate is called {name!r}; {suggest_name(name, known)}")
-        settings |= _setting(name, value, recipe)
-    if not settings:
+        rates |= _parse_rate(name, value, settings)
+    if not rates:
         raise ValueError("it sets nothing; write lines such as lr = 0.001")
-    return settings
+    return rates
 
 
-def _flat(table: dict[str, Any]) -> dict[str, Any]:
-    """Names with dots, also of what was written as tables (`[lr]`, `conv1 = 0`)."""
+def _flatten(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table by dotted names, also for entries of nested tables (`[lr]`, `conv1 = 0`)."""
     found: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, dict):
@@ -248,59 +449,29 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _setting(name: str, value: object, recipe: RateSettings) -> dict[str, float]:
+def _parse_rate(name: str, value: object, settings: RateSettings) -> dict[str, float]:
     if name == DROP:
         if not isinstance(value, bool):
             raise ValueError(f"drop is {value!r}; it takes true")
-        return recipe.drop() if value else {}
+        return settings.drop() if value else {}
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
         raise ValueError(f"{name} is {value!r}; it takes a number from 0 up")
     return {name: float(value)}  # type: ignore[arg-type]
 
 
-def take_rates_file(run: Path, step: int, recipe: RateSettings, tell: Tell) -> RateChange | None:
-    """Take RUN/rates.toml, if there is one, and put it aside; never raises.
-
-    A file that cannot be used is put aside as rates-bad-STEP.toml, with a warning.
-    """
-    path = run / FILE
-    try:
-        raw = _settled(path)
-        if raw is None:
-            return None
-        try:
-            settings = parse_rates(_text(raw), recipe)
-        except ValueError as error:
-            aside = _move(path, f"rates-bad-{step}")
-            tell(Warned(f"{path} is passed over: {error} (it is now {aside.name})"))
-            return None
-        _move(path, f"rates-applied-{step}")
-    except OSError as error:
-        tell(Warned(f"{path} cannot be used ({error.strerror}); the rates stay as they are"))
-        return None
-    return RateChange(step, BY_HAND, settings)
-
-
-def _text(raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError("it is not text; write lines such as lr = 0.001") from error
-
-
-def _settled(path: Path) -> bytes | None:
-    """What is in a file that nobody is writing any more; None if there is none yet."""
+def _read_settled(path: Path) -> bytes | None:
+    """Read a file that nobody is writing any more; None if there is none yet."""
     if not path.exists():
         return None
     raw = path.read_bytes()
     time.sleep(SETTLED)
     if not raw.strip() or path.read_bytes() != raw:
-        return None  # still being written: next time
+        return None  # still being written: the next review reads it
     return raw
 
 
-def _move(path: Path, name: str) -> Path:
+def _rename(path: Path, name: str) -> Path:
     """Rename a file to NAME.toml, or to NAME-2.toml and so on if that is taken."""
     aside = path.with_name(f"{name}.toml")
     number = 1
@@ -310,208 +481,3 @@ def _move(path: Path, name: str) -> Path:
     path.rename(aside)
     sync_folder(path.parent)
     return aside
-
-
-def read_applied(run: Path, recipe: RateSettings, tell: Tell) -> list[RateChange]:
-    """What was taken before, in order; a file that cannot be read any more is named and left."""
-    found = []
-    for path in run.glob("rates-applied-*.toml"):
-        if match := APPLIED.fullmatch(path.name):
-            found.append((int(match[1]), int(match[2] or 1), path))
-    events = []
-    for step, _, path in sorted(found):
-        try:
-            events.append(
-                RateChange(step, BY_HAND, parse_rates(path.read_text(encoding="utf-8"), recipe))
-            )
-        except (OSError, ValueError) as error:
-            tell(Warned(f"{path} is passed over: {error}"))
-    return events
-
-
-ERROR = "top1_error"
-"""The validation error that `plateau` looks at."""
-
-
-class RateControl:
-    """The learning rates of a run, the same to the last bit in all of its processes.
-
-    The leader of the job decides, writes and tells; the others get its events. All processes build
-    it and call `review` at the same time. A run that goes on from a checkpoint has at every step
-    the rates it would have had undisturbed: the rows up to the checkpoint are read back, validation
-    errors are read from RUN/validation.jsonl, and what was set by hand after it is set again.
-
-        rates = RateControl(recipe, run, mesh, tell, mark.step)
-        for step in range(mark.step + 1, total + 1):
-            optimiser.step(rates.at(step))
-            if validation or checkpoint due:     # before the checkpoint is saved
-                rates.review(step, error or None)
-    """
-
-    def __init__(
-        self, recipe: RateSettings, run: Path, mesh: ProcessMesh, tell: Tell, step: int
-    ) -> None:
-        """Find the events of the run, and write those that have come by now.
-
-        Args:
-            recipe: the settings.
-            run: folder of the run.
-            mesh: the process mesh.
-            tell: the watcher.
-            step: step the run goes on from; 0 for a new one.
-        """
-        self._recipe, self._run, self._mesh, self._tell = recipe, run, mesh, tell
-        self._history: list[tuple[int, float]] = []
-        self._events: list[RateChange] = []
-        self._in_force: dict[int, Rates] = {}
-        if mesh.is_leader:
-            self._begin(step)
-        self._events = mesh.broadcast(self._events)
-        self._written = sum(event.after <= step for event in self._events)
-
-    def at(self, step: int) -> Rates:
-        """Rates of a step, from 1; a pure function of the events known."""
-        count = bisect.bisect_left(self._events, step, key=lambda event: event.after)
-        if count not in self._in_force:
-            self._in_force[count] = self._recipe.rates(self._events[:count])
-        return self._in_force[count]
-
-    def review(self, step: int, validation_error: float | None = None) -> None:
-        """Look after a step whether the rates change; all processes call it, once for a step.
-
-        Call it after a validation and before a checkpoint: what it decides is then on the disk
-        before there is a checkpoint to go on from.
-
-        Args:
-            step: the step just made.
-            validation_error: if it was followed by a validation, its top-1 error, 0 to 1.
-        """
-        found = self._look(step, validation_error) if self._mesh.is_leader else []
-        self._add(self._mesh.broadcast(found))
-        self.note(step)
-
-    def note(self, step: int) -> None:
-        """Write and tell what changes after steps up to `step`; the leader alone does anything.
-
-        `review` does it, too. Between reviews it makes the news of a schedule's step timely.
-        """
-        while self._written < len(self._events) and self._events[self._written].after <= step:
-            if self._mesh.is_leader:
-                self._write(self._run / RATES, [self._row(self._written)])
-                self._say(self._written)
-            self._written += 1
-
-    def _add(self, events: Iterable[RateChange]) -> None:
-        self._events = sorted([*self._events, *events], key=lambda event: event.sort_key)
-        self._in_force.clear()
-
-    def _look(self, step: int, error: float | None) -> list[RateChange]:
-        found = []
-        if error is not None:
-            self._history.append((step, error))
-            found += self._stalled(step)
-        if event := take_rates_file(self._run, step, self._recipe, self._tell):
-            found.append(event)
-        return found
-
-    def _stalled(self, step: int) -> list[RateChange]:
-        """The division that `plateau` makes after the validation of this step, if it does."""
-        recipe = self._recipe.config
-        past = [event for event in self._events if event.after <= step]
-        made = sum(event.why == PLATEAU for event in past)
-        if recipe.schedule != "plateau" or made >= recipe.plateau_drops:
-            return []
-        drops = find_plateau_drops(
-            self._history,
-            recipe.patience,
-            recipe.plateau_drops,
-            recipe.plateau_threshold,
-            [event.after for event in past if event.why == BY_HAND],
-        )
-        return [RateChange(step, PLATEAU, self._recipe.drop())] if step in drops else []
-
-    def _begin(self, step: int) -> None:
-        """Find all events known when the run goes on from `step`, and cut RUN/rates.jsonl there."""
-        self._history = read_errors(self._run / VALIDATION, step)
-        rows = read_changes(self._run / RATES, step)
-        by_hand = read_applied(self._run, self._recipe, self._tell)
-        # What rows say has happened. But a crash may have come between an event and its row.
-        self._add([*rows, *find_missing(self._recipe.scheduled() + by_hand, rows)])
-        if not any(event.after == step and event.why == PLATEAU for event in rows):
-            self._add(self._stalled(step))
-        if event := take_rates_file(self._run, step, self._recipe, self._tell):
-            self._add([event])
-        past = [event for event in self._events if event.after <= step]
-        if past or (self._run / RATES).exists():
-            self._write(self._run / RATES, [self._row(index) for index in range(len(past))], True)
-        for index in range(len(past)):
-            if find_missing([past[index]], rows):
-                self._say(index)
-        for after in sorted({event.after for event in by_hand if event.after > step}):
-            self._tell(
-                Warned(
-                    f"what was set by hand after step {after} will be set there again; if it "
-                    f"should not, delete {self._run}/rates-applied-{after}.toml and restart"
-                )
-            )
-
-    def _sides(self, index: int) -> tuple[Rates, Rates]:
-        """Rates before and after an event."""
-        return self._recipe.rates(self._events[:index]), self._recipe.rates(
-            self._events[: index + 1]
-        )
-
-    def _row(self, index: int) -> dict[str, Any]:
-        return format_row(self._events[index], *self._sides(index), self._recipe)
-
-    def _say(self, index: int) -> None:
-        event = self._events[index]
-        text = f"{describe_change(event, *self._sides(index))} ({event.why})"
-        self._tell(Rated(event.after, text))
-
-    @staticmethod
-    def _write(path: Path, rows: list[dict[str, Any]], anew: bool = False) -> None:
-        """Add rows to a file, or put them in its place; they are on the disk then."""
-        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        if anew or not path.exists():
-            with atomic_write(path) as file:
-                file.write(text)
-            return
-        with path.open("ab") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def find_missing(events: Iterable[RateChange], rows: Iterable[RateChange]) -> list[RateChange]:
-    """Return the events that have no row, each row standing for one event."""
-    left = [row.key for row in rows]
-    found = []
-    for event in events:
-        if event.key in left:
-            left.remove(event.key)
-        else:
-            found.append(event)
-    return found
-
-
-def read_changes(path: Path, step: int) -> list[RateChange]:
-    """Read RUN/rates.jsonl up to `step`; none if there is no such file."""
-    events = [parse_row(line) for line in _lines(path)]
-    return [event for event in events if event is not None and event.after <= step]
-
-
-def read_errors(path: Path, step: int) -> list[tuple[int, float]]:
-    """Read (step, top-1 error) from RUN/validation.jsonl, up to `step`."""
-    found = []
-    for line in _lines(path):
-        try:
-            row = json.loads(line)
-            found.append((int(row["step"]), float(row[ERROR])))
-        except (ValueError, KeyError, TypeError):
-            continue  # half written
-    return [pair for pair in found if pair[0] <= step]
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines(keepends=True) if path.exists() else []

@@ -1,4 +1,4 @@
-"""The training loop. Read this first; it needs no Ray, and one process is enough to run it."""
+"""The training loop. Start reading here: it needs no Ray, and one process can run it."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from model.optimizer import compute_layer_statistics
 
 def train(
     config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell, *,
-    ending: Callable[[], bool] = lambda: False, publish: Sequence[Publish] = (),
+    is_stopping: Callable[[], bool] = lambda: False, publish: Sequence[Publish] = (),
 ) -> None:  # fmt: skip
-    """Train to the end of the run, from its newest checkpoint if there is one.
+    """Train to the end of the run, resuming from its newest checkpoint if there is one.
 
-    Every process of the job calls this at the same time. The state of a run is the weights, the
-    velocities, and two integers: the step and the position in the stream of samples.
+    All processes of the job call this together. The state of a run is the weights, the velocities,
+    and two integers: the step and the position in the stream of samples.
 
     Args:
         config: the settings.
         data: folder or address of the sealed data set.
-        run: folder for checkpoints and rows, the same on every node.
-        mesh: of this process.
-        tell: gets events, mostly from the leader of the job.
-        ending: whether to save and return after this step; one process that wants it is enough.
-        publish: get the numbers of this process about once a second.
+        run: run folder for checkpoints and rows, the same on every node.
+        mesh: mesh of this process.
+        tell: receives events, mostly from the leader of the job.
+        is_stopping: returns whether to save and return after this step; one process suffices.
+        publish: receive the metrics of this process about once a second.
 
     Raises:
-        NotFinite: the loss is no number any more; all processes raise it.
+        NotFinite: the loss is NaN or infinite; all processes raise it.
         DataError, SetupError: from the stream, or the last checkpoint cannot be written.
     """
     keep_memory()
@@ -51,24 +51,23 @@ def train(
     with prepare_training(config, data, run, mesh, tell, publish) as training:
         if mesh.is_leader:
             tell(Started(training.mark.step, training.total, describe_workers(config, mesh)))
-        mark = make_steps(training, ending)
+        mark = make_steps(training, is_stopping)
     if mesh.is_leader:
         tell(Finished(mark.step) if mark.step >= training.total else Ended(mark.step))
 
 
-def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
-    """Make the steps that are left, or those until somebody wants the run to end.
+def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
+    """Train until the last step or until a stop is requested.
 
     Returns:
-        the last step made; it is saved.
+        the last step made; it has a checkpoint.
     """
     config, mesh, mark, total = t.config, t.mesh, t.mark, t.total
     for step in range(mark.step + 1, total + 1):
         with t.log.waiting(t.feed.waits):
             batch = next(t.feed)
-        asked = mesh.reduce_max(
-            ending(), t.checkpoints.is_busy
-        )  # the answers come while we compute
+        # The all-reduce runs while we compute.
+        flags = mesh.reduce_max(is_stopping(), t.checkpoints.is_busy)
         t.rates.note(step - 1)
         with t.log.computing():
             t.optimiser.zero_grad()
@@ -86,8 +85,8 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
         error = None
         if is_due(step, config.validate_every, total):
             error = t.log.validation(mark, lambda: validate(t))
-        ends, busy = asked()
-        saves = ends or is_due(step, config.checkpoint_every, total)
+        stops, busy = flags()
+        saves = stops or is_due(step, config.checkpoint_every, total)
         if saves or error is not None:
             t.rates.review(step, error)
         if t.checkpoints.is_pending and not busy:
@@ -95,7 +94,7 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
         if saves:
             with t.log.saving():
                 t.checkpoints.begin(mark, t.net, t.optimiser, error)
-        if ends:
+        if stops:
             break
     with t.log.saving():
         t.checkpoints.finish(must=True)
@@ -103,11 +102,11 @@ def make_steps(t: Training, ending: Callable[[], bool]) -> Mark:
 
 
 def accumulate_gradients(t: Training, step: int, batch: ReplicaBatch) -> Tensor:
-    """Leave the gradient of the batch's mean loss in the network, part by part.
+    """Compute the gradient of the batch's mean loss, one micro-batch after the other.
 
     Returns:
-        float [3]: mean loss and top-1 error of this replica's share of the batch, and how many of
-        its images stand for damaged ones.
+        float [3]: mean loss and top-1 error of this replica's share of the batch, and the number of
+        its images that replace damaged ones.
     """
     config, mesh = t.config, t.mesh
     own, most = len(batch.labels), config.microbatch_size(mesh.replicas)
@@ -118,9 +117,9 @@ def accumulate_gradients(t: Training, step: int, batch: ReplicaBatch) -> Tensor:
         t.net.set_position(first + row)
         share = len(part.labels) / own
         loss, wrong = compute_loss(t.net, part, config, mesh)
-        with t.average.held(row + most < own):
+        with t.average.hold(row + most < own):
             (loss * share).backward()
-        t.log.flush()  # the row of the step before
+        t.log.flush()  # writes the row of the step before
         check_finite(loss, t.net, part.images, dtype, mesh, step, t.run)
         values += torch.stack((loss.detach(), wrong)) * share
     return torch.cat((values, batch.replaced.sum()[None]))
@@ -129,7 +128,7 @@ def accumulate_gradients(t: Training, step: int, batch: ReplicaBatch) -> Tensor:
 def compute_loss(
     net: AlexNet, batch: ReplicaBatch, config: Config, mesh: ProcessMesh
 ) -> tuple[Tensor, Tensor]:
-    """Return mean loss (with its gradient) and top-1 error of a batch."""
+    """Return mean loss (attached to its graph) and top-1 error of a batch, both scalars."""
     logits = compute_logits(net, batch, config, mesh)
     wrong, _ = count_errors(logits.detach(), batch.labels, batch.weights)
     return F.cross_entropy(logits, batch.labels), wrong / len(batch.labels)
@@ -137,7 +136,7 @@ def compute_loss(
 
 @torch.no_grad()
 def validate(t: Training) -> dict[str, float]:
-    """Return loss and errors of the centre view of every sound validation image, once each."""
+    """Return mean loss and errors over all sound validation images, centre view, once each."""
     start, mesh = time.perf_counter(), t.mesh
     sums = torch.zeros(4, device=mesh.device, dtype=torch.float64)
     t.net.eval()
@@ -162,12 +161,12 @@ def validate(t: Training) -> dict[str, float]:
 
 
 def compute_logits(net: AlexNet, batch: ReplicaBatch, config: Config, mesh: ProcessMesh) -> Tensor:
-    """Return the logits, float32 [b, classes]."""
+    """Compute the logits, float32 [b, classes]."""
     with autocast(compute_dtype(config.dtype, mesh.device), mesh.device):
         logits: Tensor = net(batch.images.float())
     return logits.float()
 
 
 def is_due(step: int, every: int, total: int) -> bool:
-    """Whether something done `every` steps (0: never) and at the end is due after `step`."""
+    """Return whether `step` is a multiple of `every` (0: never) or the last step."""
     return every > 0 and (step % every == 0 or step == total)

@@ -1,4 +1,4 @@
-"""What the processor does best: the type to compute in, and memory that is not given back."""
+"""Compute dtype by hardware, autocast, and malloc settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
 
 def compute_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
-    """Return what layers compute in; weights, velocities and the loss are float32 in any case.
+    """Return the dtype that layers compute in; weights, velocities and loss are always float32.
 
     `auto` is bfloat16 where the hardware multiplies it: GPUs since 2020 and CPUs with AMX
     (1.5 to 1.9 times as fast a step as float32 on the latter). Other CPUs only emulate it.
@@ -31,17 +31,17 @@ def compute_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Return the context to run the network in; with float32 it does nothing."""
+    """Return the autocast context for the network; for float32 it is disabled."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @lru_cache(maxsize=1)
 def keep_memory() -> None:
-    """Have malloc keep what is freed; call it before the first large tensor.
+    """Have malloc keep freed memory; call it before the first large tensor.
 
     The activations of a step are tens of megabytes each. By default glibc hands such blocks back
-    to the kernel at once and asks for them anew in the next layer, page by page: a quarter of the
-    CPU time of an evaluation, measured. Without glibc this does nothing.
+    to the kernel at once and maps new pages in the next layer, page by page: a quarter of the CPU
+    time of an evaluation, measured. Without glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

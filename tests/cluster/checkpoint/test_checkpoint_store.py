@@ -255,8 +255,8 @@ def test_a_run_goes_on_on_another_machine_with_nothing_but_the_store(run, tiny_d
     alone(CONFIG, tiny_data, whole)
     config = replace(CONFIG, store=run.store)
     first.mkdir()
-    asked = iter([False] * 3 + [True] * 9)
-    train(config, str(tiny_data), first, ProcessMesh(), run.told.append, ending=lambda: next(asked))
+    tell, stops = run.told.append, iter([False] * 3 + [True] * 9)
+    train(config, str(tiny_data), first, ProcessMesh(), tell, is_stopping=lambda: next(stops))
     assert find_last_step(first, run.store) == 4
 
     second.mkdir()

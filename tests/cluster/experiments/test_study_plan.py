@@ -113,7 +113,5 @@ def test_every_study_can_be_run_and_its_variants_differ(path):
             )  # fmt: skip
             assert not same_start or find_conflicts(config, one, 1000)
     assert load_settings(study.base)
-    assert (
-        f"python -m cluster.experiments.study {path.relative_to(REPOSITORY)} --data"
-        in path.read_text()
-    )
+    name = path.relative_to(REPOSITORY / "cluster/configs/studies").with_suffix("")
+    assert f"python -m cluster.experiments.study {name} --data" in path.read_text()

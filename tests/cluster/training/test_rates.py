@@ -73,8 +73,8 @@ def test_manual_rates_are_scaled_with_the_batch_and_colour_is_not() -> None:
     made = recipe(
         schedule="manual", changes=("1 lr 0.1", "1 colour 0.1"), rate_scaling="sqrt", batch_size=512
     )
-    assert made.rates([]) == Rates(0.02, 0.04)
-    (event,) = made.scheduled()
+    assert made.compute([]) == Rates(0.02, 0.04)
+    (event,) = made.list_scheduled()
     assert event.settings == {"lr": 0.2, "colour": 0.1}
 
 
@@ -190,7 +190,7 @@ class Told(ProcessMesh):
     def is_leader(self) -> bool:
         return self.leader
 
-    def share(self, value):
+    def broadcast(self, value):
         if self.leader:
             self.box.append(pickle.dumps(value))
             return value
@@ -233,4 +233,4 @@ def test_a_recipe_knows_the_layers_of_its_network() -> None:
     config = Config(lr=0.5, layer_rates=("fc8=2",), design=Design(without="conv4"), batch_size=64)
     made = RateSettings(config=config, samples=1000, total=50)
     assert made.layers == ("conv1", "conv2", "conv3", "conv5", "fc6", "fc7", "fc8")
-    assert made.rates([]) == Rates(0.5, 1.0, {"fc8": (1.0, 2.0)})
+    assert made.compute([]) == Rates(0.5, 1.0, {"fc8": (1.0, 2.0)})

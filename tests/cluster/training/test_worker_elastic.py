@@ -86,10 +86,10 @@ def test_a_run_that_is_asked_to_end_saves_first_and_goes_on_as_if_it_had_not(tin
     alone(CONFIG, tiny_data, whole)
     run.mkdir()
     told: list = []
-    train(CONFIG, str(tiny_data), run, ProcessMesh(), told.append, ending=Asked(1))
+    train(CONFIG, str(tiny_data), run, ProcessMesh(), told.append, is_stopping=Asked(1))
     assert told[-2:] == [Saved(2, told[-2].seconds), Ended(2)]
     assert [row["step"] for row in rows(run)] == [1, 2]
-    train(CONFIG, str(tiny_data), run, ProcessMesh(), told.append, ending=Asked(100))
+    train(CONFIG, str(tiny_data), run, ProcessMesh(), told.append, is_stopping=Asked(100))
     assert told[-1] == Finished(STEPS)
     assert learned(run) == learned(whole)
     before, after = weights(whole), weights(run)
