@@ -1,12 +1,11 @@
-"""After training: errors of a trained network on every image of a split, once each.
+"""Error rates of a trained network on a split, every image once.
 
     python -m cluster.evaluate RUN --data DATA [--views 1|10] [--save-probabilities] [--json]
 
 One process with both columns, on the newest complete checkpoint. Views as in the paper (section
 4.1): the centre crop, or the mean over four corners, centre and their mirror images. Writes
-RUN/evaluation-1.json or RUN/evaluation-10.json, and for
-`cluster.experiments.ensemble`, which averages several
-networks, RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
+RUN/evaluation-1.json or RUN/evaluation-10.json and, for `cluster.experiments.ensemble`,
+RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 
 MOST_CONFUSED = 50
-"""Classes up to which the confusion matrix is written."""
+"""Most classes for which the confusion matrix is written."""
 BATCH = 64
 
 
@@ -163,7 +162,7 @@ def _saving(
 
 @dataclass
 class ErrorCounts:
-    """Sums over the images seen."""
+    """Sums of losses and errors over the images seen."""
 
     classes: int
 
@@ -173,7 +172,7 @@ class ErrorCounts:
         self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64)
 
     def add(self, probabilities: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
-        """Count a batch: float [b, classes], int64 [b], float [b] (0 for rows that only pad)."""
+        """Add a batch: float [b, classes], int64 [b], float [b] (0 for padding)."""
         self.sums += sum_metrics(probabilities, labels, weights).cpu()
         real = weights > 0
         cells = labels[real] * self.classes + probabilities[real].argmax(1)

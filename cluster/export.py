@@ -1,16 +1,16 @@
-"""A trained network as one plain file: both columns merged, for a PyTorch without Duet.
+"""Exports a trained network as one safetensors file, both columns merged, for plain PyTorch.
 
     python -m cluster.export RUN [--out FILE] [--best] [--checkpoint STEP] [--data DATA] [--json]
 
-Writes a safetensors file with the tensors that `torch.nn` layers of the whole network take:
-`conv1.weight` ... `fc8.bias` (convolutions 2, 4 and 5 have groups=2), and `mean`, what is
-subtracted from an image: [3, 1, 1], or [3, 224, 224] where the network was trained so. The paper
-halves the outputs of fc6 and fc7 at test time (section 4.2); here the weights of fc7 and fc8 are
-halved instead, which is exact: the network runs without, or with PyTorch's own dropout. What batch
-normalisation does in a test is a factor and a shift for each map: `conv1.scale`, `conv1.shift`.
+The file has the tensors of the `torch.nn` layers of the whole network, `conv1.weight` ...
+`fc8.bias` (convolutions 2, 4 and 5 have groups=2), and `mean`, to be subtracted from an image:
+[3, 1, 1], or [3, 224, 224] where the network was trained so. The paper halves the outputs of fc6
+and fc7 at test time (section 4.2); here the weights of fc7 and fc8 are halved instead, which is
+exact: the network runs without dropout, or with PyTorch's. Batch normalisation in a test is a
+factor and a shift for each map: `conv1.scale`, `conv1.shift`.
 
-The header says what precedes the first layer and follows each, so that docs/classify.py runs any
-design, ablations too.
+The header lists the operations before the first layer and after each, so that docs/classify.py runs
+any design, ablations too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import atomic_write
 
 EDGE = 16
-"""Pixels that the centre of 224 has beside it in an image of 256."""
+"""Pixels on each side of the centre of 224 in an image of 256."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
-    """Return the parameters of the whole network, as `torch.nn` layers take them, float32."""
+    """Return the float32 parameters of the whole network, as `torch.nn` layers take them."""
     classes = len(found.classes)
     design = config.design
     net = AlexNet(columns=tuple(range(design.columns)), classes=classes, design=design)
@@ -124,10 +124,10 @@ def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
 
 
 def read_mean(run: Path, config: Config, found: Checkpoint, data: str, trained_on: str) -> Tensor:
-    """Return what is subtracted from an image: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
+    """Return the mean to subtract: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
 
     Raises:
-        UsageError: it is in the data set, and that is not named, or another.
+        UsageError: the mean is in the data set, and `data` is empty or names another.
         DataError: the data set's statistics are damaged.
     """
     table = read_table(open_storage(run, config.store), found.name)
@@ -148,7 +148,7 @@ def read_mean(run: Path, config: Config, found: Checkpoint, data: str, trained_o
 
 
 def describe_checkpoint(run: Path, config: Config, found: Checkpoint) -> dict[str, str]:
-    """Return the header of the file: JSON, but for the first two."""
+    """Return the header of the file; all values are JSON except the first two."""
     table = read_table(open_storage(run, config.store), found.name)
     return {
         "format": "pt",
@@ -168,7 +168,7 @@ def describe_checkpoint(run: Path, config: Config, found: Checkpoint) -> dict[st
 
 
 def list_layers(design: Design) -> list[list[object]]:
-    """Return [name, how, then] of each layer in order: what is needed besides the weights.
+    """Return [name, how, then] of each layer in order: how to compute it from its weights.
 
     `how` are arguments of `torch.nn.functional.conv2d`, none for a fully connected layer. `then`
     are the operations that follow, each with its arguments: ["relu"], ["tanh"], ["norm", columns],
@@ -192,7 +192,7 @@ def list_layers(design: Design) -> list[list[object]]:
 
 
 def list_image_steps(design: Design) -> list[object]:
-    """Return what the image goes through: ["edge", zeros right and below], ["shrink", side]."""
+    """Return the operation on the image: ["edge", zeros right and below], or ["shrink", side]."""
     layer = design.layers()[0]
     return ["shrink", layer.shrink] if layer.shrink > 1 else ["edge", layer.edge]
 

@@ -1,4 +1,4 @@
-"""Where this process stands in the job, and the few things the processes say to each other."""
+"""Rank, column and replica of this process, and its process groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessMesh:
-    """One process of the job. `ProcessMesh()` is a job of one process with both columns."""
+    """Position of this process in the job; `ProcessMesh()`: a single process, both columns."""
 
     columns: tuple[int, ...] = (0, 1)
     """Columns this process holds: (0, 1), (0,) or (1,)."""
@@ -27,13 +27,13 @@ class ProcessMesh:
     cores: int = 1
     """CPU cores this process should keep busy."""
     pair: dist.ProcessGroup | None = None
-    """The two columns of this replica; None when both are here."""
+    """Group of the two columns of this replica; None when this process holds both."""
     image_group: dist.ProcessGroup | None = None
-    """The same two once more: the next batch crosses here while the pair computes."""
+    """Second group of the same two: exchanges the next batch while the pair computes."""
     peers: dist.ProcessGroup | None = None
-    """The same column(s) of every replica; None when there is one replica."""
+    """Group of the same column(s) of all replicas; None when there is one replica."""
     order: tuple[int, ...] = (0,)
-    """Ranks of torch.distributed in the order of the job: the first is the leader's."""
+    """Ranks of torch.distributed in job order: the first is the leader's."""
 
     @property
     def size(self) -> int:
@@ -42,7 +42,7 @@ class ProcessMesh:
 
     @property
     def rank(self) -> int:
-        """Rank in the job: which slice of the global batch this process decodes."""
+        """Rank in the job; selects the slice of the global batch that this process decodes."""
         return self.replica * self.size + (self.columns[0] if self.pair else 0)
 
     @property
@@ -52,11 +52,11 @@ class ProcessMesh:
 
     @property
     def is_leader(self) -> bool:
-        """The one process that writes what is written once."""
+        """Whether this process writes the files of the run; true for one of the job."""
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
-        """Return the leader's value on every process."""
+        """Return the leader's value on every process; all of them call this together."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -64,7 +64,7 @@ class ProcessMesh:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, in job order."""
+        """Return every process's value, in job order; all of them call this together."""
         if self.world_size == 1:
             return [value]
         found: list[T | None] = [None] * self.world_size
@@ -72,10 +72,10 @@ class ProcessMesh:
         return [found[rank] for rank in self.order]  # type: ignore[misc]
 
     def reduce_max(self, *values: int) -> Callable[[], list[int]]:
-        """Begin to find the largest of each value over all processes; all of them call it alike.
+        """Start to compute the maximum of each value over all processes, which call this together.
 
         Returns:
-            waits for the answer, the same on all processes.
+            function that waits for the maxima.
         """
         if self.world_size == 1:
             return lambda: list(values)
@@ -89,7 +89,7 @@ class ProcessMesh:
         return answer
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over the replicas, in place; the two columns of a replica hold the same values."""
+        """Average over the replicas, in place; both columns of a replica hold the same values."""
         if self.peers:
             dist.all_reduce(values, group=self.peers)
             values /= self.replicas
@@ -101,41 +101,41 @@ class ProcessMesh:
 
 
 def create_mesh(
-    seats: Sequence[Sequence[int]],
+    replicas: Sequence[Sequence[int]],
     device: torch.device,
     cores: int,
-    patience: timedelta | None = None,
+    timeout: timedelta | None = None,
 ) -> ProcessMesh:
-    """Build this process's `ProcessMesh` in an initialised torch.distributed job; all call it.
+    """Create this process's mesh in an initialised torch.distributed job; all processes call it.
 
     Args:
-        seats: for each replica its ranks in column order (`topology.seats`).
-        device: of this process.
+        replicas: for each replica its ranks in column order (`placement.group_ranks`).
+        device: device of this process.
         cores: CPU cores of this process.
-        patience: for which the others may keep this process waiting; None: as torch has it.
+        timeout: time that a collective may take; None: torch's default.
     """
-    me, size = dist.get_rank(), len(seats[0])
-    replica = next(index for index, ranks in enumerate(seats) if me in ranks)
+    me, size = dist.get_rank(), len(replicas[0])
+    replica = next(index for index, ranks in enumerate(replicas) if me in ranks)
     pair = image_group = peers = None
-    # Every rank has to create every group, in the same order, also those it is not in.
+    # Every rank must create every group, in the same order, also those it is not a member of.
     if size == 2:
-        for ranks in seats:
-            groups = [dist.new_group(list(ranks), timeout=patience) for _ in range(2)]
+        for ranks in replicas:
+            groups = [dist.new_group(list(ranks), timeout=timeout) for _ in range(2)]
             if me in ranks:
                 pair, image_group = groups
-    if len(seats) > 1:
+    if len(replicas) > 1:
         for column in range(size):
-            ranks = [replica_ranks[column] for replica_ranks in seats]
-            group = dist.new_group(ranks, timeout=patience)
+            ranks = [replica_ranks[column] for replica_ranks in replicas]
+            group = dist.new_group(ranks, timeout=timeout)
             peers = group if me in ranks else peers
     return ProcessMesh(
-        columns=(seats[replica].index(me),) if size == 2 else (0, 1),
+        columns=(replicas[replica].index(me),) if size == 2 else (0, 1),
         replica=replica,
-        replicas=len(seats),
+        replicas=len(replicas),
         device=device,
         cores=cores,
         pair=pair,
         image_group=image_group,
         peers=peers,
-        order=tuple(rank for ranks in seats for rank in ranks),
+        order=tuple(rank for ranks in replicas for rank in ranks),
     )

@@ -1,8 +1,8 @@
-"""How a run stands, on one screen, from its files: also from another machine that sees RUN.
+"""Shows the state of a run on one screen, from its files, also on another machine.
 
 python -m cluster.status RUN [--watch] [--json]
 
-RUN may be the address of a run's --store: then it is what was there at its last save.
+RUN may be the address of a run's --store, which has the state of its last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from pipeline.remote.dataset import is_remote
 from pipeline.tools.errors import UsageError, run
 
 EVERY = 2.0
-"""Seconds between looks with --watch."""
+"""Seconds between refreshes with --watch."""
 COLOURS = {"running": "green", "finished": "green", "stalled": "yellow", "failed": "red"}
 BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Show how a run stands, from its files."""
+    """Show the state of a run, from its files."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or its --store."""
     watch: bool = False
-    """Look again every 2 seconds, until the run has ended or Ctrl-C."""
+    """Refresh every 2 seconds, until the run has ended or Ctrl-C."""
     json: bool = False
     """Print one JSON object to stdout."""
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Raises:
-        UsageError: RUN holds no run, or is an address and to be watched.
+        UsageError: RUN holds no run, or --watch is given with an address.
         SetupError, StoreError: the store cannot be reached.
     """
     options = tyro.cli(Status, args=argv, prog="python -m cluster.status")
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{options.run} changes with each save only; look now and then without --watch, "
                 "or name the folder of the run"
             )
-        with _fetched(options.run) as folder:
+        with _download_rows(options.run) as folder:
             return _show(replace(read_state(folder, mirrored=True), run=options.run), options.json)
     state = read_state(Path(options.run))
     if not options.watch:
@@ -88,8 +88,8 @@ def _show(state: RunState, as_json: bool) -> int:
 
 
 @contextmanager
-def _fetched(store: str) -> Iterator[Path]:
-    """A folder with the rows that lie beside the checkpoints in a store."""
+def _download_rows(store: str) -> Iterator[Path]:
+    """Download the rows that a store has beside its checkpoints into a temporary folder."""
     from cluster.run.sync import RunMirror
 
     with tempfile.TemporaryDirectory(prefix="duet-status-") as scratch:
@@ -99,7 +99,7 @@ def _fetched(store: str) -> Iterator[Path]:
 
 
 def render(state: RunState, width: int = 80) -> RenderableType:
-    """All of it, for a terminal of some width."""
+    """Build the screen for a terminal of `width` characters."""
     colour = COLOURS.get(state.state, "default")
     head = Text.assemble(f"{state.run}  ", (state.state, f"bold {colour}"))
     parts: list[RenderableType] = [head]
@@ -108,21 +108,21 @@ def render(state: RunState, width: int = 80) -> RenderableType:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    for name, value in _lines(state, width):
+    for name, value in _list_lines(state, width):
         table.add_row(name, Text(value))
     parts.append(table)
     if state.workers:
-        parts += ["", _workers(state)]
+        parts += ["", _build_worker_table(state)]
     return Group(*parts)
 
 
-def _lines(state: RunState, width: int) -> list[tuple[str, str]]:
-    last, lines = state.last, _progress(state, width)
+def _list_lines(state: RunState, width: int) -> list[tuple[str, str]]:
+    last, lines = state.last, _list_progress(state, width)
     if state.age_s is not None and "loss" in last:
         lines.append(("last row", f"{format_duration(state.age_s)} ago"))
     if "loss" in last:
         lines.append(
-            ("loss", f"{last['loss']:.3f}  {sparkline(state.losses, min(width, 100) - 40)}")
+            ("loss", f"{last['loss']:.3f}  {draw_sparkline(state.losses, min(width, 100) - 40)}")
         )
         lines.append(("top-1 error", f"{last['top1_error']:.1%} of the batch"))
     if state.validation:
@@ -140,18 +140,18 @@ def _lines(state: RunState, width: int) -> list[tuple[str, str]]:
         now = f" (now {state.img_s_now:,.0f})" if state.img_s_now is not None else ""
         step = f"{last['seconds'] * 1000:,.0f} ms a step"
         lines.append(("speed", f"{last['img_s']:,.0f} img/s{now}, {step}"))
-        lines.append(("waiting", _waiting(state)))
+        lines.append(("waiting", _format_waiting(state)))
     if state.checkpoint:
-        lines.append(("checkpoint", _checkpoint(state)))
+        lines.append(("checkpoint", _format_checkpoint(state)))
     if state.replaced:
         lines.append(("quarantine", f"{state.replaced:,} damaged images replaced by others"))
     if state.starts > 1 or (state.ends and state.state != "finished"):
         lines.append(("starts", f"{state.starts:,}"))
-        lines += [("", _end(end)) for end in state.ends]
+        lines += [("", _format_end(end)) for end in state.ends]
     return lines
 
 
-def _progress(state: RunState, width: int) -> list[tuple[str, str]]:
+def _list_progress(state: RunState, width: int) -> list[tuple[str, str]]:
     lines = []
     if state.total:
         share = min(1.0, state.step / state.total)
@@ -165,14 +165,14 @@ def _progress(state: RunState, width: int) -> list[tuple[str, str]]:
     return lines + ([("time", ", ".join(told))] if told else [])
 
 
-def _end(end: dict[str, Any]) -> str:
+def _format_end(end: dict[str, Any]) -> str:
     when = time.strftime("%b %d %H:%M", time.localtime(end["time"])) if end.get("time") else ""
     return f"{when} at step {end.get('step') or 0:,}: {end.get('why') or 'for no known reason'}"
 
 
-def _waiting(state: RunState) -> str:
+def _format_waiting(state: RunState) -> str:
     last = state.last
-    told = [f"for data {last['data_wait']:.1%}{_cause(last)}"]
+    told = [f"for data {last['data_wait']:.1%}{_name_cause(last)}"]
     if last.get("exchange"):
         told.append(f"other column {last['exchange'] / last['seconds']:.1%}")
     if "stall" in last:
@@ -180,14 +180,14 @@ def _waiting(state: RunState) -> str:
     return ", ".join(told)
 
 
-def _cause(row: dict[str, Any]) -> str:
-    """What most of the waiting for data was for."""
+def _name_cause(row: dict[str, Any]) -> str:
+    """Name the main cause of waiting for data; "" if there was hardly any."""
     waits = {name: row.get(name, 0.0) for name in WAITS}
     most = max(waits, key=lambda name: waits[name])
     return f" ({most.removeprefix('wait_')})" if waits[most] > 0.005 * row["seconds"] else ""
 
 
-def _checkpoint(state: RunState) -> str:
+def _format_checkpoint(state: RunState) -> str:
     found = state.checkpoint
     if "step" not in found:
         return str(found["where"])
@@ -197,7 +197,7 @@ def _checkpoint(state: RunState) -> str:
     )
 
 
-def _workers(state: RunState) -> RenderableType:
+def _build_worker_table(state: RunState) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("replica", "column", "node", "device"):
         table.add_column(name)
@@ -209,8 +209,8 @@ def _workers(state: RunState) -> RenderableType:
     return table
 
 
-def sparkline(values: list[float], width: int) -> str:
-    """Values as bars, averaged into at most `width` of them."""
+def draw_sparkline(values: list[float], width: int) -> str:
+    """Draw values as bars, averaged into at most `width` of them."""
     width = max(1, min(width, len(values)))
     if len(values) < 2:
         return ""

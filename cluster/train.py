@@ -1,9 +1,9 @@
-"""Train both columns, or go on where the run in RUN stopped.
+"""Trains both columns, or resumes the run in RUN.
 
-    python -m cluster.train CONFIG.toml --data DATA --run RUN [--steps N] [flags override the file]
+    python -m cluster.train CONFIG --data DATA --run RUN [--steps N] [flags override the file]
 
 Starts a Ray on this machine, reachable from this machine only, unless RAY_ADDRESS names one
-(`ray job submit` sets it). What a run leaves in RUN: see `run_folder`.
+(`ray job submit` sets it). Files in RUN: see `cluster.run.folder`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the words after the command's name.
-        trainer: what makes the run when all is checked, if not `train_with_ray`.
+        argv: words after the command's name.
+        trainer: trains once all is checked; default `train_with_ray`.
 
     Raises:
         DuetError: one line, with the exit code to leave with.
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     command = parse_command(sys.argv[1:] if argv is None else argv)
     folder = command.run.resolve()
     config = command.settings
-    if config.cache:  # RUN/config.toml is read from elsewhere, too
+    if config.cache:  # absolute: other processes read RUN/config.toml, too
         config = replace(config, cache=str(Path(config.cache).resolve()))
     if config.store and not is_remote(config.store):
         config = replace(config, store=str(local_path(config.store).resolve()))
@@ -92,10 +92,10 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
 
 
 def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
-    """Refuse, before anything has started, what the workers would refuse after half a minute.
+    """Check the data set and settings, which the workers would refuse half a minute later.
 
     Raises:
-        UsageError: there is nothing to validate on, or no such network.
+        UsageError: there are no validation images, or the network cannot be.
         DataError: a file of the data set is missing or damaged.
         SetupError: a package is missing.
     """
@@ -118,61 +118,61 @@ def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
 
 
 def has_sound_checkpoint(folder: Path, store: str, total: int, screen: RunConsole) -> bool:
-    """Whether the last checkpoint of a run that looks finished can be read, byte for byte."""
+    """Return whether the last checkpoint of a run that looks finished is undamaged."""
     from cluster.checkpoint.format import choose_checkpoint
 
     try:
         return choose_checkpoint(folder, store, screen.show).mark.step >= total
     except DataError:
-        return False  # the workers will say so
+        return False  # the workers report it
 
 
 def summarize(command: Command, manifest: Manifest, total: int) -> str:
-    """The run in a line or two."""
+    """Describe the run in two lines."""
     config = command.settings
-    pictures = manifest.splits["train"].samples
+    images = manifest.splits["train"].samples
     return (
         f"{command.config} -> {command.run}\n"
-        f"{pictures:,} images, {len(manifest.classes)} classes; width {config.design.width:g}, "
+        f"{images:,} images, {len(manifest.classes)} classes; width {config.design.width:g}, "
         f"batch {config.batch_size}, "
-        f"{total:,} steps = {total * config.batch_size / pictures:.1f} epochs"
+        f"{total:,} steps = {total * config.batch_size / images:.1f} epochs"
     )
 
 
 def train_with_ray(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
-    """Have the run trained, on a Ray of its own or one that is there.
+    """Train on a Ray of this command's own, or on the one that RAY_ADDRESS names.
 
     Raises:
         DuetError: the run failed.
     """
     from cluster.launch.controller import Controller
 
-    with start_ray(config) as aside:
+    with start_ray(config) as read_output:
         Controller(
-            config, data, folder, screen, lambda: find_last_step(folder, config.store), aside
+            config, data, folder, screen, lambda: find_last_step(folder, config.store), read_output
         ).train()
 
 
 def measure_with_ray_session(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
-    """Have workers say where a step's time goes, on a Ray of their own or one that is there.
+    """Have workers measure the parts of a step, on the same Ray as `train_with_ray`.
 
     Raises:
-        DuetError: they failed.
+        DuetError: the workers failed.
     """
     from cluster.launch.measurement import measure_with_ray
 
-    with start_ray(config) as aside:
-        measure_with_ray(config, data, folder, screen, aside)
+    with start_ray(config) as read_output:
+        measure_with_ray(config, data, folder, screen, read_output)
 
 
 @contextmanager
 def start_ray(config: Config) -> Iterator[Callable[[], str]]:
-    """A Ray for the workers of a config; yields what tells what Ray has said on stdout so far."""
+    """Start or attach to a Ray for the workers; yields a function that returns its stdout."""
     from cluster.launch.session import ray_session
 
-    aside = io.StringIO()
-    with redirect_stdout(aside), ray_session(config.size * config.replica_sizes[-1]):
-        yield aside.getvalue
+    output = io.StringIO()
+    with redirect_stdout(output), ray_session(config.size * config.replica_sizes[-1]):
+        yield output.getvalue
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main(request: dict[str, Any], out: Path) -> None:
 
     start = time.monotonic()
     try:
-        with ray_session(1, ahead=None):
+        with ray_session(1, preload=None):
             answer = {
                 "seconds": time.monotonic() - start,
                 "room": [asdict(n) for n in list_nodes()],

@@ -1,6 +1,6 @@
-"""What the driver of a run and its workers say to each other: a Ray actor, and its two ends.
+"""Messages between the driver of a run and its workers: a Ray actor and its two ends.
 
-The actor belongs to the driver: it goes when the driver goes, and so do the workers.
+The actor belongs to the driver: it ends with the driver, and so do the workers.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 from cluster.run.events import Event
 
-LOOK = 0.5
-"""Seconds between a worker's looks whether to end."""
-SILENCE = 60.0
-"""Seconds without an answer after which a worker takes the driver for lost."""
+POLL_EVERY = 0.5
+"""Seconds between a worker's polls for a stop request."""
+DRIVER_TIMEOUT = 60.0
+"""Seconds without an answer after which a worker considers the driver lost."""
 
 
 class _Box:
-    """The actor: events on their way to the driver, and whether the run should end."""
+    """The actor: holds events for the driver, and the stop request for the workers."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._end = False
+        self._stops = False
 
     def put(self, event: Event) -> None:
         self._events.append(event)
@@ -36,11 +36,11 @@ class _Box:
         events, self._events = self._events, []
         return events
 
-    def end(self) -> None:
-        self._end = True
+    def request_stop(self) -> None:
+        self._stops = True
 
-    def ends(self) -> bool:
-        return self._end
+    def is_stopping(self) -> bool:
+        return self._stops
 
 
 class Channel:
@@ -63,89 +63,89 @@ class Channel:
         self.address = DriverAddress(self._box, here, os.getpid())
 
     def take(self) -> list[Event]:
-        """What the workers have told since the last call."""
+        """Return the events that workers have sent since the last call."""
         import ray
 
         events: list[Event] = ray.get(self._box.take.remote())
         return events
 
-    def ask_to_end(self) -> None:
-        """Have the workers save after the step they are at, and return."""
-        self._box.end.remote()
+    def request_stop(self) -> None:
+        """Have the workers save a checkpoint after their current step, and return."""
+        self._box.request_stop.remote()
 
 
 @dataclass(frozen=True)
 class DriverAddress:
-    """What a worker needs to reach the driver. Travels between processes."""
+    """Address by which a worker reaches the driver; passed between processes."""
 
     box: Any
     node: str
     """Ray's id of the driver's node."""
     pid: int
-    """Of the driver there."""
+    """Process id of the driver on that node."""
 
     def tell(self, event: Event) -> None:
-        """Send an event off."""
+        """Send an event without waiting."""
         self.box.put.remote(event)
 
     def tell_now(self, event: Event) -> None:
-        """Send an event and wait until it is there."""
+        """Send an event and wait until it has arrived."""
         import ray
 
-        ray.get(self.box.put.remote(event), timeout=SILENCE)
+        ray.get(self.box.put.remote(event), timeout=DRIVER_TIMEOUT)
 
 
 class DriverWatch:
-    """A worker's eye on its driver: `ending` says whether to end; without a driver it exits.
+    """Watchdog: polls for a stop request; exits the worker when its driver is gone.
 
-    A worker whose driver was killed must not go on writing into a run that somebody else has begun
-    again. Ray ends it, too, but only after several seconds.
+    A worker whose driver was killed must not write into a run that another driver has resumed. Ray
+    ends it, too, but only after several seconds.
     """
 
     def __init__(self, address: DriverAddress, lost: Callable[[], None] | None = None) -> None:
-        """Begin to look, in a thread; `lost` is called if the driver is gone (default: exit)."""
+        """Start a polling thread; it calls `lost` if the driver is gone (default: exit)."""
         import ray
 
         self._address = address
-        self._lost = lost or _leave
-        self._ends = threading.Event()
-        # Another node may have a process of the same number.
+        self._lost = lost or _exit
+        self._stopping = threading.Event()
+        # Another node may have a process with the same id.
         near = ray.get_runtime_context().get_node_id() == address.node
         self._driver = Path(f"/proc/{address.pid}") if near else None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
 
     def is_stopping(self) -> bool:
-        """Whether the driver wants the run to save and end."""
-        return self._ends.is_set()
+        """Return whether the driver has requested to save and stop."""
+        return self._stopping.is_set()
 
     def close(self) -> None:
-        """Look no more."""
+        """End the polling thread."""
         self._stop.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         import ray
         from ray.exceptions import RayActorError
 
         heard = time.monotonic()
-        while not self._stop.wait(LOOK):
+        while not self._stop.wait(POLL_EVERY):
             if self._driver is not None and not self._driver.exists():
                 return self._lost()
             try:
-                if ray.get(self._address.box.ends.remote(), timeout=LOOK * 10):
-                    self._ends.set()
+                if ray.get(self._address.box.is_stopping.remote(), timeout=POLL_EVERY * 10):
+                    self._stopping.set()
                 heard = time.monotonic()
             except RayActorError:
                 return self._lost()
-            except Exception:  # no answer in time, or Ray is going, and so are we
-                if time.monotonic() - heard > SILENCE and not self._stop.is_set():
+            except Exception:  # no answer in time, or Ray is shutting down
+                if time.monotonic() - heard > DRIVER_TIMEOUT and not self._stop.is_set():
                     return self._lost()
         return None
 
 
-def _leave() -> None:
+def _exit() -> None:
     with suppress(OSError):
         os.write(2, b"the driver of this run is gone; this worker ends\n")
     os._exit(1)

@@ -1,6 +1,6 @@
-"""`cluster.train --measure`: where a step's time goes, for the settings and machines of a run.
+"""`cluster.train --measure`: splits the time of a step, for the settings and machines of a run.
 
-Writes RUN/measure.json, and RUN/throughput.html with the step in it.
+Writes RUN/measure.json, and RUN/throughput.html with the split.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ NAMES = {
     "wait_storage": "waiting for storage", "wait_feed": "waiting for the feed",
     "wait_decode": "waiting for decoding", "wait_transfer": "waiting for the transfer",
 }  # fmt: skip
-"""Parts of a step in words."""
+"""Name of each part of a step."""
 
 
 def measure_with_ray(
-    config: Config, data: str, folder: Path, screen: RunConsole, aside: Callable[[], str]
+    config: Config, data: str, folder: Path, screen: RunConsole, read_output: Callable[[], str]
 ) -> None:
-    """Have workers measure, show what they found and write it down; needs a Ray.
+    """Have workers measure, print the result and write it to RUN; needs a Ray.
 
     Raises:
         NoRoom: the cluster has none.
@@ -40,16 +40,16 @@ def measure_with_ray(
         KeyboardInterrupt: the user ended it.
     """
     gpu = uses_gpus(config)
-    room = place_workers(list_nodes(), sizes=config.replica_sizes, size=config.size, gpu=gpu)
-    attempt = WorkerGroup(config, data, folder, room, measure=True)
+    placement = place_workers(list_nodes(), sizes=config.replica_sizes, size=config.size, gpu=gpu)
+    group = WorkerGroup(config, data, folder, placement, measure=True)
     found: Mapping[str, Any] | None = None
-    for event in attempt.events():
+    for event in group.events():
         if isinstance(event, Measured):
             found = rounded(event.found)
         elif event is not None:
             screen.show(event)
     if found is None:
-        raise attempt.failure.error(folder, aside())
+        raise group.failure.build_error(folder, read_output())
     for line in format_measurement(found):
         screen.say(line)
     with atomic_write(folder / MEASURE) as file:
@@ -60,7 +60,7 @@ def measure_with_ray(
 
 
 def split_step(found: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a step by what it was, in words; computing is cut in two by what replay shows."""
+    """Return seconds of a step by the name of each part; the replay splits computing in two."""
     parts, wall = found["step"]["parts"], found["step"]["wall"]
     alone = min(parts["compute"], found["replayed"]["parts"]["compute"])
     named = {"compute": alone, "compute, slowed by the stream": parts["compute"] - alone}
@@ -69,7 +69,7 @@ def split_step(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def format_measurement(found: Mapping[str, Any]) -> list[str]:
-    """What was found, in lines."""
+    """Format the result as lines for people."""
     wall = found["step"]["wall"]
     lines = [f"a step takes {wall * 1e3:,.1f} ms ({found['img_s']:,.0f} img/s):"]
     for name, seconds in split_step(found).items():

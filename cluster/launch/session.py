@@ -1,4 +1,4 @@
-"""A Ray for this command: the one that RAY_ADDRESS names, or one of our own on loopback."""
+"""Ray session of a command: attaches to RAY_ADDRESS, or starts a Ray on loopback."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import Any
 from pipeline.tools.errors import SetupError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Our lines are the only ones on the screen, and what Ray starts listens on this machine only.
+# Keeps Ray's own lines off the terminal.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon an end, good or bad, is noticed
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # delay until the end of a worker is noticed
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the supervisor watches for it
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the controller watches for it
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 EVERYWHERE = ("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",)
-"""Variables that Ray Train's controller needs, to which it hands on RAY_TRAIN_* only."""
+"""Variables that Ray Train's controller needs; Ray forwards RAY_TRAIN_* to it only."""
 OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for loopback only
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -37,12 +37,12 @@ OWN = {
 
 
 @contextmanager
-def ray_session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator[None]:
-    """Attach to the Ray that RAY_ADDRESS names, or start one for this run and end it after.
+def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterator[None]:
+    """Attach to the Ray that RAY_ADDRESS names, or start one and stop it after the block.
 
     Args:
-        workers: processes of the run; an own Ray has room for as many on any machine.
-        ahead: module to import while Ray's own processes start.
+        workers: processes of the run; a Ray started here has room for them on any machine.
+        preload: module to import in a thread while Ray's processes start.
 
     Raises:
         SetupError: Ray cannot be started or reached.
@@ -53,13 +53,13 @@ def ray_session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator
         os.environ.setdefault(name, value)
     import ray
 
-    if ahead is not None:
-        threading.Thread(target=importlib.import_module, args=(ahead,), daemon=True).start()
+    if preload is not None:
+        threading.Thread(target=importlib.import_module, args=(preload,), daemon=True).start()
     scratch = None if attached else Path(tempfile.mkdtemp(prefix="duet-"))
     try:
         _start(ray, scratch, workers, {name: os.environ[name] for name in unset})
         guard_token()
-        signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own, which aborts
+        signal.signal(signal.SIGTERM, _interrupt)  # replaces Ray's handler, which aborts
         yield
     finally:
         ray.shutdown()
@@ -68,9 +68,9 @@ def ray_session(workers: int, ahead: str | None = "ray.train.torch") -> Iterator
 
 
 def guard_token() -> None:
-    """Keep the token of this user's clusters from others; Ray writes it readable for all."""
+    """Make the token of this user's clusters private; Ray writes it readable for all."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    with suppress(OSError):  # there is none, or it is somebody else's
+    with suppress(OSError):  # there is none, or it belongs to another user
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
 
@@ -82,7 +82,7 @@ def _interrupt(*_: object) -> None:
 def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str]) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if scratch is not None:
-        # Inherited by every process of the own Ray: the workers find this repository.
+        # Inherited by every process of this Ray, so that workers can import this repository.
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         options |= {
@@ -97,7 +97,7 @@ def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, s
         options["runtime_env"] = {"env_vars": everywhere}
     try:
         ray.init(**options)
-    except Exception as error:  # a bare one where its processes are too slow to start
+    except Exception as error:  # Ray raises a bare one when its processes start too slowly
         where, way_out = "on this machine", "try again when less runs here"
         if scratch is None:
             where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"

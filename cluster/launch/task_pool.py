@@ -98,7 +98,7 @@ class RayPool:
 
     def _start(self, job: Any) -> None:
         """Have a Ray, and a mark in OUT that all its nodes must see."""
-        self._stack.enter_context(ray_session(self._workers, ahead=None))
+        self._stack.enter_context(ray_session(self._workers, preload=None))
         import ray
 
         target: Target = job.target

@@ -1,10 +1,8 @@
-"""What Ray Train calls in every worker: find the mesh, then train as if there were no Ray.
+"""Entry point of a worker: creates its process mesh, then trains as if there were no Ray.
 
-The workers' rendezvous on a Ray of our own, on 127.0.0.1 as all that Ray itself starts there.
-
-torch's TCPStore, by which Ray Train has the workers find each other, listens on every interface,
-whatever its host name says. It takes a socket that is bound already, though; and gloo and NCCL take
-the interface that they are told.
+On a Ray of our own the workers' rendezvous is on 127.0.0.1, as all that Ray itself starts there.
+torch's TCPStore listens on every interface, whatever its host name says, but accepts a socket that
+is bound already; gloo and NCCL accept the interface by an environment variable.
 """
 
 from __future__ import annotations
@@ -31,33 +29,33 @@ from pipeline.tools.errors import DuetError, SetupError
 
 HOST = "127.0.0.1"
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
-_held: list[Any] = []
-"""The store of rank 0: it must live as long as the process group."""
+_stores: list[Any] = []
+"""Store of rank 0: it must live as long as the process group."""
 
 
 class LoopbackConfig(TorchConfig):
-    """TorchConfig for workers that are all on this machine."""
+    """TorchConfig for workers that all run on this machine."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """What Ray Train calls before and after the training."""
+        """Backend that Ray Train calls before and after the training."""
         return LoopbackBackend
 
 
 class LoopbackBackend(_TorchBackend):
-    """Sets up torch.distributed as Ray's own does, but for where it listens."""
+    """Sets up torch.distributed as Ray's own backend does, but listens on loopback."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Have every worker join."""
+        """Have every worker join the process group."""
         import ray
 
-        size, patience = len(worker_group), backend_config.timeout_s
-        port = worker_group.execute_single(0, start_store, size, patience)
+        size, timeout_s = len(worker_group), backend_config.timeout_s
+        port = worker_group.execute_single(0, start_store, size, timeout_s)
         worker_group.execute(_set_torch_distributed_env_vars)
         ray.get(
             [
                 worker_group.execute_single_async(
-                    rank, join_process_group, rank, size, port, backend_config.backend, patience
+                    rank, join_process_group, rank, size, port, backend_config.backend, timeout_s
                 )
                 for rank in range(size)
             ]
@@ -65,7 +63,7 @@ class LoopbackBackend(_TorchBackend):
 
 
 def start_store(size: int, timeout_s: int) -> int:
-    """Keep a store for `size` workers in this process; returns its port."""
+    """Start a store for `size` workers in this process; returns its port."""
     with socket.socket() as listening:
         listening.bind((HOST, 0))
         listening.listen(size)
@@ -74,50 +72,50 @@ def start_store(size: int, timeout_s: int) -> int:
             HOST, port, size, is_master=True, wait_for_workers=False,
             timeout=timedelta(seconds=timeout_s), master_listen_fd=listening.detach(),
         )  # fmt: skip
-    _held[:] = [store]
+    _stores[:] = [store]
     return port
 
 
 def join_process_group(rank: int, size: int, port: int, backend: str, timeout_s: int) -> None:
-    """Begin torch.distributed in this worker."""
+    """Initialise torch.distributed in this worker."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray's own does
-    patience = timedelta(seconds=timeout_s)
-    store = TCPStore(HOST, port, size, is_master=False, timeout=patience)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    timeout = timedelta(seconds=timeout_s)
+    store = TCPStore(HOST, port, size, is_master=False, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 FAKE_GPUS = "DUET_FAKE_GPUS"
-"""Set on a cluster that only pretends to have GPUs: its workers compute on CPUs."""
+"""Variable of a cluster with simulated GPUs: its workers compute on CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerJob:
-    """What a worker is sent."""
+    """Arguments of a worker."""
 
     config: Config
     data: str
     run: Path
-    plan: Placement
+    placement: Placement
     driver: DriverAddress
     measure: bool = False
-    """Do not train, but say where the time goes."""
+    """Measure where the time of a step goes instead of training."""
 
 
 def run_worker(loop_config: dict[str, Any]) -> None:
-    """Ray Train calls this in every worker."""
+    """Train in this worker; Ray Train calls it."""
     from cluster.run.exporters import PrometheusGauges
     from cluster.run.folder import lock_leader, write_machine
     from cluster.run.sync import open_mirror
     from cluster.training.loop import train
 
     job: WorkerJob = loop_config["job"]
-    where = "a worker"
+    name = "a worker"
     with closing(DriverWatch(job.driver)) as watch:
         try:
-            mesh, workers = find_mesh(job.plan, job.config)
-            where = str(mesh)
+            mesh, workers = find_mesh(job.placement, job.config)
+            name = str(mesh)
             if job.measure:
                 from cluster.training.profiler import measure
 
@@ -129,7 +127,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
             with lock_leader(job.run) if mesh.is_leader else nullcontext():
                 if mesh.is_leader:
                     if mirror := open_mirror(job.run, job.config.store):
-                        mirror.restore()  # another node than the last leader's
+                        mirror.restore()  # the last leader may have been on another node
                     write_machine(job.run, mesh.world_size)
                     job.driver.tell(Placed(tuple(workers)))
                 train(
@@ -138,15 +136,15 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                     publish=[PrometheusGauges(job.run.name, mesh)],
                 )  # fmt: skip
         except Exception as error:
-            job.driver.tell_now(describe_failure(error, where))
+            job.driver.tell_now(describe_failure(error, name))
             raise
 
 
 def prepare_folder(job: WorkerJob) -> None:
-    """Make sure that RUN is where this worker can write.
+    """Make sure that this worker can write to RUN; with a store it may be local to the node.
 
     Raises:
-        SetupError: it is not on this node, and there is no store to do without it.
+        SetupError: RUN is not on this node, and there is no store.
     """
     if job.run.is_dir():
         return
@@ -158,8 +156,8 @@ def prepare_folder(job: WorkerJob) -> None:
     job.run.mkdir(parents=True, exist_ok=True)
 
 
-def find_mesh(plan: Placement, config: Config) -> Any:
-    """This worker's mesh, from where the workers were really started, and the table of all.
+def find_mesh(placement: Placement, config: Config) -> Any:
+    """Create this worker's mesh from the nodes where the workers were started; lists them all.
 
     Raises:
         SetupError: the columns of a replica do not share a node, or there is no GPU here.
@@ -169,23 +167,23 @@ def find_mesh(plan: Placement, config: Config) -> Any:
 
     from cluster.mesh import create_mesh
 
-    gpus = [int(number) for number in ray.get_gpu_ids()] if plan.gpus else []
+    gpus = [int(number) for number in ray.get_gpu_ids()] if placement.gpus else []
     mine = WorkerLocation(
         ray.get_runtime_context().get_node_id(), platform.node(), gpus[0] if gpus else None
     )
     started: list[WorkerLocation] = [mine] * dist.get_world_size()
     dist.all_gather_object(started, mine)
-    found = group_ranks(started, plan.size)
-    patience = timedelta(seconds=config.collective_timeout)
-    mesh = create_mesh(found, _device(plan), plan.cpus, patience)
+    found = group_ranks(started, placement.size)
+    timeout = timedelta(seconds=config.collective_timeout)
+    mesh = create_mesh(found, _choose_device(placement), placement.cpus, timeout)
     return mesh, list_workers(started, found, config.design.columns)
 
 
-def _device(plan: Placement) -> Any:
+def _choose_device(placement: Placement) -> Any:
     import torch
     from ray.train.torch import get_device
 
-    if not plan.gpus or os.environ.get(FAKE_GPUS):
+    if not placement.gpus or os.environ.get(FAKE_GPUS):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise SetupError(
@@ -202,8 +200,8 @@ GONE = re.compile(r"Connection [a-z ]*(?:reset|closed|refused)[a-z ]*|Broken pip
 LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
-def _lost(error: Exception) -> str:
-    """What an error of torch.distributed means to whoever only sees that a worker is missing."""
+def _explain_lost_worker(error: Exception) -> str:
+    """Say what an error of torch.distributed means when another worker is gone; "" if nothing."""
     text = str(error)
     if not isinstance(error, RuntimeError) or not LOST.search(text):
         return ""
@@ -212,14 +210,16 @@ def _lost(error: Exception) -> str:
     return "another worker does not answer (frozen?)" if LATE.search(text) else ""
 
 
-def describe_failure(error: Exception, where: str) -> Failed:
-    """A worker's exception as an event."""
+def describe_failure(error: Exception, worker: str) -> Failed:
+    """Return the event for an exception of a worker."""
     known = isinstance(error, DuetError)
-    text = str(error) if known else _lost(error) or f"{type(error).__name__}: {error}"
+    text = (
+        str(error) if known else _explain_lost_worker(error) or f"{type(error).__name__}: {error}"
+    )
     return Failed(
         text=text.strip().splitlines()[0],
         trace="".join(traceback.format_exception(error)),
-        worker=where,
+        worker=worker,
         exit_code=error.exit_code if isinstance(error, DuetError) else 1,
         final=known,
     )

@@ -1,4 +1,4 @@
-"""What the user sees of a run: a live line on a terminal, a plain line now and then elsewhere."""
+"""Terminal output of a run: a live progress bar, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from cluster.run.events import (
 )
 
 EVERY = 5.0
-"""Seconds between plain lines."""
+"""Seconds between plain progress lines."""
 MOST_WORKERS = 16
-"""Lines of the table of workers."""
+"""Rows of the worker table, at most."""
 
 
 class RunConsole:
-    """Shows events; use as a context manager around the run."""
+    """Prints events; a context manager around the run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # The stdout of now: later, what Ray prints is kept away from it.
+        # The present stdout: later it is redirected, to hide what Ray prints.
         self._console = console or Console(file=sys.stdout, highlight=False)
         self._live = self._console.is_terminal
         self._total = 0
@@ -65,11 +65,11 @@ class RunConsole:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self._console.print(Text(text), soft_wrap=True)
 
     def show(self, event: Event) -> None:
-        """Show what a worker told."""
+        """Print an event of a worker."""
         match event:
             case Started():
                 self._started(event)
@@ -95,7 +95,7 @@ class RunConsole:
                 pass
 
     def table(self, workers: Sequence[Worker]) -> None:
-        """Show which worker is which column of which replica, and where."""
+        """Print replica, column, node and device of each worker."""
         width = max(len("node"), *(len(worker.node) for worker in workers))
         self.say(f"replica  column   {'node':<{width}}  device")
         for worker in workers[:MOST_WORKERS]:
@@ -120,7 +120,7 @@ class RunConsole:
         start, first = self._first or (now, row["step"])
         done = row["step"] - first
         left = (self._total - row["step"]) * (now - start) / max(1, done)
-        # What matters most comes first: a narrow terminal cuts the end off.
+        # The most important numbers first: a narrow terminal cuts off the end.
         numbers = (
             f"loss {row['loss']:.3f}  top-1 error {row['top1_error']:.1%}"
             f"  {row['img_s']:,.0f} img/s  {format_duration(left)} left"
@@ -135,7 +135,7 @@ class RunConsole:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as 4:05, 1:02:03 or 3 days 4:05:06."""
+    """Format seconds as 4:05, 1:02:03 or 3 days 4:05:06."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

@@ -1,9 +1,7 @@
-"""The numbers of a run for TensorBoard, in RUN/tensorboard.
+"""Exporters of metrics: Prometheus gauges through Ray, and TensorBoard in RUN/tensorboard.
 
-The numbers of a worker where Ray's Prometheus endpoint shows them.
-
-Every node of a Ray cluster has one (`ray start --metrics-export-port`); Ray puts `ray_` before the
-names. `cluster/deploy/duet.json` draws them.
+Every node of a Ray cluster has a Prometheus endpoint (`ray start --metrics-export-port`); Ray
+prefixes the names with `ray_`. `cluster/deploy/duet.json` is a Grafana dashboard of them.
 """
 
 from __future__ import annotations
@@ -51,19 +49,19 @@ GAUGES = {
     "validation_top1_error": ("duet_validation_top1_error_ratio", "Their top-1 error."),
     "validation_top5_error": ("duet_validation_top5_error_ratio", "Their top-5 error."),
 }
-"""Name and meaning of what is shown, by the name in the rows."""
+"""Gauge name and description by the field of the rows."""
 TAGS = ("run", "replica", "column")
 
 
 class PrometheusGauges:
-    """Publishes rows as gauges; for processes that Ray has started."""
+    """Publishes rows as gauges; for processes started by Ray."""
 
     def __init__(self, run: str, mesh: ProcessMesh) -> None:
-        """Make the gauges.
+        """Create the gauges.
 
         Args:
-            run: name of the run, for the tag.
-            mesh: of this process.
+            run: name of the run, used as a tag.
+            mesh: mesh of this process.
         """
         from ray.util.metrics import Gauge
 
@@ -75,7 +73,7 @@ class PrometheusGauges:
             self._gauges[key].set_default_tags(tags)
 
     def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Show numbers of a row."""
+        """Publish the numbers of a row."""
         for key in self._gauges.keys() & numbers.keys():
             self._gauges[key].set(float(numbers[key]))
 
@@ -95,17 +93,17 @@ SCALARS = {
     "validation_top1_error": "validation/top1_error",
     "validation_top5_error": "validation/top5_error",
 }
-"""Names there, by those in the rows."""
+"""TensorBoard name by the field of the rows."""
 
 
 class TensorBoardWriter:
-    """Writes scalars; the leader of the job has one."""
+    """Writes scalars into RUN/tensorboard; used by the leader of the job."""
 
     def __init__(self, run: Path, step: int) -> None:
-        """Open RUN/tensorboard; what is there of steps after `step` is hidden.
+        """Open RUN/tensorboard; entries of steps after `step` are hidden.
 
         Raises:
-            SetupError: the package is missing, or nothing can be written there.
+            SetupError: the package is missing, or the folder cannot be written.
         """
         require_tensorboard()
         from torch.utils.tensorboard import SummaryWriter
@@ -120,10 +118,10 @@ class TensorBoardWriter:
             ) from error
 
     def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write numbers of a row.
+        """Write the numbers of a row.
 
         Raises:
-            OSError: the disk does not take them, now or some calls ago; it takes none any more.
+            OSError: a write failed, now or some calls ago; the writer is unusable from then on.
         """
         for key in SCALARS.keys() & numbers.keys():
             self._writer.add_scalar(SCALARS[key], float(numbers[key]), step)
@@ -132,15 +130,15 @@ class TensorBoardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # no reason for a training to fail; the rows have it all
+        with suppress(OSError):  # no reason to fail a training: the rows have all numbers
             self._writer.close()
 
 
 def require_tensorboard() -> None:
-    """Look whether there is the package.
+    """Raise unless the package tensorboard is installed.
 
     Raises:
-        SetupError: there is not.
+        SetupError: it is not.
     """
     if find_spec("tensorboard") is None:
         raise SetupError(

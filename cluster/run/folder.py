@@ -1,24 +1,24 @@
-"""What RUN holds, who may write to it, and whether a run in it may be continued.
+"""Layout of RUN, its locks, and the check whether the run in it may be resumed.
 
 RUN/config.toml          every setting as used, and the hash of the data set's manifest
 RUN/machine.json         processor, memory, GPUs, versions
-RUN/metrics.jsonl        a row a step                       (log.py)
-RUN/validation.jsonl     a row a validation                 (log.py)
-RUN/layers.jsonl         each layer's means, every 50 steps (log.py)
-RUN/kernels.jsonl        conv1 after steps 1, 2, 4, 8 ...   (kernels.py)
-RUN/rates.jsonl          a row a change of the rates        (rates.py)
-RUN/rates.toml           put there by hand to change them   (hand_rates.py)
-RUN/quarantine.jsonl     damaged images that others replaced  (pipeline/stream/quarantine.py)
-RUN/ledger/              what was delivered, with --ledger      (pipeline/ledger.py)
-RUN/checkpoints/         step-NNNNNNNN/                     (checkpoint.py)
-RUN/evaluation-*.json    errors with 1 or 10 views            (evaluate.py)
-RUN/probabilities-*      of every image, with --save-probabilities  (probabilities.py)
-RUN/tensorboard/         the rows for TensorBoard, with --tensorboard  (tensorboard.py)
-RUN/report.html          all of it on one page               (report)
-RUN/measure.json         where a step's time goes, with --measure  (measure.py)
-RUN/attempts.jsonl       a row a start and an end of its workers    (supervisor.py)
+RUN/metrics.jsonl        a row per step                               (run/metrics.py)
+RUN/validation.jsonl     a row per validation                         (run/metrics.py)
+RUN/layers.jsonl         means of each layer, every 50 steps          (run/metrics.py)
+RUN/kernels.jsonl        conv1 after steps 1, 2, 4, 8 ...             (run/kernels.py)
+RUN/rates.jsonl          a row per change of the learning rates       (training/learning_rate.py)
+RUN/rates.toml           written by a user to change them             (training/learning_rate.py)
+RUN/quarantine.jsonl     damaged images that were replaced            (pipeline/stream)
+RUN/ledger/              delivered samples, with --ledger             (pipeline/stream/ledger)
+RUN/checkpoints/         step-NNNNNNNN/                               (checkpoint/format.py)
+RUN/evaluation-*.json    errors with 1 or 10 views                    (evaluate.py)
+RUN/probabilities-*      of every image, with --save-probabilities    (run/probabilities.py)
+RUN/tensorboard/         the rows for TensorBoard, with --tensorboard (run/exporters.py)
+RUN/report.html          the report                                   (report)
+RUN/measure.json         split of a step's time, with --measure       (launch/measurement.py)
+RUN/attempts.jsonl       a row per start and end of the workers       (launch/controller.py)
 RUN/error.log            traceback of the last failure, if there was one
-RUN/.lock, RUN/.leader   held while a training runs: by its driver, by the worker that writes
+RUN/.lock, RUN/.leader   locked by the driver and by the writing worker while a training runs
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ RATES = "rates.jsonl"
 QUARANTINE = "quarantine.jsonl"
 LEDGER = "ledger"
 LAST = 20
-"""Rows at the end of RUN/attempts.jsonl among which the last whole one is looked for."""
-LEADER_PATIENCE = 60.0
-"""Seconds that the leader of a new start waits for that of an old one to be gone."""
+"""Number of rows to read from the end of RUN/attempts.jsonl."""
+LEADER_TIMEOUT = 60.0
+"""Seconds that a new leader waits for the lock of an old one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """How far a run has come: steps made and samples consumed by the whole job."""
+    """Progress of a run: number of steps made, and samples consumed by the whole job."""
 
     step: int = 0
     position: int = 0
@@ -69,10 +69,10 @@ class Mark:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Create RUN if need be and keep other trainings out of it.
+    """Create RUN if need be and lock it against other trainings.
 
     Raises:
-        UsageError: RUN cannot be written, or another training holds it.
+        UsageError: RUN cannot be written, or another training has locked it.
     """
     ensure_writable(run, "run folder")
     with (run / ".lock").open("w") as lock:
@@ -87,13 +87,13 @@ def lock_run(run: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_leader(run: Path) -> Iterator[None]:
-    """Keep other leaders out of RUN: the worker of a driver that was killed may still write.
+    """Lock RUN against other leaders: a worker whose driver was killed may still write.
 
     Raises:
-        SetupError: another one does not end.
+        SetupError: another leader keeps the lock.
     """
     with (run / ".leader").open("w") as lock:
-        deadline = time.monotonic() + LEADER_PATIENCE
+        deadline = time.monotonic() + LEADER_TIMEOUT
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,13 +110,13 @@ def lock_leader(run: Path) -> Iterator[None]:
 
 
 def write_run_config(run: Path, config: Config, data_sha256: str, samples: int, step: int) -> None:
-    """Write RUN/config.toml, after making sure that a run with checkpoints keeps its meaning.
+    """Write RUN/config.toml, unless its checkpoints were made with conflicting settings.
 
     Args:
-        run: folder of the run.
-        config: the settings of this command.
+        run: run folder.
+        config: settings of this command.
         data_sha256: identity of the data set.
-        samples: its training images.
+        samples: number of its training images.
         step: step of the newest checkpoint, 0 if there is none.
 
     Raises:
@@ -140,7 +140,7 @@ def write_run_config(run: Path, config: Config, data_sha256: str, samples: int, 
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The sealed checkpoints of RUN/checkpoints, newest first; their bytes are not looked at."""
+    """List the complete checkpoints of RUN/checkpoints, newest first, without reading them."""
     return sorted(
         (path for path in folder.glob("step-*") if path.name[5:].isdecimal()),
         key=parse_step,
@@ -149,7 +149,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_store(run: Path) -> str:
-    """Return where a run has its checkpoints, as its config says; "" where that cannot be read."""
+    """Return the setting `store` of a run; "" if its config cannot be read."""
     try:
         return read_run_config(run / CONFIG)[0].store
     except UsageError:
@@ -157,17 +157,17 @@ def read_store(run: Path) -> str:
 
 
 def read_last_attempt(run: Path) -> int:
-    """Number of the last start of the workers; 0 if there was none."""
+    """Return the number of the last start of the workers; 0 if there was none."""
     return _last(run, "attempt")
 
 
 def read_last_step(run: Path) -> int:
-    """Step of the newest checkpoint when the workers of a run last began or ended; 0 at first."""
+    """Return the step of the newest checkpoint at the last start or end; 0 before the first."""
     return _last(run, "step")
 
 
 def _last(run: Path, name: str) -> int:
-    """A number of the last row of RUN/attempts.jsonl that has it."""
+    """Return a field of the last row of RUN/attempts.jsonl that has it."""
     numbers = [
         row[name] for row in read_tail(run / ATTEMPTS, LAST) if isinstance(row.get(name), int)
     ]
@@ -175,12 +175,12 @@ def _last(run: Path, name: str) -> int:
 
 
 def parse_step(checkpoint: Path) -> int:
-    """Return the step in the name of one of `list_checkpoints`."""
+    """Return the step in the name of a checkpoint folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def write_machine(run: Path, workers: int) -> None:
-    """Write RUN/machine.json: what this process runs on."""
+    """Write RUN/machine.json, the machine of this process."""
     with atomic_write(run / MACHINE) as file:
         file.write(
             (json.dumps(describe_machine() | {"workers": workers}, indent=1) + "\n").encode()
@@ -188,8 +188,8 @@ def write_machine(run: Path, workers: int) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, GPUs and versions, as far as they can be found out."""
-    import torch  # here: whoever only looks at a run need not wait for it
+    """Return processor, cores, memory, GPUs and versions, as far as they are known."""
+    import torch  # here: commands that only read a run start faster without it
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

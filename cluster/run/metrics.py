@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: a row a step, a row a validation, the same to the watcher."""
+"""Metrics of a run: times the steps, writes a row per step and validation, sends events."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from model.schedule import Rates
 from pipeline.stream.timing import WaitTimes
 
 TELL_EVERY = 0.25
-"""Seconds between steps told to the watcher; every step goes into the file."""
+"""Seconds between `Stepped` events; the file has every step."""
 PUBLISH_EVERY = 1.0
-"""Seconds between numbers published."""
+"""Seconds between calls of the publishers."""
 MEANS = (
     "loss", "top1_error", "img_s", "data_wait", *WAITS, "compute", "stall", "exchange",
     "exchange_bytes", "saving", "seconds",
@@ -37,8 +37,8 @@ RESULTS = ("loss", "top1_error", "top5_error")
 class MetricsLog:
     """Times the steps and writes their rows; only the leader of the job writes.
 
-    A row is written while the next step is already under way, so that a GPU never waits for the
-    host to read the loss. `flush` writes the row that is still owed.
+    A row is written while the next step is running, so that a GPU never waits for the host to read
+    the loss. `flush` writes the row of the last step.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class MetricsLog:
         """Open the files of `run`, first cutting off rows after `step`.
 
         Args:
-            run: folder of the run.
-            mesh: of this process.
-            tell: the watcher.
-            samples: training images, to count epochs.
-            step: step the run goes on from; 0 for a new one.
-            publish: get the numbers of this process about once a second.
-            keep: gets every row of this process.
+            run: run folder.
+            mesh: mesh of this process.
+            tell: receives events.
+            samples: number of training images, to compute epochs.
+            step: step to resume from; 0 for a new run.
+            publish: receive the metrics of this process about once a second.
+            keep: list that collects every row of this process.
         """
         self._keep = keep
         self._mesh, self._tell, self._samples = mesh, tell, samples
@@ -63,10 +63,10 @@ class MetricsLog:
         if mesh.is_leader:
             for name in (METRICS, VALIDATION, LAYERS, KERNELS):
                 self._files[name] = Rows(run / name, step, lambda text: tell(Warned(text)))
-        self._owed: tuple[dict[str, Any], Tensor] | None = None
-        self._untold: list[dict[str, Any]] = []
+        self._pending: tuple[dict[str, Any], Tensor] | None = None
+        self._unsent: list[dict[str, Any]] = []
         self._unpublished: list[dict[str, Any]] = []
-        self._told = self._published = time.monotonic()
+        self._sent_at = self._published = time.monotonic()
         self._replaced = self._total = 0
         self._waited = self._saved = self._exchanged = self._computed = 0.0
         self._waits = WaitTimes()
@@ -76,7 +76,7 @@ class MetricsLog:
 
     @contextmanager
     def waiting(self, waits: WaitTimes) -> Iterator[None]:
-        """Count the block as waiting for data; `waits` is what its stream counts."""
+        """Count the block as waiting for data; `waits` are the wait times of its stream."""
         before, start = waits.copy(), time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
@@ -84,14 +84,14 @@ class MetricsLog:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Count the block as computing, but for what it waits for the other column."""
+        """Count the block as computing, except its waits for the other column."""
         start = time.perf_counter()
         yield
         self._computed += time.perf_counter() - start
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Count the block as standing still for a checkpoint."""
+        """Count the block as time that training was blocked by a checkpoint."""
         start = time.perf_counter()
         with self.paused():
             yield
@@ -99,7 +99,7 @@ class MetricsLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep the block (validation, checkpoint) out of the time of the steps."""
+        """Exclude the block (validation, checkpoint) from the time of the steps."""
         self.flush()
         before = _traffic(self._exchange)
         yield
@@ -113,15 +113,15 @@ class MetricsLog:
         self, mark: Mark, config: Config, rates: Rates, values: Tensor,
         exchange: Exchange | None = None,
     ) -> None:  # fmt: skip
-        """Note a step that was launched.
+        """Record a step that was launched; its row is written by the next `flush`.
 
         Args:
-            mark: its number, from 1, and the samples consumed by the job after it.
-            config: the settings.
-            rates: its learning rates.
-            values: float [3] on the device: mean loss and top-1 error of the batch, and how many
-                of its images replace damaged ones (means over the replicas).
-            exchange: the link to the other column, if there is one.
+            mark: number of the step, from 1, and position after it.
+            config: settings of the run.
+            rates: learning rates of the step.
+            values: float [3] on the device: mean loss and top-1 error of the batch, and number of
+                its images that replace damaged ones (means over the replicas).
+            exchange: exchange with the other column, if there is one.
         """
         self.flush()
         now = time.perf_counter()
@@ -130,10 +130,7 @@ class MetricsLog:
         saved, self._saved = self._saved, 0.0
         computed, self._computed = self._computed, 0.0
         exchanged, sent = _traffic(exchange)
-        row = {
-            "position": mark.position,
-            "epoch": self._epoch(mark.position),
-            "step": mark.step,
+        row = self._begin_row(mark) | {
             "loss": 0.0,
             "top1_error": 0.0,
             "replaced": 0,
@@ -151,14 +148,14 @@ class MetricsLog:
             "replicas": self._mesh.replicas,
         }
         self._exchange, self._exchanged, self._sent = exchange, exchanged, sent
-        self._owed, self._total = (row, values), config.total_steps(self._samples)
+        self._pending, self._total = (row, values), config.total_steps(self._samples)
 
     def flush(self) -> None:
-        """Write the row that is still owed."""
-        if self._owed is None:
+        """Write the row of the last step, unless it is written."""
+        if self._pending is None:
             return
-        row, values = self._owed
-        self._owed = None
+        row, values = self._pending
+        self._pending = None
         row["loss"], row["top1_error"], replaced = (round(value, 6) for value in values.tolist())
         row["replaced"] = round(replaced * self._mesh.replicas)
         self._replaced += row["replaced"]
@@ -167,11 +164,11 @@ class MetricsLog:
         now = time.monotonic()
         if self._mesh.is_leader:
             self._files[METRICS].add(row)
-            self._untold.append(row)
-            if now - self._told >= TELL_EVERY:
-                self._tell(Stepped(_mean(self._untold)))
-                self._told = now
-                self._untold.clear()
+            self._unsent.append(row)
+            if now - self._sent_at >= TELL_EVERY:
+                self._tell(Stepped(_mean(self._unsent)))
+                self._sent_at = now
+                self._unsent.clear()
         if self._publish:
             self._unpublished.append(row)
             if now - self._published >= PUBLISH_EVERY:
@@ -179,7 +176,7 @@ class MetricsLog:
                 self._published = now
 
     def _publish_rows(self) -> None:
-        """Publish the means of the rows since the last time."""
+        """Publish the means of the rows since the last call."""
         if self._unpublished:
             more = {"replaced": self._replaced, "total": self._total}
             mean = _mean(self._unpublished) | more
@@ -190,24 +187,21 @@ class MetricsLog:
         for publish in list(self._publish):
             try:
                 publish(step, numbers)
-            except Exception as error:  # whoever looks on must not end the training
+            except Exception as error:  # a monitor must not end the training
                 self._publish.remove(publish)
                 self._tell(
                     Warned(f"numbers are published no more ({type(error).__name__}: {error})")
                 )
 
     def statistics(self, mark: Mark, means: Sequence[Mapping[str, Means]]) -> None:
-        """Note mean |weight|, |update| and |gradient| of each layer, column and kind of parameter.
+        """Write mean |weight|, |update| and |gradient| of each layer, column and parameter kind.
 
         Args:
-            mark: the step after which they were taken.
+            mark: step after which they were computed.
             means: `model.optimizer.compute_layer_statistics` of every process, in rank order.
         """
         if self._mesh.is_leader:
-            row = {
-                "position": mark.position,
-                "epoch": self._epoch(mark.position),
-                "step": mark.step,
+            row = self._begin_row(mark) | {
                 "layers": {
                     key: [float(f"{value:.4g}") for value in found]
                     for part in means[: self._mesh.size]  # replica 0; the others hold the same
@@ -217,17 +211,14 @@ class MetricsLog:
             self._files[LAYERS].add(row)
 
     def kernels(self, mark: Mark, parts: Sequence[Mapping[str, npt.NDArray[np.float16]]]) -> None:
-        """Keep the kernels of conv1.
+        """Write a snapshot of conv1's kernels.
 
         Args:
-            mark: the step after which they are so.
+            mark: step after which it was taken.
             parts: `cluster.run.kernels.copy_first_kernels` of every process, in rank order.
         """
         if self._mesh.is_leader:
-            row = {
-                "position": mark.position,
-                "epoch": self._epoch(mark.position),
-                "step": mark.step,
+            row = self._begin_row(mark) | {
                 "columns": encode_kernels(
                     parts[: self._mesh.size]
                 ),  # the other replicas hold the same
@@ -235,32 +226,29 @@ class MetricsLog:
             self._files[KERNELS].add(row)
 
     def validation(self, mark: Mark, validate: Callable[[], dict[str, float]]) -> float:
-        """Make a pass over the validation images, outside the time of the steps, and note it.
+        """Run a validation outside the time of the steps, and write its row.
 
         Returns:
-            its top-1 error, 0 to 1.
+            top-1 error, 0 to 1.
         """
         with self.paused():
             results = validate()
         if self._mesh.is_leader:
-            row = {
-                "position": mark.position,
-                "epoch": self._epoch(mark.position),
-                "step": mark.step,
-            }
-            self._files[VALIDATION].add(row | results)
-            self._tell(Validated(row | results))
+            row = self._begin_row(mark) | results
+            self._files[VALIDATION].add(row)
+            self._tell(Validated(row))
             self._publish_all(mark.step, {f"validation_{key}": results[key] for key in RESULTS})
         return results["top1_error"]
 
-    def _epoch(self, position: int) -> float:
-        return round(position / self._samples, 4)
+    def _begin_row(self, mark: Mark) -> dict[str, Any]:
+        epoch = round(mark.position / self._samples, 4)
+        return {"position": mark.position, "epoch": epoch, "step": mark.step}
 
     def sync(self) -> None:
-        """Put the rows on the disk; a checkpoint must not know of steps that have none.
+        """Write all rows to disk; call it before a checkpoint of their steps counts.
 
         Raises:
-            SetupError: the disk does not take them.
+            SetupError: the disk refuses them.
         """
         for file in self._files.values():
             file.sync()
@@ -280,19 +268,19 @@ class MetricsLog:
 
 
 def split_wait(waited: float, waits: WaitTimes) -> dict[str, float]:
-    """Seconds of waiting for data by what was not ready; see `WAITS`. They add up to `waited`."""
+    """Split the seconds waited for data by cause; see `WAITS`. They add up to `waited`."""
     storage, feed = waits.fetch + waits.storage, waits.checksum + waits.feed
     causes = (storage, feed, waits.decode, max(0.0, waited - storage - feed - waits.decode))
     return {name: round(value, 5) for name, value in zip(WAITS, causes, strict=True)}
 
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last row with the mean of what varies from step to step."""
+    """Return the last row with the means of the fields that vary from step to step."""
     means = {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
     return {**rows[-1], **means}
 
 
 def _traffic(exchange: Exchange | None) -> tuple[float, int]:
-    """Seconds that this process has waited for the other column, and bytes sent there, so far."""
+    """Return total seconds waited for the other column, and total bytes sent to it."""
     places = exchange.traffic.values() if exchange else ()
     return sum(one.waited for one in places), sum(one.forward + one.backward for one in places)

@@ -113,7 +113,7 @@ def accumulate_gradients(t: Training, step: int, batch: ReplicaBatch) -> Tensor:
     first = batch.position - config.batch_size + mesh.replica * own
     dtype = compute_dtype(config.dtype, mesh.device)
     values = torch.zeros(2, device=mesh.device)
-    for row, part in batch.parts(most):
+    for row, part in batch.split(most):
         t.net.set_position(first + row)
         share = len(part.labels) / own
         loss, wrong = compute_loss(t.net, part, config, mesh)

@@ -1,10 +1,9 @@
-"""Two halves of a batch, decoded by two processes, become the whole batch in both.
+"""Joins the two halves of a batch, decoded by two processes, into the whole batch in both.
 
-The next batch is under way while the network computes on this one. How it crosses depends on
-where the pixels are:
+The next batch is exchanged while the network computes on this one:
 
-    CPU   through memory that both processes map: each column writes its half in mesh. For 128
-          float32 images that costs a core 11 ms (measured), where sending them by gloo costs 74.
+    CPU   through shared memory: each column writes its half in place. For 128 float32 images that
+          costs a core 11 ms (measured), and sending them by gloo 74 ms.
     GPU   by the collective of `model.exchange`, on a CUDA stream of its own.
 """
 
@@ -25,66 +24,57 @@ from cluster.mesh import ProcessMesh
 from model.exchange import Exchange
 from pipeline.batches import Batch, Stream
 
-# Batch k+1 is written before batch k is computed, while the other column may still be on k-1.
+# Batch k+1 is written before batch k is computed, when the other column may still use k-1.
 SLOTS = 3
 
 
 @dataclass(frozen=True)
 class ReplicaBatch:
-    """The batch of a replica: what the network computes on."""
+    """The batch of a replica, both halves."""
 
     images: Tensor
-    """[b, 3, h, w], floating, on the device of the mesh. Valid until the next one is asked for."""
+    """Floating [b, 3, h, w] on the device of this process; valid until the next batch is taken."""
     labels: Tensor
     """int64 [b]."""
     weights: Tensor
-    """float32 [b], 0 for rows that only pad."""
+    """float32 [b], loss weight: 0 for padding, else 1."""
     replaced: Tensor
-    """float32 [b], 1 where another sample stands because the one that is due is damaged."""
+    """float32 [b], 1 for samples that replace damaged ones."""
     position: int
-    """Samples consumed by the whole job after this batch."""
+    """Number of samples consumed by the whole job after this batch."""
 
-    def parts(self, most: int) -> Iterator[tuple[int, ReplicaBatch]]:
-        """Cut it into parts of at most `most` images: (its first row, the part) each."""
+    def split(self, most: int) -> Iterator[tuple[int, ReplicaBatch]]:
+        """Yield micro-batches of at most `most` images, each with its first row."""
         for row in range(0, len(self.labels), most):
             part = slice(row, row + most)
-            yield (
-                row,
-                ReplicaBatch(
-                    self.images[part],
-                    self.labels[part],
-                    self.weights[part],
-                    self.replaced[part],
-                    self.position,
-                ),
-            )
+            tensors = self.images, self.labels, self.weights, self.replaced
+            yield row, ReplicaBatch(*(tensor[part] for tensor in tensors), self.position)
 
 
 PendingBatch = Callable[[], ReplicaBatch]
-"""Waits for a batch that is under way."""
+"""Function that waits for a batch that is being exchanged."""
 
 
 class BatchJoin(Protocol):
-    """A way to bring the halves together."""
+    """Method of exchanging the halves."""
 
     def start(self, half: Batch) -> PendingBatch:
-        """Send the own half off; returns at once."""
+        """Start to send the own half; returns at once."""
         ...
 
     def close(self) -> None:
-        """Let go of memory."""
+        """Release memory."""
         ...
 
 
 class PairBatches:
-    """Iterator over whole batches of `stream`, one batch ahead of the network."""
+    """Iterator over whole batches of `stream`, which exchanges the next batch in advance."""
 
     def __init__(self, stream: Stream, mesh: ProcessMesh, batches: int | None = None) -> None:
-        """Start the first; `batches` is how many there will be, unless the stream ends before."""
+        """Start the first exchange; `batches` limits the number of batches."""
         self._stream = itertools.islice(stream, batches)
         self.waits = stream.waits
-        """What the stream counts; the rest of the time that `next` takes is the way of the halves
-        to each other."""
+        """Wait times of the stream; the rest of the time in `next` is the exchange."""
         self._join = create_join(mesh)
         self._next = self._start()
 
@@ -98,21 +88,21 @@ class PairBatches:
     def __next__(self) -> ReplicaBatch:
         if self._next is None:
             raise StopIteration
-        whole = self._next()
+        batch = self._next()
         self._next = self._start()
-        return whole
+        return batch
 
     def __enter__(self) -> PairBatches:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._next is not None:
-            self._next()  # under way, and never to be used: let it land
+            self._next()  # an unused exchange: wait for its end
         self._join.close()
 
 
 def create_join(mesh: ProcessMesh) -> BatchJoin:
-    """The quickest way to join halves at this mesh."""
+    """Create the fastest join for the device of this process."""
     if mesh.pair is None or mesh.image_group is None:
         return NoJoin()
     if mesh.device.type == "cuda":
@@ -121,26 +111,26 @@ def create_join(mesh: ProcessMesh) -> BatchJoin:
 
 
 class NoJoin:
-    """Nothing to join: both columns are in this process."""
+    """Returns batches as they are: this process holds both columns."""
 
     def start(self, half: Batch) -> PendingBatch:
-        """The half is the whole."""
+        """Return the batch of the stream."""
         replaced = half.replaced.to(half.weights)
         return lambda: ReplicaBatch(half.images, half.labels, half.weights, replaced, half.position)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Release nothing."""
 
 
 class CudaJoin:
-    """Halves on two GPUs: gathered on a CUDA stream beside the one that computes."""
+    """Joins halves on two GPUs, on a CUDA stream of its own."""
 
     def __init__(self, exchange: Exchange, device: torch.device) -> None:
         self._exchange = exchange
         self._stream = torch.cuda.Stream(device)
 
     def start(self, half: Batch) -> PendingBatch:
-        """Launch the exchange; the host does not wait for it."""
+        """Launch the exchange without waiting for it on the host."""
         self._stream.wait_stream(torch.cuda.current_stream())
         halves = (half.images, half.labels, half.weights, half.replaced.to(half.weights))
         with torch.cuda.stream(self._stream):
@@ -158,16 +148,16 @@ class CudaJoin:
         return arrive
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the exchange in progress."""
         self._stream.synchronize()
 
 
 class SharedMemoryJoin:
-    """Halves on one machine's CPUs: each column writes into pages that both map.
+    """Joins halves on one machine's CPUs: each column writes into memory that both map.
 
-    The pages belong to no file (memfd): nothing is left behind however the processes end, and
-    the size of /dev/shm does not matter. Labels and weights travel as a message, whose arrival
-    says that the other half of the pixels is in mesh.
+    The memory is anonymous (memfd): nothing is left behind however the processes end, and the size
+    of /dev/shm does not matter. Labels and weights are sent as a message; its arrival confirms that
+    the other half of the pixels is written.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -177,13 +167,13 @@ class SharedMemoryJoin:
         self._turn = 0
 
     def start(self, half: Batch) -> PendingBatch:
-        """Write the own half and tell the other column."""
+        """Write the own half and notify the other column."""
         if self._slots is None:
             self._slots = self._map(half.images)
         images = self._slots[self._turn]
         self._turn = (self._turn + 1) % SLOTS
         images.chunk(2)[self._index].copy_(half.images)
-        # float64 holds them all exactly
+        # float64 represents all of them exactly.
         sent = torch.stack([row.double() for row in (half.labels, half.weights, half.replaced)])
         received = torch.empty_like(sent)
         peer = dist.get_global_rank(self._group, 1 - self._index)
@@ -206,22 +196,22 @@ class SharedMemoryJoin:
         return arrive
 
     def _map(self, half: Tensor) -> Tensor:
-        """float32 [SLOTS, b, 3, h, w] in pages shared by the pair."""
+        """Map a float32 [SLOTS, b, 3, h, w] tensor in memory that the pair shares."""
         shape = (SLOTS, 2 * half.shape[0], *half.shape[1:])
         size = 4 * torch.Size(shape).numel()
         first = dist.get_global_rank(self._group, 0)
-        mine = os.memfd_create("duet-images") if self._index == 0 else -1
-        path = [f"/proc/{os.getpid()}/fd/{mine}"]
+        own_memory = os.memfd_create("duet-images") if self._index == 0 else -1
+        path = [f"/proc/{os.getpid()}/fd/{own_memory}"]
         dist.broadcast_object_list(path, src=first, group=self._group)
         descriptor = os.open(path[0], os.O_RDWR)
         os.ftruncate(descriptor, size)
         memory = mmap.mmap(descriptor, size)
         os.close(descriptor)
         dist.barrier(self._group)
-        if mine >= 0:
-            os.close(mine)
+        if own_memory >= 0:
+            os.close(own_memory)
         return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
     def close(self) -> None:
-        """Drop the mapping; the pages go when nobody uses them any more."""
+        """Drop the mapping; the kernel frees the memory after the last user."""
         self._slots = None

@@ -1,7 +1,8 @@
-"""Where a step's time goes: the real loop, the same on batches that lie ready, the stream alone.
+"""Profiler: splits the time of a step, and compares steps on streamed and on prepared batches.
 
-Real and replayed steps are made in turn, by the training loop itself; nothing is saved. What the
-replayed ones gain is what a stream that is never late could gain at most: the headspace.
+Real and replayed steps are made in turn by the training loop itself; nothing is saved. Replayed
+steps take batches from memory, so their speed-up is the most that a faster stream could gain: the
+headspace.
 """
 
 from __future__ import annotations
@@ -35,63 +36,63 @@ from pipeline.throughput.diagnosis import examine
 from pipeline.throughput.stages import Setting
 
 WARM_UP = 5
-"""Steps before the clocks start."""
+"""Warm-up steps before the first measurement."""
 TURNS = 3
-"""Times that real and replayed steps are made, in turn."""
+"""Number of turns of real and replayed steps."""
 SECONDS = 8.0
-"""Of real steps, in all turns."""
+"""Seconds of real steps in all turns together."""
 FEWEST = 4
-"""Steps of a turn, at least."""
+"""Least number of steps in a turn."""
 KEPT = 3
-"""Batches that are replayed."""
+"""Number of batches that are replayed."""
 PARTS = ("compute", "exchange", *WAITS)
-"""Of a step's wall time; what is left is bookkeeping."""
+"""Parts of a step's wall time; the rest is bookkeeping."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopTiming:
-    """Steps that were made: means over them, in seconds."""
+    """Timing of some steps: means in seconds."""
 
     steps: int
     wall: float
-    """By a clock around all of them."""
+    """Wall time of a step, by a clock around all of them."""
     parts: dict[str, float]
 
     @property
     def accounted(self) -> float:
-        """Share of the wall that the parts add up to."""
+        """Fraction of the wall time that the parts add up to."""
         return sum(self.parts.values()) / self.wall
 
 
 @dataclass(frozen=True, kw_only=True)
 class Headspace:
-    """What one process has measured."""
+    """Measurement of one process."""
 
     real: LoopTiming
     replayed: LoopTiming
     ratios: tuple[float, ...]
-    """Replayed over real wall time, turn by turn."""
+    """Replayed over real wall time of each turn."""
     alone_img_s: float
-    """Of the stream, for the whole job, while nothing computes."""
+    """Images a second of the whole job's stream while nothing computes."""
     exchange_bytes: int
-    """Sent to the other column in a step."""
+    """Bytes sent to the other column in a step."""
     exchange_rate: float
-    """Bytes a second that cross with nothing beside; 0 without a pair."""
+    """Bytes a second of the exchange alone; 0 without a pair."""
     others: float
-    """Share of the machine that other programs used meanwhile, 0..1."""
+    """Fraction of the machine that other programs used meanwhile, 0..1."""
 
 
 def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
-    """Measure a training of these settings; every process of the job calls it at the same time.
+    """Measure a training of these settings; all processes of the job call it together.
 
-    The leader tells what was found (`Measured`). Nothing is written but in a temporary folder.
+    The leader sends a `Measured` event. Files are written in a temporary folder only.
 
     Raises:
         DuetError: from the data set.
     """
     keep_memory()
     torch.set_num_threads(mesh.cores)
-    # As good as no rate: so many steps on the same few batches may end in a loss that is no number.
+    # A rate near 0: so many steps on the same few batches could end in a loss that is NaN.
     config = replace(
         config, validate_every=0, statistics_every=0, store="", ledger=False, tensorboard=False,
         schedule="dexp", changes=(), layer_rates=(), lr=1e-9, steps=10**7, epochs=1.0, init="",
@@ -99,53 +100,54 @@ def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
     samples, _ = read_origin(config, data)
     with (
         tempfile.TemporaryDirectory(prefix="duet-measure-") as scratch,
-        prepare_training(config, data, Path(scratch), mesh, _quiet, ()) as training,
+        prepare_training(config, data, Path(scratch), mesh, _ignore_event, ()) as training,
     ):
-        found = _headspace(training, samples, Path(scratch))
+        found = _measure_headspace(training, samples, Path(scratch))
     everybody: Sequence[Headspace] = mesh.gather(found)
     if mesh.is_leader:
-        tell(Measured(_result(config, data, mesh, everybody)))
-    mesh.gather(None)  # the others leave it their cores
+        tell(Measured(_build_result(config, data, mesh, everybody)))
+    mesh.gather(None)  # the other processes leave their cores to the leader's measurements
 
 
-def _quiet(_: Event) -> None:
+def _ignore_event(_: Event) -> None:
     pass
 
 
-def _headspace(t: Training, samples: int, scratch: Path) -> Headspace:
+def _measure_headspace(t: Training, samples: int, scratch: Path) -> Headspace:
     steps = _Steps(t, samples, scratch)
-    kept = [_copy(next(t.feed)) for _ in range(KEPT)]
+    kept = [_clone(next(t.feed)) for _ in range(KEPT)]
     ready = cast(PairBatches, _Replay(kept))
     steps.make(t.feed, WARM_UP)
     wall = steps.make(t.feed, WARM_UP).wall
-    each = max(t.mesh.gather(wall))  # all make as many
+    each = max(t.mesh.gather(wall))  # so that all processes make the same number of steps
     count = max(FEWEST, round(SECONDS / TURNS / each))
     real, replayed, load = list[LoopTiming](), list[LoopTiming](), Load()
     for _ in range(TURNS):
         real.append(steps.make(t.feed, count))
         steps.make(ready, 1)
         replayed.append(steps.make(ready, count))
-        for _ in range(KEPT):  # what has been read ahead meanwhile cost nothing
+        for _ in range(KEPT):  # batches prefetched meanwhile cost nothing
             next(t.feed)
     others = load.others()
     rows = steps.rows[-1]
     sent, rate = int(rows["exchange_bytes"]), 0.0
     if t.net.exchange is not None:
-        rate = _crossing(t.net.exchange, sent, t.mesh)
+        rate = _measure_exchange(t.net.exchange, sent, t.mesh)
     return Headspace(
-        real=_mean(real), replayed=_mean(replayed),
+        real=_average_timings(real), replayed=_average_timings(replayed),
         ratios=tuple(fast.wall / slow.wall for fast, slow in zip(replayed, real, strict=True)),
-        alone_img_s=_alone(t, count), exchange_bytes=sent, exchange_rate=rate, others=others,
+        alone_img_s=_measure_stream(t, count), exchange_bytes=sent, exchange_rate=rate,
+        others=others,
     )  # fmt: skip
 
 
 class _Steps:
-    """Has the training loop make steps, and keeps their rows."""
+    """Runs steps of the training loop and collects their rows."""
 
     def __init__(self, t: Training, samples: int, scratch: Path) -> None:
         self.rows: list[dict[str, Any]] = []
-        log = MetricsLog(scratch, t.mesh, _quiet, samples, 0, keep=self.rows)
-        self._t = replace(t, log=log, checkpoints=cast(CheckpointManager, _Nothing()))
+        log = MetricsLog(scratch, t.mesh, _ignore_event, samples, 0, keep=self.rows)
+        self._t = replace(t, log=log, checkpoints=cast(CheckpointManager, _NoCheckpoints()))
         self._mark = t.mark
 
     def make(self, feed: PairBatches, count: int) -> LoopTiming:
@@ -158,15 +160,12 @@ class _Steps:
             torch.cuda.synchronize()
         wall = (time.perf_counter() - start) / count
         rows = self.rows[before:]
-        parts = {
-            "compute": _means(rows, "compute"), "exchange": _means(rows, "exchange"),
-            **{name: _means(rows, name) for name in WAITS},
-        }  # fmt: skip
+        parts = {name: _average_field(rows, name) for name in PARTS}
         return LoopTiming(steps=count, wall=wall, parts=parts)
 
 
-class _Nothing:
-    """Checkpoints that are never written."""
+class _NoCheckpoints:
+    """Stands in for the checkpoints; writes none."""
 
     pending = busy = False
 
@@ -178,7 +177,7 @@ class _Nothing:
 
 
 class _Replay:
-    """Batches that lie ready."""
+    """Yields the same batches again and again."""
 
     def __init__(self, kept: Sequence[ReplicaBatch]) -> None:
         self.waits = WaitTimes()
@@ -188,18 +187,18 @@ class _Replay:
         return next(self._turns)
 
 
-def _copy(whole: ReplicaBatch) -> ReplicaBatch:
+def _clone(whole: ReplicaBatch) -> ReplicaBatch:
     return replace(
         whole, **{name: getattr(whole, name).clone()
                   for name in ("images", "labels", "weights", "replaced")},
     )  # fmt: skip
 
 
-def _means(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+def _average_field(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return float(sum(row[name] for row in rows)) / len(rows)
 
 
-def _mean(loops: Sequence[LoopTiming]) -> LoopTiming:
+def _average_timings(loops: Sequence[LoopTiming]) -> LoopTiming:
     return LoopTiming(
         steps=sum(one.steps for one in loops),
         wall=sum(one.wall for one in loops) / len(loops),
@@ -207,8 +206,8 @@ def _mean(loops: Sequence[LoopTiming]) -> LoopTiming:
     )
 
 
-def _alone(t: Training, count: int) -> float:
-    """Images a second of the job's stream when nobody computes."""
+def _measure_stream(t: Training, count: int) -> float:
+    """Return images a second of the job's stream while nothing computes."""
     for _ in range(KEPT):
         next(t.feed)
     start = time.perf_counter()
@@ -218,7 +217,7 @@ def _alone(t: Training, count: int) -> float:
     return min(t.mesh.gather(rate))
 
 
-def _crossing(exchange: Exchange, size: int, mesh: ProcessMesh) -> float:
+def _measure_exchange(exchange: Exchange, size: int, mesh: ProcessMesh) -> float:
     """Bytes a second that cross between columns, in messages of a layer's size."""
     message = torch.zeros(max(1, size // 8), dtype=torch.uint8, device=mesh.device)
     exchange.join_batch(message)
@@ -230,10 +229,10 @@ def _crossing(exchange: Exchange, size: int, mesh: ProcessMesh) -> float:
     return turns * len(message) / (time.perf_counter() - start)
 
 
-def _result(
+def _build_result(
     config: Config, data: str, mesh: ProcessMesh, everybody: Sequence[Headspace]
 ) -> dict[str, Any]:
-    """What the driver writes down: the split of a step, and the examination of the stream."""
+    """Build the result for the driver: the split of a step, and the report on the stream."""
     slowest = max(everybody, key=lambda one: one.real.wall)
     au = sorted(ratio for one in everybody for ratio in one.ratios)
     au_median = au[len(au) // 2]

@@ -34,7 +34,7 @@ def told(text: str, final: bool, code: int = 1) -> Failed:
 def test_the_cause_is_told_not_what_it_led_to(tmp_path: Path):
     failure = Failure(WORKERS, told(NOISE, final=False), GroupError("both", 3))
     assert failure.why.startswith("the worker of replica 1, column b (node node-1) died: killed")
-    error = failure.error(tmp_path)
+    error = failure.build_error(tmp_path)
     assert str(error).startswith(f"{failure.why} (traceback in ")
     assert error.exit_code == 1
     log = (tmp_path / "error.log").read_text()
@@ -49,21 +49,21 @@ def test_several_deaths_are_counted():
 
 def test_an_error_of_ours_keeps_its_exit_code(tmp_path: Path):
     failure = Failure(WORKERS, told("shard x is damaged", final=True, code=4), GroupError("x", 1))
-    assert failure.final
-    error = failure.error(tmp_path)
+    assert failure.is_final
+    error = failure.build_error(tmp_path)
     assert str(error).startswith("replica 0, column b: shard x is damaged (traceback in ")
     assert error.exit_code == 4
 
 
 def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
     failure = Failure(raised=RuntimeError("Training failed due to:\nno room\nthird line"))
-    assert str(failure.error(tmp_path, "said aside")).startswith("no room (traceback in ")
+    assert str(failure.build_error(tmp_path, "said aside")).startswith("no room (traceback in ")
     log = (tmp_path / "error.log").read_text()
     assert "third line" in log
     assert "said aside" in log
 
 
 def test_a_log_that_cannot_be_written_hides_nothing(tmp_path: Path):
-    assert str(Failure(told=told("disk full", True)).error(tmp_path / "gone")) == (
+    assert str(Failure(event=told("disk full", True)).build_error(tmp_path / "gone")) == (
         "replica 0, column b: disk full"
     )

@@ -17,7 +17,7 @@ from rich.console import Console
 from cluster.config import Config, format_toml
 from cluster.run.state import read_state
 from cluster.run.sync import DRIVER_FILES, RunMirror
-from cluster.status import main, render, sparkline
+from cluster.status import main, render, draw_sparkline
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_processes import REPOSITORY
 
@@ -269,6 +269,6 @@ def test_watching_ends_with_the_run(run, monkeypatch, capsys):
 
 
 def test_bars_rise_with_the_values():
-    assert sparkline([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([5.0] * 100, 10) == "▁" * 10
-    assert sparkline([1.0], 10) == ""
+    assert draw_sparkline([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"
+    assert draw_sparkline([5.0] * 100, 10) == "▁" * 10
+    assert draw_sparkline([1.0], 10) == ""
