@@ -1,4 +1,4 @@
-"""Settings of a training run: their fields and checks, the TOML file and flags they come from.
+"""Settings of a training run: their fields and checks, and the TOML files they are read from.
 
 `Config` nests the network (`model.architecture.Design`). Files and flags are flat: `width = 0.25`
 or `--width 0.25` sets `config.design.width`. `from_settings` and `to_settings` translate.
@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -354,99 +354,6 @@ EITHER = int | str
 DESIGN_TYPES = get_type_hints(Design)
 TYPES = DESIGN_TYPES | {k: kind for k, kind in get_type_hints(Config).items() if k != "design"}
 """Type of each setting of the flat table."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """Train both columns from a sealed data set; the same command again resumes the run."""
-
-    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """TOML file with any of the settings below, or the name of a preset, such as dexp; flags given
-    here win over it."""
-    data: str
-    """Data set, made by pipeline.build_shards: a folder, or an address such as s3://bucket/folder."""
-    run: Path
-    """Folder for checkpoints and numbers; created if need be."""
-    tuning: Path | None = None
-    """A file of pipeline.throughput --tune; its settings win over CONFIG's, flags over both."""
-    measure: bool = False
-    """Do not train: measure where a step's time goes, into RUN/measure.json and
-    RUN/throughput.html."""
-    settings: Annotated[Config, tyro.conf.OmitArgPrefixes]
-
-
-# Read without the checks: a value that cannot work gets a one-line message, not tyro's box.
-@dataclass(frozen=True, kw_only=True)
-class _UncheckedDesign(Design):
-    __doc__ = Design.__doc__
-
-    def __post_init__(self) -> None:
-        pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class _UncheckedConfig(Config):
-    __doc__ = Config.__doc__
-    design: Annotated[_UncheckedDesign, tyro.conf.OmitArgPrefixes] = field(
-        default_factory=_UncheckedDesign
-    )
-    """The network."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class _UncheckedCommand(Command):
-    settings: Annotated[_UncheckedConfig, tyro.conf.OmitArgPrefixes]
-
-
-def parse_command(argv: Sequence[str]) -> Command:
-    """Read the command line and the config file it names.
-
-    Raises:
-        UsageError: the file is missing or wrong, or a setting is; one line.
-        SystemExit: code 2 for a wrong flag, 0 for --help (tyro has printed the text).
-    """
-    user = list(argv)
-    first = _parse(user)
-    table = load_settings(first.config)
-    if first.tuning is not None:
-        table |= load_settings(first.tuning)
-    given = {word.split("=")[0] for word in user}
-    if given & {f"--{name}" for name in LENGTH}:  # the file's other length must not win
-        table = {key: value for key, value in table.items() if key not in LENGTH}
-    raw = _parse([*_format_flags(table), *user])
-    try:
-        settings = Config.from_settings(raw.settings.to_settings())
-    except ValueError as error:
-        raise UsageError(f"{error} ({raw.config} and the flags given)") from error
-    return Command(
-        config=raw.config, data=raw.data, run=raw.run, tuning=raw.tuning, measure=raw.measure,
-        settings=settings,
-    )  # fmt: skip
-
-
-def _parse(words: list[str]) -> _UncheckedCommand:
-    return tyro.cli(
-        _UncheckedCommand, args=words, prog="python -m cluster.train", description=Command.__doc__
-    )
-
-
-def _format_flags(table: dict[str, Any]) -> list[str]:
-    """Format settings as flags that any word may follow: a list takes all words up to a flag."""
-    lists = {key: value for key, value in table.items() if isinstance(value, tuple)}
-    last = {"width": Design.width} | {key: table[key] for key in table if key not in lists}
-    return [word for key, value in (lists | last).items() for word in _format_flag(key, value)]
-
-
-def _format_flag(key: str, value: object) -> list[str]:
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, tuple):
-        return [f"--{name}", *value]
-    return [f"--{name}", str(value)]
 
 
 def find_config(path: Path, folder: Path = PRESETS) -> Path:

@@ -14,9 +14,9 @@ from cluster.config import (
     find_config,
     format_toml,
     load_settings,
-    parse_command,
     read_run_config,
 )
+from cluster.train import parse_command
 from model.architecture import Design
 from pipeline.tools.errors import UsageError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import parse_command
+from cluster.train import parse_command
 from model.architecture import Design
 from model.schedule import compute_rates, parse_changes
 

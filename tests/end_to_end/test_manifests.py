@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import parse_command
+from cluster.train import parse_command
 from tests.helpers.training_processes import REPOSITORY
 
 yaml = pytest.importorskip("yaml")

@@ -17,7 +17,7 @@ from rich.console import Console
 from cluster.config import Config, format_toml
 from cluster.run.state import read_state
 from cluster.run.sync import DRIVER_FILES, RunMirror
-from cluster.status import main, render, draw_sparkline
+from cluster.status import draw_sparkline, main, render
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_processes import REPOSITORY
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.config import parse_command
 from cluster.launch.measurement import format_measurement, split_step
 from cluster.mesh import ProcessMesh, create_mesh
 from cluster.run.events import Measured
+from cluster.train import parse_command
 from cluster.training import profiler
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.throughput import stream_rate
