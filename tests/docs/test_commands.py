@@ -28,7 +28,6 @@ SHORTER = {
     "cluster.experiments.neighbors": "--workers 1 --pairs 100",
 }
 """Flags that are appended to the commands of the pages."""
-CONFIGS = REPOSITORY / "cluster" / "configs"
 EXPORT = "python -m cluster.export runs/mine --best --out weights.safetensors"
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
@@ -69,8 +68,6 @@ class World:
         assert words[0] == "python", f"no test knows how to run {command}"
         target, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
         rest += shlex.split(SHORTER.get(target, ""))
-        # Until a bare name is a preset: its file.
-        rest = [str(p) if (p := CONFIGS / f"{word}.toml").is_file() else word for word in rest]
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [target, *rest])
