@@ -18,6 +18,9 @@ from hypothesis import settings
 
 from tests.helpers.http_servers import Server
 from tests.helpers.images import folder_per_class, packed
+from tests.helpers.processes import fork_where_code_spawns
+
+fork_where_code_spawns()
 
 # What these helpers assert is to be told as fully as if a test had asserted it.
 pytest.register_assert_rewrite(

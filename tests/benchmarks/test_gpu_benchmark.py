@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,8 @@ sys.path.insert(0, str(FOLDER))
 from parts import clock, damage, lanes, machine, made, pixels, search, table  # noqa: E402
 from parts.lanes import Setting  # noqa: E402
 from parts.record import Record  # noqa: E402
+
+from tests.helpers.processes import run_command  # noqa: E402
 
 START = Setting(threads=4, load=0.5, prefetch=2, batch=128)
 AXES = {"load": (0.0, 0.5, 1.0), "threads": (2, 4, 8), "batch": (128, 256)}
@@ -146,10 +147,9 @@ def test_a_run_that_is_cut_off_has_said_so(tmp_path):
 def test_every_step_runs_on_a_cpu(tiny_data, tmp_path):
     flags = "--device cpu --minutes 0.05 --seconds 0.05 --rounds 1 --samples 48 --checked 24"
     small = "--threads 1 --batch 8"
-    done = subprocess.run(
+    done = run_command(
         [sys.executable, FOLDER / "stream.py", tiny_data, *flags.split(), *small.split(),
          "--out", tmp_path, "--skip", "damage"],
-        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(next(tmp_path.glob("*.json")).read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from peers.turns import look  # noqa: E402
 from peers.work import CROP, Floats, Work, pillow_crop, stored  # noqa: E402
 
 from pipeline.tools.errors import DataError, UsageError  # noqa: E402
+from tests.helpers.processes import run_command  # noqa: E402
 
 MEAN = (120.0, 110.0, 100.0)
 BATCH = 4
@@ -153,10 +153,8 @@ def test_a_missing_library_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_whole_comparison_in_json(tiny_data: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "loaders.py"), str(tiny_data)]
     command += ["--only", "ours,torch", "--rounds", "2", "--seconds", "0.2"]
-    done = subprocess.run(
+    done = run_command(
         [*command, "--batch-size", "8", "--json"],
-        capture_output=True,
-        text=True,
         cwd=ROOT,
         timeout=120,
     )

@@ -24,6 +24,8 @@ sys.path[:0] = [str(BENCHMARKS / "gpu"), str(BENCHMARKS)]
 from nets import plain_alexnet  # noqa: E402
 from parts import step_table  # noqa: E402
 
+from tests.helpers.processes import run_command  # noqa: E402
+
 
 def script(path: str) -> ModuleType:
     """An entry point, under a name that is not that of another module."""
@@ -39,7 +41,7 @@ def script(path: str) -> ModuleType:
 
 def run(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True)
+    return run_command(command, check=True)
 
 
 def test_the_plain_network_is_the_same_network() -> None:
@@ -153,6 +155,6 @@ def test_no_gpu_is_said(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     command = [sys.executable, str(BENCHMARKS / "gpu/step.py"), "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(command)
     assert done.returncode == 3
     assert done.stderr == "error: torch sees no GPU; --device cpu tries the script out\n"

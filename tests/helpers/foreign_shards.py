@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.index_shards import Outcome, Request, index_folder
 from tests.helpers.images import jpeg, rows_of
+from tests.helpers.processes import run_command
 
 KINDS = [{}, {"subsampling": 0}, {"mode": "L"}, {"progressive": True}, {"quality": 60}]
 """JPEGs that people have: 4:2:0, 4:4:4, grey, progressive, small."""
@@ -49,7 +50,7 @@ def index(folder: Path, **settings) -> Outcome:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.index_shards", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_command(command)
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]], **options) -> None:

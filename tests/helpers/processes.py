@@ -8,7 +8,8 @@ that was started from a shell; only module-level code of what is loaded before h
 from __future__ import annotations
 
 import atexit
-import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import runpy
 import subprocess
@@ -20,9 +21,27 @@ from typing import Any
 
 import torch.multiprocessing
 
-from tests.helpers.training_processes import REPOSITORY
 
-FORKS = multiprocessing.get_context("forkserver")
+class _Fork(multiprocessing.context.ForkServerProcess):
+    """A fork that has its starter's environment, and forks from the same server itself."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._environment = dict(os.environ)
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environment)
+        multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+        fork_where_code_spawns()
+        super().run()
+
+
+class _Forks(multiprocessing.context.ForkServerContext):
+    Process = _Fork
+
+
+FORKS = _Forks()
 FORKS.set_forkserver_preload(
     [
         "cluster",  # before torch: it says how OpenMP's threads wait
@@ -40,91 +59,94 @@ FORKS.set_forkserver_preload(
 )
 
 
+def fork_where_code_spawns() -> None:
+    """Have `get_context("spawn")` mean `FORKS` from now on, in this process.
+
+    What is sent to a process is pickled either way. Real spawns are those of the commands that
+    `tests/end_to_end` starts with Python.
+    """
+    multiprocessing.context._concrete_contexts["spawn"] = FORKS
+
+
 def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
     """Call `work(rank, *arguments)` in `count` processes; raise what one of them raises."""
-    torch.multiprocessing.start_processes(
-        _rank, (dict(os.environ), work, arguments), count, start_method="forkserver"
-    )
+    torch.multiprocessing.spawn(work, arguments, nprocs=count)
 
 
-def _rank(
-    rank: int, environment: Mapping[str, str], work: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
-    _adopt(environment)
-    work(rank, *arguments)
-
-
-def start(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
-    """Start `target(*arguments)` in a process and return that."""
-    process = FORKS.Process(target=_call, args=(dict(os.environ), target, arguments))
+def start(
+    target: Callable[..., None],
+    *arguments: Any,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> multiprocessing.process.BaseProcess:
+    """Start `target(*arguments)` in a process, with an environment and a folder, and return it."""
+    process = FORKS.Process(target=_call, args=(env, cwd, target, arguments))
     process.start()
     return process
 
 
 def _call(
-    environment: Mapping[str, str], target: Callable[..., None], arguments: tuple[Any, ...]
+    env: Mapping[str, str] | None,
+    cwd: Path | None,
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
-    _adopt(environment)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    if cwd is not None:
+        os.chdir(cwd)
     target(*arguments)
 
 
-def run_module(
-    module: str,
-    words: Sequence[object],
+def run_command(
+    command: Sequence[object],
     *,
-    environment: Mapping[str, str] | None = None,
-    folder: Path = REPOSITORY,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
     timeout: float = 120,
+    check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m MODULE WORDS` to its end, and return exit code and output.
+    """Do as `subprocess.run` with captured text does, for `python -m MODULE …` and `python FILE …`.
 
     Raises:
         TimeoutExpired: it takes longer than `timeout` seconds; it is killed.
+        CalledProcessError: with `check`, its exit code is not 0.
     """
+    python, *words = map(str, command)
+    assert python == sys.executable, python
+    assert words[0] == "-m" or words[0].endswith(".py"), words
     with tempfile.TemporaryDirectory() as work:
         out, err = Path(work, "out"), Path(work, "err")
-        words = [str(word) for word in words]
-        process = FORKS.Process(
-            target=_module,
-            args=(dict(environment or os.environ), folder, out, err, module, words),
-        )
-        process.start()
+        process = start(_run, out, err, words, env=env, cwd=cwd)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
-            raise subprocess.TimeoutExpired([module, *words], timeout, out.read_text())
-        return subprocess.CompletedProcess(
-            [module, *words], process.exitcode, out.read_text("utf-8"), err.read_text("utf-8")
+            raise subprocess.TimeoutExpired(words, timeout, out.read_text(), err.read_text())
+        code = process.exitcode
+        done = subprocess.CompletedProcess(
+            words, code, out.read_text("utf-8"), err.read_text("utf-8")
         )
+    if check and code:
+        raise subprocess.CalledProcessError(code, words, done.stdout, done.stderr)
+    return done
 
 
-def _module(
-    environment: Mapping[str, str],
-    folder: Path,
-    out: Path,
-    err: Path,
-    module: str,
-    words: list[str],
-) -> None:
-    for number, name, flags in (
-        (0, os.devnull, os.O_RDONLY),
-        (1, out, os.O_WRONLY | os.O_CREAT),
-        (2, err, os.O_WRONLY | os.O_CREAT),
-    ):
+def _run(out: Path, err: Path, words: list[str]) -> None:
+    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, out, write), (2, err, write)):
         file = os.open(name, flags, 0o644)
         os.dup2(file, number)
         os.close(file)
-    _adopt(environment)
-    os.chdir(folder)
-    sys.path[0] = str(folder)
-    sys.argv = [module, *words]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            sys.path[0] = str(Path.cwd())
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path[0] = str(Path(words[0]).parent)
+            runpy.run_path(words[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()
-
-
-def _adopt(environment: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+        atexit._run_exitfuncs()  # as an interpreter does at its end, and multiprocessing does not

@@ -35,6 +35,7 @@ from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import sha256
 from tests.helpers.http_servers import Server
 from tests.helpers.images import CLASSES, flip_bit, rows_of
+from tests.helpers.processes import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -234,7 +235,7 @@ def test_command_and_its_errors(data: Path, here: Path) -> None:
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(here)}
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *words], capture_output=True, text=True, env=env)
+        return run_command([*command, *words], env=env)
 
     done = call(str(data), "--out", "page.html")
     assert (done.returncode, done.stderr) == (0, "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ from model.architecture import Design
 from model.optimizer import Sgd2012
 from pipeline.tools.errors import DataError, UsageError
 from tests.cluster.report.test_report import Page as Html
+from tests.helpers.processes import run_command
 
 CLASSES = tuple("abcdefgh")
 BASE = Config(design=Design(width=0.0625), steps=60, batch_size=128)
@@ -356,10 +356,9 @@ def test_bad_input_is_one_line_with_its_exit_code(make, tmp_path):
         make_page([broken])
     for path, words in ((tmp_path, "is no run"), (young, "has no complete checkpoint yet"),
                         (tmp_path / "gone", "is no run")):  # fmt: skip
-        found = subprocess.run(
+        found = run_command(
             [sys.executable, "-m", "cluster.experiments.evidence", str(path)],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[3],
-        )  # fmt: skip
+        )
         assert (found.returncode, found.stdout) == (2, "")
         assert words in found.stderr
         assert found.stderr.count("\n") == 1

@@ -33,6 +33,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.manifest import identity
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import flip_bit
+from tests.helpers.processes import run_command
 
 CONFIG = Config(
     dtype="float32",
@@ -269,7 +270,7 @@ def test_a_killed_command_goes_on(run, tiny_data):
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(command, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "precision at 6" in done.stdout
     left = {path.suffix for path in (run / "neighbours").iterdir()}
@@ -296,7 +297,7 @@ def test_damaged_images_have_no_features_and_are_no_neighbours(run, data, capsys
 
 
 def refused(run: Path, data: Path, *more: str) -> tuple[int, str]:
-    done = subprocess.run(
+    done = run_command(
         [
             sys.executable,
             "-m",
@@ -306,8 +307,6 @@ def refused(run: Path, data: Path, *more: str) -> tuple[int, str]:
             str(data),
             *more,
         ],
-        capture_output=True,
-        text=True,
     )
     assert done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]

@@ -25,6 +25,7 @@ from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from pipeline.dataset.manifest import identity
 from pipeline.tools.errors import UsageError
+from tests.helpers.processes import run_command
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 CLASSES = ("<b>cat & dog</b>", "fox", "owl")
@@ -285,11 +286,8 @@ def test_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_command_line(run: Path, tmp_path: Path) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return run_command(
             [sys.executable, "-m", "cluster.report", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
             cwd=Path(__file__).resolve().parents[3],
         )
 

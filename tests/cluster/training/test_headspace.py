@@ -34,7 +34,7 @@ def shorten(put) -> None:
     put(profiler, "SECONDS", 0.6)
     examine = profiler.examine
     put(profiler, "examine", lambda *a, **k: examine(*a, seconds=0.05, **k))
-    put(stream_rate, "measure", no_room)
+    put(stream_rate, "measure_raw", no_room)
 
 
 def no_room(*_):

@@ -17,6 +17,7 @@ from pipeline.dataset.index import save_index
 from pipeline.tools.errors import DataError, DuetError
 from pipeline.verify import check, verify
 from tests.helpers.images import flip_bit, jpeg, packed, rows_of
+from tests.helpers.processes import run_command
 from tests.helpers.resealed_data import SHARD, overwrite, reseal
 
 UNCHECKED = {"seed", "sources", "plan", "classes", "titles", "libraries", "quality", "chroma"}
@@ -44,7 +45,7 @@ def test_verify_names_shard_sample_and_key(data):
         {"file": "train-000003.tar", "reason": "missing"},
     ]
     command = [sys.executable, "-m", "pipeline.verify", str(data), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(command)
     facts = json.loads(done.stdout)
     assert done.returncode == 4
     assert facts["damage"] == found

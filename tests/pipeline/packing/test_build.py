@@ -18,11 +18,12 @@ from pipeline.remote.target import WORK, FolderTarget
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, jpeg, packed, rows_of
+from tests.helpers.processes import run_command
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.build_shards", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_command(command)
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from pipeline.remote.target import WORK
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify
 from tests.helpers.images import folder_per_class, packed
+from tests.helpers.processes import run_command
 
 KILLS = 20
 
@@ -210,7 +211,7 @@ def test_a_full_disk_costs_one_line_and_no_work(source, tmp_path):
     assert "File too large" in done.stderr
     assert "run the same command again" in done.stderr
     assert not list(out.rglob("*.partial"))
-    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    done = run_command(limited)
     assert done.returncode == 0, done.stderr
     assert verify(out) == []
 
@@ -230,7 +231,7 @@ def test_kill_of_the_command_leaves_nobody_behind(source, tmp_path):
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _wait_for(process, lambda: (out / WORK / "build.json").exists())
     process.send_signal(signal.SIGSTOP)
-    second = subprocess.run(line, capture_output=True, text=True, check=False)
+    second = run_command(line)
     assert second.returncode == 2
     assert "being built by another process" in second.stderr
     process.send_signal(signal.SIGCONT)
@@ -243,7 +244,7 @@ def test_kill_of_the_command_leaves_nobody_behind(source, tmp_path):
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    done = run_command(line)
     assert done.returncode == 0, done.stderr
     assert verify(out) == []
     assert not (out / WORK).exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import zlib
@@ -24,6 +23,7 @@ from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import Decoder, NativeReader
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, packed, rows_of
+from tests.helpers.processes import run_command
 
 SHAPE = (256, 256, 3)
 JPEG_LOSS = 1.2
@@ -98,11 +98,8 @@ def test_unreadable_images_are_left_out_and_the_command_tells(tmp_path):
     source = folder_per_class(tmp_path / "s", 2)
     (source / "cat/bad.jpg").write_bytes(b"no picture at all")
     command = [sys.executable, "-m", "pipeline.build_shards", tmp_path / "d", "--train", source]
-    done = subprocess.run(
+    done = run_command(
         [*map(str, command), "--encoding", "raw", "--json", "--max-rejects", "0.2"],
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -13,15 +12,14 @@ from pipeline.throughput.__main__ import main
 from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.tools.errors import DuetError, UsageError
+from tests.helpers.processes import run_command
 
 COMMAND = [sys.executable, "-m", "pipeline.throughput"]
 QUICK = ("--batch-size", 8, "--seconds", 0.1)
 
 
 def call(*arguments, **more):
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **more
-    )
+    return run_command([*COMMAND, *map(str, arguments)], **more)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +155,7 @@ def test_dalis_reader_reads_no_store():
 
 def test_verify_refuses_an_address_in_one_line():
     command = [sys.executable, "-m", "pipeline.verify", "https://host/set"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(command)
     assert done.returncode == 2
     assert done.stderr == (
         "error: verify reads local folders, and https://host/set is an address\n"
