@@ -16,8 +16,14 @@ tools           files, processes, errors, progress
 """
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 from pipeline.tools.renames import Renames
+
+if TYPE_CHECKING:
+    from pipeline.batches import Batch, Stream, StreamConfig
+
+__all__ = ["Batch", "Stream", "StreamConfig"]
 
 sys.meta_path.insert(
     0,
@@ -29,3 +35,12 @@ sys.meta_path.insert(
         }
     ),
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Stream`, `Batch` and `StreamConfig` at their first use: they bring torch and DALI."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline import batches
+
+    return getattr(batches, name)
