@@ -1,4 +1,4 @@
-"""Check a sealed data set against its manifest, byte for byte, or prove what was delivered of it.
+"""Check a sealed dataset against its manifest, byte for byte, or prove what was delivered of it.
 
     python -m pipeline.verify DATA
     python -m pipeline.verify DATA --decode
@@ -8,8 +8,6 @@ Every shard is read once: its SHA-256, every member of the tar, every row of the
 and every image's CRC-32 are checked, and damage is named by shard, sample and key. --decode
 decodes every image as well. With --ledger, the ledgers of a run are read instead: was each epoch
 delivered exactly once? Exit code 0: sound. 4: damaged, or not exactly once.
-
-A whole data set, checked on all cores.
 """
 
 from __future__ import annotations
@@ -46,40 +44,42 @@ from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
 
 BYTES_A_SECOND, DECODED_A_SECOND = 400e6, 1500
-"""About what one process checks and decodes, to tell whether helpers are worth their start."""
-STARTED_IN = 2.0
-"""Seconds of work that no helper process is started for."""
+"""Rough rates of one process, to decide whether helpers are worth their start."""
+LISTED = 100
+"""Lines about damage on the terminal; --json has them all."""
+WORTH_HELPERS = 2.0
+"""Seconds of work below which no helper process is started."""
 
 
 @dataclass
-class Report:
-    """What a check has found."""
+class VerificationReport:
+    """Damage found by a check, and what was read."""
 
     damage: list[DamageRow] = field(default_factory=list)
-    """Empty: the set is sound."""
+    """Damaged places; empty if the dataset is sound."""
     notes: list[str] = field(default_factory=list)
-    """Names of files in the folder that are no part of the set."""
+    """Names of files in the folder that are not part of the dataset."""
     bytes: int = 0
-    """Of the shards, read."""
+    """Number of bytes read, of shards."""
     pictures: int = 0
-    """In those shards, by the manifest."""
+    """Number of images in those shards, by the manifest."""
 
 
-def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Report:
-    """Check all of a data set.
+def check(data: Path, *, decode: bool = False, workers: int | None = None) -> VerificationReport:
+    """Check all of a dataset.
 
     Args:
-        data: its folder.
+        data: folder of the dataset.
         decode: decode every image, too.
-        workers: processes; by default as many as there are cores, and none for a small set.
+        workers: number of processes; by default one per core, and none for a small dataset.
 
     Raises:
-        UsageError: `data` holds no data set.
+        UsageError: `data` holds no dataset.
         DataError: the manifest itself cannot be read.
         DuetError: a process died.
     """
     manifest = Manifest.load(data)
-    report = Report(damage=check_manifest(manifest))
+    report = VerificationReport(damage=check_manifest(manifest))
     if report.damage:
         return report  # where it says the files are, nobody should look
     report.notes = find_unknown_files(data, manifest)
@@ -90,10 +90,10 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Re
         report.damage += found
         if not found:
             sound.add(name)
-    jobs = list(_jobs(data, manifest, sound, decode))
+    jobs = list(_list_jobs(data, manifest, sound, decode))
     total = sum(job.shard.bytes for job in jobs)
     if workers is None:
-        workers = _workers(manifest, total, decode)
+        workers = _choose_workers(manifest, total, decode)
     with Progress("checking", total=total >> 20, unit="MiB") as progress:
         for job, checked in zip(jobs, map_in_order(check_shard, jobs, workers), strict=True):
             report.damage += checked.damage
@@ -104,13 +104,13 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Re
     return report
 
 
-def _workers(manifest: Manifest, total: int, decode: bool) -> int:
+def _choose_workers(manifest: Manifest, total: int, decode: bool) -> int:
     pictures = sum(split.samples for split in manifest.splits.values()) if decode else 0
     seconds = total / BYTES_A_SECOND + pictures / DECODED_A_SECOND
-    return 1 if seconds < STARTED_IN else len(os.sched_getaffinity(0))
+    return 1 if seconds < WORTH_HELPERS else len(os.sched_getaffinity(0))
 
 
-def _jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[CheckJob]:
+def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[CheckJob]:
     classes = Classes(manifest.classes)
     for name, split in manifest.splits.items():
         starts = accumulate((shard.samples for shard in split.shards[:-1]), initial=0)
@@ -129,16 +129,12 @@ def _jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iter
             )
 
 
-LISTED = 100
-"""Lines about damage on the terminal; --json has it all."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check every byte of a data set, or prove that a run was given each sample once an epoch."""
+    """Check every byte of a dataset, or prove that a run was given each sample once an epoch."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of the data set."""
+    """Folder of the dataset."""
     decode: bool = False
     """Decode every image, too; an image that DALI might refuse is named."""
     json: bool = False
@@ -149,10 +145,10 @@ class Verify:
 
 
 def verify(data: Path, *, decode: bool = False) -> list[DamageRow]:
-    """Return all damage found in a data set; an empty list means it is sound.
+    """Return all damage found in a dataset; an empty list means it is sound.
 
     Raises:
-        UsageError: `data` holds no data set.
+        UsageError: `data` holds no dataset.
         DataError: the manifest itself cannot be read.
     """
     return check(data, decode=decode).damage
@@ -165,19 +161,19 @@ def main() -> int:
         raise UsageError(f"verify reads local folders, and {options.data} is an address")
     folder = open_dataset(options.data).folder
     if options.ledger:
-        return _prove(options, folder)
+        return _prove_delivery(options, folder)
     started = time.monotonic()
     report = check(folder, decode=options.decode)
     seconds = time.monotonic() - started
     if options.json:
-        sys.stdout.write(json.dumps(_facts(options, report, seconds)) + "\n")
+        sys.stdout.write(json.dumps(_make_facts(options, report, seconds)) + "\n")
     for one in report.damage[:LISTED]:
-        sys.stderr.write(f"{_line(one)}\n")
+        sys.stderr.write(f"{_describe_damage(one)}\n")
     if (more := len(report.damage) - LISTED) > 0:
         sys.stderr.write(f"... and {more:,} more; --json lists them all\n")
     if report.notes:
-        sys.stderr.write(f"no part of the set: {_some(report.notes)}\n")
-    sys.stderr.write(f"{_speed(report, seconds, options.decode)}\n")
+        sys.stderr.write(f"no part of the set: {_shorten_list(report.notes)}\n")
+    sys.stderr.write(f"{_describe_speed(report, seconds, options.decode)}\n")
     if report.damage:
         count = len(report.damage)
         places = "1 place" if count == 1 else f"{count:,} places"
@@ -186,7 +182,7 @@ def main() -> int:
     return 0
 
 
-def _facts(options: Verify, report: Report, seconds: float) -> dict[str, object]:
+def _make_facts(options: Verify, report: VerificationReport, seconds: float) -> dict[str, object]:
     return {
         "data": options.data,
         "sound": not report.damage,
@@ -199,18 +195,18 @@ def _facts(options: Verify, report: Report, seconds: float) -> dict[str, object]
     }
 
 
-def _line(one: DamageRow) -> str:
+def _describe_damage(one: DamageRow) -> str:
     sample = f" sample {one['sample']}" if "sample" in one else ""
     key = f" key {escape(one['key'])}" if "key" in one else ""
     return f"{escape(one['file'])}{sample}{key}: {one['reason']}"
 
 
-def _some(names: list[str]) -> str:
+def _shorten_list(names: list[str]) -> str:
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(map(escape, names[:3])) + more
 
 
-def _speed(report: Report, seconds: float, decode: bool) -> str:
+def _describe_speed(report: VerificationReport, seconds: float, decode: bool) -> str:
     seconds = max(seconds, 1e-9)
     what = "checked and decoded" if decode else "checked"
     return (
@@ -219,7 +215,7 @@ def _speed(report: Report, seconds: float, decode: bool) -> str:
     )
 
 
-def _prove(options: Verify, folder: Path) -> int:
+def _prove_delivery(options: Verify, folder: Path) -> int:
     """Prove from ledgers, name what is wrong, and return 0 or 4."""
     proof = prove(folder, options.ledger)
     if options.json:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pipeline.dataset.manifest import Manifest, Shard, Split, identity
-from pipeline.stream.ledger import proof as exactly_once
+from pipeline.stream.ledger.findings import LedgerFinding, Proof
 from pipeline.stream.ledger.writer import Ledger, LedgerHeader
 
-HEAD = struct.Struct("<IIQII")  # as the docstring of ledger_file has it
+HEAD = struct.Struct("<IIQII")  # as the docstring of pipeline.stream.ledger.format has it
 N = 60
 
 
@@ -114,7 +114,7 @@ def change(path: Path, frame: int, place: int, add: int) -> None:
     path.write_bytes(b"".join(parts))
 
 
-def only(proof: exactly_once.Proof, kind: str) -> exactly_once.Finding:
+def only(proof: Proof, kind: str) -> LedgerFinding:
     found = [finding for finding in proof.findings if finding.kind == kind]
     assert len(found) == 1, proof.findings
     assert "\n" not in found[0].reason

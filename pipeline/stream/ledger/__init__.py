@@ -1,7 +1,8 @@
-"""What was delivered, written down sample by sample; and the proof of exactly once.
+"""Ledgers: a record of every delivered sample, and the proof that each epoch was exact.
 
-writer      `Ledger`: one file a rank and attempt
-file        the format
-checksum    32 bits for the pixels of a sample
-proof       ledgers of a run -> each epoch was delivered exactly once, or what was not
+format      the file format, `LedgerHeader` and `LedgerFile`
+writer      `Ledger`: writes the file of one rank and attempt, with a checksum of each sample
+attempts    the ledgers of a run by attempt, and the positions that no rank delivered
+findings    errors, the `Proof`, and their text
+proof       `prove`: checks that each epoch was delivered exactly once
 """

@@ -1,4 +1,4 @@
-"""The ledgers of a run, sorted into attempts: which rank should have delivered which position."""
+"""The attempts of a run: which rank should have delivered which position, and which are missing."""
 
 from __future__ import annotations
 
@@ -10,39 +10,46 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.stream.ledger.format import ENDING, LedgerFile, scan
+from pipeline.stream.ledger.findings import (
+    LISTED,
+    LedgerFinding,
+    find_runs,
+    format_runs,
+    pluralize,
+)
+from pipeline.stream.ledger.format import ENDING, LedgerFile, scan_ledger
 from pipeline.stream.order import Ids, share
 from pipeline.tools.errors import UsageError
 
 FOLDER = "ledger"
-"""Where a run keeps its ledgers: RUN/ledger/."""
+"""Folder of the ledgers within a run's."""
 
-RAGGED = 8
-"""Batches by which ranks may differ at the end of an attempt: they were stopped in the midst of a
-step, and a host runs that far ahead of its GPU. A rank that lacks more has lost something."""
+MAX_LAG = 8
+"""Batches by which ranks may differ at the end of an attempt: they are stopped inside a step, and a
+host runs that far ahead of its GPU. A rank that lacks more has lost something."""
 
 
 @dataclass
-class Attempt:
+class LedgerAttempt:
     """The ranks that started together: files with one start, batch and world, each rank once."""
 
     position: int
     batch_size: int
     world_size: int
     files: dict[int, LedgerFile] = field(default_factory=dict)
-    """By rank."""
+    """Ledger of each rank that left one."""
 
     @property
     def reach(self) -> int:
-        """Position after the last batch that any rank got, a whole number of batches on."""
+        """Position after the last batch that any rank got, rounded up to a whole batch."""
         return self.position + max(map(self._batches, self.files)) * self.batch_size
 
     @property
-    def ragged(self) -> int:
-        """Position from which on some ranks got nothing because they were stopped; else `reach`."""
+    def stop(self) -> int:
+        """Position from which on ranks are missing only because they were stopped, or `reach`."""
         fewest = min(map(self._batches, self.files))
         low = self.position + fewest * self.batch_size
-        lost = len(self.files) < self.world_size or self.reach - low > RAGGED * self.batch_size
+        lost = len(self.files) < self.world_size or self.reach - low > MAX_LAG * self.batch_size
         return self.reach if lost else low
 
     def ranks(self, positions: Ids) -> Ids:
@@ -55,33 +62,33 @@ class Attempt:
         return max(0, -((self.position - self.files[rank].end) // self.batch_size))
 
 
-class Opened(NamedTuple):
-    """What was found in the folders."""
+class RunLedgers(NamedTuple):
+    """The ledgers found in the folders of a run."""
 
     files: list[LedgerFile]
-    """In order of time, as their names tell it."""
+    """Readable ledgers, in order of time by their names."""
     torn: int
-    """Files whose last frame or first line was not finished."""
+    """Number of files whose last frame or first line is incomplete."""
     unreadable: dict[Path, str]
-    """Files that are damaged from their first line on, and why."""
+    """Why the first line of each damaged file cannot be read."""
 
 
-def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> Opened:
-    """Open all ledgers of runs, and make sure that they belong together.
+def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> RunLedgers:
+    """Open all ledgers of a run, and check that they belong together.
 
     Args:
-        data: folder of the data set.
-        manifest: of that.
+        data: folder of the dataset.
+        manifest: manifest of the dataset.
         runs: folders of runs (RUN with RUN/ledger in it), or folders with ledgers.
 
     Raises:
-        UsageError: a folder without ledgers, or a ledger of another data set, split, seed or
-            shuffle, or not one that can be read.
+        UsageError: a folder without ledgers, or a ledger of another dataset, split, seed or
+            shuffle, or no ledger that can be read.
     """
     files, torn, unreadable = [], 0, {}
-    for path in _paths(runs):
+    for path in _list_ledgers(runs):
         try:
-            file = scan(path)
+            file = scan_ledger(path)
         except ValueError as error:
             unreadable[path] = str(error)
             continue
@@ -93,13 +100,13 @@ def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> Opened
         raise UsageError(f"no ledger can be read ({reasons[0] if reasons else 'all are empty'})")
     known = identity(data)
     for file in files:
-        _of_set(file, data, manifest, known)
-        _of_run(file, files[0])
-    return Opened(files, torn, unreadable)
+        _check_dataset(file, data, manifest, known)
+        _check_run(file, files[0])
+    return RunLedgers(files, torn, unreadable)
 
 
-def _paths(runs: Sequence[Path]) -> list[Path]:
-    """All ledgers in order of time, each once."""
+def _list_ledgers(runs: Sequence[Path]) -> list[Path]:
+    """Return all ledgers in order of time, each once."""
     found: dict[Path, Path] = {}
     for run in runs:
         folder = run / FOLDER if (run / FOLDER).is_dir() else run
@@ -112,24 +119,24 @@ def _paths(runs: Sequence[Path]) -> list[Path]:
     return sorted(found.values(), key=lambda path: path.name)
 
 
-def _of_set(file: LedgerFile, data: Path, manifest: Manifest, known: str) -> None:
-    about = file.about
-    if about.data_sha256 != known:
+def _check_dataset(file: LedgerFile, data: Path, manifest: Manifest, known: str) -> None:
+    header = file.header
+    if header.data_sha256 != known:
         raise UsageError(
-            f"ledger {file.path} is of another data set (manifest {about.data_sha256[:12]}, that "
+            f"ledger {file.path} is of another data set (manifest {header.data_sha256[:12]}, that "
             f"of {data} is {known[:12]}); name the set it was trained on"
         )
-    samples = manifest.split(about.split, data).samples
-    if about.samples != samples:
+    samples = manifest.split(header.split, data).samples
+    if header.samples != samples:
         raise UsageError(
-            f"ledger {file.path} counts {about.samples} samples, split {about.split!r} of {data} "
+            f"ledger {file.path} counts {header.samples} samples, split {header.split!r} of {data} "
             f"has {samples}; leave this file out"
         )
 
 
-def _of_run(file: LedgerFile, first: LedgerFile) -> None:
+def _check_run(file: LedgerFile, first: LedgerFile) -> None:
     for name in ("split", "seed", "shuffle"):
-        mine, others = getattr(file.about, name), getattr(first.about, name)
+        mine, others = getattr(file.header, name), getattr(first.header, name)
         if mine != others:
             raise UsageError(
                 f"ledger {file.path} has {name} {mine!r}, {first.path.name} has {others!r}: "
@@ -137,30 +144,146 @@ def _of_run(file: LedgerFile, first: LedgerFile) -> None:
             )
 
 
-def attempts_of(files: Sequence[LedgerFile]) -> list[Attempt]:
-    """Sort files, in order of time, into attempts: a rank seen again is the next attempt."""
-    attempts: list[Attempt] = []
-    latest: dict[tuple[int, int, int], Attempt] = {}
+def group_attempts(files: Sequence[LedgerFile]) -> list[LedgerAttempt]:
+    """Group files, in order of time, by attempt: a rank that comes again begins the next one."""
+    attempts: list[LedgerAttempt] = []
+    latest: dict[tuple[int, int, int], LedgerAttempt] = {}
     for file in files:
-        about = file.about
-        key = about.position, about.batch_size, about.world_size
-        if key not in latest or about.rank in latest[key].files:
-            latest[key] = Attempt(*key)
+        header = file.header
+        key = header.position, header.batch_size, header.world_size
+        if key not in latest or header.rank in latest[key].files:
+            latest[key] = LedgerAttempt(*key)
             attempts.append(latest[key])
-        latest[key].files[about.rank] = file
+        latest[key].files[header.rank] = file
     return attempts
 
 
-def out_of_line(file: LedgerFile) -> tuple[int, int, int]:
-    """Compare the frames of a file with its first line.
+def find_misplaced_frames(file: LedgerFile) -> tuple[int, int, int]:
+    """Compare the frames of a file with its header.
 
     Returns:
-        How many frames are not where the one before them says, number of the first such frame,
-        and where it should have been.
+        Number of frames that do not follow the one before them, index of the first such frame,
+        and the position it should have.
     """
-    about = file.about
-    first, last = share(about.batch_size, about.rank, about.world_size)
+    header = file.header
+    first, last = share(header.batch_size, header.rank, header.world_size)
     starts, counts = file.frames[:, 1], file.frames[:, 2]
-    due = np.concatenate(([about.position + first], starts[:-1] + about.batch_size))[: len(starts)]
+    due = np.concatenate(([header.position + first], starts[:-1] + header.batch_size))[
+        : len(starts)
+    ]
     (wrong,) = np.nonzero((starts != due) | (counts != last - first))
     return (len(wrong), int(wrong[0]), int(due[wrong[0]])) if len(wrong) else (0, 0, 0)
+
+
+_ALL = -1
+"""Stands for all ranks of an attempt."""
+_BETWEEN = -1
+"""Stands for the attempt where none reached a position."""
+
+
+@dataclass
+class _Gap:
+    """Positions that one rank of one attempt should have delivered and did not."""
+
+    count: int = 0
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    """First and last position of each run, the first `LISTED` and one more."""
+
+    def add(self, count: int, runs: list[tuple[int, int]]) -> None:
+        self.count += count
+        if self.runs and runs[0][0] == self.runs[-1][1] + 1:
+            runs = [(self.runs.pop()[0], runs[0][1]), *runs[1:]]
+        self.runs = (self.runs + runs)[: LISTED + 1]
+
+
+class Gaps:
+    """Collects positions that no rank delivered, and finds the rank that should have."""
+
+    def __init__(self, attempts: Sequence[LedgerAttempt], samples: int) -> None:
+        self._attempts = attempts
+        self._samples = samples
+        self._gaps: dict[tuple[int, int], _Gap] = {}
+        self._starts = np.sort([attempt.position for attempt in attempts])
+        # An attempt that starts at a position says that everything before it was consumed.
+        self._consumed = int(self._starts[-1])
+
+    def add(self, missing: Ids) -> Ids:
+        """Take positions in rising order, int64 [n].
+
+        Returns:
+            Those which are no gap: the attempt was stopped when only some ranks had reached them,
+            and no attempt resumed from beyond them.
+        """
+        if not len(missing):
+            return missing
+        attempt, rank, stopped = self._find_rank(missing)
+        for key in {*zip(attempt[~stopped].tolist(), rank[~stopped].tolist(), strict=True)}:
+            mine = missing[~stopped & (attempt == key[0]) & (rank == key[1])]
+            self._gaps.setdefault(key, _Gap()).add(len(mine), find_runs(mine))
+        return missing[stopped]
+
+    def add_run(self, first: int, last: int) -> None:
+        """Take all positions [first, last): no rank delivered any of them."""
+        if first < last:
+            attempt, rank, _ = self._find_rank(np.array([first]))
+            key = int(attempt[0]), _ALL if attempt[0] != _BETWEEN else int(rank[0])
+            self._gaps.setdefault(key, _Gap()).add(last - first, [(first, last - 1)])
+
+    def list_findings(self) -> list[LedgerFinding]:
+        """Return one finding for each rank of each attempt that lacks anything."""
+        return [self._make_finding(*key, gap) for key, gap in self._gaps.items()]
+
+    def _find_rank(
+        self, missing: Ids
+    ) -> tuple[Ids, Ids, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+        """Return the attempt, the rank, and whether the rank was only stopped there, all [n].
+
+        Where no attempt reached, the "rank" is the place of the next start in `_starts`.
+        """
+        attempt = np.full(len(missing), _BETWEEN)
+        rank = np.searchsorted(self._starts, missing, side="right").astype(np.int64)
+        stopped = np.zeros(len(missing), np.bool_)
+        for number, one in enumerate(self._attempts):  # later ones override earlier ones
+            here = slice(*np.searchsorted(missing, (one.position, one.reach)))
+            attempt[here] = number
+            rank[here] = one.ranks(missing[here])
+            stopped[here] = missing[here] >= max(one.stop, self._consumed)
+        return attempt, rank, stopped
+
+    def _make_finding(self, attempt: int, rank: int, gap: _Gap) -> LedgerFinding:
+        first = gap.runs[0][0]
+        where = format_runs("position", gap.runs[:LISTED], more=len(gap.runs) > LISTED)
+        what = f"{where} ({pluralize(gap.count, 'sample')}, from epoch {first // self._samples} on)"
+        files: tuple[str, ...] = ()
+        if attempt == _BETWEEN:
+            who = self._describe_neighbors(first, rank)
+        else:
+            one = self._attempts[attempt]
+            size = f"{one.world_size} rank{'s' * (one.world_size > 1)}"
+            who = f"attempt {attempt + 1} (from position {one.position:,}, {size}): "
+            if rank == _ALL:
+                who += "all ranks should have"
+            elif rank not in one.files:
+                who += f"rank {rank} should have, and left no ledger"
+            else:
+                who += f"rank {rank} should have"
+                files = (one.files[rank].path.name,)
+        return LedgerFinding(
+            kind="missing",
+            reason=f"nobody delivered {what}; {who}",
+            epoch=first // self._samples,
+            position=first,
+            count=gap.count,
+            files=files,
+        )
+
+    def _describe_neighbors(self, first: int, following: int) -> str:
+        """Return between which attempts a gap lies."""
+        start = int(self._starts[following])
+        number = next(k for k, one in enumerate(self._attempts) if one.position == start)
+        begun = f"attempt {number + 1} began at {start:,}"
+        ended = [(one.reach, k) for k, one in enumerate(self._attempts) if one.reach <= first]
+        if not ended:
+            return f"{begun}, and no ledger tells of what was before"
+        reach, before = max(ended)
+        return f"attempt {before + 1} ended at {reach:,}, and {begun}"

@@ -1,4 +1,4 @@
-"""The file a ledger is: what one rank delivered in one attempt, sample by sample.
+"""Format of a ledger: what one rank delivered in one attempt, sample by sample.
 
     line 1     JSON: everything in `LedgerHeader`, the kind of checksum, the version of this format
     frames     one a batch: 24 bytes, then 8 bytes a sample (12 for sets beyond 2**32 samples)
@@ -6,7 +6,7 @@
 A frame, little-endian: CRC-32 of all that follows in it (u4), bytes of the frame (u4), position of
 its first sample (u8), samples b (u4), replaced samples r (u4); then b ids that were due (u4), b
 checksums of pixels (u4), and for the replaced ones their places 0..b-1 (u4) and what was delivered
-instead (u4). A writer that was killed leaves at most one frame that ends too early, the last.
+instead (u4). A writer that was killed leaves at most one incomplete frame, the last.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ _HEADER_LIMIT = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerHeader:
-    """What a rank set out to deliver in one attempt."""
+    """First line of a ledger: what one rank is to deliver in one attempt."""
 
     data_sha256: str
-    """`manifest.identity` of the data set."""
+    """`manifest.identity` of the dataset."""
     split: str
     samples: int
-    """N: samples in the split."""
+    """Number of samples in the split, N."""
     seed: int
-    """Of order and augmentation."""
+    """Seed of order and augmentation."""
     shuffle: str
     """Name of the order with its settings: `full`, `block 16`."""
     view: str
     """How an image is cut: `random`, `centre`, `whole`."""
     colour: float | tuple[tuple[int, float], ...]
-    """Standard deviation of the colour draws; or pairs, the first epoch that has it and it."""
+    """Standard deviation of the colour draws, or pairs (first epoch, deviation)."""
     colour_divide: bool = False
-    """Whether pixels were divided by 1 + colour. Not in files of before there was a choice."""
+    """Whether pixels were divided by 1 + colour. Older files lack it."""
     mean: str = "channel"
-    """What was subtracted: the mean of each `channel`, or the mean `picture`. Not in files of
-    before there was a choice."""
+    """What was subtracted: the mean of each `channel`, or the mean `picture`. Older files lack
+    it."""
     position: int
-    """Samples that the job had consumed when the attempt began."""
+    """Samples that the whole job had consumed when the attempt began."""
     batch_size: int
-    """Of the whole job."""
+    """Samples in a batch of the whole job."""
     rank: int
     world_size: int
     device: str
     """`cpu`: checksums are CRC-32s. Any other name, such as `gpu`: weighted sums."""
 
     def __post_init__(self) -> None:
-        share(self.batch_size, self.rank, self.world_size)  # refuses an impossible rank
+        share(self.batch_size, self.rank, self.world_size)  # raises if there is no such rank
         if self.samples < 1 or self.position < 0 or self.batch_size < self.world_size:
             raise ValueError(
                 f"out of range: samples={self.samples}, position={self.position}, "
@@ -73,15 +73,15 @@ class LedgerHeader:
 
     @property
     def checksum(self) -> str:
-        """Kind of the checksums."""
+        """Kind of the checksums: `crc32` or `weighted-sum`."""
         return "crc32" if self.device == "cpu" else "weighted-sum"
 
     @property
     def id_type(self) -> np.dtype[Any]:
-        """How ids are stored."""
+        """Data type of stored ids."""
         return np.dtype("<u4" if self.samples <= 1 << 32 else "<u8")
 
-    def header(self) -> bytes:
+    def to_line(self) -> bytes:
         """Return the first line of a file."""
         facts = {"ledger": VERSION, "checksum": self.checksum, **asdict(self)}
         return (json.dumps(facts) + "\n").encode()
@@ -91,7 +91,7 @@ class LedgerHeader:
         """Read the first line of a file.
 
         Raises:
-            ValueError: it is no such line; the message says why.
+            ValueError: the line is not a header; the message says why.
         """
         facts = json.loads(line)
         if not isinstance(facts, dict) or facts.get("ledger") != VERSION:
@@ -105,7 +105,7 @@ class LedgerHeader:
             raise ValueError(f"its first line does not say all: {error}") from error
 
 
-def encode(
+def encode_frame(
     id_type: np.dtype[Any],
     position: int,
     due: Ids,
@@ -128,16 +128,18 @@ def encode(
 
 
 class Deliveries(NamedTuple):
-    """Some of what a file tells, one entry a sample, all [n]."""
+    """Deliveries recorded in a ledger, one entry a sample, all [n]."""
 
     positions: Ids
+    """Position of each, int64."""
     due: Ids
-    """Ids that the order put there, int64."""
+    """Ids that were due there by the order, int64."""
     delivered: Ids
-    """Ids of the samples that were given, int64."""
+    """Ids of the samples that were delivered, int64."""
     checksums: npt.NDArray[np.uint32]
+    """Checksum of the pixels of each."""
 
-    def only(self, which: npt.NDArray[np.bool_]) -> Deliveries:
+    def select(self, which: npt.NDArray[np.bool_]) -> Deliveries:
         """Return those at which `which`, bool [n], is true."""
         positions, due, delivered, checksums = self
         return Deliveries(positions[which], due[which], delivered[which], checksums[which])
@@ -145,36 +147,36 @@ class Deliveries(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LedgerFile:
-    """A file whose frames were found and checked, but are not in memory."""
+    """An open ledger: its frames are located and checked, but not in memory."""
 
     path: Path
-    about: LedgerHeader
+    header: LedgerHeader
     frames: npt.NDArray[np.int64]
     """[frames, 4]: byte offset, position, samples and replaced samples of each, as written."""
     torn: bool
-    """Whether the last frame ends too early; it does not count."""
+    """Whether the last frame is incomplete; it is ignored."""
     damage: str
-    """Why the rest of the file was not read; empty if all of it was."""
+    """Why the rest of the file could not be read; empty if all of it was."""
 
     @property
     def start(self) -> int:
-        """Lowest position of a delivery; where the attempt began if there is none."""
-        return int(self.frames[:, 1].min()) if len(self.frames) else self.about.position
+        """Lowest delivered position; if there is none, the position of the header."""
+        return int(self.frames[:, 1].min()) if len(self.frames) else self.header.position
 
     @property
     def end(self) -> int:
-        """Position after the last delivery; where the attempt began if there is none."""
+        """Position after the last delivery; if there is none, the position of the header."""
         if not len(self.frames):
-            return self.about.position
+            return self.header.position
         return int((self.frames[:, 1] + self.frames[:, 2]).max())
 
     @property
     def deliveries(self) -> int:
-        """Samples in all frames."""
+        """Number of samples in all frames."""
         return int(self.frames[:, 2].sum())
 
-    def between(self, first: int, last: int) -> Deliveries:
-        """Read what the file tells about positions [first, last)."""
+    def read(self, first: int, last: int) -> Deliveries:
+        """Return the deliveries at positions [first, last)."""
         touching = (self.frames[:, 1] < last) & (self.frames[:, 1] + self.frames[:, 2] > first)
         frames = self.frames[touching]
         parts = []
@@ -185,22 +187,24 @@ class LedgerFile:
                 content = np.frombuffer(file.read(stop - start), np.uint8)
             for count in np.unique(frames[:, 2]):
                 same = frames[frames[:, 2] == count]
-                parts.append(self._gather(content, same - [start, 0, 0, 0], int(count)))
+                parts.append(self._decode_frames(content, same - [start, 0, 0, 0], int(count)))
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        told = Deliveries(*columns) if columns else Deliveries(*np.zeros((4, 0), np.int64))
-        inside = (told.positions >= first) & (told.positions < last)
-        return told if inside.all() else told.only(inside)
+        found = Deliveries(*columns) if columns else Deliveries(*np.zeros((4, 0), np.int64))
+        inside = (found.positions >= first) & (found.positions < last)
+        return found if inside.all() else found.select(inside)
 
     def _ends(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         samples = frames[:, 2] + frames[:, 3]
-        ends: npt.NDArray[np.int64] = frames[:, 0] + FRAME.size + samples * _width(self.about)
+        ends: npt.NDArray[np.int64] = (
+            frames[:, 0] + FRAME.size + samples * _sample_bytes(self.header)
+        )
         return ends
 
-    def _gather(
+    def _decode_frames(
         self, content: npt.NDArray[np.uint8], frames: npt.NDArray[np.int64], count: int
     ) -> Deliveries:
-        """Cut frames of `count` samples each out of `content`."""
-        ids = self.about.id_type
+        """Decode frames of `count` samples each, which start in `content` at their byte offsets."""
+        ids = self.header.id_type
         row = np.dtype([("head", "V", FRAME.size), ("due", ids, count), ("sum", "<u4", count)])
         windows = np.lib.stride_tricks.sliding_window_view(content, row.itemsize)
         rows = windows[frames[:, 0]].view(row)[:, 0]
@@ -215,33 +219,33 @@ class LedgerFile:
         return Deliveries(positions.ravel(), due.ravel(), delivered.ravel(), sums.ravel())
 
 
-def scan(path: Path) -> LedgerFile | None:
-    """Find and check all frames of a file; None if its writer was killed within the first line.
+def scan_ledger(path: Path) -> LedgerFile | None:
+    """Locate and check all frames of a file; None if its writer was killed in the first line.
 
     Raises:
-        ValueError: the first line is not that of a ledger; the message says why.
+        ValueError: the first line is not the header of a ledger; the message says why.
     """
     with path.open("rb") as file:
         line = file.readline(_HEADER_LIMIT)
         if not line.endswith(b"\n") and len(line) < _HEADER_LIMIT:
             return None
-        about = LedgerHeader.parse(line)
+        header = LedgerHeader.parse(line)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             with memoryview(content) as view:
-                frames, at = _walk(view, len(line), _width(about))
-                torn = _torn(view[at:], about)
+                frames, at = _find_frames(view, len(line), _sample_bytes(header))
+                torn = _is_torn(view[at:], header)
             damage = "" if torn or at == len(content) else f"damaged at byte {at:,}"
     table = np.frombuffer(frames, np.int64).reshape(-1, 4)
-    return LedgerFile(path, about, table, torn, damage)
+    return LedgerFile(path, header, table, torn, damage)
 
 
-def _width(about: LedgerHeader) -> int:
-    """Bytes that a sample, and that a replacement takes."""
-    return about.id_type.itemsize + 4
+def _sample_bytes(header: LedgerHeader) -> int:
+    """Return the number of bytes of a sample, and of a replacement, in a frame."""
+    return header.id_type.itemsize + 4
 
 
-def _walk(view: memoryview, at: int, width: int) -> tuple[array[int], int]:
-    """Return the sound frames from byte `at` on, four numbers each, and where they end."""
+def _find_frames(view: memoryview, at: int, width: int) -> tuple[array[int], int]:
+    """Return the sound frames from byte `at` on, four numbers each, and the byte where they end."""
     frames = array("q")
     size = len(view)
     while at + FRAME.size <= size:
@@ -254,13 +258,13 @@ def _walk(view: memoryview, at: int, width: int) -> tuple[array[int], int]:
     return frames, at
 
 
-def _torn(rest: memoryview, about: LedgerHeader) -> bool:
-    """Whether what follows the sound frames is the beginning of one more, and nothing else."""
+def _is_torn(rest: memoryview, header: LedgerHeader) -> bool:
+    """Return whether the bytes after the sound frames are an incomplete frame and nothing else."""
     if not rest or not bytes(rest).strip(b"\0"):
         return len(rest) > 0  # a machine that lost its power may keep the length, not the bytes
     if len(rest) < FRAME.size:
         return True
-    first, last = share(about.batch_size, about.rank, about.world_size)
-    longest = FRAME.size + 2 * (last - first) * _width(about)
+    first, last = share(header.batch_size, header.rank, header.world_size)
+    longest = FRAME.size + 2 * (last - first) * _sample_bytes(header)
     length: int = FRAME.unpack_from(rest)[1]
     return len(rest) < length <= longest

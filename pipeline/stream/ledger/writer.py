@@ -1,12 +1,9 @@
-"""`Ledger`: writes down every delivered sample, so that exactly-once can be proved afterwards.
+"""`Ledger`: records every delivered sample, so that exactly-once can be proved afterwards.
 
 FOLDER/20261121T003012.123456789Z-r0003of0008-5f0c9a1e.ledger    one rank in one attempt
 
-`file` says what is in it; `proof` reads those of a whole run.
-
-One 32-bit number for the pixels of each sample, to compare deliveries without keeping them.
-
-On the host it is the CRC-32 of the sample's bytes. A GPU computes no CRC in parallel: there it is
+A 32-bit checksum of each sample's pixels lets deliveries be compared without keeping them. On the
+host it is the CRC-32 of the sample's bytes. A GPU computes no CRC in parallel: there it is
 a sum of the float16 bit patterns, each times an odd 64-bit number of its own place, folded to 32
 bits. Integer sums do not depend on the order in which a GPU makes them, and a change of any one
 value changes the sum before folding for certain.
@@ -28,7 +25,7 @@ import numpy.typing as npt
 import torch
 from isal import isal_zlib
 
-from pipeline.stream.ledger.format import ENDING, LedgerHeader, encode
+from pipeline.stream.ledger.format import ENDING, LedgerHeader, encode_frame
 from pipeline.stream.order import Ids
 from pipeline.tools.errors import SetupError, UsageError
 
@@ -74,8 +71,8 @@ def _weights(count: int, device: torch.device) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Owed:
-    """A batch whose checksums a GPU still works on."""
+class _PendingFrame:
+    """A batch whose checksums a GPU still computes."""
 
     position: int
     due: Ids
@@ -89,27 +86,27 @@ class Ledger:
 
     A frame goes out with one `write` when its batch is recorded: a process that is killed loses
     nothing of what it recorded. On a GPU the frame of a batch is written when the next one is
-    recorded, so that nobody waits for the device; call `flush` before a checkpoint is sealed.
+    recorded, so that nothing waits for the device; call `flush` before a checkpoint is sealed.
 
-        with Ledger(RUN / "ledger", about) as ledger:
+        with Ledger(RUN / "ledger", header) as ledger:
             ledger.record(position, due, delivered, images)
     """
 
-    def __init__(self, folder: Path, about: LedgerHeader) -> None:
+    def __init__(self, folder: Path, header: LedgerHeader) -> None:
         """Create `folder` if need be, and a file of its own in it; other files are not touched.
 
         Args:
-            folder: for the ledgers of all ranks and attempts of a run.
-            about: what will be delivered.
+            folder: folder for the ledgers of all ranks and attempts of a run.
+            header: first line of the file.
 
         Raises:
             UsageError: the folder cannot be written.
             SetupError: the file cannot (a full disk).
         """
-        self.path = folder / _name(about)
+        self.path = folder / _make_name(header)
         """The file."""
-        self._about = about
-        self._owed: _Owed | None = None
+        self._header = header
+        self._pending: _PendingFrame | None = None
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,15 +116,15 @@ class Ledger:
                 f"ledger folder {folder} cannot be written ({error.strerror}); name another folder"
             ) from error
         self._finalizer = weakref.finalize(self, os.close, self._file)
-        self._write(about.header())
+        self._write(header.to_line())
 
     def record(self, position: int, due: Ids, delivered: Ids, images: torch.Tensor) -> None:
-        """Note a batch of b samples, before anybody changes its pixels.
+        """Record a batch of b samples, before anything changes its pixels.
 
         Args:
-            position: of the first sample of this rank's slice.
-            due: ids that the order puts there, int64 [b].
-            delivered: ids that were given: others where a sample was damaged; int64 [b].
+            position: position of the first sample of this rank's slice.
+            due: ids that are due there by the order, int64 [b].
+            delivered: ids that were delivered, other ones where a sample is damaged; int64 [b].
             images: [b, 3, h, w]; float32 on the host, or float16 on the device. Contiguous images
                 are not copied.
 
@@ -140,8 +137,8 @@ class Ledger:
         if self._file is None:
             raise ValueError(f"ledger {self.path} is closed")
         self.flush()
-        if self._about.checksum == "crc32":
-            frame = encode(self._about.id_type, position, due, delivered, crc32_each(images))
+        if self._header.checksum == "crc32":
+            frame = encode_frame(self._header.id_type, position, due, delivered, crc32_each(images))
             self._write(frame)
             return
         sums = weighted_sums(images)
@@ -151,25 +148,25 @@ class Ledger:
         host = sums.to("cpu", non_blocking=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record(torch.cuda.current_stream(sums.device))
-        self._owed = _Owed(position, due.copy(), delivered.copy(), host, ready)
+        self._pending = _PendingFrame(position, due.copy(), delivered.copy(), host, ready)
 
     def flush(self) -> None:
-        """Write the batch that is still owed, if there is one; waits for its checksums.
+        """Write the batch that is pending, if there is one; waits for its checksums.
 
         Raises:
             SetupError: the file cannot be written.
         """
-        if self._owed is not None:
-            owed, self._owed = self._owed, None
-            owed.ready.synchronize()
-            self._write_sums(owed.position, owed.due, owed.delivered, owed.sums)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.ready.synchronize()
+            self._write_sums(pending.position, pending.due, pending.delivered, pending.sums)
 
     def close(self) -> None:
-        """Write what is owed and close the file; a second call does nothing."""
+        """Write what is pending and close the file; a second call does nothing."""
         try:
             self.flush()
         finally:
-            self._end()
+            self._close_file()
 
     def __enter__(self) -> Ledger:
         return self
@@ -183,7 +180,7 @@ class Ledger:
         self.close()
 
     def _write_sums(self, position: int, due: Ids, delivered: Ids, sums: torch.Tensor) -> None:
-        frame = encode(self._about.id_type, position, due, delivered, sums.numpy())
+        frame = encode_frame(self._header.id_type, position, due, delivered, sums.numpy())
         self._write(frame)
 
     def _write(self, content: bytes) -> None:
@@ -194,21 +191,21 @@ class Ledger:
             if written < len(content):  # a disk that has just become full, or a quota
                 os.write(self._file, content[written:])
         except OSError as error:
-            self._end()  # what would follow a torn frame could not be read
+            self._close_file()  # what would follow a torn frame could not be read
             raise SetupError(
                 f"ledger {self.path} cannot be written ({error.strerror}); "
                 "make room, or go on without a ledger"
             ) from error
 
-    def _end(self) -> None:
+    def _close_file(self) -> None:
         if self._file is not None:
             self._finalizer()
             self._file = None
 
 
-def _name(about: LedgerHeader) -> str:
+def _make_name(header: LedgerHeader) -> str:
     """Return a name that no other file has; names sort by time."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
-    rank = f"r{about.rank:04d}of{about.world_size:04d}"
+    rank = f"r{header.rank:04d}of{header.world_size:04d}"
     return f"{moment}.{nanoseconds:09d}Z-{rank}-{secrets.token_hex(4)}{ENDING}"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.stream.ledger.format import encode, scan
+from pipeline.stream.ledger.format import encode_frame, scan_ledger
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.ledger.writer import Ledger
 from pipeline.tools.errors import SetupError, UsageError
@@ -64,7 +64,7 @@ def test_a_first_line_cut_short_counts_as_torn(run, data):
 def test_killing_the_writer_loses_nothing_it_recorded(tmp_path, data):
     code = (
         "import os, signal, sys, numpy as np, torch\n"
-        "from pipeline.stream.ledger.writer import LedgerHeader, Ledger\n"
+        "from pipeline.stream.ledger.writer import Ledger, LedgerHeader\n"
         "ledger = Ledger(sys.argv[1], LedgerHeader(**eval(sys.argv[2])))\n"
         "ids = np.arange(4)\n"
         "for k in range(9):\n"
@@ -99,11 +99,11 @@ def test_about_eight_bytes_a_sample(tmp_path):
 def test_ids_of_a_set_beyond_32_bits_fit(tmp_path, data):
     facts = replace(about(data, 0, 2, 0, 1), samples=1 << 33)
     due, given_ = np.array([1 << 32, 5]), np.array([1 << 32, (1 << 33) - 1])
-    frame = encode(facts.id_type, 1 << 40, due, given_, np.array([1, 2], np.uint32))
-    (tmp_path / "a.ledger").write_bytes(facts.header() + frame)
-    file = scan(tmp_path / "a.ledger")
+    frame = encode_frame(facts.id_type, 1 << 40, due, given_, np.array([1, 2], np.uint32))
+    (tmp_path / "a.ledger").write_bytes(facts.to_line() + frame)
+    file = scan_ledger(tmp_path / "a.ledger")
     told = file.between(0, 1 << 41)
-    assert file.about == facts
+    assert file.header == facts
     assert (told.due.tolist(), told.delivered.tolist()) == (due.tolist(), given_.tolist())
     assert told.positions.tolist() == [1 << 40, (1 << 40) + 1]
     assert file.between((1 << 40) + 1, 1 << 41).checksums.tolist() == [2]

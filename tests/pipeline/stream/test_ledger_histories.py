@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.stream.ledger import proof as exactly_once
+from pipeline.stream.ledger import proof as proof_module
 from pipeline.stream.ledger.proof import prove
 from tests.helpers.ledgers import (  # noqa: F401 - fixtures
     attempt,
@@ -48,7 +48,7 @@ def histories(draw):
 @given(histories(), st.integers(1, 100), st.sets(st.integers(0, 39), max_size=4))
 def test_any_history_of_restarts_is_proved(history, window, damaged):
     samples, attempts, reached = history
-    with temporary() as folder, mock.patch.object(exactly_once, "WINDOW", window):
+    with temporary() as folder, mock.patch.object(proof_module, "WINDOW", window):
         data = data_set(folder / "data", samples)
         for one in attempts:
             attempt(folder / "ledger", data, *one, damaged=list(damaged))

@@ -13,7 +13,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.stream.augment import draw, tint
 from pipeline.stream.config import ColourPlan
-from pipeline.stream.ledger.format import LedgerHeader, scan
+from pipeline.stream.ledger.format import LedgerHeader, scan_ledger
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.loader import subtract_image
 from pipeline.stream.order import FullShuffle
@@ -174,15 +174,15 @@ def test_the_ledger_says_what_the_pixels_were(tiny_data, tmp_path):
     with Stream(tiny_data, batch_size=8, ledger=tmp_path, **options) as stream:
         next(stream)
     (path,) = tmp_path.iterdir()
-    about = scan(path).about
+    about = scan_ledger(path).header
     assert (about.colour, about.colour_divide, about.mean) == (PLAN, True, "picture")
-    assert LedgerHeader.parse(about.header()) == about
+    assert LedgerHeader.parse(about.to_line()) == about
     assert prove(tiny_data, [tmp_path]).findings == ()
 
 
 def test_ledgers_of_before_these_options_are_read(data):
     now = facts_of(data, 0, 12, 0, 1)
-    old = json.loads(now.header())
+    old = json.loads(now.to_line())
     for name in ("colour_divide", "mean"):
         del old[name]
     assert LedgerHeader.parse(json.dumps(old).encode()) == now
