@@ -30,7 +30,7 @@ TURNS = 7
 def pictures_per_second(setting: Setting, clock: bool) -> float:
     """Of the reading thread alone, from the page cache."""
     with opened(setting) as parts:
-        batches = iter(parts.batches(0))
+        batches = iter(parts.read_batches(0))
         done, start = 0, time.perf_counter()
         reader = "pipeline.stream.shard_reader"
         with mock.patch.multiple(reader, perf_counter=time.perf_counter if clock

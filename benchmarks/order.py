@@ -137,14 +137,14 @@ def resident(what: str) -> int:
 def cost(shuffle: str, samples: int, number: int) -> Cost:
     """Make an epoch's order piece by piece as a stream does; then a few slots from the start."""
     start = time.perf_counter()
-    order_of(shuffle, samples).slots(random_position(samples, number), BATCH)
+    order_of(shuffle, samples).list_slots(random_position(samples, number), BATCH)
     slots = time.perf_counter() - start
     order, place = order_of(shuffle, samples), 0
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
     before = resident("VmRSS")
     start = time.perf_counter()
     while place < samples:
-        place += len(order.run(0, place, samples - place))
+        place += len(order.list_ids(0, place, samples - place))
     return Cost(time.perf_counter() - start, slots, resident("VmHWM") - before)
 
 
@@ -168,7 +168,7 @@ def parts(data: Path, position: int) -> Parts:
     times.append(time.perf_counter())
     load_index(data, "train", split)
     times.append(time.perf_counter())
-    FullShuffle([shard.samples for shard in split.shards], seed=1).slots(position, BATCH)
+    FullShuffle([shard.samples for shard in split.shards], seed=1).list_slots(position, BATCH)
     times.append(time.perf_counter())
     return Parts(*np.diff(times).tolist())
 
@@ -219,7 +219,7 @@ def mixing(order: Order) -> Mixing:
     n = order.samples
     places = []
     for epoch in range(2):
-        ids = order.slots(epoch * n, n).ids
+        ids = order.list_slots(epoch * n, n).ids
         place = np.empty(n, np.int64)
         place[ids] = np.arange(n)
         places.append(place)

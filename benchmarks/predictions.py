@@ -116,7 +116,7 @@ def raw(setting: Setting, seconds: float) -> Outcome:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "raw"
         with opened(setting) as parts:
             everything = len(parts.storage)
-            stream_rate.unpack(parts.batches(0), source, everything)
+            stream_rate.unpack(parts.read_batches(0), source, everything)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
              "--encoding", "raw"], check=True, capture_output=True,

@@ -210,7 +210,7 @@ class Stream:
     def _restart_without(self, loader: Loader, failure: DecodeFailure) -> None:
         """Restart at the batch that failed, without the samples that cannot be decoded."""
         samples = failure.batch.ids[failure.places].tolist()
-        damages = [self._reader.storage.damage(sample, UNDECODABLE) for sample in samples]
+        damages = [self._reader.storage.make_damage(sample, UNDECODABLE) for sample in samples]
         self._reader.add_damage(damages)
         loader.close()
         self._loader = Loader(self._reader, failure.batch.start, self.waits)
@@ -223,7 +223,7 @@ def _check_cache(reader: BatchReader) -> None:
         UsageError: says how much it should hold.
     """
     config, shards = reader.config, reader.storage.shards
-    needed = reader.order.needs(config.position)
+    needed = reader.order.list_shards(config.position)
     # A pass in stored order reads shard after shard; the others are only prefetched.
     needed = needed[:1] if config.once else needed
     size = sum(shards[number].bytes for number in needed)

@@ -340,7 +340,7 @@ def _answers(
 def _pixels(storage: ShardReader, ids: list[int]) -> list[Pixels]:
     """The images; grey where one was damaged since it was evaluated."""
     places = np.array(ids, np.int64)
-    views, damages = storage.read(places, np.empty(storage.room(places), np.uint8))
+    views, damages = storage.read(places)
     found = []
     for place, view in enumerate(views):
         try:

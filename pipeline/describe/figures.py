@@ -23,7 +23,7 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import Pixels, Undecodable, decode_image
 from pipeline.describe.facts import Facts, SplitFacts
 from pipeline.remote.dataset import Dataset, LocalDataset
-from pipeline.stream.augment import tint
+from pipeline.stream.augment import compute_color_shift
 from pipeline.stream.shard_reader import Damage, ShardReader
 
 CHART_SIDE = 1000  # units of the square; y points down, as in SVG
@@ -206,7 +206,7 @@ class Samples:
         """
         storage = self._storage(split)
         places = np.array(ids, np.int64)
-        views, damages = storage.read(places, np.empty(storage.room(places), np.uint8))
+        views, damages = storage.read(places)
         return [
             self._decoded(storage, int(sample), view.data, damages.get(place))
             for place, (sample, view) in enumerate(zip(ids, views, strict=True))
@@ -229,7 +229,7 @@ class Samples:
             try:
                 return decode_image(data, self._facts.manifest.encoding)
             except Undecodable as error:
-                damage = storage.damage(sample, str(error))
+                damage = storage.make_damage(sample, str(error))
         self.damaged.append(str(damage))
         return None
 
@@ -287,7 +287,7 @@ def strips(statistics: Statistics, pictures: Sequence[Pixels]) -> list[Strips]:
     for component in range(3):
         colour = np.zeros((len(DRAWS), 3))
         colour[:, component] = DRAWS
-        shifts = tint(colour, basis(statistics))
+        shifts = compute_color_shift(colour, basis(statistics))
         rows = [[jpeg(tinted(one, shift), TINTED_SIDE) for shift in shifts] for one in pictures]
         words = ", ".join(f"{value:+.1f}" for value in shifts[DRAWS.index(1)])
         made.append(Strips(rows, words))

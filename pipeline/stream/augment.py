@@ -1,12 +1,8 @@
-"""How a sample is cut, flipped and tinted: a pure function of (seed, epoch, sample id).
-
-The draws of a whole batch are made at once, each sample's from its own generator (`splitmix`). So
-the pixels of a sample do not depend on the batch, the rank or the thread that makes them.
-
-Random words that are a pure function of numbers, for whole batches at once.
+"""Random draws of crop, flip and colour: a pure function of (seed, epoch, sample id).
 
 Each sample of each epoch has its own SplitMix64 generator (Steele, Lea, Flood 2014: "Fast
 splittable pseudorandom number generators"), whose state is hashed from seed, epoch and sample id.
+So the pixels of a sample do not depend on the batch, the rank or the thread that makes them.
 """
 
 from __future__ import annotations
@@ -16,26 +12,26 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Words = npt.NDArray[np.uint64]
+Uint64s = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def words(
+def random_uint64(
     seed: int,
     epochs: npt.NDArray[np.int64],
     ids: npt.NDArray[np.int64],
     count: int,
     skip: int = 0,
-) -> list[Words]:
-    """Return words `skip` .. `skip + count` of each sample's generator: uniform uint64 [b] each.
+) -> list[Uint64s]:
+    """Return numbers `skip` .. `skip + count` of each sample's generator: uniform uint64 [b] each.
 
     Args:
         seed: 0 or more.
         epochs: int64 [b].
         ids: int64 [b].
-        count: how many words.
-        skip: words left out, at no cost.
+        count: how many numbers.
+        skip: how many numbers to skip, at no cost.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
         start = _mix(np.array([seed], np.uint64) + _GOLDEN)
@@ -43,12 +39,12 @@ def words(
         return [_mix(state + np.uint64(skip + k + 1) * _GOLDEN) for k in range(count)]
 
 
-def below(word: Words, limit: int) -> npt.NDArray[np.int64]:
+def scale_to_range(word: Uint64s, limit: int) -> npt.NDArray[np.int64]:
     """Return whole numbers 0..limit-1 (limit at most 2**32), uniform to within limit / 2**32."""
     return ((word >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32)).astype(np.int64)
 
 
-def _mix(word: Words) -> Words:
+def _mix(word: Uint64s) -> Uint64s:
     """SplitMix64's finalizer: a bijection of 64-bit words in which every bit matters."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -58,9 +54,9 @@ def _mix(word: Words) -> Words:
 CROP = 224
 """Height and width of a training crop, in pixels."""
 BORDER = 32
-"""A crop's corner is one of 0..BORDER in each direction (256 - 224)."""
-WORDS = 7
-"""Random words a sample's draws take; what else is drawn for it comes after these."""
+"""Largest coordinate of a crop's corner: 256 - 224 pixels."""
+DRAW_WORDS = 7
+"""Random numbers that the draws of a sample take; other draws for it use the following ones."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -85,16 +81,16 @@ def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -
     "each alpha is drawn only once for all the pixels of a particular training image until that
     image is used for training again".
     """
-    drawn = words(seed, epochs, ids, WORDS)
+    drawn = random_uint64(seed, epochs, ids, DRAW_WORDS)
     return Draws(
-        x=below(drawn[0], BORDER + 1),
-        y=below(drawn[1], BORDER + 1),
+        x=scale_to_range(drawn[0], BORDER + 1),
+        y=scale_to_range(drawn[1], BORDER + 1),
         flip=(drawn[2] >> np.uint64(63)).astype(bool),
         colour=np.stack([_normal(*drawn[3:5])[0], *_normal(*drawn[5:7])], axis=1),
     )
 
 
-def tint(
+def compute_color_shift(
     colour: npt.NDArray[np.float64], basis: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """Return the RGB shift [b, 3] of draws [b, 3].
@@ -110,12 +106,12 @@ def tint(
     return shift
 
 
-def _normal(first: Words, second: Words) -> tuple[Floats, Floats]:
-    """Return two standard normals per pair of words (Box and Muller 1958)."""
+def _normal(first: Uint64s, second: Uint64s) -> tuple[Floats, Floats]:
+    """Return two standard normals per pair of numbers (Box and Muller 1958)."""
     unit = 2.0**-53
     radius = np.sqrt(-2 * np.log(((first >> np.uint64(11)).astype(np.float64) + 0.5) * unit))
     angle = 2 * np.pi * ((second >> np.uint64(11)).astype(np.float64) * unit)
-    # log and cos differ in the last bit between processors: leave bits that do not.
+    # log and cos differ in the last bit between processors: keep only bits that do not.
     coarse = 2.0**20
     return (
         np.round(radius * np.cos(angle) * coarse) / coarse,

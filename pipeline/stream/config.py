@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pipeline.dataset.images import SIZE
 from pipeline.remote.dataset import CACHE_SIZE
 from pipeline.stream.augment import CROP
-from pipeline.stream.order import share
+from pipeline.stream.order import split_batch
 
 View = Literal["random", "centre", "whole"]
 Shuffle = Literal["full", "block"]
@@ -69,7 +69,7 @@ class ColourPlan:
             return self.values[0]
         return tuple(zip(self.starts, self.values, strict=True))
 
-    def stretches(self, epochs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def find_stretches(self, epochs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the number of the stretch, from 0, that each of `epochs` (int64 [b]) lies in."""
         return np.searchsorted(self.starts, epochs, side="right") - 1
 
@@ -168,7 +168,7 @@ class StreamConfig:
     @property
     def span(self) -> tuple[int, int]:
         """This rank's part of each batch: a half-open range within 0..batch_size."""
-        return share(self.batch_size, self.rank, self.world_size)
+        return split_batch(self.batch_size, self.rank, self.world_size)
 
     @property
     def slice_size(self) -> int:

@@ -113,7 +113,7 @@ class TrialDecoder:
     """Decodes one image at a time, to find those that cannot be decoded."""
 
     def __init__(self, device: Device) -> None:
-        self._gpu = gpu_of(device)  # now: the current device is a thread's own affair
+        self._gpu = select_gpu(device)  # now: the current device is a thread's own affair
         self._pipe: Pipeline | None = None
 
     def can_decode(self, image: npt.NDArray[np.uint8]) -> bool:
@@ -138,7 +138,7 @@ class TrialDecoder:
         return pipe
 
 
-def gpu_of(device: Device) -> int | None:
+def select_gpu(device: Device) -> int | None:
     """Return the number of the GPU to decode on, the current one; None for the CPU.
 
     Raises:
@@ -172,7 +172,7 @@ def open_pipeline(config: StreamConfig, **options: Any) -> Pipeline:
     return Pipeline(
         config.slice_size,
         config.threads or len(os.sched_getaffinity(0)),
-        gpu_of(config.device),
+        select_gpu(config.device),
         prefetch_queue_depth=config.prefetch,
         **options,
     )
@@ -237,7 +237,7 @@ def _crop(config: StreamConfig, x: Any, y: Any) -> dict[str, Any]:
     return {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
 
 
-def fraction(corner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def to_fraction(corner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Return crop corners 0..32 as DALI wants them, 0..1 of the free border."""
     return (corner / BORDER).astype(np.float32)
 

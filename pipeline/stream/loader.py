@@ -17,7 +17,7 @@ from pipeline.dataset.images import SIZE
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import BORDER, draw
 from pipeline.stream.config import Device, StreamConfig
-from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder, fraction
+from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder, to_fraction
 from pipeline.stream.normalization import Floats, Normalization
 from pipeline.stream.order import BlockShuffle, FullShuffle, Ids, Order, Slots, StoredOrder
 from pipeline.stream.prefetch import Prefetcher
@@ -84,7 +84,7 @@ class BatchReader:
         self._needs: tuple[int, ...] = ()
         self._free: deque[Bytes] = deque()
 
-    def batches(self, position: int) -> Iterator[EncodedBatch]:
+    def read_batches(self, position: int) -> Iterator[EncodedBatch]:
         """Yield the batches from `position` on.
 
         Raises:
@@ -118,7 +118,7 @@ class BatchReader:
     def _plan(self, position: int) -> Slots:
         """Return this rank's slots of the global batch at `position`."""
         first, last = self.config.span
-        slots = self.order.slots(position + first, last - first)
+        slots = self.order.list_slots(position + first, last - first)
         if not self.config.once:
             return slots
         # Rows past the end repeat the last sample; their weight of 0 keeps them out of every sum.
@@ -126,10 +126,10 @@ class BatchReader:
         return Slots(np.zeros_like(ids), ids)
 
     def _load(self, start: int, slots: Slots, begun: float) -> EncodedBatch:
-        needs = self.order.needs(start)
+        needs = self.order.list_shards(start)
         if needs is not self._needs:
             self._needs = needs
-            self.storage.ahead(needs)
+            self.storage.prefetch(needs)
         first = start + self.config.span[0]
         ids, images, memory = self._read_sound(first, slots)
         weights = np.ones(len(ids), np.float32)
@@ -139,12 +139,12 @@ class BatchReader:
             counted = np.arange(first, first + len(ids)) < self.order.samples
             weights = (counted & (ids == slots.ids)).astype(np.float32)
         decoder_input = self._input(slots, images)
-        spent = self.storage.spent()
+        spent = self.storage.take_spent()
         return EncodedBatch(
             input=decoder_input,
             due=slots.ids,
             ids=ids,
-            labels=self.storage.labels(ids),
+            labels=self.storage.read_labels(ids),
             weights=weights,
             start=start,
             position=position,
@@ -156,11 +156,11 @@ class BatchReader:
     def _read_sound(self, first: int, slots: Slots) -> tuple[Ids, list[Bytes], Bytes]:
         """Read the samples of `slots`, or for damaged ones their substitutes."""
         ids = slots.ids.copy()
-        for place in self.quarantine.places(ids):
+        for place in self.quarantine.find_damaged(ids):
             if self.config.strict:  # listed by a stream that was not
                 self.add_damage([self.quarantine.known[int(ids[place])]])
             ids[place] = self._substitute(first + place, int(slots.ids[place]))
-        memory = self._buffer(self.storage.room(ids))
+        memory = self._buffer(self.storage.buffer_size(ids))
         images, damaged = self._read_checked(ids, memory)
         while damaged:
             self.add_damage(damaged.values())
@@ -168,7 +168,7 @@ class BatchReader:
             for place in places:
                 ids[place] = self._substitute(first + place, int(slots.ids[place]))
             others = ids[places]
-            room = np.empty(self.storage.room(others), np.uint8)
+            room = np.empty(self.storage.buffer_size(others), np.uint8)
             views, again = self._read_checked(others, room)
             for place, view in zip(places, views, strict=True):
                 images[place] = view
@@ -180,7 +180,7 @@ class BatchReader:
         images, damaged = self.storage.read(ids, memory)
         if self._header_check is not None:
             for place in self._header_check.find_undecodable(ids, images):
-                damaged.setdefault(place, self.storage.damage(int(ids[place]), UNDECODABLE))
+                damaged.setdefault(place, self.storage.make_damage(int(ids[place]), UNDECODABLE))
         return images, damaged
 
     def add_damage(self, damages: Collection[Damage]) -> None:
@@ -196,7 +196,7 @@ class BatchReader:
     def _substitute(self, position: int, due: int) -> int:
         """Return the first sound sample of those that may take the place of `due`."""
         for turn in range(MAX_SUBSTITUTES):
-            if (sample := self.order.substitute(position, due, turn)) not in self.quarantine:
+            if (sample := self.order.choose_substitute(position, due, turn)) not in self.quarantine:
                 return sample
         raise DataError(
             f"{self.quarantine.known[due]}, and so are {MAX_SUBSTITUTES} others that might take "
@@ -216,17 +216,17 @@ class BatchReader:
             # By the sample that is due: its substitute may also come in its own turn.
             draws = draw(self.order.seed, slots.epochs, slots.ids)
             x, y, flip = draws.x, draws.y, draws.flip
-            mean = self.normalization.means(draws.colour, slots.epochs)
+            mean = self.normalization.compute_means(draws.colour, slots.epochs)
             if self.config.divides:
-                divisor = self.normalization.divisors(slots.epochs).astype(np.float32)
+                divisor = self.normalization.compute_divisors(slots.epochs).astype(np.float32)
         else:
             x = y = np.full(len(images), BORDER // 2)
             flip = np.zeros(len(images), bool)
             mean = np.tile(self.normalization.channel_mean, (len(images), 1))
         return DecoderInput(
             images,
-            fraction(x),
-            fraction(y),
+            to_fraction(x),
+            to_fraction(y),
             flip.astype(np.int32),
             mean.astype(np.float32),
             divisor,
@@ -267,7 +267,7 @@ class Loader:
         self.ready = 0
         """Batches that were read, and waited to be decoded, when the last one was asked for."""
         config = reader.config
-        self._prefetcher = Prefetcher(reader.batches(position), depth=config.prefetch)
+        self._prefetcher = Prefetcher(reader.read_batches(position), depth=config.prefetch)
         self._decoding: deque[EncodedBatch] = deque()
         self._done: deque[EncodedBatch] = deque()
         self._error: BaseException | None = None
@@ -339,7 +339,7 @@ class Loader:
             raise StopIteration from None
         waited = perf_counter() - start
         self._read_wait += waited
-        self._waits.on_reader(waited, batch.spent)
+        self._waits.add_read_wait(waited, batch.spent)
         self._decoding.append(batch)
         return batch.input
 

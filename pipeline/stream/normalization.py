@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.image_stats import Statistics
-from pipeline.stream.augment import BORDER, CROP, tint
+from pipeline.stream.augment import BORDER, CROP, compute_color_shift
 from pipeline.stream.config import ColourPlan, StreamConfig
 
 Epochs = npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ class Normalization:
         mean = self.channel_mean.reshape(3, 1, 1)
         return (mean if self.mean_image is None else mean + self.mean_image).astype(np.float32)
 
-    def means(self, colour: Doubles, epochs: Epochs) -> Doubles:
+    def compute_means(self, colour: Doubles, epochs: Epochs) -> Doubles:
         """Return what to subtract from the channels of b samples, [b, 3], colour included.
 
         Args:
@@ -63,11 +63,13 @@ class Normalization:
             epochs: int64 [b].
         """
         # Subtracting (mean - shift) adds the colour shift.
-        return self.channel_mean - tint(colour, self.colour_shifts[self.plan.stretches(epochs)])
+        return self.channel_mean - compute_color_shift(
+            colour, self.colour_shifts[self.plan.find_stretches(epochs)]
+        )
 
-    def divisors(self, epochs: Epochs) -> Doubles:
+    def compute_divisors(self, epochs: Epochs) -> Doubles:
         """Return what to divide the pixels of b samples by, [b]; `epochs` is int64 [b]."""
-        return 1 + np.asarray(self.plan.values)[self.plan.stretches(epochs)]
+        return 1 + np.asarray(self.plan.values)[self.plan.find_stretches(epochs)]
 
 
 def crop_mean_image(statistics: Statistics) -> Floats:

@@ -1,17 +1,6 @@
-"""The damaged samples of a data set, each listed once, whoever comes upon it.
+"""`Quarantine`: the list of damaged samples; `HeaderCheck`: finds JPEGs that would crash DALI.
 
-QUARANTINE.jsonl     a row a sample: split, sample, shard, key, reason
-
-Keep JPEGs from a batch that DALI would fail to parse there.
-
-DALI 2.4 throws when it cannot parse one image of a batch, while its threads still write to the
-others' memory: often enough the process ends with a segmentation fault. An image alone is no
-danger. So a header that was not seen before is tried alone, with its image; images that our
-packer wrote all have the same one, and looking at it costs next to nothing. (Scan data that cannot
-be decoded behind a good header is an ordinary error, and `flow` looks for it when it comes.)
-
-DALI decodes an image whose scan ends too early if only the crop lies before the end. So that a
-image is damaged in every crop or in none, one that does not end as a JPEG does is tried, too.
+QUARANTINE.jsonl     one row a sample: split, sample, shard, key, reason
 """
 
 from __future__ import annotations
@@ -32,20 +21,30 @@ from pipeline.tools.errors import UsageError
 
 EOI = b"\xff\xd9"
 HEADERS = 64
-"""Headers that are remembered. Beyond them each sample is tried once."""
+"""Largest number of headers remembered; with other headers each sample is tried once."""
 
 
 class HeaderCheck:
-    """Finds JPEGs whose headers DALI cannot parse, before they get into a batch."""
+    """Finds JPEGs whose headers DALI cannot parse, before they get into a batch.
+
+    DALI 2.4 throws when it cannot parse one image of a batch, while its threads still write to the
+    others' memory: often enough the process ends with a segmentation fault. An image alone is no
+    danger. So a header that was not seen before is tried alone, with its image; all images from our
+    packer have the same one, and comparing it costs next to nothing. (Scan data that cannot be
+    decoded behind a good header is an ordinary error, which `Loader` handles when it occurs.)
+
+    DALI decodes an image whose scan ends too early if only the crop lies before the end. An image
+    that does not end as a JPEG does is tried as well, so that it is damaged in every crop or none.
+    """
 
     def __init__(self, samples: int) -> None:
         self._passed = np.zeros(samples, bool)
         self._headers: set[bytes] = set()
         self._lengths: set[int] = set()
-        self._trial = TrialDecoder("cpu")  # whatever decodes: the parser is the same
+        self._trial = TrialDecoder("cpu")  # on any device: the parser is the same
 
     def find_undecodable(self, ids: Ids, images: list[Bytes]) -> list[int]:
-        """Return the places of samples `ids` (int64 [b]) whose JPEGs must not go into a batch."""
+        """Return the places in `ids` (int64 [b]) of JPEGs that must not go into a batch."""
         unknown = np.flatnonzero(~self._passed[ids]).tolist()
         found = [place for place in unknown if not self._is_decodable(images[place])]
         self._passed[ids] = True
@@ -60,18 +59,18 @@ class HeaderCheck:
             return False
         if ended and len(self._headers) < HEADERS:
             try:
-                length = scan_start(image)
-            except IndexError:  # no JPEG, or a strange one, but DALI can read it
+                length = find_scan(image)
+            except IndexError:  # not a JPEG, or an unusual one, that DALI can read
                 return True
             self._headers.add(image[:length].tobytes())
             self._lengths.add(length)
         return True
 
 
-def scan_start(image: Bytes) -> int:
-    """Return where the first scan's data begin in a well-formed JPEG, uint8 [size].
+def find_scan(image: Bytes) -> int:
+    """Return the byte at which the first scan's data begin in a well-formed JPEG, uint8 [size].
 
-    All before is the header: ITU-T T.81, annex B. Marker segments give their own length.
+    All bytes before are the header (ITU-T T.81, annex B); marker segments have their length.
     """
     place = 2
     while image[place + 1] != 0xDA:
@@ -83,19 +82,19 @@ UNDECODABLE = "its bytes are as packed, but it cannot be decoded"
 
 
 class Quarantine:
-    """What is known to be damaged in one split; any number of processes share it by a file."""
+    """Samples of one split known to be damaged; any number of processes share them by a file."""
 
     def __init__(self, split: str, path: Path | None = None) -> None:
-        """Start with what cannot be decoded according to the file at `path`, if there is one.
+        """Start with the samples that cannot be decoded according to the file at `path`, if any.
 
-        Other damage in the file may have been mended since: whoever reads the sample will see.
+        Other damage in the file may have been repaired since: reading the sample finds out.
 
         Raises:
-            UsageError: the file is there and is no such list, or cannot be read.
+            UsageError: the file is not such a list, or cannot be read.
         """
         self.known: dict[int, Damage] = {}
         """Damage by sample id."""
-        self._list = _List(path) if path is not None else None
+        self._list = _QuarantineFile(path) if path is not None else None
         for damage in self._list.read() if self._list else []:
             if damage.split == split and damage.reason == UNDECODABLE:
                 self.known[damage.sample] = damage
@@ -103,36 +102,36 @@ class Quarantine:
     def __contains__(self, sample: int) -> bool:
         return sample in self.known
 
-    def places(self, ids: Ids) -> list[int]:
+    def find_damaged(self, ids: Ids) -> list[int]:
         """Return the places of `ids` (int64 [b]) that hold samples known to be damaged."""
         if not self.known:
             return []
         return [place for place, sample in enumerate(ids.tolist()) if sample in self.known]
 
     def add(self, damages: Iterable[Damage]) -> None:
-        """Note damaged samples, and list in the file those that are not there yet."""
+        """Add damaged samples, and append those to the file that it does not list yet."""
         new = [damage for damage in damages if damage.sample not in self.known]
         self.known.update((damage.sample, damage) for damage in new)
         if new and self._list:
             self._list.append(new)
 
 
-class _List:
-    """The file. Only what others added since is read again."""
+class _QuarantineFile:
+    """The file of a quarantine. Only rows that other processes added are read again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._listed: set[tuple[str, int]] = set()
-        self._end = 0  # of the rows that are in `_listed`
+        self._end = 0  # offset after the rows that are in `_listed`
 
     def read(self) -> list[Damage]:
-        """Return the rows that were not returned before."""
+        """Return the rows that were not read before."""
         if not self._path.parent.is_dir():
             raise UsageError(f"there is no folder for {self._path}; make it, or name another")
         if not self._path.exists():
             return []
         with self._open("rb") as file:
-            return self._news(file)
+            return self._read_new(file)
 
     def _open(self, mode: str) -> IO[bytes]:
         try:
@@ -143,13 +142,15 @@ class _List:
             ) from error
 
     def append(self, damages: list[Damage]) -> None:
-        """Append those that are not listed; other processes may be about to do the same."""
+        """Append the samples that are not listed; other processes may do the same at this time."""
         with self._open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_size < self._end:  # moved away: a new list
+            if (
+                os.fstat(file.fileno()).st_size < self._end
+            ):  # the file was moved away: this is a new one
                 self._listed.clear()
                 self._end = 0
-            self._news(file)
+            self._read_new(file)
             file.truncate(self._end)  # the rest of a writer that was killed
             rows = [one for one in damages if one[:2] not in self._listed]
             file.write(b"".join(json.dumps(row._asdict()).encode() + b"\n" for row in rows))
@@ -158,7 +159,7 @@ class _List:
             self._listed.update(row[:2] for row in rows)
             self._end = file.tell()
 
-    def _news(self, file: IO[bytes]) -> list[Damage]:
+    def _read_new(self, file: IO[bytes]) -> list[Damage]:
         file.seek(self._end)
         content = file.read()
         content = content[: content.rfind(b"\n") + 1]

@@ -1,4 +1,4 @@
-"""Sample id -> the stored bytes and the label, from the shards of one split, checked when read."""
+"""`ShardReader`: reads stored bytes and labels of samples by id, and checks every byte."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from pipeline.tools.errors import REBUILD, DataError, DuetError, SetupError
 Bytes = npt.NDArray[np.uint8]
 
 OPEN_FILES = 256
-"""Shards that are kept open; beyond that the one not read for longest is closed."""
+"""Largest number of shards kept open; the least recently read one is closed beyond it."""
 
 
 class Damage(NamedTuple):
-    """Why a sample cannot be used, and where it is."""
+    """A damaged sample: where it is, and why it cannot be used."""
 
     split: str
     sample: int
-    """Its id: the place in the split's stored order."""
+    """Sample id: index in the stored order of the split."""
     shard: str
-    """File name of its shard."""
+    """File name of the shard."""
     key: str
-    """Its WebDataset key in there."""
+    """WebDataset key of the sample in its shard."""
     reason: str
 
     def __str__(self) -> str:
@@ -49,10 +49,9 @@ class Damage(NamedTuple):
 class ShardReader:
     """Random access to the samples of one split.
 
-    Bytes are read by system calls: a shard that was cut off or a sector that fails is then the
-    damage of some samples, and not a SIGBUS. Raw images are eight times as large, and copying
-    them takes a quarter of the throughput (measured): once an image was read so, its next epochs
-    check and hand out the kernel's own pages of the file.
+    Reads use pread, so a truncated shard or a bad sector damages samples instead of raising SIGBUS.
+    Raw images are memory-mapped from their second read on: they are eight times as large as JPEGs,
+    and copying them cost 25 % of the throughput (measured).
     """
 
     def __init__(self, dataset: Dataset, split: str) -> None:
@@ -64,19 +63,19 @@ class ShardReader:
         """
         manifest = Manifest.load(dataset.folder)
         found = manifest.split(split, dataset.folder)
-        if isinstance(dataset, LocalDataset):  # what a store lacks shows when it is fetched
+        if isinstance(dataset, LocalDataset):  # a store's missing shards show when they are fetched
             for shard in found.shards:
                 dataset.fetch_shard(shard)
         self.split = split
         self.shards = found.shards
         self.manifest = manifest
-        """Of the data set."""
+        """Manifest of the dataset."""
         self.encoding = manifest.encoding
-        """What the samples are: JPEGs, or raw pixels, uint8 256x256x3."""
+        """Encoding of the samples: JPEG, or raw pixels, uint8 256x256x3."""
         self._dataset = dataset
         self._index = load_index(dataset.folder, split, found)
-        self._files: OrderedDict[int, _File] = OrderedDict()
-        self._finalizer = weakref.finalize(self, _close, self._files)
+        self._files: OrderedDict[int, _ShardFile] = OrderedDict()
+        self._finalizer = weakref.finalize(self, _close_all, self._files)
         self._maps = self.encoding == "raw"
         self._opening = self._reading = self._checking = 0.0
         self._read_before = np.zeros(len(self._index) if self._maps else 0, bool)
@@ -84,41 +83,43 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._index)
 
-    def labels(self, ids: Ids) -> Ids:
+    def read_labels(self, ids: Ids) -> Ids:
         """Return the labels of samples `ids`, both int64 [b]."""
         return self._index["label"][ids].astype(np.int64)
 
-    def room(self, ids: Ids) -> int:
-        """Return how many bytes of memory `read` needs for samples `ids` (int64 [b])."""
+    def buffer_size(self, ids: Ids) -> int:
+        """Return the number of bytes that `read` copies for samples `ids` (int64 [b])."""
         if self._maps:
             ids = ids[~self._read_before[ids]]
         return int(self._index["size"][ids].sum(dtype=np.int64))
 
-    def ahead(self, numbers: Sequence[int]) -> None:
-        """Say which shards will be read soon, in this order; returns at once."""
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to fetch the shards that will be read soon, in this order; returns at once."""
         self._dataset.prefetch([self.shards[number] for number in numbers])
 
     def advise(self, ids: Ids) -> None:
         """Tell the kernel to read samples `ids` (int64 [b]) from the disk; does not wait."""
         for row in self._index[ids]:
-            # A shard that is not open yet may still have to be fetched, which takes its time.
+            # A shard that is not open may have to be fetched first, which takes long.
             if (file := self._files.get(int(row["shard"]))) is not None:
                 os.posix_fadvise(file.number, row["offset"], row["size"], os.POSIX_FADV_WILLNEED)
 
-    def read(self, ids: Ids, into: Bytes) -> tuple[list[Bytes], dict[int, Damage]]:
+    def read(self, ids: Ids, buffer: Bytes | None = None) -> tuple[list[Bytes], dict[int, Damage]]:
         """Read and check samples.
 
         Args:
             ids: the samples, int64 [b].
-            into: uint8, at least as long as `room(ids)`.
+            buffer: memory to copy to, uint8 [`buffer_size(ids)` or more]; None allocates it.
 
         Returns:
-            the samples, uint8 [size] each, as views of the buffer or of their shards, and for each
-            place of `ids` whose bytes are not those that were packed, the damage.
+            The samples, uint8 [size] each, as views of the buffer or of their mapped shards, and
+            the damage at each place of `ids` whose bytes are not those that were packed.
 
         Raises:
-            DataError, DuetError: a whole shard cannot be had.
+            DuetError: a whole shard cannot be read or fetched.
         """
+        if buffer is None:
+            buffer = np.empty(self.buffer_size(ids), np.uint8)
         rows = self._index[ids]
         views, damaged = [], {}
         start = 0
@@ -126,33 +127,33 @@ class ShardReader:
         for place, (shard, offset, size, crc) in enumerate(zip(*columns, strict=True)):
             if self._maps and self._read_before[ids[place]]:
                 file = self._file(shard)
-                # What was cut off since it was mapped must not be touched: that is a SIGBUS.
+                # Touching what was cut off since the shard was mapped would raise SIGBUS.
                 whole = os.fstat(file.number).st_size >= offset + size
                 if whole and self._crc(view := file.mapped[offset : offset + size]) == crc:
                     views.append(view)
                     continue
                 view = np.empty(size, np.uint8)
             else:
-                view = into[start : start + size]
+                view = buffer[start : start + size]
                 start += size
             reason = self._fill(view.data, shard, offset, crc)
-            if reason and self._again(shard):
+            if reason and self._recheck(shard):
                 reason = self._fill(view.data, shard, offset, crc)
             if reason:
-                damaged[place] = self.damage(int(ids[place]), reason)
+                damaged[place] = self.make_damage(int(ids[place]), reason)
             views.append(view)
         if self._maps:
             self._read_before[ids] = True
         return views, damaged
 
-    def spent(self) -> Spent:
-        """Return the seconds that `read` took since this was last asked, without `feed`."""
+    def take_spent(self) -> Spent:
+        """Return the seconds spent in `read` since the last call; `feed` is 0."""
         spent = Spent(self._opening, self._reading, self._checking)
         self._opening = self._reading = self._checking = 0.0
         return spent
 
-    def damage(self, sample: int, reason: str) -> Damage:
-        """Return the damage of a sample, for messages and lists."""
+    def make_damage(self, sample: int, reason: str) -> Damage:
+        """Return where a sample is and why it cannot be used."""
         number = int(self._index["shard"][sample])
         first = sum(shard.samples for shard in self.shards[:number])
         key = sample_key(number, sample - first)
@@ -165,7 +166,7 @@ class ShardReader:
         self._finalizer()
 
     def _fill(self, view: memoryview, shard: int, offset: int, crc: int) -> str | None:
-        """Read and check one sample; return what is wrong with it."""
+        """Read and check one sample; return what is wrong with it, or None."""
         try:
             file = self._file(shard).number
             start = perf_counter()
@@ -173,7 +174,7 @@ class ShardReader:
             self._reading += perf_counter() - start
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
-                raise self._lost(shard, error) from error
+                raise self._make_error(shard, error) from error
             return f"cannot be read ({error.strerror})"
         if count < len(view):
             return "the shard ends before it does"
@@ -186,7 +187,7 @@ class ShardReader:
         return crc
 
     def _stored_key(self, number: int, offset: int) -> str | None:
-        """Return the key that the tar itself has for the image at `offset`, if it is readable."""
+        """Return the key in the tar header of the image at `offset`; None if it cannot be read."""
         try:
             header = os.pread(
                 self._file(number).number, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE
@@ -196,27 +197,27 @@ class ShardReader:
             return None
         return split_member_name(member.name)[0]
 
-    def _again(self, number: int) -> bool:
-        """Whether there is a better copy of a shard now; the old one is closed then."""
+    def _recheck(self, number: int) -> bool:
+        """Return whether a better copy of a shard is there now; the old one is closed then."""
         better = self._dataset.recheck(self.shards[number])
         if better:
             self._files.pop(number).close()
         return better
 
-    def _file(self, number: int) -> _File:
+    def _file(self, number: int) -> _ShardFile:
         file = self._files.get(number)
         if file is None:
             if len(self._files) >= OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
             start = perf_counter()
             with self._dataset.open(self.shards[number]) as opened:
-                file = self._files[number] = _File(os.dup(opened.fileno()))
+                file = self._files[number] = _ShardFile(os.dup(opened.fileno()))
             self._opening += perf_counter() - start
         else:
             self._files.move_to_end(number)
         return file
 
-    def _lost(self, number: int, error: OSError) -> DuetError:
+    def _make_error(self, number: int, error: OSError) -> DuetError:
         path = self._dataset.folder / self.shards[number].name
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return SetupError(
@@ -227,7 +228,7 @@ class ShardReader:
         )
 
 
-class _File:
+class _ShardFile:
     """An open shard."""
 
     def __init__(self, number: int) -> None:
@@ -236,8 +237,8 @@ class _File:
 
     @cached_property
     def mapped(self) -> Bytes:
-        """Its bytes, uint8 [size], mapped; whoever refers to them keeps them."""
-        # `mmap` would keep a descriptor for each map: of a thousand shards, one a sample in flight.
+        """Memory-mapped bytes of the shard, uint8 [size]; they live as long as a reference."""
+        # `mmap` would hold a file descriptor for each map, for as long as a sample refers to it.
         name, size = f"/proc/self/fd/{self.number}", os.fstat(self.number).st_size
         mapped: Bytes = torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy()
         return mapped
@@ -246,6 +247,6 @@ class _File:
         os.close(self.number)
 
 
-def _close(files: OrderedDict[int, _File]) -> None:
+def _close_all(files: OrderedDict[int, _ShardFile]) -> None:
     while files:
         files.popitem()[1].close()

@@ -1,4 +1,4 @@
-"""Where the time of a stream goes: what a batch cost its reader, and what its taker waited for."""
+"""Times of a stream: seconds the reading thread spent, and seconds that `next` waited, by stage."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import NamedTuple
 
 
 class Spent(NamedTuple):
-    """Seconds of the reading thread, by what it did."""
+    """Seconds the reading thread spent, by stage."""
 
     fetch: float = 0.0
-    """Opening shards: for a set in a store, waiting until one is there and checked."""
+    """Opening shards; for a dataset in a store, waiting until a shard is fetched and checked."""
     storage: float = 0.0
-    """Reading from the disk, or the kernel's cache of it."""
+    """Reading from the disk or the page cache."""
     checksum: float = 0.0
-    """CRC-32 of what was read."""
+    """Computing the CRC-32 of what was read."""
     feed: float = 0.0
-    """All else: order, draws, views, headers."""
+    """Everything else: order, draws, views, headers."""
 
     @property
     def total(self) -> float:
-        """Seconds in all."""
+        """Sum of all stages, in seconds."""
         return sum(self)
 
-    def plus(self, other: Spent) -> Spent:
-        """The sum, part by part."""
+    def add(self, other: Spent) -> Spent:
+        """Return the sum, stage by stage."""
         return Spent(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def scaled(self, seconds: float) -> Spent:
-        """The same shares of another total; all of it `feed` where nothing was spent."""
+    def scale_to(self, seconds: float) -> Spent:
+        """Return `seconds` divided in the same proportions; all of it is `feed` if all are 0."""
         if not (total := self.total):
             return Spent(feed=seconds)
         return Spent(*(part * seconds / total for part in self))
@@ -36,9 +36,9 @@ class Spent(NamedTuple):
 
 @dataclass
 class WaitTimes:
-    """Seconds that whoever takes batches has stood still, by what was not ready.
+    """Seconds that `next` has waited, by the stage that was not ready.
 
-    A batch that is not read yet is waited for; how its reader spent its time on it says for what.
+    The wait for a batch that is not read yet is divided in the proportions of its `Spent`.
     """
 
     fetch: float = 0.0
@@ -46,13 +46,13 @@ class WaitTimes:
     checksum: float = 0.0
     feed: float = 0.0
     decode: float = 0.0
-    """Pixels: decoding, cropping, mirroring, normalising, and on a GPU the copy to it."""
+    """Making pixels: decode, crop, mirror, normalize, and on a GPU the copy to it."""
     handover: float = 0.0
-    """Making tensors of what is ready, the ledger included."""
+    """Making tensors of a decoded batch, and recording it in the ledger."""
 
-    def on_reader(self, seconds: float, spent: Spent) -> None:
-        """Add seconds waited for a batch that cost its reader `spent`."""
-        part = spent.scaled(seconds)
+    def add_read_wait(self, seconds: float, spent: Spent) -> None:
+        """Add `seconds` waited for a batch on which the reading thread spent `spent`."""
+        part = spent.scale_to(seconds)
         self.fetch += part.fetch
         self.storage += part.storage
         self.checksum += part.checksum
@@ -60,15 +60,15 @@ class WaitTimes:
 
     @property
     def total(self) -> float:
-        """Seconds in all."""
+        """Sum of all stages, in seconds."""
         return self.fetch + self.storage + self.checksum + self.feed + self.decode + self.handover
 
     def copy(self) -> WaitTimes:
-        """As they are now."""
+        """Return a copy."""
         return WaitTimes(**vars(self))
 
     def since(self, before: WaitTimes) -> WaitTimes:
-        """What has been added since `before`, an earlier `copy`."""
+        """Return the seconds added since `before`, an earlier `copy`."""
         return WaitTimes(
             **{name: value - getattr(before, name) for name, value in vars(self).items()}
         )

@@ -25,7 +25,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.dataset.images import SIZE
-from pipeline.stream.decode import gpu_of
+from pipeline.stream.decode import select_gpu
 from pipeline.throughput.clock import Rate, measured
 from pipeline.tools.files import drop_page_cache
 
@@ -194,7 +194,7 @@ def nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: float,
     batches = itertools.cycle(
         [list(jpegs[at : at + batch_size]) for at in range(0, len(jpegs), batch_size)]
     )
-    pipe = Pipeline(batch_size, threads, gpu_of("gpu"), prefetch_queue_depth=3)
+    pipe = Pipeline(batch_size, threads, select_gpu("gpu"), prefetch_queue_depth=3)
     with pipe:
         stored = fn.external_source(
             source=lambda: next(batches), batch=True, dtype=types.UINT8, ndim=1

@@ -109,12 +109,12 @@ class Parts(BatchReader):
 
     def loaded(self, batches: int, position: int = 0) -> list[EncodedBatch]:
         """The first batches from a position, read and kept."""
-        return list(itertools.islice(self.batches(position), batches))
+        return list(itertools.islice(self.read_batches(position), batches))
 
     def touch(self, pictures: int) -> None:
         """Bring the first images of the stream into memory: a clock then sees no disk."""
         count = min(pictures, len(self.storage)) // self.setting.batch_size + 1
-        for loaded in itertools.islice(self.batches(0), count):
+        for loaded in itertools.islice(self.read_batches(0), count):
             self.recycle(loaded)
 
     def decoder(
@@ -177,7 +177,7 @@ def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Rea
     """Read the first batches of the stream, round and round, and nothing else."""
     size = parts.setting.batch_size
     source = itertools.chain.from_iterable(
-        itertools.islice(parts.batches(0), batches) for _ in itertools.repeat(None)
+        itertools.islice(parts.read_batches(0), batches) for _ in itertools.repeat(None)
     )
     parts.recycle(next(source))
     found: list[Spent] = []
@@ -188,9 +188,9 @@ def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Rea
         while time.perf_counter() - start < seconds / windows:
             loaded = next(source)
             parts.recycle(loaded)
-            spent, count = spent.plus(loaded.spent), count + size
+            spent, count = spent.add(loaded.spent), count + size
             each.append(loaded.spent.total)
-        found.append(spent.scaled(spent.total / count))
+        found.append(spent.scale_to(spent.total / count))
     return Reading(windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each))
 
 
@@ -201,7 +201,7 @@ def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading,
         what it took, and the share of their shards that stayed in memory although the kernel was
         asked to let it go (a file system in memory, pages that others map).
     """
-    slots = parts.order.slots(0, batches * parts.setting.batch_size)
+    slots = parts.order.list_slots(0, batches * parts.setting.batch_size)
     sizes = np.cumsum([shard.samples for shard in parts.storage.shards])
     numbers = np.unique(np.searchsorted(sizes, slots.ids, side="right"))
     kept = total = 0
@@ -212,14 +212,14 @@ def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading,
     load, found = Load(), list[Spent]()
     each: list[float] = []
     some = max(1, batches // windows)
-    source = itertools.islice(parts.batches(0), windows * some)
+    source = itertools.islice(parts.read_batches(0), windows * some)
     while window := list(itertools.islice(source, some)):
         spent = Spent()
         for loaded in window:
-            spent = spent.plus(loaded.spent)
+            spent = spent.add(loaded.spent)
             each.append(loaded.spent.total)
             parts.recycle(loaded)
-        found.append(spent.scaled(spent.total / (some * parts.setting.batch_size)))
+        found.append(spent.scale_to(spent.total / (some * parts.setting.batch_size)))
     reading = Reading(
         windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each)
     )

@@ -30,9 +30,9 @@ from pipeline.stream.decode import (
     Decoder,
     DecoderInput,
     NativeReader,
-    gpu_of,
     open_pipeline,
     run_on_current_stream,
+    select_gpu,
 )
 from pipeline.stream.loader import BatchReader
 from pipeline.stream.prefetch import Prefetcher
@@ -75,7 +75,7 @@ def native(data: Path, device: Device, setting: Setting) -> Generator[torch.Tens
 def feed_alone(data: Path, setting: Setting) -> Generator[DecoderInput]:
     """Yield what our reader gives the graph: ordered, read, checked, drawn, and not decoded."""
     with closing(BatchReader(LocalDataset(data), _config("cpu", setting))) as reader:
-        prefetcher = Prefetcher(reader.batches(0), depth=setting.prefetch)
+        prefetcher = Prefetcher(reader.read_batches(0), depth=setting.prefetch)
         with closing(prefetcher):
             while True:
                 batch = prefetcher.take()
@@ -129,7 +129,7 @@ def split(
         setting,
         batch_size=setting.batch,
         num_threads=setting.threads,
-        device_id=gpu_of(device),
+        device_id=select_gpu(device),
         prefetch_queue_depth=setting.prefetch,
         seed=0,
     )
@@ -171,7 +171,7 @@ def codec(data: Path, device: Device, setting: Setting) -> Generator[list[Any]]:
         rest = [nvimgcodec.Backend(kind) for kind in (kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU)]
         backends = [nvimgcodec.Backend(kinds.HW_GPU_ONLY, load_hint=setting.load), *rest, *backends]
     decoder = nvimgcodec.Decoder(
-        device_id=gpu_of(device) if device == "gpu" else nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        device_id=select_gpu(device) if device == "gpu" else nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
         max_num_cpu_threads=setting.threads,
         backends=backends,
         options=":fancy_upsampling=1",

@@ -87,7 +87,7 @@ def pictures(data: Path, count: int) -> list[Bytes]:
     """Return what the first `count` train samples (or all there are) hold, uint8 [size] each."""
     storage = ShardReader(LocalDataset(data), "train")
     ids = np.arange(min(count, len(storage)))
-    views, _ = storage.read(ids, np.empty(storage.room(ids), np.uint8))
+    views, _ = storage.read(ids)
     storage.close()
     return views
 

@@ -10,7 +10,7 @@ import tyro
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.stream.config import Device
-from pipeline.stream.decode import gpu_of
+from pipeline.stream.decode import select_gpu
 from pipeline.tools.errors import UsageError
 
 STEPS = ("pixels", "damage", "sweep", "turns", "exact", "bare", "raw")
@@ -71,5 +71,5 @@ def steps_of(options: Options) -> list[str]:
     for data, wanted in ((options.data, "jpeg"), (options.raw, "raw")):
         if data and (holds := Manifest.load(data).encoding) != wanted:
             raise UsageError(f"data set {data} holds {holds} images; {wanted} is wanted here")
-    gpu_of(options.device)
+    select_gpu(options.device)
     return [step for step in STEPS if step not in skipped]

@@ -266,7 +266,7 @@ def _labels(trained: Trained, about: About) -> Ids:
     dataset = open_dataset(trained.data, **trained.config.cached)
     storage = ShardReader(dataset, about.split)
     try:
-        labels: Ids = storage.labels(np.arange(about.samples))
+        labels: Ids = storage.read_labels(np.arange(about.samples))
     finally:
         storage.close()
         dataset.close()

@@ -202,8 +202,8 @@ def read(dataset: Dataset, split: str, ids: Sequence[int]) -> list[Shown]:
     storage = ShardReader(dataset, split)
     try:
         places = np.array(ids, np.int64)
-        views, damaged = storage.read(places, np.empty(storage.room(places), np.uint8))
-        labels = storage.labels(places).tolist()
+        views, damaged = storage.read(places)
+        labels = storage.read_labels(places).tolist()
         return [
             Shown(None if place in damaged else _pixels(storage, bytes(view)), label)
             for place, (view, label) in enumerate(zip(views, labels, strict=True))

@@ -95,7 +95,7 @@ def write_tar(
         raise UsageError(
             f"classes {shares} of {len(names)} are {last - first}; a part needs two at least"
         )
-    chosen = choose(storage.labels(np.arange(len(storage))), first, last, most)
+    chosen = choose(storage.read_labels(np.arange(len(storage))), first, last, most)
     if not len(chosen):
         raise UsageError(f"split {split!r} has no image of classes {first} to {last - 1}")
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
@@ -126,10 +126,10 @@ def pictures(storage: ShardReader, chosen: Ids) -> Iterator[tuple[int, int, byte
     """Yield id, label and file of samples; raises DataError for a damaged one."""
     for start in range(0, len(chosen), CHUNK):
         ids = chosen[start : start + CHUNK]
-        views, damaged = storage.read(ids, np.empty(storage.room(ids), np.uint8))
+        views, damaged = storage.read(ids)
         if damaged:
             raise DataError(f"{next(iter(damaged.values()))}; a study wants sound images")
-        for sample, label, view in zip(ids, storage.labels(ids), views, strict=True):
+        for sample, label, view in zip(ids, storage.read_labels(ids), views, strict=True):
             content = view.tobytes()
             if storage.encoding == "raw":
                 side = storage.manifest.image_size

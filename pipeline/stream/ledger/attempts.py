@@ -18,7 +18,7 @@ from pipeline.stream.ledger.findings import (
     pluralize,
 )
 from pipeline.stream.ledger.format import ENDING, LedgerFile, scan_ledger
-from pipeline.stream.order import Ids, share
+from pipeline.stream.order import Ids, split_batch
 from pipeline.tools.errors import UsageError
 
 FOLDER = "ledger"
@@ -54,7 +54,10 @@ class LedgerAttempt:
 
     def ranks(self, positions: Ids) -> Ids:
         """Return whose slice each position is in, int64 [n]."""
-        ends = [share(self.batch_size, rank, self.world_size)[1] for rank in range(self.world_size)]
+        ends = [
+            split_batch(self.batch_size, rank, self.world_size)[1]
+            for rank in range(self.world_size)
+        ]
         places = (positions - self.position) % self.batch_size
         return np.searchsorted(ends, places, side="right").astype(np.int64)
 
@@ -166,7 +169,7 @@ def find_misplaced_frames(file: LedgerFile) -> tuple[int, int, int]:
         and the position it should have.
     """
     header = file.header
-    first, last = share(header.batch_size, header.rank, header.world_size)
+    first, last = split_batch(header.batch_size, header.rank, header.world_size)
     starts, counts = file.frames[:, 1], file.frames[:, 2]
     due = np.concatenate(([header.position + first], starts[:-1] + header.batch_size))[
         : len(starts)

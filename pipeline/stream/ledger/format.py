@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
-from pipeline.stream.order import Ids, share
+from pipeline.stream.order import Ids, split_batch
 
 VERSION = 1
 ENDING = ".ledger"
@@ -64,7 +64,7 @@ class LedgerHeader:
     """`cpu`: checksums are CRC-32s. Any other name, such as `gpu`: weighted sums."""
 
     def __post_init__(self) -> None:
-        share(self.batch_size, self.rank, self.world_size)  # raises if there is no such rank
+        split_batch(self.batch_size, self.rank, self.world_size)  # raises if there is no such rank
         if self.samples < 1 or self.position < 0 or self.batch_size < self.world_size:
             raise ValueError(
                 f"out of range: samples={self.samples}, position={self.position}, "
@@ -264,7 +264,7 @@ def _is_torn(rest: memoryview, header: LedgerHeader) -> bool:
         return len(rest) > 0  # a machine that lost its power may keep the length, not the bytes
     if len(rest) < FRAME.size:
         return True
-    first, last = share(header.batch_size, header.rank, header.world_size)
+    first, last = split_batch(header.batch_size, header.rank, header.world_size)
     longest = FRAME.size + 2 * (last - first) * _sample_bytes(header)
     length: int = FRAME.unpack_from(rest)[1]
     return len(rest) < length <= longest

@@ -33,7 +33,7 @@ _AT_ONCE = 16
 """Samples summed at a time: their 64-bit products (19 MB at 224 px) stay in the cache of a GPU."""
 
 
-def crc32_each(images: torch.Tensor) -> npt.NDArray[np.uint32]:
+def compute_crc32s(images: torch.Tensor) -> npt.NDArray[np.uint32]:
     """Return the CRC-32 (zlib's) of the bytes of each sample, uint32 [b].
 
     Args:
@@ -43,7 +43,7 @@ def crc32_each(images: torch.Tensor) -> npt.NDArray[np.uint32]:
     return np.fromiter((isal_zlib.crc32(row) for row in rows), np.uint32, len(rows))
 
 
-def weighted_sums(images: torch.Tensor) -> torch.Tensor:
+def compute_weighted_sums(images: torch.Tensor) -> torch.Tensor:
     """Return a checksum of each sample, int64 [b] (0..2**32-1), on the device of `images`.
 
     Nothing here waits for the device.
@@ -138,10 +138,12 @@ class Ledger:
             raise ValueError(f"ledger {self.path} is closed")
         self.flush()
         if self._header.checksum == "crc32":
-            frame = encode_frame(self._header.id_type, position, due, delivered, crc32_each(images))
+            frame = encode_frame(
+                self._header.id_type, position, due, delivered, compute_crc32s(images)
+            )
             self._write(frame)
             return
-        sums = weighted_sums(images)
+        sums = compute_weighted_sums(images)
         if not sums.is_cuda:
             self._write_sums(position, due, delivered, sums)
             return

@@ -173,7 +173,7 @@ def test_a_damaged_set_trains_to_the_end_and_the_ledger_proves_what_was_delivere
     alone(config, data, again)
 
     replaced = {row["step"]: row["replaced"] for row in rows(whole)}
-    due = [int(FullShuffle([48], CONFIG.seed).slots(p, 1).ids[0]) for p in range(72)]
+    due = [int(FullShuffle([48], CONFIG.seed).list_slots(p, 1).ids[0]) for p in range(72)]
     assert replaced == {
         step: sum(sample in bad for sample in due[8 * step - 8 : 8 * step]) for step in range(1, 10)
     }

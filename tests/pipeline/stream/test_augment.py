@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.stream.augment import draw, tint
+from pipeline.stream.augment import compute_color_shift, draw
 
 MANY = np.arange(40_000)
 EPOCHS = np.zeros_like(MANY)
@@ -84,7 +84,7 @@ def test_tint_is_the_papers_formula():
     rng = np.random.default_rng(0)
     vectors, deviations, alpha = rng.normal(size=(3, 3)), rng.uniform(1, 9, 3), rng.normal(size=3)
     expected = vectors @ (alpha * deviations)
-    got = tint(alpha[None], vectors * deviations)[0]
+    got = compute_color_shift(alpha[None], vectors * deviations)[0]
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 

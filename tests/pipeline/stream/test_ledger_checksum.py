@@ -8,38 +8,38 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.stream.ledger.writer import crc32_each, weighted_sums
+from pipeline.stream.ledger.writer import compute_crc32s, compute_weighted_sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_host_checksums_are_those_of_zlib(dtype):
     images = (torch.randn(5, 3, 7, 7) * 100).to(dtype)
     expected = [zlib.crc32(image.numpy().tobytes()) for image in images]
-    assert crc32_each(images).tolist() == expected
+    assert compute_crc32s(images).tolist() == expected
     across = images.permute(0, 2, 3, 1)
     expected = [zlib.crc32(np.ascontiguousarray(image).tobytes()) for image in across.numpy()]
-    assert crc32_each(across).tolist() == expected
+    assert compute_crc32s(across).tolist() == expected
 
 
 def test_device_checksums_are_the_sum_they_say():
     images = torch.randn(37, 3, 5, 5).half()  # more than are summed at a time
     weights = [int(word) | 1 for word in np.random.PCG64(0).random_raw(75)]
-    for image, found in zip(images, weighted_sums(images).tolist(), strict=True):
+    for image, found in zip(images, compute_weighted_sums(images).tolist(), strict=True):
         bits = image.numpy().view(np.int16).ravel().tolist()
         total = sum(bit * weight for bit, weight in zip(bits, weights, strict=True)) % 2**64
         assert found == (total ^ (total >> 32)) % 2**32
     with pytest.raises(ValueError, match="float32"):
-        weighted_sums(images.float())
+        compute_weighted_sums(images.float())
 
 
 def test_device_checksums_see_a_single_bit_and_two_swapped_values():
     image = torch.randn(1, 3, 224, 224).half()
-    known = weighted_sums(image)
+    known = compute_weighted_sums(image)
     rng = np.random.default_rng(0)
     for place, bit in rng.integers(0, (3 * 224 * 224, 16), (100, 2)).tolist():
         other = image.numpy().copy()
         other.view(np.uint16).reshape(-1)[place] ^= 1 << bit
-        assert weighted_sums(torch.from_numpy(other)) != known
+        assert compute_weighted_sums(torch.from_numpy(other)) != known
     other = image.clone()
     other[0, 0, 0, 0], other[0, 0, 0, 1] = image[0, 0, 0, 1], image[0, 0, 0, 0]
-    assert weighted_sums(other) != known
+    assert compute_weighted_sums(other) != known

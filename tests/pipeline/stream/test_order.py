@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.stream import order as order_module
-from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder, share
+from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder, split_batch
 
 seeds = st.integers(0, 2**63 - 1)
 shards = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
@@ -14,7 +14,7 @@ windows = st.integers(1, 5)
 
 
 def epoch_of(seed: int, epoch: int, samples: int) -> np.ndarray:
-    return FullShuffle([samples], seed).slots(epoch * samples, samples).ids
+    return FullShuffle([samples], seed).list_slots(epoch * samples, samples).ids
 
 
 @st.composite
@@ -34,17 +34,17 @@ def orders(draw) -> Order:
 @given(orders(), st.integers(0, 5))
 def test_an_epoch_holds_each_sample_once(order, epoch):
     n = order.samples
-    slots = order.slots(epoch * n, n)
+    slots = order.list_slots(epoch * n, n)
     assert sorted(slots.ids) == list(range(n))
     assert set(slots.epochs) == {epoch}
 
 
 @given(orders(), st.integers(0, 300), st.lists(st.integers(0, 200), max_size=8))
 def test_cutting_the_stream_anywhere_changes_nothing(order, start, cuts):
-    whole = order.slots(start, sum(cuts))
+    whole = order.list_slots(start, sum(cuts))
     position, parts = start, []
     for count in cuts:
-        parts.append(order.slots(position, count))
+        parts.append(order.list_slots(position, count))
         position += count
     assert whole.ids.tolist() == [i for part in parts for i in part.ids]
     assert whole.epochs.tolist() == [e for part in parts for e in part.epochs]
@@ -62,10 +62,10 @@ def test_exactly_once_over_restarts_in_other_worlds(order, start, attempts):
     for world, batch, batches in attempts:
         for _ in range(batches):
             for rank in range(world):
-                first, last = share(batch, rank, world)
-                delivered += order.slots(position + first, last - first).ids.tolist()
+                first, last = split_batch(batch, rank, world)
+                delivered += order.list_slots(position + first, last - first).ids.tolist()
             position += batch
-    assert delivered == order.slots(start, position - start).ids.tolist()
+    assert delivered == order.list_slots(start, position - start).ids.tolist()
     n = order.samples
     ends = [min((start // n + 1) * n, position), *range((start // n + 2) * n, position + 1, n)]
     for a, b in zip([start, *ends], [*ends, position], strict=True):
@@ -77,51 +77,53 @@ def test_a_block_shuffle_reads_only_the_shards_it_named(sizes, seed, window, epo
     order = BlockShuffle(sizes, seed, window)
     for place in range(order.samples):
         position = epoch * order.samples + place
-        named = order.needs(position)
-        shard = int(np.searchsorted(order.starts, order.slots(position, 1).ids[0], "right")) - 1
+        named = order.list_shards(position)
+        shard = (
+            int(np.searchsorted(order.starts, order.list_slots(position, 1).ids[0], "right")) - 1
+        )
         assert shard in named[:window]
         assert len(named) <= 2 * window
-    assert order.needs(position) is order.needs(position)
+    assert order.list_shards(position) is order.list_shards(position)
 
 
 def test_the_next_window_is_named_before_it_is_read():
     order = BlockShuffle([10] * 6, seed=3, window=2)
     for window in range(9):  # over epoch borders
-        following = order.needs((window + 1) * 20)[:2]
-        assert set(following) <= set(order.needs(window * 20))
+        following = order.list_shards((window + 1) * 20)[:2]
+        assert set(following) <= set(order.list_shards(window * 20))
 
 
 def test_a_stored_order_names_the_shard_it_reads_and_the_next():
     order = StoredOrder([3, 0, 2, 4])
-    assert order.slots(0, 9).ids.tolist() == list(range(9))
-    assert [order.needs(position)[0] for position in range(9)] == [0, 0, 0, 2, 2, 3, 3, 3, 3]
+    assert order.list_slots(0, 9).ids.tolist() == list(range(9))
+    assert [order.list_shards(position)[0] for position in range(9)] == [0, 0, 0, 2, 2, 3, 3, 3, 3]
 
 
 @given(orders(), st.integers(0, 500), st.integers(0, 20))
 def test_a_substitute_is_a_sample_and_follows_from_its_place_in_the_epoch(order, position, turn):
-    due = int(order.slots(position, 1).ids[0])
-    found = order.substitute(position, due, turn)
+    due = int(order.list_slots(position, 1).ids[0])
+    found = order.choose_substitute(position, due, turn)
     assert 0 <= found < order.samples
     if isinstance(order, BlockShuffle):
-        near = [order.starts[s : s + 2] for s in order.needs(position)[: order.window]]
+        near = [order.starts[s : s + 2] for s in order.list_shards(position)[: order.window]]
         assert any(start <= found < end for start, end in near)
     again = type(order)(
         np.diff(order.starts).tolist(),
         order.seed,
         *([order.window] if isinstance(order, BlockShuffle) else []),
     )
-    assert again.substitute(position, due, turn) == found
+    assert again.choose_substitute(position, due, turn) == found
 
 
 def test_substitutes_are_spread():
     order = FullShuffle([1000], seed=1)
-    found = {order.substitute(0, due, turn) for due in range(100) for turn in range(10)}
+    found = {order.choose_substitute(0, due, turn) for due in range(100) for turn in range(10)}
     assert len(found) > 600  # 632 of 1000 draws with return
 
 
 @given(st.integers(0, 500), st.integers(1, 16))
 def test_shares_are_disjoint_in_order_and_cover_the_batch(count, world):
-    ranges = [share(count, rank, world) for rank in range(world)]
+    ranges = [split_batch(count, rank, world) for rank in range(world)]
     assert [i for first, last in ranges for i in range(first, last)] == list(range(count))
     sizes = [last - first for first, last in ranges]
     assert max(sizes) - min(sizes) <= 1
@@ -132,14 +134,14 @@ def test_the_order_is_the_one_runs_were_made_with():
     assert epoch_of(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
     assert epoch_of(1, 0, 10).tolist() != epoch_of(0, 1, 10).tolist()
     block = BlockShuffle([3, 3, 3, 2], seed=0, window=2)
-    assert block.slots(0, 11).ids.tolist() == [7, 1, 2, 0, 8, 6, 4, 5, 10, 9, 3]
-    assert [FullShuffle([10]).substitute(0, 3, turn) for turn in range(3)] == [3, 7, 6]
+    assert block.list_slots(0, 11).ids.tolist() == [7, 1, 2, 0, 8, 6, 4, 5, 10, 9, 3]
+    assert [FullShuffle([10]).choose_substitute(0, 3, turn) for turn in range(3)] == [3, 7, 6]
 
 
 def test_neighbouring_seeds_epochs_and_windows_are_unrelated():
     orders = [epoch_of(seed, epoch, 2000) for seed in range(3) for epoch in range(3)]
     block = BlockShuffle([1000] * 4, seed=5, window=2)
-    windows = [block.slots(start, 2000).ids for start in range(0, 16000, 2000)]
+    windows = [block.list_slots(start, 2000).ids for start in range(0, 16000, 2000)]
     orders += [np.argsort(window) for window in windows]
     for a in range(len(orders)):
         for b in range(a):
@@ -165,20 +167,20 @@ def test_a_shuffle_in_parts_is_as_good(monkeypatch):
     chi2 = float(((counts - expected) ** 2 / expected).sum())
     assert 23 * 23 - 5 * 32.5 < chi2 < 23 * 23 + 5 * 32.5  # 529 degrees of freedom, 5 deviations
     assert together / 4000 == pytest.approx(2 / 24, abs=0.022)
-    whole = FullShuffle([24], 9).slots(0, 240).ids
-    parts = [FullShuffle([24], 9).slots(start, 7).ids for start in range(0, 238, 7)]
+    whole = FullShuffle([24], 9).list_slots(0, 240).ids
+    parts = [FullShuffle([24], 9).list_slots(start, 7).ids for start in range(0, 238, 7)]
     assert whole[:238].tolist() == np.concatenate(parts).tolist()
 
 
 def test_the_cached_order_cannot_be_spoilt():
     with pytest.raises(ValueError, match="read-only"):
-        FullShuffle([10]).run(0, 0, 10)[0] = 3
+        FullShuffle([10]).list_ids(0, 0, 10)[0] = 3
 
 
 @pytest.mark.parametrize(("position", "count"), [(-1, 1), (0, -1)])
 def test_numbers_out_of_range_are_refused(position, count):
     with pytest.raises(ValueError, match="no order for"):
-        FullShuffle([5]).slots(position, count)
+        FullShuffle([5]).list_slots(position, count)
     for bad in ([], [0]):
         with pytest.raises(ValueError, match="samples=0"):
             FullShuffle(bad)
@@ -187,13 +189,13 @@ def test_numbers_out_of_range_are_refused(position, count):
     with pytest.raises(ValueError, match="window=0"):
         BlockShuffle([5], 0, 0)
     with pytest.raises(ValueError, match="rank 2"):
-        share(8, 2, 2)
+        split_batch(8, 2, 2)
 
 
 def test_a_full_shuffle_names_all_shards_soonest_first():
     order = FullShuffle([4] * 10, seed=2)
-    named = order.needs(20)
-    read = np.searchsorted(order.starts, order.slots(20, 20).ids, "right") - 1
+    named = order.list_shards(20)
+    read = np.searchsorted(order.starts, order.list_slots(20, 20).ids, "right") - 1
     assert list(named)[: len(set(read))] == list(dict.fromkeys(read.tolist()))
     assert sorted(named) == list(range(10))
-    assert order.needs(35) is named
+    assert order.list_shards(35) is named

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
-from pipeline.stream.augment import draw, tint
+from pipeline.stream.augment import compute_color_shift, draw
 from pipeline.stream.config import ColourPlan
 from pipeline.stream.ledger.format import LedgerHeader, scan_ledger
 from pipeline.stream.ledger.proof import prove
@@ -30,7 +30,7 @@ def expected(data, seed, position, count, *, plan, mean, divide):
     stats = Statistics.load(data)
     centre = stats.mean_picture[16:240, 16:240].astype(np.float64)
     deviations = stats.eigenvectors * np.sqrt(stats.eigenvalues)
-    slots = FullShuffle([SAMPLES], seed).slots(position, count)
+    slots = FullShuffle([SAMPLES], seed).list_slots(position, count)
     draws = draw(seed, *slots)
     for place, (epoch, sample) in enumerate(zip(*slots, strict=True)):
         y, x = draws.y[place], draws.x[place]
@@ -39,7 +39,7 @@ def expected(data, seed, position, count, *, plan, mean, divide):
             pixels = pixels[:, ::-1]
         pixels = pixels - (centre if mean == "picture" else stats.channel_mean)
         colour = next(value for start, value in reversed(plan) if start <= epoch)
-        pixels = pixels + tint(colour * draws.colour, deviations)[place]
+        pixels = pixels + compute_color_shift(colour * draws.colour, deviations)[place]
         yield pixels / (1 + colour) if divide else pixels
 
 
@@ -163,7 +163,7 @@ def test_a_mean_that_there_is_not_is_refused(tiny_data):
 
 def test_the_value_of_an_epoch():
     plan = ColourPlan.of(PLAN)
-    assert plan.stretches(np.array([0, 1, 2, 3, 90])).tolist() == [0, 1, 1, 2, 2]
+    assert plan.find_stretches(np.array([0, 1, 2, 3, 90])).tolist() == [0, 1, 1, 2, 2]
     assert plan.given == PLAN
     assert ColourPlan.of(((0, 0.5),)).given == ColourPlan.of(0.5).given == 0.5
     assert ColourPlan.of([[0, 1], [2, 0]]).given == ((0, 1.0), (2, 0.0))  # as TOML or JSON has it

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.remote.dataset import LocalDataset
-from pipeline.stream.augment import draw, tint
+from pipeline.stream.augment import compute_color_shift, draw
 from pipeline.stream.order import FullShuffle
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import SetupError, UsageError
@@ -47,10 +47,10 @@ def test_pixels_are_pillows_cropped_flipped_and_tinted(tiny_data, colour):
     stats = Statistics.load(tiny_data)
     with Stream(tiny_data, batch_size=60, seed=5, colour=colour) as stream:
         batch = next(stream)
-    slots = FullShuffle([SAMPLES], 5).slots(0, 60)
+    slots = FullShuffle([SAMPLES], 5).list_slots(0, 60)
     draws = draw(5, *slots)
     deviations = stats.eigenvectors * np.sqrt(stats.eigenvalues)
-    shift = tint(colour * draws.colour, deviations)
+    shift = compute_color_shift(colour * draws.colour, deviations)
     assert batch.ids.tolist() == slots.ids.tolist()
     assert draws.flip.any()
     assert not draws.flip.all()

@@ -16,7 +16,7 @@ from pipeline.stream.timing import Spent, WaitTimes
 @given(st.lists(st.floats(1e-6, 1e-2), min_size=4, max_size=4), st.floats(0, 10))
 def test_waiting_for_a_reader_is_shared_out_by_what_it_did(parts, seconds):
     waits, spent = WaitTimes(), Spent(*parts)
-    waits.on_reader(seconds, spent)
+    waits.add_read_wait(seconds, spent)
     assert waits.total == pytest.approx(seconds)
     assert waits.storage == pytest.approx(seconds * spent.storage / spent.total)
 
