@@ -214,7 +214,7 @@ class Samples:
 
     def labels(self, split: str, ids: Sequence[int]) -> list[int]:
         """Return the labels of samples."""
-        labels: list[int] = self._storage(split).labels(np.array(ids, np.int64)).tolist()
+        labels: list[int] = self._storage(split).read_labels(np.array(ids, np.int64)).tolist()
         return labels
 
     def _storage(self, split: str) -> ShardReader:
