@@ -1,4 +1,4 @@
-"""The network of the paper as it was built: eight layers, each cut in half between two columns."""
+"""The network of the paper as it was built: eight layers, each split between two columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from model.architecture import COLUMN_NAMES, Design, Stage, build_stages
 from model.exchange import Exchange
-from model.layers import ImageConv, ShrunkConv, dropout, dropout_mask, seed_of, together
+from model.layers import (
+    ImageConv,
+    ShrunkConv,
+    derive_seed,
+    draw_dropout_mask,
+    dropout,
+    group_operations,
+)
 from model.norm import (
     BatchNorm,
     local_contrast_norm,
@@ -22,9 +29,9 @@ from model.norm import (
 
 Watch = Callable[[str, Tensor], None]
 NORM = "norm"
-"""Name of a layer's batch normalisation among its parts: `conv1.norm.weight`."""
+"""Name of a layer's batch normalization as a submodule: `conv1.norm.weight`."""
 RUNNING = ("running_mean", "running_var")
-"""What is part of the network, but learned by no gradient."""
+"""Buffers that are part of the network, but learned by no gradient."""
 
 
 class AlexNet(nn.Module):
@@ -32,21 +39,21 @@ class AlexNet(nn.Module):
 
     The two forms compute the same function, gradients included. A layer's weight and bias hold the
     columns one after the other along dim 0: `conv2.weight` is [2 * 128, 48, 5, 5] with both columns
-    and [128, 48, 5, 5] with one. Images may come in either memory format; inside, all is channels
+    and [128, 48, 5, 5] with one. Images may have either memory format; activations are channels
     last.
 
     Args:
         columns: (0, 1), the default, or (0,) or (1,) for one column, which then needs `exchange`.
         classes: number of classes, at least 2. Each column computes half of them; with an odd
-            number column b has one unit too many: it is cut off from the logits, gets no gradient
-            and only decays.
+            number column b has one unit too many: the logits leave it out, it gets no gradient and
+            only decays.
         width: factor on all maps and units. Other than 1, initial deviations are multiplied by
-            1/sqrt(width), without which the signal dies on its way through a narrow network.
-            Short for `design=Design(width=...)`.
+            1/sqrt(width), without which activations vanish in a narrow network. Short for
+            `design=Design(width=...)`.
         exchange: the link to the other column.
-        seed: of the initial weights and of the dropout masks. Both belong to a column, not to a
+        seed: of the initial weights and of the dropout masks. Both depend on the column, not on the
             process: they are equal in either form.
-        design: another network than the paper's. One of a single column has `columns=(0,)`.
+        design: another network than the paper's. One with a single column has `columns=(0,)`.
 
     Raises:
         ValueError: an argument out of range, or an exchange that does not fit the columns.
@@ -65,18 +72,17 @@ class AlexNet(nn.Module):
         if design is not None and width is not None:
             raise ValueError(f"give width or design, not both (width={width}, design={design})")
         self.design = design or Design(width=1.0 if width is None else width)
-        whole = tuple(range(self.design.columns))
-        self.columns = whole if columns is None else tuple(columns)
+        self.columns = tuple(range(self.design.columns) if columns is None else columns)
         self.classes = classes
         self.seed = seed
         self.stages = build_stages(classes, self.design)
         self.exchange = exchange
         self._check_columns()
         self._position: int | None = None
-        self._following = {s.layer.name: together(s.layer.then) for s in self.stages}
+        self._following = {s.layer.name: group_operations(s.layer.then) for s in self.stages}
         for stage in self.stages:
-            self.add_module(stage.layer.name, self._module(stage))
-        self._initialise()
+            self.add_module(stage.layer.name, self._make_module(stage))
+        self._initialize()
 
     def _check_columns(self) -> None:
         if self.design.columns == 1:
@@ -98,10 +104,10 @@ class AlexNet(nn.Module):
                 f"columns is {self.columns}, but this process is {self.exchange.index} in its pair"
             )
 
-    def _module(self, stage: Stage) -> nn.Module:
-        """The layer's parameters, not yet filled."""
-        layer, here = stage.layer, len(self.columns)
-        maps = here * stage.outputs
+    def _make_module(self, stage: Stage) -> nn.Module:
+        """The layer with uninitialized parameters."""
+        layer, columns = stage.layer, len(self.columns)
+        maps = columns * stage.outputs
         module: nn.Module
         if not layer.kernel:
             return nn.utils.skip_init(nn.Linear, stage.inputs, maps)
@@ -114,7 +120,7 @@ class AlexNet(nn.Module):
                 ImageConv, stage.inputs, maps, layer.kernel, layer.stride, layer.edge
             )
         else:
-            groups = here if layer.reads == "own" else 1
+            groups = columns if layer.reads == "own" else 1
             module = nn.utils.skip_init(
                 nn.Conv2d,
                 groups * stage.inputs,
@@ -130,27 +136,26 @@ class AlexNet(nn.Module):
         return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for stage in self.stages:
             name = stage.layer.name
             deviation = stage.layer.deviation / math.sqrt(self.design.width)
             weight = self.get_parameter(f"{name}.weight")
             for column, own in zip(self.columns, weight.chunk(len(self.columns)), strict=True):
-                generator = torch.Generator().manual_seed(
-                    seed_of("initial", self.seed, column, name)
-                )
-                drawn = torch.empty(own.shape).normal_(0.0, deviation, generator=generator)
-                own.copy_(drawn)
+                seed = derive_seed("initial", self.seed, column, name)
+                generator = torch.Generator().manual_seed(seed)
+                own.copy_(torch.empty(own.shape).normal_(0.0, deviation, generator=generator))
             self.get_parameter(f"{name}.bias").fill_(stage.layer.bias)
 
     def set_position(self, position: int) -> None:
-        """Say which samples the next forward passes are made on; training needs it once at least.
+        """Set which samples the next forward passes compute; required before training.
 
-        A dropout mask is a function of (seed, position, column, layer): a sample has the same in
-        any number of replicas, in any micro-batch, and after a restart.
+        A dropout mask is a function of (seed, position, column, layer): a sample has the same mask
+        in any number of replicas, in any micro-batch, and after a restart.
 
         Args:
-            position: samples of the whole job before the first row; row i is position + i.
+            position: samples that the whole job consumed before the first row; row i is
+                position + i.
         """
         self._position = position
 
@@ -161,8 +166,8 @@ class AlexNet(nn.Module):
 
         Args:
             images: as above.
-            watch: called with (layer, tensor) for what each layer passes on, before any dropout:
-                float [b, maps, h, w] or [b, units] of the columns here.
+            watch: called with (layer, tensor) for the output of each layer, before any dropout:
+                float [b, maps, h, w] or [b, units] of the columns in this process.
         """
         x = images
         for stage in self.stages:
@@ -175,16 +180,17 @@ class AlexNet(nn.Module):
             else:
                 x = module(x)
             for operations in self._following[layer.name]:
-                x = self._follow(operations, x, module)
+                x = self._compute(operations, x, module)
             if watch is not None:
                 watch(layer.name, x)
             if "dropout" in layer.then:
-                x = dropout(x, self._mask(x, stage) if self.training else None)
+                x = dropout(x, self._draw_mask(x, stage) if self.training else None)
         if self.exchange is not None:
             x = self.exchange.gather_replicated(x, "logits")
         return x[:, : self.classes]
 
-    def _follow(self, operations: tuple[str, ...], x: Tensor, module: nn.Module) -> Tensor:
+    def _compute(self, operations: tuple[str, ...], x: Tensor, module: nn.Module) -> Tensor:
+        """Compute one group of the operations that follow a layer."""
         columns, relu = len(self.columns), "relu" in operations
         window, stride = self.design.pool_window
         if "pool" in operations:
@@ -197,8 +203,8 @@ class AlexNet(nn.Module):
             case "lcn":
                 return local_contrast_norm(x, columns)
             case "batch_norm":
-                normalised: Tensor = module.get_submodule(NORM)(x)
-                return normalised
+                normalized: Tensor = module.get_submodule(NORM)(x)
+                return normalized
             case "mean_pool":
                 return F.avg_pool2d(x, window, stride, ceil_mode=True)
             case "tanh":
@@ -209,41 +215,41 @@ class AlexNet(nn.Module):
     def update_running_stats(
         self, average: Callable[[Tensor], Tensor] = lambda values: values
     ) -> None:
-        """Move the running statistics of batch normalisation, once after each step of training.
+        """Update the running statistics of batch normalization; call it once after each step.
 
-        Without batch normalisation, or a forward pass in training mode before, this does nothing.
+        Without batch normalization, or a forward pass in training mode before, this does nothing.
 
         Args:
-            average: the mean over the replicas of a float tensor; may work in place.
+            average: function that averages a float tensor over the replicas; may work in place.
         """
         norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
-        taken = [found for norm in norms if (found := norm.take()) is not None]
-        if not taken:
+        statistics = [found for norm in norms if (found := norm.take_statistics()) is not None]
+        if not statistics:
             return
-        means = average(torch.cat([found.flatten() for found in taken]))
-        parts = means.split([found.numel() for found in taken])
+        means = average(torch.cat([found.flatten() for found in statistics]))
+        parts = means.split([found.numel() for found in statistics])
         for norm, part in zip(norms, parts, strict=True):
             norm.update_running_stats(part.view(2, -1))
 
-    def _mask(self, x: Tensor, stage: Stage) -> Tensor:
+    def _draw_mask(self, x: Tensor, stage: Stage) -> Tensor:
         if self._position is None:
             raise RuntimeError("call set_position(position) before a forward pass in training mode")
         masks = [
-            dropout_mask(
+            draw_dropout_mask(
                 self._position,
                 len(x),
                 stage.outputs,
                 x.device,
-                seed_of("dropout", self.seed, column, stage.layer.name),
+                derive_seed("dropout", self.seed, column, stage.layer.name),
             )
             for column in self.columns
         ]
         return torch.cat(masks, dim=1)
 
     def split(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut tensors named and shaped like the parameters into columns: "a.conv1.weight", ...
+        """Split tensors named and shaped like the parameters into columns: "a.conv1.weight", ...
 
-        The pieces are contiguous; those that already were are views of what went in.
+        The pieces are contiguous; those that already were are views of the input.
         """
         return {
             f"{COLUMN_NAMES[column]}.{name}": own.contiguous()
@@ -255,7 +261,7 @@ class AlexNet(nn.Module):
 
     @torch.no_grad()
     def fill(self, stacked: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """The way back from `split`: copy `state` into the tensors of `stacked`, all or nothing.
+        """The inverse of `split`: copy `state` into the tensors of `stacked`, all or nothing.
 
         Raises:
             ValueError: a key is missing or unexpected or a shape differs; it names them.
@@ -277,7 +283,7 @@ class AlexNet(nn.Module):
                 part.copy_(state[f"{COLUMN_NAMES[column]}.{name}"])
 
     def values(self) -> dict[str, Tensor]:
-        """All that a trained network is: parameters, and what batch normalisation has seen."""
+        """Everything that training changes: parameters, and running statistics of batch norm."""
         running = {
             name: value
             for name, value in self.named_buffers()
@@ -286,15 +292,15 @@ class AlexNet(nn.Module):
         return dict(self.named_parameters()) | running
 
     def column_state(self) -> dict[str, Tensor]:
-        """The values of the columns here: "a.conv1.weight", ..., "b.fc8.bias".
+        """The values of the columns in this process: "a.conv1.weight", ..., "b.fc8.bias".
 
-        The same keys and shapes whether the columns live in one process or in two. Batch
-        normalisation adds "a.conv1.norm.weight", ... and "a.conv1.norm.running_mean", ....
+        Keys and shapes are the same whether the columns are in one process or in two. Batch
+        normalization adds "a.conv1.norm.weight", ... and "a.conv1.norm.running_mean", ....
         """
         return self.split(self.values())
 
     def load_column_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the values of `column_state`; it must hold exactly the own columns.
+        """Load the values of `column_state`; it must hold exactly the columns of this process.
 
         Raises:
             ValueError: a key is missing or unexpected or a shape differs; nothing is changed then.

@@ -20,31 +20,31 @@ Without = Literal["none", "conv3", "conv4", "conv5"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer as the table has it; counts are of ONE column, at width 1."""
+    """A row of the table of layers; counts are for ONE column, at width 1."""
 
     name: str
     maps: int | None
-    """Output maps or units; None: the classes of a column (half of them, rounded up, of two)."""
+    """Output maps or units; None: the classes of a column (with two columns half, rounded up)."""
     kernel: int = 0
     """Side of the filter in pixels; 0: fully connected."""
     stride: int = 1
     pad: int = 0
     reads: str = "own"
-    """"own" column's maps, "both" columns', or the "picture"."""
+    """Input of the weights: "own" column's maps, "both" columns', or the image ("picture")."""
     edge: int = 0
-    """Zeros on the right and at the bottom of the image: see `model.layers.ImageConv`."""
+    """Zeros added on the right and at the bottom of the image: see `model.layers.ImageConv`."""
     shrink: int = 1
-    """Side of the squares of pixels that the layer reads the means of, in place of the pixels."""
+    """Side of the squares of pixels whose means the layer reads; 1: it reads the pixels."""
     deviation: float = 0.01
     bias: float = 0.0
     then: tuple[str, ...] = ("relu",)
-    """What follows, in order: relu or tanh; norm (local response), spatial_norm, lcn or batch_norm;
-    pool (the largest) or mean_pool; dropout."""
+    """Operations after the weights, in order: relu or tanh; norm (local response), spatial_norm,
+    lcn or batch_norm; pool (maximum) or mean_pool; dropout."""
 
 
 # Sizes: paper section 3.5. Order of relu and norm: paper section 3.3. Initial values: the original
 # source (layers-145.cfg), which has .03 in conv3 to conv5 where the paper prints .01; with .01 the
-# image hardly reaches the output of the fresh network.
+# image hardly affects the output of the fresh network.
 LAYERS = (
     Layer("conv1", 48, 11, stride=4, reads="picture", edge=3, then=("relu", "norm", "pool")),
     Layer("conv2", 128, kernel=5, pad=2, bias=1.0, then=("relu", "norm", "pool")),
@@ -55,8 +55,8 @@ LAYERS = (
     Layer("fc7", 2048, reads="both", bias=1.0, then=("relu", "dropout")),
     Layer("fc8", None, reads="both", then=()),
 )
-# The sixth convolution of the networks that were pre-trained (layers-146-2012-2011.cfg): over the
-# last pooling, with the initial values of the layers before it.
+# The sixth convolution of the pre-trained networks (layers-146-2012-2011.cfg): over the last
+# pooling, with the initial values of the layers before it.
 CONV6 = Layer("conv6", 128, kernel=3, pad=1, reads="both", deviation=0.03, bias=1.0)
 
 # The four-layer network of figure 1: layers-18pct.cfg (with norm = "none": layers-19pct.cfg), whose
@@ -71,7 +71,7 @@ FOUR = (
 )  # fmt: skip
 NORMS = {"lrn": ("norm",), "spatial": ("spatial_norm",), "lcn": ("lcn",), "batch": ("batch_norm",),
          "none": ()}  # fmt: skip
-"""What stands for norm in the table."""
+"""Setting `norm` -> operations that replace "norm" in the table."""
 POOLS = ("pool", "mean_pool")
 
 _ACCEPTED: dict[type, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,)}
@@ -80,40 +80,40 @@ _WORDS = {float: "a number", int: "a whole number", bool: "true or false"}
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """Which network. The defaults are the paper's; every other value is an ablation of it.
+    """Settings of the network. The defaults are the paper's; every other value is an ablation.
 
     Raises:
-        ValueError: a value that is not among those a setting takes, or no network at all.
+        ValueError: a value that a setting does not take, or values that give no network.
     """
 
     width: float = 1.0
     """Factor on all maps and units."""
     columns: int = 2
-    """2: the paper's network; 1: its single column to compare with (layers-145-half.cfg: as wide
-    as one of two, but for 256 maps in conv5 and 4,096 units in fc6 and fc7)."""
+    """2: the paper's network; 1: the single column it was compared with (layers-145-half.cfg: as
+    wide as one of two, except for 256 maps in conv5 and 4,096 units in fc6 and fc7)."""
     net: Net = "paper"
     """paper: eight layers; four: the network of figure 1, three convolutions of 5x5 and the output,
-    on the image made 8 times as small."""
+    on the image shrunk by 8."""
     norm: Norm = "lrn"
-    """What normalises after conv1 and conv2. lrn: local response; spatial: the source's, over 5x5
+    """Normalization after conv1 and conv2. lrn: local response; spatial: the source's, over 5x5
     pixels of a map; lcn: local contrast (Jarrett et al. 2009); batch: over the batch (Ioffe and
-    Szegedy 2015); none: nothing, not even spatial_norm (layers-148.cfg)."""
+    Szegedy 2015); none: no normalization, not even spatial_norm (layers-148.cfg)."""
     relu_first: bool = True
-    """The paper's order, ReLU before normalisation. False: the source's (layers-145.cfg), where
-    conv1 and conv5 have it after the pooling, so that conv1 is normalised with its signs."""
+    """The paper's order, ReLU before normalization. False: the source's (layers-145.cfg), where
+    conv1 and conv5 have ReLU after the pooling, so that conv1 is normalized with its signs."""
     spatial_norm: bool = False
-    """The source's second normalisation in layer 2, over 5x5 pixels of a map (`cnorm2`)."""
+    """The source's second normalization in layer 2, over 5x5 pixels of a map (`cnorm2`)."""
     pool: Pool = "3/2"
-    """Side and stride of the max-pooling windows. 2/2 as layers-147.cfg: conv2 padded by 1 and
+    """Side and stride of the max-pooling windows. 2/2 as in layers-147.cfg: conv2 padded by 1 and
     conv5 by 0, so that fc6 still reads 6x6."""
     activation: Activation = "relu"
     without: Without = "none"
-    """A layer left out. What follows conv3 then reads both columns in its stead, and what comes
-    before conv5 has its 128 maps, so that fc6 stays as it is."""
+    """A layer left out. Without conv3, conv4 reads both columns; without conv5, conv4 has its 128
+    maps, so that fc6 stays as it is."""
     conv6: bool = False
-    """A sixth convolution over the last pooling, which reads both columns."""
+    """Adds a sixth convolution over the last pooling, which reads both columns."""
     dropout: bool = True
-    """False: all units of fc6 and fc7 take part, in training as in a test, and none is halved."""
+    """False: all units of fc6 and fc7 are used, in training and in testing, and none is halved."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Design)
@@ -138,7 +138,7 @@ class Design:
             self._check_four()
 
     def _check_four(self) -> None:
-        """Refuse what only the paper's network can have.
+        """Refuse settings of the paper's network.
 
         Raises:
             ValueError: names the setting.
@@ -150,7 +150,7 @@ class Design:
 
     @staticmethod
     def from_settings(settings: Mapping[str, Any]) -> Design:
-        """The design that a table of settings describes; keys of other things are passed over."""
+        """The design in a table of settings; other keys are ignored."""
         names = {field.name for field in fields(Design)}
         return Design(**{key: value for key, value in settings.items() if key in names})
 
@@ -161,7 +161,7 @@ class Design:
 
     def layers(self) -> tuple[Layer, ...]:
         """The rows of this network's table, from the image to the logits."""
-        rows = [self._operations(layer) for layer in self._reads(self._left())]
+        rows = [self._choose_operations(row) for row in self._join_columns(self._select_rows())]
         if self.pool == "2/2":
             pads = {"conv2": 1, "conv5": 0}
             rows = [replace(row, pad=pads.get(row.name, row.pad)) for row in rows]
@@ -170,44 +170,43 @@ class Design:
     def _table(self) -> tuple[Layer, ...]:
         return FOUR if self.net == "four" else LAYERS
 
-    def _left(self) -> list[Layer]:
-        """The table without what this network leaves out, and what stands in for it."""
+    def _select_rows(self) -> list[Layer]:
+        """The table for two columns without the layers left out, and with conv6 if wanted."""
         rows = {layer.name: layer for layer in self._table() if layer.name != self.without}
         if self.without == "conv3":
             rows["conv4"] = replace(rows["conv4"], reads="both")
         if self.without == "conv5":
             rows["conv4"] = replace(rows["conv4"], maps=128, then=LAYERS[4].then)
-        found = list(rows.values())
+        selected = list(rows.values())
         if self.conv6:
-            found.insert(-3, CONV6)
-        return found
+            selected.insert(-3, CONV6)
+        return selected
 
-    def _reads(self, rows: list[Layer]) -> list[Layer]:
+    def _join_columns(self, rows: list[Layer]) -> list[Layer]:
+        """The rows for a single column, if there is only one; it has twice the maps at the end."""
         if self.columns == 2:
             return rows
-        reads = {"both": "own"}
-        return [
-            replace(row, maps=self._alone(row, rows), reads=reads.get(row.reads, row.reads))
-            for row in rows
-        ]
+        last = [row.name for row in rows if "pool" in row.then][-1]
+        doubled = (last, "conv6", "fc6", "fc7")
 
-    def _alone(self, row: Layer, rows: list[Layer]) -> int | None:
-        """Maps of a layer that is the only column's."""
-        if row.maps is None:
-            return None
-        last = [other.name for other in rows if "pool" in other.then][-1]
-        whole = self.net == "four" or row.name in (last, "conv6", "fc6", "fc7")
-        return 2 * row.maps if whole else row.maps
+        def join(row: Layer) -> Layer:
+            maps = row.maps
+            if maps is not None and (self.net == "four" or row.name in doubled):
+                maps *= 2
+            return replace(row, maps=maps, reads="own" if row.reads == "both" else row.reads)
 
-    def _operations(self, layer: Layer) -> Layer:
+        return [join(row) for row in rows]
+
+    def _choose_operations(self, layer: Layer) -> Layer:
+        """The row with the operations that the settings ask for."""
         then = list(layer.then)
         if not self.relu_first and "pool" in then and layer.name != "conv2":
             then = [*then[1:], then[0]]
         if "norm" in then:
-            place = then.index("norm")
-            then[place : place + 1] = NORMS[self.norm]
+            index = then.index("norm")
+            then[index : index + 1] = NORMS[self.norm]
             if self.spatial_norm and layer.name == "conv2":
-                then.insert(place + 1, "spatial_norm")
+                then.insert(index + 1, "spatial_norm")
         if not self.dropout and "dropout" in then:
             then.remove("dropout")
         then = [self.activation if operation == "relu" else operation for operation in then]
@@ -216,17 +215,19 @@ class Design:
 
 @dataclass(frozen=True)
 class Stage:
-    """A layer of one particular network: the table's row, its sizes worked out, for one column."""
+    """A layer of one particular network with its sizes, for one column."""
 
     layer: Layer
     inputs: int
-    """Maps or units that a column's weights read."""
+    """Number of maps or units that a column's weights read."""
     outputs: int
+    """Number of maps or units of a column."""
     input_size: int
-    """Side of the input maps in pixels, shrunk, edge pad left out; 1 for units."""
+    """Side of the input maps in pixels, after shrinking, without edge zeros; 1 for units."""
     output_size: int
+    """Side of the output maps in pixels before pooling; 1 for units."""
     final_size: int
-    """Side after the pooling, if there is any."""
+    """Side after the pooling, if there is any, else as `output_size`."""
 
 
 def build_stages(classes: int = 1000, design: Design | None = None) -> tuple[Stage, ...]:

@@ -1,25 +1,22 @@
-"""What crosses between the two columns of a pair, and how its gradient comes back.
+"""Exchange of activations and gradients between the two columns of a pair, overlapped with compute.
 
-A layer that reads both columns costs one swap with the peer forward and one backward, and each
-swap travels while the layer computes what needs no waiting:
+A layer that reads both columns takes one swap with the peer forward and one backward. The layer is
+split along its inputs, and computes what needs no data from the peer while a swap is under way:
 
-    forward     the own maps set off      meanwhile the own maps' part of the output
-                the peer's arrive         their part is added
-    backward    the gradient of the       meanwhile the gradients of the own maps and of the weights
-                peer's maps sets off
-                that of the own arrives   it is added
+    forward     send the own maps                      compute the own maps' part of the output
+                receive the peer's maps                add their part
+    backward    send the gradient of the peer's maps   compute the gradients of own maps and weights
+                receive the gradient of the own maps   add it
 
-The swap is point to point, because under gloo that is the quickest (measured: `all_gather` takes 2
+The swap is point to point, because under gloo that is the fastest (measured: `all_gather` takes 2
 to 3 times as long for a batch of images, `reduce_scatter` 2 to 3 times for a gradient), and
-because its name, unlike those of the collectives, is the same in torch 2.11 and 2.13. Memory that
-two columns on one machine share would take a third to a half of gloo's time for conv3's maps (2 ms
-of 6); but that is less than a hundredth of a step, and most of it is hidden as it is.
+because its name, unlike those of the collectives, is the same in torch 2.11 and 2.13. Shared memory
+between two columns on one machine would take a third to a half of gloo's time for conv3's maps (2
+ms of 6); but that is less than a hundredth of a step, and most of it is hidden anyway.
 
-A convolution or a matrix product cut along its inputs: the half at hand first, then the other.
-
-Own arithmetic rather than autograd's, because autograd hands out the gradients of a layer only all
-at once: here the one that the other column waits for comes first. On a CPU core the two halves of
-conv3, fc6, fc7 or fc8 take as long as the whole (measured at batch 128, forward and backward:
+The backward pass of a split layer does not use autograd, because autograd returns the gradients of
+a layer all at once: here the one that the peer waits for comes first. On a CPU core the two halves
+of conv3, fc6, fc7 or fc8 take as long as the whole (measured at batch 128, forward and backward:
 within 2 %; but conv3 forward in bfloat16 3 ms more, in a step of 780).
 """
 
@@ -35,15 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Halves(Protocol):
-    """What a layer does with a half of its inputs, x, and the weights of that half."""
+class SplitLayer(Protocol):
+    """The arithmetic of a layer on one half of its inputs, x, and the weights of that half."""
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output, as far as it comes from x."""
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The part of the layer's output that comes from x, and the bias."""
         ...
 
-    def add(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """y, with what comes from x added in place."""
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """y, with the part of the output that comes from x added in place."""
         ...
 
     def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -57,68 +54,62 @@ class Halves(Protocol):
         ...
 
 
-def halves_of(module: nn.Module) -> Halves:
-    """The arithmetic of a layer.
+def split_layer(module: nn.Module) -> SplitLayer:
+    """The split arithmetic of a layer.
 
     Args:
-        module: an `nn.Linear`, or an `nn.Conv2d` of one group with zeros around, in numbers.
+        module: an `nn.Linear`, or an `nn.Conv2d` of one group whose padding is given in numbers.
 
     Raises:
-        TypeError: any other.
+        TypeError: any other layer.
     """
     if isinstance(module, nn.Linear):
-        return LinearHalves()
+        return _SplitLinear()
     if type(module) is nn.Conv2d and module.groups == 1 and not isinstance(module.padding, str):
-        return ConvHalves(module.stride, module.padding, module.dilation)
+        return _SplitConv(module.stride, module.padding, module.dilation)
     raise TypeError(f"only Linear, and Conv2d of one group, can read both columns, not {module}")
 
 
-class LinearHalves:
-    """[b, units] times [outputs, units]."""
+class _SplitLinear:
+    """[b, units] times [outputs, units]; see `SplitLayer`."""
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Halves`."""
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def add(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Halves`."""
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return y.addmm_(x, weight.t())
 
     def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Halves`."""
         return gradient @ weight
 
     def parameter_gradients(
         self, gradient: Tensor, first: Tensor, second: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `Halves`. Joins inputs, not gradients: the weights are far larger."""
+        # Joins inputs, not gradients: the weights are far larger.
         return gradient.t() @ torch.cat((first, second), dim=1), gradient.sum(0)
 
 
 @dataclass(frozen=True)
-class ConvHalves:
-    """[b, maps, h, w] under filters [outputs, maps, kernel, kernel]."""
+class _SplitConv:
+    """[b, maps, h, w] under filters [outputs, maps, kernel, kernel]; see `SplitLayer`."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Halves`."""
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
-    def add(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Halves`."""
-        return y.add_(self.product(x, weight, None))
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return y.add_(self.multiply(x, weight, None))
 
     def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Halves`."""
         return self._backward(gradient, x, weight, (True, False, False))[0]
 
     def parameter_gradients(
         self, gradient: Tensor, first: Tensor, second: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `Halves`. Joins gradients, not inputs: the maps are far larger."""
+        # Joins gradients, not inputs: the maps are far larger.
         weights = weight.chunk(2, dim=1)
         _, one, bias = self._backward(gradient, first, weights[0], (False, True, True))
         _, two, _ = self._backward(gradient, second, weights[1], (False, True, False))
@@ -127,27 +118,26 @@ class ConvHalves:
     def _backward(
         self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of x, weight and bias; only those wanted are tensors."""
-        biases = [weight.shape[0]]
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            gradient, x, weight, biases, self.stride, self.padding, self.dilation,
+        """The gradients of x, weight and bias; those not wanted are None."""
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [weight.shape[0]], self.stride, self.padding, self.dilation,
             False, (0, 0), 1, wanted,
         )  # fmt: skip
-        return found
+        return gradients
 
 
 @dataclass
 class Traffic:
-    """What this column has sent to the other one at one place of the network."""
+    """Amount of data that this column has sent to the other one for one layer."""
 
     forward: int = 0
     """Bytes of activations."""
     backward: int = 0
     """Bytes of gradients."""
     swaps: int = 0
-    """Messages sent, either way."""
+    """Number of messages sent, forward and backward."""
     waited: float = 0.0
-    """Seconds this process stood still for the peer or the wire. On a GPU the host never does."""
+    """Seconds this process waited for the peer or the network. On a GPU the host never waits."""
 
 
 class Exchange:
@@ -157,10 +147,10 @@ class Exchange:
 
     Args:
         group: process group of the two ranks of one pair; None is the default group of the job.
-        wire: torch.bfloat16: what is float32 between layers, activations and gradients, travels as
-            bfloat16: half the bytes, and 8 bits of precision for what comes from the other column
-            (the own half stays as it is). None: as it is, as do other dtypes, the logits and
-            `batch` in any case.
+        wire: torch.bfloat16: float32 activations and gradients are sent as bfloat16, which takes
+            half the bytes, and leaves 8 bits of precision in values from the other column (the own
+            half is not rounded). None: they are sent as they are. Other dtypes, the logits and
+            `join_batch` are never rounded.
 
     Raises:
         ValueError: the group does not have exactly 2 ranks, or this process is not one of them; or
@@ -185,13 +175,13 @@ class Exchange:
         assert whole is not None
         self._peer = dist.get_global_rank(whole, 1 - self.index)
         self.traffic: dict[str, Traffic] = {}
-        """By the name that the caller gave the place; emptied by whoever counts."""
+        """By the `name` that the caller gave; whoever reads it empties it."""
 
     def apply_layer(self, layer: nn.Module, x: Tensor, name: str = "") -> Tensor:
-        """The output of a layer that reads both columns: `layer(gather(x))`, waiting less.
+        """The output of a layer that reads both columns: `layer(gather(x))`, with less waiting.
 
-        The sum over the inputs is taken in two parts, so that it may differ from that in the last
-        bit. Autocast is heeded as the layer itself would.
+        The sum over the inputs is taken in two parts, so that the last bit may differ from that.
+        Autocast applies as in the layer itself.
 
         Args:
             layer: `nn.Linear` or `nn.Conv2d` whose inputs are column a's maps, then column b's.
@@ -205,27 +195,26 @@ class Exchange:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        return cast(Tensor, _Through.apply(x, weight, bias, halves_of(layer), self, name))
+        return cast(Tensor, _ApplySplit.apply(x, weight, bias, split_layer(layer), self, name))
 
     def gather(self, x: Tensor, name: str = "") -> Tensor:
-        """Both columns' maps, for a layer that reads both; `through` does the same sooner.
+        """Both columns' maps, for a layer that reads both; `apply_layer` overlaps the same.
 
         Args:
             x: float [b, c] or [b, c, h, w], this column's maps.
             name: the key in `traffic`.
 
         Returns:
-            [b, 2c, ...], column a first, in the dtype and memory format of x. Each column feeds it
-            to its own weights: the backward pass adds up both columns' gradients of the own maps.
+            [b, 2c, ...], column a first, in the dtype and memory format of x. Each column applies
+            its own weights to it: the backward pass adds both columns' gradients of the own maps.
         """
         return cast(Tensor, _Gather.apply(x, self, name))
 
     def gather_replicated(self, x: Tensor, name: str = "") -> Tensor:
-        """As `gather`, for values from which both ranks compute the same (logits, then loss).
+        """As `gather`, for values from which both ranks compute the same result (logits, loss).
 
-        The gradient that arrives is then the whole gradient on both ranks already: the backward
-        pass keeps the own slice and sends nothing. Never rounded for the wire: both ranks have to
-        see the same.
+        The gradient of the output is then the whole gradient on both ranks: the backward pass keeps
+        the own slice and sends nothing. Values are never rounded, as both ranks must see the same.
         """
         return cast(Tensor, _GatherReplicated.apply(x, self, name))
 
@@ -236,15 +225,14 @@ class Exchange:
             halves: tensors [b/2, ...] of any dtype: images, labels, weights.
 
         Returns:
-            the tensors [b, ...] in the order given, each in its dtype and memory format.
+            The tensors [b, ...] in the order given, each in its dtype and memory format.
         """
         return tuple(
-            self._in_order(half.detach(), _Swap(self, half.detach()).wait(), dim=0)
-            for half in halves
+            self._join(half.detach(), _Swap(self, half.detach()).wait(), dim=0) for half in halves
         )
 
     def _send(self, x: Tensor, name: str, back: bool = False, exact: bool = False) -> _Swap:
-        """Set off activations, or gradients on their way back; rounded for the wire or exact."""
+        """Start to send activations, or gradients if `back`; rounded to `wire` unless `exact`."""
         traffic = self.traffic.setdefault(name, Traffic())
         swap = _Swap(self, x, None if exact else self.wire, traffic)
         traffic.swaps += 1
@@ -254,28 +242,21 @@ class Exchange:
             traffic.forward += swap.bytes
         return swap
 
-    def _in_order(self, own: Tensor, peer: Tensor, dim: int = 1) -> Tensor:
-        """The two joined along `dim`, column a's first."""
+    def _join(self, own: Tensor, peer: Tensor, dim: int = 1) -> Tensor:
+        """Both columns' tensors concatenated along `dim`, column a's first."""
         return torch.cat((own, peer) if self.index == 0 else (peer, own), dim=dim)
 
-    def _own_and_peer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The slices of x along dim 1 that belong to this column and to the other one."""
         halves = x.chunk(2, dim=1)
         return halves[self.index], halves[1 - self.index]
 
-    def _moves(self, sent: Tensor, received: Tensor) -> list[dist.P2POp]:
-        """The two directions of a swap of contiguous tensors, for `dist.batch_isend_irecv`."""
-        return [
-            dist.P2POp(dist.isend, sent, self._peer, self.group),
-            dist.P2POp(dist.irecv, received, self._peer, self.group),
-        ]
-
 
 class _Swap:
-    """A tensor on its way to the peer, and the peer's on its way here; no gradient.
+    """Pair of transfers: a tensor sent to the peer, and the peer's received; no gradient.
 
-    On a GPU the copies run on the streams of NCCL, after what is launched before `__init__` and
-    before what is launched after `wait`. Both buffers are kept until then.
+    On a GPU the copies run on the streams of NCCL, after work launched before `__init__` and before
+    work launched after `wait`. Both buffers are kept until then.
     """
 
     def __init__(
@@ -287,9 +268,15 @@ class _Swap:
     ) -> None:
         self._like = x
         self._traffic = traffic or Traffic()
-        self._sent = _wire(x.to(wire) if wire and x.dtype == torch.float32 else x)
+        self._sent = _pack(x.to(wire) if wire and x.dtype == torch.float32 else x)
         self._received = torch.empty_like(self._sent)
-        self._works = dist.batch_isend_irecv(exchange._moves(self._sent, self._received))
+        peer, group = exchange._peer, exchange.group
+        self._works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, self._sent, peer, group),
+                dist.P2POp(dist.irecv, self._received, peer, group),
+            ]
+        )
         self.bytes = self._sent.nbytes
 
     def wait(self) -> Tensor:
@@ -298,35 +285,41 @@ class _Swap:
         for work in self._works:
             work.wait()
         self._traffic.waited += time.perf_counter() - start
-        return _unwire(self._received, self._like).to(self._like.dtype)
+        return _unpack(self._received, self._like).to(self._like.dtype)
 
 
-class _Through(torch.autograd.Function):
+class _ApplySplit(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, halves: Halves, link: Exchange, name: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        layer: SplitLayer,
+        link: Exchange,
+        name: str,
     ) -> Tensor:
         swap = link._send(x, name)
-        own, others = link._own_and_peer(weight)
-        y = halves.product(x, own, bias)
+        own, others = link._split(weight)
+        y = layer.multiply(x, own, bias)
         peer = swap.wait()
         ctx.save_for_backward(x, peer, weight)
-        ctx.halves, ctx.link, ctx.name = halves, link, name
-        return halves.add(y, peer, others)
+        ctx.layer, ctx.link, ctx.name = layer, link, name
+        return layer.add_product(y, peer, others)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, peer, weight = ctx.saved_tensors
-        halves, link = ctx.halves, ctx.link
-        own, others = link._own_and_peer(weight)
+        layer, link = ctx.layer, ctx.link
+        own, others = link._split(weight)
         swap = result = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            needed = halves.input_gradient(gradient, peer, others)
+            needed = layer.input_gradient(gradient, peer, others)
             swap = link._send(needed, ctx.name, back=True)
-            result = halves.input_gradient(gradient, x, own)
+            result = layer.input_gradient(gradient, x, own)
         if any(ctx.needs_input_grad[1:3]):
             first, second = (x, peer) if link.index == 0 else (peer, x)
-            weight_gradient, bias_gradient = halves.parameter_gradients(
+            weight_gradient, bias_gradient = layer.parameter_gradients(
                 gradient, first, second, weight
             )
         if swap is not None and result is not None:
@@ -338,11 +331,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, link: Exchange, name: str) -> Tensor:
         ctx.link, ctx.name = link, name
-        return link._in_order(x, link._send(x, name).wait())
+        return link._join(x, link._send(x, name).wait())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        own, others = ctx.link._own_and_peer(gradient)
+        own, others = ctx.link._split(gradient)
         return ctx.link._send(others, ctx.name, back=True).wait() + own, None, None
 
 
@@ -350,23 +343,23 @@ class _GatherReplicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, link: Exchange, name: str) -> Tensor:
         ctx.link = link
-        return link._in_order(x, link._send(x, name, exact=True).wait())
+        return link._join(x, link._send(x, name, exact=True).wait())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.link._own_and_peer(gradient)[0].contiguous(), None, None
+        return ctx.link._split(gradient)[0].contiguous(), None, None
 
 
-def _wire(x: Tensor) -> Tensor:
-    """x as it travels: densely packed, its channels last if they are last in x's memory."""
-    return (x.permute(0, 2, 3, 1) if _is_channels_last(x) else x).contiguous()
+def _pack(x: Tensor) -> Tensor:
+    """x as it is sent: contiguous, with dim 1 last if it is last in x's memory."""
+    return (x.permute(0, 2, 3, 1) if _has_channels_last(x) else x).contiguous()
 
 
-def _unwire(received: Tensor, like: Tensor) -> Tensor:
-    """Undo `_wire`, for a tensor received in exchange for `like`."""
-    return received.permute(0, 3, 1, 2) if _is_channels_last(like) else received
+def _unpack(received: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_pack`, for a tensor received in exchange for `like`."""
+    return received.permute(0, 3, 1, 2) if _has_channels_last(like) else received
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    # by strides, not is_contiguous: half of the maps of a tensor is not contiguous in any format
+def _has_channels_last(x: Tensor) -> bool:
+    # By strides, not is_contiguous: half of the maps of a tensor is not contiguous in any format.
     return x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1

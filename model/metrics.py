@@ -12,27 +12,14 @@ CROP = 224
 # Corners (top, left) of the crops of a 256 x 256 image, in the original's order
 # (convdata_jpeg.py).
 _CORNERS = ((0, 0), (0, 32), (16, 16), (32, 0), (32, 32))
-
 _SHARE = 2.0**30
 
 
-def ten_views(images: Tensor) -> Tensor:
-    """The four corners and the centre of each image, then the mirror images of the five.
+def _cut_views(images: Tensor, views: int) -> Iterator[Tensor]:
+    """One view of all images after the other, each [b, 3, 224, 224].
 
-    Args:
-        images: [b, 3, 256, 256], any dtype.
-
-    Returns:
-        [b, 10, 3, 224, 224].
-
-    Raises:
-        ValueError: images of another size.
+    One view is the center; ten are the corners and the center, then the same five mirrored.
     """
-    return torch.stack(list(_views(images, 10)), dim=1)
-
-
-def _views(images: Tensor, views: int) -> Iterator[Tensor]:
-    """One view after the other, each [b, 3, 224, 224]."""
     if views not in (1, 10):
         raise ValueError(f"views is {views}; it is 1 (centre) or 10 (corners, centre, mirrored)")
     sizes = {(256, 256), (CROP, CROP)} if views == 1 else {(256, 256)}
@@ -43,10 +30,10 @@ def _views(images: Tensor, views: int) -> Iterator[Tensor]:
         edge = (images.shape[2] - CROP) // 2
         yield images[:, :, edge : edge + CROP, edge : edge + CROP]
         return
-    for mirrored in (False, True):
+    for is_mirrored in (False, True):
         for top, left in _CORNERS:
             crop = images[:, :, top : top + CROP, left : left + CROP]
-            yield crop.flip(-1) if mirrored else crop
+            yield crop.flip(-1) if is_mirrored else crop
 
 
 @torch.no_grad()
@@ -55,16 +42,16 @@ def average_views(
 ) -> Tensor:
     """Class probabilities of images: the mean of the softmax outputs over the views.
 
-    The network is put in evaluation mode for the purpose and left in the mode it was in.
+    The network computes in evaluation mode and is left in the mode it was in.
 
     Args:
         net: [b, 3, 224, 224] -> logits [b, classes]. In a pair both ranks call this, with the same
             images.
-        images: [b, 3, 256, 256]; for one view also [b, 3, 224, 224], the centre cut out already.
-        views: 1 or 10.
-        mean: [3, 224, 224] to subtract from every view: the mean image of the training set, if
-            that is what the network was trained with. The original subtracts its centre from
-            views of the corners and mirrored views, too (convdata_jpeg.py).
+        images: [b, 3, 256, 256]; for one view also [b, 3, 224, 224], the center cut out already.
+        views: 1 (the center) or 10 (four corners and the center, and those mirrored).
+        mean: [3, 224, 224] to subtract from every view: the mean image of the training set, if the
+            network was trained with it. The original subtracts its center from views of the corners
+            and mirrored views, too (convdata_jpeg.py).
 
     Returns:
         float32 [b, classes], rows sum to 1.
@@ -75,10 +62,10 @@ def average_views(
     was_training = net.training
     net.eval()
     try:
-        # one view at a time: a tenth of the memory of all views in one batch, and no slower
+        # One view at a time: a tenth of the memory of all views in one batch, and no slower.
         outputs = [
             torch.softmax(net(view if mean is None else view - mean).float(), dim=1)
-            for view in _views(images, views)
+            for view in _cut_views(images, views)
         ]
     finally:
         net.train(was_training)
@@ -86,14 +73,14 @@ def average_views(
 
 
 def count_errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """How many images have their class neither first nor among the first five.
+    """Number of images whose class is not ranked first, and not among the first five.
 
     Ties as in the original (src/layer_kernels.cu): where n classes, the right one among them, are
     level for fewer than n places, the image counts as right to the share places / n, which is
-    what drawing lots gives on average. A row with a NaN in it is wrong.
+    the mean over random orders. A row with a NaN in it is wrong.
 
     Shares are rounded to 2**-30 of an image: so counts of many batches add up without rounding,
-    and to the same number however the images were dealt out to batches and processes.
+    and to the same number however the images were split into batches and processes.
 
     Args:
         probabilities: float [b, classes], or anything that ranks the classes.
@@ -101,23 +88,23 @@ def count_errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tupl
         weights: float [b]; 0 for rows that only pad the batch.
 
     Returns:
-        weighted counts of top-1 and top-5 errors (top-n with n < 5 classes: none), float64 scalars.
+        Weighted counts of top-1 and top-5 errors (top-n with n < 5 classes: none), float64 scalars.
     """
     own = probabilities.gather(1, labels[:, None])
-    ahead = (probabilities > own).sum(1)
+    above = (probabilities > own).sum(1)
     level = (probabilities == own).sum(1)
-    broken = probabilities.isnan().any(1)
+    has_nan = probabilities.isnan().any(1)
 
-    def wrong(places: int) -> Tensor:
-        right = ((places - ahead).double() / level.clamp(min=1)).clamp(0.0, 1.0)
+    def count_wrong(places: int) -> Tensor:
+        right = ((places - above).double() / level.clamp(min=1)).clamp(0.0, 1.0)
         right = (right * _SHARE).round() / _SHARE
-        return ((1.0 - right.masked_fill(broken, 0.0)) * weights).sum()
+        return ((1.0 - right.masked_fill(has_nan, 0.0)) * weights).sum()
 
-    return wrong(1), wrong(min(5, probabilities.shape[1]))
+    return count_wrong(1), count_wrong(min(5, probabilities.shape[1]))
 
 
 def sum_metrics(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """What errors and loss of many batches are summed up from.
+    """Loss, errors and number of images of a batch, to be added over batches and divided once.
 
     Args:
         probabilities: float32 [b, classes].
@@ -126,10 +113,10 @@ def sum_metrics(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tenso
 
     Returns:
         float64 [4], weighted sums over the batch: -log of the probability of the right class
-        (capped at 87, where float32 ends), top-1 errors and top-5 errors as `errors` counts them,
-        and the weights.
+        (capped at 87, where float32 ends), top-1 errors and top-5 errors as `count_errors` counts
+        them, and the weights.
     """
     top1, top5 = count_errors(probabilities, labels, weights)
-    chosen = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
-    loss = (F.nll_loss(chosen, labels, reduction="none") * weights).sum()
+    logs = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
+    loss = (F.nll_loss(logs, labels, reduction="none") * weights).sum()
     return torch.stack((loss.double(), top1, top5, weights.sum().double()))

@@ -1,4 +1,4 @@
-"""The update rule of the paper (section 5), and what the original printed of its layers."""
+"""The update rule of the paper (section 5), and the per-layer means that the original printed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Sgd2012:
         biases:   v <- momentum * v - lr_bias * gradient;                      b <- b + v
 
     `torch.optim.SGD` multiplies the velocity by the rate afterwards: the same as long as the rate
-    stays, but a drop of it then cuts at once the speed that here runs on for some ten steps.
-    Gradients are means over the batch (the original divides by its size in src/layer.cu).
+    is constant, but a drop of it then cuts the speed at once, which here decays over some ten
+    steps. Gradients are means over the batch (the original divides by its size in src/layer.cu).
 
-    A parameter of rate 0 is frozen as in the original: left alone, velocity and all, which it goes
-    on with when it thaws (src/weights.cu, `Weights::update`).
+    A parameter of rate 0 is frozen as in the original: neither value nor velocity changes, and a
+    later rate above 0 resumes with that velocity (src/weights.cu, `Weights::update`).
 
     Args:
         named_parameters: (name, parameter) pairs; a name that ends in "bias" makes it a bias.
-        momentum: share of the velocity kept in a step, in [0, 1).
+        momentum: factor on the velocity in a step, in [0, 1).
         weight_decay: as in the rule; biases have none.
     """
 
@@ -63,7 +63,9 @@ class Sgd2012:
 
     def _update(self, names: list[str], rate: float, decay: float) -> None:
         values: list[Tensor] = [self._parameters[name] for name in names]
-        gradients = [like(value.grad, value) for value in values if value.grad is not None]
+        gradients = [
+            _match_strides(value.grad, value) for value in values if value.grad is not None
+        ]
         velocities = [self.velocities[name] for name in names]
         if self.momentum == 0.0:  # torch keeps no velocity then
             torch._foreach_zero_(velocities)
@@ -72,8 +74,8 @@ class Sgd2012:
             torch._foreach_add_(values, velocities)
             return
         # torch: v <- momentum * v + (1 - dampening) * (gradient + decay * w);  w <- w - lr * v.
-        # So the rule itself, in one pass, and the buffer is the velocity at any rate: nothing has
-        # to be rescaled when the rate changes. 1 - dampening is exact to 1e-16 (double precision).
+        # With lr = -1 that is the rule itself, in one pass, and the buffer is the velocity at any
+        # rate: a change of the rate rescales nothing. 1 - dampening is exact to 1e-16.
         sgd(
             values,
             gradients,
@@ -88,18 +90,18 @@ class Sgd2012:
         )
 
     def updates(self) -> dict[str, Tensor]:
-        """Return what the last step added to each parameter: its velocity; zeros if left alone."""
+        """What the last step added to each parameter: its velocity, or zeros if it was frozen."""
         return {
             name: velocity if name in self._moved else torch.zeros_like(velocity)
             for name, velocity in self.velocities.items()
         }
 
     def column_state(self, net: AlexNet) -> dict[str, Tensor]:
-        """The velocities, under the keys that `net.column_state` gives the parameters."""
+        """The velocities, under the same keys as the parameters in `net.column_state`."""
         return net.split(self.velocities)
 
     def load_column_state(self, net: AlexNet, state: Mapping[str, Tensor]) -> None:
-        """Take over the velocities of `column_state`.
+        """Load the velocities of `column_state`.
 
         Raises:
             ValueError: a key is missing or unexpected or a shape differs; nothing is changed then.
@@ -107,8 +109,8 @@ class Sgd2012:
         net.fill(self.velocities, state)
 
 
-def like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """Return `tensor` with the strides of `pattern`: torch's fused update reads memory in order."""
+def _match_strides(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """`tensor` with the strides of `pattern`: torch's fused update reads memory in order."""
     if tensor.stride() == pattern.stride():
         return tensor
     return torch.empty_like(pattern).copy_(tensor)
@@ -118,18 +120,18 @@ class Means(NamedTuple):
     """Means over a parameter, as the original printed them with every test (convnet.py)."""
 
     value: float
-    """Of |w|."""
+    """Mean of |w|."""
     update: float
-    """Of what the last step added to w; 0 if it is frozen."""
+    """Mean of |w now - w before the last step|; 0 for a frozen parameter."""
     gradient: float
-    """Of |dL/dw|; 0 if there is none."""
+    """Mean of |dL/dw|; 0 without a gradient."""
 
 
 @torch.no_grad()
-def compute_layer_statistics(net: AlexNet, optimiser: Sgd2012) -> dict[str, Means]:
-    """Return the means of each parameter of each column here: "a.conv1.weight", ...
+def compute_layer_statistics(net: AlexNet, optimizer: Sgd2012) -> dict[str, Means]:
+    """Means of each parameter of each column in this process: "a.conv1.weight", ...
 
-    Call it after a step, before the gradients are dropped. A device is waited for once.
+    Call it after a step, before the gradients are dropped. It waits for the device once.
     """
     parameters = dict(net.named_parameters())
     gradients = {
@@ -139,7 +141,7 @@ def compute_layer_statistics(net: AlexNet, optimiser: Sgd2012) -> dict[str, Mean
     sums = torch.stack(
         [
             rows.sum()
-            for tensors in (parameters, optimiser.updates(), gradients)
+            for tensors in (parameters, optimizer.updates(), gradients)
             for rows in net.split({name: _row_sums(t) for name, t in tensors.items()}).values()
         ]
     ).tolist()
@@ -151,7 +153,7 @@ def compute_layer_statistics(net: AlexNet, optimiser: Sgd2012) -> dict[str, Mean
 
 
 def _row_sums(tensor: Tensor) -> Tensor:
-    """Sums of |x| over all but dim 0; one float32 sum over millions would be off by a percent."""
+    """Sums of |x| over all dims but 0; a single float32 sum over millions is off by a percent."""
     if tensor.dim() == 1:
         return tensor.abs()
     return torch.linalg.vector_norm(tensor, 1, dim=tuple(range(1, tensor.dim())))

@@ -1,11 +1,9 @@
-"""Learning rates as pure functions: of progress, of a list of changes, of the validation errors.
+"""Learning rates as pure functions of progress, of scheduled changes and of validation errors.
 
-Three ways to lower them (setting `schedule`): `dexp`, which the original source's network 170 used
-on its own; `manual`, a list of changes by epoch, as its network 145, the paper's, was trained; and
-`plateau`, the paper's words: "divide the learning rate by 10 when the validation error rate stopped
-improving with the current learning rate" (section 5).
-
-What a recipe says in words: changes by epoch, factors on the rates of single layers.
+Three schedules lower them (setting `schedule`): `dexp`, which the original source's network 170
+used on its own; `manual`, a list of changes by epoch, as its network 145, the paper's, was trained;
+and `plateau`, the paper's words: "divide the learning rate by 10 when the validation error rate
+stopped improving with the current learning rate" (section 5).
 """
 
 from __future__ import annotations
@@ -16,27 +14,45 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 COLOR = "colour"
+DROP = "drop"
+DROP_BIASES = "drop_bias"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of one step, each 0 or above; 0 freezes."""
+
+    weights: float
+    biases: float
+    layers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Rates (of weights, of biases) of the layers that differ from the common ones."""
+
+    def get(self, parameter: str) -> float:
+        """Rate of a parameter by its name: `conv1.weight`, `conv1.bias`, `conv1.norm.weight`."""
+        layer, kind = parameter.partition(".")[0], parameter.rpartition(".")[2]
+        weights, biases = self.layers.get(layer, (self.weights, self.biases))
+        return biases if kind == "bias" else weights
 
 
 @dataclass(frozen=True)
 class ScheduledChange:
-    """An entry of `changes`."""
+    """An entry of the setting `changes`."""
 
     epoch: float
-    """Passes over the training images after which it holds."""
+    """Passes over the training images after which the change takes effect."""
     name: str
     """lr, lr_bias, lr.LAYER, lr_bias.LAYER or colour."""
     value: float
 
 
 def parse_changes(entries: Sequence[str], layers: Sequence[str]) -> tuple[ScheduledChange, ...]:
-    """Read the entries of `changes`, each "EPOCH NAME VALUE", and sort them by epoch.
+    """Parse the entries of `changes`, each "EPOCH NAME VALUE", and sort them by epoch.
 
-    Of one epoch, the later entry in the list comes later. An entry holds from the first step that
-    begins with its number of passes made. The original counts epochs from 1 (its models start with
-    `epoch = 1`, cuda-convnet2's gpumodel.py), and its notes name the epoch in which a run was
-    stopped, to go on with another rate: "epoch 25: set epsw to 0.001" was done with 24 to 25 passes
-    made. We take such a note to be at the end of its epoch, with 25 made, so that its numbers stay
+    The sort is stable: entries of one epoch stay in their order. An entry takes effect at the first
+    step that begins with that many passes made. The original counts epochs from 1 (its models start
+    with `epoch = 1`, cuda-convnet2's gpumodel.py), and its notes name the epoch in which a run was
+    stopped and resumed with another rate: "epoch 25: set epsw to 0.001" was done with 24 to 25
+    passes made. We read such a note as the end of its epoch, with 25 made, so that its numbers stay
     as they are. Network 145 (layer-params-145.cfg), with lr 0.01, bias_factor 2 and 91 epochs
     ("epoch 91: killed"), is:
 
@@ -50,7 +66,7 @@ def parse_changes(entries: Sequence[str], layers: Sequence[str]) -> tuple[Schedu
         layers: names of the network's layers.
 
     Raises:
-        ValueError: one line that names the entry, what is wrong with it, and what would do.
+        ValueError: one line that names the entry, what is wrong with it, and what would be right.
     """
     known = [*list_rate_names(layers), COLOR]
     changes = [_parse_change(entry, known) for entry in entries]
@@ -63,7 +79,7 @@ def _parse_change(entry: str, known: Sequence[str]) -> ScheduledChange:
         raise ValueError(
             f"changes: {entry!r} should be three words, EPOCH NAME VALUE, such as '25 lr 0.001'"
         )
-    epoch, value = (_number(word) for word in (words[0], words[2]))
+    epoch, value = (_parse_number(word) for word in (words[0], words[2]))
     name = words[1]
     if epoch is None:
         raise ValueError(f"changes: {entry!r}: the epoch {words[0]!r} should be a number from 0 up")
@@ -83,12 +99,12 @@ def list_rate_names(layers: Sequence[str]) -> list[str]:
 
 
 def suggest_name(name: str, known: Sequence[str]) -> str:
-    """Return a hint for whoever wrote a name that is not known."""
+    """A hint for an unknown name: the nearest of the known ones, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
 
 
-def _number(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
     """A finite number from 0 up; None for anything else."""
     try:
         value = float(text)
@@ -100,13 +116,13 @@ def _number(text: str) -> float | None:
 def list_color_steps(
     changes: Iterable[ScheduledChange], first: float
 ) -> tuple[tuple[int, float], ...]:
-    """Return the deviations of the colour draws: (epoch, value) from epoch 0 on.
+    """Standard deviations of the color augmentation as (epoch, value) pairs, from epoch 0 on.
 
     Each value holds for the epochs from its own up to the next one's, counted from 0. The original
     went from .1 to 0 in its epoch 67 (layer-params-145.cfg).
 
     Args:
-        changes: `parse_changes`; those of rates are passed over.
+        changes: from `parse_changes`; changes of rates are ignored.
         first: value until it is changed.
     """
     values = {0: first}
@@ -117,14 +133,14 @@ def list_color_steps(
 
 
 def parse_layer_rates(entries: Sequence[str], layers: Sequence[str]) -> dict[str, float]:
-    """Read factors on both rates of a layer: "conv1=0.1", "fc8=10"; 0 freezes the layer.
+    """Parse factors on both rates of a layer: "conv1=0.1", "fc8=10"; 0 freezes the layer.
 
     Args:
         entries: LAYER=FACTOR; the factor is 0 or above.
         layers: names of the network's layers.
 
     Raises:
-        ValueError: one line that names the entry, what is wrong with it, and what would do.
+        ValueError: one line that names the entry, what is wrong with it, and what would be right.
     """
     factors: dict[str, float] = {}
     for entry in entries:
@@ -136,33 +152,13 @@ def parse_layer_rates(entries: Sequence[str], layers: Sequence[str]) -> dict[str
             raise ValueError(f"layer_rates: {entry!r}: no layer is called {layer!r}; {hint}")
         if layer in factors:
             raise ValueError(f"layer_rates: {entry!r}: {layer} has a factor already; give one")
-        factor = _number(text)
+        factor = _parse_number(text)
         if factor is None:
             raise ValueError(
                 f"layer_rates: {entry!r}: the factor {text!r} should be a number from 0 up"
             )
         factors[layer] = factor
     return factors
-
-
-DROP = "drop"
-DROP_BIASES = "drop_bias"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The learning rates of one step, each 0 or above; 0 freezes."""
-
-    weights: float
-    biases: float
-    layers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Rates (of weights, of biases) of the layers that do not have the common ones."""
-
-    def get(self, parameter: str) -> float:
-        """Rate of a parameter by its name: `conv1.weight`, `conv1.bias`, `conv1.norm.weight`."""
-        layer, kind = parameter.partition(".")[0], parameter.rpartition(".")[2]
-        weights, biases = self.layers.get(layer, (self.weights, self.biases))
-        return biases if kind == "bias" else weights
 
 
 def dexp(
@@ -174,7 +170,7 @@ def dexp(
     bias_drop: float = 10.0,
     bias_drops: int = 2,
 ) -> tuple[float, float]:
-    """Learning rates of weights and biases: equal stretches, each with a constant rate.
+    """Learning rates of weights and biases: stretches of equal length, each with a constant rate.
 
     The schedule `dexp` of the original with the values of its network 170 (layer-params-170.cfg),
     which came as far on its own as the paper's network did with rates lowered by hand: .01, .0016,
@@ -206,12 +202,12 @@ def _stretch_rate(progress: float, first: float, drop: float, stretches: int) ->
     if stretches == 1:
         return first
     # The end of a stretch still belongs to it, as in the original (cuda-convnet2, src/lr.cu).
-    place = next(i for i in range(stretches) if progress <= (i + 1) / stretches)
-    return float(first * (1.0 / drop) ** (place / (stretches - 1)))
+    index = next(i for i in range(stretches) if progress <= (i + 1) / stretches)
+    return float(first * (1.0 / drop) ** (index / (stretches - 1)))
 
 
 def scale_rate(lr: float, batch_size: int, rule: str, base: int = 128) -> float:
-    """Return the rate for batches of another size than it was found for.
+    """The rate for another batch size than the one it was tuned for.
 
     "One weird trick for parallelizing convolutional neural networks" (arXiv 1404.5997): for k times
     the batch, theory asks for sqrt(k) times the rate, which keeps the variance of the update; in
@@ -238,19 +234,19 @@ def compute_rates(
     settings: Iterable[tuple[str, float]],
     factors: Mapping[str, float] | None = None,
 ) -> Rates:
-    """Return the rates after a row of settings, of which later ones win.
+    """The rates after a sequence of settings, of which later ones win.
 
     A rate that a layer was given of its own (`lr.conv1`) is absolute: later changes of `lr` and the
-    layer's factor leave it alone, as conv1 of the original's network 145 stayed at 0 when the other
-    layers went on to 1e-5. Only `drop` divides it, too.
+    layer's factor do not touch it, as conv1 of the original's network 145 stayed at 0 when the
+    other layers were lowered to 1e-5. Only `drop` divides it, too.
 
     Args:
         lr: first rate of the weights.
         lr_bias: first rate of the biases.
         settings: (name, value): `lr`, `lr_bias`, `lr.LAYER`, `lr_bias.LAYER` set a rate; `drop`
             divides all rates of weights by its value, `drop_bias` those of biases; `colour` is
-            passed over.
-        factors: `layer_factors`.
+            ignored.
+        factors: from `parse_layer_rates`.
 
     Raises:
         ValueError: a setting of another name.
@@ -287,19 +283,19 @@ def find_plateau_drops(
     threshold: float = 0.0,
     restarts: Collection[int] = (),
 ) -> list[int]:
-    """Return after which steps the rate is divided because the validation error has stalled.
+    """Steps after which the rate is divided because the validation error has stopped falling.
 
     The rule of `torch.optim.lr_scheduler.ReduceLROnPlateau` with `threshold_mode="rel"`: a
     validation is an improvement if its error is below best * (1 - threshold); the rate is divided
-    at the validation that makes more than `patience` in a row without one. The best error is kept
-    over a division, the count begins anew. An error that is no number is no improvement.
+    at the validation that makes more than `patience` in a row without one. A division keeps the
+    best error and restarts the count. An error of NaN is no improvement.
 
     Args:
         history: (step, error) of each validation, in order.
-        patience: validations without improvement that are put up with, 0 or above.
+        patience: validations in a row without improvement that are tolerated, 0 or above.
         most: divisions in all; the paper had three.
         threshold: share of the best error, in [0, 1).
-        restarts: steps after which the rates were set by hand: the count begins anew there, too.
+        restarts: steps after which the rates were set by hand: these restart the count, too.
     """
     drops: list[int] = []
     best, stalled = math.inf, 0

@@ -1,24 +1,23 @@
-"""The layer table: sizes, parameters, multiply-adds and memory of a network, from its design.
+"""Command: the layer table with sizes, parameters, multiply-adds and memory of a network.
 
     python -m model.summary CONFIG [--classes 1000] [--batch-size 128] [--dtype float32] [--json]
 
-CONFIG is a training config (cluster/configs); what it says of other things than the network is
-passed over. Bytes are per step of `--batch-size` images, in `--dtype`. What crosses the pair is
-said of one direction, a to b; as much goes the other way.
-
-What `python -m model.summary` prints.
+CONFIG is a training config (cluster/configs); its settings of other things than the network are
+ignored. Bytes are per step of `--batch-size` images, in `--dtype`. Exchanged bytes are those of one
+direction, a to b; as many go the other way.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -27,25 +26,28 @@ from rich.table import Table
 from model.architecture import COLUMN_NAMES, IMAGE_SIZE, POOLS, Design, Stage, build_stages
 
 FLOAT32_BYTES = 4
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MIB = 2**20
+PRESETS = Path(__file__).resolve().parents[1] / "cluster" / "configs"
 
 
 @dataclass(frozen=True)
 class ColumnRow:
-    """One column's part of one layer. Shapes are (maps, height, width), or (units,)."""
+    """One column of one layer. Shapes are (maps, height, width), or (units,)."""
 
     layer: str
     column: str
     """"a" or "b"."""
     reads: str
-    """Whose maps its weights read: "picture", "own" column or "both"."""
+    """Input of its weights: the "picture", maps of its "own" column, or of "both"."""
     input_shape: tuple[int, ...]
-    """What the weights read, shrunk, before any padding."""
+    """Input of the weights, after shrinking, before padding."""
     output_shape: tuple[int, ...]
-    """What the weights give, before pooling."""
+    """Output of the weights, before pooling."""
     final_shape: tuple[int, ...]
-    """What the next layer gets of it."""
+    """Output of the layer, after pooling."""
     kernel: int
-    """Side of the filters in pixels; 0 for fully connected layers, as stride and pad."""
+    """Side of the filters in pixels; 0 for fully connected layers, as are stride and pad."""
     stride: int
     pad: int
     edge_pad: int
@@ -53,89 +55,86 @@ class ColumnRow:
     shrink: int
     """Side of the squares of pixels whose means are read; 1: the pixels themselves."""
     then: tuple[str, ...]
-    """What follows the weights, as `model.architecture.Layer` has it."""
+    """Operations after the weights, as in `model.architecture.Layer`."""
     weights: int
-    """With the scales of batch normalisation, as the biases with its shifts."""
+    """Number of weights, including the scales of batch normalization."""
     biases: int
+    """Number of biases, including the shifts of batch normalization."""
     multiply_adds: int
-    """Per image, forward pass, weights only."""
+    """Multiply-adds per image of the weights in the forward pass."""
     receptive_field: int
     """Side in pixels of the part of the image that a number in `output_shape` depends on."""
     crosses_forward: int
-    """Numbers an image that this column sends to the other for this layer to read; for the last
-    layer its logits, too, which both columns need."""
+    """Numbers per image that this column sends to the other as input of this layer; for the last
+    layer also its logits, which both columns need."""
     crosses_backward: int
-    """Numbers an image that come back to this column: gradients of what it sent."""
+    """Numbers per image that this column receives: gradients of what it sent."""
 
     @property
     def parameters(self) -> int:
-        """Weights and biases."""
+        """Number of weights and biases."""
         return self.weights + self.biases
-
-    @property
-    def parameter_bytes(self) -> int:
-        """In float32."""
-        return FLOAT32_BYTES * self.parameters
 
     @property
     def neurons(self) -> int:
         """Outputs per image, before pooling: what the paper counts as neurons."""
-        return _count(self.output_shape)
+        return math.prod(self.output_shape)
 
     @property
-    def optimiser_bytes(self) -> int:
-        """A velocity for each parameter, float32."""
+    def optimizer_bytes(self) -> int:
+        """Bytes of the velocities, one float32 for each parameter."""
         return FLOAT32_BYTES * self.parameters
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over rows."""
+    """Sums over rows; see `ColumnRow`."""
 
     parameters: int
     parameter_bytes: int
+    """Bytes of the parameters in float32."""
     multiply_adds: int
     neurons: int
     crosses: int
-    """Numbers an image that cross the pair, forward and backward, both directions."""
+    """Numbers per image that the pair exchanges, forward and backward, in both directions."""
 
 
 def build_table(classes: int = 1000, design: Design | None = None) -> list[ColumnRow]:
-    """Every layer, column a then column b, from the image to the logits.
+    """A row for each layer and column, column a first, from the image to the logits.
 
-    With an odd number of classes column b's fc8 has the unit that the network cuts off.
+    With an odd number of classes column b's last layer has the unit that the network leaves out.
 
     Raises:
         ValueError: as `model.architecture.build_stages`.
     """
     design = design or Design()
-    found = build_stages(classes, design)
-    fields = receptive_fields(found, design)
-    rows = []
-    for stage, field in zip(found, fields, strict=True):
-        last = stage is found[-1]
-        for column in COLUMN_NAMES[: design.columns]:
-            rows.append(_row(stage, column, field, last and design.columns == 2))
-    return rows
+    stages = build_stages(classes, design)
+    fields = compute_receptive_fields(stages, design)
+    return [
+        _make_row(stage, column, field, stage is stages[-1] and design.columns == 2)
+        for stage, field in zip(stages, fields, strict=True)
+        for column in COLUMN_NAMES[: design.columns]
+    ]
 
 
 def sum_rows(rows: Iterable[ColumnRow]) -> Totals:
-    """Parameters, their bytes in float32, and per image multiply-adds, neurons, crossings."""
+    """Sums over some rows of the table."""
     rows = list(rows)
+    parameters = sum(row.parameters for row in rows)
     return Totals(
-        parameters=sum(row.parameters for row in rows),
-        parameter_bytes=sum(row.parameter_bytes for row in rows),
+        parameters=parameters,
+        parameter_bytes=FLOAT32_BYTES * parameters,
         multiply_adds=sum(row.multiply_adds for row in rows),
         neurons=sum(row.neurons for row in rows),
         crosses=sum(row.crosses_forward + row.crosses_backward for row in rows),
     )
 
 
-def original_crossing(rows: Iterable[ColumnRow]) -> int:
-    """Numbers an image that would cross with all of the last layer on column a.
+def count_original_crossing(rows: Iterable[ColumnRow]) -> int:
+    """Numbers per image that the pair would exchange with all of the last layer on column a.
 
-    So the original placed it (layers-145.cfg: `fc1000 gpu=0`): b sends what fc8 reads and gets its
-    gradient, a sends neither that nor logits. 117,248 numbers are 468,992 bytes in float32.
+    The original placed it there (layers-145.cfg: `fc1000 gpu=0`): b sends the input of fc8 and gets
+    its gradient, a sends neither that nor logits. 117,248 numbers are 468,992 bytes in float32.
     """
     rows = list(rows)
     last = rows[-1].layer
@@ -144,30 +143,30 @@ def original_crossing(rows: Iterable[ColumnRow]) -> int:
     ) + sum(2 * row.crosses_backward for row in rows if row.layer == last and row.column == "b")
 
 
-def footprint(rows: Iterable[ColumnRow], batch: int, size: int = FLOAT32_BYTES) -> int:
-    """M = X(W + B + A + Z) in bytes: the memory of a network with what a step computes.
+def compute_footprint(rows: Iterable[ColumnRow], batch: int, size: int = FLOAT32_BYTES) -> int:
+    """M = X(W + B + A + Z) in bytes: the memory of a network and of its activations in a step.
 
     Args:
         rows: of the table.
-        batch: images; activations A and the weighted sums Z before them count for each.
+        batch: number of images; activations A and the weighted sums Z before them count for each.
         size: X, bytes of a number.
     """
     sums = sum_rows(rows)
     return size * (sums.parameters + 2 * sums.neurons * batch)
 
 
-def receptive_fields(found: Iterable[Stage], design: Design) -> list[int]:
-    """For each stage the side, in pixels, of what a number of its output depends on.
+def compute_receptive_fields(stages: Iterable[Stage], design: Design) -> list[int]:
+    """For each stage the side, in pixels, of the square that a number of its output depends on.
 
-    Response normalisation across maps adds none, that over 5x5 pixels does; zeros outside the
-    image count as pixels until the image is all in. Local contrast normalisation divides by a
-    mean over the whole image at most; here counts what lies around, 9x9 pixels twice. Batch
-    normalisation looks at other images, too, in training: that does not count.
+    Normalization across maps adds nothing, that over 5x5 pixels does; zeros outside the image count
+    as pixels until the square covers the image. Local contrast normalization may divide by a mean
+    over the whole image; only its neighborhood counts, 9x9 pixels twice. Batch normalization reads
+    other images, too, in training: they do not count.
     """
     window, step = design.pool_window
-    wider = {"spatial_norm": 4, "lcn": 2 * 8}
+    widening = {"spatial_norm": 4, "lcn": 2 * 8}
     side, jump, sides = 1, 1, []
-    for stage in found:
+    for stage in stages:
         layer = stage.layer
         side += (layer.shrink - 1) * jump
         jump *= layer.shrink
@@ -175,26 +174,30 @@ def receptive_fields(found: Iterable[Stage], design: Design) -> list[int]:
         jump *= layer.stride
         sides.append(side if layer.kernel else IMAGE_SIZE)
         for operation in layer.then:
-            side += wider.get(operation, 0) * jump
+            side += widening.get(operation, 0) * jump
             if operation in POOLS:
                 side += (window - 1) * jump
                 jump *= step
     return sides
 
 
-def _row(stage: Stage, column: str, field: int, logits: bool) -> ColumnRow:
+def _make_row(stage: Stage, column: str, field: int, has_logits: bool) -> ColumnRow:
     layer = stage.layer
+
+    def shape(maps: int, side: int) -> tuple[int, ...]:
+        return (maps, side, side) if layer.kernel else (maps,)
+
     weights = stage.inputs * stage.outputs * max(1, layer.kernel) ** 2
     scales = stage.outputs if "batch_norm" in layer.then else 0
-    sent = _count(_shape(layer.kernel, stage.inputs, stage.input_size)) // 2
-    sent = sent if layer.reads == "both" else 0
+    input_shape = shape(stage.inputs, stage.input_size)
+    sent = math.prod(input_shape) // 2 if layer.reads == "both" else 0
     return ColumnRow(
         layer=layer.name,
         column=column,
         reads=layer.reads,
-        input_shape=_shape(layer.kernel, stage.inputs, stage.input_size),
-        output_shape=_shape(layer.kernel, stage.outputs, stage.output_size),
-        final_shape=_shape(layer.kernel, stage.outputs, stage.final_size),
+        input_shape=input_shape,
+        output_shape=shape(stage.outputs, stage.output_size),
+        final_shape=shape(stage.outputs, stage.final_size),
         kernel=layer.kernel,
         stride=layer.stride if layer.kernel else 0,
         pad=layer.pad,
@@ -205,64 +208,49 @@ def _row(stage: Stage, column: str, field: int, logits: bool) -> ColumnRow:
         biases=stage.outputs + scales,
         multiply_adds=weights * stage.output_size**2,
         receptive_field=field,
-        crosses_forward=sent + (stage.outputs if logits else 0),
+        crosses_forward=sent + (stage.outputs if has_logits else 0),
         crosses_backward=sent,
     )
 
 
-def _shape(kernel: int, maps: int, size: int) -> tuple[int, ...]:
-    return (maps, size, size) if kernel else (maps,)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
-
-
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MIB = 2**20
-PRESETS = Path(__file__).resolve().parents[1] / "cluster" / "configs"
-
-
 @dataclass(frozen=True, kw_only=True)
-class Summary:
-    """Print the layer table of a network: sizes, parameters, multiply-adds, memory, crossings."""
+class SummaryOptions:
+    """Print the layer table of a network: sizes, parameters, multiply-adds, memory, exchange."""
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A training config, or the name of a preset, for example paper."""
     classes: int = 1000
-    """Classes to tell apart."""
+    """Number of classes."""
     batch_size: int = 128
     """Images in a step."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of activations and of what crosses; parameters and velocities are float32."""
+    """Type of activations and of exchanged numbers; parameters and velocities are float32."""
     json: bool = False
     """Print one JSON object instead."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; wrong input leaves with exit code 2 and one line."""
-    options = tyro.cli(Summary, args=argv, prog="python -m model.summary")
+    """Run the command; wrong input ends it with exit code 2 and one line."""
+    options = tyro.cli(SummaryOptions, args=argv, prog="python -m model.summary")
     try:
         if options.batch_size < 1:
             raise ValueError(f"--batch-size is {options.batch_size}; it takes 1 or more")
         design = read_design(options.config)
         rows = build_table(options.classes, design)
     except ValueError as error:
-        _leave(str(error))
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
     if options.json:
-        sys.stdout.write(json.dumps(as_json(rows, design, options)) + "\n")
+        sys.stdout.write(json.dumps(to_json(rows, design, options)) + "\n")
     else:
-        show(rows, design, options)
+        print_table(rows, design, options)
 
 
 def read_design(path: Path) -> Design:
-    """The network that a config file describes.
+    """Read the design of a network from a config file.
 
     Raises:
-        ValueError: the file cannot be read, or describes no network; one line that names it.
+        ValueError: the file cannot be read, or holds no valid design; one line that names it.
     """
     preset = PRESETS / f"{path.stem}.toml"
     if not path.is_file() and preset.is_file():
@@ -278,7 +266,7 @@ def read_design(path: Path) -> Design:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from None
     names = [field.name for field in fields(Design)]
-    for key in settings:  # other keys are the trainer's; one that is nearly ours is a slip
+    for key in settings:  # other keys are the trainer's; one that is nearly ours is a typo
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
         if near and key not in names:
             raise ValueError(f"config {path}: no setting {key!r}; did you mean {near[0]!r}?")
@@ -288,9 +276,9 @@ def read_design(path: Path) -> Design:
         raise ValueError(f"config {path}: {error}") from None
 
 
-def as_json(rows: list[ColumnRow], design: Design, options: Summary) -> dict[str, Any]:
-    """Rows and sums as plain values; bytes as the printed table has them."""
-    size = SIZES[options.dtype]
+def to_json(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> dict[str, Any]:
+    """Rows and sums as plain values; bytes as in the printed table."""
+    size = DTYPE_BYTES[options.dtype]
     sums = sum_rows(rows)
     return {
         "design": asdict(design),
@@ -303,7 +291,7 @@ def as_json(rows: list[ColumnRow], design: Design, options: Summary) -> dict[str
                 "parameters": row.parameters,
                 "neurons": row.neurons,
                 "activation_bytes": row.neurons * options.batch_size * size,
-                "optimiser_bytes": row.optimiser_bytes,
+                "optimiser_bytes": row.optimizer_bytes,
                 "forward_bytes": row.crosses_forward * options.batch_size * size,
                 "backward_bytes": row.crosses_backward * options.batch_size * size,
             }
@@ -311,20 +299,22 @@ def as_json(rows: list[ColumnRow], design: Design, options: Summary) -> dict[str
         ],
         "totals": asdict(sums),
         "crossing_bytes_an_image": sums.crosses * size,
-        "original_crossing_bytes_an_image": original_crossing(rows) * size,
-        "footprint_bytes": footprint(rows, options.batch_size, size),
+        "original_crossing_bytes_an_image": count_original_crossing(rows) * size,
+        "footprint_bytes": compute_footprint(rows, options.batch_size, size),
     }
 
 
-def show(rows: list[ColumnRow], design: Design, options: Summary) -> None:
-    """Print the table and what it adds up to."""
-    size, batch = SIZES[options.dtype], options.batch_size
-    grid = Table(title=_title(design, options), title_justify="left", pad_edge=False, box=None)
+def print_table(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> None:
+    """Print the table and its sums."""
+    size, batch = DTYPE_BYTES[options.dtype], options.batch_size
+    grid = Table(
+        title=_format_title(design, options), title_justify="left", pad_edge=False, box=None
+    )
     for name in ("layer", "column", "reads", "input"):
         grid.add_column(name, no_wrap=True)
     for name in (
         "k/s/p", "output", "passes on", "parameters", "multiply-adds", "field",
-        "activations", "optimiser", "forward ⇄", "backward ⇄",
+        "activations", "optimizer", "forward ⇄", "backward ⇄",
     ):  # fmt: skip
         grid.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -332,17 +322,17 @@ def show(rows: list[ColumnRow], design: Design, options: Summary) -> None:
             row.layer,
             row.column,
             row.reads if row.shrink == 1 else f"{row.reads}/{row.shrink}",
-            _by(row.input_shape),
-            _kernel(row),
-            _by(row.output_shape),
-            _by(row.final_shape),
+            _format_shape(row.input_shape),
+            _format_kernel(row),
+            _format_shape(row.output_shape),
+            _format_shape(row.final_shape),
             f"{row.parameters:,}",
             f"{row.multiply_adds:,}",
             f"{row.receptive_field}",
-            _mib(row.neurons * batch * size),
-            _mib(row.optimiser_bytes),
-            _mib(row.crosses_forward * batch * size) if row.crosses_forward else "",
-            _mib(row.crosses_backward * batch * size) if row.crosses_backward else "",
+            _format_mib(row.neurons * batch * size),
+            _format_mib(row.optimizer_bytes),
+            _format_mib(row.crosses_forward * batch * size) if row.crosses_forward else "",
+            _format_mib(row.crosses_backward * batch * size) if row.crosses_backward else "",
             end_section=row is rows[-1],
         )
     sums = sum_rows(rows)
@@ -351,74 +341,69 @@ def show(rows: list[ColumnRow], design: Design, options: Summary) -> None:
         f"{sums.parameters:,}",
         f"{sums.multiply_adds:,}",
         "",
-        _mib(sums.neurons * batch * size),
-        _mib(FLOAT32_BYTES * sums.parameters),
-        *_sums(rows, batch * size),
+        _format_mib(sums.neurons * batch * size),
+        _format_mib(sums.parameter_bytes),
+        *_sum_crossing(rows, batch * size),
     )
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     console.print(grid)
-    for line in sentences(rows, sum_rows(rows), design, options):
+    for line in describe_totals(rows, design, options):
         console.print(line, soft_wrap=True)
 
 
-def sentences(rows: list[ColumnRow], sums: Totals, design: Design, options: Summary) -> list[str]:
-    """The sums in words."""
-    size, batch = SIZES[options.dtype], options.batch_size
-    found = [
+def describe_totals(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> list[str]:
+    """The sums in sentences."""
+    size, batch, sums = DTYPE_BYTES[options.dtype], options.batch_size, sum_rows(rows)
+    lines = [
         f"{sums.parameters:,} parameters, {sums.multiply_adds:,} multiply-adds an image forward, "
         f"{sums.neurons:,} neurons",
-        f"M = X(W+B+A+Z) = {footprint(rows, batch, size) / MIB:,.0f} MiB: {batch} images, "
+        f"M = X(W+B+A+Z) = {compute_footprint(rows, batch, size) / MIB:,.0f} MiB: {batch} images, "
         f"{size} bytes a number, weights, biases, activations and the sums before them",
-        f"optimiser: {_mib(FLOAT32_BYTES * sums.parameters)} of velocities, as much of gradients",
+        f"optimizer: {_format_mib(sums.parameter_bytes)} of velocities, as much of gradients",
     ]
     if design.columns == 2:
         before, last = rows[-3].layer, rows[-1].layer
-        ours, theirs = sums.crosses * size, original_crossing(rows) * size
-        found.append(
+        ours, theirs = sums.crosses * size, count_original_crossing(rows) * size
+        lines.append(
             f"the pair exchanges {ours:,} bytes an image, both ways, forward and backward "
-            f"({_mib(ours * batch)} a step)"
+            f"({_format_mib(ours * batch)} a step)"
         )
-        found.append(
+        lines.append(
             f"with all of {last} on column a, as in 2012, it would be {theirs:,}: here {last} is "
-            f"cut as every layer is, so a sends its {before}, too, and both swap their halves of "
+            f"split as every layer is, so a sends its {before}, too, and both swap their halves of "
             "the logits"
         )
-    return found
+    return lines
 
 
-def _sums(rows: list[ColumnRow], size: int) -> tuple[str, str]:
-    """What crosses for one direction, forward and backward."""
+def _sum_crossing(rows: list[ColumnRow], size: int) -> tuple[str, str]:
+    """MiB that column a sends forward and gets back; empty without an exchange."""
     a = [row for row in rows if row.column == "a"]
     forward, backward = sum(r.crosses_forward for r in a), sum(r.crosses_backward for r in a)
-    return (_mib(forward * size), _mib(backward * size)) if forward else ("", "")
+    return (_format_mib(forward * size), _format_mib(backward * size)) if forward else ("", "")
 
 
-def _title(design: Design, options: Summary) -> str:
+def _format_title(design: Design, options: SummaryOptions) -> str:
     plain = Design(width=design.width)
-    told = [f"width {design.width:g}"] + [
+    settings = [f"width {design.width:g}"] + [
         f"{name} {value}" for name, value in asdict(design).items() if value != getattr(plain, name)
     ]
-    return f"{', '.join(told)}; batch {options.batch_size}, {options.dtype}; bytes are a step's"
+    return f"{', '.join(settings)}; batch {options.batch_size}, {options.dtype}; bytes are a step's"
 
 
-def _kernel(row: ColumnRow) -> str:
+def _format_kernel(row: ColumnRow) -> str:
     if not row.kernel:
         return ""
     pad = f"{row.pad}+{row.edge_pad}" if row.edge_pad else f"{row.pad}"
     return f"{row.kernel}/{row.stride}/{pad}"
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _mib(size: float) -> str:
+def _format_mib(size: float) -> str:
     return f"{size / MIB:,.2f} MiB"
-
-
-def _leave(text: str) -> NoReturn:
-    sys.stderr.write(f"error: {text}\n")
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class Bench:
         """Measure LRN with its ReLU alone, forward and backward, in each of its forms."""
         forms: dict[str, Callable[..., torch.Tensor]] = {
             describe_backend(self.device): local_response_norm,
-            "torch operations": lambda x, c, r: reference.Norm.apply(x, c, r),
+            "torch operations": lambda x, c, r: reference.ReferenceNorm.apply(x, c, r),
             "torch.nn.LocalResponseNorm": plain_norm,
         }
         if "compiled" not in self.options.skip:

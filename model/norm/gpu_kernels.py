@@ -1,4 +1,4 @@
-"""The kernels that `triton_gpu` launches; importing this needs triton."""
+"""Triton kernels that `response` launches; importing this needs triton."""
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
-def near(pointer: Any, at: Any, place: Any, inside: Any, step: Any, maps: Any, away: Any) -> Any:
-    """The numbers `away` maps from those at `at`; 0 beyond the first and the last map."""
-    other = place + away
+def load_map(
+    pointer: Any, at: Any, index: Any, inside: Any, step: Any, maps: Any, away: Any
+) -> Any:
+    """Load the numbers `away` maps from those at `at`; 0 beyond the first and the last map."""
+    other = index + away
     return tl.load(
         pointer + at + away * step, mask=inside & (other >= 0) & (other < maps), other=0.0
     )
 
 
 @triton.jit
-def rectified(x: Any, wide: tl.constexpr, relu: tl.constexpr) -> Any:
-    """x in the type to compute in, and max(x, 0) of it if `relu`; NaN stays."""
+def widen(x: Any, wide: tl.constexpr, relu: tl.constexpr) -> Any:
+    """Convert x to the type to compute in, and take max(x, 0) if `relu`; NaN stays."""
     x = x.to(wide)
     if relu:
         x = tl.where(x < 0, 0.0, x)
@@ -36,11 +38,11 @@ def forward(
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    place = (at // step) % maps
+    index = (at // step) % maps
     total = tl.zeros([BLOCK], wide)
-    own = rectified(near(x, at, place, inside, step, maps, 0), wide, relu)
+    own = widen(load_map(x, at, index, inside, step, maps, 0), wide, relu)
     for away in tl.static_range(-2, 3):
-        other = rectified(near(x, at, place, inside, step, maps, away), wide, relu)
+        other = widen(load_map(x, at, index, inside, step, maps, away), wide, relu)
         total += other * other
     s = k + alpha * total
     root = 1.0 / tl.sqrt(s)
@@ -49,30 +51,30 @@ def forward(
 
 @triton.jit
 def backward(
-    x: Any, above: Any, dx: Any, n: Any, step: Any, maps: Any, k: Any, alpha: Any,
+    x: Any, dy: Any, dx: Any, n: Any, step: Any, maps: Any, k: Any, alpha: Any,
     relu: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """dx_i = g_i s_i^-.75 - 1.5 alpha x_i * (sum of g_j x_j s_j^-1.75, |i - j| <= 2)."""
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    place = (at // step) % maps
-    own = rectified(near(x, at, place, inside, step, maps, 0), wide, relu)
+    index = (at // step) % maps
+    own = widen(load_map(x, at, index, inside, step, maps, 0), wide, relu)
     direct = tl.zeros([BLOCK], wide)
     others = tl.zeros([BLOCK], wide)
     for away in tl.static_range(-2, 3):
         total = tl.zeros([BLOCK], wide)
         for further in tl.static_range(-2, 3):
-            other = rectified(near(x, at, place, inside, step, maps, away + further), wide, relu)
+            other = widen(load_map(x, at, index, inside, step, maps, away + further), wide, relu)
             total += other * other
         s = k + alpha * total
         root = 1.0 / tl.sqrt(s)
-        g = near(above, at, place, inside, step, maps, away).to(wide) * root * tl.sqrt(root)
+        g = load_map(dy, at, index, inside, step, maps, away).to(wide) * root * tl.sqrt(root)
         if away == 0:
             direct = g
-        neighbour = rectified(near(x, at, place, inside, step, maps, away), wide, relu)
-        others += g * neighbour * root * root
-    found = direct - 1.5 * alpha * own * others
+        neighbor = widen(load_map(x, at, index, inside, step, maps, away), wide, relu)
+        others += g * neighbor * root * root
+    result = direct - 1.5 * alpha * own * others
     if relu:
-        found = tl.where(own <= 0, 0.0, found)
-    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=inside)
+        result = tl.where(own <= 0, 0.0, result)
+    tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)

@@ -1,13 +1,15 @@
-/* Local response normalisation across maps, alone or between a ReLU and a max pooling.
+/* CPU kernels: local response normalization across maps, alone or between a ReLU and a max pooling;
+   normalization over neighboring pixels; padding of images for the first convolution.
 
-   Compiled and called by native.py, which explains the arguments. One pass over memory each way:
-   blocks of the input are widened into buffers that stay in the first- or second-level cache, and
-   everything between the input and the output happens there.
+   native.py compiles and calls them, and explains their arguments. kernels.inc holds the functions;
+   it is included once for each number type. Each pass goes over memory once: blocks of the input
+   are widened into buffers that stay in the first- or second-level cache, and everything between
+   the input and the output happens there.
 
-   A block is `count` runs of `maps` numbers, each the maps of one column at one pixel. Its buffer
-   keeps two zeros before the first run and after every run, so that a window of five maps never
-   needs to know where its column ends, and all loops but the first and the last run over the
-   buffer as if it were one row. */
+   A block is `count` runs of `maps` numbers; a run is the maps of one column at one pixel. Its
+   buffer keeps two zeros before the first run and after every run: so a window of five maps needs
+   no test for the end of its column, and all loops except loading and storing treat the buffer as
+   one row. */
 
 #include <math.h>
 #include <stdint.h>
@@ -20,7 +22,7 @@
 typedef uint16_t bfloat16;
 
 enum { EDGE = 2, LANES = 16, BLOCK = 1536, MOST_WINDOW = 4, MOST_TAPS = 16,
-       REACH = 2, SPAN = 5, AT_ONCE = 32, COLOURS = 3 };
+       REACH = 2, SPAN = 5, AT_ONCE = 32, COLORS = 3 };
 
 static inline float wide_bfloat16(bfloat16 x) {
     const uint32_t bits = (uint32_t)x << 16;
@@ -49,8 +51,8 @@ static void powers_double(const double *restrict s, double *restrict power,
 static void powers_float(const float *restrict s, float *restrict power, float *restrict inverse,
                          long n) {
 #if defined(__AVX512F__)
-    /* Estimates good to 14 bits, then one step of Newton's: a tenth of the time of roots and
-       divisions. With p near s^-.75, e = 1 - p^4 s^3, and p + p e / 4 has twice the bits. */
+    /* Estimates of 14 bits, then one Newton step: a tenth of the time of roots and divisions.
+       With p near s^-.75, e = 1 - p^4 s^3, and p + p e / 4 has twice the bits. */
     const __m512 one = _mm512_set1_ps(1.0f), quarter = _mm512_set1_ps(0.25f);
     for (long i = 0; i < n; i += LANES) {
         const __m512 v = _mm512_loadu_ps(s + i);

@@ -1,4 +1,4 @@
-"""The normalisations out of torch's own operations."""
+"""Response normalizations in torch's own operations, for any device: fallback and oracle."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ _CHUNK = 150_000
 _CHUNK_PER_THREAD = 600_000
 
 
-class Norm(torch.autograd.Function):
-    """`local_response_norm`, for any device and any float.
+class ReferenceNorm(torch.autograd.Function):
+    """`local_response_norm`, for any device and any float dtype.
 
     With s = k + alpha/size * sum, s^-.75 is two square roots and the sum a product with a band
-    matrix: no power, no transposition. Only x is kept: to compute s again is quicker than to store.
+    matrix: no power, no transposition. Only x is kept for the backward pass: computing s again is
+    faster than storing it.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, columns: int, relu: bool) -> Tensor:
-        """Take [b, columns * maps, h, w]."""
-        x = dense(x)
+        """Normalize x, [b, columns * maps, h, w]."""
+        x = to_dense(x)
         ctx.save_for_backward(x)
         ctx.columns, ctx.relu = columns, relu
         y = torch.empty_like(x)
-        window = _Window(x, columns)
+        window = _MapWindow(x, columns)
         with torch.autocast(x.device.type, enabled=False):
-            for part, out in zip(window.parts(x), window.parts(y), strict=True):
-                wide = window.widened(part, relu)
+            for part, out in zip(window.split(x), window.split(y), strict=True):
+                wide = window.widen(part, relu)
                 root = window.inverse_root(wide)
                 out.copy_(root.sqrt().mul_(root).mul_(wide))
         return y
@@ -51,89 +52,39 @@ class Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Take the gradient of the output."""
+        """Gradient of x from that of the output."""
         (x,) = ctx.saved_tensors
-        gradient = laid_out_as(x, gradient)
+        gradient = match_layout(x, gradient)
         result = torch.empty_like(x)
-        window = _Window(x, ctx.columns)
+        window = _MapWindow(x, ctx.columns)
         with torch.autocast(x.device.type, enabled=False):
-            for part, above, out in zip(
-                window.parts(x), window.parts(gradient), window.parts(result), strict=True
+            for part, dy, out in zip(
+                window.split(x), window.split(gradient), window.split(result), strict=True
             ):
-                wide = window.widened(part, ctx.relu)
+                wide = window.widen(part, ctx.relu)
                 root = window.inverse_root(wide)
-                direct = root.sqrt().mul_(root).mul_(above)
+                direct = root.sqrt().mul_(root).mul_(dy)
                 others = window.sum((direct * wide).mul_(root).mul_(root))
-                found = direct.addcmul_(others, wide, value=-2 * LRN_BETA)
-                out.copy_(found.masked_fill_(part <= 0, 0) if ctx.relu else found)
+                dx = direct.addcmul_(others, wide, value=-2 * LRN_BETA)
+                out.copy_(dx.masked_fill_(part <= 0, 0) if ctx.relu else dx)
         return result, None, None
 
 
-def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:
-    """`local_response_norm` as one expression, for `torch.compile` to make a kernel of."""
-    with torch.autocast(x.device.type, enabled=False):
-        wide = x.to(_working(x)).unflatten(1, (columns, -1))
-        if relu:
-            wide = wide.relu()
-        maps, edge = wide.shape[2], LRN_SIZE // 2
-        squares = F.pad(wide * wide, (0, 0, 0, 0, edge, edge))
-        total = squares[:, :, :maps]
-        for i in range(1, LRN_SIZE):
-            total = total + squares[:, :, i : i + maps]
-        root = (LRN_K + LRN_ALPHA / LRN_SIZE * total).rsqrt()
-        return cast(Tensor, (wide * root * root.sqrt()).flatten(1, 2).to(x.dtype))
-
-
-class Spatial(torch.autograd.Function):
-    """`spatial_response_norm`, for any device and any float."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Take [b, maps, h, w]."""
-        ctx.save_for_backward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(_working(x))
-            root = _spatial_root(wide)
-            return root.sqrt().mul_(root).mul_(wide).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Take the gradient of the output."""
-        (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(_working(x))
-            root = _spatial_root(wide)
-            direct = root.sqrt().mul_(root).mul_(gradient)
-            others = _box_mean(root.square_().mul_(direct).mul_(wide))
-            return direct.addcmul_(others, wide, value=-2 * LRN_BETA * SPATIAL_SCALE).to(x.dtype)
-
-
-def _spatial_root(wide: Tensor) -> Tensor:
-    """s^-.5"""
-    return _box_mean(wide * wide).mul_(SPATIAL_SCALE).add_(1.0).rsqrt_()
-
-
-def _box_mean(x: Tensor) -> Tensor:
-    """The sum over the pixels around, divided by the full window's number of them."""
-    return F.avg_pool2d(x, SPATIAL_SIZE, stride=1, padding=SPATIAL_SIZE // 2)
-
-
-class _Window:
-    """The sums over neighbouring maps, alpha/size times, on the cheapest view of x's layout.
+class _MapWindow:
+    """Sums over neighboring maps, alpha/size times, on the cheapest view of x's layout.
 
     Channels last: rows [b * h * w * columns, maps]. Otherwise: matrices [b * columns, maps, h * w].
     """
 
     def __init__(self, x: Tensor, columns: int) -> None:
         self.maps = x.shape[1] // columns
-        self.dtype = _working(x)
+        self.dtype = _compute_dtype(x)
         self.rows = is_channels_last(x)
-        place = torch.arange(self.maps, device=x.device)
-        near = (place[:, None] - place).abs() <= LRN_SIZE // 2
+        index = torch.arange(self.maps, device=x.device)
+        near = (index[:, None] - index).abs() <= LRN_SIZE // 2
         self.band = near.to(self.dtype) * (LRN_ALPHA / LRN_SIZE)
 
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Views that together are x."""
         if self.rows:
             view = x.permute(0, 2, 3, 1).view(-1, self.maps)
@@ -145,7 +96,7 @@ class _Window:
         chunk = _CHUNK if threads == 1 else _CHUNK_PER_THREAD * threads
         return view.split(max(1, chunk // max(1, view[0].numel() if len(view) else 1)))
 
-    def widened(self, part: Tensor, relu: bool) -> Tensor:
+    def widen(self, part: Tensor, relu: bool) -> Tensor:
         wide = part.to(self.dtype)
         return wide.relu() if relu else wide
 
@@ -158,21 +109,71 @@ class _Window:
         return self.sum(part * part).add_(LRN_K).rsqrt_()
 
 
-def _working(x: Tensor) -> torch.dtype:
+def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:
+    """`local_response_norm` as one expression, from which `torch.compile` makes a kernel."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.to(_compute_dtype(x)).unflatten(1, (columns, -1))
+        if relu:
+            wide = wide.relu()
+        maps, edge = wide.shape[2], LRN_SIZE // 2
+        squares = F.pad(wide * wide, (0, 0, 0, 0, edge, edge))
+        total = squares[:, :, :maps]
+        for i in range(1, LRN_SIZE):
+            total = total + squares[:, :, i : i + maps]
+        root = (LRN_K + LRN_ALPHA / LRN_SIZE * total).rsqrt()
+        return cast(Tensor, (wide * root * root.sqrt()).flatten(1, 2).to(x.dtype))
+
+
+class ReferenceSpatialNorm(torch.autograd.Function):
+    """`spatial_response_norm`, for any device and any float dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Normalize x, [b, maps, h, w]."""
+        ctx.save_for_backward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(_compute_dtype(x))
+            root = _spatial_root(wide)
+            return root.sqrt().mul_(root).mul_(wide).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Gradient of x from that of the output."""
+        (x,) = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(_compute_dtype(x))
+            root = _spatial_root(wide)
+            direct = root.sqrt().mul_(root).mul_(gradient)
+            others = _box_mean(root.square_().mul_(direct).mul_(wide))
+            return direct.addcmul_(others, wide, value=-2 * LRN_BETA * SPATIAL_SCALE).to(x.dtype)
+
+
+def _spatial_root(wide: Tensor) -> Tensor:
+    """s^-.5"""
+    return _box_mean(wide * wide).mul_(SPATIAL_SCALE).add_(1.0).rsqrt_()
+
+
+def _box_mean(x: Tensor) -> Tensor:
+    """The sum over the pixels around, divided by the number of pixels of a full window."""
+    return F.avg_pool2d(x, SPATIAL_SIZE, stride=1, padding=SPATIAL_SIZE // 2)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the maps of a pixel lie side by side and nothing lies between pixels."""
+    """Whether the maps of a pixel are adjacent in memory, and nothing lies between pixels."""
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def dense(x: Tensor) -> Tensor:
+def to_dense(x: Tensor) -> Tensor:
     """x itself if it is contiguous in one of the two memory formats, else a copy that is."""
     return x if is_channels_last(x) else x.contiguous()
 
 
-def laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
+def match_layout(x: Tensor, gradient: Tensor) -> Tensor:
     """`gradient` in the memory format of x."""
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     return gradient.contiguous(memory_format=layout)

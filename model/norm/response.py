@@ -1,9 +1,8 @@
-"""The normalisations as the network calls them: each takes the quickest form there is for x.
+"""Response normalizations as the network calls them: each picks the fastest form for its tensor.
 
-The GPU's kernels, in Triton, which comes with CUDA builds of torch.
-
-One program computes BLOCK numbers that follow each other in memory, whichever format that is: the
-maps next to a number's own lie `step` elements apart. Neighbours are read again from the cache.
+On a CPU that is a C kernel (`native`), on a GPU a Triton kernel (`gpu_kernels`; triton comes with
+CUDA builds of torch), elsewhere torch's operations (`reference`). All forms compute the same
+numbers, within rounding.
 """
 
 from __future__ import annotations
@@ -18,72 +17,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.norm import native, reference
-from model.norm.reference import LRN_ALPHA, LRN_K, LRN_SIZE, dense, is_channels_last, laid_out_as
+from model.norm.reference import (
+    LRN_ALPHA,
+    LRN_K,
+    LRN_SIZE,
+    is_channels_last,
+    match_layout,
+    to_dense,
+)
 
-BLOCK = 1024
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def takes(x: Tensor) -> bool:
-    """Whether `Norm` can work on x."""
-    return x.device.type == "cuda" and x.dtype in _DTYPES and _installed()
-
-
-def described() -> str:
-    """Say whether the kernels are in use, or why not."""
-    return "Triton kernels" if _installed() else "torch operations, as triton is not installed"
-
-
-@lru_cache(maxsize=1)
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-class Norm(torch.autograd.Function):
-    """`local_response_norm` on a GPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: int, relu: bool) -> Tensor:
-        """Take [b, columns * maps, h, w]."""
-        x = dense(x)
-        ctx.save_for_backward(x)
-        ctx.settings = columns, relu
-        return launch(x, None, columns, relu)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Take the gradient of the output."""
-        (x,) = ctx.saved_tensors
-        return launch(x, laid_out_as(x, gradient), *ctx.settings), None, None
-
-
-def launch(x: Tensor, above: Tensor | None, columns: int, relu: bool) -> Tensor:
-    """Return the normalised x, or with `above`, the gradient of that, the gradient of x.
-
-    Args:
-        x: float [b, columns * maps, h, w], contiguous in one of the two memory formats.
-        above: of the same shape, dtype and format.
-        columns: whose maps x holds.
-        relu: whether max(x, 0) is meant.
-    """
-    from model.norm import gpu_kernels
-
-    y = torch.empty_like(x)
-    step = 1 if is_channels_last(x) else x.shape[2] * x.shape[3]
-    grid = (-(-x.numel() // BLOCK),)
-    settings = (x.numel(), step, x.shape[1] // columns, LRN_K, LRN_ALPHA / LRN_SIZE)
-    if x.numel() == 0:
-        return y
-    if above is None:
-        gpu_kernels.forward[grid](x, y, *settings, relu=relu, BLOCK=BLOCK)
-    else:
-        gpu_kernels.backward[grid](x, above, y, *settings, relu=relu, BLOCK=BLOCK)
-    return y
+GPU_BLOCK = 1024
+"""Numbers that one program of a GPU kernel computes; they are adjacent in memory."""
+_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tensor:
-    """Local response normalisation across the maps of a column (paper section 3.3).
+    """Local response normalization across the maps of a column (paper section 3.3).
 
         y_i = x_i / (k + alpha/size * sum of x_j^2 over the 5 maps j = i-2 .. i+2)^0.75
 
@@ -97,23 +46,23 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
 
     Args:
         x: float [b, columns * maps, h, w], any strides.
-        columns: how many columns' maps x holds, one column after the other.
-        relu: take max(x, 0) for x, in the same pass; its gradient is 0 where x <= 0.
+        columns: number of columns whose maps x holds, one column after the other.
+        relu: normalize max(x, 0) instead of x, in the same pass; the gradient is 0 where x <= 0.
 
     Returns:
-        as x, in its dtype and memory format.
+        As x, in its dtype and memory format.
 
     Raises:
         ValueError: x has another number of dimensions, or maps that do not divide by `columns`.
     """
-    _check(x, columns)
+    _check_shape(x, columns)
     if torch.compiler.is_compiling():
         return reference.traceable_norm(x, columns, relu)
-    if native.takes(x):
-        return cast(Tensor, _NativeNorm.apply(x, columns, relu))
-    if takes(x):
-        return cast(Tensor, Norm.apply(x, columns, relu))
-    return cast(Tensor, reference.Norm.apply(x, columns, relu))
+    if native.is_supported(x):
+        return cast(Tensor, _CpuNorm.apply(x, columns, relu))
+    if is_gpu_supported(x):
+        return cast(Tensor, _GpuNorm.apply(x, columns, relu))
+    return cast(Tensor, reference.ReferenceNorm.apply(x, columns, relu))
 
 
 def norm_pool(
@@ -129,13 +78,13 @@ def norm_pool(
     Windows that stick out on the right or at the bottom are cut off, as in the original (layer.py
     rounds the number of windows up). The gradient of a window goes to the first of its largest
     numbers, row by row, as in `torch.nn.functional.max_pool2d`. In bfloat16, numbers are compared
-    before they are rounded, which torch cannot do: there the two differ in whom they call largest.
+    before they are rounded, which torch cannot do: there the two may pick another largest number.
 
     Args:
         x: float [b, columns * maps, h, w], any strides.
-        columns: how many columns' maps x holds, one column after the other.
+        columns: number of columns whose maps x holds, one column after the other.
         relu: take max(x, 0) for x.
-        norm: False leaves out the normalisation: pooling alone, of relu(x) if `relu`.
+        norm: False leaves out the normalization: pooling alone, of relu(x) if `relu`.
         window: side of the windows in pixels, at most h and w.
         stride: pixels between windows, at most `window`.
 
@@ -146,14 +95,14 @@ def norm_pool(
     Raises:
         ValueError: as `local_response_norm`, or a window that does not fit.
     """
-    _check(x, columns)
+    _check_shape(x, columns)
     if not 1 <= stride <= window <= min(x.shape[2:]):
         raise ValueError(
             f"window {window} with stride {stride} on maps of {x.shape[2]}x{x.shape[3]}: the "
             f"stride is at most the window, the window at most the maps"
         )
-    if not torch.compiler.is_compiling() and native.pools(x, window):
-        return cast(Tensor, _NativePool.apply(x, columns, relu, norm, window, stride))
+    if not torch.compiler.is_compiling() and native.is_pool_supported(x, window):
+        return cast(Tensor, _CpuNormPool.apply(x, columns, relu, norm, window, stride))
     if norm:
         x = local_response_norm(x, columns, relu)
     elif relu:
@@ -162,7 +111,7 @@ def norm_pool(
 
 
 def spatial_response_norm(x: Tensor) -> Tensor:
-    """Normalisation over the neighbourhood in the same map: layer `cnorm2` of the original.
+    """Normalization over the neighborhood in the same map: layer `cnorm2` of the original.
 
         y = x / (1 + 0.001/25 * sum of x^2 over the 5x5 pixels around)^0.75
 
@@ -174,48 +123,102 @@ def spatial_response_norm(x: Tensor) -> Tensor:
         x: float [b, maps, h, w], any strides.
 
     Returns:
-        as x, in its dtype and memory format.
+        As x, in its dtype and memory format.
 
     Raises:
         ValueError: x has another number of dimensions.
     """
-    _check(x, 1)
-    if torch.compiler.is_compiling() or not native.takes(x):
-        return cast(Tensor, reference.Spatial.apply(x))
-    return cast(Tensor, _NativeSpatial.apply(x))
+    _check_shape(x, 1)
+    if torch.compiler.is_compiling() or not native.is_supported(x):
+        return cast(Tensor, reference.ReferenceSpatialNorm.apply(x))
+    return cast(Tensor, _CpuSpatialNorm.apply(x))
 
 
 def describe_backend(device: torch.device | str = "cpu") -> str:
-    """Say in a few words what computes the normalisation there, and if it is not the best, why."""
+    """What computes the normalization on a device, in a few words; if not the best, also why."""
     kind = torch.device(device).type
     if kind == "cpu":
-        return native.described()
-    return described() if kind == "cuda" else "torch operations"
+        return native.describe()
+    if kind != "cuda":
+        return "torch operations"
+    return "Triton kernels" if _has_triton() else "torch operations, as triton is not installed"
 
 
-def _check(x: Tensor, columns: int) -> None:
+def is_gpu_supported(x: Tensor) -> bool:
+    """Whether `launch_gpu_kernel` can work on x."""
+    return x.device.type == "cuda" and x.dtype in _GPU_DTYPES and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def launch_gpu_kernel(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
+    """The normalized x; with `gradient`, that of the output, the gradient of x.
+
+    One program computes GPU_BLOCK numbers that are adjacent in memory, whichever format that is:
+    the same pixel of the next map is `step` elements away. Neighbors are read again from the cache.
+
+    Args:
+        x: float [b, columns * maps, h, w], contiguous in one of the two memory formats.
+        gradient: of the same shape, dtype and memory format.
+        columns: number of columns whose maps x holds.
+        relu: whether max(x, 0) is normalized instead of x.
+    """
+    from model.norm import gpu_kernels
+
+    y = torch.empty_like(x)
+    step = 1 if is_channels_last(x) else x.shape[2] * x.shape[3]
+    grid = (-(-x.numel() // GPU_BLOCK),)
+    settings = (x.numel(), step, x.shape[1] // columns, LRN_K, LRN_ALPHA / LRN_SIZE)
+    if x.numel() == 0:
+        return y
+    if gradient is None:
+        gpu_kernels.forward[grid](x, y, *settings, relu=relu, BLOCK=GPU_BLOCK)
+    else:
+        gpu_kernels.backward[grid](x, gradient, y, *settings, relu=relu, BLOCK=GPU_BLOCK)
+    return y
+
+
+def _check_shape(x: Tensor, columns: int) -> None:
     if x.dim() != 4 or columns < 1 or x.shape[1] % columns:
         raise ValueError(
             f"x is {list(x.shape)}; it must be [b, columns * maps, h, w] with {columns} columns"
         )
 
 
-class _NativeNorm(torch.autograd.Function):
+class _GpuNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, columns: int, relu: bool) -> Tensor:
-        x = reference.dense(x)
+        x = to_dense(x)
         ctx.save_for_backward(x)
         ctx.settings = columns, relu
-        return native.norm(x, None, *ctx.settings)
+        return launch_gpu_kernel(x, None, columns, relu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        return native.norm(x, reference.laid_out_as(x, gradient), *ctx.settings), None, None
+        return launch_gpu_kernel(x, match_layout(x, gradient), *ctx.settings), None, None
 
 
-class _NativePool(torch.autograd.Function):
+class _CpuNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: int, relu: bool) -> Tensor:
+        x = to_dense(x)
+        ctx.save_for_backward(x)
+        ctx.settings = columns, relu
+        return native.normalize(x, None, columns, relu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return native.normalize(x, match_layout(x, gradient), *ctx.settings), None, None
+
+
+class _CpuNormPool(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, columns: int, relu: bool, norm: bool, window: int, stride: int
@@ -228,19 +231,19 @@ class _NativePool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        found = native.pool(x, reference.laid_out_as(x, gradient), *ctx.settings)
-        return found, None, None, None, None, None
+        dx = native.pool(x, match_layout(x, gradient), *ctx.settings)
+        return dx, None, None, None, None, None
 
 
-class _NativeSpatial(torch.autograd.Function):
+class _CpuSpatialNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = reference.dense(x)
+        x = to_dense(x)
         ctx.save_for_backward(x)
-        return native.spatial(x, None)
+        return native.normalize_spatial(x, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return native.spatial(x, reference.laid_out_as(x, gradient))
+        return native.normalize_spatial(x, match_layout(x, gradient))

@@ -27,11 +27,11 @@ def by_hand(x: Tensor, columns: int = 1) -> Tensor:
     return torch.stack(found, 1)
 
 
-@pytest.fixture(name="form", params=["native", "composed"], autouse=True)
+@pytest.fixture(name="form", params=["native", "reference"], autouse=True)
 def each_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Compiled kernels, or torch's operations."""
-    if request.param == "composed":
-        monkeypatch.setattr(native, "takes", lambda x: False)
-    elif not native.takes(torch.empty(0)):
-        pytest.skip(native.described())
+    if request.param == "reference":
+        monkeypatch.setattr(native, "is_supported", lambda x: False)
+    elif not native.is_supported(torch.empty(0)):
+        pytest.skip(native.describe())
     return str(request.param)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.alexnet import AlexNet
-from model.exchange import ConvHalves, Exchange, LinearHalves, _Swap, _Through, halves_of
+from model.exchange import Exchange, _ApplySplit, _SplitConv, _SplitLinear, _Swap, split_layer
 from tests.helpers.processes import run_ranks
 
 BATCH = 6
@@ -120,7 +120,7 @@ def in_what_order(link: Exchange) -> dict[str, list[str]]:
     """The steps of a layer across the pair, forward and backward, as they come."""
     events: list[str] = []
 
-    class Watched(LinearHalves):
+    class Watched(_SplitLinear):
         def __getattribute__(self, name: str) -> Any:
             if not name.startswith("_"):
                 events.append(name)
@@ -138,7 +138,7 @@ def in_what_order(link: Exchange) -> dict[str, list[str]]:
 
     weight, bias = torch.ones(3, 4, requires_grad=True), torch.ones(3, requires_grad=True)
     x = torch.ones(2, 2, requires_grad=True)
-    y = _Through.apply(x, weight, bias, Watched(), WatchedLink(link.group), "")
+    y = _ApplySplit.apply(x, weight, bias, Watched(), WatchedLink(link.group), "")
     forward, events[:] = events[:], []
     y.sum().backward()
     return {"forward": forward, "backward": events}
@@ -249,7 +249,7 @@ def test_bytes_of_a_step_follow_from_the_shapes(pair: Any, step: str, size: int)
 
 def test_what_the_other_column_waits_for_goes_first(pair: Any) -> None:
     for half in pair:
-        assert half["order"]["forward"] == ["send", "product", "wait", "add"]
+        assert half["order"]["forward"] == ["send", "multiply", "wait", "add_product"]
         assert half["order"]["backward"] == [
             "input_gradient", "send", "input_gradient", "parameter_gradients", "wait",
         ]  # fmt: skip
@@ -264,8 +264,8 @@ def test_no_gradient_crosses_that_nobody_needs(pair: Any) -> None:
 def test_wrong_layers_and_wires_are_refused(pair: Any) -> None:
     assert [half["refused"] for half in pair] == [[], []]
     with pytest.raises(TypeError, match="only Linear, and Conv2d of one group"):
-        halves_of(nn.Conv2d(4, 4, 3, groups=2))
-    assert isinstance(halves_of(nn.Conv2d(4, 4, 3)), ConvHalves)
+        split_layer(nn.Conv2d(4, 4, 3, groups=2))
+    assert isinstance(split_layer(nn.Conv2d(4, 4, 3)), _SplitConv)
 
 
 def errors_of(pair: Any, step: str, key: str) -> dict[str, float]:

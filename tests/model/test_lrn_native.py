@@ -20,15 +20,14 @@ from model.norm import (
     norm_pool,
     spatial_response_norm,
 )
-from model.norm import native as build
 from tests.helpers.lrn import by_hand, maps
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, and nothing loaded yet."""
-    if not native.takes(torch.empty(0)):
-        pytest.skip(native.described())
+    if not native.is_supported(torch.empty(0)):
+        pytest.skip(native.describe())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native._library.cache_clear()
     yield tmp_path / "duet"
@@ -39,12 +38,12 @@ def works() -> bool:
     """Whether the normalisation does, in whatever form."""
     x = maps(2, 96, 5, 5).contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(local_response_norm(x, 2), by_hand(x, 2), rtol=1e-12, atol=1e-12)
-    return native.takes(x)
+    return native.is_supported(x)
 
 
 def said_elsewhere(script: str) -> str:
     """What a process of its own prints, which has nothing to complain of."""
-    script = f"from model.norm import describe_backend, build\n{script}"
+    script = f"from model.norm import describe_backend, native\n{script}"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -61,7 +60,7 @@ def test_they_are_compiled_once_in_silence(
     made = kept.stat().st_mtime_ns
     # A new process only reads them.
     never = "def never(*arguments): raise AssertionError('compiled again')\n"
-    said = said_elsewhere(f"{never}build._compiled = never\nprint(describe_backend())")
+    said = said_elsewhere(f"{never}native._compile = never\nprint(describe_backend())")
     assert said.startswith("kernels compiled by")
     assert kept.stat().st_mtime_ns == made
     assert capfd.readouterr() == ("", "")
@@ -70,7 +69,7 @@ def test_they_are_compiled_once_in_silence(
 def test_only_one_openmp_is_loaded() -> None:
     # In a process of its own: scipy, which other tests import, brings another one along.
     said = said_elsewhere(
-        "import re\nfrom pathlib import Path\nbackend()\n"
+        "import re\nfrom pathlib import Path\ndescribe_backend()\n"
         "maps = Path('/proc/self/maps').read_text()\n"
         "print(len(set(re.findall(r'/\\S*/lib(?:gomp|iomp5|omp)[-.]\\S*', maps))))"
     )
@@ -154,11 +153,11 @@ def test_lesser_processors_get_the_same_numbers(
         return found
 
     best = results()
-    monkeypatch.setattr(build, "FLAGS", ("-std=gnu11", "-O2", *flags))
-    monkeypatch.setattr(build, "FLAGS_X86", ())
+    monkeypatch.setattr(native, "FLAGS", ("-std=gnu11", "-O2", *flags))
+    monkeypatch.setattr(native, "FLAGS_X86", ())
     native._library.cache_clear()
     for ours, theirs in zip(results(), best, strict=True):
-        assert not native.described().startswith("torch")
+        assert not native.describe().startswith("torch")
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # of up to 400
 
 
@@ -166,6 +165,6 @@ def test_a_full_disk_is_no_harm(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     def no_room(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build.os, "fsync", no_room)
+    monkeypatch.setattr(native.os, "fsync", no_room)
     assert works()
     assert list(cache.iterdir()) == []

@@ -13,16 +13,16 @@ from model.norm import local_response_norm, native, norm_pool
 from tests.helpers.lrn import LAYOUTS, by_hand, maps
 
 
-@pytest.fixture(params=["native", "composed"], autouse=True)
+@pytest.fixture(params=["native", "reference"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled kernels, or torch's operations."""
-    if request.param == "composed":
-        monkeypatch.setattr(native, "takes", lambda x: False)
-    elif not native.takes(torch.empty(0)):
-        pytest.skip(native.described())
+    if request.param == "reference":
+        monkeypatch.setattr(native, "is_supported", lambda x: False)
+    elif not native.is_supported(torch.empty(0)):
+        pytest.skip(native.describe())
 
 
-def composed_by_hand(x: Tensor, columns: int, relu: bool, norm: bool, window: int) -> Tensor:
+def pool_by_hand(x: Tensor, columns: int, relu: bool, norm: bool, window: int) -> Tensor:
     x = F.relu(x) if relu else x
     x = by_hand(x, columns) if norm else x
     return F.max_pool2d(x, window, 2, ceil_mode=True)
@@ -48,7 +48,7 @@ def test_values_and_gradients_are_those_of_the_three(
         x = maps(*shape).contiguous(memory_format=layout).requires_grad_()
         theirs = x.detach().clone().requires_grad_()
         y = norm_pool(x, columns, relu, norm, window)
-        expected = composed_by_hand(theirs, columns, relu, norm, window)
+        expected = pool_by_hand(theirs, columns, relu, norm, window)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         assert y.is_contiguous(memory_format=layout)
         above = maps(*y.shape, seed=2)
@@ -75,7 +75,7 @@ def test_bfloat16_is_compared_before_it_is_rounded(request: pytest.FixtureReques
     x = maps(8, 48, 27, 27, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     x = x.requires_grad_()
     wide = x.detach().double().requires_grad_()
-    y, expected = norm_pool(x, relu=True), composed_by_hand(wide, 1, True, True, 3)
+    y, expected = norm_pool(x, relu=True), pool_by_hand(wide, 1, True, True, 3)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=0)
     above = maps(*y.shape, seed=2).bfloat16()

@@ -15,7 +15,7 @@ from tests.helpers.lrn import LAYOUTS, by_hand, maps
 
 INTERPRETED = """
 import torch
-from model.norm import triton_gpu
+from model.norm.response import launch_gpu_kernel
 from tests.helpers.lrn import LAYOUTS, by_hand, maps
 
 for dtype, bound, columns in ((torch.float64, 1e-12, 2), (torch.float32, 1e-6, 1)):
@@ -26,13 +26,13 @@ for dtype, bound, columns in ((torch.float64, 1e-12, 2), (torch.float32, 1e-6, 1
                 expected = by_hand(x.relu() if relu else x, columns)
                 expected.backward(above)
                 own = x.detach().to(dtype)
-                y = triton_gpu.launch(own, None, columns, relu)
-                dx = triton_gpu.launch(own, above.to(dtype), columns, relu)
+                y = launch_gpu_kernel(own, None, columns, relu)
+                dx = launch_gpu_kernel(own, above.to(dtype), columns, relu)
                 torch.testing.assert_close(y.double(), expected, rtol=bound, atol=bound)
                 torch.testing.assert_close(dx.double(), x.grad, rtol=8 * bound, atol=400 * bound)
 x = torch.full((1, 6, 2, 2), float("nan"), dtype=torch.float32)
-assert triton_gpu.launch(x, None, 1, True).isnan().all()
-assert triton_gpu.launch(x[:0], None, 1, True).shape == (0, 6, 2, 2)
+assert launch_gpu_kernel(x, None, 1, True).isnan().all()
+assert launch_gpu_kernel(x[:0], None, 1, True).shape == (0, 6, 2, 2)
 print("equal")
 """
 

@@ -98,15 +98,15 @@ def test_batch_norm_is_the_formula_and_torchs_own() -> None:
             wanted = (own - own.mean()) / (own.var(unbiased=False) + 1e-5).sqrt()
             wanted = wanted * ours.weight[m] + ours.bias[m]
             torch.testing.assert_close(y[:, m], wanted)
-        taken = ours.take()
+        taken = ours.take_statistics()
         assert taken is not None
         ours.update_running_stats(taken)
         torch.testing.assert_close(ours.running_mean, theirs.running_mean)
         torch.testing.assert_close(ours.running_var, theirs.running_var)
-    assert ours.take() is None
+    assert ours.take_statistics() is None
     x = maps(2, 3, 5, 7)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
-    assert ours.take() is None  # a test leaves no trace
+    assert ours.take_statistics() is None  # a test leaves no trace
     assert [name for name, _ in ours.named_buffers()] == ["running_mean", "running_var"]
 
 
@@ -116,9 +116,9 @@ def test_parts_of_a_batch_move_the_running_statistics_once() -> None:
     parts, alone = filled(BatchNorm(3)), [filled(BatchNorm(3)) for _ in range(3)]
     for part, norm in zip(x.split(2), alone, strict=True):
         torch.testing.assert_close(parts(part), norm(part))
-    taken = [norm.take() for norm in alone]
+    taken = [norm.take_statistics() for norm in alone]
     expected = torch.stack([one for one in taken if one is not None]).mean(0)
-    found = parts.take()
+    found = parts.take_statistics()
     assert found is not None
     torch.testing.assert_close(found, expected)
     parts.update_running_stats(found)

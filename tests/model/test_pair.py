@@ -73,23 +73,23 @@ def outcome(case: Case, columns: tuple[int, ...], exchange: Exchange | None) -> 
     """Everything that must not depend on how many processes there are."""
     net = AlexNet(columns, classes=case.classes, exchange=exchange, seed=7, design=case.design)
     net = net.to(case.dtype).to(memory_format=case.layout)
-    optimiser = Sgd2012(net.named_parameters())
+    optimizer = Sgd2012(net.named_parameters())
     images, labels = batch(case)
     result: dict[str, Any] = {"initial": copied(net.column_state())}
     for step in range(case.steps):
         net.set_position(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
             logits = net(images)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(logits.float() if case.autocast else logits, labels).backward()
         if step == 0:
             result["logits"] = logits.detach().clone()
             gradients = {name: value.grad for name, value in net.named_parameters()}
             result["gradients"] = copied(net.split(gradients))
-        optimiser.step(Rates(0.003, 0.006))
+        optimizer.step(Rates(0.003, 0.006))
         net.update_running_stats()
     result["parameters"] = copied(net.column_state())
-    result["velocities"] = copied(optimiser.column_state(net))
+    result["velocities"] = copied(optimizer.column_state(net))
     net.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
         result["tested"] = net(images)

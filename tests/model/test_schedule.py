@@ -198,17 +198,17 @@ errors = st.one_of(
 def test_plateau_divides_where_torchs_scheduler_does(
     history: list[float], patience: int, most: int, threshold: float
 ) -> None:
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, factor=0.5, patience=patience, threshold=threshold, eps=0.0
+        optimizer, factor=0.5, patience=patience, threshold=threshold, eps=0.0
     )
     expected, rate = [], 1.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it misses calls of optimiser.step
+        warnings.simplefilter("ignore")  # it misses calls of optimizer.step
         for place, error in enumerate(history):
             oracle.step(error)
-            if optimiser.param_groups[0]["lr"] != rate:
-                rate = optimiser.param_groups[0]["lr"]
+            if optimizer.param_groups[0]["lr"] != rate:
+                rate = optimizer.param_groups[0]["lr"]
                 expected.append(10 * place)
     numbered = [(10 * place, error) for place, error in enumerate(history)]
     assert find_plateau_drops(numbered, patience, most, threshold) == expected[:most]

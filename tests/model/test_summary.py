@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.architecture import Design
-from model.summary import build_table, footprint, main, original_crossing, sum_rows
+from model.summary import build_table, compute_footprint, count_original_crossing, main, sum_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,15 +31,15 @@ def test_neurons_and_what_crosses_are_the_originals() -> None:
         assert row.crosses_backward == sent
     sums = sum_rows(rows)
     assert sums.neurons == 659_272
-    assert original_crossing(rows) * 4 == 468_992
+    assert count_original_crossing(rows) * 4 == 468_992
     # Ours: fc8 is cut, so a sends its fc7 and gets the gradient, and both swap 500 logits.
     assert sums.crosses * 4 == 468_992 + 2 * 4 * 2048 + 2 * 4 * 500
 
 
 def test_the_notes_footprint_formula() -> None:
-    assert round(footprint(build_table(), 128) / 2**20) == 876
-    assert round(footprint(build_table(), 1) / 2**20) == 238
-    assert footprint(build_table(), 128, 2) * 2 == footprint(build_table(), 128)
+    assert round(compute_footprint(build_table(), 128) / 2**20) == 876
+    assert round(compute_footprint(build_table(), 1) / 2**20) == 238
+    assert compute_footprint(build_table(), 128, 2) * 2 == compute_footprint(build_table(), 128)
 
 
 def test_receptive_fields() -> None:
@@ -68,7 +68,7 @@ def test_receptive_fields_of_other_networks() -> None:
 def test_one_column_exchanges_nothing() -> None:
     rows = build_table(design=Design(columns=1))
     assert [row.column for row in rows] == ["a"] * 8
-    assert sum_rows(rows).crosses == original_crossing(rows) == 0
+    assert sum_rows(rows).crosses == count_original_crossing(rows) == 0
 
 
 @pytest.mark.parametrize(

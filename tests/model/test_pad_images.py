@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.layers import ImageConv
-from model.norm import native, padded_images
+from model.norm import native, pad_images
 from tests.helpers.lrn import each_form  # noqa: F401 - a fixture
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -20,13 +20,13 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that the kernel is called with."""
     found: list[tuple[int, ...]] = []
-    kernel = native.pictures
+    kernel = native.pad
 
     def counted(x: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
         found.append(tuple(x.shape))
         return kernel(x, height, width, dtype)
 
-    monkeypatch.setattr(native, "pictures", counted)
+    monkeypatch.setattr(native, "pad", counted)
     return found
 
 
@@ -35,9 +35,9 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 60
 
 
-def expected(pictures: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    h, w = pictures.shape[2:]
-    return F.pad(pictures, (0, width - w, 0, height - h)).to(dtype)
+def expected(images: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    h, w = images.shape[2:]
+    return F.pad(images, (0, width - w, 0, height - h)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,26 +59,26 @@ def test_every_bit_is_as_from_torch(
     form: str,
     calls: list[tuple[int, ...]],
 ) -> None:
-    pictures = drawn(*shape)
-    before = pictures.clone()
-    x = padded_images(pictures, height, width, dtype)
+    images = drawn(*shape)
+    before = images.clone()
+    x = pad_images(images, height, width, dtype)
     assert calls == ([shape] if form == "native" else [])
     assert x.dtype == dtype
     assert x.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(x, expected(pictures, height, width, dtype))
-    assert torch.equal(pictures, before)
+    assert torch.equal(x, expected(images, height, width, dtype))
+    assert torch.equal(images, before)
 
 
 def test_halves_infinities_and_no_numbers_are_rounded_as_by_torch() -> None:
     # Halfway between two bfloat16 (to the even one), just beside, the largest, the smallest.
     bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0x00000001]
     numbers = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    pictures = torch.cat([numbers, -numbers, torch.tensor([-0.0])]).expand(1, 3, 4, 15).contiguous()
-    x = padded_images(pictures, 4, 15, torch.bfloat16).contiguous()
-    assert torch.equal(x.view(torch.int16), pictures.bfloat16().view(torch.int16))
+    images = torch.cat([numbers, -numbers, torch.tensor([-0.0])]).expand(1, 3, 4, 15).contiguous()
+    x = pad_images(images, 4, 15, torch.bfloat16).contiguous()
+    assert torch.equal(x.view(torch.int16), images.bfloat16().view(torch.int16))
     # Rounding these up would carry over into the exponent, and the sign.
     odd = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
-    assert padded_images(odd.expand(1, 3, 1, 2).contiguous(), 1, 2, torch.bfloat16).isnan().all()
+    assert pad_images(odd.expand(1, 3, 1, 2).contiguous(), 1, 2, torch.bfloat16).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -95,51 +95,51 @@ def test_halves_infinities_and_no_numbers_are_rounded_as_by_torch() -> None:
 def test_other_images_go_the_way_of_torch(
     other: Callable[[Tensor], Tensor], calls: list[tuple[int, ...]]
 ) -> None:
-    pictures = other(drawn(2, 3, 9, 10))
+    images = other(drawn(2, 3, 9, 10))
     for dtype in (torch.bfloat16, torch.float32):
-        x = padded_images(pictures, 12, 13, dtype)
-        assert torch.equal(x, expected(pictures, 12, 13, dtype))
-        assert x.requires_grad == pictures.requires_grad
+        x = pad_images(images, 12, 13, dtype)
+        assert torch.equal(x, expected(images, 12, 13, dtype))
+        assert x.requires_grad == images.requires_grad
     assert torch.equal(
-        padded_images(pictures, 12, 13, torch.float16), expected(pictures, 12, 13, torch.float16)
+        pad_images(images, 12, 13, torch.float16), expected(images, 12, 13, torch.float16)
     )
     assert not calls
 
 
 def test_images_too_large_are_cut_off(calls: list[tuple[int, ...]]) -> None:
-    pictures = drawn(2, 3, 9, 10)
+    images = drawn(2, 3, 9, 10)
     for height, width in ((8, 12), (12, 8), (7, 7)):
-        x = padded_images(pictures, height, width, torch.bfloat16)
-        assert torch.equal(x, expected(pictures, height, width, torch.bfloat16))
+        x = pad_images(images, height, width, torch.bfloat16)
+        assert torch.equal(x, expected(images, height, width, torch.bfloat16))
     assert not calls
 
 
 def test_a_gradient_reaches_the_image() -> None:
-    pictures = drawn(2, 3, 5, 5).requires_grad_()
-    padded_images(pictures, 8, 8, torch.float32).square().sum().backward()
-    torch.testing.assert_close(pictures.grad, 2 * pictures.detach())
+    images = drawn(2, 3, 5, 5).requires_grad_()
+    pad_images(images, 8, 8, torch.float32).square().sum().backward()
+    torch.testing.assert_close(images.grad, 2 * images.detach())
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    pictures, threads = drawn(3, 3, 11, 10), torch.get_num_threads()
+    images, threads = drawn(3, 3, 11, 10), torch.get_num_threads()
     for number in (1, 2, 3):
         torch.set_num_threads(number)
         try:
-            x = padded_images(pictures, 14, 13, torch.bfloat16)
+            x = pad_images(images, 14, 13, torch.bfloat16)
         finally:
             torch.set_num_threads(threads)
-        assert torch.equal(x, expected(pictures, 14, 13, torch.bfloat16))
+        assert torch.equal(x, expected(images, 14, 13, torch.bfloat16))
 
 
 @pytest.mark.parametrize("size", [32, 33, 35, 224])
 @pytest.mark.parametrize("edge", [0, 3])
 def test_the_convolution_reads_zeros_right_and_below(size: int, edge: int) -> None:
     layer = ImageConv(3, 8, 11, 4, edge)
-    pictures = drawn(2, 3, size, size)
-    padded = F.pad(pictures, (0, edge, 0, edge))
+    images = drawn(2, 3, size, size)
+    padded = F.pad(images, (0, edge, 0, edge))
     wanted = F.conv2d(padded, layer.weight, layer.bias, 4)
-    torch.testing.assert_close(layer(pictures), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer(images), wanted, rtol=1e-4, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = layer(pictures)
+        narrow = layer(images)
     assert narrow.dtype == torch.bfloat16
     assert float(((narrow - wanted).norm() / wanted.norm()).detach()) < 0.01

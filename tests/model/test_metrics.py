@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.metrics import average_views, count_errors, sum_metrics, ten_views
+from model.metrics import average_views, count_errors, sum_metrics
 
 
-def pictures(b: int = 2) -> Tensor:
-    """Every pixel says where it is: channel 0 its row, 1 its column, 2 the image."""
+def position_images(b: int = 2) -> Tensor:
+    """Images whose pixels hold their place: channel 0 its row, 1 its column, 2 the image."""
     rows = torch.arange(256.0)[:, None].expand(256, 256)
     number = torch.arange(float(b))[:, None, None].expand(b, 256, 256)
     return torch.stack((rows.expand(b, 256, 256), rows.T.expand(b, 256, 256), number), dim=1)
@@ -23,8 +23,27 @@ class Corner(nn.Module):
         return x[:, :, 0, 0] / (10.0 if self.training else 20.0)
 
 
+class Recorder(Corner):
+    """Keeps each batch of views that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.views.append(x)
+        return super().forward(x)
+
+
+def ten_views(images: Tensor) -> Tensor:
+    """[b, 10, 3, 224, 224], as the network sees them."""
+    net = Recorder()
+    average_views(net, images, views=10)
+    return torch.stack(net.views, dim=1)
+
+
 def test_ten_views_in_the_originals_order() -> None:
-    views = ten_views(pictures())
+    views = ten_views(position_images())
     assert views.shape == (2, 10, 3, 224, 224)
     corners = [(int(v[0, 0, 0]), int(v[1, 0, 0])) for v in views[0]]
     assert corners[:5] == [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
@@ -35,7 +54,7 @@ def test_ten_views_in_the_originals_order() -> None:
 
 def test_probabilities_are_averaged_not_logits() -> None:
     net = Corner().train()
-    images = pictures()
+    images = position_images()
     found = average_views(net, images, views=10)
     logits = torch.stack([view[:, :, 0, 0] / 20.0 for view in ten_views(images).unbind(1)])
     torch.testing.assert_close(found, torch.softmax(logits, -1).mean(0))
@@ -45,7 +64,7 @@ def test_probabilities_are_averaged_not_logits() -> None:
 
 
 def test_one_view_is_the_centre() -> None:
-    images = pictures()
+    images = position_images()
     expected = torch.softmax(images[:, :, 16, 16] / 20.0, -1)
     torch.testing.assert_close(average_views(Corner().eval(), images, views=1), expected)
     crop = images[:, :, 16:240, 16:240]
@@ -55,7 +74,7 @@ def test_one_view_is_the_centre() -> None:
 @pytest.mark.parametrize("views", [1, 10])
 def test_the_mean_image_is_the_same_for_every_view_and_never_mirrored(views: int) -> None:
     """As convdata_jpeg.py: crops first, flips next, then the centre of the mean off them all."""
-    images = pictures()
+    images = position_images()
     mean = torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(1)) * 50
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 4)).requires_grad_(False)
     corners = [(16, 16)] if views == 1 else [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
@@ -84,11 +103,11 @@ def test_sums_are_of_loss_errors_and_weights() -> None:
 
 def test_unusable_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="views is 5"):
-        average_views(Corner(), pictures(), views=5)
+        average_views(Corner(), position_images(), views=5)
     with pytest.raises(ValueError, match="256"):
-        average_views(Corner(), pictures()[..., :224, :224], views=10)
+        average_views(Corner(), position_images()[..., :224, :224], views=10)
     with pytest.raises(ValueError, match="224"):
-        average_views(Corner(), pictures()[..., :200, :200], views=1)
+        average_views(Corner(), position_images()[..., :200, :200], views=1)
 
 
 def test_errors_against_a_sort() -> None:

@@ -52,11 +52,11 @@ class ByHand:
                 self.speeds[name][i] = v
                 self.values[name][i] = w + v
 
-    def check(self, named: dict[str, nn.Parameter], optimiser: Sgd2012, atol: float) -> None:
+    def check(self, named: dict[str, nn.Parameter], optimizer: Sgd2012, atol: float) -> None:
         for name, value in named.items():
             for mine, theirs in (
                 (value.detach(), self.values[name]),
-                (optimiser.velocities[name], self.speeds[name]),
+                (optimizer.velocities[name], self.speeds[name]),
             ):
                 assert mine.flatten().tolist() == pytest.approx(theirs, rel=0, abs=atol), name
 
@@ -79,15 +79,15 @@ def test_rule_of_section_5_through_drops_own_rates_freezing_and_thawing(
     rates: list[tuple[Rates, int]], momentum: float
 ) -> None:
     named = parameters()
-    optimiser, oracle = Sgd2012(named.items(), momentum), ByHand(named, momentum)
+    optimizer, oracle = Sgd2012(named.items(), momentum), ByHand(named, momentum)
     step = 0
     for of_step, times in rates:
         for _ in range(times):
             give_gradients(named, step)
-            optimiser.step(of_step)
+            optimizer.step(of_step)
             oracle.step(named, of_step)
             step += 1
-    oracle.check(named, optimiser, atol=2e-14)
+    oracle.check(named, optimizer, atol=2e-14)
 
 
 RUN = [
@@ -102,30 +102,30 @@ RUN = [
 
 def test_float32_stays_close_to_float64_through_a_run() -> None:
     named = parameters(torch.float32)
-    optimiser, oracle = Sgd2012(named.items()), ByHand(named)
+    optimizer, oracle = Sgd2012(named.items()), ByHand(named)
     for number, rates in enumerate(rates for rates, times in RUN for _ in range(times)):
         give_gradients(named, number)
-        optimiser.step(rates)
+        optimizer.step(rates)
         oracle.step(named, rates)
     # Values are up to 4 or so: each of 100 additions rounds by at most 2**-23.
-    oracle.check(named, optimiser, atol=100 * 2**-23)
+    oracle.check(named, optimizer, atol=100 * 2**-23)
 
 
 def test_a_frozen_layer_is_left_alone_and_thaws_with_the_speed_it_had() -> None:
     named = parameters()
-    optimiser = Sgd2012(named.items())
+    optimizer = Sgd2012(named.items())
     give_gradients(named, 0)
-    optimiser.step(Rates(0.01, 0.02))
+    optimizer.step(Rates(0.01, 0.02))
     start = named["conv1.weight"].detach().clone()
-    speed = optimiser.velocities["conv1.weight"].clone()
+    speed = optimizer.velocities["conv1.weight"].clone()
     other = named["conv1.bias"].detach().clone()
     for step in range(1, 20):
         give_gradients(named, step)
-        optimiser.step(Rates(0.01, 0.02, {"conv1": (0.0, 0.02)}))  # as its epoch 72: weights alone
+        optimizer.step(Rates(0.01, 0.02, {"conv1": (0.0, 0.02)}))  # as its epoch 72: weights alone
     assert torch.equal(named["conv1.weight"].detach(), start)
-    assert torch.equal(optimiser.velocities["conv1.weight"], speed)
+    assert torch.equal(optimizer.velocities["conv1.weight"], speed)
     assert not torch.equal(named["conv1.bias"].detach(), other)
-    optimiser.step(Rates(0.01, 0.02))
+    optimizer.step(Rates(0.01, 0.02))
     gradient = named["conv1.weight"].grad
     assert gradient is not None
     torch.testing.assert_close(
@@ -136,7 +136,7 @@ def test_a_frozen_layer_is_left_alone_and_thaws_with_the_speed_it_had() -> None:
 
 def test_differs_from_torchs_sgd_only_after_a_drop_of_the_rate() -> None:
     ours, theirs = parameters(), parameters()
-    optimiser = Sgd2012(ours.items())
+    optimizer = Sgd2012(ours.items())
     weights = [v for n, v in theirs.items() if not n.endswith("bias")]
     biases = [v for n, v in theirs.items() if n.endswith("bias")]
     reference = torch.optim.SGD(
@@ -148,7 +148,7 @@ def test_differs_from_torchs_sgd_only_after_a_drop_of_the_rate() -> None:
             group["lr"] = lr
         give_gradients(ours, count)
         give_gradients(theirs, count)
-        optimiser.step(Rates(lr, lr))
+        optimizer.step(Rates(lr, lr))
         reference.step()
         return max((ours[n] - theirs[n]).abs().max().item() for n in ours)
 
@@ -165,11 +165,11 @@ def test_parameters_without_gradient_stay_and_gradients_are_not_touched() -> Non
     gradient = named["conv1.weight"].grad
     assert gradient is not None
     kept = gradient.clone()
-    optimiser = Sgd2012(named.items())
-    optimiser.step(Rates(0.01, 0.02))
+    optimizer = Sgd2012(named.items())
+    optimizer.step(Rates(0.01, 0.02))
     assert torch.equal(named["fc8.weight"].detach(), before)
     assert torch.equal(gradient, kept)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     assert all(value.grad is None for value in named.values())
 
 
@@ -194,13 +194,13 @@ def network_with_gradients(width: float = 1 / 16) -> AlexNet:
 
 def test_velocities_travel_under_the_keys_of_the_weights() -> None:
     net = network_with_gradients()
-    optimiser = Sgd2012(net.named_parameters())
-    optimiser.step(Rates(0.01, 0.02))
-    state = {key: value.clone() for key, value in optimiser.column_state(net).items()}
+    optimizer = Sgd2012(net.named_parameters())
+    optimizer.step(Rates(0.01, 0.02))
+    state = {key: value.clone() for key, value in optimizer.column_state(net).items()}
     assert state.keys() == net.column_state().keys()
     assert torch.equal(
         torch.cat((state["a.conv2.weight"], state["b.conv2.weight"])),
-        optimiser.velocities["conv2.weight"],
+        optimizer.velocities["conv2.weight"],
     )
     # What a checkpoint holds is the v of the rule: from rest, minus rate times gradient.
     bias = net.get_parameter("conv2.bias")
@@ -210,42 +210,42 @@ def test_velocities_travel_under_the_keys_of_the_weights() -> None:
     )
     other = Sgd2012(net.named_parameters())
     other.load_column_state(net, state)
-    assert all(torch.equal(other.velocities[n], v) for n, v in optimiser.velocities.items())
+    assert all(torch.equal(other.velocities[n], v) for n, v in optimizer.velocities.items())
     del state["b.fc7.bias"]
     with pytest.raises(ValueError, match=r"b\.fc7\.bias is missing"):
         other.load_column_state(net, state)
 
 
 def test_a_run_that_is_cut_at_a_drop_goes_on_to_the_bit() -> None:
-    def go_on(net: AlexNet, optimiser: Sgd2012) -> dict[str, torch.Tensor]:
+    def go_on(net: AlexNet, optimizer: Sgd2012) -> dict[str, torch.Tensor]:
         for _ in range(3):
-            optimiser.step(Rates(0.0007, 0.02, {"conv1": (0.0, 0.0)}))
+            optimizer.step(Rates(0.0007, 0.02, {"conv1": (0.0, 0.0)}))
         return net.column_state() | {
-            f"v {key}": value for key, value in optimiser.column_state(net).items()
+            f"v {key}": value for key, value in optimizer.column_state(net).items()
         }
 
     net = network_with_gradients()
-    optimiser = Sgd2012(net.named_parameters())
+    optimizer = Sgd2012(net.named_parameters())
     for _ in range(3):
-        optimiser.step(Rates(0.013, 0.026))
+        optimizer.step(Rates(0.013, 0.026))
     weights = {key: value.clone() for key, value in net.column_state().items()}
-    speeds = {key: value.clone() for key, value in optimiser.column_state(net).items()}
+    speeds = {key: value.clone() for key, value in optimizer.column_state(net).items()}
     resumed = network_with_gradients()
     resumed.load_column_state(weights)
     new = Sgd2012(resumed.named_parameters())
     new.load_column_state(resumed, speeds)
-    undisturbed, cut = go_on(net, optimiser), go_on(resumed, new)
+    undisturbed, cut = go_on(net, optimizer), go_on(resumed, new)
     assert undisturbed.keys() == cut.keys()
     assert all(torch.equal(undisturbed[key], cut[key]) for key in cut)
 
 
 def test_means_of_each_parameter_of_each_column() -> None:
     net = network_with_gradients(width=1 / 2)  # fc6 has 9.4 million weights: sums must not drift
-    optimiser = Sgd2012(net.named_parameters())
-    optimiser.step(Rates(0.01, 0.02))
+    optimizer = Sgd2012(net.named_parameters())
+    optimizer.step(Rates(0.01, 0.02))
     net.get_parameter("fc8.bias").grad = None
-    found = compute_layer_statistics(net, optimiser)
-    weights, speeds = net.column_state(), optimiser.column_state(net)
+    found = compute_layer_statistics(net, optimizer)
+    weights, speeds = net.column_state(), optimizer.column_state(net)
     assert found.keys() == weights.keys()
     gradients = net.split(
         {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
@@ -260,13 +260,13 @@ def test_means_of_each_parameter_of_each_column() -> None:
 
 def test_the_update_of_frozen_weights_is_0_though_their_velocity_waits() -> None:
     net = network_with_gradients()
-    optimiser = Sgd2012(net.named_parameters())
-    optimiser.step(Rates(0.01, 0.02))
-    moving = compute_layer_statistics(net, optimiser)["b.conv1.weight"]
-    optimiser.step(Rates(0.01, 0.02, {"conv1": (0.0, 0.02)}))
-    frozen = compute_layer_statistics(net, optimiser)
+    optimizer = Sgd2012(net.named_parameters())
+    optimizer.step(Rates(0.01, 0.02))
+    moving = compute_layer_statistics(net, optimizer)["b.conv1.weight"]
+    optimizer.step(Rates(0.01, 0.02, {"conv1": (0.0, 0.02)}))
+    frozen = compute_layer_statistics(net, optimizer)
     assert moving.update > 0.0
     assert frozen["b.conv1.weight"]._replace(gradient=0.0) == (moving.value, 0.0, 0.0)
     assert frozen["b.conv1.weight"].gradient == moving.gradient
     assert frozen["b.conv1.bias"].update > 0.0
-    assert optimiser.velocities["conv1.weight"].any()
+    assert optimizer.velocities["conv1.weight"].any()
