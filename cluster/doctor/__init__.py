@@ -1,18 +1,12 @@
-"""What is wrong with this machine, its data and its cluster, and the command that mends it.
+"""Checks what would keep a training from running, and names the command that mends it.
 
+command      all checks in turn, and their command line; `__main__` is `python -m cluster.doctor`
+data         data set, its disk or store, run folder, store of checkpoints
 finding      a line of the result
-software     Python, packages, driver: what goes together
-gpus         as torch and nvidia-smi see them
-hardware     cores, memory, limits, compiler
-fit          whether network and job fit the classes and the machine
-exchange     a real round trip between two processes, by gloo and by NCCL
-storage      the data set: there, whole, and (speed) how fast it is read
-run_place    the run's folder and the store of its checkpoints
-ray_check    address, token, job server
-ray_nodes    the cluster, and what every node of it sees (ray_asker: asks them)
-examination  all of it in turn
-command      python -m cluster.doctor
-
-Facts are gathered in one function and judged in others, which are pure: tests feed them broken
-machines.
+hardware     GPUs, cores, memory, limits, temporary folder, compiler
+job          whether network and job fit the classes and the machine
+network      host name, and a round trip between two processes by gloo and by NCCL
+ray_cluster  address, token, job server, and whether each node sees packages, data and run
+ray_probe    process that joins the cluster and asks its nodes
+software     Python, packages and driver: what is installed, and whether it fits together
 """

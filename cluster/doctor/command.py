@@ -1,10 +1,8 @@
-"""Look for what would keep a training from running, and say what mends it.
+"""Command: all checks in turn, and what one of them passes on to another.
 
     python -m cluster.doctor [CONFIG] [--data DATA] [--run RUN] [--json]
 
-Exit code 3 if something fails, 0 if there are warnings only.
-
-All checks in turn, and what one of them has to know of another.
+Exit code 3 if a check fails, 0 if there are warnings only.
 """
 
 from __future__ import annotations
@@ -26,11 +24,27 @@ from cluster.config import Config, load_settings
 from cluster.doctor.finding import Finding, fail, first_line
 from pipeline.tools.errors import SetupError, UsageError
 
+COLORS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Look for what would keep a training from running, and say what mends it."""
+
+    config: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = None
+    """Config of the training, or the name of a preset."""
+    data: str = ""
+    """Its data set: a folder or an address."""
+    run: Path | None = None
+    """Its run folder; made if need be."""
+    json: bool = False
+    """Print one JSON object to stdout, everything else to stderr."""
+
 
 class Examination:
-    """Of this machine and its cluster, with a training in mind as far as one is given.
+    """All checks of this machine and its cluster, for a training as far as one is given.
 
-    Each check loads what it needs itself: where that is broken, the others go on.
+    Each check imports what it needs itself: if that is broken, the other checks still run.
 
     Args:
         data: folder or address of a data set; empty: none.
@@ -42,102 +56,85 @@ class Examination:
         self.data, self.run, self.config = data, run, config
         self.address = os.environ.get("RAY_ADDRESS", "")
         self.classes: int | None = None
-        """Of the data set; None: not known."""
+        """Number of classes of the data set; None: not known."""
         self.gpus = 0
+        """Number of GPUs that torch sees."""
 
-    def findings(self, tell: Callable[[str], None] = lambda what: None) -> Iterator[Finding]:
-        """Yield all findings as they come; `tell` hears what is being looked at."""
-        for what, check in (
-            ("packages", self._packages),
-            ("the data set", self._data),
-            ("this machine", self._machine),
-            ("the run", self._run),
-            ("the exchange", self._exchange),
-            ("Ray", self._ray),
+    def findings(self, report: Callable[[str], None] = lambda subject: None) -> Iterator[Finding]:
+        """Yield all findings as they come; `report` is called with what is checked next."""
+        for subject, check in (
+            ("packages", self._check_packages),
+            ("the data set", self._check_data),
+            ("this machine", self._check_machine),
+            ("the run", self._check_run),
+            ("the exchange", self._check_network),
+            ("Ray", self._check_ray),
         ):
-            tell(what)
-            yield from guarded(what, check)
+            report(subject)
+            yield from guard(subject, check)
 
-    def _packages(self) -> Iterator[Finding]:
+    def _check_packages(self) -> Iterator[Finding]:
         from cluster.doctor import software
 
         yield from software.judge(software.gather())
 
-    def _data(self) -> Iterator[Finding]:
-        from cluster.doctor.data import Data
+    def _check_data(self) -> Iterator[Finding]:
+        from cluster.doctor.data import DatasetCheck
         from cluster.doctor.job import judge_network
 
         if self.data:
-            data = Data(self.data, self.config)
-            yield from data.judge()
-            self.classes = data.classes
+            check = DatasetCheck(self.data, self.config)
+            yield from check.judge()
+            self.classes = check.classes
         if self.config:
             yield judge_network(self.config, self.classes)
 
-    def _machine(self) -> Iterator[Finding]:
+    def _check_machine(self) -> Iterator[Finding]:
         from cluster.doctor import hardware, job
-        from cluster.doctor import hardware as gpus
 
-        cards, own = gpus.gather_gpus(), not self.address
-        self.gpus = len(cards)
-        wanted = own and self.config is not None and self.config.device == "gpu"
-        yield from gpus.judge_gpus(cards, wanted)
-        if cards:
-            yield from gpus.triton()
-        have = hardware.gather(len(cards))
-        yield from hardware.judge(have, own)
-        if own and self.config:
-            yield from job.judge_here(self.config, self.classes, have, cards)
+        gpus, own_ray = hardware.gather_gpus(), not self.address
+        self.gpus = len(gpus)
+        needs_gpu = own_ray and self.config is not None and self.config.device == "gpu"
+        yield from hardware.judge_gpus(gpus, needs_gpu)
+        if gpus:
+            yield hardware.judge_gpu_kernels()
+        facts = hardware.gather(len(gpus))
+        yield from hardware.judge(facts, own_ray)
+        if own_ray and self.config:
+            yield from job.judge_local_job(self.config, self.classes, facts, gpus)
 
-    def _run(self) -> Iterator[Finding]:
-        from cluster.doctor import data as run_place
+    def _check_run(self) -> Iterator[Finding]:
+        from cluster.doctor.data import judge_run, judge_store
 
         if self.run is not None:
-            yield from run_place.judge_run(self.run, self.config, self.classes)
+            yield from judge_run(self.run, self.config, self.classes)
         if self.config and self.config.store:
-            yield run_place.judge_store(self.config.store)
+            yield judge_store(self.config.store)
 
-    def _exchange(self) -> Iterator[Finding]:
+    def _check_network(self) -> Iterator[Finding]:
         from cluster.doctor import network
 
         yield from network.judge(self.gpus, bool(self.address))
 
-    def _ray(self) -> Iterator[Finding]:
+    def _check_ray(self) -> Iterator[Finding]:
         from cluster.doctor import ray_cluster
-        from cluster.doctor import ray_cluster as ray_nodes
 
-        there = bool(self.address)
+        is_reachable = bool(self.address)
         for finding in ray_cluster.judge():
-            there = there and not (finding.name == "RAY_ADDRESS" and finding.status == "FAIL")
+            if finding.name == "RAY_ADDRESS" and finding.status == "FAIL":
+                is_reachable = False
             yield finding
-        if there:
-            yield from ray_nodes.judge_nodes(self.config, self.data, self.run)
+        if is_reachable:
+            yield from ray_cluster.judge_nodes(self.config, self.data, self.run)
 
 
-def guarded(name: str, judge: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Pass findings on; a check that breaks is one, too."""
+def guard(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of a check; if it raises, yield that as a finding."""
     try:
-        yield from judge()
+        yield from check()
     except Exception as error:
-        said = f"the check itself failed: {type(error).__name__}: {first_line(error)}"
-        yield fail(name, said, "report this, with the output of --json")
-
-
-COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Doctor:
-    """Look for what would keep a training from running, and say what mends it."""
-
-    config: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = None
-    """Config of the training."""
-    data: str = ""
-    """Its data set: a folder or an address."""
-    run: Path | None = None
-    """Its run folder; made if need be."""
-    json: bool = False
-    """Print one JSON object to stdout, everything else to stderr."""
+        text = f"the check itself failed: {type(error).__name__}: {first_line(error)}"
+        yield fail(subject, text, "report this, with the output of --json")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,25 +143,25 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UsageError: CONFIG cannot be read.
     """
-    options = tyro.cli(Doctor, args=argv, prog="python -m cluster.doctor")
-    config = read(options.config) if options.config else None
+    options = tyro.cli(DoctorOptions, args=argv, prog="python -m cluster.doctor")
+    config = read_config(options.config) if options.config else None
     console = Console(file=sys.stderr if options.json else sys.stdout, highlight=False)
     found = []
-    visit = Examination(options.data, options.run, config)
+    examination = Examination(options.data, options.run, config)
     with redirect_stdout(sys.stderr), console.status("") as status:  # shows on a terminal only
-        for finding in visit.findings(lambda what: status.update(f"looking at {what}")):
+        for finding in examination.findings(lambda what: status.update(f"looking at {what}")):
             found.append(finding)
-            console.print(line(finding), soft_wrap=True)
+            console.print(format_finding(finding), soft_wrap=True)
     failed = sum(finding.status == "FAIL" for finding in found)
     warned = sum(finding.status == "warn" for finding in found)
-    console.print(verdict(failed, warned), soft_wrap=True)
+    console.print(format_verdict(failed, warned), soft_wrap=True)
     if options.json:
         result = {"ok": not failed, "checks": [asdict(finding) for finding in found]}
         sys.stdout.write(json.dumps(result) + "\n")
     return SetupError.exit_code if failed else 0
 
 
-def read(path: Path) -> Config:
+def read_config(path: Path) -> Config:
     """Read a config file.
 
     Raises:
@@ -176,18 +173,18 @@ def read(path: Path) -> Config:
         raise UsageError(f"{error} ({path})") from error
 
 
-def line(finding: Finding) -> Text:
-    """A finding for people; the mending command on a line of its own."""
+def format_finding(finding: Finding) -> Text:
+    """A finding as colored text, with the way to mend it on a line of its own."""
     text = Text.assemble(
-        (f"{finding.status:<5}", COLOURS[finding.status]), f"{finding.name:<14} {finding.value}"
+        (f"{finding.status:<5}", COLORS[finding.status]), f"{finding.name:<14} {finding.value}"
     )
     if finding.mend:
         text.append(f"\n      -> {finding.mend}")
     return text
 
 
-def verdict(failed: int, warned: int) -> str:
-    """The last line."""
+def format_verdict(failed: int, warned: int) -> str:
+    """The last line of the output."""
     if not failed:
         return "all well" if not warned else f"all well, {warned} to look at"
     return f"{failed} problem{'s' if failed > 1 else ''}, each with what mends it"

@@ -11,7 +11,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, and how to mend it."""
+    """Result of one check: subject, status, facts, and the way to mend it."""
 
     name: str
     status: Status
@@ -21,21 +21,21 @@ class Finding:
 
 
 def ok(name: str, value: str) -> Finding:
-    """All is well."""
+    """A finding with nothing to mend."""
     return Finding(name, "ok", value)
 
 
 def warn(name: str, value: str, mend: str) -> Finding:
-    """It works, but not as well as it might."""
+    """A finding with which training runs, but slower or with risk."""
     return Finding(name, "warn", value, mend)
 
 
 def fail(name: str, value: str, mend: str) -> Finding:
-    """Training would fail, or not begin."""
+    """A finding with which training fails, or does not start."""
     return Finding(name, "FAIL", value, mend)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to a line; its kind where it says nothing."""
+    """First line of an error's message; its class name if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""Cores, memory, limits and the compiler of this machine; its GPUs are in `gpus`.
+"""Checks of this machine: GPUs, cores, memory, limits, temporary folder, compiler.
 
-The GPUs of this machine: as torch sees them, and what nvidia-smi says of them.
+`gather_gpus` and `gather` collect facts; the judging functions are pure.
 """
 
 from __future__ import annotations
@@ -17,64 +17,79 @@ from pathlib import Path
 from cluster.doctor.finding import GB, Finding, fail, first_line, ok, warn
 
 BFLOAT16 = (8, 0)
-"""First compute capability that multiplies it."""
-BUSY = 0.5 * GB
-"""Bytes in use beyond which someone else works there; an idle GPU's driver takes some."""
+"""First compute capability with bfloat16 arithmetic."""
+BUSY_BYTES = 0.5 * GB
+"""Memory in use above which another process uses a GPU; the driver of an idle one takes less."""
 SMI_SECONDS = 10
+MIN_FILES = 4096
+"""Open files that a worker with a large set of shards, and Ray beside it, may need."""
+MIN_SHARED = 2 * GB
+"""Bytes of /dev/shm below which NCCL and Ray's object store fail."""
+MIN_TEMPORARY = 2 * GB
+"""Bytes in the temporary folder for Ray's logs and uploads to a store."""
+FULL_DISK = 0.95
+"""Used share of a disk above which Ray's object store refuses to spill."""
+SOCKET_PATH = 107
+"""Most bytes in the path of a Unix socket (sun_path in unix(7), less the closing zero)."""
+RAY_SUFFIX = len("/duet-12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+"""Bytes that Ray appends to the temporary folder for the longest of its sockets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One of them."""
+    """Facts about one GPU."""
 
     name: str
     free: int
+    """Bytes of free memory."""
     total: int
+    """Bytes of memory."""
     capability: tuple[int, int]
+    """CUDA compute capability."""
     uuid: str = ""
-    neighbour: bool | None = None
-    """Whether it reaches the memory of the next one; None: it is the last."""
-    mig: bool = False
-    """Cut into instances (MIG)."""
+    has_peer_access: bool | None = None
+    """Whether it can access the memory of the next GPU; None: it is the last."""
+    is_mig: bool = False
+    """Whether it is split into instances (MIG)."""
     users: tuple[str, ...] = ()
     """Other processes on it, `PID NAME` each."""
-    built_for: bool = True
-    """torch has code for it."""
+    is_built_for: bool = True
+    """Whether torch has code for it."""
 
 
 def gather_gpus() -> list[Gpu]:
-    """Look; empty where torch sees none."""
+    """Collect facts about the GPUs; empty if torch sees none."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     built = [name.rpartition("_")[2] for name in torch.cuda.get_arch_list()] if count else []
-    mig = _smi("--query-gpu=uuid,mig.mode.current") if count else []
-    users = _smi("--query-compute-apps=gpu_uuid,pid,process_name") if count else []
-    found = []
+    mig = _query_smi("--query-gpu=uuid,mig.mode.current") if count else []
+    users = _query_smi("--query-compute-apps=gpu_uuid,pid,process_name") if count else []
+    gpus = []
     for index in range(count):
         free, total = torch.cuda.mem_get_info(index)
         properties = torch.cuda.get_device_properties(index)
         peer = torch.cuda.can_device_access_peer(index, index + 1) if index + 1 < count else None
         uuid = str(getattr(properties, "uuid", ""))
         capability = (properties.major, properties.minor)
-        found.append(
+        gpus.append(
             Gpu(
                 name=properties.name,
                 free=free,
                 total=total,
                 capability=capability,
                 uuid=uuid,
-                neighbour=peer,
-                mig="MIG" in properties.name or ("Enabled",) in matching(mig, uuid),
-                users=others(users, uuid),
-                built_for=has_code(built, capability),
+                has_peer_access=peer,
+                is_mig="MIG" in properties.name or ("Enabled",) in select_rows(mig, uuid),
+                users=list_users(users, uuid),
+                is_built_for=has_code(built, capability),
             )
         )
-    return found
+    return gpus
 
 
-def _smi(query: str) -> list[list[str]]:
-    """Rows of an answer of nvidia-smi; none where there is no such program."""
+def _query_smi(query: str) -> list[list[str]]:
+    """Rows of nvidia-smi's answer; none without that program."""
     if not (program := shutil.which("nvidia-smi")):
         return []
     try:
@@ -84,48 +99,48 @@ def _smi(query: str) -> list[list[str]]:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return []
-    return rows_of(done.stdout)
+    return parse_smi(done.stdout)
 
 
-def rows_of(text: str) -> list[list[str]]:
-    """Cells of nvidia-smi's CSV."""
+def parse_smi(text: str) -> list[list[str]]:
+    """Rows of cells in nvidia-smi's CSV."""
     return [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line]
 
 
-def matching(rows: list[list[str]], uuid: str) -> list[tuple[str, ...]]:
-    """Rows of one GPU, without its uuid; torch leaves out the `GPU-` before it."""
+def select_rows(rows: list[list[str]], uuid: str) -> list[tuple[str, ...]]:
+    """Rows of one GPU, without its uuid; torch leaves out the prefix `GPU-`."""
     return [tuple(row[1:]) for row in rows if uuid and row[0].removeprefix("GPU-") == uuid]
 
 
-def others(rows: list[list[str]], uuid: str) -> tuple[str, ...]:
-    """Processes on a GPU besides this one, `PID NAME` each."""
-    me = str(os.getpid())
+def list_users(rows: list[list[str]], uuid: str) -> tuple[str, ...]:
+    """Processes on a GPU except this one, `PID NAME` each."""
+    own = str(os.getpid())
     return tuple(
-        " ".join(row[:2]) for row in matching(rows, uuid) if len(row) >= 2 and row[0] != me
+        " ".join(row[:2]) for row in select_rows(rows, uuid) if len(row) >= 2 and row[0] != own
     )
 
 
 def has_code(built: list[str], capability: tuple[int, int]) -> bool:
     """Whether a torch built for `sm_` numbers such as 80 or 90a runs on a GPU.
 
-    Code of the same major and a lower minor runs; for a newer GPU, the last is compiled anew.
+    Code for the same major and a lower minor runs; for a newer GPU the driver compiles the last.
     """
     numbers = [int("".join(filter(str.isdigit, name))) for name in built]
-    mine = capability[0] * 10 + capability[1]
-    if not numbers or mine > max(numbers):
+    own = capability[0] * 10 + capability[1]
+    if not numbers or own > max(numbers):
         return True
-    return any(number // 10 == capability[0] and number <= mine for number in numbers)
+    return any(number // 10 == capability[0] and number <= own for number in numbers)
 
 
-def judge_gpus(gpus: list[Gpu], wanted: bool) -> Iterator[Finding]:
-    """Yield what there is to say.
+def judge_gpus(gpus: list[Gpu], needs_gpu: bool) -> Iterator[Finding]:
+    """Judge the GPUs of this machine.
 
     Args:
         gpus: of this machine.
-        wanted: the config says `device = "gpu"`, and no cluster is there to have them.
+        needs_gpu: the config says `device = "gpu"`, and the training runs on this machine.
     """
     if not gpus:
-        if wanted:
+        if needs_gpu:
             mend = '--device auto (or cpu), or see the line "torch" above'
             yield fail("GPUs", 'none that torch sees, and the config says device = "gpu"', mend)
         else:
@@ -138,9 +153,9 @@ def judge_gpus(gpus: list[Gpu], wanted: bool) -> Iterator[Finding]:
     else:
         yield ok("GPUs", f"{len(gpus)} ({names})")
     for index, gpu in enumerate(gpus):
-        yield from _one(f"GPU {index}", gpu)
+        yield from _judge_gpu(f"GPU {index}", gpu)
     pairs = list(enumerate(gpus))[:-1:2]
-    if apart := [index for index, gpu in pairs if gpu.neighbour is False]:
+    if apart := [index for index, gpu in pairs if gpu.has_peer_access is False]:
         yield warn(
             "peer access",
             f"GPUs {apart[0]} and {apart[0] + 1} cannot reach each other's memory; "
@@ -151,18 +166,18 @@ def judge_gpus(gpus: list[Gpu], wanted: bool) -> Iterator[Finding]:
         yield ok("peer access", f"within {'all ' if len(pairs) > 1 else ''}{len(pairs)} pair(s)")
 
 
-def _one(name: str, gpu: Gpu) -> Iterator[Finding]:
-    if not gpu.built_for:
+def _judge_gpu(name: str, gpu: Gpu) -> Iterator[Finding]:
+    if not gpu.is_built_for:
         major, minor = gpu.capability
         yield fail(name, f"this torch has no code for {gpu.name} ({major}.{minor})",
                    "make install CUDA=12   # its torch knows older GPUs")  # fmt: skip
-    if gpu.mig:
+    if gpu.is_mig:
         yield warn(
-            name, f"{gpu.name} is cut into instances (MIG); NCCL does not join two of one GPU",
+            name, f"{gpu.name} is split into instances (MIG); NCCL does not join two of one GPU",
             "--columns-per-worker 2, or, as root, when nothing runs there: nvidia-smi -mig 0",
         )  # fmt: skip
     used = gpu.total - gpu.free
-    if gpu.users or used > BUSY + 0.01 * gpu.total:
+    if gpu.users or used > BUSY_BYTES + 0.01 * gpu.total:
         who = ", ".join(gpu.users) or "processes that are not shown"
         mend = "nvidia-smi   # who? and CUDA_VISIBLE_DEVICES chooses others"
         yield warn(name, f"{used / GB:.1f} of {gpu.total / GB:.1f} GB in use by {who}", mend)
@@ -171,8 +186,8 @@ def _one(name: str, gpu: Gpu) -> Iterator[Finding]:
                    "--dtype float32   # it is what auto takes there")  # fmt: skip
 
 
-def triton() -> Iterator[Finding]:
-    """Yield what computes the normalisation on a GPU."""
+def judge_gpu_kernels() -> Finding:
+    """Run the normalization on a GPU, and judge what computed it."""
     import torch
 
     from model.norm.response import describe_backend, local_response_norm
@@ -182,94 +197,80 @@ def triton() -> Iterator[Finding]:
         local_response_norm(x).sum().item()
     except Exception as error:
         mend = "apt install gcc python3-dev   # Triton compiles its launcher in C"
-        yield fail("kernels", f"Triton's do not work: {first_line(error)}", mend)
-        return
-    said = describe_backend("cuda")
-    if said.startswith("torch"):
-        yield warn("kernels", said, "pip install -c constraints.txt triton")
-    else:
-        yield ok("kernels", said)
-
-
-FILES = 4096
-"""Open files that a worker with a large set of shards, and Ray beside it, may need."""
-SHARED = 2 * GB
-"""Bytes of /dev/shm below which NCCL and Ray's object store get into trouble."""
-TEMPORARY = 2 * GB
-"""Bytes of the temporary folder for Ray's logs and what is on its way to a store."""
-FULL = 0.95
-"""Of a disk, beyond which Ray's object store refuses to spill."""
-SOCKET = 107
-"""Most bytes in the path of a Unix socket (sun_path in unix(7), less the closing zero)."""
-RAY_BELOW = len("/duet-12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
-"""What Ray adds to the temporary folder for the longest of its sockets."""
+        return fail("kernels", f"Triton's do not work: {first_line(error)}", mend)
+    backend = describe_backend("cuda")
+    if backend.startswith("torch"):
+        return warn("kernels", backend, "pip install -c constraints.txt triton")
+    return ok("kernels", backend)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What this machine has."""
+    """Facts about this machine except its GPUs."""
 
     gpus: int = 0
+    """Number of GPUs."""
     cores: int = 1
-    """That this process may use, a container's quota taken into account."""
-    quota: bool = False
-    """A container's quota is what limits them."""
+    """Cores that this process may use, at most a container's quota."""
+    has_quota: bool = False
+    """Whether a container's quota limits the cores."""
     memory: int = 0
-    """Bytes available now, a container's limit taken into account."""
-    limited: bool = False
-    """A container's limit is what counts."""
+    """Bytes available now, at most what a container's limit leaves."""
+    has_memory_limit: bool = False
+    """Whether a container's limit is below the machine's available memory."""
     shared: int = 0
     """Bytes free in /dev/shm."""
     files: int = 0
     """Open files that a process may have."""
     locked: int = -1
     """Bytes of memory that a process may lock; -1: any number."""
-    infiniband: bool = False
+    has_infiniband: bool = False
     temporary: str = "/tmp"
+    """Path of the temporary folder."""
     temporary_free: int = 0
+    """Bytes free on its disk."""
     temporary_full: float = 0.0
-    """Used share of its disk."""
+    """Used share of its disk, 0..1."""
     vectors: str = ""
-    """AVX512, AVX2, ... as torch calls it."""
-    matrix_units: bool = False
-    """AMX."""
+    """Vector instructions by torch's name: AVX512, AVX2, ..."""
+    has_amx: bool = False
     kernels: str = ""
-    """What computes the normalisation on the CPU, in words; empty: no matter."""
+    """What computes the normalization on the CPU, in words; empty on a machine with GPUs."""
 
 
 def gather(gpus: int) -> Hardware:
-    """Look; the first time on a machine this compiles the kernels, some three seconds."""
+    """Collect facts; the first call on a machine compiles the CPU kernels in some three seconds."""
     import torch
 
     from cluster.training.precision import compute_dtype
     from model.norm.response import describe_backend
 
     allowed = len(os.sched_getaffinity(0))
-    bytes_left, quota = container(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    available = _available(Path("/proc/meminfo"))
+    memory_left, quota = read_container_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    available = _read_available_memory(Path("/proc/meminfo"))
     temporary = tempfile.gettempdir()
     disk = shutil.disk_usage(temporary)
     shared = Path("/dev/shm")
     return Hardware(
         gpus=gpus,
         cores=allowed if quota is None else min(allowed, max(1, int(quota))),
-        quota=quota is not None and quota < allowed,
-        memory=available if bytes_left is None else min(available, bytes_left),
-        limited=bytes_left is not None and bytes_left < available,
+        has_quota=quota is not None and quota < allowed,
+        memory=available if memory_left is None else min(available, memory_left),
+        has_memory_limit=memory_left is not None and memory_left < available,
         shared=shutil.disk_usage(shared).free if shared.exists() else 0,
         files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         locked=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-        infiniband=any(Path("/sys/class/infiniband").glob("*")),
+        has_infiniband=any(Path("/sys/class/infiniband").glob("*")),
         temporary=temporary,
         temporary_free=disk.free,
         temporary_full=disk.used / disk.total,
         vectors=torch.backends.cpu.get_cpu_capability(),
-        matrix_units=compute_dtype("auto", torch.device("cpu")) == torch.bfloat16,
+        has_amx=compute_dtype("auto", torch.device("cpu")) == torch.bfloat16,
         kernels="" if gpus else describe_backend("cpu"),
     )
 
 
-def _available(meminfo: Path) -> int:
+def _read_available_memory(meminfo: Path) -> int:
     try:
         for line in meminfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
@@ -279,18 +280,18 @@ def _available(meminfo: Path) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def container(root: Path, mine: Path) -> tuple[int | None, float | None]:
-    """Return what the control groups of this process leave it: bytes of memory, and cores.
+def read_container_limits(root: Path, own: Path) -> tuple[int | None, float | None]:
+    """Bytes of memory and number of cores that the control groups of this process leave it.
 
     Args:
-        root: where control groups are mounted; version 2, or 1 with folders memory and cpu.
-        mine: says which groups this process is in (/proc/self/cgroup).
+        root: mount point of control groups; version 2, or 1 with folders memory and cpu.
+        own: file that lists the groups of this process (/proc/self/cgroup).
 
     Returns:
         None for either if there is no limit.
     """
     try:
-        lines = [line.split(":", 2) for line in mine.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
     except OSError:
         lines = []
     memory: list[int] = []
@@ -300,37 +301,37 @@ def container(root: Path, mine: Path) -> tuple[int | None, float | None]:
         for folder in (Path(path), *Path(path).parents):
             below = str(folder).lstrip("/")
             if controllers == "":
-                memory += _memory_of(root / below, "memory.max", "memory.current", "inactive_file")
-                cores += _quota(_word(root / below / "cpu.max"))
+                memory += _read_memory_left(
+                    root / below, "memory.max", "memory.current", "inactive_file"
+                )
+                cores += _parse_quota(_read_text(root / below / "cpu.max"))
             if "memory" in names:
-                memory += _memory_of(
+                memory += _read_memory_left(
                     root / "memory" / below, "memory.limit_in_bytes", "memory.usage_in_bytes",
                     "total_inactive_file",
                 )  # fmt: skip
             if "cpu" in names:
                 group = root / "cpu" / below
-                whole, period = (
-                    _word(group / "cpu.cfs_quota_us"),
-                    _word(group / "cpu.cfs_period_us"),
-                )
-                cores += _quota(f"{whole} {period}")
+                whole = _read_text(group / "cpu.cfs_quota_us")
+                period = _read_text(group / "cpu.cfs_period_us")
+                cores += _parse_quota(f"{whole} {period}")
     return min(memory, default=None), min(cores, default=None)
 
 
-def _memory_of(group: Path, limit: str, used: str, cache: str) -> list[int]:
-    most, now = _word(group / limit), _word(group / used)
-    if not most.isdecimal() or not now.isdecimal() or int(most) > 2**60:  # 2**63: none, in words
+def _read_memory_left(group: Path, limit: str, used: str, cache: str) -> list[int]:
+    most, now = _read_text(group / limit), _read_text(group / used)
+    if not most.isdecimal() or not now.isdecimal() or int(most) > 2**60:  # 2**63 means no limit
         return []
-    rows = dict(line.split(" ", 1) for line in _word(group / "memory.stat").splitlines())
+    rows = dict(line.split(" ", 1) for line in _read_text(group / "memory.stat").splitlines())
     return [int(most) - int(now) + int(rows.get(cache, 0))]
 
 
-def _quota(text: str) -> list[float]:
+def _parse_quota(text: str) -> list[float]:
     whole, _, period = text.partition(" ")
     return [int(whole) / int(period)] if whole.isdecimal() and period.isdecimal() else []
 
 
-def _word(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
@@ -338,26 +339,26 @@ def _word(path: Path) -> str:
 
 
 def judge(have: Hardware, own_ray: bool) -> Iterator[Finding]:
-    """Yield what there is to say; `own_ray`: a training would start a Ray on this machine."""
-    kinds = "AMX: bfloat16" if have.matrix_units else "no AMX: float32"
-    whose = "of a container's quota" if have.quota else "for this process"
-    cores = f"{have.cores} {whose}, {have.vectors}, {kinds}"
+    """Judge this machine; `own_ray`: a training would start a Ray of its own here."""
+    kinds = "AMX: bfloat16" if have.has_amx else "no AMX: float32"
+    limit = "of a container's quota" if have.has_quota else "for this process"
+    cores = f"{have.cores} {limit}, {have.vectors}, {kinds}"
     if have.cores < 2:
         yield warn("cores", cores, "docker run --cpus 4   # decoding and training share one now")
     else:
         yield ok("cores", cores)
-    yield from _memories(have)
-    if have.files < FILES:
+    yield from _judge_memory(have)
+    if have.files < MIN_FILES:
         yield warn("open files", f"{have.files}", "ulimit -n 65536   # before ray start, too")
     else:
         yield ok("open files", f"{have.files:,}")
-    yield from _temporary(have, own_ray)
+    yield _judge_temporary(have, own_ray)
     if have.kernels:
-        yield _kernels(have.kernels)
+        yield _judge_kernels(have.kernels)
 
 
-def _memories(have: Hardware) -> Iterator[Finding]:
-    limit = ", by a container's limit" if have.limited else ""
+def _judge_memory(have: Hardware) -> Iterator[Finding]:
+    limit = ", by a container's limit" if have.has_memory_limit else ""
     memory = f"{have.memory / GB:.1f} GB available{limit}"
     if have.memory < 2 * GB:  # torch, DALI and Ray's processes before any image
         mend = "docker run --memory 8g, or end what runs here   # Ray alone takes 1.6 GB"
@@ -365,45 +366,42 @@ def _memories(have: Hardware) -> Iterator[Finding]:
     else:
         yield ok("memory", memory)
     shared = f"{have.shared / GB:.1f} GB free"
-    if have.shared < SHARED:
+    if have.shared < MIN_SHARED:
         mend = "docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
         yield warn("/dev/shm", shared, mend)
     else:
         yield ok("/dev/shm", shared)
-    if have.gpus and have.infiniband and have.locked >= 0:
+    if have.gpus and have.has_infiniband and have.locked >= 0:
         yield warn(
             "locked memory", f"{have.locked / 1e6:.1f} MB; InfiniBand needs any number",
             "ulimit -l unlimited   # docker run --ulimit memlock=-1; before ray start, too",
         )  # fmt: skip
 
 
-def _temporary(have: Hardware, own_ray: bool) -> Iterator[Finding]:
+def _judge_temporary(have: Hardware, own_ray: bool) -> Finding:
     free = f"{have.temporary}: {have.temporary_free / GB:.1f} GB free"
-    if own_ray and len(os.fsencode(have.temporary)) + RAY_BELOW > SOCKET:
-        most = SOCKET - RAY_BELOW
-        yield fail(
-            "temporary", f"{have.temporary} is too long for Ray's sockets; {most} characters do",
-            "export TMPDIR=/tmp",
-        )  # fmt: skip
-    elif have.temporary_free < TEMPORARY or have.temporary_full > FULL:
-        told = f"{free}, its disk is {have.temporary_full:.0%} full"
-        yield warn("temporary", told, f"make room, or export TMPDIR={_elsewhere()}")
-    else:
-        yield ok("temporary", free)
+    if own_ray and len(os.fsencode(have.temporary)) + RAY_SUFFIX > SOCKET_PATH:
+        most = SOCKET_PATH - RAY_SUFFIX
+        text = f"{have.temporary} is too long for Ray's sockets; {most} characters do"
+        return fail("temporary", text, "export TMPDIR=/tmp")
+    if have.temporary_free < MIN_TEMPORARY or have.temporary_full > FULL_DISK:
+        text = f"{free}, its disk is {have.temporary_full:.0%} full"
+        return warn("temporary", text, f"make room, or export TMPDIR={_find_other_folder()}")
+    return ok("temporary", free)
 
 
-def _elsewhere() -> str:
-    """A short folder on another disk with room, as far as one is known."""
+def _find_other_folder() -> str:
+    """A temporary folder on another disk with room; a placeholder if none is known."""
     for name in ("/var/tmp", "/scratch", "/dev/shm"):
-        if Path(name).is_dir() and shutil.disk_usage(name).free > 5 * TEMPORARY:
+        if Path(name).is_dir() and shutil.disk_usage(name).free > 5 * MIN_TEMPORARY:
             return name
     return "/a/larger/disk"
 
 
-def _kernels(said: str) -> Finding:
-    if not said.startswith("torch operations"):
-        return ok("kernels", said)
-    reason = said.partition(": ")[2]
+def _judge_kernels(backend: str) -> Finding:
+    if not backend.startswith("torch operations"):
+        return ok("kernels", backend)
+    reason = backend.partition(": ")[2]
     if "DUET_KERNELS" in reason:
         mend = "unset DUET_KERNELS"
     elif "no C compiler" in reason:

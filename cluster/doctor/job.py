@@ -1,4 +1,4 @@
-"""Whether the network and the job of a config fit the data set's classes and this machine."""
+"""Checks of a config: whether network and job fit the data set's classes and the machine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cluster.launch.placement import Node, NoRoom, place_workers
 from model.architecture import build_stages
 from model.summary import FLOAT32_BYTES, build_table, sum_rows
 
-PROCESS = 0.7 * GB
-"""Of a worker before any image: torch, DALI, Ray (measured: 0.61 to 0.65 GB resident)."""
-KEPT = 3
-"""float32 numbers a parameter: its value, gradient and velocity."""
+PROCESS_BYTES = 0.7 * GB
+"""Memory of a worker before any image: torch, DALI, Ray (measured: 0.61 to 0.65 GB resident)."""
+PARAMETER_COPIES = 3
+"""float32 numbers for each parameter: value, gradient and velocity."""
 CLASSES = 1000
-"""Taken where no data set says."""
+"""Number of classes assumed without a data set."""
 
 
 def judge_network(config: Config, classes: int | None) -> Finding:
-    """Judge whether the network can be built for the classes; None: no data set was given."""
+    """Judge whether the network can be built for so many classes; None: not known."""
     count = classes or CLASSES
     assumed = "" if classes else " assumed"
     try:
@@ -38,59 +38,64 @@ def judge_network(config: Config, classes: int | None) -> Finding:
 
 
 def checkpoint_bytes(config: Config | None, classes: int | None) -> int:
-    """Bytes of a checkpoint: a weight and a velocity, float32, for each parameter."""
+    """Size of a checkpoint in bytes: value and velocity, float32, of each parameter."""
     design = (config or Config()).design
     return 2 * sum_rows(build_table(classes or CLASSES, design)).parameter_bytes
 
 
 def worker_bytes(config: Config, classes: int | None, replicas: int) -> int:
-    """Bytes that a worker computes in, when there are so many replicas; its process not counted.
+    """Bytes of parameters and activations in a worker, without the memory of its process.
 
     The paper's M = X(W + B + A + Z), with gradient and velocity for each W and B; all in float32,
-    so that there is room to spare in bfloat16.
+    so that it is an upper bound in bfloat16.
+
+    Args:
+        config: of the training.
+        classes: number of classes; None: not known.
+        replicas: number of replicas, which divide the batch.
     """
     rows = build_table(classes or CLASSES, config.design)
     if config.size == 2:
         rows = [row for row in rows if row.column == "a"]  # b's are as large
     sums = sum_rows(rows)
     batch = config.microbatch_size(replicas)
-    return FLOAT32_BYTES * (KEPT * sums.parameters + 2 * sums.neurons * batch)
+    return FLOAT32_BYTES * (PARAMETER_COPIES * sums.parameters + 2 * sums.neurons * batch)
 
 
-def on_gpus(config: Config, gpus: bool) -> bool:
-    """Whether a training takes GPUs, where there are some or not; as the supervisor has it."""
-    return config.device == "gpu" or (config.device == "auto" and gpus)
+def _uses_gpus(config: Config, has_gpus: bool) -> bool:
+    """Whether a training uses GPUs, by the rule of `cluster.launch.controller`."""
+    return config.device == "gpu" or (config.device == "auto" and has_gpus)
 
 
 def judge_room(config: Config, nodes: Sequence[Node]) -> Finding:
-    """Judge whether the job fits a cluster as it is now."""
-    gpu = on_gpus(config, any(node.gpus + node.busy_gpus for node in nodes))
+    """Judge whether the job fits the free resources of a cluster."""
+    gpu = _uses_gpus(config, any(node.gpus + node.busy_gpus for node in nodes))
     try:
-        found = place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=gpu)
+        placement = place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=gpu)
     except NoRoom as error:
-        what, _, ways = str(error).rpartition("; use ")
-        return fail("room", what, ways)
+        text, _, mend = str(error).rpartition("; use ")
+        return fail("room", text, mend)
     kind = "GPU" if gpu else "CPU"
     return ok(
-        "room", f"{found.replicas} replica{'s' * (found.replicas > 1)} of {found.size} "
-        f"{kind} worker{'s' * (found.size > 1)} on {len(set(found.nodes))} of "
+        "room", f"{placement.replicas} replica{'s' * (placement.replicas > 1)} of {placement.size} "
+        f"{kind} worker{'s' * (placement.size > 1)} on {len(set(placement.nodes))} of "
         f"{len(nodes)} node{'s' * (len(nodes) > 1)}",
     )  # fmt: skip
 
 
-def judge_here(
+def judge_local_job(
     config: Config, classes: int | None, have: Hardware, gpus: Sequence[Gpu]
 ) -> Iterator[Finding]:
-    """Judge whether the job fits this machine, with a Ray of its own."""
+    """Judge whether the job fits this machine, if it starts a Ray of its own."""
     least = config.replica_sizes[0] * config.size
-    if on_gpus(config, bool(gpus)):
+    if _uses_gpus(config, bool(gpus)):
         node = Node(id="", name=platform.node(), cpus=max(have.cores, least), gpus=float(len(gpus)))
         room = judge_room(config, [node])
         yield room
         if room.status == "ok" and gpus:
-            yield _gpu_memory(config, classes, gpus)
+            yield _judge_gpu_memory(config, classes, gpus)
         return
-    if least > have.cores:  # an own Ray has room for them all the same
+    if least > have.cores:  # Duet's own Ray starts them all the same
         yield warn(
             "room", f"{least} workers take turns on {have.cores} core(s)",
             "--columns-per-worker 2, or fewer --replicas" if config.size == 2
@@ -98,23 +103,23 @@ def judge_here(
         )  # fmt: skip
     else:
         yield ok("room", f"{least} worker{'s' * (least > 1)} on {have.cores} cores")
-    each = worker_bytes(config, classes, config.replica_sizes[0]) + PROCESS
-    told = f"{least} x {each / GB:.1f} GB of {have.memory / GB:.1f} GB"
+    each = worker_bytes(config, classes, config.replica_sizes[0]) + PROCESS_BYTES
+    text = f"{least} x {each / GB:.1f} GB of {have.memory / GB:.1f} GB"
     if least * each > have.memory:
-        yield fail("worker memory", told, _smaller(config))
+        yield fail("worker memory", text, _suggest_smaller(config))
     else:
-        yield ok("worker memory", told)
+        yield ok("worker memory", text)
 
 
-def _gpu_memory(config: Config, classes: int | None, gpus: Sequence[Gpu]) -> Finding:
+def _judge_gpu_memory(config: Config, classes: int | None, gpus: Sequence[Gpu]) -> Finding:
     need = worker_bytes(config, classes, config.replica_sizes[0])
     least = min(gpu.free for gpu in gpus)
-    told = f"{need / GB:.1f} GB of {least / GB:.1f} GB free on the fullest GPU"
+    text = f"{need / GB:.1f} GB of {least / GB:.1f} GB free on the fullest GPU"
     if need > least:
-        return fail("worker memory", told, _smaller(config))
-    return ok("worker memory", told)
+        return fail("worker memory", text, _suggest_smaller(config))
+    return ok("worker memory", text)
 
 
-def _smaller(config: Config) -> str:
-    now = config.microbatch_size(config.replica_sizes[0])
-    return f"--microbatch {max(1, now // 4)}, or a smaller --width"
+def _suggest_smaller(config: Config) -> str:
+    size = config.microbatch_size(config.replica_sizes[0])
+    return f"--microbatch {max(1, size // 4)}, or a smaller --width"

@@ -1,4 +1,4 @@
-"""A real round trip between two processes, as the columns of a pair make it."""
+"""Checks of the network: host name, and a round trip between two processes as a pair makes it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from pathlib import Path
 from cluster.doctor.finding import Finding, fail, first_line, ok, warn
 
 SECONDS = 30
-"""For which one process waits for the other, and again for which both are waited for."""
+"""Timeout of each of the two processes; the doctor waits twice as long for both."""
 NUMBERS = 2**20
-"""float32 numbers that are sent."""
-CHOICES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Number of float32 values that are sent."""
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def judge(gpus: int, cluster: bool) -> Iterator[Finding]:
-    """Yield how gloo, and with two GPUs NCCL, gets on; `cluster`: RAY_ADDRESS names one."""
+    """Judge host name, gloo and, with two GPUs, NCCL.
+
+    Args:
+        gpus: number of GPUs of this machine.
+        cluster: RAY_ADDRESS names a cluster.
+    """
     names = [name for _, name in socket.if_nameindex()]
-    chosen = {name: os.environ[name] for name in CHOICES if name in os.environ}
-    yield interface(platform.node(), cluster, chosen, names, default_interface(names))
-    yield round_trip("gloo")
+    chosen = {name: os.environ[name] for name in INTERFACE_VARIABLES if name in os.environ}
+    default = find_default_interface(names)
+    yield judge_host_name(platform.node(), cluster, chosen, names, default)
+    yield try_round_trip("gloo")
     if gpus >= 2:
-        yield round_trip("nccl")
+        yield try_round_trip("nccl")
 
 
-def default_interface(names: Sequence[str], routes: Path = Path("/proc/net/route")) -> str:
-    """Name the interface that leads to other machines, or eth0 where there is no way to tell."""
+def find_default_interface(names: Sequence[str], routes: Path = Path("/proc/net/route")) -> str:
+    """Name of the interface with the default route; eth0 if it cannot be told."""
     try:
         rows = [line.split() for line in routes.read_text(encoding="utf-8").splitlines()[1:]]
     except OSError:
@@ -43,21 +49,21 @@ def default_interface(names: Sequence[str], routes: Path = Path("/proc/net/route
     return real[0] if real else "eth0"
 
 
-def interface(
-    host: str, cluster: bool, chosen: dict[str, str], names: Sequence[str], best: str
+def judge_host_name(
+    host: str, cluster: bool, chosen: dict[str, str], names: Sequence[str], default: str
 ) -> Finding:
-    """Judge whether other machines find this one by what gloo and NCCL take for its address.
+    """Judge whether other machines can reach this one at the address that gloo and NCCL use.
 
     Args:
         host: name of this machine.
-        cluster: there are other machines.
-        chosen: the variables of `CHOICES` that are set.
+        cluster: the training uses other machines.
+        chosen: the variables of `INTERFACE_VARIABLES` that are set, and their values.
         names: interfaces of this machine.
-        best: the one that leads to other machines.
+        default: the interface with the default route.
     """
-    mend = f"export GLOO_SOCKET_IFNAME={best} NCCL_SOCKET_IFNAME={best}   # on every machine"
+    mend = f"export GLOO_SOCKET_IFNAME={default} NCCL_SOCKET_IFNAME={default}   # on every machine"
     for variable, value in chosen.items():
-        if not _names_one(variable, value, names):
+        if not _is_interface(variable, value, names):
             return fail(
                 "host name", f"{variable}={value}, and there is no such interface here "
                 f"({', '.join(names)})", mend,
@@ -71,17 +77,17 @@ def interface(
     if not address.startswith("127."):
         return ok("host name", f"{host} is {address}")
     if cluster:
-        told = f"{host} is {address} to itself: workers on other machines would not find it"
-        return warn("host name", told, mend)
+        text = f"{host} is {address} to itself: workers on other machines would not find it"
+        return warn("host name", text, mend)
     return ok("host name", f"{host} is {address}: good for this machine, not for a cluster")
 
 
-def _names_one(variable: str, value: str, names: Sequence[str]) -> bool:
-    """Whether the value of a variable of `CHOICES` names interfaces that are there."""
+def _is_interface(variable: str, value: str, names: Sequence[str]) -> bool:
+    """Whether the value of a variable of `INTERFACE_VARIABLES` names existing interfaces."""
     parts = value.split(",")
     if variable.startswith("GLOO"):
         return all(part in names for part in parts)
-    # NCCL's are beginnings of names, after `=` whole names, after `^` those not to take.
+    # NCCL takes prefixes of names; `=` before whole names, `^` before those to exclude.
     return value.startswith("^") or any(
         name == part[1:] if part.startswith("=") else name.startswith(part)
         for part in parts
@@ -89,65 +95,65 @@ def _names_one(variable: str, value: str, names: Sequence[str]) -> bool:
     )
 
 
-def round_trip(backend: str) -> Finding:
-    """Send numbers there and back between two processes, and look at what has come."""
+def try_round_trip(backend: str) -> Finding:
+    """Send numbers back and forth between two processes, and check what arrives."""
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory(prefix="duet-doctor-") as folder:
         context = mp.get_context("spawn")
-        both = [context.Process(target=side, args=(rank, backend, folder)) for rank in (0, 1)]
+        both = [context.Process(target=run_side, args=(rank, backend, folder)) for rank in (0, 1)]
         deadline = time.monotonic() + 2 * SECONDS
         try:
             for process in both:
                 process.start()
             for process in both:
                 process.join(max(0.0, deadline - time.monotonic()))
-            stuck = any(process.is_alive() for process in both)
+            timed_out = any(process.is_alive() for process in both)
         finally:
             for process in both:
                 if process.is_alive():
                     process.kill()
                     process.join()
-        return verdict(backend, stuck, _word(folder, "result"), _word(folder, "why"))
+        result, error = (_read_text(Path(folder, name)) for name in ("result", "error"))
+        return judge_round_trip(backend, timed_out, result, error)
 
 
-def verdict(backend: str, stuck: bool, result: str, why: str) -> Finding:
-    """Judge what two processes have left."""
-    if result and not stuck and not why:
+def judge_round_trip(backend: str, timed_out: bool, result: str, error: str) -> Finding:
+    """Judge the result and the error message that two processes wrote."""
+    if result and not timed_out and not error:
         return ok(backend, result)
-    said = why or (f"no answer for {2 * SECONDS} s" if stuck else "a process died without a word")
+    silence = f"no answer for {2 * SECONDS} s" if timed_out else "a process died without a message"
+    text = error or silence
     if backend == "nccl":
         return fail(
-            backend, said, "NCCL_DEBUG=INFO python -m cluster.doctor   # says why; with "
+            backend, text, "NCCL_DEBUG=INFO python -m cluster.doctor   # says why; with "
             "NCCL_P2P_DISABLE=1 or NCCL_SHM_DISABLE=1 it may take another way",
         )  # fmt: skip
-    return fail(backend, said, "GLOO_SOCKET_IFNAME=lo python -m cluster.doctor   # if that works, "
+    return fail(backend, text, "GLOO_SOCKET_IFNAME=lo python -m cluster.doctor   # if that works, "
                 "mend this machine's name in /etc/hosts")  # fmt: skip
 
 
-def _word(folder: str, name: str) -> str:
-    path = Path(folder, name)
+def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def side(rank: int, backend: str, folder: str) -> None:
-    """One of the two processes."""
+def run_side(rank: int, backend: str, folder: str) -> None:
+    """Run one of the two processes; it writes `result` or `error` into the folder."""
     try:
-        text = _measured(rank, backend, folder)
+        text = _measure(rank, backend, folder)
     except Exception as error:
-        Path(folder, "why").write_text(
-            f"{type(error).__name__}: {first_line(error)}", encoding="utf-8"
-        )
+        message = f"{type(error).__name__}: {first_line(error)}"
+        Path(folder, "error").write_text(message, encoding="utf-8")
         raise SystemExit(1) from None
     if rank == 0:
         Path(folder, "result").write_text(text, encoding="utf-8")
 
 
-def _measured(rank: int, backend: str, folder: str) -> str:
-    """Check sums and swaps; return how fast they were, in words.
+def _measure(rank: int, backend: str, folder: str) -> str:
+    """Check an all-reduce and swaps; return their latency and speed in words.
 
     Raises:
-        RuntimeError: what came is not what was sent.
+        RuntimeError: the values received are not those sent.
     """
     import torch
     import torch.distributed as dist
@@ -165,12 +171,12 @@ def _measured(rank: int, backend: str, folder: str) -> str:
     torch.set_num_threads(1)
     link = Exchange()
     ramp = torch.arange(NUMBERS, dtype=torch.float32, device=device).reshape(64, -1)
-    mine = ramp + rank
-    gathered = link.gather(mine)  # also warms the connection up
+    own = ramp + rank
+    gathered = link.gather(own)  # also warms the connection up
     total = torch.tensor([1.0 + rank], device=device)
     dist.all_reduce(total)
     if not torch.equal(gathered, torch.cat((ramp, ramp + 1), dim=1)) or total.item() != 3:
-        raise RuntimeError("what came is not what was sent")
+        raise RuntimeError("the values received are not those sent")
     start = time.perf_counter()
     for _ in range(20):
         dist.all_reduce(total)
@@ -178,9 +184,9 @@ def _measured(rank: int, backend: str, folder: str) -> str:
     latency = (time.perf_counter() - start) / 20
     start = time.perf_counter()
     for _ in range(10):
-        gathered = link.gather(mine)
+        gathered = link.gather(own)
     gathered[0, 0].item()
-    rate = 10 * mine.nbytes / (time.perf_counter() - start)
+    rate = 10 * own.nbytes / (time.perf_counter() - start)
     dist.barrier()
     dist.destroy_process_group()
     return f"two processes: {latency * 1e6:,.0f} us, {rate / 1e9:.2f} GB/s each way"

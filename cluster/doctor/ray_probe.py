@@ -1,8 +1,8 @@
-"""Joins the cluster and has every node look around; a process of its own, run by `ray_nodes`.
+"""Process that joins the cluster and runs a task on every node; started by `ray_cluster`.
 
-A driver that the cluster does not want may hang, or end without an exception that could be caught:
-whoever waits for this process is safe from both. Reads a request in JSON on stdin, writes the
-answer into the file that is its argument.
+A driver that the cluster refuses may hang, or end without an exception that could be caught: in a
+process of its own it can be killed. It reads a request in JSON from stdin, and writes the answer
+into the file that is its argument.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ PACKAGES = {
     "nvidia-dali-cuda120": "DALI",
     "nvidia-dali-cuda130": "DALI",
 }
-"""Distributions whose releases must be the same on all nodes, and what they are called here: nodes
-may have DALI, and torch, for different CUDAs."""
+"""Distributions whose releases must be the same on all nodes -> their names in the answer. Nodes
+may have DALI, and torch, for different releases of CUDA."""
 STORE_SECONDS = 15
 NODE_SECONDS = 40
-"""For which the nodes may take to answer, all together: a worker process has to start on each."""
+"""Timeout of all nodes together: a worker process has to start on each."""
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
-    """What a node sees; runs there. With nothing but Python's own library: it may have no more.
+    """Collect facts on a node. Uses only the standard library: the node may have nothing else.
 
     Args:
         request: `run` (a folder, or empty), `mark` (name of a file in there), `data` (a folder or
             empty), `address` (of a data set in a store, or empty), `code` (this repository, or
             empty).
     """
-    found: dict[str, Any] = {"releases": releases()}
+    found: dict[str, Any] = {"releases": list_releases()}
     if request["run"]:
         run = Path(request["run"])
         found["run"] = (run / request["mark"]).exists()
         found["disk"] = shutil.disk_usage(run).free if run.is_dir() else 0
-        try:  # only beside the driver's mark: a folder must not come into being here
+        try:  # only beside the driver's mark: the probe must not create the folder
             if found["run"]:
                 own = f"{request['mark']}.{os.urandom(6).hex()}"
                 (run / own).touch(exist_ok=False)
@@ -55,16 +55,16 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     if request["code"]:
         found["code"] = (Path(request["code"]) / "cluster" / "train.py").exists()
     if request["address"]:
-        found["address"] = reach(request["address"])
+        found["address"] = try_store(request["address"])
     found["devices"] = len(list(Path("/dev").glob("nvidia[0-9]*")))
     found["files"] = os.sysconf("SC_OPEN_MAX")
     found["shared"] = shutil.disk_usage(shm).free if (shm := Path("/dev/shm")).is_dir() else 0
     return found
 
 
-def reach(address: str) -> str:
-    """Ask a store for a set's manifest: why it does not give it, or nothing; runs on a node."""
-    said: list[str] = []
+def try_store(address: str) -> str:
+    """Ask a store for a data set's manifest, on a node; return the error, empty if that works."""
+    errors: list[str] = []
 
     def call() -> None:
         try:
@@ -72,29 +72,33 @@ def reach(address: str) -> str:
 
             system, root = fsspec.core.url_to_fs(address)
             system.info(f"{root.rstrip('/')}/manifest.json")
-            said.append("")
+            errors.append("")
         except BaseException as error:
-            said.append(f"{type(error).__name__}: {error}".split("\n")[0])
+            errors.append(f"{type(error).__name__}: {error}".split("\n")[0])
 
-    asking = threading.Thread(target=call, daemon=True)
-    asking.start()
-    asking.join(STORE_SECONDS)
-    return said[0] if said else f"no answer for {STORE_SECONDS} s"
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(STORE_SECONDS)
+    return errors[0] if errors else f"no answer for {STORE_SECONDS} s"
 
 
-def releases() -> dict[str, str]:
-    """Of Python and the packages."""
+def list_releases() -> dict[str, str]:
+    """Releases of Python and of the packages on this machine."""
     found = {"Python": platform.python_version()}
-    for name, called in PACKAGES.items():
+    for name, label in PACKAGES.items():
         try:
-            found[called] = importlib.metadata.version(name).split("+")[0]
+            found[label] = importlib.metadata.version(name).split("+")[0]
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
 
 
-def ask(request: dict[str, Any]) -> dict[str, Any]:
-    """Have every node look: what it says, or why it did not, with its name, id and resources."""
+def ask_nodes(request: dict[str, Any]) -> dict[str, Any]:
+    """Run `look` on every node.
+
+    Returns:
+        `nodes`: for each node its `id`, `name` and `gpus`, and `answer`, or `why` there is none.
+    """
     import ray
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -105,26 +109,26 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     for node in ray.nodes():
         if node["Alive"]:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            told = {"id": node["NodeID"], "name": node["NodeManagerHostname"]}
-            told["gpus"] = int(node["Resources"].get("GPU", 0))
-            nodes.append(told)
+            gpus = int(node["Resources"].get("GPU", 0))
+            name = node["NodeManagerHostname"]
+            nodes.append({"id": node["NodeID"], "name": name, "gpus": gpus})
             pending[node["NodeID"]] = task.options(scheduling_strategy=where).remote(request)
     done, _ = ray.wait(list(pending.values()), num_returns=len(pending), timeout=NODE_SECONDS)
-    for told in nodes:
-        answer = pending[told["id"]]
+    for entry in nodes:
+        answer = pending[entry["id"]]
         if answer not in done:
-            told["why"] = f"no answer for {NODE_SECONDS} s"
+            entry["why"] = f"no answer for {NODE_SECONDS} s"
             continue
         try:
-            told["answer"] = ray.get(answer)
+            entry["answer"] = ray.get(answer)
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            told["why"] = (lines or [type(error).__name__])[-1]
+            entry["why"] = (lines or [type(error).__name__])[-1]
     return {"nodes": nodes}
 
 
 def main(request: dict[str, Any], out: Path) -> None:
-    """Join, ask, and write down what there is to say; also why it could not be asked."""
+    """Join the cluster, ask its nodes, and write the answer, or why that failed, into a file."""
     from dataclasses import asdict
 
     from cluster.launch.placement import list_nodes
@@ -138,7 +142,7 @@ def main(request: dict[str, Any], out: Path) -> None:
                 "seconds": time.monotonic() - start,
                 "room": [asdict(n) for n in list_nodes()],
             }
-            answer |= ask(request)
+            answer |= ask_nodes(request)
             out.write_text(json.dumps(answer), encoding="utf-8")
     except DuetError as error:
         cause = error.__cause__

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.doctor import data, network
-from cluster.doctor.command import Examination, guarded, main, verdict
+from cluster.doctor.command import Examination, format_verdict, guard, main
 from cluster.doctor.finding import Finding
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_processes import REPOSITORY
@@ -27,17 +27,17 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "round_trip", lambda backend: Finding(backend, "ok", ""))
+    monkeypatch.setattr(network, "try_round_trip", lambda backend: Finding(backend, "ok", ""))
 
 
 @pytest.mark.filterwarnings("ignore:For MPI backend")
 def test_a_round_trip_is_made_and_a_broken_one_is_told(tmp_path):
-    found = network.round_trip("gloo")
+    found = network.try_round_trip("gloo")
     assert (found.status, found.mend) == ("ok", "")
     assert "GB/s each way" in found.value
     with pytest.raises(SystemExit):
-        network.side(0, "mpi", str(tmp_path))
-    assert "MPI" in (tmp_path / "why").read_text()
+        network.run_side(0, "mpi", str(tmp_path))
+    assert "MPI" in (tmp_path / "error").read_text()
 
 
 def test_the_command_tells_people_and_machines_and_leaves_with_the_right_code(
@@ -86,7 +86,7 @@ def test_a_check_that_breaks_is_a_line_and_the_others_go_on(monkeypatch, tmp_pat
     def breaks() -> list[Finding]:
         raise RuntimeError("what?\nmore")
 
-    (found,) = guarded("x", breaks)
+    (found,) = guard("x", breaks)
     assert (found.status, found.value) == ("FAIL", "the check itself failed: RuntimeError: what?")
     monkeypatch.setattr("cluster.doctor.software.gather", breaks)
     monkeypatch.setattr("cluster.doctor.hardware.gather", breaks)
@@ -99,9 +99,9 @@ def test_a_check_that_breaks_is_a_line_and_the_others_go_on(monkeypatch, tmp_pat
 
 
 def test_the_verdict_counts():
-    assert verdict(0, 0) == "all well"
-    assert verdict(0, 2) == "all well, 2 to look at"
-    assert verdict(1, 2).startswith("1 problem,")
+    assert format_verdict(0, 0) == "all well"
+    assert format_verdict(0, 2) == "all well, 2 to look at"
+    assert format_verdict(1, 2).startswith("1 problem,")
 
 
 def test_a_package_without_which_nothing_is_said_is_named(tmp_path):

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config
-from cluster.doctor import data as run_place
-from cluster.doctor import data as speed
-from cluster.doctor import data as storage
+from cluster.doctor import data as doctor_data
 from cluster.doctor.finding import Finding
+from pipeline.tools.files import drop_page_cache
 from tests.cluster.doctor.test_doctor_machine import lacks, only
 from tests.helpers.images import packed
 
@@ -23,11 +22,11 @@ CONFIG = Config(batch_size=16)
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "SECONDS", 0.2)
+    monkeypatch.setattr(doctor_data, "SECONDS", 0.2)
 
 
 def judged(data: Path | str, config: Config = CONFIG) -> list[Finding]:
-    return list(storage.judge_data(str(data), config))
+    return list(doctor_data.DatasetCheck(str(data), config).judge())
 
 
 def test_a_sound_set_is_described_and_its_speed_told(tiny_data):
@@ -81,13 +80,13 @@ def test_what_is_in_the_page_cache_is_counted_as_others_count_it(tmp_path):
     path.write_bytes(os.urandom(1_000_003))
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
-    kept = speed.forget(file)
+    kept = drop_page_cache(file)
     assert kept == min(1_000_003, resident(path))
     shared = Path("/dev/shm", f"doctor-{os.getpid()}")  # memory: nothing can be dropped
     try:
         shared.write_bytes(bytes(1_000_003))
         there = os.open(shared, os.O_RDONLY)
-        assert speed.forget(there) == 1_000_003
+        assert drop_page_cache(there) == 1_000_003
     finally:
         shared.unlink()
     for number in (file, there):
@@ -95,12 +94,14 @@ def test_what_is_in_the_page_cache_is_counted_as_others_count_it(tmp_path):
 
 
 def test_a_disk_that_is_slower_than_the_decoder_is_told(tiny_data, monkeypatch):
-    slow = speed.Disk(pictures=10, bytes=10**6, seconds=1, cached=0.5, order="single images")
-    monkeypatch.setattr(speed, "disk", lambda *_: slow)
-    monkeypatch.setattr(speed, "stream", lambda *_: 1000.0)
+    slow = doctor_data.DiskSpeed(
+        images=10, bytes=10**6, seconds=1, cached=0.5, order="single images"
+    )
+    monkeypatch.setattr(doctor_data, "measure_disk", lambda *_: slow)
+    monkeypatch.setattr(doctor_data, "measure_stream", lambda *_: 1000.0)
     found = only(judged(tiny_data))
     assert (found.name, found.status) == ("data speed", "warn")
-    words = ["10 pictures/s from the disk (1 MB/s", "a batch of 16 in 1,600 ms",
+    words = ["10 images/s from the disk (1 MB/s", "a batch of 16 in 1,600 ms",
              "50% of it stayed in the page cache", "--shuffle block"]  # fmt: skip
     assert lacks(found, words) == []
 
@@ -142,21 +143,21 @@ def test_credentials_that_are_missing_are_asked_for(s3_bucket, monkeypatch):
 
 
 def test_a_run_folder_is_written_to_and_left_clean(tmp_path):
-    (found,) = run_place.judge_run(tmp_path / "run", Config(), 10)
+    (found,) = doctor_data.judge_run(tmp_path / "run", Config(), 10)
     assert (found.name, found.status) == ("run", "ok")
     assert list((tmp_path / "run").iterdir()) == []
     (tmp_path / "file").write_text("")
-    assert only(list(run_place.judge_run(tmp_path / "file", None, None))).status == "FAIL"
-    (found,) = run_place.judge_run(tmp_path / "run", Config(keep=10**6), 1000)
+    assert only(list(doctor_data.judge_run(tmp_path / "file", None, None))).status == "FAIL"
+    (found,) = doctor_data.judge_run(tmp_path / "run", Config(keep=10**6), 1000)
     assert found.status == "warn"
     assert "--keep 1" in found.mend
 
 
 def test_the_store_of_a_run_is_written_to_and_left_clean(s3_bucket, monkeypatch):
     boto3 = pytest.importorskip("boto3")
-    found = run_place.judge_store(f"{s3_bucket}/runs/one")
+    found = doctor_data.judge_store(f"{s3_bucket}/runs/one")
     assert (found.status, found.mend) == ("ok", "")
     left = boto3.resource("s3").Bucket(s3_bucket.removeprefix("s3://")).objects.all()
     assert list(left) == []
-    assert run_place.judge_store("s3://no-such-bucket-anywhere/x").status == "FAIL"
-    assert run_place.judge_store("http://127.0.0.1:1/x").status == "FAIL"  # cannot be written
+    assert doctor_data.judge_store("s3://no-such-bucket-anywhere/x").status == "FAIL"
+    assert doctor_data.judge_store("http://127.0.0.1:1/x").status == "FAIL"  # cannot be written

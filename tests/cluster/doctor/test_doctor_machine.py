@@ -11,13 +11,12 @@ import pytest
 
 from cluster.config import Config
 from cluster.doctor import hardware, job, network, software
-from cluster.doctor import hardware as gpus
 from cluster.doctor.finding import Finding
 from cluster.doctor.hardware import Gpu, Hardware
 from cluster.doctor.software import Software
 from tests.helpers.training_processes import REPOSITORY
 
-RANGES = software.ranges_in(REPOSITORY / "pyproject.toml")
+RANGES = software.read_ranges(REPOSITORY / "pyproject.toml")
 GOOD = Software(
     python=(3, 12, 1),
     packages=dict.fromkeys(RANGES, "2099.1")
@@ -30,9 +29,14 @@ GOOD = Software(
 )
 del GOOD.packages["nvidia-dali-cuda120"]
 H100 = Gpu(
-    name="H100", free=79 * 10**9, total=80 * 10**9, capability=(9, 0), uuid="ab", neighbour=True
+    name="H100",
+    free=79 * 10**9,
+    total=80 * 10**9,
+    capability=(9, 0),
+    uuid="ab",
+    has_peer_access=True,
 )
-PAIR = [H100, replace(H100, neighbour=None)]
+PAIR = [H100, replace(H100, has_peer_access=None)]
 MACHINE = Hardware(
     cores=16, memory=10**11, shared=10**10, files=65536, temporary_free=10**11, vectors="AVX512",
     kernels="kernels compiled by gcc",
@@ -58,9 +62,9 @@ def lacks(found: Finding, words: list[str]) -> list[str]:
 def test_a_good_machine_has_nothing_to_mend():
     found = [
         *software.judge(GOOD),
-        *gpus.judge_gpus(PAIR, wanted=True),
+        *hardware.judge_gpus(PAIR, needs_gpu=True),
         *hardware.judge(MACHINE, own_ray=True),
-        *job.judge_here(Config(), 1000, MACHINE, PAIR),
+        *job.judge_local_job(Config(), 1000, MACHINE, PAIR),
     ]
     assert [finding for finding in found if finding.status != "ok"] == []
     assert len(found) > 12
@@ -85,9 +89,10 @@ def test_a_good_machine_has_nothing_to_mend():
         ({"packages": GOOD.packages | {"numpy": "1.26.4"}, "pins": {}}, "FAIL",
          ["numpy 1.26.4 (>=2)", "pip install -c constraints.txt numpy"]),
         ({"pins": {"numpy": "2.4.6"}}, "warn", ["numpy 2099.1 (tested with 2.4.6)"]),
-        ({"blind": "no devices", "hidden": True}, "warn", ["unset CUDA_VISIBLE_DEVICES"]),
-        ({"blind": "no devices", "devices": 0}, "warn", ["docker run --gpus all"]),
-        ({"blind": "system not yet initialized"}, "FAIL",
+        ({"gpu_error": "no devices", "are_gpus_hidden": True}, "warn",
+         ["unset CUDA_VISIBLE_DEVICES"]),
+        ({"gpu_error": "no devices", "devices": 0}, "warn", ["docker run --gpus all"]),
+        ({"gpu_error": "system not yet initialized"}, "FAIL",
          ["sees no GPU: system not yet initialized", "nvidia-smi", "fabricmanager"]),
     ],
 )  # fmt: skip
@@ -112,49 +117,50 @@ def test_a_driver_that_is_too_old_fails_both_torch_and_dali():
 def test_the_driver_tells_its_release(tmp_path):
     told = tmp_path / "version"
     told.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n")
-    assert software.driver_in(told) == "535.104.05"
+    assert software.read_driver_release(told) == "535.104.05"
     told.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
     )
-    assert software.driver_in(told) == "580.65.06"
-    assert software.driver_in(tmp_path / "none") is None
+    assert software.read_driver_release(told) == "580.65.06"
+    assert software.read_driver_release(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
     ("cards", "status", "words"),
     [
         ([], "FAIL", ['device = "gpu"', "--device auto"]),
-        ([H100, H100, replace(H100, neighbour=None)], "warn",
+        ([H100, H100, replace(H100, has_peer_access=None)], "warn",
          ["3 (H100): one has no partner", "--columns-per-worker 2"]),
-        ([replace(H100, neighbour=False), H100], "warn", ["GPUs 0 and 1 cannot reach", "topo -m"]),
+        ([replace(H100, has_peer_access=False), H100], "warn",
+         ["GPUs 0 and 1 cannot reach", "topo -m"]),
         ([replace(H100, free=10**10, users=("41 python",)), H100], "warn",
          ["GPU 0", "70.0 of 80.0 GB in use by 41 python", "nvidia-smi"]),
         ([H100, replace(H100, capability=(7, 5))], "warn", ["GPU 1", "no bfloat16", "float32"]),
-        ([replace(H100, mig=True), H100], "warn", ["MIG", "--columns-per-worker 2", "-mig 0"]),
-        ([replace(H100, built_for=False), H100], "FAIL", ["no code for H100 (9.0)", "CUDA=12"]),
+        ([replace(H100, is_mig=True), H100], "warn", ["MIG", "--columns-per-worker 2", "-mig 0"]),
+        ([replace(H100, is_built_for=False), H100], "FAIL", ["no code for H100 (9.0)", "CUDA=12"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_gpu_is_named(cards, status, words):
-    found = only(list(gpus.judge_gpus(cards, wanted=True)))
+    found = only(list(hardware.judge_gpus(cards, needs_gpu=True)))
     assert found.status == status
     assert lacks(found, words) == []
 
 
 def test_no_gpus_are_no_matter_where_none_are_wanted():
-    assert [finding.status for finding in gpus.judge_gpus([], wanted=False)] == ["ok"]
+    assert [finding.status for finding in hardware.judge_gpus([], needs_gpu=False)] == ["ok"]
 
 
 def test_what_nvidia_smi_says_is_read():
     apps = f"GPU-ab, 123, python\nGPU-ab, {os.getpid()}, python\nGPU-cd, 7, /usr/bin/x\n\n"
-    assert gpus.others(gpus.rows_of(apps), "ab") == ("123 python",)
-    assert gpus.others(gpus.rows_of(apps), "") == ()
-    modes = gpus.rows_of("GPU-ab, Enabled\nGPU-cd, [N/A]\n")
-    assert gpus.matching(modes, "ab") == [("Enabled",)]
+    assert hardware.list_users(hardware.parse_smi(apps), "ab") == ("123 python",)
+    assert hardware.list_users(hardware.parse_smi(apps), "") == ()
+    modes = hardware.parse_smi("GPU-ab, Enabled\nGPU-cd, [N/A]\n")
+    assert hardware.select_rows(modes, "ab") == [("Enabled",)]
 
 
 def test_a_gpu_that_torch_was_not_built_for_is_told():
     built = ["75", "80", "90", "100"]
-    assert [gpus.has_code(built, c) for c in ((7, 0), (8, 9), (9, 0), (12, 0), (6, 1))] == [
+    assert [hardware.has_code(built, c) for c in ((7, 0), (8, 9), (9, 0), (12, 0), (6, 1))] == [
         False, True, True, True, False,
     ]  # fmt: skip
 
@@ -164,13 +170,14 @@ def test_a_gpu_that_torch_was_not_built_for_is_told():
     [
         ({"shared": 64 * 2**20}, "warn", ["/dev/shm", "0.1 GB", "--shm-size"]),
         ({"files": 1024}, "warn", ["open files 1024", "ulimit -n"]),
-        ({"cores": 1, "quota": True}, "warn", ["cores 1", "container's quota", "--cpus"]),
-        ({"memory": 10**9, "limited": True}, "warn", ["memory", "container's limit", "--memory"]),
+        ({"cores": 1, "has_quota": True}, "warn", ["cores 1", "container's quota", "--cpus"]),
+        ({"memory": 10**9, "has_memory_limit": True}, "warn",
+         ["memory", "container's limit", "--memory"]),
         ({"temporary_free": 10**8}, "warn", ["temporary", "0.1 GB free", "TMPDIR"]),
         ({"temporary_full": 0.97}, "warn", ["97% full"]),
         ({"temporary": "/scratch/jobs/somebody/1234567/tmp"}, "FAIL",
          ["too long for Ray's sockets", "TMPDIR=/tmp"]),
-        ({"gpus": 2, "infiniband": True, "locked": 65536}, "warn",
+        ({"gpus": 2, "has_infiniband": True, "locked": 65536}, "warn",
          ["locked memory", "ulimit -l unlimited"]),
         ({"kernels": "torch operations, as there are no compiled kernels: no C compiler (gcc)"},
          "warn", ["no C compiler", "apt install gcc"]),
@@ -186,7 +193,7 @@ def test_what_a_machine_lacks_is_named(changes, status, words):
 
 def test_the_longest_temporary_folder_is_the_one_in_which_sockets_can_be():
     session = "duet-abcdefgh/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
-    longest = hardware.SOCKET - hardware.RAY_BELOW
+    longest = hardware.SOCKET_PATH - hardware.RAY_SUFFIX
     for length, status, reason in (
         (longest, "ok", FileNotFoundError), (longest + 1, "FAIL", OSError),
     ):  # fmt: skip
@@ -214,7 +221,7 @@ def test_a_containers_limits_are_found_in_either_version_of_control_groups(tmp_p
         "pods/memory.stat": "anon 1000\ninactive_file 500",
         "pods/one/cpu.max": "150000 100000", "pods/cpu.max": "max 100000",
     })  # fmt: skip
-    assert hardware.container(root, mine) == (1500, 1.5)
+    assert hardware.read_container_limits(root, mine) == (1500, 1.5)
     mine.write_text("4:memory:/a\n3:cpu,cpuacct:/a\n1:name=systemd:/\n")
     root = groups(tmp_path / "v1", {
         "memory/a/memory.limit_in_bytes": "4000", "memory/a/memory.usage_in_bytes": "1000",
@@ -222,9 +229,9 @@ def test_a_containers_limits_are_found_in_either_version_of_control_groups(tmp_p
         "cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000",
         "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
     })  # fmt: skip
-    assert hardware.container(root, mine) == (3000, 3.0)
-    assert hardware.container(tmp_path / "none", mine) == (None, None)
-    assert hardware.container(root, tmp_path / "none") == (None, None)
+    assert hardware.read_container_limits(root, mine) == (3000, 3.0)
+    assert hardware.read_container_limits(tmp_path / "none", mine) == (None, None)
+    assert hardware.read_container_limits(root, tmp_path / "none") == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +247,7 @@ def test_a_containers_limits_are_found_in_either_version_of_control_groups(tmp_p
 def test_a_job_that_does_not_fit_this_machine_is_told_with_what_would(
     settings, cards, status, words
 ):
-    found = only(list(job.judge_here(Config.from_settings(settings), 1000, MACHINE, cards)))
+    found = only(list(job.judge_local_job(Config.from_settings(settings), 1000, MACHINE, cards)))
     assert found.status == status
     assert lacks(found, words) == []
 
@@ -267,14 +274,14 @@ ens5 00000000 0100000A 0003
 def test_a_host_name_that_nobody_else_can_use_is_told(monkeypatch, tmp_path):
     (tmp_path / "route").write_text(ROUTES)
     names = ["lo", "docker0", "ens5"]
-    best = network.default_interface(names, tmp_path / "route")
+    best = network.find_default_interface(names, tmp_path / "route")
     assert best == "ens5"
-    assert network.default_interface(names, tmp_path / "none") == "ens5"
+    assert network.find_default_interface(names, tmp_path / "none") == "ens5"
     monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
-    found = network.interface("here", True, {}, names, best)
+    found = network.judge_host_name("here", True, {}, names, best)
     assert found.status == "warn"
     assert lacks(found, ["127.0.1.1", "GLOO_SOCKET_IFNAME=ens5 NCCL_SOCKET_IFNAME=ens5"]) == []
-    assert network.interface("here", False, {}, names, best).status == "ok"
+    assert network.judge_host_name("here", False, {}, names, best).status == "ok"
     for variables, status in (
         ({"GLOO_SOCKET_IFNAME": "ens5"}, "ok"),
         ({"GLOO_SOCKET_IFNAME": "eth0"}, "FAIL"),
@@ -283,15 +290,17 @@ def test_a_host_name_that_nobody_else_can_use_is_told(monkeypatch, tmp_path):
         ({"GLOO_SOCKET_IFNAME": "ens5", "NCCL_SOCKET_IFNAME": "=en"}, "FAIL"),
         ({"GLOO_SOCKET_IFNAME": "ens5", "NCCL_SOCKET_IFNAME": "^docker"}, "ok"),
     ):
-        assert network.interface("here", True, variables, names, best).status == status, variables
+        assert network.judge_host_name("here", True, variables, names, best).status == status, (
+            variables
+        )
 
 
 def test_two_processes_that_do_not_meet_are_told():
-    assert network.verdict("gloo", False, "fast", "").status == "ok"
+    assert network.judge_round_trip("gloo", False, "fast", "").status == "ok"
     for stuck, result, why in (
         (True, "", ""), (True, "fast", ""), (False, "", ""), (False, "fast", "b: reset"),
     ):  # fmt: skip
-        found = network.verdict("nccl", stuck, result, why)
+        found = network.judge_round_trip("nccl", stuck, result, why)
         assert found.status == "FAIL"
         assert "NCCL_DEBUG=INFO" in found.mend
         assert (why or "a") in found.value

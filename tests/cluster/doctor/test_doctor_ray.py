@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from cluster.doctor import ray_cluster, ray_probe
-from cluster.doctor import ray_cluster as ray_nodes
 from tests.cluster.doctor.test_doctor_machine import lacks, only
 from tests.helpers.ray_cluster import Simulated
 from tests.helpers.training_processes import REPOSITORY
@@ -28,7 +27,7 @@ def test_a_token_for_everybody_and_one_that_is_missing(tmp_path):
     where = {"RAY_AUTH_TOKEN_PATH": str(path)}
 
     def judged(clients: bool = True, **more: str) -> list:
-        return list(ray_cluster.token(where | more, clients))
+        return list(ray_cluster.judge_token(where | more, clients))
 
     missing = only(judged(**TOKEN))
     assert missing.status == "FAIL"
@@ -63,14 +62,14 @@ def test_a_job_server_is_asked_whether_it_is_there():
     with http.server.HTTPServer(("127.0.0.1", 0), Guarded) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        assert ray_cluster.dashboard(address).status == "ok"
-        assert ray_cluster.dashboard(f"{address}/elsewhere").status == "FAIL"
-        assert ray_cluster.reachable(f"127.0.0.1:{server.server_port}").status == "ok"
+        assert ray_cluster.judge_job_server(address).status == "ok"
+        assert ray_cluster.judge_job_server(f"{address}/elsewhere").status == "FAIL"
+        assert ray_cluster.judge_address(f"127.0.0.1:{server.server_port}").status == "ok"
         server.shutdown()
-    gone = ray_cluster.dashboard("http://127.0.0.1:1")
+    gone = ray_cluster.judge_job_server("http://127.0.0.1:1")
     assert gone.status == "FAIL"
     assert "ssh -L 8265" in gone.mend
-    assert "no http://" in ray_cluster.dashboard("127.0.0.1:8265").value
+    assert "no http://" in ray_cluster.judge_job_server("127.0.0.1:8265").value
 
 
 @pytest.mark.parametrize(
@@ -95,10 +94,13 @@ def test_without_an_address_it_is_said_what_listens_where():
 
 def test_what_a_stopped_head_has_left_behind_is_told(tmp_path):
     path = tmp_path / "ray_current_cluster"
-    assert list(ray_cluster.stale(path, ray_cluster.answers)) == []
+    assert list(ray_cluster.judge_old_address(path, ray_cluster.try_connection)) == []
     path.write_text("127.0.0.1:1")
-    assert only(list(ray_cluster.stale(path, ray_cluster.answers))).mend == f"rm {path}"
-    assert list(ray_cluster.stale(path, lambda address: "")) == []
+    assert (
+        only(list(ray_cluster.judge_old_address(path, ray_cluster.try_connection))).mend
+        == f"rm {path}"
+    )
+    assert list(ray_cluster.judge_old_address(path, lambda address: "")) == []
 
 
 REQUEST = {"run": "/r", "mark": ".m", "data": "/d", "address": "s3://k:secret@b/x", "code": "/c"}
@@ -130,7 +132,7 @@ SEES = {
 def test_what_is_wrong_with_a_node_is_told(changes, status, words, monkeypatch):
     monkeypatch.delenv("DUET_FAKE_GPUS", raising=False)
     node = {"id": "0123456789", "name": "b", "gpus": 4, "answer": SEES | changes}
-    found = ray_nodes.judge_node(node, MINE, REQUEST, {".m", ".m.1"}, 5 * 10**8)
+    found = ray_cluster.judge_node(node, MINE, REQUEST, {".m", ".m.1"}, 5 * 10**8)
     assert found.status == status
     assert found.name == "node b (012345)"
     assert lacks(found, words) == []
@@ -142,7 +144,7 @@ def test_good_nodes_odd_ones_and_silent_ones(monkeypatch):
 
     def judged(**node: object) -> tuple[str, str]:
         whole = {"id": "0123456789", "name": "b", "gpus": 4} | node
-        found = ray_nodes.judge_node(whole, MINE, REQUEST, {".m.1"}, 0)
+        found = ray_cluster.judge_node(whole, MINE, REQUEST, {".m.1"}, 0)
         return found.status, found.value
 
     assert judged(answer=SEES) == ("ok", "same packages, sees RUN and DATA")
@@ -160,21 +162,21 @@ def test_good_nodes_odd_ones_and_silent_ones(monkeypatch):
     ],
 )
 def test_why_a_driver_could_not_join_leads_to_what_mends_it(why, words):
-    assert words in ray_nodes.mend(why)
+    assert words in ray_cluster.suggest_mend(why)
 
 
 def test_a_driver_that_dies_leaves_its_last_words(monkeypatch):
     text = "starting\nRuntimeError: one\nfatal: AuthenticationError: no token\n  at f()\n\n"
-    assert ray_nodes.last_words(text) == "fatal: AuthenticationError: no token"
-    monkeypatch.setattr(ray_nodes, "REPOSITORY", Path("/none"))
-    monkeypatch.setattr(ray_nodes.sys, "executable", shutil.which("false"))
-    assert ray_nodes.asked({}) == {"why": "the driver ended with code 1"}
+    assert ray_cluster.find_error(text) == "fatal: AuthenticationError: no token"
+    monkeypatch.setattr(ray_cluster, "REPOSITORY", Path("/none"))
+    monkeypatch.setattr(ray_cluster.sys, "executable", shutil.which("false"))
+    assert ray_cluster.run_probe({}) == {"why": "the driver ended with code 1"}
 
 
 def test_a_node_looks_with_pythons_own_library_and_sees_what_is_there(tmp_path):
     program = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); import ray_asker; "
-        "print(json.dumps(ray_asker.look(json.loads(sys.argv[2]))))"
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import ray_probe; "
+        "print(json.dumps(ray_probe.look(json.loads(sys.argv[2]))))"
     )
     (tmp_path / ".m").touch()
 
@@ -220,8 +222,8 @@ def unshared(run: Path, words: list[str]) -> list[str]:
 def test_every_node_is_asked_whether_it_sees_the_run(cluster, tmp_path):
     program = (
         "import sys, json, pathlib; from dataclasses import asdict; "
-        "from cluster.doctor import ray_nodes; "
-        "found = ray_nodes.judge(None, '', pathlib.Path(sys.argv[1])); "
+        "from cluster.doctor import ray_cluster; "
+        "found = ray_cluster.judge_nodes(None, '', pathlib.Path(sys.argv[1])); "
         "print(json.dumps([asdict(finding) for finding in found]))"
     )
     words = [sys.executable, "-c", program, str(tmp_path)]
