@@ -1,4 +1,4 @@
-"""What it costs to know where the time goes: `python benchmarks/accounting.py DATA`.
+"""Cost of the timers: `python benchmarks/accounting.py DATA`.
 
 The reading thread with its clocks and with a clock that does nothing, in turn; and the clocks of a
 step of training, called again and again. Both as shares of what they are part of.
@@ -27,8 +27,8 @@ from pipeline.throughput.stream_rate import whole
 TURNS = 7
 
 
-def pictures_per_second(setting: Setting, clock: bool) -> float:
-    """Of the reading thread alone, from the page cache."""
+def measure_reader(setting: Setting, clock: bool) -> float:
+    """Images per second of the reading thread alone, from the page cache."""
     with opened(setting) as parts:
         batches = iter(parts.read_batches(0))
         done, start = 0, time.perf_counter()
@@ -41,8 +41,8 @@ def pictures_per_second(setting: Setting, clock: bool) -> float:
         return done / (time.perf_counter() - start)
 
 
-def step_seconds() -> float:
-    """Of the clocks and the row of one step of training."""
+def measure_step() -> float:
+    """Seconds of the timers and the metrics row of one training step."""
     config, rates, values = Config(), Rates(0.1, 0.2), torch.tensor([1.0, 0.5, 0.0])
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -63,13 +63,13 @@ def main() -> None:
     setting = Setting(data=sys.argv[1])
     with opened(setting) as parts:
         reading(parts, 1.0, 40)
-    pairs = [(pictures_per_second(setting, True), pictures_per_second(setting, False))
+    pairs = [(measure_reader(setting, True), measure_reader(setting, False))
              for _ in range(TURNS)]  # fmt: skip
     each = statistics.median(1 / on - 1 / off for on, off in pairs)
     stream = whole(setting, 3.0).rate.median
     print(f"clocks of the reading thread: {each * 1e9:,.0f} ns an image, "
           f"{each * stream:.2%} of the time of a stream of {stream:,.0f} img/s")  # fmt: skip
-    print(f"clocks and row of a step: {step_seconds() * 1e6:,.0f} µs")
+    print(f"clocks and row of a step: {measure_step() * 1e6:,.0f} µs")
 
 
 if __name__ == "__main__":

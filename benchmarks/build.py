@@ -1,8 +1,8 @@
 """Ways of packing images in turn, on the same images with as many processes.
 
-    python benchmarks/build.py PICTURES [--rounds 5] [--workers 2] [--only ours,plain] [--quality]
+    python benchmarks/build.py IMAGES [--rounds 5] [--workers 2] [--only ours,plain] [--quality]
 
-PICTURES is a folder per class of JPEGs as they were taken, some hundred of them; they are linked
+IMAGES is a folder per class of JPEGs as they were taken, some hundred of them; they are linked
 several times, so that a turn lasts. A turn is a whole program, from its start to its last byte. All
 make 256x256 JPEGs of quality 96; ours besides turns images upright and into sRGB, checks, hashes
 and counts them, shuffles, and writes an index. `steady` leaves out the time and the images of a
@@ -34,24 +34,24 @@ import rich.console
 import rich.table
 import tyro
 from builders import BUILDERS, Builder
-from builders.quality import qualities, quality_table
+from builders.quality import make_quality_table, measure_quality
 
 from pipeline.tools.errors import SetupError, UsageError, run
 from pipeline.tools.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class BuildOptions:
     """Measure ways of packing in turn."""
 
-    pictures: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")]
+    images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """A folder per class of JPEGs."""
     rounds: int = 5
-    """How often each has its turn."""
+    """Number of turns of each."""
     workers: int = 2
-    """Processes of each."""
+    """Number of processes of each."""
     repeat: int = 10
-    """How often each image is packed in a turn."""
+    """Number of times each image is packed in a turn."""
     only: str = ""
     """Names with commas between; the default is all that are installed."""
     folder: Path | None = None
@@ -64,27 +64,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a program took."""
+    """Time that a program took."""
 
     seconds: float
     cpu: float
-    """Seconds of processors, of it and all processes that it started."""
+    """Processor seconds of the program and all its processes."""
 
 
 @dataclass
-class Row:
-    """What became of one way."""
+class BuilderRow:
+    """Measurements of one builder."""
 
     name: str
     builder: Builder
     workers: int
     missing: str = ""
     once: Turn = Turn(0, 0)
-    """For the set with each image once."""
+    """The set with each image once."""
     turns: list[Turn] = field(default_factory=list)
     """One a round."""
 
-    def steady(self, more: int) -> list[float]:
+    def steady_rates(self, more: int) -> list[float]:
         """Return img/s of each round for the `more` images than once."""
         return [more / max(t.seconds - self.once.seconds, 1e-9) for t in self.turns]
 
@@ -94,7 +94,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Set:
+class ImageSet:
     """Images as the programs take them: a folder per class, and a list."""
 
     folder: Path
@@ -102,7 +102,7 @@ class Set:
     count: int
 
 
-def chosen(options: Comparison) -> list[Row]:
+def select_builders(options: BuildOptions) -> list[BuilderRow]:
     """Return a row for each way that is to be measured.
 
     Raises:
@@ -116,21 +116,21 @@ def chosen(options: Comparison) -> list[Row]:
         if not names or name in names:
             there = builder.module is None or importlib.util.find_spec(builder.module) is not None
             missing = "" if there else f"not installed (pip install {builder.library})"
-            rows.append(Row(name, builder, options.workers, missing))
+            rows.append(BuilderRow(name, builder, options.workers, missing))
     if options.workers > 1 and rows[0].name == "ours":
-        rows.append(Row("ours-1", BUILDERS["ours"], 1))
+        rows.append(BuilderRow("ours-1", BUILDERS["ours"], 1))
     return rows
 
 
-def linked(pictures: Path, folder: Path, repeat: int) -> Set:
+def link_images(images: Path, folder: Path, repeat: int) -> ImageSet:
     """Link the images into a folder per class, `repeat` times each.
 
     Raises:
         UsageError: there are none.
     """
-    files = sorted(p for p in pictures.glob("*/*") if p.suffix.lower() in {".jpg", ".jpeg"})
+    files = sorted(p for p in images.glob("*/*") if p.suffix.lower() in {".jpg", ".jpeg"})
     if not files:
-        raise UsageError(f"{pictures} has no JPEG in a folder of its class; name another folder")
+        raise UsageError(f"{images} has no JPEG in a folder of its class; name another folder")
     classes = {name: label for label, name in enumerate(sorted({p.parent.name for p in files}))}
     lines = []
     for number in range(repeat):
@@ -140,31 +140,31 @@ def linked(pictures: Path, folder: Path, repeat: int) -> Set:
             link.symlink_to(file.resolve())
             lines.append(f"{link}\t{classes[file.parent.name]}\n")
     (folder / "list.txt").write_text("".join(lines))
-    return Set(folder / "pictures", folder / "list.txt", len(lines))
+    return ImageSet(folder / "pictures", folder / "list.txt", len(lines))
 
 
-def turn(row: Row, pictures: Set, out: Path) -> Turn:
-    """Return what a program takes for all images; its output is deleted.
+def run_turn(row: BuilderRow, images: ImageSet, out: Path) -> Turn:
+    """Run a program on all images, time it, and delete its output.
 
     Raises:
         SetupError: it failed.
     """
     here = Path(__file__).parent
     if row.name.startswith("ours"):
-        what = ["-m", row.builder.program, str(out), "--train", str(pictures.folder)]
+        what = ["-m", row.builder.program, str(out), "--train", str(images.folder)]
         what += ["--workers", str(row.workers)]
     else:
         out.mkdir()
         program = here / "builders" / f"{row.builder.program}.py"
-        what = [str(program), str(pictures.listed), str(out), str(row.workers)]
+        what = [str(program), str(images.listed), str(out), str(row.workers)]
     started, before = time.perf_counter(), _cpu()
     done = subprocess.run([sys.executable, *what], cwd=here.parent, capture_output=True)
-    took = Turn(time.perf_counter() - started, _cpu() - before)
+    result = Turn(time.perf_counter() - started, _cpu() - before)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise SetupError(f"{row.builder.title} failed: {' '.join(said)}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise SetupError(f"{row.builder.title} failed: {' '.join(lines)}")
     shutil.rmtree(out)
-    return took
+    return result
 
 
 def _cpu() -> float:
@@ -172,28 +172,28 @@ def _cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def measure(rows: list[Row], options: Comparison, folder: Path) -> int:
+def measure(rows: list[BuilderRow], options: BuildOptions, folder: Path) -> int:
     """Let the programs take turns, fill in the rows, and return the images of a turn."""
     for name in ("once", "whole"):
         (folder / name).mkdir()
-    once = linked(options.pictures, folder / "once", 1)
-    whole = linked(options.pictures, folder / "whole", options.repeat)
+    once = link_images(options.images, folder / "once", 1)
+    whole = link_images(options.images, folder / "whole", options.repeat)
     present = [row for row in rows if not row.missing]
     with Progress("measuring", total=(options.rounds + 1) * len(present), unit="turns") as progress:
         for number in range(options.rounds + 1):
             for row in present[:: -1 if number % 2 else 1]:
                 progress.note(row.builder.title)
                 if number == 0:
-                    tries = [turn(row, once, folder / "out") for _ in range(2)]
+                    tries = [run_turn(row, once, folder / "out") for _ in range(2)]
                     row.once = Turn(min(t.seconds for t in tries), min(t.cpu for t in tries))
                 else:
-                    row.turns.append(turn(row, whole, folder / "out"))
+                    row.turns.append(run_turn(row, whole, folder / "out"))
                 progress.advance(1)
     return whole.count
 
 
-def facts(rows: list[Row], count: int, options: Comparison) -> dict[str, Any]:
-    """Return everything that was found, ready for JSON."""
+def collect_facts(rows: list[BuilderRow], count: int, options: BuildOptions) -> dict[str, Any]:
+    """All measurements, ready for JSON."""
     found = {}
     more = count - count // options.repeat
     for row in rows:
@@ -204,7 +204,7 @@ def facts(rows: list[Row], count: int, options: Comparison) -> dict[str, Any]:
             "workers": row.workers,
             "once_s": round(row.once.seconds, 2),
             "img_s": [round(count / one.seconds, 1) for one in row.turns],
-            "steady_img_s": [round(rate, 1) for rate in row.steady(more)],
+            "steady_img_s": [round(rate, 1) for rate in row.steady_rates(more)],
             "cpu_ms": [round(ms, 3) for ms in row.cpu_ms(more)],
             "missing": row.missing or None,
         }
@@ -226,8 +226,8 @@ def _ratio(ones: list[float], others: list[float]) -> float | None:
     return round(statistics.median(ratios), 3) if ratios else None
 
 
-def table(found: dict[str, Any]) -> rich.table.Table:
-    """Return the facts as people read them."""
+def make_table(found: dict[str, Any]) -> rich.table.Table:
+    """The facts as a table."""
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
     out.add_column("way", no_wrap=True)
     for title in ("once s", "img/s", "steady", "rounds", "ours is", "cpu ms", "ours is"):
@@ -266,21 +266,21 @@ def _version(builder: Builder) -> str | None:
 
 def main() -> None:
     """Compare the ways of packing and print the tables."""
-    options = tyro.cli(Comparison, prog="python benchmarks/build.py", description=__doc__)
+    options = tyro.cli(BuildOptions, prog="python benchmarks/build.py", description=__doc__)
     if min(options.rounds, options.workers, options.repeat - 1) < 1:
         raise UsageError("--rounds and --workers must be above 0, --repeat above 1")
     if options.folder is not None and not options.folder.is_dir():
         raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
-    rows = chosen(options)
+    rows = select_builders(options)
     with tempfile.TemporaryDirectory(prefix="build-", dir=options.folder) as folder:
         count = measure(rows, options, Path(folder))
-    found = facts(rows, count, options)
+    found = collect_facts(rows, count, options)
     console = rich.console.Console(stderr=options.json)
     console.width = max(console.width, 112)  # no column is cut where nobody looks
-    console.print(table(found))
+    console.print(make_table(found))
     if options.quality:
-        found["quality"] = qualities(sorted(options.pictures.glob("*/*"))[::5])
-        console.print(quality_table(found["quality"]))
+        found["quality"] = measure_quality(sorted(options.images.glob("*/*"))[::5])
+        console.print(make_quality_table(found["quality"]))
     if options.json:
         sys.stdout.write(json.dumps(found) + "\n")
 

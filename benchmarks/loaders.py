@@ -3,12 +3,12 @@
     python benchmarks/loaders.py DATA [--raw RAWDATA] [--only ours,native,ffcv] [--device gpu]
 
 Every loader gives shuffled batches of random 224x224 crops, half of them mirrored, as float32
-[b, 3, 224, 224] minus the channel mean, from the same stored bytes; ours adds PCA colour. Each
-runs in a process of its own with all cores (settings: `benchmarks/peers/`) and rests while another
+[b, 3, 224, 224] minus the channel mean, from the same stored bytes; ours adds PCA color. Each
+runs in a process of its own with all cores (settings: `benchmarks/peers/`) and waits while another
 is measured. A round is one turn of each, every second round in reverse; ratios are taken within
 rounds. Most others read a copy in their own format in a temporary folder, and some hold all
-images in memory: a set of some hundred to some ten thousand images does. What is not installed
-is listed; `pip install -e '.[bench]'` brings most of it.
+images in memory: a set of some hundred to some ten thousand images does. Missing libraries are
+listed; `pip install -e '.[bench]'` brings most of it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OURS = {"jpeg": "ours", "raw": "ours-raw"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class LoaderOptions:
     """Measure data loaders in turn."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -60,7 +60,7 @@ class Comparison:
     device: Literal["cpu", "gpu"] = "cpu"
     """Where `ours` and `native` decode; the others know the CPU only."""
     rounds: int = 5
-    """How often each loader has its turn."""
+    """Number of turns of each loader."""
     seconds: float = 4.0
     """Length of a turn, without its warm-up."""
     batch_size: int = 128
@@ -72,8 +72,8 @@ class Comparison:
 
 
 @dataclass
-class Row:
-    """What became of one loader."""
+class LoaderRow:
+    """Measurements of one loader."""
 
     name: str
     peer: Peer
@@ -82,14 +82,14 @@ class Row:
     rates: list[float] = field(default_factory=list)
     """img/s of each round."""
 
-    def over(self, other: Row | None) -> float | None:
+    def over(self, other: LoaderRow | None) -> float | None:
         """Return the median over the rounds of our rate divided by another's."""
         if other is None or not (self.rates and other.rates):
             return None
         return statistics.median(a / b for a, b in zip(self.rates, other.rates, strict=True))
 
 
-def chosen(options: Comparison) -> list[Row]:
+def select_loaders(options: LoaderOptions) -> list[LoaderRow]:
     """Return a row for each loader that is to be measured, in the order of the table.
 
     Raises:
@@ -109,19 +109,19 @@ def chosen(options: Comparison) -> list[Row]:
             raise UsageError(f"--only {name}: {cannot}")
         if name in names or not (names or cannot):
             rows.append(
-                Row(name, peer, "" if peer.installed else f"not installed ({peer.install})")
+                LoaderRow(name, peer, "" if peer.installed else f"not installed ({peer.install})")
             )
     return rows
 
 
-def work_for(peer: Peer, options: Comparison, folder: Path) -> Work:
-    """Return what to ask of a loader; makes its folder.
+def make_work(peer: Peer, options: LoaderOptions, folder: Path) -> Work:
+    """The job of a loader; makes its folder.
 
     Raises:
         UsageError: no data set with a train split, not of the lane's encoding; no room.
     """
     data = options.raw if peer.lane == "raw" else options.data
-    assert data is not None  # `chosen` has seen to it
+    assert data is not None  # checked in `select_loaders`
     manifest = Manifest.load(data)
     if manifest.encoding != peer.lane:
         raise UsageError(f"data set {data} holds {manifest.encoding} images, not {peer.lane}")
@@ -153,20 +153,20 @@ def _check_room(folder: Path, size: int, peer: Peer) -> None:
         )
 
 
-def measure(rows: list[Row], options: Comparison, folder: Path) -> None:
+def measure(rows: list[LoaderRow], options: LoaderOptions, folder: Path) -> None:
     """Let the loaders take turns, and fill in the rows.
 
     Raises:
         SetupError: a loader failed.
-        DataError: a loader delivers something else than it was asked for.
+        DataError: a loader delivers other batches than it should.
     """
     with ExitStack() as stack:
-        running: list[tuple[Row, Runner]] = []
+        running: list[tuple[LoaderRow, Runner]] = []
         present = [row for row in rows if not row.missing]
         with Progress("preparing", total=len(present), unit="loaders") as progress:
             for row in present:  # one after the other: converting takes all cores
                 progress.note(row.peer.title)
-                runner = Runner(row.peer, work_for(row.peer, options, folder / row.name))
+                runner = Runner(row.peer, make_work(row.peer, options, folder / row.name))
                 stack.enter_context(closing(runner))
                 row.missing = runner.wait() or ""
                 if not row.missing:
@@ -181,8 +181,8 @@ def measure(rows: list[Row], options: Comparison, folder: Path) -> None:
                     progress.advance(1)
 
 
-def facts(rows: list[Row], options: Comparison) -> dict[str, Any]:
-    """Return everything that was found, ready for JSON."""
+def collect_facts(rows: list[LoaderRow], options: LoaderOptions) -> dict[str, Any]:
+    """All measurements, ready for JSON."""
     found = {row.name: row for row in rows}
     loaders = {}
     for row in rows:
@@ -214,8 +214,8 @@ def facts(rows: list[Row], options: Comparison) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> rich.table.Table:
-    """Return the facts as people read them."""
+def make_table(found: dict[str, Any]) -> rich.table.Table:
+    """The facts as a table."""
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
     out.add_column("loader", no_wrap=True)
     for title in ("img/s", "rounds", "of limit", "ours is"):
@@ -261,18 +261,18 @@ def _cpu() -> str:
 
 def main() -> None:
     """Compare the loaders and print the table."""
-    options = tyro.cli(Comparison, prog="python benchmarks/loaders.py", description=__doc__)
+    options = tyro.cli(LoaderOptions, prog="python benchmarks/loaders.py", description=__doc__)
     if min(options.rounds, options.batch_size) < 1 or options.seconds <= 0:
         raise UsageError("--rounds, --batch-size and --seconds must be above 0")
     if options.folder is not None and not options.folder.is_dir():
         raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
-    rows = chosen(options)
+    rows = select_loaders(options)
     with tempfile.TemporaryDirectory(prefix="loaders-", dir=options.folder) as folder:
         measure(rows, options, Path(folder))
-    found = facts(rows, options)
+    found = collect_facts(rows, options)
     if options.json:
         sys.stdout.write(json.dumps(found) + "\n")
-    rich.console.Console(stderr=options.json).print(table(found))
+    rich.console.Console(stderr=options.json).print(make_table(found))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     pip install -e ".[faiss]"
     python benchmarks/neighbors.py [--base 50000] [--queries 1000] [--units 4096] [--rounds 3]
 
-Rows are drawn: sparse and not negative, as behind a ReLU. Prints the median of the rounds in
+Rows are random: sparse and not negative, as after a ReLU. Prints the median of the rounds in
 queries a second, the peak memory of the process, and the share of equal answers.
 """
 
@@ -40,8 +40,8 @@ class Options:
     """For our exact search."""
 
 
-def drawn(count: int, units: int, seed: int) -> np.ndarray[Any, np.dtype[np.float16]]:
-    """Rows that share 64 directions, float16 [count, units]."""
+def draw_rows(count: int, units: int, seed: int) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """Random rows that share 64 directions, float16 [count, units]."""
     directions = np.random.default_rng(0).normal(size=(64, units)).astype(np.float32)
     rng = np.random.default_rng([seed, 1])
     parts = [
@@ -54,20 +54,20 @@ def drawn(count: int, units: int, seed: int) -> np.ndarray[Any, np.dtype[np.floa
 def main() -> None:
     """Run the benchmark."""
     options = tyro.cli(Options)
-    rows, asked = (
-        drawn(n, options.units, s) for s, n in enumerate((options.base, options.queries))
+    rows, queries = (
+        draw_rows(n, options.units, s) for s, n in enumerate((options.base, options.queries))
     )
     base = Base(rows, np.ones(len(rows), bool))
     flat = faiss.IndexFlatL2(options.units)
     flat.add(rows.astype(np.float32))
     turn = np.random.default_rng(2).normal(size=(options.units, options.bits)).astype(np.float32)
-    codes, short = (pack(part.astype(np.float32) @ turn > 0) for part in (rows, asked))
+    codes, short = (pack(part.astype(np.float32) @ turn > 0) for part in (rows, queries))
     ours, theirs = Hamming(codes), faiss.IndexBinaryFlat(options.bits)
     theirs.add(codes)
     memory = parse_size(options.memory)
     ways: dict[str, Callable[[], Any]] = {
-        "exact, ours": lambda: nearest(asked, base, options.k, memory=memory).ids,
-        "exact, faiss": lambda: flat.search(asked.astype(np.float32), options.k)[1],
+        "exact, ours": lambda: nearest(queries, base, options.k, memory=memory).ids,
+        "exact, faiss": lambda: flat.search(queries.astype(np.float32), options.k)[1],
         "Hamming, ours": lambda: ours.nearest(short, options.k)[1],
         "Hamming, faiss": lambda: theirs.search(short, options.k)[0],
     }
@@ -84,8 +84,8 @@ def main() -> None:
     )
     for name, times in seconds.items():
         median = statistics.median(times)
-        spread = f"{len(asked) / max(times):,.0f} to {len(asked) / min(times):,.0f}"
-        print(f"{name:<16}{len(asked) / median:>10,.0f} queries/s  ({spread})")
+        spread = f"{len(queries) / max(times):,.0f} to {len(queries) / min(times):,.0f}"
+        print(f"{name:<16}{len(queries) / median:>10,.0f} queries/s  ({spread})")
     for kind in ("exact", "Hamming"):
         same = (found[f"{kind}, ours"] == found[f"{kind}, faiss"]).mean()
         print(f"{kind}: {same:.4%} of the answers equal")

@@ -1,4 +1,4 @@
-"""The networks that steps are timed with: torch only, nothing of Duet but what is asked for."""
+"""The networks of the step benchmarks: torch only, Duet is imported by `duet_step` alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Step = Callable[[int, Tensor, Tensor, torch.dtype], None]
 
 
 class ColumnNorm(nn.Module):
-    """torch's own local response normalisation, on each column's maps."""
+    """torch's own local response normalization, on each column's maps."""
 
     def __init__(self) -> None:
         """Take the constants of the paper."""
@@ -27,7 +27,7 @@ class ColumnNorm(nn.Module):
 
 
 def plain_alexnet(classes: int = 1000, width: float = 1.0) -> nn.Sequential:
-    """Return the paper's network as anybody would write it: two columns by grouped convolutions."""
+    """Return the paper's network in plain torch: two columns by grouped convolutions."""
 
     def n(maps: int) -> int:
         return 2 * round(maps / 2 * width)
@@ -61,7 +61,7 @@ def plain_alexnet(classes: int = 1000, width: float = 1.0) -> nn.Sequential:
 
 
 def torchvision_alexnet(classes: int = 1000) -> nn.Module:
-    """Return torchvision's AlexNet, which is another network: one column, no normalisation.
+    """Return torchvision's AlexNet, which is another network: one column, no normalization.
 
     Raises:
         ImportError: torchvision is not there, or not one for this torch.
@@ -75,14 +75,14 @@ def torchvision_alexnet(classes: int = 1000) -> nn.Module:
 
 def eager_step(net: nn.Module) -> Step:
     """Return the step of the usual training loop."""
-    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
     def step(number: int, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(net(images), labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 
@@ -97,7 +97,7 @@ def duet_step(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None) ->
     from model.optimizer import Sgd2012
     from model.schedule import Rates
 
-    optimiser, rates = Sgd2012(net.named_parameters()), Rates(1e-3, 2e-3)
+    optimizer, rates = Sgd2012(net.named_parameters()), Rates(1e-3, 2e-3)
     forward = call or net
 
     def step(number: int, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
@@ -105,8 +105,8 @@ def duet_step(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None) ->
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             logits = forward(images)
         loss = F.cross_entropy(logits.float(), labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step(rates)
+        optimizer.step(rates)
 
     return step

@@ -1,11 +1,11 @@
-"""A training step with each normalisation, and of the four-layer network: img/s, CPU.
+"""A training step with each normalization, and of the four-layer network: img/s, CPU.
 
     python benchmarks/norms.py [--width 1.0] [--batch-size 128] [--rounds 3] [--json]
 
 Forward, backward and update of random images, in the type that `cluster.train` takes there
 (bfloat16 where the CPU has matrix units for it, unless `--dtype` says otherwise). All networks are
 in one process and take turns; rates are the best and the median over the rounds, ratios medians of
-what was found within a round.
+the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ WARM_UP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Time training steps on the CPU, one normalisation after the other."""
+    """Time training steps on the CPU, one normalization after the other."""
 
     width: float = 1.0
     """Factor on all maps and units; the four-layer network stays as it is."""
     classes: int = 1000
-    """Classes to tell apart."""
+    """Number of classes."""
     batch_size: int = 128
     """Images in a step."""
     threads: int = len(os.sched_getaffinity(0))
     """CPU threads."""
     rounds: int = 3
-    """How often each network has its turn, of a step."""
+    """Number of turns, of one step, of each network."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """As the setting of that name."""
     cpu_time: bool = False

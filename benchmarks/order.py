@@ -1,4 +1,4 @@
-"""What the order of the samples costs, what a restart costs, and how well each shuffle mixes.
+"""Cost of the sample order and of a restart, and how well each shuffle mixes.
 
     python benchmarks/order.py DATA [--samples 14000000] [--rounds 3]
 
@@ -70,7 +70,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an order costs."""
+    """Cost of an order."""
 
     epoch: float
     """Seconds for all ids of an epoch."""
@@ -82,7 +82,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Opening:
-    """What it takes to have the first batch."""
+    """Cost of the first batch."""
 
     opened: float
     """Seconds until `Stream(...)` is there."""
@@ -115,7 +115,7 @@ class Mixing:
     spread: float
 
 
-def order_of(shuffle: str, samples: int) -> Order:
+def make_order(shuffle: str, samples: int) -> Order:
     """Return an order over shards of a thousand: `stored`, `full`, or `block WINDOW`."""
     sizes = [SHARD] * (samples // SHARD)
     if shuffle.startswith("block"):
@@ -128,36 +128,36 @@ def random_position(samples: int, number: int) -> int:
     return EPOCH * samples + int(np.random.default_rng(number).integers(samples - 100 * BATCH))
 
 
-def resident(what: str) -> int:
+def read_memory(what: str) -> int:
     """Return `VmRSS` (now) or `VmHWM` (the most ever) of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
-def cost(shuffle: str, samples: int, number: int) -> Cost:
+def measure_order(shuffle: str, samples: int, number: int) -> Cost:
     """Make an epoch's order piece by piece as a stream does; then a few slots from the start."""
     start = time.perf_counter()
-    order_of(shuffle, samples).list_slots(random_position(samples, number), BATCH)
+    make_order(shuffle, samples).list_slots(random_position(samples, number), BATCH)
     slots = time.perf_counter() - start
-    order, place = order_of(shuffle, samples), 0
+    order, place = make_order(shuffle, samples), 0
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-    before = resident("VmRSS")
+    before = read_memory("VmRSS")
     start = time.perf_counter()
     while place < samples:
         place += len(order.list_ids(0, place, samples - place))
-    return Cost(time.perf_counter() - start, slots, resident("VmHWM") - before)
+    return Cost(time.perf_counter() - start, slots, read_memory("VmHWM") - before)
 
 
-def opening(data: Path, position: int, shuffle: Shuffle) -> Opening:
+def measure_opening(data: Path, position: int, shuffle: Shuffle) -> Opening:
     """Open a stream at a position and take one batch."""
     start = time.perf_counter()
     with Stream(data, batch_size=BATCH, seed=1, position=position, shuffle=shuffle) as stream:
         opened = time.perf_counter() - start
         assert next(stream).position == position + BATCH
-        return Opening(opened, time.perf_counter() - start, resident("VmHWM"))
+        return Opening(opened, time.perf_counter() - start, read_memory("VmHWM"))
 
 
-def parts(data: Path, position: int) -> Parts:
+def measure_parts(data: Path, position: int) -> Parts:
     """Do what a stream with a full shuffle does until its first batch, one after the other."""
     times = [time.perf_counter()]
     manifest = Manifest.load(data)
@@ -188,7 +188,7 @@ def median_of(rounds: int, function: Callable[..., Any], *arguments: Any) -> Any
     return type(found[0])(*(statistics.median(column) for column in columns))
 
 
-def made_set(data: Path, folder: Path, samples: int) -> Path:
+def make_dataset(data: Path, folder: Path, samples: int) -> Path:
     """Make a set of `samples` out of the first shards of `data`, in a new folder."""
     folder.mkdir()
     manifest = Manifest.load(data)
@@ -214,7 +214,7 @@ def made_set(data: Path, folder: Path, samples: int) -> Path:
     return folder
 
 
-def mixing(order: Order) -> Mixing:
+def measure_mixing(order: Order) -> Mixing:
     """Measure two epochs of an order."""
     n = order.samples
     places = []
@@ -233,27 +233,29 @@ def mixing(order: Order) -> Mixing:
     return Mixing(float(displacement), float(again / ((BATCH - 1) / (n - 1))), float(spread))
 
 
-def openings(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
+def measure_openings(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
     """Measure restarts in sets of a thousand, of ImageNet's size, and of the large one's."""
     found: dict[str, dict[str, Any]] = {}
     for samples in (20 * SHARD, IMAGENET * SHARD, options.samples):
-        data = made_set(options.data, folder / str(samples), samples)
+        data = make_dataset(options.data, folder / str(samples), samples)
 
         def middle(number: int, samples: int = samples) -> int:
             return random_position(samples, number)
 
         found[f"{samples:,}"] = {
-            "full": median_of(options.rounds, opening, data, middle, "full"),
-            "full, at 0": median_of(options.rounds, opening, data, 0, "full"),
-            "full, border": median_of(options.rounds, opening, data, samples - BATCH // 2, "full"),
-            "block 16": median_of(options.rounds, opening, data, middle, "block"),
-            "parts": median_of(options.rounds, parts, data, middle),
+            "full": median_of(options.rounds, measure_opening, data, middle, "full"),
+            "full, at 0": median_of(options.rounds, measure_opening, data, 0, "full"),
+            "full, border": median_of(
+                options.rounds, measure_opening, data, samples - BATCH // 2, "full"
+            ),
+            "block 16": median_of(options.rounds, measure_opening, data, middle, "block"),
+            "parts": median_of(options.rounds, measure_parts, data, middle),
         }
         shutil.rmtree(data)
     return found
 
 
-def show(
+def print_tables(
     orders: dict[str, Cost], found: dict[str, dict[str, Any]], mixed: dict[str, Mixing]
 ) -> None:
     """Print the tables."""
@@ -283,18 +285,20 @@ def main() -> None:
         raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
     Manifest.load(options.data)
     orders = {
-        shuffle: median_of(options.rounds, cost, shuffle, options.samples, lambda number: number)
+        shuffle: median_of(
+            options.rounds, measure_order, shuffle, options.samples, lambda number: number
+        )
         for shuffle in ("full", "block 16")
     }
     with tempfile.TemporaryDirectory(prefix="duet-order-", dir=options.folder) as folder:
-        found = openings(options, Path(folder))
+        found = measure_openings(options, Path(folder))
     shuffles = ("stored", "block 4", "block 16", "block 64", "full")
-    mixed = {shuffle: mixing(order_of(shuffle, IMAGENET * SHARD)) for shuffle in shuffles}
+    mixed = {shuffle: measure_mixing(make_order(shuffle, IMAGENET * SHARD)) for shuffle in shuffles}
     if options.json:
         tables = {"order": orders, "openings": found, "mixing": mixed}
         print(json.dumps(tables, default=asdict))
     else:
-        show(orders, found, mixed)
+        print_tables(orders, found, mixed)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/pair.py [--widths 1 0.25] [--dtypes bfloat16 float32] [--json]
 
-The pair has half of the threads in each process. All processes of a case are started once and rest
+The pair has half of the threads in each process. All processes of a case are started once and wait
 while another form has its turn; a round is one turn of each, and ratios are taken within rounds.
-`waited` is what a column stood still in a step, for the other column or for gloo.
+`waited` is the time in a step that a column waited for the other column or for gloo.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Setup:
     batch_size: int = 128
     """Images in a step."""
     classes: int = 1000
-    """Classes to tell apart."""
+    """Number of classes."""
     threads: int = len(os.sched_getaffinity(0))
     """CPU threads of the one process, at least 2; the columns of a pair have half of them each."""
     rounds: int = 5
-    """How often each form has its turn."""
+    """Number of turns of each form."""
     steps: int = 3
     """Steps in a turn; the median counts."""
     json: bool = False
@@ -64,7 +64,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step took: seconds."""
+    """Seconds of a step."""
 
     whole: float
     forward: float
@@ -78,7 +78,7 @@ class Step:
 def work(
     setup: Setup, form: str, column: int, case: tuple[float, str], init: str, ask: Any
 ) -> None:
-    """Be a process: take so many steps when asked to, and tell what each took."""
+    """Main function of a process: take the steps that it is sent, and send back their seconds."""
     keep_memory()
     columns = FORMS[form][column]
     torch.set_num_threads(max(1, setup.threads * len(columns) // 2))
@@ -99,7 +99,7 @@ def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
     generator = torch.Generator().manual_seed(1)
     images = 60 * torch.randn(setup.batch_size, 3, 224, 224, generator=generator)
     labels = torch.randint(0, setup.classes, (setup.batch_size,), generator=generator)
-    optimiser = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
     traffic = {} if net.exchange is None else net.exchange.traffic
     step = 0
     while True:
@@ -110,10 +110,10 @@ def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
         with autocast(dtype, CPU):
             loss = F.cross_entropy(net(images).float(), labels)
         marks.append(time.perf_counter())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         marks.append(time.perf_counter())
-        optimiser.step()
+        optimizer.step()
         marks.append(time.perf_counter())
         parts = [later - sooner for sooner, later in itertools.pairwise(marks)]
         waited = sum(place.waited for place in traffic.values())
@@ -122,7 +122,7 @@ def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
 
 
 @contextmanager
-def started(setup: Setup, form: str, case: tuple[float, str]) -> Iterator[list[Connection]]:
+def start_processes(setup: Setup, form: str, case: tuple[float, str]) -> Iterator[list[Connection]]:
     """The processes of a form, waiting for their turn."""
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def started(setup: Setup, form: str, case: tuple[float, str]) -> Iterator[list[C
             process.join()
 
 
-def turn(lines: list[Connection], steps: int) -> Step:
+def take_turn(lines: list[Connection], steps: int) -> Step:
     """Let a form take some steps; the one of median length, of the slower process each time."""
     for line in lines:
         line.send(steps)
@@ -154,16 +154,18 @@ def measure(setup: Setup, case: tuple[float, str]) -> list[dict[str, Any]]:
     forms = [form for form in FORMS if case[1] == "float32" or "wire" not in form]
     taken: dict[str, list[Step]] = {form: [] for form in forms}
     with ExitStack() as stack:
-        lines = {form: stack.enter_context(started(setup, form, case)) for form in forms}
+        lines = {form: stack.enter_context(start_processes(setup, form, case)) for form in forms}
         for form in forms:
-            turn(lines[form], 1)
+            take_turn(lines[form], 1)
         for _ in range(setup.rounds):
             for form in forms:
-                taken[form].append(turn(lines[form], setup.steps))
-    return [row(setup, case, form, steps, taken["one process"]) for form, steps in taken.items()]
+                taken[form].append(take_turn(lines[form], setup.steps))
+    return [
+        make_row(setup, case, form, steps, taken["one process"]) for form, steps in taken.items()
+    ]
 
 
-def row(
+def make_row(
     setup: Setup, case: tuple[float, str], form: str, steps: list[Step], one: list[Step]
 ) -> dict[str, Any]:
     """The medians over the rounds."""
@@ -182,26 +184,26 @@ def row(
     }
 
 
-def table(rows: list[dict[str, Any]]) -> rich.table.Table:
-    """For people."""
+def make_table(rows: list[dict[str, Any]]) -> rich.table.Table:
+    """The rows as a table."""
     heads = ("width", "dtype", "form", "img/s", "ratio", "(from to)", "step ms", "forward")
-    shown = rich.table.Table(*heads, "backward", "update", "waited", "sent MB")
+    out = rich.table.Table(*heads, "backward", "update", "waited", "sent MB")
     for found in rows:
         low, high = min(found["ratios"]), max(found["ratios"])
         parts = [found[key] * 1e3 for key in ("whole", "forward", "backward", "update", "waited")]
-        shown.add_row(
+        out.add_row(
             f"{found['width']:g}", found["dtype"], found["form"],
             f"{found['images_per_second']:.1f}", f"{found['ratio']:.2f}", f"{low:.2f} {high:.2f}",
             *(f"{part:.1f}" for part in parts), f"{found['sent'] / 1e6:.1f}",
         )  # fmt: skip
-    return shown
+    return out
 
 
 def main() -> None:
     """Measure, and print a table."""
     setup = tyro.cli(Setup)
     rows = [row for w in setup.widths for d in setup.dtypes for row in measure(setup, (w, d))]
-    rich.console.Console(stderr=setup.json, width=130).print(table(rows))
+    rich.console.Console(stderr=setup.json, width=130).print(make_table(rows))
     if setup.json:
         sys.stdout.write(json.dumps({"setup": asdict(setup), "rows": rows}) + "\n")
 

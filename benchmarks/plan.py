@@ -29,26 +29,26 @@ def most_memory() -> float:
 
 def main() -> None:
     """Plan, and print seconds and memory of each step."""
-    pictures = int(float(sys.argv[1])) if len(sys.argv) > 1 else 14_000_000
+    images = int(float(sys.argv[1])) if len(sys.argv) > 1 else 14_000_000
     begun = time.perf_counter()
 
-    def tell(what: str) -> None:
+    def print_step(what: str) -> None:
         print(f"{what:22}{time.perf_counter() - begun:6.1f} s {most_memory():8,.0f} MB")
 
-    def listed(source: str, scratch: Path, **_: Any) -> Listing:
+    def write_listing(source: str, scratch: Path, **_: Any) -> Listing:
         writer = ListingWriter(scratch, source)
-        for folder in range(pictures // FOLDER):
+        for folder in range(images // FOLDER):
             name = f"n{folder // 14:08d}"
             container = writer.container("folder", f"{source}/{name}/{folder}")
             writer.add(container, name, [f"{name}_{place}.JPEG" for place in range(FOLDER)])
-        tell(f"{pictures:,} listed")
+        print_step(f"{images:,} listed")
         return writer.finish()
 
-    plan.scan = listed
+    plan.scan = write_listing
     with tempfile.TemporaryDirectory() as scratch:
         options = Build(out="/nowhere/out", train="/nowhere/pictures", holdout=0.01)
         made = plan.make_plan(options, Path(scratch))
-        tell(f"{sum(1 for _ in made.parts()):,} chunks planned")
+        print_step(f"{sum(1 for _ in made.parts()):,} chunks planned")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Options:
     data: Annotated[str, tyro.conf.Positional]
     """A JPEG data set in a folder."""
     seconds: float = 2.0
-    """Of a measurement."""
+    """Seconds of a measurement."""
     latency: float = 0.05
     """Seconds before the server answers."""
     bandwidth: float = 20e6
@@ -72,7 +72,7 @@ class Outcome:
         return self.predicted / self.measured - 1
 
 
-def measured_gain(before: Setting, after: Setting, seconds: float) -> float:
+def measure_gain(before: Setting, after: Setting, seconds: float) -> float:
     """Rates of two streams measured in turn: the median of their ratios."""
     ratios = []
     with running(before) as first, running(after) as second:
@@ -87,7 +87,7 @@ def measured_gain(before: Setting, after: Setting, seconds: float) -> float:
     return statistics.median(ratios)
 
 
-def costs_of(setting: Setting, seconds: float, counts: list[int]) -> Costs:
+def measure_costs(setting: Setting, seconds: float, counts: list[int]) -> Costs:
     """Stages alone."""
     with opened(setting) as parts:
         alone = stages.alone(parts, seconds / 2, 40)
@@ -97,9 +97,9 @@ def costs_of(setting: Setting, seconds: float, counts: list[int]) -> Costs:
 def threads(setting: Setting, seconds: float) -> Outcome:
     """One decoding thread, then one a core."""
     most = cores()
-    costs = costs_of(setting, seconds, [1, most])
+    costs = measure_costs(setting, seconds, [1, most])
     gain = predicted(costs.but(threads=most)) / predicted(costs.but(threads=1))
-    real = measured_gain(setting.but(threads=1), setting.but(threads=most), seconds)
+    real = measure_gain(setting.but(threads=1), setting.but(threads=most), seconds)
     return Outcome(f"threads 1 -> {most}", gain, real)
 
 
@@ -123,11 +123,11 @@ def raw(setting: Setting, seconds: float) -> Outcome:
         )  # fmt: skip
         with opened(setting.but(data=str(packed))) as parts:
             reading(parts, 1.0, everything // setting.batch_size)
-        real = measured_gain(setting, setting.but(data=str(packed)), 2 * seconds)
+        real = measure_gain(setting, setting.but(data=str(packed)), 2 * seconds)
     return Outcome("jpeg -> raw", trial.median / now, real)
 
 
-class Slow(ThreadingHTTPServer):
+class SlowServer(ThreadingHTTPServer):
     """Serves a folder on loopback; all connections share a bandwidth."""
 
     daemon_threads = True
@@ -155,7 +155,7 @@ class Slow(ThreadingHTTPServer):
 
 class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Slow
+    server: SlowServer
 
     def log_message(self, *_: object) -> None:
         pass
@@ -171,9 +171,9 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def slow_server(folder: Path, latency: float, bandwidth: float) -> Iterator[Slow]:
+def start_slow_server(folder: Path, latency: float, bandwidth: float) -> Iterator[SlowServer]:
     """A server, ended after the block."""
-    server = Slow(folder, latency, bandwidth)
+    server = SlowServer(folder, latency, bandwidth)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -186,7 +186,7 @@ def slow_server(folder: Path, latency: float, bandwidth: float) -> Iterator[Slow
 def store(setting: Setting, options: Options) -> Outcome:
     """The first epoch from a store, then epochs from the cache."""
     with (
-        slow_server(Path(setting.data), options.latency, options.bandwidth) as server,
+        start_slow_server(Path(setting.data), options.latency, options.bandwidth) as server,
         tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch,
     ):
         remote = setting.but(
@@ -195,7 +195,9 @@ def store(setting: Setting, options: Options) -> Outcome:
         fetched = fetching(remote, 2 * options.seconds)
         if fetched is None:
             raise SystemExit("too few shards: pack DATA with --samples-per-shard 250")
-        costs = costs_of(setting.but(shuffle="block", window=4), options.seconds, [setting.threads])
+        costs = measure_costs(
+            setting.but(shuffle="block", window=4), options.seconds, [setting.threads]
+        )
         with opened(setting) as parts:
             rate, each = fetched.together / parts.bytes_each, parts.bytes_each
             samples = len(parts.storage)
@@ -203,7 +205,7 @@ def store(setting: Setting, options: Options) -> Outcome:
         gain = predicted(costs) / predicted(slow)
         # The first epoch, from where the first window has arrived to the last shard; then others.
         with remote.stream() as stream:
-            first = begin_of(stream, setting.batch_size, samples // 4)
+            first = take_samples(stream, setting.batch_size, samples // 4)
             start = time.perf_counter()
             batches = int(samples * 0.45) // setting.batch_size
             for _ in range(batches):
@@ -222,7 +224,7 @@ def store(setting: Setting, options: Options) -> Outcome:
     )  # fmt: skip
 
 
-def begin_of(stream: Any, size: int, samples: int) -> int:
+def take_samples(stream: Any, size: int, samples: int) -> int:
     """Take the first samples; return how many that were."""
     taken = 0
     while taken < samples:

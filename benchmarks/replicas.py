@@ -1,4 +1,4 @@
-"""What it costs to average gradients over two replicas: ours, torch's DDP, and not at all.
+"""Cost of averaging gradients over two replicas: ours, torch's DDP, and no averaging.
 
     python benchmarks/replicas.py [--width 1] [--dtype bfloat16] [--json]
 
@@ -53,7 +53,7 @@ class Setup:
     threads: int = len(os.sched_getaffinity(0))
     """CPU threads of both."""
     rounds: int = 7
-    """How often each way has its turn."""
+    """Number of turns of each way."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -65,14 +65,14 @@ class Way:
     call: Callable[[Tensor], Tensor]
     net: AlexNet
     finish: Callable[[], object]
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
 
 
-def nothing() -> None:
+def skip_average() -> None:
     """No averaging."""
 
 
-def afterwards(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
+def average_afterwards(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
     """The same messages, but none before the backward pass has ended."""
     average = GradientAverage(net, place)
     average.close()
@@ -85,34 +85,34 @@ def afterwards(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
     return finish
 
 
-def overlapped(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
+def average_overlapped(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
     """As the training does it."""
     return GradientAverage(net, place).finish
 
 
-def ways(setup: Setup, place: ProcessMesh) -> dict[str, Way]:
+def make_ways(setup: Setup, place: ProcessMesh) -> dict[str, Way]:
     """All ways, each with a network of its own."""
 
-    def made(
+    def make_way(
         finish_of: Callable[[AlexNet, ProcessMesh], Callable[[], object]], ddp: bool = False
     ) -> Way:
         net = AlexNet(width=setup.width)
-        optimiser = torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=True
         )
         call: Any = DistributedDataParallel(net, gradient_as_bucket_view=True) if ddp else net
-        return Way(call, net, finish_of(net, place), optimiser)
+        return Way(call, net, finish_of(net, place), optimizer)
 
     return {
-        "not averaged": made(lambda net, place: nothing),
-        "after the backward pass": made(afterwards),
-        "during the backward pass": made(overlapped),
-        "DistributedDataParallel": made(lambda net, place: nothing, ddp=True),
+        "not averaged": make_way(lambda net, place: skip_average),
+        "after the backward pass": make_way(average_afterwards),
+        "during the backward pass": make_way(average_overlapped),
+        "DistributedDataParallel": make_way(lambda net, place: skip_average, ddp=True),
     }
 
 
 def work(rank: int, setup: Setup, folder: str) -> None:
-    """Be a replica; the first writes down the seconds of every step."""
+    """Main function of a replica; the first writes the seconds of every step into a file."""
     warnings.filterwarnings("ignore", message=".*buffers.*")
     keep_memory()
     torch.set_num_threads(max(1, setup.threads // 2))
@@ -123,7 +123,7 @@ def work(rank: int, setup: Setup, folder: str) -> None:
     images = 60 * torch.randn(setup.batch_size // 2, 3, 224, 224, generator=generator)
     labels = torch.randint(0, 1000, (setup.batch_size // 2,), generator=generator)
     step = partial(seconds_of_step, images, labels, getattr(torch, setup.dtype))
-    there = ways(setup, place)
+    there = make_ways(setup, place)
     found: dict[str, list[float]] = {name: [] for name in there}
     for turn in range(1 + setup.rounds):
         for name, way in there.items():
@@ -146,10 +146,10 @@ def seconds_of_step(
     way.net.set_position(1000 * turn + rank)
     with autocast(dtype, CPU):
         loss = F.cross_entropy(way.call(images).float(), labels)
-    way.optimiser.zero_grad()
+    way.optimizer.zero_grad()
     loss.backward()
     way.finish()
-    way.optimiser.step()
+    way.optimizer.step()
     return time.perf_counter() - start
 
 

@@ -1,10 +1,11 @@
-"""What a checkpoint costs the training it is made in: the full network, 488 MB of state.
+"""Cost of a checkpoint to a training: the full network, 488 MB of state.
 
     python benchmarks/saving.py [--rounds 5] [--batch-size 128] [--folder DISK] [--json]
 
-One process holds both columns, so it writes all of it alone: the worst case. After some quiet steps
-a checkpoint is begun, steps are made until it is on the disk, then it is finished; in turns with
-one that training waits for, as it would be without a thread. All numbers are medians of the rounds:
+One process holds both columns, so it writes the whole state alone: the worst case. After some
+quiet steps a checkpoint is begun, steps are made until it is on the disk, then it is finished; in
+turns with one that training waits for, as it would without a thread. All numbers are medians of the
+rounds:
 
     begin, finish   seconds for which training stands still, copying and sealing
     writing         seconds until the thread has written, hashed and synced both columns
@@ -94,7 +95,7 @@ class Training:
         self._device = device
         self._dtype = compute_dtype("auto", device)
         self.net = AlexNet(width=options.width).to(device)
-        self.optimiser = Sgd2012(self.net.named_parameters())
+        self.optimizer = Sgd2012(self.net.named_parameters())
         self._images = 60 * torch.randn(options.batch_size, 3, 224, 224, device=device)
         self._labels = torch.randint(0, 1000, (options.batch_size,), device=device)
         self._step = 0
@@ -103,15 +104,15 @@ class Training:
         """Make a step; returns its seconds."""
         start, self._step = time.perf_counter(), self._step + 1
         self.net.set_position(self._step * len(self._labels))
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         with autocast(self._dtype, self._device):
             logits = self.net(self._images)
         F.cross_entropy(logits.float(), self._labels).backward()
-        self.optimiser.step(Rates(1e-3, 2e-3))
-        self.settle()
+        self.optimizer.step(Rates(1e-3, 2e-3))
+        self.synchronize()
         return time.perf_counter() - start
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
@@ -119,7 +120,7 @@ class Training:
     @property
     def bytes(self) -> int:
         """Of all weights and velocities."""
-        state = collect_state(self.net, self.optimiser)
+        state = collect_state(self.net, self.optimizer)
         return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
     @property
@@ -128,26 +129,28 @@ class Training:
         return Mark(step=self._step, position=self._step)
 
 
-def one_round(training: Training, checkpoints: CheckpointManager) -> Round:
+def run_round(training: Training, checkpoints: CheckpointManager) -> Round:
     """Make a checkpoint beside the training, then one that it waits for."""
     quiet = statistics.median(training.step() for _ in range(QUIET))
-    begin = timed(lambda: checkpoints.begin(training.mark, training.net, training.optimiser))
+    begin = measure_seconds(
+        lambda: checkpoints.begin(training.mark, training.net, training.optimizer)
+    )
     beside: list[float] = []
     while checkpoints.is_busy or not beside:
         beside.append(training.step())
     writing = checkpoints.write_seconds
-    finish = timed(checkpoints.finish)
+    finish = measure_seconds(checkpoints.finish)
     beside.append(training.step())  # old ones are removed beside it
     slower = sum(beside) - len(beside) * quiet
 
     def at_once() -> None:
-        checkpoints.begin(training.mark, training.net, training.optimiser)
+        checkpoints.begin(training.mark, training.net, training.optimizer)
         checkpoints.finish(must=True)
 
-    return Round(quiet, begin, finish, writing, slower, timed(at_once))
+    return Round(quiet, begin, finish, writing, slower, measure_seconds(at_once))
 
 
-def timed(action: Callable[[], None]) -> float:
+def measure_seconds(action: Callable[[], None]) -> float:
     """Return how many seconds something takes."""
     start = time.perf_counter()
     action()
@@ -168,14 +171,14 @@ def measure(options: Options, device: torch.device, folder: Path) -> tuple[Round
         folder, ProcessMesh(device=device), about, tell, keep=Config.keep
     )
     with closing(checkpoints):
-        one_round(training, checkpoints)  # memory grows, kernels are chosen
-        rounds = [one_round(training, checkpoints) for _ in range(options.rounds)]
+        run_round(training, checkpoints)  # memory grows, kernels are chosen
+        rounds = [run_round(training, checkpoints) for _ in range(options.rounds)]
     names = [field.name for field in fields(Round)]
     medians = {name: statistics.median(getattr(one, name) for one in rounds) for name in names}
     return Round(**medians), training.bytes
 
 
-def show(found: Round, size: int, shares: dict[str, dict[str, float]]) -> None:
+def print_table(found: Round, size: int, shares: dict[str, dict[str, float]]) -> None:
     """Print the table."""
     print(f"{size / 1e6:,.0f} MB, {found.step:.3f} s a step\n")
     for name, seconds in asdict(found).items():
@@ -214,7 +217,7 @@ def main() -> None:
         table = {"device": device.type, "bytes": size, "seconds": asdict(found), "shares": shares}
         print(json.dumps(table))
     else:
-        show(found, size, shares)
+        print_table(found, size, shares)
 
 
 if __name__ == "__main__":

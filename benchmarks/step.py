@@ -3,16 +3,16 @@
     python benchmarks/step.py [--rounds 3] [--profile] [--json]
 
 Forward, backward and update of a batch of random images, in float32 and in bfloat16 (autocast).
-Every network lives in a process of its own, with all threads, and they take turns; rates are
-medians over the rounds, ratios medians of what was found within a round.
+Every network runs in a process of its own, with all threads, and they take turns; rates are
+medians over the rounds, ratios are medians of the ratios within rounds.
 
     duet              this project's, with the settings of `cluster.train`
-    duet without LRN  the same without the normalisation: what is missing is what it costs
+    duet without LRN  the same without the normalization: the difference is its cost
     plain             the paper's network out of torch.nn, as anybody would write it
-    plain, memory     the same, but malloc keeps what is freed, as Duet has it: where pages are
-                      dear (virtual machines) that alone is worth a factor of two
-    torchvision       its AlexNet, the same in memory: ANOTHER network, of one column and without
-                      normalisation
+    plain, memory     the same, but malloc keeps freed memory, as in Duet: where page faults are
+                      slow (virtual machines) that alone is worth a factor of two
+    torchvision       its AlexNet, which also keeps memory: ANOTHER network, of one column and
+                      without normalization
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from pipeline.tools.errors import DuetError, run
 
 DTYPES = ("float32", "bfloat16")
 KEPT = ("duet", "duet without LRN", "plain, memory", "torchvision")
-"""Whose malloc keeps what is freed."""
+"""Lanes in which malloc keeps freed memory."""
 LANES = ("duet", "duet without LRN", "plain", "plain, memory", "torchvision")
 WARM_UP = 2
 """Steps before the first turn: memory grows, kernels are chosen."""
 MEMORY = "all networks together take 13 GB at full size and batch 128"
-NORMS = ("_NativePool", "_NativeNorm", "Norm")
+NORMS = ("_CpuNormPool", "_CpuNorm", "ReferenceNorm")
 """Autograd functions of `model.norm`, as the profiler names them."""
 Rates = dict[str, dict[str, list[float]]]
 """Lane -> type -> img/s of every round."""
@@ -62,23 +62,23 @@ class Setup:
     width: float = 1.0
     """Factor on all maps and units; 1 is the network of the paper. Not for torchvision's."""
     classes: int = 1000
-    """Classes to tell apart."""
+    """Number of classes."""
     batch_size: int = 128
     """Images in a step."""
     threads: int = len(os.sched_getaffinity(0))
     """CPU threads of each network."""
     rounds: int = 3
-    """How often each network has its turn."""
+    """Number of turns of each network."""
     steps: int = 2
     """Steps in a turn."""
     profile: bool = False
-    """Also list where the time of our step goes, by operation."""
+    """Also list the operations of our step by their share of its time."""
     json: bool = False
     """Print one JSON object on stdout, the table on stderr."""
 
 
-def step_of(lane: str, setup: Setup) -> Step:
-    """Return the step of a lane."""
+def make_step(lane: str, setup: Setup) -> Step:
+    """The training step of a lane."""
     if lane.startswith("duet"):
         design = Design(width=setup.width, norm="none" if "without" in lane else "lrn")
         return duet_step(AlexNet(classes=setup.classes, design=design))
@@ -88,13 +88,13 @@ def step_of(lane: str, setup: Setup) -> Step:
 
 
 def serve(wire: Connection, lane: str, setup: Setup) -> None:
-    """Be a lane: answer what is asked until nothing is."""
+    """Main function of a lane's process: answer requests until None arrives."""
     if lane in KEPT:
         keep_memory()
     torch.set_num_threads(setup.threads)
     torch.manual_seed(0)
     try:
-        step = step_of(lane, setup)
+        step = make_step(lane, setup)
     except ImportError as error:
         wire.send(str(error))
         return
@@ -104,16 +104,18 @@ def serve(wire: Connection, lane: str, setup: Setup) -> None:
         for number in range(WARM_UP):
             step(number, images, labels, getattr(torch, dtype))
     wire.send(None)
-    with contextlib.suppress(EOFError):  # whoever asked is gone
-        answer(wire, step, images, labels, setup)
+    with contextlib.suppress(EOFError):  # the parent has ended
+        answer_requests(wire, step, images, labels, setup)
 
 
-def answer(wire: Connection, step: Step, images: Tensor, labels: Tensor, setup: Setup) -> None:
-    """Answer a type with the img/s of a turn or a profile."""
-    while asked := wire.recv():
-        dtype = getattr(torch, asked["dtype"])
-        if asked["profile"]:
-            wire.send(profiled(lambda: step(0, images, labels, dtype)))  # noqa: B023
+def answer_requests(
+    wire: Connection, step: Step, images: Tensor, labels: Tensor, setup: Setup
+) -> None:
+    """Answer each request with the img/s of a turn, or a profile."""
+    while request := wire.recv():
+        dtype = getattr(torch, request["dtype"])
+        if request["profile"]:
+            wire.send(profile_step(lambda: step(0, images, labels, dtype)))  # noqa: B023
             continue
         start = time.perf_counter()
         for number in range(setup.steps):
@@ -121,8 +123,8 @@ def answer(wire: Connection, step: Step, images: Tensor, labels: Tensor, setup: 
         wire.send(setup.steps * setup.batch_size / (time.perf_counter() - start))
 
 
-def profiled(step: Any, steps: int = 3) -> dict[str, float]:
-    """Return operation -> share of a step's time, without what it calls in turn."""
+def profile_step(step: Any, steps: int = 3) -> dict[str, float]:
+    """Profile a step: operation -> share of its time, without the operations that it calls."""
     step()
     with profile(activities=[ProfilerActivity.CPU]):
         step()  # the profiler's own memory has to grow, too
@@ -135,31 +137,31 @@ def profiled(step: Any, steps: int = 3) -> dict[str, float]:
     return {name: spent / total for name, spent in ordered}
 
 
-class Peer:
-    """A lane in its process."""
+class LaneProcess:
+    """A lane in a process of its own."""
 
     def __init__(self, lane: str, setup: Setup) -> None:
-        """Start it, and wait until it is warm."""
+        """Start the process, and wait for its warm-up."""
         context = multiprocessing.get_context("spawn")
         self.lane = lane
         self._wire, end = context.Pipe()
         self._process = context.Process(target=serve, args=(end, lane, setup), daemon=True)
         self._process.start()
         end.close()
-        self.missing: str | None = self._received()
-        """Why there is no such lane, if there is none."""
+        self.missing: str | None = self._receive()
+        """Why the lane cannot run; None if it can."""
 
     def ask(self, dtype: str, profile: bool = False) -> Any:
         """Return the img/s of a turn, or a profile."""
         self._wire.send({"dtype": dtype, "profile": profile})
-        return self._received()
+        return self._receive()
 
     def end(self) -> None:
-        """Let it go."""
+        """End the process."""
         self._wire.send(None)
         self._process.join()
 
-    def _received(self) -> Any:
+    def _receive(self) -> Any:
         try:
             return self._wire.recv()
         except EOFError:
@@ -169,11 +171,11 @@ class Peer:
             raise DuetError(f"the process of {self.lane!r} ended ({why}); {MEMORY}") from None
 
 
-def measured(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[str, float]]]:
-    """Return the rates, why lanes are missing, and the profile of our step in each type."""
-    started = [Peer(lane, setup) for lane in LANES]
-    missing = {peer.lane: peer.missing for peer in started if peer.missing}
-    peers = {peer.lane: peer for peer in started if not peer.missing}
+def measure_lanes(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[str, float]]]:
+    """Rates, reasons why lanes are missing, and the profile of our step in each type."""
+    processes = [LaneProcess(lane, setup) for lane in LANES]
+    missing = {peer.lane: peer.missing for peer in processes if peer.missing}
+    peers = {peer.lane: peer for peer in processes if not peer.missing}
     rates: Rates = {lane: {dtype: [] for dtype in DTYPES} for lane in peers}
     for number in range(setup.rounds):
         for lane in list(peers)[:: -1 if number % 2 else 1]:
@@ -185,20 +187,20 @@ def measured(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[str, f
     return rates, missing, profiles
 
 
-def best(found: dict[str, list[float]]) -> str:
-    """Return the type that is fastest in the median."""
+def find_best_dtype(found: dict[str, list[float]]) -> str:
+    """The dtype with the highest median rate."""
     return max(found, key=lambda dtype: statistics.median(found[dtype]))
 
 
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    """Return the median over the rounds."""
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over the rounds of the ratio of two rates."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def summary(rates: Rates, profiles: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return the figures that the table and the goals are made of."""
+def summarize(rates: Rates, profiles: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The figures of the table and of the goals."""
     ours, bare = rates["duet"], rates["duet without LRN"]
-    fastest = best(ours)
+    fastest = find_best_dtype(ours)
     passes = {
         dtype: sum(
             share for name, share in shares.items() if name.removesuffix("Backward") in NORMS
@@ -206,20 +208,21 @@ def summary(rates: Rates, profiles: dict[str, dict[str, float]]) -> dict[str, An
         for dtype, shares in profiles.items()
     }
     return {
-        "best": {lane: best(found) for lane, found in rates.items()},
+        "best": {lane: find_best_dtype(found) for lane, found in rates.items()},
         "ratio_in_best": {
-            lane: ratio(ours[fastest], found[best(found)]) for lane, found in rates.items()
-        },
-        "ratio": {
-            lane: {dtype: ratio(ours[dtype], found[dtype]) for dtype in DTYPES}
+            lane: median_ratio(ours[fastest], found[find_best_dtype(found)])
             for lane, found in rates.items()
         },
-        "lrn_share": {dtype: 1 - 1 / ratio(bare[dtype], ours[dtype]) for dtype in DTYPES},
+        "ratio": {
+            lane: {dtype: median_ratio(ours[dtype], found[dtype]) for dtype in DTYPES}
+            for lane, found in rates.items()
+        },
+        "lrn_share": {dtype: 1 - 1 / median_ratio(bare[dtype], ours[dtype]) for dtype in DTYPES},
         "passes_share": passes,
     }
 
 
-def show(
+def print_tables(
     setup: Setup,
     rates: Rates,
     missing: dict[str, str],
@@ -243,7 +246,7 @@ def show(
     console.print(table)
     for lane, reason in missing.items():
         console.print(f"{lane}: {reason[:160]}", highlight=False)
-    console.print(f"normalisation by {describe_backend()}", highlight=False)
+    console.print(f"normalization by {describe_backend()}", highlight=False)
     for dtype in DTYPES:
         console.print(
             f"LRN in our step, {dtype}: {found['lrn_share'][dtype]:.1%} of its time (against the "
@@ -259,11 +262,11 @@ def show(
 
 
 def main() -> None:
-    """Measure in turn and print."""
+    """Run the benchmark."""
     setup = tyro.cli(Setup, description=__doc__)
-    rates, missing, profiles = measured(setup)
-    found = summary(rates, profiles)
-    show(setup, rates, missing, found, profiles)
+    rates, missing, profiles = measure_lanes(setup)
+    found = summarize(rates, profiles)
+    print_tables(setup, rates, missing, found, profiles)
     if setup.json:
         whole = {
             "setup": asdict(setup),

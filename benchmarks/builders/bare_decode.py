@@ -1,11 +1,11 @@
-"""What no packing can beat: libjpeg-turbo's decoding of the originals, on all processes."""
+"""Upper limit of any packing: libjpeg-turbo's decoding of the originals, on all processes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import simplejpeg
-from shares import Share, in_processes
+from shares import Share, run_processes
 
 
 def work(share: Share, folder: Path) -> None:
@@ -15,4 +15,4 @@ def work(share: Share, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    in_processes(work)
+    run_processes(work)

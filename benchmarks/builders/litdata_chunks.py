@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from litdata import optimize
-from pillow_shards import packed
-from shares import arguments
+from pillow_shards import encode_image
+from shares import parse_arguments
 
 
 def sample(row: tuple[str, int]) -> dict[str, Any]:
     """Return what litdata stores of an image."""
     path, label = row
-    return {"image": packed(path), "class": label}
+    return {"image": encode_image(path), "class": label}
 
 
 def main() -> None:
     """Hand the list to litdata."""
-    pictures, out, workers = arguments()
-    optimize(sample, pictures, str(out), num_workers=workers, chunk_bytes="64MB")
+    images, out, workers = parse_arguments()
+    optimize(sample, images, str(out), num_workers=workers, chunk_bytes="64MB")
 
 
 if __name__ == "__main__":

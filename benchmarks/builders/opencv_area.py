@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 import simplejpeg
 import webdataset
-from shares import Share, in_processes
+from shares import Share, run_processes
 
 
-def packed(path: str) -> bytes:
+def encode_image(path: str) -> bytes:
     """Return the image at 256x256 as a JPEG."""
     pixels = simplejpeg.decode_jpeg(Path(path).read_bytes())
     side = min(pixels.shape[:2])
@@ -31,8 +31,8 @@ def work(share: Share, folder: Path) -> None:
     cv2.setNumThreads(1)
     with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=1000, verbose=0) as writer:
         for number, (path, label) in enumerate(share):
-            writer.write({"__key__": f"{number:08d}", "jpg": packed(path), "cls": label})
+            writer.write({"__key__": f"{number:08d}", "jpg": encode_image(path), "cls": label})
 
 
 if __name__ == "__main__":
-    in_processes(work)
+    run_processes(work)

@@ -1,4 +1,4 @@
-"""What stored images lose against an exact antialiased bicubic resampling of the originals."""
+"""Quality of stored images against an exact antialiased bicubic resampling of the originals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 CHROMAS: tuple[Chroma, ...] = ("4:2:0", "4:4:4")
 
 
-def exact(pixels: Pixels) -> Floats:
+def resample_exactly(pixels: Pixels) -> Floats:
     """Return float64 [256, 256, 3] of uint8 [side, side, 3]: Keys' kernel, a = -0.5, widened."""
     side = len(pixels)
     scale = max(side / 256, 1)
@@ -39,25 +39,25 @@ def exact(pixels: Pixels) -> Floats:
     return np.tensordot(kernel, across, (1, 0)).clip(0, 255)
 
 
-def by_pillow(pixels: Pixels) -> Pixels:
+def resample_by_pillow(pixels: Pixels) -> Pixels:
     """Return Pillow's antialiased bicubic resampling to 256x256."""
     image = Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
-def saved_by_pillow(pixels: Pixels, quality: int, chroma: Chroma) -> bytes:
+def encode_by_pillow(pixels: Pixels, quality: int, chroma: Chroma) -> bytes:
     """Return Pillow's JPEG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=chroma)
     return file.getvalue()
 
 
-def psnr(a: Pixels, b: Floats) -> float:
+def compute_psnr(a: Pixels, b: Floats) -> float:
     """Return decibels."""
     return float(10 * np.log10(255**2 / max(float(np.mean((a - b) ** 2)), 1e-9)))
 
 
-def qualities(files: Sequence[Path]) -> list[dict[str, Any]]:
+def measure_quality(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Measure each way to resample and to store over plain JPEGs among the files."""
     squares = []
     for file in files:
@@ -68,21 +68,21 @@ def qualities(files: Sequence[Path]) -> list[dict[str, Any]]:
             side = min(pixels.shape[:2])
             top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
             squares.append(np.ascontiguousarray(pixels[top : top + side, left : left + side]))
-    references = [exact(square) for square in squares]
+    references = [resample_exactly(square) for square in squares]
     rows = []
     for name, resample, store in (
         ("ours", shrink, encode),
-        ("Pillow", by_pillow, saved_by_pillow),
+        ("Pillow", resample_by_pillow, encode_by_pillow),
     ):
         small = [resample(square) for square in squares]
-        unstored = [psnr(a, b) for a, b in zip(small, references, strict=True)]
+        unstored = [compute_psnr(a, b) for a, b in zip(small, references, strict=True)]
         rows.append({"road": name, "stored": "as pixels", "psnr": _mean(unstored)})
         for quality, chroma in product((90, 95, 96), CHROMAS):
-            rows.append(_stored(name, small, references, store, quality, chroma))
+            rows.append(_measure_encoding(name, small, references, store, quality, chroma))
     return rows
 
 
-def _stored(
+def _measure_encoding(
     name: str,
     small: list[Pixels],
     references: list[Floats],
@@ -96,7 +96,7 @@ def _stored(
     started = time.thread_time()
     decoded = [simplejpeg.decode_jpeg(data) for data in stored]
     decoding = time.thread_time() - started
-    lost = [psnr(a, b) for a, b in zip(decoded, references, strict=True)]
+    lost = [compute_psnr(a, b) for a, b in zip(decoded, references, strict=True)]
     return {
         "road": name,
         "stored": f"q{quality} {chroma}",
@@ -108,8 +108,8 @@ def _stored(
     }
 
 
-def quality_table(rows: list[dict[str, Any]]) -> rich.table.Table:
-    """Return them as people read them."""
+def make_quality_table(rows: list[dict[str, Any]]) -> rich.table.Table:
+    """The measurements as a table."""
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
     for title in ("road", "stored"):
         out.add_column(title, no_wrap=True)

@@ -1,4 +1,4 @@
-"""What the programs have in common: their arguments, and a process for each share of the list."""
+"""Shared by the programs: their arguments, and a process for each share of the list."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ Share = list[tuple[str, int]]
 """Path and label of each image."""
 
 
-def arguments() -> tuple[Share, Path, int]:
+def parse_arguments() -> tuple[Share, Path, int]:
     """Return the images, the empty folder and the number of processes."""
     listed, out, workers = sys.argv[1:]
     rows = [line.split("\t") for line in Path(listed).read_text().splitlines()]
     return [(path, int(label)) for path, label in rows], Path(out), int(workers)
 
 
-def in_processes(work: Callable[[Share, Path], None]) -> None:
+def run_processes(work: Callable[[Share, Path], None]) -> None:
     """Run `work(share, folder)` once in each process, with every n-th image and its own folder.
 
     Raises:
         SystemExit: a process failed.
     """
-    pictures, out, workers = arguments()
+    images, out, workers = parse_arguments()
     processes = []
     for number in range(workers):
         folder = out / str(number)
         folder.mkdir()
-        share = pictures[number::workers]
+        share = images[number::workers]
         processes.append(multiprocessing.Process(target=work, args=(share, folder)))
     for process in processes:
         process.start()

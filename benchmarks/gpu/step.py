@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/step.py [--out benchmarks/gpu/results] [--minutes 8]
 
-The limits of the device (large matrix products, a large copy); local response normalisation alone,
+The limits of the device (large matrix products, a large copy); local response normalization alone,
 in each of its forms; steps in turn of our network and of the plain PyTorch one, in fp32, tf32 and
 bf16, eager and compiled; the operations of our best lane. Everything is written to a JSON file and
 a table in OUT as soon as it is measured. README.md beside this file says how to read them. Needs
@@ -55,7 +55,7 @@ class Lane:
         return f"{self.net} {self.mode} {self.form}"
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Return what the command line says."""
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     found.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
@@ -120,7 +120,7 @@ class Bench:
         side = self.options.matrix
         found = {}
         for mode in MODES:
-            precision(mode)
+            set_precision(mode)
             dtype = torch.bfloat16 if mode == "bf16" else torch.float32
             a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
             found[f"{mode}_tflops"] = 2e-12 * side**3 / self.seconds(partial(torch.matmul, a, b))
@@ -154,7 +154,7 @@ class Bench:
                     back = partial(torch.autograd.grad, y, x, torch.ones_like(y), retain_graph=True)
                     row["backward_ms"] = 1e3 * self.seconds(back)
                 except Exception as error:
-                    row["failed"] = told(error)
+                    row["failed"] = format_error(error)
                 self.put("norm", rows := [*rows, row])
 
     def lanes(self) -> list[Lane]:
@@ -185,7 +185,7 @@ class Bench:
                 row |= {"warm_up_s": time.perf_counter() - start, "img_s": []}
                 turns[lane.name] = turn
             except Exception as error:
-                row["failed"] = told(error)
+                row["failed"] = format_error(error)
             self.put("steps", rows)
         for number in range(self.options.rounds):
             if number and time.monotonic() > self.end:
@@ -209,7 +209,7 @@ class Bench:
         dtype = torch.bfloat16 if lane.mode == "bf16" else torch.float32
 
         def turn() -> None:
-            precision(lane.mode)
+            set_precision(lane.mode)
             step(0, images, labels, dtype)
 
         return turn
@@ -239,7 +239,7 @@ class Bench:
         self.put("profile", top)
 
 
-def precision(mode: str) -> None:
+def set_precision(mode: str) -> None:
     """Allow tensor cores for float32 matrices, or not."""
     torch.backends.cuda.matmul.allow_tf32 = mode != "fp32"
     torch.backends.cudnn.allow_tf32 = mode != "fp32"
@@ -252,14 +252,14 @@ def plain_norm(x: torch.Tensor, columns: int, relu: bool) -> torch.Tensor:
     return torch.cat([norm(own) for own in x.chunk(columns, dim=1)], dim=1)
 
 
-def told(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """Return one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def main() -> int:
     """Take the steps that are not skipped; say where the results are."""
-    options = arguments()
+    options = parse_arguments()
     if options.device == "gpu" and not torch.cuda.is_available():
         sys.stderr.write("error: torch sees no GPU; --device cpu tries the script out\n")
         return 3

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import tyro
-from parts import clock, damage, lanes, machine, made, pixels, search
+from parts import clock, copies, damage, lanes, machine, pixels, search
 from parts.lanes import Lane, Setting
-from parts.options import MIXED, Options, steps_of
+from parts.options import MIXED, Options, select_steps
 from parts.record import Record
 
 from pipeline.stream.config import Device
@@ -53,7 +53,7 @@ class Bench:
         self._device: Device = options.device
         self._budget = clock.Budget(options.minutes)
         self._gauge = machine.Gauge() if self._device == "gpu" else None
-        self._data = made.repeated(options.data, folder / "data", options.samples)
+        self._data = copies.repeat_data(options.data, folder / "data", options.samples)
         self._cores = record.found["machine"]["cores"]
         self.best = Setting(
             threads=options.threads or self._cores,
@@ -71,7 +71,7 @@ class Bench:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self._say(f"{step}: {text}")
             self._judge(f"step {step} went to its end", False, text)
-            clock.tidy()
+            clock.free_memory()
 
     def pixels(self) -> None:
         """Compare pixels with the CPU's and with themselves."""
@@ -80,7 +80,7 @@ class Bench:
     def damage(self) -> None:
         """See what damaged images do."""
         loads = [*EXACT, MIXED] if self._gauge else [0.0]
-        rows = damage.tried(self._options.data, self._device, loads)
+        rows = damage.try_damage(self._options.data, self._device, loads)
         self._record.put("damage", rows)
         for load in loads:
             mine = [row for row in rows if row["load"] == load]
@@ -92,7 +92,7 @@ class Bench:
 
     def sweep(self) -> None:
         """Look for the best setting."""
-        axes = search.axes_for(self._device, self._cores)
+        axes = search.list_axes(self._device, self._cores)
         self.best = self._climb("sweep", self._data, self.best, axes)
 
     def turns(self) -> None:
@@ -135,11 +135,11 @@ class Bench:
 
     def raw(self) -> None:
         """Do the same with raw images."""
-        given = self._options.raw or made.raw_of(self._options.data, self._folder / "raw-small")
-        data = made.repeated(given, self._folder / "raw", self._options.samples)
+        given = self._options.raw or copies.make_raw(self._options.data, self._folder / "raw-small")
+        data = copies.repeat_data(given, self._folder / "raw", self._options.samples)
         if "pixels" not in self._options.skip:
             self._check("raw", data, (self.best.load,))
-        axes = dict(search.axes_for(self._device, self._cores))
+        axes = dict(search.list_axes(self._device, self._cores))
         axes.pop("load", None)
         best = self._climb("raw sweep", data, self.best, axes)
         ours, _ = self._in_turn("raw turns", data, best)
@@ -155,13 +155,15 @@ class Bench:
     def _check(self, encoding: str, data: Path, loads: tuple[float, ...]) -> None:
         samples = self._options.checked
         setting = replace(self.best, batch=max(1, min(self.best.batch, samples // 2)))
-        host = pixels.taken(data, "cpu", setting, samples)
+        host = pixels.read_pixels(data, "cpu", setting, samples)
         for load in loads:
             rows = pixels.compare(data, self._device, replace(setting, load=load), samples, host)
             for row in rows:
                 self._record.add("pixels", {"set": encoding} | row)
             exact = not any(row["differing"] for row in rows[1:])
-            to_cpu = rows[0]["differing"] == 0 if encoding == "raw" else pixels.within(rows[0])
+            to_cpu = (
+                rows[0]["differing"] == 0 if encoding == "raw" else pixels.is_within_bounds(rows[0])
+            )
             self._say(
                 f"{encoding} pixels, load {load:g}: mean {rows[0]['mean']}, most "
                 f"{rows[0]['max']} from the CPU; the same every time: {'yes' if exact else 'NO'}"
@@ -187,7 +189,7 @@ class Bench:
     def _climb(self, step: str, data: Path, start: Setting, axes: search.Axes) -> Setting:
         def rate(setting: Setting) -> float:
             lane = partial(lanes.ours, data, self._device)
-            row = clock.once(lane, setting, self._options.seconds, self._gauge)
+            row = clock.measure_once(lane, setting, self._options.seconds, self._gauge)
             self._row(step, "ours", row)
             return float(row.get("img_s", 0))
 
@@ -203,7 +205,7 @@ class Bench:
 
     def _together(self, step: str, several: dict[str, tuple[Lane, Setting]], rounds: int) -> Any:
         seconds = self._options.seconds
-        found = clock.turns(several, rounds, seconds, self._gauge, self._more(step))
+        found = clock.measure_turns(several, rounds, seconds, self._gauge, self._more(step))
         self._record.put(step, found)
         for name, rows in found.items():
             self._say(f"{step}: {name} {clock.median(rows):,.0f} img/s, {len(rows)} rounds")
@@ -216,7 +218,7 @@ class Bench:
                 self._say(f"{step}: no time left for {name} and what follows")
                 return
             at = replace(setting, load=load)
-            self._row(step, name, clock.once(lane, at, self._options.seconds, self._gauge))
+            self._row(step, name, clock.measure_once(lane, at, self._options.seconds, self._gauge))
 
     def _row(self, step: str, lane: str, row: dict[str, Any]) -> None:
         self._record.add(step, {"lane": lane} | row)
@@ -241,7 +243,7 @@ def _apart(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Take the steps and say where the results are."""
     options = tyro.cli(Options, prog="python benchmarks/gpu/stream.py", description=__doc__)
-    steps = steps_of(options)
+    steps = select_steps(options)
     # Lanes that only decode have no use for flips and means.
     warnings.filterwarnings("ignore", "The external source node")
     faulthandler.dump_traceback_later(options.minutes * 60 + GRACE, exit=True)

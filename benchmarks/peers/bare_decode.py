@@ -1,4 +1,4 @@
-"""The limit: libjpeg-turbo decodes the whole 256x256 image to RGB, and nothing else happens.
+"""The limit: libjpeg-turbo decodes the whole 256x256 image to RGB, and does nothing else.
 
 simplejpeg lets go of Python's lock while it decodes, so there is one thread a core; each writes
 into one buffer again and again. No crop, no float, no batch in one piece, no order.
@@ -34,13 +34,13 @@ def batches(work: Work) -> Iterator[Pixels]:
     parts = [min(CHUNK, work.batch_size - done) for done in range(0, work.batch_size, CHUNK)]
     made = 0
     with ThreadPoolExecutor(work.cores) as pool:
-        ahead: deque[Future[Pixels]] = deque()
+        pending: deque[Future[Pixels]] = deque()
         while True:
-            while len(ahead) < 4 * work.cores + len(parts):
+            while len(pending) < 4 * work.cores + len(parts):
                 count = parts[made % len(parts)]
-                ahead.append(pool.submit(_decode, list(itertools.islice(jpegs, count))))
+                pending.append(pool.submit(_decode, list(itertools.islice(jpegs, count))))
                 made += 1
-            yield [ahead.popleft().result() for _ in parts][-1]
+            yield [pending.popleft().result() for _ in parts][-1]
 
 
 def _decode(jpegs: list[bytes]) -> Pixels:

@@ -23,8 +23,8 @@ from ffcv.writer import DatasetWriter
 
 from peers.work import CROP, STORED, Work, stored
 
-AHEAD = 3
-"""Batches made in advance (FFCV's default)."""
+PREFETCH = 3
+"""Batches prefetched (FFCV's default)."""
 
 
 class _Stored(RGBImageField):  # type: ignore[misc]
@@ -37,17 +37,17 @@ class _Stored(RGBImageField):  # type: ignore[misc]
         storage[:] = np.frombuffer(image, np.uint8)
 
 
-class _Pictures:
+class _Images:
     """What FFCV's writer wants: an indexable of tuples."""
 
-    def __init__(self, pictures: list[bytes]) -> None:
-        self._pictures = pictures
+    def __init__(self, images: list[bytes]) -> None:
+        self._images = images
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, place: int) -> tuple[bytes]:
-        return (self._pictures[place],)
+        return (self._images[place],)
 
 
 def prepare(work: Work) -> None:
@@ -58,7 +58,7 @@ def prepare(work: Work) -> None:
         {"image": _Stored(write_mode=mode)},
         num_workers=work.cores,
     )
-    writer.from_indexed_dataset(_Pictures(list(stored(work))))
+    writer.from_indexed_dataset(_Images(list(stored(work))))
 
 
 def batches(work: Work) -> Iterator[torch.Tensor]:
@@ -71,7 +71,7 @@ def batches(work: Work) -> Iterator[torch.Tensor]:
         os_cache=True,
         order=OrderOption.RANDOM,
         drop_last=True,
-        batches_ahead=AHEAD,
+        batches_ahead=PREFETCH,
         custom_fields={"image": _Stored},
         indices=np.tile(np.arange(work.samples), work.passes),
         pipelines={
@@ -109,6 +109,6 @@ class _Floats(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self._memory:
-            self._memory = [torch.empty(images.shape) for _ in range(AHEAD + 2)]
+            self._memory = [torch.empty(images.shape) for _ in range(PREFETCH + 2)]
         self._turn = (self._turn + 1) % len(self._memory)
         return self._memory[self._turn].copy_(images).sub_(self._mean)

@@ -15,7 +15,7 @@ from litdata import StreamingDataLoader, StreamingDataset, optimize
 from peers.work import Floats, Work, pillow_crop, stored
 
 
-class _Pictures(StreamingDataset):  # type: ignore[misc]
+class _Images(StreamingDataset):  # type: ignore[misc]
     def __getitem__(self, place: Any) -> torch.Tensor:
         return pillow_crop(super().__getitem__(place))
 
@@ -40,7 +40,7 @@ def prepare(work: Work) -> None:
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
     loader = StreamingDataLoader(
-        _Pictures(str(work.folder / "chunks"), shuffle=True, drop_last=True),
+        _Images(str(work.folder / "chunks"), shuffle=True, drop_last=True),
         batch_size=work.batch_size,
         num_workers=work.cores,
         persistent_workers=True,

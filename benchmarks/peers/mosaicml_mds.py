@@ -45,7 +45,7 @@ _stand_in_for_torchvision()
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
 
 
-class _Pictures(StreamingDataset):  # type: ignore[misc, unused-ignore]
+class _Images(StreamingDataset):  # type: ignore[misc, unused-ignore]
     def __getitem__(self, place: Any) -> torch.Tensor:
         return pillow_crop(super().__getitem__(place)["jpeg"])
 
@@ -59,13 +59,13 @@ def prepare(work: Work) -> None:
 
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
-    pictures = _Pictures(
+    dataset = _Images(
         streams=[Stream(local=str(work.folder / "mds"), repeat=work.passes)],
         batch_size=work.batch_size,
         shuffle=True,
     )
     loader: DataLoader[torch.Tensor] = DataLoader(
-        pictures,
+        dataset,
         work.batch_size,
         num_workers=work.cores,
         persistent_workers=True,

@@ -1,7 +1,7 @@
-"""A loader in a process of its own, which works only while it is its turn.
+"""A loader in a process of its own, which works only during its turns.
 
 The process prepares the loader, looks once at what it delivers, and then waits. Between its turns
-nobody takes batches from it, so that it fills its queues and stands still; the batches that lie
+no batches are taken from it, so that it fills its queues and waits; the batches that lie
 ready when its turn begins are not counted.
 """
 
@@ -25,8 +25,8 @@ from peers.work import CROP, STORED, Work
 from pipeline.tools.errors import DataError, DuetError, SetupError
 from pipeline.tools.processes import tie_to_parent
 
-LOOKED_AT = 8
-"""Batches whose values are looked at before any measurement."""
+CHECKED = 8
+"""Number of batches whose values are checked before any measurement."""
 CHANNEL_OFF = 10.0
 """Grey levels that their channel means may be away from those of the whole set."""
 
@@ -77,9 +77,9 @@ class Runner:
             self._process.join()
             answer = SetupError(f"its process ended with exit code {self._process.exitcode}")
         if isinstance(answer, DuetError):
-            said = self._log.read_text(errors="replace").split("\n")
+            lines = self._log.read_text(errors="replace").split("\n")
             last = next(
-                (f"; it printed: {line.strip()}" for line in said[::-1] if line.strip()), ""
+                (f"; it printed: {line.strip()}" for line in lines[::-1] if line.strip()), ""
             )
             raise type(answer)(f"{self.title}: {answer}{last}")
         return answer
@@ -102,12 +102,12 @@ def _serve(peer: Peer, work: Work, pipe: Connection, log: Path) -> None:
     try:
         adapter.prepare(work)
         batches = adapter.batches(work)
-        look(batches, work, decoded_only=peer.adapter == "bare_decode")
+        check_batches(batches, work, decoded_only=peer.adapter == "bare_decode")
         pipe.send(None)
         while True:
             pipe.send(_measure(batches, work, pipe.recv()))
     except EOFError:
-        pass  # the parent has seen enough
+        pass  # the parent has ended
     except DuetError as error:
         pipe.send(error)
     except BaseException as error:  # what ends it matters, not how
@@ -115,8 +115,8 @@ def _serve(peer: Peer, work: Work, pipe: Connection, log: Path) -> None:
         pipe.send(SetupError(_line(error)))
 
 
-def look(batches: Iterator[Any], work: Work, *, decoded_only: bool = False) -> None:
-    """Look at some batches: shape, type, range, mean, and that they are not always the same.
+def check_batches(batches: Iterator[Any], work: Work, *, decoded_only: bool = False) -> None:
+    """Check some batches: shape, type, range, mean, and that they are not always the same.
 
     Args:
         batches: of a loader.
@@ -127,24 +127,24 @@ def look(batches: Iterator[Any], work: Work, *, decoded_only: bool = False) -> N
         DataError: something else was delivered.
     """
     if decoded_only:
-        picture = next(batches)
-        _expect("shape", picture.shape, (STORED, STORED, 3))
-        _expect("dtype", picture.dtype, np.dtype(np.uint8))
+        image = next(batches)
+        _expect("shape", image.shape, (STORED, STORED, 3))
+        _expect("dtype", image.dtype, np.dtype(np.uint8))
         return
     dtype = torch.float16 if work.device == "gpu" else torch.float32
     sums, last = torch.zeros(3, dtype=torch.float64), None
-    for _ in range(LOOKED_AT):
+    for _ in range(CHECKED):
         images = next(batches)
         _expect("shape", tuple(images.shape), (work.batch_size, 3, CROP, CROP))
         _expect("dtype", images.dtype, dtype)
         low, high = images.min().item(), images.max().item()
-        # The paper's colour noise, which is in ours alone, moves an image by some tens of levels.
+        # The paper's color noise, which is in ours alone, moves an image by some tens of levels.
         if not -255 < low < -20 < 20 < high < 355:
             raise DataError(f"pixels from {low:.1f} to {high:.1f}, not 0..255 minus the mean")
         if last is not None and torch.equal(images[0], last):
             raise DataError("two batches begin with the same pixels")
         last = images[0].clone()
-        sums += images.double().mean((0, 2, 3)).cpu() / LOOKED_AT
+        sums += images.double().mean((0, 2, 3)).cpu() / CHECKED
     if sums.abs().max() > CHANNEL_OFF:
         found = ", ".join(f"{value:+.1f}" for value in sums)
         raise DataError(f"channel means {found} after the mean was subtracted, expected 0, 0, 0")
@@ -159,18 +159,18 @@ def _measure(batches: Iterator[Any], work: Work, seconds: float) -> float:
     """Return img/s; the batches that were made before the turn are taken first."""
     for _ in range(8 + 2 * work.cores):  # torch's workers keep two each, DALI two, FFCV five
         next(batches)
-    _synchronise(work)
+    _synchronize(work)
     count, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
         next(batches)
         count += 1
     if work.device == "gpu":
-        _synchronise(work)
+        _synchronize(work)
         passed = time.perf_counter() - start
     return count * work.batch_size / passed
 
 
-def _synchronise(work: Work) -> None:
+def _synchronize(work: Work) -> None:
     if work.device == "gpu":
         torch.cuda.synchronize()
 

@@ -408,4 +408,4 @@ def _judge_kernels(backend: str) -> Finding:
         mend = "apt install gcc   # or CC=..."
     else:
         mend = "CC=gcc, or another compiler; DUET_KERNELS=torch to do without"
-    return warn("kernels", f"the normalisation takes several times as long: {reason}", mend)
+    return warn("kernels", f"the normalization takes several times as long: {reason}", mend)

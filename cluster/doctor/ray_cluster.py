@@ -307,7 +307,7 @@ def _find_weakness(
     """A warning about a node on which the training can run; None if there is nothing to mend."""
     gpus = node["gpus"]
     if has["devices"] < gpus and not os.environ.get("DUET_FAKE_GPUS"):
-        return warn(name, f"Ray was told of {gpus} GPUs, and there are {has['devices']}",
+        return warn(name, f"Ray was started with {gpus} GPUs, and there are {has['devices']}",
                     f"ray start --num-gpus {has['devices']} there")  # fmt: skip
     if has.get("code") is False:
         return warn(name, "does not have this repository; workers need it",

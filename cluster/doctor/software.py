@@ -163,7 +163,7 @@ def _judge_torch(have: Software) -> Finding:
         return warn("torch", f"{found.value}; CUDA_VISIBLE_DEVICES hides all GPUs",
                     "unset CUDA_VISIBLE_DEVICES")  # fmt: skip
     if not have.devices:
-        return warn("torch", f"{found.value}; the GPUs of this machine are not given to us",
+        return warn("torch", f"{found.value}; this process has no access to the GPUs",
                     "docker run --gpus all, or nvidia.com/gpu in the pod's limits")  # fmt: skip
     return fail("torch", f"{found.value}; sees no GPU: {have.gpu_error}",
                 "nvidia-smi   # and `dmesg | grep -i nvrm`; on NVSwitch machines: "

@@ -201,7 +201,7 @@ def _call(name: str, x: Tensor, gradient: Tensor | None, y: Tensor, *settings: f
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError("no memory for the working space of the normalisation")
+        raise MemoryError("no memory for the working space of the normalization")
 
 
 @lru_cache(maxsize=1)

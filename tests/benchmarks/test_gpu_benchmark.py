@@ -20,7 +20,7 @@ from pipeline.dataset.manifest import Manifest
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 sys.path.insert(0, str(FOLDER))
 
-from parts import clock, damage, lanes, machine, made, pixels, search, table  # noqa: E402
+from parts import clock, copies, damage, lanes, machine, pixels, search, table  # noqa: E402
 from parts.lanes import Setting  # noqa: E402
 from parts.record import Record  # noqa: E402
 
@@ -66,31 +66,31 @@ def test_differences_are_counted_in_grey_levels():
     wanted = torch.zeros(4, 3, 16, 16, dtype=torch.float16)
     found = wanted.clone()
     found[1, 0, 0, :2] = torch.tensor([6.0, -2.0])
-    row = pixels.difference(found, wanted)
+    row = pixels.measure_difference(found, wanted)
     assert (row["samples"], row["differing"]) == (4, 1)
     assert (row["max"], row["mean"], row["bias"]) == (6.0, round(8 / 3072, 4), round(4 / 3072, 4))
     assert row["quantiles"]["0.99"] == 0
     assert row["quantiles"]["0.9999"] == np.quantile(  # NumPy's own, no interpolation
         (found - wanted).abs().float().numpy(), 0.9999, method="inverted_cdf"
     )
-    assert pixels.within(row)
-    assert not pixels.within(pixels.difference(wanted + 1, wanted))
+    assert pixels.is_within_bounds(row)
+    assert not pixels.is_within_bounds(pixels.measure_difference(wanted + 1, wanted))
 
 
 def test_a_repeated_set_holds_the_same_images_again(tiny_data, tmp_path):
-    data = made.repeated(tiny_data, tmp_path / "more", 100)
+    data = copies.repeat_data(tiny_data, tmp_path / "more", 100)
     assert Manifest.load(data).splits["train"].samples == 144
-    first, again = made.pictures(tiny_data, 48), made.pictures(data, 144)
+    first, again = copies.read_samples(tiny_data, 48), copies.read_samples(data, 144)
     assert all(np.array_equal(a, b) for a, b in zip(3 * first, again, strict=True))
     batches = lanes.native(data, "cpu", replace(START, threads=1, batch=8))
     assert next(batches).shape == (8, 3, 224, 224)
     batches.close()
-    assert made.repeated(tiny_data, tmp_path / "same", 48) == tiny_data
+    assert copies.repeat_data(tiny_data, tmp_path / "same", 48) == tiny_data
 
 
 def test_a_raw_set_holds_what_pillow_decodes(tiny_data, tmp_path):
-    data = made.raw_of(tiny_data, tmp_path / "raw")
-    jpegs = made.pictures(tiny_data, 48)
+    data = copies.make_raw(tiny_data, tmp_path / "raw")
+    jpegs = copies.read_samples(tiny_data, 48)
     wanted = torch.stack(
         [torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg.tobytes())))) for jpeg in jpegs]
     ).permute(0, 3, 1, 2)
@@ -101,7 +101,7 @@ def test_a_raw_set_holds_what_pillow_decodes(tiny_data, tmp_path):
 
 def test_one_edited_image_reaches_the_decoder(tiny_data, tmp_path):
     edit = damage.EDITS["second half missing"]
-    data = made.spoilt(tiny_data, tmp_path / "cut", 20, 7, edit)
+    data = copies.damage_sample(tiny_data, tmp_path / "cut", 20, 7, edit)
     with Stream(data, batch_size=20, once=True) as stream:
         next(stream)
         assert list(stream.damaged) == [7]
@@ -109,7 +109,7 @@ def test_one_edited_image_reaches_the_decoder(tiny_data, tmp_path):
 
 def test_a_process_that_does_not_end_is_ended_and_told(tiny_data, monkeypatch):
     monkeypatch.setattr(damage, "SECONDS", 0.1)
-    (row,) = damage.tried(tiny_data, "cpu", [0.0])
+    (row,) = damage.try_damage(tiny_data, "cpu", [0.0])
     assert (row["load"], row["case"], row["exit_code"]) == (0.0, "the process itself", -9)
 
 
@@ -121,12 +121,12 @@ def test_a_window_counts_what_comes_after_the_warm_up(monkeypatch):
 
     now = [0.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
-    row = clock.window(batches(), replace(START, batch=32), 1.0, None)
+    row = clock.measure_window(batches(), replace(START, batch=32), 1.0, None)
     assert row["img_s"] == pytest.approx(3200, rel=0.02)
 
 
 def test_a_lane_that_fails_leaves_a_row(tiny_data):
-    row = clock.once(lambda setting: (_ for _ in ()), START, 0.1, None)
+    row = clock.measure_once(lambda setting: (_ for _ in ()), START, 0.1, None)
     assert "img_s" not in row
     assert row["error"].startswith("RuntimeError") or row["error"].startswith("StopIteration")
 
@@ -182,7 +182,7 @@ def test_on_a_gpu_each_load_is_judged(script, tiny_data, tmp_path, monkeypatch):
     bench.turns()
     bench.exact()
     with monkeypatch.context() as broken:
-        broken.setattr(damage, "tried", lambda *_: 1 / 0)
+        broken.setattr(damage, "try_damage", lambda *_: 1 / 0)
         bench.take("damage")
     assert record.found["goals"].pop() == {
         "goal": "step damage went to its end",

@@ -20,7 +20,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import loaders  # noqa: E402
 from peers import PEERS  # noqa: E402
-from peers.turns import look  # noqa: E402
+from peers.turns import check_batches  # noqa: E402
 from peers.work import CROP, Floats, Work, pillow_crop, stored  # noqa: E402
 
 from pipeline.tools.errors import DataError, UsageError  # noqa: E402
@@ -53,7 +53,7 @@ def good() -> Iterator[torch.Tensor]:
 
 
 def test_a_sound_loader_passes() -> None:
-    look(good(), work())
+    check_batches(good(), work())
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_sound_loader_passes() -> None:
 )
 def test_another_output_is_refused(batches: Iterator[torch.Tensor], named: str) -> None:
     with pytest.raises(DataError, match=named):
-        look(batches, work())
+        check_batches(batches, work())
 
 
 def test_floats_are_the_pixels_minus_the_mean() -> None:
@@ -113,10 +113,12 @@ def test_stored_gives_every_image_of_the_tars(tiny_data: Path) -> None:
 
 def test_ratios_are_taken_within_rounds() -> None:
     """A machine that is twice as slow in one round must not move the ratio."""
-    ours, theirs, limit = (loaders.Row(name, PEERS[name]) for name in ("ours", "torch", "limit"))
+    ours, theirs, limit = (
+        loaders.LoaderRow(name, PEERS[name]) for name in ("ours", "torch", "limit")
+    )
     ours.rates, theirs.rates = [300.0, 150.0, 330.0], [100.0, 50.0, 100.0]
     limit.rates = [600.0, 300.0, 600.0]
-    found = loaders.facts([limit, ours, theirs], loaders.Comparison(data=Path()))["loaders"]
+    found = loaders.facts([limit, ours, theirs], loaders.LoaderOptions(data=Path()))["loaders"]
     assert found["torch"]["ours_over_it"] == 3.0
     assert found["ours"]["share_of_limit"] == 0.5
     assert found["ours"]["img_s"] == 300
@@ -133,18 +135,18 @@ def test_ratios_are_taken_within_rounds() -> None:
 )
 def test_what_cannot_be_measured_is_a_usage_error(options: dict[str, str], named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        loaders.chosen(loaders.Comparison(data=Path(), **options))  # type: ignore[arg-type]
+        loaders.select_loaders(loaders.LoaderOptions(data=Path(), **options))  # type: ignore[arg-type]
 
 
 def test_a_set_of_the_other_encoding_is_refused(tiny_data: Path, tmp_path: Path) -> None:
-    options = loaders.Comparison(data=tiny_data, raw=tiny_data)
+    options = loaders.LoaderOptions(data=tiny_data, raw=tiny_data)
     with pytest.raises(UsageError, match="holds jpeg images, not raw"):
         loaders.work_for(PEERS["ours-raw"], options, tmp_path / "x")
 
 
 def test_a_missing_library_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    rows = {row.name: row for row in loaders.chosen(loaders.Comparison(data=Path()))}
+    rows = {row.name: row for row in loaders.select_loaders(loaders.LoaderOptions(data=Path()))}
     assert rows["ours"].missing == ""
     assert rows["litdata"].missing == "not installed (pip install litdata)"
     assert "ours-raw" not in rows, "without --raw there is no raw lane"

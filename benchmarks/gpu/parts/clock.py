@@ -35,7 +35,7 @@ class Budget:
         return lambda: time.monotonic() - self._start < share * self._seconds
 
 
-def window(
+def measure_window(
     batches: Iterator[Any], setting: Setting, seconds: float, gauge: Gauge | None
 ) -> dict[str, float]:
     """Return img/s, the cores that this process kept busy, and what the GPU says of itself.
@@ -66,19 +66,19 @@ def window(
     return row | (gauge.read() if gauge else {})
 
 
-def once(lane: Lane, setting: Setting, seconds: float, gauge: Gauge | None) -> Row:
+def measure_once(lane: Lane, setting: Setting, seconds: float, gauge: Gauge | None) -> Row:
     """Open a lane, measure one window and close it. What goes wrong stands in the row."""
     row: Row = asdict(setting)
     try:
         with closing(lane(setting)) as batches:
-            row |= window(batches, setting, seconds, gauge)
+            row |= measure_window(batches, setting, seconds, gauge)
     except Exception as error:  # out of memory, an unknown option: the other points go on
         row["error"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-    tidy()
+    free_memory()
     return row
 
 
-def turns(
+def measure_turns(
     lanes: Mapping[str, tuple[Lane, Setting]],
     rounds: int,
     seconds: float,
@@ -100,9 +100,9 @@ def turns(
             if number and not more():
                 break
             for name, batches, setting in opened[:: -1 if number % 2 else 1]:
-                found = window(batches, setting, seconds, gauge)
+                found = measure_window(batches, setting, seconds, gauge)
                 rows[name].append(asdict(setting) | found)
-    tidy()
+    free_memory()
     return rows
 
 
@@ -117,7 +117,7 @@ def ratio(rows: list[Row], others: list[Row]) -> float:
     return float(statistics.median(ratios))
 
 
-def tidy() -> None:
+def free_memory() -> None:
     """Give back the memory of closed lanes, before the next takes its own."""
     gc.collect()
     ReleaseUnusedMemory()

@@ -1,6 +1,6 @@
 """What an image that cannot be decoded does: run in a process of its own, which it may end.
 
-`tried` starts such processes, one for each load, and returns what they said until they ended.
+`try_damage` starts such processes, one for each load, and returns what they printed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parts.made import pictures, spoilt
+from parts.copies import damage_sample, read_samples
 from pipeline.batches import Stream
 from pipeline.stream.config import Device, StreamConfig
 from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder
@@ -26,7 +26,7 @@ from pipeline.tools.processes import tie_to_parent
 
 SAMPLES, BAD, BATCH = 64, 37, 16
 SECONDS = 90
-"""After which a process is ended."""
+"""Timeout of a process."""
 
 Edit = Callable[[bytes], bytes]
 
@@ -39,7 +39,7 @@ EDITS: dict[str, Edit] = {
 }
 
 
-def tried(data: Path, device: Device, loads: list[float]) -> list[dict[str, Any]]:
+def try_damage(data: Path, device: Device, loads: list[float]) -> list[dict[str, Any]]:
     """Return what was seen, a row for each load and way to damage an image."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "parts.damage", str(data.resolve()), device]
@@ -48,18 +48,18 @@ def tried(data: Path, device: Device, loads: list[float]) -> list[dict[str, Any]
         running = []
         for load in loads:  # at the same time: nothing is timed here
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            told = stack.enter_context(tempfile.TemporaryFile("w+"))
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
             child = subprocess.Popen(
-                [*command, str(load)], stdout=told, stderr=log, env=environment
+                [*command, str(load)], stdout=output, stderr=log, env=environment
             )
-            running.append((load, child, told, log))
-        for load, child, told, log in running:
+            running.append((load, child, output, log))
+        for load, child, output, log in running:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(SECONDS)
             child.kill()
             code = child.wait()
-            told.seek(0)
-            rows += [{"load": load} | json.loads(line) for line in told if line.endswith("\n")]
+            output.seek(0)
+            rows += [{"load": load} | json.loads(line) for line in output if line.endswith("\n")]
             log.seek(0)
             last = log.read().strip().splitlines()[-1:] if code else []
             ending = {"exit_code": code, "last_words": "".join(last)[:300]}
@@ -74,16 +74,16 @@ def main() -> None:
     device: Device = "gpu" if sys.argv[2] == "gpu" else "cpu"
     with tempfile.TemporaryDirectory(prefix="damage-") as folder:
         sound, _ = _streamed(
-            spoilt(data, Path(folder) / "sound", SAMPLES, BAD, bytes), device, load
+            damage_sample(data, Path(folder) / "sound", SAMPLES, BAD, bytes), device, load
         )
         for number, (name, edit) in enumerate(EDITS.items()):
-            damaged = spoilt(data, Path(folder) / str(number), SAMPLES, BAD, edit)
-            _tell(case=name, way="stream", **_replaced(damaged, device, load, sound))
-            bad = pictures(damaged, SAMPLES)[BAD]
-            _tell(case=name, way="alone", raises=not TrialDecoder(device).can_decode(bad))
+            damaged = damage_sample(data, Path(folder) / str(number), SAMPLES, BAD, edit)
+            _print(case=name, way="stream", **_replaced(damaged, device, load, sound))
+            bad = read_samples(damaged, SAMPLES)[BAD]
+            _print(case=name, way="alone", raises=not TrialDecoder(device).can_decode(bad))
     # Last what our stream avoids, because it may be the end of this process.
     for name, edit in EDITS.items():
-        _tell(case=name, way="in a batch, not screened", **_bare(data, edit, device, load))
+        _print(case=name, way="in a batch, not screened", **_bare(data, edit, device, load))
 
 
 def _streamed(data: Path, device: Device, load: float) -> tuple[list[Any], list[int]]:
@@ -108,7 +108,7 @@ def _replaced(data: Path, device: Device, load: float, sound: list[Any]) -> dict
 
 def _bare(data: Path, edit: Edit, device: Device, load: float) -> dict[str, Any]:
     """Return what the graph alone does with a batch that holds the damaged image."""
-    stored = pictures(data, BATCH)
+    stored = read_samples(data, BATCH)
     stored[3] = np.frombuffer(edit(stored[3].tobytes()), np.uint8)
     half, none = np.full(len(stored), 0.5, np.float32), np.zeros(len(stored), np.int32)
     feed = DecoderInput(stored, half, half, none, np.zeros((len(stored), 3), np.float32))
@@ -124,7 +124,7 @@ def _bare(data: Path, edit: Edit, device: Device, load: float) -> dict[str, Any]
     return {"raises": False, "grey_levels": images[3].float().mean((1, 2)).tolist()}
 
 
-def _tell(**row: Any) -> None:
+def _print(**row: Any) -> None:
     print(json.dumps(row), flush=True)
 
 

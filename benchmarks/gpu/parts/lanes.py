@@ -19,7 +19,7 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from parts.made import pictures
+from parts.copies import read_samples
 from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import Manifest
@@ -176,11 +176,11 @@ def codec(data: Path, device: Device, setting: Setting) -> Generator[list[Any]]:
         backends=backends,
         options=":fancy_upsampling=1",
     )
-    stored = itertools.cycle(jpeg.tobytes() for jpeg in pictures(data, MEMORY))
+    stored = itertools.cycle(jpeg.tobytes() for jpeg in read_samples(data, MEMORY))
     while True:
         streams = [nvimgcodec.CodeStream(next(stored)) for _ in range(setting.batch)]
         decoded = decoder.decode(streams)
-        if any(picture is None for picture in decoded):
+        if any(image is None for image in decoded):
             raise RuntimeError("nvImageCodec could not decode an image")
         if device == "gpu":
             torch.cuda.synchronize()
@@ -218,9 +218,9 @@ def _from_memory(data: Path, setting: Setting) -> Any:
 
 def _feeds(data: Path, setting: Setting) -> Iterator[DecoderInput]:
     """Yield feeds of images that stay in memory, without end."""
-    stored = pictures(data, MEMORY)
+    stored = read_samples(data, MEMORY)
     if Manifest.load(data).encoding == "raw":
-        stored = [picture.reshape(SIZE, SIZE, 3) for picture in stored]
+        stored = [image.reshape(SIZE, SIZE, 3) for image in stored]
     count, draws = setting.batch, np.random.default_rng(0)
     endless, kept = itertools.cycle(stored), deque[DecoderInput](maxlen=setting.prefetch + 3)
     while True:  # DALI reads the arrays after the next were asked for: some are kept

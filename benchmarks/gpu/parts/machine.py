@@ -1,4 +1,4 @@
-"""What all this runs on."""
+"""Facts about the machine, and readings of its GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def facts(device: str) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _said("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "commit": _run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
     }
     for name in LIBRARIES:
         try:
@@ -47,15 +47,15 @@ def facts(device: str) -> dict[str, Any]:
         found |= {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
-            "driver, clock, power": _said("nvidia-smi", query, "--format=csv,noheader"),
+            "driver, clock, power": _run("nvidia-smi", query, "--format=csv,noheader"),
             "gpu_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
-            "to_gpu_gb_s": {"pinned": _copied(True), "pageable": _copied(False)},
+            "to_gpu_gb_s": {"pinned": _measure_copy(True), "pageable": _measure_copy(False)},
         }
     return found
 
 
 class Gauge:
-    """What a GPU says of itself during a window; nothing where `nvidia-ml-py` is not installed."""
+    """Readings of a GPU by its driver during a window; none without `nvidia-ml-py`."""
 
     def __init__(self) -> None:
         self._nvml: Any = None
@@ -68,7 +68,7 @@ class Gauge:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Drop all readings."""
         self._seen: dict[str, list[float]] = {}
         self._next = time.perf_counter() + LOOKS
 
@@ -94,7 +94,7 @@ class Gauge:
         return {name: statistics.median(values) for name, values in self._seen.items()}
 
 
-def _copied(pinned: bool) -> float:
+def _measure_copy(pinned: bool) -> float:
     source = torch.ones(COPIED, dtype=torch.uint8, pin_memory=pinned)
     target = torch.empty_like(source, device="cuda")
     times = []
@@ -107,7 +107,7 @@ def _copied(pinned: bool) -> float:
     return round(COPIED / statistics.median(times) / 1e9, 1)
 
 
-def _said(*command: str) -> str | None:
+def _run(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

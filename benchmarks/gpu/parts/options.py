@@ -53,7 +53,7 @@ class Options:
     """Likewise."""
 
 
-def steps_of(options: Options) -> list[str]:
+def select_steps(options: Options) -> list[str]:
     """Return the steps to take.
 
     Raises:

@@ -24,7 +24,7 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999)
 CHUNK = 64
 
 
-def taken(
+def read_pixels(
     data: Path, device: Device, setting: Setting, samples: int, world_size: int = 1
 ) -> torch.Tensor:
     """Return the first pixels of a stream with the full recipe, [samples, 3, 224, 224] float16.
@@ -50,7 +50,7 @@ def taken(
     return torch.cat(in_order)[:samples]
 
 
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
+def measure_difference(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
     """Return how two stacks of images differ, in grey levels of 0..255."""
     counts = torch.zeros(512 * LEVELS + 1, dtype=torch.int64)
     total = bias = most = 0.0
@@ -76,7 +76,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def within(row: dict[str, Any]) -> bool:
+def is_within_bounds(row: dict[str, Any]) -> bool:
     """Whether a difference is within the bounds."""
     return bool(row["mean"] <= MEAN and row["quantiles"]["0.999"] <= MOST)
 
@@ -86,22 +86,22 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Return the differences of one setting to the CPU, and to itself in other circumstances.
 
-    `host` is what `taken` gives on the CPU. Raw pixels are to be those of the CPU exactly.
+    `host` is what `read_pixels` gives on the CPU. Raw pixels are to be those of the CPU exactly.
     """
-    first = taken(data, device, setting, samples)
+    first = read_pixels(data, device, setting, samples)
     smaller = replace(setting, batch=max(1, setting.batch // 4))
     other = replace(setting, threads=max(1, setting.threads // 2), prefetch=setting.prefetch + 1)
-    rows = [{"against": "the CPU"} | difference(first, host)]
+    rows = [{"against": "the CPU"} | measure_difference(first, host)]
     for name, changed, world_size in (
         ("itself again", setting, 1),
         ("a quarter of the batch", smaller, 1),
         ("two ranks", setting, 2),
         ("half the threads, one batch more ahead", other, 1),
     ):
-        again = taken(data, device, changed, samples, world_size)
-        rows.append({"against": name} | difference(again, first))
+        again = read_pixels(data, device, changed, samples, world_size)
+        rows.append({"against": name} | measure_difference(again, first))
     return [{"load": setting.load} | row for row in rows]
 
 
-def _chunks(pictures: torch.Tensor) -> Sequence[torch.Tensor]:
-    return torch.split(pictures, CHUNK)
+def _chunks(images: torch.Tensor) -> Sequence[torch.Tensor]:
+    return torch.split(images, CHUNK)

@@ -49,7 +49,7 @@ def climb(
     return best
 
 
-def axes_for(device: str, cores: int) -> Axes:
+def list_axes(device: str, cores: int) -> Axes:
     """Return what is tried on a machine with so many cores."""
     threads = sorted({max(1, round(cores * part)) for part in (0.5, 0.75, 1, 1.5, 2)})
     axes: dict[str, Sequence[float]] = {

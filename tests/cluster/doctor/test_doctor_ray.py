@@ -122,7 +122,7 @@ SEES = {
         ({"data": False}, "FAIL", ["does not see /d"]),
         ({"address": "NoCredentialsError: s3://k:secret@b/x"}, "FAIL",
          ["NoCredentialsError", "--runtime-env-json"]),
-        ({"devices": 3}, "warn", ["Ray was told of 4 GPUs, and there are 3", "--num-gpus 3"]),
+        ({"devices": 3}, "warn", ["Ray was started with 4 GPUs, and there are 3", "--num-gpus 3"]),
         ({"code": False}, "warn", ["ray job submit --working-dir ."]),
         ({"disk": 10**6}, "warn", ["0.0 GB free in RUN, a checkpoint takes 0.5"]),
         ({"files": 1024}, "warn", ["ulimit -n 65536"]),

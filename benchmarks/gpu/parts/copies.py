@@ -19,13 +19,13 @@ from pipeline.dataset.shards import shard_name, write_shard
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.shard_reader import Bytes, ShardReader
 
-RAW_PICTURES = 500
+RAW_IMAGES = 500
 """Images of a raw set that is made here: 98 MB, more than a processor's caches hold."""
 RAW_SHARD = 100
 """... and in each of its shards."""
 
 
-def repeated(data: Path, folder: Path, samples: int) -> Path:
+def repeat_data(data: Path, folder: Path, samples: int) -> Path:
     """Make a set of at least `samples` that links to the train shards of `data` again and again.
 
     A set of some hundred images would else be measured by how epochs begin. All of it stays in
@@ -52,9 +52,9 @@ def repeated(data: Path, folder: Path, samples: int) -> Path:
     return folder
 
 
-def raw_of(data: Path, folder: Path) -> Path:
+def make_raw(data: Path, folder: Path) -> Path:
     """Make a raw set of the first images of `data`, decoded by Pillow."""
-    jpegs = pictures(data, RAW_PICTURES)
+    jpegs = read_samples(data, RAW_IMAGES)
     folder.mkdir()
 
     def pixels(first: int) -> Iterator[tuple[bytes, int]]:
@@ -68,14 +68,14 @@ def raw_of(data: Path, folder: Path) -> Path:
     return folder
 
 
-def spoilt(
+def damage_sample(
     data: Path, folder: Path, samples: int, place: int, edit: Callable[[bytes], bytes]
 ) -> Path:
     """Make a set of the first `samples` images of `data`, the one at `place` edited.
 
     Its CRC-32 is that of the edited bytes, so that nothing stops it on its way to the decoder.
     """
-    jpegs = [(jpeg.tobytes(), 0) for jpeg in pictures(data, samples)]
+    jpegs = [(jpeg.tobytes(), 0) for jpeg in read_samples(data, samples)]
     jpegs[place] = (edit(jpegs[place][0]), 0)
     folder.mkdir()
     shard, rows = write_shard(folder, "train", 0, jpegs)
@@ -83,7 +83,7 @@ def spoilt(
     return folder
 
 
-def pictures(data: Path, count: int) -> list[Bytes]:
+def read_samples(data: Path, count: int) -> list[Bytes]:
     """Return what the first `count` train samples (or all there are) hold, uint8 [size] each."""
     storage = ShardReader(LocalDataset(data), "train")
     ids = np.arange(min(count, len(storage)))
