@@ -118,7 +118,7 @@ def test_ratios_are_taken_within_rounds() -> None:
     )
     ours.rates, theirs.rates = [300.0, 150.0, 330.0], [100.0, 50.0, 100.0]
     limit.rates = [600.0, 300.0, 600.0]
-    found = loaders.facts([limit, ours, theirs], loaders.LoaderOptions(data=Path()))["loaders"]
+    found = loaders.collect_facts([limit, ours, theirs], loaders.LoaderOptions(data=Path()))["loaders"]
     assert found["torch"]["ours_over_it"] == 3.0
     assert found["ours"]["share_of_limit"] == 0.5
     assert found["ours"]["img_s"] == 300
@@ -141,7 +141,7 @@ def test_what_cannot_be_measured_is_a_usage_error(options: dict[str, str], named
 def test_a_set_of_the_other_encoding_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     options = loaders.LoaderOptions(data=tiny_data, raw=tiny_data)
     with pytest.raises(UsageError, match="holds jpeg images, not raw"):
-        loaders.work_for(PEERS["ours-raw"], options, tmp_path / "x")
+        loaders.make_work(PEERS["ours-raw"], options, tmp_path / "x")
 
 
 def test_a_missing_library_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
