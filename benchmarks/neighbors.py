@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import tyro
 
-from cluster.experiments.neighbors.codes import Hamming, pack
-from cluster.experiments.neighbors.search import Base, nearest
+from cluster.experiments.neighbors.coders import pack_bits
+from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
 from pipeline.remote.dataset import parse_size
 
 
@@ -57,18 +57,18 @@ def main() -> None:
     rows, queries = (
         draw_rows(n, options.units, s) for s, n in enumerate((options.base, options.queries))
     )
-    base = Base(rows, np.ones(len(rows), bool))
+    base = SearchBase(rows, np.ones(len(rows), bool))
     flat = faiss.IndexFlatL2(options.units)
     flat.add(rows.astype(np.float32))
     turn = np.random.default_rng(2).normal(size=(options.units, options.bits)).astype(np.float32)
-    codes, short = (pack(part.astype(np.float32) @ turn > 0) for part in (rows, queries))
-    ours, theirs = Hamming(codes), faiss.IndexBinaryFlat(options.bits)
+    codes, short = (pack_bits(part.astype(np.float32) @ turn > 0) for part in (rows, asked))
+    ours, theirs = HammingIndex(codes), faiss.IndexBinaryFlat(options.bits)
     theirs.add(codes)
     memory = parse_size(options.memory)
     ways: dict[str, Callable[[], Any]] = {
-        "exact, ours": lambda: nearest(queries, base, options.k, memory=memory).ids,
-        "exact, faiss": lambda: flat.search(queries.astype(np.float32), options.k)[1],
-        "Hamming, ours": lambda: ours.nearest(short, options.k)[1],
+        "exact, ours": lambda: find_nearest(asked, base, options.k, memory=memory).ids,
+        "exact, faiss": lambda: flat.search(asked.astype(np.float32), options.k)[1],
+        "Hamming, ours": lambda: ours.find_nearest(short, options.k)[1],
         "Hamming, faiss": lambda: theirs.search(short, options.k)[0],
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

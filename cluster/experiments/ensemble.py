@@ -1,30 +1,14 @@
-"""Several networks together: their class probabilities averaged, and the errors of that.
+"""Command: class probabilities of several networks averaged, and the errors of the average.
 
     python -m cluster.evaluate RUN --data DATA --views 10 --save-probabilities      # for each RUN
     python -m cluster.experiments.ensemble RUN RUN ... [--weights 1 1 2 | --search] [--views 10]
     python -m cluster.experiments.ensemble RUN RUN RUN RUN RUN --sizes 1 3 5     # table 2
 
 Paper, table 2: one network errs in 18.2 % of the images (top-5), the average of five in 16.4 %.
-Prints each network and the average; `--search` looks for weights as the original's avg-valid.py
-did, on the images that are counted: that flatters them a little. `--sizes` has a line for each
-number of networks, a mean over which of the runs they are, with equal weights, with weights
-searched so, and with weights searched on the half of the images that is not counted.
-
-Weights for an average of networks, searched on the images themselves.
-
-As the original's avg-valid.py (`find_coeffs`): all weights start at one half; one after the other
-is tried at 0, .05, ... 1 and takes the value with the fewest top-5 errors, if that is better than
-what it had; after five passes, or when a whole pass has changed nothing, that is it. Where it
-differs: between values with equal top-5 errors the top-1 errors decide; ties count by the rule of
-`model.metrics.count_errors`; and weights of 0 for all networks are no candidate.
-
-A class can stand before the right one in some average only if it does in some network, and wherever
-five classes do in every network the image is lost. So most of what is saved need not be looked
-at: the search runs on what is left.
-
-The probabilities of several runs, image by image, and the errors of their averages.
-
-The table of the paper's form: errors of one network, of three, of five.
+Prints each network and the average. `--search` searches weights on the images that are counted, as
+the original's avg-valid.py did; that flatters them a little. `--sizes` prints a line for each
+number of networks, a mean over the choices of runs: with equal weights, with weights searched so,
+and with weights searched on the half of the images that is not counted.
 """
 
 from __future__ import annotations
@@ -54,14 +38,22 @@ from pipeline.tools.files import atomic_write, ensure_writable
 PASSES = 5
 GRID = tuple(step / 20 for step in range(21))
 START = 0.5
-KEPT = 1 << 30
-"""Bytes of what is left that stay in memory; the rest is read again for each weight."""
-_BESIDE = -1.0
-"""Probability of a class that is none: behind every other one, whatever the weights."""
+KEPT_BYTES = 1 << 30
+"""Most bytes of undecided images in memory; the rest is read again for each weight."""
+CHUNK = 1 << 24
+"""Probabilities, of all networks together, in memory at a time (64 MB)."""
+MOST_COMBINATIONS = 10
+"""Combinations of one size that are counted; the first ones, in the order of the runs."""
+KINDS = ("equal", "searched", "held_out")
+"""Equal weights; searched on the images that are counted, as the original did; and searched on
+every other image, counted on those between, and the other way round."""
+ERRORS = ("top1_error", "top5_error")
+_ABSENT = -1.0
+"""Probability of a padding class: below every other, whatever the weights."""
 
 
-class Chunk(NamedTuple):
-    """Some images, as all networks see them."""
+class Probabilities(NamedTuple):
+    """Class probabilities of some images by all networks."""
 
     probabilities: Tensor
     """float32 [networks, n, classes]."""
@@ -71,80 +63,103 @@ class Chunk(NamedTuple):
     """float32 [n], 0 for images that do not count."""
 
 
-class Chunks(Protocol):
-    """Images that can be gone through again and again."""
+class ProbabilitySource(Protocol):
+    """Images that can be read again and again."""
 
     networks: int
 
-    def chunks(self, start: int = 0) -> Iterator[tuple[int, Chunk]]:
-        """Yield what comes after each chunk, and the chunk, from image `start` on."""
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, Probabilities]]:
+        """Yield chunks of images from image `start` on, each with the number of the next image."""
         ...
 
 
-def search(pictures: Chunks, kept: int = KEPT) -> tuple[float, ...]:
-    """Return the weights of the best average that the search finds, one a network; the sum is 1.
+class Ensemble:
+    """The probabilities of several runs, image by image.
 
-    Args:
-        images: the probabilities, gone through once, and as far as `kept` does not hold what is
-            left of them, again for each weight that is tried.
-        kept: bytes.
+    An image counts if it was sound for all of them.
     """
-    contest = Contest(pictures, kept)
-    weights = [START] * pictures.networks
-    best = contest.errors([weights])[0]
-    changed = 0  # the weight that was changed last
-    for turn in range(PASSES * len(weights)):
-        place = turn % len(weights)
-        if changed == place and turn >= len(weights):
-            break  # a whole pass ago
-        tried = [[*weights[:place], value, *weights[place + 1 :]] for value in GRID]
-        tried = [one for one in tried if sum(one) > 0]
-        found = contest.errors(tried)
-        first = min(range(len(tried)), key=found.__getitem__)
-        if found[first] < best:
-            best, weights, changed = found[first], tried[first], place
-    return tuple(weight / sum(weights) for weight in weights)
+
+    def __init__(self, saved: Sequence[Saved], weights: Tensor | None = None) -> None:
+        """Check that the probabilities are of the same images.
+
+        Args:
+            saved: probabilities of each run.
+            weights: float32 [N], 0 for more images that do not count.
+
+        Raises:
+            UsageError: they are of other images; names the runs and what differs.
+        """
+        self.saved = saved
+        self.networks = len(saved)
+        self.weights = saved[0].weights * (1.0 if weights is None else weights)
+        """float32 [N], 0 for images that do not count."""
+        for other in saved[1:]:
+            _check_same_images(saved[0], other)
+            self.weights *= other.weights
+        if not self.weights.any():
+            raise UsageError("no image was sound for all runs; evaluate them anew")
+
+    @property
+    def samples(self) -> int:
+        """Number of images that count."""
+        return round(float(self.weights.sum()))
+
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, Probabilities]]:
+        """Yield chunks of images from image `start` on, each with the number of the next image."""
+        about = self.saved[0].about
+        rows = max(1, CHUNK // (self.networks * len(about.classes)))
+        for first in range(start, about.samples, rows):
+            last = min(first + rows, about.samples)
+            probabilities = torch.stack([one.rows(first, last) for one in self.saved])
+            labels, weights = self.saved[0].labels[first:last], self.weights[first:last]
+            yield last, Probabilities(probabilities, labels, weights)
+
+    def errors(self, weights: Sequence[float]) -> list[dict[str, float]]:
+        """Return errors and loss of each network alone, then of their weighted average."""
+        totals = torch.zeros(self.networks + 1, 4, dtype=torch.float64)
+        for _, (probabilities, labels, counts) in self.chunks():
+            answers: list[Tensor] = [*probabilities, combine(probabilities, weights)]
+            totals += torch.stack([sum_metrics(answer, labels, counts) for answer in answers])
+        return [
+            {"top1_error": top1 / samples, "top5_error": top5 / samples, "loss": loss / samples}
+            for loss, top1, top5, samples in totals.tolist()
+        ]
 
 
-class Contest:
-    """The images that weights decide about, with the classes that can come into question."""
-
-    def __init__(self, pictures: Chunks, kept: int) -> None:
-        """Go through all images once; `kept` is how many bytes of what is left may stay."""
-        self._pictures = pictures
-        self._blocks: list[Chunk] = []
-        self._rest: int | None = None
-        start = size = 0
-        for end, chunk in pictures.chunks():
-            blocks = list(undecided(chunk))
-            size += sum(4 * block.probabilities.numel() for block in blocks)
-            if size > kept:
-                self._rest = start
-                break
-            self._blocks += blocks
-            start = end
-
-    def errors(self, candidates: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-        """Return top-5 and top-1 errors among these images with each of some weights."""
-        sums = torch.zeros(len(candidates), 2, dtype=torch.float64)
-        for block in self._each():
-            for row, weights in zip(sums, candidates, strict=True):
-                average = weighted(block.probabilities, weights)
-                top1, top5 = count_errors(average, block.labels, block.weights)
-                row += torch.stack((top5, top1))
-        return [(top5, top1) for top5, top1 in sums.tolist()]
-
-    def _each(self) -> Iterator[Chunk]:
-        yield from self._blocks
-        if self._rest is not None:
-            for _, chunk in self._pictures.chunks(self._rest):
-                yield from undecided(chunk)
+def _check_same_images(first: Saved, other: Saved) -> None:
+    """Refuse probabilities of other images or classes."""
+    one, two = first.about, other.about
+    if two.split != one.split:
+        found = f"of split {two.split!r}, those of {first.run} of {one.split!r}"
+    elif two.classes != one.classes:
+        found = (
+            f"of other classes ({_describe_class_difference(one, two)}) than those of {first.run}"
+        )
+    elif two.data_sha256 != one.data_sha256 or not torch.equal(first.labels, other.labels):
+        found = (
+            f"of another data set (manifest {two.data_sha256[:12]}) than those of {first.run} "
+            f"({one.data_sha256[:12]})"
+        )
+    else:
+        return
+    raise UsageError(
+        f"the probabilities of {other.run} are {found}; evaluate both on one with cluster.evaluate "
+        "--save-probabilities"
+    )
 
 
-def weighted(probabilities: Tensor, weights: Sequence[float]) -> Tensor:
-    """Return the sum over networks of [networks, n, classes], each times its weight.
+def _describe_class_difference(one: About, two: About) -> str:
+    if len(one.classes) != len(two.classes):
+        return f"{len(two.classes)}, not {len(one.classes)}"
+    names = zip(one.classes, two.classes, strict=True)
+    place, (a, b) = next((i, pair) for i, pair in enumerate(names) if pair[0] != pair[1])
+    return f"number {place} is {b!r}, not {a!r}"
 
-    What a network of weight 0 says does not matter, not even if it is no number.
+
+def combine(probabilities: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the weighted sum over networks of [networks, n, classes].
+
+    The probabilities of a network of weight 0 do not matter, even if they are NaN.
     """
     total = torch.zeros_like(probabilities[0])
     for one, weight in zip(probabilities, weights, strict=True):
@@ -153,12 +168,83 @@ def weighted(probabilities: Tensor, weights: Sequence[float]) -> Tensor:
     return total
 
 
-def undecided(chunk: Chunk) -> Iterator[Chunk]:
-    """Yield the images of a chunk that weights decide about, in blocks of about equal width.
+def search_weights(images: ProbabilitySource, kept: int = KEPT_BYTES) -> tuple[float, ...]:
+    """Return the weights of the best average that the search finds, one a network; the sum is 1.
+
+    As the original's avg-valid.py (`find_coeffs`): all weights start at one half; one after the
+    other is tried at 0, .05, ... 1 and takes the value with the fewest top-5 errors, if these are
+    fewer than before; the search ends after five passes, or when a whole pass has changed nothing.
+    Where it differs: between values with equal top-5 errors the top-1 errors decide; ties count by
+    the rule of `model.metrics.count_errors`; and weights of 0 for all networks are no candidate.
+
+    Args:
+        images: probabilities; read once, and, as far as the undecided images exceed `kept`, again
+            for each weight that is tried.
+        kept: bytes.
+    """
+    undecided = UndecidedImages(images, kept)
+    weights = [START] * images.networks
+    best = undecided.count_errors([weights])[0]
+    changed = 0  # the weight that was changed last
+    for turn in range(PASSES * len(weights)):
+        place = turn % len(weights)
+        if changed == place and turn >= len(weights):
+            break  # a whole pass ago
+        tried = [[*weights[:place], value, *weights[place + 1 :]] for value in GRID]
+        tried = [one for one in tried if sum(one) > 0]
+        found = undecided.count_errors(tried)
+        first = min(range(len(tried)), key=found.__getitem__)
+        if found[first] < best:
+            best, weights, changed = found[first], tried[first], place
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+class UndecidedImages:
+    """The images whose answer depends on the weights, with the classes that compete for it.
+
+    A class can rank before the right one in some average only if it does in some network, and where
+    five classes do in every network the image is lost. So the search needs few of the
+    probabilities.
+    """
+
+    def __init__(self, images: ProbabilitySource, kept: int) -> None:
+        """Read all images once; at most `kept` bytes of the undecided ones stay in memory."""
+        self._images = images
+        self._blocks: list[Probabilities] = []
+        self._rest: int | None = None
+        start = size = 0
+        for end, chunk in images.chunks():
+            blocks = list(select_undecided(chunk))
+            size += sum(4 * block.probabilities.numel() for block in blocks)
+            if size > kept:
+                self._rest = start
+                break
+            self._blocks += blocks
+            start = end
+
+    def count_errors(self, candidates: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+        """Return top-5 and top-1 errors among these images with each candidate's weights."""
+        sums = torch.zeros(len(candidates), 2, dtype=torch.float64)
+        for block in self._read():
+            for row, weights in zip(sums, candidates, strict=True):
+                average = combine(block.probabilities, weights)
+                top1, top5 = count_errors(average, block.labels, block.weights)
+                row += torch.stack((top5, top1))
+        return [(top5, top1) for top5, top1 in sums.tolist()]
+
+    def _read(self) -> Iterator[Probabilities]:
+        yield from self._blocks
+        if self._rest is not None:
+            for _, chunk in self._images.chunks(self._rest):
+                yield from select_undecided(chunk)
+
+
+def select_undecided(chunk: Probabilities) -> Iterator[Probabilities]:
+    """Yield the images of a chunk that depend on the weights, in blocks of about equal width.
 
     In a block the right class is the first one; besides it there are those that some network
-    puts before it or level with it. A class that every network puts behind could at most be level
-    in an average whose rounding hides the difference: nobody would notice in a search.
+    ranks before it or level with it. A class that every network ranks behind could at most be level
+    in an average whose rounding hides the difference, which a search would not notice.
     """
     places = min(5, chunk.probabilities.shape[2])
     index = chunk.labels[None, :, None].expand(len(chunk.probabilities), -1, 1)
@@ -174,117 +260,28 @@ def undecided(chunk: Chunk) -> Iterator[Chunk]:
         high = min(2 * low, widest)
         rows = (open_ & (width > low) & (width <= high)).nonzero()[:, 0]
         if len(rows):
-            yield _block(chunk, rows, rank[rows], high)
+            yield _cut_block(chunk, rows, rank[rows], high)
         low = high
 
 
-def _block(chunk: Chunk, rows: Tensor, rank: Tensor, width: int) -> Chunk:
+def _cut_block(chunk: Probabilities, rows: Tensor, rank: Tensor, width: int) -> Probabilities:
     """Cut out images `rows` and for each the `width` classes of the highest `rank` [n, classes].
 
-    Rank 2 is the right class, 1 one that comes into question, 0 any other.
+    Rank 2 is the right class, 1 a class that competes with it, 0 any other.
     """
     ranks, classes = rank.topk(width, dim=1)
     index = classes[None].expand(len(chunk.probabilities), -1, -1)
     found = chunk.probabilities[:, rows].gather(2, index)
-    found = found.masked_fill(ranks[None] == 0, _BESIDE)
-    return Chunk(found, torch.zeros(len(rows), dtype=torch.int64), chunk.weights[rows])
+    found = found.masked_fill(ranks[None] == 0, _ABSENT)
+    return Probabilities(found, torch.zeros(len(rows), dtype=torch.int64), chunk.weights[rows])
 
 
-CHUNK = 1 << 24
-"""Probabilities, of all networks together, in memory at a time (64 MB)."""
-
-
-class Together:
-    """The probabilities of several runs, image by image.
-
-    An image counts if it was sound for all of them.
-    """
-
-    def __init__(self, saved: Sequence[SavedProbabilities], weights: Tensor | None = None) -> None:
-        """Make sure that they are of the same images.
-
-        Args:
-            saved: of each run.
-            weights: float32 [N], 0 for images that are not to count, if others are not, either.
-
-        Raises:
-            UsageError: they are not; names the runs and what differs.
-        """
-        self.saved = saved
-        self.networks = len(saved)
-        self.weights = saved[0].weights * (1.0 if weights is None else weights)
-        """float32 [N], 0 for images that do not count."""
-        for other in saved[1:]:
-            _same(saved[0], other)
-            self.weights *= other.weights
-        if not self.weights.any():
-            raise UsageError("no image was sound for all runs; evaluate them anew")
-
-    def chunks(self, start: int = 0) -> Iterator[tuple[int, Chunk]]:
-        """Yield what comes after each chunk, and the chunk, from image `start` on."""
-        about = self.saved[0].about
-        rows = max(1, CHUNK // (self.networks * len(about.classes)))
-        for first in range(start, about.samples, rows):
-            last = min(first + rows, about.samples)
-            probabilities = torch.stack([one.rows(first, last) for one in self.saved])
-            labels, weights = self.saved[0].labels[first:last], self.weights[first:last]
-            yield last, Chunk(probabilities, labels, weights)
-
-
-def counted(nets: Together, weights: Sequence[float]) -> list[dict[str, float]]:
-    """Return errors and loss of each network alone, then of their average."""
-    totals = torch.zeros(nets.networks + 1, 4, dtype=torch.float64)
-    for _, (probabilities, labels, counts) in nets.chunks():
-        answers: list[Tensor] = [*probabilities, weighted(probabilities, weights)]
-        totals += torch.stack([sum_metrics(answer, labels, counts) for answer in answers])
-    return [
-        {"top1_error": top1 / samples, "top5_error": top5 / samples, "loss": loss / samples}
-        for loss, top1, top5, samples in totals.tolist()
-    ]
-
-
-def _same(first: SavedProbabilities, other: SavedProbabilities) -> None:
-    """Refuse probabilities of other images or classes."""
-    one, two = first.about, other.about
-    if two.split != one.split:
-        found = f"of split {two.split!r}, those of {first.run} of {one.split!r}"
-    elif two.classes != one.classes:
-        found = f"of other classes ({_difference(one, two)}) than those of {first.run}"
-    elif two.data_sha256 != one.data_sha256 or not torch.equal(first.labels, other.labels):
-        found = (
-            f"of another data set (manifest {two.data_sha256[:12]}) than those of {first.run} "
-            f"({one.data_sha256[:12]})"
-        )
-    else:
-        return
-    raise UsageError(
-        f"the probabilities of {other.run} are {found}; evaluate both on one with cluster.evaluate "
-        "--save-probabilities"
-    )
-
-
-def _difference(one: ProbabilityInfo, two: ProbabilityInfo) -> str:
-    if len(one.classes) != len(two.classes):
-        return f"{len(two.classes)}, not {len(one.classes)}"
-    names = zip(one.classes, two.classes, strict=True)
-    place, (a, b) = next((i, pair) for i, pair in enumerate(names) if pair[0] != pair[1])
-    return f"number {place} is {b!r}, not {a!r}"
-
-
-MOST = 10
-"""Combinations of one size that are counted; the first ones, in the order of the runs."""
-KINDS = ("equal", "searched", "held_out")
-"""Equal weights; searched on the images that are counted, as the original did; and searched on
-every other image, counted on those between, and the other way round."""
-ERRORS = ("top1_error", "top5_error")
-
-
-def table_of(saved: Sequence[SavedProbabilities], sizes: Sequence[int]) -> dict[str, Any]:
-    """Count averages of some of the runs.
+def make_table(saved: Sequence[Saved], sizes: Sequence[int]) -> dict[str, Any]:
+    """Count averages of some of the runs: table 2 of the paper.
 
     Args:
-        saved: of all runs.
-        sizes: how many of them are averaged, for each line.
+        saved: probabilities of all runs.
+        sizes: number of runs that are averaged, for each line.
 
     Returns:
         {"views", "split", "samples", "runs", "sizes": a list of {"nets", "combinations", and for
@@ -292,22 +289,22 @@ def table_of(saved: Sequence[SavedProbabilities], sizes: Sequence[int]) -> dict[
         the standard deviation (None for one)}}. Errors are fractions.
 
     Raises:
-        UsageError: the runs do not go together.
+        UsageError: the runs are of other images.
     """
     about = saved[0].about
-    whole = Together(saved)
+    whole = Ensemble(saved)
     return {
         "views": about.views,
         "split": about.split,
-        "samples": round(float(whole.weights.sum())),
+        "samples": whole.samples,
         "runs": [str(one.run) for one in saved],
-        "sizes": [_line(saved, size, whole) for size in sizes],
+        "sizes": [_make_line(saved, size, whole) for size in sizes],
     }
 
 
-def _line(saved: Sequence[SavedProbabilities], size: int, whole: Together) -> dict[str, Any]:
-    some = list(itertools.islice(itertools.combinations(saved, size), MOST))
-    found = [_errors(Together(one, whole.weights)) for one in some]
+def _make_line(saved: Sequence[Saved], size: int, whole: Ensemble) -> dict[str, Any]:
+    some = list(itertools.islice(itertools.combinations(saved, size), MOST_COMBINATIONS))
+    found = [_count_kinds(Ensemble(one, whole.weights)) for one in some]
     line: dict[str, Any] = {"nets": size, "combinations": len(some)}
     for kind in KINDS:
         line[kind] = {}
@@ -318,120 +315,85 @@ def _line(saved: Sequence[SavedProbabilities], size: int, whole: Together) -> di
     return line
 
 
-def _errors(nets: Together) -> dict[str, dict[str, float]]:
+def _count_kinds(ensemble: Ensemble) -> dict[str, dict[str, float]]:
     """Errors of one combination with each kind of weights."""
-    equal = counted(nets, (1 / nets.networks,) * nets.networks)[-1]
-    if nets.networks == 1:
+    equal = ensemble.errors((1 / ensemble.networks,) * ensemble.networks)[-1]
+    if ensemble.networks == 1:
         return dict.fromkeys(KINDS, equal)
     return {
         "equal": equal,
-        "searched": counted(nets, search(nets))[-1],
-        "held_out": _held_out(nets),
+        "searched": ensemble.errors(search_weights(ensemble))[-1],
+        "held_out": _count_held_out(ensemble),
     }
 
 
-def _held_out(nets: Together) -> dict[str, float]:
+def _count_held_out(ensemble: Ensemble) -> dict[str, float]:
     """Errors with weights searched on the images that are not counted."""
-    odd = (torch.arange(len(nets.weights)) % 2).to(nets.weights.dtype)
-    halves = [Together(nets.saved, nets.weights * part) for part in (odd, 1 - odd)]
+    odd = (torch.arange(len(ensemble.weights)) % 2).to(ensemble.weights.dtype)
+    halves = [Ensemble(ensemble.saved, ensemble.weights * part) for part in (odd, 1 - odd)]
     totals = dict.fromkeys(ERRORS, 0.0)
     for fitted, tested in (halves, reversed(halves)):
-        errors = counted(tested, search(fitted))[-1]
-        share = float(tested.weights.sum() / nets.weights.sum())
+        errors = tested.errors(search_weights(fitted))[-1]
+        share = float(tested.weights.sum() / ensemble.weights.sum())
         for name in ERRORS:
             totals[name] += share * errors[name]
     return totals
 
 
-def as_lines(result: dict[str, Any]) -> Iterator[str]:
-    """Yield the table in words."""
-    views = "centre view" if result["views"] == 1 else "ten views"
-    yield f"{result['split']}, {result['samples']:,} images, {views}; top-1 / top-5 error"
-    yield "  nets  equal weights    searched on these  searched on the other half"
-    for one in result["sizes"]:
-        cells = [
-            f"{one[kind]['top1_error']:7.2%} / {one[kind]['top5_error']:6.2%}" for kind in KINDS
-        ]
-        ways = f"  (mean of {one['combinations']})" if one["combinations"] > 1 else ""
-        yield f"{one['nets']:6}  {cells[0]}  {cells[1]}  {cells[2]}{ways}"
-
-
 @dataclass(frozen=True, kw_only=True)
-class Ensemble:
+class EnsembleOptions:
     """Average the saved probabilities of runs, and count the errors of the average."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
     """Folders of runs; cluster.evaluate --save-probabilities has been there."""
     views: Literal[1, 10] = 10
-    """Which of their probabilities: of the centre view, or of ten."""
+    """Views of the probabilities: the centre view, or ten."""
     weights: tuple[float, ...] = ()
-    """A weight for each run; default: all equal."""
+    """Weight of each run; default: all equal."""
     search: bool = False
-    """Look for the weights with the fewest top-5 errors on these images."""
+    """Search the weights with the fewest top-5 errors on these images."""
     sizes: tuple[int, ...] = ()
-    """Instead: a table of averages of so many of the runs."""
+    """Instead, print a table of averages of so many of the runs."""
     out: Path | None = None
-    """File for what --json prints; default: none."""
+    """File for the object that --json prints; default: none."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command.
+def average_runs(options: EnsembleOptions) -> dict[str, Any]:
+    """Return the object that --json prints; errors are fractions.
 
     Raises:
-        DuetError: one line, with the exit code to leave with.
+        UsageError: a run has no probabilities, or those of other data.
+        DataError: probabilities cannot be read.
     """
-    options = tyro.cli(Ensemble, args=argv, prog="python -m cluster.experiments.ensemble")
-    _check(options)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    result = average(options)
-    if options.out is not None:
-        with atomic_write(options.out) as file:
-            file.write((json.dumps(result) + "\n").encode())
-    out = sys.stderr if options.json else sys.stdout
-    lines = as_lines(result) if options.sizes else _lines(result)
-    out.write("\n".join(lines) + "\n")
-    if options.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-    return 0
-
-
-def average(options: Ensemble) -> dict[str, Any]:
-    """Return what --json prints; errors are fractions.
-
-    Raises:
-        UsageError: a run without probabilities, or with those of other data.
-        DataError: probabilities that cannot be read.
-    """
-    nets = Together([SavedProbabilities(path, options.views) for path in options.runs])
-    for saved in nets.saved:
-        _tell_old(saved)
+    ensemble = Ensemble([Saved(path, options.views) for path in options.runs])
+    for saved in ensemble.saved:
+        _warn_if_outdated(saved)
     if options.sizes:
-        return table_of(nets.saved, options.sizes)
-    count = nets.networks
-    weights: tuple[float, ...] = (1 / count,) * count
+        return make_table(ensemble.saved, options.sizes)
+    weights: tuple[float, ...] = (1 / ensemble.networks,) * ensemble.networks
     if options.search:
-        weights = search(nets)
+        weights = search_weights(ensemble)
     elif options.weights:
         weights = tuple(weight / sum(options.weights) for weight in options.weights)
-    *each, together = counted(nets, weights)
+    *each, together = ensemble.errors(weights)
     runs = [
         {"run": str(saved.run), "step": saved.about.step, "weight": weight, **errors}
-        for saved, weight, errors in zip(nets.saved, weights, each, strict=True)
+        for saved, weight, errors in zip(ensemble.saved, weights, each, strict=True)
     ]
-    about = nets.saved[0].about
+    about = ensemble.saved[0].about
     return {
         "views": about.views,
         "split": about.split,
-        "samples": round(float(nets.weights.sum())),
+        "samples": ensemble.samples,
         "searched": options.search,
         "runs": runs,
         "average": together,
     }
 
 
-def _check(options: Ensemble) -> None:
+def _check(options: EnsembleOptions) -> None:
     """Refuse options that do not go together."""
     count, weights = len(options.runs), options.weights
     if count < 2:
@@ -442,43 +404,76 @@ def _check(options: Ensemble) -> None:
         raise UsageError("--sizes counts equal and searched weights alike; leave out the others")
     if wrong := [size for size in options.sizes if not 1 <= size <= count]:
         raise UsageError(f"--sizes has {wrong[0]}; there are {count} runs")
+    given = " ".join(f"{weight:g}" for weight in weights)
     if weights and len(weights) != count:
         raise UsageError(f"{len(weights)} weights for {count} runs; give one for each")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        raise UsageError(f"--weights {_words(weights)}: each must be finite, 0 or above")
+        raise UsageError(f"--weights {given}: each must be finite, 0 or above")
     if weights and not sum(weights) > 0:
-        raise UsageError(f"--weights {_words(weights)}: one at least must be above 0")
+        raise UsageError(f"--weights {given}: one at least must be above 0")
     if options.out is not None:
         if options.out.is_dir():
             raise UsageError(f"--out {options.out} is a folder; name a file")
         ensure_writable(options.out.parent, "the folder of --out")
 
 
-def _words(weights: Sequence[float]) -> str:
-    return " ".join(f"{weight:g}" for weight in weights)
-
-
-def _tell_old(saved: SavedProbabilities) -> None:
-    """Warn of probabilities that are older than the network."""
-    if (step := find_last_step(saved.run, read_store(saved.run))) > saved.about.step:
+def _warn_if_outdated(saved: Saved) -> None:
+    """Warn of probabilities of an earlier step than the newest checkpoint."""
+    if (step := find_last_step(saved.run, store_of(saved.run))) > saved.about.step:
         sys.stderr.write(
             f"warning: the probabilities of {saved.run} are those of step {saved.about.step}; "
             f"it has come to step {step} since\n"
         )
 
 
-def _lines(result: dict[str, Any]) -> Iterator[str]:
-    views = "centre view" if result["views"] == 1 else "ten views"
-    yield f"{result['split']}, {result['samples']:,} images, {views}"
+def _format_average(result: dict[str, Any]) -> Iterator[str]:
+    yield _format_images(result)
     yield "   top-1     top-5     loss  weight"
     for one in result["runs"]:
-        yield f"{_numbers(one)}  {one['weight']:6.3f}  {one['run']}, step {one['step']}"
+        yield f"{_format_errors(one)}  {one['weight']:6.3f}  {one['run']}, step {one['step']}"
     found = " (weights searched on these images)" if result["searched"] else ""
-    yield f"{_numbers(result['average'])}          average{found}"
+    yield f"{_format_errors(result['average'])}          average{found}"
 
 
-def _numbers(found: dict[str, float]) -> str:
+def _format_table(result: dict[str, Any]) -> Iterator[str]:
+    yield f"{_format_images(result)}; top-1 / top-5 error"
+    yield "  nets  equal weights    searched on these  searched on the other half"
+    for one in result["sizes"]:
+        cells = [
+            f"{one[kind]['top1_error']:7.2%} / {one[kind]['top5_error']:6.2%}" for kind in KINDS
+        ]
+        ways = f"  (mean of {one['combinations']})" if one["combinations"] > 1 else ""
+        yield f"{one['nets']:6}  {cells[0]}  {cells[1]}  {cells[2]}{ways}"
+
+
+def _format_images(result: dict[str, Any]) -> str:
+    views = "centre view" if result["views"] == 1 else "ten views"
+    return f"{result['split']}, {result['samples']:,} images, {views}"
+
+
+def _format_errors(found: dict[str, float]) -> str:
     return f"{found['top1_error']:8.2%}  {found['top5_error']:8.2%}  {found['loss']:7.4f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        DuetError: one line, with the exit code to leave with.
+    """
+    options = tyro.cli(EnsembleOptions, args=argv, prog="python -m cluster.experiments.ensemble")
+    _check(options)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    result = average_runs(options)
+    if options.out is not None:
+        with atomic_write(options.out) as file:
+            file.write((json.dumps(result) + "\n").encode())
+    out = sys.stderr if options.json else sys.stdout
+    lines = _format_table(result) if options.sizes else _format_average(result)
+    out.write("\n".join(lines) + "\n")
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

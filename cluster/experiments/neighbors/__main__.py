@@ -1,26 +1,22 @@
-"""Nearest neighbours in the features of a trained network: figure 4 (right) of the paper.
+"""Command: nearest neighbors in the features of a trained network, figure 4 (right) of the paper.
 
     python -m cluster.experiments.neighbors RUN --data DATA [-k 6] [--queries val] [--base train]
 
 Passes every image of both splits through the network once and keeps its fc7 features (4096
-numbers at width 1) in RUN/neighbours; a call that was killed goes on where it was, and a later one
-takes what is there. Finds the exact k nearest base images of every query by squared L2 distance,
-and writes RUN/neighbours/
+numbers at width 1) in RUN/neighbours; a call that was killed resumes, and a later one uses what is
+there. Finds the exact k nearest base images of every query by squared L2 distance, and writes into
+RUN/neighbours/
 
     summary.json      precision at k, how well distances tell classes apart, rates
     nearest.npz       queries, ids, distances: of every query
-    sheet.png         some queries and their neighbours
+    sheet.png         some queries and their neighbors
     distances.svg     distances within and across classes
 
-RUN/neighbours/summary.json: the numbers of both commands, for whoever gathers them.
+summary.json has a part of each command, and either keeps the other's if it is of the same features:
 
     version, run, step, checkpoint_sha256, data_sha256
-    neighbours   of the command itself: precision_at_k, auc, mean_ratio, images, ...
+    neighbours   of this command: precision_at_k, auc, mean_ratio, ...
     codes        of python -m cluster.experiments.neighbors.codes: rows of the table, ...
-
-Either command writes its own part and keeps the other's, if that is of the same features.
-
-`python -m cluster.experiments.neighbors RUN --data DATA`.
 """
 
 from __future__ import annotations
@@ -38,87 +34,57 @@ import numpy as np
 import torch
 import tyro
 
-from cluster.experiments.neighbors.extract import features
+from cluster.experiments.neighbors.extract import make_features
 from cluster.experiments.neighbors.features import (
     FOLDER,
-    About,
+    FeatureInfo,
     Features,
+    FeatureSource,
     Ids,
-    Trained,
-    opened,
-    settings,
+    open_source,
+    read_settings,
 )
 from cluster.experiments.neighbors.figures import chosen, draw, drawn, histogram, read
-from cluster.experiments.neighbors.search import LEAST, Base, Nearest, nearest
+from cluster.experiments.neighbors.search import LEAST_MEMORY, Nearest, SearchBase, find_nearest
 from pipeline.remote.dataset import open_dataset, parse_size
 from pipeline.tools.errors import SetupError, UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 
-NAME = "summary.json"
+SUMMARY = "summary.json"
 VERSION = 1
-
-
-def write(
-    folder: Path, run: Path, about: About, part: Literal["neighbours", "codes"], facts: Any
-) -> dict[str, Any]:
-    """Put a part into the summary and return the whole."""
-    head = {
-        "version": VERSION,
-        "run": str(run),
-        "step": about.step,
-        "checkpoint_sha256": about.checkpoint_sha256,
-        "data_sha256": about.data_sha256,
-    }
-    old = _read(folder / NAME)
-    same = all(old.get(key) == head[key] for key in head if key != "run")
-    kept = {name: old[name] for name in ("neighbours", "codes") if same and name in old}
-    whole = head | kept | {part: facts}
-    with atomic_write(folder / NAME) as file:
-        file.write((json.dumps(whole, indent=1) + "\n").encode())
-    return whole
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
 PAPER_K = 6
-"""Neighbours of each image in figure 4."""
+"""Neighbors of each image in figure 4."""
 CORES = 4
-"""CPU cores of a worker, where it has no GPU."""
+"""CPU cores of a worker that has no GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours:
-    """Find the images that a trained network takes for most alike."""
+class NeighborsOptions:
+    """Find the images that a trained network finds most similar."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run; its newest complete checkpoint is used."""
     data: str
     """Data set (folder or address); its classes must be those of training."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = PAPER_K
-    """Neighbours of each image."""
+    """Neighbors of each image."""
     queries: str = "val"
-    """Split whose images are looked for."""
+    """Split of the query images."""
     base: str = "train"
-    """Split in which they are looked for; if it is the same, an image is not its own neighbour."""
+    """Split that is searched; if it is the same, an image is not its own neighbor."""
     step: int | None = None
-    """Take the checkpoint of this step."""
+    """Use the checkpoint of this step."""
     features: Path | None = None
     """Folder for the features (10 GB for 1.28 million images); default: RUN/neighbours."""
     anew: bool = False
-    """Make the features again, also if there are some."""
+    """Compute the features even if they exist."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of the features in their file."""
+    """Type of the features in their file."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs if there are any."""
     workers: int = 0
-    """Processes that make features; 0: one a GPU, or one for every four cores."""
+    """Processes that compute features; 0: one a GPU, or one for every four cores."""
     memory: str = "2GB"
     """Most memory for the search, beside the queries."""
     show: int = 10
@@ -126,60 +92,48 @@ class Neighbours:
     pairs: int = 50_000
     """Random pairs of either kind, same class and different ones, for the distances."""
     seed: int = 0
-    """Of the draws of pairs and of the queries that are shown."""
+    """Seed of the draws of pairs and of the queries on the sheet."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command.
-
-    Raises:
-        DuetError: one line, with the exit code to leave with.
-    """
-    options = tyro.cli(Neighbours, args=argv, prog="python -m cluster.experiments.neighbors")
-    settings(options.run)
-    _check(options)
-    folder = ensure_writable(options.run / FOLDER, "the run's folder")
-    result = neighbours(options, folder)
-    out = sys.stderr if options.json else sys.stdout
-    out.write("\n".join(_lines(result["neighbours"], folder)) + "\n")
-    if options.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-    return 0
-
-
-def neighbours(options: Neighbours, folder: Path) -> dict[str, Any]:
-    """Do it all and return what is in summary.json.
+def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
+    """Compute features, search, draw, and return the content of summary.json.
 
     Args:
         options: the flags.
-        folder: for the results.
+        folder: folder of the results.
 
     Raises:
-        UsageError: a run without checkpoints, data of other classes, more neighbours than images.
-        DataError: features that are there are of another run, step or data set, or damaged.
+        UsageError: a run without checkpoints, data of other classes, more neighbors than images.
+        DataError: existing features are of another run, step or data set, or damaged.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    trained = opened(options.run, options.data, options.step)
-    _enough(options, trained)
-    devices = _devices(options)
+    source = open_source(options.run, options.data, options.step)
+    _check_k(options, source)
+    devices = _choose_devices(options)
     kept = ensure_writable(options.features, "--features") if options.features else folder
     started = time.perf_counter()
-    asked, base = (
-        features(
-            kept, trained, split, dtype=options.dtype, devices=devices, anew=options.anew and new
+    splits = (options.queries, options.base)
+    queries, base = (
+        make_features(
+            kept,
+            source,
+            split,
+            dtype=options.dtype,
+            devices=devices,
+            anew=options.anew and split not in splits[:number],  # a split used twice is made once
         )
-        for split, new in ((options.queries, True), (options.base, options.base != options.queries))
+        for number, split in enumerate(splits)
     )
     made = time.perf_counter() - started
-    ids = np.flatnonzero(asked.sound)
+    ids = np.flatnonzero(queries.sound)
     started = time.perf_counter()
-    found = _searched(options, asked, base, ids, devices[0])
+    found = _search(options, queries, base, ids, devices[0])
     seconds = time.perf_counter() - started
     with atomic_write(folder / "nearest.npz") as file:
         np.savez(file, queries=ids, ids=found.ids, distances=found.distances)
-    right = base.labels[found.ids] == asked.labels[ids][:, None]
+    right = base.labels[found.ids] == queries.labels[ids][:, None]
     facts = {
         "k": options.k,
         "queries": {"split": options.queries, "pictures": len(ids)},
@@ -189,39 +143,39 @@ def neighbours(options: Neighbours, folder: Path) -> dict[str, Any]:
         "bytes_per_picture": base.about.units * base.values.dtype.itemsize,
         "precision_at_k": float(right.mean()),
         "precision_at": [float(right[:, : k + 1].mean()) for k in range(options.k)],
-        "precision_by_chance": _chance(asked, base, ids),
-        **_distances(options, asked, base, folder),
+        "precision_by_chance": _chance_precision(queries, base, ids),
+        **_measure_distances(options, queries, base, folder),
         "features_seconds": round(made, 2),
         "search_seconds": round(seconds, 3),
         "queries_s": round(len(ids) / seconds, 1),
         "searched_again": found.again,
         "device": devices[0],
         "files": {"sheet": "sheet.png", "distances": "distances.svg", "nearest": "nearest.npz"},
-        "sheet": _sheet(options, trained, asked, found, ids, folder),
+        "sheet": _draw_sheet(options, source, queries, found, ids, folder),
     }
-    return write(folder, options.run, base.about, "neighbours", facts)
+    return write_summary(folder, options.run, base.about, "neighbours", facts)
 
 
-def _searched(
-    options: Neighbours, asked: Features, base: Features, ids: Ids, device: str
+def _search(
+    options: NeighborsOptions, queries: Features, base: Features, ids: Ids, device: str
 ) -> Nearest:
     with Progress("nearest neighbours", total=len(ids), unit="queries") as progress:
-        return nearest(
-            asked.values,
-            Base(base.values, base.sound),
+        return find_nearest(
+            queries.values,
+            SearchBase(base.values, base.sound),
             options.k,
             memory=parse_size(options.memory),
             device=device,
             picked=ids,
             itself=options.base == options.queries,
-            tell=progress.advance,
+            advance=progress.advance,
         )
 
 
-def _distances(
-    options: Neighbours, asked: Features, base: Features, folder: Path
+def _measure_distances(
+    options: NeighborsOptions, queries: Features, base: Features, folder: Path
 ) -> dict[str, Any]:
-    pairs = draw(asked, base, options.pairs, options.seed)
+    pairs = draw(queries, base, options.pairs, options.seed)
     if pairs is None:
         return {"auc": None, "pairs": 0}
     title = f"{options.run.resolve().name}, step {base.about.step}: {options.queries} against "
@@ -237,28 +191,28 @@ def _distances(
     }
 
 
-def _sheet(
-    options: Neighbours,
-    trained: Trained,
-    asked: Features,
+def _draw_sheet(
+    options: NeighborsOptions,
+    source: FeatureSource,
+    queries: Features,
     found: Nearest,
     ids: Ids,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Draw sheet.png; returns which images are on it."""
-    rows = chosen(asked.labels[ids], options.show, options.seed)
-    names = trained.manifest.titles or trained.manifest.classes
+    """Draw sheet.png and list the images on it."""
+    rows = chosen(queries.labels[ids], options.show, options.seed)
+    names = source.manifest.titles or source.manifest.classes
     near = found.ids[rows]
-    dataset = open_dataset(trained.data, **trained.config.cached)
+    dataset = open_dataset(source.data, **source.config.cached)
     try:
-        queries = read(dataset, options.queries, ids[rows].tolist())
+        asked = read(dataset, options.queries, ids[rows].tolist())
         flat = read(dataset, options.base, near.reshape(-1).tolist())
     finally:
         dataset.close()
     others = [flat[at : at + options.k] for at in range(0, len(flat), options.k)]
     notes = (options.queries, f"the {options.k} nearest of {options.base}; x: of another class")
     with atomic_write(folder / "sheet.png") as file:
-        drawn(queries, others, names, notes).save(file, "PNG", optimize=True)
+        drawn(asked, others, names, notes).save(file, "PNG", optimize=True)
     return [
         {
             "query": int(ids[row]),
@@ -267,17 +221,17 @@ def _sheet(
             "classes": [names[one.label] for one in mine],
             "distances": [round(math.sqrt(far), 4) for far in found.distances[row].tolist()],
         }
-        for row, query, mine in zip(rows.tolist(), queries, others, strict=True)
+        for row, query, mine in zip(rows.tolist(), asked, others, strict=True)
     ]
 
 
-def _chance(asked: Features, base: Features, ids: Ids) -> float:
-    """Precision of neighbours drawn at random."""
+def _chance_precision(queries: Features, base: Features, ids: Ids) -> float:
+    """Precision of neighbors drawn at random."""
     sizes = np.bincount(base.labels[base.sound], minlength=len(base.about.classes))
-    return float((sizes / sizes.sum())[asked.labels[ids]].mean())
+    return float((sizes / sizes.sum())[queries.labels[ids]].mean())
 
 
-def _check(options: Neighbours) -> None:
+def _check(options: NeighborsOptions) -> None:
     """Refuse numbers out of range."""
     for name, value, least in (
         ("-k", options.k, 1),
@@ -288,14 +242,14 @@ def _check(options: Neighbours) -> None:
     ):
         if value < least:
             raise UsageError(f"{name} is {value}; give {least} or more")
-    if parse_size(options.memory) < LEAST:
+    if parse_size(options.memory) < LEAST_MEMORY:
         raise UsageError(f"--memory {options.memory} is too little; give 64MiB or more")
 
 
-def _enough(options: Neighbours, trained: Trained) -> None:
-    """Refuse more neighbours than there are, before anything is computed."""
-    trained.manifest.split(options.queries, trained.metadata)
-    there = trained.manifest.split(options.base, trained.metadata).samples
+def _check_k(options: NeighborsOptions, source: FeatureSource) -> None:
+    """Refuse a k above the number of images, before anything is computed."""
+    source.manifest.split(options.queries, source.metadata)
+    there = source.manifest.split(options.base, source.metadata).samples
     room = there - (options.base == options.queries)
     if options.k > room:
         raise UsageError(
@@ -304,8 +258,8 @@ def _enough(options: Neighbours, trained: Trained) -> None:
         )
 
 
-def _devices(options: Neighbours) -> list[str]:
-    """Where the workers compute, one entry each."""
+def _choose_devices(options: NeighborsOptions) -> list[str]:
+    """Choose the device of each worker."""
     gpus = torch.cuda.device_count() if options.device != "cpu" else 0
     if options.device == "gpu" and not gpus:
         raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
@@ -315,7 +269,7 @@ def _devices(options: Neighbours) -> list[str]:
     return ["cpu"] * (options.workers or max(1, cores // CORES))
 
 
-def _lines(facts: dict[str, Any], folder: Path) -> list[str]:
+def _format_summary(facts: dict[str, Any], folder: Path) -> list[str]:
     queries, base = facts["queries"], facts["base"]
     at = facts["precision_at"]
     lines = [
@@ -333,10 +287,57 @@ def _lines(facts: dict[str, Any], folder: Path) -> list[str]:
         )
     lines.append(
         f"features {facts['features_seconds']:,.1f} s, exact search {facts['search_seconds']:,.2f} "
-        f"s ({facts['queries_s']:,.0f} queries/s on {facts['device']}) -> {folder / NAME}, "
+        f"s ({facts['queries_s']:,.0f} queries/s on {facts['device']}) -> {folder / SUMMARY}, "
         "sheet.png, distances.svg"
     )
     return lines
+
+
+def write_summary(
+    folder: Path,
+    run: Path,
+    about: FeatureInfo,
+    part: Literal["neighbours", "codes"],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Put the part of a command into summary.json and return its whole content."""
+    head = {
+        "version": VERSION,
+        "run": str(run),
+        "step": about.step,
+        "checkpoint_sha256": about.checkpoint_sha256,
+        "data_sha256": about.data_sha256,
+    }
+    try:
+        old = json.loads((folder / SUMMARY).read_bytes())
+    except (OSError, ValueError):
+        old = {}
+    is_same = isinstance(old, dict) and all(
+        old.get(key) == head[key] for key in head if key != "run"
+    )
+    kept = {name: old[name] for name in ("neighbours", "codes") if is_same and name in old}
+    whole = head | kept | {part: facts}
+    with atomic_write(folder / SUMMARY) as file:
+        file.write((json.dumps(whole, indent=1) + "\n").encode())
+    return whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        DuetError: one line, with the exit code to leave with.
+    """
+    options = tyro.cli(NeighborsOptions, args=argv, prog="python -m cluster.experiments.neighbors")
+    read_settings(options.run)
+    _check(options)
+    folder = ensure_writable(options.run / FOLDER, "the run's folder")
+    result = find_neighbors(options, folder)
+    out = sys.stderr if options.json else sys.stdout
+    out.write("\n".join(_format_summary(result["neighbours"], folder)) + "\n")
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

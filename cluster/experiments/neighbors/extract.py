@@ -1,8 +1,8 @@
-"""fc7 of every image of a split, each passed through the network once, by several processes.
+"""Computes fc7 of every image of a split once, in several processes.
 
 The split is cut into stretches of whole blocks. A worker streams a stretch in stored order and
-writes each block into its place as soon as it is whole. Which worker has which stretch, how many
-there are and where an earlier call was killed changes no batch, and so no feature.
+writes each block as soon as it is complete. The batches, and so the features, do not depend on the
+number of workers, on which worker has which stretch, or on where an earlier call was killed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,17 +24,16 @@ from cluster.checkpoint.format import load_checkpoint
 from cluster.evaluate import create_network
 from cluster.experiments.neighbors.features import (
     BLOCK,
-    About,
+    FeatureInfo,
     Features,
-    Growing,
+    FeatureSource,
+    FeatureWriter,
     Ids,
     Rows,
-    Trained,
-    begin,
-    discard,
-    part,
-    settings,
-    stem,
+    begin_features,
+    path_of,
+    read_settings,
+    remove_features,
 )
 from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
@@ -48,116 +47,116 @@ from pipeline.tools.progress import Progress
 BATCH = 64
 STRETCH = 16
 """Most blocks in a stretch."""
-LOOK = 0.5
-"""Seconds between looks at how far the workers are."""
+POLL = 0.5
+"""Seconds between two updates of the progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class FeatureJob:
     """A stretch of a split for one worker."""
 
-    trained: Trained
-    about: About
-    base: Path
+    source: FeatureSource
+    about: FeatureInfo
+    folder: Path
+    """Folder of the feature files."""
     blocks: range
     device: str
     """"cpu", or a GPU as "cuda:0"."""
     threads: int
 
 
-def features(
+def make_features(
     folder: Path,
-    trained: Trained,
+    source: FeatureSource,
     split: str,
     *,
     dtype: str = "float16",
     devices: Sequence[str] = ("cpu",),
     anew: bool = False,
 ) -> Features:
-    """Return the features of a split; those that are not there yet are made.
+    """Return the features of a split; those that do not exist yet are computed.
 
     Args:
-        folder: for the files.
-        trained: run, checkpoint and data.
-        split: of the data.
-        dtype: of the file that is made, float16 or float32.
-        devices: of the workers, one each.
-        anew: make them even if they are there.
+        folder: folder of the feature files.
+        source: run, checkpoint and data set.
+        split: split of the data set.
+        dtype: type of a file that is made, float16 or float32.
+        devices: device of each worker.
+        anew: compute them even if they exist.
 
     Raises:
-        UsageError: no such split, another call is at it, or a feature has no place in `dtype`.
-        DataError: those that are there are of another run, step or data set, or damaged.
+        UsageError: no such split, another call is making them, or a feature exceeds `dtype`.
+        DataError: existing features are of another run, step or data set, or damaged.
         SetupError: the disk has no room.
     """
-    about = _about(trained, split, dtype)
-    base = stem(folder, split)
-    with _alone(part(base, "lock")):
+    about = _describe(source, split, dtype)
+    with _lock(path_of(folder, split, "lock")):
         if anew:
-            discard(base)
-        if not part(base, "json").exists():
-            _make(base, trained, about, devices)
-    found = Features(base)
-    if differs := found.about.differs(about):
+            remove_features(folder, split)
+        if not path_of(folder, split, "json").exists():
+            _compute(folder, source, about, devices)
+    found = Features(folder, split)
+    if difference := found.about.describe_difference(about):
         raise DataError(
-            f"features {found.path} are of another {differs}; use them with what they are of, or "
-            "make them again with --anew"
+            f"features {found.path} are of another {difference}; use them with what they are of, "
+            "or make them again with --anew"
         )
     found.verify()
     return found
 
 
-def _about(trained: Trained, split: str, dtype: str) -> About:
-    last = create_network(trained.config, len(trained.manifest.classes))
-    return About(
+def _describe(source: FeatureSource, split: str, dtype: str) -> FeatureInfo:
+    net = network_of(source.config, len(source.manifest.classes))
+    return FeatureInfo(
         split=split,
-        samples=trained.manifest.split(split, trained.metadata).samples,
-        units=head_of(last).in_features,
+        samples=source.manifest.split(split, source.metadata).samples,
+        units=last_layer(net).in_features,
         dtype=dtype,
-        classes=trained.manifest.classes,
-        data_sha256=trained.data_sha256,
-        step=trained.found.mark.step,
-        checkpoint=trained.found.name,
-        checkpoint_sha256=trained.checkpoint_sha256,
+        classes=source.manifest.classes,
+        data_sha256=source.data_sha256,
+        step=source.checkpoint.mark.step,
+        checkpoint=source.checkpoint.name,
+        checkpoint_sha256=source.checkpoint_sha256,
     )
 
 
-def head_of(net: AlexNet) -> nn.Linear:
-    """The layer that reads the features: the last one."""
+def last_layer(net: AlexNet) -> nn.Linear:
+    """Return the layer whose input the features are: fc8."""
     head = net.get_submodule(net.stages[-1].layer.name)
     assert isinstance(head, nn.Linear)
     return head
 
 
-def _make(base: Path, trained: Trained, about: About, devices: Sequence[str]) -> None:
-    begin(base, about)
-    growing = Growing(base, about)
-    try:
-        missing = growing.missing()
-        growing.forget(missing)
-        # What keeps a fetched checkpoint alive stays here; workers only read it.
-        sent = replace(trained, found=replace(trained.found, holder=None))
-        threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
-        jobs = [
-            Job(
-                trained=sent,
-                about=about,
-                base=base,
-                blocks=blocks,
-                device=devices[number % len(devices)],
-                threads=threads,
-            )
-            for number, blocks in enumerate(stretches(missing, len(devices)))
-        ]
-        with _told(growing), LocalPool(min(len(devices), max(1, len(jobs)))) as pool:
-            for _ in pool.run(extract, jobs):
-                pass
-        growing.finish(_labels(trained, about))
-    finally:
-        growing.close()
+def _compute(
+    folder: Path, source: FeatureSource, about: FeatureInfo, devices: Sequence[str]
+) -> None:
+    """Compute what an earlier call has left missing, and seal the features."""
+    begin_features(folder, about)
+    writer = FeatureWriter(folder, about)
+    missing = writer.find_missing()
+    writer.forget(missing)
+    # The object that keeps a downloaded checkpoint alive stays here; workers only read its files.
+    sent = replace(source, checkpoint=replace(source.checkpoint, holder=None))
+    threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
+    jobs = [
+        FeatureJob(
+            source=sent,
+            about=about,
+            folder=folder,
+            blocks=blocks,
+            device=devices[number % len(devices)],
+            threads=threads,
+        )
+        for number, blocks in enumerate(cut_stretches(missing, len(devices)))
+    ]
+    with _show_progress(writer), LocalPool(min(len(devices), max(1, len(jobs)))) as pool:
+        for _ in pool.run(extract, jobs):
+            pass
+    writer.finish(_read_labels(source, about))
 
 
-def stretches(missing: Sequence[int], workers: int) -> Iterator[range]:
-    """Cut the missing blocks into runs: of `STRETCH` at most, and shorter if workers would idle."""
+def cut_stretches(missing: Sequence[int], workers: int) -> Iterator[range]:
+    """Cut missing blocks into stretches of at most `STRETCH`, shorter where workers would idle."""
     most = max(1, min(STRETCH, -(-len(missing) // workers)))
     start = 0
     for end in range(1, len(missing) + 1):
@@ -167,8 +166,8 @@ def stretches(missing: Sequence[int], workers: int) -> Iterator[range]:
             start = end
 
 
-def extract(job: Job) -> int:
-    """Make the blocks of a stretch; runs in a worker. Returns its rows.
+def extract(job: FeatureJob) -> int:
+    """Compute the blocks of a stretch in a worker; returns the number of rows.
 
     Raises:
         UsageError: a feature is too large for the file's dtype, or not finite.
@@ -180,64 +179,61 @@ def extract(job: Job) -> int:
     else:
         keep_memory()
         torch.set_num_threads(job.threads)
-    trained, about = job.trained, job.about
-    net = _network(trained.found.path, trained.run, job.device, len(about.classes))
+    source, about = job.source, job.about
+    net = _load_network(source.checkpoint.path, source.run, job.device, len(about.classes))
     first, stop = job.blocks.start * BLOCK, about.rows(job.blocks[-1]).stop
-    growing = Growing(job.base, about)
+    writer = FeatureWriter(job.folder, about)
     stream = Stream(
-        trained.data,
+        source.data,
         split=about.split,
         batch_size=BATCH,
         position=first,
         device="gpu" if device.type == "cuda" else "cpu",
         view="centre",
-        mean=trained.config.mean,
+        mean=source.config.mean,
         once=True,
         threads=job.threads,
-        quarantine=trained.quarantine,
-        strict=trained.config.strict,
-        **trained.config.cached,
+        quarantine=source.quarantine,
+        strict=source.config.strict,
+        **source.config.cached,
     )
-    dtype = compute_dtype(trained.config.dtype, device)
-    try:
-        with stream, autocast(dtype, device):
-            for block in job.blocks:
-                rows, damaged = _block(net, stream, about.rows(block))
-                growing.put(block, _stored(rows, about, block), damaged)
-    finally:
-        growing.close()
+    with stream, autocast(compute_dtype(source.config.dtype, device), device):
+        for block in job.blocks:
+            rows, damaged = _compute_block(net, stream, about.rows(block))
+            writer.put(block, _convert(rows, about, block), damaged)
     return stop - first
 
 
 @lru_cache(maxsize=1)
-def _network(checkpoint: Path, run: Path, device: str, classes: int) -> AlexNet:
-    """A worker's network: loaded for its first stretch, and kept."""
-    net = create_network(settings(run)[0], classes)
+def _load_network(checkpoint: Path, run: Path, device: str, classes: int) -> AlexNet:
+    """Load a worker's network for its first stretch, and keep it."""
+    net = network_of(read_settings(run)[0], classes)
     load_checkpoint(checkpoint, net)
     return net.to(device).eval()
 
 
-def _block(net: AlexNet, stream: Stream, rows: range) -> tuple[Tensor, Ids]:
-    """The features of a block, float32 [rows, units] on the host, and its damaged places."""
+def _compute_block(net: AlexNet, stream: Stream, rows: range) -> tuple[Tensor, Ids]:
+    """Features of a block, float32 [rows, units] on the host, and the places of damaged images."""
     kept, damaged = [], []
     for start in range(rows.start, rows.stop, BATCH):
         batch = next(stream)
         count = min(BATCH, rows.stop - start)
-        kept.append(_features(net, batch)[:count])
-        gone = batch.replaced[:count]
-        due = torch.arange(start, start + count)
-        if not torch.equal(batch.ids[:count][~gone], due[~gone]):
+        values = _compute_batch(net, batch)[:count]
+        replaced = batch.replaced[:count]
+        expected = torch.arange(start, start + count)
+        if not torch.equal(batch.ids[:count][~replaced], expected[~replaced]):
             raise RuntimeError(f"the stream gave other images than {start} to {start + count}")
-        kept[-1][gone] = 0
-        damaged.append(start - rows.start + gone.nonzero().flatten())
+        values[replaced] = 0
+        kept.append(values)
+        damaged.append(start - rows.start + replaced.nonzero().flatten())
     return torch.cat(kept), torch.cat(damaged).numpy()
 
 
 @torch.no_grad()
-def _features(net: AlexNet, batch: Batch) -> Tensor:
-    """What the last layer reads, float32 [b, units] on the host."""
+def _compute_batch(net: AlexNet, batch: Batch) -> Tensor:
+    """Input of the last layer, float32 [b, units] on the host."""
     seen: list[Tensor] = []
-    hook = head_of(net).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    hook = last_layer(net).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:
         net(batch.images.float())
     finally:
@@ -245,16 +241,17 @@ def _features(net: AlexNet, batch: Batch) -> Tensor:
     return seen[0].float().cpu()
 
 
-def _stored(rows: Tensor, about: About, block: int) -> Rows:
+def _convert(rows: Tensor, about: FeatureInfo, block: int) -> Rows:
     values = rows.numpy()
-    # What float16 cannot hold becomes infinite, and is told below.
+    # What float16 cannot hold becomes infinite, and is refused below.
     with np.errstate(over="ignore"):
         stored = values.astype(about.dtype)
     if not np.isfinite(stored).all():
         bad = int(np.flatnonzero(~np.isfinite(stored).all(1))[0])
         most = float(np.abs(values[bad]).max())
-        hint = "use --dtype float32" if np.isfinite(most) else "the network has diverged; take "
-        hint += "" if np.isfinite(most) else "an earlier checkpoint with --step"
+        hint = "use --dtype float32"
+        if not np.isfinite(most):
+            hint = "the network has diverged; take an earlier checkpoint with --step"
         raise UsageError(
             f"a feature of image {about.rows(block)[bad]} of {about.split} is {most:g}, which "
             f"{about.dtype} cannot hold; {hint}"
@@ -262,20 +259,18 @@ def _stored(rows: Tensor, about: About, block: int) -> Rows:
     return stored
 
 
-def _labels(trained: Trained, about: About) -> Ids:
-    dataset = open_dataset(trained.data, **trained.config.cached)
-    storage = ShardReader(dataset, about.split)
-    try:
-        labels: Ids = storage.read_labels(np.arange(about.samples))
-    finally:
-        storage.close()
-        dataset.close()
+def _read_labels(source: FeatureSource, about: FeatureInfo) -> Ids:
+    with (
+        closing(open_dataset(source.data, **source.config.cached)) as dataset,
+        closing(ShardReader(dataset, about.split)) as reader,
+    ):
+        labels: Ids = reader.labels(np.arange(about.samples))
     return labels
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keep other calls away from the files."""
+def _lock(path: Path) -> Iterator[None]:
+    """Keep other calls away from the feature files."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -288,21 +283,21 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told(growing: Growing) -> Iterator[None]:
-    """Show how far the workers are."""
+def _show_progress(writer: FeatureWriter) -> Iterator[None]:
+    """Show the number of rows written while the workers compute."""
     ended = threading.Event()
-    done, total = growing.done(), growing.about.samples
-    what = f"features of {growing.about.split}"
+    done, total = writer.count_rows(), writer.about.samples
+    what = f"features of {writer.about.split}"
     with Progress(what, total=total, unit="img", already=done) as progress:
 
-        def look() -> None:
+        def poll() -> None:
             seen = done
-            while not ended.wait(LOOK):
-                now = growing.done()
+            while not ended.wait(POLL):
+                now = writer.count_rows()
                 progress.advance(now - seen)
                 seen = now
 
-        watcher = threading.Thread(target=look, daemon=True)
+        watcher = threading.Thread(target=poll, daemon=True)
         watcher.start()
         try:
             yield

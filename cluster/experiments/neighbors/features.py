@@ -1,23 +1,21 @@
-"""fc7 of every image of a split, in a file that any numpy maps, and what it is of.
+"""fc7 features of every image of a split, in files that NumPy maps.
 
     RUN/neighbours/features-val.npy        float16 or float32 [N, units], rows in stored order
     RUN/neighbours/features-val.rows.npy   label int32 [N], sound uint8 [N] (0: a damaged image)
-    RUN/neighbours/features-val.json       `About`, and a CRC-32 of every block; written last
+    RUN/neighbours/features-val.json       `FeatureInfo`, and a CRC-32 of every block; written last
 
-A feature is what fc8 reads in evaluation: fc7 after ReLU, halved as the dropout of the paper does
+A feature is an input of fc8 in evaluation: fc7 after ReLU, halved as the dropout of the paper does
 (section 4.2), column a before column b: 4096 units at width 1. Rows of damaged images are zeros.
 
-A run, its checkpoint and a data set of the same classes.
-
-A features file while it is being written: every worker puts its blocks where they belong.
+While the features are computed there are instead
 
     features-val.growing        the .npy to be
     features-val.state          uint32 CRC-32 of each block, then uint8 for each row:
                                 0 missing, 1 sound, 2 damaged
-    features-val.plan.json      `About` of what is being written
+    features-val.plan.json      `FeatureInfo` of what is being written
 
-No order of writes is relied upon: after a kill, or a loss of power, a block counts if all its rows
-are there and its bytes have the CRC-32 that was noted; any other is made again.
+The order of writes does not matter: after a kill, or a loss of power, a block counts if all its
+rows are marked and its bytes have the recorded CRC-32; any other block is computed again.
 """
 
 from __future__ import annotations
@@ -46,61 +44,77 @@ from pipeline.tools.errors import DataError, SetupError, UsageError
 from pipeline.tools.files import atomic_write, sha256, sync_folder
 
 FOLDER = "neighbours"
-"""Of RUN, for all that is written here."""
+"""Folder in RUN for all files of both commands."""
+VERSION = 1
+BLOCK = 512
+"""Rows that are written, and later verified, together."""
+ROWS = np.dtype([("label", "<i4"), ("sound", "u1")])
+MISSING, SOUND, DAMAGED = 0, 1, 2
+ENDINGS = ("json", "npy", "rows.npy", "growing", "state", "plan.json")
+COMMAND = "python -m cluster.experiments.neighbors RUN --data DATA"
+MAKE = f"make them with {COMMAND}"
+REMAKE = f"make them again with {COMMAND} --anew"
+
+Rows = npt.NDArray[Any]
+"""Floats [n, units]."""
+Ids = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What features are made from."""
+class FeatureSource:
+    """A run, its checkpoint, and the data set that features are computed of."""
 
     run: Path
     config: Config
-    found: Checkpoint
+    checkpoint: Checkpoint
     checkpoint_sha256: str
-    """As `fingerprint` has it."""
+    """Hash of all its files, see `hash_checkpoint`."""
     data: str
     manifest: Manifest
     metadata: Path
     """Local folder of the manifest."""
     data_sha256: str
-    """`pipeline.dataset.manifest.identity`."""
+    """`pipeline.dataset.manifest.identity` of the data set."""
     quarantine: Path
-    """Where damaged images are listed."""
+    """File that lists damaged images."""
 
 
-def opened(run: Path, data: str, step: int | None = None) -> Trained:
-    """Find the checkpoint of a run and make sure that the data are of its classes.
+def open_source(run: Path, data: str, step: int | None = None) -> FeatureSource:
+    """Choose the checkpoint of a run and check that the data set has the run's classes.
 
     Args:
         run: folder of the run.
         data: data set, a folder or an address.
-        step: of the checkpoint; None: the newest sound one.
+        step: step of the checkpoint; None: the newest sound one.
 
     Raises:
         UsageError: no run, no (such) checkpoint, no data set, or one of other classes.
         DataError: all checkpoints or the manifest are damaged.
         StoreError: a store does not answer.
     """
-    config, trained_on = settings(run)
-    found = choose_checkpoint(run, config.store, _tell, step)
+    config, trained_on = read_settings(run)
+    checkpoint = choose_checkpoint(run, config.store, _warn_of, step)
     folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
-    if manifest.classes != found.classes:
+    if manifest.classes != checkpoint.classes:
         raise UsageError(
-            f"data set {data} has {len(manifest.classes)} classes, not the {len(found.classes)} "
-            f"of the run in {run} or not in that order; name a data set of the run's classes"
+            f"data set {data} has {len(manifest.classes)} classes, not the "
+            f"{len(checkpoint.classes)} of the run in {run} or not in that order; name a data set "
+            "of the run's classes"
         )
     data_sha256 = identity(folder)
     quarantine = run / QUARANTINE
     if data_sha256 != trained_on:
-        _warn(f"{data} is not the data set of the training; its own mean is subtracted")
-        # The run's list names images by their places in another set.
+        text = f"{data} is not the data set of the training; its own mean is subtracted"
+        sys.stderr.write(f"warning: {text}\n")
+        # The run's list names images by their positions in another data set.
         quarantine = run / FOLDER / f"quarantine-{data_sha256[:12]}.jsonl"
-    return Trained(
+    return FeatureSource(
         run=run,
         config=config,
-        found=found,
-        checkpoint_sha256=fingerprint(run, config, found.name),
+        checkpoint=checkpoint,
+        checkpoint_sha256=hash_checkpoint(run, config, checkpoint.name),
         data=data,
         manifest=manifest,
         metadata=folder,
@@ -109,7 +123,12 @@ def opened(run: Path, data: str, step: int | None = None) -> Trained:
     )
 
 
-def settings(run: Path) -> tuple[Config, str]:
+def _warn_of(event: Event) -> None:
+    if isinstance(event, Warned):
+        sys.stderr.write(f"warning: {event.text}\n")
+
+
+def read_settings(run: Path) -> tuple[Config, str]:
     """Read the settings of a run, and the identity of its data set.
 
     Raises:
@@ -122,44 +141,24 @@ def settings(run: Path) -> tuple[Config, str]:
     return read_run_config(run / CONFIG)
 
 
-def fingerprint(run: Path, config: Config, name: str) -> str:
-    """One SHA-256 for all files of a checkpoint: of their names and hashes.
+def hash_checkpoint(run: Path, config: Config, name: str) -> str:
+    """Return one SHA-256 over the names and hashes of all files of a checkpoint.
 
     Raises:
-        ValueError, KeyError, TypeError, OSError, DuetError: it is damaged, or not there.
+        ValueError, KeyError, TypeError, OSError, DuetError: it is damaged, or does not exist.
     """
     files: dict[str, Any] = read_table(open_storage(run, config.store), name)["files"]
     lines = [f"{file} {files[file]['sha256']}\n" for file in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _warn(text: str) -> None:
-    sys.stderr.write(f"warning: {text}\n")
-
-
-def _tell(event: Event) -> None:
-    if isinstance(event, Warned):
-        _warn(event.text)
-
-
-VERSION = 1
-BLOCK = 512
-"""Rows that are written, and later checked, together."""
-ROWS = np.dtype([("label", "<i4"), ("sound", "u1")])
-
-Rows = npt.NDArray[Any]
-"""Floats [n, units]."""
-Ids = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
-
-
 @dataclass(frozen=True, kw_only=True)
-class About:
-    """What features are of: two files with the same are the same, but for rounding."""
+class FeatureInfo:
+    """Origin of features: two files of the same origin are equal, except for rounding."""
 
     split: str
     samples: int
-    """N."""
+    """Number of images, N."""
     units: int
     dtype: str
     """float16 or float32."""
@@ -170,24 +169,24 @@ class About:
     checkpoint: str
     """Name of the checkpoint."""
     checkpoint_sha256: str
-    """`trained.fingerprint` of the checkpoint."""
+    """`hash_checkpoint` of the checkpoint."""
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are; the last one may be short."""
+        """Number of blocks; the last one may be short."""
         return -(-self.samples // BLOCK)
 
     def rows(self, block: int) -> range:
-        """The rows of a block."""
+        """Return the rows of a block."""
         return range(block * BLOCK, min((block + 1) * BLOCK, self.samples))
 
-    def table(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+    def to_table(self) -> dict[str, Any]:
+        """Return the JSON object that `from_table` reads."""
         return {"version": VERSION, **asdict(self), "classes": list(self.classes)}
 
     @classmethod
-    def of(cls, table: dict[str, Any]) -> About:
-        """Read what `table` made.
+    def from_table(cls, table: dict[str, Any]) -> FeatureInfo:
+        """Read a JSON object of `to_table`.
 
         Raises:
             ValueError, KeyError, TypeError, AttributeError: it is something else.
@@ -197,8 +196,8 @@ class About:
         known = {field.name: table[field.name] for field in fields(cls)}
         return cls(**known | {"classes": tuple(known["classes"])})
 
-    def differs(self, other: About) -> str:
-        """In words, in what features of `other` are not the same; "" if they are."""
+    def describe_difference(self, other: FeatureInfo) -> str:
+        """Say what makes features of `other` differ from these; "" if nothing does."""
         if self.data_sha256 != other.data_sha256:
             return f"data set (manifest {self.data_sha256[:12]}, not {other.data_sha256[:12]})"
         if self.checkpoint_sha256 != other.checkpoint_sha256:
@@ -207,45 +206,41 @@ class About:
         return "split" if self.split != other.split else ""
 
 
-def stem(folder: Path, split: str) -> Path:
-    """Path of the files of a split, less their endings."""
-    return folder / f"features-{split}"
-
-
-def part(base: Path, ending: str) -> Path:
-    """Path of one of them."""
-    return base.with_name(f"{base.name}.{ending}")
+def path_of(folder: Path, split: str, ending: str) -> Path:
+    """Return the path of a file of a split's features; `ending` without its dot."""
+    return folder / f"features-{split}.{ending}"
 
 
 class Features:
-    """Features that are complete, mapped into memory; see the head of this file."""
+    """Complete features of a split, mapped into memory."""
 
-    def __init__(self, base: Path) -> None:
-        """Open them; `base` is their path, less the endings.
+    def __init__(self, folder: Path, split: str) -> None:
+        """Open the files.
 
         Raises:
             UsageError: there are none.
             DataError: they are damaged.
         """
-        self.path = path = part(base, "json")
+        self.path = path_of(folder, split, "json")
+        npy, rows_npy = (path_of(folder, split, ending) for ending in ("npy", "rows.npy"))
         try:
-            table = json.loads(path.read_bytes())
-            self.about = About.of(table)
+            table = json.loads(self.path.read_bytes())
+            self.about = FeatureInfo.from_table(table)
             self._crc: list[int] = table["crc32"]
-            if sha256(part(base, "rows.npy")) != table["rows_sha256"]:
-                raise ValueError(f"{base.name}.rows.npy is not the one it was sealed with")
-            rows = np.load(part(base, "rows.npy"))
-            self.values: Rows = np.load(part(base, "npy"), mmap_mode="r")
+            if sha256(rows_npy) != table["rows_sha256"]:
+                raise ValueError(f"{rows_npy.name} is not the one it was sealed with")
+            rows = np.load(rows_npy)
+            self.values: Rows = np.load(npy, mmap_mode="r")
             shape = (self.about.samples, self.about.units)
             if self.values.shape != shape or self.values.dtype != self.about.dtype:
-                raise ValueError(f"{base.name}.npy is {self.values.dtype} {self.values.shape}")
+                raise ValueError(f"{npy.name} is {self.values.dtype} {self.values.shape}")
         except FileNotFoundError as error:
-            if not path.exists():
-                raise UsageError(f"there are no features {path}; {MAKE}") from error
-            raise DataError(f"features {error.filename} are gone; {ANEW}") from error
+            if not self.path.exists():
+                raise UsageError(f"there are no features {self.path}; {MAKE}") from error
+            raise DataError(f"features {error.filename} are gone; {REMAKE}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-            raise DataError(f"features {path} cannot be read ({reason}); {ANEW}") from error
+            raise DataError(f"features {self.path} cannot be read ({reason}); {REMAKE}") from error
         self.labels: Ids = rows["label"].astype(np.int64)
         """[N]: places in `about.classes`."""
         self.sound: Flags = rows["sound"] > 0
@@ -262,56 +257,46 @@ class Features:
             if crc32(self.values[rows.start : rows.stop]) != crc:
                 raise DataError(
                     f"features {self.path}: rows {rows.start} to "
-                    f"{rows.stop - 1} are not those that were written; {ANEW}"
+                    f"{rows.stop - 1} are not those that were written; {REMAKE}"
                 )
 
 
-def seal(base: Path, about: About, labels: Ids, sound: Flags, crc: list[int]) -> None:
-    """Write what is beside the .npy; with the .json the features exist."""
-    rows = np.zeros(about.samples, ROWS)
+def seal_features(
+    folder: Path, info: FeatureInfo, labels: Ids, sound: Flags, crc: list[int]
+) -> None:
+    """Write the files beside the .npy; the features exist as soon as the .json does."""
+    rows = np.zeros(info.samples, ROWS)
     rows["label"], rows["sound"] = labels, sound
-    with atomic_write(part(base, "rows.npy")) as file:
+    path = path_of(folder, info.split, "rows.npy")
+    with atomic_write(path) as file:
         np.save(file, rows)
-    table = about.table() | {
+    table = info.to_table() | {
         "sha256_of": "labels and sound flags; the features themselves have a CRC-32 per block",
-        "rows_sha256": sha256(part(base, "rows.npy")),
+        "rows_sha256": sha256(path),
         "block": BLOCK,
         "crc32": crc,
         "damaged": int((~sound).sum()),
     }
-    with atomic_write(part(base, "json")) as file:
+    with atomic_write(path_of(folder, info.split, "json")) as file:
         file.write((json.dumps(table) + "\n").encode())
 
 
 def crc32(rows: Rows) -> int:
-    """CRC-32 of rows as they lie in the file."""
+    """Return the CRC-32 of rows as they lie in the file."""
     return int(isal_zlib.crc32(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data))
 
 
-MAKE = "make them with python -m cluster.experiments.neighbors RUN --data DATA"
-ANEW = "make them again with python -m cluster.experiments.neighbors RUN --data DATA --anew"
+class FeatureWriter:
+    """Unfinished features of a split, opened by the driver and by each worker."""
 
-
-MISSING, SOUND, DAMAGED = 0, 1, 2
-CRC = np.dtype("<u4")
-
-
-class Growing:
-    """The file of a split, opened by the driver and by each worker."""
-
-    def __init__(self, base: Path, about: About) -> None:
-        """Open what `begin` made.
-
-        Args:
-            base: path of the files, less their endings.
-            about: what is to be in them.
-        """
-        self.about = about
-        self._base = base
-        self._values = np.lib.format.open_memmap(part(base, "growing"), mode="r+")
-        self._offset = int(self._values.offset)
-        self._file = os.open(part(base, "growing"), os.O_RDWR)
-        self._state = os.open(part(base, "state"), os.O_RDWR)
+    def __init__(self, folder: Path, info: FeatureInfo) -> None:
+        """Open the files that `begin_features` made."""
+        self.about, self._folder = info, folder
+        self._path = path_of(folder, info.split, "growing")
+        self._values: Rows = np.lib.format.open_memmap(self._path, mode="r")
+        state = path_of(folder, info.split, "state")
+        self._crc: Rows = np.memmap(state, "<u4", "r+", shape=info.blocks)
+        self._flags: Rows = np.memmap(state, "u1", "r+", self._crc.nbytes, info.samples)
 
     def put(self, block: int, values: Rows, damaged: Ids) -> None:
         """Write all rows of a block.
@@ -322,124 +307,103 @@ class Growing:
             damaged: places in `values` of damaged images.
 
         Raises:
-            ValueError: not all rows, or others.
+            ValueError: rows are missing, or are of another size or dtype.
             OSError: the disk does not take them.
         """
         rows = self.about.rows(block)
         if values.shape != (len(rows), self.about.units) or values.dtype != self.about.dtype:
             raise ValueError(f"block {block} is {values.dtype} {values.shape}")
+        # Not by the map: on a file system that is full a write raises, a map ends the process.
+        with self._path.open("r+b") as file:
+            file.seek(self._values.offset + rows.start * values[0].nbytes)
+            file.write(np.ascontiguousarray(values).data)
+        self._crc[block] = crc32(values)
         flags = np.full(len(rows), SOUND, np.uint8)
         flags[damaged] = DAMAGED
-        _write(self._file, values.tobytes(), self._offset + rows.start * values[0].nbytes)
-        _write(self._state, np.array(crc32(values), CRC).tobytes(), block * CRC.itemsize)
-        _write(self._state, flags.tobytes(), self.about.blocks * CRC.itemsize + rows.start)
+        self._flags[rows.start : rows.stop] = flags
 
-    def done(self) -> int:
-        """Rows that are there (their bytes not looked at)."""
-        return int((self._flags() != MISSING).sum())
+    def count_rows(self) -> int:
+        """Count the rows that are marked as written; their bytes are not compared."""
+        return int((self._flags != MISSING).sum())
 
-    def missing(self) -> list[int]:
-        """Blocks that are not there, their bytes compared with the noted checksums."""
-        flags, crc = self._flags(), self._crc()
-        return [block for block in range(self.about.blocks) if not self._whole(block, flags, crc)]
+    def find_missing(self) -> list[int]:
+        """Return the blocks with rows missing or bytes that differ from their CRC-32, ascending."""
+        return [block for block in range(self.about.blocks) if not self._is_whole(block)]
+
+    def _is_whole(self, block: int) -> bool:
+        rows = self.about.rows(block)
+        if not self._flags[rows.start : rows.stop].all():
+            return False
+        return crc32(self._values[rows.start : rows.stop]) == int(self._crc[block])
 
     def forget(self, blocks: list[int]) -> None:
-        """Take the rows of blocks for missing."""
+        """Mark the rows of blocks as missing."""
         for block in blocks:
             rows = self.about.rows(block)
-            start = self.about.blocks * CRC.itemsize + rows.start
-            _write(self._state, bytes(len(rows)), start)
+            self._flags[rows.start : rows.stop] = MISSING
 
     def finish(self, labels: Ids) -> None:
-        """Put it on the disk under its name; the features exist after that.
+        """Put the file on the disk under its name and seal it; the features exist after that.
 
         Raises:
             ValueError: a row is missing.
         """
-        flags = self._flags()
+        flags, crc = np.array(self._flags), self._crc.tolist()
         if not flags.all():
             raise ValueError(f"{int((flags == MISSING).sum())} rows are missing")
-        os.fsync(self._file)
-        part(self._base, "growing").replace(part(self._base, "npy"))
-        sync_folder(self._base.parent)
-        seal(self._base, self.about, labels, flags == SOUND, self._crc().tolist())
-        for name in ("state", "plan.json"):
-            part(self._base, name).unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Close the files."""
-        os.close(self._file)
-        os.close(self._state)
-        del self._values
-
-    def _whole(self, block: int, flags: Rows, crc: Rows) -> bool:
-        rows = self.about.rows(block)
-        if not flags[rows.start : rows.stop].all():
-            return False
-        return crc32(self._values[rows.start : rows.stop]) == int(crc[block])
-
-    def _crc(self) -> Rows:
-        size = self.about.blocks * CRC.itemsize
-        return np.frombuffer(os.pread(self._state, size, 0), CRC)
-
-    def _flags(self) -> Rows:
-        start = self.about.blocks * CRC.itemsize
-        return np.frombuffer(os.pread(self._state, self.about.samples, start), np.uint8)
+        with self._path.open("r+b") as file:
+            os.fsync(file.fileno())
+        self._path.replace(path_of(self._folder, self.about.split, "npy"))
+        sync_folder(self._folder)
+        seal_features(self._folder, self.about, labels, flags == SOUND, crc)
+        for ending in ("state", "plan.json"):
+            path_of(self._folder, self.about.split, ending).unlink(missing_ok=True)
 
 
-def begin(base: Path, about: About) -> None:
-    """Make the files, unless those of an earlier call that did not end are there.
+def begin_features(folder: Path, info: FeatureInfo) -> None:
+    """Make the files of unfinished features, unless a call that was killed left them.
 
     Raises:
         SetupError: the disk has no room.
     """
-    growing, state, plan = (part(base, name) for name in ("growing", "state", "plan.json"))
+    growing, state, plan = (
+        path_of(folder, info.split, ending) for ending in ("growing", "state", "plan.json")
+    )
+    state_size = info.blocks * np.dtype("<u4").itemsize + info.samples
     with suppress(FileNotFoundError):
-        if _planned(plan) == about.table() and state.stat().st_size == _state_size(about):
-            if not part(base, "json").exists() and not growing.exists():
-                part(base, "npy").replace(growing)  # killed between the two last renames
-            if growing.stat().st_size > about.samples * about.units:
+        if _read_plan(plan) == info.to_table() and state.stat().st_size == state_size:
+            if not path_of(folder, info.split, "json").exists() and not growing.exists():
+                # Killed between the last two renames.
+                path_of(folder, info.split, "npy").replace(growing)
+            if growing.stat().st_size > info.samples * info.units:
                 return
-    discard(base)
+    remove_features(folder, info.split)
     try:
-        made = np.lib.format.open_memmap(
-            growing, mode="w+", dtype=about.dtype, shape=(about.samples, about.units)
-        )
-        del made
-        with growing.open("r+b") as file:  # a full disk shows now
-            os.posix_fallocate(file.fileno(), 0, growing.stat().st_size)
+        shape = (info.samples, info.units)
+        values = np.lib.format.open_memmap(growing, mode="w+", dtype=info.dtype, shape=shape)
+        with growing.open("r+b") as file:  # a full disk is found now
+            os.posix_fallocate(file.fileno(), 0, values.offset + values.nbytes)
         with atomic_write(state) as file:
-            file.write(bytes(_state_size(about)))
+            file.write(bytes(state_size))
         with atomic_write(plan) as file:
-            file.write(json.dumps(about.table()).encode())
+            file.write(json.dumps(info.to_table()).encode())
     except OSError as error:
-        discard(base)
-        size = about.samples * about.units * np.dtype(about.dtype).itemsize
+        remove_features(folder, info.split)
+        size = info.samples * info.units * np.dtype(info.dtype).itemsize
         raise SetupError(
             f"{growing} of {size:,} bytes cannot be written ({error.strerror}); make room, or "
             "name another folder with --features"
         ) from error
 
 
-def discard(base: Path) -> None:
+def remove_features(folder: Path, split: str) -> None:
     """Remove features, complete or not."""
-    for name in ("json", "npy", "rows.npy", "growing", "state", "plan.json"):
-        part(base, name).unlink(missing_ok=True)
+    for ending in ENDINGS:
+        path_of(folder, split, ending).unlink(missing_ok=True)
 
 
-def _planned(plan: Path) -> object:
+def _read_plan(plan: Path) -> object:
     try:
         return json.loads(plan.read_bytes())
     except ValueError:
         return None
-
-
-def _state_size(about: About) -> int:
-    return about.blocks * CRC.itemsize + about.samples
-
-
-def _write(file: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(file, view, offset)
-        view, offset = view[count:], offset + count

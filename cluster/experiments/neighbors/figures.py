@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cluster.experiments.neighbors.features import Features, Ids
-from cluster.experiments.neighbors.search import Floats, squared
+from cluster.experiments.neighbors.search import Floats, squared_distances
 from cluster.report.charts import Axis, axis_to, short
 from pipeline.dataset.images import Pixels, Undecodable, decode_image
 from pipeline.remote.dataset import Dataset
@@ -119,7 +119,7 @@ def _far(queries: Features, ids: Ids, base: Features, others: Ids) -> Floats:
     size = max(1, CHUNK // base.about.units)
     for start in range(0, len(ids), size):
         part = order[start : start + size]
-        far[part] = squared(queries.values[ids[part]], base.values[others[part]])
+        far[part] = squared_distances(queries.values[ids[part]], base.values[others[part]])
     return np.sqrt(far)
 
 

@@ -1,15 +1,18 @@
-"""Exact nearest neighbours by squared L2 distance, by matrix products in bounded memory.
+"""Nearest neighbors: exact ones by squared L2 distance, and those of codes by Hamming distance.
 
-A first pass in float32 finds a few more candidates than are asked for; their distances are then
-computed in float64, difference by difference. The k best of these are the answer if the best
-candidate that was dropped is further away by more than the first pass can have been wrong. Where
-that cannot be shown (many images at the same distance) a pass in float64 follows, and for what is
-left the distance to every image is computed in float64. Ties go to the earlier image.
+The exact search multiplies matrices in bounded memory. A first pass in float32 finds a few more
+candidates than k; their distances are then computed in float64, difference by difference. The k
+best of these are the answer if the best candidate that was dropped is further away by more than the
+rounding error of the first pass. Where that cannot be shown (many images at the same distance) a
+pass in float64 follows, and for the queries still left the distance to every image is computed in
+float64. Ties go to the earlier image.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +24,15 @@ from cluster.experiments.neighbors.features import Flags, Ids, Rows
 from pipeline.tools.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
-Tell = Callable[[int], None]
+CodeBytes = npt.NDArray[np.uint8]
+"""Packed codes, uint8 [n, bits / 8]."""
+Advance = Callable[[int], None]
+"""Takes a count of what has been done since the last call, for a progress bar."""
 
 MARGINS = ((torch.float32, 16), (torch.float64, 256))
-"""Passes: what they compute in, and how many candidates more than k they keep."""
-LEAST = 1 << 26
-"""Bytes that a search needs at least."""
+"""Passes: their dtype, and how many candidates more than k they keep."""
+LEAST_MEMORY = 1 << 26
+"""Smallest memory of a search in bytes."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,12 @@ class Nearest:
     distances: Floats
     """float64 [Q, k]: squared L2."""
     again: int = 0
-    """Queries for which the first pass did not do."""
+    """Number of queries that needed more than the first pass."""
 
 
 @dataclass(frozen=True)
-class Base:
-    """What is searched."""
+class SearchBase:
+    """The images that are searched."""
 
     rows: Rows
     """Floats [N, units], in memory or mapped."""
@@ -51,32 +57,32 @@ class Base:
     """[N]: rows that may be found."""
 
     def floats(self, start: int, stop: int, dtype: torch.dtype, device: str) -> Tensor:
-        """Some rows as a tensor."""
+        """Return rows start..stop-1 as a tensor."""
         return _tensor(self.rows[start:stop]).to(device).to(dtype)
 
 
-def nearest(
+def find_nearest(
     queries: Rows,
-    base: Base,
+    base: SearchBase,
     k: int,
     *,
     memory: int = 1 << 31,
     device: str = "cpu",
     picked: Ids | None = None,
     itself: bool = False,
-    tell: Tell = lambda count: None,
+    advance: Advance = lambda count: None,
 ) -> Nearest:
     """Find the k nearest rows of `base` for every query.
 
     Args:
         queries: floats [n, units], in memory or mapped.
-        base: what is searched.
-        k: neighbours, at least 1.
-        memory: bytes to use, about; `queries` and `base` themselves not counted.
-        device: where the products are made.
+        base: images that are searched.
+        k: number of neighbors, at least 1.
+        memory: approximate bytes to use, without `queries` and `base` themselves.
+        device: device that multiplies.
         picked: int64 [Q], the rows of `queries` to answer; None: all, Q = n.
-        itself: `queries` are the rows of `base`, and none is to be its own neighbour.
-        tell: called with how many queries have been done, again and again.
+        itself: `queries` are the rows of `base`, and none may be its own neighbor.
+        advance: called with the number of queries done since its last call.
 
     Raises:
         UsageError: fewer rows than k, or too little memory.
@@ -84,8 +90,10 @@ def nearest(
     room = int(base.sound.sum()) - itself
     if not 1 <= k <= room:
         raise UsageError(f"{k} neighbours asked for, and there are {room} images; ask for fewer")
-    if memory < LEAST:
-        raise UsageError(f"a memory of {memory:,} bytes is too little; give {LEAST:,} or more")
+    if memory < LEAST_MEMORY:
+        raise UsageError(
+            f"a memory of {memory:,} bytes is too little; give {LEAST_MEMORY:,} or more"
+        )
     if picked is None:
         picked = np.arange(len(queries))
     ids = np.zeros((len(picked), k), np.int64)
@@ -95,40 +103,40 @@ def nearest(
     for start in range(0, len(picked), size):
         part = slice(start, start + size)
         own = picked[part] if itself else None
-        found, late = _some(queries[picked[part]], base, k, memory, device, own)
+        found, late = _search_block(queries[picked[part]], base, k, memory, device, own)
         ids[part], distances[part] = found
         again += late
-        tell(len(found[0]))
+        advance(len(found[0]))
     return Nearest(ids, distances, again)
 
 
-def squared(queries: Rows, others: Rows) -> Floats:
-    """Squared distances in float64, difference by difference: [..., units] twice -> [...]."""
+def squared_distances(queries: Rows, others: Rows) -> Floats:
+    """Return squared distances, float64 [...], of rows [..., units], difference by difference."""
     return np.square(queries.astype(np.float64) - others).sum(-1)
 
 
 def _query_rows(units: int, queries: int, memory: int) -> int:
-    """Queries at a time: a quarter of the memory, in float64."""
+    """Number of queries at a time: in float64 they take a quarter of the memory."""
     return max(1, min(queries, memory // (4 * 8 * units)))
 
 
 def _base_rows(units: int, queries: int, memory: int) -> int:
-    """Rows of the base at a time: half of the memory for them, their scores and the best ones."""
+    """Number of base rows at a time: they, their scores and the best ones take half the memory."""
     return max(1, memory // (2 * (12 * units + 24 * queries)))
 
 
-def _some(
-    queries: Rows, base: Base, k: int, memory: int, device: str, own: Ids | None
+def _search_block(
+    queries: Rows, base: SearchBase, k: int, memory: int, device: str, own: Ids | None
 ) -> tuple[tuple[Ids, Floats], int]:
-    """Answer queries that fit into memory; also how many needed more than the first pass."""
+    """Answer queries that fit into memory; also count those that needed more than one pass."""
     ids = np.zeros((len(queries), k), np.int64)
     distances = np.zeros((len(queries), k))
     left = np.arange(len(queries))
     late = 0
     for number, (dtype, margin) in enumerate(MARGINS):
         rest, mine = queries[left], None if own is None else own[left]
-        found, bound = _candidates(rest, base, k + margin, memory, device, mine, dtype)
-        best, far = _refined(rest, base, found, k, memory)
+        found, bound = _find_candidates(rest, base, k + margin, memory, device, mine, dtype)
+        best, far = _refine(rest, base, found, k, memory)
         ids[left], distances[left] = best, far
         left = left[far[:, -1] >= bound]
         if number == 0:
@@ -137,20 +145,20 @@ def _some(
             return (ids, distances), late
     for place in left:
         itself = None if own is None else int(own[place])
-        ids[place], distances[place] = _one(queries[place], base, k, memory, itself)
+        ids[place], distances[place] = _search_one(queries[place], base, k, memory, itself)
     return (ids, distances), late
 
 
-def _candidates(
+def _find_candidates(
     queries: Rows,
-    base: Base,
+    base: SearchBase,
     count: int,
     memory: int,
     device: str,
     own: Ids | None,
     dtype: torch.dtype,
 ) -> tuple[Ids, Floats]:
-    """The rows that look nearest, and a distance below which none of the others can be.
+    """Find the rows that seem nearest, and a distance below which none of the others can be.
 
     Returns:
         int64 [Q, c], -1 where there are none left; float64 [Q], infinite if nothing was dropped.
@@ -182,12 +190,14 @@ def _candidates(
             scores, ids, dropped = kept.values, ids.gather(1, kept.indices), True
     ids = ids.masked_fill(scores.isinf(), -1)
     worst = scores.max(1).values.double().cpu().numpy()
-    bound = worst + lengths - _wrong(units, lengths, most, dtype) if dropped else worst + np.inf
+    bound = (
+        worst + lengths - _error_bound(units, lengths, most, dtype) if dropped else worst + np.inf
+    )
     return ids.cpu().numpy(), bound
 
 
-def _wrong(units: int, norms: Floats, most: float, dtype: torch.dtype) -> Floats:
-    """How far a score can be from the truth, float64 [Q], whatever the order of the sums.
+def _error_bound(units: int, norms: Floats, most: float, dtype: torch.dtype) -> Floats:
+    """Largest rounding error of a score, float64 [Q], whatever the order of the sums.
 
     Sums of n products are wrong by at most n u |x| |y| / (1 - n u), u half the distance from 1 to
     the next number (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
@@ -196,15 +206,17 @@ def _wrong(units: int, norms: Floats, most: float, dtype: torch.dtype) -> Floats
         units: n.
         norms: squared norms of the queries.
         most: largest squared norm in the base.
-        dtype: what was computed in.
+        dtype: type that the scores were computed in.
     """
     unit = (units + 8) * torch.finfo(dtype).eps / 2
     grown = unit / (1 - unit)
     return grown * (2 * np.sqrt(norms * most) + most + norms) * 1.01
 
 
-def _refined(queries: Rows, base: Base, candidates: Ids, k: int, memory: int) -> tuple[Ids, Floats]:
-    """The k best candidates by distances in float64; ties go to the smaller id."""
+def _refine(
+    queries: Rows, base: SearchBase, candidates: Ids, k: int, memory: int
+) -> tuple[Ids, Floats]:
+    """Choose the k best candidates by distances in float64; ties go to the smaller id."""
     units = queries.shape[1]
     ids = np.zeros((len(queries), k), np.int64)
     distances = np.zeros((len(queries), k))
@@ -213,7 +225,7 @@ def _refined(queries: Rows, base: Base, candidates: Ids, k: int, memory: int) ->
         part = slice(start, start + size)
         there = candidates[part]
         places = np.maximum(there, 0)
-        far = squared(queries[part][:, None], base.rows[places.reshape(-1)].reshape(
+        far = squared_distances(queries[part][:, None], base.rows[places.reshape(-1)].reshape(
             *places.shape, units
         ))  # fmt: skip
         far[there < 0] = np.inf
@@ -223,12 +235,14 @@ def _refined(queries: Rows, base: Base, candidates: Ids, k: int, memory: int) ->
     return ids, distances
 
 
-def _one(query: Rows, base: Base, k: int, memory: int, own: int | None) -> tuple[Ids, Floats]:
+def _search_one(
+    query: Rows, base: SearchBase, k: int, memory: int, own: int | None
+) -> tuple[Ids, Floats]:
     """Answer a query by its distance to every row, in float64."""
     rows = max(1, memory // (2 * 24 * base.rows.shape[1]))
     far = np.empty(len(base.rows))
     for start in range(0, len(far), rows):
-        far[start : start + rows] = squared(query, base.rows[start : start + rows])
+        far[start : start + rows] = squared_distances(query, base.rows[start : start + rows])
     far[~base.sound] = np.inf
     if own is not None:
         far[own] = np.inf
@@ -239,5 +253,38 @@ def _one(query: Rows, base: Base, k: int, memory: int, own: int | None) -> tuple
 
 
 def _tensor(rows: Rows) -> Tensor:
-    """Rows as a tensor; a copy where they are mapped for reading only."""
+    """Return rows as a tensor; a copy where they are mapped for reading only."""
     return torch.from_numpy(np.array(rows) if not rows.flags.writeable else rows)
+
+
+class HammingIndex:
+    """Codes that are searched by exclusive or and population count of 64-bit words."""
+
+    def __init__(self, codes: CodeBytes) -> None:
+        """Take the codes of N images."""
+        self._words = _to_words(codes).T.copy()  # [words, N]: a word of all codes is contiguous
+
+    def find_nearest(self, queries: CodeBytes, k: int) -> tuple[Ids, Ids]:
+        """Find the k nearest codes of Q queries, the nearest first; ties go to the earlier one.
+
+        Returns:
+            int64 [Q, k] places in the base, and int64 [Q, k] distances in bits.
+        """
+        words = _to_words(queries)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            found = list(threads.map(lambda query: self._search(query, k), words))
+        return np.stack([ids for ids, _ in found]), np.stack([far for _, far in found])
+
+    def _search(self, query: npt.NDArray[np.uint64], k: int) -> tuple[Ids, Ids]:
+        far = np.bitwise_count(self._words[0] ^ query[0]).astype(np.uint16)
+        for word, own in zip(self._words[1:], query[1:], strict=True):
+            far += np.bitwise_count(word ^ own)
+        limit = np.searchsorted(np.cumsum(np.bincount(far)), k)
+        near = np.flatnonzero(far <= limit)
+        ids = near[np.argsort(far[near], kind="stable")][:k]
+        return ids, far[ids].astype(np.int64)
+
+
+def _to_words(codes: CodeBytes) -> npt.NDArray[np.uint64]:
+    """Pad codes with zeros to words of 64 bits: uint64 [n, words]."""
+    return np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).view(np.uint64)

@@ -1,15 +1,16 @@
-"""A study from its file to its table and plot; what is there already is not made again.
+"""Command: a study, from its file to its table and plot; runs that exist are not made again.
 
-Order of things: the parts of the data; runs that others start from; with a grid, for the first
-seed, every variant with every value of the grid's setting, of which each variant keeps the one with
-the best number (the fewest images, the lowest error; a run that does not come to it is behind all
-that do, and the lower its last training error the better); then the other seeds, with that value.
+    python -m cluster.experiments.study STUDY --data DATA --out OUT
 
-`python -m cluster.experiments.study STUDY.toml --data DATA --out OUT`.
+First come the parts of the data set, then the runs that others start from. With a grid, every
+variant is run with the first seed and every value of the grid's setting, and keeps the value with
+the best number: the fewest images, or the lowest error. A run that misses the goal is behind all
+that reach it, ordered by its last training error. The other seeds run with that value only.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +20,11 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.experiments.study import results
-from cluster.experiments.study.config import WHOLE, Study, Variant, read
+from cluster.experiments.study.config import WHOLE, Study, Variant, read_study
 from cluster.experiments.study.plot import draw
-from cluster.experiments.study.results import Result, result, showing, shown, train_error
-from cluster.experiments.study.runner import Run, RunPool, slots, visible_gpus
-from cluster.experiments.study.subsets import cut_out
+from cluster.experiments.study.results import Result, has_reached_goal, is_at_goal, read_result
+from cluster.experiments.study.runner import RunPool, StudyRun, list_gpus, make_slots
+from cluster.experiments.study.subsets import make_subset
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import ensure_writable
@@ -31,8 +32,8 @@ from pipeline.tools.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Make the runs of a study, and tell what they came to; the same command again goes on."""
+class StudyOptions:
+    """Make the runs of a study and compare them; the same command again resumes."""
 
     study: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
     """Study file, or the name of one in cluster/configs/studies, such as small/figure1."""
@@ -50,114 +51,108 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """A run that is there, with its number."""
+class FinishedRun:
+    """A run that needs no more steps, with its number."""
 
     variant: Variant
-    run: Run
+    run: StudyRun
     result: Result
 
 
-class Maker:
+RunsByVariant = dict[str, list[FinishedRun]]
+"""Runs by the name of their variant."""
+
+
+class StudyMaker:
     """Makes the runs of a study."""
 
-    def __init__(self, options: Options, study: Study) -> None:
-        """Prepare; cuts out the parts of the data."""
+    def __init__(self, options: StudyOptions, study: Study) -> None:
+        """Prepare, and make the parts of the data set."""
         self._options, self._study = options, study
-        out = options.out
+        used = {one.data for one in study.variants}
         self._data = {WHOLE: options.data} | {
-            name: str(cut_out(options.data, part, out / "data" / name))
-            for name, part in study.parts.items()
-            if name in {one.data for one in study.variants}
+            name: str(make_subset(options.data, subset, options.out / "data" / name))
+            for name, subset in study.subsets.items()
+            if name in used
         }
-        gpus = [] if options.ray else visible_gpus()
-        self._room = slots(1 if options.ray else options.at_once, gpus)
+        gpus = [] if options.ray else list_gpus()
+        self._slots = make_slots(1 if options.ray else options.at_once, gpus)
 
-    def make(self) -> tuple[list[Made], list[Made]]:
+    def make(self) -> tuple[list[FinishedRun], list[FinishedRun]]:
         """Make all runs.
 
         Returns:
-            those that count, by variant and seed; and those of the grid that were not best.
+            the runs that count, by variant and seed; and those of the grid that were not best.
         """
         study = self._study
-        grid = bool(study.grid[1])
-        first = study.seeds[: 1 if grid else None]  # of a grid one seed has all values
+        first = study.seeds[:1] if study.grid[1] else study.seeds  # of a grid one seed has all
         rest = study.seeds[len(first) :]
         total = 0
         for one in study.variants:
-            each = [self._run(one, 0, value, {}).total for value in _values(one)]
+            each = [self._plan(one, 0, value, {}).total for value in _grid_values(one)]
             total += len(first) * sum(each) + len(rest) * each[0]
-        tried: Found = {}
+        tried: RunsByVariant = {}
         with Progress(study.name, total=total, unit="img") as progress:
-            for stage in stages(study.variants):
-                wanted = [(one, _values(one)) for one in stage]
-                tried |= self._all(wanted, first, tried, progress)
-            kept = {name: self._best(made) for name, made in tried.items()}
-            for stage in stages(study.variants) if rest else ():
-                best = [(one, (self._value(kept[one.name][0]),)) for one in stage]
-                for name, made in self._all(best, rest, kept, progress).items():
-                    kept[name] += made
+            for stage in sort_stages(study.variants):
+                wanted = [(one, _grid_values(one)) for one in stage]
+                tried |= self._make_runs(wanted, first, tried, progress)
+            kept = {name: self._keep_best(runs) for name, runs in tried.items()}
+            for stage in sort_stages(study.variants) if rest else ():
+                best = [(one, (self._grid_value(kept[one.name][0]),)) for one in stage]
+                for name, runs in self._make_runs(best, rest, kept, progress).items():
+                    kept[name] += runs
         others = [
-            one for made in tried.values() for one in made if one not in kept[one.variant.name]
+            one for runs in tried.values() for one in runs if one not in kept[one.variant.name]
         ]
-        count = [one for variant in study.shown for one in kept[variant.name]]
-        return count, [one for one in others if not one.variant.hidden]
+        counted = [one for variant in study.shown for one in kept[variant.name]]
+        return counted, [one for one in others if not one.variant.hidden]
 
-    def _best(self, made: list[Made]) -> list[Made]:
-        """Of a grid the best run; all of them where there is none."""
-        return [min(made, key=lambda one: one.result.rank)] if self._study.grid[1] else made
+    def _keep_best(self, runs: list[FinishedRun]) -> list[FinishedRun]:
+        """Return the best run of a grid; all runs where there is no grid."""
+        return [min(runs, key=lambda one: one.result.rank)] if self._study.grid[1] else runs
 
-    def _value(self, made: Made) -> Any:
+    def _grid_value(self, made: FinishedRun) -> Any:
         return made.run.config.to_settings()[self._study.grid[0]] if self._study.grid[1] else None
 
-    def _all(
+    def _make_runs(
         self, wanted: Sequence[tuple[Variant, Sequence[Any]]], seeds: Sequence[int],
-        before: Found, progress: Progress,
-    ) -> Found:  # fmt: skip
+        before: RunsByVariant, progress: Progress,
+    ) -> RunsByVariant:  # fmt: skip
         """Make some variants with some values and seeds, side by side."""
         planned = [
-            (variant, self._run(variant, seed, value, before))
+            (variant, self._plan(variant, seed, value, before))
             for seed in seeds
             for variant, values in wanted
             for value in values
         ]
         for _, run in planned:
             run.check()
-        undone = [run for _, run in planned if not self._done(run)]
-        progress.skip(sum(run.total for _, run in planned) - sum(map(_left, undone)))
+        undone = [run for _, run in planned if not self._is_done(run)]
+        progress.skip(sum(run.total for _, run in planned) - sum(map(_images_left, undone)))
         module = "cluster.train" if self._options.ray else "cluster.experiments.study.runner"
-        RunPool(self._room, module, progress).make(undone, lambda run: showing(self._study, run))
-        progress.skip(sum(map(_left, undone)))  # of those that ended early
-        made: Found = {variant.name: [] for variant, _ in wanted}
+        pool = RunPool(self._slots, module, progress)
+        pool.make(undone, lambda run: is_at_goal(self._study, run))
+        progress.skip(sum(map(_images_left, undone)))  # of runs that ended early
+        finished: RunsByVariant = {variant.name: [] for variant, _ in wanted}
         for variant, run in planned:
-            made[variant.name].append(self._look(variant, run))
-        return made
+            result = read_result(self._study, variant.name, run)
+            finished[variant.name].append(FinishedRun(variant=variant, run=run, result=result))
+        return finished
 
-    def _done(self, run: Run) -> bool:
-        return run.diverged or run.complete or shown(self._study, run)
+    def _is_done(self, run: StudyRun) -> bool:
+        return run.has_diverged or run.is_complete or has_reached_goal(self._study, run)
 
-    def _look(self, variant: Variant, run: Run) -> Made:
-        errors = {}
-        if self._study.measure == "gap" and not run.diverged:
-            errors["train_error"] = train_error(run)
-        return Made(
-            variant=variant, run=run, result=result(self._study, variant.name, run, **errors)
-        )
-
-    def _run(
-        self, variant: Variant, seed: int, value: Any, before: dict[str, list[Made]]
-    ) -> Run:  # fmt: skip
+    def _plan(self, variant: Variant, seed: int, value: Any, before: RunsByVariant) -> StudyRun:
         study = self._study
         init = ""
         if variant.after:
-            made = before.get(variant.after, [])
-            same = [one for one in made if one.run.config.seed == seed]
+            same = [one for one in before.get(variant.after, []) if one.run.config.seed == seed]
             init = str(min(same, key=lambda one: one.result.rank).run.folder) if same else "?"
         config = study.config(variant, seed, value, init)
         if not self._options.ray:
             config = replace(config, columns_per_worker=2, replicas=1)
         at = "" if value is None else f"-{study.grid[0]}{value}".replace("/", "_")
-        return Run(
+        return StudyRun(
             name=f"{variant.name}{at}-{seed}",
             config=config,
             data=self._data[variant.data],
@@ -165,21 +160,16 @@ class Maker:
         )
 
 
-Found = dict[str, list[Made]]
-"""Runs by the name of their variant."""
-
-
-def _values(variant: Variant) -> tuple[Any, ...]:
-    """Of the grid's setting; (None,) without a grid."""
+def _grid_values(variant: Variant) -> tuple[Any, ...]:
+    """Values of the grid's setting; (None,) without a grid."""
     return variant.values or (None,)
 
 
-def _left(run: Run) -> int:
-    """Images it has still to see."""
+def _images_left(run: StudyRun) -> int:
     return max(0, run.total - run.position)
 
 
-def stages(variants: Sequence[Variant]) -> list[list[Variant]]:
+def sort_stages(variants: Sequence[Variant]) -> list[list[Variant]]:
     """Sort variants so that each comes in a later stage than the one it starts from."""
     level: dict[str, int] = {}
     for one in variants:
@@ -196,25 +186,26 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = tyro.cli(Options, args=argv, prog="python -m cluster.experiments.study")
+    options = tyro.cli(StudyOptions, args=argv, prog="python -m cluster.experiments.study")
     if options.at_once < 0:
         raise UsageError(f"--at-once is {options.at_once}; give a number of runs, or 0")
-    study = read(options.study)
+    study = read_study(options.study)
     ensure_writable(options.out, "folder of the study")
-    made, others = Maker(options, study).make()
-    runs = [one.run for one in made]
-    found = results.summary(
-        study, [one.result for one in made], [one.result for one in others], runs
+    counted, others = StudyMaker(options, study).make()
+    runs = [one.run for one in counted]
+    found = results.summarize(
+        study, [one.result for one in counted], [one.result for one in others], runs
     )
     if study.measure == "nets":
-        averaged = results.measured(study, runs)
-        found |= averaged | {"rows": found["rows"] + averaged["rows"]}
-    draw(study, [(one.variant.name, one.run) for one in made], found, options.out / results.PLOT)
-    text = results.write(study, found, options.out)
+        averages = results.measure_averages(study, runs)
+        found |= averages | {"rows": found["rows"] + averages["rows"]}
+    plot = options.out / results.PLOT
+    draw(study, [(one.variant.name, one.run) for one in counted], found, plot)
+    text = results.write_results(study, found, options.out)
     out = sys.stderr if options.json else sys.stdout
-    out.write(f"{text}\n-> {options.out / results.TABLE}, {options.out / results.PLOT}\n")
+    out.write(f"{text}\n-> {options.out / results.TABLE}, {plot}\n")
     if options.json:
-        sys.stdout.write(results.as_json(found))
+        sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
 

@@ -1,14 +1,14 @@
-"""What a study file says: the settings all runs share, what varies, what is measured, the claim.
+"""Study file: the settings all runs share, what varies, what is measured, and the claim.
 
 title, claim, paper, source     texts; `paper` is the number that the paper has
 base        config file, beside the study file
-seeds       of the runs; weights, order and augmentation all follow from them
+seeds       seeds of the runs; weights, order and augmentation all follow from them
 measure     see `Measure`; `goal`, `window`: for `pictures`
 plot        see `Plot`
 sizes       networks in an ensemble, for `nets`
-[settings]  over the base, for all runs: any setting of cluster.config
-[grid]      one setting and its values; each variant is made with the best one, see `study`
-[data.NAME] a part of DATA, see `subsets`; the first one is what all runs see
+[settings]  settings of cluster.config for all runs, over the base
+[grid]      one setting and its values; each variant is made with the best one, see `StudyMaker`
+[data.NAME] a part of DATA, see `DataSubset`; the first one is what all runs train on
 [variants.NAME]  settings that differ; and `data`, `after`, `hidden`, see `Variant`
 """
 
@@ -24,55 +24,55 @@ from cluster.config import PRESETS, TYPES, Config, find_config, is_of_type, load
 from pipeline.tools.errors import UsageError
 
 Measure = Literal["pictures", "error", "gap", "nets"]
-"""images: seen until the training error has come down to `goal`; error: on the validation
-images after the last step; gap: that less the error on the training images, both with the whole
-network and the centre view; nets: the error of averages of so many networks as `sizes` says."""
+"""pictures: images seen until the training error reaches `goal`; error: error on the validation
+images after the last step; gap: that less the error on the training images, both of the whole
+network and the centre view; nets: error of averages of as many networks as `sizes` says."""
 Plot = Literal["train", "val", "both", "nets"]
-"""Curves of training, of validation, of both side by side; or errors over the number of nets."""
+"""Training curves, validation curves, or both side by side; or errors by number of networks."""
 RESERVED = ("data", "after", "hidden", "values")
 DEPTH = 8
-"""Files that may be like one another in a row."""
+"""Longest chain of files that refer to another by `like`."""
 WHOLE = ""
-"""Name of DATA as it is."""
+"""Name of DATA as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A part of DATA as a data set of its own."""
+class DataSubset:
+    """A part of DATA that becomes a data set of its own."""
 
     classes: tuple[float, float] = (0.0, 1.0)
-    """From where to where in the list of classes, in shares of it: [0, 0.5] is the first half."""
+    """Start and end in the list of classes, as fractions of it: [0, 0.5] is the first half."""
     per_class: int = 0
-    """Training images of each class, the first ones in stored (shuffled) order; 0: all."""
+    """Number of training images a class, the first in stored (shuffled) order; 0: all."""
     val_per_class: int = 0
-    """As `per_class`, of the validation images."""
+    """Number of validation images a class, chosen likewise; 0: all."""
     encoding: Literal["jpeg", "raw"] = "jpeg"
-    """How they are stored, as pipeline.build_shards has it; raw pixels need no decoding."""
+    """Encoding of the images, see pipeline.build_shards; raw pixels need no decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One of the things compared."""
+    """Settings that are compared with those of the other variants."""
 
     name: str
     settings: dict[str, Any]
-    """What differs from the study's settings."""
+    """Settings that differ from the study's."""
     data: str
-    """Name of a part, or `WHOLE`."""
+    """Name of a data subset, or `WHOLE`."""
     after: str = ""
     """Variant whose run of the same seed this one starts from (its `init` setting)."""
     hidden: bool = False
-    """Not compared: it is there for others to start from."""
+    """Whether it is left out of the comparison, because it exists for others to start from."""
     values: tuple[Any, ...] = ()
-    """Of the grid's setting; those of [grid] unless it says others."""
+    """Values of the grid's setting; those of [grid] by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study file, checked."""
+    """The content of a study file, checked."""
 
     name: str
-    """Of the file, without .toml."""
+    """Name of the file, without .toml."""
     title: str
     claim: str
     paper: str
@@ -83,12 +83,12 @@ class Study:
     plot: Plot
     goal: float = 0.25
     window: int = 0
-    """Images that the training error is a mean over; 0: a pass over the training images."""
+    """Number of images that the training error is a mean over; 0: one pass over them."""
     sizes: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     grid: tuple[str, tuple[Any, ...]] = ("lr", ())
     """A setting and its values; no values: no grid."""
-    parts: dict[str, Part] = field(default_factory=dict)
+    subsets: dict[str, DataSubset] = field(default_factory=dict)
     variants: tuple[Variant, ...] = ()
 
     @property
@@ -97,13 +97,13 @@ class Study:
         return tuple(one for one in self.variants if not one.hidden)
 
     def config(self, variant: Variant, seed: int, value: Any = None, init: str = "") -> Config:
-        """Settings of a run.
+        """Return the settings of a run.
 
         Args:
-            variant: what to run.
-            seed: of the run.
-            value: of the grid's setting; None where there is no grid.
-            init: run to start from; "": from drawn weights.
+            variant: variant of the run.
+            seed: seed of the run.
+            value: value of the grid's setting; None where there is no grid.
+            init: run to start from; "": from random weights.
 
         Raises:
             UsageError: they cannot work together.
@@ -119,22 +119,22 @@ class Study:
             raise UsageError(f"study {self.name}, variant {variant.name}: {error}") from error
 
 
-def read(path: Path) -> Study:
+def read_study(path: Path) -> Study:
     """Read a study file, or the one of that name in cluster/configs/studies.
 
     Raises:
         UsageError: names the file, the key, and what it should be.
     """
     path = find_config(path, PRESETS / "studies")
-    study = _Reader(path, _table(path)).study()
-    for variant in study.variants:  # what cannot work is said before hours of the others
+    study = _StudyReader(path, _read_table(path)).read()
+    for variant in study.variants:  # an impossible one is refused before the others take hours
         for value in variant.values or (None,):
             study.config(variant, study.seeds[0], value, "run" if variant.after else "")
     return study
 
 
-def _table(path: Path, depth: int = 0) -> dict[str, Any]:
-    """The tables of a file over those of the file it is `like`; `base` as a path from here."""
+def _read_table(path: Path, depth: int = 0) -> dict[str, Any]:
+    """Read a file over the one that it is `like`; `base` becomes a path from here."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError) as error:
@@ -153,33 +153,32 @@ def _table(path: Path, depth: int = 0) -> dict[str, Any]:
         raise UsageError(
             f"study {path}: like is {other!r}; it takes the name of another study file"
         )
-    before = _table(path.parent / other, depth + 1)
+    before = _read_table(path.parent / other, depth + 1)
     settings = [one.get("settings", {}) for one in (before, table)]
     if all(isinstance(one, dict) for one in settings):
         table["settings"] = settings[0] | settings[1]
     return before | table
 
 
-class _Reader:
-    """Takes the table of a file apart."""
+class _StudyReader:
+    """Checks the table of a file, key by key."""
 
     def __init__(self, path: Path, table: dict[str, Any]) -> None:
         self._path, self._table = path, table
 
-    def study(self) -> Study:
+    def read(self) -> Study:
         table, known = self._table, {one.name for one in fields(Study)}
-        known = (known | {"data"}) - {"name", "parts"}
+        known = (known | {"data"}) - {"name", "subsets"}
         if unknown := table.keys() - known:
             self._refuse(f"no key {min(unknown)!r}; there are {', '.join(sorted(known))}")
         for name, kinds in (("measure", Measure), ("plot", Plot)):
             if table.get(name) not in get_args(kinds):
                 words = ", ".join(get_args(kinds))
                 self._refuse(f"{name} is {table.get(name)!r}; it takes {words}")
-        texts = {name: self._text(name) for name in ("title", "claim", "paper", "source")}
-        parts = {name: self._part(name, one) for name, one in self._tables("data").items()}
+        subsets = {name: self._subset(name, one) for name, one in self._tables("data").items()}
         study = Study(
             name=self._path.stem,
-            **texts,
+            **{name: self._text(name) for name in ("title", "claim", "paper", "source")},
             base=Path(self._text("base")),
             seeds=self._numbers("seeds"),
             measure=table["measure"],
@@ -189,12 +188,13 @@ class _Reader:
             sizes=self._numbers("sizes") if table["measure"] == "nets" else (),
             settings=self._settings("settings", self._tables("settings", flat=True)),
             grid=self._grid(),
-            parts=parts,
-            variants=self._variants(parts, self._grid()),
+            subsets=subsets,
+            variants=self._variants(subsets, self._grid()),
         )
-        return self._fitting(study)
+        self._check(study)
+        return study
 
-    def _fitting(self, study: Study) -> Study:
+    def _check(self, study: Study) -> None:
         if not study.shown:
             self._refuse("no [variants.NAME] to compare")
         if not 0 < study.goal < 1:
@@ -204,15 +204,14 @@ class _Reader:
                 self._refuse(f"sizes is {list(study.sizes)}; there are {len(study.seeds)} seeds")
             if len(study.shown) > 1:
                 self._refuse("nets averages the seeds of one variant; there are more")
-        return study
 
     def _variants(
-        self, parts: Mapping[str, Part], grid: tuple[str, tuple[Any, ...]]
+        self, subsets: Mapping[str, DataSubset], grid: tuple[str, tuple[Any, ...]]
     ) -> tuple[Variant, ...]:
         found: list[Variant] = []
         for name, table in self._tables("variants").items():
-            data = table.get("data", next(iter(parts), WHOLE))
-            if data not in (*parts, WHOLE):
+            data = table.get("data", next(iter(subsets), WHOLE))
+            if data not in (*subsets, WHOLE):
                 self._refuse(f"variant {name}: no [data.{data}]")
             after = table.get("after", "")
             if after and after not in [one.name for one in found]:
@@ -258,8 +257,8 @@ class _Reader:
             self._settings("grid", {key: value})
         return tuple(values)
 
-    def _part(self, name: str, table: dict[str, Any]) -> Part:
-        known = {one.name for one in fields(Part)}
+    def _subset(self, name: str, table: dict[str, Any]) -> DataSubset:
+        known = {one.name for one in fields(DataSubset)}
         if unknown := table.keys() - known:
             self._refuse(
                 f"[data.{name}] has {min(unknown)!r}; there are {', '.join(sorted(known))}"
@@ -275,7 +274,7 @@ class _Reader:
                 )
         if table.get("encoding", "jpeg") not in ("jpeg", "raw"):
             self._refuse(f"[data.{name}] encoding is {table['encoding']!r}; it takes jpeg or raw")
-        return Part(**table | {"classes": (float(classes[0]), float(classes[1]))})
+        return DataSubset(**table | {"classes": (float(classes[0]), float(classes[1]))})
 
     def _tables(self, key: str, flat: bool = False) -> dict[str, Any]:
         found = self._table.get(key, {})

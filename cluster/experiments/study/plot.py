@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.experiments.study.config import Study
-from cluster.experiments.study.results import Curves, curves
-from cluster.experiments.study.runner import Run
+from cluster.experiments.study.results import Curves, read_curves
+from cluster.experiments.study.runner import StudyRun
 from cluster.report.records import Floats
 from pipeline.tools.files import atomic_write
 
@@ -21,7 +21,7 @@ POINTS = 200
 """Places along a curve at which the seeds are averaged."""
 DASHES = ("-", "--", "-.", ":")
 DPI = 150
-Named = Sequence[tuple[str, Run]]
+Named = Sequence[tuple[str, StudyRun]]
 
 
 def draw(study: Study, runs: Named, found: dict[str, Any], path: Path) -> None:
@@ -39,7 +39,9 @@ def draw(study: Study, runs: Named, found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     names = [one.name for one in study.shown]
-    groups = {name: [curves(study, run) for other, run in runs if other == name] for name in names}
+    groups = {
+        name: [read_curves(study, run) for other, run in runs if other == name] for name in names
+    }
     wide = 2 if study.plot == "both" and len(names) > 1 else 1
     panels = len(names) if study.plot == "both" else 1
     figure, axes = pyplot.subplots(

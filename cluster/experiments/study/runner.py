@@ -1,14 +1,11 @@
-"""Many runs, as many at a time as there is room for: one on each GPU, or one on each core.
-
-Each is a process of its own that a user could have started, told to save and end by the signal that
-Ctrl-C would send. Here they are only started, watched through their rows, and told to end. What a
-run says is in OUT/NAME.log.
-
-One run in this process, without Ray: what many small runs beside each other want.
+"""Runs of a study: many processes side by side, one on each GPU or core, and one run without Ray.
 
     python -m cluster.experiments.study.runner CONFIG --data DATA --run RUN
 
-Takes what `cluster.train` takes and does what it does, up to where that starts workers.
+`RunPool` starts each run as a process, with the command that a user could type, follows it by its
+rows in RUN/metrics.jsonl, and ends it with the signal that Ctrl-C would send. What a run prints
+goes to OUT/NAME.log. The command above is such a process: it takes the arguments of
+`cluster.train` and trains both columns itself, which suits many small runs side by side.
 """
 
 from __future__ import annotations
@@ -43,42 +40,16 @@ from pipeline.tools.files import atomic_write
 from pipeline.tools.processes import request_parent_death_signal
 from pipeline.tools.progress import Progress
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; raises as `cluster.train.main`."""
-    return train.main(argv, train_here)
-
-
-def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
-    """Have the run trained by this process, with both columns, on the first GPU it sees.
-
-    Raises:
-        DuetError: the run failed.
-        KeyboardInterrupt: the user ended it; it is saved.
-    """
-    there = torch.cuda.is_available() and config.device != "cpu"
-    if config.device == "gpu" and not there:
-        raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
-    place = ProcessMesh(
-        device=torch.device("cuda" if there else "cpu"), cores=len(os.sched_getaffinity(0))
-    )
-    with lock_leader(folder), count_interrupts() as end:
-        write_machine(folder, place.world_size)
-        make_run(config, data, folder, place, screen.show, is_stopping=lambda: end() > 0)
-        if end():
-            raise KeyboardInterrupt
-
-
-LOOK = 1.0
-"""Seconds between looks at the rows of the runs."""
+POLL = 1.0
+"""Seconds between two reads of the runs' rows."""
 GRACE = 120.0
-"""Seconds that runs have to save when the user wants to end."""
+"""Seconds that runs have to save a checkpoint when the user stops the study."""
 DIVERGED = "error: the loss of step "
-"""How the last line begins that a run says whose loss is no number (health.py)."""
+"""Start of the last line in the log of a run whose loss is NaN or infinite (finite_check.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class StudyRun:
     """One run of a study."""
 
     name: str
@@ -89,12 +60,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """Folder of the run."""
         return self.out / self.name
 
     @property
     def log(self) -> Path:
-        """What it said."""
+        """File with what the run prints."""
         return self.out / f"{self.name}.log"
 
     @property
@@ -104,38 +75,39 @@ class Run:
         return "".join(f"{key} = {json.dumps(table[key])}\n" for key in table).encode()
 
     @property
-    def pictures(self) -> int:
-        """Training images in its data set."""
-        return _samples(self.data)
+    def images(self) -> int:
+        """Number of training images in its data set."""
+        return _count_images(self.data)
+
+    @property
+    def steps(self) -> int:
+        """Number of its last step."""
+        return self.config.total_steps(self.images)
 
     @property
     def total(self) -> int:
-        """Images seen after its last step."""
-        return self.config.total_steps(self.pictures) * self.config.batch_size
+        """Number of images seen after the last step."""
+        return self.steps * self.config.batch_size
 
     @property
     def position(self) -> int:
-        """Images seen so far."""
-        rows = list(read_tail(self.folder / METRICS, 2))
+        """Number of images seen so far."""
+        rows = list(tail(self.folder / METRICS, 2))
         return int(rows[-1].get("position", 0)) if rows else 0
 
     @property
-    def diverged(self) -> bool:
-        """Its loss became no number, and would again."""
-        try:
-            lines = self.log.read_text("utf-8", "replace").strip().splitlines()
-        except OSError:
-            return False
-        return bool(lines) and lines[-1].startswith(DIVERGED)
+    def has_diverged(self) -> bool:
+        """Whether its loss became NaN or infinite, as it would again."""
+        return (_read_last_line(self.log) or "").startswith(DIVERGED)
 
     @property
-    def complete(self) -> bool:
-        """The last step is made and saved."""
-        total = self.config.total_steps(self.pictures)
-        return self.folder.is_dir() and find_last_step(self.folder, self.config.store) >= total
+    def is_complete(self) -> bool:
+        """Whether there is a checkpoint of the last step."""
+        is_begun = self.folder.is_dir()
+        return is_begun and find_last_step(self.folder, self.config.store) >= self.steps
 
     def check(self) -> None:
-        """Refuse what is there if it was made with other settings, or on other data.
+        """Refuse an existing run folder of other settings, or of other data.
 
         Raises:
             UsageError: names the run and what differs.
@@ -143,7 +115,7 @@ class Run:
         if not (path := self.folder / CONFIG).is_file():
             return
         before, data = read_run_config(path)
-        found = find_conflicts(before, pin_init(self.config, self.folder, 0), self.pictures)
+        found = find_conflicts(before, pin_init(self.config, self.folder, 0), self.images)
         if data != identity(fetch_metadata(self.data)):
             found.append("the data set")
         if found:
@@ -152,17 +124,32 @@ class Run:
             )
 
 
+@cache
+def _count_images(data: str) -> int:
+    folder = fetch_metadata(data)
+    return Manifest.load(folder).split("train", folder).samples
+
+
+def _read_last_line(log: Path) -> str | None:
+    """Last line of a log that is not blank; None if there is none."""
+    try:
+        lines = log.read_text("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return None
+    return lines[-1] if lines else None
+
+
 @dataclass(frozen=True)
 class Slot:
-    """What one run at a time may have."""
+    """Cores and GPU of one run at a time."""
 
     cores: tuple[int, ...]
     gpu: str = ""
-    """As CUDA_VISIBLE_DEVICES has it; "": what there is."""
+    """Value of CUDA_VISIBLE_DEVICES; "": leave it as it is."""
 
 
-def slots(at_once: int = 0, gpus: Sequence[str] = ()) -> list[Slot]:
-    """Share cores and GPUs out among `at_once` runs; 0: one for each GPU, or for each core."""
+def make_slots(at_once: int = 0, gpus: Sequence[str] = ()) -> list[Slot]:
+    """Divide cores and GPUs among `at_once` runs; 0: one for each GPU, or for each core."""
     cores = sorted(os.sched_getaffinity(0))
     count = at_once or len(gpus) or len(cores)
     shares = [tuple(cores[place::count]) or (cores[place % len(cores)],) for place in range(count)]
@@ -171,66 +158,62 @@ def slots(at_once: int = 0, gpus: Sequence[str] = ()) -> list[Slot]:
     ]
 
 
-def visible_gpus() -> list[str]:
-    """Return the GPUs of this machine, as CUDA_VISIBLE_DEVICES would name them."""
-    import torch  # here: whoever only reads a study file need not wait for it
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    there = [one for one in named.split(",") if one]
-    return there or [str(number) for number in range(torch.cuda.device_count())]
+def list_gpus() -> list[str]:
+    """List the GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
+    named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    return named or [str(number) for number in range(torch.cuda.device_count())]
 
 
 class RunPool:
-    """Makes runs."""
+    """Makes runs side by side."""
 
-    def __init__(self, room: Sequence[Slot], module: str, progress: Progress) -> None:
+    def __init__(self, slots: Sequence[Slot], module: str, progress: Progress) -> None:
         """Prepare.
 
         Args:
-            room: for as many runs at a time.
-            module: that makes a run (`cluster.experiments.study.runner` or `cluster.train`).
-            progress: gets the images seen.
+            slots: a slot for each run at a time.
+            module: command that makes a run (`cluster.experiments.study.runner`, `cluster.train`).
+            progress: bar that counts the images seen.
         """
-        self._room, self._module, self._progress = room, module, progress
+        self._slots, self._module, self._progress = slots, module, progress
 
-    def make(self, runs: Sequence[Run], enough: Callable[[Run], bool]) -> None:
+    def make(self, runs: Sequence[StudyRun], is_enough: Callable[[StudyRun], bool]) -> None:
         """Make runs.
 
         Args:
-            runs: those that are not done, in this order.
-            enough: whether a run has shown what it should, and may end before its last step.
+            runs: runs that are not complete, in this order.
+            is_enough: whether a run may end before its last step.
 
         Raises:
-            DuetError: one failed, for another reason than that its loss is no number any more; the
-                others have saved.
-            KeyboardInterrupt: the user ended it; all have saved.
+            DuetError: a run failed, other than by diverging; the others have saved.
+            KeyboardInterrupt: the user stopped the study; all have saved.
         """
-        waiting, free, failed = list(runs), list(self._room), ""
-        busy: list[_Process] = []
+        waiting, free, failure = list(runs), list(self._slots), ""
+        busy: list[_RunProcess] = []
         try:
-            while (busy or waiting) and not failed:
+            while (busy or waiting) and not failure:
                 while free and waiting:
-                    busy.append(_Process(waiting.pop(0), free.pop(0), self._module))
-                time.sleep(LOOK)
+                    busy.append(_RunProcess(waiting.pop(0), free.pop(0), self._module))
+                time.sleep(POLL)
                 for one in list(busy):
-                    self._progress.advance(one.seen(enough))
-                    if one.ended:
+                    self._progress.advance(one.poll(is_enough))
+                    if one.has_ended:
                         busy.remove(one)
                         free.append(one.slot)
-                        failed = failed or one.failure
+                        failure = failure or one.failure
                 self._progress.note(", ".join(one.run.name for one in busy))
         finally:
-            _end(busy)
-        if failed:
-            raise DuetError(failed)
+            _stop(busy)
+        if failure:
+            raise DuetError(failure)
 
 
-class _Process:
-    """A run under way."""
+class _RunProcess:
+    """The process of a run."""
 
-    def __init__(self, run: Run, slot: Slot, module: str) -> None:
+    def __init__(self, run: StudyRun, slot: Slot, module: str) -> None:
         self.run, self.slot = run, slot
-        self._before, self._asked = run.position, False
+        self._position, self._is_stopping = run.position, False
         run.out.mkdir(parents=True, exist_ok=True)
         file = run.out / f"{run.name}.toml"
         with atomic_write(file, durable=False) as settings:
@@ -241,65 +224,84 @@ class _Process:
                 [sys.executable, "-m", module, *words],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env={**os.environ, **({"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu else {})},
-                start_new_session=True,  # a Ctrl-C of the terminal is ours to hand on, once
-                preexec_fn=lambda: _settle(slot),
+                start_new_session=True,  # the terminal's Ctrl-C reaches the pool, which forwards it
+                preexec_fn=lambda: _prepare_process(slot),
             )  # fmt: skip
 
     @property
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         return self._process.poll() is not None
 
     @property
     def failure(self) -> str:
         """Why it failed; empty if it did not."""
-        if self._process.returncode == 0 or self._asked or self.run.diverged:
+        if self._process.returncode == 0 or self._is_stopping or self.run.has_diverged:
             return ""
-        said = self.run.log.read_text("utf-8", "replace").strip().splitlines()
-        why = said[-1].removeprefix("error: ") if said else f"code {self._process.returncode}"
+        last = _read_last_line(self.run.log)
+        why = last.removeprefix("error: ") if last else f"code {self._process.returncode}"
         return f"run {self.run.name} failed: {why}; see {self.run.log}"
 
-    def seen(self, enough: Callable[[Run], bool]) -> int:
-        """Return the images since the last time; tell it to end if that is enough."""
+    def poll(self, is_enough: Callable[[StudyRun], bool]) -> int:
+        """Return the images seen since the last poll; stop the run if it is enough."""
         now = self.run.position
-        more, self._before = now - self._before, now
-        if not self._asked and more and enough(self.run):
-            self.ask_to_end()
+        more, self._position = now - self._position, now
+        if not self._is_stopping and more and is_enough(self.run):
+            self.stop()
         return max(0, more)
 
-    def ask_to_end(self) -> None:
-        """Have it save and end."""
-        if not self._asked and not self.ended:
-            self._asked = True
+    def stop(self) -> None:
+        """Ask it to save a checkpoint and end."""
+        if not self._is_stopping and not self.has_ended:
+            self._is_stopping = True
             self._process.send_signal(signal.SIGINT)
 
     def wait_until(self, deadline: float) -> None:
-        """Wait, and end it the hard way when it takes longer."""
+        """Wait for its end, and kill it at the deadline (of `time.monotonic`)."""
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
 
 
-@cache
-def _samples(data: str) -> int:
-    folder = fetch_metadata(data)
-    return Manifest.load(folder).split("train", folder).samples
-
-
-def _settle(slot: Slot) -> None:
-    """In a new process, before its program: its cores, and what happens when we are no more."""
+def _prepare_process(slot: Slot) -> None:
+    """Set the cores and signals of a new process before its program starts."""
     os.sched_setaffinity(0, slot.cores)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     request_parent_death_signal(signal.SIGTERM)
 
 
-def _end(processes: Sequence[_Process]) -> None:
-    """Have all save and end."""
+def _stop(processes: Sequence[_RunProcess]) -> None:
+    """Have all processes save and end."""
     for one in processes:
-        one.ask_to_end()
+        one.stop()
     deadline = time.monotonic() + GRACE
     for one in processes:
         one.wait_until(deadline)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; raises as `cluster.train.main`."""
+    return train.main(argv, train_here)
+
+
+def train_here(config: Config, data: str, folder: Path, screen: Screen) -> None:
+    """Train in this process, with both columns, on the first GPU that torch sees.
+
+    Raises:
+        DuetError: the run failed.
+        KeyboardInterrupt: the user stopped it; it is saved.
+    """
+    has_gpu = torch.cuda.is_available() and config.device != "cpu"
+    if config.device == "gpu" and not has_gpu:
+        raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
+    mesh = ProcessMesh(
+        device=torch.device("cuda" if has_gpu else "cpu"), cores=len(os.sched_getaffinity(0))
+    )
+    with leading(folder), wanted_end() as end:
+        write_machine(folder, mesh.world_size)
+        make_run(config, data, folder, mesh, screen.show, ending=lambda: end() > 0)
+        if end():
+            raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_the_average_is_counted_as_by_hand(runs, capsys):
         assert one["top1_error"] == pytest.approx(by_hand(table, 1))
         assert one["top5_error"] == pytest.approx(by_hand(table, 5))
         assert (one["step"], one["weight"]) == (7, pytest.approx(1 / 3))
-    mean = ensemble.weighted(torch.stack(tables), [1 / 3] * 3)
+    mean = ensemble.combine(torch.stack(tables), [1 / 3] * 3)
     assert found["average"]["top1_error"] == pytest.approx(by_hand(mean, 1))
     assert found["average"]["top5_error"] == pytest.approx(by_hand(mean, 5))
     exact = np.mean([np.asarray(table, np.float64) for table in tables], axis=0)
@@ -108,7 +108,7 @@ def test_the_average_is_counted_as_by_hand(runs, capsys):
 
 def test_given_weights_are_used(runs, capsys):
     equal, heavy = told(capsys, *runs), told(capsys, *runs, "--weights", 3, 1, 0)
-    mean = ensemble.weighted(torch.stack([drawn(0, 2.0), drawn(1, 1.0)]), [0.75, 0.25])
+    mean = ensemble.combine(torch.stack([drawn(0, 2.0), drawn(1, 1.0)]), [0.75, 0.25])
     assert heavy["average"]["top1_error"] == pytest.approx(by_hand(mean, 1))
     assert heavy["average"] != equal["average"]
     assert [one["weight"] for one in heavy["runs"]] == [0.75, 0.25, 0]
@@ -123,7 +123,7 @@ def of_the_original(tables: torch.Tensor) -> list[float]:
     def errors_of(coeffs: list[float]) -> tuple[float, float]:
         if sum(coeffs) == 0:
             return (float("inf"), float("inf"))
-        preds = ensemble.weighted(tables, coeffs)
+        preds = ensemble.combine(tables, coeffs)
         top1, top5 = count_errors(preds, LABELS, torch.ones(PICTURES))
         return float(top5), float(top1)
 
@@ -159,7 +159,7 @@ class Tables:
             self.read += last - first
             part = slice(first, last)
             ones = torch.ones(last - first)
-            yield last, ensemble.Chunk(self.tables[:, part], LABELS[part], ones)
+            yield last, ensemble.Probabilities(self.tables[:, part], LABELS[part], ones)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -168,25 +168,25 @@ def test_the_search_finds_what_the_originals_finds(seed):
     tables = torch.stack([drawn(10 * seed + k, skill=0.5 + k) for k in range(count)])
     expected = of_the_original(tables)
     kept = Tables(tables)
-    assert ensemble.search(kept) == pytest.approx(expected)
+    assert ensemble.search_weights(kept) == pytest.approx(expected)
     assert kept.read == PICTURES  # once, and never again
     assert expected != pytest.approx([1 / count] * count)
     for room in (0, 2_000):  # nothing of it, or a part, may stay in memory
         again = Tables(tables)
-        assert ensemble.search(again, kept=room) == pytest.approx(expected)
+        assert ensemble.search_weights(again, kept=room) == pytest.approx(expected)
         assert again.read > 2 * PICTURES
 
 
 def test_what_is_left_for_the_search_decides_as_all_of_it():
     tables = torch.stack([drawn(k) for k in range(3)])
     tables[1, 5, 3] = float("nan")
-    full = ensemble.Chunk(tables, LABELS, (torch.arange(PICTURES) % 9 > 0).float())
-    blocks = list(ensemble.undecided(full))
+    full = ensemble.Probabilities(tables, LABELS, (torch.arange(PICTURES) % 9 > 0).float())
+    blocks = list(ensemble.select_undecided(full))
     assert 0 < sum(block.probabilities.numel() for block in blocks) < tables.numel()
 
     def counts(chunks, one):
         return sum(
-            torch.stack(count_errors(ensemble.weighted(p, one), labels, w)).double()
+            torch.stack(count_errors(ensemble.combine(p, one), labels, w)).double()
             for p, labels, w in chunks
         )
 
@@ -340,7 +340,7 @@ def test_the_table_has_a_line_for_each_size_over_all_choices_of_the_runs(runs, c
     for line, size in zip(found["sizes"], (1, 2, 3), strict=True):
         for name, places in (("top1_error", 1), ("top5_error", 5)):
             errors = [
-                by_hand(ensemble.weighted(torch.stack(some), [1 / size] * size), places)
+                by_hand(ensemble.combine(torch.stack(some), [1 / size] * size), places)
                 for some in itertools.combinations(tables, size)
             ]
             assert line["equal"][name] == pytest.approx(np.mean(errors))
@@ -361,9 +361,9 @@ def test_weights_of_the_table_are_searched_on_images_that_are_not_counted(runs, 
     for tested in (0, 1):
         fitted = Tables(tables[:, 1 - tested :: 2])
         fitted.chunks = lambda start=0, f=fitted, t=tested: iter(
-            [(120, ensemble.Chunk(f.tables, LABELS[1 - t :: 2], torch.ones(120)))]
+            [(120, ensemble.Probabilities(f.tables, LABELS[1 - t :: 2], torch.ones(120)))]
         )
-        mean = ensemble.weighted(tables, ensemble.search(fitted))
+        mean = ensemble.combine(tables, ensemble.search_weights(fitted))
         skip = range(1 - tested, PICTURES, 2)
         for name, places in (("top1_error", 1), ("top5_error", 5)):
             wrong[name] += by_hand(mean, places, skip) / 2

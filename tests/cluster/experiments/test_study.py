@@ -56,10 +56,10 @@ def written(folder: Path, text: str = TEXT) -> Path:
 class Here:
     """A `RunPool` in this process, which need not wait for others to start."""
 
-    def __init__(self, room, module, progress):
+    def __init__(self, slots, module, progress):
         assert module == "cluster.experiments.study.runner"
 
-    def make(self, runs, enough):
+    def make(self, runs, is_enough):
         for run in runs:
             file = run.out / f"{run.name}.toml"
             file.write_bytes(run.toml)
@@ -73,7 +73,7 @@ def out(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     study = written(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cluster.experiments.study.Crowd", Here)
+        patch.setattr("cluster.experiments.study.__main__.RunPool", Here)
         assert main([str(study), "--data", str(tiny_data), "--out", str(folder / "out")]) == 0
     return folder / "out"
 
@@ -138,7 +138,7 @@ def test_the_plot_shows_something(out):
 def test_nothing_is_made_twice_and_a_half_run_goes_on(
     out, tiny_data, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("cluster.experiments.study.Crowd", Here)
+    monkeypatch.setattr("cluster.experiments.study.__main__.RunPool", Here)
     again = Path(shutil.copytree(out, tmp_path / "again"))
     half = f"relu-lr{found(out)['rows'][0]['lr']}-1"
     shutil.rmtree(again / half)
@@ -166,7 +166,7 @@ def test_runs_made_with_other_settings_are_refused(out, tiny_data, tmp_path):
 def test_a_variant_starts_from_the_run_of_another_on_other_classes(
     tiny_data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("cluster.experiments.study.Crowd", Here)
+    monkeypatch.setattr("cluster.experiments.study.__main__.RunPool", Here)
     text = (
         TEXT[: TEXT.index("[grid]")].replace("[0, 1]", "[3]").replace("= 6", "= 4")
         + """

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.experiments.study.config import Part
-from cluster.experiments.study.subsets import cut_out
+from cluster.experiments.study.config import DataSubset
+from cluster.experiments.study.subsets import make_subset
 from pipeline.dataset.manifest import Manifest
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import flip_bit, rows_of
@@ -36,7 +36,9 @@ def raw(data):
 @pytest.fixture(scope="module")
 def part(tiny_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("parts") / "second"
-    return cut_out(str(tiny_data), Part(classes=(0.5, 1.0), per_class=5, val_per_class=2), out)
+    return make_subset(
+        str(tiny_data), DataSubset(classes=(0.5, 1.0), per_class=5, val_per_class=2), out
+    )
 
 
 def test_it_has_so_many_images_of_these_classes(part):
@@ -64,9 +66,9 @@ def test_its_images_are_those_of_the_set_the_first_of_each_class(part, tiny_data
 
 
 def test_raw_parts_hold_pixels_and_can_be_cut_again(tiny_data, tmp_path):
-    first = cut_out(str(tiny_data), Part(per_class=3, encoding="raw"), tmp_path / "raw")
+    first = make_subset(str(tiny_data), DataSubset(per_class=3, encoding="raw"), tmp_path / "raw")
     assert Manifest.load(first).encoding == "raw"
-    again = cut_out(str(first), Part(per_class=2, encoding="raw"), tmp_path / "again")
+    again = make_subset(str(first), DataSubset(per_class=2, encoding="raw"), tmp_path / "again")
     originals, taken = (set(raw(data)) for data in (first, again))
     assert (len(originals), len(taken)) == (12, 8)
     assert taken < originals
@@ -74,22 +76,24 @@ def test_raw_parts_hold_pixels_and_can_be_cut_again(tiny_data, tmp_path):
 
 def test_what_is_there_is_not_made_again(part, tiny_data):
     before = (part / "manifest.json").stat().st_mtime_ns
-    same = Part(classes=(0.5, 1.0), per_class=5, val_per_class=2)
-    assert cut_out(str(tiny_data), same, part) == part
+    same = DataSubset(classes=(0.5, 1.0), per_class=5, val_per_class=2)
+    assert make_subset(str(tiny_data), same, part) == part
     assert (part / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_another_part_is_not_taken_for_the_one_that_is_there(part, tiny_data):
     with pytest.raises(UsageError, match="is another part, or of other data"):
-        cut_out(str(tiny_data), Part(classes=(0.5, 1.0), per_class=6, val_per_class=2), part)
+        make_subset(
+            str(tiny_data), DataSubset(classes=(0.5, 1.0), per_class=6, val_per_class=2), part
+        )
 
 
 def test_a_part_of_a_single_class_is_refused(tiny_data, tmp_path):
     with pytest.raises(UsageError, match=r"of 4 are 1; a part needs two at least"):
-        cut_out(str(tiny_data), Part(classes=(0, 0.3)), tmp_path / "one")
+        make_subset(str(tiny_data), DataSubset(classes=(0, 0.3)), tmp_path / "one")
 
 
 def test_a_damaged_image_is_told(data, tmp_path):
     flip_bit(data, "train", *range(48))
     with pytest.raises(DataError, match=r"CRC-32 differs; a study wants sound images"):
-        cut_out(str(data), Part(), tmp_path / "part")
+        make_subset(str(data), DataSubset(), tmp_path / "part")

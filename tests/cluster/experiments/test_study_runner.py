@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.experiments.study import runner
-from cluster.experiments.study.runner import Run, RunPool, Slot
+from cluster.experiments.study.runner import RunPool, Slot, StudyRun
 from pipeline.tools.errors import DuetError
 from pipeline.tools.progress import Progress
 from tests.helpers.training_runs import rows
@@ -20,18 +20,18 @@ CORES = tuple(sorted(os.sched_getaffinity(0)))
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(runner, "LOOK", 0.05)
+    monkeypatch.setattr(runner, "POLL", 0.05)
 
 
-def runs(folder: Path, data: Path, *names: str) -> list[Run]:
+def runs(folder: Path, data: Path, *names: str) -> list[StudyRun]:
     config = Config(batch_size=8, steps=1000)
-    return [Run(name=name, config=config, data=str(data), out=folder) for name in names]
+    return [StudyRun(name=name, config=config, data=str(data), out=folder) for name in names]
 
 
-def make(runs: list[Run], enough=lambda run: run.position > 80) -> None:
-    room = [Slot(CORES[:1]), Slot(CORES[-1:])]
+def make(runs: list[StudyRun], is_enough=lambda run: run.position > 80) -> None:
+    slots = [Slot(CORES[:1]), Slot(CORES[-1:])]
     with Progress("pretending", total=sum(run.total for run in runs), unit="img") as progress:
-        RunPool(room, "tests.helpers.fake_run", progress).make(runs, enough)
+        RunPool(slots, "tests.helpers.fake_run", progress).make(runs, is_enough)
 
 
 def test_each_has_its_cores_and_ends_when_it_has_shown_enough(tmp_path, tiny_data):
@@ -48,16 +48,16 @@ def test_each_has_its_cores_and_ends_when_it_has_shown_enough(tmp_path, tiny_dat
 def test_a_run_that_diverges_is_no_failure(tmp_path, tiny_data):
     some = runs(tmp_path, tiny_data, "diverges-0", "a-0")
     make(some)
-    assert [run.diverged for run in some] == [True, False]
+    assert [run.has_diverged for run in some] == [True, False]
     assert (some[1].folder / "saved").is_file()
 
 
 def test_when_one_fails_the_others_save_and_the_reason_is_told(tmp_path, tiny_data):
     some = runs(tmp_path, tiny_data, "a-0", "fails-0", "never-0")
     with pytest.raises(DuetError) as error:
-        make(some, enough=lambda run: False)
+        make(some, is_enough=lambda run: False)
     assert str(error.value) == (
-        f"run fails-0 failed: the disk is full; make room; see {tmp_path}/fails-0.log"
+        f"run fails-0 failed: the disk is full; make slots; see {tmp_path}/fails-0.log"
     )
     assert (some[0].folder / "saved").is_file()
     assert not some[2].folder.exists()

@@ -13,15 +13,15 @@ from cluster.config import Config
 from cluster.experiments.study.config import Study, Variant
 from cluster.experiments.study.results import (
     Result,
-    curves,
-    images_to,
-    pooled,
-    result,
-    showing,
-    shown,
-    variants,
+    compare_variants,
+    count_images_to,
+    has_reached_goal,
+    is_at_goal,
+    pool_deviations,
+    read_curves,
+    read_result,
 )
-from cluster.experiments.study.runner import Run, slots
+from cluster.experiments.study.runner import StudyRun, make_slots
 
 BATCH = 8
 STUDY = Study(
@@ -31,10 +31,10 @@ STUDY = Study(
 )  # fmt: skip
 
 
-def made(folder: Path, data: Path, errors: list[float], name: str = "relu-0", **more) -> Run:
+def made(folder: Path, data: Path, errors: list[float], name: str = "relu-0", **more) -> StudyRun:
     """A run whose steps had these errors."""
     config = Config.from_settings({"batch_size": BATCH, "steps": len(errors)} | more)
-    run = Run(name=name, config=config, data=str(data), out=folder)
+    run = StudyRun(name=name, config=config, data=str(data), out=folder)
     run.folder.mkdir()
     with (run.folder / "metrics.jsonl").open("w") as file:
         for step, error in enumerate(errors, 1):
@@ -56,20 +56,20 @@ def test_images_to_the_goal_are_those_of_a_loop(seed, tmp_path, tiny_data):
     errors = np.clip(np.linspace(0.6, 0.2, 40) + draws.normal(0, 0.08, 40), 0, 1).tolist()
     run = made(tmp_path, tiny_data, errors)
     expected = by_hand(errors, 0.25, 3)
-    assert images_to(0.25, curves(STUDY, run)) == pytest.approx(expected, nan_ok=True)
-    assert shown(STUDY, run) == math.isfinite(expected)
-    found = result(STUDY, "relu", run)
+    assert count_images_to(0.25, read_curves(STUDY, run)) == pytest.approx(expected, nan_ok=True)
+    assert has_reached_goal(STUDY, run) == math.isfinite(expected)
+    found = read_result(STUDY, "relu", run)
     assert found.value == pytest.approx(expected, nan_ok=True)
     assert found.train_error == pytest.approx(sum(errors[-3:]) / 3)
-    assert (found.pictures, found.img_s) == (40 * BATCH, 20.5)
+    assert (found.images, found.img_s) == (40 * BATCH, 20.5)
 
 
 def test_a_run_is_ended_when_its_last_window_is_down_at_the_goal(tmp_path, tiny_data):
-    assert showing(STUDY, made(tmp_path, tiny_data, [0.9, 0.3, 0.25, 0.2], "down"))
-    assert not showing(STUDY, made(tmp_path, tiny_data, [0.0, 0.0], "short"))
+    assert is_at_goal(STUDY, made(tmp_path, tiny_data, [0.9, 0.3, 0.25, 0.2], "down"))
+    assert not is_at_goal(STUDY, made(tmp_path, tiny_data, [0.0, 0.0], "short"))
     up_again = made(tmp_path, tiny_data, [0.9, 0.2, 0.2, 0.2, 0.9, 0.9], "up")
-    assert not showing(STUDY, up_again)
-    assert shown(STUDY, up_again)
+    assert not is_at_goal(STUDY, up_again)
+    assert has_reached_goal(STUDY, up_again)
 
 
 def test_what_does_not_come_to_it_is_behind_all_that_do(tmp_path, tiny_data):
@@ -78,7 +78,7 @@ def test_what_does_not_come_to_it_is_behind_all_that_do(tmp_path, tiny_data):
     far = made(tmp_path, tiny_data, [0.8] * 6, "far")
     gone = made(tmp_path, tiny_data, [0.1] * 6, "gone")
     gone.log.write_text("step 6\nerror: the loss of step 7 is nan: conv1 is the first\n")
-    order = [result(STUDY, "relu", run) for run in (gone, far, near, slow)]
+    order = [read_result(STUDY, "relu", run) for run in (gone, far, near, slow)]
     assert [one.run for one in sorted(order, key=lambda one: one.rank)] == [
         "slow", "near", "far", "gone",
     ]  # fmt: skip
@@ -87,24 +87,26 @@ def test_what_does_not_come_to_it_is_behind_all_that_do(tmp_path, tiny_data):
 
 def numbers(variant: str, *values: float, lr: float = 0.01) -> list[Result]:
     return [
-        Result(variant=variant, seed=seed, lr=lr, value=value, instead=0.5, pictures=1, img_s=2.0,
+        Result(variant=variant, seed=seed, lr=lr, value=value, last_error=0.5, images=1, img_s=2.0,
                val_error=math.nan, train_error=0.5, run="r")
         for seed, value in enumerate(values)
     ]  # fmt: skip
 
 
 def test_a_variant_is_told_with_mean_spread_and_factor():
-    relu, tanh = variants(STUDY, numbers("relu", 100, 140) + numbers("tanh", 600, 840), [])
+    relu, tanh = compare_variants(STUDY, numbers("relu", 100, 140) + numbers("tanh", 600, 840), [])
     assert (relu["mean"], relu["against_first"]) == (120, None)
     assert relu["sd"] == pytest.approx(np.std([100, 140], ddof=1))
     assert tanh["against_first"] == pytest.approx(6)
-    assert pooled([[100, 140], [600, 840], [1]]) == pytest.approx(
+    assert pool_deviations([[100, 140], [600, 840], [1]]) == pytest.approx(
         math.sqrt((np.var([100, 140], ddof=1) + np.var([600, 840], ddof=1)) / 2)
     )
 
 
 def test_no_mean_is_told_of_a_variant_of_which_a_run_did_not_come_to_it():
-    relu, tanh = variants(STUDY, numbers("relu", 100, 140) + numbers("tanh", 600, math.nan), [])
+    relu, tanh = compare_variants(
+        STUDY, numbers("relu", 100, 140) + numbers("tanh", 600, math.nan), []
+    )
     assert (tanh["mean"], tanh["against_first"], tanh["came_to_it"], tanh["n"]) == (
         None,
         None,
@@ -116,10 +118,10 @@ def test_no_mean_is_told_of_a_variant_of_which_a_run_did_not_come_to_it():
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {4, 5, 6, 7, 8})
-    assert [one.cores for one in slots(2)] == [(4, 6, 8), (5, 7)]
-    assert [one.cores for one in slots()] == [(4,), (5,), (6,), (7,), (8,)]
-    assert [(one.cores, one.gpu) for one in slots(gpus=["2", "5"])] == [
+    assert [one.cores for one in make_slots(2)] == [(4, 6, 8), (5, 7)]
+    assert [one.cores for one in make_slots()] == [(4,), (5,), (6,), (7,), (8,)]
+    assert [(one.cores, one.gpu) for one in make_slots(gpus=["2", "5"])] == [
         ((4, 6, 8), "2"), ((5, 7), "5"),
     ]  # fmt: skip
-    assert len(slots(7)) == 7
-    assert all(one.cores for one in slots(7))
+    assert len(make_slots(7)) == 7
+    assert all(one.cores for one in make_slots(7))

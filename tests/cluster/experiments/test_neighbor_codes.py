@@ -12,10 +12,25 @@ import torch
 from safetensors import safe_open
 
 from cluster.config import Config
-from cluster.experiments.neighbors import codes as rivals
-from cluster.experiments.neighbors.codes import Hamming, Recipe, main, pack, recall, trained
-from cluster.experiments.neighbors.features import BLOCK, About, Features, crc32, seal, stem
-from cluster.run.folder import write_run_config
+from cluster.experiments.neighbors import codes
+from cluster.experiments.neighbors.coders import (
+    AutoEncoderConfig,
+    draw_sample,
+    fit_itq,
+    fit_pca,
+    pack_bits,
+    train_autoencoder,
+)
+from cluster.experiments.neighbors.codes import compute_recall, main
+from cluster.experiments.neighbors.features import (
+    BLOCK,
+    FeatureInfo,
+    Features,
+    crc32,
+    seal_features,
+)
+from cluster.experiments.neighbors.search import HammingIndex
+from cluster.run.folder import settle
 from pipeline.tools.errors import DataError, UsageError
 
 UNITS = 64
@@ -35,7 +50,7 @@ def clustered(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def put(folder: Path, split: str, count: int, seed: int, checkpoint: str = "ab") -> Features:
     rows, labels = clustered(count, seed)
-    about = About(
+    about = FeatureInfo(
         split=split,
         samples=count,
         units=UNITS,
@@ -51,8 +66,8 @@ def put(folder: Path, split: str, count: int, seed: int, checkpoint: str = "ab")
     sound = np.ones(count, bool)
     sound[3] = False
     crc = [crc32(rows[start : start + BLOCK]) for start in range(0, count, BLOCK)]
-    seal(stem(folder, split), about, labels, sound, crc)
-    return Features(stem(folder, split))
+    seal_features(folder, about, labels, sound, crc)
+    return Features(folder, split)
 
 
 @pytest.fixture
@@ -75,9 +90,10 @@ def test_hamming_neighbours_are_those_of_unpacked_bits(bits):
     rng = np.random.default_rng(bits)
     base, queries = rng.random((400, bits)) < 0.3, rng.random((21, bits)) < 0.3
     base[200:] = base[:200]  # ties
-    ids, far = Hamming(pack(base)).nearest(pack(queries), 30)
+    ids, far = HammingIndex(pack_bits(base)).find_nearest(pack_bits(queries), 30)
     opened = (
-        np.unpackbits(pack(base), axis=1)[None] != np.unpackbits(pack(queries), axis=1)[:, None]
+        np.unpackbits(pack_bits(base), axis=1)[None]
+        != np.unpackbits(pack_bits(queries), axis=1)[:, None]
     )
     expected = opened.sum(2)
     order = np.argsort(expected, axis=1, kind="stable")[:, :30]
@@ -86,15 +102,15 @@ def test_hamming_neighbours_are_those_of_unpacked_bits(bits):
 
 
 def test_all_codes_can_be_asked_for():
-    codes = pack(np.eye(16, dtype=bool))
-    ids, far = Hamming(codes).nearest(codes[2:3], 16)
+    eye = pack_bits(np.eye(16, dtype=bool))
+    ids, far = HammingIndex(eye).find_nearest(eye[2:3], 16)
     assert sorted(ids[0].tolist()) == list(range(16))
     assert far[0].tolist() == [0] + [2] * 15
 
 
 def test_the_table_is_what_brute_force_counts(run, capsys):
     facts = called(run, capsys, "-k", "5")["codes"]
-    asked, base = (Features(stem(run / "neighbours", split)) for split in ("val", "train"))
+    asked, base = (Features(run / "neighbours", split) for split in ("val", "train"))
     queries = np.delete(np.arange(80), 3)  # the damaged one
     far = np.square(asked.values[queries][:, None].astype(np.float64) - base.values).sum(-1)
     far[:, 3] = np.inf
@@ -139,12 +155,16 @@ def test_codes_find_what_chance_does_not_and_longer_ones_find_more(run, capsys):
 def test_training_brings_the_features_back_better_and_the_same_each_time():
     rows, _ = clustered(900, 1)
     sound = np.ones(900, bool)
-    x = rivals.sample(rows, sound, 0)
-    start = rivals.itq(x, rivals.pca(x, 16, 0), 0)
+    x = draw_sample(rows, sound, 0)
+    start = fit_itq(x, fit_pca(x, 16, 0), 0)
     errors, states = [], []
     for steps in (1, 200, 200):
-        net = trained(
-            rows, sound, start, Recipe(bits=16, hidden=48, steps=steps, lr=1e-3), lambda _: None
+        net = train_autoencoder(
+            rows,
+            sound,
+            start,
+            AutoEncoderConfig(bits=16, hidden=48, steps=steps, lr=1e-3),
+            lambda _: None,
         )
         errors.append(float(net(x).detach()))
         states.append(net.state_dict())
@@ -154,12 +174,12 @@ def test_training_brings_the_features_back_better_and_the_same_each_time():
 
 def test_turning_loses_less_than_not_turning():
     x = torch.from_numpy(clustered(900, 1)[0].astype(np.float32))
-    plain = rivals.pca(x, 12, 0)
+    plain = fit_pca(x, 12, 0)
     centred = (x - x.mean(0)).double().numpy()
     exact = np.linalg.svd(centred, full_matrices=False)[2][:12].T
     np.testing.assert_allclose(np.abs((exact * plain.axes.numpy()).sum(0)), 1, atol=1e-3)
     losses = []
-    for code in (plain, rivals.itq(x, plain, 0)):
+    for code in (plain, fit_itq(x, plain, 0)):
         v = (x - code.mean) @ code.axes
         losses.append(float((v / v.std() - v.sign()).square().mean()))
         np.testing.assert_allclose(code.axes.T @ code.axes, np.eye(12), atol=1e-4)
@@ -168,7 +188,7 @@ def test_turning_loses_less_than_not_turning():
 
 def test_a_length_that_is_there_is_not_trained_again(run, capsys, monkeypatch):
     first = called(run, capsys)["codes"]["rows"]
-    monkeypatch.setattr("cluster.experiments.neighbors.codes.trained", None)
+    monkeypatch.setattr("cluster.experiments.neighbors.codes.train_autoencoder", None)
     second = called(run, capsys)["codes"]["rows"]
     keys = ("method", "bits", "recall_at_k", "precision_at_k")
     assert [[r.get(key) for key in keys] for r in second] == [
@@ -193,7 +213,7 @@ def test_the_parts_of_the_summary_keep_each_other(run, capsys):
 
 
 def test_without_faiss_the_table_says_so(run, capsys, monkeypatch):
-    monkeypatch.setattr(rivals, "faiss", lambda: None)
+    monkeypatch.setattr(codes, "load_faiss", lambda: None)
     assert main([str(run), "--bits", "16", "--steps", "3"]) == 0
     assert "not measured: faiss is not installed" in capsys.readouterr().out
 
@@ -245,4 +265,4 @@ def test_features_of_another_run_are_refused(run):
 
 def test_recall_counts_the_exact_ones_found():
     exact, found = np.array([[1, 2], [3, 4]]), np.array([[2, 9, 1], [8, 9, 4]])
-    assert recall(exact, found) == 0.75
+    assert compute_recall(exact, found) == 0.75

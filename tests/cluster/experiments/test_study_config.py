@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import find_conflicts, load_settings
-from cluster.experiments.study.__main__ import stages
-from cluster.experiments.study.config import Part, read
+from cluster.experiments.study.__main__ import sort_stages
+from cluster.experiments.study.config import DataSubset, read_study
 from pipeline.tools.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -43,10 +43,13 @@ def written(folder: Path, text: str = TEXT) -> Path:
 
 
 def test_settings_come_from_base_study_variant_and_grid_in_this_order(tmp_path):
-    study = read(written(tmp_path))
+    study = read_study(written(tmp_path))
     a, b = study.variants
     assert (study.name, study.seeds, study.grid) == ("ab", (3, 4), ("lr", (0.01, 0.02)))
-    assert (a.data, study.parts) == ("half", {"half": Part(classes=(0.0, 0.5), per_class=3)})
+    assert (a.data, study.subsets) == (
+        "half",
+        {"half": DataSubset(classes=(0.0, 0.5), per_class=3)},
+    )
     config = study.config(b, 4, 0.02)
     assert (config.design.width, config.momentum, config.steps, config.batch_size) == (
         0.125,
@@ -57,14 +60,14 @@ def test_settings_come_from_base_study_variant_and_grid_in_this_order(tmp_path):
     assert (config.seed, config.lr, config.design.activation) == (4, 0.02, "tanh")
     assert study.config(a, 3).design.activation == "relu"
     assert a.values == (0.01, 0.02)
-    (other,) = read(written(tmp_path, TEXT + "values = [0.1, 0.2, 0.4]\n")).variants[1:]
+    (other,) = read_study(written(tmp_path, TEXT + "values = [0.1, 0.2, 0.4]\n")).variants[1:]
     assert other.values == (0.1, 0.2, 0.4)
 
 
 def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
     more = TEXT + 'after = "a"\n[variants.c]\nafter = "b"\n[variants.d]\nhidden = true\n'
-    study = read(written(tmp_path, more))
-    names = [[one.name for one in stage] for stage in stages(study.variants)]
+    study = read_study(written(tmp_path, more))
+    names = [[one.name for one in stage] for stage in sort_stages(study.variants)]
     assert names == [["a", "d"], ["b"], ["c"]]
     assert [one.name for one in study.shown] == ["a", "b", "c"]
     assert study.config(study.variants[1], 3, init="runs/a").init == "runs/a"
@@ -74,7 +77,7 @@ def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
     ("old", "new", "message"),
     [
         ("title", "titel", "no key 'titel'"),
-        ('measure = "pictures"', 'measure = "speed"', "measure is 'speed'; it takes images, "),
+        ('measure = "pictures"', 'measure = "speed"', "measure is 'speed'; it takes pictures, "),
         ("seeds = [3, 4]", "seeds = [3, 3]", "seeds is [3, 3]; each must be there once"),
         ("seeds = [3, 4]", "seeds = []", "seeds is []; it takes a list of whole numbers"),
         ("width = 0.125", "widht = 0.125", "[settings] has 'widht', which is no setting"),
@@ -96,14 +99,14 @@ def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
 def test_what_cannot_work_is_refused_in_a_line(tmp_path, old, new, message):
     assert old in TEXT
     with pytest.raises(UsageError) as error:
-        read(written(tmp_path, TEXT.replace(old, new, 1)))
+        read_study(written(tmp_path, TEXT.replace(old, new, 1)))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_study_can_be_run_and_its_variants_differ(path):
-    study = read(path)
+    study = read_study(path)
     seed, value = study.seeds[0], (study.grid[1] or (None,))[0]
     configs = [study.config(one, seed, value) for one in study.variants]
     for number, (one, variant) in enumerate(zip(configs, study.variants, strict=True)):

@@ -21,8 +21,8 @@ from cluster.checkpoint.format import load_checkpoint
 from cluster.config import Config
 from cluster.experiments.neighbors import extract
 from cluster.experiments.neighbors.__main__ import main
-from cluster.experiments.neighbors.extract import features, stretches
-from cluster.experiments.neighbors.features import Features, Growing, opened, stem
+from cluster.experiments.neighbors.extract import cut_stretches, make_features
+from cluster.experiments.neighbors.features import Features, FeatureWriter, open_source
 from cluster.experiments.neighbors.figures import Pairs, draw
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import write_run_config
@@ -96,7 +96,7 @@ def called(capsys, run: Path, data: Path, *more: str):
 def test_features_are_what_fc8_reads(run, tiny_data, capsys):
     called(capsys, run, tiny_data, "--dtype", "float32")
     for split, count in (("train", 48), ("val", 20)):
-        found = Features(stem(run / "neighbours", split))
+        found = Features(run / "neighbours", split)
         assert found.values.shape == (count, UNITS)
         expected = by_hand(run, tiny_data, split)
         assert np.abs(expected).max() > 0
@@ -109,7 +109,7 @@ def test_numbers_are_those_of_brute_force(run, tiny_data, capsys):
     said = called(capsys, run, tiny_data)
     facts = said["neighbours"]
     assert json.loads((run / "neighbours" / "summary.json").read_text()) == said
-    asked, base = (Features(stem(run / "neighbours", split)) for split in ("val", "train"))
+    asked, base = (Features(run / "neighbours", split) for split in ("val", "train"))
     far = np.square(asked.values[:, None].astype(np.float64) - base.values).sum(-1)
     ids = np.argsort(far, axis=1, kind="stable")[:, :3]
     saved = np.load(run / "neighbours" / "nearest.npz")
@@ -200,27 +200,26 @@ def test_what_was_complete_when_it_was_killed_is_not_made_again(
 ):
     monkeypatch.setattr("cluster.experiments.neighbors.extract.LocalPool", Here)
     monkeypatch.setattr("cluster.experiments.neighbors.extract.STRETCH", 2)
-    trained = opened(run, str(tiny_data))
-    whole = features(tmp_path, trained, "train")
+    trained = open_source(run, str(tiny_data))
+    whole = make_features(tmp_path, trained, "train")
     cut = tmp_path / "cut"
     cut.mkdir()
     monkeypatch.setattr(Here, "after", 2)
     with pytest.raises(KeyboardInterrupt):
-        features(cut, trained, "train")
+        make_features(cut, trained, "train")
     assert not (cut / "features-train.npy").exists()
-    growing = Growing(stem(cut, "train"), whole.about)
-    assert (growing.done(), growing.missing()) == (32, [4, 5])
-    growing.close()
+    growing = FeatureWriter(cut, whole.about)
+    assert (growing.count_rows(), growing.find_missing()) == (32, [4, 5])
     with (cut / "features-train.growing").open("r+b") as file:  # a torn write of block 1
         file.seek(128 + 9 * UNITS * 2)
         file.write(b"\xff\xff")
     made = []
-    put = Growing.put
+    put = FeatureWriter.put
     monkeypatch.setattr(
-        Growing, "put", lambda self, b, *rest: (made.append(b), put(self, b, *rest))
+        FeatureWriter, "put", lambda self, b, *rest: (made.append(b), put(self, b, *rest))
     )
     monkeypatch.setattr(Here, "after", 99)
-    resumed = features(cut, trained, "train")
+    resumed = make_features(cut, trained, "train")
     assert made == [1, 4, 5]
     np.testing.assert_array_equal(resumed.values, whole.values)
     assert not list(cut.glob("*.growing")) + list(cut.glob("*.state"))
@@ -228,16 +227,16 @@ def test_what_was_complete_when_it_was_killed_is_not_made_again(
 
 def test_killed_between_the_last_two_renames(run, tiny_data, tmp_path, small_blocks, monkeypatch):
     monkeypatch.setattr("cluster.experiments.neighbors.extract.LocalPool", Here)
-    trained = opened(run, str(tiny_data))
+    trained = open_source(run, str(tiny_data))
     with monkeypatch.context() as patched:
-        patched.setattr("cluster.experiments.neighbors.features.seal", killed)
+        patched.setattr("cluster.experiments.neighbors.features.seal_features", killed)
         with pytest.raises(KeyboardInterrupt):
-            features(tmp_path, trained, "val")
+            make_features(tmp_path, trained, "val")
     assert (tmp_path / "features-val.npy").exists()
     monkeypatch.setattr(
         "cluster.experiments.neighbors.extract.extract", killed
     )  # no image is read again
-    found = features(tmp_path, trained, "val")
+    found = make_features(tmp_path, trained, "val")
     np.testing.assert_allclose(found.values, by_hand(run, tiny_data, "val"), rtol=2e-3, atol=1e-4)
 
 
@@ -246,10 +245,10 @@ def killed(*_):
 
 
 def test_two_workers_make_what_one_makes(run, tiny_data, tmp_path):
-    trained = opened(run, str(tiny_data))
+    trained = open_source(run, str(tiny_data))
     (tmp_path / "two").mkdir()
-    one = features(tmp_path, trained, "train")
-    two = features(tmp_path / "two", trained, "train", devices=("cpu", "cpu"))
+    one = make_features(tmp_path, trained, "train")
+    two = make_features(tmp_path / "two", trained, "train", devices=("cpu", "cpu"))
     np.testing.assert_array_equal(one.values, two.values)
     assert one.about == two.about
 
@@ -280,7 +279,7 @@ def test_a_killed_command_goes_on(run, tiny_data):
 def test_stretches_cover_what_is_missing_once():
     for workers in (1, 2, 7):
         for missing in ([], [0], [3, 4, 5, 9], list(range(100)), list(range(0, 50, 2))):
-            cut = list(stretches(missing, workers))
+            cut = list(cut_stretches(missing, workers))
             assert [block for stretch in cut for block in stretch] == missing
             assert all(len(stretch) <= 16 for stretch in cut)
             assert len(cut) >= min(workers, len(missing))
@@ -289,7 +288,7 @@ def test_stretches_cover_what_is_missing_once():
 def test_damaged_images_have_no_features_and_are_no_neighbours(run, data, capsys):
     flip_bit(data, "train", 7)
     facts = called(capsys, run, data)["neighbours"]
-    found = Features(stem(run / "neighbours", "train"))
+    found = Features(run / "neighbours", "train")
     assert np.flatnonzero(~found.sound).tolist() == [7]
     assert not found.values[7].any()
     assert facts["base"]["pictures"] == 47
@@ -379,13 +378,13 @@ def test_another_call_at_the_same_features_is_refused(run, tiny_data, capsys):
 def test_features_too_large_for_float16_are_told(run, tiny_data, monkeypatch):
     monkeypatch.setattr("cluster.experiments.neighbors.extract.LocalPool", Here)
     monkeypatch.setattr(
-        "cluster.experiments.neighbors.extract._features",
+        "cluster.experiments.neighbors.extract._compute_batch",
         lambda net, batch: torch.full((64, UNITS), 7e4),
     )
-    trained = opened(run, str(tiny_data))
+    trained = open_source(run, str(tiny_data))
     with pytest.raises(UsageError, match="image 0 of val is 70000, which float16 cannot hold"):
-        features(run, trained, "val")
-    assert features(run, trained, "val", dtype="float32").values[3, 3] == 7e4
+        make_features(run, trained, "val")
+    assert make_features(run, trained, "val", dtype="float32").values[3, 3] == 7e4
 
 
 def test_auc_counts_ties_half():
@@ -397,7 +396,7 @@ def test_auc_counts_ties_half():
 
 def test_pairs_are_of_the_kind_they_say_and_never_of_an_image_with_itself(run, tiny_data, capsys):
     called(capsys, run, tiny_data)
-    base = Features(stem(run / "neighbours", "train"))
+    base = Features(run / "neighbours", "train")
     # Features by which a distance tells the class and the image of the other side.
     base.values = np.zeros((48, 2))
     base.values[:, 0] = base.labels * 1000
