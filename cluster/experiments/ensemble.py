@@ -79,7 +79,7 @@ class Ensemble:
     An image counts if it was sound for all of them.
     """
 
-    def __init__(self, saved: Sequence[Saved], weights: Tensor | None = None) -> None:
+    def __init__(self, saved: Sequence[SavedProbabilities], weights: Tensor | None = None) -> None:
         """Check that the probabilities are of the same images.
 
         Args:
@@ -126,7 +126,7 @@ class Ensemble:
         ]
 
 
-def _check_same_images(first: Saved, other: Saved) -> None:
+def _check_same_images(first: SavedProbabilities, other: SavedProbabilities) -> None:
     """Refuse probabilities of other images or classes."""
     one, two = first.about, other.about
     if two.split != one.split:
@@ -148,7 +148,7 @@ def _check_same_images(first: Saved, other: Saved) -> None:
     )
 
 
-def _describe_class_difference(one: About, two: About) -> str:
+def _describe_class_difference(one: ProbabilityInfo, two: ProbabilityInfo) -> str:
     if len(one.classes) != len(two.classes):
         return f"{len(two.classes)}, not {len(one.classes)}"
     names = zip(one.classes, two.classes, strict=True)
@@ -276,7 +276,7 @@ def _cut_block(chunk: Probabilities, rows: Tensor, rank: Tensor, width: int) -> 
     return Probabilities(found, torch.zeros(len(rows), dtype=torch.int64), chunk.weights[rows])
 
 
-def make_table(saved: Sequence[Saved], sizes: Sequence[int]) -> dict[str, Any]:
+def make_table(saved: Sequence[SavedProbabilities], sizes: Sequence[int]) -> dict[str, Any]:
     """Count averages of some of the runs: table 2 of the paper.
 
     Args:
@@ -302,7 +302,7 @@ def make_table(saved: Sequence[Saved], sizes: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _make_line(saved: Sequence[Saved], size: int, whole: Ensemble) -> dict[str, Any]:
+def _make_line(saved: Sequence[SavedProbabilities], size: int, whole: Ensemble) -> dict[str, Any]:
     some = list(itertools.islice(itertools.combinations(saved, size), MOST_COMBINATIONS))
     found = [_count_kinds(Ensemble(one, whole.weights)) for one in some]
     line: dict[str, Any] = {"nets": size, "combinations": len(some)}
@@ -367,7 +367,7 @@ def average_runs(options: EnsembleOptions) -> dict[str, Any]:
         UsageError: a run has no probabilities, or those of other data.
         DataError: probabilities cannot be read.
     """
-    ensemble = Ensemble([Saved(path, options.views) for path in options.runs])
+    ensemble = Ensemble([SavedProbabilities(path, options.views) for path in options.runs])
     for saved in ensemble.saved:
         _warn_if_outdated(saved)
     if options.sizes:
@@ -417,9 +417,9 @@ def _check(options: EnsembleOptions) -> None:
         ensure_writable(options.out.parent, "the folder of --out")
 
 
-def _warn_if_outdated(saved: Saved) -> None:
+def _warn_if_outdated(saved: SavedProbabilities) -> None:
     """Warn of probabilities of an earlier step than the newest checkpoint."""
-    if (step := find_last_step(saved.run, store_of(saved.run))) > saved.about.step:
+    if (step := find_last_step(saved.run, read_store(saved.run))) > saved.about.step:
         sys.stderr.write(
             f"warning: the probabilities of {saved.run} are those of step {saved.about.step}; "
             f"it has come to step {step} since\n"

@@ -106,7 +106,7 @@ def make_features(
 
 
 def _describe(source: FeatureSource, split: str, dtype: str) -> FeatureInfo:
-    net = network_of(source.config, len(source.manifest.classes))
+    net = create_network(source.config, len(source.manifest.classes))
     return FeatureInfo(
         split=split,
         samples=source.manifest.split(split, source.metadata).samples,
@@ -207,7 +207,7 @@ def extract(job: FeatureJob) -> int:
 @lru_cache(maxsize=1)
 def _load_network(checkpoint: Path, run: Path, device: str, classes: int) -> AlexNet:
     """Load a worker's network for its first stretch, and keep it."""
-    net = network_of(read_settings(run)[0], classes)
+    net = create_network(read_settings(run)[0], classes)
     load_checkpoint(checkpoint, net)
     return net.to(device).eval()
 

@@ -128,7 +128,7 @@ def is_at_goal(study: Study, run: StudyRun) -> bool:
     if study.measure != "pictures":
         return False
     window = _window_steps(study, run)
-    errors = [row.get("top1_error", 1.0) for row in tail(run.folder / METRICS, window)]
+    errors = [row.get("top1_error", 1.0) for row in read_tail(run.folder / METRICS, window)]
     return len(errors) == window and float(np.mean(errors)) <= study.goal
 
 
@@ -194,7 +194,7 @@ def measure_averages(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
     """
     for run in runs:
         _save_probabilities(run)
-    saved = [Saved(run.folder, VIEWS) for run in runs]
+    saved = [SavedProbabilities(run.folder, VIEWS) for run in runs]
     lines = make_table(saved, study.sizes)["sizes"]
     rows = [
         {
@@ -211,8 +211,8 @@ def measure_averages(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
 
 def _save_probabilities(run: StudyRun) -> None:
     """Make a run's probabilities of its last step, unless they exist."""
-    exists = file_of(run.folder, VIEWS).is_file()
-    if exists and Saved(run.folder, VIEWS).about.step == run.steps:
+    exists = probability_path(run.folder, VIEWS).is_file()
+    if exists and SavedProbabilities(run.folder, VIEWS).about.step == run.steps:
         return
     evaluate(
         Evaluate(

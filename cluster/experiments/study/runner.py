@@ -92,7 +92,7 @@ class StudyRun:
     @property
     def position(self) -> int:
         """Number of images seen so far."""
-        rows = list(tail(self.folder / METRICS, 2))
+        rows = list(read_tail(self.folder / METRICS, 2))
         return int(rows[-1].get("position", 0)) if rows else 0
 
     @property
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     return train.main(argv, train_here)
 
 
-def train_here(config: Config, data: str, folder: Path, screen: Screen) -> None:
+def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
     """Train in this process, with both columns, on the first GPU that torch sees.
 
     Raises:
@@ -297,7 +297,7 @@ def train_here(config: Config, data: str, folder: Path, screen: Screen) -> None:
     mesh = ProcessMesh(
         device=torch.device("cuda" if has_gpu else "cpu"), cores=len(os.sched_getaffinity(0))
     )
-    with leading(folder), wanted_end() as end:
+    with lock_leader(folder), count_interrupts() as end:
         write_machine(folder, mesh.world_size)
         make_run(config, data, folder, mesh, screen.show, ending=lambda: end() > 0)
         if end():

@@ -30,7 +30,7 @@ from cluster.experiments.neighbors.features import (
     seal_features,
 )
 from cluster.experiments.neighbors.search import HammingIndex
-from cluster.run.folder import settle
+from cluster.run.folder import write_run_config
 from pipeline.tools.errors import DataError, UsageError
 
 UNITS = 64

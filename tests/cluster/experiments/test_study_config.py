@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import find_conflicts, load_settings
+from cluster.config import PRESETS, find_conflicts, load_settings
 from cluster.experiments.study.__main__ import sort_stages
 from cluster.experiments.study.config import DataSubset, read_study
 from pipeline.tools.errors import UsageError
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-STUDIES = sorted((REPOSITORY / "cluster" / "configs" / "studies").rglob("*.toml"))
+STUDIES_FOLDER = PRESETS / "studies"
+STUDIES = sorted(STUDIES_FOLDER.rglob("*.toml"))
 TEXT = """
 title = "A against b"
 claim = "b is slower"
@@ -116,5 +116,6 @@ def test_every_study_can_be_run_and_its_variants_differ(path):
             )  # fmt: skip
             assert not same_start or find_conflicts(config, one, 1000)
     assert load_settings(study.base)
-    name = path.relative_to(REPOSITORY / "cluster/configs/studies").with_suffix("")
+    name = path.relative_to(STUDIES_FOLDER).with_suffix("")
     assert f"python -m cluster.experiments.study {name} --data" in path.read_text()
+    assert read_study(name) == study

@@ -57,7 +57,7 @@ def test_when_one_fails_the_others_save_and_the_reason_is_told(tmp_path, tiny_da
     with pytest.raises(DuetError) as error:
         make(some, is_enough=lambda run: False)
     assert str(error.value) == (
-        f"run fails-0 failed: the disk is full; make slots; see {tmp_path}/fails-0.log"
+        f"run fails-0 failed: the disk is full; make room; see {tmp_path}/fails-0.log"
     )
     assert (some[0].folder / "saved").is_file()
     assert not some[2].folder.exists()
