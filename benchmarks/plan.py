@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.packing import plan
-from pipeline.packing.plan import Build
+from pipeline.packing.plan import BuildConfig
 from pipeline.sources import Listing, ListingWriter
 
 FOLDER = 1000
@@ -46,7 +46,7 @@ def main() -> None:
 
     plan.scan = write_listing
     with tempfile.TemporaryDirectory() as scratch:
-        options = Build(out="/nowhere/out", train="/nowhere/pictures", holdout=0.01)
+        options = BuildConfig(out="/nowhere/out", train="/nowhere/pictures", holdout=0.01)
         made = plan.make_plan(options, Path(scratch))
         print_step(f"{sum(1 for _ in made.parts()):,} chunks planned")
 

@@ -21,16 +21,16 @@ from pathlib import Path
 import tyro
 
 from cluster.launch.task_pool import RayPool
-from pipeline.build_shards import tell
+from pipeline.build_shards import report_build
 from pipeline.packing.build import build
-from pipeline.packing.plan import Build
+from pipeline.packing.plan import BuildConfig
 from pipeline.remote.dataset import is_remote
 from pipeline.remote.target import is_finished, open_target
 from pipeline.tools.errors import UsageError, run
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterBuild(Build):
+class ClusterBuild(BuildConfig):
     """Pack images into WebDataset shards on a cluster."""
 
     workers: int = 0
@@ -49,19 +49,21 @@ def main(argv: list[str] | None = None) -> int:
     workers = asked.workers
     if not 0 <= workers <= 100_000:
         raise UsageError(f"--workers {workers} is out of range; give 0 (all) to 100000")
-    given = {field.name: getattr(asked, field.name) for field in fields(Build)}
-    options = Build(**given | {"workers": 1})  # of this class for all nodes; theirs is in the pool
-    target = open_target(_absolute(options.out))
+    given = {field.name: getattr(asked, field.name) for field in fields(BuildConfig)}
+    options = BuildConfig(
+        **given | {"workers": 1}
+    )  # of this class for all nodes; theirs is in the pool
+    target = open_target(_resolve_out(options.out))
     started = time.monotonic()
     known = is_finished(target)
     aside = io.StringIO()  # what Ray has to say on stdout
     with redirect_stdout(aside), RayPool(workers) as pool:
         manifest = build(options, target, pool)
-    tell(options, manifest, target, None if known else time.monotonic() - started)
+    report_build(options, manifest, target, None if known else time.monotonic() - started)
     return 0
 
 
-def _absolute(out: str) -> str:
+def _resolve_out(out: str) -> str:
     """Return OUT as workers find it, which run elsewhere.
 
     Raises:

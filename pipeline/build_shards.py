@@ -2,14 +2,12 @@
 
     python -m pipeline.build_shards OUT --train SRC [--val SRC | --holdout 0.1]
 
-What `SRC` is, is found out by looking; see `pipeline.sources`. Every image is cut to 256x256,
-shuffled over its whole split by the seed, and packed: as a JPEG, or with `--encoding raw` as its
-pixels, which need no decoding and about six times the space. Images that cannot be read are left
-out, counted, and listed in OUT/rejects.jsonl; too many of them, and the build fails. A build that
-was killed goes on when the same command is run again; on a finished set the command does nothing.
+The kind of `SRC` is detected; see `pipeline.sources`. Every image is cut to 256x256, shuffled over
+its whole split by the seed, and packed: as a JPEG, or with `--encoding raw` as its pixels, which
+need no decoding and about six times the space. Images that cannot be read are skipped, counted, and
+listed in OUT/rejects.jsonl; too many of them, and the build fails. A killed build resumes when the
+same command is run again; on a finished set the command does nothing.
 While packing, OUT takes twice the room of the finished set.
-
-What is said of a finished set: to people on stderr, and with `--json` to programs on stdout.
 """
 
 from __future__ import annotations
@@ -27,28 +25,30 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tar import escape
 from pipeline.packing.build import build
 from pipeline.packing.duplicates import NAME as DUPLICATES
-from pipeline.packing.plan import Build
+from pipeline.packing.plan import BuildConfig
 from pipeline.packing.shards import REJECTS
 from pipeline.remote.target import Target, is_finished, open_target
-from pipeline.sources import other_split
+from pipeline.sources import find_other_split
 from pipeline.tools.errors import run
 
-NAMED = 5
-"""Leaks that are named on the terminal; the file lists them all."""
+LEAKS_SHOWN = 5
+"""Number of leaks shown on the terminal; the file lists them all."""
 
 
-def tell(options: Build, manifest: Manifest, target: Target, seconds: float | None) -> None:
-    """Say what a finished set holds; `seconds` is None if it was there before."""
+def report_build(
+    options: BuildConfig, manifest: Manifest, target: Target, seconds: float | None
+) -> None:
+    """Report a finished set on stderr (and stdout); `seconds` is None if it existed before."""
     if options.json:
-        sys.stdout.write(json.dumps(facts(options, manifest, seconds)) + "\n")
-    told = [*lines(options, manifest, seconds), *leaks(manifest, target)]
-    if "val" not in manifest.splits and (other := other_split(options.train)):
-        told.append(f"note: {escape(other)} was left alone; --val packs it, in another OUT")
-    sys.stderr.write("".join(f"{line}\n" for line in told))
+        sys.stdout.write(json.dumps(build_facts(options, manifest, seconds)) + "\n")
+    report = [*summary_lines(options, manifest, seconds), *leak_lines(manifest, target)]
+    if "val" not in manifest.splits and (other := find_other_split(options.train)):
+        report.append(f"note: {escape(other)} was left alone; --val packs it, in another OUT")
+    sys.stderr.write("".join(f"{line}\n" for line in report))
 
 
-def facts(options: Build, manifest: Manifest, seconds: float | None) -> dict[str, Any]:
-    """Return what `--json` prints."""
+def build_facts(options: BuildConfig, manifest: Manifest, seconds: float | None) -> dict[str, Any]:
+    """Return the JSON object that `--json` prints."""
     return {
         "data": str(options.out),
         "samples": {name: split.samples for name, split in manifest.splits.items()},
@@ -63,8 +63,8 @@ def facts(options: Build, manifest: Manifest, seconds: float | None) -> dict[str
     }
 
 
-def lines(options: Build, manifest: Manifest, seconds: float | None) -> list[str]:
-    """Return what people are told."""
+def summary_lines(options: BuildConfig, manifest: Manifest, seconds: float | None) -> list[str]:
+    """Return the lines about samples, size and duplicates for the terminal."""
     out = options.out
     samples = {name: split.samples for name, split in manifest.splits.items()}
     size = sum(split.bytes for split in manifest.splits.values())
@@ -77,31 +77,31 @@ def lines(options: Build, manifest: Manifest, seconds: float | None) -> list[str
     ]
     if manifest.duplicates:
         told.append(
-            f"{_groups(manifest.duplicates)} of the same or nearly the same image "
+            f"{_count_groups(manifest.duplicates)} of the same or nearly the same image "
             f"({out}/{DUPLICATES})"
         )
     return told
 
 
-def leaks(manifest: Manifest, target: Target) -> Iterator[str]:
-    """Warn of images that are in more than one split, and name some of them."""
+def leak_lines(manifest: Manifest, target: Target) -> Iterator[str]:
+    """Yield a warning about images in more than one split, and the first of them."""
     if not manifest.leaks:
         return
     yield (
-        f"warning: {_groups(manifest.leaks)} of them in more than one split: what is validated "
-        "was trained on"
+        f"warning: {_count_groups(manifest.leaks)} of them in more than one split: what is "
+        "validated was trained on"
     )
     rows = map(json.loads, target.read(DUPLICATES).splitlines())
-    for row in itertools.islice((row for row in rows if row["leak"]), NAMED):
+    for row in itertools.islice((row for row in rows if row["leak"]), LEAKS_SHOWN):
         names: dict[str, str] = {}
         for member in row["members"]:
             names.setdefault(member["split"], member["name"])
         yield "  " + " = ".join(f"{split} {escape(name)}" for split, name in names.items())
-    if manifest.leaks > NAMED:
-        yield f"  and {manifest.leaks - NAMED:,} more"
+    if manifest.leaks > LEAKS_SHOWN:
+        yield f"  and {manifest.leaks - LEAKS_SHOWN:,} more"
 
 
-def _groups(count: int) -> str:
+def _count_groups(count: int) -> str:
     return "1 group" if count == 1 else f"{count:,} groups"
 
 
@@ -111,13 +111,13 @@ def _human(size: int) -> str:
 
 
 def main() -> int:
-    """Build, then say what was built."""
-    options = tyro.cli(Build, prog="python -m pipeline.build_shards", description=__doc__)
+    """Build, then report the data set."""
+    options = tyro.cli(BuildConfig, prog="python -m pipeline.build_shards", description=__doc__)
     started = time.monotonic()
     target = open_target(options.out)
     known = is_finished(target)
     manifest = build(options, target)
-    tell(options, manifest, target, None if known else time.monotonic() - started)
+    report_build(options, manifest, target, None if known else time.monotonic() - started)
     return 0
 
 

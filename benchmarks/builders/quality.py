@@ -18,7 +18,7 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.packing.jpeg_header import read_header
-from pipeline.packing.resize import Chroma, encode, shrink
+from pipeline.packing.resize import Chroma, encode, resample
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -70,11 +70,11 @@ def measure_quality(files: Sequence[Path]) -> list[dict[str, Any]]:
             squares.append(np.ascontiguousarray(pixels[top : top + side, left : left + side]))
     references = [resample_exactly(square) for square in squares]
     rows = []
-    for name, resample, store in (
-        ("ours", shrink, encode),
+    for name, shrink, store in (
+        ("ours", resample, encode),
         ("Pillow", resample_by_pillow, encode_by_pillow),
     ):
-        small = [resample(square) for square in squares]
+        small = [shrink(square) for square in squares]
         unstored = [compute_psnr(a, b) for a, b in zip(small, references, strict=True)]
         rows.append({"road": name, "stored": "as pixels", "psnr": _mean(unstored)})
         for quality, chroma in product((90, 95, 96), CHROMAS):

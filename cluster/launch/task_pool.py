@@ -17,21 +17,21 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from cluster.launch.session import ray_session
-from pipeline.packing.build import libraries
+from pipeline.packing.build import library_versions
 from pipeline.remote.target import WORK, Target
 from pipeline.sources.paths import is_remote
 from pipeline.tools.errors import DuetError, SetupError
 from pipeline.tools.processes import make_careful
 
-AHEAD = 2
+TASKS_PER_CPU = 2
 """Tasks under way for each CPU: one runs, the next is there when it ends."""
 DEATHS = 3
 """Deaths of one job's processes after which it is given up; the last of them was careful."""
 LOST_NODES = 20
 """Nodes that died under one job after which it is given up."""
-PATIENCE = 600.0
+CPU_TIMEOUT = 600.0
 """Seconds that a cluster may be without any CPU before the build ends."""
-LOOK = 5.0
+POLL_SECONDS = 5.0
 """Seconds after which the size of the cluster is looked up again: nodes come and go."""
 
 J = TypeVar("J")
@@ -39,14 +39,14 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Attempt:
+class TaskAttempt:
     """A job under way, and what became of the attempts before."""
 
     job: Any
     deaths: int = 0
     lost_nodes: int = 0
 
-    def again(self, node_died: bool) -> Attempt:
+    def again(self, node_died: bool) -> TaskAttempt:
         """Return the next attempt.
 
         Raises:
@@ -59,7 +59,7 @@ class Attempt:
                 "again, with fewer --workers"
             )
         careful = deaths == DEATHS - 1
-        return Attempt(make_careful(self.job) if careful else self.job, deaths, lost)
+        return TaskAttempt(make_careful(self.job) if careful else self.job, deaths, lost)
 
 
 class RayPool:
@@ -71,9 +71,9 @@ class RayPool:
     def __init__(self, workers: int = 0) -> None:
         """Have at most `workers` tasks under way; 0: as many as the cluster can use."""
         self._workers = workers
-        self._libraries = libraries()
+        self._libraries = library_versions()
         self._mark = f"{WORK}/cluster.{secrets.token_hex(8)}"
-        self._running: dict[Any, Attempt] = {}
+        self._running: dict[Any, TaskAttempt] = {}
         self._stack = ExitStack()
         self._do: Any = None
         self._cpus, self._looked, self._seen = 0, float("-inf"), 0.0
@@ -90,7 +90,7 @@ class RayPool:
                     self._start(job)
                 while len(self._running) >= self._most():
                     yield from self._finished(task)
-                self._submit(task, Attempt(job))
+                self._submit(task, TaskAttempt(job))
             while self._running:
                 yield from self._finished(task)
         finally:
@@ -104,11 +104,11 @@ class RayPool:
         target: Target = job.target
         with target.create(self._mark) as file:
             file.write(platform.node().encode())
-        self._stack.callback(_forget, target, self._mark)
-        self._do = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(do)
+        self._stack.callback(_remove_mark, target, self._mark)
+        self._do = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(run_job)
         self._seen = time.monotonic()
 
-    def _submit(self, task: Callable[[J], Any], attempt: Attempt) -> None:
+    def _submit(self, task: Callable[[J], Any], attempt: TaskAttempt) -> None:
         done = self._do.remote(task, attempt.job, self._mark, self._libraries)
         self._running[done] = attempt
 
@@ -123,7 +123,7 @@ class RayPool:
             WorkerCrashedError,
         )
 
-        if not ray.wait(list(self._running), timeout=LOOK)[0]:
+        if not ray.wait(list(self._running), timeout=POLL_SECONDS)[0]:
             self._most()
             return
         waited = list(self._running)
@@ -133,12 +133,12 @@ class RayPool:
                 result: R = ray.get(done)
             except RayTaskError as error:
                 if isinstance(error.cause, (RayError, ImportError)):
-                    raise _unfit(error.cause) from error
+                    raise _node_error(error.cause) from error
                 raise error.cause from error
             except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
                 self._submit(task, attempt.again(isinstance(error, NodeDiedError)))
             except RayError as error:
-                raise _unfit(error) from error
+                raise _node_error(error) from error
             else:
                 yield result
 
@@ -151,16 +151,16 @@ class RayPool:
         import ray
 
         now = time.monotonic()
-        if now - self._looked >= LOOK:
+        if now - self._looked >= POLL_SECONDS:
             self._cpus, self._looked = int(ray.cluster_resources().get("CPU", 0)), now
             if self._cpus:
                 self._seen = now
-            elif now - self._seen > PATIENCE:
+            elif now - self._seen > CPU_TIMEOUT:
                 raise SetupError(
-                    f"the cluster has had no CPU for {PATIENCE / 60:.0f} minutes; start a node, "
+                    f"the cluster has had no CPU for {CPU_TIMEOUT / 60:.0f} minutes; start a node, "
                     "and run the same command again"
                 )
-        return self._workers or AHEAD * max(1, self._cpus)
+        return self._workers or TASKS_PER_CPU * max(1, self._cpus)
 
     def _cancel(self) -> None:
         """End what nobody waits for any more."""
@@ -186,7 +186,7 @@ class RayPool:
         self._stack.close()
 
 
-def _unfit(error: Exception) -> SetupError:
+def _node_error(error: Exception) -> SetupError:
     """Return an error in one line: that of Ray, or the one of Python that Ray quotes."""
     told = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     quoted = [line for line in told if line.startswith(("ModuleNotFoundError", "ImportError"))]
@@ -196,7 +196,7 @@ def _unfit(error: Exception) -> SetupError:
     )
 
 
-def _forget(target: Target, mark: str) -> None:
+def _remove_mark(target: Target, mark: str) -> None:
     with contextlib.suppress(OSError, DuetError):
         target.remove([mark])
 
@@ -205,7 +205,7 @@ _known: set[str] = set()
 """Marks that this process, a worker, has seen."""
 
 
-def do(task: Callable[[Any], R], job: Any, mark: str, expected: dict[str, str]) -> R:
+def run_job(task: Callable[[Any], R], job: Any, mark: str, expected: dict[str, str]) -> R:
     """Do a job; runs in a worker process on any node.
 
     Raises:
@@ -236,7 +236,7 @@ def _check_node(node: str, target: Target, mark: str, expected: dict[str, str]) 
             f"{target.address} on node {node} is not the folder of this build; name an OUT on "
             "storage that all nodes share"
         )
-    for name, release in libraries().items():
+    for name, release in library_versions().items():
         if release != expected[name]:
             raise SetupError(
                 f"node {node} has {name} {release}, the driver {expected[name]}: their bytes would "

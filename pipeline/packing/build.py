@@ -1,7 +1,7 @@
-"""The whole of a build: plan, pack in chunks, gather into shards, seal; killed, it goes on.
+"""Driver of a build: plan, pack chunks, write shards, seal; a killed build resumes.
 
-What is done is told by files in OUT/.build alone, so a build has no state but its folder: every
-step looks for what is missing and makes it. The manifest is written last.
+Only the files in OUT/.build tell what is done: every step looks for missing files and makes them.
+The manifest is written last.
 """
 
 from __future__ import annotations
@@ -19,21 +19,33 @@ from pathlib import Path
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
 from pipeline.packing import chunks
-from pipeline.packing.chunks import ChunkError, chunk_job, data_name, facts_name, pack_chunk
-from pipeline.packing.plan import Build, Plan, chunk_format, make_plan, settings
+from pipeline.packing.chunks import (
+    ChunkError,
+    chunk_data_name,
+    chunk_facts_name,
+    make_chunk_job,
+    pack_chunk,
+)
+from pipeline.packing.plan import (
+    BuildConfig,
+    BuildPlan,
+    describe_format,
+    make_plan,
+    output_settings,
+)
 from pipeline.packing.shards import FOLDER as SHARDS
 from pipeline.packing.shards import (
     REJECTS,
-    Collected,
+    CollectedChunks,
     ShardJob,
-    all_classes,
-    collect,
-    copied,
-    done_name,
-    fetch_done,
-    parse_done,
+    check_classes,
+    collect_chunks,
+    copy_file,
+    fetch_shard,
+    parse_shard,
     seal,
-    write_shard_of,
+    shard_facts_name,
+    write_shard,
 )
 from pipeline.remote.target import WORK, Target, is_finished, open_target
 from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError
@@ -41,86 +53,88 @@ from pipeline.tools.processes import LocalPool, Pool, read_ahead
 from pipeline.tools.progress import Progress
 
 STATE = f"{WORK}/build.json"
-"""What the build in this folder is of."""
+"""File with the plan and the settings of the build in this folder."""
 
 REPEATS = 3
-"""Times that a chunk damaged on the disk is packed again before the disk is blamed."""
+"""Times that a chunk which was damaged on the disk is packed again before the build fails."""
 
 LIBRARIES = ("pillow", "simplejpeg", "torch", "webdataset")
-"""Whose releases decide the bytes of a shard."""
+"""Packages whose versions decide the bytes of a shard."""
 
 
-def build(options: Build, target: Target | None = None, pool: Pool | None = None) -> Manifest:
-    """Build the data set, or go on with it, and return its manifest.
+def build(options: BuildConfig, target: Target | None = None, pool: Pool | None = None) -> Manifest:
+    """Build the data set, or resume its build, and return its manifest.
 
     Args:
         options: the settings.
-        target: where OUT is, if not where `options.out` says.
-        pool: what does the work, if not processes of this machine.
+        target: OUT; by default the target of `options.out`.
+        pool: runs the jobs; by default processes of this machine.
 
     Raises:
-        UsageError: the source or OUT will not do, or another build is at work there.
-        DuetError: more was left out than allowed, a disk failed or is full, a worker died again.
-        DataError: OUT holds a finished set that is not whole.
+        UsageError: the source or OUT cannot be used, or another build holds OUT.
+        DuetError: too many rejects, a disk failed or is full, or a worker died repeatedly.
+        DataError: OUT holds a finished set with a shard missing or truncated.
     """
     options.check()
-    return _build_in(target or open_target(options.out), options, pool)
+    return _build_with_retries(target or open_target(options.out), options, pool)
 
 
-def _build_in(target: Target, options: Build, pool: Pool | None) -> Manifest:
-    with _one_line(target):
+def _build_with_retries(target: Target, options: BuildConfig, pool: Pool | None) -> Manifest:
+    with _disk_errors_in_one_line(target):
         if is_finished(target):
-            return _as_it_is(options, target)
-    with _one_line(target), target.reserve(), target.scratch() as scratch:
+            return _check_finished(options, target)
+    with _disk_errors_in_one_line(target), target.reserve(), target.scratch() as scratch:
         plan = make_plan(options, scratch)
-        _begin(options, plan, target)
-        with _used(pool, options) as workers:
+        _check_state(options, plan, target)
+        with _open_pool(pool, options) as workers:
             damaged: Counter[int] = Counter()
             while max(damaged.values(), default=0) < REPEATS:
                 try:
-                    return _build(options, plan, target, workers, scratch)
+                    return _build_once(options, plan, target, workers, scratch)
                 except ChunkError as error:
-                    target.remove(map(facts_name, error.numbers))
+                    target.remove(map(chunk_facts_name, error.numbers))
                     damaged.update(error.numbers)
     raise DuetError(f"{target.address} gives back other bytes than were written; replace the disk")
 
 
-def _build(options: Build, plan: Plan, target: Target, pool: Pool, scratch: Path) -> Manifest:
-    """Do what is missing; raises ChunkError if a chunk must be packed again."""
-    _pack(options, plan, target, pool)
-    collected = collect(plan, target, scratch)
-    _few_enough(options, plan, target, collected)
-    all_classes(plan, collected, target)
-    shards = _gather(options, plan, target, pool, collected)
-    manifest = seal(options, plan, target, collected, shards, scratch, libraries())
+def _build_once(
+    options: BuildConfig, plan: BuildPlan, target: Target, pool: Pool, scratch: Path
+) -> Manifest:
+    """Make the missing files; raises ChunkError if a chunk must be packed again."""
+    _pack_chunks(options, plan, target, pool)
+    collected = collect_chunks(plan, target, scratch)
+    _check_rejects(options, plan, target, collected)
+    check_classes(plan, collected, target)
+    shards = _write_shards(options, plan, target, pool, collected)
+    manifest = seal(options, plan, target, collected, shards, scratch, library_versions())
     target.clear(WORK)
     return manifest
 
 
-def _pack(options: Build, plan: Plan, target: Target, pool: Pool) -> None:
-    """Stage one: the chunks that are missing."""
+def _pack_chunks(options: BuildConfig, plan: BuildPlan, target: Target, pool: Pool) -> None:
+    """Stage one: pack the missing chunks."""
     there = target.list_files(chunks.FOLDER)
     missing = [
         part
         for part in plan.parts()
-        if not {data_name(part.number), facts_name(part.number)} <= there
+        if not {chunk_data_name(part.number), chunk_facts_name(part.number)} <= there
     ]
     if not missing:
         return
     already = plan.pictures - sum(part.stop - part.start for part in missing)
-    left_out = plan.rejected
-    jobs = (chunk_job(plan, part, options, target) for part in missing)
+    rejects = plan.rejected
+    jobs = (make_chunk_job(plan, part, options, target) for part in missing)
     with Progress("packing", total=plan.pictures, unit="img", already=already) as progress:
         for done in pool.run(pack_chunk, jobs):
-            left_out += done.rejected
+            rejects += done.rejected
             progress.advance(done.pictures)
-            progress.note(f"{left_out} left out")
+            progress.note(f"{rejects} left out")
 
 
-def _gather(
-    options: Build, plan: Plan, target: Target, pool: Pool, collected: Collected
+def _write_shards(
+    options: BuildConfig, plan: BuildPlan, target: Target, pool: Pool, collected: CollectedChunks
 ) -> dict[str, int]:
-    """Stage two: the shards that are missing. Returns the number of shards of each split."""
+    """Stage two: write the missing shards. Returns the number of shards of each split."""
     counts = {}
     jobs = []
     total = int(collected.packed.sum())
@@ -129,14 +143,14 @@ def _gather(
         order = collected.order(plan, split)
         step = options.samples_per_shard
         counts[split] = -(-len(order) // step)
-        maybe = [n for n in range(counts[split]) if done_name(split, n) in there]
+        maybe = [n for n in range(counts[split]) if shard_facts_name(split, n) in there]
         rows = [order[number * step : (number + 1) * step] for number in range(counts[split])]
         done = {
             number
             for number, fetched in zip(
-                maybe, read_ahead(partial(fetch_done, target, split), maybe), strict=True
+                maybe, read_ahead(partial(fetch_shard, target, split), maybe), strict=True
             )
-            if parse_done(fetched, split, number, collected.taken[rows[number]])
+            if parse_shard(fetched, split, number, collected.taken[rows[number]])
         }
         jobs += [(split, n, rows[n]) for n in range(counts[split]) if n not in done]
     already = total - sum(len(rows) for *_, rows in jobs)
@@ -145,32 +159,35 @@ def _gather(
         for split, number, rows in jobs
     )
     with Progress("writing shards", total=total, unit="img", already=already) as progress:
-        for samples in pool.run(write_shard_of, todo):
+        for samples in pool.run(write_shard, todo):
             progress.advance(samples)
     return counts
 
 
-def _few_enough(options: Build, plan: Plan, target: Target, collected: Collected) -> None:
-    """Refuse to ship a set of which too much is missing."""
+def _check_rejects(
+    options: BuildConfig, plan: BuildPlan, target: Target, collected: CollectedChunks
+) -> None:
+    """Refuse to seal a set with too many rejects."""
     everything = plan.pictures + plan.rejected
     if collected.rejected <= options.max_rejects * everything + 1e-6:  # 0.29 * 100 is below 29
         return
-    copied(collected.rejects_file, target, REJECTS)
+    copy_file(collected.rejects_file, target, REJECTS)
     share = collected.rejected / everything
     raise DuetError(
         f"{collected.rejected:,} of {everything:,} files ({share:.2%}) cannot be packed, more than "
         f"--max-rejects {options.max_rejects:g} allows; {target.address}/{REJECTS} says why: mend "
-        f"them and start in another folder, or go on without them: --max-rejects {_above(share):g}"
+        "them and start in another folder, or go on without them: "
+        f"--max-rejects {_round_up(share):g}"
     )
 
 
-def _above(share: float) -> float:
-    """Return a number not below a share, of two digits that count: 0.26 for 0.25."""
+def _round_up(share: float) -> float:
+    """Round a share up to two significant digits, 0.26 for 0.25, and at most 1."""
     digits = 1 - math.floor(math.log10(share))
     return min(1.0, round(share + 0.5 * 10.0**-digits, digits))
 
 
-def _as_it_is(options: Build, target: Target) -> Manifest:
+def _check_finished(options: BuildConfig, target: Target) -> Manifest:
     """Return the manifest of a finished set of the same plan; refuse one of another plan."""
     manifest = Manifest.parse(target.read(MANIFEST), f"{target.address}/{MANIFEST}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -184,22 +201,22 @@ def _as_it_is(options: Build, target: Target) -> Manifest:
     for shard, size in zip(shards, read_ahead(lambda s: target.size(s.name), shards), strict=True):
         if size != shard.bytes:
             raise DataError(f"{target.address}/{shard.name} is missing or not whole; {REBUILD}")
-    target.clear(WORK)  # of a build that was killed after its last word
+    target.clear(WORK)  # left by a build that was killed after sealing
     return manifest
 
 
-def _begin(options: Build, plan: Plan, target: Target) -> None:
-    """Write down what this build is of, or make sure that the unfinished one is of the same."""
+def _check_state(options: BuildConfig, plan: BuildPlan, target: Target) -> None:
+    """Write the state file, or check that the unfinished build has the same plan and settings."""
     ours = {
         "plan": plan.fingerprint,
-        "format": chunk_format(),
-        "settings": settings(options),
-        "libraries": libraries(),
+        "format": describe_format(),
+        "settings": output_settings(options),
+        "libraries": library_versions(),
     }
     try:
         theirs = json.loads(target.read(STATE))
     except FileNotFoundError:
-        target.clear(chunks.FOLDER)  # of a build whose folder was deleted under it
+        target.clear(chunks.FOLDER)  # left by a build whose state file was deleted
         target.clear(SHARDS)
         with target.create(STATE) as file:
             file.write(json.dumps(ours, indent=1).encode())
@@ -209,12 +226,12 @@ def _begin(options: Build, plan: Plan, target: Target) -> None:
     if theirs == ours:
         return
     raise UsageError(
-        f"{target.address} holds an unfinished data set of {_difference(theirs, ours)}; "
+        f"{target.address} holds an unfinished data set of {_describe_difference(theirs, ours)}; "
         "name another folder, or delete this one"
     )
 
 
-def _difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
+def _describe_difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
     if theirs.get("format") != ours["format"]:
         return "another version of Duet"
     for kind in ("settings", "libraries"):
@@ -226,8 +243,8 @@ def _difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str
     return "other images"
 
 
-def libraries() -> dict[str, str]:
-    """Return the releases of what decides the bytes of a shard."""
+def library_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide the bytes of a shard."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -238,7 +255,7 @@ def libraries() -> dict[str, str]:
 
 
 @contextmanager
-def _used(pool: Pool | None, options: Build) -> Iterator[Pool]:
+def _open_pool(pool: Pool | None, options: BuildConfig) -> Iterator[Pool]:
     if pool is not None:
         yield pool
         return
@@ -247,16 +264,16 @@ def _used(pool: Pool | None, options: Build) -> Iterator[Pool]:
 
 
 @contextmanager
-def _one_line(target: Target) -> Iterator[None]:
-    """Turn what a disk does wrong into one line."""
+def _disk_errors_in_one_line(target: Target) -> Iterator[None]:
+    """Convert OSError into a one-line DuetError."""
     try:
         yield
-    except DuetError:  # a store that does not answer is an OSError, too
+    except DuetError:  # StoreError is an OSError, too
         raise
     except OSError as error:
         what = (
             f"{error.filename or target.address} failed while packing ({error.strerror})"
             if error.strerror
-            else str(error)  # our own words, which name the file
+            else str(error)  # raised by Duet; it names the file
         )
         raise DuetError(f"{what}; mend it and run the same command again, it goes on") from error

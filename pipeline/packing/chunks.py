@@ -1,7 +1,8 @@
-"""Stage one: a run of source images -> 256x256, encoded, checked, hashed and counted.
+"""Stage one: a run of source images -> 256x256 images, encoded, checked, hashed and counted.
 
 A chunk is two files in the build's work folder: `NNNNNN.bin`, the encoded images end to end, and
-`NNNNNN.npz`, what is known of them. The second is written last: with it the chunk is done.
+`NNNNNN.npz`, their places, hashes, rejects and pixel sums. The `.npz` is written last and marks the
+chunk as done.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from isal import isal_zlib
 from pipeline.dataset.image_stats import Sums
 from pipeline.dataset.images import Pixels, encode_npy
 from pipeline.packing.duplicates import perceptual_hash
-from pipeline.packing.jpeg_header import one_line
-from pipeline.packing.plan import Build, Part, Plan
-from pipeline.packing.resize import ImageError, encode, one_thread, square
+from pipeline.packing.jpeg_header import to_one_line
+from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan
+from pipeline.packing.resize import ImageError, decode_square, encode, use_one_thread
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader
@@ -50,24 +51,24 @@ Packed = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """One chunk to pack; all that a worker needs, wherever it runs."""
+    """One chunk to pack, with everything that a worker on any node needs."""
 
     target: Target
     number: int
-    options: Build
+    options: BuildConfig
     containers: tuple[Container, ...]
     rows: npt.NDArray[np.void]
     """`sources.listing.ROW_DTYPE`; their containers count in `containers`."""
     names: tuple[str, ...]
     trains: npt.NDArray[np.bool_]
-    """Whose pixels count in the statistics."""
+    """bool [n]; whether the pixels of each image count in the statistics."""
     careful: bool = False
-    """A process died on this chunk: open each image in a process of its own."""
+    """Decode each image in a process of its own: a process died on this chunk."""
 
 
 @dataclass(frozen=True)
 class ChunkDone:
-    """What the driver is told of a chunk."""
+    """Result of packing one chunk, as the driver receives it."""
 
     number: int
     pictures: int
@@ -75,35 +76,37 @@ class ChunkDone:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A chunk read back."""
+class PackedChunk:
+    """The `.npz` of a chunk, read back."""
 
     packed: Packed
     reasons: dict[int, str]
-    """Why the images at these places were left out."""
+    """Place in the chunk -> why that image was rejected."""
     sums: Sums
 
 
 class ChunkError(Exception):
-    """The files of some chunks are not what was written; they must be packed again."""
+    """Files of some chunks are missing or damaged; they must be packed again."""
 
     def __init__(self, *numbers: int) -> None:
         super().__init__(*numbers)
         self.numbers = numbers
 
 
-def data_name(number: int) -> str:
-    """Name of the images of a chunk."""
+def chunk_data_name(number: int) -> str:
+    """Return the name of the file with the images of a chunk."""
     return f"{FOLDER}/{number:06d}.bin"
 
 
-def facts_name(number: int) -> str:
-    """Name of what is known of a chunk."""
+def chunk_facts_name(number: int) -> str:
+    """Return the name of the file with the facts of a chunk."""
     return f"{FOLDER}/{number:06d}.npz"
 
 
-def chunk_job(plan: Plan, part: Part, options: Build, target: Target) -> ChunkJob:
-    """Take the rows of a chunk out of the plan."""
+def make_chunk_job(
+    plan: BuildPlan, part: ChunkPlan, options: BuildConfig, target: Target
+) -> ChunkJob:
+    """Return the job that packs one chunk of the plan."""
     listing = plan.listings[part.listing]
     rows = np.array(listing.rows[part.start : part.stop])
     used, rows["container"] = np.unique(rows["container"], return_inverse=True)
@@ -118,29 +121,31 @@ def chunk_job(plan: Plan, part: Part, options: Build, target: Target) -> ChunkJo
     )
 
 
-class Fetched(NamedTuple):
-    """The files of a chunk, as the target gives them; None where it does not."""
+class ChunkFiles(NamedTuple):
+    """Content of the `.npz` and size of the `.bin` of a chunk; None where they are missing."""
 
     facts: bytes | None
     size: int | None
-    """Of the images, in bytes."""
+    """Size of the `.bin` in bytes."""
 
 
-def fetch_chunk(target: Target, number: int) -> Fetched:
-    """Read what is known of a chunk; threads may do this side by side.
+def fetch_chunk(target: Target, number: int) -> ChunkFiles:
+    """Read the facts of a chunk; safe to call from several threads.
 
     Raises:
         StoreError: the store does not answer.
     """
     try:
-        return Fetched(target.read(facts_name(number)), target.size(data_name(number)))
+        return ChunkFiles(
+            target.read(chunk_facts_name(number)), target.size(chunk_data_name(number))
+        )
     except StoreError:
         raise
     except OSError:
-        return Fetched(None, None)
+        return ChunkFiles(None, None)
 
 
-def parse_chunk(fetched: Fetched, number: int, pictures: int) -> Chunk:
+def parse_chunk(fetched: ChunkFiles, number: int, pictures: int) -> PackedChunk:
     """Return a chunk of so many images. Only one thread may do this: NumPy parses its headers as
     Python, and of that CPython 3.11 keeps count in one place for all threads.
 
@@ -152,7 +157,7 @@ def parse_chunk(fetched: Fetched, number: int, pictures: int) -> Chunk:
             sums = Sums()
             sums.images = int(arrays["pictures"])
             sums.image_sum, sums.outer = arrays["picture"], arrays["outer"]
-            chunk = Chunk(
+            chunk = PackedChunk(
                 packed=arrays["packed"],
                 reasons=dict(json.loads(arrays["reasons"].tobytes())),
                 sums=sums,
@@ -160,30 +165,30 @@ def parse_chunk(fetched: Fetched, number: int, pictures: int) -> Chunk:
         whole = chunk.packed.dtype == PACKED_DTYPE and len(chunk.packed) == pictures
         if whole and fetched.size == int(chunk.packed["size"].sum(dtype=np.int64)):
             return chunk
-    except Exception as error:  # of a damaged header, NumPy's reader raises what it pleases
+    except Exception as error:  # NumPy's reader raises anything on a damaged header
         raise ChunkError(number) from error
     raise ChunkError(number)
 
 
 def pack_chunk(job: ChunkJob) -> ChunkDone:
-    """Read, cut, encode and measure the images of a chunk; runs in a worker process.
+    """Read, resize, encode and measure the images of a chunk; runs in a worker process.
 
     Raises:
-        OSError: a container went away, or the target cannot be written.
+        OSError: a container disappeared, or the target cannot be written.
         DuetError: with `careful`, an image's process was killed from outside.
     """
-    one_thread()
+    use_one_thread()
     packed = np.zeros(len(job.rows), PACKED_DTYPE)
     reasons: dict[int, str] = {}
     sums, offset = Sums(), 0
-    with job.target.create(data_name(job.number), durable=False) as file:
-        for place, found in enumerate(_pixels(job)):
+    with job.target.create(chunk_data_name(job.number), durable=False) as file:
+        for place, found in enumerate(_read_pixels(job)):
             if isinstance(found, str):
                 reasons[place] = found
                 continue
             if job.trains[place]:
                 sums.add(found)
-            data = _encoded(found, job.options)
+            data = _encode(found, job.options)
             file.write(data)
             packed[place] = (
                 True,
@@ -193,7 +198,7 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
                 np.frombuffer(perceptual_hash(found), np.uint8),
             )
             offset += len(data)
-    with job.target.create(facts_name(job.number), durable=False) as file:
+    with job.target.create(chunk_facts_name(job.number), durable=False) as file:
         np.savez(
             file,
             packed=packed,
@@ -205,30 +210,30 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
     return ChunkDone(job.number, len(packed), len(reasons))
 
 
-def _pixels(job: ChunkJob) -> Iterator[Pixels | str]:
-    """Give each image of a chunk, or the reason why there is none."""
-    for data in _bytes(job):
+def _read_pixels(job: ChunkJob) -> Iterator[Pixels | str]:
+    """Yield the pixels of each image of a chunk, or the reason why it is rejected."""
+    for data in _read_images(job):
         if isinstance(data, str):
             yield data
         elif job.careful:
-            yield _square_apart(data, job)
+            yield _decode_isolated(data, job)
         else:
-            yield _square(data, job.options.min_side)
+            yield _decode(data, job.options.min_side)
 
 
-def _square(data: bytes, min_side: int) -> Pixels | str:
+def _decode(data: bytes, min_side: int) -> Pixels | str:
     try:
-        return square(data, min_side)
+        return decode_square(data, min_side)
     except ImageError as error:
         return str(error)
-    except Exception as error:  # whatever it is, it is this image's
-        return f"cannot be decoded: {one_line(error) or type(error).__name__}"
+    except Exception as error:  # any error of a decoder rejects this image only
+        return f"cannot be decoded: {to_one_line(error) or type(error).__name__}"
 
 
-def _square_apart(data: bytes, job: ChunkJob) -> Pixels | str:
-    """Open an image in a process of its own, which it may take down with it."""
+def _decode_isolated(data: bytes, job: ChunkJob) -> Pixels | str:
+    """Decode an image in a process of its own, which may crash."""
     try:
-        return call_isolated(_square, data, job.options.min_side)
+        return call_isolated(_decode, data, job.options.min_side)
     except Crash as crash:
         if crash.from_outside:
             raise DuetError(
@@ -238,7 +243,7 @@ def _square_apart(data: bytes, job: ChunkJob) -> Pixels | str:
         return f"its decoder crashed ({crash})"
 
 
-def _bytes(job: ChunkJob) -> Iterator[bytes | str]:
+def _read_images(job: ChunkJob) -> Iterator[bytes | str]:
     """Read the encoded images, container by container."""
     places: Sequence[int] = range(len(job.rows))
     for number, group in groupby(places, key=lambda place: job.rows[place]["container"]):
@@ -254,7 +259,7 @@ def _bytes(job: ChunkJob) -> Iterator[bytes | str]:
             reader.close()
 
 
-def _encoded(pixels: Pixels, options: Build) -> bytes:
+def _encode(pixels: Pixels, options: BuildConfig) -> bytes:
     if options.encoding == "raw":
         return encode_npy(pixels)
     return encode(pixels, options.quality, options.chroma)

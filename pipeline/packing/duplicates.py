@@ -1,34 +1,22 @@
-"""Hashes of a set's images -> the images that are the same or nearly so: `duplicates.jsonl`.
+"""Perceptual hashes of a set's images -> groups of duplicates: `duplicates.jsonl`.
 
-Two images are near if their hashes differ in at most `NEAR` bits, and what is near is one
-group (chains too: `distance` says how far a group reaches). Images that were packed to the same
-bytes are an `exact` group. A flat image (one colour, or little but a straight edge) has almost no
-frequencies whose signs a hash could tell: such hashes are all alike though the images are not.
-They are known by their few (or many) ones, and are duplicates only if their bytes are the same.
-
-A fingerprint of what an image shows: near duplicates have near fingerprints.
-
-This is pHash at 256 bits: of the grey image as 32x32 blocks, the 16x16 lowest frequencies of its
-cosine transform, each above the median or not. All of it is done in whole numbers that float64
+The hash is pHash at 256 bits: of the grey image as 32x32 blocks, the 16x16 lowest frequencies of
+its cosine transform, each above the median or not. It is computed in whole numbers that float64
 holds exactly, so that the bits are the same on every machine.
 
-By which bits to sort hashes so that every near pair comes side by side.
+Two images are near if their hashes differ in at most `NEAR` bits; groups are the connected
+components (chains too: `distance` says how far a group reaches). Images that were packed to the
+same bytes are an `exact` group. A flat image (one color, or little but a straight edge) has almost
+no frequencies whose signs a hash could tell: such hashes are all alike though the images are not.
+They have few ones or few zeros, and are duplicates only if their bytes are the same.
 
-Why no pair is missed. With t the threshold, the 256 bits are cut into groups, and group i into
-r_i + k blocks, where the sum of (r_i + 1) is t + 1. If each group held r_i + 1 or more of the bits
-in which a pair differs, there would be t + 1 or more of them; so within distance t some group holds
-at most r_i, and at least k of its r_i + k blocks are equal. Sorting by each choice of k blocks of
-each group therefore brings every such pair side by side, next to few others. For 14 million rows
-and 16 bits that is, for example, 4 groups of 5 and 6 blocks of 12 bits, of which 2 are equal: 45
-sorts. `best_cut` chooses.
-
-Rows joined into clusters: union-find over NumPy arrays.
-
-Every pair of 256-bit hashes within a Hamming distance, joined into clusters: exact, and fast.
-
-`blocks` says which bits to sort by, and why no pair is missed. Identical hashes are one row in all
-of this, and rows that are joined already are not compared again: a hundred thousand copies of a
-image, or of nearly the same, are no five billion pairs.
+The search compares few pairs and misses none. With t the threshold, the 256 bits are cut into
+groups, and group i into r_i + k blocks, where the sum of (r_i + 1) is t + 1. If each group held
+r_i + 1 or more of the bits in which a pair differs, there would be t + 1 or more of them; so within
+distance t some group holds at most r_i, and at least k of its r_i + k blocks are equal. Sorting by
+each choice of k blocks of each group therefore brings every such pair side by side, next to few
+others. Identical hashes are one row in the search, and rows that are joined already are not
+compared again: a hundred thousand copies of one image are no five billion pairs.
 """
 
 from __future__ import annotations
@@ -85,18 +73,18 @@ SORT, CHECK = 50, 80
 """Nanoseconds to sort a row by a key, and to compare a pair (measured): only their ratio counts."""
 
 
-class Block(NamedTuple):
+class BitBlock(NamedTuple):
     """Some neighbouring bits of a hash; 16 at most."""
 
     start: int
     width: int
 
 
-class Cut(NamedTuple):
+class BlockCut(NamedTuple):
     """Groups of blocks; near pairs have `equal` blocks of a group in common."""
 
     equal: int
-    groups: list[list[Block]]
+    groups: list[list[BitBlock]]
     tables: int
     """Choices of so many blocks of a group."""
     width: int
@@ -107,13 +95,13 @@ class Cut(NamedTuple):
         return self.tables * (rows * SORT + rows * rows / 2 / 2.0**self.width * CHECK)
 
 
-def best_cut(threshold: int, rows: int, bits: int = BITS) -> Cut:
+def choose_cut(threshold: int, rows: int, bits: int = BITS) -> BlockCut:
     """Return the groups of blocks (module docstring) that are cheapest for so many rows."""
-    return min(possible_cuts(threshold, bits), key=lambda cut: cut.cost(rows))
+    return min(make_cuts(threshold, bits), key=lambda cut: cut.cost(rows))
 
 
 @lru_cache
-def possible_cuts(threshold: int, bits: int) -> list[Cut]:
+def make_cuts(threshold: int, bits: int) -> list[BlockCut]:
     """Return a cut for every possible number of groups and of equal blocks, as even as can be."""
     cuts = []
     for equal, groups in product(EQUAL, range(1, threshold + 2)):
@@ -123,10 +111,10 @@ def possible_cuts(threshold: int, bits: int) -> list[Cut]:
             continue
         borders = [bits * place // count for place in range(count + 1)]
         most = KEY_BITS // equal
-        blocks = iter(Block(a, min(most, b - a)) for a, b in pairwise(borders))
+        blocks = iter(BitBlock(a, min(most, b - a)) for a, b in pairwise(borders))
         members = [[next(blocks) for _ in range(size)] for size in sizes]
         tables = sum(comb(size, equal) for size in sizes)
-        cuts.append(Cut(equal, members, tables, equal * min(most, bits // count)))
+        cuts.append(BlockCut(equal, members, tables, equal * min(most, bits // count)))
     return cuts
 
 
@@ -135,7 +123,7 @@ Rows = npt.NDArray[np.intp]
 Roots = npt.NDArray[np.uint32]
 
 
-class Forest:
+class UnionFind:
     """Union-find over rows, many at a time; the root of a tree is its lowest row."""
 
     def __init__(self, rows: int) -> None:
@@ -166,7 +154,7 @@ class Forest:
             self.parent[rows] = higher  # halves the way for the next who comes by
             up = higher
 
-    def clusters(self) -> list[Rows]:
+    def find_clusters(self) -> list[Rows]:
         """Return the trees of two or more rows."""
         roots = self._roots(np.arange(len(self.parent)))
         members = np.flatnonzero(np.bincount(roots, minlength=len(roots))[roots] > 1)
@@ -186,28 +174,28 @@ Keys = npt.NDArray[np.uint64]
 """[n], sorted: some blocks, then 32 bits for the row."""
 Distances = npt.NDArray[np.uint16]
 
-LONG = 256
+LONG_RUN = 256
 """Rows with equal keys that are compared pair by pair; more are taken around leaders."""
 PAIRS = 1 << 20
 """Pairs compared at a time."""
 SAMPLE = 4096
 """Rows that tell which bits differ, and rows whose bits are taken apart at a time."""
-SIFTED = 1024
+LEAST_SELECTED = 1024
 """Rows of a run from which a search by the bits in which they differ can be worth it."""
-EVEN = 1 / 8
+LEAST_SHARE = 1 / 8
 """A bit tells much about rows if no less than this share of them have it, and lack it."""
 
 _ROW = np.uint64(2**32 - 1)
 
 
-class Column(NamedTuple):
+class BlockColumn(NamedTuple):
     """A block of every row."""
 
-    block: Block
+    block: BitBlock
     values: npt.NDArray[np.uint16]
 
 
-def clusters(
+def find_clusters(
     hashes: Hashes, threshold: int, rows: Rows | None = None, workers: int | None = None
 ) -> list[Rows]:
     """Join every pair of hashes that differ in at most `threshold` bits.
@@ -227,22 +215,22 @@ def clusters(
     rows = np.arange(len(words)) if rows is None else rows
     if len(rows) < 2:
         return []
-    forest = Forest(len(words))
+    forest = UnionFind(len(words))
     distinct = _join_identical(words, rows, forest)
     if threshold and len(distinct) > 1:
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-            _Search(words, distinct, threshold, forest).run(pool.map)
+            NearPairSearch(words, distinct, threshold, forest).run(pool.map)
     return forest.clusters()
 
 
-def distances(words: Words, left: Rows | int, right: Rows) -> Distances:
+def count_different_bits(words: Words, left: Rows | int, right: Rows) -> Distances:
     """Return the Hamming distances of rows of uint64 [n, 4], pair by pair or of one to many."""
     counts = np.bitwise_count(words[left] ^ words[right])
     total: Distances = counts.sum(-1, dtype=np.uint16)
     return total
 
 
-def _join_identical(words: Words, rows: Rows, forest: Forest) -> Rows:
+def _join_identical(words: Words, rows: Rows, forest: UnionFind) -> Rows:
     """Join rows with equal hashes; return one row of each, ascending."""
     mixed = np.zeros(len(rows), np.uint64)
     for word in range(WORDS):
@@ -263,7 +251,7 @@ def _join_identical(words: Words, rows: Rows, forest: Forest) -> Rows:
     return first
 
 
-class _Search:
+class NearPairSearch:
     """Finds and joins the near pairs among rows with distinct hashes."""
 
     def __init__(
@@ -271,7 +259,7 @@ class _Search:
         words: Words,
         rows: Rows,
         threshold: int,
-        forest: Forest,
+        forest: UnionFind,
         sifted: tuple[Words, int] | None = None,
     ) -> None:
         """Take the hashes, uint64 [n, 4], and which rows of them to compare.
@@ -286,23 +274,23 @@ class _Search:
 
     def run(self, spread: Callable[..., Iterable[object]]) -> None:
         """Do it; `spread` is `map`, or that of a pool of threads."""
-        cut = best_cut(self._threshold, len(self._rows), self._bits)
+        cut = choose_cut(self._threshold, len(self._rows), self._bits)
         for group in cut.groups:
             columns = list(spread(self.column, group))
             for _ in spread(self.table, *zip(*combinations(columns, cut.equal), strict=True)):
                 pass
 
-    def column(self, block: Block) -> Column:
+    def column(self, block: BitBlock) -> BlockColumn:
         """Return a block of every row."""
         word, shift = divmod(block.start, 64)
         bits = self._cut[self._places, word] >> np.uint64(shift)
         if shift + block.width > 64:
             bits |= self._cut[self._places, word + 1] << np.uint64(64 - shift)
-        return Column(block, (bits & np.uint64((1 << block.width) - 1)).astype(np.uint16))
+        return BlockColumn(block, (bits & np.uint64((1 << block.width) - 1)).astype(np.uint16))
 
-    def table(self, *columns: Column) -> None:
+    def table(self, *columns: BlockColumn) -> None:
         """Join all near pairs that are equal in some blocks."""
-        word = _other_word([column.block for column in columns])
+        word = _choose_other_word([column.block for column in columns])
         blocks = np.zeros(len(self._rows), np.uint32)
         for column in columns:
             blocks <<= np.uint32(KEY_BITS // len(columns))
@@ -324,7 +312,7 @@ class _Search:
 
     def _without_long_runs(self, keys: Keys) -> Keys:
         """Join near pairs in the runs of more than `LONG` equal keys; return the other keys."""
-        runs = _long_runs(keys)
+        runs = _find_long_runs(keys)
         keep = np.ones(len(keys) if runs else 0, bool)
         for start, end in runs:
             self._long_run(self._rows[(keys[start:end] & _ROW).astype(np.intp)])
@@ -336,16 +324,16 @@ class _Search:
         # Nearly all pairs are told apart by a word that they need not have in common.
         few = np.bitwise_count(self._words[a, word] ^ self._words[b, word]) <= self._threshold
         a, b = a[few], b[few]
-        near = distances(self._words, a, b) <= self._threshold
+        near = count_different_bits(self._words, a, b) <= self._threshold
         self._forest.link(a[near], b[near])
 
     def _long_run(self, rows: Rows) -> None:
         """Join near pairs of many rows that are equal in some blocks."""
         if not np.ptp(self._forest.roots(rows)):  # joined already
             return
-        large = self._whole and len(rows) >= SIFTED
-        if large and (sifted := _sift(self._words, rows, self._threshold)):
-            _Search(self._words, rows, self._threshold, self._forest, sifted).run(map)
+        large = self._whole and len(rows) >= LEAST_SELECTED
+        if large and (sifted := _select_bits(self._words, rows, self._threshold)):
+            NearPairSearch(self._words, rows, self._threshold, self._forest, sifted).run(map)
         else:
             self._around_leaders(rows)
 
@@ -356,7 +344,7 @@ class _Search:
         the threshold of the leader (triangle inequality) that are not joined to it yet.
         """
         while len(rows) > 1 and np.ptp(self._forest.roots(rows)):
-            distance = distances(self._words, int(rows[0]), rows)
+            distance = count_different_bits(self._words, int(rows[0]), rows)
             inside = distance <= self._threshold
             ball = rows[inside]
             self._forest.link(ball, rows[0])
@@ -372,17 +360,17 @@ class _Search:
             if not len(shell):
                 return
             some = shell[outer <= own + self._threshold]
-            near = distances(self._words, one, some) <= self._threshold
+            near = count_different_bits(self._words, one, some) <= self._threshold
             self._forest.link(some[near], one)
 
 
-def _other_word(blocks: Iterable[Block]) -> int:
+def _choose_other_word(blocks: Iterable[BitBlock]) -> int:
     """Return a word of the hash of which the blocks hold no bit, if there is one."""
     held = {bit // 64 for block in blocks for bit in (block.start, block.start + block.width - 1)}
     return max(set(range(WORDS)) - held, default=0)
 
 
-def _sift(words: Words, rows: Rows, threshold: int) -> tuple[Words, int] | None:
+def _select_bits(words: Words, rows: Rows, threshold: int) -> tuple[Words, int] | None:
     """Return the bits in which rows really differ, uint64 [rows, 4], and how many they are.
 
     Any choice of bits keeps near pairs near. None if a search by these would not be much faster
@@ -390,10 +378,8 @@ def _sift(words: Words, rows: Rows, threshold: int) -> tuple[Words, int] | None:
     """
     sample = words[rows[:: max(1, len(rows) // SAMPLE)]]
     ones = np.unpackbits(sample.view(np.uint8), axis=1, bitorder="little").mean(0)
-    useful = np.flatnonzero((ones > EVEN) & (ones < 1 - EVEN))
-    cost = min(
-        (cut.cost(len(rows)) for cut in possible_cuts(threshold, len(useful))), default=np.inf
-    )
+    useful = np.flatnonzero((ones > LEAST_SHARE) & (ones < 1 - LEAST_SHARE))
+    cost = min((cut.cost(len(rows)) for cut in make_cuts(threshold, len(useful))), default=np.inf)
     if cost > len(rows) ** 2 * CHECK / 10:
         return None
     packed = np.zeros((len(rows), BITS // 8), np.uint8)
@@ -406,12 +392,12 @@ def _sift(words: Words, rows: Rows, threshold: int) -> tuple[Words, int] | None:
     return sifted, len(useful)
 
 
-def _long_runs(keys: Keys) -> Sequence[tuple[int, int]]:
+def _find_long_runs(keys: Keys) -> Sequence[tuple[int, int]]:
     """Return (start, end) of the runs of more than `LONG` sorted keys with equal blocks."""
-    if len(keys) <= LONG:
+    if len(keys) <= LONG_RUN:
         return []
     # A run is long where a key equals the one `LONG` places on.
-    inside = np.flatnonzero((keys[LONG:] ^ keys[:-LONG]) <= _ROW)
+    inside = np.flatnonzero((keys[LONG_RUN:] ^ keys[:-LONG_RUN]) <= _ROW)
     if not len(inside):
         return []
     breaks = np.flatnonzero(np.diff(inside) > 1) + 1
@@ -425,7 +411,7 @@ def _long_runs(keys: Keys) -> Sequence[tuple[int, int]]:
 
 NAME = "duplicates.jsonl"
 
-TELLING = 48
+LEAST_ONES = 48
 """A hash with fewer ones or fewer zeros than this tells little. Photographs have 128 of each; flat
 images, edges and bars up to 13 ones; discs, crosses and chequers about 30."""
 LISTED = 100
@@ -435,7 +421,7 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Group:
+class DuplicateGroup:
     """Images that are the same (`exact`) or nearly so."""
 
     kind: Literal["exact", "near"]
@@ -445,7 +431,7 @@ class Group:
     """Two or more, ascending."""
 
 
-class Member(NamedTuple):
+class DuplicateMember(NamedTuple):
     """An image of a group, as it is listed."""
 
     split: str
@@ -456,7 +442,7 @@ class Member(NamedTuple):
     """Where it came from."""
 
 
-class Counts(NamedTuple):
+class DuplicateCounts(NamedTuple):
     """What was found."""
 
     groups: int
@@ -468,14 +454,14 @@ class Counts(NamedTuple):
     """Groups with members of more than one class."""
 
 
-def find(
+def find_duplicates(
     hashes: Hashes,
     sizes: npt.NDArray[np.unsignedinteger],
     crcs: npt.NDArray[np.unsignedinteger],
     *,
     threshold: int = NEAR,
     workers: int | None = None,
-) -> list[Group]:
+) -> list[DuplicateGroup]:
     """Find all groups of images that are the same or nearly so, in the order of their first rows.
 
     Args:
@@ -486,21 +472,21 @@ def find(
         workers: threads; by default one a core.
     """
     words = np.ascontiguousarray(hashes).view("<u8")
-    telling = _telling(words)
+    telling = _has_detail(words)
     rows = np.flatnonzero(telling)
-    found = clusters(hashes, threshold, rows, workers)
-    found += _same(words, sizes, crcs, np.flatnonzero(~telling))
+    found = find_clusters(hashes, threshold, rows, workers)
+    found += _find_identical(words, sizes, crcs, np.flatnonzero(~telling))
     found.sort(key=lambda rows: int(rows[0]))
-    return [_group(rows, words, sizes, crcs) for rows in found]
+    return [_make_group(rows, words, sizes, crcs) for rows in found]
 
 
-def write(
+def write_duplicates(
     file: IO[bytes],
-    groups: Iterable[Group],
+    groups: Iterable[DuplicateGroup],
     splits: npt.NDArray[np.integer],
     labels: npt.NDArray[np.integer],
-    member: Callable[[int], Member],
-) -> Counts:
+    member: Callable[[int], DuplicateMember],
+) -> DuplicateCounts:
     """Write a JSON line for each group.
 
     Args:
@@ -513,11 +499,11 @@ def write(
     Returns:
         how many groups, images and leaks were written.
     """
-    counts = np.zeros(len(Counts._fields), np.int64)
+    counts = np.zeros(len(DuplicateCounts._fields), np.int64)
     for group in groups:
         leak = bool(np.ptp(splits[group.rows]))
         labels_differ = bool(np.ptp(labels[group.rows]))
-        listed = _listed(group.rows, splits[group.rows])
+        listed = _choose_listed(group.rows, splits[group.rows])
         row = {
             "kind": group.kind,
             "distance": group.distance,
@@ -528,19 +514,19 @@ def write(
         }
         file.write(json.dumps(row).encode() + b"\n")
         counts += (1, len(group.rows), leak, labels_differ)
-    return Counts(*counts.tolist())
+    return DuplicateCounts(*counts.tolist())
 
 
-def _telling(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+def _has_detail(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     """Return for each hash whether it tells something of its image."""
     telling = np.empty(len(words), np.bool_)
     for start in range(0, len(words), BLOCK):
         ones = np.bitwise_count(words[start : start + BLOCK]).sum(1, dtype=np.uint16)
-        telling[start : start + BLOCK] = (ones >= TELLING) & (ones <= 256 - TELLING)
+        telling[start : start + BLOCK] = (ones >= LEAST_ONES) & (ones <= 256 - LEAST_ONES)
     return telling
 
 
-def _same(
+def _find_identical(
     words: npt.NDArray[np.uint64],
     sizes: npt.NDArray[np.unsignedinteger],
     crcs: npt.NDArray[np.unsignedinteger],
@@ -557,19 +543,19 @@ def _same(
     return [rows[some] for some in np.split(order, np.flatnonzero(new) + 1) if len(some) > 1]
 
 
-def _group(
+def _make_group(
     rows: Rows,
     words: npt.NDArray[np.uint64],
     sizes: npt.NDArray[np.unsignedinteger],
     crcs: npt.NDArray[np.unsignedinteger],
-) -> Group:
+) -> DuplicateGroup:
     blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
-    distance = max(int(distances(words, int(rows[0]), block).max()) for block in blocks)
+    distance = max(int(count_different_bits(words, int(rows[0]), block).max()) for block in blocks)
     same = not distance and not np.ptp(sizes[rows]) and not np.ptp(crcs[rows])
-    return Group("exact" if same else "near", distance, rows)
+    return DuplicateGroup("exact" if same else "near", distance, rows)
 
 
-def _listed(rows: Rows, splits: npt.NDArray[np.integer]) -> Rows:
+def _choose_listed(rows: Rows, splits: npt.NDArray[np.integer]) -> Rows:
     """Return the first rows of a group, as many of one split as of another if it is large."""
     if len(rows) <= LISTED:
         return rows

@@ -1,13 +1,10 @@
-"""What must be known of a JPEG before it is decoded, read from its markers alone.
+"""The header of a JPEG, read from its markers alone, and the limits on images.
 
-A few microseconds an image; neither Pillow nor simplejpeg tells all of it. Their own readers go
-over junk and segments one at a time in Python or without end, so the limits here are theirs too.
-
-What an image may be at most, and the error that says why one is refused.
-
-Sources are not trusted: every limit is checked on the header, before anything is decoded. Within
-them an image takes at most about 2 GB of memory (100 megapixels as a WebP with transparency; a
-JPEG 0.9 GB) beside the file itself, and some seconds; `MAX_SECONDS` ends what takes longer.
+Reading a header takes a few microseconds; neither Pillow nor simplejpeg tells all of it, and their
+own readers pass over junk and segments one at a time in Python or without end. Sources are not
+trusted: every limit is checked on the header, before anything is decoded. Within the limits an
+image takes at most about 2 GB of memory (100 megapixels as a WebP with transparency; a JPEG 0.9 GB)
+beside the file itself, and some seconds; `MAX_SECONDS` ends what takes longer.
 """
 
 from __future__ import annotations
@@ -39,10 +36,10 @@ class ImageError(Exception):
     """The bytes are no image that can be packed; the message is the reason, one line."""
 
     def __init__(self, reason: object) -> None:
-        super().__init__(one_line(reason))
+        super().__init__(to_one_line(reason))
 
 
-def one_line(reason: object) -> str:
+def to_one_line(reason: object) -> str:
     """Return a reason as one line that is the same in every run: no addresses, no control signs."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(reason))
     text = "".join(sign if sign.isprintable() else " " for sign in text[: 4 * MAX_REASON])
@@ -64,7 +61,7 @@ def check_size(width: int, height: int, min_side: int) -> None:
 
 
 @contextmanager
-def in_time(seconds: float = MAX_SECONDS) -> Iterator[None]:
+def limit_time(seconds: float = MAX_SECONDS) -> Iterator[None]:
     """Refuse an image that takes longer; only a process's main thread can be stopped so.
 
     Raises:
@@ -94,7 +91,7 @@ MAX_JUNK = 65536
 _START = b"\xff\xd8\xff"
 _SCAN, _APP1, _APP2 = 0xDA, 0xE1, 0xE2
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_ALONE = {0x01, *range(0xD0, 0xD8)}
+_BARE = {0x01, *range(0xD0, 0xD8)}
 _EXIF, _ICC = b"Exif\0\0", b"ICC_PROFILE\0"
 
 
@@ -147,7 +144,7 @@ def read_header(data: bytes) -> JpegHeader | None:
         marker = data[begin + 1]
         if marker == 0xFF:  # a fill byte
             at = begin + 1
-        elif marker in _ALONE or marker == 0:
+        elif marker in _BARE or marker == 0:
             at = begin + 2
         elif marker == 0xD9:
             raise ImageError("truncated: it ends before its first scan")
@@ -156,11 +153,11 @@ def read_header(data: bytes) -> JpegHeader | None:
             if marker == _SCAN:
                 _check_scans(data, begin, header)
                 return header if header.components else None
-            _take(header, marker, data[begin + 4 : at])
+            _read_segment(header, marker, data[begin + 4 : at])
     raise ImageError(f"more than {MAX_SEGMENTS} segments in its JPEG header")
 
 
-def _take(header: JpegHeader, marker: int, body: bytes) -> None:
+def _read_segment(header: JpegHeader, marker: int, body: bytes) -> None:
     if marker in _FRAMES and len(body) >= 6:
         header.process, header.bits = marker - 0xC0, body[0]
         header.height = int.from_bytes(body[1:3], "big")

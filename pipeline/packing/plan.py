@@ -1,7 +1,4 @@
-"""Every image of the set in its place, before any of them has been opened.
-
-The settings of a build.
-"""
+"""Settings of a build, and its plan: the split, label and place of every image, none opened yet."""
 
 from __future__ import annotations
 
@@ -11,23 +8,22 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import tyro
 
 from pipeline.dataset.images import Encoding
+from pipeline.packing.resize import Chroma
 from pipeline.remote.dataset import is_remote
 from pipeline.sources import Listing, Reject, scan
-from pipeline.sources.listing import BLOCK
+from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
-
-Chroma = Literal["4:2:0", "4:4:4"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Build:
+class BuildConfig:
     """Pack images into WebDataset tar shards that Duet, DALI and webdataset all read."""
 
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -74,16 +70,18 @@ class Build:
         ):
             value = getattr(self, name)
             if not low <= value <= high:
-                raise UsageError(f"{_flag(name)} {value} is out of range; give {low} to {high}")
+                raise UsageError(
+                    f"{_format_flag(name)} {value} is out of range; give {low} to {high}"
+                )
         if not 0 <= self.holdout < 1:
             raise UsageError(f"--holdout {self.holdout} is out of range; give 0 to below 1")
         if not 0 <= self.max_rejects <= 1:
             raise UsageError(f"--max-rejects {self.max_rejects} is out of range; give 0 to 1")
         for name in ("quality", "chroma"):
             value = getattr(self, name)
-            if self.encoding == "raw" and value != getattr(Build, name):
+            if self.encoding == "raw" and value != getattr(BuildConfig, name):
                 raise UsageError(
-                    f"{_flag(name)} {value} says nothing about --encoding raw; leave it out"
+                    f"{_format_flag(name)} {value} says nothing about --encoding raw; leave it out"
                 )
         if self.val is not None and self.holdout:
             raise UsageError("--val and --holdout exclude each other; give one of them")
@@ -94,40 +92,40 @@ class Build:
     def _out_is_no_source(self) -> None:
         if is_remote(self.out):
             return
-        out = _local(self.out)
+        out = _resolve_path(self.out)
         for source in filter(None, (self.train, self.val)):
-            if not is_remote(source) and out.is_relative_to(_local(source)):
+            if not is_remote(source) and out.is_relative_to(_resolve_path(source)):
                 raise UsageError(f"{self.out} lies inside the source {source}; name another OUT")
 
 
-def _local(path: str) -> Path:
+def _resolve_path(path: str) -> Path:
     return Path(path.removeprefix("file://")).resolve()
 
 
-def _flag(name: str) -> str:
+def _format_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 CHUNKS = 32
-"""A small set is cut into this many chunks, so that all workers have something to do."""
+"""Number of chunks of a small set: enough to keep all workers busy."""
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024
 """Images in a chunk: enough that its statistics (0.8 MB) are little beside it, and few enough
 that a worker that is killed loses seconds."""
 
 FORMAT = 1
-"""Of what a build leaves behind to go on with, and of how it makes pixels, order and hashes: what
-has another number cannot be mixed with it."""
+"""Version of the files that a build resumes from, and of its pixels, order and hashes; files of
+another version cannot be mixed with them."""
 
 UNLIKE_OUTPUT = ("out", "train", "val", "val_labels", "max_rejects", "workers", "json")
-"""Settings on which no byte of a shard depends, but through what the sources hold."""
+"""Settings that change no byte of a shard, except through the images they name."""
 
 Places = npt.NDArray[np.uint32]
 """Rows of images: 4 bytes each, for up to 4 billion of them."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ChunkPlan:
     """A chunk: rows `start` to `stop` of a listing, which follow each other in the source."""
 
     number: int
@@ -137,8 +135,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What goes where. An image's row counts through all listings: training first."""
+class BuildPlan:
+    """The place of every image. Rows count through all listings, training first."""
 
     listings: tuple[Listing, ...]
     """Of the training source, and of the validation source if there is one."""
@@ -147,7 +145,7 @@ class Plan:
     held_out: npt.NDArray[np.bool_] | None
     """With --holdout: of each row of the training source, whether it went to validation."""
     fingerprint: str
-    """SHA-256 over all that the bytes of the set depend on, but the images' contents."""
+    """SHA-256 over everything that decides the bytes of the set but the content of the images."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -164,17 +162,17 @@ class Plan:
         """The row of the first image of each listing."""
         return [0, *np.cumsum([len(listing) for listing in self.listings])[:-1].tolist()]
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ChunkPlan]:
         """Cut all listings into chunks, in the order of their rows."""
         number = 0
         for place, listing in enumerate(self.listings):
             size = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, -(-self.pictures // CHUNKS)))
             for start in range(0, len(listing), size):
-                yield Part(number, place, start, min(start + size, len(listing)))
+                yield ChunkPlan(number, place, start, min(start + size, len(listing)))
                 number += 1
 
-    def trains(self, part: Part) -> npt.NDArray[np.bool_]:
-        """Say of each image of a chunk whether it is one of the training split."""
+    def trains(self, part: ChunkPlan) -> npt.NDArray[np.bool_]:
+        """Return for each image of a chunk whether it is in the training split."""
         if part.listing > 0:
             return np.zeros(part.stop - part.start, np.bool_)
         if self.held_out is None:
@@ -182,7 +180,7 @@ class Plan:
         return ~self.held_out[part.start : part.stop]
 
     def name(self, row: int) -> str:
-        """Return how messages call an image."""
+        """Return the full name of an image, for messages."""
         listing, place = self._where(row)
         return listing.full_name(place)
 
@@ -203,12 +201,12 @@ class Plan:
         raise IndexError(row)
 
 
-def make_plan(options: Build, scratch: Path) -> Plan:
-    """Scan the sources and put their images in order.
+def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
+    """Scan the sources and shuffle their images.
 
     Args:
         options: the settings.
-        scratch: a local folder of our own for what is found; used as long as the plan is.
+        scratch: local folder for the listings, needed as long as the plan is used.
 
     Raises:
         UsageError: a setting or a source that cannot work.
@@ -225,23 +223,23 @@ def make_plan(options: Build, scratch: Path) -> Plan:
                 labels=options.val_labels,
             )
         )
-    held = _hold_out(listings[0], options) if options.holdout else None
+    held = _choose_held_out(listings[0], options) if options.holdout else None
     first = np.arange(len(listings[0]), dtype=np.uint32)
     split = {"train": first if held is None else first[~held]}
     if options.val is not None:
         split["val"] = np.arange(len(listings[1]), dtype=np.uint32) + np.uint32(len(listings[0]))
     elif held is not None:
         split["val"] = first[held]
-    return Plan(
+    return BuildPlan(
         listings=tuple(listings),
-        orders={name: _shuffled(rows, options.seed, name) for name, rows in split.items()},
+        orders={name: _shuffle(rows, options.seed, name) for name, rows in split.items()},
         held_out=held,
-        fingerprint=_fingerprint(options, listings),
+        fingerprint=_compute_fingerprint(options, listings),
     )
 
 
-def _hold_out(listing: Listing, options: Build) -> npt.NDArray[np.bool_]:
-    """Split each class's images by a seeded draw; every class keeps one in each part."""
+def _choose_held_out(listing: Listing, options: BuildConfig) -> npt.NDArray[np.bool_]:
+    """Choose validation images of each class at random; each class keeps one in either split."""
     labels = np.asarray(listing.rows["label"])
     by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels, minlength=len(listing.classes))
@@ -258,41 +256,47 @@ def _hold_out(listing: Listing, options: Build) -> npt.NDArray[np.bool_]:
     return held
 
 
-def _shuffled(rows: Places, seed: int, split: str) -> Places:
+def _shuffle(rows: Places, seed: int, split: str) -> Places:
     return np.random.default_rng([seed, *split.encode()]).permutation(rows)
 
 
-def _fingerprint(options: Build, listings: list[Listing]) -> str:
-    """Hash settings and listings; a source that lies elsewhere with the same names is the same."""
+def _compute_fingerprint(options: BuildConfig, listings: list[Listing]) -> str:
+    """Hash settings and listings; the same names in another folder give the same hash."""
     digest = hashlib.sha256()
     for listing in listings:
-        digest.update(_text([len(listing), *listing.classes]))
+        digest.update(_to_json_line([len(listing), *listing.classes]))
         for container in listing.containers:
-            digest.update(_text([container.kind, _below(container.address, listing.source)]))
+            digest.update(
+                _to_json_line(
+                    [container.kind, _relative_address(container.address, listing.source)]
+                )
+            )
         for column in (listing.rows, listing.names.ends, listing.names.text):
-            for start in range(0, len(column), BLOCK):
-                digest.update(np.ascontiguousarray(column[start : start + BLOCK]).tobytes())
-    digest.update(_text([FORMAT, settings(options)]))
+            for start in range(0, len(column), ROWS_AT_A_TIME):
+                digest.update(
+                    np.ascontiguousarray(column[start : start + ROWS_AT_A_TIME]).tobytes()
+                )
+    digest.update(_to_json_line([FORMAT, output_settings(options)]))
     return digest.hexdigest()
 
 
-def chunk_format() -> list[int]:
-    """Return what two builds must share for one to go on with the chunks of the other."""
+def describe_format() -> list[int]:
+    """Return the versions and sizes that a build must share with the chunks it resumes from."""
     return [FORMAT, CHUNKS, SMALLEST_CHUNK, LARGEST_CHUNK]
 
 
-def settings(options: Build) -> dict[str, Any]:
+def output_settings(options: BuildConfig) -> dict[str, Any]:
     """Return the settings on which the bytes of the set depend."""
     return {key: value for key, value in asdict(options).items() if key not in UNLIKE_OUTPUT}
 
 
-def _below(address: str, source: str) -> str:
-    """Return where a container lies, as seen from its source."""
+def _relative_address(address: str, source: str) -> str:
+    """Return the path of a container relative to its source."""
     if is_remote(address):
         return address
     root = os.path.abspath(source)
     return os.path.relpath(address, root) if address.startswith(root) else address
 
 
-def _text(value: object) -> bytes:
+def _to_json_line(value: object) -> bytes:
     return json.dumps(value, sort_keys=True).encode(errors="surrogatepass") + b"\n"

@@ -1,27 +1,22 @@
-"""One encoded image of any kind -> 256x256 RGB, as the paper's section 2 prepares ImageNet.
+"""One encoded image of any kind -> 256x256 RGB pixels -> a JPEG.
 
-"Given a rectangular image, we first rescaled the image such that the shorter side was of
-length 256, and then cropped out the central 256x256 patch from the resulting image."
+Prepared as the paper's section 2 says: "Given a rectangular image, we first rescaled the image such
+that the shorter side was of length 256, and then cropped out the central 256x256 patch from the
+resulting image." The crop comes first here, and the resampling kernel is antialiased bicubic, which
+also enlarges. In order:
 
-Plain JPEGs take `fast`; everything else, and what its strict decoder does not like, `careful`.
-Both cut the square out first and resample it with an antialiased bicubic kernel, which also
-enlarges. The sources are not trusted: see `limits`.
+    read_header     `jpeg_header`: size and kind; limits are checked before anything is decoded
+    jpeg_path       plain JPEGs: libjpeg-turbo, then torch's resampling on bytes
+    pillow_path     every other format, and JPEGs that libjpeg-turbo refuses or warns about
+    to_srgb         color profile -> sRGB; on the small square, where it costs a fraction
+    turn_upright    EXIF orientation
+    encode          pixels -> JPEG
 
-What both roads do with the small square: its colours become sRGB, and it is turned upright.
-
-Both steps are as good after the resampling as before it, and cost a fraction there.
-
-The JPEG road: libjpeg-turbo, then torch's antialiased bicubic resampling on bytes.
-
-Twice as fast as Pillow on both steps. The resampling is derived from Pillow's: same kernel, same
-whole-number arithmetic but for the precision of the weights, so that a value differs by at most 2
-levels (in 0.3 % of the values by 1), and gives the same bytes with AVX-512, AVX2 or neither.
-
-The Pillow road: every kind of still image, at its own pace.
-
-The formats are named, so that nothing reaches a decoder that starts programs or reads files (EPS,
-PDF). Colours, transparency and 16 bits are dealt with after the resampling where that is the same,
-so that few copies of a large image exist at once.
+The JPEG path is twice as fast as Pillow on both steps. Torch's resampling is derived from Pillow's:
+same kernel, same integer arithmetic but for the precision of the weights, so that a value differs
+by at most 2 levels (in 0.3 % of the values by 1), and the bytes are the same with AVX-512, AVX2 or
+neither. Pillow is told the formats by name, so that nothing reaches a decoder that starts programs
+or reads files (EPS, PDF).
 """
 
 from __future__ import annotations
@@ -47,319 +42,40 @@ from pipeline.packing.jpeg_header import (
     ImageError,
     JpegHeader,
     check_size,
-    in_time,
+    limit_time,
     read_header,
 )
 
-MAX_PROFILE = 4 * 2**20
-"""Bytes of a colour profile; larger ones are ignored."""
-SAME = 1
-"""Levels by which a profile may move a colour and still count as sRGB."""
-
-_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
-
-
-def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return the RGB image in sRGB of one in L, RGB or CMYK; a broken profile is ignored."""
-    transform = None if profile is None else _transform(profile, image.mode)
-    if transform is not None:
-        try:
-            converted = ImageCms.applyTransform(image, transform)
-            assert converted is not None  # it is not in place
-            return converted
-        except (ImageCms.PyCMSError, ValueError):
-            pass
-    return image.convert("RGB")
-
-
-def pixels_to_srgb(pixels: Pixels, profile: bytes | None) -> Pixels:
-    """Return uint8 [h, w, 3] in sRGB; itself where the profile says so, is none, or is broken."""
-    if profile is None or _transform(profile, "RGB") is None:
-        return pixels
-    return np.asarray(to_srgb(Image.fromarray(pixels), profile))
-
-
-@lru_cache(maxsize=32)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the way to sRGB; None where there is nothing to do, or the profile will not do.
-
-    Many a profile is sRGB under another name: it is told by what it does to a cube of colours.
-    """
-    if len(profile) > MAX_PROFILE:
-        return None
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != _SPACES[mode]:
-            return None
-        transform = ImageCms.buildTransform(source, _srgb(), mode, "RGB")
-        if mode == "RGB":
-            steps = np.arange(0, 256, 15, dtype=np.uint8)
-            cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(len(steps), -1, 3)
-            moved = ImageCms.applyTransform(Image.fromarray(cube), transform)
-            if np.abs(np.asarray(moved).astype(int) - cube).max() <= SAME:
-                return None
-        return transform
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-@lru_cache(maxsize=1)
-def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-
-
-def orientation(exif: bytes) -> int:
-    """Return 1..8 from the Exif data of a JPEG; 1, upright, where they say nothing valid."""
-    if not exif:
-        return 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tags = Image.Exif()
-            tags.load(exif)
-            return valid(tags.get(ORIENTATION))
-    except Exception:  # Pillow's reader raises what it pleases on damaged data
-        return 1
-
-
+Chroma = Literal["4:2:0", "4:4:4"]
+"""Color resolution of a stored JPEG: half the width and height, or full."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What Pillow may take the bytes for."""
+JPEG = b"\xff\xd8"
 ORIENTATION = 0x0112
 """Number of the Exif tag."""
-
-
-def valid(value: object) -> int:
-    """Return an orientation that exists: 1..8, else 1."""
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Return [h, w, 3] as the camera was held, by the numbers of Exif."""
-    if orientation == 1:
-        return pixels
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
-
-
-KEPT = 8
+LEAST_KEPT = 8
 """JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times `SIZE` pixels remain.
 
 Below that the scaled transform is no antialiased bicubic any more: on ImageNet originals, with 2
 times as many pixels left, the image's PSNR falls from 58 to 37 dB, with 4 times to 42 dB.
 """
-
-
 SCRATCH = 4 * 2**20
 """Bytes of decoded images that are put in the same place each time, where the cache has them."""
-
-
-class _Scratch(threading.local):
-    """Each thread's memory for the image in hand."""
-
-    def __init__(self) -> None:
-        self.decoded = np.empty(SCRATCH, np.uint8)
-        self.cut = np.empty(SCRATCH, np.uint8)
-
-
-_scratch = _Scratch()
-
-
-def reduction(side: int) -> int:
-    """Return the power of two by which a JPEG of this shorter side is decoded smaller."""
-    factor = 1
-    while factor < 8 and side // (2 * factor) >= KEPT * SIZE:
-        factor *= 2
-    return factor
-
-
-def square_jpeg(data: bytes, header: JpegHeader) -> Pixels | None:
-    """Return the central square of a plain JPEG, or None where its decoder refuses or warns.
-
-    Args:
-        data: the JPEG.
-        header: of it; `plain`, and of a size that may be decoded.
-
-    Returns:
-        uint8 [256, 256, 3], sRGB.
-
-    Raises:
-        ImageError: its data ends before the image does.
-    """
-    profile = header.profile
-    if profile is not None and header.components == 1:
-        return None  # what a grey profile says of greys is lost in RGB
-    factor = reduction(min(header.width, header.height))
-    height, width = -(-header.height // factor), -(-header.width // factor)
-    try:
-        pixels = simplejpeg.decode_jpeg(
-            data,
-            min_height=height,
-            min_width=width,
-            min_factor=factor,
-            buffer=_scratch.decoded if 3 * height * width <= SCRATCH else None,
-        )
-    except ValueError as error:
-        if "premature end" in str(error).lower():  # Pillow would make it up in grey
-            raise ImageError(f"truncated: {error}") from error
-        return None
-    except MemoryError:
-        return None
-    return upright(pixels_to_srgb(shrink(pixels), profile), orientation(header.exif))
-
-
-def shrink(pixels: Pixels) -> Pixels:
-    """Return the central square of uint8 [h, w, 3], resampled to [256, 256, 3].
-
-    The square is cut out first: what lies beside it is not resampled.
-    """
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[top : top + side, left : left + side]
-    if side == SIZE:
-        return square.copy()  # what is decoded next lies where this does
-    if not square.flags.c_contiguous:
-        square = _contiguous(square)
-    import torch  # here: the process that plans a build does without it
-
-    # [1, 3, side, side] in channels-last order without a copy: torch has a road of its own for it.
-    planes = torch.from_numpy(square)[None].permute(0, 3, 1, 2)
-    small = torch.nn.functional.interpolate(planes, (SIZE, SIZE), mode="bicubic", antialias=True)
-    return small[0].permute(1, 2, 0).contiguous().numpy()
-
-
-def _contiguous(square: Pixels) -> Pixels:
-    if square.size > SCRATCH:
-        return np.ascontiguousarray(square)
-    copy = _scratch.cut[: square.size].reshape(square.shape)
-    np.copyto(copy, square)
-    return copy
-
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What Pillow may take the bytes for."""
-JPEG = b"\xff\xd8"
 BAND = 2**20
 """Values of a deep image that are converted at once."""
+MAX_PROFILE = 4 * 2**20
+"""Bytes of a colour profile; larger ones are ignored."""
+SAME_LEVELS = 1
+"""Levels by which a profile may move a colour and still count as sRGB."""
+ACCURATE = 96
+"""Quality from which on libjpeg-turbo's own interface, which simplejpeg uses, is accurate."""
+_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 _stderr = threading.Lock()
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what is wrong with an image is a reason
 
 
-def square_any(data: bytes, min_side: int) -> Pixels:
-    """Return the central square of an image, uint8 [256, 256, 3], sRGB; of a film the first frame.
-
-    Raises:
-        ImageError: no image, truncated, too small, or too large to be one.
-    """
-    if data[:2] in (b"P1", b"P2", b"P3"):
-        raise ImageError("a PNM whose pixels are written as text")
-    if data[:2] != JPEG and len(data) > MAX_OTHER_BYTES:
-        raise ImageError(f"{len(data)} bytes are more than it may have ({MAX_OTHER_BYTES})")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF, large images: not the user's matter
-            with in_time(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                check_size(*image.size, min_side)
-                _check_tiles(image)
-                with _silent() if image.format == "TIFF" else nullcontext():
-                    return _square(image)
-    except ImageError:
-        raise
-    # Pillow's decoders raise what they please on damaged input; whatever it is, it is this file.
-    except Exception as error:
-        raise ImageError(_reason(error)) from error
-
-
-def _check_tiles(image: Image.Image) -> None:
-    """Refuse an image in more pieces than it has rows or tiles: each starts a decoder."""
-    pieces = len(getattr(image, "tile", ()))
-    if pieces > 2 * image.height + image.width * image.height // 64 + 1000:
-        raise ImageError(f"{pieces} strips or tiles in {image.width}x{image.height} pixels")
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep libtiff from writing its complaints to the process's stderr; it cannot be asked to."""
-    with _stderr, open(os.devnull, "wb") as nowhere:
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _square(image: Image.Image) -> Pixels:
-    factor = reduction(min(image.size))
-    if image.format == "JPEG" and factor > 1:
-        image.draft(None, (image.width // factor, image.height // factor))
-    image.load()  # a TIFF is turned upright by it
-    turned = valid(image.getexif().get(ORIENTATION))
-    profile = image.info.get("icc_profile") or None
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    middle = image.crop((left, top, left + side, top + side))
-    small = _resamplable(middle).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    if small.mode != "RGBA":
-        return upright(np.asarray(to_srgb(small, profile)), turned)
-    colours = to_srgb(small.convert("RGB"), profile)
-    white = Image.new("RGB", small.size, "white")
-    return upright(np.asarray(Image.composite(colours, white, small.getchannel("A"))), turned)
-
-
-def _resamplable(image: Image.Image) -> Image.Image:
-    """Return the image in a mode that can be resampled: L, RGB, RGBA or CMYK."""
-    if image.mode.startswith(("I", "F")):
-        return _eight_bits(image)
-    if "A" in image.mode.upper() or "transparency" in image.info:
-        return image.convert("RGBA")
-    if image.mode == "1":
-        return image.convert("L")
-    return image if image.mode in {"L", "RGB", "CMYK"} else image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return deep grey as L, in bands: 16 bits become 8; fractions, as floats come, 0..255."""
-    values = np.asarray(image)
-    rows = max(1, BAND // max(1, image.width))
-    bands = [values[top : top + rows] for top in range(0, image.height, rows)]
-    largest = max(float(np.nanmax(band, initial=0)) for band in bands)
-    scale = 1 / 257 if largest > 255 else 255 if image.mode == "F" and largest <= 1 else 1
-    out = np.empty(values.shape, np.uint8)
-    for top, band in zip(range(0, image.height, rows), bands, strict=True):
-        scaled = np.nan_to_num(band.astype(np.float64) * scale, posinf=255, neginf=0)
-        out[top : top + rows] = scaled.clip(0, 255).round()
-    return Image.fromarray(out)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "no image: its bytes are of no known format"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"decompression bomb: {error}"
-    if isinstance(error, MemoryError):
-        return "too large: there is not enough memory to decode it"
-    text = str(error) or type(error).__name__
-    if "truncated" in text.lower() and not text.startswith("truncated"):
-        return f"truncated: {text}"
-    return text
-
-
-__all__ = ["Chroma", "ImageError", "encode", "one_thread", "square"]
-
-Chroma = Literal["4:2:0", "4:4:4"]
-"""How a JPEG keeps its colours: at half the width and height, or in full."""
-
-ACCURATE = 96
-"""Quality from which on libjpeg-turbo's own interface, which simplejpeg uses, is accurate."""
-
-
-def square(data: bytes, min_side: int = 8) -> Pixels:
+def decode_square(data: bytes, min_side: int = 8) -> Pixels:
     """Decode an image and return its central square, 256x256.
 
     EXIF orientation is honoured; grey, CMYK, palette, 16-bit and transparent images (on white)
@@ -380,9 +96,9 @@ def square(data: bytes, min_side: int = 8) -> Pixels:
     header = read_header(data)
     if header is not None:
         check_size(header.width, header.height, min_side)
-        if header.plain and (pixels := square_jpeg(data, header)) is not None:
+        if header.plain and (pixels := jpeg_path(data, header)) is not None:
             return pixels
-    return square_any(data, min_side)
+    return pillow_path(data, min_side)
 
 
 def encode(pixels: Pixels, quality: int, chroma: Chroma = "4:2:0") -> bytes:
@@ -406,8 +122,273 @@ def encode(pixels: Pixels, quality: int, chroma: Chroma = "4:2:0") -> bytes:
     )
 
 
-def one_thread() -> None:
+def use_one_thread() -> None:
     """Keep this process to one core; a worker of a pool calls it at its start."""
     import torch
 
     torch.set_num_threads(1)
+
+
+def jpeg_path(data: bytes, header: JpegHeader) -> Pixels | None:
+    """Return the central square of a plain JPEG, or None where its decoder refuses or warns.
+
+    Args:
+        data: the JPEG.
+        header: of it; `plain`, and of a size that may be decoded.
+
+    Returns:
+        uint8 [256, 256, 3], sRGB.
+
+    Raises:
+        ImageError: its data ends before the image does.
+    """
+    profile = header.profile
+    if profile is not None and header.components == 1:
+        return None  # what a grey profile says of greys is lost in RGB
+    factor = choose_reduction(min(header.width, header.height))
+    height, width = -(-header.height // factor), -(-header.width // factor)
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            data,
+            min_height=height,
+            min_width=width,
+            min_factor=factor,
+            buffer=_scratch.decoded if 3 * height * width <= SCRATCH else None,
+        )
+    except ValueError as error:
+        if "premature end" in str(error).lower():  # Pillow would make it up in grey
+            raise ImageError(f"truncated: {error}") from error
+        return None
+    except MemoryError:
+        return None
+    return turn_upright(pixels_to_srgb(resample(pixels), profile), read_orientation(header.exif))
+
+
+def choose_reduction(side: int) -> int:
+    """Return the power of two by which a JPEG of this shorter side is decoded smaller."""
+    factor = 1
+    while factor < 8 and side // (2 * factor) >= LEAST_KEPT * SIZE:
+        factor *= 2
+    return factor
+
+
+class _Scratch(threading.local):
+    """Each thread's memory for the image in hand."""
+
+    def __init__(self) -> None:
+        self.decoded = np.empty(SCRATCH, np.uint8)
+        self.cut = np.empty(SCRATCH, np.uint8)
+
+
+_scratch = _Scratch()
+
+
+def resample(pixels: Pixels) -> Pixels:
+    """Return the central square of uint8 [h, w, 3], resampled to [256, 256, 3].
+
+    The square is cut out first: what lies beside it is not resampled.
+    """
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    if side == SIZE:
+        return square.copy()  # what is decoded next lies where this does
+    if not square.flags.c_contiguous:
+        square = _copy_contiguous(square)
+    import torch  # here: the process that plans a build does without it
+
+    # [1, 3, side, side] in channels-last order without a copy: torch has a road of its own for it.
+    planes = torch.from_numpy(square)[None].permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(planes, (SIZE, SIZE), mode="bicubic", antialias=True)
+    return small[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def _copy_contiguous(square: Pixels) -> Pixels:
+    if square.size > SCRATCH:
+        return np.ascontiguousarray(square)
+    copy = _scratch.cut[: square.size].reshape(square.shape)
+    np.copyto(copy, square)
+    return copy
+
+
+def pillow_path(data: bytes, min_side: int) -> Pixels:
+    """Return the central square of an image, uint8 [256, 256, 3], sRGB; of a film the first frame.
+
+    Raises:
+        ImageError: no image, truncated, too small, or too large to be one.
+    """
+    if data[:2] in (b"P1", b"P2", b"P3"):
+        raise ImageError("a PNM whose pixels are written as text")
+    if data[:2] != JPEG and len(data) > MAX_OTHER_BYTES:
+        raise ImageError(f"{len(data)} bytes are more than it may have ({MAX_OTHER_BYTES})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF, large images: not the user's matter
+            with limit_time(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                check_size(*image.size, min_side)
+                _check_tiles(image)
+                with _silence_stderr() if image.format == "TIFF" else nullcontext():
+                    return _crop_and_resample(image)
+    except ImageError:
+        raise
+    # Pillow's decoders raise what they please on damaged input; whatever it is, it is this file.
+    except Exception as error:
+        raise ImageError(_describe_error(error)) from error
+
+
+def _check_tiles(image: Image.Image) -> None:
+    """Refuse an image in more pieces than it has rows or tiles: each starts a decoder."""
+    pieces = len(getattr(image, "tile", ()))
+    if pieces > 2 * image.height + image.width * image.height // 64 + 1000:
+        raise ImageError(f"{pieces} strips or tiles in {image.width}x{image.height} pixels")
+
+
+@contextmanager
+def _silence_stderr() -> Iterator[None]:
+    """Keep libtiff from writing its complaints to the process's stderr; it cannot be asked to."""
+    with _stderr, open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _crop_and_resample(image: Image.Image) -> Pixels:
+    factor = choose_reduction(min(image.size))
+    if image.format == "JPEG" and factor > 1:
+        image.draft(None, (image.width // factor, image.height // factor))
+    image.load()  # a TIFF is turned upright by it
+    turned = valid_orientation(image.getexif().get(ORIENTATION))
+    profile = image.info.get("icc_profile") or None
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    middle = image.crop((left, top, left + side, top + side))
+    small = _to_resamplable(middle).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    if small.mode != "RGBA":
+        return turn_upright(np.asarray(to_srgb(small, profile)), turned)
+    colours = to_srgb(small.convert("RGB"), profile)
+    white = Image.new("RGB", small.size, "white")
+    return turn_upright(np.asarray(Image.composite(colours, white, small.getchannel("A"))), turned)
+
+
+def _to_resamplable(image: Image.Image) -> Image.Image:
+    """Return the image in a mode that can be resampled: L, RGB, RGBA or CMYK."""
+    if image.mode.startswith(("I", "F")):
+        return _to_eight_bits(image)
+    if "A" in image.mode.upper() or "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in {"L", "RGB", "CMYK"} else image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return deep grey as L, in bands: 16 bits become 8; fractions, as floats come, 0..255."""
+    values = np.asarray(image)
+    rows = max(1, BAND // max(1, image.width))
+    bands = [values[top : top + rows] for top in range(0, image.height, rows)]
+    largest = max(float(np.nanmax(band, initial=0)) for band in bands)
+    scale = 1 / 257 if largest > 255 else 255 if image.mode == "F" and largest <= 1 else 1
+    out = np.empty(values.shape, np.uint8)
+    for top, band in zip(range(0, image.height, rows), bands, strict=True):
+        scaled = np.nan_to_num(band.astype(np.float64) * scale, posinf=255, neginf=0)
+        out[top : top + rows] = scaled.clip(0, 255).round()
+    return Image.fromarray(out)
+
+
+def _describe_error(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no image: its bytes are of no known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"decompression bomb: {error}"
+    if isinstance(error, MemoryError):
+        return "too large: there is not enough memory to decode it"
+    text = str(error) or type(error).__name__
+    if "truncated" in text.lower() and not text.startswith("truncated"):
+        return f"truncated: {text}"
+    return text
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return the RGB image in sRGB of one in L, RGB or CMYK; a broken profile is ignored."""
+    transform = None if profile is None else _make_transform(profile, image.mode)
+    if transform is not None:
+        try:
+            converted = ImageCms.applyTransform(image, transform)
+            assert converted is not None  # it is not in place
+            return converted
+        except (ImageCms.PyCMSError, ValueError):
+            pass
+    return image.convert("RGB")
+
+
+def pixels_to_srgb(pixels: Pixels, profile: bytes | None) -> Pixels:
+    """Return uint8 [h, w, 3] in sRGB; itself where the profile says so, is none, or is broken."""
+    if profile is None or _make_transform(profile, "RGB") is None:
+        return pixels
+    return np.asarray(to_srgb(Image.fromarray(pixels), profile))
+
+
+@lru_cache(maxsize=32)
+def _make_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the way to sRGB; None where there is nothing to do, or the profile will not do.
+
+    Many a profile is sRGB under another name: it is told by what it does to a cube of colours.
+    """
+    if len(profile) > MAX_PROFILE:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != _SPACES[mode]:
+            return None
+        transform = ImageCms.buildTransform(source, _srgb(), mode, "RGB")
+        if mode == "RGB":
+            steps = np.arange(0, 256, 15, dtype=np.uint8)
+            cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(len(steps), -1, 3)
+            moved = ImageCms.applyTransform(Image.fromarray(cube), transform)
+            if np.abs(np.asarray(moved).astype(int) - cube).max() <= SAME_LEVELS:
+                return None
+        return transform
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+@lru_cache(maxsize=1)
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def read_orientation(exif: bytes) -> int:
+    """Return 1..8 from the Exif data of a JPEG; 1, upright, where they say nothing valid."""
+    if not exif:
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tags = Image.Exif()
+            tags.load(exif)
+            return valid_orientation(tags.get(ORIENTATION))
+    except Exception:  # Pillow's reader raises what it pleases on damaged data
+        return 1
+
+
+def valid_orientation(value: object) -> int:
+    """Return an orientation that exists: 1..8, else 1."""
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Return [h, w, 3] as the camera was held, by the numbers of Exif."""
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,8 +1,7 @@
-"""Stage two: encoded images out of many chunks, in shuffled order -> one shard.
+"""Stage two: encoded images of many chunks, in shuffled order -> shards, side files, manifest.
 
-What stage one found, read back: where each image lies, and what was left out.
-
-The files about the shards, and the manifest last.
+`collect_chunks` reads the facts of stage one, `write_shard` makes one shard in a worker process,
+and `seal` writes index, statistics, rejects, duplicates and, last, the manifest.
 """
 
 from __future__ import annotations
@@ -30,15 +29,20 @@ from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.shards import shard_name, to_shard, write_tar
 from pipeline.packing.chunks import (
     HASH_BYTES,
-    Chunk,
     ChunkError,
-    data_name,
+    PackedChunk,
+    chunk_data_name,
     fetch_chunk,
     parse_chunk,
 )
 from pipeline.packing.duplicates import NAME as DUPLICATES
-from pipeline.packing.duplicates import Counts, Member, find, write
-from pipeline.packing.plan import Build, Part, Places, Plan
+from pipeline.packing.duplicates import (
+    DuplicateCounts,
+    DuplicateMember,
+    find_duplicates,
+    write_duplicates,
+)
+from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan, Places
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
@@ -51,12 +55,12 @@ FOLDER = f"{WORK}/shards"
 TAKEN_DTYPE = np.dtype(
     [("chunk", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")]
 )
-"""An image to be stored: where it lies among the chunks, and its label."""
+"""An image to store: its chunk, byte range and CRC-32 there, and its label."""
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to write; all that a worker needs, wherever it runs."""
+    """One shard to write, with everything that a worker on any node needs."""
 
     target: Target
     split: str
@@ -68,7 +72,7 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard that is there."""
+    """A finished shard."""
 
     split: str
     number: int
@@ -76,93 +80,93 @@ class ShardDone:
     rows: Index
 
 
-def done_name(split: str, number: int) -> str:
-    """Name of what is known of a shard; with it the shard is done."""
+def shard_facts_name(split: str, number: int) -> str:
+    """Return the name of the file with the facts of a shard; it marks the shard as done."""
     return f"{FOLDER}/{split}-{number:06d}.npz"
 
 
-def write_shard_of(job: ShardJob) -> int:
-    """Write a shard, its `.idx` and what is known of it; runs in a worker process.
+def write_shard(job: ShardJob) -> int:
+    """Write a shard, its `.idx` and its facts; runs in a worker process.
 
     Returns:
-        How many samples it has.
+        the number of its samples.
 
     Raises:
-        ChunkError: a chunk is not what was written.
+        ChunkError: a chunk is missing or damaged.
         OSError: the target cannot be read or written.
     """
     name = shard_name(job.split, job.number)
     with job.target.create(name) as file:
-        written = write_tar(file, job.number, _samples(job), job.encoding)
+        written = write_tar(file, job.number, _read_samples(job), job.encoding)
     with job.target.create(name.removesuffix(".tar") + ".idx") as file:
         file.write(written.listing)
-    with job.target.create(done_name(job.split, job.number)) as file:
+    with job.target.create(shard_facts_name(job.split, job.number)) as file:
         shard = to_shard(name, written)
         np.savez(
             file,
             rows=written.rows,
             shard=np.array(json.dumps(asdict(shard))),
-            content=np.array(content(job.taken)),
+            content=np.array(hash_content(job.taken)),
         )
     return len(written.rows)
 
 
-def content(taken: npt.NDArray[np.void]) -> str:
-    """Return a hash of what a shard is to hold: it is another if an image became a reject."""
+def hash_content(taken: npt.NDArray[np.void]) -> str:
+    """Return a hash of the images of a shard; it changes if one of them becomes a reject."""
     columns = np.stack([taken[name].astype(np.int64) for name in ("crc", "size", "label")])
     return hashlib.sha256(columns.tobytes()).hexdigest()
 
 
-class Fetched(NamedTuple):
-    """What the target holds of a shard; None where it holds nothing."""
+class ShardFiles(NamedTuple):
+    """Facts of a shard, and the sizes of its files in bytes; None where they are missing."""
 
     facts: bytes | None
     size: int | None
     idx_size: int | None
 
 
-def fetch_done(target: Target, split: str, number: int) -> Fetched:
-    """Read what is known of a shard; threads may do this side by side.
+def fetch_shard(target: Target, split: str, number: int) -> ShardFiles:
+    """Read the facts of a shard; safe to call from several threads.
 
     Raises:
         StoreError: the store does not answer.
     """
     name = shard_name(split, number)
     try:
-        facts = target.read(done_name(split, number))
+        facts = target.read(shard_facts_name(split, number))
     except StoreError:
         raise
     except OSError:
-        return Fetched(None, None, None)
-    return Fetched(facts, target.size(name), target.size(name.removesuffix(".tar") + ".idx"))
+        return ShardFiles(None, None, None)
+    return ShardFiles(facts, target.size(name), target.size(name.removesuffix(".tar") + ".idx"))
 
 
-def parse_done(
-    fetched: Fetched, split: str, number: int, taken: npt.NDArray[np.void] | None = None
+def parse_shard(
+    fetched: ShardFiles, split: str, number: int, taken: npt.NDArray[np.void] | None = None
 ) -> ShardDone | None:
-    """Return what is known of a shard, or None if it has to be written (again).
+    """Return a finished shard, or None if it has to be written (again).
 
     Args:
         fetched: what `fetch_done` gave; only one thread may parse, as in `chunks.parse_chunk`.
-        split: of it.
-        number: of it.
-        taken: what it is to hold; None if that was looked at before.
+        split: split of the shard.
+        number: number of the shard in its split.
+        taken: images it should hold; None if that was checked before.
     """
     try:
         with np.load(io.BytesIO(fetched.facts or b"")) as arrays:
             facts = json.loads(arrays["shard"].item())
             done = ShardDone(split, number, Shard(**facts), arrays["rows"])
             held = arrays["content"].item()
-    except Exception:  # of a damaged header, NumPy's reader raises what it pleases
+    except Exception:  # NumPy's reader raises anything on a damaged header
         return None
-    if taken is not None and held != content(taken):
+    if taken is not None and held != hash_content(taken):
         return None
     whole = fetched.size == done.shard.bytes and fetched.idx_size is not None
     return done if whole else None
 
 
-def _samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
-    names = {chunk: data_name(chunk) for chunk in set(job.taken["chunk"].tolist())}
+def _read_samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
+    names = {chunk: chunk_data_name(chunk) for chunk in set(job.taken["chunk"].tolist())}
     pieces = [
         ByteRange(names[chunk], offset, size) for chunk, offset, size, _, _ in job.taken.tolist()
     ]
@@ -178,8 +182,8 @@ def _samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
 
 
 @dataclass(frozen=True)
-class Collected:
-    """All chunks of a build. Rows count as in `Plan`."""
+class CollectedChunks:
+    """Facts of all chunks of a build. Rows count as in `BuildPlan`."""
 
     taken: npt.NDArray[np.void]
     """`TAKEN_DTYPE` of each row; of rejected ones all zeros."""
@@ -191,20 +195,20 @@ class Collected:
     rejects_file: Path
     rejected: int
 
-    def order(self, plan: Plan, split: str) -> Places:
+    def order(self, plan: BuildPlan, split: str) -> Places:
         """Return the rows of a split that are stored, in stored order."""
         rows = plan.orders[split]
         return rows[self.packed[rows]]
 
 
-def collect(plan: Plan, target: Target, scratch: Path) -> Collected:
+def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedChunks:
     """Read all chunks back, in their order.
 
     Raises:
         ChunkError: some are missing or damaged.
     """
     count = plan.pictures
-    taken = _allocated(scratch / "taken.bin", count)
+    taken = _allocate(scratch / "taken.bin", count)
     packed = np.zeros(count, np.bool_)
     sums, rejected = Sums(), 0
     with (
@@ -212,9 +216,9 @@ def collect(plan: Plan, target: Target, scratch: Path) -> Collected:
         (scratch / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
     ):
         for reject in plan.rejects():
-            rejects.write(_line(reject))
+            rejects.write(_to_json_line(reject))
             rejected += 1
-        for part, first, chunk in _chunks(plan, target):
+        for part, first, chunk in _read_chunks(plan, target):
             rows = slice(first, first + part.stop - part.start)
             packed[rows] = chunk.packed["packed"]
             for name in ("offset", "size", "crc"):
@@ -225,19 +229,19 @@ def collect(plan: Plan, target: Target, scratch: Path) -> Collected:
             hashes.write(chunk.packed["hash"][chunk.packed["packed"]].tobytes())
             sums += chunk.sums
             for place, reason in sorted(chunk.reasons.items()):
-                rejects.write(_line(Reject(plan.name(first + place), reason)))
+                rejects.write(_to_json_line(Reject(plan.name(first + place), reason)))
                 rejected += 1
-    return Collected(
+    return CollectedChunks(
         taken=taken,
         packed=packed,
-        hashes=_hashes(scratch / "hashes.bin"),
+        hashes=_map_hashes(scratch / "hashes.bin"),
         sums=sums,
         rejects_file=scratch / "rejects.jsonl",
         rejected=rejected,
     )
 
 
-def _chunks(plan: Plan, target: Target) -> Iterator[tuple[Part, int, Chunk]]:
+def _read_chunks(plan: BuildPlan, target: Target) -> Iterator[tuple[ChunkPlan, int, PackedChunk]]:
     firsts = plan.first_rows
     damaged: list[int] = []
 
@@ -253,27 +257,27 @@ def _chunks(plan: Plan, target: Target) -> Iterator[tuple[Part, int, Chunk]]:
         raise ChunkError(*damaged)
 
 
-def _allocated(path: Path, count: int) -> npt.NDArray[np.void]:
-    """Map a new file whose room on the disk is sure: without it, a write would be a bus error."""
+def _allocate(path: Path, count: int) -> npt.NDArray[np.void]:
+    """Map a new file with allocated blocks: on a full disk, a write to a sparse one is SIGBUS."""
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, count * TAKEN_DTYPE.itemsize)
     return np.memmap(path, TAKEN_DTYPE, "r+", shape=(count,))
 
 
-def _hashes(path: Path) -> npt.NDArray[np.uint8]:
+def _map_hashes(path: Path) -> npt.NDArray[np.uint8]:
     if path.stat().st_size == 0:
         return np.zeros((0, HASH_BYTES), np.uint8)
     return np.memmap(path, np.uint8, "r").reshape(-1, HASH_BYTES)
 
 
-def _line(reject: Reject) -> str:
+def _to_json_line(reject: Reject) -> str:
     return json.dumps(reject._asdict()) + "\n"
 
 
 REJECTS = "rejects.jsonl"
 
 
-def all_classes(plan: Plan, collected: Collected, target: Target) -> None:
+def check_classes(plan: BuildPlan, collected: CollectedChunks, target: Target) -> None:
     """Refuse a training set that lacks a class, and a split without images.
 
     Raises:
@@ -296,10 +300,10 @@ def all_classes(plan: Plan, collected: Collected, target: Target) -> None:
 
 
 def seal(
-    options: Build,
-    plan: Plan,
+    options: BuildConfig,
+    plan: BuildPlan,
     target: Target,
-    collected: Collected,
+    collected: CollectedChunks,
     shards: dict[str, int],
     scratch: Path,
     libraries: dict[str, str],
@@ -309,13 +313,13 @@ def seal(
     Raises:
         OSError: the target cannot be written.
     """
-    splits = {name: _split(name, count, target) for name, count in shards.items()}
+    splits = {name: _write_index(name, count, target) for name, count in shards.items()}
     with (scratch / DUPLICATES).open("wb") as file:
         same = _write_duplicates(file, plan, collected)
     stats_sha256 = Statistics.of(collected.sums).save(scratch)
-    copied(scratch / STATS, target, STATS)
-    copied(scratch / DUPLICATES, target, DUPLICATES)
-    copied(collected.rejects_file, target, REJECTS)
+    copy_file(scratch / STATS, target, STATS)
+    copy_file(scratch / DUPLICATES, target, DUPLICATES)
+    copy_file(collected.rejects_file, target, REJECTS)
     sources = {"train": str(options.train)}
     if "val" in splits:
         sources["val"] = str(options.val or f"{options.holdout:g} of {options.train}")
@@ -342,15 +346,17 @@ def seal(
     return manifest
 
 
-def copied(path: Path, target: Target, name: str) -> None:
-    """Put a local file into the target."""
+def copy_file(path: Path, target: Target, name: str) -> None:
+    """Copy a local file into the target."""
     with path.open("rb") as source, target.create(name) as file:
         while block := source.read(1 << 20):
             file.write(block)
 
 
-def _write_duplicates(file: IO[bytes], plan: Plan, collected: Collected) -> Counts:
-    """Find and list the images that are the same, or nearly so."""
+def _write_duplicates(
+    file: IO[bytes], plan: BuildPlan, collected: CollectedChunks
+) -> DuplicateCounts:
+    """Find the groups of duplicates, and write them."""
     rows = np.flatnonzero(collected.packed)
     split_of = np.zeros(plan.pictures, np.uint8)
     sample_of = np.zeros(plan.pictures, np.uint32)
@@ -360,9 +366,9 @@ def _write_duplicates(file: IO[bytes], plan: Plan, collected: Collected) -> Coun
         split_of[order] = number
         sample_of[order] = np.arange(len(order), dtype=np.uint32)
 
-    def member(place: int) -> Member:
+    def member(place: int) -> DuplicateMember:
         row = int(rows[place])
-        return Member(
+        return DuplicateMember(
             split=names[split_of[row]],
             sample=int(sample_of[row]),
             label=int(collected.taken["label"][row]),
@@ -370,28 +376,28 @@ def _write_duplicates(file: IO[bytes], plan: Plan, collected: Collected) -> Coun
         )
 
     taken = collected.taken[rows]
-    return write(
+    return write_duplicates(
         file,
-        find(collected.hashes, taken["size"], taken["crc"]),
+        find_duplicates(collected.hashes, taken["size"], taken["crc"]),
         split_of[rows],
         taken["label"],
         member,
     )
 
 
-def _split(name: str, shards: int, target: Target) -> Split:
+def _write_index(name: str, shards: int, target: Target) -> Split:
     """Join the rows of a split's shards into its index, one shard in memory at a time."""
-    facts = [done.shard for done in _all_done(target, name, shards)]
+    facts = [done.shard for done in _read_shards(target, name, shards)]
     digest = hashlib.sha256()
     with target.create(index_name(name)) as file:
-        for data in _index(name, facts, target):
+        for data in _index_bytes(name, facts, target):
             file.write(data)
             digest.update(data)
     return Split(shards=tuple(facts), index_sha256=digest.hexdigest())
 
 
-def _index(name: str, facts: list[Shard], target: Target) -> Iterator[bytes]:
-    """Give what `np.save` would write of the rows of all shards."""
+def _index_bytes(name: str, facts: list[Shard], target: Target) -> Iterator[bytes]:
+    """Yield the bytes that `np.save` would write for the rows of all shards."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header,
@@ -402,14 +408,14 @@ def _index(name: str, facts: list[Shard], target: Target) -> Iterator[bytes]:
         },
     )
     yield header.getvalue()
-    for done in _all_done(target, name, len(facts)):
+    for done in _read_shards(target, name, len(facts)):
         yield done.rows.tobytes()
 
 
-def _all_done(target: Target, name: str, shards: int) -> Iterator[ShardDone]:
-    files = read_ahead(partial(fetch_done, target, name), range(shards))
+def _read_shards(target: Target, name: str, shards: int) -> Iterator[ShardDone]:
+    files = read_ahead(partial(fetch_shard, target, name), range(shards))
     for number, fetched in enumerate(files):
-        done = parse_done(fetched, name, number)
+        done = parse_shard(fetched, name, number)
         if done is None:
             raise OSError(f"{target.address}/{shard_name(name, number)} went away while packing")
         yield done

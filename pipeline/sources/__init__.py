@@ -6,7 +6,7 @@
     SRC/<class>.tar                   a tar per class, as inside ILSVRC2012_img_train.tar
     SRC.tar                           one tar of such tars, or of `<class>/picture` members
     ILSVRC2012_img_val.tar            unsorted, or a folder of the same, with the ground truth
-                                      given or beside it (`ground_truth`)
+                                      given or beside it (`imagenet`)
     SRC/Data/CLS-LOC/{train,val}      Kaggle's tree, with LOC_val_solution.csv
     SRC/{train,val}/...               any of these, the split that is asked for
     SRC/*.parquet                     Hugging Face's: the image's bytes and its label
@@ -14,36 +14,37 @@
 
 An image ends as a place in a container; `open_reader` reads it from there in any process.
 
-    scan                      which of these it is
-    folders, tars, flat       a class each, classes in one tar, images in no class
-    ground_truth              the classes of the latter, and readable names of classes
-    devkit, matlab            ILSVRC2012's development kit
-    parquet*, webdatasets     what has its labels beside its images; class_names, shard_labels
-    listing, names            one row an image, in mapped files; what names may be
-    tar_headers               the members of a tar, local or not
-    readers                   the bytes of an image
-    addresses, remote_file    what lies in a store
+    scan        detects the kind of a source
+    folders     folders of classes; unsorted folders and tars
+    tars        tars of classes
+    imagenet    ILSVRC's ground truth, development kit and class names
+    parquet     parquet files of Hugging Face
+    webdataset  WebDataset shards
+    classes     labels beside images -> the list of classes
+    listing     one row an image, in mapped files
+    paths       globs, brace ranges, addresses -> files
+    readers     bytes of an image
 """
 
 from pipeline.sources.listing import (
     Container,
     Listing,
     ListingWriter,
-    Reader,
     Reject,
+    SourceReader,
     Unreadable,
 )
 from pipeline.sources.readers import open_reader
-from pipeline.sources.scan import other_split, scan
+from pipeline.sources.scan import find_other_split, scan
 
 __all__ = [
     "Container",
     "Listing",
     "ListingWriter",
-    "Reader",
     "Reject",
+    "SourceReader",
     "Unreadable",
+    "find_other_split",
     "open_reader",
-    "other_split",
     "scan",
 ]

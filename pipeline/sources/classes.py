@@ -1,4 +1,4 @@
-"""From the labels that a source stores, numbers or words, to its list of classes."""
+"""Labels that a source stores, numbers or words -> its list of classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.tools.errors import UsageError
 MOST_CLASSES = 1_000_000
 
 
-def distinct(names: Sequence[str]) -> tuple[str, ...]:
+def make_distinct(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names with their number behind those that occur twice.
 
     ImageNet's list has a crane that is a bird (134) and one that is a machine (517).
@@ -31,7 +31,7 @@ def distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(result)
 
 
-class Labels:
+class LabelMapper:
     """Turns stored labels into classes, and refuses what does not fit together."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Labels:
         self._source = hide_credentials(source)
         self._given = None if classes is None else tuple(classes)
         self._own = bool(names)
-        self._names = distinct(names) if names else self._given
+        self._names = make_distinct(names) if names else self._given
         self._titles = titles
         self._number: str | None = None
         self._word: str | None = None

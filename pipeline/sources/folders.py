@@ -1,9 +1,7 @@
-"""Folders of images: what lies in one, and every image below it.
+"""Lists folders of images: a folder per class, or an unsorted folder or tar with its ground truth.
 
-Nothing is opened and, where the file system tells folders from files, nothing is even looked at:
-a set of fourteen million files is listed at the speed at which the kernel names them.
-
-Images that lie in one place, unsorted, as ILSVRC's validation set does.
+No image is opened and, where the file system tells folders from files, no file is examined:
+fourteen million files are listed at the speed at which the kernel names them.
 """
 
 from __future__ import annotations
@@ -19,41 +17,41 @@ from pipeline.sources.imagenet import (
     GIVE_LABELS,
     GroundTruth,
     find_ground_truth,
-    is_kit,
-    is_list,
+    is_kit_name,
+    is_list_name,
     read_ground_truth,
-    stem,
+    strip_ending,
 )
 from pipeline.sources.listing import (
     NO_FILE,
     NO_PICTURE,
     PICTURE_ENDINGS,
-    WHOLE,
+    WHOLE_FILE,
     Container,
     ListingWriter,
     is_hidden,
     is_image,
 )
-from pipeline.sources.tars import Found, class_of, files_of, open_tar
+from pipeline.sources.tars import ImageBuffer, get_class, open_tar, select_files
 from pipeline.tools.errors import UsageError
 
 
-class Inside(NamedTuple):
-    """What lies in one folder, each list sorted; hidden names are left out."""
+class FolderContents(NamedTuple):
+    """Names in one folder, each list sorted, without hidden names."""
 
     folders: list[str]
     files: list[str]
     other: list[str]
-    """Links that lead nowhere, devices, pipes and sockets; to open them may be unwise."""
+    """Broken links, devices, pipes and sockets, which are never opened."""
 
 
-def look_into(folder: str | Path) -> Inside:
-    """Return what lies in `folder`; links count as what they lead to.
+def list_folder(folder: str | Path) -> FolderContents:
+    """Return the names in `folder`; a link counts as its target.
 
     Raises:
         UsageError: it cannot be read.
     """
-    inside = Inside([], [], [])
+    inside = FolderContents([], [], [])
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -66,7 +64,7 @@ def look_into(folder: str | Path) -> Inside:
                         inside.folders.append(entry.name)
                     else:
                         inside.other.append(entry.name)
-                except OSError:  # a link to itself, or to what we may not see
+                except OSError:  # a link to itself, or into a folder without permission
                     inside.other.append(entry.name)
     except OSError as error:
         raise UsageError(
@@ -74,7 +72,7 @@ def look_into(folder: str | Path) -> Inside:
             "mend it"
         ) from error
     for names in inside:
-        names.sort()  # file systems name them in an order of their own
+        names.sort()  # the order of a file system is arbitrary
     return inside
 
 
@@ -97,26 +95,26 @@ def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
             writer.add(writer.container("folder", path), class_name, pictures)
 
 
-def _walk(top: str) -> Iterator[tuple[str, Inside]]:
-    """Yield each folder once, those inside before the one that holds them."""
+def _walk(top: str) -> Iterator[tuple[str, FolderContents]]:
+    """Yield each folder once, subfolders before their parent."""
     # A link to the source or above it would bring the images of other classes in.
     above = {*Path(top).resolve().parents, *Path(top).parents}
-    seen = {_identity(str(folder)) for folder in above}
-    todo: list[tuple[str, Inside | None]] = [(top, None)]
+    seen = {_read_identity(str(folder)) for folder in above}
+    todo: list[tuple[str, FolderContents | None]] = [(top, None)]
     while todo:
         path, inside = todo.pop()
         if inside is not None:
             yield path, inside
             continue
-        if (identity := _identity(path)) in seen:  # a link that leads back up
+        if (identity := _read_identity(path)) in seen:  # a link that leads back up
             continue
         seen.add(identity)
-        inside = look_into(path)
+        inside = list_folder(path)
         todo.append((path, inside))
         todo += [(f"{path}/{name}", None) for name in reversed(inside.folders)]
 
 
-def _identity(path: str) -> tuple[int, int]:
+def _read_identity(path: str) -> tuple[int, int]:
     try:
         status = Path(path).stat()
     except OSError as error:
@@ -128,20 +126,20 @@ def _identity(path: str) -> tuple[int, int]:
 
 _VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
 _NO_CLASS = frozenset({"", "val", "validation", "ILSVRC2012_img_val"})
-"""Folders of the images in such a tar, which are no classes."""
+"""Names of folders in a tar of validation images that are no classes."""
 
 
-def loose_in_folder(folder: Path) -> str | None:
-    """Return the first image of a folder that holds images, and nothing that may be a class."""
-    inside = look_into(folder)
+def find_loose_in_folder(folder: Path) -> str | None:
+    """Return the first image of a folder that holds images and no folder or tar of a class."""
+    inside = list_folder(folder)
     for name in (*inside.folders, *(name for name in inside.files if name.endswith(".tar"))):
-        if not is_kit(name):
+        if not is_kit_name(name):
             return None
     return next(filter(is_image, inside.files), None)
 
 
-def loose_in_tar(tar: Path) -> str | None:
-    """Return the first image of a tar if it lies outside any class."""
+def find_loose_in_tar(tar: Path) -> str | None:
+    """Return the first image of a tar if it lies in no folder of a class."""
     with open_tar(str(tar)) as file:
         for member in read_members(file, str(tar)):
             name = member.name
@@ -150,7 +148,7 @@ def loose_in_tar(tar: Path) -> str | None:
             if name.endswith(".tar"):
                 return None
             if is_image(name):
-                folder = class_of(name)
+                folder = get_class(name)
                 known = folder == "" or (folder in _NO_CLASS and _is_validation(name))
                 return name if known else None
     return None
@@ -159,31 +157,33 @@ def loose_in_tar(tar: Path) -> str | None:
 def add_flat_folder(folder: Path, truth: GroundTruth, writer: ListingWriter) -> None:
     """Add the images of a folder with the classes that `truth` has for them."""
     path = os.path.abspath(folder)
-    inside = look_into(folder)
+    inside = list_folder(folder)
     for name in inside.other:
         writer.reject(f"{path}/{name}", NO_FILE)
-    names = (name for name in inside.files if name != truth.file.name and not is_list(name))
-    _add(((name, 0, WHOLE) for name in names), Container("folder", path), truth, writer)
+    names = (name for name in inside.files if name != truth.file.name and not is_list_name(name))
+    _add_labelled(
+        ((name, 0, WHOLE_FILE) for name in names), Container("folder", path), truth, writer
+    )
 
 
 def add_flat_tar(tar: Path, truth: GroundTruth, writer: ListingWriter) -> None:
     """Add the images of a tar with the classes that `truth` has for them."""
     path = os.path.abspath(tar)
     with open_tar(path) as file:
-        files = files_of(read_members(file, path), path, writer)
-        _add((member[:3] for member in files), Container("tar", path), truth, writer)
+        files = select_files(read_members(file, path), path, writer)
+        _add_labelled((member[:3] for member in files), Container("tar", path), truth, writer)
 
 
-def labels_for(source: Path, picture: str, labels: str | None) -> GroundTruth:
-    """Return the labels of images that lie in no class, as given or as found beside them.
+def read_labels(source: Path, picture: str, labels: str | None) -> GroundTruth:
+    """Return the labels of unsorted images, from a file given by the user or found beside them.
 
     Args:
         source: folder or tar.
         image: one of them.
-        labels: what the user gave.
+        labels: value of --val-labels.
 
     Raises:
-        UsageError: no labels, or not to be understood.
+        UsageError: there are no labels, or they cannot be parsed.
     """
     if labels is not None:
         return read_ground_truth(Path(labels))
@@ -200,7 +200,7 @@ def labels_for(source: Path, picture: str, labels: str | None) -> GroundTruth:
     return found
 
 
-def _add(
+def _add_labelled(
     files: Iterable[tuple[str, int, int]],
     container: Container,
     truth: GroundTruth,
@@ -208,10 +208,10 @@ def _add(
 ) -> None:
     """Add files (name, place, size) of one container."""
     path, labels = container.address, truth.labels
-    found = Found(writer, writer.container(*container))
+    found = ImageBuffer(writer, writer.container(*container))
     missing = dict.fromkeys(labels)  # in order
     for name, place, size in files:
-        key = stem(name)
+        key = strip_ending(name)
         if not is_image(name):
             writer.reject(f"{path}/{name}", NO_PICTURE)
         elif key in labels:

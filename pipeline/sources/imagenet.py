@@ -1,4 +1,4 @@
-"""Lists beside a source: the class of each validation image, and readable names of classes.
+"""ILSVRC's side files: the class of each validation image, and readable names of classes.
 
 ILSVRC's validation images are numbered, not sorted. Their classes come from one of
 
@@ -7,10 +7,9 @@ ILSVRC's validation images are numbered, not sorted. Their classes come from one
     *synset_labels.txt              a WordNet id a line, the first for image 1
     any other text file             `ILSVRC2012_val_00000001.JPEG n01751748` lines
 
-ILSVRC2012's development kit: which image of the validation set is of which class.
-
-`data/meta.mat` numbers the synsets and names them; `data/ILSVRC2012_validation_ground_truth.txt`
-has that number for image 1, 2, 3, ... The kit is read as it was handed out, in memory.
+In the kit, `data/meta.mat` numbers and names the synsets, and
+`data/ILSVRC2012_validation_ground_truth.txt` has the number of image 1, 2, 3, ... The archive is
+read in memory, not unpacked.
 """
 
 from __future__ import annotations
@@ -143,20 +142,20 @@ def read_devkit(path: Path) -> Devkit:
         UsageError: no kit, or a damaged one.
     """
     try:
-        meta, truth = _from_folder(path) if path.is_dir() else _from_archive(path)
+        meta, truth = _read_kit_folder(path) if path.is_dir() else _read_kit_archive(path)
     except (OSError, EOFError, zlib.error) as error:
-        raise _wrong(path, getattr(error, "strerror", None) or str(error)) from error
+        raise _kit_error(path, getattr(error, "strerror", None) or str(error)) from error
     if meta is None:
-        raise _wrong(path, f"it holds no data/{META}")
-    wnids, titles = _synsets(path, meta)
+        raise _kit_error(path, f"it holds no data/{META}")
+    wnids, titles = _read_synsets(path, meta)
     try:
         numbers = [int(line) for line in (truth or b"").strip().splitlines()]
         return Devkit(wnids, titles, [wnids[number] for number in numbers])
     except (ValueError, KeyError) as error:
-        raise _wrong(path, f"{TRUTH} says {error}, which is no ILSVRC2012_ID") from error
+        raise _kit_error(path, f"{TRUTH} says {error}, which is no ILSVRC2012_ID") from error
 
 
-def bounded(path: Path) -> bytes:
+def read_bounded(path: Path) -> bytes:
     """Return the bytes of a file that should be small.
 
     Raises:
@@ -166,29 +165,29 @@ def bounded(path: Path) -> bytes:
     with path.open("rb") as file:
         data = file.read(LIMIT + 1)
     if len(data) > LIMIT:
-        raise _wrong(path, f"it is larger than {LIMIT >> 20} MiB")
+        raise _kit_error(path, f"it is larger than {LIMIT >> 20} MiB")
     return data
 
 
-def _from_folder(path: Path) -> tuple[bytes | None, bytes | None]:
+def _read_kit_folder(path: Path) -> tuple[bytes | None, bytes | None]:
     folder = path if (path / META).is_file() else path / "data"
     meta, truth = folder / META, folder / TRUTH
     return (
-        bounded(meta) if meta.is_file() else None,
-        bounded(truth) if truth.is_file() else None,
+        read_bounded(meta) if meta.is_file() else None,
+        read_bounded(truth) if truth.is_file() else None,
     )
 
 
-def _from_archive(path: Path) -> tuple[bytes | None, bytes | None]:
+def _read_kit_archive(path: Path) -> tuple[bytes | None, bytes | None]:
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     if packed:
         with gzip.open(path) as stream:
             data = stream.read(LIMIT + 1)
         if len(data) > LIMIT:
-            raise _wrong(path, f"it unpacks to more than {LIMIT >> 20} MiB")
+            raise _kit_error(path, f"it unpacks to more than {LIMIT >> 20} MiB")
     else:
-        data = bounded(path)
+        data = read_bounded(path)
     found: dict[str, bytes] = {}
     for member in read_members(io.BytesIO(data), str(path)):
         if member.regular:
@@ -197,7 +196,7 @@ def _from_archive(path: Path) -> tuple[bytes | None, bytes | None]:
     return found.get(META), found.get(TRUTH)
 
 
-def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
+def _read_synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
     """Return ILSVRC2012_ID -> WordNet id, and WordNet id -> words, of the synsets at the bottom."""
     wnids: dict[int, str] = {}
     titles: dict[str, str] = {}
@@ -211,13 +210,13 @@ def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
             wnids[int(number)] = wnid
             titles[wnid] = escape(str(synset["words"] or wnid))
     except (ValueError, KeyError, OverflowError) as error:
-        raise _wrong(path, f"{META}: {escape(str(error))}") from error
+        raise _kit_error(path, f"{META}: {escape(str(error))}") from error
     if not wnids:
-        raise _wrong(path, f"{META} names no synsets")
+        raise _kit_error(path, f"{META} names no synsets")
     return wnids, titles
 
 
-def _wrong(path: Path, what: str) -> UsageError:
+def _kit_error(path: Path, what: str) -> UsageError:
     return UsageError(
         f"development kit {escape(str(path))} cannot be used ({what}); "
         "give ILSVRC2012_devkit_t12.tar.gz as it was downloaded"
@@ -252,7 +251,7 @@ class GroundTruth:
     """Class -> readable name, of those that have one."""
 
 
-def stem(name: str) -> str:
+def strip_ending(name: str) -> str:
     """Return the name of an image without its folder and ending, as lists have it."""
     name = name.rpartition("/")[2]
     for ending in PICTURE_ENDINGS:
@@ -261,19 +260,19 @@ def stem(name: str) -> str:
     return name
 
 
-def numbered(place: int) -> str:
+def validation_stem(place: int) -> str:
     """Return the stem of ILSVRC's validation image `place`, counted from 0."""
     return f"ILSVRC2012_val_{place + 1:08d}"
 
 
-def is_kit(name: str) -> bool:
+def is_kit_name(name: str) -> bool:
     """Whether a folder or a tar of this name is ILSVRC's kit, and no class."""
     return name.startswith(DEVKIT)
 
 
-def is_list(name: str) -> bool:
+def is_list_name(name: str) -> bool:
     """Whether a file of this name is one of the lists, which are nothing to reject."""
-    return is_kit(name) or name in (SOLUTION, *TITLES) or name.endswith(SYNSET_LABELS)
+    return is_kit_name(name) or name in (SOLUTION, *TITLES) or name.endswith(SYNSET_LABELS)
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
@@ -293,10 +292,10 @@ def read_ground_truth(path: Path) -> GroundTruth:
         kit = read_devkit(path)
         if not kit.truth:
             raise UsageError(f"labels {escape(str(path))} lack {TRUTH}; {GIVE_LABELS}")
-        labels = {numbered(place): wnid for place, wnid in enumerate(kit.truth)}
+        labels = {validation_stem(place): wnid for place, wnid in enumerate(kit.truth)}
         return GroundTruth(path, labels, tuple(sorted(kit.wnids.values())), kit.titles)
     if path.is_dir():
-        found = next(_candidates(path), None)
+        found = next(_find_labels(path), None)
         if found is None:
             raise UsageError(f"folder {escape(str(path))} holds no labels; {GIVE_LABELS}")
         return read_ground_truth(found)
@@ -305,8 +304,8 @@ def read_ground_truth(path: Path) -> GroundTruth:
 
 def find_ground_truth(source: Path) -> GroundTruth | None:
     """Return the labels that lie in or beside a source, or None."""
-    for folder in beside(source):
-        for path in _candidates(folder):
+    for folder in list_folders(source):
+        for path in _find_labels(folder):
             return read_ground_truth(path)
     return None
 
@@ -314,11 +313,11 @@ def find_ground_truth(source: Path) -> GroundTruth | None:
 def find_titles(source: Path, classes: Sequence[str]) -> dict[str, str]:
     """Return readable names of `classes` (WordNet ids) from lists in or beside a source."""
     wanted = {name for name in classes if _WNID.fullmatch(name)}
-    for folder in beside(source) if wanted else ():
-        paths = [*_kits(folder), *(folder / name for name in TITLES)]
+    for folder in list_folders(source) if wanted else ():
+        paths = [*_find_kits(folder), *(folder / name for name in TITLES)]
         for path in filter(Path.exists, paths):
             try:
-                titles = read_devkit(path).titles if is_devkit(path) else _titles(path)
+                titles = read_devkit(path).titles if is_devkit(path) else _read_titles(path)
             except UsageError:
                 continue  # a nicety, and perhaps a file that has nothing to do with us
             if wanted & titles.keys():
@@ -326,7 +325,7 @@ def find_titles(source: Path, classes: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def beside(source: Path) -> Iterator[Path]:
+def list_folders(source: Path) -> Iterator[Path]:
     """Yield the folders in which lists about a source may lie, the nearest first."""
     source = source.absolute()
     if source.is_dir():
@@ -336,14 +335,14 @@ def beside(source: Path) -> Iterator[Path]:
         yield from source.parent.parents[:3]
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    yield from _kits(folder)
+def _find_labels(folder: Path) -> Iterator[Path]:
+    yield from _find_kits(folder)
     if (folder / SOLUTION).is_file():
         yield folder / SOLUTION
     yield from sorted(folder.glob(f"*{SYNSET_LABELS}"))
 
 
-def _kits(folder: Path) -> Iterator[Path]:
+def _find_kits(folder: Path) -> Iterator[Path]:
     for ending in (".tar.gz", ".tgz", ".tar", ""):
         if is_devkit(path := folder / f"{DEVKIT}{ending}"):
             yield path
@@ -351,17 +350,17 @@ def _kits(folder: Path) -> Iterator[Path]:
 
 def _read_list(path: Path) -> GroundTruth:
     """Read Kaggle's solution, a list of WordNet ids, or one of names and WordNet ids."""
-    lines = _lines(path)
+    lines = _read_lines(path)
     while lines and not lines[-1]:
         del lines[-1]
     if lines and lines[0].lower().startswith("imageid,"):
         del lines[0]
     if not lines:
         raise UsageError(f"labels {escape(str(path))} are empty; {GIVE_LABELS}")
-    in_order = len(_words(lines[0])) == 1
+    in_order = len(_split_words(lines[0])) == 1
     labels: dict[str, str] = {}
     for place, line in enumerate(lines):
-        words = _words(line)
+        words = _split_words(line)
         if not in_order and len(words) == 1 and line.endswith(","):
             continue  # named without a class: the image will be missed, and rejected
         if not words or (len(words) == 1) != in_order or not is_class(words[not in_order]):
@@ -369,7 +368,9 @@ def _read_list(path: Path) -> GroundTruth:
                 f"labels {escape(str(path))} have a line {line[:80]!r}, which names no "
                 f"class; {GIVE_LABELS}"
             )
-        name, class_name = (numbered(place), words[0]) if in_order else (stem(words[0]), words[1])
+        name, class_name = (
+            (validation_stem(place), words[0]) if in_order else (strip_ending(words[0]), words[1])
+        )
         if labels.setdefault(name, class_name) != class_name:
             raise UsageError(
                 f"labels {escape(str(path))} have two classes for {escape(name)}, "
@@ -378,18 +379,18 @@ def _read_list(path: Path) -> GroundTruth:
     return GroundTruth(path, labels, tuple(sorted(set(labels.values()))))
 
 
-def _words(line: str) -> list[str]:
+def _split_words(line: str) -> list[str]:
     return line.replace(",", " ").split()
 
 
-def _titles(path: Path) -> dict[str, str]:
-    matches = (_TITLE.fullmatch(line) for line in _lines(path))
+def _read_titles(path: Path) -> dict[str, str]:
+    matches = (_TITLE.fullmatch(line) for line in _read_lines(path))
     return {match[1]: escape(match[2]) for match in matches if match}
 
 
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     try:
-        text = bounded(path).decode("utf-8-sig")
+        text = read_bounded(path).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(
             f"list {escape(str(path))} cannot be read ({error.strerror}); mend it"

@@ -1,11 +1,7 @@
-"""What a scan of a source finds: one row an image, kept in files, so that memory stays small.
+"""The listing of a source: one row an image, kept in mapped files, so that memory stays small.
 
 Fourteen million images are 24 bytes and a name each; they are written out as they are found and
 mapped back, so that neither the scan nor the plan grows with the set.
-
-How large an image may be before it is not even read.
-
-What the name of a file, or the word of a list, may be.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), 
 `place` is an offset in a tar, a row of a parquet file, and 0 for a file in a folder. `size` is
 `WHOLE` where the container alone knows it."""
 
-WHOLE = -1
+WHOLE_FILE = -1
 
 
 Rows = npt.NDArray[np.void]
@@ -62,7 +58,7 @@ class Unreadable(Exception):
     """One image that its container cannot give; the message is the reason, one line."""
 
 
-class Reader(Protocol):
+class SourceReader(Protocol):
     """Reads images out of one container; fastest in the order of the listing."""
 
     def read(self, name: str, place: int, size: int) -> bytes:
@@ -186,7 +182,7 @@ class ListingWriter:
             rows["label"] = [self._class(name) for name in classes]
         if places is not None:
             rows["place"] = places
-        rows["size"] = WHOLE if sizes is None else sizes
+        rows["size"] = WHOLE_FILE if sizes is None else sizes
         encoded = [name.encode(*ENCODING) for name in names]
         ends = np.cumsum([len(name) for name in encoded], dtype=np.uint64) + np.uint64(self._end)
         self._rows.write(rows.tobytes())
@@ -232,10 +228,10 @@ class ListingWriter:
         return Listing(
             source=self._source,
             containers=tuple(self._containers),
-            rows=_mapped(self._scratch / "rows.bin", ROW_DTYPE),
+            rows=_map_file(self._scratch / "rows.bin", ROW_DTYPE),
             names=Names(
-                _mapped(self._scratch / "names.bin", np.dtype(np.uint8)),
-                _mapped(self._scratch / "ends.bin", np.dtype(np.uint64)),
+                _map_file(self._scratch / "names.bin", np.dtype(np.uint8)),
+                _map_file(self._scratch / "ends.bin", np.dtype(np.uint64)),
             ),
             classes=names,
             titles=None if titles is None else tuple(titles),
@@ -270,7 +266,7 @@ class ListingWriter:
             )
 
 
-BLOCK = 1 << 20
+ROWS_AT_A_TIME = 1 << 20
 """Rows handled at a time where a whole column would be large."""
 
 
@@ -280,7 +276,7 @@ def _relabel(path: Path, seen: list[str], names: tuple[str, ...]) -> npt.NDArray
     table = np.array([places[name] for name in seen], np.int32)
     counts = np.zeros(len(names), np.int64)
     with path.open("r+b") as file:  # not mapped: its pages would count as our memory
-        while len(rows := np.fromfile(file, ROW_DTYPE, BLOCK)):
+        while len(rows := np.fromfile(file, ROW_DTYPE, ROWS_AT_A_TIME)):
             rows["label"] = table[rows["label"]]
             counts += np.bincount(rows["label"], minlength=len(names))
             file.seek(-rows.nbytes, 1)
@@ -289,20 +285,20 @@ def _relabel(path: Path, seen: list[str], names: tuple[str, ...]) -> npt.NDArray
     return counts
 
 
-def _mapped(path: Path, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
+def _map_file(path: Path, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
     if path.stat().st_size == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")
 
 
-MOST_BYTES = 256 << 20
+MOST_IMAGE_BYTES = 256 << 20
 """An image larger than this is not read: memory must not depend on what a source claims."""
 
 
 def refuse_if_too_large(size: int) -> None:
     """Raise `Unreadable` for an image that is too large to be held in memory."""
-    if size > MOST_BYTES:
-        raise Unreadable(f"too large: {size:,} bytes, {MOST_BYTES:,} are read at most")
+    if size > MOST_IMAGE_BYTES:
+        raise Unreadable(f"too large: {size:,} bytes, {MOST_IMAGE_BYTES:,} are read at most")
 
 
 NO_PICTURE = "no image: unknown file ending"

@@ -2,8 +2,6 @@
 
 SRC.parquet    SRC/*.parquet    SRC/data/train-00000-of-00294.parquet    s3://bucket/*.parquet
 
-Which columns of a parquet file hold images and labels, in the layouts of Hugging Face.
-
 Images are a column `struct<bytes: binary, path: string>` or plain `binary`; labels are numbers,
 whose names the schema's metadata may hold (`ClassLabel`), or text.
 """
@@ -20,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import RetryPolicy, Unreachable, hide_credentials
-from pipeline.sources.classes import Labels
+from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import Listing, ListingWriter
-from pipeline.sources.paths import each, find, is_remote, of_split, open_file
+from pipeline.sources.paths import find_files, is_remote, open_file, scan_each, select_split
 from pipeline.tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ bytes of good ones."""
 
 
 @dataclass(frozen=True)
-class Columns:
+class ParquetColumns:
     """Where a file keeps what is wanted."""
 
     image: str
@@ -59,13 +57,13 @@ class Columns:
     """Names of the numbers, where the file has them."""
 
 
-def in_a_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of what pyarrow says."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
-def opened(address: str, policy: RetryPolicy | None = None) -> Iterator[pq.ParquetFile]:
+def open_for_reading(address: str, policy: RetryPolicy | None = None) -> Iterator[pq.ParquetFile]:
     """Open a parquet file of a disk or a store.
 
     Raises:
@@ -92,7 +90,7 @@ def open_parquet(address: str, policy: RetryPolicy | None = None) -> pq.ParquetF
     )
 
 
-def find_columns(file: pq.ParquetFile, address: str) -> Columns:
+def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
     """Say which columns are images and labels.
 
     Raises:
@@ -101,8 +99,8 @@ def find_columns(file: pq.ParquetFile, address: str) -> Columns:
     schema = file.schema_arrow
     features = _features(schema)
     fields = {field.name: field for field in schema}
-    image = _first(IMAGES, fields, features, "Image", _holds_bytes)
-    label = _first(LABELS, fields, features, "ClassLabel", _is_label)
+    image = _find_field(IMAGES, fields, features, "Image", _holds_bytes)
+    label = _find_field(LABELS, fields, features, "ClassLabel", _is_label)
     if image is None or label is None:
         lacks = "images (struct<bytes, path> or binary)" if image is None else "labels"
         known = IMAGES if image is None else LABELS
@@ -115,13 +113,13 @@ def find_columns(file: pq.ParquetFile, address: str) -> Columns:
     struct = image.type if _is_struct(image.type) else None
     path = struct is not None and struct.get_field_index("path") >= 0
     names = features.get(label.name, {}).get("names")
-    return Columns(
+    return ParquetColumns(
         image=image.name,
         in_struct=struct is not None,
         has_path=path and _is_text(struct.field("path").type) if struct is not None else False,
         label=label.name,
         numbers=not _is_text(label.type),
-        names=_texts(names),
+        names=_to_names(names),
     )
 
 
@@ -136,7 +134,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in found.items() if isinstance(value, dict)}
 
 
-def _first(known: tuple[str, ...], fields: Any, features: Any, kind: str, fits: Any) -> Any:
+def _find_field(known: tuple[str, ...], fields: Any, features: Any, kind: str, fits: Any) -> Any:
     """Return the field with a known name, else the only one that its features call `kind`."""
     for name in known:
         if name in fields and fits(fields[name].type):
@@ -181,7 +179,7 @@ def _is_label(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind)) or _is_text(kind)
 
 
-def _texts(names: object) -> tuple[str, ...] | None:
+def _to_names(names: object) -> tuple[str, ...] | None:
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
     return None
@@ -196,7 +194,7 @@ ROWS = 1 << 15
 LONGEST_NAME = 200
 
 
-class _Rows(NamedTuple):
+class _LabelRows(NamedTuple):
     """Labels of some rows that follow each other in a file."""
 
     address: str
@@ -204,12 +202,12 @@ class _Rows(NamedTuple):
     names: list[str]
     labels: list[int] | list[str]
     """Numbers, negative without a label, or words, empty without."""
-    columns: Columns
+    columns: ParquetColumns
 
 
 def is_parquet(source: str) -> bool:
     """Say whether a source is a parquet file, a folder of them, a glob or a brace range."""
-    if find(source, ENDING) is not None:
+    if find_files(source, ENDING) is not None:
         return True
     if is_remote(source) or not os.path.isfile(source):  # noqa: PTH113 - it may be a long range
         return False
@@ -232,15 +230,17 @@ def scan_parquet(
         UsageError: a file that is no parquet, or lacks images or labels; what the writer finds.
         StoreError: the store does not give a file.
     """
-    files = find(source, ENDING)
-    addresses = (str(Path(source).absolute()),) if files is None else of_split(files, split, source)
-    labels: Labels | None = None
+    files = find_files(source, ENDING)
+    addresses = (
+        (str(Path(source).absolute()),) if files is None else select_split(files, split, source)
+    )
+    labels: LabelMapper | None = None
     names: tuple[str, ...] | None = None
     container, current = -1, ""
-    for rows in each(addresses, _scan_file, is_remote(source)):
+    for rows in scan_each(addresses, _scan_file, is_remote(source)):
         if labels is None:
             names = rows.columns.names
-            labels = Labels(source, names, classes, titles=names)
+            labels = LabelMapper(source, names, classes, titles=names)
         if rows.columns.names != names:
             raise UsageError(
                 f"parquet file {hide_credentials(rows.address)} names its classes differently from "
@@ -249,10 +249,10 @@ def scan_parquet(
         if rows.address != current:
             container, current = writer.container("parquet", rows.address), rows.address
         _add(rows, container, writer, labels)
-    return (labels or Labels(source, None, classes)).finish(writer)
+    return (labels or LabelMapper(source, None, classes)).finish(writer)
 
 
-def _add(rows: _Rows, container: int, writer: ListingWriter, labels: Labels) -> None:
+def _add(rows: _LabelRows, container: int, writer: ListingWriter, labels: LabelMapper) -> None:
     classes, names, places = [], [], []
     for place, (name, label) in enumerate(zip(rows.names, rows.labels, strict=True), rows.first):
         if isinstance(label, str) and label:
@@ -267,36 +267,36 @@ def _add(rows: _Rows, container: int, writer: ListingWriter, labels: Labels) -> 
     writer.add(container, classes, names, places)
 
 
-def _scan_file(address: str) -> Iterator[_Rows]:
+def _scan_file(address: str) -> Iterator[_LabelRows]:
     """Yield the labels of a file, `ROWS` at a time."""
     import pyarrow as pa
 
     try:
-        yield from _rows_of(address)
+        yield from _read_rows(address)
     except Unreachable:
         raise
     except (pa.ArrowException, *DAMAGE) as error:
         raise UsageError(
-            f"parquet file {hide_credentials(address)} cannot be read ({in_a_line(error)}); "
+            f"parquet file {hide_credentials(address)} cannot be read ({first_line(error)}); "
             "it must be whole"
         ) from error
 
 
-def _rows_of(address: str) -> Iterator[_Rows]:
-    with opened(address) as file:
+def _read_rows(address: str) -> Iterator[_LabelRows]:
+    with open_for_reading(address) as file:
         columns = find_columns(file, address)
         wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
         seen: set[int] = set()
         first = 0
         for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
-            names = _names(batch, columns, first, seen)
-            yield _Rows(address, first, names, _labels(batch, columns), columns)
+            names = _make_names(batch, columns, first, seen)
+            yield _LabelRows(address, first, names, _read_labels(batch, columns), columns)
             first += batch.num_rows
         if first != file.metadata.num_rows:
             raise OSError(f"{first} rows instead of {file.metadata.num_rows}")
 
 
-def _labels(batch: pa.RecordBatch, columns: Columns) -> list[int] | list[str]:
+def _read_labels(batch: pa.RecordBatch, columns: ParquetColumns) -> list[int] | list[str]:
     import pyarrow as pa
 
     column = batch.column(batch.schema.get_field_index(columns.label))
@@ -306,7 +306,9 @@ def _labels(batch: pa.RecordBatch, columns: Columns) -> list[int] | list[str]:
     return [(word or "").strip() for word in column.to_pylist()]
 
 
-def _names(batch: pa.RecordBatch, columns: Columns, first: int, seen: set[int]) -> list[str]:
+def _make_names(
+    batch: pa.RecordBatch, columns: ParquetColumns, first: int, seen: set[int]
+) -> list[str]:
     """Return unique names of rows: the path that stands there, or else the row's number."""
     paths: list[str | None] = [None] * batch.num_rows
     if columns.has_path:

@@ -1,4 +1,4 @@
-"""Which files a source names: a path or an address, a folder, a glob or a brace range of them.
+"""The files that a source names: a path or an address, a folder, a glob or a brace range.
 
 /data/train-{000000..001280}.tar    s3://bucket/set/*.parquet    https://host/train-00.tar
 """
@@ -49,7 +49,7 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 
-class Files(NamedTuple):
+class SourceFiles(NamedTuple):
     """Files that a source names, in the order in which they are read."""
 
     addresses: tuple[str, ...]
@@ -68,12 +68,12 @@ def base_name(address: str) -> str:
     return address.rstrip("/").rpartition("/")[2]
 
 
-def beside(address: str, name: str) -> str:
+def sibling_address(address: str, name: str) -> str:
     """Return the path or address of file `name` in the same folder as the file at `address`."""
     return f"{address.rstrip('/').rpartition('/')[0]}/{name}"
 
 
-def find(source: str, ending: str) -> Files | None:
+def find_files(source: str, ending: str) -> SourceFiles | None:
     """Return the files with this ending (`.tar`) that a source names, or None if it names none.
 
     A folder names those in it, or else in its folder `data`, or else in its folders `train`,
@@ -89,24 +89,24 @@ def find(source: str, ending: str) -> Files | None:
     if is_remote(source):
         return _find_remote(source, ending, pattern)
     if os.path.isdir(source):  # noqa: PTH112 - Path.is_dir fails over a long range of names
-        return _in_folders(os.path.abspath(source), ending, _list_local)
+        return _find_in_folders(os.path.abspath(source), ending, _list_local)
     if os.path.exists(source):  # noqa: PTH110
         named = source.lower().endswith(ending)
-        return Files((os.path.abspath(source),), None) if named else None
+        return SourceFiles((os.path.abspath(source),), None) if named else None
     if not pattern:
         return None
     found = []
-    for name in _braces(source):
+    for name in _expand_braces(source):
         if any(mark in name for mark in "*?["):
             found += sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - any root
         elif os.path.exists(name) or not name.lower().endswith(ending):  # noqa: PTH110
             found.append(name)
         else:
             raise UsageError(f"source {source} names {name}, which does not exist; mend the range")
-    return _files((os.path.abspath(name) for name in found), ending, None)
+    return _select_files((os.path.abspath(name) for name in found), ending, None)
 
 
-def of_split(files: Files, split: str, source: str) -> tuple[str, ...]:
+def select_split(files: SourceFiles, split: str, source: str) -> tuple[str, ...]:
     """Return the files of one split, told by the words `train`, `val`, `test` in their names.
 
     Files that were named by themselves are taken as they are if all are of one split, and so are
@@ -117,7 +117,7 @@ def of_split(files: Files, split: str, source: str) -> tuple[str, ...]:
     """
     inside = len(files.folder) + 1 if files.folder else None
     splits = [
-        split_of(base_name(address) if inside is None else address[inside:])
+        detect_split(base_name(address) if inside is None else address[inside:])
         for address in files.addresses
     ]
     known = sorted({name for name in splits if name})
@@ -144,7 +144,7 @@ def of_split(files: Files, split: str, source: str) -> tuple[str, ...]:
     return chosen
 
 
-def split_of(name: str) -> str | None:
+def detect_split(name: str) -> str | None:
     """Return the split that a file (`train-00.tar`, `train/00.tar`) belongs to by its name."""
     for part in reversed(name.split("/")):
         for word in re.split(r"[^a-z]+", part.lower()):
@@ -177,7 +177,9 @@ def read_small(address: str, limit: int) -> bytes | None:
         return None
 
 
-def each(items: Iterable[Item], do: Callable[[Item], Iterator[T]], remote: bool) -> Iterator[T]:
+def scan_each(
+    items: Iterable[Item], do: Callable[[Item], Iterator[T]], remote: bool
+) -> Iterator[T]:
     """Yield what `do` yields for each item, in their order; items of a store several at a time.
 
     Of a store, what `do` yields is held in memory for `THREADS` items.
@@ -199,13 +201,13 @@ def each(items: Iterable[Item], do: Callable[[Item], Iterator[T]], remote: bool)
         begin(1)
 
 
-def _find_remote(source: str, ending: str, pattern: bool) -> Files | None:
+def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     system, path = open_filesystem(source)
     safe = hide_credentials(source)
     web = source.startswith(("http://", "https://"))
     if pattern:
         found: list[str] = []
-        for name in _braces(source):
+        for name in _expand_braces(source):
             if any(mark in name for mark in "*?["):
                 if web:
                     raise UsageError(
@@ -216,20 +218,20 @@ def _find_remote(source: str, ending: str, pattern: bool) -> Files | None:
                 found += [system.unstrip_protocol(hit) for hit in sorted(hits)]
             else:
                 found.append(name)
-        return _files(found, ending, None)
+        return _select_files(found, ending, None)
     if path.lower().endswith(ending):
-        return Files((source,), None)
+        return SourceFiles((source,), None)
     if web or Path(path).suffix:  # a file of another kind
         return None
 
     def listed(folder: str) -> list[str]:
-        names = retry(lambda: _listing(system, folder), safe, RetryPolicy())
+        names = retry(lambda: _list_store(system, folder), safe, RetryPolicy())
         return [system.unstrip_protocol(name) for name in names]
 
-    return _in_folders(source.rstrip("/"), ending, listed)
+    return _find_in_folders(source.rstrip("/"), ending, listed)
 
 
-def _listing(system: object, folder: str) -> list[str]:
+def _list_store(system: object, folder: str) -> list[str]:
     """Names in a folder of a store; none if it is not there."""
     try:
         return [str(name) for name in system.ls(folder, detail=False)]  # type: ignore[attr-defined]
@@ -244,28 +246,30 @@ def _list_local(folder: str) -> list[str]:
         return []
 
 
-def _in_folders(folder: str, ending: str, listed: Callable[[str], list[str]]) -> Files | None:
+def _find_in_folders(
+    folder: str, ending: str, listed: Callable[[str], list[str]]
+) -> SourceFiles | None:
     inside = listed(folder)
-    found = _files(sorted(inside), ending, folder)
+    found = _select_files(sorted(inside), ending, folder)
     names = {base_name(name) for name in inside}
     if found is None and "data" in names:
-        found = _files(sorted(listed(f"{folder}/data")), ending, folder)
+        found = _select_files(sorted(listed(f"{folder}/data")), ending, folder)
     if found is None:
         below = [sorted(listed(f"{folder}/{name}")) for name in sorted(names & set(_SPLIT_WORDS))]
-        found = _files(itertools.chain(*below), ending, folder)
+        found = _select_files(itertools.chain(*below), ending, folder)
     return found
 
 
-def _files(names: Iterable[str], ending: str, folder: str | None) -> Files | None:
+def _select_files(names: Iterable[str], ending: str, folder: str | None) -> SourceFiles | None:
     chosen = tuple(
         name
         for name in names
         if name.lower().endswith(ending) and not base_name(name).startswith(".")
     )
-    return Files(chosen, folder) if chosen else None
+    return SourceFiles(chosen, folder) if chosen else None
 
 
-def _braces(source: str) -> list[str]:
+def _expand_braces(source: str) -> list[str]:
     """Expand `{a,b}` and `{000..146}`, as webdataset does."""
     safe = hide_credentials(source)
     # The library writes a range out before it yields the first name.

@@ -1,7 +1,4 @@
-"""Reads images out of folders, tars and parquet files, on a disk or in a store.
-
-Reads images out of the rows of a parquet file, forward, a few rows in memory at a time.
-"""
+"""Readers of image bytes: from folders, tars and parquet files, on a disk or in a store."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ import numpy as np
 from pipeline.dataset.tar import ENCODING, escape
 from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import RetryPolicy, Unreachable
-from pipeline.sources.listing import Container, Reader, Unreadable, refuse_if_too_large
-from pipeline.sources.parquet import DAMAGE, find_columns, in_a_line, open_parquet
+from pipeline.sources.listing import Container, SourceReader, Unreadable, refuse_if_too_large
+from pipeline.sources.parquet import DAMAGE, find_columns, first_line, open_parquet
 from pipeline.sources.paths import is_remote
 
 if TYPE_CHECKING:
@@ -52,7 +49,7 @@ class ParquetReader:
         except (pa.ArrowException, *DAMAGE) as error:
             if isinstance(error, OSError):
                 raise
-            raise OSError(f"{address} is no whole parquet file ({in_a_line(error)})") from error
+            raise OSError(f"{address} is no whole parquet file ({first_line(error)})") from error
         self._columns = find_columns(self._file, address)
         meta = self._file.metadata
         rows = (meta.row_group(group).num_rows for group in range(meta.num_row_groups))
@@ -120,14 +117,14 @@ class ParquetReader:
                 # Bytes that cannot be unpacked are an OSError to Arrow, but one without a number.
                 if isinstance(error, Unreachable) or getattr(error, "errno", None) is not None:
                     raise
-                self._damage = in_a_line(error)
+                self._damage = first_line(error)
         raise Unreadable(f"cannot be read from its row group: {self._damage}")
 
 
-_NOT_THE_PICTURES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)
+_SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)
 
 
-def open_reader(container: Container, policy: RetryPolicy | None = None) -> Reader:
+def open_reader(container: Container, policy: RetryPolicy | None = None) -> SourceReader:
     """Open what holds images.
 
     Args:
@@ -169,7 +166,7 @@ class FolderReader:
             finally:
                 os.close(file)
         except OSError as error:
-            if error.errno in _NOT_THE_PICTURES_FAULT:
+            if error.errno in _SYSTEM_ERRORS:
                 raise
             os.scandir(self._folder).close()  # raises if the whole folder went away
             raise Unreadable(f"cannot be read: {error.strerror}") from error

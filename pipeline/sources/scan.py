@@ -1,4 +1,4 @@
-"""Finds out by looking what a source is, and lists its images."""
+"""Detects the kind of a source and lists its images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipeline.sources.folders import (
     add_flat_folder,
     add_flat_tar,
     add_folder,
-    labels_for,
-    look_into,
-    loose_in_folder,
-    loose_in_tar,
+    find_loose_in_folder,
+    find_loose_in_tar,
+    list_folder,
+    read_labels,
 )
-from pipeline.sources.imagenet import GroundTruth, find_titles, is_kit
+from pipeline.sources.imagenet import GroundTruth, find_titles, is_kit_name
 from pipeline.sources.listing import Listing, ListingWriter, is_image
 from pipeline.sources.parquet import is_parquet, scan_parquet
 from pipeline.sources.paths import is_remote
@@ -63,19 +63,19 @@ def scan(
     source = source.removeprefix("file://")
     writer = ListingWriter(scratch, source)
     try:
-        if (listing := _with_labels(source, writer, split, classes)) is not None:
-            return _unlabelled(listing, labels)
+        if (listing := _scan_labelled(source, writer, split, classes)) is not None:
+            return _refuse_labels(listing, labels)
         if is_remote(source):
             raise UsageError(
                 f"source {escape(hide_credentials(source))} is an address, but not of parquet "
                 "files or WebDataset shards; fetch it first, and name the local copy"
             )
-        path = split_of(Path(source), split)
+        path = find_split(Path(source), split)
         # What lies in the part may be of another kind than what lies around it.
         if path != Path(source):
-            listing = _with_labels(str(path), writer, split, classes)
+            listing = _scan_labelled(str(path), writer, split, classes)
         if listing is not None:
-            return _unlabelled(listing, labels)
+            return _refuse_labels(listing, labels)
         return _scan_local(path, writer, classes, labels)
     except DuetError:  # a store that does not answer is an OSError, too
         raise
@@ -88,17 +88,17 @@ def scan(
         ) from error
 
 
-def other_split(source: str) -> str | None:
+def find_other_split(source: str) -> str | None:
     """Return the validation part that a training source holds besides, for a hint."""
     path = Path(source.removeprefix("file://"))
     try:
-        train, val = split_of(path, "train"), split_of(path, "val")
+        train, val = find_split(path, "train"), find_split(path, "val")
     except (UsageError, OSError):
         return None
     return None if train == val else str(val)
 
 
-def split_of(source: Path, split: SplitName) -> Path:
+def find_split(source: Path, split: SplitName) -> Path:
     """Return the folder or tar of one split, where a source holds several; else the source.
 
     Raises:
@@ -114,7 +114,7 @@ def split_of(source: Path, split: SplitName) -> Path:
         if (root / "Data" / "CLS-LOC").is_dir():
             source = root / "Data" / "CLS-LOC"
             break
-    inside = look_into(source)
+    inside = list_folder(source)
     found = {
         name: [
             *(entry for entry in inside.files if entry == f"ILSVRC2012_img_{name}.tar"),
@@ -136,7 +136,7 @@ def split_of(source: Path, split: SplitName) -> Path:
     return source / found[split][0]
 
 
-def _with_labels(
+def _scan_labelled(
     source: str, writer: ListingWriter, split: SplitName, classes: Sequence[str] | None
 ) -> Listing | None:
     """List a source whose images come with their labels: no folder or tar is their class."""
@@ -151,10 +151,10 @@ def _scan_local(
     source: Path, writer: ListingWriter, classes: Sequence[str] | None, labels: str | None
 ) -> Listing:
     """List folders and tars."""
-    loose = loose_in_tar(source) if source.is_file() else loose_in_folder(source)
+    loose = find_loose_in_tar(source) if source.is_file() else find_loose_in_folder(source)
     truth: GroundTruth | None = None
     if loose is not None:
-        truth = labels_for(source, loose, labels)
+        truth = read_labels(source, loose, labels)
         (add_flat_tar if source.is_file() else add_flat_folder)(source, truth, writer)
         listing = writer.finish(truth.classes if classes is None else classes)
     else:
@@ -162,7 +162,7 @@ def _scan_local(
             add_tar(source, writer)
         else:
             _add_classes(source, writer)
-        listing = _unlabelled(writer.finish(classes), labels)
+        listing = _refuse_labels(writer.finish(classes), labels)
     titles = (truth.titles if truth else {}) or find_titles(source, listing.classes)
     if not titles:
         return listing
@@ -171,9 +171,9 @@ def _scan_local(
 
 def _add_classes(source: Path, writer: ListingWriter) -> None:
     """Add a folder that holds a folder or a tar per class."""
-    inside = look_into(source)
-    folders = [name for name in inside.folders if not is_kit(name)]
-    tars = [name for name in inside.files if name.endswith(".tar") and not is_kit(name)]
+    inside = list_folder(source)
+    folders = [name for name in inside.folders if not is_kit_name(name)]
+    tars = [name for name in inside.files if name.endswith(".tar") and not is_kit_name(name)]
     for name in inside.files:
         if is_image(name):
             raise UsageError(
@@ -210,7 +210,7 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
             add_folder(source / name, class_name, writer)
 
 
-def _unlabelled(listing: Listing, labels: str | None) -> Listing:
+def _refuse_labels(listing: Listing, labels: str | None) -> Listing:
     """Refuse labels for images that have theirs already: which of them to believe?"""
     if labels is not None:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Tars of images, read where they lie: one a class, a tar of such tars, or folders in a tar.
+"""Lists tars of images: one a class, a tar of such tars, or folders in a tar.
 
 The images of a tar inside a tar are byte ranges of the outer one, so nothing is unpacked.
 """
@@ -24,7 +24,7 @@ BATCH = 1 << 14
 """Images handed on at a time; memory does not grow with the tar."""
 
 
-class Found:
+class ImageBuffer:
     """Images of one container that are yet to be handed to the listing."""
 
     def __init__(self, writer: ListingWriter, container: int) -> None:
@@ -59,7 +59,7 @@ def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:
         UsageError: the tar is damaged or cannot be read.
     """
     address = os.path.abspath(path)
-    found = Found(writer, writer.container("tar", address))
+    found = ImageBuffer(writer, writer.container("tar", address))
     with open_tar(address) as file:
         _add_all(read_members(file, address), address, "", class_name, found, writer)
     found.flush()
@@ -72,20 +72,20 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
         UsageError: the tar is damaged or cannot be read, or an image lies outside a class.
     """
     address = os.path.abspath(path)
-    found = Found(writer, writer.container("tar", address))
+    found = ImageBuffer(writer, writer.container("tar", address))
     inner: set[str] = set()
     folder, class_name, above = "", "", ""
     with open_tar(address) as file:
-        for member in files_of(read_members(file, address), address, writer):
+        for member in select_files(read_members(file, address), address, writer):
             name = member.name
             at = name.rfind("/") + 1
             if name.endswith(".tar"):
                 _add_inner(file, address, member, inner, found, writer)
                 continue
             if name[:at] != folder:  # members of a class mostly follow one another
-                folder, class_name = name[:at], class_of(name)
+                folder, class_name = name[:at], get_class(name)
             if class_name not in ("", "..") and is_image(name):
-                above = _same_above(address, name, class_name, above)
+                above = _check_parent(address, name, class_name, above)
             if class_name == "..":
                 writer.reject(f"{address}/{name}", "no class: its folder is `..`")
             elif not name.lower().endswith(PICTURE_ENDINGS):
@@ -106,7 +106,7 @@ def _add_inner(
     address: str,
     outer: Member,
     known: set[str],
-    found: Found,
+    found: ImageBuffer,
     writer: ListingWriter,
 ) -> None:
     """Add the images of a tar inside a tar: one class."""
@@ -120,13 +120,13 @@ def _add_inner(
     _add_all(inside, address, f"{outer.name}/", class_name, found, writer)
 
 
-def _same_above(address: str, name: str, class_name: str, known: str) -> str:
+def _check_parent(address: str, name: str, class_name: str, known: str) -> str:
     """Return the folder that an image's class lies in (with a slash), the same for all classes.
 
     Raises:
         UsageError: it is another: which of the folders is the class, nobody knows.
     """
-    above = "/" + "/".join(part for part in _folders(name)[:-1] if part != "..")
+    above = "/" + "/".join(part for part in _split_folders(name)[:-1] if part != "..")
     if known and above != known:
         raise UsageError(
             f"tar {escape(address)} has classes in {escape(known)} and in {escape(above)} "
@@ -135,13 +135,13 @@ def _same_above(address: str, name: str, class_name: str, known: str) -> str:
     return above
 
 
-def _folders(name: str) -> list[str]:
+def _split_folders(name: str) -> list[str]:
     return [part for part in name.split("/")[:-1] if part not in ("", ".")]
 
 
-def class_of(name: str) -> str:
+def get_class(name: str) -> str:
     """Return the folder that a member lies in, "" if in none, ".." if that is all it says."""
-    return (_folders(name) or [""])[-1]
+    return (_split_folders(name) or [""])[-1]
 
 
 def open_tar(address: str) -> BinaryIO:
@@ -158,7 +158,7 @@ def open_tar(address: str) -> BinaryIO:
         ) from error
 
 
-def files_of(found: Iterator[Member], prefix: str, writer: ListingWriter) -> Iterator[Member]:
+def select_files(found: Iterator[Member], prefix: str, writer: ListingWriter) -> Iterator[Member]:
     """Yield the regular files that are not hidden; a link named as an image is rejected."""
     for member in found:
         name = member.name
@@ -175,11 +175,11 @@ def _add_all(
     address: str,
     prefix: str,
     class_name: str,
-    found: Found,
+    found: ImageBuffer,
     writer: ListingWriter,
 ) -> None:
     """Add all members of a tar that is one class."""
-    for name, offset, size, _ in files_of(inside, f"{address}/{prefix}".rstrip("/"), writer):
+    for name, offset, size, _ in select_files(inside, f"{address}/{prefix}".rstrip("/"), writer):
         if name.lower().endswith(PICTURE_ENDINGS):
             found.add(class_name, prefix + name, offset, size)
         else:

@@ -15,18 +15,18 @@ from typing import BinaryIO, NamedTuple
 from pipeline.dataset.samples import LABEL_ENDINGS, MAX_LABEL_BYTES, MemberLabel, parse_label
 from pipeline.dataset.tar import Member, escape, read_members
 from pipeline.remote.filesystem import hide_credentials
-from pipeline.sources.classes import Labels
+from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import PICTURE_ENDINGS, Listing, ListingWriter
 from pipeline.sources.paths import (
-    Files,
+    SourceFiles,
     base_name,
-    beside,
-    each,
-    find,
+    find_files,
     is_remote,
-    of_split,
     open_file,
     read_small,
+    scan_each,
+    select_split,
+    sibling_address,
 )
 from pipeline.tools.errors import UsageError
 
@@ -44,7 +44,7 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass
-class _Sample:
+class _SourceSample:
     """Members that follow each other and have the same key."""
 
     key: str
@@ -59,7 +59,7 @@ class _Sample:
     """A link or a device stood in the place of an image."""
 
 
-class _Picture(NamedTuple):
+class _LabelledImage(NamedTuple):
     name: str
     offset: int
     size: int
@@ -68,11 +68,11 @@ class _Picture(NamedTuple):
 
 
 @dataclass
-class _Part:
+class _ShardPart:
     """Some samples of a shard that follow each other."""
 
     address: str
-    pictures: list[_Picture] = field(default_factory=list)
+    pictures: list[_LabelledImage] = field(default_factory=list)
     rejects: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -85,13 +85,13 @@ def is_webdataset(source: str) -> bool:
         UsageError: a brace range that cannot be read, or a first tar that is damaged.
         OSError: the first tar cannot be opened.
     """
-    files = find(source, ENDING)
+    files = find_files(source, ENDING)
     if files is None:
         return False
     keys: set[str] = set()
     with open_file(files.addresses[0]) as file:
         for member in islice(read_members(file, files.addresses[0]), LOOK):
-            key, ending = _split(member.name)
+            key, ending = _split_name(member.name)
             if not member.regular or key is None:
                 continue
             if ending == "cls":
@@ -121,25 +121,25 @@ def scan_webdataset(
         UsageError: a damaged shard, labels that do not fit together; what the writer finds.
         OSError: a shard cannot be opened or read; of a store, `Unreachable`.
     """
-    files = find(source, ENDING)
+    files = find_files(source, ENDING)
     if files is None:
         raise UsageError(f"source {hide_credentials(source)} names no shards")
-    addresses, labels = _shards(files, source, split, classes)
+    addresses, labels = _select_shards(files, source, split, classes)
     container, current = -1, ""
     titles: dict[int, str] = {}
-    for part in each(addresses, _scan_shard, is_remote(source)):
+    for part in scan_each(addresses, _scan_shard, is_remote(source)):
         if part.address != current:
             container, current = writer.container("tar", part.address), part.address
-        _add(part, container, writer, labels, titles)
+        _add_part(part, container, writer, labels, titles)
     return labels.finish(writer, titles)
 
 
-def _shards(
-    files: Files, source: str, split: str, classes: Sequence[str] | None
-) -> tuple[tuple[str, ...], Labels]:
+def _select_shards(
+    files: SourceFiles, source: str, split: str, classes: Sequence[str] | None
+) -> tuple[tuple[str, ...], LabelMapper]:
     """Return the shards of a split, and what lies beside them about classes."""
     first = files.addresses[0]
-    text = read_small(beside(first, "manifest.json"), LARGEST_MANIFEST)
+    text = read_small(sibling_address(first, "manifest.json"), LARGEST_MANIFEST)
     try:
         table = json.loads(text or b"{}")
         names, titles = table["classes"], table.get("titles")
@@ -151,10 +151,12 @@ def _shards(
         inside = {name: {shard["name"] for shard in part["shards"]}
                   for name, part in table["splits"].items()}  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
-        listed = read_small(beside(first, "classes.txt"), LARGEST_MANIFEST)
+        listed = read_small(sibling_address(first, "classes.txt"), LARGEST_MANIFEST)
         lines = [line.strip() for line in (listed or b"").decode(errors="replace").splitlines()]
-        return of_split(files, split, source), Labels(source, [*filter(None, lines)], classes)
-    labels = Labels(source, names, classes, titles)
+        return select_split(files, split, source), LabelMapper(
+            source, [*filter(None, lines)], classes
+        )
+    labels = LabelMapper(source, names, classes, titles)
     if files.folder is None:
         return files.addresses, labels
     if split not in inside:
@@ -170,8 +172,12 @@ def _shards(
     return chosen, labels
 
 
-def _add(
-    part: _Part, container: int, writer: ListingWriter, labels: Labels, titles: dict[int, str]
+def _add_part(
+    part: _ShardPart,
+    container: int,
+    writer: ListingWriter,
+    labels: LabelMapper,
+    titles: dict[int, str],
 ) -> None:
     kept, classes = [], []
     for picture in part.pictures:
@@ -198,31 +204,31 @@ def _add(
         writer.reject(name, reason)
 
 
-def _scan_shard(address: str) -> Iterator[_Part]:
+def _scan_shard(address: str) -> Iterator[_ShardPart]:
     """Yield the samples of a shard, `SAMPLES` at a time."""
-    part = _Part(address)
+    part = _ShardPart(address)
     seen: set[int] = set()
     with open_file(address) as file:
-        for sample in _samples(file, address):
-            _judge(sample, part, seen)
+        for sample in _group_samples(file, address):
+            _choose_image(sample, part, seen)
             if len(part.pictures) + len(part.rejects) >= SAMPLES:
                 yield part
-                part = _Part(address)
+                part = _ShardPart(address)
     yield part
 
 
-def _samples(file: BinaryIO, address: str) -> Iterator[_Sample]:
+def _group_samples(file: BinaryIO, address: str) -> Iterator[_SourceSample]:
     """Group the members of a shard as webdataset does."""
-    sample: _Sample | None = None
+    sample: _SourceSample | None = None
     titled = True  # until a record beside a label has no readable name of the class
     for member in read_members(file, address):
-        key, ending = _split(member.name)
+        key, ending = _split_name(member.name)
         if key is None:
             continue
         if sample is None or sample.key != key:
             if sample is not None:
                 yield sample
-            sample = _Sample(key)
+            sample = _SourceSample(key)
         if _is_image(ending):
             sample.pictures.append((ending, member))
         elif not member.regular or ending not in LABEL_ENDINGS:
@@ -237,7 +243,7 @@ def _samples(file: BinaryIO, address: str) -> Iterator[_Sample]:
         yield sample
 
 
-def _read_label(file: BinaryIO, member: Member, ending: str, sample: _Sample) -> None:
+def _read_label(file: BinaryIO, member: Member, ending: str, sample: _SourceSample) -> None:
     if member.size > MAX_LABEL_BYTES:
         found = MemberLabel(None)
     else:
@@ -250,7 +256,7 @@ def _read_label(file: BinaryIO, member: Member, ending: str, sample: _Sample) ->
         sample.no_label = f"no label: its .{ending} of {member.size:,} bytes holds none"
 
 
-def _judge(sample: _Sample, part: _Part, seen: set[int]) -> None:
+def _choose_image(sample: _SourceSample, part: _ShardPart, seen: set[int]) -> None:
     """Note the image of a sample, or why there is none."""
     for ending, member in [item for item in sample.pictures if not item[1].regular]:
         sample.pictures.remove((ending, member))
@@ -273,10 +279,10 @@ def _judge(sample: _Sample, part: _Part, seen: set[int]) -> None:
     if hash(name) in seen:
         name = f"{name} (at byte {offset})"
     seen.add(hash(name))
-    part.pictures.append(_Picture(name, offset, size, sample.label, sample.title))
+    part.pictures.append(_LabelledImage(name, offset, size, sample.label, sample.title))
 
 
-def _split(name: str) -> tuple[str | None, str]:
+def _split_name(name: str) -> tuple[str | None, str]:
     """Split a member's name into key and ending (`left.jpg`), in small letters."""
     match = None if _META.match(name) else _KEY.fullmatch(name)
     return (match[1], match[2].lower()) if match else (None, "")

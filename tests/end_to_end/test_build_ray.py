@@ -19,7 +19,7 @@ import pytest
 from pipeline.packing import plan
 from pipeline.packing.build import build
 from pipeline.packing.chunks import ChunkError
-from pipeline.packing.plan import Build
+from pipeline.packing.plan import BuildConfig
 from pipeline.remote.target import FolderTarget, Target
 from pipeline.sources import Container
 from pipeline.tools.errors import DataError, DuetError, SetupError
@@ -60,7 +60,7 @@ def cluster() -> Iterator[SimpleNamespace]:
                     nodes=nodes,
                     others=others,
                     pool=task_pool.RayPool,
-                    attempt=task_pool.Attempt,
+                    attempt=task_pool.TaskAttempt,
                 )
         finally:
             nodes.shutdown()
@@ -143,7 +143,7 @@ def test_results_errors_and_deaths_come_to_the_driver(cluster, tmp_path, monkeyp
     with cluster.pool() as pool:
         found = pool.run(squared, many())
         first = next(found)
-        assert len(taken) <= 1 + 3 * task_pool.AHEAD  # and not all hundred
+        assert len(taken) <= 1 + 3 * task_pool.TASKS_PER_CPU  # and not all hundred
         assert sorted([first, *found]) == [value**2 for value in range(100)]
         assert list(pool.run(forks, [job])) == [(49, "SIGABRT")]
         assert list(pool.run(dies, [job])) == ["alive"]
@@ -216,7 +216,7 @@ def test_the_bytes_are_those_of_a_local_build_though_a_node_and_a_worker_die(
 ):
     pictures = folder_per_class(tmp_path / "pictures", 150)
     monkeypatch.setattr(plan, "SMALLEST_CHUNK", 8)
-    options = Build(
+    options = BuildConfig(
         out=str(tmp_path / "local"),
         train=str(pictures),
         holdout=0.1,

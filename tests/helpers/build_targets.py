@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.packing.plan import Build
+from pipeline.packing.plan import BuildConfig
 from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import WORK, StoreTarget
 
@@ -67,8 +67,8 @@ class Here:
             yield task(job)
 
 
-def options(out: str, pictures: Path) -> Build:
-    return Build(
+def options(out: str, pictures: Path) -> BuildConfig:
+    return BuildConfig(
         out=out,
         train=str(pictures / "train"),
         val=str(pictures / "val"),

@@ -14,7 +14,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.index_shards import Outcome, Request, index_folder
+from pipeline.index_shards import IndexConfig, IndexOutcome, index_folder
 from tests.helpers.images import jpeg, rows_of
 from tests.helpers.processes import run_command
 
@@ -44,8 +44,8 @@ def copy_of_made(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "d"))
 
 
-def index(folder: Path, **settings) -> Outcome:
-    return index_folder(Request(folder=folder, **settings))
+def index(folder: Path, **settings) -> IndexOutcome:
+    return index_folder(IndexConfig(folder=str(folder), **settings))
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

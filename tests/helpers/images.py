@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.dataset.index import Index, load_index
 from pipeline.dataset.manifest import Manifest
 from pipeline.packing.build import build
-from pipeline.packing.plan import Build
+from pipeline.packing.plan import BuildConfig
 
 CLASSES = ("apple", "bird", "cat", "dog")
 
@@ -50,12 +50,12 @@ class InProcess:
         return map(task, jobs)
 
 
-def options(out: Path, **settings: Any) -> Build:
+def options(out: Path, **settings: Any) -> BuildConfig:
     """Settings of a build; paths become text."""
     text = {
         key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
     }
-    return Build(out=str(out), **text)
+    return BuildConfig(out=str(out), **text)
 
 
 def packed(out: Path, **settings: Any) -> Manifest:

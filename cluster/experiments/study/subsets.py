@@ -24,7 +24,7 @@ from PIL import Image
 from cluster.experiments.study.config import DataSubset
 from pipeline.dataset.manifest import NAME, identity
 from pipeline.packing.build import build
-from pipeline.packing.plan import Build
+from pipeline.packing.plan import BuildConfig
 from pipeline.remote.dataset import Dataset, fetch_metadata, open_dataset
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import ShardReader
@@ -59,7 +59,7 @@ def make_subset(data: str, subset: DataSubset, out: Path) -> Path:
             if not tars[split].is_file():
                 write_tar(dataset, split, subset.classes, most, tars[split])
     train, val = str(tars["train"]), str(tars["val"])
-    build(Build(out=str(out), train=train, val=val, encoding=subset.encoding))
+    build(BuildConfig(out=str(out), train=train, val=val, encoding=subset.encoding))
     shutil.rmtree(source)
     return out
 

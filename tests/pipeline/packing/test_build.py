@@ -43,11 +43,13 @@ def test_the_manifest_tells_what_is_there(tiny_data):
 
 
 def test_the_stored_images_are_the_sources_in_shuffled_order(pictures, tiny_data):
-    from pipeline.packing.resize import encode, square
+    from pipeline.packing.resize import decode_square, encode
 
     rows = rows_of(tiny_data, "train")
     files = sorted((pictures / "train").glob("*/*.jpg"))
-    expected = {encode(square(file.read_bytes()), 96, "4:2:0"): file.parent.name for file in files}
+    expected = {
+        encode(decode_square(file.read_bytes()), 96, "4:2:0"): file.parent.name for file in files
+    }
     tars = sorted(tiny_data.glob("train-*.tar"))
     stored = []
     for row in rows:
@@ -60,10 +62,10 @@ def test_the_stored_images_are_the_sources_in_shuffled_order(pictures, tiny_data
 
 
 def test_statistics_are_those_of_the_pixels(pictures, tiny_data):
-    from pipeline.packing.resize import square
+    from pipeline.packing.resize import decode_square
 
     values = np.stack(
-        [square(file.read_bytes()) for file in sorted((pictures / "train").glob("*/*.jpg"))]
+        [decode_square(file.read_bytes()) for file in sorted((pictures / "train").glob("*/*.jpg"))]
     ).astype(np.float64)
     stats = Statistics.load(tiny_data)
     flat = values.reshape(-1, 3)

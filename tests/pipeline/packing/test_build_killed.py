@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.packing import plan
-from pipeline.packing.chunks import FOLDER, data_name, facts_name
+from pipeline.packing.chunks import FOLDER, chunk_data_name, chunk_facts_name
 from pipeline.remote.target import WORK
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify
@@ -116,10 +116,10 @@ def test_what_is_done_is_not_done_again(source, undisturbed, tmp_path):
 def test_damage_to_what_was_done_is_mended(source, undisturbed, tmp_path, damage):
     out = tmp_path / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.packing.build._gather", _interrupted)
+        patch.setattr("pipeline.packing.build._write_shards", _interrupted)
         with pytest.raises(Cut):
             packed(out, train=source, **SETTINGS)
-    path = out / data_name(5)
+    path = out / chunk_data_name(5)
     if damage == "flip":
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -129,7 +129,7 @@ def test_damage_to_what_was_done_is_mended(source, undisturbed, tmp_path, damage
     elif damage == "gone":
         path.unlink()
     else:
-        (out / facts_name(5)).write_bytes(b"")
+        (out / chunk_facts_name(5)).write_bytes(b"")
     packed(out, train=source, **SETTINGS)
     assert everything(out) == undisturbed
 
@@ -146,8 +146,8 @@ def test_an_image_that_is_garbage_by_now_moves_the_others(source, tmp_path):
         patch.setattr("pipeline.packing.build.seal", _interrupted)
         with pytest.raises(Cut):
             packed(out, train=copy, max_rejects=0.1, **SETTINGS)
-    (out / facts_name(5)).unlink()
-    (out / data_name(7)).write_bytes(b"")
+    (out / chunk_facts_name(5)).unlink()
+    (out / chunk_data_name(7)).write_bytes(b"")
     for garbage in sorted(copy.glob("*/*.jpg"))[40:48]:  # the images of chunk 5
         garbage.write_bytes(b"no picture")
     packed(out, train=copy, max_rejects=0.1, **SETTINGS)
@@ -163,7 +163,7 @@ def test_a_folder_deleted_under_a_build_leaves_nothing_to_the_next(source, tmp_p
     (out / FOLDER).mkdir(parents=True)
     packed(tmp_path / "other", train=source, quality=20, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.packing.build._gather", _interrupted)
+        patch.setattr("pipeline.packing.build._write_shards", _interrupted)
         with pytest.raises(Cut):
             packed(tmp_path / "half", train=source, quality=20, **SETTINGS)
     shutil.rmtree(out)
@@ -177,7 +177,7 @@ def test_a_folder_deleted_under_a_build_leaves_nothing_to_the_next(source, tmp_p
 def test_an_unfinished_set_of_other_settings_is_refused(source, tmp_path):
     out = tmp_path / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.packing.build._gather", _interrupted)
+        patch.setattr("pipeline.packing.build._write_shards", _interrupted)
         with pytest.raises(Cut):
             packed(out, train=source, **SETTINGS)
     with pytest.raises(UsageError, match="unfinished data set of seed 3, and this one is of 4"):
@@ -218,9 +218,9 @@ def test_a_full_disk_costs_one_line_and_no_work(source, tmp_path):
 
 def test_room_for_what_is_mapped_is_taken_first(tmp_path):
     """A hole in a mapped file is a bus error on a full disk; room that is taken is not."""
-    from pipeline.packing.shards import _allocated
+    from pipeline.packing.shards import _allocate
 
-    mapped = _allocated(tmp_path / "taken.bin", 100_000)
+    mapped = _allocate(tmp_path / "taken.bin", 100_000)
     assert (tmp_path / "taken.bin").stat().st_blocks * 512 >= mapped.nbytes > 2_000_000
 
 

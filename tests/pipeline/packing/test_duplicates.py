@@ -15,15 +15,15 @@ from pipeline.packing import duplicates
 from pipeline.packing.duplicates import (
     LISTED,
     NEAR,
-    Block,
-    Forest,
-    Group,
-    Member,
-    _Search,
-    best_cut,
-    clusters,
-    find,
-    write,
+    BitBlock,
+    DuplicateGroup,
+    DuplicateMember,
+    NearPairSearch,
+    UnionFind,
+    choose_cut,
+    find_clusters,
+    find_duplicates,
+    write_duplicates,
 )
 
 
@@ -75,7 +75,7 @@ families = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(families, st.integers(0, 40))
 def test_finds_what_comparing_all_pairs_finds(hashes: np.ndarray, threshold: int) -> None:
-    found = [rows.tolist() for rows in clusters(hashes, threshold, workers=1)]
+    found = [rows.tolist() for rows in find_clusters(hashes, threshold, workers=1)]
     assert found == brute_force(hashes, threshold)
 
 
@@ -84,10 +84,10 @@ def test_finds_what_comparing_all_pairs_finds(hashes: np.ndarray, threshold: int
 def test_so_does_the_way_for_crowded_keys(hashes: np.ndarray, threshold: int, long: int) -> None:
     """Runs count as long at once, and any gain is worth sifting bits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "LONG", long)
-        patch.setattr(duplicates, "SIFTED", 30)
+        patch.setattr(duplicates, "LONG_RUN", long)
+        patch.setattr(duplicates, "LEAST_SELECTED", 30)
         patch.setattr(duplicates, "CHECK", 1e4)
-        found = [rows.tolist() for rows in clusters(hashes, threshold, workers=1)]
+        found = [rows.tolist() for rows in find_clusters(hashes, threshold, workers=1)]
     assert found == brute_force(hashes, threshold)
 
 
@@ -97,7 +97,7 @@ def test_enough_blocks_of_a_group_are_equal(
     threshold: int, rows: int, bits: int, data: st.DataObject
 ) -> None:
     """Whatever `threshold` bits differ. An enemy spends them best on one block each."""
-    equal, groups, tables, width = best_cut(threshold, rows, bits)
+    equal, groups, tables, width = choose_cut(threshold, rows, bits)
     places = [
         set(range(block.start, block.start + block.width)) for group in groups for block in group
     ]
@@ -120,9 +120,9 @@ def test_enough_blocks_of_a_group_are_equal(
 @given(families, st.integers(1, 40))
 def test_leaders_join_what_comparing_all_pairs_joins(hashes: np.ndarray, threshold: int) -> None:
     """One run alone: in a whole search another table makes up for what this one would miss."""
-    forest = Forest(len(hashes))
+    forest = UnionFind(len(hashes))
     rows = np.arange(len(hashes))
-    _Search(hashes.view("<u8"), rows, threshold, forest)._around_leaders(rows)
+    NearPairSearch(hashes.view("<u8"), rows, threshold, forest)._around_leaders(rows)
     assert [some.tolist() for some in forest.clusters()] == brute_force(hashes, threshold)
 
 
@@ -130,19 +130,19 @@ def test_blocks_are_cut_where_they_say() -> None:
     hashes = np.random.default_rng(5).integers(0, 256, (6, 32), np.uint8)
     bits = np.unpackbits(hashes, axis=1, bitorder="little")
     rows = np.array([1, 4, 5])
-    search = _Search(hashes.view("<u8"), rows, 16, Forest(6))
+    search = NearPairSearch(hashes.view("<u8"), rows, 16, UnionFind(6))
     for start, width in [(0, 16), (55, 9), (60, 13), (127, 2), (191, 16), (243, 13)]:
         expected = bits[rows, start : start + width] @ (1 << np.arange(width))
-        np.testing.assert_array_equal(search.column(Block(start, width)).values, expected)
+        np.testing.assert_array_equal(search.column(BitBlock(start, width)).values, expected)
 
 
 def test_threads_and_memory_maps_change_nothing(tmp_path: Path) -> None:
     hashes = family(3, 4000, 900, 12)
     hashes.tofile(tmp_path / "hashes")
     mapped = np.memmap(tmp_path / "hashes", np.uint8, "r", shape=hashes.shape)
-    expected = [rows.tolist() for rows in clusters(hashes, 16, workers=1)]
+    expected = [rows.tolist() for rows in find_clusters(hashes, 16, workers=1)]
     assert len(expected) > 500
-    assert [rows.tolist() for rows in clusters(mapped, 16, workers=4)] == expected
+    assert [rows.tolist() for rows in find_clusters(mapped, 16, workers=4)] == expected
 
 
 @pytest.mark.parametrize(("around", "shared"), [(0, 0), (2, 0), (10, 0), (None, 8), (None, 4)])
@@ -156,7 +156,7 @@ def test_a_crowd_is_not_compared_pair_by_pair(around: int | None, shared: int) -
         hashes = flipped(np.repeat(hashes[:1], count, 0), np.full(count, around), rng)
     hashes[:, :shared] = 0
     start = time.process_time()
-    found = clusters(hashes, 16, workers=1)
+    found = find_clusters(hashes, 16, workers=1)
     assert time.process_time() - start < 5
     assert [len(rows) for rows in found] == ([count] if around is not None else [])
 
@@ -166,17 +166,17 @@ def test_planted_copies_are_found_among_many() -> None:
     hashes = rng.integers(0, 256, (100_000, 32), np.uint8)
     rows = rng.permutation(100_000)[:1700].reshape(2, 850)
     hashes[rows[1]] = flipped(hashes[rows[0]], np.arange(850) % 17, rng)
-    found = {tuple(some.tolist()) for some in clusters(hashes, 16)}
+    found = {tuple(some.tolist()) for some in find_clusters(hashes, 16)}
     assert found == {tuple(sorted(pair)) for pair in rows.T.tolist()}
 
 
 def test_distances_of_one_bit_more_stay_apart() -> None:
     hashes = np.zeros((2, 32), np.uint8)
     hashes[1, :2] = 255
-    assert len(clusters(hashes, 16)) == 1
+    assert len(find_clusters(hashes, 16)) == 1
     hashes[1, 31] = 1
-    assert clusters(hashes, 16) == []
-    assert clusters(hashes[:1], 16) == clusters(hashes[:0], 16) == []
+    assert find_clusters(hashes, 16) == []
+    assert find_clusters(hashes[:1], 16) == find_clusters(hashes[:0], 16) == []
 
 
 def telling(seed: int, rows: int) -> np.ndarray:
@@ -195,12 +195,14 @@ def test_same_bytes_are_exact_others_near() -> None:
     sizes = np.arange(10, dtype=np.uint32)
     crcs = np.full(10, 5, np.uint32)
     sizes[3] = sizes[0]
-    groups = [(one.kind, one.distance, one.rows.tolist()) for one in find(hashes, sizes, crcs)]
+    groups = [
+        (one.kind, one.distance, one.rows.tolist()) for one in find_duplicates(hashes, sizes, crcs)
+    ]
     assert groups == [("exact", 0, [0, 3]), ("near", 0, [1, 7]), ("near", 9, [2, 8])]
     crcs[3] = 6
-    assert find(hashes, sizes, crcs)[0].kind == "near"
+    assert find_duplicates(hashes, sizes, crcs)[0].kind == "near"
     sizes[8] = sizes[2]  # to the same size and CRC-32 by chance: the hashes tell
-    assert find(hashes, sizes, crcs)[2].kind == "near"
+    assert find_duplicates(hashes, sizes, crcs)[2].kind == "near"
 
 
 def test_flat_images_are_duplicates_only_to_the_byte() -> None:
@@ -210,25 +212,29 @@ def test_flat_images_are_duplicates_only_to_the_byte() -> None:
     hashes[5] = telling(0, 1)
     sizes = np.array([9, 8, 9, 8, 9, 9], np.uint32)
     crcs = np.array([1, 2, 1, 2, 7, 1], np.uint32)
-    groups = [(one.kind, one.rows.tolist()) for one in find(hashes, sizes, crcs)]
+    groups = [(one.kind, one.rows.tolist()) for one in find_duplicates(hashes, sizes, crcs)]
     assert groups == [("exact", [0, 2]), ("exact", [1, 3])]
     hashes[2, 0], crcs[3] = 1, 3
-    assert find(hashes, sizes, crcs) == []
+    assert find_duplicates(hashes, sizes, crcs) == []
 
 
-def written(groups: list[Group], splits: list[int], labels: list[int]) -> tuple[list[dict], tuple]:
-    def member(row: int) -> Member:
-        return Member("train" if splits[row] == 0 else "val", 100 + row, labels[row], f"é{row}.jpg")
+def written(
+    groups: list[DuplicateGroup], splits: list[int], labels: list[int]
+) -> tuple[list[dict], tuple]:
+    def member(row: int) -> DuplicateMember:
+        return DuplicateMember(
+            "train" if splits[row] == 0 else "val", 100 + row, labels[row], f"é{row}.jpg"
+        )
 
     file = io.BytesIO()
-    counts = write(file, groups, np.array(splits, np.uint8), np.array(labels), member)
+    counts = write_duplicates(file, groups, np.array(splits, np.uint8), np.array(labels), member)
     return [json.loads(line) for line in file.getvalue().splitlines()], counts
 
 
 def test_rows_of_the_file() -> None:
     groups = [
-        Group("exact", 0, np.array([0, 2])),
-        Group("near", 5, np.array([1, 3, 4])),
+        DuplicateGroup("exact", 0, np.array([0, 2])),
+        DuplicateGroup("near", 5, np.array([1, 3, 4])),
     ]
     rows, counts = written(groups, [0, 0, 0, 1, 0], [7, 8, 7, 8, 9])
     assert rows[0] == {
@@ -249,7 +255,7 @@ def test_rows_of_the_file() -> None:
 def test_a_huge_group_lists_some_of_each_split() -> None:
     size = 5 * LISTED
     rows, counts = written(
-        [Group("exact", 0, np.arange(size))], [0] * (size - 3) + [1] * 3, [1] * size
+        [DuplicateGroup("exact", 0, np.arange(size))], [0] * (size - 3) + [1] * 3, [1] * size
     )
     members = rows[0]["members"]
     assert (rows[0]["count"], len(members), counts.pictures) == (size, LISTED, size)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from pipeline.packing.duplicates import BITS, NEAR, distance, perceptual_hash
-from pipeline.packing.resize import encode, square
+from pipeline.packing.resize import decode_square, encode
 from tests.helpers.images import jpeg
 from tests.helpers.images import pixels as drawn
 
@@ -66,11 +66,11 @@ def brighter(pixels: np.ndarray) -> np.ndarray:
 
 def of_half_size(pixels: np.ndarray) -> np.ndarray:
     half = Image.fromarray(pixels).resize((128, 128), Image.Resampling.BICUBIC)
-    return square(encode(np.asarray(half), 90))
+    return decode_square(encode(np.asarray(half), 90))
 
 
 CHANGES = {
-    **{f"q{quality}": lambda p, q=quality: square(encode(p, q)) for quality in (50, 75, 95)},
+    **{f"q{quality}": lambda p, q=quality: decode_square(encode(p, q)) for quality in (50, 75, 95)},
     "brighter": brighter,
     "half": of_half_size,
     "grey": lambda p: np.asarray(Image.fromarray(p).convert("L").convert("RGB")),
@@ -93,7 +93,7 @@ def test_flat_images_have_one_hash():
 
 
 def test_the_bits_do_not_depend_on_how_the_pixels_lie_in_memory():
-    picture = square(jpeg(3, 300, 200))
+    picture = decode_square(jpeg(3, 300, 200))
     turned = np.asfortranarray(picture)
     assert perceptual_hash(turned) == perceptual_hash(picture)
     assert distance(perceptual_hash(picture), perceptual_hash(drawn(4, 256, 256))) > NEAR

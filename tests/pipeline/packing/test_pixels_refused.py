@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.packing import resize
-from pipeline.packing.resize import ImageError, square
+from pipeline.packing.resize import ImageError, decode_square
 from tests.helpers.images import jpeg
 from tests.helpers.images import pixels as drawn
 from tests.helpers.source_images import profile, saved
@@ -43,7 +43,7 @@ def refused(data: bytes, reason: str) -> None:
     reasons = []
     for _ in range(2):
         with pytest.raises(ImageError, match=reason) as caught:
-            square(data)
+            decode_square(data)
         reasons.append(str(caught.value))
     assert reasons[0] == reasons[1]
     check_reason(reasons[0])
@@ -57,9 +57,9 @@ def check_reason(reason: str) -> None:
 
 
 def test_the_smallest_side_is_the_callers():
-    assert square(jpeg(1, 20, 9)).shape == (256, 256, 3)
+    assert decode_square(jpeg(1, 20, 9)).shape == (256, 256, 3)
     with pytest.raises(ImageError, match="too small: 20x9"):
-        square(jpeg(1, 20, 9), min_side=10)
+        decode_square(jpeg(1, 20, 9), min_side=10)
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -90,7 +90,7 @@ def test_a_jpeg_of_endless_scans_is_refused():
     data = jpeg(1, 300, 300, progressive=True)
     last = data.rindex(b"\xff\xda")
     scan = data[last:-2]
-    assert square(data[:-2] + 9 * scan + data[-2:]).shape == (256, 256, 3)
+    assert decode_square(data[:-2] + 9 * scan + data[-2:]).shape == (256, 256, 3)
     refused(data[:-2] + 100 * scan + data[-2:], "decompression bomb: 1.. scans of 300x300")
 
 
@@ -147,12 +147,12 @@ def fuzz(rounds: int, seed: int) -> tuple[int, float]:
     picture = Image.fromarray(drawn(8, 72, 64))
     for make in FORMATS.values():
         data = make(picture)
-        assert square(data).shape == (256, 256, 3)
+        assert decode_square(data).shape == (256, 256, 3)
         for _ in range(rounds):
             damaged = mutated(data, rng)
             started = time.monotonic()
             try:
-                got = square(damaged)
+                got = decode_square(damaged)
                 assert got.shape == (256, 256, 3)
                 assert got.dtype == np.uint8
                 good += 1
@@ -187,21 +187,21 @@ def test_a_jpeg_that_lost_its_data_is_truncated_though_it_has_an_end():
     larger = whole[:size] + struct.pack(">HH", 3000, 4000) + whole[size + 4 :]
     for data in (third, none, larger):
         with pytest.raises(ImageError, match="truncated"):
-            square(data)
-    assert square(whole).shape == (256, 256, 3)
+            decode_square(data)
+    assert decode_square(whole).shape == (256, 256, 3)
 
 
 def test_slow_kinds_are_refused_by_what_they_say_of_themselves(monkeypatch):
     with pytest.raises(ImageError, match="written as text"):
-        square(b"P3 300 300 255\n" + b"1 " * 270_000)
+        decode_square(b"P3 300 300 255\n" + b"1 " * 270_000)
     binary = b"P6 300 300 255\n" + bytes(270_000)
-    assert square(binary).max() == 0
+    assert decode_square(binary).max() == 0
     strips = Image.new("L", (64, 64))
     data = saved(strips, "TIFF", strip_size=1)
-    assert square(data).shape == (256, 256, 3)
+    assert decode_square(data).shape == (256, 256, 3)
     monkeypatch.setattr("pipeline.packing.resize.MAX_OTHER_BYTES", 1000)
     with pytest.raises(ImageError, match="more than it may have"):
-        square(binary)
+        decode_square(binary)
 
 
 def test_a_decoder_in_python_is_stopped(monkeypatch):
@@ -212,7 +212,7 @@ def test_a_decoder_in_python_is_stopped(monkeypatch):
         while True:
             pass
 
-    monkeypatch.setattr(careful, "_square", forever)
-    monkeypatch.setattr(careful, "in_time", lambda: jpeg_header.in_time(0.05))
+    monkeypatch.setattr(careful, "_crop_and_resample", forever)
+    monkeypatch.setattr(careful, "in_time", lambda: jpeg_header.limit_time(0.05))
     with pytest.raises(ImageError, match=r"takes more than 0\.05 s"):
-        square(saved(Image.new("L", (64, 64)), "PNG"))
+        decode_square(saved(Image.new("L", (64, 64)), "PNG"))

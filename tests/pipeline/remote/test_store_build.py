@@ -11,7 +11,7 @@ import torch
 from pipeline.batches import Stream
 from pipeline.packing import plan
 from pipeline.packing.build import build
-from pipeline.packing.plan import Build
+from pipeline.packing.plan import BuildConfig
 from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import StoreTarget
 from pipeline.tools.errors import DuetError, UsageError
@@ -41,7 +41,7 @@ def test_a_build_onto_s3_has_the_bytes_of_a_local_one_and_streams(
     same(StoreTarget(bucket), tiny_data)
     assert build(options(bucket, pictures), pool=Here(0)) == manifest  # finished: nothing is done
     with pytest.raises(UsageError, match="finished data set of other"):
-        build(Build(out=bucket, train=str(pictures / "train"), samples_per_shard=10))
+        build(BuildConfig(out=bucket, train=str(pictures / "train"), samples_per_shard=10))
     with (
         Stream(tiny_data, batch_size=16, seed=2) as local,
         Stream(bucket, cache=tmp_path / "cache", batch_size=16, seed=2) as remote,

@@ -77,12 +77,12 @@ def test_a_file_that_does_not_know_its_size():
 
 def test_an_image_beyond_the_limit_is_not_read(tmp_path, tar, monkeypatch):
     with (tmp_path / "huge.jpg").open("wb") as file:
-        file.truncate(listing.MOST_BYTES + 1)  # takes no room
+        file.truncate(listing.MOST_IMAGE_BYTES + 1)  # takes no room
     with pytest.raises(Unreadable, match="too large: 268,435,457 bytes"):
         open_reader(Container("folder", str(tmp_path))).read("huge.jpg", 0, -1)
     with pytest.raises(Unreadable, match="too large"):
-        open_reader(Container("tar", str(tar))).read("x", 512, listing.MOST_BYTES + 1)
-    monkeypatch.setattr(listing, "MOST_BYTES", 100)
+        open_reader(Container("tar", str(tar))).read("x", 512, listing.MOST_IMAGE_BYTES + 1)
+    monkeypatch.setattr(listing, "MOST_IMAGE_BYTES", 100)
     with pytest.raises(Unreadable, match="too large: 4,"):
         open_reader(Container("folder", "/proc/self")).read("smaps", 0, -1)
 

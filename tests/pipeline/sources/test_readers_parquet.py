@@ -54,7 +54,7 @@ def test_rows_without_bytes(tmp_path, monkeypatch):
         with pytest.raises(Unreadable, match="empty row"):
             reader.read("x", place, -1)
     assert reader.read("x", 3, -1) == b"12345"
-    monkeypatch.setattr(listing, "MOST_BYTES", 4)
+    monkeypatch.setattr(listing, "MOST_IMAGE_BYTES", 4)
     with pytest.raises(Unreadable, match="too large: 5 bytes"):
         reader.read("x", 3, -1)
 

@@ -245,7 +245,7 @@ def test_an_image_that_went_away_is_unreadable(tmp_path, listed):
 
 
 def test_a_listing_is_relabelled_across_its_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.sources.listing.BLOCK", 3)
+    monkeypatch.setattr("pipeline.sources.listing.ROWS_AT_A_TIME", 3)
     writer = ListingWriter(tmp_path, "s")
     folder = writer.container("folder", "/s")
     for name in "cabacb":

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
-from pipeline.packing.resize import square
+from pipeline.packing.resize import decode_square
 from pipeline.stream.augment import draw
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import Decoder, NativeReader
@@ -58,7 +58,7 @@ def stored(data: Path, split: str = "train") -> np.ndarray:
 def test_the_tars_hold_the_sources_pixels_under_their_labels(pictures, raw_data):
     rows = rows_of(raw_data, "train")
     files = sorted((pictures / "train").glob("*/*.jpg"))
-    expected = {square(file.read_bytes()).tobytes(): file.parent.name for file in files}
+    expected = {decode_square(file.read_bytes()).tobytes(): file.parent.name for file in files}
     found = stored(raw_data)
     assert found.shape == (48, *SHAPE)
     assert found.dtype == np.uint8
