@@ -154,7 +154,7 @@ class UnionFind:
             self.parent[rows] = higher  # halves the way for the next who comes by
             up = higher
 
-    def find_clusters(self) -> list[Rows]:
+    def find_groups(self) -> list[Rows]:
         """Return the trees of two or more rows."""
         roots = self._roots(np.arange(len(self.parent)))
         members = np.flatnonzero(np.bincount(roots, minlength=len(roots))[roots] > 1)
@@ -220,7 +220,7 @@ def find_clusters(
     if threshold and len(distinct) > 1:
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
             NearPairSearch(words, distinct, threshold, forest).run(pool.map)
-    return forest.clusters()
+    return forest.find_groups()
 
 
 def count_different_bits(words: Words, left: Rows | int, right: Rows) -> Distances:

@@ -123,7 +123,7 @@ def test_leaders_join_what_comparing_all_pairs_joins(hashes: np.ndarray, thresho
     forest = UnionFind(len(hashes))
     rows = np.arange(len(hashes))
     NearPairSearch(hashes.view("<u8"), rows, threshold, forest)._around_leaders(rows)
-    assert [some.tolist() for some in forest.clusters()] == brute_force(hashes, threshold)
+    assert [some.tolist() for some in forest.find_groups()] == brute_force(hashes, threshold)
 
 
 def test_blocks_are_cut_where_they_say() -> None:
