@@ -264,7 +264,7 @@ def _read_labels(source: FeatureSource, about: FeatureInfo) -> Ids:
         closing(open_dataset(source.data, **source.config.cached)) as dataset,
         closing(ShardReader(dataset, about.split)) as reader,
     ):
-        labels: Ids = reader.labels(np.arange(about.samples))
+        labels: Ids = reader.read_labels(np.arange(about.samples))
     return labels
 
 

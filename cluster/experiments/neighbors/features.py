@@ -293,7 +293,9 @@ class FeatureWriter:
         """Open the files that `begin_features` made."""
         self.about, self._folder = info, folder
         self._path = path_of(folder, info.split, "growing")
-        self._values: Rows = np.lib.format.open_memmap(self._path, mode="r")
+        self._values: np.memmap[Any, np.dtype[Any]] = np.lib.format.open_memmap(
+            self._path, mode="r"
+        )
         state = path_of(folder, info.split, "state")
         self._crc: Rows = np.memmap(state, "<u4", "r+", shape=info.blocks)
         self._flags: Rows = np.memmap(state, "u1", "r+", self._crc.nbytes, info.samples)

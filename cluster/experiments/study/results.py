@@ -75,7 +75,7 @@ class Result:
 
     def to_row(self, measure: str) -> dict[str, Any]:
         """Return a row of study.json; null for what is not known."""
-        row = {
+        row: dict[str, Any] = {
             "variant": self.variant, "seed": self.seed, "lr": self.lr, "measure": measure,
             "value": self.value, "pictures": self.images, "img_s": self.img_s,
             "val_error": self.val_error, "train_error": self.train_error, "run": self.run,

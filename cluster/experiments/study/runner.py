@@ -299,7 +299,7 @@ def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> N
     )
     with lock_leader(folder), count_interrupts() as end:
         write_machine(folder, mesh.world_size)
-        make_run(config, data, folder, mesh, screen.show, ending=lambda: end() > 0)
+        make_run(config, data, folder, mesh, screen.show, is_stopping=lambda: end() > 0)
         if end():
             raise KeyboardInterrupt
 

@@ -90,7 +90,7 @@ def write_tar(
             raise UsageError(
                 f"classes {shares} of {len(names)} are {last - first}; a part needs two at least"
             )
-        chosen = choose_samples(reader.labels(np.arange(len(reader))), first, last, most)
+        chosen = choose_samples(reader.read_labels(np.arange(len(reader))), first, last, most)
         if not len(chosen):
             raise UsageError(f"split {split!r} has no image of classes {first} to {last - 1}")
         with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
@@ -122,10 +122,10 @@ def read_images(reader: ShardReader, chosen: Ids) -> Iterator[tuple[int, int, by
     """Yield id, label and encoded image of samples; raises DataError for a damaged one."""
     for start in range(0, len(chosen), CHUNK):
         ids = chosen[start : start + CHUNK]
-        views, damaged = reader.read(ids, np.empty(reader.room(ids), np.uint8))
+        views, damaged = reader.read(ids)
         if damaged:
             raise DataError(f"{next(iter(damaged.values()))}; a study wants sound images")
-        for sample, label, view in zip(ids, reader.labels(ids), views, strict=True):
+        for sample, label, view in zip(ids, reader.read_labels(ids), views, strict=True):
             content = view.tobytes()
             if reader.encoding == "raw":
                 side = reader.manifest.image_size
