@@ -335,9 +335,7 @@ def decode(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate
             batch=True, dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 0],
             no_copy=True,
         )  # fmt: skip
-        pipe.set_outputs(
-            decode_crops(setting, jpegs, x, y)
-        )
+        pipe.set_outputs(decode_crops(setting, jpegs, x, y))
     return _timed(parts, pipe, seconds)
 
 
