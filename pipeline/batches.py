@@ -31,18 +31,19 @@ class Batch:
     """One rank's slice of a global batch: b samples."""
 
     ids: torch.Tensor
-    """int64 [b], on the host: places in the split's stored order."""
+    """int64 [b], on the host: sample ids, indices in the stored order of the split."""
     images: torch.Tensor
     """[b, 3, 224, 224] (view "whole": 256x256) on the device; float32 on the CPU, float16 on a
     GPU; RGB, 0..255 minus the training set's mean and the sample's colour shift."""
     labels: torch.Tensor
-    """int64 [b], on the device: places in the manifest's class list."""
+    """int64 [b], on the device: indices in the manifest's class list."""
     weights: torch.Tensor
-    """float32 [b], on the device: 1, or 0 for the rows that pad the last batch of an evaluation."""
+    """float32 [b], on the device: loss weight, 0 for padding and for replaced samples of an
+    evaluation, else 1."""
     replaced: torch.Tensor
-    """bool [b], on the host: another sample stands here, because the one that is due is damaged."""
+    """bool [b], on the host: whether a damaged sample was replaced by another here."""
     position: int
-    """Samples consumed by the whole job after this batch; give it to a new Stream to go on."""
+    """Samples consumed by the whole job after this batch: the `position` to resume from."""
 
 
 class Stream:
@@ -177,25 +178,9 @@ class Stream:
 
     def _open_ledger(self, folder: str | os.PathLike[str]) -> Ledger:
         """Open the ledger, or close the stream and raise."""
-        reader, config = self._reader, self._reader.config
-        shuffle = f"block {config.window}" if config.shuffle == "block" else "full"
         try:
-            header = LedgerHeader(
-                data_sha256=identity(self._dataset.folder),
-                split=config.split,
-                samples=self.samples,
-                seed=config.seed,
-                shuffle="stored" if config.once else shuffle,
-                view=config.view,
-                colour=reader.normalization.plan.given,
-                colour_divide=config.colour_divide,
-                mean=config.mean,
-                position=config.position,
-                batch_size=config.batch_size,
-                rank=config.rank,
-                world_size=config.world_size,
-                device=config.device,
-            )
+            data_sha256 = identity(self._dataset.folder)
+            header = LedgerHeader.of(self._reader.config, data_sha256, self.samples)
             return Ledger(Path(folder), header)
         except BaseException:
             self.close()

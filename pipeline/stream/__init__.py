@@ -1,1 +1,14 @@
-"""Stored bytes to batches, in the order they flow."""
+"""Stored bytes to batches, in the order of the data's way.
+
+config           `StreamConfig`: every setting of a stream
+order            order of the samples, as a function of seed and position
+augment          random draws of crop, flip and colour
+normalization    mean, colour shift and divisor of pixels
+shard_reader     bytes and labels of samples, checked
+quarantine       list of damaged samples; check of JPEG headers
+decode           DALI graphs, and DALI's own reader
+prefetch         an iterator run in a thread
+loader           batches, read and decoded ahead of need
+timing           seconds spent and waited, by stage
+ledger           record of what was delivered, and the proof of exactly once
+"""

@@ -35,7 +35,7 @@ from pipeline.tools.errors import SetupError
 # Small host buffers come from a pool of DALI's own instead of malloc: what is left to malloc, a few
 # large blocks, then always fits where it was. The process keeps one size (where it wandered by a
 # third) and takes no page faults, which were a third of the time (measured). DALI reads this when
-# the first pipeline is built; whoever has set it knows better.
+# the first pipeline is built; a value that the user has set is kept.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
 
 
@@ -113,18 +113,18 @@ class TrialDecoder:
     """Decodes one image at a time, to find those that cannot be decoded."""
 
     def __init__(self, device: Device) -> None:
-        self._gpu = select_gpu(device)  # now: the current device is a thread's own affair
+        self._gpu = select_gpu(device)  # here, because each thread has its own current device
         self._pipe: Pipeline | None = None
 
     def can_decode(self, image: npt.NDArray[np.uint8]) -> bool:
-        """Whether a JPEG (uint8 [size]) gives 256x256 pixels."""
+        """Return whether a JPEG (uint8 [size]) decodes to 256x256 pixels."""
         if self._pipe is None:
             self._pipe = self._build()
         self._pipe.feed_input("image", [image])
         try:
             (pixels,) = self._pipe.run()
         except RuntimeError:
-            self._pipe = None  # "no longer valid", says DALI
+            self._pipe = None  # DALI calls it "no longer valid"
             return False
         return tuple(pixels[0].shape()) == (SIZE, SIZE, 3)
 
@@ -155,7 +155,7 @@ def run_on_current_stream(pipe: Pipeline) -> torch.Tensor:
     """Run a pipeline of one output and return it without a copy.
 
     GPU memory goes back to DALI when the tensor dies, while kernels that read it may still be
-    queued: DALI waits for those on torch's current stream, because it is told of that stream here.
+    queued: DALI waits for those because it gets torch's current stream here.
     """
     stream = None if pipe.device_id is None else torch.cuda.current_stream()
     (output,) = pipe.run(stream)  # positional only
@@ -238,12 +238,12 @@ def _crop(config: StreamConfig, x: Any, y: Any) -> dict[str, Any]:
 
 
 def to_fraction(corner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Return crop corners 0..32 as DALI wants them, 0..1 of the free border."""
+    """Return crop corners 0..32 as fractions 0..1 of the free border."""
     return (corner / BORDER).astype(np.float32)
 
 
 _ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
-"""As DALI matches them: shards of other tools (`pipeline.index_shards`) have any of these."""
+"""Member name endings in DALI's syntax; shards of other tools may have any of these."""
 
 
 class NativeReader:

@@ -88,8 +88,8 @@ class BatchReader:
         """Yield the batches from `position` on.
 
         Raises:
-            DataError: a damaged sample, and `strict`; or damage beyond mending.
-            DuetError: a shard cannot be had.
+            DataError: a damaged sample, and `strict`; or a sample without a sound substitute.
+            DuetError: a shard cannot be read or fetched.
         """
         planned: deque[tuple[int, Slots]] = deque()
         while True:
@@ -138,7 +138,7 @@ class BatchReader:
             position = min(position, self.order.samples)
             counted = np.arange(first, first + len(ids)) < self.order.samples
             weights = (counted & (ids == slots.ids)).astype(np.float32)
-        decoder_input = self._input(slots, images)
+        decoder_input = self._make_input(slots, images)
         spent = self.storage.take_spent()
         return EncodedBatch(
             input=decoder_input,
@@ -157,26 +157,26 @@ class BatchReader:
         """Read the samples of `slots`, or for damaged ones their substitutes."""
         ids = slots.ids.copy()
         for place in self.quarantine.find_damaged(ids):
-            if self.config.strict:  # listed by a stream that was not
+            if self.config.strict:  # an earlier stream without `strict` listed it
                 self.add_damage([self.quarantine.known[int(ids[place])]])
             ids[place] = self._substitute(first + place, int(slots.ids[place]))
-        memory = self._buffer(self.storage.buffer_size(ids))
+        memory = self._take_buffer(self.storage.buffer_size(ids))
         images, damaged = self._read_checked(ids, memory)
         while damaged:
             self.add_damage(damaged.values())
             places = list(damaged)
             for place in places:
                 ids[place] = self._substitute(first + place, int(slots.ids[place]))
-            others = ids[places]
-            room = np.empty(self.storage.buffer_size(others), np.uint8)
-            views, again = self._read_checked(others, room)
+            views, again = self._read_checked(ids[places])
             for place, view in zip(places, views, strict=True):
                 images[place] = view
             damaged = {places[index]: damage for index, damage in again.items()}
         return ids, images, memory
 
-    def _read_checked(self, ids: Ids, memory: Bytes) -> tuple[list[Bytes], dict[int, Damage]]:
-        """Read samples; return them, and the damage at each place where there is some."""
+    def _read_checked(
+        self, ids: Ids, memory: Bytes | None = None
+    ) -> tuple[list[Bytes], dict[int, Damage]]:
+        """Return samples, and the damage by place in `ids` where there is some."""
         images, damaged = self.storage.read(ids, memory)
         if self._header_check is not None:
             for place in self._header_check.find_undecodable(ids, images):
@@ -194,7 +194,7 @@ class BatchReader:
         self.quarantine.add(damages)
 
     def _substitute(self, position: int, due: int) -> int:
-        """Return the first sound sample of those that may take the place of `due`."""
+        """Return the first substitute for sample `due` that is not known to be damaged."""
         for turn in range(MAX_SUBSTITUTES):
             if (sample := self.order.choose_substitute(position, due, turn)) not in self.quarantine:
                 return sample
@@ -203,17 +203,18 @@ class BatchReader:
             f"its place; {REBUILD}"
         )
 
-    def _buffer(self, size: int) -> Bytes:
-        """Return memory of at least `size` bytes, used before if possible: it is mapped then."""
+    def _take_buffer(self, size: int) -> Bytes:
+        """Return memory of at least `size` bytes; recycled memory needs no page faults."""
         memory = self._free.popleft() if self._free else np.empty(0, np.uint8)
         return memory if len(memory) >= size else np.empty(size + size // 4, np.uint8)
 
-    def _input(self, slots: Slots, images: list[Bytes]) -> DecoderInput:
+    def _make_input(self, slots: Slots, images: list[Bytes]) -> DecoderInput:
+        """Return what DALI takes for the samples of `slots`, whose stored bytes are `images`."""
         if self.storage.encoding == "raw":
             images = [image.reshape(SIZE, SIZE, 3) for image in images]
         divisor = None
         if self.config.view == "random":
-            # By the sample that is due: its substitute may also come in its own turn.
+            # A substitute gets the draws of the sample that is due: it has its own place as well.
             draws = draw(self.order.seed, slots.epochs, slots.ids)
             x, y, flip = draws.x, draws.y, draws.flip
             mean = self.normalization.compute_means(draws.colour, slots.epochs)
@@ -223,14 +224,8 @@ class BatchReader:
             x = y = np.full(len(images), BORDER // 2)
             flip = np.zeros(len(images), bool)
             mean = np.tile(self.normalization.channel_mean, (len(images), 1))
-        return DecoderInput(
-            images,
-            to_fraction(x),
-            to_fraction(y),
-            flip.astype(np.int32),
-            mean.astype(np.float32),
-            divisor,
-        )
+        crop = to_fraction(x), to_fraction(y)
+        return DecoderInput(images, *crop, flip.astype(np.int32), mean.astype(np.float32), divisor)
 
 
 def make_order(config: StreamConfig, shards: list[int]) -> Order:

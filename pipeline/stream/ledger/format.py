@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
+from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import Ids, split_batch
 
 VERSION = 1
@@ -70,6 +71,15 @@ class LedgerHeader:
                 f"out of range: samples={self.samples}, position={self.position}, "
                 f"batch_size={self.batch_size}, world_size={self.world_size}"
             )
+
+    @classmethod
+    def of(cls, config: StreamConfig, data_sha256: str, samples: int) -> LedgerHeader:
+        """Return the header of a stream's ledger, given the dataset and the samples in it."""
+        shuffle = f"block {config.window}" if config.shuffle == "block" else "full"
+        facts = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
+        facts["shuffle"] = "stored" if config.once else shuffle
+        facts["colour"] = config.colour_plan.given
+        return cls(data_sha256=data_sha256, samples=samples, **facts)
 
     @property
     def checksum(self) -> str:

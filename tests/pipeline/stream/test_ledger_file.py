@@ -102,11 +102,11 @@ def test_ids_of_a_set_beyond_32_bits_fit(tmp_path, data):
     frame = encode_frame(facts.id_type, 1 << 40, due, given_, np.array([1, 2], np.uint32))
     (tmp_path / "a.ledger").write_bytes(facts.to_line() + frame)
     file = scan_ledger(tmp_path / "a.ledger")
-    told = file.between(0, 1 << 41)
+    found = file.read(0, 1 << 41)
     assert file.header == facts
-    assert (told.due.tolist(), told.delivered.tolist()) == (due.tolist(), given_.tolist())
-    assert told.positions.tolist() == [1 << 40, (1 << 40) + 1]
-    assert file.between((1 << 40) + 1, 1 << 41).checksums.tolist() == [2]
+    assert (found.due.tolist(), found.delivered.tolist()) == (due.tolist(), given_.tolist())
+    assert found.positions.tolist() == [1 << 40, (1 << 40) + 1]
+    assert file.read((1 << 40) + 1, 1 << 41).checksums.tolist() == [2]
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path, data):
