@@ -32,13 +32,13 @@ from cluster.run.probabilities import (
     open_writer,
     probability_path,
 )
-from cluster.training.precision import autocast, compute_dtype, keep_memory
+from cluster.training.precision import autocast, choose_device, compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from model.metrics import average_views, sum_metrics
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
-from pipeline.tools.errors import SetupError, UsageError, run
+from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 
@@ -108,7 +108,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     data_sha256 = identity(folder)
     if data_sha256 != trained_on:
         _warn(f"{options.data} is not the data set of the training; its own mean is subtracted")
-    device = _device(options.device)
+    device = choose_device(options.device)
     keep_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = create_network(config, _classes(found, manifest, options)).to(device)
@@ -245,13 +245,6 @@ def _classes(found: Checkpoint, manifest: Manifest, options: Evaluate) -> int:
             f"of the run in {options.run} or not in that order; name the data set of the training"
         )
     return len(trained)
-
-
-def _device(wanted: str) -> torch.device:
-    there = torch.cuda.is_available()
-    if wanted == "gpu" and not there:
-        raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,10 @@
-"""All that knows Ray."""
+"""Ray: places, starts, watches and restarts the workers.
+
+controller   keeps a run going until its last step
+placement    columns and replicas on nodes
+worker       entry point of a worker; its rendezvous
+channel      events to the driver, stop requests to the workers
+session      attached or own Ray
+measurement  the profiler, run on workers
+task_pool    packing as Ray tasks
+"""

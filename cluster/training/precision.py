@@ -1,17 +1,31 @@
-"""Compute dtype by hardware, autocast, and malloc settings."""
+"""Device and compute dtype by hardware, autocast, and malloc settings."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from cluster.config import Dtype
+from pipeline.stream.decode import gpu_of
 
 # glibc, malloc.h: numbers of the parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+
+
+def choose_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
+    """Return the device to compute on; `auto` is a GPU if there is one.
+
+    Raises:
+        SetupError: `gpu` without a CUDA device.
+    """
+    if wanted == "gpu":
+        gpu_of(wanted)
+    cuda = wanted != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def compute_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
