@@ -444,8 +444,12 @@ def read_run_config(path: Path) -> tuple[Config, str]:
     """Read RUN/config.toml: the settings of the run, and the identity of its data set.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: there is no such file, or it cannot be read.
     """
+    if not path.is_file():
+        raise UsageError(
+            f"{path.parent} holds no run ({path.name} is missing); name the --run of a training"
+        )
     table = load_settings(path)
     data = tomllib.loads(path.read_text(encoding="utf-8")).get(DATA_KEY, "")
     try:

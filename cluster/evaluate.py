@@ -24,7 +24,8 @@ import tyro
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
 from cluster.config import Config, read_run_config
-from cluster.run.events import Event, Warned
+from cluster.run.console import print_warning
+from cluster.run.events import Warned
 from cluster.run.folder import CONFIG, QUARANTINE
 from cluster.run.probabilities import (
     ProbabilityInfo,
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     options = tyro.cli(Evaluate, args=argv, prog="python -m cluster.evaluate")
-    _settings(options.run)
+    read_run_config(options.run / CONFIG)
     ensure_writable(options.run, "run folder")
     result = evaluate(options)
     path = options.run / f"evaluation-{options.views}.json"
@@ -100,14 +101,15 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     Raises:
         UsageError: no run, no checkpoint, or a data set that does not fit.
     """
-    config, trained_on = read_run_config(_settings(options.run))
-    found = choose_checkpoint(options.run, config.store, _tell)
+    config, trained_on = read_run_config(options.run / CONFIG)
+    found = choose_checkpoint(options.run, config.store, print_warning)
     folder = fetch_metadata(options.data, **config.cached)
     manifest = Manifest.load(folder)
     samples = manifest.split(options.split, folder).samples
     data_sha256 = identity(folder)
     if data_sha256 != trained_on:
-        _warn(f"{options.data} is not the data set of the training; its own mean is subtracted")
+        text = f"{options.data} is not the data set of the training; its own mean is subtracted"
+        print_warning(Warned(text))
     device = choose_device(options.device)
     keep_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -217,24 +219,6 @@ def _summary(counts: ErrorCounts, names: tuple[str, ...]) -> dict[str, Any]:
     if len(names) <= MOST_CONFUSED:
         result["confusion"] = counts.confusion.tolist()
     return result
-
-
-def _settings(folder: Path) -> Path:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UsageError(
-            f"{folder} is no run folder (it has no {CONFIG}); name one that cluster.train made"
-        )
-    return path
-
-
-def _warn(text: str) -> None:
-    sys.stderr.write(f"warning: {text}\n")
-
-
-def _tell(event: Event) -> None:
-    if isinstance(event, Warned):
-        _warn(event.text)
 
 
 def _classes(found: Checkpoint, manifest: Manifest, options: Evaluate) -> int:

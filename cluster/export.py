@@ -30,7 +30,7 @@ from torch import Tensor
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint, read_table
 from cluster.checkpoint.storage import open_storage
 from cluster.config import Config, read_run_config
-from cluster.run.events import Event, Warned
+from cluster.run.console import print_warning
 from cluster.run.folder import CONFIG
 from model.alexnet import AlexNet
 from model.architecture import Design
@@ -71,12 +71,12 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     options = tyro.cli(Export, args=argv, prog="python -m cluster.export")
-    if not (options.run / CONFIG).is_file():
-        raise UsageError(f"{options.run} holds no run ({CONFIG} is missing)")
     if options.best and options.checkpoint is not None:
         raise UsageError(f"give --best or --checkpoint {options.checkpoint}, not both")
     config, trained_on = read_run_config(options.run / CONFIG)
-    found = choose_checkpoint(options.run, config.store, _tell, options.checkpoint, options.best)
+    found = choose_checkpoint(
+        options.run, config.store, print_warning, options.checkpoint, options.best
+    )
     tensors = merge_columns(config, found)
     tensors["mean"] = read_mean(options.run, config, found, options.data, trained_on)
     out = options.out or options.run / "weights.safetensors"
@@ -195,11 +195,6 @@ def list_image_steps(design: Design) -> list[object]:
     """Return the operation on the image: ["edge", zeros right and below], or ["shrink", side]."""
     layer = design.layers()[0]
     return ["shrink", layer.shrink] if layer.shrink > 1 else ["edge", layer.edge]
-
-
-def _tell(event: Event) -> None:
-    if isinstance(event, Warned):
-        sys.stderr.write(f"warning: {event.text}\n")
 
 
 if __name__ == "__main__":

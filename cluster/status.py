@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _show(state: RunState, as_json: bool) -> int:
     if as_json:
-        sys.stdout.write(json.dumps(state.as_json()) + "\n")
+        sys.stdout.write(json.dumps(asdict(state)) + "\n")
     else:
         console = Console(file=sys.stdout, highlight=False)
         console.print(render(state, console.width))

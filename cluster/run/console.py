@@ -128,6 +128,12 @@ class RunConsole:
             self.say(f"step {row['step']:>6}  {numbers}")
 
 
+def print_warning(event: Event) -> None:
+    """Print a warning to stderr; ignores other events."""
+    if isinstance(event, Warned):
+        sys.stderr.write(f"warning: {event.text}\n")
+
+
 def format_duration(seconds: float) -> str:
     """Format seconds as 4:05, 1:02:03 or 3 days 4:05:06."""
     minutes, second = divmod(round(seconds), 60)

@@ -18,14 +18,8 @@ from pipeline.tools.errors import SetupError
 GAUGES = {
     "img_s": ("duet_images_per_second", "Images per second, of the whole job."),
     "data_wait": ("duet_data_wait_ratio", "Share of a step spent waiting for data."),
-    "wait_storage": (
-        "duet_wait_storage_seconds",
-        "Seconds waiting for the disk or the store.",
-    ),
-    "wait_feed": (
-        "duet_wait_feed_seconds",
-        "Seconds waiting for checksums, order, draws.",
-    ),
+    "wait_storage": ("duet_wait_storage_seconds", "Seconds waiting for the disk or the store."),
+    "wait_feed": ("duet_wait_feed_seconds", "Seconds waiting for checksums, order, draws."),
     "wait_decode": ("duet_wait_decode_seconds", "Seconds of a step spent waiting for pixels."),
     "wait_transfer": (
         "duet_wait_transfer_seconds",

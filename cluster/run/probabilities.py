@@ -9,29 +9,28 @@
         probabilities  float32 [N, classes]  rows sum to 1; zeros where the weight is 0
         metadata       "about": JSON of `ProbabilityInfo`
 
-Reading runs no code and loads only the requested rows. Rows are written one batch at a time, which
-`safetensors.save` cannot do: 50,000 images of 1,000 classes are 200 MB.
+Reading runs no code and loads only the requested rows. Writing holds the whole file in memory:
+50,000 images of 1,000 classes are 200 MB.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import atomic_write
 
 VERSION = 1
-ALIGNMENT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,74 +84,58 @@ def format_command(run: Path, views: int) -> str:
 
 
 class ProbabilityWriter:
-    """Writes rows in stored order; see `open_writer`."""
+    """Collects rows in stored order; see `open_writer`."""
 
-    def __init__(self, file: IO[bytes], about: ProbabilityInfo) -> None:
-        """Write the header, which has all sizes."""
-        self._file, self._samples = file, about.samples
-        self._labels = torch.zeros(about.samples, dtype=torch.int64)
-        self._weights = torch.zeros(about.samples)
-        self._done = 0
-        n, classes = about.samples, len(about.classes)
-        sizes = {"ids": 8 * n, "labels": 8 * n, "weights": 4 * n, "probabilities": 4 * n * classes}
-        head: dict[str, Any] = {"__metadata__": {"about": about.text()}}
-        start = 0
-        for name, size in sizes.items():
-            shape = [n, classes] if name == "probabilities" else [n]
-            dtype = "I64" if name in ("ids", "labels") else "F32"
-            head[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
-            start += size
-        line = json.dumps(head).encode()
-        line += b" " * (-len(line) % ALIGNMENT)
-        file.write(struct.pack("<Q", len(line)) + line)
-        self._small = file.tell()
-        file.seek(sizes["ids"] + sizes["labels"] + sizes["weights"], 1)
+    def __init__(self, about: ProbabilityInfo) -> None:
+        self._about, self._done = about, 0
+        self._tensors = {
+            "ids": torch.arange(about.samples),
+            "labels": torch.zeros(about.samples, dtype=torch.int64),
+            "weights": torch.zeros(about.samples),
+            "probabilities": torch.zeros(about.samples, len(about.classes)),
+        }
 
     def add(self, probabilities: Tensor, labels: Tensor, weights: Tensor) -> None:
-        """Write the next rows.
+        """Add the next rows.
 
         Args:
             probabilities: float32 [b, classes].
             labels: int64 [b].
             weights: [b], 0 for damaged images; rows beyond N are padding and are skipped.
         """
-        rows = slice(self._done, min(self._done + len(labels), self._samples))
+        rows = slice(self._done, min(self._done + len(labels), self._about.samples))
         count = rows.stop - rows.start
-        self._labels[rows] = labels[:count].cpu()
-        self._weights[rows] = weights[:count].cpu()
-        sound = self._weights[rows, None] > 0
-        kept = torch.where(sound, probabilities[:count].float().cpu(), 0.0)
-        self._file.write(kept.contiguous().numpy().astype("<f4", copy=False).tobytes())
+        self._tensors["labels"][rows] = labels[:count].cpu()
+        self._tensors["weights"][rows] = weights[:count].cpu()
+        sound = self._tensors["weights"][rows, None] > 0
+        self._tensors["probabilities"][rows] = torch.where(
+            sound, probabilities[:count].float().cpu(), 0.0
+        )
         self._done = rows.stop
 
-    def finish(self) -> None:
-        """Write ids, labels and weights.
+    def serialize(self) -> bytes:
+        """Return the file.
 
         Raises:
             ValueError: rows are missing.
         """
-        if self._done != self._samples:
-            raise ValueError(f"{self._done} rows were written, not {self._samples}")
-        self._file.seek(self._small)
-        for column, kind in (
-            (torch.arange(self._samples), "<i8"),
-            (self._labels, "<i8"),
-            (self._weights, "<f4"),
-        ):
-            self._file.write(column.numpy().astype(kind, copy=False).tobytes())
+        if self._done != self._about.samples:
+            raise ValueError(f"{self._done} rows were written, not {self._about.samples}")
+        return save(self._tensors, {"about": self._about.text()})
 
 
 @contextmanager
 def open_writer(path: Path, about: ProbabilityInfo) -> Iterator[ProbabilityWriter]:
-    """Open a file for all N rows; it gets its name when the block ends without an error.
+    """Collect all N rows in the block; the file is written when it ends without an error.
 
     Raises:
         ValueError: rows are missing at the end of the block.
     """
+    writer = ProbabilityWriter(about)
+    yield writer
+    content = writer.serialize()
     with atomic_write(path) as file:
-        writer = ProbabilityWriter(file, about)
-        yield writer
-        writer.finish()
+        file.write(content)
 
 
 class SavedProbabilities:

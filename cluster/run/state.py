@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from cluster.run.folder import (
     parse_step,
 )
 from cluster.run.jsonl import WAITS, count_rows, read_tail
-from pipeline.tools.errors import UsageError
 
 TAIL = 400
 """Number of rows to read from the end of metrics.jsonl."""
@@ -76,10 +75,6 @@ class RunState:
     """Time, step and reason of the last ends, newest last."""
     workers: list[dict[str, Any]] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the state as plain values for JSON."""
-        return asdict(self)
-
 
 def read_state(run: Path, now: float | None = None, *, mirrored: bool = False) -> RunState:
     """Read the state of a run.
@@ -92,8 +87,6 @@ def read_state(run: Path, now: float | None = None, *, mirrored: bool = False) -
     Raises:
         UsageError: the folder holds no run.
     """
-    if not (run / CONFIG).is_file():
-        raise UsageError(f"{run} holds no run ({CONFIG} is missing); name the --run of a training")
     now = time.time() if now is None else now
     config, _ = read_run_config(run / CONFIG)
     rows = [row for row in read_tail(run / METRICS, TAIL) if "step" in row]

@@ -180,7 +180,7 @@ def test_a_damaged_image_counts_nowhere(trained, data, tmp_path, capsys):
 
 
 def test_without_a_run_or_a_checkpoint_the_message_says_what_to_do(trained, tiny_data, tmp_path):
-    with pytest.raises(UsageError, match="is no run folder"):
+    with pytest.raises(UsageError, match="holds no run"):
         main([str(tmp_path), "--data", str(tiny_data)])
     shutil.copy(trained / "config.toml", tmp_path)
     with pytest.raises(UsageError, match="has no complete checkpoint yet"):

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def test_the_numbers_are_those_of_the_last_rows(run):
     assert (found.checkpoint["step"], found.checkpoint["bytes"]) == (90, 1000)
     assert (found.replaced, found.starts) == (2, 2)
     assert found.workers == WORKERS
-    json.dumps(found.as_json())
+    json.dumps(asdict(found))
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])
