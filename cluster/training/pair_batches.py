@@ -13,7 +13,7 @@ import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -47,8 +47,10 @@ class ReplicaBatch:
         """Yield micro-batches of at most `most` images, each with its first row."""
         for row in range(0, len(self.labels), most):
             part = slice(row, row + most)
-            tensors = self.images, self.labels, self.weights, self.replaced
-            yield row, ReplicaBatch(*(tensor[part] for tensor in tensors), self.position)
+            yield row, replace(
+                self, images=self.images[part], labels=self.labels[part],
+                weights=self.weights[part], replaced=self.replaced[part],
+            )  # fmt: skip
 
 
 PendingBatch = Callable[[], ReplicaBatch]
