@@ -72,7 +72,7 @@ def test_damaged_rows_are_left_out_and_the_later_of_two_counts(tmp_path):
     count = math.prod(nan["columns"]["b"]["shape"])
     nan["columns"]["b"]["float16"] = base64.b64encode(b"\x00\x7e" * count).decode()
     rows = [first, json.dumps(bad), json.dumps(short), json.dumps(nan), "[]", "{", first, second]
-    path.write_text("\n".join(rows))
+    path.write_text("\n".join(rows) + "\n")
     assert [one.step for one in read_kernels(path)] == [1, 2]
     path.write_text("\n".join([first, second, first]))
     assert [one.step for one in read_kernels(path)] == [1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Failed, Finished, Saved, Started
 from cluster.run.kernels import read_kernels
@@ -70,7 +71,7 @@ def test_a_pair_ends_with_the_weights_and_velocities_of_one_process(runs):
     one, pair = weights(runs / "one"), weights(runs / "pair")
     assert pair.keys() == one.keys()
     torch.testing.assert_close(pair, one, rtol=1e-3, atol=1e-5)
-    start = AlexNet(classes=4, width=DRAWN.width, seed=DRAWN.seed).column_state()
+    start = AlexNet(classes=4, width=DRAWN.design.width, seed=DRAWN.seed).column_state()
     moved = [key for key in start if not torch.equal(start[key], one[f"weights/{key}"])]
     assert moved == list(start)
 
@@ -137,7 +138,8 @@ def test_a_pass_over_the_validation_images_counts_each_once(runs):
 )
 def test_every_setting_reaches_the_run(runs, tiny_data, tmp_path, change):
     """A setting that is parsed and then forgotten would leave the losses as they were."""
-    alone(replace(DRAWN, **{"validate_every": 0, **change}), tiny_data, tmp_path / "run")
+    config = Config.from_settings(DRAWN.to_settings() | {"validate_every": 0} | change)
+    alone(config, tiny_data, tmp_path / "run")
     assert learned(tmp_path / "run") != learned(runs / "one")
 
 
