@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from cluster.config import Dtype
-from pipeline.stream.decode import gpu_of
+from pipeline.stream.decode import select_gpu
 
 # glibc, malloc.h: numbers of the parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
@@ -23,7 +23,7 @@ def choose_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
         SetupError: `gpu` without a CUDA device.
     """
     if wanted == "gpu":
-        gpu_of(wanted)
+        select_gpu(wanted)
     cuda = wanted != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
 

@@ -74,6 +74,6 @@ def test_damaged_rows_are_left_out_and_the_later_of_two_counts(tmp_path):
     rows = [first, json.dumps(bad), json.dumps(short), json.dumps(nan), "[]", "{", first, second]
     path.write_text("\n".join(rows) + "\n")
     assert [one.step for one in read_kernels(path)] == [1, 2]
-    path.write_text("\n".join([first, second, first]))
+    path.write_text("\n".join([first, second, first]) + "\n")
     assert [one.step for one in read_kernels(path)] == [1]
     assert read_kernels(tmp_path / "none") == []
