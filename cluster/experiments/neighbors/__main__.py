@@ -46,8 +46,9 @@ from cluster.experiments.neighbors.features import (
 )
 from cluster.experiments.neighbors.figures import chosen, draw, drawn, histogram, read
 from cluster.experiments.neighbors.search import LEAST_MEMORY, Nearest, SearchBase, find_nearest
+from cluster.training.precision import choose_device
 from pipeline.remote.dataset import open_dataset, parse_size
-from pipeline.tools.errors import SetupError, UsageError, run
+from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 
@@ -261,8 +262,7 @@ def _check_k(options: NeighborsOptions, source: FeatureSource) -> None:
 def _choose_devices(options: NeighborsOptions) -> list[str]:
     """Choose the device of each worker."""
     gpus = torch.cuda.device_count() if options.device != "cpu" else 0
-    if options.device == "gpu" and not gpus:
-        raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
+    choose_device(options.device)
     if gpus:
         return [f"cuda:{number % gpus}" for number in range(options.workers or gpus)]
     cores = len(os.sched_getaffinity(0))

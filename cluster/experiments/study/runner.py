@@ -33,9 +33,10 @@ from cluster.run.console import RunConsole
 from cluster.run.folder import CONFIG, METRICS, lock_leader, write_machine
 from cluster.run.jsonl import read_tail
 from cluster.training.loop import train as make_run
+from cluster.training.precision import choose_device
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
-from pipeline.tools.errors import DuetError, SetupError, UsageError, run
+from pipeline.tools.errors import DuetError, UsageError, run
 from pipeline.tools.files import atomic_write
 from pipeline.tools.processes import request_parent_death_signal
 from pipeline.tools.progress import Progress
@@ -291,12 +292,7 @@ def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> N
         DuetError: the run failed.
         KeyboardInterrupt: the user stopped it; it is saved.
     """
-    has_gpu = torch.cuda.is_available() and config.device != "cpu"
-    if config.device == "gpu" and not has_gpu:
-        raise SetupError("device gpu needs a CUDA device, and torch sees none; use --device cpu")
-    mesh = ProcessMesh(
-        device=torch.device("cuda" if has_gpu else "cpu"), cores=len(os.sched_getaffinity(0))
-    )
+    mesh = ProcessMesh(device=choose_device(config.device), cores=len(os.sched_getaffinity(0)))
     with lock_leader(folder), count_interrupts() as end:
         write_machine(folder, mesh.world_size)
         make_run(config, data, folder, mesh, screen.show, is_stopping=lambda: end() > 0)
