@@ -1,4 +1,4 @@
-"""Damaged samples are replaced in the same way by everyone, or left out of an evaluation."""
+"""Every rank and restart replaces a damaged sample by the same one; an evaluation skips it."""
 
 from __future__ import annotations
 

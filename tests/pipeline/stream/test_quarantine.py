@@ -1,4 +1,4 @@
-"""Damaged samples are listed once, in a list that outlives restarts."""
+"""The quarantine file lists each damaged sample once, over restarts and processes."""
 
 from __future__ import annotations
 

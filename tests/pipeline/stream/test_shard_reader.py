@@ -1,4 +1,4 @@
-"""Damage is found in every bit, and stops a stream that is strict or has nothing to go on with."""
+"""A flipped bit anywhere is detected; a strict stream stops at it, as does one without substitutes."""
 
 from __future__ import annotations
 

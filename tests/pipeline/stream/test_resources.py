@@ -1,4 +1,4 @@
-"""A stream runs for ever in the memory it has, and leaves nothing behind however it ends."""
+"""A stream keeps a constant amount of memory, files and threads, and releases them at any end."""
 
 from __future__ import annotations
 
