@@ -1,4 +1,4 @@
-"""A flipped bit anywhere is detected; a strict stream stops at it, as does one without substitutes."""
+"""A flipped bit anywhere is found; a strict stream stops at it, and one without substitutes too."""
 
 from __future__ import annotations
 
