@@ -21,15 +21,15 @@ from cluster.run.folder import Mark
 from cluster.run.metrics import MetricsLog
 from model.schedule import Rates
 from pipeline.stream.timing import WaitTimes
-from pipeline.throughput.stages import Setting, opened, reading
-from pipeline.throughput.stream_rate import whole
+from pipeline.throughput.stages import Setting, measure_reading, open_parts
+from pipeline.throughput.stream_rate import measure_stream
 
 TURNS = 7
 
 
 def measure_reader(setting: Setting, clock: bool) -> float:
     """Images per second of the reading thread alone, from the page cache."""
-    with opened(setting) as parts:
+    with open_parts(setting) as parts:
         batches = iter(parts.read_batches(0))
         done, start = 0, time.perf_counter()
         reader = "pipeline.stream.shard_reader"
@@ -61,12 +61,12 @@ def measure_step() -> float:
 def main() -> None:
     """Print the shares."""
     setting = Setting(data=sys.argv[1])
-    with opened(setting) as parts:
-        reading(parts, 1.0, 40)
+    with open_parts(setting) as parts:
+        measure_reading(parts, 1.0, 40)
     pairs = [(measure_reader(setting, True), measure_reader(setting, False))
              for _ in range(TURNS)]  # fmt: skip
     each = statistics.median(1 / on - 1 / off for on, off in pairs)
-    stream = whole(setting, 3.0).rate.median
+    stream = measure_stream(setting, 3.0).rate.median
     print(f"clocks of the reading thread: {each * 1e9:,.0f} ns an image, "
           f"{each * stream:.2%} of the time of a stream of {stream:,.0f} img/s")  # fmt: skip
     print(f"clocks and row of a step: {measure_step() * 1e6:,.0f} µs")

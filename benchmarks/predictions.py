@@ -34,9 +34,9 @@ import tyro
 
 from pipeline.throughput import stages, stream_rate
 from pipeline.throughput.hardware import cores
-from pipeline.throughput.model import Costs, predicted, sweep
-from pipeline.throughput.stages import Setting, fetching, opened, reading
-from pipeline.throughput.stream_rate import running
+from pipeline.throughput.model import Costs, predict_rate, sweep_threads
+from pipeline.throughput.stages import Setting, measure_reading, open_parts
+from pipeline.throughput.stream_rate import measure_fetching, open_measured_stream
 
 TURNS = 5
 
@@ -75,7 +75,7 @@ class Outcome:
 def measure_gain(before: Setting, after: Setting, seconds: float) -> float:
     """Rates of two streams measured in turn: the median of their ratios."""
     ratios = []
-    with running(before) as first, running(after) as second:
+    with open_measured_stream(before) as first, open_measured_stream(after) as second:
         for run in (first, second):  # a first epoch of raw images copies them
             run.window(seconds)
         for _ in range(TURNS):
@@ -89,41 +89,45 @@ def measure_gain(before: Setting, after: Setting, seconds: float) -> float:
 
 def measure_costs(setting: Setting, seconds: float, counts: list[int]) -> Costs:
     """Stages alone."""
-    with opened(setting) as parts:
-        alone = stages.alone(parts, seconds / 2, 40)
-        return sweep(parts, alone, counts, seconds)
+    with open_parts(setting) as parts:
+        alone = stages.measure_stages(parts, seconds / 2, 40)
+        return sweep_threads(parts, alone, counts, seconds)
 
 
 def threads(setting: Setting, seconds: float) -> Outcome:
     """One decoding thread, then one a core."""
     most = cores()
     costs = measure_costs(setting, seconds, [1, most])
-    gain = predicted(costs.but(threads=most)) / predicted(costs.but(threads=1))
-    real = measure_gain(setting.but(threads=1), setting.but(threads=most), seconds)
+    gain = predict_rate(costs.with_changes(threads=most)) / predict_rate(
+        costs.with_changes(threads=1)
+    )
+    real = measure_gain(
+        setting.with_changes(threads=1), setting.with_changes(threads=most), seconds
+    )
     return Outcome(f"threads 1 -> {most}", gain, real)
 
 
 def raw(setting: Setting, seconds: float) -> Outcome:
     """JPEG, then raw images."""
-    with opened(setting) as parts:
+    with open_parts(setting) as parts:
         need = -(-stream_rate.PICTURES // setting.batch_size)
         loaded = parts.loaded(need)
-        with running(setting) as run:
+        with open_measured_stream(setting) as run:
             run.window(seconds / 2)
             now = statistics.median(run.window(seconds / TURNS) for _ in range(TURNS))
         trial, _ = stream_rate.measure_raw(setting, loaded, seconds)
     with tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "raw"
-        with opened(setting) as parts:
+        with open_parts(setting) as parts:
             everything = len(parts.storage)
-            stream_rate.unpack(parts.read_batches(0), source, everything)
+            stream_rate.unpack_images(parts.read_batches(0), source, everything)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
              "--encoding", "raw"], check=True, capture_output=True,
         )  # fmt: skip
-        with opened(setting.but(data=str(packed))) as parts:
-            reading(parts, 1.0, everything // setting.batch_size)
-        real = measure_gain(setting, setting.but(data=str(packed)), 2 * seconds)
+        with open_parts(setting.with_changes(data=str(packed))) as parts:
+            measure_reading(parts, 1.0, everything // setting.batch_size)
+        real = measure_gain(setting, setting.with_changes(data=str(packed)), 2 * seconds)
     return Outcome("jpeg -> raw", trial.median / now, real)
 
 
@@ -189,20 +193,20 @@ def store(setting: Setting, options: Options) -> Outcome:
         start_slow_server(Path(setting.data), options.latency, options.bandwidth) as server,
         tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch,
     ):
-        remote = setting.but(
+        remote = setting.with_changes(
             data=server.address, shuffle="block", window=4, cache=f"{scratch}/cache"
         )
-        fetched = fetching(remote, 2 * options.seconds)
+        fetched = measure_fetching(remote, 2 * options.seconds)
         if fetched is None:
             raise SystemExit("too few shards: pack DATA with --samples-per-shard 250")
         costs = measure_costs(
-            setting.but(shuffle="block", window=4), options.seconds, [setting.threads]
+            setting.with_changes(shuffle="block", window=4), options.seconds, [setting.threads]
         )
-        with opened(setting) as parts:
+        with open_parts(setting) as parts:
             rate, each = fetched.together / parts.bytes_each, parts.bytes_each
             samples = len(parts.storage)
-        slow = costs.but(store=rate, fetch_cpu=fetched.cpu / rate)
-        gain = predicted(costs) / predicted(slow)
+        slow = costs.with_changes(store=rate, fetch_cpu=fetched.cpu / rate)
+        gain = predict_rate(costs) / predict_rate(slow)
         # The first epoch, from where the first window has arrived to the last shard; then others.
         with remote.stream() as stream:
             first = take_samples(stream, setting.batch_size, samples // 4)

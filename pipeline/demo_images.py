@@ -1,20 +1,16 @@
-"""Draw a small image set of ten shapes and textures, to try everything on without a download.
+"""Draw a small data set of ten shapes and textures, so that nothing has to be downloaded.
 
     python -m pipeline.demo_images OUT [--seed 0] [--train 4000] [--val 800] [--workers N]
 
 OUT/train/<class>/00000.jpg ... and OUT/val/<class>/00000.jpg ..., the layout of ImageNet's
 folders. Each image is a pure function of (seed, split, class, number), so the set is the same
 for any number of workers; with the same Pillow and NumPy on the same kind of processor also to
-the byte. OUT appears whole or not at all, with a `demo.json` that says how it was drawn.
+the byte. OUT appears whole or not at all, with a `demo.json` of its arguments.
 
-Draws one demo image: a shape or a texture over a cluttered background, as the bytes of a JPEG.
-
-A class is one function of the plane: the signed distance to the figure's edge, negative inside.
-Everything else (place, size, turn, squash, colours, light, clutter, noise, the JPEG's own
-make-up) is drawn at random and says nothing about the class, so a network has to learn the form.
-
-Coordinates: the image's centre is the origin and half of its shorter side is 1, so the centre
-square that survives "shorter side to 256, centre 256 x 256" is -1..1 in both directions.
+A class is a function of the plane: the signed distance to the figure's edge, negative inside.
+Place, size, rotation, aspect, colors, light, clutter, noise and JPEG settings are random and
+independent of the class, so a network has to learn the shape. The origin is the center of the
+image and half of its shorter side is 1, so the center square that training crops is -1..1.
 """
 
 from __future__ import annotations
@@ -73,27 +69,27 @@ def ring(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 
 
 def square(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
-    """Sides of 1.6."""
-    return _both(np.abs(x), np.abs(y)) - np.float32(0.8)
+    """A square with sides of 1.6."""
+    return _intersect(np.abs(x), np.abs(y)) - np.float32(0.8)
 
 
 def triangle(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
-    """Equal sides of 2, less a trifle, around the origin."""
+    """A triangle with equal sides of about 2, around the origin."""
     slant = np.float32(math.sqrt(3) / 2)
-    return _both(slant * np.abs(x) + y / 2, -y) - np.float32(0.58)
+    return _intersect(slant * np.abs(x) + y / 2, -y) - np.float32(0.58)
 
 
 def cross(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
-    """Two equal bars of length 2 that cross in the middle."""
+    """Two equal bars of length 2 that cross at their centers."""
     across, along = np.abs(x), np.abs(y)
     half = np.float32(rng.uniform(0.2, 0.32))
-    level = _both(across - 1, along - half)
-    upright = _both(across - half, along - 1)
-    return -_both(-level, -upright)  # either of them: not outside both
+    level = _intersect(across - 1, along - half)
+    upright = _intersect(across - half, along - 1)
+    return -_intersect(-level, -upright)  # either of them: not outside both
 
 
 def star(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
-    """Five points: fold the plane onto half of one point, then one straight edge is left."""
+    """A star of five points: the plane folded onto half of a point leaves one straight edge."""
     fifth = 2 * math.pi / 5
     angle = np.abs(np.mod(np.arctan2(x, y), np.float32(fifth)) - np.float32(fifth / 2))
     angle = np.float32(fifth / 2) - angle  # 0 at a tip, fifth / 2 in a notch
@@ -106,23 +102,23 @@ def star(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 
 
 def stripes(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
-    """Straight bands, half of the plane dark."""
-    return _both(_bands(x, rng.uniform(0.3, 0.55)), _patch(x, y, rng))
+    """Straight stripes that cover half of the plane."""
+    return _intersect(_bands(x, rng.uniform(0.3, 0.55)), _patch(x, y, rng))
 
 
 def waves(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
-    """Stripes that swing to the side by a fifth of a wave at least, so never nearly straight."""
+    """Wavy stripes with an amplitude of at least a fifth of a wave, so never nearly straight."""
     length = rng.uniform(0.7, 1.1)
     swing = np.float32(length * rng.uniform(0.2, 0.3))
     bent = x + swing * np.sin(y * np.float32(2 * math.pi / length))
-    return _both(_bands(bent, rng.uniform(0.4, 0.6)) * np.float32(0.6), _patch(x, y, rng))
+    return _intersect(_bands(bent, rng.uniform(0.4, 0.6)) * np.float32(0.6), _patch(x, y, rng))
 
 
 def checks(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
     """A checkerboard with squares of 0.25 to 0.45."""
     turn = np.float32(math.pi / rng.uniform(0.25, 0.45))
     product = np.sin(x * turn) * np.sin(y * turn)
-    return _both(product / turn, _patch(x, y, rng))
+    return _intersect(product / turn, _patch(x, y, rng))
 
 
 def dots(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
@@ -130,7 +126,7 @@ def dots(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
     period = np.float32(rng.uniform(0.34, 0.55))
     half = period / 2
     from_dot = np.hypot(np.mod(x, period) - half, np.mod(y, period) - half)
-    return _both(from_dot - period * np.float32(rng.uniform(0.26, 0.36)), _patch(x, y, rng))
+    return _intersect(from_dot - period * np.float32(rng.uniform(0.26, 0.36)), _patch(x, y, rng))
 
 
 # Sorted by name, like the folders; the position is part of each image's seed, so only append.
@@ -149,8 +145,8 @@ FIGURES: dict[str, Figure] = {
 TEXTURES = ("checks", "dots", "stripes", "waves")
 
 
-def _both(one: Plane, other: Plane) -> Plane:
-    """The figure where two figures overlap."""
+def _intersect(one: Plane, other: Plane) -> Plane:
+    """Return the intersection of two figures."""
     overlap: Plane = np.maximum(one, other)
     return overlap
 
@@ -162,7 +158,7 @@ def _bands(x: Plane, period: float) -> Plane:
 
 
 def _patch(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
-    """Where a texture ends: a blob with a wobbling edge."""
+    """A blob with a wobbling edge, the outline of a texture."""
     angle = np.arctan2(y, x)
     wobble = np.full_like(x, 1.1)
     for waves_round in (2, 3, 5):
@@ -172,7 +168,7 @@ def _patch(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 
 
 def draw_image(name: str, rng: np.random.Generator) -> Image.Image:
-    """An upright RGB image of class `name`, of random size, with the figure near its centre."""
+    """Draw an upright RGB image of class `name`, of random size, the figure near its center."""
     width, height = _size(rng)
     half = min(width, height) / 2
     x, y = np.meshgrid(
@@ -180,18 +176,18 @@ def draw_image(name: str, rng: np.random.Generator) -> Image.Image:
         ((np.arange(height) + 0.5 - height / 2) / half).astype(np.float32),
     )
     behind, before = _two_colours(rng)
-    picture = _background(width, height, behind, rng)
+    image = _background(width, height, behind, rng)
     cover = _cover(name, x, y, 1 / half, rng)[..., None]
     paint = before + _slope(x, y, 0.12, rng)[..., None]
-    picture += cover * (paint - picture)
-    picture *= 1 + _slope(x, y, 0.25, rng)[..., None]  # light from one side
+    image += cover * (paint - image)
+    image *= 1 + _slope(x, y, 0.25, rng)[..., None]  # light from one side
     grain = rng.standard_normal((height, width), dtype=np.float32)
-    picture += grain[..., None] * np.float32(rng.uniform(0, 0.08))
-    return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8), "RGB")
+    image += grain[..., None] * np.float32(rng.uniform(0, 0.08))
+    return Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8), "RGB")
 
 
 def draw_jpeg(name: str, rng: np.random.Generator) -> bytes:
-    """`draw_image` as a JPEG file; some are grey, CMYK, progressive or carry an orientation."""
+    """Draw an image as a JPEG file; some are grey, CMYK, progressive or rotated by EXIF."""
     image = draw_image(name, rng)
     kind, turned, progressive = rng.random(3)
     if kind < GREY:
@@ -224,7 +220,7 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _cover(name: str, x: Plane, y: Plane, pixel: float, rng: np.random.Generator) -> Plane:
-    """0..1 per pixel: how much of it the figure covers (edges soft over one pixel)."""
+    """Return the fraction 0..1 of each pixel that the figure covers (edges soft over one pixel)."""
     radius = rng.uniform(0.7, 1.0) if name in TEXTURES else rng.uniform(0.4, 0.85)
     room = 0.25 if name in TEXTURES else min(0.3, 1 - radius)
     along, across = rng.uniform(-room, room, 2).astype(np.float32)
@@ -240,7 +236,7 @@ def _cover(name: str, x: Plane, y: Plane, pixel: float, rng: np.random.Generator
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Colours of background and figure, any hue, different enough to tell apart in grey."""
+    """Return the colors of background and figure, of any hue, with enough contrast in grey."""
     while True:
         pair = [
             np.array(colorsys.hsv_to_rgb(*(rng.random(), rng.random(), rng.uniform(0.1, 1))))
@@ -257,7 +253,7 @@ def _slope(x: Plane, y: Plane, most: float, rng: np.random.Generator) -> Plane:
 
 
 def _background(width: int, height: int, colour: Plane, rng: np.random.Generator) -> Plane:
-    """[height, width, 3], 0..1: clouds around a colour, with small things lying about."""
+    """Return float32 [height, width, 3], 0..1: clouds around a color, with small clutter."""
     clouds = colour + rng.normal(0, rng.uniform(0.02, 0.12), (*rng.integers(2, 7, 2), 3))
     tiny = Image.fromarray((clouds.clip(0, 1) * 255).astype(np.uint8), "RGB")
     image = tiny.resize((width, height), Image.Resampling.BICUBIC)
@@ -278,32 +274,35 @@ def _background(width: int, height: int, colour: Plane, rng: np.random.Generator
     return np.asarray(image).astype(np.float32) / 255
 
 
-VERSION = 1  # of the drawings: raise it when the same arguments give other images
+VERSION = 1
+"""Version of the drawings: raise it when the same arguments give other images."""
 RECORD = "demo.json"
 SPLITS = ("train", "val")  # the position is part of each image's seed
-PART = 40  # images of one job in the pool: about a quarter of a second
-PATIENCE = 120  # seconds without a finished job until a process is taken for dead
+TASK_IMAGES = 40
+"""Images of a task of the pool: about a quarter of a second."""
+TIMEOUT = 120
+"""Seconds without a finished task after which a process is taken for dead."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """Draw a small image set of ten shapes and textures."""
+class DemoOptions:
+    """Draw a small data set of ten shapes and textures."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to create."""
     seed: int = 0
     """Other seeds give other images (0 or more)."""
     train: int = 4000
-    """Training images in all; classes differ by one at most."""
+    """Number of training images; classes differ by one at most."""
     val: int = 800
-    """Validation images in all."""
+    """Number of validation images."""
     workers: int = 0
-    """Processes that draw; 0 is one per usable core."""
+    """Number of processes; 0: one per usable core."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """A run of images of one class: numbers start <= n < stop."""
+class DrawingTask:
+    """Images of one class to draw: numbers start <= n < stop."""
 
     split: str
     name: str
@@ -311,35 +310,36 @@ class Part:
     stop: int
 
 
-def parts(split: str, pictures: int) -> Iterator[Part]:
-    """Cut `pictures` of a split into jobs; the first classes get what does not divide evenly."""
+def list_tasks(split: str, images: int) -> Iterator[DrawingTask]:
+    """Cut a split into tasks; the first classes get what does not divide evenly."""
     for label, name in enumerate(FIGURES):
-        count = pictures // len(FIGURES) + (label < pictures % len(FIGURES))
-        for start in range(0, count, PART):
-            yield Part(split, name, start, min(count, start + PART))
+        count = images // len(FIGURES) + (label < images % len(FIGURES))
+        for start in range(0, count, TASK_IMAGES):
+            yield DrawingTask(split, name, start, min(count, start + TASK_IMAGES))
 
 
-def draw_part(folder: Path, seed: int, part: Part) -> int:
-    """Write the JPEG files of one part below `folder`; returns how many."""
-    label = list(FIGURES).index(part.name)
-    target = folder / part.split / part.name
+def draw_task(folder: Path, seed: int, task: DrawingTask) -> int:
+    """Write the JPEG files of a task below `folder`; return their number."""
+    label = list(FIGURES).index(task.name)
+    target = folder / task.split / task.name
     target.mkdir(parents=True, exist_ok=True)
-    for number in range(part.start, part.stop):
-        entropy = np.random.SeedSequence([seed, SPLITS.index(part.split), label, number])
-        picture = draw_jpeg(part.name, np.random.default_rng(entropy))
-        (target / f"{number:05d}.jpg").write_bytes(picture)
-    return part.stop - part.start
+    for number in range(task.start, task.stop):
+        entropy = np.random.SeedSequence([seed, SPLITS.index(task.split), label, number])
+        image = draw_jpeg(task.name, np.random.default_rng(entropy))
+        (target / f"{number:05d}.jpg").write_bytes(image)
+    return task.stop - task.start
 
 
-def draw_set(options: Options) -> bool:
-    """Draw the set; False when it was there already, made with the same arguments.
+def draw_set(options: DemoOptions) -> bool:
+    """Draw the data set; return False if it was there already, made with the same arguments.
 
-    Raises UsageError when the arguments cannot work or OUT holds anything else.
+    Raises:
+        UsageError: the arguments cannot work, or OUT holds anything else.
     """
     _check(options)
     out = options.out.resolve()  # "." has no name to put a partial folder beside
     if out.is_dir() and any(out.iterdir()):
-        if _record_of(out) == _record(options):
+        if _read_record(out) == _make_record(options):
             return False
         raise UsageError(
             f"{options.out} holds something else than this demo set: "
@@ -349,7 +349,7 @@ def draw_set(options: Options) -> bool:
     try:
         unfinished.mkdir(parents=True)
         _draw_all(unfinished, options)
-        (unfinished / RECORD).write_text(json.dumps(_record(options), indent=2) + "\n")
+        (unfinished / RECORD).write_text(json.dumps(_make_record(options), indent=2) + "\n")
         unfinished.replace(out)
     except OSError as error:
         reason = error.strerror or error
@@ -359,15 +359,17 @@ def draw_set(options: Options) -> bool:
     return True
 
 
-def _draw_all(folder: Path, options: Options) -> None:
-    jobs = [*parts("train", options.train), *parts("val", options.val)]
+def _draw_all(folder: Path, options: DemoOptions) -> None:
+    jobs = [*list_tasks("train", options.train), *list_tasks("val", options.val)]
     with Progress("drawing", total=options.train + options.val, unit="img") as progress:
-        for drawn in _run(partial(draw_part, folder, options.seed), options.workers, jobs):
+        for drawn in _run_tasks(partial(draw_task, folder, options.seed), options.workers, jobs):
             progress.advance(drawn)
 
 
-def _run(draw: Callable[[Part], int], workers: int, jobs: list[Part]) -> Iterator[int]:
-    """Images drawn by each job as it ends, in this process or in a pool.
+def _run_tasks(
+    draw: Callable[[DrawingTask], int], workers: int, jobs: list[DrawingTask]
+) -> Iterator[int]:
+    """Yield the number of images of each task as it ends, in this process or in a pool.
 
     Processes are spawned, not forked, as a progress line runs a thread here; being daemons they
     end with this process, however it ends.
@@ -380,15 +382,15 @@ def _run(draw: Callable[[Part], int], workers: int, jobs: list[Part]) -> Iterato
         done = pool.imap_unordered(draw, jobs)
         for _ in jobs:
             try:
-                yield done.next(timeout=PATIENCE)
+                yield done.next(timeout=TIMEOUT)
             except MultiprocessingTimeout:
                 raise DuetError(
-                    f"no image drawn in {PATIENCE} s (a process died, out of memory?); "
+                    f"no image drawn in {TIMEOUT} s (a process died, out of memory?); "
                     "run the same command again with fewer --workers"
                 ) from None
 
 
-def _check(options: Options) -> None:
+def _check(options: DemoOptions) -> None:
     for name in ("seed", "train", "val", "workers"):
         if (value := getattr(options, name)) < 0:
             raise UsageError(f"--{name} {value}: give 0 or more")
@@ -398,7 +400,7 @@ def _check(options: Options) -> None:
         raise UsageError(f"{options.out} is a file: name a folder")
 
 
-def _record(options: Options) -> dict[str, object]:
+def _make_record(options: DemoOptions) -> dict[str, object]:
     return {
         "version": VERSION,
         "seed": options.seed,
@@ -408,8 +410,8 @@ def _record(options: Options) -> dict[str, object]:
     }
 
 
-def _record_of(folder: Path) -> object:
-    """What `demo.json` says, None when the folder has none that can be read."""
+def _read_record(folder: Path) -> object:
+    """Return the content of `demo.json`, None if it cannot be read."""
     try:
         return json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -417,8 +419,8 @@ def _record_of(folder: Path) -> object:
 
 
 def main() -> None:
-    """Draw what the command line asks for."""
-    options = tyro.cli(Options, prog="python -m pipeline.demo_images")
+    """Run the command."""
+    options = tyro.cli(DemoOptions, prog="python -m pipeline.demo_images")
     new = draw_set(options)
     state = "drawn" if new else "already complete"
     sys.stderr.write(

@@ -17,8 +17,7 @@ from cluster.run.console import RunConsole
 from cluster.run.events import Measured
 from cluster.run.folder import MEASURE
 from cluster.run.jsonl import WAITS
-from pipeline.throughput.report import rounded
-from pipeline.throughput.report import write as write_page
+from pipeline.throughput.report import round_floats, write_page
 from pipeline.tools.files import atomic_write
 
 NAMES = {
@@ -45,7 +44,7 @@ def measure_with_ray(
     found: Mapping[str, Any] | None = None
     for event in group.events():
         if isinstance(event, Measured):
-            found = rounded(event.found)
+            found = round_floats(event.found)
         elif event is not None:
             screen.show(event)
     if found is None:

@@ -1,16 +1,13 @@
-"""The images of a report: what the network sees, and what its first layer looks for.
+"""Images of a report: training images as the network gets them, conv1 kernels, and answers.
 
-Figure 4 (left) of the paper: images, what they are, and the five answers of the network.
-
-The paper shows eight test images of its own choice. Here they are chosen by rule, from the
-probabilities that `cluster.evaluate --save-probabilities` leaves: those in which the true class got
-the most, those in which it got the least, and some drawn by lot among all.
+The answers are figure 4 (left) of the paper: images with the five most probable classes. The paper
+chose its eight images by hand. Here they are chosen by rule, from the probabilities saved by
+`cluster.evaluate --save-probabilities`: the highest and the lowest probabilities of the true class,
+and a random sample.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from contextlib import closing
@@ -20,7 +17,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,41 +26,43 @@ from cluster.run.events import Warned
 from cluster.run.folder import read_store
 from cluster.run.kernels import Kernel
 from cluster.run.probabilities import SavedProbabilities, probability_path
-from pipeline.dataset.images import Pixels, Undecodable, decode_image
+from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import CACHE_SIZE, fetch_metadata, open_dataset, parse_size
-from pipeline.stream.shard_reader import ShardReader
+from pipeline.stream.shard_reader import Damage, ShardReader
+from pipeline.tools.charts import encode_image
 from pipeline.tools.errors import DuetError
 
 PICTURES = 32
 SHOWN_SIDE = 144  # pixels; shown at about half of that, sharp on dense screens
+QUALITY = 82
 KERNEL_SCALE = 5
 KERNEL_GAP = 1  # kernel pixels between neighbours
 
 
-class Unavailable(Exception):
-    """An image cannot be made; the message is what the page says in its place."""
+class MissingFigure(Exception):
+    """A figure cannot be made; the page shows the message in its place."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainingImage:
     """A training image as the network gets it."""
 
     name: str
     uri: str
 
 
-def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
-    """The first training images of a run, cropped, flipped and coloured as it had them.
+def load_training_images(data: str, config: dict[str, Any]) -> list[TrainingImage]:
+    """Return the first training images of a run, with its crops, flips and color shifts.
 
     Raises:
-        Unavailable: the data set cannot be read here.
+        MissingFigure: the data set cannot be read here.
     """
     try:
         # DALI takes seconds to load and may be missing where only a report is wanted.
         from pipeline.batches import Stream
 
-        cached = cache_of(config)
+        cached = read_cache_settings(config)
         classes = Manifest.load(fetch_metadata(data, **cached)).classes
         count = min(PICTURES, int(config.get("batch_size", PICTURES)))
         with Stream(
@@ -79,18 +77,18 @@ def mosaic(data: str, config: dict[str, Any]) -> list[Sample]:
             batch = next(stream)
             mean = stream.channel_mean
     except (DuetError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise Unavailable(f"No images: {first_line(error)}.") from error
+        raise MissingFigure(f"No images: {shorten_error(error)}.") from error
     restored = batch.images.float().cpu().numpy() + np.asarray(mean).reshape(1, 3, 1, 1)
     pixels = restored.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     labels = batch.labels.cpu().tolist()
     return [
-        Sample(classes[label], small_jpeg(picture))
-        for label, picture in zip(labels, pixels, strict=True)
+        TrainingImage(classes[label], encode_image(image, SHOWN_SIDE, QUALITY))
+        for label, image in zip(labels, pixels, strict=True)
     ]
 
 
-def cache_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The cache that a run's RUN/config.toml names, as `Config.cached`: with the run's own limit.
+def read_cache_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the shard cache that RUN/config.toml names, and its size, as arguments of a data set.
 
     Raises:
         UsageError: its size cannot be read.
@@ -102,11 +100,11 @@ def cache_of(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def newest_checkpoint(run: Path) -> Checkpoint:
-    """The newest complete checkpoint of RUN, every byte checked.
+def find_newest_checkpoint(run: Path) -> Checkpoint:
+    """Return the newest complete checkpoint of RUN, every byte checked.
 
     Raises:
-        Unavailable: there is none.
+        MissingFigure: there is none.
     """
     damaged: list[str] = []
     try:
@@ -117,35 +115,37 @@ def newest_checkpoint(run: Path) -> Checkpoint:
         )
     except DuetError as error:
         reason = f" ({damaged[0]})" if damaged else ""
-        raise Unavailable(f"No kernels: the run has no complete checkpoint yet{reason}.") from error
+        raise MissingFigure(
+            f"No kernels: the run has no complete checkpoint yet{reason}."
+        ) from error
     return found
 
 
-def column_kernels(found: Checkpoint) -> dict[str, Kernel]:
-    """conv1 by column, "a" and (unless the network has one) "b": float32 [maps, 3, 11, 11].
+def read_column_kernels(found: Checkpoint) -> dict[str, Kernel]:
+    """Return conv1 of column "a", and of "b" if there is one: float32 [maps, 3, 11, 11] each.
 
     Raises:
-        Unavailable: the files hold no such tensors.
+        MissingFigure: the files hold no such tensors.
     """
     try:
         columns = [c for c in (0, 1) if c == 0 or (found.path / column_file(c)).exists()]
-        return {"ab"[column]: _conv1(found.path, column) for column in columns}
+        return {"ab"[column]: _read_conv1(found.path, column) for column in columns}
     except (SafetensorError, OSError) as error:
-        raise Unavailable(f"No kernels: {found.path}: {first_line(error)}.") from error
+        raise MissingFigure(f"No kernels: {found.path}: {shorten_error(error)}.") from error
 
 
-def _conv1(checkpoint: Path, column: int) -> Kernel:
+def _read_conv1(checkpoint: Path, column: int) -> Kernel:
     with safe_open(checkpoint / column_file(column), framework="numpy") as file:
         kernels: Kernel = file.get_tensor(f"weights/{'ab'[column]}.conv1.weight")
     return kernels
 
 
-def tile(kernels: Kernel, across: int = 0) -> Pixels:
-    """Kernels [n, 3, k, k] side by side, each stretched to full contrast around grey.
+def tile_kernels(kernels: Kernel, across: int = 0) -> Pixels:
+    """Draw kernels [n, 3, k, k] side by side, each stretched to full contrast around grey.
 
     Args:
         kernels: float, in R, G, B.
-        across: so many in a row; 0: for a sheet about four wide to three high.
+        across: kernels in a row; 0: for a sheet of about 4:3.
 
     Returns:
         RGBA image, uint8 [height, width, 4], gaps clear.
@@ -164,21 +164,8 @@ def tile(kernels: Kernel, across: int = 0) -> Pixels:
     return sheet.repeat(KERNEL_SCALE, 0).repeat(KERNEL_SCALE, 1)
 
 
-def small_jpeg(pixels: Pixels) -> str:
-    """An image, uint8 [h, h, 3], as a data URI, `SHOWN_SIDE` wide."""
-    image = Image.fromarray(pixels).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=82)
-    return data_uri("image/jpeg", file)
-
-
-def data_uri(kind: str, file: io.BytesIO) -> str:
-    """The bytes of a file as an address that holds them."""
-    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line without a full stop."""
+def shorten_error(error: Exception) -> str:
+    """Return the first line of an error message, without a full stop."""
     lines = str(error).splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
@@ -186,16 +173,16 @@ def first_line(error: Exception) -> str:
 Choice = Literal["best", "worst", "random"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 EACH = 8
-"""Images of a choice."""
+"""Images shown of each choice."""
 ANSWERS = 5
 BORDER = 16
-"""Pixels around the centre view, 224x224 of 256x256."""
+"""Pixels around the center view, 224x224 of 256x256."""
 ROWS = 4096
-"""Images whose probabilities are in memory at a time."""
+"""Images whose probabilities are read at a time."""
 TITLES = {
     "best": "Surest of the truth",
     "worst": "Furthest from the truth",
-    "random": "Drawn by lot",
+    "random": "Randomly sampled",
 }
 
 
@@ -210,12 +197,12 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnsweredImage:
     """An image with the network's answers, the most probable first."""
 
     uri: str
     sample: int
-    """Place in the split's stored order."""
+    """Sample id in the split."""
     truth: str
     share: float
     """Probability of the true class."""
@@ -223,7 +210,7 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """How it counts: "right", "in the top 5" or "wrong"."""
+        """The result: "right", "in the top 5" or "wrong"."""
         if self.guesses[0].true:
             return "right"
         return "in the top 5" if any(guess.true for guess in self.guesses) else "wrong"
@@ -231,78 +218,80 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """Images by choice, and what the probabilities are of."""
+    """Images by choice, and the evaluation that the probabilities are from."""
 
-    groups: tuple[tuple[str, tuple[Answer, ...]], ...]
-    """(title, images)."""
+    groups: tuple[tuple[str, tuple[AnsweredImage, ...]], ...]
+    """(title, images) of each choice."""
     views: int
     split: str
     samples: int
     step: int
 
 
-def answers(
+def collect_answers(
     run: Path,
     data: str | None,
     config: dict[str, Any],
     choices: Sequence[Choice] = CHOICES,
     each: int = EACH,
 ) -> Answers:
-    """Images of the evaluated split with the five most probable classes.
+    """Return images of the evaluated split with their five most probable classes.
 
     Args:
-        run: folder of the run; its probabilities of ten views if there are, else of one.
-        data: the data set that they are of.
-        config: of the run, for its cache.
-        choices: which images.
-        each: how many of each choice.
+        run: folder of the run, with probabilities of ten views or of one.
+        data: the data set that was evaluated.
+        config: content of config.toml, for the cache.
+        choices: rules by which images are chosen.
+        each: images of each choice.
 
     Raises:
-        Unavailable: there are no probabilities, or no such images.
+        MissingFigure: the probabilities or the images are missing.
     """
     views = next((views for views in (10, 1) if probability_path(run, views).is_file()), 0)
     if not views:
-        raise Unavailable(
+        raise MissingFigure(
             "No answers: the probabilities were not kept (cluster.evaluate --save-probabilities)."
         )
     if data is None:
-        raise Unavailable("No answers: no data folder was given (--data).")
+        raise MissingFigure("No answers: no data folder was given (--data).")
     try:
         saved = SavedProbabilities(run, views)
-        _check(saved, data, config)
-        chosen = choose(saved, choices, each)
+        _check_data(saved, data, config)
+        chosen = choose_images(saved, choices, each)
         with (
-            closing(open_dataset(data, **cache_of(config))) as dataset,
+            closing(open_dataset(data, **read_cache_settings(config))) as dataset,
             closing(ShardReader(dataset, saved.about.split)) as storage,
         ):
             groups = tuple(
-                (TITLES[choice], tuple(_answers(saved, storage, ids, views)))
+                (TITLES[choice], tuple(_load_answers(saved, storage, ids, views)))
                 for choice, ids in chosen.items()
             )
     except (DuetError, OSError, ValueError) as error:
-        raise Unavailable(f"No answers: {first_line(error)}.") from error
+        raise MissingFigure(f"No answers: {shorten_error(error)}.") from error
     about = saved.about
     return Answers(groups, views, about.split, int((saved.weights > 0).sum()), about.step)
 
 
-def _check(saved: SavedProbabilities, data: str, config: dict[str, Any]) -> None:
-    """Refuse another data set than the probabilities are of.
+def _check_data(saved: SavedProbabilities, data: str, config: dict[str, Any]) -> None:
+    """Check that the data set is the one that was evaluated.
 
     Raises:
-        Unavailable: it is another.
+        MissingFigure: it is another.
     """
-    if identity(fetch_metadata(data, **cache_of(config))) != saved.about.data_sha256:
-        raise Unavailable(f"No answers: {data} is not the data set that was evaluated.")
+    if identity(fetch_metadata(data, **read_cache_settings(config))) != saved.about.data_sha256:
+        raise MissingFigure(f"No answers: {data} is not the data set that was evaluated.")
 
 
-def choose(
+def choose_images(
     saved: SavedProbabilities, choices: Sequence[Choice], each: int
 ) -> dict[Choice, list[int]]:
-    """Which images each choice shows, by their ids; damaged ones are never shown."""
+    """Return the ids of the images of each choice, without damaged ones."""
     sound = torch.nonzero(saved.weights > 0).flatten()
     true = torch.cat(
         [
-            _true(saved.rows(first, min(first + ROWS, len(saved.labels))), saved.labels[first:])
+            _select_true(
+                saved.rows(first, min(first + ROWS, len(saved.labels))), saved.labels[first:]
+            )
             for first in range(0, len(saved.labels), ROWS)
         ]
     )[sound]
@@ -316,37 +305,32 @@ def choose(
     return {choice: found[choice] for choice in choices}
 
 
-def _true(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """What the true class of each row got."""
+def _select_true(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """The probability of the true class in each row."""
     return probabilities.gather(1, labels[: len(probabilities), None]).flatten()
 
 
-def _answers(
+def _load_answers(
     saved: SavedProbabilities, storage: ShardReader, ids: list[int], views: int
-) -> list[Answer]:
+) -> list[AnsweredImage]:
     names, found = saved.about.classes, []
-    for sample, pixels in zip(ids, _pixels(storage, ids), strict=True):
+    for sample, pixels in zip(ids, storage.decode(ids), strict=True):
         row, label = saved.rows(sample, sample + 1)[0], int(saved.labels[sample])
         shares, places = row.topk(min(ANSWERS, len(names)))
         guesses = tuple(
             Guess(names[place], share, place == label)
             for place, share in zip(places.tolist(), shares.tolist(), strict=True)
         )
+        if isinstance(pixels, Damage):
+            pixels = np.full((256, 256, 3), 128, np.uint8)
         seen = pixels[BORDER:-BORDER, BORDER:-BORDER] if views == 1 else pixels
-        found.append(Answer(small_jpeg(seen), sample, names[label], float(row[label]), guesses))
-    return found
-
-
-def _pixels(storage: ShardReader, ids: list[int]) -> list[Pixels]:
-    """The images; grey where one was damaged since it was evaluated."""
-    places = np.array(ids, np.int64)
-    views, damages = storage.read(places)
-    found = []
-    for place, view in enumerate(views):
-        try:
-            if place in damages:
-                raise Undecodable(str(damages[place]))
-            found.append(decode_image(view.data, storage.encoding))
-        except Undecodable:
-            found.append(np.full((256, 256, 3), 128, np.uint8))
+        found.append(
+            AnsweredImage(
+                encode_image(seen, SHOWN_SIDE, QUALITY),
+                sample,
+                names[label],
+                float(row[label]),
+                guesses,
+            )
+        )
     return found

@@ -1,39 +1,58 @@
-"""Figure 3 of the paper: the first layer of both columns, what it looks for, and since when.
+"""Figure 3 of the paper: the conv1 kernels of both columns, their scores, and both over time.
 
-What conv1 kernels look for, in numbers, and whether the two columns look for different things.
-
-The paper (section 6.1, figure 3): the kernels of one GPU are largely colour-agnostic, those of the
-other largely colour-specific; "this kind of specialization occurs during every run and is
+The paper (section 6.1, figure 3): the kernels of one GPU are largely color-agnostic, those of the
+other largely color-specific; "this kind of specialization occurs during every run and is
 independent of any particular random weight initialization (modulo a renumbering of the GPUs)". It
-judges by eye; the numbers here are ours.
+judges by eye; the scores here are ours.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from cluster.checkpoint.format import Checkpoint
-from cluster.report.charts import Axis, Chart, Dot, Line, Tick, dots, line, short
-from cluster.report.images import KERNEL_GAP, KERNEL_SCALE, column_kernels, data_uri, tile
+from cluster.report.images import (
+    KERNEL_GAP,
+    KERNEL_SCALE,
+    read_column_kernels,
+    tile_kernels,
+)
 from cluster.run.kernels import Kernel, KernelSnapshot
 from pipeline.dataset.images import Pixels
+from pipeline.tools.charts import (
+    COLUMN_A,
+    COLUMN_B,
+    INK,
+    SOFT,
+    Chart,
+    Floats,
+    Label,
+    as_chart,
+    draw_dots,
+    draw_line,
+    draw_mark,
+    encode_image,
+    name_axis,
+    new_axes,
+)
+from pipeline.tools.text import short_number
 
-Floats = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GREY_OF_NOISE = 2 / 3
-"""Colourfulness of a kernel of independent values: two of three axes of colour are not grey."""
+"""Colorfulness of a kernel of independent values: two of the three color axes are not grey."""
 ORIENTATION_OF_NOISE = 0.064
 """Median orientation of kernels of noise, 3 x 11 x 11 (measured)."""
 SPLITS = 5000
-"""Random splits that a split into columns is compared with."""
+"""Random splits of the kernels that the split into columns is compared with."""
 CERTAIN = 0.05
 NOISE_DRAWS = 1000
 NOISE_PERCENTILE = 99.0
@@ -42,59 +61,59 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Scores:
-    """A number 0..1 for each of n kernels."""
+    """Scores 0..1 of n kernels, float64 [n] each."""
 
     colour: Floats
-    """Share of its energy off the grey axis R = G = B: grey 0, noise 2/3, opponent colours 1."""
+    """Share of the energy off the grey axis R = G = B: grey 0, noise 2/3, opponent colors 1."""
     orientation: Floats
-    """Coherence of its structure tensor: all changes in one direction 1, as many in all 0."""
+    """Coherence of the structure tensor: 1 if all gradients are parallel, 0 if isotropic."""
     concentration: Floats
-    """Share of its energy in the strongest place of its spectrum: low for noise."""
+    """Share of the energy at the strongest frequency of the spectrum: low for noise."""
 
     def __len__(self) -> int:
         return len(self.colour)
 
     @property
     def shaped(self) -> npt.NDArray[np.bool_]:
-        """Which are more concentrated than 99 of 100 kernels of noise."""
-        return self.concentration > noise_limit()
+        """Bool [n]: more concentrated than 99 of 100 kernels of noise."""
+        return self.concentration > compute_noise_limit()
 
 
 @dataclass(frozen=True)
-class Split:
-    """How well a score tells the kernels of two columns apart, beside random splits of them."""
+class ColumnSeparation:
+    """Separation of two columns by a score, compared with random splits of their kernels."""
 
     apart: float
-    """Share of pairs (one of each column) in which the one column has the higher score: 0.5 if the
-    columns are alike, 1 if they share no value. Of the column that is ahead; ties count half."""
+    """Share of pairs, a kernel of each column, in which the column `ahead` has the higher score:
+    0.5 if the columns are alike, 1 if their ranges are disjoint. Ties count half."""
     ahead: str
-    """That column, "a" or "b"."""
+    """The column with the higher scores, "a" or "b"."""
     chance: float
     """Median of `apart` over random splits of the same kernels."""
     chance_95: float
-    """What 95 % of them stay below."""
+    """Their 95th percentile."""
     p: float
-    """Share of random splits at least as far apart: never below 1 / (splits + 1)."""
+    """Share of random splits that are at least as far apart, at least 1 / (splits + 1)."""
 
     @property
-    def told(self) -> bool:
-        """Whether it is more than a random split would give in 95 of 100 cases."""
+    def is_significant(self) -> bool:
+        """Whether `p` is below 0.05."""
         return self.p < CERTAIN
 
 
-def scores(kernels: Kernel) -> Scores:
-    """The scores of kernels, float [n, 3, k, k] in R, G, B."""
+def score_kernels(kernels: Kernel) -> Scores:
+    """Compute the scores of kernels, float [n, 3, k, k] in R, G, B."""
     exact = kernels.astype(np.float64)
     energy = (exact**2).sum(axis=(1, 2, 3))
     grey = (exact.sum(axis=1) ** 2).sum(axis=(1, 2)) / 3
     return Scores(
         colour=np.clip(1 - grey / np.maximum(energy, TINY), 0, 1) * (energy > 0),
-        orientation=_coherence(exact),
-        concentration=_concentration(exact),
+        orientation=_compute_coherence(exact),
+        concentration=_compute_concentration(exact),
     )
 
 
-def _coherence(kernels: Floats) -> Floats:
+def _compute_coherence(kernels: Floats) -> Floats:
     """(l1 - l2) / (l1 + l2) of the eigenvalues of each structure tensor, summed over channels."""
     down, across = np.gradient(kernels, axis=(2, 3))
     yy, xx, xy = (
@@ -105,8 +124,8 @@ def _coherence(kernels: Floats) -> Floats:
     return coherence
 
 
-def _concentration(kernels: Floats) -> Floats:
-    """Largest share of the energy that lies within one frequency of another, of k x k."""
+def _compute_concentration(kernels: Floats) -> Floats:
+    """Largest share of the energy within one step of a frequency, of k x k."""
     power = (np.abs(np.fft.fft2(kernels)) ** 2).sum(axis=1)
     near = sum(
         np.roll(power, (down, across), (1, 2)) for down in (-1, 0, 1) for across in (-1, 0, 1)
@@ -116,23 +135,25 @@ def _concentration(kernels: Floats) -> Floats:
 
 
 @cache
-def noise_limit() -> float:
-    """The concentration that one in a hundred kernels of noise is beyond."""
+def compute_noise_limit() -> float:
+    """Return the 99th percentile of the concentration of kernels of noise."""
     noise = np.random.default_rng(0).normal(size=(NOISE_DRAWS, 3, 11, 11))
-    return float(np.percentile(_concentration(noise), NOISE_PERCENTILE))
+    return float(np.percentile(_compute_concentration(noise), NOISE_PERCENTILE))
 
 
-def split(a: Floats, b: Floats, seed: int = 0) -> Split | None:
-    """How far the scores of column a [m] and column b [n] are apart; None if one is empty."""
+def separate_columns(a: Floats, b: Floats, seed: int = 0) -> ColumnSeparation | None:
+    """Compare the scores of column a [m] and column b [n]; None if one is empty."""
     if not len(a) or not len(b):
         return None
-    ranks = _ranks(np.concatenate((a, b)))
-    one = _share(ranks[: len(a)].sum(), len(a), len(b))
+    from scipy.stats import rankdata  # importing it takes half a second
+
+    ranks = rankdata(np.concatenate((a, b)))
+    one = _compute_share(ranks[: len(a)].sum(), len(a), len(b))
     rng = np.random.default_rng(seed)
     mixed = rng.permuted(np.tile(ranks, (SPLITS, 1)), axis=1)[:, : len(a)].sum(axis=1)
-    others = np.maximum(mixed_shares := _share(mixed, len(a), len(b)), 1 - mixed_shares)
+    others = np.maximum(mixed_shares := _compute_share(mixed, len(a), len(b)), 1 - mixed_shares)
     apart = max(float(one), 1 - float(one))
-    return Split(
+    return ColumnSeparation(
         apart=apart,
         ahead="a" if one >= 0.5 else "b",
         chance=float(np.median(others)),
@@ -141,46 +162,38 @@ def split(a: Floats, b: Floats, seed: int = 0) -> Split | None:
     )
 
 
-def _share(rank_sum: Floats, ours: int, theirs: int) -> Floats:
-    """Share of pairs in which ours is higher, from the sum of our ranks (Mann and Whitney)."""
+def _compute_share(rank_sum: Floats, ours: int, theirs: int) -> Floats:
+    """Share of pairs in which ours is higher, from our rank sum (Mann and Whitney)."""
     return (rank_sum - ours * (ours + 1) / 2) / (ours * theirs)
 
 
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 1 on; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: Floats = (last - (counts - 1) / 2)[place]
-    return ranks
-
-
 MOMENTS = 12
-"""Moments shown in a strip."""
+"""Snapshots shown in a strip."""
 FOLLOWED = 8
-"""Kernels of a column that are followed through them."""
+"""Kernels of a column shown in a strip."""
 BAR = 3  # pixels high
 COLOUR_BAR, ORIENTATION_BAR, TRACK = (123, 82, 196, 255), (18, 128, 106, 255), (128, 128, 128, 64)
-WHOLE = Axis(0, 1)
+COLUMN_COLORS = {"a": COLUMN_A, "b": COLUMN_B}
 
 
 @dataclass(frozen=True)
-class Column:
-    """The first layer of a column as one image, and its scores."""
+class ColumnKernels:
+    """The conv1 kernels of a column as one image, and their scores."""
 
     name: str
     uri: str
     scores: Scores
     colour: float
-    """Median over its kernels, as the next."""
+    """Median over the kernels, as are the next two."""
     orientation: float
     concentration: float
     shaped: int
-    """Kernels that are more than noise."""
+    """Number of kernels that are more concentrated than noise."""
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Some kernels of a column (rows) through the moments (columns)."""
+    """Some kernels of a column (rows) at the snapshots (columns)."""
 
     name: str
     uri: str
@@ -189,100 +202,107 @@ class Strip:
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """All that a page shows of conv1."""
+    """Everything a page shows of conv1."""
 
     step: int
-    columns: tuple[Column, ...]
-    colour: Split | None
-    """Whether the columns differ in colourfulness; None for a network of one column."""
-    orientation: Split | None
+    columns: tuple[ColumnKernels, ...]
+    colour: ColumnSeparation | None
+    """Separation of the columns by colorfulness; None for a network of one column."""
+    orientation: ColumnSeparation | None
     scatter: Chart
-    changes: tuple[Column, ...] = ()
-    """The kernels less what they began as: what was learned, without the noise that was drawn."""
+    changes: tuple[ColumnKernels, ...] = ()
+    """The kernels minus their initial values: what was learned, without the initial noise."""
     change_length: float = 0.0
-    """Median of their lengths over those of the kernels: how much of these was learned."""
-    change_colour: Split | None = None
-    """As `colour`, of these."""
+    """Median of the norms of the changes over those of the kernels."""
+    change_colour: ColumnSeparation | None = None
+    """As `colour`, of the changes."""
     strips: tuple[Strip, ...] = ()
     charts: tuple[Chart, ...] = ()
-    """Over the steps; without kept moments none."""
+    """Scores over the steps; empty without snapshots."""
 
     @property
     def kernels(self) -> int:
-        """Of both columns."""
+        """Number of kernels of both columns."""
         return sum(len(column.scores) for column in self.columns)
 
 
-def first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = ()) -> FirstLayer:
-    """Look at conv1 of a checkpoint, and at what was kept of it before.
+def describe_first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = ()) -> FirstLayer:
+    """Describe conv1 of a checkpoint and of the snapshots before it.
 
     Raises:
-        Unavailable: the checkpoint holds no such tensors.
+        MissingFigure: the checkpoint holds no such tensors.
     """
-    kernels = column_kernels(found)
-    rated = {name: scores(weights) for name, weights in kernels.items()}
-    past = [one for one in moments if one.step < found.mark.step and same_shape(one, kernels)]
+    kernels = read_column_kernels(found)
+    rated = {name: score_kernels(weights) for name, weights in kernels.items()}
+    past = [one for one in moments if one.step < found.mark.step and has_same_shape(one, kernels)]
     layer = FirstLayer(
         step=found.mark.step,
-        columns=tuple(_column(name, kernels[name], rated[name]) for name in kernels),
-        colour=_apart([one.colour for one in rated.values()]),
-        orientation=_apart([one.orientation for one in rated.values()]),
-        scatter=_scatter(rated),
+        columns=tuple(_describe_column(name, kernels[name], rated[name]) for name in kernels),
+        colour=_separate_pair([one.colour for one in rated.values()]),
+        orientation=_separate_pair([one.orientation for one in rated.values()]),
+        scatter=_draw_scatter(rated),
     )
     if not past:
         return layer
     if past[0].step == 1:
-        layer = _with_changes(layer, kernels, past[0].columns)
+        layer = _add_changes(layer, kernels, past[0].columns)
     past.append(KernelSnapshot(found.mark.step, kernels))
-    shown = picked(past)
+    shown = pick_snapshots(past)
     strips = tuple(
-        _strip(name, [one.columns[name] for one in shown], [one.step for one in shown], rated[name])
+        _draw_strip(
+            name, [one.columns[name] for one in shown], [one.step for one in shown], rated[name]
+        )
         for name in kernels
     )
-    return replace(layer, strips=strips, charts=tuple(_over_time(past)))
+    return replace(layer, strips=strips, charts=tuple(_draw_over_time(past)))
 
 
-def _with_changes(
+def _add_changes(
     layer: FirstLayer, kernels: dict[str, Kernel], first: dict[str, Kernel]
 ) -> FirstLayer:
     changes = {name: weights - first[name] for name, weights in kernels.items()}
-    rated = {name: scores(change) for name, change in changes.items()}
+    rated = {name: score_kernels(change) for name, change in changes.items()}
     return replace(
         layer,
-        changes=tuple(_column(name, changes[name], rated[name]) for name in changes),
+        changes=tuple(_describe_column(name, changes[name], rated[name]) for name in changes),
         change_length=float(
-            np.median([_lengths(changes[name]) / _lengths(kernels[name]) for name in kernels])
+            np.median(
+                [
+                    _measure_lengths(changes[name]) / _measure_lengths(kernels[name])
+                    for name in kernels
+                ]
+            )
         ),
-        change_colour=_apart([one.colour for one in rated.values()]),
+        change_colour=_separate_pair([one.colour for one in rated.values()]),
     )
 
 
-def _lengths(kernels: Kernel) -> npt.NDArray[np.float32]:
+def _measure_lengths(kernels: Kernel) -> npt.NDArray[np.float32]:
     return np.maximum(np.linalg.norm(kernels.reshape(len(kernels), -1), axis=1), 1e-12)
 
 
-def same_shape(moment: KernelSnapshot, kernels: dict[str, Kernel]) -> bool:
-    """Whether a moment is of the network that the checkpoint holds."""
+def has_same_shape(moment: KernelSnapshot, kernels: dict[str, Kernel]) -> bool:
+    """Return whether a snapshot has the shapes of the checkpoint's kernels."""
     shapes = {name: weights.shape for name, weights in kernels.items()}
     return {name: weights.shape for name, weights in moment.columns.items()} == shapes
 
 
-def picked(moments: Sequence[KernelSnapshot]) -> list[KernelSnapshot]:
-    """At most `MOMENTS` of them, evenly spread in their order; first and last always."""
+def pick_snapshots(moments: Sequence[KernelSnapshot]) -> list[KernelSnapshot]:
+    """Return at most `MOMENTS` snapshots, evenly spread, with the first and the last."""
     if len(moments) <= MOMENTS:
         return list(moments)
     places = np.linspace(0, len(moments) - 1, MOMENTS).round().astype(int)
     return [moments[place] for place in places]
 
 
-def _apart(values: Sequence[npt.NDArray[np.float64]]) -> Split | None:
-    return split(values[0], values[1]) if len(values) == 2 else None
+def _separate_pair(values: Sequence[npt.NDArray[np.float64]]) -> ColumnSeparation | None:
+    return separate_columns(values[0], values[1]) if len(values) == 2 else None
 
 
-def _column(name: str, kernels: Kernel, rated: Scores) -> Column:
-    return Column(
+def _describe_column(name: str, kernels: Kernel, rated: Scores) -> ColumnKernels:
+    return ColumnKernels(
         name=name,
-        uri=_png(scored_sheet(kernels, rated)),
+        uri=encode_image(draw_scored_sheet(kernels, rated)),
         scores=rated,
         colour=float(np.median(rated.colour)),
         orientation=float(np.median(rated.orientation)),
@@ -291,13 +311,13 @@ def _column(name: str, kernels: Kernel, rated: Scores) -> Column:
     )
 
 
-def scored_sheet(kernels: Kernel, rated: Scores) -> Pixels:
-    """`tile` with two bars under each kernel: its colourfulness and its orientation, 0..1.
+def draw_scored_sheet(kernels: Kernel, rated: Scores) -> Pixels:
+    """Draw `tile_kernels` with two bars under each kernel: colorfulness and orientation, 0..1.
 
     Returns:
         RGBA image, uint8 [height, width, 4].
     """
-    plain = tile(kernels)
+    plain = tile_kernels(kernels)
     side = kernels.shape[-1] * KERNEL_SCALE
     pitch = side + KERNEL_GAP * KERNEL_SCALE
     across = (plain.shape[1] + KERNEL_GAP * KERNEL_SCALE) // pitch
@@ -318,105 +338,73 @@ def scored_sheet(kernels: Kernel, rated: Scores) -> Pixels:
     return sheet
 
 
-def _strip(name: str, past: list[Kernel], steps: list[int], rated: Scores) -> Strip:
-    """Kernels of all shades of colourfulness at the end, the most colourful first."""
+def _draw_strip(name: str, past: list[Kernel], steps: list[int], rated: Scores) -> Strip:
+    """Kernels spread over the final colorfulness, the most colorful first."""
     order = np.argsort(-rated.colour, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(FOLLOWED, len(order))).round().astype(int)]
     rows = np.concatenate([weights[chosen] for weights in past])
     # tile goes along rows: kernel by kernel, each through all moments.
     turned = rows.reshape(len(past), len(chosen), *rows.shape[1:]).swapaxes(0, 1)
-    sheet = tile(turned.reshape(rows.shape), across=len(past))
-    return Strip(name, _png(sheet), tuple(short(step) for step in steps))
+    sheet = tile_kernels(turned.reshape(rows.shape), across=len(past))
+    return Strip(name, encode_image(sheet), tuple(short_number(step) for step in steps))
 
 
-def _scatter(rated: dict[str, Scores]) -> Chart:
-    points: list[Dot] = []
+def _draw_scatter(rated: dict[str, Scores]) -> Chart:
+    axes = new_axes((0, 1), (0, 1))
     for name, one in rated.items():
+        draw_line(axes, np.zeros(1), np.zeros(1), COLUMN_COLORS[name], f"column {name}", width=0)
         hints = [
-            f"column {name}, kernel {number + 1}: colour {colour:.2f}, orientation {along:.2f}"
-            + ("" if shaped else ", like noise")
-            for number, (colour, along, shaped) in enumerate(
+            f"column {name}, kernel {number + 1}: colour {color:.2f}, orientation {along:.2f}"
+            + ("" if is_shaped else ", like noise")
+            for number, (color, along, is_shaped) in enumerate(
                 zip(one.colour, one.orientation, one.shaped, strict=True)
             )
         ]
-        points += dots(one.colour, one.orientation, (WHOLE, WHOLE), name, hints)
-    return Chart(
-        title="Every kernel: orientation over colourfulness",
-        x=[Tick(value, f"{value:g}") for value in (0, 0.2, 0.4, 0.6, 0.8, 1)],
-        y=[Tick(value, f"{value:.1f}") for value in (0, 0.2, 0.4, 0.6, 0.8, 1)],
-        lines=[Line("", name, f"column {name}") for name in rated],
-        dots=points,
-        marks=[Tick(GREY_OF_NOISE, "noise")],
-        caption="A dot is a kernel. Colourfulness: share of its energy off the grey axis; "
+        draw_dots(axes, one.colour, one.orientation, COLUMN_COLORS[name], hints)
+    draw_mark(axes, GREY_OF_NOISE, "noise")
+    name_axis(axes, "colour")
+    return as_chart(
+        axes, "Every kernel: orientation over colourfulness",
+        "A dot is a kernel. Colourfulness: share of its energy off the grey axis; "
         "orientation: coherence of its structure tensor.",
-        across=("colour", ""),
-    )
+    )  # fmt: skip
 
 
-def _over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
-    steps = np.array([one.step for one in past], float)
-    last = math.log10(max(steps[-1], 2))
-    axis, across = Axis(0, last), np.log10(steps)
-    rated = [{name: scores(weights) for name, weights in one.columns.items()} for one in past]
-    ticks = [Tick(axis.place(power), short(10.0**power)) for power in range(int(last) + 1)]
-    tenths = [Tick(value, f"{value:.1f}") for value in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
+    """Scores over the steps, on a logarithmic axis, and how far the columns are apart in color."""
+    rated = [
+        {name: score_kernels(weights) for name, weights in one.columns.items()} for one in past
+    ]
+    across = np.log10([one.step for one in past])
+    last = float(max(across[-1], math.log10(2)))
     charts = []
     for title, score, of_noise in (
         ("Colourfulness, median kernel", "colour", GREY_OF_NOISE),
         ("Orientation, median kernel", "orientation", ORIENTATION_OF_NOISE),
     ):
-        medians = [
-            line(
-                across,
-                np.array([np.median(getattr(one[name], score)) for one in rated]),
-                (axis, WHOLE),
-                name,
-                f"column {name}",
-            )
-            for name in rated[-1]
-        ]
-        noise = line(np.array([0, last]), np.full(2, of_noise), (axis, WHOLE), "chance", "noise")
-        charts.append(
-            Chart(
-                title=title,
-                x=ticks,
-                y=tenths,
-                lines=[*medians, noise],
-                caption="Steps on a logarithmic axis.",
-                across=("steps", ""),
-            )
+        axes = _axes_over_steps(last, (0, 1))
+        for name in rated[-1]:
+            medians = np.array([np.median(getattr(one[name], score)) for one in rated])
+            draw_line(axes, across, medians, COLUMN_COLORS[name], f"column {name}")
+        draw_line(axes, np.array([0, last]), np.full(2, of_noise), SOFT, "noise", dashes="--")
+        charts.append(as_chart(axes, title, "Steps on a logarithmic axis."))
+    splits = [one for row in rated if len(row) == 2
+              and (one := separate_columns(row["a"].colour, row["b"].colour))]  # fmt: skip
+    if splits:
+        axes = _axes_over_steps(last, (0.5, 1), lambda value: f"{100 * value:.0f} %")
+        draw_line(axes, across, np.array([one.apart for one in splits]), INK, "the columns")
+        draw_line(axes, across, np.array([one.chance_95 for one in splits]), SOFT,
+                  "95 % of random splits are below", dashes="--")  # fmt: skip
+        caption = (
+            "Share of pairs, a kernel of each column, in which the one column's is more "
+            "colourful: 50 % if the columns are alike, 100 % if they share nothing."
         )
-    if len(rated[-1]) == 2:
-        charts.append(_apart_over_time(across, rated, axis, ticks))
+        charts.append(as_chart(axes, "Columns apart in colourfulness", caption))
     return charts
 
 
-def _apart_over_time(
-    across: npt.NDArray[np.float64], rated: list[dict[str, Scores]], axis: Axis, ticks: list[Tick]
-) -> Chart:
-    splits = [one for one in (split(row["a"].colour, row["b"].colour) for row in rated) if one]
-    half = Axis(0.5, 1)
-    return Chart(
-        title="Columns apart in colourfulness",
-        x=ticks,
-        y=[Tick(half.place(v), f"{100 * v:.0f} %") for v in (0.5, 0.6, 0.7, 0.8, 0.9, 1)],
-        lines=[
-            line(across, np.array([s.apart for s in splits]), (axis, half), "train", "the columns"),
-            line(
-                across,
-                np.array([s.chance_95 for s in splits]),
-                (axis, half),
-                "chance",
-                "95 % of random splits are below",
-            ),
-        ],
-        caption="Share of pairs, a kernel of each column, in which the one column's is more "
-        "colourful: 50 % if the columns are alike, 100 % if they share nothing.",
-        across=("steps", ""),
-    )
-
-
-def _png(pixels: Pixels) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
-    return data_uri("image/png", file)
+def _axes_over_steps(last: float, y: tuple[float, float], label: Label = short_number) -> Axes:
+    axes = new_axes((0, last), y, lambda power: short_number(10.0**power), label)
+    axes.set_xticks(range(int(last) + 1))
+    name_axis(axes, "steps")
+    return axes

@@ -1,4 +1,4 @@
-"""What a run wrote down, read back: tolerant of everything that may be missing or half there.
+"""Reads the files of a run, any of which may be missing or damaged.
 
 A run of ImageNet has about a million rows, so `Series` keeps columns of numbers, not rows.
 """
@@ -37,14 +37,14 @@ EVALUATION_PARTS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """Rows of a JSON-lines file as columns; numbers that a row lacks are NaN."""
+    """Rows of a JSON-lines file as columns; numbers missing in a row are NaN."""
 
     columns: dict[str, Floats]
-    """Always with "position" and "step", which grow strictly."""
+    """Always with "position" and "step", which increase strictly."""
     unreadable: int = 0
-    """Lines left out because they were no row."""
+    """Number of lines that were skipped because they are no row."""
     restarts: tuple[tuple[int, int], ...] = ()
-    """(step reached, step gone on from) wherever the step goes back; the overtaken rows are out."""
+    """(last step before, step resumed from) of every restart; repeated rows are dropped."""
 
     def __len__(self) -> int:
         return len(self.columns["position"])
@@ -53,13 +53,13 @@ class Series:
         return self.columns[name]
 
     def last(self, name: str) -> float:
-        """The last value of a column; NaN when there is none."""
+        """Return the last value of a column; NaN without rows."""
         return float(self[name][-1]) if len(self) else math.nan
 
 
 @dataclass(frozen=True)
 class Records:
-    """All of RUN that a report shows."""
+    """Content of RUN for a report."""
 
     run: Path
     metrics: Series
@@ -67,17 +67,17 @@ class Records:
     config: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """By views, 1 or 10."""
+    """Evaluations by views, 1 or 10."""
     rates: tuple[dict[str, Any], ...] = ()
-    """Rows of rates.jsonl, of which there is one for every change of the learning rates."""
+    """Rows of rates.jsonl, one for every change of the learning rates."""
     updates: dict[str, Floats] = field(default_factory=dict)
-    """By layer, and "position" (all of one length): mean |update| over mean |weight|."""
+    """Mean |update| over mean |weight| by layer, and "position", all of one length."""
     notes: tuple[str, ...] = ()
-    """What was damaged or missing, a sentence each."""
+    """A sentence for everything that was damaged or missing."""
 
 
 def read_records(run: Path) -> Records:
-    """Read what RUN holds.
+    """Read the files of RUN.
 
     Raises:
         UsageError: RUN has no metrics.jsonl.
@@ -94,16 +94,18 @@ def read_records(run: Path) -> Records:
     evaluations = {
         views: table
         for views in (1, 10)
-        if (table := _evaluation(run / f"evaluation-{views}.json", notes))
+        if (table := _read_evaluation(run / f"evaluation-{views}.json", notes))
     }
     return Records(
         run=run,
         metrics=metrics,
         validation=validation,
-        config=_table(run / CONFIG, notes),
-        machine=_table(run / MACHINE, notes),
+        config=_read_table(run / CONFIG, notes),
+        machine=_read_table(run / MACHINE, notes),
         evaluations=evaluations,
-        rates=tuple(row for row in _rows(run / RATES) if row and isinstance(row.get("set"), dict)),
+        rates=tuple(
+            row for row in _iterate_rows(run / RATES) if row and isinstance(row.get("set"), dict)
+        ),
         updates=read_updates(run / LAYERS),
         notes=tuple(notes),
     )
@@ -114,7 +116,7 @@ def read_series(path: Path, names: tuple[str, ...]) -> Series:
     numbers = {name: array("d") for name in ("position", "step", *names)}
     unreadable = 0
     restarts = []
-    for row in _rows(path):
+    for row in _iterate_rows(path):
         if row is None:
             unreadable += 1
             continue
@@ -125,7 +127,7 @@ def read_series(path: Path, names: tuple[str, ...]) -> Series:
             for name, column in numbers.items():
                 numbers[name] = column[:keep]
         for name, column in numbers.items():
-            column.append(_number(row.get(name)))
+            column.append(_parse_number(row.get(name)))
     return Series(
         columns={name: np.array(column, float) for name, column in numbers.items()},
         unreadable=unreadable,
@@ -134,9 +136,9 @@ def read_series(path: Path, names: tuple[str, ...]) -> Series:
 
 
 def read_updates(path: Path) -> dict[str, Floats]:
-    """Read how fast the weights of each layer move, a mean over its columns; empty without rows."""
+    """Read update over weight of each layer, mean over its columns; empty without rows."""
     found: dict[str, list[float]] = {}
-    rows = [row for row in _rows(path) if row and isinstance(row.get("layers"), dict)]
+    rows = [row for row in _iterate_rows(path) if row and isinstance(row.get("layers"), dict)]
     for number, row in enumerate(rows):
         found.setdefault("position", []).append(row["position"])
         sums: dict[str, list[float]] = {}
@@ -144,7 +146,9 @@ def read_updates(path: Path) -> dict[str, Floats]:
             column, _, rest = str(key).partition(".")
             layer, _, kind = rest.partition(".")
             if column and kind == "weight" and isinstance(means, list) and len(means) > 1:
-                sums.setdefault(layer, []).append(_number(means[1]) / max(_number(means[0]), 1e-30))
+                sums.setdefault(layer, []).append(
+                    _parse_number(means[1]) / max(_parse_number(means[0]), 1e-30)
+                )
         for layer, ratios in sums.items():
             values = found.setdefault(layer, [])
             values += [math.nan] * (number - len(values)) + [float(np.mean(ratios))]
@@ -154,8 +158,8 @@ def read_updates(path: Path) -> dict[str, Floats]:
     }
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Each line as a row that has a position and a step; None for any other line."""
+def _iterate_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield each line as a row with a position and a step; None for any other line."""
     try:
         file = path.open("rb")
     except OSError:
@@ -170,11 +174,11 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
             yield row if whole else None
 
 
-def _number(value: object) -> float:
+def _parse_number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _table(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_table(path: Path, notes: list[str]) -> dict[str, Any]:
     """A JSON object or TOML table; empty, with a note, when the file is damaged."""
     if not path.is_file():
         return {}
@@ -189,9 +193,9 @@ def _table(path: Path, notes: list[str]) -> dict[str, Any]:
     return table
 
 
-def _evaluation(path: Path, notes: list[str]) -> dict[str, Any]:
-    """An evaluation whose parts, where they are there, are of the right kind."""
-    table = _table(path, notes)
+def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any]:
+    """An evaluation; empty, with a note, if a part has the wrong type."""
+    table = _read_table(path, notes)
     wrong = [
         name
         for name, kind in EVALUATION_PARTS.items()

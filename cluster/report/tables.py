@@ -1,4 +1,4 @@
-"""The numbers of a report: what stands in its tiles, bars and tables, and how it is written."""
+"""The numbers of a report, in tiles, bars and tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from cluster.report.charts import short
 from cluster.report.records import Records
 from cluster.run.jsonl import WAITS
 from model.architecture import Design
 from model.summary import ColumnRow, build_table, sum_rows
 from pipeline.dataset.manifest import Manifest
+from pipeline.tools.charts import Bar
+from pipeline.tools.text import human_duration, percent, short_number
 
 FEW_CLASSES = 30  # up to so many are all listed, of more the ends
 ENDS = 15
@@ -23,7 +24,7 @@ NUMBERED = 15  # up to so many classes the confusion matrix shows its numbers
 
 @dataclass(frozen=True)
 class Tile:
-    """A big number."""
+    """A big number of the page."""
 
     label: str
     value: str
@@ -33,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer with the shares of its columns in the largest layer's parameters, 0..1."""
+    """A layer, and the parameters of its columns over those of the largest layer, 0..1."""
 
     a: ColumnRow
     b: ColumnRow | None
@@ -41,8 +42,8 @@ class LayerRow:
     shares: tuple[float, float]
 
 
-def lead(records: Records, manifest: Manifest | None) -> str:
-    """The run in a sentence or two."""
+def write_lead(records: Records, manifest: Manifest | None) -> str:
+    """Return the run in a sentence."""
     metrics = records.metrics
     width = records.config.get("width")
     size = "" if width is None else " at full width" if width == 1 else f" at width {width:g}"
@@ -51,7 +52,7 @@ def lead(records: Records, manifest: Manifest | None) -> str:
     if len(metrics):
         words += f", after {metrics.last('step'):,.0f} steps"
     if math.isfinite(metrics.last("epoch")):
-        words += f" or {short(metrics.last('epoch'))} epochs"
+        words += f" or {short_number(metrics.last('epoch'))} epochs"
     if manifest is not None and "train" in manifest.splits:
         words += (
             f" over {manifest.splits['train'].samples:,} training images "
@@ -60,14 +61,14 @@ def lead(records: Records, manifest: Manifest | None) -> str:
     return words + "."
 
 
-def error_tiles(records: Records) -> list[Tile]:
-    """Top-1 and top-5 error with one and ten views; the last validation stands in for one view."""
+def make_error_tiles(records: Records) -> list[Tile]:
+    """Return top-1 and top-5 error with one and ten views; one view falls back to validation."""
     tiles = []
     for rank in ("1", "5"):
         for views in (1, 10):
             label = f"top-{rank} error, {'one view' if views == 1 else 'ten views'}"
             value = records.evaluations.get(views, {}).get(f"top{rank}_error")
-            note = _evaluated(records.evaluations.get(views, {}))
+            note = _describe_evaluation(records.evaluations.get(views, {}))
             if value is None and views == 1 and len(records.validation):
                 value = records.validation.last(f"top{rank}_error")
                 note = f"validation at step {records.validation.last('step'):,.0f}"
@@ -77,15 +78,15 @@ def error_tiles(records: Records) -> list[Tile]:
     return tiles
 
 
-def _evaluated(evaluation: dict[str, Any]) -> str:
+def _describe_evaluation(evaluation: dict[str, Any]) -> str:
     samples, step = evaluation.get("samples"), evaluation.get("step")
     over = f"{samples:,} images" if isinstance(samples, int) else ""
     at = f"step {step:,}" if isinstance(step, int) else ""
     return ", ".join(part for part in (over, at) if part)
 
 
-def run_tiles(records: Records) -> list[Tile]:
-    """What the run took: images, damage, speed, waiting, time; nothing without steps."""
+def make_run_tiles(records: Records) -> list[Tile]:
+    """Return images, damage, speed, waiting and time of a run; empty without steps."""
     metrics = records.metrics
     if not len(metrics):
         return []
@@ -93,7 +94,7 @@ def run_tiles(records: Records) -> list[Tile]:
     timed = np.isfinite(lasted) & np.isfinite(waited) & np.isfinite(speeds)
     seconds = float(lasted[timed].sum())
     epochs = metrics.last("epoch")
-    note = f"{short(epochs)} epochs" if math.isfinite(epochs) else ""
+    note = f"{short_number(epochs)} epochs" if math.isfinite(epochs) else ""
     tiles = [Tile("images seen", f"{metrics.last('position'):,.0f}", note=note)]
     if replaced := int(np.nansum(metrics["replaced"])):
         note = "others stood in; quarantine.jsonl lists them"
@@ -103,14 +104,15 @@ def run_tiles(records: Records) -> list[Tile]:
         speed = float(np.median(speeds[timed]))
         tiles += [
             Tile("images per second", f"{speed:,.0f}", note="median step, whole job"),
-            Tile("waiting for data", percent(wait), "%", f"of the time in steps{_causes(records)}"),
-            Tile("time in steps", *duration(seconds), "without validation and checkpoints"),
-        ]
+            Tile("waiting for data", percent(wait), "%",
+                 f"of the time in steps{_describe_waits(records)}"),
+            Tile("time in steps", *human_duration(seconds), "without validation and checkpoints"),
+        ]  # fmt: skip
     return tiles
 
 
-def _causes(records: Records) -> str:
-    """What the waiting was for, where the rows tell: the largest two parts of it."""
+def _describe_waits(records: Records) -> str:
+    """The two stages that were waited for most, if the rows have them."""
     sums = {name: float(np.nansum(records.metrics[name])) for name in WAITS}
     total = sum(sums.values())
     if not total:
@@ -121,8 +123,8 @@ def _causes(records: Records) -> str:
     )
 
 
-def layers(records: Records, classes: int) -> dict[str, Any] | None:
-    """Rows and totals of the network; None when its classes or its width are not known."""
+def make_layer_table(records: Records, classes: int) -> dict[str, Any] | None:
+    """Return rows and totals of the network; None if its classes or width are unknown."""
     if not classes or "width" not in records.config:
         return None
     try:
@@ -143,20 +145,24 @@ def layers(records: Records, classes: int) -> dict[str, Any] | None:
     }
 
 
-def class_errors(records: Records) -> dict[str, Any] | None:
-    """Errors by class, worst first, from the evaluation with the most views."""
+def rank_class_errors(records: Records) -> dict[str, Any] | None:
+    """Return errors by class, worst first, from the evaluation with the most views."""
     for views in (10, 1):
         errors = records.evaluations.get(views, {}).get("classes")
         if errors:
             ranked = sorted(errors.items(), key=lambda item: (-item[1], item[0]))
             few = len(ranked) <= FEW_CLASSES
-            groups = [("", ranked)] if few else [("worst", ranked[:ENDS]), ("best", ranked[-ENDS:])]
+            parts = [("", ranked)] if few else [("worst", ranked[:ENDS]), ("best", ranked[-ENDS:])]
+            groups = [
+                (title, [Bar(name, f"{percent(error)} %", error) for name, error in part])
+                for title, part in parts
+            ]
             return {"views": views, "groups": groups, "count": len(ranked)}
     return None
 
 
-def confusion(records: Records, names: Sequence[str]) -> dict[str, Any] | None:
-    """The confusion matrix as counts and their shares of the row (a true class)."""
+def make_confusion_table(records: Records, names: Sequence[str]) -> dict[str, Any] | None:
+    """Return the confusion matrix as counts and their shares of the row (a true class)."""
     for views in (10, 1):
         counts = records.evaluations.get(views, {}).get("confusion")
         if not counts or len(counts) != len(names):
@@ -169,34 +175,13 @@ def confusion(records: Records, names: Sequence[str]) -> dict[str, Any] | None:
     return None
 
 
-def percent(share: float | None) -> str:
-    """A share 0..1 in per cent with one decimal; a dash when it is not known."""
-    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.1f}"
-
-
-def probability(p: float) -> str:
-    """A probability of chance, as it is told."""
+def format_probability(p: float) -> str:
+    """Return a p value as text."""
     return f"= {p:.2g}" if p >= 0.001 else "< 0.001"
 
 
-def human_bytes(size: float) -> str:
-    """A size in bytes, kB, MB or GB (powers of ten)."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= power:
-            return f"{size / power:.3g} {unit}"
-    return f"{size:.0f} bytes"
-
-
-def duration(seconds: float) -> tuple[str, str]:
-    """Seconds as a number and its unit."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g}", unit
-    return f"{seconds:.0f}", "s"
-
-
-def plain(value: object) -> str:
-    """A setting as a person would write it."""
+def format_setting(value: object) -> str:
+    """Return a setting as a person would write it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

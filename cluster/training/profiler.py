@@ -31,7 +31,7 @@ from cluster.training.precision import keep_memory
 from model.exchange import Exchange
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import hardware
-from pipeline.throughput.clock import Load, Rate, Row, row
+from pipeline.throughput.clock import CpuLoad, Rate, StageRow, make_row
 from pipeline.throughput.diagnosis import examine
 from pipeline.throughput.stages import Setting
 
@@ -121,7 +121,7 @@ def _measure_headspace(t: Training, samples: int, scratch: Path) -> Headspace:
     wall = steps.make(t.feed, WARM_UP).wall
     each = max(t.mesh.gather(wall))  # so that all processes make the same number of steps
     count = max(FEWEST, round(SECONDS / TURNS / each))
-    real, replayed, load = list[LoopTiming](), list[LoopTiming](), Load()
+    real, replayed, load = list[LoopTiming](), list[LoopTiming](), CpuLoad()
     for _ in range(TURNS):
         real.append(steps.make(t.feed, count))
         steps.make(ready, 1)
@@ -237,12 +237,13 @@ def _build_result(
     au = sorted(ratio for one in everybody for ratio in one.ratios)
     au_median = au[len(au) // 2]
     replayed = config.batch_size / slowest.replayed.wall
-    extra: list[Row] = []
+    extra: list[StageRow] = []
     if slowest.exchange_rate:
         each = slowest.exchange_bytes / (config.batch_size // mesh.replicas)
         gpu = mesh.device.type == "cuda"
-        best = (hardware.to_device(0.5) if gpu else hardware.memory(1, 0.5)).median / 2 / each
-        extra.append(row("pair exchange", Rate((slowest.exchange_rate / each,), 0.0, 0.0), each,
+        copy = hardware.measure_upload(0.5) if gpu else hardware.measure_memory(1, 0.5)
+        best, rate = copy.median / 2 / each, Rate((slowest.exchange_rate / each,), 0.0, 0.0)
+        extra.append(make_row("pair exchange", rate, each,
                          limit=2 * best if gpu else best,
                          against="PCIe, pinned blocks" if gpu else "memory, copied by 1 thread",
                          note="alone: what crosses between the columns, both ways"))  # fmt: skip

@@ -1,10 +1,6 @@
-"""What a data set holds, as a table and as one page to look at: `python -m pipeline.describe DATA`.
+"""What a data set holds, as a table and as one page.
 
-    facts       manifest, index, statistics, rejects and duplicates -> numbers
-    charts      numbers -> SVG paths
-    images    samples -> small images inside the page
-    table       the numbers for a terminal, and as one JSON object
-    page        all of it on one page, and the command
-
-(Inside the package there is no clash with the standard library's `inspect`: imports are absolute.)
+__main__  command, and the page (page.html.j2)
+facts     manifest, index, statistics, rejects and duplicates as numbers: table and JSON
+figures   sample images and charts of the page
 """

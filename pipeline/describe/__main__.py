@@ -1,11 +1,9 @@
-"""What a data set holds, as a table and on one page to look at.
+"""Show what a data set holds, as a table and on one page.
 
     python -m pipeline.describe DATA [--out FILE.html] [--json]
 
 The page needs no network, no script and no other file. It shows the images as they are stored,
-each checked against its CRC-32, and what the colour draws of the training do to them.
-
-`python -m pipeline.describe DATA [--out FILE.html] [--json]`.
+each checked against its CRC-32, and the effect of the random color shifts of training.
 """
 
 from __future__ import annotations
@@ -17,34 +15,33 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
-import jinja2
 import rich.console
 import tyro
 
 from pipeline.describe.facts import (
     ORIGINAL_MEAN,
     Facts,
-    as_json,
-    duplicates_line,
-    gather,
-    human_bytes,
+    describe_duplicates,
+    describe_encoding,
+    gather_facts,
     print_tables,
-    stored_as,
+    to_json,
 )
 from pipeline.describe.figures import (
     DRAWS,
     Samples,
-    bars,
-    class_chart,
-    draw,
-    groups,
-    lively,
-    mean_picture,
-    mosaic,
-    size_chart,
-    strips,
+    choose_lively,
+    draw_class_chart,
+    draw_size_chart,
+    encode_mean_image,
+    load_groups,
+    load_mosaic,
+    make_class_bars,
+    make_strips,
+    sample_ids,
 )
 from pipeline.remote.dataset import CACHE_SIZE, Dataset, is_remote, open_dataset, parse_size
+from pipeline.tools.charts import page_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
 
@@ -53,37 +50,37 @@ ENDS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DescribeOptions:
     """Show what a data set holds: a table, and a page with its images."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder or address of the data set."""
     out: Path | None = None
-    """The page to write; NAME-inspect.html in the current folder unless given."""
+    """Page to write; default: NAME-inspect.html in the current folder."""
     seed: int = 0
-    """Seed of the choice of images."""
+    """Seed of the random sample of images."""
     cache: Path | None = None
-    """Where shards of a set in a store are kept, as for training."""
+    """Folder for shards of a remote data set, as for training."""
     cache_size: str = f"{CACHE_SIZE // 10**9}GB"
-    """The most that may lie there."""
+    """Most bytes in the cache."""
     json: bool = False
     """Print one JSON object on stdout instead of the table."""
 
 
-def inspect(options: Options) -> tuple[Facts, Path]:
-    """Write the page and return what is on it, and its path.
+def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path]:
+    """Write the page; return its facts and its path.
 
     Raises:
-        UsageError: no data set, or a page that cannot be written there.
-        DataError: the set is not what its manifest says.
+        UsageError: there is no data set, or the page cannot be written.
+        DataError: the data set differs from its manifest.
         StoreError: the store does not answer.
     """
     size = parse_size(options.cache_size)
     dataset = open_dataset(options.data, cache=options.cache, cache_size=size)
     try:
-        page = _target(options, dataset)
-        facts = gather(options.data, dataset)
-        text = render(facts, dataset, options.seed)
+        page = _choose_page(options, dataset)
+        facts = gather_facts(options.data, dataset)
+        text = render_page(facts, dataset, options.seed)
     finally:
         dataset.close()
     try:
@@ -95,9 +92,9 @@ def inspect(options: Options) -> tuple[Facts, Path]:
     return facts, page
 
 
-def _target(options: Options, dataset: Dataset) -> Path:
-    """Return where the page goes: never into the data set, which is sealed."""
-    page = options.out or Path(f"{name_of(options.data)}-inspect.html")
+def _choose_page(options: DescribeOptions, dataset: Dataset) -> Path:
+    """Return the path of the page, which is never in the sealed data set."""
+    page = options.out or Path(f"{find_name(options.data)}-inspect.html")
     folder = page.resolve().parent
     if folder == dataset.folder.resolve():
         raise UsageError(f"page {page} would lie in the sealed data set; name another --out")
@@ -106,58 +103,53 @@ def _target(options: Options, dataset: Dataset) -> Path:
     return page
 
 
-def name_of(data: str) -> str:
+def find_name(data: str) -> str:
     """Return the last part of the path or address of a data set."""
     path = unquote(urlsplit(data).path) if "://" in data else data
     name = Path(path).resolve().name if not is_remote(data) else Path(path.rstrip("/")).name
     return name or "data"
 
 
-def render(facts: Facts, dataset: Dataset, seed: int) -> str:
+def render_page(facts: Facts, dataset: Dataset, seed: int) -> str:
     """Return the page as HTML text."""
-    samples = Samples(dataset, facts)
+    samples = Samples(dataset)
     try:
-        shown, pixels = mosaic(facts, samples, draw(facts, seed, samples.local))
+        shown, pixels = load_mosaic(facts, samples, sample_ids(facts, seed, samples.local))
         context = {
             "mosaic": shown,
-            "strips": strips(facts.statistics, lively(pixels)),
-            "groups": groups(facts, samples),
+            "strips": make_strips(facts.statistics, choose_lively(pixels)),
+            "groups": load_groups(facts, samples),
             "damaged": samples.damaged,
         }
     finally:
         samples.close()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": human_bytes, "minus": _minus}
+    environment = page_templates(Path(__file__).parent)
+    environment.filters["minus"] = _widen_minus
+    is_alone = len(facts.splits) == 1
     return environment.get_template("page.html.j2").render(
-        title=name_of(facts.data),
+        title=find_name(facts.data),
         facts=facts,
         manifest=facts.manifest,
-        stored_as=stored_as(facts),
-        duplicates_line=duplicates_line(facts),
-        class_charts=[class_chart(one) for one in facts.splits],
-        class_bars=[(one.name, bars(one.per_class)) for one in facts.splits],
-        ends=_ends(facts),
-        size_charts=[size_chart(one) for one in facts.splits],
-        mean=mean_picture(facts.statistics),
+        stored_as=describe_encoding(facts),
+        duplicates_line=describe_duplicates(facts),
+        class_charts=[draw_class_chart(one, is_alone) for one in facts.splits],
+        class_bars=[(one.name, make_class_bars(facts, one)) for one in facts.splits],
+        ends=_list_ends(facts),
+        size_charts=[draw_size_chart(one, is_alone) for one in facts.splits],
+        mean=encode_mean_image(facts.statistics),
         draws=DRAWS,
         original_mean=ORIGINAL_MEAN,
         **context,
     )
 
 
-def _minus(text: str) -> str:
-    """Return numbers with minus signs that are as wide as a plus."""
+def _widen_minus(text: str) -> str:
+    """Return numbers with minus signs as wide as a plus sign."""
     return text.replace("-", "−")
 
 
-def _ends(facts: Facts) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Return the smallest and the largest classes of the first split, with their images."""
+def _list_ends(facts: Facts) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Return the smallest and the largest classes of the first split, with their image counts."""
     counts = facts.splits[0].per_class
     order = counts.argsort(kind="stable").tolist()
     named = [(facts.title(label), int(counts[label])) for label in order]
@@ -165,15 +157,17 @@ def _ends(facts: Facts) -> list[tuple[str, list[tuple[str, int]]]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what the data set holds, write its page, and name the page in the last line.
+    """Print the facts of a data set, write its page, and print its path in the last line.
 
     Raises:
-        As `inspect`.
+        DuetError: as `describe_dataset`.
     """
-    options = tyro.cli(Options, args=argv, prog="python -m pipeline.describe", description=__doc__)
-    facts, page = inspect(options)
+    options = tyro.cli(
+        DescribeOptions, args=argv, prog="python -m pipeline.describe", description=__doc__
+    )
+    facts, page = describe_dataset(options)
     if options.json:
-        table: dict[str, Any] = as_json(facts, str(page))
+        table: dict[str, Any] = to_json(facts, str(page))
         sys.stdout.write(json.dumps(table) + "\n")
         return 0
     console = rich.console.Console()

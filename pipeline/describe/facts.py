@@ -1,7 +1,4 @@
-"""What a data set says of itself, and what its index and its lists say: numbers only.
-
-The numbers for a terminal, and as one JSON object.
-"""
+"""Facts of a data set from its manifest, index, statistics and lists; as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -28,13 +25,14 @@ from pipeline.dataset.manifest import Manifest, Split
 from pipeline.remote.dataset import Dataset, is_remote
 from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
+from pipeline.tools.text import human_bytes
 
 REJECTS = "rejects.jsonl"
 DUPLICATES = "duplicates.jsonl"
 LARGEST_LIST = 2**32
-"""More bytes than this are no list of rejects or duplicates."""
+"""Most bytes of a list of rejects or duplicates."""
 KEPT_GROUPS = 12
-"""Groups of duplicates that are kept to be shown."""
+"""Groups of duplicates to show."""
 
 ORIGINAL_MEAN = (127.3, 119.7, 104.9)
 ORIGINAL_DEVIATIONS = (121.78006, 37.09389, 19.72083)
@@ -43,8 +41,8 @@ ORIGINAL_VECTORS = (
     (-0.71258, -0.02354, 0.70120),
     (0.41796, -0.81698, 0.39731),
 )
-"""Of the released source's training set, ImageNet (`make-data/input_meta`): channel means, and the
-standard deviation and the RGB direction of each principal component."""
+"""Statistics of ImageNet in the released source (`make-data/input_meta`): channel means, and
+standard deviation and RGB direction of each principal component."""
 
 
 @dataclass(frozen=True)
@@ -61,36 +59,36 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class Component:
-    """A principal component of the colours, beside the original's."""
+    """A principal component of the colors, beside the original's."""
 
     deviation: float
     vector: tuple[float, float, float]
     """R, G, B."""
     original_deviation: float
     original_vector: tuple[float, float, float]
-    """Turned the way of ours: its sign says nothing."""
+    """Its sign is chosen to match ours: the sign of a component is arbitrary."""
     angle: float
-    """Between the two directions, in degrees."""
+    """Angle between the two directions, in degrees."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why images were rejected."""
+    """A reason for which images were rejected."""
 
     reason: str
-    """Numbers in it left out."""
+    """Text of the reason without its numbers."""
     count: int
     example: str
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What `duplicates.jsonl` lists."""
+    """Content of `duplicates.jsonl`."""
 
     counts: dict[str, int]
-    """groups, images, exact, near, leaks, labels_differ."""
+    """Counts of groups, pictures, exact, near, leaks, labels_differ."""
     groups: list[dict[str, Any]]
-    """The most telling rows: leaks first, then differing labels, then the rest as listed."""
+    """First rows by weight: leaks, then differing labels, then the rest as listed."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +96,15 @@ class Facts:
     """All numbers of a data set."""
 
     data: str
-    """As the user named it."""
+    """Folder or address as the user gave it."""
     manifest: Manifest
     splits: list[SplitFacts]
     statistics: Statistics
     components: list[Component]
     reasons: list[Reason] | None
-    """Most frequent first; None where the list is missing."""
+    """Most frequent first; None if the list is missing."""
     duplicates: Duplicates | None
-    """None where they were not looked for."""
+    """None if no search was made."""
 
     def title(self, label: int) -> str:
         """Return the readable name of a class."""
@@ -114,11 +112,11 @@ class Facts:
         return (manifest.titles or manifest.classes)[label]
 
 
-def gather(data: str, dataset: Dataset) -> Facts:
-    """Read all that is to be known without opening a shard.
+def gather_facts(data: str, dataset: Dataset) -> Facts:
+    """Read all facts that need no shard.
 
     Raises:
-        DataError: the set's small files are not what its manifest says.
+        DataError: index, statistics or a list differ from the manifest.
     """
     manifest = Manifest.load(dataset.folder)
     statistics = Statistics.load(dataset.folder, manifest.stats_sha256)
@@ -126,24 +124,26 @@ def gather(data: str, dataset: Dataset) -> Facts:
         data=data,
         manifest=manifest,
         splits=[
-            _split(name, split, load_index(dataset.folder, name, split), len(manifest.classes))
+            _count_split(
+                name, split, load_index(dataset.folder, name, split), len(manifest.classes)
+            )
             for name, split in manifest.splits.items()
         ],
         statistics=statistics,
-        components=[_component(statistics, place) for place in range(3)],
-        reasons=_reasons(data, dataset, manifest) if manifest.rejected else [],
-        duplicates=_duplicates(data, dataset, manifest),
+        components=[_compare_component(statistics, place) for place in range(3)],
+        reasons=_count_reasons(data, dataset, manifest) if manifest.rejected else [],
+        duplicates=_count_duplicates(data, dataset, manifest),
     )
 
 
-def _split(name: str, split: Split, rows: Index, classes: int) -> SplitFacts:
+def _count_split(name: str, split: Split, rows: Index, classes: int) -> SplitFacts:
     labels = rows["label"]
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise DataError(f"the index of split {name} has labels of no class; {REBUILD}")
     return SplitFacts(name, split, np.bincount(labels, minlength=classes), rows["size"])
 
 
-def _component(statistics: Statistics, place: int) -> Component:
+def _compare_component(statistics: Statistics, place: int) -> Component:
     vector = statistics.eigenvectors[:, place]
     original = np.array(ORIGINAL_VECTORS[place])
     along = float(vector @ original)
@@ -157,28 +157,28 @@ def _component(statistics: Statistics, place: int) -> Component:
     )
 
 
-def _reasons(data: str, dataset: Dataset, manifest: Manifest) -> list[Reason] | None:
+def _count_reasons(data: str, dataset: Dataset, manifest: Manifest) -> list[Reason] | None:
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    with _list(data, dataset, REJECTS, manifest.rejects_sha256) as path:
+    with _open_list(data, dataset, REJECTS, manifest.rejects_sha256) as path:
         if path is None:
             return None
-        for row in _rows(path):
+        for row in _read_rows(path):
             reason = re.sub(r"\d[\d,.]*", "…", str(row["reason"]))
             counts[reason] += 1
             examples.setdefault(reason, str(row["name"]))
     return [Reason(reason, count, examples[reason]) for reason, count in counts.most_common()]
 
 
-def _duplicates(data: str, dataset: Dataset, manifest: Manifest) -> Duplicates | None:
+def _count_duplicates(data: str, dataset: Dataset, manifest: Manifest) -> Duplicates | None:
     if is_remote(data) and not manifest.duplicates and manifest.duplicates_sha256 is None:
-        return None  # it was never searched, and a store is slow to say so
+        return None  # no search was made, and a store is slow to answer
     counts = dict.fromkeys(("groups", "pictures", "exact", "near", "leaks", "labels_differ"), 0)
     shown: dict[tuple[bool, bool], list[dict[str, Any]]] = {}
-    with _list(data, dataset, DUPLICATES, manifest.duplicates_sha256) as path:
+    with _open_list(data, dataset, DUPLICATES, manifest.duplicates_sha256) as path:
         if path is None:
             return None
-        for row in _rows(path):
+        for row in _read_rows(path):
             leak, differ = bool(row["leak"]), bool(row["labels_differ"])
             counts["groups"] += 1
             counts["pictures"] += row.get("count", len(row["members"]))
@@ -193,12 +193,14 @@ def _duplicates(data: str, dataset: Dataset, manifest: Manifest) -> Duplicates |
 
 
 @contextmanager
-def _list(data: str, dataset: Dataset, name: str, expected: str | None) -> Iterator[Path | None]:
-    """Give the path of a list beside the manifest, checked if its hash is known; None if missing.
+def _open_list(
+    data: str, dataset: Dataset, name: str, expected: str | None
+) -> Iterator[Path | None]:
+    """Yield the path of a list beside the manifest, checked if its hash is known; None if missing.
 
     Raises:
-        DataError: it is not the one that was built.
-        StoreError: the store does not give it.
+        DataError: the list is not the one that was built.
+        StoreError: the store does not answer.
     """
     if not is_remote(data):
         path = dataset.folder / name
@@ -218,7 +220,7 @@ def _list(data: str, dataset: Dataset, name: str, expected: str | None) -> Itera
         yield Store(data).fetch(name, Path(folder), check, limit=LARGEST_LIST, stop=stop)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             for line in file:
@@ -227,16 +229,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} cannot be read ({error}); {REBUILD}") from error
 
 
-def human_bytes(size: float) -> str:
-    """A size in bytes, kB, MB or GB (powers of ten)."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= power:
-            return f"{size / power:,.3g} {unit}" if size < 1e12 else f"{size / power:,.0f} GB"
-    return f"{size:.0f} bytes"
-
-
-def stored_as(facts: Facts) -> str:
-    """How the images are stored, in a few words."""
+def describe_encoding(facts: Facts) -> str:
+    """Return the encoding of the images in a few words."""
     manifest = facts.manifest
     if manifest.encoding == "raw":
         return f"raw {manifest.image_size}×{manifest.image_size} pixels"
@@ -246,8 +240,8 @@ def stored_as(facts: Facts) -> str:
     return ", ".join(parts)
 
 
-def duplicates_line(facts: Facts) -> str:
-    """What is known of duplicates, in a line."""
+def describe_duplicates(facts: Facts) -> str:
+    """Return the counts of duplicates in a line."""
     if facts.duplicates is None:
         return "not looked for" if not facts.manifest.duplicates else "list missing"
     counts = facts.duplicates.counts
@@ -261,7 +255,7 @@ def duplicates_line(facts: Facts) -> str:
     )
 
 
-def as_json(facts: Facts, page: str) -> dict[str, Any]:
+def to_json(facts: Facts, page: str) -> dict[str, Any]:
     """Return all numbers as one object; pixel values are 0..255, channels R, G, B."""
     manifest, statistics = facts.manifest, facts.statistics
     reasons = facts.reasons
@@ -275,7 +269,7 @@ def as_json(facts: Facts, page: str) -> dict[str, Any]:
         "sources": manifest.sources,
         "libraries": manifest.libraries,
         "classes": len(manifest.classes),
-        "splits": {one.name: _split_lines(one) for one in facts.splits},
+        "splits": {one.name: _summarize_split(one) for one in facts.splits},
         "channel_mean": statistics.channel_mean.tolist(),
         "channel_deviation": np.sqrt(np.diag(statistics.covariance)).tolist(),
         "eigenvalues": statistics.eigenvalues.tolist(),
@@ -296,7 +290,7 @@ def as_json(facts: Facts, page: str) -> dict[str, Any]:
     }
 
 
-def _split_lines(facts: SplitFacts) -> dict[str, Any]:
+def _summarize_split(facts: SplitFacts) -> dict[str, Any]:
     counts, sizes = facts.per_class, facts.image_bytes
     known = len(sizes) > 0
     return {
@@ -320,23 +314,23 @@ def _split_lines(facts: SplitFacts) -> dict[str, Any]:
 
 def print_tables(facts: Facts, console: rich.console.Console) -> None:
     """Print all numbers for a person."""
-    console.print(Text(f"{facts.data}: {stored_as(facts)}"), soft_wrap=True)
-    console.print(_splits(facts))
-    console.print(_colours(facts))
+    console.print(Text(f"{facts.data}: {describe_encoding(facts)}"), soft_wrap=True)
+    console.print(_split_table(facts))
+    console.print(_color_table(facts))
     statistics = facts.statistics
     mean = "  ".join(f"{value:.2f}" for value in statistics.channel_mean)
     original = "  ".join(f"{value:.1f}" for value in ORIGINAL_MEAN)
     console.print(Text(f"channel means  {mean}   (original {original})"), soft_wrap=True)
-    console.print(Text(f"duplicates     {duplicates_line(facts)}"), soft_wrap=True)
+    console.print(Text(f"duplicates     {describe_duplicates(facts)}"), soft_wrap=True)
     console.print(Text(f"rejected       {facts.manifest.rejected:,}"), soft_wrap=True)
     for reason in facts.reasons or []:
         console.print(Text(f"  {reason.count:>8,}  {reason.reason}"), soft_wrap=True)
 
 
-def _splits(facts: Facts) -> Table:
+def _split_table(facts: Facts) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("split")
-    for name in ("pictures", "shards", "size", "an image", "classes", "images a class"):
+    for name in ("images", "shards", "size", "an image", "classes", "images a class"):
         table.add_column(name, justify="right")
     for one in facts.splits:
         counts, sizes = one.per_class, one.image_bytes
@@ -352,7 +346,7 @@ def _splits(facts: Facts) -> Table:
     return table
 
 
-def _colours(facts: Facts) -> Table:
+def _color_table(facts: Facts) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("colour component")
     for name in ("variance", "deviation", "R, G, B", "original", "its R, G, B", "degrees apart"):

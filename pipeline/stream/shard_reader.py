@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from isal import isal_zlib
 
+from pipeline.dataset.images import Pixels, Undecodable, decode_image
 from pipeline.dataset.index import load_index, sample_key, split_member_name
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import Dataset, LocalDataset
@@ -145,6 +146,22 @@ class ShardReader:
         if self._maps:
             self._read_before[ids] = True
         return views, damaged
+
+    def decode(self, ids: Sequence[int]) -> list[Pixels | Damage]:
+        """Read, check and decode samples: the pixels of each, or its damage.
+
+        Raises:
+            DataError, DuetError: a whole shard cannot be read.
+        """
+        places = np.array(ids, np.int64)
+        views, damages = self.read(places)
+        found: list[Pixels | Damage] = []
+        for place, view in enumerate(views):
+            try:
+                found.append(damages.get(place) or decode_image(view.data, self.encoding))
+            except Undecodable as error:
+                found.append(self.make_damage(int(ids[place]), str(error)))
+        return found
 
     def take_spent(self) -> Spent:
         """Return the seconds spent in `read` since the last call; `feed` is 0."""

@@ -1,1 +1,13 @@
-"""The third door: how fast the stream is, stage by stage, and what would make it faster."""
+"""What limits the stream on this machine, and what would help.
+
+__main__     command: report, --rate, --tune, --plan, --compare
+capacity     cores, disks, networks and caches that a job needs
+clock        throughput timers, and rows of a report
+diagnosis    all measurements in turn, and the verdict
+hardware     the machine and the limits of its parts
+model        bottleneck model, and the predicted gain of each change
+report       the report as JSON, text and page (page.html.j2), and the comparison of two
+stages       each stage of the stream alone
+stream_rate  whole streams: ours, a store, raw images, DALI's reader
+tune         search for threads, prefetch and decoder load
+"""

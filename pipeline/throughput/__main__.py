@@ -1,12 +1,12 @@
-"""Where the images wait, how far each stage is from its limit, and what would help.
+"""Find the bottleneck of the stream, each stage's distance from its limit, and what would help.
 
     python -m pipeline.throughput DATA [--device cpu|gpu] [--img-s N] [--tune] [--compare OLD.json]
     python -m pipeline.throughput DATA --rate [--reader stream|native]
     python -m pipeline.throughput --plan --gpus N --img-s N --store s3 [--measured FILE.json]
 
-The first measures every stage alone against what this machine can do at best, then the stream,
-says what holds it back and what each change would gain, and writes throughput.json and
-throughput.html. `--rate` measures the stream alone, or DALI's own reader as the yardstick.
+The first form measures every stage alone against the limits of this machine, then the stream,
+names its bottleneck and the gain of each change, and writes throughput.json and throughput.html.
+`--rate` measures the stream alone, or DALI's own reader as the yardstick.
 """
 
 from __future__ import annotations
@@ -28,34 +28,41 @@ from pipeline.throughput import capacity as planning
 from pipeline.throughput import stream_rate as rates
 from pipeline.throughput.diagnosis import SECONDS, examine
 from pipeline.throughput.hardware import cores
-from pipeline.throughput.report import changes, load, regressed, rounded, show, unlike
-from pipeline.throughput.report import write as write_page
+from pipeline.throughput.report import (
+    compare_reports,
+    has_regressed,
+    list_differences,
+    load_report,
+    print_report,
+    round_floats,
+    write_page,
+)
 from pipeline.throughput.stages import Setting
-from pipeline.throughput.tune import Trial, tune
-from pipeline.throughput.tune import write as write_tuning
+from pipeline.throughput.tune import TuningTrial, tune
+from pipeline.throughput.tune import write_tuning as write_tuning
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run
 
 NAME = "throughput.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Examine the stream of a data set on this machine."""
+class ThroughputOptions:
+    """Measure the stream of a data set on this machine."""
 
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     """Data set: a folder, or an address such as s3://bucket/folder."""
     device: Device = "cpu"
-    """Where images are decoded and left."""
+    """Where images are decoded and delivered."""
     split: str = "train"
     """Split to read."""
     shuffle: Shuffle | None = None
-    """Order of the stream; default: full, or block for a set in a store."""
+    """Order of the stream; default: full, or block for a data set in a store."""
     window: int = 16
     """Shards in a window of the block shuffle."""
     cache: str | None = None
-    """Folder for the shards of a remote set; default: duet in the user's cache folder."""
+    """Folder for the shards of a remote data set; default: duet in the user's cache folder."""
     cache_size: str = "100GB"
-    """Most bytes in it."""
+    """Most bytes in the cache."""
     batch_size: int = 128
     """Images in a batch."""
     threads: int = cores()
@@ -65,9 +72,9 @@ class Options:
     hw_decoder_load: float = 1.0
     """Share of a batch that the JPEG engines of a GPU decode."""
     img_s: float | None = None
-    """Images a second that the trainer takes; with --plan: that the whole job takes."""
+    """Images per second that the trainer takes; with --plan: that the whole job takes."""
     seconds: float = SECONDS
-    """For which each stage is measured, at least."""
+    """Least measuring time of each stage, in seconds."""
     out: Path = Path()
     """Folder for throughput.json, throughput.html and tuning.toml."""
     compare: Path | None = None
@@ -79,28 +86,28 @@ class Options:
     reader: Literal["stream", "native"] = "stream"
     """With --rate: `native` is DALI's own WebDataset reader on the same shards."""
     ledger: Path | None = None
-    """With --rate: folder for a ledger, to see what writing one costs."""
+    """With --rate: folder for a ledger, to measure the cost of writing one."""
     windows: int = 5
     """With --rate: windows of time; the median of their rates is the result."""
     batches: int = 40
     """With --rate: batches in each of them."""
     plan: bool = False
-    """Reckon what a job needs, from a measured report."""
+    """Compute what a job needs, from a measured report."""
     measured: Path | None = None
     """With --plan: the report; default: throughput.json here, if there is one."""
     gpus: int = 2
     """With --plan: GPUs of the job."""
     gpus_per_node: int = 8
-    """With --plan: of a node."""
+    """With --plan: GPUs of a node."""
     store: planning.StoreKind = "disk"
     """With --plan: where the data set is."""
-    pictures: int = 0
-    """With --plan: in an epoch; default: as measured, or ImageNet's."""
+    images: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 0
+    """With --plan: images in an epoch; default: as measured, or ImageNet's."""
     json: bool = False
     """Print one JSON object on stdout."""
 
     def check(self) -> None:
-        """Refuse what cannot work (UsageError)."""
+        """Raise UsageError for arguments that cannot work."""
         for name in ("batch_size", "threads", "prefetch", "windows", "batches", "window", "gpus",
                      "gpus_per_node"):  # fmt: skip
             if (value := getattr(self, name)) < 1:
@@ -114,7 +121,7 @@ class Options:
         if self.data is None and not self.plan:
             raise UsageError("name a data set: python -m pipeline.throughput DATA")
         if self.reader == "native" and not self.rate:
-            raise UsageError("--reader native goes with --rate: it has no stages to look at")
+            raise UsageError("--reader native goes with --rate: it has no stages to measure")
         if not self.out.is_dir():
             raise UsageError(f"--out {self.out} is no folder; make it, or name another")
         if not os.access(self.out, os.W_OK):
@@ -143,18 +150,18 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     options = tyro.cli(
-        Options, prog="python -m pipeline.throughput", description=__doc__, args=argv
+        ThroughputOptions, prog="python -m pipeline.throughput", description=__doc__, args=argv
     )
     options.check()
     try:
         return _run(options)
-    except OSError as error:  # what a set or a store does is told as a DuetError
+    except OSError as error:  # errors of a data set or a store are DuetErrors
         raise SetupError(
             f"{error.filename or options.out}: {error.strerror}; make room, or name another --out"
         ) from error
 
 
-def _run(options: Options) -> int:
+def _run(options: ThroughputOptions) -> int:
     console = rich.console.Console(stderr=True)
     if options.plan:
         return _plan(options, console)
@@ -167,14 +174,14 @@ def _run(options: Options) -> int:
     return _examine(options, console)
 
 
-def _examine(options: Options, console: rich.console.Console) -> int:
-    old = load(options.compare) if options.compare else None
+def _examine(options: ThroughputOptions, console: rich.console.Console) -> int:
+    old = load_report(options.compare) if options.compare else None
     report = examine(options.setting, options.img_s, options.seconds)
     table = report.table()
-    show(report, console)
-    differences = changes(old, table) if old else []
+    print_report(report, console)
+    differences = compare_reports(old, table) if old else []
     if old is not None:
-        for text in unlike(old, table):
+        for text in list_differences(old, table):
             console.print(f"[yellow]not the same:[/] {text}", highlight=False)
         for one in differences:
             console.print(f"{one.name}: {one.before:,.0f} -> {one.after:,.0f} img/s, "
@@ -186,8 +193,8 @@ def _examine(options: Options, console: rich.console.Console) -> int:
                   highlight=False)  # fmt: skip
     if options.json:
         found = [dataclasses.asdict(one) | {"verdict": one.verdict} for one in differences]
-        sys.stdout.write(json.dumps(table | {"changes": rounded(found)}) + "\n")
-    if regressed(differences):
+        sys.stdout.write(json.dumps(table | {"changes": round_floats(found)}) + "\n")
+    if has_regressed(differences):
         last = differences[-1]
         raise DuetError(
             f"the stream is slower than in {options.compare}: {last.before:,.0f} -> "
@@ -196,16 +203,16 @@ def _examine(options: Options, console: rich.console.Console) -> int:
     return 0
 
 
-def _tune(options: Options, console: rich.console.Console) -> int:
+def _tune(options: ThroughputOptions, console: rich.console.Console) -> int:
     setting = options.setting
 
-    def tell(trial: Trial) -> None:
+    def print_trial(trial: TuningTrial) -> None:
         what = ", ".join(f"{name} {value}" for name, value in trial.change.items())
         console.print(f"{what}: {trial.img_s.median:,.0f} img/s, {trial.ratio:.3f} times "
-                      f"{trial.best.median:,.0f}{': better' if trial.better else ''}",
+                      f"{trial.best.median:,.0f}{': better' if trial.is_better else ''}",
                       highlight=False)  # fmt: skip
 
-    tuned = tune(setting, tell)
+    tuned = tune(setting, print_trial)
     path = options.out / "tuning.toml"
     write_tuning(path, setting, tuned)
     change = ", ".join(f"{name} = {value}" for name, value in tuned.change.items())
@@ -219,30 +226,30 @@ def _tune(options: Options, console: rich.console.Console) -> int:
         facts: dict[str, Any] = {
             "tuning": tuned.change, "gain": tuned.gain, "seconds": tuned.seconds,
             "trials": [{"change": one.change, "img_s": one.img_s.median, "ratio": one.ratio,
-                        "better": one.better} for one in tuned.trials],
+                        "better": one.is_better} for one in tuned.trials],
         }  # fmt: skip
-        sys.stdout.write(json.dumps(rounded(facts)) + "\n")
+        sys.stdout.write(json.dumps(round_floats(facts)) + "\n")
     return 0
 
 
-def _plan(options: Options, console: rich.console.Console) -> int:
+def _plan(options: ThroughputOptions, console: rich.console.Console) -> int:
     assert options.img_s is not None
     path = options.measured or (Path(NAME) if Path(NAME).is_file() else None)
-    report = load(path) if path else None
+    report = load_report(path) if path else None
     if options.data is not None and report is None:
         examined = examine(options.setting, seconds=options.seconds)
         examined.save(options.out / NAME)
         report = examined.table()
-    question = planning.Question(
+    question = planning.CapacityQuestion(
         gpus=options.gpus, img_s=options.img_s, store=options.store,
-        gpus_per_node=options.gpus_per_node, pictures=options.pictures,
+        gpus_per_node=options.gpus_per_node, images=options.images,
     )  # fmt: skip
-    answer = planning.plan(question, report)
+    answer = planning.plan_capacity(question, report)
     if path:
         console.print(f"from {path}: {report and report['machine']['processor']}", highlight=False)
-    planning.show(answer, console)
+    planning.print_plan(answer, console)
     if options.json:
-        sys.stdout.write(json.dumps(rounded(dataclasses.asdict(answer))) + "\n")
+        sys.stdout.write(json.dumps(round_floats(dataclasses.asdict(answer))) + "\n")
     return 0
 
 

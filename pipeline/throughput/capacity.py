@@ -1,8 +1,8 @@
-"""What a job needs of cores, disks, networks and caches: reckoned from measured figures.
+"""What a job needs of cores, disks, networks and caches, computed from measured figures.
 
     python -m pipeline.throughput --plan --gpus 16 --img-s 20000 --store s3 [--measured FILE]
 
-Every figure that goes in is marked: measured (in a `throughput.json`), given, or assumed.
+Every input is marked: measured (in a `throughput.json`), given, or assumed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import rich.console
 import rich.table
 
 HEADROOM = 1.1
-"""The stream should give so much more than the trainer takes: then the accelerators are used
-90 % and more, as MLPerf Storage demands."""
+"""Rate of the stream over the trainer's at which accelerators are 90 % busy (MLPerf Storage)."""
 
 StoreKind = Literal["disk", "nfs", "s3", "gs", "http"]
 
@@ -28,19 +27,19 @@ ASSUMED_STORES: Mapping[str, tuple[float, str]] = {
     "gs": (4 * 85e6, "4 requests at a time of 85 MB/s each, per worker"),
     "http": (125e6, "1 Gbit/s"),
 }
-"""Bytes a second of a worker (disk and nfs: of a node)."""
+"""Bytes per second of a worker (disk and nfs: of a node), and where the figure is from."""
 
 IMAGENET = 1_281_167
 """Training images of ILSVRC-2012."""
 PICTURE_BYTES = 37_300.0
-"""Of a 256x256 image at quality 96, tar headers included: the mean of ImageNet's sample here."""
+"""Bytes of a 256x256 JPEG of quality 96 with its tar header, mean of a sample of ImageNet."""
 CORE_SECONDS = 6e-4
-"""Of a core for an image that the CPU decodes: 2-core AMD EPYC, README's measurement."""
+"""CPU seconds per image decoded on the CPU (2-core AMD EPYC, docs/results.md)."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, and where it is from."""
+    """An input, and where it is from."""
 
     name: str
     value: float
@@ -52,55 +51,55 @@ class Figure:
 
 @dataclass(frozen=True)
 class Need:
-    """One answer."""
+    """A resource that the job needs."""
 
     name: str
     value: float
     unit: str
     how: str
-    """The reckoning in words."""
+    """The computation in words."""
     enough: bool | None = None
-    """Whether what is known of the store suffices."""
+    """Whether the store delivers that; None where it does not matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """The job."""
+class CapacityQuestion:
+    """The job to plan for."""
 
     gpus: int
     img_s: float
-    """Images a second of the whole job."""
+    """Images per second of the whole job."""
     store: StoreKind
     gpus_per_node: int = 8
-    pictures: int = 0
-    """In an epoch; 0: as measured, or ImageNet's."""
+    images: int = 0
+    """Images in an epoch; 0: as measured, or ImageNet's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What goes in, and what comes out."""
+class CapacityPlan:
+    """Inputs and needs of a job."""
 
     figures: tuple[Figure, ...]
     needs: tuple[Need, ...]
 
 
-def plan(question: Question, report: Mapping[str, Any] | None) -> Answer:
-    """Reckon.
+def plan_capacity(question: CapacityQuestion, report: Mapping[str, Any] | None) -> CapacityPlan:
+    """Compute the needs of a job.
 
     Args:
         question: the job.
-        report: a `throughput.json`; without one, figures are assumed.
+        report: content of a `throughput.json`; without one, figures are assumed.
     """
     nodes = -(-question.gpus // question.gpus_per_node)
-    pictures, each = _set(question, report)
-    core = _core_seconds(report)
-    store = _store(question, report)
-    img_s, size = question.img_s, pictures.value * each.value
+    images, each = _find_images(question, report)
+    core = _find_core_seconds(report)
+    store = _find_store(question, report)
+    img_s, size = question.img_s, images.value * each.value
     rate = img_s * each.value * HEADROOM
     lanes = nodes if question.store in ("disk", "nfs") else question.gpus
     have = store.value * (1 if question.store == "nfs" else lanes)
-    first = max(pictures.value / img_s, size / have)
-    bound = "the store bounds it" if size / have > pictures.value / img_s else "the GPUs bound it"
+    first = max(images.value / img_s, size / have)
+    bound = "the store bounds it" if size / have > images.value / img_s else "the GPUs bound it"
     gb = size / 1e9
     needs = (
         Need("nodes", nodes, "", f"{question.gpus} GPUs, {question.gpus_per_node} a node"),
@@ -117,28 +116,30 @@ def plan(question: Question, report: Mapping[str, Any] | None) -> Answer:
         Need("memory, a node", gb, "GB", "to read from the page cache, else the disk gives "
              f"{rate / nodes / 1e9:,.2f} GB/s all the time"),
         Need("first epoch", first / 60, "min", bound),
-        Need("later epochs", pictures.value / img_s / 60, "min", "from the cache"),
+        Need("later epochs", images.value / img_s / 60, "min", "from the cache"),
     )  # fmt: skip
-    given = Figure("images a second", img_s, "given", "img/s",
-                   f"{img_s / question.gpus:,.0f} a GPU")  # fmt: skip
-    return Answer(figures=(given, pictures, each, core, store), needs=needs)
+    given = Figure("images per second", img_s, "given", "img/s",
+                   f"{img_s / question.gpus:,.0f} per GPU")  # fmt: skip
+    return CapacityPlan(figures=(given, images, each, core, store), needs=needs)
 
 
-def _set(question: Question, report: Mapping[str, Any] | None) -> tuple[Figure, Figure]:
+def _find_images(
+    question: CapacityQuestion, report: Mapping[str, Any] | None
+) -> tuple[Figure, Figure]:
     if report is None:
         count, source, size = IMAGENET, "assumed", PICTURE_BYTES
     else:
         count, source = report["data"]["pictures"], "measured"
         size = report["data"]["bytes"] / count
-    if question.pictures:
-        return (Figure("images in an epoch", question.pictures, "given"),
+    if question.images:
+        return (Figure("images in an epoch", question.images, "given"),
                 Figure("bytes of an image", size, source, "B"))  # fmt: skip
     note = "ImageNet" if report is None else ""
     return (Figure("images in an epoch", count, source, note=note),
             Figure("bytes of an image", size, source, "B"))  # fmt: skip
 
 
-def _core_seconds(report: Mapping[str, Any] | None) -> Figure:
+def _find_core_seconds(report: Mapping[str, Any] | None) -> Figure:
     if report is None:
         return Figure("core time of an image", CORE_SECONDS, "assumed", "s",
                       "decoded by the CPU")  # fmt: skip
@@ -148,8 +149,8 @@ def _core_seconds(report: Mapping[str, Any] | None) -> Figure:
                   f"decoded by the {where.upper()}, {report['machine']['processor']}")  # fmt: skip
 
 
-def _store(question: Question, report: Mapping[str, Any] | None) -> Figure:
-    name = f"{question.store}, bytes a second"
+def _find_store(question: CapacityQuestion, report: Mapping[str, Any] | None) -> Figure:
+    name = f"{question.store}, bytes per second"
     rows = {row["name"]: row for row in report["stages"]} if report else {}
     if question.store == "disk" and (row := rows.get("storage, cold")) and row["limit_img_s"]:
         each = row["bytes_s"] / row["img_s"]
@@ -162,7 +163,7 @@ def _store(question: Question, report: Mapping[str, Any] | None) -> Figure:
     return Figure(name, value, "assumed", "B/s", note)
 
 
-def show(answer: Answer, console: rich.console.Console) -> None:
+def print_plan(answer: CapacityPlan, console: rich.console.Console) -> None:
     """Print both tables."""
     table = rich.table.Table("what goes in", box=rich.box.SIMPLE, pad_edge=False)
     table.add_column("", justify="right")
@@ -170,7 +171,7 @@ def show(answer: Answer, console: rich.console.Console) -> None:
     table.add_column("", style="dim")
     for one in answer.figures:
         style = "yellow" if one.source == "assumed" else ""
-        table.add_row(one.name, f"{_number(one.value)} {one.unit}", f"[{style or 'default'}]"
+        table.add_row(one.name, f"{_format_number(one.value)} {one.unit}", f"[{style or 'default'}]"
                       f"{one.source}[/]", one.note)  # fmt: skip
     console.print(table)
     table = rich.table.Table("what is needed", box=rich.box.SIMPLE, pad_edge=False)
@@ -178,11 +179,13 @@ def show(answer: Answer, console: rich.console.Console) -> None:
     table.add_column("", style="dim")
     for need in answer.needs:
         more = {None: "", True: "; the store gives that", False: "; the store does NOT give that"}
-        table.add_row(need.name, f"{_number(need.value)} {need.unit}", need.how + more[need.enough])
+        table.add_row(
+            need.name, f"{_format_number(need.value)} {need.unit}", need.how + more[need.enough]
+        )
     console.print(table)
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     if value >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}" if value >= 0.01 else f"{value:.2e}"

@@ -1,7 +1,4 @@
-"""Honest clocks: rates with their spread, CPU time, and what else keeps the machine busy.
-
-What was measured of one stage, or of the whole stream: plain values, beside a limit.
-"""
+"""Throughput timers: median, spread, CPU time, load from other processes; rows of the report."""
 
 from __future__ import annotations
 
@@ -16,41 +13,41 @@ from typing import TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 STEADY = 0.05
-"""Half the spread of the middle half of the windows, over their median: below it, they are steady.
-(The standard error of the median of 5 such windows is then about 2 %.)"""
+"""Largest spread (`Rate.spread`) of steady windows: the standard error of the median of 5 such
+windows is about 2 %."""
 FEWEST, MOST = 5, 15
-"""Windows of a measurement: at least, and until they are steady at most."""
+"""Fewest windows of a measurement, and most windows while they are not steady."""
 OTHERS = 0.1
-"""Share of the machine's CPUs that others may use before it is said."""
+"""Share of the machine's CPUs used by other processes above which a report warns."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Something a second, measured in several windows of time."""
+    """Items per second (images or bytes), measured in several windows of time."""
 
     windows: tuple[float, ...]
-    """In the order they were taken."""
+    """Items per second of each window, in the order of time."""
     cpu: float
-    """Cores that this process kept busy meanwhile."""
+    """Cores kept busy by this process."""
     others: float
-    """Share of the machine's CPUs, 0..1, that other processes kept busy meanwhile."""
+    """Share of the machine's CPUs, 0..1, kept busy by other processes."""
 
     @property
     def median(self) -> float:
-        """The result."""
+        """Items per second: the median of the windows."""
         return statistics.median(self.windows)
 
     @property
     def spread(self) -> float:
-        """Half of what the middle half of the windows spans, over the median."""
+        """Half the interquartile range of the windows, over the median."""
         if len(self.windows) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.windows, n=4, method="inclusive")
         return (high - low) / 2 / self.median
 
     @property
-    def steady(self) -> bool:
-        """Whether the windows agree."""
+    def is_steady(self) -> bool:
+        """Whether the windows agree to within `STEADY`."""
         return self.spread <= STEADY
 
     @property
@@ -59,38 +56,40 @@ class Rate:
         return float(1.86 * self.spread / max(1, len(self.windows)) ** 0.5)
 
 
-def measured(
+def measure(
     work: Callable[[], int], seconds: float, *, fewest: int = FEWEST, most: int = MOST,
     settle: Callable[[], None] = lambda: None,
 ) -> Rate:  # fmt: skip
-    """Repeat `work` and return how many of its items a second get done.
+    """Repeat `work` and return its items per second.
 
     The first call is a warm-up and not counted. There are `fewest` windows of at least
     `seconds / fewest` each, and more, up to `most`, until they agree.
 
     Args:
-        work: does some items and says how many.
-        seconds: for `fewest` windows.
-        fewest: windows, at least.
-        most: windows, at most.
-        settle: waits until what was started is done (a GPU), before the clock is read.
+        work: processes some items and returns their number.
+        seconds: measuring time of `fewest` windows.
+        fewest: least number of windows.
+        most: largest number of windows.
+        settle: waits for the GPU before the clock is read.
     """
     work()
     settle()
-    return until_steady(lambda: _window(work, seconds / fewest, settle), fewest, most)
+    return measure_until_steady(lambda: _window(work, seconds / fewest, settle), fewest, most)
 
 
-def until_steady(window: Callable[[], float], fewest: int = FEWEST, most: int = MOST) -> Rate:
-    """Take windows, each of which gives a rate: `fewest`, and up to `most` until they agree."""
+def measure_until_steady(
+    window: Callable[[], float], fewest: int = FEWEST, most: int = MOST
+) -> Rate:
+    """Call `window` for a rate `fewest` times, and up to `most` times until the rates agree."""
     rates: list[float] = []
-    load = Load()
-    while len(rates) < fewest or (len(rates) < most and not Rate(tuple(rates), 0, 0).steady):
+    load = CpuLoad()
+    while len(rates) < fewest or (len(rates) < most and not Rate(tuple(rates), 0, 0).is_steady):
         rates.append(window())
     return Rate(tuple(rates), load.cores(), load.others())
 
 
 def _window(work: Callable[[], int], seconds: float, settle: Callable[[], None]) -> float:
-    """Repeat `work` for some seconds; return its items a second."""
+    """Repeat `work` for some seconds; return its items per second."""
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         done += work()
@@ -98,36 +97,36 @@ def _window(work: Callable[[], int], seconds: float, settle: Callable[[], None])
     return done / (time.perf_counter() - start)
 
 
-def in_turn(
+def measure_in_turn(
     works: Mapping[Key, Callable[[], int]], seconds: float, *, turns: int = FEWEST,
     settle: Callable[[], None] = lambda: None, drain: int = 3,
 ) -> dict[Key, Rate]:  # fmt: skip
-    """Measure several things in turn, so that what drifts on the machine hits all of them.
+    """Measure several functions in turn, so that a drift of the machine hits all of them.
 
     Args:
-        works: as `measured` takes one.
-        seconds: for each of them, in all its windows.
+        works: each as `work` of `measure`.
+        seconds: measuring time of each function, all windows together.
         turns: windows of each.
-        settle: as `measured` has it.
-        drain: calls before each window that are not counted: what lay ready cost nothing.
+        settle: as in `measure`.
+        drain: calls before each window that are not counted: queued results cost nothing.
     """
     rates: dict[Key, list[float]] = {key: [] for key in works}
     cpu = dict.fromkeys(works, 0.0)
-    load = Load()
+    load = CpuLoad()
     for turn in range(turns):
         for key in list(works)[:: -1 if turn % 2 else 1]:
             for _ in range(drain):
                 works[key]()
             settle()
-            own = Load()
+            own = CpuLoad()
             rates[key].append(_window(works[key], seconds / turns, settle))
             cpu[key] += own.cores() / turns
     others = load.others()
     return {key: Rate(tuple(found), cpu[key], others) for key, found in rates.items()}
 
 
-class Load:
-    """What kept the CPUs busy since this was made."""
+class CpuLoad:
+    """CPU time of this process and of all others since the object was made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -135,11 +134,11 @@ class Load:
         self._all = _busy_seconds()
 
     def cores(self) -> float:
-        """Cores that this process and its children kept busy."""
+        """Return the cores kept busy by this process and its children."""
         return (_own_seconds() - self._own) / max(1e-9, time.perf_counter() - self._start)
 
     def others(self) -> float:
-        """Share of the machine's CPUs, 0..1, that others kept busy; 0 where nobody can tell."""
+        """Return the share of the machine's CPUs, 0..1, that others kept busy; 0 if unknown."""
         now, before = _busy_seconds(), self._all
         if now is None or before is None:
             return 0.0
@@ -164,35 +163,36 @@ def _busy_seconds() -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A stage alone, or the whole."""
+class StageRow:
+    """Rate of a stage alone, or of the whole stream, beside its limit."""
 
     name: str
     img_s: float
+    """Images per second."""
     spread: float
-    """Half of what the middle half of the windows spans, over the median."""
+    """As `Rate.spread`, and so are the next four."""
     error: float
-    """Standard error of the median, over the median."""
     steady: bool
     cores: float
-    """Cores kept busy."""
     others: float
-    """Share of the machine that others kept busy, 0..1."""
     bytes_s: float
+    """Bytes per second."""
     limit_img_s: float | None = None
+    """Images per second that the hardware allows; None where that is unknown."""
     share: float | None = None
-    """Of the limit, 0..1."""
+    """Fraction of the hardware limit."""
     against: str = ""
+    """Name of the limit."""
     note: str = ""
 
 
-def row(
+def make_row(
     name: str, rate: Rate, size: float, *, limit: float | None = None, against: str = "",
     note: str = "",
-) -> Row:  # fmt: skip
-    """A rate as a row; `size` is in bytes an image."""
-    return Row(
-        name=name, img_s=rate.median, spread=rate.spread, error=rate.error, steady=rate.steady,
+) -> StageRow:  # fmt: skip
+    """Return a rate as a row; `size` is in bytes per image."""
+    return StageRow(
+        name=name, img_s=rate.median, spread=rate.spread, error=rate.error, steady=rate.is_steady,
         cores=rate.cpu, others=rate.others, bytes_s=rate.median * size, limit_img_s=limit,
         share=rate.median / limit if limit else None, against=against, note=note,
     )  # fmt: skip

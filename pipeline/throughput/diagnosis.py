@@ -1,7 +1,4 @@
-"""The whole examination: every stage, the stream, what bounds it and what would help.
-
-What the numbers mean, in a paragraph.
-"""
+"""The whole measurement: every stage, the stream, its bottleneck, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -13,27 +10,32 @@ from collections.abc import Sequence
 
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import stages
-from pipeline.throughput.clock import OTHERS, Rate, Row, row
-from pipeline.throughput.hardware import machine, memory_bytes
+from pipeline.throughput.clock import OTHERS, Rate, StageRow, make_row
+from pipeline.throughput.hardware import describe_machine, get_available_memory
 from pipeline.throughput.model import (
     WORTH,
     Bound,
     Costs,
-    Now,
     Remedy,
-    bounds,
-    knee,
-    predicted,
-    remedies,
-    sweep,
+    StreamState,
+    find_knee,
+    list_bounds,
+    list_remedies,
+    predict_rate,
+    sweep_threads,
 )
-from pipeline.throughput.report import Report
-from pipeline.throughput.stages import Alone, Fetching, Parts, Setting, fetching, opened
-from pipeline.throughput.stream_rate import Whole, whole
+from pipeline.throughput.report import ThroughputReport
+from pipeline.throughput.stages import (
+    Parts,
+    Setting,
+    StageRates,
+    open_parts,
+)
+from pipeline.throughput.stream_rate import FetchRate, StreamRate, measure_fetching, measure_stream
 from pipeline.tools.progress import Progress
 
 ENOUGH = 1.1
-"""Headroom over the trainer with which a stream is quick enough (AU of 90 % and more)."""
+"""Stream over trainer, in images per second, above which the trainer never waits (AU >= 90 %)."""
 
 MEANING = {
     "the reading thread": "one Python thread that reads, checks and feeds",
@@ -43,16 +45,16 @@ MEANING = {
 }
 
 
-def verdict(
-    *, state: str, img_s: float, bounds: Sequence[Bound], stages: Sequence[Row],
+def write_verdict(
+    *, state: str, img_s: float, bounds: Sequence[Bound], stages: Sequence[StageRow],
     remedies: Sequence[Remedy], needed: float | None,
 ) -> str:  # fmt: skip
-    """Say what bounds the stream, by how much, what comes next, and what would help most."""
+    """Return a paragraph: the bottleneck of the stream, the next one, and the best remedy."""
     first, second = bounds[0], bounds[1]
     text = [
         f"{state} this stream gives {img_s:,.0f} img/s. It is bound by "
         f"{MEANING[first.name]} ({first.img_s:,.0f} img/s: {first.detail or 'measured'})"
-        + _largest(first, stages)
+        + _describe_largest(first, stages)
         + ".",
         f"The next bound is {MEANING[second.name]} at {second.img_s:,.0f} img/s, "
         f"{second.img_s / first.img_s:.2f} times the first: more than that, lifting the first "
@@ -76,7 +78,7 @@ def verdict(
     return " ".join(text)
 
 
-def _largest(bound: Bound, stages: Sequence[Row]) -> str:
+def _describe_largest(bound: Bound, stages: Sequence[StageRow]) -> str:
     if bound.name in ("the pixels", "the processors"):
         decode = next((row for row in stages if row.name == "decode" and row.share), None)
         if decode and decode.share:
@@ -88,8 +90,8 @@ def _largest(bound: Bound, stages: Sequence[Row]) -> str:
     return ""
 
 
-def warnings(rows: Sequence[Row]) -> list[str]:
-    """What makes the figures doubtful."""
+def list_warnings(rows: Sequence[StageRow]) -> list[str]:
+    """Return a line for each reason to doubt the figures: unsteady rates, other processes."""
     found = []
     if unsteady := [row for row in rows if not row.steady]:
         names = ", ".join(f"{row.name} (±{row.spread:.0%})" for row in unsteady)
@@ -104,91 +106,91 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 
 
 SECONDS = 1.5
-"""For which a stage is measured; all of it takes about a minute."""
+"""Seconds a stage is measured; all of it takes about a minute."""
 POINTS = 400
-"""Of the queue's image."""
+"""Most points of the chart of the queue."""
 
 
 def examine(
     setting: Setting, needed: float | None = None, seconds: float = SECONDS,
-    extra: Sequence[Row] = (),
-) -> Report:  # fmt: skip
+    extra: Sequence[StageRow] = (),
+) -> ThroughputReport:  # fmt: skip
     """Measure the stream of a setting, stage by stage and as a whole.
 
     Args:
-        setting: of the stream.
-        needed: images a second that the trainer takes, if that is known.
-        seconds: for each stage.
-        extra: stages that others have measured.
+        setting: settings of the stream.
+        needed: images per second that the trainer takes, if known.
+        seconds: measuring time of each stage.
+        extra: rows measured elsewhere, for the same report.
 
     Raises:
         DuetError: as `Stream` does.
     """
-    with opened(setting) as parts, Progress("examining", total=6, unit="parts") as progress:
-        fetched = fetching(setting, 2 * seconds) if setting.remote else None
+    with open_parts(setting) as parts, Progress("examining", total=6, unit="parts") as progress:
+        fetched = measure_fetching(setting, 2 * seconds) if setting.remote else None
         progress.advance(1)
         batches = max(1, min(len(parts.storage) // setting.batch_size, 160))
-        alone = stages.alone(parts, seconds, batches)
+        alone = stages.measure_stages(parts, seconds, batches)
         progress.advance(1)
-        costs = sweep(parts, alone, thread_counts(setting), seconds)
+        costs = sweep_threads(parts, alone, list_thread_counts(setting), seconds)
         progress.advance(1)
-        parts.touch(round(predicted(costs) * 4 * seconds))
-        found = whole(setting, 2 * seconds)
+        parts.touch(round(predict_rate(costs) * 4 * seconds))
+        found = measure_stream(setting, 2 * seconds)
         progress.advance(1)
-        now = state_of(parts, alone, costs, found, fetched)
-        helping = remedies(now, seconds)
+        now = find_state(parts, alone, costs, found, fetched)
+        helping = list_remedies(now, seconds)
         progress.advance(2)
-    return _report(now, found, helping, needed, fetched, extra)
+    return _make_report(now, found, helping, needed, fetched, extra)
 
 
-def thread_counts(setting: Setting) -> list[int]:
-    """Numbers of threads that are tried."""
+def list_thread_counts(setting: Setting) -> list[int]:
+    """Return the thread counts to measure, in ascending order."""
     have = setting.cores
     return sorted(
         {1, setting.threads, have, max(1, have // 4), max(1, have // 2), have + have // 2}
     )
 
 
-def state_of(
-    parts: Parts, alone: Alone, costs: Costs, found: Whole, fetched: Fetching | None
-) -> Now:
-    """In which state the set is read most of the time, and what the stream gives then."""
-    fits = sum(shard.bytes for shard in parts.storage.shards) < memory_bytes()
+def find_state(
+    parts: Parts, alone: StageRates, costs: Costs, found: StreamRate, fetched: FetchRate | None
+) -> StreamState:
+    """Return where the data set is read from most of the time, and the rate of the stream then."""
+    fits = sum(shard.bytes for shard in parts.storage.shards) < get_available_memory()
     cold, slow, read = alone.cold, costs, alone.warm
     state = "From the page cache"
     if fetched is not None:
         store = fetched.together / parts.bytes_each
-        slow = costs.but(store=store, fetch_cpu=fetched.cpu / store)
+        slow = costs.with_changes(store=store, fetch_cpu=fetched.cpu / store)
         state = "In its first epoch, from the store,"
     elif not fits and cold is not None:
-        slow = costs.but(reader=cold.seconds, reader_cpu=min(1.0, cold.cpu))
+        slow = costs.with_changes(reader=cold.seconds, reader_cpu=min(1.0, cold.cpu))
         read, state = cold, "From the disk (it is larger than memory)"
-    gives = found.rate.median * predicted(slow) / predicted(costs)
-    return Now(parts=parts, alone=alone, costs=slow, reading=read, img_s=gives, fits=fits,
+    gives = found.rate.median * predict_rate(slow) / predict_rate(costs)
+    return StreamState(parts=parts, alone=alone, costs=slow, reading=read, img_s=gives, fits=fits,
                state=state)  # fmt: skip
 
 
-def _report(
-    now: Now, found: Whole, helping: Sequence[Remedy], needed: float | None,
-    fetched: Fetching | None, extra: Sequence[Row],
-) -> Report:  # fmt: skip
+def _make_report(
+    now: StreamState, found: StreamRate, helping: Sequence[Remedy], needed: float | None,
+    fetched: FetchRate | None, extra: Sequence[StageRow],
+) -> ThroughputReport:  # fmt: skip
     parts = now.parts
     setting, each = parts.setting, parts.bytes_each
     rows = (*now.alone.stages, *extra)
     if fetched is not None:
         rows = (_fetch_row(fetched, each), *rows)
     decode = next((one.limit_img_s for one in rows if one.name == "decode"), None)
-    total = row("the whole stream", found.rate, each, limit=decode,
+    total = make_row("the whole stream", found.rate, each, limit=decode,
                 against="the bare decoder" if decode else "")  # fmt: skip
-    scale = now.img_s / predicted(now.costs)
-    lowest = [dataclasses.replace(one, img_s=one.img_s * scale) for one in bounds(now.costs)]
+    scale = now.img_s / predict_rate(now.costs)
+    lowest = [dataclasses.replace(one, img_s=one.img_s * scale) for one in list_bounds(now.costs)]
     span = found.asked[-1].at if found.asked else 1.0
     thin = max(1, len(found.asked) // POINTS)
     counts = now.costs.pixels
-    return Report(
+    return ThroughputReport(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         command=shlex.join(["python", "-m", "pipeline.throughput", *sys.argv[1:]]),
-        machine=machine(setting.device == "gpu"),
+        machine=describe_machine(setting.device == "gpu"),
         data={
             "where": setting.data, "pictures": len(parts.storage), "encoding": parts.encoding,
             "bytes": sum(shard.bytes for shard in parts.storage.shards), "fits": now.fits,
@@ -200,22 +202,22 @@ def _report(
         read_full=found.read_full, read_empty=found.read_empty,
         queue=tuple((one.at, one.read, int(one.decoded)) for one in found.asked[::thin]),
         sweep={
-            count: (counts[count].median, predicted(now.costs.but(threads=count)))
+            count: (counts[count].median, predict_rate(now.costs.with_changes(threads=count)))
             for count in sorted(counts)
         },
-        knee=knee(now.costs),
+        knee=find_knee(now.costs),
         bounds=tuple((one.name, one.img_s, one.detail) for one in lowest),
         state=now.state, img_s=now.img_s, model=1 / scale,
         remedies=tuple(helping),
-        verdict=verdict(state=now.state, img_s=now.img_s, bounds=lowest, stages=rows,
+        verdict=write_verdict(state=now.state, img_s=now.img_s, bounds=lowest, stages=rows,
                         remedies=helping, needed=needed),
         needed=needed,
-        warnings=tuple(warnings([*rows, total])),
+        warnings=tuple(list_warnings([*rows, total])),
     )  # fmt: skip
 
 
-def _fetch_row(fetched: Fetching, each: float) -> Row:
+def _fetch_row(fetched: FetchRate, each: float) -> StageRow:
     rate = Rate((fetched.together / each,), fetched.cpu, fetched.others)
-    return row("fetch from the store", rate, each,
+    return make_row("fetch from the store", rate, each,
                note=f"{fetched.shards} shards, several at a time, checked; one alone: "
                f"{fetched.alone / 1e6:,.0f} MB/s")  # fmt: skip

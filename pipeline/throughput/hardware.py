@@ -1,7 +1,4 @@
-"""What this machine can do at best, of each thing that the stream does: measured here and now.
-
-The machine that is measured.
-"""
+"""The machine, and its limits: the best rate of each operation of the stream, measured here."""
 
 from __future__ import annotations
 
@@ -26,26 +23,27 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.dataset.images import SIZE
 from pipeline.stream.decode import select_gpu
-from pipeline.throughput.clock import Rate, measured
+from pipeline.throughput.clock import Rate, measure
 from pipeline.tools.files import drop_page_cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a figure depends on."""
+    """Hardware and libraries that a measurement depends on."""
 
     processor: str
     cores: int
-    """That this process may use."""
+    """Processors that this process may use."""
     memory: int
-    """Bytes."""
+    """Bytes of main memory."""
     gpu: str
+    """Name of the GPU; empty without one."""
     torch: str
     dali: str
 
 
-def machine(gpu: bool) -> Machine:
-    """This one."""
+def describe_machine(gpu: bool) -> Machine:
+    """Describe this machine."""
     import nvidia.dali
 
     return Machine(
@@ -67,23 +65,23 @@ def _processor() -> str:
                  if line.startswith("model name")), platform.processor())  # fmt: skip
 
 
-def in_cores(count: int) -> str:
-    """A number of cores in words."""
+def format_cores(count: int) -> str:
+    """Return a number of cores in words."""
     return f"{count} core{'s' if count > 1 else ''}"
 
 
-def in_threads(count: int) -> str:
-    """A number of threads in words."""
+def format_threads(count: int) -> str:
+    """Return a number of threads in words."""
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def memory_bytes() -> int:
-    """Bytes that the kernel could use to keep files: what is free, and what it keeps already."""
+def get_available_memory() -> int:
+    """Return the bytes of memory that can hold files: free memory and the page cache."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
@@ -91,43 +89,43 @@ def memory_bytes() -> int:
 Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 2**20
-"""Bytes of a read."""
+"""Bytes read at a time."""
 LARGE = 64 * 2**20
-"""Bytes that no processor cache holds."""
+"""Bytes of a buffer that is larger than any processor cache."""
 DISK_THREADS = 4
-"""Files that are read at a time to see what a disk gives."""
+"""Files read at a time to measure a disk."""
 DISK_BYTES = 256 * 2**20
-"""Most bytes that are read to see it."""
+"""Most bytes read to measure a disk."""
 CHUNK = 16
-"""Images that a thread decodes at a time."""
+"""Images decoded by a thread at a time."""
 
 
-def page_cache(paths: Sequence[Path], seconds: float) -> Rate:
-    """Bytes a second that one thread reads from the kernel's memory, end to end."""
+def measure_page_cache(paths: Sequence[Path], seconds: float) -> Rate:
+    """Measure the bytes per second that one thread reads from the page cache, end to end."""
     buffer = memoryview(bytearray(BLOCK))
-    with _files(paths) as files:
-        blocks = itertools.cycle(_blocks(files, LARGE))
+    with _open_files(paths) as files:
+        blocks = itertools.cycle(_list_blocks(files, LARGE))
 
         def read() -> int:
             return sum(os.preadv(file, [buffer], at) for file, at in itertools.islice(blocks, 32))
 
         for _ in range(1 + LARGE // (32 * BLOCK)):
-            read()  # now it is in memory
-        return measured(read, seconds)
+            read()  # fills the page cache
+        return measure(read, seconds)
 
 
-def disk(paths: Sequence[Path]) -> tuple[float, float]:
-    """Bytes a second that the disk gives, files read end to end, several at a time.
+def measure_disk(paths: Sequence[Path]) -> tuple[float, float]:
+    """Measure the bytes per second of the disk, files read end to end, several at a time.
 
     Returns:
-        the rate, and the share of what was read that lay in memory all the same.
+        the rate, and the share of the bytes that the kernel kept in memory nevertheless.
     """
     buffers = [memoryview(bytearray(BLOCK)) for _ in range(DISK_THREADS)]
-    with _files(paths) as files:
+    with _open_files(paths) as files:
         kept = sum(map(drop_page_cache, files)) / max(
             1, sum(os.fstat(file).st_size for file in files)
         )
-        blocks = list(_blocks(files, DISK_BYTES))
+        blocks = list(_list_blocks(files, DISK_BYTES))
         parts = [blocks[start::DISK_THREADS] for start in range(DISK_THREADS)]
 
         def read(number: int) -> int:
@@ -139,20 +137,20 @@ def disk(paths: Sequence[Path]) -> tuple[float, float]:
             return done / (time.perf_counter() - start), kept
 
 
-def checksum(size: int, seconds: float) -> Rate:
-    """Bytes a second of CRC-32 on one core, over images of `size` bytes just read."""
-    pictures = itertools.cycle(np.random.default_rng(0).integers(0, 256, (16, size), np.uint8))
+def measure_checksum(size: int, seconds: float) -> Rate:
+    """Measure the bytes per second of CRC-32 on one core, over images of `size` bytes."""
+    images = itertools.cycle(np.random.default_rng(0).integers(0, 256, (16, size), np.uint8))
 
     def check() -> int:
-        for picture in itertools.islice(pictures, 64):
-            isal_zlib.crc32(picture)
+        for image in itertools.islice(images, 64):
+            isal_zlib.crc32(image)
         return 64 * size
 
-    return measured(check, seconds)
+    return measure(check, seconds)
 
 
-def memory(threads: int, seconds: float) -> Rate:
-    """Bytes a second that `threads` threads read and write in memory: a copy counts twice."""
+def measure_memory(threads: int, seconds: float) -> Rate:
+    """Measure the bytes per second that threads read and write in memory: a copy counts twice."""
     source, target = torch.ones(LARGE // 4), torch.empty(LARGE // 4)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -162,13 +160,13 @@ def memory(threads: int, seconds: float) -> Rate:
         return 2 * LARGE
 
     try:
-        return measured(copy, seconds)
+        return measure(copy, seconds)
     finally:
         torch.set_num_threads(before)
 
 
-def libjpeg(jpegs: Sequence[Bytes], threads: int, seconds: float) -> Rate:
-    """Images a second that libjpeg-turbo decodes to RGB, whole and into the same memory."""
+def measure_libjpeg(jpegs: Sequence[Bytes], threads: int, seconds: float) -> Rate:
+    """Measure the images per second that libjpeg-turbo decodes whole, to RGB, into one buffer."""
     parts = itertools.cycle([jpegs[at : at + CHUNK] for at in range(0, len(jpegs), CHUNK)])
 
     def decode(part: Sequence[Bytes]) -> int:
@@ -185,12 +183,12 @@ def libjpeg(jpegs: Sequence[Bytes], threads: int, seconds: float) -> Rate:
                 ahead.append(pool.submit(decode, next(parts)))
             return ahead.popleft().result()
 
-        return measured(step, seconds)
+        return measure(step, seconds)
 
 
-def nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: float,
+def measure_nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: float,
            seconds: float) -> Rate:  # fmt: skip
-    """Images a second that the GPU decodes to RGB, whole, in a pipeline of nothing else."""
+    """Measure the images per second that a DALI pipeline of nvJPEG alone decodes to RGB."""
     batches = itertools.cycle(
         [list(jpegs[at : at + batch_size]) for at in range(0, len(jpegs), batch_size)]
     )
@@ -205,14 +203,14 @@ def nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: float,
     pipe.build()
 
     def step() -> int:
-        (pictures,) = pipe.run()
-        return len(pictures)
+        (images,) = pipe.run()
+        return len(images)
 
-    return measured(step, seconds, settle=torch.cuda.synchronize)
+    return measure(step, seconds, settle=torch.cuda.synchronize)
 
 
-def to_device(seconds: float) -> Rate:
-    """Bytes a second from pinned host memory to the current GPU."""
+def measure_upload(seconds: float) -> Rate:
+    """Measure the bytes per second from pinned host memory to the current GPU."""
     host = torch.empty(LARGE, dtype=torch.uint8).pin_memory()
     device = torch.empty(LARGE, dtype=torch.uint8, device="cuda")
 
@@ -220,11 +218,11 @@ def to_device(seconds: float) -> Rate:
         device.copy_(host, non_blocking=True)
         return LARGE
 
-    return measured(copy, seconds, settle=torch.cuda.synchronize)
+    return measure(copy, seconds, settle=torch.cuda.synchronize)
 
 
-def device_memory(seconds: float) -> Rate:
-    """Bytes a second that the current GPU reads and writes: a copy counts twice."""
+def measure_device_memory(seconds: float) -> Rate:
+    """Measure the bytes per second that the GPU reads and writes: a copy counts twice."""
     source = torch.ones(LARGE, device="cuda")
     target = torch.empty_like(source)
 
@@ -232,11 +230,11 @@ def device_memory(seconds: float) -> Rate:
         target.copy_(source)
         return 8 * LARGE
 
-    return measured(copy, seconds, settle=torch.cuda.synchronize)
+    return measure(copy, seconds, settle=torch.cuda.synchronize)
 
 
 @contextmanager
-def _files(paths: Sequence[Path]) -> Iterator[list[int]]:
+def _open_files(paths: Sequence[Path]) -> Iterator[list[int]]:
     files = [os.open(path, os.O_RDONLY) for path in paths]
     try:
         yield files
@@ -245,7 +243,7 @@ def _files(paths: Sequence[Path]) -> Iterator[list[int]]:
             os.close(file)
 
 
-def _blocks(files: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+def _list_blocks(files: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     """(file, offset) of each block, some of each file, `most` bytes in all."""
     each = max(BLOCK, most // max(1, len(files)))
     for file in files:

@@ -1,33 +1,24 @@
-"""Each stage of the stream alone, on what the stage before it gave, beside its limit.
+"""Each stage of the stream measured alone, on the output of the stage before, beside its limit.
 
-    fetch      a shard from the store into the cache on this node      (sets in a store only)
-    storage    an image's bytes from the disk, or from the page cache
-    checksum   CRC-32 of them
-    feed       order, draws, views: what Python does
-    decode     JPEG -> the 224x224 crop                                (not of raw images)
-    normalise  crop of raw images, mirror, mean and colour, float, CHW
+    storage    bytes of an image from the disk, or from the page cache
+    checksum   their CRC-32
+    feed       order, random draws, views: the Python part
+    decode     JPEG -> 224x224 crop                                    (not of raw images)
+    normalise  crop of raw images, mirror, mean and color, float, CHW
     copy       host -> device                                          (GPU only)
     hand-over  tensors for torch
 
-The first four run in one thread, one after the other. The pixels are made by DALI's threads.
-
-How the stream that is measured is set, and its parts opened one by one.
-
-What the reading thread of a stream does, alone: from memory, and from the disk.
-
-What a store gives: shards fetched as the stream fetches them, into a cache that is empty.
+The first three run in one thread, one after the other; DALI's threads make the pixels.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +30,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE, Encoding
-from pipeline.dataset.manifest import Manifest, Shard
+from pipeline.dataset.manifest import Shard
 from pipeline.remote.dataset import Dataset, is_remote, open_dataset
 from pipeline.stream.augment import CROP
 from pipeline.stream.config import StreamConfig
@@ -53,8 +44,8 @@ from pipeline.stream.decode import (
 from pipeline.stream.loader import BatchReader, EncodedBatch
 from pipeline.stream.timing import Spent
 from pipeline.throughput import hardware
-from pipeline.throughput.clock import Load, Rate, Row, measured, row
-from pipeline.throughput.hardware import in_threads
+from pipeline.throughput.clock import CpuLoad, Rate, StageRow, make_row, measure
+from pipeline.throughput.hardware import format_threads
 from pipeline.tools.files import drop_page_cache
 
 
@@ -74,8 +65,8 @@ class Setting(StreamConfig):
         """Return the setting of a stream that a config describes; `changes` are fields."""
         return cls(data=data, **{**vars(config), **changes})
 
-    def but(self, **changes: Any) -> Setting:
-        """The same with some of it changed."""
+    def with_changes(self, **changes: Any) -> Setting:
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     @property
@@ -108,29 +99,29 @@ class Parts(BatchReader):
         return sum(shard.bytes for shard in shards) / len(self.storage)
 
     def loaded(self, batches: int, position: int = 0) -> list[EncodedBatch]:
-        """The first batches from a position, read and kept."""
+        """Read the first batches from a position and keep them."""
         return list(itertools.islice(self.read_batches(position), batches))
 
-    def touch(self, pictures: int) -> None:
-        """Bring the first images of the stream into memory: a clock then sees no disk."""
-        count = min(pictures, len(self.storage)) // self.setting.batch_size + 1
+    def touch(self, images: int) -> None:
+        """Read the first images of the stream into the page cache, so that no disk is measured."""
+        count = min(images, len(self.storage)) // self.setting.batch_size + 1
         for loaded in itertools.islice(self.read_batches(0), count):
             self.recycle(loaded)
 
     def decoder(
         self, feeds: list[DecoderInput], threads: int, load: float | None = None
     ) -> Decoder:
-        """A decoder that is given the same feeds again and again.
+        """Return a decoder that gets the same feeds again and again.
 
         `load` is another hardware-decoder load than the setting's.
         """
         load = self.setting.hw_decoder_load if load is None else load
-        setting = self.setting.but(threads=threads, hw_decoder_load=load)
+        setting = self.setting.with_changes(threads=threads, hw_decoder_load=load)
         return Decoder(itertools.cycle(feeds).__next__, setting, self.encoding)
 
 
 @contextmanager
-def opened(setting: Setting) -> Iterator[Parts]:
+def open_parts(setting: Setting) -> Iterator[Parts]:
     """Open the parts of a stream.
 
     Raises:
@@ -147,19 +138,20 @@ def opened(setting: Setting) -> Iterator[Parts]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What the reading thread does, alone: seconds an image, in windows of some batches."""
+class ReaderRate:
+    """The reading thread alone: seconds per image, in windows of some batches."""
 
     windows: tuple[Spent, ...]
-    """Means over the images of a window each."""
+    """Seconds per image by stage, the mean of each window."""
     cpu: float
-    """Cores kept busy."""
+    """Cores kept busy by this process."""
     others: float
+    """Share of the machine's CPUs, 0..1, kept busy by other processes."""
     each: tuple[float, ...]
     """Seconds of each batch."""
 
     def rate(self, *names: str) -> Rate:
-        """Images a second of some of its parts, or of all."""
+        """Return the images per second of some stages in sequence, or of all."""
         parts = names or Spent._fields
         return Rate(
             tuple(1 / max(1e-12, sum(getattr(one, name) for name in parts))
@@ -169,12 +161,12 @@ class Reading:
 
     @property
     def seconds(self) -> Spent:
-        """Seconds an image: the median of each part."""
+        """Seconds per image: the median of each stage over the windows."""
         return Spent(*(float(np.median(part)) for part in zip(*self.windows, strict=True)))
 
 
-def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Reading:
-    """Read the first batches of the stream, round and round, and nothing else."""
+def measure_reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> ReaderRate:
+    """Read the first batches of the stream in a loop, and do nothing else."""
     size = parts.setting.batch_size
     source = itertools.chain.from_iterable(
         itertools.islice(parts.read_batches(0), batches) for _ in itertools.repeat(None)
@@ -182,7 +174,7 @@ def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Rea
     parts.recycle(next(source))
     found: list[Spent] = []
     each: list[float] = []
-    load = Load()
+    load = CpuLoad()
     while len(found) < windows:
         spent, count, start = Spent(), 0, time.perf_counter()
         while time.perf_counter() - start < seconds / windows:
@@ -191,15 +183,17 @@ def reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> Rea
             spent, count = spent.add(loaded.spent), count + size
             each.append(loaded.spent.total)
         found.append(spent.scale_to(spent.total / count))
-    return Reading(windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each))
+    return ReaderRate(
+        windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each)
+    )
 
 
-def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading, float]:
-    """Read batches of which nothing is in memory.
+def measure_cold_reading(parts: Parts, batches: int, windows: int = 5) -> tuple[ReaderRate, float]:
+    """Read batches after dropping their shards from the page cache.
 
     Returns:
-        what it took, and the share of their shards that stayed in memory although the kernel was
-        asked to let it go (a file system in memory, pages that others map).
+        the rate, and the share of the shards' bytes that stayed in memory nevertheless (a file
+        system in memory, pages that other processes map).
     """
     slots = parts.order.list_slots(0, batches * parts.setting.batch_size)
     sizes = np.cumsum([shard.samples for shard in parts.storage.shards])
@@ -209,7 +203,7 @@ def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading,
         with parts.dataset.open(parts.storage.shards[number]) as file:
             kept += drop_page_cache(file.fileno())
             total += parts.storage.shards[number].bytes
-    load, found = Load(), list[Spent]()
+    load, found = CpuLoad(), list[Spent]()
     each: list[float] = []
     some = max(1, batches // windows)
     source = itertools.islice(parts.read_batches(0), windows * some)
@@ -220,88 +214,29 @@ def reading_cold(parts: Parts, batches: int, windows: int = 5) -> tuple[Reading,
             each.append(loaded.spent.total)
             parts.recycle(loaded)
         found.append(spent.scale_to(spent.total / (some * parts.setting.batch_size)))
-    reading = Reading(
+    reading = ReaderRate(
         windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each)
     )
     return reading, kept / max(1, total)
 
 
-TOGETHER = 4
-"""Shards that are wished for beyond the one waited for, as a window of the block shuffle does."""
-BEGIN = 4
-"""Shards that arrive before the clock starts: as many as are under way at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fetching:
-    """How shards arrive."""
-
-    alone: float
-    """Bytes a second of one shard with nothing beside it, connecting included."""
-    together: float
-    """Bytes a second of several at a time: what an epoch gets."""
-    shards: int
-    """That were fetched."""
-    cpu: float
-    """Cores that it kept busy."""
-    others: float
-
-
-def fetching(setting: Setting, seconds: float) -> Fetching | None:
-    """Fetch shards for some seconds; nothing is kept.
-
-    Returns:
-        None for a set of too few shards to tell.
-
-    Raises:
-        StoreError: the store does not answer.
-    """
-    with (
-        tempfile.TemporaryDirectory(prefix="duet-fetch-") as cache,
-        closing(open_dataset(setting.data, cache=cache, cache_size=setting.cache_size)) as dataset,
-    ):
-        manifest = Manifest.load(dataset.folder)
-        shards = manifest.split(setting.split, dataset.folder).shards
-        if len(shards) < BEGIN + 4:
-            return None
-        start = time.perf_counter()
-        dataset.fetch_shard(shards[0])
-        alone = shards[0].bytes / (time.perf_counter() - start)
-        done = begun = 0.0
-        fetched, load = 0, Load()
-        for number, shard in enumerate(islice(shards, 1, None)):
-            dataset.prefetch(shards[1 + number : 2 + number + TOGETHER])
-            dataset.fetch_shard(shard)
-            if number + 1 == BEGIN:
-                begun, load = time.perf_counter(), Load()
-            elif number + 1 > BEGIN:
-                done, fetched = done + shard.bytes, fetched + 1
-                if fetched >= 2 and time.perf_counter() - begun > seconds:
-                    break
-        took = time.perf_counter() - begun
-        return Fetching(alone=alone, together=done / took, shards=fetched,
-                        cpu=load.cores(), others=load.others())  # fmt: skip
-
-
 T = TypeVar("T")
 
 KEPT = 8
-"""Batches that a stage is fed with in turn."""
+"""Batches that a stage gets in turn."""
 COLD = 0.5
-"""Share of the pages that may be in memory before a disk is not called cold."""
+"""Share of the pages in memory from which on a reading is not called cold."""
 CROPPED = 3 * CROP * CROP
 """Bytes of a crop, uint8."""
 
 
-def pixels(
+def make_pixel_step(
     parts: Parts, loaded: Sequence[EncodedBatch], threads: int, load: float | None = None
 ) -> Callable[[], int]:
-    """All that DALI does, decoding and normalising, with `threads` threads and nothing beside.
+    """Return a function that makes a batch of pixels with DALI, on `threads` threads.
 
-    `load` is another hardware-decoder load than the setting's.
-
-    Returns:
-        what makes a batch, for `measured` and `in_turn`.
+    `load` is another hardware-decoder load than the setting's. The function returns the images of
+    a batch, as `measure` and `measure_in_turn` expect.
     """
     decoder = parts.decoder([one.input for one in loaded], threads, load)
     size = parts.setting.batch_size
@@ -313,10 +248,12 @@ def pixels(
     return step
 
 
-def pixel_seconds(parts: Parts, loaded: Sequence[EncodedBatch], batches: int) -> list[float]:
-    """Seconds from one batch of pixels to the next, DALI alone."""
+def measure_pixel_seconds(
+    parts: Parts, loaded: Sequence[EncodedBatch], batches: int
+) -> list[float]:
+    """Measure the seconds from one batch of pixels to the next, DALI alone."""
     decoder = parts.decoder([one.input for one in loaded], parts.setting.threads)
-    settle, found = settling(parts), []
+    settle, found = get_synchronize(parts), []
     for _ in range(batches + 2 * parts.setting.prefetch):
         start = time.perf_counter()
         decoder.run()
@@ -325,22 +262,22 @@ def pixel_seconds(parts: Parts, loaded: Sequence[EncodedBatch], batches: int) ->
     return found[2 * parts.setting.prefetch :]
 
 
-def decode(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
-    """JPEGs to crops, uint8."""
+def measure_decoding(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
+    """Measure JPEG -> crop, uint8."""
     setting = parts.setting
     pipe = open_pipeline(parts.setting)
     with pipe:
         jpegs, x, y = fn.external_source(
-            source=_again([one.input[:3] for one in loaded]), num_outputs=3,
+            source=_cycle_feeds([one.input[:3] for one in loaded]), num_outputs=3,
             batch=True, dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 0],
             no_copy=True,
         )  # fmt: skip
         pipe.set_outputs(decode_crops(setting, jpegs, x, y))
-    return _timed(parts, pipe, seconds)
+    return _measure_pipeline(parts, pipe, seconds)
 
 
-def normalise(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
-    """Crops to the pixels of the stream: [3, 224, 224], float32 or, on a GPU, float16."""
+def measure_normalizing(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
+    """Measure crop -> pixels of the stream: [3, 224, 224], float32 or, on a GPU, float16."""
     size, raw = parts.setting.batch_size, parts.encoding == "raw"
     draws = np.random.default_rng(0)
     side = SIZE if raw else CROP
@@ -354,19 +291,19 @@ def normalise(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> R
     ]
     pipe = open_pipeline(parts.setting)
     with pipe:
-        pictures, flip, mean = fn.external_source(
-            source=_again(feeds), num_outputs=3, batch=True,
+        images, flip, mean = fn.external_source(
+            source=_cycle_feeds(feeds), num_outputs=3, batch=True,
             dtype=[types.UINT8, types.INT32, types.FLOAT], ndim=[3, 0, 1], layout=["HWC", "", ""],
             no_copy=True,
         )  # fmt: skip
         if parts.setting.device == "gpu":
-            pictures = pictures.gpu()
-        pipe.set_outputs(normalize(parts.setting, pictures, flip, mean, crop=where))
-    return _timed(parts, pipe, seconds)
+            images = images.gpu()
+        pipe.set_outputs(normalize(parts.setting, images, flip, mean, crop=where))
+    return _measure_pipeline(parts, pipe, seconds)
 
 
-def hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
-    """Pixels that are ready, and ids and labels, to torch."""
+def measure_hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
+    """Measure the conversion of decoded pixels, ids and labels to torch tensors."""
     size = parts.setting.batch_size
     gpu = parts.setting.device == "gpu"
     pipe = open_pipeline(parts.setting)
@@ -386,16 +323,16 @@ def hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> R
         torch.from_numpy(one.ids), torch.from_numpy(one.ids != one.due)
         return size
 
-    return measured(step, seconds, settle=settling(parts))
+    return measure(step, seconds, settle=get_synchronize(parts))
 
 
-def _again(feeds: Sequence[T]) -> Callable[[], T]:
-    """A source that gives the same in turn, for ever."""
+def _cycle_feeds(feeds: Sequence[T]) -> Callable[[], T]:
+    """A function that returns the feeds in turn, for ever."""
     turns = itertools.cycle(feeds)
     return lambda: next(turns)
 
 
-def _timed(parts: Parts, pipe: Pipeline, seconds: float) -> Rate:
+def _measure_pipeline(parts: Parts, pipe: Pipeline, seconds: float) -> Rate:
     pipe.build()
     size = parts.setting.batch_size
 
@@ -405,36 +342,36 @@ def _timed(parts: Parts, pipe: Pipeline, seconds: float) -> Rate:
 
     for _ in range(parts.setting.prefetch):
         step()
-    return measured(step, seconds, settle=settling(parts))
+    return measure(step, seconds, settle=get_synchronize(parts))
 
 
-def settling(parts: Parts) -> Callable[[], None]:
-    """What waits for a GPU, if there is one."""
+def get_synchronize(parts: Parts) -> Callable[[], None]:
+    """Return a function that waits for the GPU, if there is one."""
     return torch.cuda.synchronize if parts.setting.device == "gpu" else lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alone:
-    """All stages alone, and the figures that a prediction starts from."""
+class StageRates:
+    """Rates of all stages alone, and the figures that predictions start from."""
 
-    stages: tuple[Row, ...]
-    warm: Reading
-    cold: Reading | None
-    """None: this machine does not let go of the pages."""
+    stages: tuple[StageRow, ...]
+    warm: ReaderRate
+    cold: ReaderRate | None
+    """None where the page cache cannot be dropped."""
     loaded: tuple[EncodedBatch, ...]
-    """Batches to feed DALI with."""
+    """Batches for DALI."""
     disk: float
-    """Bytes a second of files read end to end; 0: this machine does not let go of the pages."""
+    """Bytes per second of files read end to end; 0 where the page cache cannot be dropped."""
 
 
-def alone(parts: Parts, seconds: float, batches: int) -> Alone:
+def measure_stages(parts: Parts, seconds: float, batches: int) -> StageRates:
     """Measure every stage and its limit, about `seconds` each."""
-    cold, kept = reading_cold(parts, min(batches, 60))
-    paths = [parts.dataset.fetch_shard(shard) for shard in _some_here(parts)]
-    disk, left = hardware.disk(paths)
-    warm = reading(parts, seconds, batches)
+    cold, kept = measure_cold_reading(parts, min(batches, 60))
+    paths = [parts.dataset.fetch_shard(shard) for shard in _list_local_shards(parts)]
+    disk, left = hardware.measure_disk(paths)
+    warm = measure_reading(parts, seconds, batches)
     loaded = tuple(parts.loaded(KEPT))
-    found = Alone(
+    found = StageRates(
         stages=(), warm=warm, cold=cold if kept < COLD else None, loaded=loaded,
         disk=disk if left < COLD else 0.0,
     )  # fmt: skip
@@ -445,80 +382,88 @@ def alone(parts: Parts, seconds: float, batches: int) -> Alone:
 
 
 def _reader_stages(
-    parts: Parts, found: Alone, paths: Sequence[Path], seconds: float
-) -> Iterator[Row]:
+    parts: Parts, found: StageRates, paths: Sequence[Path], seconds: float
+) -> Iterator[StageRow]:
     each, warm, cold = parts.bytes_each, found.warm, found.cold
     if cold is not None:
-        yield row(
+        yield make_row(
             "storage, cold", cold.rate(), each,
             limit=found.disk / each or None, against="disk, files end to end",
-            note="with checksum and feed, which the kernel reads ahead under",
+            note="with checksum and feed, during which the kernel reads ahead",
         )  # fmt: skip
     if parts.encoding == "jpeg":  # raw ones are mapped: the checksum is the first to read them
-        yield row(
+        yield make_row(
             "storage, page cache", warm.rate("storage"), each,
-            limit=hardware.page_cache(paths, seconds / 2).median / each,
+            limit=hardware.measure_page_cache(paths, seconds / 2).median / each,
             against="page cache, end to end, one thread",
         )  # fmt: skip
-    yield row(
+    yield make_row(
         "checksum", warm.rate("checksum"), each,
-        limit=hardware.checksum(round(each), seconds / 2).median / each,
+        limit=hardware.measure_checksum(round(each), seconds / 2).median / each,
         against="CRC-32 alone, one thread",
     )  # fmt: skip
-    yield row("feed", warm.rate("feed", "fetch"), 0, note="order, draws and views, in Python")
+    yield make_row("feed", warm.rate("feed", "fetch"), 0, note="order, draws and views, in Python")
 
 
-def _some_here(parts: Parts) -> Sequence[Shard]:
-    """Some shards, of a set in a store those that are in the cache."""
+def _list_local_shards(parts: Parts) -> Sequence[Shard]:
+    """Some local shards: of a data set in a store, those in the cache."""
     shards = parts.storage.shards
     here = [shard for shard in shards if (Path(parts.dataset.folder) / shard.name).is_file()]
     return here[:16]
 
 
-def _pixel_stages(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Iterator[Row]:
+def _pixel_stages(
+    parts: Parts, loaded: Sequence[EncodedBatch], seconds: float
+) -> Iterator[StageRow]:
     setting, each = parts.setting, parts.bytes_each
     gpu = setting.device == "gpu"
-    jpegs = [picture for one in loaded for picture in one.input.images]
+    jpegs = [image for one in loaded for image in one.input.images]
     if parts.encoding == "jpeg":
         if gpu:
-            limit = hardware.nvjpeg(
+            limit = hardware.measure_nvjpeg(
                 jpegs, setting.batch_size, setting.threads, setting.hw_decoder_load, seconds / 2
             )
         else:
-            limit = hardware.libjpeg(jpegs, setting.threads, seconds / 2)
-        yield row(
-            "decode", decode(parts, loaded, seconds), each + CROPPED, limit=limit.median,
+            limit = hardware.measure_libjpeg(jpegs, setting.threads, seconds / 2)
+        yield make_row(
+            "decode", measure_decoding(parts, loaded, seconds), each + CROPPED, limit=limit.median,
             against="nvJPEG of whole images, nothing else" if gpu
-            else f"bare libjpeg-turbo, whole images, {in_threads(setting.threads)}",
+            else f"bare libjpeg-turbo, whole images, {format_threads(setting.threads)}",
         )  # fmt: skip
     moved = CROPPED * (1 + (2 if gpu else 4))
     half = seconds / 2
-    memory = hardware.device_memory(half) if gpu else hardware.memory(setting.threads, half)
-    yield row(
-        "normalise", normalise(parts, loaded, seconds), moved,
+    memory = (
+        hardware.measure_device_memory(half)
+        if gpu
+        else hardware.measure_memory(setting.threads, half)
+    )
+    yield make_row(
+        "normalise", measure_normalizing(parts, loaded, seconds), moved,
         limit=memory.median / moved,
-        against="GPU memory, copied" if gpu else f"memory, copied by {in_threads(setting.threads)}",
+        against="GPU memory, copied" if gpu
+        else f"memory, copied by {format_threads(setting.threads)}",
         note="with the copy to the GPU" if gpu else "",
     )  # fmt: skip
     if gpu:
         across = each if parts.encoding == "jpeg" else SIZE * SIZE * 3
-        yield row(
-            "copy to the GPU", copied(parts, loaded, seconds), across,
-            limit=hardware.to_device(half).median / across, against="PCIe, pinned blocks of 64 MiB",
+        yield make_row(
+            "copy to the GPU", measure_copying(parts, loaded, seconds), across,
+            limit=hardware.measure_upload(half).median / across,
+            against="PCIe, pinned blocks of 64 MiB",
         )  # fmt: skip
-    yield row("hand-over", hand_over(parts, loaded, half), 0,
+    yield make_row("hand-over", measure_hand_over(parts, loaded, half), 0,
               note="tensors of what is ready; nothing is copied")  # fmt: skip
 
 
-def copied(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
-    """Stored bytes of a batch, from where they lie to the GPU."""
+def measure_copying(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
+    """Measure the copy of a batch's stored bytes to the GPU."""
     pipe = open_pipeline(parts.setting)
     raw = parts.encoding == "raw"
     feeds = [one.input.images for one in loaded]
     with pipe:
         stored = fn.external_source(
-            source=_again(feeds), batch=True, dtype=types.UINT8, ndim=3 if raw else 1,
+            source=_cycle_feeds(feeds), batch=True, dtype=types.UINT8, ndim=3 if raw else 1,
             layout="HWC" if raw else "", no_copy=True,
         )  # fmt: skip
         pipe.set_outputs(stored.gpu())
-    return _timed(parts, pipe, seconds)
+    return _measure_pipeline(parts, pipe, seconds)

@@ -1,11 +1,6 @@
-"""The whole stream: its rate, what it waits for inside, and which queue is empty or full.
+"""Rates of whole streams: ours, with its waits and queues; a store; raw images; DALI's reader.
 
-What raw images would give: some of the set's own, packed raw and streamed for real.
-
-The rate of the stream alone, or of DALI's own WebDataset reader, as the yardstick.
-
-The first batches are left out; the rate is the median over equal windows, with the slowest and
-the fastest beside it. DALI's reader runs on the same shards with the same graph.
+DALI's own WebDataset reader is the yardstick: it runs on the same shards with the same graph.
 """
 
 from __future__ import annotations
@@ -25,52 +20,53 @@ from pathlib import Path
 
 import torch
 
+from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import open_dataset
 from pipeline.stream.decode import NativeReader
 from pipeline.stream.loader import EncodedBatch
 from pipeline.stream.timing import WaitTimes
-from pipeline.throughput.clock import FEWEST, Load, Rate, until_steady
-from pipeline.throughput.stages import Setting, opened
+from pipeline.throughput.clock import FEWEST, CpuLoad, Rate, measure_until_steady
+from pipeline.throughput.stages import Setting, open_parts
 from pipeline.tools.errors import UsageError
 from pipeline.tools.progress import Progress
 
 WARM_UP = 8
 """Batches before the clock starts."""
 READY = 0.0005
-"""Seconds for which `next` may wait for pixels that count as ready."""
+"""Longest wait of `next`, in seconds, for pixels that count as ready."""
 
 
 @dataclass(frozen=True)
-class Asking:
-    """One batch, as its taker saw it."""
+class TakenBatch:
+    """When a batch was taken from the stream, and what that waited for."""
 
     at: float
     """Seconds since the clock was started."""
     read: int
-    """Batches that lay read, and not yet decoded, 0..prefetch."""
+    """Batches read and not yet decoded, 0..prefetch."""
     waited: WaitTimes
-    """Seconds, for this batch."""
+    """Seconds waited for this batch, by stage."""
 
     @property
     def decoded(self) -> bool:
-        """Whether its pixels were ready."""
+        """Whether its pixels were ready when it was taken."""
         return self.waited.decode < READY
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
-    """The stream with nothing behind it that computes."""
+class StreamRate:
+    """Rate and queues of a stream whose batches nobody computes on."""
 
     rate: Rate
-    """Images a second."""
-    asked: tuple[Asking, ...]
+    """Images per second."""
+    asked: tuple[TakenBatch, ...]
     """Every batch, in order."""
     prefetch: int
-    """Batches that may be ahead at each place."""
+    """Most batches in each queue."""
 
     @property
     def waits(self) -> WaitTimes:
-        """Seconds waited in all."""
+        """Seconds waited in all, by stage."""
         total = WaitTimes()
         for asking in self.asked:
             for name, value in vars(asking.waited).items():
@@ -79,26 +75,26 @@ class Whole:
 
     @property
     def read_full(self) -> float:
-        """Share of the batches, 0..1, at which the queue of read ones was full."""
+        """Share of the batches, 0..1, taken while the queue of read batches was full."""
         return sum(one.read >= self.prefetch for one in self.asked) / max(1, len(self.asked))
 
     @property
     def read_empty(self) -> float:
-        """Share of the batches, 0..1, at which it was empty."""
+        """Share of the batches, 0..1, taken while that queue was empty."""
         return sum(one.read == 0 for one in self.asked) / max(1, len(self.asked))
 
 
-class Run:
+class MeasuredStream:
     """A stream that is measured a window at a time."""
 
     def __init__(self, setting: Setting, position: int = 0) -> None:
-        """Open it, and leave the warm-up behind."""
+        """Open the stream and take its warm-up batches."""
         self._stream = setting.stream(position)
         self._size = setting.batch_size
         self._settle: Callable[[], None] = (
             torch.cuda.synchronize if setting.device == "gpu" else lambda: None
         )
-        self.asked: list[Asking] = []
+        self.asked: list[TakenBatch] = []
         self._begun = 0.0
         try:
             for _ in islice(self._stream, WARM_UP):
@@ -110,14 +106,14 @@ class Run:
         self._begun = time.perf_counter()
 
     def window(self, seconds: float, batches: int = 1) -> float:
-        """Take batches for some seconds, and at least so many; return the images a second."""
+        """Take batches for `seconds`, and at least `batches`; return the images per second."""
         start, done = time.perf_counter(), 0
         while done < batches or time.perf_counter() - start < seconds:
             before = self._stream.waits.copy()
             next(self._stream)
             done += 1
             self.asked.append(
-                Asking(
+                TakenBatch(
                     time.perf_counter() - self._begun, self._stream.read_ahead,
                     self._stream.waits.since(before),
                 )
@@ -131,24 +127,82 @@ class Run:
 
 
 @contextmanager
-def running(setting: Setting, position: int = 0) -> Iterator[Run]:
+def open_measured_stream(setting: Setting, position: int = 0) -> Iterator[MeasuredStream]:
     """A `Run`, closed after the block."""
-    run = Run(setting, position)
+    run = MeasuredStream(setting, position)
     try:
         yield run
     finally:
         run.close()
 
 
-def whole(setting: Setting, seconds: float) -> Whole:
-    """Measure the stream, `seconds` in all if its windows agree, longer if they do not."""
-    with running(setting) as run:
-        rate = until_steady(lambda: run.window(seconds / FEWEST))
-        return Whole(rate=rate, asked=tuple(run.asked), prefetch=setting.prefetch)
+def measure_stream(setting: Setting, seconds: float) -> StreamRate:
+    """Measure the stream for `seconds`, and longer while its windows do not agree."""
+    with open_measured_stream(setting) as run:
+        rate = measure_until_steady(lambda: run.window(seconds / FEWEST))
+        return StreamRate(rate=rate, asked=tuple(run.asked), prefetch=setting.prefetch)
+
+
+FETCH_AHEAD = 4
+"""Shards requested beyond the one waited for, as the block shuffle does."""
+FETCH_WARM_UP = 4
+"""Shards that arrive before the clock starts: as many as are downloaded at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchRate:
+    """Download throughput of a store."""
+
+    alone: float
+    """Bytes per second of one shard alone, connecting included."""
+    together: float
+    """Bytes per second of several shards at a time, as an epoch reads them."""
+    shards: int
+    """Number of shards downloaded while the clock ran."""
+    cpu: float
+    """Cores kept busy by this process."""
+    others: float
+    """Share of the machine's CPUs, 0..1, kept busy by other processes."""
+
+
+def measure_fetching(setting: Setting, seconds: float) -> FetchRate | None:
+    """Download shards for some seconds into a cache that is then deleted.
+
+    Returns:
+        None if the data set has too few shards to measure.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="duet-fetch-") as cache,
+        closing(open_dataset(setting.data, cache=cache, cache_size=setting.cache_size)) as dataset,
+    ):
+        manifest = Manifest.load(dataset.folder)
+        shards = manifest.split(setting.split, dataset.folder).shards
+        if len(shards) < FETCH_WARM_UP + 4:
+            return None
+        start = time.perf_counter()
+        dataset.fetch_shard(shards[0])
+        alone = shards[0].bytes / (time.perf_counter() - start)
+        done = begun = 0.0
+        fetched, load = 0, CpuLoad()
+        for number, shard in enumerate(islice(shards, 1, None)):
+            dataset.prefetch(shards[1 + number : 2 + number + FETCH_AHEAD])
+            dataset.fetch_shard(shard)
+            if number + 1 == FETCH_WARM_UP:
+                begun, load = time.perf_counter(), CpuLoad()
+            elif number + 1 > FETCH_WARM_UP:
+                done, fetched = done + shard.bytes, fetched + 1
+                if fetched >= 2 and time.perf_counter() - begun > seconds:
+                    break
+        took = time.perf_counter() - begun
+        return FetchRate(alone=alone, together=done / took, shards=fetched,
+                        cpu=load.cores(), others=load.others())  # fmt: skip
 
 
 PICTURES = 1024
-"""Raw ones take 197 kB each: a fifth of a gigabyte, which no processor cache holds."""
+"""Images packed raw: 197 kB each, a fifth of a gigabyte in all, which no processor cache holds."""
 
 
 def measure_raw(
@@ -157,40 +211,40 @@ def measure_raw(
     """Pack images raw in a temporary folder, and run the stream on them.
 
     Returns:
-        images a second, all of them in the page cache, and the bytes of an image.
+        images per second, read from the page cache, and the bytes of an image.
 
     Raises:
-        OSError, subprocess.CalledProcessError: there is no room for them.
+        OSError, subprocess.CalledProcessError: the disk has no room for them.
     """
     with tempfile.TemporaryDirectory(prefix="duet-raw-") as scratch:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "packed"
-        unpack(loaded, source, PICTURES)
+        unpack_images(loaded, source, PICTURES)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
              "--encoding", "raw", "--samples-per-shard", "256"],
             check=True, capture_output=True,
         )  # fmt: skip
-        raw = setting.but(data=str(packed), split="train", shuffle="full", cache=None)
-        with opened(raw) as parts:
-            # Their first epoch copies them out of the files, the next ones do not (`ShardReader`).
+        raw = setting.with_changes(data=str(packed), split="train", shuffle="full", cache=None)
+        with open_parts(raw) as parts:
+            # `ShardReader` copies an image on its first read and maps it from its second read on.
             epoch = -(-len(parts.storage) // raw.batch_size)
-            with running(raw) as run:
+            with open_measured_stream(raw) as run:
                 run.window(0, epoch)
-                load = Load()
+                load = CpuLoad()
                 rates = tuple(run.window(seconds / 5) for _ in range(5))
             return Rate(rates, load.cores(), load.others()), parts.bytes_each
 
 
-def unpack(batches: Iterable[EncodedBatch], folder: Path, most: int) -> None:
-    """Write up to `most` JPEGs of some batches as files, in a folder for each class."""
+def unpack_images(batches: Iterable[EncodedBatch], folder: Path, most: int) -> None:
+    """Write up to `most` JPEGs of some batches as files, a folder for each class."""
     written = 0
     for batch in batches:
-        for number, label, picture in zip(
+        for number, label, image in zip(
             batch.ids.tolist(), batch.labels.tolist(), batch.input.images, strict=True
         ):
             path = folder / str(label) / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture.tobytes())
+            path.write_bytes(image.tobytes())
             if (written := written + 1) >= most:
                 return
 
@@ -198,43 +252,43 @@ def unpack(batches: Iterable[EncodedBatch], folder: Path, most: int) -> None:
 def measure_rate(
     setting: Setting, *, reader: str, windows: int, batches: int, ledger: Path | None = None
 ) -> list[float]:
-    """Return the img/s of each window, after a warm-up that is not counted.
+    """Return the images per second of each window, after a warm-up that is not counted.
 
     Args:
-        setting: of the stream.
+        setting: settings of the stream.
         reader: `stream` is ours, `native` is DALI's.
-        windows: of time.
-        batches: in each of them.
+        windows: number of windows.
+        batches: batches in each window.
         ledger: folder for a ledger.
 
     Raises:
-        UsageError: DALI's reader and a set in a store.
+        UsageError: DALI's reader cannot read a data set in a store.
     """
     rates = []
-    source = _native(setting) if reader == "native" else _stream(setting, ledger)
+    source = _iterate_native(setting) if reader == "native" else _iterate_stream(setting, ledger)
     with closing(source):
         for _ in itertools.islice(source, WARM_UP):
             pass
-        pictures = batches * setting.batch_size
-        with Progress("measuring", total=windows * pictures, unit="img") as progress:
+        images = batches * setting.batch_size
+        with Progress("measuring", total=windows * images, unit="img") as progress:
             for _ in range(windows):
                 start = time.perf_counter()
                 for _ in itertools.islice(source, batches):
                     pass
                 if setting.device == "gpu":
                     torch.cuda.synchronize()
-                rates.append(pictures / (time.perf_counter() - start))
-                progress.advance(pictures)
+                rates.append(images / (time.perf_counter() - start))
+                progress.advance(images)
     return rates
 
 
-def _stream(setting: Setting, ledger: Path | None) -> Generator[torch.Tensor]:
+def _iterate_stream(setting: Setting, ledger: Path | None) -> Generator[torch.Tensor]:
     with setting.stream(ledger=ledger) as stream:
         for batch in stream:
             yield batch.images
 
 
-def _native(setting: Setting) -> Generator[torch.Tensor]:
+def _iterate_native(setting: Setting) -> Generator[torch.Tensor]:
     if setting.remote:
         raise UsageError(f"--reader native reads local folders only, not {setting.data}")
     reader = NativeReader(open_dataset(setting.data).folder, setting)
@@ -246,7 +300,7 @@ def main(
     setting: Setting, *, reader: str, windows: int, batches: int, ledger: Path | None,
     as_json: bool,
 ) -> int:  # fmt: skip
-    """Measure and say the rate."""
+    """Measure the rate and print it."""
     rates = measure_rate(setting, reader=reader, windows=windows, batches=batches, ledger=ledger)
     median, low, high = statistics.median(rates), min(rates), max(rates)
     if as_json:

@@ -1,4 +1,4 @@
-"""Threads, prefetch depth and decoder load by search: settings tried in turn, on the stream."""
+"""Search for the best threads, prefetch depth and decoder load, on the stream itself."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.throughput.clock import Rate
-from pipeline.throughput.diagnosis import thread_counts
+from pipeline.throughput.diagnosis import list_thread_counts
 from pipeline.throughput.stages import Setting
-from pipeline.throughput.stream_rate import running
+from pipeline.throughput.stream_rate import open_measured_stream
 from pipeline.tools.files import atomic_write
 
 BUDGET = 100.0
-"""Seconds that the search may take."""
+"""Most seconds of a search."""
 TURNS = 5
-"""Times that each setting is measured, in turn with the default."""
+"""Windows of each setting, in turn with those of the best so far."""
 SECONDS = 0.6
-"""Of a measurement."""
+"""Seconds of a window."""
 LOADS = (0.0, 1.0)
-"""Decoder loads tried: between them, an image's pixels depend on its batch."""
+"""Decoder loads to try: between them, pixels of an image depend on its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One setting, measured in turn with the best so far."""
+class TuningTrial:
+    """A setting, measured in turn with the best so far."""
 
     change: dict[str, Any]
-    """What differs from the default."""
+    """Settings that differ from the default."""
     img_s: Rate
     best: Rate
-    """Of the best so far, in the same turns."""
+    """Images per second of the best so far, in the same turns."""
 
     @property
     def ratio(self) -> float:
@@ -42,93 +42,101 @@ class Trial:
         return statistics.median(new / old for new, old in pairs)
 
     @property
-    def better(self) -> bool:
-        """In all turns but one at most, and by more than 2 % in the median."""
+    def is_better(self) -> bool:
+        """Whether it is faster in all turns but one, and by more than 2 % in the median."""
         pairs = list(zip(self.img_s.windows, self.best.windows, strict=True))
         return self.ratio > 1.02 and sum(new > old for new, old in pairs) >= len(pairs) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuned:
+class TuningResult:
     """The outcome of a search."""
 
     change: dict[str, Any]
-    """What is better than the default; empty: nothing is."""
+    """Settings that are better than the default; empty if none are."""
     gain: float
-    """Of it over the default: the median of turns at the end."""
-    trials: tuple[Trial, ...]
+    """Rate over that of the default, the median of a last round of turns."""
+    trials: tuple[TuningTrial, ...]
     seconds: float
 
 
-def tune(setting: Setting, tell: Callable[[Trial], None] = lambda _: None,
-         budget: float = BUDGET) -> Tuned:  # fmt: skip
+def tune(setting: Setting, report_trial: Callable[[TuningTrial], None] = lambda _: None,
+         budget: float = BUDGET) -> TuningResult:  # fmt: skip
     """Search one thing after the other: decoder load, threads, then prefetch.
 
-    A setting replaces the best so far only if it is better beyond noise, and what is found in the
-    end is measured against the default once more: it is never worse but for chance.
+    A setting replaces the best so far only if it is better beyond noise, and the result is measured
+    against the default once more.
 
     Args:
-        setting: the default; where the search begins.
-        tell: gets every trial.
-        budget: seconds.
+        setting: the default, where the search begins.
+        report_trial: called with every trial.
+        budget: most seconds.
 
     Raises:
         DuetError: as `Stream` does.
     """
-    start, best, trials = time.monotonic(), dict[str, Any](), list[Trial]()
+    start, best, trials = time.monotonic(), dict[str, Any](), list[TuningTrial]()
 
-    def left() -> bool:
+    def has_time() -> bool:
         return time.monotonic() - start < budget - 2 * TURNS * SECONDS - 4
 
-    for name, values in _candidates(setting):
+    for name, values in _list_candidates(setting):
         for value in values:
-            if value == (best.get(name, getattr(setting, name))) or not left():
+            if value == (best.get(name, getattr(setting, name))) or not has_time():
                 continue
-            trial = _against(setting, best, {**best, name: value})
+            trial = _measure_against(setting, best, {**best, name: value})
             trials.append(trial)
-            tell(trial)
-            if trial.better:
+            report_trial(trial)
+            if trial.is_better:
                 best = trial.change
             elif name == "threads" and trial.ratio < 0.95:
-                break  # the others are further away
+                break  # the others are farther from the best
     gain = 1.0
     if best:
-        last = _against(setting, {}, best)
-        tell(last)
+        last = _measure_against(setting, {}, best)
+        report_trial(last)
         trials.append(last)
         gain = last.ratio
-        if not last.better:
+        if not last.is_better:
             best, gain = {}, 1.0
-    return Tuned(change=best, gain=gain, trials=tuple(trials), seconds=time.monotonic() - start)
+    return TuningResult(
+        change=best, gain=gain, trials=tuple(trials), seconds=time.monotonic() - start
+    )
 
 
-def _candidates(setting: Setting) -> Iterator[tuple[str, Sequence[Any]]]:
+def _list_candidates(setting: Setting) -> Iterator[tuple[str, Sequence[Any]]]:
     if setting.device == "gpu":
         yield "hw_decoder_load", LOADS
-    counts = thread_counts(setting)
+    counts = list_thread_counts(setting)
     yield "threads", [count for count in counts if count > setting.threads]
     yield "threads", [count for count in reversed(counts) if count < setting.threads]
     # Never fewer than the default: a trainer's steps vary, and this clock has no trainer.
     yield "prefetch", [depth for depth in (3, 4, 6) if depth > setting.prefetch]
 
 
-def _against(setting: Setting, best: dict[str, Any], change: dict[str, Any]) -> Trial:
-    """Measure two settings in turn; both streams are open, one at a time is asked."""
+def _measure_against(setting: Setting, best: dict[str, Any], change: dict[str, Any]) -> TuningTrial:
+    """Measure two settings in turn; both streams are open, one at a time is read."""
     old, new = list[float](), list[float]()
-    with running(setting.but(**best)) as first, running(setting.but(**change)) as second:
+    with (
+        open_measured_stream(setting.with_changes(**best)) as first,
+        open_measured_stream(setting.with_changes(**change)) as second,
+    ):
         for turn in range(TURNS):
             pairs = [(first, old), (second, new)]
             for run, rates in pairs if turn % 2 else reversed(pairs):
-                run.window(0, 2 * setting.prefetch + 2)  # what lay ready has cost nothing now
+                run.window(0, 2 * setting.prefetch + 2)  # queued batches cost nothing
                 rates.append(run.window(SECONDS))
-    return Trial(change=change, img_s=Rate(tuple(new), 0, 0), best=Rate(tuple(old), 0, 0))
+    return TuningTrial(change=change, img_s=Rate(tuple(new), 0, 0), best=Rate(tuple(old), 0, 0))
 
 
-def write(path: Path, setting: Setting, tuned: Tuned) -> None:
-    """Write what `cluster.train --tuning` takes: settings of a run, and where they come from."""
-    values = {name: getattr(setting.but(**tuned.change), name) for name in ("threads", "prefetch")}
+def write_tuning(path: Path, setting: Setting, tuned: TuningResult) -> None:
+    """Write the file for `cluster.train --tuning`: settings, and where they come from."""
+    values = {
+        name: getattr(setting.with_changes(**tuned.change), name)
+        for name in ("threads", "prefetch")
+    }
     if setting.device == "gpu":
-        values["hw_decoder_load"] = setting.but(**tuned.change).hw_decoder_load
+        values["hw_decoder_load"] = setting.with_changes(**tuned.change).hw_decoder_load
     lines = [
         f"# python -m pipeline.throughput {setting.data} --tune",
         f"# {setting.device}, batch {setting.batch_size}: {tuned.gain:.2f} times the default "

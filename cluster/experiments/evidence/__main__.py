@@ -31,7 +31,7 @@ from cluster.experiments.evidence.runs import (
     format_count,
     gather_evidence,
 )
-from cluster.report.page import templates
+from cluster.report.page import load_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
 
@@ -98,7 +98,7 @@ def make_page(paths: Sequence[Path], data: str | None = None) -> EvidencePage:
 
 def render(page: EvidencePage) -> str:
     """Return the page as HTML."""
-    environment = templates(Path(__file__).parent)
+    environment = load_templates(Path(__file__).parent)
     environment.filters |= {"format_count": format_count, "describe_data": describe_data}
     return environment.get_template("evidence.html.j2").render(
         items=page.items,

@@ -29,9 +29,9 @@ from cluster.experiments.evidence.runs import (
     quote_path,
 )
 from cluster.experiments.evidence.significance import NORMAL_975, binomial_margin
-from cluster.report.images import TITLES, Answers, Unavailable, answers
-from cluster.report.kernels import FirstLayer, first_layer
-from cluster.report.tables import probability
+from cluster.report.images import TITLES, Answers, MissingFigure, collect_answers
+from cluster.report.kernels import FirstLayer, describe_first_layer
+from cluster.report.tables import format_probability
 from cluster.run.folder import KERNELS as KERNEL_ROWS
 from cluster.run.kernels import read_kernels
 
@@ -79,8 +79,8 @@ def _show_kernels(evidence: Evidence, missing: list[Missing]) -> Item | None:
         found = []
         for run in group.runs:
             try:
-                layer = first_layer(run.checkpoint, read_kernels(run.path / KERNEL_ROWS))
-            except Unavailable as error:
+                layer = describe_first_layer(run.checkpoint, read_kernels(run.path / KERNEL_ROWS))
+            except MissingFigure as error:
                 missing.append(Missing(title=f"Kernels of {run.name}", command="", why=f"{error}"))
                 continue
             found.append(RunKernels(run.name, run.config.seed, layer))
@@ -115,9 +115,9 @@ def _compare_columns(layers: Sequence[RunKernels], group: SeedGroup) -> Iterator
             group=group.letter,
             paper=paper,
             ours=", ".join(f"{100 * split.apart:.0f} %" for split in splits.values()),
-            seeds="; ".join(f"seed {s}: p {probability(one.p)}" for s, one in splits.items())
+            seeds="; ".join(f"seed {s}: p {format_probability(one.p)}" for s, one in splits.items())
             + f"; 95 % of random splits are below {100 * chance:.0f} %",
-            verdict=_judge_columns([split.told for split in splits.values()], paper),
+            verdict=_judge_columns([split.is_significant for split in splits.values()], paper),
             scale=describe_scale(group),
         )
 
@@ -137,8 +137,8 @@ def _show_answers(evidence: Evidence, missing: list[Missing]) -> Item | None:
         for run in group.runs:
             config = {"cache": run.config.cache, "cache_size": run.config.cache_size}
             try:
-                found = answers(run.path, evidence.data, config)
-            except Unavailable as error:
+                found = collect_answers(run.path, evidence.data, config)
+            except MissingFigure as error:
                 reason = reason or str(error)
                 continue
             return _count_answers(run, found, group)

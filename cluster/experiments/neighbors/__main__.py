@@ -44,7 +44,13 @@ from cluster.experiments.neighbors.features import (
     open_source,
     read_settings,
 )
-from cluster.experiments.neighbors.figures import chosen, draw, drawn, histogram, read
+from cluster.experiments.neighbors.figures import (
+    choose_queries,
+    draw_sheet,
+    read_images,
+    sample_pairs,
+    save_histogram,
+)
 from cluster.experiments.neighbors.search import LEAST_MEMORY, Nearest, SearchBase, find_nearest
 from cluster.training.precision import choose_device
 from pipeline.remote.dataset import open_dataset, parse_size
@@ -176,12 +182,11 @@ def _search(
 def _measure_distances(
     options: NeighborsOptions, queries: Features, base: Features, folder: Path
 ) -> dict[str, Any]:
-    pairs = draw(queries, base, options.pairs, options.seed)
+    pairs = sample_pairs(queries, base, options.pairs, options.seed)
     if pairs is None:
         return {"auc": None, "pairs": 0}
     title = f"{options.run.resolve().name}, step {base.about.step}: {options.queries} against "
-    with atomic_write(folder / "distances.svg") as file:
-        file.write(histogram(pairs, title + options.base).encode())
+    save_histogram(pairs, title + options.base, folder / "distances.svg")
     return {
         "auc": pairs.auc,
         "auc_error": pairs.auc_error,
@@ -201,19 +206,19 @@ def _draw_sheet(
     folder: Path,
 ) -> list[dict[str, Any]]:
     """Draw sheet.png and list the images on it."""
-    rows = chosen(queries.labels[ids], options.show, options.seed)
+    rows = choose_queries(queries.labels[ids], options.show, options.seed)
     names = source.manifest.titles or source.manifest.classes
     near = found.ids[rows]
     dataset = open_dataset(source.data, **source.config.cached)
     try:
-        asked = read(dataset, options.queries, ids[rows].tolist())
-        flat = read(dataset, options.base, near.reshape(-1).tolist())
+        asked = read_images(dataset, options.queries, ids[rows].tolist())
+        flat = read_images(dataset, options.base, near.reshape(-1).tolist())
     finally:
         dataset.close()
     others = [flat[at : at + options.k] for at in range(0, len(flat), options.k)]
     notes = (options.queries, f"the {options.k} nearest of {options.base}; x: of another class")
     with atomic_write(folder / "sheet.png") as file:
-        drawn(asked, others, names, notes).save(file, "PNG", optimize=True)
+        draw_sheet(asked, others, names, notes).save(file, "PNG", optimize=True)
     return [
         {
             "query": int(ids[row]),

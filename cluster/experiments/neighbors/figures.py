@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape
 
-import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cluster.experiments.neighbors.features import Features, Ids
 from cluster.experiments.neighbors.search import Floats, squared_distances
-from cluster.report.charts import Axis, axis_to, short
-from pipeline.dataset.images import Pixels, Undecodable, decode_image
+from pipeline.dataset.images import Pixels
 from pipeline.remote.dataset import Dataset
-from pipeline.stream.shard_reader import ShardReader
+from pipeline.stream.shard_reader import Damage, ShardReader
+from pipeline.tools.charts import (
+    CHECK,
+    COLUMN_A,
+    INK,
+    SOFT,
+    draw_columns,
+    new_axes,
+    round_up,
+    save_figure,
+)
+from pipeline.tools.files import atomic_write
 
 CHUNK = 1 << 24
 """Numbers in a chunk of pairs."""
@@ -31,7 +40,7 @@ BINS = 60
 
 @dataclass(frozen=True)
 class Pairs:
-    """L2 distances (not squared) of random pairs of a query and an image of the base."""
+    """L2 distances (not squared_distances) of random pairs of a query and an image of the base."""
 
     same: Floats
     """float64 [n]: of the same class."""
@@ -74,7 +83,7 @@ class Pairs:
         return edges, same, other
 
 
-def draw(queries: Features, base: Features, count: int, seed: int) -> Pairs | None:
+def sample_pairs(queries: Features, base: Features, count: int, seed: int) -> Pairs | None:
     """Draw pairs of each kind; an image is never paired with itself.
 
     Args:
@@ -123,53 +132,30 @@ def _far(queries: Features, ids: Ids, base: Features, others: Ids) -> Floats:
     return np.sqrt(far)
 
 
-WIDTH, HEIGHT = 760, 380
-LEFT, PLOT_RIGHT, TOP, BOTTOM = 56, 20, 64, 52
-
-
-def histogram(pairs: Pairs, title: str) -> str:
-    """Both distributions in one chart, as SVG text."""
+def save_histogram(pairs: Pairs, title: str, path: Path) -> None:
+    """Draw both distributions of distances into one SVG file."""
     edges, same, other = pairs.histogram()
-    across = Axis(float(edges[0]), float(edges[-1]))
-    up = axis_to(float(max(same.max(), other.max())))
-    x0, x1, y0, y1 = LEFT, WIDTH - PLOT_RIGHT, HEIGHT - BOTTOM, TOP
-
-    def x(value: float) -> float:
-        return x0 + across.place(value) * (x1 - x0)
-
-    def y(value: float) -> float:
-        return y0 - up.place(value) * (y0 - y1)
-
-    def steps(shares: Floats) -> str:
-        tops = np.repeat(shares, 2)
-        sides = np.repeat(edges, 2)[1:-1]
-        points = [f"{x(a):.1f} {y(b):.1f}" for a, b in zip(sides, tops, strict=True)]
-        return f"M{x0} {y0}L" + "L".join(points) + f"L{x1} {y0}Z"
-
-    means = [(float(values.mean()), look) for values, look in _looks(pairs)]
-    return _TEMPLATE.render(
-        width=WIDTH,
-        height=HEIGHT,
-        box=(x0, x1, y0, y1),
-        title=escape(title),
-        auc=f"AUC {pairs.auc:.3f}",
-        paths=[(steps(other), "other"), (steps(same), "same")],
-        means=[(x(mean), look, f"{mean:.3g}") for mean, look in means],
-        xs=[(x(value), short(value)) for value in across.round_values(6)],
-        ys=[(y(value), f"{value:.3g}") for value in up.round_values(4)],
-    )
-
-
-def _looks(pairs: Pairs) -> list[tuple[Floats, str]]:
-    return [(pairs.other, "other"), (pairs.same, "same")]
-
-
-_TEMPLATE = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-).get_template("distances.svg.j2")
+    top = round_up(float(max(same.max(), other.max())))
+    axes = new_axes((edges[0], edges[-1]), (0, top), width=600, height=300,
+                    margins=(46, 14, 52, 42))  # fmt: skip
+    axes.figure.patch.set(visible=True, facecolor="white")
+    for values, heights, name, color, side in (
+        (pairs.other, other, "different classes", COLUMN_A, "left"),
+        (pairs.same, same, "same class", CHECK, "right"),
+    ):
+        draw_columns(axes, edges, heights, color, name, alpha=0.45)
+        mean = float(values.mean())
+        axes.axvline(mean, color=color, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"mean {mean:.3g}", (mean, 1), (5 if side == "left" else -5, -12),
+            ("data", "axes fraction"), "offset points", ha=side, color=color,
+        )  # fmt: skip
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, reverse=True)
+    axes.text(0, 1.15, title, transform=axes.transAxes, fontsize=12, color=INK)
+    axes.text(1, 1.04, f"AUC {pairs.auc:.3f}", transform=axes.transAxes, ha="right", color=INK)
+    axes.set_xlabel("L2 distance of fc7 features; up: share of the pairs in a bin", color=SOFT)
+    with atomic_write(path) as file:
+        save_figure(axes.figure, file, "svg")
 
 
 SIDE = 128
@@ -181,45 +167,32 @@ GAP = 20
 """Between a query and its neighbours."""
 HEAD = 26
 EDGE = 10
-PAPER, INK, SOFT = "#fbfaf7", "#1d1c1a", "#6b675f"
-RIGHT, WRONG = "#12806a", "#b5441c"
+PAPER = "#fbfaf7"
 
 
 @dataclass(frozen=True)
-class Shown:
+class SheetImage:
     """An image on the sheet; None where it is damaged."""
 
     pixels: Pixels | None
     label: int
 
 
-def read(dataset: Dataset, split: str, ids: Sequence[int]) -> list[Shown]:
+def read_images(dataset: Dataset, split: str, ids: Sequence[int]) -> list[SheetImage]:
     """Read images of a split.
 
     Raises:
         DataError, DuetError: a whole shard cannot be had.
     """
-    storage = ShardReader(dataset, split)
-    try:
-        places = np.array(ids, np.int64)
-        views, damaged = storage.read(places)
-        labels = storage.read_labels(places).tolist()
+    with closing(ShardReader(dataset, split)) as storage:
+        labels = storage.read_labels(np.array(ids, np.int64)).tolist()
         return [
-            Shown(None if place in damaged else _pixels(storage, bytes(view)), label)
-            for place, (view, label) in enumerate(zip(views, labels, strict=True))
+            SheetImage(None if isinstance(pixels, Damage) else pixels, label)
+            for pixels, label in zip(storage.decode(ids), labels, strict=True)
         ]
-    finally:
-        storage.close()
 
 
-def _pixels(storage: ShardReader, data: bytes) -> Pixels | None:
-    try:
-        return decode_image(data, storage.encoding)
-    except Undecodable:
-        return None
-
-
-def chosen(labels: Ids, count: int, seed: int) -> Ids:
+def choose_queries(labels: Ids, count: int, seed: int) -> Ids:
     """Places of `count` of them: random, but one of every class before the second of any.
 
     Args:
@@ -236,8 +209,10 @@ def chosen(labels: Ids, count: int, seed: int) -> Ids:
     return order[np.argsort(turn[order], kind="stable")][:count]
 
 
-def drawn(queries: Sequence[Shown], found: Sequence[Sequence[Shown]], names: Sequence[str],
-          notes: Sequence[str]) -> Image.Image:  # fmt: skip
+def draw_sheet(
+    queries: Sequence[SheetImage], found: Sequence[Sequence[SheetImage]], names: Sequence[str],
+    notes: Sequence[str],
+) -> Image.Image:  # fmt: skip
     """Draw the sheet.
 
     Args:
@@ -261,11 +236,13 @@ def drawn(queries: Sequence[Shown], found: Sequence[Sequence[Shown]], names: Seq
             right = other.label == query.label
             left = EDGE + GAP + (1 + column) * PITCH
             name = names[other.label] if right else f"x {names[other.label]}"
-            _put(image, (left, top), other, RIGHT if right else WRONG, name)
+            _put(image, (left, top), other, CHECK if right else COLUMN_A, name)
     return image
 
 
-def _put(image: Image.Image, at: tuple[int, int], shown: Shown, colour: str, name: str) -> None:
+def _put(
+    image: Image.Image, at: tuple[int, int], shown: SheetImage, colour: str, name: str
+) -> None:
     left, top = at
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(13)
@@ -274,10 +251,10 @@ def _put(image: Image.Image, at: tuple[int, int], shown: Shown, colour: str, nam
     if shown.pixels is not None:
         small = Image.fromarray(shown.pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         image.paste(small, (left + FRAME, top + FRAME))
-    pen.text((left, top + side + 2), fitted(name, font, side), colour, font)
+    pen.text((left, top + side + 2), fit_text(name, font, side), colour, font)
 
 
-def fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+def fit_text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
     """A text, cut to a width in pixels."""
     if font.getlength(text) <= width:
         return text

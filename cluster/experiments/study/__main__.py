@@ -21,7 +21,7 @@ import tyro
 
 from cluster.experiments.study import results
 from cluster.experiments.study.config import WHOLE, Study, Variant, read_study
-from cluster.experiments.study.plot import draw
+from cluster.experiments.study.plot import draw_plot
 from cluster.experiments.study.results import Result, has_reached_goal, is_at_goal, read_result
 from cluster.experiments.study.runner import RunPool, StudyRun, list_gpus, make_slots
 from cluster.experiments.study.subsets import make_subset
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         averages = results.measure_averages(study, runs)
         found |= averages | {"rows": found["rows"] + averages["rows"]}
     plot = options.out / results.PLOT
-    draw(study, [(one.variant.name, one.run) for one in counted], found, plot)
+    draw_plot(study, [(one.variant.name, one.run) for one in counted], found, plot)
     text = results.write_results(study, found, options.out)
     out = sys.stderr if options.json else sys.stdout
     out.write(f"{text}\n-> {options.out / results.TABLE}, {plot}\n")

@@ -23,7 +23,7 @@ from cluster.experiments.neighbors import extract
 from cluster.experiments.neighbors.__main__ import main
 from cluster.experiments.neighbors.extract import cut_stretches, make_features
 from cluster.experiments.neighbors.features import Features, FeatureWriter, open_source
-from cluster.experiments.neighbors.figures import Pairs, draw
+from cluster.experiments.neighbors.figures import Pairs, sample_pairs
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import write_run_config
 from cluster.training.loop import train
@@ -401,7 +401,7 @@ def test_pairs_are_of_the_kind_they_say_and_never_of_an_image_with_itself(run, t
     base.values = np.zeros((48, 2))
     base.values[:, 0] = base.labels * 1000
     base.values[:, 1] = np.arange(48)
-    pairs = draw(base, base, 5000, seed=0)
+    pairs = sample_pairs(base, base, 5000, seed=0)
     assert pairs is not None
     assert pairs.same.max() < 48
     assert pairs.same.min() >= 1

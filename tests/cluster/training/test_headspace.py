@@ -30,7 +30,7 @@ def quick(monkeypatch):
 
 
 def shorten(put) -> None:
-    """Measure for less time, and pack no raw images (test_throughput.py does)."""
+    """Measure for less time, and pack no raw images (test_command.py does)."""
     put(profiler, "SECONDS", 0.6)
     examine = profiler.examine
     put(profiler, "examine", lambda *a, **k: examine(*a, seconds=0.05, **k))

@@ -30,13 +30,13 @@ class Fake:
 )
 def test_the_search_finds_what_is_better_and_keeps_the_default_else(monkeypatch, rates, best):
     @contextmanager
-    def running(setting):
+    def open_measured_stream(setting):
         factor = 1.0
         for name, gains in rates.items():
             factor *= gains.get(getattr(setting, name), 1.0)
         yield Fake(1000 * factor)
 
-    monkeypatch.setattr(tuning, "running", running)
+    monkeypatch.setattr(tuning, "open_measured_stream", open_measured_stream)
     monkeypatch.setattr(tuning, "thread_counts", lambda setting: [1, 2, 3])
     tuned = tuning.tune(Setting(data="x", threads=2))
     assert tuned.change == best
@@ -49,13 +49,13 @@ def test_what_was_better_by_chance_is_not_kept(monkeypatch):
     opened = []
 
     @contextmanager
-    def running(setting):
+    def open_measured_stream(setting):
         opened.append(setting)
         lucky = setting.threads == 3 and len(opened) <= 2
         yield Fake(1300 if lucky else 1000)
 
-    monkeypatch.setattr(tuning, "running", running)
+    monkeypatch.setattr(tuning, "open_measured_stream", open_measured_stream)
     monkeypatch.setattr(tuning, "thread_counts", lambda setting: [2, 3])
     tuned = tuning.tune(Setting(data="x", threads=2))
-    assert tuned.trials[0].better
+    assert tuned.trials[0].is_better
     assert (tuned.change, tuned.gain) == ({}, 1.0)

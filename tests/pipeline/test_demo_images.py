@@ -16,7 +16,7 @@ from pipeline.demo_images import (
     FIGURES,
     LIES_IN_FILE,
     SHORT_SIDE,
-    Options,
+    DemoOptions,
     draw_image,
     draw_jpeg,
     draw_set,
@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_layout_counts_and_record(tmp_path: Path) -> None:
     out = tmp_path / "set"
-    assert draw_set(Options(out, train=23, val=11, workers=1))
+    assert draw_set(DemoOptions(out, train=23, val=11, workers=1))
     train = sorted((out / "train").rglob("*.jpg"))
     assert len(train) == 23
     assert len(list((out / "val").rglob("*.jpg"))) == 11
@@ -43,24 +43,24 @@ def test_layout_counts_and_record(tmp_path: Path) -> None:
 
 def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    draw_set(Options(alone, train=30, val=10, workers=1))
-    draw_set(Options(together, train=30, val=10, workers=2))
+    draw_set(DemoOptions(alone, train=30, val=10, workers=1))
+    draw_set(DemoOptions(together, train=30, val=10, workers=2))
     assert contents(alone) == contents(together)
 
 
 def test_a_larger_set_starts_with_the_smaller_one(tmp_path: Path) -> None:
-    draw_set(Options(tmp_path / "small", train=20, val=0, workers=1))
-    draw_set(Options(tmp_path / "large", train=40, val=10, workers=1))
+    draw_set(DemoOptions(tmp_path / "small", train=20, val=0, workers=1))
+    draw_set(DemoOptions(tmp_path / "large", train=40, val=10, workers=1))
     small, large = contents(tmp_path / "small"), contents(tmp_path / "large")
     small.pop("demo.json")
     assert small.items() <= large.items()
 
 
 def test_no_image_twice_and_seed_matters(tmp_path: Path) -> None:
-    draw_set(Options(tmp_path / "zero", train=60, val=60, workers=1))
-    draw_set(Options(tmp_path / "one", seed=1, train=60, val=60, workers=1))
-    pictures = [*contents(tmp_path / "zero").values(), *contents(tmp_path / "one").values()]
-    assert len(set(pictures)) == len(pictures)
+    draw_set(DemoOptions(tmp_path / "zero", train=60, val=60, workers=1))
+    draw_set(DemoOptions(tmp_path / "one", seed=1, train=60, val=60, workers=1))
+    images = [*contents(tmp_path / "zero").values(), *contents(tmp_path / "one").values()]
+    assert len(set(images)) == len(images)
 
 
 def test_the_files_are_as_various_as_real_ones() -> None:
@@ -106,8 +106,8 @@ def test_figure_is_seen_in_the_centre_square() -> None:
     """In the centre square two luminances stand apart: the figure survives the packer's crop."""
     for number in range(100):
         name = list(FIGURES)[number % 10]
-        picture = draw_image(name, np.random.default_rng([3, number])).convert("L")
-        square = np.asarray(ImageOps.fit(picture, (64, 64)), float)
+        image = draw_image(name, np.random.default_rng([3, number])).convert("L")
+        square = np.asarray(ImageOps.fit(image, (64, 64)), float)
         assert np.percentile(square, 96) - np.percentile(square, 4) > 25, f"{name} {number}"
 
 
@@ -150,7 +150,7 @@ def test_figures_have_the_area_geometry_says() -> None:
 
 
 def test_again_with_the_same_arguments_changes_nothing(tmp_path: Path) -> None:
-    options = Options(tmp_path / "set", train=10, val=0, workers=1)
+    options = DemoOptions(tmp_path / "set", train=10, val=0, workers=1)
     assert draw_set(options)
     before = {path: path.stat().st_mtime_ns for path in options.out.rglob("*")}
     assert not draw_set(options)
@@ -162,12 +162,12 @@ def test_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     out.mkdir()
     (out / "thesis.txt").write_text("ten years of work")
     with pytest.raises(UsageError, match="something else"):
-        draw_set(Options(out, train=10, val=0, workers=1))
+        draw_set(DemoOptions(out, train=10, val=0, workers=1))
     assert contents(out) == {"thesis.txt": b"ten years of work"}
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    assert draw_set(Options(tmp_path, train=10, val=0, workers=1))
+    assert draw_set(DemoOptions(tmp_path, train=10, val=0, workers=1))
     assert len(contents(tmp_path)) == 11
 
 
@@ -182,7 +182,7 @@ def test_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(demo_images, "draw_jpeg", fail_late)
     with pytest.raises(KeyboardInterrupt):
-        draw_set(Options(tmp_path / "set", train=30, val=0, workers=1))
+        draw_set(DemoOptions(tmp_path / "set", train=30, val=0, workers=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,10 +192,10 @@ def test_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_impossible_arguments(tmp_path: Path, wrong: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        draw_set(Options(tmp_path / "set", **wrong))
+        draw_set(DemoOptions(tmp_path / "set", **wrong))
 
 
 def test_out_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "set").write_text("")
     with pytest.raises(UsageError, match="is a file"):
-        draw_set(Options(tmp_path / "set"))
+        draw_set(DemoOptions(tmp_path / "set"))

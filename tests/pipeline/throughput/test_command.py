@@ -79,7 +79,7 @@ def test_a_comparison_tells_noise_from_a_regression(
     def no_room(*_):
         raise OSError
 
-    monkeypatch.setattr("pipeline.throughput.stream_rate.measure", no_room)
+    monkeypatch.setattr("pipeline.throughput.stream_rate.measure_raw", no_room)
     out, table, _ = examined
     table = json.loads((out / "throughput.json").read_text())
     table["whole"]["img_s"] *= 100

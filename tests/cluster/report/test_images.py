@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cluster.report.images import KERNEL_SCALE, mosaic, tile
+from cluster.report.images import KERNEL_SCALE, load_training_images, tile_kernels
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
@@ -17,7 +17,7 @@ def test_tile_places_and_stretches() -> None:
     kernels = np.zeros((48, 3, 11, 11), np.float32)
     kernels[9, 0, 2, 4] = 1e-3  # row 1, place 1 of eight; the strongest of its kernel
     kernels[9, 2, 2, 4] = -5e-4
-    sheet = tile(kernels)[::KERNEL_SCALE, ::KERNEL_SCALE]
+    sheet = tile_kernels(kernels)[::KERNEL_SCALE, ::KERNEL_SCALE]
     assert sheet.shape == (6 * 12 - 1, 8 * 12 - 1, 4)
     assert sheet[12 + 2, 12 + 4].tolist() == [255, 128, 64, 255]
     assert sheet[0, 0].tolist() == [128, 128, 128, 255]
@@ -25,7 +25,7 @@ def test_tile_places_and_stretches() -> None:
 
 
 def test_mosaic_is_the_first_batch_in_its_own_colours(tiny_data: Path) -> None:
-    samples = mosaic(tiny_data, {"batch_size": 48, "seed": 5})
+    samples = load_training_images(tiny_data, {"batch_size": 48, "seed": 5})
     with Stream(tiny_data, batch_size=48, seed=5) as stream:
         labels = next(stream).labels.tolist()
     names = Manifest.load(tiny_data).classes

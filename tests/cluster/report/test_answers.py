@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.report.images import Unavailable, answers, choose
-from cluster.report.page import report
+from cluster.report.images import MissingFigure, choose_images, collect_answers
+from cluster.report.page import write_report
 from cluster.run.probabilities import (
     ProbabilityInfo,
     SavedProbabilities,
@@ -60,22 +60,24 @@ def test_best_and_worst_are_by_the_probability_of_the_truth(run, tiny_data):
     file = SavedProbabilities(run, VIEWS)
     true = file.rows(0, 20)[torch.arange(20), file.labels]
     order = [number for number in torch.argsort(true).tolist() if number != DAMAGED]
-    found = choose(file, ("worst", "best"), 5)
+    found = choose_images(file, ("worst", "best"), 5)
     assert found == {"worst": order[:5], "best": order[::-1][:5]}
-    lot = choose(file, ("random",), 30)["random"]
+    lot = choose_images(file, ("random",), 30)["random"]
     assert sorted(lot) == [number for number in range(20) if number != DAMAGED]
-    assert choose(file, ("random",), 4)["random"] == lot[:4], "the lot is the same every time"
+    assert choose_images(file, ("random",), 4)["random"] == lot[:4], (
+        "the lot is the same every time"
+    )
 
 
 def test_images_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny_data):
-    found = answers(run, str(tiny_data), {}, ("worst",), 6)
-    ((title, pictures),) = found.groups
-    assert (title, len(pictures)) == ("Furthest from the truth", 6)
+    found = collect_answers(run, str(tiny_data), {}, ("worst",), 6)
+    ((title, images),) = found.groups
+    assert (title, len(images)) == ("Furthest from the truth", 6)
     assert (found.samples, found.step, found.split) == (19, 7, "val")
     file, names = SavedProbabilities(run, VIEWS), Manifest.load(tiny_data).classes
     with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
         batch, mean = next(stream), np.asarray(stream.channel_mean)
-    for one in pictures:
+    for one in images:
         row = file.rows(one.sample, one.sample + 1)[0]
         assert one.truth == names[int(file.labels[one.sample])]
         assert [guess.share for guess in one.guesses] == sorted(row.tolist(), reverse=True)
@@ -87,32 +89,32 @@ def test_images_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny_d
 
 
 def test_the_verdict_is_how_the_error_counts_it(run, tiny_data):
-    ((_, pictures),) = answers(run, str(tiny_data), {}, ("random",), 19).groups
-    assert {one.verdict for one in pictures} == {"right", "in the top 5"}  # of four classes
-    assert [one.verdict == "right" for one in pictures] == [
-        one.guesses[0].name == one.truth for one in pictures
+    ((_, images),) = collect_answers(run, str(tiny_data), {}, ("random",), 19).groups
+    assert {one.verdict for one in images} == {"right", "in the top 5"}  # of four classes
+    assert [one.verdict == "right" for one in images] == [
+        one.guesses[0].name == one.truth for one in images
     ]
 
 
 def test_the_page_has_the_groups_that_were_asked_for(run, tiny_data):
-    page = Page(report(run, str(tiny_data), ("best", "random"), 3))
+    page = Page(write_report(run, str(tiny_data), ("best", "random"), 3))
     assert sum(alt.startswith("val sample") for alt in page.images) <= 6
     assert "Surest of the truth" in page.text
-    assert "Drawn by lot" in page.text
+    assert "Randomly sampled" in page.text
     assert "Furthest from the truth" not in page.text
 
 
 def test_what_is_missing_is_said(run, tiny_data, tmp_path):
-    with pytest.raises(Unavailable, match="no data folder was given"):
-        answers(run, None, {})
+    with pytest.raises(MissingFigure, match="no data folder was given"):
+        collect_answers(run, None, {})
     saved(run, tiny_data, sha256="0" * 64)
-    with pytest.raises(Unavailable, match="is not the data set that was evaluated"):
-        answers(run, str(tiny_data), {})
+    with pytest.raises(MissingFigure, match="is not the data set that was evaluated"):
+        collect_answers(run, str(tiny_data), {})
     probability_path(run, VIEWS).write_bytes(b"damaged")
-    with pytest.raises(Unavailable, match="cannot be used"):
-        answers(run, str(tiny_data), {})
+    with pytest.raises(MissingFigure, match="cannot be used"):
+        collect_answers(run, str(tiny_data), {})
     probability_path(run, VIEWS).unlink()
-    with pytest.raises(Unavailable, match="--save-probabilities"):
-        answers(run, str(tiny_data), {})
+    with pytest.raises(MissingFigure, match="--save-probabilities"):
+        collect_answers(run, str(tiny_data), {})
     with pytest.raises(UsageError, match="--each is 0"):
-        report(run, None, each=0)
+        write_report(run, None, each=0)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cluster.report.kernels import GREY_OF_NOISE, ORIENTATION_OF_NOISE, scores, split
+from cluster.report.kernels import (
+    GREY_OF_NOISE,
+    ORIENTATION_OF_NOISE,
+    score_kernels,
+    separate_columns,
+)
 
 DOWN, ACROSS = np.mgrid[-5:6, -5:6].astype(np.float32)
 GREY, OPPONENT = np.ones(3), np.array([1.0, -1.0, 0.0])
@@ -31,28 +36,28 @@ def noise(count: int, seed: int = 0) -> np.ndarray:
 )
 def test_colour_is_the_share_of_energy_off_the_grey_axis(hue, colour):
     pattern = grating(30)
-    (found,) = scores(kernel(pattern, hue)).colour
+    (found,) = score_kernels(kernel(pattern, hue)).colour
     assert found == pytest.approx(colour, abs=1e-6)
-    assert scores(-7e-3 * kernel(pattern, hue)).colour[0] == pytest.approx(colour, abs=1e-6)
+    assert score_kernels(-7e-3 * kernel(pattern, hue)).colour[0] == pytest.approx(colour, abs=1e-6)
 
 
 @pytest.mark.parametrize("hue", [GREY, OPPONENT])
 @pytest.mark.parametrize("degrees", [0, 30, 45, 90, 117])
 def test_a_grating_of_any_angle_and_hue_is_oriented_and_concentrated(degrees, hue):
-    found = scores(kernel(grating(degrees), hue))
+    found = score_kernels(kernel(grating(degrees), hue))
     assert found.orientation[0] > 0.9
     assert found.concentration[0] > 0.3
     assert found.shaped[0]
 
 
 def test_a_blob_is_concentrated_but_not_oriented():
-    found = scores(kernel(np.exp(-(DOWN**2 + ACROSS**2) / 12), OPPONENT))
+    found = score_kernels(kernel(np.exp(-(DOWN**2 + ACROSS**2) / 12), OPPONENT))
     assert found.orientation[0] < 1e-6
     assert found.concentration[0] > 0.8
 
 
 def test_noise_has_the_scores_that_the_pages_say_it_has():
-    found = scores(noise(4000, seed=1))
+    found = score_kernels(noise(4000, seed=1))
     assert found.colour.mean() == pytest.approx(GREY_OF_NOISE, abs=0.005)
     assert np.median(found.orientation) == pytest.approx(ORIENTATION_OF_NOISE, abs=0.005)
     assert np.median(found.concentration) == pytest.approx(0.11, abs=0.01)
@@ -60,7 +65,7 @@ def test_noise_has_the_scores_that_the_pages_say_it_has():
 
 
 def test_a_kernel_of_nought_has_no_scores():
-    found = scores(np.zeros((2, 3, 11, 11), np.float32))
+    found = score_kernels(np.zeros((2, 3, 11, 11), np.float32))
     assert found.colour.tolist() == found.orientation.tolist() == [0, 0]
     assert not found.shaped.any()
 
@@ -70,14 +75,14 @@ def test_apart_is_the_u_of_mann_and_whitney(shift):
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=48), rng.normal(size=40).round(1) + shift
     a[:5] = b[:5]  # ties
-    found = split(a, b)
+    found = separate_columns(a, b)
     assert found is not None
     share = scipy.stats.mannwhitneyu(a, b).statistic / (48 * 40)
     assert found.apart == pytest.approx(max(share, 1 - share))
     assert found.ahead == ("a" if share > 0.5 else "b")
     # Its normal approximation; the splits are drawn.
     assert found.p == pytest.approx(scipy.stats.mannwhitneyu(a, b).pvalue, abs=0.02)
-    assert found.told == (shift == -2.0)
+    assert found.is_significant == (shift == -2.0)
 
 
 def test_p_is_that_of_all_splits_of_a_few():
@@ -88,16 +93,20 @@ def test_p_is_that_of_all_splits_of_a_few():
         return float(max(share, 1 - share))
 
     exact = scipy.stats.permutation_test((a, b), apart, alternative="greater").pvalue
-    found = split(a, b)
+    found = separate_columns(a, b)
     assert found is not None
     assert found.p == pytest.approx(exact, abs=0.025)
 
 
 def test_a_random_split_is_rarely_told_apart():
     rng = np.random.default_rng(0)
-    told = [one.told for _ in range(60) if (one := split(rng.random(48), rng.random(48)))]
+    told = [
+        one.is_significant
+        for _ in range(60)
+        if (one := separate_columns(rng.random(48), rng.random(48)))
+    ]
     assert sum(told) <= 9  # 3 expected; more than 9 once in two thousand
 
 
 def test_columns_without_kernels_are_not_compared():
-    assert split(np.array([]), np.array([1.0])) is None
+    assert separate_columns(np.array([]), np.array([1.0])) is None

@@ -7,10 +7,10 @@ import pytest
 from pipeline.stream.timing import Spent
 from pipeline.throughput import model as remedies_of
 from pipeline.throughput.clock import Rate
-from pipeline.throughput.diagnosis import state_of
-from pipeline.throughput.model import predicted
-from pipeline.throughput.stages import Alone, Fetching, Reading, Setting, opened
-from pipeline.throughput.stream_rate import Whole
+from pipeline.throughput.diagnosis import find_state
+from pipeline.throughput.model import predict_rate
+from pipeline.throughput.stages import ReaderRate, Setting, StageRates, open_parts
+from pipeline.throughput.stream_rate import FetchRate, StreamRate
 from tests.helpers.fake_costs import costs
 
 READ = Spent(0, 1e-5, 1e-6, 1e-5)
@@ -18,21 +18,21 @@ SLOW = Spent(0, 1e-3, 1e-6, 1e-5)
 
 
 def reading_of(spent):
-    return Reading(windows=(spent,), cpu=0.1, others=0.0, each=(128 * spent.total,))
+    return ReaderRate(windows=(spent,), cpu=0.1, others=0.0, each=(128 * spent.total,))
 
 
 @pytest.fixture
 def states(tiny_data, monkeypatch):
     """What the stream of a set is taken for, in a machine of some memory, or behind a store."""
-    with opened(Setting(data=str(tiny_data), batch_size=8)) as parts:
+    with open_parts(Setting(data=str(tiny_data), batch_size=8)) as parts:
 
         def of(memory: float, fetched=None, cold=SLOW):
             monkeypatch.setattr("pipeline.throughput.diagnosis.memory_bytes", lambda: memory)
-            alone = Alone(stages=(), warm=reading_of(READ), loaded=(), disk=1e9,
+            alone = StageRates(stages=(), warm=reading_of(READ), loaded=(), disk=1e9,
                           cold=reading_of(cold) if cold else None)  # fmt: skip
             rate = Rate((3000.0,), 4.0, 0.0)
-            found = Whole(rate=rate, asked=(), prefetch=2)
-            return state_of(parts, alone, costs(), found, fetched)
+            found = StreamRate(rate=rate, asked=(), prefetch=2)
+            return find_state(parts, alone, costs(), found, fetched)
 
         yield of
 
@@ -41,27 +41,27 @@ def test_a_set_that_fits_is_in_memory_and_one_that_does_not_is_on_the_disk(state
     now = states(1e12)
     assert (now.state, now.img_s, now.fits) == ("From the page cache", 3000, True)
     assert now.reading.seconds == READ
-    (block,) = remedies_of._block(now)
+    (block,) = remedies_of._change_shuffle(now)
     assert (block.gain, block.note) == (1.0, "the set is in memory after its first epoch")
     now = states(0)
     assert "larger than memory" in now.state
     assert now.reading.seconds == now.costs.reader == SLOW
-    assert now.img_s == pytest.approx(3000 * predicted(costs(reader=SLOW, reader_cpu=0.1))
-                                      / predicted(costs()))  # fmt: skip
+    assert now.img_s == pytest.approx(3000 * predict_rate(costs(reader=SLOW, reader_cpu=0.1))
+                                      / predict_rate(costs()))  # fmt: skip
     now = states(0, cold=None)  # nobody can tell the disk from memory
     assert now.state == "From the page cache"
 
 
 def test_a_set_in_a_store_is_first_bound_by_it_and_then_by_the_cache(states):
-    fetched = Fetching(alone=1e6, together=4e6, shards=9, cpu=0.5, others=0.0)
+    fetched = FetchRate(alone=1e6, together=4e6, shards=9, cpu=0.5, others=0.0)
     now = states(1e12, fetched)
     size = now.parts.bytes_each
     assert now.state == "In its first epoch, from the store,"
     assert now.costs.store == pytest.approx(4e6 / size)
     assert now.costs.fetch_cpu == pytest.approx(0.5 * size / 4e6)
-    assert now.img_s == pytest.approx(3000 * predicted(now.costs) / predicted(costs()))
-    (cache,) = remedies_of._cache(now)
+    assert now.img_s == pytest.approx(3000 * predict_rate(now.costs) / predict_rate(costs()))
+    (cache,) = remedies_of._change_cache(now)
     assert cache.img_s == pytest.approx(3000)
-    assert cache.gain == pytest.approx(predicted(costs()) / predicted(now.costs))
-    (none,) = remedies_of._cache(states(1e12))
+    assert cache.gain == pytest.approx(predict_rate(costs()) / predict_rate(now.costs))
+    (none,) = remedies_of._change_cache(states(1e12))
     assert none.gain is None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from cluster.config import Config, format_toml
-from cluster.report.charts import curves
-from cluster.report.page import render
+from cluster.report.curves import draw_curves, rate_marks
+from cluster.report.page import render_page
 from cluster.report.records import read_records
-from cluster.report.tables import layers
+from cluster.report.tables import make_layer_table
 from model.architecture import Design
+from pipeline.tools.charts import MARGINS, SERIES
 
 
 def written(run: Path, name: str, rows: list[dict]) -> None:
@@ -53,29 +55,32 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_every_change_of_the_weights_rates_is_a_mark(run: Path) -> None:
-    loss = curves(read_records(run))[0]
-    assert [(mark.place, mark.label) for mark in loss.marks] == [
-        (0.2, "lr 0.001"), (0.4, "conv1 1e-05, colour 0"), (0.6, "lr 0.0001")
+    assert rate_marks(read_records(run)) == [
+        (160, "lr 0.001"), (320, "conv1 1e-05, colour 0"), (480, "lr 0.0001")
     ]  # fmt: skip
+    assert "conv1 1e-05, colour 0" in draw_curves(read_records(run))[0].svg
     more = [{"position": 8 * s, "step": s, "set": {"lr": 0.1 / s}, "lr": 0.1 / s}
             for s in range(1, 14)]  # fmt: skip
     written(run, "rates.jsonl", more)  # too many for labels
-    marks = curves(read_records(run))[0].marks
-    assert [(mark.place, mark.label) for mark in marks] == [(s / 100, "") for s in range(1, 14)]
+    assert rate_marks(read_records(run)) == [(8 * s, "") for s in range(1, 14)]
     (run / "rates.jsonl").unlink()  # a run of before: nothing is seen to change
-    assert curves(read_records(run))[0].marks == []
+    assert rate_marks(read_records(run)) == []
 
 
 def test_updates_are_drawn_by_layer_on_powers_of_ten(run: Path) -> None:
     records = read_records(run)
     assert list(records.updates) == ["position", "conv1", "fc6"]
     assert records.updates["conv1"].tolist() == pytest.approx([1e-2, 1e-2])
-    chart = curves(records)[-1]
+    chart = draw_curves(records)[-1]
     assert chart.title == "Update against weight"
-    assert [tick.label for tick in chart.y] == ["1e-4", "1e-3", "1e-2"]
-    assert [line.name for line in chart.lines] == ["conv1", "fc6"]
-    assert [line.path.split("L")[0] for line in chart.lines] == ["M500.0 0.0", "M500.0 1000.0"]
-    page = render(records, None)
+    assert re.findall(">(1e-.)<", chart.svg) == ["1e-4", "1e-3", "1e-2"]
+    assert [name for name, _, _ in chart.legend] == ["conv1", "fc6"]
+    conv1, fc6 = (re.findall(rf'<path d="M ([\d.]+) ([\d.]+) [^"]*" style="[^"]*{color}', chart.svg)
+                  for color in SERIES[:2])  # fmt: skip
+    right, top, _, bottom = 440 - MARGINS[1], MARGINS[2], MARGINS[0], 250 - MARGINS[3]
+    assert [float(y) for _, y in (*conv1, *fc6)] == [top, bottom]
+    assert {float(x) for x, _ in (*conv1, *fc6)} == {(MARGINS[0] + right) / 2}
+    page = render_page(records, None)
     assert "Update against weight" in page
     assert "conv1 1e-05, colour 0" in page
 
@@ -86,20 +91,20 @@ def test_damaged_and_missing_means_are_passed_over(run: Path) -> None:
     updates = read_records(run).updates
     assert len(updates["fc6"]) == len(updates["position"]) == 3
     assert math.isnan(updates["fc6"][2])
-    curves(read_records(run))
+    draw_curves(read_records(run))
     (run / "layers.jsonl").unlink()
-    assert len(curves(read_records(run))) == 4
+    assert len(draw_curves(read_records(run))) == 4
 
 
 def test_a_network_of_one_column_has_one_in_its_report(run: Path) -> None:
     (run / "config.toml").write_text(format_toml(Config(design=Design(columns=1)), "abc"))
     records = read_records(run)
-    found = layers(records, 1000)
+    found = make_layer_table(records, 1000)
     assert found is not None
     assert found["both"].parameters == 59_798_312
     assert found["b"] is None
     assert all(row.b is None for row in found["rows"])
-    page = render(records, None)
+    page = render_page(records, None)
     assert "one column" in page
     assert "column b" not in page
     assert "both columns" not in page

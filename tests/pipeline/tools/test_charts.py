@@ -1,0 +1,114 @@
+"""Charts: limits of axes, what is drawn of many points, and SVG that stands alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.tools.charts import (
+    CHECK,
+    INK,
+    MOST_POINTS,
+    Bar,
+    as_chart,
+    bar_list,
+    draw_columns,
+    draw_dots,
+    draw_line,
+    draw_mark,
+    name_axis,
+    new_axes,
+    round_up,
+)
+
+
+def points_of(svg: str, color: str) -> list[list[tuple[float, float]]]:
+    """The points of each path of a color, in pixels of the chart."""
+    paths = re.findall(rf'<path d="([^"]*)" style="[^"]*{re.escape(color)}', svg)
+    return [
+        [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
+        for path in paths
+    ]
+
+
+@settings(deadline=None)
+@given(st.floats(1e-6, 1e12))
+def test_an_axis_ends_at_a_round_number_not_far_above(most: float) -> None:
+    top = round_up(most)
+    assert most * (1 - 1e-6) <= top <= 2 * most
+    digits = top / 10 ** math.floor(math.log10(top) + 1e-9)
+    assert abs(2 * digits - round(2 * digits)) < 1e-6
+
+
+@pytest.mark.parametrize("most", [0.0, -1.0, math.nan, math.inf])
+def test_an_axis_of_nothing(most: float) -> None:
+    assert round_up(most) == 1
+
+
+def test_a_line_runs_from_corner_to_corner_and_stays_inside() -> None:
+    axes = new_axes((0, 10), (0, 4))
+    draw_line(axes, np.array([0.0, 5.0, 10.0, np.nan]), np.array([0.0, 9.0, 4.0, 1.0]), CHECK)
+    ((start, middle, end),) = points_of(as_chart(axes, "x").svg, "var(--check)")
+    assert start[0] < middle[0] < end[0]
+    assert start[1] > middle[1] == end[1], "9 is beyond the axis"
+
+
+def test_a_long_line_is_thinned_and_a_line_of_nothing_is_none() -> None:
+    axes = new_axes((0, 100_000), (0, 1))
+    draw_line(axes, np.arange(1e5), np.random.default_rng(0).random(100_000), CHECK)
+    draw_line(axes, np.array([np.nan]), np.array([np.nan]), CHECK)
+    (line,) = points_of(as_chart(axes, "x").svg, "var(--check)")
+    assert MOST_POINTS / 2 < len(line) <= MOST_POINTS
+
+
+def test_dots_are_thinned_but_the_last_stays() -> None:
+    count = 3 * MOST_POINTS
+    axes = new_axes((0, count), (0, count))
+    x = np.arange(float(count))
+    draw_dots(axes, x, x, CHECK, [f'dot "{n}" <&>' for n in range(count)])
+    hints = re.findall(r"<title>(.*?)</title>", as_chart(axes, "x").svg)
+    assert len(hints) == MOST_POINTS
+    assert hints[-1] == f'dot "{count - 1}" &lt;&amp;&gt;'
+
+
+def test_columns_are_as_high_as_their_numbers() -> None:
+    axes = new_axes((0, 2), (0, 4))
+    draw_columns(axes, np.array([0.0, 1.0, 2.0]), np.array([4.0, 2.0]), CHECK)
+    (points,) = points_of(as_chart(axes, "x").svg, "var(--check)")
+    low, high = max(y for _, y in points), min(y for _, y in points)
+    assert {round((low - y) / (low - high), 2) for _, y in points} == {0, 0.5, 1}
+
+
+def test_a_chart_is_one_element_without_links_names_or_fonts() -> None:
+    def made() -> str:
+        axes = new_axes((0, 10), (0, 1), y_label=lambda value: f"{value:g} %")
+        draw_line(axes, np.array([0.0, 10.0]), np.array([0.0, 1.0]), INK, "a <line>", dashes="--")
+        draw_dots(axes, np.array([5.0]), np.array([0.5]), CHECK, ["half"])
+        draw_mark(axes, 5, "middle")
+        name_axis(axes, "images", "epochs")
+        return as_chart(axes, "Title & more", "a caption").__html__()
+
+    html = made()
+    assert html == made(), "the same numbers give the same bytes"
+    root = ElementTree.fromstring(html)
+    texts = ["".join(text.itertext()) for text in root.iter("text")]
+    assert {"images", "epochs", "middle", "0 %", "1 %", "10"} <= set(texts)
+    assert root.findtext("header/h3") == "Title & more"
+    assert root.findtext("header/div/span") == "a <line>"
+    assert 'class="dashed" style="--k:var(--ink)"' in html
+    for unwanted in ("href", "url(", " id=", "<style", "font-family", "http", INK, CHECK):
+        assert unwanted not in html
+
+
+def test_bars_have_their_lengths_names_and_marks() -> None:
+    html = bar_list([Bar("a <b>", "7", 0.25, start=0.5, limit=0.75, note="why"), Bar("c", "8", 1)])
+    assert "left:50.00%;width:25.00%" in html
+    assert '<b style="left:75.00%">' in html
+    assert html.count("a &lt;b&gt;") == 2
+    assert html.count('class="note"') == 1
