@@ -134,7 +134,7 @@ class ColorStrips:
 
 
 @dataclass(frozen=True)
-class DuplicateGroup:
+class ImageGroup:
     """Images of a group of duplicates."""
 
     images: list[CardImage]
@@ -256,7 +256,7 @@ def encode_mean_image(statistics: Statistics) -> str:
     )
 
 
-def load_groups(facts: Facts, samples: Samples) -> list[DuplicateGroup]:
+def load_groups(facts: Facts, samples: Samples) -> list[ImageGroup]:
     """Return the first groups of duplicates as images."""
     rows = facts.duplicates.groups if facts.duplicates else []
     return [
@@ -265,7 +265,7 @@ def load_groups(facts: Facts, samples: Samples) -> list[DuplicateGroup]:
     ]
 
 
-def _load_group(facts: Facts, samples: Samples, row: dict[str, Any]) -> DuplicateGroup:
+def _load_group(facts: Facts, samples: Samples, row: dict[str, Any]) -> ImageGroup:
     count = row.get("count", len(row["members"]))
     shown = []
     for member in _choose_members(row["members"]):
@@ -283,7 +283,7 @@ def _load_group(facts: Facts, samples: Samples, row: dict[str, Any]) -> Duplicat
     words += ["in several splits"] if row["leak"] else []
     words += ["labels differ"] if row["labels_differ"] else []
     words += [f"{count:,} images"] if count > len(shown) else []
-    return DuplicateGroup(shown, ", ".join(words), bool(row["leak"]))
+    return ImageGroup(shown, ", ".join(words), bool(row["leak"]))
 
 
 def _choose_members(members: list[dict[str, Any]]) -> list[dict[str, Any]]:

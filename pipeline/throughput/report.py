@@ -141,7 +141,7 @@ LEAST = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
-class RateChange:
+class RateComparison:
     """The rate of a row in two reports."""
 
     name: str
@@ -164,14 +164,14 @@ class RateChange:
         return "faster" if self.ratio > 1 else "slower"
 
 
-def compare_reports(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[RateChange]:
+def compare_reports(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[RateComparison]:
     """Compare the rows that both reports have, the whole stream last."""
     before = {row["name"]: row for row in (*old["stages"], old["whole"])}
     found = []
     for row in (*new["stages"], new["whole"]):
         if (then := before.get(row["name"])) is not None and then["img_s"] > 0:
             error = (then["error"] ** 2 + row["error"] ** 2) ** 0.5
-            found.append(RateChange(name=row["name"], before=then["img_s"], after=row["img_s"],
+            found.append(RateComparison(name=row["name"], before=then["img_s"], after=row["img_s"],
                                 noise=max(LEAST, SURE * error)))  # fmt: skip
     return found
 
@@ -186,7 +186,7 @@ def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     return found
 
 
-def has_regressed(found: list[RateChange]) -> bool:
+def has_regressed(found: list[RateComparison]) -> bool:
     """Return whether the whole stream is slower beyond noise; a single stage does not count."""
     return bool(found) and found[-1].verdict == "slower"
 
