@@ -118,7 +118,8 @@ def test_ratios_are_taken_within_rounds() -> None:
     )
     ours.rates, theirs.rates = [300.0, 150.0, 330.0], [100.0, 50.0, 100.0]
     limit.rates = [600.0, 300.0, 600.0]
-    found = loaders.collect_facts([limit, ours, theirs], loaders.LoaderOptions(data=Path()))["loaders"]
+    facts = loaders.collect_facts([limit, ours, theirs], loaders.LoaderOptions(data=Path()))
+    found = facts["loaders"]
     assert found["torch"]["ours_over_it"] == 3.0
     assert found["ours"]["share_of_limit"] == 0.5
     assert found["ours"]["img_s"] == 300
