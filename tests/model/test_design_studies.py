@@ -15,7 +15,6 @@ from model.architecture import Design
 from model.summary import build_table, sum_rows
 from tests.model.test_design import CASES as PLAIN
 from tests.model.test_design import WIDTH, Written, images, narrow, norm, spatial_norm
-from tests.model.test_norms import contrast_by_hand
 
 Norm = Callable[[Written, str, Tensor], Tensor]
 
@@ -43,7 +42,17 @@ def by_batch(w: Written, layer: str, x: Tensor) -> Tensor:
 
 
 def by_contrast(w: Written, layer: str, x: Tensor) -> Tensor:
-    return torch.stack([contrast_by_hand(one) for one in x])
+    """The formula of `contrast_by_hand` as convolutions: that loop takes half a minute here."""
+    away = torch.arange(-4, 5, dtype=torch.float64)
+    gauss = torch.exp(-(away[:, None] ** 2 + away**2) / (2 * 2.25**2))[None, None]
+
+    def weighted(of: Tensor) -> Tensor:
+        total = F.conv2d(of.sum(1, keepdim=True), gauss, padding=4)
+        return total / (of.shape[1] * F.conv2d(torch.ones_like(total), gauss, padding=4))
+
+    v = x - weighted(x)
+    sigma = weighted(v.square()).sqrt()
+    return v / torch.maximum(sigma, sigma.mean((2, 3), keepdim=True))
 
 
 def normalised(normalise: Norm):

@@ -43,7 +43,7 @@ def test_it_and_its_gradient_equal_torchs(layout: torch.memory_format, relu: boo
 @pytest.mark.parametrize("columns", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_passes_gradcheck(columns: int, layout: torch.memory_format, relu: bool) -> None:
-    x = maps(3, 6, 2, 3).contiguous(memory_format=layout).requires_grad_()
+    x = maps(2, 6, 1, 2).contiguous(memory_format=layout).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: local_response_norm(x, columns, relu), (x,))
 
 
