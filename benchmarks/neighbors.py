@@ -61,13 +61,13 @@ def main() -> None:
     flat = faiss.IndexFlatL2(options.units)
     flat.add(rows.astype(np.float32))
     turn = np.random.default_rng(2).normal(size=(options.units, options.bits)).astype(np.float32)
-    codes, short = (pack_bits(part.astype(np.float32) @ turn > 0) for part in (rows, asked))
+    codes, short = (pack_bits(part.astype(np.float32) @ turn > 0) for part in (rows, queries))
     ours, theirs = HammingIndex(codes), faiss.IndexBinaryFlat(options.bits)
     theirs.add(codes)
     memory = parse_size(options.memory)
     ways: dict[str, Callable[[], Any]] = {
-        "exact, ours": lambda: find_nearest(asked, base, options.k, memory=memory).ids,
-        "exact, faiss": lambda: flat.search(asked.astype(np.float32), options.k)[1],
+        "exact, ours": lambda: find_nearest(queries, base, options.k, memory=memory).ids,
+        "exact, faiss": lambda: flat.search(queries.astype(np.float32), options.k)[1],
         "Hamming, ours": lambda: ours.find_nearest(short, options.k)[1],
         "Hamming, faiss": lambda: theirs.search(short, options.k)[0],
     }
