@@ -37,7 +37,7 @@ def test_the_search_finds_what_is_better_and_keeps_the_default_else(monkeypatch,
         yield Fake(1000 * factor)
 
     monkeypatch.setattr(tuning, "open_measured_stream", open_measured_stream)
-    monkeypatch.setattr(tuning, "thread_counts", lambda setting: [1, 2, 3])
+    monkeypatch.setattr(tuning, "list_thread_counts", lambda setting: [1, 2, 3])
     tuned = tuning.tune(Setting(data="x", threads=2))
     assert tuned.change == best
     if best:
@@ -55,7 +55,7 @@ def test_what_was_better_by_chance_is_not_kept(monkeypatch):
         yield Fake(1300 if lucky else 1000)
 
     monkeypatch.setattr(tuning, "open_measured_stream", open_measured_stream)
-    monkeypatch.setattr(tuning, "thread_counts", lambda setting: [2, 3])
+    monkeypatch.setattr(tuning, "list_thread_counts", lambda setting: [2, 3])
     tuned = tuning.tune(Setting(data="x", threads=2))
     assert tuned.trials[0].is_better
     assert (tuned.change, tuned.gain) == ({}, 1.0)
