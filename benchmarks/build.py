@@ -38,6 +38,7 @@ from builders.quality import make_quality_table, measure_quality
 
 from pipeline.tools.errors import SetupError, UsageError, run
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ def collect_facts(rows: list[BuilderRow], count: int, options: BuildOptions) -> 
         way["ours_over_it"] = _ratio(ours["steady_img_s"], way["steady_img_s"])
         way["its_cpu_over_ours"] = _ratio(way["cpu_ms"], ours["cpu_ms"])
     return {
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpu_count(),
         "load_at_end": round(os.getloadavg()[0], 2),
         "pictures": count,
         "workers": options.workers,

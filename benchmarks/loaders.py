@@ -40,6 +40,7 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count
 
 EPOCH = 25_600
 """Images in a loader's epoch at least: smaller sets are gone over several times."""
@@ -138,7 +139,7 @@ def make_work(peer: Peer, options: LoaderOptions, folder: Path) -> Work:
         mean=(red, green, blue),
         samples=split.samples,
         passes=passes,
-        cores=len(os.sched_getaffinity(0)),
+        cores=cpu_count(),
         batch_size=options.batch_size,
         planes=peer.planes,
         device=options.device,
@@ -202,7 +203,7 @@ def collect_facts(rows: list[LoaderRow], options: LoaderOptions) -> dict[str, An
         }
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpu_count(),
         "load_at_end": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -23,7 +23,7 @@ import tyro
 
 from cluster.experiments.neighbors.coders import pack_bits
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
-from pipeline.remote.dataset import parse_size
+from pipeline.tools.units import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)

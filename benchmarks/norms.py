@@ -11,7 +11,6 @@ the ratios within rounds.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from nets import duet_step
 from cluster.training.precision import compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from model.architecture import Design
+from pipeline.tools.units import cpu_count
 
 LANES = {
     "lrn": Design(),
@@ -51,7 +51,7 @@ class Setup:
     """Number of classes."""
     batch_size: int = 128
     """Images in a step."""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: int = cpu_count()
     """CPU threads."""
     rounds: int = 3
     """Number of turns, of one step, of each network."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from cluster.training.precision import autocast, keep_memory
 from model.alexnet import AlexNet
 from model.exchange import Exchange
 from pipeline.tools.errors import run
+from pipeline.tools.units import cpu_count
 
 CPU = torch.device("cpu")
 FORMS = {"one process": ((0, 1),), "pair": ((0,), (1,)), "pair, bfloat16 wire": ((0,), (1,))}
@@ -52,7 +52,7 @@ class Setup:
     """Images in a step."""
     classes: int = 1000
     """Number of classes."""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: int = cpu_count()
     """CPU threads of the one process, at least 2; the columns of a pair have half of them each."""
     rounds: int = 5
     """Number of turns of each form."""

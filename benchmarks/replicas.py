@@ -10,7 +10,6 @@ the time of the cores that compute: that much no overlap can hide.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from cluster.training.gradients import GradientAverage
 from cluster.training.precision import autocast, keep_memory
 from model.alexnet import AlexNet
 from pipeline.tools.errors import run
+from pipeline.tools.units import cpu_count
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ class Setup:
     """What to compute in; gradients are averaged in float32."""
     batch_size: int = 128
     """Images in a step of both replicas."""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: int = cpu_count()
     """CPU threads of both."""
     rounds: int = 7
     """Number of turns of each way."""

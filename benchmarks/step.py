@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -41,6 +40,7 @@ from model.alexnet import AlexNet
 from model.architecture import Design
 from model.norm import describe_backend
 from pipeline.tools.errors import DuetError, run
+from pipeline.tools.units import cpu_count
 
 DTYPES = ("float32", "bfloat16")
 KEPT = ("duet", "duet without LRN", "plain, memory", "torchvision")
@@ -65,7 +65,7 @@ class Setup:
     """Number of classes."""
     batch_size: int = 128
     """Images in a step."""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: int = cpu_count()
     """CPU threads of each network."""
     rounds: int = 3
     """Number of turns of each network."""

@@ -24,7 +24,7 @@ from cluster.launch.task_pool import RayPool
 from pipeline.build_shards import report_build
 from pipeline.packing.build import build
 from pipeline.packing.plan import BuildConfig
-from pipeline.remote.dataset import is_remote
+from pipeline.remote.filesystem import is_remote
 from pipeline.remote.target import is_finished, open_target
 from pipeline.tools.errors import UsageError, run
 

@@ -20,9 +20,9 @@ import tyro
 
 from model.architecture import Design
 from model.schedule import list_color_steps, parse_changes, parse_layer_rates
-from pipeline.remote.dataset import parse_size
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
+from pipeline.tools.units import parse_size
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["dexp", "plateau", "manual"]

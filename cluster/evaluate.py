@@ -11,7 +11,6 @@ RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +41,7 @@ from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count
 
 MOST_CONFUSED = 50
 """Most classes for which the confusion matrix is written."""
@@ -112,7 +112,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         print_warning(Warned(text))
     device = choose_device(options.device)
     keep_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_count())
     net = create_network(config, _classes(found, manifest, options)).to(device)
     load_checkpoint(found.path, net)
     view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"

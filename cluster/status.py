@@ -27,7 +27,7 @@ from rich.text import Text
 from cluster.run.console import MOST_WORKERS, format_duration
 from cluster.run.jsonl import WAITS
 from cluster.run.state import RunState, read_state
-from pipeline.remote.dataset import is_remote
+from pipeline.remote.filesystem import is_remote
 from pipeline.tools.errors import UsageError, run
 
 EVERY = 2.0

@@ -29,9 +29,8 @@ from cluster.run.sync import open_mirror
 from model.architecture import Design, build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import Dataset, is_remote, open_dataset
-from pipeline.remote.filesystem import hide_credentials
-from pipeline.remote.target import local_path
+from pipeline.remote.dataset import Dataset, open_dataset
+from pipeline.remote.filesystem import hide_credentials, is_remote, local_path
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError, run
 

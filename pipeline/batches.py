@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from pipeline.dataset.manifest import identity
-from pipeline.remote.dataset import is_remote, open_dataset
+from pipeline.remote.dataset import open_dataset
+from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import StreamConfig, View
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger

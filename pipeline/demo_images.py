@@ -38,6 +38,7 @@ from PIL import Image, ImageDraw
 from pipeline.tools.errors import DuetError, UsageError, run
 from pipeline.tools.processes import tie_to_parent
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count
 
 Plane = npt.NDArray[np.floating[Any]]
 Figure = Callable[[Plane, Plane, np.random.Generator], Plane]
@@ -374,7 +375,7 @@ def _run_tasks(
     Processes are spawned, not forked, as a progress line runs a thread here; being daemons they
     end with this process, however it ends.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cpu_count()
     if workers == 1:
         yield from map(draw, jobs)
         return

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import sys
 import time
@@ -51,6 +50,7 @@ from pipeline.tools.errors import DataError, UsageError, run
 from pipeline.tools.files import HashedFile, atomic_write, ensure_writable, sha256
 from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count
 
 MOST_IMAGE_BYTES = 1 << 24
 """Bytes of a stored JPEG; 256x256 pixels never come near."""
@@ -90,7 +90,7 @@ class IndexConfig:
     """Class names in the order of their labels: a line each, or a JSON list."""
     skip_bad: bool = False
     """Leave out samples that cannot be used, and list them in DIR/rejects.jsonl."""
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cpu_count()
     """Processes that read and decode."""
     json: bool = False
     """Print one JSON object on stdout."""
@@ -170,7 +170,7 @@ def index_folder(config: IndexConfig) -> IndexOutcome:
     outcome = IndexOutcome(bad=[bad for one in shards for bad in one.bad], unused=unused)
     if any(not bad.key for bad in outcome.bad):
         return outcome
-    known = given or Classes.of([one.labels for one in examined["train"]])
+    known = given or Classes.from_labels([one.labels for one in examined["train"]])
     for one in shards:
         outcome.bad += _number_labels(one, known)
     if outcome.bad and not config.skip_bad:
@@ -179,7 +179,7 @@ def index_folder(config: IndexConfig) -> IndexOutcome:
         if not any(len(one.rows) for one in split):
             raise DataError(f"split {name!r} of {folder} has no sample that can be used; repack it")
     used = {name: [one for one in split if len(one.rows)] for name, split in examined.items()}
-    outcome.manifest = _seal(config, used, Statistics.of(sums), known.names, outcome.bad)
+    outcome.manifest = _seal(config, used, Statistics.from_sums(sums), known.names, outcome.bad)
     return outcome
 
 
@@ -260,7 +260,7 @@ def _examine_shards(
 
 def _number_labels(one: ExaminedShard, known: Classes) -> list[BadSample]:
     """Turn the labels of a shard into numbers; drop and return the samples that have none."""
-    numbers = [known.number(label) for label in one.labels]
+    numbers = [known.find_number(label) for label in one.labels]
     bad = []
     for place, code in enumerate(one.rows["label"].tolist()):
         if isinstance(reason := numbers[code], str):
@@ -321,7 +321,7 @@ def _examine_sample(
     if picture.size > MOST_IMAGE_BYTES:
         raise UnfitSample(f"its image has {picture.size:,} bytes")
     label = read_label(sample, file.read)
-    number = label if job.classes is None else job.classes.number(label)
+    number = label if job.classes is None else job.classes.find_number(label)
     if isinstance(number, int) and not 0 <= number < MAX_CLASSES:
         raise UnfitSample(f"label {str(label)[:40]} is no class number")
     if job.classes is not None and isinstance(number, str):

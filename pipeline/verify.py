@@ -13,7 +13,6 @@ delivered exactly once? Exit code 0: sound. 4: damaged, or not exactly once.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -37,11 +36,13 @@ from pipeline.dataset.check import (
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import Classes
 from pipeline.dataset.tar import escape
-from pipeline.remote.dataset import is_remote, open_dataset
+from pipeline.remote.dataset import open_dataset
+from pipeline.remote.filesystem import is_remote
 from pipeline.stream.ledger.proof import prove
 from pipeline.tools.errors import REBUILD, DataError, UsageError, run
 from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count
 
 BYTES_A_SECOND, DECODED_A_SECOND = 400e6, 1500
 """Rough rates of one process, to decide whether helpers are worth their start."""
@@ -107,7 +108,7 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Ve
 def _choose_workers(manifest: Manifest, total: int, decode: bool) -> int:
     pictures = sum(split.samples for split in manifest.splits.values()) if decode else 0
     seconds = total / BYTES_A_SECOND + pictures / DECODED_A_SECOND
-    return 1 if seconds < WORTH_HELPERS else len(os.sched_getaffinity(0))
+    return 1 if seconds < WORTH_HELPERS else cpu_count()
 
 
 def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[CheckJob]:

@@ -1,19 +1,16 @@
-"""Both columns on disk: whole or not at all, and loadable from either layout.
+"""Files of a checkpoint: names, hashes, loading, and the choice of one of a run's checkpoints.
 
     RUN/checkpoints/step-00000400/
         column-a.safetensors    "weights/a.conv1.weight", "velocity/a.conv1.weight", ...
         column-b.safetensors
         checkpoint.json         written last: step, position, error, config, classes, file hashes
 
-A column's tensors are the same whether one process held it or two, so a run may go on in the other
-layout. `checkpoint_writer` writes them, `checkpoint_places` knows where they lie.
-
-Which checkpoint of a finished or running run to look at.
+The tensors of a column are the same whether one process holds both columns or two processes hold
+one each, so a run can be resumed in the other layout.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,53 +26,45 @@ from cluster.run.folder import Mark
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from pipeline.remote.filesystem import StoreError
-from pipeline.tools.errors import DataError, DuetError, UsageError
+from pipeline.tools.errors import DataError, DuetError, UsageError, summarize_error
 from pipeline.tools.files import sha256
-
-
-def reason(error: BaseException) -> str:
-    """An error in a few words."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.strerror or errno.errorcode.get(error.errno, str(error))
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
 
 VERSION = 1
 UNSOUND = (OSError, ValueError, KeyError, TypeError, DuetError)
-"""What reading a damaged checkpoint raises."""
+"""Exceptions that a damaged checkpoint raises when it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint and where it lies."""
+    """A complete checkpoint and its files."""
 
     path: Path
-    """Local folder with its files; of a store's, it is there as long as this object."""
+    """Local folder with its files. If they were downloaded, it exists as long as this object."""
     mark: Mark
     classes: tuple[str, ...]
-    """Names of the classes it was trained on."""
+    """Names of the classes that it was trained on."""
     error: float | None = None
-    """Top-1 validation error at its step, if there was a validation."""
+    """Top-1 validation error at its step, 0..1; None without a validation."""
     name: str = ""
     holder: object = field(default=None, repr=False, compare=False)
-    """Keeps a temporary `path` from being removed."""
+    """Object that keeps a temporary `path` from being removed."""
 
 
 def column_file(column: int) -> str:
-    """Name of a column's file."""
+    """Return the name of a column's file."""
     return f"column-{'ab'[column]}.safetensors"
 
 
-def collect_state(net: AlexNet, optimiser: Sgd2012) -> dict[str, Tensor]:
-    """Weights and velocities of the columns that are here, under the keys of the files."""
-    weights, velocities = net.column_state(), optimiser.column_state(net)
+def collect_state(net: AlexNet, optimizer: Sgd2012) -> dict[str, Tensor]:
+    """Return weights and velocities of this process's columns, under the keys of the files."""
+    weights, velocities = net.column_state(), optimizer.column_state(net)
     return {f"weights/{key}": tensor for key, tensor in weights.items()} | {
         f"velocity/{key}": tensor for key, tensor in velocities.items()
     }
 
 
-def load_checkpoint(path: Path, net: AlexNet, optimiser: Sgd2012 | None = None) -> None:
-    """Fill a network (and optimiser) with the columns it holds from a complete checkpoint.
+def load_checkpoint(path: Path, net: AlexNet, optimizer: Sgd2012 | None = None) -> None:
+    """Load a network's columns (and the optimizer's velocities) from a complete checkpoint.
 
     Raises:
         DataError: the checkpoint is of another network.
@@ -84,60 +73,59 @@ def load_checkpoint(path: Path, net: AlexNet, optimiser: Sgd2012 | None = None) 
     for column in net.columns:
         state |= load_file(path / column_file(column))
     try:
-        net.load_column_state(_under("weights/", state))
-        if optimiser is not None:
-            optimiser.load_column_state(net, _under("velocity/", state))
+        net.load_column_state(_strip_prefix("weights/", state))
+        if optimizer is not None:
+            optimizer.load_column_state(net, _strip_prefix("velocity/", state))
     except ValueError as error:
         raise DataError(f"checkpoint {path}: {error}") from error
 
 
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
 
 
-def find_sound(places: CheckpointStorage, names: Iterable[str], tell: Tell) -> Checkpoint | None:
-    """Return the first of some checkpoints of which every byte is right.
+def find_sound(storage: CheckpointStorage, names: Iterable[str], tell: Tell) -> Checkpoint | None:
+    """Return the first of some checkpoints whose files match their hashes.
 
     Raises:
-        StoreError: the store does not answer; that says nothing about the checkpoint.
+        StoreError: the store does not answer, which says nothing about the checkpoint.
     """
     for name in names:
         try:
-            return verify_checkpoint(places, name)
+            return verify_checkpoint(storage, name)
         except StoreError:
             raise
         except UNSOUND as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            there = f"{places.address}/{name}"
-            tell(Warned(f"checkpoint {there} is damaged ({reason}); passing over it"))
+            what = f"checkpoint {storage.address}/{name} is damaged ({summarize_error(error)})"
+            tell(Warned(f"{what}; passing over it"))
     return None
 
 
-def read_table(places: CheckpointStorage, name: str) -> dict[str, Any]:
+def read_table(storage: CheckpointStorage, name: str) -> dict[str, Any]:
     """Read checkpoint.json.
 
     Raises:
         ValueError, KeyError, TypeError, OSError, DuetError: it is damaged, or not there.
     """
-    table: dict[str, Any] = json.loads(places.read(name, JSON))
+    table: dict[str, Any] = json.loads(storage.read(name, JSON))
     if table["version"] != VERSION:
         raise ValueError(f"version {table['version']}, this program reads {VERSION}")
     return table
 
 
-def verify_checkpoint(places: CheckpointStorage, name: str) -> Checkpoint:
-    """Compare a checkpoint's files with what its checkpoint.json says.
+def verify_checkpoint(storage: CheckpointStorage, name: str) -> Checkpoint:
+    """Compare a checkpoint's files with the hashes in its checkpoint.json.
 
     Raises:
         ValueError, KeyError, TypeError, OSError, DuetError: it is damaged.
     """
-    table = read_table(places, name)
+    table = read_table(storage, name)
     columns = table.get("config", {}).get("columns", 2)
     if {column_file(column) for column in range(columns)} - set(table["files"]):
         raise ValueError("a column is missing")
-    path, holder = fetch_files(places, name, table, list(table["files"]))
+    path, holder = fetch_files(storage, name, table, list(table["files"]))
     mark = Mark(step=table["step"], position=table["position"])
     if mark.step != parse_step(name):
         raise ValueError(f"it is of step {mark.step}")
@@ -152,14 +140,14 @@ def verify_checkpoint(places: CheckpointStorage, name: str) -> Checkpoint:
 
 
 def fetch_files(
-    places: CheckpointStorage, name: str, table: dict[str, Any], files: list[str]
+    storage: CheckpointStorage, name: str, table: dict[str, Any], files: list[str]
 ) -> tuple[Path, object]:
-    """Return a local folder with files of a checkpoint, their hashes compared, and its holder.
+    """Return a local folder with verified files of a checkpoint, and the folder's holder.
 
     Raises:
-        ValueError: they are not what `table` says; besides, what `check` raises.
+        ValueError: they do not match `table`; also the errors of `verify_checkpoint`.
     """
-    path, holder = places.fetch(name, files)
+    path, holder = storage.fetch(name, files)
     for file in files:
         facts = table["files"][file]
         size = (path / file).stat().st_size
@@ -173,32 +161,32 @@ def fetch_files(
 def choose_checkpoint(
     run: Path, store: str, tell: Tell, step: int | None = None, best: bool = False
 ) -> Checkpoint:
-    """Find a checkpoint of a run, wherever it has them; it is fetched if need be.
+    """Find a checkpoint of a run; it is downloaded from a store.
 
     Args:
         run: folder of the run.
-        store: its setting of that name.
-        tell: gets a warning for each damaged one that is passed over.
-        step: that of this step; None: the newest sound one.
-        best: the one with the lowest validation error instead.
+        store: the run's setting of that name.
+        tell: gets a warning for each damaged checkpoint that is skipped.
+        step: of the wanted checkpoint; None for the newest that is not damaged.
+        best: choose the one with the lowest validation error instead.
 
     Raises:
-        UsageError: there is none, or not such a one.
-        DataError: there is, and it is damaged.
+        UsageError: there is none, or none like this.
+        DataError: it is damaged.
         StoreError: the store does not answer.
     """
     return choose_from_storage(open_storage(run, store), str(run), tell, step, best)
 
 
 def choose_from_storage(
-    places: CheckpointStorage, run: str, tell: Tell, step: int | None = None, best: bool = False
+    storage: CheckpointStorage, run: str, tell: Tell, step: int | None = None, best: bool = False
 ) -> Checkpoint:
-    """As `choose`, given where the checkpoints lie, and how messages call that."""
-    names = places.list_complete()
+    """See `choose_checkpoint`; `run` names the run in messages."""
+    names = storage.list_complete()
     if not names:
         raise UsageError(f"{run} has no complete checkpoint yet; train on with cluster.train")
     if best:
-        names = _by_error(places, names)
+        names = _sort_by_error(storage, names)
         if not names:
             raise UsageError(f"no checkpoint of {run} has a validation error; leave --best out")
     if step is not None:
@@ -206,18 +194,18 @@ def choose_from_storage(
         names = [name for name in names if parse_step(name) == step]
         if not names:
             raise UsageError(f"{run} has no checkpoint of step {step}; there are {there}")
-    found = find_sound(places, names, tell)
+    found = find_sound(storage, names, tell)
     if found is None:
         raise DataError(f"no checkpoint of {run} is sound; restore one, or train anew")
     return found
 
 
-def _by_error(places: CheckpointStorage, names: Iterable[str]) -> list[str]:
-    """Those with a validation error, the lowest first."""
+def _sort_by_error(storage: CheckpointStorage, names: Iterable[str]) -> list[str]:
+    """Return the checkpoints with a validation error, the lowest first."""
     errors = {}
     for name in names:
         try:
-            error = read_table(places, name).get("top1_error")
+            error = read_table(storage, name).get("top1_error")
         except (OSError, ValueError, KeyError, TypeError, DuetError):
             continue  # damaged
         if error is not None:

@@ -1,11 +1,9 @@
-"""What the processes of a job load when they start: the same checkpoint, the newest sound one.
+"""Loads checkpoints: the newest one of a run that is resumed, or weights to start from (`init`).
 
-The weights of another run to start from (`init`): of every layer but the last, which is new.
-
-What is named may be a run, the newest sound checkpoint of which is taken, or one checkpoint. The
-driver looks once which it is and whether the network fits, and writes that checkpoint's own address
-into RUN/config.toml, so that whatever starts again before the first own checkpoint starts from the
-same. Later starts go on from RUN's own: they do not look at it at all.
+`init` names another run, whose newest sound checkpoint is taken, or one checkpoint; every layer but
+the last is loaded from it. The driver resolves it once, checks that the network fits, and writes
+the checkpoint's address into RUN/config.toml, so restarts before the first own checkpoint use the
+same one. Later starts resume from RUN's own checkpoints and ignore `init`.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from cluster.checkpoint.format import (
     find_sound,
     load_checkpoint,
     read_table,
-    reason,
 )
 from cluster.checkpoint.storage import (
     CheckpointStorage,
@@ -42,102 +39,106 @@ from cluster.run.events import Tell
 from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, read_last_step
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
-from pipeline.remote.dataset import is_remote
-from pipeline.remote.filesystem import StoreError, hide_credentials
-from pipeline.remote.target import local_path, open_store
-from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError
+from pipeline.remote.filesystem import StoreError, hide_credentials, is_remote, local_path
+from pipeline.remote.target import open_store
+from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 
 Errors = dict[str, float | None]
-"""Top-1 validation errors by name of the checkpoint, None where there is none."""
+"""Top-1 validation error (0..1) by name of the checkpoint; None without a validation."""
 
 
 @dataclass
-class _Seen:
-    """What the leader has seen."""
+class _Discovery:
+    """Checkpoints that the leader has found."""
 
     names: list[str] = field(default_factory=list)
-    """All complete checkpoints, newest first."""
+    """Names of all complete checkpoints, newest first."""
     newest: str = ""
-    """The newest sound one."""
+    """Name of the newest sound one; "" if there is none."""
     mark: Mark = field(default_factory=Mark)
     errors: Errors = field(default_factory=dict)
     trouble: str = ""
+    """Why they cannot be read."""
 
 
 def load_newest(
-    places: CheckpointStorage,
+    storage: CheckpointStorage,
     run: Path,
     place: ProcessMesh,
     net: AlexNet,
-    optimiser: Sgd2012,
+    optimizer: Sgd2012,
     tell: Tell,
 ) -> tuple[Mark, Errors]:
-    """Load the newest sound checkpoint; all processes call it.
+    """Load the newest sound checkpoint; a collective call of all processes.
 
-    Damaged ones are named in a warning and passed over. What crashes have left is removed.
+    Damaged checkpoints are skipped with a warning. Incomplete ones are removed.
 
     Args:
-        places: where the checkpoints lie.
+        storage: of the run's checkpoints.
         run: folder of the run.
-        place: of this process.
+        place: rank and column of this process.
         net: gets the weights of its columns.
-        optimiser: gets their velocities.
-        tell: gets the warnings; the leader's.
+        optimizer: gets their velocities.
+        tell: gets the leader's warnings.
 
     Returns:
-        where the run stands, and (the leader only) the errors of all checkpoints.
+        Step and position of the checkpoint, and (on the leader) the errors of all checkpoints.
 
     Raises:
-        DataError: there are some, and none is sound, or the newest is of another network.
+        DataError: all checkpoints are damaged, or the newest is of another network.
         SetupError: they cannot be reached.
     """
-    found, seen = _look(places, run, tell) if place.is_leader else (None, _Seen())
+    found, seen = _discover(storage, run, tell) if place.is_leader else (None, _Discovery())
     seen = place.broadcast(seen)
     if seen.trouble:
         raise SetupError(seen.trouble)
     if seen.names and not seen.newest:
         raise DataError(
-            f"no checkpoint in {places.address} is sound; restore one, or name another --run to "
+            f"no checkpoint in {storage.address} is sound; restore one, or name another --run to "
             "start over"
         )
     if seen.newest:
         path, holder = (
-            (found.path, found.holder) if found else fetch_own_columns(places, seen.newest, place)
+            (found.path, found.holder) if found else fetch_own_columns(storage, seen.newest, place)
         )
-        load_checkpoint(path, net, optimiser)
-        del holder  # and with it what was fetched
+        load_checkpoint(path, net, optimizer)
+        del holder  # and downloaded files with it
     return seen.mark, seen.errors
 
 
-def _look(places: CheckpointStorage, run: Path, tell: Tell) -> tuple[Checkpoint | None, _Seen]:
-    """Find the newest sound one; the leader's."""
-    seen = _Seen()
+def _discover(
+    storage: CheckpointStorage, run: Path, tell: Tell
+) -> tuple[Checkpoint | None, _Discovery]:
+    """Find the newest sound checkpoint. Leader only."""
+    seen = _Discovery()
     try:
-        seen.names = places.list_complete()
+        seen.names = storage.list_complete()
         before = read_last_step(run)
         if not seen.names and before:
-            # To begin at step 0 would throw away what is only out of reach.
+            # A start at step 0 would discard checkpoints that are only out of reach.
             raise SetupError(
-                f"{places.address} holds no checkpoint, but the run had one of step {before}; "
+                f"{storage.address} holds no checkpoint, but the run had one of step {before}; "
                 "bring its disk back, or name another --run to start over"
             )
-        places.prepare()
-        places.remove_unfinished(parse_step(seen.names[0]) if seen.names else 0)
-        seen.errors = {name: _error_of(places, name) for name in seen.names}
-        found = find_sound(places, seen.names, tell)
+        storage.prepare()
+        storage.remove_unfinished(parse_step(seen.names[0]) if seen.names else 0)
+        seen.errors = {name: _error_of(storage, name) for name in seen.names}
+        found = find_sound(storage, seen.names, tell)
     except SetupError as error:
-        return None, _Seen(trouble=str(error))
+        return None, _Discovery(trouble=str(error))
     except (OSError, DuetError) as error:
-        return None, _Seen(trouble=f"{places.address} cannot be used ({reason(error)})")
+        return None, _Discovery(
+            trouble=f"{storage.address} cannot be used ({summarize_error(error)})"
+        )
     if found is not None:
         seen.newest, seen.mark = found.name, found.mark
     return found, seen
 
 
-def _error_of(places: CheckpointStorage, name: str) -> float | None:
+def _error_of(storage: CheckpointStorage, name: str) -> float | None:
     """Return the validation error of a checkpoint; None if it is damaged."""
     try:
-        error: float | None = read_table(places, name).get("top1_error")
+        error: float | None = read_table(storage, name).get("top1_error")
     except StoreError:
         raise
     except UNSOUND:
@@ -146,47 +147,45 @@ def _error_of(places: CheckpointStorage, name: str) -> float | None:
 
 
 def fetch_own_columns(
-    places: CheckpointStorage, name: str, place: ProcessMesh
+    storage: CheckpointStorage, name: str, place: ProcessMesh
 ) -> tuple[Path, object]:
-    """Return a folder with what the leader has found, as far as it concerns this process.
-
-    Also an object that keeps it there.
+    """Return a folder with this process's columns of a checkpoint, and the folder's holder.
 
     Raises:
-        SetupError: it cannot be read here, or not as it was written.
+        SetupError: this process cannot read the files, or they do not match their hashes.
     """
     try:
         files = [column_file(column) for column in place.columns]
-        return fetch_files(places, name, read_table(places, name), files)
+        return fetch_files(storage, name, read_table(storage, name), files)
     except UNSOUND as error:
         raise SetupError(
-            f"{place} cannot read {places.address}/{name}, and the leader can ({reason(error)}); "
-            "have all nodes see the same folder, or give --store"
+            f"{place} cannot read {storage.address}/{name}, and the leader can "
+            f"({summarize_error(error)}); have all nodes see the same folder, or give --store"
         ) from error
 
 
 NEW = "conv6"
-"""The layer that may be new, besides the last."""
+"""Name of the layer that may be new, besides the last."""
 _WEIGHTS = "weights/"
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class InitSource:
-    """Where to start from."""
+    """Checkpoint that `init` names."""
 
-    places: CheckpointStorage
+    storage: CheckpointStorage
     base: str
-    """Folder or address that holds the checkpoints, as the user or a config has it."""
+    """Folder or address of the checkpoints, as it stands in the setting or a config."""
     name: str
-    """Of the checkpoint; "" for the newest."""
+    """Name of the checkpoint; "" for the newest."""
 
 
 def parse_init(init: str) -> InitSource:
-    """Understand the setting; nothing but a config is read.
+    """Parse the setting `init`; at most a config file is read.
 
     Raises:
-        UsageError: it is no run and no checkpoint, or no address that checkpoints go to.
+        UsageError: it is neither a run nor a checkpoint, or no address of an object store.
     """
     if is_remote(init):
         base, _, last = init.rstrip("/").rpartition("/")
@@ -212,7 +211,7 @@ def parse_init(init: str) -> InitSource:
 
 
 def choose_init(source: InitSource, tell: Tell) -> Checkpoint:
-    """Find the checkpoint, its bytes compared with their hashes; fetched if need be.
+    """Find the checkpoint and verify its hashes; it is downloaded from a store.
 
     Raises:
         UsageError: there is none.
@@ -221,16 +220,18 @@ def choose_init(source: InitSource, tell: Tell) -> Checkpoint:
     """
     called = f"init {hide_credentials(source.base)}"
     step = parse_step(source.name) if source.name else None
-    return choose_from_storage(source.places, called, tell, step)
+    return choose_from_storage(source.storage, called, tell, step)
 
 
 def pin_init(config: Config, run: Path, step: int) -> Config:
-    """Return `config` with `init` as the run was begun with it, if it was, and from there.
+    """Return `config` with the checkpoint's address that the run was started from as `init`.
+
+    That is the `init` in RUN/config.toml, if the setting names the same run or checkpoint.
 
     Args:
-        config: the settings of this command.
-        run: its folder.
-        step: of its newest checkpoint.
+        config: settings of this command.
+        run: folder of the run.
+        step: of the run's newest checkpoint.
     """
     if not config.init:
         return config
@@ -238,45 +239,47 @@ def pin_init(config: Config, run: Path, step: int) -> Config:
     config = replace(config, init=init)
     before = read_run_config(run / CONFIG)[0].init if (run / CONFIG).is_file() else ""
     base = before.rpartition("/")[0]
-    if before and (init in (before, base.removesuffix(f"/{CHECKPOINTS}")) or base == _base(init)):
+    if before and (
+        init in (before, base.removesuffix(f"/{CHECKPOINTS}")) or base == _find_base(init)
+    ):
         return replace(config, init=before)
     return config
 
 
-def _base(init: str) -> str:
+def _find_base(init: str) -> str:
     try:
         source = parse_init(init)
-    except UsageError:  # it has gone meanwhile
+    except UsageError:  # it was removed meanwhile
         return ""
     return "" if source.name else source.base
 
 
 def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]:
-    """Find the checkpoint and make sure that its network fits, before anything has started.
+    """Find the checkpoint that `init` names, and check that its network fits.
 
     Args:
-        config: with `init`.
-        classes: of the run that is to begin.
+        config: settings of the run that is to begin, with `init`.
+        classes: number of its classes.
         tell: gets warnings.
 
     Returns:
-        the config with the checkpoint's own address, and a line for the user.
+        The config with the checkpoint's own address as `init`, and a line for the user.
 
     Raises:
-        UsageError, DataError, StoreError: as `source_of` and `chosen`, or it does not fit.
+        UsageError, DataError, StoreError: as `parse_init` and `choose_init`, or it does not fit.
     """
     source = parse_init(config.init)
     found = choose_init(source, tell)
     address = f"{source.base}/{found.name}"
     net = AlexNet(classes=classes, design=config.design)
     shapes: dict[str, Shape] = {}
-    for column in range(read_table(source.places, found.name)["config"].get("columns", 2)):
+    for column in range(read_table(source.storage, found.name)["config"].get("columns", 2)):
         with safe_open(found.path / column_file(column), "pt") as file:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     shapes = {k.removeprefix(_WEIGHTS): v for k, v in shapes.items() if k.startswith(_WEIGHTS)}
     own = {key: tuple(value.shape) for key, value in net.column_state().items()}
     taken = match_layers(own, shapes, list_layers(net), hide_credentials(address))
-    new = [layer for layer in list_layers(net) if not any(_layer(key) == layer for key in taken)]
+    new = [layer for layer in list_layers(net) if not any(_layer_of(key) == layer for key in taken)]
     said = (
         f"starts from {hide_credentials(address)} ({len(found.classes)} classes); "
         f"new: {', '.join(new)}"
@@ -285,15 +288,15 @@ def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]
 
 
 def load_init(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
-    """Fill the columns here from another run's checkpoint; all processes of a job call it.
+    """Load this process's columns from another run's checkpoint; a collective call.
 
     Raises:
-        UsageError, DataError, StoreError: as `looked_at`.
-        SetupError: this process cannot read what another one can.
+        UsageError, DataError, StoreError: as `resolve_init`.
+        SetupError: this process cannot read the files that the leader can.
     """
     source = parse_init(init)
     name = source.name or place.broadcast(choose_init(source, tell).name if place.is_leader else "")
-    path, holder = fetch_own_columns(source.places, name, place)
+    path, holder = fetch_own_columns(source.storage, name, place)
     state: dict[str, Tensor] = {}
     for column in net.columns:
         state |= load_file(path / column_file(column))
@@ -306,34 +309,34 @@ def load_init(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
         hide_credentials(f"{source.base}/{name}"),
     )
     net.load_column_state(own | {key: there[key] for key in taken})
-    del holder  # and with it what was fetched
+    del holder  # and downloaded files with it
 
 
 def list_layers(net: AlexNet) -> list[str]:
-    """Names of the layers, from the image to the logits."""
+    """Return the names of the layers, from the image to the logits."""
     return [stage.layer.name for stage in net.stages]
 
 
 def match_layers(
     own: Mapping[str, Shape], there: Mapping[str, Shape], layers: Sequence[str], called: str
 ) -> list[str]:
-    """Return the keys that are taken over; see `AlexNet.column_state` for them.
+    """Return the keys of the tensors that are loaded; see `AlexNet.column_state` for them.
 
     Args:
-        own: shapes of the network that is to begin.
-        there: of the one that it starts from.
-        layers: names of the former's layers, of which the last is new, and conv6 may be.
-        called: how messages call the latter.
+        own: shapes of the new network's tensors.
+        there: shapes of the checkpoint's tensors.
+        layers: names of the new network's layers; the last is new, and conv6 may be.
+        called: the checkpoint's name in messages.
 
     Raises:
-        UsageError: a layer is missing, has another shape, or is of no use here; names it.
+        UsageError: a layer is missing, has another shape, or is not in the new network.
     """
-    known = {_layer(key) for key in there}
+    known = {_layer_of(key) for key in there}
     new = {layers[-1], NEW} - ({NEW} & known)
     way = "give the settings of its RUN/config.toml (net, columns, width, norm, conv6, ...)"
     taken = []
     for key, shape in own.items():
-        if _layer(key) in new:
+        if _layer_of(key) in new:
             continue
         if key not in there:
             raise UsageError(f"{called} has no {key}, which this network has; {way}")
@@ -342,12 +345,12 @@ def match_layers(
                 f"{called}: {key} is {list(there[key])}, and this network's {list(shape)}; {way}"
             )
         taken.append(key)
-    if more := [key for key in there if key not in own and _layer(key) != layers[-1]]:
+    if more := [key for key in there if key not in own and _layer_of(key) != layers[-1]]:
         layer = more[0].rpartition(".")[0]
         raise UsageError(f"{called} has {layer}, which this network has not; {way}")
     return taken
 
 
-def _layer(key: str) -> str:
-    """`a.conv1.norm.weight` -> conv1."""
+def _layer_of(key: str) -> str:
+    """Return the layer of a key: `conv1` for `a.conv1.norm.weight`."""
     return key.split(".")[1]

@@ -1,17 +1,16 @@
-"""Where checkpoints lie: a folder that all nodes see, or an object store.
+"""Places of checkpoints: a folder that all nodes see, or an object store.
 
-    FOLDER/step-00000400/                  takes its name when everything in it is on the disk;
-    FOLDER/step-00000400.3f9c.partial/     until then it is called so
-    s3://.../checkpoints/step-00000400-3f9c/   nothing is renamed there: it is a checkpoint when it
-                                               has a checkpoint.json, which is written last
+    FOLDER/step-00000400/                  renamed to this when everything in it is on the disk
+    FOLDER/step-00000400.3f9c.partial/     its name until then
+    s3://.../checkpoints/step-00000400-3f9c/   a store cannot rename: it is a checkpoint when it has
+                                               a checkpoint.json, which is written last
 
-A name that is being written has a token in it: a process of a start that was given up, and has not
-noticed yet, cannot write into what the next one writes.
+A name that is being written has a random token in it, so a process of a start that was given up
+cannot write into the files of the next one.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
@@ -23,69 +22,70 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.run.folder import CHECKPOINTS, list_checkpoints
-from pipeline.remote.dataset import is_remote
-from pipeline.remote.filesystem import RetryPolicy
-from pipeline.remote.target import StoreTarget, local_path, open_store
-from pipeline.tools.files import PARTIAL, atomic_write, sync_folder
+from pipeline.remote.filesystem import RetryPolicy, is_remote, local_path
+from pipeline.remote.target import StoreTarget, open_store
+from pipeline.tools.files import PARTIAL, atomic_write, sync_path
 
 JSON = "checkpoint.json"
 HURRY = RetryPolicy(attempts=3, first_delay=0.5, stall=10.0)
-"""For what training waits for."""
+"""For requests that training waits for."""
 _NAME = re.compile(r"step-(\d+)(-[0-9a-f]+)?")
 
 
 class CheckpointStorage(Protocol):
-    """What a run needs of the place where its checkpoints lie."""
+    """A folder or an address with the checkpoints of a run."""
 
     @property
     def address(self) -> str:
-        """How messages call it."""
+        """Path or URL for messages, credentials removed."""
 
     def list_complete(self) -> list[str]:
-        """Names of the complete checkpoints, newest first; their bytes are not looked at.
+        """Return the names of the complete checkpoints, newest first; files are not opened.
 
         Raises:
             OSError, DuetError: the place cannot be reached.
         """
 
     def begin(self, step: int, token: str) -> str:
-        """Prepare for a checkpoint; returns the name under which it is written. The leader's."""
+        """Prepare a new checkpoint; return the name under which it is written. Leader only."""
 
     def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
-        """Have `save` write a file of it, and put it on the disk.
+        """Write a file of it with `save(path)`, durably.
 
         Returns:
-            a local path where its bytes can be read until `upload`.
+            Local path of the file, which exists until `upload`.
         """
 
     def upload(self, work: str, file: str, path: Path) -> None:
-        """Bring a file that was written to where it belongs."""
+        """Move a written file to its final place."""
 
     def seal(self, work: str, table: bytes) -> str:
-        """Make it a checkpoint: write checkpoint.json; returns its name. The leader's."""
+        """Complete the checkpoint: write checkpoint.json; return its name. Leader only."""
 
     def read(self, name: str, file: str) -> bytes:
-        """Return a small file of a checkpoint."""
+        """Return the content of a small file of a checkpoint."""
 
     def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
-        """Return a local folder with these files of a checkpoint, there as long as the object."""
+        """Return a local folder with these files, and its holder: it exists as long."""
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint, or what was begun."""
+        """Remove a checkpoint, complete or not."""
 
     def prepare(self) -> None:
-        """Make the place ready to be written to. The leader's, before anything is begun."""
+        """Make the place ready for writing. Leader only, before any `begin`."""
 
     def remove_unfinished(self, step: int) -> None:
-        """Remove what was begun up to `step` and never sealed: crashes leave that. The leader's,
-        while nothing of that step is being written."""
+        """Remove incomplete checkpoints up to `step`, which crashes leave behind.
+
+        Leader only, while nothing of that step is being written.
+        """
 
 
 def open_storage(run: Path, store: str) -> CheckpointStorage:
-    """Return where the checkpoints of a run lie: in its folder, or in `store` if that is given.
+    """Return the storage of a run's checkpoints: in its folder, or in `store` if that is given.
 
     Raises:
-        UsageError: no folder, and no address of an object store.
+        UsageError: `store` is neither a folder nor an address of an object store.
         SetupError: the package for its scheme is not installed.
     """
     if is_remote(store):
@@ -94,7 +94,7 @@ def open_storage(run: Path, store: str) -> CheckpointStorage:
 
 
 def find_last_step(run: Path, store: str) -> int:
-    """Step of the newest checkpoint of a run; 0 if there is none. Its bytes are not looked at.
+    """Return the step of a run's newest checkpoint, 0 if there is none; its files are not opened.
 
     Raises:
         OSError, DuetError: the place cannot be reached.
@@ -103,7 +103,7 @@ def find_last_step(run: Path, store: str) -> int:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a folder of this name is a checkpoint, or would be."""
+    """Return whether a name is that of a checkpoint."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -122,25 +122,25 @@ class LocalStorage:
 
     @property
     def address(self) -> str:
-        """The folder."""
+        """Path of the folder."""
         return str(self._folder)
 
     def list_complete(self) -> list[str]:
-        """Names of the complete ones, newest first."""
+        """See `CheckpointStorage`."""
         return [path.name for path in list_checkpoints(self._folder)]
 
     def begin(self, step: int, token: str) -> str:
-        """Make a folder to write in.
+        """Create the folder to write in.
 
         Raises:
-            FileNotFoundError: on a disk that has gone meanwhile, nothing must be begun anew.
+            FileNotFoundError: the parent folder is gone, as on a disk that was unmounted.
         """
         work = f"step-{step:08d}.{token}{PARTIAL}"
         (self._folder / work).mkdir()
         return work
 
     def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
-        """Write a file at its place."""
+        """See `CheckpointStorage`; the file is written in its final place."""
         path = self._folder / work / file
         save(path)
         with path.open("rb") as written:
@@ -148,21 +148,21 @@ class LocalStorage:
         return path
 
     def upload(self, work: str, file: str, path: Path) -> None:
-        """It is there."""
+        """No-op: the file was written in place."""
 
     def seal(self, work: str, table: bytes) -> str:
-        """Write checkpoint.json, and give the folder its name."""
+        """Write checkpoint.json, then rename the folder."""
         with atomic_write(self._folder / work / JSON) as file:
             file.write(table)
         final = self._folder / work.split(".")[0]
-        if final.exists():  # a damaged one that was passed over
+        if final.exists():  # a damaged one that was skipped
             self.remove(final.name)
         (self._folder / work).rename(final)
-        sync_folder(self._folder)
+        sync_path(self._folder)
         return final.name
 
     def read(self, name: str, file: str) -> bytes:
-        """Return a file."""
+        """See `CheckpointStorage`."""
         return (self._folder / name / file).read_bytes()
 
     def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
@@ -170,20 +170,20 @@ class LocalStorage:
         return self._folder / name, None
 
     def remove(self, name: str) -> None:
-        """Remove the folder; one that is removed by half does not look like a checkpoint."""
+        """Rename the folder, then remove it: a half-removed one does not look complete."""
         path = self._folder / name
         if not name.endswith(PARTIAL):
             path = path.rename(path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}"))
         shutil.rmtree(path, ignore_errors=True)
 
     def prepare(self) -> None:
-        """Make the folder, and make room. What it lies in must be there."""
+        """Create the folder, whose parent must exist, and remove partial checkpoints."""
         self._folder.mkdir(exist_ok=True)
         for left in self._folder.glob(f"step-*{PARTIAL}/"):
             shutil.rmtree(left, ignore_errors=True)
 
     def remove_unfinished(self, step: int) -> None:
-        """Remove folders that were begun and never took their names."""
+        """See `CheckpointStorage`."""
         for left in self._folder.glob(f"step-*{PARTIAL}/"):
             number = left.name[5:].split(".")[0]
             if number.isdecimal() and int(number) <= step:
@@ -198,11 +198,11 @@ class RemoteStorage:
 
     @property
     def address(self) -> str:
-        """The address, without secrets."""
+        """See `CheckpointStorage`."""
         return self._target.address
 
-    def _all(self) -> dict[str, set[str]]:
-        """Files of each checkpoint, complete or not."""
+    def _list_all(self) -> dict[str, set[str]]:
+        """Return the files of each checkpoint, complete or not."""
         found: dict[str, set[str]] = {}
         for path in self._target.list_files():
             name, _, file = path.partition("/")
@@ -211,16 +211,16 @@ class RemoteStorage:
         return found
 
     def list_complete(self) -> list[str]:
-        """Names of those with a checkpoint.json, newest first."""
-        complete = [name for name, files in self._all().items() if JSON in files]
+        """See `CheckpointStorage`."""
+        complete = [name for name, files in self._list_all().items() if JSON in files]
         return sorted(complete, key=lambda name: (parse_step(name), name), reverse=True)
 
     def begin(self, step: int, token: str) -> str:
-        """There is nothing to prepare."""
+        """No-op: a store has no folders."""
         return f"step-{step:08d}-{token}"
 
     def write(self, work: str, file: str, save: Callable[[Path], None]) -> Path:
-        """Write a temporary file on this node."""
+        """See `CheckpointStorage`; the file is a temporary one of this node."""
         folder = Path(tempfile.mkdtemp(prefix="duet-save-"))
         try:
             save(folder / file)
@@ -230,12 +230,9 @@ class RemoteStorage:
         return folder / file
 
     def upload(self, work: str, file: str, path: Path) -> None:
-        """Upload it."""
-        name, size = f"{work}/{file}", path.stat().st_size
+        """Upload the file and remove the local one."""
         try:
-            self._target.request(
-                name, lambda system, there: system.put_file(str(path), there), "written", size
-            )
+            self._target.upload(path, f"{work}/{file}")
         finally:
             shutil.rmtree(path.parent, ignore_errors=True)
 
@@ -253,27 +250,19 @@ class RemoteStorage:
         """Download files into a temporary folder."""
         folder = tempfile.TemporaryDirectory(prefix="duet-checkpoint-")
         for file in files:
-            self._download(f"{name}/{file}", Path(folder.name) / file)
+            self._target.download(f"{name}/{file}", Path(folder.name) / file)
         return Path(folder.name), folder
 
-    def _download(self, name: str, local: Path) -> None:
-        size = self._target.size(name)
-        if size is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        self._target.request(
-            name, lambda system, there: system.get_file(there, str(local)), "read", size
-        )
-
     def remove(self, name: str) -> None:
-        """Remove its files, checkpoint.json first: half of a checkpoint is none."""
+        """Remove checkpoint.json first: a half-removed checkpoint is not complete."""
         self._target.remove([f"{name}/{JSON}"])
         self._target.clear(name)
 
     def prepare(self) -> None:
-        """There is nothing to prepare."""
+        """No-op: a store has no folders."""
 
     def remove_unfinished(self, step: int) -> None:
-        """Remove files of checkpoints that were begun and never sealed."""
-        for name, files in self._all().items():
+        """See `CheckpointStorage`."""
+        for name, files in self._list_all().items():
             if JSON not in files and parse_step(name) <= step:
                 self._target.clear(name)

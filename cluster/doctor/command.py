@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.config import Config, load_settings
-from cluster.doctor.finding import Finding, fail, first_line
-from pipeline.tools.errors import SetupError, UsageError
+from cluster.doctor.finding import Finding, fail
+from pipeline.tools.errors import SetupError, UsageError, summarize_error
 
 COLORS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 
@@ -133,7 +133,7 @@ def guard(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Find
     try:
         yield from check()
     except Exception as error:
-        text = f"the check itself failed: {type(error).__name__}: {first_line(error)}"
+        text = f"the check itself failed: {type(error).__name__}: {summarize_error(error)}"
         yield fail(subject, text, "report this, with the output of --json")
 
 

@@ -21,16 +21,20 @@ from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.job import checkpoint_bytes
 from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
-from pipeline.remote.dataset import Dataset, default_cache, is_remote, open_dataset
+from pipeline.remote.dataset import Dataset, default_cache, open_dataset
 from pipeline.remote.filesystem import (
+    EXTRAS,
     BackgroundCall,
     RetryPolicy,
     TransferError,
+    check_address,
     describe_error,
     hide_credentials,
+    is_remote,
+    local_path,
     open_filesystem,
 )
-from pipeline.remote.target import local_path, open_store
+from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError
 from pipeline.tools.files import drop_page_cache, ensure_writable
 
@@ -183,6 +187,7 @@ def measure_latency(address: str) -> float:
     Raises:
         Exception: it does not answer, or refuses; `describe` makes one line of it.
     """
+    check_address(address, "data set")
     system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
     ask = partial(system.info, f"{root.rstrip('/')}/{NAME}")
     BackgroundCall(ask).result(STORE_SECONDS)  # connects
@@ -326,7 +331,7 @@ class DatasetCheck:
         if not is_remote(self.data):
             return f"python -m pipeline.build_shards {self.data} --train SRC, or another --data"
         if "pip install" in text:
-            return f"pip install 'duet[{'gs' if scheme == 'gcs' else scheme.removesuffix('a')}]'"
+            return f"pip install 'duet[{EXTRAS.get(scheme, scheme)}]'"
         if scheme in CREDENTIALS and ("redential" in text or "denied" in text or "40" in text):
             return CREDENTIALS[scheme]
         return "look at the address, and whether this machine reaches it (curl, aws s3 ls)"

@@ -33,9 +33,3 @@ def warn(name: str, value: str, mend: str) -> Finding:
 def fail(name: str, value: str, mend: str) -> Finding:
     """A finding with which training fails, or does not start."""
     return Finding(name, "FAIL", value, mend)
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message; its class name if the message is empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

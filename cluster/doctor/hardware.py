@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.doctor.finding import GB, Finding, fail, first_line, ok, warn
+from cluster.doctor.finding import GB, Finding, fail, ok, warn
+from pipeline.tools.errors import summarize_error
+from pipeline.tools.units import cpu_count
 
 BFLOAT16 = (8, 0)
 """First compute capability with bfloat16 arithmetic."""
@@ -197,7 +199,7 @@ def judge_gpu_kernels() -> Finding:
         local_response_norm(x).sum().item()
     except Exception as error:
         mend = "apt install gcc python3-dev   # Triton compiles its launcher in C"
-        return fail("kernels", f"Triton's do not work: {first_line(error)}", mend)
+        return fail("kernels", f"Triton's do not work: {summarize_error(error)}", mend)
     backend = describe_backend("cuda")
     if backend.startswith("torch"):
         return warn("kernels", backend, "pip install -c constraints.txt triton")
@@ -245,7 +247,7 @@ def gather(gpus: int) -> Hardware:
     from cluster.training.precision import compute_dtype
     from model.norm.response import describe_backend
 
-    allowed = len(os.sched_getaffinity(0))
+    allowed = cpu_count()
     memory_left, quota = read_container_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
     available = _read_available_memory(Path("/proc/meminfo"))
     temporary = tempfile.gettempdir()

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from cluster.doctor.finding import Finding, fail, first_line, ok, warn
+from cluster.doctor.finding import Finding, fail, ok, warn
+from pipeline.tools.errors import summarize_error
 
 SECONDS = 30
 """Timeout of each of the two processes; the doctor waits twice as long for both."""
@@ -142,7 +143,7 @@ def run_side(rank: int, backend: str, folder: str) -> None:
     try:
         text = _measure(rank, backend, folder)
     except Exception as error:
-        message = f"{type(error).__name__}: {first_line(error)}"
+        message = f"{type(error).__name__}: {summarize_error(error)}"
         Path(folder, "error").write_text(message, encoding="utf-8")
         raise SystemExit(1) from None
     if rank == 0:

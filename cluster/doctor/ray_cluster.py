@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.doctor.finding import GB, Finding, fail, first_line, ok, warn
+from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.hardware import MIN_FILES, MIN_SHARED
 from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
 from cluster.launch.placement import Node
-from pipeline.remote.dataset import is_remote
-from pipeline.remote.filesystem import hide_credentials
+from pipeline.remote.filesystem import hide_credentials, is_remote
+from pipeline.tools.errors import summarize_error
 
 CONNECT_SECONDS = 5
 """Timeout of a connection to a port."""
@@ -140,7 +140,7 @@ def try_connection(address: str) -> str:
         with socket.create_connection((host, port), CONNECT_SECONDS):
             return ""
     except (OSError, OverflowError) as error:
-        return getattr(error, "strerror", None) or first_line(error)
+        return getattr(error, "strerror", None) or summarize_error(error)
 
 
 def _split_address(address: str) -> tuple[str, int]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from cluster.doctor.finding import Finding, fail, first_line, ok, warn
+from cluster.doctor.finding import Finding, fail, ok, warn
+from pipeline.tools.errors import summarize_error
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -63,7 +64,7 @@ def gather() -> Software:
             try:
                 torch.cuda.init()
             except Exception as error:
-                gpu_error = first_line(error)
+                gpu_error = summarize_error(error)
             gpu_error = gpu_error or "it does not say why"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     pins = REPOSITORY / "constraints.txt"
@@ -93,9 +94,9 @@ def _try_import(name: str) -> str:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        return "" if error.name and name.startswith(error.name) else first_line(error)
+        return "" if error.name and name.startswith(error.name) else summarize_error(error)
     except Exception as error:
-        return first_line(error)
+        return summarize_error(error)
     return ""
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from cluster.run.probabilities import ProbabilityInfo, SavedProbabilities
 from model.metrics import count_errors, sum_metrics
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
+from pipeline.tools.units import cpu_count
 
 PASSES = 5
 GRID = tuple(step / 20 for step in range(21))
@@ -463,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = tyro.cli(EnsembleOptions, args=argv, prog="python -m cluster.experiments.ensemble")
     _check(options)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_count())
     result = average_runs(options)
     if options.out is not None:
         with atomic_write(options.out) as file:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.errors import SetupError
+from pipeline.tools.units import cpu_count
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Keeps Ray's own lines off the terminal.
@@ -87,7 +88,7 @@ def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, s
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         options |= {
             "address": "local",
-            "num_cpus": max(workers, len(os.sched_getaffinity(0))),
+            "num_cpus": max(workers, cpu_count()),
             "include_dashboard": False,
             "_temp_dir": str(scratch),
         }

@@ -28,10 +28,11 @@ from cluster.run.kernels import Kernel
 from cluster.run.probabilities import SavedProbabilities, probability_path
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import CACHE_SIZE, fetch_metadata, open_dataset, parse_size
+from pipeline.remote.dataset import CACHE_SIZE, fetch_metadata, open_dataset
 from pipeline.stream.shard_reader import Damage, ShardReader
 from pipeline.tools.charts import encode_image
 from pipeline.tools.errors import DuetError
+from pipeline.tools.units import parse_size
 
 PICTURES = 32
 SHOWN_SIDE = 144  # pixels; shown at about half of that, sharp on dense screens

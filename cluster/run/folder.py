@@ -39,6 +39,7 @@ from cluster.config import Config, find_conflicts, format_toml, read_run_config
 from cluster.run.jsonl import read_tail
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import atomic_write, ensure_writable
+from pipeline.tools.units import cpu_count
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
@@ -194,7 +195,7 @@ def describe_machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,
         "system": platform.platform(),

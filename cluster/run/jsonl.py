@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tools.errors import SetupError
-from pipeline.tools.files import atomic_write, sync_folder
+from pipeline.tools.files import atomic_write, sync_path
 
 MOST = 1 << 22
 """Bytes of rows kept in memory before an unrequested sync to disk."""
@@ -45,7 +45,7 @@ class Rows:
             cut_rows(path, step)
             self._file = _open(path)
             os.fsync(self._file)
-            sync_folder(path.parent)
+            sync_path(path.parent)
         except OSError as error:
             raise SetupError(
                 f"{path} cannot be written ({error.strerror}); make room, or bring its disk back"

@@ -232,7 +232,7 @@ def _compute_age(path: Path, now: float) -> float | None:
 
 def _find_checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
     """Return step, age and size of the newest checkpoint, if it lies in a folder."""
-    from pipeline.remote.dataset import is_remote
+    from pipeline.remote.filesystem import is_remote
 
     if config.store and is_remote(config.store):
         return {"where": config.store}

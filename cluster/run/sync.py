@@ -1,9 +1,9 @@
-"""A copy of RUN's rows beside the checkpoints in a store: a run that outlives its machines' disks.
+"""Copies the files of RUN into the store of its checkpoints, so a run survives its machines' disks.
 
-STORE/checkpoints/                          checkpoint_places.py
+STORE/checkpoints/                          see `cluster.checkpoint.storage`
 STORE/run/config.toml, attempts.jsonl, ...  whole files
-STORE/run/metrics.jsonl/000000000000-000000012345-HASH    bytes of a file that grows: nothing
-                                            can be added to an object, so each save adds one
+STORE/run/metrics.jsonl/000000000000-000000012345-HASH    bytes of a file that grows: an object
+                                            cannot be appended to, so each checkpoint adds one
 """
 
 from __future__ import annotations
@@ -25,86 +25,88 @@ from cluster.run.folder import (
     RATES,
     VALIDATION,
 )
-from pipeline.remote.dataset import is_remote
+from pipeline.remote.filesystem import is_remote
 from pipeline.remote.target import open_store
 from pipeline.tools.files import atomic_write
 
 GROWING_FILES = (METRICS, VALIDATION, LAYERS, KERNELS, RATES)
 LEADER_FILES = (MACHINE, QUARANTINE)
 DRIVER_FILES = (CONFIG, ATTEMPTS)
-"""Whole files, by who writes them: leader and driver may have different disks."""
-BY_HAND = "rates-applied-*.toml"
-PART = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)")
+"""Whole files, by the process that writes them: leader and driver may have different disks."""
+MANUAL_RATES = "rates-applied-*.toml"
+_SEGMENT_NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)")
 
 
 class RowSegment(NamedTuple):
-    """Bytes `start` to `end` of a file that grows, and the beginning of their SHA-256."""
+    """Bytes `start` to `end` of a growing file, and 16 hexadecimal digits of their SHA-256."""
 
     start: int
     end: int
     digest: str
 
-    def of(self, name: str) -> str:
-        """Its name in the store."""
+    def object_name(self, name: str) -> str:
+        """Return its name in the store, given that of the file."""
         return f"{name}/{self.start:012d}-{self.end:012d}-{self.digest}"
 
 
 def open_mirror(run: Path, store: str) -> RunMirror | None:
-    """Return the mirror of a run; None if it has no store, or one that is a folder."""
+    """Return the mirror of a run; None if it has no store, or one in a folder."""
     return RunMirror(run, store) if store and is_remote(store) else None
 
 
 class RunMirror:
-    """The copy; the leader of a job has one, and the driver another for the files it writes."""
+    """The copy of a run in its store; leader and driver of a job each have one for their files."""
 
     def __init__(self, run: Path, store: str) -> None:
-        """Take the address; nothing is sent yet. Raises as `bucket_of`."""
+        """Check the address; nothing is sent yet. Raises as `open_store`."""
         self._run, self._target = run, open_store(store, "run")
         self._sent: dict[str, int] = {}
 
     def begin(self) -> None:
-        """Cut the copies down to what is there: call it when RUN's rows were cut to a checkpoint.
+        """Remove segments beyond the end of RUN's files, after those were cut back to a checkpoint.
 
         Raises:
             StoreError: the store does not answer.
         """
         for name in GROWING_FILES:
-            parts = self._parts(name)
-            kept = self._same(name, parts)
+            segments = self._list_segments(name)
+            kept = self._select_equal(name, segments)
             self._sent[name] = kept[-1].end if kept else 0
-            self._target.remove([part.of(name) for part in parts if part not in kept])
+            self._target.remove(
+                [segment.object_name(name) for segment in segments if segment not in kept]
+            )
 
     def push(self) -> None:
-        """Send what is new in the rows, and whole what else the leader writes.
+        """Upload new rows of the growing files, and the leader's other files as a whole.
 
         Raises:
-            StoreError, OSError: the store, or the disk.
+            StoreError, OSError: the store or the disk fails.
         """
         for name in GROWING_FILES:
             start = self._sent.get(name, 0)
-            new = _bytes(self._run / name, start)
-            new = new[: new.rfind(b"\n") + 1]  # the last row may be half written
+            new = _read_bytes(self._run / name, start)
+            new = new[: new.rfind(b"\n") + 1]  # the last row may be incomplete
             if new:
-                part = RowSegment(start, start + len(new), _digest(new))
-                with self._target.create(part.of(name)) as there:
+                segment = RowSegment(start, start + len(new), _digest(new))
+                with self._target.create(segment.object_name(name)) as there:
                     there.write(new)
-                self._sent[name] = part.end
-        self.push_whole([*LEADER_FILES, *(path.name for path in self._run.glob(BY_HAND))])
+                self._sent[name] = segment.end
+        self.push_whole([*LEADER_FILES, *(path.name for path in self._run.glob(MANUAL_RATES))])
 
     def push_whole(self, names: Iterable[str]) -> None:
-        """Send whole files, as far as they are there; raises as `push`."""
+        """Upload whole files, if they exist; raises as `push`."""
         for name in names:
             if (self._run / name).is_file():
                 with self._target.create(name) as there:
                     there.write((self._run / name).read_bytes())
 
     def restore(self) -> list[str]:
-        """Fill RUN with what it lacks; rows that do not continue their copy give way to it.
+        """Download files that RUN lacks, and growing files that differ from their copy.
 
-        Such rows are of an earlier time, when the run was on this machine before.
+        Those are of an earlier time, when the run was on this machine before.
 
         Returns:
-            names of the files that were fetched.
+            Names of the downloaded files.
 
         Raises:
             StoreError: the store does not answer.
@@ -115,45 +117,47 @@ class RunMirror:
                 self._write(name, [self._target.read(name)])
                 fetched.append(name)
         for name in GROWING_FILES:
-            parts = select_contiguous(self._parts(name))
-            if len(self._same(name, parts)) < len(parts):
-                self._write(name, (self._target.read(part.of(name)) for part in parts))
+            segments = select_contiguous(self._list_segments(name))
+            if len(self._select_equal(name, segments)) < len(segments):
+                self._write(
+                    name, (self._target.read(segment.object_name(name)) for segment in segments)
+                )
                 fetched.append(name)
         return fetched
 
-    def _write(self, name: str, parts: Iterable[bytes]) -> None:
+    def _write(self, name: str, segments: Iterable[bytes]) -> None:
         with atomic_write(self._run / name) as file:
-            for part in parts:
-                file.write(part)
+            for segment in segments:
+                file.write(segment)
 
-    def _parts(self, name: str) -> list[RowSegment]:
+    def _list_segments(self, name: str) -> list[RowSegment]:
         found = []
         for path in self._target.list_files(name):
-            if match := PART.fullmatch(path.rpartition("/")[2]):
+            if match := _SEGMENT_NAME.fullmatch(path.rpartition("/")[2]):
                 found.append(RowSegment(int(match[1]), int(match[2]), match[3]))
         return sorted(found)
 
-    def _same(self, name: str, parts: Iterable[RowSegment]) -> list[RowSegment]:
-        """Those from byte 0 on that the file in RUN begins with."""
+    def _select_equal(self, name: str, segments: Iterable[RowSegment]) -> list[RowSegment]:
+        """Return the segments from byte 0 on that the file in RUN begins with."""
         found = []
-        for part in select_contiguous(parts):
-            if _digest(_bytes(self._run / name, part.start, part.end)) != part.digest:
+        for segment in select_contiguous(segments):
+            if _digest(_read_bytes(self._run / name, segment.start, segment.end)) != segment.digest:
                 break
-            found.append(part)
+            found.append(segment)
         return found
 
 
-def select_contiguous(parts: Iterable[RowSegment]) -> list[RowSegment]:
-    """Return the parts, in their order, that follow each other from byte 0 on."""
+def select_contiguous(segments: Iterable[RowSegment]) -> list[RowSegment]:
+    """Return the segments, in order, that follow each other without gaps from byte 0 on."""
     found: list[RowSegment] = []
-    for part in parts:
-        if part.start == (found[-1].end if found else 0):
-            found.append(part)
+    for segment in segments:
+        if segment.start == (found[-1].end if found else 0):
+            found.append(segment)
     return found
 
 
-def _bytes(path: Path, start: int, end: int | None = None) -> bytes:
-    """Some bytes of a file; none if it is not there."""
+def _read_bytes(path: Path, start: int, end: int | None = None) -> bytes:
+    """Return bytes `start` to `end` (or all that follow) of a file; none if it is not there."""
     try:
         with path.open("rb") as file:
             file.seek(start)

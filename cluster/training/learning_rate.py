@@ -50,7 +50,7 @@ from model.schedule import (
     scale_rate,
     suggest_name,
 )
-from pipeline.tools.files import atomic_write, sync_folder
+from pipeline.tools.files import atomic_write, sync_path
 
 SCHEDULE, PLATEAU, BY_HAND = "schedule", "plateau", "by hand"
 REASONS = (SCHEDULE, PLATEAU, BY_HAND)
@@ -479,5 +479,5 @@ def _rename(path: Path, name: str) -> Path:
         number += 1
         aside = path.with_name(f"{name}-{number}.toml")
     path.rename(aside)
-    sync_folder(path.parent)
+    sync_path(path.parent)
     return aside

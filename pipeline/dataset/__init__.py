@@ -1,1 +1,11 @@
-"""The on-disk format of a data set."""
+"""The on-disk format of a data set.
+
+check         checks of manifest, side files and shards
+image_stats   mean and color covariance of the training images
+images        a stored image, and its strict decoder
+index         SPLIT.index.npy: place, label and CRC-32 of each sample
+manifest      manifest.json
+samples       tar members -> WebDataset samples, labels, classes
+shards        writes a shard and its DALI .idx
+tar           reads the headers of a tar
+"""

@@ -1,15 +1,9 @@
-"""One shard against the manifest, the index and its `.idx`, from one pass over its bytes.
+"""Checks of a data set: the manifest, the files beside the shards, and each shard.
 
-The SHA-256 says that the file is the one that was sealed. The CRC-32s are checked as well, in a
-shard whose hash is right, too: they are what a training run goes by, and they stand in another
-file. An index of another build, or a manifest that was written anew over damaged shards, shows
-nowhere else before the run that finds each of its samples damaged.
-
-What is damaged, and where.
-
-The files beside the shards: statistics, index, lists of rejects and duplicates; strangers.
-
-Does a manifest make sense? Its JSON is sound and of this version where this is asked.
+A shard is checked in one pass over its bytes: against the SHA-256 of the manifest, and its samples
+against the CRC-32s of the index. These are checked even if the SHA-256 is right, because training
+relies on them: an index of another build would otherwise show only when a run finds every sample
+damaged.
 """
 
 from __future__ import annotations
@@ -28,8 +22,8 @@ from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, SIZE, Encoding, Undecodable, decode_image, encode_npy
 from pipeline.dataset.index import Index, index_name, load_index, sample_key
-from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
 from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.manifest import Manifest, Shard, Split, is_plain_name
 from pipeline.dataset.samples import (
     Classes,
     Sample,
@@ -44,11 +38,21 @@ from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import HashedFile, sha256
 
 DamageRow = dict[str, Any]
-"""One finding: `file`, `reason`, and for a damaged sample `sample` (its id in the split) and `key`
-(its WebDataset key)."""
+"""A finding: `file`, `reason`; of a damaged sample also `sample` (id in the split) and `key` (its
+WebDataset key)."""
 
 DIFFERS = "SHA-256 differs from the manifest"
 MISSING = "missing"
+REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
+RAW_BYTES = SIZE * SIZE * 3
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHAPES = {
+    "mean_picture": (SIZE, SIZE, 3),
+    "channel_mean": (3,),
+    "covariance": (3, 3),
+    "eigenvalues": (3,),
+    "eigenvectors": (3, 3),
+}
 
 
 def make_damage_row(
@@ -63,19 +67,8 @@ def make_damage_row(
     return found | {"reason": reason}
 
 
-REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
-
-_SHAPES = {
-    "mean_picture": (SIZE, SIZE, 3),
-    "channel_mean": (3,),
-    "covariance": (3, 3),
-    "eigenvalues": (3,),
-    "eigenvectors": (3, 3),
-}
-
-
 def check_file(path: Path, expected: str) -> list[DamageRow]:
-    """Return what is wrong with a file that should have a SHA-256, in hexadecimal."""
+    """Compare a file with its expected SHA-256 (hexadecimal)."""
     try:
         if sha256(path) != expected:
             return [make_damage_row(path.name, DIFFERS)]
@@ -87,7 +80,7 @@ def check_file(path: Path, expected: str) -> list[DamageRow]:
 
 
 def check_index(data: Path, name: str, split: Split) -> list[DamageRow]:
-    """Return what is wrong with the index of a split as a file; `shard` looks at its rows."""
+    """Check the index file of a split; `check_shard` checks its rows."""
     if found := check_file(data / index_name(name), split.index_sha256):
         return found
     try:
@@ -99,17 +92,17 @@ def check_index(data: Path, name: str, split: Split) -> list[DamageRow]:
 
 
 def check_stats(data: Path, manifest: Manifest) -> list[DamageRow]:
-    """Return what is wrong with the statistics: the hash, or numbers that cannot be."""
+    """Check hash and numbers of the statistics."""
     if found := check_file(data / STATS, manifest.stats_sha256):
         return found
     try:
         statistics = Statistics.load(data)
-    except Exception:  # of a damaged header, NumPy's reader raises what it pleases
+    except Exception:  # NumPy raises many kinds for a damaged header
         return [make_damage_row(STATS, "its bytes are as sealed, but it holds no statistics")]
-    return [make_damage_row(STATS, reason) for reason in _strange(statistics)][:1]
+    return [make_damage_row(STATS, reason) for reason in _check_numbers(statistics)][:1]
 
 
-def _strange(statistics: Statistics) -> Iterator[str]:
+def _check_numbers(statistics: Statistics) -> Iterator[str]:
     for name, shape in _SHAPES.items():
         array = getattr(statistics, name)
         if array.shape != shape or array.dtype.kind != "f":
@@ -132,23 +125,23 @@ def _strange(statistics: Statistics) -> Iterator[str]:
 
 
 def check_lists(data: Path, manifest: Manifest) -> list[DamageRow]:
-    """Return what is wrong with the lists of rejects and of duplicates."""
+    """Check the lists of rejects and of duplicates."""
     columns = {"name", "reason"}
     return [
-        *_rows_damage(
+        *_check_list(
             data / REJECTS, manifest.rejected, "rejected", columns, manifest.rejects_sha256
         ),
-        *_rows_damage(
+        *_check_list(
             data / DUPLICATES, manifest.duplicates, "duplicates", set(), manifest.duplicates_sha256
         ),
     ]
 
 
-def _rows_damage(
+def _check_list(
     path: Path, expected: int, field: str, columns: set[str], digest: str | None
 ) -> list[DamageRow]:
     if not path.exists() and expected == 0 and digest is None:
-        return []  # an empty list says nothing that the manifest does not
+        return []  # the manifest says that the list is empty
     if digest is not None and (found := check_file(path, digest)):
         return found
     count = 0
@@ -175,7 +168,7 @@ def _rows_damage(
 
 
 def find_unknown_files(data: Path, manifest: Manifest) -> list[str]:
-    """Return the names of files and folders that are no part of the set; they do no harm."""
+    """Return the names of files and folders that do not belong to the data set; they do no harm."""
     known = {MANIFEST, STATS, REJECTS, DUPLICATES, *map(index_name, manifest.splits)}
     for split in manifest.splits.values():
         for shard in split.shards:
@@ -183,25 +176,12 @@ def find_unknown_files(data: Path, manifest: Manifest) -> list[str]:
     return sorted(path.name for path in data.iterdir() if path.name not in known)
 
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether a name is that of a file in the data set's folder, and of nothing elsewhere."""
-    return (
-        isinstance(name, str)
-        and Path(name).name == name
-        and not name.startswith(".")
-        and "\0" not in name
-    )
-
-
 def check_manifest(manifest: Manifest) -> list[DamageRow]:
-    """Return what is wrong with a manifest; if anything is, nothing it says is to be followed."""
-    return [make_damage_row(NAME, reason) for reason in _reasons(manifest)]
+    """Check that a manifest makes sense; if it does not, none of its names must be opened."""
+    return [make_damage_row(MANIFEST, reason) for reason in _find_faults(manifest)]
 
 
-def _reasons(manifest: Manifest) -> Iterator[str]:
+def _find_faults(manifest: Manifest) -> Iterator[str]:
     classes, shards = manifest.classes, list[str]()
     if not manifest.splits:
         yield "it names no split"
@@ -212,7 +192,7 @@ def _reasons(manifest: Manifest) -> Iterator[str]:
     for name, split in manifest.splits.items():
         if not is_plain_name(name):
             yield f"split {name!r} has a name that leaves the folder"
-        yield from _of_split(name, split)
+        yield from _find_split_faults(name, split)
         shards += [str(shard.name) for shard in split.shards]
     if len(set(shards)) < len(shards):
         yield "it names a shard twice"
@@ -224,16 +204,16 @@ def _reasons(manifest: Manifest) -> Iterator[str]:
         yield f"image_size is {manifest.image_size!r}; this program reads {SIZE}"
 
 
-def _of_split(name: str, split: Split) -> Iterator[str]:
+def _find_split_faults(name: str, split: Split) -> Iterator[str]:
     if not split.shards:
         yield f"split {name!r} has no shards"
     if not _is_hash(split.index_sha256):
         yield f"split {name!r} has no SHA-256 of its index"
     for shard in split.shards:
-        yield from _of_shard(shard)
+        yield from _find_shard_faults(shard)
 
 
-def _of_shard(shard: Shard) -> Iterator[str]:
+def _find_shard_faults(shard: Shard) -> Iterator[str]:
     if not is_plain_name(shard.name):
         yield f"shard {shard.name!r} has a name that leaves the folder"
     elif not shard.name.endswith(".tar"):
@@ -254,34 +234,32 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-RAW_BYTES = SIZE * SIZE * 3
-
-
 class CheckJob(NamedTuple):
-    """One shard to check, and what is known of its set."""
+    """A shard to check, and facts of its data set."""
 
     data: Path
     split: str
     number: int
-    """Of the shard in its split."""
+    """Number of the shard in its split, from 0."""
     shard: Shard
     start: int
-    """Id of its first sample."""
+    """Id of the shard's first sample."""
     indexed: bool
-    """Whether the split's index is sound as a file."""
+    """Whether the split's index file is sound."""
     classes: Classes
     encoding: Encoding
     foreign: bool
-    """Whether keys and members are of another tool's choosing."""
+    """Whether another tool chose keys and members."""
     decode: bool
+    """Whether each image is decoded."""
 
 
 class CheckResult(NamedTuple):
-    """What came of it."""
+    """Result of checking a shard."""
 
     damage: list[DamageRow]
     bytes: int
-    """Of the tar, read."""
+    """Number of bytes of the tar that were read."""
 
 
 def check_shard(job: CheckJob) -> CheckResult:
@@ -289,22 +267,22 @@ def check_shard(job: CheckJob) -> CheckResult:
     path = job.data / job.shard.name
     try:
         with HashedFile(path) as file:
-            return CheckResult(_Check(job, file).findings(), file.size)
+            return CheckResult(_ShardCheck(job, file).run(), file.size)
     except FileNotFoundError:
         return CheckResult([make_damage_row(path.name, MISSING)], 0)
     except OSError as error:
         return CheckResult([make_damage_row(path.name, f"cannot be read ({error.strerror})")], 0)
 
 
-class _Check:
-    """The checks of one shard; each adds to what was found."""
+class _ShardCheck:
+    """The checks of one shard; each appends its findings."""
 
     def __init__(self, job: CheckJob, file: HashedFile) -> None:
         self._job, self._file = job, file
         self._found: list[DamageRow] = []
         self._entries: list[Member] = []
         self._fault: str | None = None
-        """Why the tar cannot be read to its end."""
+        """Why the tar cannot be read to its end; None if it can."""
         try:
             self._entries.extend(read_members(file.stream(), job.shard.name))
         except UsageError as error:
@@ -313,27 +291,27 @@ class _Check:
             self._fault = f"cannot be read ({error.strerror})"
         self._samples = list(group_samples(self._entries))
 
-    def findings(self) -> list[DamageRow]:
-        """Check everything; return what is wrong with the tar, then with its `.idx`."""
-        rows = self._rows_of_index()
+    def run(self) -> list[DamageRow]:
+        """Return the findings of all checks: of the tar, then of its `.idx`."""
+        rows = self._load_rows()
         if rows is None:
             self._check_without_index()
         else:
             self._check_rows(rows)
         if not self._job.foreign:
-            self._check_strangers()
+            self._check_unknown_members()
         shard = self._job.shard
         idx = Path(shard.name).with_suffix(".idx")
         beside = check_file(self._job.data / idx, shard.idx_sha256)
         differs = (self._file.sha256, self._file.size) != (shard.sha256, shard.bytes)
-        # The samples say it all, unless the damage lies between them.
+        # Damage outside of all samples shows in the size or the hash only.
         if not self._found and (differs or self._fault is not None):
-            self._add(self._fault or self._size_or_hash())
+            self._add(self._fault or self._describe_difference())
         if not self._found and not beside:
             beside = self._check_idx(self._job.data / idx, rows)
         return self._found + beside
 
-    def _size_or_hash(self) -> str:
+    def _describe_difference(self) -> str:
         if self._file.error is not None:
             return f"cannot be read ({self._file.error.strerror})"
         expected = self._job.shard.bytes
@@ -345,7 +323,7 @@ class _Check:
         sample = None if place is None else self._job.start + place
         self._found.append(make_damage_row(self._job.shard.name, reason, sample, key))
 
-    def _rows_of_index(self) -> Index | None:
+    def _load_rows(self) -> Index | None:
         if not self._job.indexed:
             return None
         rows = np.load(self._job.data / index_name(self._job.split), mmap_mode="r")
@@ -353,16 +331,16 @@ class _Check:
         return np.array(rows[start : start + self._job.shard.samples])
 
     def _check_rows(self, rows: Index) -> None:
-        """Check each row of the index against the tar, and the bytes that it points at."""
-        there = {self._payload(part)[0]: sample for part, sample in _pictures(self._samples)}
+        """Check each row of the index against the tar, and the bytes in its range."""
+        there = {self._payload(part)[0]: sample for part, sample in _find_images(self._samples)}
         fault = self._fault
         for place, row in enumerate(rows.tolist()):
             sample = there.pop(row[2], None)
-            reason = self._row_fault(place, row, sample, fault)
+            reason = self._check_row(place, row, sample, fault)
             if reason is not None:
                 self._add(reason, place, self._key(place, sample))
             if sample is None:
-                fault = None  # it is told of the first sample that it hides
+                fault = None  # it is reported for the first sample only
         if self._fault is None and not self._job.foreign:
             for sample in there.values():
                 self._add("it is in the tar and not in the index", key=sample.key)
@@ -372,14 +350,14 @@ class _Check:
             return sample_key(self._job.number, place)
         return None if sample is None else sample.key
 
-    def _row_fault(
+    def _check_row(
         self, place: int, row: tuple[int, ...], sample: Sample | None, fault: str | None
     ) -> str | None:
-        """Return what is wrong with a sample, first of all things."""
+        """Return the first fault of a sample, None if it has none."""
         number, label, offset, size, crc = row
         if number != self._job.number:
             return f"the index has it in shard {number}"
-        if isinstance(self._job.classes.number(label), str):
+        if isinstance(self._job.classes.find_number(label), str):
             return f"its label {label} is outside the classes"
         if sample is None and self._fault is None:
             return f"the index has its image at byte {offset:,}, where none begins"
@@ -391,12 +369,12 @@ class _Check:
             return "the shard ends before it does"
         if isal_zlib.crc32(data) != crc:
             return "CRC-32 of the image differs"
-        if sample is None:  # its bytes are there, its header may not be: the first one tells
+        if sample is None:  # its bytes are sound, its header is not
             return fault
-        return self._sample_fault(place, sample, label, size) or self._image_fault(data)
+        return self._check_sample(place, sample, label, size) or self._check_image(data)
 
-    def _sample_fault(self, place: int, sample: Sample, label: int, size: int) -> str | None:
-        """Return what is wrong with the members of a sample."""
+    def _check_sample(self, place: int, sample: Sample, label: int, size: int) -> str | None:
+        """Return the first fault of a sample's members, None if they have none."""
         job = self._job
         if not job.foreign:
             if sample.key != sample_key(job.number, place):
@@ -405,27 +383,27 @@ class _Check:
                 names = ", ".join(escape(part.name) for part in sample.parts)
                 return f"its members are {names}, not .cls and .{ENDINGS[job.encoding]}"
         try:
-            found = job.classes.number(read_label(sample, self._file.read))
+            found = job.classes.find_number(read_label(sample, self._file.read))
         except UnfitSample as error:
             return str(error)
         if found != label:
             return f"its label is {found} in the tar and {label} in the index"
-        picture = next(part for part, _ in _pictures([sample]))
-        length = self._payload(picture)[1]
+        image = next(part for part, _ in _find_images([sample]))
+        length = self._payload(image)[1]
         if length != size:
             return f"its image has {length:,} bytes in the tar and {size:,} in the index"
-        return self._header_fault(picture) if job.encoding == "raw" else None
+        return self._check_header(image) if job.encoding == "raw" else None
 
     def _payload(self, part: SampleFile) -> tuple[int, int]:
-        """Return offset and size of what the index points at: of a `.npy`, the pixels."""
+        """Return offset and size of the image's bytes; of a `.npy`, those of the pixels."""
         skip = max(0, part.size - RAW_BYTES) if self._job.encoding == "raw" else 0
         return part.offset + skip, part.size - skip
 
-    def _header_fault(self, part: SampleFile) -> str | None:
+    def _check_header(self, part: SampleFile) -> str | None:
         header = bytes(self._file.read(part.offset, part.size - RAW_BYTES))
         return None if header == _npy_header() else "the header of its .npy is damaged"
 
-    def _image_fault(self, data: bytes | memoryview) -> str | None:
+    def _check_image(self, data: bytes | memoryview) -> str | None:
         if self._job.decode:
             try:
                 decode_image(data, self._job.encoding)
@@ -434,17 +412,17 @@ class _Check:
         return None
 
     def _check_without_index(self) -> None:
-        """Check what the tar shows by itself, where the index is damaged."""
+        """Check the tar alone, because the index is damaged."""
         for place, sample in enumerate(self._samples):
-            if reason := self._fault_alone(place, sample):
+            if reason := self._check_without_row(place, sample):
                 self._add(reason, place, sample.key)
         if self._fault is not None:
             self._add(self._fault)
 
-    def _fault_alone(self, place: int, sample: Sample) -> str | None:
+    def _check_without_row(self, place: int, sample: Sample) -> str | None:
         try:
-            label = self._job.classes.number(read_label(sample, self._file.read))
-            part, _ = next(_pictures([sample]), (None, None))
+            label = self._job.classes.find_number(read_label(sample, self._file.read))
+            part, _ = next(_find_images([sample]), (None, None))
             if part is None:
                 return "it has no image"
             offset, size = self._payload(part)
@@ -455,17 +433,17 @@ class _Check:
             return f"cannot be read ({error.strerror})"
         if isinstance(label, str):
             return label
-        return self._sample_fault(place, sample, label, size) or self._image_fault(data)
+        return self._check_sample(place, sample, label, size) or self._check_image(data)
 
-    def _check_strangers(self) -> None:
-        """Find members that belong to no sample."""
+    def _check_unknown_members(self) -> None:
+        """Report members that belong to no sample."""
         known = {part.name for sample in self._samples for part in sample.parts}
         for entry in self._entries:
             if entry.name not in known:
                 self._add(f"it holds {entry.name!r}, which is no file of a sample")
 
     def _check_idx(self, path: Path, rows: Index | None) -> list[DamageRow]:
-        """Compare an `.idx` with a sound tar: its bytes, or if foreign, its places."""
+        """Compare an `.idx` with a sound tar: byte for byte, or place by place if it is foreign."""
         content = path.read_bytes()
         if not self._job.foreign:
             expected = format_idx(self._samples)
@@ -485,8 +463,8 @@ class _Check:
         return [make_damage_row(path.name, reason)] if lacking else []
 
 
-def _pictures(samples: Sequence[Sample]) -> Iterator[tuple[SampleFile, Sample]]:
-    """Return the image of each sample that has one."""
+def _find_images(samples: Sequence[Sample]) -> Iterator[tuple[SampleFile, Sample]]:
+    """Yield the image of each sample that has one, and the sample."""
     for sample in samples:
         for part in sample.parts:
             if part.kind in ("jpg", "jpeg", "npy"):

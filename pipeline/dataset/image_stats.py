@@ -1,7 +1,7 @@
-"""The training images' mean and colour covariance (paper, sections 2 and 4.1).
+"""Mean and color covariance of the training images (paper, sections 2 and 4.1).
 
-All sums are of whole numbers, kept exactly: the result does not depend on the order in which
-images or shards are added.
+All sums are exact sums of integers, so the result does not depend on the order in which images or
+shards are added.
 """
 
 from __future__ import annotations
@@ -22,46 +22,45 @@ NAME = "stats.npz"
 Floats = npt.NDArray[np.float64]
 
 _RECENT = 257
-"""Images whose sum fits 16 bits: adding to those is twice as fast."""
+"""Number of images whose sum fits 16 bits, which add up twice as fast."""
 _WIDE, _RUN = 12, 256
 _RUNS = SIZE * SIZE * 3 // (_WIDE * _RUN) // 2
 
 
 class Sums:
-    """Running sums over images; addition of two is exact and order-free."""
+    """Sums over images; `images` is their number. Two can be added, exactly and in any order."""
 
     def __init__(self) -> None:
         self.images = 0
         self.outer: npt.NDArray[np.int64] = np.zeros((3, 3), np.int64)
-        """[3, 3]: sum over images and pixels of the products of two channels."""
-        self._picture: npt.NDArray[np.uint64] = np.zeros((SIZE, SIZE, 3), np.uint64)
+        """int64 [3, 3]: sum over images and pixels of the products of two channels."""
+        self._image_sum: npt.NDArray[np.uint64] = np.zeros((SIZE, SIZE, 3), np.uint64)
         self._recent: npt.NDArray[np.uint16] = np.zeros((SIZE, SIZE, 3), np.uint16)
         self._recent_images = 0
         self._floats: npt.NDArray[np.float32] = np.empty((_RUNS, _RUN, _WIDE), np.float32)
 
     @property
     def image_sum(self) -> npt.NDArray[np.uint64]:
-        """[256, 256, 3]: sum over images."""
-        self._picture += self._recent
+        """uint64 [256, 256, 3]: sum over images."""
+        self._image_sum += self._recent
         self._recent[...] = self._recent_images = 0
-        return self._picture
+        return self._image_sum
 
     @image_sum.setter
     def image_sum(self, value: npt.NDArray[np.unsignedinteger]) -> None:
         self._recent[...] = self._recent_images = 0
-        self._picture = value.astype(np.uint64)
+        self._image_sum = value.astype(np.uint64)
 
     def add(self, pixels: Pixels) -> None:
         """Add one image, uint8 [256, 256, 3]."""
         if self._recent_images == _RECENT:
-            self.image_sum  # noqa: B018 - empties what is recent
+            self.image_sum  # noqa: B018 - flushes the recent sum
         self._recent += pixels
         self._recent_images += 1
         self.images += 1
-        # Four neighbouring pixels make a row of 12 values: matrix products of that width are some
-        # times faster than those of width 3, though three quarters of their entries go unused.
-        # A run of 256 rows stays below 2**24, where float32 is exact in any order. Half an image
-        # at a time stays in the processor's cache.
+        # Four neighboring pixels make a row of 12 values: matrix products of that width are several
+        # times faster than those of width 3, though three quarters of their entries are unused. The
+        # sum of 256 rows is below 2**24, so float32 is exact. Half an image fits the CPU cache.
         total = np.zeros((_WIDE, _WIDE))
         for half in pixels.reshape(2, *self._floats.shape):
             np.copyto(self._floats, half)
@@ -79,22 +78,22 @@ class Sums:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What `stats.npz` holds; pixel values are 0..255, channels are R, G, B."""
+    """Content of `stats.npz`; pixel values are 0..255, channels are R, G, B."""
 
     mean_picture: npt.NDArray[np.float32]
-    """[256, 256, 3]: the mean activity of each pixel."""
+    """float32 [256, 256, 3]: mean over images."""
     channel_mean: Floats
-    """[3]: mean over images and pixels."""
+    """float64 [3]: mean over images and pixels."""
     covariance: Floats
-    """[3, 3]: of the RGB pixel values of the whole training set, about `channel_mean`."""
+    """float64 [3, 3]: covariance of the RGB values over images and pixels."""
     eigenvalues: Floats
-    """[3]: variances along the principal components, largest first, in 0..255 squared."""
+    """float64 [3]: variances of the principal components, largest first."""
     eigenvectors: Floats
-    """[3, 3]: column i belongs to eigenvalue i; its largest component is positive."""
+    """float64 [3, 3]: column i belongs to eigenvalue i; its largest component is positive."""
 
     @classmethod
-    def of(cls, sums: Sums) -> Statistics:
-        """Turn sums over at least one image into statistics."""
+    def from_sums(cls, sums: Sums) -> Statistics:
+        """Return the statistics of at least one image."""
         pixels = sums.images * SIZE * SIZE
         mean = sums.image_sum.sum((0, 1)) / pixels
         covariance = sums.outer / pixels - np.outer(mean, mean)
@@ -105,7 +104,7 @@ class Statistics:
             mean_picture=(sums.image_sum / sums.images).astype(np.float32),
             channel_mean=mean,
             covariance=covariance,
-            eigenvalues=values.clip(0),  # a set of one colour may come out at -1e-12
+            eigenvalues=values.clip(0),  # of images of one color it may be -1e-12
             eigenvectors=vectors * signs,
         )
 
@@ -117,10 +116,10 @@ class Statistics:
 
     @classmethod
     def load(cls, data: Path, expected: str | None = None) -> Statistics:
-        """Read `DATA/stats.npz`; `expected` is the SHA-256 that it should have.
+        """Read `DATA/stats.npz`; `expected` is its SHA-256 (hexadecimal), if that is known.
 
         Raises:
-            DataError: it is missing, damaged, or of another set.
+            DataError: it is missing, damaged, or that of another data set.
         """
         try:
             if expected is not None and sha256(data / NAME) != expected:

@@ -1,11 +1,7 @@
-"""A stored image: how large it is, what encodings there are, and the raw one.
+"""Stored images: size, encodings, and a strict decoder.
 
-How images of any kind become one is `pipeline.packing.resize`.
-
-One image as it is stored in a shard -> its pixels, or the reason why it has none.
-
-The strictest reading there is: whatever libjpeg would only warn of (a scan that ends early, bytes
-that fit nowhere) is a fault here. An image that passes decodes everywhere.
+The decoder is the strictest there is: whatever libjpeg would only warn of (a scan that ends early,
+stray bytes) is an error. An image that passes decodes everywhere.
 """
 
 from __future__ import annotations
@@ -19,36 +15,28 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from pipeline.tools.errors import summarize_error
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow decodes at half the speed
+    simplejpeg = None
+
 SIZE = 256
 """Height and width of a stored image, in pixels."""
 
 Pixels = npt.NDArray[np.uint8]
 
 Encoding = Literal["jpeg", "raw"]
-"""How a data set stores its images: as JPEGs, or as the pixels themselves."""
+"""How a data set stores its images: as JPEGs, or as raw pixels."""
 
 ENDINGS: dict[Encoding, str] = {"jpeg": "jpg", "raw": "npy"}
-"""What an image's member of a tar ends in."""
+"""Ending of an image's tar member."""
 
-
-def encode_npy(pixels: Pixels) -> bytes:
-    """Return uint8 [h, w, 3] as a NumPy file (format 1.0, C order): a header, then the pixels."""
-    file = io.BytesIO()
-    # The version is named, and the order made sure of: the bytes are what data sets are made of.
-    np.lib.format.write_array(
-        file, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False
-    )
-    return file.getvalue()
-
-
-try:
-    import simplejpeg
-except ImportError:  # Pillow does it too, at half the speed
-    simplejpeg = None
 
 SHAPE = (SIZE, SIZE, 3)
 COLORS = ("YCbCr", "RGB", "Gray", "L")
-"""What JPEGs may hold, as simplejpeg and Pillow call it."""
+"""Color spaces that JPEGs may have, in the names of simplejpeg and Pillow."""
 SOI = b"\xff\xd8"
 EXIF = b"Exif\0\0"
 EXIF_WITHIN = 65_536
@@ -56,21 +44,31 @@ EXIF_WITHIN = 65_536
 
 
 class Undecodable(Exception):
-    """These bytes are no image of 256x256; the message is the reason, one line."""
+    """The bytes are no image of 256x256; the message is the reason, one line."""
+
+
+def encode_npy(pixels: Pixels) -> bytes:
+    """Return uint8 [h, w, 3] as a NumPy file (format 1.0, C order): a header, then the pixels."""
+    file = io.BytesIO()
+    # Version and order are fixed, since the bytes of a data set depend on them.
+    np.lib.format.write_array(
+        file, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False
+    )
+    return file.getvalue()
 
 
 def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixels:
     """Decode a stored image.
 
     Args:
-        data: a JPEG, grey or RGB, or the pixels of a raw image.
+        data: a JPEG, gray or RGB, or the pixels of a raw image.
         encoding: which of the two.
 
     Returns:
-        uint8 [256, 256, 3], RGB, as DALI gives it (an EXIF orientation is heeded).
+        uint8 [256, 256, 3], RGB, as DALI returns it (an EXIF orientation is applied).
 
     Raises:
-        Undecodable: it cannot be decoded without a fault, or has another shape.
+        Undecodable: it cannot be decoded without an error, or has another shape.
     """
     if encoding == "raw":
         flat = np.frombuffer(data, np.uint8)
@@ -82,11 +80,11 @@ def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixel
     if size != (SIZE, SIZE):
         raise Undecodable(f"it is {size[0]}x{size[1]}, not {SIZE}x{SIZE}")
     if simplejpeg is None or EXIF in data[:EXIF_WITHIN]:
-        return _by_pillow(data)
+        return _decode_with_pillow(data)
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
     except (ValueError, RuntimeError) as error:
-        raise Undecodable(f"it cannot be decoded ({_one_line(error)})") from error
+        raise Undecodable(f"it cannot be decoded ({summarize_error(error)})") from error
     return pixels
 
 
@@ -94,35 +92,31 @@ def read_jpeg_size(data: bytes) -> tuple[int, int]:
     """Return width and height of a JPEG from its header.
 
     Raises:
-        Undecodable: it is no JPEG, or neither grey nor RGB.
+        Undecodable: it is no JPEG, or neither gray nor RGB.
     """
     try:
         if simplejpeg is not None:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=True)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of size, too: whoever calls looks at that
+                warnings.simplefilter("ignore")  # also of the size, which callers check
                 image = Image.open(io.BytesIO(data), formats=["JPEG"])
-            (width, height), colours = image.size, image.mode
-    # Parsers raise what they please on damaged input; whatever it is, it is this image.
+            (width, height), colors = image.size, image.mode
+    # Parsers raise many kinds of exception on damaged input.
     except Exception as error:
-        what = f"({_one_line(error)})" if data.startswith(SOI) else "at all"
+        what = f"({summarize_error(error)})" if data.startswith(SOI) else "at all"
         raise Undecodable(f"it is no JPEG {what}") from error
-    if colours not in COLORS:
-        raise Undecodable(f"its colours are {colours}, neither RGB nor grey")
+    if colors not in COLORS:
+        raise Undecodable(f"its colours are {colors}, neither RGB nor grey")
     return width, height
 
 
-def _by_pillow(data: bytes) -> Pixels:
+def _decode_with_pillow(data: bytes) -> Pixels:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             warnings.simplefilter("ignore")  # damaged EXIF
             image.load()
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # as above
-        raise Undecodable(f"it cannot be decoded ({_one_line(error)})") from error
+        raise Undecodable(f"it cannot be decoded ({summarize_error(error)})") from error
     return pixels
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,10 +1,10 @@
-"""What a sealed data set is: a folder whose `manifest.json` names every shard in it.
+"""`manifest.json`: names every file of a data set, with its hash.
 
-DATA/manifest.json          this file's `Manifest`, written last: no manifest, no data set
+DATA/manifest.json          `Manifest`, written last: without it there is no data set
 DATA/train-000000.tar       shards: WebDataset tars of `KEY.jpg` (raw: `KEY.npy`) and `KEY.cls`
 DATA/train-000000.idx       DALI's index of the same shard, for any other tool
-DATA/train.index.npy        where each sample of the split lies (`shards.INDEX_DTYPE`)
-DATA/stats.npz              statistics of the training images (`pixel_stats.Statistics`)
+DATA/train.index.npy        place of each sample of the split (`index.INDEX_DTYPE`)
+DATA/stats.npz              statistics of the training images (`image_stats.Statistics`)
 DATA/rejects.jsonl          every image that was not packed, and why
 DATA/duplicates.jsonl       images that are the same or nearly so, within and across splits
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipeline.dataset.images import Encoding
-from pipeline.tools.errors import REBUILD, DataError, UsageError
+from pipeline.tools.errors import REBUILD, DataError, UsageError, summarize_error
 from pipeline.tools.files import atomic_write, sha256
 
 VERSION = 1
@@ -26,7 +26,7 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar: its file name, samples, bytes and SHA-256 (hexadecimal), and that of its .idx."""
+    """A tar: file name, number of samples, size in bytes, SHA-256 (hex) of it and of its .idx."""
 
     name: str
     samples: int
@@ -37,7 +37,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split (`train`, `val`): its shards in stored order, and the hash of its index file."""
+    """A split (`train`, `val`): its shards in stored order, and the SHA-256 of its index file."""
 
     shards: tuple[Shard, ...]
     index_sha256: str
@@ -55,11 +55,11 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that a data set claims about itself."""
+    """Content of `manifest.json`."""
 
     splits: dict[str, Split]
     classes: tuple[str, ...]
-    """Class names; a label is a place in this list."""
+    """Class names; a label is an index into this list."""
     seed: int
     """Seed of the shuffle over the images when they were packed."""
     sources: dict[str, str]
@@ -69,38 +69,38 @@ class Manifest:
     stats_sha256: str
     """SHA-256 of `stats.npz`."""
     rejected: int = 0
-    """Images that were left out; `rejects.jsonl` lists them."""
+    """Number of images that were left out; `rejects.jsonl` lists them."""
     image_size: int = 256
     """Height and width of every stored image, in pixels."""
     quality: int | None = None
     """JPEG quality of the stored images, 1..100; None where they are raw."""
     encoding: Encoding = "jpeg"
-    """How the images are stored; sets from before there was a choice hold JPEGs."""
+    """How the images are stored; older manifests have no such key, and JPEGs."""
     chroma: str | None = None
-    """Colour resolution of stored JPEGs, `4:2:0` or `4:4:4`; None where it is not known."""
+    """Chroma subsampling of the JPEGs, `4:2:0` or `4:4:4`; None if it is not known."""
     titles: tuple[str, ...] | None = None
-    """Readable names of the classes, where the source had them."""
+    """Readable names of the classes, if the source had them."""
     duplicates: int = 0
-    """Groups of images that are the same or nearly so; `duplicates.jsonl` lists them."""
+    """Number of groups of (nearly) equal images; `duplicates.jsonl` lists them."""
     leaks: int = 0
-    """Those of the groups that are in more than one split."""
+    """Number of these groups that are in more than one split."""
     rejects_sha256: str | None = None
-    """SHA-256 of `rejects.jsonl`; None in sets from before it was kept."""
+    """SHA-256 of `rejects.jsonl`; None in older manifests."""
     duplicates_sha256: str | None = None
-    """SHA-256 of `duplicates.jsonl`; None in sets from before there was one."""
+    """SHA-256 of `duplicates.jsonl`; None in older manifests."""
     libraries: dict[str, str] = field(default_factory=dict)
-    """Releases of the libraries that decided the bytes of the shards."""
+    """Versions of the libraries that determine the bytes of the shards."""
     foreign: bool = False
-    """Another tool made the shards, and `pipeline.index_shards` indexed them where they lie: names,
-    keys and members are of its choosing."""
+    """Whether another tool made the shards, and chose names, keys and members;
+    `pipeline.index_shards` indexed them in place."""
     version: int = field(default=VERSION)
 
     def text(self) -> bytes:
-        """Return what `manifest.json` holds."""
+        """Return the bytes of `manifest.json`."""
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
     def save(self, data: Path) -> None:
-        """Write `DATA/manifest.json`; from this moment the data set exists."""
+        """Write `DATA/manifest.json`, which completes the data set."""
         with atomic_write(data / NAME) as file:
             file.write(self.text())
 
@@ -121,18 +121,20 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Manifest:
-        """Read the text of a manifest; `where` names it in messages.
+        """Parse the bytes of a manifest; `where` names it in messages.
 
         Raises:
             DataError: it is damaged or of another version.
         """
         try:
-            return cls._parsed(json.loads(text))
+            return cls._from_table(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where} cannot be read ({_reason(error)}); {REBUILD}") from error
+            raise DataError(
+                f"{where} cannot be read ({summarize_error(error)}); {REBUILD}"
+            ) from error
 
     @classmethod
-    def _parsed(cls, table: dict[str, Any]) -> Manifest:
+    def _from_table(cls, table: dict[str, Any]) -> Manifest:
         if table["version"] != VERSION:
             raise ValueError(f"version {table['version']}, this program reads {VERSION}")
         if (encoding := table.get("encoding", "jpeg")) not in (known := get_args(Encoding)):
@@ -164,13 +166,19 @@ class Manifest:
         return self.splits[name]
 
 
+def is_plain_name(name: object) -> bool:
+    """Return whether a name is that of a file in the data set's folder, and nowhere else."""
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and not name.startswith(".")
+        and "\0" not in name
+    )
+
+
 def identity(data: Path) -> str:
-    """Return the SHA-256 of the manifest file: two data sets with the same one are the same."""
+    """Return the SHA-256 of the manifest file, which identifies the data set and its bytes."""
     return sha256(data / NAME)
-
-
-def _reason(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
 
 
 _HOW = "python -m pipeline.build_shards"

@@ -1,12 +1,9 @@
-"""Members of a WebDataset tar -> samples: which file is the image, which holds the label.
+"""WebDataset samples: groups the members of a tar, finds images and labels, numbers the classes.
 
-The members of a sample follow each other and share a key, the name up to the first dot behind the
-last slash: as `webdataset` and DALI read it. What comes first, what else is there and how endings
-are written (`.JPG`, `.image.jpeg`) does not matter.
-
-The label of a sample in a WebDataset shard: `.cls`, or a field of `.json`, or a bare `.txt`.
-
-Labels as they are written -> numbers from 0, and the names of the classes.
+The members of a sample follow each other and share a key, which is the name up to the first dot
+behind the last slash, as `webdataset` and DALI read it. Their order, other members and the case of
+endings (`.JPG`, `.image.jpeg`) do not matter. The label is in a `.cls`, a field of a `.json`, or a
+`.txt` that holds just a number.
 """
 
 from __future__ import annotations
@@ -23,33 +20,133 @@ from pipeline.dataset.index import split_member_name
 from pipeline.dataset.tar import Member, escape
 from pipeline.tools.errors import UsageError
 
+JPEG_ENDINGS = ("jpg", "jpeg")
+OTHER_ENDINGS = ("png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "npy", "npz", "pyd", "pth")
+"""Endings of images that other programs store and this one does not read from shards."""
 LABEL_ENDINGS = ("cls", "json", "txt")
-"""The better one comes first."""
+"""Endings of labels, best first."""
 MAX_LABEL_BYTES = 1 << 16
-"""A label that claims more bytes is none, and is not read."""
+"""Size limit of a label in bytes; larger members are not read."""
 LONGEST_WORD = 200
 NUMBER_FIELDS = ("label", "cls", "class", "class_id", "class_index", "target")
 NAME_FIELDS = ("class_name", "classname", "label_name", "class_text", "label_text")
+MAX_CLASSES = 1_000_000
+"""Largest number of classes; a larger label is some other id."""
+
+
+class UnfitSample(Exception):
+    """A sample without a usable image or label; the message is the reason."""
+
+
+class SampleFile(NamedTuple):
+    """A file of a sample."""
+
+    ending: str
+    """The name behind the first dot, as it is written."""
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def kind(self) -> str:
+        """Last part of the ending in lower case: `jpg` for `KEY.image.JPG`."""
+        return self.ending.rpartition(".")[2].lower()
+
+
+class Sample(NamedTuple):
+    """The files that share a key, in stored order."""
+
+    key: str
+    parts: tuple[SampleFile, ...]
+
+    def find_image(self) -> SampleFile:
+        """Return the JPEG.
+
+        Raises:
+            UnfitSample: there is none, or several.
+        """
+        found = [part for part in self.parts if part.kind in JPEG_ENDINGS]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = " and ".join(f".{escape(part.ending)}" for part in found)
+            raise UnfitSample(f"it has several images, {names}; repack with one")
+        other = next((part for part in self.parts if part.kind in OTHER_ENDINGS), None)
+        if other is None:
+            raise UnfitSample("it has no image (.jpg or .jpeg)")
+        raise UnfitSample(f"its image is a .{escape(other.ending)}, no JPEG")
+
+
+def group_samples(members: Iterable[Member]) -> Iterator[Sample]:
+    """Group the members of a tar into samples, in stored order.
+
+    Hidden files and names without a dot are skipped, as by DALI and `webdataset`.
+    """
+    key, parts, seen = "", list[SampleFile](), set[str]()
+    for member in members:
+        if not member.regular:
+            continue
+        base, ending = split_member_name(member.name)
+        if not base or base.endswith("/"):
+            continue
+        if base != key or ending in seen:  # a repeated ending begins another sample of that key
+            if parts:
+                yield Sample(key, tuple(parts))
+            key, parts, seen = base, [], set()
+        parts.append(SampleFile(ending, member.name, member.offset, member.size))
+        seen.add(ending)
+    if parts:
+        yield Sample(key, tuple(parts))
+
+
+def has_images(sample: Sample) -> bool:
+    """Return whether this is meant to be a sample: it has an image or a `.cls`."""
+    return any(part.kind in (*JPEG_ENDINGS, *OTHER_ENDINGS, "cls") for part in sample.parts)
+
+
+def read_label(sample: Sample, read: Callable[[int, int], bytes | memoryview]) -> int | str:
+    """Return the label of a sample: a number from 0, or the name of a class.
+
+    Args:
+        sample: the sample.
+        read: called with offset and size, returns these bytes of the tar.
+
+    Raises:
+        UnfitSample: it has no label.
+        OSError: as `read`.
+    """
+    there = {part.kind: part for part in reversed(sample.parts) if part.kind in LABEL_ENDINGS}
+    for kind in LABEL_ENDINGS:
+        part = there.get(kind)
+        if part is not None and part.size <= MAX_LABEL_BYTES:
+            label = parse_label(kind, bytes(read(part.offset, part.size))).label
+            if label is not None:
+                return label
+    first = next((kind for kind in LABEL_ENDINGS if kind in there), None)
+    if first is None or first == "txt":
+        raise UnfitSample("it has no label (.cls or .json)")
+    where = f" (in one of {', '.join(NUMBER_FIELDS)})" if first == "json" else ""
+    raise UnfitSample(f"its .{first} of {there[first].size:,} bytes holds no label{where}")
 
 
 class MemberLabel(NamedTuple):
-    """What a member says."""
+    """Label in one member."""
 
     label: int | str | None
-    """A number from 0, a word, or None."""
+    """A number from 0, a word, or None if the member holds no label."""
     title: str | None = None
-    """Readable name of the class, where it stands beside the number."""
+    """Readable name of the class, if it is given beside the number."""
 
 
 def parse_label(ending: str, body: bytes) -> MemberLabel:
-    """Return the label in the body of a `.cls`, `.json` or `.txt` member."""
+    """Return the label in the content of a `.cls`, `.json` or `.txt` member."""
     if ending == "json":
         return _from_json(body)
     try:
         label = _from_text(body.decode())
     except UnicodeDecodeError:
         return MemberLabel(None)
-    # A text may be anything, such as a caption; only a number is a label.
+    # A text may be a caption: only a number is a label.
     return MemberLabel(None if ending == "txt" and isinstance(label, str) else label)
 
 
@@ -57,7 +154,7 @@ def _from_text(text: str) -> int | str | None:
     text = text.strip()
     number = text.removeprefix("-").removeprefix("+")
     if number.isascii() and number.isdigit():
-        # Nine digits are more than there are classes; -1 stands for "not known".
+        # No data set has a class number of ten digits; -1 stands for "unknown".
         return int(number) if len(number) <= 9 and not text.startswith("-") else None
     return text if text and text.isprintable() and len(text) <= LONGEST_WORD else None
 
@@ -87,21 +184,17 @@ def _from_value(value: object) -> int | str | None:
     return _from_text(value)
 
 
-MAX_CLASSES = 1_000_000
-"""Classes that a set may have; a label beyond is an id of something else."""
-
-
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a set; a label is a place in `names`."""
+    """The classes of a data set; a label is an index into `names`."""
 
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, labels: Sequence[Sequence[int | str]]) -> Classes:
-        """Return the classes that the labels of the training samples show.
+    def from_labels(cls, labels: Sequence[Sequence[int | str]]) -> Classes:
+        """Return the classes of the training samples' labels.
 
-        Numbers count from 0, and the class of a number is called by it; names are sorted.
+        Numbers count from 0, and are the names of their classes; words are sorted.
 
         Raises:
             UsageError: there are numbers and names, no label 0, or fewer than two classes.
@@ -125,8 +218,8 @@ class Classes:
             raise UsageError("the training samples are of one class; it needs two or more")
         return cls(tuple(map(str, range(max(numbers) + 1))))
 
-    def number(self, label: int | str) -> int | str:
-        """Return the number of a label, or the reason (a text) why it has none."""
+    def find_number(self, label: int | str) -> int | str:
+        """Return the number of a label, or a text: the reason why it has none."""
         if isinstance(label, str):
             place = self._places.get(label)
             return f"label {label!r} is no class of this set" if place is None else place
@@ -140,7 +233,7 @@ class Classes:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Read class names: a JSON list, or a name a line, in the order of the labels.
+    """Read class names: a JSON list, or one name per line, in the order of the labels.
 
     Raises:
         UsageError: it cannot be read, is empty, or has a name twice.
@@ -163,105 +256,3 @@ def read_classes(path: Path) -> tuple[str, ...]:
         twice = Counter(names).most_common(1)[0][0]
         raise UsageError(f"--classes {path} has {twice!r} more than once; a label needs one name")
     return tuple(names)
-
-
-JPEG_ENDINGS = ("jpg", "jpeg")
-OTHER_ENDINGS = ("png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "npy", "npz", "pyd", "pth")
-"""What images are stored as elsewhere, and not read from shards here."""
-
-
-class UnfitSample(Exception):
-    """A sample that cannot be trained from as it is; the message is the reason."""
-
-
-class SampleFile(NamedTuple):
-    """One file of a sample."""
-
-    ending: str
-    """All behind the first dot, as it is written."""
-    name: str
-    offset: int
-    size: int
-
-    @property
-    def kind(self) -> str:
-        """What it is, in small letters: `jpg` for `KEY.image.JPG`."""
-        return self.ending.rpartition(".")[2].lower()
-
-
-class Sample(NamedTuple):
-    """The files that share a key."""
-
-    key: str
-    parts: tuple[SampleFile, ...]
-
-    def find_image(self) -> SampleFile:
-        """Return the JPEG.
-
-        Raises:
-            Unfit: there is none, or several.
-        """
-        found = [part for part in self.parts if part.kind in JPEG_ENDINGS]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = " and ".join(f".{escape(part.ending)}" for part in found)
-            raise UnfitSample(f"it has several images, {names}; repack with one")
-        other = next((part for part in self.parts if part.kind in OTHER_ENDINGS), None)
-        if other is None:
-            raise UnfitSample("it has no image (.jpg or .jpeg)")
-        raise UnfitSample(f"its image is a .{escape(other.ending)}, no JPEG")
-
-
-def group_samples(members: Iterable[Member]) -> Iterator[Sample]:
-    """Group the members of a tar into samples, in stored order.
-
-    Hidden files and names without a dot are passed over, as DALI and `webdataset` do.
-    """
-    key, parts, seen = "", list[SampleFile](), set[str]()
-    for member in members:
-        if not member.regular:
-            continue
-        base, ending = split_member_name(member.name)
-        if not base or base.endswith("/"):
-            continue
-        if base != key or ending in seen:  # the same once more is another sample of that key
-            if parts:
-                yield Sample(key, tuple(parts))
-            key, parts, seen = base, [], set()
-        parts.append(SampleFile(ending, member.name, member.offset, member.size))
-        seen.add(ending)
-    if parts:
-        yield Sample(key, tuple(parts))
-
-
-def has_images(sample: Sample) -> bool:
-    """Whether this is meant to be a sample: an image or a label, and not a file that lies by."""
-    return any(part.kind in (*JPEG_ENDINGS, *OTHER_ENDINGS, "cls") for part in sample.parts)
-
-
-def read_label(sample: Sample, read: Callable[[int, int], bytes | memoryview]) -> int | str:
-    """Return the label of a sample, as it is written: a number from 0, or the name of a class.
-
-    It is found as `build_shards` finds it: in the `.cls`, a field of the `.json`, or the `.txt`.
-
-    Args:
-        sample: whose.
-        read: gives the bytes at an offset, so many.
-
-    Raises:
-        Unfit: it has none.
-        OSError: as `read`.
-    """
-    there = {part.kind: part for part in reversed(sample.parts) if part.kind in LABEL_ENDINGS}
-    for kind in LABEL_ENDINGS:
-        part = there.get(kind)
-        if part is not None and part.size <= MAX_LABEL_BYTES:
-            label = parse_label(kind, bytes(read(part.offset, part.size))).label
-            if label is not None:
-                return label
-    first = next((kind for kind in LABEL_ENDINGS if kind in there), None)
-    if first is None or first == "txt":
-        raise UnfitSample("it has no label (.cls or .json)")
-    where = f" (in one of {', '.join(NUMBER_FIELDS)})" if first == "json" else ""
-    raise UnfitSample(f"its .{first} of {there[first].size:,} bytes holds no label{where}")

@@ -1,6 +1,6 @@
-"""One shard: a plain WebDataset tar, DALI's index of it, and our rows about its samples.
+"""Shard files: the tar that is written, and the `.idx` that DALI reads beside it.
 
-DALI's `.idx`: where each file of each sample of a tar lies, as its `wds2idx` writes it.
+An `.idx` lists where each file of each sample of a tar lies, as DALI's `wds2idx` writes it:
 
 v1.2 2
 cls 512 1 000.cls jpg 1536 1000 000.jpg
@@ -14,7 +14,6 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -24,20 +23,21 @@ from pipeline.dataset.images import ENDINGS, SIZE, Encoding
 from pipeline.dataset.index import INDEX_DTYPE, Index, sample_key
 from pipeline.dataset.manifest import Shard
 from pipeline.dataset.samples import Sample
-from pipeline.tools.files import atomic_write
 
 _COLUMNS = {"v1.1": 3, "v1.2": 4}
-"""Words a file; the fourth is its name."""
+"""Words for each file, by version; the fourth is its name."""
 
 Places = list[tuple[str, int, int]]
-"""Ending, offset and size of the files of a sample."""
+"""Ending, offset and size in bytes of each file of a sample."""
+RECORD = 512
+"""Bytes of a tar header; contents are padded to a multiple of it."""
 
 
 def format_idx(samples: Sequence[Sample]) -> bytes:
     """Return the `.idx` that lists these samples."""
     lines = [f"v1.2 {len(samples)}"]
     for sample in samples:
-        # Words are told apart by blanks; of a name with some, DALI needs no more than a word.
+        # Blanks separate the words; in a name they become underscores, as DALI ignores the name.
         words = (
             f"{_word(part.ending)} {part.offset} {part.size} {_word(part.name)}"
             for part in sample.parts
@@ -47,15 +47,15 @@ def format_idx(samples: Sequence[Sample]) -> bytes:
 
 
 def locate_files(samples: Sequence[Sample]) -> list[Places]:
-    """Return what `read_idx` finds in `idx_text(samples)`."""
+    """Return what `parse_idx` finds in `format_idx(samples)`."""
     return [[(_word(p.ending), p.offset, p.size) for p in sample.parts] for sample in samples]
 
 
 def parse_idx(content: bytes) -> list[Places]:
-    """Return what an `.idx` lists.
+    """Return the places that an `.idx` lists, for each sample.
 
     Raises:
-        ValueError: it is none; the message says why.
+        ValueError: the content is no `.idx`; the message says why.
     """
     head, *lines = content.decode("utf-8", "surrogateescape").splitlines() or [""]
     version, _, count = head.partition(" ")
@@ -63,10 +63,12 @@ def parse_idx(content: bytes) -> list[Places]:
         raise ValueError("it does not begin with v1.1 or v1.2")
     if count.strip() != str(len(lines)):
         raise ValueError(f"it has {len(lines)} lines, and says {count.strip()!r}")
-    return [_places(line.split(), _COLUMNS[version], number) for number, line in enumerate(lines)]
+    return [
+        _parse_line(line.split(), _COLUMNS[version], number) for number, line in enumerate(lines)
+    ]
 
 
-def _places(words: list[str], columns: int, number: int) -> Places:
+def _parse_line(words: list[str], columns: int, number: int) -> Places:
     groups = [words[start : start + columns] for start in range(0, len(words), columns)]
     try:
         return [(group[0], int(group[1]), int(group[2])) for group in groups]
@@ -78,10 +80,6 @@ def _word(text: str) -> str:
     return re.sub(r"\s", "_", text)
 
 
-RECORD = 512
-"""Bytes of a tar's header, and what contents are padded to."""
-
-
 def shard_name(split: str, number: int) -> str:
     """Name of a tar: `train-000000.tar`."""
     return f"{split}-{number:06d}.tar"
@@ -89,12 +87,12 @@ def shard_name(split: str, number: int) -> str:
 
 @dataclass(frozen=True)
 class WrittenTar:
-    """What `write_tar` wrote."""
+    """Result of `write_tar`."""
 
     rows: Index
-    """`INDEX_DTYPE` rows, one a sample."""
+    """`INDEX_DTYPE` [n]: one row for each sample."""
     listing: bytes
-    """The text of DALI's `wds2idx` for this tar."""
+    """Content of the tar's `.idx`."""
     bytes: int
     sha256: str
 
@@ -102,16 +100,16 @@ class WrittenTar:
 def write_tar(
     file: IO[bytes], number: int, samples: Iterable[tuple[bytes, int]], encoding: Encoding
 ) -> WrittenTar:
-    """Write a tar of samples, byte for byte the same for the same samples, in one pass.
+    """Write a tar of samples in one pass; the same samples give the same bytes.
 
     Args:
-        file: where to; only `write` is called.
-        number: which shard of the split this is.
-        samples: the file (a JPEG, or a `.npy` when raw) and label (0..) of each sample, in stored
+        file: gets the bytes; only its `write` is called.
+        number: of the shard in its split, from 0.
+        samples: image file (a JPEG, or a `.npy` when raw) and label (0..) of each sample, in stored
             order.
-        encoding: what those files are.
+        encoding: of the image files.
     """
-    import webdataset  # half a second: it brings torch, which reading does without
+    import webdataset  # takes half a second: it imports torch, which readers do not need
 
     out = _Hashed(file)
     writer = webdataset.TarWriter(out, encoder=False, mtime=0)
@@ -120,17 +118,17 @@ def write_tar(
     lines: list[str] = []
     place = 0
     try:
-        for picture, label in samples:
+        for image, label in samples:
             key, text = sample_key(number, len(rows)), str(label).encode()
-            writer.write({"__key__": key, "cls": text, ending: picture})
+            writer.write({"__key__": key, "cls": text, ending: image})
             cls, start = place + RECORD, place + 2 * RECORD + _padded(len(text))
-            place = start + _padded(len(picture))
-            # Of a raw image only the pixels are fed to the graph, not the header of their `.npy`.
-            skip = len(picture) - SIZE * SIZE * 3 if encoding == "raw" else 0
-            crc = isal_zlib.crc32(memoryview(picture)[skip:])  # zlib's, several times faster
-            rows.append((number, label, start + skip, len(picture) - skip, crc))
+            place = start + _padded(len(image))
+            # The index points at the pixels of a raw image, behind the header of its `.npy`.
+            skip = len(image) - SIZE * SIZE * 3 if encoding == "raw" else 0
+            crc = isal_zlib.crc32(memoryview(image)[skip:])  # zlib's, several times faster
+            rows.append((number, label, start + skip, len(image) - skip, crc))
             lines.append(
-                f"cls {cls} {len(text)} {key}.cls {ending} {start} {len(picture)} {key}.{ending}\n"
+                f"cls {cls} {len(text)} {key}.cls {ending} {start} {len(image)} {key}.{ending}\n"
             )
     except BaseException:
         out.closed_early = True
@@ -145,28 +143,8 @@ def write_tar(
     )
 
 
-def write_shard(
-    data: Path,
-    split: str,
-    number: int,
-    samples: Iterable[tuple[bytes, int]],
-    encoding: Encoding = "jpeg",
-) -> tuple[Shard, Index]:
-    """Write one tar with its `.idx` into a folder, both sealed; arguments as of `write_tar`.
-
-    Returns:
-        The shard's row for the manifest, and its `INDEX_DTYPE` rows.
-    """
-    path = data / shard_name(split, number)
-    with atomic_write(path) as file:
-        written = write_tar(file, number, samples, encoding)
-    with atomic_write(path.with_suffix(".idx")) as file:
-        file.write(written.listing)
-    return to_shard(path.name, written), written.rows
-
-
 def to_shard(name: str, written: WrittenTar) -> Shard:
-    """Return the manifest's row of a shard."""
+    """Return the manifest's entry of a shard."""
     return Shard(
         name=name,
         samples=len(written.rows),
@@ -177,12 +155,12 @@ def to_shard(name: str, written: WrittenTar) -> Shard:
 
 
 class _Hashed(io.RawIOBase):
-    """Passes on what is written, counted and hashed."""
+    """Passes written bytes on to a file, and counts and hashes them."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest, self.size = file, hashlib.sha256(), 0
         self.closed_early = False
-        """Whether the file will not be kept, so that what the tar ends with need not be written."""
+        """Whether the tar was given up, so that its end need not be written."""
 
     def writable(self) -> bool:
         return True

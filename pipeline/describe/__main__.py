@@ -40,10 +40,12 @@ from pipeline.describe.figures import (
     make_strips,
     sample_ids,
 )
-from pipeline.remote.dataset import CACHE_SIZE, Dataset, is_remote, open_dataset, parse_size
+from pipeline.remote.dataset import CACHE_SIZE, Dataset, open_dataset
+from pipeline.remote.filesystem import is_remote
 from pipeline.tools.charts import page_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
+from pipeline.tools.units import parse_size
 
 ENDS = 12
 """Classes named at each end where there are too many for a list."""

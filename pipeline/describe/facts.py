@@ -22,7 +22,8 @@ from rich.text import Text
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import Index, load_index
 from pipeline.dataset.manifest import Manifest, Split
-from pipeline.remote.dataset import Dataset, is_remote
+from pipeline.remote.dataset import Dataset
+from pipeline.remote.filesystem import is_remote
 from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
 from pipeline.tools.text import human_bytes

@@ -22,7 +22,6 @@ compared again: a hundred thousand copies of one image are no five billion pairs
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.images import SIZE, Pixels
+from pipeline.tools.units import cpu_count
 
 BITS = 256
 """Of a fingerprint."""
@@ -218,7 +218,7 @@ def find_clusters(
     forest = UnionFind(len(words))
     distinct = _join_identical(words, rows, forest)
     if threshold and len(distinct) > 1:
-        with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(workers or cpu_count()) as pool:
             NearPairSearch(words, distinct, threshold, forest).run(pool.map)
     return forest.find_groups()
 

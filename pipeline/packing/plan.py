@@ -16,10 +16,11 @@ import tyro
 
 from pipeline.dataset.images import Encoding
 from pipeline.packing.resize import Chroma
-from pipeline.remote.dataset import is_remote
+from pipeline.remote.filesystem import is_remote
 from pipeline.sources import Listing, Reject, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
+from pipeline.tools.units import cpu_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class BuildConfig:
     """Images with a side shorter than this many pixels are left out."""
     max_rejects: float = 0.001
     """Share of all images that may be left out; with more of them the build fails."""
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cpu_count()
     """Processes that decode and encode."""
     json: bool = False
     """Print one JSON object about the finished set on stdout."""

@@ -316,7 +316,7 @@ def seal(
     splits = {name: _write_index(name, count, target) for name, count in shards.items()}
     with (scratch / DUPLICATES).open("wb") as file:
         same = _write_duplicates(file, plan, collected)
-    stats_sha256 = Statistics.of(collected.sums).save(scratch)
+    stats_sha256 = Statistics.from_sums(collected.sums).save(scratch)
     copy_file(scratch / STATS, target, STATS)
     copy_file(scratch / DUPLICATES, target, DUPLICATES)
     copy_file(collected.rejects_file, target, REJECTS)

@@ -1,12 +1,11 @@
-"""Data sets in a store: their shards are fetched ahead of need into a cache that a node shares.
+"""Stores: any address that fsspec knows, with one retry policy for all requests.
 
-    remote      one set in one store, as `pipeline.remote.dataset` wants it
-    cache       the folder: whole, checked files, least recently used out, for many processes
-    ahead       fetches what will be needed, in the background
-    fetch       one file out of a store (fsspec): tries, waits, gives up
-    arrival     a file that is just coming in
-    locks       between processes, freed with their holder
-    errors      what can go wrong, in one line
-
-Nothing outside imports from here but `pipeline.remote.dataset`.
+cache        shard cache of a node
+dataset      a data set in a folder or a store
+download     one file to a local path
+file         a seekable remote file
+filesystem   addresses, file systems, retries, timeouts, error text
+lease        one writer at an address
+prefetch     downloads shards before they are needed
+target       writes to a folder or an object store
 """

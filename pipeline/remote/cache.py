@@ -1,16 +1,16 @@
-"""A folder of fetched files that all processes of a node share, never larger than it may be.
+"""Cache folder for downloaded files: shared by all processes of a node, with a size limit.
 
-CACHE/lock                     held for moments, by whoever makes room or removes something
+CACHE/lock                     held for moments, while files are evicted or renamed
 CACHE/SET/                     a data set: the first 16 digits of its manifest's SHA-256
-CACHE/SET/train-000000.tar     a whole file; its mtime is when it was last used
-CACHE/SET/NAME.BYTES.room.partial   so much room is promised to NAME, which is on its way
-CACHE/SET/NAME.TOKEN.partial   what has come of it
-CACHE/SET/locks/NAME.lock      held by whoever fetches NAME
+CACHE/SET/train-000000.tar     a whole file; its mtime is the time of its last use
+CACHE/SET/NAME.BYTES.room.partial   BYTES are reserved for NAME, which is being downloaded
+CACHE/SET/NAME.TOKEN.partial   the part of NAME that has been downloaded
+CACHE/SET/locks/NAME.lock      held by the process that downloads NAME
 
-Locks are `flock`s: the kernel frees them with their process, however that ends. A partial file
-whose lock is free is therefore rubbish, and whoever makes room removes it. What is in the folder is
-counted each time from the files that are there. Remove the folder at any time when nobody uses it.
-The locks need a local disk (or a network file system with working `flock`).
+Locks are `flock`s, which the kernel frees when their process ends. A partial file whose lock is
+free is a leftover, and the next process that needs room removes it. The size of the cache is
+counted from its files each time. The folder may be deleted whenever no process uses it. The locks
+need a local disk (or a network file system with working `flock`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from pathlib import Path
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.remote.filesystem import Stopped
 from pipeline.tools.errors import DuetError, UsageError
-from pipeline.tools.files import PARTIAL, atomic_write, sync_folder, try_lock, unlock
+from pipeline.tools.files import PARTIAL, atomic_write, sync_path, try_lock, unlock
 
 AS_STORED = ".as-stored"
-"""Ending of the file beside a shard which the store itself holds damaged; the hash of that."""
+"""Ending of a file beside a shard that the store itself holds damaged; it holds that SHA-256."""
 
 LOCKS = "locks"
 _SET = re.compile("[0-9a-f]{16}")
-_ON_ITS_WAY = re.compile(r"(?P<name>.+)\.(?:(?P<room>\d+)\.room|[0-9a-f]{8})\.partial")
+_PARTIAL_NAME = re.compile(r"(?P<name>.+)\.(?:(?P<room>\d+)\.room|[0-9a-f]{8})\.partial")
 _EVICTABLE = ".tar"
 _POLL = 0.1
-"""Seconds between two looks at a lock that another process holds."""
+"""Seconds between two tries to take a lock that another process holds."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file that counts: its size in bytes, and when it was last used (ns)."""
+    """A file that counts towards the limit; size in bytes, time of its last use in ns."""
 
     path: Path
     bytes: int
@@ -51,22 +51,22 @@ class _Entry:
 
 
 class Cache:
-    """The folder, and how many bytes may be in it."""
+    """The cache folder of a node."""
 
-    def __init__(self, folder: Path, limit: int, patience: float) -> None:
-        """Create the folder if need be.
+    def __init__(self, folder: Path, limit: int, timeout: float) -> None:
+        """Create the folder if it is missing.
 
         Args:
             folder: CACHE.
-            limit: most bytes that the files in it may have together.
-            patience: seconds to wait for another process that gives no sign of life.
+            limit: largest size of all files together, in bytes.
+            timeout: seconds to wait for another process that makes no progress.
 
         Raises:
             UsageError: the folder cannot be created or written.
         """
         self.folder = folder
         self.limit = limit
-        self._patience = patience
+        self._timeout = timeout
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "lock").touch()
@@ -76,8 +76,13 @@ class Cache:
                 "name another folder with --cache"
             ) from error
 
-    def set_folder(self, identity: str, manifest: bytes) -> Path:
-        """Return the folder of the set whose manifest is `manifest`, with that manifest in it."""
+    def create_folder(self, identity: str, manifest: bytes) -> Path:
+        """Return the folder of a data set, with its manifest in it.
+
+        Args:
+            identity: SHA-256 of the manifest.
+            manifest: content of `manifest.json`.
+        """
         folder = self.folder / identity[:16]
         (folder / LOCKS).mkdir(parents=True, exist_ok=True)
         path = folder / MANIFEST
@@ -89,37 +94,43 @@ class Cache:
         return folder
 
     @contextmanager
-    def fetching(
+    def lock_file(
         self, path: Path, *, wait: bool, until: Callable[[], bool], stop: threading.Event
     ) -> Iterator[bool]:
-        """Be the one that fetches `path`, in this process and any other.
+        """Lock a file, so that no other thread or process of the node downloads it.
+
+        Args:
+            path: the file.
+            wait: wait for another holder of the lock.
+            until: condition that ends the wait.
+            stop: ends the wait when set.
 
         Yields:
-            True while its lock is held; False if another held it and `wait` is False, or if
-            `until()` came true while waiting.
+            True while the lock is held; False if another process held it and `wait` is False, or
+            if `until()` became true during the wait.
 
         Raises:
-            Stopped: `stop` was set while waiting.
-            DuetError: another process holds it and gives no sign of life.
+            Stopped: `stop` was set during the wait.
+            DuetError: another process holds the lock and makes no progress.
         """
-        lock = _lock_of(path)
-        signs, since = self._signs(path), time.monotonic()
+        lock = _lock_path(path)
+        progress, since = self._progress(path), time.monotonic()
         descriptor = try_lock(lock)
         while descriptor is None and wait and not until():
             if stop.wait(_POLL):
                 raise Stopped(f"waiting for {path.name} was stopped")
-            now = self._signs(path)
-            if now != signs:
-                signs, since = now, time.monotonic()
-            elif time.monotonic() - since > self._patience:
+            now = self._progress(path)
+            if now != progress:
+                progress, since = now, time.monotonic()
+            elif time.monotonic() - since > self._timeout:
                 raise DuetError(
-                    f"another process has held {lock} for {self._patience:.0f} s and fetched "
+                    f"another process has held {lock} for {self._timeout:.0f} s and fetched "
                     "nothing; end it and start again"
                 )
             descriptor = try_lock(lock)
         try:
             if descriptor is not None:
-                for leftover in self._coming(path):  # of one that held this lock, and died
+                for leftover in self._partial_files(path):  # of a dead holder
                     leftover.unlink(missing_ok=True)
             yield descriptor is not None
         finally:
@@ -127,7 +138,7 @@ class Cache:
                 unlock(descriptor)
 
     @contextmanager
-    def room(
+    def reserve_room(
         self,
         path: Path,
         size: int,
@@ -137,68 +148,70 @@ class Cache:
         wait: bool,
         stop: threading.Event,
     ) -> Iterator[bool]:
-        """Keep `size` bytes free for `path` while it is fetched (its lock must be held).
+        """Reserve room for a file while it is downloaded (its lock must be held).
 
-        Shards that were not used for longest are removed to make room. A reader that has one open
-        can go on reading it; its bytes are free on the disk when it is closed.
+        The least recently used shards are evicted. A reader that has one open can go on reading;
+        its bytes are free on the disk when it is closed.
 
         Args:
-            path: what is going to be there.
-            size: bytes of it.
-            beside: bytes for which there must be room too, as they are needed sooner.
-            spare: what to remove last, or, if `wait` is False, not at all.
-            wait: wait until other files that are on their way have come and can make room.
-            stop: ends the wait.
+            path: the file.
+            size: its size in bytes.
+            beside: bytes of other files that are needed sooner, and must fit too.
+            spare: files to evict last, or, if `wait` is False, not at all.
+            wait: wait until other downloads have ended and their files can be evicted.
+            stop: ends the wait when set.
 
         Yields:
-            Whether there is room; always True if `wait`.
+            True if there is room; always if `wait`.
 
         Raises:
             UsageError: there is too little room even in an empty cache.
-            Stopped: `stop` was set while waiting.
+            Stopped: `stop` was set during the wait.
         """
         marker = path.with_name(f"{path.name}.{size}.room{PARTIAL}")
-        there = self._make_room(marker, size, beside, spare, wait)
-        signs, since = self._names(), time.monotonic()
-        while not there and wait:
-            now = self._names()
-            if now != signs:
-                signs, since = now, time.monotonic()
-            elif time.monotonic() - since > self._patience:
+        has_room = self._make_room(marker, size, beside, spare, wait)
+        progress, since = self._sizes(), time.monotonic()
+        while not has_room and wait:
+            now = self._sizes()
+            if now != progress:
+                progress, since = now, time.monotonic()
+            elif time.monotonic() - since > self._timeout:
                 raise UsageError(
                     f"cache {self.folder} of {self.limit} bytes has no room for {path.name}, which "
                     f"has {size}; give a larger --cache-size"
                 )
             if stop.wait(_POLL):
                 raise Stopped(f"waiting for room for {path.name} was stopped")
-            os.utime(_lock_of(path))  # a sign of life to those who wait for us
-            there = self._make_room(marker, size, beside, spare, wait)
+            os.utime(_lock_path(path))  # progress, for those who wait for this process
+            has_room = self._make_room(marker, size, beside, spare, wait)
         try:
-            yield there
+            yield has_room
         finally:
             marker.unlink(missing_ok=True)
 
     def install(self, partial: Path, path: Path, as_stored: str | None = None) -> None:
-        """Give a fetched file its name, for good; remember the hash of one that is damaged."""
+        """Rename a downloaded file to its final name, durably.
+
+        Args:
+            partial: the downloaded file.
+            path: its final name.
+            as_stored: SHA-256 of a file that the store itself holds damaged; None if it is sound.
+        """
         mark = path.with_name(path.name + AS_STORED)
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        with self._exclusive():  # who counts sees the file under one of its names, and only one
+        sync_path(partial)
+        with self._exclusive():  # the file counts under one name
             partial.replace(path)
-            for marker in self._coming(path):
+            for marker in self._partial_files(path):
                 marker.unlink(missing_ok=True)
             mark.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        sync_path(path.parent)
         if as_stored is not None:
             with atomic_write(mark) as file:
                 file.write(as_stored.encode())
 
     def touch(self, path: Path) -> bool:
-        """Note that a file is used now; False if it was removed to make room."""
-        now = time.time_ns()  # finer than the kernel's own stamp: the order of uses is kept
+        """Mark a file as used now; return False if it was evicted."""
+        now = time.time_ns()  # finer than the kernel's own stamp, so uses keep their order
         try:
             os.utime(path, ns=(now, now))
         except FileNotFoundError:
@@ -227,66 +240,66 @@ class Cache:
             return True
 
     def _entries(self) -> list[_Entry]:
-        """All that counts. A file on its way counts with what was promised to it, or has come."""
+        """Return all files that count; a download with the larger of reserved and real size."""
         whole: list[_Entry] = []
-        coming: dict[Path, list[int]] = {}
+        downloads: dict[Path, list[int]] = {}
         for path, stat in self._files():
-            match = _ON_ITS_WAY.fullmatch(path.name)
+            match = _PARTIAL_NAME.fullmatch(path.name)
             if match is None:
                 whole.append(_Entry(path, stat.st_size, stat.st_mtime_ns))
                 continue
-            sizes = coming.setdefault(path.with_name(match["name"] + PARTIAL), [0, 0])
+            sizes = downloads.setdefault(path.with_name(match["name"] + PARTIAL), [0, 0])
             sizes[0] += int(match["room"] or 0)
             sizes[1] += stat.st_size
-        return whole + [_Entry(name, max(sizes), 0) for name, sizes in coming.items()]
+        return whole + [_Entry(name, max(sizes), 0) for name, sizes in downloads.items()]
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for folder in self.folder.iterdir():
-            # Only what we made: CACHE may hold other folders, and tars in them that are not ours.
+            # CACHE may hold folders of other programs, with tars in them.
             if not _SET.fullmatch(folder.name) or not (folder / LOCKS).is_dir():
                 continue
             for item in os.scandir(folder):
-                with suppress(FileNotFoundError):  # removed while we look
+                with suppress(FileNotFoundError):  # removed meanwhile
                     if item.is_file():
                         yield Path(item.path), item.stat()
 
     def _sweep(self) -> None:
-        """Remove what dead processes left unfinished. The lock of the cache must be held."""
+        """Remove partial files of dead processes. The lock of the cache must be held."""
         for path, _ in list(self._files()):
             if not path.name.endswith(PARTIAL):
                 continue
-            match = _ON_ITS_WAY.fullmatch(path.name)
+            match = _PARTIAL_NAME.fullmatch(path.name)
             if match is None:
-                path.unlink(missing_ok=True)  # a manifest, written under the lock we hold
+                path.unlink(missing_ok=True)  # a manifest, written under the lock held here
                 continue
-            descriptor = try_lock(_lock_of(path.with_name(match["name"])))
+            descriptor = try_lock(_lock_path(path.with_name(match["name"])))
             if descriptor is not None:
                 path.unlink(missing_ok=True)
                 unlock(descriptor)
 
-    def _names(self) -> list[tuple[Path, int]]:
+    def _sizes(self) -> list[tuple[Path, int]]:
         return sorted((path, stat.st_size) for path, stat in self._files())
 
-    def _coming(self, path: Path) -> list[Path]:
+    def _partial_files(self, path: Path) -> list[Path]:
         return list(path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"))
 
-    def _signs(self, path: Path) -> list[tuple[str, int]]:
-        """What changes while somebody fetches `path`."""
-        signs = [("lock", 0)]
+    def _progress(self, path: Path) -> list[tuple[str, int]]:
+        """Return values that change while another process downloads a file."""
+        values = [("lock", 0)]
         with suppress(FileNotFoundError):
-            signs = [("lock", _lock_of(path).stat().st_mtime_ns)]
-        for partial in self._coming(path):
+            values = [("lock", _lock_path(path).stat().st_mtime_ns)]
+        for partial in self._partial_files(path):
             with suppress(FileNotFoundError):
-                signs.append((partial.name, partial.stat().st_size))
-        return sorted(signs)
+                values.append((partial.name, partial.stat().st_size))
+        return sorted(values)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         lock, began = self.folder / "lock", time.monotonic()
         while (descriptor := try_lock(lock)) is None:
-            if time.monotonic() - began > self._patience:
+            if time.monotonic() - began > self._timeout:
                 raise DuetError(
-                    f"another process has held {lock} for {self._patience:.0f} s; "
+                    f"another process has held {lock} for {self._timeout:.0f} s; "
                     "end it and start again"
                 )
             time.sleep(0.005)
@@ -296,5 +309,5 @@ class Cache:
             unlock(descriptor)
 
 
-def _lock_of(path: Path) -> Path:
+def _lock_path(path: Path) -> Path:
     return path.parent / LOCKS / f"{path.name}.lock"

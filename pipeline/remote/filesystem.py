@@ -1,144 +1,107 @@
-"""Asks a store for something: watched, tried again, never a hang.
+"""Everything that a request to a store needs: address, file system, retries, timeouts, error text.
 
-A store is any address that fsspec knows; credentials and endpoints are what fsspec and its
-packages read from the environment, as `pipeline.remote.download` says.
-
-What went wrong between a store and the local disk: which kind it is, and how to say it.
+A store is any address that fsspec knows: `https://`, `s3://`, `gs://`, and so on. Credentials and
+endpoints are what fsspec and its packages read from the environment: `AWS_PROFILE`,
+`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `FSSPEC_S3_ANON=true`,
+and the files in `~/.config/fsspec`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import random
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.tools.errors import DuetError, SetupError, UsageError
+from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
+
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+"""Schemes of stores where a file appears only when all of it has been uploaded."""
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
+"""Extra of this package that installs what a scheme needs."""
+SLOWEST_TRANSFER = 100_000
+"""Bytes per second: a transfer without progress reports may take as long as this rate needs."""
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+_PERMANENT = (
+    *(FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError),
+    *(ImportError, NotImplementedError, TypeError, ValueError),
+)
+# Jitter comes from a generator of its own: no seed is touched, and forks do not wait in step.
+_jitter = random.SystemRandom()
+
+for _name in ("gcsfs", "s3fs"):
+    # They log what they retry; without a handler Python would print that on stderr.
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+
+T = TypeVar("T")
+
+
+class StoreError(DuetError):
+    """A store did not give or take a file, after all tries; exit code 1."""
+
+
+class Unreachable(StoreError, OSError):
+    """The `StoreError` of a file that is read like a local one, whose readers expect `OSError`."""
+
+
+class Stopped(DuetError):
+    """The data set was closed while a file was being downloaded."""
+
+
+class Mismatch(Exception):
+    """A file arrived whole, and its bytes are not the expected ones; the message says why."""
+
+
+class TransferError(Exception):
+    """A request was given up: it is stuck, or gives more bytes than it may."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to insist: with the defaults, about half a minute of waiting between the tries."""
+    """Tries and timeouts of a request; by default the pauses between the tries add up to 31 s."""
 
     attempts: int = 6
     first_delay: float = 1.0
     """Seconds before the second try; doubled before each further one, and varied by a quarter."""
     stall: float = 30.0
-    """Seconds in which at least `SLOWEST` bytes a second must come, or a try is given up."""
+    """Seconds without progress after which a transfer is given up."""
 
     @property
-    def patience(self) -> float:
-        """Seconds without a sign of life after which another fetching process is stuck."""
+    def lock_timeout(self) -> float:
+        """Seconds without a sign of life after which another downloading process is stuck."""
         return 4 * self.stall + 2 * self.delay(self.attempts)
 
     def delay(self, attempt: int) -> float:
         """Seconds to wait after try number `attempt` (1..), before jitter."""
         return float(self.first_delay * 2 ** (attempt - 1))
 
-
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
-"""Which extra of this package brings what a scheme needs."""
-
-
-_LOCAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_PERMANENT = (
-    *(FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError),
-    *(ImportError, NotImplementedError, TypeError, ValueError),
-)
+    def request_timeout(self, size: int = 0) -> float:
+        """Seconds that one request may take which transfers `size` bytes."""
+        return 4 * (self.stall + size / SLOWEST_TRANSFER)
 
 
-class StoreError(DuetError):
-    """A store did not give a file, after all tries; exit code 1."""
+def is_remote(address: str) -> bool:
+    """Return whether `address` is one of a store (`s3://...`), not a folder or `file://...`."""
+    return _ADDRESS.match(address) is not None and not address.lower().startswith("file://")
 
 
-class Stopped(DuetError):
-    """The data set was closed while a file was being fetched."""
-
-
-class Mismatch(Exception):
-    """A file arrived whole, and is not what was asked for; the message says what differs."""
-
-
-class TransferError(Exception):
-    """A transfer that was given up: stuck, or longer than it may be."""
-
-
-def raise_if_local(error: Exception, folder: Path) -> None:
-    """Raise the one-line error for a disk that is full or cannot be written, if `error` is that.
-
-    Raises:
-        UsageError: `folder` is read-only or gone.
-        SetupError: its disk is full.
-    """
-    if not isinstance(error, OSError):
-        return
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise SetupError(
-            f"cache {folder}: no space left on its disk; free some, give a smaller --cache-size, "
-            "or another folder with --cache"
-        ) from error
-    ours = str(error.filename or "").startswith(f"{folder}/")
-    if error.errno in _LOCAL_ERRNOS or ours:
-        raise UsageError(
-            f"cache {folder} cannot be written ({error.strerror}); name another folder with --cache"
-        ) from error
-
-
-@contextmanager
-def local_errors(folder: Path) -> Iterator[None]:
-    """Turn an error of the disk in the block into one line, as `raise_if_local` does."""
-    try:
-        yield
-    except OSError as error:
-        raise_if_local(error, folder)
-        raise
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status of the answer that an error of aiohttp, gcsfs or s3fs stands for."""
-    for attribute in ("status", "code"):  # aiohttp, gcsfs
-        found = str(getattr(error, attribute, ""))
-        if found.isdigit():
-            return int(found)
-    answer = getattr(error.__cause__, "response", None)  # s3fs, over botocore's error
-    if isinstance(answer, dict):
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return status if isinstance(status, int) else None
-    return None
-
-
-def is_permanent(error: BaseException) -> bool:
-    """Say whether trying again is of no use: not there, not allowed, not an address."""
-    status = _status(error)
-    if status is not None:
-        return 400 <= status < 500 and status not in (408, 425, 429)
-    return isinstance(error, _PERMANENT) or "Credential" in type(error).__name__
-
-
-def describe_error(error: BaseException) -> str:
-    """Say in a few words of one line what a store answered."""
-    status = _status(error)
-    answer = f" (HTTP {status})" if status else ""
-    if isinstance(error, FileNotFoundError):
-        return f"it is not there{answer}"
-    if isinstance(error, PermissionError):
-        return f"access denied{answer}: {_first_line(error)}"
-    if isinstance(error, (Mismatch, TransferError)):
-        return _first_line(error)
-    return f"{type(error).__name__}{answer}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no reason given"])[0]
+def local_path(address: str) -> Path:
+    """Return the path that `folder` or `file:///folder` names."""
+    is_url = address.lower().startswith("file://")
+    return Path(unquote(urlsplit(address).path) if is_url else address)
 
 
 def hide_credentials(text: str) -> str:
@@ -146,52 +109,69 @@ def hide_credentials(text: str) -> str:
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
-_jitter = random.SystemRandom()
+def check_address(address: str, what: str, *, chain: bool = True) -> None:
+    """Check that this program can talk to the store of an address; nothing is sent.
 
-T = TypeVar("T")
-
-
-class Unreachable(StoreError, OSError):
-    """A store did not give (a part of) a file, after all tries; exit code 1."""
-
-
-def open_filesystem(address: str, policy: RetryPolicy | None = None) -> tuple[Any, str]:
-    """Return the fsspec file system that an address names, and the path in there.
+    Args:
+        address: any; a chain of schemes (`simplecache::s3://...`) is checked link by link.
+        what: the thing at the address ("data set", "source"), for messages.
+        chain: whether such a chain is allowed.
 
     Raises:
-        UsageError: an unknown scheme, a chain of them, or an address with a query.
+        UsageError: an unknown scheme, a chain that is not allowed, or an address with a query.
         SetupError: the package for the scheme is not installed.
     """
-    policy, safe = policy or RetryPolicy(), hide_credentials(address)
-    scheme = address.partition("://")[0]
-    if "::" in address:
-        raise UsageError(f"source {safe}: lists with '::' are not read; name one set at a time")
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ValueError as error:
+    named = f"{what} {hide_credentials(address).partition('?')[0]}"
+    if "::" in address and not chain:
+        raise UsageError(f"{named}: lists with '::' are not read; name one set at a time")
+    for link in address.split("::"):
+        scheme = link.partition("://")[0]
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ValueError as error:
+            raise UsageError(
+                f"{named}: unknown scheme {scheme!r}; give a folder, or an address such as "
+                "https://host/folder, s3://bucket/folder, gs://bucket/folder"
+            ) from error
+        except ImportError as error:
+            extra = EXTRAS.get(scheme)
+            way = f"pip install 'duet[{extra}]'" if extra else str(error).splitlines()[0]
+            raise SetupError(f"{named}: no package for {scheme}:// is installed; {way}") from error
+    if "?" in address and address.startswith("http"):
         raise UsageError(
-            f"source {safe}: unknown scheme {scheme!r}; give a path, or an address such as "
-            "https://host/folder/train.tar, s3://bucket/folder, gs://bucket/folder"
-        ) from error
-    except ImportError as error:
-        extra = EXTRAS.get(scheme)
-        way = f"pip install 'duet[{extra}]'" if extra else str(error).splitlines()[0]
-        raise SetupError(f"source {safe}: nothing here speaks {scheme}://; {way}") from error
+            f"{named}: an address with a query has no files below it, and would stand in the "
+            "manifest; give the address of the folder without one, or download the files"
+        )
+
+
+def open_filesystem(
+    address: str, policy: RetryPolicy | None = None, *, reports_bytes: bool = False
+) -> tuple[Any, str]:
+    """Return the fsspec file system of an address that `check_address` accepts, and its path there.
+
+    Args:
+        address: a file or a folder.
+        policy: timeouts.
+        reports_bytes: whether each block of a download must be reported as it comes, to a callback
+            in a thread that does not last.
+    """
+    policy = policy or RetryPolicy()
+    scheme = address.partition("://")[0]
     options: dict[str, Any] = {}
     if scheme in ("http", "https"):
-        if "?" in address:
-            raise UsageError(
-                f"source {safe.partition('?')[0]}: an address with a query would stand in the "
-                "manifest; give one without, or download the file"
-            )
         import aiohttp
 
-        # By default aiohttp ends any transfer after five minutes, however well it goes.
-        options["client_kwargs"] = {
-            "timeout": aiohttp.ClientTimeout(
-                total=None, sock_connect=policy.stall, sock_read=policy.stall
-            )
-        }
+        # By default aiohttp ends any transfer after five minutes, however well it goes. These
+        # timeouts only clean up behind those of `retry` and of the download.
+        late = 2 * policy.stall
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=late, sock_read=late)
+        options["client_kwargs"] = {"timeout": timeout}
+    elif reports_bytes and scheme in ("s3", "s3a"):
+        options["max_concurrency"] = 1  # in parts, the first report comes after 500 MB
+    elif reports_bytes:
+        kind = fsspec.get_filesystem_class(re.split("::|://", address)[0])
+        if not getattr(kind, "async_impl", True):
+            options["skip_instance_cache"] = True  # it would keep one instance for each thread
     system, path = url_to_fs(address, **options)
     return system, path
 
@@ -201,59 +181,80 @@ def retry(
     address: str,
     policy: RetryPolicy,
     *,
-    watched: bool = True,
     done: str = "read",
+    size: int = 0,
+    watched: bool = True,
+    stop: threading.Event | None = None,
+    error: type[StoreError] = StoreError,
 ) -> T:
     """Return what `action` returns, tried again with growing pauses while a store fails.
 
+    A `DuetError` of `action` is raised at once. A file that is not there or may not be read is
+    tried twice.
+
     Args:
-        action: asks the store once.
-        address: of what, for messages.
-        policy: how long to insist.
-        watched: whether four times `policy.stall` is too long for one answer.
-        done: what could not be done, for messages.
+        action: makes one request.
+        address: of the file or folder, for messages.
+        policy: tries and timeouts.
+        done: what the request does with the file ("read", "written"), for messages.
+        size: bytes that the request transfers.
+        watched: whether a request that exceeds the policy's timeout is abandoned; False where
+            `action` watches itself, or must not outlive this call.
+        stop: ends the pauses when set.
+        error: class of the error that is raised after all tries.
 
     Raises:
-        Unreachable: after all tries; a file that is not there or may not be read is tried twice.
+        StoreError: the store failed at each try.
+        DataError: it answered, and the last answer was a `Mismatch`.
+        Stopped: `stop` was set.
     """
-    began = time.monotonic()
+    began, timeout = time.monotonic(), policy.request_timeout(size)
     for attempt in range(1, policy.attempts + 1):
         try:
-            return BackgroundCall(action).result(4 * policy.stall) if watched else action()
+            return BackgroundCall(action).result(timeout) if watched else action()
         except DuetError:
             raise
-        except Exception as error:
-            failure = error
+        except Exception as caught:
+            failure = caught
         if attempt == policy.attempts or (attempt >= 2 and is_permanent(failure)):
             break
-        time.sleep(policy.delay(attempt) * _jitter.uniform(0.75, 1.25))
-    _give_up(f"{address} could not be {done}", failure, attempt, time.monotonic() - began)
+        pause = policy.delay(attempt) * _jitter.uniform(0.75, 1.25)
+        if stop is None:
+            time.sleep(pause)
+        elif stop.wait(pause):
+            raise Stopped(hide_credentials(f"{address} was not {done}: the data set was closed"))
+    times = "once" if attempt == 1 else f"{attempt} times in {time.monotonic() - began:.0f} s"
+    _give_up(f"{address} could not be {done}, tried {times}", failure, error)
 
 
-def _give_up(what: str, failure: Exception, attempts: int, seconds: float) -> NoReturn:
+def _give_up(what: str, failure: Exception, error: type[StoreError]) -> NoReturn:
+    text = hide_credentials(f"{what}: {describe_error(failure)}")
+    if isinstance(failure, Mismatch):
+        raise DataError(f"{text}; repair the data set in the store") from failure
     check = "check the address and the credentials"
     way = check if is_permanent(failure) else "try again later"
-    times = f"tried {attempts} times in {seconds:.0f} s"
-    raise Unreachable(
-        hide_credentials(f"{what}, {times}: {describe_error(failure)}; {way}")
-    ) from failure
+    raise error(f"{text}; {way}") from failure
 
 
 class BackgroundCall(Generic[T]):
-    """Something that runs in a thread of its own, left behind when nobody waits for it."""
+    """A call in a daemon thread of its own, which is abandoned when nobody waits for it."""
 
     def __init__(self, action: Callable[[], T]) -> None:
         self._action = action
         self._result: list[T] = []
         self._failure: BaseException | None = None
         self._done = threading.Event()
-        threading.Thread(target=self._run, name="read from a store", daemon=True).start()
+        threading.Thread(target=self._run, name="request to a store", daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end of the call, at most so many seconds; return whether it has ended."""
+        return self._done.wait(seconds)
 
     def result(self, seconds: float | None = None) -> T:
-        """Wait for it, and return or raise what it did.
+        """Return or raise what the call returned or raised.
 
         Raises:
-            TransferError: `seconds` went by before it had ended.
+            TransferError: it has not ended after `seconds`.
         """
         if not self._done.wait(seconds):
             raise TransferError(f"no answer for {seconds:g} s")
@@ -268,3 +269,58 @@ class BackgroundCall(Generic[T]):
             self._failure = error
         finally:
             self._done.set()
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Return whether another try is of no use: not there, not allowed, not an address."""
+    status = _http_status(error)
+    if status is not None:
+        return 400 <= status < 500 and status not in (408, 425, 429)
+    return isinstance(error, _PERMANENT) or "Credential" in type(error).__name__
+
+
+def describe_error(error: BaseException) -> str:
+    """Return in one line what a store answered."""
+    status = _http_status(error)
+    answer = f" (HTTP {status})" if status else ""
+    if isinstance(error, FileNotFoundError):
+        return f"it is not there{answer}"
+    if isinstance(error, PermissionError):
+        return f"access denied{answer}: {summarize_error(error)}"
+    if isinstance(error, (Mismatch, TransferError)):
+        return summarize_error(error)
+    return f"{type(error).__name__}{answer}: {summarize_error(error)}"
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Return the HTTP status that an error of aiohttp, gcsfs or s3fs stands for."""
+    for attribute in ("status", "code"):  # aiohttp, gcsfs
+        found = str(getattr(error, attribute, ""))
+        if found.isdigit():
+            return int(found)
+    answer = getattr(error.__cause__, "response", None)  # s3fs, over botocore's error
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status if isinstance(status, int) else None
+    return None
+
+
+@contextlib.contextmanager
+def temporary_space(what: str) -> Iterator[None]:
+    """Turn a full temporary folder in the block into one line.
+
+    Args:
+        what: the files that are put there.
+
+    Raises:
+        SetupError: no space is left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(
+                f"no space left in {tempfile.gettempdir()} for {hide_credentials(what)}; free "
+                "some, or name another folder with TMPDIR"
+            ) from error
+        raise

@@ -1,6 +1,6 @@
-"""One build at a time at an address: an object that says who builds there, kept fresh.
+"""One build at a time at an address: an object that names the builder and is rewritten regularly.
 
-All times are the store's own: the clocks of two machines may differ by more than the patience.
+All times are the store's own: the clocks of two machines may differ by more than `STALE`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 from pipeline.tools.errors import UsageError
 
 BEAT = 20.0
-"""Seconds between signs of life."""
+"""Seconds between two writes of the lease."""
 STALE = 120.0
-"""Seconds without one after which a build counts as dead."""
+"""Age of a lease in seconds from which on its holder counts as dead."""
 SETTLE = 1.5
-"""Seconds in which another may take over the same claim at the same time."""
+"""Seconds in which another process may take over the same lease at the same time."""
 
 Request = Callable[..., Any]
 """`StoreTarget.request`."""
@@ -49,7 +49,7 @@ class Lease:
         }
         self._stop = threading.Event()
         self._lost = False
-        self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
         self._take()
@@ -78,7 +78,7 @@ class Lease:
             if holder is None:  # it has just ended
                 self._create()
             elif holder != self._mine:  # as it is after an answer that got lost
-                self._refuse_unless_dead(holder)
+                self._refuse_if_alive(holder)
                 self._write()
                 time.sleep(SETTLE)
         holder = self._holder()
@@ -86,7 +86,7 @@ class Lease:
             raise UsageError(self._taken(holder or {}, "just now"))
 
     def _create(self) -> bool:
-        """Write the claim unless there is one; where the store cannot do that at once, nearly."""
+        """Write the lease unless there is one: atomically if the store can, else nearly so."""
 
         def create(system: Any, path: str) -> bool:
             try:
@@ -97,7 +97,7 @@ class Lease:
 
         return bool(self._request(self._name, create, "written"))
 
-    def _refuse_unless_dead(self, holder: dict[str, Any]) -> None:
+    def _refuse_if_alive(self, holder: dict[str, Any]) -> None:
         if holder.get("machine") == _machine() and not Path(f"/proc/{holder.get('pid')}").exists():
             return
         age = self._age()
@@ -108,7 +108,7 @@ class Lease:
             )
 
     def _age(self) -> float:
-        """Return the seconds since the last sign of life; of a claim that went away, many."""
+        """Return the age of the lease in seconds; `STALE` if it was removed meanwhile."""
         probe = f"{self._name}.{self._mine['token']}"
 
         def now(system: Any, path: str) -> Any:
@@ -128,10 +128,10 @@ class Lease:
             return STALE
         return float((self._request(probe, now, "written") - beat).total_seconds())
 
-    def _keep(self) -> None:
-        """Give signs of life, and notice a claim that is no longer ours."""
+    def _renew(self) -> None:
+        """Rewrite the lease regularly; interrupt the build when another process has taken it."""
         while not self._stop.wait(BEAT):
-            with contextlib.suppress(Exception):  # the build itself meets a store that is down
+            with contextlib.suppress(Exception):  # the build itself reports a store that is down
                 holder = self._holder()
                 if holder == self._mine:
                     self._write()
@@ -141,6 +141,8 @@ class Lease:
                     return
 
     def _holder(self) -> dict[str, Any] | None:
+        """Return what the lease says; nothing in it is certain. None if there is none."""
+
         def read(system: Any, path: str) -> bytes | None:
             with contextlib.suppress(FileNotFoundError):
                 return bytes(system.cat_file(path))
@@ -170,7 +172,7 @@ class Lease:
 
 
 def _interrupt() -> None:
-    """Raise KeyboardInterrupt in the main thread, by the signal that is not ignored there."""
+    """Raise KeyboardInterrupt in the main thread, by a signal that is not ignored there."""
     ours = callable(signal.getsignal(signal.SIGTERM))  # `errors.run`; a shell may ignore SIGINT
     main = threading.main_thread().ident
     if main is not None:
@@ -183,7 +185,7 @@ def _remove(system: Any, path: str) -> None:
 
 
 def _machine() -> str:
-    """Return what is the same for processes that see each other's numbers, and only for them."""
+    """Return a text that is the same for processes that see each other's process numbers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

@@ -1,4 +1,4 @@
-"""Threads that fetch what will be needed, in the order in which it will be."""
+"""Threads that download shards before they are needed, in the order of need."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pipeline.tools.errors import DuetError
 
 
 class FetchOutcome(enum.Enum):
-    """What came of a wish."""
+    """Result of one attempt to bring a shard into the cache."""
 
     HERE = enum.auto()
     BUSY = enum.auto()
-    """Another thread or process fetches it."""
+    """Another thread or process downloads it."""
     NO_ROOM = enum.auto()
-    """The cache is full of what is needed sooner."""
+    """The cache is full of shards that are needed sooner."""
 
 
 class Prefetcher:
-    """Wishes, and at most `limit` daemon threads that last as long as there are some."""
+    """A queue of wanted shards, and at most `limit` daemon threads that empty it."""
 
     def __init__(
         self,
@@ -31,15 +31,15 @@ class Prefetcher:
         limit: int,
         stop: threading.Event,
     ) -> None:
-        """Start nothing yet.
+        """Start no thread yet.
 
         Args:
-            fetch: fetches a shard, given all that is wished for.
-            limit: most threads.
-            stop: ends them.
+            fetch: downloads a shard; its second argument is all wanted shards.
+            limit: largest number of threads.
+            stop: ends the threads when set.
         """
-        self.wishes: tuple[Shard, ...] = ()
-        """All of the last `wish`, whether it has come by now or not."""
+        self.wanted: tuple[Shard, ...] = ()
+        """All shards of the last `request`, whether they have arrived or not."""
         self.limit = limit
         self._fetch = fetch
         self._stop = stop
@@ -47,19 +47,19 @@ class Prefetcher:
         self._threads: set[threading.Thread] = set()
         self._changed = threading.Condition()
 
-    def wish(self, shards: Sequence[Shard]) -> None:
-        """Replace all wishes that no thread has taken up; returns at once."""
+    def request(self, shards: Sequence[Shard]) -> None:
+        """Replace the queue; downloads that have begun go on. Returns at once."""
         with self._changed:
-            self.wishes = tuple(shards)
+            self.wanted = tuple(shards)
             self._queue = deque(shards)
             self._changed.notify_all()
             for _ in range(min(self.limit, len(shards)) - len(self._threads)):
-                thread = threading.Thread(target=self._run, name="fetch ahead", daemon=True)
+                thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
                 self._threads.add(thread)
                 thread.start()
 
     def join(self, seconds: float) -> None:
-        """Wait until the threads have seen that they shall stop, at most so many seconds."""
+        """Empty the queue and wait for the threads to end, at most so many seconds."""
         with self._changed:
             self._queue.clear()
             self._changed.notify_all()
@@ -75,10 +75,10 @@ class Prefetcher:
                 try:
                     outcome = self._fetch(*task)
                 except (DuetError, OSError):
-                    continue  # who needs the shard tries again, and is told
+                    continue  # whoever needs the shard tries again, and raises
                 busy = busy + 1 if outcome is FetchOutcome.BUSY else 0
                 if outcome is not FetchOutcome.HERE:
-                    self._later(task[0], outcome, busy)
+                    self._requeue(task[0], outcome, busy)
         finally:
             with self._changed:
                 self._threads.discard(threading.current_thread())
@@ -86,19 +86,19 @@ class Prefetcher:
     def _next(self) -> tuple[Shard, Sequence[Shard]] | None:
         with self._changed:
             if not self._queue or self._stop.is_set():
-                # Under the lock, so that a wish that comes now starts a thread of its own.
+                # Under the lock, so that a request that comes now starts a new thread.
                 self._threads.discard(threading.current_thread())
                 return None
-            return self._queue.popleft(), self.wishes
+            return self._queue.popleft(), self.wanted
 
-    def _later(self, shard: Shard, outcome: FetchOutcome, busy: int) -> None:
-        """Put a shard back, if it is still wished for, and wait where nothing else can be done."""
+    def _requeue(self, shard: Shard, outcome: FetchOutcome, busy: int) -> None:
+        """Put a shard back if it is still wanted; wait if nothing else can be downloaded."""
         with self._changed:
-            if shard not in self.wishes or shard in self._queue:
+            if shard not in self.wanted or shard in self._queue:
                 return
             if outcome is FetchOutcome.BUSY:
-                self._queue.append(shard)  # there may be others that nobody fetches
+                self._queue.append(shard)  # there may be others that nobody downloads
             else:
-                self._queue.appendleft(shard)  # what is needed first gets the next room
+                self._queue.appendleft(shard)  # what is needed first gets the next free space
             if outcome is FetchOutcome.NO_ROOM or busy >= len(self._queue):
                 self._changed.wait(0.2)

@@ -22,6 +22,7 @@ from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import (
     BackgroundCall,
     RetryPolicy,
+    check_address,
     hide_credentials,
     open_filesystem,
     retry,
@@ -202,6 +203,7 @@ def scan_each(
 
 
 def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
+    check_address(source, "source", chain=False)
     system, path = open_filesystem(source)
     safe = hide_credentials(source)
     web = source.startswith(("http://", "https://"))

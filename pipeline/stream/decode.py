@@ -31,6 +31,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.stream.augment import BORDER
 from pipeline.stream.config import Device, StreamConfig
 from pipeline.tools.errors import SetupError
+from pipeline.tools.units import cpu_count
 
 # Small host buffers come from a pool of DALI's own instead of malloc: what is left to malloc, a few
 # large blocks, then always fits where it was. The process keeps one size (where it wandered by a
@@ -171,7 +172,7 @@ def open_pipeline(config: StreamConfig, **options: Any) -> Pipeline:
     """
     return Pipeline(
         config.slice_size,
-        config.threads or len(os.sched_getaffinity(0)),
+        config.threads or cpu_count(),
         select_gpu(config.device),
         prefetch_queue_depth=config.prefetch,
         **options,

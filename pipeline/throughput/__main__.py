@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import rich.console
 import tyro
 
-from pipeline.remote.dataset import is_remote, parse_size
+from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import Device, Shuffle
 from pipeline.throughput import capacity as planning
 from pipeline.throughput import stream_rate as rates
@@ -41,6 +41,7 @@ from pipeline.throughput.stages import Setting
 from pipeline.throughput.tune import TuningTrial, tune
 from pipeline.throughput.tune import write_tuning as write_tuning
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run
+from pipeline.tools.units import parse_size
 
 NAME = "throughput.json"
 

@@ -25,6 +25,7 @@ from pipeline.dataset.images import SIZE
 from pipeline.stream.decode import select_gpu
 from pipeline.throughput.clock import Rate, measure
 from pipeline.tools.files import drop_page_cache
+from pipeline.tools.units import cpu_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def format_threads(count: int) -> str:
 
 def cores() -> int:
     """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return cpu_count()
 
 
 def get_available_memory() -> int:

@@ -14,7 +14,6 @@ The first three run in one thread, one after the other; DALI's threads make the 
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -31,7 +30,8 @@ from torch.utils.dlpack import from_dlpack
 from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.dataset.manifest import Shard
-from pipeline.remote.dataset import Dataset, is_remote, open_dataset
+from pipeline.remote.dataset import Dataset, open_dataset
+from pipeline.remote.filesystem import is_remote
 from pipeline.stream.augment import CROP
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import (
@@ -47,6 +47,7 @@ from pipeline.throughput import hardware
 from pipeline.throughput.clock import CpuLoad, Rate, StageRow, make_row, measure
 from pipeline.throughput.hardware import format_threads
 from pipeline.tools.files import drop_page_cache
+from pipeline.tools.units import cpu_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,9 @@ class Setting(StreamConfig):
 
     data: str
     """Folder or address of the dataset."""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: int = cpu_count()
     """Host threads that decode."""
-    cores: int = len(os.sched_getaffinity(0))
+    cores: int = cpu_count()
     """Number of cores that the stream may keep busy."""
 
     @classmethod

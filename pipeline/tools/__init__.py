@@ -1,1 +1,11 @@
-"""What knows nothing of images."""
+"""Tools that know nothing of images.
+
+charts      charts of the pages
+errors      errors that the user can act on, and exit codes
+files       atomic writes, hashes, page cache, locks between processes
+processes   worker pools, isolated calls
+progress    progress bar
+renames     commands under their former names
+text        numbers as people read them
+units       sizes as people write them, number of CPU cores
+"""

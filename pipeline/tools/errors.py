@@ -1,7 +1,8 @@
-"""What went wrong for the user, in one line, and the exit code that goes with it."""
+"""Errors that the user can act on: one line each, and the exit code of the command."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 REBUILD = "delete the data set's folder and build it again"
-"""The way out of damage that cannot be mended in place."""
+"""Advice for damage that cannot be repaired in place."""
 
 
 class DuetError(Exception):
@@ -36,13 +37,25 @@ class DataError(DuetError):
     exit_code = 4
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point and leave the process with the exit code of DESIGN.
+def summarize_error(error: BaseException) -> str:
+    """Return one line that says what an exception says.
 
-    A `DuetError` becomes one line on stderr; Ctrl-C and SIGTERM become exit code 130; a reader of
-    our output that went away (`| head`) ends us quietly.
+    The system's words for an `OSError` with a number, `no KEY` for a `KeyError`, else the first
+    line of the message; the name of the class if there is none.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` tidies up, as Ctrl-C does
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror or errno.errorcode.get(error.errno, str(error))
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"no {lines[0]}" if isinstance(error, KeyError) else lines[0]
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry point and end the process with its exit code.
+
+    A `DuetError` becomes one line on stderr, Ctrl-C and SIGTERM become exit code 130. If the reader
+    of standard output has gone (`| head`), the process ends with 141 and no message.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
         sys.exit(main() or 0)
     except DuetError as error:

@@ -1,13 +1,4 @@
-"""Helper processes that end when their parent does, however it ends.
-
-A call in a process of its own: what it crashes, it crashes alone.
-
-Small files of a target, read some ahead: a store answers each of them late, but many at once.
-
-The same work on each of many shards, on all cores, with the results in order.
-
-The processes of this machine that pack, and what happens when one of them dies.
-"""
+"""Helper processes: worker pools, isolated calls, and how they end with their parent."""
 
 from __future__ import annotations
 
@@ -36,25 +27,56 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from pipeline.tools.errors import DuetError
 
+READ_AHEAD = 16
+"""Items that `read_ahead` reads or holds at a time."""
+QUEUED = 2
+"""Jobs per process that a pool holds: no process waits, and memory stays bounded."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 P = ParamSpec("P")
-T = TypeVar("T")
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+def tie_to_parent() -> None:
+    """Initialize a helper process: it ignores Ctrl-C and is killed when its parent ends.
+
+    Otherwise a parent that is killed (by hand, the scheduler, or for lack of memory) would leave
+    helpers behind that hold memory and may still write.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    request_parent_death_signal(signal.SIGKILL)
+
+
+def request_parent_death_signal(number: int) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it died between the two lines
+            os._exit(1)
 
 
 class Crash(Exception):
-    """The process ended by a signal or without a result; the message is the signal's name."""
+    """A process ended by a signal or without a result; the message is the signal's name.
+
+    Attributes:
+        from_outside: whether a user, the scheduler or the kernel may have sent the signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name if number else "no result")
         self.from_outside = number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def call_isolated(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Return what `call` returns in a fork of this process.
+def call_isolated(call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+    """Return what `call` returns in a fork of this process, which takes about 10 ms.
 
-    Some 10 ms a call, so for suspects only. The caller must have no other threads that hold locks.
+    The caller must have no other threads that hold locks.
 
     Raises:
-        Crash: the process did not live to return it.
+        Crash: the process ended without returning it.
     """
     ours, theirs = os.pipe()
     child = os.fork()
@@ -66,7 +88,7 @@ def call_isolated(call: Callable[P, T], *arguments: P.args, **options: P.kwargs)
                 pickle.dump(call(*arguments, **options), pipe)
             code = 0
         finally:
-            os._exit(code)  # neither tidy up nor flush what is the parent's
+            os._exit(code)  # run no exit handlers and flush no buffers of the parent
     os.close(theirs)
     with open(ours, "rb") as pipe:
         result = pipe.read()
@@ -75,82 +97,47 @@ def call_isolated(call: Callable[P, T], *arguments: P.args, **options: P.kwargs)
         raise Crash(os.WTERMSIG(status))
     if os.waitstatus_to_exitcode(status) != 0:
         raise Crash(0)
-    return cast(T, pickle.loads(result))
+    return cast(R, pickle.loads(result))
 
 
-THREADS = 16
+def read_ahead(read: Callable[[J], R], items: Iterable[J]) -> Iterator[R]:
+    """Yield `read(item)` of each item, in order, read by `READ_AHEAD` threads.
 
-R = TypeVar("R")
-
-
-def read_ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `read` of each item, in their order; at most `THREADS` are read or held at a time."""
+    For small files of a store, which answers each request late, but many at once.
+    """
     rest = iter(items)
-    with ThreadPoolExecutor(THREADS, "read ahead") as pool:
-        coming: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD, "read ahead") as pool:
+        queue: deque[Future[R]] = deque()
         try:
-            coming.extend(pool.submit(read, item) for item in itertools.islice(rest, THREADS))
-            while coming:
-                yield coming.popleft().result()
-                coming.extend(pool.submit(read, item) for item in itertools.islice(rest, 1))
+            queue.extend(pool.submit(read, item) for item in itertools.islice(rest, READ_AHEAD))
+            while queue:
+                yield queue.popleft().result()
+                queue.extend(pool.submit(read, item) for item in itertools.islice(rest, 1))
         finally:
-            for future in coming:
+            for future in queue:
                 future.cancel()
 
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+def map_in_order(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[R]:
+    """Yield `work(job)` of each job, in order, computed by processes.
 
-
-def tie_to_parent() -> None:
-    """Initialise a helper process: Ctrl-C is its parent's matter, and it dies with its parent.
-
-    Without the second, a parent that is killed (by hand, the scheduler, or for want of memory)
-    leaves helpers behind that hold memory and may still write.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    request_parent_death_signal(signal.SIGKILL)
-
-
-def request_parent_death_signal(number: int) -> None:
-    """Have this process get a signal when the thread that started it ends, however it ends."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it died between the two lines
-            os._exit(1)
-
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-
-QUEUED = 2
-"""Jobs a process that are given out ahead: no process waits, and memory stays flat."""
-
-
-def map_in_order(
-    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int
-) -> Iterator[Result]:
-    """Yield `work(job)` of each job, in order.
-
-    Processes, not threads: of a JPEG shard, every second microsecond goes to Python. For a single
-    worker or job there is no process but this one.
+    Processes, not threads: half of the time of a JPEG shard is spent in Python code. One worker or
+    job is run in this process.
 
     Args:
         work: a function of a module.
-        jobs: what it is called with; both, and what it returns, can be pickled.
-        workers: processes.
+        jobs: its arguments; they and the results must be picklable.
+        workers: number of processes.
 
     Raises:
         DuetError: a process died.
     """
-    if min(workers, len(jobs)) <= 1:
+    workers = min(workers, len(jobs))
+    if workers <= 1:
         yield from map(work, jobs)
         return
-    running: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=tie_to_parent
-    ) as pool:
+    running: deque[Future[R]] = deque()
+    with _start_pool(workers) as pool:
         try:
             for job in jobs:
                 if len(running) >= QUEUED * workers:
@@ -159,8 +146,7 @@ def map_in_order(
             while running:
                 yield running.popleft().result()
         except KeyboardInterrupt:
-            for process in active_children():  # what is half done is of no use to anybody
-                process.terminate()
+            _terminate_children()
             raise
         except BrokenProcessPool as error:
             raise DuetError(
@@ -170,35 +156,33 @@ def map_in_order(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-J = TypeVar("J")
-
-
 class Pool(Protocol):
-    """Runs tasks somewhere; `cluster.build_shards` brings one that runs them on Ray."""
+    """Runs tasks in other processes, here or on Ray."""
 
     def run(self, task: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
-        """Do `task` for every job and give the results as they come.
+        """Run `task` for every job and yield the results as they come.
 
-        Only a few jobs are taken ahead, so `jobs` may be long. What a task raises is raised. A
-        task whose process dies is done again; a job with a field `careful` has it set then.
+        Only a few jobs are taken in advance, so `jobs` may be long. An exception of a task is
+        raised. A task whose process dies is run again; a job with a field `careful` has it set
+        then.
         """
 
 
 class LocalPool:
-    """A `Pool` of processes of this machine, used as a context manager."""
+    """A `Pool` of processes of this machine; a context manager."""
 
     def __init__(self, workers: int) -> None:
-        """Start `workers` processes when they are first needed."""
+        """Set the number of processes; they start when they are first needed."""
         self._workers = workers
         self._ending = False
-        self._pool = self._started()
+        self._pool = _start_pool(workers)
 
     def run(self, task: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
-        """Do `task` for every job; see `Pool`."""
+        """See `Pool`."""
         todo = iter(jobs)
         running: dict[Future[R], J] = {}
         while True:
-            died = self._give(task, todo, running)
+            died = self._submit(task, todo, running)
             if not running and not died:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -208,44 +192,44 @@ class LocalPool:
                 except BrokenProcessPool:
                     died.append(job)
             if died:
-                # Which process died, and of which job, is not known: all that were under way.
+                # It is not known which process died of which job: all running jobs are suspects.
                 died += running.values()
                 running.clear()
                 self._pool.shutdown(wait=True, cancel_futures=True)
-                self._pool = self._started()
-                yield from self._apart(task, died)
+                self._pool = _start_pool(self._workers)
+                yield from self._run_apart(task, died)
 
-    def _give(
+    def _submit(
         self, task: Callable[[J], R], todo: Iterator[J], running: dict[Future[R], J]
     ) -> list[J]:
-        """Give out jobs until enough are under way; return one that found all processes dead."""
-        while len(running) < 2 * self._workers and (job := next(todo, None)) is not None:
+        """Submit jobs until the queue is full; return a job that found all processes dead."""
+        while len(running) < QUEUED * self._workers and (job := next(todo, None)) is not None:
             try:
-                with _interrupts_later():
+                with _defer_interrupt():
                     running[self._pool.submit(task, job)] = job
             except BrokenProcessPool:
                 return [job]
         return []
 
-    def _apart(self, task: Callable[[J], R], jobs: list[J]) -> Iterator[R]:
-        """Do jobs that may have killed their process, each in one of its own, side by side."""
+    def _run_apart(self, task: Callable[[J], R], jobs: list[J]) -> Iterator[R]:
+        """Run jobs that may have killed their process, each in a process of its own."""
         with ThreadPoolExecutor(self._workers) as threads:
             try:
-                futures = [threads.submit(self._alone, task, job) for job in jobs]
+                futures = [threads.submit(self._run_alone, task, job) for job in jobs]
                 for future in as_completed(futures):
                     yield future.result()
             except BaseException:
                 self._ending = True
                 threads.shutdown(wait=False, cancel_futures=True)
-                _terminate()
+                _terminate_children()
                 raise
 
-    def _alone(self, task: Callable[[J], R], job: J) -> R:
-        """Do a job in a process of its own: first as it is, then carefully."""
+    def _run_alone(self, task: Callable[[J], R], job: J) -> R:
+        """Run a job in a process of its own: first unchanged, then with `careful` set."""
         for attempt in (job, make_careful(job)):
             if self._ending:
                 break
-            with self._started(1) as pool:
+            with _start_pool(1) as pool:
                 try:
                     return pool.submit(task, attempt).result()
                 except BrokenProcessPool:
@@ -253,11 +237,6 @@ class LocalPool:
         raise DuetError(
             "a packing process died again and again (out of memory?); run the same command again, "
             "with fewer --workers"
-        )
-
-    def _started(self, workers: int | None = None) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            workers or self._workers, mp_context=get_context("spawn"), initializer=tie_to_parent
         )
 
     def __enter__(self) -> LocalPool:
@@ -271,7 +250,7 @@ class LocalPool:
     ) -> None:
         if kind is not None:
             self._ending = True
-            _terminate()
+            _terminate_children()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -282,14 +261,18 @@ def make_careful(job: Any) -> Any:
     return job
 
 
-def _terminate() -> None:
-    for process in active_children():  # a file half written is of no use to anybody
+def _start_pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=tie_to_parent)
+
+
+def _terminate_children() -> None:
+    for process in active_children():  # half-written files are of no use
         process.terminate()
 
 
 @contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Hold Ctrl-C back while processes start: they inherit that, and have nothing to say to it."""
+def _defer_interrupt() -> Iterator[None]:
+    """Block Ctrl-C while processes start, which inherit the blocked signal."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,7 +1,4 @@
-"""Progress of long work on stderr: done, rate, time left.
-
-One line that changes on a terminal; elsewhere (a job, a log file) a plain line every half minute.
-"""
+"""Progress bar on stderr; without a terminal (a job, a log file) a plain line every 30 s."""
 
 from __future__ import annotations
 
@@ -21,7 +18,14 @@ class Progress:
     """`with Progress("packing", total=1000, unit="img") as p: p.advance(10)`."""
 
     def __init__(self, what: str, total: int, unit: str, already: int = 0) -> None:
-        """Begin with `already` units done by an earlier run, which say nothing of the rate."""
+        """Create the bar.
+
+        Args:
+            what: name of the work.
+            total: number of units of work.
+            unit: name of a unit ("img").
+            already: units that an earlier run has done, which do not count for the rate.
+        """
         console = rich.console.Console(stderr=True)
         self._rate = _Rate(unit, already)
         self._bar = rp.Progress(
@@ -37,18 +41,18 @@ class Progress:
         )
         self._task = self._bar.add_task(what, total=total, completed=already, note="")
         self._unit, self._already = unit, already
-        self._start = self._told = time.monotonic()
+        self._start = self._printed = time.monotonic()
 
     def advance(self, count: int) -> None:
         """Count `count` more units as done."""
         self._bar.advance(self._task, count)
-        if self._bar.disable and time.monotonic() - self._told >= EVERY:
-            self._told = time.monotonic()
+        if self._bar.disable and time.monotonic() - self._printed >= EVERY:
+            self._printed = time.monotonic()
             sys.stderr.write(self._line() + "\n")
             sys.stderr.flush()
 
     def skip(self, count: int) -> None:
-        """Count `count` more units that are done already, or need not be, and tell no rate."""
+        """Count `count` more units as done, without an effect on the rate."""
         self._already += count
         self._rate.already += count
         self._bar.advance(self._task, count)
@@ -56,7 +60,7 @@ class Progress:
     def _line(self) -> str:
         """Return, for example, `packing: 5,120 of 20,000 img, 412 img/s, 0:00:36 left`."""
         (task,) = self._bar.tasks
-        rate = max(1e-9, (task.completed - self._already) / (self._told - self._start))
+        rate = max(1e-9, (task.completed - self._already) / (self._printed - self._start))
         left = timedelta(seconds=min(10**9, round(((task.total or 0) - task.completed) / rate)))
         note = f", {task.fields['note']}" if task.fields["note"] else ""
         return (
@@ -65,7 +69,7 @@ class Progress:
         )
 
     def note(self, text: str) -> None:
-        """Show a short remark at the end of the line."""
+        """Show a short text at the end of the line."""
         self._bar.update(self._task, note=text)
 
     def __enter__(self) -> Progress:
@@ -77,7 +81,7 @@ class Progress:
 
 
 class _Rate(rp.ProgressColumn):
-    """Units a second since the start (rich's own column leaves out the unit)."""
+    """Column with the units per second since the start (rich's own has no unit)."""
 
     def __init__(self, unit: str, already: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Commands that have a new name: `python -m OLD` says the new one in a line, and runs it."""
+"""Import hook for renamed commands: `python -m OLD` prints the new name and runs it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 class Renames:
     """Import hook that finds modules under their former names.
 
-    It stands first in `sys.meta_path`: a folder that an older checkout left behind with nothing but
-    `__pycache__` in it would be taken for the package otherwise.
+    It must be first in `sys.meta_path`: otherwise a folder of an older checkout that holds nothing
+    but `__pycache__` would be imported as a package.
 
     Args:
-        names: the former name of each module or package, and its name now.
+        names: new name of each module or package, by former name.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
@@ -24,7 +24,7 @@ class Renames:
         self._said: set[str] = set()
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        """Return where the module lies now; write its new name to standard error."""
+        """Return the spec of the renamed module; print its new name on stderr."""
         new = self._names.get(name)
         found = importlib.util.find_spec(new) if new else None
         if found is None:

@@ -140,10 +140,10 @@ def remote(
     size: int = PLENTY,
     policy: RetryPolicy = QUICK,
     threads: int = 2,
-    patience: float | None = None,
+    timeout: float | None = None,
 ) -> RemoteDataset:
-    """What `open_dataset` does, with a patience fit for tests."""
-    wait = policy.patience if patience is None else patience
+    """What `open_dataset` does, with timeouts that suit tests."""
+    wait = policy.lock_timeout if timeout is None else timeout
     return RemoteDataset(Store(address, policy), Cache(cache, size, wait), threads)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.dataset.images import Encoding, encode_npy
-from pipeline.dataset.index import load_index, save_index
+from pipeline.dataset.index import Index, load_index, save_index
 from pipeline.dataset.manifest import Manifest, Shard
-from pipeline.dataset.shards import shard_name, write_shard
+from pipeline.dataset.shards import shard_name, to_shard, write_tar
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.shard_reader import Bytes, ShardReader
 
@@ -62,7 +62,7 @@ def make_raw(data: Path, folder: Path) -> Path:
             yield encode_npy(np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB"))), 0
 
     starts = range(0, len(jpegs), RAW_SHARD)
-    built = [write_shard(folder, "train", n, pixels(s), "raw") for n, s in enumerate(starts)]
+    built = [_write_shard(folder, n, pixels(s), "raw") for n, s in enumerate(starts)]
     rows = np.concatenate([rows for _, rows in built])
     _seal(Manifest.load(data), data, folder, [shard for shard, _ in built], rows, "raw")
     return folder
@@ -78,7 +78,7 @@ def damage_sample(
     jpegs = [(jpeg.tobytes(), 0) for jpeg in read_samples(data, samples)]
     jpegs[place] = (edit(jpegs[place][0]), 0)
     folder.mkdir()
-    shard, rows = write_shard(folder, "train", 0, jpegs)
+    shard, rows = _write_shard(folder, 0, jpegs, "jpeg")
     _seal(Manifest.load(data), data, folder, [shard], rows, "jpeg")
     return folder
 
@@ -90,6 +90,17 @@ def read_samples(data: Path, count: int) -> list[Bytes]:
     views, _ = storage.read(ids)
     storage.close()
     return views
+
+
+def _write_shard(
+    folder: Path, number: int, samples: Iterable[tuple[bytes, int]], encoding: Encoding
+) -> tuple[Shard, Index]:
+    """Write a train shard and its `.idx`; return its manifest entry and index rows."""
+    name = shard_name("train", number)
+    with (folder / name).open("wb") as file:
+        written = write_tar(file, number, samples, encoding)
+    (folder / name).with_suffix(".idx").write_bytes(written.listing)
+    return to_shard(name, written), written.rows
 
 
 def _seal(

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pipeline.tools.units import cpu_count
+
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 CODEC = ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg")
 LIBRARIES = (*DALI, *CODEC, "isal", "numpy")
@@ -30,7 +32,7 @@ def facts(device: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "device": device,
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpu_count(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "load_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -53,10 +52,11 @@ from cluster.experiments.neighbors.figures import (
 )
 from cluster.experiments.neighbors.search import LEAST_MEMORY, Nearest, SearchBase, find_nearest
 from cluster.training.precision import choose_device
-from pipeline.remote.dataset import open_dataset, parse_size
+from pipeline.remote.dataset import open_dataset
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count, parse_size
 
 SUMMARY = "summary.json"
 VERSION = 1
@@ -115,7 +115,7 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
         UsageError: a run without checkpoints, data of other classes, more neighbors than images.
         DataError: existing features are of another run, step or data set, or damaged.
     """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_count())
     source = open_source(options.run, options.data, options.step)
     _check_k(options, source)
     devices = _choose_devices(options)
@@ -270,7 +270,7 @@ def _choose_devices(options: NeighborsOptions) -> list[str]:
     choose_device(options.device)
     if gpus:
         return [f"cuda:{number % gpus}" for number in range(options.workers or gpus)]
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_count()
     return ["cpu"] * (options.workers or max(1, cores // CORES))
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -59,10 +58,10 @@ from cluster.experiments.neighbors.features import (
     read_settings,
 )
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
-from pipeline.remote.dataset import parse_size
 from pipeline.tools.errors import DataError, DuetError, UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count, parse_size
 
 SHORTLIST = 100
 """Images found by code among which the exact neighbors are looked for."""
@@ -304,7 +303,7 @@ def compare_codes(options: CodesOptions, kept: Path, folder: Path) -> dict[str, 
         "queries": {"split": options.queries, "pictures": len(comparison.ids)},
         "base": {"split": options.base, "pictures": int(base.sound.sum())},
         "units": base.about.units,
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": cpu_count(),
         "seed": options.seed,
         "rows": rows,
     }
@@ -384,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     if not kept.is_dir():
         raise UsageError(f"there are no features in {kept}; {MAKE}")
     folder = ensure_writable(options.run / FOLDER, "the run's folder")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_count())
     result = compare_codes(options, kept, folder)
     out = sys.stderr if options.json else sys.stdout
     out.write("\n".join([*_format_table(result["codes"]), f"-> {folder / SUMMARY}"]) + "\n")

@@ -8,7 +8,6 @@ number of workers, on which worker has which stretch, or on where an earlier cal
 from __future__ import annotations
 
 import fcntl
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -43,6 +42,7 @@ from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.processes import LocalPool
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count
 
 BATCH = 64
 STRETCH = 16
@@ -137,7 +137,7 @@ def _compute(
     writer.forget(missing)
     # The object that keeps a downloaded checkpoint alive stays here; workers only read its files.
     sent = replace(source, checkpoint=replace(source.checkpoint, holder=None))
-    threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
+    threads = max(1, cpu_count() // len(devices))
     jobs = [
         FeatureJob(
             source=sent,

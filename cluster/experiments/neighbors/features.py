@@ -41,7 +41,7 @@ from cluster.run.folder import CONFIG, QUARANTINE
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DataError, SetupError, UsageError
-from pipeline.tools.files import atomic_write, sha256, sync_folder
+from pipeline.tools.files import atomic_write, sha256, sync_path
 
 FOLDER = "neighbours"
 """Folder in RUN for all files of both commands."""
@@ -356,7 +356,7 @@ class FeatureWriter:
         with self._path.open("r+b") as file:
             os.fsync(file.fileno())
         self._path.replace(path_of(self._folder, self.about.split, "npy"))
-        sync_folder(self._folder)
+        sync_path(self._folder)
         seal_features(self._folder, self.about, labels, flags == SOUND, crc)
         for ending in ("state", "plan.json"):
             path_of(self._folder, self.about.split, ending).unlink(missing_ok=True)

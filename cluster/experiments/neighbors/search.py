@@ -10,7 +10,6 @@ float64. Ties go to the earlier image.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from cluster.experiments.neighbors.features import Flags, Ids, Rows
 from pipeline.tools.errors import UsageError
+from pipeline.tools.units import cpu_count
 
 Floats = npt.NDArray[np.float64]
 CodeBytes = npt.NDArray[np.uint8]
@@ -271,7 +271,7 @@ class HammingIndex:
             int64 [Q, k] places in the base, and int64 [Q, k] distances in bits.
         """
         words = _to_words(queries)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        with ThreadPoolExecutor(cpu_count()) as threads:
             found = list(threads.map(lambda query: self._search(query, k), words))
         return np.stack([ids for ids, _ in found]), np.stack([far for _, far in found])
 

@@ -40,6 +40,7 @@ from pipeline.tools.errors import DuetError, UsageError, run
 from pipeline.tools.files import atomic_write
 from pipeline.tools.processes import request_parent_death_signal
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import cpu_count
 
 POLL = 1.0
 """Seconds between two reads of the runs' rows."""
@@ -292,7 +293,7 @@ def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> N
         DuetError: the run failed.
         KeyboardInterrupt: the user stopped it; it is saved.
     """
-    mesh = ProcessMesh(device=choose_device(config.device), cores=len(os.sched_getaffinity(0)))
+    mesh = ProcessMesh(device=choose_device(config.device), cores=cpu_count())
     with lock_leader(folder), count_interrupts() as end:
         write_machine(folder, mesh.world_size)
         make_run(config, data, folder, mesh, screen.show, is_stopping=lambda: end() > 0)

@@ -191,9 +191,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_a_save_that_takes_too_long_is_not_waited_for(run, gate, monkeypatch):
     monkeypatch.setattr(writer, "PATIENCE", 0.1)
     run.begin(3, seed=1)
-    run.begin(6, seed=2)  # is left out
+    run.begin(6, seed=2)  # is skipped
     run.begin(9, seed=3)  # likewise
-    assert ["6 is left out" in run.warnings[0], "9 is left out" in run.warnings[1]] == [True, True]
+    assert ["6 is skipped" in run.warnings[0], "9 is skipped" in run.warnings[1]] == [True, True]
     assert run.checkpoints.is_pending
     gate.set()
     while run.checkpoints.is_busy:
@@ -208,7 +208,7 @@ def test_a_save_that_takes_too_long_is_not_waited_for(run, gate, monkeypatch):
 def test_the_last_save_is_made_even_if_the_one_before_is_slow(run, gate, monkeypatch):
     monkeypatch.setattr(writer, "PATIENCE", 0.1)
     run.begin(3, seed=1)
-    run.begin(6, seed=2)  # is left out, until the end is waited for
+    run.begin(6, seed=2)  # is skipped, until the end is waited for
     threading.Timer(0.3, gate.set).start()
     run.checkpoints.finish(must=True)
     assert run.saved == [3, 6]

@@ -87,7 +87,7 @@ DEATHS: dict[str, tuple[object, str, object]] = {
     "the other": (part, "save_file", lambda s, p: half(s, p) if "b." in p.name else REAL(s, p)),
     "the json": (places, "atomic_write", die),
     "the rename": (Path, "rename", die),
-    "after it": (places, "sync_folder", die),
+    "after it": (places, "sync_path", die),
     "the removing": (places.shutil, "rmtree", die),
 }
 

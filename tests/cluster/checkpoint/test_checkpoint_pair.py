@@ -164,7 +164,7 @@ def test_a_slow_column_has_the_next_save_left_out_but_for_the_last(seen):
     leader, other = seen("left_out")
     assert leader["pending"] is other["pending"] is True
     assert leader["saved"] == [3, 6]
-    assert "step 6 is left out" in leader["warnings"][0]
+    assert "step 6 is skipped" in leader["warnings"][0]
     assert other["warnings"] == []
     assert Run(leader["folder"]).resume()[0].step == 6
 

@@ -21,7 +21,7 @@ from cluster.mesh import ProcessMesh, create_mesh
 from cluster.run.sync import open_mirror
 from cluster.training.loop import train
 from pipeline.remote.filesystem import RetryPolicy
-from pipeline.remote.target import StoreTarget
+from pipeline.remote.target import StoreTarget, open_store
 from pipeline.tools.errors import DataError, SetupError, UsageError
 from tests.helpers.checkpoints import Run, network, same
 from tests.helpers.processes import run_ranks
@@ -33,7 +33,9 @@ BRIEF = RetryPolicy(attempts=2, first_delay=0.01, stall=5.0)
 @pytest.fixture
 def run(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run with its checkpoints below s3://.../a/b."""
-    monkeypatch.setattr(places, "POLICY", BRIEF)
+    monkeypatch.setattr(
+        places, "open_store", lambda *names: replace(open_store(*names), policy=BRIEF)
+    )
     monkeypatch.setattr(places, "HURRY", BRIEF)
     return Run(tmp_path, store=f"{s3_bucket}/a/b")
 
@@ -221,8 +223,8 @@ def test_a_full_temporary_folder_is_named(run, monkeypatch):
 
 def test_where_nothing_can_be_written_is_refused_at_once(tmp_path):
     for store, words in {
-        "https://host/folder": "checkpoints go to folders and to object stores",
-        "nosuch://host/folder": "checkpoints go to folders and to object stores",
+        "https://host/folder": "checkpoints are written to folders and to object stores",
+        "nosuch://host/folder": "unknown scheme",
         "s3://": "names no bucket",
     }.items():
         with pytest.raises(UsageError, match=words):

@@ -50,7 +50,7 @@ def test_parts_add_up_in_any_order():
 
 
 def test_statistics_are_numpys():
-    found = Statistics.of(sums_of(PICTURES))
+    found = Statistics.from_sums(sums_of(PICTURES))
     rows = PICTURES.reshape(-1, 3).astype(float)
     assert np.allclose(found.channel_mean, rows.mean(0))
     assert np.allclose(found.covariance, np.cov(rows.T, bias=True))

@@ -117,7 +117,7 @@ def test_fetching_ahead_does_not_remove_what_is_wished_for(server, tiny_data, tm
 def test_threads_that_need_the_same_room_all_get_it(server, tiny_data, tmp_path):
     """With room for one shard, five threads that each want another one take turns."""
     known = shards(tiny_data)
-    data = remote(server.address, tmp_path, size=small_size(tiny_data, 1), patience=20)
+    data = remote(server.address, tmp_path, size=small_size(tiny_data, 1), timeout=20)
     wrong = []
 
     def read(place: int) -> None:
@@ -138,7 +138,7 @@ def test_a_cache_that_is_too_small(server, tiny_data, tmp_path):
     with pytest.raises(UsageError, match=r"train-00000\d\.tar .* --cache-size") as raised:
         remote(server.address, tmp_path, size=1000)
     assert "\n" not in str(raised.value)
-    data = remote(server.address, tmp_path, size=small_size(tiny_data, 1) - 1, patience=0.2)
+    data = remote(server.address, tmp_path, size=small_size(tiny_data, 1) - 1, timeout=0.2)
     with pytest.raises(UsageError, match="no room"):
         data.fetch_shard(max(shards(tiny_data), key=lambda shard: shard.bytes))
 
@@ -155,7 +155,7 @@ def test_files_of_others_are_not_touched(server, tiny_data, tmp_path):
     assert all(path.stat().st_size == 10**6 for path in before)
 
 
-def test_patience_outlasts_every_pause():
+def test_the_lock_timeout_outlasts_every_pause():
     for policy in (RetryPolicy(), QUICK, HASTY):
         longest = policy.stall + policy.delay(policy.attempts - 1) * 1.25
-        assert policy.patience > longest
+        assert policy.lock_timeout > longest

@@ -67,7 +67,7 @@ def test_the_leftovers_of_the_dead_are_removed(server, tiny_data, tmp_path):
         (folder / name).write_bytes(b"x")
     lock = try_lock(folder / "locks" / "train-000003.tar.lock")
     assert lock is not None
-    data = remote(server.address, tmp_path, patience=0.2)
+    data = remote(server.address, tmp_path, timeout=0.2)
     with pytest.raises(UsageError, match="no room"):  # it is promised to the one that fetches
         data.fetch_shard(shards(tiny_data)[0])
     unlock(lock)
@@ -76,7 +76,7 @@ def test_the_leftovers_of_the_dead_are_removed(server, tiny_data, tmp_path):
 
 
 def test_one_that_holds_a_lock_and_does_nothing(server, tiny_data, tmp_path):
-    data = remote(server.address, tmp_path, patience=0.3)
+    data = remote(server.address, tmp_path, timeout=0.3)
     shard = shards(tiny_data)[0]
     lock = try_lock(data.folder / "locks" / f"{shard.name}.lock")
     assert lock is not None

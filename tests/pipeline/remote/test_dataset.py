@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
-from pipeline.remote.dataset import LocalDataset, is_remote, open_dataset, parse_size
+from pipeline.remote.dataset import LocalDataset, open_dataset
 from pipeline.remote.download import Store
+from pipeline.remote.filesystem import is_remote
 from pipeline.tools.errors import DataError, SetupError, UsageError
+from pipeline.tools.units import parse_size
 from tests.helpers.http_servers import complain, shards
 
 

@@ -218,8 +218,9 @@ def test_a_remote_file_reads_as_a_local_one(size, steps):
     """Blocks of a few bytes, so that all their borders are met."""
     data = np.random.default_rng(size).bytes(size)
     fsspec.filesystem("memory").pipe_file("/readers/any", data)
-    old = remote_file.SMALLEST, remote_file.LARGEST, remote_file.NEAR, remote_file.AHEAD
-    remote_file.SMALLEST, remote_file.LARGEST, remote_file.NEAR, remote_file.AHEAD = 16, 256, 64, 32
+    old = remote_file.SMALLEST, remote_file.LARGEST, remote_file.NEAR, remote_file.READ_AHEAD
+    remote_file.SMALLEST, remote_file.LARGEST = 16, 256
+    remote_file.NEAR, remote_file.READ_AHEAD = 64, 32
     try:
         local = io.BytesIO(data)
         with RemoteFile("memory://readers/any", QUICK) as file:
@@ -228,4 +229,4 @@ def test_a_remote_file_reads_as_a_local_one(size, steps):
                 assert file.read(count) == local.read(count)
                 assert file.tell() == local.tell()
     finally:
-        remote_file.SMALLEST, remote_file.LARGEST, remote_file.NEAR, remote_file.AHEAD = old
+        remote_file.SMALLEST, remote_file.LARGEST, remote_file.NEAR, remote_file.READ_AHEAD = old
