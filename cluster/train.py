@@ -50,7 +50,7 @@ class Command:
     """Folder for checkpoints and numbers; created if need be."""
     tuning: Path | None = None
     """A file of pipeline.throughput --tune; its settings win over CONFIG's, flags over both."""
-    measure_with_ray_session: bool = False
+    measure: bool = False
     """Do not train: measure where a step's time goes, into RUN/measure.json and
     RUN/throughput.html."""
     settings: Annotated[Config, tyro.conf.OmitArgPrefixes]
