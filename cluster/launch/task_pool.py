@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from cluster.launch.session import ray_session
 from pipeline.packing.build import library_versions
+from pipeline.remote.filesystem import is_remote
 from pipeline.remote.target import WORK, Target
-from pipeline.sources.paths import is_remote
 from pipeline.tools.errors import DuetError, SetupError
 from pipeline.tools.processes import make_careful
 

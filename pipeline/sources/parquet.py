@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.dataset.tar import escape
-from pipeline.remote.filesystem import RetryPolicy, Unreachable, hide_credentials
+from pipeline.remote.filesystem import RetryPolicy, Unreachable, hide_credentials, is_remote
 from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import Listing, ListingWriter
-from pipeline.sources.paths import find_files, is_remote, open_file, scan_each, select_split
+from pipeline.sources.paths import find_files, open_file, scan_each, select_split
 from pipeline.tools.errors import UsageError
 
 if TYPE_CHECKING:

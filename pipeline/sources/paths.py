@@ -24,6 +24,7 @@ from pipeline.remote.filesystem import (
     RetryPolicy,
     check_address,
     hide_credentials,
+    is_remote,
     open_filesystem,
     retry,
 )
@@ -57,11 +58,6 @@ class SourceFiles(NamedTuple):
     """Absolute paths or addresses."""
     folder: str | None
     """The folder that was named; None if the files themselves were."""
-
-
-def is_remote(source: str) -> bool:
-    """Whether `source` is an address in a store, rather than a path."""
-    return "://" in source and not source.startswith("file://")
 
 
 def base_name(address: str) -> str:

@@ -13,10 +13,9 @@ import numpy as np
 
 from pipeline.dataset.tar import ENCODING, escape
 from pipeline.remote.file import RemoteFile
-from pipeline.remote.filesystem import RetryPolicy, Unreachable
+from pipeline.remote.filesystem import RetryPolicy, Unreachable, is_remote
 from pipeline.sources.listing import Container, SourceReader, Unreadable, refuse_if_too_large
 from pipeline.sources.parquet import DAMAGE, find_columns, first_line, open_parquet
-from pipeline.sources.paths import is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa

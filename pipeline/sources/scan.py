@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.dataset.tar import escape
-from pipeline.remote.filesystem import hide_credentials
+from pipeline.remote.filesystem import hide_credentials, is_remote
 from pipeline.sources.folders import (
     add_flat_folder,
     add_flat_tar,
@@ -22,7 +22,6 @@ from pipeline.sources.folders import (
 from pipeline.sources.imagenet import GroundTruth, find_titles, is_kit_name
 from pipeline.sources.listing import Listing, ListingWriter, is_image
 from pipeline.sources.parquet import is_parquet, scan_parquet
-from pipeline.sources.paths import is_remote
 from pipeline.sources.tars import add_class_tar, add_tar
 from pipeline.sources.webdataset import is_webdataset, scan_webdataset
 from pipeline.tools.errors import DuetError, UsageError

@@ -180,7 +180,7 @@ def test_a_node_that_is_unlike_the_driver_is_named(cluster, tmp_path, monkeypatc
     ):
         list(pool.run(squared, [Job(Unshared(str(tmp_path)), 1)]))
     monkeypatch.setattr(
-        "cluster.launch.task_pool.libraries", lambda: {"pillow": "0.1", "torch": "0.2"}
+        "cluster.launch.task_pool.library_versions", lambda: {"pillow": "0.1", "torch": "0.2"}
     )
     with cluster.pool() as pool, pytest.raises(SetupError, match=r"the driver 0\.[12]: their by"):
         list(pool.run(squared, [Job(FolderTarget(str(tmp_path)), 1)]))

@@ -65,7 +65,7 @@ def test_a_wrong_command_is_refused_before_ray_starts(tmp_path, monkeypatch):
     def no_ray(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("cluster.launch.task_pool.session", no_ray)
+    monkeypatch.setattr("cluster.launch.task_pool.ray_session", no_ray)
     flags = ["--train", str(tmp_path / "nowhere")]
     for words, message in (
         ([str(tmp_path / "out"), *flags], "nowhere"),

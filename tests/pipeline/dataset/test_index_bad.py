@@ -163,7 +163,7 @@ def test_damage_is_named_by_the_key_in_the_tar(folder):
 
 
 def test_processes_that_die_are_told(monkeypatch, folder):
-    monkeypatch.setattr("pipeline.index_shards.examine", _die)
+    monkeypatch.setattr("pipeline.index_shards.examine_shard", _die)
     with pytest.raises(DuetError, match="a process died"):
         index(folder, workers=2)
 

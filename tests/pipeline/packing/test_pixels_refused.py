@@ -213,6 +213,6 @@ def test_a_decoder_in_python_is_stopped(monkeypatch):
             pass
 
     monkeypatch.setattr(careful, "_crop_and_resample", forever)
-    monkeypatch.setattr(careful, "in_time", lambda: jpeg_header.limit_time(0.05))
+    monkeypatch.setattr(careful, "limit_time", lambda: jpeg_header.limit_time(0.05))
     with pytest.raises(ImageError, match=r"takes more than 0\.05 s"):
         decode_square(saved(Image.new("L", (64, 64)), "PNG"))

@@ -9,9 +9,9 @@ import fsspec
 import pytest
 import webdataset as wds
 
+from pipeline.remote.filesystem import is_remote
 from pipeline.sources import webdataset
 from pipeline.sources.listing import Listing
-from pipeline.sources.paths import is_remote
 from pipeline.sources.readers import open_reader
 from pipeline.sources.webdataset import is_webdataset
 from pipeline.tools.errors import UsageError
