@@ -6,5 +6,6 @@ chunks       stage one: a run of source images -> encoded, hashed, measured
 jpeg_header  header of a JPEG; limits on images
 resize       one encoded image -> 256x256 sRGB pixels -> a JPEG
 duplicates   perceptual hashes -> groups of duplicates
+hamming      groups of hashes within a Hamming distance
 shards       stage two: encoded images in shuffled order -> shards, side files, manifest
 """

@@ -21,9 +21,9 @@ from isal import isal_zlib
 from pipeline.dataset.image_stats import Sums
 from pipeline.dataset.images import Pixels, encode_npy
 from pipeline.packing.duplicates import perceptual_hash
-from pipeline.packing.jpeg_header import to_one_line
+from pipeline.packing.jpeg_header import ImageError, to_one_line
 from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan
-from pipeline.packing.resize import ImageError, decode_square, encode, use_one_thread
+from pipeline.packing.resize import decode_square, encode, use_one_thread
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader

@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.packing.duplicates import BITS, NEAR, distance, perceptual_hash
+from pipeline.packing.duplicates import BITS, NEAR, perceptual_hash
 from pipeline.packing.resize import decode_square, encode
 from tests.helpers.images import jpeg
 from tests.helpers.images import pixels as drawn
+
+
+def distance(one: bytes, other: bytes) -> int:
+    """The number of bits in which two hashes differ."""
+    return (int.from_bytes(one) ^ int.from_bytes(other)).bit_count()
 
 
 def textbook(pixels: np.ndarray) -> np.ndarray:
