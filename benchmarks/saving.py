@@ -40,7 +40,7 @@ from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Event, Warned
 from cluster.run.folder import Mark
-from cluster.training.precision import autocast, compute_dtype, keep_memory
+from cluster.training.precision import autocast, choose_device, compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from model.schedule import Rates
@@ -198,10 +198,7 @@ def main() -> None:
     if options.folder is not None and not options.folder.is_dir():
         raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
     keep_memory()
-    gpu = torch.cuda.is_available() and options.device != "cpu"
-    if options.device == "gpu" and not gpu:
-        raise UsageError("--device gpu needs a CUDA device, and torch sees none")
-    device = torch.device("cuda" if gpu else "cpu")
+    device = choose_device(options.device)
     with tempfile.TemporaryDirectory(prefix="duet-saving-", dir=options.folder) as folder:
         found, size = measure(options, device, Path(folder))
     blocked = found.begin + found.finish
