@@ -23,7 +23,7 @@ from pipeline.dataset.manifest import NAME, Manifest, Shard, is_plain_name
 from pipeline.remote.cache import AS_STORED, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
 from pipeline.remote.filesystem import Mismatch, is_remote, local_path
-from pipeline.remote.prefetch import FetchOutcome, Prefetcher
+from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
 from pipeline.tools.errors import REBUILD, DataError, UsageError
 from pipeline.tools.files import sha256
 
@@ -202,7 +202,7 @@ class RemoteDataset:
                 self._fetch_small(index_name(name), split.index_sha256)
         self._returned: dict[str, tuple[int, int]] = {}
         """File identity (see `_file_id`) of the copy that `fetch_shard` last returned, by name."""
-        self._prefetcher = Prefetcher(self._prefetch, threads, self._stop)
+        self._prefetcher = ShardPrefetcher(self._prefetch, threads, self._stop)
         _open_sets.add(self)
 
     def fetch_shard(self, shard: Shard) -> Path:
@@ -250,7 +250,7 @@ class RemoteDataset:
     def reset_after_fork(self) -> None:
         """Start without the parent's threads, which may have held locks of this object."""
         self._stop = threading.Event()
-        self._prefetcher = Prefetcher(self._prefetch, self._prefetcher.limit, self._stop)
+        self._prefetcher = ShardPrefetcher(self._prefetch, self._prefetcher.limit, self._stop)
 
     def _download_manifest(self) -> bytes:
         """Return the manifest that is in the store now."""

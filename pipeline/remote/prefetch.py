@@ -22,7 +22,7 @@ class FetchOutcome(enum.Enum):
     """The cache is full of shards that are needed sooner."""
 
 
-class Prefetcher:
+class ShardPrefetcher:
     """A queue of wanted shards, and at most `limit` daemon threads that empty it."""
 
     def __init__(
