@@ -14,14 +14,13 @@ from typing import BinaryIO, NamedTuple
 
 from pipeline.dataset.samples import LABEL_ENDINGS, MAX_LABEL_BYTES, MemberLabel, parse_label
 from pipeline.dataset.tar import Member, escape, read_members
-from pipeline.remote.filesystem import hide_credentials
+from pipeline.remote.filesystem import hide_credentials, is_remote
 from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import PICTURE_ENDINGS, Listing, ListingWriter
 from pipeline.sources.paths import (
     SourceFiles,
     base_name,
     find_files,
-    is_remote,
     open_file,
     read_small,
     scan_each,
