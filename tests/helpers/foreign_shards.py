@@ -16,7 +16,6 @@ from PIL import Image
 
 from pipeline.index_shards import IndexConfig, IndexOutcome, index_folder
 from tests.helpers.images import jpeg, rows_of
-from tests.helpers.processes import run_command
 
 KINDS = [{}, {"subsampling": 0}, {"mode": "L"}, {"progressive": True}, {"quality": 60}]
 """JPEGs that people have: 4:2:0, 4:4:4, grey, progressive, small."""
@@ -50,7 +49,8 @@ def index(folder: Path, **settings) -> IndexOutcome:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.index_shards", *map(str, arguments)]
-    return run_command(command)
+    # Python itself: the jobs of its pool are classes of `__main__`, which a fork cannot find.
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]], **options) -> None:
