@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from cluster.checkpoint.storage import JSON, CheckpointStorage, open_storage, parse_step
@@ -69,21 +69,22 @@ def load_checkpoint(path: Path, net: AlexNet, optimizer: Sgd2012 | None = None) 
     Raises:
         DataError: the checkpoint is of another network.
     """
-    state: dict[str, Tensor] = {}
-    for column in net.columns:
-        state |= load_file(path / column_file(column))
     try:
-        net.load_column_state(_strip_prefix("weights/", state))
+        net.load_column_state(load_columns(path, net.columns, "weights/"))
         if optimizer is not None:
-            optimizer.load_column_state(net, _strip_prefix("velocity/", state))
+            optimizer.load_column_state(net, load_columns(path, net.columns, "velocity/"))
     except ValueError as error:
         raise DataError(f"checkpoint {path}: {error}") from error
 
 
-def _strip_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-    }
+def load_columns(path: Path, columns: Iterable[int], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of some columns whose keys have a prefix, by the rest of their keys."""
+    found: dict[str, Tensor] = {}
+    for column in columns:
+        with safe_open(path / column_file(column), "pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            found |= {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+    return found
 
 
 def find_sound(storage: CheckpointStorage, names: Iterable[str], tell: Tell) -> Checkpoint | None:
@@ -113,6 +114,21 @@ def read_table(storage: CheckpointStorage, name: str) -> dict[str, Any]:
     if table["version"] != VERSION:
         raise ValueError(f"version {table['version']}, this program reads {VERSION}")
     return table
+
+
+def read_error(storage: CheckpointStorage, name: str) -> float | None:
+    """Return the top-1 validation error of a checkpoint, 0..1; None without one, or if damaged.
+
+    Raises:
+        StoreError: the store does not answer, which says nothing about the checkpoint.
+    """
+    try:
+        error: float | None = read_table(storage, name).get("top1_error")
+    except StoreError:
+        raise
+    except UNSOUND:
+        return None
+    return error
 
 
 def verify_checkpoint(storage: CheckpointStorage, name: str) -> Checkpoint:
@@ -186,9 +202,10 @@ def choose_from_storage(
     if not names:
         raise UsageError(f"{run} has no complete checkpoint yet; train on with cluster.train")
     if best:
-        names = _sort_by_error(storage, names)
-        if not names:
+        errors = {name: error for name in names if (error := read_error(storage, name)) is not None}
+        if not errors:
             raise UsageError(f"no checkpoint of {run} has a validation error; leave --best out")
+        names = sorted(errors, key=lambda name: (errors[name], -parse_step(name)))
     if step is not None:
         there = ", ".join(str(parse_step(name)) for name in names)
         names = [name for name in names if parse_step(name) == step]
@@ -198,16 +215,3 @@ def choose_from_storage(
     if found is None:
         raise DataError(f"no checkpoint of {run} is sound; restore one, or train anew")
     return found
-
-
-def _sort_by_error(storage: CheckpointStorage, names: Iterable[str]) -> list[str]:
-    """Return the checkpoints with a validation error, the lowest first."""
-    errors = {}
-    for name in names:
-        try:
-            error = read_table(storage, name).get("top1_error")
-        except (OSError, ValueError, KeyError, TypeError, DuetError):
-            continue  # damaged
-        if error is not None:
-            errors[name] = error
-    return sorted(errors, key=lambda name: (errors[name], -parse_step(name)))

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from cluster.checkpoint.format import (
     UNSOUND,
@@ -24,6 +22,8 @@ from cluster.checkpoint.format import (
     fetch_files,
     find_sound,
     load_checkpoint,
+    load_columns,
+    read_error,
     read_table,
 )
 from cluster.checkpoint.storage import (
@@ -39,7 +39,7 @@ from cluster.run.events import Tell
 from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, read_last_step
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
-from pipeline.remote.filesystem import StoreError, hide_credentials, is_remote, local_path
+from pipeline.remote.filesystem import hide_credentials, is_remote, local_path
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 
@@ -122,7 +122,7 @@ def _discover(
             )
         storage.prepare()
         storage.remove_unfinished(parse_step(seen.names[0]) if seen.names else 0)
-        seen.errors = {name: _error_of(storage, name) for name in seen.names}
+        seen.errors = {name: read_error(storage, name) for name in seen.names}
         found = find_sound(storage, seen.names, tell)
     except SetupError as error:
         return None, _Discovery(trouble=str(error))
@@ -133,17 +133,6 @@ def _discover(
     if found is not None:
         seen.newest, seen.mark = found.name, found.mark
     return found, seen
-
-
-def _error_of(storage: CheckpointStorage, name: str) -> float | None:
-    """Return the validation error of a checkpoint; None if it is damaged."""
-    try:
-        error: float | None = read_table(storage, name).get("top1_error")
-    except StoreError:
-        raise
-    except UNSOUND:
-        return None
-    return error
 
 
 def fetch_own_columns(
@@ -188,12 +177,11 @@ def parse_init(init: str) -> InitSource:
         UsageError: it is neither a run nor a checkpoint, or no address of an object store.
     """
     if is_remote(init):
-        base, _, last = init.rstrip("/").rpartition("/")
-        if is_checkpoint(last):
-            return InitSource(RemoteStorage(open_store(base, "")), base, last)
-        return InitSource(
-            RemoteStorage(open_store(init, CHECKPOINTS)), f"{init.rstrip('/')}/{CHECKPOINTS}", ""
-        )
+        base, _, name = init.rstrip("/").rpartition("/")
+        if is_checkpoint(name):
+            return InitSource(RemoteStorage(open_store(base)), base, name)
+        base = f"{init.rstrip('/')}/{CHECKPOINTS}"
+        return InitSource(RemoteStorage(open_store(init, CHECKPOINTS)), base, "")
     path = local_path(init)
     if is_checkpoint(path.name):
         return InitSource(LocalStorage(path.parent), str(path.parent), path.name)
@@ -297,10 +285,7 @@ def load_init(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
     source = parse_init(init)
     name = source.name or place.broadcast(choose_init(source, tell).name if place.is_leader else "")
     path, holder = fetch_own_columns(source.storage, name, place)
-    state: dict[str, Tensor] = {}
-    for column in net.columns:
-        state |= load_file(path / column_file(column))
-    there = {k.removeprefix(_WEIGHTS): v for k, v in state.items() if k.startswith(_WEIGHTS)}
+    there = load_columns(path, net.columns, _WEIGHTS)
     own = net.column_state()
     taken = match_layers(
         {key: tuple(value.shape) for key, value in own.items()},

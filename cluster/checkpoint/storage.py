@@ -118,12 +118,7 @@ class LocalStorage:
     """Checkpoints in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @property
-    def address(self) -> str:
-        """Path of the folder."""
-        return str(self._folder)
+        self._folder, self.address = folder, str(folder)
 
     def list_complete(self) -> list[str]:
         """See `CheckpointStorage`."""
@@ -194,12 +189,7 @@ class RemoteStorage:
     """Checkpoints in an object store."""
 
     def __init__(self, target: StoreTarget) -> None:
-        self._target = target
-
-    @property
-    def address(self) -> str:
-        """See `CheckpointStorage`."""
-        return self._target.address
+        self._target, self.address = target, target.address
 
     def _list_all(self) -> dict[str, set[str]]:
         """Return the files of each checkpoint, complete or not."""

@@ -64,59 +64,10 @@ class BackgroundTask:
             self.trouble = summarize_error(error)
         self.seconds = time.monotonic() - start
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread still runs."""
-        return self._thread.is_alive()
-
     def wait(self, seconds: float) -> bool:
         """Wait for the end, at most so many seconds; return whether it has ended."""
         self._thread.join(seconds)
-        return not self.is_alive
-
-
-class StateCopies:
-    """CPU memory for copies of a process's tensors, reused by each checkpoint."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
-
-    def take(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to the CPU; the next call overwrites the copies."""
-        for key, tensor in state.items():
-            if key not in self._memory:
-                self._memory[key] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
-                )
-            self._memory[key].copy_(tensor.detach(), non_blocking=True)
-        if any(tensor.is_cuda for tensor in state.values()):
-            torch.cuda.current_stream().synchronize()
-        return self._memory
-
-
-def write_columns(
-    storage: CheckpointStorage, work: str, state: dict[str, Tensor], columns: tuple[int, ...],
-    facts: Facts, stopped: threading.Event,
-) -> None:  # fmt: skip
-    """Write, hash and upload the files of some columns.
-
-    Args:
-        storage: of the run's checkpoints.
-        work: name under which the checkpoint is written.
-        state: copies of the tensors.
-        columns: 0 (a), 1 (b) or both.
-        facts: gets size and hash of each file that is in its place.
-        stopped: no further column is begun when set.
-    """
-    for column in columns:
-        if stopped.is_set():
-            return
-        name = column_file(column)
-        own = {key: t for key, t in state.items() if key.split("/")[1][0] == "ab"[column]}
-        path = storage.write(work, name, partial(save_file, own))
-        found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        storage.upload(work, name, path)
-        facts[name] = found
+        return not self._thread.is_alive()
 
 
 @dataclass
@@ -138,7 +89,7 @@ class _Save:
 
     @property
     def is_busy(self) -> bool:
-        return self.task is not None and self.task.is_alive
+        return self.task is not None and not self.task.wait(0.0)
 
 
 class CheckpointManager:
@@ -188,7 +139,8 @@ class CheckpointManager:
         """Step of the last complete checkpoint."""
         self._errors: dict[str, float | None] = {}
         """Validation errors of the complete checkpoints, by name."""
-        self._copies = StateCopies()
+        self._copies: dict[str, Tensor] = {}
+        """CPU memory for copies of this process's tensors, reused by each checkpoint."""
         self._stopped = threading.Event()
         self._cleaning: BackgroundTask | None = None
         """The leader's removal of superfluous checkpoints."""
@@ -243,18 +195,17 @@ class CheckpointManager:
         if self._save is not None:
             self._skipped = (mark, net, optimizer, error)
             if self._place.is_leader:
-                self._warn(
-                    f"the checkpoint of step {self._save.mark.step} is still being written to "
-                    f"{self._storage.address}; that of step {mark.step} is skipped"
-                )
+                what = f"the checkpoint of step {self._save.mark.step} is still being written"
+                why = f"to {self._storage.address}; that of step {mark.step} is skipped"
+                self._tell(Warned(f"{what} {why}"))
             return
         work, trouble = self._place.broadcast(
             self._open(mark) if self._place.is_leader else ("", "")
         )
         self._save = save = _Save(mark, error, work, trouble)
         if not trouble and self._place.replica == 0:
-            state = self._copies.take(collect_state(net, optimizer))
-            save.task = BackgroundTask(partial(self._write, save, state, net.columns))
+            self._copy(collect_state(net, optimizer))
+            save.task = BackgroundTask(partial(self._write, save, net.columns))
         save.blocked = time.monotonic() - start
 
     def _open(self, mark: Mark) -> tuple[str, str]:
@@ -264,9 +215,31 @@ class CheckpointManager:
         except (OSError, DuetError) as error:
             return "", summarize_error(error)
 
-    def _write(self, save: _Save, state: dict[str, Any], columns: tuple[int, ...]) -> None:
-        """Write the columns; runs in the thread."""
-        write_columns(self._storage, save.work, state, columns, save.files, self._stopped)
+    def _copy(self, state: dict[str, Tensor]) -> None:
+        for key, tensor in state.items():
+            if key not in self._copies:
+                self._copies[key] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                )
+            self._copies[key].copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in state.values()):
+            torch.cuda.current_stream().synchronize()
+
+    def _write(self, save: _Save, columns: tuple[int, ...]) -> None:
+        """Write, hash and upload the copies of `columns`; runs in the thread."""
+        for column in columns:
+            if self._stopped.is_set():
+                return
+            name = column_file(column)
+            own = {
+                k: tensor
+                for k, tensor in self._copies.items()
+                if k.split("/")[1][0] == "ab"[column]
+            }
+            path = self._storage.write(save.work, name, partial(save_file, own))
+            facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            self._storage.upload(save.work, name, path)
+            save.files[name] = facts
         if self._place.is_leader and not self._stopped.is_set():
             self.alongside()
 
@@ -360,30 +333,24 @@ class CheckpointManager:
             if not self._cleaning.wait(0.0 if action else PATIENCE):
                 return  # the next call does it
             if self._cleaning.trouble:
-                self._warn(f"{self._storage.address} is not tidied ({self._cleaning.trouble})")
+                why = self._cleaning.trouble
+                self._tell(Warned(f"{self._storage.address} is not tidied ({why})"))
         self._cleaning = BackgroundTask(action) if action else None
 
     def _report(self, save: _Save, trouble: str, must: bool) -> None:
-        where = f"{self._storage.address} ({trouble})"
+        what = (
+            f"the checkpoint of step {save.mark.step} cannot be written to "
+            f"{self._storage.address} ({trouble})"
+        )
         if trouble and must:
             self._clean(None)
             raise SetupError(
-                f"the checkpoint of step {save.mark.step} cannot be written to {where}; free some "
-                f"space there, or bring the disk back: the same command goes on from step "
-                f"{self._good}"
+                f"{what}; free some space there, or bring the disk back: the same command goes on "
+                f"from step {self._good}"
             )
-        if not self._place.is_leader:
-            return
-        if not trouble:
-            self._tell(Saved(save.mark.step, save.blocked))
-        else:
-            self._warn(
-                f"the checkpoint of step {save.mark.step} cannot be written to {where}; training "
-                f"goes on, the last one is of step {self._good}"
-            )
-
-    def _warn(self, text: str) -> None:
-        self._tell(Warned(text))
+        if self._place.is_leader:
+            failed = Warned(f"{what}; training goes on, the last one is of step {self._good}")
+            self._tell(failed if trouble else Saved(save.mark.step, save.blocked))
 
     def close(self) -> None:
         """Stop writing; a pending checkpoint is not completed."""
@@ -395,11 +362,7 @@ class CheckpointManager:
 
 
 def select_superfluous(
-    newest_first: list[str],
-    errors: dict[str, float | None],
-    new: str,
-    keep: int,
-    keep_best: int,
+    newest_first: list[str], errors: dict[str, float | None], new: str, keep: int, keep_best: int
 ) -> list[str]:
     """Return the names of the checkpoints to delete now that `new` is complete.
 

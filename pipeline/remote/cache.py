@@ -36,7 +36,6 @@ AS_STORED = ".as-stored"
 LOCKS = "locks"
 _SET = re.compile("[0-9a-f]{16}")
 _PARTIAL_NAME = re.compile(r"(?P<name>.+)\.(?:(?P<room>\d+)\.room|[0-9a-f]{8})\.partial")
-_EVICTABLE = ".tar"
 _POLL = 0.1
 """Seconds between two tries to take a lock that another process holds."""
 
@@ -193,17 +192,20 @@ class Cache:
         """Rename a downloaded file to its final name, durably.
 
         Args:
-            partial: the downloaded file.
+            partial: the downloaded file; removed if this fails.
             path: its final name.
             as_stored: SHA-256 of a file that the store itself holds damaged; None if it is sound.
         """
         mark = path.with_name(path.name + AS_STORED)
-        sync_path(partial)
-        with self._exclusive():  # the file counts under one name
-            partial.replace(path)
-            for marker in self._partial_files(path):
-                marker.unlink(missing_ok=True)
-            mark.unlink(missing_ok=True)
+        try:
+            sync_path(partial)
+            with self._exclusive():  # the file counts under one name
+                partial.replace(path)
+                for marker in self._partial_files(path):
+                    marker.unlink(missing_ok=True)
+                mark.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
         sync_path(path.parent)
         if as_stored is not None:
             with atomic_write(mark) as file:
@@ -225,7 +227,7 @@ class Cache:
             self._sweep()
             entries = self._entries()
             missing = sum(entry.bytes for entry in entries) + size - self.limit
-            shards = [entry for entry in entries if entry.path.name.endswith(_EVICTABLE)]
+            shards = [entry for entry in entries if entry.path.name.endswith(".tar")]
             if not force:
                 shards = [entry for entry in shards if entry.path not in spare]
             if sum(entry.bytes for entry in shards) < missing + beside:
@@ -283,14 +285,12 @@ class Cache:
     def _partial_files(self, path: Path) -> list[Path]:
         return list(path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"))
 
-    def _progress(self, path: Path) -> list[tuple[str, int]]:
+    def _progress(self, path: Path) -> list[tuple[str, int, int]]:
         """Return values that change while another process downloads a file."""
-        values = [("lock", 0)]
-        with suppress(FileNotFoundError):
-            values = [("lock", _lock_path(path).stat().st_mtime_ns)]
-        for partial in self._partial_files(path):
+        values = []
+        for file in (_lock_path(path), *self._partial_files(path)):
             with suppress(FileNotFoundError):
-                values.append((partial.name, partial.stat().st_size))
+                values.append((file.name, file.stat().st_mtime_ns, file.stat().st_size))
         return sorted(values)
 
     @contextmanager

@@ -296,10 +296,10 @@ class RemoteDataset:
             return
         with self._cache.lock_file(path, wait=True, until=is_here, stop=self._stop) as is_mine:
             if is_mine and not is_here():
-                limit = self._cache.limit
-                self._install(
-                    self._store.fetch(name, self.folder, check, limit=limit, stop=self._stop), path
+                downloaded = self._store.fetch(
+                    name, self.folder, check, limit=self._cache.limit, stop=self._stop
                 )
+                self._cache.install(downloaded, path)
 
     def _is_here(self, shard: Shard) -> bool:
         path = self.folder / shard.name
@@ -352,7 +352,6 @@ class RemoteDataset:
 
         if spare is None:
             spare = {self.folder / other.name for other in self._prefetcher.wanted}
-        attempts = None if wait else PREFETCH_ATTEMPTS
         check = HashCheck(shard)
         with cache.lock_file(path, wait=wait, until=is_here, stop=self._stop) as is_mine:
             if is_here():
@@ -369,18 +368,12 @@ class RemoteDataset:
                         check,
                         limit=shard.bytes,
                         stop=self._stop,
-                        attempts=attempts,
+                        attempts=None if wait else PREFETCH_ATTEMPTS,
                     )
                     if check.as_stored is not None:
                         self._refuse_rebuilt_set()
-                    self._install(downloaded, path, check.as_stored)
+                    cache.install(downloaded, path, check.as_stored)
                 return FetchOutcome.HERE if has_room else FetchOutcome.NO_ROOM
-
-    def _install(self, downloaded: Path, path: Path, as_stored: str | None = None) -> None:
-        try:
-            self._cache.install(downloaded, path, as_stored)
-        finally:
-            downloaded.unlink(missing_ok=True)
 
     def _refuse_rebuilt_set(self) -> None:
         """Raise if the manifest in the store has changed: its shards are new, and not damaged."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import IO, Any, TypeVar
@@ -96,15 +97,12 @@ class RemoteFile(io.RawIOBase):
             Unreachable: the store did not give them, after all tries.
         """
         left = max(0, self.size - self._place)
-        count = left if count is None or count < 0 else min(count, left)
-        start, end = self._place, self._place + count
+        end = self._place + (left if count is None or count < 0 else min(count, left))
         parts = []
         while self._place < end:
             base, block = self._block(self._place, end - self._place)
-            part = block[self._place - base : end - base]
-            parts.append(part)
-            self._place += len(part)
-        self._place = start + count
+            parts.append(block[self._place - base : end - base])
+            self._place += len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
@@ -179,18 +177,15 @@ class RemoteFile(io.RawIOBase):
                 return None
 
     def _download_whole(self) -> IO[bytes]:
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this object
-        try:
-            with (
-                temporary_space(f"{self._address}, which its server gives only whole"),
-                self._system.open(self._path, "rb", block_size=0) as source,
-            ):
-                while data := source.read(1 << 20):
-                    file.write(data)
-        except BaseException:
-            file.close()
-            raise
-        return file
+        with (
+            temporary_space(f"{self._address}, which its server gives only whole"),
+            self._system.open(self._path, "rb", block_size=0) as source,
+            contextlib.ExitStack() as cleanup,
+        ):
+            file = cleanup.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(source, file, 1 << 20)
+            cleanup.pop_all()  # the file lives as long as this object
+            return file
 
     def _retry(self, action: Callable[[], T], watched: bool = True) -> T:
         return retry(action, self._address, self._policy, watched=watched, error=Unreachable)

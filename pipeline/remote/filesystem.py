@@ -17,9 +17,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -185,7 +187,7 @@ def retry(
     size: int = 0,
     watched: bool = True,
     stop: threading.Event | None = None,
-    error: type[StoreError] = StoreError,
+    error: type[DuetError] = StoreError,
 ) -> T:
     """Return what `action` returns, tried again with growing pauses while a store fails.
 
@@ -224,31 +226,25 @@ def retry(
         elif stop.wait(pause):
             raise Stopped(hide_credentials(f"{address} was not {done}: the data set was closed"))
     times = "once" if attempt == 1 else f"{attempt} times in {time.monotonic() - began:.0f} s"
-    _give_up(f"{address} could not be {done}, tried {times}", failure, error)
-
-
-def _give_up(what: str, failure: Exception, error: type[StoreError]) -> NoReturn:
-    text = hide_credentials(f"{what}: {describe_error(failure)}")
+    what = f"{address} could not be {done}, tried {times}: {describe_error(failure)}"
+    way = "check the address and the credentials" if is_permanent(failure) else "try again later"
     if isinstance(failure, Mismatch):
-        raise DataError(f"{text}; repair the data set in the store") from failure
-    check = "check the address and the credentials"
-    way = check if is_permanent(failure) else "try again later"
-    raise error(f"{text}; {way}") from failure
+        error, way = DataError, "repair the data set in the store"
+    raise error(f"{hide_credentials(what)}; {way}") from failure
 
 
 class BackgroundCall(Generic[T]):
     """A call in a daemon thread of its own, which is abandoned when nobody waits for it."""
 
     def __init__(self, action: Callable[[], T]) -> None:
-        self._action = action
-        self._result: list[T] = []
-        self._failure: BaseException | None = None
-        self._done = threading.Event()
-        threading.Thread(target=self._run, name="request to a store", daemon=True).start()
+        self._future = Future[T]()
+        threading.Thread(
+            target=self._run, args=(action,), name="request to a store", daemon=True
+        ).start()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float | None) -> bool:
         """Wait for the end of the call, at most so many seconds; return whether it has ended."""
-        return self._done.wait(seconds)
+        return bool(futures.wait([self._future], seconds).done)
 
     def result(self, seconds: float | None = None) -> T:
         """Return or raise what the call returned or raised.
@@ -256,19 +252,15 @@ class BackgroundCall(Generic[T]):
         Raises:
             TransferError: it has not ended after `seconds`.
         """
-        if not self._done.wait(seconds):
+        if not self.wait(seconds):
             raise TransferError(f"no answer for {seconds:g} s")
-        if self._failure is not None:
-            raise self._failure
-        return self._result[0]
+        return self._future.result()
 
-    def _run(self) -> None:
+    def _run(self, action: Callable[[], T]) -> None:
         try:
-            self._result.append(self._action())
+            self._future.set_result(action())
         except BaseException as error:  # handed to the waiting thread
-            self._failure = error
-        finally:
-            self._done.set()
+            self._future.set_exception(error)
 
 
 def is_permanent(error: BaseException) -> bool:

@@ -13,12 +13,14 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.tools.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.remote.target import StoreTarget
 
 BEAT = 20.0
 """Seconds between two writes of the lease."""
@@ -27,19 +29,16 @@ STALE = 120.0
 SETTLE = 1.5
 """Seconds in which another process may take over the same lease at the same time."""
 
-Request = Callable[..., Any]
-"""`StoreTarget.request`."""
-
 
 class Lease:
-    """`with Claim(...)`: this process is the one that builds.
+    """`with Lease(target, name)`: this process is the one that builds.
 
     Raises:
         UsageError: on entry, another one is; on the way out, another one took over meanwhile.
     """
 
-    def __init__(self, request: Request, name: str, address: str) -> None:
-        self._request, self._name, self._address = request, name, address
+    def __init__(self, target: StoreTarget, name: str) -> None:
+        self._target, self._name = target, name
         self._mine = {
             "host": platform.node(),
             "pid": os.getpid(),
@@ -65,11 +64,11 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if not self._lost:
-            self._request(self._name, _remove, "removed")
+            self._target.remove([self._name])
         elif kind is KeyboardInterrupt:  # by ourselves
             raise UsageError(
-                f"{self._address} was taken over by another build, since this one gave no sign of "
-                f"life for {STALE:.0f} s; leave it to that one"
+                f"{self._target.address} was taken over by another build, since this one gave no "
+                f"sign of life for {STALE:.0f} s; leave it to that one"
             ) from None
 
     def _take(self) -> None:
@@ -95,7 +94,7 @@ class Lease:
                 return False
             return True
 
-        return bool(self._request(self._name, create, "written"))
+        return self._target.request(self._name, create, "written")
 
     def _refuse_if_alive(self, holder: dict[str, Any]) -> None:
         if holder.get("machine") == _machine() and not Path(f"/proc/{holder.get('pid')}").exists():
@@ -109,24 +108,20 @@ class Lease:
 
     def _age(self) -> float:
         """Return the age of the lease in seconds; `STALE` if it was removed meanwhile."""
-        probe = f"{self._name}.{self._mine['token']}"
 
-        def now(system: Any, path: str) -> Any:
-            system.pipe_file(path, b"")
+        def measure(system: Any, path: str) -> float:
             try:
-                return system.modified(path)
+                beat = system.modified(path)
+            except FileNotFoundError:
+                return STALE
+            probe = f"{path}.{self._mine['token']}"
+            system.pipe_file(probe, b"")
+            try:
+                return float((system.modified(probe) - beat).total_seconds())
             finally:
-                system.rm_file(path)
+                system.rm_file(probe)
 
-        def last(system: Any, path: str) -> Any:
-            with contextlib.suppress(FileNotFoundError):
-                return system.modified(path)
-            return None
-
-        beat = self._request(self._name, last)
-        if beat is None:
-            return STALE
-        return float((self._request(probe, now, "written") - beat).total_seconds())
+        return self._target.request(self._name, measure, "written")
 
     def _renew(self) -> None:
         """Rewrite the lease regularly; interrupt the build when another process has taken it."""
@@ -142,21 +137,16 @@ class Lease:
 
     def _holder(self) -> dict[str, Any] | None:
         """Return what the lease says; nothing in it is certain. None if there is none."""
-
-        def read(system: Any, path: str) -> bytes | None:
-            with contextlib.suppress(FileNotFoundError):
-                return bytes(system.cat_file(path))
-            return None
-
-        text = self._request(self._name, read)
         try:
-            found = json.loads(text) if text is not None else None
+            found = json.loads(self._target.read(self._name))
+        except FileNotFoundError:
+            return None
         except ValueError:
-            return {}
-        return found if isinstance(found, dict) or found is None else {}
+            found = {}
+        return found if isinstance(found, dict) else {}
 
     def _write(self) -> None:
-        self._request(
+        self._target.request(
             self._name, lambda system, path: system.pipe_file(path, self._text()), "written"
         )
 
@@ -165,7 +155,7 @@ class Lease:
 
     def _taken(self, holder: dict[str, Any], when: str) -> str:
         return (
-            f"{self._address} is being built by process {holder.get('pid', '?')} on "
+            f"{self._target.address} is being built by process {holder.get('pid', '?')} on "
             f"{holder.get('host', '?')} since {holder.get('started', '?')} (last sign of life "
             f"{when}); wait for it, or name another address"
         )
@@ -177,11 +167,6 @@ def _interrupt() -> None:
     main = threading.main_thread().ident
     if main is not None:
         signal.pthread_kill(main, signal.SIGTERM if ours else signal.SIGINT)
-
-
-def _remove(system: Any, path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        system.rm_file(path)
 
 
 def _machine() -> str:

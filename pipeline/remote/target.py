@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -35,12 +34,13 @@ from pipeline.remote.filesystem import (
 )
 from pipeline.remote.lease import Lease
 from pipeline.tools.errors import UsageError
-from pipeline.tools.files import PARTIAL, atomic_write, ensure_writable
+from pipeline.tools.files import PARTIAL, atomic_write, ensure_writable, try_lock, unlock
 
 WORK = ".build"
 """Folder in OUT with the state of an unfinished build; removed when the set is finished."""
 BATCH = 256
 """Byte ranges in one request: 50 MB with raw images."""
+_UPLOADED = "files that are uploaded"
 
 T = TypeVar("T")
 
@@ -172,39 +172,35 @@ class FolderTarget:
                 "name an empty folder"
             )
         work.mkdir(exist_ok=True)
-        with (work / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(
-                    f"{self.path} is being built by another process; wait for it, "
-                    "or name another folder"
-                ) from error
+        if (lock := try_lock(work / "lock")) is None:
+            raise UsageError(
+                f"{self.path} is being built by another process; wait for it, or name another "
+                "folder"
+            )
+        try:
             self._remove_partial()
-            try:
-                yield
-            finally:
-                self._remove_partial()
-                if work.is_dir() and os.listdir(work) == ["lock"]:  # nothing was begun
-                    self.clear(WORK)
+            yield
+        finally:
+            self._remove_partial()
+            if work.is_dir() and os.listdir(work) == ["lock"]:  # nothing was begun
+                self.clear(WORK)
+            unlock(lock)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """See `Target`."""
-        folder = self.path / WORK / "plan"
-        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
-        folder.mkdir(parents=True)
+        self.clear(plan := f"{WORK}/plan")  # of a build that was killed
+        (self.path / plan).mkdir(parents=True)
         try:
-            yield folder
+            yield self.path / plan
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.clear(plan)
 
     def _remove_partial(self) -> None:
         """Remove partial files of a killed build, or of a worker of this one."""
-        for folder in (self.path, *(self.path / WORK).rglob("*")):
-            if folder.is_dir():
-                for partial in folder.glob(f"*{PARTIAL}"):
-                    partial.unlink(missing_ok=True)
+        work = self.path / WORK
+        for partial in (*self.path.glob(f"*{PARTIAL}"), *work.rglob(f"*{PARTIAL}")):
+            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -226,7 +222,7 @@ class StoreTarget:
         Raises:
             SetupError: no space is left for it.
         """
-        with _temporary_files(), tempfile.NamedTemporaryFile(prefix="duet-") as file:
+        with temporary_space(_UPLOADED), tempfile.NamedTemporaryFile(prefix="duet-") as file:
             yield file
             file.flush()
             self.upload(Path(file.name), name)
@@ -257,7 +253,11 @@ class StoreTarget:
     def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[bytes]:
         """See `Target`."""
         for start in range(0, len(ranges), BATCH):
-            yield from self._read_batch(ranges[start : start + BATCH])
+            batch = ranges[start : start + BATCH]
+            for one, data in zip(batch, self._request_ranges(batch), strict=True):
+                if isinstance(data, Exception):
+                    raise self._missing(one.name) from data
+                yield data[: one.size]
 
     def list_files(self, folder: str = "") -> set[str]:
         """See `Target`."""
@@ -287,7 +287,7 @@ class StoreTarget:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """See `Target`."""
-        with _temporary_files(), tempfile.TemporaryDirectory(prefix="duet-") as folder:
+        with temporary_space(_UPLOADED), tempfile.TemporaryDirectory(prefix="duet-") as folder:
             yield Path(folder)
 
     @contextmanager
@@ -299,7 +299,7 @@ class StoreTarget:
                 f"{self.address} holds {min(there)}, which is no part of an unfinished data set; "
                 "name an empty address"
             )
-        with Lease(self.request, f"{WORK}/claim", self.address):
+        with Lease(self, f"{WORK}/claim"):
             yield
 
     def request(
@@ -325,7 +325,7 @@ class StoreTarget:
 
         return retry(send, f"{self.url}/{name}".rstrip("/"), self.policy, done=done, size=size)
 
-    def _read_batch(self, ranges: Sequence[ByteRange]) -> Iterator[bytes]:
+    def _request_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | Exception]:
         """Request ranges at once; the retry requests those that failed."""
         found: list[bytes | Exception] = [StoreError("not requested yet")] * len(ranges)
 
@@ -338,16 +338,14 @@ class StoreTarget:
                 on_error="return",
             )
             for place, data in zip(wanted, parts, strict=True):
-                found[place] = b"" if _is_past_the_end(data) else data
+                is_past_end = isinstance(data, Exception) and "(HTTP 416)" in describe_error(data)
+                found[place] = b"" if is_past_end else data
             for data in found:
                 if isinstance(data, Exception) and _has_failed(data):
                     raise data
 
         self.request("", fetch, size=sum(one.size for one in ranges))
-        for one, data in zip(ranges, found, strict=True):
-            if isinstance(data, Exception):
-                raise self._missing(one.name) from data
-            yield data[: one.size]
+        return found
 
     def _missing(self, name: str) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.address}/{name}")
@@ -372,14 +370,6 @@ def _below(root: str, paths: Iterable[str]) -> set[str]:
 
 def _has_failed(data: bytes | Exception) -> bool:
     return isinstance(data, Exception) and not isinstance(data, FileNotFoundError)
-
-
-def _is_past_the_end(data: bytes | Exception) -> bool:
-    return isinstance(data, Exception) and "(HTTP 416)" in describe_error(data)
-
-
-def _temporary_files() -> AbstractContextManager[None]:
-    return temporary_space("files that are uploaded")
 
 
 def open_target(out: str) -> Target:

@@ -42,7 +42,7 @@ def test_one_build_at_a_time(target):
 
 def claim_of(target: StoreTarget, **changes: object) -> dict[str, object]:
     """Write what another process would have written."""
-    claim = lease.Lease(target.request, CLAIM, target.address)
+    claim = lease.Lease(target, CLAIM)
     mine = {**claim._mine, **changes}
     put(target, CLAIM, json.dumps(mine).encode())
     return mine
