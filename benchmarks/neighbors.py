@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import tyro
 
-from cluster.experiments.neighbors.coders import pack_bits
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
 from pipeline.tools.units import parse_size
 
@@ -61,7 +60,9 @@ def main() -> None:
     flat = faiss.IndexFlatL2(options.units)
     flat.add(rows.astype(np.float32))
     turn = np.random.default_rng(2).normal(size=(options.units, options.bits)).astype(np.float32)
-    codes, short = (pack_bits(part.astype(np.float32) @ turn > 0) for part in (rows, queries))
+    codes, short = (
+        np.packbits(part.astype(np.float32) @ turn > 0, axis=1) for part in (rows, queries)
+    )
     ours, theirs = HammingIndex(codes), faiss.IndexBinaryFlat(options.bits)
     theirs.add(codes)
     memory = parse_size(options.memory)

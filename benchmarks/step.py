@@ -49,7 +49,7 @@ LANES = ("duet", "duet without LRN", "plain", "plain, memory", "torchvision")
 WARM_UP = 2
 """Steps before the first turn: memory grows, kernels are chosen."""
 MEMORY = "all networks together take 13 GB at full size and batch 128"
-NORMS = ("_CpuNormPool", "_CpuNorm", "ReferenceNorm")
+NORMS = ("_NormKernel", "ReferenceNorm")
 """Autograd functions of `model.norm`, as the profiler names them."""
 Rates = dict[str, dict[str, list[float]]]
 """Lane -> type -> img/s of every round."""

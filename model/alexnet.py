@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,29 +107,18 @@ class AlexNet(nn.Module):
     def _make_module(self, stage: Stage) -> nn.Module:
         """The layer with uninitialized parameters."""
         layer, columns = stage.layer, len(self.columns)
-        maps = columns * stage.outputs
-        module: nn.Module
+        inputs, maps = stage.inputs, columns * stage.outputs
+        build = nn.utils.skip_init
         if not layer.kernel:
-            return nn.utils.skip_init(nn.Linear, stage.inputs, maps)
+            return build(nn.Linear, inputs, maps)
         if layer.shrink > 1:
-            module = nn.utils.skip_init(
-                ShrunkConv, stage.inputs, maps, layer.kernel, layer.pad, layer.shrink
-            )
+            module = build(ShrunkConv, inputs, maps, layer.kernel, layer.pad, layer.shrink)
         elif layer.reads == "picture":
-            module = nn.utils.skip_init(
-                ImageConv, stage.inputs, maps, layer.kernel, layer.stride, layer.edge
-            )
+            module = build(ImageConv, inputs, maps, layer.kernel, layer.stride, layer.edge)
         else:
             groups = columns if layer.reads == "own" else 1
-            module = nn.utils.skip_init(
-                nn.Conv2d,
-                groups * stage.inputs,
-                maps,
-                layer.kernel,
-                stride=layer.stride,
-                padding=layer.pad,
-                groups=groups,
-            )
+            sizes = groups * inputs, maps, layer.kernel, layer.stride, layer.pad
+            module = build(nn.Conv2d, *sizes, groups=groups)
         if "batch_norm" in layer.then:
             module.add_module(NORM, BatchNorm(maps))
         # Channels last throughout: a third off the time of a step on a CPU; tensor cores want it.
@@ -203,8 +192,7 @@ class AlexNet(nn.Module):
             case "lcn":
                 return local_contrast_norm(x, columns)
             case "batch_norm":
-                normalized: Tensor = module.get_submodule(NORM)(x)
-                return normalized
+                return module.get_submodule(NORM)(x)
             case "mean_pool":
                 return F.avg_pool2d(x, window, stride, ceil_mode=True)
             case "tanh":
@@ -234,30 +222,16 @@ class AlexNet(nn.Module):
     def _draw_mask(self, x: Tensor, stage: Stage) -> Tensor:
         if self._position is None:
             raise RuntimeError("call set_position(position) before a forward pass in training mode")
-        masks = [
-            draw_dropout_mask(
-                self._position,
-                len(x),
-                stage.outputs,
-                x.device,
-                derive_seed("dropout", self.seed, column, stage.layer.name),
-            )
-            for column in self.columns
-        ]
-        return torch.cat(masks, dim=1)
+        keys = [derive_seed("dropout", self.seed, c, stage.layer.name) for c in self.columns]
+        sizes = self._position, len(x), stage.outputs
+        return torch.cat([draw_dropout_mask(*sizes, x.device, key) for key in keys], dim=1)
 
     def split(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Split tensors named and shaped like the parameters into columns: "a.conv1.weight", ...
 
         The pieces are contiguous; those that already were are views of the input.
         """
-        return {
-            f"{COLUMN_NAMES[column]}.{name}": own.contiguous()
-            for name, tensor in stacked.items()
-            for column, own in zip(
-                self.columns, tensor.detach().chunk(len(self.columns)), strict=True
-            )
-        }
+        return {key: own.contiguous() for key, own in self._view_columns(stacked)}
 
     @torch.no_grad()
     def fill(self, stacked: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -266,29 +240,30 @@ class AlexNet(nn.Module):
         Raises:
             ValueError: a key is missing or unexpected or a shape differs; it names them.
         """
-        wanted = self.split(stacked)
+        wanted = dict(self._view_columns(stacked))
         wrong = [f"{key} is missing" for key in wanted if key not in state]
         wrong += [f"{key} is not of this network" for key in state if key not in wanted]
         wrong += [
-            f"{key} is {list(state[key].shape)} instead of {list(tensor.shape)}"
-            for key, tensor in wanted.items()
-            if key in state and state[key].shape != tensor.shape
+            f"{key} is {list(state[key].shape)} instead of {list(own.shape)}"
+            for key, own in wanted.items()
+            if key in state and state[key].shape != own.shape
         ]
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise ValueError(f"the state does not fit the network: {', '.join(wrong[:4])}{more}")
+        for key, own in wanted.items():
+            own.copy_(state[key])
+
+    def _view_columns(self, stacked: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in stacked.items():
-            own = tensor.detach().chunk(len(self.columns))
-            for column, part in zip(self.columns, own, strict=True):
-                part.copy_(state[f"{COLUMN_NAMES[column]}.{name}"])
+            parts = tensor.detach().chunk(len(self.columns))
+            for column, own in zip(self.columns, parts, strict=True):
+                yield f"{COLUMN_NAMES[column]}.{name}", own
 
     def values(self) -> dict[str, Tensor]:
         """Everything that training changes: parameters, and running statistics of batch norm."""
-        running = {
-            name: value
-            for name, value in self.named_buffers()
-            if name.rpartition(".")[2] in RUNNING
-        }
+        buffers = dict(self.named_buffers())
+        running = {name: buffers[name] for name in buffers if name.endswith(RUNNING)}
         return dict(self.named_parameters()) | running
 
     def column_state(self) -> dict[str, Tensor]:

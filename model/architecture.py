@@ -138,11 +138,7 @@ class Design:
             self._check_four()
 
     def _check_four(self) -> None:
-        """Refuse settings of the paper's network.
-
-        Raises:
-            ValueError: names the setting.
-        """
+        """Refuse settings of the paper's network; the `ValueError` names one."""
         for name in ("relu_first", "spatial_norm", "pool", "without", "conv6"):
             value, plain = getattr(self, name), getattr(Design, name)
             if value != plain:
@@ -187,15 +183,17 @@ class Design:
         if self.columns == 2:
             return rows
         last = [row.name for row in rows if "pool" in row.then][-1]
-        doubled = (last, "conv6", "fc6", "fc7")
-
-        def join(row: Layer) -> Layer:
-            maps = row.maps
-            if maps is not None and (self.net == "four" or row.name in doubled):
-                maps *= 2
-            return replace(row, maps=maps, reads="own" if row.reads == "both" else row.reads)
-
-        return [join(row) for row in rows]
+        doubled = (
+            {row.name for row in rows} if self.net == "four" else {last, "conv6", "fc6", "fc7"}
+        )
+        return [
+            replace(
+                row,
+                maps=2 * row.maps if row.maps and row.name in doubled else row.maps,
+                reads="own" if row.reads == "both" else row.reads,
+            )
+            for row in rows
+        ]
 
     def _choose_operations(self, layer: Layer) -> Layer:
         """The row with the operations that the settings ask for."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,66 +32,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class SplitLayer(Protocol):
-    """The arithmetic of a layer on one half of its inputs, x, and the weights of that half."""
+class _SplitLinear:
+    """The arithmetic of a layer on one half of its inputs, x, and the weights of that half.
+
+    x is [b, units], the weights are [outputs, units].
+    """
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The part of the layer's output that comes from x, and the bias."""
-        ...
-
-    def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """y, with the part of the output that comes from x added in place."""
-        ...
-
-    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of x, given that of the output."""
-        ...
-
-    def parameter_gradients(
-        self, gradient: Tensor, first: Tensor, second: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of the whole weight and of the bias, given both halves of the inputs."""
-        ...
-
-
-def split_layer(module: nn.Module) -> SplitLayer:
-    """The split arithmetic of a layer.
-
-    Args:
-        module: an `nn.Linear`, or an `nn.Conv2d` of one group whose padding is given in numbers.
-
-    Raises:
-        TypeError: any other layer.
-    """
-    if isinstance(module, nn.Linear):
-        return _SplitLinear()
-    if type(module) is nn.Conv2d and module.groups == 1 and not isinstance(module.padding, str):
-        return _SplitConv(module.stride, module.padding, module.dilation)
-    raise TypeError(f"only Linear, and Conv2d of one group, can read both columns, not {module}")
-
-
-class _SplitLinear:
-    """[b, units] times [outputs, units]; see `SplitLayer`."""
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
     def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """y, with the part of the output that comes from x added in place."""
         return y.addmm_(x, weight.t())
 
     def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of x, given that of the output."""
         return gradient @ weight
 
     def parameter_gradients(
         self, gradient: Tensor, first: Tensor, second: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """The gradients of the whole weight and of the bias, given both halves of the inputs."""
         # Joins inputs, not gradients: the weights are far larger.
         return gradient.t() @ torch.cat((first, second), dim=1), gradient.sum(0)
 
 
 @dataclass(frozen=True)
 class _SplitConv:
-    """[b, maps, h, w] under filters [outputs, maps, kernel, kernel]; see `SplitLayer`."""
+    """As `_SplitLinear`; x is [b, maps, h, w], the weights are [outputs, maps, kernel, kernel]."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -119,11 +88,26 @@ class _SplitConv:
         self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of x, weight and bias; those not wanted are None."""
-        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward(
             gradient, x, weight, [weight.shape[0]], self.stride, self.padding, self.dilation,
             False, (0, 0), 1, wanted,
         )  # fmt: skip
-        return gradients
+
+
+def split_layer(module: nn.Module) -> _SplitLinear | _SplitConv:
+    """The split arithmetic of a layer.
+
+    Args:
+        module: an `nn.Linear`, or an `nn.Conv2d` of one group whose padding is given in numbers.
+
+    Raises:
+        TypeError: any other layer.
+    """
+    if isinstance(module, nn.Linear):
+        return _SplitLinear()
+    if type(module) is nn.Conv2d and module.groups == 1 and not isinstance(module.padding, str):
+        return _SplitConv(module.stride, module.padding, module.dilation)
+    raise TypeError(f"only Linear, and Conv2d of one group, can read both columns, not {module}")
 
 
 @dataclass
@@ -195,7 +179,7 @@ class Exchange:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        return cast(Tensor, _ApplySplit.apply(x, weight, bias, split_layer(layer), self, name))
+        return _ApplySplit.apply(x, weight, bias, split_layer(layer), self, name)
 
     def gather(self, x: Tensor, name: str = "") -> Tensor:
         """Both columns' maps, for a layer that reads both; `apply_layer` overlaps the same.
@@ -208,7 +192,7 @@ class Exchange:
             [b, 2c, ...], column a first, in the dtype and memory format of x. Each column applies
             its own weights to it: the backward pass adds both columns' gradients of the own maps.
         """
-        return cast(Tensor, _Gather.apply(x, self, name))
+        return _Gather.apply(x, self, name)
 
     def gather_replicated(self, x: Tensor, name: str = "") -> Tensor:
         """As `gather`, for values from which both ranks compute the same result (logits, loss).
@@ -216,7 +200,7 @@ class Exchange:
         The gradient of the output is then the whole gradient on both ranks: the backward pass keeps
         the own slice and sends nothing. Values are never rounded, as both ranks must see the same.
         """
-        return cast(Tensor, _GatherReplicated.apply(x, self, name))
+        return _GatherReplicated.apply(x, self, name)
 
     def join_batch(self, *halves: Tensor) -> tuple[Tensor, ...]:
         """Join the two halves of a batch along dim 0, column a's half first; no gradient.
@@ -295,7 +279,7 @@ class _ApplySplit(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        layer: SplitLayer,
+        layer: _SplitLinear | _SplitConv,
         link: Exchange,
         name: str,
     ) -> Tensor:

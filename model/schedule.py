@@ -298,12 +298,11 @@ def find_plateau_drops(
         restarts: steps after which the rates were set by hand: these restart the count, too.
     """
     drops: list[int] = []
-    best, stalled = math.inf, 0
-    left = sorted(restarts)
+    best, stalled, previous = math.inf, 0, -1
     for step, error in history:
-        while left and left[0] < step:
-            left.pop(0)
+        if any(previous <= restart < step for restart in restarts):
             stalled = 0
+        previous = step
         if error < best * (1.0 - threshold):
             best, stalled = error, 0
         else:

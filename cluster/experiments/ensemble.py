@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cluster.checkpoint.storage import find_last_step
 from cluster.run.folder import read_store
-from cluster.run.probabilities import ProbabilityInfo, SavedProbabilities
+from cluster.run.probabilities import SavedProbabilities
 from model.metrics import count_errors, sum_metrics
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
@@ -61,16 +61,6 @@ class Probabilities(NamedTuple):
     """int64 [n]."""
     weights: Tensor
     """float32 [n], 0 for images that do not count."""
-
-
-class ProbabilitySource(Protocol):
-    """Images that can be read again and again."""
-
-    networks: int
-
-    def chunks(self, start: int = 0) -> Iterator[tuple[int, Probabilities]]:
-        """Yield chunks of images from image `start` on, each with the number of the next image."""
-        ...
 
 
 class Ensemble:
@@ -132,9 +122,11 @@ def _check_same_images(first: SavedProbabilities, other: SavedProbabilities) -> 
     if two.split != one.split:
         found = f"of split {two.split!r}, those of {first.run} of {one.split!r}"
     elif two.classes != one.classes:
-        found = (
-            f"of other classes ({_describe_class_difference(one, two)}) than those of {first.run}"
-        )
+        pairs = enumerate(zip(one.classes, two.classes, strict=False))
+        differ = [f"number {i} is {b!r}, not {a!r}" for i, (a, b) in pairs if a != b]
+        if len(one.classes) != len(two.classes):
+            differ = [f"{len(two.classes)}, not {len(one.classes)}"]
+        found = f"of other classes ({differ[0]}) than those of {first.run}"
     elif two.data_sha256 != one.data_sha256 or not torch.equal(first.labels, other.labels):
         found = (
             f"of another data set (manifest {two.data_sha256[:12]}) than those of {first.run} "
@@ -146,14 +138,6 @@ def _check_same_images(first: SavedProbabilities, other: SavedProbabilities) -> 
         f"the probabilities of {other.run} are {found}; evaluate both on one with cluster.evaluate "
         "--save-probabilities"
     )
-
-
-def _describe_class_difference(one: ProbabilityInfo, two: ProbabilityInfo) -> str:
-    if len(one.classes) != len(two.classes):
-        return f"{len(two.classes)}, not {len(one.classes)}"
-    names = zip(one.classes, two.classes, strict=True)
-    place, (a, b) = next((i, pair) for i, pair in enumerate(names) if pair[0] != pair[1])
-    return f"number {place} is {b!r}, not {a!r}"
 
 
 def combine(probabilities: Tensor, weights: Sequence[float]) -> Tensor:
@@ -168,7 +152,7 @@ def combine(probabilities: Tensor, weights: Sequence[float]) -> Tensor:
     return total
 
 
-def search_weights(images: ProbabilitySource, kept: int = KEPT_BYTES) -> tuple[float, ...]:
+def search_weights(images: Ensemble, kept: int = KEPT_BYTES) -> tuple[float, ...]:
     """Return the weights of the best average that the search finds, one a network; the sum is 1.
 
     As the original's avg-valid.py (`find_coeffs`): all weights start at one half; one after the
@@ -207,7 +191,7 @@ class UndecidedImages:
     probabilities.
     """
 
-    def __init__(self, images: ProbabilitySource, kept: int) -> None:
+    def __init__(self, images: Ensemble, kept: int) -> None:
         """Read all images once; at most `kept` bytes of the undecided ones stay in memory."""
         self._images = images
         self._blocks: list[Probabilities] = []
@@ -369,14 +353,18 @@ def average_runs(options: EnsembleOptions) -> dict[str, Any]:
     """
     ensemble = Ensemble([SavedProbabilities(path, options.views) for path in options.runs])
     for saved in ensemble.saved:
-        _warn_if_outdated(saved)
+        if (step := find_last_step(saved.run, read_store(saved.run))) > saved.about.step:
+            sys.stderr.write(
+                f"warning: the probabilities of {saved.run} are those of step {saved.about.step}; "
+                f"it has come to step {step} since\n"
+            )
     if options.sizes:
         return make_table(ensemble.saved, options.sizes)
-    weights: tuple[float, ...] = (1 / ensemble.networks,) * ensemble.networks
     if options.search:
         weights = search_weights(ensemble)
-    elif options.weights:
-        weights = tuple(weight / sum(options.weights) for weight in options.weights)
+    else:
+        given = options.weights or (1,) * ensemble.networks
+        weights = tuple(weight / sum(given) for weight in given)
     *each, together = ensemble.errors(weights)
     runs = [
         {"run": str(saved.run), "step": saved.about.step, "weight": weight, **errors}
@@ -415,15 +403,6 @@ def _check(options: EnsembleOptions) -> None:
         if options.out.is_dir():
             raise UsageError(f"--out {options.out} is a folder; name a file")
         ensure_writable(options.out.parent, "the folder of --out")
-
-
-def _warn_if_outdated(saved: SavedProbabilities) -> None:
-    """Warn of probabilities of an earlier step than the newest checkpoint."""
-    if (step := find_last_step(saved.run, read_store(saved.run))) > saved.about.step:
-        sys.stderr.write(
-            f"warning: the probabilities of {saved.run} are those of step {saved.about.step}; "
-            f"it has come to step {step} since\n"
-        )
 
 
 def _format_average(result: dict[str, Any]) -> Iterator[str]:

@@ -5,12 +5,14 @@ local contrast normalization (Jarrett, Kavukcuoglu, Ranzato, LeCun 2009).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from model.norm.reference import check_shape, compute_dtype
 
 BATCH_MOMENTUM = 0.1
 """Weight of a step's statistics in the running ones; torch's default."""
@@ -102,11 +104,8 @@ def local_contrast_norm(x: Tensor, columns: int = 1) -> Tensor:
     Raises:
         ValueError: x has another number of dimensions, or maps that do not divide by `columns`.
     """
-    if x.dim() != 4 or columns < 1 or x.shape[1] % columns:
-        raise ValueError(
-            f"x is {list(x.shape)}; it must be [b, columns * maps, h, w] with {columns} columns"
-        )
-    return cast(Tensor, _Contrast.apply(x, columns))
+    check_shape(x, columns)
+    return _Contrast.apply(x, columns)
 
 
 class _Contrast(torch.autograd.Function):
@@ -157,8 +156,7 @@ class _Contrast(torch.autograd.Function):
 
 def _split_columns(x: Tensor, columns: int) -> Tensor:
     """[b, columns, maps, h, w] in the dtype to compute in."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.to(dtype).unflatten(1, (columns, -1))
+    return x.to(compute_dtype(x)).unflatten(1, (columns, -1))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -67,18 +67,6 @@ def is_supported(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _SUFFIXES and _library()[0] is not None
 
 
-def is_pool_supported(x: Tensor, window: int) -> bool:
-    """Whether `pool` can work on x."""
-    return window <= MOST_WINDOW and is_channels_last(x) and is_supported(x)
-
-
-def is_pad_supported(x: Tensor, height: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether `pad` can work on x."""
-    colors, h, w = x.shape[1:]
-    fits = colors == COLORS and h <= height and w <= width and x.is_contiguous()
-    return fits and x.dtype == torch.float32 and dtype in _SUFFIXES and is_supported(x)
-
-
 def describe() -> str:
     """Whether the kernels are in use, and what compiled them; or why they are not."""
     return _library()[1]
@@ -146,22 +134,6 @@ def normalize_spatial(x: Tensor, gradient: Tensor | None) -> Tensor:
     return y
 
 
-def pad(x: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """x with zeros on its right and at its bottom, channels last.
-
-    Args:
-        x: float32 [b, COLORS, h, w], contiguous.
-        height: of the result, at least h.
-        width: of the result, at least w.
-        dtype: of the result: bfloat16, float32 or float64.
-    """
-    images, colors, *sides = x.shape
-    y = x.new_empty((images, height, width, colors), dtype=dtype)
-    sizes = (images, *sides, height, width, torch.get_num_threads())
-    getattr(_library()[0], f"pad_{_SUFFIXES[dtype]}")(x.data_ptr(), y.data_ptr(), *sizes)
-    return y.permute(0, 3, 1, 2)
-
-
 def pad_images(images: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """Images of another size and dtype, channels last, in one pass over memory.
 
@@ -178,16 +150,20 @@ def pad_images(images: Tensor, height: int, width: int, dtype: torch.dtype) -> T
     Returns:
         [b, c, height, width].
     """
+    b, c, h, w = images.shape
+    x = images.new_empty((b, height, width, c), dtype=dtype)
     needs_torch = torch.compiler.is_compiling() or (
         images.requires_grad and torch.is_grad_enabled()
     )
-    if not needs_torch and is_pad_supported(images, height, width, dtype):
-        return pad(images, height, width, dtype)
-    b, c, h, w = images.shape
-    x = images.new_empty((b, height, width, c), dtype=dtype)
-    x[:, h:] = 0
-    x[:, :h, w:] = 0
-    x[:, :h, :w] = images.permute(0, 2, 3, 1)[:, :height, :width]
+    fits = c == COLORS and h <= height and w <= width and images.is_contiguous()
+    known = images.dtype == torch.float32 and dtype in _SUFFIXES
+    if fits and known and not needs_torch and is_supported(images):
+        kernel = getattr(_library()[0], f"pad_{_SUFFIXES[dtype]}")
+        kernel(images.data_ptr(), x.data_ptr(), b, h, w, height, width, torch.get_num_threads())
+    else:
+        x[:, h:] = 0
+        x[:, :h, w:] = 0
+        x[:, :h, :w] = images.permute(0, 2, 3, 1)[:, :height, :width]
     return x.permute(0, 3, 1, 2)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ class _MapWindow:
 
     def __init__(self, x: Tensor, columns: int) -> None:
         self.maps = x.shape[1] // columns
-        self.dtype = _compute_dtype(x)
+        self.dtype = compute_dtype(x)
         self.rows = is_channels_last(x)
         index = torch.arange(self.maps, device=x.device)
         near = (index[:, None] - index).abs() <= LRN_SIZE // 2
@@ -112,7 +112,7 @@ class _MapWindow:
 def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:
     """`local_response_norm` as one expression, from which `torch.compile` makes a kernel."""
     with torch.autocast(x.device.type, enabled=False):
-        wide = x.to(_compute_dtype(x)).unflatten(1, (columns, -1))
+        wide = x.to(compute_dtype(x)).unflatten(1, (columns, -1))
         if relu:
             wide = wide.relu()
         maps, edge = wide.shape[2], LRN_SIZE // 2
@@ -121,7 +121,7 @@ def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:
         for i in range(1, LRN_SIZE):
             total = total + squares[:, :, i : i + maps]
         root = (LRN_K + LRN_ALPHA / LRN_SIZE * total).rsqrt()
-        return cast(Tensor, (wide * root * root.sqrt()).flatten(1, 2).to(x.dtype))
+        return (wide * root * root.sqrt()).flatten(1, 2).to(x.dtype)
 
 
 class ReferenceSpatialNorm(torch.autograd.Function):
@@ -132,7 +132,7 @@ class ReferenceSpatialNorm(torch.autograd.Function):
         """Normalize x, [b, maps, h, w]."""
         ctx.save_for_backward(x)
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(_compute_dtype(x))
+            wide = x.to(compute_dtype(x))
             root = _spatial_root(wide)
             return root.sqrt().mul_(root).mul_(wide).to(x.dtype)
 
@@ -142,7 +142,7 @@ class ReferenceSpatialNorm(torch.autograd.Function):
         """Gradient of x from that of the output."""
         (x,) = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(_compute_dtype(x))
+            wide = x.to(compute_dtype(x))
             root = _spatial_root(wide)
             direct = root.sqrt().mul_(root).mul_(gradient)
             others = _box_mean(root.square_().mul_(direct).mul_(wide))
@@ -159,7 +159,8 @@ def _box_mean(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, SPATIAL_SIZE, stride=1, padding=SPATIAL_SIZE // 2)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type to compute in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -177,3 +178,15 @@ def match_layout(x: Tensor, gradient: Tensor) -> Tensor:
     """`gradient` in the memory format of x."""
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     return gradient.contiguous(memory_format=layout)
+
+
+def check_shape(x: Tensor, columns: int) -> None:
+    """Refuse anything but the maps of whole columns.
+
+    Raises:
+        ValueError: x has another number of dimensions, or maps that do not divide by `columns`.
+    """
+    if x.dim() != 4 or columns < 1 or x.shape[1] % columns:
+        raise ValueError(
+            f"x is {list(x.shape)}; it must be [b, columns * maps, h, w] with {columns} columns"
+        )

@@ -8,8 +8,9 @@ numbers, within rounding.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from model.norm.reference import (
     LRN_ALPHA,
     LRN_K,
     LRN_SIZE,
+    check_shape,
     is_channels_last,
     match_layout,
     to_dense,
@@ -55,14 +57,14 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
     Raises:
         ValueError: x has another number of dimensions, or maps that do not divide by `columns`.
     """
-    _check_shape(x, columns)
+    check_shape(x, columns)
     if torch.compiler.is_compiling():
         return reference.traceable_norm(x, columns, relu)
     if native.is_supported(x):
-        return cast(Tensor, _CpuNorm.apply(x, columns, relu))
-    if is_gpu_supported(x):
-        return cast(Tensor, _GpuNorm.apply(x, columns, relu))
-    return cast(Tensor, reference.ReferenceNorm.apply(x, columns, relu))
+        return _NormKernel.apply(x, native.normalize, columns, relu)
+    if x.device.type == "cuda" and x.dtype in _GPU_DTYPES and _has_triton():
+        return _NormKernel.apply(x, launch_gpu_kernel, columns, relu)
+    return reference.ReferenceNorm.apply(x, columns, relu)
 
 
 def norm_pool(
@@ -95,14 +97,15 @@ def norm_pool(
     Raises:
         ValueError: as `local_response_norm`, or a window that does not fit.
     """
-    _check_shape(x, columns)
+    check_shape(x, columns)
     if not 1 <= stride <= window <= min(x.shape[2:]):
         raise ValueError(
             f"window {window} with stride {stride} on maps of {x.shape[2]}x{x.shape[3]}: the "
             f"stride is at most the window, the window at most the maps"
         )
-    if not torch.compiler.is_compiling() and native.is_pool_supported(x, window):
-        return cast(Tensor, _CpuNormPool.apply(x, columns, relu, norm, window, stride))
+    fits = window <= native.MOST_WINDOW and is_channels_last(x)
+    if fits and not torch.compiler.is_compiling() and native.is_supported(x):
+        return _NormKernel.apply(x, native.pool, columns, relu, norm, window, stride)
     if norm:
         x = local_response_norm(x, columns, relu)
     elif relu:
@@ -128,10 +131,10 @@ def spatial_response_norm(x: Tensor) -> Tensor:
     Raises:
         ValueError: x has another number of dimensions.
     """
-    _check_shape(x, 1)
+    check_shape(x, 1)
     if torch.compiler.is_compiling() or not native.is_supported(x):
-        return cast(Tensor, reference.ReferenceSpatialNorm.apply(x))
-    return cast(Tensor, _CpuSpatialNorm.apply(x))
+        return reference.ReferenceSpatialNorm.apply(x)
+    return _NormKernel.apply(x, native.normalize_spatial)
 
 
 def describe_backend(device: torch.device | str = "cpu") -> str:
@@ -142,11 +145,6 @@ def describe_backend(device: torch.device | str = "cpu") -> str:
     if kind != "cuda":
         return "torch operations"
     return "Triton kernels" if _has_triton() else "torch operations, as triton is not installed"
-
-
-def is_gpu_supported(x: Tensor) -> bool:
-    """Whether `launch_gpu_kernel` can work on x."""
-    return x.device.type == "cuda" and x.dtype in _GPU_DTYPES and _has_triton()
 
 
 @lru_cache(maxsize=1)
@@ -181,69 +179,19 @@ def launch_gpu_kernel(x: Tensor, gradient: Tensor | None, columns: int, relu: bo
     return y
 
 
-def _check_shape(x: Tensor, columns: int) -> None:
-    if x.dim() != 4 or columns < 1 or x.shape[1] % columns:
-        raise ValueError(
-            f"x is {list(x.shape)}; it must be [b, columns * maps, h, w] with {columns} columns"
-        )
+class _NormKernel(torch.autograd.Function):
+    """`kernel(x, None, *settings)`, and `kernel(x, gradient, *settings)` backward."""
 
-
-class _GpuNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: int, relu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernel: Callable[..., Tensor], *settings: Any) -> Tensor:
         x = to_dense(x)
         ctx.save_for_backward(x)
-        ctx.settings = columns, relu
-        return launch_gpu_kernel(x, None, columns, relu)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        return launch_gpu_kernel(x, match_layout(x, gradient), *ctx.settings), None, None
-
-
-class _CpuNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: int, relu: bool) -> Tensor:
-        x = to_dense(x)
-        ctx.save_for_backward(x)
-        ctx.settings = columns, relu
-        return native.normalize(x, None, columns, relu)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        return native.normalize(x, match_layout(x, gradient), *ctx.settings), None, None
-
-
-class _CpuNormPool(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, columns: int, relu: bool, norm: bool, window: int, stride: int
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.settings = columns, relu, norm, window, stride
-        return native.pool(x, None, *ctx.settings)
+        ctx.kernel, ctx.settings = kernel, settings
+        return kernel(x, None, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dx = native.pool(x, match_layout(x, gradient), *ctx.settings)
-        return dx, None, None, None, None, None
-
-
-class _CpuSpatialNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = to_dense(x)
-        ctx.save_for_backward(x)
-        return native.normalize_spatial(x, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return native.normalize_spatial(x, match_layout(x, gradient))
+        dx = ctx.kernel(x, match_layout(x, gradient), *ctx.settings)
+        return dx, None, *(None for _ in ctx.settings)

@@ -172,12 +172,11 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode(coder: LinearCoder | AutoEncoder, rows: Rows) -> CodeBytes:
-    """Return the codes of rows [n, units], mapped or not; a network must be in evaluation mode."""
+    """Return the codes of rows [n, units], mapped or not; a network must be in evaluation mode.
+
+    Returns:
+        uint8 [n, bits / 8], the first bit highest.
+    """
     chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
     bits = [coder.logits(torch.from_numpy(some.astype(np.float32))) > 0 for some in chunks]
-    return pack_bits(torch.cat(bits).numpy())
-
-
-def pack_bits(bits: Flags) -> CodeBytes:
-    """Pack bits [n, b] into bytes, uint8 [n, b / 8], the first bit highest."""
-    return np.packbits(bits, axis=1)
+    return np.packbits(torch.cat(bits).numpy(), axis=1)

@@ -166,7 +166,8 @@ class CodeComparison:
     def measure(self, folder: Path) -> Iterator[dict[str, Any]]:
         """Yield the rows of the table; the auto-encoders go into `folder`."""
         options, base = self._options, self._base
-        yield self._measure_exact()
+        bits = 8 * base.about.units * base.values.dtype.itemsize
+        yield self._row("exact", bits, self._exact, 0.0, self._exact_seconds)
         x = draw_sample(base.values, base.sound, options.seed)
         library = load_faiss()
         for bits in options.bits:
@@ -179,19 +180,6 @@ class CodeComparison:
             learned, seconds = self._make_autoencoder(folder, rotated, bits)
             yield self._measure_codes("auto-encoder", learned, bits, seconds)
             yield self._measure_quantisation(library, x, bits)
-
-    def _measure_exact(self) -> dict[str, Any]:
-        size = self._base.about.units * self._base.values.dtype.itemsize
-        return {
-            "method": "exact",
-            "bits": 8 * size,
-            "bytes": size,
-            "recall_at_k": 1.0,
-            "recall_in_shortlist": 1.0,
-            "precision_at_k": self._precision(self._exact),
-            "queries_s": round(len(self.ids) / self._exact_seconds, 1),
-            "train_s": 0.0,
-        }
 
     def _make_autoencoder(
         self, folder: Path, start: LinearCoder, bits: int
@@ -225,7 +213,7 @@ class CodeComparison:
         started = time.perf_counter()
         found = index.find_nearest(queries, min(self.shortlist + 1, len(codes)))[0]
         seconds = time.perf_counter() - started
-        return self._row(method, bits, self._places[found], train_seconds, seconds)
+        return self._row(method, bits, self._drop_own(self._places[found]), train_seconds, seconds)
 
     def _measure_quantisation(self, library: Any, x: Tensor, bits: int) -> dict[str, Any]:
         method = "product quantisation"
@@ -235,32 +223,32 @@ class CodeComparison:
         if library is None or x.shape[1] % (bits // 8) or len(x) < 256:
             return {"method": method, "bits": bits, "bytes": bits // 8, "missing": why}
         most = min(self.shortlist + 1, len(self._places))
-        found = search_by_quantisation(library, x, self._base, self._queries, bits, most)
-        return self._row(method, bits, *found)
+        found, *seconds = search_by_quantisation(library, x, self._base, self._queries, bits, most)
+        return self._row(method, bits, self._drop_own(found), *seconds)
 
-    def _row(
-        self, method: str, bits: int, found: Ids, train_seconds: float, seconds: float
-    ) -> dict[str, Any]:
-        """A row of the table; `found` has one image too many, since the query may be among them."""
+    def _drop_own(self, found: Ids) -> Ids:
+        """The shortlists without the query itself, for which they have one image too many."""
         if self._is_own:
             own = found == self.ids[:, None]
             own[~own.any(1), -1] = True
             found = found[~own].reshape(len(found), -1)
-        found = found[:, : self.shortlist]
-        k = self._options.k
+        return found[:, : self.shortlist]
+
+    def _row(
+        self, method: str, bits: int, found: Ids, train_seconds: float, seconds: float
+    ) -> dict[str, Any]:
+        """A row of the table."""
+        first = found[:, : self._options.k]
         return {
             "method": method,
             "bits": bits,
             "bytes": bits // 8,
-            "recall_at_k": compute_recall(self._exact, found[:, :k]),
+            "recall_at_k": compute_recall(self._exact, first),
             "recall_in_shortlist": compute_recall(self._exact, found),
-            "precision_at_k": self._precision(found[:, :k]),
+            "precision_at_k": float((self._base.labels[first] == self._labels[:, None]).mean()),
             "queries_s": round(len(self.ids) / seconds, 1),
             "train_s": round(train_seconds, 2),
         }
-
-    def _precision(self, found: Ids) -> float:
-        return float((self._base.labels[found] == self._labels[:, None]).mean())
 
 
 def compute_recall(exact: Ids, found: Ids) -> float:

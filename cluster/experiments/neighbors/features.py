@@ -40,7 +40,7 @@ from cluster.run.events import Event, Warned
 from cluster.run.folder import CONFIG, QUARANTINE
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
-from pipeline.tools.errors import DataError, SetupError, UsageError
+from pipeline.tools.errors import DataError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import atomic_write, sha256, sync_path
 
 FOLDER = "neighbours"
@@ -239,7 +239,7 @@ class Features:
                 raise UsageError(f"there are no features {self.path}; {MAKE}") from error
             raise DataError(f"features {error.filename} are gone; {REMAKE}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            reason = summarize_error(error)
             raise DataError(f"features {self.path} cannot be read ({reason}); {REMAKE}") from error
         self.labels: Ids = rows["label"].astype(np.int64)
         """[N]: places in `about.classes`."""
@@ -256,8 +256,8 @@ class Features:
             rows = self.about.rows(block)
             if crc32(self.values[rows.start : rows.stop]) != crc:
                 raise DataError(
-                    f"features {self.path}: rows {rows.start} to "
-                    f"{rows.stop - 1} are not those that were written; {REMAKE}"
+                    f"features {self.path}: rows {rows.start} to {rows.stop - 1} are not those "
+                    f"that were written; {REMAKE}"
                 )
 
 
@@ -330,13 +330,12 @@ class FeatureWriter:
 
     def find_missing(self) -> list[int]:
         """Return the blocks with rows missing or bytes that differ from their CRC-32, ascending."""
-        return [block for block in range(self.about.blocks) if not self._is_whole(block)]
-
-    def _is_whole(self, block: int) -> bool:
-        rows = self.about.rows(block)
-        if not self._flags[rows.start : rows.stop].all():
-            return False
-        return crc32(self._values[rows.start : rows.stop]) == int(self._crc[block])
+        missing = []
+        for block in range(self.about.blocks):
+            rows = slice(block * BLOCK, (block + 1) * BLOCK)
+            if not self._flags[rows].all() or crc32(self._values[rows]) != self._crc[block]:
+                missing.append(block)
+        return missing
 
     def forget(self, blocks: list[int]) -> None:
         """Mark the rows of blocks as missing."""
@@ -372,8 +371,11 @@ def begin_features(folder: Path, info: FeatureInfo) -> None:
         path_of(folder, info.split, ending) for ending in ("growing", "state", "plan.json")
     )
     state_size = info.blocks * np.dtype("<u4").itemsize + info.samples
+    is_same = False
     with suppress(FileNotFoundError):
-        if _read_plan(plan) == info.to_table() and state.stat().st_size == state_size:
+        with suppress(ValueError):
+            is_same = json.loads(plan.read_bytes()) == info.to_table()
+        if is_same and state.stat().st_size == state_size:
             if not path_of(folder, info.split, "json").exists() and not growing.exists():
                 # Killed between the last two renames.
                 path_of(folder, info.split, "npy").replace(growing)
@@ -402,10 +404,3 @@ def remove_features(folder: Path, split: str) -> None:
     """Remove features, complete or not."""
     for ending in ENDINGS:
         path_of(folder, split, ending).unlink(missing_ok=True)
-
-
-def _read_plan(plan: Path) -> object:
-    try:
-        return json.loads(plan.read_bytes())
-    except ValueError:
-        return None

@@ -56,10 +56,6 @@ class SearchBase:
     sound: Flags
     """[N]: rows that may be found."""
 
-    def floats(self, start: int, stop: int, dtype: torch.dtype, device: str) -> Tensor:
-        """Return rows start..stop-1 as a tensor."""
-        return _tensor(self.rows[start:stop]).to(device).to(dtype)
-
 
 def find_nearest(
     queries: Rows,
@@ -98,15 +94,17 @@ def find_nearest(
         picked = np.arange(len(queries))
     ids = np.zeros((len(picked), k), np.int64)
     distances = np.zeros((len(picked), k))
-    size = _query_rows(queries.shape[1], len(picked), memory)
+    # In float64 the queries take a quarter of the memory.
+    size = max(1, min(len(picked), memory // (4 * 8 * queries.shape[1])))
     again = 0
     for start in range(0, len(picked), size):
         part = slice(start, start + size)
         own = picked[part] if itself else None
-        found, late = _search_block(queries[picked[part]], base, k, memory, device, own)
-        ids[part], distances[part] = found
+        ids[part], distances[part], late = _search_block(
+            queries[picked[part]], base, k, memory, device, own
+        )
         again += late
-        advance(len(found[0]))
+        advance(len(ids[part]))
     return Nearest(ids, distances, again)
 
 
@@ -115,19 +113,9 @@ def squared_distances(queries: Rows, others: Rows) -> Floats:
     return np.square(queries.astype(np.float64) - others).sum(-1)
 
 
-def _query_rows(units: int, queries: int, memory: int) -> int:
-    """Number of queries at a time: in float64 they take a quarter of the memory."""
-    return max(1, min(queries, memory // (4 * 8 * units)))
-
-
-def _base_rows(units: int, queries: int, memory: int) -> int:
-    """Number of base rows at a time: they, their scores and the best ones take half the memory."""
-    return max(1, memory // (2 * (12 * units + 24 * queries)))
-
-
 def _search_block(
     queries: Rows, base: SearchBase, k: int, memory: int, device: str, own: Ids | None
-) -> tuple[tuple[Ids, Floats], int]:
+) -> tuple[Ids, Floats, int]:
     """Answer queries that fit into memory; also count those that needed more than one pass."""
     ids = np.zeros((len(queries), k), np.int64)
     distances = np.zeros((len(queries), k))
@@ -136,17 +124,16 @@ def _search_block(
     for number, (dtype, margin) in enumerate(MARGINS):
         rest, mine = queries[left], None if own is None else own[left]
         found, bound = _find_candidates(rest, base, k + margin, memory, device, mine, dtype)
-        best, far = _refine(rest, base, found, k, memory)
-        ids[left], distances[left] = best, far
-        left = left[far[:, -1] >= bound]
+        ids[left], distances[left] = _refine(rest, base, found, k, memory)
+        left = left[distances[left, -1] >= bound]
         if number == 0:
             late = len(left)
         if not len(left):
-            return (ids, distances), late
+            break
     for place in left:
         itself = None if own is None else int(own[place])
         ids[place], distances[place] = _search_one(queries[place], base, k, memory, itself)
-    return (ids, distances), late
+    return ids, distances, late
 
 
 def _find_candidates(
@@ -168,12 +155,13 @@ def _find_candidates(
     lengths = np.square(queries.astype(np.float64)).sum(1)
     scores = torch.empty(len(queries), 0, dtype=dtype, device=device)
     ids = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
-    rows = _base_rows(units, len(queries), memory)
+    # The rows, their scores and the best ones take half the memory.
+    rows = max(1, memory // (2 * (12 * units + 24 * len(queries))))
     most = 0.0
     dropped = False
     for start in range(0, len(base.rows), rows):
         stop = min(start + rows, len(base.rows))
-        block = base.floats(start, stop, dtype, device)
+        block = _tensor(base.rows[start:stop]).to(device).to(dtype)
         norms = block.square().sum(1)
         most = max(most, float(norms.max()))
         new = torch.addmm(norms, asked, block.T, alpha=-2)

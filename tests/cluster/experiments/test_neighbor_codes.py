@@ -18,7 +18,6 @@ from cluster.experiments.neighbors.coders import (
     draw_sample,
     fit_itq,
     fit_pca,
-    pack_bits,
     train_autoencoder,
 )
 from cluster.experiments.neighbors.codes import compute_recall, main
@@ -90,19 +89,16 @@ def test_hamming_neighbours_are_those_of_unpacked_bits(bits):
     rng = np.random.default_rng(bits)
     base, queries = rng.random((400, bits)) < 0.3, rng.random((21, bits)) < 0.3
     base[200:] = base[:200]  # ties
-    ids, far = HammingIndex(pack_bits(base)).find_nearest(pack_bits(queries), 30)
-    opened = (
-        np.unpackbits(pack_bits(base), axis=1)[None]
-        != np.unpackbits(pack_bits(queries), axis=1)[:, None]
-    )
-    expected = opened.sum(2)
+    packed, asked = (np.packbits(part, axis=1) for part in (base, queries))
+    ids, far = HammingIndex(packed).find_nearest(asked, 30)
+    expected = (base[None] != queries[:, None]).sum(2)
     order = np.argsort(expected, axis=1, kind="stable")[:, :30]
     np.testing.assert_array_equal(ids, order)
     np.testing.assert_array_equal(far, np.take_along_axis(expected, order, 1))
 
 
 def test_all_codes_can_be_asked_for():
-    eye = pack_bits(np.eye(16, dtype=bool))
+    eye = np.packbits(np.eye(16, dtype=bool), axis=1)
     ids, far = HammingIndex(eye).find_nearest(eye[2:3], 16)
     assert sorted(ids[0].tolist()) == list(range(16))
     assert far[0].tolist() == [0] + [2] * 15
