@@ -136,11 +136,8 @@ def count_original_crossing(rows: Iterable[ColumnRow]) -> int:
     The original placed it there (layers-145.cfg: `fc1000 gpu=0`): b sends the input of fc8 and gets
     its gradient, a sends neither that nor logits. 117,248 numbers are 468,992 bytes in float32.
     """
-    rows = list(rows)
-    last = rows[-1].layer
-    return sum(
-        row.crosses_forward + row.crosses_backward for row in rows if row.layer != last
-    ) + sum(2 * row.crosses_backward for row in rows if row.layer == last and row.column == "b")
+    *before, _, b = rows
+    return sum_rows(before).crosses + 2 * b.crosses_backward
 
 
 def compute_footprint(rows: Iterable[ColumnRow], batch: int, size: int = FLOAT32_BYTES) -> int:
@@ -306,7 +303,7 @@ def to_json(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> d
 
 def print_table(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> None:
     """Print the table and its sums."""
-    size, batch = DTYPE_BYTES[options.dtype], options.batch_size
+    size = options.batch_size * DTYPE_BYTES[options.dtype]
     grid = Table(
         title=_format_title(design, options), title_justify="left", pad_edge=False, box=None
     )
@@ -329,22 +326,13 @@ def print_table(rows: list[ColumnRow], design: Design, options: SummaryOptions) 
             f"{row.parameters:,}",
             f"{row.multiply_adds:,}",
             f"{row.receptive_field}",
-            _format_mib(row.neurons * batch * size),
-            _format_mib(row.optimizer_bytes),
-            _format_mib(row.crosses_forward * batch * size) if row.crosses_forward else "",
-            _format_mib(row.crosses_backward * batch * size) if row.crosses_backward else "",
+            *_format_bytes([row], [row], size),
             end_section=row is rows[-1],
         )
     sums = sum_rows(rows)
-    grid.add_row(
-        *["sum", "", "", "", "", "", ""],
-        f"{sums.parameters:,}",
-        f"{sums.multiply_adds:,}",
-        "",
-        _format_mib(sums.neurons * batch * size),
-        _format_mib(sums.parameter_bytes),
-        *_sum_crossing(rows, batch * size),
-    )
+    numbers = f"{sums.parameters:,}", f"{sums.multiply_adds:,}"
+    sent = [row for row in rows if row.column == "a"]
+    grid.add_row("sum", *[""] * 6, *numbers, "", *_format_bytes(rows, sent, size))
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     console.print(grid)
     for line in describe_totals(rows, design, options):
@@ -376,11 +364,16 @@ def describe_totals(rows: list[ColumnRow], design: Design, options: SummaryOptio
     return lines
 
 
-def _sum_crossing(rows: list[ColumnRow], size: int) -> tuple[str, str]:
-    """MiB that column a sends forward and gets back; empty without an exchange."""
-    a = [row for row in rows if row.column == "a"]
-    forward, backward = sum(r.crosses_forward for r in a), sum(r.crosses_backward for r in a)
-    return (_format_mib(forward * size), _format_mib(backward * size)) if forward else ("", "")
+def _format_bytes(rows: list[ColumnRow], sent: list[ColumnRow], size: int) -> tuple[str, ...]:
+    """Bytes of the activations and velocities of `rows`, and of what the rows `sent` exchange."""
+    forward = sum(row.crosses_forward for row in sent) * size
+    backward = sum(row.crosses_backward for row in sent) * size
+    return (
+        _format_mib(sum(row.neurons for row in rows) * size),
+        _format_mib(sum(row.optimizer_bytes for row in rows)),
+        _format_mib(forward) if forward else "",
+        _format_mib(backward) if backward else "",
+    )
 
 
 def _format_title(design: Design, options: SummaryOptions) -> str:

@@ -79,7 +79,7 @@ class Ensemble:
         Raises:
             UsageError: they are of other images; names the runs and what differs.
         """
-        self.saved = saved
+        self.saved, self.about = saved, saved[0].about
         self.networks = len(saved)
         self.weights = saved[0].weights * (1.0 if weights is None else weights)
         """float32 [N], 0 for images that do not count."""
@@ -96,10 +96,9 @@ class Ensemble:
 
     def chunks(self, start: int = 0) -> Iterator[tuple[int, Probabilities]]:
         """Yield chunks of images from image `start` on, each with the number of the next image."""
-        about = self.saved[0].about
-        rows = max(1, CHUNK // (self.networks * len(about.classes)))
-        for first in range(start, about.samples, rows):
-            last = min(first + rows, about.samples)
+        rows = max(1, CHUNK // (self.networks * len(self.about.classes)))
+        for first in range(start, self.about.samples, rows):
+            last = min(first + rows, self.about.samples)
             probabilities = torch.stack([one.rows(first, last) for one in self.saved])
             labels, weights = self.saved[0].labels[first:last], self.weights[first:last]
             yield last, Probabilities(probabilities, labels, weights)
@@ -260,34 +259,29 @@ def _cut_block(chunk: Probabilities, rows: Tensor, rank: Tensor, width: int) -> 
     return Probabilities(found, torch.zeros(len(rows), dtype=torch.int64), chunk.weights[rows])
 
 
-def make_table(saved: Sequence[SavedProbabilities], sizes: Sequence[int]) -> dict[str, Any]:
+def make_table(whole: Ensemble, sizes: Sequence[int]) -> dict[str, Any]:
     """Count averages of some of the runs: table 2 of the paper.
 
     Args:
-        saved: probabilities of all runs.
+        whole: probabilities of all runs.
         sizes: number of runs that are averaged, for each line.
 
     Returns:
         {"views", "split", "samples", "runs", "sizes": a list of {"nets", "combinations", and for
         each of `KINDS` its "top1_error" and "top5_error", means over the combinations, with "_sd",
         the standard deviation (None for one)}}. Errors are fractions.
-
-    Raises:
-        UsageError: the runs are of other images.
     """
-    about = saved[0].about
-    whole = Ensemble(saved)
     return {
-        "views": about.views,
-        "split": about.split,
+        "views": whole.about.views,
+        "split": whole.about.split,
         "samples": whole.samples,
-        "runs": [str(one.run) for one in saved],
-        "sizes": [_make_line(saved, size, whole) for size in sizes],
+        "runs": [str(one.run) for one in whole.saved],
+        "sizes": [_make_line(whole, size) for size in sizes],
     }
 
 
-def _make_line(saved: Sequence[SavedProbabilities], size: int, whole: Ensemble) -> dict[str, Any]:
-    some = list(itertools.islice(itertools.combinations(saved, size), MOST_COMBINATIONS))
+def _make_line(whole: Ensemble, size: int) -> dict[str, Any]:
+    some = list(itertools.islice(itertools.combinations(whole.saved, size), MOST_COMBINATIONS))
     found = [_count_kinds(Ensemble(one, whole.weights)) for one in some]
     line: dict[str, Any] = {"nets": size, "combinations": len(some)}
     for kind in KINDS:
@@ -359,7 +353,7 @@ def average_runs(options: EnsembleOptions) -> dict[str, Any]:
                 f"it has come to step {step} since\n"
             )
     if options.sizes:
-        return make_table(ensemble.saved, options.sizes)
+        return make_table(ensemble, options.sizes)
     if options.search:
         weights = search_weights(ensemble)
     else:
@@ -370,10 +364,9 @@ def average_runs(options: EnsembleOptions) -> dict[str, Any]:
         {"run": str(saved.run), "step": saved.about.step, "weight": weight, **errors}
         for saved, weight, errors in zip(ensemble.saved, weights, each, strict=True)
     ]
-    about = ensemble.saved[0].about
     return {
-        "views": about.views,
-        "split": about.split,
+        "views": ensemble.about.views,
+        "split": ensemble.about.split,
         "samples": ensemble.samples,
         "searched": options.search,
         "runs": runs,

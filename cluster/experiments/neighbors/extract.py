@@ -133,8 +133,7 @@ def _compute(
     """Compute what an earlier call has left missing, and seal the features."""
     begin_features(folder, about)
     writer = FeatureWriter(folder, about)
-    missing = writer.find_missing()
-    writer.forget(missing)
+    missing = writer.reset_incomplete()
     # The object that keeps a downloaded checkpoint alive stays here; workers only read its files.
     sent = replace(source, checkpoint=replace(source.checkpoint, holder=None))
     threads = max(1, cpu_count() // len(devices))

@@ -328,20 +328,18 @@ class FeatureWriter:
         """Count the rows that are marked as written; their bytes are not compared."""
         return int((self._flags != MISSING).sum())
 
-    def find_missing(self) -> list[int]:
-        """Return the blocks with rows missing or bytes that differ from their CRC-32, ascending."""
-        missing = []
+    def reset_incomplete(self) -> list[int]:
+        """Mark the rows of incomplete blocks as missing, and return these blocks, ascending.
+
+        In an incomplete block rows are missing, or the bytes differ from their CRC-32.
+        """
+        incomplete = []
         for block in range(self.about.blocks):
             rows = slice(block * BLOCK, (block + 1) * BLOCK)
             if not self._flags[rows].all() or crc32(self._values[rows]) != self._crc[block]:
-                missing.append(block)
-        return missing
-
-    def forget(self, blocks: list[int]) -> None:
-        """Mark the rows of blocks as missing."""
-        for block in blocks:
-            rows = self.about.rows(block)
-            self._flags[rows.start : rows.stop] = MISSING
+                self._flags[rows] = MISSING
+                incomplete.append(block)
+        return incomplete
 
     def finish(self, labels: Ids) -> None:
         """Put the file on the disk under its name and seal it; the features exist after that.

@@ -1,9 +1,4 @@
-"""A contact sheet: a row for each query with its nearest images, as in figure 4 (right).
-
-How far apart two images of one class are, against two of different classes.
-
-The histogram of distances as an SVG file of its own.
-"""
+"""Distances of pairs of one class and of two, their histogram, and the sheet of figure 4."""
 
 from __future__ import annotations
 
@@ -139,16 +134,16 @@ def save_histogram(pairs: Pairs, title: str, path: Path) -> None:
     axes = new_axes((edges[0], edges[-1]), (0, top), width=600, height=300,
                     margins=(46, 14, 52, 42))  # fmt: skip
     axes.figure.patch.set(visible=True, facecolor="white")
-    for values, heights, name, color, side in (
-        (pairs.other, other, "different classes", COLUMN_A, "left"),
-        (pairs.same, same, "same class", CHECK, "right"),
+    for values, heights, name, color, side, away in (
+        (pairs.other, other, "different classes", COLUMN_A, "left", 5),
+        (pairs.same, same, "same class", CHECK, "right", -5),
     ):
         draw_columns(axes, edges, heights, color, name, alpha=0.45)
         mean = float(values.mean())
         axes.axvline(mean, color=color, linestyle="--", linewidth=1)
         axes.annotate(
-            f"mean {mean:.3g}", (mean, 1), (5 if side == "left" else -5, -12),
-            ("data", "axes fraction"), "offset points", ha=side, color=color,
+            f"mean {mean:.3g}", (mean, 1), (away, -12), ("data", "axes fraction"),
+            "offset points", ha=side, color=color,
         )  # fmt: skip
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, reverse=True)
     axes.text(0, 1.15, title, transform=axes.transAxes, fontsize=12, color=INK)
@@ -256,8 +251,8 @@ def _put(
 
 def fit_text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
     """A text, cut to a width in pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
+    shown = text
+    while text and font.getlength(shown) > width:
         text = text[:-1]
-    return f"{text}…"
+        shown = f"{text}…"
+    return shown

@@ -209,7 +209,7 @@ def test_what_was_complete_when_it_was_killed_is_not_made_again(
         make_features(cut, trained, "train")
     assert not (cut / "features-train.npy").exists()
     growing = FeatureWriter(cut, whole.about)
-    assert (growing.count_rows(), growing.find_missing()) == (32, [4, 5])
+    assert (growing.count_rows(), growing.reset_incomplete()) == (32, [4, 5])
     with (cut / "features-train.growing").open("r+b") as file:  # a torn write of block 1
         file.seek(128 + 9 * UNITS * 2)
         file.write(b"\xff\xff")
