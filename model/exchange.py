@@ -162,10 +162,10 @@ class Exchange:
         """By the `name` that the caller gave; whoever reads it empties it."""
 
     def apply_layer(self, layer: nn.Module, x: Tensor, name: str = "") -> Tensor:
-        """The output of a layer that reads both columns: `layer(gather(x))`, with less waiting.
+        """The output of a layer that reads both columns.
 
-        The sum over the inputs is taken in two parts, so that the last bit may differ from that.
-        Autocast applies as in the layer itself.
+        The sum over the inputs is taken in two parts, so that the last bit may differ from that of
+        the layer itself. Autocast applies as there.
 
         Args:
             layer: `nn.Linear` or `nn.Conv2d` whose inputs are column a's maps, then column b's.
@@ -181,24 +181,18 @@ class Exchange:
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
         return _ApplySplit.apply(x, weight, bias, split_layer(layer), self, name)
 
-    def gather(self, x: Tensor, name: str = "") -> Tensor:
-        """Both columns' maps, for a layer that reads both; `apply_layer` overlaps the same.
+    def gather_replicated(self, x: Tensor, name: str = "") -> Tensor:
+        """Both columns' values, from which both ranks compute the same result (logits, loss).
+
+        Values are never rounded, as both ranks must see the same. The gradient of the output is
+        the whole gradient on both ranks: the backward pass keeps the own slice and sends nothing.
 
         Args:
-            x: float [b, c] or [b, c, h, w], this column's maps.
+            x: float [b, c] or [b, c, h, w], this column's values.
             name: the key in `traffic`.
 
         Returns:
-            [b, 2c, ...], column a first, in the dtype and memory format of x. Each column applies
-            its own weights to it: the backward pass adds both columns' gradients of the own maps.
-        """
-        return _Gather.apply(x, self, name)
-
-    def gather_replicated(self, x: Tensor, name: str = "") -> Tensor:
-        """As `gather`, for values from which both ranks compute the same result (logits, loss).
-
-        The gradient of the output is then the whole gradient on both ranks: the backward pass keeps
-        the own slice and sends nothing. Values are never rounded, as both ranks must see the same.
+            [b, 2c, ...], column a first, in the dtype and memory format of x.
         """
         return _GatherReplicated.apply(x, self, name)
 
@@ -309,18 +303,6 @@ class _ApplySplit(torch.autograd.Function):
         if swap is not None and result is not None:
             result = result.add_(swap.wait())
         return result, weight_gradient, bias_gradient, None, None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, link: Exchange, name: str) -> Tensor:
-        ctx.link, ctx.name = link, name
-        return link._join(x, link._send(x, name).wait())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        own, others = ctx.link._split(gradient)
-        return ctx.link._send(others, ctx.name, back=True).wait() + own, None, None
 
 
 class _GatherReplicated(torch.autograd.Function):

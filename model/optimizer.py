@@ -63,8 +63,13 @@ class Sgd2012:
 
     def _update(self, names: list[str], rate: float, decay: float) -> None:
         values: list[Tensor] = [self._parameters[name] for name in names]
+        # torch's fused update reads memory in order: with other strides it needs a copy.
         gradients = [
-            _match_strides(value.grad, value) for value in values if value.grad is not None
+            gradient
+            if gradient.stride() == value.stride()
+            else torch.empty_like(value).copy_(gradient)
+            for value in values
+            if (gradient := value.grad) is not None
         ]
         velocities = [self.velocities[name] for name in names]
         if self.momentum == 0.0:  # torch keeps no velocity then
@@ -107,13 +112,6 @@ class Sgd2012:
             ValueError: a key is missing or unexpected or a shape differs; nothing is changed then.
         """
         net.fill(self.velocities, state)
-
-
-def _match_strides(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """`tensor` with the strides of `pattern`: torch's fused update reads memory in order."""
-    if tensor.stride() == pattern.stride():
-        return tensor
-    return torch.empty_like(pattern).copy_(tensor)
 
 
 class Means(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 COLOR = "colour"
@@ -79,15 +80,12 @@ def _parse_change(entry: str, known: Sequence[str]) -> ScheduledChange:
         raise ValueError(
             f"changes: {entry!r} should be three words, EPOCH NAME VALUE, such as '25 lr 0.001'"
         )
-    epoch, value = (_parse_number(word) for word in (words[0], words[2]))
+    epoch = _parse_number(words[0], f"changes: {entry!r}: the epoch")
     name = words[1]
-    if epoch is None:
-        raise ValueError(f"changes: {entry!r}: the epoch {words[0]!r} should be a number from 0 up")
     if name not in known:
         hint = suggest_name(name, known)
         raise ValueError(f"changes: {entry!r}: nothing is called {name!r}; {hint}")
-    if value is None:
-        raise ValueError(f"changes: {entry!r}: the value {words[2]!r} should be a number from 0 up")
+    value = _parse_number(words[2], f"changes: {entry!r}: the value")
     if name == COLOR and not epoch.is_integer():
         raise ValueError(f"changes: {entry!r}: colour changes between whole epochs only")
     return ScheduledChange(epoch, name, value)
@@ -104,13 +102,12 @@ def suggest_name(name: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
 
 
-def _parse_number(text: str) -> float | None:
-    """A finite number from 0 up; None for anything else."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if 0 <= value < math.inf else None
+def _parse_number(text: str, what: str) -> float:
+    """A finite number from 0 up; the `ValueError` for anything else begins with `what`."""
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    raise ValueError(f"{what} {text!r} should be a number from 0 up")
 
 
 def list_color_steps(
@@ -152,12 +149,7 @@ def parse_layer_rates(entries: Sequence[str], layers: Sequence[str]) -> dict[str
             raise ValueError(f"layer_rates: {entry!r}: no layer is called {layer!r}; {hint}")
         if layer in factors:
             raise ValueError(f"layer_rates: {entry!r}: {layer} has a factor already; give one")
-        factor = _parse_number(text)
-        if factor is None:
-            raise ValueError(
-                f"layer_rates: {entry!r}: the factor {text!r} should be a number from 0 up"
-            )
-        factors[layer] = factor
+        factors[layer] = _parse_number(text, f"layer_rates: {entry!r}: the factor")
     return factors
 
 

@@ -168,14 +168,11 @@ def launch_gpu_kernel(x: Tensor, gradient: Tensor | None, columns: int, relu: bo
 
     y = torch.empty_like(x)
     step = 1 if is_channels_last(x) else x.shape[2] * x.shape[3]
-    grid = (-(-x.numel() // GPU_BLOCK),)
     settings = (x.numel(), step, x.shape[1] // columns, LRN_K, LRN_ALPHA / LRN_SIZE)
-    if x.numel() == 0:
-        return y
-    if gradient is None:
-        gpu_kernels.forward[grid](x, y, *settings, relu=relu, BLOCK=GPU_BLOCK)
-    else:
-        gpu_kernels.backward[grid](x, gradient, y, *settings, relu=relu, BLOCK=GPU_BLOCK)
+    kernel = gpu_kernels.forward if gradient is None else gpu_kernels.backward
+    given = (x,) if gradient is None else (x, gradient)
+    if grid := -(-x.numel() // GPU_BLOCK):
+        kernel[(grid,)](*given, y, *settings, relu=relu, BLOCK=GPU_BLOCK)
     return y
 
 

@@ -36,7 +36,7 @@ from isal import isal_zlib
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, read_table
 from cluster.checkpoint.storage import open_storage
 from cluster.config import Config, read_run_config
-from cluster.run.events import Event, Warned
+from cluster.run.console import print_warning
 from cluster.run.folder import CONFIG, QUARANTINE
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
@@ -94,7 +94,7 @@ def open_source(run: Path, data: str, step: int | None = None) -> FeatureSource:
         StoreError: a store does not answer.
     """
     config, trained_on = read_settings(run)
-    checkpoint = choose_checkpoint(run, config.store, _warn_of, step)
+    checkpoint = choose_checkpoint(run, config.store, print_warning, step)
     folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
     if manifest.classes != checkpoint.classes:
@@ -121,11 +121,6 @@ def open_source(run: Path, data: str, step: int | None = None) -> FeatureSource:
         data_sha256=data_sha256,
         quarantine=quarantine,
     )
-
-
-def _warn_of(event: Event) -> None:
-    if isinstance(event, Warned):
-        sys.stderr.write(f"warning: {event.text}\n")
 
 
 def read_settings(run: Path) -> tuple[Config, str]:
