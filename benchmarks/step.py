@@ -49,8 +49,8 @@ LANES = ("duet", "duet without LRN", "plain", "plain, memory", "torchvision")
 WARM_UP = 2
 """Steps before the first turn: memory grows, kernels are chosen."""
 MEMORY = "all networks together take 13 GB at full size and batch 128"
-NORMS = ("_NormKernel", "ReferenceNorm")
-"""Autograd functions of `model.norm`, as the profiler names them."""
+NORM = "NormKernel"
+"""Autograd function of `model.norm`, as the profiler names it."""
 Rates = dict[str, dict[str, list[float]]]
 """Lane -> type -> img/s of every round."""
 
@@ -202,9 +202,7 @@ def summarize(rates: Rates, profiles: dict[str, dict[str, float]]) -> dict[str, 
     ours, bare = rates["duet"], rates["duet without LRN"]
     fastest = find_best_dtype(ours)
     passes = {
-        dtype: sum(
-            share for name, share in shares.items() if name.removesuffix("Backward") in NORMS
-        )
+        dtype: sum(share for name, share in shares.items() if name.removesuffix("Backward") == NORM)
         for dtype, shares in profiles.items()
     }
     return {

@@ -35,6 +35,7 @@ from parts.step_table import best, goals, markdown  # noqa: E402
 
 from model.alexnet import AlexNet  # noqa: E402
 from model.norm import describe_backend, local_response_norm, reference  # noqa: E402
+from model.norm.response import NormKernel  # noqa: E402
 
 MODES = ("fp32", "tf32", "bf16")
 NORM_SHAPES = ((96, 55, 55), (256, 27, 27))
@@ -133,7 +134,7 @@ class Bench:
         """Measure LRN with its ReLU alone, forward and backward, in each of its forms."""
         forms: dict[str, Callable[..., torch.Tensor]] = {
             describe_backend(self.device): local_response_norm,
-            "torch operations": lambda x, c, r: reference.ReferenceNorm.apply(x, c, r),
+            "torch operations": lambda x, c, r: NormKernel.apply(x, reference.normalize, c, r),
             "torch.nn.LocalResponseNorm": plain_norm,
         }
         if "compiled" not in self.options.skip:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LRN_SIZE = 5
 LRN_ALPHA = 1e-4
@@ -26,48 +23,28 @@ _CHUNK = 150_000
 _CHUNK_PER_THREAD = 600_000
 
 
-class ReferenceNorm(torch.autograd.Function):
-    """`local_response_norm`, for any device and any float dtype.
+def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
+    """As `model.norm.native.normalize`, for any device and any float dtype.
 
     With s = k + alpha/size * sum, s^-.75 is two square roots and the sum a product with a band
-    matrix: no power, no transposition. Only x is kept for the backward pass: computing s again is
-    faster than storing it.
+    matrix: no power, no transposition. The backward pass computes s again: that is faster than
+    storing it.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: int, relu: bool) -> Tensor:
-        """Normalize x, [b, columns * maps, h, w]."""
-        x = to_dense(x)
-        ctx.save_for_backward(x)
-        ctx.columns, ctx.relu = columns, relu
-        y = torch.empty_like(x)
-        window = _MapWindow(x, columns)
-        with torch.autocast(x.device.type, enabled=False):
-            for part, out in zip(window.split(x), window.split(y), strict=True):
-                wide = window.widen(part, relu)
-                root = window.inverse_root(wide)
+    result = torch.empty_like(x)
+    window = _MapWindow(x, columns)
+    with torch.autocast(x.device.type, enabled=False):
+        slopes = window.split(x if gradient is None else gradient)
+        for part, dy, out in zip(window.split(x), slopes, window.split(result), strict=True):
+            wide = window.widen(part, relu)
+            root = window.inverse_root(wide)
+            if gradient is None:
                 out.copy_(root.sqrt().mul_(root).mul_(wide))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient of x from that of the output."""
-        (x,) = ctx.saved_tensors
-        gradient = match_layout(x, gradient)
-        result = torch.empty_like(x)
-        window = _MapWindow(x, ctx.columns)
-        with torch.autocast(x.device.type, enabled=False):
-            for part, dy, out in zip(
-                window.split(x), window.split(gradient), window.split(result), strict=True
-            ):
-                wide = window.widen(part, ctx.relu)
-                root = window.inverse_root(wide)
-                direct = root.sqrt().mul_(root).mul_(dy)
-                others = window.sum((direct * wide).mul_(root).mul_(root))
-                dx = direct.addcmul_(others, wide, value=-2 * LRN_BETA)
-                out.copy_(dx.masked_fill_(part <= 0, 0) if ctx.relu else dx)
-        return result, None, None
+                continue
+            direct = root.sqrt().mul_(root).mul_(dy)
+            others = window.sum((direct * wide).mul_(root).mul_(root))
+            dx = direct.addcmul_(others, wide, value=-2 * LRN_BETA)
+            out.copy_(dx.masked_fill_(part <= 0, 0) if relu else dx)
+    return result
 
 
 class _MapWindow:
@@ -124,34 +101,16 @@ def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:
         return (wide * root * root.sqrt()).flatten(1, 2).to(x.dtype)
 
 
-class ReferenceSpatialNorm(torch.autograd.Function):
-    """`spatial_response_norm`, for any device and any float dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Normalize x, [b, maps, h, w]."""
-        ctx.save_for_backward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(compute_dtype(x))
-            root = _spatial_root(wide)
+def normalize_spatial(x: Tensor, gradient: Tensor | None) -> Tensor:
+    """As `model.norm.native.normalize_spatial`, for any device and any float dtype."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.to(compute_dtype(x))
+        root = _box_mean(wide * wide).mul_(SPATIAL_SCALE).add_(1.0).rsqrt_()
+        if gradient is None:
             return root.sqrt().mul_(root).mul_(wide).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Gradient of x from that of the output."""
-        (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(compute_dtype(x))
-            root = _spatial_root(wide)
-            direct = root.sqrt().mul_(root).mul_(gradient)
-            others = _box_mean(root.square_().mul_(direct).mul_(wide))
-            return direct.addcmul_(others, wide, value=-2 * LRN_BETA * SPATIAL_SCALE).to(x.dtype)
-
-
-def _spatial_root(wide: Tensor) -> Tensor:
-    """s^-.5"""
-    return _box_mean(wide * wide).mul_(SPATIAL_SCALE).add_(1.0).rsqrt_()
+        direct = root.sqrt().mul_(root).mul_(gradient)
+        others = _box_mean(root.square_().mul_(direct).mul_(wide))
+        return direct.addcmul_(others, wide, value=-2 * LRN_BETA * SPATIAL_SCALE).to(x.dtype)
 
 
 def _box_mean(x: Tensor) -> Tensor:

@@ -60,11 +60,12 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
     check_shape(x, columns)
     if torch.compiler.is_compiling():
         return reference.traceable_norm(x, columns, relu)
+    kernel = reference.normalize
     if native.is_supported(x):
-        return _NormKernel.apply(x, native.normalize, columns, relu)
-    if x.device.type == "cuda" and x.dtype in _GPU_DTYPES and _has_triton():
-        return _NormKernel.apply(x, launch_gpu_kernel, columns, relu)
-    return reference.ReferenceNorm.apply(x, columns, relu)
+        kernel = native.normalize
+    elif x.device.type == "cuda" and x.dtype in _GPU_DTYPES and _has_triton():
+        kernel = launch_gpu_kernel
+    return NormKernel.apply(x, kernel, columns, relu)
 
 
 def norm_pool(
@@ -105,7 +106,7 @@ def norm_pool(
         )
     fits = window <= native.MOST_WINDOW and is_channels_last(x)
     if fits and not torch.compiler.is_compiling() and native.is_supported(x):
-        return _NormKernel.apply(x, native.pool, columns, relu, norm, window, stride)
+        return NormKernel.apply(x, native.pool, columns, relu, norm, window, stride)
     if norm:
         x = local_response_norm(x, columns, relu)
     elif relu:
@@ -132,9 +133,9 @@ def spatial_response_norm(x: Tensor) -> Tensor:
         ValueError: x has another number of dimensions.
     """
     check_shape(x, 1)
-    if torch.compiler.is_compiling() or not native.is_supported(x):
-        return reference.ReferenceSpatialNorm.apply(x)
-    return _NormKernel.apply(x, native.normalize_spatial)
+    is_native = not torch.compiler.is_compiling() and native.is_supported(x)
+    form = native if is_native else reference
+    return NormKernel.apply(x, form.normalize_spatial)
 
 
 def describe_backend(device: torch.device | str = "cpu") -> str:
@@ -176,11 +177,12 @@ def launch_gpu_kernel(x: Tensor, gradient: Tensor | None, columns: int, relu: bo
     return y
 
 
-class _NormKernel(torch.autograd.Function):
-    """`kernel(x, None, *settings)`, and `kernel(x, gradient, *settings)` backward."""
+class NormKernel(torch.autograd.Function):
+    """Any of the forms: `NormKernel.apply(x, kernel, *settings)`. Only x is kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Callable[..., Tensor], *settings: Any) -> Tensor:
+        """Compute `kernel(x, None, *settings)`, with x in one of the two memory formats."""
         x = to_dense(x)
         ctx.save_for_backward(x)
         ctx.kernel, ctx.settings = kernel, settings
@@ -189,6 +191,7 @@ class _NormKernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute `kernel(x, gradient, *settings)`, the gradient in the memory format of x."""
         (x,) = ctx.saved_tensors
         dx = ctx.kernel(x, match_layout(x, gradient), *ctx.settings)
         return dx, None, *(None for _ in ctx.settings)

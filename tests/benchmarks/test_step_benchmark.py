@@ -68,7 +68,7 @@ def test_ratios_are_taken_within_rounds() -> None:
         "duet without LRN": {"float32": [20.0, 40.0, 80.0], "bfloat16": [125.0, 250.0, 500.0]},
         "plain": {"float32": [50.0, 50.0, 50.0], "bfloat16": [25.0, 40.0, 80.0]},
     }
-    shares = {"aten::mm": 0.5, "_NormKernel": 0.1, "_NormKernelBackward": 0.2, "other": 0.2}
+    shares = {"aten::mm": 0.5, "NormKernel": 0.1, "NormKernelBackward": 0.2, "other": 0.2}
     found = step.summarize(rates, {"float32": shares, "bfloat16": shares})
     assert found["best"] == {"duet": "bfloat16", "duet without LRN": "bfloat16", "plain": "float32"}
     assert found["ratio_in_best"]["plain"] == 4.0
