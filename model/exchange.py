@@ -244,9 +244,12 @@ class _Swap:
         wire: torch.dtype | None = None,
         traffic: Traffic | None = None,
     ) -> None:
-        self._like = x
+        self._dtype = x.dtype
+        # By strides, not is_contiguous: half of the maps is not contiguous in any format.
+        self._is_channels_last = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1
         self._traffic = traffic or Traffic()
-        self._sent = _pack(x.to(wire) if wire and x.dtype == torch.float32 else x)
+        sent = x.to(wire) if wire and x.dtype == torch.float32 else x
+        self._sent = (sent.permute(0, 2, 3, 1) if self._is_channels_last else sent).contiguous()
         self._received = torch.empty_like(self._sent)
         peer, group = exchange._peer, exchange.group
         self._works = dist.batch_isend_irecv(
@@ -263,7 +266,8 @@ class _Swap:
         for work in self._works:
             work.wait()
         self._traffic.waited += time.perf_counter() - start
-        return _unpack(self._received, self._like).to(self._like.dtype)
+        received = self._received.permute(0, 3, 1, 2) if self._is_channels_last else self._received
+        return received.to(self._dtype)
 
 
 class _ApplySplit(torch.autograd.Function):
@@ -314,18 +318,3 @@ class _GatherReplicated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.link._split(gradient)[0].contiguous(), None, None
-
-
-def _pack(x: Tensor) -> Tensor:
-    """x as it is sent: contiguous, with dim 1 last if it is last in x's memory."""
-    return (x.permute(0, 2, 3, 1) if _has_channels_last(x) else x).contiguous()
-
-
-def _unpack(received: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_pack`, for a tensor received in exchange for `like`."""
-    return received.permute(0, 3, 1, 2) if _has_channels_last(like) else received
-
-
-def _has_channels_last(x: Tensor) -> bool:
-    # By strides, not is_contiguous: half of the maps of a tensor is not contiguous in any format.
-    return x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1

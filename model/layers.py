@@ -69,13 +69,7 @@ class ImageConv(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, (stride, 1))
 
     def _pad(self, images: Tensor, dtype: torch.dtype, more: int) -> Tensor:
-        """Images of just the size that the filters cover, channels last.
-
-        Args:
-            images: float [b, c, h, w].
-            dtype: of the result.
-            more: columns of zeros beyond the edge.
-        """
+        """What the filters cover of images, channels last, and `more` columns of zeros."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         height, width = (
             (n + self.edge - kernel) // stride * stride + kernel for n in images.shape[2:]

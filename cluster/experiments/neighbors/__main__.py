@@ -60,10 +60,6 @@ from pipeline.tools.units import cpu_count, parse_size
 
 SUMMARY = "summary.json"
 VERSION = 1
-PAPER_K = 6
-"""Neighbors of each image in figure 4."""
-CORES = 4
-"""CPU cores of a worker that has no GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +70,7 @@ class NeighborsOptions:
     """Folder of the run; its newest complete checkpoint is used."""
     data: str
     """Data set (folder or address); its classes must be those of training."""
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = PAPER_K
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 6
     """Neighbors of each image."""
     queries: str = "val"
     """Split of the query images."""
@@ -265,13 +261,12 @@ def _check_k(options: NeighborsOptions, source: FeatureSource) -> None:
 
 
 def _choose_devices(options: NeighborsOptions) -> list[str]:
-    """Choose the device of each worker."""
+    """Choose the device of each worker; one without a GPU takes four cores."""
     gpus = torch.cuda.device_count() if options.device != "cpu" else 0
     choose_device(options.device)
     if gpus:
         return [f"cuda:{number % gpus}" for number in range(options.workers or gpus)]
-    cores = cpu_count()
-    return ["cpu"] * (options.workers or max(1, cores // CORES))
+    return ["cpu"] * (options.workers or max(1, cpu_count() // 4))
 
 
 def _format_summary(facts: dict[str, Any], folder: Path) -> list[str]:

@@ -232,11 +232,8 @@ def _compute_block(net: AlexNet, stream: Stream, rows: range) -> tuple[Tensor, I
 def _compute_batch(net: AlexNet, batch: Batch) -> Tensor:
     """Input of the last layer, float32 [b, units] on the host."""
     seen: list[Tensor] = []
-    hook = last_layer(net).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
+    with last_layer(net).register_forward_pre_hook(lambda _, given: seen.append(given[0])):
         net(batch.images.float())
-    finally:
-        hook.remove()
     return seen[0].float().cpu()
 
 
@@ -263,8 +260,7 @@ def _read_labels(source: FeatureSource, about: FeatureInfo) -> Ids:
         closing(open_dataset(source.data, **source.config.cached)) as dataset,
         closing(ShardReader(dataset, about.split)) as reader,
     ):
-        labels: Ids = reader.read_labels(np.arange(about.samples))
-    return labels
+        return reader.read_labels(np.arange(about.samples))
 
 
 @contextmanager
