@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -248,10 +249,8 @@ def _load_library(command: list[str], version: str) -> ctypes.CDLL:
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24] + ".so"
     folder = _find_cache()
     if folder is not None and (folder / name).is_file():
-        try:
+        with suppress(OSError):  # damaged: compiled again below
             return ctypes.CDLL(str(folder / name))
-        except OSError:  # damaged: compiled again below
-            pass
     with tempfile.TemporaryDirectory(prefix="duet-") as work:
         library = _compile(command, flags, openmp, Path(work))
         if folder is not None and _store(library, folder / name):

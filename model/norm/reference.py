@@ -31,59 +31,47 @@ def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> T
     storing it.
     """
     result = torch.empty_like(x)
-    window = _MapWindow(x, columns)
+    maps, is_last = x.shape[1] // columns, is_channels_last(x)
+    index = torch.arange(maps, device=x.device)
+    near = (index[:, None] - index).abs() <= LRN_SIZE // 2
+    band = near.to(compute_dtype(x)) * (LRN_ALPHA / LRN_SIZE)
+
+    def sum_window(part: Tensor) -> Tensor:
+        """Each number's sum over its window, alpha/size times."""
+        return part @ band if is_last else band @ part
+
+    slopes = x if gradient is None else gradient
     with torch.autocast(x.device.type, enabled=False):
-        slopes = window.split(x if gradient is None else gradient)
-        for part, dy, out in zip(window.split(x), slopes, window.split(result), strict=True):
-            wide = window.widen(part, relu)
-            root = window.inverse_root(wide)
+        for part, dy, out in zip(
+            *(_split(each, maps) for each in (x, slopes, result)), strict=True
+        ):
+            wide = part.to(band.dtype)
+            wide = wide.relu() if relu else wide
+            root = sum_window(wide * wide).add_(LRN_K).rsqrt_()  # s^-.5
             if gradient is None:
                 out.copy_(root.sqrt().mul_(root).mul_(wide))
                 continue
             direct = root.sqrt().mul_(root).mul_(dy)
-            others = window.sum((direct * wide).mul_(root).mul_(root))
+            others = sum_window((direct * wide).mul_(root).mul_(root))
             dx = direct.addcmul_(others, wide, value=-2 * LRN_BETA)
             out.copy_(dx.masked_fill_(part <= 0, 0) if relu else dx)
     return result
 
 
-class _MapWindow:
-    """Sums over neighboring maps, alpha/size times, on the cheapest view of x's layout.
+def _split(x: Tensor, maps: int) -> tuple[Tensor, ...]:
+    """Views that together are x, in the form in which sums over maps are cheapest.
 
     Channels last: rows [b * h * w * columns, maps]. Otherwise: matrices [b * columns, maps, h * w].
     """
-
-    def __init__(self, x: Tensor, columns: int) -> None:
-        self.maps = x.shape[1] // columns
-        self.dtype = compute_dtype(x)
-        self.rows = is_channels_last(x)
-        index = torch.arange(self.maps, device=x.device)
-        near = (index[:, None] - index).abs() <= LRN_SIZE // 2
-        self.band = near.to(self.dtype) * (LRN_ALPHA / LRN_SIZE)
-
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Views that together are x."""
-        if self.rows:
-            view = x.permute(0, 2, 3, 1).view(-1, self.maps)
-        else:
-            view = x.view(-1, self.maps, x.shape[2] * x.shape[3])
-        if x.device.type != "cpu":
-            return (view,)
-        threads = torch.get_num_threads()
-        chunk = _CHUNK if threads == 1 else _CHUNK_PER_THREAD * threads
-        return view.split(max(1, chunk // max(1, view[0].numel() if len(view) else 1)))
-
-    def widen(self, part: Tensor, relu: bool) -> Tensor:
-        wide = part.to(self.dtype)
-        return wide.relu() if relu else wide
-
-    def sum(self, part: Tensor) -> Tensor:
-        """Each number's sum over its window, alpha/size times."""
-        return part @ self.band if self.rows else self.band @ part
-
-    def inverse_root(self, part: Tensor) -> Tensor:
-        """s^-.5"""
-        return self.sum(part * part).add_(LRN_K).rsqrt_()
+    if is_channels_last(x):
+        view = x.permute(0, 2, 3, 1).view(-1, maps)
+    else:
+        view = x.view(-1, maps, x.shape[2] * x.shape[3])
+    if x.device.type != "cpu":
+        return (view,)
+    threads = torch.get_num_threads()
+    chunk = _CHUNK if threads == 1 else _CHUNK_PER_THREAD * threads
+    return view.split(max(1, chunk // max(1, view[0].numel() if len(view) else 1)))
 
 
 def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:

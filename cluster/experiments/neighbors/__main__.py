@@ -25,6 +25,7 @@ import json
 import math
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -117,18 +118,13 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
     devices = _choose_devices(options)
     kept = ensure_writable(options.features, "--features") if options.features else folder
     started = time.perf_counter()
-    splits = (options.queries, options.base)
-    queries, base = (
-        make_features(
-            kept,
-            source,
-            split,
-            dtype=options.dtype,
-            devices=devices,
-            anew=options.anew and split not in splits[:number],  # a split used twice is made once
+    features = {
+        split: make_features(
+            kept, source, split, dtype=options.dtype, devices=devices, anew=options.anew
         )
-        for number, split in enumerate(splits)
-    )
+        for split in dict.fromkeys((options.queries, options.base))
+    }
+    queries, base = features[options.queries], features[options.base]
     made = time.perf_counter() - started
     ids = np.flatnonzero(queries.sound)
     started = time.perf_counter()
@@ -137,6 +133,7 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
     with atomic_write(folder / "nearest.npz") as file:
         np.savez(file, queries=ids, ids=found.ids, distances=found.distances)
     right = base.labels[found.ids] == queries.labels[ids][:, None]
+    sizes = np.bincount(base.labels[base.sound], minlength=len(base.about.classes))
     facts = {
         "k": options.k,
         "queries": {"split": options.queries, "pictures": len(ids)},
@@ -146,7 +143,7 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
         "bytes_per_picture": base.about.units * base.values.dtype.itemsize,
         "precision_at_k": float(right.mean()),
         "precision_at": [float(right[:, : k + 1].mean()) for k in range(options.k)],
-        "precision_by_chance": _chance_precision(queries, base, ids),
+        "precision_by_chance": float((sizes / sizes.sum())[queries.labels[ids]].mean()),
         **_measure_distances(options, queries, base, folder),
         "features_seconds": round(made, 2),
         "search_seconds": round(seconds, 3),
@@ -205,12 +202,9 @@ def _draw_sheet(
     rows = choose_queries(queries.labels[ids], options.show, options.seed)
     names = source.manifest.titles or source.manifest.classes
     near = found.ids[rows]
-    dataset = open_dataset(source.data, **source.config.cached)
-    try:
+    with closing(open_dataset(source.data, **source.config.cached)) as dataset:
         asked = read_images(dataset, options.queries, ids[rows].tolist())
         flat = read_images(dataset, options.base, near.reshape(-1).tolist())
-    finally:
-        dataset.close()
     others = [flat[at : at + options.k] for at in range(0, len(flat), options.k)]
     notes = (options.queries, f"the {options.k} nearest of {options.base}; x: of another class")
     with atomic_write(folder / "sheet.png") as file:
@@ -225,12 +219,6 @@ def _draw_sheet(
         }
         for row, query, mine in zip(rows.tolist(), asked, others, strict=True)
     ]
-
-
-def _chance_precision(queries: Features, base: Features, ids: Ids) -> float:
-    """Precision of neighbors drawn at random."""
-    sizes = np.bincount(base.labels[base.sound], minlength=len(base.about.classes))
-    return float((sizes / sizes.sum())[queries.labels[ids]].mean())
 
 
 def _check(options: NeighborsOptions) -> None:
