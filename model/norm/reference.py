@@ -42,9 +42,8 @@ def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> T
 
     slopes = x if gradient is None else gradient
     with torch.autocast(x.device.type, enabled=False):
-        for part, dy, out in zip(
-            *(_split(each, maps) for each in (x, slopes, result)), strict=True
-        ):
+        parts = (_split(tensor, maps) for tensor in (x, slopes, result))
+        for part, dy, out in zip(*parts, strict=True):
             wide = part.to(band.dtype)
             wide = wide.relu() if relu else wide
             root = sum_window(wide * wide).add_(LRN_K).rsqrt_()  # s^-.5

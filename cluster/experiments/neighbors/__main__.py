@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import tyro
 
+from cluster.config import read_run_config
 from cluster.experiments.neighbors.extract import make_features
 from cluster.experiments.neighbors.features import (
     FOLDER,
@@ -42,7 +43,6 @@ from cluster.experiments.neighbors.features import (
     FeatureSource,
     Ids,
     open_source,
-    read_settings,
 )
 from cluster.experiments.neighbors.figures import (
     choose_queries,
@@ -52,6 +52,7 @@ from cluster.experiments.neighbors.figures import (
     save_histogram,
 )
 from cluster.experiments.neighbors.search import LEAST_MEMORY, Nearest, SearchBase, find_nearest
+from cluster.run.folder import CONFIG
 from cluster.training.precision import choose_device
 from pipeline.remote.dataset import open_dataset
 from pipeline.tools.errors import UsageError, run
@@ -317,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     options = tyro.cli(NeighborsOptions, args=argv, prog="python -m cluster.experiments.neighbors")
-    read_settings(options.run)
+    read_run_config(options.run / CONFIG)
     _check(options)
     folder = ensure_writable(options.run / FOLDER, "the run's folder")
     result = find_neighbors(options, folder)

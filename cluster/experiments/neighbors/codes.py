@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cluster.config import read_run_config
 from cluster.experiments.neighbors.__main__ import SUMMARY, write_summary
 from cluster.experiments.neighbors.coders import (
     CHUNK,
@@ -55,9 +56,9 @@ from cluster.experiments.neighbors.features import (
     Ids,
     Rows,
     hash_checkpoint,
-    read_settings,
 )
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
+from cluster.run.folder import CONFIG
 from pipeline.tools.errors import DataError, DuetError, UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
@@ -327,7 +328,7 @@ def _check(options: CodesOptions, queries: Features, base: Features) -> None:
 
 def _check_run(options: CodesOptions, base: Features) -> None:
     """Refuse features of another run, if the run still has their checkpoint to compare with."""
-    config = read_settings(options.run)[0]
+    config = read_run_config(options.run / CONFIG)[0]
     mine = base.about.checkpoint_sha256
     with suppress(OSError, ValueError, KeyError, TypeError, DuetError):
         mine = hash_checkpoint(options.run, config, base.about.checkpoint)
@@ -366,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     prog = "python -m cluster.experiments.neighbors.codes"
     options = tyro.cli(CodesOptions, args=argv, prog=prog)
-    read_settings(options.run)
+    read_run_config(options.run / CONFIG)
     kept = options.features or options.run / FOLDER
     if not kept.is_dir():
         raise UsageError(f"there are no features in {kept}; {MAKE}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.checkpoint.format import load_checkpoint
+from cluster.config import read_run_config
 from cluster.evaluate import create_network
 from cluster.experiments.neighbors.features import (
     BLOCK,
@@ -31,9 +32,9 @@ from cluster.experiments.neighbors.features import (
     Rows,
     begin_features,
     path_of,
-    read_settings,
     remove_features,
 )
+from cluster.run.folder import CONFIG
 from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from pipeline.batches import Batch, Stream
@@ -206,7 +207,7 @@ def extract(job: FeatureJob) -> int:
 @lru_cache(maxsize=1)
 def _load_network(checkpoint: Path, run: Path, device: str, classes: int) -> AlexNet:
     """Load a worker's network for its first stretch, and keep it."""
-    net = create_network(read_settings(run)[0], classes)
+    net = create_network(read_run_config(run / CONFIG)[0], classes)
     load_checkpoint(checkpoint, net)
     return net.to(device).eval()
 

@@ -93,7 +93,7 @@ def open_source(run: Path, data: str, step: int | None = None) -> FeatureSource:
         DataError: all checkpoints or the manifest are damaged.
         StoreError: a store does not answer.
     """
-    config, trained_on = read_settings(run)
+    config, trained_on = read_run_config(run / CONFIG)
     checkpoint = choose_checkpoint(run, config.store, print_warning, step)
     folder = fetch_metadata(data, **config.cached)
     manifest = Manifest.load(folder)
@@ -121,19 +121,6 @@ def open_source(run: Path, data: str, step: int | None = None) -> FeatureSource:
         data_sha256=data_sha256,
         quarantine=quarantine,
     )
-
-
-def read_settings(run: Path) -> tuple[Config, str]:
-    """Read the settings of a run, and the identity of its data set.
-
-    Raises:
-        UsageError: it is no run folder.
-    """
-    if not (run / CONFIG).is_file():
-        raise UsageError(
-            f"{run} is no run folder (it has no {CONFIG}); name one that cluster.train made"
-        )
-    return read_run_config(run / CONFIG)
 
 
 def hash_checkpoint(run: Path, config: Config, name: str) -> str:

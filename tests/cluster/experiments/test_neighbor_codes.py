@@ -246,7 +246,7 @@ def test_features_that_do_not_go_together_are_refused(run, tmp_path):
     shutil.rmtree(run / "neighbours")
     with pytest.raises(UsageError, match="there are no features in"):
         main([str(run)])
-    with pytest.raises(UsageError, match="is no run folder"):
+    with pytest.raises(UsageError, match="holds no run"):
         main([str(tmp_path / "elsewhere")])
 
 

@@ -315,7 +315,7 @@ def refused(run: Path, data: Path, *more: str) -> tuple[int, str]:
 
 def test_a_run_without_checkpoints_is_refused(run, tiny_data, tmp_path):
     code, line = refused(tmp_path, tiny_data)
-    assert (code, "is no run folder" in line) == (2, True)
+    assert (code, "holds no run" in line) == (2, True)
     shutil.rmtree(run / "checkpoints")
     code, line = refused(run, tiny_data)
     assert (code, "has no complete checkpoint yet" in line) == (2, True)
