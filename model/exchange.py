@@ -155,7 +155,7 @@ class Exchange:
             )
         if wire not in (None, torch.bfloat16):
             raise ValueError(f"wire is {wire}; it is None or torch.bfloat16")
-        whole = cast(dist.ProcessGroup, group or dist.group.WORLD)
+        whole = cast(dist.ProcessGroup, dist.group.WORLD if group is None else group)
         self._peer = dist.get_global_rank(whole, 1 - self.index)
         self.traffic: dict[str, Traffic] = {}
         """By the `name` that the caller gave; whoever reads it empties it."""

@@ -80,11 +80,6 @@ class ColumnRow:
         """Outputs per image, before pooling: what the paper counts as neurons."""
         return math.prod(self.output_shape)
 
-    @property
-    def optimizer_bytes(self) -> int:
-        """Bytes of the velocities, one float32 for each parameter."""
-        return FLOAT32_BYTES * self.parameters
-
 
 @dataclass(frozen=True)
 class Totals:
@@ -284,14 +279,8 @@ def to_json(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> d
         "dtype": options.dtype,
         "rows": [
             asdict(row)
-            | {
-                "parameters": row.parameters,
-                "neurons": row.neurons,
-                "activation_bytes": row.neurons * options.batch_size * size,
-                "optimiser_bytes": row.optimizer_bytes,
-                "forward_bytes": row.crosses_forward * options.batch_size * size,
-                "backward_bytes": row.crosses_backward * options.batch_size * size,
-            }
+            | {"parameters": row.parameters, "neurons": row.neurons}
+            | _count_bytes([row], [row], options.batch_size * size)
             for row in rows
         ],
         "totals": asdict(sums),
@@ -326,13 +315,13 @@ def print_table(rows: list[ColumnRow], design: Design, options: SummaryOptions) 
             f"{row.parameters:,}",
             f"{row.multiply_adds:,}",
             f"{row.receptive_field}",
-            *_format_bytes([row], [row], size),
+            *map(_format_mib, _count_bytes([row], [row], size).values()),
             end_section=row is rows[-1],
         )
     sums = sum_rows(rows)
     numbers = f"{sums.parameters:,}", f"{sums.multiply_adds:,}"
-    sent = [row for row in rows if row.column == "a"]
-    grid.add_row("sum", *[""] * 6, *numbers, "", *_format_bytes(rows, sent, size))
+    sizes = _count_bytes(rows, [row for row in rows if row.column == "a"], size).values()
+    grid.add_row("sum", *[""] * 6, *numbers, "", *map(_format_mib, sizes))
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     console.print(grid)
     for line in describe_totals(rows, design, options):
@@ -364,16 +353,14 @@ def describe_totals(rows: list[ColumnRow], design: Design, options: SummaryOptio
     return lines
 
 
-def _format_bytes(rows: list[ColumnRow], sent: list[ColumnRow], size: int) -> tuple[str, ...]:
+def _count_bytes(rows: list[ColumnRow], sent: list[ColumnRow], size: int) -> dict[str, int]:
     """Bytes of the activations and velocities of `rows`, and of what the rows `sent` exchange."""
-    forward = sum(row.crosses_forward for row in sent) * size
-    backward = sum(row.crosses_backward for row in sent) * size
-    return (
-        _format_mib(sum(row.neurons for row in rows) * size),
-        _format_mib(sum(row.optimizer_bytes for row in rows)),
-        _format_mib(forward) if forward else "",
-        _format_mib(backward) if backward else "",
-    )
+    return {
+        "activation_bytes": sum(row.neurons for row in rows) * size,
+        "optimiser_bytes": sum(row.parameters for row in rows) * FLOAT32_BYTES,
+        "forward_bytes": sum(row.crosses_forward for row in sent) * size,
+        "backward_bytes": sum(row.crosses_backward for row in sent) * size,
+    }
 
 
 def _format_title(design: Design, options: SummaryOptions) -> str:
@@ -396,7 +383,7 @@ def _format_shape(shape: tuple[int, ...]) -> str:
 
 
 def _format_mib(size: float) -> str:
-    return f"{size / MIB:,.2f} MiB"
+    return f"{size / MIB:,.2f} MiB" if size else ""
 
 
 if __name__ == "__main__":
