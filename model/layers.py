@@ -20,7 +20,6 @@ from model.norm import pad_images
 FUSED = (("relu", "norm", "pool"), ("norm", "pool"), ("relu", "pool"), ("relu", "norm"))
 _BITS = 64  # units that share a random word
 _GOLDEN = 0x9E3779B97F4A7C15
-_MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 class ImageConv(nn.Conv2d):
@@ -162,7 +161,7 @@ def draw_dropout_mask(
 
 def _mix(word: Tensor) -> Tensor:
     """SplitMix64's finalizer: a bijection of 64-bit words in which every bit matters."""
-    for shift, factor in _MIXERS:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         word = (word ^ _shift_right(word, shift)) * _to_int64(factor)
     return word ^ _shift_right(word, 31)
 
