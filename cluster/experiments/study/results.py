@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cluster.evaluate import Evaluate, evaluate
-from cluster.experiments.ensemble import ERRORS, KINDS, make_table
+from cluster.experiments.ensemble import ERRORS, KINDS, Ensemble, make_table
 from cluster.experiments.study.config import Study, Variant
 from cluster.experiments.study.runner import StudyRun
 from cluster.report.records import Floats, read_series
@@ -194,7 +194,7 @@ def measure_averages(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
     """
     for run in runs:
         _save_probabilities(run)
-    saved = [SavedProbabilities(run.folder, VIEWS) for run in runs]
+    saved = Ensemble([SavedProbabilities(run.folder, VIEWS) for run in runs])
     lines = make_table(saved, study.sizes)["sizes"]
     rows = [
         {
