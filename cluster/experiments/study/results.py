@@ -206,7 +206,7 @@ def measure_averages(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
         for line in lines
         for kind in KINDS
     ]  # fmt: skip
-    return {"nets": lines, "views": VIEWS, "samples": saved[0].about.samples, "rows": rows}
+    return {"nets": lines, "views": VIEWS, "samples": saved.about.samples, "rows": rows}
 
 
 def _save_probabilities(run: StudyRun) -> None:
