@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,10 +33,10 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline.throughput import stages, stream_rate
-from pipeline.throughput.hardware import cores
 from pipeline.throughput.model import Costs, predict_rate, sweep_threads
 from pipeline.throughput.stages import Setting, measure_reading, open_parts
 from pipeline.throughput.stream_rate import measure_fetching, open_measured_stream
+from pipeline.tools.units import cpu_count
 
 TURNS = 5
 
@@ -96,14 +96,10 @@ def measure_costs(setting: Setting, seconds: float, counts: list[int]) -> Costs:
 
 def threads(setting: Setting, seconds: float) -> Outcome:
     """One decoding thread, then one a core."""
-    most = cores()
+    most = cpu_count()
     costs = measure_costs(setting, seconds, [1, most])
-    gain = predict_rate(costs.with_changes(threads=most)) / predict_rate(
-        costs.with_changes(threads=1)
-    )
-    real = measure_gain(
-        setting.with_changes(threads=1), setting.with_changes(threads=most), seconds
-    )
+    gain = predict_rate(replace(costs, threads=most)) / predict_rate(replace(costs, threads=1))
+    real = measure_gain(replace(setting, threads=1), replace(setting, threads=most), seconds)
     return Outcome(f"threads 1 -> {most}", gain, real)
 
 
@@ -125,9 +121,9 @@ def raw(setting: Setting, seconds: float) -> Outcome:
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
              "--encoding", "raw"], check=True, capture_output=True,
         )  # fmt: skip
-        with open_parts(setting.with_changes(data=str(packed))) as parts:
+        with open_parts(replace(setting, data=str(packed))) as parts:
             measure_reading(parts, 1.0, everything // setting.batch_size)
-        real = measure_gain(setting, setting.with_changes(data=str(packed)), 2 * seconds)
+        real = measure_gain(setting, replace(setting, data=str(packed)), 2 * seconds)
     return Outcome("jpeg -> raw", trial.median / now, real)
 
 
@@ -193,19 +189,19 @@ def store(setting: Setting, options: Options) -> Outcome:
         start_slow_server(Path(setting.data), options.latency, options.bandwidth) as server,
         tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch,
     ):
-        remote = setting.with_changes(
-            data=server.address, shuffle="block", window=4, cache=f"{scratch}/cache"
+        remote = replace(
+            setting, data=server.address, shuffle="block", window=4, cache=f"{scratch}/cache"
         )
         fetched = measure_fetching(remote, 2 * options.seconds)
         if fetched is None:
             raise SystemExit("too few shards: pack DATA with --samples-per-shard 250")
         costs = measure_costs(
-            setting.with_changes(shuffle="block", window=4), options.seconds, [setting.threads]
+            replace(setting, shuffle="block", window=4), options.seconds, [setting.threads]
         )
         with open_parts(setting) as parts:
             rate, each = fetched.together / parts.bytes_each, parts.bytes_each
             samples = len(parts.storage)
-        slow = costs.with_changes(store=rate, fetch_cpu=fetched.cpu / rate)
+        slow = replace(costs, store=rate, fetch_cpu=fetched.cpu / rate)
         gain = predict_rate(costs) / predict_rate(slow)
         # The first epoch, from where the first window has arrived to the last shard; then others.
         with remote.stream() as stream:

@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import TimeoutError as MultiprocessingTimeout
@@ -132,16 +133,8 @@ def dots(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 
 # Sorted by name, like the folders; the position is part of each image's seed, so only append.
 FIGURES: dict[str, Figure] = {
-    "checks": checks,
-    "cross": cross,
-    "disc": disc,
-    "dots": dots,
-    "ring": ring,
-    "square": square,
-    "star": star,
-    "stripes": stripes,
-    "triangle": triangle,
-    "waves": waves,
+    figure.__name__: figure
+    for figure in (checks, cross, disc, dots, ring, square, star, stripes, triangle, waves)
 }
 TEXTURES = ("checks", "dots", "stripes", "waves")
 
@@ -216,8 +209,7 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
     short = least * (most / least) ** (rng.random() ** 2.2)
     aspect = math.exp(np.clip(rng.normal(0, 0.35), -math.log(ASPECT), math.log(ASPECT)))
     long = short * max(aspect, 1 / aspect)
-    sides = (round(long), round(short))
-    return sides if aspect > 1 else (sides[1], sides[0])
+    return (round(long), round(short)) if aspect > 1 else (round(short), round(long))
 
 
 def _cover(name: str, x: Plane, y: Plane, pixel: float, rng: np.random.Generator) -> Plane:
@@ -301,14 +293,8 @@ class DemoOptions:
     """Number of processes; 0: one per usable core."""
 
 
-@dataclass(frozen=True)
-class DrawingTask:
-    """Images of one class to draw: numbers start <= n < stop."""
-
-    split: str
-    name: str
-    start: int
-    stop: int
+DrawingTask = tuple[str, str, range]
+"""Split, class, and numbers of the images to draw."""
 
 
 def list_tasks(split: str, images: int) -> Iterator[DrawingTask]:
@@ -316,19 +302,19 @@ def list_tasks(split: str, images: int) -> Iterator[DrawingTask]:
     for label, name in enumerate(FIGURES):
         count = images // len(FIGURES) + (label < images % len(FIGURES))
         for start in range(0, count, TASK_IMAGES):
-            yield DrawingTask(split, name, start, min(count, start + TASK_IMAGES))
+            yield split, name, range(count)[start : start + TASK_IMAGES]
 
 
 def draw_task(folder: Path, seed: int, task: DrawingTask) -> int:
     """Write the JPEG files of a task below `folder`; return their number."""
-    label = list(FIGURES).index(task.name)
-    target = folder / task.split / task.name
+    split, name, numbers = task
+    target = folder / split / name
     target.mkdir(parents=True, exist_ok=True)
-    for number in range(task.start, task.stop):
-        entropy = np.random.SeedSequence([seed, SPLITS.index(task.split), label, number])
-        image = draw_jpeg(task.name, np.random.default_rng(entropy))
+    for number in numbers:
+        place = [seed, SPLITS.index(split), list(FIGURES).index(name), number]
+        image = draw_jpeg(name, np.random.default_rng(np.random.SeedSequence(place)))
         (target / f"{number:05d}.jpg").write_bytes(image)
-    return task.stop - task.start
+    return len(numbers)
 
 
 def draw_set(options: DemoOptions) -> bool:
@@ -339,9 +325,12 @@ def draw_set(options: DemoOptions) -> bool:
     """
     _check(options)
     out = options.out.resolve()  # "." has no name to put a partial folder beside
+    arguments = {name: getattr(options, name) for name in ("seed", "train", "val")}
+    record = {"version": VERSION, **arguments, "classes": list(FIGURES)}
     if out.is_dir() and any(out.iterdir()):
-        if _read_record(out) == _make_record(options):
-            return False
+        with suppress(OSError, ValueError):
+            if json.loads((out / RECORD).read_text()) == record:
+                return False
         raise UsageError(
             f"{options.out} holds something else than this demo set: "
             "name another folder or remove it"
@@ -349,8 +338,10 @@ def draw_set(options: DemoOptions) -> bool:
     unfinished = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        _draw_all(unfinished, options)
-        (unfinished / RECORD).write_text(json.dumps(_make_record(options), indent=2) + "\n")
+        with Progress("drawing", total=options.train + options.val, unit="img") as progress:
+            for drawn in _run_tasks(unfinished, options):
+                progress.advance(drawn)
+        (unfinished / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         unfinished.replace(out)
     except OSError as error:
         reason = error.strerror or error
@@ -360,22 +351,15 @@ def draw_set(options: DemoOptions) -> bool:
     return True
 
 
-def _draw_all(folder: Path, options: DemoOptions) -> None:
-    jobs = [*list_tasks("train", options.train), *list_tasks("val", options.val)]
-    with Progress("drawing", total=options.train + options.val, unit="img") as progress:
-        for drawn in _run_tasks(partial(draw_task, folder, options.seed), options.workers, jobs):
-            progress.advance(drawn)
-
-
-def _run_tasks(
-    draw: Callable[[DrawingTask], int], workers: int, jobs: list[DrawingTask]
-) -> Iterator[int]:
+def _run_tasks(folder: Path, options: DemoOptions) -> Iterator[int]:
     """Yield the number of images of each task as it ends, in this process or in a pool.
 
     Processes are spawned, not forked, as a progress line runs a thread here; being daemons they
     end with this process, however it ends.
     """
-    workers = workers or cpu_count()
+    draw = partial(draw_task, folder, options.seed)
+    jobs = [*list_tasks("train", options.train), *list_tasks("val", options.val)]
+    workers = options.workers or cpu_count()
     if workers == 1:
         yield from map(draw, jobs)
         return
@@ -401,29 +385,10 @@ def _check(options: DemoOptions) -> None:
         raise UsageError(f"{options.out} is a file: name a folder")
 
 
-def _make_record(options: DemoOptions) -> dict[str, object]:
-    return {
-        "version": VERSION,
-        "seed": options.seed,
-        "train": options.train,
-        "val": options.val,
-        "classes": list(FIGURES),
-    }
-
-
-def _read_record(folder: Path) -> object:
-    """Return the content of `demo.json`, None if it cannot be read."""
-    try:
-        return json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def main() -> None:
     """Run the command."""
     options = tyro.cli(DemoOptions, prog="python -m pipeline.demo_images")
-    new = draw_set(options)
-    state = "drawn" if new else "already complete"
+    state = "drawn" if draw_set(options) else "already complete"
     sys.stderr.write(
         f"{options.train} training and {options.val} validation images of "
         f"{len(FIGURES)} classes {state} in {options.out}\n"

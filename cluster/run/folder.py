@@ -39,7 +39,7 @@ from cluster.config import Config, find_conflicts, format_toml, read_run_config
 from cluster.run.jsonl import read_tail
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import atomic_write, ensure_writable
-from pipeline.tools.units import cpu_count
+from pipeline.tools.units import cpu_count, cpu_name
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
@@ -194,7 +194,7 @@ def describe_machine() -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _processor(),
+        "cpu": cpu_name(),
         "cores": cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,
@@ -204,15 +204,6 @@ def describe_machine() -> dict[str, Any]:
         "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "ray": _version("ray"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(*distributions: str) -> str | None:

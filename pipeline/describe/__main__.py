@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
 import rich.console
 import tyro
 
+from pipeline.describe import figures
 from pipeline.describe.facts import (
     ORIGINAL_MEAN,
     Facts,
@@ -27,22 +29,9 @@ from pipeline.describe.facts import (
     print_tables,
     to_json,
 )
-from pipeline.describe.figures import (
-    DRAWS,
-    Samples,
-    choose_lively,
-    draw_class_chart,
-    draw_size_chart,
-    encode_mean_image,
-    load_groups,
-    load_mosaic,
-    make_class_bars,
-    make_strips,
-    sample_ids,
-)
 from pipeline.remote.dataset import CACHE_SIZE, Dataset, open_dataset
 from pipeline.remote.filesystem import is_remote
-from pipeline.tools.charts import page_templates
+from pipeline.tools.charts import encode_image, page_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
 from pipeline.tools.units import parse_size
@@ -78,13 +67,10 @@ def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path]:
         StoreError: the store does not answer.
     """
     size = parse_size(options.cache_size)
-    dataset = open_dataset(options.data, cache=options.cache, cache_size=size)
-    try:
+    with closing(open_dataset(options.data, cache=options.cache, cache_size=size)) as dataset:
         page = _choose_page(options, dataset)
         facts = gather_facts(options.data, dataset)
         text = render_page(facts, dataset, options.seed)
-    finally:
-        dataset.close()
     try:
         with atomic_write(page) as file:
             file.write(text.encode(errors="replace"))
@@ -114,40 +100,31 @@ def find_name(data: str) -> str:
 
 def render_page(facts: Facts, dataset: Dataset, seed: int) -> str:
     """Return the page as HTML text."""
-    samples = Samples(dataset)
-    try:
-        shown, pixels = load_mosaic(facts, samples, sample_ids(facts, seed, samples.local))
-        context = {
-            "mosaic": shown,
-            "strips": make_strips(facts.statistics, choose_lively(pixels)),
-            "groups": load_groups(facts, samples),
-            "damaged": samples.damaged,
-        }
-    finally:
-        samples.close()
+    with closing(figures.Samples(dataset)) as samples:
+        ids = figures.sample_ids(facts, seed, samples.local)
+        mosaic, pixels = figures.load_mosaic(facts, samples, ids)
+        groups = figures.load_groups(facts, samples)
     environment = page_templates(Path(__file__).parent)
-    environment.filters["minus"] = _widen_minus
+    environment.filters["minus"] = lambda text: text.replace("-", "−")  # as wide as a plus sign
     is_alone = len(facts.splits) == 1
     return environment.get_template("page.html.j2").render(
         title=find_name(facts.data),
         facts=facts,
         manifest=facts.manifest,
+        mosaic=mosaic,
+        strips=figures.make_strips(facts.statistics, figures.choose_lively(pixels)),
+        groups=groups,
+        damaged=samples.damaged,
         stored_as=describe_encoding(facts),
         duplicates_line=describe_duplicates(facts),
-        class_charts=[draw_class_chart(one, is_alone) for one in facts.splits],
-        class_bars=[(one.name, make_class_bars(facts, one)) for one in facts.splits],
+        class_charts=[figures.draw_class_chart(one, is_alone) for one in facts.splits],
+        class_bars=[(one.name, figures.make_class_bars(facts, one)) for one in facts.splits],
         ends=_list_ends(facts),
-        size_charts=[draw_size_chart(one, is_alone) for one in facts.splits],
-        mean=encode_mean_image(facts.statistics),
-        draws=DRAWS,
+        size_charts=[figures.draw_size_chart(one, is_alone) for one in facts.splits],
+        mean=encode_image(facts.statistics.mean_picture.round().clip(0, 255).astype("u1"), 256, 92),
+        draws=figures.DRAWS,
         original_mean=ORIGINAL_MEAN,
-        **context,
     )
-
-
-def _widen_minus(text: str) -> str:
-    """Return numbers with minus signs as wide as a plus sign."""
-    return text.replace("-", "−")
 
 
 def _list_ends(facts: Facts) -> list[tuple[str, list[tuple[str, int]]]]:
@@ -169,8 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     facts, page = describe_dataset(options)
     if options.json:
-        table: dict[str, Any] = to_json(facts, str(page))
-        sys.stdout.write(json.dumps(table) + "\n")
+        sys.stdout.write(json.dumps(to_json(facts, str(page))) + "\n")
         return 0
     console = rich.console.Console()
     if not console.is_terminal:

@@ -7,9 +7,9 @@ import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.index import Index, load_index
+from pipeline.dataset.index import load_index
 from pipeline.dataset.manifest import Manifest, Split
 from pipeline.remote.dataset import Dataset
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.download import Store
+from pipeline.remote.filesystem import Mismatch, is_remote
 from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
 from pipeline.tools.text import human_bytes
@@ -63,12 +64,12 @@ class Component:
     """A principal component of the colors, beside the original's."""
 
     deviation: float
-    vector: tuple[float, float, float]
+    vector: tuple[float, ...]
     """R, G, B."""
     original_deviation: float
-    original_vector: tuple[float, float, float]
+    original_vector: tuple[float, ...]
     """Its sign is chosen to match ours: the sign of a component is arbitrary."""
-    angle: float
+    degrees_apart: float
     """Angle between the two directions, in degrees."""
 
 
@@ -124,20 +125,17 @@ def gather_facts(data: str, dataset: Dataset) -> Facts:
     return Facts(
         data=data,
         manifest=manifest,
-        splits=[
-            _count_split(
-                name, split, load_index(dataset.folder, name, split), len(manifest.classes)
-            )
-            for name, split in manifest.splits.items()
-        ],
+        splits=[_count_split(name, split, dataset, len(manifest.classes))
+                for name, split in manifest.splits.items()],
         statistics=statistics,
         components=[_compare_component(statistics, place) for place in range(3)],
         reasons=_count_reasons(data, dataset, manifest) if manifest.rejected else [],
         duplicates=_count_duplicates(data, dataset, manifest),
-    )
+    )  # fmt: skip
 
 
-def _count_split(name: str, split: Split, rows: Index, classes: int) -> SplitFacts:
+def _count_split(name: str, split: Split, dataset: Dataset, classes: int) -> SplitFacts:
+    rows = load_index(dataset.folder, name, split)
     labels = rows["label"]
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise DataError(f"the index of split {name} has labels of no class; {REBUILD}")
@@ -148,13 +146,12 @@ def _compare_component(statistics: Statistics, place: int) -> Component:
     vector = statistics.eigenvectors[:, place]
     original = np.array(ORIGINAL_VECTORS[place])
     along = float(vector @ original)
-    ours, theirs = vector.tolist(), (original if along >= 0 else -original).tolist()
     return Component(
         deviation=float(np.sqrt(statistics.eigenvalues[place])),
-        vector=(ours[0], ours[1], ours[2]),
+        vector=tuple(vector.tolist()),
         original_deviation=ORIGINAL_DEVIATIONS[place],
-        original_vector=(theirs[0], theirs[1], theirs[2]),
-        angle=float(np.degrees(np.arccos(min(1.0, abs(along))))),
+        original_vector=tuple((original if along >= 0 else -original).tolist()),
+        degrees_apart=float(np.degrees(np.arccos(min(1.0, abs(along))))),
     )
 
 
@@ -209,16 +206,15 @@ def _open_list(
             raise DataError(f"{path} is not the one that was built; restore it, or {REBUILD}")
         yield path if path.is_file() else None
         return
-    from pipeline.remote.download import Store
-    from pipeline.remote.filesystem import Mismatch
 
     def check(path: Path) -> None:
         if expected not in (None, sha256(path)):
             raise Mismatch("SHA-256 differs from the manifest")
 
     with tempfile.TemporaryDirectory(prefix="duet-") as folder:
-        stop = threading.Event()
-        yield Store(data).fetch(name, Path(folder), check, limit=LARGEST_LIST, stop=stop)
+        yield Store(data).fetch(
+            name, Path(folder), check, limit=LARGEST_LIST, stop=threading.Event()
+        )
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -258,8 +254,7 @@ def describe_duplicates(facts: Facts) -> str:
 
 def to_json(facts: Facts, page: str) -> dict[str, Any]:
     """Return all numbers as one object; pixel values are 0..255, channels R, G, B."""
-    manifest, statistics = facts.manifest, facts.statistics
-    reasons = facts.reasons
+    manifest, statistics, reasons = facts.manifest, facts.statistics, facts.reasons
     return {
         "data": facts.data,
         "page": page,
@@ -274,16 +269,7 @@ def to_json(facts: Facts, page: str) -> dict[str, Any]:
         "channel_mean": statistics.channel_mean.tolist(),
         "channel_deviation": np.sqrt(np.diag(statistics.covariance)).tolist(),
         "eigenvalues": statistics.eigenvalues.tolist(),
-        "components": [
-            {
-                "deviation": one.deviation,
-                "vector": one.vector,
-                "original_deviation": one.original_deviation,
-                "original_vector": one.original_vector,
-                "degrees_apart": one.angle,
-            }
-            for one in facts.components
-        ],
+        "components": [asdict(one) for one in facts.components],
         "original_channel_mean": ORIGINAL_MEAN,
         "rejected": manifest.rejected,
         "rejects": None if reasons is None else {one.reason: one.count for one in reasons},
@@ -293,7 +279,9 @@ def to_json(facts: Facts, page: str) -> dict[str, Any]:
 
 def _summarize_split(facts: SplitFacts) -> dict[str, Any]:
     counts, sizes = facts.per_class, facts.image_bytes
-    known = len(sizes) > 0
+    measures: dict[str, Callable[..., Any]] = {
+        "least": np.min, "median": np.median, "mean": np.mean, "most": np.max,
+    }  # fmt: skip
     return {
         "samples": facts.split.samples,
         "shards": len(facts.split.shards),
@@ -305,10 +293,8 @@ def _summarize_split(facts: SplitFacts) -> dict[str, Any]:
             "empty": int(np.count_nonzero(counts == 0)),
         },
         "bytes_per_picture": {
-            "least": int(sizes.min()) if known else None,
-            "median": float(np.median(sizes)) if known else None,
-            "mean": float(sizes.mean()) if known else None,
-            "most": int(sizes.max()) if known else None,
+            name: measure(sizes).item() if len(sizes) else None
+            for name, measure in measures.items()
         },
     }
 
@@ -318,21 +304,26 @@ def print_tables(facts: Facts, console: rich.console.Console) -> None:
     console.print(Text(f"{facts.data}: {describe_encoding(facts)}"), soft_wrap=True)
     console.print(_split_table(facts))
     console.print(_color_table(facts))
-    statistics = facts.statistics
-    mean = "  ".join(f"{value:.2f}" for value in statistics.channel_mean)
+    mean = "  ".join(f"{value:.2f}" for value in facts.statistics.channel_mean)
     original = "  ".join(f"{value:.1f}" for value in ORIGINAL_MEAN)
-    console.print(Text(f"channel means  {mean}   (original {original})"), soft_wrap=True)
-    console.print(Text(f"duplicates     {describe_duplicates(facts)}"), soft_wrap=True)
-    console.print(Text(f"rejected       {facts.manifest.rejected:,}"), soft_wrap=True)
-    for reason in facts.reasons or []:
-        console.print(Text(f"  {reason.count:>8,}  {reason.reason}"), soft_wrap=True)
+    for line in (
+        f"channel means  {mean}   (original {original})",
+        f"duplicates     {describe_duplicates(facts)}",
+        f"rejected       {facts.manifest.rejected:,}",
+        *(f"  {reason.count:>8,}  {reason.reason}" for reason in facts.reasons or []),
+    ):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _new_table(first: str, *others: str) -> Table:
+    table = Table(first, box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _split_table(facts: Facts) -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("split")
-    for name in ("images", "shards", "size", "an image", "classes", "images a class"):
-        table.add_column(name, justify="right")
+    table = _new_table("split", "images", "shards", "size", "an image", "classes", "images a class")
     for one in facts.splits:
         counts, sizes = one.per_class, one.image_bytes
         table.add_row(
@@ -348,10 +339,8 @@ def _split_table(facts: Facts) -> Table:
 
 
 def _color_table(facts: Facts) -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("colour component")
-    for name in ("variance", "deviation", "R, G, B", "original", "its R, G, B", "degrees apart"):
-        table.add_column(name, justify="right")
+    table = _new_table("colour component", "variance", "deviation", "R, G, B", "original",
+                       "its R, G, B", "degrees apart")  # fmt: skip
     for place, one in enumerate(facts.components):
         table.add_row(
             f"{place + 1}",
@@ -360,6 +349,6 @@ def _color_table(facts: Facts) -> Table:
             " ".join(f"{value:+.3f}" for value in one.vector),
             f"{one.original_deviation:.2f}",
             " ".join(f"{value:+.3f}" for value in one.original_vector),
-            f"{one.angle:.1f}",
+            f"{one.degrees_apart:.1f}",
         )
     return table

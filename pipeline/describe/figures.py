@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,26 +93,21 @@ def draw_size_chart(facts: SplitFacts, is_alone: bool) -> Chart:
         f"mean {sizes.mean() / 1e3:,.1f}, median {np.median(sizes) / 1e3:,.1f}"
         + (f"; {beyond:,} beyond the right edge" if beyond else "")
     )
-    heights = counts.astype(np.float64)
-    return _draw_step_chart(
-        facts.name, edges, heights, lambda size: f"{size / 1e3:g} kB", caption, is_alone
-    )
+    return _draw_step_chart(facts.name, edges, counts.astype(np.float64),
+                            lambda size: f"{size / 1e3:g} kB", caption, is_alone)  # fmt: skip
 
 
 def _draw_step_chart(
     title: str, edges: Floats, heights: Floats, label: Label, caption: str, is_alone: bool
 ) -> Chart:
     """Columns side by side: [n] heights between [n + 1] edges."""
-    top = max(1.0, float(heights.max()) * 1.08)
-    width = 940 if is_alone else 440
-    axes = new_axes((0, edges[-1]), (0, top), label, _label_whole, width, 210,
-                    margins=(46, 8, 8, 26))  # fmt: skip
+    axes = new_axes(
+        (0, edges[-1]), (0, max(1.0, float(heights.max()) * 1.08)), label,
+        lambda value: short_number(value) if value == round(value) else "",
+        940 if is_alone else 440, 210, margins=(46, 8, 8, 26),
+    )  # fmt: skip
     draw_columns(axes, edges, heights, COLUMN_A)
     return as_chart(axes, title, caption)
-
-
-def _label_whole(value: float) -> str:
-    return short_number(value) if value == round(value) else ""
 
 
 @dataclass(frozen=True)
@@ -197,30 +193,22 @@ def load_mosaic(
     facts: Facts, samples: Samples, ids: list[int]
 ) -> tuple[list[CardImage], list[Pixels]]:
     """Return images as they are stored, and their pixels, without damaged ones."""
-    first = facts.splits[0]
-    found = samples.read(first.name, ids)
-    labels = samples.labels(first.name, ids)
+    split = facts.splits[0].name
     shown, kept = [], []
-    for label, sample, pixels in zip(labels, ids, found, strict=True):
+    for label, sample, pixels in zip(
+        samples.labels(split, ids), ids, samples.read(split, ids), strict=True
+    ):
         if pixels is not None:
             name = facts.title(label)
-            shown.append(
-                CardImage(
-                    encode_image(pixels, SIDE, QUALITY),
-                    name,
-                    f"{first.name} sample {sample}, {name}",
-                )
-            )
+            note = f"{split} sample {sample}, {name}"
+            shown.append(CardImage(encode_image(pixels, SIDE, QUALITY), name, note))
             kept.append(pixels)
     return shown, kept
 
 
 def compute_basis(statistics: Statistics) -> npt.NDArray[np.float64]:
     """Return float64 [3, 3]: R, G, B (rows) of a shift of +1 along each component, 0..255."""
-    scaled: npt.NDArray[np.float64] = (
-        COLOUR * statistics.eigenvectors * np.sqrt(statistics.eigenvalues)
-    )
-    return scaled
+    return COLOUR * statistics.eigenvectors * np.sqrt(statistics.eigenvalues)
 
 
 def add_shift(pixels: Pixels, shift: npt.NDArray[np.float64]) -> Pixels:
@@ -231,10 +219,8 @@ def add_shift(pixels: Pixels, shift: npt.NDArray[np.float64]) -> Pixels:
 def make_strips(statistics: Statistics, images: Sequence[Pixels]) -> list[ColorStrips]:
     """Return images under shifts of -2 to +2 along each component."""
     made = []
-    for component in range(3):
-        colour = np.zeros((len(DRAWS), 3))
-        colour[:, component] = DRAWS
-        shifts = compute_color_shift(colour, compute_basis(statistics))
+    for component in np.eye(3):
+        shifts = compute_color_shift(np.outer(DRAWS, component), compute_basis(statistics))
         rows = [
             [encode_image(add_shift(one, shift), SIDE, QUALITY) for shift in shifts]
             for one in images
@@ -249,20 +235,11 @@ def choose_lively(images: Sequence[Pixels]) -> list[Pixels]:
     return sorted(images, key=lambda pixels: bool(pixels.std() < FLAT))[:TINTED]
 
 
-def encode_mean_image(statistics: Statistics) -> str:
-    """Return the mean image of the training set as a data URI."""
-    return encode_image(
-        np.rint(statistics.mean_picture).clip(0, 255).astype(np.uint8), 256, quality=92
-    )
-
-
 def load_groups(facts: Facts, samples: Samples) -> list[ImageGroup]:
     """Return the first groups of duplicates as images."""
     rows = facts.duplicates.groups if facts.duplicates else []
-    return [
-        _load_group(facts, samples, row)
-        for row in (rows if samples.local else rows[:REMOTE_GROUPS])
-    ]
+    most = None if samples.local else REMOTE_GROUPS
+    return [_load_group(facts, samples, row) for row in rows[:most]]
 
 
 def _load_group(facts: Facts, samples: Samples, row: dict[str, Any]) -> ImageGroup:
@@ -271,14 +248,10 @@ def _load_group(facts: Facts, samples: Samples, row: dict[str, Any]) -> ImageGro
     for member in _choose_members(row["members"]):
         (pixels,) = samples.read(member["split"], [member["sample"]])
         if pixels is not None:
-            name = facts.title(member["label"])
-            shown.append(
-                CardImage(
-                    encode_image(pixels, SIDE, QUALITY),
-                    f"{member['split']} · {name}",
-                    f"{member['split']} sample {member['sample']}, {name}: {member['name']}",
-                )
-            )
+            split, name = member["split"], facts.title(member["label"])
+            note = f"{split} sample {member['sample']}, {name}: {member['name']}"
+            uri = encode_image(pixels, SIDE, QUALITY)
+            shown.append(CardImage(uri, f"{split} · {name}", note))
     words = ["same bytes" if row["kind"] == "exact" else f"{row['distance']} of 256 bits apart"]
     words += ["in several splits"] if row["leak"] else []
     words += ["labels differ"] if row["labels_differ"] else []
@@ -288,10 +261,10 @@ def _load_group(facts: Facts, samples: Samples, row: dict[str, Any]) -> ImageGro
 
 def _choose_members(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return `MEMBERS` of a group, from as many splits and classes as there are."""
-    seen: dict[tuple[str, int], int] = {}
+    seen: Counter[tuple[str, int]] = Counter()
     rank = []
     for place, member in enumerate(members):
         kind = (member["split"], member["label"])
-        rank.append((seen.setdefault(kind, 0), place))
+        rank.append((seen[kind], place))
         seen[kind] += 1
     return [members[place] for place in sorted(place for _, place in sorted(rank)[:MEMBERS])]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,8 @@ import tyro
 
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import Device, Shuffle
-from pipeline.throughput import capacity as planning
-from pipeline.throughput import stream_rate as rates
+from pipeline.throughput.capacity import StoreKind, plan_capacity, print_plan
 from pipeline.throughput.diagnosis import SECONDS, examine
-from pipeline.throughput.hardware import cores
 from pipeline.throughput.report import (
     compare_reports,
     has_regressed,
@@ -38,10 +37,10 @@ from pipeline.throughput.report import (
     write_page,
 )
 from pipeline.throughput.stages import Setting
-from pipeline.throughput.tune import TuningTrial, tune
-from pipeline.throughput.tune import write_tuning as write_tuning
+from pipeline.throughput.stream_rate import measure_rate
+from pipeline.throughput.tune import TuningTrial, tune, write_tuning
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run
-from pipeline.tools.units import parse_size
+from pipeline.tools.units import cpu_count, parse_size
 
 NAME = "throughput.json"
 
@@ -66,7 +65,7 @@ class ThroughputOptions:
     """Most bytes in the cache."""
     batch_size: int = 128
     """Images in a batch."""
-    threads: int = cores()
+    threads: int = cpu_count()
     """Host threads that decode."""
     prefetch: int = 2
     """Batches in flight."""
@@ -100,7 +99,7 @@ class ThroughputOptions:
     """With --plan: GPUs of the job."""
     gpus_per_node: int = 8
     """With --plan: GPUs of a node."""
-    store: planning.StoreKind = "disk"
+    store: StoreKind = "disk"
     """With --plan: where the data set is."""
     images: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 0
     """With --plan: images in an epoch; default: as measured, or ImageNet's."""
@@ -154,44 +153,55 @@ def main(argv: list[str] | None = None) -> int:
         ThroughputOptions, prog="python -m pipeline.throughput", description=__doc__, args=argv
     )
     options.check()
+    console = rich.console.Console(stderr=True, highlight=False)
     try:
-        return _run(options)
+        if options.plan:
+            _plan(options, console)
+        elif options.rate:
+            _measure_rate(options)
+        elif options.tune:
+            _tune(options, console)
+        else:
+            _examine(options, console)
     except OSError as error:  # errors of a data set or a store are DuetErrors
         raise SetupError(
             f"{error.filename or options.out}: {error.strerror}; make room, or name another --out"
         ) from error
+    return 0
 
 
-def _run(options: ThroughputOptions) -> int:
-    console = rich.console.Console(stderr=True)
-    if options.plan:
-        return _plan(options, console)
-    if options.rate:
-        return rates.main(options.setting, reader=options.reader, windows=options.windows,
-                          batches=options.batches, ledger=options.ledger,
-                          as_json=options.json)  # fmt: skip
-    if options.tune:
-        return _tune(options, console)
-    return _examine(options, console)
+def _measure_rate(options: ThroughputOptions) -> None:
+    setting, reader = options.setting, options.reader
+    rates = measure_rate(setting, reader=reader, windows=options.windows, batches=options.batches,
+                         ledger=options.ledger)  # fmt: skip
+    median, low, high = statistics.median(rates), min(rates), max(rates)
+    if options.json:
+        facts = {
+            "reader": reader, "device": setting.device, "threads": setting.threads,
+            "batch_size": setting.batch_size, "img_s": round(median, 1),
+            "windows": [round(rate, 1) for rate in rates],
+        }  # fmt: skip
+        sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stderr.write(
+        f"{reader} reader, {setting.device}, {setting.threads} threads, batch "
+        f"{setting.batch_size}: {median:,.0f} img/s (windows {low:,.0f} to {high:,.0f})\n"
+    )
 
 
-def _examine(options: ThroughputOptions, console: rich.console.Console) -> int:
+def _examine(options: ThroughputOptions, console: rich.console.Console) -> None:
     old = load_report(options.compare) if options.compare else None
     report = examine(options.setting, options.img_s, options.seconds)
     table = report.table()
     print_report(report, console)
     differences = compare_reports(old, table) if old else []
-    if old is not None:
-        for text in list_differences(old, table):
-            console.print(f"[yellow]not the same:[/] {text}", highlight=False)
-        for one in differences:
-            console.print(f"{one.name}: {one.before:,.0f} -> {one.after:,.0f} img/s, "
-                          f"{one.ratio:.2f}x: {one.verdict} (noise ±{one.noise:.0%})",
-                          highlight=False)  # fmt: skip
+    for text in list_differences(old, table) if old else []:
+        console.print(f"[yellow]not the same:[/] {text}")
+    for one in differences:
+        console.print(f"{one.name}: {one.before:,.0f} -> {one.after:,.0f} img/s, "
+                      f"{one.ratio:.2f}x: {one.verdict} (noise ±{one.noise:.0%})")  # fmt: skip
     report.save(options.out / NAME)
     write_page(options.out / "throughput.html", table)
-    console.print(f"written: {options.out / NAME}, {options.out / 'throughput.html'}",
-                  highlight=False)  # fmt: skip
+    console.print(f"written: {options.out / NAME}, {options.out / 'throughput.html'}")
     if options.json:
         found = [dataclasses.asdict(one) | {"verdict": one.verdict} for one in differences]
         sys.stdout.write(json.dumps(table | {"changes": round_floats(found)}) + "\n")
@@ -201,27 +211,23 @@ def _examine(options: ThroughputOptions, console: rich.console.Console) -> int:
             f"the stream is slower than in {options.compare}: {last.before:,.0f} -> "
             f"{last.after:,.0f} img/s ({last.ratio:.2f}x, noise ±{last.noise:.0%})"
         )
-    return 0
 
 
-def _tune(options: ThroughputOptions, console: rich.console.Console) -> int:
-    setting = options.setting
-
+def _tune(options: ThroughputOptions, console: rich.console.Console) -> None:
     def print_trial(trial: TuningTrial) -> None:
         what = ", ".join(f"{name} {value}" for name, value in trial.change.items())
+        better = ": better" if trial.is_better else ""
         console.print(f"{what}: {trial.img_s.median:,.0f} img/s, {trial.ratio:.3f} times "
-                      f"{trial.best.median:,.0f}{': better' if trial.is_better else ''}",
-                      highlight=False)  # fmt: skip
+                      f"{trial.best.median:,.0f}{better}")  # fmt: skip
 
-    tuned = tune(setting, print_trial)
+    tuned = tune(options.setting, print_trial)
     path = options.out / "tuning.toml"
-    write_tuning(path, setting, tuned)
+    write_tuning(path, options.setting, tuned)
     change = ", ".join(f"{name} = {value}" for name, value in tuned.change.items())
     console.print(
         (f"{change}: {tuned.gain:.2f} times the default" if change else "the default is best")
         + f"; {len(tuned.trials)} trials in {tuned.seconds:.0f} s; written: {path}; "
-        f"python -m cluster.train ... --tuning {path}",
-        highlight=False,
+        f"python -m cluster.train ... --tuning {path}"
     )
     if options.json:
         facts: dict[str, Any] = {
@@ -230,10 +236,9 @@ def _tune(options: ThroughputOptions, console: rich.console.Console) -> int:
                         "better": one.is_better} for one in tuned.trials],
         }  # fmt: skip
         sys.stdout.write(json.dumps(round_floats(facts)) + "\n")
-    return 0
 
 
-def _plan(options: ThroughputOptions, console: rich.console.Console) -> int:
+def _plan(options: ThroughputOptions, console: rich.console.Console) -> None:
     assert options.img_s is not None
     path = options.measured or (Path(NAME) if Path(NAME).is_file() else None)
     report = load_report(path) if path else None
@@ -241,17 +246,15 @@ def _plan(options: ThroughputOptions, console: rich.console.Console) -> int:
         examined = examine(options.setting, seconds=options.seconds)
         examined.save(options.out / NAME)
         report = examined.table()
-    question = planning.CapacityQuestion(
-        gpus=options.gpus, img_s=options.img_s, store=options.store,
+    answer = plan_capacity(
+        report, gpus=options.gpus, img_s=options.img_s, store=options.store,
         gpus_per_node=options.gpus_per_node, images=options.images,
     )  # fmt: skip
-    answer = planning.plan_capacity(question, report)
-    if path:
-        console.print(f"from {path}: {report and report['machine']['processor']}", highlight=False)
-    planning.print_plan(answer, console)
+    if path and report:
+        console.print(f"from {path}: {report['machine']['processor']}")
+    print_plan(answer, console)
     if options.json:
         sys.stdout.write(json.dumps(round_floats(dataclasses.asdict(answer))) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What a job needs of cores, disks, networks and caches, computed from measured figures.
 
-    python -m pipeline.throughput --plan --gpus 16 --img-s 20000 --store s3 [--measured FILE]
-
 Every input is marked: measured (in a `throughput.json`), given, or assumed.
 """
 
@@ -13,7 +11,7 @@ from typing import Any, Literal
 
 import rich.box
 import rich.console
-import rich.table
+from rich.table import Column, Table
 
 HEADROOM = 1.1
 """Rate of the stream over the trainer's at which accelerators are 90 % busy (MLPerf Storage)."""
@@ -63,19 +61,6 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityQuestion:
-    """The job to plan for."""
-
-    gpus: int
-    img_s: float
-    """Images per second of the whole job."""
-    store: StoreKind
-    gpus_per_node: int = 8
-    images: int = 0
-    """Images in an epoch; 0: as measured, or ImageNet's."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class CapacityPlan:
     """Inputs and needs of a job."""
 
@@ -83,102 +68,96 @@ class CapacityPlan:
     needs: tuple[Need, ...]
 
 
-def plan_capacity(question: CapacityQuestion, report: Mapping[str, Any] | None) -> CapacityPlan:
+def plan_capacity(
+    report: Mapping[str, Any] | None, *, gpus: int, img_s: float, store: StoreKind,
+    gpus_per_node: int = 8, images: int = 0,
+) -> CapacityPlan:  # fmt: skip
     """Compute the needs of a job.
 
     Args:
-        question: the job.
         report: content of a `throughput.json`; without one, figures are assumed.
+        gpus: GPUs of the job.
+        img_s: images per second of the whole job.
+        store: where the data set is.
+        gpus_per_node: GPUs of a node.
+        images: images in an epoch; 0: as measured, or ImageNet's.
     """
-    nodes = -(-question.gpus // question.gpus_per_node)
-    images, each = _find_images(question, report)
-    core = _find_core_seconds(report)
-    store = _find_store(question, report)
-    img_s, size = question.img_s, images.value * each.value
-    rate = img_s * each.value * HEADROOM
-    lanes = nodes if question.store in ("disk", "nfs") else question.gpus
-    have = store.value * (1 if question.store == "nfs" else lanes)
-    first = max(images.value / img_s, size / have)
-    bound = "the store bounds it" if size / have > images.value / img_s else "the GPUs bound it"
-    gb = size / 1e9
+    nodes = -(-gpus // gpus_per_node)
+    epoch, each, core = _find_figures(report, images)
+    source = _find_store(store, report)
+    is_local = store in ("disk", "nfs")
+    seconds, size = epoch.value / img_s, epoch.value * each.value
+    cores, rate = img_s * core.value * HEADROOM, img_s * each.value * HEADROOM
+    have = source.value * {"nfs": 1, "disk": nodes}.get(store, gpus)
     needs = (
-        Need("nodes", nodes, "", f"{question.gpus} GPUs, {question.gpus_per_node} a node"),
-        Need("cores, all nodes", img_s * core.value * HEADROOM, "",
+        Need("nodes", nodes, "", f"{gpus} GPUs, {gpus_per_node} a node"),
+        Need("cores, all nodes", cores, "",
              f"{img_s:,.0f} img/s x {core.value * 1e6:,.0f} µs of a core x {HEADROOM}"),
-        Need("cores, a node", img_s * core.value * HEADROOM / nodes, "", "the same, shared out"),
+        Need("cores, a node", cores / nodes, "", "the same, shared out"),
         Need("read, all nodes", rate / 1e9, "GB/s",
              f"{img_s:,.0f} img/s x {each.value / 1e3:,.1f} kB x {HEADROOM}", have >= rate),
         Need("read, a node", rate / nodes / 1e9, "GB/s",
              f"its network (or its disk) in the first epoch: {rate / nodes * 8 / 1e9:,.1f} Gbit/s"),
-        Need("cache, a node", gb, "GB",
-             "--cache-size; with less, epochs after the first fetch again"
-             if question.store not in ("disk", "nfs") else "the set itself"),
-        Need("memory, a node", gb, "GB", "to read from the page cache, else the disk gives "
+        Need("cache, a node", size / 1e9, "GB", "the set itself" if is_local
+             else "--cache-size; with less, epochs after the first fetch again"),
+        Need("memory, a node", size / 1e9, "GB", "to read from the page cache, else the disk gives "
              f"{rate / nodes / 1e9:,.2f} GB/s all the time"),
-        Need("first epoch", first / 60, "min", bound),
-        Need("later epochs", images.value / img_s / 60, "min", "from the cache"),
+        Need("first epoch", max(seconds, size / have) / 60, "min",
+             "the store bounds it" if size / have > seconds else "the GPUs bound it"),
+        Need("later epochs", seconds / 60, "min", "from the cache"),
     )  # fmt: skip
-    given = Figure("images per second", img_s, "given", "img/s",
-                   f"{img_s / question.gpus:,.0f} per GPU")  # fmt: skip
-    return CapacityPlan(figures=(given, images, each, core, store), needs=needs)
+    given = Figure("images per second", img_s, "given", "img/s", f"{img_s / gpus:,.0f} per GPU")
+    return CapacityPlan(figures=(given, epoch, each, core, source), needs=needs)
 
 
-def _find_images(
-    question: CapacityQuestion, report: Mapping[str, Any] | None
-) -> tuple[Figure, Figure]:
+def _find_figures(report: Mapping[str, Any] | None, images: int) -> list[Figure]:
+    """Return images in an epoch, and bytes and core seconds of an image."""
     if report is None:
-        count, source, size = IMAGENET, "assumed", PICTURE_BYTES
+        found = [
+            Figure("images in an epoch", IMAGENET, "assumed", note="ImageNet"),
+            Figure("bytes of an image", PICTURE_BYTES, "assumed", "B"),
+            Figure("core time of an image", CORE_SECONDS, "assumed", "s", "decoded by the CPU"),
+        ]
     else:
-        count, source = report["data"]["pictures"], "measured"
-        size = report["data"]["bytes"] / count
-    if question.images:
-        return (Figure("images in an epoch", question.images, "given"),
-                Figure("bytes of an image", size, source, "B"))  # fmt: skip
-    note = "ImageNet" if report is None else ""
-    return (Figure("images in an epoch", count, source, note=note),
-            Figure("bytes of an image", size, source, "B"))  # fmt: skip
+        data, whole = report["data"], report["whole"]
+        decoder = f"decoded by the {report['setting']['device'].upper()}"
+        found = [
+            Figure("images in an epoch", data["pictures"], "measured"),
+            Figure("bytes of an image", data["bytes"] / data["pictures"], "measured", "B"),
+            Figure("core time of an image", whole["cores"] / whole["img_s"], "measured", "s",
+                   f"{decoder}, {report['machine']['processor']}"),
+        ]  # fmt: skip
+    if images:
+        found[0] = Figure("images in an epoch", images, "given")
+    return found
 
 
-def _find_core_seconds(report: Mapping[str, Any] | None) -> Figure:
-    if report is None:
-        return Figure("core time of an image", CORE_SECONDS, "assumed", "s",
-                      "decoded by the CPU")  # fmt: skip
-    seconds = report["whole"]["cores"] / report["whole"]["img_s"]
-    where = report["setting"]["device"]
-    return Figure("core time of an image", seconds, "measured", "s",
-                  f"decoded by the {where.upper()}, {report['machine']['processor']}")  # fmt: skip
-
-
-def _find_store(question: CapacityQuestion, report: Mapping[str, Any] | None) -> Figure:
-    name = f"{question.store}, bytes per second"
+def _find_store(store: StoreKind, report: Mapping[str, Any] | None) -> Figure:
+    name = f"{store}, bytes per second"
     rows = {row["name"]: row for row in report["stages"]} if report else {}
-    if question.store == "disk" and (row := rows.get("storage, cold")) and row["limit_img_s"]:
+    if store == "disk" and (row := rows.get("storage, cold")) and row["limit_img_s"]:
         each = row["bytes_s"] / row["img_s"]
         return Figure(name, row["limit_img_s"] * each, "measured", "B/s", "files end to end")
-    remote = question.store not in ("disk", "nfs")
-    if remote and report and (row := rows.get("fetch from the store")):  # noqa: SIM102
-        if str(report["data"]["where"]).startswith(question.store):
-            return Figure(name, row["bytes_s"], "measured", "B/s", "per worker")
-    value, note = ASSUMED_STORES[question.store]
+    fetched = rows.get("fetch from the store")
+    if fetched and report and str(report["data"]["where"]).startswith(store):
+        return Figure(name, fetched["bytes_s"], "measured", "B/s", "per worker")
+    value, note = ASSUMED_STORES[store]
     return Figure(name, value, "assumed", "B/s", note)
 
 
 def print_plan(answer: CapacityPlan, console: rich.console.Console) -> None:
     """Print both tables."""
-    table = rich.table.Table("what goes in", box=rich.box.SIMPLE, pad_edge=False)
-    table.add_column("", justify="right")
-    table.add_column("from")
-    table.add_column("", style="dim")
+    table = Table("what goes in", Column(justify="right"), "from", Column(style="dim"),
+                  box=rich.box.SIMPLE, pad_edge=False)  # fmt: skip
     for one in answer.figures:
-        style = "yellow" if one.source == "assumed" else ""
-        table.add_row(one.name, f"{_format_number(one.value)} {one.unit}", f"[{style or 'default'}]"
-                      f"{one.source}[/]", one.note)  # fmt: skip
+        style = "yellow" if one.source == "assumed" else "default"
+        table.add_row(one.name, f"{_format_number(one.value)} {one.unit}",
+                      f"[{style}]{one.source}[/]", one.note)  # fmt: skip
     console.print(table)
-    table = rich.table.Table("what is needed", box=rich.box.SIMPLE, pad_edge=False)
-    table.add_column("", justify="right")
-    table.add_column("", style="dim")
+    table = Table("what is needed", Column(justify="right"), Column(style="dim"),
+                  box=rich.box.SIMPLE, pad_edge=False)  # fmt: skip
+    more = {None: "", True: "; the store gives that", False: "; the store does NOT give that"}
     for need in answer.needs:
-        more = {None: "", True: "; the store gives that", False: "; the store does NOT give that"}
         table.add_row(
             need.name, f"{_format_number(need.value)} {need.unit}", need.how + more[need.enough]
         )

@@ -57,35 +57,40 @@ class Rate:
 
 
 def measure(
-    work: Callable[[], int], seconds: float, *, fewest: int = FEWEST, most: int = MOST,
-    settle: Callable[[], None] = lambda: None,
-) -> Rate:  # fmt: skip
+    work: Callable[[], int], seconds: float, settle: Callable[[], None] = lambda: None
+) -> Rate:
     """Repeat `work` and return its items per second.
 
-    The first call is a warm-up and not counted. There are `fewest` windows of at least
-    `seconds / fewest` each, and more, up to `most`, until they agree.
+    The first call is a warm-up and not counted. There are `FEWEST` windows of at least
+    `seconds / FEWEST` each, and more, up to `MOST`, until they agree.
 
     Args:
         work: processes some items and returns their number.
-        seconds: measuring time of `fewest` windows.
-        fewest: least number of windows.
-        most: largest number of windows.
+        seconds: measuring time of `FEWEST` windows.
         settle: waits for the GPU before the clock is read.
     """
     work()
     settle()
-    return measure_until_steady(lambda: _window(work, seconds / fewest, settle), fewest, most)
+    return measure_until_steady(lambda: _window(work, seconds / FEWEST, settle))
 
 
-def measure_until_steady(
-    window: Callable[[], float], fewest: int = FEWEST, most: int = MOST
-) -> Rate:
-    """Call `window` for a rate `fewest` times, and up to `most` times until the rates agree."""
+def measure_until_steady(window: Callable[[], float]) -> Rate:
+    """Call `window` for a rate `FEWEST` times, and up to `MOST` times until the rates agree."""
     rates: list[float] = []
     load = CpuLoad()
-    while len(rates) < fewest or (len(rates) < most and not Rate(tuple(rates), 0, 0).is_steady):
+    while len(rates) < FEWEST or (len(rates) < MOST and not Rate(tuple(rates), 0, 0).is_steady):
         rates.append(window())
     return Rate(tuple(rates), load.cores(), load.others())
+
+
+def count_items(work: Callable[[], object], items: int) -> Callable[[], int]:
+    """Return a function that calls `work`, which processes that many items, and returns `items`."""
+
+    def step() -> int:
+        work()
+        return items
+
+    return step
 
 
 def _window(work: Callable[[], int], seconds: float, settle: Callable[[], None]) -> float:
@@ -98,29 +103,27 @@ def _window(work: Callable[[], int], seconds: float, settle: Callable[[], None])
 
 
 def measure_in_turn(
-    works: Mapping[Key, Callable[[], int]], seconds: float, *, turns: int = FEWEST,
-    settle: Callable[[], None] = lambda: None, drain: int = 3,
+    works: Mapping[Key, Callable[[], int]], seconds: float,
+    settle: Callable[[], None] = lambda: None,
 ) -> dict[Key, Rate]:  # fmt: skip
     """Measure several functions in turn, so that a drift of the machine hits all of them.
 
     Args:
         works: each as `work` of `measure`.
-        seconds: measuring time of each function, all windows together.
-        turns: windows of each.
+        seconds: measuring time of each function, all `FEWEST` windows together.
         settle: as in `measure`.
-        drain: calls before each window that are not counted: queued results cost nothing.
     """
     rates: dict[Key, list[float]] = {key: [] for key in works}
     cpu = dict.fromkeys(works, 0.0)
     load = CpuLoad()
-    for turn in range(turns):
+    for turn in range(FEWEST):
         for key in list(works)[:: -1 if turn % 2 else 1]:
-            for _ in range(drain):
+            for _ in range(3):  # queued results cost nothing
                 works[key]()
             settle()
             own = CpuLoad()
-            rates[key].append(_window(works[key], seconds / turns, settle))
-            cpu[key] += own.cores() / turns
+            rates[key].append(_window(works[key], seconds / FEWEST, settle))
+            cpu[key] += own.cores() / FEWEST
     others = load.others()
     return {key: Rate(tuple(found), cpu[key], others) for key, found in rates.items()}
 
@@ -157,9 +160,8 @@ def _busy_seconds() -> float | None:
         first = Path("/proc/stat").read_text().partition("\n")[0].split()
     except OSError:
         return None
-    user, nice, system, _, _, interrupts, soft, stolen = (int(part) for part in first[1:9])
-    ticks = user + nice + system + interrupts + soft + stolen
-    return ticks / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, first[1:9])
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
+from pipeline.remote.filesystem import is_remote
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import stages
 from pipeline.throughput.clock import OTHERS, Rate, StageRow, make_row
@@ -25,12 +26,7 @@ from pipeline.throughput.model import (
     sweep_threads,
 )
 from pipeline.throughput.report import ThroughputReport
-from pipeline.throughput.stages import (
-    Parts,
-    Setting,
-    StageRates,
-    open_parts,
-)
+from pipeline.throughput.stages import Parts, Setting, StageRates, open_parts
 from pipeline.throughput.stream_rate import FetchRate, StreamRate, measure_fetching, measure_stream
 from pipeline.tools.progress import Progress
 
@@ -68,22 +64,20 @@ def write_verdict(
                f"and would stand still {1 - share:.0%} of the time.")
         )  # fmt: skip
     best = next((one for one in remedies if (one.gain or 0) >= WORTH), None)
-    if best:
-        text.append(
-            f"What helps most: {best.name}, {best.change}: predicted {best.img_s:,.0f} img/s, "
-            f"{best.gain:.2f} times as much."
-        )
-    else:
-        text.append("None of the settings would change that by more than 3 %; more cores would.")
+    text.append(
+        f"What helps most: {best.name}, {best.change}: predicted {best.img_s:,.0f} img/s, "
+        f"{best.gain:.2f} times as much."
+        if best
+        else "None of the settings would change that by more than 3 %; more cores would."
+    )
     return " ".join(text)
 
 
 def _describe_largest(bound: Bound, stages: Sequence[StageRow]) -> str:
-    if bound.name in ("the pixels", "the processors"):
-        decode = next((row for row in stages if row.name == "decode" and row.share), None)
-        if decode and decode.share:
-            return (f"; decoding alone reaches {decode.share:.0%} of what the bare decoder does "
-                    "on this machine")  # fmt: skip
+    decode = next((row.share for row in stages if row.name == "decode"), None)
+    if bound.name in ("the pixels", "the processors") and decode:
+        return (f"; decoding alone reaches {decode:.0%} of what the bare decoder does "
+                "on this machine")  # fmt: skip
     if bound.parts:
         name, seconds = max(bound.parts.items(), key=lambda part: part[1])
         return f"; most of it is {name}, {seconds / sum(bound.parts.values()):.0%}"
@@ -127,7 +121,7 @@ def examine(
         DuetError: as `Stream` does.
     """
     with open_parts(setting) as parts, Progress("examining", total=6, unit="parts") as progress:
-        fetched = measure_fetching(setting, 2 * seconds) if setting.remote else None
+        fetched = measure_fetching(setting, 2 * seconds) if is_remote(setting.data) else None
         progress.advance(1)
         batches = max(1, min(len(parts.storage) // setting.batch_size, 160))
         alone = stages.measure_stages(parts, seconds, batches)
@@ -146,9 +140,7 @@ def examine(
 def list_thread_counts(setting: Setting) -> list[int]:
     """Return the thread counts to measure, in ascending order."""
     have = setting.cores
-    return sorted(
-        {1, setting.threads, have, max(1, have // 4), max(1, have // 2), have + have // 2}
-    )
+    return sorted({1, setting.threads, max(1, have // 4), max(1, have // 2), have, have * 3 // 2})
 
 
 def find_state(
@@ -160,10 +152,10 @@ def find_state(
     state = "From the page cache"
     if fetched is not None:
         store = fetched.together / parts.bytes_each
-        slow = costs.with_changes(store=store, fetch_cpu=fetched.cpu / store)
+        slow = replace(costs, store=store, fetch_cpu=fetched.cpu / store)
         state = "In its first epoch, from the store,"
     elif not fits and cold is not None:
-        slow = costs.with_changes(reader=cold.seconds, reader_cpu=min(1.0, cold.cpu))
+        slow = replace(costs, reader=cold.seconds, reader_cpu=min(1.0, cold.cpu))
         read, state = cold, "From the disk (it is larger than memory)"
     gives = found.rate.median * predict_rate(slow) / predict_rate(costs)
     return StreamState(parts=parts, alone=alone, costs=slow, reading=read, img_s=gives, fits=fits,
@@ -181,9 +173,9 @@ def _make_report(
         rows = (_fetch_row(fetched, each), *rows)
     decode = next((one.limit_img_s for one in rows if one.name == "decode"), None)
     total = make_row("the whole stream", found.rate, each, limit=decode,
-                against="the bare decoder" if decode else "")  # fmt: skip
+                     against="the bare decoder" if decode else "")  # fmt: skip
     scale = now.img_s / predict_rate(now.costs)
-    lowest = [dataclasses.replace(one, img_s=one.img_s * scale) for one in list_bounds(now.costs)]
+    lowest = [replace(one, img_s=one.img_s * scale) for one in list_bounds(now.costs)]
     span = found.asked[-1].at if found.asked else 1.0
     thin = max(1, len(found.asked) // POINTS)
     counts = now.costs.pixels
@@ -195,14 +187,15 @@ def _make_report(
             "where": setting.data, "pictures": len(parts.storage), "encoding": parts.encoding,
             "bytes": sum(shard.bytes for shard in parts.storage.shards), "fits": now.fits,
         },
-        setting=dataclasses.asdict(setting),
+        setting=asdict(setting),
         stages=rows,
         whole=total,
-        waits={name: getattr(found.waits, name) / span for name in vars(WaitTimes())},
+        waits={name: sum(getattr(one.waited, name) for one in found.asked) / span
+               for name in vars(WaitTimes())},
         read_full=found.read_full, read_empty=found.read_empty,
         queue=tuple((one.at, one.read, int(one.decoded)) for one in found.asked[::thin]),
         sweep={
-            count: (counts[count].median, predict_rate(now.costs.with_changes(threads=count)))
+            count: (counts[count].median, predict_rate(replace(now.costs, threads=count)))
             for count in sorted(counts)
         },
         knee=find_knee(now.costs),
@@ -210,7 +203,7 @@ def _make_report(
         state=now.state, img_s=now.img_s, model=1 / scale,
         remedies=tuple(helping),
         verdict=write_verdict(state=now.state, img_s=now.img_s, bounds=lowest, stages=rows,
-                        remedies=helping, needed=needed),
+                              remedies=helping, needed=needed),
         needed=needed,
         warnings=tuple(list_warnings([*rows, total])),
     )  # fmt: skip
@@ -218,6 +211,5 @@ def _make_report(
 
 def _fetch_row(fetched: FetchRate, each: float) -> StageRow:
     rate = Rate((fetched.together / each,), fetched.cpu, fetched.others)
-    return make_row("fetch from the store", rate, each,
-               note=f"{fetched.shards} shards, several at a time, checked; one alone: "
-               f"{fetched.alone / 1e6:,.0f} MB/s")  # fmt: skip
+    note = f"several at a time, checked; one alone: {fetched.alone / 1e6:,.0f} MB/s"
+    return make_row("fetch from the store", rate, each, note=f"{fetched.shards} shards, {note}")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 import torch
 from isal import isal_zlib
@@ -23,9 +21,10 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.dataset.images import SIZE
 from pipeline.stream.decode import select_gpu
-from pipeline.throughput.clock import Rate, measure
+from pipeline.stream.shard_reader import Bytes
+from pipeline.throughput.clock import Rate, count_items, measure
 from pipeline.tools.files import drop_page_cache
-from pipeline.tools.units import cpu_count
+from pipeline.tools.units import cpu_count, cpu_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +47,8 @@ def describe_machine(gpu: bool) -> Machine:
     import nvidia.dali
 
     return Machine(
-        processor=_processor(),
-        cores=cores(),
+        processor=cpu_name(),
+        cores=cpu_count(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpu=torch.cuda.get_device_name() if gpu else "",
         torch=torch.__version__,
@@ -57,28 +56,9 @@ def describe_machine(gpu: bool) -> Machine:
     )
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines
-                 if line.startswith("model name")), platform.processor())  # fmt: skip
-
-
-def format_cores(count: int) -> str:
-    """Return a number of cores in words."""
-    return f"{count} core{'s' if count > 1 else ''}"
-
-
-def format_threads(count: int) -> str:
-    """Return a number of threads in words."""
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def cores() -> int:
-    """Return the number of processors that this process may use."""
-    return cpu_count()
+def format_count(count: int, noun: str) -> str:
+    """Return a count of things in words: `1 core`, `2 cores`."""
+    return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
 def get_available_memory() -> int:
@@ -86,8 +66,6 @@ def get_available_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
-
-Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 2**20
 """Bytes read at a time."""
@@ -104,7 +82,8 @@ CHUNK = 16
 def measure_page_cache(paths: Sequence[Path], seconds: float) -> Rate:
     """Measure the bytes per second that one thread reads from the page cache, end to end."""
     buffer = memoryview(bytearray(BLOCK))
-    with _open_files(paths) as files:
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")).fileno() for path in paths]
         blocks = itertools.cycle(_list_blocks(files, LARGE))
 
         def read() -> int:
@@ -122,7 +101,8 @@ def measure_disk(paths: Sequence[Path]) -> tuple[float, float]:
         the rate, and the share of the bytes that the kernel kept in memory nevertheless.
     """
     buffers = [memoryview(bytearray(BLOCK)) for _ in range(DISK_THREADS)]
-    with _open_files(paths) as files:
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")).fileno() for path in paths]
         kept = sum(map(drop_page_cache, files)) / max(
             1, sum(os.fstat(file).st_size for file in files)
         )
@@ -155,13 +135,8 @@ def measure_memory(threads: int, seconds: float) -> Rate:
     source, target = torch.ones(LARGE // 4), torch.empty(LARGE // 4)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-
-    def copy() -> int:
-        target.copy_(source)
-        return 2 * LARGE
-
     try:
-        return measure(copy, seconds)
+        return measure(count_items(lambda: target.copy_(source), 2 * LARGE), seconds)
     finally:
         torch.set_num_threads(before)
 
@@ -190,13 +165,10 @@ def measure_libjpeg(jpegs: Sequence[Bytes], threads: int, seconds: float) -> Rat
 def measure_nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: float,
            seconds: float) -> Rate:  # fmt: skip
     """Measure the images per second that a DALI pipeline of nvJPEG alone decodes to RGB."""
-    batches = itertools.cycle(
-        [list(jpegs[at : at + batch_size]) for at in range(0, len(jpegs), batch_size)]
-    )
-    pipe = Pipeline(batch_size, threads, select_gpu("gpu"), prefetch_queue_depth=3)
-    with pipe:
+    batches = [list(jpegs[at : at + batch_size]) for at in range(0, len(jpegs), batch_size)]
+    with Pipeline(batch_size, threads, select_gpu("gpu"), prefetch_queue_depth=3) as pipe:
         stored = fn.external_source(
-            source=lambda: next(batches), batch=True, dtype=types.UINT8, ndim=1
+            source=batches, cycle=True, batch=True, dtype=types.UINT8, ndim=1
         )
         pipe.set_outputs(
             fn.decoders.image(stored, device="mixed", output_type=types.RGB, hw_decoder_load=load)
@@ -207,7 +179,7 @@ def measure_nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: 
         (images,) = pipe.run()
         return len(images)
 
-    return measure(step, seconds, settle=torch.cuda.synchronize)
+    return measure(step, seconds, torch.cuda.synchronize)
 
 
 def measure_upload(seconds: float) -> Rate:
@@ -215,11 +187,8 @@ def measure_upload(seconds: float) -> Rate:
     host = torch.empty(LARGE, dtype=torch.uint8).pin_memory()
     device = torch.empty(LARGE, dtype=torch.uint8, device="cuda")
 
-    def copy() -> int:
-        device.copy_(host, non_blocking=True)
-        return LARGE
-
-    return measure(copy, seconds, settle=torch.cuda.synchronize)
+    copy = count_items(lambda: device.copy_(host, non_blocking=True), LARGE)
+    return measure(copy, seconds, torch.cuda.synchronize)
 
 
 def measure_device_memory(seconds: float) -> Rate:
@@ -227,21 +196,8 @@ def measure_device_memory(seconds: float) -> Rate:
     source = torch.ones(LARGE, device="cuda")
     target = torch.empty_like(source)
 
-    def copy() -> int:
-        target.copy_(source)
-        return 8 * LARGE
-
-    return measure(copy, seconds, settle=torch.cuda.synchronize)
-
-
-@contextmanager
-def _open_files(paths: Sequence[Path]) -> Iterator[list[int]]:
-    files = [os.open(path, os.O_RDONLY) for path in paths]
-    try:
-        yield files
-    finally:
-        for file in files:
-            os.close(file)
+    copy = count_items(lambda: target.copy_(source), 8 * LARGE)
+    return measure(copy, seconds, torch.cuda.synchronize)
 
 
 def _list_blocks(files: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

@@ -6,32 +6,19 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich.box
 import rich.console
-import rich.table
+from rich.table import Column, Table
 
 from pipeline.throughput.clock import StageRow
 from pipeline.throughput.hardware import Machine
 from pipeline.throughput.model import WORTH, Remedy
-from pipeline.tools.charts import (
-    COLUMN_A,
-    COLUMN_B,
-    SERIES,
-    SOFT,
-    Bar,
-    Chart,
-    as_chart,
-    draw_dots,
-    draw_line,
-    new_axes,
-    page_templates,
-    round_up,
-)
+from pipeline.tools import charts
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import atomic_write
 
@@ -46,9 +33,11 @@ def write_page(
         table: `ThroughputReport.table()`.
         step: seconds of the parts of a training step, if a trainer was measured too.
     """
-    text = page_templates(Path(__file__).parent).get_template("page.html.j2").render(
-        r=table, stages=make_stage_bars(table),
-        image=make_waterfall(list_image_parts(table), 1e6, "µs"),
+    rows = {row["name"]: row for row in table["stages"]}
+    names = ("storage, page cache", "checksum", "feed", "decode", "normalise", "hand-over")
+    image = {name: rows[name]["cores"] / rows[name]["img_s"] for name in names if name in rows}
+    text = charts.page_templates(Path(__file__).parent).get_template("page.html.j2").render(
+        r=table, stages=make_stage_bars(table), image=make_waterfall(image, 1e6, "µs"),
         step=make_waterfall(step, 1e3, "ms") if step else [],
         charts=[chart for chart in (draw_queue(table), draw_threads(table)) if chart],
     )  # fmt: skip
@@ -56,7 +45,7 @@ def write_page(
         file.write(text.encode())
 
 
-def make_stage_bars(table: Mapping[str, Any]) -> list[Bar]:
+def make_stage_bars(table: Mapping[str, Any]) -> list[charts.Bar]:
     """Return stages and the stream on a logarithmic scale: they lie orders of magnitude apart."""
     rows = [row for row in (*table["stages"], table["whole"]) if row["name"] != "hand-over"]
     top = max(max(row["img_s"], row["limit_img_s"] or 0) for row in rows)
@@ -66,50 +55,44 @@ def make_stage_bars(table: Mapping[str, Any]) -> list[Bar]:
         return max(0.02, math.log(value / low) / math.log(top / low))
 
     return [
-        Bar(
+        charts.Bar(
             name=row["name"],
             figure=f"{row['img_s']:,.0f}" + (f" · {row['share']:.0%}" if row["share"] else ""),
             length=length(row["img_s"]),
             limit=length(row["limit_img_s"]) if row["limit_img_s"] else None,
             note=f"{row['against'] or row['note']}"
             + (f": {row['limit_img_s']:,.0f} img/s" if row["limit_img_s"] else ""),
-            color=COLUMN_A if row is table["whole"] else COLUMN_B,
+            color=charts.COLUMN_A if row is table["whole"] else charts.COLUMN_B,
         )
         for row in rows
     ]
 
 
-def list_image_parts(table: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of a core that an image takes at each stage, alone."""
-    rows = {row["name"]: row for row in table["stages"]}
-    names = ("storage, page cache", "checksum", "feed", "decode", "normalise", "hand-over")
-    return {name: rows[name]["cores"] / rows[name]["img_s"] for name in names if name in rows}
-
-
-def make_waterfall(parts: Mapping[str, float], scale: float, unit: str) -> list[Bar]:
+def make_waterfall(parts: Mapping[str, float], scale: float, unit: str) -> list[charts.Bar]:
     """Return a bar for each part, where it lies in the sum of all."""
     total, start, found = sum(parts.values()) or 1.0, 0.0, []
     for number, (name, value) in enumerate(parts.items()):
         share = value / total
         figure = f"{value * scale:,.1f} {unit} · {share:.1%}"
-        found.append(Bar(name, figure, share, start=start, color=SERIES[-1 - number % 8]))
+        color = charts.SERIES[-1 - number % 8]
+        found.append(charts.Bar(name, figure, share, start=start, color=color))
         start += share
     return found
 
 
-def draw_queue(table: Mapping[str, Any]) -> Chart | None:
+def draw_queue(table: Mapping[str, Any]) -> charts.Chart | None:
     """Draw the batches that lay read at each moment, and a dot where the pixels were not ready."""
     points = np.array(table["queue"], float).reshape(-1, 3)
     if len(points) < 2:
         return None
     seconds, read, ready = points.T
     most = max(table["setting"]["prefetch"], 1)
-    axes = new_axes((0, seconds[-1] or 1.0), (0, most), lambda value: f"{value:g} s")
+    axes = charts.new_axes((0, seconds[-1] or 1.0), (0, most), lambda value: f"{value:g} s")
     axes.set_yticks(range(0, most + 1, max(1, most // 4)))
-    draw_line(axes, seconds, read, COLUMN_B)
+    charts.draw_line(axes, seconds, read, charts.COLUMN_B)
     late = seconds[ready == 0]
-    draw_dots(axes, late, np.zeros(len(late)), COLUMN_A, size=4)
-    return as_chart(
+    charts.draw_dots(axes, late, np.zeros(len(late)), charts.COLUMN_A, size=4)
+    return charts.as_chart(
         axes, "Batches read ahead",
         f"At each batch taken: how many lay read and waited for DALI ({table['read_full']:.0%} of "
         f"the time as many as may, {table['read_empty']:.0%} none). Empty: reading holds the "
@@ -117,21 +100,23 @@ def draw_queue(table: Mapping[str, Any]) -> Chart | None:
     )  # fmt: skip
 
 
-def draw_threads(table: Mapping[str, Any]) -> Chart | None:
+def draw_threads(table: Mapping[str, Any]) -> charts.Chart | None:
     """Draw images per second over threads: DALI alone, and the stream as predicted."""
     rates = {int(count): pair for count, pair in table["sweep"].items()}  # text in a JSON file
     counts, knee = sorted(rates), table["knee"]
     if len(counts) < 2:
         return None
+    x = np.array(counts, float)
     alone, predicted = np.array([rates[count] for count in counts], float).T
-    axes = new_axes((counts[0], counts[-1]), (0, round_up(max(alone.max(), predicted.max()))),
-                    y_label=lambda value: f"{value:,.0f}")  # fmt: skip
+    top = charts.round_up(max(alone.max(), predicted.max()))
+    axes = charts.new_axes((counts[0], counts[-1]), (0, top), y_label=lambda value: f"{value:,.0f}")
     axes.set_xticks(counts)
-    draw_line(axes, np.array(counts, float), alone, SOFT, "DALI alone", dashes="--")
-    draw_line(axes, np.array(counts, float), predicted, COLUMN_B, "the stream, predicted")
-    draw_dots(axes, np.array([knee], float), np.array([rates[knee][1]]), COLUMN_A)
-    caption = f"img/s by DALI's threads; {knee} of them give nearly all (the dot)."
-    return as_chart(axes, "Threads", caption)
+    charts.draw_line(axes, x, alone, charts.SOFT, "DALI alone", dashes="--")
+    charts.draw_line(axes, x, predicted, charts.COLUMN_B, "the stream, predicted")
+    charts.draw_dots(axes, np.array([knee], float), np.array([rates[knee][1]]), charts.COLUMN_A)
+    return charts.as_chart(
+        axes, "Threads", f"img/s by DALI's threads; {knee} of them give nearly all (the dot)."
+    )
 
 
 SURE = 3.0
@@ -166,24 +151,24 @@ class RateComparison:
 
 def compare_reports(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[RateComparison]:
     """Compare the rows that both reports have, the whole stream last."""
-    before = {row["name"]: row for row in (*old["stages"], old["whole"])}
+    before = {row["name"]: row for row in (*old["stages"], old["whole"]) if row["img_s"] > 0}
     found = []
     for row in (*new["stages"], new["whole"]):
-        if (then := before.get(row["name"])) is not None and then["img_s"] > 0:
-            error = (then["error"] ** 2 + row["error"] ** 2) ** 0.5
+        if then := before.get(row["name"]):
+            noise = max(LEAST, SURE * math.hypot(then["error"], row["error"]))
             found.append(RateComparison(name=row["name"], before=then["img_s"], after=row["img_s"],
-                                noise=max(LEAST, SURE * error)))  # fmt: skip
+                                        noise=noise))  # fmt: skip
     return found
 
 
 def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return a line for each difference of machine, settings and data between two reports."""
-    found = []
-    for part in ("machine", "setting", "data"):
-        for name, value in new[part].items():
-            if (then := old[part].get(name)) != value:
-                found.append(f"{name}: {then} -> {value}")
-    return found
+    return [
+        f"{name}: {old[part].get(name)} -> {value}"
+        for part in ("machine", "setting", "data")
+        for name, value in new[part].items()
+        if old[part].get(name) != value
+    ]
 
 
 def has_regressed(found: list[RateComparison]) -> bool:
@@ -232,7 +217,7 @@ class ThroughputReport:
     needed: float | None = None
     """Images per second that the trainer takes."""
     warnings: tuple[str, ...] = ()
-    version: int = field(default=VERSION)
+    version: int = VERSION
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -263,7 +248,7 @@ def load_report(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, no report, or of another version.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = table["version"]
         _ = table["whole"]["img_s"], table["stages"], table["machine"]["cores"]
     except OSError as error:
@@ -276,8 +261,7 @@ def load_report(path: Path) -> dict[str, Any]:
         ) from error
     if version != VERSION:
         raise UsageError(f"{path} is of version {version}, not {VERSION}; measure again")
-    found: dict[str, Any] = table
-    return found
+    return table
 
 
 def print_report(report: ThroughputReport, console: rich.console.Console) -> None:
@@ -288,46 +272,39 @@ def print_report(report: ThroughputReport, console: rich.console.Console) -> Non
         f"{report.data['bytes'] / 1e9:,.2f} GB; {machine.processor}, {machine.cores} cores"
         + (f", {machine.gpu}" if machine.gpu else "")
         + f"; {setting['device']}, {setting['threads']} threads, batch {setting['batch_size']}, "
-        f"prefetch {setting['prefetch']}, shuffle {setting['shuffle']}",
-        highlight=False,
+        f"prefetch {setting['prefetch']}, shuffle {setting['shuffle']}"
     )
     console.print(_stage_table(report), _remedy_table(report))
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
-    console.print(report.verdict, highlight=False)
+        console.print(f"[yellow]warning:[/] {warning}")
+    console.print(report.verdict)
 
 
-def _stage_table(report: ThroughputReport) -> rich.table.Table:
-    table = rich.table.Table("stage alone", box=rich.box.SIMPLE, pad_edge=False)
-    for name in ("img/s", "±", "MB/s", "cores", "limit img/s", "of it"):
-        table.add_column(name, justify="right")
-    table.add_column("the limit", style="dim")
+def _stage_table(report: ThroughputReport) -> Table:
+    names = ("img/s", "±", "MB/s", "cores", "limit img/s", "of it")
+    numbers = (Column(name, justify="right") for name in names)
+    table = Table("stage alone", *numbers, Column("the limit", style="dim"),
+                  box=rich.box.SIMPLE, pad_edge=False)  # fmt: skip
     for row in (*report.stages, report.whole):
         if row is report.whole:
             table.add_section()
-        table.add_row(*_cells(row))
+        table.add_row(
+            row.name, f"{row.img_s:,.0f}", f"{row.spread:.0%}",
+            f"{row.bytes_s / 1e6:,.0f}" if row.bytes_s else "", f"{row.cores:.2f}",
+            f"{row.limit_img_s:,.0f}" if row.limit_img_s else "",
+            f"{row.share:.0%}" if row.share else "", row.against or row.note,
+        )  # fmt: skip
     return table
 
 
-def _cells(row: StageRow) -> list[str]:
-    return [
-        row.name, f"{row.img_s:,.0f}", f"{row.spread:.0%}",
-        f"{row.bytes_s / 1e6:,.0f}" if row.bytes_s else "", f"{row.cores:.2f}",
-        f"{row.limit_img_s:,.0f}" if row.limit_img_s else "",
-        f"{row.share:.0%}" if row.share else "", row.against or row.note,
-    ]  # fmt: skip
-
-
-def _remedy_table(report: ThroughputReport) -> rich.table.Table:
-    table = rich.table.Table("what could be changed", "how", box=rich.box.SIMPLE, pad_edge=False)
-    table.add_column("predicted img/s", justify="right")
-    table.add_column("gain", justify="right")
-    table.add_column("", style="dim")
+def _remedy_table(report: ThroughputReport) -> Table:
+    numbers = (Column(name, justify="right") for name in ("predicted img/s", "gain"))
+    table = Table("what could be changed", "how", *numbers, Column(style="dim"),
+                  box=rich.box.SIMPLE, pad_edge=False)  # fmt: skip
     for one in report.remedies:
-        if one.gain is None or one.img_s is None:
-            table.add_row(one.name, one.change, "", "", one.note)
-        else:
-            style = "bold" if one.gain >= WORTH else ""
-            table.add_row(one.name, one.change, f"{one.img_s:,.0f}", f"{one.gain:.2f}x", one.note,
-                          style=style)  # fmt: skip
+        table.add_row(
+            one.name, one.change, f"{one.img_s:,.0f}" if one.img_s is not None else "",
+            f"{one.gain:.2f}x" if one.gain is not None else "", one.note,
+            style="bold" if (one.gain or 0) >= WORTH else "",
+        )  # fmt: skip
     return table

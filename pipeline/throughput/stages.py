@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,23 +29,15 @@ from torch.utils.dlpack import from_dlpack
 
 from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE, Encoding
-from pipeline.dataset.manifest import Shard
 from pipeline.remote.dataset import Dataset, open_dataset
-from pipeline.remote.filesystem import is_remote
 from pipeline.stream.augment import CROP
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import (
-    Decoder,
-    DecoderInput,
-    decode_crops,
-    normalize,
-    open_pipeline,
-)
+from pipeline.stream.decode import Decoder, decode_crops, normalize, open_pipeline
 from pipeline.stream.loader import BatchReader, EncodedBatch
 from pipeline.stream.timing import Spent
 from pipeline.throughput import hardware
-from pipeline.throughput.clock import CpuLoad, Rate, StageRow, make_row, measure
-from pipeline.throughput.hardware import format_threads
+from pipeline.throughput.clock import CpuLoad, Rate, StageRow, count_items, make_row, measure
+from pipeline.throughput.hardware import format_count
 from pipeline.tools.files import drop_page_cache
 from pipeline.tools.units import cpu_count
 
@@ -66,29 +58,25 @@ class Setting(StreamConfig):
         """Return the setting of a stream that a config describes; `changes` are fields."""
         return cls(data=data, **{**vars(config), **changes})
 
-    def with_changes(self, **changes: Any) -> Setting:
-        """Return a copy with some fields changed."""
-        return replace(self, **changes)
-
-    @property
-    def remote(self) -> bool:
-        """Whether the data set is in a store."""
-        return is_remote(self.data)
-
-    def stream(self, position: int = 0, ledger: Path | None = None) -> Stream:
+    def stream(self, ledger: Path | None = None) -> Stream:
         """Open the stream.
 
         Raises:
             DuetError: as `Stream` does.
         """
-        return Stream(self.data, self, position=position, ledger=ledger)
+        return Stream(self.data, self, position=0, ledger=ledger)
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, if the stream runs on one."""
+        if self.device == "gpu":
+            torch.cuda.synchronize()
 
 
 class Parts(BatchReader):
     """The parts of a stream of some setting, to be measured one by one."""
 
     def __init__(self, setting: Setting, dataset: Dataset) -> None:
-        """Open them; `opened` closes them as well."""
+        """Open them, as `BatchReader` does."""
         super().__init__(dataset, setting)
         self.setting = setting
         self.encoding: Encoding = self.storage.encoding
@@ -99,9 +87,9 @@ class Parts(BatchReader):
         shards = self.storage.shards
         return sum(shard.bytes for shard in shards) / len(self.storage)
 
-    def loaded(self, batches: int, position: int = 0) -> list[EncodedBatch]:
-        """Read the first batches from a position and keep them."""
-        return list(itertools.islice(self.read_batches(position), batches))
+    def loaded(self, batches: int) -> list[EncodedBatch]:
+        """Read the first batches and keep them."""
+        return list(itertools.islice(self.read_batches(0), batches))
 
     def touch(self, images: int) -> None:
         """Read the first images of the stream into the page cache, so that no disk is measured."""
@@ -109,16 +97,10 @@ class Parts(BatchReader):
         for loaded in itertools.islice(self.read_batches(0), count):
             self.recycle(loaded)
 
-    def decoder(
-        self, feeds: list[DecoderInput], threads: int, load: float | None = None
-    ) -> Decoder:
-        """Return a decoder that gets the same feeds again and again.
-
-        `load` is another hardware-decoder load than the setting's.
-        """
-        load = self.setting.hw_decoder_load if load is None else load
-        setting = self.setting.with_changes(threads=threads, hw_decoder_load=load)
-        return Decoder(itertools.cycle(feeds).__next__, setting, self.encoding)
+    def decoder(self, loaded: Sequence[EncodedBatch], **changes: Any) -> Decoder:
+        """Return a decoder of the same batches again and again; `changes` are of the setting."""
+        feeds = itertools.cycle([one.input for one in loaded])
+        return Decoder(feeds.__next__, replace(self.setting, **changes), self.encoding)
 
 
 @contextmanager
@@ -128,14 +110,17 @@ def open_parts(setting: Setting) -> Iterator[Parts]:
     Raises:
         DuetError: as `Stream` does.
     """
-    with closing(
-        open_dataset(setting.data, cache=setting.cache, cache_size=setting.cache_size)
-    ) as dataset:
-        parts = Parts(setting, dataset)
-        try:
-            yield parts
-        finally:
-            parts.storage.close()
+    with (
+        closing(
+            open_dataset(setting.data, cache=setting.cache, cache_size=setting.cache_size)
+        ) as dataset,
+        closing(Parts(setting, dataset)) as parts,
+    ):
+        yield parts
+
+
+WINDOWS = 5
+"""Windows of a measurement of the reading thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +139,8 @@ class ReaderRate:
     def rate(self, *names: str) -> Rate:
         """Return the images per second of some stages in sequence, or of all."""
         parts = names or Spent._fields
-        return Rate(
-            tuple(1 / max(1e-12, sum(getattr(one, name) for name in parts))
-                  for one in self.windows),
-            self.cpu, self.others,
-        )  # fmt: skip
+        seconds = (sum(getattr(one, name) for name in parts) for one in self.windows)
+        return Rate(tuple(1 / max(1e-12, each) for each in seconds), self.cpu, self.others)
 
     @property
     def seconds(self) -> Spent:
@@ -166,22 +148,28 @@ class ReaderRate:
         return Spent(*(float(np.median(part)) for part in zip(*self.windows, strict=True)))
 
 
-def measure_reading(parts: Parts, seconds: float, batches: int, windows: int = 5) -> ReaderRate:
+def measure_reading(parts: Parts, seconds: float, batches: int) -> ReaderRate:
     """Read the first batches of the stream in a loop, and do nothing else."""
-    size = parts.setting.batch_size
     source = itertools.chain.from_iterable(
         itertools.islice(parts.read_batches(0), batches) for _ in itertools.repeat(None)
     )
     parts.recycle(next(source))
-    found: list[Spent] = []
-    each: list[float] = []
-    load = CpuLoad()
-    while len(found) < windows:
-        spent, count, start = Spent(), 0, time.perf_counter()
-        while time.perf_counter() - start < seconds / windows:
-            loaded = next(source)
+
+    def window() -> Iterator[EncodedBatch]:
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds / WINDOWS:
+            yield next(source)
+
+    return _read_windows(parts, (window() for _ in range(WINDOWS)))
+
+
+def _read_windows(parts: Parts, windows: Iterable[Iterable[EncodedBatch]]) -> ReaderRate:
+    found, each, load = list[Spent](), list[float](), CpuLoad()
+    for window in windows:
+        spent, count = Spent(), 0
+        for loaded in window:
             parts.recycle(loaded)
-            spent, count = spent.add(loaded.spent), count + size
+            spent, count = spent.add(loaded.spent), count + parts.setting.batch_size
             each.append(loaded.spent.total)
         found.append(spent.scale_to(spent.total / count))
     return ReaderRate(
@@ -189,7 +177,7 @@ def measure_reading(parts: Parts, seconds: float, batches: int, windows: int = 5
     )
 
 
-def measure_cold_reading(parts: Parts, batches: int, windows: int = 5) -> tuple[ReaderRate, float]:
+def measure_cold_reading(parts: Parts, batches: int) -> tuple[ReaderRate, float]:
     """Read batches after dropping their shards from the page cache.
 
     Returns:
@@ -204,24 +192,10 @@ def measure_cold_reading(parts: Parts, batches: int, windows: int = 5) -> tuple[
         with parts.dataset.open(parts.storage.shards[number]) as file:
             kept += drop_page_cache(file.fileno())
             total += parts.storage.shards[number].bytes
-    load, found = CpuLoad(), list[Spent]()
-    each: list[float] = []
-    some = max(1, batches // windows)
-    source = itertools.islice(parts.read_batches(0), windows * some)
-    while window := list(itertools.islice(source, some)):
-        spent = Spent()
-        for loaded in window:
-            spent = spent.add(loaded.spent)
-            each.append(loaded.spent.total)
-            parts.recycle(loaded)
-        found.append(spent.scale_to(spent.total / (some * parts.setting.batch_size)))
-    reading = ReaderRate(
-        windows=tuple(found), cpu=load.cores(), others=load.others(), each=tuple(each)
-    )
-    return reading, kept / max(1, total)
+    source, some = parts.read_batches(0), max(1, batches // WINDOWS)
+    windows = (list(itertools.islice(source, some)) for _ in range(WINDOWS))
+    return _read_windows(parts, windows), kept / max(1, total)
 
-
-T = TypeVar("T")
 
 KEPT = 8
 """Batches that a stage gets in turn."""
@@ -232,48 +206,36 @@ CROPPED = 3 * CROP * CROP
 
 
 def make_pixel_step(
-    parts: Parts, loaded: Sequence[EncodedBatch], threads: int, load: float | None = None
+    parts: Parts, loaded: Sequence[EncodedBatch], **changes: Any
 ) -> Callable[[], int]:
-    """Return a function that makes a batch of pixels with DALI, on `threads` threads.
+    """Return a function that makes a batch of pixels with DALI; `changes` are of the setting.
 
-    `load` is another hardware-decoder load than the setting's. The function returns the images of
-    a batch, as `measure` and `measure_in_turn` expect.
+    The function returns the images of a batch, as `measure` and `measure_in_turn` expect.
     """
-    decoder = parts.decoder([one.input for one in loaded], threads, load)
-    size = parts.setting.batch_size
-
-    def step() -> int:
-        decoder.run()
-        return size
-
-    return step
+    return count_items(parts.decoder(loaded, **changes).run, parts.setting.batch_size)
 
 
 def measure_pixel_seconds(
     parts: Parts, loaded: Sequence[EncodedBatch], batches: int
 ) -> list[float]:
     """Measure the seconds from one batch of pixels to the next, DALI alone."""
-    decoder = parts.decoder([one.input for one in loaded], parts.setting.threads)
-    settle, found = get_synchronize(parts), []
+    decoder, found = parts.decoder(loaded), []
     for _ in range(batches + 2 * parts.setting.prefetch):
         start = time.perf_counter()
         decoder.run()
-        settle()
+        parts.setting.synchronize()
         found.append(time.perf_counter() - start)
     return found[2 * parts.setting.prefetch :]
 
 
 def measure_decoding(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
     """Measure JPEG -> crop, uint8."""
-    setting = parts.setting
-    pipe = open_pipeline(parts.setting)
-    with pipe:
+    with open_pipeline(parts.setting) as pipe:
         jpegs, x, y = fn.external_source(
-            source=_cycle_feeds([one.input[:3] for one in loaded]), num_outputs=3,
-            batch=True, dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 0],
-            no_copy=True,
+            source=[one.input[:3] for one in loaded], cycle=True, num_outputs=3, batch=True,
+            dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 0], no_copy=True,
         )  # fmt: skip
-        pipe.set_outputs(decode_crops(setting, jpegs, x, y))
+        pipe.set_outputs(decode_crops(parts.setting, jpegs, x, y))
     return _measure_pipeline(parts, pipe, seconds)
 
 
@@ -283,17 +245,14 @@ def measure_normalizing(parts: Parts, loaded: Sequence[EncodedBatch], seconds: f
     draws = np.random.default_rng(0)
     side = SIZE if raw else CROP
     where = {"crop_pos_x": 0.5, "crop_pos_y": 0.5, "crop": (CROP, CROP)} if raw else None
-    crops = [
-        list(draws.integers(0, 256, (size, side, side, 3), np.uint8))
-        for _ in range(min(4, len(loaded)))
-    ]
     feeds = [
-        (crop, one.input.flip, one.input.mean) for crop, one in zip(crops, loaded, strict=False)
-    ]
-    pipe = open_pipeline(parts.setting)
-    with pipe:
+        (list(draws.integers(0, 256, (size, side, side, 3), np.uint8)), one.input.flip,
+         one.input.mean)
+        for one in loaded[:4]
+    ]  # fmt: skip
+    with open_pipeline(parts.setting) as pipe:
         images, flip, mean = fn.external_source(
-            source=_cycle_feeds(feeds), num_outputs=3, batch=True,
+            source=feeds, cycle=True, num_outputs=3, batch=True,
             dtype=[types.UINT8, types.INT32, types.FLOAT], ndim=[3, 0, 1], layout=["HWC", "", ""],
             no_copy=True,
         )  # fmt: skip
@@ -307,8 +266,7 @@ def measure_hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: flo
     """Measure the conversion of decoded pixels, ids and labels to torch tensors."""
     size = parts.setting.batch_size
     gpu = parts.setting.device == "gpu"
-    pipe = open_pipeline(parts.setting)
-    with pipe:
+    with open_pipeline(parts.setting) as pipe:
         ready = fn.external_source(
             source=lambda: np.zeros((size, 1), np.float32), dtype=types.FLOAT, ndim=1
         )
@@ -324,31 +282,15 @@ def measure_hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: flo
         torch.from_numpy(one.ids), torch.from_numpy(one.ids != one.due)
         return size
 
-    return measure(step, seconds, settle=get_synchronize(parts))
-
-
-def _cycle_feeds(feeds: Sequence[T]) -> Callable[[], T]:
-    """A function that returns the feeds in turn, for ever."""
-    turns = itertools.cycle(feeds)
-    return lambda: next(turns)
+    return measure(step, seconds, parts.setting.synchronize)
 
 
 def _measure_pipeline(parts: Parts, pipe: Pipeline, seconds: float) -> Rate:
     pipe.build()
-    size = parts.setting.batch_size
-
-    def step() -> int:
-        pipe.run()
-        return size
-
     for _ in range(parts.setting.prefetch):
-        step()
-    return measure(step, seconds, settle=get_synchronize(parts))
-
-
-def get_synchronize(parts: Parts) -> Callable[[], None]:
-    """Return a function that waits for the GPU, if there is one."""
-    return torch.cuda.synchronize if parts.setting.device == "gpu" else lambda: None
+        pipe.run()
+    step = count_items(pipe.run, parts.setting.batch_size)
+    return measure(step, seconds, parts.setting.synchronize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,30 +310,28 @@ class StageRates:
 def measure_stages(parts: Parts, seconds: float, batches: int) -> StageRates:
     """Measure every stage and its limit, about `seconds` each."""
     cold, kept = measure_cold_reading(parts, min(batches, 60))
-    paths = [parts.dataset.fetch_shard(shard) for shard in _list_local_shards(parts)]
+    folder = parts.dataset.folder  # of a data set in a store, only the shards in the cache
+    here = (shard for shard in parts.storage.shards if (folder / shard.name).is_file())
+    paths = [parts.dataset.fetch_shard(shard) for shard in itertools.islice(here, 16)]
     disk, left = hardware.measure_disk(paths)
-    warm = measure_reading(parts, seconds, batches)
-    loaded = tuple(parts.loaded(KEPT))
-    found = StageRates(
-        stages=(), warm=warm, cold=cold if kept < COLD else None, loaded=loaded,
-        disk=disk if left < COLD else 0.0,
-    )  # fmt: skip
-    stages = itertools.chain(
-        _reader_stages(parts, found, paths, seconds), _pixel_stages(parts, loaded, seconds)
-    )
-    return replace(found, stages=tuple(stages))
+    disk = disk if left < COLD else 0.0
+    each, warm = parts.bytes_each, measure_reading(parts, seconds, batches)
+    loaded, rows = tuple(parts.loaded(KEPT)), list[StageRow]()
+    if kept < COLD:
+        rows.append(make_row(
+            "storage, cold", cold.rate(), each,
+            limit=disk / each or None, against="disk, files end to end",
+            note="with checksum and feed, during which the kernel reads ahead",
+        ))  # fmt: skip
+    rows += [*_reader_stages(parts, warm, paths, seconds), *_pixel_stages(parts, loaded, seconds)]
+    return StageRates(stages=tuple(rows), warm=warm, cold=cold if kept < COLD else None,
+                      loaded=loaded, disk=disk)  # fmt: skip
 
 
 def _reader_stages(
-    parts: Parts, found: StageRates, paths: Sequence[Path], seconds: float
+    parts: Parts, warm: ReaderRate, paths: Sequence[Path], seconds: float
 ) -> Iterator[StageRow]:
-    each, warm, cold = parts.bytes_each, found.warm, found.cold
-    if cold is not None:
-        yield make_row(
-            "storage, cold", cold.rate(), each,
-            limit=found.disk / each or None, against="disk, files end to end",
-            note="with checksum and feed, during which the kernel reads ahead",
-        )  # fmt: skip
+    each = parts.bytes_each
     if parts.encoding == "jpeg":  # raw ones are mapped: the checksum is the first to read them
         yield make_row(
             "storage, page cache", warm.rate("storage"), each,
@@ -406,43 +346,32 @@ def _reader_stages(
     yield make_row("feed", warm.rate("feed", "fetch"), 0, note="order, draws and views, in Python")
 
 
-def _list_local_shards(parts: Parts) -> Sequence[Shard]:
-    """Some local shards: of a data set in a store, those in the cache."""
-    shards = parts.storage.shards
-    here = [shard for shard in shards if (Path(parts.dataset.folder) / shard.name).is_file()]
-    return here[:16]
-
-
 def _pixel_stages(
     parts: Parts, loaded: Sequence[EncodedBatch], seconds: float
 ) -> Iterator[StageRow]:
-    setting, each = parts.setting, parts.bytes_each
+    setting, each, half = parts.setting, parts.bytes_each, seconds / 2
     gpu = setting.device == "gpu"
-    jpegs = [image for one in loaded for image in one.input.images]
+    threads = format_count(setting.threads, "thread")
     if parts.encoding == "jpeg":
+        jpegs = [image for one in loaded for image in one.input.images]
         if gpu:
             limit = hardware.measure_nvjpeg(
-                jpegs, setting.batch_size, setting.threads, setting.hw_decoder_load, seconds / 2
+                jpegs, setting.batch_size, setting.threads, setting.hw_decoder_load, half
             )
         else:
-            limit = hardware.measure_libjpeg(jpegs, setting.threads, seconds / 2)
+            limit = hardware.measure_libjpeg(jpegs, setting.threads, half)
         yield make_row(
             "decode", measure_decoding(parts, loaded, seconds), each + CROPPED, limit=limit.median,
             against="nvJPEG of whole images, nothing else" if gpu
-            else f"bare libjpeg-turbo, whole images, {format_threads(setting.threads)}",
+            else f"bare libjpeg-turbo, whole images, {threads}",
         )  # fmt: skip
     moved = CROPPED * (1 + (2 if gpu else 4))
-    half = seconds / 2
-    memory = (
-        hardware.measure_device_memory(half)
-        if gpu
-        else hardware.measure_memory(setting.threads, half)
-    )
+    memory = (hardware.measure_device_memory(half) if gpu
+              else hardware.measure_memory(setting.threads, half))  # fmt: skip
     yield make_row(
         "normalise", measure_normalizing(parts, loaded, seconds), moved,
         limit=memory.median / moved,
-        against="GPU memory, copied" if gpu
-        else f"memory, copied by {format_threads(setting.threads)}",
+        against="GPU memory, copied" if gpu else f"memory, copied by {threads}",
         note="with the copy to the GPU" if gpu else "",
     )  # fmt: skip
     if gpu:
@@ -458,13 +387,11 @@ def _pixel_stages(
 
 def measure_copying(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
     """Measure the copy of a batch's stored bytes to the GPU."""
-    pipe = open_pipeline(parts.setting)
     raw = parts.encoding == "raw"
-    feeds = [one.input.images for one in loaded]
-    with pipe:
+    with open_pipeline(parts.setting) as pipe:
         stored = fn.external_source(
-            source=_cycle_feeds(feeds), batch=True, dtype=types.UINT8, ndim=3 if raw else 1,
-            layout="HWC" if raw else "", no_copy=True,
+            source=[one.input.images for one in loaded], cycle=True, batch=True, dtype=types.UINT8,
+            ndim=3 if raw else 1, layout="HWC" if raw else "", no_copy=True,
         )  # fmt: skip
         pipe.set_outputs(stored.gpu())
     return _measure_pipeline(parts, pipe, seconds)

@@ -6,22 +6,19 @@ DALI's own WebDataset reader is the yardstick: it runs on the same shards with t
 from __future__ import annotations
 
 import itertools
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import open_dataset
+from pipeline.remote.filesystem import is_remote
 from pipeline.stream.decode import NativeReader
 from pipeline.stream.loader import EncodedBatch
 from pipeline.stream.timing import WaitTimes
@@ -65,15 +62,6 @@ class StreamRate:
     """Most batches in each queue."""
 
     @property
-    def waits(self) -> WaitTimes:
-        """Seconds waited in all, by stage."""
-        total = WaitTimes()
-        for asking in self.asked:
-            for name, value in vars(asking.waited).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
-
-    @property
     def read_full(self) -> float:
         """Share of the batches, 0..1, taken while the queue of read batches was full."""
         return sum(one.read >= self.prefetch for one in self.asked) / max(1, len(self.asked))
@@ -87,22 +75,10 @@ class StreamRate:
 class MeasuredStream:
     """A stream that is measured a window at a time."""
 
-    def __init__(self, setting: Setting, position: int = 0) -> None:
-        """Open the stream and take its warm-up batches."""
-        self._stream = setting.stream(position)
-        self._size = setting.batch_size
-        self._settle: Callable[[], None] = (
-            torch.cuda.synchronize if setting.device == "gpu" else lambda: None
-        )
+    def __init__(self, stream: Stream, setting: Setting) -> None:
+        """Start the clock."""
+        self._stream, self._setting = stream, setting
         self.asked: list[TakenBatch] = []
-        self._begun = 0.0
-        try:
-            for _ in islice(self._stream, WARM_UP):
-                pass
-        except BaseException:
-            self._stream.close()
-            raise
-        self._settle()
         self._begun = time.perf_counter()
 
     def window(self, seconds: float, batches: int = 1) -> float:
@@ -112,28 +88,20 @@ class MeasuredStream:
             before = self._stream.waits.copy()
             next(self._stream)
             done += 1
-            self.asked.append(
-                TakenBatch(
-                    time.perf_counter() - self._begun, self._stream.read_ahead,
-                    self._stream.waits.since(before),
-                )
-            )  # fmt: skip
-        self._settle()
-        return done * self._size / (time.perf_counter() - start)
-
-    def close(self) -> None:
-        """Close the stream."""
-        self._stream.close()
+            at, waited = time.perf_counter() - self._begun, self._stream.waits.since(before)
+            self.asked.append(TakenBatch(at, self._stream.read_ahead, waited))
+        self._setting.synchronize()
+        return done * self._setting.batch_size / (time.perf_counter() - start)
 
 
 @contextmanager
-def open_measured_stream(setting: Setting, position: int = 0) -> Iterator[MeasuredStream]:
-    """A `Run`, closed after the block."""
-    run = MeasuredStream(setting, position)
-    try:
-        yield run
-    finally:
-        run.close()
+def open_measured_stream(setting: Setting) -> Iterator[MeasuredStream]:
+    """Open a stream and take its warm-up batches; it is closed after the block."""
+    with setting.stream() as stream:
+        for _ in itertools.islice(stream, WARM_UP):
+            pass
+        setting.synchronize()
+        yield MeasuredStream(stream, setting)
 
 
 def measure_stream(setting: Setting, seconds: float) -> StreamRate:
@@ -178,8 +146,8 @@ def measure_fetching(setting: Setting, seconds: float) -> FetchRate | None:
         tempfile.TemporaryDirectory(prefix="duet-fetch-") as cache,
         closing(open_dataset(setting.data, cache=cache, cache_size=setting.cache_size)) as dataset,
     ):
-        manifest = Manifest.load(dataset.folder)
-        shards = manifest.split(setting.split, dataset.folder).shards
+        folder = dataset.folder
+        shards = Manifest.load(folder).split(setting.split, folder).shards
         if len(shards) < FETCH_WARM_UP + 4:
             return None
         start = time.perf_counter()
@@ -187,12 +155,12 @@ def measure_fetching(setting: Setting, seconds: float) -> FetchRate | None:
         alone = shards[0].bytes / (time.perf_counter() - start)
         done = begun = 0.0
         fetched, load = 0, CpuLoad()
-        for number, shard in enumerate(islice(shards, 1, None)):
-            dataset.prefetch(shards[1 + number : 2 + number + FETCH_AHEAD])
+        for number, shard in enumerate(shards[1:], 1):
+            dataset.prefetch(shards[number : number + 1 + FETCH_AHEAD])
             dataset.fetch_shard(shard)
-            if number + 1 == FETCH_WARM_UP:
+            if number == FETCH_WARM_UP:
                 begun, load = time.perf_counter(), CpuLoad()
-            elif number + 1 > FETCH_WARM_UP:
+            elif number > FETCH_WARM_UP:
                 done, fetched = done + shard.bytes, fetched + 1
                 if fetched >= 2 and time.perf_counter() - begun > seconds:
                     break
@@ -224,15 +192,14 @@ def measure_raw(
              "--encoding", "raw", "--samples-per-shard", "256"],
             check=True, capture_output=True,
         )  # fmt: skip
-        raw = setting.with_changes(data=str(packed), split="train", shuffle="full", cache=None)
+        raw = replace(setting, data=str(packed), split="train", shuffle="full", cache=None)
         with open_parts(raw) as parts:
             # `ShardReader` copies an image on its first read and maps it from its second read on.
             epoch = -(-len(parts.storage) // raw.batch_size)
             with open_measured_stream(raw) as run:
                 run.window(0, epoch)
-                load = CpuLoad()
-                rates = tuple(run.window(seconds / 5) for _ in range(5))
-            return Rate(rates, load.cores(), load.others()), parts.bytes_each
+                rate = measure_until_steady(lambda: run.window(seconds / FEWEST))
+            return rate, parts.bytes_each
 
 
 def unpack_images(batches: Iterable[EncodedBatch], folder: Path, most: int) -> None:
@@ -265,8 +232,15 @@ def measure_rate(
         UsageError: DALI's reader cannot read a data set in a store.
     """
     rates = []
-    source = _iterate_native(setting) if reader == "native" else _iterate_stream(setting, ledger)
-    with closing(source):
+    with ExitStack() as stack:
+        source: Iterator[object]
+        if reader == "native":
+            if is_remote(setting.data):
+                raise UsageError(f"--reader native reads local folders only, not {setting.data}")
+            native = NativeReader(open_dataset(setting.data).folder, setting)
+            source = map(next, itertools.repeat(native))
+        else:
+            source = stack.enter_context(setting.stream(ledger))
         for _ in itertools.islice(source, WARM_UP):
             pass
         images = batches * setting.batch_size
@@ -275,46 +249,7 @@ def measure_rate(
                 start = time.perf_counter()
                 for _ in itertools.islice(source, batches):
                     pass
-                if setting.device == "gpu":
-                    torch.cuda.synchronize()
+                setting.synchronize()
                 rates.append(images / (time.perf_counter() - start))
                 progress.advance(images)
     return rates
-
-
-def _iterate_stream(setting: Setting, ledger: Path | None) -> Generator[torch.Tensor]:
-    with setting.stream(ledger=ledger) as stream:
-        for batch in stream:
-            yield batch.images
-
-
-def _iterate_native(setting: Setting) -> Generator[torch.Tensor]:
-    if setting.remote:
-        raise UsageError(f"--reader native reads local folders only, not {setting.data}")
-    reader = NativeReader(open_dataset(setting.data).folder, setting)
-    while True:
-        yield next(reader)
-
-
-def main(
-    setting: Setting, *, reader: str, windows: int, batches: int, ledger: Path | None,
-    as_json: bool,
-) -> int:  # fmt: skip
-    """Measure the rate and print it."""
-    rates = measure_rate(setting, reader=reader, windows=windows, batches=batches, ledger=ledger)
-    median, low, high = statistics.median(rates), min(rates), max(rates)
-    if as_json:
-        facts = {
-            "reader": reader,
-            "device": setting.device,
-            "threads": setting.threads,
-            "batch_size": setting.batch_size,
-            "img_s": round(median, 1),
-            "windows": [round(rate, 1) for rate in rates],
-        }
-        sys.stdout.write(json.dumps(facts) + "\n")
-    sys.stderr.write(
-        f"{reader} reader, {setting.device}, {setting.threads} threads, batch "
-        f"{setting.batch_size}: {median:,.0f} img/s (windows {low:,.0f} to {high:,.0f})\n"
-    )
-    return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def tune(setting: Setting, report_trial: Callable[[TuningTrial], None] = lambda 
 
     for name, values in _list_candidates(setting):
         for value in values:
-            if value == (best.get(name, getattr(setting, name))) or not has_time():
+            if value == best.get(name, getattr(setting, name)) or not has_time():
                 continue
             trial = _measure_against(setting, best, {**best, name: value})
             trials.append(trial)
@@ -96,9 +96,7 @@ def tune(setting: Setting, report_trial: Callable[[TuningTrial], None] = lambda 
         last = _measure_against(setting, {}, best)
         report_trial(last)
         trials.append(last)
-        gain = last.ratio
-        if not last.is_better:
-            best, gain = {}, 1.0
+        best, gain = (best, last.ratio) if last.is_better else ({}, 1.0)
     return TuningResult(
         change=best, gain=gain, trials=tuple(trials), seconds=time.monotonic() - start
     )
@@ -118,8 +116,8 @@ def _measure_against(setting: Setting, best: dict[str, Any], change: dict[str, A
     """Measure two settings in turn; both streams are open, one at a time is read."""
     old, new = list[float](), list[float]()
     with (
-        open_measured_stream(setting.with_changes(**best)) as first,
-        open_measured_stream(setting.with_changes(**change)) as second,
+        open_measured_stream(replace(setting, **best)) as first,
+        open_measured_stream(replace(setting, **change)) as second,
     ):
         for turn in range(TURNS):
             pairs = [(first, old), (second, new)]
@@ -131,17 +129,13 @@ def _measure_against(setting: Setting, best: dict[str, Any], change: dict[str, A
 
 def write_tuning(path: Path, setting: Setting, tuned: TuningResult) -> None:
     """Write the file for `cluster.train --tuning`: settings, and where they come from."""
-    values = {
-        name: getattr(setting.with_changes(**tuned.change), name)
-        for name in ("threads", "prefetch")
-    }
-    if setting.device == "gpu":
-        values["hw_decoder_load"] = setting.with_changes(**tuned.change).hw_decoder_load
+    best = replace(setting, **tuned.change)
+    gpu_only = ["hw_decoder_load"] if setting.device == "gpu" else []
     lines = [
         f"# python -m pipeline.throughput {setting.data} --tune",
         f"# {setting.device}, batch {setting.batch_size}: {tuned.gain:.2f} times the default "
         f"({len(tuned.trials)} trials, {tuned.seconds:.0f} s)",
-        *(f"{name} = {value}" for name, value in values.items()),
+        *(f"{name} = {getattr(best, name)}" for name in ("threads", "prefetch", *gpu_only)),
     ]
     with atomic_write(path) as file:
         file.write(("\n".join(lines) + "\n").encode())

@@ -40,7 +40,6 @@ MOST_POINTS = 500
 """Points of a line and dots of a series: a chart stays a few tens of kilobytes."""
 FONT_SIZE = 11.5
 MARGINS = (46.0, 8.0, 22.0, 40.0)
-_HINTED_PATH = r"""<a xlink:href=(["'])(.*?)\1[^>]*>\s*<path ([^>]*)/>\s*</a>"""
 
 Floats = npt.NDArray[np.float64]
 Label = Callable[[float], str]
@@ -59,7 +58,7 @@ class Chart:
     def __html__(self) -> str:
         """The figure as HTML."""
         entry = Markup('<span class="{}" style="--k:{}">{}</span>')
-        key = [entry.format("dashed" if dashed else "", *(color, name))
+        key = [entry.format("dashed" if dashed else "", color, name)
                for name, color, dashed in self.legend]  # fmt: skip
         return Markup(
             '<figure class="chart"><header><h3>{}</h3><div class="key">{}</div></header>'
@@ -258,7 +257,8 @@ def _inline_svg(figure: Any, title: str) -> Markup:
     text = re.sub(r' (?:style|d|x|y|transform)="[^"]*"', _shorten_attribute, text)
     text = re.sub(r' (?:id|clip-path)="[^"]*"', "", text)
     text = re.sub(r"<g ?/>\s*|<defs>.*?</defs>", "", text, flags=re.DOTALL)
-    text = re.sub(_HINTED_PATH, r"<path \3><title>\2</title></path>", text)
+    hinted_path = r"""<a xlink:href=(["'])(.*?)\1[^>]*>\s*<path ([^>]*)/>\s*</a>"""
+    text = re.sub(hinted_path, r"<path \3><title>\2</title></path>", text)
     head = Markup('<svg viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">').format(
         width, height, title
     )

@@ -1,9 +1,12 @@
-"""Sizes in bytes as people write them; the number of usable CPU cores."""
+"""Sizes in bytes as people write them; the CPU and the number of its usable cores."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+from contextlib import suppress
+from pathlib import Path
 
 from pipeline.tools.errors import UsageError
 
@@ -13,6 +16,15 @@ _SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<prefix>[kmgtp]?)(?P<binary
 def cpu_count() -> int:
     """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def cpu_name() -> str:
+    """Return the model of the CPU, or its architecture where the system does not tell."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if found := [line for line in lines if line.startswith("model name")]:
+            return found[0].partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def parse_size(text: str) -> int:

@@ -135,7 +135,9 @@ def test_components_are_compared_whatever_their_sign(tiny_data: Path) -> None:
         np.testing.assert_allclose(one.vector, statistics.eigenvectors[:, place])
         original = np.array(one.original_vector)
         assert np.abs(original @ ORIGINAL_VECTORS[place]) == pytest.approx(1, abs=1e-4)
-        assert np.cos(np.radians(one.angle)) == pytest.approx(original @ one.vector, abs=1e-3)
+        assert np.cos(np.radians(one.degrees_apart)) == pytest.approx(
+            original @ one.vector, abs=1e-3
+        )
 
 
 def test_page_stands_alone_and_shows_everything(data: Path, here: Path, capsys) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.stream.timing import Spent
 from pipeline.throughput import stages
-from pipeline.throughput.capacity import CapacityQuestion, plan_capacity
-from pipeline.throughput.clock import CpuLoad, Rate, measure, measure_in_turn
+from pipeline.throughput.capacity import plan_capacity
+from pipeline.throughput.clock import MOST, CpuLoad, Rate, measure, measure_in_turn
 from pipeline.throughput.diagnosis import list_thread_counts
 from pipeline.throughput.model import interpolate_pixels, list_bounds, predict_rate, simulate_queue
 from pipeline.throughput.report import compare_reports, has_regressed, list_differences
@@ -40,8 +40,8 @@ def test_the_first_call_is_not_counted_and_unsteady_windows_are_repeated():
         time.sleep(next(times))
         return 1
 
-    rate = measure(work, 0.05, fewest=5, most=8)
-    assert len(rate.windows) == 8  # they never agree
+    rate = measure(work, 0.05)
+    assert len(rate.windows) == MOST  # they never agree
     assert rate.median > 10  # the warm-up alone would make it 5
 
 
@@ -142,14 +142,14 @@ def test_a_difference_counts_beyond_the_noise_only():
 
 
 def test_a_plan_is_arithmetic_on_marked_figures():
-    question = CapacityQuestion(gpus=16, img_s=20_000, store="s3")
-    needs = {need.name: need.value for need in plan_capacity(question, None).needs}
+    plan = plan_capacity(None, gpus=16, img_s=20_000, store="s3")
+    needs = {need.name: need.value for need in plan.needs}
     assert needs["nodes"] == 2
     assert needs["cores, all nodes"] == pytest.approx(20_000 * 6e-4 * 1.1)
     assert needs["read, all nodes"] == pytest.approx(20_000 * 37_300 * 1.1 / 1e9)
     assert needs["first epoch"] == pytest.approx(1_281_167 / 20_000 / 60)
-    slow = CapacityQuestion(gpus=2, img_s=20_000, store="http")
-    answer = {need.name: need for need in plan_capacity(slow, None).needs}
+    slow = plan_capacity(None, gpus=2, img_s=20_000, store="http")
+    answer = {need.name: need for need in slow.needs}
     assert answer["first epoch"].value == pytest.approx(1_281_167 * 37_300 / 250e6 / 60)
     assert answer["read, all nodes"].enough is False
 
