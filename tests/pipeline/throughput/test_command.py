@@ -99,7 +99,7 @@ def test_bad_input_is_one_line(tiny_data, tmp_path):
         ((), "name a data set"),
         ((tmp_path,), "has no manifest.json"),
         ((tiny_data, "--threads", 0), "--threads is 0; it must be at least 1"),
-        ((tiny_data, "--threads", 5000), "threads=5000; it takes 0 to 1024"),
+        ((tiny_data, "--threads", 5000), "threads is 5000; it must be from 0 to 1024"),
         ((tiny_data, "--out", tmp_path / "none"), "is no folder"),
         ((tiny_data, "--compare", tmp_path / "no.json"), "is no report"),
         ((tiny_data, "--compare", tmp_path / "none.json"), "cannot be read"),
