@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from pipeline.dataset.index import Index, index_name, load_index, sample_key
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split, is_plain_name
 from pipeline.dataset.samples import (
+    JPEG_ENDINGS,
     Classes,
     Sample,
     SampleFile,
@@ -42,7 +43,6 @@ DamageRow = dict[str, Any]
 WebDataset key)."""
 
 DIFFERS = "SHA-256 differs from the manifest"
-MISSING = "missing"
 REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
 RAW_BYTES = SIZE * SIZE * 3
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -59,12 +59,14 @@ def make_damage_row(
     file: str, reason: str, sample: int | None = None, key: str | None = None
 ) -> DamageRow:
     """Return a finding."""
-    found: DamageRow = {"file": file}
-    if sample is not None:
-        found["sample"] = sample
-    if key is not None:
-        found["key"] = key
-    return found | {"reason": reason}
+    found = {"file": file, "sample": sample, "key": key, "reason": reason}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _describe(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    return f"cannot be read ({error.strerror})"
 
 
 def check_file(path: Path, expected: str) -> list[DamageRow]:
@@ -72,10 +74,8 @@ def check_file(path: Path, expected: str) -> list[DamageRow]:
     try:
         if sha256(path) != expected:
             return [make_damage_row(path.name, DIFFERS)]
-    except FileNotFoundError:
-        return [make_damage_row(path.name, MISSING)]
     except OSError as error:
-        return [make_damage_row(path.name, f"cannot be read ({error.strerror})")]
+        return [make_damage_row(path.name, _describe(error))]
     return []
 
 
@@ -126,20 +126,15 @@ def _check_numbers(statistics: Statistics) -> Iterator[str]:
 
 def check_lists(data: Path, manifest: Manifest) -> list[DamageRow]:
     """Check the lists of rejects and of duplicates."""
-    columns = {"name", "reason"}
     return [
-        *_check_list(
-            data / REJECTS, manifest.rejected, "rejected", columns, manifest.rejects_sha256
-        ),
-        *_check_list(
-            data / DUPLICATES, manifest.duplicates, "duplicates", set(), manifest.duplicates_sha256
-        ),
+        *_check_list(data / REJECTS, manifest, "rejected", {"name", "reason"}),
+        *_check_list(data / DUPLICATES, manifest, "duplicates", set()),
     ]
 
 
-def _check_list(
-    path: Path, expected: int, field: str, columns: set[str], digest: str | None
-) -> list[DamageRow]:
+def _check_list(path: Path, manifest: Manifest, field: str, columns: set[str]) -> list[DamageRow]:
+    expected: int = getattr(manifest, field)
+    digest: str | None = getattr(manifest, f"{path.stem}_sha256")
     if not path.exists() and expected == 0 and digest is None:
         return []  # the manifest says that the list is empty
     if digest is not None and (found := check_file(path, digest)):
@@ -152,19 +147,12 @@ def _check_list(
                 if not isinstance(row, dict) or not columns <= row.keys():
                     raise ValueError
                 count += 1
-    except FileNotFoundError:
-        return [make_damage_row(path.name, MISSING)]
     except OSError as error:
-        return [make_damage_row(path.name, f"cannot be read ({error.strerror})")]
+        return [make_damage_row(path.name, _describe(error))]
     except (ValueError, RecursionError):
         return [make_damage_row(path.name, f"line {count + 1} is not a row of this list")]
-    if count != expected:
-        return [
-            make_damage_row(
-                path.name, f"has {count:,} rows, the manifest says {field}: {expected:,}"
-            )
-        ]
-    return []
+    reason = f"has {count:,} rows, the manifest says {field}: {expected:,}"
+    return [make_damage_row(path.name, reason)] if count != expected else []
 
 
 def find_unknown_files(data: Path, manifest: Manifest) -> list[str]:
@@ -268,10 +256,8 @@ def check_shard(job: CheckJob) -> CheckResult:
     try:
         with HashedFile(path) as file:
             return CheckResult(_ShardCheck(job, file).run(), file.size)
-    except FileNotFoundError:
-        return CheckResult([make_damage_row(path.name, MISSING)], 0)
     except OSError as error:
-        return CheckResult([make_damage_row(path.name, f"cannot be read ({error.strerror})")], 0)
+        return CheckResult([make_damage_row(path.name, _describe(error))], 0)
 
 
 class _ShardCheck:
@@ -288,18 +274,23 @@ class _ShardCheck:
         except UsageError as error:
             self._fault = extract_fault(error)
         except OSError as error:
-            self._fault = f"cannot be read ({error.strerror})"
+            self._fault = _describe(error)
         self._samples = list(group_samples(self._entries))
 
     def run(self) -> list[DamageRow]:
         """Return the findings of all checks: of the tar, then of its `.idx`."""
-        rows = self._load_rows()
-        if rows is None:
-            self._check_without_index()
-        else:
+        rows: Index | None = None
+        if self._job.indexed:
+            index = np.load(self._job.data / index_name(self._job.split), mmap_mode="r")
+            rows = np.array(index[self._job.start :][: self._job.shard.samples])
             self._check_rows(rows)
+        else:
+            self._check_without_index()
         if not self._job.foreign:
-            self._check_unknown_members()
+            known = {part.name for sample in self._samples for part in sample.parts}
+            for entry in self._entries:
+                if entry.name not in known:
+                    self._add(f"it holds {entry.name!r}, which is no file of a sample")
         shard = self._job.shard
         idx = Path(shard.name).with_suffix(".idx")
         beside = check_file(self._job.data / idx, shard.idx_sha256)
@@ -313,7 +304,7 @@ class _ShardCheck:
 
     def _describe_difference(self) -> str:
         if self._file.error is not None:
-            return f"cannot be read ({self._file.error.strerror})"
+            return _describe(self._file.error)
         expected = self._job.shard.bytes
         if self._file.size != expected:
             return f"has {self._file.size:,} bytes, the manifest says {expected:,}"
@@ -323,32 +314,23 @@ class _ShardCheck:
         sample = None if place is None else self._job.start + place
         self._found.append(make_damage_row(self._job.shard.name, reason, sample, key))
 
-    def _load_rows(self) -> Index | None:
-        if not self._job.indexed:
-            return None
-        rows = np.load(self._job.data / index_name(self._job.split), mmap_mode="r")
-        start = self._job.start
-        return np.array(rows[start : start + self._job.shard.samples])
-
     def _check_rows(self, rows: Index) -> None:
         """Check each row of the index against the tar, and the bytes in its range."""
-        there = {self._payload(part)[0]: sample for part, sample in _find_images(self._samples)}
+        images = ((_find_image(sample), sample) for sample in self._samples)
+        there = {self._payload(part)[0]: sample for part, sample in images if part is not None}
         fault = self._fault
         for place, row in enumerate(rows.tolist()):
             sample = there.pop(row[2], None)
             reason = self._check_row(place, row, sample, fault)
             if reason is not None:
-                self._add(reason, place, self._key(place, sample))
+                key = None if sample is None else sample.key
+                key = key if self._job.foreign else sample_key(self._job.number, place)
+                self._add(reason, place, key)
             if sample is None:
                 fault = None  # it is reported for the first sample only
         if self._fault is None and not self._job.foreign:
             for sample in there.values():
                 self._add("it is in the tar and not in the index", key=sample.key)
-
-    def _key(self, place: int, sample: Sample | None) -> str | None:
-        if not self._job.foreign:
-            return sample_key(self._job.number, place)
-        return None if sample is None else sample.key
 
     def _check_row(
         self, place: int, row: tuple[int, ...], sample: Sample | None, fault: str | None
@@ -364,7 +346,7 @@ class _ShardCheck:
         try:
             data = self._file.read(offset, size)
         except OSError as error:
-            return f"cannot be read ({error.strerror})"
+            return _describe(error)
         if len(data) < size:
             return "the shard ends before it does"
         if isal_zlib.crc32(data) != crc:
@@ -388,20 +370,21 @@ class _ShardCheck:
             return str(error)
         if found != label:
             return f"its label is {found} in the tar and {label} in the index"
-        image = next(part for part, _ in _find_images([sample]))
+        image = _find_image(sample)
+        assert image is not None, sample  # whoever calls this has found it
         length = self._payload(image)[1]
         if length != size:
             return f"its image has {length:,} bytes in the tar and {size:,} in the index"
-        return self._check_header(image) if job.encoding == "raw" else None
+        if job.encoding == "raw":
+            header = bytes(self._file.read(image.offset, image.size - RAW_BYTES))
+            if header != _npy_header():
+                return "the header of its .npy is damaged"
+        return None
 
     def _payload(self, part: SampleFile) -> tuple[int, int]:
         """Return offset and size of the image's bytes; of a `.npy`, those of the pixels."""
         skip = max(0, part.size - RAW_BYTES) if self._job.encoding == "raw" else 0
         return part.offset + skip, part.size - skip
-
-    def _check_header(self, part: SampleFile) -> str | None:
-        header = bytes(self._file.read(part.offset, part.size - RAW_BYTES))
-        return None if header == _npy_header() else "the header of its .npy is damaged"
 
     def _check_image(self, data: bytes | memoryview) -> str | None:
         if self._job.decode:
@@ -422,25 +405,17 @@ class _ShardCheck:
     def _check_without_row(self, place: int, sample: Sample) -> str | None:
         try:
             label = self._job.classes.find_number(read_label(sample, self._file.read))
-            part, _ = next(_find_images([sample]), (None, None))
-            if part is None:
+            if (part := _find_image(sample)) is None:
                 return "it has no image"
             offset, size = self._payload(part)
             data = self._file.read(offset, size)
         except UnfitSample as error:
             return None if self._job.foreign else str(error)
         except OSError as error:
-            return f"cannot be read ({error.strerror})"
+            return _describe(error)
         if isinstance(label, str):
             return label
         return self._check_sample(place, sample, label, size) or self._check_image(data)
-
-    def _check_unknown_members(self) -> None:
-        """Report members that belong to no sample."""
-        known = {part.name for sample in self._samples for part in sample.parts}
-        for entry in self._entries:
-            if entry.name not in known:
-                self._add(f"it holds {entry.name!r}, which is no file of a sample")
 
     def _check_idx(self, path: Path, rows: Index | None) -> list[DamageRow]:
         """Compare an `.idx` with a sound tar: byte for byte, or place by place if it is foreign."""
@@ -463,13 +438,9 @@ class _ShardCheck:
         return [make_damage_row(path.name, reason)] if lacking else []
 
 
-def _find_images(samples: Sequence[Sample]) -> Iterator[tuple[SampleFile, Sample]]:
-    """Yield the image of each sample that has one, and the sample."""
-    for sample in samples:
-        for part in sample.parts:
-            if part.kind in ("jpg", "jpeg", "npy"):
-                yield part, sample
-                break
+def _find_image(sample: Sample) -> SampleFile | None:
+    """Return the image of a sample, None if it has none."""
+    return next((part for part in sample.parts if part.kind in (*JPEG_ENDINGS, "npy")), None)
 
 
 @cache

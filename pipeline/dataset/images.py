@@ -33,12 +33,9 @@ Encoding = Literal["jpeg", "raw"]
 ENDINGS: dict[Encoding, str] = {"jpeg": "jpg", "raw": "npy"}
 """Ending of an image's tar member."""
 
-
 SHAPE = (SIZE, SIZE, 3)
 COLORS = ("YCbCr", "RGB", "Gray", "L")
 """Color spaces that JPEGs may have, in the names of simplejpeg and Pillow."""
-SOI = b"\xff\xd8"
-EXIF = b"Exif\0\0"
 EXIF_WITHIN = 65_536
 """Bytes at the head of a JPEG that are searched for an orientation."""
 
@@ -79,7 +76,7 @@ def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixel
     size = read_jpeg_size(data)
     if size != (SIZE, SIZE):
         raise Undecodable(f"it is {size[0]}x{size[1]}, not {SIZE}x{SIZE}")
-    if simplejpeg is None or EXIF in data[:EXIF_WITHIN]:
+    if simplejpeg is None or b"Exif\0\0" in data[:EXIF_WITHIN]:
         return _decode_with_pillow(data)
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
@@ -104,7 +101,7 @@ def read_jpeg_size(data: bytes) -> tuple[int, int]:
             (width, height), colors = image.size, image.mode
     # Parsers raise many kinds of exception on damaged input.
     except Exception as error:
-        what = f"({summarize_error(error)})" if data.startswith(SOI) else "at all"
+        what = f"({summarize_error(error)})" if data.startswith(b"\xff\xd8") else "at all"
         raise Undecodable(f"it is no JPEG {what}") from error
     if colors not in COLORS:
         raise Undecodable(f"its colours are {colors}, neither RGB nor grey")

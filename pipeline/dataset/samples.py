@@ -140,11 +140,11 @@ class MemberLabel(NamedTuple):
 
 def parse_label(ending: str, body: bytes) -> MemberLabel:
     """Return the label in the content of a `.cls`, `.json` or `.txt` member."""
-    if ending == "json":
-        return _from_json(body)
     try:
+        if ending == "json":
+            return _from_table(json.loads(body))
         label = _from_text(body.decode())
-    except UnicodeDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
         return MemberLabel(None)
     # A text may be a caption: only a number is a label.
     return MemberLabel(None if ending == "txt" and isinstance(label, str) else label)
@@ -159,29 +159,22 @@ def _from_text(text: str) -> int | str | None:
     return text if text and text.isprintable() and len(text) <= LONGEST_WORD else None
 
 
-def _from_json(body: bytes) -> MemberLabel:
-    try:
-        table = json.loads(body)
-    except (ValueError, RecursionError):
-        return MemberLabel(None)
+def _from_table(table: object) -> MemberLabel:
     if not isinstance(table, dict):
         return MemberLabel(None)
     labels = [_from_value(table.get(name)) for name in NUMBER_FIELDS]
     names = [_from_value(table.get(name)) for name in NAME_FIELDS]
     words = [value for value in (*names, *labels) if isinstance(value, str)]
     numbers = [value for value in labels if isinstance(value, int)]
-    if numbers:
-        return MemberLabel(numbers[0], words[0] if words else None)
-    return MemberLabel(words[0] if words else None)
+    word = words[0] if words else None
+    return MemberLabel(numbers[0], word) if numbers else MemberLabel(word)
 
 
 def _from_value(value: object) -> int | str | None:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return None
-    # Python refuses to print numbers of thousands of digits.
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
+        # Python refuses to print numbers of thousands of digits.
         return value if 0 <= value < 10**9 else None
-    return _from_text(value)
+    return _from_text(value) if isinstance(value, str) else None
 
 
 @dataclass(frozen=True)

@@ -63,17 +63,15 @@ def parse_idx(content: bytes) -> list[Places]:
         raise ValueError("it does not begin with v1.1 or v1.2")
     if count.strip() != str(len(lines)):
         raise ValueError(f"it has {len(lines)} lines, and says {count.strip()!r}")
-    return [
-        _parse_line(line.split(), _COLUMNS[version], number) for number, line in enumerate(lines)
-    ]
-
-
-def _parse_line(words: list[str], columns: int, number: int) -> Places:
-    groups = [words[start : start + columns] for start in range(0, len(words), columns)]
-    try:
-        return [(group[0], int(group[1]), int(group[2])) for group in groups]
-    except (IndexError, ValueError) as error:
-        raise ValueError(f"line {number + 2} is not of endings, offsets and sizes") from error
+    columns, found = _COLUMNS[version], list[Places]()
+    for number, line in enumerate(lines, 2):
+        words = line.split()
+        groups = [words[start : start + columns] for start in range(0, len(words), columns)]
+        try:
+            found.append([(group[0], int(group[1]), int(group[2])) for group in groups])
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"line {number} is not of endings, offsets and sizes") from error
+    return found
 
 
 def _word(text: str) -> str:
@@ -121,8 +119,8 @@ def write_tar(
         for image, label in samples:
             key, text = sample_key(number, len(rows)), str(label).encode()
             writer.write({"__key__": key, "cls": text, ending: image})
-            cls, start = place + RECORD, place + 2 * RECORD + _padded(len(text))
-            place = start + _padded(len(image))
+            cls, start = place + RECORD, place + 2 * RECORD - len(text) // -RECORD * RECORD
+            place = start - len(image) // -RECORD * RECORD
             # The index points at the pixels of a raw image, behind the header of its `.npy`.
             skip = len(image) - SIZE * SIZE * 3 if encoding == "raw" else 0
             crc = isal_zlib.crc32(memoryview(image)[skip:])  # zlib's, several times faster
@@ -172,7 +170,3 @@ class _Hashed(io.RawIOBase):
         self.digest.update(data)
         self.size += len(data)
         return len(data)
-
-
-def _padded(size: int) -> int:
-    return -(-size // RECORD) * RECORD

@@ -85,7 +85,9 @@ def read_members(
         else:
             regular = kind in _REGULAR
         member = Member(raw.decode(*ENCODING), place + BLOCK, size, regular)
-        window.check(member, sparse=kind == b"S")
+        if kind == b"S" or member.offset + size > window.stop:
+            what = "is stored sparsely" if kind == b"S" else "goes on after its end"
+            raise window.damage(f"{escape(member.name[:200])} {what}")
         yield member
         place += BLOCK - size // -BLOCK * BLOCK
     if extensions.own:
@@ -199,12 +201,6 @@ class _TarWindow:
             at = end
         return found
 
-    def check(self, member: Member, sparse: bool) -> None:
-        """Raise if not all bytes of a member are in the file."""
-        if sparse or member.offset + member.size > self.stop:
-            what = "is stored sparsely" if sparse else "goes on after its end"
-            raise self.damage(f"{escape(member.name[:200])} {what}")
-
     def damage(self, what: str) -> UsageError:
         """Return an error for the tar."""
         return UsageError(
@@ -212,10 +208,9 @@ class _TarWindow:
         )
 
     def _header_error(self, header: bytes, place: int, what: str) -> UsageError:
-        if place == self._start:
-            for magic, packer in _PACKERS.items():
-                if header.startswith(magic):
-                    return self.damage(f"it is compressed with {packer}")
+        packers = (packer for magic, packer in _PACKERS.items() if header.startswith(magic))
+        if place == self._start and (packer := next(packers, None)):
+            what = f"it is compressed with {packer}"
         return self.damage(what)
 
     def _check_end(self, place: int) -> None:
@@ -232,17 +227,13 @@ class _TarWindow:
         if at < 0 or at + size > len(self._block):
             near = 0 <= at <= len(self._block) + _NEAR
             self._length = min(2 * self._length, _LARGEST) if near else _SMALLEST
-            self._block = self._fetch(place, max(size, self._length))
+            length = max(0, min(max(size, self._length), self.stop - place))
+            self._file.seek(place)
+            self._block = b""
+            while more := self._file.read(length - len(self._block)):
+                self._block += more
             self._base, at = place, 0
         return self._block[at : at + size]
-
-    def _fetch(self, place: int, size: int) -> bytes:
-        size = max(0, min(size, self.stop - place))
-        self._file.seek(place)
-        data = self._file.read(size)
-        while len(data) < size and (more := self._file.read(size - len(data))):
-            data += more
-        return data
 
 
 def _is_checksum_right(header: bytes) -> bool:
@@ -255,12 +246,7 @@ def _is_checksum_right(header: bytes) -> bool:
     total = zlib.adler32(header[156:], zlib.adler32(header[:148])) & 0xFFFF
     if (wanted - 256 + 1) % 65521 == total and wanted > 0:
         return True
-    return _is_checksum_unusual(header)
-
-
-def _is_checksum_unusual(header: bytes) -> bool:
-    """Return the same for rare forms of the checksum: of 7 digits, or over signed bytes."""
-    try:
+    try:  # rare forms: of 7 digits, or over signed bytes
         wanted = int(header[148:156].partition(b"\0")[0], 8)
     except ValueError:
         return False
