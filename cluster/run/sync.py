@@ -131,11 +131,9 @@ class RunMirror:
                 file.write(segment)
 
     def _list_segments(self, name: str) -> list[RowSegment]:
-        found = []
-        for path in self._target.list_files(name):
-            if match := _SEGMENT_NAME.fullmatch(path.rpartition("/")[2]):
-                found.append(RowSegment(int(match[1]), int(match[2]), match[3]))
-        return sorted(found)
+        names = (path.rpartition("/")[2] for path in self._target.list_files(name))
+        found = filter(None, map(_SEGMENT_NAME.fullmatch, names))
+        return sorted(RowSegment(int(match[1]), int(match[2]), match[3]) for match in found)
 
     def _select_equal(self, name: str, segments: Iterable[RowSegment]) -> list[RowSegment]:
         """Return the segments from byte 0 on that the file in RUN begins with."""

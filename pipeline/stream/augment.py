@@ -18,11 +18,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def random_uint64(
-    seed: int,
-    epochs: npt.NDArray[np.int64],
-    ids: npt.NDArray[np.int64],
-    count: int,
-    skip: int = 0,
+    seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], count: int, skip: int = 0
 ) -> list[Uint64s]:
     """Return numbers `skip` .. `skip + count` of each sample's generator: uniform uint64 [b] each.
 
@@ -90,9 +86,7 @@ def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -
     )
 
 
-def compute_color_shift(
-    colour: npt.NDArray[np.float64], basis: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+def compute_color_shift(colour: Floats, basis: Floats) -> Floats:
     """Return the RGB shift [b, 3] of draws [b, 3].
 
     Args:
@@ -100,7 +94,7 @@ def compute_color_shift(
         basis: components in columns, [3, 3], or [b, 3, 3] for a basis of each sample.
     """
     # A sum in a fixed order: a matrix product may round otherwise for another batch size.
-    shift = colour[:, :1] * basis[..., 0]
+    shift: Floats = colour[:, :1] * basis[..., 0]
     shift += colour[:, 1:2] * basis[..., 1]
     shift += colour[:, 2:3] * basis[..., 2]
     return shift

@@ -28,7 +28,6 @@ from torch.utils.dlpack import from_dlpack
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, SIZE, Encoding
 from pipeline.dataset.manifest import Manifest
-from pipeline.stream.augment import BORDER
 from pipeline.stream.config import Device, StreamConfig
 from pipeline.tools.errors import SetupError
 from pipeline.tools.units import cpu_count
@@ -62,10 +61,7 @@ class Decoder:
     """A running DALI pipeline over a source of `DecoderInput`s."""
 
     def __init__(
-        self,
-        source: Callable[[], DecoderInput],
-        config: StreamConfig,
-        encoding: Encoding = "jpeg",
+        self, source: Callable[[], DecoderInput], config: StreamConfig, encoding: Encoding = "jpeg"
     ) -> None:
         """Build the graph.
 
@@ -120,7 +116,13 @@ class TrialDecoder:
     def can_decode(self, image: npt.NDArray[np.uint8]) -> bool:
         """Return whether a JPEG (uint8 [size]) decodes to 256x256 pixels."""
         if self._pipe is None:
-            self._pipe = self._build()
+            self._pipe = Pipeline(1, 1, self._gpu, prefetch_queue_depth=1)
+            with self._pipe:
+                jpeg = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
+                where = "cpu" if self._gpu is None else "mixed"
+                pixels = fn.decoders.image(jpeg, device=where, output_type=types.RGB)
+                self._pipe.set_outputs(pixels)
+            self._pipe.build()
         self._pipe.feed_input("image", [image])
         try:
             (pixels,) = self._pipe.run()
@@ -128,15 +130,6 @@ class TrialDecoder:
             self._pipe = None  # DALI calls it "no longer valid"
             return False
         return tuple(pixels[0].shape()) == (SIZE, SIZE, 3)
-
-    def _build(self) -> Pipeline:
-        pipe = Pipeline(1, 1, self._gpu, prefetch_queue_depth=1)
-        with pipe:
-            image = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-            where = "cpu" if self._gpu is None else "mixed"
-            pipe.set_outputs(fn.decoders.image(image, device=where, output_type=types.RGB))
-        pipe.build()
-        return pipe
 
 
 def select_gpu(device: Device) -> int | None:
@@ -238,11 +231,6 @@ def _crop(config: StreamConfig, x: Any, y: Any) -> dict[str, Any]:
     return {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
 
 
-def to_fraction(corner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Return crop corners 0..32 as fractions 0..1 of the free border."""
-    return (corner / BORDER).astype(np.float32)
-
-
 _ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
 """Member name endings in DALI's syntax; shards of other tools may have any of these."""
 
@@ -266,7 +254,7 @@ class NativeReader:
         self._pipe = open_pipeline(config, seed=0)
         with self._pipe:
             parts: Any = fn.readers.webdataset(
-                paths=[str(path) for path in shards],
+                paths=list(map(str, shards)),
                 index_paths=[str(path.with_suffix(".idx")) for path in shards],
                 ext=[_ENDINGS[manifest.encoding], "cls"],
                 random_shuffle=True,

@@ -16,8 +16,8 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import SIZE
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import BORDER, draw
-from pipeline.stream.config import Device, StreamConfig
-from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder, to_fraction
+from pipeline.stream.config import StreamConfig
+from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder
 from pipeline.stream.normalization import Floats, Normalization
 from pipeline.stream.order import BlockShuffle, FullShuffle, Ids, Order, Slots, StoredOrder
 from pipeline.stream.prefetch import Prefetcher
@@ -78,9 +78,8 @@ class BatchReader:
             config.split, Path(config.quarantine) if config.quarantine else None
         )
         """Samples found damaged."""
-        self._header_check: HeaderCheck | None = None
-        if self.storage.encoding == "jpeg":
-            self._header_check = HeaderCheck(len(self.storage))
+        is_jpeg = self.storage.encoding == "jpeg"
+        self._header_check = HeaderCheck(len(self.storage)) if is_jpeg else None
         self._needs: tuple[int, ...] = ()
         self._free: deque[Bytes] = deque()
 
@@ -94,7 +93,9 @@ class BatchReader:
         planned: deque[tuple[int, Slots]] = deque()
         while True:
             start = perf_counter()
-            while len(planned) <= LOOKAHEAD and not self._past_end(position):
+            while len(planned) <= LOOKAHEAD and not (
+                self.config.once and position >= self.order.samples
+            ):
                 slots = self._plan(position)
                 self.storage.advise(slots.ids)
                 planned.append((position, slots))
@@ -111,9 +112,6 @@ class BatchReader:
         """Close the shards and the trial decoder; nothing may be read any more."""
         self._header_check = None
         self.storage.close()
-
-    def _past_end(self, position: int) -> bool:
-        return self.config.once and position >= self.order.samples
 
     def _plan(self, position: int) -> Slots:
         """Return this rank's slots of the global batch at `position`."""
@@ -224,8 +222,9 @@ class BatchReader:
             x = y = np.full(len(images), BORDER // 2)
             flip = np.zeros(len(images), bool)
             mean = np.tile(self.normalization.channel_mean, (len(images), 1))
-        crop = to_fraction(x), to_fraction(y)
-        return DecoderInput(images, *crop, flip.astype(np.int32), mean.astype(np.float32), divisor)
+        left, top = ((corner / BORDER).astype(np.float32) for corner in (x, y))
+        subtracted = mean.astype(np.float32)
+        return DecoderInput(images, left, top, flip.astype(np.int32), subtracted, divisor)
 
 
 def make_order(config: StreamConfig, shards: list[int]) -> Order:
@@ -270,12 +269,12 @@ class Loader:
         # DALI's graph is a tangle of cycles: if it knew `self`, all of this would stay until a
         # garbage collection.
         source = weakref.WeakMethod(self._next_input)
-        self._decoder = Decoder(
-            lambda: source()(),  # type: ignore[misc]
-            config,
-            reader.storage.encoding,
-        )
-        self._mean_image = _on_device(reader.normalization.mean_image, config.device)
+        encoding = reader.storage.encoding
+        self._decoder = Decoder(lambda: source()(), config, encoding)  # type: ignore[misc]
+        self._mean_image: torch.Tensor | None = None
+        if (image := reader.normalization.mean_image) is not None:
+            where = ("cuda", torch.float16) if config.device == "gpu" else ("cpu", torch.float32)
+            self._mean_image = torch.from_numpy(image).to(*where)
 
     def run(self) -> tuple[EncodedBatch, torch.Tensor]:
         """Return the next batch and its pixels.
@@ -318,9 +317,8 @@ class Loader:
         batch, trial = self._decoding[0], TrialDecoder(self._reader.config.device)
         # DALI names at most the first bad one.
         failed = [i for i, jpeg in enumerate(batch.input.images) if not trial.can_decode(jpeg)]
-        if not failed or len(failed) == len(batch.ids) > 1:
-            return None
-        return DecodeFailure(batch, failed)
+        is_all = len(failed) == len(batch.ids) > 1
+        return DecodeFailure(batch, failed) if failed and not is_all else None
 
     def _next_input(self) -> DecoderInput:
         """Return the next batch's input; DALI calls this ahead of need."""
@@ -337,14 +335,6 @@ class Loader:
         self._waits.add_read_wait(waited, batch.spent)
         self._decoding.append(batch)
         return batch.input
-
-
-def _on_device(image: Floats | None, device: Device) -> torch.Tensor | None:
-    """Return an image with the device and dtype of the pixels."""
-    if image is None:
-        return None
-    tensor = torch.from_numpy(image)
-    return tensor.to("cuda", torch.float16) if device == "gpu" else tensor
 
 
 def subtract_image(images: torch.Tensor, image: torch.Tensor, divisor: Floats | None) -> None:

@@ -239,12 +239,7 @@ def _assign_parts(seed: int, epoch: int, samples: int) -> tuple[npt.NDArray[np.u
 
 
 def _shuffle_part(
-    seed: int,
-    epoch: int,
-    samples: int,
-    number: int,
-    drawn: npt.NDArray[np.uint16],
-    edges: Ids,
+    seed: int, epoch: int, samples: int, number: int, drawn: npt.NDArray[np.uint16], edges: Ids
 ) -> Ids:
     """Return the ids of a part of an epoch in their order, int64 (read-only)."""
     if len(edges) == 2:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
+_Queue: TypeAlias = queue.Queue[tuple[T | None, BaseException | None]]
+"""Of an item, or None and the error that came in its place; two Nones at the end."""
 
 JOIN_TIMEOUT = 5.0
 """Seconds that the end of the interpreter waits for a thread that makes an item."""
@@ -19,7 +22,7 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         """Start at once; at most `depth` items, and one in the making, wait to be taken."""
-        self._queue: queue.Queue[_PrefetchedItem[T]] = queue.Queue(depth)
+        self._queue: _Queue[T] = queue.Queue(depth)
         stop = threading.Event()
         # The thread must not refer to `self`: a forgotten Prefetcher could never be collected.
         thread = threading.Thread(target=_fill_queue, args=(items, self._queue, stop), daemon=True)
@@ -36,11 +39,11 @@ class Prefetcher(Generic[T]):
         """
         if not self._finalizer.alive:
             raise StopIteration
-        made = self._queue.get()
-        if made.item is None:
+        item, error = self._queue.get()
+        if item is None:
             self.close()
-            raise made.error or StopIteration
-        return made.item
+            raise error or StopIteration
+        return item
 
     @property
     def ready(self) -> int:
@@ -57,33 +60,21 @@ class Prefetcher(Generic[T]):
             self._thread.join()
 
 
-class _PrefetchedItem(Generic[T]):
-    def __init__(self, item: T | None = None, error: BaseException | None = None) -> None:
-        self.item = item
-        self.error = error
-
-
-def _fill_queue(
-    items: Iterator[T], made: queue.Queue[_PrefetchedItem[T]], stop: threading.Event
-) -> None:
+def _fill_queue(items: Iterator[T], made: _Queue[T], stop: threading.Event) -> None:
     try:
         for item in items:
-            made.put(_PrefetchedItem(item))
+            made.put((item, None))
             if stop.is_set():
                 return
-        made.put(_PrefetchedItem())
+        made.put((None, None))
     except BaseException as error:
-        made.put(_PrefetchedItem(error=error))
+        made.put((None, error))
 
 
-def _stop_thread(
-    thread: threading.Thread, made: queue.Queue[_PrefetchedItem[T]], stop: threading.Event
-) -> None:
+def _stop_thread(thread: threading.Thread, made: _Queue[T], stop: threading.Event) -> None:
     stop.set()
-    while True:  # make room for an item that waits for a slot
-        try:
+    with contextlib.suppress(queue.Empty):  # make room for an item that waits for a slot
+        while True:
             made.get_nowait()
-        except queue.Empty:
-            break
     if thread is not threading.current_thread():
         thread.join(JOIN_TIMEOUT)

@@ -104,9 +104,8 @@ class Quarantine:
 
     def find_damaged(self, ids: Ids) -> list[int]:
         """Return the places of `ids` (int64 [b]) that hold samples known to be damaged."""
-        if not self.known:
-            return []
-        return [place for place, sample in enumerate(ids.tolist()) if sample in self.known]
+        found = enumerate(ids.tolist() if self.known else ())
+        return [place for place, sample in found if sample in self.known]
 
     def add(self, damages: Iterable[Damage]) -> None:
         """Add damaged samples, and append those to the file that it does not list yet."""
@@ -145,9 +144,7 @@ class _QuarantineFile:
         """Append the samples that are not listed; other processes may do the same at this time."""
         with self._open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if (
-                os.fstat(file.fileno()).st_size < self._end
-            ):  # the file was moved away: this is a new one
+            if os.fstat(file.fileno()).st_size < self._end:  # moved away: this is a new one
                 self._listed.clear()
                 self._end = 0
             self._read_new(file)

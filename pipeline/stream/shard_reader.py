@@ -190,9 +190,14 @@ class ShardReader:
             count = os.preadv(file, [view], offset)
             self._reading += perf_counter() - start
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
-                raise self._make_error(shard, error) from error
-            return f"cannot be read ({error.strerror})"
+            what = f"cannot be read ({error.strerror})"
+            if error.errno in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
+                return what
+            path = self._dataset.folder / self.shards[shard].name
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                why = f"cannot be opened ({error.strerror}); raise `ulimit -n`"
+                raise SetupError(f"shard {path} {why}") from error
+            raise DataError(f"shard {path} {what}; restore it, or {REBUILD}") from error
         if count < len(view):
             return "the shard ends before it does"
         return None if self._crc(view) == crc else "CRC-32 differs"
@@ -216,8 +221,7 @@ class ShardReader:
 
     def _recheck(self, number: int) -> bool:
         """Return whether a better copy of a shard is there now; the old one is closed then."""
-        better = self._dataset.recheck(self.shards[number])
-        if better:
+        if better := self._dataset.recheck(self.shards[number]):
             self._files.pop(number).close()
         return better
 
@@ -233,16 +237,6 @@ class ShardReader:
         else:
             self._files.move_to_end(number)
         return file
-
-    def _make_error(self, number: int, error: OSError) -> DuetError:
-        path = self._dataset.folder / self.shards[number].name
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            return SetupError(
-                f"shard {path} cannot be opened ({error.strerror}); raise `ulimit -n`"
-            )
-        return DataError(
-            f"shard {path} cannot be read ({error.strerror}); restore it, or {REBUILD}"
-        )
 
 
 class _ShardFile:

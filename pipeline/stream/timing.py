@@ -52,16 +52,13 @@ class WaitTimes:
 
     def add_read_wait(self, seconds: float, spent: Spent) -> None:
         """Add `seconds` waited for a batch on which the reading thread spent `spent`."""
-        part = spent.scale_to(seconds)
-        self.fetch += part.fetch
-        self.storage += part.storage
-        self.checksum += part.checksum
-        self.feed += part.feed
+        for stage, part in spent.scale_to(seconds)._asdict().items():
+            setattr(self, stage, getattr(self, stage) + part)
 
     @property
     def total(self) -> float:
         """Sum of all stages, in seconds."""
-        return self.fetch + self.storage + self.checksum + self.feed + self.decode + self.handover
+        return float(sum(vars(self).values()))
 
     def copy(self) -> WaitTimes:
         """Return a copy."""

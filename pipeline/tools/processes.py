@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
+    Executor,
     Future,
     ProcessPoolExecutor,
     ThreadPoolExecutor,
@@ -105,17 +106,23 @@ def read_ahead(read: Callable[[J], R], items: Iterable[J]) -> Iterator[R]:
 
     For small files of a store, which answers each request late, but many at once.
     """
-    rest = iter(items)
     with ThreadPoolExecutor(READ_AHEAD, "read ahead") as pool:
-        queue: deque[Future[R]] = deque()
-        try:
-            queue.extend(pool.submit(read, item) for item in itertools.islice(rest, READ_AHEAD))
-            while queue:
-                yield queue.popleft().result()
-                queue.extend(pool.submit(read, item) for item in itertools.islice(rest, 1))
-        finally:
-            for future in queue:
-                future.cancel()
+        yield from _submit_in_order(pool, read, items, READ_AHEAD)
+
+
+def _submit_in_order(
+    pool: Executor, work: Callable[[J], R], items: Iterable[J], limit: int
+) -> Iterator[R]:
+    """Yield `work(item)` of each item, in order; the pool has at most `limit` of them."""
+    rest, queue = iter(items), deque[Future[R]]()
+    try:
+        queue.extend(pool.submit(work, item) for item in itertools.islice(rest, limit))
+        while queue:
+            yield queue.popleft().result()
+            queue.extend(pool.submit(work, item) for item in itertools.islice(rest, 1))
+    finally:
+        for future in queue:
+            future.cancel()
 
 
 def map_in_order(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[R]:
@@ -136,15 +143,9 @@ def map_in_order(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Ite
     if workers <= 1:
         yield from map(work, jobs)
         return
-    running: deque[Future[R]] = deque()
     with _start_pool(workers) as pool:
         try:
-            for job in jobs:
-                if len(running) >= QUEUED * workers:
-                    yield running.popleft().result()
-                running.append(pool.submit(work, job))
-            while running:
-                yield running.popleft().result()
+            yield from _submit_in_order(pool, work, jobs, QUEUED * workers)
         except KeyboardInterrupt:
             _terminate_children()
             raise
@@ -152,8 +153,6 @@ def map_in_order(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Ite
             raise DuetError(
                 "a process died (out of memory?); run the same command again, with fewer --workers"
             ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Pool(Protocol):

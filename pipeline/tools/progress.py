@@ -40,8 +40,7 @@ class Progress:
             transient=True,
         )
         self._task = self._bar.add_task(what, total=total, completed=already, note="")
-        self._unit, self._already = unit, already
-        self._start = self._printed = time.monotonic()
+        self._printed = time.monotonic()
 
     def advance(self, count: int) -> None:
         """Count `count` more units as done."""
@@ -53,19 +52,18 @@ class Progress:
 
     def skip(self, count: int) -> None:
         """Count `count` more units as done, without an effect on the rate."""
-        self._already += count
         self._rate.already += count
         self._bar.advance(self._task, count)
 
     def _line(self) -> str:
         """Return, for example, `packing: 5,120 of 20,000 img, 412 img/s, 0:00:36 left`."""
         (task,) = self._bar.tasks
-        rate = max(1e-9, (task.completed - self._already) / (self._printed - self._start))
+        rate, unit = max(1e-9, self._rate.measure(task)), self._rate.unit
         left = timedelta(seconds=min(10**9, round(((task.total or 0) - task.completed) / rate)))
         note = f", {task.fields['note']}" if task.fields["note"] else ""
         return (
-            f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {self._unit}, "
-            f"{rate:,.0f} {self._unit}/s, {left} left{note}"
+            f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {unit}, "
+            f"{rate:,.0f} {unit}/s, {left} left{note}"
         )
 
     def note(self, text: str) -> None:
@@ -85,9 +83,12 @@ class _Rate(rp.ProgressColumn):
 
     def __init__(self, unit: str, already: int) -> None:
         super().__init__()
-        self._unit, self.already, self._start = unit, already, time.monotonic()
+        self.unit, self.already, self._start = unit, already, time.monotonic()
+
+    def measure(self, task: rp.Task) -> float:
+        """Return the units per second."""
+        return (task.completed - self.already) / max(1e-9, time.monotonic() - self._start)
 
     def render(self, task: rp.Task) -> Text:
         """Return, for example, `412 img/s`."""
-        rate = (task.completed - self.already) / max(1e-9, time.monotonic() - self._start)
-        return Text(f"{rate:,.0f} {self._unit}/s")
+        return Text(f"{self.measure(task):,.0f} {self.unit}/s")

@@ -10,13 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.stream.ledger.findings import (
-    LISTED,
-    LedgerFinding,
-    find_runs,
-    format_runs,
-    pluralize,
-)
+from pipeline.stream.ledger.findings import LISTED, LedgerFinding, find_runs, format_runs, pluralize
 from pipeline.stream.ledger.format import ENDING, LedgerFile, scan_ledger
 from pipeline.stream.order import Ids, split_batch
 from pipeline.tools.errors import UsageError

@@ -120,7 +120,7 @@ def encode_frame(
     position: int,
     due: Ids,
     delivered: Ids,
-    checksums: npt.NDArray[np.uint32],
+    checksums: npt.NDArray[np.integer[Any]],
 ) -> bytes:
     """Return one frame; the three arrays are [b], in order of position."""
     (places,) = np.nonzero(due != delivered)
@@ -148,11 +148,6 @@ class Deliveries(NamedTuple):
     """Ids of the samples that were delivered, int64."""
     checksums: npt.NDArray[np.uint32]
     """Checksum of the pixels of each."""
-
-    def select(self, which: npt.NDArray[np.bool_]) -> Deliveries:
-        """Return those at which `which`, bool [n], is true."""
-        positions, due, delivered, checksums = self
-        return Deliveries(positions[which], due[which], delivered[which], checksums[which])
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +186,9 @@ class LedgerFile:
         frames = self.frames[touching]
         parts = []
         if len(frames):
-            start, stop = int(frames[:, 0].min()), int(self._ends(frames).max())
+            samples = frames[:, 2] + frames[:, 3]
+            ends = frames[:, 0] + FRAME.size + samples * _sample_bytes(self.header)
+            start, stop = int(frames[:, 0].min()), int(ends.max())
             with self.path.open("rb") as file:
                 file.seek(start)
                 content = np.frombuffer(file.read(stop - start), np.uint8)
@@ -201,14 +198,7 @@ class LedgerFile:
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         found = Deliveries(*columns) if columns else Deliveries(*np.zeros((4, 0), np.int64))
         inside = (found.positions >= first) & (found.positions < last)
-        return found if inside.all() else found.select(inside)
-
-    def _ends(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        samples = frames[:, 2] + frames[:, 3]
-        ends: npt.NDArray[np.int64] = (
-            frames[:, 0] + FRAME.size + samples * _sample_bytes(self.header)
-        )
-        return ends
+        return found if inside.all() else Deliveries(*[column[inside] for column in columns])
 
     def _decode_frames(
         self, content: npt.NDArray[np.uint8], frames: npt.NDArray[np.int64], count: int

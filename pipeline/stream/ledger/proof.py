@@ -23,13 +23,7 @@ from pipeline.stream.ledger.attempts import (
     group_attempts,
     open_ledgers,
 )
-from pipeline.stream.ledger.findings import (
-    LISTED,
-    LedgerFinding,
-    Proof,
-    limit_findings,
-    pluralize,
-)
+from pipeline.stream.ledger.findings import LISTED, LedgerFinding, Proof, limit_findings, pluralize
 from pipeline.stream.ledger.format import Deliveries, LedgerFile
 from pipeline.stream.order import Ids
 from pipeline.tools.progress import Progress
@@ -188,8 +182,7 @@ def prove(data: Path, runs: Sequence[Path]) -> Proof:
     shards = manifest.splits[ledgers.files[0].header.split].shards
     prover = _Prover(ledgers.files, shards, data if manifest.foreign else None)
     for path, reason in ledgers.unreadable.items():
-        reason = f"{path}: {reason}"
-        prover.findings.append(LedgerFinding(kind="unreadable", reason=reason, files=(path.name,)))
+        prover.add_finding("unreadable", f"{path}: {reason}", files=(path.name,))
     prover.run()
     return prover.make_proof(ledgers.torn)
 
@@ -217,6 +210,10 @@ class _Prover:
         if files[0].header.shuffle == "stored":  # one pass; what is beyond pads the last batch
             self._end = min(self._end, self._samples)
         self._frontier = self._end
+
+    def add_finding(self, kind: str, reason: str, **facts: Any) -> None:
+        """Add an error; `facts` are further fields of `LedgerFinding`."""
+        self.findings.append(LedgerFinding(kind=kind, reason=reason, **facts))
 
     def run(self) -> None:
         """Check every file and every position."""
@@ -254,21 +251,16 @@ class _Prover:
         name = file.path.name
         if file.damage:
             reason = f"{file.path}: {file.damage}; what follows was not read"
-            self.findings.append(LedgerFinding(kind="unreadable", reason=reason, files=(name,)))
+            self.add_finding("unreadable", reason, files=(name,))
         wrong, number, due = find_misplaced_frames(file)
         if wrong:
             _, position, samples, _ = file.frames[number].tolist()
             more = f"; {wrong - 1} more such frames" if wrong > 1 else ""
-            self.findings.append(
-                LedgerFinding(
-                    kind="out of line",
-                    reason=f"{name}: frame {number} holds {pluralize(samples, 'sample')} from "
-                    f"position {position:,}, but its rank was due at position {due:,}{more}",
-                    position=position,
-                    count=wrong,
-                    files=(name,),
-                )
+            reason = (
+                f"{name}: frame {number} holds {pluralize(samples, 'sample')} from position "
+                f"{position:,}, but its rank was due at position {due:,}{more}"
             )
+            self.add_finding("out of line", reason, position=position, count=wrong, files=(name,))
 
     def _windows(self) -> Iterator[tuple[int, int]]:
         """Return first and last position of the windows with any delivery."""
@@ -327,17 +319,14 @@ class _Prover:
         known: Flags = (window.due < self._samples) & (window.delivered < self._samples)
         for slot in np.flatnonzero(owned & ~known)[: LISTED + 1].tolist():
             position, due = window.first + slot, int(window.due[slot])
-            self.findings.append(
-                LedgerFinding(
-                    kind="unknown id",
-                    reason=f"position {position:,} (epoch {position // self._samples}): sample "
-                    f"{due} was due and {window.delivered[slot]} delivered, but the split has "
-                    f"only {pluralize(self._samples, 'sample')}",
-                    epoch=position // self._samples,
-                    position=position,
-                    ids=(due,),
-                    files=(self._files[window.owner[slot]].path.name,),
-                )
+            epoch, file = position // self._samples, self._files[window.owner[slot]].path.name
+            reason = (
+                f"position {position:,} (epoch {epoch}): sample {due} was due and "
+                f"{window.delivered[slot]} delivered, but the split has only "
+                f"{pluralize(self._samples, 'sample')}"
+            )
+            self.add_finding(
+                "unknown id", reason, epoch=epoch, position=position, ids=(due,), files=(file,)
             )
         slots: Ids = np.flatnonzero(owned & known)
         keys = slots // self._samples * self._samples + window.due[slots].astype(np.int64)
@@ -355,17 +344,13 @@ class _Prover:
             names.append(
                 self._name_sample(sample) + (f" at positions {where}" if kind == "twice" else "")
             )
-        self.findings.append(
-            LedgerFinding(
-                kind=kind,
-                reason=f"epoch {epoch}: {pluralize(len(ids), 'sample')} "
-                f"{'was' if len(ids) == 1 else 'were'} due "
-                f"{'more than once' if kind == 'twice' else 'at no position'}: "
-                f"{'; '.join(names)}{'; ...' if len(ids) > NAMED else ''}",
-                epoch=epoch,
-                count=len(ids),
-                ids=tuple(ids[:LISTED].tolist()),
-            )
+        reason = (
+            f"epoch {epoch}: {pluralize(len(ids), 'sample')} {'was' if len(ids) == 1 else 'were'} "
+            f"due {'more than once' if kind == 'twice' else 'at no position'}: "
+            f"{'; '.join(names)}{'; ...' if len(ids) > NAMED else ''}"
+        )
+        self.add_finding(
+            kind, reason, epoch=epoch, count=len(ids), ids=tuple(ids[:LISTED].tolist())
         )
 
     def _name_sample(self, sample: int) -> str:

@@ -18,6 +18,7 @@ import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -137,14 +138,11 @@ class Ledger:
             raise ValueError(f"ledger {self.path} is closed")
         self.flush()
         if self._header.checksum == "crc32":
-            frame = encode_frame(
-                self._header.id_type, position, due, delivered, compute_crc32s(images)
-            )
-            self._write(frame)
+            self._write_frame(position, due, delivered, compute_crc32s(images))
             return
         sums = compute_weighted_sums(images)
         if not sums.is_cuda:
-            self._write_sums(position, due, delivered, sums)
+            self._write_frame(position, due, delivered, sums.numpy())
             return
         host = sums.to("cpu", non_blocking=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -160,7 +158,8 @@ class Ledger:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.ready.synchronize()
-            self._write_sums(pending.position, pending.due, pending.delivered, pending.sums)
+            sums = pending.sums.numpy()
+            self._write_frame(pending.position, pending.due, pending.delivered, sums)
 
     def close(self) -> None:
         """Write what is pending and close the file; a second call does nothing."""
@@ -175,9 +174,10 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write_sums(self, position: int, due: Ids, delivered: Ids, sums: torch.Tensor) -> None:
-        frame = encode_frame(self._header.id_type, position, due, delivered, sums.numpy())
-        self._write(frame)
+    def _write_frame(
+        self, position: int, due: Ids, delivered: Ids, checksums: npt.NDArray[np.integer[Any]]
+    ) -> None:
+        self._write(encode_frame(self._header.id_type, position, due, delivered, checksums))
 
     def _write(self, content: bytes) -> None:
         if self._file is None:
