@@ -30,6 +30,7 @@ from pipeline.packing.shards import REJECTS
 from pipeline.remote.target import Target, is_finished, open_target
 from pipeline.sources import find_other_split
 from pipeline.tools.errors import run
+from pipeline.tools.text import human_bytes
 
 LEAKS_SHOWN = 5
 """Number of leaks shown on the terminal; the file lists them all."""
@@ -50,7 +51,7 @@ def report_build(
 def build_facts(options: BuildConfig, manifest: Manifest, seconds: float | None) -> dict[str, Any]:
     """Return the JSON object that `--json` prints."""
     return {
-        "data": str(options.out),
+        "data": options.out,
         "samples": {name: split.samples for name, split in manifest.splits.items()},
         "shards": {name: len(split.shards) for name, split in manifest.splits.items()},
         "bytes": sum(split.bytes for split in manifest.splits.values()),
@@ -63,24 +64,20 @@ def build_facts(options: BuildConfig, manifest: Manifest, seconds: float | None)
     }
 
 
-def summary_lines(options: BuildConfig, manifest: Manifest, seconds: float | None) -> list[str]:
-    """Return the lines about samples, size and duplicates for the terminal."""
+def summary_lines(options: BuildConfig, manifest: Manifest, seconds: float | None) -> Iterator[str]:
+    """Yield the lines about samples, size and duplicates for the terminal."""
     out = options.out
-    samples = {name: split.samples for name, split in manifest.splits.items()}
-    size = sum(split.bytes for split in manifest.splits.values())
-    parts = ", ".join(f"{count:,} {name}" for name, count in samples.items())
+    size = human_bytes(sum(split.bytes for split in manifest.splits.values()))
+    parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     left_out = f", {manifest.rejected:,} left out ({out}/{REJECTS})" if manifest.rejected else ""
     time_taken = "built before" if seconds is None else f"{seconds:.0f} s"
-    told = [
+    yield (
         f"data set {out}: {parts} images of {len(manifest.classes):,} classes{left_out}, "
-        f"{_human(size)} of {manifest.encoding} shards, {time_taken}"
-    ]
+        f"{size} of {manifest.encoding} shards, {time_taken}"
+    )
     if manifest.duplicates:
-        told.append(
-            f"{_count_groups(manifest.duplicates)} of the same or nearly the same image "
-            f"({out}/{DUPLICATES})"
-        )
-    return told
+        groups = _count_groups(manifest.duplicates)
+        yield f"{groups} of the same or nearly the same image ({out}/{DUPLICATES})"
 
 
 def leak_lines(manifest: Manifest, target: Target) -> Iterator[str]:
@@ -103,11 +100,6 @@ def leak_lines(manifest: Manifest, target: Target) -> Iterator[str]:
 
 def _count_groups(count: int) -> str:
     return "1 group" if count == 1 else f"{count:,} groups"
-
-
-def _human(size: int) -> str:
-    """Return a number of bytes in MB, or in GB from a billion on (powers of ten)."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def main() -> int:

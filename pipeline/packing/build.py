@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,17 +76,14 @@ def build(options: BuildConfig, target: Target | None = None, pool: Pool | None 
         DataError: OUT holds a finished set with a shard missing or truncated.
     """
     options.check()
-    return _build_with_retries(target or open_target(options.out), options, pool)
-
-
-def _build_with_retries(target: Target, options: BuildConfig, pool: Pool | None) -> Manifest:
+    target = target or open_target(options.out)
     with _disk_errors_in_one_line(target):
         if is_finished(target):
             return _check_finished(options, target)
     with _disk_errors_in_one_line(target), target.reserve(), target.scratch() as scratch:
         plan = make_plan(options, scratch)
         _check_state(options, plan, target)
-        with _open_pool(pool, options) as workers:
+        with nullcontext(pool) if pool else LocalPool(options.workers) as workers:
             damaged: Counter[int] = Counter()
             while max(damaged.values(), default=0) < REPEATS:
                 try:
@@ -127,7 +124,7 @@ def _pack_chunks(options: BuildConfig, plan: BuildPlan, target: Target, pool: Po
     with Progress("packing", total=plan.pictures, unit="img", already=already) as progress:
         for done in pool.run(pack_chunk, jobs):
             rejects += done.rejected
-            progress.advance(done.pictures)
+            progress.advance(done.images)
             progress.note(f"{rejects} left out")
 
 
@@ -145,12 +142,11 @@ def _write_shards(
         counts[split] = -(-len(order) // step)
         maybe = [n for n in range(counts[split]) if shard_facts_name(split, n) in there]
         rows = [order[number * step : (number + 1) * step] for number in range(counts[split])]
+        files = read_ahead(partial(fetch_shard, target, split), maybe)
         done = {
             number
-            for number, fetched in zip(
-                maybe, read_ahead(partial(fetch_shard, target, split), maybe), strict=True
-            )
-            if parse_shard(fetched, split, number, collected.taken[rows[number]])
+            for number, fetched in zip(maybe, files, strict=True)
+            if parse_shard(fetched, collected.taken[rows[number]])
         }
         jobs += [(split, n, rows[n]) for n in range(counts[split]) if n not in done]
     already = total - sum(len(rows) for *_, rows in jobs)
@@ -245,22 +241,11 @@ def _describe_difference(theirs: Mapping[str, object], ours: Mapping[str, object
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the packages that decide the bytes of a shard."""
-    found = {}
+    found = dict.fromkeys(LIBRARIES, "unknown")
     for name in LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
     return found
-
-
-@contextmanager
-def _open_pool(pool: Pool | None, options: BuildConfig) -> Iterator[Pool]:
-    if pool is not None:
-        yield pool
-        return
-    with LocalPool(options.workers) as ours:
-        yield ours
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from pipeline.dataset.images import Pixels, encode_npy
 from pipeline.packing.duplicates import perceptual_hash
 from pipeline.packing.jpeg_header import ImageError, to_one_line
 from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan
-from pipeline.packing.resize import decode_square, encode, use_one_thread
+from pipeline.packing.resize import decode_square, encode
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader
@@ -45,8 +46,6 @@ PACKED_DTYPE = np.dtype(
 )
 """An image of a chunk: whether it could be packed, and then its byte range in the `.bin`, the
 CRC-32 of those bytes, and its perceptual hash."""
-
-Packed = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ class ChunkJob:
 class ChunkDone:
     """Result of packing one chunk, as the driver receives it."""
 
-    number: int
-    pictures: int
+    images: int
     rejected: int
 
 
@@ -79,7 +77,8 @@ class ChunkDone:
 class PackedChunk:
     """The `.npz` of a chunk, read back."""
 
-    packed: Packed
+    packed: npt.NDArray[np.void]
+    """`PACKED_DTYPE` [n]"""
     reasons: dict[int, str]
     """Place in the chunk -> why that image was rejected."""
     sums: Sums
@@ -121,31 +120,30 @@ def make_chunk_job(
     )
 
 
-class ChunkFiles(NamedTuple):
-    """Content of the `.npz` and size of the `.bin` of a chunk; None where they are missing."""
+class FetchedFacts(NamedTuple):
+    """The `.npz` of a chunk or a shard, and what lies on the disk beside it."""
 
-    facts: bytes | None
-    size: int | None
-    """Size of the `.bin` in bytes."""
+    content: bytes
+    """Empty where the file is missing."""
+    sizes: list[int | None]
+    """Bytes of the files that it is about; None where one is missing."""
 
 
-def fetch_chunk(target: Target, number: int) -> ChunkFiles:
-    """Read the facts of a chunk; safe to call from several threads.
+def fetch_facts(target: Target, name: str, about: Sequence[str]) -> FetchedFacts:
+    """Read an `.npz`, and the sizes of the files `about`; safe to call from several threads.
 
     Raises:
         StoreError: the store does not answer.
     """
     try:
-        return ChunkFiles(
-            target.read(chunk_facts_name(number)), target.size(chunk_data_name(number))
-        )
+        return FetchedFacts(target.read(name), [target.size(file) for file in about])
     except StoreError:
         raise
     except OSError:
-        return ChunkFiles(None, None)
+        return FetchedFacts(b"", [])
 
 
-def parse_chunk(fetched: ChunkFiles, number: int, pictures: int) -> PackedChunk:
+def parse_chunk(fetched: FetchedFacts, number: int, pictures: int) -> PackedChunk:
     """Return a chunk of so many images. Only one thread may do this: NumPy parses its headers as
     Python, and of that CPython 3.11 keeps count in one place for all threads.
 
@@ -153,7 +151,7 @@ def parse_chunk(fetched: ChunkFiles, number: int, pictures: int) -> PackedChunk:
         ChunkError: it is missing or damaged, or its images are.
     """
     try:
-        with np.load(io.BytesIO(fetched.facts or b"")) as arrays:
+        with np.load(io.BytesIO(fetched.content)) as arrays:
             sums = Sums()
             sums.images = int(arrays["pictures"])
             sums.image_sum, sums.outer = arrays["picture"], arrays["outer"]
@@ -163,7 +161,7 @@ def parse_chunk(fetched: ChunkFiles, number: int, pictures: int) -> PackedChunk:
                 sums=sums,
             )
         whole = chunk.packed.dtype == PACKED_DTYPE and len(chunk.packed) == pictures
-        if whole and fetched.size == int(chunk.packed["size"].sum(dtype=np.int64)):
+        if whole and fetched.sizes == [int(chunk.packed["size"].sum(dtype=np.int64))]:
             return chunk
     except Exception as error:  # NumPy's reader raises anything on a damaged header
         raise ChunkError(number) from error
@@ -177,7 +175,9 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
         OSError: a container disappeared, or the target cannot be written.
         DuetError: with `careful`, an image's process was killed from outside.
     """
-    use_one_thread()
+    import torch  # here: the process that plans a build does without it
+
+    torch.set_num_threads(1)  # a core for each worker of the pool
     packed = np.zeros(len(job.rows), PACKED_DTYPE)
     reasons: dict[int, str] = {}
     sums, offset = Sums(), 0
@@ -188,7 +188,10 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
                 continue
             if job.trains[place]:
                 sums.add(found)
-            data = _encode(found, job.options)
+            if job.options.encoding == "raw":
+                data = encode_npy(found)
+            else:
+                data = encode(found, job.options.quality, job.options.chroma)
             file.write(data)
             packed[place] = (
                 True,
@@ -207,7 +210,7 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
             picture=sums.image_sum.astype(np.uint32),  # a chunk has far fewer than 2**24 images
             outer=sums.outer,
         )
-    return ChunkDone(job.number, len(packed), len(reasons))
+    return ChunkDone(len(packed), len(reasons))
 
 
 def _read_pixels(job: ChunkJob) -> Iterator[Pixels | str]:
@@ -245,21 +248,11 @@ def _decode_isolated(data: bytes, job: ChunkJob) -> Pixels | str:
 
 def _read_images(job: ChunkJob) -> Iterator[bytes | str]:
     """Read the encoded images, container by container."""
-    places: Sequence[int] = range(len(job.rows))
-    for number, group in groupby(places, key=lambda place: job.rows[place]["container"]):
-        reader = open_reader(job.containers[number])
-        try:
-            for place in group:
-                row = job.rows[place]
+    images = zip(job.names, job.rows, strict=True)
+    for number, group in groupby(images, key=lambda image: image[1]["container"]):
+        with closing(open_reader(job.containers[number])) as reader:
+            for name, row in group:
                 try:
-                    yield reader.read(job.names[place], int(row["place"]), int(row["size"]))
+                    yield reader.read(name, int(row["place"]), int(row["size"]))
                 except Unreadable as error:
                     yield str(error)
-        finally:
-            reader.close()
-
-
-def _encode(pixels: Pixels, options: BuildConfig) -> bytes:
-    if options.encoding == "raw":
-        return encode_npy(pixels)
-    return encode(pixels, options.quality, options.chroma)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
@@ -16,8 +17,8 @@ import tyro
 
 from pipeline.dataset.images import Encoding
 from pipeline.packing.resize import Chroma
-from pipeline.remote.filesystem import is_remote
-from pipeline.sources import Listing, Reject, scan
+from pipeline.remote.filesystem import is_remote, local_path
+from pipeline.sources import Listing, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
 from pipeline.tools.units import cpu_count
@@ -88,19 +89,15 @@ class BuildConfig:
             raise UsageError("--val and --holdout exclude each other; give one of them")
         if self.val is None and self.val_labels is not None:
             raise UsageError("--val-labels goes with --val; name the validation images too")
-        self._out_is_no_source()
+        self._refuse_out_in_source()
 
-    def _out_is_no_source(self) -> None:
+    def _refuse_out_in_source(self) -> None:
         if is_remote(self.out):
             return
-        out = _resolve_path(self.out)
+        out = local_path(self.out).resolve()
         for source in filter(None, (self.train, self.val)):
-            if not is_remote(source) and out.is_relative_to(_resolve_path(source)):
+            if not is_remote(source) and out.is_relative_to(local_path(source).resolve()):
                 raise UsageError(f"{self.out} lies inside the source {source}; name another OUT")
-
-
-def _resolve_path(path: str) -> Path:
-    return Path(path.removeprefix("file://")).resolve()
 
 
 def _format_flag(name: str) -> str:
@@ -182,24 +179,14 @@ class BuildPlan:
 
     def name(self, row: int) -> str:
         """Return the full name of an image, for messages."""
-        listing, place = self._where(row)
-        return listing.full_name(place)
-
-    def rejects(self) -> Iterator[Reject]:
-        """Files left out by the scans."""
-        for listing in self.listings:
-            yield from listing.rejects()
+        firsts = self.first_rows
+        place = bisect.bisect_right(firsts, row) - 1
+        return self.listings[place].full_name(row - firsts[place])
 
     @property
     def rejected(self) -> int:
         """Number of files left out by the scans."""
         return sum(listing.rejected for listing in self.listings)
-
-    def _where(self, row: int) -> tuple[Listing, int]:
-        for listing, first in zip(self.listings, self.first_rows, strict=True):
-            if row < first + len(listing):
-                return listing, row - first
-        raise IndexError(row)
 
 
 def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
@@ -210,9 +197,8 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
         scratch: local folder for the listings, needed as long as the plan is used.
 
     Raises:
-        UsageError: a setting or a source that cannot work.
+        UsageError: a source that cannot work.
     """
-    options.check()
     listings = [scan(options.train, scratch / "train", split="train")]
     if options.val is not None:
         listings.append(
@@ -266,17 +252,11 @@ def _compute_fingerprint(options: BuildConfig, listings: list[Listing]) -> str:
     digest = hashlib.sha256()
     for listing in listings:
         digest.update(_to_json_line([len(listing), *listing.classes]))
-        for container in listing.containers:
-            digest.update(
-                _to_json_line(
-                    [container.kind, _relative_address(container.address, listing.source)]
-                )
-            )
+        for kind, address in listing.containers:
+            digest.update(_to_json_line([kind, _relative_address(address, listing.source)]))
         for column in (listing.rows, listing.names.ends, listing.names.text):
             for start in range(0, len(column), ROWS_AT_A_TIME):
-                digest.update(
-                    np.ascontiguousarray(column[start : start + ROWS_AT_A_TIME]).tobytes()
-                )
+                digest.update(column[start : start + ROWS_AT_A_TIME].tobytes())
     digest.update(_to_json_line([FORMAT, output_settings(options)]))
     return digest.hexdigest()
 

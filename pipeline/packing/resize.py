@@ -27,7 +27,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from typing import Literal
 
@@ -122,13 +122,6 @@ def encode(pixels: Pixels, quality: int, chroma: Chroma = "4:2:0") -> bytes:
     )
 
 
-def use_one_thread() -> None:
-    """Keep this process to one core; a worker of a pool calls it at its start."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def jpeg_path(data: bytes, header: JpegHeader) -> Pixels | None:
     """Return the central square of a plain JPEG, or None where its decoder refuses or warns.
 
@@ -194,22 +187,18 @@ def resample(pixels: Pixels) -> Pixels:
     square = pixels[top : top + side, left : left + side]
     if side == SIZE:
         return square.copy()  # what is decoded next lies where this does
-    if not square.flags.c_contiguous:
-        square = _copy_contiguous(square)
+    if square.size > SCRATCH:
+        square = np.ascontiguousarray(square)
+    elif not square.flags.c_contiguous:
+        copy = _scratch.cut[: square.size].reshape(square.shape)
+        np.copyto(copy, square)
+        square = copy
     import torch  # here: the process that plans a build does without it
 
     # [1, 3, side, side] in channels-last order without a copy: torch has a road of its own for it.
     planes = torch.from_numpy(square)[None].permute(0, 3, 1, 2)
     small = torch.nn.functional.interpolate(planes, (SIZE, SIZE), mode="bicubic", antialias=True)
     return small[0].permute(1, 2, 0).contiguous().numpy()
-
-
-def _copy_contiguous(square: Pixels) -> Pixels:
-    if square.size > SCRATCH:
-        return np.ascontiguousarray(square)
-    copy = _scratch.cut[: square.size].reshape(square.shape)
-    np.copyto(copy, square)
-    return copy
 
 
 def pillow_path(data: bytes, min_side: int) -> Pixels:
@@ -317,12 +306,10 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Return the RGB image in sRGB of one in L, RGB or CMYK; a broken profile is ignored."""
     transform = None if profile is None else _make_transform(profile, image.mode)
     if transform is not None:
-        try:
+        with suppress(ImageCms.PyCMSError, ValueError):
             converted = ImageCms.applyTransform(image, transform)
             assert converted is not None  # it is not in place
             return converted
-        except (ImageCms.PyCMSError, ValueError):
-            pass
     return image.convert("RGB")
 
 
@@ -345,7 +332,7 @@ def _make_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != _SPACES[mode]:
             return None
-        transform = ImageCms.buildTransform(source, _srgb(), mode, "RGB")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
         if mode == "RGB":
             steps = np.arange(0, 256, 15, dtype=np.uint8)
             cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(len(steps), -1, 3)
@@ -355,11 +342,6 @@ def _make_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
         return transform
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-@lru_cache(maxsize=1)
-def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def read_orientation(exif: bytes) -> int:

@@ -10,11 +10,13 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +32,11 @@ from pipeline.dataset.shards import shard_name, to_shard, write_tar
 from pipeline.packing.chunks import (
     HASH_BYTES,
     ChunkError,
+    FetchedFacts,
     PackedChunk,
     chunk_data_name,
-    fetch_chunk,
+    chunk_facts_name,
+    fetch_facts,
     parse_chunk,
 )
 from pipeline.packing.duplicates import NAME as DUPLICATES
@@ -43,14 +47,15 @@ from pipeline.packing.duplicates import (
     write_duplicates,
 )
 from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan, Places
-from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
+from pipeline.sources.listing import map_file
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import sha256
 from pipeline.tools.processes import read_ahead
 
 FOLDER = f"{WORK}/shards"
+REJECTS = "rejects.jsonl"
 
 TAKEN_DTYPE = np.dtype(
     [("chunk", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")]
@@ -68,16 +73,6 @@ class ShardJob:
     encoding: Encoding
     taken: npt.NDArray[np.void]
     """`TAKEN_DTYPE`, in stored order."""
-
-
-@dataclass(frozen=True)
-class ShardDone:
-    """A finished shard."""
-
-    split: str
-    number: int
-    shard: Shard
-    rows: Index
 
 
 def shard_facts_name(split: str, number: int) -> str:
@@ -117,52 +112,32 @@ def hash_content(taken: npt.NDArray[np.void]) -> str:
     return hashlib.sha256(columns.tobytes()).hexdigest()
 
 
-class ShardFiles(NamedTuple):
-    """Facts of a shard, and the sizes of its files in bytes; None where they are missing."""
-
-    facts: bytes | None
-    size: int | None
-    idx_size: int | None
-
-
-def fetch_shard(target: Target, split: str, number: int) -> ShardFiles:
-    """Read the facts of a shard; safe to call from several threads.
-
-    Raises:
-        StoreError: the store does not answer.
-    """
+def fetch_shard(target: Target, split: str, number: int) -> FetchedFacts:
+    """Read the facts of a shard, and the sizes of its tar and `.idx`; as `fetch_facts`."""
     name = shard_name(split, number)
-    try:
-        facts = target.read(shard_facts_name(split, number))
-    except StoreError:
-        raise
-    except OSError:
-        return ShardFiles(None, None, None)
-    return ShardFiles(facts, target.size(name), target.size(name.removesuffix(".tar") + ".idx"))
+    files = (name, name.removesuffix(".tar") + ".idx")
+    return fetch_facts(target, shard_facts_name(split, number), files)
 
 
 def parse_shard(
-    fetched: ShardFiles, split: str, number: int, taken: npt.NDArray[np.void] | None = None
-) -> ShardDone | None:
-    """Return a finished shard, or None if it has to be written (again).
+    fetched: FetchedFacts, taken: npt.NDArray[np.void] | None = None
+) -> tuple[Shard, Index] | None:
+    """Return a finished shard and its rows, or None if it has to be written (again).
 
     Args:
-        fetched: what `fetch_done` gave; only one thread may parse, as in `chunks.parse_chunk`.
-        split: split of the shard.
-        number: number of the shard in its split.
+        fetched: what `fetch_shard` gave; only one thread may parse, as in `chunks.parse_chunk`.
         taken: images it should hold; None if that was checked before.
     """
     try:
-        with np.load(io.BytesIO(fetched.facts or b"")) as arrays:
-            facts = json.loads(arrays["shard"].item())
-            done = ShardDone(split, number, Shard(**facts), arrays["rows"])
-            held = arrays["content"].item()
+        with np.load(io.BytesIO(fetched.content)) as arrays:
+            shard = Shard(**json.loads(arrays["shard"].item()))
+            rows, held = arrays["rows"], arrays["content"].item()
     except Exception:  # NumPy's reader raises anything on a damaged header
         return None
     if taken is not None and held != hash_content(taken):
         return None
-    whole = fetched.size == done.shard.bytes and fetched.idx_size is not None
-    return done if whole else None
+    size, idx_size = fetched.sizes
+    return (shard, rows) if size == shard.bytes and idx_size is not None else None
 
 
 def _read_samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
@@ -210,22 +185,21 @@ def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedC
     count = plan.pictures
     taken = _allocate(scratch / "taken.bin", count)
     packed = np.zeros(count, np.bool_)
-    sums, rejected = Sums(), 0
+    sums, rejected = Sums(), plan.rejected
     with (
         (scratch / "hashes.bin").open("wb") as hashes,
-        (scratch / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
+        (scratch / REJECTS).open("w", encoding="utf-8") as rejects,
     ):
-        for reject in plan.rejects():
-            rejects.write(_to_json_line(reject))
-            rejected += 1
+        for listing in plan.listings:
+            rejects.writelines(map(_to_json_line, listing.rejects()))
         for part, first, chunk in _read_chunks(plan, target):
             rows = slice(first, first + part.stop - part.start)
             packed[rows] = chunk.packed["packed"]
             for name in ("offset", "size", "crc"):
                 taken[name][rows] = chunk.packed[name]
             taken["chunk"][rows] = part.number
-            listing = plan.listings[part.listing]
-            taken["label"][rows] = listing.rows["label"][part.start : part.stop]
+            labels = plan.listings[part.listing].rows["label"]
+            taken["label"][rows] = labels[part.start : part.stop]
             hashes.write(chunk.packed["hash"][chunk.packed["packed"]].tobytes())
             sums += chunk.sums
             for place, reason in sorted(chunk.reasons.items()):
@@ -234,9 +208,9 @@ def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedC
     return CollectedChunks(
         taken=taken,
         packed=packed,
-        hashes=_map_hashes(scratch / "hashes.bin"),
+        hashes=map_file(scratch / "hashes.bin", np.dtype(np.uint8)).reshape(-1, HASH_BYTES),
         sums=sums,
-        rejects_file=scratch / "rejects.jsonl",
+        rejects_file=scratch / REJECTS,
         rejected=rejected,
     )
 
@@ -245,7 +219,10 @@ def _read_chunks(plan: BuildPlan, target: Target) -> Iterator[tuple[ChunkPlan, i
     firsts = plan.first_rows
     damaged: list[int] = []
 
-    files = read_ahead(lambda part: fetch_chunk(target, part.number), plan.parts())
+    def fetch(part: ChunkPlan) -> FetchedFacts:
+        return fetch_facts(target, chunk_facts_name(part.number), [chunk_data_name(part.number)])
+
+    files = read_ahead(fetch, plan.parts())
     for part, fetched in zip(plan.parts(), files, strict=True):
         try:
             chunk = parse_chunk(fetched, part.number, part.stop - part.start)
@@ -264,17 +241,8 @@ def _allocate(path: Path, count: int) -> npt.NDArray[np.void]:
     return np.memmap(path, TAKEN_DTYPE, "r+", shape=(count,))
 
 
-def _map_hashes(path: Path) -> npt.NDArray[np.uint8]:
-    if path.stat().st_size == 0:
-        return np.zeros((0, HASH_BYTES), np.uint8)
-    return np.memmap(path, np.uint8, "r").reshape(-1, HASH_BYTES)
-
-
 def _to_json_line(reject: Reject) -> str:
     return json.dumps(reject._asdict()) + "\n"
-
-
-REJECTS = "rejects.jsonl"
 
 
 def check_classes(plan: BuildPlan, collected: CollectedChunks, target: Target) -> None:
@@ -283,8 +251,8 @@ def check_classes(plan: BuildPlan, collected: CollectedChunks, target: Target) -
     Raises:
         UsageError: names the class or the split, and a reject.
     """
-    for split, rows in plan.orders.items():
-        labels = collected.taken["label"][rows[collected.packed[rows]]]
+    for split in plan.orders:
+        labels = collected.taken["label"][collected.order(plan, split)]
         empty = np.flatnonzero(np.bincount(labels, minlength=len(plan.classes)) == 0)
         if len(labels) == 0 or (split == "train" and len(empty)):
             what = f"class {plan.classes[empty[0]]!r}" if len(labels) else f"split {split!r}"
@@ -349,8 +317,7 @@ def seal(
 def copy_file(path: Path, target: Target, name: str) -> None:
     """Copy a local file into the target."""
     with path.open("rb") as source, target.create(name) as file:
-        while block := source.read(1 << 20):
-            file.write(block)
+        shutil.copyfileobj(source, file, 1 << 20)
 
 
 def _write_duplicates(
@@ -387,18 +354,8 @@ def _write_duplicates(
 
 def _write_index(name: str, shards: int, target: Target) -> Split:
     """Join the rows of a split's shards into its index, one shard in memory at a time."""
-    facts = [done.shard for done in _read_shards(target, name, shards)]
-    digest = hashlib.sha256()
-    with target.create(index_name(name)) as file:
-        for data in _index_bytes(name, facts, target):
-            file.write(data)
-            digest.update(data)
-    return Split(shards=tuple(facts), index_sha256=digest.hexdigest())
-
-
-def _index_bytes(name: str, facts: list[Shard], target: Target) -> Iterator[bytes]:
-    """Yield the bytes that `np.save` would write for the rows of all shards."""
-    header = io.BytesIO()
+    facts = tuple(shard for shard, _ in _read_shards(target, name, shards))
+    header = io.BytesIO()  # the bytes that `np.save` would write
     np.lib.format.write_array_header_1_0(
         header,
         {
@@ -407,15 +364,19 @@ def _index_bytes(name: str, facts: list[Shard], target: Target) -> Iterator[byte
             "shape": (sum(shard.samples for shard in facts),),
         },
     )
-    yield header.getvalue()
-    for done in _read_shards(target, name, len(facts)):
-        yield done.rows.tobytes()
+    rows = (rows.tobytes() for _, rows in _read_shards(target, name, shards))
+    digest = hashlib.sha256()
+    with target.create(index_name(name)) as file:
+        for data in chain([header.getvalue()], rows):
+            file.write(data)
+            digest.update(data)
+    return Split(shards=facts, index_sha256=digest.hexdigest())
 
 
-def _read_shards(target: Target, name: str, shards: int) -> Iterator[ShardDone]:
+def _read_shards(target: Target, name: str, shards: int) -> Iterator[tuple[Shard, Index]]:
     files = read_ahead(partial(fetch_shard, target, name), range(shards))
     for number, fetched in enumerate(files):
-        done = parse_shard(fetched, name, number)
+        done = parse_shard(fetched)
         if done is None:
             raise OSError(f"{target.address}/{shard_name(name, number)} went away while packing")
         yield done

@@ -63,41 +63,38 @@ class LabelMapper:
         """Whether a label is a number if the first one was, and a word if that was."""
         return (self._word if isinstance(label, int) else self._number) is None
 
-    def of_number(self, number: int, where: str) -> str:
-        """Return the class of a label that is a number from 0.
+    def find_class(self, label: int | str, where: str) -> str:
+        """Return the class of a label, a number from 0 or a word.
 
         Raises:
-            UsageError: there is no such class, or other labels were words.
+            UsageError: there is no such class, or some labels are numbers and others words.
         """
-        if self._number is None:
-            self._number = f"{number} ({where})"
-            self._agree()
+        if isinstance(label, int):
+            self._number = self._number or f"{label} ({where})"
+        else:
+            self._word = self._word or f"{escape(label)!r} ({where})"
+        if self._number is not None and self._word is not None:
+            raise UsageError(
+                f"source {self._source} has labels that are numbers, such as {self._number}, and "
+                f"words, such as {self._word}; make them of one kind"
+            )
+        if isinstance(label, str):
+            return label
         if self._names is None:
-            if number >= MOST_CLASSES:
+            if label >= MOST_CLASSES:
                 raise UsageError(
-                    f"label {number} of {where} is beyond {MOST_CLASSES - 1:,}, the largest; "
+                    f"label {label} of {where} is beyond {MOST_CLASSES - 1:,}, the largest; "
                     "number the classes from 0"
                 )
-            self._last = max(self._last, number)
-            return str(number)
-        if number >= len(self._names):
+            self._last = max(self._last, label)
+            return str(label)
+        if label >= len(self._names):
             known = "the source names" if self._own else "the training source has"
             raise UsageError(
-                f"label {number} of {where} is no class: {known} {len(self._names)}, "
+                f"label {label} of {where} is no class: {known} {len(self._names)}, "
                 "counted from 0; mend the label"
             )
-        return self._names[number]
-
-    def of_word(self, word: str, where: str) -> str:
-        """Return the class of a label that is a word.
-
-        Raises:
-            UsageError: other labels were numbers.
-        """
-        if self._word is None:
-            self._word = f"{escape(word)!r} ({where})"
-            self._agree()
-        return word
+        return self._names[label]
 
     def finish(self, writer: ListingWriter, titles: Mapping[int, str] | None = None) -> Listing:
         """Return the listing, its classes in the order of their numbers, or else sorted.
@@ -125,10 +122,3 @@ class LabelMapper:
             [str(number) for number in range(self._last + 1)],
             [title for title in found if title] if found and all(found) else None,
         )
-
-    def _agree(self) -> None:
-        if self._number is not None and self._word is not None:
-            raise UsageError(
-                f"source {self._source} has labels that are numbers, such as {self._number}, and "
-                f"words, such as {self._word}; make them of one kind"
-            )

@@ -22,12 +22,9 @@ ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), 
 """An image: the container that holds it, its label, where it lies there and how many bytes it has.
 
 `place` is an offset in a tar, a row of a parquet file, and 0 for a file in a folder. `size` is
-`WHOLE` where the container alone knows it."""
+`WHOLE_FILE` where the container alone knows it."""
 
 WHOLE_FILE = -1
-
-
-Rows = npt.NDArray[np.void]
 
 Kind = Literal["folder", "tar", "parquet"]
 
@@ -78,26 +75,19 @@ class Names(Sequence[str]):
     """Names of images inside their containers, read from a mapped file."""
 
     def __init__(self, text: npt.NDArray[np.uint8], ends: npt.NDArray[np.uint64]) -> None:
-        self._text, self._ends = text, ends
+        self.text = text
+        """All names, end to end, encoded as `ENCODING` says."""
+        self.ends = ends
+        """Where each name ends in `text`."""
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def __getitem__(self, place):  # type: ignore[no-untyped-def]
         """Return the name at `place`."""
         place = int(place)
-        start = int(self._ends[place - 1]) if place else 0
-        return self._text[start : int(self._ends[place])].tobytes().decode(*ENCODING)
-
-    @property
-    def text(self) -> npt.NDArray[np.uint8]:
-        """All names, end to end, encoded as `ENCODING` says."""
-        return self._text
-
-    @property
-    def ends(self) -> npt.NDArray[np.uint64]:
-        """Where each name ends in `text`."""
-        return self._ends
+        start = int(self.ends[place - 1]) if place else 0
+        return self.text[start : int(self.ends[place])].tobytes().decode(*ENCODING)
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ class Listing:
     source: str
     """As the user named it."""
     containers: tuple[Container, ...]
-    rows: Rows
+    rows: npt.NDArray[np.void]
     """`ROW_DTYPE`, one an image."""
     names: Names
     """Per image its name inside the container; `full_name` is how messages call it."""
@@ -177,9 +167,9 @@ class ListingWriter:
         rows = np.zeros(len(names), ROW_DTYPE)
         rows["container"] = container
         if isinstance(classes, str):
-            rows["label"] = self._class(classes)
+            rows["label"] = self.need_class(classes)
         else:
-            rows["label"] = [self._class(name) for name in classes]
+            rows["label"] = [self.need_class(name) for name in classes]
         if places is not None:
             rows["place"] = places
         rows["size"] = WHOLE_FILE if sizes is None else sizes
@@ -196,9 +186,9 @@ class ListingWriter:
         self._rejects.write(json.dumps({"name": name, "reason": reason}) + "\n")
         self.rejected += 1
 
-    def need_class(self, name: str) -> None:
-        """Note a class that may turn out to have no images (`finish` then says so)."""
-        self._class(name)
+    def need_class(self, name: str) -> int:
+        """Note a class, which `finish` refuses without images; return its place among those."""
+        return self._classes.setdefault(name, len(self._classes))
 
     def finish(
         self, classes: Sequence[str] | None = None, titles: Sequence[str] | None = None
@@ -219,7 +209,8 @@ class ListingWriter:
         found = sorted(self._classes)
         names = tuple(classes) if classes is not None else tuple(found)
         self._check(names, found)
-        counts = _relabel(self._scratch / "rows.bin", list(self._classes), names)
+        rows_file = self._scratch / "rows.bin"
+        counts = _relabel(rows_file, list(self._classes), names)
         for name, count in zip(names, counts, strict=True):
             if count == 0 and name in self._classes:
                 raise UsageError(
@@ -228,10 +219,10 @@ class ListingWriter:
         return Listing(
             source=self._source,
             containers=tuple(self._containers),
-            rows=_map_file(self._scratch / "rows.bin", ROW_DTYPE),
+            rows=map_file(rows_file, ROW_DTYPE),
             names=Names(
-                _map_file(self._scratch / "names.bin", np.dtype(np.uint8)),
-                _map_file(self._scratch / "ends.bin", np.dtype(np.uint64)),
+                map_file(self._scratch / "names.bin", np.dtype(np.uint8)),
+                map_file(self._scratch / "ends.bin", np.dtype(np.uint64)),
             ),
             classes=names,
             titles=None if titles is None else tuple(titles),
@@ -239,22 +230,18 @@ class ListingWriter:
             rejected=self.rejected,
         )
 
-    def _class(self, name: str) -> int:
-        return self._classes.setdefault(name, len(self._classes))
-
     def _check(self, names: tuple[str, ...], found: list[str]) -> None:
         if not found:
             raise UsageError(
                 f"source {self._source} holds no images of any class; "
                 "it needs a folder (or a tar) of images per class"
             )
+        known = set(names)
         for name in found:
             if not name.isprintable():  # nor is a name in an encoding other than the system's
                 raise UsageError(
                     f"class name {name!r} of source {self._source} is no text; rename it"
                 )
-        known = set(names)
-        for name in found:
             if name not in known:
                 raise UsageError(
                     f"source {self._source} has class {name!r}, which the training source lacks; "
@@ -285,7 +272,8 @@ def _relabel(path: Path, seen: list[str], names: tuple[str, ...]) -> npt.NDArray
     return counts
 
 
-def _map_file(path: Path, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
+def map_file(path: Path, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
+    """Map a file of such values, which may be empty, for reading."""
     if path.stat().st_size == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,12 +20,13 @@ from pipeline.remote.filesystem import RetryPolicy, Unreachable, hide_credential
 from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.paths import find_files, open_file, scan_each, select_split
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import UsageError, summarize_error
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+ENDING = ".parquet"
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixels")
 LABELS = ("label", "labels", "fine_label", "cls", "class", "class_id", "target")
 
@@ -34,8 +34,9 @@ BUFFER = 1 << 20
 """Bytes of a column that are read at a time; without it, a column of a row group is read whole."""
 LARGEST_FOOTER = 1 << 30
 """Bytes of strings and lists in the schema and the row groups, once parsed."""
-
-
+ROWS = 1 << 15
+"""Rows whose labels are in memory at a time."""
+LONGEST_NAME = 200
 DAMAGE = (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 """What pyarrow raises over damaged files, besides its own `ArrowException`: found by turning over
 bytes of good ones."""
@@ -57,28 +58,13 @@ class ParquetColumns:
     """Names of the numbers, where the file has them."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what pyarrow says."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-@contextmanager
-def open_for_reading(address: str, policy: RetryPolicy | None = None) -> Iterator[pq.ParquetFile]:
-    """Open a parquet file of a disk or a store.
+def open_parquet(address: str, policy: RetryPolicy | None = None) -> pq.ParquetFile:
+    """Open a parquet file of a disk or a store; `close(force=True)` closes it.
 
     Raises:
         OSError: it cannot be read; of a store, `Unreachable`.
         pyarrow.ArrowException, or one of `DAMAGE`: it is none, or damaged.
     """
-    file = open_parquet(address, policy)
-    try:
-        yield file
-    finally:
-        file.close(force=True)
-
-
-def open_parquet(address: str, policy: RetryPolicy | None = None) -> pq.ParquetFile:
-    """As `opened`, for as long as the caller wants it."""
     import pyarrow.parquet as pq
 
     source: Any = open_file(address, policy) if is_remote(address) else address
@@ -110,16 +96,17 @@ def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
             f"parquet file {hide_credentials(address)} has no column of {lacks}, such as "
             f"{known[0]!r}; its columns: {there!r}"
         )
-    struct = image.type if _is_struct(image.type) else None
-    path = struct is not None and struct.get_field_index("path") >= 0
+    in_struct = image.type.num_fields > 0  # plain bytes have none
+    has_path = in_struct and image.type.get_field_index("path") >= 0
     names = features.get(label.name, {}).get("names")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return ParquetColumns(
         image=image.name,
-        in_struct=struct is not None,
-        has_path=path and _is_text(struct.field("path").type) if struct is not None else False,
+        in_struct=in_struct,
+        has_path=has_path and _is_text(image.type.field("path").type),
         label=label.name,
         numbers=not _is_text(label.type),
-        names=_to_names(names),
+        names=tuple(names) if names and is_list else None,
     )
 
 
@@ -134,43 +121,38 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in found.items() if isinstance(value, dict)}
 
 
-def _find_field(known: tuple[str, ...], fields: Any, features: Any, kind: str, fits: Any) -> Any:
+def _find_field(
+    known: tuple[str, ...],
+    fields: dict[str, pa.Field],
+    features: dict[str, dict[str, Any]],
+    kind: str,
+    fits: Callable[[pa.DataType], bool],
+) -> pa.Field | None:
     """Return the field with a known name, else the only one that its features call `kind`."""
+    fitting = [name for name, field in fields.items() if fits(field.type)]
     for name in known:
-        if name in fields and fits(fields[name].type):
+        if name in fitting:
             return fields[name]
-    said = [name for name, value in features.items() if value.get("_type") == kind]
-    said = [name for name in said if name in fields and fits(fields[name].type)]
+    said = [name for name in fitting if features.get(name, {}).get("_type") == kind]
     if len(said) != 1 and kind == "Image":
-        said = [name for name, field in fields.items() if fits(field.type)]
+        said = fitting
     return fields[said[0]] if len(said) == 1 else None
-
-
-def _is_struct(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_struct(kind))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind in (pa.string(), pa.large_string())
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    if _is_struct(kind):
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
-        return place >= 0 and _is_bytes(kind.field(place).type)
-    return _is_bytes(kind)
+        kind = kind.field(place).type if place >= 0 else pa.null()
+    return kind in (pa.binary(), pa.large_binary())
 
 
 def _is_label(kind: pa.DataType) -> bool:
@@ -179,29 +161,14 @@ def _is_label(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind)) or _is_text(kind)
 
 
-def _to_names(names: object) -> tuple[str, ...] | None:
-    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-        return tuple(names)
-    return None
-
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-ENDING = ".parquet"
-ROWS = 1 << 15
-"""Rows whose labels are in memory at a time."""
-LONGEST_NAME = 200
-
-
 class _LabelRows(NamedTuple):
     """Labels of some rows that follow each other in a file."""
 
     address: str
     first: int
     names: list[str]
-    labels: list[int] | list[str]
-    """Numbers, negative without a label, or words, empty without."""
+    labels: Sequence[int | str | None]
+    """Numbers from 0, or words; None without a label."""
     columns: ParquetColumns
 
 
@@ -255,13 +222,10 @@ def scan_parquet(
 def _add(rows: _LabelRows, container: int, writer: ListingWriter, labels: LabelMapper) -> None:
     classes, names, places = [], [], []
     for place, (name, label) in enumerate(zip(rows.names, rows.labels, strict=True), rows.first):
-        if isinstance(label, str) and label:
-            classes.append(labels.of_word(label, f"{rows.address} row {place}"))
-        elif isinstance(label, int) and label >= 0:
-            classes.append(labels.of_number(label, f"{rows.address} row {place}"))
-        else:
+        if label is None:
             writer.reject(f"{rows.address}/{name}", "no label")
             continue
+        classes.append(labels.find_class(label, f"{rows.address} row {place}"))
         names.append(name)
         places.append(place)
     writer.add(container, classes, names, places)
@@ -277,13 +241,14 @@ def _scan_file(address: str) -> Iterator[_LabelRows]:
         raise
     except (pa.ArrowException, *DAMAGE) as error:
         raise UsageError(
-            f"parquet file {hide_credentials(address)} cannot be read ({first_line(error)}); "
-            "it must be whole"
+            f"parquet file {hide_credentials(address)} cannot be read "
+            f"({summarize_error(error)[:200]}); it must be whole"
         ) from error
 
 
 def _read_rows(address: str) -> Iterator[_LabelRows]:
-    with open_for_reading(address) as file:
+    file = open_parquet(address)
+    try:
         columns = find_columns(file, address)
         wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
         seen: set[int] = set()
@@ -294,16 +259,18 @@ def _read_rows(address: str) -> Iterator[_LabelRows]:
             first += batch.num_rows
         if first != file.metadata.num_rows:
             raise OSError(f"{first} rows instead of {file.metadata.num_rows}")
+    finally:
+        file.close(force=True)
 
 
-def _read_labels(batch: pa.RecordBatch, columns: ParquetColumns) -> list[int] | list[str]:
+def _read_labels(batch: pa.RecordBatch, columns: ParquetColumns) -> Sequence[int | str | None]:
     import pyarrow as pa
 
     column = batch.column(batch.schema.get_field_index(columns.label))
     if columns.numbers:
-        numbers: list[int] = column.cast(pa.int64()).fill_null(-1).to_pylist()
-        return numbers
-    return [(word or "").strip() for word in column.to_pylist()]
+        numbers = column.cast(pa.int64()).fill_null(-1).to_pylist()
+        return [number if number >= 0 else None for number in numbers]
+    return [(word or "").strip() or None for word in column.to_pylist()]
 
 
 def _make_names(

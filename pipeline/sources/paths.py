@@ -12,6 +12,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar, cast
@@ -80,8 +81,7 @@ def find_files(source: str, ending: str) -> SourceFiles | None:
         UsageError: a brace range that cannot be read, or with a file that is missing.
         StoreError: the store does not answer.
     """
-    if source.startswith("file://"):
-        source = source.removeprefix("file://")
+    source = source.removeprefix("file://")
     pattern = any(mark in source for mark in "{*?[")
     if is_remote(source):
         return _find_remote(source, ending, pattern)
@@ -127,9 +127,8 @@ def select_split(files: SourceFiles, split: str, source: str) -> tuple[str, ...]
             f"source {safe} has files of {' and '.join(known)}, and others such as {other}; "
             "name the files themselves"
         )
-    wanted = split
-    if split == "val" and "val" not in known:
-        wanted = "test"  # some sets call their labelled second part so
+    # Some sets call their labelled second part "test".
+    wanted = "test" if split == "val" and "val" not in known else split
     chosen = tuple(
         address for address, name in zip(files.addresses, splits, strict=True) if name == wanted
     )
@@ -182,20 +181,13 @@ def scan_each(
     Of a store, what `do` yields is held in memory for `THREADS` items.
     """
     if not remote:
-        for item in items:
-            yield from do(item)
+        yield from itertools.chain.from_iterable(map(do, items))
         return
-    rest = iter(items)
-    calls: deque[BackgroundCall[list[T]]] = deque()
-
-    def begin(count: int) -> None:
-        for item in itertools.islice(rest, count):
-            calls.append(BackgroundCall(partial(lambda item: list(do(item)), item)))
-
-    begin(THREADS)
-    while calls:
-        yield from calls.popleft().result()
-        begin(1)
+    calls = (BackgroundCall(partial(lambda item: list(do(item)), item)) for item in items)
+    running = deque(itertools.islice(calls, THREADS))
+    while running:
+        yield from running.popleft().result()
+        running.extend(itertools.islice(calls, 1))
 
 
 def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
@@ -222,39 +214,34 @@ def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     if web or Path(path).suffix:  # a file of another kind
         return None
 
-    def listed(folder: str) -> list[str]:
-        names = retry(lambda: _list_store(system, folder), safe, RetryPolicy())
-        return [system.unstrip_protocol(name) for name in names]
-
-    return _find_in_folders(source.rstrip("/"), ending, listed)
-
-
-def _list_store(system: object, folder: str) -> list[str]:
-    """Names in a folder of a store; none if it is not there."""
-    try:
-        return [str(name) for name in system.ls(folder, detail=False)]  # type: ignore[attr-defined]
-    except FileNotFoundError:
+    def list_store(folder: str) -> list[str]:
+        with suppress(FileNotFoundError):
+            return [system.unstrip_protocol(name) for name in system.ls(folder, detail=False)]
         return []
+
+    return _find_in_folders(
+        source.rstrip("/"),
+        ending,
+        lambda folder: retry(partial(list_store, folder), safe, RetryPolicy()),
+    )
 
 
 def _list_local(folder: str) -> list[str]:
-    try:
+    with suppress(OSError):
         return [f"{folder}/{name}" for name in os.listdir(folder)]
-    except OSError:
-        return []
+    return []
 
 
 def _find_in_folders(
-    folder: str, ending: str, listed: Callable[[str], list[str]]
+    folder: str, ending: str, list_names: Callable[[str], list[str]]
 ) -> SourceFiles | None:
-    inside = listed(folder)
+    inside = list_names(folder)
     found = _select_files(sorted(inside), ending, folder)
     names = {base_name(name) for name in inside}
-    if found is None and "data" in names:
-        found = _select_files(sorted(listed(f"{folder}/data")), ending, folder)
-    if found is None:
-        below = [sorted(listed(f"{folder}/{name}")) for name in sorted(names & set(_SPLIT_WORDS))]
-        found = _select_files(itertools.chain(*below), ending, folder)
+    for places in ({"data"}, set(_SPLIT_WORDS)):
+        if found is None:
+            below = (sorted(list_names(f"{folder}/{name}")) for name in sorted(names & places))
+            found = _select_files(itertools.chain.from_iterable(below), ending, folder)
     return found
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.dataset.tar import ENCODING, escape
-from pipeline.remote.file import RemoteFile
-from pipeline.remote.filesystem import RetryPolicy, Unreachable, is_remote
+from pipeline.remote.filesystem import RetryPolicy, Unreachable
 from pipeline.sources.listing import Container, SourceReader, Unreadable, refuse_if_too_large
-from pipeline.sources.parquet import DAMAGE, find_columns, first_line, open_parquet
+from pipeline.sources.parquet import DAMAGE, find_columns, open_parquet
+from pipeline.sources.paths import open_file
+from pipeline.tools.errors import summarize_error
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,7 +49,8 @@ class ParquetReader:
         except (pa.ArrowException, *DAMAGE) as error:
             if isinstance(error, OSError):
                 raise
-            raise OSError(f"{address} is no whole parquet file ({first_line(error)})") from error
+            what = summarize_error(error)[:200]
+            raise OSError(f"{address} is no whole parquet file ({what})") from error
         self._columns = find_columns(self._file, address)
         meta = self._file.metadata
         rows = (meta.row_group(group).num_rows for group in range(meta.num_row_groups))
@@ -63,7 +65,7 @@ class ParquetReader:
         """Why the rest of the row group cannot be read."""
 
     def read(self, name: str, place: int, size: int) -> bytes:
-        """Return the bytes of the image in row `place`; see `Reader`."""
+        """Return the bytes of the image in row `place`; see `SourceReader`."""
         if place >= self._starts[-1]:
             raise OSError(f"{self._address} has {self._starts[-1]} rows, not row {place}")
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
@@ -116,7 +118,7 @@ class ParquetReader:
                 # Bytes that cannot be unpacked are an OSError to Arrow, but one without a number.
                 if isinstance(error, Unreachable) or getattr(error, "errno", None) is not None:
                     raise
-                self._damage = first_line(error)
+                self._damage = summarize_error(error)[:200]
         raise Unreadable(f"cannot be read from its row group: {self._damage}")
 
 
@@ -137,9 +139,7 @@ def open_reader(container: Container, policy: RetryPolicy | None = None) -> Sour
         return ParquetReader(container.address, policy)
     if container.kind == "folder":
         return FolderReader(container.address)
-    if is_remote(container.address):
-        return RemoteTarReader(container.address, policy)
-    return TarReader(container.address)
+    return TarReader(container.address, policy)
 
 
 class FolderReader:
@@ -155,7 +155,7 @@ class FolderReader:
         self._folder = folder
 
     def read(self, name: str, place: int, size: int) -> bytes:
-        """Return the bytes of file `name`; see `Reader`."""
+        """Return the bytes of file `name`; see `SourceReader`."""
         path = os.path.join(self._folder.encode(*ENCODING), name.encode(*ENCODING))
         try:
             # Without O_NONBLOCK, a pipe named as an image would be waited for.
@@ -192,58 +192,31 @@ def _read_all(file: int) -> bytes:
 
 
 class TarReader:
-    """Byte ranges of a tar on a disk."""
+    """Byte ranges of a tar; of one in a store, fetched in large blocks ahead of need."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, address: str, policy: RetryPolicy | None = None) -> None:
         """Open the tar.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: it cannot be opened; of a store, `Unreachable`.
         """
-        self._path = path
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._address = address
+        self._file = open_file(address, policy)
 
     def read(self, name: str, place: int, size: int) -> bytes:
-        """Return `size` bytes at `place`; see `Reader`."""
+        """Return `size` bytes at `place`; see `SourceReader`."""
         refuse_if_too_large(size)
         try:
-            data = os.pread(self._file, size, place)
+            self._file.seek(place)
+            data = self._file.read(size)
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
                 raise
             raise Unreadable(f"cannot be read: {error.strerror}") from error
         if len(data) != size:
-            raise OSError(f"{self._path} ends inside {escape(name)}")
-        return data
-
-    def close(self) -> None:
-        """Close the tar."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-class RemoteTarReader:
-    """Byte ranges of a tar in a store, fetched in large blocks ahead of need."""
-
-    def __init__(self, address: str, policy: RetryPolicy | None = None) -> None:
-        """Ask for the size of the tar.
-
-        Raises:
-            OSError: the store does not have it, or does not answer.
-        """
-        self._address = address
-        self._file = RemoteFile(address, policy)
-
-    def read(self, name: str, place: int, size: int) -> bytes:
-        """Return `size` bytes at `place`; see `Reader`."""
-        refuse_if_too_large(size)
-        self._file.seek(place)
-        data = self._file.read(size)
-        if len(data) != size:
             raise OSError(f"{self._address} ends inside {escape(name)}")
         return data
 
     def close(self) -> None:
-        """Let go of the tar."""
+        """Close the tar."""
         self._file.close()

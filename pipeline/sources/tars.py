@@ -29,27 +29,19 @@ class ImageBuffer:
 
     def __init__(self, writer: ListingWriter, container: int) -> None:
         self._writer, self._container = writer, container
-        self._classes: list[str] = []
-        self._names: list[str] = []
-        self._places: list[int] = []
-        self._sizes: list[int] = []
+        self._images: list[tuple[str, str, int, int]] = []
 
     def add(self, class_name: str, name: str, place: int, size: int) -> None:
         """Add an image."""
-        self._classes.append(class_name)
-        self._names.append(name)
-        self._places.append(place)
-        self._sizes.append(size)
-        if len(self._names) >= BATCH:
+        self._images.append((class_name, name, place, size))
+        if len(self._images) >= BATCH:
             self.flush()
 
     def flush(self) -> None:
         """Hand on what there is."""
-        if self._names:
-            columns = (self._classes, self._names, self._places, self._sizes)
-            self._writer.add(self._container, *columns)
-            for column in columns:
-                column.clear()
+        if self._images:
+            self._writer.add(self._container, *zip(*self._images, strict=True))
+            self._images.clear()
 
 
 def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:

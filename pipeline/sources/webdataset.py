@@ -185,12 +185,9 @@ def _add_part(
             what = "number" if isinstance(picture.label, int) else "word"
             part.rejects.append((where, f"no label: {picture.label!r} is a {what}, unlike others"))
             continue
-        if isinstance(picture.label, int):
-            classes.append(labels.of_number(picture.label, where))
-            if picture.title:
-                titles.setdefault(picture.label, picture.title)
-        else:
-            classes.append(labels.of_word(picture.label, where))
+        classes.append(labels.find_class(picture.label, where))
+        if isinstance(picture.label, int) and picture.title:
+            titles.setdefault(picture.label, picture.title)
         kept.append(picture)
     writer.add(
         container,
@@ -199,8 +196,8 @@ def _add_part(
         [picture.offset for picture in kept],
         [picture.size for picture in kept],
     )
-    for name, reason in part.rejects:
-        writer.reject(name, reason)
+    for reject in part.rejects:
+        writer.reject(*reject)
 
 
 def _scan_shard(address: str) -> Iterator[_ShardPart]:
