@@ -12,6 +12,7 @@ for each tar that has none, `SPLIT.index.npy`, `stats.npz`, `rejects.jsonl` and,
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -125,15 +126,6 @@ class ExamineJob(NamedTuple):
     """Classes of the data set, where they are known beforehand."""
 
 
-class IdxJob(NamedTuple):
-    """An `.idx` to write."""
-
-    path: Path
-    """Path of the tar."""
-    offsets: frozenset[int]
-    """Offsets of the images that are in the data set."""
-
-
 @dataclass
 class ExaminedShard:
     """Contents of one shard."""
@@ -207,7 +199,10 @@ def _find_shards(config: IndexConfig) -> tuple[dict[str, list[str]], list[str]]:
     for split, glob in (("train", config.train), ("val", config.val)):
         if glob is None and config.train is not None:
             continue  # --train alone: a set without validation
-        chosen = [name for name in names if _matches_split(name, split, glob)]
+        if glob is None:
+            chosen = [name for name in names if _SPLITS[split].search(name.removesuffix(".tar"))]
+        else:
+            chosen = fnmatch.filter(names, glob)
         if glob is not None and not chosen:
             raise UsageError(
                 f"--{split} {glob} fits no tar of {config.folder}; it has {_name_some(names)}"
@@ -223,12 +218,6 @@ def _find_shards(config: IndexConfig) -> tuple[dict[str, list[str]], list[str]]:
         raise UsageError(f"{both[0]} belongs to train and to val; give other --train and --val")
     used = {name for split in splits.values() for name in split}
     return splits, [name for name in names if name not in used]
-
-
-def _matches_split(name: str, split: str, glob: str | None) -> bool:
-    if glob is not None:
-        return fnmatch(name, glob)
-    return _SPLITS[split].search(name.removesuffix(".tar")) is not None
 
 
 def _name_some(names: Sequence[str]) -> str:
@@ -282,11 +271,10 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
                 raise file.error
             found.sha256 = file.sha256 or ""
             good = list(_examine_samples(file, job, found))
-    except UsageError as error:
-        found.bad.append(BadSample(found.name, "", extract_fault(error)))
-        return found
-    except OSError as error:
-        found.bad.append(BadSample(found.name, "", f"cannot be read ({error.strerror})"))
+    except (UsageError, OSError) as error:
+        is_tar = isinstance(error, UsageError)
+        reason = extract_fault(error) if is_tar else f"cannot be read ({error.strerror})"
+        found.bad.append(BadSample(found.name, "", reason))
         return found
     _check_idx(job.path.with_suffix(".idx"), good, found)
     return found
@@ -298,13 +286,10 @@ def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) ->
     for sample in filter(has_images, group_samples(read_members(file.stream(), job.path.name))):
         try:
             offset, size, crc, label = _examine_sample(file, sample, job, found.sums)
-        except (UnfitSample, Undecodable) as error:
-            found.bad.append(BadSample(found.name, sample.key, str(error)))
-            continue
-        except OSError as error:
-            found.bad.append(
-                BadSample(found.name, sample.key, f"it cannot be read ({error.strerror})")
-            )
+        except (UnfitSample, Undecodable, OSError) as error:
+            is_read = not isinstance(error, OSError)
+            reason = str(error) if is_read else f"it cannot be read ({error.strerror})"
+            found.bad.append(BadSample(found.name, sample.key, reason))
             continue
         rows.append((0, codes.setdefault(label, len(codes)), offset, size, crc))
         if not job.is_training:
@@ -363,9 +348,19 @@ def _seal(
     rejects = "".join(
         json.dumps({"name": f"{one.shard}/{one.key}", "reason": one.reason}) + "\n" for one in bad
     ).encode()
-    _refuse_other_files(folder, used, statistics, rejects)
-    _write_idx(folder, used, config.workers)
-    splits = {name: _make_split(folder, name, split) for name, split in used.items()}
+    indexes = {name: _join_rows(split) for name, split in used.items()}
+    _refuse_other_files(folder, indexes, statistics, rejects)
+    missing = [one for split in used.values() for one in split if not one.idx_sha256]
+    hashes = map_in_order(partial(write_idx, folder), missing, config.workers)
+    for one, digest in zip(missing, hashes, strict=True):
+        one.idx_sha256 = digest
+    splits = {
+        name: Split(
+            shards=tuple(map(_to_shard, split)),
+            index_sha256=save_index(folder, name, indexes[name]),
+        )
+        for name, split in used.items()
+    }
     with atomic_write(folder / REJECTS) as file:
         file.write(rejects)
     manifest = Manifest(
@@ -389,62 +384,43 @@ def _join_rows(split: Sequence[ExaminedShard]) -> Index:
     return np.concatenate([one.rows for one in split])
 
 
-def _make_split(folder: Path, name: str, split: Sequence[ExaminedShard]) -> Split:
-    return Split(
-        shards=tuple(
-            Shard(
-                name=one.name,
-                samples=len(one.rows),
-                bytes=one.bytes,
-                sha256=one.sha256,
-                idx_sha256=one.idx_sha256,
-            )
-            for one in split
-        ),
-        index_sha256=save_index(folder, name, _join_rows(split)),
+def _to_shard(one: ExaminedShard) -> Shard:
+    return Shard(
+        name=one.name,
+        samples=len(one.rows),
+        bytes=one.bytes,
+        sha256=one.sha256,
+        idx_sha256=one.idx_sha256,
     )
 
 
-def _write_idx(folder: Path, used: dict[str, list[ExaminedShard]], workers: int) -> None:
-    missing = [one for split in used.values() for one in split if not one.idx_sha256]
-    jobs = [IdxJob(folder / one.name, frozenset(one.rows["offset"].tolist())) for one in missing]
-    for one, digest in zip(missing, map_in_order(write_idx, jobs, workers), strict=True):
-        one.idx_sha256 = digest
-
-
-def write_idx(job: IdxJob) -> str:
+def write_idx(folder: Path, shard: ExaminedShard) -> str:
     """Write the `.idx` of a shard, and return its SHA-256."""
-    with job.path.open("rb", buffering=0) as file:
+    path, offsets = folder / shard.name, set(shard.rows["offset"].tolist())
+    with path.open("rb", buffering=0) as file:
         samples = [
             sample
-            for sample in group_samples(read_members(file, job.path.name))
-            if any(part.offset in job.offsets for part in sample.parts)
+            for sample in group_samples(read_members(file, path.name))
+            if any(part.offset in offsets for part in sample.parts)
         ]
     content = format_idx(samples)
-    with atomic_write(job.path.with_suffix(".idx")) as out:
+    with atomic_write(path.with_suffix(".idx")) as out:
         out.write(content)
     return hashlib.sha256(content).hexdigest()
 
 
 def _refuse_other_files(
-    folder: Path, used: dict[str, list[ExaminedShard]], statistics: Statistics, rejects: bytes
+    folder: Path, indexes: dict[str, Index], statistics: Statistics, rejects: bytes
 ) -> None:
     """Refuse to overwrite files, unless a killed run left them with the same content."""
-    planned = {STATS: _to_npz(statistics), REJECTS: rejects}
-    for name, split in used.items():
-        file = io.BytesIO()
-        np.save(file, _join_rows(split), allow_pickle=False)
-        planned[index_name(name)] = file.getvalue()
+    planned = {STATS: io.BytesIO(), REJECTS: io.BytesIO(rejects)}
+    np.savez(planned[STATS], allow_pickle=False, **vars(statistics))
+    for split, rows in indexes.items():
+        np.save(planned.setdefault(index_name(split), io.BytesIO()), rows, allow_pickle=False)
     for name, content in planned.items():
         path = folder / name
-        if path.exists() and sha256(path) != hashlib.sha256(content).hexdigest():
+        if path.exists() and sha256(path) != hashlib.sha256(content.getvalue()).hexdigest():
             raise UsageError(f"{path} is there and would be written over; move it away")
-
-
-def _to_npz(statistics: Statistics) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **vars(statistics))
-    return file.getvalue()
 
 
 def _fingerprint(splits: dict[str, Split], classes: tuple[str, ...]) -> str:
@@ -465,9 +441,17 @@ def main() -> int:
         sys.stderr.write(f"{bad}\n")
     if (more := len(outcome.bad) - BAD_SHOWN) > 0:
         sys.stderr.write(f"... and {more:,} more\n")
-    if outcome.manifest is None:
+    if (manifest := outcome.manifest) is None:
         raise DataError(_describe_failure(config.folder, outcome))
-    _report(config.folder, outcome, seconds)
+    parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
+    left_out = f", {manifest.rejected:,} left out ({REJECTS})" if manifest.rejected else ""
+    unused = f"; {len(outcome.unused)} tars are in no split" if outcome.unused else ""
+    count = sum(split.samples for split in manifest.splits.values())
+    sys.stderr.write(
+        f"data set {config.folder}: {parts} images of {len(manifest.classes)} classes"
+        f"{left_out}{unused}, indexed in {seconds:.1f} s "
+        f"({count / max(seconds, 1e-9):,.0f} images/s)\n"
+    )
     return 0
 
 
@@ -498,20 +482,6 @@ def _describe_failure(folder: str, outcome: IndexOutcome) -> str:
         f"{count:,} {'sample' if count == 1 else 'samples'} of {folder} cannot be trained from as "
         "they are, and nothing was written; leave them out with --skip-bad, or repack with "
         f"`python -m pipeline.build_shards OUT --train {folder}`"
-    )
-
-
-def _report(folder: str, outcome: IndexOutcome, seconds: float) -> None:
-    manifest = outcome.manifest
-    assert manifest is not None
-    parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
-    left_out = f", {manifest.rejected:,} left out (rejects.jsonl)" if manifest.rejected else ""
-    unused = f"; {len(outcome.unused)} tars are in no split" if outcome.unused else ""
-    count = sum(split.samples for split in manifest.splits.values())
-    sys.stderr.write(
-        f"data set {folder}: {parts} images of {len(manifest.classes)} classes"
-        f"{left_out}{unused}, indexed in {seconds:.1f} s "
-        f"({count / max(seconds, 1e-9):,.0f} images/s)\n"
     )
 
 
