@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, pairwise
-from threading import Lock
+from threading import RLock
 from typing import NamedTuple
 
 import numpy as np
@@ -78,35 +78,30 @@ class UnionFind:
 
     def __init__(self, rows: int) -> None:
         self.parent = np.arange(rows, dtype=np.uint32)
-        self._lock = Lock()
+        self._lock = RLock()
 
     def link(self, left: npt.ArrayLike, right: npt.ArrayLike) -> None:
         """Join rows pairwise."""
         a, b = np.broadcast_arrays(np.asarray(left), np.asarray(right))
         with self._lock:
             while len(a):
-                a, b = self._find_roots(a), self._find_roots(b)
+                a, b = self.find_roots(a), self.find_roots(b)
                 apart = a != b
                 a, b = a[apart], b[apart]
                 np.minimum.at(self.parent, np.maximum(a, b), np.minimum(a, b))
 
-    def find_roots(self, rows: Rows) -> Roots:
+    def find_roots(self, rows: npt.NDArray[np.integer]) -> Roots:
         """Return the root of each row: equal for rows that are joined."""
         with self._lock:
-            return self._find_roots(rows)
-
-    def _find_roots(self, rows: npt.NDArray[np.integer]) -> Roots:
-        up: Roots = self.parent[rows]
-        while True:
-            higher: Roots = self.parent[up]
-            if np.array_equal(up, higher):
-                return up
-            self.parent[rows] = higher  # path halving
-            up = higher
+            up: Roots = self.parent[rows]
+            while not np.array_equal(up, higher := self.parent[up]):
+                self.parent[rows] = higher  # path halving
+                up = higher
+            return up
 
     def find_groups(self) -> list[Rows]:
         """Return the trees of two or more rows."""
-        roots = self._find_roots(np.arange(len(self.parent)))
+        roots = self.find_roots(np.arange(len(self.parent)))
         members = np.flatnonzero(np.bincount(roots, minlength=len(roots))[roots] > 1)
         if not len(members):
             return []
@@ -344,12 +339,8 @@ def _select_bits(words: Words, rows: Rows) -> tuple[Words, int] | None:
 
 def _find_long_runs(keys: Keys) -> list[tuple[int, int]]:
     """Return (start, end) of the runs of more than `LONG_RUN` sorted keys with equal blocks."""
-    if len(keys) <= LONG_RUN:
-        return []
     # A run is long where a key equals the one `LONG_RUN` places on.
     inside = np.flatnonzero((keys[LONG_RUN:] ^ keys[:-LONG_RUN]) <= _ROW)
-    if not len(inside):
-        return []
     starts = inside[np.flatnonzero(np.diff(inside, prepend=-2) > 1)]
     ends = np.searchsorted(keys, keys[starts] | _ROW, side="right")
     return list(zip(starts.tolist(), ends.tolist(), strict=True))

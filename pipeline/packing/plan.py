@@ -140,8 +140,8 @@ class BuildPlan:
     """Of the training source, and of the validation source if there is one."""
     orders: dict[str, Places]
     """Per split the rows of its images in stored order, shuffled over the whole split."""
-    held_out: npt.NDArray[np.bool_] | None
-    """With --holdout: of each row of the training source, whether it went to validation."""
+    held_out: npt.NDArray[np.bool_]
+    """Of each row of the training source, whether it went to validation (--holdout)."""
     fingerprint: str
     """SHA-256 over everything that decides the bytes of the set but the content of the images."""
 
@@ -173,8 +173,6 @@ class BuildPlan:
         """Return for each image of a chunk whether it is in the training split."""
         if part.listing > 0:
             return np.zeros(part.stop - part.start, np.bool_)
-        if self.held_out is None:
-            return np.ones(part.stop - part.start, np.bool_)
         return ~self.held_out[part.start : part.stop]
 
     def name(self, row: int) -> str:
@@ -201,21 +199,16 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
     """
     listings = [scan(options.train, scratch / "train", split="train")]
     if options.val is not None:
+        classes, labels = listings[0].classes, options.val_labels
         listings.append(
-            scan(
-                options.val,
-                scratch / "val",
-                split="val",
-                classes=listings[0].classes,
-                labels=options.val_labels,
-            )
+            scan(options.val, scratch / "val", split="val", classes=classes, labels=labels)
         )
-    held = _choose_held_out(listings[0], options) if options.holdout else None
     first = np.arange(len(listings[0]), dtype=np.uint32)
-    split = {"train": first if held is None else first[~held]}
+    held = _choose_held_out(listings[0], options) if options.holdout else np.zeros(len(first), bool)
+    split = {"train": first[~held]}
     if options.val is not None:
         split["val"] = np.arange(len(listings[1]), dtype=np.uint32) + np.uint32(len(listings[0]))
-    elif held is not None:
+    elif options.holdout:
         split["val"] = first[held]
     return BuildPlan(
         listings=tuple(listings),

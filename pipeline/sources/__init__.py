@@ -31,7 +31,6 @@ from pipeline.sources.listing import (
     Listing,
     ListingWriter,
     Reject,
-    SourceReader,
     Unreadable,
 )
 from pipeline.sources.readers import open_reader
@@ -42,7 +41,6 @@ __all__ = [
     "Listing",
     "ListingWriter",
     "Reject",
-    "SourceReader",
     "Unreadable",
     "find_other_split",
     "open_reader",

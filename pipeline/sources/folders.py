@@ -67,10 +67,7 @@ def list_folder(folder: str | Path) -> FolderContents:
                 except OSError:  # a link to itself, or into a folder without permission
                     inside.other.append(entry.name)
     except OSError as error:
-        raise UsageError(
-            f"folder {escape(str(error.filename or folder))} cannot be read ({error.strerror}); "
-            "mend it"
-        ) from error
+        raise _folder_error(folder, error) from error
     for names in inside:
         names.sort()  # the order of a file system is arbitrary
     return inside
@@ -118,10 +115,13 @@ def _read_identity(path: str) -> tuple[int, int]:
     try:
         status = Path(path).stat()
     except OSError as error:
-        raise UsageError(
-            f"folder {escape(path)} cannot be read ({error.strerror}); mend it"
-        ) from error
+        raise _folder_error(path, error) from error
     return status.st_dev, status.st_ino
+
+
+def _folder_error(folder: str | Path, error: OSError) -> UsageError:
+    name = escape(str(error.filename or folder))
+    return UsageError(f"folder {name} cannot be read ({error.strerror}); mend it")
 
 
 _VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
@@ -132,9 +132,9 @@ _NO_CLASS = frozenset({"", "val", "validation", "ILSVRC2012_img_val"})
 def find_loose_in_folder(folder: Path) -> str | None:
     """Return the first image of a folder that holds images and no folder or tar of a class."""
     inside = list_folder(folder)
-    for name in (*inside.folders, *(name for name in inside.files if name.endswith(".tar"))):
-        if not is_kit_name(name):
-            return None
+    tars = (name for name in inside.files if name.endswith(".tar"))
+    if not all(map(is_kit_name, (*inside.folders, *tars))):
+        return None
     return next(filter(is_image, inside.files), None)
 
 

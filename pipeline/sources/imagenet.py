@@ -110,7 +110,6 @@ def _plain_value(value: object) -> Value:
 META = "meta.mat"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
-
 LIMIT = 64 << 20
 """Bytes that a kit, or a list of labels, may unpack to; the real one has a tenth of it."""
 MAT_SECONDS = 20
@@ -142,58 +141,49 @@ def read_devkit(path: Path) -> Devkit:
         UsageError: no kit, or a damaged one.
     """
     try:
-        meta, truth = _read_kit_folder(path) if path.is_dir() else _read_kit_archive(path)
+        files = _read_kit_files(path)
     except (OSError, EOFError, zlib.error) as error:
         raise _kit_error(path, getattr(error, "strerror", None) or str(error)) from error
-    if meta is None:
+    if META not in files:
         raise _kit_error(path, f"it holds no data/{META}")
-    wnids, titles = _read_synsets(path, meta)
+    wnids, titles = _read_synsets(path, files[META])
     try:
-        numbers = [int(line) for line in (truth or b"").strip().splitlines()]
+        numbers = map(int, files.get(TRUTH, b"").strip().splitlines())
         return Devkit(wnids, titles, [wnids[number] for number in numbers])
     except (ValueError, KeyError) as error:
         raise _kit_error(path, f"{TRUTH} says {error}, which is no ILSVRC2012_ID") from error
 
 
-def read_bounded(path: Path) -> bytes:
-    """Return the bytes of a file that should be small.
+def read_bounded(path: Path, packed: bool = False) -> bytes:
+    """Return the bytes of a file, or those that a gzip file unpacks to, if they are few.
 
     Raises:
-        UsageError: it is not.
-        OSError: it cannot be read.
+        UsageError: there are more than `LIMIT`.
+        OSError, EOFError, zlib.error: it cannot be read.
     """
-    with path.open("rb") as file:
+    with gzip.open(path) if packed else path.open("rb") as file:
         data = file.read(LIMIT + 1)
     if len(data) > LIMIT:
-        raise _kit_error(path, f"it is larger than {LIMIT >> 20} MiB")
+        what = "unpacks to more" if packed else "is larger"
+        raise _kit_error(path, f"it {what} than {LIMIT >> 20} MiB")
     return data
 
 
-def _read_kit_folder(path: Path) -> tuple[bytes | None, bytes | None]:
-    folder = path if (path / META).is_file() else path / "data"
-    meta, truth = folder / META, folder / TRUTH
-    return (
-        read_bounded(meta) if meta.is_file() else None,
-        read_bounded(truth) if truth.is_file() else None,
-    )
-
-
-def _read_kit_archive(path: Path) -> tuple[bytes | None, bytes | None]:
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    if packed:
-        with gzip.open(path) as stream:
-            data = stream.read(LIMIT + 1)
-        if len(data) > LIMIT:
-            raise _kit_error(path, f"it unpacks to more than {LIMIT >> 20} MiB")
-    else:
-        data = read_bounded(path)
+def _read_kit_files(path: Path) -> dict[str, bytes]:
+    """Return the files of a kit by name, of a folder only those that are used."""
+    if path.is_dir():
+        folder = path if (path / META).is_file() else path / "data"
+        there = filter(Path.is_file, (folder / META, folder / TRUTH))
+        return {file.name: read_bounded(file) for file in there}
+    with path.open("rb") as archive:
+        packed = archive.read(2) == b"\x1f\x8b"
+    data = read_bounded(path, packed)
     found: dict[str, bytes] = {}
     for member in read_members(io.BytesIO(data), str(path)):
         if member.regular:
             name = member.name.rpartition("/")[2]
             found.setdefault(name, data[member.offset :][: member.size])
-    return found.get(META), found.get(TRUTH)
+    return found
 
 
 def _read_synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
@@ -343,7 +333,7 @@ def _find_labels(folder: Path) -> Iterator[Path]:
 
 
 def _find_kits(folder: Path) -> Iterator[Path]:
-    for ending in (".tar.gz", ".tgz", ".tar", ""):
+    for ending in (*ARCHIVES, ""):
         if is_devkit(path := folder / f"{DEVKIT}{ending}"):
             yield path
 

@@ -143,8 +143,10 @@ class ListingWriter:
         self._end = self.pictures = self.rejected = 0
 
     def container(self, kind: Kind, address: str) -> int:
-        """Note a container and return its number."""
-        self._containers.append(Container(kind, address))
+        """Note a container, unless it is the last one noted, and return its number."""
+        container = Container(kind, address)
+        if self._containers[-1:] != [container]:
+            self._containers.append(container)
         return len(self._containers) - 1
 
     def add(

@@ -203,7 +203,6 @@ def scan_parquet(
     )
     labels: LabelMapper | None = None
     names: tuple[str, ...] | None = None
-    container, current = -1, ""
     for rows in scan_each(addresses, _scan_file, is_remote(source)):
         if labels is None:
             names = rows.columns.names
@@ -213,13 +212,11 @@ def scan_parquet(
                 f"parquet file {hide_credentials(rows.address)} names its classes differently from "
                 f"{hide_credentials(addresses[0])}; take files of one set"
             )
-        if rows.address != current:
-            container, current = writer.container("parquet", rows.address), rows.address
-        _add(rows, container, writer, labels)
+        _add(rows, writer, labels)
     return (labels or LabelMapper(source, None, classes)).finish(writer)
 
 
-def _add(rows: _LabelRows, container: int, writer: ListingWriter, labels: LabelMapper) -> None:
+def _add(rows: _LabelRows, writer: ListingWriter, labels: LabelMapper) -> None:
     classes, names, places = [], [], []
     for place, (name, label) in enumerate(zip(rows.names, rows.labels, strict=True), rows.first):
         if label is None:
@@ -228,7 +225,7 @@ def _add(rows: _LabelRows, container: int, writer: ListingWriter, labels: LabelM
         classes.append(labels.find_class(label, f"{rows.address} row {place}"))
         names.append(name)
         places.append(place)
-    writer.add(container, classes, names, places)
+    writer.add(writer.container("parquet", rows.address), classes, names, places)
 
 
 def _scan_file(address: str) -> Iterator[_LabelRows]:

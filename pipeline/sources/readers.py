@@ -104,16 +104,14 @@ class ParquetReader:
         self._bytes = None  # before the next rows are read: one batch in memory, not two
         if self._damage is None:
             try:
-                batch = next(self._batches, None)
-                if batch is None:
-                    self._damage = "its row group ends before it"
-                else:
+                if (batch := next(self._batches, None)) is not None:
                     self._first += self._rows
                     self._rows = batch.num_rows
                     column = batch.column(0)
                     # `flatten` knows that a null struct has no bytes, its child does not.
                     self._bytes = column.flatten()[0] if self._columns.in_struct else column
                     return
+                self._damage = "its row group ends before it"
             except (pa.ArrowException, *DAMAGE) as error:
                 # Bytes that cannot be unpacked are an OSError to Arrow, but one without a number.
                 if isinstance(error, Unreachable) or getattr(error, "errno", None) is not None:

@@ -19,7 +19,7 @@ from pipeline.sources.folders import (
     list_folder,
     read_labels,
 )
-from pipeline.sources.imagenet import GroundTruth, find_titles, is_kit_name
+from pipeline.sources.imagenet import find_titles, is_kit_name
 from pipeline.sources.listing import Listing, ListingWriter, is_image
 from pipeline.sources.parquet import is_parquet, scan_parquet
 from pipeline.sources.tars import add_class_tar, add_tar
@@ -109,10 +109,8 @@ def find_split(source: Path, split: SplitName) -> Path:
         raise UsageError(
             f"source {escape(str(source))} does not exist; name a folder or a tar of images"
         )
-    for root in (source, source / "ILSVRC"):  # Kaggle's tree
-        if (root / "Data" / "CLS-LOC").is_dir():
-            source = root / "Data" / "CLS-LOC"
-            break
+    kaggle = (source / "Data" / "CLS-LOC", source / "ILSVRC" / "Data" / "CLS-LOC")
+    source = next(filter(Path.is_dir, kaggle), source)
     inside = list_folder(source)
     found = {
         name: [
@@ -150,19 +148,18 @@ def _scan_local(
     source: Path, writer: ListingWriter, classes: Sequence[str] | None, labels: str | None
 ) -> Listing:
     """List folders and tars."""
-    loose = find_loose_in_tar(source) if source.is_file() else find_loose_in_folder(source)
-    truth: GroundTruth | None = None
+    is_tar = source.is_file()
+    loose = find_loose_in_tar(source) if is_tar else find_loose_in_folder(source)
+    titles: dict[str, str] = {}
     if loose is not None:
         truth = read_labels(source, loose, labels)
-        (add_flat_tar if source.is_file() else add_flat_folder)(source, truth, writer)
+        titles = truth.titles
+        (add_flat_tar if is_tar else add_flat_folder)(source, truth, writer)
         listing = writer.finish(truth.classes if classes is None else classes)
     else:
-        if source.is_file():
-            add_tar(source, writer)
-        else:
-            _add_classes(source, writer)
+        (add_tar if is_tar else _add_classes)(source, writer)
         listing = _refuse_labels(writer.finish(classes), labels)
-    titles = (truth.titles if truth else {}) or find_titles(source, listing.classes)
+    titles = titles or find_titles(source, listing.classes)
     if not titles:
         return listing
     return replace(listing, titles=tuple(titles.get(name, name) for name in listing.classes))
@@ -203,10 +200,8 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
     for name in sorted([*folders, *tars], key=lambda name: name.removesuffix(".tar")):
         class_name = name.removesuffix(".tar") if name in tars else name
         writer.need_class(class_name)
-        if name in tars:
-            add_class_tar(source / name, class_name, writer)
-        else:
-            add_folder(source / name, class_name, writer)
+        add = add_class_tar if name in tars else add_folder
+        add(source / name, class_name, writer)
 
 
 def _refuse_labels(listing: Listing, labels: str | None) -> Listing:

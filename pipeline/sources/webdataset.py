@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import BinaryIO, NamedTuple
 
 from pipeline.dataset.samples import LABEL_ENDINGS, MAX_LABEL_BYTES, MemberLabel, parse_label
@@ -54,8 +55,6 @@ class _SourceSample:
     title: str | None = None
     no_label: str = "no label"
     """The reason why not, if there is none."""
-    linked: bool = False
-    """A link or a device stood in the place of an image."""
 
 
 class _LabelledImage(NamedTuple):
@@ -87,21 +86,19 @@ def is_webdataset(source: str) -> bool:
     files = find_files(source, ENDING)
     if files is None:
         return False
-    keys: set[str] = set()
+    images, others = set[str](), set[str]()
     with open_file(files.addresses[0]) as file:
         for member in islice(read_members(file, files.addresses[0]), LOOK):
             key, ending = _split_name(member.name)
-            if not member.regular or key is None:
+            if not member.regular or not key:
                 continue
-            if ending == "cls":
-                return True
+            if _is_image(ending):
+                images.add(key)
+            elif ending in ("json", "txt"):
+                others.add(key)
             # A caption or a record beside each image is a sample, if without a label.
-            if ending in ("json", "txt") or _is_image(ending):
-                kind = "picture" if _is_image(ending) else "label"
-                other = "label" if kind == "picture" else "picture"
-                if f"{other} {key}" in keys:
-                    return True
-                keys.add(f"{kind} {key}")
+            if ending == "cls" or key in images & others:
+                return True
     return False
 
 
@@ -124,12 +121,9 @@ def scan_webdataset(
     if files is None:
         raise UsageError(f"source {hide_credentials(source)} names no shards")
     addresses, labels = _select_shards(files, source, split, classes)
-    container, current = -1, ""
     titles: dict[int, str] = {}
     for part in scan_each(addresses, _scan_shard, is_remote(source)):
-        if part.address != current:
-            container, current = writer.container("tar", part.address), part.address
-        _add_part(part, container, writer, labels, titles)
+        _add_part(part, writer, labels, titles)
     return labels.finish(writer, titles)
 
 
@@ -172,11 +166,7 @@ def _select_shards(
 
 
 def _add_part(
-    part: _ShardPart,
-    container: int,
-    writer: ListingWriter,
-    labels: LabelMapper,
-    titles: dict[int, str],
+    part: _ShardPart, writer: ListingWriter, labels: LabelMapper, titles: dict[int, str]
 ) -> None:
     kept, classes = [], []
     for picture in part.pictures:
@@ -190,7 +180,7 @@ def _add_part(
             titles.setdefault(picture.label, picture.title)
         kept.append(picture)
     writer.add(
-        container,
+        writer.container("tar", part.address),
         classes,
         [picture.name for picture in kept],
         [picture.offset for picture in kept],
@@ -215,27 +205,21 @@ def _scan_shard(address: str) -> Iterator[_ShardPart]:
 
 def _group_samples(file: BinaryIO, address: str) -> Iterator[_SourceSample]:
     """Group the members of a shard as webdataset does."""
-    sample: _SourceSample | None = None
+    members = ((*_split_name(member.name), member) for member in read_members(file, address))
     titled = True  # until a record beside a label has no readable name of the class
-    for member in read_members(file, address):
-        key, ending = _split_name(member.name)
-        if key is None:
-            continue
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = _SourceSample(key)
-        if _is_image(ending):
-            sample.pictures.append((ending, member))
-        elif not member.regular or ending not in LABEL_ENDINGS:
-            continue
-        elif LABEL_ENDINGS.index(ending) < sample.rank:
-            _read_label(file, member, ending, sample)
-        elif ending == "json" and titled and member.size <= MAX_LABEL_BYTES:
-            file.seek(member.offset)
-            sample.title = parse_label(ending, file.read(member.size)).title
-            titled = sample.title is not None
-    if sample is not None:
+    for key, group in groupby(filter(itemgetter(0), members), key=itemgetter(0)):
+        sample = _SourceSample(key)
+        for _, ending, member in group:
+            if _is_image(ending):
+                sample.pictures.append((ending, member))
+            elif not member.regular or ending not in LABEL_ENDINGS:
+                continue
+            elif LABEL_ENDINGS.index(ending) < sample.rank:
+                _read_label(file, member, ending, sample)
+            elif ending == "json" and titled and member.size <= MAX_LABEL_BYTES:
+                file.seek(member.offset)
+                sample.title = parse_label(ending, file.read(member.size)).title
+                titled = sample.title is not None
         yield sample
 
 
@@ -254,18 +238,18 @@ def _read_label(file: BinaryIO, member: Member, ending: str, sample: _SourceSamp
 
 def _choose_image(sample: _SourceSample, part: _ShardPart, seen: set[int]) -> None:
     """Note the image of a sample, or why there is none."""
-    for ending, member in [item for item in sample.pictures if not item[1].regular]:
-        sample.pictures.remove((ending, member))
-        part.rejects.append((f"{part.address}/{escape(member.name)}", "no image: a link"))
-        sample.linked = True
-    if not sample.pictures:
-        if not sample.linked and sample.label is not None:
+    pictures = [(ending, member) for ending, member in sample.pictures if member.regular]
+    for _, member in sample.pictures:
+        if not member.regular:
+            part.rejects.append((f"{part.address}/{escape(member.name)}", "no image: a link"))
+    if not pictures:
+        if not sample.pictures and sample.label is not None:
             name = f"{part.address}/{escape(sample.key)}"
             part.rejects.append((name, "no image in the sample"))
         return
     # `KEY.jpg` is the image where there is a `KEY.mask.png` beside it.
-    plain = [member for ending, member in sample.pictures if "." not in ending]
-    chosen = plain if len(plain) == 1 else [member for _, member in sample.pictures]
+    plain = [member for ending, member in pictures if "." not in ending]
+    chosen = plain if len(plain) == 1 else [member for _, member in pictures]
     if len(chosen) > 1 or sample.label is None:
         reason = "two images in one sample" if len(chosen) > 1 else sample.no_label
         for member in chosen:
@@ -278,10 +262,10 @@ def _choose_image(sample: _SourceSample, part: _ShardPart, seen: set[int]) -> No
     part.pictures.append(_LabelledImage(name, offset, size, sample.label, sample.title))
 
 
-def _split_name(name: str) -> tuple[str | None, str]:
-    """Split a member's name into key and ending (`left.jpg`), in small letters."""
+def _split_name(name: str) -> tuple[str, str]:
+    """Split a member's name into key and ending (`left.jpg`, in small letters); both may be ""."""
     match = None if _META.match(name) else _KEY.fullmatch(name)
-    return (match[1], match[2].lower()) if match else (None, "")
+    return (match[1], match[2].lower()) if match else ("", "")
 
 
 def _is_image(ending: str) -> bool:
