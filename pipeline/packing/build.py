@@ -136,19 +136,19 @@ def _write_shards(
     jobs = []
     total = int(collected.packed.sum())
     there = target.list_files(SHARDS)
+    step = options.samples_per_shard
     for split in plan.orders:
         order = collected.order(plan, split)
-        step = options.samples_per_shard
-        counts[split] = -(-len(order) // step)
-        maybe = [n for n in range(counts[split]) if shard_facts_name(split, n) in there]
-        rows = [order[number * step : (number + 1) * step] for number in range(counts[split])]
+        rows = [order[start : start + step] for start in range(0, len(order), step)]
+        counts[split] = len(rows)
+        maybe = [n for n in range(len(rows)) if shard_facts_name(split, n) in there]
         files = read_ahead(partial(fetch_shard, target, split), maybe)
         done = {
             number
             for number, fetched in zip(maybe, files, strict=True)
             if parse_shard(fetched, collected.taken[rows[number]])
         }
-        jobs += [(split, n, rows[n]) for n in range(counts[split]) if n not in done]
+        jobs += [(split, n, some) for n, some in enumerate(rows) if n not in done]
     already = total - sum(len(rows) for *_, rows in jobs)
     todo = (
         ShardJob(target, split, number, options.encoding, collected.taken[rows])

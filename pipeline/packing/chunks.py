@@ -36,13 +36,7 @@ FOLDER = f"{WORK}/chunks"
 HASH_BYTES = 32
 
 PACKED_DTYPE = np.dtype(
-    [
-        ("packed", "?"),
-        ("offset", "<u8"),
-        ("size", "<u4"),
-        ("crc", "<u4"),
-        ("hash", "u1", HASH_BYTES),
-    ]
+    [("packed", "?"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("hash", "u1", HASH_BYTES)]
 )
 """An image of a chunk: whether it could be packed, and then its byte range in the `.bin`, the
 CRC-32 of those bytes, and its perceptual hash."""
@@ -109,6 +103,9 @@ def make_chunk_job(
     listing = plan.listings[part.listing]
     rows = np.array(listing.rows[part.start : part.stop])
     used, rows["container"] = np.unique(rows["container"], return_inverse=True)
+    trains = np.zeros(len(rows), np.bool_)
+    if part.listing == 0:
+        trains = ~plan.held_out[part.start : part.stop]
     return ChunkJob(
         target=target,
         number=part.number,
@@ -116,7 +113,7 @@ def make_chunk_job(
         containers=tuple(listing.containers[place] for place in used),
         rows=rows,
         names=tuple(listing.names[place] for place in range(part.start, part.stop)),
-        trains=plan.trains(part),
+        trains=trains,
     )
 
 
@@ -193,13 +190,8 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
             else:
                 data = encode(found, job.options.quality, job.options.chroma)
             file.write(data)
-            packed[place] = (
-                True,
-                offset,
-                len(data),
-                isal_zlib.crc32(data),
-                np.frombuffer(perceptual_hash(found), np.uint8),
-            )
+            image_hash = np.frombuffer(perceptual_hash(found), np.uint8)
+            packed[place] = (True, offset, len(data), isal_zlib.crc32(data), image_hash)
             offset += len(data)
     with job.target.create(chunk_facts_name(job.number), durable=False) as file:
         np.savez(

@@ -106,7 +106,8 @@ def find_duplicates(
         workers: threads; by default one a core.
     """
     words = np.ascontiguousarray(hashes).view("<u8")
-    telling = _has_detail(words)
+    ones = np.bitwise_count(words).sum(1, dtype=np.uint16)
+    telling = (ones >= LEAST_ONES) & (ones <= BITS - LEAST_ONES)
     rows = np.flatnonzero(telling)
     found = find_clusters(hashes, threshold, rows, workers)
     found += _find_identical(words, sizes, crcs, np.flatnonzero(~telling))
@@ -151,15 +152,6 @@ def write_duplicates(
     return DuplicateCounts(*counts.tolist())
 
 
-def _has_detail(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Return for each hash whether its image has detail: enough ones and zeros."""
-    telling = np.empty(len(words), np.bool_)
-    for start in range(0, len(words), BATCH):
-        ones = np.bitwise_count(words[start : start + BATCH]).sum(1, dtype=np.uint16)
-        telling[start : start + BATCH] = (ones >= LEAST_ONES) & (ones <= 256 - LEAST_ONES)
-    return telling
-
-
 def _find_identical(
     words: npt.NDArray[np.uint64],
     sizes: npt.NDArray[np.unsignedinteger],
@@ -169,7 +161,7 @@ def _find_identical(
     """Return the rows with the same hash, size and CRC-32, of those given (ascending)."""
     if len(rows) < 2:
         return []
-    columns = [*words[rows].T, sizes[rows], crcs[rows]]
+    columns = (*words[rows].T, sizes[rows], crcs[rows])
     order = np.lexsort(columns)  # stable: equal rows stay ascending
     new = np.zeros(len(rows) - 1, np.bool_)
     for column in columns:

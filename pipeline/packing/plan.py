@@ -169,12 +169,6 @@ class BuildPlan:
                 yield ChunkPlan(number, place, start, min(start + size, len(listing)))
                 number += 1
 
-    def trains(self, part: ChunkPlan) -> npt.NDArray[np.bool_]:
-        """Return for each image of a chunk whether it is in the training split."""
-        if part.listing > 0:
-            return np.zeros(part.stop - part.start, np.bool_)
-        return ~self.held_out[part.start : part.stop]
-
     def name(self, row: int) -> str:
         """Return the full name of an image, for messages."""
         firsts = self.first_rows
@@ -212,7 +206,10 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
         split["val"] = first[held]
     return BuildPlan(
         listings=tuple(listings),
-        orders={name: _shuffle(rows, options.seed, name) for name, rows in split.items()},
+        orders={
+            name: np.random.default_rng([options.seed, *name.encode()]).permutation(rows)
+            for name, rows in split.items()
+        },
         held_out=held,
         fingerprint=_compute_fingerprint(options, listings),
     )
@@ -234,10 +231,6 @@ def _choose_held_out(listing: Listing, options: BuildConfig) -> npt.NDArray[np.b
         count = min(len(places) - 1, max(1, round(len(places) * options.holdout)))
         held[np.random.default_rng([options.seed, label]).permutation(places)[:count]] = True
     return held
-
-
-def _shuffle(rows: Places, seed: int, split: str) -> Places:
-    return np.random.default_rng([seed, *split.encode()]).permutation(rows)
 
 
 def _compute_fingerprint(options: BuildConfig, listings: list[Listing]) -> str:

@@ -141,11 +141,11 @@ def parse_shard(
 
 
 def _read_samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
-    names = {chunk: chunk_data_name(chunk) for chunk in set(job.taken["chunk"].tolist())}
-    pieces = [
-        ByteRange(names[chunk], offset, size) for chunk, offset, size, _, _ in job.taken.tolist()
+    ranges = [
+        ByteRange(chunk_data_name(chunk), offset, size)
+        for chunk, offset, size, _, _ in job.taken.tolist()
     ]
-    found = job.target.read_ranges(pieces)
+    found = job.target.read_ranges(ranges)
     for row in job.taken:
         try:
             data = next(found)
@@ -191,7 +191,7 @@ def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedC
         (scratch / REJECTS).open("w", encoding="utf-8") as rejects,
     ):
         for listing in plan.listings:
-            rejects.writelines(map(_to_json_line, listing.rejects()))
+            rejects.writelines(map(Reject.to_json_line, listing.rejects()))
         for part, first, chunk in _read_chunks(plan, target):
             rows = slice(first, first + part.stop - part.start)
             packed[rows] = chunk.packed["packed"]
@@ -203,7 +203,7 @@ def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedC
             hashes.write(chunk.packed["hash"][chunk.packed["packed"]].tobytes())
             sums += chunk.sums
             for place, reason in sorted(chunk.reasons.items()):
-                rejects.write(_to_json_line(Reject(plan.name(first + place), reason)))
+                rejects.write(Reject(plan.name(first + place), reason).to_json_line())
                 rejected += 1
     return CollectedChunks(
         taken=taken,
@@ -239,10 +239,6 @@ def _allocate(path: Path, count: int) -> npt.NDArray[np.void]:
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, count * TAKEN_DTYPE.itemsize)
     return np.memmap(path, TAKEN_DTYPE, "r+", shape=(count,))
-
-
-def _to_json_line(reject: Reject) -> str:
-    return json.dumps(reject._asdict()) + "\n"
 
 
 def check_classes(plan: BuildPlan, collected: CollectedChunks, target: Target) -> None:

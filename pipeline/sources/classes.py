@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from pipeline.dataset.samples import MAX_CLASSES
 from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import hide_credentials
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.tools.errors import UsageError
-
-MOST_CLASSES = 1_000_000
 
 
 def make_distinct(names: Sequence[str]) -> tuple[str, ...]:
@@ -81,9 +80,9 @@ class LabelMapper:
         if isinstance(label, str):
             return label
         if self._names is None:
-            if label >= MOST_CLASSES:
+            if label >= MAX_CLASSES:
                 raise UsageError(
-                    f"label {label} of {where} is beyond {MOST_CLASSES - 1:,}, the largest; "
+                    f"label {label} of {where} is beyond {MAX_CLASSES - 1:,}, the largest; "
                     "number the classes from 0"
                 )
             self._last = max(self._last, label)

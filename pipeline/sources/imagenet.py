@@ -333,9 +333,7 @@ def _find_labels(folder: Path) -> Iterator[Path]:
 
 
 def _find_kits(folder: Path) -> Iterator[Path]:
-    for ending in (*ARCHIVES, ""):
-        if is_devkit(path := folder / f"{DEVKIT}{ending}"):
-            yield path
+    return filter(is_devkit, (folder / f"{DEVKIT}{ending}" for ending in (*ARCHIVES, "")))
 
 
 def _read_list(path: Path) -> GroundTruth:

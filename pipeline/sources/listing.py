@@ -43,6 +43,10 @@ class Reject(NamedTuple):
     name: str
     reason: str
 
+    def to_json_line(self) -> str:
+        """Return the line of `rejects.jsonl`."""
+        return json.dumps(self._asdict()) + "\n"
+
 
 PICTURE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"),
@@ -185,7 +189,7 @@ class ListingWriter:
 
     def reject(self, name: str, reason: str) -> None:
         """Note a file that cannot be packed; `name` as `Listing.full_name` would give it."""
-        self._rejects.write(json.dumps({"name": name, "reason": reason}) + "\n")
+        self._rejects.write(Reject(name, reason).to_json_line())
         self.rejected += 1
 
     def need_class(self, name: str) -> int:
