@@ -36,7 +36,13 @@ FOLDER = f"{WORK}/chunks"
 HASH_BYTES = 32
 
 PACKED_DTYPE = np.dtype(
-    [("packed", "?"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("hash", "u1", HASH_BYTES)]
+    [
+        ("packed", "?"),
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("crc", "<u4"),
+        ("hash", "u1", HASH_BYTES),
+    ]
 )
 """An image of a chunk: whether it could be packed, and then its byte range in the `.bin`, the
 CRC-32 of those bytes, and its perceptual hash."""
