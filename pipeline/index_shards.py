@@ -351,8 +351,8 @@ def _seal(
     indexes = {name: _join_rows(split) for name, split in used.items()}
     _refuse_other_files(folder, indexes, statistics, rejects)
     missing = [one for split in used.values() for one in split if not one.idx_sha256]
-    hashes = map_in_order(partial(write_idx, folder), missing, config.workers)
-    for one, digest in zip(missing, hashes, strict=True):
+    written = map_in_order(partial(write_idx, folder), missing, config.workers)
+    for one, digest in zip(missing, written, strict=True):
         one.idx_sha256 = digest
     splits = {
         name: Split(
@@ -361,6 +361,7 @@ def _seal(
         )
         for name, split in used.items()
     }
+    hashes = [[name, *(one.sha256 for one in split)] for name, split in used.items()]
     with atomic_write(folder / REJECTS) as file:
         file.write(rejects)
     manifest = Manifest(
@@ -368,7 +369,7 @@ def _seal(
         classes=classes,
         seed=0,
         sources={name: f"{len(split)} shards where they lay" for name, split in used.items()},
-        plan=_fingerprint(splits, classes),
+        plan=hashlib.sha256(json.dumps([hashes, list(classes)]).encode()).hexdigest(),
         stats_sha256=statistics.save(folder),
         rejected=len(bad),
         quality=None,
@@ -421,11 +422,6 @@ def _refuse_other_files(
         path = folder / name
         if path.exists() and sha256(path) != hashlib.sha256(content.getvalue()).hexdigest():
             raise UsageError(f"{path} is there and would be written over; move it away")
-
-
-def _fingerprint(splits: dict[str, Split], classes: tuple[str, ...]) -> str:
-    parts = [[name, *(shard.sha256 for shard in split.shards)] for name, split in splits.items()]
-    return hashlib.sha256(json.dumps([parts, list(classes)]).encode()).hexdigest()
 
 
 def main() -> int:

@@ -82,11 +82,16 @@ def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
     Raises:
         UsageError: there are none; the message lists those that are there.
     """
+    import pyarrow as pa
+
+    def is_label(kind: pa.DataType) -> bool:
+        return pa.types.is_integer(kind) or _is_text(kind)
+
     schema = file.schema_arrow
     features = _features(schema)
     fields = {field.name: field for field in schema}
     image = _find_field(IMAGES, fields, features, "Image", _holds_bytes)
-    label = _find_field(LABELS, fields, features, "ClassLabel", _is_label)
+    label = _find_field(LABELS, fields, features, "ClassLabel", is_label)
     if image is None or label is None:
         lacks = "images (struct<bytes, path> or binary)" if image is None else "labels"
         known = IMAGES if image is None else LABELS
@@ -153,12 +158,6 @@ def _holds_bytes(kind: pa.DataType) -> bool:
         place = kind.get_field_index("bytes")
         kind = kind.field(place).type if place >= 0 else pa.null()
     return kind in (pa.binary(), pa.large_binary())
-
-
-def _is_label(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_integer(kind)) or _is_text(kind)
 
 
 class _LabelRows(NamedTuple):

@@ -224,9 +224,8 @@ def _group_samples(file: BinaryIO, address: str) -> Iterator[_SourceSample]:
 
 
 def _read_label(file: BinaryIO, member: Member, ending: str, sample: _SourceSample) -> None:
-    if member.size > MAX_LABEL_BYTES:
-        found = MemberLabel(None)
-    else:
+    found = MemberLabel(None)
+    if member.size <= MAX_LABEL_BYTES:
         file.seek(member.offset)
         found = parse_label(ending, file.read(member.size))
     sample.title = found.title or sample.title
