@@ -27,7 +27,6 @@ from pipeline.sources.listing import (
     NO_PICTURE,
     PICTURE_ENDINGS,
     WHOLE_FILE,
-    Container,
     ListingWriter,
     is_hidden,
     is_image,
@@ -156,22 +155,20 @@ def find_loose_in_tar(tar: Path) -> str | None:
 
 def add_flat_folder(folder: Path, truth: GroundTruth, writer: ListingWriter) -> None:
     """Add the images of a folder with the classes that `truth` has for them."""
-    path = os.path.abspath(folder)
+    found = ImageBuffer(writer, "folder", os.path.abspath(folder))
     inside = list_folder(folder)
     for name in inside.other:
-        writer.reject(f"{path}/{name}", NO_FILE)
+        found.reject(name, NO_FILE)
     names = (name for name in inside.files if name != truth.file.name and not is_list_name(name))
-    _add_labelled(
-        ((name, 0, WHOLE_FILE) for name in names), Container("folder", path), truth, writer
-    )
+    _add_labelled(((name, 0, WHOLE_FILE) for name in names), found, truth)
 
 
 def add_flat_tar(tar: Path, truth: GroundTruth, writer: ListingWriter) -> None:
     """Add the images of a tar with the classes that `truth` has for them."""
-    path = os.path.abspath(tar)
-    with open_tar(path) as file:
-        files = select_files(read_members(file, path), path, writer)
-        _add_labelled((member[:3] for member in files), Container("tar", path), truth, writer)
+    found = ImageBuffer(writer, "tar", os.path.abspath(tar))
+    with open_tar(found.address) as file:
+        files = select_files(read_members(file, found.address), found)
+        _add_labelled((member[:3] for member in files), found, truth)
 
 
 def read_labels(source: Path, picture: str, labels: str | None) -> GroundTruth:
@@ -179,7 +176,7 @@ def read_labels(source: Path, picture: str, labels: str | None) -> GroundTruth:
 
     Args:
         source: folder or tar.
-        image: one of them.
+        picture: name of one of the images.
         labels: value of --val-labels.
 
     Raises:
@@ -201,32 +198,28 @@ def read_labels(source: Path, picture: str, labels: str | None) -> GroundTruth:
 
 
 def _add_labelled(
-    files: Iterable[tuple[str, int, int]],
-    container: Container,
-    truth: GroundTruth,
-    writer: ListingWriter,
+    files: Iterable[tuple[str, int, int]], found: ImageBuffer, truth: GroundTruth
 ) -> None:
     """Add files (name, place, size) of one container."""
-    path, labels = container.address, truth.labels
-    found = ImageBuffer(writer, writer.container(*container))
+    labels, list_name = truth.labels, escape(str(truth.file))
     missing = dict.fromkeys(labels)  # in order
     for name, place, size in files:
         key = strip_ending(name)
         if not is_image(name):
-            writer.reject(f"{path}/{name}", NO_PICTURE)
+            found.reject(name, NO_PICTURE)
         elif key in labels:
             found.add(labels[key], name, place, size)
             missing.pop(key, None)
         else:
-            writer.reject(f"{path}/{name}", f"no label: {escape(str(truth.file))} has none for it")
+            found.reject(name, f"no label: {list_name} has none for it")
     found.flush()
-    if not writer.pictures:
+    if not found.writer.pictures:
         raise UsageError(
-            f"labels {escape(str(truth.file))} name none of the images of {escape(path)}, but "
+            f"labels {list_name} name none of the images of {escape(found.address)}, but "
             f"such as {escape(next(iter(labels)))}; {GIVE_LABELS}"
         )
     for key in missing:
-        writer.reject(f"{path}/{key}", f"no image: {escape(str(truth.file))} has a label for it")
+        found.reject(key, f"no image: {list_name} has a label for it")
 
 
 def _is_validation(name: str) -> bool:

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.dataset.tar import Member, escape, read_members
-from pipeline.sources.listing import (
-    NO_PICTURE,
-    PICTURE_ENDINGS,
-    ListingWriter,
-    is_hidden,
-    is_image,
-)
+from pipeline.sources.listing import NO_PICTURE, Kind, ListingWriter, is_hidden, is_image
 from pipeline.tools.errors import UsageError
 
 BATCH = 1 << 14
@@ -27,8 +21,9 @@ BATCH = 1 << 14
 class ImageBuffer:
     """Images of one container that are yet to be handed to the listing."""
 
-    def __init__(self, writer: ListingWriter, container: int) -> None:
-        self._writer, self._container = writer, container
+    def __init__(self, writer: ListingWriter, kind: Kind, address: str) -> None:
+        self.writer, self.address = writer, address
+        self._container = writer.container(kind, address)
         self._images: list[tuple[str, str, int, int]] = []
 
     def add(self, class_name: str, name: str, place: int, size: int) -> None:
@@ -40,8 +35,12 @@ class ImageBuffer:
     def flush(self) -> None:
         """Hand on what there is."""
         if self._images:
-            self._writer.add(self._container, *zip(*self._images, strict=True))
+            self.writer.add(self._container, *zip(*self._images, strict=True))
             self._images.clear()
+
+    def reject(self, name: str, reason: str) -> None:
+        """Note a file of the container that cannot be packed."""
+        self.writer.reject(f"{self.address}/{name}", reason)
 
 
 def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:
@@ -51,9 +50,9 @@ def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:
         UsageError: the tar is damaged or cannot be read.
     """
     address = os.path.abspath(path)
-    found = ImageBuffer(writer, writer.container("tar", address))
+    found = ImageBuffer(writer, "tar", address)
     with open_tar(address) as file:
-        _add_all(read_members(file, address), address, "", class_name, found, writer)
+        _add_all(read_members(file, address), "", class_name, found)
     found.flush()
 
 
@@ -64,25 +63,25 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
         UsageError: the tar is damaged or cannot be read, or an image lies outside a class.
     """
     address = os.path.abspath(path)
-    found = ImageBuffer(writer, writer.container("tar", address))
+    found = ImageBuffer(writer, "tar", address)
     inner: set[str] = set()
     folder, class_name, above = "", "", ""
     with open_tar(address) as file:
-        for member in select_files(read_members(file, address), address, writer):
+        for member in select_files(read_members(file, address), found):
             name = member.name
             at = name.rfind("/") + 1
             if name.endswith(".tar"):
-                _add_inner(file, address, member, inner, found, writer)
+                _add_inner(file, member, inner, found)
                 continue
             if name[:at] != folder:  # members of a class mostly follow one another
                 folder, class_name = name[:at], get_class(name)
             if class_name not in ("", "..") and is_image(name):
-                above = _check_parent(address, name, class_name, above)
+                above = _check_parent(address, name, above)
             if class_name == "..":
-                writer.reject(f"{address}/{name}", "no class: its folder is `..`")
-            elif not name.lower().endswith(PICTURE_ENDINGS):
+                found.reject(name, "no class: its folder is `..`")
+            elif not is_image(name):
                 if class_name:  # else a README beside the classes
-                    writer.reject(f"{address}/{name}", NO_PICTURE)
+                    found.reject(name, NO_PICTURE)
             elif class_name:
                 found.add(class_name, name, member.offset, member.size)
             else:
@@ -93,26 +92,21 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
     found.flush()
 
 
-def _add_inner(
-    file: BinaryIO,
-    address: str,
-    outer: Member,
-    known: set[str],
-    found: ImageBuffer,
-    writer: ListingWriter,
-) -> None:
+def _add_inner(file: BinaryIO, outer: Member, known: set[str], found: ImageBuffer) -> None:
     """Add the images of a tar inside a tar: one class."""
     class_name = outer.name.rpartition("/")[2].removesuffix(".tar")
     if class_name in known:
-        raise UsageError(f"tar {escape(address)} holds class {class_name!r} twice; merge them")
+        raise UsageError(
+            f"tar {escape(found.address)} holds class {class_name!r} twice; merge them"
+        )
     known.add(class_name)
-    writer.need_class(class_name)
+    found.writer.need_class(class_name)
     stop = outer.offset + outer.size
-    inside = read_members(file, f"{address}/{outer.name}", outer.offset, stop)
-    _add_all(inside, address, f"{outer.name}/", class_name, found, writer)
+    inside = read_members(file, f"{found.address}/{outer.name}", outer.offset, stop)
+    _add_all(inside, f"{outer.name}/", class_name, found)
 
 
-def _check_parent(address: str, name: str, class_name: str, known: str) -> str:
+def _check_parent(address: str, name: str, known: str) -> str:
     """Return the folder that an image's class lies in (with a slash), the same for all classes.
 
     Raises:
@@ -150,29 +144,23 @@ def open_tar(address: str) -> BinaryIO:
         ) from error
 
 
-def select_files(found: Iterator[Member], prefix: str, writer: ListingWriter) -> Iterator[Member]:
+def select_files(
+    members: Iterator[Member], found: ImageBuffer, prefix: str = ""
+) -> Iterator[Member]:
     """Yield the regular files that are not hidden; a link named as an image is rejected."""
-    for member in found:
-        name = member.name
-        if is_hidden(name):
+    for member in members:
+        if is_hidden(member.name):
             continue
         if member.regular:
             yield member
-        elif name.lower().endswith(PICTURE_ENDINGS):
-            writer.reject(f"{prefix}/{name}", "no regular file: a link, a folder or a device")
+        elif is_image(member.name):
+            found.reject(prefix + member.name, "no regular file: a link, a folder or a device")
 
 
-def _add_all(
-    inside: Iterator[Member],
-    address: str,
-    prefix: str,
-    class_name: str,
-    found: ImageBuffer,
-    writer: ListingWriter,
-) -> None:
+def _add_all(inside: Iterator[Member], prefix: str, class_name: str, found: ImageBuffer) -> None:
     """Add all members of a tar that is one class."""
-    for name, offset, size, _ in select_files(inside, f"{address}/{prefix}".rstrip("/"), writer):
-        if name.lower().endswith(PICTURE_ENDINGS):
+    for name, offset, size, _ in select_files(inside, found, prefix):
+        if is_image(name):
             found.add(class_name, prefix + name, offset, size)
         else:
-            writer.reject(f"{address}/{prefix}{name}", NO_PICTURE)
+            found.reject(prefix + name, NO_PICTURE)

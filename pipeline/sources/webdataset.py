@@ -73,6 +73,10 @@ class _ShardPart:
     pictures: list[_LabelledImage] = field(default_factory=list)
     rejects: list[tuple[str, str]] = field(default_factory=list)
 
+    def reject(self, name: str, reason: str) -> None:
+        """Note a member or a sample that cannot be packed."""
+        self.rejects.append((f"{self.address}/{escape(name)}", reason))
+
 
 def is_webdataset(source: str) -> bool:
     """Say whether a source is WebDataset shards: looks at the first members of the first tar.
@@ -173,7 +177,7 @@ def _add_part(
         where = f"{part.address}/{escape(picture.name)}"
         if not labels.fits(picture.label):
             what = "number" if isinstance(picture.label, int) else "word"
-            part.rejects.append((where, f"no label: {picture.label!r} is a {what}, unlike others"))
+            part.reject(picture.name, f"no label: {picture.label!r} is a {what}, unlike others")
             continue
         classes.append(labels.find_class(picture.label, where))
         if isinstance(picture.label, int) and picture.title:
@@ -240,11 +244,10 @@ def _choose_image(sample: _SourceSample, part: _ShardPart, seen: set[int]) -> No
     pictures = [(ending, member) for ending, member in sample.pictures if member.regular]
     for _, member in sample.pictures:
         if not member.regular:
-            part.rejects.append((f"{part.address}/{escape(member.name)}", "no image: a link"))
+            part.reject(member.name, "no image: a link")
     if not pictures:
         if not sample.pictures and sample.label is not None:
-            name = f"{part.address}/{escape(sample.key)}"
-            part.rejects.append((name, "no image in the sample"))
+            part.reject(sample.key, "no image in the sample")
         return
     # `KEY.jpg` is the image where there is a `KEY.mask.png` beside it.
     plain = [member for ending, member in pictures if "." not in ending]
@@ -252,7 +255,7 @@ def _choose_image(sample: _SourceSample, part: _ShardPart, seen: set[int]) -> No
     if len(chosen) > 1 or sample.label is None:
         reason = "two images in one sample" if len(chosen) > 1 else sample.no_label
         for member in chosen:
-            part.rejects.append((f"{part.address}/{escape(member.name)}", reason))
+            part.reject(member.name, reason)
         return
     name, offset, size, _ = chosen[0]
     if hash(name) in seen:
