@@ -272,8 +272,10 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
             found.sha256 = file.sha256 or ""
             good = list(_examine_samples(file, job, found))
     except (UsageError, OSError) as error:
-        is_tar = isinstance(error, UsageError)
-        reason = extract_fault(error) if is_tar else f"cannot be read ({error.strerror})"
+        if isinstance(error, OSError):
+            reason = f"cannot be read ({error.strerror})"
+        else:
+            reason = extract_fault(error)
         found.bad.append(BadSample(found.name, "", reason))
         return found
     _check_idx(job.path.with_suffix(".idx"), good, found)
@@ -287,8 +289,9 @@ def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) ->
         try:
             offset, size, crc, label = _examine_sample(file, sample, job, found.sums)
         except (UnfitSample, Undecodable, OSError) as error:
-            is_read = not isinstance(error, OSError)
-            reason = str(error) if is_read else f"it cannot be read ({error.strerror})"
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"it cannot be read ({error.strerror})"
             found.bad.append(BadSample(found.name, sample.key, reason))
             continue
         rows.append((0, codes.setdefault(label, len(codes)), offset, size, crc))
