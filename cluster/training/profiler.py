@@ -167,7 +167,7 @@ class _Steps:
 class _NoCheckpoints:
     """Stands in for the checkpoints; writes none."""
 
-    pending = busy = False
+    is_pending = is_busy = False
 
     def begin(self, *_: object) -> None:
         pass
