@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from cluster.config import Dtype
-from pipeline.stream.decode import select_gpu
 
 # glibc, malloc.h: numbers of the parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
@@ -23,6 +22,8 @@ def choose_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
         SetupError: `gpu` without a CUDA device.
     """
     if wanted == "gpu":
+        from pipeline.stream.decode import select_gpu  # here: it brings DALI
+
         select_gpu(wanted)
     cuda = wanted != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")

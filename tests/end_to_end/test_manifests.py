@@ -145,7 +145,7 @@ def test_its_training_command_is_one(path, monkeypatch):
     """Flags that do not exist would only show when the cluster is up."""
     monkeypatch.chdir(REPOSITORY)
     text = re.sub(r"\s*\\?\n#?\s*(?=--\w)", " ", path.read_text())
-    commands = re.findall(r"python -m cluster\.train (dexp[^\n`]*)", text)
+    commands = re.findall(r"python -m cluster\.train ((?:dexp|demo)[^\n`]*)", text)
     assert commands
     for command in commands:
         words = shlex.split(command)
