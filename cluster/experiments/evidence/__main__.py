@@ -20,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from cluster.experiments.evidence.figures import make_figures, make_neighbors
+from cluster.experiments.evidence.figures import make_neighbors, show_answers, show_kernels
 from cluster.experiments.evidence.items import make_results, make_studies
 from cluster.experiments.evidence.runs import (
     Evidence,
@@ -59,7 +59,7 @@ def make_page(paths: Sequence[Path], data: str | None = None) -> Evidence:
     if not paths:
         raise UsageError("no run was named; name one or more, or a folder of runs")
     evidence = gather_evidence(paths, data)
-    for make in (make_results, make_figures, make_neighbors, make_studies):
+    for make in (make_results, show_kernels, show_answers, make_neighbors, make_studies):
         evidence.items += make(evidence)
     return evidence
 
@@ -72,20 +72,6 @@ def render(page: Evidence) -> str:
     return template.render(vars(page), runs=len(page.runs))
 
 
-def write(page: Evidence, out: Path) -> None:
-    """Write the page as one file.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    try:
-        with atomic_write(out) as file:
-            file.write(render(page).encode())
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"{out} cannot be written ({reason}); name another --out") from error
-
-
 def choose_file(paths: Sequence[Path]) -> Path:
     """Return the default file: evidence.html in the folder that holds all `paths`."""
     folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in paths]
@@ -96,12 +82,18 @@ def main(argv: list[str] | None = None) -> int:
     """Write the page and print its path.
 
     Raises:
-        DuetError: as `make_page` and `write`.
+        DuetError: as `make_page`.
+        UsageError: the file cannot be written.
     """
     options = tyro.cli(EvidenceOptions, args=argv, prog="python -m cluster.experiments.evidence")
     page = make_page(options.runs, options.data)
     out = options.out or choose_file(options.runs)
-    write(page, out)
+    try:
+        with atomic_write(out) as file:
+            file.write(render(page).encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{out} cannot be written ({reason}); name another --out") from error
     count = len(page.runs)
     words = f"{len(page.items)} claims, {count} run{'s' if count != 1 else ''} -> {out}\n"
     (sys.stderr if options.json else sys.stdout).write(words)

@@ -50,12 +50,8 @@ SCORES = (
 """What is measured, the field of `FirstLayer` with it, and the paper's number."""
 
 
-def make_figures(evidence: Evidence) -> Iterator[Item]:
-    """Yield the items on kernels and answers; list what cannot be shown as missing."""
-    yield from filter(None, (_show_kernels(evidence), _show_answers(evidence)))
-
-
-def _show_kernels(evidence: Evidence) -> Item | None:
+def show_kernels(evidence: Evidence) -> Iterator[Item]:
+    """Yield the item on kernels; list those that cannot be shown as missing."""
     item = Item(KERNELS, kind="kernels")
     layers: list[tuple[TrainedRun, FirstLayer]] = []
     for group in evidence.groups:
@@ -73,7 +69,7 @@ def _show_kernels(evidence: Evidence) -> Item | None:
                 item.notes.append(f"{run.name} kept no kernels over time (kernels.jsonl).")
         item.rows += _compare_columns(layers[first:], group)
     if not layers:
-        return None
+        return
     item.notes.insert(
         0,
         "Share of pairs, a kernel of each column, in which the one column's scores higher: 50 % if "
@@ -82,7 +78,7 @@ def _show_kernels(evidence: Evidence) -> Item | None:
         "which is noise. The paper judged by eye, after 90 passes over ImageNet.",
     )
     item.body = layers[: 1 + OTHER_SEEDS]
-    return item
+    yield item
 
 
 def _compare_columns(
@@ -114,8 +110,8 @@ def _compare_columns(
         )
 
 
-def _show_answers(evidence: Evidence) -> Item | None:
-    """Show the answers of the first run that has kept its probabilities."""
+def show_answers(evidence: Evidence) -> Iterator[Item]:
+    """Yield the item on the answers of the first run that has kept its probabilities."""
     reason = ""
     for group in evidence.groups:
         for run in group.runs:
@@ -125,7 +121,8 @@ def _show_answers(evidence: Evidence) -> Item | None:
             except MissingFigure as error:
                 reason = reason or str(error)
                 continue
-            return _count_answers(run, found, group)
+            yield _count_answers(run, found, group)
+            return
     if evidence.runs:
         run = evidence.runs[0]
         data = evidence.data_argument(run)
@@ -136,7 +133,6 @@ def _show_answers(evidence: Evidence) -> Item | None:
         evidence.missing.append(
             Missing(title=ANSWERS.title, command=command, why=reason.rstrip("."))
         )
-    return None
 
 
 def _count_answers(run: TrainedRun, found: Answers, group: SeedGroup) -> Item:

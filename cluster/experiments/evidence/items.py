@@ -174,11 +174,11 @@ def find_pairs(
 
     def rest(group: SeedGroup) -> dict[str, Any]:
         free = {claim.setting, *claim.free}
-        return {name: value for name, value in group.settings.items() if name not in free}
+        return {name: value for name, value in group.first.settings.items() if name not in free}
 
     for group, other in permutations(groups, 2):
-        has_setting = group.settings[claim.setting] == claim.paper_has
-        is_instead = other.settings[claim.setting] in claim.instead
+        has_setting = group.first.settings[claim.setting] == claim.paper_has
+        is_instead = other.first.settings[claim.setting] in claim.instead
         if has_setting and is_instead and rest(group) == rest(other):
             yield group, other
 
@@ -193,7 +193,7 @@ def _show_ablation(claim: Ablation, groups: Sequence[SeedGroup]) -> Item:
                 break
         else:
             continue
-        setting = f"{claim.setting} {claim.paper_has} less {other.settings[claim.setting]}"
+        setting = f"{claim.setting} {claim.paper_has} less {other.first.settings[claim.setting]}"
         for (rank, name), expected in zip(RANKS, claim.differences, strict=True):
             what = f"{rank} error, {VIEW_WORDS[views]}, {setting}"
             letters = f"{group.letter} − {other.letter}"

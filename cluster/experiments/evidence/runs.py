@@ -95,11 +95,6 @@ class SeedGroup:
         """The run with the lowest seed."""
         return self.runs[0]
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that all runs of the group share."""
-        return self.first.settings
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -293,11 +288,19 @@ def _add_result(evidence: Evidence, path: Path) -> None:
 
 
 def group_by_settings(runs: Iterable[TrainedRun]) -> list[SeedGroup]:
-    """Sort runs into groups: most seeds first, then nearest to the paper, then as they came."""
+    """Sort runs into groups: most seeds first, then nearest to the paper, then as they came.
+
+    Nearest to the paper is the group that does without the fewest of its choices.
+    """
     found: dict[str, list[TrainedRun]] = {}
     for run in runs:
         found.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
-    ordered = sorted(found.values(), key=lambda group: (-len(group), _count_departures(group[0])))
+
+    def rank(group: list[TrainedRun]) -> tuple[int, int]:
+        settings = group[0].settings
+        return -len(group), sum(settings[one.setting] in one.instead for one in claims.ABLATIONS)
+
+    ordered = sorted(found.values(), key=rank)
     return [
         SeedGroup(
             letter=chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else ""),
@@ -306,12 +309,6 @@ def group_by_settings(runs: Iterable[TrainedRun]) -> list[SeedGroup]:
         )
         for number, group in enumerate(ordered)
     ]
-
-
-def _count_departures(run: TrainedRun) -> int:
-    """Count the paper's choices that a run does without."""
-    table = run.config.to_settings()
-    return sum(table[one.setting] in one.instead for one in claims.ABLATIONS)
 
 
 def _describe_changes(first: dict[str, Any], other: dict[str, Any]) -> str:

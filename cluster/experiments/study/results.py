@@ -286,20 +286,15 @@ def pool_deviations(groups: Sequence[Sequence[float]]) -> float | None:
 
 
 def write_results(study: Study, found: dict[str, Any], out: Path) -> str:
-    """Write study.json and study.md, and return the text of the latter."""
-    text = format_markdown(study, found)
+    """Write the content of study.json, and study.md with its text, which is returned."""
+    head = [f"### {study.title}", "", f"{study.claim} ({study.source}). Paper: {study.paper}.", ""]
+    body = _format_averages(found) if study.measure == "nets" else _format_variants(study, found)
+    noise = _describe_noise(study, found["spread"])
+    text = "\n".join([*head, *body, "", f"Here: {found['scale']}. {noise}"]) + "\n"
     for name, content in ((TABLE, text), (RESULT, json.dumps(found) + "\n")):
         with atomic_write(out / name) as file:
             file.write(content.encode())
     return text
-
-
-def format_markdown(study: Study, found: dict[str, Any]) -> str:
-    """Format the content of study.json as Markdown."""
-    head = [f"### {study.title}", "", f"{study.claim} ({study.source}). Paper: {study.paper}.", ""]
-    body = _format_averages(found) if study.measure == "nets" else _format_variants(study, found)
-    noise = _describe_noise(study, found["spread"])
-    return "\n".join([*head, *body, "", f"Here: {found['scale']}. {noise}"]) + "\n"
 
 
 def _format_variants(study: Study, found: dict[str, Any]) -> list[str]:

@@ -105,7 +105,7 @@ class StudyRun:
     @property
     def has_diverged(self) -> bool:
         """Whether its loss became NaN or infinite, as it would again."""
-        return (_read_last_line(self.log) or "").startswith(DIVERGED)
+        return _read_last_line(self.log).startswith(DIVERGED)
 
     @property
     def is_complete(self) -> bool:
@@ -136,13 +136,10 @@ def _count_images(data: str) -> int:
     return Manifest.load(folder).split("train", folder).samples
 
 
-def _read_last_line(log: Path) -> str | None:
-    """Last line of a log that is not blank; None if there is none."""
-    try:
-        lines = log.read_text("utf-8", "replace").strip().splitlines()
-    except OSError:
-        return None
-    return lines[-1] if lines else None
+def _read_last_line(log: Path) -> str:
+    """Last line of a log that is not blank; empty if there is none."""
+    text = log.read_text("utf-8", "replace") if log.is_file() else ""
+    return "".join(text.strip().splitlines()[-1:])
 
 
 @dataclass(frozen=True)
