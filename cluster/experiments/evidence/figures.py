@@ -23,7 +23,6 @@ from cluster.experiments.evidence.runs import (
     Comparison,
     Evidence,
     Item,
-    Missing,
     SeedGroup,
     TrainedRun,
     describe_scale,
@@ -48,11 +47,17 @@ SCORES = (
     ("orientation of the kernels", "orientation", "no number"),
 )
 """What is measured, the field of `FirstLayer` with it, and the paper's number."""
+KERNEL_NOTE = (
+    "Share of pairs, a kernel of each column, in which the one column's scores higher: 50 % if "
+    "the columns are alike, 100 % if they share nothing; p: share of random splits of the same "
+    "kernels that are as far apart. What was learned: the kernels less what they began as, "
+    "which is noise. The paper judged by eye, after 90 passes over ImageNet."
+)
 
 
 def show_kernels(evidence: Evidence) -> Iterator[Item]:
     """Yield the item on kernels; list those that cannot be shown as missing."""
-    item = Item(KERNELS, kind="kernels")
+    item = Item(KERNELS, kind="kernels", notes=[KERNEL_NOTE])
     layers: list[tuple[TrainedRun, FirstLayer]] = []
     for group in evidence.groups:
         first = len(layers)
@@ -60,25 +65,15 @@ def show_kernels(evidence: Evidence) -> Iterator[Item]:
             try:
                 layer = describe_first_layer(run.checkpoint, read_kernels(run.path / KERNEL_ROWS))
             except MissingFigure as error:
-                evidence.missing.append(
-                    Missing(title=f"Kernels of {run.name}", command="", why=f"{error}")
-                )
+                evidence.ask(f"Kernels of {run.name}", command="", why=str(error))
                 continue
             layers.append((run, layer))
             if not layer.strips:
                 item.notes.append(f"{run.name} kept no kernels over time (kernels.jsonl).")
         item.rows += _compare_columns(layers[first:], group)
-    if not layers:
-        return
-    item.notes.insert(
-        0,
-        "Share of pairs, a kernel of each column, in which the one column's scores higher: 50 % if "
-        "the columns are alike, 100 % if they share nothing; p: share of random splits of the same "
-        "kernels that are as far apart. What was learned: the kernels less what they began as, "
-        "which is noise. The paper judged by eye, after 90 passes over ImageNet.",
-    )
-    item.body = layers[: 1 + OTHER_SEEDS]
-    yield item
+    if layers:
+        item.body = layers[: 1 + OTHER_SEEDS]
+        yield item
 
 
 def _compare_columns(
@@ -130,9 +125,7 @@ def show_answers(evidence: Evidence) -> Iterator[Item]:
             f"python -m cluster.evaluate {quote_path(run.path)} --data {data} --views 10 "
             f"--save-probabilities, then this page with --data {data}"
         )
-        evidence.missing.append(
-            Missing(title=ANSWERS.title, command=command, why=reason.rstrip("."))
-        )
+        evidence.ask(ANSWERS.title, command, why=reason.rstrip("."))
 
 
 def _count_answers(run: TrainedRun, found: Answers, group: SeedGroup) -> Item:
@@ -182,7 +175,7 @@ def make_neighbors(evidence: Evidence) -> Iterator[Item]:
         elif evidence.runs:
             run = evidence.runs[0]
             words = command.format(quote_path(run.path), evidence.data_argument(run))
-            evidence.missing.append(Missing(title=item.claim.title, command=words))
+            evidence.ask(item.claim.title, words)
 
 
 def _add_summary(

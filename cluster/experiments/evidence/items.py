@@ -18,7 +18,6 @@ from cluster.experiments.evidence.runs import (
     Comparison,
     Evidence,
     Item,
-    Missing,
     SeedGroup,
     describe_scale,
     quote_path,
@@ -56,21 +55,21 @@ def make_results(evidence: Evidence) -> Iterator[Item]:
             if run.errors(views) is None:
                 old = run.records.evaluations.get(views, {}).get("step")
                 data = evidence.data_argument(run)
-                evidence.missing.append(
-                    Missing(
-                        title=f"Errors of {run.name} with {VIEW_WORDS[views]}",
-                        command=f"python -m cluster.evaluate {quote_path(run.path)} --data {data} "
-                        f"--views {views} --save-probabilities",
-                        why="" if old in (None, run.step) else f"its evaluation is of step {old}",
-                    )
+                evidence.ask(
+                    f"Errors of {run.name} with {VIEW_WORDS[views]}",
+                    f"python -m cluster.evaluate {quote_path(run.path)} --data {data} "
+                    f"--views {views} --save-probabilities",
+                    "" if old in (None, run.step) else f"its evaluation is of step {old}",
                 )
-    yield from filter(None, (_show_errors(evidence), _show_views(evidence)))
+    for item in (_show_errors(evidence.groups), _show_views(evidence.groups)):
+        if item.rows:
+            yield item
     for claim in claims.ABLATIONS:
         item = _show_ablation(claim, evidence.groups)
         if item.rows:
             yield item
         elif evidence.groups:
-            evidence.missing.append(_ask_for_ablation(claim, evidence))
+            _ask_for_ablation(claim, evidence)
     if evidence.groups:
         yield _show_speed(evidence.groups)
 
@@ -93,9 +92,9 @@ def _count_seeds(count: int) -> str:
     return f"{count} seed{'s' if count > 1 else ''}"
 
 
-def _show_errors(evidence: Evidence) -> Item | None:
+def _show_errors(groups: Sequence[SeedGroup]) -> Item:
     item = Item(claims.ERRORS)
-    for group in evidence.groups:
+    for group in groups:
         for views in (1, 10):
             found, images = _collect_errors(group, views)
             if not found:
@@ -116,12 +115,12 @@ def _show_errors(evidence: Evidence) -> Item | None:
                     scale=f"{scale}; {images:,.0f} images counted",
                 )
             )
-    return item if item.rows else None
+    return item
 
 
-def _show_views(evidence: Evidence) -> Item | None:
+def _show_views(groups: Sequence[SeedGroup]) -> Item:
     item = Item(claims.VIEWS)
-    for group in evidence.groups:
+    for group in groups:
         both = [
             (one, ten) for run in group.runs if (one := run.errors(1)) and (ten := run.errors(10))
         ]
@@ -150,7 +149,7 @@ def _show_views(evidence: Evidence) -> Item | None:
         "kept (McNemar), else as if each had been counted on others; from three seeds on over "
         "seeds, if that is more."
     )
-    return item if item.rows else None
+    return item
 
 
 def _compare(
@@ -204,15 +203,15 @@ def _show_ablation(claim: Ablation, groups: Sequence[SeedGroup]) -> Item:
     return item
 
 
-def _ask_for_ablation(claim: Ablation, evidence: Evidence) -> Missing:
+def _ask_for_ablation(claim: Ablation, evidence: Evidence) -> None:
     runs = [group.first for group in evidence.groups]
     run = next((one for one in runs if one.settings[claim.setting] == claim.paper_has), runs[0])
-    return Missing(
-        title=claim.title,
-        command=f"python -m cluster.train {quote_path(run.path / CONFIG)} "
+    evidence.ask(
+        claim.title,
+        f"python -m cluster.train {quote_path(run.path / CONFIG)} "
         f"--data {evidence.data_argument(run)} "
         f"--run {quote_path(f'{run.path}-{claim.key}')} {claim.command}",
-        why=f"no two groups of runs differ in {claim.setting} alone; for the spread repeat it "
+        f"no two groups of runs differ in {claim.setting} alone; for the spread repeat it "
         "with --seed of each run",
     )
 
@@ -259,23 +258,21 @@ def make_studies(evidence: Evidence) -> Iterator[Item]:
     if item.rows:
         yield item
     elif evidence.runs:
-        evidence.missing.append(_ask_for_ensemble(evidence))
+        _ask_for_ensemble(evidence)
     for path, table in evidence.studies:
         try:
             yield _show_study(path, table)
         except DAMAGED as error:
             evidence.skipped.append(f"{path} is no result of a study ({error!r}); make it again.")
     if not evidence.studies:
-        evidence.missing.append(
-            Missing(
-                title="Studies: ReLU against tanh, normalisations, overfitting, pre-training",
-                command="python -m cluster.experiments.study STUDY --data DATA "
-                "--out OUT, then this page with OUT",
-            )
+        evidence.ask(
+            "Studies: ReLU against tanh, normalisations, overfitting, pre-training",
+            "python -m cluster.experiments.study STUDY --data DATA --out OUT, "
+            "then this page with OUT",
         )
 
 
-def _ask_for_ensemble(evidence: Evidence) -> Missing:
+def _ask_for_ensemble(evidence: Evidence) -> None:
     runs = max((group.runs for group in evidence.groups), key=len)
     names = " ".join(quote_path(run.path) for run in runs) + ("" if len(runs) > 1 else " RUN")
     lacking = [run for run in runs if not probability_path(run.path, 10).is_file()]
@@ -283,11 +280,8 @@ def _ask_for_ensemble(evidence: Evidence) -> Missing:
     if lacking:
         why += f"; {len(lacking)} without --save-probabilities of ten views"
     out = runs[0].path.parent / "ensemble.json"
-    return Missing(
-        title=claims.ENSEMBLE.title,
-        command=f"python -m cluster.experiments.ensemble {names} --out {quote_path(out)}",
-        why=why,
-    )
+    command = f"python -m cluster.experiments.ensemble {names} --out {quote_path(out)}"
+    evidence.ask(claims.ENSEMBLE.title, command, why)
 
 
 def _show_ensemble(table: Mapping[str, Any]) -> Iterator[Comparison]:

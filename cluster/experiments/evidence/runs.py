@@ -113,15 +113,6 @@ class Comparison:
     """How the scale differs from the paper's."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Missing:
-    """A result that does not exist yet, and the command that makes it."""
-
-    title: str
-    command: str
-    why: str = ""
-
-
 @dataclass
 class Item:
     """A claim with the comparisons that test it."""
@@ -158,7 +149,8 @@ class Evidence:
     """The data set that was named."""
     data_sha256: str = ""
     items: list[Item] = field(default_factory=list)
-    missing: list[Missing] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
+    """Results that do not exist yet: title, command that makes it, and why it is missing."""
 
     @property
     def runs(self) -> list[TrainedRun]:
@@ -169,6 +161,10 @@ class Evidence:
         """The data set of a run as an argument of a command: the one named, if it is that."""
         is_named = self.data is not None and self.data_sha256 == run.data_sha256
         return shlex.quote(str(self.data)) if is_named else "DATA"
+
+    def ask(self, title: str, command: str, why: str = "") -> None:
+        """List a result as missing, with the command that makes it."""
+        self.missing.append({"title": title, "command": command, "why": why})
 
     def as_json(self) -> dict[str, Any]:
         """The page for `--json`, without images."""
@@ -185,7 +181,7 @@ class Evidence:
                 for group in self.groups
             ],
             "items": [item.as_json() for item in self.items],
-            "missing": [vars(one) for one in self.missing],
+            "missing": self.missing,
             "left_out": self.skipped,
         }
 

@@ -146,8 +146,8 @@ def test_a_setting_is_worth_what_the_groups_differ_by(three):
     assert top1.ours.startswith("−10.0 ±") or top1.ours.startswith("−10.1 ±")
     assert top1.verdict == top5.verdict == "as the paper says"
     assert rows(page, "pooling") == []
-    (lacking,) = [one for one in page.missing if one.title == "Overlapping pooling"]
-    assert lacking.command.endswith("s0-pooling --pool 2/2")
+    (lacking,) = [one for one in page.missing if one["title"] == "Overlapping pooling"]
+    assert lacking["command"].endswith("s0-pooling --pool 2/2")
 
 
 def test_the_opposite_of_the_paper_is_told_as_it_is(make):
@@ -182,9 +182,9 @@ def test_an_old_evaluation_is_not_taken_for_the_newest(make):
     run = make("s0", {1: 0.3}, step=90)
     page = make_page([run])
     assert rows(page, "errors") == []
-    (one,) = [one for one in page.missing if "one view" in one.title]
-    assert one.why == "its evaluation is of step 60"
-    assert f"cluster.evaluate {run} --data DATA --views 1" in one.command
+    (one,) = [one for one in page.missing if "one view" in one["title"]]
+    assert one["why"] == "its evaluation is of step 60"
+    assert f"cluster.evaluate {run} --data DATA --views 1" in one["command"]
 
 
 def test_the_last_validation_stands_in_for_one_view(make):
@@ -281,7 +281,7 @@ def test_neighbours_and_codes_where_a_run_has_them(make):
     assert (one.ours, one.verdict) == ("30.0 % / 40.0 %", "16 bytes an image, 1,000 queries/s")
     (item,) = [item for item in page.items if item.claim.key == "neighbours"]
     assert item.notes == ["s0: features of step 40, it has come to 60."]
-    assert "cluster.experiments.neighbors" not in " ".join(one.command for one in page.missing)
+    assert "cluster.experiments.neighbors" not in " ".join(one["command"] for one in page.missing)
 
 
 def html_of(page: Evidence, folder: Path) -> Html:
@@ -307,7 +307,7 @@ def test_page_stands_alone_and_says_what_is_missing(three, tmp_path):
 def test_another_data_set_is_said_and_named_in_no_command(three, tiny_data):
     page = make_page(three, str(tiny_data))
     assert page.skipped == [f"{tiny_data}: none of the runs was trained on it."]
-    assert all(str(tiny_data) not in one.command for one in page.missing)
+    assert all(str(tiny_data) not in one["command"] for one in page.missing)
     with pytest.raises(UsageError, match="gone"):
         make_page(three, str(tiny_data / "gone"))
 
