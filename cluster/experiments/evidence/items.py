@@ -285,21 +285,48 @@ def _ask_for_ensemble(evidence: Evidence) -> None:
 
 
 def _show_ensemble(table: Mapping[str, Any]) -> Iterator[Comparison]:
-    """Yield the rows of either form: one average of all runs, or a table of several sizes."""
+    """Yield a row for each average; they are compared with a single network."""
     count = table.get("samples")
     known = [table.get("scale"), f"{count:,} images counted" if count else None]
-    scale = "; ".join([*filter(None, known), f"{table['views']} views"])
+    single: list[float] | None = None
+    for what, nets, found, seeds in _list_averages(table):
+        gain, verdict = "", NOT_COMPARABLE
+        if single is not None:
+            gains = [format_points(one - other) for one, other in zip(found, single, strict=True)]
+            gain = f" ({gains[0]} / {gains[1]} points)"
+            margin = binomial_margin(found[0], single[0], count) if count else 0.0
+            if abs(found[0] - single[0]) <= margin:
+                verdict = "cannot be told from chance (of the images)"
+            elif found[0] >= single[0]:
+                verdict = "not lower: contrary to the paper"
+            else:
+                verdict = "as the paper says" if count else "lower (of how many images is not told)"
+            verdict += " (flattered: fitted to them)" if WEIGHTS["searched"] in what else ""
+        elif nets == 1:
+            single = found
+        yield Comparison(
+            what=f"top-1 / top-5 error of {what}",
+            paper=claims.ENSEMBLE_ERRORS.get(nets, "not given"),
+            ours=f"{100 * found[0]:.1f} % / {100 * found[1]:.1f} %{gain}",
+            seeds=seeds,
+            verdict=verdict,
+            scale="; ".join([*filter(None, known), f"{table['views']} views"]),
+        )
+
+
+def _list_averages(table: Mapping[str, Any]) -> Iterator[tuple[str, int, list[float], str]]:
+    """Yield what was averaged, how many networks, top-1 and top-5 error, and the runs of each.
+
+    A result has one average of all runs, or a table of several sizes.
+    """
     if "sizes" not in table:
         runs, kind = table["runs"], "searched" if table.get("searched") else "equal"
         each = ", ".join(f"{100 * run['top1_error']:.1f}" for run in runs)
-        single = [sum(run[name] for run in runs) / len(runs) for _, name in RANKS]
-        seeds = f"{len(runs)} networks (top-1: {each})"
-        yield _compare_average("1 network (mean)", 1, single, seeds, scale)
+        means = [sum(run[name] for run in runs) / len(runs) for _, name in RANKS]
+        yield "1 network (mean)", 1, means, f"{len(runs)} networks (top-1: {each})"
         found = [table["average"][name] for _, name in RANKS]
-        what = f"{len(runs)} networks, {WEIGHTS[kind]}"
-        yield _compare_average(what, len(runs), found, "1 average", scale, single, count)
+        yield f"{len(runs)} networks, {WEIGHTS[kind]}", len(runs), found, "1 average"
         return
-    first: list[float] | None = None
     for line in table["sizes"]:
         nets, ways = line["nets"], line["combinations"]
         for kind, words in WEIGHTS.items():
@@ -308,38 +335,9 @@ def _show_ensemble(table: Mapping[str, Any]) -> Iterator[Comparison]:
             seeds = f"{ways} combination{'s' if ways > 1 else ''}"
             seeds += f" (top-1 ± {100 * deviation:.1f})" if deviation else ""
             if nets == 1:  # weights make no difference
-                first = found
-                yield _compare_average("1 network", 1, found, seeds, scale, None, count)
+                yield "1 network", 1, found, seeds
                 break
-            what = f"{nets} networks, {words}"
-            yield _compare_average(what, nets, found, seeds, scale, first, count)
-
-
-def _compare_average(
-    what: str, nets: int, found: list[float], seeds: str, scale: str,
-    single: list[float] | None = None, count: int | None = None,
-) -> Comparison:  # fmt: skip
-    """Compare top-1 and top-5 errors of an average with those of a `single` network."""
-    gain, verdict = "", NOT_COMPARABLE
-    if single is not None:
-        gains = [format_points(one - other) for one, other in zip(found, single, strict=True)]
-        gain = f" ({gains[0]} / {gains[1]} points)"
-        margin = binomial_margin(found[0], single[0], count) if count else 0.0
-        if abs(found[0] - single[0]) <= margin:
-            verdict = "cannot be told from chance (of the images)"
-        elif found[0] >= single[0]:
-            verdict = "not lower: contrary to the paper"
-        else:
-            verdict = "as the paper says" if count else "lower (of how many images is not told)"
-        verdict += " (flattered: fitted to them)" if WEIGHTS["searched"] in what else ""
-    return Comparison(
-        what=f"top-1 / top-5 error of {what}",
-        paper=claims.ENSEMBLE_ERRORS.get(nets, "not given"),
-        ours=f"{100 * found[0]:.1f} % / {100 * found[1]:.1f} %{gain}",
-        seeds=seeds,
-        verdict=verdict,
-        scale=scale,
-    )
+            yield f"{nets} networks, {words}", nets, found, seeds
 
 
 def _show_study(path: Path, table: Mapping[str, Any]) -> Item:
