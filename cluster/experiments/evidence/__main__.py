@@ -32,8 +32,6 @@ from cluster.report.page import load_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
 
-NAME = "evidence.html"
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvidenceOptions:
@@ -75,7 +73,7 @@ def render(page: Evidence) -> str:
 def choose_file(paths: Sequence[Path]) -> Path:
     """Return the default file: evidence.html in the folder that holds all `paths`."""
     folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in paths]
-    return Path(os.path.commonpath(folders)) / NAME
+    return Path(os.path.commonpath(folders)) / "evidence.html"
 
 
 def main(argv: list[str] | None = None) -> int:

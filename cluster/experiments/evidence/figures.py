@@ -35,8 +35,6 @@ from cluster.report.tables import format_probability
 from cluster.run.folder import KERNELS as KERNEL_ROWS
 from cluster.run.kernels import read_kernels
 
-OTHER_SEEDS = 3
-"""Runs besides the first whose kernels are shown."""
 MOST_IMAGES = 4
 MOST_BYTES = 6_000_000
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/svg+xml")
@@ -72,7 +70,7 @@ def show_kernels(evidence: Evidence) -> Iterator[Item]:
                 item.notes.append(f"{run.name} kept no kernels over time (kernels.jsonl).")
         item.rows += _compare_columns(layers[first:], group)
     if layers:
-        item.body = layers[: 1 + OTHER_SEEDS]
+        item.body = layers[:4]
         yield item
 
 

@@ -325,13 +325,13 @@ def describe_scale(group: SeedGroup) -> str:
     """Say how the runs of a group differ in scale from the paper's."""
     run = group.first
     words = []
-    if not math.isnan(run.images) and abs(run.images / claims.IMAGES - 1) > 0.01:
+    if abs(run.images / claims.IMAGES - 1) > 0.01:
         words.append(f"{format_count(run.images)} training images instead of {claims.IMAGES:,}")
     if len(run.checkpoint.classes) != claims.CLASSES:
         words.append(f"{len(run.checkpoint.classes):,} classes instead of {claims.CLASSES:,}")
     if run.config.design.width != claims.WIDTH:
         words.append(f"width {run.config.design.width:g}")
-    if not math.isnan(run.epochs) and abs(run.epochs - claims.EPOCHS) > 5:
+    if abs(run.epochs - claims.EPOCHS) > 5:
         words.append(f"{run.epochs:.3g} passes instead of {claims.EPOCHS}")
     if run.config.batch_size != claims.BATCH:
         words.append(f"batch {run.config.batch_size} instead of {claims.BATCH}")

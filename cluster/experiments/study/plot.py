@@ -16,10 +16,7 @@ from pipeline.tools.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 200
-"""Places along a curve at which the seeds are averaged."""
 DASHES = ("-", "--", "-.", ":")
-DPI = 150
 
 
 def draw_plot(study: Study, results: Sequence[Result], summary: dict[str, Any], path: Path) -> None:
@@ -58,7 +55,7 @@ def draw_plot(study: Study, results: Sequence[Result], summary: dict[str, Any], 
     figure.supxlabel("networks averaged" if study.plot == "nets" else "images seen", fontsize=9)
     figure.text(0.995, 0.005, summary["scale"], fontsize=5.5, ha="right", va="bottom", color="0.4")
     with atomic_write(path) as file:
-        save_figure(figure, file, "png", DPI)
+        save_figure(figure, file, "png", dpi=150)
 
 
 def _draw_variants(axes: Axes, study: Study, groups: dict[str, list[Curves]]) -> None:
@@ -108,7 +105,7 @@ def _draw_seeds(
         axes.plot(x, y, color=color, linewidth=0.6, alpha=0.5, linestyle=dashes)
     first, last = max(x[0] for x, _ in known), min(x[-1] for x, _ in known)
     is_same = all(len(x) == len(known[0][0]) and (x == known[0][0]).all() for x, _ in known)
-    at = known[0][0] if is_same else np.linspace(first, last, POINTS)
+    at = known[0][0] if is_same else np.linspace(first, last, 200)
     mean = np.mean([np.interp(at, x, y) for x, y in known], axis=0)
     axes.plot(
         at, mean, color=color, linewidth=1.8, label=name, linestyle=dashes,

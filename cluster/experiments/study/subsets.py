@@ -31,9 +31,6 @@ from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import atomic_write
 
-CHUNK = 256
-"""Images read at a time."""
-
 
 def make_subset(data: str, subset: DataSubset, out: Path) -> Path:
     """Make a part of a data set, unless it exists, and return its folder.
@@ -108,8 +105,8 @@ def write_tar(
 
 def read_images(reader: ShardReader, chosen: Ids) -> Iterator[tuple[int, int, bytes]]:
     """Yield id, label and encoded image of samples; raises DataError for a damaged one."""
-    for start in range(0, len(chosen), CHUNK):
-        ids = chosen[start : start + CHUNK]
+    for start in range(0, len(chosen), 256):
+        ids = chosen[start : start + 256]
         views, damaged = reader.read(ids)
         if damaged:
             raise DataError(f"{next(iter(damaged.values()))}; a study wants sound images")
