@@ -64,7 +64,7 @@ class TrainedRun:
         table = {
             key: one for key, one in self.config.to_settings().items() if key not in MAY_DIFFER
         }
-        return table | {"data_sha256": self.data_sha256, "step": self.step}
+        return table | {"data set": self.data_sha256, "step": self.step}
 
     def errors(self, views: int) -> dict[str, Any] | None:
         """Errors of the checkpoint on "val"; for one view those of the last validation will do."""
@@ -308,12 +308,9 @@ def group_by_settings(runs: Iterable[TrainedRun]) -> list[SeedGroup]:
 
 
 def _describe_changes(first: dict[str, Any], other: dict[str, Any]) -> str:
-    words = []
-    for name in sorted({*first, *other}):
-        if first.get(name) != (value := other.get(name)):
-            text = str(value)[:8] if name == "data_sha256" else f"{value}"
-            words.append(f"{name.replace('data_sha256', 'data set')} {text or 'none'}")
-    return ", ".join(words)
+    names = [name for name in sorted(other) if first[name] != other[name]]
+    texts = [str(other[name])[: 8 if name == "data set" else None] for name in names]
+    return ", ".join(f"{name} {text or 'none'}" for name, text in zip(names, texts, strict=True))
 
 
 def quote_path(path: Path | str) -> str:
