@@ -335,7 +335,7 @@ def _format_variants(study: Study, found: dict[str, Any]) -> list[str]:
 
 def _describe_miss(row: dict[str, Any]) -> str:
     error = row["train_error"]
-    return row["note"] + ("" if error is None else f" ({error:.0%} at the end)")
+    return f"{row['note']}{'' if error is None else f' ({error:.0%} at the end)'}"
 
 
 def _format_averages(found: dict[str, Any]) -> list[str]:

@@ -91,7 +91,7 @@ def write_tar(
             )
         labels = reader.read_labels(np.arange(len(reader)))
         of_classes = [np.flatnonzero(labels == one)[: most or None] for one in range(first, last)]
-        chosen = np.sort(np.concatenate(of_classes))
+        chosen = np.sort(np.concatenate(of_classes)).astype(np.int64)
         if not len(chosen):
             raise UsageError(f"split {split!r} has no image of classes {first} to {last - 1}")
         with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
@@ -113,7 +113,7 @@ def read_images(reader: ShardReader, chosen: Ids) -> Iterator[tuple[int, int, by
         for sample, label, view in zip(ids, reader.read_labels(ids), views, strict=True):
             content = view.tobytes()
             if reader.encoding == "raw":
-                png, size = io.BytesIO(), (reader.manifest.image_size,) * 2
-                Image.frombytes("RGB", size, content).save(png, "PNG", compress_level=1)
+                png, side = io.BytesIO(), reader.manifest.image_size
+                Image.frombytes("RGB", (side, side), content).save(png, "PNG", compress_level=1)
                 content = png.getvalue()
             yield int(sample), int(label), content
