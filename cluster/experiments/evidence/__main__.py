@@ -16,26 +16,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from cluster.experiments.evidence.figures import make_figures, make_neighbors
+from cluster.experiments.evidence.figures import make_neighbors, show_answers, show_kernels
 from cluster.experiments.evidence.items import make_results, make_studies
 from cluster.experiments.evidence.runs import (
     Evidence,
-    Item,
-    Missing,
     describe_data,
-    describe_scale,
     format_count,
     gather_evidence,
 )
 from cluster.report.page import load_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
-
-NAME = "evidence.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,35 +47,7 @@ class EvidenceOptions:
     """Print the rows as one JSON object to stdout, everything else to stderr."""
 
 
-@dataclass(frozen=True)
-class EvidencePage:
-    """The contents of the page."""
-
-    evidence: Evidence
-    items: list[Item]
-    missing: list[Missing]
-
-    def as_json(self) -> dict[str, Any]:
-        """The page for `--json`, without images."""
-        return {
-            "groups": [
-                {
-                    "letter": group.letter,
-                    "runs": [str(run.path) for run in group.runs],
-                    "seeds": [run.config.seed for run in group.runs],
-                    "step": group.first.step,
-                    "scale": describe_scale(group),
-                    "differs": group.differs,
-                }
-                for group in self.evidence.groups
-            ],
-            "items": [item.as_json() for item in self.items],
-            "missing": [vars(one) for one in self.missing],
-            "left_out": self.evidence.skipped,
-        }
-
-
-def make_page(paths: Sequence[Path], data: str | None = None) -> EvidencePage:
+def make_page(paths: Sequence[Path], data: str | None = None) -> Evidence:
     """Compare the paper's claims with the runs and results in `paths`.
 
     Raises:
@@ -90,58 +57,42 @@ def make_page(paths: Sequence[Path], data: str | None = None) -> EvidencePage:
     if not paths:
         raise UsageError("no run was named; name one or more, or a folder of runs")
     evidence = gather_evidence(paths, data)
-    missing: list[Missing] = []
-    makers = (make_results, make_figures, make_neighbors, make_studies)
-    items = [item for make in makers for item in make(evidence, missing)]
-    return EvidencePage(evidence, items, missing)
+    for make in (make_results, show_kernels, show_answers, make_neighbors, make_studies):
+        evidence.items += make(evidence)
+    return evidence
 
 
-def render(page: EvidencePage) -> str:
+def render(page: Evidence) -> str:
     """Return the page as HTML."""
     environment = load_templates(Path(__file__).parent)
     environment.filters |= {"format_count": format_count, "describe_data": describe_data}
-    return environment.get_template("evidence.html.j2").render(
-        items=page.items,
-        groups=page.evidence.groups,
-        missing=page.missing,
-        skipped=page.evidence.skipped,
-        runs=len(page.evidence.runs),
-    )
-
-
-def write(page: EvidencePage, out: Path) -> None:
-    """Write the page as one file.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; name a file")
-    try:
-        with atomic_write(out) as file:
-            file.write(render(page).encode())
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"{out} cannot be written ({reason}); name another --out") from error
+    template = environment.get_template("evidence.html.j2")
+    return template.render(vars(page), runs=len(page.runs))
 
 
 def choose_file(paths: Sequence[Path]) -> Path:
     """Return the default file: evidence.html in the folder that holds all `paths`."""
     folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in paths]
-    return Path(os.path.commonpath(folders)) / NAME
+    return Path(os.path.commonpath(folders)) / "evidence.html"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page and print its path.
 
     Raises:
-        DuetError: as `make_page` and `write`.
+        DuetError: as `make_page`.
+        UsageError: the file cannot be written.
     """
     options = tyro.cli(EvidenceOptions, args=argv, prog="python -m cluster.experiments.evidence")
     page = make_page(options.runs, options.data)
     out = options.out or choose_file(options.runs)
-    write(page, out)
-    count = len(page.evidence.runs)
+    try:
+        with atomic_write(out) as file:
+            file.write(render(page).encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{out} cannot be written ({reason}); name another --out") from error
+    count = len(page.runs)
     words = f"{len(page.items)} claims, {count} run{'s' if count != 1 else ''} -> {out}\n"
     (sys.stderr if options.json else sys.stdout).write(words)
     if options.json:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import mimetypes
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from cluster.experiments.evidence.runs import (
     Comparison,
     Evidence,
     Item,
-    Missing,
     SeedGroup,
     TrainedRun,
     describe_scale,
@@ -35,13 +35,9 @@ from cluster.report.tables import format_probability
 from cluster.run.folder import KERNELS as KERNEL_ROWS
 from cluster.run.kernels import read_kernels
 
-OTHER_SEEDS = 3
-"""Runs besides the first whose kernels are shown."""
 MOST_IMAGES = 4
 MOST_BYTES = 6_000_000
-MEDIA_TYPES = {
-    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml",
-}  # fmt: skip
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/svg+xml")
 SUMMARY = "neighbours/summary.json"
 SCORES = (
     ("colour of the kernels", "colour", "told apart by eye, every run"),
@@ -49,66 +45,51 @@ SCORES = (
     ("orientation of the kernels", "orientation", "no number"),
 )
 """What is measured, the field of `FirstLayer` with it, and the paper's number."""
+KERNEL_NOTE = (
+    "Share of pairs, a kernel of each column, in which the one column's scores higher: 50 % if "
+    "the columns are alike, 100 % if they share nothing; p: share of random splits of the same "
+    "kernels that are as far apart. What was learned: the kernels less what they began as, "
+    "which is noise. The paper judged by eye, after 90 passes over ImageNet."
+)
 
 
-@dataclass(frozen=True)
-class RunKernels:
-    """The first layer of a run."""
-
-    name: str
-    seed: int
-    layer: FirstLayer
-
-
-@dataclass(frozen=True)
-class EmbeddedImage:
-    """An image file as a data URI."""
-
-    uri: str
-    name: str
-
-
-def make_figures(evidence: Evidence, missing: list[Missing]) -> Iterator[Item]:
-    """Yield the items on kernels and answers; what cannot be shown is added to `missing`."""
-    yield from filter(None, (_show_kernels(evidence, missing), _show_answers(evidence, missing)))
-
-
-def _show_kernels(evidence: Evidence, missing: list[Missing]) -> Item | None:
-    item, layers = Item(KERNELS, kind="kernels"), []
+def show_kernels(evidence: Evidence) -> Iterator[Item]:
+    """Yield the item on kernels; list those that cannot be shown as missing."""
+    item = Item(KERNELS, kind="kernels", notes=[KERNEL_NOTE])
+    layers: list[tuple[TrainedRun, FirstLayer]] = []
     for group in evidence.groups:
-        found = []
+        first = len(layers)
         for run in group.runs:
             try:
                 layer = describe_first_layer(run.checkpoint, read_kernels(run.path / KERNEL_ROWS))
             except MissingFigure as error:
-                missing.append(Missing(title=f"Kernels of {run.name}", command="", why=f"{error}"))
+                evidence.ask(f"Kernels of {run.name}", command="", why=str(error))
                 continue
-            found.append(RunKernels(run.name, run.config.seed, layer))
+            layers.append((run, layer))
             if not layer.strips:
                 item.notes.append(f"{run.name} kept no kernels over time (kernels.jsonl).")
-        item.rows += _compare_columns(found, group)
-        layers += found
-    if not layers:
-        return None
-    item.notes.insert(
-        0,
-        "Share of pairs, a kernel of each column, in which the one column's scores higher: 50 % if "
-        "the columns are alike, 100 % if they share nothing; p: share of random splits of the same "
-        "kernels that are as far apart. What was learned: the kernels less what they began as, "
-        "which is noise. The paper judged by eye, after 90 passes over ImageNet.",
-    )
-    item.body = {"first": layers[0], "others": layers[1 : 1 + OTHER_SEEDS]}
-    return item
+        item.rows += _compare_columns(layers[first:], group)
+    if layers:
+        item.body = layers[:4]
+        yield item
 
 
-def _compare_columns(layers: Sequence[RunKernels], group: SeedGroup) -> Iterator[Comparison]:
+def _compare_columns(
+    layers: Sequence[tuple[TrainedRun, FirstLayer]], group: SeedGroup
+) -> Iterator[Comparison]:
     """Yield a row for each score, over the seeds of a group; none for networks of one column."""
     for what, name, paper in SCORES:
-        splits = {
-            one.seed: split for one in layers if (split := getattr(one.layer, name)) is not None
-        }
+        splits = {run.config.seed: getattr(layer, name) for run, layer in layers}
+        splits = {seed: split for seed, split in splits.items() if split is not None}
         if not splits:
             continue
+        differ = [split.is_significant for split in splits.values()]
+        if not any(differ):
+            verdict = "not beyond a random split"
+        elif not all(differ):
+            verdict = f"beyond a random split in {sum(differ)} of {len(differ)} seeds"
+        else:
+            verdict = "as the paper says" if paper != "no number" else "the columns differ"
         chance = next(iter(splits.values())).chance_95
         yield Comparison(
             what=f"columns apart: {what}",
@@ -117,21 +98,13 @@ def _compare_columns(layers: Sequence[RunKernels], group: SeedGroup) -> Iterator
             ours=", ".join(f"{100 * split.apart:.0f} %" for split in splits.values()),
             seeds="; ".join(f"seed {s}: p {format_probability(one.p)}" for s, one in splits.items())
             + f"; 95 % of random splits are below {100 * chance:.0f} %",
-            verdict=_judge_columns([split.is_significant for split in splits.values()], paper),
+            verdict=verdict,
             scale=describe_scale(group),
         )
 
 
-def _judge_columns(differ: Sequence[bool], paper: str) -> str:
-    if not any(differ):
-        return "not beyond a random split"
-    if not all(differ):
-        return f"beyond a random split in {sum(differ)} of {len(differ)} seeds"
-    return "as the paper says" if paper != "no number" else "the columns differ"
-
-
-def _show_answers(evidence: Evidence, missing: list[Missing]) -> Item | None:
-    """Show the answers of the first run that has kept its probabilities."""
+def show_answers(evidence: Evidence) -> Iterator[Item]:
+    """Yield the item on the answers of the first run that has kept its probabilities."""
     reason = ""
     for group in evidence.groups:
         for run in group.runs:
@@ -141,7 +114,8 @@ def _show_answers(evidence: Evidence, missing: list[Missing]) -> Item | None:
             except MissingFigure as error:
                 reason = reason or str(error)
                 continue
-            return _count_answers(run, found, group)
+            yield _count_answers(run, found, group)
+            return
     if evidence.runs:
         run = evidence.runs[0]
         data = evidence.data_argument(run)
@@ -149,15 +123,12 @@ def _show_answers(evidence: Evidence, missing: list[Missing]) -> Item | None:
             f"python -m cluster.evaluate {quote_path(run.path)} --data {data} --views 10 "
             f"--save-probabilities, then this page with --data {data}"
         )
-        missing.append(Missing(title=ANSWERS.title, command=command, why=reason.rstrip(".")))
-    return None
+        evidence.ask(ANSWERS.title, command, why=reason.rstrip("."))
 
 
 def _count_answers(run: TrainedRun, found: Answers, group: SeedGroup) -> Item:
     item = Item(ANSWERS, kind="answers", body=found)
-    for title, images in found.groups:
-        if title != TITLES["random"]:
-            continue
+    if images := dict(found.groups).get(TITLES["random"]):
         verdicts = [one.verdict for one in images]
         right, near = verdicts.count("right"), verdicts.count("in the top 5")
         item.rows.append(
@@ -175,20 +146,19 @@ def _count_answers(run: TrainedRun, found: Answers, group: SeedGroup) -> Item:
     return item
 
 
-def embed_images(folder: Path, names: Sequence[str] = ()) -> list[EmbeddedImage]:
-    """Embed the images of a folder that fit into a page, by name; only `names` if any are given."""
+def embed_images(paths: Iterable[Path]) -> list[tuple[str, str]]:
+    """Return the data URI and the name of each image that fits into a page."""
     found = []
-    for path in sorted(folder / name for name in names) if names else sorted(folder.glob("*")):
-        kind = MEDIA_TYPES.get(path.suffix.lower())
-        if kind and path.is_file() and path.stat().st_size <= MOST_BYTES:
+    for path in paths:
+        kind, _ = mimetypes.guess_type(path.name)
+        if kind in MEDIA_TYPES and path.is_file() and path.stat().st_size <= MOST_BYTES:
             content = base64.b64encode(path.read_bytes()).decode()
-            uri = f"data:{kind};base64,{content}"
-            found.append(EmbeddedImage(uri, path.stem.replace("_", " ")))
+            found.append((f"data:{kind};base64,{content}", path.stem.replace("_", " ")))
     return found[:MOST_IMAGES]
 
 
-def make_neighbors(evidence: Evidence, missing: list[Missing]) -> Iterator[Item]:
-    """Yield the items on neighbors and short codes; what does not exist is added to `missing`."""
+def make_neighbors(evidence: Evidence) -> Iterator[Item]:
+    """Yield the items on neighbors and short codes; list what does not exist as missing."""
     near, codes = Item(NEIGHBOURS, kind="images", body=[]), Item(CODES)
     for group in evidence.groups:
         for run in group.runs:
@@ -203,7 +173,7 @@ def make_neighbors(evidence: Evidence, missing: list[Missing]) -> Iterator[Item]
         elif evidence.runs:
             run = evidence.runs[0]
             words = command.format(quote_path(run.path), evidence.data_argument(run))
-            missing.append(Missing(title=item.claim.title, command=words))
+            evidence.ask(item.claim.title, words)
 
 
 def _add_summary(
@@ -226,7 +196,7 @@ def _add_summary(
             item.notes.append(
                 f"{run.name}: features of step {step:,}, it has come to {run.step:,}."
             )
-    near.body = near.body or embed_images(path.parent)
+    near.body = near.body or embed_images(sorted(path.parent.iterdir()))
 
 
 def _describe_search(facts: Mapping[str, Any]) -> str:
@@ -242,28 +212,27 @@ def _compare_neighbors(
 ) -> Iterator[Comparison]:
     if not facts:
         return
-    scale = f"{_describe_search(facts)}, {facts['units']:,} activations; {describe_scale(group)}"
+    compare = partial(
+        Comparison,
+        group=group.letter,
+        seeds=f"seed {run.config.seed}",
+        scale=f"{_describe_search(facts)}, {facts['units']:,} activations; {describe_scale(group)}",
+    )
     share, chance = facts["precision_at_k"], facts["precision_by_chance"]
     margin = binomial_margin(share, chance, facts["queries"]["pictures"])
-    yield Comparison(
+    yield compare(
         what=f"of the {facts['k']} nearest images, of the same class",
-        group=group.letter,
         paper="no number: five images with six neighbours each",
         ours=f"{100 * share:.1f} % (by chance {100 * chance:.1f} %)",
-        seeds=f"seed {run.config.seed}",
         verdict="above chance" if share - chance > margin else "not above chance",
-        scale=scale,
     )
     if (auc := facts.get("auc")) is not None:
         margin = NORMAL_975 * facts["auc_error"]
-        yield Comparison(
+        yield compare(
             what="how often a pair of one class is closer than one of two (AUC)",
-            group=group.letter,
             paper="no number",
             ours=f"{100 * auc:.1f} ± {100 * margin:.1f} % (by chance 50 %)",
-            seeds=f"seed {run.config.seed}",
             verdict="above chance" if auc - 0.5 > margin else "not above chance",
-            scale=scale,
         )
 
 

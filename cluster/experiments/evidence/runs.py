@@ -12,15 +12,8 @@ from typing import Any
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint
 from cluster.config import CHANGEABLE, Config, read_run_config
-from cluster.experiments.evidence.claims import (
-    ABLATIONS,
-    BATCH,
-    CLASSES,
-    EPOCHS,
-    IMAGES,
-    WIDTH,
-    Claim,
-)
+from cluster.experiments.evidence import claims
+from cluster.experiments.evidence.claims import Claim
 from cluster.report.records import Records, read_records
 from cluster.run.folder import CONFIG, METRICS
 from pipeline.dataset.manifest import identity
@@ -31,7 +24,6 @@ STUDY = "study.json"
 COUNTED = ("top1_error", "top5_error", "samples")
 MAY_DIFFER = {"seed", "epochs", *CHANGEABLE}
 """Settings that runs of a group may differ in; their length is compared by their step."""
-NOT_COMPARABLE = "another scale"
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class TrainedRun:
         table = {
             key: one for key, one in self.config.to_settings().items() if key not in MAY_DIFFER
         }
-        return table | {"data_sha256": self.data_sha256, "step": self.step}
+        return table | {"data set": self.data_sha256, "step": self.step}
 
     def errors(self, views: int) -> dict[str, Any] | None:
         """Errors of the checkpoint on "val"; for one view those of the last validation will do."""
@@ -103,35 +95,6 @@ class SeedGroup:
         """The run with the lowest seed."""
         return self.runs[0]
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that all runs of the group share."""
-        return self.first.settings
-
-
-@dataclass
-class Evidence:
-    """Everything found in the folders and files that were named."""
-
-    groups: list[SeedGroup] = field(default_factory=list)
-    studies: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
-    ensembles: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """What was found but cannot be used, and why: a sentence each."""
-    data: str | None = None
-    """The data set that was named."""
-    data_sha256: str = ""
-
-    @property
-    def runs(self) -> list[TrainedRun]:
-        """The runs of all groups."""
-        return [run for group in self.groups for run in group.runs]
-
-    def data_argument(self, run: TrainedRun) -> str:
-        """The data set of a run as an argument of a command: the one named, if it is that."""
-        is_named = self.data is not None and self.data_sha256 == run.data_sha256
-        return shlex.quote(str(self.data)) if is_named else "DATA"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -148,15 +111,6 @@ class Comparison:
     verdict: str
     scale: str = ""
     """How the scale differs from the paper's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Missing:
-    """A result that does not exist yet, and the command that makes it."""
-
-    title: str
-    command: str
-    why: str = ""
 
 
 @dataclass
@@ -182,6 +136,56 @@ class Item:
         }
 
 
+@dataclass
+class Evidence:
+    """Everything found in the folders and files that were named: what the page shows."""
+
+    groups: list[SeedGroup] = field(default_factory=list)
+    studies: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    ensembles: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """What was found but cannot be used, and why: a sentence each."""
+    data: str | None = None
+    """The data set that was named."""
+    data_sha256: str = ""
+    items: list[Item] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
+    """Results that do not exist yet: title, command that makes it, and why it is missing."""
+
+    @property
+    def runs(self) -> list[TrainedRun]:
+        """The runs of all groups."""
+        return [run for group in self.groups for run in group.runs]
+
+    def data_argument(self, run: TrainedRun) -> str:
+        """The data set of a run as an argument of a command: the one named, if it is that."""
+        is_named = self.data is not None and self.data_sha256 == run.data_sha256
+        return shlex.quote(str(self.data)) if is_named else "DATA"
+
+    def ask(self, title: str, command: str, why: str = "") -> None:
+        """List a result as missing, with the command that makes it."""
+        self.missing.append({"title": title, "command": command, "why": why})
+
+    def as_json(self) -> dict[str, Any]:
+        """The page for `--json`, without images."""
+        return {
+            "groups": [
+                {
+                    "letter": group.letter,
+                    "runs": [str(run.path) for run in group.runs],
+                    "seeds": [run.config.seed for run in group.runs],
+                    "step": group.first.step,
+                    "scale": describe_scale(group),
+                    "differs": group.differs,
+                }
+                for group in self.groups
+            ],
+            "items": [item.as_json() for item in self.items],
+            "missing": self.missing,
+            "left_out": self.skipped,
+        }
+
+
 def gather_evidence(paths: Sequence[Path], data: str | None = None) -> Evidence:
     """Read runs, folders of runs or studies, and result files.
 
@@ -198,10 +202,11 @@ def gather_evidence(paths: Sequence[Path], data: str | None = None) -> Evidence:
     runs: dict[Path, TrainedRun] = {}
     for path in paths:
         if path.is_file():
-            _add_result(evidence, path, path)
+            _add_result(evidence, path)
         elif is_run(path):
             runs.setdefault(path.resolve(), read_run(path))
-            _add_results(evidence, path)
+            for result in _list_results(path):
+                _add_result(evidence, result)
         else:
             _add_folder(evidence, runs, path)
     evidence.groups = group_by_settings(runs.values())
@@ -227,35 +232,33 @@ def read_run(path: Path) -> TrainedRun:
 
 def _add_folder(evidence: Evidence, runs: dict[Path, TrainedRun], folder: Path) -> None:
     """Add what one level of a folder holds: runs, studies and results."""
-    before = len(evidence.studies) + len(evidence.ensembles)
     # The runs of a study are not listed one by one: its result sums them up.
     has_runs = folder.is_dir() and not (folder / STUDY).is_file()
     children = sorted(folder.iterdir()) if has_runs else []
-    count = 0
-    for child in children:
-        if is_run(child):
-            count += 1
-            try:
-                runs.setdefault(child.resolve(), read_run(child))
-            except (UsageError, DataError) as error:
-                evidence.skipped.append(f"{error}.")
-        elif (child / STUDY).is_file():
-            _add_result(evidence, child / STUDY, child)
-    _add_results(evidence, folder)
-    if not count and len(evidence.studies) + len(evidence.ensembles) == before:
+    found = [child for child in children if is_run(child)]
+    for run in found:
+        try:
+            runs.setdefault(run.resolve(), read_run(run))
+        except (UsageError, DataError) as error:
+            evidence.skipped.append(f"{error}.")
+    studies = [child / STUDY for child in children if child not in found]
+    results = [*filter(Path.is_file, studies), *_list_results(folder)]
+    for result in results:
+        _add_result(evidence, result)
+    if not found and not results:
         raise UsageError(
             f"{folder} is no run, and holds neither runs nor results of studies or ensembles; "
             "name the --run of a training"
         )
 
 
-def _add_results(evidence: Evidence, folder: Path) -> None:
-    for path in sorted([folder / STUDY, *folder.glob("ensemble*.json")]):
-        if path.is_file():
-            _add_result(evidence, path, path)
+def _list_results(folder: Path) -> list[Path]:
+    return [
+        one for one in sorted([folder / STUDY, *folder.glob("ensemble*.json")]) if one.is_file()
+    ]
 
 
-def _add_result(evidence: Evidence, path: Path, named: Path) -> None:
+def _add_result(evidence: Evidence, path: Path) -> None:
     """Add study.json, or a file that `cluster.experiments.ensemble --out` wrote.
 
     Raises:
@@ -275,17 +278,25 @@ def _add_result(evidence: Evidence, path: Path, named: Path) -> None:
         evidence.ensembles.append((path, table))
     else:
         raise UsageError(
-            f"{named} is neither a run nor the result of a study or of "
+            f"{path} is neither a run nor the result of a study or of "
             "cluster.experiments.ensemble --out"
         )
 
 
 def group_by_settings(runs: Iterable[TrainedRun]) -> list[SeedGroup]:
-    """Sort runs into groups: most seeds first, then nearest to the paper, then as they came."""
+    """Sort runs into groups: most seeds first, then nearest to the paper, then as they came.
+
+    Nearest to the paper is the group that does without the fewest of its choices.
+    """
     found: dict[str, list[TrainedRun]] = {}
     for run in runs:
         found.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
-    ordered = sorted(found.values(), key=lambda group: (-len(group), _count_departures(group[0])))
+
+    def rank(group: list[TrainedRun]) -> tuple[int, int]:
+        settings = group[0].settings
+        return -len(group), sum(settings[one.setting] in one.instead for one in claims.ABLATIONS)
+
+    ordered = sorted(found.values(), key=rank)
     return [
         SeedGroup(
             letter=chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else ""),
@@ -296,19 +307,10 @@ def group_by_settings(runs: Iterable[TrainedRun]) -> list[SeedGroup]:
     ]
 
 
-def _count_departures(run: TrainedRun) -> int:
-    """Count the paper's choices that a run does without."""
-    table = run.config.to_settings()
-    return sum(table[one.setting] in one.instead for one in ABLATIONS)
-
-
 def _describe_changes(first: dict[str, Any], other: dict[str, Any]) -> str:
-    words = []
-    for name in sorted({*first, *other}):
-        if first.get(name) != (value := other.get(name)):
-            text = str(value)[:8] if name == "data_sha256" else f"{value}"
-            words.append(f"{name.replace('data_sha256', 'data set')} {text or 'none'}")
-    return ", ".join(words)
+    names = [name for name in sorted(other) if first[name] != other[name]]
+    texts = [str(other[name])[: 8 if name == "data set" else None] for name in names]
+    return ", ".join(f"{name} {text or 'none'}" for name, text in zip(names, texts, strict=True))
 
 
 def quote_path(path: Path | str) -> str:
@@ -320,16 +322,16 @@ def describe_scale(group: SeedGroup) -> str:
     """Say how the runs of a group differ in scale from the paper's."""
     run = group.first
     words = []
-    if not math.isnan(run.images) and abs(run.images / IMAGES - 1) > 0.01:
-        words.append(f"{format_count(run.images)} training images instead of {IMAGES:,}")
-    if len(run.checkpoint.classes) != CLASSES:
-        words.append(f"{len(run.checkpoint.classes):,} classes instead of {CLASSES:,}")
-    if run.config.design.width != WIDTH:
+    if abs(run.images / claims.IMAGES - 1) > 0.01:
+        words.append(f"{format_count(run.images)} training images instead of {claims.IMAGES:,}")
+    if len(run.checkpoint.classes) != claims.CLASSES:
+        words.append(f"{len(run.checkpoint.classes):,} classes instead of {claims.CLASSES:,}")
+    if run.config.design.width != claims.WIDTH:
         words.append(f"width {run.config.design.width:g}")
-    if not math.isnan(run.epochs) and abs(run.epochs - EPOCHS) > 5:
-        words.append(f"{run.epochs:.3g} passes instead of {EPOCHS}")
-    if run.config.batch_size != BATCH:
-        words.append(f"batch {run.config.batch_size} instead of {BATCH}")
+    if abs(run.epochs - claims.EPOCHS) > 5:
+        words.append(f"{run.epochs:.3g} passes instead of {claims.EPOCHS}")
+    if run.config.batch_size != claims.BATCH:
+        words.append(f"batch {run.config.batch_size} instead of {claims.BATCH}")
     return ", ".join(words) or "none"
 
 

@@ -20,7 +20,6 @@ NORMAL_975 = float(stats.norm.ppf(0.975))
 """Quantile of the normal distribution that a two-sided 95 % interval needs."""
 ROWS = 4096
 """Images whose probabilities are compared at a time."""
-RANKS = (1, 5)
 
 
 @dataclass(frozen=True)
@@ -144,22 +143,20 @@ def view_margins(run: Path) -> tuple[float, ...] | None:
     same = torch.equal(one.labels, ten.labels) and torch.equal(one.weights, ten.weights)
     if not same or one.about.step != ten.about.step:
         return None
+    single, many = (_find_wrong(saved) for saved in (one, ten))
     count = float(one.weights.sum())
-    better = worse = torch.zeros(len(RANKS), dtype=torch.float64)
-    for first in range(0, len(one.labels), ROWS):
-        last = min(first + ROWS, len(one.labels))
-        single, many = (_find_wrong(saved, first, last) for saved in (one, ten))
-        better = better + (single & ~many).sum(dim=1)
-        worse = worse + (many & ~single).sum(dim=1)
+    better, worse = (single & ~many).sum(dim=1), (many & ~single).sum(dim=1)
     return tuple(
         NORMAL_975 * math.sqrt(up + down - (up - down) ** 2 / count) / count
         for up, down in zip(better.tolist(), worse.tolist(), strict=True)
     )
 
 
-def _find_wrong(saved: SavedProbabilities, first: int, last: int) -> torch.Tensor:
-    """Whether the true class is missing among the first 1 and 5 answers: bool [2, rows]."""
-    rows, labels = saved.rows(first, last), saved.labels[first:last]
-    above = (rows > rows.gather(1, labels[:, None])).sum(dim=1)
-    sound = saved.weights[first:last] > 0
-    return torch.stack([(above >= rank) & sound for rank in RANKS])
+def _find_wrong(saved: SavedProbabilities) -> torch.Tensor:
+    """Whether the true class is missing among the first 1 and 5 answers: bool [2, N]."""
+    above = []
+    for first in range(0, len(saved.labels), ROWS):
+        labels = saved.labels[first : first + ROWS, None]
+        rows = saved.rows(first, first + len(labels))
+        above.append((rows > rows.gather(1, labels)).sum(dim=1))
+    return torch.stack([(torch.cat(above) >= rank) & (saved.weights > 0) for rank in (1, 5)])

@@ -14,6 +14,8 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +25,7 @@ from cluster.experiments.study import results
 from cluster.experiments.study.config import WHOLE, Study, Variant, read_study
 from cluster.experiments.study.plot import draw_plot
 from cluster.experiments.study.results import Result, has_reached_goal, is_at_goal, read_result
-from cluster.experiments.study.runner import RunPool, StudyRun, list_gpus, make_slots
+from cluster.experiments.study.runner import StudyRun, list_gpus, make_slots, run_side_by_side
 from cluster.experiments.study.subsets import make_subset
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
@@ -50,17 +52,9 @@ class StudyOptions:
     """Print study.json to stdout, everything else to stderr."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinishedRun:
-    """A run that needs no more steps, with its number."""
-
-    variant: Variant
-    run: StudyRun
-    result: Result
-
-
-RunsByVariant = dict[str, list[FinishedRun]]
-"""Runs by the name of their variant."""
+ResultsByVariant = dict[str, list[Result]]
+"""Results by the name of their variant."""
+RANK = attrgetter("rank")
 
 
 class StudyMaker:
@@ -78,46 +72,40 @@ class StudyMaker:
         gpus = [] if options.ray else list_gpus()
         self._slots = make_slots(1 if options.ray else options.at_once, gpus)
 
-    def make(self) -> tuple[list[FinishedRun], list[FinishedRun]]:
+    def make(self) -> tuple[list[Result], list[Result]]:
         """Make all runs.
 
         Returns:
-            the runs that count, by variant and seed; and those of the grid that were not best.
+            results that count, by variant and seed; and those of the grid that were not best.
         """
         study = self._study
         first = study.seeds[:1] if study.grid[1] else study.seeds  # of a grid one seed has all
         rest = study.seeds[len(first) :]
         total = 0
         for one in study.variants:
-            each = [self._plan(one, 0, value, {}).total for value in _grid_values(one)]
+            each = [self._plan(one, 0, value, {}).total for value in one.values]
             total += len(first) * sum(each) + len(rest) * each[0]
-        tried: RunsByVariant = {}
+        tried: ResultsByVariant = {}
         with Progress(study.name, total=total, unit="img") as progress:
             for stage in sort_stages(study.variants):
-                wanted = [(one, _grid_values(one)) for one in stage]
+                wanted = [(one, one.values) for one in stage]
                 tried |= self._make_runs(wanted, first, tried, progress)
-            kept = {name: self._keep_best(runs) for name, runs in tried.items()}
+            kept = tried
+            if study.grid[1]:
+                kept = {name: [min(found, key=RANK)] for name, found in tried.items()}
             for stage in sort_stages(study.variants) if rest else ():
-                best = [(one, (self._grid_value(kept[one.name][0]),)) for one in stage]
-                for name, runs in self._make_runs(best, rest, kept, progress).items():
-                    kept[name] += runs
-        others = [
-            one for runs in tried.values() for one in runs if one not in kept[one.variant.name]
-        ]
-        counted = [one for variant in study.shown for one in kept[variant.name]]
-        return counted, [one for one in others if not one.variant.hidden]
-
-    def _keep_best(self, runs: list[FinishedRun]) -> list[FinishedRun]:
-        """Return the best run of a grid; all runs where there is no grid."""
-        return [min(runs, key=lambda one: one.result.rank)] if self._study.grid[1] else runs
-
-    def _grid_value(self, made: FinishedRun) -> Any:
-        return made.run.config.to_settings()[self._study.grid[0]] if self._study.grid[1] else None
+                best = [(one, (kept[one.name][0].at,)) for one in stage]
+                for name, found in self._make_runs(best, rest, kept, progress).items():
+                    kept[name] += found
+        shown = [one.name for one in study.shown]
+        counted = [one for name in shown for one in kept[name]]
+        others = (one for name, found in tried.items() if name in shown for one in found)
+        return counted, [one for one in others if one not in counted]
 
     def _make_runs(
         self, wanted: Sequence[tuple[Variant, Sequence[Any]]], seeds: Sequence[int],
-        before: RunsByVariant, progress: Progress,
-    ) -> RunsByVariant:  # fmt: skip
+        before: ResultsByVariant, progress: Progress,
+    ) -> ResultsByVariant:  # fmt: skip
         """Make some variants with some values and seeds, side by side."""
         planned = [
             (variant, self._plan(variant, seed, value, before))
@@ -127,27 +115,27 @@ class StudyMaker:
         ]
         for _, run in planned:
             run.check()
-        undone = [run for _, run in planned if not self._is_done(run)]
-        progress.skip(sum(run.total for _, run in planned) - sum(map(_images_left, undone)))
+        undone = [
+            run
+            for _, run in planned
+            if not (run.has_diverged or run.is_complete or has_reached_goal(self._study, run))
+        ]
+        progress.skip(sum(run.total for _, run in planned) - sum(one.images_left for one in undone))
         module = "cluster.train" if self._options.ray else "cluster.experiments.study.runner"
-        pool = RunPool(self._slots, module, progress)
-        pool.make(undone, lambda run: is_at_goal(self._study, run))
-        progress.skip(sum(map(_images_left, undone)))  # of runs that ended early
-        finished: RunsByVariant = {variant.name: [] for variant, _ in wanted}
+        is_enough = partial(is_at_goal, self._study)
+        run_side_by_side(undone, self._slots, module, progress, is_enough)
+        progress.skip(sum(one.images_left for one in undone))  # of runs that ended early
+        found: ResultsByVariant = {variant.name: [] for variant, _ in wanted}
         for variant, run in planned:
-            result = read_result(self._study, variant.name, run)
-            finished[variant.name].append(FinishedRun(variant=variant, run=run, result=result))
-        return finished
+            found[variant.name].append(read_result(self._study, variant.name, run))
+        return found
 
-    def _is_done(self, run: StudyRun) -> bool:
-        return run.has_diverged or run.is_complete or has_reached_goal(self._study, run)
-
-    def _plan(self, variant: Variant, seed: int, value: Any, before: RunsByVariant) -> StudyRun:
+    def _plan(self, variant: Variant, seed: int, value: Any, before: ResultsByVariant) -> StudyRun:
         study = self._study
         init = ""
         if variant.after:
             same = [one for one in before.get(variant.after, []) if one.run.config.seed == seed]
-            init = str(min(same, key=lambda one: one.result.rank).run.folder) if same else "?"
+            init = str(min(same, key=RANK).run.folder) if same else "?"
         config = study.config(variant, seed, value, init)
         if not self._options.ray:
             config = replace(config, columns_per_worker=2, replicas=1)
@@ -158,15 +146,6 @@ class StudyMaker:
             data=self._data[variant.data],
             out=self._options.out.resolve(),
         )
-
-
-def _grid_values(variant: Variant) -> tuple[Any, ...]:
-    """Values of the grid's setting; (None,) without a grid."""
-    return variant.values or (None,)
-
-
-def _images_left(run: StudyRun) -> int:
-    return max(0, run.total - run.position)
 
 
 def sort_stages(variants: Sequence[Variant]) -> list[list[Variant]]:
@@ -192,15 +171,12 @@ def main(argv: list[str] | None = None) -> int:
     study = read_study(options.study)
     ensure_writable(options.out, "folder of the study")
     counted, others = StudyMaker(options, study).make()
-    runs = [one.run for one in counted]
-    found = results.summarize(
-        study, [one.result for one in counted], [one.result for one in others], runs
-    )
+    found = results.summarize(study, counted, others)
     if study.measure == "nets":
-        averages = results.measure_averages(study, runs)
+        averages = results.measure_averages(study, [one.run for one in counted])
         found |= averages | {"rows": found["rows"] + averages["rows"]}
     plot = options.out / results.PLOT
-    draw_plot(study, [(one.variant.name, one.run) for one in counted], found, plot)
+    draw_plot(study, counted, found, plot)
     text = results.write_results(study, found, options.out)
     out = sys.stderr if options.json else sys.stdout
     out.write(f"{text}\n-> {options.out / results.TABLE}, {plot}\n")

@@ -15,7 +15,7 @@ sizes       networks in an ensemble, for `nets`
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,11 +29,16 @@ images after the last step; gap: that less the error on the training images, bot
 network and the centre view; nets: error of averages of as many networks as `sizes` says."""
 Plot = Literal["train", "val", "both", "nets"]
 """Training curves, validation curves, or both side by side; or errors by number of networks."""
-RESERVED = ("data", "after", "hidden", "values")
-DEPTH = 8
-"""Longest chain of files that refer to another by `like`."""
 WHOLE = ""
 """Name of DATA as a whole."""
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("title", "claim", "paper", "source", "base"), str),
+    "measure": Measure,
+    "plot": Plot,
+    "goal": float,
+    "window": float,
+}
+"""Types of the keys that hold one value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +68,8 @@ class Variant:
     """Variant whose run of the same seed this one starts from (its `init` setting)."""
     hidden: bool = False
     """Whether it is left out of the comparison, because it exists for others to start from."""
-    values: tuple[Any, ...] = ()
-    """Values of the grid's setting; those of [grid] by default."""
+    values: tuple[Any, ...] = (None,)
+    """Values of the grid's setting, those of [grid] by default; (None,) without a grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +131,13 @@ def read_study(path: Path) -> Study:
         UsageError: names the file, the key, and what it should be.
     """
     path = find_config(path, PRESETS / "studies")
-    study = _StudyReader(path, _read_table(path)).read()
+    table = _read_table(path)
+    try:
+        study = _parse_study(path.stem, table)
+    except ValueError as error:
+        raise UsageError(f"study {path}: {error}") from error
     for variant in study.variants:  # an impossible one is refused before the others take hours
-        for value in variant.values or (None,):
+        for value in variant.values:
             study.config(variant, study.seeds[0], value, "run" if variant.after else "")
     return study
 
@@ -149,7 +158,7 @@ def _read_table(path: Path, depth: int = 0) -> dict[str, Any]:
     other = table.pop("like", None)
     if other is None:
         return table
-    if not isinstance(other, str) or depth > DEPTH:
+    if not isinstance(other, str) or depth > 8:
         raise UsageError(
             f"study {path}: like is {other!r}; it takes the name of another study file"
         )
@@ -160,149 +169,134 @@ def _read_table(path: Path, depth: int = 0) -> dict[str, Any]:
     return before | table
 
 
-class _StudyReader:
-    """Checks the table of a file, key by key."""
+def _parse_study(name: str, table: dict[str, Any]) -> Study:
+    """Check the table of a file key by key; a ValueError names the first that cannot be used."""
+    known = ({one.name for one in fields(Study)} | {"data"}) - {"name", "subsets"}
+    if unknown := table.keys() - known:
+        raise ValueError(f"no key {min(unknown)!r}; there are {', '.join(sorted(known))}")
+    table = {"goal": 0.25, "window": 0} | table
+    for key, kind in KINDS.items():
+        if not is_of_type(value := table.get(key), kind) or value == "":
+            words = ", ".join(get_args(kind)) or ("text" if kind is str else "a number")
+            raise ValueError(f"{key} is {value!r}; it takes {words}")
+    for key in ("settings", "grid", "data", "variants"):
+        found = table.setdefault(key, {})
+        is_flat = key in ("settings", "grid")
+        if not isinstance(found, dict) or not (
+            is_flat or all(isinstance(one, dict) for one in found.values())
+        ):
+            raise ValueError(f"{key} is no table; see cluster/configs/studies")
+    subsets = {name: _parse_subset(name, one) for name, one in table.pop("data").items()}
+    grid = _parse_grid(table["grid"])
+    study = Study(
+        **table
+        | {
+            "name": name,
+            "base": Path(table["base"]),
+            "seeds": _parse_numbers(table, "seeds"),
+            "sizes": _parse_numbers(table, "sizes") if table["measure"] == "nets" else (),
+            "window": int(table["window"]),
+            "settings": _parse_settings("settings", table["settings"]),
+            "grid": grid,
+            "subsets": subsets,
+            "variants": _parse_variants(table["variants"], subsets, grid),
+        }
+    )
+    _check_study(study)
+    return study
 
-    def __init__(self, path: Path, table: dict[str, Any]) -> None:
-        self._path, self._table = path, table
 
-    def read(self) -> Study:
-        table, known = self._table, {one.name for one in fields(Study)}
-        known = (known | {"data"}) - {"name", "subsets"}
-        if unknown := table.keys() - known:
-            self._refuse(f"no key {min(unknown)!r}; there are {', '.join(sorted(known))}")
-        for name, kinds in (("measure", Measure), ("plot", Plot)):
-            if table.get(name) not in get_args(kinds):
-                words = ", ".join(get_args(kinds))
-                self._refuse(f"{name} is {table.get(name)!r}; it takes {words}")
-        subsets = {name: self._subset(name, one) for name, one in self._tables("data").items()}
-        study = Study(
-            name=self._path.stem,
-            **{name: self._text(name) for name in ("title", "claim", "paper", "source")},
-            base=Path(self._text("base")),
-            seeds=self._numbers("seeds"),
-            measure=table["measure"],
-            plot=table["plot"],
-            goal=float(self._number("goal", 0.25)),
-            window=int(self._number("window", 0)),
-            sizes=self._numbers("sizes") if table["measure"] == "nets" else (),
-            settings=self._settings("settings", self._tables("settings", flat=True)),
-            grid=self._grid(),
-            subsets=subsets,
-            variants=self._variants(subsets, self._grid()),
-        )
-        self._check(study)
-        return study
+def _check_study(study: Study) -> None:
+    if not study.shown:
+        raise ValueError("no [variants.NAME] to compare")
+    if not 0 < study.goal < 1:
+        raise ValueError(f"goal is {study.goal:g}; it takes an error above 0 and below 1")
+    if study.measure == "nets":
+        if not 1 <= min(study.sizes) <= max(study.sizes) <= len(study.seeds):
+            raise ValueError(f"sizes is {list(study.sizes)}; there are {len(study.seeds)} seeds")
+        if len(study.shown) > 1:
+            raise ValueError("nets averages the seeds of one variant; there are more")
 
-    def _check(self, study: Study) -> None:
-        if not study.shown:
-            self._refuse("no [variants.NAME] to compare")
-        if not 0 < study.goal < 1:
-            self._refuse(f"goal is {study.goal:g}; it takes an error above 0 and below 1")
-        if study.measure == "nets":
-            if not 1 <= min(study.sizes) <= max(study.sizes) <= len(study.seeds):
-                self._refuse(f"sizes is {list(study.sizes)}; there are {len(study.seeds)} seeds")
-            if len(study.shown) > 1:
-                self._refuse("nets averages the seeds of one variant; there are more")
 
-    def _variants(
-        self, subsets: Mapping[str, DataSubset], grid: tuple[str, tuple[Any, ...]]
-    ) -> tuple[Variant, ...]:
-        found: list[Variant] = []
-        for name, table in self._tables("variants").items():
-            data = table.get("data", next(iter(subsets), WHOLE))
-            if data not in (*subsets, WHOLE):
-                self._refuse(f"variant {name}: no [data.{data}]")
-            after = table.get("after", "")
-            if after and after not in [one.name for one in found]:
-                self._refuse(f"variant {name}: after {after!r} is no variant above it")
-            settings = {key: one for key, one in table.items() if key not in RESERVED}
-            found.append(
-                Variant(
-                    name=name,
-                    settings=self._settings(f"variants.{name}", settings),
-                    data=data,
-                    after=after,
-                    hidden=bool(table.get("hidden", False)),
-                    values=self._values(grid[0], table.get("values", list(grid[1]))),
-                )
-            )
-        return tuple(found)
-
-    def _settings(self, where: str, table: Mapping[str, Any]) -> dict[str, Any]:
-        for key, value in table.items():
-            if key not in TYPES:
-                self._refuse(f"[{where}] has {key!r}, which is no setting of cluster.train")
-            if not is_of_type(value, TYPES[key]):
-                self._refuse(f"[{where}] {key} is {value!r}, which that setting does not take")
-        return {key: tuple(one) if isinstance(one, list) else one for key, one in table.items()}
-
-    def _grid(self) -> tuple[str, tuple[Any, ...]]:
-        table = self._tables("grid", flat=True)
-        if not table:
-            return "lr", ()
-        if len(table) > 1:
-            self._refuse(f"[grid] has {', '.join(table)}; give one setting")
-        ((key, values),) = table.items()
-        if not isinstance(values, list) or len(values) < 2:
-            self._refuse(f"[grid] {key} is {values!r}; it takes a list of two values or more")
-        return key, self._values(key, values)
-
-    def _values(self, key: str, values: Any) -> tuple[Any, ...]:
-        if not isinstance(values, list) or (values and "grid" not in self._table):
-            self._refuse(
+def _parse_variants(
+    tables: Mapping[str, Any], subsets: Collection[str], grid: tuple[str, tuple[Any, ...]]
+) -> tuple[Variant, ...]:
+    found: dict[str, Variant] = {}
+    for name, table in tables.items():
+        data = table.get("data", next(iter(subsets), WHOLE))
+        if data not in (*subsets, WHOLE):
+            raise ValueError(f"variant {name}: no [data.{data}]")
+        after = table.get("after", "")
+        if after and after not in list(found):
+            raise ValueError(f"variant {name}: after {after!r} is no variant above it")
+        values = table.get("values", list(grid[1]))
+        if not isinstance(values, list) or (values and not grid[1]):
+            raise ValueError(
                 f"values is {values!r}; it takes a list, for the setting that [grid] names"
             )
-        for value in values:
-            self._settings("grid", {key: value})
-        return tuple(values)
+        reserved = ("data", "after", "hidden", "values")
+        own = {key: one for key, one in table.items() if key not in reserved}
+        found[name] = Variant(
+            name=name,
+            settings=_parse_settings(f"variants.{name}", own),
+            data=data,
+            after=after,
+            hidden=bool(table.get("hidden", False)),
+            values=_parse_values(grid[0], values) or (None,),
+        )
+    return tuple(found.values())
 
-    def _subset(self, name: str, table: dict[str, Any]) -> DataSubset:
-        known = {one.name for one in fields(DataSubset)}
-        if unknown := table.keys() - known:
-            self._refuse(
-                f"[data.{name}] has {min(unknown)!r}; there are {', '.join(sorted(known))}"
+
+def _parse_settings(where: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in table.items():
+        if key not in TYPES:
+            raise ValueError(f"[{where}] has {key!r}, which is no setting of cluster.train")
+        if not is_of_type(value, TYPES[key]):
+            raise ValueError(f"[{where}] {key} is {value!r}, which that setting does not take")
+    return {key: tuple(one) if isinstance(one, list) else one for key, one in table.items()}
+
+
+def _parse_values(key: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    for value in values:
+        _parse_settings("grid", {key: value})
+    return tuple(values)
+
+
+def _parse_grid(table: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    if not table:
+        return "lr", ()
+    if len(table) > 1:
+        raise ValueError(f"[grid] has {', '.join(table)}; give one setting")
+    ((key, values),) = table.items()
+    if not isinstance(values, list) or len(values) < 2:
+        raise ValueError(f"[grid] {key} is {values!r}; it takes a list of two values or more")
+    return key, _parse_values(key, values)
+
+
+def _parse_subset(name: str, table: dict[str, Any]) -> DataSubset:
+    known = {one.name for one in fields(DataSubset)}
+    if unknown := table.keys() - known:
+        raise ValueError(
+            f"[data.{name}] has {min(unknown)!r}; there are {', '.join(sorted(known))}"
+        )
+    classes = table.get("classes", [0.0, 1.0])
+    numbers = isinstance(classes, list) and all(isinstance(x, int | float) for x in classes)
+    if not numbers or len(classes) != 2 or not 0 <= classes[0] < classes[1] <= 1:
+        raise ValueError(f"[data.{name}] classes is {classes!r}; it takes two shares, as [0, 0.5]")
+    for key in ("per_class", "val_per_class"):
+        if type(count := table.get(key, 0)) is not int or count < 0:
+            raise ValueError(
+                f"[data.{name}] {key} is {count!r}; it takes a whole number, 0 for all"
             )
-        classes = table.get("classes", [0.0, 1.0])
-        numbers = isinstance(classes, list) and all(isinstance(x, int | float) for x in classes)
-        if not numbers or len(classes) != 2 or not 0 <= classes[0] < classes[1] <= 1:
-            self._refuse(f"[data.{name}] classes is {classes!r}; it takes two shares, as [0, 0.5]")
-        for key in ("per_class", "val_per_class"):
-            if type(count := table.get(key, 0)) is not int or count < 0:
-                self._refuse(
-                    f"[data.{name}] {key} is {count!r}; it takes a whole number, 0 for all"
-                )
-        if table.get("encoding", "jpeg") not in ("jpeg", "raw"):
-            self._refuse(f"[data.{name}] encoding is {table['encoding']!r}; it takes jpeg or raw")
-        return DataSubset(**table | {"classes": (float(classes[0]), float(classes[1]))})
+    if table.get("encoding", "jpeg") not in ("jpeg", "raw"):
+        raise ValueError(f"[data.{name}] encoding is {table['encoding']!r}; it takes jpeg or raw")
+    return DataSubset(**table | {"classes": (float(classes[0]), float(classes[1]))})
 
-    def _tables(self, key: str, flat: bool = False) -> dict[str, Any]:
-        found = self._table.get(key, {})
-        if not isinstance(found, dict) or not (
-            flat or all(isinstance(one, dict) for one in found.values())
-        ):
-            self._refuse(f"{key} is no table; see cluster/configs/studies")
-        return dict(found)
 
-    def _text(self, key: str) -> str:
-        if not isinstance(found := self._table.get(key), str) or not found:
-            self._refuse(f"{key} is {found!r}; it takes text")
-        return str(found)
-
-    def _number(self, key: str, default: float) -> float:
-        found = self._table.get(key, default)
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            self._refuse(f"{key} is {found!r}; it takes a number")
-        return float(found)
-
-    def _numbers(self, key: str) -> tuple[int, ...]:
-        found = self._table.get(key)
-        if not isinstance(found, list) or not found or not all(type(one) is int for one in found):
-            self._refuse(f"{key} is {found!r}; it takes a list of whole numbers")
-        assert isinstance(found, list)
-        if len(set(found)) < len(found) or min(found) < 0:
-            self._refuse(f"{key} is {found!r}; each must be there once, and not below 0")
-        return tuple(found)
-
-    def _refuse(self, text: str) -> None:
-        raise UsageError(f"study {self._path}: {text}")
+def _parse_numbers(table: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    found = table.get(key)
+    if not isinstance(found, list) or not found or not all(type(one) is int for one in found):
+        raise ValueError(f"{key} is {found!r}; it takes a list of whole numbers")
+    if len(set(found)) < len(found) or min(found) < 0:
+        raise ValueError(f"{key} is {found!r}; each must be there once, and not below 0")
+    return tuple(found)

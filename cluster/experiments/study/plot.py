@@ -9,37 +9,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.experiments.study.config import Study
-from cluster.experiments.study.results import Curves, read_curves
-from cluster.experiments.study.runner import StudyRun
-from cluster.report.records import Floats
+from cluster.experiments.study.results import Curves, Result, read_curves
 from pipeline.tools.charts import save_figure, style_axes
 from pipeline.tools.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 200
-"""Places along a curve at which the seeds are averaged."""
 DASHES = ("-", "--", "-.", ":")
-DPI = 150
 
 
-def draw_plot(
-    study: Study, runs: Sequence[tuple[str, StudyRun]], result: dict[str, Any], path: Path
-) -> None:
+def draw_plot(study: Study, results: Sequence[Result], summary: dict[str, Any], path: Path) -> None:
     """Draw the plot of a study into a PNG file.
 
     Args:
         study: names what is drawn.
-        runs: (name of its variant, run) each.
-        result: content of study.json.
+        results: results of the runs that count.
+        summary: content of study.json.
         path: of the PNG file.
     """
     from matplotlib.figure import Figure  # importing it takes half a second
 
     names = [one.name for one in study.shown]
     groups = {
-        name: [read_curves(study, run) for other, run in runs if other == name] for name in names
+        name: [read_curves(study, one.run) for one in results if one.variant == name]
+        for name in names
     }
     panels = len(names) if study.plot == "both" else 1
     figure = Figure(
@@ -48,7 +42,7 @@ def draw_plot(
     grid = figure.subplots(-(-panels // 3), min(3, panels), squeeze=False, sharex=True, sharey=True)
     flat: list[Axes] = list(grid.flat)
     if study.plot == "nets":
-        _draw_nets(flat[0], result)
+        _draw_nets(flat[0], summary["nets"])
     elif study.plot == "both":
         for axes, name in zip(flat, names, strict=False):
             _draw_both(axes, name, groups[name])
@@ -59,17 +53,16 @@ def draw_plot(
         _draw_variants(flat[0], study, groups)
     figure.suptitle(f"{study.title}\npaper: {study.paper}", fontsize=10)
     figure.supxlabel("networks averaged" if study.plot == "nets" else "images seen", fontsize=9)
-    figure.text(0.995, 0.005, result["scale"], fontsize=5.5, ha="right", va="bottom", color="0.4")
+    figure.text(0.995, 0.005, summary["scale"], fontsize=5.5, ha="right", va="bottom", color="0.4")
     with atomic_write(path) as file:
-        save_figure(figure, file, "png", DPI)
+        save_figure(figure, file, "png", dpi=150)
 
 
 def _draw_variants(axes: Axes, study: Study, groups: dict[str, list[Curves]]) -> None:
     """All variants in one plot: the errors of training, or of validation."""
     is_train = study.plot == "train"
     for number, (name, found) in enumerate(groups.items()):
-        lines = [(one.train_at, one.train) if is_train else (one.val_at, one.val) for one in found]
-        _draw_seeds(axes, lines, f"C{number}", name, DASHES[number % len(DASHES)], not is_train)
+        _draw_seeds(axes, found, is_train, f"C{number}", name, DASHES[number % len(DASHES)])
     axes.set_ylabel("training error rate" if is_train else "top-1 error, validation")
     if study.measure == "pictures":
         axes.axhline(study.goal, color="0.5", linewidth=0.8, linestyle=":")
@@ -78,22 +71,21 @@ def _draw_variants(axes: Axes, study: Study, groups: dict[str, list[Curves]]) ->
 
 def _draw_both(axes: Axes, name: str, found: list[Curves]) -> None:
     """One variant: training and validation."""
-    training = [(one.train_at, one.train) for one in found]
-    _draw_seeds(axes, training, "C0", "training, as trained on", "-")
-    _draw_seeds(axes, [(one.val_at, one.val) for one in found], "C1", "validation", "-", True)
+    _draw_seeds(axes, found, True, "C0", "training, as trained on")
+    _draw_seeds(axes, found, False, "C1", "validation")
     axes.set_title(name, fontsize=9)
     _finish_panel(axes)
 
 
-def _draw_nets(axes: Axes, result: dict[str, Any]) -> None:
+def _draw_nets(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
     """Errors over the number of networks."""
-    sizes = [one["nets"] for one in result["nets"]]
+    sizes = [one["nets"] for one in lines]
     for number, (kind, name) in enumerate(
         (("equal", "equal weights"), ("searched", "searched on these images"),
          ("held_out", "searched on the other half"))
     ):  # fmt: skip
-        errors = [one[kind]["top1_error"] for one in result["nets"]]
-        spread = [one[kind]["top1_error_sd"] or 0.0 for one in result["nets"]]
+        errors = [one[kind]["top1_error"] for one in lines]
+        spread = [one[kind]["top1_error_sd"] or 0.0 for one in lines]
         places = np.array(sizes) + 0.06 * (number - 1)
         axes.errorbar(places, errors, spread, marker="o", capsize=3, label=name,
                       linestyle=DASHES[number])  # fmt: skip
@@ -102,10 +94,10 @@ def _draw_nets(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _draw_seeds(
-    axes: Axes, lines: Sequence[tuple[Floats, Floats]], color: str, name: str, dashes: str,
-    has_markers: bool = False,
-) -> None:  # fmt: skip
+    axes: Axes, found: Sequence[Curves], is_train: bool, color: str, name: str, dashes: str = "-"
+) -> None:
     """The mean over seeds, up to where the shortest ends, and each seed as a thin line."""
+    lines = [(one.train_at, one.train) if is_train else (one.val_at, one.val) for one in found]
     known = [(x, y) for x, y in lines if len(x)]
     if not known:
         return
@@ -113,11 +105,11 @@ def _draw_seeds(
         axes.plot(x, y, color=color, linewidth=0.6, alpha=0.5, linestyle=dashes)
     first, last = max(x[0] for x, _ in known), min(x[-1] for x, _ in known)
     is_same = all(len(x) == len(known[0][0]) and (x == known[0][0]).all() for x, _ in known)
-    at = known[0][0] if is_same else np.linspace(first, last, POINTS)
+    at = known[0][0] if is_same else np.linspace(first, last, 200)
     mean = np.mean([np.interp(at, x, y) for x, y in known], axis=0)
     axes.plot(
         at, mean, color=color, linewidth=1.8, label=name, linestyle=dashes,
-        marker="o" if has_markers and len(at) < 30 else None, markersize=3,
+        marker="o" if not is_train and len(at) < 30 else None, markersize=3,
     )  # fmt: skip
 
 

@@ -8,13 +8,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from cluster.evaluate import Evaluate, evaluate
 from cluster.experiments.ensemble import ERRORS, KINDS, Ensemble, make_table
-from cluster.experiments.study.config import Study, Variant
+from cluster.experiments.study.config import Study
 from cluster.experiments.study.runner import StudyRun
 from cluster.report.records import Floats, read_series
 from cluster.run.folder import METRICS, VALIDATION
@@ -25,7 +25,7 @@ from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.files import atomic_write
 
 RESULT, TABLE, PLOT = "study.json", "study.md", "study.png"
-VIEWS: Literal[10] = 10
+VIEWS = 10
 """Views of an ensemble's answers, as in table 2 of the paper."""
 
 
@@ -46,8 +46,7 @@ class Result:
     """The number that a study measures of a run."""
 
     variant: str
-    seed: int
-    lr: float
+    run: StudyRun
     value: float
     """The number measured; NaN if the run did not reach the goal, or diverged."""
     last_error: float
@@ -61,7 +60,6 @@ class Result:
     train_error: float
     """Final top-1 error on the training images: for `gap` of the whole network in the centre view,
     else as trained on, a mean over the last window."""
-    run: str
     at: Any = None
     """Value of the grid's setting; None without a grid."""
     note: str = ""
@@ -76,9 +74,9 @@ class Result:
     def to_row(self, measure: str) -> dict[str, Any]:
         """Return a row of study.json; null for what is not known."""
         row: dict[str, Any] = {
-            "variant": self.variant, "seed": self.seed, "lr": self.lr, "measure": measure,
-            "value": self.value, "pictures": self.images, "img_s": self.img_s,
-            "val_error": self.val_error, "train_error": self.train_error, "run": self.run,
+            "variant": self.variant, "seed": self.run.config.seed, "lr": self.run.config.lr,
+            "measure": measure, "value": self.value, "pictures": self.images, "img_s": self.img_s,
+            "val_error": self.val_error, "train_error": self.train_error, "run": self.run.name,
             "note": self.note,
         }  # fmt: skip
         numbers = ("value", "img_s", "val_error", "train_error")
@@ -90,9 +88,10 @@ def read_curves(study: Study, run: StudyRun) -> Curves:
     train = read_series(run.folder / METRICS, ("top1_error",))
     val = read_series(run.folder / VALIDATION, ("top1_error",))
     window = _window_steps(study, run)
+    sums = np.cumsum([0.0, *train["top1_error"]])
     return Curves(
         train_at=train["position"][window - 1 :],
-        train=_average_windows(train["top1_error"], window),
+        train=(sums[window:] - sums[:-window]) / window,
         val_at=val["position"],
         val=val["top1_error"],
     )
@@ -101,14 +100,6 @@ def read_curves(study: Study, run: StudyRun) -> Curves:
 def _window_steps(study: Study, run: StudyRun) -> int:
     """Number of steps that the training error is a mean over."""
     return max(1, math.ceil((study.window or run.images) / run.config.batch_size))
-
-
-def _average_windows(values: Floats, window: int) -> Floats:
-    """Mean of each `window` consecutive values; float64 [n - window + 1], or none."""
-    if len(values) < window:
-        return np.empty(0)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return np.asarray((sums[window:] - sums[:-window]) / window)
 
 
 def count_images_to(goal: float, curves: Curves) -> float:
@@ -136,8 +127,7 @@ def read_result(study: Study, variant: str, run: StudyRun) -> Result:
     """Return the number of a run that is complete, at its goal, or diverged."""
     speeds = read_series(run.folder / METRICS, ("img_s",))["img_s"]
     curves = read_curves(study, run)
-    value = train = val = math.nan
-    train_error = math.nan
+    value = train = val = train_error = math.nan
     if not run.has_diverged:
         train = float(curves.train[-1]) if len(curves.train) else math.nan
         val = float(curves.val[-1]) if len(curves.val) else math.nan
@@ -149,15 +139,13 @@ def read_result(study: Study, variant: str, run: StudyRun) -> Result:
     note = "" if math.isfinite(value) else "diverged" if run.has_diverged else "not reached"
     return Result(
         variant=variant,
-        seed=run.config.seed,
-        lr=run.config.lr,
+        run=run,
         value=value,
         last_error=train,
         images=run.position,
         img_s=float(np.median(speeds)) if len(speeds) else math.nan,
         val_error=val,
         train_error=train_error,
-        run=run.name,
         at=run.config.to_settings()[study.grid[0]] if study.grid[1] else None,
         note=note,
     )
@@ -170,16 +158,16 @@ def _measure_train_error(run: StudyRun) -> float:
     of its units dropped. It is counted once, and kept in OUT/NAME.train.json.
     """
     path = run.out / f"{run.name}.train.json"
-    if path.is_file():
-        found = json.loads(path.read_bytes())
-        if found["step"] == run.steps:
-            return float(found["top1_error"])
-    found = evaluate(
-        Evaluate(run=run.folder, data=run.data, split="train", device=run.config.device)
-    )
-    with atomic_write(path) as file:
-        file.write((json.dumps(found) + "\n").encode())
+    found = json.loads(path.read_bytes()) if path.is_file() else {"step": 0}
+    if found["step"] != run.steps:
+        found = _evaluate(run, split="train")
+        with atomic_write(path) as file:
+            file.write((json.dumps(found) + "\n").encode())
     return float(found["top1_error"])
+
+
+def _evaluate(run: StudyRun, **options: Any) -> dict[str, Any]:
+    return evaluate(Evaluate(run=run.folder, data=run.data, device=run.config.device, **options))
 
 
 def measure_averages(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
@@ -193,7 +181,9 @@ def measure_averages(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
         DataError: as `cluster.evaluate` raises.
     """
     for run in runs:
-        _save_probabilities(run)
+        exists = probability_path(run.folder, VIEWS).is_file()
+        if not exists or SavedProbabilities(run.folder, VIEWS).about.step != run.steps:
+            _evaluate(run, views=VIEWS, save_probabilities=True)
     saved = Ensemble([SavedProbabilities(run.folder, VIEWS) for run in runs])
     lines = make_table(saved, study.sizes)["sizes"]
     rows = [
@@ -209,43 +199,21 @@ def measure_averages(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
     return {"nets": lines, "views": VIEWS, "samples": saved.about.samples, "rows": rows}
 
 
-def _save_probabilities(run: StudyRun) -> None:
-    """Make a run's probabilities of its last step, unless they exist."""
-    exists = probability_path(run.folder, VIEWS).is_file()
-    if exists and SavedProbabilities(run.folder, VIEWS).about.step == run.steps:
-        return
-    evaluate(
-        Evaluate(
-            run=run.folder,
-            data=run.data,
-            views=VIEWS,
-            device=run.config.device,
-            save_probabilities=True,
-        )
-    )
-
-
-def summarize(
-    study: Study, results: Sequence[Result], others: Sequence[Result], runs: Sequence[StudyRun]
-) -> dict[str, Any]:
+def summarize(study: Study, results: Sequence[Result], others: Sequence[Result]) -> dict[str, Any]:
     """Return the content of study.json without averages of networks; errors are fractions.
 
     Args:
         study: the study.
-        results: results of the runs that count.
+        results: results of the runs that count; they say at which scale the study was made.
         others: results of the grid's other runs.
-        runs: the runs that count; they say at which scale the study was made.
     """
-    groups = [_finite_values(results, one.name) for one in study.shown]
+    texts = ("title", "claim", "paper", "source", "measure")
+    groups = [[one.value for one in results if one.variant == own.name] for own in study.shown]
     return {
         "study": study.name,
-        "title": study.title,
-        "claim": study.claim,
-        "paper": study.paper,
-        "source": study.source,
-        "measure": study.measure,
+        **{name: getattr(study, name) for name in texts},
         "goal": study.goal if study.measure == "pictures" else None,
-        "scale": _describe_scale(runs),
+        "scale": "; ".join(dict.fromkeys(_describe_scale(one.run) for one in results)),
         "rows": [one.to_row(study.measure) for one in results],
         "grid": [one.to_row(study.measure) for one in others],
         "variants": compare_variants(study, results, others),
@@ -254,96 +222,79 @@ def summarize(
     }
 
 
-def _describe_scale(runs: Sequence[StudyRun]) -> str:
-    found = []
-    for run in runs:
-        manifest = Manifest.load(fetch_metadata(run.data))
-        config = run.config
-        text = (
-            f"{run.images:,} training images of {len(manifest.classes)} classes, width "
-            f"{config.design.width:g}, at most {run.total // config.batch_size:,} steps of "
-            f"{config.batch_size}"
-        )
-        if text not in found:
-            found.append(text)
-    return "; ".join(found)
+def _describe_scale(run: StudyRun) -> str:
+    classes = len(Manifest.load(fetch_metadata(run.data)).classes)
+    return (
+        f"{run.images:,} training images of {classes} classes, width {run.config.design.width:g}, "
+        f"at most {run.steps:,} steps of {run.config.batch_size}"
+    )
 
 
 def compare_variants(
     study: Study, results: Sequence[Result], others: Sequence[Result]
 ) -> list[dict[str, Any]]:
-    """Return each variant's mean, spread over seeds, and comparison with the first variant."""
+    """Return each variant's mean, spread over seeds, and comparison with the first variant.
+
+    The latter is a factor for images, a difference for errors, and None without both means.
+    """
     found: list[dict[str, Any]] = []
     for variant in study.shown:
         mine = [one for one in results if one.variant == variant.name]
-        values = _finite_values(results, variant.name)
-        is_whole = len(values) == len(mine) and bool(values)
-        mean = statistics.fmean(values) if is_whole else None
+        values = _keep_finite([one.value for one in mine])
+        mean = _finite_mean(values) if len(values) == len(mine) else None
+        against = None
+        if mean is not None and found and (first := found[0]["mean"]) is not None:
+            against = mean / first if study.measure == "pictures" else mean - first
+        is_tried = any(one.variant == variant.name for one in others)
         found.append(
             {
                 "variant": variant.name,
-                "lr": mine[0].lr,
+                "lr": mine[0].run.config.lr,
                 "at": mine[0].at,
                 "n": len(mine),
                 "came_to_it": len(values),
                 "mean": mean,
-                "sd": statistics.stdev(values) if is_whole and len(values) > 1 else None,
-                "against_first": _compare_with_first(study, mean, found),
+                "sd": statistics.stdev(values) if mean is not None and len(values) > 1 else None,
+                "against_first": against,
                 "img_s": statistics.fmean(one.img_s for one in mine),
                 "val_error": _finite_mean([one.val_error for one in mine]),
                 "train_error": _finite_mean([one.train_error for one in mine]),
-                "edge": _is_at_edge(variant, mine[0], others),
+                # The best value was the first or last tried: a better one may lie beyond it.
+                "edge": is_tried and mine[0].at in (variant.values[0], variant.values[-1]),
             }
         )
     return found
 
 
-def _compare_with_first(
-    study: Study, mean: float | None, before: Sequence[dict[str, Any]]
-) -> float | None:
-    """A factor for images, a difference for errors; None for the first and without a mean."""
-    if mean is None or not before or before[0]["mean"] is None:
-        return None
-    first = float(before[0]["mean"])
-    return mean / first if study.measure == "pictures" else mean - first
-
-
-def _is_at_edge(variant: Variant, chosen: Result, others: Sequence[Result]) -> bool:
-    """Whether the best value was the first or last tried: a better one may lie beyond it."""
-    is_tried = any(one.variant == chosen.variant for one in others)
-    return is_tried and chosen.at in (variant.values[0], variant.values[-1])
-
-
-def _finite_values(results: Sequence[Result], variant: str) -> list[float]:
-    return [one.value for one in results if one.variant == variant and math.isfinite(one.value)]
+def _keep_finite(values: Sequence[float]) -> list[float]:
+    return [one for one in values if math.isfinite(one)]
 
 
 def _finite_mean(values: Sequence[float]) -> float | None:
-    known = [one for one in values if math.isfinite(one)]
+    known = _keep_finite(values)
     return statistics.fmean(known) if known else None
 
 
 def pool_deviations(groups: Sequence[Sequence[float]]) -> float | None:
-    """Return the standard deviation over seeds, pooled over variants; None if there is none."""
-    variances = [statistics.variance(one) for one in groups if len(one) > 1]
+    """Return the standard deviation over seeds, pooled over variants; None if there is none.
+
+    Numbers that are not finite are left out.
+    """
+    known = [_keep_finite(one) for one in groups]
+    variances = [statistics.variance(one) for one in known if len(one) > 1]
     return statistics.fmean(variances) ** 0.5 if variances else None
 
 
 def write_results(study: Study, found: dict[str, Any], out: Path) -> str:
-    """Write study.json and study.md, and return the text of the latter."""
-    text = format_markdown(study, found)
+    """Write the content of study.json, and study.md with its text, which is returned."""
+    head = [f"### {study.title}", "", f"{study.claim} ({study.source}). Paper: {study.paper}.", ""]
+    body = _format_averages(found) if study.measure == "nets" else _format_variants(study, found)
+    noise = _describe_noise(study, found["spread"])
+    text = "\n".join([*head, *body, "", f"Here: {found['scale']}. {noise}"]) + "\n"
     for name, content in ((TABLE, text), (RESULT, json.dumps(found) + "\n")):
         with atomic_write(out / name) as file:
             file.write(content.encode())
     return text
-
-
-def format_markdown(study: Study, found: dict[str, Any]) -> str:
-    """Format the content of study.json as Markdown."""
-    head = [f"### {study.title}", "", f"{study.claim} ({study.source}). Paper: {study.paper}.", ""]
-    body = _format_averages(found) if study.measure == "nets" else _format_variants(study, found)
-    noise = _describe_noise(study, found["spread"])
-    return "\n".join([*head, *body, "", f"Here: {found['scale']}. {noise}"]) + "\n"
 
 
 def _format_variants(study: Study, found: dict[str, Any]) -> list[str]:
@@ -353,6 +304,7 @@ def _format_variants(study: Study, found: dict[str, Any]) -> list[str]:
         "error": ("top-1 error, validation", f"against {first}"),
         "gap": ("validation less training error, points", f"against {first}"),
     }[study.measure]
+    factor, digits = (1, ",.0f") if study.measure == "pictures" else (100, ".1f")
     extra = " top-1 error, validation / training |" if study.measure == "gap" else ""
     grid = f" best {study.grid[0]} |" if study.grid[1] else ""
     lines = [
@@ -361,17 +313,29 @@ def _format_variants(study: Study, found: dict[str, Any]) -> list[str]:
     ]
     for one in found["variants"]:
         rows = [row for row in found["rows"] if row["variant"] == one["variant"]]
-        each = ", ".join(_format_value(study, row["value"], row) for row in rows)
-        mean = _format_value(study, one["mean"]) if one["mean"] is not None else "not by all"
+        each = [
+            _describe_miss(row) if row["value"] is None else f"{factor * row['value']:{digits}}"
+            for row in rows
+        ]
+        mean = "not by all" if one["mean"] is None else f"{factor * one['mean']:{digits}}"
         middle = f" {one['at']}{' (edge of the grid)' if one['edge'] else ''} |" if grid else ""
-        errors = (_format_percent(one[name]) for name in ("val_error", "train_error"))
+        if (against := one["against_first"]) is not None:
+            against = f"{against:.2f}×" if study.measure == "pictures" else f"{100 * against:+.1f}"
+        errors = [
+            "" if error is None else f"{100 * error:.1f} %"
+            for error in (one["val_error"], one["train_error"])
+        ]
         lines.append(
-            f"| `{one['variant']}` |{middle} {mean} ({each}) | "
-            f"{_format_comparison(study, one['against_first'])} |"
+            f"| `{one['variant']}` |{middle} {mean} ({', '.join(each)}) | {against or ''} |"
             + (f" {' / '.join(errors)} |" if extra else "")
             + f" {one['img_s']:,.0f} |"
         )
     return lines
+
+
+def _describe_miss(row: dict[str, Any]) -> str:
+    error = row["train_error"]
+    return f"{row['note']}{'' if error is None else f' ({error:.0%} at the end)'}"
 
 
 def _format_averages(found: dict[str, Any]) -> list[str]:
@@ -404,21 +368,3 @@ def _describe_noise(study: Study, deviation: float | None) -> str:
         f"Standard deviation over seeds {100 * deviation:.1f} points (pooled), of a difference "
         f"{100 * gap:.1f}: below {200 * gap:.1f} it may be chance."
     )
-
-
-def _format_value(study: Study, value: float | None, row: dict[str, Any] | None = None) -> str:
-    if value is None:
-        note = row["note"] if row else "not reached"
-        error = row["train_error"] if row else None
-        return f"{note}{f' ({error:.0%} at the end)' if error is not None else ''}"
-    return f"{value:,.0f}" if study.measure == "pictures" else f"{100 * value:.1f}"
-
-
-def _format_comparison(study: Study, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}×" if study.measure == "pictures" else f"{100 * value:+.1f}"
-
-
-def _format_percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"

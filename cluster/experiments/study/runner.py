@@ -2,9 +2,9 @@
 
     python -m cluster.experiments.study.runner CONFIG --data DATA --run RUN
 
-`RunPool` starts each run as a process, with the command that a user could type, follows it by its
-rows in RUN/metrics.jsonl, and ends it with the signal that Ctrl-C would send. What a run prints
-goes to OUT/NAME.log. The command above is such a process: it takes the arguments of
+`run_side_by_side` starts each run as a process, with the command that a user could type, follows it
+by its rows in RUN/metrics.jsonl, and ends it with the signal that Ctrl-C would send. What a run
+prints goes to OUT/NAME.log. The command above is such a process: it takes the arguments of
 `cluster.train` and trains both columns itself, which suits many small runs side by side.
 """
 
@@ -98,15 +98,19 @@ class StudyRun:
         return int(rows[-1].get("position", 0)) if rows else 0
 
     @property
+    def images_left(self) -> int:
+        """Number of images to be seen until the last step."""
+        return max(0, self.total - self.position)
+
+    @property
     def has_diverged(self) -> bool:
         """Whether its loss became NaN or infinite, as it would again."""
-        return (_read_last_line(self.log) or "").startswith(DIVERGED)
+        return _read_last_line(self.log).startswith(DIVERGED)
 
     @property
     def is_complete(self) -> bool:
         """Whether there is a checkpoint of the last step."""
-        is_begun = self.folder.is_dir()
-        return is_begun and find_last_step(self.folder, self.config.store) >= self.steps
+        return self.folder.is_dir() and find_last_step(self.folder, self.config.store) >= self.steps
 
     def check(self) -> None:
         """Refuse an existing run folder of other settings, or of other data.
@@ -132,13 +136,10 @@ def _count_images(data: str) -> int:
     return Manifest.load(folder).split("train", folder).samples
 
 
-def _read_last_line(log: Path) -> str | None:
-    """Last line of a log that is not blank; None if there is none."""
-    try:
-        lines = log.read_text("utf-8", "replace").strip().splitlines()
-    except OSError:
-        return None
-    return lines[-1] if lines else None
+def _read_last_line(log: Path) -> str:
+    """Last line of a log that is not blank; empty if there is none."""
+    text = log.read_text("utf-8", "replace") if log.is_file() else ""
+    return "".join(text.strip().splitlines()[-1:])
 
 
 @dataclass(frozen=True)
@@ -166,48 +167,48 @@ def list_gpus() -> list[str]:
     return named or [str(number) for number in range(torch.cuda.device_count())]
 
 
-class RunPool:
-    """Makes runs side by side."""
+def run_side_by_side(
+    runs: Sequence[StudyRun],
+    slots: Sequence[Slot],
+    module: str,
+    progress: Progress,
+    is_enough: Callable[[StudyRun], bool],
+) -> None:
+    """Make runs side by side.
 
-    def __init__(self, slots: Sequence[Slot], module: str, progress: Progress) -> None:
-        """Prepare.
+    Args:
+        runs: runs that are not complete, in this order.
+        slots: a slot for each run at a time.
+        module: command that makes a run (`cluster.experiments.study.runner`, `cluster.train`).
+        progress: bar that counts the images seen.
+        is_enough: whether a run may end before its last step.
 
-        Args:
-            slots: a slot for each run at a time.
-            module: command that makes a run (`cluster.experiments.study.runner`, `cluster.train`).
-            progress: bar that counts the images seen.
-        """
-        self._slots, self._module, self._progress = slots, module, progress
-
-    def make(self, runs: Sequence[StudyRun], is_enough: Callable[[StudyRun], bool]) -> None:
-        """Make runs.
-
-        Args:
-            runs: runs that are not complete, in this order.
-            is_enough: whether a run may end before its last step.
-
-        Raises:
-            DuetError: a run failed, other than by diverging; the others have saved.
-            KeyboardInterrupt: the user stopped the study; all have saved.
-        """
-        waiting, free, failure = list(runs), list(self._slots), ""
-        busy: list[_RunProcess] = []
-        try:
-            while (busy or waiting) and not failure:
-                while free and waiting:
-                    busy.append(_RunProcess(waiting.pop(0), free.pop(0), self._module))
-                time.sleep(POLL)
-                for one in list(busy):
-                    self._progress.advance(one.poll(is_enough))
-                    if one.has_ended:
-                        busy.remove(one)
-                        free.append(one.slot)
-                        failure = failure or one.failure
-                self._progress.note(", ".join(one.run.name for one in busy))
-        finally:
-            _stop(busy)
-        if failure:
-            raise DuetError(failure)
+    Raises:
+        DuetError: a run failed, other than by diverging; the others have saved.
+        KeyboardInterrupt: the user stopped the study; all have saved.
+    """
+    waiting, free, failure = list(runs), list(slots), ""
+    busy: list[_RunProcess] = []
+    try:
+        while (busy or waiting) and not failure:
+            while free and waiting:
+                busy.append(_RunProcess(waiting.pop(0), free.pop(0), module))
+            time.sleep(POLL)
+            for one in list(busy):
+                progress.advance(one.poll(is_enough))
+                if one.has_ended:
+                    busy.remove(one)
+                    free.append(one.slot)
+                    failure = failure or one.failure
+            progress.note(", ".join(one.run.name for one in busy))
+    finally:
+        for one in busy:
+            one.stop()
+        deadline = time.monotonic() + GRACE
+        for one in busy:
+            one.wait_until(deadline)
+    if failure:
+        raise DuetError(failure)
 
 
 class _RunProcess:
@@ -270,15 +271,6 @@ def _prepare_process(slot: Slot) -> None:
     os.sched_setaffinity(0, slot.cores)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     request_parent_death_signal(signal.SIGTERM)
-
-
-def _stop(processes: Sequence[_RunProcess]) -> None:
-    """Have all processes save and end."""
-    for one in processes:
-        one.stop()
-    deadline = time.monotonic() + GRACE
-    for one in processes:
-        one.wait_until(deadline)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,9 +31,6 @@ from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import atomic_write
 
-CHUNK = 256
-"""Images read at a time."""
-
 
 def make_subset(data: str, subset: DataSubset, out: Path) -> Path:
     """Make a part of a data set, unless it exists, and return its folder.
@@ -67,22 +64,24 @@ def make_subset(data: str, subset: DataSubset, out: Path) -> Path:
 def _check_origin(out: Path, origin: dict[str, Any]) -> None:
     """Record the origin of the part in OUT.json; refuse if another one is recorded there."""
     path = out.with_name(f"{out.name}.json")
-    text = json.dumps(origin) + "\n"
-    if path.is_file():
-        if path.read_text(encoding="utf-8") != text:
-            raise UsageError(
-                f"{out} is another part, or of other data ({path}); name another --out"
-            )
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    content = (json.dumps(origin) + "\n").encode()
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(content)
+    elif path.read_bytes() != content:
+        raise UsageError(f"{out} is another part, or of other data ({path}); name another --out")
 
 
 def write_tar(
     dataset: Dataset, split: str, shares: tuple[float, float], most: int, path: Path
 ) -> None:
-    """Write images of some classes of a split as members CLASS/KEY.jpg (raw ones as .png)."""
+    """Write the first `most` images (0: all) of some classes of a split as CLASS/KEY.jpg or .png.
+
+    Raises:
+        UsageError: fewer than two classes, or no image.
+        DataError: an image is damaged.
+    """
     with closing(ShardReader(dataset, split)) as reader:
         names = reader.manifest.classes
         first, last = (round(share * len(names)) for share in shares)
@@ -90,7 +89,9 @@ def write_tar(
             raise UsageError(
                 f"classes {shares} of {len(names)} are {last - first}; a part needs two at least"
             )
-        chosen = choose_samples(reader.read_labels(np.arange(len(reader))), first, last, most)
+        labels = reader.read_labels(np.arange(len(reader)))
+        of_classes = [np.flatnonzero(labels == one)[: most or None] for one in range(first, last)]
+        chosen = np.sort(np.concatenate(of_classes)).astype(np.int64)
         if not len(chosen):
             raise UsageError(f"split {split!r} has no image of classes {first} to {last - 1}")
         with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
@@ -102,39 +103,17 @@ def write_tar(
                 tar.addfile(member, io.BytesIO(content))
 
 
-def choose_samples(labels: Ids, first: int, last: int, most: int) -> Ids:
-    """Choose the samples of classes first..last-1, at most `most` of each (0: all), ascending.
-
-    Args:
-        labels: int64 [N], in stored order.
-        first: first class.
-        last: class after the last one.
-        most: most samples of each class.
-
-    Returns:
-        int64 [n], places in `labels`.
-    """
-    chosen = [np.flatnonzero(labels == label)[: most or None] for label in range(first, last)]
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
-
-
 def read_images(reader: ShardReader, chosen: Ids) -> Iterator[tuple[int, int, bytes]]:
     """Yield id, label and encoded image of samples; raises DataError for a damaged one."""
-    for start in range(0, len(chosen), CHUNK):
-        ids = chosen[start : start + CHUNK]
+    for start in range(0, len(chosen), 256):
+        ids = chosen[start : start + 256]
         views, damaged = reader.read(ids)
         if damaged:
             raise DataError(f"{next(iter(damaged.values()))}; a study wants sound images")
         for sample, label, view in zip(ids, reader.read_labels(ids), views, strict=True):
             content = view.tobytes()
             if reader.encoding == "raw":
-                side = reader.manifest.image_size
-                content = encode_png(np.frombuffer(content, np.uint8).reshape(side, side, 3))
+                png, side = io.BytesIO(), reader.manifest.image_size
+                Image.frombytes("RGB", (side, side), content).save(png, "PNG", compress_level=1)
+                content = png.getvalue()
             yield int(sample), int(label), content
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode uint8 [height, width, 3] as a PNG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return file.getvalue()

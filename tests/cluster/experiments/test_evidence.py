@@ -15,12 +15,12 @@ import torch
 from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config, format_toml
 from cluster.experiments.evidence.__main__ import (
-    EvidencePage,
     choose_file,
     main,
     make_page,
     render,
 )
+from cluster.experiments.evidence.runs import Evidence
 from cluster.experiments.evidence.significance import binomial_margin, view_margins
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
@@ -88,16 +88,16 @@ def three(make: Make) -> list[Path]:
     ]
 
 
-def rows(page: EvidencePage, key: str) -> list[Any]:
+def rows(page: Evidence, key: str) -> list[Any]:
     return [row for item in page.items if item.claim.key == key for row in item.rows]
 
 
 def test_runs_that_differ_in_their_seed_alone_are_a_group(three, make):
     shorter = make("s2", {}, step=40, seed=2)
     page = make_page([*three, shorter])
-    found = {g.letter: [run.name for run in g.runs] for g in page.evidence.groups}
+    found = {g.letter: [run.name for run in g.runs] for g in page.groups}
     assert found == {"A": ["s0", "s1"], "B": ["n0", "n1"], "C": ["s2"]}
-    assert [group.differs for group in page.evidence.groups] == ["", "norm none", "step 40"]
+    assert [group.differs for group in page.groups] == ["", "norm none", "step 40"]
 
 
 def test_errors_stand_beside_the_papers_with_spread_and_scale(three):
@@ -146,8 +146,8 @@ def test_a_setting_is_worth_what_the_groups_differ_by(three):
     assert top1.ours.startswith("−10.0 ±") or top1.ours.startswith("−10.1 ±")
     assert top1.verdict == top5.verdict == "as the paper says"
     assert rows(page, "pooling") == []
-    (lacking,) = [one for one in page.missing if one.title == "Overlapping pooling"]
-    assert lacking.command.endswith("s0-pooling --pool 2/2")
+    (lacking,) = [one for one in page.missing if one["title"] == "Overlapping pooling"]
+    assert lacking["command"].endswith("s0-pooling --pool 2/2")
 
 
 def test_the_opposite_of_the_paper_is_told_as_it_is(make):
@@ -175,16 +175,16 @@ def test_every_run_says_whether_its_columns_specialise(three):
     assert all("seed 0: p = " in row.seeds and "seed 1: p = " in row.seeds for row in found)
     assert {row.verdict for row in found} == {"not beyond a random split"}, "they are noise"
     (item,) = [item for item in page.items if item.claim.key == "kernels"]
-    assert [other.name for other in item.body["others"]] == ["s1", "n0", "n1"]
+    assert [run.name for run, _ in item.body] == ["s0", "s1", "n0", "n1"]
 
 
 def test_an_old_evaluation_is_not_taken_for_the_newest(make):
     run = make("s0", {1: 0.3}, step=90)
     page = make_page([run])
     assert rows(page, "errors") == []
-    (one,) = [one for one in page.missing if "one view" in one.title]
-    assert one.why == "its evaluation is of step 60"
-    assert f"cluster.evaluate {run} --data DATA --views 1" in one.command
+    (one,) = [one for one in page.missing if "one view" in one["title"]]
+    assert one["why"] == "its evaluation is of step 60"
+    assert f"cluster.evaluate {run} --data DATA --views 1" in one["command"]
 
 
 def test_the_last_validation_stands_in_for_one_view(make):
@@ -281,10 +281,10 @@ def test_neighbours_and_codes_where_a_run_has_them(make):
     assert (one.ours, one.verdict) == ("30.0 % / 40.0 %", "16 bytes an image, 1,000 queries/s")
     (item,) = [item for item in page.items if item.claim.key == "neighbours"]
     assert item.notes == ["s0: features of step 40, it has come to 60."]
-    assert "cluster.experiments.neighbors" not in " ".join(one.command for one in page.missing)
+    assert "cluster.experiments.neighbors" not in " ".join(one["command"] for one in page.missing)
 
 
-def html_of(page: EvidencePage, folder: Path) -> Html:
+def html_of(page: Evidence, folder: Path) -> Html:
     path = folder / "page.html"
     path.write_text(render(page), encoding="utf-8")
     return Html(path)
@@ -306,8 +306,8 @@ def test_page_stands_alone_and_says_what_is_missing(three, tmp_path):
 
 def test_another_data_set_is_said_and_named_in_no_command(three, tiny_data):
     page = make_page(three, str(tiny_data))
-    assert page.evidence.skipped == [f"{tiny_data}: none of the runs was trained on it."]
-    assert all(str(tiny_data) not in one.command for one in page.missing)
+    assert page.skipped == [f"{tiny_data}: none of the runs was trained on it."]
+    assert all(str(tiny_data) not in one["command"] for one in page.missing)
     with pytest.raises(UsageError, match="gone"):
         make_page(three, str(tiny_data / "gone"))
 
@@ -326,8 +326,8 @@ def test_command_line(three, tmp_path, capsys):
 def test_a_young_run_among_others_is_left_out_and_named(three, make, tmp_path):
     make("young", {}, saved=False)
     page = make_page([tmp_path / "runs"])
-    assert len(page.evidence.runs) == 4
-    (line,) = page.evidence.skipped
+    assert len(page.runs) == 4
+    (line,) = page.skipped
     assert "young has no complete checkpoint yet" in line
 
 
@@ -344,7 +344,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, content, reason):
 def test_damaged_parts_of_a_result_are_left_out(tmp_path):
     folder = study(tmp_path / "s", rows=[{"seed": 1}])
     page = make_page([folder])
-    assert "is no result of a study" in page.evidence.skipped[0]
+    assert "is no result of a study" in page.skipped[0]
 
 
 def test_bad_input_is_one_line_with_its_exit_code(make, tmp_path):

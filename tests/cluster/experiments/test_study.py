@@ -53,18 +53,14 @@ def written(folder: Path, text: str = TEXT) -> Path:
     return folder / "units.toml"
 
 
-class Here:
-    """A `RunPool` in this process, which need not wait for others to start."""
-
-    def __init__(self, slots, module, progress):
-        assert module == "cluster.experiments.study.runner"
-
-    def make(self, runs, is_enough):
-        for run in runs:
-            file = run.out / f"{run.name}.toml"
-            file.write_bytes(run.toml)
-            words = [str(file), "--data", run.data, "--run", str(run.folder)]
-            assert runner.main(words) == 0
+def run_here(runs, slots, module, progress, is_enough):
+    """`run_side_by_side` in this process, which need not wait for others to start."""
+    assert module == "cluster.experiments.study.runner"
+    for run in runs:
+        file = run.out / f"{run.name}.toml"
+        file.write_bytes(run.toml)
+        words = [str(file), "--data", run.data, "--run", str(run.folder)]
+        assert runner.main(words) == 0
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +69,7 @@ def out(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     study = written(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cluster.experiments.study.__main__.RunPool", Here)
+        patch.setattr("cluster.experiments.study.__main__.run_side_by_side", run_here)
         assert main([str(study), "--data", str(tiny_data), "--out", str(folder / "out")]) == 0
     return folder / "out"
 
@@ -138,7 +134,7 @@ def test_the_plot_shows_something(out):
 def test_nothing_is_made_twice_and_a_half_run_goes_on(
     out, tiny_data, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("cluster.experiments.study.__main__.RunPool", Here)
+    monkeypatch.setattr("cluster.experiments.study.__main__.run_side_by_side", run_here)
     again = Path(shutil.copytree(out, tmp_path / "again"))
     half = f"relu-lr{found(out)['rows'][0]['lr']}-1"
     shutil.rmtree(again / half)
@@ -166,7 +162,7 @@ def test_runs_made_with_other_settings_are_refused(out, tiny_data, tmp_path):
 def test_a_variant_starts_from_the_run_of_another_on_other_classes(
     tiny_data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("cluster.experiments.study.__main__.RunPool", Here)
+    monkeypatch.setattr("cluster.experiments.study.__main__.run_side_by_side", run_here)
     text = (
         TEXT[: TEXT.index("[grid]")].replace("[0, 1]", "[3]").replace("= 6", "= 4")
         + """

@@ -79,16 +79,17 @@ def test_what_does_not_come_to_it_is_behind_all_that_do(tmp_path, tiny_data):
     gone = made(tmp_path, tiny_data, [0.1] * 6, "gone")
     gone.log.write_text("step 6\nerror: the loss of step 7 is nan: conv1 is the first\n")
     order = [read_result(STUDY, "relu", run) for run in (gone, far, near, slow)]
-    assert [one.run for one in sorted(order, key=lambda one: one.rank)] == [
+    assert [one.run.name for one in sorted(order, key=lambda one: one.rank)] == [
         "slow", "near", "far", "gone",
     ]  # fmt: skip
     assert [one.note for one in order] == ["diverged", "not reached", "not reached", ""]
 
 
-def numbers(variant: str, *values: float, lr: float = 0.01) -> list[Result]:
+def numbers(variant: str, *values: float) -> list[Result]:
     return [
-        Result(variant=variant, seed=seed, lr=lr, value=value, last_error=0.5, images=1, img_s=2.0,
-               val_error=math.nan, train_error=0.5, run="r")
+        Result(variant=variant, run=StudyRun(name="r", config=Config(seed=seed), data="",
+               out=Path()), value=value, last_error=0.5, images=1, img_s=2.0,
+               val_error=math.nan, train_error=0.5)
         for seed, value in enumerate(values)
     ]  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.experiments.study import runner
-from cluster.experiments.study.runner import RunPool, Slot, StudyRun
+from cluster.experiments.study.runner import Slot, StudyRun, run_side_by_side
 from pipeline.tools.errors import DuetError
 from pipeline.tools.progress import Progress
 from tests.helpers.training_runs import rows
@@ -31,7 +31,7 @@ def runs(folder: Path, data: Path, *names: str) -> list[StudyRun]:
 def make(runs: list[StudyRun], is_enough=lambda run: run.position > 80) -> None:
     slots = [Slot(CORES[:1]), Slot(CORES[-1:])]
     with Progress("pretending", total=sum(run.total for run in runs), unit="img") as progress:
-        RunPool(slots, "tests.helpers.fake_run", progress).make(runs, is_enough)
+        run_side_by_side(runs, slots, "tests.helpers.fake_run", progress, is_enough)
 
 
 def test_each_has_its_cores_and_ends_when_it_has_shown_enough(tmp_path, tiny_data):
