@@ -225,9 +225,9 @@ def has_gpus() -> bool:
     return any(node["Alive"] and node["Resources"].get("GPU") for node in ray.nodes())
 
 
-def uses_gpus(config: Config) -> bool:
-    """Return whether the workers of a run get GPUs, given the nodes of the cluster now."""
-    return config.device == "gpu" or (config.device == "auto" and has_gpus())
+def uses_gpus(config: Config, has_gpus: bool) -> bool:
+    """Return whether the workers of a run get GPUs; `has_gpus`: any node has one, free or not."""
+    return config.device == "gpu" or (config.device == "auto" and has_gpus)
 
 
 def get_node_name(identity: str) -> str:

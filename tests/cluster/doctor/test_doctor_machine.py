@@ -28,14 +28,7 @@ GOOD = Software(
     pins={"numpy": "2099.1"},
 )
 del GOOD.packages["nvidia-dali-cuda120"]
-H100 = Gpu(
-    name="H100",
-    free=79 * 10**9,
-    total=80 * 10**9,
-    capability=(9, 0),
-    uuid="ab",
-    has_peer_access=True,
-)
+H100 = Gpu(name="H100", free=79 * 10**9, total=80 * 10**9, capability=(9, 0), has_peer_access=True)
 PAIR = [H100, replace(H100, has_peer_access=None)]
 MACHINE = Hardware(
     cores=16, memory=10**11, shared=10**10, files=65536, temporary_free=10**11, vectors="AVX512",
@@ -155,7 +148,7 @@ def test_what_nvidia_smi_says_is_read():
     assert hardware.list_users(hardware.parse_smi(apps), "ab") == ("123 python",)
     assert hardware.list_users(hardware.parse_smi(apps), "") == ()
     modes = hardware.parse_smi("GPU-ab, Enabled\nGPU-cd, [N/A]\n")
-    assert hardware.select_rows(modes, "ab") == [("Enabled",)]
+    assert hardware.select_rows(modes, "ab") == [["Enabled"]]
 
 
 def test_a_gpu_that_torch_was_not_built_for_is_told():
