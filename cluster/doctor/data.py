@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from cluster.config import Config
@@ -75,21 +76,13 @@ class DiskSpeed:
     """Order of reading, in words."""
 
 
-def measure_disk(dataset: Dataset, name: str, split: Split, config: Config) -> DiskSpeed:
-    """Read images of a local data set as a training does: single ones, or shard after shard.
-
-    Args:
-        dataset: in a folder.
-        name: of the split.
-        split: to read.
-        config: sets the order.
+def measure_disk(dataset: Dataset, split: Split, config: Config) -> DiskSpeed:
+    """Read the training split of a local data set as a training does, by the order of `config`.
 
     Raises:
         OSError, DuetError: something cannot be read.
     """
-    if config.shuffle == "block":
-        return _read_shards(dataset, split)
-    return _read_single_images(dataset, name, split)
+    return (_read_shards if config.shuffle == "block" else _read_single_images)(dataset, split)
 
 
 def _read_shards(dataset: Dataset, split: Split) -> DiskSpeed:
@@ -108,12 +101,12 @@ def _read_shards(dataset: Dataset, split: Split) -> DiskSpeed:
     return DiskSpeed(images, read, seconds, cached / read, "shard after shard")
 
 
-def _read_single_images(dataset: Dataset, name: str, split: Split) -> DiskSpeed:
+def _read_single_images(dataset: Dataset, split: Split) -> DiskSpeed:
     import numpy as np
 
     from pipeline.dataset.index import load_index
 
-    index = load_index(dataset.folder, name, split)
+    index = load_index(dataset.folder, "train", split)
     rows = index[np.random.default_rng().permutation(len(index))[:1024]]
     numbers = sorted({int(row["shard"]) for row in rows})[:256]
     rows = rows[np.isin(rows["shard"], numbers)]
@@ -260,12 +253,17 @@ class DatasetCheck:
                 yield fail("data", str(error), f"python -m pipeline.verify {self._safe}")
                 return
             self.classes = len(manifest.classes)
-            yield self._describe_splits(manifest)
-            if "train" not in manifest.splits:
-                text = f"no train; there are {', '.join(manifest.splits)}"
+            splits = manifest.splits
+            counts = ", ".join(f"{split.samples:,} {name}" for name, split in splits.items())
+            shards = sum(len(split.shards) for split in splits.values())
+            sizes = "" if is_remote(self.data) else ", each of its size"
+            text = f"{counts}; {self.classes} classes; {shards} shards{sizes}"
+            yield ok("data", f"{text} (pipeline.verify reads every byte)")
+            if "train" not in splits:
+                text = f"no train; there are {', '.join(splits)}"
                 yield fail("splits", text, "python -m pipeline.build_shards OUT --train SRC")
                 return
-            if self.validates and "val" not in manifest.splits:
+            if self.validates and "val" not in splits:
                 mend = "--validate-every 0, or build the set with --val or --holdout"
                 yield fail("splits", "no val, and the config validates", mend)
             if is_remote(self.data):
@@ -287,19 +285,12 @@ class DatasetCheck:
             ShardReader(dataset, split).close()
         Statistics.load(dataset.folder, manifest.stats_sha256)
         if not is_remote(self.data):
-            for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+            for shard in chain.from_iterable(s.shards for s in manifest.splits.values()):
                 size = dataset.fetch_shard(shard).stat().st_size
                 if size != shard.bytes:
                     path = dataset.folder / shard.name
                     raise DataError(f"{path} has {size} bytes instead of {shard.bytes}")
         return manifest
-
-    def _describe_splits(self, manifest: Manifest) -> Finding:
-        counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
-        shards = sum(len(split.shards) for split in manifest.splits.values())
-        sizes = "" if is_remote(self.data) else ", each of its size"
-        text = f"{counts}; {len(manifest.classes)} classes; {shards} shards{sizes}"
-        return ok("data", f"{text} (pipeline.verify reads every byte)")
 
     def _suggest_access(self, error: Exception) -> str:
         """What to do about a data set that cannot be opened."""
@@ -315,7 +306,7 @@ class DatasetCheck:
 
     def _judge_speed(self, dataset: Dataset, manifest: Manifest) -> Iterator[Finding]:
         try:
-            disk = measure_disk(dataset, "train", manifest.splits["train"], self.config)
+            disk = measure_disk(dataset, manifest.splits["train"], self.config)
             rate = measure_stream(self.data, self.config)
         except (DuetError, OSError) as error:
             yield fail("data speed", describe(error), f"python -m pipeline.verify {self.data}")
@@ -342,7 +333,7 @@ class DatasetCheck:
         return f"a batch of {size} in {size / rate * 1000:,.0f} ms"
 
     def _judge_store(self, manifest: Manifest) -> Iterator[Finding]:
-        shards = [shard for split in manifest.splits.values() for shard in split.shards]
+        shards = list(chain.from_iterable(split.shards for split in manifest.splits.values()))
         train = manifest.splits["train"]
         some = shards[:: max(1, len(shards) // MOST_SHARDS)][:MOST_SHARDS]
         try:

@@ -137,18 +137,15 @@ def judge_gpus(gpus: list[Gpu], needs_gpu: bool) -> Iterator[Finding]:
         needs_gpu: the config says `device = "gpu"`, and the training runs on this machine.
     """
     if not gpus:
-        if needs_gpu:
-            mend = '--device auto (or cpu), or see the line "torch" above'
-            yield fail("GPUs", 'none that torch sees, and the config says device = "gpu"', mend)
-        else:
-            yield ok("GPUs", "none that torch sees: training runs on the CPU")
+        mend = '--device auto (or cpu), or see the line "torch" above'
+        why = ', and the config says device = "gpu"' if needs_gpu else ": training runs on the CPU"
+        yield fail("GPUs", f"none that torch sees{why}", mend, unless=not needs_gpu)
         return
+    is_odd = len(gpus) % 2 == 1
     names = ", ".join(sorted({gpu.name for gpu in gpus}))
-    if len(gpus) % 2:
-        mend = "--columns-per-worker 2 uses them all, a whole network on each"
-        yield warn("GPUs", f"{len(gpus)} ({names}): one has no partner", mend)
-    else:
-        yield ok("GPUs", f"{len(gpus)} ({names})")
+    text = f"{len(gpus)} ({names}){': one has no partner' * is_odd}"
+    mend = "--columns-per-worker 2 uses them all, a whole network on each"
+    yield warn("GPUs", text, mend, unless=not is_odd)
     for index, gpu in enumerate(gpus):
         yield from _judge_gpu(f"GPU {index}", gpu)
     pairs = list(enumerate(gpus))[:-1:2]
@@ -345,13 +342,10 @@ def _judge_temporary(have: Hardware, own_ray: bool) -> Finding:
     free = f"{have.temporary}: {have.temporary_free / GB:.1f} GB free"
     if have.temporary_free >= MIN_TEMPORARY and have.temporary_full <= FULL_DISK:
         return ok("temporary", free)
-    other = "/a/larger/disk"
-    for name in ("/var/tmp", "/scratch", "/dev/shm"):
-        if Path(name).is_dir() and shutil.disk_usage(name).free > 5 * MIN_TEMPORARY:
-            other = name
-            break
+    folders = (name for name in ("/var/tmp", "/scratch", "/dev/shm") if Path(name).is_dir())
+    large = (name for name in folders if shutil.disk_usage(name).free > 5 * MIN_TEMPORARY)
     text = f"{free}, its disk is {have.temporary_full:.0%} full"
-    return warn("temporary", text, f"make room, or export TMPDIR={other}")
+    return warn("temporary", text, f"make room, or export TMPDIR={next(large, '/a/larger/disk')}")
 
 
 def _judge_kernels(backend: str) -> Finding:

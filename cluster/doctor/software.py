@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +54,10 @@ class Software:
 
 def gather() -> Software:
     """Collect facts; imports torch and DALI."""
-    ranges = read_ranges(REPOSITORY / "pyproject.toml")
+    ranges, packages = read_ranges(REPOSITORY / "pyproject.toml"), {}
+    for name in ranges:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     broken = {name: why for name in ("torch", "nvidia.dali") if (why := _try_import(name))}
     cuda, driver = None, read_driver_release(Path("/proc/driver/nvidia/version"))
     gpu_error = ""
@@ -70,7 +74,7 @@ def gather() -> Software:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     pins = re.findall(r"^([\w-]+)==(\S+)$", read_text(REPOSITORY / "constraints.txt"), re.MULTILINE)
     return Software(
-        packages={name: found for name in ranges if (found := find_release(name))},
+        packages=packages,
         ranges=ranges,
         pins=dict(pins),
         cuda=cuda,
@@ -80,14 +84,6 @@ def gather() -> Software:
         gpu_error=gpu_error,
         broken=broken,
     )
-
-
-def find_release(name: str) -> str | None:
-    """Release of a distribution; None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _try_import(name: str) -> str:
