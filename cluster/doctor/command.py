@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +71,11 @@ class Examination:
             ("Ray", self._check_ray),
         ):
             report(subject)
-            yield from guard(subject, check)
+            try:
+                yield from check()
+            except Exception as error:
+                text = f"the check itself failed: {type(error).__name__}: {summarize_error(error)}"
+                yield fail(subject, text, "report this, with the output of --json")
 
     def _check_packages(self) -> Iterator[Finding]:
         from cluster.doctor import software
@@ -125,15 +129,6 @@ class Examination:
             yield finding
         if self.address and not has_failed:
             yield from ray_cluster.judge_nodes(self.config, self.data, self.run)
-
-
-def guard(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of a check; if it raises, yield that as a finding."""
-    try:
-        yield from check()
-    except Exception as error:
-        text = f"the check itself failed: {type(error).__name__}: {summarize_error(error)}"
-        yield fail(subject, text, "report this, with the output of --json")
 
 
 def main(argv: list[str] | None = None) -> int:

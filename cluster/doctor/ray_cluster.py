@@ -26,6 +26,7 @@ from cluster.doctor.hardware import MIN_FILES, MIN_SHARED
 from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
 from cluster.launch.placement import Node
+from cluster.launch.session import REPOSITORY
 from pipeline.remote.filesystem import hide_credentials, is_remote
 from pipeline.tools.errors import summarize_error
 
@@ -34,7 +35,6 @@ CONNECT_SECONDS = 5
 NODE_SECONDS = 90
 """Timeout of joining the cluster and asking its nodes."""
 GCS_PORT = 6379
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 def judge(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -239,13 +239,15 @@ def judge_node(
     if "why" in node:
         return fail(name, node["why"], f"ray logs raylet.err --node-id {node['id']}")
     has = node["answer"]
-    if differences := compare_releases(own, has["releases"]):
-        return fail(name, differences, "pip install -c constraints.txt -e . the same on all nodes")
+    theirs = {package: has["releases"].get(package, "is missing") for package in own}
+    if theirs != own:
+        differences = (f"{n} {theirs[n]}, here {own[n]}" for n in own if theirs[n] != own[n])
+        mend = "pip install -c constraints.txt -e . the same on all nodes"
+        return fail(name, "; ".join(differences), mend)
     run, data, storage = request["run"], request["data"], "on storage that all nodes mount"
     if has.get("run") is False:
-        return fail(
-            name, f"does not see {run}", f"a --run {storage}, or --store s3://bucket/folder"
-        )
+        mend = f"a --run {storage}, or --store s3://bucket/folder"
+        return fail(name, f"does not see {run}", mend)
     if "cannot_write" in has:
         mend = f"chown it to the user that runs Ray there; or a --run {storage}"
         return fail(name, f"cannot write in {run} ({has['cannot_write']})", mend)
@@ -263,15 +265,6 @@ def judge_node(
     sees_data = has.get("data") or has.get("address") == ""
     places = ["RUN"] * bool(has.get("run")) + ["DATA"] * bool(sees_data)
     return ok(name, "same packages" + ", sees " * bool(places) + " and ".join(places))
-
-
-def compare_releases(own: dict[str, str], theirs: dict[str, str]) -> str:
-    """Packages whose releases differ, in words; empty if none does."""
-    return "; ".join(
-        f"{package} {theirs.get(package, 'is missing')}, here {release}"
-        for package, release in own.items()
-        if theirs.get(package) != release
-    )
 
 
 def _find_weakness(node: dict[str, Any], has: dict[str, Any], need: int) -> tuple[str, str] | None:

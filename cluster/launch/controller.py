@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -462,15 +462,12 @@ def filter_reachable(nodes: list[Node]) -> list[Node]:
     """Drop nodes that do not answer: Ray takes some seconds to notice that one is gone."""
     import ray
 
-    addresses = {
-        node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
-        for node in ray.nodes()
-    }
+    nodes_of_ray = {node["NodeID"]: node for node in ray.nodes()}
     found = []
     for node in nodes:
-        try:
-            socket.create_connection(addresses[node.id], timeout=2).close()
-        except (OSError, KeyError):
-            continue
-        found.append(node)
+        with suppress(OSError, KeyError):
+            has = nodes_of_ray[node.id]
+            address = (has["NodeManagerAddress"], has["NodeManagerPort"])
+            socket.create_connection(address, timeout=2).close()
+            found.append(node)
     return found

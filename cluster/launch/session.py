@@ -60,7 +60,8 @@ def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterat
     try:
         _start(ray, scratch, workers, everywhere)
         guard_token()
-        signal.signal(signal.SIGTERM, _interrupt)  # replaces Ray's handler, which aborts
+        # Raises KeyboardInterrupt; replaces Ray's handler, which aborts.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     finally:
         ray.shutdown()
@@ -74,10 +75,6 @@ def guard_token() -> None:
     with suppress(OSError):  # there is none, or it belongs to another user
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str]) -> None:
