@@ -151,69 +151,62 @@ def measure_stream(data: str, config: Config) -> float:
         return count / (time.perf_counter() - start)
 
 
-def measure_latency(address: str) -> float:
-    """Seconds that a store takes to answer a request about a data set's manifest.
+class StoreProbe:
+    """Requests to a store that holds a data set; it keeps nothing.
 
     Raises:
         Exception: it does not answer, or refuses; `describe` makes one line of it.
     """
-    check_address(address, "data set")
-    system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
-    ask = partial(system.info, f"{root.rstrip('/')}/{NAME}")
-    BackgroundCall(ask).result(STORE_SECONDS)  # connects
-    start = time.perf_counter()
-    BackgroundCall(ask).result(STORE_SECONDS)
-    return time.perf_counter() - start
 
+    def __init__(self, address: str) -> None:
+        check_address(address, "data set")
+        self._system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
+        self._root = root.rstrip("/")
 
-def find_faults(address: str, shards: Sequence[Shard]) -> list[str]:
-    """Ask a store for the sizes of shards; say in a sentence each what is wrong with them.
+    def measure_latency(self) -> float:
+        """Seconds that the store takes to answer a request about the manifest."""
+        ask = partial(self._system.info, f"{self._root}/{NAME}")
+        BackgroundCall(ask).result(STORE_SECONDS)  # connects
+        start = time.perf_counter()
+        BackgroundCall(ask).result(STORE_SECONDS)
+        return time.perf_counter() - start
 
-    Raises:
-        Exception: it does not answer, or refuses; `describe` makes one line of it.
-    """
-    system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
+    def find_faults(self, shards: Sequence[Shard]) -> list[str]:
+        """Sentences about shards that are missing or of another size."""
+        faults: list[str] = []
+        for first in range(0, len(shards), 16):
+            some = shards[first : first + 16]
+            requests = [BackgroundCall(partial(self._find_fault, shard)) for shard in some]
+            faults += filter(None, (call.result(STORE_SECONDS) for call in requests))
+        return faults
 
-    def find_fault(shard: Shard) -> str:
+    def _find_fault(self, shard: Shard) -> str:
         try:
-            size = system.info(f"{root.rstrip('/')}/{shard.name}").get("size")
+            size = self._system.info(f"{self._root}/{shard.name}").get("size")
         except FileNotFoundError:
             return f"{shard.name} is not there"
         if size is None or size == shard.bytes:  # None: a server that does not say
             return ""
         return f"{shard.name} has {size} bytes instead of {shard.bytes}"
 
-    faults: list[str] = []
-    for first in range(0, len(shards), 16):
-        some = shards[first : first + 16]
-        requests = [BackgroundCall(partial(find_fault, shard)) for shard in some]
-        faults += filter(None, (call.result(STORE_SECONDS) for call in requests))
-    return faults
+    def measure_rate(self, shards: Sequence[Shard]) -> tuple[float, bool]:
+        """Read parts of PARALLEL shards at a time.
 
+        Returns:
+            bytes per second; whether they did not arrive within STORE_SECONDS, so that this is an
+            upper bound.
+        """
+        start = time.perf_counter()
+        parts = [BackgroundCall(partial(self._read_part, shard)) for shard in shards[:PARALLEL]]
+        try:
+            read, timed_out = sum(call.result(STORE_SECONDS) for call in parts), False
+        except TransferError:
+            read, timed_out = PARALLEL * PART_BYTES, True
+        return read / (time.perf_counter() - start), timed_out
 
-def measure_store(address: str, shards: Sequence[Shard]) -> tuple[float, bool]:
-    """Read parts of PARALLEL shards at a time; nothing is kept.
-
-    Returns:
-        bytes per second; whether they did not arrive within STORE_SECONDS, so that this is an
-        upper bound.
-
-    Raises:
-        Exception: it refuses; `describe` makes one line of it.
-    """
-    system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
-
-    def read_part(shard: Shard) -> int:
+    def _read_part(self, shard: Shard) -> int:
         end = min(shard.bytes, PART_BYTES)
-        return len(system.cat_file(f"{root.rstrip('/')}/{shard.name}", start=0, end=end))
-
-    start = time.perf_counter()
-    parts = [BackgroundCall(partial(read_part, shard)) for shard in shards[:PARALLEL]]
-    try:
-        read, timed_out = sum(call.result(STORE_SECONDS) for call in parts), False
-    except TransferError:
-        read, timed_out = PARALLEL * PART_BYTES, True
-    return read / (time.perf_counter() - start), timed_out
+        return len(self._system.cat_file(f"{self._root}/{shard.name}", start=0, end=end))
 
 
 def describe(error: Exception) -> str:
@@ -241,7 +234,9 @@ class DatasetCheck:
         """Yield the findings. Only `pipeline.verify` reads every byte."""
         try:
             if is_remote(self.data):
-                measure_latency(self.data)  # fails sooner than the retries of a training
+                StoreProbe(
+                    self.data
+                ).measure_latency()  # fails sooner than the retries of a training
             dataset = open_dataset(self.data, **self.config.cached)
         except Exception as error:  # a store's library raises what it pleases
             yield fail("data", describe(error), self._suggest_access(error))
@@ -337,9 +332,10 @@ class DatasetCheck:
         train = manifest.splits["train"]
         some = shards[:: max(1, len(shards) // MOST_SHARDS)][:MOST_SHARDS]
         try:
-            latency = measure_latency(self.data)
-            faults = find_faults(self.data, some)
-            speed, timed_out = (0.0, False) if faults else measure_store(self.data, some)
+            store = StoreProbe(self.data)
+            latency = store.measure_latency()
+            faults = store.find_faults(some)
+            speed, timed_out = (0.0, False) if faults else store.measure_rate(some)
         except Exception as error:
             text = f"{self._safe}: {describe(error)}"
             yield fail("store", text, self._suggest_access(error))

@@ -23,7 +23,6 @@ BFLOAT16 = (8, 0)
 """First compute capability with bfloat16 arithmetic."""
 BUSY_BYTES = 0.5 * GB
 """Memory in use above which another process uses a GPU; the driver of an idle one takes less."""
-SMI_SECONDS = 10
 MIN_FILES = 4096
 """Open files that a worker with a large set of shards, and Ray beside it, may need."""
 MIN_SHARED = 2 * GB
@@ -96,7 +95,7 @@ def _query_smi(query: str) -> list[list[str]]:
     try:
         done = subprocess.run(
             ["nvidia-smi", query, "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=SMI_SECONDS, check=True,
+            capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return []

@@ -41,22 +41,21 @@ def checkpoint_bytes(config: Config | None, classes: int | None) -> int:
     return 2 * sum_rows(build_table(classes or CLASSES, design)).parameter_bytes
 
 
-def worker_bytes(config: Config, classes: int | None, replicas: int) -> int:
+def worker_bytes(config: Config, classes: int | None) -> int:
     """Bytes of parameters and activations in a worker, without the memory of its process.
 
     The paper's M = X(W + B + A + Z), with gradient and velocity for each W and B; all in float32,
-    so that it is an upper bound in bfloat16.
+    so that it is an upper bound in bfloat16. The least number of replicas divides the batch.
 
     Args:
         config: of the training.
         classes: number of classes; None: not known.
-        replicas: number of replicas, which divide the batch.
     """
     rows = build_table(classes or CLASSES, config.design)
     if config.size == 2:
         rows = [row for row in rows if row.column == "a"]  # b's are as large
     sums = sum_rows(rows)
-    batch = config.microbatch_size(replicas)
+    batch = config.microbatch_size(config.replica_sizes[0])
     return FLOAT32_BYTES * (PARAMETER_COPIES * sums.parameters + 2 * sums.neurons * batch)
 
 
@@ -81,7 +80,7 @@ def judge_local_job(
 ) -> Iterator[Finding]:
     """Judge whether the job fits this machine, if it starts a Ray of its own."""
     least = config.replica_sizes[0] * config.size
-    need = worker_bytes(config, classes, config.replica_sizes[0])
+    need = worker_bytes(config, classes)
     microbatch = max(1, config.microbatch_size(config.replica_sizes[0]) // 4)
     smaller = f"--microbatch {microbatch}, or a smaller --width"
     if uses_gpus(config, bool(gpus)):

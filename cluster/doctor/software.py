@@ -66,11 +66,11 @@ def gather() -> Software:
 
         cuda = torch.version.cuda
         if driver and cuda and not torch.cuda.is_available():
+            gpu_error = "it does not say why"
             try:
                 torch.cuda.init()
             except Exception as error:
                 gpu_error = summarize_error(error)
-            gpu_error = gpu_error or "it does not say why"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     pins = re.findall(r"^([\w-]+)==(\S+)$", read_text(REPOSITORY / "constraints.txt"), re.MULTILINE)
     return Software(

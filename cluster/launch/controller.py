@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoint.storage import find_last_step
 from cluster.config import Config
 from cluster.launch.channel import Channel
 from cluster.launch.placement import (
@@ -72,9 +73,13 @@ class Controller:
     """Keeps one run going; needs a Ray (`cluster.launch.session.ray_session`)."""
 
     def __init__(
-        self, config: Config, data: str, run: Path, screen: RunConsole,
-        find_step: Callable[[], int], read_output: Callable[[], str],
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        data: str,
+        run: Path,
+        screen: RunConsole,
+        read_output: Callable[[], str],
+    ) -> None:
         """Prepare a run.
 
         Args:
@@ -82,11 +87,10 @@ class Controller:
             data: folder or address of the data set.
             run: run folder.
             screen: prints lines and events.
-            find_step: returns the step of the newest checkpoint.
             read_output: returns what Ray has printed so far.
         """
         self._config, self._data, self._run, self._screen = config, data, run, screen
-        self._find_step, self._read_output = find_step, read_output
+        self._read_output = read_output
         # Decided once: a run that has lost its GPUs must not continue slowly on CPUs.
         self._gpu = uses_gpus(config, has_gpus())
         self._mirror = open_mirror(run, config.store)
@@ -156,7 +160,7 @@ class Controller:
     def _last_step(self) -> int:
         """Return the step of the newest checkpoint; the last known one if its disk is away."""
         try:
-            step = self._find_step()
+            step = find_last_step(self._run, self._config.store)
         except (OSError, DuetError):
             step = 0
         return max(step, read_last_step(self._run))

@@ -178,8 +178,9 @@ def list_workers(
     return workers
 
 
-# Ray has no public API for the free resources of each node, nor for draining nodes: its own
-# libraries use the private functions of these two (2.60; pyproject pins the minor version).
+# Ray has no public API for the free resources of each node, nor for draining nodes: `list_nodes`
+# and `find_draining_nodes` use private functions, as Ray's own libraries do (2.60; pyproject pins
+# the minor version).
 
 
 def list_nodes(mine: Placement | None = None) -> list[Node]:

@@ -246,10 +246,10 @@ def test_a_job_that_does_not_fit_this_machine_is_told_with_what_would(
 
 
 def test_the_memory_of_a_worker_is_that_of_the_paper_with_gradient_and_velocity():
-    both = job.worker_bytes(Config(columns_per_worker=2), 1000, 1)
+    both = job.worker_bytes(Config(columns_per_worker=2), 1000)
     parameters, neurons = 60_965_224, 659_272  # of the paper's network, as facts/alexnet.md has it
     assert both == 4 * (3 * parameters + 2 * neurons * 128)
-    half = job.worker_bytes(Config(), 1000, 1)
+    half = job.worker_bytes(Config(), 1000)
     assert half == pytest.approx(both / 2, rel=1e-3)
 
 
