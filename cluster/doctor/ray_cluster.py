@@ -262,9 +262,10 @@ def judge_node(
         return fail(name, text, mend + "--runtime-env-json '{\"env_vars\": {...}}'")
     if weakness := _find_weakness(node, has, need):
         return warn(name, *weakness)
-    sees_data = has.get("data") or has.get("address") == ""
-    places = ["RUN"] * bool(has.get("run")) + ["DATA"] * bool(sees_data)
-    return ok(name, "same packages" + ", sees " * bool(places) + " and ".join(places))
+    places = ["RUN"] if has.get("run") else []
+    places += ["DATA"] if has.get("data") or has.get("address") == "" else []
+    sees = f", sees {' and '.join(places)}" if places else ""
+    return ok(name, f"same packages{sees}")
 
 
 def _find_weakness(node: dict[str, Any], has: dict[str, Any], need: int) -> tuple[str, str] | None:
