@@ -243,9 +243,7 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: RunConsole) 
     from cluster.launch.controller import Controller
 
     with start_ray(config) as read_output:
-        Controller(
-            config, data, folder, screen, lambda: find_last_step(folder, config.store), read_output
-        ).train()
+        Controller(config, data, folder, screen, read_output).train()
 
 
 def measure_with_ray_session(config: Config, data: str, folder: Path, screen: RunConsole) -> None:

@@ -2,7 +2,7 @@
 
 command      all checks in turn, and their command line; `__main__` is `python -m cluster.doctor`
 data         data set, its disk or store, run folder, store of checkpoints
-finding      a line of the result
+finding      a line of the result; text of kernel files
 hardware     GPUs, cores, memory, limits, temporary folder, compiler
 job          whether network and job fit the classes and the machine
 network      host name, and a round trip between two processes by gloo and by NCCL

@@ -1,4 +1,4 @@
-"""Command: all checks in turn, and what one of them passes on to another.
+"""Command: all checks in turn.
 
     python -m cluster.doctor [CONFIG] [--data DATA] [--run RUN] [--json]
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +71,11 @@ class Examination:
             ("Ray", self._check_ray),
         ):
             report(subject)
-            yield from guard(subject, check)
+            try:
+                yield from check()
+            except Exception as error:
+                text = f"the check itself failed: {type(error).__name__}: {summarize_error(error)}"
+                yield fail(subject, text, "report this, with the output of --json")
 
     def _check_packages(self) -> Iterator[Finding]:
         from cluster.doctor import software
@@ -119,32 +123,25 @@ class Examination:
     def _check_ray(self) -> Iterator[Finding]:
         from cluster.doctor import ray_cluster
 
-        is_reachable = bool(self.address)
+        has_failed = False
         for finding in ray_cluster.judge():
-            if finding.name == "RAY_ADDRESS" and finding.status == "FAIL":
-                is_reachable = False
+            has_failed |= finding.name == "RAY_ADDRESS" and finding.status == "FAIL"
             yield finding
-        if is_reachable:
+        if self.address and not has_failed:
             yield from ray_cluster.judge_nodes(self.config, self.data, self.run)
-
-
-def guard(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of a check; if it raises, yield that as a finding."""
-    try:
-        yield from check()
-    except Exception as error:
-        text = f"the check itself failed: {type(error).__name__}: {summarize_error(error)}"
-        yield fail(subject, text, "report this, with the output of --json")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Raises:
-        UsageError: CONFIG cannot be read.
+        UsageError: CONFIG is missing or wrong.
     """
     options = tyro.cli(DoctorOptions, args=argv, prog="python -m cluster.doctor")
-    config = read_config(options.config) if options.config else None
+    try:
+        config = Config.from_settings(load_settings(options.config)) if options.config else None
+    except ValueError as error:
+        raise UsageError(f"{error} ({options.config})") from error
     console = Console(file=sys.stderr if options.json else sys.stdout, highlight=False)
     found = []
     examination = Examination(options.data, options.run, config)
@@ -159,18 +156,6 @@ def main(argv: list[str] | None = None) -> int:
         result = {"ok": not failed, "checks": [asdict(finding) for finding in found]}
         sys.stdout.write(json.dumps(result) + "\n")
     return SetupError.exit_code if failed else 0
-
-
-def read_config(path: Path) -> Config:
-    """Read a config file.
-
-    Raises:
-        UsageError: it is missing or wrong.
-    """
-    try:
-        return Config.from_settings(load_settings(path))
-    except ValueError as error:
-        raise UsageError(f"{error} ({path})") from error
 
 
 def format_finding(finding: Finding) -> Text:

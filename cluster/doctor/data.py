@@ -12,9 +12,10 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from cluster.config import Config
@@ -61,7 +62,7 @@ CREDENTIALS = {
 CREDENTIALS |= {"s3a": CREDENTIALS["s3"], "gcs": CREDENTIALS["gs"]}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DiskSpeed:
     """Measurement of reading images in the config's order from a disk."""
 
@@ -74,78 +75,63 @@ class DiskSpeed:
     order: str
     """Order of reading, in words."""
 
-    @property
-    def rate(self) -> float:
-        """Images per second."""
-        return self.images / self.seconds
 
-
-def measure_disk(dataset: Dataset, name: str, split: Split, config: Config) -> DiskSpeed:
-    """Read images of a local data set as a training does: single ones, or shard after shard.
-
-    Args:
-        dataset: in a folder.
-        name: of the split.
-        split: to read.
-        config: sets the order.
+def measure_disk(dataset: Dataset, split: Split, config: Config) -> DiskSpeed:
+    """Read the training split of a local data set as a training does, by the order of `config`.
 
     Raises:
         OSError, DuetError: something cannot be read.
     """
-    if config.shuffle == "block":
-        return _read_shards(dataset, split)
-    return _read_single_images(dataset, name, split)
+    return (_read_shards if config.shuffle == "block" else _read_single_images)(dataset, split)
 
 
 def _read_shards(dataset: Dataset, split: Split) -> DiskSpeed:
     read = cached = 0
-    start, excluded = time.perf_counter(), 0.0
+    seconds = 0.0
     for shard in split.shards:
         with dataset.open(shard) as file:
-            before = time.perf_counter()
             cached += drop_page_cache(file.fileno())
-            excluded += time.perf_counter() - before
+            start = time.perf_counter()
             while block := file.read(2**20):
                 read += len(block)
-        if read >= READ_BYTES or time.perf_counter() - start - excluded > SECONDS:
+            seconds += time.perf_counter() - start
+        if read >= READ_BYTES or seconds > SECONDS:
             break
-    seconds = time.perf_counter() - start - excluded
     images = round(read / (split.bytes / split.samples))
-    return DiskSpeed(images=images, bytes=read, seconds=seconds, cached=cached / read,
-                     order="shard after shard")  # fmt: skip
+    return DiskSpeed(images, read, seconds, cached / read, "shard after shard")
 
 
-def _read_single_images(dataset: Dataset, name: str, split: Split) -> DiskSpeed:
+def _read_single_images(dataset: Dataset, split: Split) -> DiskSpeed:
     import numpy as np
 
     from pipeline.dataset.index import load_index
 
-    index = load_index(dataset.folder, name, split)
+    index = load_index(dataset.folder, "train", split)
     rows = index[np.random.default_rng().permutation(len(index))[:1024]]
     numbers = sorted({int(row["shard"]) for row in rows})[:256]
     rows = rows[np.isin(rows["shard"], numbers)]
-    files = {number: os.open(dataset.fetch_shard(split.shards[number]), os.O_RDONLY)
-             for number in numbers}  # fmt: skip
-    try:
+    images = read = 0
+    with ExitStack() as stack:
+        files: dict[int, int] = {}
+        for number in numbers:
+            files[number] = os.open(dataset.fetch_shard(split.shards[number]), os.O_RDONLY)
+            stack.callback(os.close, files[number])
         cached = sum(map(drop_page_cache, files.values()))
         whole = sum(os.fstat(file).st_size for file in files.values())
-        images = read = 0
         start = time.perf_counter()
         for batch in np.array_split(rows, max(1, len(rows) // 128)):
-            for row in batch:  # as the stream does: the disk is asked for a batch at once
-                os.posix_fadvise(files[int(row["shard"])], int(row["offset"]), int(row["size"]),
-                                 os.POSIX_FADV_WILLNEED)  # fmt: skip
-            for row in batch:
-                read += len(os.pread(files[int(row["shard"])], int(row["size"]), row["offset"]))
+            places = [
+                (files[int(shard)], int(size), int(offset))
+                for shard, size, offset in batch[["shard", "size", "offset"]]
+            ]
+            for file, size, offset in places:  # as the stream does: asks for a batch at once
+                os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+            read += sum(len(os.pread(*place)) for place in places)
             images += len(batch)
             if read >= READ_BYTES or time.perf_counter() - start > SECONDS:
                 break
         seconds = time.perf_counter() - start
-    finally:
-        for file in files.values():
-            os.close(file)
-    return DiskSpeed(images=images, bytes=read, seconds=seconds, cached=cached / whole,
-                     order="single images at random")  # fmt: skip
+    return DiskSpeed(images, read, seconds, cached / whole, "single images at random")
 
 
 def measure_stream(data: str, config: Config) -> float:
@@ -165,78 +151,62 @@ def measure_stream(data: str, config: Config) -> float:
         return count / (time.perf_counter() - start)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreFacts:
-    """Answers of a store, and its speed."""
-
-    latency: float
-    """Seconds of a request about a file."""
-    rate: float
-    """Bytes per second with PARALLEL shards at a time; 0: not measured, as some are wrong."""
-    timed_out: bool
-    """The bytes did not arrive within STORE_SECONDS: `rate` is an upper bound."""
-    checked: int
-    """Number of shards that were checked."""
-    wrong: tuple[str, ...]
-    """Shards that are missing or of another size, each in a sentence."""
-
-
-def measure_latency(address: str) -> float:
-    """Seconds that a store takes to answer a request about a data set's manifest.
+class StoreProbe:
+    """Requests to a store that holds a data set; it keeps nothing.
 
     Raises:
         Exception: it does not answer, or refuses; `describe` makes one line of it.
     """
-    check_address(address, "data set")
-    system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
-    ask = partial(system.info, f"{root.rstrip('/')}/{NAME}")
-    BackgroundCall(ask).result(STORE_SECONDS)  # connects
-    start = time.perf_counter()
-    BackgroundCall(ask).result(STORE_SECONDS)
-    return time.perf_counter() - start
 
+    def __init__(self, address: str) -> None:
+        check_address(address, "data set")
+        self._system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
+        self._root = root.rstrip("/")
 
-def check_store(address: str, shards: Sequence[Shard]) -> StoreFacts:
-    """Ask a store for the sizes of shards, and read parts of some; nothing is kept.
+    def measure_latency(self) -> float:
+        """Seconds that the store takes to answer a request about the manifest."""
+        ask = partial(self._system.info, f"{self._root}/{NAME}")
+        BackgroundCall(ask).result(STORE_SECONDS)  # connects
+        start = time.perf_counter()
+        BackgroundCall(ask).result(STORE_SECONDS)
+        return time.perf_counter() - start
 
-    Raises:
-        Exception: it does not answer, or refuses; `describe` makes one line of it.
-    """
-    latency = measure_latency(address)
-    system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
-    some = shards[:: max(1, len(shards) // MOST_SHARDS)][:MOST_SHARDS]
+    def find_faults(self, shards: Sequence[Shard]) -> list[str]:
+        """Sentences about shards that are missing or of another size."""
+        faults: list[str] = []
+        for first in range(0, len(shards), 16):
+            some = shards[first : first + 16]
+            requests = [BackgroundCall(partial(self._find_fault, shard)) for shard in some]
+            faults += filter(None, (call.result(STORE_SECONDS) for call in requests))
+        return faults
 
-    def find_fault(shard: Shard) -> str:
+    def _find_fault(self, shard: Shard) -> str:
         try:
-            size = system.info(f"{root.rstrip('/')}/{shard.name}").get("size")
+            size = self._system.info(f"{self._root}/{shard.name}").get("size")
         except FileNotFoundError:
             return f"{shard.name} is not there"
         if size is None or size == shard.bytes:  # None: a server that does not say
             return ""
         return f"{shard.name} has {size} bytes instead of {shard.bytes}"
 
-    def read_part(shard: Shard) -> int:
-        end = min(shard.bytes, PART_BYTES)
-        return len(system.cat_file(f"{root.rstrip('/')}/{shard.name}", start=0, end=end))
+    def measure_rate(self, shards: Sequence[Shard]) -> tuple[float, bool]:
+        """Read parts of PARALLEL shards at a time.
 
-    wrong: list[str] = []
-    for first in range(0, len(some), 16):
-        requests = [
-            BackgroundCall(partial(find_fault, shard)) for shard in some[first : first + 16]
-        ]
-        wrong += filter(None, (call.result(STORE_SECONDS) for call in requests))
-    rate, timed_out = 0.0, False
-    if not wrong:
+        Returns:
+            bytes per second; whether they did not arrive within STORE_SECONDS, so that this is an
+            upper bound.
+        """
         start = time.perf_counter()
-        parts = [BackgroundCall(partial(read_part, shard)) for shard in some[:PARALLEL]]
+        parts = [BackgroundCall(partial(self._read_part, shard)) for shard in shards[:PARALLEL]]
         try:
-            read = sum(call.result(STORE_SECONDS) for call in parts)
+            read, timed_out = sum(call.result(STORE_SECONDS) for call in parts), False
         except TransferError:
             read, timed_out = PARALLEL * PART_BYTES, True
-        rate = read / (time.perf_counter() - start)
-    return StoreFacts(
-        latency=latency, rate=rate, timed_out=timed_out, checked=len(some), wrong=tuple(wrong)
-    )
+        return read / (time.perf_counter() - start), timed_out
+
+    def _read_part(self, shard: Shard) -> int:
+        end = min(shard.bytes, PART_BYTES)
+        return len(self._system.cat_file(f"{self._root}/{shard.name}", start=0, end=end))
 
 
 def describe(error: Exception) -> str:
@@ -264,7 +234,9 @@ class DatasetCheck:
         """Yield the findings. Only `pipeline.verify` reads every byte."""
         try:
             if is_remote(self.data):
-                measure_latency(self.data)  # fails sooner than the retries of a training
+                StoreProbe(
+                    self.data
+                ).measure_latency()  # fails sooner than the retries of a training
             dataset = open_dataset(self.data, **self.config.cached)
         except Exception as error:  # a store's library raises what it pleases
             yield fail("data", describe(error), self._suggest_access(error))
@@ -276,11 +248,19 @@ class DatasetCheck:
                 yield fail("data", str(error), f"python -m pipeline.verify {self._safe}")
                 return
             self.classes = len(manifest.classes)
-            yield self._describe_splits(manifest)
-            if finding := self._find_missing_split(manifest):
-                yield finding
-            if "train" not in manifest.splits:
+            splits = manifest.splits
+            counts = ", ".join(f"{split.samples:,} {name}" for name, split in splits.items())
+            shards = sum(len(split.shards) for split in splits.values())
+            sizes = "" if is_remote(self.data) else ", each of its size"
+            text = f"{counts}; {self.classes} classes; {shards} shards{sizes}"
+            yield ok("data", f"{text} (pipeline.verify reads every byte)")
+            if "train" not in splits:
+                text = f"no train; there are {', '.join(splits)}"
+                yield fail("splits", text, "python -m pipeline.build_shards OUT --train SRC")
                 return
+            if self.validates and "val" not in splits:
+                mend = "--validate-every 0, or build the set with --val or --holdout"
+                yield fail("splits", "no val, and the config validates", mend)
             if is_remote(self.data):
                 yield from self._judge_store(manifest)
             else:
@@ -300,29 +280,12 @@ class DatasetCheck:
             ShardReader(dataset, split).close()
         Statistics.load(dataset.folder, manifest.stats_sha256)
         if not is_remote(self.data):
-            for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+            for shard in chain.from_iterable(s.shards for s in manifest.splits.values()):
                 size = dataset.fetch_shard(shard).stat().st_size
                 if size != shard.bytes:
-                    raise DataError(
-                        f"{dataset.folder / shard.name} has {size} bytes instead of {shard.bytes}"
-                    )
+                    path = dataset.folder / shard.name
+                    raise DataError(f"{path} has {size} bytes instead of {shard.bytes}")
         return manifest
-
-    def _describe_splits(self, manifest: Manifest) -> Finding:
-        counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
-        shards = sum(len(split.shards) for split in manifest.splits.values())
-        sizes = "" if is_remote(self.data) else ", each of its size"
-        return ok("data", f"{counts}; {len(manifest.classes)} classes; {shards} shards{sizes} "
-                  "(pipeline.verify reads every byte)")  # fmt: skip
-
-    def _find_missing_split(self, manifest: Manifest) -> Finding | None:
-        if "train" not in manifest.splits:
-            return fail("splits", f"no train; there are {', '.join(manifest.splits)}",
-                        "python -m pipeline.build_shards OUT --train SRC")  # fmt: skip
-        if self.validates and "val" not in manifest.splits:
-            return fail("splits", "no val, and the config validates",
-                        "--validate-every 0, or build the set with --val or --holdout")  # fmt: skip
-        return None
 
     def _suggest_access(self, error: Exception) -> str:
         """What to do about a data set that cannot be opened."""
@@ -338,81 +301,76 @@ class DatasetCheck:
 
     def _judge_speed(self, dataset: Dataset, manifest: Manifest) -> Iterator[Finding]:
         try:
-            disk = measure_disk(dataset, "train", manifest.splits["train"], self.config)
+            disk = measure_disk(dataset, manifest.splits["train"], self.config)
             rate = measure_stream(self.data, self.config)
         except (DuetError, OSError) as error:
             yield fail("data speed", describe(error), f"python -m pipeline.verify {self.data}")
             return
+        disk_rate = disk.images / disk.seconds
         text = (
-            f"{disk.rate:,.0f} images/s from the disk ({disk.bytes / disk.seconds / 1e6:,.0f} "
-            f"MB/s, {disk.order}), {self._format_batch_time(disk.rate)}"
+            f"{disk_rate:,.0f} images/s from the disk ({disk.bytes / disk.seconds / 1e6:,.0f} "
+            f"MB/s, {disk.order}), {self._format_batch_time(disk_rate)}"
         )
         if disk.cached > 0.1:
             text += f"; {disk.cached:.0%} of it stayed in the page cache, so the disk is slower"
         elif disk.bytes < READ_BYTES / 8:
             text += f"; only {disk.bytes / 1e6:.1f} MB were there to be read"
-        if disk.rate < rate:
-            yield warn(
-                "data speed", f"{text}; the decoder waits for it",
-                "--shuffle block, or a copy on a local SSD (once in memory, the page cache serves)",
-            )  # fmt: skip
-        else:
-            yield ok("data speed", text)
-        yield ok("stream", f"{rate:,.0f} images/s decoded here on {self.config.threads or 'all'} "
-                 f"cores, {self._format_batch_time(rate)}")  # fmt: skip
+        if disk_rate < rate:
+            text += "; the decoder waits for it"
+        mend = "--shuffle block, or a copy on a local SSD (once in memory, the page cache serves)"
+        yield warn("data speed", text, mend, unless=disk_rate >= rate)
+        cores = self.config.threads or "all"
+        text = f"{rate:,.0f} images/s decoded here on {cores} cores"
+        yield ok("stream", f"{text}, {self._format_batch_time(rate)}")
 
     def _format_batch_time(self, rate: float) -> str:
         size = self.config.batch_size
         return f"a batch of {size} in {size / rate * 1000:,.0f} ms"
 
     def _judge_store(self, manifest: Manifest) -> Iterator[Finding]:
-        shards = [shard for split in manifest.splits.values() for shard in split.shards]
+        shards = list(chain.from_iterable(split.shards for split in manifest.splits.values()))
         train = manifest.splits["train"]
+        some = shards[:: max(1, len(shards) // MOST_SHARDS)][:MOST_SHARDS]
         try:
-            store = check_store(self.data, shards)
+            store = StoreProbe(self.data)
+            latency = store.measure_latency()
+            faults = store.find_faults(some)
+            speed, timed_out = (0.0, False) if faults else store.measure_rate(some)
         except Exception as error:
             text = f"{self._safe}: {describe(error)}"
             yield fail("store", text, self._suggest_access(error))
             return
-        if store.wrong:
-            more = f" and {len(store.wrong) - 1} more" if len(store.wrong) > 1 else ""
-            yield fail("store", f"{store.wrong[0]}{more}, of {store.checked} looked at",
-                       f"copy the set there again   # {self._safe}")  # fmt: skip
+        if faults:
+            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            text = f"{faults[0]}{more}, of {len(some)} looked at"
+            yield fail("store", text, f"copy the set there again   # {self._safe}")
             return
-        rate = store.rate / (train.bytes / train.samples)
+        rate = speed / (train.bytes / train.samples)
         text = (
-            f"answers in {store.latency * 1000:,.0f} ms, {'less than ' * store.timed_out}"
-            f"{store.rate / 1e6:,.1f} MB/s with {PARALLEL} at a time = {rate:,.0f} images/s, "
-            f"{self._format_batch_time(rate)}; {store.checked} of {len(shards)} shards looked at"
+            f"answers in {latency * 1000:,.0f} ms, {'less than ' * timed_out}"
+            f"{speed / 1e6:,.1f} MB/s with {PARALLEL} at a time = {rate:,.0f} images/s, "
+            f"{self._format_batch_time(rate)}; {len(some)} of {len(shards)} shards looked at"
         )
-        if store.timed_out:
-            mend = "a store nearer to this machine, or a copy of the set on a local disk"
-            yield warn("store", text, mend)
-        else:
-            yield ok("store", text)
+        mend = "a store nearer to this machine, or a copy of the set on a local disk"
+        yield warn("store", text, mend, unless=not timed_out)
         yield self._judge_cache(train.bytes)
 
     def _judge_cache(self, whole: int) -> Finding:
         """Judge the folder of the shard cache; `whole` is the size of the split in bytes."""
         cached = self.config.cached
         folder, size = Path(cached["cache"] or default_cache()).absolute(), cached["cache_size"]
-        free = _free_bytes(folder)
+        disk = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(disk).free
         text = f"{folder}: {free / GB:.1f} GB free, {size / GB:.1f} allowed, the set has "
         text += f"{whole / GB:.1f}"
         if free < min(size, whole):
             mend = f"--cache /a/larger/disk, or --cache-size {max(1, int(free * 0.9 / GB))}GB"
             return warn("cache", f"{text}: its disk fills up first", mend)
         if self.config.shuffle == "full" and size < whole:
-            return warn("cache", f"{text}: every epoch downloads all again, image by image",
-                        "--shuffle block, or a larger --cache-size")  # fmt: skip
+            mend = "--shuffle block, or a larger --cache-size"
+            text += ": every epoch downloads all again, image by image"
+            return warn("cache", text, mend)
         return ok("cache", text)
-
-
-def _free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder that may not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def judge_run(run: Path, config: Config | None, classes: int | None) -> Iterator[Finding]:
@@ -440,10 +398,9 @@ def judge_run(run: Path, config: Config | None, classes: int | None) -> Iterator
     need = 0 if config and config.store else kept * checkpoint_bytes(config, classes)
     text = f"{run}: {PROBE_BYTES / seconds / 1e6:,.0f} MB/s to the disk, {free / GB:.1f} GB free"
     if free < need:
-        mend = "--keep 1 --keep-best 0, make room, or another --run or --store"
-        yield warn("run", f"{text}; its checkpoints take up to {need / GB:.1f} GB", mend)
-    else:
-        yield ok("run", text)
+        text += f"; its checkpoints take up to {need / GB:.1f} GB"
+    mend = "--keep 1 --keep-best 0, make room, or another --run or --store"
+    yield warn("run", text, mend, unless=free >= need)
 
 
 def judge_store(store: str) -> Finding:

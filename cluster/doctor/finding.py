@@ -1,11 +1,11 @@
-"""A line of the doctor's result."""
+"""What all checks share: a line of the result, and reading a file of the kernel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-Status = Literal["ok", "warn", "FAIL"]
 GB = 10**9
 
 
@@ -14,7 +14,7 @@ class Finding:
     """Result of one check: subject, status, facts, and the way to mend it."""
 
     name: str
-    status: Status
+    status: Literal["ok", "warn", "FAIL"]
     value: str
     mend: str = ""
     """A command or a setting; empty if nothing has to be mended."""
@@ -25,11 +25,19 @@ def ok(name: str, value: str) -> Finding:
     return Finding(name, "ok", value)
 
 
-def warn(name: str, value: str, mend: str) -> Finding:
-    """A finding with which training runs, but slower or with risk."""
-    return Finding(name, "warn", value, mend)
+def warn(name: str, value: str, mend: str, *, unless: object = False) -> Finding:
+    """A finding with which training runs, but slower or with risk; `unless`: nothing to mend."""
+    return ok(name, value) if unless else Finding(name, "warn", value, mend)
 
 
-def fail(name: str, value: str, mend: str) -> Finding:
-    """A finding with which training fails, or does not start."""
-    return Finding(name, "FAIL", value, mend)
+def fail(name: str, value: str, mend: str, *, unless: object = False) -> Finding:
+    """A finding with which training fails, or does not start; `unless`: nothing to mend."""
+    return ok(name, value) if unless else Finding(name, "FAIL", value, mend)
+
+
+def read_text(path: Path) -> str:
+    """Text of a file without surrounding blanks; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

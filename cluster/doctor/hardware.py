@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.doctor.finding import GB, Finding, fail, ok, warn
+from cluster.doctor.finding import GB, Finding, fail, ok, read_text, warn
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.units import cpu_count
 
@@ -22,7 +23,6 @@ BFLOAT16 = (8, 0)
 """First compute capability with bfloat16 arithmetic."""
 BUSY_BYTES = 0.5 * GB
 """Memory in use above which another process uses a GPU; the driver of an idle one takes less."""
-SMI_SECONDS = 10
 MIN_FILES = 4096
 """Open files that a worker with a large set of shards, and Ray beside it, may need."""
 MIN_SHARED = 2 * GB
@@ -48,7 +48,6 @@ class Gpu:
     """Bytes of memory."""
     capability: tuple[int, int]
     """CUDA compute capability."""
-    uuid: str = ""
     has_peer_access: bool | None = None
     """Whether it can access the memory of the next GPU; None: it is the last."""
     is_mig: bool = False
@@ -63,10 +62,12 @@ def gather_gpus() -> list[Gpu]:
     """Collect facts about the GPUs; empty if torch sees none."""
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    built = [name.rpartition("_")[2] for name in torch.cuda.get_arch_list()] if count else []
-    mig = _query_smi("--query-gpu=uuid,mig.mode.current") if count else []
-    users = _query_smi("--query-compute-apps=gpu_uuid,pid,process_name") if count else []
+    if not torch.cuda.is_available():
+        return []
+    count = torch.cuda.device_count()
+    built = [name.rpartition("_")[2] for name in torch.cuda.get_arch_list()]
+    mig = _query_smi("--query-gpu=uuid,mig.mode.current")
+    users = _query_smi("--query-compute-apps=gpu_uuid,pid,process_name")
     gpus = []
     for index in range(count):
         free, total = torch.cuda.mem_get_info(index)
@@ -80,9 +81,8 @@ def gather_gpus() -> list[Gpu]:
                 free=free,
                 total=total,
                 capability=capability,
-                uuid=uuid,
                 has_peer_access=peer,
-                is_mig="MIG" in properties.name or ("Enabled",) in select_rows(mig, uuid),
+                is_mig="MIG" in properties.name or ["Enabled"] in select_rows(mig, uuid),
                 users=list_users(users, uuid),
                 is_built_for=has_code(built, capability),
             )
@@ -92,12 +92,10 @@ def gather_gpus() -> list[Gpu]:
 
 def _query_smi(query: str) -> list[list[str]]:
     """Rows of nvidia-smi's answer; none without that program."""
-    if not (program := shutil.which("nvidia-smi")):
-        return []
     try:
         done = subprocess.run(
-            [program, query, "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=SMI_SECONDS, check=True,
+            ["nvidia-smi", query, "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return []
@@ -109,17 +107,15 @@ def parse_smi(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line]
 
 
-def select_rows(rows: list[list[str]], uuid: str) -> list[tuple[str, ...]]:
+def select_rows(rows: list[list[str]], uuid: str) -> list[list[str]]:
     """Rows of one GPU, without its uuid; torch leaves out the prefix `GPU-`."""
-    return [tuple(row[1:]) for row in rows if uuid and row[0].removeprefix("GPU-") == uuid]
+    return [row[1:] for row in rows if uuid and row[0].removeprefix("GPU-") == uuid]
 
 
 def list_users(rows: list[list[str]], uuid: str) -> tuple[str, ...]:
     """Processes on a GPU except this one, `PID NAME` each."""
     own = str(os.getpid())
-    return tuple(
-        " ".join(row[:2]) for row in select_rows(rows, uuid) if len(row) >= 2 and row[0] != own
-    )
+    return tuple(" ".join(row[:2]) for row in select_rows(rows, uuid) if row[0] != own)
 
 
 def has_code(built: list[str], capability: tuple[int, int]) -> bool:
@@ -129,9 +125,7 @@ def has_code(built: list[str], capability: tuple[int, int]) -> bool:
     """
     numbers = [int("".join(filter(str.isdigit, name))) for name in built]
     own = capability[0] * 10 + capability[1]
-    if not numbers or own > max(numbers):
-        return True
-    return any(number // 10 == capability[0] and number <= own for number in numbers)
+    return own > max(numbers, default=0) or any(own // 10 * 10 <= n <= own for n in numbers)
 
 
 def judge_gpus(gpus: list[Gpu], needs_gpu: bool) -> Iterator[Finding]:
@@ -142,18 +136,15 @@ def judge_gpus(gpus: list[Gpu], needs_gpu: bool) -> Iterator[Finding]:
         needs_gpu: the config says `device = "gpu"`, and the training runs on this machine.
     """
     if not gpus:
-        if needs_gpu:
-            mend = '--device auto (or cpu), or see the line "torch" above'
-            yield fail("GPUs", 'none that torch sees, and the config says device = "gpu"', mend)
-        else:
-            yield ok("GPUs", "none that torch sees: training runs on the CPU")
+        mend = '--device auto (or cpu), or see the line "torch" above'
+        why = ', and the config says device = "gpu"' if needs_gpu else ": training runs on the CPU"
+        yield fail("GPUs", f"none that torch sees{why}", mend, unless=not needs_gpu)
         return
+    is_odd = len(gpus) % 2 == 1
     names = ", ".join(sorted({gpu.name for gpu in gpus}))
-    if len(gpus) % 2:
-        mend = "--columns-per-worker 2 uses them all, a whole network on each"
-        yield warn("GPUs", f"{len(gpus)} ({names}): one has no partner", mend)
-    else:
-        yield ok("GPUs", f"{len(gpus)} ({names})")
+    text = f"{len(gpus)} ({names}){': one has no partner' * is_odd}"
+    mend = "--columns-per-worker 2 uses them all, a whole network on each"
+    yield warn("GPUs", text, mend, unless=not is_odd)
     for index, gpu in enumerate(gpus):
         yield from _judge_gpu(f"GPU {index}", gpu)
     pairs = list(enumerate(gpus))[:-1:2]
@@ -171,21 +162,20 @@ def judge_gpus(gpus: list[Gpu], needs_gpu: bool) -> Iterator[Finding]:
 def _judge_gpu(name: str, gpu: Gpu) -> Iterator[Finding]:
     if not gpu.is_built_for:
         major, minor = gpu.capability
-        yield fail(name, f"this torch has no code for {gpu.name} ({major}.{minor})",
-                   "make install CUDA=12   # its torch knows older GPUs")  # fmt: skip
+        mend = "make install CUDA=12   # its torch knows older GPUs"
+        yield fail(name, f"this torch has no code for {gpu.name} ({major}.{minor})", mend)
     if gpu.is_mig:
-        yield warn(
-            name, f"{gpu.name} is split into instances (MIG); NCCL does not join two of one GPU",
-            "--columns-per-worker 2, or, as root, when nothing runs there: nvidia-smi -mig 0",
-        )  # fmt: skip
+        text = f"{gpu.name} is split into instances (MIG); NCCL does not join two of one GPU"
+        mend = "--columns-per-worker 2, or, as root, when nothing runs there: nvidia-smi -mig 0"
+        yield warn(name, text, mend)
     used = gpu.total - gpu.free
     if gpu.users or used > BUSY_BYTES + 0.01 * gpu.total:
         who = ", ".join(gpu.users) or "processes that are not shown"
         mend = "nvidia-smi   # who? and CUDA_VISIBLE_DEVICES chooses others"
         yield warn(name, f"{used / GB:.1f} of {gpu.total / GB:.1f} GB in use by {who}", mend)
     if gpu.capability < BFLOAT16:
-        yield warn(name, f"{gpu.name} has no bfloat16: slower",
-                   "--dtype float32   # it is what auto takes there")  # fmt: skip
+        mend = "--dtype float32   # it is what auto takes there"
+        yield warn(name, f"{gpu.name} has no bfloat16: slower", mend)
 
 
 def judge_gpu_kernels() -> Finding:
@@ -195,15 +185,13 @@ def judge_gpu_kernels() -> Finding:
     from model.norm.response import describe_backend, local_response_norm
 
     try:
-        x = torch.ones(1, 4, 2, 2, device="cuda")
-        local_response_norm(x).sum().item()
+        local_response_norm(torch.ones(1, 4, 2, 2, device="cuda")).sum().item()
     except Exception as error:
         mend = "apt install gcc python3-dev   # Triton compiles its launcher in C"
         return fail("kernels", f"Triton's do not work: {summarize_error(error)}", mend)
     backend = describe_backend("cuda")
-    if backend.startswith("torch"):
-        return warn("kernels", backend, "pip install -c constraints.txt triton")
-    return ok("kernels", backend)
+    mend = "pip install -c constraints.txt triton"
+    return warn("kernels", backend, mend, unless=not backend.startswith("torch"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +237,10 @@ def gather(gpus: int) -> Hardware:
 
     allowed = cpu_count()
     memory_left, quota = read_container_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    available = _read_available_memory(Path("/proc/meminfo"))
+    # sysconf's SC_AVPHYS_PAGES would leave out the page cache, which the kernel gives back.
+    meminfo = re.search(r"^MemAvailable: +(\d+) kB", read_text(Path("/proc/meminfo")), re.MULTILINE)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = int(meminfo[1]) * 1024 if meminfo else physical
     temporary = tempfile.gettempdir()
     disk = shutil.disk_usage(temporary)
     shared = Path("/dev/shm")
@@ -272,16 +263,6 @@ def gather(gpus: int) -> Hardware:
     )
 
 
-def _read_available_memory(meminfo: Path) -> int:
-    try:
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def read_container_limits(root: Path, own: Path) -> tuple[int | None, float | None]:
     """Bytes of memory and number of cores that the control groups of this process leave it.
 
@@ -292,39 +273,32 @@ def read_container_limits(root: Path, own: Path) -> tuple[int | None, float | No
     Returns:
         None for either if there is no limit.
     """
-    try:
-        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        lines = []
     memory: list[int] = []
     cores: list[float] = []
-    for _, controllers, path in lines:
+    for line in read_text(own).splitlines():
+        _, controllers, path = line.split(":", 2)
         names = controllers.split(",")
         for folder in (Path(path), *Path(path).parents):
             below = str(folder).lstrip("/")
-            if controllers == "":
-                memory += _read_memory_left(
-                    root / below, "memory.max", "memory.current", "inactive_file"
-                )
-                cores += _parse_quota(_read_text(root / below / "cpu.max"))
+            if not controllers:
+                files = ("memory.max", "memory.current", "inactive_file")
+                memory += _read_memory_left(root / below, *files)
+                cores += _parse_quota(read_text(root / below / "cpu.max"))
             if "memory" in names:
-                memory += _read_memory_left(
-                    root / "memory" / below, "memory.limit_in_bytes", "memory.usage_in_bytes",
-                    "total_inactive_file",
-                )  # fmt: skip
+                files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                memory += _read_memory_left(root / "memory" / below, *files)
             if "cpu" in names:
                 group = root / "cpu" / below
-                whole = _read_text(group / "cpu.cfs_quota_us")
-                period = _read_text(group / "cpu.cfs_period_us")
-                cores += _parse_quota(f"{whole} {period}")
+                quota, period = (read_text(group / f"cpu.cfs_{x}_us") for x in ("quota", "period"))
+                cores += _parse_quota(f"{quota} {period}")
     return min(memory, default=None), min(cores, default=None)
 
 
 def _read_memory_left(group: Path, limit: str, used: str, cache: str) -> list[int]:
-    most, now = _read_text(group / limit), _read_text(group / used)
+    most, now = read_text(group / limit), read_text(group / used)
     if not most.isdecimal() or not now.isdecimal() or int(most) > 2**60:  # 2**63 means no limit
         return []
-    rows = dict(line.split(" ", 1) for line in _read_text(group / "memory.stat").splitlines())
+    rows = dict(line.split(" ", 1) for line in read_text(group / "memory.stat").splitlines())
     return [int(most) - int(now) + int(rows.get(cache, 0))]
 
 
@@ -333,81 +307,53 @@ def _parse_quota(text: str) -> list[float]:
     return [int(whole) / int(period)] if whole.isdecimal() and period.isdecimal() else []
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
 def judge(have: Hardware, own_ray: bool) -> Iterator[Finding]:
     """Judge this machine; `own_ray`: a training would start a Ray of its own here."""
     kinds = "AMX: bfloat16" if have.has_amx else "no AMX: float32"
     limit = "of a container's quota" if have.has_quota else "for this process"
     cores = f"{have.cores} {limit}, {have.vectors}, {kinds}"
-    if have.cores < 2:
-        yield warn("cores", cores, "docker run --cpus 4   # decoding and training share one now")
-    else:
-        yield ok("cores", cores)
-    yield from _judge_memory(have)
-    if have.files < MIN_FILES:
-        yield warn("open files", f"{have.files}", "ulimit -n 65536   # before ray start, too")
-    else:
-        yield ok("open files", f"{have.files:,}")
+    mend = "docker run --cpus 4   # decoding and training share one now"
+    yield warn("cores", cores, mend, unless=have.cores >= 2)
+    limit = ", by a container's limit" if have.has_memory_limit else ""
+    memory = f"{have.memory / GB:.1f} GB available{limit}"
+    mend = "docker run --memory 8g, or end what runs here   # Ray alone takes 1.6 GB"
+    # 2 GB: torch, DALI and Ray's processes before any image.
+    yield warn("memory", memory, mend, unless=have.memory >= 2 * GB)
+    mend = "docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
+    shared = f"{have.shared / GB:.1f} GB free"
+    yield warn("/dev/shm", shared, mend, unless=have.shared >= MIN_SHARED)
+    if have.gpus and have.has_infiniband and have.locked >= 0:
+        text = f"{have.locked / 1e6:.1f} MB; InfiniBand needs any number"
+        mend = "ulimit -l unlimited   # docker run --ulimit memlock=-1; before ray start, too"
+        yield warn("locked memory", text, mend)
+    mend = "ulimit -n 65536   # before ray start, too"
+    yield warn("open files", f"{have.files}", mend, unless=have.files >= MIN_FILES)
     yield _judge_temporary(have, own_ray)
     if have.kernels:
         yield _judge_kernels(have.kernels)
 
 
-def _judge_memory(have: Hardware) -> Iterator[Finding]:
-    limit = ", by a container's limit" if have.has_memory_limit else ""
-    memory = f"{have.memory / GB:.1f} GB available{limit}"
-    if have.memory < 2 * GB:  # torch, DALI and Ray's processes before any image
-        mend = "docker run --memory 8g, or end what runs here   # Ray alone takes 1.6 GB"
-        yield warn("memory", memory, mend)
-    else:
-        yield ok("memory", memory)
-    shared = f"{have.shared / GB:.1f} GB free"
-    if have.shared < MIN_SHARED:
-        mend = "docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
-        yield warn("/dev/shm", shared, mend)
-    else:
-        yield ok("/dev/shm", shared)
-    if have.gpus and have.has_infiniband and have.locked >= 0:
-        yield warn(
-            "locked memory", f"{have.locked / 1e6:.1f} MB; InfiniBand needs any number",
-            "ulimit -l unlimited   # docker run --ulimit memlock=-1; before ray start, too",
-        )  # fmt: skip
-
-
 def _judge_temporary(have: Hardware, own_ray: bool) -> Finding:
-    free = f"{have.temporary}: {have.temporary_free / GB:.1f} GB free"
-    if own_ray and len(os.fsencode(have.temporary)) + RAY_SUFFIX > SOCKET_PATH:
-        most = SOCKET_PATH - RAY_SUFFIX
+    most = SOCKET_PATH - RAY_SUFFIX
+    if own_ray and len(os.fsencode(have.temporary)) > most:
         text = f"{have.temporary} is too long for Ray's sockets; {most} characters do"
         return fail("temporary", text, "export TMPDIR=/tmp")
-    if have.temporary_free < MIN_TEMPORARY or have.temporary_full > FULL_DISK:
-        text = f"{free}, its disk is {have.temporary_full:.0%} full"
-        return warn("temporary", text, f"make room, or export TMPDIR={_find_other_folder()}")
-    return ok("temporary", free)
-
-
-def _find_other_folder() -> str:
-    """A temporary folder on another disk with room; a placeholder if none is known."""
-    for name in ("/var/tmp", "/scratch", "/dev/shm"):
-        if Path(name).is_dir() and shutil.disk_usage(name).free > 5 * MIN_TEMPORARY:
-            return name
-    return "/a/larger/disk"
+    free = f"{have.temporary}: {have.temporary_free / GB:.1f} GB free"
+    if have.temporary_free >= MIN_TEMPORARY and have.temporary_full <= FULL_DISK:
+        return ok("temporary", free)
+    folders = (name for name in ("/var/tmp", "/scratch", "/dev/shm") if Path(name).is_dir())
+    large = (name for name in folders if shutil.disk_usage(name).free > 5 * MIN_TEMPORARY)
+    text = f"{free}, its disk is {have.temporary_full:.0%} full"
+    return warn("temporary", text, f"make room, or export TMPDIR={next(large, '/a/larger/disk')}")
 
 
 def _judge_kernels(backend: str) -> Finding:
     if not backend.startswith("torch operations"):
         return ok("kernels", backend)
     reason = backend.partition(": ")[2]
+    mend = "CC=gcc, or another compiler; DUET_KERNELS=torch to do without"
     if "DUET_KERNELS" in reason:
         mend = "unset DUET_KERNELS"
     elif "no C compiler" in reason:
         mend = "apt install gcc   # or CC=..."
-    else:
-        mend = "CC=gcc, or another compiler; DUET_KERNELS=torch to do without"
     return warn("kernels", f"the normalization takes several times as long: {reason}", mend)

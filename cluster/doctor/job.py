@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.hardware import Gpu, Hardware
-from cluster.launch.placement import Node, NoRoom, place_workers
+from cluster.launch.placement import Node, NoRoom, place_workers, uses_gpus
 from model.architecture import build_stages
 from model.summary import FLOAT32_BYTES, build_table, sum_rows
 
@@ -30,11 +30,9 @@ def judge_network(config: Config, classes: int | None) -> Finding:
         mend = "another --width, --columns or --pool; or a data set with more classes"
         return fail("network", f"{error}", mend)
     parameters = sum_rows(build_table(count, config.design)).parameters
-    replicas = config.replica_sizes[-1]
-    return ok(
-        "network", f"{parameters / 1e6:,.1f} million parameters, {count} classes{assumed}; batch "
-        f"{config.batch_size} = {replicas} x {config.batch_size // replicas}",
-    )  # fmt: skip
+    size, replicas = config.batch_size, config.replica_sizes[-1]
+    text = f"{parameters / 1e6:,.1f} million parameters, {count} classes{assumed}"
+    return ok("network", f"{text}; batch {size} = {replicas} x {size // replicas}")
 
 
 def checkpoint_bytes(config: Config | None, classes: int | None) -> int:
@@ -43,44 +41,38 @@ def checkpoint_bytes(config: Config | None, classes: int | None) -> int:
     return 2 * sum_rows(build_table(classes or CLASSES, design)).parameter_bytes
 
 
-def worker_bytes(config: Config, classes: int | None, replicas: int) -> int:
+def worker_bytes(config: Config, classes: int | None) -> int:
     """Bytes of parameters and activations in a worker, without the memory of its process.
 
     The paper's M = X(W + B + A + Z), with gradient and velocity for each W and B; all in float32,
-    so that it is an upper bound in bfloat16.
+    so that it is an upper bound in bfloat16. The least number of replicas divides the batch.
 
     Args:
         config: of the training.
         classes: number of classes; None: not known.
-        replicas: number of replicas, which divide the batch.
     """
     rows = build_table(classes or CLASSES, config.design)
     if config.size == 2:
         rows = [row for row in rows if row.column == "a"]  # b's are as large
     sums = sum_rows(rows)
-    batch = config.microbatch_size(replicas)
+    batch = config.microbatch_size(config.replica_sizes[0])
     return FLOAT32_BYTES * (PARAMETER_COPIES * sums.parameters + 2 * sums.neurons * batch)
-
-
-def _uses_gpus(config: Config, has_gpus: bool) -> bool:
-    """Whether a training uses GPUs, by the rule of `cluster.launch.controller`."""
-    return config.device == "gpu" or (config.device == "auto" and has_gpus)
 
 
 def judge_room(config: Config, nodes: Sequence[Node]) -> Finding:
     """Judge whether the job fits the free resources of a cluster."""
-    gpu = _uses_gpus(config, any(node.gpus + node.busy_gpus for node in nodes))
+    gpu = uses_gpus(config, any(node.gpus + node.busy_gpus for node in nodes))
     try:
         placement = place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=gpu)
     except NoRoom as error:
         text, _, mend = str(error).rpartition("; use ")
         return fail("room", text, mend)
-    kind = "GPU" if gpu else "CPU"
+    replicas, size, used = placement.replicas, placement.size, len(set(placement.nodes))
     return ok(
-        "room", f"{placement.replicas} replica{'s' * (placement.replicas > 1)} of {placement.size} "
-        f"{kind} worker{'s' * (placement.size > 1)} on {len(set(placement.nodes))} of "
-        f"{len(nodes)} node{'s' * (len(nodes) > 1)}",
-    )  # fmt: skip
+        "room",
+        f"{replicas} replica{'s' * (replicas > 1)} of {size} {'GPU' if gpu else 'CPU'} "
+        f"worker{'s' * (size > 1)} on {used} of {len(nodes)} node{'s' * (len(nodes) > 1)}",
+    )
 
 
 def judge_local_job(
@@ -88,38 +80,24 @@ def judge_local_job(
 ) -> Iterator[Finding]:
     """Judge whether the job fits this machine, if it starts a Ray of its own."""
     least = config.replica_sizes[0] * config.size
-    if _uses_gpus(config, bool(gpus)):
+    need = worker_bytes(config, classes)
+    microbatch = max(1, config.microbatch_size(config.replica_sizes[0]) // 4)
+    smaller = f"--microbatch {microbatch}, or a smaller --width"
+    if uses_gpus(config, bool(gpus)):
         node = Node(id="", name=platform.node(), cpus=max(have.cores, least), gpus=float(len(gpus)))
         room = judge_room(config, [node])
         yield room
         if room.status == "ok" and gpus:
-            yield _judge_gpu_memory(config, classes, gpus)
+            free = min(gpu.free for gpu in gpus)
+            text = f"{need / GB:.1f} GB of {free / GB:.1f} GB free on the fullest GPU"
+            yield fail("worker memory", text, smaller, unless=need <= free)
         return
     if least > have.cores:  # Duet's own Ray starts them all the same
-        yield warn(
-            "room", f"{least} workers take turns on {have.cores} core(s)",
-            "--columns-per-worker 2, or fewer --replicas" if config.size == 2
-            else "fewer --replicas",
-        )  # fmt: skip
+        pairs = "--columns-per-worker 2, or " if config.size == 2 else ""
+        text = f"{least} workers take turns on {have.cores} core(s)"
+        yield warn("room", text, f"{pairs}fewer --replicas")
     else:
         yield ok("room", f"{least} worker{'s' * (least > 1)} on {have.cores} cores")
-    each = worker_bytes(config, classes, config.replica_sizes[0]) + PROCESS_BYTES
+    each = need + PROCESS_BYTES
     text = f"{least} x {each / GB:.1f} GB of {have.memory / GB:.1f} GB"
-    if least * each > have.memory:
-        yield fail("worker memory", text, _suggest_smaller(config))
-    else:
-        yield ok("worker memory", text)
-
-
-def _judge_gpu_memory(config: Config, classes: int | None, gpus: Sequence[Gpu]) -> Finding:
-    need = worker_bytes(config, classes, config.replica_sizes[0])
-    least = min(gpu.free for gpu in gpus)
-    text = f"{need / GB:.1f} GB of {least / GB:.1f} GB free on the fullest GPU"
-    if need > least:
-        return fail("worker memory", text, _suggest_smaller(config))
-    return ok("worker memory", text)
-
-
-def _suggest_smaller(config: Config) -> str:
-    size = config.microbatch_size(config.replica_sizes[0])
-    return f"--microbatch {max(1, size // 4)}, or a smaller --width"
+    yield fail("worker memory", text, smaller, unless=least * each <= have.memory)

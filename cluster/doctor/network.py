@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
 import tempfile
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from cluster.doctor.finding import Finding, fail, ok, warn
+from cluster.doctor.finding import Finding, fail, ok, read_text, warn
 from pipeline.tools.errors import summarize_error
 
 SECONDS = 30
@@ -39,15 +40,10 @@ def judge(gpus: int, cluster: bool) -> Iterator[Finding]:
 
 def find_default_interface(names: Sequence[str], routes: Path = Path("/proc/net/route")) -> str:
     """Name of the interface with the default route; eth0 if it cannot be told."""
-    try:
-        rows = [line.split() for line in routes.read_text(encoding="utf-8").splitlines()[1:]]
-    except OSError:
-        rows = []
-    for row in rows:
-        if len(row) > 1 and row[1] == "00000000":
-            return row[0]
-    real = [name for name in names if not name.startswith(("lo", "docker", "veth", "br-"))]
-    return real[0] if real else "eth0"
+    if found := re.search(r"^(\S+)\s+00000000\s", read_text(routes), re.MULTILINE):
+        return found[1]
+    real = (name for name in names if not name.startswith(("lo", "docker", "veth", "br-")))
+    return next(real, "eth0")
 
 
 def judge_host_name(
@@ -65,10 +61,8 @@ def judge_host_name(
     mend = f"export GLOO_SOCKET_IFNAME={default} NCCL_SOCKET_IFNAME={default}   # on every machine"
     for variable, value in chosen.items():
         if not _is_interface(variable, value, names):
-            return fail(
-                "host name", f"{variable}={value}, and there is no such interface here "
-                f"({', '.join(names)})", mend,
-            )  # fmt: skip
+            text = f"{variable}={value}, and there is no such interface here ({', '.join(names)})"
+            return fail("host name", text, mend)
     if "GLOO_SOCKET_IFNAME" in chosen:
         return ok("host name", f"{host}; gloo goes by {chosen['GLOO_SOCKET_IFNAME']}")
     try:
@@ -115,7 +109,7 @@ def try_round_trip(backend: str) -> Finding:
                 if process.is_alive():
                     process.kill()
                     process.join()
-        result, error = (_read_text(Path(folder, name)) for name in ("result", "error"))
+        result, error = (read_text(Path(folder, name)) for name in ("result", "error"))
         return judge_round_trip(backend, timed_out, result, error)
 
 
@@ -124,18 +118,12 @@ def judge_round_trip(backend: str, timed_out: bool, result: str, error: str) -> 
     if result and not timed_out and not error:
         return ok(backend, result)
     silence = f"no answer for {2 * SECONDS} s" if timed_out else "a process died without a message"
-    text = error or silence
+    mend = "GLOO_SOCKET_IFNAME=lo python -m cluster.doctor   # if that works, mend this machine's "
+    mend += "name in /etc/hosts"
     if backend == "nccl":
-        return fail(
-            backend, text, "NCCL_DEBUG=INFO python -m cluster.doctor   # says why; with "
-            "NCCL_P2P_DISABLE=1 or NCCL_SHM_DISABLE=1 it may take another way",
-        )  # fmt: skip
-    return fail(backend, text, "GLOO_SOCKET_IFNAME=lo python -m cluster.doctor   # if that works, "
-                "mend this machine's name in /etc/hosts")  # fmt: skip
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+        mend = "NCCL_DEBUG=INFO python -m cluster.doctor   # says why; with NCCL_P2P_DISABLE=1 or "
+        mend += "NCCL_SHM_DISABLE=1 it may take another way"
+    return fail(backend, error or silence, mend)
 
 
 def run_side(rank: int, backend: str, folder: str) -> None:

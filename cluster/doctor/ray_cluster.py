@@ -16,16 +16,17 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.doctor.finding import GB, Finding, fail, ok, warn
+from cluster.doctor.finding import GB, Finding, fail, ok, read_text, warn
 from cluster.doctor.hardware import MIN_FILES, MIN_SHARED
 from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
 from cluster.launch.placement import Node
+from cluster.launch.session import REPOSITORY
 from pipeline.remote.filesystem import hide_credentials, is_remote
 from pipeline.tools.errors import summarize_error
 
@@ -34,7 +35,6 @@ CONNECT_SECONDS = 5
 NODE_SECONDS = 90
 """Timeout of joining the cluster and asking its nodes."""
 GCS_PORT = 6379
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 def judge(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -44,14 +44,14 @@ def judge(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     yield from judge_token(environment, is_client=bool(address or jobs))
     if jobs:
         yield judge_job_server(jobs)
-    if not address:
-        yield ok(
-            "Ray", "RAY_ADDRESS is not set: a training starts a Ray of its own and ends it; it "
-            "listens on loopback only (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which it sets)",
-        )  # fmt: skip
-        yield from judge_old_address(find_address_file(), try_connection)
+    if address:
+        yield judge_address(address)
         return
-    yield judge_address(address)
+    text = "RAY_ADDRESS is not set: a training starts a Ray of its own and ends it; it listens on "
+    yield ok("Ray", f"{text}loopback only (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which it sets)")
+    # Where `ray start` stores the address for `ray` commands without one.
+    folder = environment.get("RAY_TMPDIR") or "/tmp"
+    yield from judge_old_address(Path(folder, "ray", "ray_current_cluster"))
 
 
 def judge_token(environment: Mapping[str, str], is_client: bool) -> Iterator[Finding]:
@@ -62,34 +62,23 @@ def judge_token(environment: Mapping[str, str], is_client: bool) -> Iterator[Fin
         is_client: this machine connects to a cluster, rather than to a Ray of its own.
     """
     mode = environment.get("RAY_AUTH_MODE", "")
-    given = environment.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
-    path = Path(given).expanduser()
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    in_variable = bool(environment.get("RAY_AUTH_TOKEN"))
     if mode == "disabled":
         if is_client:
-            yield warn("token", "RAY_AUTH_MODE=disabled: whoever reaches the cluster's ports runs "
-                       "any code on it", "RAY_AUTH_MODE=token, on all nodes")  # fmt: skip
-        return
-    if environment.get("RAY_AUTH_TOKEN"):
-        if is_client and mode != "token":
-            yield _warn_unused_token(mode)
-        else:
-            yield ok("token", "in RAY_AUTH_TOKEN")
-    elif not path.exists():
+            text = "RAY_AUTH_MODE=disabled: whoever reaches the cluster's ports runs any code on it"
+            yield warn("token", text, "RAY_AUTH_MODE=token, on all nodes")
+    elif not in_variable and not path.exists():
         if mode == "token":
-            yield fail("token", f"RAY_AUTH_MODE=token, and no {path}",
-                       f"ray get-auth-token --generate > /dev/null; chmod 600 {path}   # or copy "
-                       "the cluster's there")  # fmt: skip
-    elif stat.S_IMODE(path.stat().st_mode) & 0o077:
+            mend = f"ray get-auth-token --generate > /dev/null; chmod 600 {path}   # or copy "
+            yield fail("token", f"RAY_AUTH_MODE=token, and no {path}", f"{mend}the cluster's there")
+    elif not in_variable and stat.S_IMODE(path.stat().st_mode) & 0o077:
         yield warn("token", f"{path} can be read by others", f"chmod 600 {path}")
     elif is_client and mode != "token":
-        yield _warn_unused_token(mode)
+        text = f"there is one, and RAY_AUTH_MODE is {mode or 'not set'}: clients of a cluster do "
+        yield warn("token", f"{text}not look for it", "export RAY_AUTH_MODE=token")
     else:
-        yield ok("token", f"{path}, for its owner only")
-
-
-def _warn_unused_token(mode: str) -> Finding:
-    return warn("token", f"there is one, and RAY_AUTH_MODE is {mode or 'not set'}: clients of a "
-                "cluster do not look for it", "export RAY_AUTH_MODE=token")  # fmt: skip
+        yield ok("token", "in RAY_AUTH_TOKEN" if in_variable else f"{path}, for its owner only")
 
 
 def judge_job_server(address: str) -> Finding:
@@ -97,11 +86,9 @@ def judge_job_server(address: str) -> Finding:
     mend = "export RAY_API_SERVER_ADDRESS=http://HEAD:8265, or a tunnel: ssh -L 8265:localhost:8265"
     if not address.startswith(("http://", "https://")):
         return fail("job server", f"RAY_API_SERVER_ADDRESS={address} is no http://", mend)
+    version = f"{address.rstrip('/')}/api/version"
     try:
-        with urllib.request.urlopen(
-            f"{address.rstrip('/')}/api/version", timeout=CONNECT_SECONDS
-        ) as answer:
-            answer.read()
+        urllib.request.urlopen(version, timeout=CONNECT_SECONDS).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):  # it is there, and asks for the token
             return ok("job server", f"{address} answers, and asks for the token")
@@ -115,17 +102,17 @@ def judge_job_server(address: str) -> Finding:
 def judge_address(address: str) -> Finding:
     """Judge whether RAY_ADDRESS is well formed, and whether a process listens there."""
     if address.startswith(("http://", "https://")):
-        return fail("RAY_ADDRESS", f"{address} is a job server's address",
-                    f"export RAY_API_SERVER_ADDRESS={address}; unset RAY_ADDRESS")  # fmt: skip
+        mend = f"export RAY_API_SERVER_ADDRESS={address}; unset RAY_ADDRESS"
+        return fail("RAY_ADDRESS", f"{address} is a job server's address", mend)
     if address.startswith("ray://"):
-        return fail("RAY_ADDRESS", f"{address} is for Ray's client, which Ray Train does not "
-                    "support", "ray job submit, or RAY_ADDRESS=HEAD:6379 on the head")  # fmt: skip
+        text = f"{address} is for Ray's client, which Ray Train does not support"
+        return fail("RAY_ADDRESS", text, "ray job submit, or RAY_ADDRESS=HEAD:6379 on the head")
     if address in ("auto", "local"):
         return ok("RAY_ADDRESS", address)
-    host, port = _split_address(address)
-    if not port:
-        return fail("RAY_ADDRESS", f"{address} has no port",
-                    f"export RAY_ADDRESS={host}:{GCS_PORT}")  # fmt: skip
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        mend = f"export RAY_ADDRESS={address}:{GCS_PORT}"
+        return fail("RAY_ADDRESS", f"{address} has no port", mend)
     if error := try_connection(address):
         mend = "ray start --head --dashboard-host 127.0.0.1   # on the head; then export "
         mend += f"RAY_ADDRESS=HEAD:{GCS_PORT}; or unset RAY_ADDRESS"
@@ -135,33 +122,21 @@ def judge_address(address: str) -> Finding:
 
 def try_connection(address: str) -> str:
     """Connect to HOST:PORT; return the error message, empty if that works."""
-    host, port = _split_address(address)
-    try:
-        with socket.create_connection((host, port), CONNECT_SECONDS):
-            return ""
-    except (OSError, OverflowError) as error:
-        return getattr(error, "strerror", None) or summarize_error(error)
-
-
-def _split_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    return (host.strip("[]"), int(port)) if host and port.isdecimal() else (address, 0)
-
-
-def find_address_file() -> Path:
-    """Path of the file in which `ray start` stores the address for `ray` commands without one."""
-    return Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
-
-
-def judge_old_address(path: Path, connect: Callable[[str], str]) -> Iterator[Finding]:
-    """Judge an address file that a stopped head may have left; `connect` is `try_connection`."""
     try:
-        address = path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return
-    if address and (error := connect(address)):
-        yield warn("old cluster", f"{path} names {address}, which does not answer ({error}): bare "
-                   "`ray` commands try it; trainings do not", f"rm {path}")  # fmt: skip
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError, ValueError) as error:
+        return getattr(error, "strerror", None) or summarize_error(error)
+    return ""
+
+
+def judge_old_address(path: Path) -> Iterator[Finding]:
+    """Judge an address file that a stopped head may have left."""
+    address = read_text(path)
+    if address and (error := try_connection(address)):
+        text = f"{path} names {address}, which does not answer ({error})"
+        mend = f"rm {path}"
+        yield warn("old cluster", f"{text}: bare `ray` commands try it; trainings do not", mend)
 
 
 def judge_nodes(config: Config | None, data: str, run: Path | None) -> Iterator[Finding]:
@@ -178,19 +153,18 @@ def judge_nodes(config: Config | None, data: str, run: Path | None) -> Iterator[
         "address": data if is_remote(data) else "",
         "code": "" if in_job else str(REPOSITORY),
     }
-    if folder is not None:
-        (folder / mark).write_bytes(b"")
+    marks: set[str] = set()
     try:
+        if folder is not None:
+            (folder / mark).touch()
         answer = run_probe(request)
-        marks = {path.name for path in folder.glob(f"{mark}*")} if folder is not None else set()
     finally:
         if folder is not None:
             for path in folder.glob(f"{mark}*"):
+                marks.add(path.name)
                 path.unlink(missing_ok=True)
-    if "why" in answer:
-        yield fail(
-            "Ray", f"{os.environ['RAY_ADDRESS']}: {answer['why']}", suggest_mend(answer["why"])
-        )
+    if why := answer.get("why"):
+        yield fail("Ray", f"{os.environ['RAY_ADDRESS']}: {why}", suggest_mend(why))
         return
     room = [Node(**node) for node in answer["room"]]
     free = ", ".join(f"{n.name}: {n.cpus:g} CPUs, {n.gpus:g} GPUs" for n in room)
@@ -237,16 +211,11 @@ def suggest_mend(why: str) -> str:
     """What to do about a process that could not join the cluster."""
     low = why.lower()
     if "version mismatch" in low:
-        return (
-            "the same Python on both sides, and pip install -c constraints.txt 'ray[default,train]'"
-        )
+        install = "pip install -c constraints.txt 'ray[default,train]'"
+        return f"the same Python on both sides, and {install}"
     # "Failed to connect" is all that Ray says of a token that is not the cluster's.
-    if (
-        "failed to connect" in low
-        or "token" in low
-        or "authenticat" in low
-        or "unauthorized" in low
-    ):
+    signs = ("failed to connect", "token", "authenticat", "unauthorized")
+    if any(sign in low for sign in signs):
         return (
             "export RAY_AUTH_MODE=token; the head's ~/.ray/auth_token belongs here, too, mode 600; "
             "`ray status` on the head says whether it is well"
@@ -270,65 +239,52 @@ def judge_node(
     if "why" in node:
         return fail(name, node["why"], f"ray logs raylet.err --node-id {node['id']}")
     has = node["answer"]
-    if differences := compare_releases(own, has["releases"]):
-        return fail(name, differences, "pip install -c constraints.txt -e . the same on all nodes")
-    storage = "on storage that all nodes mount"
+    theirs = {package: has["releases"].get(package, "is missing") for package in own}
+    if theirs != own:
+        differences = (f"{n} {theirs[n]}, here {own[n]}" for n in own if theirs[n] != own[n])
+        mend = "pip install -c constraints.txt -e . the same on all nodes"
+        return fail(name, "; ".join(differences), mend)
+    run, data, storage = request["run"], request["data"], "on storage that all nodes mount"
     if has.get("run") is False:
-        return fail(name, f"does not see {request['run']}", f"a --run {storage}, or --store "
-                    "s3://bucket/folder")  # fmt: skip
+        mend = f"a --run {storage}, or --store s3://bucket/folder"
+        return fail(name, f"does not see {run}", mend)
     if "cannot_write" in has:
-        return fail(name, f"cannot write in {request['run']} ({has['cannot_write']})",
-                    f"chown it to the user that runs Ray there; or a --run {storage}")  # fmt: skip
+        mend = f"chown it to the user that runs Ray there; or a --run {storage}"
+        return fail(name, f"cannot write in {run} ({has['cannot_write']})", mend)
     if "own" in has and has["own"] not in marks:
-        return fail(name, f"what it writes in {request['run']} does not arrive here",
-                    f"a --run {storage}")  # fmt: skip
+        return fail(name, f"what it writes in {run} does not arrive here", f"a --run {storage}")
     if has.get("data") is False:
-        return fail(name, f"does not see {request['data']}", f"a --data {storage}, or its address "
-                    "in a store")  # fmt: skip
+        mend = f"a --data {storage}, or its address in a store"
+        return fail(name, f"does not see {data}", mend)
     if has.get("address"):
         text = hide_credentials(f"{request['address']}: {has['address']}")
-        return fail(name, text, "the store's credentials in that node's environment, or "
-                    "ray job submit --runtime-env-json '{\"env_vars\": {...}}'")  # fmt: skip
-    return _find_weakness(name, node, has, need) or ok(name, _describe_access(has))
+        mend = "the store's credentials in that node's environment, or ray job submit "
+        return fail(name, text, mend + "--runtime-env-json '{\"env_vars\": {...}}'")
+    if weakness := _find_weakness(node, has, need):
+        return warn(name, *weakness)
+    places = ["RUN"] if has.get("run") else []
+    places += ["DATA"] if has.get("data") or has.get("address") == "" else []
+    sees = f", sees {' and '.join(places)}" if places else ""
+    return ok(name, f"same packages{sees}")
 
 
-def compare_releases(own: dict[str, str], theirs: dict[str, str]) -> str:
-    """Packages whose releases differ, in words; empty if none does."""
-    return "; ".join(
-        f"{package} {theirs.get(package, 'is missing')}, here {release}"
-        for package, release in own.items()
-        if theirs.get(package) != release
-    )
-
-
-def _find_weakness(
-    name: str, node: dict[str, Any], has: dict[str, Any], need: int
-) -> Finding | None:
-    """A warning about a node on which the training can run; None if there is nothing to mend."""
-    gpus = node["gpus"]
-    if has["devices"] < gpus and not os.environ.get("DUET_FAKE_GPUS"):
-        return warn(name, f"Ray was started with {gpus} GPUs, and there are {has['devices']}",
-                    f"ray start --num-gpus {has['devices']} there")  # fmt: skip
+def _find_weakness(node: dict[str, Any], has: dict[str, Any], need: int) -> tuple[str, str] | None:
+    """What is not good on a node where the training can run, and what mends it; None: nothing."""
+    gpus, devices = node["gpus"], has["devices"]
+    if devices < gpus and not os.environ.get("DUET_FAKE_GPUS"):
+        text = f"Ray was started with {gpus} GPUs, and there are {devices}"
+        return text, f"ray start --num-gpus {devices} there"
     if has.get("code") is False:
-        return warn(name, "does not have this repository; workers need it",
-                    "ray job submit --working-dir . -- python -m cluster.train ...")  # fmt: skip
+        mend = "ray job submit --working-dir . -- python -m cluster.train ..."
+        return "does not have this repository; workers need it", mend
     if gpus % 2:
         mend = "--columns-per-worker 2 uses it, or start its Ray with an even --num-gpus"
-        return warn(name, f"{gpus} GPUs: one has no partner", mend)
-    if "disk" in has and has["disk"] < need:
-        return warn(name, f"{has['disk'] / GB:.1f} GB free in RUN, a checkpoint takes "
-                    f"{need / GB:.1f}", "make room there")  # fmt: skip
+        return f"{gpus} GPUs: one has no partner", mend
+    if has.get("disk", need) < need:
+        text = f"{has['disk'] / GB:.1f} GB free in RUN, a checkpoint takes {need / GB:.1f}"
+        return text, "make room there"
     if has["files"] < MIN_FILES:
-        return warn(
-            name, f"{has['files']} open files", "ulimit -n 65536   # there, before ray start"
-        )
+        return f"{has['files']} open files", "ulimit -n 65536   # there, before ray start"
     if has["shared"] < MIN_SHARED:
-        return warn(name, f"{has['shared'] / GB:.1f} GB of /dev/shm free", "--shm-size=8g there")
+        return f"{has['shared'] / GB:.1f} GB of /dev/shm free", "--shm-size=8g there"
     return None
-
-
-def _describe_access(has: dict[str, Any]) -> str:
-    data = has.get("data") or has.get("address") == ""
-    places = [what for what, there in (("RUN", has.get("run")), ("DATA", data)) if there]
-    sees = f", sees {' and '.join(places)}" if places else ""
-    return f"same packages{sees}"

@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +87,16 @@ def list_releases() -> dict[str, str]:
     """Releases of Python and of the packages on this machine."""
     found = {"Python": platform.python_version()}
     for name, label in PACKAGES.items():
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[label] = importlib.metadata.version(name).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def ask_nodes(request: dict[str, Any]) -> dict[str, Any]:
+def ask_nodes(request: dict[str, Any]) -> list[dict[str, Any]]:
     """Run `look` on every node.
 
     Returns:
-        `nodes`: for each node its `id`, `name` and `gpus`, and `answer`, or `why` there is none.
+        for each node its `id`, `name` and `gpus`, and `answer`, or `why` there is none.
     """
     import ray
     from ray import cloudpickle
@@ -105,17 +104,16 @@ def ask_nodes(request: dict[str, Any]) -> dict[str, Any]:
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes may lack this repository
     task = ray.remote(num_cpus=0, max_retries=0)(look)
-    pending, nodes = {}, []
+    pending, nodes = [], []
     for node in ray.nodes():
         if node["Alive"]:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             gpus = int(node["Resources"].get("GPU", 0))
             name = node["NodeManagerHostname"]
             nodes.append({"id": node["NodeID"], "name": name, "gpus": gpus})
-            pending[node["NodeID"]] = task.options(scheduling_strategy=where).remote(request)
-    done, _ = ray.wait(list(pending.values()), num_returns=len(pending), timeout=NODE_SECONDS)
-    for entry in nodes:
-        answer = pending[entry["id"]]
+            pending.append(task.options(scheduling_strategy=where).remote(request))
+    done, _ = ray.wait(pending, num_returns=len(pending), timeout=NODE_SECONDS)
+    for entry, answer in zip(nodes, pending, strict=True):
         if answer not in done:
             entry["why"] = f"no answer for {NODE_SECONDS} s"
             continue
@@ -124,7 +122,7 @@ def ask_nodes(request: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             entry["why"] = (lines or [type(error).__name__])[-1]
-    return {"nodes": nodes}
+    return nodes
 
 
 def main(request: dict[str, Any], out: Path) -> None:
@@ -138,11 +136,9 @@ def main(request: dict[str, Any], out: Path) -> None:
     start = time.monotonic()
     try:
         with ray_session(1, preload=None):
-            answer = {
-                "seconds": time.monotonic() - start,
-                "room": [asdict(n) for n in list_nodes()],
-            }
-            answer |= ask_nodes(request)
+            seconds = time.monotonic() - start
+            room = [asdict(node) for node in list_nodes()]
+            answer = {"seconds": seconds, "room": room, "nodes": ask_nodes(request)}
             out.write_text(json.dumps(answer), encoding="utf-8")
     except DuetError as error:
         cause = error.__cause__

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +51,8 @@ class Channel:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = ray.get_runtime_context().get_node_id()
-        self._box = (
-            ray.remote(_Box)
-            .options(
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
-            )
-            .remote()
-        )
+        where = NodeAffinitySchedulingStrategy(here, soft=False)
+        self._box = ray.remote(_Box).options(num_cpus=0, scheduling_strategy=where).remote()
         self.address = DriverAddress(self._box, here, os.getpid())
 
     def take(self) -> list[Event]:
@@ -102,12 +95,11 @@ class DriverWatch:
     ends it, too, but only after several seconds.
     """
 
-    def __init__(self, address: DriverAddress, lost: Callable[[], None] | None = None) -> None:
-        """Start a polling thread; it calls `lost` if the driver is gone (default: exit)."""
+    def __init__(self, address: DriverAddress) -> None:
+        """Start the polling thread."""
         import ray
 
         self._address = address
-        self._lost = lost or _exit
         self._stopping = threading.Event()
         # Another node may have a process with the same id.
         near = ray.get_runtime_context().get_node_id() == address.node
@@ -132,20 +124,18 @@ class DriverWatch:
         heard = time.monotonic()
         while not self._stop.wait(POLL_EVERY):
             if self._driver is not None and not self._driver.exists():
-                return self._lost()
+                break
             try:
                 if ray.get(self._address.box.is_stopping.remote(), timeout=POLL_EVERY * 10):
                     self._stopping.set()
                 heard = time.monotonic()
             except RayActorError:
-                return self._lost()
+                break
             except Exception:  # no answer in time, or Ray is shutting down
                 if time.monotonic() - heard > DRIVER_TIMEOUT and not self._stop.is_set():
-                    return self._lost()
-        return None
-
-
-def _exit() -> None:
-    with suppress(OSError):
-        os.write(2, b"the driver of this run is gone; this worker ends\n")
-    os._exit(1)
+                    break
+        else:
+            return
+        with suppress(OSError):
+            os.write(2, b"the driver of this run is gone; this worker ends\n")
+        os._exit(1)

@@ -21,11 +21,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoint.storage import find_last_step
 from cluster.config import Config
 from cluster.launch.channel import Channel
 from cluster.launch.placement import (
@@ -34,6 +35,7 @@ from cluster.launch.placement import (
     Placement,
     find_draining_nodes,
     get_node_name,
+    has_gpus,
     list_nodes,
     place_workers,
     uses_gpus,
@@ -71,9 +73,13 @@ class Controller:
     """Keeps one run going; needs a Ray (`cluster.launch.session.ray_session`)."""
 
     def __init__(
-        self, config: Config, data: str, run: Path, screen: RunConsole,
-        find_step: Callable[[], int], read_output: Callable[[], str],
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        data: str,
+        run: Path,
+        screen: RunConsole,
+        read_output: Callable[[], str],
+    ) -> None:
         """Prepare a run.
 
         Args:
@@ -81,13 +87,12 @@ class Controller:
             data: folder or address of the data set.
             run: run folder.
             screen: prints lines and events.
-            find_step: returns the step of the newest checkpoint.
             read_output: returns what Ray has printed so far.
         """
         self._config, self._data, self._run, self._screen = config, data, run, screen
-        self._find_step, self._read_output = find_step, read_output
+        self._read_output = read_output
         # Decided once: a run that has lost its GPUs must not continue slowly on CPUs.
-        self._gpu = uses_gpus(config)
+        self._gpu = uses_gpus(config, has_gpus())
         self._mirror = open_mirror(run, config.store)
         self._number = read_last_attempt(run)
 
@@ -100,8 +105,10 @@ class Controller:
             KeyboardInterrupt: the user ended it.
         """
         failures, begun = 0, self._last_step()
-        placement = self._place_first()
         with count_interrupts() as interrupts:
+            # The resources of a run that was started before may not be released yet.
+            timeout = RELEASE_TIMEOUT if self._number else 0.0
+            placement = self._wait_for_room(None, timeout, interrupts)
             while True:
                 group = self._run_group(placement, interrupts)
                 if group.finished:
@@ -114,7 +121,8 @@ class Controller:
                     if failures > self._config.max_failures or group.failure.is_final:
                         raise group.failure.build_error(self._run, self._read_output())
                     self._screen.say(f"{group.failure.why}; starting again from step {step}")
-                placement = self._place_next(group.placement, interrupts)
+                timeout = max(RELEASE_TIMEOUT, self._config.node_wait)
+                placement = self._wait_for_room(group.placement, timeout, interrupts)
 
     def _run_group(self, placement: Placement, interrupts: Callable[[], int]) -> WorkerGroup:
         """Start the workers and handle their events until they have ended."""
@@ -152,7 +160,7 @@ class Controller:
     def _last_step(self) -> int:
         """Return the step of the newest checkpoint; the last known one if its disk is away."""
         try:
-            step = self._find_step()
+            step = find_last_step(self._run, self._config.store)
         except (OSError, DuetError):
             step = 0
         return max(step, read_last_step(self._run))
@@ -165,35 +173,25 @@ class Controller:
             return f"node {get_node_name(min(leaving))} is about to go"
         if time.monotonic() - request.since < GROW_AFTER:
             return ""
-        try:
-            more = self._place(list_nodes(now)).replicas
-        except NoRoom:
-            return ""
+        more = self._count_replicas(list_nodes(now))
         return f"there is room for {more} replicas" if more > now.replicas else ""
 
     def _place(self, nodes: list[Node]) -> Placement:
         config = self._config
         return place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=self._gpu)
 
-    def _place_first(self) -> Placement:
-        """Place the workers without waiting for nodes.
+    def _wait_for_room(
+        self, before: Placement | None, timeout: float, interrupts: Callable[[], int]
+    ) -> Placement:
+        """Place a start, with the room there is once the last one's resources are free.
 
-        A run that was started before waits for the resources of its last start to be released.
-        """
-        start = time.monotonic()
-        while True:
-            try:
-                return self._place(list_nodes())
-            except NoRoom:
-                if self._number == 0 or time.monotonic() - start > RELEASE_TIMEOUT:
-                    raise
-            time.sleep(ROOM_EVERY)
-
-    def _place_next(self, before: Placement, interrupts: Callable[[], int]) -> Placement:
-        """Place the next start, with the room there is once the last one's resources are free.
+        Args:
+            before: the last start; None: there was none.
+            timeout: seconds to wait for nodes.
+            interrupts: returns how often the user has asked to stop.
 
         Raises:
-            NoRoom: there is none for longer than `node_wait` seconds.
+            NoRoom: there is none for longer than `timeout`.
             KeyboardInterrupt: the user does not want to wait.
         """
         start, said = time.monotonic(), 0.0
@@ -201,23 +199,23 @@ class Controller:
             waited = time.monotonic() - start
             try:
                 placement = self._place(filter_reachable(list_nodes()))
-                if waited > RELEASE_TIMEOUT or placement.replicas >= self._count_expected(before):
+                freed = filter_reachable(list_nodes(before))
+                if waited > RELEASE_TIMEOUT or placement.replicas >= self._count_replicas(freed):
                     return placement
             except NoRoom as error:
-                if waited > max(RELEASE_TIMEOUT, self._config.node_wait):
+                if waited >= timeout:
                     raise
                 if waited > RELEASE_TIMEOUT and waited - said > SAY_EVERY:
                     said = waited
-                    left = self._config.node_wait - waited
-                    self._screen.say(f"waiting {left:,.0f} s more for nodes: {error}")
+                    self._screen.say(f"waiting {timeout - waited:,.0f} s more for nodes: {error}")
             if interrupts():
                 raise KeyboardInterrupt
             time.sleep(ROOM_EVERY)
 
-    def _count_expected(self, before: Placement) -> int:
-        """Return the replicas that fit once the resources of the last start are free."""
+    def _count_replicas(self, nodes: list[Node]) -> int:
+        """Return the replicas that fit; 0: there is no room."""
         try:
-            return self._place(filter_reachable(list_nodes(before))).replicas
+            return self._place(nodes).replicas
         except NoRoom:
             return 0
 
@@ -255,7 +253,7 @@ class StopRequest:
         """Have the workers save a checkpoint and end."""
         self.why = why
         self._screen.say(f"{why}: saving, then starting again")
-        self._group.request_stop()
+        self._group.channel.request_stop()
 
     def stop_for_user(self) -> None:
         """Have the workers save a checkpoint and end; call it repeatedly until they have.
@@ -269,7 +267,7 @@ class StopRequest:
             self._deadline = time.monotonic() + STOP_TIMEOUT
             self.why = self.why or STOPPED
             self._screen.say("stopping: saving first; once more ends it at once")
-            self._group.request_stop()
+            self._group.channel.request_stop()
         if time.monotonic() > self._deadline:
             raise KeyboardInterrupt
 
@@ -285,9 +283,9 @@ class WorkerGroup:
         """Whether they began to train; stopped on request; made the last step."""
         self.failure = Failure()
         """Why they failed, if they did; has the worker table once they are placed."""
-        self._channel = Channel()
+        self.channel = Channel()
         job = WorkerJob(
-            config=config, data=data, run=run, placement=placement, driver=self._channel.address,
+            config=config, data=data, run=run, placement=placement, driver=self.channel.address,
             measure=measure,
         )  # fmt: skip
         # A thread: fit() would handle Ctrl-C itself, and this thread prints events.
@@ -304,15 +302,11 @@ class WorkerGroup:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def request_stop(self) -> None:
-        """Have the workers save a checkpoint after their current step, and end."""
-        self._channel.request_stop()
-
     def events(self) -> Iterator[Event | None]:
         """Yield the workers' events until they have ended, and None after each read."""
         while True:
             ending = not self._thread.is_alive()
-            for event in self._channel.take():
+            for event in self.channel.take():
                 self._note(event)
                 yield event
             if ending:
@@ -330,10 +324,8 @@ class WorkerGroup:
                 self.ended = True
             case Finished():
                 self.finished = True
-            case Failed() if self.failure.event is None:
-                self.failure.event = event
-            case _:
-                pass
+            case Failed():
+                self.failure.event = self.failure.event or event
 
     @property
     def has_failed(self) -> bool:
@@ -474,15 +466,12 @@ def filter_reachable(nodes: list[Node]) -> list[Node]:
     """Drop nodes that do not answer: Ray takes some seconds to notice that one is gone."""
     import ray
 
-    addresses = {
-        node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
-        for node in ray.nodes()
-    }
+    nodes_of_ray = {node["NodeID"]: node for node in ray.nodes()}
     found = []
     for node in nodes:
-        try:
-            socket.create_connection(addresses[node.id], timeout=2).close()
-        except (OSError, KeyError):
-            continue
-        found.append(node)
+        with suppress(OSError, KeyError):
+            has = nodes_of_ray[node.id]
+            address = (has["NodeManagerAddress"], has["NodeManagerPort"])
+            socket.create_connection(address, timeout=2).close()
+            found.append(node)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.launch.controller import WorkerGroup
-from cluster.launch.placement import list_nodes, place_workers, uses_gpus
+from cluster.launch.placement import has_gpus, list_nodes, place_workers, uses_gpus
 from cluster.run.console import RunConsole
 from cluster.run.events import Measured
 from cluster.run.folder import MEASURE
@@ -38,7 +38,7 @@ def measure_with_ray(
         DuetError: it failed.
         KeyboardInterrupt: the user ended it.
     """
-    gpu = uses_gpus(config)
+    gpu = uses_gpus(config, has_gpus())
     placement = place_workers(list_nodes(), sizes=config.replica_sizes, size=config.size, gpu=gpu)
     group = WorkerGroup(config, data, folder, placement, measure=True)
     found: Mapping[str, Any] | None = None

@@ -11,9 +11,8 @@ and have neighbouring GPUs; or, without pairing, by one worker with both columns
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.config import Config
 from cluster.run.events import Worker
@@ -97,29 +96,25 @@ def _explain_no_room(nodes: Sequence[Node], replicas: int, size: int, gpu: bool)
     there = ", ".join(_format_free(node, gpu) for node in nodes)
     fits = sum(node.count_replicas(size, gpu) for node in nodes)
     most = f"{fits} replica{'s' * (fits > 1)} would fit" if fits else "not even one would fit"
+    ways = [f"--replicas {fits}"] if fits else []
+    if gpu and size == 2 and sum(node.count_replicas(1, True) for node in nodes) > fits:
+        ways.append("--columns-per-worker 2 (both columns on one GPU)")
+    ways += ["--device cpu", "more nodes"] if gpu else ["more nodes"]
     return (
         f"{replicas} replica{'s' * (replicas > 1)} of {size} worker{'s' * (size > 1)} need "
         f"{replicas * size} {kind}s{together}; free are {there or 'no nodes'}; {most}; "
-        f"{_suggest(nodes, fits, size, gpu)}"
+        f"use {' or '.join(ways)}"
     )
 
 
 def _format_free(node: Node, gpu: bool) -> str:
-    free, busy = (node.gpus, node.busy_gpus) if gpu else (node.cpus, node.busy_cpus)
-    kind = "GPU" if gpu else "CPU"
+    kind, free, busy = ("CPU", node.cpus, node.busy_cpus)
+    if gpu:
+        kind, free, busy = ("GPU", node.gpus, node.busy_gpus)
     others = f" ({busy:g} more in use)" if busy else ""
     # The CPUs may limit a node with GPUs: each worker needs one.
     cpus = f" and {node.cpus:g} CPUs" if gpu and node.cpus < node.gpus else ""
     return f"{node.name}: {free:g} {kind}s{others}{cpus}"
-
-
-def _suggest(nodes: Iterable[Node], fits: int, size: int, gpu: bool) -> str:
-    ways = [f"--replicas {fits}"] if fits else []
-    if gpu:
-        if size == 2 and sum(node.count_replicas(1, True) for node in nodes) > fits:
-            ways.append("--columns-per-worker 2 (both columns on one GPU)")
-        ways.append("--device cpu")
-    return f"use {' or '.join([*ways, 'more nodes'])}"
 
 
 @dataclass(frozen=True)
@@ -174,16 +169,18 @@ def list_workers(
         replicas: result of `group_ranks`.
         columns: columns of the network, 1 or 2.
     """
-    both = "a and b" if columns == 2 else "a"
-    rows = [
-        (replica, "ab"[column] if len(ranks) == 2 else both, started[rank])
-        for replica, ranks in enumerate(replicas)
-        for column, rank in enumerate(ranks)
-    ]
-    return [
-        Worker(rank, replica, column, seat.name, seat.gpu)
-        for rank, (replica, column, seat) in enumerate(rows)
-    ]
+    workers: list[Worker] = []
+    for replica, ranks in enumerate(replicas):
+        names = ["a", "b"] if len(ranks) == 2 else ["a and b" if columns == 2 else "a"]
+        for column, rank in zip(names, ranks, strict=True):
+            seat = started[rank]
+            workers.append(Worker(len(workers), replica, column, seat.name, seat.gpu))
+    return workers
+
+
+# Ray has no public API for the free resources of each node, nor for draining nodes: `list_nodes`
+# and `find_draining_nodes` use private functions, as Ray's own libraries do (2.60; pyproject pins
+# the minor version).
 
 
 def list_nodes(mine: Placement | None = None) -> list[Node]:
@@ -193,26 +190,28 @@ def list_nodes(mine: Placement | None = None) -> list[Node]:
         mine: running workers of this job, whose resources count as free.
     """
     import ray
+    from ray._private.state import available_resources_per_node
 
-    free, leaving = read_free_resources(), find_draining_nodes()
+    free, leaving = available_resources_per_node(), find_draining_nodes()
     held = Counter(mine.nodes) if mine else Counter[str]()
     nodes = []
     for node in ray.nodes():
-        identity, has = node["NodeID"], node["Resources"]
+        identity = node["NodeID"]
         if not node["Alive"] or identity in leaving or identity not in free:
             continue
-        now = {name: free[identity].get(name, 0.0) for name in ("CPU", "GPU")}
+        has = {"CPU": 0.0, "GPU": 0.0} | node["Resources"]
+        now = {"CPU": 0.0, "GPU": 0.0} | free[identity]
         if mine:  # some of them may be released already
-            now["CPU"] = min(has.get("CPU", 0.0), now["CPU"] + held[identity] * mine.cpus)
-            now["GPU"] = min(has.get("GPU", 0.0), now["GPU"] + held[identity] * mine.gpus)
+            now["CPU"] = min(has["CPU"], now["CPU"] + held[identity] * mine.cpus)
+            now["GPU"] = min(has["GPU"], now["GPU"] + held[identity] * mine.gpus)
         nodes.append(
             Node(
                 id=identity,
                 name=node["NodeManagerHostname"],
                 cpus=now["CPU"],
                 gpus=now["GPU"],
-                busy_cpus=max(0.0, has.get("CPU", 0.0) - now["CPU"]),
-                busy_gpus=max(0.0, has.get("GPU", 0.0) - now["GPU"]),
+                busy_cpus=max(0.0, has["CPU"] - now["CPU"]),
+                busy_gpus=max(0.0, has["GPU"] - now["GPU"]),
             )
         )
     return nodes
@@ -225,9 +224,9 @@ def has_gpus() -> bool:
     return any(node["Alive"] and node["Resources"].get("GPU") for node in ray.nodes())
 
 
-def uses_gpus(config: Config) -> bool:
-    """Return whether the workers of a run get GPUs, given the nodes of the cluster now."""
-    return config.device == "gpu" or (config.device == "auto" and has_gpus())
+def uses_gpus(config: Config, has_gpus: bool) -> bool:
+    """Return whether the workers of a run get GPUs; `has_gpus`: any node has one, free or not."""
+    return config.device == "gpu" or (config.device == "auto" and has_gpus)
 
 
 def get_node_name(identity: str) -> str:
@@ -238,21 +237,8 @@ def get_node_name(identity: str) -> str:
     return str(names.get(identity, identity[:12]))
 
 
-# Ray has no public API for the free resources of each node, nor for draining nodes: its own
-# libraries use these two private functions (2.60; pyproject pins the minor version).
-
-
-def read_free_resources() -> Mapping[str, Mapping[str, float]]:
-    """Return the free resources of each node."""
-    from ray._private.state import available_resources_per_node
-
-    found: dict[str, dict[str, float]] = available_resources_per_node()
-    return found
-
-
 def find_draining_nodes() -> set[str]:
     """Return the ids of nodes being drained: preempted, or removed by the autoscaler."""
     from ray._private.state import state
 
-    found: dict[str, Any] = state.get_draining_nodes()
-    return set(found)
+    return set(state.get_draining_nodes())

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.tools.errors import SetupError
+from pipeline.tools.errors import SetupError, summarize_error
 from pipeline.tools.units import cpu_count
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterat
         SetupError: Ray cannot be started or reached.
     """
     attached = "RAY_ADDRESS" in os.environ
-    unset = [name for name in EVERYWHERE if name not in os.environ]
+    everywhere = {name: QUIET[name] for name in EVERYWHERE if name not in os.environ}
     for name, value in (QUIET if attached else QUIET | OWN).items():
         os.environ.setdefault(name, value)
     import ray
@@ -58,9 +58,10 @@ def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterat
         threading.Thread(target=importlib.import_module, args=(preload,), daemon=True).start()
     scratch = None if attached else Path(tempfile.mkdtemp(prefix="duet-"))
     try:
-        _start(ray, scratch, workers, {name: os.environ[name] for name in unset})
+        _start(ray, scratch, workers, everywhere)
         guard_token()
-        signal.signal(signal.SIGTERM, _interrupt)  # replaces Ray's handler, which aborts
+        # Raises KeyboardInterrupt; replaces Ray's handler, which aborts.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     finally:
         ray.shutdown()
@@ -76,16 +77,13 @@ def guard_token() -> None:
             path.chmod(0o600)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str]) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    where, way_out = "on this machine", "try again when less runs here"
     if scratch is not None:
         # Inherited by every process of this Ray, so that workers can import this repository.
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         options |= {
             "address": "local",
             "num_cpus": max(workers, cpu_count()),
@@ -93,15 +91,12 @@ def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, s
             "_temp_dir": str(scratch),
         }
     else:
+        where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+        way_out = "start one, or unset RAY_ADDRESS"
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job brings its code itself
             everywhere = {"PYTHONPATH": str(REPOSITORY), **everywhere}
         options["runtime_env"] = {"env_vars": everywhere}
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises a bare one when its processes start too slowly
-        where, way_out = "on this machine", "try again when less runs here"
-        if scratch is None:
-            where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-            way_out = "start one, or unset RAY_ADDRESS"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SetupError(f"no Ray {where} ({reason}); {way_out}") from error
+        raise SetupError(f"no Ray {where} ({summarize_error(error)}); {way_out}") from error

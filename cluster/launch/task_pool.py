@@ -5,15 +5,13 @@ Ray itself retries nothing here: what died, and how often, decides how it is don
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from cluster.launch.session import ray_session
@@ -123,10 +121,10 @@ class RayPool:
             WorkerCrashedError,
         )
 
-        if not ray.wait(list(self._running), timeout=POLL_SECONDS)[0]:
+        waited = list(self._running)
+        if not ray.wait(waited, timeout=POLL_SECONDS)[0]:
             self._most()
             return
-        waited = list(self._running)
         for done in ray.wait(waited, num_returns=len(waited), timeout=0)[0]:
             attempt = self._running.pop(done)
             try:
@@ -169,19 +167,14 @@ class RayPool:
         import ray
 
         for done in self._running:
-            with contextlib.suppress(Exception):  # Ray may be what went wrong
+            with suppress(Exception):  # Ray may be what went wrong
                 ray.cancel(done)
         self._running.clear()
 
     def __enter__(self) -> RayPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._cancel()
         self._stack.close()
 
@@ -197,7 +190,7 @@ def _node_error(error: Exception) -> SetupError:
 
 
 def _remove_mark(target: Target, mark: str) -> None:
-    with contextlib.suppress(OSError, DuetError):
+    with suppress(OSError, DuetError):
         target.remove([mark])
 
 

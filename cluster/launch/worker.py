@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _TorchBackend
 
@@ -163,7 +164,6 @@ def find_mesh(placement: Placement, config: Config) -> Any:
         SetupError: the columns of a replica do not share a node, or there is no GPU here.
     """
     import ray
-    import torch.distributed as dist
 
     from cluster.mesh import create_mesh
 
@@ -179,8 +179,7 @@ def find_mesh(placement: Placement, config: Config) -> Any:
     return mesh, list_workers(started, found, config.design.columns)
 
 
-def _choose_device(placement: Placement) -> Any:
-    import torch
+def _choose_device(placement: Placement) -> torch.device:
     from ray.train.torch import get_device
 
     if not placement.gpus or os.environ.get(FAKE_GPUS):
@@ -195,31 +194,25 @@ def _choose_device(placement: Placement) -> Any:
     return device
 
 
-LOST = re.compile(r"gloo|nccl|socket|store|timed? ?out|connection", re.IGNORECASE)
 GONE = re.compile(r"Connection [a-z ]*(?:reset|closed|refused)[a-z ]*|Broken pipe", re.IGNORECASE)
+"""Errors of torch.distributed about a worker that has died."""
 LATE = re.compile(r"timed? ?out", re.IGNORECASE)
-
-
-def _explain_lost_worker(error: Exception) -> str:
-    """Say what an error of torch.distributed means when another worker is gone; "" if nothing."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or not LOST.search(text):
-        return ""
-    if found := GONE.search(text):
-        return f"lost another worker ({found[0].strip()})"
-    return "another worker does not answer (frozen?)" if LATE.search(text) else ""
+"""Errors of torch.distributed about a worker that does not answer."""
 
 
 def describe_failure(error: Exception, worker: str) -> Failed:
     """Return the event for an exception of a worker."""
-    known = isinstance(error, DuetError)
-    text = (
-        str(error) if known else _explain_lost_worker(error) or f"{type(error).__name__}: {error}"
-    )
+    text, is_known = str(error), isinstance(error, DuetError)
+    if isinstance(error, RuntimeError) and (found := GONE.search(text)):
+        text = f"lost another worker ({found[0].strip()})"
+    elif isinstance(error, RuntimeError) and LATE.search(text):
+        text = "another worker does not answer (frozen?)"
+    elif not is_known:
+        text = f"{type(error).__name__}: {error}"
     return Failed(
         text=text.strip().splitlines()[0],
         trace="".join(traceback.format_exception(error)),
         worker=worker,
         exit_code=error.exit_code if isinstance(error, DuetError) else 1,
-        final=known,
+        final=is_known,
     )

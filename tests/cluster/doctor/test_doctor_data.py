@@ -94,9 +94,7 @@ def test_what_is_in_the_page_cache_is_counted_as_others_count_it(tmp_path):
 
 
 def test_a_disk_that_is_slower_than_the_decoder_is_told(tiny_data, monkeypatch):
-    slow = doctor_data.DiskSpeed(
-        images=10, bytes=10**6, seconds=1, cached=0.5, order="single images"
-    )
+    slow = doctor_data.DiskSpeed(10, 10**6, 1, cached=0.5, order="single images")
     monkeypatch.setattr(doctor_data, "measure_disk", lambda *_: slow)
     monkeypatch.setattr(doctor_data, "measure_stream", lambda *_: 1000.0)
     found = only(judged(tiny_data))

@@ -28,14 +28,7 @@ GOOD = Software(
     pins={"numpy": "2099.1"},
 )
 del GOOD.packages["nvidia-dali-cuda120"]
-H100 = Gpu(
-    name="H100",
-    free=79 * 10**9,
-    total=80 * 10**9,
-    capability=(9, 0),
-    uuid="ab",
-    has_peer_access=True,
-)
+H100 = Gpu(name="H100", free=79 * 10**9, total=80 * 10**9, capability=(9, 0), has_peer_access=True)
 PAIR = [H100, replace(H100, has_peer_access=None)]
 MACHINE = Hardware(
     cores=16, memory=10**11, shared=10**10, files=65536, temporary_free=10**11, vectors="AVX512",
@@ -155,7 +148,7 @@ def test_what_nvidia_smi_says_is_read():
     assert hardware.list_users(hardware.parse_smi(apps), "ab") == ("123 python",)
     assert hardware.list_users(hardware.parse_smi(apps), "") == ()
     modes = hardware.parse_smi("GPU-ab, Enabled\nGPU-cd, [N/A]\n")
-    assert hardware.select_rows(modes, "ab") == [("Enabled",)]
+    assert hardware.select_rows(modes, "ab") == [["Enabled"]]
 
 
 def test_a_gpu_that_torch_was_not_built_for_is_told():
@@ -253,10 +246,10 @@ def test_a_job_that_does_not_fit_this_machine_is_told_with_what_would(
 
 
 def test_the_memory_of_a_worker_is_that_of_the_paper_with_gradient_and_velocity():
-    both = job.worker_bytes(Config(columns_per_worker=2), 1000, 1)
+    both = job.worker_bytes(Config(columns_per_worker=2), 1000)
     parameters, neurons = 60_965_224, 659_272  # of the paper's network, as facts/alexnet.md has it
     assert both == 4 * (3 * parameters + 2 * neurons * 128)
-    half = job.worker_bytes(Config(), 1000, 1)
+    half = job.worker_bytes(Config(), 1000)
     assert half == pytest.approx(both / 2, rel=1e-3)
 
 

@@ -92,15 +92,13 @@ def test_without_an_address_it_is_said_what_listens_where():
     assert "loopback only (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0" in found[0].value
 
 
-def test_what_a_stopped_head_has_left_behind_is_told(tmp_path):
+def test_what_a_stopped_head_has_left_behind_is_told(tmp_path, monkeypatch):
     path = tmp_path / "ray_current_cluster"
-    assert list(ray_cluster.judge_old_address(path, ray_cluster.try_connection)) == []
+    assert list(ray_cluster.judge_old_address(path)) == []
     path.write_text("127.0.0.1:1")
-    assert (
-        only(list(ray_cluster.judge_old_address(path, ray_cluster.try_connection))).mend
-        == f"rm {path}"
-    )
-    assert list(ray_cluster.judge_old_address(path, lambda address: "")) == []
+    assert only(list(ray_cluster.judge_old_address(path))).mend == f"rm {path}"
+    monkeypatch.setattr(ray_cluster, "try_connection", lambda address: "")
+    assert list(ray_cluster.judge_old_address(path)) == []
 
 
 REQUEST = {"run": "/r", "mark": ".m", "data": "/d", "address": "s3://k:secret@b/x", "code": "/c"}
