@@ -116,18 +116,17 @@ def _parse(words: list[str]) -> _UncheckedCommand:
 
 def _format_flags(table: dict[str, Any]) -> list[str]:
     """Format settings as flags that any word may follow: a list takes all words up to a flag."""
-    lists = {key: value for key, value in table.items() if isinstance(value, tuple)}
-    last = {"width": Design.width} | {key: table[key] for key in table if key not in lists}
-    return [word for key, value in (lists | last).items() for word in _format_flag(key, value)]
-
-
-def _format_flag(key: str, value: object) -> list[str]:
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, tuple):
-        return [f"--{name}", *value]
-    return [f"--{name}", str(value)]
+    lists: list[str] = []
+    singles = ["--width", str(Design.width)]
+    for key, value in table.items():
+        name = key.replace("_", "-")
+        if isinstance(value, tuple):
+            lists += [f"--{name}", *value]
+        elif isinstance(value, bool):
+            singles.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            singles += [f"--{name}", str(value)]
+    return lists + singles
 
 
 def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
@@ -154,8 +153,10 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     with closing(dataset):
         check_data(command, manifest, dataset)
     if command.measure:
-        with lock_run(folder), RunConsole() as screen:
-            measure_with_ray_session(config, data, folder, screen)
+        from cluster.launch.measurement import measure_with_ray
+
+        with lock_run(folder), RunConsole() as screen, start_ray(config) as read_output:
+            measure_with_ray(config, data, folder, screen, read_output)
         return 0
     with lock_run(folder), RunConsole() as screen:
         if (mirror := open_mirror(folder, config.store)) and (fetched := mirror.restore()):
@@ -246,18 +247,6 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: RunConsole) 
         Controller(
             config, data, folder, screen, lambda: find_last_step(folder, config.store), read_output
         ).train()
-
-
-def measure_with_ray_session(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
-    """Have workers measure the parts of a step, on the same Ray as `train_with_ray`.
-
-    Raises:
-        DuetError: the workers failed.
-    """
-    from cluster.launch.measurement import measure_with_ray
-
-    with start_ray(config) as read_output:
-        measure_with_ray(config, data, folder, screen, read_output)
 
 
 @contextmanager

@@ -18,12 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.checkpoint.format import Checkpoint
-from cluster.report.images import (
-    KERNEL_GAP,
-    KERNEL_SCALE,
-    read_column_kernels,
-    tile_kernels,
-)
+from cluster.report.images import KERNEL_GAP, KERNEL_SCALE, read_column_kernels, tile_kernels
 from cluster.run.kernels import Kernel, KernelSnapshot
 from pipeline.dataset.images import Pixels
 from pipeline.tools.charts import (
@@ -234,7 +229,13 @@ def describe_first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = 
     """
     kernels = read_column_kernels(found)
     rated = {name: score_kernels(weights) for name, weights in kernels.items()}
-    past = [one for one in moments if one.step < found.mark.step and has_same_shape(one, kernels)]
+    shapes = {name: weights.shape for name, weights in kernels.items()}
+    past = [
+        one
+        for one in moments
+        if one.step < found.mark.step
+        and {name: weights.shape for name, weights in one.columns.items()} == shapes
+    ]
     layer = FirstLayer(
         step=found.mark.step,
         columns=tuple(_describe_column(name, kernels[name], rated[name]) for name in kernels),
@@ -248,12 +249,7 @@ def describe_first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = 
         layer = _add_changes(layer, kernels, past[0].columns)
     past.append(KernelSnapshot(found.mark.step, kernels))
     shown = pick_snapshots(past)
-    strips = tuple(
-        _draw_strip(
-            name, [one.columns[name] for one in shown], [one.step for one in shown], rated[name]
-        )
-        for name in kernels
-    )
+    strips = tuple(_draw_strip(name, shown, rated[name]) for name in kernels)
     return replace(layer, strips=strips, charts=tuple(_draw_over_time(past)))
 
 
@@ -262,29 +258,17 @@ def _add_changes(
 ) -> FirstLayer:
     changes = {name: weights - first[name] for name, weights in kernels.items()}
     rated = {name: score_kernels(change) for name, change in changes.items()}
+    shares = [_measure_lengths(changes[name]) / _measure_lengths(kernels[name]) for name in kernels]
     return replace(
         layer,
         changes=tuple(_describe_column(name, changes[name], rated[name]) for name in changes),
-        change_length=float(
-            np.median(
-                [
-                    _measure_lengths(changes[name]) / _measure_lengths(kernels[name])
-                    for name in kernels
-                ]
-            )
-        ),
+        change_length=float(np.median(shares)),
         change_colour=_separate_pair([one.colour for one in rated.values()]),
     )
 
 
 def _measure_lengths(kernels: Kernel) -> npt.NDArray[np.float32]:
     return np.maximum(np.linalg.norm(kernels.reshape(len(kernels), -1), axis=1), 1e-12)
-
-
-def has_same_shape(moment: KernelSnapshot, kernels: dict[str, Kernel]) -> bool:
-    """Return whether a snapshot has the shapes of the checkpoint's kernels."""
-    shapes = {name: weights.shape for name, weights in kernels.items()}
-    return {name: weights.shape for name, weights in moment.columns.items()} == shapes
 
 
 def pick_snapshots(moments: Sequence[KernelSnapshot]) -> list[KernelSnapshot]:
@@ -324,41 +308,37 @@ def draw_scored_sheet(kernels: Kernel, rated: Scores) -> Pixels:
     down = -(-len(kernels) // across)
     tall = side + 2 * (BAR + 1) + 2 * KERNEL_GAP * KERNEL_SCALE
     sheet = np.zeros((down * tall, plain.shape[1], 4), np.uint8)
-    for number, (colour, orientation) in enumerate(
-        zip(rated.colour, rated.orientation, strict=True)
-    ):
-        row, place = divmod(number, across)
-        top, left = row * tall, place * pitch
-        old = row * pitch
-        sheet[top : top + side, left : left + side] = plain[old : old + side, left : left + side]
-        for at, (value, paint) in enumerate(((colour, COLOUR_BAR), (orientation, ORIENTATION_BAR))):
-            head = top + side + 1 + at * (BAR + 1)
+    for row in range(down):
+        sheet[row * tall : row * tall + side] = plain[row * pitch : row * pitch + side]
+    bars = (rated.colour, COLOUR_BAR), (rated.orientation, ORIENTATION_BAR)
+    for at, (values, paint) in enumerate(bars):
+        for number, value in enumerate(values):
+            row, place = divmod(number, across)
+            head, left = row * tall + side + 1 + at * (BAR + 1), place * pitch
             sheet[head : head + BAR, left : left + side] = TRACK
             sheet[head : head + BAR, left : left + round(value * side)] = paint
     return sheet
 
 
-def _draw_strip(name: str, past: list[Kernel], steps: list[int], rated: Scores) -> Strip:
+def _draw_strip(name: str, past: Sequence[KernelSnapshot], rated: Scores) -> Strip:
     """Kernels spread over the final colorfulness, the most colorful first."""
     order = np.argsort(-rated.colour, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(FOLLOWED, len(order))).round().astype(int)]
-    rows = np.concatenate([weights[chosen] for weights in past])
     # tile goes along rows: kernel by kernel, each through all moments.
-    turned = rows.reshape(len(past), len(chosen), *rows.shape[1:]).swapaxes(0, 1)
-    sheet = tile_kernels(turned.reshape(rows.shape), across=len(past))
-    return Strip(name, encode_image(sheet), tuple(short_number(step) for step in steps))
+    rows = np.concatenate(np.stack([one.columns[name][chosen] for one in past], axis=1))
+    sheet = tile_kernels(rows, across=len(past))
+    return Strip(name, encode_image(sheet), tuple(short_number(one.step) for one in past))
 
 
 def _draw_scatter(rated: dict[str, Scores]) -> Chart:
     axes = new_axes((0, 1), (0, 1))
     for name, one in rated.items():
         draw_line(axes, np.zeros(1), np.zeros(1), COLUMN_COLORS[name], f"column {name}", width=0)
+        scores = zip(one.colour, one.orientation, one.shaped, strict=True)
         hints = [
-            f"column {name}, kernel {number + 1}: colour {color:.2f}, orientation {along:.2f}"
+            f"column {name}, kernel {number}: colour {color:.2f}, orientation {along:.2f}"
             + ("" if is_shaped else ", like noise")
-            for number, (color, along, is_shaped) in enumerate(
-                zip(one.colour, one.orientation, one.shaped, strict=True)
-            )
+            for number, (color, along, is_shaped) in enumerate(scores, 1)
         ]
         draw_dots(axes, one.colour, one.orientation, COLUMN_COLORS[name], hints)
     draw_mark(axes, GREY_OF_NOISE, "noise")

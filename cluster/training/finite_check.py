@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,11 +52,15 @@ def check_finite(
     value = float(loss.detach())
     if math.isfinite(value):
         return
-    _, found = _compare_columns(find_first_not_finite(net, images, dtype, mesh.device), mesh)
+    found = find_first_not_finite(net, images, dtype, mesh.device)
+    if mesh.pair is not None:  # name the column whose layer broke first
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, found, group=mesh.pair)
+        found = min((index, f"column {'ab'[c]}, {text}") for c, (index, text) in enumerate(both))
     good = next(iter(list_checkpoints(run / CHECKPOINTS)), None)
     last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     raise NotFinite(
-        f"the loss of step {step} is {value}: {found}; {last}; "
+        f"the loss of step {step} is {value}: {found[1]}; {last}; "
         "lower the rate (--lr with a new --run, or RUN/rates.toml from that checkpoint on)"
     )
 
@@ -91,15 +96,3 @@ def _describe_layer(net: AlexNet, name: str, x: Tensor) -> str:
             return f"{text}, its {kind} is not either, since the update before"
     largest = float(net.get_parameter(f"{name}.weight").abs().max())
     return f"{text}, its weights are, the largest is {largest:.3g}"
-
-
-def _compare_columns(found: tuple[int, str], mesh: ProcessMesh) -> tuple[int, str]:
-    """Return the finding of the column whose layer broke first."""
-    if mesh.pair is None:
-        return found
-    both: list[tuple[int, str] | None] = [None, None]
-    dist.all_gather_object(both, found, group=mesh.pair)
-    findings = [
-        (one[0], f"column {'ab'[index]}, {one[1]}") for index, one in enumerate(both) if one
-    ]
-    return min(findings)

@@ -116,22 +116,15 @@ def accumulate_gradients(t: Training, step: int, batch: ReplicaBatch) -> Tensor:
     for row, part in batch.split(most):
         t.net.set_position(first + row)
         share = len(part.labels) / own
-        loss, wrong = compute_loss(t.net, part, config, mesh)
+        logits = compute_logits(t.net, part, config, mesh)
+        loss = F.cross_entropy(logits, part.labels)
+        wrong, _ = count_errors(logits.detach(), part.labels, part.weights)
         with t.average.hold(row + most < own):
             (loss * share).backward()
         t.log.flush()  # writes the row of the step before
         check_finite(loss, t.net, part.images, dtype, mesh, step, t.run)
-        values += torch.stack((loss.detach(), wrong)) * share
+        values += torch.stack((loss.detach(), wrong / len(part.labels))) * share
     return torch.cat((values, batch.replaced.sum()[None]))
-
-
-def compute_loss(
-    net: AlexNet, batch: ReplicaBatch, config: Config, mesh: ProcessMesh
-) -> tuple[Tensor, Tensor]:
-    """Return mean loss (attached to its graph) and top-1 error of a batch, both scalars."""
-    logits = compute_logits(net, batch, config, mesh)
-    wrong, _ = count_errors(logits.detach(), batch.labels, batch.weights)
-    return F.cross_entropy(logits, batch.labels), wrong / len(batch.labels)
 
 
 @torch.no_grad()
