@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     """Return the float32 parameters of the whole network, as `torch.nn` layers take them."""
-    classes = len(found.classes)
-    design = config.design
+    classes, design = len(found.classes), config.design
     net = AlexNet(columns=tuple(range(design.columns)), classes=classes, design=design)
     load_checkpoint(found.path, net)
     tensors = {name: p.detach().contiguous() for name, p in net.named_parameters()}
@@ -177,12 +176,11 @@ def list_layers(design: Design) -> list[list[object]]:
     arguments = {"norm": [design.columns], "lcn": [design.columns], "pool": pool, "mean_pool": pool}
     found: list[list[object]] = []
     for layer in design.layers():
-        then: list[list[object]] = []
-        for word in layer.then:
-            if word == "batch_norm":
-                then.append(["scale", layer.name])
-            elif word != "dropout":
-                then.append([word, *arguments.get(word, [])])
+        then = [
+            ["scale", layer.name] if word == "batch_norm" else [word, *arguments.get(word, [])]
+            for word in layer.then
+            if word != "dropout"
+        ]
         groups = design.columns if layer.reads == "own" else 1
         how = {"stride": layer.stride, "padding": layer.pad, "groups": groups}
         found.append([layer.name, how if layer.kernel else {}, then])

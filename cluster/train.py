@@ -102,13 +102,10 @@ def parse_command(argv: Sequence[str]) -> Command:
         settings = Config.from_settings(raw.settings.to_settings())
     except ValueError as error:
         raise UsageError(f"{error} ({raw.config} and the flags given)") from error
-    return Command(
-        config=raw.config, data=raw.data, run=raw.run, tuning=raw.tuning, measure=raw.measure,
-        settings=settings,
-    )  # fmt: skip
+    return replace(raw, settings=settings)
 
 
-def _parse(words: list[str]) -> _UncheckedCommand:
+def _parse(words: list[str]) -> Command:
     return tyro.cli(
         _UncheckedCommand, args=words, prog="python -m cluster.train", description=Command.__doc__
     )
@@ -206,7 +203,6 @@ def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
     if command.settings.tensorboard:
         require_tensorboard()
     Statistics.load(dataset.folder, manifest.stats_sha256)
-
     try:
         build_stages(len(manifest.classes), command.settings.design)
     except ValueError as error:

@@ -21,22 +21,8 @@ from cluster.checkpoint.format import Checkpoint
 from cluster.report.images import KERNEL_GAP, KERNEL_SCALE, read_column_kernels, tile_kernels
 from cluster.run.kernels import Kernel, KernelSnapshot
 from pipeline.dataset.images import Pixels
-from pipeline.tools.charts import (
-    COLUMN_A,
-    COLUMN_B,
-    INK,
-    SOFT,
-    Chart,
-    Floats,
-    Label,
-    as_chart,
-    draw_dots,
-    draw_line,
-    draw_mark,
-    encode_image,
-    name_axis,
-    new_axes,
-)
+from pipeline.tools import charts
+from pipeline.tools.charts import Chart, Floats, Label, encode_image
 from pipeline.tools.text import short_number
 
 if TYPE_CHECKING:
@@ -115,8 +101,7 @@ def _compute_coherence(kernels: Floats) -> Floats:
         (one * two).sum(axis=(1, 2, 3))
         for one, two in ((down, down), (across, across), (down, across))
     )
-    coherence: Floats = np.hypot(xx - yy, 2 * xy) / np.maximum(xx + yy, TINY)
-    return coherence
+    return np.hypot(xx - yy, 2 * xy) / np.maximum(xx + yy, TINY)
 
 
 def _compute_concentration(kernels: Floats) -> Floats:
@@ -125,8 +110,7 @@ def _compute_concentration(kernels: Floats) -> Floats:
     near = sum(
         np.roll(power, (down, across), (1, 2)) for down in (-1, 0, 1) for across in (-1, 0, 1)
     )
-    most: Floats = np.max(near, axis=(1, 2)) / np.maximum(power.sum(axis=(1, 2)), TINY)
-    return most
+    return np.max(near, axis=(1, 2)) / np.maximum(power.sum(axis=(1, 2)), TINY)
 
 
 @cache
@@ -168,7 +152,7 @@ FOLLOWED = 8
 """Kernels of a column shown in a strip."""
 BAR = 3  # pixels high
 COLOUR_BAR, ORIENTATION_BAR, TRACK = (123, 82, 196, 255), (18, 128, 106, 255), (128, 128, 128, 64)
-COLUMN_COLORS = {"a": COLUMN_A, "b": COLUMN_B}
+COLUMN_COLORS = {"a": charts.COLUMN_A, "b": charts.COLUMN_B}
 
 
 @dataclass(frozen=True)
@@ -331,19 +315,21 @@ def _draw_strip(name: str, past: Sequence[KernelSnapshot], rated: Scores) -> Str
 
 
 def _draw_scatter(rated: dict[str, Scores]) -> Chart:
-    axes = new_axes((0, 1), (0, 1))
+    axes = charts.new_axes((0, 1), (0, 1))
     for name, one in rated.items():
-        draw_line(axes, np.zeros(1), np.zeros(1), COLUMN_COLORS[name], f"column {name}", width=0)
+        charts.draw_line(
+            axes, np.zeros(1), np.zeros(1), COLUMN_COLORS[name], f"column {name}", width=0
+        )
         scores = zip(one.colour, one.orientation, one.shaped, strict=True)
         hints = [
             f"column {name}, kernel {number}: colour {color:.2f}, orientation {along:.2f}"
             + ("" if is_shaped else ", like noise")
             for number, (color, along, is_shaped) in enumerate(scores, 1)
         ]
-        draw_dots(axes, one.colour, one.orientation, COLUMN_COLORS[name], hints)
-    draw_mark(axes, GREY_OF_NOISE, "noise")
-    name_axis(axes, "colour")
-    return as_chart(
+        charts.draw_dots(axes, one.colour, one.orientation, COLUMN_COLORS[name], hints)
+    charts.draw_mark(axes, GREY_OF_NOISE, "noise")
+    charts.name_axis(axes, "colour")
+    return charts.as_chart(
         axes, "Every kernel: orientation over colourfulness",
         "A dot is a kernel. Colourfulness: share of its energy off the grey axis; "
         "orientation: coherence of its structure tensor.",
@@ -357,7 +343,7 @@ def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
     ]
     across = np.log10([one.step for one in past])
     last = float(max(across[-1], math.log10(2)))
-    charts = []
+    found = []
     for title, score, of_noise in (
         ("Colourfulness, median kernel", "colour", GREY_OF_NOISE),
         ("Orientation, median kernel", "orientation", ORIENTATION_OF_NOISE),
@@ -365,26 +351,30 @@ def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
         axes = _axes_over_steps(last, (0, 1))
         for name in rated[-1]:
             medians = np.array([np.median(getattr(one[name], score)) for one in rated])
-            draw_line(axes, across, medians, COLUMN_COLORS[name], f"column {name}")
-        draw_line(axes, np.array([0, last]), np.full(2, of_noise), SOFT, "noise", dashes="--")
-        charts.append(as_chart(axes, title, "Steps on a logarithmic axis."))
-    splits = [one for row in rated if len(row) == 2
-              and (one := separate_columns(row["a"].colour, row["b"].colour))]  # fmt: skip
+            charts.draw_line(axes, across, medians, COLUMN_COLORS[name], f"column {name}")
+        charts.draw_line(
+            axes, np.array([0, last]), np.full(2, of_noise), charts.SOFT, "noise", dashes="--"
+        )
+        found.append(charts.as_chart(axes, title, "Steps on a logarithmic axis."))
+    pairs = (_separate_pair([one.colour for one in row.values()]) for row in rated)
+    splits = [pair for pair in pairs if pair]
     if splits:
         axes = _axes_over_steps(last, (0.5, 1), lambda value: f"{100 * value:.0f} %")
-        draw_line(axes, across, np.array([one.apart for one in splits]), INK, "the columns")
-        draw_line(axes, across, np.array([one.chance_95 for one in splits]), SOFT,
+        charts.draw_line(
+            axes, across, np.array([one.apart for one in splits]), charts.INK, "the columns"
+        )
+        charts.draw_line(axes, across, np.array([one.chance_95 for one in splits]), charts.SOFT,
                   "95 % of random splits are below", dashes="--")  # fmt: skip
         caption = (
             "Share of pairs, a kernel of each column, in which the one column's is more "
             "colourful: 50 % if the columns are alike, 100 % if they share nothing."
         )
-        charts.append(as_chart(axes, "Columns apart in colourfulness", caption))
-    return charts
+        found.append(charts.as_chart(axes, "Columns apart in colourfulness", caption))
+    return found
 
 
 def _axes_over_steps(last: float, y: tuple[float, float], label: Label = short_number) -> Axes:
-    axes = new_axes((0, last), y, lambda power: short_number(10.0**power), label)
+    axes = charts.new_axes((0, last), y, lambda power: short_number(10.0**power), label)
     axes.set_xticks(range(int(last) + 1))
-    name_axis(axes, "steps")
+    charts.name_axis(axes, "steps")
     return axes

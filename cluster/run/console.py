@@ -100,8 +100,7 @@ class RunConsole:
     def _stepped(self, row: dict[str, Any]) -> None:
         now = time.monotonic()
         start, first = self._first or (now, row["step"])
-        done = row["step"] - first
-        left = (self._total - row["step"]) * (now - start) / max(1, done)
+        left = (self._total - row["step"]) * (now - start) / max(1, row["step"] - first)
         # The most important numbers first: a narrow terminal cuts off the end.
         numbers = (
             f"loss {row['loss']:.3f}  top-1 error {row['top1_error']:.1%}"

@@ -130,8 +130,7 @@ class Rows:
         with atomic_write(self._path) as copy:
             at = 0
             while part := os.pread(self._file, min(1 << 20, self._size - at), at):
-                copy.write(part)
-                at += len(part)
+                at += copy.write(part)
         os.close(self._file)
         self._file = _open(self._path)
 

@@ -169,8 +169,7 @@ class SavedProbabilities:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop), float32 [stop - start, classes]."""
-        rows: Tensor = self._rows[start:stop]
-        return rows
+        return self._rows[start:stop]
 
     def _check(self, views: int) -> None:
         about = self.about

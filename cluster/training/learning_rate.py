@@ -253,12 +253,11 @@ class RateControl:
             if find_missing([change], rows):
                 self._announce(index)
         for after in sorted({change.after for change in by_hand if change.after > step}):
-            self._tell(
-                Warned(
-                    f"rates that were set by hand after step {after} will be set there again; to "
-                    f"prevent it, delete {self._run}/rates-applied-{after}.toml and restart"
-                )
+            text = (
+                f"rates that were set by hand after step {after} will be set there again; to "
+                f"prevent it, delete {self._run}/rates-applied-{after}.toml and restart"
             )
+            self._tell(Warned(text))
 
     def _compute_sides(self, index: int) -> tuple[Rates, Rates]:
         """Return the rates before and after a change."""
@@ -266,7 +265,20 @@ class RateControl:
         return compute(changes[:index]), compute(changes[: index + 1])
 
     def _format_row(self, index: int) -> bytes:
-        row = build_row(self._changes[index], *self._compute_sides(index), self._settings)
+        """Return the row of RUN/rates.jsonl for a change; `step` is the last one before it."""
+        change, (before, after) = self._changes[index], self._compute_sides(index)
+        position = change.after * self._settings.config.batch_size
+        row = {
+            "position": position,
+            "epoch": round(position / self._settings.samples, 4),
+            "step": change.after,
+            "why": change.why,
+            "what": describe_change(change, before, after),
+            "set": dict(change.settings),
+            "lr": after.weights,
+            "lr_bias": after.biases,
+            "layers": {layer: list(pair) for layer, pair in after.layers.items()},
+        }
         return (json.dumps(row) + "\n").encode()
 
     def _announce(self, index: int) -> None:
@@ -295,24 +307,6 @@ def name_rates(rates: Rates) -> dict[str, float]:
     for layer, (weights, biases) in rates.layers.items():
         found |= {f"lr.{layer}": weights, f"lr_bias.{layer}": biases}
     return found
-
-
-def build_row(
-    change: RateChange, before: Rates, after: Rates, settings: RateSettings
-) -> dict[str, Any]:
-    """Build the row of RUN/rates.jsonl for a change; `step` is the last one before it."""
-    position = change.after * settings.config.batch_size
-    return {
-        "position": position,
-        "epoch": round(position / settings.samples, 4),
-        "step": change.after,
-        "why": change.why,
-        "what": describe_change(change, before, after),
-        "set": dict(change.settings),
-        "lr": after.weights,
-        "lr_bias": after.biases,
-        "layers": {layer: list(pair) for layer, pair in after.layers.items()},
-    }
 
 
 def read_changes(path: Path, step: int) -> list[RateChange]:
@@ -357,9 +351,12 @@ def take_rates_file(run: Path, step: int, settings: RateSettings, tell: Tell) ->
     """
     path = run / FILE
     try:
-        raw = _read_settled(path)
-        if raw is None:
+        if not path.exists():
             return None
+        raw = path.read_bytes()
+        time.sleep(SETTLED)
+        if not raw.strip() or path.read_bytes() != raw:
+            return None  # still being written: the next review reads it
         try:
             rates = parse_rates(raw, settings)
         except ValueError as error:
@@ -375,10 +372,11 @@ def take_rates_file(run: Path, step: int, settings: RateSettings, tell: Tell) ->
 
 def read_applied(run: Path, settings: RateSettings, tell: Tell) -> list[RateChange]:
     """Read the files that were applied before, in order; warns of one that cannot be read."""
-    found = []
-    for path in run.glob("rates-applied-*.toml"):
-        if match := APPLIED.fullmatch(path.name):
-            found.append((int(match[1]), int(match[2] or 1), path))
+    found = [
+        (int(match[1]), int(match[2] or 1), path)
+        for path in run.glob("rates-applied-*.toml")
+        if (match := APPLIED.fullmatch(path.name))
+    ]
     changes = []
     for step, _, path in sorted(found):
         try:
@@ -435,17 +433,6 @@ def _parse_rate(name: str, value: object, settings: RateSettings) -> dict[str, f
     if not number or not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
         raise ValueError(f"{name} is {value!r}; it takes a number from 0 up")
     return {name: float(value)}  # type: ignore[arg-type]
-
-
-def _read_settled(path: Path) -> bytes | None:
-    """Read a file that nobody is writing any more; None if there is none yet."""
-    if not path.exists():
-        return None
-    raw = path.read_bytes()
-    time.sleep(SETTLED)
-    if not raw.strip() or path.read_bytes() != raw:
-        return None  # still being written: the next review reads it
-    return raw
 
 
 def _rename(path: Path, name: str) -> Path:

@@ -156,8 +156,7 @@ def validate(t: Training) -> dict[str, float]:
 def compute_logits(net: AlexNet, batch: ReplicaBatch, config: Config, mesh: ProcessMesh) -> Tensor:
     """Compute the logits, float32 [b, classes]."""
     with autocast(compute_dtype(config.dtype, mesh.device), mesh.device):
-        logits: Tensor = net(batch.images.float())
-    return logits.float()
+        return net(batch.images.float()).float()
 
 
 def is_due(step: int, every: int, total: int) -> bool:
