@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
-from cluster.config import Config, read_run_config
+from cluster.config import read_run_config
 from cluster.run.console import print_warning
 from cluster.run.events import Warned
 from cluster.run.folder import CONFIG, QUARANTINE
@@ -114,7 +114,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     device = choose_device(options.device)
     keep_memory()
     torch.set_num_threads(cpu_count())
-    net = create_network(config, _classes(found, manifest, options)).to(device)
+    net = AlexNet(classes=_count_classes(found, manifest, options), design=config.design).to(device)
     load_checkpoint(found.path, net)
     view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
     stream = Stream(
@@ -150,11 +150,6 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         "img_s": round(stream.samples / seconds, 1),
         "seconds": round(seconds, 2),
     }
-
-
-def create_network(config: Config, classes: int) -> AlexNet:
-    """Return the whole network of a run, its weights not loaded yet."""
-    return AlexNet(classes=classes, design=config.design)
 
 
 def _count(
@@ -200,7 +195,7 @@ def _summary(sums: Tensor, confusion: Tensor, names: tuple[str, ...]) -> dict[st
     return result
 
 
-def _classes(found: Checkpoint, manifest: Manifest, options: Evaluate) -> int:
+def _count_classes(found: Checkpoint, manifest: Manifest, options: Evaluate) -> int:
     trained = found.classes
     if manifest.classes != trained:
         raise UsageError(

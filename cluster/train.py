@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import pin_init, resolve_init
 from cluster.checkpoint.storage import find_last_step, open_storage
 from cluster.config import LENGTH, Config, load_settings
@@ -211,8 +212,6 @@ def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
 
 def has_sound_checkpoint(folder: Path, store: str, total: int, screen: RunConsole) -> bool:
     """Return whether the last checkpoint of a run that looks finished is undamaged."""
-    from cluster.checkpoint.format import choose_checkpoint
-
     try:
         return choose_checkpoint(folder, store, screen.show).mark.step >= total
     except DataError:

@@ -199,11 +199,6 @@ class FirstLayer:
     charts: tuple[Chart, ...] = ()
     """Scores over the steps; empty without snapshots."""
 
-    @property
-    def kernels(self) -> int:
-        """Number of kernels of both columns."""
-        return sum(len(column.scores) for column in self.columns)
-
 
 def describe_first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = ()) -> FirstLayer:
     """Describe conv1 of a checkpoint and of the snapshots before it.
@@ -257,9 +252,8 @@ def _measure_lengths(kernels: Kernel) -> npt.NDArray[np.float32]:
 
 def pick_snapshots(moments: Sequence[KernelSnapshot]) -> list[KernelSnapshot]:
     """Return at most `MOMENTS` snapshots, evenly spread, with the first and the last."""
-    if len(moments) <= MOMENTS:
-        return list(moments)
-    places = np.linspace(0, len(moments) - 1, MOMENTS).round().astype(int)
+    count = min(MOMENTS, len(moments))
+    places = np.linspace(0, len(moments) - 1, count).round().astype(int)
     return [moments[place] for place in places]
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from cluster.checkpoint.format import load_checkpoint
-from cluster.evaluate import create_network
 from cluster.experiments.neighbors.features import (
     BLOCK,
     FeatureInfo,
@@ -106,7 +105,7 @@ def make_features(
 
 
 def _describe(source: FeatureSource, split: str, dtype: str) -> FeatureInfo:
-    net = create_network(source.config, len(source.manifest.classes))
+    net = AlexNet(classes=len(source.manifest.classes), design=source.config.design)
     return FeatureInfo(
         split=split,
         samples=source.manifest.split(split, source.metadata).samples,
@@ -207,7 +206,7 @@ def extract(job: FeatureJob) -> int:
 @lru_cache(maxsize=1)
 def _load_network(checkpoint: Path, run: Path, device: str, classes: int) -> AlexNet:
     """Load a worker's network for its first stretch, and keep it."""
-    net = create_network(read_settings(run)[0], classes)
+    net = AlexNet(classes=classes, design=read_settings(run)[0].design)
     load_checkpoint(checkpoint, net)
     return net.to(device).eval()
 
