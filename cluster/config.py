@@ -349,8 +349,15 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
 
 DATA_KEY = "data_sha256"
 """The one key of RUN/config.toml that is no setting: SHA-256 of the data set's manifest."""
-TEXTS = tuple[str, ...]
-EITHER = int | str
+KINDS: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    int | str: "a whole number or text",
+    tuple[str, ...]: "a list of texts",
+}
+"""Descriptions of the types; the other settings are choices."""
 DESIGN_TYPES = get_type_hints(Design)
 TYPES = DESIGN_TYPES | {k: kind for k, kind in get_type_hints(Config).items() if k != "design"}
 """Type of each setting of the flat table."""
@@ -402,33 +409,20 @@ def load_settings(config: Path) -> dict[str, Any]:
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TYPES)}"
             raise UsageError(f"config file {path}: no setting {key!r}; {hint}")
         if not is_of_type(value, TYPES[key]):
-            raise UsageError(
-                f"config file {path}: {key} is {value!r}; it takes {_describe_type(TYPES[key])}"
-            )
+            takes = KINDS.get(TYPES[key]) or " or ".join(map(repr, get_args(TYPES[key])))
+            raise UsageError(f"config file {path}: {key} is {value!r}; it takes {takes}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
 def is_of_type(value: object, kind: Any) -> bool:
     """Return whether a value of a TOML file has the type of a setting (one of `TYPES`)."""
-    if kind == TEXTS:
+    if kind == tuple[str, ...]:
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    if kind == EITHER:
-        return type(value) in (int, str)
-    if choices := get_args(kind):
-        return value in choices
+    if kind not in KINDS:
+        return value in get_args(kind)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is kind
-
-
-def _describe_type(kind: Any) -> str:
-    if kind == TEXTS:
-        return "a list of texts"
-    if kind == EITHER:
-        return "a whole number or text"
-    if choices := get_args(kind):
-        return " or ".join(repr(choice) for choice in choices)
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        return type(value) in (int, float)
+    return type(value) in (get_args(kind) or (kind,))
 
 
 def format_toml(config: Config, data_sha256: str) -> str:

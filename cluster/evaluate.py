@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
-from cluster.config import Config, read_run_config
+from cluster.config import read_run_config
 from cluster.run.console import print_warning
 from cluster.run.events import Warned
 from cluster.run.folder import CONFIG, QUARANTINE
@@ -113,7 +114,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     device = choose_device(options.device)
     keep_memory()
     torch.set_num_threads(cpu_count())
-    net = create_network(config, _classes(found, manifest, options)).to(device)
+    net = AlexNet(classes=_count_classes(found, manifest, options), design=config.design).to(device)
     load_checkpoint(found.path, net)
     view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
     stream = Stream(
@@ -136,56 +137,27 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         data_sha256=data_sha256,
         step=found.mark.step,
     )
-    with _saving(options, about) as writer, autocast(compute_dtype(config.dtype, device), device):
-        counts, seconds = _count(net, stream, options, writer)
+    path = probability_path(options.run, options.views)
+    saving = open_writer(path, about) if options.save_probabilities else nullcontext()
+    with saving as writer, autocast(compute_dtype(config.dtype, device), device):
+        sums, confusion, seconds = _count(net, stream, options, writer)
     return {
         "views": options.views,
         "split": options.split,
         "step": found.mark.step,
         "position": found.mark.position,
-        **_summary(counts, manifest.classes),
+        **_summary(sums, confusion, manifest.classes),
         "img_s": round(stream.samples / seconds, 1),
         "seconds": round(seconds, 2),
     }
 
 
-def create_network(config: Config, classes: int) -> AlexNet:
-    """Return the whole network of a run, its weights not loaded yet."""
-    return AlexNet(classes=classes, design=config.design)
-
-
-def _saving(
-    options: Evaluate, about: ProbabilityInfo
-) -> AbstractContextManager[ProbabilityWriter | None]:
-    if not options.save_probabilities:
-        return nullcontext()
-    return open_writer(probability_path(options.run, options.views), about)
-
-
-@dataclass
-class ErrorCounts:
-    """Sums of losses and errors over the images seen."""
-
-    classes: int
-
-    def __post_init__(self) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64)
-        """As `model.metrics.sum_metrics` has them."""
-        self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64)
-
-    def add(self, probabilities: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add a batch: float [b, classes], int64 [b], float [b] (0 for padding)."""
-        self.sums += sum_metrics(probabilities, labels, weights).cpu()
-        real = weights > 0
-        cells = labels[real] * self.classes + probabilities[real].argmax(1)
-        flat = torch.bincount(cells.cpu(), minlength=self.classes**2)
-        self.confusion += flat.view(self.classes, self.classes)
-
-
 def _count(
     net: AlexNet, stream: Stream, options: Evaluate, writer: ProbabilityWriter | None
-) -> tuple[ErrorCounts, float]:
-    counts = ErrorCounts(net.classes)
+) -> tuple[Tensor, Tensor, float]:
+    """Return the sums of `model.metrics.sum_metrics`, the confusion matrix, and the seconds."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    cells = torch.zeros(net.classes**2, dtype=torch.int64)
     start = time.perf_counter()
     what = f"evaluating, {options.views} view{'s' if options.views > 1 else ''}"
     with stream, Progress(what, total=stream.samples, unit="img") as progress:
@@ -194,17 +166,19 @@ def _count(
             mean = mean.to(next(net.parameters()).device)
         for batch in stream:
             probabilities = average_views(net, batch.images.float(), options.views, mean)
-            counts.add(probabilities, batch.labels, batch.weights)
+            sums += sum_metrics(probabilities, batch.labels, batch.weights).cpu()
+            real = batch.weights > 0
+            found = batch.labels[real] * net.classes + probabilities[real].argmax(1)
+            cells += torch.bincount(found.cpu(), minlength=len(cells))
             if writer is not None:
                 writer.add(probabilities, batch.labels, batch.weights)
             progress.advance(int(batch.weights.sum()))
-    return counts, time.perf_counter() - start
+    return sums, cells.view(net.classes, net.classes), time.perf_counter() - start
 
 
-def _summary(counts: ErrorCounts, names: tuple[str, ...]) -> dict[str, Any]:
-    loss, top1, top5, samples = counts.sums.tolist()
-    per_class = counts.confusion.sum(1)
-    right = counts.confusion.diagonal()
+def _summary(sums: Tensor, confusion: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    loss, top1, top5, samples = sums.tolist()
+    per_class, right = confusion.sum(1), confusion.diagonal()
     result: dict[str, Any] = {
         "samples": round(samples),
         "top1_error": top1 / samples,
@@ -217,11 +191,11 @@ def _summary(counts: ErrorCounts, names: tuple[str, ...]) -> dict[str, Any]:
         },
     }
     if len(names) <= MOST_CONFUSED:
-        result["confusion"] = counts.confusion.tolist()
+        result["confusion"] = confusion.tolist()
     return result
 
 
-def _classes(found: Checkpoint, manifest: Manifest, options: Evaluate) -> int:
+def _count_classes(found: Checkpoint, manifest: Manifest, options: Evaluate) -> int:
     trained = found.classes
     if manifest.classes != trained:
         raise UsageError(

@@ -18,9 +18,10 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -77,13 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     found = choose_checkpoint(
         options.run, config.store, print_warning, options.checkpoint, options.best
     )
+    table = read_table(open_storage(options.run, config.store), found.name)
     tensors = merge_columns(config, found)
-    tensors["mean"] = read_mean(options.run, config, found, options.data, trained_on)
+    tensors["mean"] = read_mean(config, table.get("channel_mean"), options.data, trained_on)
     out = options.out or options.run / "weights.safetensors"
-    about = describe_checkpoint(options.run, config, found)
     try:
         with atomic_write(out) as file:
-            file.write(save(tensors, metadata=about))
+            file.write(save(tensors, metadata=describe_checkpoint(config, found, table)))
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"cannot write {out}: {reason}; name another file by --out") from error
@@ -101,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     """Return the float32 parameters of the whole network, as `torch.nn` layers take them."""
-    classes = len(found.classes)
-    design = config.design
+    classes, design = len(found.classes), config.design
     net = AlexNet(columns=tuple(range(design.columns)), classes=classes, design=design)
     load_checkpoint(found.path, net)
     tensors = {name: p.detach().contiguous() for name, p in net.named_parameters()}
@@ -123,15 +123,13 @@ def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def read_mean(run: Path, config: Config, found: Checkpoint, data: str, trained_on: str) -> Tensor:
+def read_mean(config: Config, known: Sequence[float] | None, data: str, trained_on: str) -> Tensor:
     """Return the mean to subtract: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
 
     Raises:
         UsageError: the mean is in the data set, and `data` is empty or names another.
         DataError: the data set's statistics are damaged.
     """
-    table = read_table(open_storage(run, config.store), found.name)
-    known = table.get("channel_mean")
     if config.mean == "channel" and known:
         return torch.tensor(known, dtype=torch.float32)[:, None, None]
     if not data:
@@ -147,9 +145,8 @@ def read_mean(run: Path, config: Config, found: Checkpoint, data: str, trained_o
     return picture.permute(2, 0, 1).contiguous()
 
 
-def describe_checkpoint(run: Path, config: Config, found: Checkpoint) -> dict[str, str]:
+def describe_checkpoint(config: Config, found: Checkpoint, table: dict[str, Any]) -> dict[str, str]:
     """Return the header of the file; all values are JSON except the first two."""
-    table = read_table(open_storage(run, config.store), found.name)
     return {
         "format": "pt",
         "made_by": "duet",
@@ -179,12 +176,11 @@ def list_layers(design: Design) -> list[list[object]]:
     arguments = {"norm": [design.columns], "lcn": [design.columns], "pool": pool, "mean_pool": pool}
     found: list[list[object]] = []
     for layer in design.layers():
-        then: list[list[object]] = []
-        for word in layer.then:
-            if word == "batch_norm":
-                then.append(["scale", layer.name])
-            elif word != "dropout":
-                then.append([word, *arguments.get(word, [])])
+        then = [
+            ["scale", layer.name] if word == "batch_norm" else [word, *arguments.get(word, [])]
+            for word in layer.then
+            if word != "dropout"
+        ]
         groups = design.columns if layer.reads == "own" else 1
         how = {"stride": layer.stride, "padding": layer.pad, "groups": groups}
         found.append([layer.name, how if layer.kernel else {}, then])

@@ -108,7 +108,7 @@ def render(state: RunState, width: int = 80) -> RenderableType:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    for name, value in _list_lines(state, width):
+    for name, value in _list_lines(state, width).items():
         table.add_row(name, Text(value))
     parts.append(table)
     if state.workers:
@@ -116,53 +116,48 @@ def render(state: RunState, width: int = 80) -> RenderableType:
     return Group(*parts)
 
 
-def _list_lines(state: RunState, width: int) -> list[tuple[str, str]]:
+def _list_lines(state: RunState, width: int) -> dict[str, str]:
     last, lines = state.last, _list_progress(state, width)
     if state.age_s is not None and "loss" in last:
-        lines.append(("last row", f"{format_duration(state.age_s)} ago"))
+        lines["last row"] = f"{format_duration(state.age_s)} ago"
     if "loss" in last:
-        lines.append(
-            ("loss", f"{last['loss']:.3f}  {draw_sparkline(state.losses, min(width, 100) - 40)}")
-        )
-        lines.append(("top-1 error", f"{last['top1_error']:.1%} of the batch"))
+        sparkline = draw_sparkline(state.losses, min(width, 100) - 40)
+        lines["loss"] = f"{last['loss']:.3f}  {sparkline}"
+        lines["top-1 error"] = f"{last['top1_error']:.1%} of the batch"
     if state.validation:
         row, best = state.validation, state.best
-        lines.append(
-            (
-                "validation",
-                f"top-1 {row['top1_error']:.2%}, top-5 {row['top5_error']:.2%} at step "
-                f"{row['step']:,}; best {best['top1_error']:.2%} at step {best['step']:,}",
-            )
+        lines["validation"] = (
+            f"top-1 {row['top1_error']:.2%}, top-5 {row['top5_error']:.2%} at step "
+            f"{row['step']:,}; best {best['top1_error']:.2%} at step {best['step']:,}"
         )
     if "lr" in last:
-        lines.append(("rates", f"weights {last['lr']:.3g}, biases {last['lr_bias']:.3g}"))
+        lines["rates"] = f"weights {last['lr']:.3g}, biases {last['lr_bias']:.3g}"
     if "img_s" in last:
         now = f" (now {state.img_s_now:,.0f})" if state.img_s_now is not None else ""
         step = f"{last['seconds'] * 1000:,.0f} ms a step"
-        lines.append(("speed", f"{last['img_s']:,.0f} img/s{now}, {step}"))
-        lines.append(("waiting", _format_waiting(state)))
+        lines["speed"] = f"{last['img_s']:,.0f} img/s{now}, {step}"
+        lines["waiting"] = _format_waiting(last)
     if state.checkpoint:
-        lines.append(("checkpoint", _format_checkpoint(state)))
+        lines["checkpoint"] = _format_checkpoint(state.checkpoint)
     if state.replaced:
-        lines.append(("quarantine", f"{state.replaced:,} damaged images replaced by others"))
+        lines["quarantine"] = f"{state.replaced:,} damaged images replaced by others"
     if state.starts > 1 or (state.ends and state.state != "finished"):
-        lines.append(("starts", f"{state.starts:,}"))
-        lines += [("", _format_end(end)) for end in state.ends]
+        lines["starts"] = "\n".join([f"{state.starts:,}", *map(_format_end, state.ends)])
     return lines
 
 
-def _list_progress(state: RunState, width: int) -> list[tuple[str, str]]:
-    lines = []
+def _list_progress(state: RunState, width: int) -> dict[str, str]:
+    lines = {}
     if state.total:
         share = min(1.0, state.step / state.total)
         cells = max(10, min(width, 100) - 40)
-        lines.append(("done", f"{'━' * round(share * cells):╌<{cells}}  {share:.1%}"))
+        lines["done"] = f"{'━' * round(share * cells):╌<{cells}}  {share:.1%}"
     of = f" of {state.total:,}" if state.total else ""
     epoch = f", epoch {state.epoch:.2f}" if state.epoch is not None else ""
-    lines.append(("step", f"{state.step:,}{of}{epoch}"))
-    told = [f"{format_duration(state.elapsed_s)} since the first start"] if state.elapsed_s else []
-    told += [f"{format_duration(state.left_s)} left"] if state.left_s is not None else []
-    return lines + ([("time", ", ".join(told))] if told else [])
+    lines["step"] = f"{state.step:,}{of}{epoch}"
+    times = [f"{format_duration(state.elapsed_s)} since the first start"] if state.elapsed_s else []
+    times += [f"{format_duration(state.left_s)} left"] if state.left_s is not None else []
+    return lines | ({"time": ", ".join(times)} if times else {})
 
 
 def _format_end(end: dict[str, Any]) -> str:
@@ -170,25 +165,20 @@ def _format_end(end: dict[str, Any]) -> str:
     return f"{when} at step {end.get('step') or 0:,}: {end.get('why') or 'for no known reason'}"
 
 
-def _format_waiting(state: RunState) -> str:
-    last = state.last
-    told = [f"for data {last['data_wait']:.1%}{_name_cause(last)}"]
+def _format_waiting(last: dict[str, Any]) -> str:
+    """The waiting of a step, with the main cause of waiting for data unless there is hardly any."""
+    most = max(WAITS, key=lambda name: last.get(name, 0.0))
+    is_known = last.get(most, 0.0) > 0.005 * last["seconds"]
+    cause = f" ({most.removeprefix('wait_')})" if is_known else ""
+    parts = [f"for data {last['data_wait']:.1%}{cause}"]
     if last.get("exchange"):
-        told.append(f"other column {last['exchange'] / last['seconds']:.1%}")
+        parts.append(f"other column {last['exchange'] / last['seconds']:.1%}")
     if "stall" in last:
-        told.append(f"data or saving {last['stall']:.1%}")
-    return ", ".join(told)
+        parts.append(f"data or saving {last['stall']:.1%}")
+    return ", ".join(parts)
 
 
-def _name_cause(row: dict[str, Any]) -> str:
-    """Name the main cause of waiting for data; "" if there was hardly any."""
-    waits = {name: row.get(name, 0.0) for name in WAITS}
-    most = max(waits, key=lambda name: waits[name])
-    return f" ({most.removeprefix('wait_')})" if waits[most] > 0.005 * row["seconds"] else ""
-
-
-def _format_checkpoint(state: RunState) -> str:
-    found = state.checkpoint
+def _format_checkpoint(found: dict[str, Any]) -> str:
     if "step" not in found:
         return str(found["where"])
     return (

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import pin_init, resolve_init
 from cluster.checkpoint.storage import find_last_step, open_storage
 from cluster.config import LENGTH, Config, load_settings
@@ -102,13 +103,10 @@ def parse_command(argv: Sequence[str]) -> Command:
         settings = Config.from_settings(raw.settings.to_settings())
     except ValueError as error:
         raise UsageError(f"{error} ({raw.config} and the flags given)") from error
-    return Command(
-        config=raw.config, data=raw.data, run=raw.run, tuning=raw.tuning, measure=raw.measure,
-        settings=settings,
-    )  # fmt: skip
+    return replace(raw, settings=settings)
 
 
-def _parse(words: list[str]) -> _UncheckedCommand:
+def _parse(words: list[str]) -> Command:
     return tyro.cli(
         _UncheckedCommand, args=words, prog="python -m cluster.train", description=Command.__doc__
     )
@@ -116,18 +114,17 @@ def _parse(words: list[str]) -> _UncheckedCommand:
 
 def _format_flags(table: dict[str, Any]) -> list[str]:
     """Format settings as flags that any word may follow: a list takes all words up to a flag."""
-    lists = {key: value for key, value in table.items() if isinstance(value, tuple)}
-    last = {"width": Design.width} | {key: table[key] for key in table if key not in lists}
-    return [word for key, value in (lists | last).items() for word in _format_flag(key, value)]
-
-
-def _format_flag(key: str, value: object) -> list[str]:
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, tuple):
-        return [f"--{name}", *value]
-    return [f"--{name}", str(value)]
+    lists: list[str] = []
+    singles = ["--width", str(Design.width)]
+    for key, value in table.items():
+        name = key.replace("_", "-")
+        if isinstance(value, tuple):
+            lists += [f"--{name}", *value]
+        elif isinstance(value, bool):
+            singles.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            singles += [f"--{name}", str(value)]
+    return lists + singles
 
 
 def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
@@ -154,8 +151,10 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     with closing(dataset):
         check_data(command, manifest, dataset)
     if command.measure:
-        with lock_run(folder), RunConsole() as screen:
-            measure_with_ray_session(config, data, folder, screen)
+        from cluster.launch.measurement import measure_with_ray
+
+        with lock_run(folder), RunConsole() as screen, start_ray(config) as read_output:
+            measure_with_ray(config, data, folder, screen, read_output)
         return 0
     with lock_run(folder), RunConsole() as screen:
         if (mirror := open_mirror(folder, config.store)) and (fetched := mirror.restore()):
@@ -205,7 +204,6 @@ def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
     if command.settings.tensorboard:
         require_tensorboard()
     Statistics.load(dataset.folder, manifest.stats_sha256)
-
     try:
         build_stages(len(manifest.classes), command.settings.design)
     except ValueError as error:
@@ -214,8 +212,6 @@ def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
 
 def has_sound_checkpoint(folder: Path, store: str, total: int, screen: RunConsole) -> bool:
     """Return whether the last checkpoint of a run that looks finished is undamaged."""
-    from cluster.checkpoint.format import choose_checkpoint
-
     try:
         return choose_checkpoint(folder, store, screen.show).mark.step >= total
     except DataError:
@@ -244,18 +240,6 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: RunConsole) 
 
     with start_ray(config) as read_output:
         Controller(config, data, folder, screen, read_output).train()
-
-
-def measure_with_ray_session(config: Config, data: str, folder: Path, screen: RunConsole) -> None:
-    """Have workers measure the parts of a step, on the same Ray as `train_with_ray`.
-
-    Raises:
-        DuetError: the workers failed.
-    """
-    from cluster.launch.measurement import measure_with_ray
-
-    with start_ray(config) as read_output:
-        measure_with_ray(config, data, folder, screen, read_output)
 
 
 @contextmanager

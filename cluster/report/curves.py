@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.report.records import Records, Series
-from pipeline.tools.charts import (
-    CHECK,
-    INK,
-    MOST_POINTS,
-    SERIES,
-    Chart,
-    Floats,
-    as_chart,
-    draw_dots,
-    draw_line,
-    draw_mark,
-    name_axis,
-    new_axes,
-    round_up,
-)
+from pipeline.tools import charts
+from pipeline.tools.charts import MOST_POINTS, Chart, Floats
 from pipeline.tools.text import short_number
 
 if TYPE_CHECKING:
@@ -40,13 +27,13 @@ def draw_curves(records: Records) -> list[Chart]:
     """Draw all charts of a run with at least one step."""
     metrics = records.metrics
     speed, wait = metrics["img_s"], metrics["data_wait"] * 100
-    charts = [
+    found = [
         _learning(records, "Loss", "loss", 1.0, 8.0),
         _learning(records, "Top-1 error", "top1_error", 100.0, 100.0, unit=" %"),
         _timing(records, "Images per second", speed, "whole job"),
         _timing(records, "Waiting for data", wait, "share of a step", " %", least=4.0),
     ]
-    return [*charts, _updates(records)] if len(records.updates) > 1 else charts
+    return [*found, _updates(records)] if len(records.updates) > 1 else found
 
 
 def _learning(
@@ -55,28 +42,28 @@ def _learning(
     """Training and validation over the images seen, with the changes of the learning rate."""
     metrics, validation = records.metrics, records.validation
     values, validated = metrics[name] * scale, validation[name] * scale
-    top = round_up(min(max(_near_max(values), _near_max(validated)), limit))
+    top = charts.round_up(min(max(_near_max(values), _near_max(validated)), limit))
     axes = _axes_over_images(records, (0, top), unit)
     _draw_noisy(axes, metrics, values, "training")
-    draw_line(axes, validation["position"], validated, CHECK, "validation")
+    charts.draw_line(axes, validation["position"], validated, charts.CHECK, "validation")
     hints = [
         f"step {step:,.0f}: {value:.3g}{unit}"
         for step, value in zip(validation["step"], validated, strict=True)
     ]
-    draw_dots(axes, validation["position"], validated, CHECK, hints)
+    charts.draw_dots(axes, validation["position"], validated, charts.CHECK, hints)
     for position, label in rate_marks(records):
-        draw_mark(axes, position, label)
+        charts.draw_mark(axes, position, label)
     missing = "" if len(validation) else " No validation rows yet."
-    return as_chart(axes, title, _smoothing_caption(metrics) + missing)
+    return charts.as_chart(axes, title, _smoothing_caption(metrics) + missing)
 
 
 def _timing(
     records: Records, title: str, values: Floats, name: str, unit: str = "", least: float = 0.0
 ) -> Chart:
-    top = round_up(max(least, _near_max(values, 98) * 1.1))
+    top = charts.round_up(max(least, _near_max(values, 98) * 1.1))
     axes = _axes_over_images(records, (0, top), unit)
     _draw_noisy(axes, records.metrics, values, name)
-    return as_chart(axes, title, _smoothing_caption(records.metrics))
+    return charts.as_chart(axes, title, _smoothing_caption(records.metrics))
 
 
 def _updates(records: Records) -> Chart:
@@ -92,10 +79,12 @@ def _updates(records: Records) -> Chart:
     axes.set_yticks(range(low, max(high, low + 1) + 1))
     axes.yaxis.set_major_formatter(lambda power, _: f"1e{power:.0f}")
     for number, (name, values) in enumerate(layers.items()):
-        draw_line(axes, records.updates["position"], values, SERIES[number % 8], name, width=1.4)
+        charts.draw_line(
+            axes, records.updates["position"], values, charts.SERIES[number % 8], name, width=1.4
+        )
     for position, label in rate_marks(records):
-        draw_mark(axes, position, label)
-    return as_chart(
+        charts.draw_mark(axes, position, label)
+    return charts.as_chart(
         axes, "Update against weight",
         "Mean |update| of a step over mean |weight|, of the weights of each layer.",
     )  # fmt: skip
@@ -103,24 +92,25 @@ def _updates(records: Records) -> Chart:
 
 def _axes_over_images(records: Records, y: tuple[float, float], unit: str = "") -> Axes:
     """Axes over the images seen; their ticks name the epochs as well."""
-    metrics = records.metrics
-    ends = (metrics.last("position"), records.validation.last("position"))
-    last = max((end for end in ends if end > 0), default=1.0)
-    epoch = metrics.last("position") / max(metrics.last("epoch"), 1e-9)
+    position, validated = (one.last("position") for one in (records.metrics, records.validation))
+    last = max((end for end in (position, validated) if end > 0), default=1.0)
+    epoch = position / max(records.metrics.last("epoch"), 1e-9)
 
     def label_images(value: float) -> str:
         epochs = f"\n{short_number(value / epoch)}" if math.isfinite(epoch) else ""
         return short_number(value) + epochs
 
-    axes = new_axes((0, last), y, label_images, lambda value: f"{short_number(value)}{unit}")
-    name_axis(axes, "images", "epochs")
+    axes = charts.new_axes((0, last), y, label_images, lambda value: f"{short_number(value)}{unit}")
+    charts.name_axis(axes, "images", "epochs")
     return axes
 
 
 def _draw_noisy(axes: Axes, metrics: Series, values: Floats, name: str) -> None:
     """The spread of values as a faint line, their moving mean as a strong one."""
-    draw_line(axes, *thin(metrics["position"], values), INK, width=1, alpha=0.2)
-    draw_line(axes, metrics["position"], smooth(values, window_of(len(metrics))), INK, name)
+    charts.draw_line(axes, *thin(metrics["position"], values), charts.INK, width=1, alpha=0.2)
+    charts.draw_line(
+        axes, metrics["position"], smooth(values, window_of(len(metrics))), charts.INK, name
+    )
 
 
 def smooth(values: Floats, window: int) -> Floats:
@@ -192,6 +182,6 @@ def _smoothing_caption(metrics: Series) -> str:
     window = window_of(len(metrics))
     if window == 1:
         return ""
-    short = len(metrics) <= MOST_POINTS
-    faint = "every step" if short else "the middle nine tenths of the steps"
+    is_short = len(metrics) <= MOST_POINTS
+    faint = "every step" if is_short else "the middle nine tenths of the steps"
     return f"Line: mean over {window:,} steps; faint: {faint}."

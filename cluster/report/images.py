@@ -18,10 +18,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from cluster.checkpoint.format import Checkpoint, column_file
-from cluster.checkpoint.format import choose_checkpoint as choose_checkpoint
+from cluster.checkpoint.format import Checkpoint, choose_checkpoint, column_file
 from cluster.run.events import Warned
 from cluster.run.folder import read_store
 from cluster.run.kernels import Kernel
@@ -53,12 +51,14 @@ class TrainingImage:
     uri: str
 
 
-def load_training_images(data: str, config: dict[str, Any]) -> list[TrainingImage]:
+def load_training_images(data: str | None, config: dict[str, Any]) -> list[TrainingImage]:
     """Return the first training images of a run, with its crops, flips and color shifts.
 
     Raises:
-        MissingFigure: the data set cannot be read here.
+        MissingFigure: the data set is not given, or cannot be read here.
     """
+    if data is None:
+        raise MissingFigure("No images: no data folder was given (--data).")
     try:
         # DALI takes seconds to load and may be missing where only a report is wanted.
         from pipeline.batches import Stream
@@ -109,7 +109,7 @@ def find_newest_checkpoint(run: Path) -> Checkpoint:
     """
     damaged: list[str] = []
     try:
-        found = choose_checkpoint(
+        return choose_checkpoint(
             run,
             read_store(run),
             lambda event: damaged.append(event.text) if isinstance(event, Warned) else None,
@@ -119,7 +119,6 @@ def find_newest_checkpoint(run: Path) -> Checkpoint:
         raise MissingFigure(
             f"No kernels: the run has no complete checkpoint yet{reason}."
         ) from error
-    return found
 
 
 def read_column_kernels(found: Checkpoint) -> dict[str, Kernel]:
@@ -128,16 +127,15 @@ def read_column_kernels(found: Checkpoint) -> dict[str, Kernel]:
     Raises:
         MissingFigure: the files hold no such tensors.
     """
+    kernels = {}
     try:
-        columns = [c for c in (0, 1) if c == 0 or (found.path / column_file(c)).exists()]
-        return {"ab"[column]: _read_conv1(found.path, column) for column in columns}
+        for column, name in enumerate("ab"):
+            path = found.path / column_file(column)
+            if column == 0 or path.exists():
+                with safe_open(path, framework="numpy") as file:
+                    kernels[name] = file.get_tensor(f"weights/{name}.conv1.weight")
     except (SafetensorError, OSError) as error:
         raise MissingFigure(f"No kernels: {found.path}: {shorten_error(error)}.") from error
-
-
-def _read_conv1(checkpoint: Path, column: int) -> Kernel:
-    with safe_open(checkpoint / column_file(column), framework="numpy") as file:
-        kernels: Kernel = file.get_tensor(f"weights/{'ab'[column]}.conv1.weight")
     return kernels
 
 
@@ -256,11 +254,12 @@ def collect_answers(
     if data is None:
         raise MissingFigure("No answers: no data folder was given (--data).")
     try:
-        saved = SavedProbabilities(run, views)
-        _check_data(saved, data, config)
+        saved, cached = SavedProbabilities(run, views), read_cache_settings(config)
+        if identity(fetch_metadata(data, **cached)) != saved.about.data_sha256:
+            raise MissingFigure(f"No answers: {data} is not the data set that was evaluated.")
         chosen = choose_images(saved, choices, each)
         with (
-            closing(open_dataset(data, **read_cache_settings(config))) as dataset,
+            closing(open_dataset(data, **cached)) as dataset,
             closing(ShardReader(dataset, saved.about.split)) as storage,
         ):
             groups = tuple(
@@ -273,30 +272,16 @@ def collect_answers(
     return Answers(groups, views, about.split, int((saved.weights > 0).sum()), about.step)
 
 
-def _check_data(saved: SavedProbabilities, data: str, config: dict[str, Any]) -> None:
-    """Check that the data set is the one that was evaluated.
-
-    Raises:
-        MissingFigure: it is another.
-    """
-    if identity(fetch_metadata(data, **read_cache_settings(config))) != saved.about.data_sha256:
-        raise MissingFigure(f"No answers: {data} is not the data set that was evaluated.")
-
-
 def choose_images(
     saved: SavedProbabilities, choices: Sequence[Choice], each: int
 ) -> dict[Choice, list[int]]:
     """Return the ids of the images of each choice, without damaged ones."""
     sound = torch.nonzero(saved.weights > 0).flatten()
-    true = torch.cat(
-        [
-            _select_true(
-                saved.rows(first, min(first + ROWS, len(saved.labels))), saved.labels[first:]
-            )
-            for first in range(0, len(saved.labels), ROWS)
-        ]
-    )[sound]
-    order = torch.argsort(true, stable=True)
+    shares, first = [], 0
+    for labels in saved.labels.split(ROWS):  # the probability of the true class in each row
+        shares.append(saved.rows(first, first + len(labels)).gather(1, labels[:, None]).flatten())
+        first += len(labels)
+    order = torch.argsort(torch.cat(shares)[sound], stable=True)
     lot = np.random.default_rng(0).permutation(len(sound))
     found = {
         "best": sound[order.flip(0)[:each]].tolist(),
@@ -304,11 +289,6 @@ def choose_images(
         "random": sound[torch.from_numpy(lot[:each])].tolist(),
     }
     return {choice: found[choice] for choice in choices}
-
-
-def _select_true(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """The probability of the true class in each row."""
-    return probabilities.gather(1, labels[: len(probabilities), None]).flatten()
 
 
 def _load_answers(
@@ -325,13 +305,6 @@ def _load_answers(
         if isinstance(pixels, Damage):
             pixels = np.full((256, 256, 3), 128, np.uint8)
         seen = pixels[BORDER:-BORDER, BORDER:-BORDER] if views == 1 else pixels
-        found.append(
-            AnsweredImage(
-                encode_image(seen, SHOWN_SIDE, QUALITY),
-                sample,
-                names[label],
-                float(row[label]),
-                guesses,
-            )
-        )
+        uri = encode_image(seen, SHOWN_SIDE, QUALITY)
+        found.append(AnsweredImage(uri, sample, names[label], float(row[label]), guesses))
     return found

@@ -18,30 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.checkpoint.format import Checkpoint
-from cluster.report.images import (
-    KERNEL_GAP,
-    KERNEL_SCALE,
-    read_column_kernels,
-    tile_kernels,
-)
+from cluster.report.images import KERNEL_GAP, KERNEL_SCALE, read_column_kernels, tile_kernels
 from cluster.run.kernels import Kernel, KernelSnapshot
 from pipeline.dataset.images import Pixels
-from pipeline.tools.charts import (
-    COLUMN_A,
-    COLUMN_B,
-    INK,
-    SOFT,
-    Chart,
-    Floats,
-    Label,
-    as_chart,
-    draw_dots,
-    draw_line,
-    draw_mark,
-    encode_image,
-    name_axis,
-    new_axes,
-)
+from pipeline.tools import charts
+from pipeline.tools.charts import Chart, Floats, Label, encode_image
 from pipeline.tools.text import short_number
 
 if TYPE_CHECKING:
@@ -120,8 +101,7 @@ def _compute_coherence(kernels: Floats) -> Floats:
         (one * two).sum(axis=(1, 2, 3))
         for one, two in ((down, down), (across, across), (down, across))
     )
-    coherence: Floats = np.hypot(xx - yy, 2 * xy) / np.maximum(xx + yy, TINY)
-    return coherence
+    return np.hypot(xx - yy, 2 * xy) / np.maximum(xx + yy, TINY)
 
 
 def _compute_concentration(kernels: Floats) -> Floats:
@@ -130,8 +110,7 @@ def _compute_concentration(kernels: Floats) -> Floats:
     near = sum(
         np.roll(power, (down, across), (1, 2)) for down in (-1, 0, 1) for across in (-1, 0, 1)
     )
-    most: Floats = np.max(near, axis=(1, 2)) / np.maximum(power.sum(axis=(1, 2)), TINY)
-    return most
+    return np.max(near, axis=(1, 2)) / np.maximum(power.sum(axis=(1, 2)), TINY)
 
 
 @cache
@@ -173,7 +152,7 @@ FOLLOWED = 8
 """Kernels of a column shown in a strip."""
 BAR = 3  # pixels high
 COLOUR_BAR, ORIENTATION_BAR, TRACK = (123, 82, 196, 255), (18, 128, 106, 255), (128, 128, 128, 64)
-COLUMN_COLORS = {"a": COLUMN_A, "b": COLUMN_B}
+COLUMN_COLORS = {"a": charts.COLUMN_A, "b": charts.COLUMN_B}
 
 
 @dataclass(frozen=True)
@@ -220,11 +199,6 @@ class FirstLayer:
     charts: tuple[Chart, ...] = ()
     """Scores over the steps; empty without snapshots."""
 
-    @property
-    def kernels(self) -> int:
-        """Number of kernels of both columns."""
-        return sum(len(column.scores) for column in self.columns)
-
 
 def describe_first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = ()) -> FirstLayer:
     """Describe conv1 of a checkpoint and of the snapshots before it.
@@ -234,7 +208,13 @@ def describe_first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = 
     """
     kernels = read_column_kernels(found)
     rated = {name: score_kernels(weights) for name, weights in kernels.items()}
-    past = [one for one in moments if one.step < found.mark.step and has_same_shape(one, kernels)]
+    shapes = {name: weights.shape for name, weights in kernels.items()}
+    past = [
+        one
+        for one in moments
+        if one.step < found.mark.step
+        and {name: weights.shape for name, weights in one.columns.items()} == shapes
+    ]
     layer = FirstLayer(
         step=found.mark.step,
         columns=tuple(_describe_column(name, kernels[name], rated[name]) for name in kernels),
@@ -248,12 +228,7 @@ def describe_first_layer(found: Checkpoint, moments: Sequence[KernelSnapshot] = 
         layer = _add_changes(layer, kernels, past[0].columns)
     past.append(KernelSnapshot(found.mark.step, kernels))
     shown = pick_snapshots(past)
-    strips = tuple(
-        _draw_strip(
-            name, [one.columns[name] for one in shown], [one.step for one in shown], rated[name]
-        )
-        for name in kernels
-    )
+    strips = tuple(_draw_strip(name, shown, rated[name]) for name in kernels)
     return replace(layer, strips=strips, charts=tuple(_draw_over_time(past)))
 
 
@@ -262,17 +237,11 @@ def _add_changes(
 ) -> FirstLayer:
     changes = {name: weights - first[name] for name, weights in kernels.items()}
     rated = {name: score_kernels(change) for name, change in changes.items()}
+    shares = [_measure_lengths(changes[name]) / _measure_lengths(kernels[name]) for name in kernels]
     return replace(
         layer,
         changes=tuple(_describe_column(name, changes[name], rated[name]) for name in changes),
-        change_length=float(
-            np.median(
-                [
-                    _measure_lengths(changes[name]) / _measure_lengths(kernels[name])
-                    for name in kernels
-                ]
-            )
-        ),
+        change_length=float(np.median(shares)),
         change_colour=_separate_pair([one.colour for one in rated.values()]),
     )
 
@@ -281,17 +250,10 @@ def _measure_lengths(kernels: Kernel) -> npt.NDArray[np.float32]:
     return np.maximum(np.linalg.norm(kernels.reshape(len(kernels), -1), axis=1), 1e-12)
 
 
-def has_same_shape(moment: KernelSnapshot, kernels: dict[str, Kernel]) -> bool:
-    """Return whether a snapshot has the shapes of the checkpoint's kernels."""
-    shapes = {name: weights.shape for name, weights in kernels.items()}
-    return {name: weights.shape for name, weights in moment.columns.items()} == shapes
-
-
 def pick_snapshots(moments: Sequence[KernelSnapshot]) -> list[KernelSnapshot]:
     """Return at most `MOMENTS` snapshots, evenly spread, with the first and the last."""
-    if len(moments) <= MOMENTS:
-        return list(moments)
-    places = np.linspace(0, len(moments) - 1, MOMENTS).round().astype(int)
+    count = min(MOMENTS, len(moments))
+    places = np.linspace(0, len(moments) - 1, count).round().astype(int)
     return [moments[place] for place in places]
 
 
@@ -324,46 +286,44 @@ def draw_scored_sheet(kernels: Kernel, rated: Scores) -> Pixels:
     down = -(-len(kernels) // across)
     tall = side + 2 * (BAR + 1) + 2 * KERNEL_GAP * KERNEL_SCALE
     sheet = np.zeros((down * tall, plain.shape[1], 4), np.uint8)
-    for number, (colour, orientation) in enumerate(
-        zip(rated.colour, rated.orientation, strict=True)
-    ):
-        row, place = divmod(number, across)
-        top, left = row * tall, place * pitch
-        old = row * pitch
-        sheet[top : top + side, left : left + side] = plain[old : old + side, left : left + side]
-        for at, (value, paint) in enumerate(((colour, COLOUR_BAR), (orientation, ORIENTATION_BAR))):
-            head = top + side + 1 + at * (BAR + 1)
+    for row in range(down):
+        sheet[row * tall : row * tall + side] = plain[row * pitch : row * pitch + side]
+    bars = (rated.colour, COLOUR_BAR), (rated.orientation, ORIENTATION_BAR)
+    for at, (values, paint) in enumerate(bars):
+        for number, value in enumerate(values):
+            row, place = divmod(number, across)
+            head, left = row * tall + side + 1 + at * (BAR + 1), place * pitch
             sheet[head : head + BAR, left : left + side] = TRACK
             sheet[head : head + BAR, left : left + round(value * side)] = paint
     return sheet
 
 
-def _draw_strip(name: str, past: list[Kernel], steps: list[int], rated: Scores) -> Strip:
+def _draw_strip(name: str, past: Sequence[KernelSnapshot], rated: Scores) -> Strip:
     """Kernels spread over the final colorfulness, the most colorful first."""
     order = np.argsort(-rated.colour, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(FOLLOWED, len(order))).round().astype(int)]
-    rows = np.concatenate([weights[chosen] for weights in past])
     # tile goes along rows: kernel by kernel, each through all moments.
-    turned = rows.reshape(len(past), len(chosen), *rows.shape[1:]).swapaxes(0, 1)
-    sheet = tile_kernels(turned.reshape(rows.shape), across=len(past))
-    return Strip(name, encode_image(sheet), tuple(short_number(step) for step in steps))
+    rows = np.concatenate(np.stack([one.columns[name][chosen] for one in past], axis=1))
+    sheet = tile_kernels(rows, across=len(past))
+    return Strip(name, encode_image(sheet), tuple(short_number(one.step) for one in past))
 
 
 def _draw_scatter(rated: dict[str, Scores]) -> Chart:
-    axes = new_axes((0, 1), (0, 1))
+    axes = charts.new_axes((0, 1), (0, 1))
     for name, one in rated.items():
-        draw_line(axes, np.zeros(1), np.zeros(1), COLUMN_COLORS[name], f"column {name}", width=0)
+        charts.draw_line(
+            axes, np.zeros(1), np.zeros(1), COLUMN_COLORS[name], f"column {name}", width=0
+        )
+        scores = zip(one.colour, one.orientation, one.shaped, strict=True)
         hints = [
-            f"column {name}, kernel {number + 1}: colour {color:.2f}, orientation {along:.2f}"
+            f"column {name}, kernel {number}: colour {color:.2f}, orientation {along:.2f}"
             + ("" if is_shaped else ", like noise")
-            for number, (color, along, is_shaped) in enumerate(
-                zip(one.colour, one.orientation, one.shaped, strict=True)
-            )
+            for number, (color, along, is_shaped) in enumerate(scores, 1)
         ]
-        draw_dots(axes, one.colour, one.orientation, COLUMN_COLORS[name], hints)
-    draw_mark(axes, GREY_OF_NOISE, "noise")
-    name_axis(axes, "colour")
-    return as_chart(
+        charts.draw_dots(axes, one.colour, one.orientation, COLUMN_COLORS[name], hints)
+    charts.draw_mark(axes, GREY_OF_NOISE, "noise")
+    charts.name_axis(axes, "colour")
+    return charts.as_chart(
         axes, "Every kernel: orientation over colourfulness",
         "A dot is a kernel. Colourfulness: share of its energy off the grey axis; "
         "orientation: coherence of its structure tensor.",
@@ -377,7 +337,7 @@ def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
     ]
     across = np.log10([one.step for one in past])
     last = float(max(across[-1], math.log10(2)))
-    charts = []
+    found = []
     for title, score, of_noise in (
         ("Colourfulness, median kernel", "colour", GREY_OF_NOISE),
         ("Orientation, median kernel", "orientation", ORIENTATION_OF_NOISE),
@@ -385,26 +345,30 @@ def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
         axes = _axes_over_steps(last, (0, 1))
         for name in rated[-1]:
             medians = np.array([np.median(getattr(one[name], score)) for one in rated])
-            draw_line(axes, across, medians, COLUMN_COLORS[name], f"column {name}")
-        draw_line(axes, np.array([0, last]), np.full(2, of_noise), SOFT, "noise", dashes="--")
-        charts.append(as_chart(axes, title, "Steps on a logarithmic axis."))
-    splits = [one for row in rated if len(row) == 2
-              and (one := separate_columns(row["a"].colour, row["b"].colour))]  # fmt: skip
+            charts.draw_line(axes, across, medians, COLUMN_COLORS[name], f"column {name}")
+        charts.draw_line(
+            axes, np.array([0, last]), np.full(2, of_noise), charts.SOFT, "noise", dashes="--"
+        )
+        found.append(charts.as_chart(axes, title, "Steps on a logarithmic axis."))
+    pairs = (_separate_pair([one.colour for one in row.values()]) for row in rated)
+    splits = [pair for pair in pairs if pair]
     if splits:
         axes = _axes_over_steps(last, (0.5, 1), lambda value: f"{100 * value:.0f} %")
-        draw_line(axes, across, np.array([one.apart for one in splits]), INK, "the columns")
-        draw_line(axes, across, np.array([one.chance_95 for one in splits]), SOFT,
+        charts.draw_line(
+            axes, across, np.array([one.apart for one in splits]), charts.INK, "the columns"
+        )
+        charts.draw_line(axes, across, np.array([one.chance_95 for one in splits]), charts.SOFT,
                   "95 % of random splits are below", dashes="--")  # fmt: skip
         caption = (
             "Share of pairs, a kernel of each column, in which the one column's is more "
             "colourful: 50 % if the columns are alike, 100 % if they share nothing."
         )
-        charts.append(as_chart(axes, "Columns apart in colourfulness", caption))
-    return charts
+        found.append(charts.as_chart(axes, "Columns apart in colourfulness", caption))
+    return found
 
 
 def _axes_over_steps(last: float, y: tuple[float, float], label: Label = short_number) -> Axes:
-    axes = new_axes((0, last), y, lambda power: short_number(10.0**power), label)
+    axes = charts.new_axes((0, last), y, lambda power: short_number(10.0**power), label)
     axes.set_xticks(range(int(last) + 1))
-    name_axis(axes, "steps")
+    charts.name_axis(axes, "steps")
     return axes

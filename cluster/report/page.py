@@ -11,40 +11,20 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import jinja2
 import tyro
 
 from cluster.checkpoint.format import Checkpoint
+from cluster.report import images, tables
 from cluster.report.curves import draw_curves
-from cluster.report.images import (
-    CHOICES,
-    EACH,
-    Answers,
-    Choice,
-    MissingFigure,
-    TrainingImage,
-    collect_answers,
-    find_newest_checkpoint,
-    load_training_images,
-    read_cache_settings,
-)
-from cluster.report.kernels import FirstLayer, compute_noise_limit, describe_first_layer
+from cluster.report.images import CHOICES, EACH, Choice
+from cluster.report.kernels import compute_noise_limit, describe_first_layer
 from cluster.report.records import Records, read_records
-from cluster.report.tables import (
-    format_probability,
-    format_setting,
-    make_confusion_table,
-    make_error_tiles,
-    make_layer_table,
-    make_run_tiles,
-    rank_class_errors,
-    write_lead,
-)
 from cluster.run.folder import KERNELS, METRICS
 from cluster.run.kernels import read_kernels
 from pipeline.dataset.manifest import Manifest, identity
@@ -54,6 +34,7 @@ from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.files import atomic_write
 
 NAME = "report.html"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,41 +82,53 @@ def render_page(
     records: Records, data: str | None, choices: Sequence[Choice] = CHOICES, each: int = EACH
 ) -> str:
     """Return the page as HTML text; the arguments are those of `write_report`."""
+    run, config = records.run, records.config
     manifest, data_note = _load_manifest(data, records)
-    samples, samples_note = _load_images(data, records)
-    found, kernels, kernels_note = _load_kernels(records)
-    answered, answers_note = _collect_answers(records, data, choices, each)
+    samples, samples_note = _try_figure(lambda: images.load_training_images(data, config))
+    found, kernels_note = _try_figure(lambda: images.find_newest_checkpoint(run))
+    kernels = None
+    if found is not None:
+        kernels, kernels_note = _try_figure(
+            lambda: describe_first_layer(found, read_kernels(run / KERNELS))
+        )
+    answers, answers_note = _try_figure(
+        lambda: images.collect_answers(run, data, config, choices, each)
+    )
     names = _find_class_names(records, manifest, found)
-    page = load_templates().get_template("page.html.j2")
-    return page.render(
-        title=records.run.resolve().name,
-        lead=write_lead(records, manifest),
-        errors=make_error_tiles(records),
-        tiles=make_run_tiles(records),
-        charts=draw_curves(records) if len(records.metrics) else [],
-        samples=samples,
-        samples_note=samples_note,
-        kernels=kernels,
-        kernels_note=kernels_note,
-        answers=answered,
-        answers_note=answers_note,
-        layers=make_layer_table(records, len(names)),
-        classes=rank_class_errors(records),
-        confusion=make_confusion_table(records, names),
-        config=records.config,
-        machine=records.machine,
-        manifest=manifest,
-        data_note=data_note,
-        restarts=records.metrics.restarts,
-        notes=records.notes,
-        made=_format_last_change(records.run),
+    changed = datetime.datetime.fromtimestamp((run / METRICS).stat().st_mtime, datetime.UTC)
+    return (
+        load_templates()
+        .get_template("page.html.j2")
+        .render(
+            title=run.resolve().name,
+            lead=tables.write_lead(records, manifest),
+            errors=tables.make_error_tiles(records),
+            tiles=tables.make_run_tiles(records),
+            charts=draw_curves(records) if len(records.metrics) else [],
+            samples=samples,
+            samples_note=samples_note,
+            kernels=kernels,
+            kernels_note=kernels_note,
+            answers=answers,
+            answers_note=answers_note,
+            layers=tables.make_layer_table(records, len(names)),
+            classes=tables.rank_class_errors(records),
+            confusion=tables.make_confusion_table(records, names),
+            config=config,
+            machine=records.machine,
+            manifest=manifest,
+            data_note=data_note,
+            restarts=records.metrics.restarts,
+            notes=records.notes,
+            made=f"{changed:%Y-%m-%d %H:%M UTC}",
+        )
     )
 
 
 def load_templates(*folders: Path) -> jinja2.Environment:
     """Return the templates in `folders` and of this package, with their filters."""
     environment = page_templates(*folders, Path(__file__).parent)
-    environment.filters |= {"plain": format_setting, "p": format_probability}
+    environment.filters |= {"plain": tables.format_setting, "p": tables.format_probability}
     environment.globals["noise_limit"] = compute_noise_limit()
     return environment
 
@@ -145,7 +138,7 @@ def _load_manifest(data: str | None, records: Records) -> tuple[Manifest | None,
     if data is None:
         return None, "No data folder was given (--data), so nothing is known of the data set."
     try:
-        folder = fetch_metadata(data, **read_cache_settings(records.config))
+        folder = fetch_metadata(data, **images.read_cache_settings(records.config))
         manifest = Manifest.load(folder)
         known = records.config.get("data_sha256")
         other = known is not None and known != identity(folder)
@@ -154,30 +147,11 @@ def _load_manifest(data: str | None, records: Records) -> tuple[Manifest | None,
     return manifest, f"{data} is not the data set that the run was trained on." if other else ""
 
 
-def _load_images(data: str | None, records: Records) -> tuple[list[TrainingImage], str]:
-    if data is None:
-        return [], "No images: no data folder was given (--data)."
+def _try_figure(make: Callable[[], T]) -> tuple[T | None, str]:
+    """Return what a section shows, or None and a note that says why it cannot be made."""
     try:
-        return load_training_images(data, records.config), ""
-    except MissingFigure as error:
-        return [], str(error)
-
-
-def _load_kernels(records: Records) -> tuple[Checkpoint | None, FirstLayer | None, str]:
-    found = None
-    try:
-        found = find_newest_checkpoint(records.run)
-        return found, describe_first_layer(found, read_kernels(records.run / KERNELS)), ""
-    except MissingFigure as error:
-        return found, None, str(error)
-
-
-def _collect_answers(
-    records: Records, data: str | None, choices: Sequence[Choice], each: int
-) -> tuple[Answers | None, str]:
-    try:
-        return collect_answers(records.run, data, records.config, choices, each), ""
-    except MissingFigure as error:
+        return make(), ""
+    except images.MissingFigure as error:
         return None, str(error)
 
 
@@ -190,13 +164,8 @@ def _find_class_names(
     if manifest is not None:
         return manifest.classes
     # An evaluation leaves out classes without images.
-    tables = (evaluation.get("classes") for evaluation in records.evaluations.values())
-    return next((list(classes) for classes in tables if classes), [])
-
-
-def _format_last_change(folder: Path) -> str:
-    moment = datetime.datetime.fromtimestamp((folder / METRICS).stat().st_mtime, datetime.UTC)
-    return moment.strftime("%Y-%m-%d %H:%M UTC")
+    errors = (evaluation.get("classes") for evaluation in records.evaluations.values())
+    return next((list(classes) for classes in errors if classes), [])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,18 +11,8 @@ import rich.progress as rp
 from rich.console import Console
 from rich.text import Text
 
-from cluster.run.events import (
-    Ended,
-    Event,
-    Finished,
-    Rated,
-    Saved,
-    Started,
-    Stepped,
-    Validated,
-    Warned,
-    Worker,
-)
+from cluster.run import events
+from cluster.run.events import Event, Started, Warned, Worker
 
 EVERY = 5.0
 """Seconds between plain progress lines."""
@@ -67,26 +57,24 @@ class RunConsole:
         match event:
             case Started():
                 self._started(event)
-            case Stepped(row):
+            case events.Stepped(row):
                 self._stepped(row)
-            case Validated(row):
+            case events.Validated(row):
                 self.say(
                     f"step {row['step']:>6}  validation: loss {row['loss']:.3f}"
                     f"  top-1 error {row['top1_error']:.1%}  top-5 error {row['top5_error']:.1%}"
                     f"  ({row['samples']:,} images, {row['seconds']:.1f} s)"
                 )
-            case Saved(step, seconds):
+            case events.Saved(step, seconds):
                 self.say(f"step {step:>6}  checkpoint ({seconds:.1f} s)")
-            case Rated(step, text):
+            case events.Rated(step, text):
                 self.say(f"step {step:>6}  from here on: {text}")
             case Warned(text):
                 self.say(f"warning: {text}")
-            case Ended(step):
+            case events.Ended(step):
                 self.say(f"step {step:>6}  saved, and ended")
-            case Finished(step):
+            case events.Finished(step):
                 self.say(f"step {step:>6}  done")
-            case _:
-                pass
 
     def table(self, workers: Sequence[Worker]) -> None:
         """Print replica, column, node and device of each worker."""
@@ -112,8 +100,7 @@ class RunConsole:
     def _stepped(self, row: dict[str, Any]) -> None:
         now = time.monotonic()
         start, first = self._first or (now, row["step"])
-        done = row["step"] - first
-        left = (self._total - row["step"]) * (now - start) / max(1, done)
+        left = (self._total - row["step"]) * (now - start) / max(1, row["step"] - first)
         # The most important numbers first: a narrow terminal cuts off the end.
         numbers = (
             f"loss {row['loss']:.3f}  top-1 error {row['top1_error']:.1%}"

@@ -33,7 +33,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cluster.config import Config, find_conflicts, format_toml, read_run_config
 from cluster.run.jsonl import read_tail
@@ -169,10 +168,8 @@ def read_last_step(run: Path) -> int:
 
 def _last(run: Path, name: str) -> int:
     """Return a field of the last row of RUN/attempts.jsonl that has it."""
-    numbers = [
-        row[name] for row in read_tail(run / ATTEMPTS, LAST) if isinstance(row.get(name), int)
-    ]
-    return numbers[-1] if numbers else 0
+    rows = [row.get(name) for row in read_tail(run / ATTEMPTS, LAST)]
+    return next((number for number in reversed(rows) if isinstance(number, int)), 0)
 
 
 def parse_step(checkpoint: Path) -> int:
@@ -181,29 +178,23 @@ def parse_step(checkpoint: Path) -> int:
 
 
 def write_machine(run: Path, workers: int) -> None:
-    """Write RUN/machine.json, the machine of this process."""
-    with atomic_write(run / MACHINE) as file:
-        file.write(
-            (json.dumps(describe_machine() | {"workers": workers}, indent=1) + "\n").encode()
-        )
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return processor, cores, memory, GPUs and versions, as far as they are known."""
+    """Write RUN/machine.json: processor, cores, memory, GPUs and versions of this machine."""
     import torch  # here: commands that only read a run start faster without it
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
+    machine = {
         "cpu": cpu_name(),
         "cores": cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "ray": _version("ray"),
+        "workers": workers,
     }
+    with atomic_write(run / MACHINE) as file:
+        file.write((json.dumps(machine, indent=1) + "\n").encode())
 
 
 def _version(*distributions: str) -> str | None:

@@ -124,18 +124,13 @@ class Rows:
 
     def _reopen_if_replaced(self) -> None:
         """Copy the rows to a new file if the open one was deleted or replaced."""
-        mine = os.fstat(self._file)
-        try:
-            there = self._path.stat()
-        except FileNotFoundError:
-            there = None
-        if there is not None and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
-            return
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file), self._path.stat()):
+                return
         with atomic_write(self._path) as copy:
             at = 0
             while part := os.pread(self._file, min(1 << 20, self._size - at), at):
-                copy.write(part)
-                at += len(part)
+                at += copy.write(part)
         os.close(self._file)
         self._file = _open(self._path)
 
@@ -195,11 +190,8 @@ def _step_of(line: bytes) -> int | None:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file in order; skips half-written ones. No file: no rows."""
-    try:
-        with path.open("rb") as file:
-            yield from _parse_rows(line for line in file if line.endswith(b"\n"))
-    except OSError:
-        return
+    with suppress(OSError), path.open("rb") as file:
+        yield from _parse_rows(line for line in file if line.endswith(b"\n"))
 
 
 def read_tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
@@ -227,10 +219,7 @@ def _parse_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 def count_rows(path: Path) -> int:
     """Return the number of rows in a file; 0 if there is no such file."""
     count = 0
-    try:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                count += part.count(b"\n")
-    except OSError:
-        pass
+    with suppress(OSError), path.open("rb") as file:
+        while part := file.read(1 << 20):
+            count += part.count(b"\n")
     return count

@@ -8,7 +8,6 @@ earlier step, synced before the checkpoint of their step, and copied to a store.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,7 @@ def read_kernels(path: Path) -> list[KernelSnapshot]:
         try:
             columns = {str(name): _decode_kernels(part) for name, part in row["columns"].items()}
             snapshot = KernelSnapshot(int(row["step"]), columns)
-        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
         if columns:
             found = {step: old for step, old in found.items() if step < snapshot.step}

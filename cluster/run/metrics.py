@@ -56,13 +56,12 @@ class MetricsLog:
             publish: receive the metrics of this process about once a second.
             keep: list that collects every row of this process.
         """
-        self._keep = keep
         self._mesh, self._tell, self._samples = mesh, tell, samples
-        self._publish = list(publish)
-        self._files: dict[str, Rows] = {}
-        if mesh.is_leader:
-            for name in (METRICS, VALIDATION, LAYERS, KERNELS):
-                self._files[name] = Rows(run / name, step, lambda text: tell(Warned(text)))
+        self._publish, self._keep = list(publish), keep
+        self._files = {
+            name: Rows(run / name, step, lambda text: tell(Warned(text)))
+            for name in ((METRICS, VALIDATION, LAYERS, KERNELS) if mesh.is_leader else ())
+        }
         self._pending: tuple[dict[str, Any], Tensor] | None = None
         self._unsent: list[dict[str, Any]] = []
         self._unpublished: list[dict[str, Any]] = []
@@ -101,13 +100,13 @@ class MetricsLog:
     def paused(self) -> Iterator[None]:
         """Exclude the block (validation, checkpoint) from the time of the steps."""
         self.flush()
-        before = _traffic(self._exchange)
+        exchanged, sent = _traffic(self._exchange)
         yield
         self._start = time.perf_counter()
         self._waited = self._computed = 0.0
         after = _traffic(self._exchange)
-        self._exchanged += after[0] - before[0]
-        self._sent += after[1] - before[1]
+        self._exchanged += after[0] - exchanged
+        self._sent += after[1] - sent
 
     def step(
         self, mark: Mark, config: Config, rates: Rates, values: Tensor,
@@ -126,9 +125,8 @@ class MetricsLog:
         self.flush()
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
-        waited, self._waited = self._waited, 0.0
-        saved, self._saved = self._saved, 0.0
-        computed, self._computed = self._computed, 0.0
+        waited, saved, computed = self._waited, self._saved, self._computed
+        self._waited = self._saved = self._computed = 0.0
         exchanged, sent = _traffic(exchange)
         row = self._begin_row(mark) | {
             "loss": 0.0,
@@ -178,8 +176,8 @@ class MetricsLog:
     def _publish_rows(self) -> None:
         """Publish the means of the rows since the last call."""
         if self._unpublished:
-            more = {"replaced": self._replaced, "total": self._total}
-            mean = _mean(self._unpublished) | more
+            totals = {"replaced": self._replaced, "total": self._total}
+            mean = _mean(self._unpublished) | totals
             self._publish_all(mean["step"], mean)
             self._unpublished.clear()
 
@@ -201,14 +199,12 @@ class MetricsLog:
             means: `model.optimizer.compute_layer_statistics` of every process, in rank order.
         """
         if self._mesh.is_leader:
-            row = self._begin_row(mark) | {
-                "layers": {
-                    key: [float(f"{value:.4g}") for value in found]
-                    for part in means[: self._mesh.size]  # replica 0; the others hold the same
-                    for key, found in part.items()
-                },
+            layers = {
+                key: [float(f"{value:.4g}") for value in found]
+                for part in means[: self._mesh.size]  # replica 0; the others hold the same
+                for key, found in part.items()
             }
-            self._files[LAYERS].add(row)
+            self._files[LAYERS].add(self._begin_row(mark) | {"layers": layers})
 
     def kernels(self, mark: Mark, parts: Sequence[Mapping[str, npt.NDArray[np.float16]]]) -> None:
         """Write a snapshot of conv1's kernels.
@@ -218,12 +214,8 @@ class MetricsLog:
             parts: `cluster.run.kernels.copy_first_kernels` of every process, in rank order.
         """
         if self._mesh.is_leader:
-            row = self._begin_row(mark) | {
-                "columns": encode_kernels(
-                    parts[: self._mesh.size]
-                ),  # the other replicas hold the same
-            }
-            self._files[KERNELS].add(row)
+            columns = encode_kernels(parts[: self._mesh.size])  # the other replicas hold the same
+            self._files[KERNELS].add(self._begin_row(mark) | {"columns": columns})
 
     def validation(self, mark: Mark, validate: Callable[[], dict[str, float]]) -> float:
         """Run a validation outside the time of the steps, and write its row.
@@ -276,8 +268,7 @@ def split_wait(waited: float, waits: WaitTimes) -> dict[str, float]:
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the last row with the means of the fields that vary from step to step."""
-    means = {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
-    return {**rows[-1], **means}
+    return rows[-1] | {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
 
 
 def _traffic(exchange: Exchange | None) -> tuple[float, int]:

@@ -60,10 +60,10 @@ class ProbabilityInfo:
         if not isinstance(facts, dict) or facts.get("version") != VERSION:
             raise ValueError(f"it is not of version {VERSION}")
         try:
-            about = cls(**{field.name: facts[field.name] for field in fields(cls)})
+            known = {field.name: facts[field.name] for field in fields(cls)}
         except KeyError as error:
             raise ValueError(f"its metadata lack {error}") from error
-        return cls(**asdict(about) | {"classes": tuple(about.classes)})
+        return cls(**known | {"classes": tuple(known["classes"])})
 
     def text(self) -> str:
         """Return the metadata as JSON."""
@@ -113,15 +113,16 @@ class ProbabilityWriter:
         )
         self._done = rows.stop
 
-    def serialize(self) -> bytes:
-        """Return the file.
+    def write(self, path: Path) -> None:
+        """Write the file.
 
         Raises:
             ValueError: rows are missing.
         """
         if self._done != self._about.samples:
             raise ValueError(f"{self._done} rows were written, not {self._about.samples}")
-        return save(self._tensors, {"about": self._about.text()})
+        with atomic_write(path) as file:
+            file.write(save(self._tensors, {"about": self._about.text()}))
 
 
 @contextmanager
@@ -133,9 +134,7 @@ def open_writer(path: Path, about: ProbabilityInfo) -> Iterator[ProbabilityWrite
     """
     writer = ProbabilityWriter(about)
     yield writer
-    content = writer.serialize()
-    with atomic_write(path) as file:
-        file.write(content)
+    writer.write(path)
 
 
 class SavedProbabilities:
@@ -170,8 +169,7 @@ class SavedProbabilities:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop), float32 [stop - start, classes]."""
-        rows: Tensor = self._rows[start:stop]
-        return rows
+        return self._rows[start:stop]
 
     def _check(self, views: int) -> None:
         about = self.about

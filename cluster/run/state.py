@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.config import Config, read_run_config
-from cluster.run.folder import (
-    ATTEMPTS,
-    CHECKPOINTS,
-    CONFIG,
-    ERRORS,
-    METRICS,
-    QUARANTINE,
-    VALIDATION,
-    list_checkpoints,
-    parse_step,
-)
+from cluster.run import folder
 from cluster.run.jsonl import WAITS, count_rows, read_tail
 
 TAIL = 400
@@ -88,12 +79,14 @@ def read_state(run: Path, now: float | None = None, *, mirrored: bool = False) -
         UsageError: the folder holds no run.
     """
     now = time.time() if now is None else now
-    config, _ = read_run_config(run / CONFIG)
-    rows = [row for row in read_tail(run / METRICS, TAIL) if "step" in row]
-    validations = [row for row in read_tail(run / VALIDATION, 10_000) if "top1_error" in row]
-    attempts = list(read_tail(run / ATTEMPTS, 10_000))
+    config, _ = read_run_config(run / folder.CONFIG)
+    rows = [row for row in read_tail(run / folder.METRICS, TAIL) if "step" in row]
+    validations = [row for row in read_tail(run / folder.VALIDATION, 10_000) if "top1_error" in row]
+    attempts = list(read_tail(run / folder.ATTEMPTS, 10_000))
     state = RunState(run=str(run), state="not started")
-    state.age_s = None if mirrored else _compute_age(run / METRICS, now)
+    if not mirrored:
+        with suppress(OSError):
+            state.age_s = max(0.0, now - (run / folder.METRICS).stat().st_mtime)
     if rows:
         _fill_metrics(state, rows)
     if validations:
@@ -102,7 +95,7 @@ def read_state(run: Path, now: float | None = None, *, mirrored: bool = False) -
     starts = [row for row in attempts if row.get("event") == "start"]
     state.total = _find_total(config, rows, starts)
     state.checkpoint = _find_checkpoint(run, config, now)
-    state.replaced = count_rows(run / QUARANTINE)
+    state.replaced = count_rows(run / folder.QUARANTINE)
     if attempts:
         _fill_attempts(state, attempts, starts, now)
         if state.state == "running" and not state.why:
@@ -134,16 +127,15 @@ def _fill_attempts(
     state.starts = len(starts)
     state.ends = [{key: row.get(key) for key in ("time", "step", "why")} for row in ends[-5:]]
     state.workers = list(starts[-1].get("workers", [])) if starts else []
-    state.state = {"finished": "finished", "stopped": "stopped"}.get(why, "running")
-    until = now
+    state.state = why if why in ("finished", "stopped") else "running"
+    ended = _read_time(final)
     if state.state == "stopped":
         state.why = "by hand; the same command goes on"
-    if over and state.state != "running":
-        until = _read_time(final)
-    elif over and (line := _read_error(Path(state.run), _read_time(final))):
-        state.state, state.why, until = "failed", line, _read_time(final)
-    elif over and now - _read_time(final) < AGAIN:
+    elif over and state.state == "running" and (line := _read_error(Path(state.run), ended)):
+        state.state, state.why = "failed", line
+    elif over and state.state == "running" and now - ended < AGAIN:
         state.why = f"starting again: {why}"
+    until = now if state.state == "running" else ended
     state.elapsed_s = max(0.0, until - _read_time(attempts[0]))
 
 
@@ -200,7 +192,7 @@ def _read_time(row: dict[str, Any]) -> float:
 
 def _read_error(run: Path, ended: float) -> str:
     """Return the message in RUN/error.log, if it was written for this end."""
-    path = run / ERRORS
+    path = run / folder.ERRORS
     try:
         if path.stat().st_mtime < ended - 60:
             return ""
@@ -223,26 +215,19 @@ def _find_total(
     return None
 
 
-def _compute_age(path: Path, now: float) -> float | None:
-    try:
-        return max(0.0, now - path.stat().st_mtime)
-    except OSError:
-        return None
-
-
 def _find_checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
     """Return step, age and size of the newest checkpoint, if it lies in a folder."""
     from pipeline.remote.filesystem import is_remote
 
     if config.store and is_remote(config.store):
         return {"where": config.store}
-    folder = Path(config.store or run)
-    found = list_checkpoints(folder / CHECKPOINTS)
+    found = folder.list_checkpoints(Path(config.store or run) / folder.CHECKPOINTS)
     if not found:
         return {}
     try:
         size = sum(path.stat().st_size for path in found[0].iterdir())
-        age = max(0.0, now - found[0].stat().st_mtime)
+        age = round(max(0.0, now - found[0].stat().st_mtime), 1)
     except OSError:  # deleted meanwhile
         return {}
-    return {"step": parse_step(found[0]), "age_s": round(age, 1), "bytes": size, "kept": len(found)}
+    step = folder.parse_step(found[0])
+    return {"step": step, "age_s": age, "bytes": size, "kept": len(found)}

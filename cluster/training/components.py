@@ -18,7 +18,7 @@ from cluster.run.events import Publish, Tell
 from cluster.run.exporters import TensorBoardWriter
 from cluster.run.folder import LEDGER, QUARANTINE, Mark
 from cluster.run.metrics import MetricsLog
-from cluster.run.sync import RunMirror, open_mirror
+from cluster.run.sync import open_mirror
 from cluster.training.gradients import GradientAverage
 from cluster.training.learning_rate import RateControl, RateSettings
 from cluster.training.pair_batches import PairBatches
@@ -88,9 +88,11 @@ def prepare_training(
         if config.tensorboard and mesh.is_leader:
             publish = [*publish, parts.enter_context(TensorBoardWriter(run, mark.step))]
         log = parts.enter_context(MetricsLog(run, mesh, tell, samples, mark.step, publish))
-        sync_rows_first(
-            checkpoints, log, open_mirror(run, config.store) if mesh.is_leader else None
-        )
+        # Rows are on disk, and in the store, before a checkpoint of their step counts.
+        checkpoints.before = log.sync
+        if mesh.is_leader and (mirror := open_mirror(run, config.store)):
+            mirror.begin()
+            checkpoints.alongside = mirror.push
         yield Training(
             config=config, data=data, run=run, mesh=mesh, net=net, optimiser=optimiser,
             average=average, rates=rates, feed=feed, log=log, checkpoints=checkpoints,
@@ -120,16 +122,6 @@ def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
         exchange=Exchange(mesh.pair, wire) if mesh.pair else None,
         seed=config.seed,
     ).to(mesh.device)
-
-
-def sync_rows_first(
-    checkpoints: CheckpointManager, log: MetricsLog, mirror: RunMirror | None
-) -> None:
-    """Have rows written to disk, and to the store, before a checkpoint of their step counts."""
-    checkpoints.before = log.sync
-    if mirror is not None:
-        mirror.begin()
-        checkpoints.alongside = mirror.push
 
 
 def open_stream(config: Config, data: str, run: Path, mesh: ProcessMesh, **settings: Any) -> Stream:

@@ -8,15 +8,15 @@ the forward pass only, and the backward pass runs meanwhile.
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.mesh import ProcessMesh
 from cluster.run.folder import CHECKPOINTS, list_checkpoints
-from cluster.training.precision import autocast
+from cluster.training.components import Training
+from cluster.training.precision import autocast, compute_dtype
 from model.alexnet import AlexNet
 from pipeline.tools.errors import DuetError
 
@@ -25,25 +25,14 @@ class NotFinite(DuetError):
     """The loss is NaN or infinite."""
 
 
-def check_finite(
-    loss: Tensor,
-    net: AlexNet,
-    images: Tensor,
-    dtype: torch.dtype,
-    mesh: ProcessMesh,
-    step: int,
-    run: Path,
-) -> None:
+def check_finite(t: Training, loss: Tensor, images: Tensor, step: int) -> None:
     """Raise if the loss of a step is not finite; both columns of a pair call this together.
 
     Args:
+        t: the training; its network is as it was when it computed the loss, in mode and weights.
         loss: scalar, on the device.
-        net: the network, in the same mode and with the same weights as when it computed the loss.
         images: floating [b, 3, h, w]; images that the loss was computed from.
-        dtype: dtype that the layers compute in.
-        mesh: mesh of this process.
         step: number of the step.
-        run: run folder, where the newest checkpoint is looked up for the message.
 
     Raises:
         NotFinite: the loss is not; the message names step, layer, and the checkpoint.
@@ -51,34 +40,37 @@ def check_finite(
     value = float(loss.detach())
     if math.isfinite(value):
         return
-    _, found = _compare_columns(find_first_not_finite(net, images, dtype, mesh.device), mesh)
-    good = next(iter(list_checkpoints(run / CHECKPOINTS)), None)
+    found = find_first_not_finite(t, images)
+    if t.mesh.pair is not None:  # name the column whose layer broke first
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, found, group=t.mesh.pair)
+        found = min((index, f"column {'ab'[c]}, {text}") for c, (index, text) in enumerate(both))
+    good = next(iter(list_checkpoints(t.run / CHECKPOINTS)), None)
     last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     raise NotFinite(
-        f"the loss of step {step} is {value}: {found}; {last}; "
+        f"the loss of step {step} is {value}: {found[1]}; {last}; "
         "lower the rate (--lr with a new --run, or RUN/rates.toml from that checkpoint on)"
     )
 
 
-def find_first_not_finite(
-    net: AlexNet, images: Tensor, dtype: torch.dtype, device: torch.device
-) -> tuple[int, str]:
+def find_first_not_finite(t: Training, images: Tensor) -> tuple[int, str]:
     """Repeat the forward pass and find the first layer whose output is not finite.
 
     Returns:
         index of the layer (-1: the images; one past the last layer: none), and a description.
     """
-    names = [stage.layer.name for stage in net.stages]
+    names = [stage.layer.name for stage in t.net.stages]
     seen: list[tuple[int, str]] = []
     if not images.isfinite().all():
         return -1, "the images themselves are not finite"
 
     def watch(name: str, x: Tensor) -> None:
         if not seen and not x.isfinite().all():
-            seen.append((names.index(name), _describe_layer(net, name, x)))
+            seen.append((names.index(name), _describe_layer(t.net, name, x)))
 
-    with torch.no_grad(), autocast(dtype, device):
-        net(images.float(), watch)
+    device = t.mesh.device
+    with torch.no_grad(), autocast(compute_dtype(t.config.dtype, device), device):
+        t.net(images.float(), watch)
     return seen[0] if seen else (len(names), "all layers are finite, but their logits too large")
 
 
@@ -91,15 +83,3 @@ def _describe_layer(net: AlexNet, name: str, x: Tensor) -> str:
             return f"{text}, its {kind} is not either, since the update before"
     largest = float(net.get_parameter(f"{name}.weight").abs().max())
     return f"{text}, its weights are, the largest is {largest:.3g}"
-
-
-def _compare_columns(found: tuple[int, str], mesh: ProcessMesh) -> tuple[int, str]:
-    """Return the finding of the column whose layer broke first."""
-    if mesh.pair is None:
-        return found
-    both: list[tuple[int, str] | None] = [None, None]
-    dist.all_gather_object(both, found, group=mesh.pair)
-    findings = [
-        (one[0], f"column {'ab'[index]}, {one[1]}") for index, one in enumerate(both) if one
-    ]
-    return min(findings)

@@ -81,20 +81,17 @@ class GradientAverage:
             )
         message.ready.add(parameter)
         # The same order on every replica, whatever the order in which autograd finishes.
-        while self._next < len(self._messages) and self._messages[self._next].complete:
-            self._start()
-
-    def _start(self) -> None:
-        self._messages[self._next].start(self._peers)
-        self._next += 1
+        while self._next < len(self._messages) and self._messages[self._next].is_complete:
+            self._messages[self._next].start(self._peers)
+            self._next += 1
 
     def finish(self) -> None:
         """Wait until every gradient of the last backward pass is the mean.
 
         Parameters that took no part keep their gradient, on all replicas alike.
         """
-        while self._next < len(self._messages):
-            self._start()
+        for message in self._messages[self._next :]:
+            message.start(self._peers)
         for message in self._messages:
             message.finish(self._replicas)
         self._next = 0
@@ -123,7 +120,7 @@ class _Message:
     _work: Any = None
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return len(self.ready) == len(self.parameters)
 
     def start(self, group: dist.ProcessGroup | None) -> None:

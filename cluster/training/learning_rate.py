@@ -18,6 +18,7 @@ after S again, so that its rates are the same; delete the file to prevent that.
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,20 +38,8 @@ from cluster.mesh import ProcessMesh
 from cluster.run.events import Rated, Tell, Warned
 from cluster.run.folder import RATES, VALIDATION
 from cluster.run.jsonl import read_rows
-from model.schedule import (
-    COLOR,
-    DROP,
-    DROP_BIASES,
-    Rates,
-    compute_rates,
-    dexp,
-    find_plateau_drops,
-    list_rate_names,
-    parse_changes,
-    parse_layer_rates,
-    scale_rate,
-    suggest_name,
-)
+from model import schedule
+from model.schedule import COLOR, DROP, DROP_BIASES, Rates
 from pipeline.tools.files import atomic_write, sync_path
 
 SCHEDULE, PLATEAU, BY_HAND = "schedule", "plateau", "by hand"
@@ -73,11 +63,6 @@ class RateChange:
     """One of `REASONS`."""
     settings: Mapping[str, float]
     """Value by name, as `model.schedule.compute_rates` takes them, and the colour."""
-
-    @property
-    def sort_key(self) -> tuple[int, int]:
-        """Orders changes as they apply."""
-        return self.after, REASONS.index(self.why)
 
     @property
     def key(self) -> tuple[int, str, tuple[str, ...]]:
@@ -107,22 +92,22 @@ class RateSettings:
 
     def compute(self, changes: Iterable[RateChange]) -> Rates:
         """Return the rates after some changes of the first step's rates."""
-        factors = parse_layer_rates(self.config.layer_rates, self.layers)
+        factors = schedule.parse_layer_rates(self.config.layer_rates, self.layers)
         settings = [setting for change in changes for setting in change.settings.items()]
         first = self._lr, self._lr * self.config.bias_factor
         if self.config.schedule == "dexp":
             first = self._dexp(1)
-        return compute_rates(*first, settings, factors)
+        return schedule.compute_rates(*first, settings, factors)
 
     def list_scheduled(self) -> list[RateChange]:
         """List the changes known before the run begins: the steps of `dexp`, and by epoch."""
         stretches = self._list_stretches() if self.config.schedule == "dexp" else []
         found: dict[int, dict[str, float]] = {}
-        for change in parse_changes(self.config.changes, self.layers):
+        for change in schedule.parse_changes(self.config.changes, self.layers):
             # Exact: every process must find the same step.
             step = math.ceil(Fraction(change.epoch) * self.samples / self.config.batch_size)
             rule = "none" if change.name == COLOR else self.config.rate_scaling
-            value = scale_rate(change.value, self.config.batch_size, rule)
+            value = schedule.scale_rate(change.value, self.config.batch_size, rule)
             found.setdefault(step, {})[change.name] = value  # later ones win
         return [*stretches, *(RateChange(step, SCHEDULE, one) for step, one in found.items())]
 
@@ -142,11 +127,11 @@ class RateSettings:
 
     @property
     def _lr(self) -> float:
-        return scale_rate(self.config.lr, self.config.batch_size, self.config.rate_scaling)
+        return schedule.scale_rate(self.config.lr, self.config.batch_size, self.config.rate_scaling)
 
     def _dexp(self, step: int) -> tuple[float, float]:
         config = self.config
-        return dexp(
+        return schedule.dexp(
             step / self.total, self._lr, config.bias_factor, config.lr_drop, config.lr_drops,
             config.bias_drop, config.bias_drops,
         )  # fmt: skip
@@ -222,12 +207,18 @@ class RateControl:
         """
         while self._written < len(self._changes) and self._changes[self._written].after <= step:
             if self._mesh.is_leader:
-                self._append_row(self._written)
+                with (self._run / RATES).open("ab") as file:
+                    file.write(self._format_row(self._written))
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_path(self._run)
                 self._announce(self._written)
             self._written += 1
 
     def _add(self, changes: Iterable[RateChange]) -> None:
-        self._changes = sorted([*self._changes, *changes], key=lambda change: change.sort_key)
+        self._changes = sorted(
+            [*self._changes, *changes], key=lambda change: (change.after, REASONS.index(change.why))
+        )
         self._rates.clear()
 
     def _find_drop(self, step: int) -> list[RateChange]:
@@ -237,7 +228,7 @@ class RateControl:
         made = sum(change.why == PLATEAU for change in past)
         if config.schedule != "plateau" or made >= config.plateau_drops:
             return []
-        drops = find_plateau_drops(
+        drops = schedule.find_plateau_drops(
             self._history, config.patience, config.plateau_drops, config.plateau_threshold,
             [change.after for change in past if change.why == BY_HAND],
         )  # fmt: skip
@@ -262,12 +253,11 @@ class RateControl:
             if find_missing([change], rows):
                 self._announce(index)
         for after in sorted({change.after for change in by_hand if change.after > step}):
-            self._tell(
-                Warned(
-                    f"rates that were set by hand after step {after} will be set there again; to "
-                    f"prevent it, delete {self._run}/rates-applied-{after}.toml and restart"
-                )
+            text = (
+                f"rates that were set by hand after step {after} will be set there again; to "
+                f"prevent it, delete {self._run}/rates-applied-{after}.toml and restart"
             )
+            self._tell(Warned(text))
 
     def _compute_sides(self, index: int) -> tuple[Rates, Rates]:
         """Return the rates before and after a change."""
@@ -275,20 +265,21 @@ class RateControl:
         return compute(changes[:index]), compute(changes[: index + 1])
 
     def _format_row(self, index: int) -> bytes:
-        row = build_row(self._changes[index], *self._compute_sides(index), self._settings)
+        """Return the row of RUN/rates.jsonl for a change; `step` is the last one before it."""
+        change, (before, after) = self._changes[index], self._compute_sides(index)
+        position = change.after * self._settings.config.batch_size
+        row = {
+            "position": position,
+            "epoch": round(position / self._settings.samples, 4),
+            "step": change.after,
+            "why": change.why,
+            "what": describe_change(change, before, after),
+            "set": dict(change.settings),
+            "lr": after.weights,
+            "lr_bias": after.biases,
+            "layers": {layer: list(pair) for layer, pair in after.layers.items()},
+        }
         return (json.dumps(row) + "\n").encode()
-
-    def _append_row(self, index: int) -> None:
-        """Add a row to RUN/rates.jsonl; it is on disk on return."""
-        path = self._run / RATES
-        if not path.exists():
-            with atomic_write(path) as file:
-                file.write(self._format_row(index))
-            return
-        with path.open("ab") as file:
-            file.write(self._format_row(index))
-            file.flush()
-            os.fsync(file.fileno())
 
     def _announce(self, index: int) -> None:
         change = self._changes[index]
@@ -318,24 +309,6 @@ def name_rates(rates: Rates) -> dict[str, float]:
     return found
 
 
-def build_row(
-    change: RateChange, before: Rates, after: Rates, settings: RateSettings
-) -> dict[str, Any]:
-    """Build the row of RUN/rates.jsonl for a change; `step` is the last one before it."""
-    position = change.after * settings.config.batch_size
-    return {
-        "position": position,
-        "epoch": round(position / settings.samples, 4),
-        "step": change.after,
-        "why": change.why,
-        "what": describe_change(change, before, after),
-        "set": dict(change.settings),
-        "lr": after.weights,
-        "lr_bias": after.biases,
-        "layers": {layer: list(pair) for layer, pair in after.layers.items()},
-    }
-
-
 def read_changes(path: Path, step: int) -> list[RateChange]:
     """Read the changes of RUN/rates.jsonl up to `step`; none if there is no such file."""
     found = []
@@ -354,10 +327,8 @@ def read_errors(path: Path, step: int) -> list[tuple[int, float]]:
     """Read (step, top-1 error) from RUN/validation.jsonl, up to `step`."""
     found = []
     for row in read_rows(path):
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             found.append((int(row["step"]), float(row[ERROR])))
-        except (ValueError, KeyError, TypeError):
-            continue
     return [pair for pair in found if pair[0] <= step]
 
 
@@ -380,9 +351,12 @@ def take_rates_file(run: Path, step: int, settings: RateSettings, tell: Tell) ->
     """
     path = run / FILE
     try:
-        raw = _read_settled(path)
-        if raw is None:
+        if not path.exists():
             return None
+        raw = path.read_bytes()
+        time.sleep(SETTLED)
+        if not raw.strip() or path.read_bytes() != raw:
+            return None  # still being written: the next review reads it
         try:
             rates = parse_rates(raw, settings)
         except ValueError as error:
@@ -398,10 +372,11 @@ def take_rates_file(run: Path, step: int, settings: RateSettings, tell: Tell) ->
 
 def read_applied(run: Path, settings: RateSettings, tell: Tell) -> list[RateChange]:
     """Read the files that were applied before, in order; warns of one that cannot be read."""
-    found = []
-    for path in run.glob("rates-applied-*.toml"):
-        if match := APPLIED.fullmatch(path.name):
-            found.append((int(match[1]), int(match[2] or 1), path))
+    found = [
+        (int(match[1]), int(match[2] or 1), path)
+        for path in run.glob("rates-applied-*.toml")
+        if (match := APPLIED.fullmatch(path.name))
+    ]
     changes = []
     for step, _, path in sorted(found):
         try:
@@ -427,11 +402,11 @@ def parse_rates(raw: bytes, settings: RateSettings) -> dict[str, float]:
         table = tomllib.loads(quoted)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"it is not TOML ({error}); write lines such as lr = 0.001") from error
-    known = [*list_rate_names(settings.layers), DROP]
+    known = [*schedule.list_rate_names(settings.layers), DROP]
     rates: dict[str, float] = {}
     for name, value in _flatten(table).items():
         if name not in known:
-            raise ValueError(f"no rate is called {name!r}; {suggest_name(name, known)}")
+            raise ValueError(f"no rate is called {name!r}; {schedule.suggest_name(name, known)}")
         rates |= _parse_rate(name, value, settings)
     if not rates:
         raise ValueError("it sets nothing; write lines such as lr = 0.001")
@@ -460,24 +435,11 @@ def _parse_rate(name: str, value: object, settings: RateSettings) -> dict[str, f
     return {name: float(value)}  # type: ignore[arg-type]
 
 
-def _read_settled(path: Path) -> bytes | None:
-    """Read a file that nobody is writing any more; None if there is none yet."""
-    if not path.exists():
-        return None
-    raw = path.read_bytes()
-    time.sleep(SETTLED)
-    if not raw.strip() or path.read_bytes() != raw:
-        return None  # still being written: the next review reads it
-    return raw
-
-
 def _rename(path: Path, name: str) -> Path:
     """Rename a file to NAME.toml, or to NAME-2.toml and so on if that is taken."""
-    aside = path.with_name(f"{name}.toml")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{name}-{number}.toml")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    files = (path.with_name(f"{one}.toml") for one in names)
+    aside = next(file for file in files if not file.exists())
     path.rename(aside)
     sync_path(path.parent)
     return aside

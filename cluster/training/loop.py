@@ -19,7 +19,6 @@ from cluster.training.components import Training, describe_workers, open_stream,
 from cluster.training.finite_check import check_finite
 from cluster.training.pair_batches import PairBatches, ReplicaBatch
 from cluster.training.precision import autocast, compute_dtype, keep_memory
-from model.alexnet import AlexNet
 from model.metrics import count_errors
 from model.optimizer import compute_layer_statistics
 
@@ -111,27 +110,19 @@ def accumulate_gradients(t: Training, step: int, batch: ReplicaBatch) -> Tensor:
     config, mesh = t.config, t.mesh
     own, most = len(batch.labels), config.microbatch_size(mesh.replicas)
     first = batch.position - config.batch_size + mesh.replica * own
-    dtype = compute_dtype(config.dtype, mesh.device)
     values = torch.zeros(2, device=mesh.device)
     for row, part in batch.split(most):
         t.net.set_position(first + row)
         share = len(part.labels) / own
-        loss, wrong = compute_loss(t.net, part, config, mesh)
+        logits = compute_logits(t, part)
+        loss = F.cross_entropy(logits, part.labels)
+        wrong, _ = count_errors(logits.detach(), part.labels, part.weights)
         with t.average.hold(row + most < own):
             (loss * share).backward()
         t.log.flush()  # writes the row of the step before
-        check_finite(loss, t.net, part.images, dtype, mesh, step, t.run)
-        values += torch.stack((loss.detach(), wrong)) * share
+        check_finite(t, loss, part.images, step)
+        values += torch.stack((loss.detach(), wrong / len(part.labels))) * share
     return torch.cat((values, batch.replaced.sum()[None]))
-
-
-def compute_loss(
-    net: AlexNet, batch: ReplicaBatch, config: Config, mesh: ProcessMesh
-) -> tuple[Tensor, Tensor]:
-    """Return mean loss (attached to its graph) and top-1 error of a batch, both scalars."""
-    logits = compute_logits(net, batch, config, mesh)
-    wrong, _ = count_errors(logits.detach(), batch.labels, batch.weights)
-    return F.cross_entropy(logits, batch.labels), wrong / len(batch.labels)
 
 
 @torch.no_grad()
@@ -145,7 +136,7 @@ def validate(t: Training) -> dict[str, float]:
     )
     with stream, PairBatches(stream, mesh) as feed:
         for batch in feed:
-            logits = compute_logits(t.net, batch, t.config, mesh)
+            logits = compute_logits(t, batch)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             top1, top5 = count_errors(logits, batch.labels, batch.weights)
             sums += torch.stack(((losses * batch.weights).sum(), top1, top5, batch.weights.sum()))
@@ -160,11 +151,11 @@ def validate(t: Training) -> dict[str, float]:
     }
 
 
-def compute_logits(net: AlexNet, batch: ReplicaBatch, config: Config, mesh: ProcessMesh) -> Tensor:
+def compute_logits(t: Training, batch: ReplicaBatch) -> Tensor:
     """Compute the logits, float32 [b, classes]."""
-    with autocast(compute_dtype(config.dtype, mesh.device), mesh.device):
-        logits: Tensor = net(batch.images.float())
-    return logits.float()
+    device = t.mesh.device
+    with autocast(compute_dtype(t.config.dtype, device), device):
+        return t.net(batch.images.float()).float()
 
 
 def is_due(step: int, every: int, total: int) -> bool:

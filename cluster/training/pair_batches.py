@@ -14,7 +14,6 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -57,18 +56,6 @@ PendingBatch = Callable[[], ReplicaBatch]
 """Function that waits for a batch that is being exchanged."""
 
 
-class BatchJoin(Protocol):
-    """Method of exchanging the halves."""
-
-    def start(self, half: Batch) -> PendingBatch:
-        """Start to send the own half; returns at once."""
-        ...
-
-    def close(self) -> None:
-        """Release memory."""
-        ...
-
-
 class PairBatches:
     """Iterator over whole batches of `stream`, which exchanges the next batch in advance."""
 
@@ -106,25 +93,25 @@ class PairBatches:
 def create_join(mesh: ProcessMesh) -> BatchJoin:
     """Create the fastest join for the device of this process."""
     if mesh.pair is None or mesh.image_group is None:
-        return NoJoin()
+        return BatchJoin()
     if mesh.device.type == "cuda":
         return CudaJoin(Exchange(mesh.image_group), mesh.device)
     return SharedMemoryJoin(mesh.image_group)
 
 
-class NoJoin:
-    """Returns batches as they are: this process holds both columns."""
+class BatchJoin:
+    """Method of exchanging the halves; this one returns batches as they are (both columns here)."""
 
     def start(self, half: Batch) -> PendingBatch:
-        """Return the batch of the stream."""
+        """Start to send the own half; returns at once."""
         replaced = half.replaced.to(half.weights)
         return lambda: ReplicaBatch(half.images, half.labels, half.weights, replaced, half.position)
 
     def close(self) -> None:
-        """Release nothing."""
+        """Release memory."""
 
 
-class CudaJoin:
+class CudaJoin(BatchJoin):
     """Joins halves on two GPUs, on a CUDA stream of its own."""
 
     def __init__(self, exchange: Exchange, device: torch.device) -> None:
@@ -154,7 +141,7 @@ class CudaJoin:
         self._stream.synchronize()
 
 
-class SharedMemoryJoin:
+class SharedMemoryJoin(BatchJoin):
     """Joins halves on one machine's CPUs: each column writes into memory that both map.
 
     The memory is anonymous (memfd): nothing is left behind however the processes end, and the size

@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
-from cluster.run.events import Event, Measured, Tell
+from cluster.run.events import Measured, Tell
 from cluster.run.folder import Mark
 from cluster.run.jsonl import WAITS
 from cluster.run.metrics import MetricsLog
@@ -57,11 +58,6 @@ class LoopTiming:
     wall: float
     """Wall time of a step, by a clock around all of them."""
     parts: dict[str, float]
-
-    @property
-    def accounted(self) -> float:
-        """Fraction of the wall time that the parts add up to."""
-        return sum(self.parts.values()) / self.wall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +96,7 @@ def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
     samples, _ = read_origin(config, data)
     with (
         tempfile.TemporaryDirectory(prefix="duet-measure-") as scratch,
-        prepare_training(config, data, Path(scratch), mesh, _ignore_event, ()) as training,
+        prepare_training(config, data, Path(scratch), mesh, lambda _: None, ()) as training,
     ):
         found = _measure_headspace(training, samples, Path(scratch))
     everybody: Sequence[Headspace] = mesh.gather(found)
@@ -109,13 +105,12 @@ def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
     mesh.gather(None)  # the other processes leave their cores to the leader's measurements
 
 
-def _ignore_event(_: Event) -> None:
-    pass
-
-
 def _measure_headspace(t: Training, samples: int, scratch: Path) -> Headspace:
     steps = _Steps(t, samples, scratch)
-    kept = [_clone(next(t.feed)) for _ in range(KEPT)]
+    kept = []
+    for whole in itertools.islice(t.feed, KEPT):
+        tensors = "images", "labels", "weights", "replaced"
+        kept.append(replace(whole, **{name: getattr(whole, name).clone() for name in tensors}))
     ready = cast(PairBatches, _Replay(kept))
     steps.make(t.feed, WARM_UP)
     wall = steps.make(t.feed, WARM_UP).wall
@@ -129,8 +124,7 @@ def _measure_headspace(t: Training, samples: int, scratch: Path) -> Headspace:
         for _ in range(KEPT):  # batches prefetched meanwhile cost nothing
             next(t.feed)
     others = load.others()
-    rows = steps.rows[-1]
-    sent, rate = int(rows["exchange_bytes"]), 0.0
+    sent, rate = int(steps.rows[-1]["exchange_bytes"]), 0.0
     if t.net.exchange is not None:
         rate = _measure_exchange(t.net.exchange, sent, t.mesh)
     return Headspace(
@@ -146,7 +140,7 @@ class _Steps:
 
     def __init__(self, t: Training, samples: int, scratch: Path) -> None:
         self.rows: list[dict[str, Any]] = []
-        log = MetricsLog(scratch, t.mesh, _ignore_event, samples, 0, keep=self.rows)
+        log = MetricsLog(scratch, t.mesh, lambda _: None, samples, 0, keep=self.rows)
         self._t = replace(t, log=log, checkpoints=cast(CheckpointManager, _NoCheckpoints()))
         self._mark = t.mark
 
@@ -160,7 +154,7 @@ class _Steps:
             torch.cuda.synchronize()
         wall = (time.perf_counter() - start) / count
         rows = self.rows[before:]
-        parts = {name: _average_field(rows, name) for name in PARTS}
+        parts = {name: fmean(row[name] for row in rows) for name in PARTS}
         return LoopTiming(steps=count, wall=wall, parts=parts)
 
 
@@ -187,22 +181,11 @@ class _Replay:
         return next(self._turns)
 
 
-def _clone(whole: ReplicaBatch) -> ReplicaBatch:
-    return replace(
-        whole, **{name: getattr(whole, name).clone()
-                  for name in ("images", "labels", "weights", "replaced")},
-    )  # fmt: skip
-
-
-def _average_field(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return float(sum(row[name] for row in rows)) / len(rows)
-
-
 def _average_timings(loops: Sequence[LoopTiming]) -> LoopTiming:
     return LoopTiming(
         steps=sum(one.steps for one in loops),
-        wall=sum(one.wall for one in loops) / len(loops),
-        parts={name: sum(one.parts[name] for one in loops) / len(loops) for name in PARTS},
+        wall=fmean(one.wall for one in loops),
+        parts={name: fmean(one.parts[name] for one in loops) for name in PARTS},
     )
 
 
@@ -257,7 +240,7 @@ def _build_result(
         "report": report.table(),
         "workers": mesh.world_size,
         "step": {"wall": slowest.real.wall, "parts": slowest.real.parts,
-                 "accounted": slowest.real.accounted},
+                 "accounted": sum(slowest.real.parts.values()) / slowest.real.wall},
         "replayed": {"wall": slowest.replayed.wall, "parts": slowest.replayed.parts},
         "img_s": config.batch_size / slowest.real.wall, "replayed_img_s": replayed,
         "stream_img_s": min(one.alone_img_s for one in everybody),

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from cluster.checkpoint.format import load_checkpoint
 from cluster.config import read_run_config
-from cluster.evaluate import create_network
 from cluster.experiments.neighbors.features import (
     BLOCK,
     FeatureInfo,
@@ -107,7 +106,7 @@ def make_features(
 
 
 def _describe(source: FeatureSource, split: str, dtype: str) -> FeatureInfo:
-    net = create_network(source.config, len(source.manifest.classes))
+    net = AlexNet(classes=len(source.manifest.classes), design=source.config.design)
     return FeatureInfo(
         split=split,
         samples=source.manifest.split(split, source.metadata).samples,
@@ -207,7 +206,7 @@ def extract(job: FeatureJob) -> int:
 @lru_cache(maxsize=1)
 def _load_network(checkpoint: Path, run: Path, device: str, classes: int) -> AlexNet:
     """Load a worker's network for its first stretch, and keep it."""
-    net = create_network(read_run_config(run / CONFIG)[0], classes)
+    net = AlexNet(classes=classes, design=read_run_config(run / CONFIG)[0].design)
     load_checkpoint(checkpoint, net)
     return net.to(device).eval()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from cluster.config import Config
 from cluster.mesh import ProcessMesh, create_mesh
 from cluster.training.finite_check import NotFinite, check_finite
 from model.alexnet import AlexNet
@@ -31,11 +34,16 @@ def network(place: ProcessMesh) -> AlexNet:
     return net
 
 
+def training(net: AlexNet, run: Path, place: ProcessMesh) -> Any:
+    """The parts of a `Training` that are looked at."""
+    return SimpleNamespace(config=Config(dtype="float32"), net=net, run=run, mesh=place)
+
+
 def told(net: AlexNet, run: Path, place: ProcessMesh, pictures: torch.Tensor | None = None) -> str:
     """What is said of a loss that is not finite."""
     pictures = images() if pictures is None else pictures
     with pytest.raises(NotFinite) as caught:
-        check_finite(torch.tensor(torch.nan), net, pictures, torch.float32, place, 7, run)
+        check_finite(training(net, run, place), torch.tensor(torch.nan), pictures, 7)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -75,7 +83,7 @@ def test_images_and_logits_have_their_own_words(tmp_path: Path) -> None:
 def test_a_finite_loss_passes_without_a_second_look(tmp_path: Path) -> None:
     net = network(ProcessMesh())
     net.forward = None  # type: ignore[method-assign, assignment]
-    check_finite(torch.tensor(2.5), net, images(), torch.float32, ProcessMesh(), 7, tmp_path)
+    check_finite(training(net, tmp_path, ProcessMesh()), torch.tensor(2.5), images(), 7)
 
 
 def work(rank: int, folder: str) -> None:
