@@ -2,7 +2,8 @@
 
 controller   keeps a run going until its last step
 placement    columns and replicas on nodes
-worker       entry point of a worker; its rendezvous
+worker       entry point of a worker
+rendezvous   workers of one machine meet on 127.0.0.1
 channel      events to the driver, stop requests to the workers
 session      attached or own Ray
 measurement  the profiler, run on workers

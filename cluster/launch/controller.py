@@ -405,7 +405,7 @@ def create_trainer(job: WorkerJob, scratch: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from cluster.launch.worker import LoopbackConfig
+    from cluster.launch.rendezvous import LoopbackConfig
 
     placement = job.placement
     resources: dict[str, float] = {"CPU": placement.cpus}

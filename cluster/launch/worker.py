@@ -1,26 +1,16 @@
-"""Entry point of a worker: creates its process mesh, then trains as if there were no Ray.
-
-On a Ray of our own the workers' rendezvous is on 127.0.0.1, as all that Ray itself starts there.
-torch's TCPStore listens on every interface, whatever its host name says, but accepts a socket that
-is bound already; gloo and NCCL accept the interface by an environment variable.
-"""
+"""Entry point of a worker: creates its process mesh, then trains as if there were no Ray."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import socket
 import traceback
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
-from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _TorchBackend
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config
 from cluster.launch.channel import DriverAddress, DriverWatch
@@ -28,64 +18,8 @@ from cluster.launch.placement import Placement, WorkerLocation, group_ranks, lis
 from cluster.run.events import Failed, Placed
 from pipeline.tools.errors import DuetError, SetupError
 
-HOST = "127.0.0.1"
-TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
-_stores: list[Any] = []
-"""Store of rank 0: it must live as long as the process group."""
-
-
-class LoopbackConfig(TorchConfig):
-    """TorchConfig for workers that all run on this machine."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        """Backend that Ray Train calls before and after the training."""
-        return LoopbackBackend
-
-
-class LoopbackBackend(_TorchBackend):
-    """Sets up torch.distributed as Ray's own backend does, but listens on loopback."""
-
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Have every worker join the process group."""
-        import ray
-
-        size, timeout_s = len(worker_group), backend_config.timeout_s
-        port = worker_group.execute_single(0, start_store, size, timeout_s)
-        worker_group.execute(_set_torch_distributed_env_vars)
-        ray.get(
-            [
-                worker_group.execute_single_async(
-                    rank, join_process_group, rank, size, port, backend_config.backend, timeout_s
-                )
-                for rank in range(size)
-            ]
-        )
-
-
-def start_store(size: int, timeout_s: int) -> int:
-    """Start a store for `size` workers in this process; returns its port."""
-    with socket.socket() as listening:
-        listening.bind((HOST, 0))
-        listening.listen(size)
-        port = int(listening.getsockname()[1])
-        store = TCPStore(
-            HOST, port, size, is_master=True, wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s), master_listen_fd=listening.detach(),
-        )  # fmt: skip
-    _stores[:] = [store]
-    return port
-
-
-def join_process_group(rank: int, size: int, port: int, backend: str, timeout_s: int) -> None:
-    """Initialise torch.distributed in this worker."""
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, "lo")
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray's own does
-    timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(HOST, port, size, is_master=False, timeout=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-
+if TYPE_CHECKING:
+    import torch
 
 FAKE_GPUS = "DUET_FAKE_GPUS"
 """Variable of a cluster with simulated GPUs: its workers compute on CPUs."""
@@ -164,6 +98,7 @@ def find_mesh(placement: Placement, config: Config) -> Any:
         SetupError: the columns of a replica do not share a node, or there is no GPU here.
     """
     import ray
+    import torch.distributed as dist
 
     from cluster.mesh import create_mesh
 
@@ -180,6 +115,7 @@ def find_mesh(placement: Placement, config: Config) -> Any:
 
 
 def _choose_device(placement: Placement) -> torch.device:
+    import torch
     from ray.train.torch import get_device
 
     if not placement.gpus or os.environ.get(FAKE_GPUS):

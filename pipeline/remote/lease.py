@@ -13,14 +13,14 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 from pipeline.tools.errors import UsageError
 
-if TYPE_CHECKING:
-    from pipeline.remote.target import StoreTarget
+T = TypeVar("T")
 
 BEAT = 20.0
 """Seconds between two writes of the lease."""
@@ -30,6 +30,23 @@ SETTLE = 1.5
 """Seconds in which another process may take over the same lease at the same time."""
 
 
+class LeasedStore(Protocol):
+    """What a lease asks of a folder in a store; `target.StoreTarget` is one."""
+
+    @property
+    def address(self) -> str:
+        """Address without credentials, for messages."""
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files."""
+
+    def request(self, name: str, action: Callable[[Any, str], T], done: str) -> T:
+        """Return `action(file system, path)`, with retries."""
+
+
 class Lease:
     """`with Lease(target, name)`: this process is the one that builds.
 
@@ -37,7 +54,7 @@ class Lease:
         UsageError: on entry, another one is; on the way out, another one took over meanwhile.
     """
 
-    def __init__(self, target: StoreTarget, name: str) -> None:
+    def __init__(self, target: LeasedStore, name: str) -> None:
         self._target, self._name = target, name
         self._mine = {
             "host": platform.node(),

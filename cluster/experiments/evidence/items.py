@@ -127,8 +127,8 @@ def _show_views(groups: Sequence[SeedGroup]) -> Item:
         if not both:
             continue
         # The largest margin of one network's gain.
-        if known := [one for run in group.runs if (one := view_margins(run.path))]:
-            margins = [max(some) for some in zip(*known, strict=True)]
+        if known := [some for run in group.runs if (some := view_margins(run.path))]:
+            margins = [max(each) for each in zip(*known, strict=True)]
         else:
             _, images = _collect_errors(group, 10)
             margins = [
