@@ -177,7 +177,9 @@ def fetch_files(
 def choose_checkpoint(
     run: Path, store: str, tell: Tell, step: int | None = None, best: bool = False
 ) -> Checkpoint:
-    """Find a checkpoint of a run; it is downloaded from a store.
+    """Find a checkpoint for commands that look at a run; a store's is downloaded.
+
+    A training that resumes takes the newest sound one: `loader.load_newest`.
 
     Args:
         run: folder of the run.

@@ -1,4 +1,4 @@
-"""Stores: any address that fsspec knows, with one retry policy for all requests.
+"""Stores: any address that fsspec knows, with one function that retries requests.
 
 cache        shard cache of a node
 dataset      a data set in a folder or a store

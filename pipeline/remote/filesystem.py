@@ -73,13 +73,17 @@ class TransferError(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Tries and timeouts of a request; by default the pauses between the tries add up to 31 s."""
+    """Tries and timeouts of a request.
+
+    By default there are six tries with 31 s of pauses between them; a small request may take 120 s
+    each time, so that a store that never answers is given up after twelve and a half minutes.
+    """
 
     attempts: int = 6
     first_delay: float = 1.0
     """Seconds before the second try; doubled before each further one, and varied by a quarter."""
     stall: float = 30.0
-    """Seconds without progress after which a transfer is given up."""
+    """Seconds without progress after which a download is given up; see `request_timeout`."""
 
     @property
     def lock_timeout(self) -> float:

@@ -1,4 +1,4 @@
-"""Stored bytes to batches, in the order of the data's way.
+"""Stored bytes to batches.
 
 config           `StreamConfig`: every setting of a stream
 order            order of the samples, as a function of seed and position

@@ -3,6 +3,7 @@
 Each sample of each epoch has its own SplitMix64 generator (Steele, Lea, Flood 2014: "Fast
 splittable pseudorandom number generators"), whose state is hashed from seed, epoch and sample id.
 So the pixels of a sample do not depend on the batch, the rank or the thread that makes them.
+`loader.BatchReader` hands the draws to the DALI graphs of `decode`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ CROP = 224
 BORDER = 32
 """Largest coordinate of a crop's corner: 256 - 224 pixels."""
 DRAW_WORDS = 7
-"""Random numbers that the draws of a sample take; other draws for it use the following ones."""
+"""Random numbers that the draws of a sample take. `order.choose_substitute` uses the numbers that
+follow: a change of this changes which samples replace damaged ones."""
 
 Floats = npt.NDArray[np.float64]
 

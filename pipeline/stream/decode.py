@@ -213,7 +213,7 @@ def normalize(
     divisor: Any = None,
     crop: dict[str, Any] | None = None,
 ) -> Any:
-    """Return its second half: uint8 HWC -> pixels; raw images are cut by `crop` as well."""
+    """Add the second half of `make_pixels`: flip, mean, divisor and layout; cut raw images."""
     more = {} if divisor is None else {"std": divisor}
     return fn.crop_mirror_normalize(
         pixels,

@@ -1,4 +1,4 @@
-"""Order of the samples: a pure function of seed and position.
+"""Order of the samples of a data set: a pure function of shuffle, seed and position.
 
 `position` counts the samples consumed by the whole job since step 0. Over N samples, position p
 lies in epoch e = p // N, at place p % N of that epoch's order. Nothing else decides the order:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import os
 import pickle
@@ -82,6 +83,7 @@ def call_isolated(call: Callable[P, R], *arguments: P.args, **options: P.kwargs)
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
+        gc.disable()  # a finalizer of the parent's (DALI's) would wait for threads not forked
         code = 1
         try:
             os.close(ours)

@@ -83,7 +83,7 @@ def test_a_config_that_cannot_be_read_is_wrong_usage(tmp_path):
 
 
 def test_a_check_that_breaks_is_a_line_and_the_others_go_on(monkeypatch, tmp_path, no_exchange):
-    def breaks() -> list[Finding]:
+    def breaks(*_: object) -> list[Finding]:
         raise RuntimeError("what?\nmore")
 
     monkeypatch.setattr("cluster.doctor.software.gather", breaks)

@@ -21,6 +21,7 @@ from pipeline.packing.resize import decode_square
 from pipeline.stream.augment import draw
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import Decoder, NativeReader
+from pipeline.tools.text import human_bytes
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, packed, rows_of
 from tests.helpers.processes import run_command
@@ -106,7 +107,7 @@ def test_unreadable_images_are_left_out_and_the_command_tells(tmp_path):
     size = (tmp_path / "d/train-000000.tar").stat().st_size
     assert (facts["samples"], facts["rejected"]) == ({"train": 8}, 1)
     assert (facts["encoding"], facts["bytes"]) == ("raw", size)
-    assert f"{size / 1e6:.2f} MB of raw shards" in done.stderr
+    assert f"{human_bytes(size)} of raw shards" in done.stderr
     assert "bad.jpg" in (tmp_path / "d/rejects.jsonl").read_text()
     assert len(stored(tmp_path / "d")) == 8
 
