@@ -65,8 +65,8 @@ install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 ifeq ($(strip $(TRAIN)),)
-	@$(py) -m pipeline.demo_images data/demo-pictures
-	@$(py) -m pipeline.build_shards $(DATA) --train data/demo-pictures/train --val data/demo-pictures/val $(PACK)
+	@$(py) -m pipeline.demo_images data/demo-images
+	@$(py) -m pipeline.build_shards $(DATA) --train data/demo-images/train --val data/demo-images/val $(PACK)
 else
 	@$(py) -m pipeline.build_shards $(DATA) --train $(TRAIN) $(if $(strip $(VAL)),--val $(VAL),--holdout $(HOLDOUT)) $(PACK)
 endif
