@@ -70,9 +70,9 @@ ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus
          _metrics_export_port=int(sys.argv[1]))
 @ray.remote
 def worker():
-    from cluster.mesh import Place
-    from cluster.run.exporters import Gauges
-    gauges = Gauges("a-run", Place(columns=(1,), replica=3, replicas=4))
+    from cluster.mesh import ProcessMesh
+    from cluster.run.exporters import PrometheusGauges
+    gauges = PrometheusGauges("a-run", ProcessMesh(columns=(1,), replica=3, replicas=4))
     gauges(7, {"loss": 1.5, "img_s": 640, "unknown": 1})
     time.sleep(120)
 task = worker.remote()
