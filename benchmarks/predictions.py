@@ -115,7 +115,7 @@ def raw(setting: Setting, seconds: float) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "raw"
         with open_parts(setting) as parts:
-            everything = len(parts.storage)
+            everything = len(parts.shard_reader)
             stream_rate.unpack_images(parts.read_batches(0), source, everything)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
@@ -200,7 +200,7 @@ def store(setting: Setting, options: Options) -> Outcome:
         )
         with open_parts(setting) as parts:
             rate, each = fetched.together / parts.bytes_each, parts.bytes_each
-            samples = len(parts.storage)
+            samples = len(parts.shard_reader)
         slow = replace(costs, store=rate, fetch_cpu=fetched.cpu / rate)
         gain = predict_rate(costs) / predict_rate(slow)
         # The first epoch, from where the first window has arrived to the last shard; then others.

@@ -112,7 +112,7 @@ class Stream:
     @property
     def samples(self) -> int:
         """Samples in the split, N."""
-        return len(self._reader.storage)
+        return len(self._reader.shard_reader)
 
     @property
     def damaged(self) -> Mapping[int, Damage]:
@@ -190,7 +190,7 @@ class Stream:
     def _restart_without(self, loader: Loader, failure: DecodeFailure) -> None:
         """Restart at the batch that failed, without the samples that cannot be decoded."""
         samples = failure.batch.ids[failure.places].tolist()
-        damages = [self._reader.storage.make_damage(sample, UNDECODABLE) for sample in samples]
+        damages = [self._reader.shard_reader.make_damage(sample, UNDECODABLE) for sample in samples]
         self._reader.add_damage(damages)
         loader.close()
         self._loader = Loader(self._reader, failure.batch.start, self.waits)
@@ -202,7 +202,7 @@ def _check_cache(reader: BatchReader) -> None:
     Raises:
         UsageError: says how much it should hold.
     """
-    config, shards = reader.config, reader.storage.shards
+    config, shards = reader.config, reader.shard_reader.shards
     needed = reader.order.list_shards(config.position)
     # A pass in stored order reads shard after shard; the others are only prefetched.
     needed = needed[:1] if config.once else needed

@@ -8,7 +8,7 @@ import torch
 
 from peers.work import Work
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import NativeReader
+from pipeline.stream.decode import DaliReader
 
 
 def prepare(work: Work) -> None:
@@ -18,6 +18,6 @@ def prepare(work: Work) -> None:
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
     config = StreamConfig(batch_size=work.batch_size, device=work.device, threads=work.cores)
-    reader = NativeReader(work.data, config)
+    reader = DaliReader(work.data, config)
     while True:
         yield next(reader)

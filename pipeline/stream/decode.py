@@ -188,8 +188,8 @@ def make_pixels(
     """
     if encoding == "raw":
         pixels = images.gpu() if config.device == "gpu" else images
-        return normalize(config, pixels, flip, mean, divisor, _crop(config, x, y))
-    return normalize(config, decode_crops(config, images, x, y), flip, mean, divisor)
+        return normalize_crops(config, pixels, flip, mean, divisor, _crop(config, x, y))
+    return normalize_crops(config, decode_crops(config, images, x, y), flip, mean, divisor)
 
 
 def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any) -> Any:
@@ -205,7 +205,7 @@ def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any) -> Any:
     )
 
 
-def normalize(
+def normalize_crops(
     config: StreamConfig,
     pixels: Any,
     flip: Any,
@@ -235,7 +235,7 @@ _ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
 """Member name endings in DALI's syntax; shards of other tools may have any of these."""
 
 
-class NativeReader:
+class DaliReader:
     """Endless batches from `fn.readers.webdataset`: the yardstick for `pipeline.batches.Stream`.
 
     DALI's reader has an order of its own (a shuffle buffer), its own random crops and no checks.

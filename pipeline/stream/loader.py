@@ -70,16 +70,16 @@ class BatchReader:
         """
         self.config = config
         self.dataset = dataset
-        self.storage = ShardReader(dataset, config.split)
-        self.statistics = Statistics.load(dataset.folder, self.storage.manifest.stats_sha256)
+        self.shard_reader = ShardReader(dataset, config.split)
+        self.statistics = Statistics.load(dataset.folder, self.shard_reader.manifest.stats_sha256)
         self.normalization = Normalization.of(self.statistics, config)
-        self.order = make_order(config, [shard.samples for shard in self.storage.shards])
+        self.order = make_order(config, [shard.samples for shard in self.shard_reader.shards])
         self.quarantine = Quarantine(
             config.split, Path(config.quarantine) if config.quarantine else None
         )
         """Samples found damaged."""
-        is_jpeg = self.storage.encoding == "jpeg"
-        self._header_check = HeaderCheck(len(self.storage)) if is_jpeg else None
+        is_jpeg = self.shard_reader.encoding == "jpeg"
+        self._header_check = HeaderCheck(len(self.shard_reader)) if is_jpeg else None
         self._needs: tuple[int, ...] = ()
         self._free: deque[Bytes] = deque()
 
@@ -97,7 +97,7 @@ class BatchReader:
                 self.config.once and position >= self.order.samples
             ):
                 slots = self._plan(position)
-                self.storage.advise(slots.ids)
+                self.shard_reader.advise(slots.ids)
                 planned.append((position, slots))
                 position += self.config.batch_size
             if not planned:
@@ -111,7 +111,7 @@ class BatchReader:
     def close(self) -> None:
         """Close the shards and the trial decoder; nothing may be read any more."""
         self._header_check = None
-        self.storage.close()
+        self.shard_reader.close()
 
     def _plan(self, position: int) -> Slots:
         """Return this rank's slots of the global batch at `position`."""
@@ -127,7 +127,7 @@ class BatchReader:
         needs = self.order.list_shards(start)
         if needs is not self._needs:
             self._needs = needs
-            self.storage.prefetch(needs)
+            self.shard_reader.prefetch(needs)
         first = start + self.config.span[0]
         ids, images, memory = self._read_sound(first, slots)
         weights = np.ones(len(ids), np.float32)
@@ -137,12 +137,12 @@ class BatchReader:
             counted = np.arange(first, first + len(ids)) < self.order.samples
             weights = (counted & (ids == slots.ids)).astype(np.float32)
         decoder_input = self._make_input(slots, images)
-        spent = self.storage.take_spent()
+        spent = self.shard_reader.take_spent()
         return EncodedBatch(
             input=decoder_input,
             due=slots.ids,
             ids=ids,
-            labels=self.storage.read_labels(ids),
+            labels=self.shard_reader.read_labels(ids),
             weights=weights,
             start=start,
             position=position,
@@ -158,7 +158,7 @@ class BatchReader:
             if self.config.strict:  # an earlier stream without `strict` listed it
                 self.add_damage([self.quarantine.known[int(ids[place])]])
             ids[place] = self._substitute(first + place, int(slots.ids[place]))
-        memory = self._take_buffer(self.storage.buffer_size(ids))
+        memory = self._take_buffer(self.shard_reader.buffer_size(ids))
         images, damaged = self._read_checked(ids, memory)
         while damaged:
             self.add_damage(damaged.values())
@@ -175,10 +175,12 @@ class BatchReader:
         self, ids: Ids, memory: Bytes | None = None
     ) -> tuple[list[Bytes], dict[int, Damage]]:
         """Return samples, and the damage by place in `ids` where there is some."""
-        images, damaged = self.storage.read(ids, memory)
+        images, damaged = self.shard_reader.read(ids, memory)
         if self._header_check is not None:
             for place in self._header_check.find_undecodable(ids, images):
-                damaged.setdefault(place, self.storage.make_damage(int(ids[place]), UNDECODABLE))
+                damaged.setdefault(
+                    place, self.shard_reader.make_damage(int(ids[place]), UNDECODABLE)
+                )
         return images, damaged
 
     def add_damage(self, damages: Collection[Damage]) -> None:
@@ -208,7 +210,7 @@ class BatchReader:
 
     def _make_input(self, slots: Slots, images: list[Bytes]) -> DecoderInput:
         """Return what DALI takes for the samples of `slots`, whose stored bytes are `images`."""
-        if self.storage.encoding == "raw":
+        if self.shard_reader.encoding == "raw":
             images = [image.reshape(SIZE, SIZE, 3) for image in images]
         divisor = None
         if self.config.view == "random":
@@ -269,7 +271,7 @@ class Loader:
         # DALI's graph is a tangle of cycles: if it knew `self`, all of this would stay until a
         # garbage collection.
         source = weakref.WeakMethod(self._next_input)
-        encoding = reader.storage.encoding
+        encoding = reader.shard_reader.encoding
         self._decoder = Decoder(lambda: source()(), config, encoding)  # type: ignore[misc]
         self._mean_image: torch.Tensor | None = None
         if (image := reader.normalization.mean_image) is not None:
@@ -312,7 +314,7 @@ class Loader:
 
     def _find_failure(self) -> DecodeFailure | None:
         """Return the images that made DALI fail; None where something else did, such as memory."""
-        if self._reader.storage.encoding == "raw":
+        if self._reader.shard_reader.encoding == "raw":
             return None
         batch, trial = self._decoding[0], TrialDecoder(self._reader.config.device)
         # DALI names at most the first bad one.

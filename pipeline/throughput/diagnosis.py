@@ -123,7 +123,7 @@ def examine(
     with open_parts(setting) as parts, Progress("examining", total=6, unit="parts") as progress:
         fetched = measure_fetching(setting, 2 * seconds) if is_remote(setting.data) else None
         progress.advance(1)
-        batches = max(1, min(len(parts.storage) // setting.batch_size, 160))
+        batches = max(1, min(len(parts.shard_reader) // setting.batch_size, 160))
         alone = stages.measure_stages(parts, seconds, batches)
         progress.advance(1)
         costs = sweep_threads(parts, alone, list_thread_counts(setting), seconds)
@@ -147,7 +147,7 @@ def find_state(
     parts: Parts, alone: StageRates, costs: Costs, found: StreamRate, fetched: FetchRate | None
 ) -> StreamState:
     """Return where the data set is read from most of the time, and the rate of the stream then."""
-    fits = sum(shard.bytes for shard in parts.storage.shards) < get_available_memory()
+    fits = sum(shard.bytes for shard in parts.shard_reader.shards) < get_available_memory()
     cold, slow, read = alone.cold, costs, alone.warm
     state = "From the page cache"
     if fetched is not None:
@@ -184,8 +184,8 @@ def _make_report(
         command=shlex.join(["python", "-m", "pipeline.throughput", *sys.argv[1:]]),
         machine=describe_machine(setting.device == "gpu"),
         data={
-            "where": setting.data, "pictures": len(parts.storage), "encoding": parts.encoding,
-            "bytes": sum(shard.bytes for shard in parts.storage.shards), "fits": now.fits,
+            "where": setting.data, "pictures": len(parts.shard_reader), "encoding": parts.encoding,
+            "bytes": sum(shard.bytes for shard in parts.shard_reader.shards), "fits": now.fits,
         },
         setting=asdict(setting),
         stages=rows,

@@ -221,7 +221,7 @@ def _change_decoder_load(now: StreamState, seconds: float) -> Remedy:
 def _change_encoding(now: StreamState, seconds: float) -> Remedy | None:
     if now.parts.encoding == "raw":
         return None
-    setting, samples = now.parts.setting, len(now.parts.storage)
+    setting, samples = now.parts.setting, len(now.parts.shard_reader)
     need = -(-stream_rate.PICTURES // setting.batch_size)
     try:
         loaded = now.parts.loaded(min(need, max(1, samples // setting.batch_size)))
@@ -259,7 +259,7 @@ def _change_shuffle(now: StreamState) -> Remedy | None:
 def _change_cache(now: StreamState) -> Remedy:
     if not now.costs.store:
         return Remedy(name="cache", change="", note="for sets in a store only")
-    size = sum(shard.bytes for shard in now.parts.storage.shards)
+    size = sum(shard.bytes for shard in now.parts.shard_reader.shards)
     return _make_remedy(now, "cache", f"--cache-size of {size / 1e9:,.1f} GB and more",
                         replace(now.costs, store=0.0), "from the second epoch on")  # fmt: skip
 
@@ -267,7 +267,7 @@ def _change_cache(now: StreamState) -> Remedy:
 def _change_batch_size(now: StreamState, seconds: float) -> Remedy | None:
     setting = now.parts.setting
     double = replace(setting, batch_size=2 * setting.batch_size)
-    if double.batch_size > len(now.parts.storage):
+    if double.batch_size > len(now.parts.shard_reader):
         return None
     with closing(Parts(double, now.parts.dataset)) as parts:
         works = {

@@ -32,7 +32,7 @@ from pipeline.dataset.images import SIZE, Encoding
 from pipeline.remote.dataset import Dataset, open_dataset
 from pipeline.stream.augment import CROP
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import Decoder, decode_crops, normalize, open_pipeline
+from pipeline.stream.decode import Decoder, decode_crops, normalize_crops, open_pipeline
 from pipeline.stream.loader import BatchReader, EncodedBatch
 from pipeline.stream.timing import Spent
 from pipeline.throughput import hardware
@@ -79,13 +79,13 @@ class Parts(BatchReader):
         """Open them, as `BatchReader` does."""
         super().__init__(dataset, setting)
         self.setting = setting
-        self.encoding: Encoding = self.storage.encoding
+        self.encoding: Encoding = self.shard_reader.encoding
 
     @property
     def bytes_each(self) -> float:
         """Bytes of a stored image, on average, tar headers included."""
-        shards = self.storage.shards
-        return sum(shard.bytes for shard in shards) / len(self.storage)
+        shards = self.shard_reader.shards
+        return sum(shard.bytes for shard in shards) / len(self.shard_reader)
 
     def loaded(self, batches: int) -> list[EncodedBatch]:
         """Read the first batches and keep them."""
@@ -93,7 +93,7 @@ class Parts(BatchReader):
 
     def touch(self, images: int) -> None:
         """Read the first images of the stream into the page cache, so that no disk is measured."""
-        count = min(images, len(self.storage)) // self.setting.batch_size + 1
+        count = min(images, len(self.shard_reader)) // self.setting.batch_size + 1
         for loaded in itertools.islice(self.read_batches(0), count):
             self.recycle(loaded)
 
@@ -185,13 +185,13 @@ def measure_cold_reading(parts: Parts, batches: int) -> tuple[ReaderRate, float]
         system in memory, pages that other processes map).
     """
     slots = parts.order.list_slots(0, batches * parts.setting.batch_size)
-    sizes = np.cumsum([shard.samples for shard in parts.storage.shards])
+    sizes = np.cumsum([shard.samples for shard in parts.shard_reader.shards])
     numbers = np.unique(np.searchsorted(sizes, slots.ids, side="right"))
     kept = total = 0
     for number in numbers.tolist():
-        with parts.dataset.open(parts.storage.shards[number]) as file:
+        with parts.dataset.open(parts.shard_reader.shards[number]) as file:
             kept += drop_page_cache(file.fileno())
-            total += parts.storage.shards[number].bytes
+            total += parts.shard_reader.shards[number].bytes
     source, some = parts.read_batches(0), max(1, batches // WINDOWS)
     windows = (list(itertools.islice(source, some)) for _ in range(WINDOWS))
     return _read_windows(parts, windows), kept / max(1, total)
@@ -258,7 +258,7 @@ def measure_normalizing(parts: Parts, loaded: Sequence[EncodedBatch], seconds: f
         )  # fmt: skip
         if parts.setting.device == "gpu":
             images = images.gpu()
-        pipe.set_outputs(normalize(parts.setting, images, flip, mean, crop=where))
+        pipe.set_outputs(normalize_crops(parts.setting, images, flip, mean, crop=where))
     return _measure_pipeline(parts, pipe, seconds)
 
 
@@ -311,7 +311,7 @@ def measure_stages(parts: Parts, seconds: float, batches: int) -> StageRates:
     """Measure every stage and its limit, about `seconds` each."""
     cold, kept = measure_cold_reading(parts, min(batches, 60))
     folder = parts.dataset.folder  # of a data set in a store, only the shards in the cache
-    here = (shard for shard in parts.storage.shards if (folder / shard.name).is_file())
+    here = (shard for shard in parts.shard_reader.shards if (folder / shard.name).is_file())
     paths = [parts.dataset.fetch_shard(shard) for shard in itertools.islice(here, 16)]
     disk, left = hardware.measure_disk(paths)
     disk = disk if left < COLD else 0.0

@@ -19,7 +19,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import open_dataset
 from pipeline.remote.filesystem import is_remote
-from pipeline.stream.decode import NativeReader
+from pipeline.stream.decode import DaliReader
 from pipeline.stream.loader import EncodedBatch
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput.clock import FEWEST, CpuLoad, Rate, measure_until_steady
@@ -195,7 +195,7 @@ def measure_raw(
         raw = replace(setting, data=str(packed), split="train", shuffle="full", cache=None)
         with open_parts(raw) as parts:
             # `ShardReader` copies an image on its first read and maps it from its second read on.
-            epoch = -(-len(parts.storage) // raw.batch_size)
+            epoch = -(-len(parts.shard_reader) // raw.batch_size)
             with open_measured_stream(raw) as run:
                 run.window(0, epoch)
                 rate = measure_until_steady(lambda: run.window(seconds / FEWEST))
@@ -237,7 +237,7 @@ def measure_rate(
         if reader == "native":
             if is_remote(setting.data):
                 raise UsageError(f"--reader native reads local folders only, not {setting.data}")
-            native = NativeReader(open_dataset(setting.data).folder, setting)
+            native = DaliReader(open_dataset(setting.data).folder, setting)
             source = map(next, itertools.repeat(native))
         else:
             source = stack.enter_context(setting.stream(ledger))

@@ -27,9 +27,9 @@ from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import CROP
 from pipeline.stream.config import Device, StreamConfig
 from pipeline.stream.decode import (
+    DaliReader,
     Decoder,
     DecoderInput,
-    NativeReader,
     open_pipeline,
     run_on_current_stream,
     select_gpu,
@@ -67,7 +67,7 @@ def ours(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor
 
 def native(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor]:
     """Yield the batches of DALI's own reader with our graph and the same setting."""
-    reader = NativeReader(data, _config(device, setting))
+    reader = DaliReader(data, _config(device, setting))
     while True:
         yield next(reader)
 

@@ -16,7 +16,7 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import read_key_from_idx
 from pipeline.dataset.shards import parse_idx
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import NativeReader
+from pipeline.stream.decode import DaliReader
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     copy_of_made,
@@ -82,7 +82,7 @@ def test_dalis_own_reader_gives_the_same_images(tmp_path):
     index(tmp_path)
     with Stream(tmp_path, batch_size=12, colour=0) as stream:
         ours = {tuple(one) for one in _colours(next(stream).images, stream.channel_mean)}
-    reader = NativeReader(tmp_path, StreamConfig(batch_size=12, threads=1))
+    reader = DaliReader(tmp_path, StreamConfig(batch_size=12, threads=1))
     mean = Statistics.load(tmp_path).channel_mean
     theirs = {tuple(one) for one in _colours(next(reader), mean)}
     assert ours == theirs == {tuple(one.tolist()) for one in shown}

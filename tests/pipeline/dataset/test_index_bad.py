@@ -16,7 +16,7 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import parse_idx
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import NativeReader
+from pipeline.stream.decode import DaliReader
 from pipeline.tools.errors import DuetError
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import (  # noqa: F401
@@ -110,7 +110,7 @@ def test_skip_bad_leaves_them_out_of_everything(spoilt):
         batch = next(stream)
         assert (sorted(batch.ids.tolist()), stream.damaged) == (list(range(22)), {})
     assert len(parse_idx((spoilt / "x-train.idx").read_bytes())) == 2
-    reader = NativeReader(spoilt, StreamConfig(batch_size=22, threads=1))
+    reader = DaliReader(spoilt, StreamConfig(batch_size=22, threads=1))
     for _ in range(2):  # every sample twice: no bad one is among them
         assert next(reader).shape == (22, 3, 224, 224)
 

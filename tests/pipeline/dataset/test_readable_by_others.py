@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import NativeReader
+from pipeline.stream.decode import DaliReader
 from tests.helpers.images import CLASSES, packed, rows_of
 
 SPLITS = {"train": 48, "val": 20}
@@ -84,7 +84,7 @@ def test_dalis_own_reader_gives_every_image_and_label(tiny_data, split):
             for n in range(SPLITS[split])
         ]
         assert found == indexed(tiny_data, split)
-    reader = NativeReader(tiny_data, StreamConfig(split=split, batch_size=8, threads=1))
+    reader = DaliReader(tiny_data, StreamConfig(split=split, batch_size=8, threads=1))
     assert next(reader).shape == (8, 3, 224, 224)
 
 

@@ -20,7 +20,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.packing.resize import decode_square
 from pipeline.stream.augment import draw
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import Decoder, NativeReader
+from pipeline.stream.decode import DaliReader, Decoder
 from pipeline.tools.text import human_bytes
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, packed, rows_of
@@ -194,7 +194,7 @@ def test_dalis_own_reader_gives_crops_of_the_stored_pixels(raw_data):
             for x in range(33):
                 corner = picture[y, x : x + 16].tobytes()
                 crops.setdefault(corner, []).append(picture[y : y + 224, x : x + 224])
-    reader = NativeReader(raw_data, StreamConfig(batch_size=16, threads=1))
+    reader = DaliReader(raw_data, StreamConfig(batch_size=16, threads=1))
     for image in next(reader).numpy():
         exact = image.transpose(1, 2, 0) + mean
         rounded = exact.round().astype(np.uint8)
