@@ -18,8 +18,9 @@ import pytest
 
 from pipeline.packing import plan
 from pipeline.packing.build import build
-from pipeline.packing.chunks import ChunkError
+from pipeline.packing.chunks import ChunkError, pack_chunk
 from pipeline.packing.plan import BuildConfig
+from pipeline.packing.shards import write_shard
 from pipeline.remote.target import FolderTarget, Target
 from pipeline.sources import Container
 from pipeline.tools.errors import DataError, DuetError, SetupError
@@ -200,13 +201,13 @@ class Slow(FolderTarget):
 class Killing:
     """A pool during whose work something is killed, once for each task, when it can be."""
 
-    def __init__(self, pool: Any, kills: dict[str, Callable[[], bool]]) -> None:
+    def __init__(self, pool: Any, kills: dict[Callable, Callable[[], bool]]) -> None:
         self.pool, self.left = pool, kills
 
     def run(self, task: Callable, jobs: Iterable) -> Iterator:
         for result in self.pool.run(task, jobs):
-            if task.__name__ in self.left and self.left[task.__name__]():
-                del self.left[task.__name__]
+            if task in self.left and self.left[task]():
+                del self.left[task]
             yield result
 
 
@@ -256,7 +257,7 @@ def test_the_bytes_are_those_of_a_local_build_though_a_node_and_a_worker_die(
 
     out = Slow(str(tmp_path / "ray"))
     with cluster.pool() as pool:
-        killing = Killing(pool, {"pack_chunk": kill_node, "write_shard_of": kill_worker})
+        killing = Killing(pool, {pack_chunk: kill_node, write_shard: kill_worker})
         build(replace(options, out=out.address), out, killing)
     assert killing.left == {}
     assert len(again) >= 2  # both left work behind
