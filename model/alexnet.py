@@ -51,8 +51,8 @@ class AlexNet(nn.Module):
             1/sqrt(width), without which activations vanish in a narrow network. Short for
             `design=Design(width=...)`.
         exchange: the link to the other column.
-        seed: of the initial weights and of the dropout masks. Both depend on the column, not on the
-            process: they are equal in either form.
+        seed: seed of the initial weights and of the dropout masks. Both depend on the column, not
+            on the process: they are equal in either form.
         design: another network than the paper's. One with a single column has `columns=(0,)`.
 
     Raises:

@@ -46,11 +46,11 @@ class _SplitLinear:
         """y, with the part of the output that comes from x added in place."""
         return y.addmm_(x, weight.t())
 
-    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def compute_input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of x, given that of the output."""
         return gradient @ weight
 
-    def parameter_gradients(
+    def compute_parameter_gradients(
         self, gradient: Tensor, first: Tensor, second: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The gradients of the whole weight and of the bias, given both halves of the inputs."""
@@ -60,7 +60,7 @@ class _SplitLinear:
 
 @dataclass(frozen=True)
 class _SplitConv:
-    """As `_SplitLinear`; x is [b, maps, h, w], the weights are [outputs, maps, kernel, kernel]."""
+    """The same for a convolution: x [b, maps, h, w], weights [outputs, maps, kernel, kernel]."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -72,10 +72,10 @@ class _SplitConv:
     def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return y.add_(self.multiply(x, weight, None))
 
-    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def compute_input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return self._backward(gradient, x, weight, (True, False, False))[0]
 
-    def parameter_gradients(
+    def compute_parameter_gradients(
         self, gradient: Tensor, first: Tensor, second: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         # Joins gradients, not inputs: the maps are far larger.
@@ -158,7 +158,7 @@ class Exchange:
         whole = cast(dist.ProcessGroup, dist.group.WORLD if group is None else group)
         self._peer = dist.get_global_rank(whole, 1 - self.index)
         self.traffic: dict[str, Traffic] = {}
-        """By the `name` that the caller gave; whoever reads it empties it."""
+        """Traffic by the `name` that the caller gave; whoever reads it empties it."""
 
     def apply_layer(self, layer: nn.Module, x: Tensor, name: str = "") -> Tensor:
         """The output of a layer that reads both columns.
@@ -295,12 +295,12 @@ class _ApplySplit(torch.autograd.Function):
         own, others = link._split(weight)
         swap = result = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            needed = layer.input_gradient(gradient, peer, others)
+            needed = layer.compute_input_gradient(gradient, peer, others)
             swap = link._send(needed, ctx.name, back=True)
-            result = layer.input_gradient(gradient, x, own)
+            result = layer.compute_input_gradient(gradient, x, own)
         if any(ctx.needs_input_grad[1:3]):
             first, second = (x, peer) if link.index == 0 else (peer, x)
-            weight_gradient, bias_gradient = layer.parameter_gradients(
+            weight_gradient, bias_gradient = layer.compute_parameter_gradients(
                 gradient, first, second, weight
             )
         if swap is not None and result is not None:

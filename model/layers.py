@@ -33,8 +33,8 @@ class ImageConv(nn.Conv2d):
         inputs: maps of the image.
         maps: output maps.
         kernel: side of the filters in pixels.
-        stride: of the filters, in pixels.
-        edge: zeros added, in pixels.
+        stride: pixels between filters.
+        edge: number of rows and columns of zeros added.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ImageConv(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """[b, inputs, h, w] -> [b, maps, (h + edge - kernel) // stride + 1, the same of w]."""
         kernel, stride = self.kernel_size[0], self.stride[0]
-        dtype = _autocast_dtype(images)
+        dtype = _find_autocast_dtype(images)
         if dtype not in (torch.bfloat16, torch.float16):
             return F.conv2d(self._pad(images, dtype, 0), self.weight, self.bias, stride)
         # The matrix units that bfloat16 is for (AMX, tensor cores) idle on 3 input maps. Here
@@ -68,7 +68,7 @@ class ImageConv(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, (stride, 1))
 
     def _pad(self, images: Tensor, dtype: torch.dtype, more: int) -> Tensor:
-        """What the filters cover of images, channels last, and `more` columns of zeros."""
+        """Images cut or padded to what the filters cover, and `more` columns of zeros."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         height, width = (
             (n + self.edge - kernel) // stride * stride + kernel for n in images.shape[2:]
@@ -105,7 +105,7 @@ class ShrunkConv(nn.Conv2d):
         return super().forward(small.contiguous(memory_format=torch.channels_last))
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def _find_autocast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -139,11 +139,12 @@ def draw_dropout_mask(
     """A dropout mask: the bits of SplitMix64 (Steele, Lea, Flood 2014) on a counter.
 
     Args:
-        position: of the first sample in the stream of the whole job; row i is position + i.
+        position: position of the first sample in the stream of the whole job; row i is
+            position + i.
         batch: number of samples.
-        units: of the layer in this column.
-        device: for the mask.
-        key: of layer, column and run, any 64 bits.
+        units: number of units of the layer in this column.
+        device: device of the mask.
+        key: 64 bits derived from layer, column and run.
 
     Returns:
         uint8 [batch, units], 0 or 1 with equal chance.

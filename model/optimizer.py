@@ -94,8 +94,8 @@ class Sgd2012:
             maximize=False,
         )
 
-    def updates(self) -> dict[str, Tensor]:
-        """What the last step added to each parameter: its velocity, or zeros if it was frozen."""
+    def compute_updates(self) -> dict[str, Tensor]:
+        """The change of each parameter in the last step: its velocity, or zeros if frozen."""
         return {
             name: velocity if name in self._moved else torch.zeros_like(velocity)
             for name, velocity in self.velocities.items()
@@ -139,8 +139,8 @@ def compute_layer_statistics(net: AlexNet, optimizer: Sgd2012) -> dict[str, Mean
     sums = torch.stack(
         [
             rows.sum()
-            for tensors in (parameters, optimizer.updates(), gradients)
-            for rows in net.split({name: _row_sums(t) for name, t in tensors.items()}).values()
+            for tensors in (parameters, optimizer.compute_updates(), gradients)
+            for rows in net.split({name: _sum_rows(t) for name, t in tensors.items()}).values()
         ]
     ).tolist()
     sizes = {key: piece.numel() for key, piece in net.split(parameters).items()}
@@ -150,7 +150,7 @@ def compute_layer_statistics(net: AlexNet, optimizer: Sgd2012) -> dict[str, Mean
     }
 
 
-def _row_sums(tensor: Tensor) -> Tensor:
+def _sum_rows(tensor: Tensor) -> Tensor:
     """Sums of |x| over all dims but 0; a single float32 sum over millions is off by a percent."""
     if tensor.dim() == 1:
         return tensor.abs()

@@ -183,12 +183,12 @@ def dexp(
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress is {progress}; it is the share of the training done, 0 to 1")
     return (
-        _stretch_rate(progress, lr, drop, drops),
-        _stretch_rate(progress, lr * bias_factor, bias_drop, bias_drops),
+        _compute_stretch_rate(progress, lr, drop, drops),
+        _compute_stretch_rate(progress, lr * bias_factor, bias_drop, bias_drops),
     )
 
 
-def _stretch_rate(progress: float, first: float, drop: float, stretches: int) -> float:
+def _compute_stretch_rate(progress: float, first: float, drop: float, stretches: int) -> float:
     if stretches < 1:
         raise ValueError(f"a schedule has at least 1 stretch, not {stretches}")
     if stretches == 1:

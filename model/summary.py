@@ -148,7 +148,7 @@ def compute_footprint(rows: Iterable[ColumnRow], batch: int, size: int = FLOAT32
 
 
 def compute_receptive_fields(stages: Iterable[Stage], design: Design) -> list[int]:
-    """For each stage the side, in pixels, of the square that a number of its output depends on.
+    """Sides in pixels, one a stage, of the square that a number of its output depends on.
 
     Normalization across maps adds nothing, that over 5x5 pixels does; zeros outside the image count
     as pixels until the square covers the image. Local contrast normalization may divide by a mean
@@ -244,8 +244,9 @@ def read_design(path: Path) -> Design:
     Raises:
         ValueError: the file cannot be read, or holds no valid design; one line that names it.
     """
-    preset = PRESETS / f"{path.stem}.toml"
-    if not path.is_file() and preset.is_file():
+    preset = PRESETS / f"{path.name.removesuffix('.toml')}.toml"
+    is_name = str(path.parent) in (".", "configs", "cluster/configs")
+    if is_name and not path.is_file() and preset.is_file():
         path = preset
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))

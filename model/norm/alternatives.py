@@ -119,7 +119,7 @@ class _Contrast(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, columns: int) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             wide = _split_columns(x, columns)
-            rows, across = (_gaussian(side, wide.dtype, wide.device) for side in x.shape[2:])
+            rows, across = (_make_gaussian(side, wide.dtype, wide.device) for side in x.shape[2:])
             mean = _blur(wide.mean(2, keepdim=True), rows, across)
             v = wide - mean
             squares = _blur(_dot(v, v) / v.shape[2], rows, across)
@@ -135,7 +135,7 @@ class _Contrast(torch.autograd.Function):
         x, mean, sigma = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             wide, dy = _split_columns(x, ctx.columns), _split_columns(gradient, ctx.columns)
-            rows, across = (_gaussian(side, wide.dtype, wide.device) for side in x.shape[2:])
+            rows, across = (_make_gaussian(side, wide.dtype, wide.device) for side in x.shape[2:])
             maps = wide.shape[2]
             least = sigma.mean((3, 4), keepdim=True)
             divisor = torch.maximum(sigma, least)
@@ -170,7 +170,7 @@ def _blur(x: Tensor, rows: Tensor, across: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _gaussian(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _make_gaussian(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[size, size]: each pixel's weights for the pixels around, with a sum of 1."""
     index = torch.arange(size, dtype=torch.float64)
     distance = (index[:, None] - index).abs()

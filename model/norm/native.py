@@ -5,8 +5,8 @@ The library is compiled by the system's C compiler into the user's cache folder
 and processor; every later process loads it from there. Without such a folder each process compiles
 for itself, which takes some three seconds.
 
-Without a compiler, or with one that fails, `is_supported` is False, and torch's own operations do
-the work. DUET_KERNELS=torch in the environment forces that.
+Without a compiler, or with one that fails, `prepare_kernels` returns False, and torch's own
+operations do the work. DUET_KERNELS=torch in the environment forces that.
 """
 
 from __future__ import annotations
@@ -60,25 +60,25 @@ _KERNELS = {
 
 
 class KernelsUnavailable(Exception):
-    """Why there are no kernels, in a few words."""
+    """There are no kernels; the message says why in a few words."""
 
 
-def is_supported(x: Tensor) -> bool:
-    """Whether `normalize` can work on x; compiles the kernels at its first call."""
-    return x.device.type == "cpu" and x.dtype in _SUFFIXES and _library()[0] is not None
+def prepare_kernels(x: Tensor) -> bool:
+    """Compile or load the kernels, at the first call only; False if they cannot work on x."""
+    return x.device.type == "cpu" and x.dtype in _SUFFIXES and _load_kernels()[0] is not None
 
 
 def describe() -> str:
-    """Whether the kernels are in use, and what compiled them; or why they are not."""
-    return _library()[1]
+    """The compiler of the kernels in use; or torch's operations, and the reason for them."""
+    return _load_kernels()[1]
 
 
 def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
-    """The response-normalized x; with `gradient`, that of the output, the gradient of x.
+    """Response-normalize x; with `gradient`, return the gradient of x instead.
 
     Args:
         x: bfloat16, float32 or float64 [b, columns * maps, h, w], dense in either memory format.
-        gradient: of the same shape, dtype and memory format.
+        gradient: gradient of the output, in the shape, dtype and memory format of x; or None.
         columns: number of columns whose maps x holds.
         relu: whether max(x, 0) is normalized instead of x.
     """
@@ -99,11 +99,12 @@ def pool(
     window: int,
     stride: int,
 ) -> Tensor:
-    """The max-pooled x; with `gradient`, that of the output, the gradient of x.
+    """Max-pool x; with `gradient`, return the gradient of x instead.
 
     Args:
         x: bfloat16, float32 or float64 [b, columns * maps, h, w], channels last.
-        gradient: [b, columns * maps, pooled height, pooled width], same dtype and memory format.
+        gradient: gradient of the output, [b, columns * maps, pooled height, pooled width], in the
+            dtype and memory format of x; or None.
         columns: number of columns whose maps x holds.
         relu: whether max(x, 0) is taken instead of x.
         norm: whether x is normalized before the pooling.
@@ -121,11 +122,11 @@ def pool(
 
 
 def normalize_spatial(x: Tensor, gradient: Tensor | None) -> Tensor:
-    """x normalized over neighboring pixels; with `gradient`, that of the output, that of x.
+    """Normalize x over neighboring pixels; with `gradient`, return the gradient of x instead.
 
     Args:
         x: bfloat16, float32 or float64 [b, maps, h, w], dense in either memory format.
-        gradient: of the same shape, dtype and memory format.
+        gradient: gradient of the output, in the shape, dtype and memory format of x; or None.
     """
     y = torch.empty_like(x)
     images, maps, height, width = x.shape
@@ -136,7 +137,7 @@ def normalize_spatial(x: Tensor, gradient: Tensor | None) -> Tensor:
 
 
 def pad_images(images: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Images of another size and dtype, channels last, in one pass over memory.
+    """Convert images to another size and dtype, channels last, in one pass over memory.
 
     Zeros are added, or pixels cut off, on the right and at the bottom. Contiguous float32 images of
     three colors, which the pipeline makes, are done by the compiled kernel on a CPU: a third of the
@@ -144,9 +145,9 @@ def pad_images(images: Tensor, height: int, width: int, dtype: torch.dtype) -> T
 
     Args:
         images: float [b, c, h, w], any strides.
-        height: of the result, in pixels.
-        width: of the result, in pixels.
-        dtype: of the result.
+        height: height of the result in pixels.
+        width: width of the result in pixels.
+        dtype: dtype of the result.
 
     Returns:
         [b, c, height, width].
@@ -158,8 +159,8 @@ def pad_images(images: Tensor, height: int, width: int, dtype: torch.dtype) -> T
     )
     fits = c == COLORS and h <= height and w <= width and images.is_contiguous()
     known = images.dtype == torch.float32 and dtype in _SUFFIXES
-    if fits and known and not needs_torch and is_supported(images):
-        kernel = getattr(_library()[0], f"pad_{_SUFFIXES[dtype]}")
+    if fits and known and not needs_torch and prepare_kernels(images):
+        kernel = getattr(_load_kernels()[0], f"pad_{_SUFFIXES[dtype]}")
         kernel(images.data_ptr(), x.data_ptr(), b, h, w, height, width, torch.get_num_threads())
     else:
         x[:, h:] = 0
@@ -169,7 +170,7 @@ def pad_images(images: Tensor, height: int, width: int, dtype: torch.dtype) -> T
 
 
 def _call(name: str, x: Tensor, gradient: Tensor | None, y: Tensor, *settings: float) -> None:
-    library = _library()[0]
+    library = _load_kernels()[0]
     failed: int = getattr(library, f"{name}_{_SUFFIXES[x.dtype]}")(
         x.data_ptr(),
         None if gradient is None else gradient.data_ptr(),
@@ -182,8 +183,8 @@ def _call(name: str, x: Tensor, gradient: Tensor | None, y: Tensor, *settings: f
 
 
 @lru_cache(maxsize=1)
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    """The library and a description; or None and the reason."""
+def _load_kernels() -> tuple[ctypes.CDLL | None, str]:
+    """Compile or load the library: it and its description, or None and the reason."""
     try:
         if os.environ.get("DUET_KERNELS") == "torch":
             raise KernelsUnavailable("DUET_KERNELS=torch")
@@ -291,7 +292,7 @@ def _store(library: Path, path: Path) -> bool:
 
 
 def _describe_processor() -> str:
-    """What `-march=native` depends on: home folders may be shared between unlike machines."""
+    """The facts that `-march=native` depends on: machines may share a home folder."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
     found = {line for line in lines if line.split("\t")[0].split(":")[0].strip() in wanted}

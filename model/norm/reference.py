@@ -24,7 +24,7 @@ _CHUNK_PER_THREAD = 600_000
 
 
 def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
-    """As `model.norm.native.normalize`, for any device and any float dtype.
+    """Arguments and result as in `model.norm.native.normalize`, on any device, in any float dtype.
 
     With s = k + alpha/size * sum, s^-.75 is two square roots and the sum a product with a band
     matrix: no power, no transposition. The backward pass computes s again: that is faster than
@@ -89,19 +89,19 @@ def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:
 
 
 def normalize_spatial(x: Tensor, gradient: Tensor | None) -> Tensor:
-    """As `model.norm.native.normalize_spatial`, for any device and any float dtype."""
+    """Arguments and result as in `native.normalize_spatial`, on any device, in any float dtype."""
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(compute_dtype(x))
-        root = _box_mean(wide * wide).mul_(SPATIAL_SCALE).add_(1.0).rsqrt_()
+        root = _average_box(wide * wide).mul_(SPATIAL_SCALE).add_(1.0).rsqrt_()
         if gradient is None:
             return root.sqrt().mul_(root).mul_(wide).to(x.dtype)
         direct = root.sqrt().mul_(root).mul_(gradient)
-        others = _box_mean(root.square_().mul_(direct).mul_(wide))
+        others = _average_box(root.square_().mul_(direct).mul_(wide))
         return direct.addcmul_(others, wide, value=-2 * LRN_BETA * SPATIAL_SCALE).to(x.dtype)
 
 
-def _box_mean(x: Tensor) -> Tensor:
-    """The sum over the pixels around, divided by the number of pixels of a full window."""
+def _average_box(x: Tensor) -> Tensor:
+    """Sum over the pixels around, divided by the number of pixels of a full window."""
     return F.avg_pool2d(x, SPATIAL_SIZE, stride=1, padding=SPATIAL_SIZE // 2)
 
 
@@ -111,7 +111,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the maps of a pixel are adjacent in memory, and nothing lies between pixels."""
+    """True if the maps of a pixel are adjacent in memory, and nothing lies between pixels."""
     return x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -61,7 +61,7 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
     if torch.compiler.is_compiling():
         return reference.traceable_norm(x, columns, relu)
     kernel = reference.normalize
-    if native.is_supported(x):
+    if native.prepare_kernels(x):
         kernel = native.normalize
     elif x.device.type == "cuda" and x.dtype in _GPU_DTYPES and _has_triton():
         kernel = launch_gpu_kernel
@@ -105,7 +105,7 @@ def norm_pool(
             f"stride is at most the window, the window at most the maps"
         )
     fits = window <= native.MOST_WINDOW and is_channels_last(x)
-    if fits and not torch.compiler.is_compiling() and native.is_supported(x):
+    if fits and not torch.compiler.is_compiling() and native.prepare_kernels(x):
         return NormKernel.apply(x, native.pool, columns, relu, norm, window, stride)
     if norm:
         x = local_response_norm(x, columns, relu)
@@ -133,13 +133,13 @@ def spatial_response_norm(x: Tensor) -> Tensor:
         ValueError: x has another number of dimensions.
     """
     check_shape(x, 1)
-    is_native = not torch.compiler.is_compiling() and native.is_supported(x)
+    is_native = not torch.compiler.is_compiling() and native.prepare_kernels(x)
     form = native if is_native else reference
     return NormKernel.apply(x, form.normalize_spatial)
 
 
 def describe_backend(device: torch.device | str = "cpu") -> str:
-    """What computes the normalization on a device, in a few words; if not the best, also why."""
+    """The implementation that a device gets, in a few words; if not the fastest, also why."""
     kind = torch.device(device).type
     if kind == "cpu":
         return native.describe()
@@ -154,14 +154,14 @@ def _has_triton() -> bool:
 
 
 def launch_gpu_kernel(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
-    """The normalized x; with `gradient`, that of the output, the gradient of x.
+    """Response-normalize x on a GPU; with `gradient`, return the gradient of x instead.
 
     One program computes GPU_BLOCK numbers that are adjacent in memory, whichever format that is:
     the same pixel of the next map is `step` elements away. Neighbors are read again from the cache.
 
     Args:
         x: float [b, columns * maps, h, w], contiguous in one of the two memory formats.
-        gradient: of the same shape, dtype and memory format.
+        gradient: gradient of the output, in the shape, dtype and memory format of x; or None.
         columns: number of columns whose maps x holds.
         relu: whether max(x, 0) is normalized instead of x.
     """

@@ -210,10 +210,10 @@ def test_masks_belong_to_samples_however_they_are_batched() -> None:
     net = narrow().train()
     x = images()
 
-    def logits(position: int, pictures: Tensor) -> Tensor:
+    def logits(position: int, images: Tensor) -> Tensor:
         net.set_position(position)
         with torch.no_grad():
-            return net(pictures)
+            return net(images)
 
     whole = logits(7 * 2**40, x)
     assert not torch.equal(whole, logits(7 * 2**40 + 1, x))

@@ -21,7 +21,7 @@ from tests.helpers.processes import run_ranks
 
 BATCH = 6
 POSITION = 24
-"""Whose dropout masks the bounds of WIRE were found with."""
+"""Seed of the dropout masks that the bounds of WIRE were found with."""
 WIDTH = 1 / 8
 CLASSES = 10
 # Values of one column at width 1 that the other one reads (paper, figure 2), for each image.
@@ -108,7 +108,7 @@ def counted(link: Exchange) -> dict[str, tuple[int, int, int]]:
 
 
 def full_size() -> dict[str, tuple[int, int, int]]:
-    """What the network of the paper itself sends in a step on one image, in float32."""
+    """Bytes that the network of the paper itself sends in a step on one image, in float32."""
     link = Exchange()
     net = AlexNet((link.index,), exchange=link)
     net.set_position(POSITION)
@@ -153,7 +153,7 @@ def frozen_below(link: Exchange) -> dict[str, Any]:
 
 
 def refused(link: Exchange) -> list[str]:
-    """What is said of wrong arguments."""
+    """Messages for wrong arguments."""
     said = []
     for wrong in (
         lambda: link.apply_layer(nn.Conv2d(4, 4, 3, groups=2), torch.zeros(1, 2, 4, 4)),
@@ -251,8 +251,12 @@ def test_what_the_other_column_waits_for_goes_first(pair: Any) -> None:
     for half in pair:
         assert half["order"]["forward"] == ["send", "multiply", "wait", "add_product"]
         assert half["order"]["backward"] == [
-            "input_gradient", "send", "input_gradient", "parameter_gradients", "wait",
-        ]  # fmt: skip
+            "compute_input_gradient",
+            "send",
+            "compute_input_gradient",
+            "compute_parameter_gradients",
+            "wait",
+        ]
 
 
 def test_no_gradient_crosses_that_nobody_needs(pair: Any) -> None:
@@ -269,7 +273,7 @@ def test_wrong_layers_and_wires_are_refused(pair: Any) -> None:
 
 
 def errors_of(pair: Any, step: str, key: str) -> dict[str, float]:
-    """Of every gradient, against float64."""
+    """Relative error of every gradient, against float64."""
     return {
         name: far(value, half["steps"]["float64"]["gradients"][name])
         for half in pair
@@ -283,7 +287,7 @@ def errors_of(pair: Any, step: str, key: str) -> dict[str, float]:
 # near ties decide otherwise, which adds up. In float32 that happens, too, but rarely: once in these
 # six images, in layer 2. Computing in bfloat16 throughout, as GPUs do, costs about twice that.
 WIRE = {"fc8": (4e-3, 1e-6), "fc7": (0.1, 1e-6), "fc6": (0.1, 1e-6), "conv": (0.3, 1e-2)}
-"""By layer: bounds of the errors with the wire, and without."""
+"""Bounds of the errors by layer: with the wire, and without."""
 
 
 @pytest.mark.parametrize("layer", WIRE)

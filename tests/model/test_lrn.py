@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from model.norm import local_response_norm, reference
-from tests.helpers.lrn import LAYOUTS, by_hand, each_form, maps  # noqa: F401 - a fixture
+from tests.helpers.lrn import (
+    LAYOUTS,
+    by_hand,
+    check_float32,
+    check_strides,
+    each_form,  # noqa: F401 - a fixture
+    maps,
+)
 
 TORCHS = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
 
@@ -60,33 +67,12 @@ def test_the_window_stays_inside_its_column(layout: torch.memory_format) -> None
 
 
 def test_it_takes_any_strides() -> None:
-    x = maps(4, 12, 8, 8)[:, ::2, 1:, 1:]
-    above = maps(4, 6, 7, 7).transpose(2, 3)
-    own, copy = x.clone().requires_grad_(), x.contiguous().requires_grad_()
-    local_response_norm(own[:, :, :, :]).backward(above)
-    local_response_norm(copy).backward(above.contiguous())
-    torch.testing.assert_close(local_response_norm(x), by_hand(x), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(own.grad, copy.grad, rtol=0, atol=0)
-    assert local_response_norm(x[:0]).shape == (0, 6, 7, 7)
+    check_strides(local_response_norm, by_hand)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float32_is_within_a_few_roundings(layout: torch.memory_format) -> None:
-    # From sums that vanish beside k to such that k vanishes beside.
-    scales = torch.logspace(-3, 6, 64, dtype=torch.float64)[:, None, None, None]
-    wide = (maps(64, 48, 5, 5) * scales).contiguous(memory_format=layout)
-    x = wide.float().requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    y, expected = local_response_norm(x), by_hand(wide)
-    torch.testing.assert_close(y.double(), expected, rtol=4 * 2**-23, atol=0)
-    above = maps(64, 48, 5, 5, seed=2).float().contiguous(memory_format=layout)
-    y.backward(above)
-    expected.backward(above.double())
-    # The gradient is a difference: bound by its larger part, not by itself.
-    assert x.grad is not None
-    assert wide.grad is not None
-    largest = (above.double() * expected / wide).abs().detach().amax((1, 2, 3), keepdim=True)
-    assert float(((x.grad.double() - wide.grad).abs() / largest).max()) < 8 * 2**-23
+    check_float32(local_response_norm, by_hand, maps(64, 48, 5, 5), layout, (4, 8))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

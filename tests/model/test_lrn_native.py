@@ -1,4 +1,4 @@
-"""How the kernels come to be: compiled once, kept, done without; on lesser processors, too."""
+"""Compilation of the kernels: once, cached, done without; on lesser processors, too."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ COUNT = (
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, nothing loaded yet, and a compiler that is in a hurry."""
-    if not native.is_supported(torch.empty(0)):
+    if not native.prepare_kernels(torch.empty(0)):
         pytest.skip(native.describe())
     monkeypatch.setattr(native, "FLAGS", FAST)
     monkeypatch.setattr(native, "FLAGS_X86", ())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
+    native._load_kernels.cache_clear()
     yield tmp_path / "duet"
-    native._library.cache_clear()
+    native._load_kernels.cache_clear()
 
 
 def works() -> bool:
-    """Whether the normalisation does, in whatever form."""
+    """Check the normalization against the formula; True if compiled kernels computed it."""
     x = maps(2, 96, 5, 5).contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(local_response_norm(x, 2), by_hand(x, 2), rtol=1e-12, atol=1e-12)
-    return native.is_supported(x)
+    return native.prepare_kernels(x)
 
 
 def said_elsewhere(script: str) -> str:
-    """What a process of its own prints, which has nothing to complain of."""
+    """Run a script in a process of its own, which prints no warning, and return its output."""
     flags = f"native.FLAGS, native.FLAGS_X86 = {native.FLAGS}, {native.FLAGS_X86}"
     script = f"from model.norm import describe_backend, native\n{flags}\n{script}"
     done = subprocess.run(

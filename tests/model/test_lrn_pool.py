@@ -17,8 +17,8 @@ from tests.helpers.lrn import LAYOUTS, by_hand, maps
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled kernels, or torch's operations."""
     if request.param == "reference":
-        monkeypatch.setattr(native, "is_supported", lambda x: False)
-    elif not native.is_supported(torch.empty(0)):
+        monkeypatch.setattr(native, "prepare_kernels", lambda x: False)
+    elif not native.prepare_kernels(torch.empty(0)):
         pytest.skip(native.describe())
 
 

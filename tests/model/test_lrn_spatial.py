@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from model.norm import spatial_response_norm
-from tests.helpers.lrn import LAYOUTS, each_form, maps  # noqa: F401 - a fixture
+from tests.helpers.lrn import (
+    LAYOUTS,
+    check_float32,
+    check_strides,
+    each_form,  # noqa: F401 - a fixture
+    maps,
+)
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -58,32 +64,12 @@ def test_it_passes_gradcheck(layout: torch.memory_format) -> None:
 
 
 def test_it_takes_any_strides() -> None:
-    x = maps(4, 12, 8, 8)[:, ::2, 1:, 1:]
-    above = maps(4, 6, 7, 7).transpose(2, 3)
-    own, copy = x.clone().requires_grad_(), x.contiguous().requires_grad_()
-    spatial_response_norm(own[:, :, :, :]).backward(above)
-    spatial_response_norm(copy).backward(above.contiguous())
-    torch.testing.assert_close(spatial_response_norm(x), loop(x), **EXACT)
-    torch.testing.assert_close(own.grad, copy.grad, rtol=0, atol=0)
-    assert spatial_response_norm(x[:0]).shape == (0, 6, 7, 7)
+    check_strides(spatial_response_norm, loop)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float32_is_within_a_few_roundings(layout: torch.memory_format) -> None:
-    # From sums that vanish beside k to such that k vanishes beside.
-    scales = torch.logspace(-3, 6, 64, dtype=torch.float64)[:, None, None, None]
-    x = (maps(64, 24, 7, 7) * scales).float().contiguous(memory_format=layout).requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    y, expected = spatial_response_norm(x), loop(wide)
-    torch.testing.assert_close(y.double(), expected, rtol=6 * 2**-23, atol=0)
-    above = maps(64, 24, 7, 7, seed=2).float().contiguous(memory_format=layout)
-    y.backward(above)
-    expected.backward(above.double())
-    # The gradient is a difference: bound by its larger part, not by itself.
-    assert x.grad is not None
-    assert wide.grad is not None
-    largest = (above.double() * expected / wide).abs().detach().amax((1, 2, 3), keepdim=True)
-    assert float(((x.grad.double() - wide.grad).abs() / largest).max()) < 16 * 2**-23
+    check_float32(spatial_response_norm, loop, maps(64, 24, 7, 7), layout, (6, 16))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -73,7 +73,7 @@ def test_one_view_is_the_centre() -> None:
 
 @pytest.mark.parametrize("views", [1, 10])
 def test_the_mean_image_is_the_same_for_every_view_and_never_mirrored(views: int) -> None:
-    """As convdata_jpeg.py: crops first, flips next, then the centre of the mean off them all."""
+    """The order of convdata_jpeg.py: crop, flip, then subtract the center of the mean."""
     images = position_images()
     mean = torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(1)) * 50
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 4)).requires_grad_(False)

@@ -111,7 +111,7 @@ def test_batch_norm_is_the_formula_and_torchs_own() -> None:
 
 
 def test_parts_of_a_batch_move_the_running_statistics_once() -> None:
-    """As the mean over replicas that have a part each does."""
+    """A mean as over replicas, each of which has a part."""
     x = maps(6, 3, 5, 7)
     parts, alone = filled(BatchNorm(3)), [filled(BatchNorm(3)) for _ in range(3)]
     for part, norm in zip(x.split(2), alone, strict=True):

@@ -20,14 +20,14 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that are taken from the library of the kernels."""
     found: list[str] = []
-    library, text = native._library()
+    library, text = native._load_kernels()
 
     class Watched:
         def __getattr__(self, name: str) -> object:
             found.append(name)
             return getattr(library, name)
 
-    monkeypatch.setattr(native, "_library", lambda: (library and Watched(), text))
+    monkeypatch.setattr(native, "_load_kernels", lambda: (library and Watched(), text))
     return found
 
 

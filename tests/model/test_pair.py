@@ -101,7 +101,7 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def exchanged(link: Exchange) -> dict[str, Any]:
-    """What `Exchange` gives on its own, apart from a network."""
+    """Results of `Exchange` on its own, without a network."""
     found: dict[str, Any] = {}
     half = slice(2 * link.index, 2 * link.index + 2)
     images, labels = batch(CASES["float32, channels last"])

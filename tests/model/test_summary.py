@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from model.architecture import Design
-from model.summary import build_table, compute_footprint, count_original_crossing, main, sum_rows
+from model.summary import (
+    build_table,
+    compute_footprint,
+    count_original_crossing,
+    main,
+    read_design,
+    sum_rows,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +50,7 @@ def test_the_notes_footprint_formula() -> None:
 
 
 def test_receptive_fields() -> None:
-    """By hand: conv1 11; pool1 19; conv2 51; pool2 67; conv3 99; conv4 131; conv5 163."""
+    """Computed by hand: conv1 11; pool1 19; conv2 51; pool2 67; conv3 99; conv4 131; conv5 163."""
     fields = {row.layer: row.receptive_field for row in build_table()}
     assert [fields[f"conv{n}"] for n in range(1, 6)] == [11, 51, 99, 131, 163]
     assert {fields["fc6"], fields["fc7"], fields["fc8"]} == {224}
@@ -100,6 +107,14 @@ def test_json_is_one_object_with_the_same_sums(capsys) -> None:
     conv1 = told["rows"][0]
     assert conv1["activation_bytes"] == 145_200 * 128 * 2
     assert conv1["optimiser_bytes"] == 4 * 17_472
+
+
+@pytest.mark.parametrize("name", ["narrow", "narrow.toml", "configs/narrow.toml"])
+def test_the_name_of_a_preset_stands_for_it(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_design(Path(name)).width == 0.25
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_design(tmp_path / name)
 
 
 @pytest.mark.parametrize(
