@@ -22,7 +22,10 @@ from pipeline.tools.errors import DuetError
 
 
 class NotFinite(DuetError):
-    """The loss is NaN or infinite."""
+    """The loss is NaN or infinite; the message begins with `START`."""
+
+    START = "the loss of step "
+    """A study recognizes a run that diverged by this in its log."""
 
 
 def check_finite(t: Training, loss: Tensor, images: Tensor, step: int) -> None:
@@ -48,7 +51,7 @@ def check_finite(t: Training, loss: Tensor, images: Tensor, step: int) -> None:
     good = next(iter(list_checkpoints(t.run / CHECKPOINTS)), None)
     last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     raise NotFinite(
-        f"the loss of step {step} is {value}: {found[1]}; {last}; "
+        f"{NotFinite.START}{step} is {value}: {found[1]}; {last}; "
         "lower the rate (--lr with a new --run, or RUN/rates.toml from that checkpoint on)"
     )
 

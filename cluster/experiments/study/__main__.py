@@ -136,7 +136,7 @@ class StudyMaker:
         if variant.after:
             same = [one for one in before.get(variant.after, []) if one.run.config.seed == seed]
             init = str(min(same, key=RANK).run.folder) if same else "?"
-        config = study.config(variant, seed, value, init)
+        config = study.make_config(variant, seed, value, init)
         if not self._options.ray:
             config = replace(config, columns_per_worker=2, replicas=1)
         at = "" if value is None else f"-{study.grid[0]}{value}".replace("/", "_")

@@ -26,7 +26,7 @@ from pipeline.tools.errors import UsageError
 Measure = Literal["pictures", "error", "gap", "nets"]
 """pictures: images seen until the training error reaches `goal`; error: error on the validation
 images after the last step; gap: that less the error on the training images, both of the whole
-network and the centre view; nets: error of averages of as many networks as `sizes` says."""
+network and the center view; nets: error of averages of as many networks as `sizes` says."""
 Plot = Literal["train", "val", "both", "nets"]
 """Training curves, validation curves, or both side by side; or errors by number of networks."""
 WHOLE = ""
@@ -67,7 +67,7 @@ class Variant:
     after: str = ""
     """Variant whose run of the same seed this one starts from (its `init` setting)."""
     hidden: bool = False
-    """Whether it is left out of the comparison, because it exists for others to start from."""
+    """True leaves it out of the comparison: it exists for others to start from."""
     values: tuple[Any, ...] = (None,)
     """Values of the grid's setting, those of [grid] by default; (None,) without a grid."""
 
@@ -101,7 +101,7 @@ class Study:
         """The variants that are compared."""
         return tuple(one for one in self.variants if not one.hidden)
 
-    def config(self, variant: Variant, seed: int, value: Any = None, init: str = "") -> Config:
+    def make_config(self, variant: Variant, seed: int, value: Any = None, init: str = "") -> Config:
         """Return the settings of a run.
 
         Args:
@@ -138,7 +138,7 @@ def read_study(path: Path) -> Study:
         raise UsageError(f"study {path}: {error}") from error
     for variant in study.variants:  # an impossible one is refused before the others take hours
         for value in variant.values:
-            study.config(variant, study.seeds[0], value, "run" if variant.after else "")
+            study.make_config(variant, study.seeds[0], value, "run" if variant.after else "")
     return study
 
 

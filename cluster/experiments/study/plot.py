@@ -86,8 +86,8 @@ def _draw_nets(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
     ):  # fmt: skip
         errors = [one[kind]["top1_error"] for one in lines]
         spread = [one[kind]["top1_error_sd"] or 0.0 for one in lines]
-        places = np.array(sizes) + 0.06 * (number - 1)
-        axes.errorbar(places, errors, spread, marker="o", capsize=3, label=name,
+        x = np.array(sizes) + 0.06 * (number - 1)
+        axes.errorbar(x, errors, spread, marker="o", capsize=3, label=name,
                       linestyle=DASHES[number])  # fmt: skip
     axes.set_ylabel("top-1 error, validation")
     _finish_panel(axes, sizes)

@@ -31,14 +31,16 @@ VIEWS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Error rates of a run, 0 to 1, by the number of images seen."""
+    """Top-1 error rates of a run, 0 to 1, by the number of images seen."""
 
     train_at: Floats
+    """Number of images seen at each of `train`."""
     train: Floats
-    """On the training images as trained on: mean over the window before."""
+    """Errors on the training images, augmented as in training: means over the window before."""
     val_at: Floats
+    """Number of images seen at each of `val`."""
     val: Floats
-    """On the validation images, centre view."""
+    """Errors on the validation images, center view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Result:
     val_error: float
     """Final top-1 error on the validation images; NaN without."""
     train_error: float
-    """Final top-1 error on the training images: for `gap` of the whole network in the centre view,
+    """Final top-1 error on the training images: for `gap` of the whole network in the center view,
     else as trained on, a mean over the last window."""
     at: Any = None
     """Value of the grid's setting; None without a grid."""
@@ -87,7 +89,7 @@ def read_curves(study: Study, run: StudyRun) -> Curves:
     """Read the curves of a run; empty where there are no rows yet."""
     train = read_series(run.folder / METRICS, ("top1_error",))
     val = read_series(run.folder / VALIDATION, ("top1_error",))
-    window = _window_steps(study, run)
+    window = _count_window_steps(study, run)
     sums = np.cumsum([0.0, *train["top1_error"]])
     return Curves(
         train_at=train["position"][window - 1 :],
@@ -97,7 +99,7 @@ def read_curves(study: Study, run: StudyRun) -> Curves:
     )
 
 
-def _window_steps(study: Study, run: StudyRun) -> int:
+def _count_window_steps(study: Study, run: StudyRun) -> int:
     """Number of steps that the training error is a mean over."""
     return max(1, math.ceil((study.window or run.images) / run.config.batch_size))
 
@@ -109,16 +111,16 @@ def count_images_to(goal: float, curves: Curves) -> float:
 
 
 def has_reached_goal(study: Study, run: StudyRun) -> bool:
-    """Whether a run needs no more steps, because its training error has reached the goal once."""
+    """True if a run needs no more steps: its training error has reached the goal once."""
     is_counted = study.measure == "pictures"
     return is_counted and math.isfinite(count_images_to(study.goal, read_curves(study, run)))
 
 
 def is_at_goal(study: Study, run: StudyRun) -> bool:
-    """Whether the training error is at the goal now; reads only the last rows, as it is polled."""
+    """True if the training error is at the goal now; reads only the last rows, as it is polled."""
     if study.measure != "pictures":
         return False
-    window = _window_steps(study, run)
+    window = _count_window_steps(study, run)
     errors = [row.get("top1_error", 1.0) for row in read_tail(run.folder / METRICS, window)]
     return len(errors) == window and float(np.mean(errors)) <= study.goal
 
@@ -152,10 +154,10 @@ def read_result(study: Study, variant: str, run: StudyRun) -> Result:
 
 
 def _measure_train_error(run: StudyRun) -> float:
-    """Return the top-1 error, 0 to 1, of the whole network on the training images, centre view.
+    """Return the top-1 error, 0 to 1, of the whole network on the training images, center view.
 
-    The errors of metrics.jsonl are of images with crops and colours, and of a network with half
-    of its units dropped. It is counted once, and kept in OUT/NAME.train.json.
+    The errors of metrics.jsonl are those of augmented images, and of a network with half of its
+    units dropped. It is counted once, and kept in OUT/NAME.train.json.
     """
     path = run.out / f"{run.name}.train.json"
     found = json.loads(path.read_bytes()) if path.is_file() else {"step": 0}
@@ -241,7 +243,7 @@ def compare_variants(
     for variant in study.shown:
         mine = [one for one in results if one.variant == variant.name]
         values = _keep_finite([one.value for one in mine])
-        mean = _finite_mean(values) if len(values) == len(mine) else None
+        mean = _average_finite(values) if len(values) == len(mine) else None
         against = None
         if mean is not None and found and (first := found[0]["mean"]) is not None:
             against = mean / first if study.measure == "pictures" else mean - first
@@ -257,8 +259,8 @@ def compare_variants(
                 "sd": statistics.stdev(values) if mean is not None and len(values) > 1 else None,
                 "against_first": against,
                 "img_s": statistics.fmean(one.img_s for one in mine),
-                "val_error": _finite_mean([one.val_error for one in mine]),
-                "train_error": _finite_mean([one.train_error for one in mine]),
+                "val_error": _average_finite([one.val_error for one in mine]),
+                "train_error": _average_finite([one.train_error for one in mine]),
                 # The best value was the first or last tried: a better one may lie beyond it.
                 "edge": is_tried and mine[0].at in (variant.values[0], variant.values[-1]),
             }
@@ -270,7 +272,7 @@ def _keep_finite(values: Sequence[float]) -> list[float]:
     return [one for one in values if math.isfinite(one)]
 
 
-def _finite_mean(values: Sequence[float]) -> float | None:
+def _average_finite(values: Sequence[float]) -> float | None:
     known = _keep_finite(values)
     return statistics.fmean(known) if known else None
 

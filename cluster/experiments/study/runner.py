@@ -32,6 +32,7 @@ from cluster.mesh import ProcessMesh
 from cluster.run.console import RunConsole
 from cluster.run.folder import CONFIG, METRICS, lock_leader, write_machine
 from cluster.run.jsonl import read_tail
+from cluster.training.finite_check import NotFinite
 from cluster.training.loop import train as make_run
 from cluster.training.precision import choose_device
 from pipeline.dataset.manifest import Manifest, identity
@@ -46,8 +47,6 @@ POLL = 1.0
 """Seconds between two reads of the runs' rows."""
 GRACE = 120.0
 """Seconds that runs have to save a checkpoint when the user stops the study."""
-DIVERGED = "error: the loss of step "
-"""Start of the last line in the log of a run whose loss is NaN or infinite (finite_check.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +103,12 @@ class StudyRun:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether its loss became NaN or infinite, as it would again."""
-        return _read_last_line(self.log).startswith(DIVERGED)
+        """True if its loss became NaN or infinite, as it would again."""
+        return _read_last_line(self.log).startswith(f"error: {NotFinite.START}")
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is a checkpoint of the last step."""
+        """True if there is a checkpoint of the last step."""
         return self.folder.is_dir() and find_last_step(self.folder, self.config.store) >= self.steps
 
     def check(self) -> None:
@@ -155,9 +154,9 @@ def make_slots(at_once: int = 0, gpus: Sequence[str] = ()) -> list[Slot]:
     """Divide cores and GPUs among `at_once` runs; 0: one for each GPU, or for each core."""
     cores = sorted(os.sched_getaffinity(0))
     count = at_once or len(gpus) or len(cores)
-    shares = [tuple(cores[place::count]) or (cores[place % len(cores)],) for place in range(count)]
+    shares = [tuple(cores[index::count]) or (cores[index % len(cores)],) for index in range(count)]
     return [
-        Slot(share, gpus[place % len(gpus)] if gpus else "") for place, share in enumerate(shares)
+        Slot(share, gpus[index % len(gpus)] if gpus else "") for index, share in enumerate(shares)
     ]
 
 
@@ -237,7 +236,7 @@ class _RunProcess:
 
     @property
     def failure(self) -> str:
-        """Why it failed; empty if it did not."""
+        """Message of its failure; empty if it did not fail."""
         if self._process.returncode == 0 or self._is_stopping or self.run.has_diverged:
             return ""
         last = _read_last_line(self.run.log)

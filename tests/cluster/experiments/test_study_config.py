@@ -50,7 +50,7 @@ def test_settings_come_from_base_study_variant_and_grid_in_this_order(tmp_path):
         "half",
         {"half": DataSubset(classes=(0.0, 0.5), per_class=3)},
     )
-    config = study.config(b, 4, 0.02)
+    config = study.make_config(b, 4, 0.02)
     assert (config.design.width, config.momentum, config.steps, config.batch_size) == (
         0.125,
         0.8,
@@ -58,7 +58,7 @@ def test_settings_come_from_base_study_variant_and_grid_in_this_order(tmp_path):
         8,
     )
     assert (config.seed, config.lr, config.design.activation) == (4, 0.02, "tanh")
-    assert study.config(a, 3).design.activation == "relu"
+    assert study.make_config(a, 3).design.activation == "relu"
     assert a.values == (0.01, 0.02)
     (other,) = read_study(written(tmp_path, TEXT + "values = [0.1, 0.2, 0.4]\n")).variants[1:]
     assert other.values == (0.1, 0.2, 0.4)
@@ -70,7 +70,7 @@ def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
     names = [[one.name for one in stage] for stage in sort_stages(study.variants)]
     assert names == [["a", "d"], ["b"], ["c"]]
     assert [one.name for one in study.shown] == ["a", "b", "c"]
-    assert study.config(study.variants[1], 3, init="runs/a").init == "runs/a"
+    assert study.make_config(study.variants[1], 3, init="runs/a").init == "runs/a"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_cannot_work_is_refused_in_a_line(tmp_path, old, new, message):
 def test_every_study_can_be_run_and_its_variants_differ(path):
     study = read_study(path)
     seed, value = study.seeds[0], (study.grid[1] or (None,))[0]
-    configs = [study.config(one, seed, value) for one in study.variants]
+    configs = [study.make_config(one, seed, value) for one in study.variants]
     for number, (one, variant) in enumerate(zip(configs, study.variants, strict=True)):
         for other, config in zip(study.variants[:number], configs, strict=False):
             same_start = (one.steps, variant.data, variant.after) == (

@@ -1,4 +1,4 @@
-"""What runs came to: against loops over rows that are written here."""
+"""Results of runs: against loops over rows that are written here."""
 
 from __future__ import annotations
 
