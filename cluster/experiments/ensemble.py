@@ -45,8 +45,8 @@ CHUNK = 1 << 24
 MOST_COMBINATIONS = 10
 """Combinations of one size that are counted; the first ones, in the order of the runs."""
 KINDS = ("equal", "searched", "held_out")
-"""Equal weights; searched on the images that are counted, as the original did; and searched on
-every other image, counted on those between, and the other way round."""
+"""Kinds of weights: equal; searched on the images that are counted, as the original did; searched
+on every other image and counted on those between, and the other way round."""
 ERRORS = ("top1_error", "top5_error")
 _ABSENT = -1.0
 """Probability of a padding class: below every other, whatever the weights."""
@@ -94,7 +94,7 @@ class Ensemble:
         """Number of images that count."""
         return round(float(self.weights.sum()))
 
-    def chunks(self, start: int = 0) -> Iterator[tuple[int, Probabilities]]:
+    def read_chunks(self, start: int = 0) -> Iterator[tuple[int, Probabilities]]:
         """Yield chunks of images from image `start` on, each with the number of the next image."""
         rows = max(1, CHUNK // (self.networks * len(self.about.classes)))
         for first in range(start, self.about.samples, rows):
@@ -103,10 +103,10 @@ class Ensemble:
             labels, weights = self.saved[0].labels[first:last], self.weights[first:last]
             yield last, Probabilities(probabilities, labels, weights)
 
-    def errors(self, weights: Sequence[float]) -> list[dict[str, float]]:
+    def measure_errors(self, weights: Sequence[float]) -> list[dict[str, float]]:
         """Return errors and loss of each network alone, then of their weighted average."""
         totals = torch.zeros(self.networks + 1, 4, dtype=torch.float64)
-        for _, (probabilities, labels, counts) in self.chunks():
+        for _, (probabilities, labels, counts) in self.read_chunks():
             answers: list[Tensor] = [*probabilities, combine(probabilities, weights)]
             totals += torch.stack([sum_metrics(answer, labels, counts) for answer in answers])
         return [
@@ -170,15 +170,15 @@ def search_weights(images: Ensemble, kept: int = KEPT_BYTES) -> tuple[float, ...
     best = undecided.count_errors([weights])[0]
     changed = 0  # the weight that was changed last
     for turn in range(PASSES * len(weights)):
-        place = turn % len(weights)
-        if changed == place and turn >= len(weights):
+        index = turn % len(weights)
+        if changed == index and turn >= len(weights):
             break  # a whole pass ago
-        tried = [[*weights[:place], value, *weights[place + 1 :]] for value in GRID]
+        tried = [[*weights[:index], value, *weights[index + 1 :]] for value in GRID]
         tried = [one for one in tried if sum(one) > 0]
         found = undecided.count_errors(tried)
         first = min(range(len(tried)), key=found.__getitem__)
         if found[first] < best:
-            best, weights, changed = found[first], tried[first], place
+            best, weights, changed = found[first], tried[first], index
     return tuple(weight / sum(weights) for weight in weights)
 
 
@@ -196,7 +196,7 @@ class UndecidedImages:
         self._blocks: list[Probabilities] = []
         self._rest: int | None = None
         start = size = 0
-        for end, chunk in images.chunks():
+        for end, chunk in images.read_chunks():
             blocks = list(select_undecided(chunk))
             size += sum(4 * block.probabilities.numel() for block in blocks)
             if size > kept:
@@ -218,7 +218,7 @@ class UndecidedImages:
     def _read(self) -> Iterator[Probabilities]:
         yield from self._blocks
         if self._rest is not None:
-            for _, chunk in self._images.chunks(self._rest):
+            for _, chunk in self._images.read_chunks(self._rest):
                 yield from select_undecided(chunk)
 
 
@@ -295,12 +295,12 @@ def _make_line(whole: Ensemble, size: int) -> dict[str, Any]:
 
 def _count_kinds(ensemble: Ensemble) -> dict[str, dict[str, float]]:
     """Errors of one combination with each kind of weights."""
-    equal = ensemble.errors((1 / ensemble.networks,) * ensemble.networks)[-1]
+    equal = ensemble.measure_errors((1 / ensemble.networks,) * ensemble.networks)[-1]
     if ensemble.networks == 1:
         return dict.fromkeys(KINDS, equal)
     return {
         "equal": equal,
-        "searched": ensemble.errors(search_weights(ensemble))[-1],
+        "searched": ensemble.measure_errors(search_weights(ensemble))[-1],
         "held_out": _count_held_out(ensemble),
     }
 
@@ -311,7 +311,7 @@ def _count_held_out(ensemble: Ensemble) -> dict[str, float]:
     halves = [Ensemble(ensemble.saved, ensemble.weights * part) for part in (odd, 1 - odd)]
     totals = dict.fromkeys(ERRORS, 0.0)
     for fitted, tested in (halves, reversed(halves)):
-        errors = tested.errors(search_weights(fitted))[-1]
+        errors = tested.measure_errors(search_weights(fitted))[-1]
         share = float(tested.weights.sum() / ensemble.weights.sum())
         for name in ERRORS:
             totals[name] += share * errors[name]
@@ -323,15 +323,15 @@ class EnsembleOptions:
     """Average the saved probabilities of runs, and count the errors of the average."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
-    """Folders of runs; cluster.evaluate --save-probabilities has been there."""
+    """Folders of runs with probabilities that cluster.evaluate --save-probabilities saved."""
     views: Literal[1, 10] = 10
-    """Views of the probabilities: the centre view, or ten."""
+    """Views of the probabilities: the center view, or ten."""
     weights: tuple[float, ...] = ()
     """Weight of each run; default: all equal."""
     search: bool = False
     """Search the weights with the fewest top-5 errors on these images."""
     sizes: tuple[int, ...] = ()
-    """Instead, print a table of averages of so many of the runs."""
+    """Numbers of runs to average; prints a table with a line for each instead."""
     out: Path | None = None
     """File for the object that --json prints; default: none."""
     json: bool = False
@@ -359,7 +359,7 @@ def average_runs(options: EnsembleOptions) -> dict[str, Any]:
     else:
         given = options.weights or (1,) * ensemble.networks
         weights = tuple(weight / sum(given) for weight in given)
-    *each, together = ensemble.errors(weights)
+    *each, together = ensemble.measure_errors(weights)
     runs = [
         {"run": str(saved.run), "step": saved.about.step, "weight": weight, **errors}
         for saved, weight, errors in zip(ensemble.saved, weights, each, strict=True)

@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         UsageError: the file cannot be written.
     """
     options = tyro.cli(EvidenceOptions, args=argv, prog="python -m cluster.experiments.evidence")
+    if options.out is not None and options.out.is_dir():
+        raise UsageError(f"--out {options.out} is a folder; name a file")
     page = make_page(options.runs, options.data)
     out = options.out or choose_file(options.runs)
     try:

@@ -28,7 +28,7 @@ from cluster.experiments.evidence.runs import (
     describe_scale,
     quote_path,
 )
-from cluster.experiments.evidence.significance import NORMAL_975, binomial_margin
+from cluster.experiments.evidence.significance import NORMAL_975, compute_binomial_margin
 from cluster.report.images import TITLES, Answers, MissingFigure, collect_answers
 from cluster.report.kernels import FirstLayer, describe_first_layer
 from cluster.report.tables import format_probability
@@ -44,7 +44,7 @@ SCORES = (
     ("colour of what was learned", "change_colour", "told apart by eye, every run"),
     ("orientation of the kernels", "orientation", "no number"),
 )
-"""What is measured, the field of `FirstLayer` with it, and the paper's number."""
+"""Quantity, field of `FirstLayer` that holds it, and the paper's number."""
 KERNEL_NOTE = (
     "Share of pairs, a kernel of each column, in which the one column's scores higher: 50 % if "
     "the columns are alike, 100 % if they share nothing; p: share of random splits of the same "
@@ -63,7 +63,7 @@ def show_kernels(evidence: Evidence) -> Iterator[Item]:
             try:
                 layer = describe_first_layer(run.checkpoint, read_kernels(run.path / KERNEL_ROWS))
             except MissingFigure as error:
-                evidence.ask(f"Kernels of {run.name}", command="", why=str(error))
+                evidence.add_missing(f"Kernels of {run.name}", command="", why=str(error))
                 continue
             layers.append((run, layer))
             if not layer.strips:
@@ -118,12 +118,12 @@ def show_answers(evidence: Evidence) -> Iterator[Item]:
             return
     if evidence.runs:
         run = evidence.runs[0]
-        data = evidence.data_argument(run)
+        data = evidence.quote_data(run)
         command = (
             f"python -m cluster.evaluate {quote_path(run.path)} --data {data} --views 10 "
             f"--save-probabilities, then this page with --data {data}"
         )
-        evidence.ask(ANSWERS.title, command, why=reason.rstrip("."))
+        evidence.add_missing(ANSWERS.title, command, why=reason.rstrip("."))
 
 
 def _count_answers(run: TrainedRun, found: Answers, group: SeedGroup) -> Item:
@@ -133,7 +133,7 @@ def _count_answers(run: TrainedRun, found: Answers, group: SeedGroup) -> Item:
         right, near = verdicts.count("right"), verdicts.count("in the top 5")
         item.rows.append(
             Comparison(
-                what=f"of {len(verdicts)} images drawn by lot",
+                what=f"of {len(verdicts)} randomly sampled images",
                 group=group.letter,
                 paper="eight images of its own choice",
                 ours=f"{right} right, {near} wrong with the truth in the top 5, "
@@ -172,8 +172,8 @@ def make_neighbors(evidence: Evidence) -> Iterator[Item]:
             yield item
         elif evidence.runs:
             run = evidence.runs[0]
-            words = command.format(quote_path(run.path), evidence.data_argument(run))
-            evidence.ask(item.claim.title, words)
+            words = command.format(quote_path(run.path), evidence.quote_data(run))
+            evidence.add_missing(item.claim.title, words)
 
 
 def _add_summary(
@@ -219,7 +219,7 @@ def _compare_neighbors(
         scale=f"{_describe_search(facts)}, {facts['units']:,} activations; {describe_scale(group)}",
     )
     share, chance = facts["precision_at_k"], facts["precision_by_chance"]
-    margin = binomial_margin(share, chance, facts["queries"]["pictures"])
+    margin = compute_binomial_margin(share, chance, facts["queries"]["pictures"])
     yield compare(
         what=f"of the {facts['k']} nearest images, of the same class",
         paper="no number: five images with six neighbours each",

@@ -25,11 +25,11 @@ from cluster.experiments.evidence.runs import (
 from cluster.experiments.evidence.significance import (
     Difference,
     Spread,
-    binomial_margin,
     compare_groups,
     compare_pairs,
+    compute_binomial_margin,
+    compute_view_margins,
     format_points,
-    view_margins,
 )
 from cluster.run.folder import CONFIG
 from cluster.run.probabilities import probability_path
@@ -43,7 +43,7 @@ WEIGHTS = {
 }
 NOT_COMPARABLE = "another scale"
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
-"""What a result file with other contents raises."""
+"""Exceptions that a result file with other contents raises."""
 SHARES = ("error", "gap")
 """Measures of a study that are errors; the others count images."""
 
@@ -52,10 +52,10 @@ def make_results(evidence: Evidence) -> Iterator[Item]:
     """Yield the items on errors, settings and speed; list what does not exist as missing."""
     for run in evidence.runs:
         for views in (1, 10):
-            if run.errors(views) is None:
+            if run.find_errors(views) is None:
                 old = run.records.evaluations.get(views, {}).get("step")
-                data = evidence.data_argument(run)
-                evidence.ask(
+                data = evidence.quote_data(run)
+                evidence.add_missing(
                     f"Errors of {run.name} with {VIEW_WORDS[views]}",
                     f"python -m cluster.evaluate {quote_path(run.path)} --data {data} "
                     f"--views {views} --save-probabilities",
@@ -81,7 +81,7 @@ def _collect_errors(group: SeedGroup, views: int) -> tuple[dict[str, Spread], fl
         both errors by their name, and the least number of images that one was counted on; nothing
         and 0 if no run has them.
     """
-    tables = [table for run in group.runs if (table := run.errors(views))]
+    tables = [table for run in group.runs if (table := run.find_errors(views))]
     if not tables:
         return {}, 0
     errors = {name: Spread(tuple(float(one[name]) for one in tables)) for _, name in RANKS}
@@ -122,17 +122,19 @@ def _show_views(groups: Sequence[SeedGroup]) -> Item:
     item = Item(claims.VIEWS)
     for group in groups:
         both = [
-            (one, ten) for run in group.runs if (one := run.errors(1)) and (ten := run.errors(10))
+            (one, ten)
+            for run in group.runs
+            if (one := run.find_errors(1)) and (ten := run.find_errors(10))
         ]
         if not both:
             continue
         # The largest margin of one network's gain.
-        if known := [some for run in group.runs if (some := view_margins(run.path))]:
+        if known := [some for run in group.runs if (some := compute_view_margins(run.path))]:
             margins = [max(each) for each in zip(*known, strict=True)]
         else:
             _, images = _collect_errors(group, 10)
             margins = [
-                max(binomial_margin(one[name], ten[name], images) for one, ten in both)
+                max(compute_binomial_margin(one[name], ten[name], images) for one, ten in both)
                 for _, name in RANKS
             ]
         for (rank, name), margin, expected in zip(RANKS, margins, claims.VIEW_GAIN, strict=True):
@@ -161,7 +163,7 @@ def _compare(
         paper="no number" if expected is None else f"{format_points(expected)} points",
         ours=str(gap),
         seeds=seeds,
-        verdict=gap.verdict(expected),
+        verdict=gap.judge(expected),
         scale=describe_scale(group),
     )
 
@@ -206,10 +208,10 @@ def _show_ablation(claim: Ablation, groups: Sequence[SeedGroup]) -> Item:
 def _ask_for_ablation(claim: Ablation, evidence: Evidence) -> None:
     runs = [group.first for group in evidence.groups]
     run = next((one for one in runs if one.settings[claim.setting] == claim.paper_has), runs[0])
-    evidence.ask(
+    evidence.add_missing(
         claim.title,
         f"python -m cluster.train {quote_path(run.path / CONFIG)} "
-        f"--data {evidence.data_argument(run)} "
+        f"--data {evidence.quote_data(run)} "
         f"--run {quote_path(f'{run.path}-{claim.key}')} {claim.command}",
         f"no two groups of runs differ in {claim.setting} alone; for the spread repeat it "
         "with --seed of each run",
@@ -265,7 +267,7 @@ def make_studies(evidence: Evidence) -> Iterator[Item]:
         except DAMAGED as error:
             evidence.skipped.append(f"{path} is no result of a study ({error!r}); make it again.")
     if not evidence.studies:
-        evidence.ask(
+        evidence.add_missing(
             "Studies: ReLU against tanh, normalisations, overfitting, pre-training",
             "python -m cluster.experiments.study STUDY --data DATA --out OUT, "
             "then this page with OUT",
@@ -281,7 +283,7 @@ def _ask_for_ensemble(evidence: Evidence) -> None:
         why += f"; {len(lacking)} without --save-probabilities of ten views"
     out = runs[0].path.parent / "ensemble.json"
     command = f"python -m cluster.experiments.ensemble {names} --out {quote_path(out)}"
-    evidence.ask(claims.ENSEMBLE.title, command, why)
+    evidence.add_missing(claims.ENSEMBLE.title, command, why)
 
 
 def _show_ensemble(table: Mapping[str, Any]) -> Iterator[Comparison]:
@@ -294,7 +296,7 @@ def _show_ensemble(table: Mapping[str, Any]) -> Iterator[Comparison]:
         if single is not None:
             gains = [format_points(one - other) for one, other in zip(found, single, strict=True)]
             gain = f" ({gains[0]} / {gains[1]} points)"
-            margin = binomial_margin(found[0], single[0], count) if count else 0.0
+            margin = compute_binomial_margin(found[0], single[0], count) if count else 0.0
             if abs(found[0] - single[0]) <= margin:
                 verdict = "cannot be told from chance (of the images)"
             elif found[0] >= single[0]:

@@ -66,7 +66,7 @@ class TrainedRun:
         }
         return table | {"data set": self.data_sha256, "step": self.step}
 
-    def errors(self, views: int) -> dict[str, Any] | None:
+    def find_errors(self, views: int) -> dict[str, Any] | None:
         """Errors of the checkpoint on "val"; for one view those of the last validation will do."""
         table = self.records.evaluations.get(views, {})
         whole = table.get("split") == "val" and all(name in table for name in COUNTED)
@@ -86,7 +86,7 @@ class SeedGroup:
 
     letter: str
     runs: tuple[TrainedRun, ...]
-    """By seed, the lowest first."""
+    """Ordered by seed."""
     differs: str = ""
     """Settings in which the group differs from the first one, in words."""
 
@@ -110,7 +110,7 @@ class Comparison:
     """The single values, or how many there are."""
     verdict: str
     scale: str = ""
-    """How the scale differs from the paper's."""
+    """Differences in scale from the paper's runs."""
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Evidence:
     studies: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     ensembles: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """What was found but cannot be used, and why: a sentence each."""
+    """Results that were found but cannot be used, and why: a sentence each."""
     data: str | None = None
     """The data set that was named."""
     data_sha256: str = ""
@@ -157,12 +157,12 @@ class Evidence:
         """The runs of all groups."""
         return [run for group in self.groups for run in group.runs]
 
-    def data_argument(self, run: TrainedRun) -> str:
+    def quote_data(self, run: TrainedRun) -> str:
         """The data set of a run as an argument of a command: the one named, if it is that."""
         is_named = self.data is not None and self.data_sha256 == run.data_sha256
         return shlex.quote(str(self.data)) if is_named else "DATA"
 
-    def ask(self, title: str, command: str, why: str = "") -> None:
+    def add_missing(self, title: str, command: str, why: str = "") -> None:
         """List a result as missing, with the command that makes it."""
         self.missing.append({"title": title, "command": command, "why": why})
 
@@ -219,7 +219,7 @@ def gather_evidence(paths: Sequence[Path], data: str | None = None) -> Evidence:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is the folder of a run that has started."""
+    """True if a path is the folder of a run that has started."""
     return (path / CONFIG).is_file() and (path / METRICS).is_file()
 
 
@@ -319,7 +319,7 @@ def quote_path(path: Path | str) -> str:
 
 
 def describe_scale(group: SeedGroup) -> str:
-    """Say how the runs of a group differ in scale from the paper's."""
+    """List how the runs of a group differ in scale from the paper's."""
     run = group.first
     words = []
     if abs(run.images / claims.IMAGES - 1) > 0.01:

@@ -58,10 +58,10 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the 95 % interval excludes zero."""
+        """True if the 95 % interval excludes zero."""
         return self.margin is not None and abs(self.value) > self.margin
 
-    def verdict(self, expected: float | None) -> str:
+    def judge(self, expected: float | None) -> str:
         """Words that compare the difference with the paper's, `expected`; None: it has none."""
         if self.margin is None:
             return "no verdict: one seed each"
@@ -85,9 +85,9 @@ def compare_groups(ours: Spread, theirs: Spread, images: float | None) -> Differ
     """
     margin = None
     if len(ours.values) + len(theirs.values) > 2:
-        margin = _t_margin(stats.ttest_ind, ours.values, theirs.values)
+        margin = _compute_t_margin(stats.ttest_ind, ours.values, theirs.values)
         if images is not None:
-            margin = max(margin, binomial_margin(ours.mean, theirs.mean, images))
+            margin = max(margin, compute_binomial_margin(ours.mean, theirs.mean, images))
     return Difference(ours.mean - theirs.mean, margin)
 
 
@@ -101,12 +101,14 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], margin: float)
             on the margin of the paired t test over the seeds replaces it where that is larger.
     """
     if len(ours) > 2:
-        margin = max(margin, _t_margin(stats.ttest_rel, ours, theirs))
+        margin = max(margin, _compute_t_margin(stats.ttest_rel, ours, theirs))
     changes = [one - other for one, other in zip(ours, theirs, strict=True)]
     return Difference(statistics.fmean(changes), margin)
 
 
-def _t_margin(test: Callable[..., Any], ours: Sequence[float], theirs: Sequence[float]) -> float:
+def _compute_t_margin(
+    test: Callable[..., Any], ours: Sequence[float], theirs: Sequence[float]
+) -> float:
     """Half-width of the 95 % interval of a t test; 0 where the seeds do not differ."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # SciPy warns of seeds that are all equal
@@ -114,7 +116,7 @@ def _t_margin(test: Callable[..., Any], ours: Sequence[float], theirs: Sequence[
     return float(interval.high - interval.low) / 2
 
 
-def binomial_margin(one: float, other: float, images: float) -> float:
+def compute_binomial_margin(one: float, other: float, images: float) -> float:
     """Half-width of the 95 % interval of a difference of errors, each counted on `images` images.
 
     The errors are taken as independent, and as normally distributed.
@@ -127,7 +129,7 @@ def format_points(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
-def view_margins(run: Path) -> tuple[float, ...] | None:
+def compute_view_margins(run: Path) -> tuple[float, ...] | None:
     """Return 95 % margins of (error of ten views) - (error of one view), for top-1 and top-5.
 
     Only images that one of the two gets wrong and the other right count (McNemar 1947), so the
@@ -153,7 +155,7 @@ def view_margins(run: Path) -> tuple[float, ...] | None:
 
 
 def _find_wrong(saved: SavedProbabilities) -> torch.Tensor:
-    """Whether the true class is missing among the first 1 and 5 answers: bool [2, N]."""
+    """Flags of images whose class is not among the first 1 and 5 answers: bool [2, N]."""
     above = []
     for first in range(0, len(saved.labels), ROWS):
         labels = saved.labels[first : first + ROWS, None]

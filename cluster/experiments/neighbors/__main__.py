@@ -133,8 +133,6 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     with atomic_write(folder / "nearest.npz") as file:
         np.savez(file, queries=ids, ids=found.ids, distances=found.distances)
-    right = base.labels[found.ids] == queries.labels[ids][:, None]
-    sizes = np.bincount(base.labels[base.sound], minlength=len(base.about.classes))
     facts = {
         "k": options.k,
         "queries": {"split": options.queries, "pictures": len(ids)},
@@ -142,9 +140,7 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
         "units": base.about.units,
         "dtype": base.about.dtype,
         "bytes_per_picture": base.about.units * base.values.dtype.itemsize,
-        "precision_at_k": float(right.mean()),
-        "precision_at": [float(right[:, : k + 1].mean()) for k in range(options.k)],
-        "precision_by_chance": float((sizes / sizes.sum())[queries.labels[ids]].mean()),
+        **_measure_precision(queries.labels[ids], base, found.ids),
         **_measure_distances(options, queries, base, folder),
         "features_seconds": round(made, 2),
         "search_seconds": round(seconds, 3),
@@ -171,6 +167,17 @@ def _search(
             itself=options.base == options.queries,
             advance=progress.advance,
         )
+
+
+def _measure_precision(labels: Ids, base: Features, found: Ids) -> dict[str, Any]:
+    """Share of the neighbors `found` [Q, k] that have the labels [Q] of their queries."""
+    right = base.labels[found] == labels[:, None]
+    sizes = np.bincount(base.labels[base.sound], minlength=len(base.about.classes))
+    return {
+        "precision_at_k": float(right.mean()),
+        "precision_at": [float(right[:, :k].mean()) for k in range(1, found.shape[1] + 1)],
+        "precision_by_chance": float((sizes / sizes.sum())[labels].mean()),
+    }
 
 
 def _measure_distances(

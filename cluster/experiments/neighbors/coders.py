@@ -146,20 +146,20 @@ def train_autoencoder(
         config: sizes and training.
         advance: called with 1 after each step.
     """
-    places = np.flatnonzero(sound)
+    picked = np.flatnonzero(sound)
     rng = np.random.default_rng([config.seed, 3])
-    some = torch.from_numpy(rows[np.sort(rng.permutation(places)[:4096])].astype(np.float32))
+    some = torch.from_numpy(rows[np.sort(rng.permutation(picked)[:4096])].astype(np.float32))
     scale = max(float((some - start.mean).square().mean().sqrt()), 1e-12)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = AutoEncoder(rows.shape[1], config, start, scale)
     optimizer = torch.optim.Adam(net.parameters(), config.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    size = min(config.batch, len(places))
-    order = places[:0]
+    size = min(config.batch, len(picked))
+    order = picked[:0]
     for _ in range(config.steps):
         if len(order) < size:
-            order = np.concatenate((order, rng.permutation(places)))
+            order = np.concatenate((order, rng.permutation(picked)))
         batch, order = np.sort(order[:size]), order[size:]
         loss = net(torch.from_numpy(rows[batch].astype(np.float32)))
         optimizer.zero_grad(set_to_none=True)

@@ -94,20 +94,20 @@ def search_by_quantisation(
         k: number of neighbors.
 
     Returns:
-        int64 [Q, k] places in the base; seconds of training; seconds of searching.
+        int64 [Q, k] rows of the base; seconds of training; seconds of searching.
     """
     index = library.IndexPQ(x.shape[1], bits // 8, 8)
     index.pq.cp.min_points_per_centroid = 1  # no warning for each part of a small base
     started = time.perf_counter()
     index.train(x.numpy())
     train_seconds = time.perf_counter() - started
-    places = np.flatnonzero(base.sound)
-    for start in range(0, len(places), CHUNK):
-        index.add(base.values[places[start : start + CHUNK]].astype(np.float32))
+    rows = np.flatnonzero(base.sound)
+    for start in range(0, len(rows), CHUNK):
+        index.add(base.values[rows[start : start + CHUNK]].astype(np.float32))
     asked: npt.NDArray[np.float32] = queries.astype(np.float32)
     started = time.perf_counter()
     _, found = index.search(asked, k)
-    return places[found], train_seconds, time.perf_counter() - started
+    return rows[found], train_seconds, time.perf_counter() - started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class CodesOptions:
     """Train auto-encoders to short binary codes and measure searches by them."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run; cluster.experiments.neighbors has been there."""
+    """Folder of the run, with the features that cluster.experiments.neighbors computed."""
     bits: tuple[int, ...] = (64, 128, 256)
     """Lengths of the codes, multiples of 8."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
@@ -141,7 +141,7 @@ class CodesOptions:
 
 
 class CodeComparison:
-    """Answers the same queries by every method."""
+    """Comparison of all methods on the same queries."""
 
     def __init__(self, options: CodesOptions, queries: Features, base: Features) -> None:
         """Draw the queries and find their exact neighbors."""
@@ -150,8 +150,8 @@ class CodeComparison:
         self.ids: Ids = np.sort(rng.permutation(np.flatnonzero(queries.sound))[: options.asked])
         self._queries: Rows = np.asarray(queries.values[self.ids])
         self._labels = queries.labels[self.ids]
-        self._places = np.flatnonzero(base.sound)
-        self.shortlist = min(SHORTLIST, len(self._places))
+        self._rows = np.flatnonzero(base.sound)
+        self.shortlist = min(SHORTLIST, len(self._rows))
         self._is_own = options.queries == options.base
         started = time.perf_counter()
         self._exact = find_nearest(
@@ -168,7 +168,7 @@ class CodeComparison:
         """Yield the rows of the table; the auto-encoders go into `folder`."""
         options, base = self._options, self._base
         bits = 8 * base.about.units * base.values.dtype.itemsize
-        yield self._row("exact", bits, self._exact, 0.0, self._exact_seconds)
+        yield self._make_row("exact", bits, self._exact, 0.0, self._exact_seconds)
         x = draw_sample(base.values, base.sound, options.seed)
         library = load_faiss()
         for bits in options.bits:
@@ -208,13 +208,15 @@ class CodeComparison:
     def _measure_codes(
         self, method: str, coder: LinearCoder | AutoEncoder, bits: int, train_seconds: float
     ) -> dict[str, Any]:
-        codes = encode(coder, self._base.values)[self._places]
+        codes = encode(coder, self._base.values)[self._rows]
         queries = encode(coder, self._queries)
         index = HammingIndex(codes)
         started = time.perf_counter()
         found = index.find_nearest(queries, min(self.shortlist + 1, len(codes)))[0]
         seconds = time.perf_counter() - started
-        return self._row(method, bits, self._drop_own(self._places[found]), train_seconds, seconds)
+        return self._make_row(
+            method, bits, self._drop_own(self._rows[found]), train_seconds, seconds
+        )
 
     def _measure_quantisation(self, library: Any, x: Tensor, bits: int) -> dict[str, Any]:
         method = "product quantisation"
@@ -223,22 +225,22 @@ class CodeComparison:
             why = f"not measured: {x.shape[1]} features in {bits // 8} parts, {len(x)} images"
         if library is None or x.shape[1] % (bits // 8) or len(x) < 256:
             return {"method": method, "bits": bits, "bytes": bits // 8, "missing": why}
-        most = min(self.shortlist + 1, len(self._places))
+        most = min(self.shortlist + 1, len(self._rows))
         found, *seconds = search_by_quantisation(library, x, self._base, self._queries, bits, most)
-        return self._row(method, bits, self._drop_own(found), *seconds)
+        return self._make_row(method, bits, self._drop_own(found), *seconds)
 
     def _drop_own(self, found: Ids) -> Ids:
-        """The shortlists without the query itself, for which they have one image too many."""
+        """Remove the query itself from its shortlist, which has one image too many for it."""
         if self._is_own:
             own = found == self.ids[:, None]
             own[~own.any(1), -1] = True
             found = found[~own].reshape(len(found), -1)
         return found[:, : self.shortlist]
 
-    def _row(
+    def _make_row(
         self, method: str, bits: int, found: Ids, train_seconds: float, seconds: float
     ) -> dict[str, Any]:
-        """A row of the table."""
+        """Measure a row of the table; `found` is int64 [Q, n], the nearest first."""
         first = found[:, : self._options.k]
         return {
             "method": method,

@@ -30,7 +30,7 @@ from cluster.experiments.neighbors.features import (
     Ids,
     Rows,
     begin_features,
-    path_of,
+    locate_features,
     remove_features,
 )
 from cluster.run.folder import CONFIG
@@ -90,10 +90,10 @@ def make_features(
         SetupError: the disk has no room.
     """
     about = _describe(source, split, dtype)
-    with _lock(path_of(folder, split, "lock")):
+    with _lock(locate_features(folder, split, "lock")):
         if anew:
             remove_features(folder, split)
-        if not path_of(folder, split, "json").exists():
+        if not locate_features(folder, split, "json").exists():
             _compute(folder, source, about, devices)
     found = Features(folder, split)
     if difference := found.about.describe_difference(about):
@@ -110,7 +110,7 @@ def _describe(source: FeatureSource, split: str, dtype: str) -> FeatureInfo:
     return FeatureInfo(
         split=split,
         samples=source.manifest.split(split, source.metadata).samples,
-        units=last_layer(net).in_features,
+        units=find_last_layer(net).in_features,
         dtype=dtype,
         classes=source.manifest.classes,
         data_sha256=source.data_sha256,
@@ -120,7 +120,7 @@ def _describe(source: FeatureSource, split: str, dtype: str) -> FeatureInfo:
     )
 
 
-def last_layer(net: AlexNet) -> nn.Linear:
+def find_last_layer(net: AlexNet) -> nn.Linear:
     """Return the layer whose input the features are: fc8."""
     head = net.get_submodule(net.stages[-1].layer.name)
     assert isinstance(head, nn.Linear)
@@ -212,7 +212,7 @@ def _load_network(checkpoint: Path, run: Path, device: str, classes: int) -> Ale
 
 
 def _compute_block(net: AlexNet, stream: Stream, rows: range) -> tuple[Tensor, Ids]:
-    """Features of a block, float32 [rows, units] on the host, and the places of damaged images."""
+    """Features of a block, float32 [rows, units] on the host, and the indices of damaged images."""
     kept, damaged = [], []
     for start in range(rows.start, rows.stop, BATCH):
         batch = next(stream)
@@ -232,7 +232,7 @@ def _compute_block(net: AlexNet, stream: Stream, rows: range) -> tuple[Tensor, I
 def _compute_batch(net: AlexNet, batch: Batch) -> Tensor:
     """Input of the last layer, float32 [b, units] on the host."""
     seen: list[Tensor] = []
-    with last_layer(net).register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+    with find_last_layer(net).register_forward_pre_hook(lambda _, given: seen.append(given[0])):
         net(batch.images.float())
     return seen[0].float().cpu()
 

@@ -188,7 +188,7 @@ class FeatureInfo:
         return "split" if self.split != other.split else ""
 
 
-def path_of(folder: Path, split: str, ending: str) -> Path:
+def locate_features(folder: Path, split: str, ending: str) -> Path:
     """Return the path of a file of a split's features; `ending` without its dot."""
     return folder / f"features-{split}.{ending}"
 
@@ -203,8 +203,8 @@ class Features:
             UsageError: there are none.
             DataError: they are damaged.
         """
-        self.path = path_of(folder, split, "json")
-        npy, rows_npy = (path_of(folder, split, ending) for ending in ("npy", "rows.npy"))
+        self.path = locate_features(folder, split, "json")
+        npy, rows_npy = (locate_features(folder, split, ending) for ending in ("npy", "rows.npy"))
         try:
             table = json.loads(self.path.read_bytes())
             self.about = FeatureInfo.from_table(table)
@@ -224,7 +224,7 @@ class Features:
             reason = summarize_error(error)
             raise DataError(f"features {self.path} cannot be read ({reason}); {REMAKE}") from error
         self.labels: Ids = rows["label"].astype(np.int64)
-        """[N]: places in `about.classes`."""
+        """[N]: indices into `about.classes`."""
         self.sound: Flags = rows["sound"] > 0
         """[N]: False where the image is damaged and the row zeros."""
 
@@ -236,7 +236,7 @@ class Features:
         """
         for block, crc in enumerate(self._crc):
             rows = self.about.rows(block)
-            if crc32(self.values[rows.start : rows.stop]) != crc:
+            if compute_crc32(self.values[rows.start : rows.stop]) != crc:
                 raise DataError(
                     f"features {self.path}: rows {rows.start} to {rows.stop - 1} are not those "
                     f"that were written; {REMAKE}"
@@ -249,7 +249,7 @@ def seal_features(
     """Write the files beside the .npy; the features exist as soon as the .json does."""
     rows = np.zeros(info.samples, ROWS)
     rows["label"], rows["sound"] = labels, sound
-    path = path_of(folder, info.split, "rows.npy")
+    path = locate_features(folder, info.split, "rows.npy")
     with atomic_write(path) as file:
         np.save(file, rows)
     table = info.to_table() | {
@@ -259,11 +259,11 @@ def seal_features(
         "crc32": crc,
         "damaged": int((~sound).sum()),
     }
-    with atomic_write(path_of(folder, info.split, "json")) as file:
+    with atomic_write(locate_features(folder, info.split, "json")) as file:
         file.write((json.dumps(table) + "\n").encode())
 
 
-def crc32(rows: Rows) -> int:
+def compute_crc32(rows: Rows) -> int:
     """Return the CRC-32 of rows as they lie in the file."""
     return int(isal_zlib.crc32(np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data))
 
@@ -274,11 +274,11 @@ class FeatureWriter:
     def __init__(self, folder: Path, info: FeatureInfo) -> None:
         """Open the files that `begin_features` made."""
         self.about, self._folder = info, folder
-        self._path = path_of(folder, info.split, "growing")
+        self._path = locate_features(folder, info.split, "growing")
         self._values: np.memmap[Any, np.dtype[Any]] = np.lib.format.open_memmap(
             self._path, mode="r"
         )
-        state = path_of(folder, info.split, "state")
+        state = locate_features(folder, info.split, "state")
         self._crc: Rows = np.memmap(state, "<u4", "r+", shape=info.blocks)
         self._flags: Rows = np.memmap(state, "u1", "r+", self._crc.nbytes, info.samples)
 
@@ -288,7 +288,7 @@ class FeatureWriter:
         Args:
             block: its number.
             values: [rows, units] of the file's dtype.
-            damaged: places in `values` of damaged images.
+            damaged: indices into `values` of damaged images.
 
         Raises:
             ValueError: rows are missing, or are of another size or dtype.
@@ -301,7 +301,7 @@ class FeatureWriter:
         with self._path.open("r+b") as file:
             file.seek(self._values.offset + rows.start * values[0].nbytes)
             file.write(np.ascontiguousarray(values).data)
-        self._crc[block] = crc32(values)
+        self._crc[block] = compute_crc32(values)
         flags = np.full(len(rows), SOUND, np.uint8)
         flags[damaged] = DAMAGED
         self._flags[rows.start : rows.stop] = flags
@@ -318,7 +318,7 @@ class FeatureWriter:
         incomplete = []
         for block in range(self.about.blocks):
             rows = slice(block * BLOCK, (block + 1) * BLOCK)
-            if not self._flags[rows].all() or crc32(self._values[rows]) != self._crc[block]:
+            if not self._flags[rows].all() or compute_crc32(self._values[rows]) != self._crc[block]:
                 self._flags[rows] = MISSING
                 incomplete.append(block)
         return incomplete
@@ -334,11 +334,11 @@ class FeatureWriter:
             raise ValueError(f"{int((flags == MISSING).sum())} rows are missing")
         with self._path.open("r+b") as file:
             os.fsync(file.fileno())
-        self._path.replace(path_of(self._folder, self.about.split, "npy"))
+        self._path.replace(locate_features(self._folder, self.about.split, "npy"))
         sync_path(self._folder)
         seal_features(self._folder, self.about, labels, flags == SOUND, crc)
         for ending in ("state", "plan.json"):
-            path_of(self._folder, self.about.split, ending).unlink(missing_ok=True)
+            locate_features(self._folder, self.about.split, ending).unlink(missing_ok=True)
 
 
 def begin_features(folder: Path, info: FeatureInfo) -> None:
@@ -348,7 +348,7 @@ def begin_features(folder: Path, info: FeatureInfo) -> None:
         SetupError: the disk has no room.
     """
     growing, state, plan = (
-        path_of(folder, info.split, ending) for ending in ("growing", "state", "plan.json")
+        locate_features(folder, info.split, ending) for ending in ("growing", "state", "plan.json")
     )
     state_size = info.blocks * np.dtype("<u4").itemsize + info.samples
     is_same = False
@@ -356,9 +356,9 @@ def begin_features(folder: Path, info: FeatureInfo) -> None:
         with suppress(ValueError):
             is_same = json.loads(plan.read_bytes()) == info.to_table()
         if is_same and state.stat().st_size == state_size:
-            if not path_of(folder, info.split, "json").exists() and not growing.exists():
+            if not locate_features(folder, info.split, "json").exists() and not growing.exists():
                 # Killed between the last two renames.
-                path_of(folder, info.split, "npy").replace(growing)
+                locate_features(folder, info.split, "npy").replace(growing)
             if growing.stat().st_size > info.samples * info.units:
                 return
     remove_features(folder, info.split)
@@ -383,4 +383,4 @@ def begin_features(folder: Path, info: FeatureInfo) -> None:
 def remove_features(folder: Path, split: str) -> None:
     """Remove features, complete or not."""
     for ending in ENDINGS:
-        path_of(folder, split, ending).unlink(missing_ok=True)
+        locate_features(folder, split, ending).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cluster.experiments.neighbors.features import Features, Ids
-from cluster.experiments.neighbors.search import Floats, squared_distances
+from cluster.experiments.neighbors.search import Floats, compute_squared_distances
 from pipeline.dataset.images import Pixels
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.shard_reader import Damage, ShardReader
@@ -29,24 +29,24 @@ from pipeline.tools.charts import (
 from pipeline.tools.files import atomic_write
 
 CHUNK = 1 << 24
-"""Numbers in a chunk of pairs."""
+"""Numbers read at a time for distances of pairs."""
 BINS = 60
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """L2 distances (not squared_distances) of random pairs of a query and an image of the base."""
+    """L2 distances (not squared) of random pairs of a query and an image of the base."""
 
     same: Floats
-    """float64 [n]: of the same class."""
+    """float64 [n]: pairs of the same class."""
     other: Floats
-    """float64 [n]: of different classes."""
+    """float64 [n]: pairs of different classes."""
 
     @property
     def auc(self) -> float:
         """Chance that a pair of one class is closer than one of two, ties counted half.
 
-        0.5 is what features give that know nothing of the classes, 1 is perfect.
+        0.5: the features carry nothing about the classes; 1: they separate them perfectly.
         """
         others = np.sort(self.other)
         below = np.searchsorted(others, self.same, "left")
@@ -66,7 +66,7 @@ class Pairs:
         across = float(self.other.mean())
         return float(self.same.mean()) / across if across else math.nan
 
-    def histogram(self) -> tuple[Floats, Floats, Floats]:
+    def compute_histogram(self) -> tuple[Floats, Floats, Floats]:
         """Edges float64 [bins + 1]; shares of same-class and of other pairs, float64 [bins]."""
         both = np.concatenate((self.same, self.other))
         low, high = float(both.min()), float(np.quantile(both, 0.999))
@@ -83,12 +83,12 @@ def sample_pairs(queries: Features, base: Features, count: int, seed: int) -> Pa
 
     Args:
         queries: one side of the pairs; may be `base`.
-        base: the other.
-        count: pairs of each kind.
-        seed: of the draw.
+        base: the other side.
+        count: number of pairs of each kind.
+        seed: seed of the draw.
 
     Returns:
-        None if there is only one class, or no two images are of one.
+        None if there is only one class, or no two images share a class.
     """
     rng = np.random.default_rng([seed, 8])
     rows = np.flatnonzero(base.sound)
@@ -104,32 +104,32 @@ def sample_pairs(queries: Features, base: Features, count: int, seed: int) -> Pa
     one = rng.choice(with_mates, count)
     label = queries.labels[one]
     turn = rng.integers(0, sizes[label] - itself)
-    if itself:  # the own place in the class is passed over
-        place = np.empty(len(base.labels), np.int64)
-        place[rows] = np.arange(len(rows))
-        turn += turn >= place[one] - starts[label]
-    same = _far(queries, one, base, rows[starts[label] + turn])
+    if itself:  # skip the query itself in its class
+        rank = np.empty(len(base.labels), np.int64)
+        rank[rows] = np.arange(len(rows))
+        turn += turn >= rank[one] - starts[label]
+    same = _measure_pairs(queries, one, base, rows[starts[label] + turn])
     two = rng.choice(with_others, count)
     label = queries.labels[two]
     turn = rng.integers(0, len(rows) - sizes[label])
     turn += np.where(turn >= starts[label], sizes[label], 0)
-    return Pairs(same, _far(queries, two, base, rows[turn]))
+    return Pairs(same, _measure_pairs(queries, two, base, rows[turn]))
 
 
-def _far(queries: Features, ids: Ids, base: Features, others: Ids) -> Floats:
-    """L2 distances of pairs; rows are read in order, as files like it."""
+def _measure_pairs(queries: Features, ids: Ids, base: Features, others: Ids) -> Floats:
+    """L2 distances of pairs; rows of the base are read in the order of the file."""
     order = np.argsort(others)
     far = np.empty(len(ids))
     size = max(1, CHUNK // base.about.units)
     for start in range(0, len(ids), size):
         part = order[start : start + size]
-        far[part] = squared_distances(queries.values[ids[part]], base.values[others[part]])
+        far[part] = compute_squared_distances(queries.values[ids[part]], base.values[others[part]])
     return np.sqrt(far)
 
 
 def save_histogram(pairs: Pairs, title: str, path: Path) -> None:
     """Draw both distributions of distances into one SVG file."""
-    edges, same, other = pairs.histogram()
+    edges, same, other = pairs.compute_histogram()
     top = round_up(float(max(same.max(), other.max())))
     axes = new_axes((edges[0], edges[-1]), (0, top), width=600, height=300,
                     margins=(46, 14, 52, 42))  # fmt: skip
@@ -157,9 +157,9 @@ SIDE = 128
 FRAME = 4
 PITCH = SIDE + 2 * FRAME + 8
 NAME = 20
-"""Height of the line with the class."""
+"""Height of the line with the class name, in pixels."""
 GAP = 20
-"""Between a query and its neighbours."""
+"""Space between a query and its neighbors, in pixels."""
 HEAD = 26
 EDGE = 10
 PAPER = "#fbfaf7"
@@ -167,9 +167,10 @@ PAPER = "#fbfaf7"
 
 @dataclass(frozen=True)
 class SheetImage:
-    """An image on the sheet; None where it is damaged."""
+    """An image on the sheet."""
 
     pixels: Pixels | None
+    """None if the image is damaged."""
     label: int
 
 
@@ -179,28 +180,31 @@ def read_images(dataset: Dataset, split: str, ids: Sequence[int]) -> list[SheetI
     Raises:
         DataError, DuetError: a whole shard cannot be had.
     """
-    with closing(ShardReader(dataset, split)) as storage:
-        labels = storage.read_labels(np.array(ids, np.int64)).tolist()
+    with closing(ShardReader(dataset, split)) as reader:
+        labels = reader.read_labels(np.array(ids, np.int64)).tolist()
         return [
             SheetImage(None if isinstance(pixels, Damage) else pixels, label)
-            for pixels, label in zip(storage.decode(ids), labels, strict=True)
+            for pixels, label in zip(reader.decode(ids), labels, strict=True)
         ]
 
 
 def choose_queries(labels: Ids, count: int, seed: int) -> Ids:
-    """Places of `count` of them: random, but one of every class before the second of any.
+    """Choose queries at random, one of each class before the second of any.
 
     Args:
-        labels: int64 [n].
-        count: how many.
-        seed: of the draw.
+        labels: int64 [n], classes of the candidates.
+        count: number of queries.
+        seed: seed of the draw.
+
+    Returns:
+        int64 [count], indices into `labels`.
     """
     order = np.random.default_rng([seed, 4]).permutation(len(labels))
     turn = np.zeros(len(labels), np.int64)
     seen: dict[int, int] = {}
-    for place in order:
-        label = int(labels[place])
-        turn[place] = seen[label] = seen.get(label, -1) + 1
+    for index in order:
+        label = int(labels[index])
+        turn[index] = seen[label] = seen.get(label, -1) + 1
     return order[np.argsort(turn[order], kind="stable")][:count]
 
 
@@ -208,13 +212,13 @@ def draw_sheet(
     queries: Sequence[SheetImage], found: Sequence[Sequence[SheetImage]], names: Sequence[str],
     notes: Sequence[str],
 ) -> Image.Image:  # fmt: skip
-    """Draw the sheet.
+    """Draw the contact sheet.
 
     Args:
-        queries: one a row.
-        found: the neighbours of each, the nearest first.
-        names: of the classes.
-        notes: two short texts, above the queries and above the neighbours.
+        queries: query of each row.
+        found: neighbors of each query, the nearest first.
+        names: names of the classes.
+        notes: two short texts, above the queries and above the neighbors.
     """
     across = max(len(row) for row in found)
     width = 2 * EDGE + (1 + across) * PITCH + GAP
@@ -235,22 +239,20 @@ def draw_sheet(
     return image
 
 
-def _put(
-    image: Image.Image, at: tuple[int, int], shown: SheetImage, colour: str, name: str
-) -> None:
+def _put(image: Image.Image, at: tuple[int, int], shown: SheetImage, color: str, name: str) -> None:
     left, top = at
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(13)
     side = SIDE + 2 * FRAME
-    pen.rectangle((left, top, left + side - 1, top + side - 1), fill=colour)
+    pen.rectangle((left, top, left + side - 1, top + side - 1), fill=color)
     if shown.pixels is not None:
         small = Image.fromarray(shown.pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         image.paste(small, (left + FRAME, top + FRAME))
-    pen.text((left, top + side + 2), fit_text(name, font, side), colour, font)
+    pen.text((left, top + side + 2), fit_text(name, font, side), color, font)
 
 
 def fit_text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """A text, cut to a width in pixels."""
+    """Shorten a text to a width in pixels."""
     shown = text
     while text and font.getlength(shown) > width:
         text = text[:-1]

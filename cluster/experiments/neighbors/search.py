@@ -108,7 +108,7 @@ def find_nearest(
     return Nearest(ids, distances, again)
 
 
-def squared_distances(queries: Rows, others: Rows) -> Floats:
+def compute_squared_distances(queries: Rows, others: Rows) -> Floats:
     """Return squared distances, float64 [...], of rows [..., units], difference by difference."""
     return np.square(queries.astype(np.float64) - others).sum(-1)
 
@@ -130,9 +130,9 @@ def _search_block(
             late = len(left)
         if not len(left):
             break
-    for place in left:
-        itself = None if own is None else int(own[place])
-        ids[place], distances[place] = _search_one(queries[place], base, k, memory, itself)
+    for index in left:
+        itself = None if own is None else int(own[index])
+        ids[index], distances[index] = _search_one(queries[index], base, k, memory, itself)
     return ids, distances, late
 
 
@@ -151,7 +151,7 @@ def _find_candidates(
         int64 [Q, c], -1 where there are none left; float64 [Q], infinite if nothing was dropped.
     """
     units = queries.shape[1]
-    asked = _tensor(queries).to(device).to(dtype)
+    asked = _to_tensor(queries).to(device).to(dtype)
     lengths = np.square(queries.astype(np.float64)).sum(1)
     scores = torch.empty(len(queries), 0, dtype=dtype, device=device)
     ids = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
@@ -161,7 +161,7 @@ def _find_candidates(
     dropped = False
     for start in range(0, len(base.rows), rows):
         stop = min(start + rows, len(base.rows))
-        block = _tensor(base.rows[start:stop]).to(device).to(dtype)
+        block = _to_tensor(base.rows[start:stop]).to(device).to(dtype)
         norms = block.square().sum(1)
         most = max(most, float(norms.max()))
         new = torch.addmm(norms, asked, block.T, alpha=-2)
@@ -179,12 +179,12 @@ def _find_candidates(
     ids = ids.masked_fill(scores.isinf(), -1)
     worst = scores.max(1).values.double().cpu().numpy()
     bound = (
-        worst + lengths - _error_bound(units, lengths, most, dtype) if dropped else worst + np.inf
+        worst + lengths - _bound_error(units, lengths, most, dtype) if dropped else worst + np.inf
     )
     return ids.cpu().numpy(), bound
 
 
-def _error_bound(units: int, norms: Floats, most: float, dtype: torch.dtype) -> Floats:
+def _bound_error(units: int, norms: Floats, most: float, dtype: torch.dtype) -> Floats:
     """Largest rounding error of a score, float64 [Q], whatever the order of the sums.
 
     Sums of n products are wrong by at most n u |x| |y| / (1 - n u), u half the distance from 1 to
@@ -212,10 +212,8 @@ def _refine(
     for start in range(0, len(queries), size):
         part = slice(start, start + size)
         there = candidates[part]
-        places = np.maximum(there, 0)
-        far = squared_distances(queries[part][:, None], base.rows[places.reshape(-1)].reshape(
-            *places.shape, units
-        ))  # fmt: skip
+        rows = base.rows[np.maximum(there, 0).reshape(-1)].reshape(*there.shape, units)
+        far = compute_squared_distances(queries[part][:, None], rows)
         far[there < 0] = np.inf
         order = np.lexsort((there, far), axis=1)[:, :k]
         ids[part] = np.take_along_axis(there, order, 1)
@@ -230,7 +228,9 @@ def _search_one(
     rows = max(1, memory // (2 * 24 * base.rows.shape[1]))
     far = np.empty(len(base.rows))
     for start in range(0, len(far), rows):
-        far[start : start + rows] = squared_distances(query, base.rows[start : start + rows])
+        far[start : start + rows] = compute_squared_distances(
+            query, base.rows[start : start + rows]
+        )
     far[~base.sound] = np.inf
     if own is not None:
         far[own] = np.inf
@@ -240,7 +240,7 @@ def _search_one(
     return ids, far[ids]
 
 
-def _tensor(rows: Rows) -> Tensor:
+def _to_tensor(rows: Rows) -> Tensor:
     """Return rows as a tensor; a copy where they are mapped for reading only."""
     return torch.from_numpy(np.array(rows) if not rows.flags.writeable else rows)
 
@@ -256,7 +256,7 @@ class HammingIndex:
         """Find the k nearest codes of Q queries, the nearest first; ties go to the earlier one.
 
         Returns:
-            int64 [Q, k] places in the base, and int64 [Q, k] distances in bits.
+            int64 [Q, k] rows of the base, and int64 [Q, k] distances in bits.
         """
         words = _to_words(queries)
         with ThreadPoolExecutor(cpu_count()) as threads:

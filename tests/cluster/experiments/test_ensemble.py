@@ -24,18 +24,18 @@ from cluster.run.probabilities import (
 from model.metrics import count_errors
 from pipeline.tools.errors import DataError, UsageError
 
-PICTURES, CLASSES = 240, 12
+IMAGES, CLASSES = 240, 12
 NAMES = tuple(f"class {number}" for number in range(CLASSES))
 ABOUT = ProbabilityInfo(
-    views=10, split="val", samples=PICTURES, classes=NAMES, data_sha256="ab" * 32, step=7
+    views=10, split="val", samples=IMAGES, classes=NAMES, data_sha256="ab" * 32, step=7
 )
-LABELS = torch.arange(PICTURES) * 7 % CLASSES
+LABELS = torch.arange(IMAGES) * 7 % CLASSES
 
 
 def drawn(seed: int, skill: float = 1.0) -> torch.Tensor:
-    """Probabilities [PICTURES, CLASSES] of a net that knows something; some of them are level."""
-    shared = torch.randn(PICTURES, CLASSES, generator=torch.Generator().manual_seed(99))
-    own = torch.randn(PICTURES, CLASSES, generator=torch.Generator().manual_seed(seed))
+    """Probabilities [IMAGES, CLASSES] of a net that knows something; some of them are level."""
+    shared = torch.randn(IMAGES, CLASSES, generator=torch.Generator().manual_seed(99))
+    own = torch.randn(IMAGES, CLASSES, generator=torch.Generator().manual_seed(seed))
     logits = shared + own + skill * torch.nn.functional.one_hot(LABELS, CLASSES)
     return torch.softmax((logits * 2).round() / 2, dim=1)
 
@@ -80,7 +80,7 @@ def by_hand(rows: torch.Tensor, places: int, skip: Sequence[int] = ()) -> float:
         ahead = sum(value > row[label] for value in row)
         level = sum(value == row[label] for value in row)
         wrong += 1 - min(max((places - ahead) / level, 0), 1)
-    return wrong / (PICTURES - len(skip))
+    return wrong / (IMAGES - len(skip))
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
@@ -100,9 +100,9 @@ def test_the_average_is_counted_as_by_hand(runs, capsys):
     assert found["average"]["top1_error"] == pytest.approx(by_hand(mean, 1))
     assert found["average"]["top5_error"] == pytest.approx(by_hand(mean, 5))
     exact = np.mean([np.asarray(table, np.float64) for table in tables], axis=0)
-    loss = -np.log(exact[np.arange(PICTURES), LABELS]).mean()
+    loss = -np.log(exact[np.arange(IMAGES), LABELS]).mean()
     assert found["average"]["loss"] == pytest.approx(loss, rel=1e-5)
-    assert (found["split"], found["views"], found["samples"]) == ("val", 10, PICTURES)
+    assert (found["split"], found["views"], found["samples"]) == ("val", 10, IMAGES)
     assert [one["run"] for one in found["runs"]] == [str(run) for run in runs]
 
 
@@ -124,7 +124,7 @@ def of_the_original(tables: torch.Tensor) -> list[float]:
         if sum(coeffs) == 0:
             return (float("inf"), float("inf"))
         preds = ensemble.combine(tables, coeffs)
-        top1, top5 = count_errors(preds, LABELS, torch.ones(PICTURES))
+        top1, top5 = count_errors(preds, LABELS, torch.ones(IMAGES))
         return float(top5), float(top1)
 
     coeffs = [0.5 for _ in range(len(tables))]
@@ -153,9 +153,9 @@ class Tables:
     def __init__(self, tables: torch.Tensor) -> None:
         self.tables, self.networks, self.read = tables, len(tables), 0
 
-    def chunks(self, start=0):
-        for first in range(start, PICTURES, 50):
-            last = min(first + 50, PICTURES)
+    def read_chunks(self, start=0):
+        for first in range(start, IMAGES, 50):
+            last = min(first + 50, IMAGES)
             self.read += last - first
             part = slice(first, last)
             ones = torch.ones(last - first)
@@ -169,18 +169,18 @@ def test_the_search_finds_what_the_originals_finds(seed):
     expected = of_the_original(tables)
     kept = Tables(tables)
     assert ensemble.search_weights(kept) == pytest.approx(expected)
-    assert kept.read == PICTURES  # once, and never again
+    assert kept.read == IMAGES  # once, and never again
     assert expected != pytest.approx([1 / count] * count)
     for room in (0, 2_000):  # nothing of it, or a part, may stay in memory
         again = Tables(tables)
         assert ensemble.search_weights(again, kept=room) == pytest.approx(expected)
-        assert again.read > 2 * PICTURES
+        assert again.read > 2 * IMAGES
 
 
 def test_what_is_left_for_the_search_decides_as_all_of_it():
     tables = torch.stack([drawn(k) for k in range(3)])
     tables[1, 5, 3] = float("nan")
-    full = ensemble.Probabilities(tables, LABELS, (torch.arange(PICTURES) % 9 > 0).float())
+    full = ensemble.Probabilities(tables, LABELS, (torch.arange(IMAGES) % 9 > 0).float())
     blocks = list(ensemble.select_undecided(full))
     assert 0 < sum(block.probabilities.numel() for block in blocks) < tables.numel()
 
@@ -217,18 +217,18 @@ def test_small_chunks_change_nothing(runs, capsys, monkeypatch):
 def test_an_image_counts_if_it_was_sound_for_all(runs, tmp_path, capsys):
     other = saved(tmp_path / "damaged", drawn(5), damaged=[3, 100])
     found = told(capsys, runs[0], other)
-    assert found["samples"] == PICTURES - 2
+    assert found["samples"] == IMAGES - 2
     assert found["runs"][0]["top1_error"] == pytest.approx(by_hand(drawn(0, 2.0), 1, [3, 100]))
     rows = load_file(probability_path(other, 10))
     assert not rows["probabilities"][[3, 100]].any()
-    assert rows["weights"].sum() == PICTURES - 2
+    assert rows["weights"].sum() == IMAGES - 2
 
 
 def test_the_file_is_plain_safetensors(runs):
     rows = load_file(probability_path(runs[1], 10))
     np.testing.assert_array_equal(rows["probabilities"], drawn(1, 1.0))
     np.testing.assert_array_equal(rows["labels"], LABELS)
-    np.testing.assert_array_equal(rows["ids"], np.arange(PICTURES))
+    np.testing.assert_array_equal(rows["ids"], np.arange(IMAGES))
     assert (rows["weights"] == 1).all()
     assert {name: str(array.dtype) for name, array in rows.items()} == {
         "probabilities": "float32", "labels": "int64", "ids": "int64", "weights": "float32",
@@ -360,11 +360,11 @@ def test_weights_of_the_table_are_searched_on_images_that_are_not_counted(runs, 
     wrong = {"top1_error": 0.0, "top5_error": 0.0}
     for tested in (0, 1):
         fitted = Tables(tables[:, 1 - tested :: 2])
-        fitted.chunks = lambda start=0, f=fitted, t=tested: iter(
+        fitted.read_chunks = lambda start=0, f=fitted, t=tested: iter(
             [(120, ensemble.Probabilities(f.tables, LABELS[1 - t :: 2], torch.ones(120)))]
         )
         mean = ensemble.combine(tables, ensemble.search_weights(fitted))
-        skip = range(1 - tested, PICTURES, 2)
+        skip = range(1 - tested, IMAGES, 2)
         for name, places in (("top1_error", 1), ("top5_error", 5)):
             wrong[name] += by_hand(mean, places, skip) / 2
     for name, error in wrong.items():

@@ -21,7 +21,7 @@ from cluster.experiments.evidence.__main__ import (
     render,
 )
 from cluster.experiments.evidence.runs import Evidence
-from cluster.experiments.evidence.significance import binomial_margin, view_margins
+from cluster.experiments.evidence.significance import compute_binomial_margin, compute_view_margins
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import Mark
 from cluster.run.kernels import copy_first_kernels, encode_kernels
@@ -131,12 +131,12 @@ def test_of_two_answers_to_the_same_images_those_that_change_sides_count(make):
             writer.add(table, labels, torch.ones(500))
     wrong = {views: (table.argmax(1) != labels).numpy() for views, table in rows.items()}
     changes = wrong[10].astype(float) - wrong[1]
-    found = view_margins(run)
+    found = compute_view_margins(run)
     assert found is not None
     assert found[0] == pytest.approx(1.959964 * changes.std() / 500**0.5)
-    assert found[0] < binomial_margin(wrong[1].mean(), wrong[10].mean(), 500) / 2
+    assert found[0] < compute_binomial_margin(wrong[1].mean(), wrong[10].mean(), 500) / 2
     probability_path(run, 1).unlink()
-    assert view_margins(run) is None
+    assert compute_view_margins(run) is None
 
 
 def test_a_setting_is_worth_what_the_groups_differ_by(three):
@@ -321,6 +321,8 @@ def test_command_line(three, tmp_path, capsys):
     assert [group["seeds"] for group in table["groups"]] == [[0, 1], [0, 1]]
     assert choose_file(three[:2]) == tmp_path / "runs" / "evidence.html"
     assert choose_file(three[:1]) == three[0] / "evidence.html"
+    with pytest.raises(UsageError, match="is a folder; name a file"):
+        main([str(tmp_path / "runs"), "--out", str(tmp_path)])
 
 
 def test_a_young_run_among_others_is_left_out_and_named(three, make, tmp_path):

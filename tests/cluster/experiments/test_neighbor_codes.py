@@ -25,7 +25,7 @@ from cluster.experiments.neighbors.features import (
     BLOCK,
     FeatureInfo,
     Features,
-    crc32,
+    compute_crc32,
     seal_features,
 )
 from cluster.experiments.neighbors.search import HammingIndex
@@ -64,7 +64,7 @@ def put(folder: Path, split: str, count: int, seed: int, checkpoint: str = "ab")
     np.save(folder / f"features-{split}.npy", rows)
     sound = np.ones(count, bool)
     sound[3] = False
-    crc = [crc32(rows[start : start + BLOCK]) for start in range(0, count, BLOCK)]
+    crc = [compute_crc32(rows[start : start + BLOCK]) for start in range(0, count, BLOCK)]
     seal_features(folder, about, labels, sound, crc)
     return Features(folder, split)
 

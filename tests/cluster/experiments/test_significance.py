@@ -8,9 +8,9 @@ import pytest
 
 from cluster.experiments.evidence.significance import (
     Spread,
-    binomial_margin,
     compare_groups,
     compare_pairs,
+    compute_binomial_margin,
     format_points,
 )
 
@@ -48,7 +48,7 @@ def test_few_images_widen_the_margin():
     found = compare_groups(ONE, OTHER, 100)
     # 1.959964 * sqrt((0.41 * 0.59 + 0.445 * 0.555) / 100)
     assert found.margin == pytest.approx(0.1370399, rel=1e-5)
-    assert found.margin == binomial_margin(0.41, 0.445, 100)
+    assert found.margin == compute_binomial_margin(0.41, 0.445, 100)
     assert not found.is_significant
 
 
@@ -77,7 +77,7 @@ def test_seeds_that_do_not_differ_have_no_margin_and_no_warning():
     ],
 )
 def test_verdicts(ours, theirs, expected, verdict):
-    assert compare_groups(Spread(ours), Spread(theirs), 10**6).verdict(expected) == verdict
+    assert compare_groups(Spread(ours), Spread(theirs), 10**6).judge(expected) == verdict
 
 
 def test_what_the_same_networks_have_in_common_cancels():
