@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 CUDA   ?= 13
 
-# Your own pictures: a folder per class, a tar per class, or one tar of either.
+# Your own images: a folder per class, a tar per class, or one tar of either.
 TRAIN  ?=
 VAL    ?=
 HOLDOUT ?= 0.1
@@ -19,7 +19,7 @@ ifeq ($(strip $(TRAIN)),)
 NAME   ?= demo
 CONFIG ?= demo
 else
-# cifar10/train -> cifar10, pictures -> pictures, archive.tar -> archive
+# cifar10/train -> cifar10, images -> images, archive.tar -> archive
 folder := $(abspath $(TRAIN))
 NAME   ?= $(or $(basename $(filter-out train,$(notdir $(folder)))),$(notdir $(patsubst %/,%,$(dir $(folder)))),own)
 CONFIG ?= narrow
@@ -35,7 +35,7 @@ install = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c c
 
 help:
 	@echo 'make train                        draw a demo set, pack, train, evaluate, report'
-	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own pictures (VAL, or HOLDOUT=0.1)'
+	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own images (VAL, or HOLDOUT=0.1)'
 	@echo '           [CONFIG=narrow] [DATA=data/NAME] [RUN=runs/NAME]'
 	@echo '           [FLAGS="flags of cluster.train"], for example --columns-per-worker 2 with a single GPU'
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'

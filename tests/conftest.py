@@ -32,10 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = {"test_ray_cluster.py": 0, "test_ray.py": 1}
-STARTING_RAYS = (
-    "test_ray_job.py", "test_build_ray.py", "test_build_ray_command.py", "test_doctor_ray.py",
-    "test_prometheus.py",
-)  # fmt: skip
+STARTING_RAYS = ("test_ray_job.py", "test_build_ray.py", "test_build_ray_command.py")
 
 # Ray's workers give way to whoever wants the processor: here, to the tests beside them.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -52,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """With `--quick`, skip the test at the first process that it starts."""
+    """Skip the test at the first process that it starts, if `--quick` was given."""
 
     def refuse(*_: object, **__: object) -> None:
         pytest.skip("--quick: starts a process")

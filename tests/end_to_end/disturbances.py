@@ -1,4 +1,4 @@
-"""What can happen to a training on a simulated cluster, done to it at random."""
+"""Random disturbances of a training on a simulated cluster: kills, freezes, drains, stops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Driver:
         self.starts = 0
 
     def start(self, as_job: bool) -> None:
-        """Give the command."""
+        """Start the command as a process, or submit it as a job."""
         self.starts += 1
         train = ["-m", "cluster.train", *self._words]
         with self._log.open("ab") as log:
@@ -63,11 +63,11 @@ class Driver:
 
     @property
     def is_job(self) -> bool:
-        """Whether it runs as a job."""
+        """True while the command runs as a job."""
         return self._job is not None
 
     def code(self) -> int | None:
-        """Its exit code (1 for any failure of a job), None while it runs."""
+        """Exit code of the command (1 for any failure of a job); None while it runs."""
         if self._job is not None:
             address = f"http://{self._cluster.dashboard}/api/jobs/{self._job}"
             with urllib.request.urlopen(address, timeout=30) as answer:
@@ -85,14 +85,14 @@ class Driver:
         self._job = None
 
     def pid(self) -> int | None:
-        """Of the Python process that is the driver."""
+        """Process id of the driver, the Python process of the command."""
         if self._job is None:
             return self._process.pid if self._process else None
         found = processes(self._cluster.mark, "cluster.train")
         return max(found) if found else None
 
     def stop_job(self) -> None:
-        """As `ray job stop` does it."""
+        """Stop the job by `ray job stop`."""
         if self._job is not None:
             self._ray("stop", "--no-wait", self._job)
 

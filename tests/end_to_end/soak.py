@@ -62,13 +62,13 @@ class Soak:
     kills: int = 50
     """Times that something is killed, frozen, drained or stopped."""
     seed: int = 0
-    """Of what is done to whom, and when."""
+    """Seed of the random choice of disturbances, victims and times."""
     steps_per_kill: int = 40
-    """Length of the training, in steps for each."""
+    """Length of the training, in steps for each disturbance."""
 
 
 def soak(options: Soak) -> dict[str, object]:
-    """Do all of it; see the module.
+    """Run both trainings and compare them.
 
     Raises:
         DuetError: the run is stuck or has failed, or is not what the undisturbed one is.

@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` uploads of a checkout, by Ray's own packaging."""
+"""The files of a checkout that `ray job submit --working-dir .` uploads, by Ray's own packaging."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,19 +55,24 @@ def processes(mark: str, title: str = "") -> list[int]:
     return [pid for pid in ours if title.encode() in titles.get(pid, b"")]
 
 
-def listening(mark: str) -> list[tuple[str, str]]:
-    """(title, address) of every TCP socket on which they listen; addresses as /proc has them."""
-    sockets = {}
+def sockets() -> Iterator[tuple[str, int, str]]:
+    """Yield (address as /proc has it, port, inode) of every TCP socket that listens."""
     for name in ("tcp", "tcp6"):
         for line in Path("/proc/net", name).read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A":  # LISTEN
-                sockets[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+                address, _, port = fields[1].partition(":")
+                yield address, int(port, 16), fields[9]
+
+
+def listening(mark: str) -> list[tuple[str, str]]:
+    """Return (title, address as /proc has it) of every TCP socket on which they listen."""
+    addresses = {f"socket:[{inode}]": address for address, _, inode in sockets()}
     found = []
     for pid in processes(mark):
         for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
             with suppress(OSError):
-                if address := sockets.get(str(descriptor.readlink())):
+                if address := addresses.get(str(descriptor.readlink())):
                     title = (
                         Path(f"/proc/{pid}/cmdline").read_bytes()[:40].decode("utf-8", "replace")
                     )

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.doctor import ray_cluster, ray_probe
 from tests.cluster.doctor.test_doctor_machine import lacks, only
-from tests.helpers.ray_cluster import Simulated
 from tests.helpers.training_processes import REPOSITORY
 
 TOKEN = {"RAY_AUTH_MODE": "token"}
@@ -195,50 +192,3 @@ def test_a_node_looks_with_pythons_own_library_and_sees_what_is_there(tmp_path):
     other = look(tmp_path / "elsewhere")
     assert other["run"] is False
     assert not (tmp_path / "elsewhere").exists()
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Simulated]:
-    with Simulated([2]) as running:
-        yield running
-
-
-def unshared(run: Path, words: list[str]) -> list[str]:
-    """A command that has another file system at RUN than everybody else, as machines without a
-    common storage do."""
-    if not shutil.which("unshare"):
-        pytest.skip("needs unshare of util-linux")
-    over = 'mount -t tmpfs none "$0" && exec "$@"'
-    head = ["unshare", *(["-m"] if os.geteuid() == 0 else ["-rm"]), "sh", "-c"]
-    tried = subprocess.run([*head, over, str(run), "true"], capture_output=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"may not mount: {tried.stderr.decode().strip()}")
-    return [*head, over, str(run), *words]
-
-
-@pytest.mark.ray
-def test_every_node_is_asked_whether_it_sees_the_run(cluster, tmp_path):
-    program = (
-        "import sys, json, pathlib; from dataclasses import asdict; "
-        "from cluster.doctor import ray_cluster; "
-        "found = ray_cluster.judge_nodes(None, '', pathlib.Path(sys.argv[1])); "
-        "print(json.dumps([asdict(finding) for finding in found]))"
-    )
-    words = [sys.executable, "-c", program, str(tmp_path)]
-
-    def judged(command: list[str]) -> dict[str, list[str]]:
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True,
-            timeout=120, check=True,
-        )  # fmt: skip
-        nodes = [one for one in json.loads(done.stdout) if one["name"].startswith("node ")]
-        assert len(nodes) == 2
-        return {one["status"]: [one["value"], one["mend"]] for one in nodes}
-
-    assert judged(words) == {"ok": ["same packages, sees RUN", ""]}
-    apart = judged(unshared(tmp_path, words))
-    assert list(apart) == ["FAIL"]
-    value, mend = apart["FAIL"]
-    assert value == f"does not see {tmp_path}"
-    assert "storage that all nodes mount" in mend
-    assert list(tmp_path.iterdir()) == []  # no marks are left

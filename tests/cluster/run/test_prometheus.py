@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import urllib.request
-from pathlib import Path
-
-import pytest
 
 from cluster.run.exporters import GAUGES, TAGS
-from tests.end_to_end.test_ray_job import free_port
-from tests.helpers.training_processes import REPOSITORY, end_processes, marked
+from tests.helpers.training_processes import REPOSITORY
 
 DASHBOARD = json.loads((REPOSITORY / "cluster" / "deploy" / "duet.json").read_text())
 NAMES = {f"ray_{name}" for name, _ in GAUGES.values()}
@@ -61,74 +54,3 @@ def test_its_panels_lie_beside_each_other_within_the_grid():
         assert not cells & taken, panel["title"]
         taken |= cells
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
-
-
-SCRIPT = """
-import sys, time, urllib.request
-import ray
-ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=1,
-         _metrics_export_port=int(sys.argv[1]))
-@ray.remote
-def worker():
-    from cluster.mesh import ProcessMesh
-    from cluster.run.exporters import PrometheusGauges
-    gauges = PrometheusGauges("a-run", ProcessMesh(columns=(1,), replica=3, replicas=4))
-    gauges(7, {"loss": 1.5, "img_s": 640, "unknown": 1})
-    time.sleep(120)
-task = worker.remote()
-print("up", flush=True)
-sys.stdin.read()
-"""
-
-
-def listening(port: int) -> set[str]:
-    """Addresses, as the kernel writes them, on which somebody listens at a port."""
-    lines = [
-        line.split()
-        for table in ("tcp", "tcp6")
-        for line in (Path("/proc/net") / table).read_text().splitlines()[1:]
-    ]
-    return {
-        address
-        for address, _, its_port in (
-            fields[1].partition(":") for fields in lines if fields[3] == "0A"
-        )
-        if int(its_port, 16) == port
-    }
-
-
-@pytest.mark.ray
-def test_the_endpoint_of_a_node_shows_what_a_worker_publishes():
-    port = free_port()
-    mark, environment = marked(
-        PYTHONPATH=str(REPOSITORY),
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-        RAY_AUTH_MODE="disabled",
-        RAY_metrics_report_interval_ms="500",
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(port)],
-        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "up"
-        found = ""
-        for _ in range(60):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5) as answer:
-                    found = answer.read().decode()
-            except OSError:
-                found = ""
-            if "ray_duet_loss" in found and "ray_duet_images_per_second" in found:
-                break
-            subprocess.run(["sleep", "0.5"], check=True)
-        (line,) = (line for line in found.splitlines() if line.startswith("ray_duet_loss{"))
-        assert line.endswith(" 1.5")
-        for label in ('run="a-run"', 'replica="3"', 'column="b"'):
-            assert label in line, line
-        assert "unknown" not in found
-        assert listening(port) == {"0100007F"}  # 127.0.0.1, and nowhere else
-    finally:
-        end_processes(mark)
-        process.wait()
