@@ -30,6 +30,7 @@ from pipeline.packing.shards import REJECTS
 from pipeline.remote.target import Target, is_finished, open_target
 from pipeline.sources import find_other_split
 from pipeline.tools.errors import run
+from pipeline.tools.jsonl import parse_rows
 from pipeline.tools.text import human_bytes
 
 LEAKS_SHOWN = 5
@@ -88,8 +89,8 @@ def leak_lines(manifest: Manifest, target: Target) -> Iterator[str]:
         f"warning: {_count_groups(manifest.leaks)} of them in more than one split: what is "
         "validated was trained on"
     )
-    rows = map(json.loads, target.read(DUPLICATES).splitlines())
-    for row in itertools.islice((row for row in rows if row["leak"]), LEAKS_SHOWN):
+    rows = parse_rows(target.read(DUPLICATES).splitlines())
+    for row in itertools.islice((row for row in rows if row and row["leak"]), LEAKS_SHOWN):
         names: dict[str, str] = {}
         for member in row["members"]:
             names.setdefault(member["split"], member["name"])

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from cluster.run.folder import CONFIG, LAYERS, MACHINE, METRICS, RATES, VALIDATION
 from cluster.run.jsonl import WAITS
 from pipeline.tools.errors import UsageError
+from pipeline.tools.jsonl import Row, parse_rows
 
 Floats = npt.NDArray[np.float64]
 
@@ -158,18 +159,17 @@ def read_updates(path: Path) -> dict[str, Floats]:
     }
 
 
-def _iterate_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+def _iterate_rows(path: Path) -> Iterator[Row | None]:
     """Yield each line as a row with a position and a step; None for any other line."""
     try:
         file = path.open("rb")
     except OSError:
         return
     with file:
-        for line in file:
+        for row in parse_rows(file):
             try:
-                row = json.loads(line)
-                whole = math.isfinite(row["position"]) and math.isfinite(row["step"])
-            except (ValueError, KeyError, TypeError):
+                whole = row and math.isfinite(row["position"]) and math.isfinite(row["step"])
+            except (KeyError, TypeError):
                 whole = False
             yield row if whole else None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.tools.errors import SetupError
 from pipeline.tools.files import atomic_write, sync_path
+from pipeline.tools.jsonl import Row, parse_rows
 
 MOST = 1 << 22
 """Bytes of rows kept in memory before an unrequested sync to disk."""
@@ -188,13 +189,13 @@ def _step_of(line: bytes) -> int | None:
         return None
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file in order; skips half-written ones. No file: no rows."""
     with suppress(OSError), path.open("rb") as file:
-        yield from _parse_rows(line for line in file if line.endswith(b"\n"))
+        yield from _drop_none(parse_rows(line for line in file if line.endswith(b"\n")))
 
 
-def read_tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
+def read_tail(path: Path, most: int) -> Iterator[Row]:
     """Yield the last rows of a file, oldest first; skips half-written ones. No file: no rows."""
     try:
         with path.open("rb") as file:
@@ -203,17 +204,11 @@ def read_tail(path: Path, most: int) -> Iterator[dict[str, Any]]:
             lines = file.read().splitlines()
     except OSError:
         return
-    yield from _parse_rows(lines[-most:])
+    yield from _drop_none(parse_rows(lines[-most:]))
 
 
-def _parse_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
+def _drop_none(rows: Iterable[Row | None]) -> Iterator[Row]:
+    return (row for row in rows if row is not None)
 
 
 def count_rows(path: Path) -> int:

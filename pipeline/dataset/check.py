@@ -8,7 +8,6 @@ damaged.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -37,6 +36,7 @@ from pipeline.dataset.shards import format_idx, parse_idx
 from pipeline.dataset.tar import Member, escape, extract_fault, read_members
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import HashedFile, sha256
+from pipeline.tools.jsonl import parse_rows
 
 DamageRow = dict[str, Any]
 """A finding: `file`, `reason`; of a damaged sample also `sample` (id in the split) and `key` (its
@@ -142,15 +142,13 @@ def _check_list(path: Path, manifest: Manifest, field: str, columns: set[str]) -
     count = 0
     try:
         with path.open("rb") as file:
-            for line in file:
-                row = json.loads(line)
-                if not isinstance(row, dict) or not columns <= row.keys():
-                    raise ValueError
+            for row in parse_rows(file):
                 count += 1
+                if row is None or not columns <= row.keys():
+                    reason = f"line {count} is not a row of this list"
+                    return [make_damage_row(path.name, reason)]
     except OSError as error:
         return [make_damage_row(path.name, _describe(error))]
-    except (ValueError, RecursionError):
-        return [make_damage_row(path.name, f"line {count + 1} is not a row of this list")]
     reason = f"has {count:,} rows, the manifest says {field}: {expected:,}"
     return [make_damage_row(path.name, reason)] if count != expected else []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import threading
@@ -27,6 +26,7 @@ from pipeline.remote.download import Store
 from pipeline.remote.filesystem import Mismatch, is_remote
 from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
+from pipeline.tools.jsonl import Row, read_all_rows
 from pipeline.tools.text import human_bytes
 
 REJECTS = "rejects.jsonl"
@@ -217,11 +217,9 @@ def _open_list(
         )
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _read_rows(path: Path) -> Iterator[Row]:
     try:
-        with path.open("rb") as file:
-            for line in file:
-                yield json.loads(line)
+        yield from read_all_rows(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); {REBUILD}") from error
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pipeline.dataset.tar import ENCODING
 from pipeline.tools.errors import UsageError
+from pipeline.tools.jsonl import read_all_rows
 
 ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), ("size", "<i8")])
 """An image: the container that holds it, its label, where it lies there and how many bytes it has.
@@ -123,9 +124,7 @@ class Listing:
 
     def rejects(self) -> Iterator[Reject]:
         """Read what the scan left out, in the order it was found."""
-        with self.rejects_file.open(encoding="utf-8") as file:
-            for line in file:
-                yield Reject(**json.loads(line))
+        return (Reject(**row) for row in read_all_rows(self.rejects_file))
 
 
 class ListingWriter:

@@ -18,6 +18,7 @@ from pipeline.stream.decode import TrialDecoder
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.tools.errors import UsageError
+from pipeline.tools.jsonl import parse_rows
 
 EOI = b"\xff\xd9"
 HEADERS = 64
@@ -161,8 +162,8 @@ class _QuarantineFile:
         content = file.read()
         content = content[: content.rfind(b"\n") + 1]
         try:
-            rows = [Damage(**json.loads(row)) for row in content.splitlines()]
-        except (ValueError, TypeError) as error:
+            rows = [Damage(**(row or {})) for row in parse_rows(content.splitlines())]
+        except TypeError as error:  # no row, or columns of another list
             raise UsageError(f"{self._path} is no list of damaged samples; move it away") from error
         self._listed.update(row[:2] for row in rows)
         self._end += len(content)
