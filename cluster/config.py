@@ -112,7 +112,7 @@ class Config:
     shuffle: Shuffle = "full"
     """full: each epoch is a permutation of all images; block: a permutation of the shards, with the
     images mixed within windows of them, for remote stores and spinning disks."""
-    window: int = 16
+    window: int = StreamConfig.window
     """Shards in a window of the block shuffle."""
     augment: bool = True
     """Random crops, mirroring and colour; --no-augment: the centre of each image, as it is."""
@@ -140,9 +140,9 @@ class Config:
     """auto: GPUs if the cluster has any."""
     threads: int = 0
     """Decoding threads of each worker; 0: as many as the worker has cores."""
-    prefetch: int = 2
+    prefetch: int = StreamConfig.prefetch
     """Batches that each worker reads, and decodes, in advance."""
-    hw_decoder_load: float = 1.0
+    hw_decoder_load: float = StreamConfig.hw_decoder_load
     """Fraction of a batch that the JPEG engines of a GPU decode, where it has some; between 0 and
     1, pixels depend a little on their batch."""
     checkpoint_every: int = 500

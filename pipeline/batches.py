@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeAlias
 
 import torch
 
@@ -25,6 +27,10 @@ from pipeline.stream.timing import WaitTimes
 from pipeline.tools.errors import UsageError
 
 __all__ = ["Batch", "Stream", "StreamConfig", "View"]
+
+P = ParamSpec("P")
+DataPath: TypeAlias = str | os.PathLike[str]
+_Init: TypeAlias = Callable[["Stream", DataPath, StreamConfig], None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,27 @@ class Batch:
     """Samples consumed by the whole job after this batch: the `position` to resume from."""
 
 
+def _take_settings(
+    make_config: Callable[P, StreamConfig],
+) -> Callable[[_Init], Callable[Concatenate[Stream, DataPath, P], None]]:
+    """Decorate a constructor that takes a config: its callers give the settings as keywords.
+
+    Type checkers and `help` see the settings of `make_config` with their types and defaults.
+    """
+
+    def decorate(init: _Init) -> Callable[Concatenate[Stream, DataPath, P], None]:
+        @functools.wraps(init)
+        def accept(stream: Stream, data: DataPath, *args: P.args, **settings: P.kwargs) -> None:
+            init(stream, data, make_config(*args, **settings))
+
+        own, path, _ = inspect.signature(init).parameters.values()
+        settings = inspect.signature(make_config).parameters.values()
+        accept.__signature__ = inspect.Signature([own, path, *settings])  # type: ignore[attr-defined]
+        return accept
+
+    return decorate
+
+
 class Stream:
     """An endless stream of training batches, or one pass for evaluation.
 
@@ -66,9 +93,8 @@ class Stream:
     Args:
         data: folder that `pipeline.build_shards` sealed, or the address of one in a store
             (`https://`, `s3://`, `gs://`, anything fsspec knows).
-        config: settings to start from; the default is `StreamConfig()`.
-        settings: fields of `StreamConfig`, which documents them all (`split`, `batch_size`, ...);
-            they take precedence over `config`.
+        settings: keywords, the fields of `StreamConfig`, which documents them all (`split`,
+            `batch_size`, ...).
 
     Raises:
         UsageError: no dataset, no such split, or a cache that cannot work.
@@ -79,14 +105,9 @@ class Stream:
         ValueError: a setting out of range.
     """
 
-    def __init__(
-        self,
-        data: str | os.PathLike[str],
-        config: StreamConfig | None = None,
-        **settings: Any,
-    ) -> None:
+    @_take_settings(StreamConfig)
+    def __init__(self, data: DataPath, config: StreamConfig) -> None:
         """Open a split of a dataset; the arguments are explained above."""
-        config = replace(config or StreamConfig(), **settings)
         self._dataset = open_dataset(data, cache=config.cache, cache_size=config.cache_size)
         self._reader = reader = BatchReader(self._dataset, config)
         if is_remote(os.fspath(data)):
@@ -94,7 +115,7 @@ class Stream:
         self.channel_mean = reader.statistics.channel_mean
         """float64 [3]: the mean of each channel over the training set."""
         self.mean = reader.normalization.subtracted
-        """float32 [3, 1, 1] or [3, 224, 224]: what was subtracted, for showing images."""
+        """float32 [3, 1, 1] or [3, 224, 224]: mean that was subtracted, for showing images."""
         self.view_mean: torch.Tensor | None = None
         """float32 [3, 224, 224] on the host: the mean image that is yet to be subtracted from each
         view cut out of a whole image; None where nothing is left to subtract."""
@@ -108,6 +129,11 @@ class Stream:
         self._ledger: Ledger | None = None
         if config.ledger:
             self._ledger = self._open_ledger(config.ledger)
+
+    @classmethod
+    def from_config(cls, data: DataPath, config: StreamConfig) -> Stream:
+        """Open a split of a dataset with the settings of a config."""
+        return cls(data, **{one.name: getattr(config, one.name) for one in fields(StreamConfig)})
 
     @property
     def samples(self) -> int:

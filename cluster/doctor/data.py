@@ -142,7 +142,7 @@ def measure_stream(data: str, config: Config) -> float:
     """
     from pipeline.batches import Stream
 
-    with Stream(data, config.stream) as batches:
+    with Stream.from_config(data, config.stream) as batches:
         next(batches)
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < SECONDS:

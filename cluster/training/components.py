@@ -138,7 +138,7 @@ def open_stream(config: Config, data: str, run: Path, mesh: ProcessMesh, **setti
         quarantine=run / QUARANTINE,
         ledger=run / LEDGER if config.ledger else None,
     )
-    return Stream(data, training, **settings)
+    return Stream.from_config(data, replace(training, **settings))
 
 
 def describe_workers(config: Config, mesh: ProcessMesh) -> str:

@@ -237,7 +237,7 @@ def _build_result(
     )  # fmt: skip
     report = examine(setting, replayed / mesh.world_size, extra=extra)
     return {
-        "report": report.table(),
+        "report": report.to_table(),
         "workers": mesh.world_size,
         "step": {"wall": slowest.real.wall, "parts": slowest.real.parts,
                  "accounted": sum(slowest.real.parts.values()) / slowest.real.wall},

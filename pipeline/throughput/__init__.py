@@ -1,4 +1,4 @@
-"""What limits the stream on this machine, and what would help.
+"""Measures what limits the stream on this machine, and predicts what would help.
 
 __main__     command: report, --rate, --tune, --plan, --compare
 capacity     cores, disks, networks and caches that a job needs

@@ -24,7 +24,7 @@ import rich.console
 import tyro
 
 from pipeline.remote.filesystem import is_remote
-from pipeline.stream.config import Device, Shuffle
+from pipeline.stream.config import Device, Shuffle, StreamConfig
 from pipeline.throughput.capacity import StoreKind, plan_capacity, print_plan
 from pipeline.throughput.diagnosis import SECONDS, examine
 from pipeline.throughput.report import (
@@ -52,24 +52,24 @@ class ThroughputOptions:
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     """Data set: a folder, or an address such as s3://bucket/folder."""
     device: Device = "cpu"
-    """Where images are decoded and delivered."""
+    """Device that decodes and holds the images."""
     split: str = "train"
     """Split to read."""
     shuffle: Shuffle | None = None
     """Order of the stream; default: full, or block for a data set in a store."""
-    window: int = 16
+    window: int = StreamConfig.window
     """Shards in a window of the block shuffle."""
     cache: str | None = None
     """Folder for the shards of a remote data set; default: duet in the user's cache folder."""
     cache_size: str = "100GB"
     """Most bytes in the cache."""
-    batch_size: int = 128
+    batch_size: int = StreamConfig.batch_size
     """Images in a batch."""
     threads: int = cpu_count()
     """Host threads that decode."""
-    prefetch: int = 2
+    prefetch: int = StreamConfig.prefetch
     """Batches in flight."""
-    hw_decoder_load: float = 1.0
+    hw_decoder_load: float = StreamConfig.hw_decoder_load
     """Share of a batch that the JPEG engines of a GPU decode."""
     img_s: float | None = None
     """Images per second that the trainer takes; with --plan: that the whole job takes."""
@@ -84,25 +84,25 @@ class ThroughputOptions:
     rate: bool = False
     """Measure the stream's rate only."""
     reader: Literal["stream", "native"] = "stream"
-    """With --rate: `native` is DALI's own WebDataset reader on the same shards."""
+    """Reader: `native` is DALI's own for WebDataset shards; only with --rate."""
     ledger: Path | None = None
-    """With --rate: folder for a ledger, to measure the cost of writing one."""
+    """Folder for a ledger, to measure the cost of writing one; only with --rate."""
     windows: int = 5
-    """With --rate: windows of time; the median of their rates is the result."""
+    """Windows of time, of whose rates the median is the result; only with --rate."""
     batches: int = 40
-    """With --rate: batches in each of them."""
+    """Batches in each window; only with --rate."""
     plan: bool = False
     """Compute what a job needs, from a measured report."""
     measured: Path | None = None
-    """With --plan: the report; default: throughput.json here, if there is one."""
+    """Measured report; default: throughput.json here, if there is one; only with --plan."""
     gpus: int = 2
-    """With --plan: GPUs of the job."""
+    """GPUs of the job; only with --plan."""
     gpus_per_node: int = 8
-    """With --plan: GPUs of a node."""
+    """GPUs of a node; only with --plan."""
     store: StoreKind = "disk"
-    """With --plan: where the data set is."""
+    """Store of the data set; only with --plan."""
     images: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 0
-    """With --plan: images in an epoch; default: as measured, or ImageNet's."""
+    """Images in an epoch; default: as measured, or ImageNet's; only with --plan."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -191,7 +191,7 @@ def _measure_rate(options: ThroughputOptions) -> None:
 def _examine(options: ThroughputOptions, console: rich.console.Console) -> None:
     old = load_report(options.compare) if options.compare else None
     report = examine(options.setting, options.img_s, options.seconds)
-    table = report.table()
+    table = report.to_table()
     print_report(report, console)
     differences = compare_reports(old, table) if old else []
     for text in list_differences(old, table) if old else []:
@@ -245,7 +245,7 @@ def _plan(options: ThroughputOptions, console: rich.console.Console) -> None:
     if options.data is not None and report is None:
         examined = examine(options.setting, seconds=options.seconds)
         examined.save(options.out / NAME)
-        report = examined.table()
+        report = examined.to_table()
     answer = plan_capacity(
         report, gpus=options.gpus, img_s=options.img_s, store=options.store,
         gpus_per_node=options.gpus_per_node, images=options.images,

@@ -1,4 +1,4 @@
-"""What a job needs of cores, disks, networks and caches, computed from measured figures.
+"""Cores, disks, networks and caches that a job needs, computed from measured figures.
 
 Every input is marked: measured (in a `throughput.json`), given, or assumed.
 """
@@ -57,7 +57,7 @@ class Need:
     how: str
     """The computation in words."""
     enough: bool | None = None
-    """Whether the store delivers that; None where it does not matter."""
+    """True if the store delivers that; None where it does not matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def plan_capacity(
         report: content of a `throughput.json`; without one, figures are assumed.
         gpus: GPUs of the job.
         img_s: images per second of the whole job.
-        store: where the data set is.
+        store: kind of store that holds the data set.
         gpus_per_node: GPUs of a node.
         images: images in an epoch; 0: as measured, or ImageNet's.
     """

@@ -47,7 +47,7 @@ class Rate:
 
     @property
     def is_steady(self) -> bool:
-        """Whether the windows agree to within `STEADY`."""
+        """True if the windows agree to within `STEADY`."""
         return self.spread <= STEADY
 
     @property
@@ -74,11 +74,11 @@ def measure(
     return measure_until_steady(lambda: _window(work, seconds / FEWEST, settle))
 
 
-def measure_until_steady(window: Callable[[], float]) -> Rate:
-    """Call `window` for a rate `FEWEST` times, and up to `MOST` times until the rates agree."""
+def measure_until_steady(window: Callable[[], float], most: int = MOST) -> Rate:
+    """Call `window` for a rate `FEWEST` times, and up to `most` times until the rates agree."""
     rates: list[float] = []
     load = CpuLoad()
-    while len(rates) < FEWEST or (len(rates) < MOST and not Rate(tuple(rates), 0, 0).is_steady):
+    while len(rates) < FEWEST or (len(rates) < most and not Rate(tuple(rates), 0, 0).is_steady):
         rates.append(window())
     return Rate(tuple(rates), load.cores(), load.others())
 
@@ -172,7 +172,7 @@ class StageRow:
     img_s: float
     """Images per second."""
     spread: float
-    """As `Rate.spread`, and so are the next four."""
+    """This and the next four: as the properties and fields of `Rate`."""
     error: float
     steady: bool
     cores: float

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from pipeline.remote.filesystem import is_remote
+from pipeline.stream.config import MAX_THREADS
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import stages
 from pipeline.throughput.clock import OTHERS, Rate, StageRow, make_row
@@ -140,7 +141,8 @@ def examine(
 def list_thread_counts(setting: Setting) -> list[int]:
     """Return the thread counts to measure, in ascending order."""
     have = setting.cores
-    return sorted({1, setting.threads, max(1, have // 4), max(1, have // 2), have, have * 3 // 2})
+    counts = {1, setting.threads, max(1, have // 4), max(1, have // 2), have, have * 3 // 2}
+    return sorted({min(count, MAX_THREADS) for count in counts})
 
 
 def find_state(
@@ -176,8 +178,8 @@ def _make_report(
                      against="the bare decoder" if decode else "")  # fmt: skip
     scale = now.img_s / predict_rate(now.costs)
     lowest = [replace(one, img_s=one.img_s * scale) for one in list_bounds(now.costs)]
-    span = found.asked[-1].at if found.asked else 1.0
-    thin = max(1, len(found.asked) // POINTS)
+    span = found.batches[-1].at if found.batches else 1.0
+    thin = max(1, len(found.batches) // POINTS)
     counts = now.costs.pixels
     return ThroughputReport(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -190,10 +192,10 @@ def _make_report(
         setting=asdict(setting),
         stages=rows,
         whole=total,
-        waits={name: sum(getattr(one.waited, name) for one in found.asked) / span
+        waits={name: sum(getattr(one.waited, name) for one in found.batches) / span
                for name in vars(WaitTimes())},
         read_full=found.read_full, read_empty=found.read_empty,
-        queue=tuple((one.at, one.read, int(one.decoded)) for one in found.asked[::thin]),
+        queue=tuple((one.at, one.read, int(one.decoded)) for one in found.batches[::thin]),
         sweep={
             count: (counts[count].median, predict_rate(replace(now.costs, threads=count)))
             for count in sorted(counts)

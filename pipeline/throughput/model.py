@@ -151,9 +151,9 @@ class StreamState:
     img_s: float
     """Images per second there, measured or scaled by the model."""
     fits: bool
-    """Whether the data set fits into this machine's memory."""
+    """True if the data set fits into this machine's memory."""
     state: str
-    """Where it is read from, in words."""
+    """Source of its bytes, in words: page cache, disk or store."""
 
 
 def list_remedies(now: StreamState, seconds: float) -> list[Remedy]:
@@ -224,7 +224,7 @@ def _change_encoding(now: StreamState, seconds: float) -> Remedy | None:
     setting, samples = now.parts.setting, len(now.parts.shard_reader)
     need = -(-stream_rate.PICTURES // setting.batch_size)
     try:
-        loaded = now.parts.loaded(min(need, max(1, samples // setting.batch_size)))
+        loaded = now.parts.load_batches(min(need, max(1, samples // setting.batch_size)))
         rate, each = stream_rate.measure_raw(setting, loaded, seconds)
     except (OSError, subprocess.CalledProcessError):
         return Remedy(name="raw encoding", change="jpeg -> raw", note="no disk space to try it")
@@ -271,7 +271,7 @@ def _change_batch_size(now: StreamState, seconds: float) -> Remedy | None:
         return None
     with closing(Parts(double, now.parts.dataset)) as parts:
         works = {
-            2: stages.make_pixel_step(parts, parts.loaded(4)),
+            2: stages.make_pixel_step(parts, parts.load_batches(4)),
             1: stages.make_pixel_step(now.parts, now.alone.loaded),
         }
         rates = measure_in_turn(works, 2 * seconds, setting.synchronize)

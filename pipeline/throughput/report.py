@@ -21,6 +21,7 @@ from pipeline.throughput.model import WORTH, Remedy
 from pipeline.tools import charts
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import atomic_write
+from pipeline.tools.text import human_bytes
 
 
 def write_page(
@@ -30,7 +31,7 @@ def write_page(
 
     Args:
         path: of the page.
-        table: `ThroughputReport.table()`.
+        table: `ThroughputReport.to_table()`.
         step: seconds of the parts of a training step, if a trainer was measured too.
     """
     rows = {row["name"]: row for row in table["stages"]}
@@ -162,12 +163,15 @@ def compare_reports(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Rate
 
 
 def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return a line for each difference of machine, settings and data between two reports."""
+    """Return a line for each difference of machine, settings and data between two reports.
+
+    Settings that the older report does not have yet are left out.
+    """
     return [
-        f"{name}: {old[part].get(name)} -> {value}"
+        f"{name}: {old[part][name]} -> {value}"
         for part in ("machine", "setting", "data")
         for name, value in new[part].items()
-        if old[part].get(name) != value
+        if name in old[part] and old[part][name] != value
     ]
 
 
@@ -207,7 +211,7 @@ class ThroughputReport:
     bounds: tuple[tuple[str, float, str], ...]
     """Upper bounds of the rate, lowest first: name, images per second, detail."""
     state: str
-    """Where the data set is read from, in words; bounds and remedies are for that."""
+    """Source of the bytes, in words (page cache, disk, store); bounds and remedies are for it."""
     img_s: float
     """Images per second there."""
     model: float
@@ -222,9 +226,9 @@ class ThroughputReport:
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
         with atomic_write(path) as file:
-            file.write(json.dumps(self.table(), indent=1).encode() + b"\n")
+            file.write(json.dumps(self.to_table(), indent=1).encode() + b"\n")
 
-    def table(self) -> dict[str, Any]:
+    def to_table(self) -> dict[str, Any]:
         """Return the report as plain values with five digits."""
         found: dict[str, Any] = round_floats(dataclasses.asdict(self))
         return found
@@ -269,7 +273,7 @@ def print_report(report: ThroughputReport, console: rich.console.Console) -> Non
     machine, setting = report.machine, report.setting
     console.print(
         f"{report.data['where']}: {report.data['pictures']:,} {report.data['encoding']} images, "
-        f"{report.data['bytes'] / 1e9:,.2f} GB; {machine.processor}, {machine.cores} cores"
+        f"{human_bytes(report.data['bytes'])}; {machine.processor}, {machine.cores} cores"
         + (f", {machine.gpu}" if machine.gpu else "")
         + f"; {setting['device']}, {setting['threads']} threads, batch {setting['batch_size']}, "
         f"prefetch {setting['prefetch']}, shuffle {setting['shuffle']}"

@@ -58,13 +58,13 @@ class Setting(StreamConfig):
         """Return the setting of a stream that a config describes; `changes` are fields."""
         return cls(data=data, **{**vars(config), **changes})
 
-    def stream(self, ledger: Path | None = None) -> Stream:
+    def open_stream(self, ledger: Path | None = None) -> Stream:
         """Open the stream.
 
         Raises:
             DuetError: as `Stream` does.
         """
-        return Stream(self.data, self, position=0, ledger=ledger)
+        return Stream.from_config(self.data, replace(self, position=0, ledger=ledger))
 
     def synchronize(self) -> None:
         """Wait for the GPU, if the stream runs on one."""
@@ -87,7 +87,7 @@ class Parts(BatchReader):
         shards = self.shard_reader.shards
         return sum(shard.bytes for shard in shards) / len(self.shard_reader)
 
-    def loaded(self, batches: int) -> list[EncodedBatch]:
+    def load_batches(self, batches: int) -> list[EncodedBatch]:
         """Read the first batches and keep them."""
         return list(itertools.islice(self.read_batches(0), batches))
 
@@ -97,7 +97,7 @@ class Parts(BatchReader):
         for loaded in itertools.islice(self.read_batches(0), count):
             self.recycle(loaded)
 
-    def decoder(self, loaded: Sequence[EncodedBatch], **changes: Any) -> Decoder:
+    def open_decoder(self, loaded: Sequence[EncodedBatch], **changes: Any) -> Decoder:
         """Return a decoder of the same batches again and again; `changes` are of the setting."""
         feeds = itertools.cycle([one.input for one in loaded])
         return Decoder(feeds.__next__, replace(self.setting, **changes), self.encoding)
@@ -212,14 +212,14 @@ def make_pixel_step(
 
     The function returns the images of a batch, as `measure` and `measure_in_turn` expect.
     """
-    return count_items(parts.decoder(loaded, **changes).run, parts.setting.batch_size)
+    return count_items(parts.open_decoder(loaded, **changes).run, parts.setting.batch_size)
 
 
 def measure_pixel_seconds(
     parts: Parts, loaded: Sequence[EncodedBatch], batches: int
 ) -> list[float]:
     """Measure the seconds from one batch of pixels to the next, DALI alone."""
-    decoder, found = parts.decoder(loaded), []
+    decoder, found = parts.open_decoder(loaded), []
     for _ in range(batches + 2 * parts.setting.prefetch):
         start = time.perf_counter()
         decoder.run()
@@ -316,7 +316,7 @@ def measure_stages(parts: Parts, seconds: float, batches: int) -> StageRates:
     disk, left = hardware.measure_disk(paths)
     disk = disk if left < COLD else 0.0
     each, warm = parts.bytes_each, measure_reading(parts, seconds, batches)
-    loaded, rows = tuple(parts.loaded(KEPT)), list[StageRow]()
+    loaded, rows = tuple(parts.load_batches(KEPT)), list[StageRow]()
     if kept < COLD:
         rows.append(make_row(
             "storage, cold", cold.rate(), each,

@@ -35,7 +35,7 @@ READY = 0.0005
 
 @dataclass(frozen=True)
 class TakenBatch:
-    """When a batch was taken from the stream, and what that waited for."""
+    """A batch taken from the stream: its time, and the waits for it."""
 
     at: float
     """Seconds since the clock was started."""
@@ -46,7 +46,7 @@ class TakenBatch:
 
     @property
     def decoded(self) -> bool:
-        """Whether its pixels were ready when it was taken."""
+        """True if its pixels were ready when it was taken."""
         return self.waited.decode < READY
 
 
@@ -56,7 +56,7 @@ class StreamRate:
 
     rate: Rate
     """Images per second."""
-    asked: tuple[TakenBatch, ...]
+    batches: tuple[TakenBatch, ...]
     """Every batch, in order."""
     prefetch: int
     """Most batches in each queue."""
@@ -64,12 +64,12 @@ class StreamRate:
     @property
     def read_full(self) -> float:
         """Share of the batches, 0..1, taken while the queue of read batches was full."""
-        return sum(one.read >= self.prefetch for one in self.asked) / max(1, len(self.asked))
+        return sum(one.read >= self.prefetch for one in self.batches) / max(1, len(self.batches))
 
     @property
     def read_empty(self) -> float:
         """Share of the batches, 0..1, taken while that queue was empty."""
-        return sum(one.read == 0 for one in self.asked) / max(1, len(self.asked))
+        return sum(one.read == 0 for one in self.batches) / max(1, len(self.batches))
 
 
 class MeasuredStream:
@@ -78,10 +78,10 @@ class MeasuredStream:
     def __init__(self, stream: Stream, setting: Setting) -> None:
         """Start the clock."""
         self._stream, self._setting = stream, setting
-        self.asked: list[TakenBatch] = []
+        self.batches: list[TakenBatch] = []
         self._begun = time.perf_counter()
 
-    def window(self, seconds: float, batches: int = 1) -> float:
+    def measure_window(self, seconds: float, batches: int = 1) -> float:
         """Take batches for `seconds`, and at least `batches`; return the images per second."""
         start, done = time.perf_counter(), 0
         while done < batches or time.perf_counter() - start < seconds:
@@ -89,7 +89,7 @@ class MeasuredStream:
             next(self._stream)
             done += 1
             at, waited = time.perf_counter() - self._begun, self._stream.waits.since(before)
-            self.asked.append(TakenBatch(at, self._stream.read_ahead, waited))
+            self.batches.append(TakenBatch(at, self._stream.read_ahead, waited))
         self._setting.synchronize()
         return done * self._setting.batch_size / (time.perf_counter() - start)
 
@@ -97,7 +97,7 @@ class MeasuredStream:
 @contextmanager
 def open_measured_stream(setting: Setting) -> Iterator[MeasuredStream]:
     """Open a stream and take its warm-up batches; it is closed after the block."""
-    with setting.stream() as stream:
+    with setting.open_stream() as stream:
         for _ in itertools.islice(stream, WARM_UP):
             pass
         setting.synchronize()
@@ -107,8 +107,8 @@ def open_measured_stream(setting: Setting) -> Iterator[MeasuredStream]:
 def measure_stream(setting: Setting, seconds: float) -> StreamRate:
     """Measure the stream for `seconds`, and longer while its windows do not agree."""
     with open_measured_stream(setting) as run:
-        rate = measure_until_steady(lambda: run.window(seconds / FEWEST))
-        return StreamRate(rate=rate, asked=tuple(run.asked), prefetch=setting.prefetch)
+        rate = measure_until_steady(lambda: run.measure_window(seconds / FEWEST))
+        return StreamRate(rate=rate, batches=tuple(run.batches), prefetch=setting.prefetch)
 
 
 FETCH_AHEAD = 4
@@ -197,8 +197,8 @@ def measure_raw(
             # `ShardReader` copies an image on its first read and maps it from its second read on.
             epoch = -(-len(parts.shard_reader) // raw.batch_size)
             with open_measured_stream(raw) as run:
-                run.window(0, epoch)
-                rate = measure_until_steady(lambda: run.window(seconds / FEWEST))
+                run.measure_window(0, epoch)
+                rate = measure_until_steady(lambda: run.measure_window(seconds / FEWEST), FEWEST)
             return rate, parts.bytes_each
 
 
@@ -240,7 +240,7 @@ def measure_rate(
             native = DaliReader(open_dataset(setting.data).folder, setting)
             source = map(next, itertools.repeat(native))
         else:
-            source = stack.enter_context(setting.stream(ledger))
+            source = stack.enter_context(setting.open_stream(ledger))
         for _ in itertools.islice(source, WARM_UP):
             pass
         images = batches * setting.batch_size

@@ -43,7 +43,7 @@ class TuningTrial:
 
     @property
     def is_better(self) -> bool:
-        """Whether it is faster in all turns but one, and by more than 2 % in the median."""
+        """True if it is faster in all turns but one, and by more than 2 % in the median."""
         pairs = list(zip(self.img_s.windows, self.best.windows, strict=True))
         return self.ratio > 1.02 and sum(new > old for new, old in pairs) >= len(pairs) - 1
 
@@ -122,8 +122,8 @@ def _measure_against(setting: Setting, best: dict[str, Any], change: dict[str, A
         for turn in range(TURNS):
             pairs = [(first, old), (second, new)]
             for run, rates in pairs if turn % 2 else reversed(pairs):
-                run.window(0, 2 * setting.prefetch + 2)  # queued batches cost nothing
-                rates.append(run.window(SECONDS))
+                run.measure_window(0, 2 * setting.prefetch + 2)  # queued batches cost nothing
+                rates.append(run.measure_window(SECONDS))
     return TuningTrial(change=change, img_s=Rate(tuple(new), 0, 0), best=Rate(tuple(old), 0, 0))
 
 

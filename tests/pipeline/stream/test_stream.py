@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import io
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import compute_color_shift, draw
+from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import FullShuffle
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import SetupError, UsageError
@@ -50,7 +52,7 @@ def test_pixels_are_pillows_cropped_flipped_and_tinted(tiny_data, colour):
     slots = FullShuffle([SAMPLES], 5).list_slots(0, 60)
     draws = draw(5, *slots)
     deviations = stats.eigenvectors * np.sqrt(stats.eigenvalues)
-    shift = compute_color_shift(colour * draws.colour, deviations)
+    shift = compute_color_shift(colour * draws.color, deviations)
     assert batch.ids.tolist() == slots.ids.tolist()
     assert draws.flip.any()
     assert not draws.flip.all()
@@ -145,6 +147,22 @@ def test_centre_and_whole_views(tiny_data):
     for place in range(8):
         got = a.images[place].numpy().transpose(1, 2, 0) + mean
         np.testing.assert_allclose(got, stored(tiny_data, place), atol=1e-3)
+
+
+def test_every_setting_is_a_keyword_with_its_default_and_no_other_is_taken(tiny_data):
+    data, *settings = inspect.signature(Stream).parameters.values()
+    assert data.name == "data"
+    assert settings == list(inspect.signature(StreamConfig).parameters.values())
+    with pytest.raises(TypeError, match="btach_size"):
+        Stream(tiny_data, btach_size=8)
+    with pytest.raises(TypeError, match="positional"):
+        Stream(tiny_data, "train")
+    settings = {"batch_size": 5, "seed": 2, "threads": 1}
+    with (
+        Stream(tiny_data, **settings) as stream,
+        Stream.from_config(tiny_data, StreamConfig(**settings)) as other,
+    ):
+        assert torch.equal(next(stream).images, next(other).images)
 
 
 def test_wrong_use_is_refused(tiny_data, tmp_path):
