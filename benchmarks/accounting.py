@@ -28,7 +28,7 @@ TURNS = 7
 
 
 def measure_reader(setting: Setting, clock: bool) -> float:
-    """Images per second of the reading thread alone, from the page cache."""
+    """Measure the images per second of the reading thread alone, from the page cache."""
     with open_parts(setting) as parts:
         batches = iter(parts.read_batches(0))
         done, start = 0, time.perf_counter()
@@ -42,7 +42,7 @@ def measure_reader(setting: Setting, clock: bool) -> float:
 
 
 def measure_step() -> float:
-    """Seconds of the timers and the metrics row of one training step."""
+    """Measure the seconds of the timers and the metrics row of one training step."""
     config, rates, values = Config(), Rates(0.1, 0.2), torch.tensor([1.0, 0.5, 0.0])
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -46,7 +46,7 @@ class BuildOptions:
     """Measure ways of packing in turn."""
 
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """A folder per class of JPEGs."""
+    """Folder with a folder of JPEGs for each class."""
     rounds: int = 5
     """Number of turns of each."""
     workers: int = 2
@@ -56,7 +56,7 @@ class BuildOptions:
     only: str = ""
     """Names with commas between; the default is all that are installed."""
     folder: Path | None = None
-    """Where to put the temporary folder with the outputs."""
+    """Folder for the temporary one with the outputs."""
     quality: bool = False
     """Also measure what the stored images lose, over every fifth of them."""
     json: bool = False
@@ -81,9 +81,9 @@ class BuilderRow:
     workers: int
     missing: str = ""
     once: Turn = Turn(0, 0)
-    """The set with each image once."""
+    """Turn over the set with each image once."""
     turns: list[Turn] = field(default_factory=list)
-    """One a round."""
+    """Turn of each round."""
 
     def steady_rates(self, more: int) -> list[float]:
         """Return img/s of each round for the `more` images than once."""
@@ -194,7 +194,7 @@ def measure(rows: list[BuilderRow], options: BuildOptions, folder: Path) -> int:
 
 
 def collect_facts(rows: list[BuilderRow], count: int, options: BuildOptions) -> dict[str, Any]:
-    """All measurements, ready for JSON."""
+    """Return all measurements, ready for JSON."""
     found = {}
     more = count - count // options.repeat
     for row in rows:
@@ -228,7 +228,7 @@ def _ratio(ones: list[float], others: list[float]) -> float | None:
 
 
 def make_table(found: dict[str, Any]) -> rich.table.Table:
-    """The facts as a table."""
+    """Return the facts as a table."""
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
     out.add_column("way", no_wrap=True)
     for title in ("once s", "img/s", "steady", "rounds", "ours is", "cpu ms", "ours is"):

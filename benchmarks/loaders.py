@@ -59,15 +59,15 @@ class LoaderOptions:
     only: str = ""
     """Names with commas between; the default is all, with `--device gpu` all that can."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where `ours` and `native` decode; the others know the CPU only."""
+    """Device on which `ours` and `native` decode; the others know the CPU only."""
     rounds: int = 5
     """Number of turns of each loader."""
     seconds: float = 4.0
-    """Length of a turn, without its warm-up."""
+    """Seconds of a turn, without its warm-up."""
     batch_size: int = 128
     """Images in a batch."""
     folder: Path | None = None
-    """Where to put the temporary folder with the others' formats."""
+    """Folder for the temporary one with the others' formats."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -79,7 +79,7 @@ class LoaderRow:
     name: str
     peer: Peer
     missing: str = ""
-    """Why it was not measured."""
+    """Reason why it was not measured."""
     rates: list[float] = field(default_factory=list)
     """img/s of each round."""
 
@@ -116,7 +116,7 @@ def select_loaders(options: LoaderOptions) -> list[LoaderRow]:
 
 
 def make_work(peer: Peer, options: LoaderOptions, folder: Path) -> Work:
-    """The job of a loader; makes its folder.
+    """Return the job of a loader; makes its folder.
 
     Raises:
         UsageError: no data set with a train split, not of the lane's encoding; no room.
@@ -183,7 +183,7 @@ def measure(rows: list[LoaderRow], options: LoaderOptions, folder: Path) -> None
 
 
 def collect_facts(rows: list[LoaderRow], options: LoaderOptions) -> dict[str, Any]:
-    """All measurements, ready for JSON."""
+    """Return all measurements, ready for JSON."""
     found = {row.name: row for row in rows}
     loaders = {}
     for row in rows:
@@ -216,7 +216,7 @@ def collect_facts(rows: list[LoaderRow], options: LoaderOptions) -> dict[str, An
 
 
 def make_table(found: dict[str, Any]) -> rich.table.Table:
-    """The facts as a table."""
+    """Return the facts as a table."""
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
     out.add_column("loader", no_wrap=True)
     for title in ("img/s", "rounds", "of limit", "ours is"):

@@ -36,7 +36,7 @@ class Options:
     bits: int = 128
     rounds: int = 3
     memory: str = "1GB"
-    """For our exact search."""
+    """Memory for our exact search, such as 1GB."""
 
 
 def draw_rows(count: int, units: int, seed: int) -> np.ndarray[Any, np.dtype[np.float16]]:

@@ -56,7 +56,7 @@ class Setup:
     rounds: int = 3
     """Number of turns, of one step, of each network."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """As the setting of that name."""
+    """Data type of the computation, as the setting of that name in `cluster.train`."""
     cpu_time: bool = False
     """Seconds of this process on a core, not of the clock: where others run; with one thread."""
     json: bool = False

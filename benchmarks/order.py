@@ -63,7 +63,7 @@ class Options:
     rounds: int = 3
     """Processes for each number."""
     folder: Path | None = None
-    """Where to put the temporary folder: 24 bytes a sample, 16 at a time."""
+    """Folder for the temporary one: 24 bytes a sample, 16 at a time."""
     json: bool = False
     """Print one JSON object instead of the tables."""
 
@@ -87,7 +87,7 @@ class Opening:
     opened: float
     """Seconds until `Stream(...)` is there."""
     batch: float
-    """Seconds until the first batch is."""
+    """Seconds until the first batch is there."""
     memory: int
     """Most bytes resident at any time, libraries and the mapped index with the rest."""
 
@@ -97,18 +97,18 @@ class Parts:
     """Seconds of the parts of an opening, each alone."""
 
     manifest: float
-    """Parse it."""
+    """Reading the manifest."""
     shards: float
-    """See that each is there."""
+    """Looking whether each shard is there."""
     index: float
-    """Compare it with its SHA-256."""
+    """Comparing the index with its SHA-256."""
     order: float
-    """The first batch's slots."""
+    """Choosing the slots of the first batch."""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How well an order mixes; see above."""
+    """Measures of how well an order mixes; see above."""
 
     displacement: float
     company: float
@@ -158,7 +158,7 @@ def measure_opening(data: Path, position: int, shuffle: Shuffle) -> Opening:
 
 
 def measure_parts(data: Path, position: int) -> Parts:
-    """Do what a stream with a full shuffle does until its first batch, one after the other."""
+    """Time the steps of a stream with a full shuffle until its first batch, one after the other."""
     times = [time.perf_counter()]
     manifest = Manifest.load(data)
     split = manifest.splits["train"]
@@ -277,7 +277,7 @@ def print_tables(
 
 
 def main() -> None:
-    """Measure, then print."""
+    """Measure, and print the tables."""
     options = tyro.cli(Options, description=__doc__)
     if options.rounds < 1 or options.samples < 20 * SHARD:
         raise UsageError(f"--rounds must be at least 1, and --samples at least {20 * SHARD}")

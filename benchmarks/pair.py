@@ -47,7 +47,7 @@ class Setup:
     widths: tuple[float, ...] = (1.0, 0.25)
     """Factors on all maps and units; 1 is the network of the paper."""
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
-    """What to compute in; float32 also gets its turn with bfloat16 between the columns."""
+    """Data types of the computation; float32 also has a turn with bfloat16 between the columns."""
     batch_size: int = 128
     """Images in a step."""
     classes: int = 1000
@@ -123,7 +123,7 @@ def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
 
 @contextmanager
 def start_processes(setup: Setup, form: str, case: tuple[float, str]) -> Iterator[list[Connection]]:
-    """The processes of a form, waiting for their turn."""
+    """Start the processes of a form, which wait for their turn; they end after the block."""
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         lines, processes = [], []
@@ -141,7 +141,7 @@ def start_processes(setup: Setup, form: str, case: tuple[float, str]) -> Iterato
 
 
 def take_turn(lines: list[Connection], steps: int) -> Step:
-    """Let a form take some steps; the one of median length, of the slower process each time."""
+    """Let a form take some steps; return the median one, of the slower process each time."""
     for line in lines:
         line.send(steps)
     found = zip(*[line.recv() for line in lines], strict=True)
@@ -150,7 +150,7 @@ def take_turn(lines: list[Connection], steps: int) -> Step:
 
 
 def measure(setup: Setup, case: tuple[float, str]) -> list[dict[str, Any]]:
-    """All forms in turn: a row for each."""
+    """Measure all forms in turn; return a row for each."""
     forms = [form for form in FORMS if case[1] == "float32" or "wire" not in form]
     taken: dict[str, list[Step]] = {form: [] for form in forms}
     with ExitStack() as stack:
@@ -168,7 +168,7 @@ def measure(setup: Setup, case: tuple[float, str]) -> list[dict[str, Any]]:
 def make_row(
     setup: Setup, case: tuple[float, str], form: str, steps: list[Step], one: list[Step]
 ) -> dict[str, Any]:
-    """The medians over the rounds."""
+    """Return the medians over the rounds."""
     ratios = [a.whole / b.whole for a, b in zip(one, steps, strict=True)]
     medians = {
         key: statistics.median(asdict(step)[key] for step in steps) for key in asdict(steps[0])
@@ -185,7 +185,7 @@ def make_row(
 
 
 def make_table(rows: list[dict[str, Any]]) -> rich.table.Table:
-    """The rows as a table."""
+    """Return the rows as a table."""
     heads = ("width", "dtype", "form", "img/s", "ratio", "(from to)", "step ms", "forward")
     out = rich.table.Table(*heads, "backward", "update", "waited", "sent MB")
     for found in rows:

@@ -1,4 +1,4 @@
-"""How long it takes to plan a set of millions, and what memory: `python benchmarks/plan.py [N]`.
+"""Time and memory of planning a set of millions: `python benchmarks/plan.py [N]`.
 
 The listing of N images (14 million unless told otherwise) in N / 1000 folders is written by
 `ListingWriter` as a scan would; all after that is what `pipeline.build_shards` does before it opens

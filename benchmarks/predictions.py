@@ -1,4 +1,4 @@
-"""Does the profiler predict well? Change the thing, and print predicted beside measured gain.
+"""Predicted beside measured gains of changes: how well the profiler predicts.
 
     python benchmarks/predictions.py DATA [--seconds 2] [--json]
 
@@ -9,7 +9,7 @@ DATA is a JPEG set in a folder. Three changes:
     store     the set behind an HTTP server on this machine that answers late and slowly: the
               first epoch against one from the cache, predicted from a few shards
 
-What is compared is the gain: rates before and after are measured in turn.
+Gains are compared: rates before and after are measured in turn.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TURNS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Predicted beside measured gains."""
+    """Measure the gains that the profiler predicts."""
 
     data: Annotated[str, tyro.conf.Positional]
     """A JPEG data set in a folder."""
@@ -59,11 +59,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One change."""
+    """Predicted and measured gain of a change."""
 
     name: str
     predicted: float
-    """Gain."""
+    """Predicted rate after the change over that before it."""
     measured: float
 
     @property
@@ -73,29 +73,29 @@ class Outcome:
 
 
 def measure_gain(before: Setting, after: Setting, seconds: float) -> float:
-    """Rates of two streams measured in turn: the median of their ratios."""
+    """Measure two streams in turn; return the median of their ratios."""
     ratios = []
     with open_measured_stream(before) as first, open_measured_stream(after) as second:
         for run in (first, second):  # a first epoch of raw images copies them
-            run.window(seconds)
+            run.measure_window(seconds)
         for _ in range(TURNS):
             rates = []
             for run in (first, second):
-                run.window(0, 8)
-                rates.append(run.window(seconds / TURNS))
+                run.measure_window(0, 8)
+                rates.append(run.measure_window(seconds / TURNS))
             ratios.append(rates[1] / rates[0])
     return statistics.median(ratios)
 
 
 def measure_costs(setting: Setting, seconds: float, counts: list[int]) -> Costs:
-    """Stages alone."""
+    """Measure the stages alone."""
     with open_parts(setting) as parts:
         alone = stages.measure_stages(parts, seconds / 2, 40)
         return sweep_threads(parts, alone, counts, seconds)
 
 
 def threads(setting: Setting, seconds: float) -> Outcome:
-    """One decoding thread, then one a core."""
+    """Compare one decoding thread with one a core."""
     most = cpu_count()
     costs = measure_costs(setting, seconds, [1, most])
     gain = predict_rate(replace(costs, threads=most)) / predict_rate(replace(costs, threads=1))
@@ -104,13 +104,13 @@ def threads(setting: Setting, seconds: float) -> Outcome:
 
 
 def raw(setting: Setting, seconds: float) -> Outcome:
-    """JPEG, then raw images."""
+    """Compare JPEG with raw images."""
     with open_parts(setting) as parts:
         need = -(-stream_rate.PICTURES // setting.batch_size)
-        loaded = parts.loaded(need)
+        loaded = parts.load_batches(need)
         with open_measured_stream(setting) as run:
-            run.window(seconds / 2)
-            now = statistics.median(run.window(seconds / TURNS) for _ in range(TURNS))
+            run.measure_window(seconds / 2)
+            now = statistics.median(run.measure_window(seconds / TURNS) for _ in range(TURNS))
         trial, _ = stream_rate.measure_raw(setting, loaded, seconds)
     with tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "raw"
@@ -138,11 +138,11 @@ class SlowServer(ThreadingHTTPServer):
         self._lock, self._free = threading.Lock(), time.monotonic()
 
     def handle_error(self, *_: object) -> None:
-        """Say nothing of clients that hang up: a search that has seen enough does."""
+        """Ignore clients that hang up: a measurement that ends does."""
 
     @property
     def address(self) -> str:
-        """Of the data set."""
+        """Address of the data set."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def pay(self, size: int) -> None:
@@ -172,7 +172,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def start_slow_server(folder: Path, latency: float, bandwidth: float) -> Iterator[SlowServer]:
-    """A server, ended after the block."""
+    """Start a server, which ends after the block."""
     server = SlowServer(folder, latency, bandwidth)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -184,7 +184,7 @@ def start_slow_server(folder: Path, latency: float, bandwidth: float) -> Iterato
 
 
 def store(setting: Setting, options: Options) -> Outcome:
-    """The first epoch from a store, then epochs from the cache."""
+    """Compare the first epoch, from a store, with epochs from the cache."""
     with (
         start_slow_server(Path(setting.data), options.latency, options.bandwidth) as server,
         tempfile.TemporaryDirectory(prefix="duet-predict-") as scratch,

@@ -47,7 +47,7 @@ class Setup:
     width: float = 1.0
     """Factor on all maps and units; 1 is the network of the paper."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What to compute in; gradients are averaged in float32."""
+    """Data type of the computation; gradients are averaged in float32."""
     batch_size: int = 128
     """Images in a step of both replicas."""
     threads: int = cpu_count()
@@ -60,7 +60,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Way:
-    """A network that trains, and what follows its backward pass."""
+    """A network in training, and the function that follows its backward pass."""
 
     call: Callable[[Tensor], Tensor]
     net: AlexNet
@@ -69,12 +69,12 @@ class Way:
 
 
 def skip_average() -> None:
-    """No averaging."""
+    """Do not average."""
 
 
-def average_afterwards(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
-    """The same messages, but none before the backward pass has ended."""
-    average = GradientAverage(net, place)
+def average_afterwards(net: nn.Module, mesh: ProcessMesh) -> Callable[[], object]:
+    """Average with the same messages, but none before the backward pass has ended."""
+    average = GradientAverage(net, mesh)
     average.close()
 
     def finish() -> None:
@@ -85,13 +85,13 @@ def average_afterwards(net: nn.Module, place: ProcessMesh) -> Callable[[], objec
     return finish
 
 
-def average_overlapped(net: nn.Module, place: ProcessMesh) -> Callable[[], object]:
-    """As the training does it."""
-    return GradientAverage(net, place).finish
+def average_overlapped(net: nn.Module, mesh: ProcessMesh) -> Callable[[], object]:
+    """Average during the backward pass, as `cluster.train` does."""
+    return GradientAverage(net, mesh).finish
 
 
-def make_ways(setup: Setup, place: ProcessMesh) -> dict[str, Way]:
-    """All ways, each with a network of its own."""
+def make_ways(setup: Setup, mesh: ProcessMesh) -> dict[str, Way]:
+    """Return all ways, each with a network of its own."""
 
     def make_way(
         finish_of: Callable[[AlexNet, ProcessMesh], Callable[[], object]], ddp: bool = False
@@ -101,13 +101,13 @@ def make_ways(setup: Setup, place: ProcessMesh) -> dict[str, Way]:
             net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=True
         )
         call: Any = DistributedDataParallel(net, gradient_as_bucket_view=True) if ddp else net
-        return Way(call, net, finish_of(net, place), optimizer)
+        return Way(call, net, finish_of(net, mesh), optimizer)
 
     return {
-        "not averaged": make_way(lambda net, place: skip_average),
+        "not averaged": make_way(lambda net, mesh: skip_average),
         "after the backward pass": make_way(average_afterwards),
         "during the backward pass": make_way(average_overlapped),
-        "DistributedDataParallel": make_way(lambda net, place: skip_average, ddp=True),
+        "DistributedDataParallel": make_way(lambda net, mesh: skip_average, ddp=True),
     }
 
 
@@ -118,12 +118,12 @@ def work(rank: int, setup: Setup, folder: str) -> None:
     torch.set_num_threads(max(1, setup.threads // 2))
     init = f"file://{folder}/init"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    place = ProcessMesh(replica=rank, replicas=2, peers=dist.group.WORLD)
+    mesh = ProcessMesh(replica=rank, replicas=2, peers=dist.group.WORLD)
     generator = torch.Generator().manual_seed(rank)
     images = 60 * torch.randn(setup.batch_size // 2, 3, 224, 224, generator=generator)
     labels = torch.randint(0, 1000, (setup.batch_size // 2,), generator=generator)
     step = partial(seconds_of_step, images, labels, getattr(torch, setup.dtype))
-    there = make_ways(setup, place)
+    there = make_ways(setup, mesh)
     found: dict[str, list[float]] = {name: [] for name in there}
     for turn in range(1 + setup.rounds):
         for name, way in there.items():

@@ -54,10 +54,10 @@ QUIET = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure what checkpoints cost."""
+    """Measure the cost of checkpoints."""
 
     rounds: int = 5
-    """Checkpoints of each kind."""
+    """Number of checkpoints of each kind."""
     batch_size: int = 128
     """Images in a step."""
     width: float = 1.0
@@ -65,7 +65,7 @@ class Options:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
     folder: Path | None = None
-    """Folder of the disk to write to; default: where temporary files go."""
+    """Folder of the disk to write to; default: the folder of temporary files."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
@@ -83,7 +83,7 @@ class Round:
     waited_for: float
 
     def share(self, interval: int, *, waiting: bool = False) -> float:
-        """Share of the training time that goes to checkpoints every so many steps."""
+        """Return the share of the training time of a checkpoint every so many steps."""
         cost = self.waited_for if waiting else self.begin + self.finish + self.slower
         return cost / (interval * self.step + cost)
 
@@ -101,7 +101,7 @@ class Training:
         self._step = 0
 
     def step(self) -> float:
-        """Make a step; returns its seconds."""
+        """Make a step; return its seconds."""
         start, self._step = time.perf_counter(), self._step + 1
         self.net.set_position(self._step * len(self._labels))
         self.optimizer.zero_grad()
@@ -119,13 +119,13 @@ class Training:
 
     @property
     def bytes(self) -> int:
-        """Of all weights and velocities."""
+        """Number of bytes of all weights and velocities."""
         state = collect_state(self.net, self.optimizer)
         return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
     @property
     def mark(self) -> Mark:
-        """Steps so far."""
+        """Mark after the steps so far."""
         return Mark(step=self._step, position=self._step)
 
 
@@ -151,7 +151,7 @@ def run_round(training: Training, checkpoints: CheckpointManager) -> Round:
 
 
 def measure_seconds(action: Callable[[], None]) -> float:
-    """Return how many seconds something takes."""
+    """Return the seconds of a call."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
@@ -191,7 +191,7 @@ def print_table(found: Round, size: int, shares: dict[str, dict[str, float]]) ->
 
 
 def main() -> None:
-    """Measure, then print."""
+    """Measure, and print the table."""
     options = tyro.cli(Options, description=__doc__)
     if options.rounds < 1 or options.batch_size < 1:
         raise UsageError("--rounds and --batch-size must be at least 1")

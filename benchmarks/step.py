@@ -149,7 +149,7 @@ class LaneProcess:
         self._process.start()
         end.close()
         self.missing: str | None = self._receive()
-        """Why the lane cannot run; None if it can."""
+        """Reason why the lane cannot run; None if it can."""
 
     def ask(self, dtype: str, profile: bool = False) -> Any:
         """Return the img/s of a turn, or a profile."""
@@ -172,7 +172,7 @@ class LaneProcess:
 
 
 def measure_lanes(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[str, float]]]:
-    """Rates, reasons why lanes are missing, and the profile of our step in each type."""
+    """Return rates, reasons why lanes are missing, and the profile of our step in each type."""
     processes = [LaneProcess(lane, setup) for lane in LANES]
     missing = {peer.lane: peer.missing for peer in processes if peer.missing}
     peers = {peer.lane: peer for peer in processes if not peer.missing}
@@ -188,17 +188,17 @@ def measure_lanes(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[s
 
 
 def find_best_dtype(found: dict[str, list[float]]) -> str:
-    """The dtype with the highest median rate."""
+    """Return the dtype with the highest median rate."""
     return max(found, key=lambda dtype: statistics.median(found[dtype]))
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
-    """Median over the rounds of the ratio of two rates."""
+    """Return the median over the rounds of the ratio of two rates."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def summarize(rates: Rates, profiles: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """The figures of the table and of the goals."""
+    """Return the figures of the table and of the goals."""
     ours, bare = rates["duet"], rates["duet without LRN"]
     fastest = find_best_dtype(ours)
     passes = {

@@ -42,6 +42,7 @@ from pipeline.stream.ledger.proof import prove
 from pipeline.tools.errors import REBUILD, DataError, UsageError, run
 from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
+from pipeline.tools.text import human_bytes
 from pipeline.tools.units import cpu_count
 
 BYTES_A_SECOND, DECODED_A_SECOND = 400e6, 1500
@@ -62,7 +63,7 @@ class VerificationReport:
     """Names of files in the folder that are not part of the dataset."""
     bytes: int = 0
     """Number of bytes read, of shards."""
-    pictures: int = 0
+    images: int = 0
     """Number of images in those shards, by the manifest."""
 
 
@@ -99,15 +100,15 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Ve
         for job, checked in zip(jobs, map_in_order(check_shard, jobs, workers), strict=True):
             report.damage += checked.damage
             report.bytes += checked.bytes
-            report.pictures += job.shard.samples if checked.bytes else 0
+            report.images += job.shard.samples if checked.bytes else 0
             progress.advance(job.shard.bytes >> 20)
             progress.note(f"{len(report.damage):,} damaged" if report.damage else "")
     return report
 
 
 def _choose_workers(manifest: Manifest, total: int, decode: bool) -> int:
-    pictures = sum(split.samples for split in manifest.splits.values()) if decode else 0
-    seconds = total / BYTES_A_SECOND + pictures / DECODED_A_SECOND
+    images = sum(split.samples for split in manifest.splits.values()) if decode else 0
+    seconds = total / BYTES_A_SECOND + images / DECODED_A_SECOND
     return 1 if seconds < WORTH_HELPERS else cpu_count()
 
 
@@ -190,7 +191,7 @@ def _make_facts(options: Verify, report: VerificationReport, seconds: float) -> 
         "damage": report.damage,
         "notes": report.notes,
         "decoded": options.decode,
-        "pictures": report.pictures,
+        "pictures": report.images,
         "bytes": report.bytes,
         "seconds": round(seconds, 3),
     }
@@ -211,8 +212,8 @@ def _describe_speed(report: VerificationReport, seconds: float, decode: bool) ->
     seconds = max(seconds, 1e-9)
     what = "checked and decoded" if decode else "checked"
     return (
-        f"{report.pictures:,} images, {report.bytes / 1e9:,.2f} GB {what} in {seconds:.1f} s "
-        f"({report.bytes / 1e9 / seconds:.2f} GB/s, {report.pictures / seconds:,.0f} pictures/s)"
+        f"{report.images:,} images, {human_bytes(report.bytes)} {what} in {seconds:.1f} s "
+        f"({human_bytes(report.bytes / seconds)}/s, {report.images / seconds:,.0f} images/s)"
     )
 
 

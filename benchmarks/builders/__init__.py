@@ -17,13 +17,13 @@ class Builder:
     """One line of the comparison."""
 
     title: str
-    """What the table calls it."""
+    """Name in the table."""
     program: str
     """Name of the file here; of ours, the module that is run."""
     module: str | None = None
     """The library that must be there, by its import name; None where Duet needs it anyway."""
     library: str | None = None
-    """That library on the package index, for its version."""
+    """Name of the library on the package index, for its version."""
 
 
 BUILDERS = {
@@ -45,4 +45,4 @@ BUILDERS = {
         library="opencv-python-headless",
     ),
 }
-"""By their names on the command line; the first is what the others are compared with."""
+"""Builders by their names on the command line; the others are compared with the first."""

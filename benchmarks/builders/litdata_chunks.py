@@ -10,13 +10,13 @@ from shares import parse_arguments
 
 
 def sample(row: tuple[str, int]) -> dict[str, Any]:
-    """Return what litdata stores of an image."""
+    """Return the row that litdata stores for an image."""
     path, label = row
     return {"image": encode_image(path), "class": label}
 
 
 def main() -> None:
-    """Hand the list to litdata."""
+    """Pack the list with litdata."""
     images, out, workers = parse_arguments()
     optimize(sample, images, str(out), num_workers=workers, chunk_bytes="64MB")
 

@@ -46,14 +46,14 @@ def resample_by_pillow(pixels: Pixels) -> Pixels:
 
 
 def encode_by_pillow(pixels: Pixels, quality: int, chroma: Chroma) -> bytes:
-    """Return Pillow's JPEG."""
+    """Return the image as Pillow's JPEG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=chroma)
     return file.getvalue()
 
 
 def compute_psnr(a: Pixels, b: Floats) -> float:
-    """Return decibels."""
+    """Return the peak signal-to-noise ratio in decibels."""
     return float(10 * np.log10(255**2 / max(float(np.mean((a - b) ** 2)), 1e-9)))
 
 
@@ -109,7 +109,7 @@ def _measure_encoding(
 
 
 def make_quality_table(rows: list[dict[str, Any]]) -> rich.table.Table:
-    """The measurements as a table."""
+    """Return the measurements as a table."""
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
     for title in ("road", "stored"):
         out.add_column(title, no_wrap=True)

@@ -1,4 +1,4 @@
-"""How fast a training step is on one GPU with both columns, and how far from what it could be.
+"""Speed of a training step on one GPU with both columns, beside the limits of the GPU.
 
     python benchmarks/gpu/step.py [--out benchmarks/gpu/results] [--minutes 8]
 
@@ -44,7 +44,7 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class Lane:
-    """A network, in one type, eager or compiled."""
+    """A network in one data type, eager or compiled."""
 
     net: str
     mode: str
@@ -52,12 +52,12 @@ class Lane:
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Name in the table."""
         return f"{self.net} {self.mode} {self.form}"
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return what the command line says."""
+    """Parse the command line."""
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     found.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     found.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -74,10 +74,10 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Bench:
-    """One run. What it finds is on the disk after each measurement."""
+    """One run; its results are on the disk after each measurement."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Look at the machine and name the results."""
+        """Describe the machine, and name the files of the results."""
         self.options = options
         self.device = torch.device("cuda" if options.device == "gpu" else "cpu")
         self.end = time.monotonic() + 60 * options.minutes
@@ -92,13 +92,13 @@ class Bench:
         self.found["setup"] = {"batch": options.batch, "width": options.width}
 
     def put(self, key: str, value: Any) -> None:
-        """Note a finding."""
+        """Add a result, and write the files."""
         self.found[key] = value
         self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
         self.path.with_suffix(".md").write_text(markdown(self.found), encoding="utf-8")
 
     def seconds(self, work: Callable[[], object], at_least: float = 0.3) -> float:
-        """Return the seconds of one `work`, all of its work waited for."""
+        """Return the seconds of one call of `work`, the GPU's part included."""
         for _ in range(2):
             work()
         self.wait()
@@ -112,7 +112,7 @@ class Bench:
                     return passed / count
 
     def wait(self) -> None:
-        """Let the device finish."""
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -198,7 +198,7 @@ class Bench:
         self.put("goals", goals(self.found))
 
     def turn(self, lane: Lane, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-        """Return what takes one step of a lane."""
+        """Return a function that takes one step of a lane."""
         torch.manual_seed(0)
         step: Step
         if lane.net == "plain":
@@ -247,19 +247,19 @@ def set_precision(mode: str) -> None:
 
 
 def plain_norm(x: torch.Tensor, columns: int, relu: bool) -> torch.Tensor:
-    """Return what torch's own layer makes of it."""
+    """Return the normalization by torch's own layer, [b, maps, h, w]."""
     norm = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
     x = x.relu() if relu else x
     return torch.cat([norm(own) for own in x.chunk(columns, dim=1)], dim=1)
 
 
 def format_error(error: Exception) -> str:
-    """Return one line."""
+    """Return an error as one line of at most 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def main() -> int:
-    """Take the steps that are not skipped; say where the results are."""
+    """Take the steps that are not skipped, and print the paths of the results."""
     options = parse_arguments()
     if options.device == "gpu" and not torch.cuda.is_available():
         sys.stderr.write("error: torch sees no GPU; --device cpu tries the script out\n")

@@ -1,4 +1,4 @@
-"""How fast the stream is on a GPU, with which setting, and whether its pixels are right.
+"""Speed of the stream on a GPU, by setting, and a check of its pixels.
 
     python benchmarks/gpu/stream.py DATA [--raw RAWDATA] [--minutes 8]
 
@@ -45,7 +45,7 @@ GRACE = 120
 
 
 class Bench:
-    """One run: each method is a step, and writes down what it finds."""
+    """One run: each method is a step, and records its results."""
 
     def __init__(self, options: Options, record: Record, folder: Path) -> None:
         """Take the options and an empty folder for data sets made on the way."""
@@ -64,7 +64,7 @@ class Bench:
         self.goals: list[dict[str, Any]] = []
 
     def take(self, step: str) -> None:
-        """Take a step; if it fails, note that, so that the others have their turn."""
+        """Take a step; an error is recorded, so that the other steps follow."""
         try:
             getattr(self, step)()
         except Exception as error:
@@ -78,7 +78,7 @@ class Bench:
         self._check("jpeg", self._data, (*EXACT, MIXED) if self._gauge else (self.best.load,))
 
     def damage(self) -> None:
-        """See what damaged images do."""
+        """Try damaged images."""
         loads = [*EXACT, MIXED] if self._gauge else [0.0]
         rows = damage.try_damage(self._options.data, self._device, loads)
         self._record.put("damage", rows)
@@ -91,7 +91,7 @@ class Bench:
             self._judge(name, went_on == len(damage.EDITS), found)
 
     def sweep(self) -> None:
-        """Look for the best setting."""
+        """Search for the best setting."""
         axes = search.list_axes(self._device, self._cores)
         self.best = self._climb("sweep", self._data, self.best, axes)
 
@@ -102,7 +102,7 @@ class Bench:
         self._goal(f"at least {NATIVE} of DALI's reader", clock.ratio(ours, native), NATIVE)
 
     def exact(self) -> None:
-        """Measure what it costs to have pixels that do not depend on the batch."""
+        """Measure the cost of pixels that do not depend on the batch."""
         if self._gauge is None:
             return
         names = {f"load {load:g}": load for load in (self.best.load, MIXED, *EXACT)}
@@ -134,7 +134,7 @@ class Bench:
         self._alone("bare", parts, self.best)
 
     def raw(self) -> None:
-        """Do the same with raw images."""
+        """Measure pixels, sweep, turns and parts with raw images."""
         given = self._options.raw or copies.make_raw(self._options.data, self._folder / "raw-small")
         data = copies.repeat_data(given, self._folder / "raw", self._options.samples)
         if "pixels" not in self._options.skip:
@@ -241,7 +241,7 @@ def _apart(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Take the steps and say where the results are."""
+    """Take the steps, and print the paths of the results."""
     options = tyro.cli(Options, prog="python benchmarks/gpu/stream.py", description=__doc__)
     steps = select_steps(options)
     # Lanes that only decode have no use for flips and means.

@@ -18,28 +18,28 @@ class Peer:
     """One line of the comparison."""
 
     title: str
-    """What the table calls it."""
+    """Name in the table."""
     adapter: str
     """Name of the module in this package."""
     lane: Literal["jpeg", "raw"] = "jpeg"
-    """Which of the two data sets it reads."""
+    """Encoding of the data set that it reads."""
     module: str | None = None
     """The library's import name; None where Duet itself needs the library anyway."""
     library: str | None = None
     """The library's name on the package index, for its version."""
     install: str = ""
-    """How to get it."""
+    """Way to install it."""
     copies: bool = False
-    """Whether it reads a copy of the images in a format of its own."""
+    """True if it reads a copy of the images in a format of its own."""
     planes: bool = False
-    """Whether to ask for contiguous [b, 3, 224, 224] memory where the library's own way is a
+    """True to ask for contiguous [b, 3, 224, 224] memory where the library's own way is a
     channels-last view of [b, 224, 224, 3]."""
     gpu: bool = False
-    """Whether it can decode on a GPU too."""
+    """True if it can decode on a GPU too."""
 
     @property
     def installed(self) -> bool:
-        """Whether the library is there (it is not imported)."""
+        """True if the library is installed (it is not imported)."""
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
 

@@ -28,7 +28,7 @@ PREFETCH = 3
 
 
 class _Stored(RGBImageField):  # type: ignore[misc]
-    """FFCV's image field, but what it is given is stored as it is."""
+    """FFCV's image field that stores the given bytes as they are."""
 
     def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
         destination["mode"] = IMAGE_MODES[self.write_mode]
@@ -38,7 +38,7 @@ class _Stored(RGBImageField):  # type: ignore[misc]
 
 
 class _Images:
-    """What FFCV's writer wants: an indexable of tuples."""
+    """Images as FFCV's writer takes them: an indexable of tuples."""
 
     def __init__(self, images: list[bytes]) -> None:
         self._images = images

@@ -35,7 +35,7 @@ class Runner:
     """One loader, in a process that ends with this one."""
 
     def __init__(self, peer: Peer, work: Work) -> None:
-        """Start the process; `wait` says when it is ready."""
+        """Start the process; `wait` returns when it is ready."""
         self.title = peer.title
         self._log = work.folder / "log"
         spawn = multiprocessing.get_context("spawn")
@@ -48,7 +48,7 @@ class Runner:
         """Return None once the loader is ready, or why its library cannot be imported.
 
         Raises:
-            SetupError: it failed, or what it delivers is not what was asked for.
+            SetupError: it failed, or it delivers other batches than `work` describes.
         """
         answer = self._answer()
         return None if answer is None else str(answer)
@@ -120,7 +120,7 @@ def check_batches(batches: Iterator[Any], work: Work, *, decoded_only: bool = Fa
 
     Args:
         batches: of a loader.
-        work: what it was asked for.
+        work: the job of the loader.
         decoded_only: it yields uint8 [256, 256, 3] instead, one image of each batch.
 
     Raises:

@@ -28,11 +28,11 @@ class Work:
     data: Path
     """Sealed Duet data set that all loaders read or are converted from."""
     lane: Literal["jpeg", "raw"]
-    """What the set holds: JPEG bytes or pixels."""
+    """Encoding of the data set: JPEG bytes or pixels."""
     folder: Path
     """Empty folder for the loader's own format."""
     mean: tuple[float, float, float]
-    """Red, green, blue; grey levels 0..255."""
+    """Mean of red, green, blue in the training set; grey levels 0..255."""
     samples: int
     """Images in the train split."""
     passes: int
@@ -45,7 +45,7 @@ class Work:
     planes: bool = False
     """Contiguous planes are wanted where the library's own way is channels-last memory."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where `duet_stream` and `dali_native` decode; all others know the CPU only."""
+    """Device on which `duet_stream` and `dali_native` decode; all others know the CPU only."""
 
 
 def shards(work: Work) -> list[Path]:
@@ -54,10 +54,10 @@ def shards(work: Work) -> list[Path]:
 
 
 def stored(work: Work) -> Iterator[bytes]:
-    """Yield what the train split holds, in stored order.
+    """Yield the bytes of the samples of the train split, in stored order.
 
-    That is the bytes of a JPEG file, or of [256, 256, 3] pixels in C order. Read with `tarfile`
-    and NumPy alone, so that nothing of ours stands between the shards and another loader.
+    A sample is a JPEG file, or [256, 256, 3] pixels in C order. Only `tarfile` and NumPy read them,
+    so that nothing of ours stands between the shards and another loader.
     """
     for shard in shards(work):
         with tarfile.open(shard) as tar:

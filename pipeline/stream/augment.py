@@ -68,7 +68,7 @@ class Draws(NamedTuple):
     """[b] upper edge of the crop, 0..32."""
     flip: npt.NDArray[np.bool_]
     """[b] mirror left to right; probability 1/2."""
-    colour: Floats
+    color: Floats
     """[b, 3] standard normal, one per principal component (the paper's alpha / 0.1)."""
 
 
@@ -84,21 +84,21 @@ def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -
         x=scale_to_range(drawn[0], BORDER + 1),
         y=scale_to_range(drawn[1], BORDER + 1),
         flip=(drawn[2] >> np.uint64(63)).astype(bool),
-        colour=np.stack([_normal(*drawn[3:5])[0], *_normal(*drawn[5:7])], axis=1),
+        color=np.stack([_normal(*drawn[3:5])[0], *_normal(*drawn[5:7])], axis=1),
     )
 
 
-def compute_color_shift(colour: Floats, basis: Floats) -> Floats:
+def compute_color_shift(color: Floats, basis: Floats) -> Floats:
     """Return the RGB shift [b, 3] of draws [b, 3].
 
     Args:
-        colour: the draws.
+        color: the draws.
         basis: components in columns, [3, 3], or [b, 3, 3] for a basis of each sample.
     """
     # A sum in a fixed order: a matrix product may round otherwise for another batch size.
-    shift: Floats = colour[:, :1] * basis[..., 0]
-    shift += colour[:, 1:2] * basis[..., 1]
-    shift += colour[:, 2:3] * basis[..., 2]
+    shift: Floats = color[:, :1] * basis[..., 0]
+    shift += color[:, 1:2] * basis[..., 1]
+    shift += color[:, 2:3] * basis[..., 2]
     return shift
 
 

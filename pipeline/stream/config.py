@@ -21,7 +21,7 @@ View = Literal["random", "centre", "whole"]
 Shuffle = Literal["full", "block"]
 Mean = Literal["channel", "picture"]
 Device = Literal["cpu", "gpu"]
-Colour = float | Sequence[tuple[int, float]]
+Color = float | Sequence[tuple[int, float]]
 """Standard deviation of the colour draws, in those of the training images, 0 or more: one for all
 epochs, or pairs (first epoch, deviation) whose epochs rise from 0."""
 
@@ -31,7 +31,7 @@ MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
-class ColourPlan:
+class ColorPlan:
     """Standard deviation of the colour draws in each epoch."""
 
     starts: tuple[int, ...]
@@ -40,31 +40,31 @@ class ColourPlan:
     """Standard deviation in each stretch, 0 or more."""
 
     @classmethod
-    def of(cls, colour: Colour) -> ColourPlan:
+    def of(cls, color: Color) -> ColorPlan:
         """Read a number, or pairs (epoch, number).
 
         Raises:
             ValueError: a number that is negative or not finite, or epochs that do not rise from 0.
         """
-        pairs = ((0, colour),) if isinstance(colour, int | float) else colour
+        pairs = ((0, color),) if isinstance(color, int | float) else color
         try:
             starts, values = zip(*((start, float(value)) for start, value in pairs), strict=True)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"colour is {colour!r}; it takes a number, or pairs such as ((0, 0.1), (67, 0.0))"
+                f"colour is {color!r}; it takes a number, or pairs such as ((0, 0.1), (67, 0.0))"
             ) from error
         if not all(math.isfinite(value) and value >= 0 for value in values):
-            raise ValueError(f"out of range: colour={colour}; it takes finite numbers, 0 or more")
+            raise ValueError(f"out of range: colour={color}; it takes finite numbers, 0 or more")
         rising = all(a < b for a, b in itertools.pairwise(starts))
         if any(type(start) is not int for start in starts) or starts[0] != 0 or not rising:
             raise ValueError(
-                f"out of range: colour={colour}; its epochs are whole numbers that rise from 0"
+                f"out of range: colour={color}; its epochs are whole numbers that rise from 0"
             )
         return cls(starts, values)
 
     @property
     def given(self) -> float | tuple[tuple[int, float], ...]:
-        """The plan as `Colour`: a number, or pairs."""
+        """The plan as `Color`: a number, or pairs."""
         if len(self.starts) == 1:
             return self.values[0]
         return tuple(zip(self.starts, self.values, strict=True))
@@ -100,7 +100,7 @@ class StreamConfig:
     world_size: int = 1
     """Ranks that share each batch."""
     device: Device = "cpu"
-    """Where pixels are made and left: `cpu`, or `gpu` for the current CUDA device."""
+    """Device on which pixels are made and left: `cpu`, or `gpu` for the current CUDA device."""
     view: View = "random"
     """`random` crop, flip and colour (training); `centre` crop (evaluation); `whole` 256x256 image
     (for ten views)."""
@@ -113,14 +113,14 @@ class StreamConfig:
     only two windows of shards are needed on this node at a time."""
     window: int = 16
     """Shards in a window of the block shuffle, at least 1."""
-    colour: Colour = 0.1
+    colour: Color = 0.1
     """Standard deviation of the paper's PCA colour draws (0 turns them off), or pairs (first epoch,
     deviation): the source draws colours in epochs 0..66 only. Used in view `random` only."""
     colour_divide: bool = False
     """Divide pixels by 1 + colour at the end, which keeps their scale near that of test images.
     Used in view `random` only."""
     mean: Mean = "channel"
-    """What is subtracted: the training set's mean of each `channel`, or its mean `picture` (paper,
+    """Mean that is subtracted: the training set's of each `channel`, or its mean `picture` (paper,
     section 2: "the mean activity over the training set from each pixel"). The mean image's center
     is subtracted from every crop, wherever it was cut and whether flipped or not. In view `whole`
     nothing is subtracted: subtract `Stream.view_mean` from each 224x224 view that is cut out."""
@@ -163,7 +163,7 @@ class StreamConfig:
             if not low <= value <= high:  # a NaN is in no range
                 limits = f"{low} or above" if high == math.inf else f"from {low} to {high}"
                 raise ValueError(f"{name} is {value}; it must be {limits}")
-        _ = self.colour_plan, self.span
+        _ = self.color_plan, self.span
 
     @property
     def span(self) -> tuple[int, int]:
@@ -177,13 +177,13 @@ class StreamConfig:
         return last - first
 
     @property
-    def colour_plan(self) -> ColourPlan:
+    def color_plan(self) -> ColorPlan:
         """`colour` by epoch."""
-        return ColourPlan.of(self.colour)
+        return ColorPlan.of(self.colour)
 
     @property
     def divides(self) -> bool:
-        """Whether pixels are divided by 1 + colour."""
+        """True if pixels are divided by 1 + colour."""
         return self.colour_divide and self.view == "random"
 
     @property

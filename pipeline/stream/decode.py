@@ -40,7 +40,7 @@ os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
 
 
 class DecoderInput(NamedTuple):
-    """What one run of the graph takes, for b samples."""
+    """Input of one run of the graph: b samples."""
 
     images: list[npt.NDArray[np.uint8]]
     """JPEGs, [size] each, or raw images, [256, 256, 3] each. DALI reads them where they lie: they
@@ -243,6 +243,8 @@ class DaliReader:
 
     def __init__(self, data: Path, config: StreamConfig) -> None:
         """Open the split of a local dataset.
+
+        Batch, device, threads, prefetch and decoder load are the config's, as in `Stream`.
 
         Raises:
             UsageError: no dataset, or no such split.

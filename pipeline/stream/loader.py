@@ -217,7 +217,7 @@ class BatchReader:
             # A substitute gets the draws of the sample that is due: it has its own place as well.
             draws = draw(self.order.seed, slots.epochs, slots.ids)
             x, y, flip = draws.x, draws.y, draws.flip
-            mean = self.normalization.compute_means(draws.colour, slots.epochs)
+            mean = self.normalization.compute_means(draws.color, slots.epochs)
             if self.config.divides:
                 divisor = self.normalization.compute_divisors(slots.epochs).astype(np.float32)
         else:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pipeline.dataset.image_stats import Statistics
 from pipeline.stream.augment import BORDER, CROP, compute_color_shift
-from pipeline.stream.config import ColourPlan, StreamConfig
+from pipeline.stream.config import ColorPlan, StreamConfig
 
 Epochs = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
@@ -25,9 +25,9 @@ class Normalization:
     mean_image: Floats | None
     """[3, 224, 224]: subtracted besides from every crop, wherever it was cut and whether flipped
     or not. Its channels have a mean near 0: float16 holds it to a hundredth of a grey level."""
-    plan: ColourPlan
+    plan: ColorPlan
     """Standard deviation of the colour draws by epoch."""
-    colour_shifts: Doubles
+    color_shifts: Doubles
     """[stretches, 3, 3]: for each stretch of `plan`, the RGB shift of a draw of 1 along each
     principal component, in columns."""
 
@@ -40,31 +40,31 @@ class Normalization:
         elif config.mean == "picture":
             image = crop_mean_image(statistics) - channels.reshape(3, 1, 1)
             mean_image = image.astype(np.float32)
-        plan = config.colour_plan
+        plan = config.color_plan
         vectors, deviations = statistics.eigenvectors, np.sqrt(statistics.eigenvalues)
         return cls(
             channel_mean=channels,
             mean_image=mean_image,
             plan=plan,
-            colour_shifts=np.stack([value * vectors * deviations for value in plan.values]),
+            color_shifts=np.stack([value * vectors * deviations for value in plan.values]),
         )
 
     @property
     def subtracted(self) -> Floats:
-        """What is subtracted from an image without colour: [3, 1, 1] or [3, 224, 224]."""
+        """Mean that an image without colour loses: [3, 1, 1] or [3, 224, 224]."""
         mean = self.channel_mean.reshape(3, 1, 1)
         return (mean if self.mean_image is None else mean + self.mean_image).astype(np.float32)
 
-    def compute_means(self, colour: Doubles, epochs: Epochs) -> Doubles:
+    def compute_means(self, color: Doubles, epochs: Epochs) -> Doubles:
         """Return what to subtract from the channels of b samples, [b, 3], colour included.
 
         Args:
-            colour: [b, 3] colour draws of the samples.
+            color: [b, 3] colour draws of the samples.
             epochs: int64 [b].
         """
         # Subtracting (mean - shift) adds the colour shift.
         return self.channel_mean - compute_color_shift(
-            colour, self.colour_shifts[self.plan.find_stretches(epochs)]
+            color, self.color_shifts[self.plan.find_stretches(epochs)]
         )
 
     def compute_divisors(self, epochs: Epochs) -> Doubles:

@@ -11,7 +11,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
 _Queue: TypeAlias = queue.Queue[tuple[T | None, BaseException | None]]
-"""Of an item, or None and the error that came in its place; two Nones at the end."""
+"""Pairs of an item and None, or of None and the error in its place; two Nones at the end."""
 
 JOIN_TIMEOUT = 5.0
 """Seconds that the end of the interpreter waits for a thread that makes an item."""

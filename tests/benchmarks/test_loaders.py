@@ -31,7 +31,7 @@ BATCH = 4
 
 
 def work(data: Path = Path("nowhere")) -> Work:
-    """What loaders are asked for in these tests."""
+    """Return the job of a loader in these tests."""
     return Work(
         data=data,
         lane="jpeg",
@@ -85,8 +85,8 @@ def test_floats_are_the_pixels_minus_the_mean() -> None:
 
 def test_a_crop_is_a_window_of_the_image(tiny_data: Path) -> None:
     jpeg = next(stored(work(tiny_data)))
-    picture = np.asarray(Image.open(io.BytesIO(jpeg)))
-    windows = np.lib.stride_tricks.sliding_window_view(picture, (CROP, CROP), (0, 1))
+    image = np.asarray(Image.open(io.BytesIO(jpeg)))
+    windows = np.lib.stride_tricks.sliding_window_view(image, (CROP, CROP), (0, 1))
     seen = set()
     for _ in range(12):
         crop = pillow_crop(jpeg).numpy()
@@ -96,7 +96,7 @@ def test_a_crop_is_a_window_of_the_image(tiny_data: Path) -> None:
             seen |= {
                 (x, y, flip)
                 for y, x in np.argwhere(fits)
-                if np.array_equal(picture[y : y + CROP, x : x + CROP], pixels)
+                if np.array_equal(image[y : y + CROP, x : x + CROP], pixels)
             }
     assert len(seen) > 6, "crops do not vary, or are no windows of the image"
     assert {flip for *_, flip in seen} == {False, True}

@@ -94,7 +94,7 @@ def test_a_small_run_measures_every_lane() -> None:
 
 
 def gpu_found(**more: Any) -> dict[str, Any]:
-    """What `gpu/step.py` may have found on some GPU."""
+    """Return results such as `gpu/step.py` has on some GPU."""
     lanes = {
         "duet bf16 compiled": {"net": "duet", "mode": "bf16", "form": "compiled"},
         "plain tf32 eager": {"net": "plain", "mode": "tf32", "form": "eager"},

@@ -188,7 +188,7 @@ def test_damaged_images_are_left_out_and_named(data: Path, here: Path, capsys) -
 
 def test_colour_draws_are_those_of_the_training(tiny_data: Path) -> None:
     statistics = Statistics.load(tiny_data)
-    (colours,) = Normalization.of(statistics, StreamConfig()).colour_shifts
+    (colours,) = Normalization.of(statistics, StreamConfig()).color_shifts
     np.testing.assert_array_equal(compute_basis(statistics), colours)
     grey = np.full((256, 256, 3), 128, np.uint8)
     for component, made in enumerate(make_strips(statistics, [grey])):

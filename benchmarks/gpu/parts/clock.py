@@ -67,7 +67,7 @@ def measure_window(
 
 
 def measure_once(lane: Lane, setting: Setting, seconds: float, gauge: Gauge | None) -> Row:
-    """Open a lane, measure one window and close it. What goes wrong stands in the row."""
+    """Open a lane, measure one window and close it. The row holds the error, if there is one."""
     row: Row = asdict(setting)
     try:
         with closing(lane(setting)) as batches:
@@ -118,7 +118,7 @@ def ratio(rows: list[Row], others: list[Row]) -> float:
 
 
 def free_memory() -> None:
-    """Give back the memory of closed lanes, before the next takes its own."""
+    """Free the memory of closed lanes, before the next lane takes its own."""
     gc.collect()
     ReleaseUnusedMemory()
     if torch.cuda.is_available():

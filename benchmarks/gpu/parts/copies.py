@@ -20,9 +20,9 @@ from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.shard_reader import Bytes, ShardReader
 
 RAW_IMAGES = 500
-"""Images of a raw set that is made here: 98 MB, more than a processor's caches hold."""
+"""Images of a raw set that is made here: 98 MB, more than the caches of a processor hold."""
 RAW_SHARD = 100
-"""... and in each of its shards."""
+"""Images in each of its shards."""
 
 
 def repeat_data(data: Path, folder: Path, samples: int) -> Path:

@@ -1,4 +1,4 @@
-"""What an image that cannot be decoded does: run in a process of its own, which it may end.
+"""Effects of an image that cannot be decoded, tried in a process that it may end.
 
 `try_damage` starts such processes, one for each load, and returns what they printed.
 """

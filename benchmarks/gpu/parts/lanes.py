@@ -1,4 +1,4 @@
-"""What is measured: each lane is a generator of batches, endless, for one setting.
+"""Lanes that are measured: each is an endless generator of batches for one setting.
 
 Lanes over a data set:      ours, native, feed_alone
 Lanes over memory, no disk: recipe (our graph), decode_alone, split, codec (nvImageCodec, no DALI)
@@ -10,7 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ MEMORY = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What the sweep varies."""
+    """Settings that the sweep varies."""
 
     threads: int
     """Host threads of DALI."""
@@ -60,7 +60,7 @@ Lane = Callable[[Setting], Generator[Any]]
 
 def ours(data: Path, device: Device, setting: Setting) -> Generator[torch.Tensor]:
     """Yield the batches of `Stream`, with the full recipe."""
-    with Stream(data, _config(device, setting)) as stream:
+    with Stream.from_config(data, _config(device, setting)) as stream:
         for batch in stream:
             yield batch.images
 
@@ -74,7 +74,8 @@ def native(data: Path, device: Device, setting: Setting) -> Generator[torch.Tens
 
 def feed_alone(data: Path, setting: Setting) -> Generator[DecoderInput]:
     """Yield what our reader gives the graph: ordered, read, checked, drawn, and not decoded."""
-    with closing(BatchReader(LocalDataset(data), _config("cpu", setting))) as reader:
+    config = replace(_config("cpu", setting), strict=True)
+    with closing(BatchReader(LocalDataset(data), config)) as reader:
         prefetcher = Prefetcher(reader.read_batches(0), depth=setting.prefetch)
         with closing(prefetcher):
             while True:

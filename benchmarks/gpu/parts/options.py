@@ -1,4 +1,4 @@
-"""What may be chosen, and whether it can work."""
+"""Options of `stream.py`, and the check of them."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ class Options:
     device: Device = "gpu"
     """`cpu` runs what makes sense there, to try this out."""
     minutes: float = 8.0
-    """Time for all of it."""
+    """Minutes for the whole run."""
     seconds: float = 3.0
-    """Length of a window."""
+    """Seconds of a window."""
     rounds: int = 5
-    """Turns of each lane."""
+    """Number of turns of each lane."""
     samples: int = 20_000
-    """Smaller sets are repeated, by links to their shards, until they have as many."""
+    """Fewest samples: a smaller set is repeated, by links to its shards, until it has as many."""
     checked: int = 512
-    """Images whose pixels are compared."""
+    """Number of images whose pixels are compared."""
     skip: str = ""
     """Steps to leave out, with commas between: pixels, damage, sweep, turns, exact, bare, raw."""
     threads: int | None = None
-    """Where the sweep begins, and what is used without one; default: one per core."""
+    """Threads that the sweep begins with, or that are used without one; default: one per core."""
     load: float = MIXED
-    """Likewise."""
+    """Decoder load, 0..1, that the sweep begins with, or that is used without one."""
     prefetch: int = 2
-    """Likewise."""
+    """Batches in flight that the sweep begins with, or that are used without one."""
     batch: int = 256
-    """Likewise."""
+    """Images in a batch that the sweep begins with, or that are used without one."""
 
 
 def select_steps(options: Options) -> list[str]:

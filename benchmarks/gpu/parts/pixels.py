@@ -16,10 +16,11 @@ from pipeline.stream.config import Device
 MEAN = 0.5
 """Grey levels by which GPU and CPU may differ on average."""
 MOST = 4.0
-"""... and in all but one of a thousand values. Both decoders round the inverse transform, the
-chroma upsampling and the colour conversion, each to about a level; blue takes 1.8 times of it."""
+"""Grey levels by which all but one of a thousand values may differ. Both decoders round the inverse
+transform, the chroma upsampling and the colour conversion, each to about a level; blue takes 1.8
+times of it."""
 LEVELS = 16
-"""Steps of a grey level that differences are counted in."""
+"""Steps of a grey level in which differences are counted."""
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999)
 CHUNK = 64
 
@@ -77,7 +78,7 @@ def measure_difference(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, A
 
 
 def is_within_bounds(row: dict[str, Any]) -> bool:
-    """Whether a difference is within the bounds."""
+    """Return whether a difference is within the bounds."""
     return bool(row["mean"] <= MEAN and row["quantiles"]["0.999"] <= MOST)
 
 

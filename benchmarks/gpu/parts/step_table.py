@@ -1,4 +1,4 @@
-"""What `step.py` has found, as people read it, and as the goals ask for it."""
+"""Results of `step.py` as Markdown, and as figures for the goals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 FLOP = 3 * 2 * 724_406_816
-"""Of a training step with one image: forward, and both gradients at the same price. (conv1's input
-needs no gradient: 5 % less is really computed.)"""
+"""Operations of a training step with one image: forward, and both gradients at the same price.
+(conv1's input needs no gradient: 5 % less is really computed.)"""
 FASTER, OF_LIMIT = 3.0, 0.30
 """Goals on one H100: over the plain version in its best type, and of the bf16 matrix limit."""
 
@@ -39,7 +39,7 @@ def goals(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return what was found as people read it."""
+    """Return the results as Markdown."""
     machine = found["machine"]
     lines = [f"# A training step on {machine.get('gpu', machine['cpu'])}, {machine['date']}", ""]
     lines += [f"`{found['command']}`", "", *(f"- {k}: {v}" for k, v in machine.items())]

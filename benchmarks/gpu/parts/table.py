@@ -1,4 +1,4 @@
-"""The results as people read them: Markdown."""
+"""Results of `stream.py` as Markdown."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class LedgerAttempt:
         lost = len(self.files) < self.world_size or self.reach - low > MAX_LAG * self.batch_size
         return self.reach if lost else low
 
-    def ranks(self, positions: Ids) -> Ids:
+    def find_ranks(self, positions: Ids) -> Ids:
         """Return whose slice each position is in, int64 [n]."""
         ends = [
             split_batch(self.batch_size, rank, self.world_size)[1]
@@ -67,7 +67,7 @@ class RunLedgers(NamedTuple):
     torn: int
     """Number of files whose last frame or first line is incomplete."""
     unreadable: dict[Path, str]
-    """Why the first line of each damaged file cannot be read."""
+    """Reason why the first line cannot be read, of each damaged file."""
 
 
 def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> RunLedgers:
@@ -243,7 +243,7 @@ class Gaps:
         for number, one in enumerate(self._attempts):  # later ones override earlier ones
             here = slice(*np.searchsorted(missing, (one.position, one.reach)))
             attempt[here] = number
-            rank[here] = one.ranks(missing[here])
+            rank[here] = one.find_ranks(missing[here])
             stopped[here] = missing[here] >= max(one.stop, self._consumed)
         return attempt, rank, stopped
 

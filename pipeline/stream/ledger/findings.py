@@ -14,7 +14,7 @@ LISTED = 10
 """Ids or ranges listed in a finding, and findings listed of a kind; the rest is counted."""
 
 KINDS = ("unreadable", "out of line", "missing", "replay", "unknown id", "twice", "never")
-"""What can be wrong with files, positions and ids: causes before their consequences."""
+"""Kinds of errors of files, positions and ids: causes before their consequences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class LedgerFinding:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What the ledgers of a run prove."""
+    """Result of reading the ledgers of a run: the errors, or the proof of exactly once."""
 
     findings: tuple[LedgerFinding, ...]
     """Errors; if empty, each epoch was delivered exactly once."""

@@ -47,14 +47,13 @@ class LedgerHeader:
     shuffle: str
     """Name of the order with its settings: `full`, `block 16`."""
     view: str
-    """How an image is cut: `random`, `centre`, `whole`."""
+    """Cut of an image: `random`, `centre`, `whole`."""
     colour: float | tuple[tuple[int, float], ...]
     """Standard deviation of the colour draws, or pairs (first epoch, deviation)."""
     colour_divide: bool = False
-    """Whether pixels were divided by 1 + colour. Older files lack it."""
+    """True if pixels were divided by 1 + colour. Older files lack it."""
     mean: str = "channel"
-    """What was subtracted: the mean of each `channel`, or the mean `picture`. Older files lack
-    it."""
+    """Mean that was subtracted: of each `channel`, or the mean `picture`. Older files lack it."""
     position: int
     """Samples that the whole job had consumed when the attempt began."""
     batch_size: int
@@ -78,7 +77,7 @@ class LedgerHeader:
         shuffle = f"block {config.window}" if config.shuffle == "block" else "full"
         facts = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
         facts["shuffle"] = "stored" if config.once else shuffle
-        facts["colour"] = config.colour_plan.given
+        facts["colour"] = config.color_plan.given
         return cls(data_sha256=data_sha256, samples=samples, **facts)
 
     @property
@@ -159,9 +158,9 @@ class LedgerFile:
     frames: npt.NDArray[np.int64]
     """[frames, 4]: byte offset, position, samples and replaced samples of each, as written."""
     torn: bool
-    """Whether the last frame is incomplete; it is ignored."""
+    """True if the last frame is incomplete; it is ignored."""
     damage: str
-    """Why the rest of the file could not be read; empty if all of it was."""
+    """Reason why the rest of the file could not be read; empty if all of it was."""
 
     @property
     def start(self) -> int:

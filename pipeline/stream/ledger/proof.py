@@ -106,8 +106,8 @@ class _Replays:
         other_ids, owner = window.add_ids(number, deliveries)
         self._record("ids", number, deliveries, other_ids, owner, window)
         # Pixels differ between devices, crops, means and colours: those are not compared.
-        colour = header.colour, header.colour_divide
-        kind = header.checksum, header.device, header.view, header.mean, colour
+        color = header.colour, header.colour_divide
+        kind = header.checksum, header.device, header.view, header.mean, color
         other_pixels, owner = window.add_pixels(number, kind, deliveries)
         self._record("pixels", number, deliveries, other_pixels & ~other_ids, owner, window)
 

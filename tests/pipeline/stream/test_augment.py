@@ -76,7 +76,7 @@ def test_the_draws_are_the_ones_runs_were_made_with():
     assert draws.x.tolist() == GOLDEN["x"]
     assert draws.y.tolist() == GOLDEN["y"]
     assert draws.flip.tolist() == GOLDEN["flip"]
-    assert draws.colour.round(6).tolist() == GOLDEN["colour"]
+    assert draws.color.round(6).tolist() == GOLDEN["colour"]
 
 
 def test_tint_is_the_papers_formula():

@@ -68,7 +68,7 @@ def whole(ranks: list[list[Batch]], field: str) -> torch.Tensor:
 
 
 class Reference(NamedTuple):
-    """What stands at each position of the stream."""
+    """Samples at each position of the stream."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -135,7 +135,7 @@ def test_the_ledgers_of_a_job_cut_and_resized_prove_exactly_once(tiny_data, jour
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_the_ledger_of_an_evaluation_proves_exactly_once(tiny_data, tmp_path, world):
-    """In batches of 20 the last one is padded, beyond the end of the epoch."""
+    """Batches of 20: the last one is padded, beyond the end of the epoch."""
     for rank in range(world):
         options = {"view": "centre", "once": True, "ledger": tmp_path, "batch_size": 20}
         with Stream(tiny_data, rank=rank, world_size=world, **options) as stream:

@@ -1,4 +1,4 @@
-"""What the ledgers of a run prove, and how what they do not prove is named."""
+"""Ledgers of a run prove exactly once, or name what is missing or wrong."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.stream.augment import compute_color_shift, draw
-from pipeline.stream.config import ColourPlan
+from pipeline.stream.config import ColorPlan
 from pipeline.stream.ledger.format import LedgerHeader, scan_ledger
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.loader import subtract_image
@@ -39,7 +39,7 @@ def expected(data, seed, position, count, *, plan, mean, divide):
             pixels = pixels[:, ::-1]
         pixels = pixels - (centre if mean == "picture" else stats.channel_mean)
         colour = next(value for start, value in reversed(plan) if start <= epoch)
-        pixels = pixels + compute_color_shift(colour * draws.colour, deviations)[place]
+        pixels = pixels + compute_color_shift(colour * draws.color, deviations)[place]
         yield pixels / (1 + colour) if divide else pixels
 
 
@@ -162,11 +162,11 @@ def test_a_mean_that_there_is_not_is_refused(tiny_data):
 
 
 def test_the_value_of_an_epoch():
-    plan = ColourPlan.of(PLAN)
+    plan = ColorPlan.of(PLAN)
     assert plan.find_stretches(np.array([0, 1, 2, 3, 90])).tolist() == [0, 1, 1, 2, 2]
     assert plan.given == PLAN
-    assert ColourPlan.of(((0, 0.5),)).given == ColourPlan.of(0.5).given == 0.5
-    assert ColourPlan.of([[0, 1], [2, 0]]).given == ((0, 1.0), (2, 0.0))  # as TOML or JSON has it
+    assert ColorPlan.of(((0, 0.5),)).given == ColorPlan.of(0.5).given == 0.5
+    assert ColorPlan.of([[0, 1], [2, 0]]).given == ((0, 1.0), (2, 0.0))  # as TOML or JSON has it
 
 
 def test_the_ledger_says_what_the_pixels_were(tiny_data, tmp_path):
@@ -222,13 +222,13 @@ def test_gpu_pixels_are_the_cpu_graphs(tiny_data, mean):
 
 @pytest.mark.parametrize("divisor", [None, np.array([1.0, 1.1, 1.3], np.float32)])
 def test_float16_pixels_lose_little_by_the_mean_image(divisor):
-    """What a GPU does with its pixels, on the CPU."""
+    """The arithmetic of a GPU, done on the CPU."""
     rng = np.random.default_rng(0)
     centred = rng.integers(0, 256, (3, 3, 224, 224)) - 115.3
-    picture = rng.normal(0, 12, (3, 224, 224))
+    image = rng.normal(0, 12, (3, 224, 224))
     scale = 1 if divisor is None else divisor.astype(np.float64)[:, None, None, None]
     images = torch.from_numpy(centred / scale).half()
-    subtract_image(images, torch.from_numpy(picture).half(), divisor)
-    difference = images.numpy() - (centred - picture) / scale
+    subtract_image(images, torch.from_numpy(image).half(), divisor)
+    difference = images.numpy() - (centred - image) / scale
     assert np.abs(difference).max() < 0.15  # grey levels; float16 alone: 0.06
     assert np.abs(difference).mean() < 0.03

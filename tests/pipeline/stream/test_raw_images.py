@@ -189,11 +189,11 @@ def test_the_jpegs_are_made_of_the_raw_pixels(raw_data, tiny_data):
 def test_dalis_own_reader_gives_crops_of_the_stored_pixels(raw_data):
     pixels, mean = stored(raw_data), Statistics.load(raw_data).channel_mean
     crops: dict[bytes, list[np.ndarray]] = {}  # every crop, straight and mirrored, by its corner
-    for picture in (*pixels, *pixels[:, :, ::-1]):
+    for image in (*pixels, *pixels[:, :, ::-1]):
         for y in range(33):
             for x in range(33):
-                corner = picture[y, x : x + 16].tobytes()
-                crops.setdefault(corner, []).append(picture[y : y + 224, x : x + 224])
+                corner = image[y, x : x + 16].tobytes()
+                crops.setdefault(corner, []).append(image[y : y + 224, x : x + 224])
     reader = DaliReader(raw_data, StreamConfig(batch_size=16, threads=1))
     for image in next(reader).numpy():
         exact = image.transpose(1, 2, 0) + mean

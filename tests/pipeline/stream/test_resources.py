@@ -65,7 +65,7 @@ def output(code: str, data: Path, folder: Path) -> dict:
 
 @pytest.mark.parametrize("options", ["shuffle='full', ledger=folder", "shuffle='block', window=2"])
 def test_twenty_epochs_take_no_more_memory_or_files_than_two(tiny_data, tmp_path, options):
-    """From the second epoch to the twentieth, of twelve batches each.
+    """Memory and files are compared between the second epoch and the twentieth, of 12 batches each.
 
     Batches of 4: a batch more or less on its way is then no 5 % of so small a process.
     """

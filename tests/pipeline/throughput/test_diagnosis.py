@@ -1,4 +1,4 @@
-"""In which state a set is read: from memory, from the disk, from a store; and what then helps."""
+"""A set is read from memory, from the disk or from a store, and other changes help then."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reading_of(spent):
 
 @pytest.fixture
 def states(tiny_data, monkeypatch):
-    """What the stream of a set is taken for, in a machine of some memory, or behind a store."""
+    """Return a function that diagnoses the stream of a set with some memory, or behind a store."""
     with open_parts(Setting(data=str(tiny_data), batch_size=8)) as parts:
 
         def of(memory: float, fetched=None, cold=SLOW):
@@ -33,7 +33,7 @@ def states(tiny_data, monkeypatch):
             alone = StageRates(stages=(), warm=reading_of(READ), loaded=(), disk=1e9,
                           cold=reading_of(cold) if cold else None)  # fmt: skip
             rate = Rate((3000.0,), 4.0, 0.0)
-            found = StreamRate(rate=rate, asked=(), prefetch=2)
+            found = StreamRate(rate=rate, batches=(), prefetch=2)
             return find_state(parts, alone, costs(), found, fetched)
 
         yield of

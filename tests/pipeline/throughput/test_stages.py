@@ -1,4 +1,4 @@
-"""What the profiler reckons with: clocks, waits, bounds, queues, comparisons, plans, the search."""
+"""Parts of the profiler: clocks, waits, bounds, queues, comparisons, plans, the search."""
 
 from __future__ import annotations
 
@@ -139,6 +139,8 @@ def test_a_difference_counts_beyond_the_noise_only():
     assert not has_regressed(compare_reports(report(90), report(100)))
     other = report(100) | {"machine": {"cores": 8}}
     assert list_differences(report(100), other) == ["cores: 2 -> 8"]
+    later = report(100) | {"setting": {"threads": 2, "seed": 0}}  # a setting that is told since
+    assert list_differences(report(100), later) == []
 
 
 def test_a_plan_is_arithmetic_on_marked_figures():
@@ -158,6 +160,8 @@ def test_threads_from_one_to_more_than_there_are_cores_are_tried():
     assert list_thread_counts(Setting(data="x", threads=2, cores=2)) == [1, 2, 3]
     assert list_thread_counts(Setting(data="x", threads=16, cores=16)) == [1, 4, 8, 16, 24]
     assert 5 in list_thread_counts(Setting(data="x", threads=5, cores=16))
+    most = list_thread_counts(Setting(data="x", threads=8, cores=1000))
+    assert most == [1, 8, 250, 500, 1000, 1024]  # no stream takes more
 
 
 def test_raw_images_are_first_read_by_the_checksum(pictures, tmp_path):

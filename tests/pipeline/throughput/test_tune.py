@@ -16,7 +16,7 @@ class Fake:
     def __init__(self, rate: float) -> None:
         self._rate = rate
 
-    def window(self, seconds: float, batches: int = 1) -> float:
+    def measure_window(self, seconds: float, batches: int = 1) -> float:
         return self._rate
 
 

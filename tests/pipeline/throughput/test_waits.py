@@ -1,4 +1,4 @@
-"""What the taker of batches waited for."""
+"""Seconds that `next` waits are counted under the stage that was not ready."""
 
 from __future__ import annotations
 
