@@ -69,7 +69,7 @@ def _take_settings(
         own, path, _ = inspect.signature(init).parameters.values()
         settings = inspect.signature(make_config).parameters.values()
         accept.__signature__ = inspect.Signature([own, path, *settings])  # type: ignore[attr-defined]
-        return accept
+        return accept  # type: ignore[return-value]  # its first two may be keywords, too
 
     return decorate
 
