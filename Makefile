@@ -82,11 +82,11 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 test: check
-	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --no-loadscope-reorder
 
 # Everything below Ray and below the start of a process: the loop while one writes.
 quick: check
-	OMP_WAIT_POLICY=passive $(py) -m pytest -n 2 --dist worksteal -m "not ray" --quick -q
+	OMP_WAIT_POLICY=passive $(py) -m pytest -n 2 -m "not ray" --quick -q
 
 # Not part of `make test`: half an hour, and it wants a quiet machine.
 soak: $(VENV)/.dev

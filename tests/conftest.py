@@ -15,6 +15,8 @@ import fsspec
 import pytest
 import torch
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.helpers.http_servers import Server
 from tests.helpers.images import folder_per_class, packed
@@ -31,8 +33,10 @@ pytest.register_assert_rewrite(
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = {"test_ray_cluster.py": 0, "test_ray.py": 1}
-STARTING_RAYS = ("test_ray_job.py", "test_build_ray.py", "test_build_ray_command.py")
+STARTING_RAYS = (
+    "test_ray_cluster.py", "test_ray.py", "test_ray_job.py", "test_build_ray.py",
+    "test_build_ray_command.py",
+)  # fmt: skip
 
 # Ray's workers give way to whoever wants the processor: here, to the tests beside them.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -72,21 +76,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files in an order in which three processes take them well.
+    """Put the files that start Rays first: together they take longest, and they often wait."""
+    items.sort(key=lambda item: item.path.name not in STARTING_RAYS)
 
-    Those that start Rays mostly wait, while the others fill their time: the two longest come first,
-    and the rest of them in the middle, so that there are hardly ever three Rays at a time.
+
+class OneRayAtATime(LoadFileScheduling):
+    """Tests of a file run in one process of xdist, and those of all files that start Rays in one.
+
+    A Ray is a dozen processes that each import torch: two of them at a time on two cores are slower
+    than one after the other, and come near their timeouts.
     """
-    middle = len(items) // 2
-    places = {}
-    for number, item in enumerate(items):
-        if item.path.name in LONGEST:
-            places[item] = 0
-        elif item.path.name in STARTING_RAYS:
-            places[item] = 2
-        else:
-            places[item] = 1 if number < middle else 3
-    items.sort(key=lambda item: (places[item], LONGEST.get(item.path.name, 0)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "ray" if Path(file).name in STARTING_RAYS else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Have `OneRayAtATime` hand out the tests, whatever `--dist` says."""
+    return OneRayAtATime(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -217,18 +217,18 @@ def started(folder: Path, data: Path, steps: int) -> tuple[subprocess.Popen, str
 
 
 def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path):
-    process, mark, run = started(tmp_path, tiny_data, 60)
+    process, mark, run = started(tmp_path, tiny_data, 30)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "said").read_text()
     assert processes(mark) == []
     last = rows(run)[-1]["step"]
-    assert 0 < last < 60
+    assert 0 < last < 30
     assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
     assert "the same command goes on" in run.with_name("relu-0.log").read_text()
     study = tmp_path / "units.toml"
     assert main([str(study), "--data", str(tiny_data), "--out", str(tmp_path / "out")]) == 0
     alone(
-        Config.from_settings(SETTINGS | {"steps": 60, "momentum": 0.8}),
+        Config.from_settings(SETTINGS | {"steps": 30, "momentum": 0.8}),
         tiny_data,
         tmp_path / "alone",
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
+from tests.helpers.processes import run_command
 from tests.helpers.training_processes import REPOSITORY
 
 
@@ -20,10 +20,7 @@ from tests.helpers.training_processes import REPOSITORY
     ],
 )
 def test_a_former_name_runs_the_command_and_says_its_name(former, name):
-    done = subprocess.run(
-        [sys.executable, "-m", former, "--help"], cwd=REPOSITORY, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    done = run_command([sys.executable, "-m", former, "--help"], cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert f"python -m {name}" in done.stdout
     package = former.removesuffix(".codes")
