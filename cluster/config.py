@@ -94,15 +94,15 @@ class Config:
     """Changes during the run, "EPOCH NAME VALUE" each; NAME is colour, lr.LAYER, lr_bias.LAYER or,
     for manual only, lr or lr_bias."""
     patience: int = 3
-    """For plateau: validations without a better error that are tolerated; one more divides."""
+    """Validations in a row without a better error that plateau tolerates; one more divides."""
     plateau_drops: int = 3
-    """For plateau: largest number of divisions."""
+    """Largest number of divisions by plateau."""
     plateau_factor: float = 10.0
-    """For plateau: divisor of the rates."""
+    """Divisor of the rates by plateau."""
     plateau_biases: bool = True
-    """For plateau: divide the rate of the biases, too (the source's network 145 did not)."""
+    """Divide the rate of the biases by plateau, too (the source's network 145 did not)."""
     plateau_threshold: float = 0.002
-    """For plateau: fraction by which an error must be below the best one to count as better."""
+    """Fraction by which an error must be below the best one to count as better for plateau."""
     layer_rates: tuple[str, ...] = ()
     """Factors on the rates of single layers, "conv1=0.1" each; 0 freezes."""
     momentum: float = 0.9
@@ -302,7 +302,7 @@ class Config:
 
     @property
     def has_constant_rates(self) -> bool:
-        """Whether the learning rates are independent of the length of the run."""
+        """True if the learning rates do not depend on the length of the run."""
         return self.schedule != "dexp" or (self.lr_drops == 1 and self.bias_drops == 1)
 
     def microbatch_size(self, replicas: int) -> int:

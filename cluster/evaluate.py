@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
-from cluster.config import read_run_config
+from cluster.config import Config, read_run_config
 from cluster.run.console import print_warning
 from cluster.run.events import Warned
 from cluster.run.folder import CONFIG, QUARANTINE
@@ -116,19 +116,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     torch.set_num_threads(cpu_count())
     net = AlexNet(classes=_count_classes(found, manifest, options), design=config.design).to(device)
     load_checkpoint(found.path, net)
-    view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
-    stream = Stream(
-        options.data,
-        split=options.split,
-        batch_size=BATCH,
-        device="gpu" if device.type == "cuda" else "cpu",
-        view=view,
-        mean=config.mean,
-        once=True,
-        quarantine=options.run / QUARANTINE,
-        strict=config.strict,
-        **config.cached,
-    )
+    stream = _open_stream(options, config, device)
     about = ProbabilityInfo(
         views=options.views,
         split=options.split,
@@ -150,6 +138,22 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         "img_s": round(stream.samples / seconds, 1),
         "seconds": round(seconds, 2),
     }
+
+
+def _open_stream(options: Evaluate, config: Config, device: torch.device) -> Stream:
+    view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
+    return Stream(
+        options.data,
+        split=options.split,
+        batch_size=BATCH,
+        device="gpu" if device.type == "cuda" else "cpu",
+        view=view,
+        mean=config.mean,
+        once=True,
+        quarantine=options.run / QUARANTINE,
+        strict=config.strict,
+        **config.cached,
+    )
 
 
 def _count(

@@ -52,7 +52,7 @@ class ProcessMesh:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process writes the files of the run; true for one of the job."""
+        """True if this process writes the files of the run; one of the job does."""
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:

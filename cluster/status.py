@@ -29,10 +29,11 @@ from cluster.run.jsonl import WAITS
 from cluster.run.state import RunState, read_state
 from pipeline.remote.filesystem import is_remote
 from pipeline.tools.errors import UsageError, run
+from pipeline.tools.text import human_bytes
 
 EVERY = 2.0
 """Seconds between refreshes with --watch."""
-COLOURS = {"running": "green", "finished": "green", "stalled": "yellow", "failed": "red"}
+COLORS = {"running": "green", "finished": "green", "stalled": "yellow", "failed": "red"}
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -100,11 +101,11 @@ def _download_rows(store: str) -> Iterator[Path]:
 
 def render(state: RunState, width: int = 80) -> RenderableType:
     """Build the screen for a terminal of `width` characters."""
-    colour = COLOURS.get(state.state, "default")
-    head = Text.assemble(f"{state.run}  ", (state.state, f"bold {colour}"))
+    color = COLORS.get(state.state, "default")
+    head = Text.assemble(f"{state.run}  ", (state.state, f"bold {color}"))
     parts: list[RenderableType] = [head]
     for text in filter(None, (state.why, state.evidence)):
-        parts.append(Text(f"  {text}", style=colour if text is state.why else "dim"))
+        parts.append(Text(f"  {text}", style=color if text is state.why else "dim"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
@@ -166,7 +167,7 @@ def _format_end(end: dict[str, Any]) -> str:
 
 
 def _format_waiting(last: dict[str, Any]) -> str:
-    """The waiting of a step, with the main cause of waiting for data unless there is hardly any."""
+    """Format the waits of a step, with the main cause of waiting for data if that is notable."""
     most = max(WAITS, key=lambda name: last.get(name, 0.0))
     is_known = last.get(most, 0.0) > 0.005 * last["seconds"]
     cause = f" ({most.removeprefix('wait_')})" if is_known else ""
@@ -183,7 +184,7 @@ def _format_checkpoint(found: dict[str, Any]) -> str:
         return str(found["where"])
     return (
         f"step {found['step']:,}, {format_duration(found['age_s'])} ago, "
-        f"{found['bytes'] / 1e6:,.1f} MB; {found['kept']} kept"
+        f"{human_bytes(found['bytes'])}; {found['kept']} kept"
     )
 
 

@@ -138,51 +138,81 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     command = parse_command(sys.argv[1:] if argv is None else argv)
-    folder = command.run.resolve()
-    config = command.settings
-    if config.cache:  # absolute: other processes read RUN/config.toml, too
-        config = replace(config, cache=str(Path(config.cache).resolve()))
-    if config.store and not is_remote(config.store):
-        config = replace(config, store=str(local_path(config.store).resolve()))
+    command = replace(command, settings=resolve_paths(command.settings))
+    config, folder = command.settings, command.run.resolve()
     dataset = open_dataset(command.data, **config.cached)
     data = command.data if is_remote(command.data) else str(dataset.folder.resolve())
     manifest = Manifest.load(dataset.folder)
-    samples = manifest.split("train", dataset.folder).samples
+    manifest.split("train", dataset.folder)
     with closing(dataset):
         check_data(command, manifest, dataset)
-    if command.measure:
-        from cluster.launch.measurement import measure_with_ray
-
-        with lock_run(folder), RunConsole() as screen, start_ray(config) as read_output:
-            measure_with_ray(config, data, folder, screen, read_output)
-        return 0
     with lock_run(folder), RunConsole() as screen:
-        if (mirror := open_mirror(folder, config.store)) and (fetched := mirror.restore()):
-            screen.say(f"fetched from {hide_credentials(config.store)}: {', '.join(fetched)}")
-        step, total = find_last_step(folder, config.store), config.total_steps(samples)
-        config = pin_init(config, folder, step)
-        if config.init and not step:
-            config, said = resolve_init(config, len(manifest.classes), screen.show)
-            screen.say(said)
-        write_run_config(folder, config, identity(dataset.folder), samples, step)
-        if step >= total and has_sound_checkpoint(folder, config.store, total, screen):
-            screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
-            return 0
-        screen.say(summarize(command, manifest, total))
-        try:
-            (trainer or train_with_ray)(config, data, folder, screen)
-        except KeyboardInterrupt:
-            step = find_last_step(folder, config.store)
-            screen.say(f"stopped; the same command goes on from step {step}")
-            raise
-        finally:
-            if count := count_rows(folder / QUARANTINE):
-                images = "image was" if count == 1 else "images were"
-                screen.say(
-                    f"{count:,} damaged {images} replaced by others; "
-                    f"{command.run / QUARANTINE} lists them"
-                )
+        if command.measure:
+            from cluster.launch.measurement import measure_with_ray
+
+            with start_ray(config) as read_output:
+                measure_with_ray(config, data, folder, screen, read_output)
+        else:
+            data_sha256 = identity(dataset.folder)
+            train_run(command, data, data_sha256, manifest, screen, trainer or train_with_ray)
     return 0
+
+
+def resolve_paths(config: Config) -> Config:
+    """Return the config with absolute paths: other processes read RUN/config.toml, too."""
+    cache, store = config.cache, config.store
+    if cache:
+        cache = str(Path(cache).resolve())
+    if store and not is_remote(store):
+        store = str(local_path(store).resolve())
+    return replace(config, cache=cache, store=store)
+
+
+def train_run(
+    command: Command, data: str, data_sha256: str, manifest: Manifest, screen: RunConsole,
+    trainer: Trainer,
+) -> None:  # fmt: skip
+    """Train the run in RUN to its end, unless it is finished.
+
+    Args:
+        command: checked command, with absolute paths in the settings.
+        data: absolute folder, or address, of the data set.
+        data_sha256: identity of the data set.
+        manifest: manifest of the data set.
+        screen: prints lines and events.
+        trainer: trains.
+
+    Raises:
+        DuetError: the run in RUN has other settings, or the training failed.
+        KeyboardInterrupt: the user ended it.
+    """
+    config, folder = command.settings, command.run.resolve()
+    samples = manifest.splits["train"].samples
+    if (mirror := open_mirror(folder, config.store)) and (fetched := mirror.restore()):
+        screen.say(f"fetched from {hide_credentials(config.store)}: {', '.join(fetched)}")
+    step, total = find_last_step(folder, config.store), config.total_steps(samples)
+    config = pin_init(config, folder, step)
+    if config.init and not step:
+        config, said = resolve_init(config, len(manifest.classes), screen.show)
+        screen.say(said)
+    write_run_config(folder, config, data_sha256, samples, step)
+    if step >= total and has_sound_checkpoint(folder, config.store, total, screen):
+        screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
+        return
+    screen.say(summarize(command, manifest, total))
+    try:
+        trainer(config, data, folder, screen)
+    except KeyboardInterrupt:
+        step = find_last_step(folder, config.store)
+        screen.say(f"stopped; the same command goes on from step {step}")
+        raise
+    finally:
+        if count := count_rows(folder / QUARANTINE):
+            images = "image was" if count == 1 else "images were"
+            screen.say(
+                f"{count:,} damaged {images} replaced by others; "
+                f"{command.run / QUARANTINE} lists them"
+            )
 
 
 def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:

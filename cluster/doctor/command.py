@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def format_finding(finding: Finding) -> Text:
-    """A finding as colored text, with the way to mend it on a line of its own."""
+    """Format a finding as colored text, with the way to mend it on a line of its own."""
     text = Text.assemble(
         (f"{finding.status:<5}", COLORS[finding.status]), f"{finding.name:<14} {finding.value}"
     )
@@ -169,7 +169,7 @@ def format_finding(finding: Finding) -> Text:
 
 
 def format_verdict(failed: int, warned: int) -> str:
-    """The last line of the output."""
+    """Format the last line of the output."""
     if not failed:
         return "all well" if not warned else f"all well, {warned} to look at"
     return f"{failed} problem{'s' if failed > 1 else ''}, each with what mends it"

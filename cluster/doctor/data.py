@@ -38,6 +38,7 @@ from pipeline.remote.filesystem import (
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError
 from pipeline.tools.files import drop_page_cache, ensure_writable
+from pipeline.tools.text import human_bytes
 
 READ_BYTES = 64 * 2**20
 """Most bytes that one measurement of a speed reads."""
@@ -135,7 +136,7 @@ def _read_single_images(dataset: Dataset, split: Split) -> DiskSpeed:
 
 
 def measure_stream(data: str, config: Config) -> float:
-    """Images per second of the stream on this machine's CPU.
+    """Return the images per second of the stream on this machine's CPU.
 
     Raises:
         DuetError: it does not run.
@@ -164,7 +165,7 @@ class StoreProbe:
         self._root = root.rstrip("/")
 
     def measure_latency(self) -> float:
-        """Seconds that the store takes to answer a request about the manifest."""
+        """Return the seconds that the store takes to answer a request about the manifest."""
         ask = partial(self._system.info, f"{self._root}/{NAME}")
         BackgroundCall(ask).result(STORE_SECONDS)  # connects
         start = time.perf_counter()
@@ -172,7 +173,7 @@ class StoreProbe:
         return time.perf_counter() - start
 
     def find_faults(self, shards: Sequence[Shard]) -> list[str]:
-        """Sentences about shards that are missing or of another size."""
+        """Return a sentence about each shard that is missing or of another size."""
         faults: list[str] = []
         for first in range(0, len(shards), 16):
             some = shards[first : first + 16]
@@ -210,7 +211,7 @@ class StoreProbe:
 
 
 def describe(error: Exception) -> str:
-    """The error of a store or a disk in one line without credentials."""
+    """Describe an error of a store or a disk in one line without credentials."""
     return hide_credentials(str(error) if isinstance(error, DuetError) else describe_error(error))
 
 
@@ -219,7 +220,7 @@ class DatasetCheck:
 
     Args:
         data: folder or address.
-        config: of the training; None: defaults.
+        config: settings of the training; None: defaults.
     """
 
     def __init__(self, data: str, config: Config | None) -> None:
@@ -234,9 +235,7 @@ class DatasetCheck:
         """Yield the findings. Only `pipeline.verify` reads every byte."""
         try:
             if is_remote(self.data):
-                StoreProbe(
-                    self.data
-                ).measure_latency()  # fails sooner than the retries of a training
+                StoreProbe(self.data).measure_latency()  # fails sooner than a training's retries
             dataset = open_dataset(self.data, **self.config.cached)
         except Exception as error:  # a store's library raises what it pleases
             yield fail("data", describe(error), self._suggest_access(error))
@@ -288,7 +287,7 @@ class DatasetCheck:
         return manifest
 
     def _suggest_access(self, error: Exception) -> str:
-        """What to do about a data set that cannot be opened."""
+        """Return a remedy for a data set that cannot be opened."""
         scheme = self.data.partition("://")[0]
         text = str(error)
         if not is_remote(self.data):
@@ -308,13 +307,13 @@ class DatasetCheck:
             return
         disk_rate = disk.images / disk.seconds
         text = (
-            f"{disk_rate:,.0f} images/s from the disk ({disk.bytes / disk.seconds / 1e6:,.0f} "
-            f"MB/s, {disk.order}), {self._format_batch_time(disk_rate)}"
+            f"{disk_rate:,.0f} images/s from the disk ({human_bytes(disk.bytes / disk.seconds)}/s, "
+            f"{disk.order}), {self._format_batch_time(disk_rate)}"
         )
         if disk.cached > 0.1:
             text += f"; {disk.cached:.0%} of it stayed in the page cache, so the disk is slower"
         elif disk.bytes < READ_BYTES / 8:
-            text += f"; only {disk.bytes / 1e6:.1f} MB were there to be read"
+            text += f"; only {human_bytes(disk.bytes)} were there to be read"
         if disk_rate < rate:
             text += "; the decoder waits for it"
         mend = "--shuffle block, or a copy on a local SSD (once in memory, the page cache serves)"
@@ -348,7 +347,7 @@ class DatasetCheck:
         rate = speed / (train.bytes / train.samples)
         text = (
             f"answers in {latency * 1000:,.0f} ms, {'less than ' * timed_out}"
-            f"{speed / 1e6:,.1f} MB/s with {PARALLEL} at a time = {rate:,.0f} images/s, "
+            f"{human_bytes(speed)}/s with {PARALLEL} at a time = {rate:,.0f} images/s, "
             f"{self._format_batch_time(rate)}; {len(some)} of {len(shards)} shards looked at"
         )
         mend = "a store nearer to this machine, or a copy of the set on a local disk"
@@ -361,8 +360,8 @@ class DatasetCheck:
         folder, size = Path(cached["cache"] or default_cache()).absolute(), cached["cache_size"]
         disk = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(disk).free
-        text = f"{folder}: {free / GB:.1f} GB free, {size / GB:.1f} allowed, the set has "
-        text += f"{whole / GB:.1f}"
+        text = f"{folder}: {human_bytes(free)} free, {human_bytes(size)} allowed, the set has "
+        text += human_bytes(whole)
         if free < min(size, whole):
             mend = f"--cache /a/larger/disk, or --cache-size {max(1, int(free * 0.9 / GB))}GB"
             return warn("cache", f"{text}: its disk fills up first", mend)
@@ -396,9 +395,9 @@ def judge_run(run: Path, config: Config | None, classes: int | None) -> Iterator
     free = shutil.disk_usage(run).free
     kept = config.keep + config.keep_best + 1 if config else 4
     need = 0 if config and config.store else kept * checkpoint_bytes(config, classes)
-    text = f"{run}: {PROBE_BYTES / seconds / 1e6:,.0f} MB/s to the disk, {free / GB:.1f} GB free"
+    text = f"{run}: {human_bytes(PROBE_BYTES / seconds)}/s to the disk, {human_bytes(free)} free"
     if free < need:
-        text += f"; its checkpoints take up to {need / GB:.1f} GB"
+        text += f"; its checkpoints take up to {human_bytes(need)}"
     mend = "--keep 1 --keep-best 0, make room, or another --run or --store"
     yield warn("run", text, mend, unless=free >= need)
 

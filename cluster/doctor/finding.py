@@ -1,4 +1,4 @@
-"""What all checks share: a line of the result, and reading a file of the kernel."""
+"""A line of the doctor's result; text of a file of the kernel."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Finding:
 
 
 def ok(name: str, value: str) -> Finding:
-    """A finding with nothing to mend."""
+    """Return a finding with nothing to mend."""
     return Finding(name, "ok", value)
 
 
 def warn(name: str, value: str, mend: str, *, unless: object = False) -> Finding:
-    """A finding with which training runs, but slower or with risk; `unless`: nothing to mend."""
+    """Return a finding with which training runs, but slower or at risk; `unless`: it is well."""
     return ok(name, value) if unless else Finding(name, "warn", value, mend)
 
 
 def fail(name: str, value: str, mend: str, *, unless: object = False) -> Finding:
-    """A finding with which training fails, or does not start; `unless`: nothing to mend."""
+    """Return a finding with which training fails or does not start; `unless`: it is well."""
     return ok(name, value) if unless else Finding(name, "FAIL", value, mend)
 
 
 def read_text(path: Path) -> str:
-    """Text of a file without surrounding blanks; empty if it cannot be read."""
+    """Return the text of a file without surrounding blanks; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:

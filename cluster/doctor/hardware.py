@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cluster.doctor.finding import GB, Finding, fail, ok, read_text, warn
 from pipeline.tools.errors import summarize_error
+from pipeline.tools.text import human_bytes
 from pipeline.tools.units import cpu_count
 
 BFLOAT16 = (8, 0)
@@ -49,13 +50,13 @@ class Gpu:
     capability: tuple[int, int]
     """CUDA compute capability."""
     has_peer_access: bool | None = None
-    """Whether it can access the memory of the next GPU; None: it is the last."""
+    """True if it can access the memory of the next GPU; None: it is the last."""
     is_mig: bool = False
-    """Whether it is split into instances (MIG)."""
+    """True if it is split into instances (MIG)."""
     users: tuple[str, ...] = ()
     """Other processes on it, `PID NAME` each."""
     is_built_for: bool = True
-    """Whether torch has code for it."""
+    """True if torch has code for it."""
 
 
 def gather_gpus() -> list[Gpu]:
@@ -91,7 +92,7 @@ def gather_gpus() -> list[Gpu]:
 
 
 def _query_smi(query: str) -> list[list[str]]:
-    """Rows of nvidia-smi's answer; none without that program."""
+    """Return the rows of nvidia-smi's answer; none without that program."""
     try:
         done = subprocess.run(
             ["nvidia-smi", query, "--format=csv,noheader"],
@@ -103,23 +104,25 @@ def _query_smi(query: str) -> list[list[str]]:
 
 
 def parse_smi(text: str) -> list[list[str]]:
-    """Rows of cells in nvidia-smi's CSV."""
+    """Parse nvidia-smi's CSV into rows of cells."""
     return [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line]
 
 
 def select_rows(rows: list[list[str]], uuid: str) -> list[list[str]]:
-    """Rows of one GPU, without its uuid; torch leaves out the prefix `GPU-`."""
+    """Return the rows of one GPU, without its uuid; torch's uuids lack the prefix `GPU-`."""
     return [row[1:] for row in rows if uuid and row[0].removeprefix("GPU-") == uuid]
 
 
 def list_users(rows: list[list[str]], uuid: str) -> tuple[str, ...]:
-    """Processes on a GPU except this one, `PID NAME` each."""
+    """List the processes on a GPU except this one, `PID NAME` each."""
     own = str(os.getpid())
-    return tuple(" ".join(row[:2]) for row in select_rows(rows, uuid) if row[0] != own)
+    return tuple(
+        " ".join(row[:2]) for row in select_rows(rows, uuid) if len(row) > 1 and row[0] != own
+    )
 
 
 def has_code(built: list[str], capability: tuple[int, int]) -> bool:
-    """Whether a torch built for `sm_` numbers such as 80 or 90a runs on a GPU.
+    """Return whether a torch built for `sm_` numbers such as 80 or 90a runs on a GPU.
 
     Code for the same major and a lower minor runs; for a newer GPU the driver compiles the last.
     """
@@ -132,7 +135,7 @@ def judge_gpus(gpus: list[Gpu], needs_gpu: bool) -> Iterator[Finding]:
     """Judge the GPUs of this machine.
 
     Args:
-        gpus: of this machine.
+        gpus: GPUs of this machine.
         needs_gpu: the config says `device = "gpu"`, and the training runs on this machine.
     """
     if not gpus:
@@ -172,7 +175,7 @@ def _judge_gpu(name: str, gpu: Gpu) -> Iterator[Finding]:
     if gpu.users or used > BUSY_BYTES + 0.01 * gpu.total:
         who = ", ".join(gpu.users) or "processes that are not shown"
         mend = "nvidia-smi   # who? and CUDA_VISIBLE_DEVICES chooses others"
-        yield warn(name, f"{used / GB:.1f} of {gpu.total / GB:.1f} GB in use by {who}", mend)
+        yield warn(name, f"{human_bytes(used)} of {human_bytes(gpu.total)} in use by {who}", mend)
     if gpu.capability < BFLOAT16:
         mend = "--dtype float32   # it is what auto takes there"
         yield warn(name, f"{gpu.name} has no bfloat16: slower", mend)
@@ -203,11 +206,11 @@ class Hardware:
     cores: int = 1
     """Cores that this process may use, at most a container's quota."""
     has_quota: bool = False
-    """Whether a container's quota limits the cores."""
+    """True if a container's quota limits the cores."""
     memory: int = 0
     """Bytes available now, at most what a container's limit leaves."""
     has_memory_limit: bool = False
-    """Whether a container's limit is below the machine's available memory."""
+    """True if a container's limit is below the machine's available memory."""
     shared: int = 0
     """Bytes free in /dev/shm."""
     files: int = 0
@@ -225,7 +228,7 @@ class Hardware:
     """Vector instructions by torch's name: AVX512, AVX2, ..."""
     has_amx: bool = False
     kernels: str = ""
-    """What computes the normalization on the CPU, in words; empty on a machine with GPUs."""
+    """Description of what computes the normalization on the CPU; empty on a machine with GPUs."""
 
 
 def gather(gpus: int) -> Hardware:
@@ -264,7 +267,7 @@ def gather(gpus: int) -> Hardware:
 
 
 def read_container_limits(root: Path, own: Path) -> tuple[int | None, float | None]:
-    """Bytes of memory and number of cores that the control groups of this process leave it.
+    """Read the bytes of memory and number of cores that control groups leave this process.
 
     Args:
         root: mount point of control groups; version 2, or 1 with folders memory and cpu.
@@ -315,19 +318,19 @@ def judge(have: Hardware, own_ray: bool) -> Iterator[Finding]:
     mend = "docker run --cpus 4   # decoding and training share one now"
     yield warn("cores", cores, mend, unless=have.cores >= 2)
     limit = ", by a container's limit" if have.has_memory_limit else ""
-    memory = f"{have.memory / GB:.1f} GB available{limit}"
+    memory = f"{human_bytes(have.memory)} available{limit}"
     mend = "docker run --memory 8g, or end what runs here   # Ray alone takes 1.6 GB"
     # 2 GB: torch, DALI and Ray's processes before any image.
     yield warn("memory", memory, mend, unless=have.memory >= 2 * GB)
     mend = "docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
-    shared = f"{have.shared / GB:.1f} GB free"
+    shared = f"{human_bytes(have.shared)} free"
     yield warn("/dev/shm", shared, mend, unless=have.shared >= MIN_SHARED)
     if have.gpus and have.has_infiniband and have.locked >= 0:
-        text = f"{have.locked / 1e6:.1f} MB; InfiniBand needs any number"
+        text = f"{human_bytes(have.locked)}; InfiniBand needs any number"
         mend = "ulimit -l unlimited   # docker run --ulimit memlock=-1; before ray start, too"
         yield warn("locked memory", text, mend)
     mend = "ulimit -n 65536   # before ray start, too"
-    yield warn("open files", f"{have.files}", mend, unless=have.files >= MIN_FILES)
+    yield warn("open files", f"{have.files:,}", mend, unless=have.files >= MIN_FILES)
     yield _judge_temporary(have, own_ray)
     if have.kernels:
         yield _judge_kernels(have.kernels)
@@ -338,7 +341,7 @@ def _judge_temporary(have: Hardware, own_ray: bool) -> Finding:
     if own_ray and len(os.fsencode(have.temporary)) > most:
         text = f"{have.temporary} is too long for Ray's sockets; {most} characters do"
         return fail("temporary", text, "export TMPDIR=/tmp")
-    free = f"{have.temporary}: {have.temporary_free / GB:.1f} GB free"
+    free = f"{have.temporary}: {human_bytes(have.temporary_free)} free"
     if have.temporary_free >= MIN_TEMPORARY and have.temporary_full <= FULL_DISK:
         return ok("temporary", free)
     folders = (name for name in ("/var/tmp", "/scratch", "/dev/shm") if Path(name).is_dir())

@@ -11,6 +11,7 @@ from cluster.doctor.hardware import Gpu, Hardware
 from cluster.launch.placement import Node, NoRoom, place_workers, uses_gpus
 from model.architecture import build_stages
 from model.summary import FLOAT32_BYTES, build_table, sum_rows
+from pipeline.tools.text import human_bytes
 
 PROCESS_BYTES = 0.7 * GB
 """Memory of a worker before any image: torch, DALI, Ray (measured: 0.61 to 0.65 GB resident)."""
@@ -36,19 +37,19 @@ def judge_network(config: Config, classes: int | None) -> Finding:
 
 
 def checkpoint_bytes(config: Config | None, classes: int | None) -> int:
-    """Size of a checkpoint in bytes: value and velocity, float32, of each parameter."""
+    """Return the size of a checkpoint in bytes: value and velocity, float32, of each parameter."""
     design = (config or Config()).design
     return 2 * sum_rows(build_table(classes or CLASSES, design)).parameter_bytes
 
 
 def worker_bytes(config: Config, classes: int | None) -> int:
-    """Bytes of parameters and activations in a worker, without the memory of its process.
+    """Return the bytes of parameters and activations in a worker, without those of its process.
 
     The paper's M = X(W + B + A + Z), with gradient and velocity for each W and B; all in float32,
     so that it is an upper bound in bfloat16. The least number of replicas divides the batch.
 
     Args:
-        config: of the training.
+        config: settings of the training.
         classes: number of classes; None: not known.
     """
     rows = build_table(classes or CLASSES, config.design)
@@ -89,7 +90,7 @@ def judge_local_job(
         yield room
         if room.status == "ok" and gpus:
             free = min(gpu.free for gpu in gpus)
-            text = f"{need / GB:.1f} GB of {free / GB:.1f} GB free on the fullest GPU"
+            text = f"{human_bytes(need)} of {human_bytes(free)} free on the fullest GPU"
             yield fail("worker memory", text, smaller, unless=need <= free)
         return
     if least > have.cores:  # Duet's own Ray starts them all the same
@@ -99,5 +100,5 @@ def judge_local_job(
     else:
         yield ok("room", f"{least} worker{'s' * (least > 1)} on {have.cores} cores")
     each = need + PROCESS_BYTES
-    text = f"{least} x {each / GB:.1f} GB of {have.memory / GB:.1f} GB"
+    text = f"{least} x {human_bytes(each)} of {human_bytes(have.memory)}"
     yield fail("worker memory", text, smaller, unless=least * each <= have.memory)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cluster.doctor.finding import Finding, fail, ok, read_text, warn
 from pipeline.tools.errors import summarize_error
+from pipeline.tools.text import human_bytes
 
 SECONDS = 30
 """Timeout of each of the two processes; the doctor waits twice as long for both."""
@@ -39,7 +40,7 @@ def judge(gpus: int, cluster: bool) -> Iterator[Finding]:
 
 
 def find_default_interface(names: Sequence[str], routes: Path = Path("/proc/net/route")) -> str:
-    """Name of the interface with the default route; eth0 if it cannot be told."""
+    """Return the name of the interface with the default route; eth0 if it cannot be told."""
     if found := re.search(r"^(\S+)\s+00000000\s", read_text(routes), re.MULTILINE):
         return found[1]
     real = (name for name in names if not name.startswith(("lo", "docker", "veth", "br-")))
@@ -78,7 +79,7 @@ def judge_host_name(
 
 
 def _is_interface(variable: str, value: str, names: Sequence[str]) -> bool:
-    """Whether the value of a variable of `INTERFACE_VARIABLES` names existing interfaces."""
+    """Return whether the value of one of `INTERFACE_VARIABLES` names existing interfaces."""
     parts = value.split(",")
     if variable.startswith("GLOO"):
         return all(part in names for part in parts)
@@ -178,4 +179,4 @@ def _measure(rank: int, backend: str, folder: str) -> str:
     rate = 10 * own.nbytes / (time.perf_counter() - start)
     dist.barrier()
     dist.destroy_process_group()
-    return f"two processes: {latency * 1e6:,.0f} us, {rate / 1e9:.2f} GB/s each way"
+    return f"two processes: {latency * 1e6:,.0f} us, {human_bytes(rate)}/s each way"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.doctor.finding import GB, Finding, fail, ok, read_text, warn
+from cluster.doctor.finding import Finding, fail, ok, read_text, warn
 from cluster.doctor.hardware import MIN_FILES, MIN_SHARED
 from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
@@ -29,6 +29,7 @@ from cluster.launch.placement import Node
 from cluster.launch.session import REPOSITORY
 from pipeline.remote.filesystem import hide_credentials, is_remote
 from pipeline.tools.errors import summarize_error
+from pipeline.tools.text import human_bytes
 
 CONNECT_SECONDS = 5
 """Timeout of a connection to a port."""
@@ -88,7 +89,8 @@ def judge_job_server(address: str) -> Finding:
         return fail("job server", f"RAY_API_SERVER_ADDRESS={address} is no http://", mend)
     version = f"{address.rstrip('/')}/api/version"
     try:
-        urllib.request.urlopen(version, timeout=CONNECT_SECONDS).close()
+        with urllib.request.urlopen(version, timeout=CONNECT_SECONDS) as answer:
+            answer.read()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):  # it is there, and asks for the token
             return ok("job server", f"{address} answers, and asks for the token")
@@ -109,9 +111,9 @@ def judge_address(address: str) -> Finding:
         return fail("RAY_ADDRESS", text, "ray job submit, or RAY_ADDRESS=HEAD:6379 on the head")
     if address in ("auto", "local"):
         return ok("RAY_ADDRESS", address)
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        mend = f"export RAY_ADDRESS={address}:{GCS_PORT}"
+    host, port = split_address(address)
+    if not port:
+        mend = f"export RAY_ADDRESS={host}:{GCS_PORT}"
         return fail("RAY_ADDRESS", f"{address} has no port", mend)
     if error := try_connection(address):
         mend = "ray start --head --dashboard-host 127.0.0.1   # on the head; then export "
@@ -122,12 +124,17 @@ def judge_address(address: str) -> Finding:
 
 def try_connection(address: str) -> str:
     """Connect to HOST:PORT; return the error message, empty if that works."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError, ValueError) as error:
+        socket.create_connection(split_address(address), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
         return getattr(error, "strerror", None) or summarize_error(error)
     return ""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split HOST:PORT; the port of anything else is 0."""
+    host, _, port = address.rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdecimal() else (address, 0)
 
 
 def judge_old_address(path: Path) -> Iterator[Finding]:
@@ -163,7 +170,8 @@ def judge_nodes(config: Config | None, data: str, run: Path | None) -> Iterator[
             for path in folder.glob(f"{mark}*"):
                 marks.add(path.name)
                 path.unlink(missing_ok=True)
-    if why := answer.get("why"):
+    if "why" in answer:
+        why = answer["why"]
         yield fail("Ray", f"{os.environ['RAY_ADDRESS']}: {why}", suggest_mend(why))
         return
     room = [Node(**node) for node in answer["room"]]
@@ -201,14 +209,14 @@ def run_probe(request: dict[str, str]) -> dict[str, Any]:
 
 
 def find_error(text: str) -> str:
-    """The last line of an output that names an error; else its last line, or nothing."""
+    """Return the last line of an output that names an error; else its last line, or nothing."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line]
     return (errors or lines or [""])[-1][:300]
 
 
 def suggest_mend(why: str) -> str:
-    """What to do about a process that could not join the cluster."""
+    """Return a remedy for a process that could not join the cluster."""
     low = why.lower()
     if "version mismatch" in low:
         install = "pip install -c constraints.txt 'ray[default,train]'"
@@ -231,7 +239,7 @@ def judge_node(
     Args:
         node: one of the `nodes` of `ray_probe.ask_nodes`.
         own: releases of the packages on this machine.
-        request: that the node answered.
+        request: request that the node answered.
         marks: names of the marker files in the run's folder, as this machine sees them.
         need: bytes of a checkpoint.
     """
@@ -269,7 +277,7 @@ def judge_node(
 
 
 def _find_weakness(node: dict[str, Any], has: dict[str, Any], need: int) -> tuple[str, str] | None:
-    """What is not good on a node where the training can run, and what mends it; None: nothing."""
+    """Return a weakness of a node where the training can run, and its remedy; None: no weakness."""
     gpus, devices = node["gpus"], has["devices"]
     if devices < gpus and not os.environ.get("DUET_FAKE_GPUS"):
         text = f"Ray was started with {gpus} GPUs, and there are {devices}"
@@ -281,10 +289,10 @@ def _find_weakness(node: dict[str, Any], has: dict[str, Any], need: int) -> tupl
         mend = "--columns-per-worker 2 uses it, or start its Ray with an even --num-gpus"
         return f"{gpus} GPUs: one has no partner", mend
     if has.get("disk", need) < need:
-        text = f"{has['disk'] / GB:.1f} GB free in RUN, a checkpoint takes {need / GB:.1f}"
-        return text, "make room there"
+        free = human_bytes(has["disk"])
+        return f"{free} free in RUN, a checkpoint takes {human_bytes(need)}", "make room there"
     if has["files"] < MIN_FILES:
         return f"{has['files']} open files", "ulimit -n 65536   # there, before ray start"
     if has["shared"] < MIN_SHARED:
-        return f"{has['shared'] / GB:.1f} GB of /dev/shm free", "--shm-size=8g there"
+        return f"{human_bytes(has['shared'])} of /dev/shm free", "--shm-size=8g there"
     return None

@@ -84,7 +84,7 @@ def try_store(address: str) -> str:
 
 
 def list_releases() -> dict[str, str]:
-    """Releases of Python and of the packages on this machine."""
+    """Return the releases of Python and of the packages on this machine."""
     found = {"Python": platform.python_version()}
     for name, label in PACKAGES.items():
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -45,9 +45,9 @@ class Software:
     devices: int = 0
     """Number of GPUs with device files."""
     are_gpus_hidden: bool = False
-    """Whether CUDA_VISIBLE_DEVICES hides all GPUs from this process."""
+    """True if CUDA_VISIBLE_DEVICES hides all GPUs from this process."""
     gpu_error: str = ""
-    """Why torch sees no GPU; empty if it does, or if there is no driver."""
+    """Reason why torch sees no GPU; empty if it does, or if there is no driver."""
     broken: dict[str, str] = field(default_factory=dict)
     """Modules that are installed but cannot be imported -> error message."""
 
@@ -87,7 +87,7 @@ def gather() -> Software:
 
 
 def _try_import(name: str) -> str:
-    """Error message of importing an installed module; empty if it imports, or is missing."""
+    """Return the error of importing an installed module; empty if it imports, or is missing."""
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -153,7 +153,7 @@ def _judge_torch(have: Software) -> Finding:
 
 
 def _find_fault(have: Software, package: str, label: str, text: str, module: str) -> Finding | None:
-    """A finding about a package that is missing, does not load or does not fit; None: it does."""
+    """Judge whether a package is there, loads and fits; None: it does."""
     if package not in have.packages:
         return fail(label, "is missing", INSTALL)
     if module in have.broken:

@@ -105,10 +105,8 @@ class Controller:
             KeyboardInterrupt: the user ended it.
         """
         failures, begun = 0, self._last_step()
+        placement = self._place_first()
         with count_interrupts() as interrupts:
-            # The resources of a run that was started before may not be released yet.
-            timeout = RELEASE_TIMEOUT if self._number else 0.0
-            placement = self._wait_for_room(None, timeout, interrupts)
             while True:
                 group = self._run_group(placement, interrupts)
                 if group.finished:
@@ -121,8 +119,24 @@ class Controller:
                     if failures > self._config.max_failures or group.failure.is_final:
                         raise group.failure.build_error(self._run, self._read_output())
                     self._screen.say(f"{group.failure.why}; starting again from step {step}")
-                timeout = max(RELEASE_TIMEOUT, self._config.node_wait)
-                placement = self._wait_for_room(group.placement, timeout, interrupts)
+                placement = self._wait_for_room(group.placement, interrupts)
+
+    def _place_first(self) -> Placement:
+        """Place the first start, with the room there is now.
+
+        Waits only if the run was started before: its resources may not be released yet.
+
+        Raises:
+            NoRoom: there is none.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                return self._place(list_nodes())
+            except NoRoom:
+                if self._number == 0 or time.monotonic() - start > RELEASE_TIMEOUT:
+                    raise
+            time.sleep(ROOM_EVERY)
 
     def _run_group(self, placement: Placement, interrupts: Callable[[], int]) -> WorkerGroup:
         """Start the workers and handle their events until they have ended."""
@@ -180,34 +194,34 @@ class Controller:
         config = self._config
         return place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=self._gpu)
 
-    def _wait_for_room(
-        self, before: Placement | None, timeout: float, interrupts: Callable[[], int]
-    ) -> Placement:
-        """Place a start, with the room there is once the last one's resources are free.
+    def _wait_for_room(self, before: Placement, interrupts: Callable[[], int]) -> Placement:
+        """Place the next start, with the room there is once the last one's resources are free.
 
         Args:
-            before: the last start; None: there was none.
-            timeout: seconds to wait for nodes.
+            before: placement of the last start.
             interrupts: returns how often the user has asked to stop.
 
         Raises:
-            NoRoom: there is none for longer than `timeout`.
+            NoRoom: there is none for longer than `node_wait` seconds.
             KeyboardInterrupt: the user does not want to wait.
         """
         start, said = time.monotonic(), 0.0
+        timeout = max(RELEASE_TIMEOUT, self._config.node_wait)
         while True:
             waited = time.monotonic() - start
             try:
                 placement = self._place(filter_reachable(list_nodes()))
+                if waited > RELEASE_TIMEOUT:
+                    return placement
                 freed = filter_reachable(list_nodes(before))
-                if waited > RELEASE_TIMEOUT or placement.replicas >= self._count_replicas(freed):
+                if placement.replicas >= self._count_replicas(freed):
                     return placement
             except NoRoom as error:
-                if waited >= timeout:
+                if waited > timeout:
                     raise
                 if waited > RELEASE_TIMEOUT and waited - said > SAY_EVERY:
-                    said = waited
-                    self._screen.say(f"waiting {timeout - waited:,.0f} s more for nodes: {error}")
+                    said, left = waited, self._config.node_wait - waited
+                    self._screen.say(f"waiting {left:,.0f} s more for nodes: {error}")
             if interrupts():
                 raise KeyboardInterrupt
             time.sleep(ROOM_EVERY)
@@ -280,9 +294,9 @@ class WorkerGroup:
     ) -> None:
         self.placement = placement
         self.started = self.ended = self.finished = False
-        """Whether they began to train; stopped on request; made the last step."""
+        """They began to train; stopped on request; made the last step."""
         self.failure = Failure()
-        """Why they failed, if they did; has the worker table once they are placed."""
+        """Causes of a failure, if they failed; has the worker table once they are placed."""
         self.channel = Channel()
         job = WorkerJob(
             config=config, data=data, run=run, placement=placement, driver=self.channel.address,
@@ -329,13 +343,13 @@ class WorkerGroup:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a worker or Ray Train has failed."""
+        """True if a worker or Ray Train has failed."""
         return self.failure.event is not None or self.failure.raised is not None
 
 
 @dataclass
 class Failure:
-    """Why a group of workers failed: which workers died, and which error came first."""
+    """Causes of the failure of a group: the workers that died, and the error that came first."""
 
     workers: tuple[Worker, ...] = ()
     """Workers in job order; empty if they were not placed yet."""
@@ -360,7 +374,7 @@ class Failure:
 
     @property
     def is_final(self) -> bool:
-        """Whether a restart would fail in the same way."""
+        """True if a restart would fail in the same way."""
         return self.event is not None and self.event.final
 
     @property

@@ -1,6 +1,6 @@
-"""A `Pool` of Ray tasks: any number of nodes pack, and any of them may die meanwhile.
+"""Pool of Ray tasks that pack images on all nodes of a cluster; nodes may die meanwhile.
 
-Ray itself retries nothing here: what died, and how often, decides how it is done again.
+Ray itself retries nothing here: how a job is retried depends on what has died, and how often.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pipeline.tools.errors import DuetError, SetupError
 from pipeline.tools.processes import make_careful
 
 TASKS_PER_CPU = 2
-"""Tasks under way for each CPU: one runs, the next is there when it ends."""
+"""Tasks submitted for each CPU: one runs, the next starts when it ends."""
 DEATHS = 3
-"""Deaths of one job's processes after which it is given up; the last of them was careful."""
+"""Deaths of a job's process after which the build fails; the last attempt was careful."""
 LOST_NODES = 20
-"""Nodes that died under one job after which it is given up."""
+"""Deaths of a job's node after which the build fails."""
 CPU_TIMEOUT = 600.0
-"""Seconds that a cluster may be without any CPU before the build ends."""
+"""Seconds without any CPU in the cluster after which the build fails."""
 POLL_SECONDS = 5.0
-"""Seconds after which the size of the cluster is looked up again: nodes come and go."""
+"""Seconds between reads of the cluster's size: nodes come and go."""
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -38,17 +38,17 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class TaskAttempt:
-    """A job under way, and what became of the attempts before."""
+    """Attempt at a job, with the number of failed attempts before it."""
 
     job: Any
     deaths: int = 0
     lost_nodes: int = 0
 
     def again(self, node_died: bool) -> TaskAttempt:
-        """Return the next attempt.
+        """Return the next attempt, after a death of the node or of the process alone.
 
         Raises:
-            DuetError: there have been enough.
+            DuetError: too many attempts have failed.
         """
         deaths, lost = self.deaths + (not node_died), self.lost_nodes + node_died
         if deaths == DEATHS or lost == LOST_NODES:
@@ -61,41 +61,42 @@ class TaskAttempt:
 
 
 class RayPool:
-    """A `Pool` of tasks of a Ray cluster, used as a context manager.
+    """A `Pool` of tasks of a Ray cluster; a context manager.
 
-    Ray is attached to, or started, when the first job is there.
+    It attaches to Ray, or starts one, when it gets the first job.
     """
 
     def __init__(self, workers: int = 0) -> None:
-        """Have at most `workers` tasks under way; 0: as many as the cluster can use."""
+        """Create a pool of at most `workers` tasks at a time; 0: as many as the cluster can use."""
         self._workers = workers
         self._libraries = library_versions()
         self._mark = f"{WORK}/cluster.{secrets.token_hex(8)}"
         self._running: dict[Any, TaskAttempt] = {}
         self._stack = ExitStack()
         self._do: Any = None
-        self._cpus, self._looked, self._seen = 0, float("-inf"), 0.0
+        self._cpus, self._counted, self._seen = 0, float("-inf"), 0.0
 
     def run(self, task: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
-        """Do `task`, a function of a module that all nodes have, for every job; see `Pool`.
+        """Run `task`, a function of a module that all nodes have, on every job; see `Pool`.
 
         Raises:
-            SetupError: no Ray; a node lacks OUT, a source or the libraries; the nodes are gone.
+            SetupError: there is no Ray, a node lacks OUT, a source or the libraries, or all nodes
+                are gone.
         """
         try:
             for job in jobs:
                 if self._do is None:
                     self._start(job)
-                while len(self._running) >= self._most():
-                    yield from self._finished(task)
+                while len(self._running) >= self._find_limit():
+                    yield from self._collect(task)
                 self._submit(task, TaskAttempt(job))
             while self._running:
-                yield from self._finished(task)
+                yield from self._collect(task)
         finally:
             self._cancel()
 
     def _start(self, job: Any) -> None:
-        """Have a Ray, and a mark in OUT that all its nodes must see."""
+        """Attach to Ray or start one, and create a marker file in OUT that all nodes must see."""
         self._stack.enter_context(ray_session(self._workers, preload=None))
         import ray
 
@@ -110,8 +111,8 @@ class RayPool:
         done = self._do.remote(task, attempt.job, self._mark, self._libraries)
         self._running[done] = attempt
 
-    def _finished(self, task: Callable[[J], R]) -> Iterator[R]:
-        """Give the results that are there, and begin again what died."""
+    def _collect(self, task: Callable[[J], R]) -> Iterator[R]:
+        """Yield the results that have arrived, and submit jobs whose process died again."""
         import ray
         from ray.exceptions import (
             NodeDiedError,
@@ -123,7 +124,7 @@ class RayPool:
 
         waited = list(self._running)
         if not ray.wait(waited, timeout=POLL_SECONDS)[0]:
-            self._most()
+            self._find_limit()
             return
         for done in ray.wait(waited, num_returns=len(waited), timeout=0)[0]:
             attempt = self._running.pop(done)
@@ -131,26 +132,26 @@ class RayPool:
                 result: R = ray.get(done)
             except RayTaskError as error:
                 if isinstance(error.cause, (RayError, ImportError)):
-                    raise _node_error(error.cause) from error
+                    raise _build_node_error(error.cause) from error
                 raise error.cause from error
             except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
                 self._submit(task, attempt.again(isinstance(error, NodeDiedError)))
             except RayError as error:
-                raise _node_error(error) from error
+                raise _build_node_error(error) from error
             else:
                 yield result
 
-    def _most(self) -> int:
-        """Return how many tasks may be under way now.
+    def _find_limit(self) -> int:
+        """Return how many tasks may be submitted at present.
 
         Raises:
-            SetupError: there has been nothing to run them on for too long.
+            SetupError: the cluster has had no CPU for too long.
         """
         import ray
 
         now = time.monotonic()
-        if now - self._looked >= POLL_SECONDS:
-            self._cpus, self._looked = int(ray.cluster_resources().get("CPU", 0)), now
+        if now - self._counted >= POLL_SECONDS:
+            self._cpus, self._counted = int(ray.cluster_resources().get("CPU", 0)), now
             if self._cpus:
                 self._seen = now
             elif now - self._seen > CPU_TIMEOUT:
@@ -161,13 +162,13 @@ class RayPool:
         return self._workers or TASKS_PER_CPU * max(1, self._cpus)
 
     def _cancel(self) -> None:
-        """End what nobody waits for any more."""
+        """Cancel the running tasks."""
         if not self._running:
             return
         import ray
 
         for done in self._running:
-            with suppress(Exception):  # Ray may be what went wrong
+            with suppress(Exception):  # Ray itself may have failed
                 ray.cancel(done)
         self._running.clear()
 
@@ -179,13 +180,14 @@ class RayPool:
         self._stack.close()
 
 
-def _node_error(error: Exception) -> SetupError:
-    """Return an error in one line: that of Ray, or the one of Python that Ray quotes."""
-    told = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    quoted = [line for line in told if line.startswith(("ModuleNotFoundError", "ImportError"))]
+def _build_node_error(error: Exception) -> SetupError:
+    """Build a one-line error from Ray's, or from the error of Python that Ray quotes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    quoted = [line for line in lines if line.startswith(("ModuleNotFoundError", "ImportError"))]
+    reason = (quoted or lines)[0]
     return SetupError(
-        f"a node of the cluster cannot pack ({(quoted or told)[0]}); each needs a running Ray, and "
-        "this project's code and packages"
+        f"a node of the cluster cannot pack ({reason}); each needs a running Ray, and this "
+        "project's code and packages"
     )
 
 
@@ -195,15 +197,15 @@ def _remove_mark(target: Target, mark: str) -> None:
 
 
 _known: set[str] = set()
-"""Marks that this process, a worker, has seen."""
+"""Marker files that this worker process has seen."""
 
 
 def run_job(task: Callable[[Any], R], job: Any, mark: str, expected: dict[str, str]) -> R:
-    """Do a job; runs in a worker process on any node.
+    """Run a job, in a worker process on any node.
 
     Raises:
-        SetupError: this node is not like the driver's.
-        Exception: what `task` raises; of an `OSError` the message says on which node.
+        SetupError: this node lacks OUT or a source, or has other libraries than the driver.
+        Exception: from `task`; the message of an `OSError` names the node.
     """
     node = platform.node()
     if mark not in _known:

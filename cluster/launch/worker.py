@@ -130,6 +130,8 @@ def _choose_device(placement: Placement) -> torch.device:
     return device
 
 
+LOST = re.compile(r"gloo|nccl|socket|store|timed? ?out|connection", re.IGNORECASE)
+"""Errors of torch.distributed, as opposed to those of other libraries."""
 GONE = re.compile(r"Connection [a-z ]*(?:reset|closed|refused)[a-z ]*|Broken pipe", re.IGNORECASE)
 """Errors of torch.distributed about a worker that has died."""
 LATE = re.compile(r"timed? ?out", re.IGNORECASE)
@@ -139,12 +141,14 @@ LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 def describe_failure(error: Exception, worker: str) -> Failed:
     """Return the event for an exception of a worker."""
     text, is_known = str(error), isinstance(error, DuetError)
-    if isinstance(error, RuntimeError) and (found := GONE.search(text)):
-        text = f"lost another worker ({found[0].strip()})"
-    elif isinstance(error, RuntimeError) and LATE.search(text):
-        text = "another worker does not answer (frozen?)"
-    elif not is_known:
-        text = f"{type(error).__name__}: {error}"
+    if not is_known:
+        is_lost = isinstance(error, RuntimeError) and LOST.search(text)
+        if is_lost and (found := GONE.search(text)):
+            text = f"lost another worker ({found[0].strip()})"
+        elif is_lost and LATE.search(text):
+            text = "another worker does not answer (frozen?)"
+        else:
+            text = f"{type(error).__name__}: {error}"
     return Failed(
         text=text.strip().splitlines()[0],
         trace="".join(traceback.format_exception(error)),

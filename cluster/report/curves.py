@@ -39,7 +39,7 @@ def draw_curves(records: Records) -> list[Chart]:
 def _learning(
     records: Records, title: str, name: str, scale: float, limit: float, unit: str = ""
 ) -> Chart:
-    """Training and validation over the images seen, with the changes of the learning rate."""
+    """Draw training and validation over the images seen, and the changes of the learning rate."""
     metrics, validation = records.metrics, records.validation
     values, validated = metrics[name] * scale, validation[name] * scale
     top = charts.round_up(min(max(_near_max(values), _near_max(validated)), limit))
@@ -67,7 +67,7 @@ def _timing(
 
 
 def _updates(records: Records) -> Chart:
-    """How far a step moves the weights of each layer, as a share of them; powers of ten."""
+    """Draw the update of a step over the weights of each layer; powers of ten."""
     layers = {
         name: np.log10(np.where(values > 0, values, math.nan))
         for name, values in records.updates.items()
@@ -91,7 +91,7 @@ def _updates(records: Records) -> Chart:
 
 
 def _axes_over_images(records: Records, y: tuple[float, float], unit: str = "") -> Axes:
-    """Axes over the images seen; their ticks name the epochs as well."""
+    """Return axes over the images seen; their ticks name the epochs as well."""
     position, validated = (one.last("position") for one in (records.metrics, records.validation))
     last = max((end for end in (position, validated) if end > 0), default=1.0)
     epoch = position / max(records.metrics.last("epoch"), 1e-9)
@@ -106,7 +106,7 @@ def _axes_over_images(records: Records, y: tuple[float, float], unit: str = "") 
 
 
 def _draw_noisy(axes: Axes, metrics: Series, values: Floats, name: str) -> None:
-    """The spread of values as a faint line, their moving mean as a strong one."""
+    """Draw the spread of values as a faint line, their moving mean as a strong one."""
     charts.draw_line(axes, *thin(metrics["position"], values), charts.INK, width=1, alpha=0.2)
     charts.draw_line(
         axes, metrics["position"], smooth(values, window_of(len(metrics))), charts.INK, name
@@ -165,7 +165,7 @@ def rate_marks(records: Records) -> list[tuple[float, str]]:
 
 
 def _mark_label(row: dict[str, Any]) -> str:
-    """A row of rates.jsonl in short: `lr 0.001`, `conv1 0`, `colour 0`; empty for bias rates."""
+    """Format a row of rates.jsonl: `lr 0.001`, `conv1 0`, `colour 0`; empty for bias rates."""
     parts = []
     for name, value in row["set"].items():
         kind, _, layer = str(name).partition(".")

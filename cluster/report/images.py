@@ -32,7 +32,7 @@ from pipeline.tools.charts import encode_image
 from pipeline.tools.errors import DuetError
 from pipeline.tools.units import parse_size
 
-PICTURES = 32
+MOST_IMAGES = 32
 SHOWN_SIDE = 144  # pixels; shown at about half of that, sharp on dense screens
 QUALITY = 82
 KERNEL_SCALE = 5
@@ -65,7 +65,7 @@ def load_training_images(data: str | None, config: dict[str, Any]) -> list[Train
 
         cached = read_cache_settings(config)
         classes = Manifest.load(fetch_metadata(data, **cached)).classes
-        count = min(PICTURES, int(config.get("batch_size", PICTURES)))
+        count = min(MOST_IMAGES, int(config.get("batch_size", MOST_IMAGES)))
         with Stream(
             data,
             batch_size=count,

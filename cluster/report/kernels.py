@@ -78,7 +78,7 @@ class ColumnSeparation:
 
     @property
     def is_significant(self) -> bool:
-        """Whether `p` is below 0.05."""
+        """True if `p` is below 0.05."""
         return self.p < CERTAIN
 
 
@@ -95,7 +95,7 @@ def score_kernels(kernels: Kernel) -> Scores:
 
 
 def _compute_coherence(kernels: Floats) -> Floats:
-    """(l1 - l2) / (l1 + l2) of the eigenvalues of each structure tensor, summed over channels."""
+    """Return (l1 - l2) / (l1 + l2) of the eigenvalues of each kernel's structure tensor."""
     down, across = np.gradient(kernels, axis=(2, 3))
     yy, xx, xy = (
         (one * two).sum(axis=(1, 2, 3))
@@ -105,7 +105,7 @@ def _compute_coherence(kernels: Floats) -> Floats:
 
 
 def _compute_concentration(kernels: Floats) -> Floats:
-    """Largest share of the energy within one step of a frequency, of k x k."""
+    """Return the largest share of the energy within one step of a frequency, of k x k."""
     power = (np.abs(np.fft.fft2(kernels)) ** 2).sum(axis=1)
     near = sum(
         np.roll(power, (down, across), (1, 2)) for down in (-1, 0, 1) for across in (-1, 0, 1)
@@ -142,7 +142,7 @@ def separate_columns(a: Floats, b: Floats, seed: int = 0) -> ColumnSeparation | 
 
 
 def _compute_share(rank_sum: Floats, ours: int, theirs: int) -> Floats:
-    """Share of pairs in which ours is higher, from our rank sum (Mann and Whitney)."""
+    """Return the share of pairs in which ours is higher, from our rank sum (Mann and Whitney)."""
     return (rank_sum - ours * (ours + 1) / 2) / (ours * theirs)
 
 
@@ -194,7 +194,7 @@ class FirstLayer:
     change_length: float = 0.0
     """Median of the norms of the changes over those of the kernels."""
     change_colour: ColumnSeparation | None = None
-    """As `colour`, of the changes."""
+    """Separation of the columns by colorfulness of the changes."""
     strips: tuple[Strip, ...] = ()
     charts: tuple[Chart, ...] = ()
     """Scores over the steps; empty without snapshots."""
@@ -299,7 +299,7 @@ def draw_scored_sheet(kernels: Kernel, rated: Scores) -> Pixels:
 
 
 def _draw_strip(name: str, past: Sequence[KernelSnapshot], rated: Scores) -> Strip:
-    """Kernels spread over the final colorfulness, the most colorful first."""
+    """Draw kernels spread over the final colorfulness, the most colorful first."""
     order = np.argsort(-rated.colour, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(FOLLOWED, len(order))).round().astype(int)]
     # tile goes along rows: kernel by kernel, each through all moments.
@@ -331,7 +331,7 @@ def _draw_scatter(rated: dict[str, Scores]) -> Chart:
 
 
 def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
-    """Scores over the steps, on a logarithmic axis, and how far the columns are apart in color."""
+    """Draw the scores over the steps, logarithmic, and how far the columns are apart in color."""
     rated = [
         {name: score_kernels(weights) for name, weights in one.columns.items()} for one in past
     ]

@@ -46,7 +46,7 @@ class ReportOptions:
     data: str | None = None
     """Its data set (folder or address), for images and class names."""
     answers: tuple[Choice, ...] = CHOICES
-    """Which images to show with the network's answers."""
+    """Choices of images to show with the network's answers."""
     each: int = EACH
     """Number of images of each choice."""
 
@@ -84,44 +84,35 @@ def render_page(
     """Return the page as HTML text; the arguments are those of `write_report`."""
     run, config = records.run, records.config
     manifest, data_note = _load_manifest(data, records)
-    samples, samples_note = _try_figure(lambda: images.load_training_images(data, config))
-    found, kernels_note = _try_figure(lambda: images.find_newest_checkpoint(run))
-    kernels = None
-    if found is not None:
-        kernels, kernels_note = _try_figure(
-            lambda: describe_first_layer(found, read_kernels(run / KERNELS))
-        )
-    answers, answers_note = _try_figure(
-        lambda: images.collect_answers(run, data, config, choices, each)
-    )
+    found, no_checkpoint = _try_figure(lambda: images.find_newest_checkpoint(run))
     names = _find_class_names(records, manifest, found)
+    sections = {
+        "samples": _try_figure(lambda: images.load_training_images(data, config)),
+        "kernels": _try_figure(lambda: describe_first_layer(found, read_kernels(run / KERNELS)))
+        if found is not None
+        else (None, no_checkpoint),
+        "answers": _try_figure(lambda: images.collect_answers(run, data, config, choices, each)),
+    }
     changed = datetime.datetime.fromtimestamp((run / METRICS).stat().st_mtime, datetime.UTC)
-    return (
-        load_templates()
-        .get_template("page.html.j2")
-        .render(
-            title=run.resolve().name,
-            lead=tables.write_lead(records, manifest),
-            errors=tables.make_error_tiles(records),
-            tiles=tables.make_run_tiles(records),
-            charts=draw_curves(records) if len(records.metrics) else [],
-            samples=samples,
-            samples_note=samples_note,
-            kernels=kernels,
-            kernels_note=kernels_note,
-            answers=answers,
-            answers_note=answers_note,
-            layers=tables.make_layer_table(records, len(names)),
-            classes=tables.rank_class_errors(records),
-            confusion=tables.make_confusion_table(records, names),
-            config=config,
-            machine=records.machine,
-            manifest=manifest,
-            data_note=data_note,
-            restarts=records.metrics.restarts,
-            notes=records.notes,
-            made=f"{changed:%Y-%m-%d %H:%M UTC}",
-        )
+    template = load_templates().get_template("page.html.j2")
+    return template.render(
+        title=run.resolve().name,
+        lead=tables.write_lead(records, manifest),
+        errors=tables.make_error_tiles(records),
+        tiles=tables.make_run_tiles(records),
+        charts=draw_curves(records) if len(records.metrics) else [],
+        layers=tables.make_layer_table(records, len(names)),
+        classes=tables.rank_class_errors(records),
+        confusion=tables.make_confusion_table(records, names),
+        config=config,
+        machine=records.machine,
+        manifest=manifest,
+        data_note=data_note,
+        restarts=records.metrics.restarts,
+        notes=records.notes,
+        made=f"{changed:%Y-%m-%d %H:%M UTC}",
+        **{name: figure for name, (figure, _) in sections.items()},
+        **{f"{name}_note": note for name, (_, note) in sections.items()},
     )
 
 
@@ -134,7 +125,7 @@ def load_templates(*folders: Path) -> jinja2.Environment:
 
 
 def _load_manifest(data: str | None, records: Records) -> tuple[Manifest | None, str]:
-    """The manifest of the data set, and a note if it is missing or not of the run."""
+    """Return the manifest of the data set, and a note if it is missing or not of the run."""
     if data is None:
         return None, "No data folder was given (--data), so nothing is known of the data set."
     try:
@@ -158,7 +149,7 @@ def _try_figure(make: Callable[[], T]) -> tuple[T | None, str]:
 def _find_class_names(
     records: Records, manifest: Manifest | None, found: Checkpoint | None
 ) -> Sequence[str]:
-    """The class names in the order of their labels, from the best source there is."""
+    """Return the class names in the order of their labels, from the best source there is."""
     if found is not None:
         return found.classes
     if manifest is not None:

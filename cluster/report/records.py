@@ -179,7 +179,7 @@ def _parse_number(value: object) -> float:
 
 
 def _read_table(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON object or TOML table; empty, with a note, when the file is damaged."""
+    """Read a JSON object or TOML table; empty, with a note, when the file is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -194,7 +194,7 @@ def _read_table(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any]:
-    """An evaluation; empty, with a note, if a part has the wrong type."""
+    """Read an evaluation; empty, with a note, if a part has the wrong type."""
     table = _read_table(path, notes)
     wrong = [
         name

@@ -112,7 +112,7 @@ def make_run_tiles(records: Records) -> list[Tile]:
 
 
 def _describe_waits(records: Records) -> str:
-    """The two stages that were waited for most, if the rows have them."""
+    """Describe the two stages that were waited for most, if the rows have them."""
     sums = {name: float(np.nansum(records.metrics[name])) for name in WAITS}
     total = sum(sums.values())
     if not total:

@@ -38,7 +38,7 @@ class Placed:
     """All workers are running and have formed their process groups; precedes `Started`."""
 
     workers: tuple[Worker, ...]
-    """In job order."""
+    """Workers in job order."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Failed:
     """Name of the worker, for example `replica 0, column b`."""
     exit_code: int
     final: bool
-    """Whether a restart would fail in the same way."""
+    """True if a restart would fail in the same way."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,10 @@ GAUGES = {
     "wait_storage": ("duet_wait_storage_seconds", "Seconds waiting for the disk or the store."),
     "wait_feed": ("duet_wait_feed_seconds", "Seconds waiting for checksums, order, draws."),
     "wait_decode": ("duet_wait_decode_seconds", "Seconds of a step spent waiting for pixels."),
-    "wait_transfer": ("duet_wait_transfer_seconds", "Seconds waiting for the copy to the device."),
+    "wait_transfer": (
+        "duet_wait_transfer_seconds",
+        "Seconds waiting for their way to the network.",
+    ),
     "compute": ("duet_compute_seconds", "Seconds of a step spent computing."),
     "stall": ("duet_stall_ratio", "Share of the time spent waiting for data or a checkpoint."),
     "exchange": ("duet_exchange_seconds", "Seconds of a step spent waiting for the other column."),

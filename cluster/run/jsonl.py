@@ -190,8 +190,12 @@ def _step_of(line: bytes) -> int | None:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file in order; skips half-written ones. No file: no rows."""
-    with suppress(OSError), path.open("rb") as file:
+    """Yield the rows of a file in order; skips half-written ones. No file: no rows.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with suppress(FileNotFoundError), path.open("rb") as file:
         yield from _drop_none(parse_rows(line for line in file if line.endswith(b"\n")))
 
 

@@ -63,10 +63,14 @@ def encode_kernels(
 def read_kernels(path: Path) -> list[KernelSnapshot]:
     """Read the snapshots of a file in the order of their steps; skips damaged rows.
 
-    Of two rows for the same step the later one counts. No file: no snapshots.
+    Of two rows for the same step the later one counts. No file that can be read: no snapshots.
     """
     found: dict[int, KernelSnapshot] = {}
-    for row in read_rows(path):
+    try:
+        rows = list(read_rows(path))
+    except OSError:
+        return []
+    for row in rows:
         try:
             columns = {str(name): _decode_kernels(part) for name, part in row["columns"].items()}
             snapshot = KernelSnapshot(int(row["step"]), columns)

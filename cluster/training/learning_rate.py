@@ -207,11 +207,7 @@ class RateControl:
         """
         while self._written < len(self._changes) and self._changes[self._written].after <= step:
             if self._mesh.is_leader:
-                with (self._run / RATES).open("ab") as file:
-                    file.write(self._format_row(self._written))
-                    file.flush()
-                    os.fsync(file.fileno())
-                sync_path(self._run)
+                _append_row(self._run / RATES, self._format_row(self._written))
                 self._announce(self._written)
             self._written += 1
 
@@ -285,6 +281,14 @@ class RateControl:
         change = self._changes[index]
         text = f"{describe_change(change, *self._compute_sides(index))} ({change.why})"
         self._tell(Rated(change.after, text))
+
+
+def _append_row(path: Path, row: bytes) -> None:
+    """Add a row to a file, which is created whole or not at all; the row is on disk then."""
+    with path.open("ab") if path.exists() else atomic_write(path) as file:
+        file.write(row)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def describe_change(change: RateChange, before: Rates, after: Rates) -> str:

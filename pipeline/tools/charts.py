@@ -76,7 +76,7 @@ class Bar:
     length: float
     start: float = 0.0
     limit: float | None = None
-    """Where a black mark stands."""
+    """Share of the track at which a black mark stands, 0..1."""
     note: str = ""
     """Text below the bar."""
     color: str = COLUMN_A
@@ -92,10 +92,10 @@ def new_axes(
     Args:
         x: first and last value of the axis.
         y: lowest and highest value; `draw_line` and `draw_dots` keep within it.
-        x_label: writes the number at a tick.
-        y_label: likewise.
-        width: CSS pixels of the chart where the page shows it at its natural size.
-        height: likewise.
+        x_label: formats the number at a tick of the x axis.
+        y_label: formats the number at a tick of the y axis.
+        width: width of the chart in CSS pixels where the page shows it at its natural size.
+        height: height of the chart in CSS pixels.
         margins: room left, right, above and below the axes, in CSS pixels.
     """
     from matplotlib.figure import Figure  # importing it takes half a second
@@ -155,12 +155,12 @@ def draw_line(
     """Draw the finite points as a line, of `MOST_POINTS` at most.
 
     Args:
-        axes: with limits that are set.
+        axes: axes with limits that are set.
         x: float [n].
         y: float [n]; values beyond the axis are drawn at its end.
-        color: of `PALETTE` or any other.
-        name: for the legend; without one the line is not listed.
-        width: in CSS pixels.
+        color: color of `PALETTE` or any other.
+        name: name in the legend; without one the line is not listed.
+        width: CSS pixels.
         alpha: opacity, 0..1.
         dashes: line style of matplotlib.
     """
@@ -178,11 +178,11 @@ def draw_columns(
     """Draw filled columns side by side, the bars of a histogram.
 
     Args:
-        axes: with limits that are set.
+        axes: axes with limits that are set.
         edges: float [n + 1].
         heights: float [n].
-        color: as for `draw_line`.
-        name: for the legend.
+        color: color of `PALETTE` or any other.
+        name: name in the legend.
         alpha: opacity of the filling, 0..1; below 1 the outline is drawn as well.
     """
     x, y = np.repeat(edges, 2), np.concatenate(([0.0], np.repeat(heights, 2), [0.0]))
@@ -196,10 +196,10 @@ def draw_dots(
     """Draw a dot for every finite point, `MOST_POINTS` at most and always the last.
 
     Args:
-        axes: with limits that are set.
+        axes: axes with limits that are set.
         x: float [n].
         y: float [n].
-        color: as for `draw_line`.
+        color: color of `PALETTE` or any other.
         hints: n texts that show under the mouse.
         size: diameter in CSS pixels.
     """
@@ -247,7 +247,7 @@ def css_color(color: object) -> str:
 
 
 def _inline_svg(figure: Any, title: str) -> Markup:
-    """A figure as an SVG element whose text and colors are the page's."""
+    """Return a figure as an SVG element whose text and colors are the page's."""
     file = io.StringIO()
     save_figure(figure, file, "svg")
     text = file.getvalue()
@@ -266,7 +266,7 @@ def _inline_svg(figure: Any, title: str) -> Markup:
 
 
 def _shorten_attribute(hit: re.Match[str]) -> str:
-    """An attribute with a tenth of a pixel, the page's font, and the page's colors."""
+    """Return an attribute with a tenth of a pixel, the page's font, and the page's colors."""
     text = re.sub(r"(\.\d)\d+", r"\1", hit[0])
     text = re.sub(r" font-family: [^;\"]*;?", "", text)
     return re.sub(r"#[0-9a-f]{6}", lambda color: css_color(color[0]), text)
@@ -301,12 +301,12 @@ def bar_list(bars: Iterable[Bar]) -> Markup:
 
 
 def encode_image(pixels: npt.NDArray[np.uint8], width: int = 0, quality: int = 0) -> str:
-    """Return an image as a data URI: a JPEG of a quality, or without one a PNG.
+    """Return an image as a data URI: a JPEG, or a PNG if `quality` is 0.
 
     Args:
         pixels: uint8 [height, width, 3], or with an alpha channel for a PNG.
         width: pixels that it is scaled to; 0: as it is.
-        quality: of the JPEG, 1..95.
+        quality: quality of the JPEG, 1..95; 0: a PNG.
     """
     image = Image.fromarray(pixels)
     if width and width != image.width:

@@ -1,4 +1,4 @@
-"""What may differ when a run is continued."""
+"""Settings that may differ when a run is resumed."""
 
 from __future__ import annotations
 

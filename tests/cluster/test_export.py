@@ -51,15 +51,15 @@ def network(run: Path, step: int = CONFIG.steps) -> AlexNet:
     return net.eval()
 
 
-def classified(weights: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    monkeypatch.setattr(sys, "argv", ["classify", str(weights), str(picture)])
+def classified(weights: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    monkeypatch.setattr(sys, "argv", ["classify", str(weights), str(path)])
     found: Tensor = runpy.run_path(str(REPOSITORY / "docs" / "classify.py"))["x"]
     return found[0]
 
 
-def logits_of(net: AlexNet, picture: Path, data: Path) -> Tensor:
-    """What the network itself says, of pixels that numpy and Pillow's resize prepared."""
-    image = Image.open(picture).convert("RGB")
+def logits_of(net: AlexNet, path: Path, data: Path) -> Tensor:
+    """Logits of the network itself, from pixels that numpy and Pillow's resize prepared."""
+    image = Image.open(path).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
@@ -74,10 +74,10 @@ def test_the_script_of_the_readme_says_what_the_network_says(
     run, pictures, tiny_data, monkeypatch, capsys
 ):
     assert main([str(run)]) == 0
-    picture = sorted((pictures / "val").rglob("*.jpg"))[3]
+    path = sorted((pictures / "val").rglob("*.jpg"))[3]
     assert capsys.readouterr().out.startswith("step 6: ")
-    found = classified(run / "weights.safetensors", picture, monkeypatch)
-    logits = logits_of(network(run), picture, tiny_data)
+    found = classified(run / "weights.safetensors", path, monkeypatch)
+    logits = logits_of(network(run), path, tiny_data)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
@@ -105,9 +105,9 @@ def test_the_script_runs_every_other_network(
     design = Config.from_settings(CONFIG.to_settings() | changes).design
     net = AlexNet(columns=tuple(range(design.columns)), classes=4, design=design)
     load_checkpoint(run / "checkpoints" / "step-00000002", net)
-    picture = sorted((pictures / "val").rglob("*.jpg"))[3]
-    found = classified(run / "weights.safetensors", picture, monkeypatch)
-    logits = logits_of(net, picture, tiny_data)
+    path = sorted((pictures / "val").rglob("*.jpg"))[3]
+    found = classified(run / "weights.safetensors", path, monkeypatch)
+    logits = logits_of(net, path, tiny_data)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
@@ -119,8 +119,8 @@ def test_the_ten_lines_of_the_page_do_the_same_for_the_papers_network(
                  if "weights.safetensors" in block)  # fmt: skip
     assert len(script[script.index("w = ") :].splitlines()) == 10
     monkeypatch.chdir(tmp_path)
-    picture = sorted((pictures / "val").rglob("*.jpg"))[3]
-    shutil.copy(picture, "image.jpg")
+    path = sorted((pictures / "val").rglob("*.jpg"))[3]
+    shutil.copy(path, "image.jpg")
     assert main([str(run), "--out", "weights.safetensors"]) == 0
     found: dict[str, Any] = {}
     exec(script, found)

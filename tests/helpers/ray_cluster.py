@@ -23,7 +23,7 @@ from typing import Any
 from tests.helpers.training_processes import REPOSITORY, end_processes, marked
 
 CPUS = 4
-"""Of a node; there are as many as it says, as with GPUs."""
+"""Logical CPUs of a node, as pretended as its GPUs."""
 
 
 class Simulated:

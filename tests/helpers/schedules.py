@@ -50,10 +50,10 @@ class Story:
     saved: int = 0
 
     def go_on(self, kill: int | None = None, lost: int | None = None) -> None:
-        """From the newest checkpoint to the end, or until it is killed in the review of a step.
+        """Train from the newest checkpoint to the end, or until the review of step `kill`.
 
         Args:
-            kill: the step.
+            kill: step in whose review the run is killed; None: it ends.
             lost: bytes by which that review's last row comes out too short; None: it is whole.
         """
         control = RateControl(self.recipe, self.run, ProcessMesh(), self.heard.append, self.saved)

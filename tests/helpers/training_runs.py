@@ -53,12 +53,12 @@ def work(rank: int, world: int, size: int, folder: Path, calls: list[Call]) -> N
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
     )
     seats = [tuple(range(start, start + size)) for start in range(0, world, size)]
-    place = create_mesh(seats, torch.device("cpu"), cores=1)
+    mesh = create_mesh(seats, torch.device("cpu"), cores=1)
     for call in calls:
         if call.cut and rank == 0:
             cut_at(3, call.cut, call.run)
         dist.barrier()
-        train(call.config, call.data, call.run, place, lambda event: None)
+        train(call.config, call.data, call.run, mesh, lambda event: None)
     dist.destroy_process_group()
 
 
@@ -77,12 +77,18 @@ def alone(config: Config, data: Path, run: Path) -> list[Event]:
     return told
 
 
+def resume_at(step: int, config: Config, data: Path, whole: Path, run: Path) -> None:
+    """Train `run` from the checkpoint of `step` of a whole run to the end, in one process."""
+    cut_at(step, whole, run)
+    alone(config, data, run)
+
+
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def learned(run: Path, name: str = "metrics.jsonl", first: int = 1) -> list[list[float]]:
-    """What does not depend on the clock, of every row."""
+    """Fields of every row that do not depend on the clock."""
     names = ("position", "step", "epoch", "loss", "top1_error")
     return [[row[key] for key in names] for row in rows(run, name) if row["step"] >= first]
 

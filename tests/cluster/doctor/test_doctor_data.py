@@ -1,4 +1,4 @@
-"""What the doctor finds in data sets, stores and run folders, and that it says what mends them."""
+"""Findings of the doctor on data sets, stores and run folders, each with what mends it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_sound_set_is_described_and_its_speed_told(tiny_data):
     assert "(pipeline.verify reads every byte)" in found["data"].value
     assert "a batch of 16 in" in found["stream"].value
     assert "single images at random" in found["data speed"].value
-    assert "MB were there to be read" in found["data speed"].value  # too few to believe
+    assert "kB were there to be read" in found["data speed"].value  # too few to believe
     blocks = {f.name: f for f in judged(tiny_data, Config(batch_size=16, shuffle="block"))}
     assert "shard after shard" in blocks["data speed"].value
 

@@ -1,4 +1,4 @@
-"""What the doctor finds in broken machines, and that it says what mends them: pure judgements."""
+"""Findings of the doctor on broken machines, each with what mends it: pure judgements."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def test_a_good_machine_has_nothing_to_mend():
     ]
     assert [finding for finding in found if finding.status != "ok"] == []
     assert len(found) > 12
+    assert {f.name: f.value for f in found}["open files"] == "65,536"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_the_driver_tells_its_release(tmp_path):
         ([replace(H100, has_peer_access=False), H100], "warn",
          ["GPUs 0 and 1 cannot reach", "topo -m"]),
         ([replace(H100, free=10**10, users=("41 python",)), H100], "warn",
-         ["GPU 0", "70.0 of 80.0 GB in use by 41 python", "nvidia-smi"]),
+         ["GPU 0", "70 GB of 80 GB in use by 41 python", "nvidia-smi"]),
         ([H100, replace(H100, capability=(7, 5))], "warn", ["GPU 1", "no bfloat16", "float32"]),
         ([replace(H100, is_mig=True), H100], "warn", ["MIG", "--columns-per-worker 2", "-mig 0"]),
         ([replace(H100, is_built_for=False), H100], "FAIL", ["no code for H100 (9.0)", "CUDA=12"]),
@@ -161,12 +162,12 @@ def test_a_gpu_that_torch_was_not_built_for_is_told():
 @pytest.mark.parametrize(
     ("changes", "status", "words"),
     [
-        ({"shared": 64 * 2**20}, "warn", ["/dev/shm", "0.1 GB", "--shm-size"]),
-        ({"files": 1024}, "warn", ["open files 1024", "ulimit -n"]),
+        ({"shared": 64 * 2**20}, "warn", ["/dev/shm 67.1 MB free", "--shm-size"]),
+        ({"files": 1024}, "warn", ["open files 1,024", "ulimit -n"]),
         ({"cores": 1, "has_quota": True}, "warn", ["cores 1", "container's quota", "--cpus"]),
         ({"memory": 10**9, "has_memory_limit": True}, "warn",
          ["memory", "container's limit", "--memory"]),
-        ({"temporary_free": 10**8}, "warn", ["temporary", "0.1 GB free", "TMPDIR"]),
+        ({"temporary_free": 10**8}, "warn", ["temporary", "100 MB free", "TMPDIR"]),
         ({"temporary_full": 0.97}, "warn", ["97% full"]),
         ({"temporary": "/scratch/jobs/somebody/1234567/tmp"}, "FAIL",
          ["too long for Ray's sockets", "TMPDIR=/tmp"]),
@@ -234,7 +235,7 @@ def test_a_containers_limits_are_found_in_either_version_of_control_groups(tmp_p
         ({"device": "gpu"}, [], "FAIL", ["2 GPUs", "--device cpu"]),
         ({"replicas": 16}, [], "warn", ["32 workers take turns on 16", "--replicas"]),
         ({"batch_size": 65536}, [], "FAIL", ["worker memory", "--microbatch"]),
-        ({"batch_size": 65536}, PAIR, "FAIL", ["worker memory", "79.0 GB free", "--microbatch"]),
+        ({"batch_size": 65536}, PAIR, "FAIL", ["worker memory", "of 79 GB free", "--microbatch"]),
     ],
 )
 def test_a_job_that_does_not_fit_this_machine_is_told_with_what_would(

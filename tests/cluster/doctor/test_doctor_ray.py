@@ -1,4 +1,4 @@
-"""What the doctor finds in broken clusters, and that it says what mends them."""
+"""Findings of the doctor on broken clusters, each with what mends it."""
 
 from __future__ import annotations
 
@@ -94,6 +94,11 @@ def test_what_a_stopped_head_has_left_behind_is_told(tmp_path, monkeypatch):
     assert list(ray_cluster.judge_old_address(path)) == []
     path.write_text("127.0.0.1:1")
     assert only(list(ray_cluster.judge_old_address(path))).mend == f"rm {path}"
+    path.write_text("127.0.0.1:no port")  # half written, or not Ray's
+    found = only(list(ray_cluster.judge_old_address(path)))
+    assert (found.status, found.mend) == ("warn", f"rm {path}")
+    assert "which does not answer" in found.value
+    assert "int()" not in found.value
     monkeypatch.setattr(ray_cluster, "try_connection", lambda address: "")
     assert list(ray_cluster.judge_old_address(path)) == []
 
@@ -119,7 +124,7 @@ SEES = {
          ["NoCredentialsError", "--runtime-env-json"]),
         ({"devices": 3}, "warn", ["Ray was started with 4 GPUs, and there are 3", "--num-gpus 3"]),
         ({"code": False}, "warn", ["ray job submit --working-dir ."]),
-        ({"disk": 10**6}, "warn", ["0.0 GB free in RUN, a checkpoint takes 0.5"]),
+        ({"disk": 10**6}, "warn", ["1 MB free in RUN, a checkpoint takes 500 MB"]),
         ({"files": 1024}, "warn", ["ulimit -n 65536"]),
         ({"shared": 10**6}, "warn", ["--shm-size"]),
     ],

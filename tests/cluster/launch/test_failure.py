@@ -1,11 +1,15 @@
-"""What the user is told when workers fail: the cause, not what it led to."""
+"""Messages about workers that fail: they name the cause, not its consequences."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cluster.launch.controller import Failure
+from cluster.launch.worker import describe_failure
 from cluster.run.events import Failed, Worker
+from pipeline.tools.errors import DataError
 
 
 class WorkerHealthCheckFailedError(Exception):
@@ -13,7 +17,7 @@ class WorkerHealthCheckFailedError(Exception):
 
 
 class GroupError(Exception):
-    """Like Ray Train's WorkerGroupError."""
+    """Has the fields of Ray Train's WorkerGroupError."""
 
     def __init__(self, text: str, *gone: int) -> None:
         super().__init__(text)
@@ -61,6 +65,33 @@ def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
     log = (tmp_path / "error.log").read_text()
     assert "third line" in log
     assert "said aside" in log
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("[gloo/tcp/pair.cc:538] Read error: Connection reset by peer"),
+         "lost another worker (Connection reset by peer)"),
+        (RuntimeError("gloo write: Broken pipe"), "lost another worker (Broken pipe)"),
+        (RuntimeError("Timed out waiting 300000ms for recv operation to complete"),
+         "another worker does not answer (frozen?)"),
+        # Errors of other libraries, or of other types, are not about another worker.
+        (RuntimeError("flush failed: Broken pipe"), "RuntimeError: flush failed: Broken pipe"),
+        (OSError("Connection refused"), "OSError: Connection refused"),
+        (ValueError("one\ntwo"), "ValueError: one"),
+    ],
+)  # fmt: skip
+def test_a_worker_tells_lost_ones_from_its_own_errors(error: Exception, text: str):
+    failed = describe_failure(error, "replica 0, column a")
+    assert (failed.text, failed.exit_code, failed.final) == (text, 1, False)
+    assert str(error) in failed.trace
+
+
+def test_an_error_of_ours_is_final_whatever_its_words():
+    failed = describe_failure(DataError("the store timed out: Broken pipe"), "replica 0, column a")
+    assert (failed.text, failed.exit_code, failed.final) == (
+        "the store timed out: Broken pipe", DataError.exit_code, True,
+    )  # fmt: skip
 
 
 def test_a_log_that_cannot_be_written_hides_nothing(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What has to be true before Ray is started."""
+"""Conditions that must hold before Ray is started."""
 
 from __future__ import annotations
 

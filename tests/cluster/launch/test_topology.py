@@ -1,4 +1,4 @@
-"""Who is which column where: pure functions, no processes."""
+"""Placement of replicas and columns: pure functions, no processes."""
 
 from __future__ import annotations
 

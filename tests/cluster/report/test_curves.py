@@ -28,7 +28,7 @@ def test_short_runs_are_not_thinned() -> None:
 
 
 def test_thinning_keeps_the_spread() -> None:
-    """Of uniform noise the middle nine tenths are 0.05..0.95 everywhere."""
+    """The middle nine tenths of uniform noise are 0.05..0.95 everywhere."""
     count = 200_000
     x, y = thin(np.arange(float(count)), np.random.default_rng(0).random(count))
     assert len(x) == len(y) == MOST_POINTS

@@ -1,4 +1,4 @@
-"""What a report shows of the recipe: a mark for each change of the rates, how far weights move."""
+"""The recipe in a report: a mark for each change of the rates, how far weights move."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run wrote down is read back, whatever state its files are in."""
+"""The files of a run are read back, whatever state they are in."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the user sees: lines where there is no terminal, and the error that ends a run."""
+"""Output of a run: lines where there is no terminal, and the error that ends a run."""
 
 from __future__ import annotations
 

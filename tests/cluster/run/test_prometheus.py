@@ -1,4 +1,4 @@
-"""What Ray's endpoint shows of a run, and the dashboard that draws it."""
+"""Metrics of a run at Ray's endpoint, and the dashboard that draws it."""
 
 from __future__ import annotations
 

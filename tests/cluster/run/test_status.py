@@ -1,4 +1,4 @@
-"""How a run stands, told from its files."""
+"""The state of a run, read from its files."""
 
 from __future__ import annotations
 

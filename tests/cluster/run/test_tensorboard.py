@@ -1,4 +1,4 @@
-"""What TensorBoard reads of a run, also after it was cut."""
+"""Scalars that TensorBoard reads of a run, also after it was cut."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from model.metrics import count_errors, sum_metrics
 from pipeline.batches import Stream
 from tests.helpers.images import flip_bit
 
-PICTURES = 20
+IMAGES = 20
 
 
 def scores(images: Tensor) -> Tensor:
@@ -36,18 +36,18 @@ def counted(data, world: int, batch_size: int) -> Tensor:
 @pytest.mark.parametrize("damaged", [(), (0,), (7, 19)])
 def test_counts_do_not_depend_on_the_number_of_ranks(data, damaged):
     flip_bit(data, "val", *damaged)
-    one = counted(data, world=1, batch_size=PICTURES)
-    assert one[3] == PICTURES - len(damaged)
+    one = counted(data, world=1, batch_size=IMAGES)
+    assert one[3] == IMAGES - len(damaged)
     assert 0 < one[2] < one[1] < one[3]
     for world, batch_size in [(1, 9), (2, 8), (2, 6), (3, 7), (3, 64)]:
-        assert PICTURES % batch_size  # the last batch is padded
+        assert IMAGES % batch_size  # the last batch is padded
         found = counted(data, world, batch_size)
         assert found[1:].tolist() == one[1:].tolist()
         torch.testing.assert_close(found[0], one[0], rtol=1e-6, atol=0)
 
 
 def test_that_network_is_level_where_it_matters(tiny_data):
-    with Stream(tiny_data, split="val", view="centre", once=True, batch_size=PICTURES) as stream:
+    with Stream(tiny_data, split="val", view="centre", once=True, batch_size=IMAGES) as stream:
         batch = next(stream)
     answers = scores(batch.images).softmax(1)
     shares = [

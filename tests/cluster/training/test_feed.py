@@ -16,11 +16,11 @@ from tests.helpers.processes import run_ranks
 def work(rank: int, folder: Path, data: Path) -> None:
     """Column a runs ahead of column b as far as it can; b's batch must stay what it was."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
+    mesh = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
     with (
         Stream(data, batch_size=8, seed=3, threads=1) as whole_stream,
         Stream(data, batch_size=8, seed=3, rank=rank, world_size=2, threads=1) as stream,
-        PairBatches(stream, place) as feed,
+        PairBatches(stream, mesh) as feed,
     ):
         batch, expected = next(feed), next(whole_stream)
         if rank == 0:

@@ -41,9 +41,9 @@ def no_room(*_):
     raise OSError
 
 
-def found_by(config, data, place) -> dict:
+def found_by(config, data, mesh) -> dict:
     told = []
-    profiler.measure(config, str(data), place, told.append)
+    profiler.measure(config, str(data), mesh, told.append)
     (event,) = told
     assert isinstance(event, Measured)
     return event.found
@@ -86,11 +86,11 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
 def work(rank: int, folder: Path, data: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     shorten(setattr)
-    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
+    mesh = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
     events = []
-    profiler.measure(replace(CONFIG, batch_size=16), str(data), place, events.append)
-    assert len(events) == (1 if place.is_leader else 0)
-    if place.is_leader:
+    profiler.measure(replace(CONFIG, batch_size=16), str(data), mesh, events.append)
+    assert len(events) == (1 if mesh.is_leader else 0)
+    if mesh.is_leader:
         (folder / "found.json").write_text(json.dumps(events[0].found))
     dist.destroy_process_group()
 

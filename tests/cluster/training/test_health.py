@@ -25,25 +25,25 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 60
 
 
-def network(place: ProcessMesh) -> AlexNet:
-    columns = place.columns if place.pair else None
+def network(mesh: ProcessMesh) -> AlexNet:
+    columns = mesh.columns if mesh.pair else None
     net = AlexNet(
-        columns, classes=5, width=WIDTH, exchange=Exchange(place.pair) if place.pair else None
+        columns, classes=5, width=WIDTH, exchange=Exchange(mesh.pair) if mesh.pair else None
     ).train()
     net.set_position(7)
     return net
 
 
-def training(net: AlexNet, run: Path, place: ProcessMesh) -> Any:
+def training(net: AlexNet, run: Path, mesh: ProcessMesh) -> Any:
     """The parts of a `Training` that are looked at."""
-    return SimpleNamespace(config=Config(dtype="float32"), net=net, run=run, mesh=place)
+    return SimpleNamespace(config=Config(dtype="float32"), net=net, run=run, mesh=mesh)
 
 
-def told(net: AlexNet, run: Path, place: ProcessMesh, pictures: torch.Tensor | None = None) -> str:
-    """What is said of a loss that is not finite."""
-    pictures = images() if pictures is None else pictures
+def told(net: AlexNet, run: Path, mesh: ProcessMesh, pixels: torch.Tensor | None = None) -> str:
+    """Message about a loss that is not finite."""
+    pixels = images() if pixels is None else pixels
     with pytest.raises(NotFinite) as caught:
-        check_finite(training(net, run, place), torch.tensor(torch.nan), pictures, 7)
+        check_finite(training(net, run, mesh), torch.tensor(torch.nan), pixels, 7)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -88,12 +88,12 @@ def test_a_finite_loss_passes_without_a_second_look(tmp_path: Path) -> None:
 
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
-    net = network(place)
+    mesh = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
+    net = network(mesh)
     with torch.no_grad():
         if rank == 1:  # column a only gets to see it in conv3
             net.get_parameter("conv2.weight")[0, 0] = torch.nan
-    (Path(folder) / f"{rank}.txt").write_text(told(net, Path(folder), place))
+    (Path(folder) / f"{rank}.txt").write_text(told(net, Path(folder), mesh))
     dist.barrier()
     dist.destroy_process_group()
 

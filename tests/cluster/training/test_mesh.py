@@ -30,12 +30,12 @@ STEPS = 3
 CLASSES = 10
 
 
-def network(place: ProcessMesh) -> AlexNet:
-    exchange = Exchange(place.pair) if place.pair else None
-    return AlexNet(place.columns, CLASSES, width=1 / 16, exchange=exchange, seed=7).double()
+def network(mesh: ProcessMesh) -> AlexNet:
+    exchange = Exchange(mesh.pair) if mesh.pair else None
+    return AlexNet(mesh.columns, CLASSES, width=1 / 16, exchange=exchange, seed=7).double()
 
 
-def pictures(step: int) -> tuple[Tensor, Tensor]:
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
     """The global batch of a step, replica after replica."""
     generator = torch.Generator().manual_seed(50 + step)
     images = torch.randn(REPLICAS * BATCH, 3, 224, 224, generator=generator, dtype=torch.float64)
@@ -48,7 +48,7 @@ def first(step: int, replica: int) -> int:
 
 
 def of_replica(step: int, replica: int) -> tuple[Tensor, Tensor]:
-    images, labels = (rows.chunk(REPLICAS)[replica] for rows in pictures(step))
+    images, labels = (rows.chunk(REPLICAS)[replica] for rows in global_batch(step))
     return images, labels
 
 
@@ -72,22 +72,20 @@ def split(net: AlexNet) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in net.split(there).items()}
 
 
-def on_the_mesh(
-    place: ProcessMesh, drop: bool = True, message_bytes: int = 2**20
-) -> dict[str, Any]:
+def on_the_mesh(mesh: ProcessMesh, drop: bool = True, message_bytes: int = 2**20) -> dict[str, Any]:
     """This process's part of a training on two pairs."""
-    net = network(place).train(drop)
+    net = network(mesh).train(drop)
     means = []
-    with GradientAverage(net, place, message_bytes) as average:
+    with GradientAverage(net, mesh, message_bytes) as average:
 
         def backward(step: int) -> None:
-            images, labels = of_replica(step, place.replica)
-            net.set_position(first(step, place.replica))
+            images, labels = of_replica(step, mesh.replica)
+            net.set_position(first(step, mesh.replica))
             loss = F.cross_entropy(net(images), labels)
             loss.backward()
             if step % 2:  # either order must do
                 average.finish()
-            means.append(place.mean(loss.detach().clone()))
+            means.append(mesh.mean(loss.detach().clone()))
             average.finish()
 
         return {**trained(net, backward), "losses": torch.stack(means)}
@@ -108,7 +106,7 @@ def in_one_process(drop: bool) -> dict[str, Any]:
         means.append(torch.stack(losses).sum().detach())
 
     def all_at_once(step: int) -> None:
-        images, labels = pictures(step)
+        images, labels = global_batch(step)
         loss = F.cross_entropy(net(images), labels)
         loss.backward()
         means.append(loss.detach())
@@ -117,9 +115,9 @@ def in_one_process(drop: bool) -> dict[str, Any]:
     return {**found, "losses": torch.stack(means)}
 
 
-def in_what_order(place: ProcessMesh) -> list[str]:
-    """When gradients are there and when they set off, in one backward pass."""
-    net = network(place)
+def in_what_order(mesh: ProcessMesh) -> list[str]:
+    """Order in which gradients are computed and sent, in one backward pass."""
+    net = network(mesh)
     events: list[str] = []
     names = {p: name for name, p in net.named_parameters()}
     for parameter in names:
@@ -130,39 +128,39 @@ def in_what_order(place: ProcessMesh) -> list[str]:
             events.extend(f"{names[p]} off" for p in self.parameters)
             super().start(group)
 
-    with GradientAverage(net, place, message_bytes=1) as average:
+    with GradientAverage(net, mesh, message_bytes=1) as average:
         for message in average._messages:
             message.__class__ = Watched
-        net.set_position(first(0, place.replica))
-        net(of_replica(0, place.replica)[0]).sum().backward()
+        net.set_position(first(0, mesh.replica))
+        net(of_replica(0, mesh.replica)[0]).sum().backward()
         events.append("end")
         average.finish()
     return events
 
 
-def frozen(place: ProcessMesh) -> dict[str, Any]:
+def frozen(mesh: ProcessMesh) -> dict[str, Any]:
     """Some parameters take no gradient from the start on, others from some step on."""
-    net = network(place)
+    net = network(mesh)
     net.get_parameter("conv1.weight").requires_grad_(False)
     found = {}
-    with GradientAverage(net, place) as average:
+    with GradientAverage(net, mesh) as average:
         for step, late in enumerate((None, "fc6.weight")):
             if late:
                 net.get_parameter(late).requires_grad_(False)
             net.zero_grad()
-            images, labels = of_replica(0, place.replica)
-            net.set_position(first(0, place.replica))
+            images, labels = of_replica(0, mesh.replica)
+            net.set_position(first(0, mesh.replica))
             F.cross_entropy(net(images), labels).backward()
             average.finish()
             found[str(step)] = split(net)
     return found
 
 
-def twice_backward(place: ProcessMesh) -> str:
-    """What is said of a second backward pass before the gradients of the first are means."""
-    net = network(place).eval()
+def twice_backward(mesh: ProcessMesh) -> str:
+    """Answer to a second backward pass before the gradients of the first are means."""
+    net = network(mesh).eval()
     said = "nothing"
-    with GradientAverage(net, place) as average:
+    with GradientAverage(net, mesh) as average:
         net(of_replica(0, 0)[0]).sum().backward()
         loss = net(of_replica(0, 0)[0]).sum()
         with suppress(RuntimeError):
@@ -179,16 +177,16 @@ def work(rank: int, folder: str) -> None:
     init = f"file://{folder}/init"
     patience = timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=4, timeout=patience)
-    place = create_mesh(SEATS, torch.device("cpu"), 1)
+    mesh = create_mesh(SEATS, torch.device("cpu"), 1)
     found = {
-        "dropout": on_the_mesh(place),
-        "again": on_the_mesh(place),
-        "no dropout": on_the_mesh(place, drop=False),
-        "small messages": on_the_mesh(place, message_bytes=1),
-        "one message": on_the_mesh(place, message_bytes=2**40),
-        "frozen": frozen(place),
-        "order": in_what_order(place),
-        "twice": twice_backward(place),
+        "dropout": on_the_mesh(mesh),
+        "again": on_the_mesh(mesh),
+        "no dropout": on_the_mesh(mesh, drop=False),
+        "small messages": on_the_mesh(mesh, message_bytes=1),
+        "one message": on_the_mesh(mesh, message_bytes=2**40),
+        "frozen": frozen(mesh),
+        "order": in_what_order(mesh),
+        "twice": twice_backward(mesh),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()

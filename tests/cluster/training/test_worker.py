@@ -29,6 +29,7 @@ from tests.helpers.training_runs import (
     cut_at,
     learned,
     rates_at,
+    resume_at,
     rows,
     together,
     weights,
@@ -45,7 +46,6 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     alone(DRAWN, tiny_data, root / "one")
     cut_at(3, root / "one", root / "pair-after-one")
-    cut_at(3, root / "one", root / "one-again")
     together(
         root / "job",
         [
@@ -54,9 +54,8 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             Call(DRAWN, tiny_data, root / "pair-after-one"),
         ],
     )
-    cut_at(3, root / "pair", root / "one-after-pair")
-    alone(DRAWN, tiny_data, root / "one-again")
-    alone(DRAWN, tiny_data, root / "one-after-pair")
+    resume_at(3, DRAWN, tiny_data, root / "one", root / "one-again")
+    resume_at(3, DRAWN, tiny_data, root / "pair", root / "one-after-pair")
     return root
 
 

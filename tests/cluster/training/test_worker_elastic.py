@@ -19,6 +19,7 @@ from tests.helpers.training_runs import (
     alone,
     cut_at,
     learned,
+    resume_at,
     rows,
     together,
     weights,
@@ -44,8 +45,7 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [Call(more, tiny_data, root / "two"), Call(more, tiny_data, root / "grown")],
         world=4,
     )
-    cut_at(3, root / "two", root / "shrunk")
-    alone(more, tiny_data, root / "shrunk")
+    resume_at(3, more, tiny_data, root / "two", root / "shrunk")
     return root
 
 

@@ -18,8 +18,8 @@ from tests.helpers.training_runs import (
     STEPS,
     Call,
     alone,
-    cut_at,
     learned,
+    resume_at,
     rows,
     together,
     weights,
@@ -35,8 +35,7 @@ def statistics(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 def test_batch_normalisation_learns_the_same_in_a_pair_and_after_a_cut(tiny_data, tmp_path):
     one, pair, again = (tmp_path / name for name in ("one", "pair", "again"))
     alone(BATCH, tiny_data, one)
-    cut_at(3, one, again)
-    alone(BATCH, tiny_data, again)
+    resume_at(3, BATCH, tiny_data, one, again)
     assert learned(again) == learned(one)
     found = statistics(one)
     assert sorted(found) == [
@@ -53,13 +52,12 @@ def test_batch_normalisation_learns_the_same_in_a_pair_and_after_a_cut(tiny_data
         torch.testing.assert_close(value, statistics(one, 3)[key], rtol=1e-3, atol=1e-3)
     # Validation normalises by the running statistics, whatever else is in the batch.
     other = tmp_path / "other"
-    cut_at(3, one, other)
-    alone(replace(BATCH, validate_every=1), tiny_data, other)
+    resume_at(3, replace(BATCH, validate_every=1), tiny_data, one, other)
     assert learned(other, "validation.jsonl", 6)[0] == learned(one, "validation.jsonl", 6)[0]
 
 
 def test_replicas_average_what_their_parts_of_the_batch_have_seen(tiny_data, tmp_path):
-    """As one process that takes the same parts one after the other."""
+    """One process takes the same parts of the batch one after the other."""
     config = replace(BATCH, replicas="1:2", columns_per_worker=2, steps=3)
     one, two = tmp_path / "one", tmp_path / "two"
     alone(config, tiny_data, one)
@@ -88,8 +86,7 @@ def test_other_networks_train_and_go_on(changes, tiny_data, tmp_path):
     alone(config, tiny_data, whole)
     if config.design.columns == 1:
         (whole / "checkpoints/step-00000003/column-b.safetensors").unlink(missing_ok=True)
-    cut_at(3, whole, again)
-    alone(config, tiny_data, again)
+    resume_at(3, config, tiny_data, whole, again)
     assert learned(again) == learned(whole)
     assert learned(again, "validation.jsonl") == learned(whole, "validation.jsonl")
     last = [run / f"checkpoints/step-{STEPS:08d}/column-a.safetensors" for run in (whole, again)]
@@ -103,7 +100,7 @@ def test_without_augmentation_images_are_what_a_test_sees_in_the_same_order(tiny
     plain = replace(CONFIG, augment=False)
     with Stream(tiny_data, view="centre", once=True, batch_size=48, threads=1) as stream:
         centre = next(stream)
-    seen = {int(i): picture for i, picture in zip(centre.ids, centre.images, strict=True)}
+    seen = {int(i): image for i, image in zip(centre.ids, centre.images, strict=True)}
     with (
         open_stream(plain, str(tiny_data), tmp_path, ProcessMesh()) as stream,
         open_stream(CONFIG, str(tiny_data), tmp_path, ProcessMesh()) as cropped,
@@ -111,6 +108,6 @@ def test_without_augmentation_images_are_what_a_test_sees_in_the_same_order(tiny
         for _ in range(8):  # over the end of the first pass of 48
             batch, other = next(stream), next(cropped)
             assert torch.equal(batch.ids, other.ids)
-            for i, picture in zip(batch.ids, batch.images, strict=True):
-                assert torch.equal(picture, seen[int(i)])
+            for i, image in zip(batch.ids, batch.images, strict=True):
+                assert torch.equal(image, seen[int(i)])
         assert not torch.equal(batch.images, other.images)
