@@ -42,7 +42,7 @@ class Training:
     mesh: ProcessMesh
     net: AlexNet
     """The columns of this process."""
-    optimiser: Sgd2012
+    optimizer: Sgd2012
     average: GradientAverage
     rates: RateControl
     feed: PairBatches
@@ -70,12 +70,12 @@ def prepare_training(
     samples, about = read_origin(config, data)
     total = config.total_steps(samples)
     net = create_columns(config, len(about["classes"]), mesh)
-    optimiser = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
+    optimizer = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
     checkpoints = CheckpointManager(
         run, mesh, about, tell,
         keep=config.keep, keep_best=config.keep_best, store=config.store,
     )  # fmt: skip
-    mark = checkpoints.resume(net, optimiser)
+    mark = checkpoints.resume(net, optimizer)
     if config.init and not mark.step:
         load_init(config.init, net, mesh, tell)
     recipe = RateSettings(config=config, samples=samples, total=total)
@@ -94,7 +94,7 @@ def prepare_training(
             mirror.begin()
             checkpoints.alongside = mirror.push
         yield Training(
-            config=config, data=data, run=run, mesh=mesh, net=net, optimiser=optimiser,
+            config=config, data=data, run=run, mesh=mesh, net=net, optimizer=optimizer,
             average=average, rates=rates, feed=feed, log=log, checkpoints=checkpoints,
             mark=mark, total=total,
         )  # fmt: skip

@@ -28,7 +28,7 @@ class GradientAverage:
         average = GradientAverage(net, mesh)
         loss.backward()
         average.finish()
-        optimiser.step()
+        optimizer.step()
 
     Gradients of several backward passes add up, and only the last pass reduces them:
 

@@ -147,7 +147,7 @@ class RateControl:
 
         rates = RateControl(settings, run, mesh, tell, mark.step)
         for step in range(mark.step + 1, total + 1):
-            optimiser.step(rates.at(step))
+            optimizer.step(rates.at(step))
             if validation or checkpoint due:     # before the checkpoint is saved
                 rates.review(step, error or None)
     """

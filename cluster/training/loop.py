@@ -69,16 +69,16 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
         flags = mesh.reduce_max(is_stopping(), t.checkpoints.is_busy)
         t.rates.note(step - 1)
         with t.log.computing():
-            t.optimiser.zero_grad()
+            t.optimizer.zero_grad()
             values = accumulate_gradients(t, step, batch)
             t.average.finish()
-            t.optimiser.step(t.rates.at(step))
+            t.optimizer.step(t.rates.at(step))
             t.net.update_running_stats(mesh.mean)
 
         mark = Mark(step=step, position=batch.position)
         t.log.step(mark, config, t.rates.at(step), mesh.mean(values), t.net.exchange)
         if is_due(step, config.statistics_every, total):
-            t.log.statistics(mark, mesh.gather(compute_layer_statistics(t.net, t.optimiser)))
+            t.log.statistics(mark, mesh.gather(compute_layer_statistics(t.net, t.optimizer)))
         if config.statistics_every and is_snapshot_step(step, total):
             t.log.kernels(mark, mesh.gather(copy_first_kernels(t.net)))
         error = None
@@ -92,7 +92,7 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
             t.checkpoints.finish()
         if saves:
             with t.log.saving():
-                t.checkpoints.begin(mark, t.net, t.optimiser, error)
+                t.checkpoints.begin(mark, t.net, t.optimizer, error)
         if stops:
             break
     with t.log.saving():

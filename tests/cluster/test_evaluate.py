@@ -17,7 +17,12 @@ from cluster.evaluate import main
 from cluster.experiments.ensemble import main as ensemble
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import write_run_config
-from cluster.run.probabilities import SavedProbabilities, probability_path
+from cluster.run.probabilities import (
+    ProbabilityInfo,
+    SavedProbabilities,
+    open_writer,
+    probability_path,
+)
 from cluster.training.loop import train
 from model.alexnet import AlexNet
 from model.architecture import Design
@@ -153,6 +158,23 @@ def test_saved_probabilities_are_those_that_were_counted(trained, with_image, ti
         counted = json.loads((Path(run) / "evaluation-1.json").read_text())
         for name in ("top1_error", "top5_error", "loss"):
             assert one[name] == pytest.approx(counted[name], rel=1e-6)
+
+
+def test_probabilities_are_written_as_they_come(tmp_path):
+    """The file grows with the rows: all of them at once need not be in memory."""
+    names = tuple(map(str, range(1000)))
+    about = ProbabilityInfo(
+        views=1, split="val", samples=128, classes=names, data_sha256="", step=1
+    )
+    rows, labels = torch.rand(128, 1000), torch.arange(128)
+    with open_writer(probability_path(tmp_path, 1), about) as writer:
+        for part in (slice(0, 64), slice(64, 128)):
+            writer.add(rows[part], labels[part], torch.ones(64))
+            (partial,) = tmp_path.iterdir()
+            assert partial.stat().st_size > (part.start + 60) * 4000
+    saved = SavedProbabilities(tmp_path, 1)
+    assert torch.equal(saved.rows(0, 128), rows)
+    assert torch.equal(saved.labels, labels)
 
 
 def test_nothing_is_saved_unless_it_is_asked_for(trained, tiny_data, tmp_path):

@@ -77,3 +77,4 @@ def test_damaged_rows_are_left_out_and_the_later_of_two_counts(tmp_path):
     path.write_text("\n".join([first, second, first]) + "\n")
     assert [one.step for one in read_kernels(path)] == [1]
     assert read_kernels(tmp_path / "none") == []
+    assert read_kernels(tmp_path) == []  # cannot be read

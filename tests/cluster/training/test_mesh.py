@@ -56,14 +56,14 @@ def trained(
     net: AlexNet, backward: Callable[[int], object], steps: int = STEPS
 ) -> dict[str, dict[str, Tensor]]:
     """Gradients of the first step, and the parameters after the last."""
-    optimiser = torch.optim.SGD(net.parameters(), 0.003, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.003, momentum=0.9, weight_decay=5e-4)
     found = {}
     for step in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         backward(step)
         if step == 0:
             found["gradients"] = split(net)
-        optimiser.step()
+        optimizer.step()
     return {**found, "parameters": {k: v.clone() for k, v in net.column_state().items()}}
 
 

@@ -31,13 +31,13 @@ from tests.helpers.training_runs import (
 def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Data-parallel training in one process, written out: mean gradient of the replicas' slices."""
     net = AlexNet(classes=4, width=config.design.width)
-    optimiser = Sgd2012(net.named_parameters())
+    optimizer = Sgd2012(net.named_parameters())
     losses = []
     with Stream(data, batch_size=config.batch_size, threads=1) as stream:
         for step in range(1, steps + 1):
             batch = next(stream)
             total = 0.0
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             slices = zip(batch.images.chunk(2), batch.labels.chunk(2), strict=True)
             for replica, (images, labels) in enumerate(slices):
                 net.set_position((step - 1) * config.batch_size + replica * len(images))
@@ -45,7 +45,7 @@ def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[s
                 loss = torch.nn.functional.cross_entropy(logits, labels) / 2
                 loss.backward()  # gradients add up
                 total += float(loss.detach())
-            optimiser.step(Rates(*rates_at(config, step / config.steps)))
+            optimizer.step(Rates(*rates_at(config, step / config.steps)))
             losses.append(total)
     return losses, net.column_state()
 
