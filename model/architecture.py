@@ -128,7 +128,9 @@ class Design:
         if self.columns not in (1, 2):
             raise ValueError(f"columns is {self.columns}; a network has 1 or 2")
         smallest = 1 / min(layer.maps for layer in self._table() if layer.maps)
-        if not smallest <= self.width < math.inf:
+        if not math.isfinite(self.width):
+            raise ValueError(f"width is {self.width}; it must be finite")
+        if self.width < smallest:
             raise ValueError(
                 f"width is {self.width}; the smallest that makes sense is {smallest:.3f}"
             )

@@ -77,7 +77,7 @@ def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(setti
         ("", ("--replicas", "3"), ["batch_size", "128", "multiple of 6", "126 or 132"]),
         ("lr = -0.1", (), ["lr", "-0.1", "above 0"]),
         ("lr = nan", (), ["lr", "nan"]),
-        ("width = inf", (), ["width is inf", "smallest that makes sense"]),
+        ("width = inf", (), ["width is inf", "finite"]),
         ("momentum = 1.0", (), ["momentum", "1.0", "below 1"]),
         ("epochs = 0", (), ["epochs", "steps"]),
         ("keep = 0", (), ["keep", "0"]),

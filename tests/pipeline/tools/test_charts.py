@@ -51,6 +51,20 @@ def test_an_axis_of_nothing(most: float) -> None:
     assert round_up(most) == 1
 
 
+@pytest.mark.parametrize(
+    ("high", "ticks"),
+    [
+        (100, [0, 20, 40, 60, 80, 100]),
+        (64_000, [0, 20_000, 40_000, 60_000]),
+        (2.3, [0, 0.5, 1, 1.5, 2]),
+    ],
+)
+def test_ticks_of_familiar_axes(high: float, ticks: list[float]) -> None:
+    axes = new_axes((0, high), (0, high))
+    for found in (axes.get_xticks(), axes.get_yticks()):
+        assert [tick for tick in found if tick <= high] == pytest.approx(ticks)
+
+
 def test_a_line_runs_from_corner_to_corner_and_stays_inside() -> None:
     axes = new_axes((0, 10), (0, 4))
     draw_line(axes, np.array([0.0, 5.0, 10.0, np.nan]), np.array([0.0, 9.0, 4.0, 1.0]), CHECK)
