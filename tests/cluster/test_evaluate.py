@@ -45,7 +45,7 @@ CONFIG = Config(
 PICTURE = replace(CONFIG, mean="picture", seed=1)
 
 
-def made(run: Path, config: Config, data: Path) -> Path:
+def make_run(run: Path, config: Config, data: Path) -> Path:
     write_run_config(run, config, identity(data), samples=48, step=0)
     train(config, data, run, ProcessMesh(), lambda event: None)
     return run
@@ -53,13 +53,13 @@ def made(run: Path, config: Config, data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("trained"), CONFIG, tiny_data)
+    return make_run(tmp_path_factory.mktemp("trained"), CONFIG, tiny_data)
 
 
 @pytest.fixture(scope="module")
 def with_image(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that had the mean image subtracted."""
-    return made(tmp_path_factory.mktemp("picture"), PICTURE, tiny_data)
+    return make_run(tmp_path_factory.mktemp("picture"), PICTURE, tiny_data)
 
 
 def one_by_one(

@@ -45,19 +45,19 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tiny_data, tmp_path_factory.mktemp("export") / "run")
 
 
-def network(run: Path, step: int = CONFIG.steps) -> AlexNet:
+def load_network(run: Path, step: int = CONFIG.steps) -> AlexNet:
     net = AlexNet(classes=4, width=CONFIG.design.width)
     load_checkpoint(run / "checkpoints" / f"step-{step:08d}", net)
     return net.eval()
 
 
-def classified(weights: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def run_script(weights: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     monkeypatch.setattr(sys, "argv", ["classify", str(weights), str(path)])
     found: Tensor = runpy.run_path(str(REPOSITORY / "docs" / "classify.py"))["x"]
     return found[0]
 
 
-def logits_of(net: AlexNet, path: Path, data: Path) -> Tensor:
+def compute_logits(net: AlexNet, path: Path, data: Path) -> Tensor:
     """Logits of the network itself, from pixels that numpy and Pillow's resize prepared."""
     image = Image.open(path).convert("RGB")
     side = min(image.size)
@@ -76,8 +76,8 @@ def test_the_script_of_the_readme_says_what_the_network_says(
     assert main([str(run)]) == 0
     path = sorted((pictures / "val").rglob("*.jpg"))[3]
     assert capsys.readouterr().out.startswith("step 6: ")
-    found = classified(run / "weights.safetensors", path, monkeypatch)
-    logits = logits_of(network(run), path, tiny_data)
+    found = run_script(run / "weights.safetensors", path, monkeypatch)
+    logits = compute_logits(load_network(run), path, tiny_data)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
@@ -106,8 +106,8 @@ def test_the_script_runs_every_other_network(
     net = AlexNet(columns=tuple(range(design.columns)), classes=4, design=design)
     load_checkpoint(run / "checkpoints" / "step-00000002", net)
     path = sorted((pictures / "val").rglob("*.jpg"))[3]
-    found = classified(run / "weights.safetensors", path, monkeypatch)
-    logits = logits_of(net, path, tiny_data)
+    found = run_script(run / "weights.safetensors", path, monkeypatch)
+    logits = compute_logits(net, path, tiny_data)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_the_file_is_a_plain_state_dict_with_a_header(run, tmp_path):
     tensors = load_file(out)
     mean = tensors.pop("mean")
     assert mean.shape == (3, 1, 1)
-    wanted = dict(network(run).named_parameters())
+    wanted = dict(load_network(run).named_parameters())
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
         factor = 2 if name in ("fc7.weight", "fc8.weight") else 1

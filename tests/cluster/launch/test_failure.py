@@ -31,12 +31,12 @@ WORKERS = tuple(
 NOISE = "RuntimeError: reset by peer"
 
 
-def told(text: str, final: bool, code: int = 1) -> Failed:
+def make_failed(text: str, final: bool, code: int = 1) -> Failed:
     return Failed(text, "Traceback of " + text, "replica 0, column b", code, final)
 
 
 def test_the_cause_is_told_not_what_it_led_to(tmp_path: Path):
-    failure = Failure(WORKERS, told(NOISE, final=False), GroupError("both", 3))
+    failure = Failure(WORKERS, make_failed(NOISE, final=False), GroupError("both", 3))
     assert failure.why.startswith("the worker of replica 1, column b (node node-1) died: killed")
     error = failure.build_error(tmp_path)
     assert str(error).startswith(f"{failure.why} (traceback in ")
@@ -52,7 +52,9 @@ def test_several_deaths_are_counted():
 
 
 def test_an_error_of_ours_keeps_its_exit_code(tmp_path: Path):
-    failure = Failure(WORKERS, told("shard x is damaged", final=True, code=4), GroupError("x", 1))
+    failure = Failure(
+        WORKERS, make_failed("shard x is damaged", final=True, code=4), GroupError("x", 1)
+    )
     assert failure.is_final
     error = failure.build_error(tmp_path)
     assert str(error).startswith("replica 0, column b: shard x is damaged (traceback in ")
@@ -95,6 +97,6 @@ def test_an_error_of_ours_is_final_whatever_its_words():
 
 
 def test_a_log_that_cannot_be_written_hides_nothing(tmp_path: Path):
-    assert str(Failure(event=told("disk full", True)).build_error(tmp_path / "gone")) == (
+    assert str(Failure(event=make_failed("disk full", True)).build_error(tmp_path / "gone")) == (
         "replica 0, column b: disk full"
     )

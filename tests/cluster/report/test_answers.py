@@ -32,18 +32,18 @@ VIEWS = 10
 @pytest.fixture
 def run(tmp_path: Path, tiny_data: Path) -> Path:
     """A run with probabilities of the 20 validation images, one of them damaged."""
-    saved(tmp_path, tiny_data)
+    save_probabilities(tmp_path, tiny_data)
     row = {"position": 8, "step": 1, "epoch": 0.1, "loss": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     return tmp_path
 
 
-def truth(data: Path) -> torch.Tensor:
+def read_truth(data: Path) -> torch.Tensor:
     with Stream(data, split="val", batch_size=20, view="centre", once=True) as stream:
         return next(stream).labels
 
 
-def saved(run: Path, data: Path, sha256: str = "") -> None:
+def save_probabilities(run: Path, data: Path, sha256: str = "") -> None:
     names = Manifest.load(data).classes
     about = ProbabilityInfo(
         views=VIEWS, split="val", samples=20, classes=names,
@@ -53,7 +53,7 @@ def saved(run: Path, data: Path, sha256: str = "") -> None:
     weights = torch.ones(20)
     weights[DAMAGED] = 0
     with open_writer(probability_path(run, VIEWS), about) as writer:
-        writer.add(rows, truth(data), weights)
+        writer.add(rows, read_truth(data), weights)
 
 
 def test_best_and_worst_are_by_the_probability_of_the_truth(run, tiny_data):
@@ -107,7 +107,7 @@ def test_the_page_has_the_groups_that_were_asked_for(run, tiny_data):
 def test_what_is_missing_is_said(run, tiny_data, tmp_path):
     with pytest.raises(MissingFigure, match="no data folder was given"):
         collect_answers(run, None, {})
-    saved(run, tiny_data, sha256="0" * 64)
+    save_probabilities(run, tiny_data, sha256="0" * 64)
     with pytest.raises(MissingFigure, match="is not the data set that was evaluated"):
         collect_answers(run, str(tiny_data), {})
     probability_path(run, VIEWS).write_bytes(b"damaged")

@@ -13,7 +13,7 @@ from pipeline.batches import Stream
 from tests.helpers.processes import run_ranks
 
 
-def work(rank: int, folder: Path, data: Path) -> None:
+def run_rank(rank: int, folder: Path, data: Path) -> None:
     """Column a runs ahead of column b as far as it can; b's batch must stay what it was."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
@@ -35,4 +35,4 @@ def work(rank: int, folder: Path, data: Path) -> None:
 
 
 def test_a_batch_stays_while_the_other_column_runs_ahead(tiny_data, tmp_path):
-    run_ranks(work, (tmp_path, tiny_data), 2)
+    run_ranks(run_rank, (tmp_path, tiny_data), 2)

@@ -34,14 +34,14 @@ def shorten(put) -> None:
     put(profiler, "SECONDS", 0.6)
     examine = profiler.examine
     put(profiler, "examine", lambda *a, **k: examine(*a, seconds=0.05, **k))
-    put(stream_rate, "measure_raw", no_room)
+    put(stream_rate, "measure_raw", raise_no_room)
 
 
-def no_room(*_):
+def raise_no_room(*_):
     raise OSError
 
 
-def found_by(config, data, mesh) -> dict:
+def measure_with(config, data, mesh) -> dict:
     told = []
     profiler.measure(config, str(data), mesh, told.append)
     (event,) = told
@@ -61,12 +61,12 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
     wild = replace(
         CONFIG, lr=1e30, schedule="manual", changes=("1 lr 0.1",), layer_rates=("conv1=0",)
     )
-    fast = found_by(wild, tiny_data, ProcessMesh())
+    fast = measure_with(wild, tiny_data, ProcessMesh())
     delay = max(0.15, 4 * fast["step"]["wall"])  # slow beside what this machine computes now
     examined = SimpleNamespace(table=lambda: fast["report"])
     monkeypatch.setattr(profiler, "examine", lambda *_, **__: examined)
     monkeypatch.setattr(ShardReader, "read", slow)
-    late = found_by(CONFIG, tiny_data, ProcessMesh())
+    late = measure_with(CONFIG, tiny_data, ProcessMesh())
     for found in (fast, late):
         assert found["step"]["accounted"] == pytest.approx(1, abs=0.03)
         assert sum(split_step(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)
@@ -83,7 +83,7 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
     assert f"stall {late['stall']:.1%}" in text
 
 
-def work(rank: int, folder: Path, data: Path) -> None:
+def run_rank(rank: int, folder: Path, data: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     shorten(setattr)
     mesh = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
@@ -96,7 +96,7 @@ def work(rank: int, folder: Path, data: Path) -> None:
 
 
 def test_a_pair_measures_its_exchange(tiny_data, tmp_path):
-    run_ranks(work, (tmp_path, tiny_data), 2)
+    run_ranks(run_rank, (tmp_path, tiny_data), 2)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["workers"] == len(found["each"]) == 2
     assert found["each"][0]["exchange_bytes"] > 0

@@ -30,12 +30,12 @@ STEPS = 3
 CLASSES = 10
 
 
-def network(mesh: ProcessMesh) -> AlexNet:
+def build_network(mesh: ProcessMesh) -> AlexNet:
     exchange = Exchange(mesh.pair) if mesh.pair else None
     return AlexNet(mesh.columns, CLASSES, width=1 / 16, exchange=exchange, seed=7).double()
 
 
-def global_batch(step: int) -> tuple[Tensor, Tensor]:
+def make_global_batch(step: int) -> tuple[Tensor, Tensor]:
     """The global batch of a step, replica after replica."""
     generator = torch.Generator().manual_seed(50 + step)
     images = torch.randn(REPLICAS * BATCH, 3, 224, 224, generator=generator, dtype=torch.float64)
@@ -47,12 +47,12 @@ def first(step: int, replica: int) -> int:
     return (step * REPLICAS + replica) * BATCH
 
 
-def of_replica(step: int, replica: int) -> tuple[Tensor, Tensor]:
-    images, labels = (rows.chunk(REPLICAS)[replica] for rows in global_batch(step))
+def take_replica_batch(step: int, replica: int) -> tuple[Tensor, Tensor]:
+    images, labels = (rows.chunk(REPLICAS)[replica] for rows in make_global_batch(step))
     return images, labels
 
 
-def trained(
+def run_steps(
     net: AlexNet, backward: Callable[[int], object], steps: int = STEPS
 ) -> dict[str, dict[str, Tensor]]:
     """Gradients of the first step, and the parameters after the last."""
@@ -62,24 +62,26 @@ def trained(
         optimizer.zero_grad()
         backward(step)
         if step == 0:
-            found["gradients"] = split(net)
+            found["gradients"] = split_gradients(net)
         optimizer.step()
     return {**found, "parameters": {k: v.clone() for k, v in net.column_state().items()}}
 
 
-def split(net: AlexNet) -> dict[str, Tensor]:
+def split_gradients(net: AlexNet) -> dict[str, Tensor]:
     there = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     return {key: value.clone() for key, value in net.split(there).items()}
 
 
-def on_the_mesh(mesh: ProcessMesh, drop: bool = True, message_bytes: int = 2**20) -> dict[str, Any]:
+def train_on_mesh(
+    mesh: ProcessMesh, drop: bool = True, message_bytes: int = 2**20
+) -> dict[str, Any]:
     """This process's part of a training on two pairs."""
-    net = network(mesh).train(drop)
+    net = build_network(mesh).train(drop)
     means = []
     with GradientAverage(net, mesh, message_bytes) as average:
 
         def backward(step: int) -> None:
-            images, labels = of_replica(step, mesh.replica)
+            images, labels = take_replica_batch(step, mesh.replica)
             net.set_position(first(step, mesh.replica))
             loss = F.cross_entropy(net(images), labels)
             loss.backward()
@@ -88,36 +90,36 @@ def on_the_mesh(mesh: ProcessMesh, drop: bool = True, message_bytes: int = 2**20
             means.append(mesh.mean(loss.detach().clone()))
             average.finish()
 
-        return {**trained(net, backward), "losses": torch.stack(means)}
+        return {**run_steps(net, backward), "losses": torch.stack(means)}
 
 
-def in_one_process(drop: bool) -> dict[str, Any]:
+def train_in_one_process(drop: bool) -> dict[str, Any]:
     """The same in one process: replica by replica where their dropout differs, or all at once."""
-    net = network(ProcessMesh()).train(drop)
+    net = build_network(ProcessMesh()).train(drop)
     means = []
 
     def replica_by_replica(step: int) -> None:
         losses = []
         for replica in range(REPLICAS):
-            images, labels = of_replica(step, replica)
+            images, labels = take_replica_batch(step, replica)
             net.set_position(first(step, replica))
             losses.append(F.cross_entropy(net(images), labels) / REPLICAS)
             losses[-1].backward()
         means.append(torch.stack(losses).sum().detach())
 
     def all_at_once(step: int) -> None:
-        images, labels = global_batch(step)
+        images, labels = make_global_batch(step)
         loss = F.cross_entropy(net(images), labels)
         loss.backward()
         means.append(loss.detach())
 
-    found = trained(net, replica_by_replica if drop else all_at_once)
+    found = run_steps(net, replica_by_replica if drop else all_at_once)
     return {**found, "losses": torch.stack(means)}
 
 
-def in_what_order(mesh: ProcessMesh) -> list[str]:
+def record_order(mesh: ProcessMesh) -> list[str]:
     """Order in which gradients are computed and sent, in one backward pass."""
-    net = network(mesh)
+    net = build_network(mesh)
     events: list[str] = []
     names = {p: name for name, p in net.named_parameters()}
     for parameter in names:
@@ -132,15 +134,15 @@ def in_what_order(mesh: ProcessMesh) -> list[str]:
         for message in average._messages:
             message.__class__ = Watched
         net.set_position(first(0, mesh.replica))
-        net(of_replica(0, mesh.replica)[0]).sum().backward()
+        net(take_replica_batch(0, mesh.replica)[0]).sum().backward()
         events.append("end")
         average.finish()
     return events
 
 
-def frozen(mesh: ProcessMesh) -> dict[str, Any]:
+def train_frozen(mesh: ProcessMesh) -> dict[str, Any]:
     """Some parameters take no gradient from the start on, others from some step on."""
-    net = network(mesh)
+    net = build_network(mesh)
     net.get_parameter("conv1.weight").requires_grad_(False)
     found = {}
     with GradientAverage(net, mesh) as average:
@@ -148,45 +150,45 @@ def frozen(mesh: ProcessMesh) -> dict[str, Any]:
             if late:
                 net.get_parameter(late).requires_grad_(False)
             net.zero_grad()
-            images, labels = of_replica(0, mesh.replica)
+            images, labels = take_replica_batch(0, mesh.replica)
             net.set_position(first(0, mesh.replica))
             F.cross_entropy(net(images), labels).backward()
             average.finish()
-            found[str(step)] = split(net)
+            found[str(step)] = split_gradients(net)
     return found
 
 
-def twice_backward(mesh: ProcessMesh) -> str:
+def run_backward_twice(mesh: ProcessMesh) -> str:
     """Answer to a second backward pass before the gradients of the first are means."""
-    net = network(mesh).eval()
+    net = build_network(mesh).eval()
     said = "nothing"
     with GradientAverage(net, mesh) as average:
-        net(of_replica(0, 0)[0]).sum().backward()
-        loss = net(of_replica(0, 0)[0]).sum()
+        net(take_replica_batch(0, 0)[0]).sum().backward()
+        loss = net(take_replica_batch(0, 0)[0]).sum()
         with suppress(RuntimeError):
             loss.backward()
             said = "accepted"
         average.finish()
-        net(of_replica(0, 0)[0]).sum().backward()  # and it goes on
+        net(take_replica_batch(0, 0)[0]).sum().backward()  # and it goes on
         average.finish()
     return said
 
 
-def work(rank: int, folder: str) -> None:
+def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder}/init"
     patience = timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=4, timeout=patience)
     mesh = create_mesh(SEATS, torch.device("cpu"), 1)
     found = {
-        "dropout": on_the_mesh(mesh),
-        "again": on_the_mesh(mesh),
-        "no dropout": on_the_mesh(mesh, drop=False),
-        "small messages": on_the_mesh(mesh, message_bytes=1),
-        "one message": on_the_mesh(mesh, message_bytes=2**40),
-        "frozen": frozen(mesh),
-        "order": in_what_order(mesh),
-        "twice": twice_backward(mesh),
+        "dropout": train_on_mesh(mesh),
+        "again": train_on_mesh(mesh),
+        "no dropout": train_on_mesh(mesh, drop=False),
+        "small messages": train_on_mesh(mesh, message_bytes=1),
+        "one message": train_on_mesh(mesh, message_bytes=2**40),
+        "frozen": train_frozen(mesh),
+        "order": record_order(mesh),
+        "twice": run_backward_twice(mesh),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
@@ -196,7 +198,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def mesh() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        run_ranks(work, (folder,), 4)
+        run_ranks(run_rank, (folder,), 4)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(4)]
 
 
@@ -204,11 +206,11 @@ def mesh() -> list[dict[str, Any]]:
 def one() -> Iterator[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield {"dropout": in_one_process(True), "no dropout": in_one_process(False)}
+    yield {"dropout": train_in_one_process(True), "no dropout": train_in_one_process(False)}
     torch.set_num_threads(threads)
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def measure_distance(found: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the largest value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
@@ -221,18 +223,18 @@ def test_two_pairs_equal_one_process_on_the_whole_batch(mesh: Any, one: Any, cas
             a, b = (mesh[rank][case][what] for rank in ranks)
             assert {**a, **b}.keys() == expected[what].keys()
             for key, value in {**a, **b}.items():
-                assert distance(value, expected[what][key]) <= 1e-11, (what, key)
+                assert measure_distance(value, expected[what][key]) <= 1e-11, (what, key)
         for rank in ranks:
-            assert distance(mesh[rank][case]["losses"], expected["losses"]) <= 1e-12
+            assert measure_distance(mesh[rank][case]["losses"], expected["losses"]) <= 1e-12
 
 
 def test_the_comparison_is_not_empty(one: Any) -> None:
     """The replicas see different images and masks, and weights move more than the tolerance."""
-    start = network(ProcessMesh()).column_state()
+    start = build_network(ProcessMesh()).column_state()
     for key, value in one["dropout"]["parameters"].items():
-        assert distance(value, start[key]) > 1e-6, key
-        assert distance(value, one["no dropout"]["parameters"][key]) > 1e-6, key
-    assert not torch.equal(*(of_replica(0, replica)[0] for replica in range(REPLICAS)))
+        assert measure_distance(value, start[key]) > 1e-6, key
+        assert measure_distance(value, one["no dropout"]["parameters"][key]) > 1e-6, key
+    assert not torch.equal(*(take_replica_batch(0, replica)[0] for replica in range(REPLICAS)))
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -276,7 +278,7 @@ def test_what_takes_no_gradient_is_left_out(mesh: Any, one: Any) -> None:
                 mine = {key for key in expected if key.startswith(column)}
                 assert found.keys() == mine - {f"{column}.{name}" for name in without}
                 for key, value in found.items():
-                    assert distance(value, expected[key]) <= 1e-11, key
+                    assert measure_distance(value, expected[key]) <= 1e-11, key
 
 
 def test_a_second_backward_pass_is_refused(mesh: Any) -> None:
@@ -284,11 +286,11 @@ def test_a_second_backward_pass_is_refused(mesh: Any) -> None:
 
 
 def test_one_replica_has_nothing_to_average() -> None:
-    net = network(ProcessMesh()).eval()
+    net = build_network(ProcessMesh()).eval()
     with GradientAverage(net, ProcessMesh()) as average:
         for _ in range(2):  # here gradients may add up
-            net(of_replica(0, 0)[0][:1]).sum().backward()
-        before = split(net)
+            net(take_replica_batch(0, 0)[0][:1]).sum().backward()
+        before = split_gradients(net)
         average.finish()
-    assert same_bits(split(net), before)
+    assert same_bits(split_gradients(net), before)
     assert all(not p._post_accumulate_grad_hooks for p in net.parameters())  # type: ignore[attr-defined]

@@ -28,7 +28,9 @@ from tests.helpers.training_runs import (
 )
 
 
-def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_by_hand(
+    config: Config, data: Path, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Data-parallel training in one process, written out: mean gradient of the replicas' slices."""
     net = AlexNet(classes=4, width=config.design.width)
     optimizer = Sgd2012(net.named_parameters())
@@ -53,7 +55,7 @@ def by_hand(config: Config, data: Path, steps: int) -> tuple[list[float], dict[s
 def test_two_replicas_of_two_columns_average_their_gradients(tiny_data, tmp_path):
     config = replace(CONFIG, replicas=2, steps=3)
     together(tmp_path / "job", [Call(config, tiny_data, tmp_path / "run")], world=4)
-    losses, state = by_hand(config, tiny_data, steps=3)
+    losses, state = train_by_hand(config, tiny_data, steps=3)
     found = [row["loss"] for row in rows(tmp_path / "run")]
     assert found == pytest.approx(losses, rel=1e-4)
     trained = weights(tmp_path / "run", step=3)

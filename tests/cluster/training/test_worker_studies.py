@@ -28,7 +28,7 @@ from tests.helpers.training_runs import (
 BATCH = Config.from_settings(CONFIG.to_settings() | {"norm": "batch", "seed": 2, "steps": STEPS})
 
 
-def statistics(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+def read_statistics(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return {key: value for key, value in weights(run, step).items() if "running" in key}
 
 
@@ -37,19 +37,19 @@ def test_batch_normalisation_learns_the_same_in_a_pair_and_after_a_cut(tiny_data
     alone(BATCH, tiny_data, one)
     resume_at(3, BATCH, tiny_data, one, again)
     assert learned(again) == learned(one)
-    found = statistics(one)
+    found = read_statistics(one)
     assert sorted(found) == [
         f"weights/{c}.conv{n}.norm.running_{what}"
         for c in "ab" for n in (1, 2) for what in ("mean", "var")
     ]  # fmt: skip
-    for key, value in statistics(again).items():
+    for key, value in read_statistics(again).items():
         assert torch.equal(value, found[key])
-        assert not torch.equal(value, statistics(one, 3)[key])  # it had moved on
+        assert not torch.equal(value, read_statistics(one, 3)[key])  # it had moved on
     assert not [key for key in weights(one) if key.startswith("velocity/") and "running" in key]
     together(tmp_path / "job", [Call(BATCH, tiny_data, pair)])
     assert rows(pair)[0]["loss"] == pytest.approx(rows(one)[0]["loss"], rel=1e-5)
-    for key, value in statistics(pair, 3).items():
-        torch.testing.assert_close(value, statistics(one, 3)[key], rtol=1e-3, atol=1e-3)
+    for key, value in read_statistics(pair, 3).items():
+        torch.testing.assert_close(value, read_statistics(one, 3)[key], rtol=1e-3, atol=1e-3)
     # Validation normalises by the running statistics, whatever else is in the batch.
     other = tmp_path / "other"
     resume_at(3, replace(BATCH, validate_every=1), tiny_data, one, other)
@@ -62,8 +62,8 @@ def test_replicas_average_what_their_parts_of_the_batch_have_seen(tiny_data, tmp
     one, two = tmp_path / "one", tmp_path / "two"
     alone(config, tiny_data, one)
     together(tmp_path / "job", [Call(config, tiny_data, two)], world=2, size=1)
-    for key, value in statistics(two, 3).items():
-        torch.testing.assert_close(value, statistics(one, 3)[key], rtol=1e-3, atol=1e-3)
+    for key, value in read_statistics(two, 3).items():
+        torch.testing.assert_close(value, read_statistics(one, 3)[key], rtol=1e-3, atol=1e-3)
     assert [row["loss"] for row in rows(two)] == pytest.approx(
         [row["loss"] for row in rows(one)], rel=1e-4
     )
