@@ -200,7 +200,7 @@ class Config:
             object.__setattr__(self, "replicas", int(self.replicas))
         least, most = self.replica_range
         self._require("replicas", 0 < least <= most, REPLICAS_HINT)
-        self._require("batch_size", bool(self.replica_sizes), self._batch_hint())
+        self._require("batch_size", bool(self.replica_sizes), self._format_batch_hint())
 
     def _check_schedule(self) -> None:
         """Check the learning-rate settings against each other and against the network's layers."""
@@ -223,7 +223,7 @@ class Config:
         if not holds or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it {hint if not holds else 'must be finite'}")
 
-    def _batch_hint(self) -> str:
+    def _format_batch_hint(self) -> str:
         columns = self.design.columns
         unit = columns * self.replica_range[0]
         below = self.batch_size // unit * unit

@@ -134,7 +134,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         "split": options.split,
         "step": found.mark.step,
         "position": found.mark.position,
-        **_summary(sums, confusion, manifest.classes),
+        **_summarize(sums, confusion, manifest.classes),
         "img_s": round(stream.samples / seconds, 1),
         "seconds": round(seconds, 2),
     }
@@ -180,7 +180,7 @@ def _count(
     return sums, cells.view(net.classes, net.classes), time.perf_counter() - start
 
 
-def _summary(sums: Tensor, confusion: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+def _summarize(sums: Tensor, confusion: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
     loss, top1, top5, samples = sums.tolist()
     per_class, right = confusion.sum(1), confusion.diagonal()
     result: dict[str, Any] = {

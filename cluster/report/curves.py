@@ -28,22 +28,22 @@ def draw_curves(records: Records) -> list[Chart]:
     metrics = records.metrics
     speed, wait = metrics["img_s"], metrics["data_wait"] * 100
     found = [
-        _learning(records, "Loss", "loss", 1.0, 8.0),
-        _learning(records, "Top-1 error", "top1_error", 100.0, 100.0, unit=" %"),
-        _timing(records, "Images per second", speed, "whole job"),
-        _timing(records, "Waiting for data", wait, "share of a step", " %", least=4.0),
+        _draw_learning(records, "Loss", "loss", 1.0, 8.0),
+        _draw_learning(records, "Top-1 error", "top1_error", 100.0, 100.0, unit=" %"),
+        _draw_timing(records, "Images per second", speed, "whole job"),
+        _draw_timing(records, "Waiting for data", wait, "share of a step", " %", least=4.0),
     ]
-    return [*found, _updates(records)] if len(records.updates) > 1 else found
+    return [*found, _draw_updates(records)] if len(records.updates) > 1 else found
 
 
-def _learning(
+def _draw_learning(
     records: Records, title: str, name: str, scale: float, limit: float, unit: str = ""
 ) -> Chart:
     """Draw training and validation over the images seen, and the changes of the learning rate."""
     metrics, validation = records.metrics, records.validation
     values, validated = metrics[name] * scale, validation[name] * scale
     top = charts.round_up(min(max(_near_max(values), _near_max(validated)), limit))
-    axes = _axes_over_images(records, (0, top), unit)
+    axes = _create_axes(records, (0, top), unit)
     _draw_noisy(axes, metrics, values, "training")
     charts.draw_line(axes, validation["position"], validated, charts.CHECK, "validation")
     hints = [
@@ -51,22 +51,22 @@ def _learning(
         for step, value in zip(validation["step"], validated, strict=True)
     ]
     charts.draw_dots(axes, validation["position"], validated, charts.CHECK, hints)
-    for position, label in rate_marks(records):
+    for position, label in list_rate_marks(records):
         charts.draw_mark(axes, position, label)
     missing = "" if len(validation) else " No validation rows yet."
-    return charts.as_chart(axes, title, _smoothing_caption(metrics) + missing)
+    return charts.as_chart(axes, title, _write_caption(metrics) + missing)
 
 
-def _timing(
+def _draw_timing(
     records: Records, title: str, values: Floats, name: str, unit: str = "", least: float = 0.0
 ) -> Chart:
     top = charts.round_up(max(least, _near_max(values, 98) * 1.1))
-    axes = _axes_over_images(records, (0, top), unit)
+    axes = _create_axes(records, (0, top), unit)
     _draw_noisy(axes, records.metrics, values, name)
-    return charts.as_chart(axes, title, _smoothing_caption(records.metrics))
+    return charts.as_chart(axes, title, _write_caption(records.metrics))
 
 
-def _updates(records: Records) -> Chart:
+def _draw_updates(records: Records) -> Chart:
     """Draw the update of a step over the weights of each layer; powers of ten."""
     layers = {
         name: np.log10(np.where(values > 0, values, math.nan))
@@ -75,14 +75,14 @@ def _updates(records: Records) -> Chart:
     }
     known = np.concatenate([values[np.isfinite(values)] for values in layers.values()])
     low, high = (math.floor(known.min()), math.ceil(known.max())) if len(known) else (-4, -2)
-    axes = _axes_over_images(records, (low, max(high, low + 1)))
+    axes = _create_axes(records, (low, max(high, low + 1)))
     axes.set_yticks(range(low, max(high, low + 1) + 1))
     axes.yaxis.set_major_formatter(lambda power, _: f"1e{power:.0f}")
     for number, (name, values) in enumerate(layers.items()):
         charts.draw_line(
             axes, records.updates["position"], values, charts.SERIES[number % 8], name, width=1.4
         )
-    for position, label in rate_marks(records):
+    for position, label in list_rate_marks(records):
         charts.draw_mark(axes, position, label)
     return charts.as_chart(
         axes, "Update against weight",
@@ -90,7 +90,7 @@ def _updates(records: Records) -> Chart:
     )  # fmt: skip
 
 
-def _axes_over_images(records: Records, y: tuple[float, float], unit: str = "") -> Axes:
+def _create_axes(records: Records, y: tuple[float, float], unit: str = "") -> Axes:
     """Return axes over the images seen; their ticks name the epochs as well."""
     position, validated = (one.last("position") for one in (records.metrics, records.validation))
     last = max((end for end in (position, validated) if end > 0), default=1.0)
@@ -109,7 +109,7 @@ def _draw_noisy(axes: Axes, metrics: Series, values: Floats, name: str) -> None:
     """Draw the spread of values as a faint line, their moving mean as a strong one."""
     charts.draw_line(axes, *thin(metrics["position"], values), charts.INK, width=1, alpha=0.2)
     charts.draw_line(
-        axes, metrics["position"], smooth(values, window_of(len(metrics))), charts.INK, name
+        axes, metrics["position"], smooth(values, choose_window(len(metrics))), charts.INK, name
     )
 
 
@@ -136,7 +136,7 @@ def thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return np.repeat(x[starts], 2), np.concatenate(ends)
 
 
-def window_of(rows: int) -> int:
+def choose_window(rows: int) -> int:
     """Return the odd number of rows that a smoothed point is the mean of."""
     return max(1, rows // SMOOTHING) | 1
 
@@ -146,13 +146,13 @@ def _near_max(values: Floats, percentile: float = 99.5) -> float:
     return float(np.percentile(known, percentile)) if len(known) else 0.0
 
 
-def rate_marks(records: Records) -> list[tuple[float, str]]:
+def list_rate_marks(records: Records) -> list[tuple[float, str]]:
     """Return (position, label) of every change of the learning rates; none for a slope.
 
     They are the rows of rates.jsonl; a run without that file shows where `lr` changes.
     """
     if records.rates:
-        labeled = [(row["position"], _mark_label(row)) for row in records.rates]
+        labeled = [(row["position"], _format_mark(row)) for row in records.rates]
         marks = [(position, label) for position, label in labeled if label]
         return [(position, label if len(marks) <= MOST_MARKS else "") for position, label in marks]
     rates, positions = records.metrics["lr"], records.metrics["position"]
@@ -164,7 +164,7 @@ def rate_marks(records: Records) -> list[tuple[float, str]]:
     return [(float(positions[place]), f"lr {rates[place]:.2g}") for place in places]
 
 
-def _mark_label(row: dict[str, Any]) -> str:
+def _format_mark(row: dict[str, Any]) -> str:
     """Format a row of rates.jsonl: `lr 0.001`, `conv1 0`, `colour 0`; empty for bias rates."""
     parts = []
     for name, value in row["set"].items():
@@ -178,8 +178,8 @@ def _mark_label(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _smoothing_caption(metrics: Series) -> str:
-    window = window_of(len(metrics))
+def _write_caption(metrics: Series) -> str:
+    window = choose_window(len(metrics))
     if window == 1:
         return ""
     is_short = len(metrics) <= MOST_POINTS

@@ -342,7 +342,7 @@ def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
         ("Colourfulness, median kernel", "colour", GREY_OF_NOISE),
         ("Orientation, median kernel", "orientation", ORIENTATION_OF_NOISE),
     ):
-        axes = _axes_over_steps(last, (0, 1))
+        axes = _create_axes(last, (0, 1))
         for name in rated[-1]:
             medians = np.array([np.median(getattr(one[name], score)) for one in rated])
             charts.draw_line(axes, across, medians, COLUMN_COLORS[name], f"column {name}")
@@ -353,7 +353,7 @@ def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
     pairs = (_separate_pair([one.colour for one in row.values()]) for row in rated)
     splits = [pair for pair in pairs if pair]
     if splits:
-        axes = _axes_over_steps(last, (0.5, 1), lambda value: f"{100 * value:.0f} %")
+        axes = _create_axes(last, (0.5, 1), lambda value: f"{100 * value:.0f} %")
         charts.draw_line(
             axes, across, np.array([one.apart for one in splits]), charts.INK, "the columns"
         )
@@ -367,7 +367,7 @@ def _draw_over_time(past: Sequence[KernelSnapshot]) -> list[Chart]:
     return found
 
 
-def _axes_over_steps(last: float, y: tuple[float, float], label: Label = short_number) -> Axes:
+def _create_axes(last: float, y: tuple[float, float], label: Label = short_number) -> Axes:
     axes = charts.new_axes((0, last), y, lambda power: short_number(10.0**power), label)
     axes.set_xticks(range(int(last) + 1))
     charts.name_axis(axes, "steps")

@@ -56,9 +56,9 @@ class RunConsole:
         """Print an event of a worker."""
         match event:
             case Started():
-                self._started(event)
+                self._show_start(event)
             case events.Stepped(row):
-                self._stepped(row)
+                self._show_step(row)
             case events.Validated(row):
                 self.say(
                     f"step {row['step']:>6}  validation: loss {row['loss']:.3f}"
@@ -86,7 +86,7 @@ class RunConsole:
         if len(workers) > MOST_WORKERS:
             self.say(f"... {len(workers) - MOST_WORKERS} more; RUN/attempts.jsonl has them all")
 
-    def _started(self, event: Started) -> None:
+    def _show_start(self, event: Started) -> None:
         self._starts += 1
         self._total = event.total
         self._first = time.monotonic(), event.step
@@ -97,7 +97,7 @@ class RunConsole:
             self._task, description="training", total=event.total, completed=event.step
         )
 
-    def _stepped(self, row: dict[str, Any]) -> None:
+    def _show_step(self, row: dict[str, Any]) -> None:
         now = time.monotonic()
         start, first = self._first or (now, row["step"])
         left = (self._total - row["step"]) * (now - start) / max(1, row["step"] - first)

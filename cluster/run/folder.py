@@ -158,15 +158,15 @@ def read_store(run: Path) -> str:
 
 def read_last_attempt(run: Path) -> int:
     """Return the number of the last start of the workers; 0 if there was none."""
-    return _last(run, "attempt")
+    return _read_last(run, "attempt")
 
 
 def read_last_step(run: Path) -> int:
     """Return the step of the newest checkpoint at the last start or end; 0 before the first."""
-    return _last(run, "step")
+    return _read_last(run, "step")
 
 
-def _last(run: Path, name: str) -> int:
+def _read_last(run: Path, name: str) -> int:
     """Return a field of the last row of RUN/attempts.jsonl that has it."""
     rows = [row.get(name) for row in read_tail(run / ATTEMPTS, LAST)]
     return next((number for number in reversed(rows) if isinstance(number, int)), 0)
@@ -189,15 +189,15 @@ def write_machine(run: Path, workers: int) -> None:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-        "ray": _version("ray"),
+        "dali": _find_version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+        "ray": _find_version("ray"),
         "workers": workers,
     }
     with atomic_write(run / MACHINE) as file:
         file.write((json.dumps(machine, indent=1) + "\n").encode())
 
 
-def _version(*distributions: str) -> str | None:
+def _find_version(*distributions: str) -> str | None:
     for name in distributions:
         try:
             return importlib.metadata.version(name)

@@ -170,14 +170,14 @@ def cut_rows(path: Path, step: int) -> None:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            row = _step_of(line)
+            row = _parse_step(line)
             if row is None or row > step:
                 break
             end += len(line)
     os.truncate(path, end)
 
 
-def _step_of(line: bytes) -> int | None:
+def _parse_step(line: bytes) -> int | None:
     """Return the step of a whole row; None for anything else."""
     # Millions of rows are checked before a start: the remains of a crash show without parsing.
     whole = line[:1] == b"{" and line.endswith(b"}\n") and b"\0" not in line

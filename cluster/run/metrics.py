@@ -100,11 +100,11 @@ class MetricsLog:
     def paused(self) -> Iterator[None]:
         """Exclude the block (validation, checkpoint) from the time of the steps."""
         self.flush()
-        exchanged, sent = _traffic(self._exchange)
+        exchanged, sent = _sum_traffic(self._exchange)
         yield
         self._start = time.perf_counter()
         self._waited = self._computed = 0.0
-        after = _traffic(self._exchange)
+        after = _sum_traffic(self._exchange)
         self._exchanged += after[0] - exchanged
         self._sent += after[1] - sent
 
@@ -127,7 +127,7 @@ class MetricsLog:
         seconds, self._start = now - self._start, now
         waited, saved, computed = self._waited, self._saved, self._computed
         self._waited = self._saved = self._computed = 0.0
-        exchanged, sent = _traffic(exchange)
+        exchanged, sent = _sum_traffic(exchange)
         row = self._begin_row(mark) | {
             "loss": 0.0,
             "top1_error": 0.0,
@@ -164,7 +164,7 @@ class MetricsLog:
             self._files[METRICS].add(row)
             self._unsent.append(row)
             if now - self._sent_at >= TELL_EVERY:
-                self._tell(Stepped(_mean(self._unsent)))
+                self._tell(Stepped(_average_rows(self._unsent)))
                 self._sent_at = now
                 self._unsent.clear()
         if self._publish:
@@ -177,7 +177,7 @@ class MetricsLog:
         """Publish the means of the rows since the last call."""
         if self._unpublished:
             totals = {"replaced": self._replaced, "total": self._total}
-            mean = _mean(self._unpublished) | totals
+            mean = _average_rows(self._unpublished) | totals
             self._publish_all(mean["step"], mean)
             self._unpublished.clear()
 
@@ -266,12 +266,12 @@ def split_wait(waited: float, waits: WaitTimes) -> dict[str, float]:
     return {name: round(value, 5) for name, value in zip(WAITS, causes, strict=True)}
 
 
-def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _average_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the last row with the means of the fields that vary from step to step."""
     return rows[-1] | {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
 
 
-def _traffic(exchange: Exchange | None) -> tuple[float, int]:
+def _sum_traffic(exchange: Exchange | None) -> tuple[float, int]:
     """Return total seconds waited for the other column, and total bytes sent to it."""
     places = exchange.traffic.values() if exchange else ()
     return sum(one.waited for one in places), sum(one.forward + one.backward for one in places)

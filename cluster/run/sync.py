@@ -87,7 +87,7 @@ class RunMirror:
             new = _read_bytes(self._run / name, start)
             new = new[: new.rfind(b"\n") + 1]  # the last row may be incomplete
             if new:
-                segment = RowSegment(start, start + len(new), _digest(new))
+                segment = RowSegment(start, start + len(new), _hash(new))
                 with self._target.create(segment.object_name(name)) as there:
                     there.write(new)
                 self._sent[name] = segment.end
@@ -139,7 +139,7 @@ class RunMirror:
         """Return the segments from byte 0 on that the file in RUN begins with."""
         found = []
         for segment in select_contiguous(segments):
-            if _digest(_read_bytes(self._run / name, segment.start, segment.end)) != segment.digest:
+            if _hash(_read_bytes(self._run / name, segment.start, segment.end)) != segment.digest:
                 break
             found.append(segment)
         return found
@@ -164,5 +164,5 @@ def _read_bytes(path: Path, start: int, end: int | None = None) -> bytes:
         return b""
 
 
-def _digest(data: bytes) -> str:
+def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]

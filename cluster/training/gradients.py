@@ -56,7 +56,7 @@ class GradientAverage:
     ) -> None:
         self._peers, self._replicas = mesh.peers, mesh.replicas
         parameters = [p for p in reversed(list(net.parameters())) if p.requires_grad]
-        self._messages = _messages(parameters, message_bytes) if self._peers else []
+        self._messages = _group_parameters(parameters, message_bytes) if self._peers else []
         self._of = {p: message for message in self._messages for p in message.parameters}
         self._next = 0
         self._held = False
@@ -128,7 +128,7 @@ class _Message:
         gradients = [p.grad for p in self.parameters if p in self.ready and p.grad is not None]
         if not gradients:
             return
-        self._parts = [_flat(gradient) for gradient in gradients]
+        self._parts = [_flatten(gradient) for gradient in gradients]
         self._sum = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
         self._work = dist.all_reduce(self._sum, group=group, async_op=True)
 
@@ -144,7 +144,7 @@ class _Message:
         self._parts, self._sum, self._work = [], None, None
 
 
-def _messages(parameters: Iterable[nn.Parameter], least: int) -> list[_Message]:
+def _group_parameters(parameters: Iterable[nn.Parameter], least: int) -> list[_Message]:
     """Group parameters, in the order in which they get their gradients, into messages."""
     messages, small, size = [], _Message([]), 0
     for parameter in parameters:
@@ -159,7 +159,7 @@ def _messages(parameters: Iterable[nn.Parameter], least: int) -> list[_Message]:
     return [*messages, small] if small.parameters else messages
 
 
-def _flat(gradient: Tensor) -> Tensor:
+def _flatten(gradient: Tensor) -> Tensor:
     """Return a flat view of a gradient in memory order."""
     if gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last):
         gradient = gradient.permute(0, 2, 3, 1)

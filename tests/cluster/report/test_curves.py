@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cluster.report.curves import smooth, thin, window_of
+from cluster.report.curves import choose_window, smooth, thin
 from pipeline.tools.charts import MOST_POINTS
 
 
@@ -38,4 +38,4 @@ def test_thinning_keeps_the_spread() -> None:
 
 
 def test_window_is_odd_and_grows() -> None:
-    assert [window_of(rows) for rows in (1, 99, 500, 200_000)] == [1, 1, 11, 4001]
+    assert [choose_window(rows) for rows in (1, 99, 500, 200_000)] == [1, 1, 11, 4001]

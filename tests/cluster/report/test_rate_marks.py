@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config, format_toml
-from cluster.report.curves import draw_curves, rate_marks
+from cluster.report.curves import draw_curves, list_rate_marks
 from cluster.report.page import render_page
 from cluster.report.records import read_records
 from cluster.report.tables import make_layer_table
@@ -55,16 +55,16 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_every_change_of_the_weights_rates_is_a_mark(run: Path) -> None:
-    assert rate_marks(read_records(run)) == [
+    assert list_rate_marks(read_records(run)) == [
         (160, "lr 0.001"), (320, "conv1 1e-05, colour 0"), (480, "lr 0.0001")
     ]  # fmt: skip
     assert "conv1 1e-05, colour 0" in draw_curves(read_records(run))[0].svg
     more = [{"position": 8 * s, "step": s, "set": {"lr": 0.1 / s}, "lr": 0.1 / s}
             for s in range(1, 14)]  # fmt: skip
     written(run, "rates.jsonl", more)  # too many for labels
-    assert rate_marks(read_records(run)) == [(8 * s, "") for s in range(1, 14)]
+    assert list_rate_marks(read_records(run)) == [(8 * s, "") for s in range(1, 14)]
     (run / "rates.jsonl").unlink()  # a run of before: nothing is seen to change
-    assert rate_marks(read_records(run)) == []
+    assert list_rate_marks(read_records(run)) == []
 
 
 def test_updates_are_drawn_by_layer_on_powers_of_ten(run: Path) -> None:
