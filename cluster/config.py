@@ -94,15 +94,15 @@ class Config:
     """Changes during the run, "EPOCH NAME VALUE" each; NAME is colour, lr.LAYER, lr_bias.LAYER or,
     for manual only, lr or lr_bias."""
     patience: int = 3
-    """Validations in a row without a better error that plateau tolerates; one more divides."""
+    """Validations without a better error that are tolerated, one more divides; only for plateau."""
     plateau_drops: int = 3
-    """Largest number of divisions by plateau."""
+    """Largest number of divisions; only for plateau."""
     plateau_factor: float = 10.0
-    """Divisor of the rates by plateau."""
+    """Divisor of the rates; only for plateau."""
     plateau_biases: bool = True
-    """Divide the rate of the biases by plateau, too (the source's network 145 did not)."""
+    """Divide the rate of the biases, too (the source's network 145 did not); only for plateau."""
     plateau_threshold: float = 0.002
-    """Fraction by which an error must be below the best one to count as better for plateau."""
+    """Fraction by which an error must be below the best to count as better; only for plateau."""
     layer_rates: tuple[str, ...] = ()
     """Factors on the rates of single layers, "conv1=0.1" each; 0 freezes."""
     momentum: float = 0.9
