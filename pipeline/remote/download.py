@@ -25,8 +25,8 @@ from pipeline.remote.filesystem import (
     open_filesystem,
     retry,
 )
-from pipeline.tools.errors import SetupError, UsageError
-from pipeline.tools.files import PARTIAL, sha256
+from pipeline.tools.errors import UsageError
+from pipeline.tools.files import PARTIAL, explain_full_disk, sha256
 
 SLOWEST_DOWNLOAD = 1024
 """Bytes per second: a download that is slower than this over `RetryPolicy.stall` is given up."""
@@ -189,14 +189,14 @@ def translate_disk_errors(folder: Path) -> Iterator[None]:
         SetupError: its disk is full.
         OSError: any other, as it is.
     """
+    full = (
+        f"cache {folder}: no space left on its disk; free some, give a smaller --cache-size, or "
+        "another folder with --cache"
+    )
     try:
-        yield
+        with explain_full_disk(full):
+            yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SetupError(
-                f"cache {folder}: no space left on its disk; free some, give a smaller "
-                "--cache-size, or another folder with --cache"
-            ) from error
         is_inside = str(error.filename or "").startswith(f"{folder}/")
         if error.errno in (errno.EROFS, errno.EFBIG) or is_inside:
             raise UsageError(

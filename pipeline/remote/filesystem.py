@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import random
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -27,7 +28,8 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
+from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError
+from pipeline.tools.files import explain_full_disk
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Schemes of stores where a file appears only when all of it has been uploaded."""
@@ -167,10 +169,10 @@ def open_filesystem(
     if scheme in ("http", "https"):
         import aiohttp
 
-        # By default aiohttp ends any transfer after five minutes, however well it goes. These
-        # timeouts only clean up behind those of `retry` and of the download.
-        late = 2 * policy.stall
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=late, sock_read=late)
+        # By default aiohttp ends any transfer after five minutes, however well it goes. A download
+        # watches its bytes itself: there these timeouts only clean up behind it.
+        stall = 2 * policy.stall if reports_bytes else policy.stall
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
         options["client_kwargs"] = {"timeout": timeout}
     elif reports_bytes and scheme in ("s3", "s3a"):
         options["max_concurrency"] = 1  # in parts, the first report comes after 500 MB
@@ -279,13 +281,15 @@ def describe_error(error: BaseException) -> str:
     """Return in one line what a store answered."""
     status = _http_status(error)
     answer = f" (HTTP {status})" if status else ""
+    # The whole first line: of an `OSError`, the system's words alone would lack the host.
+    words = next(iter(str(error).splitlines()), "no reason given")
     if isinstance(error, FileNotFoundError):
         return f"it is not there{answer}"
     if isinstance(error, PermissionError):
-        return f"access denied{answer}: {summarize_error(error)}"
+        return f"access denied{answer}: {words}"
     if isinstance(error, (Mismatch, TransferError)):
-        return summarize_error(error)
-    return f"{type(error).__name__}{answer}: {summarize_error(error)}"
+        return words
+    return f"{type(error).__name__}{answer}: {words}"
 
 
 def _http_status(error: BaseException) -> int | None:
@@ -301,22 +305,80 @@ def _http_status(error: BaseException) -> int | None:
     return None
 
 
-@contextlib.contextmanager
-def temporary_space(what: str) -> Iterator[None]:
-    """Turn a full temporary folder in the block into one line.
+@dataclass(frozen=True)
+class StoreFolder:
+    """Files of a folder in an object store; every method raises `StoreError` without an answer."""
+
+    url: str
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+
+    @property
+    def address(self) -> str:
+        """The URL for messages, credentials removed."""
+        return hide_credentials(self.url)
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a small file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        data = self.request(name, none_if_missing(lambda fs, path: bytes(fs.cat_file(path))))
+        if data is None:
+            raise self.missing(name)
+        return data
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files; missing ones are ignored."""
+        for name in names:
+            self.request(name, none_if_missing(lambda fs, path: fs.rm_file(path)), "removed")
+
+    def request(
+        self, name: str, action: Callable[[Any, str], T], done: str = "read", size: int = 0
+    ) -> T:
+        """Return what `action(file system, path of the file)` returns, with retries.
+
+        Args:
+            name: the file, relative to the folder; the folder itself if empty.
+            action: makes one request.
+            done: what the request does with the file, for messages.
+            size: bytes that the request transfers.
+
+        Raises:
+            StoreError: the store failed at each try.
+        """
+        system, root = open_filesystem(self.url, self.policy)
+        path = f"{root.rstrip('/')}/{name}".rstrip("/")
+
+        def send() -> T:
+            system.invalidate_cache()  # other processes write here, too
+            return action(system, path)
+
+        return retry(send, f"{self.url}/{name}".rstrip("/"), self.policy, done=done, size=size)
+
+    def missing(self, name: str) -> FileNotFoundError:
+        """Return the error for a file that is not there."""
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.address}/{name}")
+
+
+def none_if_missing(action: Callable[[Any, str], T]) -> Callable[[Any, str], T | None]:
+    """Return an action that returns None, without retries, for a file that is not there."""
+
+    def wrapped(system: Any, path: str) -> T | None:
+        with contextlib.suppress(FileNotFoundError):
+            return action(system, path)
+        return None
+
+    return wrapped
+
+
+def temporary_space(what: str) -> contextlib.AbstractContextManager[None]:
+    """Turn a full temporary folder in the block into a `SetupError` of one line.
 
     Args:
         what: the files that are put there.
-
-    Raises:
-        SetupError: no space is left.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SetupError(
-                f"no space left in {tempfile.gettempdir()} for {hide_credentials(what)}; free "
-                "some, or name another folder with TMPDIR"
-            ) from error
-        raise
+    return explain_full_disk(
+        f"no space left in {tempfile.gettempdir()} for {hide_credentials(what)}; free some, or "
+        "name another folder with TMPDIR"
+    )

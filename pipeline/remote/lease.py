@@ -13,14 +13,12 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
+from pipeline.remote.filesystem import StoreFolder
 from pipeline.tools.errors import UsageError
-
-T = TypeVar("T")
 
 BEAT = 20.0
 """Seconds between two writes of the lease."""
@@ -30,32 +28,15 @@ SETTLE = 1.5
 """Seconds in which another process may take over the same lease at the same time."""
 
 
-class LeasedStore(Protocol):
-    """What a lease asks of a folder in a store; `target.StoreTarget` is one."""
-
-    @property
-    def address(self) -> str:
-        """Address without credentials, for messages."""
-
-    def read(self, name: str) -> bytes:
-        """Return the content of a file."""
-
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files."""
-
-    def request(self, name: str, action: Callable[[Any, str], T], done: str) -> T:
-        """Return `action(file system, path)`, with retries."""
-
-
 class Lease:
-    """`with Lease(target, name)`: this process is the one that builds.
+    """`with Lease(folder, name)`: this process is the one that builds.
 
     Raises:
         UsageError: on entry, another one is; on the way out, another one took over meanwhile.
     """
 
-    def __init__(self, target: LeasedStore, name: str) -> None:
-        self._target, self._name = target, name
+    def __init__(self, folder: StoreFolder, name: str) -> None:
+        self._folder, self._name = folder, name
         self._mine = {
             "host": platform.node(),
             "pid": os.getpid(),
@@ -81,10 +62,10 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if not self._lost:
-            self._target.remove([self._name])
+            self._folder.remove([self._name])
         elif kind is KeyboardInterrupt:  # by ourselves
             raise UsageError(
-                f"{self._target.address} was taken over by another build, since this one gave no "
+                f"{self._folder.address} was taken over by another build, since this one gave no "
                 f"sign of life for {STALE:.0f} s; leave it to that one"
             ) from None
 
@@ -111,7 +92,7 @@ class Lease:
                 return False
             return True
 
-        return self._target.request(self._name, create, "written")
+        return self._folder.request(self._name, create, "written")
 
     def _refuse_if_alive(self, holder: dict[str, Any]) -> None:
         if holder.get("machine") == _machine() and not Path(f"/proc/{holder.get('pid')}").exists():
@@ -138,7 +119,7 @@ class Lease:
             finally:
                 system.rm_file(probe)
 
-        return self._target.request(self._name, measure, "written")
+        return self._folder.request(self._name, measure, "written")
 
     def _renew(self) -> None:
         """Rewrite the lease regularly; interrupt the build when another process has taken it."""
@@ -155,7 +136,7 @@ class Lease:
     def _holder(self) -> dict[str, Any] | None:
         """Return what the lease says; nothing in it is certain. None if there is none."""
         try:
-            found = json.loads(self._target.read(self._name))
+            found = json.loads(self._folder.read(self._name))
         except FileNotFoundError:
             return None
         except ValueError:
@@ -163,7 +144,7 @@ class Lease:
         return found if isinstance(found, dict) else {}
 
     def _write(self) -> None:
-        self._target.request(
+        self._folder.request(
             self._name, lambda system, path: system.pipe_file(path, self._text()), "written"
         )
 
@@ -172,7 +153,7 @@ class Lease:
 
     def _taken(self, holder: dict[str, Any], when: str) -> str:
         return (
-            f"{self._target.address} is being built by process {holder.get('pid', '?')} on "
+            f"{self._folder.address} is being built by process {holder.get('pid', '?')} on "
             f"{holder.get('host', '?')} since {holder.get('started', '?')} (last sign of life "
             f"{when}); wait for it, or name another address"
         )

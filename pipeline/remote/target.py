@@ -6,30 +6,27 @@ are relative to the target, with `/` between folders.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.remote.filesystem import (
     OBJECT_STORES,
-    RetryPolicy,
     StoreError,
+    StoreFolder,
     check_address,
     describe_error,
     hide_credentials,
     is_remote,
     local_path,
-    open_filesystem,
-    retry,
+    none_if_missing,
     temporary_space,
 )
 from pipeline.remote.lease import Lease
@@ -41,8 +38,6 @@ WORK = ".build"
 BATCH = 256
 """Byte ranges in one request: 50 MB with raw images."""
 _UPLOADED = "files that are uploaded"
-
-T = TypeVar("T")
 
 
 class ByteRange(NamedTuple):
@@ -203,17 +198,8 @@ class FolderTarget:
             partial.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class StoreTarget:
+class StoreTarget(StoreFolder):
     """A `Target` in an object store. Every method raises `StoreError` if it does not answer."""
-
-    url: str
-    policy: RetryPolicy = field(default_factory=RetryPolicy)
-
-    @property
-    def address(self) -> str:
-        """The URL for messages, credentials removed."""
-        return hide_credentials(self.url)
 
     @contextmanager
     def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
@@ -240,15 +226,8 @@ class StoreTarget:
         """
         size = self.size(name)
         if size is None:
-            raise self._missing(name)
+            raise self.missing(name)
         self.request(name, lambda system, path: system.get_file(path, str(local)), "read", size)
-
-    def read(self, name: str) -> bytes:
-        """See `Target`."""
-        data = self.request(name, _or_none(lambda system, path: bytes(system.cat_file(path))))
-        if data is None:
-            raise self._missing(name)
-        return data
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[bytes]:
         """See `Target`."""
@@ -256,7 +235,7 @@ class StoreTarget:
             batch = ranges[start : start + BATCH]
             for one, data in zip(batch, self._request_ranges(batch), strict=True):
                 if isinstance(data, Exception):
-                    raise self._missing(one.name) from data
+                    raise self.missing(one.name) from data
                 yield data[: one.size]
 
     def list_files(self, folder: str = "") -> set[str]:
@@ -268,12 +247,7 @@ class StoreTarget:
 
     def size(self, name: str) -> int | None:
         """See `Target`."""
-        return self.request(name, _or_none(lambda system, path: int(system.info(path)["size"])))
-
-    def remove(self, names: Iterable[str]) -> None:
-        """See `Target`."""
-        for name in names:
-            self.request(name, _or_none(lambda system, path: system.rm_file(path)), "removed")
+        return self.request(name, none_if_missing(lambda fs, path: int(fs.info(path)["size"])))
 
     def clear(self, folder: str) -> None:
         """See `Target`."""
@@ -282,7 +256,7 @@ class StoreTarget:
             if found := system.find(path):
                 system.rm(found)
 
-        self.request(folder, _or_none(remove), "removed")
+        self.request(folder, none_if_missing(remove), "removed")
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -293,7 +267,8 @@ class StoreTarget:
     @contextmanager
     def reserve(self) -> Iterator[None]:
         """See `Target`."""
-        there = self.request("", _or_none(lambda s, path: _below(path, s.ls(path, detail=False))))
+        ls = none_if_missing(lambda fs, path: _below(path, fs.ls(path, detail=False)))
+        there = self.request("", ls)
         if there and WORK not in there:
             raise UsageError(
                 f"{self.address} holds {min(there)}, which is no part of an unfinished data set; "
@@ -301,29 +276,6 @@ class StoreTarget:
             )
         with Lease(self, f"{WORK}/claim"):
             yield
-
-    def request(
-        self, name: str, action: Callable[[Any, str], T], done: str = "read", size: int = 0
-    ) -> T:
-        """Return what `action(file system, path of the file)` returns, with retries.
-
-        Args:
-            name: the file, relative to the target; the target itself if empty.
-            action: makes one request.
-            done: what the request does with the file, for messages.
-            size: bytes that the request transfers.
-
-        Raises:
-            StoreError: the store failed at each try.
-        """
-        system, root = open_filesystem(self.url, self.policy)
-        path = f"{root.rstrip('/')}/{name}".rstrip("/")
-
-        def send() -> T:
-            system.invalidate_cache()  # other processes write here, too
-            return action(system, path)
-
-        return retry(send, f"{self.url}/{name}".rstrip("/"), self.policy, done=done, size=size)
 
     def _request_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | Exception]:
         """Request ranges at once; the retry requests those that failed."""
@@ -346,20 +298,6 @@ class StoreTarget:
 
         self.request("", fetch, size=sum(one.size for one in ranges))
         return found
-
-    def _missing(self, name: str) -> FileNotFoundError:
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.address}/{name}")
-
-
-def _or_none(action: Callable[[Any, str], T]) -> Callable[[Any, str], T | None]:
-    """Return an action that returns None, without retries, for a file that is not there."""
-
-    def wrapped(system: Any, path: str) -> T | None:
-        with contextlib.suppress(FileNotFoundError):
-            return action(system, path)
-        return None
-
-    return wrapped
 
 
 def _below(root: str, paths: Iterable[str]) -> set[str]:
@@ -393,18 +331,18 @@ def open_store(address: str, folder: str = "", *, what: str = "checkpoints") -> 
         what: the things that are written there, for messages.
 
     Raises:
-        UsageError: an unknown scheme, a store that is not an object store, or no bucket.
+        UsageError: it is not an object store, or names no bucket.
         SetupError: the package for its scheme is not installed.
     """
-    check_address(address, "store")
     safe = hide_credentials(address)
     if address.partition("://")[0] not in OBJECT_STORES:
         raise UsageError(
             f"{safe}: {what} are written to folders and to object stores (s3://, gs://, az://); "
-            "name one of these, or copy them from a folder"
+            "name one of these, or write to a folder and copy that"
         )
     if not urlsplit(address).netloc:
         raise UsageError(f"{safe} names no bucket; give one such as s3://bucket/folder")
+    check_address(address, "store")
     return StoreTarget(f"{address.rstrip('/')}/{folder}".rstrip("/"))
 
 

@@ -23,6 +23,7 @@ from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import (
     BackgroundCall,
     RetryPolicy,
+    Unreachable,
     check_address,
     hide_credentials,
     is_remote,
@@ -204,7 +205,7 @@ def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
                         f"source {safe}: a web server cannot be searched; name the files with a "
                         "brace range such as train-{000..146}.tar"
                     )
-                hits = retry(partial(system.glob, name), safe, RetryPolicy())
+                hits = retry(partial(system.glob, name), safe, RetryPolicy(), error=Unreachable)
                 found += [system.unstrip_protocol(hit) for hit in sorted(hits)]
             else:
                 found.append(name)
@@ -222,7 +223,7 @@ def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     return _find_in_folders(
         source.rstrip("/"),
         ending,
-        lambda folder: retry(partial(list_store, folder), safe, RetryPolicy()),
+        lambda folder: retry(partial(list_store, folder), safe, RetryPolicy(), error=Unreachable),
     )
 
 

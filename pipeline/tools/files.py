@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import io
@@ -15,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import SetupError, UsageError
 
 PARTIAL = ".partial"
 """Ending of a file that is being written; such a file may be deleted."""
@@ -86,6 +87,21 @@ def ensure_writable(path: Path, what: str) -> Path:
             f"{what} {path} cannot be written ({error.strerror}); name another folder"
         ) from error
     return path
+
+
+@contextmanager
+def explain_full_disk(message: str) -> Iterator[None]:
+    """Turn the error of a full disk in the block into one line.
+
+    Raises:
+        SetupError: no space is left, or none of the user's quota; with this message.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(message) from error
+        raise
 
 
 def sha256(path: Path) -> str:

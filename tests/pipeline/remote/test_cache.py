@@ -115,7 +115,7 @@ def test_fetching_ahead_does_not_remove_what_is_wished_for(server, tiny_data, tm
 
 
 def test_threads_that_need_the_same_room_all_get_it(server, tiny_data, tmp_path):
-    """With room for one shard, five threads that each want another one take turns."""
+    """Five threads that each want another shard take turns where there is room for one."""
     known = shards(tiny_data)
     data = remote(server.address, tmp_path, size=small_size(tiny_data, 1), timeout=20)
     wrong = []

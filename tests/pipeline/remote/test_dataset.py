@@ -1,4 +1,4 @@
-"""What a data set may be called: folders, addresses, sizes of caches."""
+"""Names of a data set: folders, addresses, sizes of caches."""
 
 from __future__ import annotations
 

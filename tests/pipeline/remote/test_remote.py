@@ -10,13 +10,20 @@ import threading
 import time
 from pathlib import Path
 
+import aiohttp
 import fsspec
 import pytest
+from aiohttp.client_reqrep import ConnectionKey
 
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.filesystem import RetryPolicy, StoreError
+from pipeline.remote.filesystem import (
+    RetryPolicy,
+    StoreError,
+    describe_error,
+    open_filesystem,
+)
 from tests.helpers.http_servers import (
     ALWAYS,
     HASTY,
@@ -196,3 +203,24 @@ def test_s3(bucket, tiny_data, tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="Credentials") as raised:
         remote(bucket, tmp_path / "none", policy=QUICK)
     complain(raised)
+
+
+@pytest.mark.parametrize(("reports_bytes", "stalls"), [(False, 1), (True, 2)])
+def test_http_gives_up_a_silent_server_behind_the_watch_of_a_download(reports_bytes, stalls):
+    system, _ = open_filesystem(
+        "http://host/a.tar", RetryPolicy(stall=7), reports_bytes=reports_bytes
+    )
+    timeout = system.client_kwargs["timeout"]
+    assert (timeout.total, timeout.sock_connect, timeout.sock_read) == (
+        None,
+        7 * stalls,
+        7 * stalls,
+    )
+
+
+def test_an_error_of_the_connection_names_the_host():
+    """The address of a file may lack it: `gs://bucket/x` is read from storage.googleapis.com."""
+    key = ConnectionKey("storage.googleapis.com", 443, True, None, None, None, None)
+    error = aiohttp.ClientConnectorError(key, OSError(-2, "Name or service not known"))
+    assert "storage.googleapis.com:443" in describe_error(error)
+    assert describe_error(TimeoutError()) == "TimeoutError: no reason given"

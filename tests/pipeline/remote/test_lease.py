@@ -78,6 +78,18 @@ def test_the_claim_of_another_machine_is_taken_over_when_it_is_stale(
     assert target.list_files() == set()
 
 
+@pytest.mark.parametrize("content", [b"null", b"[1]", b"{half", b"\xff"])
+def test_a_claim_that_says_nothing_is_one_all_the_same(memory, quick_claims, monkeypatch, content):
+    target = StoreTarget(memory, QUICK)
+    put(target, CLAIM, content)
+    with pytest.raises(UsageError, match=r"process \? on \? .*run this again in 1"):
+        target.reserve().__enter__()
+    assert target.read(CLAIM) == content
+    monkeypatch.setattr(lease, "STALE", 0.0)
+    with target.reserve():
+        assert json.loads(target.read(CLAIM))["pid"] == os.getpid()
+
+
 def test_a_claim_is_kept_fresh_and_its_loss_ends_the_build(memory, quick_claims):
     target = StoreTarget(memory, QUICK)
     system = fsspec.filesystem("memory")

@@ -10,7 +10,7 @@ import uuid
 import fsspec
 import pytest
 
-from pipeline.remote import target as store_target
+import pipeline.remote.target
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import ByteRange, FolderTarget, StoreTarget, open_target
 from pipeline.tools.errors import SetupError, UsageError
@@ -59,7 +59,7 @@ def test_a_file_that_was_not_finished_is_not_there(target, tmp_path, monkeypatch
 
 
 def test_pieces_in_the_order_asked_for(target, monkeypatch):
-    monkeypatch.setattr(store_target, "BATCH", 3)
+    monkeypatch.setattr(pipeline.remote.target, "BATCH", 3)
     files = {f"f{n}": bytes((n * 50 + i) % 251 for i in range(100)) for n in range(4)}
     for name, data in files.items():
         put(target, name, data)
@@ -149,12 +149,27 @@ def test_where_out_is(out, expected):
     assert pickle.loads(pickle.dumps(expected)) == expected  # workers are sent it
 
 
+def test_a_folder_loses_what_a_killed_build_had_half_written(tmp_path):
+    target = FolderTarget(str(tmp_path))
+    left = [f"{folder}x.ab12.partial" for folder in ("", ".build/", ".build/chunks/")]
+    whole = [".build/build.json", ".build/chunks/1.bin"]
+    for name in (*left, *whole):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with target.reserve():
+        assert target.list_files() == {*whole, ".build/lock"}
+        (tmp_path / left[1]).touch()  # a worker of this build was killed
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {
+        *whole, ".build/lock",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("out", "says"),
     [
         ("https://user:secret@host/x", "written to folders and to object stores"),
         ("simplecache::s3://bucket/x", "written to folders and to object stores"),
-        ("s4://bucket/x", "unknown scheme 's4'"),
+        ("s4://bucket/x", "written to folders and to object stores"),
     ],
 )
 def test_addresses_where_no_set_can_be_written(out, says):
