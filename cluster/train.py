@@ -191,7 +191,7 @@ def train_run(
     if (mirror := open_mirror(folder, config.store)) and (fetched := mirror.restore()):
         screen.say(f"fetched from {hide_credentials(config.store)}: {', '.join(fetched)}")
     step, total = find_last_step(folder, config.store), config.total_steps(samples)
-    config = pin_init(config, folder, step)
+    config = pin_init(config, folder)
     if config.init and not step:
         config, said = resolve_init(config, len(manifest.classes), screen.show)
         screen.say(said)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def find_sound(storage: CheckpointStorage, names: Iterable[str], tell: Tell) -> 
         except StoreError:
             raise
         except UNSOUND as error:
-            what = f"checkpoint {storage.address}/{name} is damaged ({summarize_error(error)})"
+            # An `OSError` as a whole: it names the file.
+            why = str(error) if isinstance(error, OSError) else summarize_error(error)
+            what = f"checkpoint {storage.address}/{name} is damaged ({why})"
             tell(Warned(f"{what}; passing over it"))
     return None
 
@@ -204,7 +207,11 @@ def choose_from_storage(
     if not names:
         raise UsageError(f"{run} has no complete checkpoint yet; train on with cluster.train")
     if best:
-        errors = {name: error for name in names if (error := read_error(storage, name)) is not None}
+        errors = {}
+        for name in names:
+            with suppress(StoreError):  # passed over like a damaged one
+                if (error := read_error(storage, name)) is not None:
+                    errors[name] = error
         if not errors:
             raise UsageError(f"no checkpoint of {run} has a validation error; leave --best out")
         names = sorted(errors, key=lambda name: (errors[name], -parse_step(name)))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from safetensors import safe_open
+from torch import Tensor
 
 from cluster.checkpoint.format import (
     UNSOUND,
@@ -43,6 +43,8 @@ from pipeline.remote.filesystem import hide_credentials, is_remote, local_path
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 
+NEW = "conv6"
+"""Name of the layer that may be new, besides the last."""
 Errors = dict[str, float | None]
 """Top-1 validation error (0..1) by name of the checkpoint; None without a validation."""
 
@@ -58,13 +60,13 @@ class _Discovery:
     mark: Mark = field(default_factory=Mark)
     errors: Errors = field(default_factory=dict)
     trouble: str = ""
-    """Why they cannot be read."""
+    """Reason that they cannot be read; "" if they can."""
 
 
 def load_newest(
     storage: CheckpointStorage,
     run: Path,
-    place: ProcessMesh,
+    mesh: ProcessMesh,
     net: AlexNet,
     optimizer: Sgd2012,
     tell: Tell,
@@ -76,7 +78,7 @@ def load_newest(
     Args:
         storage: of the run's checkpoints.
         run: folder of the run.
-        place: rank and column of this process.
+        mesh: rank and column of this process.
         net: gets the weights of its columns.
         optimizer: gets their velocities.
         tell: gets the leader's warnings.
@@ -88,8 +90,8 @@ def load_newest(
         DataError: all checkpoints are damaged, or the newest is of another network.
         SetupError: they cannot be reached.
     """
-    found, seen = _discover(storage, run, tell) if place.is_leader else (None, _Discovery())
-    seen = place.broadcast(seen)
+    found, seen = _discover(storage, run, tell) if mesh.is_leader else (None, _Discovery())
+    seen = mesh.broadcast(seen)
     if seen.trouble:
         raise SetupError(seen.trouble)
     if seen.names and not seen.newest:
@@ -99,7 +101,7 @@ def load_newest(
         )
     if seen.newest:
         path, holder = (
-            (found.path, found.holder) if found else fetch_own_columns(storage, seen.newest, place)
+            (found.path, found.holder) if found else fetch_own_columns(storage, seen.newest, mesh)
         )
         load_checkpoint(path, net, optimizer)
         del holder  # and downloaded files with it
@@ -136,7 +138,7 @@ def _discover(
 
 
 def fetch_own_columns(
-    storage: CheckpointStorage, name: str, place: ProcessMesh
+    storage: CheckpointStorage, name: str, mesh: ProcessMesh
 ) -> tuple[Path, object]:
     """Return a folder with this process's columns of a checkpoint, and the folder's holder.
 
@@ -144,19 +146,13 @@ def fetch_own_columns(
         SetupError: this process cannot read the files, or they do not match their hashes.
     """
     try:
-        files = [column_file(column) for column in place.columns]
+        files = [column_file(column) for column in mesh.columns]
         return fetch_files(storage, name, read_table(storage, name), files)
     except UNSOUND as error:
         raise SetupError(
-            f"{place} cannot read {storage.address}/{name}, and the leader can "
+            f"{mesh} cannot read {storage.address}/{name}, and the leader can "
             f"({summarize_error(error)}); have all nodes see the same folder, or give --store"
         ) from error
-
-
-NEW = "conv6"
-"""Name of the layer that may be new, besides the last."""
-_WEIGHTS = "weights/"
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -211,7 +207,7 @@ def choose_init(source: InitSource, tell: Tell) -> Checkpoint:
     return choose_from_storage(source.storage, called, tell, step)
 
 
-def pin_init(config: Config, run: Path, step: int) -> Config:
+def pin_init(config: Config, run: Path) -> Config:
     """Return `config` with the checkpoint's address that the run was started from as `init`.
 
     That is the `init` in RUN/config.toml, if the setting names the same run or checkpoint.
@@ -219,7 +215,6 @@ def pin_init(config: Config, run: Path, step: int) -> Config:
     Args:
         config: settings of this command.
         run: folder of the run.
-        step: of the run's newest checkpoint.
     """
     if not config.init:
         return config
@@ -260,14 +255,11 @@ def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]
     found = choose_init(source, tell)
     address = f"{source.base}/{found.name}"
     net = AlexNet(classes=classes, design=config.design)
-    shapes: dict[str, Shape] = {}
-    for column in range(read_table(source.storage, found.name)["config"].get("columns", 2)):
-        with safe_open(found.path / column_file(column), "pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    shapes = {k.removeprefix(_WEIGHTS): v for k, v in shapes.items() if k.startswith(_WEIGHTS)}
-    own = {key: tuple(value.shape) for key, value in net.column_state().items()}
-    taken = match_layers(own, shapes, list_layers(net), hide_credentials(address))
-    new = [layer for layer in list_layers(net) if not any(_layer_of(key) == layer for key in taken)]
+    columns = read_table(source.storage, found.name)["config"].get("columns", 2)
+    there = load_columns(found.path, range(columns), "weights/")
+    taken = match_layers(net.column_state(), there, list_layers(net), hide_credentials(address))
+    kept = set(map(_layer_of, taken))
+    new = [layer for layer in list_layers(net) if layer not in kept]
     said = (
         f"starts from {hide_credentials(address)} ({len(found.classes)} classes); "
         f"new: {', '.join(new)}"
@@ -275,7 +267,7 @@ def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]
     return replace(config, init=address), said
 
 
-def load_init(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
+def load_init(init: str, net: AlexNet, mesh: ProcessMesh, tell: Tell) -> None:
     """Load this process's columns from another run's checkpoint; a collective call.
 
     Raises:
@@ -283,16 +275,11 @@ def load_init(init: str, net: AlexNet, place: ProcessMesh, tell: Tell) -> None:
         SetupError: this process cannot read the files that the leader can.
     """
     source = parse_init(init)
-    name = source.name or place.broadcast(choose_init(source, tell).name if place.is_leader else "")
-    path, holder = fetch_own_columns(source.storage, name, place)
-    there = load_columns(path, net.columns, _WEIGHTS)
-    own = net.column_state()
-    taken = match_layers(
-        {key: tuple(value.shape) for key, value in own.items()},
-        {key: tuple(value.shape) for key, value in there.items()},
-        list_layers(net),
-        hide_credentials(f"{source.base}/{name}"),
-    )
+    name = source.name or mesh.broadcast(choose_init(source, tell).name if mesh.is_leader else "")
+    path, holder = fetch_own_columns(source.storage, name, mesh)
+    there, own = load_columns(path, net.columns, "weights/"), net.column_state()
+    called = hide_credentials(f"{source.base}/{name}")
+    taken = match_layers(own, there, list_layers(net), called)
     net.load_column_state(own | {key: there[key] for key in taken})
     del holder  # and downloaded files with it
 
@@ -303,13 +290,13 @@ def list_layers(net: AlexNet) -> list[str]:
 
 
 def match_layers(
-    own: Mapping[str, Shape], there: Mapping[str, Shape], layers: Sequence[str], called: str
+    own: Mapping[str, Tensor], there: Mapping[str, Tensor], layers: Sequence[str], called: str
 ) -> list[str]:
     """Return the keys of the tensors that are loaded; see `AlexNet.column_state` for them.
 
     Args:
-        own: shapes of the new network's tensors.
-        there: shapes of the checkpoint's tensors.
+        own: tensors of the new network; only their shapes matter.
+        there: tensors of the checkpoint.
         layers: names of the new network's layers; the last is new, and conv6 may be.
         called: the checkpoint's name in messages.
 
@@ -320,15 +307,14 @@ def match_layers(
     new = {layers[-1], NEW} - ({NEW} & known)
     way = "give the settings of its RUN/config.toml (net, columns, width, norm, conv6, ...)"
     taken = []
-    for key, shape in own.items():
+    for key, tensor in own.items():
         if _layer_of(key) in new:
             continue
         if key not in there:
             raise UsageError(f"{called} has no {key}, which this network has; {way}")
-        if there[key] != shape:
-            raise UsageError(
-                f"{called}: {key} is {list(there[key])}, and this network's {list(shape)}; {way}"
-            )
+        if there[key].shape != tensor.shape:
+            shapes = f"{list(there[key].shape)}, and this network's {list(tensor.shape)}"
+            raise UsageError(f"{called}: {key} is {shapes}; {way}")
         taken.append(key)
     if more := [key for key in there if key not in own and _layer_of(key) != layers[-1]]:
         layer = more[0].rpartition(".")[0]

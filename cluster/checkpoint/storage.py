@@ -28,7 +28,7 @@ from pipeline.tools.files import PARTIAL, atomic_write, sync_path
 
 JSON = "checkpoint.json"
 HURRY = RetryPolicy(attempts=3, first_delay=0.5, stall=10.0)
-"""For requests that training waits for."""
+"""Tries and timeouts of requests that training waits for."""
 _NAME = re.compile(r"step-(\d+)(-[0-9a-f]+)?")
 
 
@@ -66,7 +66,7 @@ class CheckpointStorage(Protocol):
         """Return the content of a small file of a checkpoint."""
 
     def fetch(self, name: str, files: Sequence[str]) -> tuple[Path, object]:
-        """Return a local folder with these files, and its holder: it exists as long."""
+        """Return a local folder with these files, and an object that keeps the folder."""
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, complete or not."""

@@ -79,7 +79,7 @@ class _Save:
     work: str
     """Name under which it is written; "" if it could not be begun."""
     trouble: str = ""
-    """Why it has failed; "" if it has not."""
+    """Reason that it has failed; "" if it has not."""
     files: Facts = field(default_factory=dict)
     """Files that this process has written."""
     task: BackgroundTask | None = None
@@ -107,14 +107,14 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, run: Path, place: ProcessMesh, about: dict[str, Any], tell: Tell, *,
+        self, run: Path, mesh: ProcessMesh, about: dict[str, Any], tell: Tell, *,
         keep: int, keep_best: int = 0, store: str = "",
     ) -> None:  # fmt: skip
         """Open the storage; nothing is written.
 
         Args:
             run: folder of the run, the same on every node unless there is a store.
-            place: rank, column and replica of this process.
+            mesh: rank, column and replica of this process.
             about: further keys of checkpoint.json: config, data set, classes.
             tell: gets an event for each checkpoint, and warnings.
             keep: number of newest complete checkpoints to keep.
@@ -126,7 +126,7 @@ class CheckpointManager:
         """
         self._storage: CheckpointStorage = open_storage(run, store)
         self._run = run
-        self._place, self._about, self._tell = place, about, tell
+        self._mesh, self._about, self._tell = mesh, about, tell
         self.before: Callable[[], None] = lambda: None
         """Hook: the leader calls it in `begin`; if it raises, the checkpoint has failed."""
         self.alongside: Callable[[], None] = lambda: None
@@ -155,14 +155,14 @@ class CheckpointManager:
             SetupError: they cannot be reached.
         """
         mark, self._errors = load_newest(
-            self._storage, self._run, self._place, net, optimizer, self._tell
+            self._storage, self._run, self._mesh, net, optimizer, self._tell
         )
         self._good = mark.step
         return mark
 
     @property
     def is_busy(self) -> bool:
-        """Whether this process is still writing."""
+        """True while this process is writing."""
         return self._save is not None and self._save.is_busy
 
     @property
@@ -172,7 +172,7 @@ class CheckpointManager:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint was begun and not finished; the same on all processes."""
+        """True if a checkpoint was begun and not finished; the same on all processes."""
         return self._save is not None
 
     def begin(
@@ -194,16 +194,14 @@ class CheckpointManager:
         self.finish()
         if self._save is not None:
             self._skipped = (mark, net, optimizer, error)
-            if self._place.is_leader:
+            if self._mesh.is_leader:
                 what = f"the checkpoint of step {self._save.mark.step} is still being written"
                 why = f"to {self._storage.address}; that of step {mark.step} is skipped"
                 self._tell(Warned(f"{what} {why}"))
             return
-        work, trouble = self._place.broadcast(
-            self._open(mark) if self._place.is_leader else ("", "")
-        )
+        work, trouble = self._mesh.broadcast(self._open(mark) if self._mesh.is_leader else ("", ""))
         self._save = save = _Save(mark, error, work, trouble)
-        if not trouble and self._place.replica == 0:
+        if not trouble and self._mesh.replica == 0:
             self._copy(collect_state(net, optimizer))
             save.task = BackgroundTask(partial(self._write, save, net.columns))
         save.blocked = time.monotonic() - start
@@ -240,7 +238,7 @@ class CheckpointManager:
             facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             self._storage.upload(save.work, name, path)
             save.files[name] = facts
-        if self._place.is_leader and not self._stopped.is_set():
+        if self._mesh.is_leader and not self._stopped.is_set():
             self.alongside()
 
     def finish(self, *, must: bool = False) -> None:
@@ -259,8 +257,8 @@ class CheckpointManager:
                 save.blocked += time.monotonic() - start
                 return
             self._save = None
-            trouble = self._place.broadcast(
-                self._conclude(save, parts) if self._place.is_leader else ""
+            trouble = self._mesh.broadcast(
+                self._conclude(save, parts) if self._mesh.is_leader else ""
             )
             save.blocked += time.monotonic() - start
             self._good = self._good if trouble else save.mark.step
@@ -280,9 +278,9 @@ class CheckpointManager:
                 save.task.wait(min(BEAT, max(0.0, left)))
             busy = save.is_busy  # read first: what is read after the end is final
             trouble = save.trouble or (save.task.trouble if save.task else "")
-            if trouble and self._place.world_size > 1 and not save.trouble:
-                trouble = f"{self._place}: {trouble}"
-            found = self._place.gather((busy, left <= 0, save.files, trouble))
+            if trouble and self._mesh.world_size > 1 and not save.trouble:
+                trouble = f"{self._mesh}: {trouble}"
+            found = self._mesh.gather((busy, left <= 0, save.files, trouble))
             if not any(busy for busy, *_ in found):
                 return [(files, words) for _, _, files, words in found]
             if any(late for _, late, *_ in found):
@@ -292,7 +290,7 @@ class CheckpointManager:
         """Complete the checkpoint and remove superfluous ones. Leader only.
 
         Returns:
-            Why it has failed; "" if it has not.
+            The reason that it has failed; "" if it has not.
         """
         if parts is None:
             trouble = f"it is not written after {LIMIT:,.0f} s"
@@ -348,7 +346,7 @@ class CheckpointManager:
                 f"{what}; free some space there, or bring the disk back: the same command goes on "
                 f"from step {self._good}"
             )
-        if self._place.is_leader:
+        if self._mesh.is_leader:
             failed = Warned(f"{what}; training goes on, the last one is of step {self._good}")
             self._tell(failed if trouble else Saved(save.mark.step, save.blocked))
 

@@ -1,4 +1,4 @@
-"""A small network with velocities, and a run folder that it is saved to."""
+"""Small network with velocities, and a run folder that it is saved to."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ CLASSES = ("cat", "dog", "owl")
 ABOUT = {"config": {"lr": 0.01}, "data_sha256": "abc", "classes": CLASSES}
 
 
-def network(seed: int = 0, place: ProcessMesh | None = None) -> tuple[AlexNet, Sgd2012]:
-    """A network of which nothing is 0; the same tensors in one process as in two."""
-    pair = place.pair if place else None
+def network(seed: int = 0, mesh: ProcessMesh | None = None) -> tuple[AlexNet, Sgd2012]:
+    """Return a network of which nothing is 0; the same tensors in one process as in two."""
+    pair = mesh.pair if mesh else None
     net = AlexNet(
-        columns=place.columns if place and pair else None,
+        columns=mesh.columns if mesh and pair else None,
         classes=len(CLASSES),
         width=0.05,
         seed=seed,
         exchange=Exchange(pair) if pair else None,
     )
-    optimiser = Sgd2012(net.named_parameters())
-    velocities = optimiser.column_state(net)
+    optimizer = Sgd2012(net.named_parameters())
+    velocities = optimizer.column_state(net)
     for key, velocity in velocities.items():
         generator = torch.Generator().manual_seed(1000 * seed + crc32(key.encode()))
         velocities[key] = torch.randn(velocity.shape, generator=generator)
-    optimiser.load_column_state(net, velocities)
-    return net, optimiser
+    optimizer.load_column_state(net, velocities)
+    return net, optimizer
 
 
 def same(state: dict[str, torch.Tensor], seed: int) -> bool:
-    """Whether a state is that of the network of a seed, or of one of its columns."""
+    """Return whether a state is that of a seed's network, or of one of its columns."""
     wanted = collect_state(*network(seed))
     columns = {key.split("/")[1][0] for key in state}
     wanted = {key: value for key, value in wanted.items() if key.split("/")[1][0] in columns}
@@ -49,29 +49,29 @@ def same(state: dict[str, torch.Tensor], seed: int) -> bool:
 
 
 class Run:
-    """A run folder with what it was told."""
+    """A run folder, and the events that its checkpoints have told."""
 
     def __init__(
         self, folder: Path, keep: int = 5, keep_best: int = 0, store: str = "",
-        place: ProcessMesh | None = None,
+        mesh: ProcessMesh | None = None,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.told: list = []
         self.keep, self.keep_best, self.store = keep, keep_best, store
-        self.place = place or ProcessMesh()
+        self.mesh = mesh or ProcessMesh()
         self.open()
 
     def open(self) -> None:
-        """As a new start of the workers does."""
+        """Open the checkpoints, as a new start of the workers does."""
         self.checkpoints = CheckpointManager(
-            self.folder, self.place, ABOUT, self.told.append,
+            self.folder, self.mesh, ABOUT, self.told.append,
             keep=self.keep, keep_best=self.keep_best, store=self.store,
         )  # fmt: skip
         (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
 
     def begin(self, step: int, seed: int, error: float | None = None) -> None:
         mark = Mark(step=step, position=8 * step)
-        self.checkpoints.begin(mark, *network(seed, self.place), error)
+        self.checkpoints.begin(mark, *network(seed, self.mesh), error)
 
     def save(self, step: int, seed: int, error: float | None = None) -> None:
         self.begin(step, seed, error)
@@ -79,9 +79,9 @@ class Run:
 
     def resume(self) -> tuple[Mark, dict[str, torch.Tensor]]:
         self.open()
-        net, optimiser = network(99, self.place)
-        mark = self.checkpoints.resume(net, optimiser)
-        return mark, collect_state(net, optimiser)
+        net, optimizer = network(99, self.mesh)
+        mark = self.checkpoints.resume(net, optimizer)
+        return mark, collect_state(net, optimizer)
 
     def step(self, step: int) -> Path:
         return self.folder / CHECKPOINTS / f"step-{step:08d}"
@@ -99,7 +99,7 @@ class Run:
 
 
 def steps(*numbers: int) -> Sequence[str]:
-    """Names of checkpoints."""
+    """Return the names of the checkpoints of some steps."""
     return [f"step-{number:08d}" for number in numbers]
 
 

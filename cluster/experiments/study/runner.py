@@ -120,7 +120,7 @@ class StudyRun:
         if not (path := self.folder / CONFIG).is_file():
             return
         before, data = read_run_config(path)
-        found = find_conflicts(before, pin_init(self.config, self.folder, 0), self.images)
+        found = find_conflicts(before, pin_init(self.config, self.folder), self.images)
         if data != identity(fetch_metadata(self.data)):
             found.append("the data set")
         if found:

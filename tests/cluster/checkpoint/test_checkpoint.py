@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import cluster.checkpoint.format as checkpoint
-import cluster.checkpoint.storage as places
-import cluster.checkpoint.writer as part
+import cluster.checkpoint.storage as storage
 import cluster.checkpoint.writer as writer
 from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.storage import find_last_step
@@ -88,8 +87,8 @@ def other_version(step: Path) -> None:
 DAMAGES = {
     "a flipped bit": (flip_a_byte, "column-b.safetensors does not have the SHA-256"),
     "a cut file": (cut_short, "column-a.safetensors has"),
-    "a lost file": (lambda step: (step / "column-a.safetensors").unlink(), "No such file"),
-    "no json": (lambda step: (step / "checkpoint.json").unlink(), "No such file"),
+    "a lost file": (lambda step: (step / "column-a.safetensors").unlink(), "column-a.safetensors'"),
+    "no json": (lambda step: (step / "checkpoint.json").unlink(), "checkpoint.json'"),
     "half a json": (lambda step: (step / "checkpoint.json").write_text('{"ver'), "damaged"),
     "another json": (lambda step: (step / "checkpoint.json").write_text("[]"), "damaged"),
     "an empty json": (lambda step: (step / "checkpoint.json").write_text("{}"), "version"),
@@ -119,16 +118,16 @@ def test_a_damaged_one_is_replaced_when_the_run_comes_by_again(run):
 
 
 def test_training_goes_on_while_the_state_of_before_is_written(run, monkeypatch):
-    net, optimiser = network(seed=1)
+    net, optimizer = network(seed=1)
     go = threading.Event()
-    real = part.save_file
-    monkeypatch.setattr(part, "save_file", lambda *words: (go.wait(), real(*words)))
-    run.checkpoints.begin(Mark(step=3, position=24), net, optimiser)
+    real = writer.save_file
+    monkeypatch.setattr(writer, "save_file", lambda *words: (go.wait(), real(*words)))
+    run.checkpoints.begin(Mark(step=3, position=24), net, optimizer)
     assert run.checkpoints.is_busy
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.fill_(7)
-        for velocity in optimiser.velocities.values():
+        for velocity in optimizer.velocities.values():
             velocity.fill_(7)
     go.set()
     run.checkpoints.finish(must=True)
@@ -183,8 +182,8 @@ def test_a_checkpoint_of_another_network_is_refused(run):
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Files are not written before it is set."""
-    gate, real = threading.Event(), part.save_file
-    monkeypatch.setattr(part, "save_file", lambda *words: (gate.wait(20), real(*words)))
+    gate, real = threading.Event(), writer.save_file
+    monkeypatch.setattr(writer, "save_file", lambda *words: (gate.wait(20), real(*words)))
     return gate
 
 
@@ -243,7 +242,7 @@ def test_a_checkpoint_that_is_removed_by_half_is_none(run, monkeypatch):
     run.open()
     run.save(3, seed=1)
     monkeypatch.setattr(
-        places.shutil, "rmtree", lambda *_, **__: None
+        storage.shutil, "rmtree", lambda *_, **__: None
     )  # dies before the first file
     run.save(6, seed=2)
     assert find_last_step(run.folder, "") == 6

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import cluster.checkpoint.storage as places
-import cluster.checkpoint.writer as part
+import cluster.checkpoint.storage as storage
+import cluster.checkpoint.writer as writer
 from cluster.checkpoint.storage import find_last_step
 from cluster.checkpoint.writer import CheckpointManager
 from cluster.mesh import ProcessMesh
@@ -33,7 +33,7 @@ MOMENTS = ["column a", "column b", "the json", "the rename"]
 
 def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) -> None:
     """Have what is written at some moment fail."""
-    real = {"save": part.save_file, "sealed": places.atomic_write, "rename": Path.rename}
+    real = {"save": writer.save_file, "sealed": storage.atomic_write, "rename": Path.rename}
 
     def fails(*_: object, **__: object) -> NoReturn:
         raise error
@@ -41,12 +41,12 @@ def failing(monkeypatch: pytest.MonkeyPatch, moment: str, error: BaseException) 
     if moment.startswith("column"):
         name = moment.replace(" ", "-")
         monkeypatch.setattr(
-            part,
+            writer,
             "save_file",
             lambda state, path: fails() if name in path.name else real["save"](state, path),
         )
     elif moment == "the json":
-        monkeypatch.setattr(places, "atomic_write", fails)
+        monkeypatch.setattr(storage, "atomic_write", fails)
     else:
         monkeypatch.setattr(Path, "rename", fails)
 
@@ -81,14 +81,14 @@ def half(state: dict[str, torch.Tensor], path: Path) -> NoReturn:
     die()
 
 
-REAL = part.save_file
+REAL = writer.save_file
 DEATHS: dict[str, tuple[object, str, object]] = {
-    "a column": (part, "save_file", lambda state, path: half(state, path)),
-    "the other": (part, "save_file", lambda s, p: half(s, p) if "b." in p.name else REAL(s, p)),
-    "the json": (places, "atomic_write", die),
+    "a column": (writer, "save_file", lambda state, path: half(state, path)),
+    "the other": (writer, "save_file", lambda s, p: half(s, p) if "b." in p.name else REAL(s, p)),
+    "the json": (storage, "atomic_write", die),
     "the rename": (Path, "rename", die),
-    "after it": (places, "sync_path", die),
-    "the removing": (places.shutil, "rmtree", die),
+    "after it": (storage, "sync_path", die),
+    "the removing": (storage.shutil, "rmtree", die),
 }
 
 

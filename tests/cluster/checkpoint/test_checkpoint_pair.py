@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import cluster.checkpoint.writer as part
 import cluster.checkpoint.writer as writer
 from cluster.checkpoint.format import choose_checkpoint
 from cluster.mesh import ProcessMesh, create_mesh
@@ -22,10 +21,10 @@ from pipeline.tools.errors import DuetError
 from tests.helpers.checkpoints import Run, network, same, steps
 from tests.helpers.processes import run_ranks
 
-REAL = part.save_file
+REAL = writer.save_file
 
 
-def slow(place: ProcessMesh, go: Path) -> None:
+def slow(mesh: ProcessMesh, go: Path) -> None:
     """Have column b not written before there is a file `go`."""
 
     def write(*words: Any) -> None:
@@ -33,16 +32,16 @@ def slow(place: ProcessMesh, go: Path) -> None:
             time.sleep(0.01)
         REAL(*words)
 
-    if place.columns == (1,):
-        part.save_file = write
+    if mesh.columns == (1,):
+        writer.save_file = write
 
 
-def plain(folder: Path, place: ProcessMesh) -> dict[str, Any]:
+def plain(folder: Path, mesh: ProcessMesh) -> dict[str, Any]:
     """Column b is slow; training goes on meanwhile, and polls as the loop does."""
-    run, turns = Run(folder, place=place), 0
-    slow(place, folder / "go")
+    run, turns = Run(folder, mesh=mesh), 0
+    slow(mesh, folder / "go")
     run.begin(3, seed=1)
-    while place.reduce_max(run.checkpoints.is_busy)()[0]:
+    while mesh.reduce_max(run.checkpoints.is_busy)()[0]:
         turns += 1
         if turns == 5:
             (folder / "go").touch()
@@ -50,11 +49,11 @@ def plain(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     return {"turns": turns, "pending": run.checkpoints.is_pending, "saved": run.saved}
 
 
-def left_out(folder: Path, place: ProcessMesh) -> dict[str, Any]:
+def left_out(folder: Path, mesh: ProcessMesh) -> dict[str, Any]:
     """Column b takes longer than training waits."""
-    run = Run(folder, place=place)
+    run = Run(folder, mesh=mesh)
     writer.PATIENCE, writer.BEAT = 0.2, 0.1
-    slow(place, folder / "go")
+    slow(mesh, folder / "go")
     run.begin(3, seed=1)
     run.begin(6, seed=2)
     pending = run.checkpoints.is_pending
@@ -63,16 +62,16 @@ def left_out(folder: Path, place: ProcessMesh) -> dict[str, Any]:
     return {"pending": pending, "saved": run.saved, "warnings": run.warnings}
 
 
-def full(folder: Path, place: ProcessMesh) -> dict[str, Any]:
+def full(folder: Path, mesh: ProcessMesh) -> dict[str, Any]:
     """Column b's disk is full, twice."""
 
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    run = Run(folder, place=place)
+    run = Run(folder, mesh=mesh)
     run.save(3, seed=1)
-    if place.columns == (1,):
-        part.save_file = fails
+    if mesh.columns == (1,):
+        writer.save_file = fails
     run.begin(6, seed=2)
     run.checkpoints.finish()
     run.begin(9, seed=3)
@@ -81,26 +80,26 @@ def full(folder: Path, place: ProcessMesh) -> dict[str, Any]:
         run.checkpoints.finish(must=True)
     except DuetError as raised:
         error = str(raised)
-    part.save_file = REAL
+    writer.save_file = REAL
     run.save(12, seed=4)
     return {"warnings": run.warnings, "error": error, "saved": run.saved}
 
 
-def resumed(folder: Path, place: ProcessMesh) -> dict[str, Any]:
+def resumed(folder: Path, mesh: ProcessMesh) -> dict[str, Any]:
     """Load what one process has saved (the test did)."""
-    mark, state = Run(folder, place=place).resume()
+    mark, state = Run(folder, mesh=mesh).resume()
     return {"step": mark.step, "same": same(state, seed=7), "tensors": len(state)}
 
 
-def apart(folder: Path, place: ProcessMesh) -> dict[str, Any]:
+def apart(folder: Path, mesh: ProcessMesh) -> dict[str, Any]:
     """The processes see different folders of one name."""
-    own = folder / str(place.rank)
+    own = folder / str(mesh.rank)
     own.mkdir()
-    if place.is_leader:
+    if mesh.is_leader:
         Run(own).save(3, seed=1)
     dist.barrier()
     try:
-        Run(own, place=place).resume()
+        Run(own, mesh=mesh).resume()
     except DuetError as error:
         return {"error": str(error)}
     return {"error": ""}
@@ -114,19 +113,19 @@ SCENES: dict[str, Callable[[Path, ProcessMesh], dict[str, Any]]] = {
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
+    mesh = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
     patience, beat, found = writer.PATIENCE, writer.BEAT, {}
     for name, scene in SCENES.items():
-        part.save_file, writer.PATIENCE, writer.BEAT = REAL, patience, beat
+        writer.save_file, writer.PATIENCE, writer.BEAT = REAL, patience, beat
         dist.barrier()
-        found[name] = scene(folder / name, place)
+        found[name] = scene(folder / name, mesh)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """What each of the two processes has seen in a scene."""
+    """Findings of each of the two processes in a scene."""
     folder = tmp_path_factory.mktemp("pair")
     for name in SCENES:
         (folder / name).mkdir()

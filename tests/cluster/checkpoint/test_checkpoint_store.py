@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import cluster.checkpoint.storage as places
-import cluster.checkpoint.writer as part
+import cluster.checkpoint.storage as storage
+import cluster.checkpoint.writer as writer
 from cluster.checkpoint.format import choose_checkpoint, collect_state, load_checkpoint
 from cluster.checkpoint.storage import find_last_step
 from cluster.mesh import ProcessMesh, create_mesh
@@ -34,9 +34,9 @@ BRIEF = RetryPolicy(attempts=2, first_delay=0.01, stall=5.0)
 def run(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run with its checkpoints below s3://.../a/b."""
     monkeypatch.setattr(
-        places, "open_store", lambda *names: replace(open_store(*names), policy=BRIEF)
+        storage, "open_store", lambda *names: replace(open_store(*names), policy=BRIEF)
     )
-    monkeypatch.setattr(places, "HURRY", BRIEF)
+    monkeypatch.setattr(storage, "HURRY", BRIEF)
     return Run(tmp_path, store=f"{s3_bucket}/a/b")
 
 
@@ -135,9 +135,9 @@ def test_readers_have_the_files_for_as_long_as_they_need_them(run):
         choose_checkpoint(run.folder, run.store, run.told.append)
     run.save(3, seed=1, error=0.25)
     found = choose_checkpoint(run.folder, run.store, run.told.append)
-    net, optimiser = network(99)
-    load_checkpoint(found.path, net, optimiser)
-    assert same(collect_state(net, optimiser), seed=1)
+    net, optimizer = network(99)
+    load_checkpoint(found.path, net, optimizer)
+    assert same(collect_state(net, optimizer), seed=1)
     assert (found.mark.step, found.error) == (3, 0.25)
     path = found.path
     del found
@@ -183,6 +183,14 @@ def test_a_store_that_hesitates_is_asked_again(run, monkeypatch, file):
     assert same(run.resume()[1], seed=1)
 
 
+def test_the_best_is_chosen_among_those_that_the_store_gives(run, monkeypatch):
+    run.save(3, seed=1, error=0.25)
+    run.save(6, seed=2, error=0.5)
+    assert choose_checkpoint(run.folder, run.store, run.told.append, best=True).mark.step == 3
+    failing(monkeypatch, "read", "step-00000003-", 100)
+    assert choose_checkpoint(run.folder, run.store, run.told.append, best=True).mark.step == 6
+
+
 @pytest.mark.parametrize("file", ["column-b", "checkpoint.json"])
 def test_a_store_that_fails_is_a_warning_and_the_next_save_is_made(run, monkeypatch, file):
     run.save(3, seed=1)
@@ -215,7 +223,7 @@ def test_a_full_temporary_folder_is_named(run, monkeypatch):
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(part, "save_file", fails)
+    monkeypatch.setattr(writer, "save_file", fails)
     run.begin(3, seed=1)
     run.checkpoints.finish()
     assert f"No space left on device, in {tempfile.gettempdir()} (TMPDIR" in run.warnings[0]
@@ -224,7 +232,7 @@ def test_a_full_temporary_folder_is_named(run, monkeypatch):
 def test_where_nothing_can_be_written_is_refused_at_once(tmp_path):
     for store, words in {
         "https://host/folder": "checkpoints are written to folders and to object stores",
-        "nosuch://host/folder": "unknown scheme",
+        "nosuch://host/folder": "checkpoints are written to folders and to object stores",
         "s3://": "names no bucket",
     }.items():
         with pytest.raises(UsageError, match=words):
@@ -233,10 +241,10 @@ def test_where_nothing_can_be_written_is_refused_at_once(tmp_path):
 
 def pair(rank: int, folder: Path, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    place = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
+    mesh = create_mesh([(0, 1)], torch.device("cpu"), cores=1)
     own = folder / str(rank)  # no folder that both see
     own.mkdir()
-    run = Run(own, store=store, place=place)
+    run = Run(own, store=store, mesh=mesh)
     mark, state = run.resume()
     assert (mark.step, same(state, seed=1), len(state)) == (3, True, 2 * 16)
     run.save(6, seed=2)

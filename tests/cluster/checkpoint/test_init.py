@@ -46,7 +46,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def taken(run: Path, step: int, source: Path) -> dict[str, bool]:
-    """For each tensor of weights: whether it is what the source ended with."""
+    """Return for each tensor of weights whether it is what the source ended with."""
     found, origin = weights(run, step), weights(source)
     return {
         key.removeprefix("weights/"): key in origin
@@ -145,11 +145,12 @@ def test_a_network_that_does_not_fit_is_refused_by_its_layer(source, changes, wo
 
 
 def test_conv6_is_taken_where_it_is_and_not_thrown_away() -> None:
-    there = {"a.conv1.weight": (1,), "a.conv6.weight": (2,), "a.fc8.weight": (3,)}
+    there = {f"a.{layer}.weight": torch.empty(1) for layer in ("conv1", "conv6", "fc8")}
     layers = ["conv1", "conv6", "fc8"]
-    assert match_layers({**there, "a.fc8.weight": (9,)}, there, layers, "X") == list(there)[:2]
+    own = {**there, "a.fc8.weight": torch.empty(9)}
+    assert match_layers(own, there, layers, "X") == list(there)[:2]
     with pytest.raises(UsageError, match=r"X has a.conv6, which this network has not"):
-        match_layers({"a.conv1.weight": (1,)}, there, ["conv1", "fc8"], "X")
+        match_layers({"a.conv1.weight": torch.empty(1)}, there, ["conv1", "fc8"], "X")
 
 
 def test_nothing_to_start_from_is_a_line(source, tmp_path):
@@ -176,9 +177,9 @@ def test_an_init_of_before_holds_though_its_run_has_gone(tmp_path):
 
     before = replace(CONFIG, init=f"{tmp_path}/gone/checkpoints/step-00000400")
     (tmp_path / "config.toml").write_text(format_toml(before, "x"))
-    assert pin_init(replace(CONFIG, init=f"{tmp_path}/gone"), tmp_path, 3) == before
-    assert pin_init(replace(CONFIG, init=f"{tmp_path}/other"), tmp_path, 3) != before
-    assert pin_init(CONFIG, tmp_path, 3) == CONFIG
+    assert pin_init(replace(CONFIG, init=f"{tmp_path}/gone"), tmp_path) == before
+    assert pin_init(replace(CONFIG, init=f"{tmp_path}/other"), tmp_path) != before
+    assert pin_init(CONFIG, tmp_path) == CONFIG
 
 
 def test_a_store_can_be_started_from(s3_bucket, source, tiny_data, tmp_path):
