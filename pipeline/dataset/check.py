@@ -231,13 +231,13 @@ class CheckJob(NamedTuple):
     start: int
     """Id of the shard's first sample."""
     indexed: bool
-    """Whether the split's index file is sound."""
+    """True if the split's index file is sound."""
     classes: Classes
     encoding: Encoding
     foreign: bool
-    """Whether another tool chose keys and members."""
+    """True if another tool chose keys and members."""
     decode: bool
-    """Whether each image is decoded."""
+    """True if each image is decoded."""
 
 
 class CheckResult(NamedTuple):
@@ -266,7 +266,7 @@ class _ShardCheck:
         self._found: list[DamageRow] = []
         self._entries: list[Member] = []
         self._fault: str | None = None
-        """Why the tar cannot be read to its end; None if it can."""
+        """Reason that the tar cannot be read to its end; None if it can."""
         try:
             self._entries.extend(read_members(file.stream(), job.shard.name))
         except UsageError as error:

@@ -28,7 +28,7 @@ SIZE = 256
 Pixels = npt.NDArray[np.uint8]
 
 Encoding = Literal["jpeg", "raw"]
-"""How a data set stores its images: as JPEGs, or as raw pixels."""
+"""Encoding of a data set's images: JPEGs, or raw pixels."""
 
 ENDINGS: dict[Encoding, str] = {"jpeg": "jpg", "raw": "npy"}
 """Ending of an image's tar member."""

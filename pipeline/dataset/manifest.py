@@ -63,7 +63,7 @@ class Manifest:
     seed: int
     """Seed of the shuffle over the images when they were packed."""
     sources: dict[str, str]
-    """Where each split came from, as the builder was told."""
+    """Source of each split, as the builder was given it."""
     plan: str
     """SHA-256 over the list of source images and every setting of the build."""
     stats_sha256: str
@@ -75,7 +75,7 @@ class Manifest:
     quality: int | None = None
     """JPEG quality of the stored images, 1..100; None where they are raw."""
     encoding: Encoding = "jpeg"
-    """How the images are stored; older manifests have no such key, and JPEGs."""
+    """Encoding of the stored images; older manifests have no such key, and JPEGs."""
     chroma: str | None = None
     """Chroma subsampling of the JPEGs, `4:2:0` or `4:4:4`; None if it is not known."""
     titles: tuple[str, ...] | None = None
@@ -91,7 +91,7 @@ class Manifest:
     libraries: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that determine the bytes of the shards."""
     foreign: bool = False
-    """Whether another tool made the shards, and chose names, keys and members;
+    """True if another tool made the shards, and chose names, keys and members;
     `pipeline.index_shards` indexed them in place."""
     version: int = field(default=VERSION)
 

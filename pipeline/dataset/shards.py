@@ -79,7 +79,7 @@ def _word(text: str) -> str:
 
 
 def shard_name(split: str, number: int) -> str:
-    """Name of a tar: `train-000000.tar`."""
+    """Return the name of a shard's tar: `train-000000.tar`."""
     return f"{split}-{number:06d}.tar"
 
 
@@ -119,8 +119,8 @@ def write_tar(
         for image, label in samples:
             key, text = sample_key(number, len(rows)), str(label).encode()
             writer.write({"__key__": key, "cls": text, ending: image})
-            cls, start = place + RECORD, place + 2 * RECORD - len(text) // -RECORD * RECORD
-            place = start - len(image) // -RECORD * RECORD
+            cls, start = place + RECORD, place + 2 * RECORD + _pad(len(text))
+            place = start + _pad(len(image))
             # The index points at the pixels of a raw image, behind the header of its `.npy`.
             skip = len(image) - SIZE * SIZE * 3 if encoding == "raw" else 0
             crc = isal_zlib.crc32(memoryview(image)[skip:])  # zlib's, several times faster
@@ -158,7 +158,7 @@ class _Hashed(io.RawIOBase):
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest, self.size = file, hashlib.sha256(), 0
         self.closed_early = False
-        """Whether the tar was given up, so that its end need not be written."""
+        """True once the tar was given up, so that its end need not be written."""
 
     def writable(self) -> bool:
         return True
@@ -170,3 +170,8 @@ class _Hashed(io.RawIOBase):
         self.digest.update(data)
         self.size += len(data)
         return len(data)
+
+
+def _pad(size: int) -> int:
+    """Return the bytes that contents of `size` bytes take in a tar."""
+    return -(-size // RECORD) * RECORD

@@ -43,10 +43,10 @@ class Member(NamedTuple):
 
     name: str
     offset: int
-    """Of its data in bytes, from the start of the file that holds the tar."""
+    """Offset of its data in bytes, from the start of the file that holds the tar."""
     size: int
     regular: bool
-    """Whether it is a file with data: no folder, link, device or pipe."""
+    """True for a file with data: no folder, link, device or pipe."""
 
 
 def read_members(

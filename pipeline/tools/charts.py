@@ -40,6 +40,7 @@ MOST_POINTS = 500
 """Points of a line and dots of a series: a chart stays a few tens of kilobytes."""
 FONT_SIZE = 11.5
 MARGINS = (46.0, 8.0, 22.0, 40.0)
+"""CSS pixels left, right, above and below the axes of a chart."""
 
 Floats = npt.NDArray[np.float64]
 Label = Callable[[float], str]
@@ -56,7 +57,7 @@ class Chart:
     caption: str = ""
 
     def __html__(self) -> str:
-        """The figure as HTML."""
+        """Return the figure as HTML."""
         entry = Markup('<span class="{}" style="--k:{}">{}</span>')
         key = [entry.format("dashed" if dashed else "", color, name)
                for name, color, dashed in self.legend]  # fmt: skip
@@ -131,7 +132,7 @@ def style_axes(
 
 
 def name_axis(axes: Axes, *names: str) -> None:
-    """Write what the x axis counts, a line each, to the left of its numbers."""
+    """Write the quantities of the x axis, a line each, to the left of its numbers."""
     axes.annotate(
         "\n".join(names), (0, 0), (-9, -8), "axes fraction", "offset points",
         ha="right", va="top", color=SOFT, fontsize=FONT_SIZE - 1, alpha=0.8,

@@ -83,7 +83,9 @@ def call_isolated(call: Callable[P, R], *arguments: P.args, **options: P.kwargs)
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
-        gc.disable()  # a finalizer of the parent's (DALI's) would wait for threads not forked
+        # The parent's garbage is not this process's to finalize: DALI's would wait for threads that
+        # were not forked.
+        gc.freeze()
         code = 1
         try:
             os.close(ours)

@@ -29,7 +29,11 @@ class Renames:
         found = importlib.util.find_spec(new) if new else None
         if found is None:
             return None
-        if name not in self._said:
+        import multiprocessing  # only now: every command imports this module
+
+        # A spawned process imports the command again, before it knows its parent.
+        is_command = multiprocessing.current_process().name == "MainProcess"
+        if is_command and name not in self._said:
             self._said.add(name)
             sys.stderr.write(f"note: {name} is called {new} now\n")
         return importlib.util.spec_from_file_location(

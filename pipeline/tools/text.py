@@ -6,7 +6,7 @@ import math
 
 
 def short_number(value: float) -> str:
-    """A number in few letters: 0, 0.05, 250, 12k, 1.5M."""
+    """Return a number in few letters: 0, 0.05, 250, 12k, 1.5M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * (1 - 1e-9):
             return f"{value / size:.3g}{letter}"
@@ -14,7 +14,7 @@ def short_number(value: float) -> str:
 
 
 def human_bytes(size: float) -> str:
-    """A size in bytes, kB, MB or GB (powers of ten)."""
+    """Return a size in bytes, kB, MB or GB (powers of ten)."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= power:
             return f"{size / power:,.3g} {unit}" if size < 1e12 else f"{size / power:,.0f} GB"
@@ -22,7 +22,7 @@ def human_bytes(size: float) -> str:
 
 
 def human_duration(seconds: float) -> tuple[str, str]:
-    """Seconds as a number and its unit: days, h, min or s."""
+    """Return seconds as a number and its unit: days, h, min or s."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g}", unit
@@ -30,5 +30,5 @@ def human_duration(seconds: float) -> tuple[str, str]:
 
 
 def percent(share: float | None) -> str:
-    """A share 0..1 in per cent with one decimal; a dash when it is not known."""
+    """Return a share 0..1 in per cent with one decimal; a dash when it is not known."""
     return "–" if share is None or not math.isfinite(share) else f"{100 * share:.1f}"

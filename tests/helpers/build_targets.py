@@ -18,7 +18,7 @@ QUICK = RetryPolicy(attempts=3, first_delay=0.01, stall=5)
 
 @pytest.fixture(name="bucket")
 def s3_address(s3_bucket: str) -> str:
-    """An address in a bucket of `s3_server`, which the environment leads to."""
+    """Address in a bucket of `s3_server`, which the environment leads to."""
     return f"{s3_bucket}/sets/mine"
 
 

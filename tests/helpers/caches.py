@@ -1,4 +1,4 @@
-"""What lies in the cache of a node, and how large it is."""
+"""Content and size of a node's cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def size_of(folder: Path) -> int:
 
 
 def small_size(data: Path, count: int) -> int:
-    """Room for the metadata of a set and its `count` largest shards."""
+    """Return the bytes of a set's metadata and its `count` largest shards."""
     known = sorted((shard.bytes for shard in shards(data)), reverse=True)
     names = ("manifest.json", "stats.npz", *(f"{s}.index.npy" for s in Manifest.load(data).splits))
     return sum((data / name).stat().st_size for name in names) + sum(known[:count])
 
 
 def here(data: RemoteDataset) -> set[int]:
-    """The numbers of the training shards that are in the cache."""
+    """Return the numbers of the training shards that are in the cache."""
     return {int(path.name[6:12]) for path in data.folder.glob("train-*.tar")}

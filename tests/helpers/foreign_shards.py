@@ -1,4 +1,4 @@
-"""Shards as other tools write them."""
+"""Shards in the form in which other tools write them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +50,6 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.index_shards", *map(str, arguments)]
     # Python itself: the jobs of its pool are classes of `__main__`, which a fork cannot find.
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def write_tar(path: Path, files: list[tuple[str, bytes]], **options) -> None:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
 
 
 def decoded(data: bytes) -> np.ndarray:

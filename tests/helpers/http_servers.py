@@ -23,7 +23,7 @@ from pipeline.tools.errors import DuetError
 
 QUICK = RetryPolicy(attempts=4, first_delay=0.02, stall=5)
 HASTY = RetryPolicy(attempts=4, first_delay=0.02, stall=0.25)
-"""For servers that are stuck; on a busy machine it may give up a good one, and try again."""
+"""Tries and timeouts for servers that are stuck; on a busy machine a good one may be retried."""
 STUCK = ("stall", "trickle", "mute")
 PLENTY = 10**9
 ALWAYS = itertools.repeat
@@ -142,7 +142,7 @@ def remote(
     threads: int = 2,
     timeout: float | None = None,
 ) -> RemoteDataset:
-    """What `open_dataset` does, with timeouts that suit tests."""
+    """Open a data set as `open_dataset` does, with timeouts that suit tests."""
     wait = policy.lock_timeout if timeout is None else timeout
     return RemoteDataset(Store(address, policy), Cache(cache, size, wait), threads)
 
@@ -159,14 +159,14 @@ def wait_for(what, seconds: float = 5.0) -> None:
 
 
 def complain(raised: pytest.ExceptionInfo[DuetError]) -> str:
-    """The message, which must be one line."""
+    """Return the message of an error, which must be one line."""
     text = str(raised.value)
     assert "\n" not in text
     return text
 
 
 def fetch_all(address: str, cache: str, order: Iterable[int] = ()) -> None:
-    """In a process of its own: fetch the shards of the training split, in this order."""
+    """Fetch the shards of the training split in this order; runs in a process of its own."""
     data = remote(address, Path(cache))
     known = shards(data.folder)
     for place in order or range(len(known)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,9 @@ import pytest
 from scipy.io import savemat
 
 from pipeline.sources import Listing, scan
+from tests.helpers import tars
+
+tar_of = partial(tars.tar_of, format=tarfile.GNU_FORMAT)
 
 LEAVES, SYNSETS, VALIDATION = 1000, 1860, 50_000
 WNIDS = [f"n{1440764 + 7919 * (387 * place % LEAVES):08d}" for place in range(LEAVES)]
@@ -31,7 +34,7 @@ def val_name(number: int) -> str:
 
 @cache
 def meta() -> bytes:
-    """meta.mat in its real structure: 1860 synsets, the first 1000 at the bottom of the tree."""
+    """Return meta.mat in its real structure: 1860 synsets, of which the first 1000 are leaves."""
     synsets = np.zeros(
         (SYNSETS, 1),
         [
@@ -70,20 +73,6 @@ def devkit() -> dict[str, bytes]:
     }
 
 
-def tar_of(path: Path, members: dict[str, bytes], mode: str = "w", folders=()) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode, format=tarfile.GNU_FORMAT) as tar:
-        for name in folders:
-            info = tarfile.TarInfo(name)
-            info.type = tarfile.DIRTYPE
-            tar.addfile(info)
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def kit_archive(folder: Path, kit: dict[str, bytes]) -> Path:
     name = "ILSVRC2012_devkit_t12"
     return tar_of(
@@ -107,7 +96,7 @@ def val_folder(folder: Path, numbers=SHOWN) -> Path:
 
 
 def train_tar(folder: Path, wnids: list[str]) -> Path:
-    """As handed out: a tar per class, in no order that matters, of `<wnid>_<number>.JPEG`."""
+    """Write the archive as it is handed out: a tar of `<wnid>_<number>.JPEG` per class."""
     inner = {}
     for wnid in wnids:
         contents = {f"{wnid}_{number}.JPEG": wnid.encode() for number in (18, 3)}

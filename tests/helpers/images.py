@@ -20,7 +20,7 @@ CLASSES = ("apple", "bird", "cat", "dog")
 
 
 def pixels(seed: int, width: int = 96, height: int = 80) -> np.ndarray:
-    """Smooth coloured noise, uint8 [height, width, 3]: compresses like a photograph."""
+    """Return smooth noise in color, uint8 [height, width, 3], that compresses like a photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -44,14 +44,14 @@ def folder_per_class(root: Path, per_class: int, first_seed: int = 0) -> Path:
 
 
 class InProcess:
-    """A `packing.pool.Pool` in this process, for builds that need not wait for others to start."""
+    """A `processes.Pool` in this process, for builds that need not wait for others to start."""
 
     def run(self, task: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
         return map(task, jobs)
 
 
 def options(out: Path, **settings: Any) -> BuildConfig:
-    """Settings of a build; paths become text."""
+    """Return the settings of a build; paths become text."""
     text = {
         key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
     }
@@ -76,5 +76,5 @@ def flip_bit(data: Path, split: str, *samples: int) -> None:
 
 
 def rows_of(data: Path, split: str) -> Index:
-    """The index of a split of a sealed data set."""
+    """Return the index of a split of a sealed data set."""
     return load_index(data, split, Manifest.load(data).splits[split])

@@ -19,7 +19,7 @@ N = 60
 
 
 def data_set(folder: Path, samples: int, shard: int = 20) -> Path:
-    """A manifest and nothing else: more is not read."""
+    """Write a manifest and nothing else: more is not read."""
     sizes = [min(shard, samples - first) for first in range(0, samples, shard)]
     shards = tuple(
         Shard(name=f"train-{k:06d}.tar", samples=size, bytes=1, sha256="", idx_sha256="")
@@ -45,7 +45,7 @@ def about(data: Path, position: int, batch: int, rank: int, world: int, **other)
 
 
 def order(samples: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and ids at [position, position + count), by any permutation an epoch."""
+    """Return epochs and ids at [position, position + count), by any permutation an epoch."""
     epochs, places = np.divmod(np.arange(position, position + count), samples)
     orders = {e: np.random.default_rng(int(e)).permutation(samples) for e in np.unique(epochs)}
     return epochs, np.array([orders[e][p] for e, p in zip(epochs, places, strict=True)], np.int64)
@@ -57,7 +57,7 @@ def pixels(epochs: np.ndarray, ids: np.ndarray) -> torch.Tensor:
 
 
 def attempt(folder: Path, data: Path, position, batch, world, steps, damaged=(), **other) -> None:
-    """All ranks of one attempt; `steps` of each, or a list of them by rank."""
+    """Write the ledgers of all ranks of an attempt; `steps` of each, or a list of them by rank."""
     for rank in range(world):
         facts = about(data, position, batch, rank, world, **other)
         first, last = batch * rank // world, batch * (rank + 1) // world
@@ -88,12 +88,12 @@ def three_attempts(tmp_path: Path, data: Path) -> Path:
 
 
 def ledgers(run: Path) -> list[Path]:
-    """In order of time: 0-1 the first attempt, 2-4 the second, 5 the third."""
+    """Return the ledgers in order of time: 0-1 of attempt 1, 2-4 of attempt 2, 5 of attempt 3."""
     return sorted((run / "ledger").iterdir())
 
 
 def frames(path: Path) -> list[bytes]:
-    """The first line and each frame."""
+    """Return the first line and each frame."""
     content = path.read_bytes()
     at = content.index(b"\n") + 1
     parts = [content[:at]]

@@ -24,7 +24,7 @@ def scan(source: str | Path, scratch: Path, split: str = "train", classes=None) 
 
 
 def contents(listing: Listing) -> list[tuple[str, bytes]]:
-    """Class and bytes of each image."""
+    """Return class and bytes of each image."""
     readers = [open_reader(container, QUICK) for container in listing.containers]
     found = [
         (
@@ -39,7 +39,7 @@ def contents(listing: Listing) -> list[tuple[str, bytes]]:
 
 
 def features(names=CLASSES, image: str = "image", label: str = "label") -> dict[bytes, bytes]:
-    """What the `datasets` library writes into the schema of an image set."""
+    """Return the metadata that the `datasets` library writes into the schema of an image set."""
     table = {image: {"_type": "Image"}, label: {"names": list(names), "_type": "ClassLabel"}}
     return {b"huggingface": json.dumps({"info": {"features": table}}).encode()}
 

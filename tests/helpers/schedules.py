@@ -20,7 +20,7 @@ ERRORS = dict(zip(range(4, 41, 4), (9, 8, 8, 8, 7, 7, 7, 7, 7, 7), strict=True))
 
 
 def recipe(total: int = 40, **settings: object) -> RateSettings:
-    """A run of 40 steps of 8 images, 4 epochs of 80."""
+    """Return a run of 40 steps of 8 images, 4 epochs of 80."""
     config = Config.from_settings({"batch_size": 8, **settings})
     return RateSettings(config=config, samples=80, total=total)
 
@@ -92,6 +92,6 @@ def manual(
     lr_bias: float,
     factors: Mapping[str, float] | None = None,
 ) -> Rates:
-    """Rates of a step before which `epoch` passes over the training set were made."""
+    """Return the rates of a step before which `epoch` passes over the training set were made."""
     past = [(change.name, change.value) for change in changes if change.epoch <= epoch]
     return compute_rates(lr, lr_bias, past, factors)

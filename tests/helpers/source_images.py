@@ -34,7 +34,7 @@ def check_roads(data: bytes) -> None:
 
 
 def profile(gamma: float, space: bytes = b"RGB ") -> bytes:
-    """An ICC profile of sRGB's primaries and another curve, made by the specification."""
+    """Return an ICC profile of sRGB's primaries and another curve, made by the specification."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     count = struct.unpack(">I", srgb[128:132])[0]
     entries = [struct.unpack(">4sII", srgb[132 + 12 * n : 144 + 12 * n]) for n in range(count)]

@@ -38,7 +38,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def processes(mark: str, title: str = "") -> list[int]:
-    """Living processes that were started, however indirectly, with `mark` in their environment."""
+    """Return the living processes with `mark` in their environment, or in that of an ancestor."""
     parents, titles, ours = {}, {}, set()
     for folder in Path("/proc").iterdir():
         try:
@@ -95,7 +95,7 @@ def end_processes(mark: str) -> None:
 
 
 def marked(**more: str) -> tuple[str, dict[str, str]]:
-    """A mark, and an environment with it."""
+    """Return a mark, and an environment with it."""
     value = str(uuid.uuid4())
     environment = {**os.environ, "DUET_TEST": value, **more}
     environment.pop("RAY_ADDRESS", None)

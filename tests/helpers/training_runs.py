@@ -48,7 +48,7 @@ class Call:
 
 
 def work(rank: int, world: int, size: int, folder: Path, calls: list[Call]) -> None:
-    """One process of a job without Ray."""
+    """Run one process of a job without Ray."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
     )
@@ -99,7 +99,7 @@ def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 
 def cut_at(step: int, whole: Path, run: Path) -> Path:
-    """A run that died some steps after the checkpoint of `step`."""
+    """Copy a run as if it had died some steps after the checkpoint of `step`; return its folder."""
     name = f"checkpoints/step-{step:08d}"
     shutil.copytree(whole / name, run / name)
     for file in ("metrics.jsonl", "validation.jsonl", "kernels.jsonl"):

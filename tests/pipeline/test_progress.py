@@ -1,4 +1,4 @@
-"""What long work says of itself where there is no terminal."""
+"""Progress lines of long work where there is no terminal."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     index,
     made_by_webdataset,
     picture,
-    write_tar,
 )
 from tests.helpers.http_servers import Server
 from tests.helpers.images import rows_of
+from tests.helpers.tars import tar_of
 
 
 def test_the_stream_gives_the_images_that_pillow_decodes(made, folder):
@@ -78,7 +78,7 @@ def test_dalis_own_reader_gives_the_same_images(tmp_path):
             shown.append(decoded(file.getvalue())[0, 0])
             key, ending = f"{n}-{place}", endings[place]
             files += [(f"{key}.{ending}", file.getvalue()), (f"{key}.json", b'{"label": %d}' % n)]
-        write_tar(tmp_path / f"train.{n}.tar", files)
+        tar_of(tmp_path / f"train.{n}.tar", files)
     index(tmp_path)
     with Stream(tmp_path, batch_size=12, colour=0) as stream:
         ours = {tuple(one) for one in _colours(next(stream).images, stream.channel_mean)}
@@ -120,7 +120,7 @@ def test_members_of_any_order_ending_and_name(tmp_path):
         ("k.jpg", picture(8)),
         ("k.json", b'{"cls": 1, "target": 7}'),
     ]
-    write_tar(tmp_path / "some train.tar", files, format=tarfile.PAX_FORMAT)
+    tar_of(tmp_path / "some train.tar", files, format=tarfile.PAX_FORMAT)
     with tarfile.open(tmp_path / "some train.tar", "a") as tar:
         link = tarfile.TarInfo("l.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"

@@ -28,9 +28,9 @@ from tests.helpers.foreign_shards import (  # noqa: F401
     names,
     picture,
     run,
-    write_tar,
 )
 from tests.helpers.images import jpeg, pixels
+from tests.helpers.tars import tar_of
 
 
 def cmyk() -> bytes:
@@ -71,7 +71,7 @@ def spoilt(folder: Path) -> Path:
     files = [("g0.jpg", picture(7)), ("g0.cls", b"2")]
     for key, (parts, _) in BAD.items():
         files += [(f"{key}.{ending}", content) for ending, content in parts]
-    write_tar(folder / "x-train.tar", [*files, ("g1.jpg", picture(8)), ("g1.cls", b"3")])
+    tar_of(folder / "x-train.tar", [*files, ("g1.jpg", picture(8)), ("g1.cls", b"3")])
     return folder
 
 

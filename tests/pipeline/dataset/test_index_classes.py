@@ -17,16 +17,16 @@ from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     names,
     picture,
     run,
-    write_tar,
 )
 from tests.helpers.images import rows_of
+from tests.helpers.tars import tar_of
 
 
 def labelled(folder: Path, labels: list[bytes], split: str = "train") -> None:
     files = []
     for n, label in enumerate(labels):
         files += [(f"{n}.jpg", picture(n)), (f"{n}.cls", label)]
-    write_tar(folder / f"{split}-0.tar", files)
+    tar_of(folder / f"{split}-0.tar", files)
 
 
 def test_classes_come_from_a_list_or_from_the_labels(tmp_path):

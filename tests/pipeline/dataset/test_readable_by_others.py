@@ -65,7 +65,7 @@ def test_webdataset_decodes_them(tiny_data, raw_data):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_dalis_own_reader_gives_every_image_and_label(tiny_data, split):
-    """With our `.idx`, and with the one that it makes up for itself."""
+    """DALI reads with our `.idx`, and with the one that it makes up for itself."""
     paths = shards(tiny_data, split)
     for indices in ([str(path.with_suffix(".idx")) for path in paths], None):
         pipe = Pipeline(SPLITS[split], 1, None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.dataset.index import save_index
-from pipeline.tools import files as whole_file
+from pipeline.tools import files
 from pipeline.verify import verify
 from tests.helpers.images import rows_of
 from tests.helpers.resealed_data import SHARD, overwrite, reseal
@@ -187,7 +187,7 @@ def test_an_idx_that_is_not_of_the_tar_is_found_whatever_its_hash(data):
 @pytest.mark.parametrize("held", [True, False])
 def test_a_shard_that_was_cut_or_goes_on_names_what_is_lost(data, held, monkeypatch):
     if not held:
-        monkeypatch.setattr(whole_file, "HELD", 0)  # as for shards that are too large for memory
+        monkeypatch.setattr(files, "HELD", 0)  # as for shards that are too large for memory
         assert verify(data) == []
     path, rows = data / SHARD, rows_of(data, "train")
     content = path.read_bytes()

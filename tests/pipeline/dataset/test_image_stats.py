@@ -5,28 +5,28 @@ import numpy as np
 from pipeline.dataset.image_stats import Statistics, Sums
 
 RNG = np.random.default_rng(0)
-PICTURES = RNG.integers(0, 256, (7, 256, 256, 3), dtype=np.uint8)
+IMAGES = RNG.integers(0, 256, (7, 256, 256, 3), dtype=np.uint8)
 
 
-def exact(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def exact(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums by integers alone."""
-    rows = pictures.reshape(-1, 3).astype(np.int64)
+    rows = images.reshape(-1, 3).astype(np.int64)
     outer = np.array([[(rows[:, a] * rows[:, b]).sum() for b in range(3)] for a in range(3)])
-    return pictures.sum(0, dtype=np.int64), outer
+    return images.sum(0, dtype=np.int64), outer
 
 
-def sums_of(pictures: np.ndarray) -> Sums:
+def sums_of(images: np.ndarray) -> Sums:
     sums = Sums()
-    for picture in pictures:
-        sums.add(picture)
+    for image in images:
+        sums.add(image)
     return sums
 
 
 def test_sums_are_exact():
-    picture, outer = exact(PICTURES)
-    sums = sums_of(PICTURES)
+    image, outer = exact(IMAGES)
+    sums = sums_of(IMAGES)
     assert sums.images == 7
-    assert (sums.image_sum == picture).all()
+    assert (sums.image_sum == image).all()
     assert (sums.outer == outer).all()
 
 
@@ -40,8 +40,8 @@ def test_sums_are_exact_where_they_are_largest():
 
 
 def test_parts_add_up_in_any_order():
-    whole = sums_of(PICTURES)
-    one, other = sums_of(PICTURES[4:]), sums_of(PICTURES[:4])
+    whole = sums_of(IMAGES)
+    one, other = sums_of(IMAGES[4:]), sums_of(IMAGES[:4])
     one += other
     assert one.images == whole.images
     assert (one.image_sum == whole.image_sum).all()
@@ -50,11 +50,11 @@ def test_parts_add_up_in_any_order():
 
 
 def test_statistics_are_numpys():
-    found = Statistics.from_sums(sums_of(PICTURES))
-    rows = PICTURES.reshape(-1, 3).astype(float)
+    found = Statistics.from_sums(sums_of(IMAGES))
+    rows = IMAGES.reshape(-1, 3).astype(float)
     assert np.allclose(found.channel_mean, rows.mean(0))
     assert np.allclose(found.covariance, np.cov(rows.T, bias=True))
-    assert np.allclose(found.mean_picture, PICTURES.mean(0))
+    assert np.allclose(found.mean_picture, IMAGES.mean(0))
     assert np.allclose(
         found.covariance @ found.eigenvectors, found.eigenvectors * found.eigenvalues
     )
