@@ -16,8 +16,8 @@ def short_number(value: float) -> str:
 def human_bytes(size: float) -> str:
     """Return a size in bytes, kB, MB or GB (powers of ten)."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= power:
-            return f"{size / power:,.3g} {unit}" if size < 1e12 else f"{size / power:,.0f} GB"
+        if size >= 0.9995 * power:  # 999.6 MB is 1 GB in three digits
+            return f"{size / power:,.3g} {unit}" if size < 999.5e9 else f"{size / power:,.0f} GB"
     return f"{size:.0f} bytes"
 
 

@@ -42,4 +42,6 @@ def test_numbers_as_a_person_writes_them() -> None:
         ("2.5", "h"),
         ("5.79", "days"),
     ]
-    assert human_bytes(2e12) == "2,000 GB"
+    assert [human_bytes(size) for size in (999.4e6, 999.6e6, 999.6e9, 2e12)] == [
+        "999 MB", "1 GB", "1,000 GB", "2,000 GB",
+    ]  # fmt: skip
