@@ -121,7 +121,7 @@ class ExamineJob(NamedTuple):
 
     path: Path
     is_training: bool
-    """Whether the pixels of its images count in the statistics."""
+    """True if the pixels of its images count in the statistics."""
     classes: Classes | None
     """Classes of the data set, where they are known beforehand."""
 
@@ -305,20 +305,20 @@ def _examine_sample(
     file: HashedFile, sample: Sample, job: ExamineJob, sums: Sums
 ) -> tuple[int, int, int, int | str]:
     """Return offset, size and CRC-32 of an image, and the label as it is written."""
-    picture = sample.find_image()
-    if picture.size > MOST_IMAGE_BYTES:
-        raise UnfitSample(f"its image has {picture.size:,} bytes")
+    image = sample.find_image()
+    if image.size > MOST_IMAGE_BYTES:
+        raise UnfitSample(f"its image has {image.size:,} bytes")
     label = read_label(sample, file.read)
     number = label if job.classes is None else job.classes.find_number(label)
     if isinstance(number, int) and not 0 <= number < MAX_CLASSES:
         raise UnfitSample(f"label {str(label)[:40]} is no class number")
     if job.classes is not None and isinstance(number, str):
         raise UnfitSample(number)
-    data = bytes(file.read(picture.offset, picture.size))
+    data = bytes(file.read(image.offset, image.size))
     pixels = decode_image(data)
     if job.is_training:
         sums.add(pixels)
-    return picture.offset, picture.size, isal_zlib.crc32(data), label
+    return image.offset, image.size, isal_zlib.crc32(data), label
 
 
 def _check_idx(path: Path, good: list[Sample], found: ExaminedShard) -> None:

@@ -9,14 +9,16 @@ endings (`.JPG`, `.image.jpeg`) do not matter. The label is in a `.cls`, a field
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.dataset.index import split_member_name
 from pipeline.dataset.tar import Member, escape
 from pipeline.tools.errors import UsageError
 
@@ -33,6 +35,9 @@ NAME_FIELDS = ("class_name", "classname", "label_name", "class_text", "label_tex
 MAX_CLASSES = 1_000_000
 """Largest number of classes; a larger label is some other id."""
 
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+"""Key and ending of a member, `webdataset`'s pattern."""
+
 
 class UnfitSample(Exception):
     """A sample without a usable image or label; the message is the reason."""
@@ -46,6 +51,8 @@ class SampleFile(NamedTuple):
     name: str
     offset: int
     size: int
+    regular: bool = True
+    """True for a file with data, False for a folder, link, device or pipe."""
 
     @property
     def kind(self) -> str:
@@ -77,26 +84,32 @@ class Sample(NamedTuple):
         raise UnfitSample(f"its image is a .{escape(other.ending)}, no JPEG")
 
 
+def group_by_key(members: Iterable[Member]) -> Iterator[tuple[str, Iterator[SampleFile]]]:
+    """Group the members that follow each other by their key, as `webdataset` does.
+
+    Names without a key are skipped; links are kept. As with `groupby`, the files of a group are
+    gone once the next group is taken.
+    """
+    matches = ((_NAME.fullmatch(member.name), member) for member in members)
+    named = ((match[1], match[2], member) for match, member in matches if match)
+    for key, group in groupby(named, key=itemgetter(0)):
+        yield key, (SampleFile(ending, *member) for _, ending, member in group)
+
+
 def group_samples(members: Iterable[Member]) -> Iterator[Sample]:
     """Group the members of a tar into samples, in stored order.
 
-    Hidden files and names without a dot are skipped, as by DALI and `webdataset`.
+    Hidden files, links and names without a dot are skipped, as by DALI and `webdataset`.
     """
-    key, parts, seen = "", list[SampleFile](), set[str]()
-    for member in members:
-        if not member.regular:
-            continue
-        base, ending = split_member_name(member.name)
-        if not base or base.endswith("/"):
-            continue
-        if base != key or ending in seen:  # a repeated ending begins another sample of that key
-            if parts:
-                yield Sample(key, tuple(parts))
-            key, parts, seen = base, [], set()
-        parts.append(SampleFile(ending, member.name, member.offset, member.size))
-        seen.add(ending)
-    if parts:
-        yield Sample(key, tuple(parts))
+    files = (m for m in members if m.regular and not m.name.rpartition("/")[2].startswith("."))
+    for key, group in group_by_key(files):
+        parts: dict[str, SampleFile] = {}
+        for part in group:
+            if part.ending in parts:  # a repeated ending begins another sample of that key
+                yield Sample(key, tuple(parts.values()))
+                parts = {}
+            parts[part.ending] = part
+        yield Sample(key, tuple(parts.values()))
 
 
 def has_images(sample: Sample) -> bool:
@@ -104,12 +117,16 @@ def has_images(sample: Sample) -> bool:
     return any(part.kind in (*JPEG_ENDINGS, *OTHER_ENDINGS, "cls") for part in sample.parts)
 
 
-def read_label(sample: Sample, read: Callable[[int, int], bytes | memoryview]) -> int | str:
+Read = Callable[[int, int], bytes | memoryview]
+"""Called with offset and size; returns these bytes of a tar."""
+
+
+def read_label(sample: Sample, read: Read) -> int | str:
     """Return the label of a sample: a number from 0, or the name of a class.
 
     Args:
         sample: the sample.
-        read: called with offset and size, returns these bytes of the tar.
+        read: reads the tar.
 
     Raises:
         UnfitSample: it has no label.
@@ -117,11 +134,8 @@ def read_label(sample: Sample, read: Callable[[int, int], bytes | memoryview]) -
     """
     there = {part.kind: part for part in reversed(sample.parts) if part.kind in LABEL_ENDINGS}
     for kind in LABEL_ENDINGS:
-        part = there.get(kind)
-        if part is not None and part.size <= MAX_LABEL_BYTES:
-            label = parse_label(kind, bytes(read(part.offset, part.size))).label
-            if label is not None:
-                return label
+        if kind in there and (label := read_member_label(there[kind], read).label) is not None:
+            return label
     first = next((kind for kind in LABEL_ENDINGS if kind in there), None)
     if first is None or first == "txt":
         raise UnfitSample("it has no label (.cls or .json)")
@@ -136,6 +150,13 @@ class MemberLabel(NamedTuple):
     """A number from 0, a word, or None if the member holds no label."""
     title: str | None = None
     """Readable name of the class, if it is given beside the number."""
+
+
+def read_member_label(file: SampleFile, read: Read) -> MemberLabel:
+    """Return the label in a `.cls`, `.json` or `.txt` file of a sample, if it is not too large."""
+    if file.size > MAX_LABEL_BYTES:
+        return MemberLabel(None)
+    return parse_label(file.kind, bytes(read(file.offset, file.size)))
 
 
 def parse_label(ending: str, body: bytes) -> MemberLabel:

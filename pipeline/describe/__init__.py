@@ -1,4 +1,4 @@
-"""What a data set holds, as a table and as one page.
+"""Report of a data set: a table and one page.
 
 __main__  command, and the page (page.html.j2)
 facts     manifest, index, statistics, rejects and duplicates as numbers: table and JSON

@@ -100,7 +100,7 @@ def draw_size_chart(facts: SplitFacts, is_alone: bool) -> Chart:
 def _draw_step_chart(
     title: str, edges: Floats, heights: Floats, label: Label, caption: str, is_alone: bool
 ) -> Chart:
-    """Columns side by side: [n] heights between [n + 1] edges."""
+    """Draw columns side by side: [n] heights between [n + 1] edges."""
     axes = new_axes(
         (0, edges[-1]), (0, max(1.0, float(heights.max()) * 1.08)), label,
         lambda value: short_number(value) if value == round(value) else "",

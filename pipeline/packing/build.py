@@ -118,10 +118,10 @@ def _pack_chunks(options: BuildConfig, plan: BuildPlan, target: Target, pool: Po
     ]
     if not missing:
         return
-    already = plan.pictures - sum(part.stop - part.start for part in missing)
+    already = plan.images - sum(part.stop - part.start for part in missing)
     rejects = plan.rejected
     jobs = (make_chunk_job(plan, part, options, target) for part in missing)
-    with Progress("packing", total=plan.pictures, unit="img", already=already) as progress:
+    with Progress("packing", total=plan.images, unit="img", already=already) as progress:
         for done in pool.run(pack_chunk, jobs):
             rejects += done.rejected
             progress.advance(done.images)
@@ -164,7 +164,7 @@ def _check_rejects(
     options: BuildConfig, plan: BuildPlan, target: Target, collected: CollectedChunks
 ) -> None:
     """Refuse to seal a set with too many rejects."""
-    everything = plan.pictures + plan.rejected
+    everything = plan.images + plan.rejected
     if collected.rejected <= options.max_rejects * everything + 1e-6:  # 0.29 * 100 is below 29
         return
     copy_file(collected.rejects_file, target, REJECTS)

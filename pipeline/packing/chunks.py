@@ -80,7 +80,7 @@ class PackedChunk:
     packed: npt.NDArray[np.void]
     """`PACKED_DTYPE` [n]"""
     reasons: dict[int, str]
-    """Place in the chunk -> why that image was rejected."""
+    """Place in the chunk -> reason for rejecting that image."""
     sums: Sums
 
 
@@ -124,12 +124,12 @@ def make_chunk_job(
 
 
 class FetchedFacts(NamedTuple):
-    """The `.npz` of a chunk or a shard, and what lies on the disk beside it."""
+    """The `.npz` of a chunk or a shard, and the sizes of the files that it describes."""
 
     content: bytes
-    """Empty where the file is missing."""
+    """Content of the `.npz`; empty if it is missing."""
     sizes: list[int | None]
-    """Bytes of the files that it is about; None where one is missing."""
+    """Size of each file in bytes; None if it is missing."""
 
 
 def fetch_facts(target: Target, name: str, about: Sequence[str]) -> FetchedFacts:
@@ -146,7 +146,7 @@ def fetch_facts(target: Target, name: str, about: Sequence[str]) -> FetchedFacts
         return FetchedFacts(b"", [])
 
 
-def parse_chunk(fetched: FetchedFacts, number: int, pictures: int) -> PackedChunk:
+def parse_chunk(fetched: FetchedFacts, number: int, images: int) -> PackedChunk:
     """Return a chunk of so many images. Only one thread may do this: NumPy parses its headers as
     Python, and of that CPython 3.11 keeps count in one place for all threads.
 
@@ -163,7 +163,7 @@ def parse_chunk(fetched: FetchedFacts, number: int, pictures: int) -> PackedChun
                 reasons=dict(json.loads(arrays["reasons"].tobytes())),
                 sums=sums,
             )
-        whole = chunk.packed.dtype == PACKED_DTYPE and len(chunk.packed) == pictures
+        whole = chunk.packed.dtype == PACKED_DTYPE and len(chunk.packed) == images
         if whole and fetched.sizes == [int(chunk.packed["size"].sum(dtype=np.int64))]:
             return chunk
     except Exception as error:  # NumPy's reader raises anything on a damaged header

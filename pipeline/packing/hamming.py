@@ -5,15 +5,19 @@ groups, and group i into r_i + k blocks, where the sum of (r_i + 1) is t + 1. If
 r_i + 1 or more of the bits in which a pair differs, there would be t + 1 or more of them; so within
 distance t some group holds at most r_i, and at least k of its r_i + k blocks are equal. Sorting by
 each choice of k blocks of each group therefore brings every such pair side by side, next to few
-others. Identical hashes are one row in the search, and rows that are joined already are not
-compared again: a hundred thousand copies of one image are no five billion pairs.
+others. For 14 million rows and 16 bits that is 4 groups of 5 and 6 blocks of 12 bits, of which 2
+are equal: 45 sorts. `choose_cut` weighs sorts against pairs to compare. Identical hashes are one
+row in the search, and rows that are joined already are not compared again: a hundred thousand
+copies of one image are no five billion pairs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations, pairwise
+from functools import lru_cache
+from itertools import combinations, pairwise, product
 from threading import RLock
 from typing import NamedTuple
 
@@ -25,11 +29,10 @@ from pipeline.tools.units import cpu_count
 BITS = 256
 """Bits of a hash."""
 KEY_BITS = 32
-GROUPS = 4
-"""Groups of blocks. With 2 equal blocks of 10 bits, the sorts (66) cost as much as comparing the
-pairs that they bring together at about a million rows; both are cheaper than for 3 or 5 groups."""
-MANY = 4_000_000
-"""Rows from which sorting by 3 equal blocks instead of 2 leaves so many pairs less that it pays."""
+EQUAL = (2, 3, 4)
+"""Numbers of equal blocks to choose from."""
+SORT, COMPARE = 50, 80
+"""Nanoseconds to sort a row by a key, and to compare a pair (measured); only the ratio counts."""
 
 
 class BitBlock(NamedTuple):
@@ -44,24 +47,37 @@ class BlockCut(NamedTuple):
 
     equal: int
     groups: list[list[BitBlock]]
+    tables: int
+    """Number of choices of `equal` blocks of a group."""
+    width: int
+    """Least bits of a choice."""
+
+    def estimate_cost(self, rows: int) -> float:
+        """Return about how long a search takes, in nanoseconds."""
+        return self.tables * (rows * SORT + rows * rows / 2 / 2.0**self.width * COMPARE)
 
 
-def cut_blocks(threshold: int, rows: int, bits: int = BITS) -> BlockCut:
-    """Cut bits into groups of blocks (module docstring), as even as can be.
+def choose_cut(threshold: int, rows: int, bits: int = BITS) -> BlockCut:
+    """Return the groups of blocks (module docstring) that are cheapest for so many rows."""
+    return min(list_cuts(threshold, bits), key=lambda cut: cut.estimate_cost(rows))
 
-    Args:
-        threshold: bits in which near hashes may differ.
-        rows: number of hashes to search.
-        bits: number of bits to cut, at least `threshold` + 13.
-    """
-    equal = 2 if rows < MANY else 3
-    count = min(GROUPS, threshold + 1)
-    each, more = divmod(threshold + 1, count)
-    sizes = [each + (place < more) - 1 + equal for place in range(count)]
-    borders = [bits * place // sum(sizes) for place in range(sum(sizes) + 1)]
-    most = KEY_BITS // equal
-    blocks = iter(BitBlock(a, min(most, b - a)) for a, b in pairwise(borders))
-    return BlockCut(equal, [[next(blocks) for _ in range(size)] for size in sizes])
+
+@lru_cache
+def list_cuts(threshold: int, bits: int) -> list[BlockCut]:
+    """Return a cut for every possible number of groups and of equal blocks, as even as can be."""
+    cuts = []
+    for equal, groups in product(EQUAL, range(1, threshold + 2)):
+        each, more = divmod(threshold + 1, groups)
+        sizes = [each + (place < more) - 1 + equal for place in range(groups)]
+        if (count := sum(sizes)) > bits:
+            continue
+        borders = [bits * place // count for place in range(count + 1)]
+        most = KEY_BITS // equal
+        blocks = iter(BitBlock(a, min(most, b - a)) for a, b in pairwise(borders))
+        members = [[next(blocks) for _ in range(size)] for size in sizes]
+        tables = sum(math.comb(size, equal) for size in sizes)
+        cuts.append(BlockCut(equal, members, tables, equal * min(most, bits // count)))
+    return cuts
 
 
 Rows = npt.NDArray[np.intp]
@@ -124,13 +140,11 @@ LONG_RUN = 256
 PAIRS = 1 << 20
 """Pairs compared at a time."""
 SAMPLE = 4096
-"""Rows that tell which bits differ, and rows whose bits are taken apart at a time."""
-LEAST_BITS = 128
-"""Bits in which rows differ from which a search by them is faster than comparing all pairs."""
+"""Rows that decide which bits differ, and rows that are unpacked at a time."""
 LEAST_SELECTED = 1024
 """Rows of a run from which a search by the bits in which they differ can be worth it."""
 LEAST_SHARE = 1 / 8
-"""A bit tells much about rows if no less than this share of them have it, and lack it."""
+"""A bit is selected if at least this share of the rows have it, and at least this share lack it."""
 
 _ROW = np.uint64(2**32 - 1)
 
@@ -151,7 +165,7 @@ def find_clusters(
 
     Args:
         hashes: uint8 [n, 32].
-        threshold: 0..200.
+        threshold: 0..254.
         rows: row numbers to search (ascending); by default all.
         workers: threads; by default one a core.
 
@@ -221,7 +235,7 @@ class NearPairSearch:
 
     def run(self, spread: Callable[..., Iterable[object]]) -> None:
         """Join all near pairs; `spread` is `map`, or the `map` of a thread pool."""
-        cut = cut_blocks(self._threshold, len(self._rows), self._bits)
+        cut = choose_cut(self._threshold, len(self._rows), self._bits)
         for group in cut.groups:
             columns = list(spread(self.column, group))
             for _ in spread(self.table, *zip(*combinations(columns, cut.equal), strict=True)):
@@ -258,7 +272,7 @@ class NearPairSearch:
             left = left[(keys[left + apart] ^ keys[left]) <= _ROW]
 
     def _without_long_runs(self, keys: Keys) -> Keys:
-        """Join near pairs in the runs of more than `LONG` equal keys; return the other keys."""
+        """Join near pairs in the runs of more than `LONG_RUN` equal keys; return the other keys."""
         runs = _find_long_runs(keys)
         keep = np.ones(len(keys) if runs else 0, bool)
         for start, end in runs:
@@ -279,7 +293,7 @@ class NearPairSearch:
         if not np.ptp(self._joined.find_roots(rows)):  # joined already
             return
         large = self._whole and len(rows) >= LEAST_SELECTED
-        if large and (sifted := _select_bits(self._words, rows)):
+        if large and (sifted := _select_bits(self._words, rows, self._threshold)):
             NearPairSearch(self._words, rows, self._threshold, self._joined, sifted).run(map)
         else:
             self._around_leaders(rows)
@@ -317,15 +331,18 @@ def _choose_other_word(blocks: Iterable[BitBlock]) -> int:
     return max(set(range(WORDS)) - held, default=0)
 
 
-def _select_bits(words: Words, rows: Rows) -> tuple[Words, int] | None:
+def _select_bits(words: Words, rows: Rows, threshold: int) -> tuple[Words, int] | None:
     """Return the bits in which rows really differ, uint64 [rows, 4], and how many they are.
 
-    Any choice of bits keeps near pairs near. None if there are fewer than `LEAST_BITS`.
+    Any choice of bits keeps near pairs near. None if a search by these would not be much faster
+    than comparing all pairs.
     """
     sample = words[rows[:: max(1, len(rows) // SAMPLE)]]
     ones = np.unpackbits(sample.view(np.uint8), axis=1, bitorder="little").mean(0)
     useful = np.flatnonzero((ones > LEAST_SHARE) & (ones < 1 - LEAST_SHARE))
-    if len(useful) < LEAST_BITS:
+    cuts = list_cuts(threshold, len(useful))
+    cost = min((cut.estimate_cost(len(rows)) for cut in cuts), default=math.inf)
+    if cost > len(rows) ** 2 * COMPARE / 10:
         return None
     packed = np.zeros((len(rows), BITS // 8), np.uint8)
     for start in range(0, len(rows), SAMPLE):

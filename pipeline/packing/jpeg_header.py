@@ -1,4 +1,4 @@
-"""The header of a JPEG, read from its markers alone, and the limits on images.
+"""JPEG headers, read from their markers alone, and the limits on images.
 
 Reading a header takes a few microseconds; neither Pillow nor simplejpeg tells all of it, and their
 own readers pass over junk and segments one at a time in Python or without end. Sources are not
@@ -17,19 +17,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 MAX_BYTES = 256 * 2**20
-"""Size of a JPEG."""
+"""Size limit of a JPEG in bytes."""
 MAX_OTHER_BYTES = 64 * 2**20
-"""Size of any other image: of these, decoders take millions of small steps for a few bytes."""
+"""Size limit of other images in bytes: decoders take millions of small steps for a few of them."""
 MAX_SECONDS = 60
-"""Time for an image; what a decoder does in its own code is waited for."""
+"""Time limit of an image in seconds; native code of a decoder is not interrupted."""
 MAX_PIXELS = 100_000_000
-"""Width times height."""
+"""Most pixels of an image: width times height."""
 MAX_SCANS = 100
-"""Scans of a JPEG: a progressive one has about ten, and each goes over all pixels again."""
+"""Most scans of a JPEG: a progressive one has about ten, and each goes over all pixels again."""
 MAX_SCANNED = 2_000_000_000
-"""Pixels times scans of a JPEG: seconds of decoding."""
+"""Most pixels times scans of a JPEG: seconds of decoding."""
 MAX_REASON = 200
-"""Characters of a reason."""
+"""Most characters of a reason."""
 
 
 class ImageError(Exception):
@@ -84,9 +84,9 @@ def limit_time(seconds: float = MAX_SECONDS) -> Iterator[None]:
 
 
 MAX_SEGMENTS = 4096
-"""Marker segments before the first scan: an ICC profile may take 255, a long XMP some hundred."""
+"""Most segments before the first scan: an ICC profile may take 255, a long XMP some hundred."""
 MAX_JUNK = 65536
-"""Bytes between segments that belong to none."""
+"""Most bytes between segments."""
 
 _START = b"\xff\xd8\xff"
 _SCAN, _APP1, _APP2 = 0xDA, 0xE1, 0xE2
@@ -97,23 +97,23 @@ _EXIF, _ICC = b"Exif\0\0", b"ICC_PROFILE\0"
 
 @dataclass
 class JpegHeader:
-    """The facts before the first scan."""
+    """Fields of a JPEG header."""
 
     width: int = 0
     height: int = 0
     components: int = 0
     bits: int = 0
-    """Of a sample: 8, or 12."""
+    """Bits of a sample: 8, or 12."""
     process: int = -1
     """n of the frame's marker SOFn: 0 baseline, 1 extended, 2 progressive."""
     exif: bytes = b""
     """The first Exif segment without its name."""
     icc: list[bytes] = field(default_factory=list)
-    """Segments of the colour profile, as they came."""
+    """Segments of the colour profile, in stored order."""
 
     @property
     def plain(self) -> bool:
-        """Whether any decoder knows this kind: 8-bit Huffman-coded grey or three components."""
+        """True for a kind that any decoder knows: 8-bit Huffman-coded grey or three components."""
         return self.process in (0, 1, 2) and self.bits == 8 and self.components in (1, 3)
 
     @property
@@ -170,7 +170,7 @@ def _read_segment(header: JpegHeader, marker: int, body: bytes) -> None:
 
 
 def _check_scans(data: bytes, first: int, header: JpegHeader) -> None:
-    """Refuse what would be decoded over and over.
+    """Refuse a JPEG whose pixels would be decoded over and over.
 
     A first scan of all components in a frame that is not progressive is the only one that decoders
     accept, and looking for more would cost a tenth of the decoding.

@@ -39,13 +39,13 @@ class BuildConfig:
     """Labels of flat validation images: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or a
     list of synsets; without it they are looked for beside the images."""
     holdout: float = 0.0
-    """Without --val: the share of each class's training images to keep for validation."""
+    """Share of each class's training images to keep for validation; only without --val."""
     seed: int = 0
     """Seed of the shuffle over each split (and of what is held out)."""
     samples_per_shard: int = 1000
     """Samples in each shard but the last; 1000 raw ones are a tar of 199 MB."""
     encoding: Encoding = "jpeg"
-    """How the 256x256 images are stored: `jpeg`, or `raw` uint8 pixels (KEY.npy), which need no
+    """Storage of the 256x256 images: `jpeg`, or `raw` uint8 pixels (KEY.npy), which need no
     decoding and about six times the space (197 kB an image; ImageNet: 255 GB)."""
     quality: int = 96
     """JPEG quality of the stored images, 1..100; only for --encoding jpeg. From 96 on the encoder
@@ -137,11 +137,11 @@ class BuildPlan:
     """The place of every image. Rows count through all listings, training first."""
 
     listings: tuple[Listing, ...]
-    """Of the training source, and of the validation source if there is one."""
+    """Images of the training source, and of the validation source if there is one."""
     orders: dict[str, Places]
     """Per split the rows of its images in stored order, shuffled over the whole split."""
     held_out: npt.NDArray[np.bool_]
-    """Of each row of the training source, whether it went to validation (--holdout)."""
+    """bool [n]: True for each row of the training source that went to validation (--holdout)."""
     fingerprint: str
     """SHA-256 over everything that decides the bytes of the set but the content of the images."""
 
@@ -151,7 +151,7 @@ class BuildPlan:
         return self.listings[0].classes
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """Number of images in all splits."""
         return sum(map(len, self.listings))
 
@@ -164,7 +164,7 @@ class BuildPlan:
         """Cut all listings into chunks, in the order of their rows."""
         number = 0
         for place, listing in enumerate(self.listings):
-            size = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, -(-self.pictures // CHUNKS)))
+            size = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, -(-self.images // CHUNKS)))
             for start in range(0, len(listing), size):
                 yield ChunkPlan(number, place, start, min(start + size, len(listing)))
                 number += 1

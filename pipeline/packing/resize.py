@@ -49,7 +49,7 @@ from pipeline.packing.jpeg_header import (
 Chroma = Literal["4:2:0", "4:4:4"]
 """Color resolution of a stored JPEG: half the width and height, or full."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What Pillow may take the bytes for."""
+"""Formats that Pillow may detect."""
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x0112
 """Number of the Exif tag."""
@@ -89,7 +89,7 @@ def decode_square(data: bytes, min_side: int = 8) -> Pixels:
         uint8 [256, 256, 3], RGB, 0..255.
 
     Raises:
-        ImageError: no image, truncated, too small, or beyond the `limits`.
+        ImageError: no image, truncated, too small, or beyond the limits in `jpeg_header`.
     """
     if len(data) > MAX_BYTES:
         raise ImageError(f"{len(data)} bytes are more than an image may have ({MAX_BYTES})")
@@ -195,14 +195,14 @@ def resample(pixels: Pixels) -> Pixels:
         square = copy
     import torch  # here: the process that plans a build does without it
 
-    # [1, 3, side, side] in channels-last order without a copy: torch has a road of its own for it.
+    # [1, 3, side, side] in channels-last order without a copy: torch has a path of its own for it.
     planes = torch.from_numpy(square)[None].permute(0, 3, 1, 2)
     small = torch.nn.functional.interpolate(planes, (SIZE, SIZE), mode="bicubic", antialias=True)
     return small[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def pillow_path(data: bytes, min_side: int) -> Pixels:
-    """Return the central square of an image, uint8 [256, 256, 3], sRGB; of a film the first frame.
+    """Return the central square of an image (the first frame), uint8 [256, 256, 3], sRGB.
 
     Raises:
         ImageError: no image, truncated, too small, or too large to be one.

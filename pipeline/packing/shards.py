@@ -163,7 +163,7 @@ class CollectedChunks:
     taken: npt.NDArray[np.void]
     """`TAKEN_DTYPE` of each row; of rejected ones all zeros."""
     packed: npt.NDArray[np.bool_]
-    """Whether each row could be packed."""
+    """bool [n]: True for each row that could be packed."""
     hashes: npt.NDArray[np.uint8]
     """[n, 32] perceptual hashes of the packed rows, in the order of the rows."""
     sums: Sums
@@ -182,7 +182,7 @@ def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedC
     Raises:
         ChunkError: some are missing or damaged.
     """
-    count = plan.pictures
+    count = plan.images
     taken = _allocate(scratch / "taken.bin", count)
     packed = np.zeros(count, np.bool_)
     sums, rejected = Sums(), plan.rejected
@@ -321,8 +321,8 @@ def _write_duplicates(
 ) -> DuplicateCounts:
     """Find the groups of duplicates, and write them."""
     rows = np.flatnonzero(collected.packed)
-    split_of = np.zeros(plan.pictures, np.uint8)
-    sample_of = np.zeros(plan.pictures, np.uint32)
+    split_of = np.zeros(plan.images, np.uint8)
+    sample_of = np.zeros(plan.images, np.uint32)
     names = list(plan.orders)
     for number, name in enumerate(names):
         order = collected.order(plan, name)

@@ -1,10 +1,10 @@
-"""Where images come from: listed and read where they lie, never unpacked.
+"""Sources of images: listed and read where they lie, never unpacked.
 
-`scan` finds out by looking what a source is:
+`scan` detects the kind of a source:
 
     SRC/<class>/**/*.jpg              a folder per class (links and nested folders are followed)
     SRC/<class>.tar                   a tar per class, as inside ILSVRC2012_img_train.tar
-    SRC.tar                           one tar of such tars, or of `<class>/picture` members
+    SRC.tar                           one tar of such tars, or of `<class>/image` members
     ILSVRC2012_img_val.tar            unsorted, or a folder of the same, with the ground truth
                                       given or beside it (`imagenet`)
     SRC/Data/CLS-LOC/{train,val}      Kaggle's tree, with LOC_val_solution.csv
@@ -12,7 +12,7 @@
     SRC/*.parquet                     Hugging Face's: the image's bytes and its label
     SRC/shard-{000000..000099}.tar    WebDataset shards, local or at an address
 
-An image ends as a place in a container; `open_reader` reads it from there in any process.
+A listed image is a place in a container; `open_reader` reads it from there in any process.
 
     scan        detects the kind of a source
     folders     folders of classes; unsorted folders and tars

@@ -1,4 +1,4 @@
-"""Labels that a source stores, numbers or words -> its list of classes."""
+"""List of classes from the labels that a source stores, numbers or words."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_distinct(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class LabelMapper:
-    """Turns stored labels into classes, and refuses what does not fit together."""
+    """Turns stored labels into classes, and refuses labels that do not fit together."""
 
     def __init__(
         self,
@@ -40,12 +40,12 @@ class LabelMapper:
         classes: Sequence[str] | None,
         titles: Sequence[str] | None = None,
     ) -> None:
-        """Know what stands beside the images.
+        """Take the lists that stand beside the images.
 
         Args:
-            source: for messages.
-            names: what the source calls its numbers; None or empty if it does not.
-            classes: the training split's, when this is another split.
+            source: path or address, for messages.
+            names: class names that the source gives to its numbers; None or empty without any.
+            classes: class list of the training split, if this is another split.
             titles: readable names of the numbers.
         """
         self._source = hide_credentials(source)
@@ -55,11 +55,11 @@ class LabelMapper:
         self._titles = titles
         self._number: str | None = None
         self._word: str | None = None
-        """Where the first of its kind stood."""
+        """The first label of its kind, and its place."""
         self._last = -1
 
     def fits(self, label: int | str) -> bool:
-        """Whether a label is a number if the first one was, and a word if that was."""
+        """Return whether a label is a number or a word as the first one was."""
         return (self._word if isinstance(label, int) else self._number) is None
 
     def find_class(self, label: int | str, where: str) -> str:
@@ -99,13 +99,13 @@ class LabelMapper:
         """Return the listing, its classes in the order of their numbers, or else sorted.
 
         Args:
-            writer: has been given all images.
-            titles: readable names of numbers, where the images brought some.
+            writer: writer to which all images have been added.
+            titles: readable names of numbers that stood beside images.
 
         Raises:
             UsageError: see `ListingWriter.finish`; no image has a label.
         """
-        if not writer.pictures and writer.rejected:
+        if not writer.images and writer.rejected:
             raise UsageError(
                 f"source {self._source} has {writer.rejected:,} images, none of them usable "
                 "(such as: no label); the test images of most sets have no labels"

@@ -24,8 +24,7 @@ from pipeline.sources.imagenet import (
 )
 from pipeline.sources.listing import (
     NO_FILE,
-    NO_PICTURE,
-    PICTURE_ENDINGS,
+    NO_IMAGE,
     WHOLE_FILE,
     ListingWriter,
     is_hidden,
@@ -79,16 +78,16 @@ def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
         UsageError: a folder cannot be read.
     """
     for path, inside in _walk(os.path.abspath(folder)):
-        pictures = []
+        images = []
         for name in inside.files:
-            if name.lower().endswith(PICTURE_ENDINGS):
-                pictures.append(name)
+            if is_image(name):
+                images.append(name)
             else:
-                writer.reject(f"{path}/{name}", NO_PICTURE)
+                writer.reject(f"{path}/{name}", NO_IMAGE)
         for name in inside.other:
             writer.reject(f"{path}/{name}", NO_FILE)
-        if pictures:
-            writer.add(writer.container("folder", path), class_name, pictures)
+        if images:
+            writer.add(writer.container("folder", path), class_name, images)
 
 
 def _walk(top: str) -> Iterator[tuple[str, FolderContents]]:
@@ -171,12 +170,12 @@ def add_flat_tar(tar: Path, truth: GroundTruth, writer: ListingWriter) -> None:
         _add_labelled((member[:3] for member in files), found, truth)
 
 
-def read_labels(source: Path, picture: str, labels: str | None) -> GroundTruth:
+def read_labels(source: Path, image: str, labels: str | None) -> GroundTruth:
     """Return the labels of unsorted images, from a file given by the user or found beside them.
 
     Args:
         source: folder or tar.
-        picture: name of one of the images.
+        image: name of one of the images.
         labels: value of --val-labels.
 
     Raises:
@@ -184,9 +183,9 @@ def read_labels(source: Path, picture: str, labels: str | None) -> GroundTruth:
     """
     if labels is not None:
         return read_ground_truth(Path(labels))
-    if not _is_validation(picture):
+    if not _is_validation(image):
         raise UsageError(
-            f"image {escape(f'{source}/{picture}')} lies outside a class; put it into a folder "
+            f"image {escape(f'{source}/{image}')} lies outside a class; put it into a folder "
             f"named as its class, or {GIVE_LABELS}"
         )
     if (found := find_ground_truth(source)) is None:
@@ -206,14 +205,14 @@ def _add_labelled(
     for name, place, size in files:
         key = strip_ending(name)
         if not is_image(name):
-            found.reject(name, NO_PICTURE)
+            found.reject(name, NO_IMAGE)
         elif key in labels:
             found.add(labels[key], name, place, size)
             missing.pop(key, None)
         else:
             found.reject(name, f"no label: {list_name} has none for it")
     found.flush()
-    if not found.writer.pictures:
+    if not found.writer.images:
         raise UsageError(
             f"labels {list_name} name none of the images of {escape(found.address)}, but "
             f"such as {escape(next(iter(labels)))}; {GIVE_LABELS}"

@@ -30,11 +30,34 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.dataset.tar import escape, read_members
-from pipeline.sources.listing import PICTURE_ENDINGS, is_class
+from pipeline.sources.listing import IMAGE_ENDINGS, is_class
 from pipeline.tools.errors import UsageError
 from pipeline.tools.processes import Crash, call_isolated
 
+DEVKIT = "ILSVRC2012_devkit_t12"
+SOLUTION = "LOC_val_solution.csv"
+SYNSET_LABELS = "synset_labels.txt"
+TITLES = ("LOC_synset_mapping.txt", "synset_words.txt", "classes.txt", "classes", "words.txt")
+
+GIVE_LABELS = (
+    "give --val-labels FILE: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, "
+    "or a list of WordNet ids"
+)
+
+META = "meta.mat"
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
+LIMIT = 64 << 20
+"""Bytes that a kit, or a list of labels, may unpack to; the real one has a tenth of it."""
+MAT_HEADER, MAT_COMPRESSED = 128, 15  # bytes before the first element; its type
+MAT_SECONDS = 20
+"""CPU seconds that reading `meta.mat` may take; the real one takes 0.2."""
+
+_WNID = re.compile(r"n\d{8}")
+_TITLE = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
+
 Value = str | float | None
+"""A text or a number; None for anything else."""
 
 
 def read_structs(data: bytes, name: str) -> list[dict[str, Value]]:
@@ -84,9 +107,7 @@ def _load_structs(data: bytes, name: str) -> list[dict[str, Value]] | str:
         fields = structs.dtype.names
         if fields is None:
             return f"it holds no structs named {name}"
-        return [
-            dict(zip(fields, map(_plain_value, struct), strict=True)) for struct in structs.tolist()
-        ]
+        return [dict(zip(fields, map(_plain_value, row), strict=True)) for row in structs.tolist()]
     except MemoryError:
         return f"it unpacks to more than {LIMIT >> 20} MiB"
     except Exception as error:  # SciPy's reader raises anything on damaged input
@@ -129,18 +150,8 @@ def _plain_value(value: object) -> Value:
     return float(value) if isinstance(value, int | float) else None
 
 
-META = "meta.mat"
-TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-ARCHIVES = (".tar.gz", ".tgz", ".tar")
-LIMIT = 64 << 20
-"""Bytes that a kit, or a list of labels, may unpack to; the real one has a tenth of it."""
-MAT_HEADER, MAT_COMPRESSED = 128, 15  # bytes before the first element; its type
-MAT_SECONDS = 20
-"""CPU seconds that reading `meta.mat` may take; the real one takes 0.2."""
-
-
 class Devkit(NamedTuple):
-    """What a development kit says."""
+    """Content of a development kit."""
 
     wnids: dict[int, str]
     """ILSVRC2012_ID -> WordNet id, of the classes that have images of their own."""
@@ -151,7 +162,7 @@ class Devkit(NamedTuple):
 
 
 def is_devkit(path: Path) -> bool:
-    """Whether this is an archive or a folder that a kit may lie in."""
+    """Return whether this is an archive or a folder that may hold a kit."""
     if path.is_dir():
         return any((path / place / META).is_file() for place in ("", "data"))
     return path.name.endswith(ARCHIVES) and path.is_file()
@@ -236,26 +247,12 @@ def _kit_error(path: Path, what: str) -> UsageError:
     )
 
 
-DEVKIT = "ILSVRC2012_devkit_t12"
-SOLUTION = "LOC_val_solution.csv"
-SYNSET_LABELS = "synset_labels.txt"
-TITLES = ("LOC_synset_mapping.txt", "synset_words.txt", "classes.txt", "classes", "words.txt")
-
-GIVE_LABELS = (
-    "give --val-labels FILE: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, "
-    "or a list of WordNet ids"
-)
-
-_WNID = re.compile(r"n\d{8}")
-_TITLE = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
-
-
 @dataclass(frozen=True)
 class GroundTruth:
-    """Which image is of which class."""
+    """Classes of the validation images."""
 
     file: Path
-    """Where that is written."""
+    """File that lists them."""
     labels: dict[str, str]
     """Name of an image without its ending -> class."""
     classes: tuple[str, ...]
@@ -267,7 +264,7 @@ class GroundTruth:
 def strip_ending(name: str) -> str:
     """Return the name of an image without its folder and ending, as lists have it."""
     name = name.rpartition("/")[2]
-    for ending in PICTURE_ENDINGS:
+    for ending in IMAGE_ENDINGS:
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
@@ -279,23 +276,23 @@ def validation_stem(place: int) -> str:
 
 
 def is_kit_name(name: str) -> bool:
-    """Whether a folder or a tar of this name is ILSVRC's kit, and no class."""
+    """Return whether a folder or a tar of this name is ILSVRC's kit, and no class."""
     return name.startswith(DEVKIT)
 
 
 def is_list_name(name: str) -> bool:
-    """Whether a file of this name is one of the lists, which are nothing to reject."""
+    """Return whether a file of this name is one of the lists, which are not rejects."""
     return is_kit_name(name) or name in (SOLUTION, *TITLES) or name.endswith(SYNSET_LABELS)
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """Read the labels of the validation images, whatever they are written in.
+    """Read the labels of the validation images from a file of any of these kinds.
 
     Args:
         path: one of the files above, or a folder that holds one.
 
     Raises:
-        UsageError: there is none, or it cannot be understood.
+        UsageError: there is none, or it cannot be parsed.
     """
     if not path.exists():
         raise UsageError(f"labels {escape(str(path))} do not exist; {GIVE_LABELS}")

@@ -1,4 +1,4 @@
-"""The listing of a source: one row an image, kept in mapped files, so that memory stays small.
+"""Listing of a source: one row an image, kept in mapped files, so that memory stays small.
 
 Fourteen million images are 24 bytes and a name each; they are written out as they are found and
 mapped back, so that neither the scan nor the plan grows with the set.
@@ -20,10 +20,10 @@ from pipeline.tools.errors import UsageError
 from pipeline.tools.jsonl import read_all_rows
 
 ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), ("size", "<i8")])
-"""An image: the container that holds it, its label, where it lies there and how many bytes it has.
+"""An image: its container, its label, its place in the container, and its size in bytes.
 
 `place` is an offset in a tar, a row of a parquet file, and 0 for a file in a folder. `size` is
-`WHOLE_FILE` where the container alone knows it."""
+`WHOLE_FILE` where only the container knows it."""
 
 WHOLE_FILE = -1
 
@@ -31,7 +31,7 @@ Kind = Literal["folder", "tar", "parquet"]
 
 
 class Container(NamedTuple):
-    """What holds images: a folder, a tar that is not compressed, or a parquet file."""
+    """A folder, an uncompressed tar or a parquet file with images."""
 
     kind: Kind
     address: str
@@ -39,7 +39,7 @@ class Container(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A file that will not be packed, and why."""
+    """A file that will not be packed, and the reason."""
 
     name: str
     reason: str
@@ -49,15 +49,15 @@ class Reject(NamedTuple):
         return json.dumps(self._asdict()) + "\n"
 
 
-PICTURE_ENDINGS = (
+IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"),
     *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
-"""What the names of images end in, in small letters."""
+"""Endings of the names of images, in lower case."""
 
 
 class Unreadable(Exception):
-    """One image that its container cannot give; the message is the reason, one line."""
+    """One image cannot be read from its container; the message is the reason, one line."""
 
 
 class SourceReader(Protocol):
@@ -67,13 +67,13 @@ class SourceReader(Protocol):
         """Return the encoded bytes of the image with this name, place and size.
 
         Raises:
-            Unreadable: this image cannot be had (a file without permission, an empty row); the
+            Unreadable: this image cannot be read (a file without permission, an empty row); the
                 container's other images can.
-            OSError: the container went away or is shorter than it was.
+            OSError: the container disappeared or became shorter.
         """
 
     def close(self) -> None:
-        """Let go of the container."""
+        """Close the container."""
 
 
 class Names(Sequence[str]):
@@ -81,9 +81,9 @@ class Names(Sequence[str]):
 
     def __init__(self, text: npt.NDArray[np.uint8], ends: npt.NDArray[np.uint64]) -> None:
         self.text = text
-        """All names, end to end, encoded as `ENCODING` says."""
+        """uint8 [bytes]: all names end to end, encoded in `ENCODING`."""
         self.ends = ends
-        """Where each name ends in `text`."""
+        """uint64 [n]: end of each name in `text`."""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -100,19 +100,19 @@ class Listing:
     """The images of one source, in the order in which they are best read."""
 
     source: str
-    """As the user named it."""
+    """Path or address as the user named it."""
     containers: tuple[Container, ...]
     rows: npt.NDArray[np.void]
-    """`ROW_DTYPE`, one an image."""
+    """`ROW_DTYPE` [n]"""
     names: Names
-    """Per image its name inside the container; `full_name` is how messages call it."""
+    """Name of each image inside its container; messages use `full_name`."""
     classes: tuple[str, ...]
     """A label is a place in this list."""
     titles: tuple[str, ...] | None
-    """Readable names of the classes, where the source has them."""
+    """Readable names of the classes, if the source has them."""
     rejects_file: Path
     rejected: int
-    """Files left out by the scan; `rejects` reads them back."""
+    """Number of files that the scan rejected; `rejects` reads them back."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -123,7 +123,7 @@ class Listing:
         return f"{address.rstrip('/')}/{self.names[place]}"
 
     def rejects(self) -> Iterator[Reject]:
-        """Read what the scan left out, in the order it was found."""
+        """Read the files that the scan rejected, in the order in which it found them."""
         return (Reject(**row) for row in read_all_rows(self.rejects_file))
 
 
@@ -134,7 +134,7 @@ class ListingWriter:
     """
 
     def __init__(self, scratch: Path, source: str) -> None:
-        """Write into `scratch`, a folder that is ours alone; created if need be."""
+        """Write into `scratch`, a folder for this writer alone; created if missing."""
         scratch.mkdir(parents=True, exist_ok=True)
         self._scratch, self._source = scratch, source
         self._containers: list[Container] = []
@@ -143,10 +143,10 @@ class ListingWriter:
         self._text = (scratch / "names.bin").open("w+b")
         self._ends = (scratch / "ends.bin").open("w+b")
         self._rejects = (scratch / "rejects.jsonl").open("w", encoding="utf-8")
-        self._end = self.pictures = self.rejected = 0
+        self._end = self.images = self.rejected = 0
 
     def container(self, kind: Kind, address: str) -> int:
-        """Note a container, unless it is the last one noted, and return its number."""
+        """Add a container, unless it is the last one added, and return its number."""
         container = Container(kind, address)
         if self._containers[-1:] != [container]:
             self._containers.append(container)
@@ -163,11 +163,11 @@ class ListingWriter:
         """Add images of one container, in the order in which they lie there.
 
         Args:
-            container: what `container` returned.
-            classes: the class of all of them, or of each.
-            names: unique inside the container.
+            container: number that `container` returned.
+            classes: class of all of them, or of each.
+            names: names of the images, unique inside the container.
             places: offsets or row numbers; None for files of a folder.
-            sizes: bytes of each; None where the container alone knows.
+            sizes: bytes of each; None where only the container knows them.
         """
         rows = np.zeros(len(names), ROW_DTYPE)
         rows["container"] = container
@@ -183,26 +183,26 @@ class ListingWriter:
         self._rows.write(rows.tobytes())
         self._text.write(b"".join(encoded))
         self._ends.write(ends.tobytes())
-        self.pictures += len(names)
+        self.images += len(names)
         self._end = int(ends[-1]) if len(ends) else self._end
 
     def reject(self, name: str, reason: str) -> None:
-        """Note a file that cannot be packed; `name` as `Listing.full_name` would give it."""
+        """Add a file that cannot be packed; `name` as `Listing.full_name` would return it."""
         self._rejects.write(Reject(name, reason).to_json_line())
         self.rejected += 1
 
     def need_class(self, name: str) -> int:
-        """Note a class, which `finish` refuses without images; return its place among those."""
+        """Add a class, which `finish` refuses without images; return its number."""
         return self._classes.setdefault(name, len(self._classes))
 
     def finish(
         self, classes: Sequence[str] | None = None, titles: Sequence[str] | None = None
     ) -> Listing:
-        """Close the files and return what was found.
+        """Close the files and return the listing.
 
         Args:
-            classes: the class list, where something else decides it (the training split, a
-                parquet's features); else the sorted names of the classes that were seen.
+            classes: class list that is given from outside (by the training split, a parquet's
+                features); None for the sorted names of the classes that were added.
             titles: readable names of `classes`.
 
         Raises:
@@ -285,7 +285,7 @@ def map_file(path: Path, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
 
 
 MOST_IMAGE_BYTES = 256 << 20
-"""An image larger than this is not read: memory must not depend on what a source claims."""
+"""Size limit of an image in bytes: memory must not depend on what a source claims."""
 
 
 def refuse_if_too_large(size: int) -> None:
@@ -294,25 +294,25 @@ def refuse_if_too_large(size: int) -> None:
         raise Unreadable(f"too large: {size:,} bytes, {MOST_IMAGE_BYTES:,} are read at most")
 
 
-NO_PICTURE = "no image: unknown file ending"
-"""Why a file is left out whose name ends as no image's does."""
+NO_IMAGE = "no image: unknown file ending"
+"""Reason for rejecting a file whose name does not end like that of an image."""
 
 NO_FILE = "no regular file: a link that leads nowhere, or a device"
-"""Why a name in a folder is left out that is neither a file nor a folder."""
+"""Reason for rejecting a name in a folder that is neither a file nor a folder."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a name ends as images do, in capital or small letters."""
-    return name.lower().endswith(PICTURE_ENDINGS)
+    """Return whether a name ends like that of an image, in capital or small letters."""
+    return name.lower().endswith(IMAGE_ENDINGS)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a member of a tar, or a folder that it lies in, begins with a dot."""
+    """Return whether the name of a tar member, or of a folder in it, begins with a dot."""
     if name[:1] != "." and "/." not in name:
         return False
     return any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
 
 
 def is_class(word: str) -> bool:
-    """Whether a list may call a class so: no path, and no number that counts we know not what."""
+    """Return whether a list may name a class so: no path, and no number of unknown meaning."""
     return word.isprintable() and "/" not in word and word.strip(".0123456789") != ""

@@ -38,24 +38,24 @@ ROWS = 1 << 15
 """Rows whose labels are in memory at a time."""
 LONGEST_NAME = 200
 DAMAGE = (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
-"""What pyarrow raises over damaged files, besides its own `ArrowException`: found by turning over
-bytes of good ones."""
+"""Exceptions that pyarrow raises on damaged files, besides its own `ArrowException`; found by
+changing bytes of good ones."""
 
 
 @dataclass(frozen=True)
 class ParquetColumns:
-    """Where a file keeps what is wanted."""
+    """Columns of a file that hold images and labels."""
 
     image: str
     in_struct: bool
-    """The column is `struct<bytes, ...>`, not the bytes themselves."""
+    """True if the column is `struct<bytes, ...>`, not the bytes themselves."""
     has_path: bool
-    """The struct has a `path` that is text."""
+    """True if the struct has a `path` that is text."""
     label: str
     numbers: bool
-    """Labels are whole numbers, not text."""
+    """True if labels are whole numbers, not text."""
     names: tuple[str, ...] | None
-    """Names of the numbers, where the file has them."""
+    """Names of the numbers, if the file has them."""
 
 
 def open_parquet(address: str, policy: RetryPolicy | None = None) -> pq.ParquetFile:
@@ -63,7 +63,7 @@ def open_parquet(address: str, policy: RetryPolicy | None = None) -> pq.ParquetF
 
     Raises:
         OSError: it cannot be read; of a store, `Unreachable`.
-        pyarrow.ArrowException, or one of `DAMAGE`: it is none, or damaged.
+        pyarrow.ArrowException, or one of `DAMAGE`: it is no parquet file, or damaged.
     """
     import pyarrow.parquet as pq
 
@@ -77,10 +77,10 @@ def open_parquet(address: str, policy: RetryPolicy | None = None) -> pq.ParquetF
 
 
 def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
-    """Say which columns are images and labels.
+    """Return the columns that hold images and labels.
 
     Raises:
-        UsageError: there are none; the message lists those that are there.
+        UsageError: there are none; the message lists the columns of the file.
     """
     import pyarrow as pa
 
@@ -116,7 +116,7 @@ def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Return what Hugging Face's metadata say of each column; nothing if they cannot be read."""
+    """Return Hugging Face's metadata of each column; an empty table if they cannot be read."""
     try:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -133,7 +133,7 @@ def _find_field(
     kind: str,
     fits: Callable[[pa.DataType], bool],
 ) -> pa.Field | None:
-    """Return the field with a known name, else the only one that its features call `kind`."""
+    """Return the field with a known name, else the only one that the features call `kind`."""
     fitting = [name for name, field in fields.items() if fits(field.type)]
     for name in known:
         if name in fitting:
@@ -172,7 +172,7 @@ class _LabelRows(NamedTuple):
 
 
 def is_parquet(source: str) -> bool:
-    """Say whether a source is a parquet file, a folder of them, a glob or a brace range."""
+    """Return whether a source is a parquet file, a folder of them, a glob or a brace range."""
     if find_files(source, ENDING) is not None:
         return True
     if is_remote(source) or not os.path.isfile(source):  # noqa: PTH113 - it may be a long range
@@ -184,17 +184,11 @@ def is_parquet(source: str) -> bool:
 def scan_parquet(
     source: str, writer: ListingWriter, split: str, classes: Sequence[str] | None
 ) -> Listing:
-    """List the images of a source for which `is_parquet` holds.
-
-    Args:
-        source: as the user named it.
-        writer: of the listing; nothing has been added yet.
-        split: `train` or `val`, for folders whose files are named so.
-        classes: of the training split, when this is another one of the same set.
+    """List the images of a source for which `is_parquet` holds; arguments as `scan_webdataset`.
 
     Raises:
-        UsageError: a file that is no parquet, or lacks images or labels; what the writer finds.
-        StoreError: the store does not give a file.
+        UsageError: a file is no parquet file or lacks images or labels; or as `LabelMapper.finish`.
+        StoreError: the store does not return a file.
     """
     files = find_files(source, ENDING)
     addresses = (
@@ -272,7 +266,7 @@ def _read_labels(batch: pa.RecordBatch, columns: ParquetColumns) -> Sequence[int
 def _make_names(
     batch: pa.RecordBatch, columns: ParquetColumns, first: int, seen: set[int]
 ) -> list[str]:
-    """Return unique names of rows: the path that stands there, or else the row's number."""
+    """Return unique names of rows: the path beside the image, or else the row's number."""
     paths: list[str | None] = [None] * batch.num_rows
     if columns.has_path:
         image = batch.column(batch.schema.get_field_index(columns.image))

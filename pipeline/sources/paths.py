@@ -1,4 +1,4 @@
-"""The files that a source names: a path or an address, a folder, a glob or a brace range.
+"""Files that a source names: a path or an address, a folder, a glob or a brace range.
 
 /data/train-{000000..001280}.tar    s3://bucket/set/*.parquet    https://host/train-00.tar
 """
@@ -34,7 +34,7 @@ from pipeline.tools.errors import DuetError, UsageError
 
 MOST_FILES = 1_000_000
 THREADS = 8
-"""Files of a store that are scanned at a time: one stream is slower than the line."""
+"""Files of a store that are scanned at a time: one stream does not fill the network."""
 
 _SPLIT_WORDS = {
     "train": "train",
@@ -105,10 +105,10 @@ def find_files(source: str, ending: str) -> SourceFiles | None:
 
 
 def select_split(files: SourceFiles, split: str, source: str) -> tuple[str, ...]:
-    """Return the files of one split, told by the words `train`, `val`, `test` in their names.
+    """Return the files of one split, by the words `train`, `val`, `test` in their names.
 
-    Files that were named by themselves are taken as they are if all are of one split, and so are
-    files without any such word.
+    All files are returned if none has such a word, or if the user named the files themselves and
+    they are of one split.
 
     Raises:
         UsageError: the folder has files of other splits only.
@@ -155,7 +155,7 @@ def open_file(address: str, policy: RetryPolicy | None = None) -> BinaryIO:
 
     Raises:
         OSError: it cannot be opened; of a store, `Unreachable`.
-        UsageError, SetupError: an address that cannot be spoken to.
+        UsageError, SetupError: an address that cannot be used.
     """
     if is_remote(address):
         return cast(BinaryIO, RemoteFile(address, policy))
@@ -163,7 +163,7 @@ def open_file(address: str, policy: RetryPolicy | None = None) -> BinaryIO:
 
 
 def read_small(address: str, limit: int) -> bytes | None:
-    """Return a file of at most `limit` bytes, or None if it is not there or longer."""
+    """Return the content of a file of at most `limit` bytes; None if it is missing or longer."""
     try:
         with open_file(address, RetryPolicy(attempts=2, first_delay=0.2)) as file:
             if file.seek(0, io.SEEK_END) > limit:

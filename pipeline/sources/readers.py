@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 4 << 20
 MOST_ROWS = 256
-"""Rows in memory: as many as make up `BATCH_BYTES` by the mean of their row group."""
+"""Most rows in memory; fewer if they would take more than `BATCH_BYTES` (mean of a row group)."""
 
 
 class ParquetReader:
@@ -38,8 +38,8 @@ class ParquetReader:
         """Read the footer of the file.
 
         Raises:
-            OSError: it is not there, or no parquet file (any more).
-            UsageError: it has no images (any more).
+            OSError: the file is missing, or no parquet file.
+            UsageError: it has no images.
         """
         import pyarrow as pa
 
@@ -55,14 +55,14 @@ class ParquetReader:
         meta = self._file.metadata
         rows = (meta.row_group(group).num_rows for group in range(meta.num_row_groups))
         self._starts = np.array([0, *itertools.accumulate(rows)], np.int64)
-        """Where each row group begins, and the number of all rows."""
+        """First row of each row group, and the number of all rows."""
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._first, self._rows = 0, 0
         self._bytes: Any = None
         """Images of the rows `_first` to `_first + _rows`."""
         self._damage: str | None = None
-        """Why the rest of the row group cannot be read."""
+        """Reason why the rest of the row group cannot be read."""
 
     def read(self, name: str, place: int, size: int) -> bytes:
         """Return the bytes of the image in row `place`; see `SourceReader`."""
@@ -86,7 +86,7 @@ class ParquetReader:
         self._file.close(force=True)
 
     def _begin(self, group: int) -> None:
-        # Of its columns the metadata say more, but over damaged ones Arrow ends the process.
+        # Metadata of the columns would say more, but damaged ones make Arrow end the process.
         meta = self._file.metadata.row_group(group)
         mean = max(1, meta.total_byte_size // max(1, meta.num_rows))
         self._group, self._first, self._rows = group, int(self._starts[group]), 0
@@ -124,14 +124,14 @@ _SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.
 
 
 def open_reader(container: Container, policy: RetryPolicy | None = None) -> SourceReader:
-    """Open what holds images.
+    """Open a container of images.
 
     Args:
-        container: of a `Listing`.
-        policy: how long to insist where it is in a store.
+        container: container of a `Listing`.
+        policy: tries and timeouts if it is in a store.
 
     Raises:
-        OSError: it is not there (any more), or is not what it was.
+        OSError: the container is missing, or of another kind than it was.
     """
     if container.kind == "parquet":
         return ParquetReader(container.address, policy)
@@ -147,7 +147,7 @@ class FolderReader:
         """Check that the folder is there.
 
         Raises:
-            OSError: it is not.
+            OSError: it is missing.
         """
         os.scandir(folder).close()
         self._folder = folder
@@ -171,7 +171,7 @@ class FolderReader:
             raise Unreadable(f"cannot be read: {error}") from error
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no file is open."""
 
 
 def _read_all(file: int) -> bytes:
@@ -182,7 +182,7 @@ def _read_all(file: int) -> bytes:
     data = os.read(file, found.st_size + 1)
     if len(data) == found.st_size:
         return data
-    parts = [data]  # it grows, or stands where sizes are not known
+    parts = [data]  # the file grows, or its file system knows no sizes
     while more := os.read(file, 1 << 20):
         parts.append(more)
         refuse_if_too_large(sum(map(len, parts)))

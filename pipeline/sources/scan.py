@@ -49,11 +49,11 @@ def scan(
     Args:
         source: a folder, tar, parquet file, or set of shards, as in the package's docstring;
             local, or an address.
-        scratch: folder for the listing's files; ours alone.
-        split: which part to take where the source holds several.
-        classes: the class list of the training split, when this is another split of the same
-            set; without it the sorted class names of `source` become the list.
-        labels: where the classes of unsorted images are written; else looked for beside them.
+        scratch: folder for the files of this listing alone.
+        split: part to list if the source holds several.
+        classes: class list of the training split, if this is another split of the same set;
+            without it the sorted class names of `source` become the list.
+        labels: file with the classes of unsorted images; by default searched beside them.
 
     Raises:
         UsageError: nothing there, no classes, a class without images, an unknown class, no
@@ -88,7 +88,7 @@ def scan(
 
 
 def find_other_split(source: str) -> str | None:
-    """Return the validation part that a training source holds besides, for a hint."""
+    """Return the validation part of a training source, for a hint; None if it has none."""
     path = Path(source.removeprefix("file://"))
     try:
         train, val = find_split(path, "train"), find_split(path, "val")
@@ -136,7 +136,7 @@ def find_split(source: Path, split: SplitName) -> Path:
 def _scan_labelled(
     source: str, writer: ListingWriter, split: SplitName, classes: Sequence[str] | None
 ) -> Listing | None:
-    """List a source whose images come with their labels: no folder or tar is their class."""
+    """List a source of parquet files or WebDataset shards; None if it is neither."""
     if is_parquet(source):
         return scan_parquet(source, writer, split, classes)
     if is_webdataset(source):
@@ -205,7 +205,7 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
 
 
 def _refuse_labels(listing: Listing, labels: str | None) -> Listing:
-    """Refuse labels for images that have theirs already: which of them to believe?"""
+    """Refuse labels given by the user for images that have labels of their own."""
     if labels is not None:
         raise UsageError(
             f"source {escape(listing.source)} says itself of which class its images are; "

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.dataset.tar import Member, escape, read_members
-from pipeline.sources.listing import NO_PICTURE, Kind, ListingWriter, is_hidden, is_image
+from pipeline.sources.listing import NO_IMAGE, Kind, ListingWriter, is_hidden, is_image
 from pipeline.tools.errors import UsageError
 
 BATCH = 1 << 14
-"""Images handed on at a time; memory does not grow with the tar."""
+"""Images added to the listing at a time; memory does not grow with the tar."""
 
 
 class ImageBuffer:
-    """Images of one container that are yet to be handed to the listing."""
+    """Buffers images of one container for the listing."""
 
     def __init__(self, writer: ListingWriter, kind: Kind, address: str) -> None:
         self.writer, self.address = writer, address
@@ -33,13 +33,13 @@ class ImageBuffer:
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what there is."""
+        """Add the buffered images to the listing."""
         if self._images:
             self.writer.add(self._container, *zip(*self._images, strict=True))
             self._images.clear()
 
     def reject(self, name: str, reason: str) -> None:
-        """Note a file of the container that cannot be packed."""
+        """Reject a file of the container."""
         self.writer.reject(f"{self.address}/{name}", reason)
 
 
@@ -81,7 +81,7 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
                 found.reject(name, "no class: its folder is `..`")
             elif not is_image(name):
                 if class_name:  # else a README beside the classes
-                    found.reject(name, NO_PICTURE)
+                    found.reject(name, NO_IMAGE)
             elif class_name:
                 found.add(class_name, name, member.offset, member.size)
             else:
@@ -126,7 +126,7 @@ def _split_folders(name: str) -> list[str]:
 
 
 def get_class(name: str) -> str:
-    """Return the folder that a member lies in, "" if in none, ".." if that is all it says."""
+    """Return the folder that a member lies in, "" if in none, ".." if its path has only that."""
     return (_split_folders(name) or [""])[-1]
 
 
@@ -163,4 +163,4 @@ def _add_all(inside: Iterator[Member], prefix: str, class_name: str, found: Imag
         if is_image(name):
             found.add(class_name, prefix + name, offset, size)
         else:
-            found.reject(prefix + name, NO_PICTURE)
+            found.reject(prefix + name, NO_IMAGE)

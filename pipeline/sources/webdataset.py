@@ -9,15 +9,21 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from typing import BinaryIO, NamedTuple
 
-from pipeline.dataset.samples import LABEL_ENDINGS, MAX_LABEL_BYTES, MemberLabel, parse_label
+from pipeline.dataset.samples import (
+    LABEL_ENDINGS,
+    MAX_LABEL_BYTES,
+    Read,
+    SampleFile,
+    group_by_key,
+    read_member_label,
+)
 from pipeline.dataset.tar import Member, escape, read_members
 from pipeline.remote.filesystem import hide_credentials, is_remote
 from pipeline.sources.classes import LabelMapper
-from pipeline.sources.listing import PICTURE_ENDINGS, Listing, ListingWriter
+from pipeline.sources.listing import Listing, ListingWriter, is_image
 from pipeline.sources.paths import (
     SourceFiles,
     base_name,
@@ -32,32 +38,34 @@ from pipeline.tools.errors import UsageError
 
 ENDING = ".tar"
 SAMPLES = 4096
-"""Samples that are in memory at a time."""
+"""Most samples of a shard that are in memory at a time."""
 LOOK = 64
-"""Members of the first shard that tell whether it is one."""
+"""Members of the first shard that are examined to detect the kind of a source."""
 LARGEST_MANIFEST = 64 << 20
+"""Size limit of a manifest or a list of classes in bytes."""
 
-_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-"""webdataset's own: the key ends at the first dot of the base name, the rest is the ending."""
 _META = re.compile(r"__[^/]*__($|/)")
-"""Members that webdataset passes over."""
+"""Names of members that webdataset skips."""
 
 
 @dataclass
 class _SourceSample:
-    """Members that follow each other and have the same key."""
+    """Images and label of the members that follow each other and have the same key."""
 
     key: str
-    pictures: list[tuple[str, Member]] = field(default_factory=list)
+    images: list[SampleFile] = field(default_factory=list)
     label: int | str | None = None
     rank: int = len(LABEL_ENDINGS)
-    """Place in `LABEL_ENDINGS` of what the label was read from."""
+    """Index in `LABEL_ENDINGS` of the file that holds the label."""
     title: str | None = None
+    """Readable name of the class."""
     no_label: str = "no label"
-    """The reason why not, if there is none."""
+    """Reason for rejecting the sample if it has no label."""
 
 
 class _LabelledImage(NamedTuple):
+    """An image to list."""
+
     name: str
     offset: int
     size: int
@@ -67,21 +75,21 @@ class _LabelledImage(NamedTuple):
 
 @dataclass
 class _ShardPart:
-    """Some samples of a shard that follow each other."""
+    """Images and rejects of some samples that follow each other in a shard."""
 
     address: str
-    pictures: list[_LabelledImage] = field(default_factory=list)
+    images: list[_LabelledImage] = field(default_factory=list)
     rejects: list[tuple[str, str]] = field(default_factory=list)
 
     def reject(self, name: str, reason: str) -> None:
-        """Note a member or a sample that cannot be packed."""
+        """Add a member or a sample that cannot be packed."""
         self.rejects.append((f"{self.address}/{escape(name)}", reason))
 
 
 def is_webdataset(source: str) -> bool:
-    """Say whether a source is WebDataset shards: looks at the first members of the first tar.
+    """Return whether a source is WebDataset shards, by the first members of its first tar.
 
-    Tars of plain images, one a class, are none.
+    A tar of images alone, such as a class, is no shard.
 
     Raises:
         UsageError: a brace range that cannot be read, or a first tar that is damaged.
@@ -92,15 +100,15 @@ def is_webdataset(source: str) -> bool:
         return False
     images, others = set[str](), set[str]()
     with open_file(files.addresses[0]) as file:
-        for member in islice(read_members(file, files.addresses[0]), LOOK):
-            key, ending = _split_name(member.name)
-            if not member.regular or not key:
-                continue
-            if _is_image(ending):
+        members = islice(read_members(file, files.addresses[0]), LOOK)
+        groups = group_by_key(_skip_meta(members))
+        for key, part in ((key, part) for key, group in groups for part in group if part.regular):
+            ending = part.ending.lower()
+            if is_image(f".{ending}"):
                 images.add(key)
             elif ending in ("json", "txt"):
                 others.add(key)
-            # A caption or a record beside each image is a sample, if without a label.
+            # An image and a caption or a record are a sample, if without a label.
             if ending == "cls" or key in images & others:
                 return True
     return False
@@ -112,13 +120,13 @@ def scan_webdataset(
     """List the images of a source for which `is_webdataset` holds.
 
     Args:
-        source: as the user named it.
-        writer: of the listing; nothing has been added yet.
-        split: `train` or `val`, for folders whose shards are named so.
-        classes: of the training split, when this is another one of the same set.
+        source: folder, tar, glob, brace range or address, as the user named it.
+        writer: an empty listing, which the images are added to.
+        split: `train` or `val`; chooses among the shards of a folder by their names.
+        classes: class list of the training split if this is another split of the same set.
 
     Raises:
-        UsageError: a damaged shard, labels that do not fit together; what the writer finds.
+        UsageError: a damaged shard, labels that do not fit together, or as `LabelMapper.finish`.
         OSError: a shard cannot be opened or read; of a store, `Unreachable`.
     """
     files = find_files(source, ENDING)
@@ -134,7 +142,7 @@ def scan_webdataset(
 def _select_shards(
     files: SourceFiles, source: str, split: str, classes: Sequence[str] | None
 ) -> tuple[tuple[str, ...], LabelMapper]:
-    """Return the shards of a split, and what lies beside them about classes."""
+    """Return the shards of a split, and the classes that a file beside them lists."""
     first = files.addresses[0]
     text = read_small(sibling_address(first, "manifest.json"), LARGEST_MANIFEST)
     try:
@@ -172,23 +180,23 @@ def _select_shards(
 def _add_part(
     part: _ShardPart, writer: ListingWriter, labels: LabelMapper, titles: dict[int, str]
 ) -> None:
+    """Add a part of a shard to the listing, and the readable names of numbers to `titles`."""
     kept, classes = [], []
-    for picture in part.pictures:
-        where = f"{part.address}/{escape(picture.name)}"
-        if not labels.fits(picture.label):
-            what = "number" if isinstance(picture.label, int) else "word"
-            part.reject(picture.name, f"no label: {picture.label!r} is a {what}, unlike others")
+    for image in part.images:
+        if not labels.fits(image.label):
+            what = "number" if isinstance(image.label, int) else "word"
+            part.reject(image.name, f"no label: {image.label!r} is a {what}, unlike others")
             continue
-        classes.append(labels.find_class(picture.label, where))
-        if isinstance(picture.label, int) and picture.title:
-            titles.setdefault(picture.label, picture.title)
-        kept.append(picture)
+        classes.append(labels.find_class(image.label, f"{part.address}/{escape(image.name)}"))
+        if isinstance(image.label, int) and image.title:
+            titles.setdefault(image.label, image.title)
+        kept.append(image)
     writer.add(
         writer.container("tar", part.address),
         classes,
-        [picture.name for picture in kept],
-        [picture.offset for picture in kept],
-        [picture.size for picture in kept],
+        [image.name for image in kept],
+        [image.offset for image in kept],
+        [image.size for image in kept],
     )
     for reject in part.rejects:
         writer.reject(*reject)
@@ -199,76 +207,79 @@ def _scan_shard(address: str) -> Iterator[_ShardPart]:
     part = _ShardPart(address)
     seen: set[int] = set()
     with open_file(address) as file:
-        for sample in _group_samples(file, address):
+        for sample in _read_samples(file, address):
             _choose_image(sample, part, seen)
-            if len(part.pictures) + len(part.rejects) >= SAMPLES:
+            if len(part.images) + len(part.rejects) >= SAMPLES:
                 yield part
                 part = _ShardPart(address)
     yield part
 
 
-def _group_samples(file: BinaryIO, address: str) -> Iterator[_SourceSample]:
-    """Group the members of a shard as webdataset does."""
-    members = ((*_split_name(member.name), member) for member in read_members(file, address))
-    titled = True  # until a record beside a label has no readable name of the class
-    for key, group in groupby(filter(itemgetter(0), members), key=itemgetter(0)):
+def _skip_meta(members: Iterator[Member]) -> Iterator[Member]:
+    return (member for member in members if not _META.match(member.name))
+
+
+def _read_samples(file: BinaryIO, address: str) -> Iterator[_SourceSample]:
+    """Yield the samples of a shard with their labels."""
+
+    def read(offset: int, size: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    titled = True  # False once the record beside a label has no readable name of the class
+    for key, group in group_by_key(_skip_meta(read_members(file, address))):
         sample = _SourceSample(key)
-        for _, ending, member in group:
-            if _is_image(ending):
-                sample.pictures.append((ending, member))
-            elif not member.regular or ending not in LABEL_ENDINGS:
+        for part in group:
+            ending = part.ending.lower()
+            if is_image(f".{ending}"):
+                sample.images.append(part)
+            elif not part.regular or ending not in LABEL_ENDINGS:
                 continue
             elif LABEL_ENDINGS.index(ending) < sample.rank:
-                _read_label(file, member, ending, sample)
-            elif ending == "json" and titled and member.size <= MAX_LABEL_BYTES:
-                file.seek(member.offset)
-                sample.title = parse_label(ending, file.read(member.size)).title
+                _read_label(part, read, sample)
+            elif ending == "json" and titled and part.size <= MAX_LABEL_BYTES:
+                sample.title = read_member_label(part, read).title
                 titled = sample.title is not None
         yield sample
 
 
-def _read_label(file: BinaryIO, member: Member, ending: str, sample: _SourceSample) -> None:
-    found = MemberLabel(None)
-    if member.size <= MAX_LABEL_BYTES:
-        file.seek(member.offset)
-        found = parse_label(ending, file.read(member.size))
+def _read_label(part: SampleFile, read: Read, sample: _SourceSample) -> None:
+    """Take the label of a sample from one of its files, or note that the file holds none."""
+    found = read_member_label(part, read)
     sample.title = found.title or sample.title
     if found.label is not None:
-        sample.label, sample.rank = found.label, LABEL_ENDINGS.index(ending)
-    elif ending != "txt":
-        sample.no_label = f"no label: its .{ending} of {member.size:,} bytes holds none"
+        sample.label, sample.rank = found.label, LABEL_ENDINGS.index(part.kind)
+    elif part.kind != "txt":
+        sample.no_label = f"no label: its .{part.kind} of {part.size:,} bytes holds none"
 
 
 def _choose_image(sample: _SourceSample, part: _ShardPart, seen: set[int]) -> None:
-    """Note the image of a sample, or why there is none."""
-    pictures = [(ending, member) for ending, member in sample.pictures if member.regular]
-    for _, member in sample.pictures:
-        if not member.regular:
-            part.reject(member.name, "no image: a link")
-    if not pictures:
-        if not sample.pictures and sample.label is not None:
+    """Add the image of a sample to the part, or the reason why there is none.
+
+    Args:
+        sample: the sample.
+        part: receives the image or the rejects.
+        seen: hashes of the names of the shard's images so far; the image's is added.
+    """
+    images = [image for image in sample.images if image.regular]
+    for image in sample.images:
+        if not image.regular:
+            part.reject(image.name, "no image: a link")
+    if not images:
+        if not sample.images and sample.label is not None:
             part.reject(sample.key, "no image in the sample")
         return
     # `KEY.jpg` is the image where there is a `KEY.mask.png` beside it.
-    plain = [member for ending, member in pictures if "." not in ending]
-    chosen = plain if len(plain) == 1 else [member for _, member in pictures]
+    plain = [image for image in images if "." not in image.ending]
+    chosen = plain if len(plain) == 1 else images
     if len(chosen) > 1 or sample.label is None:
         reason = "two images in one sample" if len(chosen) > 1 else sample.no_label
-        for member in chosen:
-            part.reject(member.name, reason)
+        for image in chosen:
+            part.reject(image.name, reason)
         return
-    name, offset, size, _ = chosen[0]
+    (image,) = chosen
+    name = image.name
     if hash(name) in seen:
-        name = f"{name} (at byte {offset})"
+        name = f"{name} (at byte {image.offset})"
     seen.add(hash(name))
-    part.pictures.append(_LabelledImage(name, offset, size, sample.label, sample.title))
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Split a member's name into key and ending (`left.jpg`, in small letters); both may be ""."""
-    match = None if _META.match(name) else _KEY.fullmatch(name)
-    return (match[1], match[2].lower()) if match else ("", "")
-
-
-def _is_image(ending: str) -> bool:
-    return f".{ending}".endswith(PICTURE_ENDINGS)
+    part.images.append(_LabelledImage(name, image.offset, image.size, sample.label, sample.title))

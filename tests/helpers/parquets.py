@@ -1,4 +1,4 @@
-"""Parquet files of drawn images, and what a scan makes of them."""
+"""Parquet files of drawn images, and their listings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import pyarrow.parquet as pq
 
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.parquet import scan_parquet
-from pipeline.sources.readers import open_reader
-from tests.helpers.http_servers import QUICK
 from tests.helpers.images import CLASSES, jpeg
 
 PICTURES = [jpeg(seed) for seed in range(20)]
@@ -21,21 +19,6 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def scan(source: str | Path, scratch: Path, split: str = "train", classes=None) -> Listing:
     return scan_parquet(str(source), ListingWriter(scratch, str(source)), split, classes)
-
-
-def contents(listing: Listing) -> list[tuple[str, bytes]]:
-    """Return class and bytes of each image."""
-    readers = [open_reader(container, QUICK) for container in listing.containers]
-    found = [
-        (
-            listing.classes[row["label"]],
-            readers[row["container"]].read(listing.names[place], int(row["place"]), -1),
-        )
-        for place, row in enumerate(listing.rows)
-    ]
-    for reader in readers:
-        reader.close()
-    return found
 
 
 def features(names=CLASSES, image: str = "image", label: str = "label") -> dict[bytes, bytes]:

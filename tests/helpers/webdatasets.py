@@ -1,4 +1,4 @@
-"""WebDataset shards of drawn images, and what a scan makes of them."""
+"""WebDataset shards of drawn images, and their listings."""
 
 from __future__ import annotations
 

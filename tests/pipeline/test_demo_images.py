@@ -103,7 +103,7 @@ def test_orientation_makes_the_image_upright_again(name: str) -> None:
 
 
 def test_figure_is_seen_in_the_centre_square() -> None:
-    """In the centre square two luminances stand apart: the figure survives the packer's crop."""
+    """Two luminances stand apart in the centre square: the figure survives the packer's crop."""
     for number in range(100):
         name = list(FIGURES)[number % 10]
         image = draw_image(name, np.random.default_rng([3, number])).convert("L")

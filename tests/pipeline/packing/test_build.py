@@ -98,7 +98,7 @@ def test_a_finished_set_is_left_alone_and_another_plan_refused(pictures, tmp_pat
 
 
 def test_the_same_images_elsewhere_are_the_same_plan(pictures, tmp_path):
-    """Where the source lies on a machine is no part of what the set is."""
+    """The folder of a source on a machine is no part of a set."""
     shutil.copytree(pictures / "val", tmp_path / "copy")
     plans = {
         packed(tmp_path / str(number), train=train).plan

@@ -20,7 +20,7 @@ from pipeline.packing.duplicates import (
     find_duplicates,
     write_duplicates,
 )
-from pipeline.packing.hamming import BitBlock, NearPairSearch, UnionFind, cut_blocks, find_clusters
+from pipeline.packing.hamming import BitBlock, NearPairSearch, UnionFind, choose_cut, find_clusters
 
 
 def brute_force(hashes: np.ndarray, threshold: int) -> list[list[int]]:
@@ -82,7 +82,7 @@ def test_so_does_the_way_for_crowded_keys(hashes: np.ndarray, threshold: int, lo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hamming, "LONG_RUN", long)
         patch.setattr(hamming, "LEAST_SELECTED", 30)
-        patch.setattr(hamming, "LEAST_BITS", 60)
+        patch.setattr(hamming, "COMPARE", 1e4)
         found = [rows.tolist() for rows in find_clusters(hashes, threshold, workers=1)]
     assert found == brute_force(hashes, threshold)
 
@@ -92,14 +92,16 @@ def test_so_does_the_way_for_crowded_keys(hashes: np.ndarray, threshold: int, lo
 def test_enough_blocks_of_a_group_are_equal(
     threshold: int, rows: int, bits: int, data: st.DataObject
 ) -> None:
-    """Whatever `threshold` bits differ. An enemy spends them best on one block each."""
-    equal, groups = cut_blocks(threshold, rows, bits)
+    """Any `threshold` bits may differ; an enemy spends them best on one block each."""
+    equal, groups, tables, width = choose_cut(threshold, rows, bits)
     places = [
         set(range(block.start, block.start + block.width)) for group in groups for block in group
     ]
     assert sum(map(len, places)) == len(set().union(*places)), "blocks overlap"
     assert set().union(*places) <= set(range(bits))
     assert all(1 <= len(place) <= min(16, 32 // equal) for place in places)
+    assert tables == sum(len(list(combinations(group, equal))) for group in groups)
+    assert width == equal * min(map(len, places))
     assert (
         sum(len(group) - equal + 1 for group in groups) == threshold + 1
     )  # what the enemy would need

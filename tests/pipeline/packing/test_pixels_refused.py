@@ -1,4 +1,4 @@
-"""What is no whole image, or a trap, is refused with its reason."""
+"""Truncated images, files of other kinds and traps are refused with a reason."""
 
 from __future__ import annotations
 

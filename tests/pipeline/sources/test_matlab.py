@@ -37,7 +37,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 rows = st.lists(st.tuples(numbers, texts, st.just(np.arange(3))), min_size=1, max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(rows, st.booleans())
 def test_reads_what_scipy_writes(found, compressed):
     data = saved(found, compressed)
@@ -119,7 +119,7 @@ def test_a_reader_that_crashes_or_hangs_costs_only_its_process(monkeypatch):
         read_structs(data, "found")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=500, deadline=None)
 @example([(1500, 57)], 904)
 @given(
     st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=5),

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.sources import Listing, ListingWriter, Unreadable, open_reader, scan
+from pipeline.sources import Listing, ListingWriter, Unreadable, scan
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES, jpeg
+from tests.helpers.sources import read_contents
 from tests.helpers.tars import tar_of
 
 
@@ -28,19 +29,9 @@ def listed(tmp_path):
     return scanned
 
 
-def contents(listing: Listing) -> list[tuple[str, bytes]]:
-    result = []
-    for row, name in zip(listing.rows, listing.names, strict=True):
-        reader = open_reader(listing.containers[row["container"]])
-        data = reader.read(name, int(row["place"]), int(row["size"]))
-        result.append((listing.classes[row["label"]], data))
-        reader.close()
-    return result
-
-
 def test_every_layout_gives_the_same_images(pictures, tmp_path, listed):
     train = pictures / "train"
-    folders = contents(listed(train))
+    folders = read_contents(listed(train))
     assert [name for name, _ in folders] == sorted(12 * list(CLASSES))
     assert dict.fromkeys(data for _, data in folders).keys() == {
         path.read_bytes() for path in train.rglob("*.jpg")
@@ -51,12 +42,12 @@ def test_every_layout_gives_the_same_images(pictures, tmp_path, listed):
     for name in CLASSES:
         files = sorted((train / name).iterdir())
         tar_of(tars / f"{name}.tar", {file.name: file.read_bytes() for file in files})
-    assert contents(listed(tars)) == folders
+    assert read_contents(listed(tars)) == folders
 
     nested = tar_of(
         tmp_path / "all.tar", {path.name: path.read_bytes() for path in sorted(tars.iterdir())}
     )
-    assert contents(listed(nested)) == folders
+    assert read_contents(listed(nested)) == folders
 
     flat = {
         f"train/{name}/{file.name}": file.read_bytes()
@@ -64,7 +55,7 @@ def test_every_layout_gives_the_same_images(pictures, tmp_path, listed):
         for file in sorted((train / name).iterdir())
     }
     flat["README"] = b"beside the classes"
-    assert contents(listed(tar_of(tmp_path / "flat.tar", flat))) == folders
+    assert read_contents(listed(tar_of(tmp_path / "flat.tar", flat))) == folders
 
 
 def test_names_in_messages_lead_to_the_image(pictures, tmp_path, listed):
@@ -144,7 +135,7 @@ def test_names_that_are_no_text_survive(tmp_path, listed):
     with open(os.fsencode(tmp_path / "b") + b"/\xff\n.jpg", "wb") as file:
         file.write(b"2")
     listing = listed(tmp_path)
-    assert contents(listing) == [("a", b"1"), ("b", b"2")]
+    assert read_contents(listing) == [("a", b"1"), ("b", b"2")]
 
 
 def test_labels_of_another_split_follow_the_training_classes(tmp_path, listed):
@@ -216,7 +207,7 @@ def test_tricks_of_untrusted_tars_end_as_rejects(tmp_path, listed):
     assert [name.removeprefix(f"{tmp_path}/evil.tar/") for name, _ in listing.rejects()] == [
         *("..//6.jpg", "a/../7.jpg", "a/link.jpg", "a/hard.jpg", "a/device.jpg", "a/pipe.jpg"),
     ]
-    assert contents(listing)[0] == ("a", b"x")
+    assert read_contents(listing)[0] == ("a", b"x")
 
 
 def test_hidden_members_of_tars_are_left_alone(tmp_path, listed):
@@ -231,7 +222,9 @@ def test_a_tar_of_many_images_in_two_batches(tmp_path, listed):
     listing = listed(tar_of(tmp_path / "many.tar", found))
     assert list(listing.names) == list(found)
     assert listing.rows["label"].tolist() == [0, 1] * 10_000
-    assert contents(listing)[::2500] == [("a", b"%d" % number) for number in range(0, 20_000, 2500)]
+    assert read_contents(listing)[::2500] == [
+        ("a", b"%d" % number) for number in range(0, 20_000, 2500)
+    ]
 
 
 def test_an_image_that_went_away_is_unreadable(tmp_path, listed):
@@ -241,7 +234,7 @@ def test_an_image_that_went_away_is_unreadable(tmp_path, listed):
     listing = listed(tmp_path)
     (tmp_path / "a/1.jpg").unlink()
     with pytest.raises(Unreadable):
-        contents(listing)
+        read_contents(listing)
 
 
 def test_a_listing_is_relabelled_across_its_blocks(tmp_path, monkeypatch):
@@ -249,7 +242,7 @@ def test_a_listing_is_relabelled_across_its_blocks(tmp_path, monkeypatch):
     writer = ListingWriter(tmp_path, "s")
     folder = writer.container("folder", "/s")
     for name in "cabacb":
-        writer.add(folder, name, [f"{writer.pictures}.jpg", f"{writer.pictures + 1}.jpg"])
+        writer.add(folder, name, [f"{writer.images}.jpg", f"{writer.images + 1}.jpg"])
     listing = writer.finish(["a", "b", "c", "d"])
     assert listing.rows["label"].tolist() == [2, 2, 0, 0, 1, 1, 0, 0, 2, 2, 1, 1]
     assert list(listing.names) == [f"{number}.jpg" for number in range(12)]
@@ -257,7 +250,7 @@ def test_a_listing_is_relabelled_across_its_blocks(tmp_path, monkeypatch):
 
 
 def test_classes_of_a_tar_lie_in_one_folder(tmp_path, listed):
-    """In x/one, x/two and y/one, who knows whether x or one is the class?"""
+    """The class of y/one beside x/one and x/two could be y or one."""
     names = ("x/one/1.jpg", "x/two/2.jpg", "y/one/3.jpg")
     with pytest.raises(UsageError, match=r"has classes in /x and in /y \(y/one/3\.jpg\)"):
         listed(tar_of(tmp_path / "deep.tar", dict.fromkeys(names, b"x")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,12 +20,12 @@ from tests.helpers.parquets import (
     LABELS,
     NUMBERED,
     PICTURES,
-    contents,
     features,
     scan,
     write,
 )
 from tests.helpers.range_servers import RangeServer
+from tests.helpers.sources import publish_folder, read_contents
 
 NAMED = [(CLASSES[label], data) for label, data in zip(LABELS, PICTURES, strict=True)]
 
@@ -44,12 +43,12 @@ def test_the_layout_of_the_datasets_library(tmp_path):
     (root / "README.md").touch()
     assert is_parquet(str(root))
     train = scan(root, tmp_path / "train")
-    assert contents(train) == NAMED
+    assert read_contents(train) == NAMED
     assert train.classes == train.titles == CLASSES
     assert train.rejected == 0
     assert train.full_name(12) == f"{root}/data/train-00001-of-00002.parquet/n2.JPEG"
     found = scan(root, tmp_path / "val", "val", train.classes)
-    assert contents(found) == [(CLASSES[3 - place % 4], PICTURES[place]) for place in range(8)]
+    assert read_contents(found) == [(CLASSES[3 - place % 4], PICTURES[place]) for place in range(8)]
     val.unlink()
     with pytest.raises(UsageError, match=r"20 images, none of them usable .*no labels"):
         scan(root, tmp_path / "test", "val", train.classes)
@@ -61,7 +60,7 @@ def test_test_rows_with_labels_serve_as_val(tmp_path):
     write(tmp_path / "s/train-0.parquet", metadata=features())
     write(tmp_path / "s/test-0.parquet", labels=[3] * 10 + [2] * 10, metadata=features())
     val = scan(tmp_path / "s", tmp_path / "val", "val", CLASSES)
-    assert {name for name, _ in contents(val)} == {"cat", "dog"}
+    assert {name for name, _ in read_contents(val)} == {"cat", "dog"}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_columns_of_many_kinds(tmp_path, options):
         path = write(tmp_path / "a.parquet", **options)
     assert is_parquet(str(path))
     listing = scan(path, tmp_path / "scratch")
-    assert contents(listing) == NUMBERED
+    assert read_contents(listing) == NUMBERED
     assert listing.titles is None
     assert len(set(listing.names)) == 20
     if pa.types.is_binary(options.get("kind", IMAGE)):
@@ -102,7 +101,7 @@ def test_the_schema_says_which_columns(tmp_path):
         }
     ).replace_schema_metadata(features(image="photo", label="breed"))
     pq.write_table(table, tmp_path / "a.parquet")
-    assert contents(scan(tmp_path / "a.parquet", tmp_path / "scratch")) == NAMED
+    assert read_contents(scan(tmp_path / "a.parquet", tmp_path / "scratch")) == NAMED
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_words_are_classes(tmp_path, kind):
     words = [CLASSES[label] for label in LABELS]
     path = write(tmp_path / "a.parquet", labels=words, label_kind=kind)
     listing = scan(path, tmp_path / "scratch")
-    assert contents(listing) == NAMED
+    assert read_contents(listing) == NAMED
     assert listing.classes == CLASSES
 
 
@@ -125,7 +124,7 @@ def test_two_classes_of_one_name(tmp_path):
 
 def test_numbers_count_the_classes_of_the_training_set(tmp_path):
     path = write(tmp_path / "a.parquet")
-    assert contents(scan(path, tmp_path / "one", "val", CLASSES)) == NAMED
+    assert read_contents(scan(path, tmp_path / "one", "val", CLASSES)) == NAMED
     with pytest.raises(UsageError, match=r"label 3 of .*a\.parquet row 3 is no class"):
         scan(path, tmp_path / "two", "val", CLASSES[:3])
 
@@ -133,7 +132,7 @@ def test_numbers_count_the_classes_of_the_training_set(tmp_path):
 def test_labels_are_read_by_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "ROWS", 7)
     path = write(tmp_path / "a.parquet", metadata=features())
-    assert contents(scan(path, tmp_path / "scratch")) == NAMED
+    assert read_contents(scan(path, tmp_path / "scratch")) == NAMED
 
 
 def test_what_is_parquet(tmp_path):
@@ -157,18 +156,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     for number in range(2):
         half = slice(10 * number, 10 * number + 10)
         write(folder / f"{number}.parquet", PICTURES[half], LABELS[half], metadata=features())
-    if request.param == "http":
-        with RangeServer(folder) as server:
-            yield server.address
-    elif request.param == "memory":
-        system = fsspec.filesystem("memory")
-        system.put(str(folder), "/parquet", recursive=True)
-        yield "memory://parquet"
-        system.rm("/parquet", recursive=True)
-    else:
-        address = f"{request.getfixturevalue('s3_bucket')}/set"
-        for path in folder.iterdir():
-            fsspec.filesystem("s3").put_file(str(path), f"{address}/{path.name}")
+    with publish_folder(folder, request) as address:
         yield address
 
 
@@ -178,7 +166,7 @@ def test_files_of_a_store(store, tmp_path):
         sources += [store, f"{store}/*.parquet"]
     for number, source in enumerate(sources):
         assert is_parquet(source)
-        assert contents(scan(source, tmp_path / f"{number}")) == NAMED
+        assert read_contents(scan(source, tmp_path / f"{number}")) == NAMED
     assert not is_parquet(f"{store}/train.tar")
     with pytest.raises(Unreachable, match=r"2\.parquet could not be read, tried 2 times"):
         scan(f"{store}/2.parquet", tmp_path / "gone")

@@ -12,14 +12,15 @@ from pipeline.sources.parquet import is_parquet
 from pipeline.sources.readers import open_reader
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES
-from tests.helpers.parquets import LABELS, NUMBERED, PICTURES, contents, features, scan, write
+from tests.helpers.parquets import LABELS, NUMBERED, PICTURES, features, scan, write
+from tests.helpers.sources import read_contents
 
 
 def test_rows_without_a_label_are_named(tmp_path):
     labels = [None, -1, *LABELS[2:]]
     path = write(tmp_path / "a.parquet", labels=labels, label_kind=pa.int64())
     listing = scan(path, tmp_path / "scratch")
-    assert contents(listing) == NUMBERED[2:]
+    assert read_contents(listing) == NUMBERED[2:]
     assert [(item.name, item.reason) for item in listing.rejects()] == [
         (f"{path}/n0.JPEG", "no label"),
         (f"{path}/n1.JPEG", "no label"),
@@ -89,7 +90,7 @@ def test_files_that_are_no_parquet(tmp_path):
 
 
 def test_damage_anywhere_is_an_error_or_a_reason(tmp_path):
-    """Whatever bytes are turned over, nothing else than our own errors comes out."""
+    """Changed bytes raise nothing but our own errors."""
     whole = write(tmp_path / "whole.parquet", metadata=features()).read_bytes()
     random = np.random.default_rng(0)
     for number in range(150):

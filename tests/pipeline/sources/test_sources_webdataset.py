@@ -5,34 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 import webdataset as wds
 
 from pipeline.remote.filesystem import is_remote
 from pipeline.sources import webdataset
-from pipeline.sources.listing import Listing
-from pipeline.sources.readers import open_reader
 from pipeline.sources.webdataset import is_webdataset
 from pipeline.tools.errors import UsageError
-from tests.helpers.http_servers import QUICK
 from tests.helpers.images import CLASSES
 from tests.helpers.range_servers import RangeServer
+from tests.helpers.sources import publish_folder, read_contents
 from tests.helpers.webdatasets import PICTURES, scan, write_shards
-
-
-def contents(listing: Listing) -> list[tuple[str, bytes]]:
-    """Class and bytes of each image."""
-    found = []
-    readers = [open_reader(container, QUICK) for container in listing.containers]
-    for place, row in enumerate(listing.rows):
-        reader = readers[row["container"]]
-        data = reader.read(listing.names[place], int(row["place"]), int(row["size"]))
-        found.append((listing.classes[row["label"]], data))
-    for reader in readers:
-        reader.close()
-    return found
-
 
 NUMBERED = [(str(place % 4), data) for place, data in enumerate(PICTURES)]
 
@@ -51,7 +34,7 @@ def test_shards_of_the_formats_own_writer(tmp_path, fields):
     folder = write_shards(tmp_path / "s", **fields)
     assert is_webdataset(str(folder))
     listing = scan(folder, tmp_path / "scratch")
-    assert contents(listing) == NUMBERED
+    assert read_contents(listing) == NUMBERED
     assert listing.classes == ("0", "1", "2", "3")
     assert listing.titles is None
     assert listing.rejected == 0
@@ -62,7 +45,7 @@ def test_numbers_keep_their_order_and_gaps(tmp_path):
     folder = write_shards(tmp_path / "s", cls=lambda place: place if place != 5 else 6)
     listing = scan(folder, tmp_path / "scratch")
     assert listing.classes == tuple(str(number) for number in range(20))  # not "0", "1", "10"
-    assert [name for name, _ in contents(listing)][:7] == ["0", "1", "2", "3", "4", "6", "6"]
+    assert [name for name, _ in read_contents(listing)][:7] == ["0", "1", "2", "3", "4", "6", "6"]
 
 
 def test_words_are_classes(tmp_path):
@@ -72,7 +55,7 @@ def test_words_are_classes(tmp_path):
         "named": {"json": lambda place: {"class_name": CLASSES[place % 4]}},
     }.items():
         listing = scan(write_shards(tmp_path / name, **fields), tmp_path / f"scratch-{name}")
-        assert contents(listing) == [
+        assert read_contents(listing) == [
             (CLASSES[place % 4], data) for place, data in enumerate(PICTURES)
         ]
         assert listing.classes == CLASSES
@@ -94,7 +77,9 @@ def test_classes_beside_the_shards(tmp_path):
     (folder / "classes.txt").write_text("d\nc\nb\na\n")
     listing = scan(folder, tmp_path / "one")
     assert listing.classes == ("d", "c", "b", "a")
-    assert contents(listing) == [("dcba"[place % 4], data) for place, data in enumerate(PICTURES)]
+    assert read_contents(listing) == [
+        ("dcba"[place % 4], data) for place, data in enumerate(PICTURES)
+    ]
     (folder / "classes.txt").write_text("d\nc\nb\n")
     with pytest.raises(UsageError, match=r"label 3 of .*00003\.jpg is no class: .* names 3"):
         scan(folder, tmp_path / "two")
@@ -104,7 +89,7 @@ def test_numbers_count_the_classes_of_the_training_set(tmp_path):
     folder = write_shards(tmp_path / "s", "%d.tar", cls=lambda place: place % 4)
     listing = scan(folder, tmp_path / "one", "val", CLASSES)
     assert listing.classes == CLASSES
-    assert [name for name, _ in contents(listing)][:4] == list(CLASSES)
+    assert [name for name, _ in read_contents(listing)][:4] == list(CLASSES)
     with pytest.raises(UsageError, match="the training source has 3"):
         scan(folder, tmp_path / "two", "val", CLASSES[:3])
 
@@ -125,9 +110,9 @@ def test_splits_by_the_names_of_shards(tmp_path):
     write_shards(tmp_path / "s", cls=lambda place: place % 4)
     write_shards(tmp_path / "s", "validation-%06d.tar", cls=lambda place: 3 - place % 4)
     listing = scan(tmp_path / "s", tmp_path / "train")
-    assert contents(listing) == NUMBERED
+    assert read_contents(listing) == NUMBERED
     val = scan(tmp_path / "s", tmp_path / "val", "val")
-    assert contents(val) == [(str(3 - place % 4), data) for place, data in enumerate(PICTURES)]
+    assert read_contents(val) == [(str(3 - place % 4), data) for place, data in enumerate(PICTURES)]
 
 
 def test_ranges_globs_and_single_shards(tmp_path):
@@ -163,7 +148,7 @@ def test_a_large_shard_comes_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(webdataset, "SAMPLES", 3)
     folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
     listing = scan(folder, tmp_path / "scratch")
-    assert contents(listing) == NUMBERED
+    assert read_contents(listing) == NUMBERED
     assert len(listing.containers) == 3
 
 
@@ -172,18 +157,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A store with the shards of `PICTURES`."""
     folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
     (folder / "classes.txt").write_text("\n".join(CLASSES))
-    if request.param == "http":
-        with RangeServer(folder) as server:
-            yield server.address
-    elif request.param == "memory":
-        system = fsspec.filesystem("memory")
-        system.put(str(folder), "/shards", recursive=True)
-        yield "memory://shards"
-        system.rm("/shards", recursive=True)
-    else:
-        address = f"{request.getfixturevalue('s3_bucket')}/set"
-        for path in folder.iterdir():
-            fsspec.filesystem("s3").put_file(str(path), f"{address}/{path.name}")
+    with publish_folder(folder, request) as address:
         yield address
 
 
@@ -193,14 +167,14 @@ def test_shards_of_a_store(store, tmp_path):
     whole = f"{store}/train-{{000000..000002}}.tar"
     assert is_webdataset(whole)
     listing = scan(whole, tmp_path / "range")
-    assert contents(listing) == named
+    assert read_contents(listing) == named
     assert listing.full_name(0) == f"{store}/train-000000.tar/00000.jpg"
-    assert contents(scan(f"{store}/train-000001.tar", tmp_path / "one")) == named[8:16]
+    assert read_contents(scan(f"{store}/train-000001.tar", tmp_path / "one")) == named[8:16]
     if not store.startswith("http"):
         for number, source in enumerate((store, f"{store}/", f"{store}/*.tar")):
             assert is_webdataset(source)
             found = scan(source, tmp_path / f"{number}")
-            assert contents(found) == named
+            assert read_contents(found) == named
             if not store.startswith("memory"):  # fsspec writes these with a third slash
                 assert found.containers == listing.containers
     else:
