@@ -20,7 +20,7 @@ KINDS = [{}, {"subsampling": 0}, {"mode": "L"}, {"progressive": True}, {"quality
 """JPEGs that people have: 4:2:0, 4:4:4, grey, progressive, small."""
 
 
-def picture(seed: int) -> bytes:
+def make_image(seed: int) -> bytes:
     return jpeg(seed, 256, 256, **KINDS[seed % len(KINDS)])
 
 
@@ -33,7 +33,7 @@ def made_by_webdataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with webdataset.ShardWriter(pattern, maxcount=8, verbose=0) as writer:
             for n in range(count):
                 key = f"{split}/n{n:05d}"
-                writer.write({"__key__": key, "jpg": picture(first + n), "cls": n % 4})
+                writer.write({"__key__": key, "jpg": make_image(first + n), "cls": n % 4})
     return folder
 
 

@@ -24,7 +24,7 @@ from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     flip,
     index,
     made_by_webdataset,
-    picture,
+    make_image,
 )
 from tests.helpers.http_servers import Server
 from tests.helpers.images import rows_of
@@ -43,7 +43,7 @@ def test_the_stream_gives_the_images_that_pillow_decodes(made, folder):
     ]
     assert manifest.classes == ("0", "1", "2", "3")
     for split, first, count in (("train", 0, 20), ("val", 100, 6)):
-        expected = [decoded(picture(first + n)) for n in range(count)]
+        expected = [decoded(make_image(first + n)) for n in range(count)]
         with Stream(folder, split=split, view="whole", once=True, batch_size=count) as stream:
             batch = next(stream)
             images = batch.images.numpy().transpose(0, 2, 3, 1) + stream.channel_mean
@@ -57,7 +57,7 @@ def test_the_stream_gives_the_images_that_pillow_decodes(made, folder):
 
 def test_statistics_are_those_of_the_training_images(folder):
     index(folder, workers=2)
-    values = np.stack([decoded(picture(n)) for n in range(20)]).astype(np.float64)
+    values = np.stack([decoded(make_image(n)) for n in range(20)]).astype(np.float64)
     stats = Statistics.load(folder)
     np.testing.assert_allclose(stats.mean_picture, values.mean(0), rtol=1e-6)
     np.testing.assert_allclose(stats.channel_mean, values.reshape(-1, 3).mean(0), rtol=1e-12)
@@ -99,25 +99,25 @@ def test_members_of_any_order_ending_and_name(tmp_path):
     files = [
         ("README", b"nothing"),
         (".DS_Store.jpg", b"hidden"),
-        ("a.jpg", picture(0)),  # before its label
+        ("a.jpg", make_image(0)),  # before its label
         ("a.cls", b"1\n"),
         ("b.txt", b"a caption"),  # more than is needed
         ("b.cls", b" 2 "),
         ("b.json", b'{"label": 0}'),  # .cls is believed first
-        ("b.JPEG", picture(1)),
-        ("c.image.jpeg", picture(2)),
+        ("b.JPEG", make_image(1)),
+        ("c.image.jpeg", make_image(2)),
         ("c.meta.json", b'{"class_id": 3, "caption": "x"}'),
-        ("a.jpg", picture(3)),  # a key once more
+        ("a.jpg", make_image(3)),  # a key once more
         ("a.cls", b"0"),
-        ("a.jpg", picture(4)),  # and again at once
+        ("a.jpg", make_image(4)),  # and again at once
         ("a.cls", b"3"),
-        (f"{long}.jpg", picture(5)),
+        (f"{long}.jpg", make_image(5)),
         (f"{long}.cls", b"2"),
-        ("f/g.h/i.jpg", picture(6)),
+        ("f/g.h/i.jpg", make_image(6)),
         ("f/g.h/i.json", b'{"target": "1"}'),
-        ("j.jpg", picture(7)),
+        ("j.jpg", make_image(7)),
         ("j.json", b'{"label": 3}'),
-        ("k.jpg", picture(8)),
+        ("k.jpg", make_image(8)),
         ("k.json", b'{"cls": 1, "target": 7}'),
     ]
     tar_of(tmp_path / "some train.tar", files, format=tarfile.PAX_FORMAT)
@@ -130,7 +130,7 @@ def test_members_of_any_order_ending_and_name(tmp_path):
     rows = rows_of(tmp_path, "train")
     content = (tmp_path / "some train.tar").read_bytes()
     stored = [content[row["offset"] :][: row["size"]] for row in rows]
-    assert stored == [picture(n) for n in range(9)]
+    assert stored == [make_image(n) for n in range(9)]
     assert rows["label"].tolist() == [1, 2, 3, 0, 3, 2, 1, 3, 1]
     assert verify(tmp_path, decode=True) == []
     with Stream(tmp_path, batch_size=9) as stream:

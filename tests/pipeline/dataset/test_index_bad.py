@@ -25,8 +25,8 @@ from tests.helpers.foreign_shards import (  # noqa: F401
     flip,
     index,
     made_by_webdataset,
+    make_image,
     names,
-    picture,
     run,
 )
 from tests.helpers.images import jpeg, pixels
@@ -46,32 +46,32 @@ BAD = {
     "empty": ([("jpg", b""), ("cls", b"0")], "it is no JPEG"),
     "print": ([("jpg", cmyk()), ("cls", b"0")], "its colours are CMYK"),
     "png": ([("png", b"\x89PNG"), ("cls", b"0")], "its image is a .png, no JPEG"),
-    "alone": ([("jpg", picture(3))], "it has no label (.cls or .json)"),
+    "alone": ([("jpg", make_image(3))], "it has no label (.cls or .json)"),
     "blind": ([("cls", b"1")], "it has no image"),
-    "two": ([("a.jpg", picture(3)), ("b.jpg", picture(3)), ("cls", b"1")], "several images"),
-    "odd": ([("jpg", picture(4)), ("cls", b"1.5e3x\0y")], "its .cls of 8 bytes holds no label"),
+    "two": ([("a.jpg", make_image(3)), ("b.jpg", make_image(3)), ("cls", b"1")], "several images"),
+    "odd": ([("jpg", make_image(4)), ("cls", b"1.5e3x\0y")], "its .cls of 8 bytes holds no label"),
     "list": (
-        [("jpg", picture(4)), ("json", b'{"label": [1]}')],
+        [("jpg", make_image(4)), ("json", b'{"label": [1]}')],
         "holds no label",
     ),
     "none": (
-        [("jpg", picture(4)), ("json", b'{"caption": "dog"}')],
+        [("jpg", make_image(4)), ("json", b'{"caption": "dog"}')],
         "no label (in one of label",
     ),
-    "broken": ([("jpg", picture(4)), ("json", b'{"label": ')], "holds no label"),
-    "deep": ([("jpg", picture(4)), ("json", b"[" * 9_000)], "holds no label"),
-    "id": ([("jpg", picture(4)), ("cls", b"999999999")], "is no class number"),
-    "minus": ([("jpg", picture(4)), ("cls", b"-1")], "its .cls of 2 bytes holds no label"),
+    "broken": ([("jpg", make_image(4)), ("json", b'{"label": ')], "holds no label"),
+    "deep": ([("jpg", make_image(4)), ("json", b"[" * 9_000)], "holds no label"),
+    "id": ([("jpg", make_image(4)), ("cls", b"999999999")], "is no class number"),
+    "minus": ([("jpg", make_image(4)), ("cls", b"-1")], "its .cls of 2 bytes holds no label"),
 }
 
 
 @pytest.fixture
 def spoilt(folder: Path) -> Path:
     """`folder`, with one more training shard of bad samples and two good ones."""
-    files = [("g0.jpg", picture(7)), ("g0.cls", b"2")]
+    files = [("g0.jpg", make_image(7)), ("g0.cls", b"2")]
     for key, (parts, _) in BAD.items():
         files += [(f"{key}.{ending}", content) for ending, content in parts]
-    tar_of(folder / "x-train.tar", [*files, ("g1.jpg", picture(8)), ("g1.cls", b"3")])
+    tar_of(folder / "x-train.tar", [*files, ("g1.jpg", make_image(8)), ("g1.cls", b"3")])
     return folder
 
 
@@ -103,7 +103,7 @@ def test_skip_bad_leaves_them_out_of_everything(spoilt):
     assert manifest.splits["train"].shards[-1].samples == 2
     listed = [json.loads(line) for line in (spoilt / "rejects.jsonl").read_text().splitlines()]
     assert [row["name"] for row in listed] == [f"x-train.tar/{key}" for key in BAD]
-    values = np.stack([decoded(picture(n)) for n in [*range(20), 7, 8]]).astype(np.float64)
+    values = np.stack([decoded(make_image(n)) for n in [*range(20), 7, 8]]).astype(np.float64)
     np.testing.assert_allclose(Statistics.load(spoilt).mean_picture, values.mean(0), rtol=1e-6)
     assert verify(spoilt, decode=True) == []
     with Stream(spoilt, batch_size=22) as stream:

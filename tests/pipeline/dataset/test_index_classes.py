@@ -14,8 +14,8 @@ from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     copy_of_made,
     index,
     made_by_webdataset,
+    make_image,
     names,
-    picture,
     run,
 )
 from tests.helpers.images import rows_of
@@ -25,7 +25,7 @@ from tests.helpers.tars import tar_of
 def labelled(folder: Path, labels: list[bytes], split: str = "train") -> None:
     files = []
     for n, label in enumerate(labels):
-        files += [(f"{n}.jpg", picture(n)), (f"{n}.cls", label)]
+        files += [(f"{n}.jpg", make_image(n)), (f"{n}.cls", label)]
     tar_of(folder / f"{split}-0.tar", files)
 
 

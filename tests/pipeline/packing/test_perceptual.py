@@ -59,7 +59,7 @@ def test_it_is_the_textbooks_hash():
 
 
 def test_unlike_images_differ_in_half_of_their_bits():
-    hashes = [perceptual_hash(picture) for picture in PICTURES]
+    hashes = [perceptual_hash(image) for image in PICTURES]
     apart = [distance(a, b) for place, a in enumerate(hashes) for b in hashes[:place]]
     assert 120 < np.mean(apart) < 136
     assert min(apart) > 3 * NEAR
@@ -90,7 +90,7 @@ def test_the_same_image_stored_otherwise_is_near(change):
 
 def test_flat_images_have_one_hash():
     flat = [np.full((256, 256, 3), level, np.uint8) for level in (1, 100, 255)]
-    hashes = {perceptual_hash(picture) for picture in flat}
+    hashes = {perceptual_hash(image) for image in flat}
     assert len(hashes) == 1
     assert int.from_bytes(hashes.pop()).bit_count() == 1
     black = np.zeros((256, 256, 3), np.uint8)
@@ -98,7 +98,7 @@ def test_flat_images_have_one_hash():
 
 
 def test_the_bits_do_not_depend_on_how_the_pixels_lie_in_memory():
-    picture = decode_square(jpeg(3, 300, 200))
-    turned = np.asfortranarray(picture)
-    assert perceptual_hash(turned) == perceptual_hash(picture)
-    assert distance(perceptual_hash(picture), perceptual_hash(drawn(4, 256, 256))) > NEAR
+    image = decode_square(jpeg(3, 300, 200))
+    turned = np.asfortranarray(image)
+    assert perceptual_hash(turned) == perceptual_hash(image)
+    assert distance(perceptual_hash(image), perceptual_hash(drawn(4, 256, 256))) > NEAR

@@ -95,12 +95,12 @@ def test_colour_profiles_become_srgb(kind):
 
 
 def test_profiles_that_change_nothing_or_are_broken_are_ignored():
-    picture = Image.fromarray(drawn(3, 300, 270))
-    plain = decode_square(saved(picture, "JPEG"))
+    image = Image.fromarray(drawn(3, 300, 270))
+    plain = decode_square(saved(image, "JPEG"))
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for icc in (srgb, b"nonsense", profile(1.8)[:300], profile(1.8, b"CMYK"), b"\0" * 200):
-        assert (decode_square(saved(picture, "JPEG", icc_profile=icc)) == plain).all()
-    assert not (decode_square(saved(picture, "JPEG", icc_profile=profile(1.8))) == plain).all()
+        assert (decode_square(saved(image, "JPEG", icc_profile=icc)) == plain).all()
+    assert not (decode_square(saved(image, "JPEG", icc_profile=profile(1.8))) == plain).all()
     long = profile(1.8)
     monstrous = long[:-4] + b"\0" * resize.MAX_PROFILE
     assert (resize.pixels_to_srgb(plain, monstrous) == plain).all()

@@ -144,9 +144,9 @@ def fuzz(rounds: int, seed: int) -> tuple[int, float]:
     """Return how many of rounds x 12 damaged images were still packed, and the slowest's time."""
     rng = np.random.default_rng(seed)
     good, slowest = 0, 0.0
-    picture = Image.fromarray(drawn(8, 72, 64))
+    image = Image.fromarray(drawn(8, 72, 64))
     for make in FORMATS.values():
-        data = make(picture)
+        data = make(image)
         assert decode_square(data).shape == (256, 256, 3)
         for _ in range(rounds):
             damaged = mutated(data, rng)

@@ -61,29 +61,29 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 
 def test_samples_that_cannot_be_used(tmp_path):
-    picture = PICTURES[0]
+    image = PICTURES[0]
     shard = tar_of(
         tmp_path / "a.tar",
         [
-            *(("ok.cls", b"1"), ("ok.jpg", picture)),
-            *(("binary.cls", b"\xff\xfe\0"), ("binary.jpg", picture)),
-            *(("empty.cls", b""), ("empty.jpg", picture)),
-            *(("minus.cls", b"-1"), ("minus.jpg", picture)),
-            *(("word.cls", b"cat"), ("word.jpg", picture)),
-            *(("long.cls", b"7" * 70_000), ("long.jpg", picture)),
-            *(("large.cls", b"1234567890"), ("large.jpg", picture)),
-            *(("json.json", b"{" * 1000), ("json.jpg", picture)),
-            *(("deep.json", b"[" * 60_000), ("deep.jpg", picture)),
-            *(("list.json", b"[1]"), ("list.jpg", picture)),
-            *(("true.json", b'{"label": true}'), ("true.jpg", picture)),
-            *(("digits.json", b'{"label": ' + b"9" * 5000 + b"}"), ("digits.jpg", picture)),
-            *(("caption.txt", b"a cat"), ("caption.jpg", picture)),
-            ("bare.jpg", picture),
+            *(("ok.cls", b"1"), ("ok.jpg", image)),
+            *(("binary.cls", b"\xff\xfe\0"), ("binary.jpg", image)),
+            *(("empty.cls", b""), ("empty.jpg", image)),
+            *(("minus.cls", b"-1"), ("minus.jpg", image)),
+            *(("word.cls", b"cat"), ("word.jpg", image)),
+            *(("long.cls", b"7" * 70_000), ("long.jpg", image)),
+            *(("large.cls", b"1234567890"), ("large.jpg", image)),
+            *(("json.json", b"{" * 1000), ("json.jpg", image)),
+            *(("deep.json", b"[" * 60_000), ("deep.jpg", image)),
+            *(("list.json", b"[1]"), ("list.jpg", image)),
+            *(("true.json", b'{"label": true}'), ("true.jpg", image)),
+            *(("digits.json", b'{"label": ' + b"9" * 5000 + b"}"), ("digits.jpg", image)),
+            *(("caption.txt", b"a cat"), ("caption.jpg", image)),
+            ("bare.jpg", image),
             ("label.cls", b"1"),
-            *(("two.cls", b"1"), ("two.jpg", picture), ("two.png", picture)),
-            *(("mask.cls", b"0"), ("mask.JPEG", picture), ("mask.seg.png", b"")),
-            *(("dir.v1/ok.cls", b"0"), ("dir.v1/ok.webp", picture)),
-            *(("late.jpg", picture), ("other.cls", b"1"), ("late.cls", b"1")),
+            *(("two.cls", b"1"), ("two.jpg", image), ("two.png", image)),
+            *(("mask.cls", b"0"), ("mask.JPEG", image), ("mask.seg.png", b"")),
+            *(("dir.v1/ok.cls", b"0"), ("dir.v1/ok.webp", image)),
+            *(("late.jpg", image), ("other.cls", b"1"), ("late.cls", b"1")),
             *((".hidden.jpg", b""), ("__meta__/x.jpg", b""), ("README", b""), ("r.md", b"")),
         ],
     )
