@@ -88,10 +88,14 @@ def read_structs(data: bytes, name: str) -> list[dict[str, Value]]:
 
 
 def _load_structs(data: bytes, name: str) -> list[dict[str, Value]] | str:
-    """Return what `read_structs` returns, or the message of its error."""
+    """Limit this process, and return the structs of a file or the message of the error."""
+    _limit_process(LIMIT, MAT_SECONDS)
+    return _parse_structs(data, name)
+
+
+def _parse_structs(data: bytes, name: str) -> list[dict[str, Value]] | str:
     from scipy.io import loadmat
 
-    _limit_process(LIMIT, MAT_SECONDS)
     if _exceeds_limit(data):
         return f"it unpacks to more than {LIMIT >> 20} MiB"
     try:
