@@ -63,7 +63,7 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
     )
     fast = measure_with(wild, tiny_data, ProcessMesh())
     delay = max(0.15, 4 * fast["step"]["wall"])  # slow beside what this machine computes now
-    examined = SimpleNamespace(table=lambda: fast["report"])
+    examined = SimpleNamespace(to_table=lambda: fast["report"])
     monkeypatch.setattr(profiler, "examine", lambda *_, **__: examined)
     monkeypatch.setattr(ShardReader, "read", slow)
     late = measure_with(CONFIG, tiny_data, ProcessMesh())
