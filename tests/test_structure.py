@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ WELL_KNOWN = {
     "nvidia", "pandas", "pytest", "ray", "requests", "rich", "scipy", "sklearn", "tensorboard",
     "torch", "torchvision", "tqdm", "triton", "tyro", "yaml",
 }  # fmt: skip
+NO_SUBJECT = {
+    "as", "at", "by", "for", "from", "how", "if", "in", "like", "of", "on", "that", "to", "what",
+    "when", "where", "whether", "which", "who", "whose", "why", "with", "without",
+}  # fmt: skip
+"""First words of a docstring that leaves the reader to find its subject elsewhere."""
 LONGEST_MODULE = 520
 MOST_ENTRIES = 16
 
@@ -41,6 +47,27 @@ def test_no_class_name_stands_for_two_things():
             if isinstance(node, ast.ClassDef):
                 homes[node.name].append(str(path.relative_to(REPOSITORY)))
     assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of every docstring of a file; fields and constants have one, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else ():
+            match statement:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield statement.lineno, text
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "tests", "benchmarks"])
+def test_a_docstring_begins_with_its_subject(folder):
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{line}: {text[:60]}"
+        for path in sorted((REPOSITORY / folder).rglob("*.py"))
+        for line, text in docstrings(path)
+        if (words := text.split()) and words[0].rstrip(",:").lower() in NO_SUBJECT
+    ]
+    assert found == []
 
 
 def test_modules_are_short_enough_to_be_read():

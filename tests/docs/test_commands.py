@@ -88,7 +88,7 @@ class World:
 
 
 def is_package(module: str) -> bool:
-    """Whether `python -m MODULE` runs a `__main__` in a folder."""
+    """Tell if `python -m MODULE` runs a `__main__` in a folder."""
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.submodule_search_locations is not None
 

@@ -1,4 +1,4 @@
-"""What README and docs say exists: modules, flags, files, what links lead to; and their form."""
+"""Modules, flags, files and links that README and docs name exist; the pages have their form."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_every_flag_exists(monkeypatch):
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub makes of the headings."""
     heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
