@@ -31,9 +31,9 @@ class Renames:
             return None
         import multiprocessing  # only now: every command imports this module
 
-        # A spawned process imports the command again, before it knows its parent.
-        is_command = multiprocessing.current_process().name == "MainProcess"
-        if is_command and name not in self._said:
+        # A spawned process imports the command again before its work: `_inheriting` marks it.
+        is_helper = getattr(multiprocessing.current_process(), "_inheriting", False)
+        if not is_helper and name not in self._said:
             self._said.add(name)
             sys.stderr.write(f"note: {name} is called {new} now\n")
         return importlib.util.spec_from_file_location(
