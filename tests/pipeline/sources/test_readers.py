@@ -26,22 +26,14 @@ from pipeline.sources.readers import open_reader
 from pipeline.tools.errors import SetupError, UsageError
 from tests.helpers.http_servers import HASTY, QUICK, Server
 from tests.helpers.range_servers import RangeServer
+from tests.helpers.tars import tar_of
 
 FILES = {f"{place:04d}.jpg": np.random.default_rng(place).bytes(20_000) for place in range(300)}
 
 
-def write_tar(path: Path, files: dict[str, bytes] = FILES) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 @pytest.fixture(scope="module")
 def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tar(tmp_path_factory.mktemp("tar") / "a.tar")
+    return tar_of(tmp_path_factory.mktemp("tar") / "a.tar", FILES)
 
 
 def test_files_of_a_folder_one_by_one(tmp_path):

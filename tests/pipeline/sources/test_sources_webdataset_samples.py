@@ -7,7 +7,6 @@ import json
 import os
 import tarfile
 import tracemalloc
-from pathlib import Path
 
 import pytest
 import webdataset as wds
@@ -20,6 +19,7 @@ from pipeline.sources.listing import Listing
 from pipeline.sources.webdataset import is_webdataset
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES
+from tests.helpers.tars import tar_of
 from tests.helpers.webdatasets import PICTURES, scan, write_shards
 
 
@@ -28,15 +28,6 @@ def rejects(listing: Listing) -> dict[str, str]:
     found = {item.name.rpartition(".tar/")[2]: item.reason for item in listing.rejects()}
     assert len(found) == listing.rejected
     return found
-
-
-def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_folders_of_plain_tars_are_none(tmp_path):
