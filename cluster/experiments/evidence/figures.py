@@ -1,11 +1,6 @@
 """Items that show images: first-layer kernels, answers, neighbors, and short codes.
 
-The last two come from RUN/neighbours/summary.json, which `cluster.experiments.neighbors` and its
-`codes` write:
-
-    step         step of the checkpoint that the features are of
-    neighbours   k, precision_at_k, precision_by_chance, auc, auc_error, queries, base, ...
-    codes        k, rows of the table: method, bits, bytes, recall_at_k, precision_at_k, queries_s
+The last two come from RUN/neighbours/summary.json (`cluster.experiments.neighbors.summary`).
 """
 
 from __future__ import annotations
@@ -29,6 +24,8 @@ from cluster.experiments.evidence.runs import (
     quote_path,
 )
 from cluster.experiments.evidence.significance import NORMAL_975, compute_binomial_margin
+from cluster.experiments.neighbors.features import FOLDER
+from cluster.experiments.neighbors.summary import SUMMARY, describe_search
 from cluster.report.images import TITLES, Answers, MissingFigure, collect_answers
 from cluster.report.kernels import FirstLayer, describe_first_layer
 from cluster.report.tables import format_probability
@@ -38,7 +35,6 @@ from cluster.run.kernels import read_kernels
 MOST_IMAGES = 4
 MOST_BYTES = 6_000_000
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/svg+xml")
-SUMMARY = "neighbours/summary.json"
 SCORES = (
     ("colour of the kernels", "colour", "told apart by eye, every run"),
     ("colour of what was learned", "change_colour", "told apart by eye, every run"),
@@ -162,7 +158,7 @@ def make_neighbors(evidence: Evidence) -> Iterator[Item]:
     near, codes = Item(NEIGHBOURS, kind="images", body=[]), Item(CODES)
     for group in evidence.groups:
         for run in group.runs:
-            if (run.path / SUMMARY).is_file():
+            if (run.path / FOLDER / SUMMARY).is_file():
                 _add_summary(evidence, near, codes, run, group)
     for item, command in (
         (near, "python -m cluster.experiments.neighbors {} --data {}"),
@@ -179,7 +175,7 @@ def make_neighbors(evidence: Evidence) -> Iterator[Item]:
 def _add_summary(
     evidence: Evidence, near: Item, codes: Item, run: TrainedRun, group: SeedGroup
 ) -> None:
-    path = run.path / SUMMARY
+    path = run.path / FOLDER / SUMMARY
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         step = table["step"]
@@ -199,14 +195,6 @@ def _add_summary(
     near.body = near.body or embed_images(sorted(path.parent.iterdir()))
 
 
-def _describe_search(facts: Mapping[str, Any]) -> str:
-    queries, base = facts["queries"], facts["base"]
-    return (
-        f"{queries['pictures']:,} images of {queries['split']} among {base['pictures']:,} of "
-        f"{base['split']}"
-    )
-
-
 def _compare_neighbors(
     facts: Mapping[str, Any] | None, run: TrainedRun, group: SeedGroup
 ) -> Iterator[Comparison]:
@@ -216,7 +204,7 @@ def _compare_neighbors(
         Comparison,
         group=group.letter,
         seeds=f"seed {run.config.seed}",
-        scale=f"{_describe_search(facts)}, {facts['units']:,} activations; {describe_scale(group)}",
+        scale=f"{describe_search(facts)}, {facts['units']:,} activations; {describe_scale(group)}",
     )
     share, chance = facts["precision_at_k"], facts["precision_by_chance"]
     margin = compute_binomial_margin(share, chance, facts["queries"]["pictures"])
@@ -251,5 +239,5 @@ def _compare_codes(
                 ours=f"{100 * row['recall_at_k']:.1f} % / {100 * row['precision_at_k']:.1f} %",
                 seeds=f"seed {run.config.seed}",
                 verdict=f"{row['bytes']:,} bytes an image, {row['queries_s']:,.0f} queries/s",
-                scale=f"{_describe_search(facts)}; {describe_scale(group)}",
+                scale=f"{describe_search(facts)}; {describe_scale(group)}",
             )

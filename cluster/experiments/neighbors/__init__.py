@@ -6,4 +6,5 @@ search    nearest neighbors: exact, and of codes by Hamming distance
 coders    coders of features to 64..256 bits: PCA, ITQ, an auto-encoder
 codes     command: short codes beside the exact search and product quantisation
 figures   pairs of one class against pairs of two, the contact sheet, the histogram
+summary   summary.json, the results of both commands
 """

@@ -11,12 +11,6 @@ RUN/neighbours/
     nearest.npz       queries, ids, distances: of every query
     sheet.png         some queries and their neighbors
     distances.svg     distances within and across classes
-
-summary.json has a part of each command, and either keeps the other's if it is of the same features:
-
-    version, run, step, checkpoint_sha256, data_sha256
-    neighbours   of this command: precision_at_k, auc, mean_ratio, ...
-    codes        of python -m cluster.experiments.neighbors.codes: rows of the table, ...
 """
 
 from __future__ import annotations
@@ -38,7 +32,6 @@ from cluster.config import read_run_config
 from cluster.experiments.neighbors.extract import make_features
 from cluster.experiments.neighbors.features import (
     FOLDER,
-    FeatureInfo,
     Features,
     FeatureSource,
     Ids,
@@ -52,6 +45,7 @@ from cluster.experiments.neighbors.figures import (
     save_histogram,
 )
 from cluster.experiments.neighbors.search import LEAST_MEMORY, Nearest, SearchBase, find_nearest
+from cluster.experiments.neighbors.summary import SUMMARY, describe_search, write_summary
 from cluster.run.folder import CONFIG
 from cluster.training.precision import choose_device
 from pipeline.remote.dataset import open_dataset
@@ -59,9 +53,6 @@ from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 from pipeline.tools.units import cpu_count, parse_size
-
-SUMMARY = "summary.json"
-VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,11 +257,10 @@ def _choose_devices(options: NeighborsOptions) -> list[str]:
 
 
 def _format_summary(facts: dict[str, Any], folder: Path) -> list[str]:
-    queries, base = facts["queries"], facts["base"]
     at = facts["precision_at"]
     lines = [
-        f"{queries['pictures']:,} images of {queries['split']} among {base['pictures']:,} of "
-        f"{base['split']}, {facts['units']} features each ({facts['bytes_per_picture']:,} bytes)",
+        f"{describe_search(facts)}, {facts['units']} features each "
+        f"({facts['bytes_per_picture']:,} bytes)",
         f"precision at {facts['k']}: {facts['precision_at_k']:.2%} of the neighbours are of the "
         f"query's class; at 1: {at[0]:.2%}; by chance: {facts['precision_by_chance']:.2%}",
     ]
@@ -287,35 +277,6 @@ def _format_summary(facts: dict[str, Any], folder: Path) -> list[str]:
         "sheet.png, distances.svg"
     )
     return lines
-
-
-def write_summary(
-    folder: Path,
-    run: Path,
-    about: FeatureInfo,
-    part: Literal["neighbours", "codes"],
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    """Put the part of a command into summary.json and return its whole content."""
-    head = {
-        "version": VERSION,
-        "run": str(run),
-        "step": about.step,
-        "checkpoint_sha256": about.checkpoint_sha256,
-        "data_sha256": about.data_sha256,
-    }
-    try:
-        old = json.loads((folder / SUMMARY).read_bytes())
-    except (OSError, ValueError):
-        old = {}
-    is_same = isinstance(old, dict) and all(
-        old.get(key) == head[key] for key in head if key != "run"
-    )
-    kept = {name: old[name] for name in ("neighbours", "codes") if is_same and name in old}
-    whole = head | kept | {part: facts}
-    with atomic_write(folder / SUMMARY) as file:
-        file.write((json.dumps(whole, indent=1) + "\n").encode())
-    return whole
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,7 +36,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cluster.config import read_run_config
-from cluster.experiments.neighbors.__main__ import SUMMARY, write_summary
 from cluster.experiments.neighbors.coders import (
     CHUNK,
     SAMPLE,
@@ -58,6 +57,7 @@ from cluster.experiments.neighbors.features import (
     hash_checkpoint,
 )
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
+from cluster.experiments.neighbors.summary import SUMMARY, describe_search, write_summary
 from cluster.run.folder import CONFIG
 from pipeline.tools.errors import DataError, DuetError, UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
@@ -342,11 +342,10 @@ def _check_run(options: CodesOptions, base: Features) -> None:
 
 
 def _format_table(facts: dict[str, Any]) -> list[str]:
-    k, queries, base = facts["k"], facts["queries"], facts["base"]
+    k = facts["k"]
     lines = [
-        f"{queries['pictures']:,} images of {queries['split']} among {base['pictures']:,} of "
-        f"{base['split']}; recall: share of the {k} exact neighbours found among the first {k}, "
-        f"and among the first {facts['shortlist']}",
+        f"{describe_search(facts)}; recall: share of the {k} exact neighbours found among the "
+        f"first {k}, and among the first {facts['shortlist']}",
         "method                 bits   bytes  recall  in list  precision  queries/s  training",
     ]
     for row in facts["rows"]:
