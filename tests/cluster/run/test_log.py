@@ -53,8 +53,8 @@ def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
 
 
 def test_only_the_leader_writes(tmp_path):
-    place = ProcessMesh(replica=1, replicas=2)
-    with MetricsLog(tmp_path, place, pytest.fail, samples=40, step=0) as log:
+    mesh = ProcessMesh(replica=1, replicas=2)
+    with MetricsLog(tmp_path, mesh, pytest.fail, samples=40, step=0) as log:
         log.step(
             Mark(step=1, position=8), Config(), Rates(0.1, 0.2), torch.tensor([1.5, 0.25, 0.0])
         )
@@ -83,7 +83,9 @@ def test_a_step_says_what_training_stood_still_for(tmp_path):
     assert (first["exchange_bytes"], second["exchange_bytes"]) == (15, 7)
     assert first["saving"] == 0
     assert second["saving"] >= 0.1
-    assert 0.3 < first["stall"] < 0.8
+    assert first["stall"] == first["data_wait"]
+    # Of a step of two sleeps one is a wait, whatever a busy machine adds to either.
+    assert 0.049 < first["stall"] * first["seconds"] < first["seconds"] - 0.049
     stood = second["data_wait"] * second["seconds"] + second["saving"]
     assert second["stall"] == pytest.approx(
         stood / (second["seconds"] + second["saving"]), abs=0.01
@@ -98,9 +100,9 @@ def test_numbers_are_published_until_somebody_cannot_take_them(tmp_path, monkeyp
     def broken(step: int, numbers: object) -> None:
         raise ConnectionError("nobody there")
 
-    place = ProcessMesh(replica=1, replicas=2)  # every process publishes its own
+    mesh = ProcessMesh(replica=1, replicas=2)  # every process publishes its own
     publish = (broken, lambda step, numbers: got.append((step, dict(numbers))))
-    with MetricsLog(tmp_path, place, told.append, samples=40, step=0, publish=publish) as log:
+    with MetricsLog(tmp_path, mesh, told.append, samples=40, step=0, publish=publish) as log:
         for step in (1, 2):
             log.step(Mark(step=step, position=8 * step), Config(), RATES, VALUES)
     assert [step for step, _ in got] == [1, 2]
