@@ -34,7 +34,7 @@ def test_corners_and_flips_are_uniform_over_their_range():
 
 
 def test_colour_draws_are_standard_normal_and_independent():
-    colour = draw(3, EPOCHS, MANY).colour
+    colour = draw(3, EPOCHS, MANY).color
     assert np.abs(colour.mean(0)).max() < 0.02
     assert np.abs(colour.std(0) - 1).max() < 0.02
     assert np.abs((colour**4).mean(0) - 3).max() < 0.25
