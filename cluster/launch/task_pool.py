@@ -44,7 +44,7 @@ class TaskAttempt:
     deaths: int = 0
     lost_nodes: int = 0
 
-    def retry(self, node_died: bool) -> TaskAttempt:
+    def again(self, node_died: bool) -> TaskAttempt:
         """Return the next attempt, after a death of the node or of the process alone.
 
         Raises:
@@ -135,7 +135,7 @@ class RayPool:
                     raise _build_node_error(error.cause) from error
                 raise error.cause from error
             except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-                self._submit(task, attempt.retry(isinstance(error, NodeDiedError)))
+                self._submit(task, attempt.again(isinstance(error, NodeDiedError)))
             except RayError as error:
                 raise _build_node_error(error) from error
             else:
