@@ -106,7 +106,7 @@ def threads(setting: Setting, seconds: float) -> Outcome:
 def raw(setting: Setting, seconds: float) -> Outcome:
     """Compare JPEG with raw images."""
     with open_parts(setting) as parts:
-        need = -(-stream_rate.PICTURES // setting.batch_size)
+        need = -(-stream_rate.RAW_IMAGES // setting.batch_size)
         loaded = parts.load_batches(need)
         with open_measured_stream(setting) as run:
             run.measure_window(seconds / 2)

@@ -141,8 +141,8 @@ def read_mean(config: Config, known: Sequence[float] | None, data: str, trained_
     statistics = Statistics.load(folder, manifest.stats_sha256)
     if config.mean == "channel":
         return torch.tensor(statistics.channel_mean, dtype=torch.float32)[:, None, None]
-    picture = torch.from_numpy(statistics.mean_picture)[EDGE:-EDGE, EDGE:-EDGE]
-    return picture.permute(2, 0, 1).contiguous()
+    mean = torch.from_numpy(statistics.mean_picture)[EDGE:-EDGE, EDGE:-EDGE]
+    return mean.permute(2, 0, 1).contiguous()
 
 
 def describe_checkpoint(config: Config, found: Checkpoint, table: dict[str, Any]) -> dict[str, str]:

@@ -99,7 +99,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/<class>/*.jpg (4 x 12) and val/<class>/*.jpg (4 x 5)."""
     root = tmp_path_factory.mktemp("pictures")
     folder_per_class(root / "train", 12)
@@ -108,10 +108,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed data set of `pictures`: 48 train and 20 val samples in shards of 10."""
     out = tmp_path_factory.mktemp("tiny") / "data"
-    packed(out, train=pictures / "train", val=pictures / "val", samples_per_shard=10)
+    packed(out, train=image_folder / "train", val=image_folder / "val", samples_per_shard=10)
     return out
 
 

@@ -222,7 +222,7 @@ def _change_encoding(now: StreamState, seconds: float) -> Remedy | None:
     if now.parts.encoding == "raw":
         return None
     setting, samples = now.parts.setting, len(now.parts.shard_reader)
-    need = -(-stream_rate.PICTURES // setting.batch_size)
+    need = -(-stream_rate.RAW_IMAGES // setting.batch_size)
     try:
         loaded = now.parts.load_batches(min(need, max(1, samples // setting.batch_size)))
         rate, each = stream_rate.measure_raw(setting, loaded, seconds)

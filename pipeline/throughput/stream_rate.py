@@ -169,7 +169,7 @@ def measure_fetching(setting: Setting, seconds: float) -> FetchRate | None:
                         cpu=load.cores(), others=load.others())  # fmt: skip
 
 
-PICTURES = 1024
+RAW_IMAGES = 1024
 """Images packed raw: 197 kB each, a fifth of a gigabyte in all, which no processor cache holds."""
 
 
@@ -186,7 +186,7 @@ def measure_raw(
     """
     with tempfile.TemporaryDirectory(prefix="duet-raw-") as scratch:
         source, packed = Path(scratch) / "jpegs", Path(scratch) / "packed"
-        unpack_images(loaded, source, PICTURES)
+        unpack_images(loaded, source, RAW_IMAGES)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
              "--encoding", "raw", "--samples-per-shard", "256"],

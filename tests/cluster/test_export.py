@@ -71,10 +71,10 @@ def compute_logits(net: AlexNet, path: Path, data: Path) -> Tensor:
 
 
 def test_the_script_of_the_readme_says_what_the_network_says(
-    run, pictures, tiny_data, monkeypatch, capsys
+    run, image_folder, tiny_data, monkeypatch, capsys
 ):
     assert main([str(run)]) == 0
-    path = sorted((pictures / "val").rglob("*.jpg"))[3]
+    path = sorted((image_folder / "val").rglob("*.jpg"))[3]
     assert capsys.readouterr().out.startswith("step 6: ")
     found = run_script(run / "weights.safetensors", path, monkeypatch)
     logits = compute_logits(load_network(run), path, tiny_data)
@@ -98,28 +98,28 @@ OTHERS = [
 
 @pytest.mark.parametrize("changes", OTHERS, ids=lambda changes: "-".join(changes))
 def test_the_script_runs_every_other_network(
-    changes, pictures, tiny_data, tmp_path, monkeypatch, capsys
+    changes, image_folder, tiny_data, tmp_path, monkeypatch, capsys
 ):
     run = trained(tiny_data, tmp_path / "run", steps=2, validate_every=0, **changes)
     assert main([str(run)]) == 0
     design = Config.from_settings(CONFIG.to_settings() | changes).design
     net = AlexNet(columns=tuple(range(design.columns)), classes=4, design=design)
     load_checkpoint(run / "checkpoints" / "step-00000002", net)
-    path = sorted((pictures / "val").rglob("*.jpg"))[3]
+    path = sorted((image_folder / "val").rglob("*.jpg"))[3]
     found = run_script(run / "weights.safetensors", path, monkeypatch)
     logits = compute_logits(net, path, tiny_data)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_ten_lines_of_the_page_do_the_same_for_the_papers_network(
-    run, pictures, monkeypatch, tmp_path, capsys
+    run, image_folder, monkeypatch, tmp_path, capsys
 ):
     text = (REPOSITORY / "docs/export.md").read_text()
     (script,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S)
                  if "weights.safetensors" in block)  # fmt: skip
     assert len(script[script.index("w = ") :].splitlines()) == 10
     monkeypatch.chdir(tmp_path)
-    path = sorted((pictures / "val").rglob("*.jpg"))[3]
+    path = sorted((image_folder / "val").rglob("*.jpg"))[3]
     shutil.copy(path, "image.jpg")
     assert main([str(run), "--out", "weights.safetensors"]) == 0
     found: dict[str, Any] = {}

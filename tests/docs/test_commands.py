@@ -95,17 +95,17 @@ def is_package(module: str) -> bool:
 
 @pytest.fixture(scope="module")
 def world(
-    pictures: Path,
+    image_folder: Path,
     tiny_data: Path,
     made: Path,  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[World]:
     """Images, data sets and runs under the names that the pages use; the current folder."""
     root = tmp_path_factory.mktemp("world")
-    shutil.copytree(pictures, root / "images")
+    shutil.copytree(image_folder, root / "images")
     shutil.copytree(tiny_data, root / "data" / "demo")
     shutil.copytree(made, root / "DIR")
-    shutil.copy(next((pictures / "val").rglob("*.jpg")), root / "image.jpg")
+    shutil.copy(next((image_folder / "val").rglob("*.jpg")), root / "image.jpg")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(extract, "LocalPool", InlinePool)

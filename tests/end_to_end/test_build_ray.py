@@ -215,11 +215,11 @@ class Killing:
 def test_the_bytes_are_those_of_a_local_build_though_a_node_and_a_worker_die(
     cluster, tmp_path, monkeypatch
 ):
-    pictures = folder_per_class(tmp_path / "pictures", 150)
+    image_folder = folder_per_class(tmp_path / "pictures", 150)
     monkeypatch.setattr(plan, "SMALLEST_CHUNK", 8)
     options = BuildConfig(
         out=str(tmp_path / "local"),
-        train=str(pictures),
+        train=str(image_folder),
         holdout=0.1,
         samples_per_shard=30,
         workers=1,

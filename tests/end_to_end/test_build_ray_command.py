@@ -24,7 +24,7 @@ def command(*words: object, environment: dict[str, str]) -> subprocess.Completed
 
 
 @pytest.mark.ray
-def test_as_a_user_starts_it_onto_s3(pictures, tiny_data, monkeypatch):
+def test_as_a_user_starts_it_onto_s3(image_folder, tiny_data, monkeypatch):
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     mark, environment = marked(
@@ -37,7 +37,14 @@ def test_as_a_user_starts_it_onto_s3(pictures, tiny_data, monkeypatch):
         AWS_SHARED_CREDENTIALS_FILE=os.devnull,
         AWS_CONFIG_FILE=os.devnull,
     )
-    flags = ("--train", pictures / "train", "--val", pictures / "val", "--samples-per-shard", 10)
+    flags = (
+        "--train",
+        image_folder / "train",
+        "--val",
+        image_folder / "val",
+        "--samples-per-shard",
+        10,
+    )
     try:
         for name in environment:
             if name.startswith("AWS_"):

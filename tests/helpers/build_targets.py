@@ -67,11 +67,11 @@ class Here:
             yield task(job)
 
 
-def options(out: str, pictures: Path) -> BuildConfig:
+def options(out: str, image_folder: Path) -> BuildConfig:
     return BuildConfig(
         out=out,
-        train=str(pictures / "train"),
-        val=str(pictures / "val"),
+        train=str(image_folder / "train"),
+        val=str(image_folder / "val"),
         samples_per_shard=10,
         workers=1,
     )

@@ -12,7 +12,7 @@ from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.parquet import scan_parquet
 from tests.helpers.images import CLASSES, jpeg
 
-PICTURES = [jpeg(seed) for seed in range(20)]
+IMAGES = [jpeg(seed) for seed in range(20)]
 LABELS = [place % 4 for place in range(20)]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -29,7 +29,7 @@ def features(names=CLASSES, image: str = "image", label: str = "label") -> dict[
 
 def write(
     path: Path,
-    pictures=tuple(PICTURES),
+    images=tuple(IMAGES),
     labels=tuple(LABELS),
     *,
     kind: pa.DataType = IMAGE,
@@ -42,13 +42,13 @@ def write(
     """Write images as `datasets` does: a struct of bytes and path, and a number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if pa.types.is_struct(kind):
-        pictures = [
+        images = [
             {"bytes": data, "path": f"n{place}.JPEG"} if isinstance(data, bytes) else data
-            for place, data in enumerate(pictures)
+            for place, data in enumerate(images)
         ]
-    table = pa.table({image: pa.array(pictures, kind), label: pa.array(labels, label_kind)})
+    table = pa.table({image: pa.array(images, kind), label: pa.array(labels, label_kind)})
     pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=rows)
     return path
 
 
-NUMBERED = [(str(label), data) for label, data in zip(LABELS, PICTURES, strict=True)]
+NUMBERED = [(str(label), data) for label, data in zip(LABELS, IMAGES, strict=True)]

@@ -10,7 +10,7 @@ from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.webdataset import scan_webdataset
 from tests.helpers.images import jpeg
 
-PICTURES = [jpeg(seed) for seed in range(20)]
+IMAGES = [jpeg(seed) for seed in range(20)]
 
 
 def scan(source: str | Path, scratch: Path, split: str = "train", classes=None) -> Listing:
@@ -22,7 +22,7 @@ def write_shards(folder: Path, name: str = "train-%06d.tar", **fields) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pattern = str(folder / name)
     with wds.ShardWriter(pattern, maxcount=8, verbose=0) as writer:
-        for place, data in enumerate(PICTURES):
+        for place, data in enumerate(IMAGES):
             values = {key: make(place) for key, make in fields.items()}
             writer.write({"__key__": f"{place:05d}", "jpg": data, **values})
     return folder

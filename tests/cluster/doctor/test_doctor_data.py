@@ -59,8 +59,10 @@ def test_a_set_that_is_not_whole_is_told(data, harm: Callable[[Path], None], wor
     assert "pipeline." in found.mend
 
 
-def test_a_set_without_validation_images_does_not_fit_a_config_that_validates(pictures, tmp_path):
-    packed(tmp_path / "data", train=pictures / "train", samples_per_shard=10)
+def test_a_set_without_validation_images_does_not_fit_a_config_that_validates(
+    image_folder, tmp_path
+):
+    packed(tmp_path / "data", train=image_folder / "train", samples_per_shard=10)
     found = only(judged(tmp_path / "data"))
     assert found.status == "FAIL"
     assert "--validate-every 0" in found.mend

@@ -264,14 +264,14 @@ def test_ensembles_of_both_forms(tmp_path, make):
 def test_neighbours_and_codes_where_a_run_has_them(make):
     run = make("s0", {})
     (run / "neighbours").mkdir()
-    pictures = {"queries": {"split": "val", "pictures": 1000},
+    counted = {"queries": {"split": "val", "pictures": 1000},
                 "base": {"split": "train", "pictures": 4000}, "k": 6}  # fmt: skip
     near = {"precision_at_k": 0.5, "precision_by_chance": 0.1, "auc": 0.7, "auc_error": 0.01,
-            "units": 256, **pictures}  # fmt: skip
+            "units": 256, **counted}  # fmt: skip
     code = {"method": "auto-encoder", "bits": 128, "bytes": 16, "recall_at_k": 0.3,
             "precision_at_k": 0.4, "queries_s": 1e3}  # fmt: skip
     rival = {"method": "product", "bits": 64, "bytes": 8, "missing": "no such library"}
-    table = {"step": 40, "neighbours": near, "codes": {"rows": [code, rival], **pictures}}
+    table = {"step": 40, "neighbours": near, "codes": {"rows": [code, rival], **counted}}
     (run / "neighbours" / "summary.json").write_text(json.dumps(table))
     page = make_page([run])
     precision, auc = rows(page, "neighbours")

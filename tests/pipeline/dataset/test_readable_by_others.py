@@ -25,10 +25,10 @@ SPLITS = {"train": 48, "val": 20}
 
 
 @pytest.fixture(scope="module")
-def raw_data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def raw_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The validation images as a set of raw pixels."""
     out = tmp_path_factory.mktemp("raw") / "data"
-    packed(out, train=pictures / "val", samples_per_shard=10, encoding="raw")
+    packed(out, train=image_folder / "val", samples_per_shard=10, encoding="raw")
     return out
 
 

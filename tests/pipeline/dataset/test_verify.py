@@ -134,9 +134,9 @@ def test_decode_names_what_hashes_cannot_tell(tiny_data, tmp_path):
     assert "it is no JPEG" in found[2]["reason"]
 
 
-def test_a_raw_set_is_checked_to_its_headers(pictures, tmp_path):
+def test_a_raw_set_is_checked_to_its_headers(image_folder, tmp_path):
     data = tmp_path / "raw"
-    packed(data, train=pictures / "val", encoding="raw", samples_per_shard=10)
+    packed(data, train=image_folder / "val", encoding="raw", samples_per_shard=10)
     assert verify(data, decode=True) == []
     rows = rows_of(data, "train")
     overwrite(data / SHARD, int(rows[12]["offset"]) - 100, b"!")

@@ -42,11 +42,11 @@ def test_the_manifest_tells_what_is_there(tiny_data):
     assert verify(tiny_data) == []
 
 
-def test_the_stored_images_are_the_sources_in_shuffled_order(pictures, tiny_data):
+def test_the_stored_images_are_the_sources_in_shuffled_order(image_folder, tiny_data):
     from pipeline.packing.resize import decode_square, encode
 
     rows = rows_of(tiny_data, "train")
-    files = sorted((pictures / "train").glob("*/*.jpg"))
+    files = sorted((image_folder / "train").glob("*/*.jpg"))
     expected = {
         encode(decode_square(file.read_bytes()), 96, "4:2:0"): file.parent.name for file in files
     }
@@ -61,11 +61,14 @@ def test_the_stored_images_are_the_sources_in_shuffled_order(pictures, tiny_data
     assert rows["label"].tolist() != sorted(rows["label"])
 
 
-def test_statistics_are_those_of_the_pixels(pictures, tiny_data):
+def test_statistics_are_those_of_the_pixels(image_folder, tiny_data):
     from pipeline.packing.resize import decode_square
 
     values = np.stack(
-        [decode_square(file.read_bytes()) for file in sorted((pictures / "train").glob("*/*.jpg"))]
+        [
+            decode_square(file.read_bytes())
+            for file in sorted((image_folder / "train").glob("*/*.jpg"))
+        ]
     ).astype(np.float64)
     stats = Statistics.load(tiny_data)
     flat = values.reshape(-1, 3)
@@ -77,32 +80,32 @@ def test_statistics_are_those_of_the_pixels(pictures, tiny_data):
     assert (np.diff(stats.eigenvalues) <= 0).all()
 
 
-def test_the_same_bytes_whatever_the_number_of_workers(pictures, tiny_data, tmp_path):
+def test_the_same_bytes_whatever_the_number_of_workers(image_folder, tiny_data, tmp_path):
     for workers in ("1", "3"):
         out = tmp_path / workers
-        source = ["--train", pictures / "train", "--val", pictures / "val"]
+        source = ["--train", image_folder / "train", "--val", image_folder / "val"]
         done = run(out, *source, "--samples-per-shard", "10", "--workers", workers)
         assert done.returncode == 0, done.stderr
         assert everything(out) == everything(tiny_data)
 
 
-def test_a_finished_set_is_left_alone_and_another_plan_refused(pictures, tmp_path):
-    out, train = tmp_path / "data", pictures / "val"
+def test_a_finished_set_is_left_alone_and_another_plan_refused(image_folder, tmp_path):
+    out, train = tmp_path / "data", image_folder / "val"
     first = packed(out, train=train)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert packed(out, train=train) == first == Manifest.load(out)
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    for other in ({"seed": 1}, {"encoding": "raw"}, {"train": pictures / "train"}):
+    for other in ({"seed": 1}, {"encoding": "raw"}, {"train": image_folder / "train"}):
         with pytest.raises(UsageError, match="finished data set of other images"):
             packed(out, **{"train": train, **other})
 
 
-def test_the_same_images_elsewhere_are_the_same_plan(pictures, tmp_path):
+def test_the_same_images_elsewhere_are_the_same_plan(image_folder, tmp_path):
     """The folder of a source on a machine is no part of a set."""
-    shutil.copytree(pictures / "val", tmp_path / "copy")
+    shutil.copytree(image_folder / "val", tmp_path / "copy")
     plans = {
         packed(tmp_path / str(number), train=train).plan
-        for number, train in enumerate((pictures / "val", tmp_path / "copy"))
+        for number, train in enumerate((image_folder / "val", tmp_path / "copy"))
     }
     assert len(plans) == 1
     for name in ("0", "1"):
@@ -110,9 +113,9 @@ def test_the_same_images_elsewhere_are_the_same_plan(pictures, tmp_path):
     assert everything(tmp_path / "0") == everything(tmp_path / "1")
 
 
-def test_sets_from_before_there_were_encodings_hold_jpegs(pictures, tmp_path):
+def test_sets_from_before_there_were_encodings_hold_jpegs(image_folder, tmp_path):
     out = tmp_path / "data"
-    made = packed(out, train=pictures / "val")
+    made = packed(out, train=image_folder / "val")
     table = json.loads((out / "manifest.json").read_text())
     for name in ("encoding", "chroma", "titles", "duplicates", "leaks", "libraries"):
         table.pop(name)
@@ -122,25 +125,25 @@ def test_sets_from_before_there_were_encodings_hold_jpegs(pictures, tmp_path):
     assert [batch.ids.tolist() for batch in Stream(out, batch_size=20, view="centre", once=True)]
 
 
-def test_strangers_in_the_folder_stay(pictures, tmp_path):
+def test_strangers_in_the_folder_stay(image_folder, tmp_path):
     (tmp_path / "train-000000.tar").write_text("somebody else's shard")
     with pytest.raises(UsageError, match=r"holds train-000000\.tar"):
-        packed(tmp_path, train=pictures / "val")
+        packed(tmp_path, train=image_folder / "val")
     assert (tmp_path / "train-000000.tar").read_text() == "somebody else's shard"
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
 
 
-def test_two_builds_do_not_share_a_folder(pictures, tmp_path):
+def test_two_builds_do_not_share_a_folder(image_folder, tmp_path):
     with (
         FolderTarget(str(tmp_path)).reserve(),
         pytest.raises(UsageError, match="being built by another process"),
     ):
-        packed(tmp_path, train=pictures / "val")
+        packed(tmp_path, train=image_folder / "val")
     assert not (tmp_path / WORK).exists()
 
 
-def test_holdout_takes_its_share_of_every_class(pictures, tiny_data, tmp_path):
-    manifest = packed(tmp_path / "d", train=pictures / "train", holdout=0.25)
+def test_holdout_takes_its_share_of_every_class(image_folder, tiny_data, tmp_path):
+    manifest = packed(tmp_path / "d", train=image_folder / "train", holdout=0.25)
     assert {name: split.samples for name, split in manifest.splits.items()} == {
         "train": 36,
         "val": 12,
@@ -150,15 +153,15 @@ def test_holdout_takes_its_share_of_every_class(pictures, tiny_data, tmp_path):
     assert sorted(both) == sorted(rows_of(tiny_data, "train")["crc"])
 
 
-def test_statistics_are_of_the_training_split_alone(pictures, tmp_path):
+def test_statistics_are_of_the_training_split_alone(image_folder, tmp_path):
     held, alone = tmp_path / "held", tmp_path / "alone"
-    packed(held, train=pictures / "train", holdout=0.25)
+    packed(held, train=image_folder / "train", holdout=0.25)
     data = rows_of(held, "train")
     with (held / "train-000000.tar").open("rb") as tar:
         images_of = [_pixels_at(tar, row) for row in data]
     mean = np.mean(images_of, axis=(0, 1, 2))
     assert np.abs(Statistics.load(held).channel_mean - mean).max() < 1  # what the JPEGs lose
-    packed(alone, train=pictures / "train")
+    packed(alone, train=image_folder / "train")
     assert np.abs(Statistics.load(alone).channel_mean - mean).max() > 1
 
 
@@ -205,10 +208,10 @@ def test_a_class_of_unreadable_images_is_refused(tmp_path):
     assert not (tmp_path / "d/manifest.json").exists()
 
 
-def test_the_command_ends_with_one_line_and_the_right_code(pictures, tmp_path):
+def test_the_command_ends_with_one_line_and_the_right_code(image_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    train = pictures / "train"
+    train = image_folder / "train"
     for arguments, words in (
         ([tmp_path / "d", "--train", tmp_path / "empty"], "is empty"),
         ([tmp_path / "file", "--train", train], "cannot be written"),
@@ -227,19 +230,19 @@ def test_the_command_ends_with_one_line_and_the_right_code(pictures, tmp_path):
         assert done.stdout == ""
 
 
-def test_an_image_of_both_splits_is_told_loudly(pictures, tmp_path):
+def test_an_image_of_both_splits_is_told_loudly(image_folder, tmp_path):
     """The same image, saved again at another size and quality, is still the same image."""
     val = tmp_path / "val"
-    shutil.copytree(pictures / "val", val)
-    original = Image.open(pictures / "train/cat/003.jpg")
+    shutil.copytree(image_folder / "val", val)
+    original = Image.open(image_folder / "train/cat/003.jpg")
     larger = original.resize((2 * original.width, 2 * original.height), Image.Resampling.BICUBIC)
     larger.save(val / "dog/copy.jpg", quality=70)
-    done = run(tmp_path / "d", "--train", pictures / "train", "--val", val, "--json")
+    done = run(tmp_path / "d", "--train", image_folder / "train", "--val", val, "--json")
     assert done.returncode == 0
     facts = json.loads(done.stdout)
     assert (facts["duplicates"], facts["leaks"]) == (1, 1)
     assert "warning: 1 group of them in more than one split" in done.stderr
-    assert f"train {pictures}/train/cat/003.jpg = val {val}/dog/copy.jpg" in done.stderr
+    assert f"train {image_folder}/train/cat/003.jpg = val {val}/dog/copy.jpg" in done.stderr
     (row,) = map(json.loads, (tmp_path / "d/duplicates.jsonl").read_text().splitlines())
     assert (row["kind"], row["leak"], row["labels_differ"]) == ("near", True, True)
     for member in row["members"]:

@@ -49,17 +49,17 @@ def detailed(seed: int) -> np.ndarray:
     return (total * 255 / total.max()).astype(np.uint8)
 
 
-PICTURES = [detailed(seed) for seed in range(30)]
+IMAGES = [detailed(seed) for seed in range(30)]
 
 
 def test_it_is_the_textbooks_hash():
-    got = np.unpackbits(np.frombuffer(perceptual_hash(PICTURES[0]), np.uint8)).astype(bool)
+    got = np.unpackbits(np.frombuffer(perceptual_hash(IMAGES[0]), np.uint8)).astype(bool)
     assert got.shape == (BITS,)
-    assert (got != textbook(PICTURES[0])).sum() <= 4  # values next to the median
+    assert (got != textbook(IMAGES[0])).sum() <= 4  # values next to the median
 
 
 def test_unlike_images_differ_in_half_of_their_bits():
-    hashes = [perceptual_hash(image) for image in PICTURES]
+    hashes = [perceptual_hash(image) for image in IMAGES]
     apart = [distance(a, b) for place, a in enumerate(hashes) for b in hashes[:place]]
     assert 120 < np.mean(apart) < 136
     assert min(apart) > 3 * NEAR
@@ -84,7 +84,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_same_image_stored_otherwise_is_near(change):
-    apart = [distance(perceptual_hash(p), perceptual_hash(change(p))) for p in PICTURES]
+    apart = [distance(perceptual_hash(p), perceptual_hash(change(p))) for p in IMAGES]
     assert max(apart) <= NEAR
 
 

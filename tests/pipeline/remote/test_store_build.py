@@ -35,13 +35,15 @@ def same(target: StoreTarget, folder: Path) -> None:
 
 
 def test_a_build_onto_s3_has_the_bytes_of_a_local_one_and_streams(
-    bucket, pictures, tiny_data, tmp_path
+    bucket, image_folder, tiny_data, tmp_path
 ):
-    manifest = build(options(bucket, pictures), pool=Here())
+    manifest = build(options(bucket, image_folder), pool=Here())
     same(StoreTarget(bucket), tiny_data)
-    assert build(options(bucket, pictures), pool=Here(0)) == manifest  # finished: nothing is done
+    assert (
+        build(options(bucket, image_folder), pool=Here(0)) == manifest
+    )  # finished: nothing is done
     with pytest.raises(UsageError, match="finished data set of other"):
-        build(BuildConfig(out=bucket, train=str(pictures / "train"), samples_per_shard=10))
+        build(BuildConfig(out=bucket, train=str(image_folder / "train"), samples_per_shard=10))
     with (
         Stream(tiny_data, batch_size=16, seed=2) as local,
         Stream(bucket, cache=tmp_path / "cache", batch_size=16, seed=2) as remote,
@@ -53,33 +55,33 @@ def test_a_build_onto_s3_has_the_bytes_of_a_local_one_and_streams(
 
 
 def test_a_build_at_an_address_goes_on_where_it_was_interrupted(
-    memory, pictures, tiny_data, monkeypatch
+    memory, image_folder, tiny_data, monkeypatch
 ):
     monkeypatch.setattr(plan, "SMALLEST_CHUNK", 8)
     for results in (3, 4, 5):  # amid the chunks, then amid the shards
         with pytest.raises(KeyboardInterrupt):
-            build(options(memory, pictures), pool=Here(results))
+            build(options(memory, image_folder), pool=Here(results))
         assert CLAIM not in StoreTarget(memory).list_files()
-    build(options(memory, pictures), pool=Here())
+    build(options(memory, image_folder), pool=Here())
     same(StoreTarget(memory), tiny_data)
 
 
-def test_a_damaged_chunk_in_a_store_is_packed_again(memory, pictures, tiny_data):
+def test_a_damaged_chunk_in_a_store_is_packed_again(memory, image_folder, tiny_data):
     target = StoreTarget(memory)
     with pytest.raises(KeyboardInterrupt):
-        build(options(memory, pictures), pool=Here(2))  # all chunks, no shard
+        build(options(memory, image_folder), pool=Here(2))  # all chunks, no shard
     (name, *_) = sorted(name for name in target.list_files() if name.endswith(".bin"))
     data = target.read(name)
     put(target, name, data[: len(data) // 2])
-    build(options(memory, pictures), pool=Here())
+    build(options(memory, image_folder), pool=Here())
     same(target, tiny_data)
 
 
-def test_an_error_of_the_store_ends_a_build_in_one_line(memory, pictures, monkeypatch):
+def test_an_error_of_the_store_ends_a_build_in_one_line(memory, image_folder, monkeypatch):
     system = fsspec.filesystem("memory")
     log: list = []
     monkeypatch.setattr(RetryPolicy, "delay", lambda self, attempt: 0.01)
     monkeypatch.setattr(type(system), "put_file", staticmethod(fails(999, system.put_file, log)))
     with pytest.raises(DuetError, match="could not be written") as raised:
-        build(options(memory, pictures), pool=Here())
+        build(options(memory, image_folder), pool=Here())
     assert complaint(raised).count("could not be") == 1

@@ -87,12 +87,12 @@ def check_validation(listing: Listing, titles: bool) -> None:
     assert next(listing.rejects()).reason.startswith("no image: ")
 
 
-@pytest.mark.parametrize("pictures", [val_tar, lambda folder: val_folder(folder / "val")])
+@pytest.mark.parametrize("write_images", [val_tar, lambda folder: val_folder(folder / "val")])
 @pytest.mark.parametrize("labels", [kit_archive, kit_folder, solution, synset_list])
 def test_validation_images_get_their_classes_from_what_lies_beside(
-    pictures, labels, kit, tmp_path, listed
+    write_images, labels, kit, tmp_path, listed
 ):
-    source = pictures(tmp_path)
+    source = write_images(tmp_path)
     labels(tmp_path, kit)
     check_validation(listed(source), titles=labels in (kit_archive, kit_folder))
 

@@ -22,8 +22,8 @@ from tests.helpers.range_servers import RangeServer
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def write_parquet(path: Path, pictures: list, rows: int, kind: pa.DataType = IMAGE) -> str:
-    table = pa.table({"image": pa.array(pictures, kind), "label": [0] * len(pictures)})
+def write_parquet(path: Path, images: list, rows: int, kind: pa.DataType = IMAGE) -> str:
+    table = pa.table({"image": pa.array(images, kind), "label": [0] * len(images)})
     # Pages of 16 rows: by default they hold 1,024, however large, and are read whole.
     packer = "none" if rows > 40 else "snappy"
     pq.write_table(table, path, row_group_size=rows, compression=packer, write_batch_size=16)

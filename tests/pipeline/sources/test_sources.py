@@ -29,8 +29,8 @@ def listed(tmp_path):
     return scanned
 
 
-def test_every_layout_gives_the_same_images(pictures, tmp_path, listed):
-    train = pictures / "train"
+def test_every_layout_gives_the_same_images(image_folder, tmp_path, listed):
+    train = image_folder / "train"
     folders = read_contents(listed(train))
     assert [name for name, _ in folders] == sorted(12 * list(CLASSES))
     assert dict.fromkeys(data for _, data in folders).keys() == {
@@ -58,9 +58,9 @@ def test_every_layout_gives_the_same_images(pictures, tmp_path, listed):
     assert read_contents(listed(tar_of(tmp_path / "flat.tar", flat))) == folders
 
 
-def test_names_in_messages_lead_to_the_image(pictures, tmp_path, listed):
-    listing = listed(pictures / "train")
-    assert listing.full_name(13) == f"{pictures}/train/{CLASSES[1]}/001.jpg"
+def test_names_in_messages_lead_to_the_image(image_folder, tmp_path, listed):
+    listing = listed(image_folder / "train")
+    assert listing.full_name(13) == f"{image_folder}/train/{CLASSES[1]}/001.jpg"
     inner = tar_of(tmp_path / "a.tar", {"x.jpg": b"1"}).read_bytes()
     outer = tar_of(tmp_path / "outer.tar", {"t/a.tar": inner, "b/y.jpg": b"2"})
     listing = listed(outer)
@@ -148,11 +148,11 @@ def test_labels_of_another_split_follow_the_training_classes(tmp_path, listed):
         listed(tmp_path, classes=["dog", "emu"])
 
 
-def test_a_source_with_two_splits_gives_the_one_asked_for(pictures, tmp_path, listed):
+def test_a_source_with_two_splits_gives_the_one_asked_for(image_folder, tmp_path, listed):
     for split, per_class in (("train", 12), ("val", 5)):
-        listing = listed(pictures, split)
+        listing = listed(image_folder, split)
         assert len(listing) == 4 * per_class
-        assert listing.full_name(0).startswith(f"{pictures}/{split}/")
+        assert listing.full_name(0).startswith(f"{image_folder}/{split}/")
     (tmp_path / "s/train").mkdir(parents=True)
     (tmp_path / "s/train/a.tar").write_bytes(tar_of(tmp_path / "a", {"1.jpg": b"1"}).read_bytes())
     (tmp_path / "s/train/b.tar").write_bytes(tar_of(tmp_path / "b", {"2.jpg": b"2"}).read_bytes())

@@ -17,9 +17,9 @@ from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES
 from tests.helpers.parquets import (
     IMAGE,
+    IMAGES,
     LABELS,
     NUMBERED,
-    PICTURES,
     features,
     scan,
     write,
@@ -27,7 +27,7 @@ from tests.helpers.parquets import (
 from tests.helpers.range_servers import RangeServer
 from tests.helpers.sources import publish_folder, read_contents
 
-NAMED = [(CLASSES[label], data) for label, data in zip(LABELS, PICTURES, strict=True)]
+NAMED = [(CLASSES[label], data) for label, data in zip(LABELS, IMAGES, strict=True)]
 
 
 def test_the_layout_of_the_datasets_library(tmp_path):
@@ -36,10 +36,10 @@ def test_the_layout_of_the_datasets_library(tmp_path):
     for number in range(2):
         half = slice(10 * number, 10 * number + 10)
         path = root / f"data/train-{number:05d}-of-00002.parquet"
-        write(path, PICTURES[half], LABELS[half], metadata=features())
+        write(path, IMAGES[half], LABELS[half], metadata=features())
     val = root / "data/validation-00000-of-00001.parquet"
-    write(val, PICTURES[:8], [3, 2, 1, 0] * 2, metadata=features())
-    write(root / "data/test-00000-of-00001.parquet", PICTURES, [-1] * 20, metadata=features())
+    write(val, IMAGES[:8], [3, 2, 1, 0] * 2, metadata=features())
+    write(root / "data/test-00000-of-00001.parquet", IMAGES, [-1] * 20, metadata=features())
     (root / "README.md").touch()
     assert is_parquet(str(root))
     train = scan(root, tmp_path / "train")
@@ -48,7 +48,7 @@ def test_the_layout_of_the_datasets_library(tmp_path):
     assert train.rejected == 0
     assert train.full_name(12) == f"{root}/data/train-00001-of-00002.parquet/n2.JPEG"
     found = scan(root, tmp_path / "val", "val", train.classes)
-    assert read_contents(found) == [(CLASSES[3 - place % 4], PICTURES[place]) for place in range(8)]
+    assert read_contents(found) == [(CLASSES[3 - place % 4], IMAGES[place]) for place in range(8)]
     val.unlink()
     with pytest.raises(UsageError, match=r"20 images, none of them usable .*no labels"):
         scan(root, tmp_path / "test", "val", train.classes)
@@ -78,7 +78,7 @@ def test_test_rows_with_labels_serve_as_val(tmp_path):
 )
 def test_columns_of_many_kinds(tmp_path, options):
     if "path" not in str(options.get("kind", "path")) and "struct" in str(options.get("kind")):
-        rows = [{"bytes": data} for data in PICTURES]
+        rows = [{"bytes": data} for data in IMAGES]
         path = write(tmp_path / "a.parquet", rows, **options)
     else:
         path = write(tmp_path / "a.parquet", **options)
@@ -95,7 +95,7 @@ def test_the_schema_says_which_columns(tmp_path):
     table = pa.table(
         {
             "thumb": pa.array([b"x"] * 20),
-            "photo": pa.array([{"bytes": data, "path": None} for data in PICTURES], IMAGE),
+            "photo": pa.array([{"bytes": data, "path": None} for data in IMAGES], IMAGE),
             "id": list(range(20)),
             "breed": LABELS,
         }
@@ -144,7 +144,7 @@ def test_what_is_parquet(tmp_path):
     assert is_parquet(f"{tmp_path}/s/*/*.parquet")
     assert is_parquet(f"{tmp_path}/s/train/{{0..0}}.parquet")
     (tmp_path / "other/a").mkdir(parents=True)
-    (tmp_path / "other/a/x.jpg").write_bytes(PICTURES[0])
+    (tmp_path / "other/a/x.jpg").write_bytes(IMAGES[0])
     for source in ("other", "other/a/x.jpg", "nothing", "nothing.parquet", "s/*.parquet"):
         assert not is_parquet(str(tmp_path / source))
 
@@ -155,7 +155,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     folder = tmp_path / "s"
     for number in range(2):
         half = slice(10 * number, 10 * number + 10)
-        write(folder / f"{number}.parquet", PICTURES[half], LABELS[half], metadata=features())
+        write(folder / f"{number}.parquet", IMAGES[half], LABELS[half], metadata=features())
     with publish_folder(folder, request) as address:
         yield address
 
@@ -174,8 +174,8 @@ def test_files_of_a_store(store, tmp_path):
 
 def test_a_scan_reads_labels_and_no_images(tmp_path):
     random = np.random.default_rng(0)
-    pictures = [random.bytes(100_000) for _ in range(100)]
-    path = write(tmp_path / "s/a.parquet", pictures, LABELS * 5, rows=25)
+    images = [random.bytes(100_000) for _ in range(100)]
+    path = write(tmp_path / "s/a.parquet", images, LABELS * 5, rows=25)
     with RangeServer(path.parent) as server:
         listing = scan(f"{server.address}/a.parquet", tmp_path / "scratch")
         assert len(listing) == 100

@@ -12,7 +12,7 @@ from pipeline.sources.parquet import is_parquet
 from pipeline.sources.readers import open_reader
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES
-from tests.helpers.parquets import LABELS, NUMBERED, PICTURES, features, scan, write
+from tests.helpers.parquets import IMAGES, LABELS, NUMBERED, features, scan, write
 from tests.helpers.sources import read_contents
 
 
@@ -31,13 +31,13 @@ def test_rows_without_a_label_are_named(tmp_path):
 
 
 def test_empty_rows_are_unreadable_one_by_one(tmp_path):
-    rows = [None, {"bytes": None, "path": "/home/x/a.jpg"}, *PICTURES[2:]]
+    rows = [None, {"bytes": None, "path": "/home/x/a.jpg"}, *IMAGES[2:]]
     listing = scan(write(tmp_path / "a.parquet", rows), tmp_path / "scratch")
     reader = open_reader(listing.containers[0])
     for place in (0, 1):
         with pytest.raises(Unreadable, match="empty row"):
             reader.read(listing.names[place], place, -1)
-    assert reader.read(listing.names[2], 2, -1) == PICTURES[2]
+    assert reader.read(listing.names[2], 2, -1) == IMAGES[2]
     assert listing.names[0] == "row-000000"
 
 

@@ -15,9 +15,9 @@ from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES
 from tests.helpers.range_servers import RangeServer
 from tests.helpers.sources import publish_folder, read_contents
-from tests.helpers.webdatasets import PICTURES, scan, write_shards
+from tests.helpers.webdatasets import IMAGES, scan, write_shards
 
-NUMBERED = [(str(place % 4), data) for place, data in enumerate(PICTURES)]
+NUMBERED = [(str(place % 4), data) for place, data in enumerate(IMAGES)]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_words_are_classes(tmp_path):
     }.items():
         listing = scan(write_shards(tmp_path / name, **fields), tmp_path / f"scratch-{name}")
         assert read_contents(listing) == [
-            (CLASSES[place % 4], data) for place, data in enumerate(PICTURES)
+            (CLASSES[place % 4], data) for place, data in enumerate(IMAGES)
         ]
         assert listing.classes == CLASSES
 
@@ -78,7 +78,7 @@ def test_classes_beside_the_shards(tmp_path):
     listing = scan(folder, tmp_path / "one")
     assert listing.classes == ("d", "c", "b", "a")
     assert read_contents(listing) == [
-        ("dcba"[place % 4], data) for place, data in enumerate(PICTURES)
+        ("dcba"[place % 4], data) for place, data in enumerate(IMAGES)
     ]
     (folder / "classes.txt").write_text("d\nc\nb\n")
     with pytest.raises(UsageError, match=r"label 3 of .*00003\.jpg is no class: .* names 3"):
@@ -112,12 +112,12 @@ def test_splits_by_the_names_of_shards(tmp_path):
     listing = scan(tmp_path / "s", tmp_path / "train")
     assert read_contents(listing) == NUMBERED
     val = scan(tmp_path / "s", tmp_path / "val", "val")
-    assert read_contents(val) == [(str(3 - place % 4), data) for place, data in enumerate(PICTURES)]
+    assert read_contents(val) == [(str(3 - place % 4), data) for place, data in enumerate(IMAGES)]
 
 
 def test_ranges_globs_and_single_shards(tmp_path):
     folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
-    for number, (source, pictures) in enumerate(
+    for number, (source, samples) in enumerate(
         {
             f"{folder}/train-{{000000..000002}}.tar": 20,
             f"{folder}/train-{{000000,000002}}.tar": 12,
@@ -129,7 +129,7 @@ def test_ranges_globs_and_single_shards(tmp_path):
     ):
         assert is_webdataset(source)
         listing = scan(source, tmp_path / f"{number}")
-        assert len(listing) == pictures
+        assert len(listing) == samples
         expanded = wds.shardlists.expand_urls(source)
         if "*" not in source and "[" not in source and "://" not in source:
             assert [item.address for item in listing.containers] == expanded

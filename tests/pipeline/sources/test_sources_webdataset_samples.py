@@ -20,7 +20,7 @@ from pipeline.sources.webdataset import is_webdataset
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES
 from tests.helpers.tars import tar_of
-from tests.helpers.webdatasets import PICTURES, scan, write_shards
+from tests.helpers.webdatasets import IMAGES, scan, write_shards
 
 
 def rejects(listing: Listing) -> dict[str, str]:
@@ -52,7 +52,7 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 
 def test_samples_that_cannot_be_used(tmp_path):
-    image = PICTURES[0]
+    image = IMAGES[0]
     shard = tar_of(
         tmp_path / "a.tar",
         [

@@ -55,9 +55,9 @@ def test_pixels_are_pillows_less_the_mean_tinted_and_divided(tiny_data, mean, di
         np.testing.assert_allclose(image.numpy().transpose(1, 2, 0), pixels, atol=1e-3)
 
 
-def test_raw_images_have_the_same_options(pictures, tmp_path):
+def test_raw_images_have_the_same_options(image_folder, tmp_path):
     data = tmp_path / "data"
-    packed(data, train=pictures / "val", encoding="raw")
+    packed(data, train=image_folder / "val", encoding="raw")
     stats = Statistics.load(data)
     mean = torch.from_numpy(stats.mean_picture[16:240, 16:240]).permute(2, 0, 1)
     options = {"batch_size": 20, "seed": 1, "colour": 0.1}

@@ -33,13 +33,13 @@ seen at quality 90, while a crop that is one pixel off makes 1.45 or more."""
 
 
 @pytest.fixture(scope="module")
-def raw_data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def raw_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_data`, but raw: the same images in the same places of the same shards."""
-    return built(pictures, tmp_path_factory.mktemp("raw") / "data")
+    return built(image_folder, tmp_path_factory.mktemp("raw") / "data")
 
 
-def built(pictures: Path, out: Path, **settings) -> Path:
-    train, val = pictures / "train", pictures / "val"
+def built(image_folder: Path, out: Path, **settings) -> Path:
+    train, val = image_folder / "train", image_folder / "val"
     packed(out, train=train, val=val, samples_per_shard=10, encoding="raw", **settings)
     return out
 
@@ -56,9 +56,9 @@ def stored(data: Path, split: str = "train") -> np.ndarray:
     return np.stack(found)
 
 
-def test_the_tars_hold_the_sources_pixels_under_their_labels(pictures, raw_data):
+def test_the_tars_hold_the_sources_pixels_under_their_labels(image_folder, raw_data):
     rows = rows_of(raw_data, "train")
-    files = sorted((pictures / "train").glob("*/*.jpg"))
+    files = sorted((image_folder / "train").glob("*/*.jpg"))
     expected = {decode_square(file.read_bytes()).tobytes(): file.parent.name for file in files}
     found = stored(raw_data)
     assert found.shape == (48, *SHAPE)
@@ -76,8 +76,8 @@ def test_index_rows_are_the_pixels_behind_the_header(raw_data):
         assert zlib.crc32(data) == row["crc"]
 
 
-def test_the_same_bytes_whatever_the_number_of_workers(pictures, raw_data, tmp_path):
-    again = built(pictures, tmp_path / "data", workers=2)
+def test_the_same_bytes_whatever_the_number_of_workers(image_folder, raw_data, tmp_path):
+    again = built(image_folder, tmp_path / "data", workers=2)
     names = sorted(path.name for path in raw_data.iterdir())
     assert sorted(path.name for path in again.iterdir()) == names
     for name in names:

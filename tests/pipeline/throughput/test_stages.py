@@ -164,8 +164,8 @@ def test_threads_from_one_to_more_than_there_are_cores_are_tried():
     assert most == [1, 8, 250, 500, 1000, 1024]  # no stream takes more
 
 
-def test_raw_images_are_first_read_by_the_checksum(pictures, tmp_path):
-    packed(tmp_path / "raw", train=pictures / "train", encoding="raw", samples_per_shard=10)
+def test_raw_images_are_first_read_by_the_checksum(image_folder, tmp_path):
+    packed(tmp_path / "raw", train=image_folder / "train", encoding="raw", samples_per_shard=10)
     setting = Setting(data=str(tmp_path / "raw"), batch_size=8, threads=1)
     with open_parts(setting) as parts:
         found = stages.measure_stages(parts, 0.05, 4)
