@@ -64,7 +64,8 @@ class Jobs:
     """`ray job` on that cluster."""
 
     def __init__(self, cluster: dict[str, str], config: Path, data: Path) -> None:
-        self._cluster, self._words = cluster, (str(config), "--data", str(data))
+        self._cluster = cluster
+        self._words = (str(config), "--data", str(data), "--columns-per-worker", "2")
 
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
