@@ -69,7 +69,7 @@ class Training:
             assert self.process.poll() is None or self._reader.is_alive(), "\n".join(self.lines)
             time.sleep(0.1)
 
-    def end(self, seconds: float = 120) -> int:
+    def end(self, seconds: float = 300) -> int:
         code = self.process.wait(timeout=seconds)
         self._reader.join()
         return code
