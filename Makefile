@@ -41,7 +41,7 @@ help:
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
 	@echo 'make test                         lint, types, import rules, tests'
-	@echo 'make quick                        lint, types, and the tests that start no process (90 s)'
+	@echo 'make quick                        lint, types, and the tests that start no process'
 	@echo 'make soak                         kill a training [KILLS=50] times; half an hour'
 	@echo 'make format                       let ruff format and fix'
 	@echo 'make clean                        remove caches (data/, runs/ and .venv stay)'
