@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import pytest
 
 from cluster.config import Config
 from pipeline.stream.ledger.proof import prove
-from tests.cluster.training.test_worker import Call, together
 from tests.helpers.http_servers import Server
 from tests.helpers.images import flip_bit
 from tests.helpers.training_processes import (  # noqa: F401
@@ -29,8 +27,10 @@ from tests.helpers.training_processes import (  # noqa: F401
     losses,
     marked,
     processes,
+    strangers,
     tiny_config,
 )
+from tests.helpers.training_runs import Call, together
 
 
 @pytest.fixture
@@ -90,19 +90,6 @@ def command() -> Iterator[Callable[..., Command]]:
     for one in started:
         end_processes(one.mark)
         one.process.wait()
-
-
-OURS = re.compile(
-    r"\S+tiny\.toml -> |48 images, |starting: |going on from |restarted, going on|stopped; "
-    r"|replica  column   node |0        [ab]        |stopping: saving first|interrupted"
-    r"|the worker of replica 0, column [ab] \(node \S+\) died: .*; starting again from step \d+$"
-    r"|1 damaged image|\S+ is finished"
-    r"|step +\d+  (loss|validation|checkpoint|done|saved, and ended|from here on: lr)|$"
-)
-
-
-def strangers(lines: list[str]) -> list[str]:
-    return [line for line in lines if not OURS.match(line)]
 
 
 @pytest.mark.ray

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,12 +20,14 @@ import torch
 
 from cluster.config import Config
 from pipeline.stream.ledger.proof import prove
+from tests.helpers.http_servers import Server
 from tests.helpers.images import flip_bit
 from tests.helpers.ray_cluster import Simulated
 from tests.helpers.training_processes import (  # noqa: F401 - a fixture
     REPOSITORY,
     SETTINGS,
     sockets,
+    strangers,
     tiny_config,
 )
 from tests.helpers.training_runs import Call, learned, together
@@ -61,10 +62,9 @@ class Training:
         for line in self.process.stdout:
             self.lines.append(line.rstrip())
 
-    def until(self, word: str, seconds: float = 180, times: int = 1) -> None:
-        """Wait until so many lines have had the word."""
+    def until(self, word: str, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
-        while sum(word in line for line in self.lines) < times:
+        while not any(word in line for line in self.lines):
             assert time.monotonic() < deadline, "\n".join([f"no {word!r} in:", *self.lines])
             assert self.process.poll() is None or self._reader.is_alive(), "\n".join(self.lines)
             time.sleep(0.1)
@@ -90,38 +90,42 @@ def test_what_cannot_be_placed_is_refused_at_once_with_what_would_fit(
     (error,) = (line for line in one.lines if line.startswith("error: "))
     assert "4 replicas of 2 workers need 8 GPUs, 2 of them on one node each time" in error
     assert error.count("3 GPUs") == 2
+    assert "--device cpu" in error
     assert "2 replicas would fit; use --replicas 2 or" in error
 
 
-def unshared(run: Path, words: list[str]) -> list[str]:
-    """Return a command for which RUN lies on a file system that no other process sees."""
+def isolate(run: Path) -> list[str]:
+    """Return the head of a command for which RUN is a file system that no other process sees.
+
+    It is empty where no process may have a file system of its own.
+    """
     if not shutil.which("unshare"):
-        pytest.skip("needs unshare of util-linux")
+        return []
     over = 'mount -t tmpfs none "$0" && exec "$@"'
     head = ["unshare", *(["-m"] if os.geteuid() == 0 else ["-rm"]), "sh", "-c"]
     tried = subprocess.run([*head, over, str(run), "true"], capture_output=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"may not mount: {tried.stderr.decode().strip()}")
-    return [*head, over, str(run), *words]
+    return [] if tried.returncode else [*head, over, str(run)]
 
 
 def test_the_doctor_asks_every_node(cluster, config, tiny_data, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
 
-    def ask_doctor(path: Path, alone: bool) -> tuple[int, dict[str, dict[str, str]]]:
-        words = [sys.executable, "-m", "cluster.doctor", str(path), "--data", str(tiny_data),
-                 "--run", str(run), "--json"]  # fmt: skip
+    def ask_doctor(path: Path, head: list[str]) -> tuple[int, dict[str, dict[str, str]]]:
         done = subprocess.run(
-            unshared(run, words) if alone else words,
+            [*head, sys.executable, "-m", "cluster.doctor", str(path), "--data", str(tiny_data),
+             "--run", str(run), "--json"],
             cwd=REPOSITORY, env=cluster.environment, capture_output=True, text=True, timeout=180,
         )  # fmt: skip
         return done.returncode, {one["name"]: one for one in json.loads(done.stdout)["checks"]}
 
-    code, found = ask_doctor(config, alone=False)
+    code, found = ask_doctor(config, [])
     assert code == 0, found
-    assert found["room"]["value"] == "1 replica of 2 GPU workers on 1 of 3 nodes"
-    nodes = [(one["status"], one["value"]) for name, one in found.items() if "node " in name]
+    room = found["room"]
+    assert (room["status"], room["value"]) == ("ok", "1 replica of 2 GPU workers on 1 of 3 nodes")
+    nodes = [
+        (one["status"], one["value"]) for name, one in found.items() if name.startswith("node ")
+    ]
     assert sorted(nodes) == [
         ("ok", "same packages, sees RUN and DATA"),  # the head
         *[("warn", "3 GPUs: one has no partner")] * 2,
@@ -129,22 +133,27 @@ def test_the_doctor_asks_every_node(cluster, config, tiny_data, tmp_path):
     assert list(run.iterdir()) == []  # the mark is gone
     large = tmp_path / "large.toml"
     large.write_text(config.read_text() + "replicas = 4\n")
-    code, found = ask_doctor(large, alone=True)
+    alone = isolate(run)
+    code, found = ask_doctor(large, alone)
     assert code == 3
     assert found["room"]["status"] == "FAIL"
     assert "2 replicas would fit" in found["room"]["value"]
-    nodes = [one for name, one in found.items() if "node " in name]
+    assert list(run.iterdir()) == []
+    if not alone:
+        pytest.skip("needs unshare of util-linux, and the right to mount")
+    nodes = [one for name, one in found.items() if name.startswith("node ")]
     assert [(one["status"], one["value"]) for one in nodes] == [("FAIL", f"does not see {run}")] * 3
     assert all("storage that all nodes mount" in one["mend"] for one in nodes)
-    assert list(run.iterdir()) == []
 
 
 def test_strict_refuses_a_damaged_image(cluster, config, data, tmp_path):
     flip_bit(data, "train", 23)
     run = tmp_path / "strict"
-    one = Training(cluster, config, "--data", data, "--run", run, "--steps", 10, "--strict")
-    assert one.end() == 4
-    (error,) = (line for line in one.lines if line.startswith("error: "))
+    flags = ("--cache", tmp_path / "cache", "--cache-size", "1GB", "--steps", 10, "--strict")
+    with Server(data) as server:
+        one = Training(cluster, config, "--data", server.address, "--run", run, *flags)
+        assert one.end() == 4
+    (error,) = strangers(one.lines)
     assert re.search(r"train sample 23 \(train-000002\.tar, key 000002_00003\): CRC-32", error)
     assert re.match(r"error: replica 0, column [ab]: ", error)
     assert "Traceback" in (run / "error.log").read_text()
@@ -207,9 +216,8 @@ def test_a_run_shrinks_with_a_lost_node_grows_with_a_new_one_and_is_one_run(
     run = tmp_path / "run"
     # A rate at which rounding stays rounding: at 0.01 its errors grow tenfold in a few steps, in
     # any two worlds. What a sample's mask or place does to a loss is a hundred times more.
-    settings = SETTINGS | {"steps": 5000, "schedule": "manual", "lr": 2e-5}
-    flags = ("--steps", 5000, "--schedule", "manual", "--lr", 2e-5, "--replicas", "1:2", "--ledger")
-    one = Training(cluster, config, "--data", tiny_data, "--run", run, *flags)
+    words = ("--replicas", "1:2", "--ledger", "--steps", 250, "--schedule", "manual", "--lr", 2e-5)
+    one = Training(cluster, config, "--data", tiny_data, "--run", run, *words)
     one.until("starting: ")
     one.until("checkpoint")
     cluster.kill(1)
@@ -217,13 +225,7 @@ def test_a_run_shrinks_with_a_lost_node_grows_with_a_new_one_and_is_one_run(
     assert len(starts(run)[1]["workers"]) == 2
     cluster.add(3)
     one.until("there is room for 2 replicas: saving, then starting again")
-    one.until("restarted, going on from step", times=2)
-    grown = len(learned(run))
-    while len(learned(run)) < max(grown + 20, 60):
-        assert one.process.poll() is None, one.lines
-        time.sleep(0.1)
-    one.process.send_signal(signal.SIGINT)  # what it has shown by now is enough
-    assert one.end() == 130
+    assert one.end() == 0
     assert [row["replicas"] for row in starts(run)] == [2, 1, 2]
     for row in starts(run):
         assert [w["column"] for w in row["workers"]] == ["a", "b"] * row["replicas"]
@@ -233,10 +235,9 @@ def test_a_run_shrinks_with_a_lost_node_grows_with_a_new_one_and_is_one_run(
     assert proof.findings == ()
     assert set(proof.worlds) == {2, 4}
 
-    changed = learned(run)
-    whole = Config.from_settings(settings | {"steps": len(changed)})
-    together(tmp_path / "job", [Call(whole, tiny_data, tmp_path / "fixed")])
-    fixed = learned(tmp_path / "fixed")
+    settings = Config.from_settings(SETTINGS | {"steps": 250, "schedule": "manual", "lr": 2e-5})
+    together(tmp_path / "job", [Call(settings, tiny_data, tmp_path / "fixed")])
+    changed, fixed = learned(run), learned(tmp_path / "fixed")
     assert [row[:3] for row in changed] == [row[:3] for row in fixed]
     losses = torch.tensor([[row[3] for row in rows] for rows in (changed, fixed)])
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0.01)

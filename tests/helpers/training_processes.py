@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import uuid
 from collections.abc import Iterator
@@ -100,3 +101,17 @@ def marked(**more: str) -> tuple[str, dict[str, str]]:
     environment = {**os.environ, "DUET_TEST": value, **more}
     environment.pop("RAY_ADDRESS", None)
     return f"DUET_TEST={value}", environment
+
+
+OURS = re.compile(
+    r"\S+tiny\.toml -> |48 images, |starting: |going on from |restarted, going on|stopped; "
+    r"|replica  column   node |0        [ab]        |stopping: saving first|interrupted"
+    r"|the worker of replica 0, column [ab] \(node \S+\) died: .*; starting again from step \d+$"
+    r"|1 damaged image|\S+ is finished"
+    r"|step +\d+  (loss|validation|checkpoint|done|saved, and ended|from here on: lr)|$"
+)
+
+
+def strangers(lines: list[str]) -> list[str]:
+    """Return the lines that a training that goes well does not print."""
+    return [line for line in lines if not OURS.match(line)]
