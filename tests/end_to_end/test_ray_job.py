@@ -85,33 +85,32 @@ class Jobs:
 
 
 @pytest.mark.ray
-def test_a_submitted_job_trains_saves_when_it_is_stopped_and_passes_its_exit_code_on(
+def test_a_submitted_job_trains_passes_its_exit_code_on_and_saves_when_it_is_stopped(
     cluster, config, tiny_data, tmp_path
 ):
     jobs, run = Jobs(cluster, config, tiny_data), tmp_path / "run"
-    flags = ("--steps", "100000", "--checkpoint-every", "100000", "--schedule", "manual")
-    done = jobs.submit(run, *flags, name="long")
+    done = jobs.submit(run, "--steps", "4")
     deadline = time.monotonic() + 60
     while "No available agent" in done.stderr and time.monotonic() < deadline:
         time.sleep(1)  # the head listens before it can take jobs
-        done = jobs.submit(run, *flags, name="long")
+        done = jobs.submit(run, "--steps", "4")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(run)) == 4
+    assert "Traceback" not in done.stdout + done.stderr
+    refused = jobs.submit(run, "--steps", "4", "--width", "0.25")
+    assert refused.returncode != 0
+    assert "width: 0.125 -> 0.25" in refused.stdout + refused.stderr
+
+    long = tmp_path / "long"
+    flags = ("--steps", "100000", "--checkpoint-every", "100000", "--schedule", "manual")
+    assert jobs.submit(long, *flags, name="long").returncode == 0
     deadline = time.monotonic() + 90
-    while not ((run / "metrics.jsonl").exists() and losses(run)):
+    while not ((long / "metrics.jsonl").exists() and losses(long)):
         assert time.monotonic() < deadline, jobs("logs", "long").stdout
         time.sleep(0.2)
     assert jobs("stop", "long").returncode == 0
-    steps = len(losses(run))
-    (saved,) = (run / "checkpoints").iterdir()
-    assert saved.name == f"step-{steps:08d}"
+    (saved,) = (long / "checkpoints").iterdir()
+    assert saved.name == f"step-{len(losses(long)):08d}"
     log = jobs("logs", "long").stdout
     assert "stopping: saving first" in log
-    assert f"stopped; the same command goes on from step {steps}" in log
-
-    refused = jobs.submit(run, *flags, "--width", "0.25")
-    assert refused.returncode != 0
-    assert "width: 0.125 -> 0.25" in refused.stdout + refused.stderr
-    done = jobs.submit(run, *flags, "--steps", str(steps + 4))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(losses(run)) == steps + 4
-    assert "Traceback" not in done.stdout + done.stderr
+    assert f"stopped; the same command goes on from step {len(losses(long))}" in log
