@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 
 from model.architecture import Design
-from model.schedule import list_color_steps, parse_changes, parse_layer_rates
+from model.schedule import list_color_steps, parse_changes, parse_layer_rates, suggest_name
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
 from pipeline.tools.units import parse_size
@@ -42,6 +42,31 @@ NOT_NEGATIVE = (
     "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best",
     "node_wait",
 )  # fmt: skip
+ALIASES = {
+    "lr": ("learning_rate", "base_lr", "init_lr", "initial_lr", "rate"),
+    "epochs": ("epoch", "num_epochs", "n_epochs", "max_epochs", "nb_epochs"),
+    "steps": ("step", "max_steps", "num_steps", "total_steps", "iters", "iterations", "max_iter"),
+    "weight_decay": ("wd", "decay", "l2", "weightdecay"),
+    "batch_size": ("bs", "batch", "batchsize", "global_batch_size"),
+    "threads": ("workers", "num_workers", "loader_workers", "decode_threads", "j"),
+    "replicas": ("gpus", "num_gpus", "ngpus", "world_size", "nproc", "nproc_per_node", "nodes"),
+    "microbatch": ("micro_batch", "micro_batch_size", "accumulate", "accumulation_steps"),
+    "schedule": ("scheduler", "lr_schedule", "lr_scheduler"),
+    "dtype": ("amp", "precision", "fp16", "bf16", "half", "mixed_precision"),
+    "checkpoint_every": ("save_every", "save_freq", "save_steps", "checkpoint_interval"),
+    "validate_every": ("val_every", "eval_every", "eval_freq", "eval_steps", "val_freq"),
+    "init": ("pretrained", "weights", "finetune", "checkpoint"),
+    "seed": ("random_seed", "manual_seed", "rng"),
+    "colour": ("color", "color_jitter"),
+    "colour_divide": ("color_divide",),
+    "prefetch": ("prefetch_factor", "prefetch_depth"),
+    "device": ("accelerator", "cuda", "gpu"),
+    "layer_rates": ("lr_mult", "layer_lr", "freeze"),
+    "norm": ("normalization", "lrn", "batch_norm", "batchnorm", "bn"),
+    "momentum": ("mom", "beta"),
+    "patience": ("lr_patience",),
+}
+"""Names that other trainers give to a setting: an unknown one of these has a sure suggestion."""
 CHANGEABLE = (
     "replicas", "device", "columns_per_worker", "microbatch", "threads", "prefetch",
     "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
@@ -361,6 +386,8 @@ KINDS: dict[object, str] = {
 DESIGN_TYPES = get_type_hints(Design)
 TYPES = DESIGN_TYPES | {k: kind for k, kind in get_type_hints(Config).items() if k != "design"}
 """Type of each setting of the flat table."""
+MEANT = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+"""Setting that each alias means."""
 
 
 def find_config(path: Path, folder: Path = PRESETS) -> Path:
@@ -405,13 +432,18 @@ def load_settings(config: Path) -> dict[str, Any]:
     table.pop(DATA_KEY, None)
     for key, value in table.items():
         if key not in TYPES:
-            near = difflib.get_close_matches(key, TYPES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TYPES)}"
-            raise UsageError(f"config file {path}: no setting {key!r}; {hint}")
+            raise UsageError(f"config file {path}: no setting {key!r}; {suggest_setting(key)}")
         if not is_of_type(value, TYPES[key]):
             takes = KINDS.get(TYPES[key]) or " or ".join(map(repr, get_args(TYPES[key])))
             raise UsageError(f"config file {path}: {key} is {value!r}; it takes {takes}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+def suggest_setting(name: str) -> str:
+    """Return a hint for an unknown setting: by `ALIASES`, else the nearest name, else all names."""
+    plain = name.lower().replace("-", "_")
+    meant = plain if plain in TYPES else MEANT.get(plain)
+    return f"did you mean {meant!r}?" if meant else suggest_name(name, list(TYPES))
 
 
 def is_of_type(value: object, kind: Any) -> bool:

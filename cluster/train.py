@@ -21,7 +21,7 @@ import tyro
 from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import pin_init, resolve_init
 from cluster.checkpoint.storage import find_last_step, open_storage
-from cluster.config import LENGTH, Config, load_settings
+from cluster.config import LENGTH, MEANT, Config, load_settings
 from cluster.run.console import RunConsole
 from cluster.run.exporters import require_tensorboard
 from cluster.run.folder import QUARANTINE, lock_run, write_run_config
@@ -107,6 +107,11 @@ def parse_command(argv: Sequence[str]) -> Command:
 
 
 def _parse(words: list[str]) -> Command:
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in MEANT:
+            meant = MEANT[name].replace("_", "-")
+            raise UsageError(f"no flag {word.partition('=')[0]}; did you mean --{meant}?")
     return tyro.cli(
         _UncheckedCommand, args=words, prog="python -m cluster.train", description=Command.__doc__
     )

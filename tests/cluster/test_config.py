@@ -9,12 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import (
+    ALIASES,
+    MEANT,
     PRESETS,
+    TYPES,
     Config,
     find_config,
     format_toml,
     load_settings,
     read_run_config,
+    suggest_setting,
 )
 from cluster.train import parse_command
 from model.architecture import Design
@@ -61,6 +65,10 @@ def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(setti
     ("text", "flags", "words"),
     [
         ("widht = 0.5", (), ["some.toml", "'widht'", "did you mean 'width'?"]),
+        ("learning_rate = 1", (), ["some.toml", "'learning_rate'", "did you mean 'lr'?"]),
+        ("Batch-Size = 1", (), ["'Batch-Size'", "did you mean 'batch_size'?"]),
+        ("", ("--learning-rate", "1"), ["no flag --learning-rate", "did you mean --lr?"]),
+        ("", ("--bs=8",), ["no flag --bs", "did you mean --batch-size?"]),
         ("zzz = 1", (), ["some.toml", "'zzz'", "there are", "batch_size"]),
         ("width = 'half'", (), ["some.toml", "width", "'half'", "a number"]),
         ("batch_size = 12.5", (), ["some.toml", "batch_size", "12.5", "a whole number"]),
@@ -143,6 +151,15 @@ def test_settings_of_an_older_run_are_read_from_its_flat_file(tmp_path):
     path.write_text('width = 0.5\nnorm = "none"\nseed = 3\ndata_sha256 = "ab"\n')
     config = Config(design=Design(width=0.5, norm="none"), seed=3)
     assert read_run_config(path) == (config, "ab")
+
+
+def test_every_alias_means_a_setting_and_is_none_itself():
+    assert set(ALIASES) <= set(TYPES)
+    aliases = [alias for names in ALIASES.values() for alias in names]
+    assert not set(aliases) & set(TYPES)
+    assert len(MEANT) == len(aliases)  # none means two
+    for alias, name in (("epoch", "epochs"), ("wd", "weight_decay"), ("workers", "threads")):
+        assert suggest_setting(alias) == f"did you mean {name!r}?"
 
 
 def test_a_missing_file_is_named():

@@ -20,7 +20,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cluster.config import PRESETS, TYPES, Config, find_config, is_of_type, load_settings
+from cluster.config import (
+    PRESETS,
+    TYPES,
+    Config,
+    find_config,
+    is_of_type,
+    load_settings,
+    suggest_setting,
+)
 from pipeline.tools.errors import UsageError
 
 Measure = Literal["pictures", "error", "gap", "nets"]
@@ -250,7 +258,10 @@ def _parse_variants(
 def _parse_settings(where: str, table: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in table.items():
         if key not in TYPES:
-            raise ValueError(f"[{where}] has {key!r}, which is no setting of cluster.train")
+            raise ValueError(
+                f"[{where}] has {key!r}, which is no setting of cluster.train; "
+                + suggest_setting(key)
+            )
         if not is_of_type(value, TYPES[key]):
             raise ValueError(f"[{where}] {key} is {value!r}, which that setting does not take")
     return {key: tuple(one) if isinstance(one, list) else one for key, one in table.items()}
