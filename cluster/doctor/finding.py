@@ -1,9 +1,8 @@
-"""A line of the doctor's result; text of a file of the kernel."""
+"""A line of the doctor's result."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 GB = 10**9
@@ -33,11 +32,3 @@ def warn(name: str, value: str, mend: str, *, unless: object = False) -> Finding
 def fail(name: str, value: str, mend: str, *, unless: object = False) -> Finding:
     """Return a finding with which training fails or does not start; `unless`: it is well."""
     return ok(name, value) if unless else Finding(name, "FAIL", value, mend)
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file without surrounding blanks; empty if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -15,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.doctor.finding import GB, Finding, fail, ok, read_text, warn
+from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.text import human_bytes
-from pipeline.tools.units import cpu_count
+from pipeline.tools.units import cpu_count, free_memory, read_memory_left
 
 BFLOAT16 = (8, 0)
 """First compute capability with bfloat16 arithmetic."""
@@ -238,21 +237,16 @@ def gather(gpus: int) -> Hardware:
     from cluster.training.precision import compute_dtype
     from model.norm.response import describe_backend
 
-    allowed = cpu_count()
-    memory_left, quota = read_container_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    # sysconf's SC_AVPHYS_PAGES would leave out the page cache, which the kernel gives back.
-    meminfo = re.search(r"^MemAvailable: +(\d+) kB", read_text(Path("/proc/meminfo")), re.MULTILINE)
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = int(meminfo[1]) * 1024 if meminfo else physical
+    cores, free, left = cpu_count(), free_memory(), read_memory_left()
     temporary = tempfile.gettempdir()
     disk = shutil.disk_usage(temporary)
     shared = Path("/dev/shm")
     return Hardware(
         gpus=gpus,
-        cores=allowed if quota is None else min(allowed, max(1, int(quota))),
-        has_quota=quota is not None and quota < allowed,
-        memory=available if memory_left is None else min(available, memory_left),
-        has_memory_limit=memory_left is not None and memory_left < available,
+        cores=cores,
+        has_quota=cores < len(os.sched_getaffinity(0)),
+        memory=free if left is None else min(free, left),
+        has_memory_limit=left is not None and left < free,
         shared=shutil.disk_usage(shared).free if shared.exists() else 0,
         files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         locked=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
@@ -264,50 +258,6 @@ def gather(gpus: int) -> Hardware:
         has_amx=compute_dtype("auto", torch.device("cpu")) == torch.bfloat16,
         kernels="" if gpus else describe_backend("cpu"),
     )
-
-
-def read_container_limits(root: Path, own: Path) -> tuple[int | None, float | None]:
-    """Read the bytes of memory and number of cores that control groups leave this process.
-
-    Args:
-        root: mount point of control groups; version 2, or 1 with folders memory and cpu.
-        own: file that lists the groups of this process (/proc/self/cgroup).
-
-    Returns:
-        None for either if there is no limit.
-    """
-    memory: list[int] = []
-    cores: list[float] = []
-    for line in read_text(own).splitlines():
-        _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        for folder in (Path(path), *Path(path).parents):
-            below = str(folder).lstrip("/")
-            if not controllers:
-                files = ("memory.max", "memory.current", "inactive_file")
-                memory += _read_memory_left(root / below, *files)
-                cores += _parse_quota(read_text(root / below / "cpu.max"))
-            if "memory" in names:
-                files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-                memory += _read_memory_left(root / "memory" / below, *files)
-            if "cpu" in names:
-                group = root / "cpu" / below
-                quota, period = (read_text(group / f"cpu.cfs_{x}_us") for x in ("quota", "period"))
-                cores += _parse_quota(f"{quota} {period}")
-    return min(memory, default=None), min(cores, default=None)
-
-
-def _read_memory_left(group: Path, limit: str, used: str, cache: str) -> list[int]:
-    most, now = read_text(group / limit), read_text(group / used)
-    if not most.isdecimal() or not now.isdecimal() or int(most) > 2**60:  # 2**63 means no limit
-        return []
-    rows = dict(line.split(" ", 1) for line in read_text(group / "memory.stat").splitlines())
-    return [int(most) - int(now) + int(rows.get(cache, 0))]
-
-
-def _parse_quota(text: str) -> list[float]:
-    whole, _, period = text.partition(" ")
-    return [int(whole) / int(period)] if whole.isdecimal() and period.isdecimal() else []
 
 
 def judge(have: Hardware, own_ray: bool) -> Iterator[Finding]:

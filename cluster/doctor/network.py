@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from cluster.doctor.finding import Finding, fail, ok, read_text, warn
+from cluster.doctor.finding import Finding, fail, ok, warn
 from pipeline.tools.errors import summarize_error
+from pipeline.tools.files import read_text
 from pipeline.tools.text import human_bytes
 
 SECONDS = 30

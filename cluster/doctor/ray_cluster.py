@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.doctor.finding import Finding, fail, ok, read_text, warn
+from cluster.doctor.finding import Finding, fail, ok, warn
 from cluster.doctor.hardware import MIN_FILES, MIN_SHARED
 from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
@@ -29,6 +29,7 @@ from cluster.launch.placement import Node
 from cluster.launch.session import REPOSITORY
 from pipeline.remote.filesystem import hide_credentials, is_remote
 from pipeline.tools.errors import summarize_error
+from pipeline.tools.files import read_text
 from pipeline.tools.text import human_bytes
 
 CONNECT_SECONDS = 5

@@ -15,8 +15,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cluster.doctor.finding import Finding, fail, ok, read_text, warn
+from cluster.doctor.finding import Finding, fail, ok, warn
 from pipeline.tools.errors import summarize_error
+from pipeline.tools.files import read_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")

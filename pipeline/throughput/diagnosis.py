@@ -13,7 +13,7 @@ from pipeline.stream.config import MAX_THREADS
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import stages
 from pipeline.throughput.clock import OTHERS, Rate, StageRow, make_row
-from pipeline.throughput.hardware import describe_machine, get_available_memory
+from pipeline.throughput.hardware import describe_machine
 from pipeline.throughput.model import (
     WORTH,
     Bound,
@@ -30,6 +30,7 @@ from pipeline.throughput.report import ThroughputReport
 from pipeline.throughput.stages import Parts, Setting, StageRates, open_parts
 from pipeline.throughput.stream_rate import FetchRate, StreamRate, measure_fetching, measure_stream
 from pipeline.tools.progress import Progress
+from pipeline.tools.units import available_memory
 
 ENOUGH = 1.1
 """Stream over trainer, in images per second, above which the trainer never waits (AU >= 90 %)."""
@@ -149,7 +150,7 @@ def find_state(
     parts: Parts, alone: StageRates, costs: Costs, found: StreamRate, fetched: FetchRate | None
 ) -> StreamState:
     """Return where the data set is read from most of the time, and the rate of the stream then."""
-    fits = sum(shard.bytes for shard in parts.shard_reader.shards) < get_available_memory()
+    fits = sum(shard.bytes for shard in parts.shard_reader.shards) < available_memory()
     cold, slow, read = alone.cold, costs, alone.warm
     state = "From the page cache"
     if fetched is not None:

@@ -61,12 +61,6 @@ def format_count(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
-def get_available_memory() -> int:
-    """Return the bytes of memory that can hold files: free memory and the page cache."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
 BLOCK = 2**20
 """Bytes read at a time."""
 LARGE = 64 * 2**20

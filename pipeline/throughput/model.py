@@ -23,8 +23,9 @@ import numpy as np
 from pipeline.stream.timing import Spent
 from pipeline.throughput import stages, stream_rate
 from pipeline.throughput.clock import Rate, measure_in_turn
-from pipeline.throughput.hardware import format_count, get_available_memory
+from pipeline.throughput.hardware import format_count
 from pipeline.throughput.stages import Parts, ReaderRate, StageRates, measure_cold_reading
+from pipeline.tools.units import available_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +231,7 @@ def _change_encoding(now: StreamState, seconds: float) -> Remedy | None:
         return Remedy(name="raw encoding", change="jpeg -> raw", note="no disk space to try it")
     img_s = rate.median
     note = f"{each / now.parts.bytes_each:.1f} times the bytes"
-    if now.alone.disk and each * samples > get_available_memory():
+    if now.alone.disk and each * samples > available_memory():
         img_s = min(img_s, now.alone.disk / each)
         note += ", more than memory holds: the disk bounds it"
     else:

@@ -8,5 +8,5 @@ processes   worker pools, isolated calls
 progress    progress bar
 renames     commands under their former names
 text        numbers as people read them
-units       sizes as people write them, name of the CPU, number of its cores
+units       sizes as people write them, cores and memory that this process may use
 """

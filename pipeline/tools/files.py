@@ -104,6 +104,14 @@ def explain_full_disk(message: str) -> Iterator[None]:
         raise
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file without surrounding blanks; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
     with path.open("rb") as file:

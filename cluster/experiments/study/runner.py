@@ -152,7 +152,7 @@ class Slot:
 
 def make_slots(at_once: int = 0, gpus: Sequence[str] = ()) -> list[Slot]:
     """Divide cores and GPUs among `at_once` runs; 0: one for each GPU, or for each core."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))[: cpu_count()]
     count = at_once or len(gpus) or len(cores)
     shares = [tuple(cores[index::count]) or (cores[index % len(cores)],) for index in range(count)]
     return [

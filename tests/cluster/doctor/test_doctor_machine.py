@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -197,35 +196,6 @@ def test_the_longest_temporary_folder_is_the_one_in_which_sockets_can_be():
         with socket.socket(socket.AF_UNIX) as one, pytest.raises(reason) as error:
             one.bind(f"{folder}/{session}")  # the kernel, or Python before it, says which it is
         assert type(error.value) is reason, error.value
-
-
-def groups(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text + "\n")
-    return root
-
-
-def test_a_containers_limits_are_found_in_either_version_of_control_groups(tmp_path):
-    mine = tmp_path / "mine"
-    mine.write_text("0::/pods/one\n")
-    root = groups(tmp_path / "v2", {
-        "pods/one/memory.max": "max",
-        "pods/memory.max": "4000", "pods/memory.current": "3000",
-        "pods/memory.stat": "anon 1000\ninactive_file 500",
-        "pods/one/cpu.max": "150000 100000", "pods/cpu.max": "max 100000",
-    })  # fmt: skip
-    assert hardware.read_container_limits(root, mine) == (1500, 1.5)
-    mine.write_text("4:memory:/a\n3:cpu,cpuacct:/a\n1:name=systemd:/\n")
-    root = groups(tmp_path / "v1", {
-        "memory/a/memory.limit_in_bytes": "4000", "memory/a/memory.usage_in_bytes": "1000",
-        "memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "9",
-        "cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000",
-        "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
-    })  # fmt: skip
-    assert hardware.read_container_limits(root, mine) == (3000, 3.0)
-    assert hardware.read_container_limits(tmp_path / "none", mine) == (None, None)
-    assert hardware.read_container_limits(root, tmp_path / "none") == (None, None)
 
 
 @pytest.mark.parametrize(

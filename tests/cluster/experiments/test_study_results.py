@@ -119,6 +119,7 @@ def test_no_mean_is_told_of_a_variant_of_which_a_run_did_not_come_to_it():
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {4, 5, 6, 7, 8})
+    monkeypatch.setattr("cluster.experiments.study.runner.cpu_count", lambda: 5)
     assert [one.cores for one in make_slots(2)] == [(4, 6, 8), (5, 7)]
     assert [one.cores for one in make_slots()] == [(4,), (5,), (6,), (7,), (8,)]
     assert [(one.cores, one.gpu) for one in make_slots(gpus=["2", "5"])] == [
@@ -126,3 +127,5 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
     ]  # fmt: skip
     assert len(make_slots(7)) == 7
     assert all(one.cores for one in make_slots(7))
+    monkeypatch.setattr("cluster.experiments.study.runner.cpu_count", lambda: 2)  # a quota
+    assert [one.cores for one in make_slots()] == [(4,), (5,)]

@@ -27,9 +27,7 @@ def states(tiny_data, monkeypatch):
     with open_parts(Setting(data=str(tiny_data), batch_size=8)) as parts:
 
         def of(memory: float, fetched=None, cold=SLOW):
-            monkeypatch.setattr(
-                "pipeline.throughput.diagnosis.get_available_memory", lambda: memory
-            )
+            monkeypatch.setattr("pipeline.throughput.diagnosis.available_memory", lambda: memory)
             alone = StageRates(stages=(), warm=reading_of(READ), loaded=(), disk=1e9,
                           cold=reading_of(cold) if cold else None)  # fmt: skip
             rate = Rate((3000.0,), 4.0, 0.0)
