@@ -45,7 +45,7 @@ from pipeline.tools.progress import Progress
 from pipeline.tools.units import cpu_count
 
 MOST_CONFUSED = 50
-"""Most classes for which the confusion matrix is written."""
+"""Most classes for which the confusion matrix is counted and written: its size is their square."""
 BATCH = 64
 
 
@@ -128,13 +128,13 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     path = probability_path(options.run, options.views)
     saving = open_writer(path, about) if options.save_probabilities else nullcontext()
     with saving as writer, autocast(compute_dtype(config.dtype, device), device):
-        sums, confusion, seconds = _count(net, stream, options, writer)
+        counts, seconds = _count(net, stream, options, writer)
     return {
         "views": options.views,
         "split": options.split,
         "step": found.mark.step,
         "position": found.mark.position,
-        **_summarize(sums, confusion, manifest.classes),
+        **_summarize(counts, manifest.classes),
         "img_s": round(stream.samples / seconds, 1),
         "seconds": round(seconds, 2),
     }
@@ -156,12 +156,47 @@ def _open_stream(options: Evaluate, config: Config, device: torch.device) -> Str
     )
 
 
+@dataclass(frozen=True)
+class AnswerCounts:
+    """Answers of a network to the images of a split, counted."""
+
+    sums: Tensor
+    """float64 [4], see `model.metrics.sum_metrics`."""
+    images: Tensor
+    """int64 [classes]: images of each class."""
+    right: Tensor
+    """int64 [classes]: those of them whose class got the highest probability."""
+    confusion: Tensor | None
+    """int64 [classes, classes]: images by class and answer; None with more than `MOST_CONFUSED`."""
+
+    @classmethod
+    def zeros(cls, classes: int) -> AnswerCounts:
+        """Return the counts of no images."""
+        is_small = classes <= MOST_CONFUSED
+        return cls(
+            sums=torch.zeros(4, dtype=torch.float64),
+            images=torch.zeros(classes, dtype=torch.int64),
+            right=torch.zeros(classes, dtype=torch.int64),
+            confusion=torch.zeros(classes, classes, dtype=torch.int64) if is_small else None,
+        )
+
+    def add(self, probabilities: Tensor, labels: Tensor, weights: Tensor) -> None:
+        """Add a batch; the arguments are those of `model.metrics.sum_metrics`."""
+        self.sums.add_(sum_metrics(probabilities, labels, weights).cpu())
+        real = weights > 0
+        labels, answers = labels[real].cpu(), probabilities[real].argmax(1).cpu()
+        ones = torch.ones_like(labels)
+        self.images.index_add_(0, labels, ones)
+        self.right.index_add_(0, labels, (labels == answers).long())
+        if self.confusion is not None:
+            self.confusion.index_put_((labels, answers), ones, accumulate=True)
+
+
 def _count(
     net: AlexNet, stream: Stream, options: Evaluate, writer: ProbabilityWriter | None
-) -> tuple[Tensor, Tensor, float]:
-    """Return the sums of `model.metrics.sum_metrics`, the confusion matrix, and the seconds."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    cells = torch.zeros(net.classes**2, dtype=torch.int64)
+) -> tuple[AnswerCounts, float]:
+    """Return the counted answers, and the seconds they took."""
+    counts = AnswerCounts.zeros(net.classes)
     start = time.perf_counter()
     what = f"evaluating, {options.views} view{'s' if options.views > 1 else ''}"
     with stream, Progress(what, total=stream.samples, unit="img") as progress:
@@ -170,32 +205,25 @@ def _count(
             mean = mean.to(next(net.parameters()).device)
         for batch in stream:
             probabilities = average_views(net, batch.images.float(), options.views, mean)
-            sums += sum_metrics(probabilities, batch.labels, batch.weights).cpu()
-            real = batch.weights > 0
-            found = batch.labels[real] * net.classes + probabilities[real].argmax(1)
-            cells += torch.bincount(found.cpu(), minlength=len(cells))
+            counts.add(probabilities, batch.labels, batch.weights)
             if writer is not None:
                 writer.add(probabilities, batch.labels, batch.weights)
             progress.advance(int(batch.weights.sum()))
-    return sums, cells.view(net.classes, net.classes), time.perf_counter() - start
+    return counts, time.perf_counter() - start
 
 
-def _summarize(sums: Tensor, confusion: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-    loss, top1, top5, samples = sums.tolist()
-    per_class, right = confusion.sum(1), confusion.diagonal()
+def _summarize(counts: AnswerCounts, names: tuple[str, ...]) -> dict[str, Any]:
+    loss, top1, top5, samples = counts.sums.tolist()
+    per_class = zip(names, counts.images.tolist(), counts.right.tolist(), strict=True)
     result: dict[str, Any] = {
         "samples": round(samples),
         "top1_error": top1 / samples,
         "top5_error": top5 / samples,
         "loss": loss / samples,
-        "classes": {
-            name: 1 - int(right[label]) / int(per_class[label])
-            for label, name in enumerate(names)
-            if per_class[label]
-        },
+        "classes": {name: 1 - right / images for name, images, right in per_class if images},
     }
-    if len(names) <= MOST_CONFUSED:
-        result["confusion"] = confusion.tolist()
+    if counts.confusion is not None:
+        result["confusion"] = counts.confusion.tolist()
     return result
 
 

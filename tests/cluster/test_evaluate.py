@@ -13,7 +13,7 @@ import torch
 
 from cluster.checkpoint.format import load_checkpoint
 from cluster.config import Config
-from cluster.evaluate import main
+from cluster.evaluate import AnswerCounts, main
 from cluster.experiments.ensemble import main as ensemble
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import write_run_config
@@ -110,6 +110,19 @@ def test_errors_are_those_counted_one_image_at_a_time(trained, tiny_data, views,
     assert written["classes"] == {
         name: pytest.approx(1 - confusion[place][place] / 5) for place, name in enumerate(names)
     }
+
+
+@pytest.mark.parametrize("classes", [4, 100_000])
+def test_memory_grows_with_the_classes_and_not_with_their_square(classes):
+    counts = AnswerCounts.zeros(classes)
+    probabilities = torch.zeros(3, classes)
+    probabilities[[0, 1, 2], [2, 3, 0]] = 1
+    counts.add(probabilities, torch.tensor([2, 2, 0]), torch.tensor([1.0, 1.0, 0.0]))
+    assert counts.images[:4].tolist() == [0, 0, 2, 0]
+    assert counts.right[:4].tolist() == [0, 0, 1, 0]
+    assert (counts.confusion is None) == (classes > 50)
+    if counts.confusion is not None:
+        assert counts.confusion.nonzero().tolist() == [[2, 2], [2, 3]]
 
 
 def test_one_view_agrees_with_the_validation_during_training(trained, tiny_data, capsys):
