@@ -3,7 +3,8 @@
     RUN/checkpoints/step-00000400/
         column-a.safetensors    "weights/a.conv1.weight", "velocity/a.conv1.weight", ...
         column-b.safetensors
-        checkpoint.json         written last: step, position, error, config, classes, file hashes
+        checkpoint.json         written last: step, position, error, config, classes, file hashes,
+                                and a hash of all that
 
 The tensors of a column are the same whether one process holds both columns or two processes hold
 one each, so a run can be resumed in the other layout.
@@ -11,14 +12,16 @@ one each, so a run can be resumed in the other layout.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.checkpoint.storage import JSON, CheckpointStorage, open_storage, parse_step
@@ -31,6 +34,9 @@ from pipeline.tools.errors import DataError, DuetError, UsageError, summarize_er
 from pipeline.tools.files import sha256
 
 VERSION = 1
+DIGEST = "sha256"
+"""Key of checkpoint.json with the hash of its other content; older ones have none."""
+_TENSOR = re.compile(r"[ab]\.\w+\.[\w.]+")
 UNSOUND = (OSError, ValueError, KeyError, TypeError, DuetError)
 """Exceptions that a damaged checkpoint raises when it is read."""
 
@@ -79,12 +85,22 @@ def load_checkpoint(path: Path, net: AlexNet, optimizer: Sgd2012 | None = None) 
 
 
 def load_columns(path: Path, columns: Iterable[int], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors of some columns whose keys have a prefix, by the rest of their keys."""
+    """Return the tensors of some columns whose keys have a prefix, by the rest of their keys.
+
+    Raises:
+        DataError: a file is no file of tensors, or of none of a network's.
+    """
     found: dict[str, Tensor] = {}
     for column in columns:
-        with safe_open(path / column_file(column), "pt") as file:
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-            found |= {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+        name = path / column_file(column)
+        try:
+            with safe_open(name, "pt") as file:
+                keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+                found |= {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+        except SafetensorError as error:
+            raise DataError(f"{name} holds no tensors ({summarize_error(error)})") from error
+    if strange := [key for key in found if not _TENSOR.fullmatch(key)]:
+        raise DataError(f"{path} has a tensor {strange[0]!r}, which is of no network")
     return found
 
 
@@ -108,15 +124,70 @@ def find_sound(storage: CheckpointStorage, names: Iterable[str], tell: Tell) -> 
 
 
 def read_table(storage: CheckpointStorage, name: str) -> dict[str, Any]:
-    """Read checkpoint.json.
+    """Read and check checkpoint.json: nothing in it is trusted, since a store may have sent it.
 
     Raises:
         ValueError, KeyError, TypeError, OSError, DuetError: it is damaged, or not there.
     """
-    table: dict[str, Any] = json.loads(storage.read(name, JSON))
+    try:
+        table = json.loads(storage.read(name, JSON))
+    except RecursionError as error:
+        raise ValueError(f"{JSON} is nested too deeply") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{JSON} holds no table")
     if table["version"] != VERSION:
         raise ValueError(f"version {table['version']}, this program reads {VERSION}")
+    if DIGEST in table and table[DIGEST] != hash_table(table):
+        raise ValueError(f"{JSON} does not have the SHA-256 it was written with")
+    if table["step"] != parse_step(name):
+        raise ValueError(f"it is of step {table['step']!r}")
+    _require(table, "position", _is_count(table["position"]))
+    error = table.get("top1_error")
+    _require(table, "top1_error", error is None or _is_number(error))
+    classes, config = table["classes"], table.setdefault("config", {})
+    _require(table, "classes", isinstance(classes, list) and all(map(_is_text, classes)))
+    _require(table, "config", isinstance(config, dict))
+    columns = config.get("columns", 2)
+    _require(config, "columns", type(columns) is int and columns in (1, 2))
+    _check_files(table["files"], [column_file(column) for column in range(columns)])
     return table
+
+
+def _check_files(files: Any, names: list[str]) -> None:
+    """Check the table of a checkpoint's files, whose names are joined to local folders."""
+    if not isinstance(files, dict):
+        raise ValueError(f"files is {files!r}")
+    if strangers := sorted(set(files) - set(names)):
+        raise ValueError(f"it names a file {strangers[0]!r}, which no checkpoint has")
+    for name in names:
+        if name not in files:
+            raise ValueError("a column is missing")
+        facts = files[name]
+        if not _is_count(facts["bytes"]) or not _is_text(facts["sha256"]):
+            raise ValueError(f"{name} is described by {facts!r}")
+
+
+def _require(table: dict[str, Any], key: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{key} is {table[key]!r:.80}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def hash_table(table: dict[str, Any]) -> str:
+    """Return the SHA-256 of the content of checkpoint.json, however it is laid out."""
+    content = {key: value for key, value in table.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_error(storage: CheckpointStorage, name: str) -> float | None:
@@ -141,16 +212,10 @@ def verify_checkpoint(storage: CheckpointStorage, name: str) -> Checkpoint:
         ValueError, KeyError, TypeError, OSError, DuetError: it is damaged.
     """
     table = read_table(storage, name)
-    columns = table.get("config", {}).get("columns", 2)
-    if {column_file(column) for column in range(columns)} - set(table["files"]):
-        raise ValueError("a column is missing")
     path, holder = fetch_files(storage, name, table, list(table["files"]))
-    mark = Mark(step=table["step"], position=table["position"])
-    if mark.step != parse_step(name):
-        raise ValueError(f"it is of step {mark.step}")
     return Checkpoint(
         path=path,
-        mark=mark,
+        mark=Mark(step=table["step"], position=table["position"]),
         classes=tuple(table["classes"]),
         error=table.get("top1_error"),
         name=name,

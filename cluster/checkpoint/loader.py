@@ -255,7 +255,7 @@ def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]
     found = choose_init(source, tell)
     address = f"{source.base}/{found.name}"
     net = AlexNet(classes=classes, design=config.design)
-    columns = read_table(source.storage, found.name)["config"].get("columns", 2)
+    columns = len(read_table(source.storage, found.name)["files"])
     there = load_columns(found.path, range(columns), "weights/")
     taken = match_layers(net.column_state(), there, list_layers(net), hide_credentials(address))
     kept = set(map(_layer_of, taken))

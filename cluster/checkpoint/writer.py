@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.checkpoint.format import VERSION, collect_state, column_file
+from cluster.checkpoint.format import DIGEST, VERSION, collect_state, column_file, hash_table
 from cluster.checkpoint.loader import load_newest
 from cluster.checkpoint.storage import CheckpointStorage, open_storage, parse_step
 from cluster.mesh import ProcessMesh
@@ -302,15 +302,17 @@ class CheckpointManager:
         return trouble
 
     def _seal(self, save: _Save, parts: list[Facts]) -> str:
-        table = {
+        table: dict[str, Any] = {
             "version": VERSION,
             "step": save.mark.step,
             "position": save.mark.position,
             "top1_error": save.error,
             "files": {name: facts for part in parts for name, facts in part.items()},
         }
+        table |= self._about
+        table[DIGEST] = hash_table(table)
         try:
-            text = json.dumps(table | self._about, indent=1) + "\n"
+            text = json.dumps(table, indent=1) + "\n"
             name = self._storage.seal(save.work, text.encode())
         except (OSError, DuetError) as error:
             return summarize_error(error)

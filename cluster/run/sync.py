@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from cluster.run.folder import (
 )
 from pipeline.remote.filesystem import is_remote
 from pipeline.remote.target import open_store
-from pipeline.tools.files import atomic_write
+from pipeline.tools.files import atomic_write, is_plain_name
 
 GROWING_FILES = (METRICS, VALIDATION, LAYERS, KERNELS, RATES)
 LEADER_FILES = (MACHINE, QUARANTINE)
@@ -113,7 +114,8 @@ class RunMirror:
         """
         fetched = []
         for name in sorted(self._target.list_files()):
-            if "/" not in name and not (self._run / name).exists():
+            # A store is not to be trusted with any other name in RUN.
+            if _is_whole_file(name) and not (self._run / name).exists():
                 self._write(name, [self._target.read(name)])
                 fetched.append(name)
         for name in GROWING_FILES:
@@ -143,6 +145,11 @@ class RunMirror:
                 break
             found.append(segment)
         return found
+
+
+def _is_whole_file(name: str) -> bool:
+    is_known = name in (*LEADER_FILES, *DRIVER_FILES) or fnmatchcase(name, MANUAL_RATES)
+    return is_known and is_plain_name(name)
 
 
 def select_contiguous(segments: Iterable[RowSegment]) -> list[RowSegment]:

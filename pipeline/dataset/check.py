@@ -22,7 +22,7 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, SIZE, Encoding, Undecodable, decode_image, encode_npy
 from pipeline.dataset.index import Index, index_name, load_index, sample_key
 from pipeline.dataset.manifest import NAME as MANIFEST
-from pipeline.dataset.manifest import Manifest, Shard, Split, is_plain_name
+from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.samples import (
     JPEG_ENDINGS,
     Classes,
@@ -35,7 +35,7 @@ from pipeline.dataset.samples import (
 from pipeline.dataset.shards import format_idx, parse_idx
 from pipeline.dataset.tar import Member, escape, extract_fault, read_members
 from pipeline.tools.errors import DataError, UsageError
-from pipeline.tools.files import HashedFile, sha256
+from pipeline.tools.files import HashedFile, is_plain_name, sha256
 from pipeline.tools.jsonl import parse_rows
 
 DamageRow = dict[str, Any]

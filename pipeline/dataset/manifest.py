@@ -166,16 +166,6 @@ class Manifest:
         return self.splits[name]
 
 
-def is_plain_name(name: object) -> bool:
-    """Return whether a name is that of a file in the data set's folder, and nowhere else."""
-    return (
-        isinstance(name, str)
-        and Path(name).name == name
-        and not name.startswith(".")
-        and "\0" not in name
-    )
-
-
 def identity(data: Path) -> str:
     """Return the SHA-256 of the manifest file, which identifies the data set and its bytes."""
     return sha256(data / NAME)

@@ -19,13 +19,13 @@ from typing import BinaryIO, Protocol
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.index import index_name
-from pipeline.dataset.manifest import NAME, Manifest, Shard, is_plain_name
+from pipeline.dataset.manifest import NAME, Manifest, Shard
 from pipeline.remote.cache import AS_STORED, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
 from pipeline.remote.filesystem import Mismatch, is_remote, local_path
 from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
 from pipeline.tools.errors import REBUILD, DataError, UsageError
-from pipeline.tools.files import sha256
+from pipeline.tools.files import is_plain_name, sha256
 
 CACHE_SIZE = 100 * 10**9
 """Default size limit of the cache in bytes."""

@@ -23,6 +23,8 @@ PARTIAL = ".partial"
 HELD = 64 * 2**20
 """Bytes: `HashedFile` keeps files up to this size in memory. Parts of larger ones are read again,
 out of the page cache, where the pass for the hash has just put them."""
+_SURROGATE = re.compile("[\ud800-\udbff]")
+"""Half a character, which JSON can hold and no file name can."""
 _held_locks: set[int] = set()
 """Descriptors of the locks that this process holds."""
 
@@ -87,6 +89,20 @@ def ensure_writable(path: Path, what: str) -> Path:
             f"{what} {path} cannot be written ({error.strerror}); name another folder"
         ) from error
     return path
+
+
+def is_plain_name(name: object) -> bool:
+    """Return whether a name from outside is that of a file in a folder, and of nothing elsewhere.
+
+    Whoever joins a name that a manifest, a checkpoint or a store gives to a folder checks it first.
+    """
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and not name.startswith(".")
+        and "\0" not in name
+        and not _SURROGATE.search(name)
+    )
 
 
 @contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import cluster.checkpoint.format as checkpoint
 import cluster.checkpoint.storage as storage
@@ -21,7 +22,7 @@ from cluster.mesh import ProcessMesh
 from cluster.run.events import Saved
 from cluster.run.folder import CHECKPOINTS, Mark
 from model.alexnet import AlexNet
-from pipeline.tools.errors import SetupError
+from pipeline.tools.errors import DataError, SetupError
 from tests.helpers.checkpoints import ABOUT, CLASSES, Run, flip_a_byte, network, same, steps
 
 
@@ -84,7 +85,36 @@ def other_version(step: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
 
 
+def edit(**changes: object) -> Callable[[Path], None]:
+    """Return a damage: other values in checkpoint.json, of a store that lies (no digest) or not."""
+
+    def harm(step: Path) -> None:
+        path = step / "checkpoint.json"
+        table = json.loads(path.read_text()) | changes
+        if "position" not in changes:
+            del table["sha256"]
+        path.write_text(json.dumps(table))
+
+    return harm
+
+
+FACTS = {"bytes": 0, "sha256": "0" * 64}
+PAIR = dict.fromkeys(["column-a.safetensors", "column-b.safetensors"], FACTS)
+DEEP = "[" * 100_000
 DAMAGES = {
+    "another position": (edit(position=25), "checkpoint.json does not have the SHA-256"),
+    "an absolute name": (edit(files={**PAIR, "/etc/passwd": FACTS}), "names a file '/etc/passwd'"),
+    "a name above": (edit(files={**PAIR, "../x": FACTS}), "it names a file '../x'"),
+    "a third column": (edit(config={"columns": 3}), "columns is 3"),
+    "true columns": (edit(config={"columns": True}), "columns is True"),
+    "no column": (edit(files={}), "a column is missing"),
+    "a list of files": (edit(files=["column-a.safetensors"]), "files is ['column-a"),
+    "a list as config": (edit(config=[1]), "config is [1]"),
+    "classes that are numbers": (edit(classes=[1, 2]), "classes is [1, 2]"),
+    "an error in words": (edit(top1_error="low"), "top1_error is 'low'"),
+    "half a byte": (edit(files={**PAIR, "column-a.safetensors": {**FACTS, "bytes": 0.5}}), "0.5"),
+    "another step": (edit(step=7), "it is of step 7"),
+    "a deep json": (lambda step: (step / "checkpoint.json").write_text(DEEP), "too deeply"),
     "a flipped bit": (flip_a_byte, "column-b.safetensors does not have the SHA-256"),
     "a cut file": (cut_short, "column-a.safetensors has"),
     "a lost file": (lambda step: (step / "column-a.safetensors").unlink(), "column-a.safetensors'"),
@@ -108,6 +138,22 @@ def test_a_damaged_one_is_named_and_passed_over(run, damage):
     (warning,) = run.warnings
     assert str(run.step(6)) in warning
     assert words in warning
+
+
+def test_a_checkpoint_of_before_has_no_hash_of_its_json_and_is_taken(run):
+    run.save(3, seed=1)
+    edit()(run.step(3))
+    assert "sha256" not in json.loads((run.step(3) / "checkpoint.json").read_text())
+    assert run.resume()[0].step == 3
+    assert run.warnings == []
+
+
+def test_files_that_hold_no_tensors_are_a_line(run):
+    """Their hashes are right: whoever made them is not to be trusted."""
+    for content, words in ((b"", "holds no tensors"), (save({"weights/x": torch.ones(1)}), "'x'")):
+        (run.folder / "column-a.safetensors").write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            checkpoint.load_columns(run.folder, [0], "weights/")
 
 
 def test_a_damaged_one_is_replaced_when_the_run_comes_by_again(run):

@@ -321,3 +321,18 @@ def test_rows_of_an_earlier_time_give_way_to_those_in_the_store(run, tmp_path):
     (back / "metrics.jsonl").unlink()
     again.restore()
     assert (back / "metrics.jsonl").read_text() == "a1\nc2\n"
+
+
+def test_a_store_cannot_put_other_files_into_a_run(run, tmp_path):
+    """Nor can its checkpoint.json outside of it: `test_a_damaged_one_is_named_and_passed_over`."""
+    target = open_store(run.store, "run")
+    for name in ("config.toml", "rates-applied-3.toml", "rates.toml", ".lock", "error.log", "a/b"):
+        with target.create(name) as file:
+            file.write(b"from the store")
+    there = tmp_path / "there"
+    there.mkdir()
+    mirror = open_mirror(there, run.store)
+    assert mirror is not None
+    taken = ["config.toml", "rates-applied-3.toml"]
+    assert mirror.restore() == taken
+    assert sorted(path.name for path in there.iterdir()) == taken
