@@ -36,12 +36,15 @@ from pipeline.dataset.index import INDEX_DTYPE, Index, index_name, save_index
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.samples import (
+    JPEG_ENDINGS,
     MAX_CLASSES,
+    TORN,
     Classes,
     Sample,
     UnfitSample,
+    find_torn,
     group_samples,
-    has_images,
+    is_meant,
     read_classes,
     read_label,
 )
@@ -285,12 +288,15 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
 def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) -> Iterator[Sample]:
     """Fill in rows and labels, or the bad samples; yield the samples that can be trained from."""
     rows, codes = [], dict[int | str, int]()
-    for sample in filter(has_images, group_samples(read_members(file.stream(), job.path.name))):
+    unfit: list[tuple[str, UnfitSample]] = []
+    for sample in filter(is_meant, group_samples(read_members(file.stream(), job.path.name))):
         try:
             offset, size, crc, label = _examine_sample(file, sample, job, found.sums)
         except (UnfitSample, Undecodable, OSError) as error:
             reason = str(error)
-            if isinstance(error, OSError):
+            if isinstance(error, UnfitSample):
+                unfit.append((sample.key, error))
+            elif isinstance(error, OSError):
                 reason = f"it cannot be read ({error.strerror})"
             found.bad.append(BadSample(found.name, sample.key, reason))
             continue
@@ -298,6 +304,8 @@ def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) ->
         if not job.is_training:
             found.keys.append(sample.key)
         yield sample
+    if torn := find_torn(unfit):
+        found.bad = [bad._replace(reason=TORN) if bad.key in torn else bad for bad in found.bad]
     found.rows, found.labels = np.array(rows, INDEX_DTYPE), list(codes)
 
 
@@ -306,6 +314,8 @@ def _examine_sample(
 ) -> tuple[int, int, int, int | str]:
     """Return offset, size and CRC-32 of an image, and the label as it is written."""
     image = sample.find_image()
+    if image.kind not in JPEG_ENDINGS:
+        raise UnfitSample(f"its image is a .{escape(image.ending)}, no .jpg or .jpeg")
     if image.size > MOST_IMAGE_BYTES:
         raise UnfitSample(f"its image has {image.size:,} bytes")
     label = read_label(sample, file.read)

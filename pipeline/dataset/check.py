@@ -437,8 +437,9 @@ class _ShardCheck:
 
 
 def _find_image(sample: Sample) -> SampleFile | None:
-    """Return the image of a sample, None if it has none."""
-    return next((part for part in sample.parts if part.kind in (*JPEG_ENDINGS, "npy")), None)
+    """Return the image of a sample, None if it has none: `KEY.jpg` before `KEY.thumb.jpg`."""
+    found = [part for part in sample.parts if part.kind in (*JPEG_ENDINGS, "npy")]
+    return min(found, key=lambda part: "." in part.ending, default=None)
 
 
 @cache

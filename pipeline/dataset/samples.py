@@ -17,14 +17,28 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pipeline.dataset.tar import Member, escape
 from pipeline.tools.errors import UsageError
 
 JPEG_ENDINGS = ("jpg", "jpeg")
-OTHER_ENDINGS = ("png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "npy", "npz", "pyd", "pth")
-"""Endings of images that other programs store and this one does not read from shards."""
+"""Endings of the images that are read from shards as they are."""
+IMAGE_KINDS = (
+    *JPEG_ENDINGS,
+    "jpe",
+    "jfif",
+    "png",
+    "webp",
+    "bmp",
+    "gif",
+    "tif",
+    "tiff",
+    "ppm",
+    "pgm",
+)
+"""Last parts of the names of images that can be packed, in lower case."""
+_ARRAY_KINDS = ("npy", "npz", "pyd", "pth")
 LABEL_ENDINGS = ("cls", "json", "txt")
 """Endings of labels, best first."""
 MAX_LABEL_BYTES = 1 << 16
@@ -39,8 +53,22 @@ _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key and ending of a member, `webdataset`'s pattern."""
 
 
+_META = re.compile(r"__[^/]*__($|/)")
+"""Names of members that webdataset skips."""
+TORN = (
+    "its image and its label do not follow each other in the tar; write it sorted by name "
+    "(tar --sort=name)"
+)
+"""Reason for rejecting both halves of a sample."""
+
+
 class UnfitSample(Exception):
     """A sample without a usable image or label; the message is the reason."""
+
+    def __init__(self, reason: str, lacks: Literal["image", "label"] | None = None) -> None:
+        super().__init__(reason)
+        self.lacks = lacks
+        """Half of the sample that is missing."""
 
 
 class SampleFile(NamedTuple):
@@ -67,21 +95,25 @@ class Sample(NamedTuple):
     parts: tuple[SampleFile, ...]
 
     def find_image(self) -> SampleFile:
-        """Return the JPEG.
+        """Return the image: the only one, else the only `KEY.jpg` beside `KEY.seg.png`, else the
+        only JPEG beside images of other kinds.
 
         Raises:
             UnfitSample: there is none, or several.
         """
-        found = [part for part in self.parts if part.kind in JPEG_ENDINGS]
+        images = [part for part in self.parts if part.kind in IMAGE_KINDS]
+        found = [part for part in images if "." not in part.ending] or images
+        if len(found) > 1:
+            found = [part for part in found if part.kind in JPEG_ENDINGS] or found
         if len(found) == 1:
             return found[0]
         if found:
             names = " and ".join(f".{escape(part.ending)}" for part in found)
             raise UnfitSample(f"it has several images, {names}; repack with one")
-        other = next((part for part in self.parts if part.kind in OTHER_ENDINGS), None)
-        if other is None:
-            raise UnfitSample("it has no image (.jpg or .jpeg)")
-        raise UnfitSample(f"its image is a .{escape(other.ending)}, no JPEG")
+        array = next((part for part in self.parts if part.kind in _ARRAY_KINDS), None)
+        if array is not None:
+            raise UnfitSample(f"its image is a .{escape(array.ending)}, which is not read")
+        raise UnfitSample("it has no image", "image")
 
 
 def group_by_key(members: Iterable[Member]) -> Iterator[tuple[str, Iterator[SampleFile]]]:
@@ -96,13 +128,27 @@ def group_by_key(members: Iterable[Member]) -> Iterator[tuple[str, Iterator[Samp
         yield key, (SampleFile(ending, *member) for _, ending, member in group)
 
 
-def group_samples(members: Iterable[Member]) -> Iterator[Sample]:
+def group_samples(
+    members: Iterable[Member], skip: Callable[[Member], object] = lambda member: None
+) -> Iterator[Sample]:
     """Group the members of a tar into samples, in stored order.
 
-    Hidden files, links and names without a dot are skipped, as by DALI and `webdataset`.
+    Hidden files (as `._KEY.jpg` of macOS), links, `__meta__` and names without a dot belong to no
+    sample, as with DALI and `webdataset`.
+
+    Args:
+        members: members of a tar.
+        skip: called with each member that belongs to no sample.
     """
-    files = (m for m in members if m.regular and not m.name.rpartition("/")[2].startswith("."))
-    for key, group in group_by_key(files):
+
+    def belongs(member: Member) -> bool:
+        name = member.name.rpartition("/")[2]
+        if member.regular and name.find(".") > 0 and not _META.match(member.name):
+            return True
+        skip(member)
+        return False
+
+    for key, group in group_by_key(filter(belongs, members)):
         parts: dict[str, SampleFile] = {}
         for part in group:
             if part.ending in parts:  # a repeated ending begins another sample of that key
@@ -112,17 +158,36 @@ def group_samples(members: Iterable[Member]) -> Iterator[Sample]:
         yield Sample(key, tuple(parts.values()))
 
 
-def has_images(sample: Sample) -> bool:
+def is_meant(sample: Sample) -> bool:
     """Return whether this is meant to be a sample: it has an image or a `.cls`."""
-    return any(part.kind in (*JPEG_ENDINGS, *OTHER_ENDINGS, "cls") for part in sample.parts)
+    return any(part.kind in (*IMAGE_KINDS, *_ARRAY_KINDS, "cls") for part in sample.parts)
+
+
+def find_torn(unfit: Iterable[tuple[str, UnfitSample]]) -> set[str]:
+    """Return the keys of a shard, among those of unfit samples, whose halves lie apart (`TORN`)."""
+    keys: dict[str | None, set[str]] = {"image": set(), "label": set()}
+    for key, error in unfit:
+        keys.setdefault(error.lacks, set()).add(key)
+    return keys["image"] & keys["label"]
 
 
 Read = Callable[[int, int], bytes | memoryview]
 """Called with offset and size; returns these bytes of a tar."""
 
 
-def read_label(sample: Sample, read: Read) -> int | str:
-    """Return the label of a sample: a number from 0, or the name of a class.
+class SampleLabel(NamedTuple):
+    """Label of a sample."""
+
+    label: int | str
+    """A number from 0, or the name of a class."""
+    title: str | None
+    """Readable name of the class, if it is given beside the number."""
+    file: SampleFile
+    """File that holds the label."""
+
+
+def find_label(sample: Sample, read: Read) -> SampleLabel:
+    """Return the label of a sample, from the best of its files that holds one.
 
     Args:
         sample: the sample.
@@ -134,13 +199,20 @@ def read_label(sample: Sample, read: Read) -> int | str:
     """
     there = {part.kind: part for part in reversed(sample.parts) if part.kind in LABEL_ENDINGS}
     for kind in LABEL_ENDINGS:
-        if kind in there and (label := read_member_label(there[kind], read).label) is not None:
-            return label
+        if kind in there:
+            label, title = read_member_label(there[kind], read)
+            if label is not None:
+                return SampleLabel(label, title, there[kind])
     first = next((kind for kind in LABEL_ENDINGS if kind in there), None)
     if first is None or first == "txt":
-        raise UnfitSample("it has no label (.cls or .json)")
+        raise UnfitSample("it has no label (.cls or .json)", "label")
     where = f" (in one of {', '.join(NUMBER_FIELDS)})" if first == "json" else ""
     raise UnfitSample(f"its .{first} of {there[first].size:,} bytes holds no label{where}")
+
+
+def read_label(sample: Sample, read: Read) -> int | str:
+    """Return a number from 0, or the name of a class; see `find_label`."""
+    return find_label(sample, read).label
 
 
 class MemberLabel(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset.samples import IMAGE_KINDS
 from pipeline.dataset.tar import ENCODING
 from pipeline.tools.errors import UsageError
 from pipeline.tools.jsonl import read_all_rows
@@ -49,10 +50,7 @@ class Reject(NamedTuple):
         return json.dumps(self._asdict()) + "\n"
 
 
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"),
-    *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
-)
+IMAGE_ENDINGS = tuple(f".{kind}" for kind in IMAGE_KINDS)
 """Endings of the names of images, in lower case."""
 
 

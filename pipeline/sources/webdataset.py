@@ -6,18 +6,23 @@ SRC.tar    SRC/*.tar    SRC/train-{000000..001280}.tar    s3://bucket/train-{000
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from pipeline.dataset.samples import (
-    LABEL_ENDINGS,
+    IMAGE_KINDS,
     MAX_LABEL_BYTES,
+    TORN,
     Read,
-    SampleFile,
-    group_by_key,
+    Sample,
+    SampleLabel,
+    UnfitSample,
+    find_label,
+    find_torn,
+    group_samples,
+    is_meant,
     read_member_label,
 )
 from pipeline.dataset.tar import Member, escape, read_members
@@ -44,24 +49,6 @@ LOOK = 64
 LARGEST_MANIFEST = 64 << 20
 """Size limit of a manifest or a list of classes in bytes."""
 
-_META = re.compile(r"__[^/]*__($|/)")
-"""Names of members that webdataset skips."""
-
-
-@dataclass
-class _SourceSample:
-    """Images and label of the members that follow each other and have the same key."""
-
-    key: str
-    images: list[SampleFile] = field(default_factory=list)
-    label: int | str | None = None
-    rank: int = len(LABEL_ENDINGS)
-    """Index in `LABEL_ENDINGS` of the file that holds the label."""
-    title: str | None = None
-    """Readable name of the class."""
-    no_label: str = "no label"
-    """Reason for rejecting the sample if it has no label."""
-
 
 class _LabelledImage(NamedTuple):
     """An image to list."""
@@ -85,6 +72,17 @@ class _ShardPart:
         """Add a member or a sample that cannot be packed."""
         self.rejects.append((f"{self.address}/{escape(name)}", reason))
 
+    def reject_unfit(self, unfit: Sequence[tuple[str, str, UnfitSample]]) -> None:
+        """Add unfit samples, each with its name and its key."""
+        torn = find_torn((key, error) for _, key, error in unfit)
+        for name, key, error in unfit:
+            self.reject(name, TORN if key in torn else str(error))
+
+    def skip(self, member: Member) -> None:
+        """Take note of a member that belongs to no sample."""
+        if is_image(member.name) and not member.regular:
+            self.reject(member.name, "no image: a link")
+
 
 def is_webdataset(source: str) -> bool:
     """Return whether a source is WebDataset shards, by the first members of its first tar.
@@ -100,16 +98,14 @@ def is_webdataset(source: str) -> bool:
         return False
     images, others = set[str](), set[str]()
     with open_file(files.addresses[0]) as file:
-        members = islice(read_members(file, files.addresses[0]), LOOK)
-        groups = group_by_key(_skip_meta(members))
-        for key, part in ((key, part) for key, group in groups for part in group if part.regular):
-            ending = part.ending.lower()
-            if is_image(f".{ending}"):
-                images.add(key)
-            elif ending in ("json", "txt"):
-                others.add(key)
+        for sample in group_samples(islice(read_members(file, files.addresses[0]), LOOK)):
+            kinds = {part.kind for part in sample.parts}
+            if kinds & {*IMAGE_KINDS}:
+                images.add(sample.key)
+            if kinds & {"json", "txt"}:
+                others.add(sample.key)
             # An image and a caption or a record are a sample, if without a label.
-            if ending == "cls" or key in images & others:
+            if "cls" in kinds or sample.key in images & others:
                 return True
     return False
 
@@ -206,80 +202,55 @@ def _scan_shard(address: str) -> Iterator[_ShardPart]:
     """Yield the samples of a shard, `SAMPLES` at a time."""
     part = _ShardPart(address)
     seen: set[int] = set()
-    with open_file(address) as file:
-        for sample in _read_samples(file, address):
-            _choose_image(sample, part, seen)
-            if len(part.images) + len(part.rejects) >= SAMPLES:
-                yield part
-                part = _ShardPart(address)
-    yield part
-
-
-def _skip_meta(members: Iterator[Member]) -> Iterator[Member]:
-    return (member for member in members if not _META.match(member.name))
-
-
-def _read_samples(file: BinaryIO, address: str) -> Iterator[_SourceSample]:
-    """Yield the samples of a shard with their labels."""
+    unfit: list[tuple[str, str, UnfitSample]] = []  # name and key of each
+    titled = True  # False once the record beside a label has no readable name of the class
 
     def read(offset: int, size: int) -> bytes:
         file.seek(offset)
         return file.read(size)
 
-    titled = True  # False once the record beside a label has no readable name of the class
-    for key, group in group_by_key(_skip_meta(read_members(file, address))):
-        sample = _SourceSample(key)
-        for part in group:
-            ending = part.ending.lower()
-            if is_image(f".{ending}"):
-                sample.images.append(part)
-            elif not part.regular or ending not in LABEL_ENDINGS:
+    with open_file(address) as file:
+        members = read_members(file, address)
+        for sample in group_samples(members, lambda one: part.skip(one)):  # noqa: B023 - the last
+            try:
+                image, found = sample.find_image(), find_label(sample, read)
+            except UnfitSample as error:
+                unfit += [(name, sample.key, error) for name in _name_unfit(sample, error, read)]
+                if len(unfit) >= SAMPLES * 16:
+                    part.reject_unfit(unfit)
+                    unfit = []
                 continue
-            elif LABEL_ENDINGS.index(ending) < sample.rank:
-                _read_label(part, read, sample)
-            elif ending == "json" and titled and part.size <= MAX_LABEL_BYTES:
-                sample.title = read_member_label(part, read).title
-                titled = sample.title is not None
-        yield sample
+            title = found.title
+            if titled and title is None:
+                title, titled = _read_title(sample, found, read)
+            name = image.name
+            if hash(name) in seen:
+                name = f"{name} (at byte {image.offset})"
+            seen.add(hash(name))
+            part.images.append(_LabelledImage(name, image.offset, image.size, found.label, title))
+            if len(part.images) + len(part.rejects) >= SAMPLES:
+                yield part
+                part = _ShardPart(address)
+    part.reject_unfit(unfit)
+    yield part
 
 
-def _read_label(part: SampleFile, read: Read, sample: _SourceSample) -> None:
-    """Take the label of a sample from one of its files, or note that the file holds none."""
-    found = read_member_label(part, read)
-    sample.title = found.title or sample.title
-    if found.label is not None:
-        sample.label, sample.rank = found.label, LABEL_ENDINGS.index(part.kind)
-    elif part.kind != "txt":
-        sample.no_label = f"no label: its .{part.kind} of {part.size:,} bytes holds none"
+def _name_unfit(sample: Sample, error: UnfitSample, read: Read) -> list[str]:
+    """Return the names under which an unfit sample is rejected; none if it is not meant as one."""
+    images = [part.name for part in sample.parts if part.kind in IMAGE_KINDS]
+    if images or is_meant(sample):
+        return images or [sample.key]
+    try:
+        find_label(sample, read)
+    except UnfitSample:
+        return []
+    return [sample.key]
 
 
-def _choose_image(sample: _SourceSample, part: _ShardPart, seen: set[int]) -> None:
-    """Add the image of a sample to the part, or the reason why there is none.
-
-    Args:
-        sample: the sample.
-        part: receives the image or the rejects.
-        seen: hashes of the names of the shard's images so far; the image's is added.
-    """
-    images = [image for image in sample.images if image.regular]
-    for image in sample.images:
-        if not image.regular:
-            part.reject(image.name, "no image: a link")
-    if not images:
-        if not sample.images and sample.label is not None:
-            part.reject(sample.key, "no image in the sample")
-        return
-    # `KEY.jpg` is the image where there is a `KEY.mask.png` beside it.
-    plain = [image for image in images if "." not in image.ending]
-    chosen = plain if len(plain) == 1 else images
-    if len(chosen) > 1 or sample.label is None:
-        reason = "two images in one sample" if len(chosen) > 1 else sample.no_label
-        for image in chosen:
-            part.reject(image.name, reason)
-        return
-    (image,) = chosen
-    name = image.name
-    if hash(name) in seen:
-        name = f"{name} (at byte {image.offset})"
-    seen.add(hash(name))
-    part.images.append(_LabelledImage(name, image.offset, image.size, sample.label, sample.title))
+def _read_title(sample: Sample, found: SampleLabel, read: Read) -> tuple[str | None, bool]:
+    """Return the class name in the record beside a label; and False if there is none in it."""
+    for part in sample.parts:
+        if part.kind == "json" and part != found.file and part.size <= MAX_LABEL_BYTES:
+            title = read_member_label(part, read).title
+            return title, title is not None
+    return None, True

@@ -105,6 +105,7 @@ def test_members_of_any_order_ending_and_name(tmp_path):
         ("b.cls", b" 2 "),
         ("b.json", b'{"label": 0}'),  # .cls is believed first
         ("b.JPEG", make_image(1)),
+        ("c.mask.png", b""),
         ("c.image.jpeg", make_image(2)),
         ("c.meta.json", b'{"class_id": 3, "caption": "x"}'),
         ("a.jpg", make_image(3)),  # a key once more
@@ -115,6 +116,7 @@ def test_members_of_any_order_ending_and_name(tmp_path):
         (f"{long}.cls", b"2"),
         ("f/g.h/i.jpg", make_image(6)),
         ("f/g.h/i.json", b'{"target": "1"}'),
+        ("j.thumb.jpg", b"small"),
         ("j.jpg", make_image(7)),
         ("j.json", b'{"label": 3}'),
         ("k.jpg", make_image(8)),

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.samples import TORN
 from pipeline.dataset.shards import parse_idx
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import DaliReader
@@ -45,10 +46,11 @@ BAD = {
     "text": ([("jpg", b"hello"), ("cls", b"0")], "it is no JPEG"),
     "empty": ([("jpg", b""), ("cls", b"0")], "it is no JPEG"),
     "print": ([("jpg", cmyk()), ("cls", b"0")], "its colours are CMYK"),
-    "png": ([("png", b"\x89PNG"), ("cls", b"0")], "its image is a .png, no JPEG"),
+    "png": ([("png", b"\x89PNG"), ("cls", b"0")], "its image is a .png, no .jpg or .jpeg"),
     "alone": ([("jpg", make_image(3))], "it has no label (.cls or .json)"),
     "blind": ([("cls", b"1")], "it has no image"),
     "two": ([("a.jpg", make_image(3)), ("b.jpg", make_image(3)), ("cls", b"1")], "several images"),
+    "array": ([("npy", b""), ("cls", b"1")], "its image is a .npy"),
     "odd": ([("jpg", make_image(4)), ("cls", b"1.5e3x\0y")], "its .cls of 8 bytes holds no label"),
     "list": (
         [("jpg", make_image(4)), ("json", b'{"label": [1]}')],
@@ -170,3 +172,10 @@ def test_processes_that_die_are_told(monkeypatch, folder):
 
 def _die(job: object) -> None:
     os._exit(9)
+
+
+def test_halves_of_samples_that_lie_apart_are_said_to(tmp_path):
+    sound = [("x.jpg", make_image(0)), ("x.cls", b"0"), ("y.jpg", make_image(1)), ("y.cls", b"1")]
+    torn = [("a.jpg", make_image(2)), ("b.jpg", make_image(3)), ("a.cls", b"0"), ("b.cls", b"1")]
+    tar_of(tmp_path / "train.tar", [*sound, *torn])
+    assert {bad.reason for bad in index(tmp_path, skip_bad=True).bad} == {TORN}

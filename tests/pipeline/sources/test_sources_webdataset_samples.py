@@ -13,7 +13,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset.samples import group_by_key, parse_label
+from pipeline.dataset.samples import TORN, group_by_key, parse_label
 from pipeline.dataset.tar import read_members
 from pipeline.sources.listing import Listing
 from pipeline.sources.webdataset import is_webdataset
@@ -71,36 +71,46 @@ def test_samples_that_cannot_be_used(tmp_path):
             *(("caption.txt", b"a cat"), ("caption.jpg", image)),
             ("bare.jpg", image),
             ("label.cls", b"1"),
-            *(("two.cls", b"1"), ("two.jpg", image), ("two.png", image)),
+            *(("two.cls", b"1"), ("two.jpg", image), ("two.jpeg", image)),
+            *(("views.cls", b"1"), ("views.left.png", image), ("views.right.png", image)),
+            *(("both.cls", b"1"), ("both.png", b""), ("both.jpg", image)),
+            *(("dot.target.cls", b"1"), ("dot.input.jpg", image), ("dot.mask.png", b"")),
             *(("mask.cls", b"0"), ("mask.JPEG", image), ("mask.seg.png", b"")),
             *(("dir.v1/ok.cls", b"0"), ("dir.v1/ok.webp", image)),
             *(("late.jpg", image), ("other.cls", b"1"), ("late.cls", b"1")),
+            *(("array.npy", b""), ("array.cls", b"1")),
             *((".hidden.jpg", b""), ("__meta__/x.jpg", b""), ("README", b""), ("r.md", b"")),
         ],
     )
     listing = scan(shard, tmp_path / "scratch")
-    assert list(listing.names) == ["ok.jpg", "mask.JPEG", "dir.v1/ok.webp"]
-    assert listing.rows["label"].tolist() == [1, 0, 0]
+    assert list(listing.names) == [
+        *("ok.jpg", "both.jpg", "dot.input.jpg", "mask.JPEG", "dir.v1/ok.webp"),
+    ]
+    assert listing.rows["label"].tolist() == [1, 1, 1, 0, 0]
+    fields = " (in one of label, cls, class, class_id, class_index, target)"
     assert rejects(listing) == {
-        "binary.jpg": "no label: its .cls of 3 bytes holds none",
-        "empty.jpg": "no label: its .cls of 0 bytes holds none",
-        "minus.jpg": "no label: its .cls of 2 bytes holds none",
+        "binary.jpg": "its .cls of 3 bytes holds no label",
+        "empty.jpg": "its .cls of 0 bytes holds no label",
+        "minus.jpg": "its .cls of 2 bytes holds no label",
         "word.jpg": "no label: 'cat' is a word, unlike others",
-        "long.jpg": "no label: its .cls of 70,000 bytes holds none",
-        "large.jpg": "no label: its .cls of 10 bytes holds none",
-        "json.jpg": "no label: its .json of 1,000 bytes holds none",
-        "deep.jpg": "no label: its .json of 60,000 bytes holds none",
-        "list.jpg": "no label: its .json of 3 bytes holds none",
-        "true.jpg": "no label: its .json of 15 bytes holds none",
-        "digits.jpg": "no label: its .json of 5,011 bytes holds none",
-        "caption.jpg": "no label",
-        "bare.jpg": "no label",
-        "label": "no image in the sample",
-        "two.jpg": "two images in one sample",
-        "two.png": "two images in one sample",
-        "late.jpg": "no label",
-        "other": "no image in the sample",
-        "late": "no image in the sample",
+        "long.jpg": "its .cls of 70,000 bytes holds no label",
+        "large.jpg": "its .cls of 10 bytes holds no label",
+        "json.jpg": f"its .json of 1,000 bytes holds no label{fields}",
+        "deep.jpg": f"its .json of 60,000 bytes holds no label{fields}",
+        "list.jpg": f"its .json of 3 bytes holds no label{fields}",
+        "true.jpg": f"its .json of 15 bytes holds no label{fields}",
+        "digits.jpg": f"its .json of 5,011 bytes holds no label{fields}",
+        "caption.jpg": "it has no label (.cls or .json)",
+        "bare.jpg": "it has no label (.cls or .json)",
+        "label": "it has no image",
+        "two.jpg": "it has several images, .jpg and .jpeg; repack with one",
+        "two.jpeg": "it has several images, .jpg and .jpeg; repack with one",
+        "views.left.png": "it has several images, .left.png and .right.png; repack with one",
+        "views.right.png": "it has several images, .left.png and .right.png; repack with one",
+        "late.jpg": TORN,
+        "other": "it has no image",
+        "late": TORN,
+        "array": "its image is a .npy, which is not read",
     }
 
 
@@ -123,7 +133,7 @@ def test_a_label_of_a_gigabyte_is_not_read(tmp_path):
     tracemalloc.stop()
     assert most < 100 << 20
     assert len(listing) == 2
-    assert rejects(listing) == {"a.jpg": "no label: its .cls of 1,073,741,824 bytes holds none"}
+    assert rejects(listing) == {"a.jpg": "its .cls of 1,073,741,824 bytes holds no label"}
 
 
 def test_links_are_no_images(tmp_path):
