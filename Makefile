@@ -28,7 +28,9 @@ DATA   ?= data/$(NAME)
 RUN    ?= runs/$(NAME)
 
 py      = $(VENV)/bin/python
-install = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# pip is silent: a line every half minute, as long as this shell lives.
+install = (while sleep 30 > /dev/null 2>&1 && kill -0 $$$$ 2> /dev/null; do echo 'still installing'; done) & \
+	trap "kill $$!" EXIT INT TERM; $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: help install train test quick check soak format clean
 .DELETE_ON_ERROR:
@@ -65,14 +67,16 @@ install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 ifeq ($(strip $(TRAIN)),)
+	@echo 'drawing data/demo-images, packing $(DATA), training $(RUN)'
 	@$(py) -m pipeline.demo_images data/demo-images
 	@$(py) -m pipeline.build_shards $(DATA) --train data/demo-images/train --val data/demo-images/val $(PACK)
 else
+	@echo 'packing $(TRAIN) into $(DATA), training $(RUN)'
 	@$(py) -m pipeline.build_shards $(DATA) --train $(TRAIN) $(if $(strip $(VAL)),--val $(VAL),--holdout $(HOLDOUT)) $(PACK)
 endif
 	@$(py) -m cluster.train $(CONFIG) --data $(DATA) --run $(RUN) $(FLAGS)
 	@$(py) -m cluster.evaluate $(RUN) --data $(DATA) --views 1
-	@$(py) -m cluster.evaluate $(RUN) --data $(DATA) --views 10
+	@$(py) -m cluster.evaluate $(RUN) --data $(DATA) --views 10 --save-probabilities
 	@$(py) -m cluster.report $(RUN) --data $(DATA)
 
 check: $(VENV)/.dev

@@ -9,6 +9,7 @@ Starts a Ray on this machine, reachable from this machine only, unless RAY_ADDRE
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
         if command.measure:
             from cluster.launch.measurement import measure_with_ray
 
-            with start_ray(config) as read_output:
+            with start_ray(config, screen) as read_output:
                 measure_with_ray(config, data, folder, screen, read_output)
         else:
             data_sha256 = identity(dataset.folder)
@@ -273,17 +274,33 @@ def train_with_ray(config: Config, data: str, folder: Path, screen: RunConsole) 
     """
     from cluster.launch.controller import Controller
 
-    with start_ray(config) as read_output:
+    with start_ray(config, screen) as read_output:
         Controller(config, data, folder, screen, read_output).train()
 
 
 @contextmanager
-def start_ray(config: Config) -> Iterator[Callable[[], str]]:
-    """Start or attach to a Ray for the workers; yields a function that returns its stdout."""
+def start_ray(config: Config, screen: RunConsole) -> Iterator[Callable[[], str]]:
+    """Start or attach to a Ray for the workers; yields a function that returns its stdout.
+
+    Raises:
+        NoRoom: there is no RAY_ADDRESS, and this machine has no room for the workers.
+        SetupError: Ray cannot be started or reached.
+    """
+    import torch
+
+    from cluster.launch.placement import check_this_machine
     from cluster.launch.session import ray_session
 
+    workers = config.size * config.replica_sizes[-1]
+    if "RAY_ADDRESS" in os.environ:
+        screen.wait("attaching to Ray and starting the workers")
+    else:
+        workers, warning = check_this_machine(config, torch.cuda.device_count())
+        if warning:
+            screen.say(f"warning: {warning}")
+        screen.wait("starting Ray and the workers")
     output = io.StringIO()
-    with redirect_stdout(output), ray_session(config.size * config.replica_sizes[-1]):
+    with redirect_stdout(output), ray_session(workers):
         yield output.getvalue
 
 

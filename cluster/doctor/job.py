@@ -6,15 +6,20 @@ import platform
 from collections.abc import Iterator, Sequence
 
 from cluster.config import Config
-from cluster.doctor.finding import GB, Finding, fail, ok, warn
+from cluster.doctor.finding import Finding, fail, ok, warn
 from cluster.doctor.hardware import Gpu, Hardware
-from cluster.launch.placement import Node, NoRoom, place_workers, uses_gpus
+from cluster.launch.placement import (
+    PROCESS_BYTES,
+    Node,
+    NoRoom,
+    describe_crowd,
+    place_workers,
+    uses_gpus,
+)
 from model.architecture import build_stages
 from model.summary import FLOAT32_BYTES, build_table, sum_rows
 from pipeline.tools.text import human_bytes
 
-PROCESS_BYTES = 0.7 * GB
-"""Memory of a worker before any image: torch, DALI, Ray (measured: 0.61 to 0.65 GB resident)."""
 PARAMETER_COPIES = 3
 """float32 numbers for each parameter: value, gradient and velocity."""
 CLASSES = 1000
@@ -93,10 +98,9 @@ def judge_local_job(
             text = f"{human_bytes(need)} of {human_bytes(free)} free on the fullest GPU"
             yield fail("worker memory", text, smaller, unless=need <= free)
         return
-    if least > have.cores:  # Duet's own Ray starts them all the same
-        pairs = "--columns-per-worker 2, or " if config.size == 2 else ""
-        text = f"{least} workers take turns on {have.cores} core(s)"
-        yield warn("room", text, f"{pairs}fewer --replicas")
+    if crowd := describe_crowd(least, have.cores, config.size):  # they start all the same
+        text, _, mend = crowd.rpartition("; use ")
+        yield warn("room", text, mend)
     else:
         yield ok("room", f"{least} worker{'s' * (least > 1)} on {have.cores} cores")
     each = need + PROCESS_BYTES

@@ -14,7 +14,7 @@ from cluster.config import Config
 from cluster.launch.controller import WorkerGroup
 from cluster.launch.placement import has_gpus, list_nodes, place_workers, uses_gpus
 from cluster.run.console import RunConsole
-from cluster.run.events import Measured
+from cluster.run.events import Measured, Placed
 from cluster.run.folder import MEASURE
 from cluster.run.jsonl import WAITS
 from pipeline.throughput.report import round_floats, write_page
@@ -45,6 +45,8 @@ def measure_with_ray(
     for event in group.events():
         if isinstance(event, Measured):
             found = round_floats(event.found)
+        elif isinstance(event, Placed):
+            screen.wait("measuring")
         elif event is not None:
             screen.show(event)
     if found is None:

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from cluster.run import events
 from cluster.run.events import Event, Started, Warned, Worker
+from pipeline.tools.progress import EVERY as WAIT_EVERY
+from pipeline.tools.progress import Ticker
 
 EVERY = 5.0
 """Seconds between plain progress lines."""
@@ -40,16 +42,35 @@ class RunConsole:
             transient=True,
         )
         self._task = self._bar.add_task("starting", total=None, numbers="")
+        self._ticker = Ticker(self._tick)
+        self._waiting = ""
+        self._begun = self._said = 0.0
 
     def __enter__(self) -> RunConsole:
         self._bar.start()
+        self._ticker.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ticker.__exit__()
         self._bar.stop()
+
+    def wait(self, what: str) -> None:
+        """Say what is begun; without a terminal every 30 s again, until the run has started."""
+        self._begun = time.monotonic()
+        self._bar.update(self._task, description=what)
+        if not self._live:
+            self.say(f"{what} ...")
+            self._waiting = what
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._waiting and now - self._said >= WAIT_EVERY:
+            self.say(f"still {self._waiting}: {now - self._begun:,.0f} s so far")
 
     def say(self, text: str) -> None:
         """Print a permanent line."""
+        self._said = time.monotonic()
         self._console.print(Text(text), soft_wrap=True)
 
     def show(self, event: Event) -> None:
@@ -87,6 +108,7 @@ class RunConsole:
             self.say(f"... {len(workers) - MOST_WORKERS} more; RUN/attempts.jsonl has them all")
 
     def _show_start(self, event: Started) -> None:
+        self._waiting = ""
         self._starts += 1
         self._total = event.total
         self._first = time.monotonic(), event.step

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tar import escape
 from pipeline.packing import chunks
 from pipeline.packing.chunks import (
     ChunkError,
@@ -47,10 +48,11 @@ from pipeline.packing.shards import (
     shard_facts_name,
     write_shard,
 )
+from pipeline.remote.filesystem import hide_credentials
 from pipeline.remote.target import WORK, Target, is_finished, open_target
-from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError
+from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool, Pool, read_ahead
-from pipeline.tools.progress import Progress
+from pipeline.tools.progress import Progress, announce
 
 STATE = f"{WORK}/build.json"
 """File with the plan and the settings of the build in this folder."""
@@ -81,9 +83,14 @@ def build(options: BuildConfig, target: Target | None = None, pool: Pool | None 
         if is_finished(target):
             return _check_finished(options, target)
     with _disk_errors_in_one_line(target), target.reserve(), target.scratch() as scratch:
-        plan = make_plan(options, scratch)
+        with announce(f"listing the images of {escape(hide_credentials(options.train))}"):
+            plan = make_plan(options, scratch)
         _check_state(options, plan, target)
-        with nullcontext(pool) if pool else LocalPool(options.workers) as workers:
+        kept = f"{hide_credentials(target.address)} keeps what is packed"
+        with (
+            hint_resume(kept),
+            nullcontext(pool) if pool else LocalPool(options.workers) as workers,
+        ):
             damaged: Counter[int] = Counter()
             while max(damaged.values(), default=0) < REPEATS:
                 try:
@@ -103,7 +110,8 @@ def _build_once(
     _check_rejects(options, plan, target, collected)
     check_classes(plan, collected, target)
     shards = _write_shards(options, plan, target, pool, collected)
-    manifest = seal(options, plan, target, collected, shards, scratch, library_versions())
+    with announce("looking for duplicates, and sealing the set"):
+        manifest = seal(options, plan, target, collected, shards, scratch, library_versions())
     target.clear(WORK)
     return manifest
 

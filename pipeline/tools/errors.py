@@ -6,7 +6,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 REBUILD = "delete the data set's folder and build it again"
@@ -47,6 +48,16 @@ def summarize_error(error: BaseException) -> str:
         return error.strerror or errno.errorcode.get(error.errno, str(error))
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"no {lines[0]}" if isinstance(error, KeyError) else lines[0]
+
+
+@contextmanager
+def hint_resume(kept: str) -> Iterator[None]:
+    """Say, where the user ends the block, that the same command resumes; `kept`: what stays."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nstopped; {kept}, and the same command goes on from there\n")
+        raise
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

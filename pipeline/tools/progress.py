@@ -1,9 +1,15 @@
-"""Progress bar on stderr; without a terminal (a job, a log file) a plain line every 30 s."""
+"""Progress bar on stderr; without a terminal (a job, a log file) plain lines, 30 s apart at most.
+
+Work that is over within five seconds leaves no line there.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import rich.console
@@ -12,6 +18,59 @@ from rich.text import Text
 
 EVERY = 30.0
 """Seconds between plain lines."""
+FIRST = 5.0
+"""Seconds until the first plain line."""
+TICK = 0.5
+"""Seconds between calls of a `Ticker`."""
+
+
+class Ticker:
+    """Thread that calls a function every `TICK` seconds during a `with` block."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        """Set the function, which must not raise."""
+        self._tick = tick
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ticker", daemon=True)
+
+    def _run(self) -> None:
+        while not self._ended.wait(TICK):
+            self._tick()
+
+    def __enter__(self) -> Ticker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@contextmanager
+def announce(what: str) -> Iterator[None]:
+    """Say on stderr what the block does while it lasts: work whose amount is not known."""
+    console = rich.console.Console(stderr=True)
+    if console.is_terminal:
+        with console.status(Text(what)):
+            yield
+        return
+    begun = time.monotonic()
+    due = begun + FIRST
+
+    def tick() -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            _write_line(f"{what}: {now - begun:,.0f} s so far")
+            due = now + EVERY
+
+    with Ticker(tick):
+        yield
+
+
+def _write_line(text: str) -> None:
+    with suppress(OSError, ValueError):  # nobody reads: no reason to end the work
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 class Progress:
@@ -40,15 +99,23 @@ class Progress:
             transient=True,
         )
         self._task = self._bar.add_task(what, total=total, completed=already, note="")
-        self._printed = time.monotonic()
+        self._begun = self._printed = time.monotonic()
+        self._ticker = Ticker(self._tick)
 
     def advance(self, count: int) -> None:
         """Count `count` more units as done."""
         self._bar.advance(self._task, count)
         if self._bar.disable and time.monotonic() - self._printed >= EVERY:
-            self._printed = time.monotonic()
-            sys.stderr.write(self._line() + "\n")
-            sys.stderr.flush()
+            self._print_line()
+
+    def _tick(self) -> None:
+        wait = FIRST if self._printed == self._begun else EVERY
+        if time.monotonic() - self._printed >= wait:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._printed = time.monotonic()
+        _write_line(self._line())
 
     def skip(self, count: int) -> None:
         """Count `count` more units as done, without an effect on the rate."""
@@ -58,13 +125,12 @@ class Progress:
     def _line(self) -> str:
         """Return, for example, `packing: 5,120 of 20,000 img, 412 img/s, 0:00:36 left`."""
         (task,) = self._bar.tasks
-        rate, unit = max(1e-9, self._rate.measure(task)), self._rate.unit
-        left = timedelta(seconds=min(10**9, round(((task.total or 0) - task.completed) / rate)))
-        note = f", {task.fields['note']}" if task.fields["note"] else ""
-        return (
-            f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {unit}, "
-            f"{rate:,.0f} {unit}/s, {left} left{note}"
-        )
+        rate, unit = self._rate.measure(task), self._rate.unit
+        text = f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {unit}"
+        if rate > 0:
+            left = timedelta(seconds=min(10**9, round(((task.total or 0) - task.completed) / rate)))
+            text += f", {rate:,.0f} {unit}/s, {left} left"
+        return text + (f", {task.fields['note']}" if task.fields["note"] else "")
 
     def note(self, text: str) -> None:
         """Show a short text at the end of the line."""
@@ -72,9 +138,13 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._bar.start()
+        if self._bar.disable:
+            self._ticker.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._bar.disable:
+            self._ticker.__exit__()
         self._bar.stop()
 
 

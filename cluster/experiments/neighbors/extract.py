@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +39,7 @@ from model.alexnet import AlexNet
 from pipeline.batches import Batch, Stream
 from pipeline.remote.dataset import open_dataset
 from pipeline.stream.shard_reader import ShardReader
-from pipeline.tools.errors import DataError, UsageError
+from pipeline.tools.errors import DataError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool
 from pipeline.tools.progress import Progress
 from pipeline.tools.units import cpu_count
@@ -94,7 +94,9 @@ def make_features(
         if anew:
             remove_features(folder, split)
         if not locate_features(folder, split, "json").exists():
-            _compute(folder, source, about, devices)
+            kept = f"{folder} keeps the features made so far"
+            with nullcontext() if anew else hint_resume(kept):
+                _compute(folder, source, about, devices)
     found = Features(folder, split)
     if difference := found.about.describe_difference(about):
         raise DataError(

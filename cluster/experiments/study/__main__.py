@@ -27,7 +27,7 @@ from cluster.experiments.study.plot import draw_plot
 from cluster.experiments.study.results import Result, has_reached_goal, is_at_goal, read_result
 from cluster.experiments.study.runner import StudyRun, list_gpus, make_slots, run_side_by_side
 from cluster.experiments.study.subsets import make_subset
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import UsageError, hint_resume
 from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import ensure_writable
 from pipeline.tools.progress import Progress
@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--at-once is {options.at_once}; give a number of runs, or 0")
     study = read_study(options.study)
     ensure_writable(options.out, "folder of the study")
-    counted, others = StudyMaker(options, study).make()
+    with hint_resume(f"{options.out} keeps the runs"):
+        counted, others = StudyMaker(options, study).make()
     found = results.summarize(study, counted, others)
     if study.measure == "nets":
         averages = results.measure_averages(study, [one.run for one in counted])

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.config import Config
 from cluster.launch.placement import (
     Node,
     NoRoom,
     WorkerLocation,
+    check_this_machine,
     group_ranks,
     list_workers,
     place_workers,
@@ -133,3 +135,38 @@ def test_seats_take_every_rank_once_and_never_split_a_replica(nodes, size, rando
 def test_a_split_pair_is_refused_with_the_table_of_ranks():
     with pytest.raises(SetupError, match=r"m: ranks \[0, 1, 2\]; n: ranks \[3\]"):
         group_ranks([WorkerLocation(name, name) for name in "mmmn"], 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "offered", "words"),
+    [
+        ({}, 0, 2, ""),
+        ({"replicas": 8}, 0, 16, "16 workers take turns on 2 cores, each with"),
+        ({"replicas": 8}, 0, 16, "use --columns-per-worker 2 or fewer --replicas"),
+        ({"replicas": 4, "columns_per_worker": 2}, 0, 4, "use fewer --replicas"),
+        ({"replicas": "1:4"}, 0, 2, ""),  # as many as there is room for
+        ({"replicas": "2:4"}, 0, 4, "4 workers take turns"),
+        ({"replicas": "1:4"}, 8, 8, ""),
+        ({"device": "cpu"}, 8, 2, ""),
+    ],
+)
+def test_what_this_machine_has_room_for_is_known_before_ray_starts(
+    monkeypatch, settings, gpus, offered, words
+):
+    monkeypatch.setattr("cluster.launch.placement.cpu_count", lambda: 2)
+    found = check_this_machine(Config.from_settings(settings), gpus)
+    assert found[0] == offered
+    assert words in found[1]
+    assert bool(words) == bool(found[1])
+
+
+def test_an_impossible_number_of_replicas_is_refused_before_ray_starts(monkeypatch):
+    for settings, gpus, words in (
+        ({"device": "gpu"}, 0, "need 2 GPUs, 2 of them on one node"),
+        ({"replicas": 4}, 2, "1 replica would fit; use --replicas 1"),
+    ):
+        with pytest.raises(NoRoom, match=words):
+            check_this_machine(Config.from_settings(settings), gpus)
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4 * 10**6}.get)
+    with pytest.raises(NoRoom, match=r"128 workers need 89.6 GB .* has 16.4 GB; use --replicas 11"):
+        check_this_machine(Config.from_settings({"replicas": 64}), 0)

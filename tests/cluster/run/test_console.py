@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -46,6 +47,24 @@ def test_without_a_terminal_every_event_is_one_line_and_steps_are_rare():
         "step     10  checkpoint (0.5 s)",
         "step     10  done",
     ]
+
+
+def test_until_the_run_starts_a_wait_is_told_again_and_again(monkeypatch):
+    monkeypatch.setattr("pipeline.tools.progress.TICK", 0.01)
+    monkeypatch.setattr("cluster.run.console.WAIT_EVERY", 0.1)
+    out = io.StringIO()
+    with RunConsole(Console(file=out, width=60, highlight=False)) as screen:
+        screen.wait("starting Ray and the workers")
+        deadline = time.monotonic() + 20
+        while out.getvalue().count("\n") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        screen.show(Started(0, 10, "x"))
+        lines = out.getvalue().splitlines()
+        time.sleep(0.3)
+        assert out.getvalue().splitlines() == lines
+    assert lines[0] == "starting Ray and the workers ..."
+    assert lines[1:3] == ["still starting Ray and the workers: 0 s so far"] * 2
+    assert lines[-1] == "starting: 10 steps on x"
 
 
 def test_a_change_of_the_rates_is_a_line():

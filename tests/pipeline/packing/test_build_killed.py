@@ -138,6 +138,24 @@ def _interrupted(*_: object) -> None:
     raise Cut
 
 
+def test_who_stops_a_build_is_told_how_it_goes_on(source, undisturbed, tmp_path, capsys):
+    out = tmp_path / "data"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for stage in ("_pack_chunks", "_write_shards", "seal"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"pipeline.packing.build.{stage}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                packed(out, train=source, **SETTINGS)
+        assert capsys.readouterr().err == (
+            f"\nstopped; {out} keeps what is packed, and the same command goes on from there\n"
+        )
+    packed(out, train=source, **SETTINGS)
+    assert everything(out) == undisturbed
+
+
 def test_an_image_that_is_garbage_by_now_moves_the_others(source, tmp_path):
     """A chunk must be packed again, and its images are rejects now: shards are written anew."""
     copy, out = tmp_path / "source", tmp_path / "data"
