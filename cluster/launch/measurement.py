@@ -26,6 +26,8 @@ NAMES = {
     "wait_decode": "waiting for decoding", "wait_transfer": "waiting for the transfer",
 }  # fmt: skip
 """Name of each part of a step."""
+SHARED = {"cpu": ("on CPUs both share the cores: the job gets neither of the two rates in full",)}
+"""Lines about the rates of network and stream alone, by device."""
 
 
 def measure_with_ray(
@@ -72,19 +74,30 @@ def split_step(found: Mapping[str, Any]) -> dict[str, float]:
 def format_measurement(found: Mapping[str, Any]) -> list[str]:
     """Format the result as lines for people."""
     wall = found["step"]["wall"]
-    lines = [f"a step takes {wall * 1e3:,.1f} ms ({found['img_s']:,.0f} img/s):"]
+    workers = found["workers"]
+    job = f"the job of {workers} workers" if workers > 1 else "the job"
+    lines = [f"a step takes {wall * 1e3:,.1f} ms ({job}: {found['img_s']:,.0f} img/s):"]
     for name, seconds in split_step(found).items():
         if seconds / wall >= 0.0005:
             lines.append(f"  {name:<32}{seconds * 1e3:>10,.1f} ms {seconds / wall:>7.1%}")
     low, high = found["spread"]
-    lines += [
-        f"the parts add up to {found['step']['accounted']:.1%} of the wall time",
-        f"on batches that lie ready: {found['replayed_img_s']:,.0f} img/s; accelerator utilisation "
-        f"{found['au']:.1%} (turns {low:.1%} to {high:.1%}), stall {found['stall']:.1%}",
-        f"the stream alone: {found['stream_img_s']:,.0f} img/s, "
-        f"{found['stream_img_s'] / found['replayed_img_s']:.1f} times what the network takes",
-        found["report"]["verdict"],
-    ]
+    turns = f"turns {low:.1%} to {high:.1%}"
+    ready, stream = found["replayed_img_s"], found["stream_img_s"]
+    lines.append(f"the parts add up to {found['step']['accounted']:.1%} of the wall time")
+    if found["steady"]:
+        lines += [
+            f"the job on batches that lie ready: {ready:,.0f} img/s; accelerator utilisation "
+            f"{found['au']:.1%} ({turns}), stall {found['stall']:.1%}",
+            f"the job's stream alone: {stream:,.0f} img/s, "
+            f"{stream / ready:.1f} times what the network takes",
+            *SHARED.get(found["report"]["setting"]["device"], ()),
+            found["report"]["verdict"],
+        ]
+    else:
+        lines.append(
+            f"no verdict: steps on batches that lie ready took {low:.0%} to {high:.0%} of the time "
+            "of real ones from turn to turn; measure again when less runs here"
+        )
     if found["others"] > 0.1:
         lines.append(f"warning: other programs used {found['others']:.0%} of a machine meanwhile")
     return lines

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 import rich.console
 import tyro
+from rich.markup import escape
 
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import Device, Shuffle, StreamConfig
@@ -29,6 +30,7 @@ from pipeline.throughput.capacity import StoreKind, plan_capacity, print_plan
 from pipeline.throughput.diagnosis import SECONDS, examine
 from pipeline.throughput.report import (
     compare_reports,
+    find_other_origin,
     has_regressed,
     list_differences,
     load_report,
@@ -94,7 +96,8 @@ class ThroughputOptions:
     plan: bool = False
     """Compute what a job needs, from a measured report."""
     measured: Path | None = None
-    """Measured report; default: throughput.json here, if there is one; only with --plan."""
+    """Measured report; default: throughput.json here, if there is one that is of this machine and
+    of DATA; only with --plan."""
     gpus: int = 2
     """GPUs of the job; only with --plan."""
     gpus_per_node: int = 8
@@ -195,13 +198,14 @@ def _examine(options: ThroughputOptions, console: rich.console.Console) -> None:
     print_report(report, console)
     differences = compare_reports(old, table) if old else []
     for text in list_differences(old, table) if old else []:
-        console.print(f"[yellow]not the same:[/] {text}")
+        console.print(f"[yellow]not the same:[/] {escape(text)}")
     for one in differences:
         console.print(f"{one.name}: {one.before:,.0f} -> {one.after:,.0f} img/s, "
                       f"{one.ratio:.2f}x: {one.verdict} (noise ±{one.noise:.0%})")  # fmt: skip
     report.save(options.out / NAME)
     write_page(options.out / "throughput.html", table)
-    console.print(f"written: {options.out / NAME}, {options.out / 'throughput.html'}")
+    written = f"written: {options.out / NAME}, {options.out / 'throughput.html'}"
+    console.print(written, markup=False)
     if options.json:
         found = [dataclasses.asdict(one) | {"verdict": one.verdict} for one in differences]
         sys.stdout.write(json.dumps(table | {"changes": round_floats(found)}) + "\n")
@@ -227,7 +231,8 @@ def _tune(options: ThroughputOptions, console: rich.console.Console) -> None:
     console.print(
         (f"{change}: {tuned.gain:.2f} times the default" if change else "the default is best")
         + f"; {len(tuned.trials)} trials in {tuned.seconds:.0f} s; written: {path}; "
-        f"python -m cluster.train ... --tuning {path}"
+        f"python -m cluster.train ... --tuning {path}",
+        markup=False,
     )
     if options.json:
         facts: dict[str, Any] = {
@@ -242,6 +247,11 @@ def _plan(options: ThroughputOptions, console: rich.console.Console) -> None:
     assert options.img_s is not None
     path = options.measured or (Path(NAME) if Path(NAME).is_file() else None)
     report = load_report(path) if path else None
+    if report and not options.measured and (origin := find_other_origin(report, options.data)):
+        raise UsageError(
+            f"{path} in this folder is of {origin}; use it all the same by --measured {path}, or "
+            "measure anew: python -m pipeline.throughput DATA"
+        )
     if options.data is not None and report is None:
         examined = examine(options.setting, seconds=options.seconds)
         examined.save(options.out / NAME)
@@ -251,7 +261,8 @@ def _plan(options: ThroughputOptions, console: rich.console.Console) -> None:
         gpus_per_node=options.gpus_per_node, images=options.images,
     )  # fmt: skip
     if path and report:
-        console.print(f"from {path}: {report['machine']['processor']}")
+        text = f"from {path}: {report['data']['where']} on {report['machine']['processor']}"
+        console.print(text, markup=False)
     print_plan(answer, console)
     if options.json:
         sys.stdout.write(json.dumps(round_floats(dataclasses.asdict(answer))) + "\n")

@@ -17,6 +17,8 @@ STEADY = 0.05
 windows is about 2 %."""
 FEWEST, MOST = 5, 15
 """Fewest windows of a measurement, and most windows while they are not steady."""
+SURE = 3.0
+"""Standard errors beyond which a difference is more than noise."""
 OTHERS = 0.1
 """Share of the machine's CPUs used by other processes above which a report warns."""
 
@@ -36,6 +38,11 @@ class Rate:
     def median(self) -> float:
         """Items per second: the median of the windows."""
         return statistics.median(self.windows)
+
+    @property
+    def best(self) -> float:
+        """Items per second of the best window: what a limit is, which others can only lower."""
+        return max(self.windows)
 
     @property
     def spread(self) -> float:
@@ -182,7 +189,7 @@ class StageRow:
     limit_img_s: float | None = None
     """Images per second that the hardware allows; None where that is unknown."""
     share: float | None = None
-    """Fraction of the hardware limit."""
+    """Fraction of the hardware limit, 0..1."""
     against: str = ""
     """Name of the limit."""
     note: str = ""
@@ -192,7 +199,13 @@ def make_row(
     name: str, rate: Rate, size: float, *, limit: float | None = None, against: str = "",
     note: str = "",
 ) -> StageRow:  # fmt: skip
-    """Return a rate as a row; `size` is in bytes per image."""
+    """Return a rate as a row; `size` is in bytes per image.
+
+    A rate above its limit shows that the machine was slower when the limit was measured: then the
+    rate is the limit, and the row says so.
+    """
+    if limit and rate.median > limit:
+        limit, against = rate.median, f"{against} (slower when it was measured)"
     return StageRow(
         name=name, img_s=rate.median, spread=rate.spread, error=rate.error, steady=rate.is_steady,
         cores=rate.cpu, others=rate.others, bytes_s=rate.median * size, limit_img_s=limit,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from pipeline.dataset.manifest import identity
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import MAX_THREADS
 from pipeline.stream.timing import WaitTimes
@@ -15,7 +16,6 @@ from pipeline.throughput import stages
 from pipeline.throughput.clock import OTHERS, Rate, StageRow, make_row
 from pipeline.throughput.hardware import describe_machine
 from pipeline.throughput.model import (
-    WORTH,
     Bound,
     Costs,
     Remedy,
@@ -65,14 +65,20 @@ def write_verdict(
             + ("enough." if share >= ENOUGH else "just enough." if share >= 1 else
                f"and would stand still {1 - share:.0%} of the time.")
         )  # fmt: skip
-    best = next((one for one in remedies if (one.gain or 0) >= WORTH), None)
-    text.append(
-        f"What helps most: {best.name}, {best.change}: predicted {best.img_s:,.0f} img/s, "
-        f"{best.gain:.2f} times as much."
-        if best
-        else "None of the settings would change that by more than 3 %; more cores would."
-    )
+    text.append(_describe_help([one for one in remedies if one.is_worth]))
     return " ".join(text)
+
+
+def _describe_help(worth: Sequence[Remedy]) -> str:
+    """Say which change helps most; what rests on unsteady measurements is no promise."""
+    if best := next((one for one in worth if one.sure), None):
+        return (f"What helps most: {best.name}, {best.change}: predicted {best.img_s:,.0f} img/s, "
+                f"{best.gain:.2f} times as much.")  # fmt: skip
+    if worth:
+        names = ", ".join(f"{one.name} ({one.change})" for one in worth)
+        return (f"What would help cannot be told: the rates were not steady enough. It may be "
+                f"{names}; measure again when less runs here, or try it with --tune.")  # fmt: skip
+    return "None of the settings would change that by more than 3 %; more cores would."
 
 
 def _describe_largest(bound: Bound, stages: Sequence[StageRow]) -> str:
@@ -128,7 +134,9 @@ def examine(
         batches = max(1, min(len(parts.shard_reader) // setting.batch_size, 160))
         alone = stages.measure_stages(parts, seconds, batches)
         progress.advance(1)
-        costs = sweep_threads(parts, alone, list_thread_counts(setting), seconds)
+        most = max(setting.cores, setting.threads)  # more is for --tune, which measures it
+        counts = [count for count in list_thread_counts(setting) if count <= most]
+        costs = sweep_threads(parts, alone, counts, seconds)
         progress.advance(1)
         parts.touch(round(predict_rate(costs) * 4 * seconds))
         found = measure_stream(setting, 2 * seconds)
@@ -162,7 +170,7 @@ def find_state(
         read, state = cold, "From the disk (it is larger than memory)"
     gives = found.rate.median * predict_rate(slow) / predict_rate(costs)
     return StreamState(parts=parts, alone=alone, costs=slow, reading=read, img_s=gives, fits=fits,
-               state=state)  # fmt: skip
+                       state=state, rate=found.rate)  # fmt: skip
 
 
 def _make_report(
@@ -189,6 +197,7 @@ def _make_report(
         data={
             "where": setting.data, "pictures": len(parts.shard_reader), "encoding": parts.encoding,
             "bytes": sum(shard.bytes for shard in parts.shard_reader.shards), "fits": now.fits,
+            "sha256": identity(parts.dataset.folder),
         },
         setting=asdict(setting),
         stages=rows,

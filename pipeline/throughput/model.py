@@ -13,6 +13,7 @@ batches through queues of another length.
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -22,7 +23,7 @@ import numpy as np
 
 from pipeline.stream.timing import Spent
 from pipeline.throughput import stages, stream_rate
-from pipeline.throughput.clock import Rate, measure_in_turn
+from pipeline.throughput.clock import SURE, Rate, measure_in_turn
 from pipeline.throughput.hardware import format_count
 from pipeline.throughput.stages import Parts, ReaderRate, StageRates, measure_cold_reading
 from pipeline.tools.units import available_memory
@@ -137,6 +138,27 @@ class Remedy:
     gain: float | None = None
     """Predicted over present rate."""
     note: str = ""
+    sure: bool = True
+    """False if the gain is no more than noise, or what it is computed from was not steady."""
+
+    @property
+    def is_worth(self) -> bool:
+        """True if the gain is large enough to be shown as one."""
+        return self.gain is not None and self.gain >= WORTH
+
+    def qualify(self, *rates: Rate, steady: bool = True) -> Remedy:
+        """Return the remedy, marked as not sure if rates or the stream do not bear out its gain.
+
+        Args:
+            rates: what the gain is computed from.
+            steady: whether the stream, whose rate the gain multiplies, was steady.
+        """
+        noise = SURE * math.hypot(*(rate.error for rate in rates))
+        steady = steady and all(rate.is_steady for rate in rates)
+        if not self.is_worth or (steady and (self.gain or 0) - 1 > noise):
+            return self
+        why = "no more than noise" if steady else "not sure: what it is from was not steady"
+        return replace(self, sure=False, note="; ".join(filter(None, (self.note, why))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +177,8 @@ class StreamState:
     """True if the data set fits into this machine's memory."""
     state: str
     """Source of its bytes, in words: page cache, disk or store."""
+    rate: Rate
+    """Images per second of the stream, as measured."""
 
 
 def list_remedies(now: StreamState, seconds: float) -> list[Remedy]:
@@ -167,19 +191,33 @@ def list_remedies(now: StreamState, seconds: float) -> list[Remedy]:
     return sorted((one for one in found if one), key=lambda one: -(one.gain or 0))
 
 
-def _make_remedy(now: StreamState, name: str, change: str, costs: Costs, note: str = "") -> Remedy:
-    """Return a change that leads to other costs: measured rate times model ratio."""
+def _make_remedy(
+    now: StreamState, name: str, change: str, costs: Costs, rates: Sequence[Rate], note: str = ""
+) -> Remedy:
+    """Return a change that leads to other costs: measured rate times model ratio.
+
+    Args:
+        now: the stream with its present settings.
+        name: of the change.
+        change: old and new value.
+        costs: costs with the change.
+        rates: what these costs, and those they replace, were measured as.
+        note: text beside the gain.
+    """
     gain = predict_rate(costs) / predict_rate(now.costs)
-    return Remedy(name=name, change=change, img_s=now.img_s * gain, gain=gain, note=note)
+    found = Remedy(name=name, change=change, img_s=now.img_s * gain, gain=gain, note=note)
+    return found.qualify(*rates, steady=now.rate.is_steady)
 
 
 def _change_threads(now: StreamState) -> Remedy | None:
-    threads = now.costs.threads
-    others = [replace(now.costs, threads=count) for count in now.costs.pixels if count != threads]
-    if not others:
+    threads, pixels = now.costs.threads, now.costs.pixels
+    counts = [count for count in pixels if count != threads and count <= now.costs.cores]
+    if not counts:
         return None
+    others = [replace(now.costs, threads=count) for count in counts]
     best = max(others, key=lambda costs: (predict_rate(costs), -costs.threads))
-    return _make_remedy(now, "threads", f"{threads} -> {best.threads}", best)
+    rates = [pixels[threads], pixels[best.threads]]
+    return _make_remedy(now, "threads", f"{threads} -> {best.threads}", best, rates)
 
 
 def _change_prefetch(now: StreamState) -> Remedy:
@@ -198,7 +236,7 @@ def _change_prefetch(now: StreamState) -> Remedy:
         name="prefetch depth", change=f"{present} -> {best}",
         img_s=now.img_s * gains[best], gain=gains[best],
         note="measured batches replayed through queues of that length",
-    )  # fmt: skip
+    ).qualify(now.reading.rate(), steady=now.rate.is_steady)  # fmt: skip
 
 
 def _change_decoder_load(now: StreamState, seconds: float) -> Remedy:
@@ -216,7 +254,8 @@ def _change_decoder_load(now: StreamState, seconds: float) -> Remedy:
     best = max(rates, key=lambda load: rates[load].median)
     note = "" if best in (0.0, 1.0) else "pixels then depend a little on their batch"
     return _make_remedy(now, "hardware decoder", f"{setting.hw_decoder_load:g} -> {best:g}",
-                        _scale_pixels(now.costs, rates[best], present), note)  # fmt: skip
+                        _scale_pixels(now.costs, rates[best], present), [rates[best], present],
+                        note)  # fmt: skip
 
 
 def _change_encoding(now: StreamState, seconds: float) -> Remedy | None:
@@ -239,8 +278,9 @@ def _change_encoding(now: StreamState, seconds: float) -> Remedy | None:
     if now.costs.store:
         img_s = min(img_s, now.costs.store * now.parts.bytes_each / each)
         note += "; from the store even slower"
-    return Remedy(name="raw encoding", change="jpeg -> raw", img_s=img_s, gain=img_s / now.img_s,
-                  note=note)  # fmt: skip
+    found = Remedy(name="raw encoding", change="jpeg -> raw", img_s=img_s, gain=img_s / now.img_s,
+                   note=note)  # fmt: skip
+    return found.qualify(rate, now.rate)
 
 
 def _change_shuffle(now: StreamState) -> Remedy | None:
@@ -254,7 +294,9 @@ def _change_shuffle(now: StreamState) -> Remedy | None:
     with closing(Parts(replace(now.parts.setting, shuffle="block"), now.parts.dataset)) as parts:
         cold, _ = measure_cold_reading(parts, 60)
     costs = replace(now.costs, reader=cold.seconds)
-    return _make_remedy(now, "block shuffle", "full -> block", costs, "shards are read end to end")
+    rates = [cold.rate(), now.alone.cold.rate()]
+    return _make_remedy(now, "block shuffle", "full -> block", costs, rates,
+                        "shards are read end to end")  # fmt: skip
 
 
 def _change_cache(now: StreamState) -> Remedy:
@@ -262,7 +304,7 @@ def _change_cache(now: StreamState) -> Remedy:
         return Remedy(name="cache", change="", note="for sets in a store only")
     size = sum(shard.bytes for shard in now.parts.shard_reader.shards)
     return _make_remedy(now, "cache", f"--cache-size of {size / 1e9:,.1f} GB and more",
-                        replace(now.costs, store=0.0), "from the second epoch on")  # fmt: skip
+                        replace(now.costs, store=0.0), [], "from the second epoch on")  # fmt: skip
 
 
 def _change_batch_size(now: StreamState, seconds: float) -> Remedy | None:
@@ -277,7 +319,8 @@ def _change_batch_size(now: StreamState, seconds: float) -> Remedy | None:
         }
         rates = measure_in_turn(works, 2 * seconds, setting.synchronize)
     return _make_remedy(now, "batch", f"{setting.batch_size} -> {double.batch_size}",
-                        _scale_pixels(now.costs, rates[2], rates[1]))  # fmt: skip
+                        _scale_pixels(now.costs, rates[2], rates[1]),
+                        [rates[2], rates[1]])  # fmt: skip
 
 
 def _scale_pixels(costs: Costs, other: Rate, present: Rate) -> Costs:
@@ -299,6 +342,7 @@ def sweep_threads(parts: Parts, alone: StageRates, counts: Sequence[int], second
 
 
 def find_knee(costs: Costs) -> int:
-    """Return the fewest threads with 95 % of the highest predicted rate."""
-    rates = {count: predict_rate(replace(costs, threads=count)) for count in costs.pixels}
+    """Return the fewest threads, no more than there are cores, with 95 % of their highest rate."""
+    counts = [count for count in costs.pixels if count <= costs.cores] or list(costs.pixels)
+    rates = {count: predict_rate(replace(costs, threads=count)) for count in counts}
     return min(count for count, rate in rates.items() if rate >= 0.95 * max(rates.values()))

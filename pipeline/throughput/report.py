@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 import rich.box
 import rich.console
+import torch
+from rich.markup import escape
 from rich.table import Column, Table
 
-from pipeline.throughput.clock import StageRow
-from pipeline.throughput.hardware import Machine
-from pipeline.throughput.model import WORTH, Remedy
+from pipeline.dataset.manifest import identity
+from pipeline.remote.dataset import fetch_metadata
+from pipeline.remote.filesystem import hide_credentials, is_remote
+from pipeline.throughput.clock import SURE, StageRow
+from pipeline.throughput.hardware import Machine, describe_machine
+from pipeline.throughput.model import Remedy
 from pipeline.tools import charts
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import atomic_write
@@ -120,8 +125,6 @@ def draw_threads(table: Mapping[str, Any]) -> charts.Chart | None:
     )
 
 
-SURE = 3.0
-"""Standard errors beyond which a difference is more than noise."""
 LEAST = 0.03
 """Relative difference up to which rates count as the same: machines drift."""
 
@@ -191,7 +194,7 @@ class ThroughputReport:
     command: str
     machine: Machine
     data: dict[str, Any]
-    """Address, number of images, bytes, encoding, and whether it fits into memory."""
+    """Address, number of images, bytes, encoding, whether it fits into memory, and its identity."""
     setting: dict[str, Any]
     """Settings of the stream."""
     stages: tuple[StageRow, ...]
@@ -254,12 +257,13 @@ def load_report(path: Path) -> dict[str, Any]:
     try:
         table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = table["version"]
-        _ = table["whole"]["img_s"], table["stages"], table["machine"]["cores"]
+        if version == VERSION:
+            _check_table(table)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}); name a throughput.json"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{path} is no report of pipeline.throughput; name a throughput.json"
         ) from error
@@ -268,20 +272,69 @@ def load_report(path: Path) -> dict[str, Any]:
     return table
 
 
+def _check_table(table: Mapping[str, Any]) -> None:
+    """Check what is read of a saved report: by comparisons, plans and tables.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: something else is there, or nothing.
+    """
+    numbers = [table["machine"]["cores"], table["data"]["bytes"]]
+    positive = [table["data"]["pictures"], table["whole"]["img_s"]]
+    for row in (*table["stages"], table["whole"]):
+        numbers += [row["img_s"], row["error"], row["bytes_s"], row["cores"],
+                    row["limit_img_s"] or 0]  # fmt: skip
+        row["name"].encode()
+    for text in (table["machine"]["processor"], table["data"]["where"],
+                 table["setting"]["device"]):  # fmt: skip
+        text.encode()
+    if not all(0 <= number < math.inf for number in numbers + positive) or min(positive) <= 0:
+        raise ValueError("a number is out of range")
+
+
+def find_other_origin(table: Mapping[str, Any], data: str | None) -> str:
+    """Return what a saved report is of, if not of this machine and data set; "" if it is of them.
+
+    Args:
+        table: content of the report.
+        data: folder or address of the data set; None: the one that the report is of, if that is a
+            folder that is as it was.
+
+    Raises:
+        DuetError: `data` holds no data set, or its store does not answer.
+    """
+    machine = table["machine"]
+    here = describe_machine(bool(machine.get("gpu")) and torch.cuda.is_available())
+    for name in ("processor", "cores", "gpu"):
+        if machine.get(name) != getattr(here, name):
+            return f"a machine with {name} {machine.get(name)}, and this one has " + str(
+                getattr(here, name) or "none"
+            )
+    where = str(table["data"]["where"])
+    if data is None and (is_remote(where) or not Path(where).is_dir()):
+        return f"{hide_credentials(where)}, which cannot be looked at from here"
+    known = table["data"].get("sha256")
+    folder = fetch_metadata(data or where)
+    if known is not None and known != identity(folder):
+        return f"another data set than {hide_credentials(data or where)} is now"
+    if known is None and data is not None and data != where:
+        return hide_credentials(where)  # a report of before its identity was kept
+    return ""
+
+
 def print_report(report: ThroughputReport, console: rich.console.Console) -> None:
     """Print stages, stream, remedies and verdict."""
-    machine, setting = report.machine, report.setting
+    machine, setting, data = report.machine, report.setting, report.data
     console.print(
-        f"{report.data['where']}: {report.data['pictures']:,} {report.data['encoding']} images, "
-        f"{human_bytes(report.data['bytes'])}; {machine.processor}, {machine.cores} cores"
+        f"{escape(data['where'])}: {data['pictures']:,} {data['encoding']} images, "
+        f"{human_bytes(data['bytes'])}; {machine.processor}, {machine.cores} cores"
         + (f", {machine.gpu}" if machine.gpu else "")
         + f"; {setting['device']}, {setting['threads']} threads, batch {setting['batch_size']}, "
         f"prefetch {setting['prefetch']}, shuffle {setting['shuffle']}"
     )
     console.print(_stage_table(report), _remedy_table(report))
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
-    console.print(report.verdict)
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
+    console.print(escape(report.verdict))
 
 
 def _stage_table(report: ThroughputReport) -> Table:
@@ -309,6 +362,6 @@ def _remedy_table(report: ThroughputReport) -> Table:
         table.add_row(
             one.name, one.change, f"{one.img_s:,.0f}" if one.img_s is not None else "",
             f"{one.gain:.2f}x" if one.gain is not None else "", one.note,
-            style="bold" if (one.gain or 0) >= WORTH else "",
+            style="bold" if one.is_worth and one.sure else "",
         )  # fmt: skip
     return table

@@ -335,12 +335,12 @@ def _reader_stages(
     if parts.encoding == "jpeg":  # raw ones are mapped: the checksum is the first to read them
         yield make_row(
             "storage, page cache", warm.rate("storage"), each,
-            limit=hardware.measure_page_cache(paths, seconds / 2).median / each,
+            limit=hardware.measure_page_cache(paths, seconds / 2).best / each,
             against="page cache, end to end, one thread",
         )  # fmt: skip
     yield make_row(
         "checksum", warm.rate("checksum"), each,
-        limit=hardware.measure_checksum(round(each), seconds / 2).median / each,
+        limit=hardware.measure_checksum(round(each), seconds / 2).best / each,
         against="CRC-32 alone, one thread",
     )  # fmt: skip
     yield make_row("feed", warm.rate("feed", "fetch"), 0, note="order, draws and views, in Python")
@@ -361,7 +361,7 @@ def _pixel_stages(
         else:
             limit = hardware.measure_libjpeg(jpegs, setting.threads, half)
         yield make_row(
-            "decode", measure_decoding(parts, loaded, seconds), each + CROPPED, limit=limit.median,
+            "decode", measure_decoding(parts, loaded, seconds), each + CROPPED, limit=limit.best,
             against="nvJPEG of whole images, nothing else" if gpu
             else f"bare libjpeg-turbo, whole images, {threads}",
         )  # fmt: skip
@@ -370,7 +370,7 @@ def _pixel_stages(
               else hardware.measure_memory(setting.threads, half))  # fmt: skip
     yield make_row(
         "normalise", measure_normalizing(parts, loaded, seconds), moved,
-        limit=memory.median / moved,
+        limit=memory.best / moved,
         against="GPU memory, copied" if gpu else f"memory, copied by {threads}",
         note="with the copy to the GPU" if gpu else "",
     )  # fmt: skip
@@ -378,7 +378,7 @@ def _pixel_stages(
         across = each if parts.encoding == "jpeg" else SIZE * SIZE * 3
         yield make_row(
             "copy to the GPU", measure_copying(parts, loaded, seconds), across,
-            limit=hardware.measure_upload(half).median / across,
+            limit=hardware.measure_upload(half).best / across,
             against="PCIe, pinned blocks of 64 MiB",
         )  # fmt: skip
     yield make_row("hand-over", measure_hand_over(parts, loaded, half), 0,

@@ -79,9 +79,29 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
     assert fast["au"] > late["au"]
     assert fast["stream_img_s"] > 3 * late["stream_img_s"]
     assert late["stream_img_s"] < 8 / delay * 1.1
-    text = "\n".join(format_measurement(late))
+    text = "\n".join(format_measurement(late | {"steady": True}))
     assert "waiting for storage" in text
     assert f"stall {late['stall']:.1%}" in text
+    assert late["steady"]
+
+
+def test_rates_are_told_for_the_job_or_a_worker_and_wild_turns_give_no_verdict():
+    found = {
+        "workers": 2, "img_s": 261.0, "replayed_img_s": 302.0, "stream_img_s": 2077.0,
+        "step": {"wall": 0.2, "parts": dict.fromkeys(profiler.PARTS, 0.03), "accounted": 0.9},
+        "replayed": {"parts": {"compute": 0.03}}, "au": 0.87, "stall": 0.13,
+        "spread": (0.85, 0.88), "steady": True, "others": 0.0,
+        "report": {"verdict": "One worker of 2, alone: X", "setting": {"device": "cpu"}},
+    }  # fmt: skip
+    text = format_measurement(found)
+    assert text[0] == "a step takes 200.0 ms (the job of 2 workers: 261 img/s):"
+    assert "the job on batches that lie ready: 302 img/s" in "\n".join(text)
+    assert "the job's stream alone: 2,077 img/s, 6.9 times" in "\n".join(text)
+    assert text[-1] == "One worker of 2, alone: X"
+    wild = "\n".join(format_measurement(found | {"spread": (0.78, 2.56), "steady": False}))
+    assert "no verdict: steps on batches that lie ready took 78% to 256%" in wild
+    for word in ("utilisation", "stall", "times what", "One worker"):
+        assert word not in wild
 
 
 def run_rank(rank: int, folder: Path, data: Path) -> None:
@@ -107,6 +127,7 @@ def test_a_pair_measures_its_exchange(tiny_data, tmp_path):
         found["each"][0]["exchange_bytes"] / 16, rel=0.01
     )
     assert found["report"]["setting"]["batch_size"] == 8  # a worker's half
+    assert found["report"]["verdict"].startswith("One worker of 2, alone: ")
     assert found["report"]["needed"] == pytest.approx(found["replayed_img_s"] / 2, rel=1e-3)
     # A step of this net is so short that the vote on whether to end is some percent of it.
     assert 0.85 < found["step"]["accounted"] <= 1.001

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from pipeline.throughput.__main__ import main
+from pipeline.throughput.report import load_report
 from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.tools.errors import DuetError, UsageError
@@ -40,6 +41,7 @@ def test_every_stage_is_measured_against_a_limit(examined):
     for name in ("storage, page cache", "checksum", "decode", "normalise"):
         row = rows[name]
         assert row["share"] == pytest.approx(row["img_s"] / row["limit_img_s"], rel=1e-3)
+        assert row["share"] <= 1
         assert row["img_s"] > 100
         assert row["bytes_s"] > 0
         assert row["against"]
@@ -129,6 +131,57 @@ def test_planning_needs_no_data_set(tmp_path, examined, monkeypatch, capsys):
     figures = {one["name"]: one for one in answer["figures"]}
     assert figures["bytes of an image"]["source"] == "measured"
     assert figures["images in an epoch"]["value"] == table["data"]["pictures"]
+
+
+def test_a_plan_takes_a_report_it_finds_only_if_it_is_of_this_machine_and_data(
+    tmp_path, examined, data, monkeypatch, capsys
+):
+    out, table, _ = examined
+    where = table["data"]["where"]
+    monkeypatch.chdir(tmp_path)
+    plan = ["--plan", "--img-s", "20000", "--json"]
+
+    def put(part: str, **changes: object) -> None:
+        found = json.loads((out / "throughput.json").read_text())
+        found[part] |= changes
+        (tmp_path / "throughput.json").write_text(json.dumps(found))
+
+    put("data")
+    for words in ([], [where], [str(data)]):  # a copy is the same data set
+        assert main([*plan, *words]) == 0
+        assert f"from throughput.json: {where} on " in capsys.readouterr().err
+    for part, changes, words, text in (
+        ("machine", {"processor": "Z80"}, [], "processor Z80"),
+        ("machine", {"cores": 999}, [where], "cores 999"),
+        ("machine", {"gpu": "H200"}, [where], "gpu H200, and this one has none"),
+        ("data", {"sha256": "ab" * 32}, [], "another data set than"),
+        ("data", {"sha256": "ab" * 32}, [where], "another data set than"),
+        ("data", {"where": "/nowhere"}, [], "/nowhere, which cannot be looked at"),
+        ("data", {"where": "s3://key:secret@bucket/set"}, [], "which cannot be looked at"),
+    ):
+        put(part, **changes)
+        with pytest.raises(UsageError, match=text) as refused:
+            main([*plan, *words])
+        assert "use it all the same by --measured throughput.json" in str(refused.value)
+        assert "\n" not in str(refused.value)
+        assert "secret" not in str(refused.value)
+        assert main([*plan, "--measured", "throughput.json"]) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("data", {}), ("data", []), ("machine", None), ("whole", {"img_s": 0}), ("stages", 3),
+        ("stages", [{}]), ("stages", [3]), ("setting", "x"), ("version", 7), ("version", []),
+    ],
+)  # fmt: skip
+def test_a_report_with_something_else_in_it_is_one_line(examined, tmp_path, part, value):
+    table = json.loads((examined[0] / "throughput.json").read_text()) | {part: value}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(UsageError, match=r"old\.json is (no report|of version)"):
+        load_report(path)
 
 
 @pytest.mark.parametrize("reader", ["stream", "native"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.stream.timing import Spent
 from pipeline.throughput import model as remedies_of
 from pipeline.throughput.clock import Rate
-from pipeline.throughput.diagnosis import find_state
+from pipeline.throughput.diagnosis import find_state, write_verdict
 from pipeline.throughput.model import predict_rate
 from pipeline.throughput.stages import ReaderRate, Setting, StageRates, open_parts
 from pipeline.throughput.stream_rate import FetchRate, StreamRate
@@ -64,3 +66,48 @@ def test_a_set_in_a_store_is_first_bound_by_it_and_then_by_the_cache(states):
     assert cache.img_s == pytest.approx(3000)
     assert cache.gain == pytest.approx(predict_rate(costs()) / predict_rate(now.costs))
     assert remedies_of._change_cache(states(1e12)).gain is None
+
+
+STEADY, WILD = Rate((3000.0,) * 5, 4.0, 0.0), Rate((1500.0, 4500.0, 3000.0, 2000.0, 4000.0), 4.0, 0)
+
+
+def faster(rate: Rate, factor: float) -> Rate:
+    return Rate(tuple(factor * each for each in rate.windows), rate.cpu, rate.others)
+
+
+def test_no_thread_beyond_the_cores_is_promised(states):
+    now = states(1e12)
+    pixels = {1: STEADY, 2: faster(STEADY, 1.9), 3: faster(STEADY, 2.6)}
+    for cores, change in ((2, "2 -> 1"), (3, "2 -> 3")):
+        few = costs(pixels=pixels, cores=cores, threads=2, reader=Spent(0, 1e-7))
+        found = remedies_of._change_threads(replace(now, costs=few))
+        assert found.change == change
+        assert remedies_of.find_knee(few) <= cores
+    alone = costs(pixels={1: STEADY, 2: STEADY}, cores=1, threads=1)
+    assert remedies_of._change_threads(replace(now, costs=alone)) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "factor", "whole", "sure"),
+    [
+        (STEADY, 1.33, STEADY, True),
+        (WILD, 1.33, STEADY, False),
+        (STEADY, 1.33, WILD, False),
+        (Rate((2900.0, 3000.0, 3100.0, 2800.0, 3200.0), 4.0, 0), 1.05, STEADY, False),  # noise
+        (WILD, 1.0, STEADY, True),  # promises nothing
+    ],
+)
+def test_a_gain_is_a_fact_only_if_what_it_is_from_was_steady(states, before, factor, whole, sure):
+    pixels = {1: before, 2: faster(before, factor)}
+    now = replace(
+        states(1e12), costs=costs(pixels=pixels, cores=8, threads=1, reader=Spent(0, 1e-7)),
+        rate=whole,
+    )  # fmt: skip
+    found = remedies_of._change_threads(now)
+    assert found.gain == pytest.approx(factor)
+    assert found.sure == sure
+    bounds = remedies_of.list_bounds(now.costs)
+    text = write_verdict(state="x", img_s=3000.0, bounds=bounds, stages=[], remedies=[found],
+                         needed=None)  # fmt: skip
+    assert ("What helps most: threads" in text) == (sure and factor > 1)
+    assert ("cannot be told" in text) == (not sure)

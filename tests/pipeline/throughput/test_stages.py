@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.stream.timing import Spent
 from pipeline.throughput import stages
 from pipeline.throughput.capacity import plan_capacity
-from pipeline.throughput.clock import MOST, CpuLoad, Rate, measure, measure_in_turn
+from pipeline.throughput.clock import MOST, CpuLoad, Rate, make_row, measure, measure_in_turn
 from pipeline.throughput.diagnosis import list_thread_counts
 from pipeline.throughput.model import interpolate_pixels, list_bounds, predict_rate, simulate_queue
 from pipeline.throughput.report import compare_reports, has_regressed, list_differences
@@ -31,6 +31,15 @@ def test_a_rate_is_a_median_with_its_spread():
     assert rate.spread == pytest.approx((high - low) / 2 / 100)
     assert rate.is_steady
     assert not Rate((1.0, 2.0, 3.0), 0, 0).is_steady
+
+
+@given(st.lists(st.floats(1, 1e9), min_size=1, max_size=5), st.floats(1, 1e9))
+def test_no_share_of_a_limit_is_above_one(windows, limit):
+    row = make_row("checksum", Rate(tuple(windows), 1.0, 0.0), 1.0, limit=limit, against="CRC-32")
+    assert row.share <= 1
+    assert row.share == pytest.approx(row.img_s / row.limit_img_s)
+    assert row.limit_img_s == max(limit, row.img_s)
+    assert ("slower when" in row.against) == (row.img_s > limit)
 
 
 def test_the_first_call_is_not_counted_and_unsteady_windows_are_repeated():
