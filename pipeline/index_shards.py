@@ -19,7 +19,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from pipeline.dataset.samples import (
 )
 from pipeline.dataset.shards import format_idx, locate_files, parse_idx
 from pipeline.dataset.tar import escape, extract_fault, read_members
+from pipeline.sources.listing import Reject, summarize_rejects
 from pipeline.tools.errors import DataError, UsageError, run
 from pipeline.tools.files import HashedFile, atomic_write, ensure_writable, sha256
 from pipeline.tools.processes import map_in_order
@@ -114,9 +115,13 @@ class IndexOutcome:
 
     manifest: Manifest | None = None
     """None: nothing was written, because of the samples in `bad`."""
+    samples: int = 0
+    """Number of samples whose image and label can be read."""
     bad: list[BadSample] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     """Tars of the folder that are in no split."""
+    empty: list[str] = field(default_factory=list)
+    """Classes without a training sample."""
 
 
 class ExamineJob(NamedTuple):
@@ -165,16 +170,31 @@ def index_folder(config: IndexConfig) -> IndexOutcome:
     outcome = IndexOutcome(bad=[bad for one in shards for bad in one.bad], unused=unused)
     if any(not bad.key for bad in outcome.bad):
         return outcome
+    outcome.samples = sum(len(one.rows) for one in shards)
+    if outcome.bad and not any(one.labels for one in examined["train"]):
+        return outcome  # of no sample at all, classes say nothing
     known = given or Classes.from_labels([one.labels for one in examined["train"]])
     for one in shards:
         outcome.bad += _number_labels(one, known)
+    used = {label for one in examined["train"] for label in one.rows["label"].tolist()}
+    outcome.empty = [name for number, name in enumerate(known.names) if number not in used]
+    beyond = known.find_number(len(known.names))
+    if 0 not in used and any(bad.reason == beyond for bad in outcome.bad):
+        raise UsageError(
+            f"no label of {folder} is 0, and {len(known.names)} is one: Duet counts the "
+            f"{len(known.names)} classes from 0; subtract 1 from each label, or give --classes "
+            "FILE with the list in that order and a name for 0"
+        )
     if outcome.bad and not config.skip_bad:
         return outcome
     for name, split in examined.items():
         if not any(len(one.rows) for one in split):
-            raise DataError(f"split {name!r} of {folder} has no sample that can be used; repack it")
-    used = {name: [one for one in split if len(one.rows)] for name, split in examined.items()}
-    outcome.manifest = _seal(config, used, Statistics.from_sums(sums), known.names, outcome.bad)
+            raise DataError(
+                f"split {name!r} of {folder} has no sample that can be used; "
+                f"most often: {_summarize_bad(outcome.bad, split)}; repack it"
+            )
+    kept = {name: [one for one in split if len(one.rows)] for name, split in examined.items()}
+    outcome.manifest = _seal(config, kept, Statistics.from_sums(sums), known.names, outcome.bad)
     return outcome
 
 
@@ -461,6 +481,9 @@ def main() -> int:
         f"{left_out}{unused}, indexed in {seconds:.1f} s "
         f"({count / max(seconds, 1e-9):,.0f} images/s)\n"
     )
+    if outcome.empty:
+        some = _name_some([repr(name) for name in outcome.empty])
+        sys.stderr.write(f"note: {len(outcome.empty):,} classes have no training image: {some}\n")
     return 0
 
 
@@ -487,11 +510,22 @@ def _describe_failure(folder: str, outcome: IndexOutcome) -> str:
             "above"
         )
     count = len(outcome.bad)
+    what = f"{count:,} {'sample' if count == 1 else 'samples'} of {folder}"
+    way_out = "leave them out with --skip-bad, or "
+    if not outcome.samples:
+        what, way_out = f"none of the {what} can be used: they", ""
     return (
-        f"{count:,} {'sample' if count == 1 else 'samples'} of {folder} cannot be trained from as "
-        "they are, and nothing was written; leave them out with --skip-bad, or repack with "
+        f"{what} cannot be trained from as they are, and nothing was written; most often: "
+        f"{_summarize_bad(outcome.bad)}; {way_out}repack with "
         f"`python -m pipeline.build_shards OUT --train {folder}`"
     )
+
+
+def _summarize_bad(bad: Iterable[BadSample], split: Iterable[ExaminedShard] | None = None) -> str:
+    """Return the most frequent reason, of all shards or those of a split, with an example."""
+    names = None if split is None else {one.name for one in split}
+    chosen = (one for one in bad if names is None or one.shard in names)
+    return summarize_rejects(Reject(f"{one.shard} key {one.key}", one.reason) for one in chosen)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def _choose_workers(manifest: Manifest, total: int, decode: bool) -> int:
 
 
 def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[CheckJob]:
-    classes = Classes(manifest.classes)
+    classes = Classes(manifest.classes, decimals=manifest.foreign)
     for name, split in manifest.splits.items():
         starts = accumulate((shard.samples for shard in split.shards[:-1]), initial=0)
         for number, (shard, start) in enumerate(zip(split.shards, starts, strict=True)):

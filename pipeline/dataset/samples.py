@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -51,6 +52,8 @@ MAX_CLASSES = 1_000_000
 
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key and ending of a member, `webdataset`'s pattern."""
+_DECIMAL = re.compile(r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+"""A number as programs write it: `3`, `3.0`, `3.000e+00`."""
 
 
 _META = re.compile(r"__[^/]*__($|/)")
@@ -236,19 +239,22 @@ def parse_label(ending: str, body: bytes) -> MemberLabel:
     try:
         if ending == "json":
             return _from_table(json.loads(body))
-        label = _from_text(body.decode())
+        label = parse_text(body.decode())
     except (ValueError, RecursionError):  # no JSON, or no UTF-8
         return MemberLabel(None)
     # A text may be a caption: only a number is a label.
     return MemberLabel(None if ending == "txt" and isinstance(label, str) else label)
 
 
-def _from_text(text: str) -> int | str | None:
+def parse_text(text: str) -> int | str | None:
+    """Return a label that is written as a text: `3` and `3.0` are number 3, `cat` is a word."""
     text = text.strip()
-    number = text.removeprefix("-").removeprefix("+")
-    if number.isascii() and number.isdigit():
-        # No data set has a class number of ten digits; -1 stands for "unknown".
-        return int(number) if len(number) <= 9 and not text.startswith("-") else None
+    if _DECIMAL.fullmatch(text):
+        value = float(text)
+        if text.startswith("-"):
+            return None  # -1 stands for "unknown"
+        if value.is_integer():
+            return _from_value(value)
     return text if text and text.isprintable() and len(text) <= LONGEST_WORD else None
 
 
@@ -264,10 +270,38 @@ def _from_table(table: object) -> MemberLabel:
 
 
 def _from_value(value: object) -> int | str | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # data frames turn a column with a gap into floats
     if isinstance(value, int) and not isinstance(value, bool):
-        # Python refuses to print numbers of thousands of digits.
+        # No data set has a class number of ten digits; Python refuses to print thousands of them.
         return value if 0 <= value < 10**9 else None
-    return _from_text(value) if isinstance(value, str) else None
+    return parse_text(value) if isinstance(value, str) else None
+
+
+def compose(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): macOS writes `é` as two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """Return class names in their order: sorted, as numbers if all consist of digits."""
+    names = sorted(names)
+    if all(name.isascii() and name.isdigit() and len(name) <= LONGEST_WORD for name in names):
+        names.sort(key=int)
+    return names
+
+
+def number_classes(names: Sequence[str]) -> Mapping[int, int] | None:
+    """Return the place in `names` of the class that each number means.
+
+    A number counts places. Where the names are numbers themselves, it is the class of that name.
+    None: only some names are numbers, or two are the same one, and they are not at their places.
+    """
+    numbers = [parse_text(name) for name in names]
+    found = [(one, place) for place, one in enumerate(numbers) if isinstance(one, int)]
+    if all(number == place for number, place in found):
+        return {place: place for place in range(len(names))}
+    return dict(found) if len(dict(found)) == len(names) else None
 
 
 @dataclass(frozen=True)
@@ -276,6 +310,9 @@ class Classes:
 
     names: tuple[str, ...]
 
+    decimals: bool = False
+    """True where a name such as "3.0" is what the shards hold: a word before it was a number."""
+
     @classmethod
     def from_labels(cls, labels: Sequence[Sequence[int | str]]) -> Classes:
         """Return the classes of the training samples' labels.
@@ -283,16 +320,18 @@ class Classes:
         Numbers count from 0, and are the names of their classes; words are sorted.
 
         Raises:
-            UsageError: there are numbers and names, no label 0, or fewer than two classes.
+            UsageError: there are numbers and names, no label 0, fewer than two classes, or two
+                that differ only in Unicode form.
         """
         seen = {label for part in labels for label in part}
         numbers = [label for label in seen if isinstance(label, int)]
-        words = sorted(label for label in seen if isinstance(label, str))
+        words = sort_classes(label for label in seen if isinstance(label, str))
         if words and numbers:
             raise UsageError(
                 f"some labels are numbers ({min(numbers)}) and some names ({words[0]!r}); "
                 "give the list of all classes with --classes FILE"
             )
+        refuse_same_names(words, "the shards")
         if len(words) > 1:
             return cls(tuple(words))
         if numbers and min(numbers) > 0:
@@ -307,15 +346,39 @@ class Classes:
     def find_number(self, label: int | str) -> int | str:
         """Return the number of a label, or a text: the reason why it has none."""
         if isinstance(label, str):
-            place = self._places.get(label)
+            place = self._places.get(label, self._places.get(compose(label)))
             return f"label {label!r} is no class of this set" if place is None else place
+        if label in self._decimals:
+            return self._decimals[label]
         if 0 <= label < len(self.names):
             return label
         return f"label {str(label)[:40]} is outside the classes, 0 to {len(self.names) - 1}"
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.names)}
+        composed = {compose(name): place for place, name in enumerate(self.names)}
+        return composed | {name: place for place, name in enumerate(self.names)}
+
+    @cached_property
+    def _decimals(self) -> dict[int, int]:
+        numbers = map(parse_text, self.names if self.decimals else ())
+        return {
+            number: place
+            for place, number in enumerate(numbers)
+            if isinstance(number, int) and not self.names[place].isdigit()
+        }
+
+
+def refuse_same_names(names: Iterable[str], source: str) -> None:
+    """Raise `UsageError` for two class names of a source that differ only in Unicode form."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(compose(name), name)
+        if other != name:
+            raise UsageError(
+                f"classes {ascii(other)} and {ascii(name)} of {source} are the same name in two "
+                "Unicode forms; give them one name"
+            )
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ from pipeline.packing.shards import (
 )
 from pipeline.remote.filesystem import hide_credentials
 from pipeline.remote.target import WORK, Target, is_finished, open_target
+from pipeline.sources.listing import read_rejects, summarize_rejects
 from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool, Pool, read_ahead
 from pipeline.tools.progress import Progress, announce
@@ -179,7 +180,8 @@ def _check_rejects(
     share = collected.rejected / everything
     raise DuetError(
         f"{collected.rejected:,} of {everything:,} files ({share:.2%}) cannot be packed, more than "
-        f"--max-rejects {options.max_rejects:g} allows; {target.address}/{REJECTS} says why: mend "
+        f"--max-rejects {options.max_rejects:g} allows; most often: "
+        f"{summarize_rejects(read_rejects(collected.rejects_file))}; {target.address}/{REJECTS} has all: mend "
         "them and start in another folder, or go on without them: "
         f"--max-rejects {_round_up(share):g}"
     )
@@ -197,9 +199,10 @@ def _check_finished(options: BuildConfig, target: Target) -> Manifest:
     with tempfile.TemporaryDirectory() as scratch:
         fingerprint = make_plan(options, Path(scratch)).fingerprint
     if manifest.plan != fingerprint:
+        theirs, ours = _known_settings(manifest, options)
+        what = _describe_difference({"settings": theirs}, {"settings": ours})
         raise UsageError(
-            f"{target.address} holds a finished data set of other images or settings, or of "
-            "another version of Duet; name another folder"
+            f"{target.address} holds a finished data set of {what}; name another folder"
         )
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     for shard, size in zip(shards, read_ahead(lambda s: target.size(s.name), shards), strict=True):
@@ -207,6 +210,20 @@ def _check_finished(options: BuildConfig, target: Target) -> Manifest:
             raise DataError(f"{target.address}/{shard.name} is missing or not whole; {REBUILD}")
     target.clear(WORK)  # left by a build that was killed after sealing
     return manifest
+
+
+def _known_settings(
+    manifest: Manifest, options: BuildConfig
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the settings that a manifest tells of, and those of this build."""
+    theirs: dict[str, object] = {
+        name: value
+        for name in ("seed", "encoding", "quality", "chroma")
+        if (value := getattr(manifest, name)) is not None
+    }
+    if len(shards := manifest.splits["train"].shards) > 1:
+        theirs["samples_per_shard"] = shards[0].samples
+    return theirs, {name: getattr(options, name) for name in theirs}
 
 
 def _check_state(options: BuildConfig, plan: BuildPlan, target: Target) -> None:
@@ -236,15 +253,15 @@ def _check_state(options: BuildConfig, plan: BuildPlan, target: Target) -> None:
 
 
 def _describe_difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
-    if theirs.get("format") != ours["format"]:
+    if theirs.get("format") != ours.get("format"):
         return "another version of Duet"
     for kind in ("settings", "libraries"):
-        before, now = theirs.get(kind), ours[kind]
+        before, now = theirs.get(kind), ours.get(kind)
         if isinstance(before, dict) and isinstance(now, dict):
             for key in now:
                 if before.get(key) != now[key]:
                     return f"{key} {before.get(key)}, and this one is of {now[key]}"
-    return "other images"
+    return "other images, settings or order of the classes, or of another version of Duet"
 
 
 def library_versions() -> dict[str, str]:

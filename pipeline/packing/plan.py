@@ -17,7 +17,7 @@ import tyro
 
 from pipeline.dataset.images import Encoding
 from pipeline.packing.resize import Chroma
-from pipeline.remote.filesystem import is_remote, local_path
+from pipeline.remote.filesystem import hide_credentials, is_remote, local_path
 from pipeline.sources import Listing, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
@@ -192,10 +192,17 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
         UsageError: a source that cannot work.
     """
     listings = [scan(options.train, scratch / "train", split="train")]
+    _refuse_empty_class(listings[0])
     if options.val is not None:
-        classes, labels = listings[0].classes, options.val_labels
         listings.append(
-            scan(options.val, scratch / "val", split="val", classes=classes, labels=labels)
+            scan(
+                options.val,
+                scratch / "val",
+                split="val",
+                classes=listings[0].classes,
+                labels=options.val_labels,
+                numbered=listings[0].numbered,
+            )
         )
     first = np.arange(len(listings[0]), dtype=np.uint32)
     held = _choose_held_out(listings[0], options) if options.holdout else np.zeros(len(first), bool)
@@ -215,6 +222,21 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
     )
 
 
+def _refuse_empty_class(listing: Listing) -> None:
+    """Refuse training images that lack a class of their list, before hours of packing."""
+    counts = np.zeros(len(listing.classes), np.int64)
+    for start in range(0, len(listing), ROWS_AT_A_TIME):
+        labels = listing.rows["label"][start : start + ROWS_AT_A_TIME]
+        counts += np.bincount(labels, minlength=len(counts))
+    if len(empty := np.flatnonzero(counts == 0)):
+        others = f" and {len(empty) - 1:,} more" if len(empty) > 1 else ""
+        raise UsageError(
+            f"class {listing.classes[empty[0]]!r} (number {empty[0]}){others} of source "
+            f"{hide_credentials(listing.source)} has no images; add some, or number the classes "
+            "that have images from 0 on, without gaps"
+        )
+
+
 def _choose_held_out(listing: Listing, options: BuildConfig) -> npt.NDArray[np.bool_]:
     """Choose validation images of each class at random; each class keeps one in either split."""
     labels = np.asarray(listing.rows["label"])
@@ -225,8 +247,9 @@ def _choose_held_out(listing: Listing, options: BuildConfig) -> npt.NDArray[np.b
         places = by_class[stop - counts[label] : stop]
         if len(places) < 2:
             raise UsageError(
-                f"--holdout needs two images a class; class {listing.classes[label]!r} "
-                f"of {options.train} has {len(places)}"
+                f"--holdout needs two images a class; class {listing.classes[label]!r} of "
+                f"{hide_credentials(options.train)} has {len(places)}: add images, remove the "
+                "class, or give validation images with --val in place of --holdout"
             )
         count = min(len(places) - 1, max(1, round(len(places) * options.holdout)))
         held[np.random.default_rng([options.seed, label]).permutation(places)[:count]] = True

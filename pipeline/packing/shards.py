@@ -49,13 +49,15 @@ from pipeline.packing.duplicates import (
 from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan, Places
 from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
-from pipeline.sources.listing import map_file
+from pipeline.sources.listing import map_file, read_rejects, summarize_rejects
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import sha256
 from pipeline.tools.processes import read_ahead
 
 FOLDER = f"{WORK}/shards"
 REJECTS = "rejects.jsonl"
+EXAMINED = 10_000
+"""Rejects of a class that are looked at for the most frequent reason."""
 
 TAKEN_DTYPE = np.dtype(
     [("chunk", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")]
@@ -247,19 +249,18 @@ def check_classes(plan: BuildPlan, collected: CollectedChunks, target: Target) -
     Raises:
         UsageError: names the class or the split, and a reject.
     """
-    for split in plan.orders:
+    for split, rows in plan.orders.items():
         labels = collected.taken["label"][collected.order(plan, split)]
         empty = np.flatnonzero(np.bincount(labels, minlength=len(plan.classes)) == 0)
         if len(labels) == 0 or (split == "train" and len(empty)):
             what = f"class {plan.classes[empty[0]]!r}" if len(labels) else f"split {split!r}"
-            with collected.rejects_file.open(encoding="utf-8") as file:
-                lines = (line.strip() for line in file)
-                name = plan.classes[empty[0]] if len(labels) else ""
-                example = next((line for line in lines if name in line), "")
-            example = f" (for example {example})" if example else ""
+            if len(labels):
+                rows = rows[collected.taken["label"][rows] == empty[0]]
+            names = {plan.name(int(row)) for row in rows[:EXAMINED]}
+            rejects = (one for one in read_rejects(collected.rejects_file) if one.name in names)
             raise UsageError(
-                f"no image of {what} could be read{example}; replace them, delete "
-                f"{target.address}, and run the same command again"
+                f"no image of {what} could be read; most often: {summarize_rejects(rejects)}; "
+                f"replace them, delete {target.address}, and run the same command again"
             )
 
 

@@ -7,7 +7,9 @@ mapped back, so that neither the scan nor the plan grows with the set.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,8 +17,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.samples import IMAGE_KINDS
-from pipeline.dataset.tar import ENCODING
+from pipeline.dataset.samples import IMAGE_KINDS, Classes, refuse_same_names, sort_classes
+from pipeline.dataset.tar import ENCODING, escape
 from pipeline.tools.errors import UsageError
 from pipeline.tools.jsonl import read_all_rows
 
@@ -52,6 +54,30 @@ class Reject(NamedTuple):
 
 IMAGE_ENDINGS = tuple(f".{kind}" for kind in IMAGE_KINDS)
 """Endings of the names of images, in lower case."""
+
+
+def read_rejects(file: Path) -> Iterator[Reject]:
+    """Yield the rejects in a file of such lines."""
+    return (Reject(**row) for row in read_all_rows(file))
+
+
+def summarize_rejects(rejects: Iterable[Reject]) -> str:
+    """Return the most frequent reason, how often it was noted, and an example."""
+    counts: Counter[str] = Counter()
+    first: dict[str, Reject] = {}
+    for reject in rejects:
+        kind = _VALUE.sub("", reject.reason)
+        counts[kind] += 1
+        first.setdefault(kind, reject)
+    if not counts:
+        return "no reason was noted"
+    ((kind, count),) = counts.most_common(1)
+    name, reason = first[kind]
+    return f"{escape(reason)} ({count:,} {'time' if count == 1 else 'times'}, as {escape(name)})"
+
+
+_VALUE = re.compile(r"'[^']*'|[0-9][0-9,.]*")
+"""Parts in which reasons of one kind differ."""
 
 
 class Unreadable(Exception):
@@ -111,6 +137,8 @@ class Listing:
     rejects_file: Path
     rejected: int
     """Number of files that the scan rejected; `rejects` reads them back."""
+    numbered: bool = False
+    """True if the source numbers its classes itself, by its labels or in a list."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -122,7 +150,7 @@ class Listing:
 
     def rejects(self) -> Iterator[Reject]:
         """Read the files that the scan rejected, in the order in which it found them."""
-        return (Reject(**row) for row in read_all_rows(self.rejects_file))
+        return read_rejects(self.rejects_file)
 
 
 class ListingWriter:
@@ -189,6 +217,15 @@ class ListingWriter:
         self._rejects.write(Reject(name, reason).to_json_line())
         self.rejected += 1
 
+    def summarize_rejects(self, *marks: str) -> str:
+        """Return the most frequent reason so far, of all names or those with a mark in them."""
+        if not self._rejects.closed:
+            self._rejects.flush()
+        rejects = read_rejects(self._scratch / "rejects.jsonl")
+        return summarize_rejects(
+            one for one in rejects if not marks or any(mark in one.name for mark in marks)
+        )
+
     def need_class(self, name: str) -> int:
         """Add a class, which `finish` refuses without images; return its number."""
         return self._classes.setdefault(name, len(self._classes))
@@ -209,15 +246,19 @@ class ListingWriter:
         """
         for file in (self._rows, self._text, self._ends, self._rejects):
             file.close()
-        found = sorted(self._classes)
+        found = sort_classes(self._classes)
         names = tuple(classes) if classes is not None else tuple(found)
-        self._check(names, found)
+        known = Classes(names)
+        self._check(known, found)
         rows_file = self._scratch / "rows.bin"
-        counts = _relabel(rows_file, list(self._classes), names)
-        for name, count in zip(names, counts, strict=True):
-            if count == 0 and name in self._classes:
+        table = np.array([known.find_number(name) for name in self._classes], np.int32)
+        counts = _relabel(rows_file, table, len(names))
+        for name in self._classes:
+            if counts[known.find_number(name)] == 0:
+                why = self.summarize_rejects(f"/{name}/", f"/{name}.tar/")
                 raise UsageError(
-                    f"class {name!r} of source {self._source} has no images; add some or remove it"
+                    f"class {name!r} of source {self._source} has no images that can be packed "
+                    f"(rejected: {why}); add some or remove it"
                 )
         return Listing(
             source=self._source,
@@ -233,42 +274,47 @@ class ListingWriter:
             rejected=self.rejected,
         )
 
-    def _check(self, names: tuple[str, ...], found: list[str]) -> None:
+    def _check(self, known: Classes, found: list[str]) -> None:
         if not found:
+            why = f" (rejected: {self.summarize_rejects()})" if self.rejected else ""
             raise UsageError(
-                f"source {self._source} holds no images of any class; "
-                "it needs a folder (or a tar) of images per class"
+                f"source {self._source} holds no images of any class{why}; it needs a folder (or a tar) of images per class"
             )
-        known = set(names)
         for name in found:
             if not name.isprintable():  # nor is a name in an encoding other than the system's
                 raise UsageError(
                     f"class name {name!r} of source {self._source} is no text; rename it"
                 )
-            if name not in known:
+            if isinstance(known.find_number(name), str):
+                like = next((one for one in known.names if _loosely(one) == _loosely(name)), None)
                 raise UsageError(
-                    f"source {self._source} has class {name!r}, which the training source lacks; "
+                    f"source {self._source} has class {name!r}, which the training source lacks"
+                    f"{'' if like is None else f' (it has {like!r})'}; "
                     "remove it, or add it to the training images"
                 )
-        if len(names) < 2:
+        refuse_same_names(found, f"source {self._source}")
+        if len(known.names) < 2:
             raise UsageError(
-                f"source {self._source} has one class, {names[0]!r}; it needs two or more"
+                f"source {self._source} has one class, {known.names[0]!r}; it needs two or more"
             )
+
+
+def _loosely(name: str) -> str:
+    """Return a class name without what the eye passes over: case, spaces, leading zeros."""
+    return "".join(name.casefold().split()).lstrip("0")
 
 
 ROWS_AT_A_TIME = 1 << 20
 """Rows handled at a time where a whole column would be large."""
 
 
-def _relabel(path: Path, seen: list[str], names: tuple[str, ...]) -> npt.NDArray[np.int64]:
-    """Turn labels, places among the classes as seen, into places in `names`; count each."""
-    places = {name: place for place, name in enumerate(names)}
-    table = np.array([places[name] for name in seen], np.int32)
-    counts = np.zeros(len(names), np.int64)
+def _relabel(path: Path, table: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int64]:
+    """Turn labels, places among the classes as seen, into those in `table`; count each."""
+    counts = np.zeros(count, np.int64)
     with path.open("r+b") as file:  # not mapped: its pages would count as our memory
         while len(rows := np.fromfile(file, ROW_DTYPE, ROWS_AT_A_TIME)):
             rows["label"] = table[rows["label"]]
-            counts += np.bincount(rows["label"], minlength=len(names))
+            counts += np.bincount(rows["label"], minlength=count)
             file.seek(-rows.nbytes, 1)
             rows.tofile(file)
             file.flush()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.dataset.samples import parse_text
 from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import RetryPolicy, Unreachable, hide_credentials, is_remote
 from pipeline.sources.classes import LabelMapper
@@ -53,7 +54,7 @@ class ParquetColumns:
     """True if the struct has a `path` that is text."""
     label: str
     numbers: bool
-    """True if labels are whole numbers, not text."""
+    """True if labels are numbers, not text."""
     names: tuple[str, ...] | None
     """Names of the numbers, if the file has them."""
 
@@ -92,6 +93,8 @@ def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
     fields = {field.name: field for field in schema}
     image = _find_field(IMAGES, fields, features, "Image", _holds_bytes)
     label = _find_field(LABELS, fields, features, "ClassLabel", is_label)
+    if label is None:
+        label = _find_field(LABELS, fields, features, "ClassLabel", pa.types.is_floating)
     if image is None or label is None:
         lacks = "images (struct<bytes, path> or binary)" if image is None else "labels"
         known = IMAGES if image is None else LABELS
@@ -182,7 +185,11 @@ def is_parquet(source: str) -> bool:
 
 
 def scan_parquet(
-    source: str, writer: ListingWriter, split: str, classes: Sequence[str] | None
+    source: str,
+    writer: ListingWriter,
+    split: str,
+    classes: Sequence[str] | None,
+    numbered: bool = False,
 ) -> Listing:
     """List the images of a source for which `is_parquet` holds; arguments as `scan_webdataset`.
 
@@ -199,7 +206,7 @@ def scan_parquet(
     for rows in scan_each(addresses, _scan_file, is_remote(source)):
         if labels is None:
             names = rows.columns.names
-            labels = LabelMapper(source, names, classes, titles=names)
+            labels = LabelMapper(source, names, classes, titles=names, numbered=numbered)
         if rows.columns.names != names:
             raise UsageError(
                 f"parquet file {hide_credentials(rows.address)} names its classes differently from "
@@ -258,9 +265,21 @@ def _read_labels(batch: pa.RecordBatch, columns: ParquetColumns) -> Sequence[int
 
     column = batch.column(batch.schema.get_field_index(columns.label))
     if columns.numbers:
-        numbers = column.cast(pa.int64()).fill_null(-1).to_pylist()
-        return [number if number >= 0 else None for number in numbers]
-    return [(word or "").strip() or None for word in column.to_pylist()]
+        kind = pa.float64() if pa.types.is_floating(column.type) else pa.int64()
+        numbers = column.cast(kind).fill_null(-1).to_pylist()
+        return [_whole_number(number) for number in numbers]
+    return [_to_word(word or "") for word in column.to_pylist()]
+
+
+def _whole_number(value: int | float) -> int | None:
+    """Return a number from 0; data frames turn a column with a gap into floats."""
+    return int(value) if value >= 0 and value % 1 == 0 else None
+
+
+def _to_word(text: str) -> str | None:
+    """Return a label that is a text; `3.0` as `3`, which is what a column of numbers would have."""
+    number = parse_text(text)
+    return str(number) if isinstance(number, int) and "." in text else text.strip() or None
 
 
 def _make_names(

@@ -43,6 +43,7 @@ def scan(
     split: SplitName,
     classes: Sequence[str] | None = None,
     labels: str | None = None,
+    numbered: bool = False,
 ) -> Listing:
     """List the images of a source without opening them.
 
@@ -54,6 +55,7 @@ def scan(
         classes: class list of the training split, if this is another split of the same set;
             without it the sorted class names of `source` become the list.
         labels: file with the classes of unsorted images; by default searched beside them.
+        numbered: `Listing.numbered` of the training split.
 
     Raises:
         UsageError: nothing there, no classes, a class without images, an unknown class, no
@@ -62,7 +64,7 @@ def scan(
     source = source.removeprefix("file://")
     writer = ListingWriter(scratch, source)
     try:
-        if (listing := _scan_labelled(source, writer, split, classes)) is not None:
+        if (listing := _scan_labelled(source, writer, split, classes, numbered)) is not None:
             return _refuse_labels(listing, labels)
         if is_remote(source):
             raise UsageError(
@@ -72,7 +74,7 @@ def scan(
         path = find_split(Path(source), split)
         # What lies in the part may be of another kind than what lies around it.
         if path != Path(source):
-            listing = _scan_labelled(str(path), writer, split, classes)
+            listing = _scan_labelled(str(path), writer, split, classes, numbered)
         if listing is not None:
             return _refuse_labels(listing, labels)
         return _scan_local(path, writer, classes, labels)
@@ -134,13 +136,17 @@ def find_split(source: Path, split: SplitName) -> Path:
 
 
 def _scan_labelled(
-    source: str, writer: ListingWriter, split: SplitName, classes: Sequence[str] | None
+    source: str,
+    writer: ListingWriter,
+    split: SplitName,
+    classes: Sequence[str] | None,
+    numbered: bool,
 ) -> Listing | None:
     """List a source of parquet files or WebDataset shards; None if it is neither."""
     if is_parquet(source):
-        return scan_parquet(source, writer, split, classes)
+        return scan_parquet(source, writer, split, classes, numbered)
     if is_webdataset(source):
-        return scan_webdataset(source, writer, split, classes)
+        return scan_webdataset(source, writer, split, classes, numbered)
     return None
 
 

@@ -111,7 +111,11 @@ def is_webdataset(source: str) -> bool:
 
 
 def scan_webdataset(
-    source: str, writer: ListingWriter, split: str, classes: Sequence[str] | None
+    source: str,
+    writer: ListingWriter,
+    split: str,
+    classes: Sequence[str] | None,
+    numbered: bool = False,
 ) -> Listing:
     """List the images of a source for which `is_webdataset` holds.
 
@@ -120,6 +124,7 @@ def scan_webdataset(
         writer: an empty listing, which the images are added to.
         split: `train` or `val`; chooses among the shards of a folder by their names.
         classes: class list of the training split if this is another split of the same set.
+        numbered: `Listing.numbered` of the training split.
 
     Raises:
         UsageError: a damaged shard, labels that do not fit together, or as `LabelMapper.finish`.
@@ -128,7 +133,7 @@ def scan_webdataset(
     files = find_files(source, ENDING)
     if files is None:
         raise UsageError(f"source {hide_credentials(source)} names no shards")
-    addresses, labels = _select_shards(files, source, split, classes)
+    addresses, labels = _select_shards(files, source, split, classes, numbered)
     titles: dict[int, str] = {}
     for part in scan_each(addresses, _scan_shard, is_remote(source)):
         _add_part(part, writer, labels, titles)
@@ -136,7 +141,7 @@ def scan_webdataset(
 
 
 def _select_shards(
-    files: SourceFiles, source: str, split: str, classes: Sequence[str] | None
+    files: SourceFiles, source: str, split: str, classes: Sequence[str] | None, numbered: bool
 ) -> tuple[tuple[str, ...], LabelMapper]:
     """Return the shards of a split, and the classes that a file beside them lists."""
     first = files.addresses[0]
@@ -155,7 +160,7 @@ def _select_shards(
         listed = read_small(sibling_address(first, "classes.txt"), LARGEST_MANIFEST)
         lines = [line.strip() for line in (listed or b"").decode(errors="replace").splitlines()]
         return select_split(files, split, source), LabelMapper(
-            source, [*filter(None, lines)], classes
+            source, [*filter(None, lines)], classes, numbered=numbered
         )
     labels = LabelMapper(source, names, classes, titles)
     if files.folder is None:
@@ -179,9 +184,8 @@ def _add_part(
     """Add a part of a shard to the listing, and the readable names of numbers to `titles`."""
     kept, classes = [], []
     for image in part.images:
-        if not labels.fits(image.label):
-            what = "number" if isinstance(image.label, int) else "word"
-            part.reject(image.name, f"no label: {image.label!r} is a {what}, unlike others")
+        if (reason := labels.why_unfit(image.label)) is not None:
+            part.reject(image.name, reason)
             continue
         classes.append(labels.find_class(image.label, f"{part.address}/{escape(image.name)}"))
         if isinstance(image.label, int) and image.title:

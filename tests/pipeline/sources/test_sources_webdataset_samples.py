@@ -92,7 +92,7 @@ def test_samples_that_cannot_be_used(tmp_path):
         "binary.jpg": "its .cls of 3 bytes holds no label",
         "empty.jpg": "its .cls of 0 bytes holds no label",
         "minus.jpg": "its .cls of 2 bytes holds no label",
-        "word.jpg": "no label: 'cat' is a word, unlike others",
+        "word.jpg": "no label: 'cat' is a word, but others are numbers, as 1",
         "long.jpg": "its .cls of 70,000 bytes holds no label",
         "large.jpg": "its .cls of 10 bytes holds no label",
         "json.jpg": f"its .json of 1,000 bytes holds no label{fields}",
