@@ -115,8 +115,8 @@ class IndexOutcome:
 
     manifest: Manifest | None = None
     """None: nothing was written, because of the samples in `bad`."""
-    samples: int = 0
-    """Number of samples whose image and label can be read."""
+    usable: bool = True
+    """False if there is no good training sample."""
     bad: list[BadSample] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     """Tars of the folder that are in no split."""
@@ -170,30 +170,26 @@ def index_folder(config: IndexConfig) -> IndexOutcome:
     outcome = IndexOutcome(bad=[bad for one in shards for bad in one.bad], unused=unused)
     if any(not bad.key for bad in outcome.bad):
         return outcome
-    outcome.samples = sum(len(one.rows) for one in shards)
-    if outcome.bad and not any(one.labels for one in examined["train"]):
-        return outcome  # of no sample at all, classes say nothing
+    outcome.usable = any(one.labels for one in examined["train"])
+    if outcome.bad and not outcome.usable:
+        return outcome
     known = given or Classes.from_labels([one.labels for one in examined["train"]])
     for one in shards:
         outcome.bad += _number_labels(one, known)
     used = {label for one in examined["train"] for label in one.rows["label"].tolist()}
     outcome.empty = [name for number, name in enumerate(known.names) if number not in used]
-    beyond = known.find_number(len(known.names))
-    if 0 not in used and any(bad.reason == beyond for bad in outcome.bad):
+    count = len(known.names)
+    if 0 not in used and any(bad.reason == known.find_number(count) for bad in outcome.bad):
         raise UsageError(
-            f"no label of {folder} is 0, and {len(known.names)} is one: Duet counts the "
-            f"{len(known.names)} classes from 0; subtract 1 from each label, or give --classes "
-            "FILE with the list in that order and a name for 0"
+            f"labels of {folder} run to {count}, and none is 0: Duet counts the {count} classes "
+            "from 0; subtract 1 from each label, or give --classes FILE a first line for 0"
         )
     if outcome.bad and not config.skip_bad:
         return outcome
-    for name, split in examined.items():
-        if not any(len(one.rows) for one in split):
-            raise DataError(
-                f"split {name!r} of {folder} has no sample that can be used; "
-                f"most often: {_summarize_bad(outcome.bad, split)}; repack it"
-            )
     kept = {name: [one for one in split if len(one.rows)] for name, split in examined.items()}
+    if empty := [name for name, split in kept.items() if not split]:
+        why = _summarize(outcome.bad)
+        raise DataError(f"split {empty[0]!r} of {folder} has no sample that can be used: {why}")
     outcome.manifest = _seal(config, kept, Statistics.from_sums(sums), known.names, outcome.bad)
     return outcome
 
@@ -482,8 +478,7 @@ def main() -> int:
         f"({count / max(seconds, 1e-9):,.0f} images/s)\n"
     )
     if outcome.empty:
-        some = _name_some([repr(name) for name in outcome.empty])
-        sys.stderr.write(f"note: {len(outcome.empty):,} classes have no training image: {some}\n")
+        sys.stderr.write(f"note: no training image of class {_name_some(outcome.empty)}\n")
     return 0
 
 
@@ -505,27 +500,19 @@ def _index_facts(folder: str, outcome: IndexOutcome, seconds: float) -> dict[str
 
 def _describe_failure(folder: str, outcome: IndexOutcome) -> str:
     if any(not bad.key for bad in outcome.bad):
-        return (
-            f"{folder} cannot be indexed, and nothing was written; mend or move away what is named "
-            "above"
-        )
+        return f"{folder} cannot be indexed, nothing was written; mend or move what is named above"
     count = len(outcome.bad)
-    what = f"{count:,} {'sample' if count == 1 else 'samples'} of {folder}"
-    way_out = "leave them out with --skip-bad, or "
-    if not outcome.samples:
-        what, way_out = f"none of the {what} can be used: they", ""
+    what = "sample" if count == 1 else "samples"
+    way_out = "leave them out with --skip-bad, or " if outcome.usable else ""
     return (
-        f"{what} cannot be trained from as they are, and nothing was written; most often: "
-        f"{_summarize_bad(outcome.bad)}; {way_out}repack with "
+        f"{count:,} {what} of {folder} cannot be trained from as they are, and nothing was "
+        f"written; most often: {_summarize(outcome.bad)}; {way_out}repack with "
         f"`python -m pipeline.build_shards OUT --train {folder}`"
     )
 
 
-def _summarize_bad(bad: Iterable[BadSample], split: Iterable[ExaminedShard] | None = None) -> str:
-    """Return the most frequent reason, of all shards or those of a split, with an example."""
-    names = None if split is None else {one.name for one in split}
-    chosen = (one for one in bad if names is None or one.shard in names)
-    return summarize_rejects(Reject(f"{one.shard} key {one.key}", one.reason) for one in chosen)
+def _summarize(bad: Iterable[BadSample]) -> str:
+    return summarize_rejects(Reject(f"{one.shard} key {one.key}", one.reason) for one in bad)
 
 
 if __name__ == "__main__":

@@ -376,7 +376,7 @@ def refuse_same_names(names: Iterable[str], source: str) -> None:
         other = seen.setdefault(compose(name), name)
         if other != name:
             raise UsageError(
-                f"classes {ascii(other)} and {ascii(name)} of {source} are the same name in two "
+                f"classes {other!a} and {name!a} of {source} are the same name in two "
                 "Unicode forms; give them one name"
             )
 

@@ -181,8 +181,8 @@ def _check_rejects(
     raise DuetError(
         f"{collected.rejected:,} of {everything:,} files ({share:.2%}) cannot be packed, more than "
         f"--max-rejects {options.max_rejects:g} allows; most often: "
-        f"{summarize_rejects(read_rejects(collected.rejects_file))}; {target.address}/{REJECTS} has all: mend "
-        "them and start in another folder, or go on without them: "
+        f"{summarize_rejects(read_rejects(collected.rejects_file))}; {target.address}/{REJECTS} "
+        "says why: mend them and start in another folder, or go on without them: "
         f"--max-rejects {_round_up(share):g}"
     )
 

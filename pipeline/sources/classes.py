@@ -73,7 +73,8 @@ class LabelMapper:
         other = "word" if kind == "number" else "number"
         if other not in self._seen or _is_number(label):
             return None
-        return f"no label: {label!r} is a {kind}, but others are {other}s, as {self._seen[other][0]}"
+        first, _ = self._seen[other]
+        return f"no label: {label!r} is a {kind}, but others are {other}s, as {first}"
 
     def find_class(self, label: int | str, where: str) -> str:
         """Return the class of a label, a number from 0 or a word.

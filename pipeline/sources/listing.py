@@ -278,7 +278,8 @@ class ListingWriter:
         if not found:
             why = f" (rejected: {self.summarize_rejects()})" if self.rejected else ""
             raise UsageError(
-                f"source {self._source} holds no images of any class{why}; it needs a folder (or a tar) of images per class"
+                f"source {self._source} holds no images of any class{why}; it needs a folder "
+                "(or a tar) of images per class"
             )
         for name in found:
             if not name.isprintable():  # nor is a name in an encoding other than the system's

@@ -169,8 +169,8 @@ class _LabelRows(NamedTuple):
     address: str
     first: int
     names: list[str]
-    labels: Sequence[int | str | None]
-    """Numbers from 0, or words; None without a label."""
+    labels: Sequence[int | str | float | None]
+    """Numbers from 0, or words; None without a label, a float that is no whole number."""
     columns: ParquetColumns
 
 
@@ -219,8 +219,9 @@ def scan_parquet(
 def _add(rows: _LabelRows, writer: ListingWriter, labels: LabelMapper) -> None:
     classes, names, places = [], [], []
     for place, (name, label) in enumerate(zip(rows.names, rows.labels, strict=True), rows.first):
-        if label is None:
-            writer.reject(f"{rows.address}/{name}", "no label")
+        if label is None or isinstance(label, float):
+            what = "" if label is None else f": {label:g} is no whole number"
+            writer.reject(f"{rows.address}/{name}", f"no label{what}")
             continue
         classes.append(labels.find_class(label, f"{rows.address} row {place}"))
         names.append(name)
@@ -260,7 +261,9 @@ def _read_rows(address: str) -> Iterator[_LabelRows]:
         file.close(force=True)
 
 
-def _read_labels(batch: pa.RecordBatch, columns: ParquetColumns) -> Sequence[int | str | None]:
+def _read_labels(
+    batch: pa.RecordBatch, columns: ParquetColumns
+) -> Sequence[int | str | float | None]:
     import pyarrow as pa
 
     column = batch.column(batch.schema.get_field_index(columns.label))
@@ -271,9 +274,11 @@ def _read_labels(batch: pa.RecordBatch, columns: ParquetColumns) -> Sequence[int
     return [_to_word(word or "") for word in column.to_pylist()]
 
 
-def _whole_number(value: int | float) -> int | None:
-    """Return a number from 0; data frames turn a column with a gap into floats."""
-    return int(value) if value >= 0 and value % 1 == 0 else None
+def _whole_number(value: int | float) -> int | float | None:
+    """Return a number from 0 as an integer; data frames turn a column with a gap into floats."""
+    if not 0 <= value < 1e18:  # NaN, too
+        return None
+    return int(value) if value % 1 == 0 else value
 
 
 def _to_word(text: str) -> str | None:

@@ -95,8 +95,13 @@ def test_a_finished_set_is_left_alone_and_another_plan_refused(image_folder, tmp
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert packed(out, train=train) == first == Manifest.load(out)
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    for other in ({"seed": 1}, {"encoding": "raw"}, {"train": image_folder / "train"}):
-        with pytest.raises(UsageError, match="finished data set of other images"):
+    for other, words in (
+        ({"seed": 1}, "seed 0, and this one is of 1;"),
+        ({"encoding": "raw"}, "encoding jpeg, and this one is of raw;"),
+        ({"quality": 90, "chroma": "4:4:4"}, "quality 96, and this one is of 90;"),
+        ({"train": image_folder / "train"}, "other images, settings or order"),
+    ):
+        with pytest.raises(UsageError, match=f"finished data set of {words}"):
             packed(out, **{"train": train, **other})
 
 
