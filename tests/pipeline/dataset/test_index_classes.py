@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipeline.dataset.index import load_index, save_index
 from pipeline.dataset.manifest import Manifest
 from pipeline.index_shards import main
 from pipeline.tools.errors import UsageError
+from pipeline.verify import verify
 from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     copy_of_made,
     index,
@@ -18,7 +21,7 @@ from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     names,
     run,
 )
-from tests.helpers.images import rows_of
+from tests.helpers.images import jpeg, rows_of
 from tests.helpers.tars import tar_of
 
 
@@ -58,6 +61,7 @@ def test_classes_come_from_a_list_or_from_the_labels(tmp_path):
         ([b"0", b"dog"], None, "some labels are numbers"),
         ([b"0", b"0"], None, "of one class"),
         ([b"dog", b"dog"], None, "of one class"),
+        ([b"1", b"2"], "a\nb\n", "labels of .* run to 2, and none is 0"),
         ([b"0", b"1"], "a\n", "names 1 classes"),
         ([b"0", b"1"], "a\na\n", "'a' more than once"),
         ([b"0", b"1"], '["a", 1]', "has 1, which is no name"),
@@ -74,6 +78,36 @@ def test_labels_and_lists_that_cannot_be_are_refused(tmp_path, labels, classes, 
     with pytest.raises(UsageError, match=words):
         index(tmp_path, classes=listed)
     assert names(tmp_path) == before
+
+
+def test_float_labels_are_numbers_and_were_words(tmp_path):
+    labelled(tmp_path, [b"%d.0" % (n % 12) for n in range(24)])
+    manifest = index(tmp_path).manifest
+    assert manifest.classes == tuple(map(str, range(12)))
+    assert rows_of(tmp_path, "train")["label"].tolist() == [*range(12)] * 2
+    assert verify(tmp_path) == []
+    words = tuple(sorted(f"{n}.0" for n in range(12)))  # as a release before sealed them
+    rows = load_index(tmp_path, "train", manifest.splits["train"]).copy()
+    rows["label"] = [words.index(f"{n}.0") for n in rows["label"]]
+    split = replace(manifest.splits["train"], index_sha256=save_index(tmp_path, "train", rows))
+    replace(manifest, classes=words, splits={"train": split}).save(tmp_path)
+    assert verify(tmp_path) == []
+
+
+def test_nothing_usable_is_told_with_the_reason(tmp_path):
+    files = [(f"{n}.jpg", jpeg(n, 96, 80)) for n in range(3)]
+    tar_of(tmp_path / "train-0.tar", [*files, ("x.cls", b"1")])
+    outcome = index(tmp_path)
+    assert (outcome.manifest, outcome.usable, len(outcome.bad)) == (None, False, 4)
+    done = run(tmp_path, "--skip-bad")
+    assert done.returncode == 4
+    words = "most often: it has no label (.cls or .json) (3 times, as train-0.tar key 0); repack"
+    assert words in done.stderr
+
+
+def test_classes_without_a_training_image_are_told(tmp_path):
+    labelled(tmp_path, [b"0", b"2", b"0", b"4"])
+    assert index(tmp_path).empty == ["1", "3"]
 
 
 def test_the_command_ends_with_one_line_and_the_right_code(folder, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, jpeg, packed, rows_of
 from tests.helpers.processes import run_command
+from tests.helpers.tars import tar_of
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -185,6 +186,7 @@ def test_unreadable_images_are_left_out_counted_and_listed(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert "4 of 16 files (25.00%) cannot be packed" in done.stderr
+    assert "most often: no " in done.stderr
     assert "go on without them: --max-rejects 0.26" in done.stderr
     assert len((tmp_path / "d/rejects.jsonl").read_text().splitlines()) == 4
     assert not (tmp_path / "d/manifest.json").exists()
@@ -208,9 +210,25 @@ def test_a_class_of_unreadable_images_is_refused(tmp_path):
     source = folder_per_class(tmp_path / "s", 2)
     for path in (source / "cat").iterdir():
         path.write_bytes(b"not a picture")
-    with pytest.raises(UsageError, match="no image of class 'cat' could be read"):
+    reason = r"most often: no image: .* \(2 times, as .*/cat/"
+    with pytest.raises(UsageError, match=f"no image of class 'cat' could be read; {reason}"):
         packed(tmp_path / "d", train=source, max_rejects=1)
     assert not (tmp_path / "d/manifest.json").exists()
+
+
+def test_classes_without_images_are_refused_before_packing(tmp_path):
+    members = [(f"{n}.{ending}", body) for n in (0, 1, 3) for ending, body in
+               (("jpg", jpeg(n)), ("cls", b"%d" % n))]  # fmt: skip
+    shard = tar_of(tmp_path / "train-0.tar", members)
+    for settings in ({}, {"holdout": 0.5}):
+        with pytest.raises(UsageError, match=r"class '2' \(number 2\) of source .* has no images"):
+            packed(tmp_path / "d", train=shard, **settings)
+    assert not (tmp_path / "d").exists() or not [*(tmp_path / "d").glob("**/*.bin")]
+    source = folder_per_class(tmp_path / "s", 1)
+    with pytest.raises(
+        UsageError, match=r"'apple' .* has 1: add images, remove .* or give .*--val"
+    ):
+        packed(tmp_path / "e", train=source, holdout=0.5)
 
 
 def test_the_command_ends_with_one_line_and_the_right_code(image_folder, tmp_path):

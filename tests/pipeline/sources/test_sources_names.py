@@ -1,13 +1,16 @@
-"""Names of classes become distinct; names of files tell their split."""
+"""Names of classes become distinct and ordered; names of files tell their split."""
 
 from __future__ import annotations
 
 import string
+import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.dataset.samples import Classes, number_classes, sort_classes
+from pipeline.sources import scan
 from pipeline.sources.classes import make_distinct
 from pipeline.sources.paths import detect_split, find_files, select_split
 from pipeline.tools.errors import UsageError
@@ -45,3 +48,56 @@ def test_files_of_no_split_beside_others_are_refused(tmp_path):
     (tmp_path / "extra.tar").unlink()
     with pytest.raises(UsageError, match="files of train, none of val"):
         select_split(find_files(str(tmp_path), ".tar"), "val", "x")
+
+
+@given(st.sets(st.integers(0, 3000), min_size=1, max_size=30), st.booleans())
+def test_names_of_digits_sort_as_numbers(numbers, padded):
+    names = [f"{number:04d}" if padded else str(number) for number in numbers]
+    ordered = sort_classes(names)
+    assert [int(name) for name in ordered] == sorted(numbers)
+    places = number_classes(ordered)
+    assert all(int(ordered[places[number]]) == number for number in numbers)
+    assert sort_classes([*names, "x"]) == sorted([*names, "x"])
+    assert number_classes(sorted(names)) == {int(n): i for i, n in enumerate(sorted(names))}
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        (("ant", "bee"), {0: 0, 1: 1}),
+        (("0", "1", "other"), {0: 0, 1: 1, 2: 2}),
+        (("0.0", "1.0", "10.0", "2.0"), {0: 0, 1: 1, 10: 2, 2: 3}),
+        (("1", "2", "other"), None),
+        (("1", "01"), None),
+        (("2", "1", "1.0"), None),
+    ],
+)
+def test_what_a_number_means_among_names(names, places):
+    assert number_classes(names) == places
+
+
+def test_unicode_forms_of_a_name_are_one_class(tmp_path):
+    composed, taken_apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for split, name in (("train", composed), ("val", taken_apart)):
+        for folder in (name, "the"):
+            (tmp_path / split / folder).mkdir(parents=True)
+            (tmp_path / split / folder / "1.jpg").write_bytes(b"x")
+    train = scan(str(tmp_path / "train"), tmp_path / "a", split="train")
+    val = scan(str(tmp_path / "val"), tmp_path / "b", split="val", classes=train.classes)
+    assert val.classes == train.classes == (composed, "the")
+    assert sorted(val.rows["label"]) == [0, 1]
+    assert Classes((taken_apart, "the")).find_number(composed) == 0
+    (tmp_path / "train" / taken_apart).mkdir()
+    (tmp_path / "train" / taken_apart / "1.jpg").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"'cafe\\u0301' and 'caf\\xe9' .* the same name in two"):
+        scan(str(tmp_path / "train"), tmp_path / "c", split="train")
+    with pytest.raises(UsageError, match="the same name in two Unicode forms"):
+        Classes.from_labels([[composed, "the"], [taken_apart]])
+
+
+def test_a_class_of_nearly_the_same_name_is_pointed_out(tmp_path):
+    for name in ("Cat", "dog"):
+        (tmp_path / "s" / name).mkdir(parents=True)
+        (tmp_path / "s" / name / "1.jpg").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"class 'Cat', which .* lacks \(it has 'cat'\)"):
+        scan(str(tmp_path / "s"), tmp_path / "a", split="val", classes=("cat", "dog"))

@@ -117,6 +117,27 @@ def test_words_are_classes(tmp_path, kind):
     assert listing.classes == CLASSES
 
 
+def test_numbers_in_columns_of_other_kinds(tmp_path):
+    """Data frames turn whole numbers into floats, and spreadsheets into text."""
+    floats = [*map(float, LABELS[:19]), float("nan")]
+    listing = scan(write(tmp_path / "f.parquet", labels=floats), tmp_path / "floats")
+    assert (read_contents(listing), listing.rejected) == (NUMBERED[:19], 1)
+    texts = [f"{label + 8}{'.0' * (place % 2)}" for place, label in enumerate(LABELS)]
+    listing = scan(write(tmp_path / "t.parquet", labels=texts), tmp_path / "texts")
+    assert listing.classes == ("8", "9", "10", "11")
+    folder = write(tmp_path / "s/0.parquet").parent
+    write(folder / "1.parquet", labels=[str(label) for label in LABELS])
+    listing = scan(folder, tmp_path / "both")
+    assert read_contents(listing) == NUMBERED * 2
+    write(folder / "2.parquet", labels=["cat"] * 20)
+    with pytest.raises(UsageError, match=r"labels that are numbers, such as 0 .*words, such as 'c"):
+        scan(folder, tmp_path / "words")
+    scores = write(tmp_path / "x.parquet", labels=[0.5] * 20, label="label")
+    table = pq.read_table(scores).append_column("class", pa.array(["a", "b"] * 10))
+    pq.write_table(table, scores)
+    assert scan(scores, tmp_path / "scores").classes == ("a", "b")
+
+
 def test_two_classes_of_one_name(tmp_path):
     path = write(tmp_path / "a.parquet", metadata=features(("crane", "ox", "crane", "bee, Apis")))
     listing = scan(path, tmp_path / "scratch")

@@ -10,7 +10,8 @@ import webdataset as wds
 
 from pipeline.remote.filesystem import is_remote
 from pipeline.sources import webdataset
-from pipeline.sources.webdataset import is_webdataset
+from pipeline.sources.listing import ListingWriter
+from pipeline.sources.webdataset import is_webdataset, scan_webdataset
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES
 from tests.helpers.range_servers import RangeServer
@@ -92,6 +93,60 @@ def test_numbers_count_the_classes_of_the_training_set(tmp_path):
     assert [name for name, _ in read_contents(listing)][:4] == list(CLASSES)
     with pytest.raises(UsageError, match="the training source has 3"):
         scan(folder, tmp_path / "two", "val", CLASSES[:3])
+
+
+def test_numbers_mean_the_classes_of_that_name(tmp_path):
+    folder = write_shards(tmp_path / "s", "%d.tar", cls=lambda place: (1, 2, 10)[place % 3])
+    for number, names in enumerate((("1", "10", "2"), ("01", "02", "10"), ("1", "2", "10"))):
+        listing = scan(folder, tmp_path / f"{number}", "val", names)
+        found = [int(name) for name, _ in read_contents(listing)]
+        assert found == [(1, 2, 10)[place % 3] for place in range(20)]
+    with pytest.raises(UsageError, match=r"label 10 of .* has 3, named '1', '2', '3', as its numb"):
+        scan(folder, tmp_path / "lacking", "val", ("1", "2", "3"))
+    words = r"label 1 of .* may be a place in the classes .*'1', '2', 'x', or .*classes\.txt"
+    with pytest.raises(UsageError, match=words):
+        scan(folder, tmp_path / "mixed", "val", ("1", "2", "x"))
+    (folder / "classes.txt").write_text("\n".join(["1", "2", *"abcdefghi"]))  # which was the choice
+    listing = scan(folder, tmp_path / "chosen", "val", ("1", "2", *"abcdefghi"))
+    assert listing.rows["label"].tolist()[:3] == [1, 2, 10]
+
+
+def test_a_training_set_that_numbers_names_of_digits_leaves_two_meanings(tmp_path):
+    folder = write_shards(tmp_path / "s", cls=lambda place: place % 3)
+    (folder / "classes.txt").write_text("0\n1\n10\n")
+    train = scan(folder, tmp_path / "train")
+    assert (train.numbered, train.classes) == (True, ("0", "1", "10"))
+    other = write_shards(tmp_path / "o", "%d.tar", cls=lambda place: place % 3)
+    with pytest.raises(UsageError, match=r"label 0 of .* may be a place"):
+        scan_webdataset(
+            str(other), ListingWriter(tmp_path / "val", "o"), "val", train.classes, numbered=True
+        )
+    named = scan(other, tmp_path / "words", "val", ("0", "1", "2"))
+    assert [name for name, _ in read_contents(named)][:3] == ["0", "1", "2"]
+
+
+def test_labels_that_count_from_one_are_refused(tmp_path):
+    folder = write_shards(tmp_path / "s", cls=lambda place: 1 + place % 4)
+    with pytest.raises(UsageError, match=r"labels of source .* run from 1 to 4, .* subtract 1"):
+        scan(folder, tmp_path / "one")
+    (folder / "classes.txt").write_text("\n".join("abcd"))
+    with pytest.raises(UsageError, match=r"label 4 of .*names 4, counted from 0"):
+        scan(folder, tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"cls": lambda place: f"{place % 4}.0".encode()},
+        {"cls": lambda place: f"{place % 4:.18e}".encode()},
+        {"json": lambda place: {"label": float(place % 4)}},
+        {"json": lambda place: {"label": (place % 4, f"{place % 4}.0", f"{place % 4}")[place % 3]}},
+    ],
+)
+def test_whole_numbers_may_be_written_as_fractions(tmp_path, fields):
+    listing = scan(write_shards(tmp_path / "s", **fields), tmp_path / "scratch")
+    assert read_contents(listing) == NUMBERED
+    assert listing.classes == ("0", "1", "2", "3")
 
 
 def test_a_packed_data_set_is_a_source(tiny_data, tmp_path):
