@@ -16,10 +16,10 @@ import os
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import tyro
 
+from cluster.launch.session import refuse_relative
 from cluster.launch.task_pool import RayPool
 from pipeline.build_shards import report_build
 from pipeline.packing.build import build
@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     options = BuildConfig(
         **given | {"workers": 1}
     )  # of this class for all nodes; theirs is in the pool
+    refuse_relative("OUT", options.out)
+    for name, source in (("--train", options.train), ("--val", options.val)):
+        refuse_relative(name, source or "/", missing=True)
     target = open_target(_resolve_out(options.out))
     started = time.monotonic()
     known = is_finished(target)
@@ -64,19 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _resolve_out(out: str) -> str:
-    """Return OUT as workers find it, which run elsewhere.
-
-    Raises:
-        UsageError: in a job, a relative folder would lie in the copy of the code.
-    """
-    if is_remote(out) or out.lower().startswith("file://"):
-        return out
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(out).is_absolute():
-        raise UsageError(
-            f"OUT {out} is relative, and a job runs in a temporary copy of the working folder; "
-            "give an absolute path on storage that all nodes share, or an address"
-        )
-    return os.path.abspath(out)
+    """Return OUT as workers find it, which run elsewhere."""
+    return out if is_remote(out) or out.lower().startswith("file://") else os.path.abspath(out)
 
 
 if __name__ == "__main__":

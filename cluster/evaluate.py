@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
 from cluster.config import Config, read_run_config
+from cluster.launch.session import refuse_relative
 from cluster.run.console import print_warning
 from cluster.run.events import Warned
 from cluster.run.folder import CONFIG, QUARANTINE
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     options = tyro.cli(Evaluate, args=argv, prog="python -m cluster.evaluate")
+    for name, path in (("RUN", options.run), ("DATA", options.data)):
+        refuse_relative(name, path, missing=True)
     read_run_config(options.run / CONFIG)
     ensure_writable(options.run, "run folder")
     result = evaluate(options)

@@ -23,6 +23,7 @@ from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import pin_init, resolve_init
 from cluster.checkpoint.storage import find_last_step, open_storage
 from cluster.config import LENGTH, MEANT, Config, load_settings
+from cluster.launch.session import ray_session, refuse_relative
 from cluster.run.console import RunConsole
 from cluster.run.exporters import require_tensorboard
 from cluster.run.folder import QUARANTINE, lock_run, write_run_config
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     command = parse_command(sys.argv[1:] if argv is None else argv)
+    _check_paths(command)
     command = replace(command, settings=resolve_paths(command.settings))
     config, folder = command.settings, command.run.resolve()
     dataset = open_dataset(command.data, **config.cached)
@@ -162,6 +164,15 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
             data_sha256 = identity(dataset.folder)
             train_run(command, data, data_sha256, manifest, screen, trainer or train_with_ray)
     return 0
+
+
+def _check_paths(command: Command) -> None:
+    """Refuse paths that a submitted job would not find, or would lose with its copy of the code."""
+    settings = command.settings
+    refuse_relative("DATA", command.data, missing=True)
+    refuse_relative("--store" if settings.store else "--run", settings.store or command.run)
+    if settings.init:
+        refuse_relative("--init", settings.init, missing=True)
 
 
 def resolve_paths(config: Config) -> Config:
@@ -289,7 +300,6 @@ def start_ray(config: Config, screen: RunConsole) -> Iterator[Callable[[], str]]
     import torch
 
     from cluster.launch.placement import check_this_machine
-    from cluster.launch.session import ray_session
 
     workers = config.size * config.replica_sizes[-1]
     if "RAY_ADDRESS" in os.environ:

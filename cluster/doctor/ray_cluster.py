@@ -26,7 +26,7 @@ from cluster.doctor.hardware import MIN_FILES, MIN_SHARED
 from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
 from cluster.launch.placement import Node
-from cluster.launch.session import REPOSITORY
+from cluster.launch.session import IN_JOB, REPOSITORY
 from pipeline.remote.filesystem import hide_credentials, is_remote
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.files import read_text
@@ -153,7 +153,7 @@ def judge_nodes(config: Config | None, data: str, run: Path | None) -> Iterator[
     if run is not None and run.is_dir() and not (config and is_remote(config.store)):
         folder = run.resolve()
     mark = f".doctor.{secrets.token_hex(8)}"
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # its code comes with it
+    in_job = IN_JOB in os.environ
     request = {
         "run": str(folder or ""),
         "mark": mark,

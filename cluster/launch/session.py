@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.tools.errors import SetupError, summarize_error
+from pipeline.remote.filesystem import is_remote
+from pipeline.tools.errors import SetupError, UsageError, summarize_error
 from pipeline.tools.units import cpu_count
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,10 +32,34 @@ QUIET = {
 }
 EVERYWHERE = ("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",)
 """Variables that Ray Train's controller needs; Ray forwards RAY_TRAIN_* to it only."""
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable that is set in a submitted job, which brings its code itself."""
 OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for loopback only
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+
+
+def refuse_relative(name: str, path: str | Path, *, missing: bool = False) -> None:
+    """Refuse a relative folder in a submitted job: it would lie in the job's copy of the code.
+
+    Args:
+        name: of the argument.
+        path: folder or address.
+        missing: refuse it only if nothing is there.
+
+    Raises:
+        UsageError: `path` is relative, and this is a job.
+    """
+    text = str(path)
+    if IN_JOB not in os.environ or is_remote(text) or text.lower().startswith("file://"):
+        return
+    if Path(text).is_absolute() or (missing and Path(text).exists()):
+        return
+    raise UsageError(
+        f"{name} {text} is relative, and a job runs in a temporary copy of the working folder; "
+        "give an absolute path on storage that all nodes share, or an address"
+    )
 
 
 @contextmanager
@@ -93,7 +118,7 @@ def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, s
     else:
         where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
         way_out = "start one, or unset RAY_ADDRESS"
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job brings its code itself
+        if IN_JOB not in os.environ:
             everywhere = {"PYTHONPATH": str(REPOSITORY), **everywhere}
         options["runtime_env"] = {"env_vars": everywhere}
     try:
