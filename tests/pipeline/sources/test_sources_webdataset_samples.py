@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 import tracemalloc
 
@@ -149,6 +150,19 @@ def test_links_are_no_images(tmp_path):
     listing = scan(path, tmp_path / "scratch")
     assert len(listing) == 2
     assert rejects(listing) == {"c.jpg": "no image: a link"}
+
+
+@pytest.mark.parametrize("ending", ["cls", "json"])
+def test_labels_behind_all_images_are_told(tmp_path, ending):
+    """As tar writes a folder that was not sorted by name."""
+    members = [(f"{n:03d}.jpg", b"x") for n in range(100)]
+    labels = [(f"{n:03d}.{ending}", b'{"label": 1}') for n in range(100)]
+    tar_of(tmp_path / "a.tar", members + labels)
+    assert is_webdataset(str(tmp_path / "a.tar"))
+    with pytest.raises(UsageError, match=rf"{re.escape(TORN)} \(200 times, as .*000\.jpg\)"):
+        scan(tmp_path / "a.tar", tmp_path / "scratch")
+    tar_of(tmp_path / "b.tar", [*members, ("article.cls", b"x"), ("c.d/x.json", b"{}")])
+    assert not is_webdataset(str(tmp_path / "b.tar"))
 
 
 def test_nothing_labelled_says_so(tmp_path):
