@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +29,7 @@ from cluster.run.jsonl import WAITS
 from cluster.run.state import RunState, read_state
 from pipeline.remote.filesystem import is_remote
 from pipeline.tools.errors import UsageError, run
+from pipeline.tools.terminal import Terminal
 from pipeline.tools.text import human_bytes
 
 EVERY = 2.0
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return _show(state, options.json)
     if options.json:
         raise UsageError("--json is one object, --watch are many; give one of them")
-    console = Console(file=sys.stdout, highlight=False)
+    console = Terminal(sys.stdout)
     with Live(render(state, console.width), console=console, auto_refresh=False) as live:
         while state.state not in ("finished", "failed"):
             time.sleep(EVERY)
@@ -83,7 +84,7 @@ def _show(state: RunState, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps(asdict(state)) + "\n")
     else:
-        console = Console(file=sys.stdout, highlight=False)
+        console = Terminal(sys.stdout)
         console.print(render(state, console.width))
     return 0
 

@@ -33,9 +33,10 @@ from model.architecture import Design, build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import Dataset, open_dataset
-from pipeline.remote.filesystem import hide_credentials, is_remote, local_path
+from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError, run
+from pipeline.tools.text import hide_credentials
 
 Trainer = Callable[[Config, str, Path, RunConsole], None]
 

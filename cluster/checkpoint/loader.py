@@ -39,9 +39,10 @@ from cluster.run.events import Tell
 from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, read_last_step
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
-from pipeline.remote.filesystem import hide_credentials, is_remote, local_path
+from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
+from pipeline.tools.text import hide_credentials
 
 NEW = "conv6"
 """Name of the layer that may be new, besides the last."""

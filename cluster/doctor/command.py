@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.text import Text
 
 from cluster.config import Config, load_settings
 from cluster.doctor.finding import Finding, fail
 from pipeline.tools.errors import SetupError, UsageError, summarize_error
+from pipeline.tools.terminal import Terminal
 
 COLORS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         config = Config.from_settings(load_settings(options.config)) if options.config else None
     except ValueError as error:
         raise UsageError(f"{error} ({options.config})") from error
-    console = Console(file=sys.stderr if options.json else sys.stdout, highlight=False)
+    console = Terminal(sys.stderr if options.json else sys.stdout)
     found = []
     examination = Examination(options.data, options.run, config)
     with redirect_stdout(sys.stderr), console.status("") as status:  # shows on a terminal only

@@ -30,7 +30,6 @@ from pipeline.remote.filesystem import (
     TransferError,
     check_address,
     describe_error,
-    hide_credentials,
     is_remote,
     local_path,
     open_filesystem,
@@ -38,7 +37,7 @@ from pipeline.remote.filesystem import (
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError
 from pipeline.tools.files import drop_page_cache, ensure_writable
-from pipeline.tools.text import human_bytes
+from pipeline.tools.text import hide_credentials, human_bytes
 
 READ_BYTES = 64 * 2**20
 """Most bytes that one measurement of a speed reads."""

@@ -27,10 +27,10 @@ from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
 from cluster.launch.placement import Node
 from cluster.launch.session import IN_JOB, REPOSITORY
-from pipeline.remote.filesystem import hide_credentials, is_remote
+from pipeline.remote.filesystem import is_remote
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.files import read_text
-from pipeline.tools.text import human_bytes
+from pipeline.tools.text import hide_credentials, human_bytes
 
 CONNECT_SECONDS = 5
 """Timeout of a connection to a port."""

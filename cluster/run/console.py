@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import rich.progress as rp
-from rich.console import Console
 from rich.text import Text
 
 from cluster.run import events
 from cluster.run.events import Event, Started, Warned, Worker
 from pipeline.tools.progress import EVERY as WAIT_EVERY
 from pipeline.tools.progress import Ticker
+from pipeline.tools.stdio import OutputError
+from pipeline.tools.terminal import Terminal
+from pipeline.tools.text import hide_credentials
 
 EVERY = 5.0
 """Seconds between plain progress lines."""
@@ -25,18 +27,18 @@ MOST_WORKERS = 16
 class RunConsole:
     """Prints events; a context manager around the run."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Terminal | None = None) -> None:
         # The present stdout: later it is redirected, to hide what Ray prints.
-        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._console = console or Terminal(sys.stdout)
         self._live = self._console.is_terminal
         self._total = 0
         self._first: tuple[float, int] | None = None
         self._shown = 0.0
         self._starts = 0
         self._bar = rp.Progress(
-            rp.TextColumn("{task.description}"),
+            rp.TextColumn("{task.description}", markup=False),
             rp.BarColumn(bar_width=24),
-            rp.TextColumn("{task.fields[numbers]}"),
+            rp.TextColumn("{task.fields[numbers]}", markup=False),
             console=self._console,
             disable=not self._live,
             transient=True,
@@ -69,9 +71,12 @@ class RunConsole:
             self.say(f"still {self._waiting}: {now - self._begun:,.0f} s so far")
 
     def say(self, text: str) -> None:
-        """Print a permanent line."""
+        """Print a permanent line; a run does not end because its output cannot be written."""
         self._said = time.monotonic()
-        self._console.print(Text(text), soft_wrap=True)
+        try:
+            self._console.print(Text(hide_credentials(text)), soft_wrap=True)
+        except OutputError as error:
+            sys.stderr.write(f"warning: standard output cannot be written ({error})\n")
 
     def show(self, event: Event) -> None:
         """Print an event of a worker."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
-import rich.console
 import tyro
 
 from pipeline.describe import figures
@@ -34,6 +33,7 @@ from pipeline.remote.filesystem import is_remote
 from pipeline.tools.charts import encode_image, page_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
+from pipeline.tools.terminal import Terminal
 from pipeline.tools.units import parse_size
 
 ENDS = 12
@@ -148,10 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         sys.stdout.write(json.dumps(to_json(facts, str(page))) + "\n")
         return 0
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=120)
-    print_tables(facts, console)
+    print_tables(facts, Terminal(sys.stdout, width=None if sys.stdout.isatty() else 120))
     sys.stdout.write(f"{page}\n")
     return 0
 

@@ -48,12 +48,12 @@ from pipeline.packing.shards import (
     shard_facts_name,
     write_shard,
 )
-from pipeline.remote.filesystem import hide_credentials
 from pipeline.remote.target import WORK, Target, is_finished, open_target
 from pipeline.sources.listing import read_rejects, summarize_rejects
 from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool, Pool, read_ahead
 from pipeline.tools.progress import Progress, announce
+from pipeline.tools.text import hide_credentials
 
 STATE = f"{WORK}/build.json"
 """File with the plan and the settings of the build in this folder."""

@@ -17,10 +17,11 @@ import tyro
 
 from pipeline.dataset.images import Encoding
 from pipeline.packing.resize import Chroma
-from pipeline.remote.filesystem import hide_credentials, is_remote, local_path
+from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.sources import Listing, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
+from pipeline.tools.text import hide_credentials
 from pipeline.tools.units import cpu_count
 
 

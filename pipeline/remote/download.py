@@ -21,12 +21,12 @@ from pipeline.remote.filesystem import (
     Stopped,
     TransferError,
     check_address,
-    hide_credentials,
     open_filesystem,
     retry,
 )
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import PARTIAL, explain_full_disk, sha256
+from pipeline.tools.text import hide_credentials
 
 SLOWEST_DOWNLOAD = 1024
 """Bytes per second: a download that is slower than this over `RetryPolicy.stall` is given up."""

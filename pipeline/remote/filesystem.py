@@ -30,6 +30,7 @@ from fsspec.core import url_to_fs
 
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError
 from pipeline.tools.files import explain_full_disk
+from pipeline.tools.text import clean, hide_credentials
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Schemes of stores where a file appears only when all of it has been uploaded."""
@@ -110,11 +111,6 @@ def local_path(address: str) -> Path:
     """Return the path that `folder` or `file:///folder` names."""
     is_url = address.lower().startswith("file://")
     return Path(unquote(urlsplit(address).path) if is_url else address)
-
-
-def hide_credentials(text: str) -> str:
-    """Return `text` with `user:password@` of any address in it replaced by stars."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def check_address(address: str, what: str, *, chain: bool = True) -> None:
@@ -282,7 +278,7 @@ def describe_error(error: BaseException) -> str:
     status = _http_status(error)
     answer = f" (HTTP {status})" if status else ""
     # The whole first line: of an `OSError`, the system's words alone would lack the host.
-    words = next(iter(str(error).splitlines()), "no reason given")
+    words = clean(next(iter(str(error).splitlines()), "no reason given"))
     if isinstance(error, FileNotFoundError):
         return f"it is not there{answer}"
     if isinstance(error, PermissionError):

@@ -23,7 +23,6 @@ from pipeline.remote.filesystem import (
     StoreFolder,
     check_address,
     describe_error,
-    hide_credentials,
     is_remote,
     local_path,
     none_if_missing,
@@ -32,6 +31,7 @@ from pipeline.remote.filesystem import (
 from pipeline.remote.lease import Lease
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import PARTIAL, atomic_write, ensure_writable, try_lock, unlock
+from pipeline.tools.text import hide_credentials
 
 WORK = ".build"
 """Folder in OUT with the state of an unfinished build; removed when the set is finished."""

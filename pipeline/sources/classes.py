@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from pipeline.dataset.samples import MAX_CLASSES, number_classes
 from pipeline.dataset.tar import escape
-from pipeline.remote.filesystem import hide_credentials
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.tools.errors import UsageError
+from pipeline.tools.text import hide_credentials
 
 
 def make_distinct(names: Sequence[str]) -> tuple[str, ...]:

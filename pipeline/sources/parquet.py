@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.dataset.samples import parse_text
 from pipeline.dataset.tar import escape
-from pipeline.remote.filesystem import RetryPolicy, Unreachable, hide_credentials, is_remote
+from pipeline.remote.filesystem import RetryPolicy, Unreachable, is_remote
 from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.paths import find_files, open_file, scan_each, select_split
 from pipeline.tools.errors import UsageError, summarize_error
+from pipeline.tools.text import hide_credentials
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -25,12 +25,12 @@ from pipeline.remote.filesystem import (
     RetryPolicy,
     Unreachable,
     check_address,
-    hide_credentials,
     is_remote,
     open_filesystem,
     retry,
 )
 from pipeline.tools.errors import DuetError, UsageError
+from pipeline.tools.text import hide_credentials
 
 MOST_FILES = 1_000_000
 THREADS = 8

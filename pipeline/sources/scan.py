@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.dataset.tar import escape
-from pipeline.remote.filesystem import hide_credentials, is_remote
+from pipeline.remote.filesystem import is_remote
 from pipeline.sources.folders import (
     add_flat_folder,
     add_flat_tar,
@@ -25,6 +25,7 @@ from pipeline.sources.parquet import is_parquet, scan_parquet
 from pipeline.sources.tars import add_class_tar, add_tar
 from pipeline.sources.webdataset import is_webdataset, scan_webdataset
 from pipeline.tools.errors import DuetError, UsageError
+from pipeline.tools.text import hide_credentials
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 

@@ -26,7 +26,7 @@ from pipeline.dataset.samples import (
     read_member_label,
 )
 from pipeline.dataset.tar import Member, escape, read_members
-from pipeline.remote.filesystem import hide_credentials, is_remote
+from pipeline.remote.filesystem import is_remote
 from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import Listing, ListingWriter, is_image
 from pipeline.sources.paths import (
@@ -40,6 +40,7 @@ from pipeline.sources.paths import (
     sibling_address,
 )
 from pipeline.tools.errors import UsageError
+from pipeline.tools.text import hide_credentials
 
 ENDING = ".tar"
 SAMPLES = 4096
@@ -116,9 +117,7 @@ def is_webdataset(source: str) -> bool:
             kinds = {part.kind for part in sample.parts}
             if kinds & {*IMAGE_KINDS}:
                 images.add(sample.key)
-            elif sample.key in images and "cls" in kinds:
-                return True
-            elif sample.key in images and "json" in kinds and "/" not in sample.key:
+            elif (sample.key in images and "cls" in kinds) or (sample.key in images and "json" in kinds and "/" not in sample.key):
                 return True
     return False
 

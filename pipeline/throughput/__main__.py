@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 import rich.console
 import tyro
-from rich.markup import escape
+from rich.text import Text
 
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import Device, Shuffle, StreamConfig
@@ -42,6 +42,7 @@ from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.throughput.tune import TuningTrial, tune, write_tuning
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run
+from pipeline.tools.terminal import Terminal
 from pipeline.tools.units import cpu_count, parse_size
 
 NAME = "throughput.json"
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         ThroughputOptions, prog="python -m pipeline.throughput", description=__doc__, args=argv
     )
     options.check()
-    console = rich.console.Console(stderr=True, highlight=False)
+    console = Terminal(sys.stderr)
     try:
         if options.plan:
             _plan(options, console)
@@ -198,14 +199,14 @@ def _examine(options: ThroughputOptions, console: rich.console.Console) -> None:
     print_report(report, console)
     differences = compare_reports(old, table) if old else []
     for text in list_differences(old, table) if old else []:
-        console.print(f"[yellow]not the same:[/] {escape(text)}")
+        console.print(Text.assemble(("not the same:", "yellow"), f" {text}"))
     for one in differences:
         console.print(f"{one.name}: {one.before:,.0f} -> {one.after:,.0f} img/s, "
                       f"{one.ratio:.2f}x: {one.verdict} (noise ±{one.noise:.0%})")  # fmt: skip
     report.save(options.out / NAME)
     write_page(options.out / "throughput.html", table)
     written = f"written: {options.out / NAME}, {options.out / 'throughput.html'}"
-    console.print(written, markup=False)
+    console.print(written)
     if options.json:
         found = [dataclasses.asdict(one) | {"verdict": one.verdict} for one in differences]
         sys.stdout.write(json.dumps(table | {"changes": round_floats(found)}) + "\n")
@@ -262,7 +263,7 @@ def _plan(options: ThroughputOptions, console: rich.console.Console) -> None:
     )  # fmt: skip
     if path and report:
         text = f"from {path}: {report['data']['where']} on {report['machine']['processor']}"
-        console.print(text, markup=False)
+        console.print(text)
     print_plan(answer, console)
     if options.json:
         sys.stdout.write(json.dumps(round_floats(dataclasses.asdict(answer))) + "\n")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import rich.box
 import rich.console
 from rich.table import Column, Table
+from rich.text import Text
 
 HEADROOM = 1.1
 """Rate of the stream over the trainer's at which accelerators are 90 % busy (MLPerf Storage)."""
@@ -152,7 +153,7 @@ def print_plan(answer: CapacityPlan, console: rich.console.Console) -> None:
     for one in answer.figures:
         style = "yellow" if one.source == "assumed" else "default"
         table.add_row(one.name, f"{_format_number(one.value)} {one.unit}",
-                      f"[{style}]{one.source}[/]", one.note)  # fmt: skip
+                      Text(one.source, style), one.note)  # fmt: skip
     console.print(table)
     table = Table("what is needed", Column(justify="right"), Column(style="dim"),
                   box=rich.box.SIMPLE, pad_edge=False)  # fmt: skip

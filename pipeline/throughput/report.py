@@ -14,19 +14,19 @@ import numpy as np
 import rich.box
 import rich.console
 import torch
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import fetch_metadata
-from pipeline.remote.filesystem import hide_credentials, is_remote
+from pipeline.remote.filesystem import is_remote
 from pipeline.throughput.clock import SURE, StageRow
 from pipeline.throughput.hardware import Machine, describe_machine
 from pipeline.throughput.model import Remedy
 from pipeline.tools import charts
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import atomic_write
-from pipeline.tools.text import human_bytes
+from pipeline.tools.text import hide_credentials, human_bytes
 
 
 def write_page(
@@ -325,7 +325,7 @@ def print_report(report: ThroughputReport, console: rich.console.Console) -> Non
     """Print stages, stream, remedies and verdict."""
     machine, setting, data = report.machine, report.setting, report.data
     console.print(
-        f"{escape(data['where'])}: {data['pictures']:,} {data['encoding']} images, "
+        f"{hide_credentials(data['where'])}: {data['pictures']:,} {data['encoding']} images, "
         f"{human_bytes(data['bytes'])}; {machine.processor}, {machine.cores} cores"
         + (f", {machine.gpu}" if machine.gpu else "")
         + f"; {setting['device']}, {setting['threads']} threads, batch {setting['batch_size']}, "
@@ -333,8 +333,8 @@ def print_report(report: ThroughputReport, console: rich.console.Console) -> Non
     )
     console.print(_stage_table(report), _remedy_table(report))
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}")
-    console.print(escape(report.verdict))
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+    console.print(report.verdict)
 
 
 def _stage_table(report: ThroughputReport) -> Table:

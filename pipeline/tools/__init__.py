@@ -7,6 +7,8 @@ jsonl       reader of JSON lines
 processes   worker pools, isolated calls
 progress    progress bar
 renames     commands under their former names
-text        numbers as people read them
+stdio       standard output and error of a command
+terminal    rich's console for text that comes from elsewhere
+text        numbers and messages as people read them
 units       sizes as people write them, cores and memory that this process may use
 """

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+from pipeline.tools.stdio import OutputError, standard_streams
+from pipeline.tools.text import clean
 
 REBUILD = "delete the data set's folder and build it again"
 """Advice for damage that cannot be repaired in place."""
 
 
 class DuetError(Exception):
-    """A failure the user can act on; the message is one line with file, value and way out."""
+    """A failure the user can act on; the message is one line with file, value and way out.
+
+    The line is fit for any terminal and log: no credentials, no control characters.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(clean(str(message)))
 
 
 class UsageError(DuetError):
@@ -46,8 +55,8 @@ def summarize_error(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or errno.errorcode.get(error.errno, str(error))
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"no {lines[0]}" if isinstance(error, KeyError) else lines[0]
+    line = clean(next(iter(str(error).strip().splitlines()), type(error).__name__))
+    return f"no {line}" if isinstance(error, KeyError) else line
 
 
 @contextmanager
@@ -67,15 +76,31 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     of standard output has gone (`| head`), the process ends with 141 and no message.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    with standard_streams():
+        code, said = _call(main)
+        with suppress(BrokenPipeError):
+            sys.stderr.write(said)
+    sys.exit(code)
+
+
+def _call(main: Callable[[], int | None]) -> tuple[int, str]:
+    """Return the exit code of an entry point, and what is to be said on stderr."""
     try:
-        sys.exit(main() or 0)
+        try:
+            code = main() or 0
+        except SystemExit as error:  # tyro's, for --help or a wrong flag
+            said = "" if isinstance(error.code, int | None) else f"{error.code}\n"
+            code = error.code if isinstance(error.code, int) else int(bool(said))
+            sys.stderr.write(said)
+        sys.stdout.flush()
     except DuetError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        return error.exit_code, f"error: {error}\n"
+    except OutputError as error:
+        return 1, f"error: standard output cannot be written ({error}); name a file with room\n"
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
-        sys.exit(130)
+        return 130, "\ninterrupted\n"
     except BrokenPipeError:
-        # Python flushes stdout once more on exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141, ""
+    except Exception:
+        return 1, traceback.format_exc()
+    return code, ""

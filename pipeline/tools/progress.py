@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-import rich.console
 import rich.progress as rp
 from rich.text import Text
+
+from pipeline.tools.terminal import Terminal
 
 EVERY = 30.0
 """Seconds between plain lines."""
@@ -49,7 +50,7 @@ class Ticker:
 @contextmanager
 def announce(what: str) -> Iterator[None]:
     """Say on stderr what the block does while it lasts: work whose amount is not known."""
-    console = rich.console.Console(stderr=True)
+    console = Terminal(sys.stderr)
     if console.is_terminal:
         with console.status(Text(what)):
             yield
@@ -85,15 +86,15 @@ class Progress:
             unit: name of a unit ("img").
             already: units that an earlier run has done, which do not count for the rate.
         """
-        console = rich.console.Console(stderr=True)
+        console = Terminal(sys.stderr)
         self._rate = _Rate(unit, already)
         self._bar = rp.Progress(
-            rp.TextColumn("{task.description}"),
+            rp.TextColumn("{task.description}", markup=False),
             rp.BarColumn(bar_width=30),
             rp.MofNCompleteColumn(),
             self._rate,
             rp.TimeRemainingColumn(),
-            rp.TextColumn("{task.fields[note]}", style="dim"),
+            rp.TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
             disable=not console.is_terminal,
             transient=True,

@@ -1,8 +1,38 @@
-"""Numbers as people read them."""
+"""Text as people read it: numbers, and messages without secrets and control characters."""
 
 from __future__ import annotations
 
 import math
+import re
+
+_PASSWORD = re.compile(r"://(?:[^/\s?#]*|[^/\s:\[]*:(?!\d+(?:/|$))[^\s?#]*)@")
+"""The last `@` of the host ends a password; one with a `/` in it follows a colon."""
+_END = r"""(?=[]'")}>,;.:]*(?:\s|$))"""
+_QUERIES = (
+    re.compile(rf"(https?://[^\s?]*\?)\S+?{_END}", re.IGNORECASE),
+    re.compile(rf"([^\s?]\?|\S&)[\w.~%+*-]+=\S*?{_END}"),
+)
+"""Text behind the `?` of a web address; `?name=value` or `&name=value` in any other text."""
+
+
+def clean(text: str) -> str:
+    """Return a message without credentials of addresses and without control characters."""
+    return escape_controls(hide_credentials(text))
+
+
+def hide_credentials(text: str) -> str:
+    """Return a text with `user:password@` and the query of any address in it replaced by stars."""
+    text = _PASSWORD.sub("://***@", text)
+    for query in _QUERIES:
+        text = query.sub(r"\1***", text)
+    return text
+
+
+def escape_controls(text: str, keep: str = "") -> str:
+    """Return a text whose characters that do not print, but those of `keep`, are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else repr(one)[1:-1] for one in text)
 
 
 def short_number(value: float) -> str:

@@ -1,10 +1,19 @@
-"""Numbers in few letters."""
+"""Numbers in few letters; messages without secrets and control characters."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.tools.text import human_bytes, human_duration, percent, short_number
+from pipeline.tools.text import (
+    escape_controls,
+    hide_credentials,
+    human_bytes,
+    human_duration,
+    percent,
+    short_number,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +54,32 @@ def test_numbers_as_a_person_writes_them() -> None:
     assert [human_bytes(size) for size in (999.4e6, 999.6e6, 999.6e9, 2e12)] == [
         "999 MB", "1 GB", "1,000 GB", "2,000 GB",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("url='http://h:1/cdn/a.tar?X-Amz-Signature=0secret'", "url='http://h:1/cdn/a.tar?***'"),
+        ("URL('https://h/a?secret') failed; see more", "URL('https://h/a?***') failed; see more"),
+        ("https://u:se@cret@h/b?secret=1#x, then", "https://***@h/b?***, then"),
+        ("s3://AKIA:se/cret@bucket/key", "s3://***@bucket/key"),
+        ("az://c/x?sv=1&sig=secret", "az://c/x?***"),
+        ("url: /path?X-Amz-Signature=se''cret (Caused by)", "url: /path?*** (Caused by)"),
+        ("https://h/q?name=a b&Signature=secret", "https://h/q?*** b&***"),
+        ('{"url": "http://h/x?a=secret", "b": 2}', '{"url": "http://h/x?***", "b": 2}'),
+        ("http://[::1]:80/a@b.jpg and http://h:8080/img@2x.png", None),
+        ("s3://b/train-0?.tar or /data/train-?.tar", None),
+        ("s3://b/key:1 of me@host; what? a=b", None),
+    ],
+)
+def test_secrets_of_an_address_are_not_shown(text: str, shown: str | None) -> None:
+    assert hide_credentials(text) == (shown or text)
+    assert hide_credentials(hide_credentials(text)) == (shown or text)
+
+
+@given(st.text())
+def test_what_controls_a_terminal_is_escaped_and_the_rest_left(text: str) -> None:
+    shown = escape_controls(text, keep="\n")
+    assert all(one.isprintable() or one == "\n" for one in shown)
+    assert text.isprintable() <= (shown == text)
+    assert escape_controls(shown, keep="\n") == shown
