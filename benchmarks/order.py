@@ -166,7 +166,7 @@ def measure_parts(data: Path, position: int) -> Parts:
     for shard in split.shards:
         LocalDataset(data).fetch_shard(shard)
     times.append(time.perf_counter())
-    load_index(data, "train", split)
+    load_index(data, "train", manifest)
     times.append(time.perf_counter())
     FullShuffle([shard.samples for shard in split.shards], seed=1).list_slots(position, BATCH)
     times.append(time.perf_counter())
@@ -193,7 +193,7 @@ def make_dataset(data: Path, folder: Path, samples: int) -> Path:
     folder.mkdir()
     manifest = Manifest.load(data)
     split = manifest.splits["train"]
-    rows = load_index(data, "train", split)
+    rows = load_index(data, "train", manifest)
     starts = np.cumsum([0, *(shard.samples for shard in split.shards)])
     used = min(len(split.shards), 16)
     for number in range(used):

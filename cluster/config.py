@@ -67,6 +67,9 @@ ALIASES = {
     "patience": ("lr_patience",),
 }
 """Names that other trainers give to a setting: an unknown one of these has a sure suggestion."""
+LARGEST = 10**9
+"""Largest number that a setting takes, unless `LARGEST_OF` has another."""
+LARGEST_OF = {"seed": 2**63 - 1, "lr_drops": 1000, "bias_drops": 1000, "epochs": 10**6}
 CHANGEABLE = (
     "replicas", "device", "columns_per_worker", "microbatch", "threads", "prefetch",
     "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
@@ -202,6 +205,7 @@ class Config:
     """Size limit of the cache folder."""
 
     def __post_init__(self) -> None:
+        self._check_sizes()
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(
                 f"epochs is {self.epochs:g} and steps is 0; one of them must be above 0"
@@ -226,6 +230,13 @@ class Config:
         least, most = self.replica_range
         self._require("replicas", 0 < least <= most, REPLICAS_HINT)
         self._require("batch_size", bool(self.replica_sizes), self._format_batch_hint())
+
+    def _check_sizes(self) -> None:
+        """Refuse numbers with which a run would fail or be busy for ever; a NaN is none here."""
+        for one in fields(self):
+            value, largest = getattr(self, one.name), LARGEST_OF.get(one.name, LARGEST)
+            if isinstance(value, int | float) and math.inf > abs(value) > largest:
+                raise ValueError(f"{one.name} is {value!r:.40}; it must be at most {largest}")
 
     def _check_schedule(self) -> None:
         """Check the learning-rate settings against each other and against the network's layers."""
@@ -427,7 +438,7 @@ def load_settings(config: Path) -> dict[str, Any]:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UsageError(f"config file {path} cannot be read ({reason})") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"config file {path} is not TOML: {error}") from error
     table.pop(DATA_KEY, None)
     for key, value in table.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
@@ -69,6 +68,8 @@ FOUR = (
     Layer("conv3", 32, kernel=5, pad=2, reads="both", then=("relu", "mean_pool")),
     Layer("fc4", None, reads="both", then=()),
 )  # fmt: skip
+WIDEST = 32
+"""Largest factor on the maps and units: with it, a network has 60 billion weights."""
 NORMS = {"lrn": ("norm",), "spatial": ("spatial_norm",), "lcn": ("lcn",), "batch": ("batch_norm",),
          "none": ()}  # fmt: skip
 """Setting `norm` -> operations that replace "norm" in the table."""
@@ -128,8 +129,8 @@ class Design:
         if self.columns not in (1, 2):
             raise ValueError(f"columns is {self.columns}; a network has 1 or 2")
         smallest = 1 / min(layer.maps for layer in self._table() if layer.maps)
-        if not math.isfinite(self.width):
-            raise ValueError(f"width is {self.width}; it must be finite")
+        if not self.width <= WIDEST:  # a NaN is no number to compare with
+            raise ValueError(f"width is {self.width!r:.40}; it must be finite, {WIDEST} at most")
         if self.width < smallest:
             raise ValueError(
                 f"width is {self.width}; the smallest that makes sense is {smallest:.3f}"

@@ -256,7 +256,7 @@ def read_design(path: Path) -> Design:
         raise ValueError(
             f"config {path} cannot be read ({error.strerror}); presets are {', '.join(near)}"
         ) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from None
     names = [field.name for field in fields(Design)]
     for key in settings:  # other keys are the trainer's; one that is nearly ours is a typo

@@ -32,7 +32,7 @@ from isal import isal_zlib
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics, Sums
 from pipeline.dataset.images import Undecodable, decode_image
-from pipeline.dataset.index import INDEX_DTYPE, Index, index_name, save_index
+from pipeline.dataset.index import INDEX_DTYPE, MOST_IMAGE_BYTES, Index, index_name, save_index
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.samples import (
@@ -57,8 +57,6 @@ from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
 from pipeline.tools.units import cpu_count
 
-MOST_IMAGE_BYTES = 1 << 24
-"""Bytes of a stored JPEG; 256x256 pixels never come near."""
 REJECTS = "rejects.jsonl"
 BAD_SHOWN = 20
 """Lines about bad samples on the terminal; --json has them all."""

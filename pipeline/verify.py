@@ -28,18 +28,18 @@ from pipeline.dataset.check import (
     DamageRow,
     check_index,
     check_lists,
-    check_manifest,
     check_shard,
     check_stats,
     find_unknown_files,
+    make_damage_row,
 )
+from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import Classes
 from pipeline.dataset.tar import escape
-from pipeline.remote.dataset import open_dataset
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.stream.ledger.proof import prove
-from pipeline.tools.errors import REBUILD, DataError, UsageError, run
+from pipeline.tools.errors import REBUILD, DamagedFile, DataError, UsageError, run
 from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
 from pipeline.tools.text import human_bytes
@@ -77,18 +77,18 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Ve
 
     Raises:
         UsageError: `data` holds no dataset.
-        DataError: the manifest itself cannot be read.
         DuetError: a process died.
     """
-    manifest = Manifest.load(data)
-    report = VerificationReport(damage=check_manifest(manifest))
-    if report.damage:
-        return report  # where it says the files are, nobody should look
+    try:
+        manifest = Manifest.load(data)
+    except DamagedFile as error:  # where it says the files are, nobody should look
+        return VerificationReport([make_damage_row(MANIFEST, error.reason)])
+    report = VerificationReport()
     report.notes = find_unknown_files(data, manifest)
     report.damage += check_stats(data, manifest) + check_lists(data, manifest)
     sound = set()
-    for name, split in manifest.splits.items():
-        found = check_index(data, name, split)
+    for name in manifest.splits:
+        found = check_index(data, name, manifest)
         report.damage += found
         if not found:
             sound.add(name)
@@ -151,7 +151,6 @@ def verify(data: Path, *, decode: bool = False) -> list[DamageRow]:
 
     Raises:
         UsageError: `data` holds no dataset.
-        DataError: the manifest itself cannot be read.
     """
     return check(data, decode=decode).damage
 
@@ -161,7 +160,7 @@ def main() -> int:
     options = tyro.cli(Verify, prog="python -m pipeline.verify", description=__doc__)
     if is_remote(options.data):
         raise UsageError(f"verify reads local folders, and {options.data} is an address")
-    folder = open_dataset(options.data).folder
+    folder = local_path(options.data)
     if options.ledger:
         return _prove_delivery(options, folder)
     started = time.monotonic()

@@ -17,7 +17,7 @@ import rich.table
 import simplejpeg
 from PIL import Image
 
-from pipeline.packing.jpeg_header import read_header
+from pipeline.dataset.jpeg_header import read_header
 from pipeline.packing.resize import Chroma, encode, resample
 
 Pixels = npt.NDArray[np.uint8]

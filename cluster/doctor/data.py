@@ -76,13 +76,15 @@ class DiskSpeed:
     """Order of reading, in words."""
 
 
-def measure_disk(dataset: Dataset, split: Split, config: Config) -> DiskSpeed:
+def measure_disk(dataset: Dataset, manifest: Manifest, config: Config) -> DiskSpeed:
     """Read the training split of a local data set as a training does, by the order of `config`.
 
     Raises:
         OSError, DuetError: something cannot be read.
     """
-    return (_read_shards if config.shuffle == "block" else _read_single_images)(dataset, split)
+    if config.shuffle == "block":
+        return _read_shards(dataset, manifest.splits["train"])
+    return _read_single_images(dataset, manifest)
 
 
 def _read_shards(dataset: Dataset, split: Split) -> DiskSpeed:
@@ -101,12 +103,12 @@ def _read_shards(dataset: Dataset, split: Split) -> DiskSpeed:
     return DiskSpeed(images, read, seconds, cached / read, "shard after shard")
 
 
-def _read_single_images(dataset: Dataset, split: Split) -> DiskSpeed:
+def _read_single_images(dataset: Dataset, manifest: Manifest) -> DiskSpeed:
     import numpy as np
 
     from pipeline.dataset.index import load_index
 
-    index = load_index(dataset.folder, "train", split)
+    index, split = load_index(dataset.folder, "train", manifest), manifest.splits["train"]
     rows = index[np.random.default_rng().permutation(len(index))[:1024]]
     numbers = sorted({int(row["shard"]) for row in rows})[:256]
     rows = rows[np.isin(rows["shard"], numbers)]
@@ -299,7 +301,7 @@ class DatasetCheck:
 
     def _judge_speed(self, dataset: Dataset, manifest: Manifest) -> Iterator[Finding]:
         try:
-            disk = measure_disk(dataset, manifest.splits["train"], self.config)
+            disk = measure_disk(dataset, manifest, self.config)
             rate = measure_stream(self.data, self.config)
         except (DuetError, OSError) as error:
             yield fail("data speed", describe(error), f"python -m pipeline.verify {self.data}")

@@ -404,7 +404,7 @@ def parse_rates(raw: bytes, settings: RateSettings) -> dict[str, float]:
     quoted = re.sub(r"(?m)^(\s*)((?:lr|lr_bias)\.\w+)(\s*=)", r'\1"\2"\3', text)
     try:
         table = tomllib.loads(quoted)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not TOML ({error}); write lines such as lr = 0.001") from error
     known = [*schedule.list_rate_names(settings.layers), DROP]
     rates: dict[str, float] = {}

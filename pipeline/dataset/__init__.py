@@ -4,6 +4,7 @@ check         checks of manifest, side files and shards
 image_stats   mean and color covariance of the training images
 images        a stored image, and its strict decoder
 index         SPLIT.index.npy: place, label and CRC-32 of each sample
+jpeg_header   header of a JPEG; limits on images
 manifest      manifest.json
 samples       tar members -> WebDataset samples, labels, classes
 shards        writes a shard and its DALI .idx

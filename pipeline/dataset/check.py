@@ -8,8 +8,6 @@ damaged.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +18,16 @@ from isal import isal_zlib
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, SIZE, Encoding, Undecodable, decode_image, encode_npy
-from pipeline.dataset.index import Index, index_name, load_index, sample_key
+from pipeline.dataset.index import (
+    RAW_BYTES,
+    Index,
+    find_row_faults,
+    index_name,
+    map_index,
+    sample_key,
+)
 from pipeline.dataset.manifest import NAME as MANIFEST
-from pipeline.dataset.manifest import Manifest, Shard, Split
+from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.dataset.samples import (
     JPEG_ENDINGS,
     Classes,
@@ -34,8 +39,8 @@ from pipeline.dataset.samples import (
 )
 from pipeline.dataset.shards import format_idx, parse_idx
 from pipeline.dataset.tar import Member, escape, extract_fault, read_members
-from pipeline.tools.errors import DataError, UsageError
-from pipeline.tools.files import HashedFile, is_plain_name, sha256
+from pipeline.tools.errors import DamagedFile, UsageError
+from pipeline.tools.files import HashedFile, sha256
 from pipeline.tools.jsonl import parse_rows
 
 DamageRow = dict[str, Any]
@@ -44,15 +49,6 @@ WebDataset key)."""
 
 DIFFERS = "SHA-256 differs from the manifest"
 REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
-RAW_BYTES = SIZE * SIZE * 3
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHAPES = {
-    "mean_picture": (SIZE, SIZE, 3),
-    "channel_mean": (3,),
-    "covariance": (3, 3),
-    "eigenvalues": (3,),
-    "eigenvectors": (3, 3),
-}
 
 
 def make_damage_row(
@@ -79,15 +75,14 @@ def check_file(path: Path, expected: str) -> list[DamageRow]:
     return []
 
 
-def check_index(data: Path, name: str, split: Split) -> list[DamageRow]:
+def check_index(data: Path, name: str, manifest: Manifest) -> list[DamageRow]:
     """Check the index file of a split; `check_shard` checks its rows."""
-    if found := check_file(data / index_name(name), split.index_sha256):
+    if found := check_file(data / index_name(name), manifest.splits[name].index_sha256):
         return found
     try:
-        load_index(data, name, split)
-    except DataError:
-        reason = f"it is no index of the {split.samples:,} samples that the manifest counts"
-        return [make_damage_row(index_name(name), reason)]
+        map_index(data, name, manifest)
+    except DamagedFile as error:
+        return [make_damage_row(index_name(name), error.reason)]
     return []
 
 
@@ -96,32 +91,10 @@ def check_stats(data: Path, manifest: Manifest) -> list[DamageRow]:
     if found := check_file(data / STATS, manifest.stats_sha256):
         return found
     try:
-        statistics = Statistics.load(data)
-    except Exception:  # NumPy raises many kinds for a damaged header
-        return [make_damage_row(STATS, "its bytes are as sealed, but it holds no statistics")]
-    return [make_damage_row(STATS, reason) for reason in _check_numbers(statistics)][:1]
-
-
-def _check_numbers(statistics: Statistics) -> Iterator[str]:
-    for name, shape in _SHAPES.items():
-        array = getattr(statistics, name)
-        if array.shape != shape or array.dtype.kind != "f":
-            yield f"{name} is {array.dtype} {list(array.shape)}, not floats {list(shape)}"
-            return
-        if not np.isfinite(array).all():
-            yield f"{name} holds numbers that are not finite"
-            return
-    mean = statistics.mean_picture
-    if mean.min() < 0 or mean.max() > 255:
-        yield "mean_picture leaves 0..255"
-    if not np.allclose(mean.mean((0, 1), np.float64), statistics.channel_mean, atol=1e-2):
-        yield "channel_mean is not that of mean_picture"
-    values, vectors = statistics.eigenvalues, statistics.eigenvectors
-    if (values < 0).any() or (np.diff(values) > 0).any():
-        yield "eigenvalues are negative or out of order"
-    close = 1e-6 * max(1.0, float(values.max()))
-    if not np.allclose(vectors @ np.diag(values) @ vectors.T, statistics.covariance, atol=close):
-        yield "eigenvalues and eigenvectors are not those of covariance"
+        Statistics.load(data)
+    except DamagedFile as error:
+        return [make_damage_row(STATS, error.reason)]
+    return []
 
 
 def check_lists(data: Path, manifest: Manifest) -> list[DamageRow]:
@@ -160,64 +133,6 @@ def find_unknown_files(data: Path, manifest: Manifest) -> list[str]:
         for shard in split.shards:
             known |= {shard.name, Path(shard.name).with_suffix(".idx").name}
     return sorted(path.name for path in data.iterdir() if path.name not in known)
-
-
-def check_manifest(manifest: Manifest) -> list[DamageRow]:
-    """Check that a manifest makes sense; if it does not, none of its names must be opened."""
-    return [make_damage_row(MANIFEST, reason) for reason in _find_faults(manifest)]
-
-
-def _find_faults(manifest: Manifest) -> Iterator[str]:
-    classes, shards = manifest.classes, list[str]()
-    if not manifest.splits:
-        yield "it names no split"
-    if len(classes) < 2 or not all(isinstance(name, str) and name for name in classes):
-        yield "its classes are not two names or more"
-    elif len(set(classes)) < len(classes):
-        yield "it has a class twice"
-    for name, split in manifest.splits.items():
-        if not is_plain_name(name):
-            yield f"split {name!r} has a name that leaves the folder"
-        yield from _find_split_faults(name, split)
-        shards += [str(shard.name) for shard in split.shards]
-    if len(set(shards)) < len(shards):
-        yield "it names a shard twice"
-    if not _is_hash(manifest.stats_sha256):
-        yield "it has no SHA-256 of the statistics"
-    if not _is_count(manifest.rejected):
-        yield f"rejected is {manifest.rejected!r}, no count"
-    if manifest.image_size != SIZE:
-        yield f"image_size is {manifest.image_size!r}; this program reads {SIZE}"
-
-
-def _find_split_faults(name: str, split: Split) -> Iterator[str]:
-    if not split.shards:
-        yield f"split {name!r} has no shards"
-    if not _is_hash(split.index_sha256):
-        yield f"split {name!r} has no SHA-256 of its index"
-    for shard in split.shards:
-        yield from _find_shard_faults(shard)
-
-
-def _find_shard_faults(shard: Shard) -> Iterator[str]:
-    if not is_plain_name(shard.name):
-        yield f"shard {shard.name!r} has a name that leaves the folder"
-    elif not shard.name.endswith(".tar"):
-        yield f"shard {shard.name!r} is no .tar by its name"
-    for field in ("samples", "bytes"):
-        if not _is_count(value := getattr(shard, field)) or value == 0:
-            yield f"shard {shard.name!r} has {value!r} {field}"
-    for field in ("sha256", "idx_sha256"):
-        if not _is_hash(getattr(shard, field)):
-            yield f"shard {shard.name!r} has no {field}"
-
-
-def _is_hash(value: object) -> bool:
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class CheckJob(NamedTuple):
@@ -316,10 +231,13 @@ class _ShardCheck:
         """Check each row of the index against the tar, and the bytes in its range."""
         images = ((_find_image(sample), sample) for sample in self._samples)
         there = {self._payload(part)[0]: sample for part, sample in images if part is not None}
-        fault = self._fault
+        job, fault = self._job, self._fault
+        wrong = dict(
+            find_row_faults(rows, job.number, job.shard.bytes, len(job.classes.names), job.encoding)
+        )
         for place, row in enumerate(rows.tolist()):
             sample = there.pop(row[2], None)
-            reason = self._check_row(place, row, sample, fault)
+            reason = wrong.get(place) or self._check_row(place, row, sample, fault)
             if reason is not None:
                 key = None if sample is None else sample.key
                 key = key if self._job.foreign else sample_key(self._job.number, place)
@@ -334,11 +252,7 @@ class _ShardCheck:
         self, place: int, row: tuple[int, ...], sample: Sample | None, fault: str | None
     ) -> str | None:
         """Return the first fault of a sample, None if it has none."""
-        number, label, offset, size, crc = row
-        if number != self._job.number:
-            return f"the index has it in shard {number}"
-        if isinstance(self._job.classes.find_number(label), str):
-            return f"its label {label} is outside the classes"
+        _, label, offset, size, crc = row
         if sample is None and self._fault is None:
             return f"the index has its image at byte {offset:,}, where none begins"
         try:

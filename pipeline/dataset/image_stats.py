@@ -6,21 +6,31 @@ shards are added.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.images import SIZE, Pixels
-from pipeline.tools.errors import REBUILD, DataError
+from pipeline.tools.errors import DamagedFile, summarize_error
 from pipeline.tools.files import atomic_write, sha256
 
 NAME = "stats.npz"
+LARGEST = 4 * 2**20
+"""Size limit of the file in bytes, also unpacked."""
 
 Floats = npt.NDArray[np.float64]
 
+_SHAPES = {
+    "mean_picture": (SIZE, SIZE, 3),
+    "channel_mean": (3,),
+    "covariance": (3, 3),
+    "eigenvalues": (3,),
+    "eigenvectors": (3, 3),
+}
 _RECENT = 257
 """Number of images whose sum fits 16 bits, which add up twice as fast."""
 _WIDE, _RUN = 12, 256
@@ -119,12 +129,48 @@ class Statistics:
         """Read `DATA/stats.npz`; `expected` is its SHA-256 (hexadecimal), if that is known.
 
         Raises:
-            DataError: it is missing, damaged, or that of another data set.
+            DamagedFile: it is missing, damaged, that of another data set, or its numbers cannot be.
         """
+        path = data / NAME
         try:
-            if expected is not None and sha256(data / NAME) != expected:
+            if path.stat().st_size > LARGEST:
+                raise ValueError(f"it has more than {LARGEST:,} bytes")
+            if expected is not None and sha256(path) != expected:
                 raise ValueError("it is not the one that was built")
-            with np.load(data / NAME) as arrays:
-                return cls(**arrays)
-        except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
-            raise DataError(f"{data / NAME} cannot be read ({error}); {REBUILD}") from error
+            with np.load(path) as arrays:
+                if sum(member.file_size for member in arrays.zip.infolist()) > LARGEST:
+                    raise ValueError(f"unpacked, it has more than {LARGEST:,} bytes")
+                statistics = cls(**_check_arrays(dict(arrays)))
+        except Exception as error:  # NumPy raises many kinds for a damaged header
+            raise DamagedFile(path, summarize_error(error)) from error
+        for fault in statistics.find_faults():
+            raise DamagedFile(path, fault)
+        return statistics
+
+    def find_faults(self) -> Iterator[str]:
+        """Yield what the statistics of no images are: they do not fit each other."""
+        mean = self.mean_picture
+        if mean.min() < 0 or mean.max() > 255:
+            yield "mean_picture leaves 0..255"
+        if not np.allclose(mean.mean((0, 1), np.float64), self.channel_mean, atol=1e-2):
+            yield "channel_mean is not that of mean_picture"
+        values, vectors = self.eigenvalues, self.eigenvectors
+        if (values < 0).any() or (np.diff(values) > 0).any():
+            yield "eigenvalues are negative or out of order"
+        close = 1e-6 * max(1.0, float(values.max()))
+        if not np.allclose(vectors @ np.diag(values) @ vectors.T, self.covariance, atol=close):
+            yield "eigenvalues and eigenvectors are not those of covariance"
+
+
+def _check_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return the arrays of the file, if they are the ones it should hold, of finite numbers."""
+    if arrays.keys() != _SHAPES.keys():
+        raise ValueError("it holds no statistics")
+    for name, shape in _SHAPES.items():
+        array = arrays[name]
+        if array.shape != shape or array.dtype.kind != "f":
+            found = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{name} is {found}, not floats {list(shape)}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    return arrays

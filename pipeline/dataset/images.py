@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from pipeline.dataset.jpeg_header import JpegHeader, read_header
 from pipeline.tools.errors import summarize_error
 
 try:
@@ -73,9 +74,7 @@ def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixel
             raise Undecodable(f"it has {flat.size:,} bytes, not 256x256x3")
         return flat.reshape(SHAPE)
     data = bytes(data)
-    size = read_jpeg_size(data)
-    if size != (SIZE, SIZE):
-        raise Undecodable(f"it is {size[0]}x{size[1]}, not {SIZE}x{SIZE}")
+    check_jpeg(data)
     if simplejpeg is None or b"Exif\0\0" in data[:EXIF_WITHIN]:
         return _decode_with_pillow(data)
     try:
@@ -85,27 +84,37 @@ def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixel
     return pixels
 
 
-def read_jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return width and height of a JPEG from its header.
+def check_jpeg(data: bytes) -> JpegHeader:
+    """Return the header of a stored JPEG; nothing is decoded.
 
     Raises:
-        Undecodable: it is no JPEG, or neither gray nor RGB.
+        Undecodable: it is no JPEG, of another size, neither gray nor RGB, or of endless scans.
     """
     try:
-        if simplejpeg is not None:
-            height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # also of the size, which callers check
-                image = Image.open(io.BytesIO(data), formats=["JPEG"])
-            (width, height), colors = image.size, image.mode
+        width, height, colors = _read_jpeg_facts(data)
+        header = read_header(data)
     # Parsers raise many kinds of exception on damaged input.
     except Exception as error:
         what = f"({summarize_error(error)})" if data.startswith(b"\xff\xd8") else "at all"
         raise Undecodable(f"it is no JPEG {what}") from error
     if colors not in COLORS:
         raise Undecodable(f"its colours are {colors}, neither RGB nor grey")
-    return width, height
+    # Two readers, and so two sizes, where the header has several frames.
+    sizes = {(width, height), (width, height) if header is None else (header.width, header.height)}
+    for one in sizes - {(SIZE, SIZE)}:
+        raise Undecodable(f"it is {one[0]}x{one[1]}, not {SIZE}x{SIZE}")
+    return header or JpegHeader()
+
+
+def _read_jpeg_facts(data: bytes) -> tuple[int, int, str]:
+    """Return width, height and color space of a JPEG."""
+    if simplejpeg is not None:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+        return width, height, colors
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # also of the size, which callers check
+        image = Image.open(io.BytesIO(data), formats=["JPEG"])
+    return *image.size, image.mode
 
 
 def _decode_with_pillow(data: bytes) -> Pixels:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.manifest import Split
-from pipeline.tools.errors import REBUILD, DataError
+from pipeline.dataset.images import SIZE, Encoding
+from pipeline.dataset.manifest import Manifest
+from pipeline.tools.errors import DamagedFile, summarize_error
 from pipeline.tools.files import atomic_write, sha256
 
 INDEX_DTYPE = np.dtype(
@@ -19,6 +21,13 @@ CRC-32 of those bytes. They are a whole JPEG, or the pixels of a raw image (uint
 without the header of their `.npy`. Row i describes sample i of the split."""
 
 Index = npt.NDArray[np.void]
+
+MOST_IMAGE_BYTES = 1 << 24
+"""Bytes of a stored image; 256x256 pixels never come near."""
+RAW_BYTES = SIZE * SIZE * 3
+"""Bytes of the pixels of a raw image."""
+BLOCK = 1 << 18
+"""Rows that are checked at a time."""
 
 
 def index_name(split: str) -> str:
@@ -56,20 +65,81 @@ def save_index(data: Path, split: str, rows: Index) -> str:
     return sha256(path)
 
 
-def load_index(data: Path, name: str, split: Split) -> Index:
-    """Map `SPLIT.index.npy` into memory, after comparing it with its hash.
+def load_index(data: Path, name: str, manifest: Manifest) -> Index:
+    """Map `SPLIT.index.npy` into memory, after comparing it with its hash, and check every row.
 
-    Training takes the labels from it alone, so the hash is compared each time.
+    Training takes labels and places from it alone, so all of it is checked each time.
 
     Raises:
-        DataError: it is missing, damaged, or that of another data set.
+        DamagedFile: it is missing, damaged, that of another data set, or has a row that cannot be.
     """
-    path = data / index_name(name)
+    rows, shards = map_index(data, name, manifest), manifest.splits[name].shards
+    ends = np.cumsum([shard.samples for shard in shards])
+    sizes = np.array([shard.bytes for shard in shards], np.uint64)
+    classes = len(manifest.classes)
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        first, last = np.searchsorted(ends, [start, start + len(block) - 1], side="right")
+        inside = ends[first : last + 1].clip(max=start + len(block))
+        numbers = np.repeat(np.arange(first, last + 1), np.diff(inside, prepend=start))
+        found = find_row_faults(block, numbers, sizes[numbers], classes, manifest.encoding)
+        for place, fault in found:
+            raise DamagedFile(data / index_name(name), f"sample {start + place}: {fault}")
+    return rows
+
+
+def map_index(data: Path, name: str, manifest: Manifest) -> Index:
+    """Do as `load_index`, but leave its rows to `find_row_faults`.
+
+    Raises:
+        DamagedFile: it is missing, damaged, or that of another data set.
+    """
+    path, split = data / index_name(name), manifest.splits[name]
     try:
         is_known = sha256(path) == split.index_sha256
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy raises many kinds for a damaged header
-        raise DataError(f"{path} cannot be read ({error}); {REBUILD}") from error
-    if not is_known or rows.dtype != INDEX_DTYPE or len(rows) != split.samples:
-        raise DataError(f"{path} is not the index that was built; {REBUILD}")
+        raise DamagedFile(path, summarize_error(error)) from error
+    # NumPy opens an archive of arrays, too.
+    fits = isinstance(rows, np.ndarray) and rows.dtype == INDEX_DTYPE and rows.ndim == 1
+    if not is_known or not fits:
+        raise DamagedFile(path, "it is not the index that was built")
+    if len(rows) != split.samples:
+        counted = f"{split.samples:,} samples that the manifest counts"
+        raise DamagedFile(path, f"it is no index of the {counted}")
     return np.asarray(rows)
+
+
+def find_row_faults(
+    rows: Index,
+    numbers: npt.NDArray[np.int64] | int,
+    ends: npt.NDArray[np.uint64] | int,
+    classes: int,
+    encoding: Encoding,
+) -> Iterator[tuple[int, str]]:
+    """Yield place and fault of each row that cannot be, whatever the bytes of its shard.
+
+    Args:
+        rows: `INDEX_DTYPE` [n].
+        numbers: of the shard in which each row should be, from 0; or one for all.
+        ends: size of this shard in bytes.
+        classes: number of classes.
+        encoding: of the images.
+    """
+    offsets, sizes, ends = rows["offset"], rows["size"], np.asarray(ends, np.uint64)
+    raw = encoding == "raw"
+    smallest, largest = (RAW_BYTES, RAW_BYTES) if raw else (1, MOST_IMAGE_BYTES)
+    wrong = (rows["shard"] != numbers) | (rows["label"] < 0) | (rows["label"] >= classes)
+    wrong |= (sizes < smallest) | (sizes > largest)
+    # Offset and size may add up to more than 64 bits hold.
+    wrong |= (offsets > ends) | (sizes > ends - np.minimum(offsets, ends))
+    for place in np.flatnonzero(wrong).tolist():
+        shard, label, offset, size, _ = rows[place].tolist()
+        if shard != np.broadcast_to(numbers, len(rows))[place]:
+            yield place, f"the index has it in shard {shard}"
+        elif not 0 <= label < classes:
+            yield place, f"its label {label} is outside the classes, 0 to {classes - 1}"
+        elif offset + size > int(np.broadcast_to(ends, len(rows))[place]):
+            yield place, "the shard ends before it does"
+        else:
+            yield place, f"its image has {size:,} bytes"

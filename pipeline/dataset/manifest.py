@@ -11,17 +11,26 @@ DATA/duplicates.jsonl       images that are the same or nearly so, within and ac
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline.dataset.images import Encoding
-from pipeline.tools.errors import REBUILD, DataError, UsageError, summarize_error
-from pipeline.tools.files import atomic_write, sha256
+from pipeline.dataset.images import SIZE, Encoding
+from pipeline.tools.errors import DamagedFile, UsageError, summarize_error
+from pipeline.tools.files import atomic_write, is_plain_name, sha256
 
 VERSION = 1
 NAME = "manifest.json"
+LARGEST = 256 * 2**20
+"""Size limit of a manifest in bytes (that of a million shards has about 200 MB)."""
+SEAL = "manifest_sha256"
+"""Key of the SHA-256 over all other keys and values; older manifests have none."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,8 @@ class Manifest:
 
     def text(self) -> bytes:
         """Return the bytes of `manifest.json`."""
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        table = asdict(self)
+        return (json.dumps(table | {SEAL: _digest(table)}, indent=1) + "\n").encode()
 
     def save(self, data: Path) -> None:
         """Write `DATA/manifest.json`, which completes the data set."""
@@ -110,35 +120,45 @@ class Manifest:
 
         Raises:
             UsageError: `data` is not a folder with a manifest.
-            DataError: the manifest is damaged or of another version.
+            DamagedFile: the manifest is damaged, of another version, or of no data set.
         """
         path = data / NAME
         if not data.is_dir():
             raise UsageError(f"data set {data} is not a folder; build it with {_HOW}")
         if not path.is_file():
             raise UsageError(f"data set {data} has no {NAME}; build it with {_HOW}")
-        return cls.parse(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            return cls.parse(file.read(LARGEST + 1), str(path))
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Manifest:
-        """Parse the bytes of a manifest; `where` names it in messages.
+        """Parse the bytes of a manifest, and check all that it says; `where` names it in messages.
 
         Raises:
-            DataError: it is damaged or of another version.
+            DamagedFile: it is damaged, of another version, or of no data set.
         """
         try:
+            if len(text) > LARGEST:
+                raise ValueError(f"it has more than {LARGEST:,} bytes")
             return cls._from_table(json.loads(text))
+        except RecursionError as error:
+            raise DamagedFile(where, "its lists are nested too deep") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{where} cannot be read ({summarize_error(error)}); {REBUILD}"
-            ) from error
+            raise DamagedFile(where, summarize_error(error)) from error
 
     @classmethod
-    def _from_table(cls, table: dict[str, Any]) -> Manifest:
-        if table["version"] != VERSION:
-            raise ValueError(f"version {table['version']}, this program reads {VERSION}")
-        if (encoding := table.get("encoding", "jpeg")) not in (known := get_args(Encoding)):
-            raise ValueError(f"encoding {encoding!r}, this program reads {', '.join(known)}")
+    def _from_table(cls, table: Any) -> Manifest:
+        if not isinstance(table, dict):
+            raise ValueError("it is no table")
+        if (version := table.get("version")) != VERSION:
+            raise ValueError(f"version {version!r:.40}, this program reads {VERSION}")
+        if table.pop(SEAL, None) not in (None, _digest(table)):
+            raise ValueError("its bytes are not those that were written")
+        _check_keys(table, cls, "it")
+        for name, split in _check_type(table["splits"], dict, "splits").items():
+            _check_keys(split, Split, f"split {name!r:.60}")
+            for shard in _check_type(split["shards"], list, "shards"):
+                _check_keys(shard, Shard, f"a shard of split {name!r:.60}")
         splits = {
             name: Split(
                 shards=tuple(Shard(**shard) for shard in split["shards"]),
@@ -147,12 +167,15 @@ class Manifest:
             for name, split in table.pop("splits").items()
         }
         titles = table.pop("titles", None)
-        return cls(
+        manifest = cls(
             splits=splits,
-            classes=tuple(table.pop("classes")),
-            titles=None if titles is None else tuple(titles),
+            classes=tuple(_check_type(table.pop("classes"), list, "classes")),
+            titles=None if titles is None else tuple(_check_type(titles, list, "titles")),
             **table,
         )
+        if (fault := next(_find_faults(manifest), None)) is not None:
+            raise ValueError(fault)
+        return manifest
 
     def split(self, name: str, data: Path) -> Split:
         """Return a split by name.
@@ -169,6 +192,122 @@ class Manifest:
 def identity(data: Path) -> str:
     """Return the SHA-256 of the manifest file, which identifies the data set and its bytes."""
     return sha256(data / NAME)
+
+
+def _digest(table: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's table, whatever the order of its keys and its blanks."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _check_type(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is {value!r:.60}, no {'list' if kind is list else 'table'}")
+    return value
+
+
+def _check_keys(table: Any, kind: type, what: str) -> None:
+    """Refuse a table that lacks a field of a dataclass, or has others."""
+    known, needed = _list_keys(kind)
+    there = _check_type(table, dict, what).keys()
+    if unknown := there - known:
+        raise ValueError(f"{what} has an unknown key {min(unknown)!r:.60}")
+    if missing := needed - there:
+        raise ValueError(f"{what} has no {min(missing)}")
+
+
+@cache
+def _list_keys(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of all fields of a dataclass, and of those without a default."""
+    needed = [one for one in fields(kind) if one.default is one.default_factory is MISSING]
+    return frozenset(one.name for one in fields(kind)), frozenset(one.name for one in needed)
+
+
+def _find_faults(manifest: Manifest) -> Iterator[str]:
+    """Yield what no data set has: then none of the manifest's names must be opened."""
+    if not manifest.splits:
+        yield "it names no split"
+    yield from _find_class_faults(manifest)
+    for name, split in manifest.splits.items():
+        if not is_plain_name(name):
+            yield f"split {name!r:.60} has a name that leaves the folder"
+        if not split.shards:
+            yield f"split {name!r:.60} has no shards"
+        if not _is_hash(split.index_sha256):
+            yield f"split {name!r:.60} has no SHA-256 of its index"
+        for shard in split.shards:
+            yield from _find_shard_faults(shard)
+    shards = [shard.name for split in manifest.splits.values() for shard in split.shards]
+    if len(set(shards)) < len(shards):
+        yield "it names a shard twice"
+    for key, (is_right, words) in _VALUES.items():
+        if not is_right(value := getattr(manifest, key)):
+            yield f"{key} is {value!r:.80}, not {words}"
+
+
+def _find_class_faults(manifest: Manifest) -> Iterator[str]:
+    classes, titles = manifest.classes, manifest.titles
+    if len(classes) < 2 or not _are_texts(classes) or "" in classes:
+        yield "its classes are not two names or more"
+    elif len(set(classes)) < len(classes):
+        yield "it has a class twice"
+    if titles is not None and not (_are_texts(titles) and len(titles) >= len(classes)):
+        yield "its titles are not a text for each class"
+
+
+def _find_shard_faults(shard: Shard) -> Iterator[str]:
+    if not is_plain_name(shard.name):
+        yield f"shard {shard.name!r:.60} has a name that leaves the folder"
+    elif not shard.name.endswith(".tar"):
+        yield f"shard {shard.name!r:.60} is no .tar by its name"
+    for key, count in (("samples", shard.samples), ("bytes", shard.bytes)):
+        if not _is_count(count) or count == 0:
+            yield f"shard {shard.name!r:.60} has {count!r:.40} {key}"
+    for key, digest in (("sha256", shard.sha256), ("idx_sha256", shard.idx_sha256)):
+        if not _is_hash(digest):
+            yield f"shard {shard.name!r:.60} has no {key}"
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _are_texts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_table_of_texts(value: object) -> bool:
+    return isinstance(value, dict) and _are_texts(value.values())
+
+
+def _is_quality(value: object) -> bool:
+    return value is None or (type(value) is int and 1 <= value <= 100)
+
+
+_HASH_OR_NONE = (lambda value: value is None or _is_hash(value), "a SHA-256")
+_COUNT = (_is_count, "a count")
+_TEXTS = (_is_table_of_texts, "a table of texts")
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda value: type(value) is int, "a whole number"),
+    "sources": _TEXTS,
+    "plan": (lambda value: isinstance(value, str), "a text"),
+    "stats_sha256": (_is_hash, "a SHA-256"),
+    "rejected": _COUNT,
+    "image_size": (lambda value: type(value) is int and value == SIZE, f"{SIZE}"),
+    "quality": (_is_quality, "a JPEG quality"),
+    "encoding": (lambda value: value in get_args(Encoding), " or ".join(get_args(Encoding))),
+    "chroma": (lambda value: isinstance(value, str | None), "a text"),
+    "duplicates": _COUNT,
+    "leaks": _COUNT,
+    "rejects_sha256": _HASH_OR_NONE,
+    "duplicates_sha256": _HASH_OR_NONE,
+    "libraries": _TEXTS,
+    "foreign": (lambda value: type(value) is bool, "true or false"),
+}
+"""What each value beside splits and classes must be, as a check and in words."""
 
 
 _HOW = "python -m pipeline.build_shards"

@@ -125,8 +125,7 @@ def gather_facts(data: str, dataset: Dataset) -> Facts:
     return Facts(
         data=data,
         manifest=manifest,
-        splits=[_count_split(name, split, dataset, len(manifest.classes))
-                for name, split in manifest.splits.items()],
+        splits=[_count_split(name, dataset, manifest) for name in manifest.splits],
         statistics=statistics,
         components=[_compare_component(statistics, place) for place in range(3)],
         reasons=_count_reasons(data, dataset, manifest) if manifest.rejected else [],
@@ -134,12 +133,10 @@ def gather_facts(data: str, dataset: Dataset) -> Facts:
     )  # fmt: skip
 
 
-def _count_split(name: str, split: Split, dataset: Dataset, classes: int) -> SplitFacts:
-    rows = load_index(dataset.folder, name, split)
-    labels = rows["label"]
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise DataError(f"the index of split {name} has labels of no class; {REBUILD}")
-    return SplitFacts(name, split, np.bincount(labels, minlength=classes), rows["size"])
+def _count_split(name: str, dataset: Dataset, manifest: Manifest) -> SplitFacts:
+    rows = load_index(dataset.folder, name, manifest)
+    counts = np.bincount(rows["label"], minlength=len(manifest.classes))
+    return SplitFacts(name, manifest.splits[name], counts, rows["size"])
 
 
 def _compare_component(statistics: Statistics, place: int) -> Component:

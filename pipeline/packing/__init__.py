@@ -3,7 +3,6 @@
 plan         settings of a build; split, label and place of every image
 build        driver: plan, pack, write shards, seal; resumes a killed build
 chunks       stage one: a run of source images -> encoded, hashed, measured
-jpeg_header  header of a JPEG; limits on images
 resize       one encoded image -> 256x256 sRGB pixels -> a JPEG
 duplicates   perceptual hashes -> groups of duplicates
 hamming      groups of hashes within a Hamming distance

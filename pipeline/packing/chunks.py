@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,8 +22,13 @@ from isal import isal_zlib
 
 from pipeline.dataset.image_stats import Sums
 from pipeline.dataset.images import Pixels, encode_npy
+from pipeline.dataset.jpeg_header import (
+    MAX_CPU_SECONDS,
+    ImageError,
+    limit_process,
+    to_one_line,
+)
 from pipeline.packing.duplicates import perceptual_hash
-from pipeline.packing.jpeg_header import ImageError, to_one_line
 from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan
 from pipeline.packing.resize import decode_square, encode
 from pipeline.remote.filesystem import StoreError
@@ -224,7 +230,8 @@ def _read_pixels(job: ChunkJob) -> Iterator[Pixels | str]:
 
 def _decode(data: bytes, min_side: int) -> Pixels | str:
     try:
-        return decode_square(data, min_side)
+        with limit_process():
+            return decode_square(data, min_side)
     except ImageError as error:
         return str(error)
     except Exception as error:  # any error of a decoder rejects this image only
@@ -241,6 +248,8 @@ def _decode_isolated(data: bytes, job: ChunkJob) -> Pixels | str:
                 f"the process that packs chunk {job.number} was killed twice (out of memory?); "
                 "run the same command again, with fewer --workers"
             ) from crash
+        if crash.signal == signal.SIGVTALRM:
+            return f"decoding it takes more than {MAX_CPU_SECONDS} s"
         return f"its decoder crashed ({crash})"
 
 

@@ -36,7 +36,7 @@ import simplejpeg
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from pipeline.dataset.images import SIZE, Pixels
-from pipeline.packing.jpeg_header import (
+from pipeline.dataset.jpeg_header import (
     MAX_BYTES,
     MAX_OTHER_BYTES,
     ImageError,

@@ -19,13 +19,13 @@ from typing import BinaryIO, Protocol
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.index import index_name
-from pipeline.dataset.manifest import NAME, Manifest, Shard
+from pipeline.dataset.manifest import LARGEST, NAME, Manifest, Shard
 from pipeline.remote.cache import AS_STORED, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
 from pipeline.remote.filesystem import Mismatch, is_remote, local_path
 from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
-from pipeline.tools.errors import REBUILD, DataError, UsageError
-from pipeline.tools.files import is_plain_name, sha256
+from pipeline.tools.errors import REBUILD, DamagedFile, DataError, UsageError
+from pipeline.tools.files import sha256
 
 CACHE_SIZE = 100 * 10**9
 """Default size limit of the cache in bytes."""
@@ -33,8 +33,6 @@ THREADS = 4
 """Shards that one process prefetches at a time."""
 PREFETCH_ATTEMPTS = 3
 """Tries of a shard that is not needed yet; whoever needs it tries again."""
-LARGEST_MANIFEST = 256 * 2**20
-"""Size limit of a manifest in bytes (that of a million shards has about 200 MB)."""
 
 
 def open_dataset(
@@ -256,21 +254,19 @@ class RemoteDataset:
         """Return the manifest that is in the store now."""
         with tempfile.TemporaryDirectory(prefix="duet-") as folder:
             path = self._store.fetch(
-                NAME, Path(folder), _check_json, limit=LARGEST_MANIFEST, stop=self._stop
+                NAME, Path(folder), _check_json, limit=LARGEST, stop=self._stop
             )
             return path.read_bytes()
 
     def _parse_manifest(self, text: bytes) -> tuple[str, Manifest]:
         """Return the identity of a manifest (see `manifest.identity`), and its content."""
-        name = f"{self._store}/{NAME}"
         try:
-            manifest = Manifest.parse(text, name)
-        except DataError as error:
-            why = str(error).partition(";")[0]
-            raise DataError(f"{why}; give the address of a data set") from error
-        for file in (*manifest.splits, *(shard.name for shard in _list_shards(manifest))):
-            if not is_plain_name(file):  # it would leave the folder
-                raise DataError(f"{name} names a file {file!r}; no data set has that")
+            manifest = Manifest.parse(text, f"{self._store}/{NAME}")
+        except DamagedFile as error:
+            raise DataError(
+                f"{self._store}/{NAME} cannot be read ({error.reason}); "
+                "give the address of a data set"
+            ) from error
         return hashlib.sha256(text).hexdigest(), manifest
 
     def _check_sizes(self, manifest: Manifest) -> None:
@@ -397,7 +393,7 @@ os.register_at_fork(after_in_child=_reset_open_sets)
 def _check_json(downloaded: Path) -> None:
     try:
         json.loads(downloaded.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Mismatch("it is not a manifest (no JSON)") from error
 
 

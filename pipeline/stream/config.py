@@ -28,6 +28,16 @@ epochs, or pairs (first epoch, deviation) whose epochs rise from 0."""
 CHOICES = {"view": View, "shuffle": Shuffle, "mean": Mean, "device": Device}
 MAX_THREADS = 1024
 """Largest number of host threads a stream accepts."""
+MAX_BATCH = 2**20
+"""Most samples in a batch of the whole job."""
+MAX_PREFETCH = 1000
+"""Most batches that are read, or decoded, ahead of need."""
+MAX_WINDOW = 10**6
+"""Most shards in a window of the block shuffle."""
+MAX_POSITION = 2**62
+"""Largest position of a stream."""
+MAX_COLOR = 1000.0
+"""Largest standard deviation of the colour draws."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class ColorPlan:
         pairs = ((0, color),) if isinstance(color, int | float) else color
         try:
             starts, values = zip(*((start, float(value)) for start, value in pairs), strict=True)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"colour is {color!r}; it takes a number, or pairs such as ((0, 0.1), (67, 0.0))"
             ) from error
@@ -59,6 +69,11 @@ class ColorPlan:
         if any(type(start) is not int for start in starts) or starts[0] != 0 or not rising:
             raise ValueError(
                 f"out of range: colour={color}; its epochs are whole numbers that rise from 0"
+            )
+        if max(values) > MAX_COLOR or starts[-1] > MAX_POSITION:
+            raise ValueError(
+                f"out of range: colour={color}; it takes numbers up to {MAX_COLOR:g}, in epochs "
+                f"up to {MAX_POSITION}"
             )
         return cls(starts, values)
 
@@ -152,17 +167,16 @@ class StreamConfig:
             if (value := getattr(self, name)) not in (words := get_args(choices)):
                 raise ValueError(f"{name} is {value!r}; it takes {', '.join(words)}")
         for name, value, low, high in (
-            ("batch_size", self.batch_size, self.world_size, math.inf),
-            ("prefetch", self.prefetch, 1, math.inf),
-            ("position", self.position, 0, math.inf),
+            ("batch_size", self.batch_size, self.world_size, MAX_BATCH),
+            ("prefetch", self.prefetch, 1, MAX_PREFETCH),
+            ("position", self.position, 0, MAX_POSITION),
             ("hw_decoder_load", self.hw_decoder_load, 0, 1),
             ("threads", self.threads or 0, 0, MAX_THREADS),
-            ("window", self.window, 1, math.inf),
+            ("window", self.window, 1, MAX_WINDOW),
             ("seed", self.seed, 0, 2**63 - 1),
         ):
             if not low <= value <= high:  # a NaN is in no range
-                limits = f"{low} or above" if high == math.inf else f"from {low} to {high}"
-                raise ValueError(f"{name} is {value}; it must be {limits}")
+                raise ValueError(f"{name} is {value!r:.40}; it must be from {low} to {high}")
         _ = self.color_plan, self.span
 
     @property

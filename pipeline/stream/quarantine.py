@@ -14,6 +14,8 @@ from typing import IO
 
 import numpy as np
 
+from pipeline.dataset.images import Undecodable, check_jpeg
+from pipeline.dataset.jpeg_header import PROGRESSIVE
 from pipeline.stream.decode import TrialDecoder
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage
@@ -33,6 +35,9 @@ class HeaderCheck:
     danger. So a header that was not seen before is tried alone, with its image; all images from our
     packer have the same one, and comparing it costs next to nothing. (Scan data that cannot be
     decoded behind a good header is an ordinary error, which `Loader` handles when it occurs.)
+
+    An image whose header says another size than 256x256, or a thousand scans, is not even tried.
+    One that is progressive has tables of its own, and scans behind its header: it is tried once.
 
     DALI decodes an image whose scan ends too early if only the crop lies before the end. An image
     that does not end as a JPEG does is tried as well, so that it is damaged in every crop or none.
@@ -56,9 +61,13 @@ class HeaderCheck:
         ended = image[-2:].tobytes() == EOI
         if ended and any(image[:length].tobytes() in self._headers for length in self._lengths):
             return True
+        try:
+            header = check_jpeg(image.tobytes())
+        except Undecodable:
+            return False
         if not self._trial.can_decode(image):
             return False
-        if ended and len(self._headers) < HEADERS:
+        if ended and header.process not in PROGRESSIVE and len(self._headers) < HEADERS:
             try:
                 length = find_scan(image)
             except IndexError:  # not a JPEG, or an unusual one, that DALI can read

@@ -74,7 +74,7 @@ class ShardReader:
         self.encoding = manifest.encoding
         """Encoding of the samples: JPEG, or raw pixels, uint8 256x256x3."""
         self._dataset = dataset
-        self._index = load_index(dataset.folder, split, found)
+        self._index = load_index(dataset.folder, split, manifest)
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
         self._finalizer = weakref.finalize(self, _close_all, self._files)
         self._maps = self.encoding == "raw"

@@ -47,6 +47,15 @@ class DataError(DuetError):
     exit_code = 4
 
 
+class DamagedFile(DataError):
+    """A file beside the shards that cannot be used."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path} cannot be read ({reason}); {REBUILD}")
+        self.reason = reason
+        """What is wrong with it, without its name and the way out."""
+
+
 def summarize_error(error: BaseException) -> str:
     """Return one line that says what an exception says.
 

@@ -23,8 +23,8 @@ PARTIAL = ".partial"
 HELD = 64 * 2**20
 """Bytes: `HashedFile` keeps files up to this size in memory. Parts of larger ones are read again,
 out of the page cache, where the pass for the hash has just put them."""
-_SURROGATE = re.compile("[\ud800-\udbff]")
-"""Half a character, which JSON can hold and no file name can."""
+LONGEST_NAME = 255
+"""Bytes of a file name that file systems take."""
 _held_locks: set[int] = set()
 """Descriptors of the locks that this process holds."""
 
@@ -96,13 +96,12 @@ def is_plain_name(name: object) -> bool:
 
     Whoever joins a name that a manifest, a checkpoint or a store gives to a folder checks it first.
     """
-    return (
-        isinstance(name, str)
-        and Path(name).name == name
-        and not name.startswith(".")
-        and "\0" not in name
-        and not _SURROGATE.search(name)
-    )
+    if not isinstance(name, str) or not name or name.startswith(".") or {"/", "\0"} & set(name):
+        return False
+    try:
+        return len(os.fsencode(name)) <= LONGEST_NAME
+    except UnicodeEncodeError:  # half a character, which JSON can hold and no file name can
+        return False
 
 
 @contextmanager

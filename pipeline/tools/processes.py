@@ -64,11 +64,13 @@ class Crash(Exception):
     """A process ended by a signal or without a result; the message is the signal's name.
 
     Attributes:
+        signal: number of the signal; 0 without one.
         from_outside: whether a user, the scheduler or the kernel may have sent the signal.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name if number else "no result")
+        self.signal = number
         self.from_outside = number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

@@ -101,6 +101,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+MAX_SIZE = 2**63
+"""Bytes that no size reaches."""
+
+
 def parse_size(text: str) -> int:
     """Return the bytes that `100GB`, `1.5TiB`, `500 MB` or `1000000` mean.
 
@@ -112,7 +116,7 @@ def parse_size(text: str) -> int:
         raise UsageError(f"size {text!r} cannot be read; give one such as 500MB, 100GB or 1.5TiB")
     base = 1024 if match["binary"] else 1000
     power = " kmgtp".index(match["prefix"].lower() or " ")
-    size = int(float(match["number"]) * base**power)
-    if size < 1:
-        raise UsageError(f"size {text!r} is not positive; give one such as 500MB or 100GB")
-    return size
+    size = float(match["number"]) * base**power
+    if not 1 <= size < MAX_SIZE:
+        raise UsageError(f"size {text!r:.60} is out of range; give one such as 500MB or 100GB")
+    return int(size)

@@ -31,6 +31,7 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import flip_bit
+from tests.helpers.resealed_data import edit_manifest
 
 CONFIG = Config(
     dtype="float32",
@@ -225,14 +226,11 @@ def test_without_a_run_or_a_checkpoint_the_message_says_what_to_do(trained, tiny
 def test_a_data_set_with_other_classes_is_refused(trained, tiny_data, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(tiny_data, other)
-    table = json.loads((other / "manifest.json").read_text())
-    table["classes"][0] = "zebra"
-    (other / "manifest.json").write_text(json.dumps(table))
+    edit_manifest(other, lambda table: table["classes"].__setitem__(0, "zebra"))
     with pytest.raises(UsageError, match=r"has 4 classes, not the 4 of the run in .* that order"):
         main([str(trained), "--data", str(other)])
-    table["classes"][0] = "apple"
-    table["seed"] = 9
-    (other / "manifest.json").write_text(json.dumps(table))
+    edit_manifest(other, lambda table: table["classes"].__setitem__(0, "apple"))
+    edit_manifest(other, lambda table: table.update(seed=9))
     main([str(trained), "--data", str(other)])
     assert f"{other} is not the data set of the training" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no split 'test'; it has train, val"):

@@ -77,4 +77,4 @@ def flip_bit(data: Path, split: str, *samples: int) -> None:
 
 def rows_of(data: Path, split: str) -> Index:
     """Return the index of a split of a sealed data set."""
-    return load_index(data, split, Manifest.load(data).splits[split])
+    return load_index(data, split, Manifest.load(data))

@@ -16,23 +16,24 @@ from pipeline.stream.ledger.writer import Ledger, LedgerHeader
 
 HEAD = struct.Struct("<IIQII")  # as the docstring of pipeline.stream.ledger.format has it
 N = 60
+HASH = "0" * 64
 
 
 def data_set(folder: Path, samples: int, shard: int = 20) -> Path:
     """Write a manifest and nothing else: more is not read."""
     sizes = [min(shard, samples - first) for first in range(0, samples, shard)]
     shards = tuple(
-        Shard(name=f"train-{k:06d}.tar", samples=size, bytes=1, sha256="", idx_sha256="")
+        Shard(name=f"train-{k:06d}.tar", samples=size, bytes=1, sha256=HASH, idx_sha256=HASH)
         for k, size in enumerate(sizes)
     )
     folder.mkdir(exist_ok=True)
     Manifest(
-        splits={"train": Split(shards=shards, index_sha256="")},
-        classes=("a",),
+        splits={"train": Split(shards=shards, index_sha256=HASH)},
+        classes=("a", "b"),
         seed=0,
         sources={},
         plan="",
-        stats_sha256="",
+        stats_sha256=HASH,
     ).save(folder)
     return folder
 

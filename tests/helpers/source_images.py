@@ -8,7 +8,7 @@ import struct
 import numpy as np
 from PIL import Image, ImageCms
 
-from pipeline.packing.jpeg_header import read_header
+from pipeline.dataset.jpeg_header import read_header
 from pipeline.packing.resize import jpeg_path, pillow_path
 
 

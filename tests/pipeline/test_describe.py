@@ -34,6 +34,7 @@ from pipeline.tools.files import sha256
 from tests.helpers.http_servers import Server
 from tests.helpers.images import CLASSES, flip_bit, rows_of
 from tests.helpers.processes import run_command
+from tests.helpers.resealed_data import edit_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -87,12 +88,10 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
     reasons = ["truncated (90 bytes)", "truncated (1,234 bytes)", "<i>no</i> image"]
     rejects = [json.dumps({"name": f"{n}.jpg", "reason": why}) for n, why in enumerate(reasons)]
     (copy / "rejects.jsonl").write_text("\n".join(rejects) + "\n")
-    table = json.loads((copy / "manifest.json").read_text())
-    table |= {"rejected": 3, "duplicates": 2, "leaks": 1}
-    for name in ("duplicates", "rejects"):
-        table[f"{name}_sha256"] = sha256(copy / f"{name}.jsonl")
-    table |= {"titles": ["<b>apple & pear</b>", "bird", "cat", "dog"]}
-    (copy / "manifest.json").write_text(json.dumps(table))
+    new = {f"{name}_sha256": sha256(copy / f"{name}.jsonl") for name in ("duplicates", "rejects")}
+    new |= {"rejected": 3, "duplicates": 2, "leaks": 1}
+    new |= {"titles": ["<b>apple & pear</b>", "bird", "cat", "dog"]}
+    edit_manifest(copy, lambda table: table.update(new))
     return copy
 
 
@@ -206,12 +205,10 @@ def test_a_set_of_before_has_no_lists(tiny_data: Path, here: Path, tmp_path: Pat
     shutil.copytree(tiny_data, old)
     for name in ("duplicates.jsonl", "rejects.jsonl"):
         (old / name).unlink(missing_ok=True)
-    table = json.loads((old / "manifest.json").read_text())
     new = ("titles", "chroma", "duplicates", "leaks", "libraries", "foreign")
     for name in (*new, "rejects_sha256", "duplicates_sha256"):
-        table.pop(name, None)
-    table["rejected"] = 2
-    (old / "manifest.json").write_text(json.dumps(table))
+        edit_manifest(old, lambda table, name=name: table.pop(name))
+    edit_manifest(old, lambda table: table.update(rejected=2))
     main([str(old), "--out", "x.html"])
     assert capsys.readouterr().out.splitlines()[-1] == "x.html"
     page = Page((here / "x.html").read_text(encoding="utf-8"))

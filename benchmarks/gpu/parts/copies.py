@@ -36,7 +36,7 @@ def repeat_data(data: Path, folder: Path, samples: int) -> Path:
     if split.samples >= samples:
         return data
     folder.mkdir()
-    rows = np.array(load_index(data, "train", split))
+    rows = np.array(load_index(data, "train", manifest))
     pieces: list[npt.NDArray[np.void]] = []
     shards: list[Shard] = []
     for _ in range(-(-samples // split.samples)):

@@ -159,7 +159,7 @@ def _read_table(path: Path, depth: int = 0) -> dict[str, Any]:
         raise UsageError(
             f"study {path} cannot be read ({reason}); see cluster/configs/studies"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"study {path} is not TOML: {error}") from error
     if isinstance(table.get("base"), str):
         table["base"] = str(path.parent / table["base"])

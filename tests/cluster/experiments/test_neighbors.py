@@ -34,6 +34,7 @@ from pipeline.dataset.manifest import identity
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import flip_bit
 from tests.helpers.processes import run_command
+from tests.helpers.resealed_data import edit_manifest
 
 CONFIG = Config(
     dtype="float32",
@@ -322,10 +323,7 @@ def test_a_run_without_checkpoints_is_refused(run, tiny_data, tmp_path):
 
 
 def test_data_of_other_classes_are_refused(run, data):
-    text = (data / "manifest.json").read_text()
-    table = json.loads(text)
-    table["classes"][0] = "another"
-    (data / "manifest.json").write_text(json.dumps(table))
+    edit_manifest(data, lambda table: table["classes"].__setitem__(0, "another"))
     code, line = refused(run, data)
     assert (code, "not in that order" in line) == (2, True)
 
@@ -348,8 +346,7 @@ def test_features_of_another_run_or_data_set_are_refused(run, tiny_data, tmp_pat
     assert (code, "of another run or step (checkpoint step-00000002" in line) == (4, True)
     assert main([str(other), "--data", str(tiny_data), "--anew"]) == 0
     another = Path(shutil.copytree(tiny_data, tmp_path / "another"))
-    table = json.loads((another / "manifest.json").read_text())
-    (another / "manifest.json").write_text(json.dumps(table | {"seed": 5}))
+    edit_manifest(another, lambda table: table.update(seed=5))
     code, line = refused(run, another)
     assert (code, "of another data set (manifest" in line) == (4, True)
 

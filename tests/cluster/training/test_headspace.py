@@ -145,7 +145,7 @@ def test_a_tuning_file_is_between_the_config_and_the_flags(tmp_path):
     tuning.write_text("treads = 3\n")
     with pytest.raises(UsageError, match=r"tuning.toml: no setting 'treads'; did you mean"):
         parse_command(words)
-    with pytest.raises(UsageError, match="prefetch is 0; it must be 1 or above"):
+    with pytest.raises(UsageError, match="prefetch is 0; it must be from 1 to 1000"):
         parse_command([*words[:5], "--prefetch", "0"])
     with pytest.raises(UsageError, match=r"hw_decoder_load is 2.0; it must be from 0 to 1"):
         parse_command([*words[:5], "--hw-decoder-load", "2"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +10,7 @@ import pytest
 from pipeline.dataset.manifest import Manifest
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.verify import verify
-from tests.helpers.resealed_data import SHARD, reseal
-
-
-def edit_manifest(data: Path, change: Callable[[dict], None]) -> None:
-    table = json.loads((data / "manifest.json").read_text())
-    change(table)
-    (data / "manifest.json").write_text(json.dumps(table))
+from tests.helpers.resealed_data import SHARD, edit_manifest, reseal
 
 
 def without_finite(arrays: dict[str, np.ndarray]) -> None:

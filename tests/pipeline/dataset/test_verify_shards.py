@@ -59,7 +59,10 @@ def swapped(rows: np.ndarray) -> None:
     [
         (shifted, "where none begins", [12]),
         (set_field("offset", 1024), "where none begins", [12]),
-        (set_field("offset", 1 << 60), "where none begins", [12]),
+        (set_field("offset", 1 << 60), "the shard ends before it does", [12]),
+        (set_field("offset", (1 << 64) - 1), "the shard ends before it does", [12]),
+        (set_field("size", (1 << 32) - 1), "the shard ends before it does", [12]),
+        (set_field("size", 0), "its image has 0 bytes", [12]),
         (set_field("size", 900), "CRC-32 of the image differs", [12]),
         (set_field("size", 1 << 30), "the shard ends before it does", [12]),
         (set_field("crc", 7), "CRC-32 of the image differs", [12]),

@@ -19,6 +19,7 @@ from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, jpeg, packed, rows_of
 from tests.helpers.processes import run_command
+from tests.helpers.resealed_data import edit_manifest
 from tests.helpers.tars import tar_of
 
 
@@ -122,10 +123,8 @@ def test_the_same_images_elsewhere_are_the_same_plan(image_folder, tmp_path):
 def test_sets_from_before_there_were_encodings_hold_jpegs(image_folder, tmp_path):
     out = tmp_path / "data"
     made = packed(out, train=image_folder / "val")
-    table = json.loads((out / "manifest.json").read_text())
-    for name in ("encoding", "chroma", "titles", "duplicates", "leaks", "libraries"):
-        table.pop(name)
-    (out / "manifest.json").write_text(json.dumps(table))
+    later = ("encoding", "chroma", "titles", "duplicates", "leaks", "libraries")
+    edit_manifest(out, lambda table: [table.pop(name) for name in later])
     old = Manifest.load(out)
     assert (old.encoding, old.splits, old.plan) == ("jpeg", made.splits, made.plan)
     assert [batch.ids.tolist() for batch in Stream(out, batch_size=20, view="centre", once=True)]

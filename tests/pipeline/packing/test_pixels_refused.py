@@ -205,7 +205,7 @@ def test_slow_kinds_are_refused_by_what_they_say_of_themselves(monkeypatch):
 
 
 def test_a_decoder_in_python_is_stopped(monkeypatch):
-    from pipeline.packing import jpeg_header
+    from pipeline.dataset import jpeg_header
     from pipeline.packing import resize as careful
 
     def forever(image):

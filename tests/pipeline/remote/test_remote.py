@@ -47,7 +47,7 @@ def test_remote_set_is_the_local_one_and_fetched_once(server, tiny_data, tmp_pat
         manifest = Manifest.load(data.folder)
         assert identity(data.folder) == identity(tiny_data)
         assert manifest == Manifest.load(tiny_data)
-        assert len(load_index(data.folder, "val", manifest.splits["val"])) == 20
+        assert len(load_index(data.folder, "val", manifest)) == 20
         assert Statistics.load(data.folder).mean_picture.shape == (256, 256, 3)
         data.close()
     assert server.counts.pop("manifest.json") == 2

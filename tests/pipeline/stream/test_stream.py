@@ -170,13 +170,15 @@ def test_wrong_use_is_refused(tiny_data, tmp_path):
         Stream(tmp_path)
     with pytest.raises(UsageError, match="no split 'test'; it has train, val"):
         Stream(tiny_data, split="test")
-    with pytest.raises(ValueError, match="batch_size is 1; it must be 2 or above"):
+    with pytest.raises(ValueError, match="batch_size is 1; it must be from 2 to 1048576"):
         Stream(tiny_data, batch_size=1, world_size=2)
     with pytest.raises(ValueError, match="rank 2"):
         Stream(tiny_data, batch_size=8, rank=2, world_size=2)
     for wrong in (
         {"view": "center"}, {"shuffle": "blok"}, {"device": "cuda"}, {"colour": float("nan")},
         {"hw_decoder_load": 2.0}, {"threads": -1}, {"window": 0}, {"seed": 2**64},
+        {"batch_size": 10**14}, {"prefetch": 10**9}, {"position": 2**63}, {"window": 10**20},
+        {"colour": 10**400}, {"colour": 1e300}, {"colour": ((0, 0.1), (10**20, 0.0))},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Stream(tiny_data, **wrong)

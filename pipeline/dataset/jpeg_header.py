@@ -4,7 +4,8 @@ Reading a header takes a few microseconds; neither Pillow nor simplejpeg tells a
 own readers pass over junk and segments one at a time in Python or without end. Sources are not
 trusted: every limit is checked on the header, before anything is decoded. Within the limits an
 image takes at most about 2 GB of memory (100 megapixels as a WebP with transparency; a JPEG 0.9 GB)
-beside the file itself, and some seconds; `MAX_SECONDS` ends what takes longer.
+beside the file itself, and some seconds; `MAX_SECONDS` ends what takes longer, and
+`MAX_CPU_SECONDS` the process of a decoder that does not come back to Python.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ MAX_OTHER_BYTES = 64 * 2**20
 """Size limit of other images in bytes: decoders take millions of small steps for a few of them."""
 MAX_SECONDS = 60
 """Time limit of an image in seconds; native code of a decoder is not interrupted."""
+MAX_CPU_SECONDS = 75
+"""Seconds of a process's CPU time after which the kernel ends it; see `limit_process`."""
 MAX_PIXELS = 100_000_000
 """Most pixels of an image: width times height."""
 MAX_SCANS = 100
@@ -83,11 +86,28 @@ def limit_time(seconds: float = MAX_SECONDS) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def limit_process(seconds: float | None = None) -> Iterator[None]:
+    """Have the kernel end this process, by SIGVTALRM, where the block takes more CPU time.
+
+    A signal's Python handler waits until native code returns. This one has none: it ends a decoder
+    whatever that does, and the process with it, which must be one that may end.
+    """
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds or MAX_CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
 MAX_SEGMENTS = 4096
 """Most segments before the first scan: an ICC profile may take 255, a long XMP some hundred."""
 MAX_JUNK = 65536
 """Most bytes between segments."""
 
+PROGRESSIVE = frozenset((2, 6, 10, 14))
+"""Processes of a frame (n of its SOFn) whose scans refine each other: Huffman or arithmetic coded,
+alone or in a hierarchy."""
 _START = b"\xff\xd8\xff"
 _SCAN, _APP1, _APP2 = 0xDA, 0xE1, 0xE2
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -175,7 +195,9 @@ def _check_scans(data: bytes, first: int, header: JpegHeader) -> None:
     A first scan of all components in a frame that is not progressive is the only one that decoders
     accept, and looking for more would cost a tenth of the decoding.
     """
-    if header.process != 2 and data[first + 4 : first + 5] == bytes([header.components]):
+    if header.process not in PROGRESSIVE and data[first + 4 : first + 5] == bytes(
+        [header.components]
+    ):
         return
     scans = data.count(b"\xff\xda", first)  # within a scan, 0xff is followed by 0
     if scans > MAX_SCANS or scans * header.width * header.height > MAX_SCANNED:
