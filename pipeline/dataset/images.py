@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from pipeline.dataset.jpeg_header import JpegHeader, read_header
+from pipeline.dataset.jpeg_header import JpegHeader, read_header, to_one_line
 from pipeline.tools.errors import summarize_error
 
 try:
@@ -34,9 +34,13 @@ Encoding = Literal["jpeg", "raw"]
 ENDINGS: dict[Encoding, str] = {"jpeg": "jpg", "raw": "npy"}
 """Ending of an image's tar member."""
 
+JPEG = b"\xff\xd8"
+"""First bytes of every JPEG."""
 SHAPE = (SIZE, SIZE, 3)
 COLORS = ("YCbCr", "RGB", "Gray", "L")
 """Color spaces that JPEGs may have, in the names of simplejpeg and Pillow."""
+OTHER_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""Formats besides JPEG that DALI decodes too, in Pillow's names."""
 EXIF_WITHIN = 65_536
 """Bytes at the head of a JPEG that are searched for an orientation."""
 
@@ -74,7 +78,15 @@ def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixel
             raise Undecodable(f"it has {flat.size:,} bytes, not 256x256x3")
         return flat.reshape(SHAPE)
     data = bytes(data)
-    check_jpeg(data)
+    if not data.startswith(JPEG):
+        raise Undecodable("it is no JPEG at all")
+    check_header(data)
+    try:
+        colors = _read_colors(data)
+    except Exception as error:  # as above
+        raise Undecodable(f"it is no JPEG ({summarize_error(error)})") from error
+    if colors not in COLORS:
+        raise Undecodable(f"its colours are {colors}, neither RGB nor grey")
     if simplejpeg is None or b"Exif\0\0" in data[:EXIF_WITHIN]:
         return _decode_with_pillow(data)
     try:
@@ -84,37 +96,37 @@ def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixel
     return pixels
 
 
-def check_jpeg(data: bytes) -> JpegHeader:
-    """Return the header of a stored JPEG; nothing is decoded.
+def check_header(data: bytes) -> JpegHeader | None:
+    """Return the header of a stored image, None if it is no JPEG; nothing is decoded.
 
     Raises:
-        Undecodable: it is no JPEG, of another size, neither gray nor RGB, or of endless scans.
+        Undecodable: it is no image, of another size than 256x256, or has more scans than any.
     """
     try:
-        width, height, colors = _read_jpeg_facts(data)
         header = read_header(data)
-    # Parsers raise many kinds of exception on damaged input.
-    except Exception as error:
-        what = f"({summarize_error(error)})" if data.startswith(b"\xff\xd8") else "at all"
-        raise Undecodable(f"it is no JPEG {what}") from error
-    if colors not in COLORS:
-        raise Undecodable(f"its colours are {colors}, neither RGB nor grey")
-    # Two readers, and so two sizes, where the header has several frames.
-    sizes = {(width, height), (width, height) if header is None else (header.width, header.height)}
-    for one in sizes - {(SIZE, SIZE)}:
-        raise Undecodable(f"it is {one[0]}x{one[1]}, not {SIZE}x{SIZE}")
-    return header or JpegHeader()
+        width, height = (header.width, header.height) if header else _read_other_size(data)
+    except Exception as error:  # parsers raise many kinds of exception on damaged input
+        kind = "JPEG" if data.startswith(JPEG) else "image"
+        raise Undecodable(f"it is no {kind} ({to_one_line(error)})") from error
+    if (width, height) != (SIZE, SIZE):
+        raise Undecodable(f"it is {width}x{height}, not {SIZE}x{SIZE}")
+    return header
 
 
-def _read_jpeg_facts(data: bytes) -> tuple[int, int, str]:
-    """Return width, height and color space of a JPEG."""
-    if simplejpeg is not None:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-        return width, height, colors
+def _read_other_size(data: bytes) -> tuple[int, int]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # also of the size, which callers check
-        image = Image.open(io.BytesIO(data), formats=["JPEG"])
-    return *image.size, image.mode
+        warnings.simplefilter("ignore")  # of the size, too, which callers check
+        with Image.open(io.BytesIO(data), formats=OTHER_FORMATS) as image:
+            return image.size
+
+
+def _read_colors(data: bytes) -> str:
+    """Return the color space of a JPEG."""
+    if simplejpeg is not None:
+        colors: str = simplejpeg.decode_jpeg_header(data, strict=True)[2]
+        return colors
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        return image.mode
 
 
 def _decode_with_pillow(data: bytes) -> Pixels:

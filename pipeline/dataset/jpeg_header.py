@@ -179,6 +179,8 @@ def read_header(data: bytes) -> JpegHeader | None:
 
 def _read_segment(header: JpegHeader, marker: int, body: bytes) -> None:
     if marker in _FRAMES and len(body) >= 6:
+        if header.process >= 0:
+            raise ImageError("it has several frames, and so several sizes")
         header.process, header.bits = marker - 0xC0, body[0]
         header.height = int.from_bytes(body[1:3], "big")
         header.width = int.from_bytes(body[3:5], "big")

@@ -307,7 +307,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "libraries": _TEXTS,
     "foreign": (lambda value: type(value) is bool, "true or false"),
 }
-"""What each value beside splits and classes must be, as a check and in words."""
+"""Rule of each value beside splits and classes: a check, and what the value must be in words."""
 
 
 _HOW = "python -m pipeline.build_shards"

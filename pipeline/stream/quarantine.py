@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.dataset.images import Undecodable, check_jpeg
+from pipeline.dataset.images import Undecodable, check_header
 from pipeline.dataset.jpeg_header import PROGRESSIVE
 from pipeline.stream.decode import TrialDecoder
 from pipeline.stream.order import Ids
@@ -62,12 +62,13 @@ class HeaderCheck:
         if ended and any(image[:length].tobytes() in self._headers for length in self._lengths):
             return True
         try:
-            header = check_jpeg(image.tobytes())
+            header = check_header(image.tobytes())
         except Undecodable:
             return False
         if not self._trial.can_decode(image):
             return False
-        if ended and header.process not in PROGRESSIVE and len(self._headers) < HEADERS:
+        repeats = header is not None and header.process not in PROGRESSIVE
+        if ended and repeats and len(self._headers) < HEADERS:
             try:
                 length = find_scan(image)
             except IndexError:  # not a JPEG, or an unusual one, that DALI can read

@@ -53,7 +53,7 @@ class DamagedFile(DataError):
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path} cannot be read ({reason}); {REBUILD}")
         self.reason = reason
-        """What is wrong with it, without its name and the way out."""
+        """The damage in words, without the name of the file and the way out."""
 
 
 def summarize_error(error: BaseException) -> str:

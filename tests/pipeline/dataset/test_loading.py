@@ -1,5 +1,5 @@
-"""What is loaded is checked where it is loaded: hostile files beside the shards, with hashes that
-fit them, are refused in one line or change nothing."""
+"""Hostile files beside the shards, with hashes that fit them, are refused in one line where they
+are loaded, or change nothing."""
 
 from __future__ import annotations
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import signal
 import struct
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 
 from pipeline.packing import resize
 from pipeline.packing.resize import ImageError, decode_square
+from pipeline.tools.processes import Crash, call_isolated
 from tests.helpers.images import jpeg
 from tests.helpers.images import pixels as drawn
 from tests.helpers.source_images import profile, saved
@@ -92,6 +96,24 @@ def test_a_jpeg_of_endless_scans_is_refused():
     scan = data[last:-2]
     assert decode_square(data[:-2] + 9 * scan + data[-2:]).shape == (256, 256, 3)
     refused(data[:-2] + 100 * scan + data[-2:], "decompression bomb: 1.. scans of 300x300")
+
+
+@pytest.mark.parametrize("process", [2, 6, 10, 14])
+def test_every_progressive_process_has_its_scans_counted(process):
+    """Arithmetic coding (SOF10) is progressive as well; its first scan, too, is of everything."""
+    data = jpeg(1, 300, 300, progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    data = (data[:-2] + 3000 * scan + data[-2:]).replace(b"\xff\xc2", bytes([0xFF, 0xC0 + process]))
+    started = time.monotonic()
+    refused(data, "decompression bomb: 30.. scans of 300x300")
+    assert time.monotonic() - started < 5
+
+
+def test_a_jpeg_of_two_frames_is_refused():
+    data = jpeg(1, 300, 300)
+    at = data.index(b"\xff\xc0")
+    frame = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+    refused(data[:at] + frame + data[at:], "several frames")
 
 
 def test_large_files_are_refused(monkeypatch):
@@ -216,3 +238,21 @@ def test_a_decoder_in_python_is_stopped(monkeypatch):
     monkeypatch.setattr(careful, "limit_time", lambda: jpeg_header.limit_time(0.05))
     with pytest.raises(ImageError, match=r"takes more than 0\.05 s"):
         decode_square(saved(Image.new("L", (64, 64)), "PNG"))
+
+
+def test_a_decoder_that_python_cannot_interrupt_ends_with_its_process(monkeypatch):
+    """A pool then packs its chunk with `careful`, where the image alone is refused."""
+    from pipeline.packing import chunks
+
+    def busy(*_):
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # native code that takes an hour
+
+    monkeypatch.setattr("pipeline.dataset.jpeg_header.MAX_CPU_SECONDS", 0.1)
+    monkeypatch.setattr(chunks, "decode_square", busy)
+    with pytest.raises(Crash, match="SIGVTALRM"):
+        call_isolated(chunks._decode, b"", 8)
+    job = SimpleNamespace(options=SimpleNamespace(min_side=8), number=0)
+    assert chunks._decode_isolated(b"", job) == "decoding it takes more than 75 s"
+    monkeypatch.setattr(chunks, "decode_square", lambda *_: "pixels")
+    assert chunks._decode_isolated(b"", job) == "pixels"
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pipeline.batches import Stream
+from pipeline.dataset.images import Undecodable, decode_image
+from pipeline.stream.decode import TrialDecoder
 from pipeline.stream.quarantine import HeaderCheck
 from pipeline.tools.errors import DataError
 from tests.helpers.damage import BAD, BATCHES, SAMPLES, six_damaged, taken, undecodable  # noqa: F401 - a fixture
-from tests.helpers.images import rows_of
+from tests.helpers.images import jpeg, rows_of
 
 
 def end_early(jpeg: bytearray) -> None:
@@ -131,3 +136,45 @@ def test_png_bytes_with_a_good_checksum_are_an_image_too(data):
         batch = next(stream)
     assert not batch.replaced.any()
     assert batch.images[3].flatten(1).std(1).max() == 0
+
+
+def huge(data: bytes, marker: bytes = b"\xff\xc0") -> bytes:
+    at = data.index(marker) + 5
+    return data[:at] + struct.pack(">HH", 20_000, 20_000) + data[at + 4 :]
+
+
+def huge_png() -> bytes:
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    crc = struct.pack(">I", zlib.crc32(head))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + crc + bytes(8) + b"IDAT"
+
+
+def twice_framed() -> bytes:
+    data = jpeg(1, 256, 256)
+    at = data.index(b"\xff\xc0")
+    frame = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+    return data[:at] + huge(frame) + data[at:]
+
+
+def endless() -> bytes:
+    data = jpeg(1, 256, 256, progressive=True)
+    return data[:-2] + 200 * data[data.rindex(b"\xff\xda") : -2] + data[-2:]
+
+
+@pytest.mark.parametrize("make", [lambda: huge(jpeg(1, 256, 256)), huge_png, twice_framed, endless])
+def test_a_stored_image_that_would_cost_gigabytes_or_minutes_is_not_even_tried(make, monkeypatch):
+    tried = []
+    monkeypatch.setattr(TrialDecoder, "can_decode", lambda self, image: tried.append(image) or True)
+    check, data = HeaderCheck(2), make()
+    images = [np.frombuffer(one, np.uint8) for one in (data, jpeg(2, 256, 256))]
+    assert check.find_undecodable(np.array([0, 1]), images) == [0]
+    assert len(tried) == 1
+    with pytest.raises(Undecodable):
+        decode_image(data)
+
+
+def test_a_progressive_image_is_tried_even_if_its_header_is_known():
+    check, data = HeaderCheck(3), jpeg(1, 256, 256, progressive=True)
+    bomb = data[:-2] + 200 * data[data.rindex(b"\xff\xda") : -2] + data[-2:]
+    images = [np.frombuffer(one, np.uint8) for one in (data, data, bomb)]
+    assert check.find_undecodable(np.arange(3), images) == [2]
