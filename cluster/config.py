@@ -32,6 +32,8 @@ PRESETS = Path(__file__).resolve().parent / "configs"
 """Folder of the presets; studies/ in it has those of `cluster.experiments.study`."""
 LENGTH = ("steps", "epochs")
 REPLICAS = re.compile(r"[0-9]{1,6}(:[0-9]{1,6})?")
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""Characters that a TOML file or a path cannot hold; the latter stand for bytes beyond UTF-8."""
 REPLICAS_HINT = "must be a number from 1 up, or two as in 1:4, the fewest and the most"
 POSITIVE = (
     "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops", "bias_drops",
@@ -211,6 +213,10 @@ class Config:
                 f"epochs is {self.epochs:g} and steps is 0; one of them must be above 0"
             )
         self._require("epochs", math.isfinite(self.epochs), "must be finite")
+        for name, value in self.to_settings().items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and NO_TEXT.search(text):
+                    raise ValueError(f"{name} is {text!r}; it must be UTF-8 text without NUL")
         for name in POSITIVE:
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in NOT_NEGATIVE:
@@ -383,8 +389,9 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
     return found
 
 
-DATA_KEY = "data_sha256"
-"""The one key of RUN/config.toml that is no setting: SHA-256 of the data set's manifest."""
+DATA_KEY, RUN_KEY = "data_sha256", "run_id"
+"""Keys of RUN/config.toml that are no settings: SHA-256 of the data set's manifest, and the name
+that tells the run from all others; older files lack the second."""
 KINDS: dict[object, str] = {
     int: "a whole number",
     float: "a number",
@@ -440,7 +447,8 @@ def load_settings(config: Path) -> dict[str, Any]:
         raise UsageError(f"config file {path} cannot be read ({reason})") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"config file {path} is not TOML: {error}") from error
-    table.pop(DATA_KEY, None)
+    for key in (DATA_KEY, RUN_KEY):
+        table.pop(key, None)
     for key, value in table.items():
         if key not in TYPES:
             raise UsageError(f"config file {path}: no setting {key!r}; {suggest_setting(key)}")
@@ -468,13 +476,20 @@ def is_of_type(value: object, kind: Any) -> bool:
     return type(value) in (get_args(kind) or (kind,))
 
 
-def format_toml(config: Config, data_sha256: str) -> str:
+def format_toml(config: Config, data_sha256: str, run_id: str = "") -> str:
     """Format the effective config as the file RUN/config.toml; `read_run_config` reads it back."""
     lines = ["# Written by cluster.train: every setting of this run, as it was used."]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in config.to_settings().items()]
+    lines += [f"{name} = {format_value(value)}" for name, value in config.to_settings().items()]
     lines.append("# The data set: SHA-256 of its manifest.json.")
     lines.append(f'{DATA_KEY} = "{data_sha256}"')
+    if run_id:
+        lines += ["# The run, which its checkpoints name, too.", f'{RUN_KEY} = "{run_id}"']
     return "\n".join(lines) + "\n"
+
+
+def format_value(value: object) -> str:
+    """Format the value of a setting as TOML: JSON, but for characters beyond ASCII and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_run_config(path: Path) -> tuple[Config, str]:

@@ -20,13 +20,13 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.checkpoint.format import choose_checkpoint
-from cluster.checkpoint.loader import pin_init, resolve_init
-from cluster.checkpoint.storage import find_last_step, open_storage
+from cluster.checkpoint.loader import identify_run, resolve_init
+from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
 from cluster.config import LENGTH, MEANT, Config, load_settings
 from cluster.launch.session import ray_session, refuse_relative
 from cluster.run.console import RunConsole
 from cluster.run.exporters import require_tensorboard
-from cluster.run.folder import QUARANTINE, lock_run, write_run_config
+from cluster.run.folder import QUARANTINE, lock_run, read_run_id, write_run_config
 from cluster.run.jsonl import count_rows
 from cluster.run.sync import open_mirror
 from model.architecture import Design, build_stages
@@ -183,7 +183,10 @@ def resolve_paths(config: Config) -> Config:
         cache = str(Path(cache).resolve())
     if store and not is_remote(store):
         store = str(local_path(store).resolve())
-    return replace(config, cache=cache, store=store)
+    try:
+        return replace(config, cache=cache, store=store)
+    except ValueError as error:  # of the working folder
+        raise UsageError(str(error)) from error
 
 
 def train_run(
@@ -206,31 +209,58 @@ def train_run(
     """
     config, folder = command.settings, command.run.resolve()
     samples = manifest.splits["train"].samples
-    if (mirror := open_mirror(folder, config.store)) and (fetched := mirror.restore()):
-        screen.say(f"fetched from {hide_credentials(config.store)}: {', '.join(fetched)}")
+    name, _ = identify_run(folder, config, data_sha256, samples)
+    with claim_store(folder, config.store, name, screen.say):
+        ready = prepare_run(command, data_sha256, manifest, screen, name)
+        if ready is None:
+            return
+        try:
+            trainer(ready, data, folder, screen)
+        except KeyboardInterrupt:
+            step = find_last_step(folder, config.store)
+            screen.say(f"stopped; the same command goes on from step {step}")
+            raise
+        finally:
+            if count := count_rows(folder / QUARANTINE):
+                images = "image was" if count == 1 else "images were"
+                screen.say(
+                    f"{count:,} damaged {images} replaced by others; "
+                    f"{command.run / QUARANTINE} lists them"
+                )
+
+
+def prepare_run(
+    command: Command, data_sha256: str, manifest: Manifest, screen: RunConsole, name: str
+) -> Config | None:
+    """Bring RUN to the state of its store, and write its settings.
+
+    Args:
+        command, data_sha256, manifest, screen: arguments of `train_run`.
+        name: name of the run, for which its store is claimed.
+
+    Returns:
+        The settings to train with; None if the run is finished.
+
+    Raises:
+        DuetError: the run in RUN has other settings.
+    """
+    config, folder = command.settings, command.run.resolve()
+    samples = manifest.splits["train"].samples
     step, total = find_last_step(folder, config.store), config.total_steps(samples)
-    config = pin_init(config, folder)
+    mirror = open_mirror(folder, config.store)
+    # Without a checkpoint the rows in the store may be another run's.
+    if mirror and (step or not read_run_id(folder)) and (fetched := mirror.restore()):
+        screen.say(f"fetched from {hide_credentials(config.store)}: {', '.join(fetched)}")
+    name, config = identify_run(folder, config, data_sha256, samples, name)
     if config.init and not step:
         config, said = resolve_init(config, len(manifest.classes), screen.show)
         screen.say(said)
-    write_run_config(folder, config, data_sha256, samples, step)
+    write_run_config(folder, config, data_sha256, samples, step, name)
     if step >= total and has_sound_checkpoint(folder, config.store, total, screen):
         screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
-        return
+        return None
     screen.say(summarize(command, manifest, total))
-    try:
-        trainer(config, data, folder, screen)
-    except KeyboardInterrupt:
-        step = find_last_step(folder, config.store)
-        screen.say(f"stopped; the same command goes on from step {step}")
-        raise
-    finally:
-        if count := count_rows(folder / QUARANTINE):
-            images = "image was" if count == 1 else "images were"
-            screen.say(
-                f"{count:,} damaged {images} replaced by others; "
-                f"{command.run / QUARANTINE} lists them"
-            )
+    return config
 
 
 def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:

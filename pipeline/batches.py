@@ -124,6 +124,8 @@ class Stream:
         self.waits = WaitTimes()
         """Seconds that `next` has waited so far, by the stage that was not ready. A stream that is
         fast enough has next to none, because it prefetches."""
+        self.data_sha256 = identity(self._dataset.folder)
+        """Identity of the data set: the SHA-256 of its manifest."""
         self._device = torch.device("cuda" if config.device == "gpu" else "cpu")
         self._loader: Loader | None = Loader(reader, config.position, self.waits)
         self._ledger: Ledger | None = None
@@ -206,8 +208,7 @@ class Stream:
     def _open_ledger(self, folder: str | os.PathLike[str]) -> Ledger:
         """Open the ledger, or close the stream and raise."""
         try:
-            data_sha256 = identity(self._dataset.folder)
-            header = LedgerHeader.of(self._reader.config, data_sha256, self.samples)
+            header = LedgerHeader.of(self._reader.config, self.data_sha256, self.samples)
             return Ledger(Path(folder), header)
         except BaseException:
             self.close()

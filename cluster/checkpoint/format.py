@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cluster.checkpoint.storage import JSON, CheckpointStorage, open_storage, parse_step
 from cluster.run.events import Tell, Warned
-from cluster.run.folder import Mark
+from cluster.run.folder import Mark, is_run_id, read_run_id
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from pipeline.remote.filesystem import StoreError
@@ -53,6 +53,8 @@ class Checkpoint:
     error: float | None = None
     """Top-1 validation error at its step, 0..1; None without a validation."""
     name: str = ""
+    run: str = ""
+    """Name of the run that made it; "" in older ones."""
     holder: object = field(default=None, repr=False, compare=False)
     """Object that keeps a temporary `path` from being removed."""
 
@@ -142,8 +144,9 @@ def read_table(storage: CheckpointStorage, name: str) -> dict[str, Any]:
     if table["step"] != parse_step(name):
         raise ValueError(f"it is of step {table['step']!r}")
     _require(table, "position", _is_count(table["position"]))
-    error = table.get("top1_error")
-    _require(table, "top1_error", error is None or _is_number(error))
+    top1_error = table.get("top1_error")
+    _require(table, "top1_error", top1_error is None or _is_number(top1_error))
+    _require(table, "run", is_run_id(table.setdefault("run", "")) or table["run"] == "")
     classes, config = table["classes"], table.setdefault("config", {})
     _require(table, "classes", isinstance(classes, list) and all(map(_is_text, classes)))
     _require(table, "config", isinstance(config, dict))
@@ -190,6 +193,22 @@ def hash_table(table: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def read_newest_table(storage: CheckpointStorage) -> dict[str, Any] | None:
+    """Read the newest checkpoint.json that is not damaged; None if there is none.
+
+    Raises:
+        OSError, DuetError: the place cannot be reached.
+    """
+    for name in storage.list_complete():
+        try:
+            return read_table(storage, name)
+        except StoreError:
+            raise
+        except UNSOUND:
+            continue
+    return None
+
+
 def read_error(storage: CheckpointStorage, name: str) -> float | None:
     """Return the top-1 validation error of a checkpoint, 0..1; None without one, or if damaged.
 
@@ -219,6 +238,7 @@ def verify_checkpoint(storage: CheckpointStorage, name: str) -> Checkpoint:
         classes=tuple(table["classes"]),
         error=table.get("top1_error"),
         name=name,
+        run=table.get("run", ""),
         holder=holder,
     )
 
@@ -247,7 +267,8 @@ def choose_checkpoint(
 ) -> Checkpoint:
     """Find a checkpoint for commands that look at a run; a store's is downloaded.
 
-    A training that resumes takes the newest sound one: `loader.load_newest`.
+    A training that resumes takes the newest sound one: `loader.load_newest`. A checkpoint of
+    another run, which has written into the same store, is refused.
 
     Args:
         run: folder of the run.
@@ -261,7 +282,17 @@ def choose_checkpoint(
         DataError: it is damaged.
         StoreError: the store does not answer.
     """
-    return choose_from_storage(open_storage(run, store), str(run), tell, step, best)
+    found = choose_from_storage(open_storage(run, store), str(run), tell, step, best)
+    if words := describe_stranger(found.run, read_run_id(run)):
+        raise UsageError(
+            f"{store or run} holds checkpoints {words} in {run}; name the folder of that run"
+        )
+    return found
+
+
+def describe_stranger(theirs: str, own: str) -> str:
+    """Return words for a checkpoint of another run; "" if it is not, or nobody knows."""
+    return f"of run {theirs}, not of {own}" if theirs and own and theirs != own else ""
 
 
 def choose_from_storage(

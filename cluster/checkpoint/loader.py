@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,11 +20,13 @@ from cluster.checkpoint.format import (
     Checkpoint,
     choose_from_storage,
     column_file,
+    describe_stranger,
     fetch_files,
     find_sound,
     load_checkpoint,
     load_columns,
     read_error,
+    read_newest_table,
     read_table,
 )
 from cluster.checkpoint.storage import (
@@ -31,12 +34,27 @@ from cluster.checkpoint.storage import (
     LocalStorage,
     RemoteStorage,
     is_checkpoint,
+    open_storage,
     parse_step,
 )
-from cluster.config import Config, read_run_config
+from cluster.config import (
+    TYPES,
+    Config,
+    find_conflicts,
+    is_of_type,
+    read_run_config,
+)
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Tell
-from cluster.run.folder import CHECKPOINTS, CONFIG, Mark, read_last_step
+from cluster.run.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    Mark,
+    find_data_conflicts,
+    make_run_id,
+    read_last_step,
+    read_run_id,
+)
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from pipeline.remote.filesystem import is_remote, local_path
@@ -64,6 +82,68 @@ class _Discovery:
     """Reason that they cannot be read; "" if they can."""
 
 
+def identify_run(
+    run: Path, config: Config, data_sha256: str, samples: int, own: str = ""
+) -> tuple[str, Config]:
+    """Return the name of the run in RUN, and `config` with its `init` pinned (see `pin_init`).
+
+    The name is the one in RUN/config.toml, or in the checkpoints that an empty RUN resumes, or new.
+    Where RUN does not say with which settings its checkpoints were made, or a store may hold those
+    of another run, the settings in the newest checkpoint are compared, too.
+
+    Args:
+        run: run folder.
+        config: settings of this command.
+        data_sha256: identity of the data set.
+        samples: number of its training images.
+        own: name of a new run, if it has one already.
+
+    Raises:
+        UsageError: the checkpoints are of another run, or were made with other settings or data.
+        OSError, DuetError: they cannot be reached.
+    """
+    storage, path = open_storage(run, config.store), run / CONFIG
+    own, table = read_run_id(run) or own, read_newest_table(storage)
+    if table is None:
+        return own or make_run_id(run), pin_init(config, run)
+    other = "another --store" if config.store else "another --run"
+    if words := describe_stranger(table["run"], own):
+        raise UsageError(
+            f"{storage.address} holds checkpoints {words} in {run}; name {other}, or the --run "
+            f"of {table['run']}"
+        )
+    try:
+        old = parse_settings(table["config"])
+        config = pin_init(config, run, old.init)
+        differ = find_conflicts(old, config, samples)
+    except ValueError as error:  # of another version
+        config = pin_init(config, run)
+        differ = [] if path.is_file() else [f"unknown here: {error}"]
+    differ += find_data_conflicts(table.get("data_sha256", data_sha256), data_sha256)
+    if differ and (config.store or not path.is_file()):
+        there = f"run {table['run'] or 'of an earlier version'} at step {table['step']}"
+        raise UsageError(
+            f"{storage.address} holds {there} with other settings ({'; '.join(differ)}); use these "
+            f"again, or {other}"
+        )
+    return own or table["run"] or make_run_id(run), config
+
+
+def parse_settings(table: Mapping[str, Any]) -> Config:
+    """Return the config of the settings in a checkpoint, which may be of another version.
+
+    Raises:
+        ValueError: a setting is not known, or cannot work.
+    """
+    settings = dict(table)
+    for key, value in table.items():
+        if key not in TYPES or not is_of_type(value, TYPES[key]):
+            raise ValueError(f"{key} is {value!r:.80}")
+        if isinstance(value, list):
+            settings[key] = tuple(value)
+    return Config.from_settings(settings)
+
+
 def load_newest(
     storage: CheckpointStorage,
     run: Path,
@@ -71,6 +151,7 @@ def load_newest(
     net: AlexNet,
     optimizer: Sgd2012,
     tell: Tell,
+    run_id: str = "",
 ) -> tuple[Mark, Errors]:
     """Load the newest sound checkpoint; a collective call of all processes.
 
@@ -83,15 +164,16 @@ def load_newest(
         net: gets the weights of its columns.
         optimizer: gets their velocities.
         tell: gets the leader's warnings.
+        run_id: name of the run; "" if it is not known.
 
     Returns:
         Step and position of the checkpoint, and (on the leader) the errors of all checkpoints.
 
     Raises:
         DataError: all checkpoints are damaged, or the newest is of another network.
-        SetupError: they cannot be reached.
+        SetupError: they cannot be reached, or are of another run.
     """
-    found, seen = _discover(storage, run, tell) if mesh.is_leader else (None, _Discovery())
+    found, seen = _discover(storage, run, run_id, tell) if mesh.is_leader else (None, _Discovery())
     seen = mesh.broadcast(seen)
     if seen.trouble:
         raise SetupError(seen.trouble)
@@ -110,7 +192,7 @@ def load_newest(
 
 
 def _discover(
-    storage: CheckpointStorage, run: Path, tell: Tell
+    storage: CheckpointStorage, run: Path, run_id: str, tell: Tell
 ) -> tuple[Checkpoint | None, _Discovery]:
     """Find the newest sound checkpoint. Leader only."""
     seen = _Discovery()
@@ -127,6 +209,8 @@ def _discover(
         storage.remove_unfinished(parse_step(seen.names[0]) if seen.names else 0)
         seen.errors = {name: read_error(storage, name) for name in seen.names}
         found = find_sound(storage, seen.names, tell)
+        if found is not None and (words := describe_stranger(found.run, run_id)):
+            raise SetupError(f"{storage.address} holds checkpoints {words}; name another --store")
     except SetupError as error:
         return None, _Discovery(trouble=str(error))
     except (OSError, DuetError) as error:
@@ -208,7 +292,7 @@ def choose_init(source: InitSource, tell: Tell) -> Checkpoint:
     return choose_from_storage(source.storage, called, tell, step)
 
 
-def pin_init(config: Config, run: Path) -> Config:
+def pin_init(config: Config, run: Path, before: str = "") -> Config:
     """Return `config` with the checkpoint's address that the run was started from as `init`.
 
     That is the `init` in RUN/config.toml, if the setting names the same run or checkpoint.
@@ -216,12 +300,14 @@ def pin_init(config: Config, run: Path) -> Config:
     Args:
         config: settings of this command.
         run: folder of the run.
+        before: `init` of the run's checkpoints, for a RUN without config.toml.
     """
     if not config.init:
         return config
     init = config.init if is_remote(config.init) else str(local_path(config.init).resolve())
     config = replace(config, init=init)
-    before = read_run_config(run / CONFIG)[0].init if (run / CONFIG).is_file() else ""
+    if (run / CONFIG).is_file():
+        before = read_run_config(run / CONFIG)[0].init
     base = before.rpartition("/")[0]
     if before and (
         init in (before, base.removesuffix(f"/{CHECKPOINTS}")) or base == _find_base(init)

@@ -16,15 +16,17 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from cluster.run.folder import CHECKPOINTS, list_checkpoints
+from cluster.run.folder import CHECKPOINTS, LOCK, list_checkpoints, read_last_step
 from pipeline.remote.filesystem import RetryPolicy, is_remote, local_path
+from pipeline.remote.lease import Lease, lock_folder
 from pipeline.remote.target import StoreTarget, open_store
-from pipeline.tools.files import PARTIAL, atomic_write, sync_path
+from pipeline.tools.files import PARTIAL, atomic_write, ensure_writable, sync_path
 
 JSON = "checkpoint.json"
 HURRY = RetryPolicy(attempts=3, first_delay=0.5, stall=10.0)
@@ -91,6 +93,35 @@ def open_storage(run: Path, store: str) -> CheckpointStorage:
     if is_remote(store):
         return RemoteStorage(open_store(store, CHECKPOINTS))
     return LocalStorage((local_path(store) if store else run) / CHECKPOINTS)
+
+
+@contextmanager
+def claim_store(run: Path, store: str, run_id: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep other trainings away from a run's store during the block; a folder is created.
+
+    `pipeline.remote.lease` says how the claim of a dead process is told from a good one.
+
+    Args:
+        run: folder of the run, locked by the caller.
+        store: the run's setting of that name.
+        run_id: name of the run.
+        say: gets a line if the claim of the run's former process is waited for.
+
+    Raises:
+        UsageError: another training holds the store, or its folder cannot be written.
+    """
+    owner = f"run {run_id}"
+    if is_remote(store):
+        with Lease(open_store(store), "claim", "training", owner, say):
+            yield
+        return
+    folder = local_path(store) if store else run
+    # A folder that is gone from under a run is not made again: its disk may be away.
+    if folder == run or (not folder.is_dir() and read_last_step(run)):
+        yield
+        return
+    with lock_folder(ensure_writable(folder, "store"), LOCK, "training", owner):
+        yield
 
 
 def find_last_step(run: Path, store: str) -> int:

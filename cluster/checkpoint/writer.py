@@ -12,6 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.checkpoint.format import DIGEST, VERSION, collect_state, column_file, hash_table
+from cluster.checkpoint.format import (
+    DIGEST,
+    VERSION,
+    collect_state,
+    column_file,
+    describe_stranger,
+    hash_table,
+    read_table,
+)
 from cluster.checkpoint.loader import load_newest
 from cluster.checkpoint.storage import CheckpointStorage, open_storage, parse_step
 from cluster.mesh import ProcessMesh
@@ -29,7 +38,7 @@ from cluster.run.events import Saved, Tell, Warned
 from cluster.run.folder import Mark
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
-from pipeline.tools.errors import DuetError, SetupError, summarize_error
+from pipeline.tools.errors import DuetError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import sha256
 
 Facts = dict[str, dict[str, Any]]
@@ -115,7 +124,7 @@ class CheckpointManager:
         Args:
             run: folder of the run, the same on every node unless there is a store.
             mesh: rank, column and replica of this process.
-            about: further keys of checkpoint.json: config, data set, classes.
+            about: further keys of checkpoint.json: the run's name, config, data set, classes.
             tell: gets an event for each checkpoint, and warnings.
             keep: number of newest complete checkpoints to keep.
             keep_best: number of further ones to keep, those of lowest validation error.
@@ -125,7 +134,7 @@ class CheckpointManager:
             UsageError, SetupError: checkpoints cannot be written to `store`.
         """
         self._storage: CheckpointStorage = open_storage(run, store)
-        self._run = run
+        self._run, self._run_id = run, str(about.get("run", ""))
         self._mesh, self._about, self._tell = mesh, about, tell
         self.before: Callable[[], None] = lambda: None
         """Hook: the leader calls it in `begin`; if it raises, the checkpoint has failed."""
@@ -155,7 +164,7 @@ class CheckpointManager:
             SetupError: they cannot be reached.
         """
         mark, self._errors = load_newest(
-            self._storage, self._run, self._mesh, net, optimizer, self._tell
+            self._storage, self._run, self._mesh, net, optimizer, self._tell, self._run_id
         )
         self._good = mark.step
         return mark
@@ -239,7 +248,15 @@ class CheckpointManager:
             self._storage.upload(save.work, name, path)
             save.files[name] = facts
         if self._mesh.is_leader and not self._stopped.is_set():
+            self._refuse_strangers()
             self.alongside()
+
+    def _refuse_strangers(self) -> None:
+        """Raise if another run has saved here: neither must remove what the other has written."""
+        for name in set(self._storage.list_complete()) - set(self._errors):
+            with suppress(ValueError, KeyError, TypeError):  # damaged
+                if words := describe_stranger(read_table(self._storage, name)["run"], self._run_id):
+                    raise UsageError(f"{name} is there, {words}: give each its own --store")
 
     def finish(self, *, must: bool = False) -> None:
         """Wait until all columns are written, and complete the checkpoint; a collective call.

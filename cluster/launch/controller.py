@@ -43,9 +43,16 @@ from cluster.launch.placement import (
 from cluster.launch.worker import FAKE_GPUS, WorkerJob, run_worker
 from cluster.run.console import RunConsole
 from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started, Worker
-from cluster.run.folder import ATTEMPTS, ERRORS, read_last_attempt, read_last_step
+from cluster.run.folder import (
+    ATTEMPTS,
+    ERRORS,
+    RunIdentity,
+    read_identity,
+    read_last_attempt,
+    read_last_step,
+)
 from cluster.run.sync import DRIVER_FILES, open_mirror
-from pipeline.tools.errors import DuetError
+from pipeline.tools.errors import DuetError, handle_end
 
 EVENTS_EVERY = 0.2
 """Seconds between reads of the workers' events."""
@@ -300,7 +307,7 @@ class WorkerGroup:
         self.channel = Channel()
         job = WorkerJob(
             config=config, data=data, run=run, placement=placement, driver=self.channel.address,
-            measure=measure,
+            identity=RunIdentity() if measure else read_identity(run), measure=measure,
         )  # fmt: skip
         # A thread: fit() would handle Ctrl-C itself, and this thread prints events.
         self._thread = threading.Thread(target=self._fit, args=(job,), daemon=True)
@@ -455,7 +462,7 @@ def create_trainer(job: WorkerJob, scratch: str) -> Any:
 
 @contextmanager
 def count_interrupts() -> Iterator[Callable[[], int]]:
-    """Count Ctrl-C and SIGTERM instead of ending at the first; the second raises.
+    """Count Ctrl-C, SIGTERM and SIGHUP instead of ending at the first; the second raises.
 
     Yields:
         function that returns how many there were.
@@ -468,7 +475,7 @@ def count_interrupts() -> Iterator[Callable[[], int]]:
         if count > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, note), **handle_end(note)}
     try:
         yield lambda: count
     finally:

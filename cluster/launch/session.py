@@ -7,17 +7,26 @@ import logging
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.remote.filesystem import is_remote
-from pipeline.tools.errors import SetupError, UsageError, summarize_error
+from pipeline.tools.errors import SetupError, UsageError, handle_end, summarize_error
+from pipeline.tools.files import NoLocks, try_lock, unlock
+from pipeline.tools.processes import defer_signals
 from pipeline.tools.units import cpu_count
 
+PREFIX, LOCK = "duet-", "session.lock"
+LONGEST = 26
+"""Most characters of the folder above Ray's: the paths of its sockets may have 107."""
+STARTING = 60.0
+"""Seconds after which a session's folder without a holder is one that was left behind."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Keeps Ray's own lines off the terminal.
 QUIET = {
@@ -81,17 +90,52 @@ def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterat
 
     if preload is not None:
         threading.Thread(target=importlib.import_module, args=(preload,), daemon=True).start()
-    scratch = None if attached else Path(tempfile.mkdtemp(prefix="duet-"))
+    scratch = None if attached else make_session_folder()
     try:
-        _start(ray, scratch, workers, everywhere)
+        # A terminal that goes sends SIGHUP to all: Ray's processes must live until all is saved.
+        with defer_signals(signal.SIGHUP):
+            _start(ray, scratch, workers, everywhere)
         guard_token()
         # Raises KeyboardInterrupt; replaces Ray's handler, which aborts.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        handle_end(signal.default_int_handler)
         yield
     finally:
         ray.shutdown()
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def make_session_folder() -> Path:
+    """Create a private folder for the files of a Ray, and remove those of sessions that died.
+
+    Raises:
+        SetupError: there is no place for it whose path is short enough.
+    """
+    wanted = tempfile.gettempdir()
+    for place in (wanted, "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR", "")):
+        if place and len(place) <= LONGEST and os.access(place, os.W_OK | os.X_OK):
+            sweep_sessions(Path(place))
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+            with suppress(NoLocks):
+                try_lock(folder / LOCK)  # until this process ends
+            return folder
+    raise SetupError(
+        f"TMPDIR {wanted} has more than {LONGEST} characters, too many for the paths of Ray's "
+        "sockets, and /tmp cannot be written; set TMPDIR to a shorter one"
+    )
+
+
+def sweep_sessions(place: Path) -> None:
+    """Remove the folders of this user's sessions that were killed: their locks are free."""
+    for folder in place.glob(f"{PREFIX}*"):
+        with suppress(OSError, NoLocks):
+            about, lock = folder.lstat(), folder / LOCK
+            # A folder that was just made has no lock yet, or one that is about to be taken.
+            is_old = time.time() - lock.stat().st_mtime > STARTING
+            is_own = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
+            if is_own and is_old and (held := try_lock(lock)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                unlock(held)
 
 
 def guard_token() -> None:
@@ -113,7 +157,7 @@ def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, s
             "address": "local",
             "num_cpus": max(workers, cpu_count()),
             "include_dashboard": False,
-            "_temp_dir": str(scratch),
+            "_temp_dir": str(scratch / "r"),  # Ray opens it to all users: the one above is private
         }
     else:
         where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"

@@ -16,6 +16,7 @@ from cluster.config import Config
 from cluster.launch.channel import DriverAddress, DriverWatch
 from cluster.launch.placement import Placement, WorkerLocation, group_ranks, list_workers
 from cluster.run.events import Failed, Placed
+from cluster.run.folder import RunIdentity
 from pipeline.tools.errors import DuetError, SetupError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class WorkerJob:
     run: Path
     placement: Placement
     driver: DriverAddress
+    identity: RunIdentity
     measure: bool = False
     """Measure where the time of a step goes instead of training."""
 
@@ -67,7 +69,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                     job.driver.tell(Placed(tuple(workers)))
                 train(
                     job.config, job.data, job.run, mesh, job.driver.tell,
-                    is_stopping=watch.is_stopping,
+                    identity=job.identity, is_stopping=watch.is_stopping,
                     publish=[PrometheusGauges(job.run.name, mesh)],
                 )  # fmt: skip
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -77,6 +78,10 @@ class RunConsole:
             self._console.print(Text(hide_credentials(text)), soft_wrap=True)
         except OutputError as error:
             sys.stderr.write(f"warning: standard output cannot be written ({error})\n")
+        except BrokenPipeError:
+            # Nobody reads any more, as after a lost connection: the run is saved, and ends.
+            if callable(signal.getsignal(signal.SIGHUP)):
+                signal.raise_signal(signal.SIGHUP)
 
     def show(self, event: Event) -> None:
         """Print an event of a worker."""

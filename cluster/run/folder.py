@@ -1,6 +1,6 @@
 """Layout of RUN, its locks, and the check whether the run in it may be resumed.
 
-RUN/config.toml          every setting as used, and the hash of the data set's manifest
+RUN/config.toml          every setting as used, the hash of the data set's manifest, the run's name
 RUN/machine.json         processor, memory, GPUs, versions
 RUN/metrics.jsonl        a row per step                               (run/metrics.py)
 RUN/validation.jsonl     a row per validation                         (run/metrics.py)
@@ -23,23 +23,33 @@ RUN/.lock, RUN/.leader   locked by the driver and by the writing worker while a 
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import re
+import secrets
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import Config, find_conflicts, format_toml, read_run_config
+from cluster.config import (
+    RUN_KEY,
+    Config,
+    find_conflicts,
+    format_toml,
+    read_run_config,
+)
 from cluster.run.jsonl import read_tail
+from pipeline.remote.lease import lock_folder
 from pipeline.tools.errors import SetupError, UsageError
-from pipeline.tools.files import atomic_write, ensure_writable
+from pipeline.tools.files import NoLocks, atomic_write, ensure_writable, flock
 from pipeline.tools.units import cpu_count, cpu_name
 
+LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
 MACHINE = "machine.json"
@@ -53,10 +63,24 @@ KERNELS = "kernels.jsonl"
 RATES = "rates.jsonl"
 QUARANTINE = "quarantine.jsonl"
 LEDGER = "ledger"
+RUN_ID = re.compile("[A-Za-z0-9_.-]{1,60}")
 LAST = 20
 """Number of rows to read from the end of RUN/attempts.jsonl."""
 LEADER_TIMEOUT = 60.0
 """Seconds that a new leader waits for the lock of an old one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Name of a run and identity of its data set, as in RUN/config.toml; "": not known."""
+
+    run: str = ""
+    """Name that tells the run from all others; each of its checkpoints has it."""
+    data_sha256: str = ""
+    """Identity of the data set."""
+
+
+UNKNOWN = RunIdentity()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +99,7 @@ def lock_run(run: Path) -> Iterator[None]:
         UsageError: RUN cannot be written, or another training has locked it.
     """
     ensure_writable(run, "run folder")
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"run folder {run} is in use by another training; name another"
-            ) from error
+    with lock_folder(run, LOCK, "training", str(run)):
         yield
 
 
@@ -96,7 +114,9 @@ def lock_leader(run: Path) -> Iterator[None]:
         deadline = time.monotonic() + LEADER_TIMEOUT
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock, wait=False)
+                break
+            except NoLocks:
                 break
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
@@ -104,12 +124,45 @@ def lock_leader(run: Path) -> Iterator[None]:
                         f"another worker holds {run}/.leader and does not end; end its process"
                     ) from error
                 time.sleep(0.1)
-            except OSError:
-                break  # a file system without locks
         yield
 
 
-def write_run_config(run: Path, config: Config, data_sha256: str, samples: int, step: int) -> None:
+def read_identity(run: Path) -> RunIdentity:
+    """Return the identity of the run in RUN."""
+    path = run / CONFIG
+    data = read_run_config(path)[1] if path.is_file() else ""
+    return RunIdentity(run=read_run_id(run), data_sha256=data)
+
+
+def read_run_id(run: Path) -> str:
+    """Return the name of the run in RUN; "" if it has none yet, or its config cannot be read."""
+    try:
+        found = tomllib.loads((run / CONFIG).read_text(encoding="utf-8")).get(RUN_KEY, "")
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError):
+        return ""
+    return found if is_run_id(found) else ""
+
+
+def is_run_id(value: object) -> bool:
+    """Return whether a value is the name of a run, as `make_run_id` makes them."""
+    return isinstance(value, str) and RUN_ID.fullmatch(value) is not None
+
+
+def make_run_id(run: Path) -> str:
+    """Return a name for a new run: that of its folder, and random digits."""
+    return f"{re.sub('[^A-Za-z0-9_.-]', '', run.name)[:40]}-{secrets.token_hex(4)}"
+
+
+def find_data_conflicts(old_sha256: str, new_sha256: str) -> list[str]:
+    """List what keeps a run from being resumed with another data set; see `find_conflicts`."""
+    if old_sha256 == new_sha256:
+        return []
+    return [f"data set (manifest): {old_sha256[:12]} -> {new_sha256[:12]}"]
+
+
+def write_run_config(
+    run: Path, config: Config, data_sha256: str, samples: int, step: int, run_id: str = ""
+) -> None:
     """Write RUN/config.toml, unless its checkpoints were made with conflicting settings.
 
     Args:
@@ -118,6 +171,7 @@ def write_run_config(run: Path, config: Config, data_sha256: str, samples: int, 
         data_sha256: identity of the data set.
         samples: number of its training images.
         step: step of the newest checkpoint, 0 if there is none.
+        run_id: name of the run.
 
     Raises:
         UsageError: the checkpoints were made with other settings or other data; names both.
@@ -126,8 +180,7 @@ def write_run_config(run: Path, config: Config, data_sha256: str, samples: int, 
     if step and path.exists():
         old, old_data = read_run_config(path)
         differ = find_conflicts(old, config, samples)
-        if old_data != data_sha256:
-            differ.append(f"data set (manifest): {old_data[:12]} -> {data_sha256[:12]}")
+        differ += find_data_conflicts(old_data, data_sha256)
         if differ:
             raise UsageError(
                 f"run folder {run} holds a run at step {step} with other settings "
@@ -136,7 +189,7 @@ def write_run_config(run: Path, config: Config, data_sha256: str, samples: int, 
     if path.exists() and step >= config.total_steps(samples):
         return  # nothing will be trained with these settings
     with atomic_write(path) as file:
-        file.write(format_toml(config, data_sha256).encode())
+        file.write(format_toml(config, data_sha256, run_id).encode())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ MOST = 1 << 22
 WAITS = ("wait_storage", "wait_feed", "wait_decode", "wait_transfer")
 """Fields with the seconds that a step waited for data: for the disk or the store; for checksums,
 order and random draws; for decoded pixels; and for their transfer to the network's device."""
-STEP = re.compile(rb'"step": (\d+)[,}]')
 
 
 class Rows:
@@ -36,14 +37,15 @@ class Rows:
         Args:
             path: path of the file.
             step: last step whose rows are kept.
-            warn: receives a line when writing begins to fail, and when it works again.
+            warn: receives a line when writing begins to fail, when it works again, and about
+                damaged rows.
 
         Raises:
             SetupError: the file cannot be opened, or cut.
         """
         self._path, self._warn = path, warn
         try:
-            cut_rows(path, step)
+            cut_rows(path, step, warn)
             self._file = _open(path)
             os.fsync(self._file)
             sync_path(path.parent)
@@ -159,34 +161,67 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
-def cut_rows(path: Path, step: int) -> None:
-    """Truncate a file of rows so that none is after `step`, nor half written.
+def cut_rows(path: Path, step: int, warn: Callable[[str], None]) -> None:
+    """Truncate a file of rows behind the last row up to `step`.
 
-    A single truncation: concurrent readers see whole rows only, and a crash leaves the old file or
-    the new one.
+    What lies before that row stays, also rows that cannot be read or are out of order: a damaged
+    byte costs the row that it is in, not those after it. A single truncation: concurrent readers
+    see whole rows only, and a crash leaves the old file or the new one.
+
+    Args:
+        path: the file; a missing one stays missing.
+        step: last step whose rows are kept.
+        warn: receives a line if rows that stay are damaged.
     """
     if not path.exists():
         return
+    steps, ends = array("q"), array("q")
     end = 0
     with path.open("rb") as file:
         for line in file:
-            row = _parse_step(line)
-            if row is None or row > step:
-                break
             end += len(line)
-    os.truncate(path, end)
+            steps.append(_parse_step(line))
+            ends.append(end)
+    in_order = find_ordered(steps)
+    last = next((place for place in reversed(in_order) if steps[place] <= step), -1)
+    damaged = sorted(set(range(last + 1)).difference(in_order))
+    os.truncate(path, ends[last] if last >= 0 else 0)
+    if damaged:
+        warn(
+            f"{path} has {len(damaged)} damaged row{'s' if len(damaged) > 1 else ''}, first in "
+            f"line {damaged[0] + 1}; it stays, and so do the others"
+        )
 
 
-def _parse_step(line: bytes) -> int | None:
-    """Return the step of a whole row; None for anything else."""
-    # Millions of rows are checked before a start: the remains of a crash show without parsing.
-    whole = line[:1] == b"{" and line.endswith(b"}\n") and b"\0" not in line
-    if whole and (found := STEP.search(line)):
-        return int(found[1])
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
-        return None
+def _parse_step(line: bytes) -> int:
+    """Return the step of a whole row; -1 for anything else."""
+    row = next(parse_rows([line])) if line.endswith(b"\n") else None
+    step = row.get("step") if row else None
+    return step if type(step) is int and 0 <= step < 2**62 else -1
+
+
+def find_ordered(steps: Sequence[int]) -> Sequence[int]:
+    """Return the places of a longest series of steps that do not decrease; -1: no step.
+
+    A step that is out of order was damaged itself, so it says nothing about the others.
+    """
+    places = [place for place, step in enumerate(steps) if step >= 0]
+    if all(steps[one] <= steps[next_] for one, next_ in pairwise(places)):
+        return places
+    tops: list[int] = []
+    """The lowest step that a series of each length can end with; `ends` has its place."""
+    ends: list[int] = []
+    before: dict[int, int] = {}
+    for place in places:
+        length = bisect.bisect_right(tops, steps[place])
+        before[place] = ends[length - 1] if length else -1
+        tops[length : length + 1] = [steps[place]]
+        ends[length : length + 1] = [place]
+    found, place = [], ends[-1]
+    while place >= 0:
+        found.append(place)
+        place = before[place]
+    return found[::-1]
 
 
 def read_rows(path: Path) -> Iterator[Row]:

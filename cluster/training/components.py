@@ -16,7 +16,7 @@ from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Tell
 from cluster.run.exporters import TensorBoardWriter
-from cluster.run.folder import LEDGER, QUARANTINE, Mark
+from cluster.run.folder import LEDGER, QUARANTINE, UNKNOWN, Mark, RunIdentity
 from cluster.run.metrics import MetricsLog
 from cluster.run.sync import open_mirror
 from cluster.training.gradients import GradientAverage
@@ -30,6 +30,8 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
+from pipeline.remote.filesystem import hide_credentials
+from pipeline.tools.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Training:
 
     config: Config
     data: str
+    data_sha256: str
+    """Identity of the data set."""
     run: Path
     mesh: ProcessMesh
     net: AlexNet
@@ -57,17 +61,22 @@ class Training:
 
 @contextmanager
 def prepare_training(
-    config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell, publish: Sequence[Publish]
-) -> Iterator[Training]:
+    config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell,
+    publish: Sequence[Publish], identity: RunIdentity = UNKNOWN,
+) -> Iterator[Training]:  # fmt: skip
     """Create the components of a training, and close them after the block.
 
     Args:
-        config, data, run, mesh, tell, publish: arguments of `cluster.training.loop.train`.
+        config, data, run, mesh, tell, publish, identity: arguments of `loop.train`.
 
     Raises:
         DataError, SetupError: from the data set or the checkpoints.
     """
     samples, about = read_origin(config, data)
+    data_sha256 = about["data_sha256"]
+    refuse_other_data(data, identity.data_sha256, data_sha256)
+    if identity.run:
+        about["run"] = identity.run
     total = config.total_steps(samples)
     net = create_columns(config, len(about["classes"]), mesh)
     optimizer = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
@@ -81,7 +90,9 @@ def prepare_training(
     recipe = RateSettings(config=config, samples=samples, total=total)
     rates = RateControl(recipe, run, mesh, tell, mark.step)
     with ExitStack() as parts:
-        stream = parts.enter_context(open_stream(config, data, run, mesh, position=mark.position))
+        stream = parts.enter_context(
+            open_stream(config, data, run, mesh, data_sha256, position=mark.position)
+        )
         feed = parts.enter_context(PairBatches(stream, mesh, batches=total - mark.step))
         average = parts.enter_context(GradientAverage(net, mesh))
         parts.enter_context(closing(checkpoints))
@@ -94,9 +105,9 @@ def prepare_training(
             mirror.begin()
             checkpoints.alongside = mirror.push
         yield Training(
-            config=config, data=data, run=run, mesh=mesh, net=net, optimizer=optimizer,
-            average=average, rates=rates, feed=feed, log=log, checkpoints=checkpoints,
-            mark=mark, total=total,
+            config=config, data=data, data_sha256=data_sha256, run=run, mesh=mesh, net=net,
+            optimizer=optimizer, average=average, rates=rates, feed=feed, log=log,
+            checkpoints=checkpoints, mark=mark, total=total,
         )  # fmt: skip
 
 
@@ -124,10 +135,35 @@ def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
     ).to(mesh.device)
 
 
-def open_stream(config: Config, data: str, run: Path, mesh: ProcessMesh, **settings: Any) -> Stream:
+def refuse_other_data(data: str, expected: str, found: str) -> None:
+    """Refuse a data set that was put in the place of the run's.
+
+    Raises:
+        DataError: the identities differ.
+    """
+    if expected and found != expected:
+        raise DataError(
+            f"data set {hide_credentials(data)} was replaced by another while the run read it "
+            f"(manifest: {expected[:12]} -> {found[:12]}); bring the first back, or train on the "
+            "new one with another --run"
+        )
+
+
+def open_stream(
+    config: Config, data: str, run: Path, mesh: ProcessMesh, data_sha256: str = "", **settings: Any
+) -> Stream:
     """Open this process's slice of the training images.
 
-    `settings` are fields of `StreamConfig` that differ from those of the training.
+    Args:
+        config: settings of the run.
+        data: folder or address of the data set.
+        run: run folder.
+        mesh: rank, columns and device of this process.
+        data_sha256: identity that the data set must have; "": any.
+        settings: fields of `StreamConfig` that differ from those of the training.
+
+    Raises:
+        DataError: it is another data set by now.
     """
     training = replace(
         config.stream,
@@ -138,7 +174,13 @@ def open_stream(config: Config, data: str, run: Path, mesh: ProcessMesh, **setti
         quarantine=run / QUARANTINE,
         ledger=run / LEDGER if config.ledger else None,
     )
-    return Stream.from_config(data, replace(training, **settings))
+    stream = Stream.from_config(data, replace(training, **settings))
+    try:
+        refuse_other_data(data, data_sha256, stream.data_sha256)
+    except DataError:
+        stream.close()
+        raise
+    return stream
 
 
 def describe_workers(config: Config, mesh: ProcessMesh) -> str:

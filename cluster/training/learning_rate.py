@@ -37,7 +37,7 @@ from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Rated, Tell, Warned
 from cluster.run.folder import RATES, VALIDATION
-from cluster.run.jsonl import read_rows
+from cluster.run.jsonl import cut_rows, read_rows
 from model import schedule
 from model.schedule import COLOR, DROP, DROP_BIASES, Rates
 from pipeline.tools.files import atomic_write, sync_path
@@ -233,6 +233,7 @@ class RateControl:
     def _begin(self, step: int) -> None:
         """Find all changes known when resuming from `step`, and cut RUN/rates.jsonl there."""
         self._history = read_errors(self._run / VALIDATION, step)
+        cut_rows(self._run / RATES, step, lambda text: self._tell(Warned(text)))
         rows = read_changes(self._run / RATES, step)
         by_hand = read_applied(self._run, self._settings, self._tell)
         # A row proves that its change has happened. But a crash may have come between the two.

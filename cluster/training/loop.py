@@ -13,7 +13,7 @@ from torch import Tensor
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Ended, Finished, Publish, Started, Tell
-from cluster.run.folder import Mark
+from cluster.run.folder import UNKNOWN, Mark, RunIdentity
 from cluster.run.kernels import copy_first_kernels, is_snapshot_step
 from cluster.training.components import Training, describe_workers, open_stream, prepare_training
 from cluster.training.finite_check import check_finite
@@ -25,7 +25,8 @@ from model.optimizer import compute_layer_statistics
 
 def train(
     config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell, *,
-    is_stopping: Callable[[], bool] = lambda: False, publish: Sequence[Publish] = (),
+    identity: RunIdentity = UNKNOWN, is_stopping: Callable[[], bool] = lambda: False,
+    publish: Sequence[Publish] = (),
 ) -> None:  # fmt: skip
     """Train to the end of the run, resuming from its newest checkpoint if there is one.
 
@@ -38,6 +39,7 @@ def train(
         run: run folder for checkpoints and rows, the same on every node.
         mesh: mesh of this process.
         tell: receives events, mostly from the leader of the job.
+        identity: of the run and its data set; refused are checkpoints and data of another.
         is_stopping: returns whether to save and return after this step; one process suffices.
         publish: receive the metrics of this process about once a second.
 
@@ -47,7 +49,7 @@ def train(
     """
     keep_memory()
     torch.set_num_threads(mesh.cores)
-    with prepare_training(config, data, run, mesh, tell, publish) as training:
+    with prepare_training(config, data, run, mesh, tell, publish, identity) as training:
         if mesh.is_leader:
             tell(Started(training.mark.step, training.total, describe_workers(config, mesh)))
         mark = make_steps(training, is_stopping)
@@ -132,8 +134,9 @@ def validate(t: Training) -> dict[str, float]:
     sums = torch.zeros(4, device=mesh.device, dtype=torch.float64)
     t.net.eval()
     stream = open_stream(
-        t.config, t.data, t.run, mesh, split="val", view="centre", once=True, ledger=None
-    )
+        t.config, t.data, t.run, mesh, t.data_sha256,
+        split="val", view="centre", once=True, ledger=None,
+    )  # fmt: skip
     with stream, PairBatches(stream, mesh) as feed:
         for batch in feed:
             logits = compute_logits(t, batch)

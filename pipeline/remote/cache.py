@@ -28,7 +28,7 @@ from pathlib import Path
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.remote.filesystem import Stopped
 from pipeline.tools.errors import DuetError, UsageError
-from pipeline.tools.files import PARTIAL, atomic_write, sync_path, try_lock, unlock
+from pipeline.tools.files import PARTIAL, NoLocks, atomic_write, sync_path, try_lock, unlock
 
 AS_STORED = ".as-stored"
 """Ending of a file beside a shard that the store itself holds damaged; it holds that SHA-256."""
@@ -61,14 +61,19 @@ class Cache:
             timeout: seconds to wait for another process that makes no progress.
 
         Raises:
-            UsageError: the folder cannot be created or written.
+            UsageError: the folder cannot be created, written or locked.
         """
         self.folder = folder
         self.limit = limit
         self._timeout = timeout
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "lock").touch()
+            if (lock := try_lock(folder / "lock")) is not None:
+                unlock(lock)
+        except NoLocks as error:
+            raise UsageError(
+                f"cache {error}, with --cache: the processes of a node share it by locks"
+            ) from error
         except OSError as error:
             raise UsageError(
                 f"cache {folder} cannot be written ({error.strerror}); "

@@ -1,6 +1,10 @@
-"""One build at a time at an address: an object that names the builder and is rewritten regularly.
+"""One build, or one training, at a time in a folder or at an address.
 
-All times are the store's own: the clocks of two machines may differ by more than `STALE`.
+A folder is locked by `flock`, which the kernel frees when the process ends, however it ends. A
+store, and a file system without flock, has a lease: an object that names its holder and is
+rewritten every `BEAT` seconds. It is stale, and the next process takes it over, when its holder
+was a process of this machine and has ended, or has not rewritten it for `STALE` seconds. All times
+are the store's own: the clocks of two machines may differ by more than that.
 """
 
 from __future__ import annotations
@@ -13,37 +17,116 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.remote.filesystem import StoreFolder
+from pipeline.remote.filesystem import StoreError, StoreFolder
 from pipeline.tools.errors import UsageError
+from pipeline.tools.files import NoLocks, try_lock, unlock
 
 BEAT = 20.0
 """Seconds between two writes of the lease."""
 STALE = 120.0
 """Age of a lease in seconds from which on its holder counts as dead."""
+POLL = 3.0
+"""Seconds between two looks at a lease whose end is waited for."""
 SETTLE = 1.5
 """Seconds in which another process may take over the same lease at the same time."""
 
+Holder = dict[str, Any]
+"""Process that holds a lock or a lease, as the file says; nothing in it is certain."""
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, name: str, work: str, owner: str = "") -> Iterator[None]:
+    """Lock a folder of this machine against other processes, by its file `name`.
+
+    Args:
+        folder: the folder; it exists.
+        name: file of the lock; it says who holds it, and stays.
+        work: kind of the work ("build", "training"), for messages.
+        owner: name of the work ("run first-3f9c"), for messages and for its own next process.
+
+    Raises:
+        UsageError: another process holds it; names that.
+    """
+    path = folder / name
+    try:
+        lock = try_lock(path)
+    except NoLocks:
+        with Lease(StoreFolder(f"file://{folder}"), f"{name}.lease", work, owner):
+            yield
+        return
+    if lock is None:
+        raise UsageError(f"{folder} {_format_taken(_parse_holder(_read(path)), work)}")
+    try:
+        with contextlib.suppress(OSError):  # on a full disk it is held without a name
+            path.write_text(json.dumps(_describe_process(owner)), encoding="utf-8")
+        yield
+    finally:
+        unlock(lock)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _describe_process(owner: str) -> Holder:
+    return {
+        "owner": owner,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "started": time.strftime("%F %T"),
+        "machine": _machine(),
+        "token": secrets.token_hex(8),
+    }
+
+
+def _parse_holder(text: bytes) -> Holder:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def _format_taken(holder: Holder, work: str, sign: str = "") -> str:
+    owner = f"{holder['owner']}, " if holder.get("owner") else ""
+    return (
+        f"is in use by another {work} ({owner}process {holder.get('pid', '?')} on "
+        f"{holder.get('host', '?')} since {holder.get('started', '?')}{sign}); wait for it, or "
+        "name another"
+    )
+
 
 class Lease:
-    """`with Lease(folder, name)`: this process is the one that builds.
+    """`with Lease(folder, name, "build")`: this process is the one that builds.
 
     Raises:
         UsageError: on entry, another one is; on the way out, another one took over meanwhile.
     """
 
-    def __init__(self, folder: StoreFolder, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._mine = {
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "started": time.strftime("%F %T"),
-            "machine": _machine(),
-            "token": secrets.token_hex(8),
-        }
+    def __init__(
+        self, folder: StoreFolder, name: str, work: str, owner: str = "",
+        say: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare the lease; nothing is written.
+
+        Args:
+            folder: folder of the object.
+            name: its name there.
+            work: kind of the work, for messages.
+            owner: name of the work. A lease of the same owner on another machine is waited for
+                until it is stale, instead of refused: its machine has probably gone.
+            say: gets a line before such a wait.
+        """
+        self._folder, self._name, self._work, self._say = folder, name, work, say
+        self._mine = _describe_process(owner)
         self._stop = threading.Event()
         self._lost = False
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -62,11 +145,12 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if not self._lost:
-            self._folder.remove([self._name])
+            with contextlib.suppress(StoreError):  # it is stale soon
+                self._folder.remove([self._name])
         elif kind is KeyboardInterrupt:  # by ourselves
             raise UsageError(
-                f"{self._folder.address} was taken over by another build, since this one gave no "
-                f"sign of life for {STALE:.0f} s; leave it to that one"
+                f"{self._folder.address} was taken over by another {self._work}, since this one "
+                f"gave no sign of life for {STALE:.0f} s; leave it to that one"
             ) from None
 
     def _take(self) -> None:
@@ -80,29 +164,48 @@ class Lease:
                 time.sleep(SETTLE)
         holder = self._holder()
         if holder != self._mine:
-            raise UsageError(self._taken(holder or {}, "just now"))
+            raise UsageError(self._taken(holder or {}))
 
     def _create(self) -> bool:
         """Write the lease unless there is one: atomically if the store can, else nearly so."""
 
         def create(system: Any, path: str) -> bool:
             try:
-                system.pipe_file(path, self._text(), mode="create")
+                if "file" in system.protocol:  # `pipe_file` would only look first
+                    with system.open(path, "xb") as file:
+                        file.write(self._text())
+                else:
+                    system.pipe_file(path, self._text(), mode="create")
             except FileExistsError:
                 return False
             return True
 
         return self._folder.request(self._name, create, "written")
 
-    def _refuse_if_alive(self, holder: dict[str, Any]) -> None:
-        if holder.get("machine") == _machine() and not Path(f"/proc/{holder.get('pid')}").exists():
+    def _refuse_if_alive(self, holder: Holder) -> None:
+        """Return when the lease is stale.
+
+        Raises:
+            UsageError: it is not.
+        """
+        is_near = holder.get("machine") == _machine()
+        if is_near and not Path(f"/proc/{holder.get('pid')}").exists():
             return
-        age = self._age()
-        if age < STALE:
+        age = before = self._age()
+        is_own = bool(self._mine["owner"]) and holder.get("owner") == self._mine["owner"]
+        if age < STALE and (is_near or not is_own):
             raise UsageError(
-                self._taken(holder, f"{age:.0f} s ago")
+                self._taken(holder, f", last sign of life {age:.0f} s ago")
                 + f", or run this again in {STALE - age:.0f} s if it was killed"
             )
+        if age < STALE and self._say is not None:
+            where = f"{self._folder.address} is held for this run on {holder.get('host', '?')}"
+            self._say(f"{where}; waiting {STALE - age:.0f} s for a sign of life from there")
+        while before <= age < STALE:
+            time.sleep(POLL)
+            before, age = age, self._age()
+        if age < STALE:
+            raise UsageError(self._taken(holder, ", which has just given a sign of life"))
 
     def _age(self) -> float:
         """Return the age of the lease in seconds; `STALE` if it was removed meanwhile."""
@@ -133,15 +236,12 @@ class Lease:
                     _interrupt()
                     return
 
-    def _holder(self) -> dict[str, Any] | None:
-        """Return what the lease says; nothing in it is certain. None if there is none."""
+    def _holder(self) -> Holder | None:
+        """Return what the lease says; None if there is none."""
         try:
-            found = json.loads(self._folder.read(self._name))
+            return _parse_holder(self._folder.read(self._name))
         except FileNotFoundError:
             return None
-        except ValueError:
-            found = {}
-        return found if isinstance(found, dict) else {}
 
     def _write(self) -> None:
         self._folder.request(
@@ -151,12 +251,8 @@ class Lease:
     def _text(self) -> bytes:
         return json.dumps(self._mine).encode()
 
-    def _taken(self, holder: dict[str, Any], when: str) -> str:
-        return (
-            f"{self._folder.address} is being built by process {holder.get('pid', '?')} on "
-            f"{holder.get('host', '?')} since {holder.get('started', '?')} (last sign of life "
-            f"{when}); wait for it, or name another address"
-        )
+    def _taken(self, holder: Holder, sign: str = "") -> str:
+        return f"{self._folder.address} {_format_taken(holder, self._work, sign)}"
 
 
 def _interrupt() -> None:

@@ -28,13 +28,16 @@ from pipeline.remote.filesystem import (
     none_if_missing,
     temporary_space,
 )
-from pipeline.remote.lease import Lease
+from pipeline.remote.lease import Lease, lock_folder
 from pipeline.tools.errors import UsageError
-from pipeline.tools.files import PARTIAL, atomic_write, ensure_writable, try_lock, unlock
+from pipeline.tools.files import PARTIAL, atomic_write, ensure_writable
 from pipeline.tools.text import hide_credentials
 
 WORK = ".build"
 """Folder in OUT with the state of an unfinished build; removed when the set is finished."""
+_LOCK = f"{WORK}/lock"
+_LOCKS = {"lock", "lock.lease"}
+"""Files in `WORK` while the folder is locked."""
 BATCH = 256
 """Byte ranges in one request: 50 MB with raw images."""
 _UPLOADED = "files that are uploaded"
@@ -167,19 +170,14 @@ class FolderTarget:
                 "name an empty folder"
             )
         work.mkdir(exist_ok=True)
-        if (lock := try_lock(work / "lock")) is None:
-            raise UsageError(
-                f"{self.path} is being built by another process; wait for it, or name another "
-                "folder"
-            )
-        try:
-            self._remove_partial()
-            yield
-        finally:
-            self._remove_partial()
-            if work.is_dir() and os.listdir(work) == ["lock"]:  # nothing was begun
-                self.clear(WORK)
-            unlock(lock)
+        with lock_folder(self.path, _LOCK, "build"):
+            try:
+                self._remove_partial()
+                yield
+            finally:
+                self._remove_partial()
+                if work.is_dir() and set(os.listdir(work)) <= _LOCKS:  # nothing was begun
+                    self.clear(WORK)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -274,7 +272,7 @@ class StoreTarget(StoreFolder):
                 f"{self.address} holds {min(there)}, which is no part of an unfinished data set; "
                 "name an empty address"
             )
-        with Lease(self, f"{WORK}/claim"):
+        with Lease(self, f"{WORK}/claim", "build"):
             yield
 
     def _request_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | Exception]:

@@ -117,7 +117,9 @@ def is_webdataset(source: str) -> bool:
             kinds = {part.kind for part in sample.parts}
             if kinds & {*IMAGE_KINDS}:
                 images.add(sample.key)
-            elif (sample.key in images and "cls" in kinds) or (sample.key in images and "json" in kinds and "/" not in sample.key):
+            elif (sample.key in images and "cls" in kinds) or (
+                sample.key in images and "json" in kinds and "/" not in sample.key
+            ):
                 return True
     return False
 

@@ -5,10 +5,10 @@ QUARANTINE.jsonl     one row a sample: split, sample, shard, key, reason
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +20,7 @@ from pipeline.stream.decode import TrialDecoder
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.tools.errors import UsageError
+from pipeline.tools.files import NoLocks, flock
 from pipeline.tools.jsonl import parse_rows
 
 EOI = b"\xff\xd9"
@@ -154,7 +155,8 @@ class _QuarantineFile:
     def append(self, damages: list[Damage]) -> None:
         """Append the samples that are not listed; other processes may do the same at this time."""
         with self._open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(NoLocks):  # of two rows of the same moment the list may then lack one
+                flock(file, wait=True)
             if os.fstat(file.fileno()).st_size < self._end:  # moved away: this is a new one
                 self._listed.clear()
                 self._end = 0

@@ -8,7 +8,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from pipeline.tools.stdio import OutputError, standard_streams
 from pipeline.tools.text import clean
@@ -78,13 +79,27 @@ def hint_resume(kept: str) -> Iterator[None]:
         raise
 
 
+def handle_end(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """Have a handler called at SIGTERM, and at SIGHUP: the terminal or the connection is gone.
+
+    A SIGHUP that is ignored stays so, as `nohup` wants it.
+
+    Returns:
+        The handlers of before.
+    """
+    before: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, handler)}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, handler)
+    return before
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and end the process with its exit code.
 
-    A `DuetError` becomes one line on stderr, Ctrl-C and SIGTERM become exit code 130. If the reader
-    of standard output has gone (`| head`), the process ends with 141 and no message.
+    A `DuetError` becomes one line on stderr, Ctrl-C, SIGTERM and SIGHUP become exit code 130. If
+    the reader of standard output has gone (`| head`), the process ends with 141 and no message.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    handle_end(signal.default_int_handler)  # cleans up as Ctrl-C does
     with standard_streams():
         code, said = _call(main)
         with suppress(BrokenPipeError):

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from pipeline.tools.errors import SetupError, UsageError
 
@@ -27,6 +27,10 @@ LONGEST_NAME = 255
 """Bytes of a file name that file systems take."""
 _held_locks: set[int] = set()
 """Descriptors of the locks that this process holds."""
+
+
+class NoLocks(SetupError):
+    """The file system of a file has no working `flock`."""
 
 
 @contextmanager
@@ -224,13 +228,21 @@ def try_lock(path: Path) -> int | None:
 
     Returns:
         A descriptor for `unlock`; None if another thread or process holds the lock.
+
+    Raises:
+        NoLocks: the file system has no flock.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(descriptor, wait=False)
     except BlockingIOError:
         os.close(descriptor)
         return None
+    except NoLocks as error:
+        os.close(descriptor)
+        raise NoLocks(
+            f"{path} cannot be locked ({error}); name a folder on a local disk"
+        ) from error
     except BaseException:
         os.close(descriptor)
         raise
@@ -238,9 +250,25 @@ def try_lock(path: Path) -> int | None:
     return descriptor
 
 
+def flock(file: int | IO[Any], *, wait: bool) -> None:
+    """Lock an open file until it is closed.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is False.
+        NoLocks: the file system has no flock, as Lustre without `-o flock` and some FUSE mounts.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise NoLocks(f"no flock on its file system: {error.strerror}") from error
+        raise
+
+
 def unlock(descriptor: int) -> None:
     """Release a lock."""
     if descriptor in _held_locks:  # in a forked child it is closed, and the lock the parent's
         _held_locks.discard(descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        with suppress(OSError):  # closing releases it, too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -41,12 +41,13 @@ R = TypeVar("R")
 
 
 def tie_to_parent() -> None:
-    """Initialize a helper process: it ignores Ctrl-C and is killed when its parent ends.
+    """Initialize a helper process: it ignores Ctrl-C and SIGHUP, and is killed with its parent.
 
     Otherwise a parent that is killed (by hand, the scheduler, or for lack of memory) would leave
     helpers behind that hold memory and may still write.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     request_parent_death_signal(signal.SIGKILL)
 
@@ -210,7 +211,7 @@ class LocalPool:
         """Submit jobs until the queue is full; return a job that found all processes dead."""
         while len(running) < QUEUED * self._workers and (job := next(todo, None)) is not None:
             try:
-                with _defer_interrupt():
+                with defer_signals(signal.SIGINT, signal.SIGHUP):
                     running[self._pool.submit(task, job)] = job
             except BrokenProcessPool:
                 return [job]
@@ -276,9 +277,9 @@ def _terminate_children() -> None:
 
 
 @contextmanager
-def _defer_interrupt() -> Iterator[None]:
-    """Block Ctrl-C while processes start, which inherit the blocked signal."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def defer_signals(*numbers: int) -> Iterator[None]:
+    """Deliver signals after the block; processes that it starts inherit the block, and get none."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from cluster.config import (
     read_run_config,
     suggest_setting,
 )
-from cluster.train import parse_command
+from cluster.train import parse_command, resolve_paths
 from model.architecture import Design
 from pipeline.tools.errors import UsageError
 
@@ -243,7 +243,8 @@ configs = st.builds(
     columns_per_worker=st.sampled_from([1, 2]),
     shuffle=st.sampled_from(["full", "block"]),
     strict=st.booleans(),
-    cache=st.sampled_from(["", "/tmp/a b", "c"]),
+    cache=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
+    | st.sampled_from(["", "/tmp/a b", "🚀", 'a\x7f"\\\n']),
 )
 
 
@@ -252,7 +253,24 @@ def test_the_effective_config_reads_back_to_itself(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(format_toml(config, "abc"), encoding="utf-8")
     assert read_run_config(path) == (config, "abc")
-    assert parse_command([str(path), "--data", "d", "--run", "r"]).settings == config
+    if not config.cache.startswith("-"):
+        assert parse_command([str(path), "--data", "d", "--run", "r"]).settings == config
+
+
+@pytest.mark.parametrize("value", ["a\udcff", "\ud83d", "a\0b"])
+def test_text_that_no_file_can_hold_is_refused_by_its_setting(value, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"store is .*; it must be UTF-8 text without NUL"):
+        Config(store=value)
+    with pytest.raises(ValueError, match="init is "):
+        Config(init=value)
+    with pytest.raises(UsageError, match="store is ") as caught:
+        parse_command(["dexp", "--data", "d", "--run", "r", f"--store={value}"])
+    assert "\n" not in str(caught.value)
+    if value == "a\udcff":  # a working folder that is named in Latin-1
+        (tmp_path / value).mkdir()
+        monkeypatch.chdir(tmp_path / value)
+        with pytest.raises(UsageError, match=r"cache is .* UTF-8"):
+            resolve_paths(Config(cache="here"))
 
 
 @given(st.floats(0.01, 100), st.integers(1, 10**6), st.integers(1, 512).map(lambda n: 2 * n))

@@ -194,7 +194,7 @@ QUOTED = {
     "cluster.md": [
         "of them on one node each time",
         "is not on node",
-        "is in use by another training",
+        "is in use by another",
         "another worker does not answer",
         "offers GPUs to Ray, but its torch",
     ],

@@ -53,9 +53,10 @@ class Run:
 
     def __init__(
         self, folder: Path, keep: int = 5, keep_best: int = 0, store: str = "",
-        mesh: ProcessMesh | None = None,
+        mesh: ProcessMesh | None = None, name: str = "",
     ) -> None:  # fmt: skip
         self.folder = folder
+        self.about = ABOUT | ({"run": name} if name else {})
         self.told: list = []
         self.keep, self.keep_best, self.store = keep, keep_best, store
         self.mesh = mesh or ProcessMesh()
@@ -64,7 +65,7 @@ class Run:
     def open(self) -> None:
         """Open the checkpoints, as a new start of the workers does."""
         self.checkpoints = CheckpointManager(
-            self.folder, self.mesh, ABOUT, self.told.append,
+            self.folder, self.mesh, self.about, self.told.append,
             keep=self.keep, keep_best=self.keep_best, store=self.store,
         )  # fmt: skip
         (self.folder / CHECKPOINTS).mkdir(exist_ok=True)

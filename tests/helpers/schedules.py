@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Event
@@ -57,7 +59,7 @@ class Story:
             lost: bytes by which that review's last row comes out too short; None: it is whole.
         """
         control = RateControl(self.recipe, self.run, ProcessMesh(), self.heard.append, self.saved)
-        cut_rows(self.run / VALIDATION, self.saved)
+        cut_rows(self.run / VALIDATION, self.saved, pytest.fail)
         for step in range(self.saved + 1, self.recipe.total + 1):
             self.rates[step] = control.at(step)
             self.review(control, step)

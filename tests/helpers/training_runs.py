@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cluster.config import Config
 from cluster.mesh import ProcessMesh, create_mesh
 from cluster.run.events import Event
+from cluster.run.folder import read_identity
 from cluster.training.loop import train
 from model.architecture import Design
 from model.schedule import dexp
@@ -73,7 +74,7 @@ def together(folder: Path, calls: list[Call], world: int = 2, size: int = 2) -> 
 def alone(config: Config, data: Path, run: Path) -> list[Event]:
     run.mkdir(exist_ok=True)
     told: list[Event] = []
-    train(config, data, run, ProcessMesh(), told.append)
+    train(config, data, run, ProcessMesh(), told.append, identity=read_identity(run))
     return told
 
 

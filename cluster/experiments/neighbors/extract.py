@@ -7,7 +7,6 @@ number of workers, on which worker has which stretch, or on where an earlier cal
 
 from __future__ import annotations
 
-import fcntl
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -38,6 +37,7 @@ from cluster.training.precision import autocast, compute_dtype, keep_memory
 from model.alexnet import AlexNet
 from pipeline.batches import Batch, Stream
 from pipeline.remote.dataset import open_dataset
+from pipeline.remote.lease import lock_folder
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool
@@ -90,7 +90,8 @@ def make_features(
         SetupError: the disk has no room.
     """
     about = _describe(source, split, dtype)
-    with _lock(locate_features(folder, split, "lock")):
+    lock = locate_features(folder, split, "lock")
+    with lock_folder(lock.parent, lock.name, "call"):
         if anew:
             remove_features(folder, split)
         if not locate_features(folder, split, "json").exists():
@@ -263,20 +264,6 @@ def _read_labels(source: FeatureSource, about: FeatureInfo) -> Ids:
         closing(ShardReader(dataset, about.split)) as reader,
     ):
         return reader.read_labels(np.arange(about.samples))
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Keep other calls away from the feature files."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another call is making {path.with_suffix('')}; wait for it, or name another "
-                "folder with --features"
-            ) from error
-        yield
 
 
 @contextmanager

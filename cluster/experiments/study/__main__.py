@@ -140,8 +140,11 @@ class StudyMaker:
         if not self._options.ray:
             config = replace(config, columns_per_worker=2, replicas=1)
         at = "" if value is None else f"-{study.grid[0]}{value}".replace("/", "_")
+        name = f"{variant.name}{at}-{seed}"
+        if config.store:  # a folder in it for each run
+            config = replace(config, store=f"{config.store.rstrip('/')}/{name}")
         return StudyRun(
-            name=f"{variant.name}{at}-{seed}",
+            name=name,
             config=config,
             data=self._data[variant.data],
             out=self._options.out.resolve(),

@@ -10,7 +10,6 @@ prints goes to OUT/NAME.log. The command above is such a process: it takes the a
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -26,11 +25,11 @@ import torch
 from cluster import train
 from cluster.checkpoint.loader import pin_init
 from cluster.checkpoint.storage import find_last_step
-from cluster.config import Config, find_conflicts, read_run_config
+from cluster.config import Config, find_conflicts, format_value, read_run_config
 from cluster.launch.controller import count_interrupts
 from cluster.mesh import ProcessMesh
 from cluster.run.console import RunConsole
-from cluster.run.folder import CONFIG, METRICS, lock_leader, write_machine
+from cluster.run.folder import CONFIG, METRICS, lock_leader, read_identity, write_machine
 from cluster.run.jsonl import read_tail
 from cluster.training.finite_check import NotFinite
 from cluster.training.loop import train as make_run
@@ -73,7 +72,7 @@ class StudyRun:
     def toml(self) -> bytes:
         """Its settings as a config file."""
         table = self.config.to_settings()
-        return "".join(f"{key} = {json.dumps(table[key])}\n" for key in table).encode()
+        return "".join(f"{key} = {format_value(table[key])}\n" for key in table).encode()
 
     @property
     def images(self) -> int:
@@ -287,7 +286,10 @@ def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> N
     mesh = ProcessMesh(device=choose_device(config.device), cores=cpu_count())
     with lock_leader(folder), count_interrupts() as end:
         write_machine(folder, mesh.world_size)
-        make_run(config, data, folder, mesh, screen.show, is_stopping=lambda: end() > 0)
+        make_run(
+            config, data, folder, mesh, screen.show,
+            identity=read_identity(folder), is_stopping=lambda: end() > 0,
+        )  # fmt: skip
         if end():
             raise KeyboardInterrupt
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,3 +198,30 @@ def test_a_store_can_be_started_from(s3_bucket, source, tiny_data, tmp_path):
     run = tmp_path / "run"
     alone(replace(config, steps=3), tiny_data, run)
     assert {k.split(".")[1] for k, same in taken(run, 3, source).items() if not same} == {"fc8"}
+
+
+def test_a_store_that_names_other_files_writes_none_of_them(tmp_path):
+    """Its hashes are right: whoever wrote checkpoint.json chose them."""
+    import fsspec
+
+    (victim := tmp_path / "home.rc").write_text("mine")
+    body, system, base = b"from the store", fsspec.filesystem("memory"), f"/{uuid.uuid4()}"
+    columns = {"column-a.safetensors": b"", "column-b.safetensors": b""}
+    for name in (str(victim), "../home.rc", "a/b"):
+        step = f"{base}/checkpoints/step-00000400"
+        files = {name: body, **columns}
+        table = {
+            "version": 1, "step": 400, "position": 1, "classes": ["a", "b"],
+            "files": {
+                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in files.items()
+            },
+        }  # fmt: skip
+        system.pipe(f"{step}/checkpoint.json", json.dumps(table).encode())
+        for file, data in files.items():
+            system.pipe(f"{step}/{file}", data)
+        told: list = []
+        with pytest.raises(DataError, match="is sound"):
+            resolve_init(replace(CONFIG, init=f"memory:/{base}"), 3, told.append)
+        assert f"names a file {name!r}, which no checkpoint has" in told[0].text
+    assert victim.read_text() == "mine"

@@ -369,7 +369,7 @@ def test_another_call_at_the_same_features_is_refused(run, tiny_data, capsys):
     with (run / "neighbours" / "features-val.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, line = refused(run, tiny_data)
-    assert (code, "another call is making" in line) == (2, True)
+    assert (code, "neighbours is in use by another call" in line) == (2, True)
 
 
 def test_features_too_large_for_float16_are_told(run, tiny_data, monkeypatch):

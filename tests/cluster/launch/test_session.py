@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import stat
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 
 from cluster import evaluate, train
+from cluster.launch import session
+from cluster.launch.controller import count_interrupts
 from cluster.launch.session import refuse_relative
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import SetupError, UsageError, handle_end
+from pipeline.tools.files import try_lock, unlock
+from pipeline.tools.processes import defer_signals
 from tests.helpers.training_processes import REPOSITORY
 
 
@@ -43,3 +53,69 @@ def test_in_a_job_relative_folders_are_refused_with_a_way_out(tmp_path, monkeypa
         with pytest.raises(UsageError, match=text) as refused:
             main(words)
         assert "absolute path on storage that all nodes share" in str(refused.value)
+
+
+def test_rays_folder_is_in_a_private_one_of_a_short_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 90)))
+    (tmp_path / ("x" * 90)).mkdir()
+    monkeypatch.setattr(session, "PREFIX", prefix := f"duet-test-{os.getpid()}-")
+    folder = session.make_session_folder()
+    try:
+        assert len(str(folder)) < 26 + len(prefix) + 10
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert try_lock(folder / session.LOCK) is None
+    finally:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    monkeypatch.setattr(session, "LONGEST", 0)
+    with pytest.raises(SetupError, match=r"TMPDIR .*xxx has more than 0 characters, too many for"):
+        session.make_session_folder()
+
+
+def test_folders_of_dead_sessions_are_removed_and_no_others(tmp_path, monkeypatch):
+    def make(name: str, lock: str = session.LOCK, age: float = 100.0) -> Path:
+        folder = tmp_path / name
+        (folder / "r/session_1").mkdir(parents=True)
+        (folder / lock).touch()
+        os.utime(folder / lock, (time.time() - age,) * 2)
+        return folder
+
+    dead, alive, new = make("duet-dead"), make("duet-alive"), make("duet-new", age=5)
+    others = [make("else-x"), make("duet-cache", lock="lock")]
+    (tmp_path / "duet-link").symlink_to(others[0])
+    held = try_lock(alive / session.LOCK)
+    assert held is not None
+    session.sweep_sessions(tmp_path)
+    assert not dead.exists()
+    assert all(path.is_dir() for path in (alive, new, *others, tmp_path / "duet-link"))
+    unlock(held)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)  # they are another user's
+    session.sweep_sessions(tmp_path)
+    assert alive.is_dir()
+
+
+def hang_up_while_ray_starts() -> None:
+    with defer_signals(signal.SIGHUP):
+        os.kill(os.getpid(), signal.SIGHUP)
+        deferred = True
+    pytest.fail(f"it has not come: {deferred}")
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
+def test_a_lost_connection_ends_a_run_as_sigterm_does_but_for_nohup(ignored):
+    own = signal.SIG_IGN if ignored else signal.SIG_DFL
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, own)
+        with count_interrupts() as count:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert count() == (0 if ignored else 1)
+        assert signal.getsignal(signal.SIGHUP) == own
+        handle_end(signal.default_int_handler)
+        if not ignored:
+            with pytest.raises(KeyboardInterrupt):
+                hang_up_while_ray_starts()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

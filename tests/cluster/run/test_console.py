@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 
 import pytest
@@ -87,3 +89,25 @@ def test_a_second_start_says_why():
 )
 def test_time_left(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(("opening", "interrupts"), [("os.pipe()", 1), ("pty.openpty()", 0)])
+def test_a_run_whose_reader_has_gone_is_saved_and_ends(opening, interrupts):
+    """A terminal that has gone sends SIGHUP itself; a pipe only refuses what is written."""
+    script = f"""
+import os, pty
+from cluster.run.console import RunConsole
+from cluster.launch.controller import count_interrupts
+from pipeline.tools.stdio import standard_streams
+reader, writer = {opening}
+report = os.dup(1)
+os.dup2(writer, 1), os.dup2(writer, 2), os.close(writer)
+with standard_streams(), count_interrupts() as count, RunConsole() as screen:
+    screen.say("first")
+    os.close(reader)
+    screen.say("second")
+    screen.say("third")
+    os.write(report, b"%d interrupts" % count())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.stdout, done.returncode) == (b"%d interrupts" % interrupts, 0)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.run import jsonl as rows_module
-from cluster.run.jsonl import Rows, cut_rows
+from cluster.run.jsonl import Rows, cut_rows, find_ordered
 from pipeline.tools.errors import SetupError
 
 
@@ -30,30 +31,71 @@ def steps_in(path: Path) -> list[int]:
 @given(st.integers(0, 20), st.integers(0, 25), st.sampled_from(["", "{", '{"step": 2', "\0\0"]))
 def test_no_row_after_the_step_and_no_half_row_stays(tmp_path_factory, count, step, tail):
     path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", range(1, count + 1), tail)
-    cut_rows(path, step)
+    cut_rows(path, step, pytest.fail)
     assert steps_in(path) == list(range(1, min(count, step) + 1))
 
 
 def test_a_missing_file_stays_missing(tmp_path):
-    cut_rows(tmp_path / "rows.jsonl", 3)
+    cut_rows(tmp_path / "rows.jsonl", 3, pytest.fail)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_garbled_whole_row_ends_what_is_kept(tmp_path):
-    path = write(tmp_path / "rows.jsonl", range(1, 3), "garbage\n" + json.dumps({"step": 3}) + "\n")
-    cut_rows(path, 10)
-    assert steps_in(path) == [1, 2]
-
-
-def test_a_page_that_was_lost_in_a_crash_ends_what_is_kept(tmp_path):
-    path = write(tmp_path / "rows.jsonl", range(1, 200))
-    content = bytearray(path.read_bytes())
-    content[500:700] = bytes(200)
+@given(st.data())
+def test_one_damaged_byte_costs_one_row(tmp_path_factory, data):
+    """Whatever it turns a row into: two, another step, no JSON, no UTF-8."""
+    count = data.draw(st.integers(3, 30))
+    cut = data.draw(st.integers(1, count + 3))
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [json.dumps({"position": 8 * n, "step": n, "loss": 1 / n}) for n in range(1, count + 1)]
+    content = bytearray("".join(line + "\n" for line in lines).encode())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
-    cut_rows(path, 150)
-    kept = steps_in(path)
-    assert kept == list(range(1, len(kept) + 1))
-    assert 500 - 15 < path.stat().st_size <= 500
+    told: list[str] = []
+    cut_rows(path, cut, told.append)
+    hit = bytes(content[:place]).count(b"\n")  # and with a lost end of line, the next
+    whole = {line.encode() for n, line in enumerate(lines) if n not in (hit, hit + 1)}
+    left = path.read_bytes().splitlines()
+    assert [line for line in left if line in whole] == [
+        line.encode() for n, line in enumerate(lines[:cut]) if n not in (hit, hit + 1)
+    ]
+    assert not any(line.encode() in left for line in lines[cut:])
+    strangers = [line for line in left if line.decode(errors="replace") not in lines]
+    assert len(told) <= 1
+    if hit + 2 < min(count, cut) and any(b"step" not in line for line in strangers):
+        assert f"line {hit + 1}" in told[0]
+    cut_rows(path, cut, told.append)  # again: the same
+    assert path.read_bytes().splitlines() == left
+
+
+def test_damaged_rows_are_told_and_the_rest_stays(tmp_path):
+    garbled = "garbage\n" + "".join(json.dumps({"step": step}) + "\n" for step in (3, 900, 4, 0, 5))
+    path = write(tmp_path / "rows.jsonl", range(1, 3), garbled)
+    told: list[str] = []
+    cut_rows(path, 4, told.append)
+    assert len(path.read_bytes().splitlines()) == 6
+    assert told == [f"{path} has 2 damaged rows, first in line 3; it stays, and so do the others"]
+
+
+def test_steps_in_order_are_most_of_them():
+    assert find_ordered([]) == []
+    assert find_ordered([-1, -1]) == []
+    assert list(find_ordered([1, 2, 2, -1, 3])) == [0, 1, 2, 4]
+    assert list(find_ordered([1, 9, 2, 3, 0, 4])) == [0, 2, 3, 5]
+
+
+@given(st.lists(st.integers(-1, 12), max_size=9))
+def test_no_longer_series_of_steps_is_in_order(steps):
+    places = [place for place, step in enumerate(steps) if step >= 0]
+    best = max(
+        length
+        for length in range(len(places) + 1)
+        for chosen in combinations(places, length)
+        if sorted(steps[place] for place in chosen) == [steps[place] for place in chosen]
+    )
+    found = find_ordered(steps)
+    assert len(found) == best
+    assert [steps[place] for place in found] == sorted(steps[place] for place in found)
 
 
 def on_a_small_disk(folder: Path) -> None:

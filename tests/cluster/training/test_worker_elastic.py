@@ -10,8 +10,11 @@ import torch
 
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Ended, Finished, Saved
+from cluster.run.folder import RunIdentity
 from cluster.training.loop import train
+from pipeline.dataset.manifest import Manifest, identity
 from pipeline.stream.ledger.proof import prove
+from pipeline.tools.errors import DataError
 from tests.helpers.training_runs import (
     CONFIG,
     STEPS,
@@ -94,3 +97,33 @@ def test_a_run_that_is_asked_to_end_saves_first_and_goes_on_as_if_it_had_not(tin
     assert learned(run) == learned(whole)
     before, after = weights(whole), weights(run)
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+class Replaces:
+    """Puts another data set in the place of the run's after some steps."""
+
+    def __init__(self, data: Path, steps: int) -> None:
+        self.data, self.left = data, steps
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        if self.left == 0:
+            replace(Manifest.load(self.data), seed=99).save(self.data)
+        return False
+
+
+def test_a_data_set_that_was_replaced_under_a_run_is_noticed_when_it_is_opened_again(
+    data, tmp_path
+):
+    """The first time is the validation after step 3; the next, a start of the workers."""
+    run, first = tmp_path / "run", identity(data)
+    run.mkdir()
+    words = rf"data set .*data was replaced by another while .*manifest: {first[:12]} -> "
+    with pytest.raises(DataError, match=words):
+        train(CONFIG, str(data), run, ProcessMesh(), print, is_stopping=Replaces(data, 2))
+    assert not (run / "validation.jsonl").read_text()
+    with pytest.raises(DataError, match=words):
+        train(
+            CONFIG, str(data), run, ProcessMesh(), print,
+            identity=RunIdentity(run="a-1", data_sha256=first),
+        )  # fmt: skip

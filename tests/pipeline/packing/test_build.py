@@ -141,7 +141,7 @@ def test_strangers_in_the_folder_stay(image_folder, tmp_path):
 def test_two_builds_do_not_share_a_folder(image_folder, tmp_path):
     with (
         FolderTarget(str(tmp_path)).reserve(),
-        pytest.raises(UsageError, match="being built by another process"),
+        pytest.raises(UsageError, match="is in use by another build"),
     ):
         packed(tmp_path, train=image_folder / "val")
     assert not (tmp_path / WORK).exists()

@@ -251,7 +251,7 @@ def test_kill_of_the_command_leaves_nobody_behind(source, tmp_path):
     process.send_signal(signal.SIGSTOP)
     second = run_command(line)
     assert second.returncode == 2
-    assert "being built by another process" in second.stderr
+    assert "is in use by another build" in second.stderr
     process.send_signal(signal.SIGCONT)
     _wait_for(process, lambda: list((out / FOLDER).glob("*.bin*")))
     workers = _children(process.pid)
