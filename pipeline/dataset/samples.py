@@ -128,7 +128,7 @@ def group_by_key(members: Iterable[Member]) -> Iterator[tuple[str, Iterator[Samp
     matches = ((_NAME.fullmatch(member.name), member) for member in members)
     named = ((match[1], match[2], member) for match, member in matches if match)
     for key, group in groupby(named, key=itemgetter(0)):
-        yield key, (SampleFile(ending, *member) for _, ending, member in group)
+        yield key, (SampleFile(ending, *member[:4]) for _, ending, member in group)
 
 
 def group_samples(

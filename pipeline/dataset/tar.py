@@ -47,6 +47,8 @@ class Member(NamedTuple):
     size: int
     regular: bool
     """True for a file with data: no folder, link, device or pipe."""
+    hard_link: bool = False
+    """True for another name of a file before it, whose data are stored there."""
 
 
 def read_members(
@@ -84,7 +86,7 @@ def read_members(
             size, raw, regular = 0, raw.rstrip(b"/"), False
         else:
             regular = kind in _REGULAR
-        member = Member(raw.decode(*ENCODING), place + BLOCK, size, regular)
+        member = Member(raw.decode(*ENCODING), place + BLOCK, size, regular, kind == b"1")
         if kind == b"S" or member.offset + size > window.stop:
             what = "is stored sparsely" if kind == b"S" else "goes on after its end"
             raise window.damage(f"{escape(member.name[:200])} {what}")

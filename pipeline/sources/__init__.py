@@ -23,6 +23,7 @@ A listed image is a place in a container; `open_reader` reads it from there in a
     classes     labels beside images -> the list of classes
     listing     one row an image, in mapped files
     paths       globs, brace ranges, addresses -> files
+    names       images, archives and bystanders, by their names
     readers     bytes of an image
 """
 

@@ -22,25 +22,33 @@ from pipeline.sources.imagenet import (
     read_ground_truth,
     strip_ending,
 )
-from pipeline.sources.listing import (
+from pipeline.sources.listing import WHOLE_FILE, ListingWriter
+from pipeline.sources.names import (
+    HIDDEN,
+    IMAGE_ENDINGS,
     NO_FILE,
-    NO_IMAGE,
-    WHOLE_FILE,
-    ListingWriter,
+    PARQUET,
+    TAR,
+    describe_no_image,
+    is_archive,
     is_hidden,
     is_image,
+    is_system,
+    is_tar,
 )
 from pipeline.sources.tars import ImageBuffer, get_class, open_tar, select_files
 from pipeline.tools.errors import UsageError
 
 
 class FolderContents(NamedTuple):
-    """Names in one folder, each list sorted, without hidden names."""
+    """Names in one folder, each list sorted, without those that systems and tools leave."""
 
     folders: list[str]
     files: list[str]
     other: list[str]
     """Broken links, devices, pipes and sockets, which are never opened."""
+    hidden: list[str]
+    """Images, archives and folders that begin with a dot."""
 
 
 def list_folder(folder: str | Path) -> FolderContents:
@@ -49,14 +57,17 @@ def list_folder(folder: str | Path) -> FolderContents:
     Raises:
         UsageError: it cannot be read.
     """
-    inside = FolderContents([], [], [])
+    inside = FolderContents([], [], [], [])
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name[0] == ".":
+                if is_system(entry.name):
                     continue
                 try:
-                    if entry.is_file():
+                    if entry.name[0] == ".":
+                        if is_image(entry.name) or is_archive(entry.name) or entry.is_dir():
+                            inside.hidden.append(entry.name)
+                    elif entry.is_file():
                         inside.files.append(entry.name)
                     elif entry.is_dir():
                         inside.folders.append(entry.name)
@@ -83,11 +94,24 @@ def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
             if is_image(name):
                 images.append(name)
             else:
-                writer.reject(f"{path}/{name}", NO_IMAGE)
+                writer.reject(f"{path}/{name}", describe_no_image(name))
         for name in inside.other:
             writer.reject(f"{path}/{name}", NO_FILE)
+        for name in inside.hidden:
+            writer.reject(f"{path}/{name}", HIDDEN)
         if images:
             writer.add(writer.container("folder", path), class_name, images)
+
+
+def find_image_below(
+    folder: Path, endings: tuple[str, ...] = (*IMAGE_ENDINGS, TAR, PARQUET)
+) -> str | None:
+    """Return the path of a file in or below a folder that is, or may hold, an image; or None."""
+    for path, inside in _walk(os.path.abspath(folder)):
+        for name in inside.files:
+            if name.lower().endswith(endings):
+                return f"{path}/{name}"
+    return None
 
 
 def _walk(top: str) -> Iterator[tuple[str, FolderContents]]:
@@ -130,7 +154,7 @@ _NO_CLASS = frozenset({"", "val", "validation", "ILSVRC2012_img_val"})
 def find_loose_in_folder(folder: Path) -> str | None:
     """Return the first image of a folder that holds images and no folder or tar of a class."""
     inside = list_folder(folder)
-    tars = (name for name in inside.files if name.endswith(".tar"))
+    tars = filter(is_tar, inside.files)
     if not all(map(is_kit_name, (*inside.folders, *tars))):
         return None
     return next(filter(is_image, inside.files), None)
@@ -141,9 +165,9 @@ def find_loose_in_tar(tar: Path) -> str | None:
     with open_tar(str(tar)) as file:
         for member in read_members(file, str(tar)):
             name = member.name
-            if not member.regular or is_hidden(name):
+            if not member.regular or is_hidden(name) or is_system(name):
                 continue
-            if name.endswith(".tar"):
+            if is_tar(name):
                 return None
             if is_image(name):
                 folder = get_class(name)
@@ -158,6 +182,8 @@ def add_flat_folder(folder: Path, truth: GroundTruth, writer: ListingWriter) -> 
     inside = list_folder(folder)
     for name in inside.other:
         found.reject(name, NO_FILE)
+    for name in inside.hidden:
+        found.reject(name, HIDDEN)
     names = (name for name in inside.files if name != truth.file.name and not is_list_name(name))
     _add_labelled(((name, 0, WHOLE_FILE) for name in names), found, truth)
 
@@ -205,7 +231,7 @@ def _add_labelled(
     for name, place, size in files:
         key = strip_ending(name)
         if not is_image(name):
-            found.reject(name, NO_IMAGE)
+            found.reject(name, describe_no_image(name))
         elif key in labels:
             found.add(labels[key], name, place, size)
             missing.pop(key, None)

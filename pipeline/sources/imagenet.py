@@ -30,11 +30,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.dataset.tar import escape, read_members
-from pipeline.sources.listing import IMAGE_ENDINGS, is_class
+from pipeline.sources.names import IMAGE_ENDINGS, is_class
 from pipeline.tools.errors import UsageError
 from pipeline.tools.processes import Crash, call_isolated
 
 DEVKIT = "ILSVRC2012_devkit_t12"
+BOXES = "ILSVRC2012_bbox"
 SOLUTION = "LOC_val_solution.csv"
 SYNSET_LABELS = "synset_labels.txt"
 TITLES = ("LOC_synset_mapping.txt", "synset_words.txt", "classes.txt", "classes", "words.txt")
@@ -280,8 +281,8 @@ def validation_stem(place: int) -> str:
 
 
 def is_kit_name(name: str) -> bool:
-    """Return whether a folder or a tar of this name is ILSVRC's kit, and no class."""
-    return name.startswith(DEVKIT)
+    """Return whether a folder or a tar of this name is ILSVRC's kit or its boxes, and no class."""
+    return name.startswith((DEVKIT, BOXES))
 
 
 def is_list_name(name: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.samples import IMAGE_KINDS, Classes, refuse_same_names, sort_classes
+from pipeline.dataset.samples import Classes, refuse_same_names, sort_classes
 from pipeline.dataset.tar import ENCODING, escape
 from pipeline.tools.errors import UsageError
 from pipeline.tools.jsonl import read_all_rows
@@ -50,10 +50,6 @@ class Reject(NamedTuple):
     def to_json_line(self) -> str:
         """Return the line of `rejects.jsonl`."""
         return json.dumps(self._asdict()) + "\n"
-
-
-IMAGE_ENDINGS = tuple(f".{kind}" for kind in IMAGE_KINDS)
-"""Endings of the names of images, in lower case."""
 
 
 def read_rejects(file: Path) -> Iterator[Reject]:
@@ -170,6 +166,8 @@ class ListingWriter:
         self._ends = (scratch / "ends.bin").open("w+b")
         self._rejects = (scratch / "rejects.jsonl").open("w", encoding="utf-8")
         self._end = self.images = self.rejected = 0
+        self.kind: str | None = None
+        """Kind that the source was taken for, for messages; None if it is not known yet."""
 
     def container(self, kind: Kind, address: str) -> int:
         """Add a container, unless it is the last one added, and return its number."""
@@ -337,27 +335,3 @@ def refuse_if_too_large(size: int) -> None:
     """Raise `Unreadable` for an image that is too large to be held in memory."""
     if size > MOST_IMAGE_BYTES:
         raise Unreadable(f"too large: {size:,} bytes, {MOST_IMAGE_BYTES:,} are read at most")
-
-
-NO_IMAGE = "no image: unknown file ending"
-"""Reason for rejecting a file whose name does not end like that of an image."""
-
-NO_FILE = "no regular file: a link that leads nowhere, or a device"
-"""Reason for rejecting a name in a folder that is neither a file nor a folder."""
-
-
-def is_image(name: str) -> bool:
-    """Return whether a name ends like that of an image, in capital or small letters."""
-    return name.lower().endswith(IMAGE_ENDINGS)
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether the name of a tar member, or of a folder in it, begins with a dot."""
-    if name[:1] != "." and "/." not in name:
-        return False
-    return any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
-
-
-def is_class(word: str) -> bool:
-    """Return whether a list may name a class so: no path, and no number of unknown meaning."""
-    return word.isprintable() and "/" not in word and word.strip(".0123456789") != ""

@@ -176,13 +176,37 @@ class _LabelRows(NamedTuple):
 
 
 def is_parquet(source: str) -> bool:
-    """Return whether a source is a parquet file, a folder of them, a glob or a brace range."""
-    if find_files(source, ENDING) is not None:
-        return True
+    """Return whether a source is parquet files with images: a file, a folder, a glob or a range.
+
+    The first file that can be read tells; if none can, they are taken for some.
+    """
+    if (files := find_files(source, ENDING)) is not None:
+        known = map(_has_images, files.addresses)
+        return next((found for found in known if found is not None), True)
     if is_remote(source) or not os.path.isfile(source):  # noqa: PTH113 - it may be a long range
         return False
     with Path(source).open("rb") as file:
         return file.read(4) == b"PAR1"
+
+
+def _has_images(address: str) -> bool | None:
+    """Return whether a file has a column of images; None if it cannot be read."""
+    import pyarrow as pa
+
+    try:
+        file = open_parquet(address)
+    except Unreachable:
+        raise
+    except (pa.ArrowException, *DAMAGE):
+        return None
+    try:
+        schema = file.schema_arrow
+        fields = {field.name: field for field in schema}
+        return _find_field(IMAGES, fields, _features(schema), "Image", _holds_bytes) is not None
+    except (pa.ArrowException, *DAMAGE):
+        return None
+    finally:
+        file.close(force=True)
 
 
 def scan_parquet(

@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar, cast
 
@@ -60,6 +60,8 @@ class SourceFiles(NamedTuple):
     """Absolute paths or addresses."""
     folder: str | None
     """The folder that was named; None if the files themselves were."""
+    beside: tuple[str, ...] = ()
+    """Other files and folders where the files lie, or above them in the folder that was named."""
 
 
 def base_name(address: str) -> str:
@@ -79,7 +81,8 @@ def find_files(source: str, ending: str) -> SourceFiles | None:
     `val`, `validation`, `test`.
 
     Raises:
-        UsageError: a brace range that cannot be read, or with a file that is missing.
+        UsageError: a brace range that cannot be read, or with a file that is missing; an address
+            with nothing there.
         StoreError: the store does not answer.
     """
     source = source.removeprefix("file://")
@@ -220,11 +223,13 @@ def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
             return [system.unstrip_protocol(name) for name in system.ls(folder, detail=False)]
         return []
 
-    return _find_in_folders(
-        source.rstrip("/"),
-        ending,
-        lambda folder: retry(partial(list_store, folder), safe, RetryPolicy(), error=Unreachable),
-    )
+    @cache
+    def list_names(folder: str) -> list[str]:
+        return retry(partial(list_store, folder), safe, RetryPolicy(), error=Unreachable)
+
+    if not list_names(source.rstrip("/")):
+        raise UsageError(f"source {safe} is not there, or is empty; look for a slip in the address")
+    return _find_in_folders(source.rstrip("/"), ending, list_names)
 
 
 def _list_local(folder: str) -> list[str]:
@@ -236,23 +241,25 @@ def _list_local(folder: str) -> list[str]:
 def _find_in_folders(
     folder: str, ending: str, list_names: Callable[[str], list[str]]
 ) -> SourceFiles | None:
-    inside = list_names(folder)
-    found = _select_files(sorted(inside), ending, folder)
-    names = {base_name(name) for name in inside}
+    inside = sorted(list_names(folder))
+    found = _select_files(inside, ending, folder)
     for places in ({"data"}, set(_SPLIT_WORDS)):
         if found is None:
-            below = (sorted(list_names(f"{folder}/{name}")) for name in sorted(names & places))
-            found = _select_files(itertools.chain.from_iterable(below), ending, folder)
+            parts = [name for name in inside if base_name(name) in places]
+            below = itertools.chain.from_iterable(sorted(list_names(name)) for name in parts)
+            found = _select_files(below, ending, folder)
+            if found is not None:
+                above = tuple(name for name in inside if name not in parts)
+                found = found._replace(beside=above + found.beside)
     return found
 
 
 def _select_files(names: Iterable[str], ending: str, folder: str | None) -> SourceFiles | None:
-    chosen = tuple(
-        name
-        for name in names
-        if name.lower().endswith(ending) and not base_name(name).startswith(".")
-    )
-    return SourceFiles(chosen, folder) if chosen else None
+    chosen, beside = list[str](), list[str]()
+    for name in names:
+        fits = name.lower().endswith(ending) and not base_name(name).startswith(".")
+        (chosen if fits else beside).append(name)
+    return SourceFiles(tuple(chosen), folder, tuple(beside)) if chosen else None
 
 
 def _expand_braces(source: str) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -11,23 +12,36 @@ from typing import Literal
 from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import is_remote
 from pipeline.sources.folders import (
+    FolderContents,
     add_flat_folder,
     add_flat_tar,
     add_folder,
+    find_image_below,
     find_loose_in_folder,
     find_loose_in_tar,
     list_folder,
     read_labels,
 )
-from pipeline.sources.imagenet import find_titles, is_kit_name
-from pipeline.sources.listing import Listing, ListingWriter, is_image
+from pipeline.sources.imagenet import find_titles, is_kit_name, is_list_name
+from pipeline.sources.listing import Listing, ListingWriter
+from pipeline.sources.names import (
+    HIDDEN,
+    IMAGE_ENDINGS,
+    NO_IMAGE,
+    PARQUET,
+    TAR,
+    is_archive,
+    is_document,
+    is_image,
+    is_system,
+    is_tar,
+)
 from pipeline.sources.parquet import is_parquet, scan_parquet
+from pipeline.sources.paths import SourceFiles, base_name, detect_split, find_files
 from pipeline.sources.tars import add_class_tar, add_tar
 from pipeline.sources.webdataset import is_webdataset, scan_webdataset
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.text import hide_credentials
-
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 SplitName = Literal["train", "val"]
 
@@ -65,20 +79,11 @@ def scan(
     source = source.removeprefix("file://")
     writer = ListingWriter(scratch, source)
     try:
-        if (listing := _scan_labelled(source, writer, split, classes, numbered)) is not None:
-            return _refuse_labels(listing, labels)
-        if is_remote(source):
-            raise UsageError(
-                f"source {escape(hide_credentials(source))} is an address, but not of parquet "
-                "files or WebDataset shards; fetch it first, and name the local copy"
-            )
-        path = find_split(Path(source), split)
-        # What lies in the part may be of another kind than what lies around it.
-        if path != Path(source):
-            listing = _scan_labelled(str(path), writer, split, classes, numbered)
-        if listing is not None:
-            return _refuse_labels(listing, labels)
-        return _scan_local(path, writer, classes, labels)
+        return _scan_any(source, writer, split, classes, labels, numbered)
+    except UsageError as error:
+        if writer.kind is None:
+            raise
+        raise UsageError(f"{error}; the source was taken for {writer.kind}") from error
     except DuetError:  # a store that does not answer is an OSError, too
         raise
     except OSError as error:
@@ -88,6 +93,34 @@ def scan(
             f"source {escape(source)} cannot be listed: {escape(str(error.filename or source))} "
             f"fails ({error.strerror or error}); mend it"
         ) from error
+
+
+def _scan_any(
+    source: str,
+    writer: ListingWriter,
+    split: SplitName,
+    classes: Sequence[str] | None,
+    labels: str | None,
+    numbered: bool,
+) -> Listing:
+    if (listing := _scan_labelled(source, writer, split, classes, numbered)) is not None:
+        return _refuse_labels(listing, labels)
+    if is_remote(source):
+        raise UsageError(
+            f"source {escape(hide_credentials(source))} is an address, but not of parquet "
+            "files with images, nor of WebDataset shards (a .tar whose first samples have a .cls "
+            "or .json); fetch it first, and name the local copy"
+        )
+    path = find_split(Path(source), split)
+    # What lies in the part may be of another kind than what lies around it.
+    if path != Path(source):
+        if path.is_dir():
+            inside = list_folder(path.parent)
+            archives = {name for name in inside.files if name.startswith("ILSVRC2012_")}
+            _check_files(path.parent, inside, archives, writer)
+        if (listing := _scan_labelled(str(path), writer, split, classes, numbered)) is not None:
+            return _refuse_labels(listing, labels)
+    return _scan_local(path, writer, classes, labels)
 
 
 def find_other_split(source: str) -> str | None:
@@ -144,27 +177,76 @@ def _scan_labelled(
     numbered: bool,
 ) -> Listing | None:
     """List a source of parquet files or WebDataset shards; None if it is neither."""
-    if is_parquet(source):
-        return scan_parquet(source, writer, split, classes, numbered)
-    if is_webdataset(source):
-        return scan_webdataset(source, writer, split, classes, numbered)
-    return None
+    in_parquet, in_shards = is_parquet(source), is_webdataset(source, split)
+    parquet, shards = find_files(source, PARQUET), find_files(source, TAR)
+    if in_parquet and in_shards and parquet and shards:
+        raise _mixed_error(
+            source,
+            f"parquet files with images ({base_name(parquet.addresses[0])})",
+            f"WebDataset shards ({base_name(shards.addresses[0])})",
+        )
+    if not in_shards and parquet and not in_parquet:  # without images; they are refused by name
+        alone = is_remote(source) or find_image_below(Path(source), (*IMAGE_ENDINGS, TAR)) is None
+        in_parquet = alone
+    if not in_shards and not in_parquet:
+        return None
+    writer.kind = "WebDataset shards" if in_shards else "parquet files"
+    if files := shards if in_shards else parquet:
+        _check_beside(source, files, writer, split)
+    return (scan_webdataset if in_shards else scan_parquet)(
+        source, writer, split, classes, numbered
+    )
+
+
+def _check_beside(source: str, files: SourceFiles, writer: ListingWriter, split: SplitName) -> None:
+    """Reject or refuse what lies beside shards or parquet files and is no known bystander.
+
+    Raises:
+        UsageError: an archive, or a folder with images: they may be of the same set.
+    """
+    for address in files.beside:
+        name = base_name(address)
+        if is_system(name) or is_list_name(name):
+            continue
+        if not is_remote(address) and Path(address).is_dir():
+            if image := find_image_below(Path(address)):
+                first = base_name(files.addresses[0])
+                raise _mixed_error(source, f"{writer.kind} ({first})", f"a folder with {image}")
+        elif name.lower().endswith((TAR, PARQUET)) or is_document(name):
+            continue  # neither shards nor with images, or it would be of another kind
+        elif not is_archive(name):
+            writer.reject(
+                hide_credentials(address), f"it lies beside {writer.kind}, and is not read"
+            )
+        elif detect_split(name) in (None, split):
+            raise UsageError(
+                f"{escape(hide_credentials(address))} lies beside {writer.kind}, and is an archive "
+                "that is not read; unpack it to a .tar if it is one of them, else move it away"
+            )
+
+
+def _mixed_error(source: str, *kinds: str) -> UsageError:
+    return UsageError(
+        f"source {escape(hide_credentials(source))} holds {' and '.join(map(escape, kinds))}; name "
+        "the files or the folder that are meant, or move the others away"
+    )
 
 
 def _scan_local(
     source: Path, writer: ListingWriter, classes: Sequence[str] | None, labels: str | None
 ) -> Listing:
     """List folders and tars."""
-    is_tar = source.is_file()
-    loose = find_loose_in_tar(source) if is_tar else find_loose_in_folder(source)
+    one_tar = source.is_file()
+    loose = find_loose_in_tar(source) if one_tar else find_loose_in_folder(source)
     titles: dict[str, str] = {}
     if loose is not None:
         truth = read_labels(source, loose, labels)
-        titles = truth.titles
-        (add_flat_tar if is_tar else add_flat_folder)(source, truth, writer)
+        titles, writer.kind = truth.titles, "unsorted images with a list of their labels"
+        (add_flat_tar if one_tar else add_flat_folder)(source, truth, writer)
         listing = writer.finish(truth.classes if classes is None else classes)
     else:
-        (add_tar if is_tar else _add_classes)(source, writer)
+        writer.kind = "a tar of classes"
+        (add_tar if one_tar else _add_classes)(source, writer)
         listing = _refuse_labels(writer.finish(classes), labels)
     titles = titles or find_titles(source, listing.classes)
     if not titles:
@@ -174,41 +256,66 @@ def _scan_local(
 
 def _add_classes(source: Path, writer: ListingWriter) -> None:
     """Add a folder that holds a folder or a tar per class."""
+    writer.kind = "a folder of classes"
     inside = list_folder(source)
-    folders = [name for name in inside.folders if not is_kit_name(name)]
-    tars = [name for name in inside.files if name.endswith(".tar") and not is_kit_name(name)]
+    tars = {name for name in inside.files if is_tar(name) and not is_kit_name(name)}
+    _check_files(source, inside, tars, writer)
+    places = [(name, name) for name in inside.folders if not is_kit_name(name)]
+    places += [(name[: -len(TAR)], name) for name in tars]
+    if not places:
+        raise UsageError(
+            f"source {escape(str(source))} is empty; "
+            "it needs a folder (or a tar) of images per class"
+        )
+    counts = Counter(class_name for class_name, _ in places)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UsageError(
+            f"class {min(twice)!r} is both a folder and a tar (or two tars) in source "
+            f"{escape(str(source))}; merge them"
+        )
+    for class_name, name in sorted(places):
+        writer.need_class(class_name)
+        add = add_class_tar if name in tars else add_folder
+        add(source / name, class_name, writer)
+
+
+def _check_files(
+    source: Path, inside: FolderContents, used: Collection[str], writer: ListingWriter
+) -> None:
+    """Reject or refuse the files of a folder of classes, or of splits, that are neither.
+
+    Raises:
+        UsageError: an image, an archive or a hidden folder with images: a class may be behind it.
+    """
     for name in inside.files:
         if is_image(name):
             raise UsageError(
                 f"image {escape(f'{source}/{name}')} lies outside a class; "
                 "put it into a folder named as its class"
             )
+        if name in used or is_list_name(name) or is_document(name):
+            continue
+        if is_archive(name):
+            raise UsageError(
+                f"{escape(f'{source}/{name}')} is an archive that is not looked into, or "
+                "compressed; unpack it to a .tar first if it is a class (images do not get "
+                "smaller), else move it away"
+            )
+        writer.reject(f"{source}/{name}", NO_IMAGE)
+    for name in inside.hidden:
+        path = source / name
+        if path.is_dir() and find_image_below(path):
+            raise UsageError(
+                f"folder {escape(str(path))} begins with a dot, so it is no class; rename it if "
+                "it is one, else move it away"
+            )
+        if not path.is_dir():
+            writer.reject(str(path), HIDDEN)
     for name in inside.other:  # all images of a class may be behind it
         raise UsageError(
             f"{escape(f'{source}/{name}')} is a link that leads nowhere, or a device; "
             "mend or remove it"
         )
-    if not folders and not tars:
-        if packed := [name for name in inside.files if name.endswith(COMPRESSED)]:
-            raise UsageError(
-                f"{escape(f'{source}/{packed[0]}')} is compressed; unpack it to a .tar first "
-                "(images do not get smaller)"
-            )
-        raise UsageError(
-            f"source {escape(str(source))} is empty; "
-            "it needs a folder (or a tar) of images per class"
-        )
-    both = set(folders) & {name.removesuffix(".tar") for name in tars}
-    if both:
-        raise UsageError(
-            f"class {min(both)!r} is both a folder and a tar in source {escape(str(source))}"
-            "; merge them"
-        )
-    for name in sorted([*folders, *tars], key=lambda name: name.removesuffix(".tar")):
-        class_name = name.removesuffix(".tar") if name in tars else name
-        writer.need_class(class_name)
-        add = add_class_tar if name in tars else add_folder
-        add(source / name, class_name, writer)
 
 
 def _refuse_labels(listing: Listing, labels: str | None) -> Listing:

@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.dataset.tar import Member, escape, read_members
-from pipeline.sources.listing import NO_IMAGE, Kind, ListingWriter, is_hidden, is_image
+from pipeline.sources.listing import Kind, ListingWriter
+from pipeline.sources.names import (
+    HARD_LINK,
+    HIDDEN,
+    LINK,
+    describe_no_image,
+    is_archive,
+    is_document,
+    is_hidden,
+    is_image,
+    is_system,
+    is_tar,
+)
 from pipeline.tools.errors import UsageError
 
 BATCH = 1 << 14
@@ -60,41 +72,50 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
     """Add the images of one tar that holds a tar or a folder per class.
 
     Raises:
-        UsageError: the tar is damaged or cannot be read, or an image lies outside a class.
+        UsageError: the tar is damaged or cannot be read, or an image lies outside a class, or an
+            archive beside the classes.
     """
     address = os.path.abspath(path)
     found = ImageBuffer(writer, "tar", address)
     inner: set[str] = set()
+    packed: str | None = None
     folder, class_name, above = "", "", ""
     with open_tar(address) as file:
         for member in select_files(read_members(file, address), found):
             name = member.name
             at = name.rfind("/") + 1
-            if name.endswith(".tar"):
+            if is_tar(name):
                 _add_inner(file, member, inner, found)
                 continue
             if name[:at] != folder:  # members of a class mostly follow one another
                 folder, class_name = name[:at], get_class(name)
-            if class_name not in ("", "..") and is_image(name):
-                above = _check_parent(address, name, above)
+            if is_archive(name) and (packed is None or not class_name):
+                packed = name
             if class_name == "..":
                 found.reject(name, "no class: its folder is `..`")
             elif not is_image(name):
-                if class_name:  # else a README beside the classes
-                    found.reject(name, NO_IMAGE)
+                if class_name or not is_document(name):  # else a README beside the classes
+                    found.reject(name, describe_no_image(name))
             elif class_name:
+                above = _check_parent(address, name, above)
                 found.add(class_name, name, member.offset, member.size)
             else:
                 raise UsageError(
                     f"{escape(address)} holds {escape(name)} outside a class; "
                     "it needs tars or folders, one a class"
                 )
+    # Beside tars that are classes it may be one, too; inside a class it is a reject.
+    if packed is not None and (inner or not get_class(packed)):
+        raise UsageError(
+            f"tar {escape(address)} holds {escape(packed)}, an archive that is not looked into; "
+            "put a plain .tar in its place if it is a class, else remove it"
+        )
     found.flush()
 
 
 def _add_inner(file: BinaryIO, outer: Member, known: set[str], found: ImageBuffer) -> None:
     """Add the images of a tar inside a tar: one class."""
-    class_name = outer.name.rpartition("/")[2].removesuffix(".tar")
+    class_name = outer.name.rpartition("/")[2][:-4]
     if class_name in known:
         raise UsageError(
             f"tar {escape(found.address)} holds class {class_name!r} twice; merge them"
@@ -147,20 +168,23 @@ def open_tar(address: str) -> BinaryIO:
 def select_files(
     members: Iterator[Member], found: ImageBuffer, prefix: str = ""
 ) -> Iterator[Member]:
-    """Yield the regular files that are not hidden; a link named as an image is rejected."""
+    """Yield the regular files; an image that is hidden or a link is rejected."""
     for member in members:
-        if is_hidden(member.name):
+        if is_system(member.name):
             continue
-        if member.regular:
+        if is_hidden(member.name):
+            if is_image(member.name) or is_archive(member.name):
+                found.reject(prefix + member.name, HIDDEN)
+        elif member.regular:
             yield member
         elif is_image(member.name):
-            found.reject(prefix + member.name, "no regular file: a link, a folder or a device")
+            found.reject(prefix + member.name, HARD_LINK if member.hard_link else LINK)
 
 
 def _add_all(inside: Iterator[Member], prefix: str, class_name: str, found: ImageBuffer) -> None:
     """Add all members of a tar that is one class."""
-    for name, offset, size, _ in select_files(inside, found, prefix):
+    for name, offset, size, *_ in select_files(inside, found, prefix):
         if is_image(name):
             found.add(class_name, prefix + name, offset, size)
         else:
-            found.reject(prefix + name, NO_IMAGE)
+            found.reject(prefix + name, describe_no_image(name))

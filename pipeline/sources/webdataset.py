@@ -28,7 +28,17 @@ from pipeline.dataset.samples import (
 from pipeline.dataset.tar import Member, escape, read_members
 from pipeline.remote.filesystem import is_remote
 from pipeline.sources.classes import LabelMapper
-from pipeline.sources.listing import Listing, ListingWriter, is_image
+from pipeline.sources.listing import Listing, ListingWriter
+from pipeline.sources.names import (
+    HARD_LINK,
+    HIDDEN,
+    LINK,
+    TAR,
+    is_hidden,
+    is_image,
+    is_system,
+    is_tar,
+)
 from pipeline.sources.paths import (
     SourceFiles,
     base_name,
@@ -42,13 +52,10 @@ from pipeline.sources.paths import (
 from pipeline.tools.errors import UsageError
 from pipeline.tools.text import hide_credentials
 
-ENDING = ".tar"
 SAMPLES = 4096
 """Most samples of a shard that are in memory at a time."""
-LOOK = 64
-"""Members of the first shard that are examined to detect the kind of a source."""
-LOOK_ON = 1 << 14
-"""Members of a local one that are searched for the labels of images, in 0.4 s."""
+LOOK, LOOK_ON = 64, 1 << 14
+"""Members of a tar that are examined to detect the kind of a source; and of one in doubt, 0.4 s."""
 LARGEST_MANIFEST = 64 << 20
 """Size limit of a manifest or a list of classes in bytes."""
 
@@ -83,45 +90,76 @@ class _ShardPart:
 
     def skip(self, member: Member) -> None:
         """Take note of a member that belongs to no sample."""
-        if is_image(member.name) and not member.regular:
-            self.reject(member.name, "no image: a link")
+        if is_system(member.name) or not is_image(member.name):
+            return
+        if is_hidden(member.name):
+            self.reject(member.name, HIDDEN)
+        elif not member.regular:
+            self.reject(member.name, HARD_LINK if member.hard_link else LINK)
 
 
-def is_webdataset(source: str) -> bool:
-    """Return whether a source is WebDataset shards, by the first members of its first tar.
+def is_webdataset(source: str, split: str = "train") -> bool:
+    """Return whether a source is WebDataset shards, by the first members of its tars.
 
-    A tar of images alone, such as a class, is no shard.
+    Tars of images alone, such as classes, are no shards. Tars without either do not count.
+
+    Args:
+        source: folder, tar, glob, brace range or address, as the user named it.
+        split: `train` or `val`; chooses among the shards of a folder by their names.
 
     Raises:
-        UsageError: a brace range that cannot be read, or a first tar that is damaged.
-        OSError: the first tar cannot be opened.
+        UsageError: a brace range that cannot be read, a tar that is damaged, or shards and other
+            tars of images beside each other.
+        OSError: a tar cannot be opened.
     """
-    files = find_files(source, ENDING)
+    files = find_files(source, TAR)
     if files is None:
         return False
-    first = files.addresses[0]
-    images, others = set[str](), set[str]()
-    with open_file(first) as file:
-        members = read_members(file, first)
-        for sample in group_samples(islice(members, LOOK)):
-            kinds = {part.kind for part in sample.parts}
-            if kinds & {*IMAGE_KINDS}:
-                images.add(sample.key)
-            if kinds & {"json", "txt"}:
-                others.add(sample.key)
-            # An image and a caption or a record are a sample, if without a label.
-            if "cls" in kinds or sample.key in images & others:
-                return True
-        # A tar that was not sorted may have all labels behind all images.
-        for sample in group_samples(islice(members, 0 if is_remote(first) else LOOK_ON)):
-            kinds = {part.kind for part in sample.parts}
-            if kinds & {*IMAGE_KINDS}:
-                images.add(sample.key)
-            elif (sample.key in images and "cls" in kinds) or (
-                sample.key in images and "json" in kinds and "/" not in sample.key
-            ):
-                return True
+    try:
+        addresses = select_split(files, split, source)
+    except UsageError:  # classes, too, may be called `train`
+        addresses = files.addresses
+    shard = plain = None
+    for address in addresses:
+        labelled = _is_labelled(address, LOOK)
+        if labelled:
+            shard = shard or address
+        elif labelled is not None:
+            plain = plain or address
+        if is_remote(source) and (shard or plain):  # only shards can be used from there
+            break
+    # All labels may lie behind all images.
+    if plain is None or is_remote(source):
+        return shard is not None
+    if _is_labelled(plain, LOOK_ON):
+        return True
+    if shard is not None:
+        raise UsageError(
+            f"source {escape(source)} holds WebDataset shards ({escape(base_name(shard))}) and "
+            f"tars of images without labels ({escape(base_name(plain))}); name the files that are "
+            "meant, or move the others away"
+        )
     return False
+
+
+def _is_labelled(address: str, look: int) -> bool | None:
+    """Return whether the first `look` members of a tar hold labels; None without images, too."""
+    images, others = set[str](), set[str]()
+    inner = False
+    with open_file(address) as file:
+        for place, member in enumerate(islice(read_members(file, address), look)):
+            inner = inner or is_tar(member.name)
+            for sample in group_samples([member]):
+                key, kind, near = sample.key, sample.parts[0].kind, place < LOOK
+                if kind in IMAGE_KINDS:
+                    images.add(key)
+                elif kind == "json" or (near and kind == "txt"):
+                    others.add(key)
+                # An image and a caption or a record are a sample, if without a label.
+                known = key in images & others and (near or "/" not in key)
+                if known or (kind == "cls" and (near or key in images)):
+                    return True
+    return False if images or inner else None
 
 
 def scan_webdataset(
@@ -144,10 +182,10 @@ def scan_webdataset(
         UsageError: a damaged shard, labels that do not fit together, or as `LabelMapper.finish`.
         OSError: a shard cannot be opened or read; of a store, `Unreachable`.
     """
-    files = find_files(source, ENDING)
+    files = find_files(source, TAR)
     if files is None:
         raise UsageError(f"source {hide_credentials(source)} names no shards")
-    addresses, labels = _select_shards(files, source, split, classes, numbered)
+    addresses, labels = _select_shards(files, source, split, classes, numbered, writer)
     titles: dict[int, str] = {}
     for part in scan_each(addresses, _scan_shard, is_remote(source)):
         _add_part(part, writer, labels, titles)
@@ -155,7 +193,12 @@ def scan_webdataset(
 
 
 def _select_shards(
-    files: SourceFiles, source: str, split: str, classes: Sequence[str] | None, numbered: bool
+    files: SourceFiles,
+    source: str,
+    split: str,
+    classes: Sequence[str] | None,
+    numbered: bool,
+    writer: ListingWriter,
 ) -> tuple[tuple[str, ...], LabelMapper]:
     """Return the shards of a split, and the classes that a file beside them lists."""
     first = files.addresses[0]
@@ -189,6 +232,10 @@ def _select_shards(
         raise UsageError(
             f"source {hide_credentials(source)} lacks shard {min(lost)}, which its manifest names"
         )
+    known = set().union(*inside.values())
+    for address in files.addresses:
+        if base_name(address) not in known:
+            writer.reject(hide_credentials(address), "no shard: the manifest beside it lacks it")
     return chosen, labels
 
 

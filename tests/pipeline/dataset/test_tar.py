@@ -53,7 +53,13 @@ def ours(data: bytes, start: int = 0, stop: int | None = None) -> list[Member]:
 def tarfiles(data: bytes) -> list[Member]:
     with tarfile.open(fileobj=io.BytesIO(data), encoding="utf-8") as tar:
         return [
-            Member(info.name, info.offset_data, info.size if info.isreg() else 0, info.isreg())
+            Member(
+                info.name,
+                info.offset_data,
+                info.size if info.isreg() else 0,
+                info.isreg(),
+                info.islnk(),
+            )
             for info in tar
         ]
 

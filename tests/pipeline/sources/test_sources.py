@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.sources import Listing, ListingWriter, Unreadable, scan
+from pipeline.sources.names import HIDDEN
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES, jpeg
 from tests.helpers.sources import read_contents
@@ -91,12 +92,13 @@ def test_links_nesting_case_and_hidden_files(tmp_path, listed):
     assert listing.rows["label"].tolist() == [0, 0, 1, 2]
     rejects = [(Path(name).name, reason) for name, reason in listing.rejects()]
     assert rejects[0] == ("up", "no regular file: a link that leads nowhere, or a device")
-    assert sorted(rejects[1:4]) == [
+    assert sorted(rejects[1:5])[1:] == [
         ("lost.jpg", "no regular file: a link that leads nowhere, or a device"),
         ("notes.txt", "no image: unknown file ending"),
         ("pipe.jpg", "no regular file: a link that leads nowhere, or a device"),
     ]
-    assert listing.rejected == len(rejects) == 7
+    assert rejects.count((".hidden.jpg", HIDDEN)) == 2  # b, and the link to it
+    assert listing.rejected == len(rejects) == 9
 
 
 @pytest.mark.parametrize(
@@ -210,11 +212,14 @@ def test_tricks_of_untrusted_tars_end_as_rejects(tmp_path, listed):
     assert read_contents(listing)[0] == ("a", b"x")
 
 
-def test_hidden_members_of_tars_are_left_alone(tmp_path, listed):
-    names = ["a/1.jpg", "./b/2.jpg", "a/._1.jpg", "__MACOSX/a/._1.jpg", "a/.thumbs/1.jpg", ".x.jpg"]
-    listing = listed(tar_of(tmp_path / "s.tar", dict.fromkeys(names, b"x")))
+def test_hidden_members_of_tars_are_told_but_those_of_systems(tmp_path, listed):
+    names = ["a/1.jpg", "./b/2.jpg", "a/._1.jpg", "__MACOSX/a/._1.jpg", "@eaDir/1.jpg", ".git/x.gz"]
+    hidden = ["a/.thumbs/1.jpg", ".x.jpg", ".net/1.jpg", ".net.zip"]
+    listing = listed(tar_of(tmp_path / "s.tar", dict.fromkeys([*names, *hidden, ".keep"], b"x")))
     assert list(listing.names) == names[:2]
-    assert (listing.classes, listing.rejected) == (("a", "b"), 0)
+    assert listing.classes == ("a", "b")
+    assert [item.name.partition(".tar/")[2] for item in listing.rejects()] == hidden
+    assert {item.reason for item in listing.rejects()} == {HIDDEN}
 
 
 def test_a_tar_of_many_images_in_two_batches(tmp_path, listed):

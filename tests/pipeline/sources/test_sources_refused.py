@@ -106,7 +106,7 @@ def _address(tmp_path):
         (_class_twice, "holds class 'a' twice"),
         (_class_that_is_no_text, r"class name 'b\\x1b\[2J' .* is no text"),
         (_class_behind_a_broken_link, "b is a link that leads nowhere"),
-        (_address, "memory://nowhere/pictures is an address, but not of"),
+        (_address, "memory://nowhere/pictures is not there, or is empty"),
     ],
 )
 def test_sources_that_cannot_work_are_refused_in_one_line(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pipeline.dataset.samples import TORN, group_by_key, parse_label
 from pipeline.dataset.tar import read_members
 from pipeline.sources.listing import Listing
+from pipeline.sources.names import HARD_LINK, HIDDEN, LINK
 from pipeline.sources.webdataset import is_webdataset
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import CLASSES
@@ -81,6 +82,7 @@ def test_samples_that_cannot_be_used(tmp_path):
             *(("late.jpg", image), ("other.cls", b"1"), ("late.cls", b"1")),
             *(("array.npy", b""), ("array.cls", b"1")),
             *((".hidden.jpg", b""), ("__meta__/x.jpg", b""), ("README", b""), ("r.md", b"")),
+            *(("._ok.jpg", b""), ("x/._ok.jpg", b""), ("x/._ok.cls", b"")),
         ],
     )
     listing = scan(shard, tmp_path / "scratch")
@@ -112,6 +114,7 @@ def test_samples_that_cannot_be_used(tmp_path):
         "other": "it has no image",
         "late": TORN,
         "array": "its image is a .npy, which is not read",
+        ".hidden.jpg": HIDDEN,
     }
 
 
@@ -144,12 +147,16 @@ def test_links_are_no_images(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
-        link = tarfile.TarInfo("c.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
+        for name, kind, target in (
+            ("c.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+            ("d.jpg", tarfile.LNKTYPE, "a.jpg"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
     listing = scan(path, tmp_path / "scratch")
     assert len(listing) == 2
-    assert rejects(listing) == {"c.jpg": "no image: a link"}
+    assert rejects(listing) == {"c.jpg": LINK, "d.jpg": HARD_LINK}
 
 
 @pytest.mark.parametrize("ending", ["cls", "json"])
