@@ -112,7 +112,7 @@ _START = b"\xff\xd8\xff"
 _SCAN, _APP1, _APP2 = 0xDA, 0xE1, 0xE2
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _BARE = {0x01, *range(0xD0, 0xD8)}
-_EXIF, _ICC = b"Exif\0\0", b"ICC_PROFILE\0"
+_EXIF, _ICC, _XMP = b"Exif\0\0", b"ICC_PROFILE\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 
 @dataclass
@@ -128,6 +128,8 @@ class JpegHeader:
     """n of the frame's marker SOFn: 0 baseline, 1 extended, 2 progressive."""
     exif: bytes = b""
     """The first Exif segment without its name."""
+    xmp: bytes = b""
+    """The first XMP segment without its name."""
     icc: list[bytes] = field(default_factory=list)
     """Segments of the colour profile, in stored order."""
 
@@ -187,6 +189,8 @@ def _read_segment(header: JpegHeader, marker: int, body: bytes) -> None:
         header.components = body[5]
     elif marker == _APP1 and body.startswith(_EXIF) and not header.exif:
         header.exif = body[len(_EXIF) :]
+    elif marker == _APP1 and body.startswith(_XMP) and not header.xmp:
+        header.xmp = body[len(_XMP) :]
     elif marker == _APP2 and body.startswith(_ICC):
         header.icc.append(body[len(_ICC) :])
 

@@ -24,16 +24,18 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.dataset.images import SIZE, Pixels
 from pipeline.dataset.jpeg_header import (
@@ -53,6 +55,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x0112
 """Number of the Exif tag."""
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 LEAST_KEPT = 8
 """JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times `SIZE` pixels remain.
 
@@ -63,8 +66,16 @@ SCRATCH = 4 * 2**20
 """Bytes of decoded images that are put in the same place each time, where the cache has them."""
 BAND = 2**20
 """Values of a deep image that are converted at once."""
+MOST_FRACTION = 1.1
+"""Largest value of an image of fractions: white is 1, and resampling may have gone beyond it."""
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, SIGNED = 258, 262, 339, 2
+"""Numbers of TIFF's tags, and the sample format of signed numbers."""
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+"""Kinds of a PNG's chunks that hold text."""
 MAX_PROFILE = 4 * 2**20
-"""Bytes of a colour profile; larger ones are ignored."""
+"""Bytes of a colour profile, or of a text in a PNG; larger ones are ignored."""
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE  # Pillow refuses the image for a larger one
 SAME_LEVELS = 1
 """Levels by which a profile may move a colour and still count as sRGB."""
 ACCURATE = 96
@@ -154,7 +165,7 @@ def jpeg_path(data: bytes, header: JpegHeader) -> Pixels | None:
         return None
     except MemoryError:
         return None
-    return turn_upright(pixels_to_srgb(resample(pixels), profile), read_orientation(header.exif))
+    return turn_upright(pixels_to_srgb(resample(pixels), profile), read_orientation(header))
 
 
 def choose_reduction(side: int) -> int:
@@ -214,7 +225,7 @@ def pillow_path(data: bytes, min_side: int) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF, large images: not the user's matter
-            with limit_time(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with limit_time(), _open(data) as image:
                 check_size(*image.size, min_side)
                 _check_tiles(image)
                 with _silence_stderr() if image.format == "TIFF" else nullcontext():
@@ -224,6 +235,54 @@ def pillow_path(data: bytes, min_side: int) -> Pixels:
     # Pillow's decoders raise what they please on damaged input; whatever it is, it is this file.
     except Exception as error:
         raise ImageError(_describe_error(error)) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(drop_odd_chunks(data)), formats=FORMATS)
+
+
+def drop_odd_chunks(data: bytes) -> bytes:
+    """Return a PNG without the texts and profiles for which Pillow would refuse it.
+
+    They are longer than `MAX_PROFILE`, more than Pillow's limit together, or compressed in a way
+    that does not exist.
+    """
+    if not data.startswith(PNG):
+        return data
+    at, kept, room, parts = len(PNG), 0, PngImagePlugin.MAX_TEXT_MEMORY, []
+    while at + 12 <= len(data):
+        kind, begin = data[at + 4 : at + 8], at + 8
+        stop = begin + int.from_bytes(data[at : at + 4], "big") + 4
+        if kind in (*PNG_TEXTS, b"iCCP"):
+            length = _measure_text(kind, data[begin : stop - 4])
+            if length is None or length > room:
+                parts.append(data[kept:at])
+                kept = stop
+            elif kind in PNG_TEXTS:
+                room -= length
+        at = stop
+    return b"".join([*parts, data[kept:]]) if parts else data
+
+
+def _measure_text(kind: bytes, body: bytes) -> int | None:
+    """Return the bytes of a text or profile in a chunk, unpacked; None if there are too many, or
+    it cannot be unpacked.
+    """
+    _, _, text = body.partition(b"\0")
+    if kind == b"iTXt" and text[:2] == b"\1\0":
+        text = text[2:].split(b"\0", 2)[-1]
+    elif kind in (b"tEXt", b"iTXt"):
+        return len(text)
+    elif text[:1] in (b"\0", b"") and (text or kind == b"zTXt"):
+        text = text[1:]
+    else:
+        return None
+    unpacker = zlib.decompressobj()
+    try:
+        length = len(unpacker.decompress(text, MAX_PROFILE))
+    except zlib.error:  # Pillow passes over it
+        return 0
+    return None if unpacker.unconsumed_tail else length
 
 
 def _check_tiles(image: Image.Image) -> None:
@@ -250,13 +309,14 @@ def _crop_and_resample(image: Image.Image) -> Pixels:
     factor = choose_reduction(min(image.size))
     if image.format == "JPEG" and factor > 1:
         image.draft(None, (image.width // factor, image.height // factor))
+    scale = _read_scale(image)
     image.load()  # a TIFF is turned upright by it
-    turned = valid_orientation(image.getexif().get(ORIENTATION))
+    turned = _read_orientation(image)
     profile = image.info.get("icc_profile") or None
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     middle = image.crop((left, top, left + side, top + side))
-    small = _to_resamplable(middle).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    small = _to_resamplable(middle, scale).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     if small.mode != "RGBA":
         return turn_upright(np.asarray(to_srgb(small, profile)), turned)
     colours = to_srgb(small.convert("RGB"), profile)
@@ -264,10 +324,44 @@ def _crop_and_resample(image: Image.Image) -> Pixels:
     return turn_upright(np.asarray(Image.composite(colours, white, small.getchannel("A"))), turned)
 
 
-def _to_resamplable(image: Image.Image) -> Image.Image:
+class _Scale(NamedTuple):
+    """Meaning of the values of a deep grey image; it follows from its type, not from its pixels."""
+
+    white: float
+    """Value of white; black is 0."""
+    inverted: bool
+    """True if 0 is white."""
+
+
+def _read_scale(image: Image.Image) -> _Scale | None:
+    """Return the scale of a grey image of more than 8 bits; None for other images.
+
+    The transparent value of a PNG is brought to the depth in which Pillow holds the pixels.
+
+    Raises:
+        ImageError: whole numbers of 32 bits, which have no scale.
+    """
+    clear, raw = image.info.get("transparency"), image.tile[0].args if image.tile else None
+    if raw == "RGB;16B" and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif raw in ("L;2", "L;4") and isinstance(clear, int):
+        image.info["transparency"] = clear * (85 if raw == "L;2" else 17)
+    if not image.mode.startswith(("I", "F")):
+        return None
+    tags = getattr(image, "tag_v2", {})
+    inverted = tags.get(PHOTOMETRIC) == 0
+    if image.mode == "F":
+        return _Scale(1, inverted)
+    bits = tags.get(BITS, (16,))[0]  # a PNG has 16, and Pillow brings a PGM to 16
+    if bits > 16:
+        raise ImageError(f"whole numbers of {bits} bits, whose white is unknown; save it with 16")
+    return _Scale(2 ** (bits - (tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED)) - 1, inverted)
+
+
+def _to_resamplable(image: Image.Image, scale: _Scale | None) -> Image.Image:
     """Return the image in a mode that can be resampled: L, RGB, RGBA or CMYK."""
-    if image.mode.startswith(("I", "F")):
-        return _to_eight_bits(image)
+    if scale is not None:
+        return _to_eight_bits(image, scale)
     if "A" in image.mode.upper() or "transparency" in image.info:
         return image.convert("RGBA")
     if image.mode == "1":
@@ -275,18 +369,26 @@ def _to_resamplable(image: Image.Image) -> Image.Image:
     return image if image.mode in {"L", "RGB", "CMYK"} else image.convert("RGB")
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return deep grey as L, in bands: 16 bits become 8; fractions, as floats come, 0..255."""
+def _to_eight_bits(image: Image.Image, scale: _Scale) -> Image.Image:
+    """Return deep grey as L, or RGBA where a value is transparent; in bands.
+
+    Raises:
+        ImageError: fractions beyond 1, which is white.
+    """
     values = np.asarray(image)
     rows = max(1, BAND // max(1, image.width))
-    bands = [values[top : top + rows] for top in range(0, image.height, rows)]
-    largest = max(float(np.nanmax(band, initial=0)) for band in bands)
-    scale = 1 / 257 if largest > 255 else 255 if image.mode == "F" and largest <= 1 else 1
     out = np.empty(values.shape, np.uint8)
-    for top, band in zip(range(0, image.height, rows), bands, strict=True):
-        scaled = np.nan_to_num(band.astype(np.float64) * scale, posinf=255, neginf=0)
+    for top in range(0, image.height, rows):
+        band = values[top : top + rows].astype(np.float64)
+        if scale.white == 1 and band.max(where=np.isfinite(band), initial=0) > MOST_FRACTION:
+            raise ImageError("fractions beyond 1, whose white is unknown; save it with 16 bits")
+        scaled = np.nan_to_num(band * (255 / scale.white), posinf=255, neginf=0)
         out[top : top + rows] = scaled.clip(0, 255).round()
-    return Image.fromarray(out)
+    grey = Image.fromarray(255 - out if scale.inverted else out)
+    if (clear := image.info.get("transparency")) is None:
+        return grey
+    alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    return Image.merge("RGBA", (grey, grey, grey, alpha))
 
 
 def _describe_error(error: Exception) -> str:
@@ -344,17 +446,29 @@ def _make_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
         return None
 
 
-def read_orientation(exif: bytes) -> int:
-    """Return 1..8 from the Exif data of a JPEG; 1, upright, where they say nothing valid."""
-    if not exif:
-        return 1
+def read_orientation(header: JpegHeader) -> int:
+    """Return 1..8 from the Exif data of a JPEG, or else its XMP, as Pillow does; 1 is upright."""
+    if header.exif:
+        tags = Image.Exif()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tags.load(header.exif)
+            if ORIENTATION in tags:
+                return valid_orientation(tags.get(ORIENTATION))
+        except Exception:  # Pillow's reader raises what it pleases on damaged data
+            return 1
+    found = _XMP_ORIENTATION.search(header.xmp)
+    return valid_orientation(int(found[1])) if found else 1
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """Return 1..8 from the metadata of an image that Pillow has opened; 1 if they are damaged."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tags = Image.Exif()
-            tags.load(exif)
-            return valid_orientation(tags.get(ORIENTATION))
-    except Exception:  # Pillow's reader raises what it pleases on damaged data
+        return valid_orientation(image.getexif().get(ORIENTATION))
+    except ImageError:
+        raise  # the time is over
+    except Exception:  # as above
         return 1
 
 
