@@ -341,7 +341,8 @@ def _read_scale(image: Image.Image) -> _Scale | None:
     Raises:
         ImageError: whole numbers of 32 bits, which have no scale.
     """
-    clear, raw = image.info.get("transparency"), image.tile[0].args if image.tile else None
+    clear, tiles = image.info.get("transparency"), getattr(image, "tile", ())
+    raw = tiles[0].args if tiles else None
     if raw == "RGB;16B" and isinstance(clear, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     elif raw in ("L;2", "L;4") and isinstance(clear, int):

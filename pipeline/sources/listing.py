@@ -251,8 +251,8 @@ class ListingWriter:
         rows_file = self._scratch / "rows.bin"
         table = np.array([known.find_number(name) for name in self._classes], np.int32)
         counts = _relabel(rows_file, table, len(names))
-        for name in self._classes:
-            if counts[known.find_number(name)] == 0:
+        for name, place in zip(self._classes, table, strict=True):
+            if counts[place] == 0:
                 why = self.summarize_rejects(f"/{name}/", f"/{name}.tar/")
                 raise UsageError(
                     f"class {name!r} of source {self._source} has no images that can be packed "
