@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
+from pipeline.dataset.jpeg_header import ImageError
 from pipeline.packing import resize
-from pipeline.packing.jpeg_header import ImageError
 from pipeline.packing.resize import decode_square
 from tests.helpers.images import pixels as drawn
 from tests.helpers.source_images import check_roads, profile, psnr, saved
