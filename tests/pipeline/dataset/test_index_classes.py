@@ -87,7 +87,7 @@ def test_float_labels_are_numbers_and_were_words(tmp_path):
     assert rows_of(tmp_path, "train")["label"].tolist() == [*range(12)] * 2
     assert verify(tmp_path) == []
     words = tuple(sorted(f"{n}.0" for n in range(12)))  # as a release before sealed them
-    rows = load_index(tmp_path, "train", manifest.splits["train"]).copy()
+    rows = load_index(tmp_path, "train", manifest).copy()
     rows["label"] = [words.index(f"{n}.0") for n in rows["label"]]
     split = replace(manifest.splits["train"], index_sha256=save_index(tmp_path, "train", rows))
     replace(manifest, classes=words, splits={"train": split}).save(tmp_path)

@@ -161,7 +161,7 @@ def test_links_are_no_images(tmp_path):
 
 @pytest.mark.parametrize("ending", ["cls", "json"])
 def test_labels_behind_all_images_are_told(tmp_path, ending):
-    """As tar writes a folder that was not sorted by name."""
+    """tar writes a folder in the order of the file system unless told otherwise."""
     members = [(f"{n:03d}.jpg", b"x") for n in range(100)]
     labels = [(f"{n:03d}.{ending}", b'{"label": 1}') for n in range(100)]
     tar_of(tmp_path / "a.tar", members + labels)
