@@ -38,6 +38,10 @@ LARGEST_FOOTER = 1 << 30
 """Bytes of strings and lists in the schema and the row groups, once parsed."""
 ROWS = 1 << 15
 """Rows whose labels are in memory at a time."""
+LARGEST_GROUP = 512 << 20
+"""Bytes, unpacked, up to which a row group may be any number of times the size of its file."""
+MOST_TIMES = 100
+"""Times the size of its file that a larger row group may be; images hardly pack any further."""
 LONGEST_NAME = 200
 DAMAGE = (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 """Exceptions that pyarrow raises on damaged files, besides its own `ArrowException`; found by
@@ -60,22 +64,34 @@ class ParquetColumns:
     """Names of the numbers, if the file has them."""
 
 
-def open_parquet(address: str, policy: RetryPolicy | None = None) -> pq.ParquetFile:
+def open_parquet(address: str, policy: RetryPolicy | None = None) -> tuple[pq.ParquetFile, int]:
     """Open a parquet file of a disk or a store; `close(force=True)` closes it.
 
+    Returns:
+        The file, and its size in bytes.
+
     Raises:
-        OSError: it cannot be read; of a store, `Unreachable`.
+        OSError: it cannot be read, or is a decompression bomb; of a store, `Unreachable`.
         pyarrow.ArrowException, or one of `DAMAGE`: it is no parquet file, or damaged.
     """
     import pyarrow.parquet as pq
 
     source: Any = open_file(address, policy) if is_remote(address) else address
-    return pq.ParquetFile(
+    size: int = source.size if is_remote(address) else Path(address).stat().st_size
+    file = pq.ParquetFile(
         source,
         buffer_size=BUFFER,
         pre_buffer=False,  # it would keep every column it has read
         thrift_string_size_limit=LARGEST_FOOTER,
     )
+    groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > max(LARGEST_GROUP, MOST_TIMES * size):
+        file.close(force=True)
+        raise OSError(
+            f"decompression bomb: a row group of {largest:,} bytes in a file of {size:,} bytes"
+        )
+    return file, size
 
 
 def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
@@ -270,7 +286,7 @@ def _scan_file(address: str) -> Iterator[_LabelRows]:
 
 
 def _read_rows(address: str) -> Iterator[_LabelRows]:
-    file = open_parquet(address)
+    file, _ = open_parquet(address)
     try:
         columns = find_columns(file, address)
         wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]

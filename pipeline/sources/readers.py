@@ -17,6 +17,7 @@ from pipeline.sources.listing import Container, SourceReader, Unreadable, refuse
 from pipeline.sources.parquet import DAMAGE, find_columns, open_parquet
 from pipeline.sources.paths import open_file
 from pipeline.tools.errors import summarize_error
+from pipeline.tools.processes import limit_memory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 BATCH_BYTES = 4 << 20
 MOST_ROWS = 256
 """Most rows in memory; fewer if they would take more than `BATCH_BYTES` (mean of a row group)."""
+
+
+SPARE_MEMORY, UNPACKED_TIMES = 1 << 30, 8
+"""Bytes that reading a batch may take: so many, and so many times the size of the file."""
 
 
 class ParquetReader:
@@ -45,13 +50,14 @@ class ParquetReader:
 
         self._address = address
         try:
-            self._file = open_parquet(address, policy)
+            self._file, size = open_parquet(address, policy)
         except (pa.ArrowException, *DAMAGE) as error:
             if isinstance(error, OSError):
                 raise
             what = summarize_error(error)[:200]
             raise OSError(f"{address} is no whole parquet file ({what})") from error
         self._columns = find_columns(self._file, address)
+        self._memory = SPARE_MEMORY + UNPACKED_TIMES * size
         meta = self._file.metadata
         rows = (meta.row_group(group).num_rows for group in range(meta.num_row_groups))
         self._starts = np.array([0, *itertools.accumulate(rows)], np.int64)
@@ -104,7 +110,9 @@ class ParquetReader:
         self._bytes = None  # before the next rows are read: one batch in memory, not two
         if self._damage is None:
             try:
-                if (batch := next(self._batches, None)) is not None:
+                with limit_memory(self._memory):  # pages may be larger than the footer says
+                    batch = next(self._batches, None)
+                if batch is not None:
                     self._first += self._rows
                     self._rows = batch.num_rows
                     column = batch.column(0)

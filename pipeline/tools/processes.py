@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import pickle
+import resource
 import signal
 import sys
 from collections import deque
@@ -24,6 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from multiprocessing import active_children, get_context
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -59,6 +61,28 @@ def request_parent_death_signal(number: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it died between the two lines
             os._exit(1)
+
+
+@contextmanager
+def limit_memory(growth: int) -> Iterator[None]:
+    """Let the block's allocations fail beyond so many bytes, those of native libraries as well.
+
+    The limit is the process's: other threads share it meanwhile. Off Linux there is none.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        yield
+        return
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + growth
+    if before != resource.RLIM_INFINITY:
+        limit = min(limit, before)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
 class Crash(Exception):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import resource
 import signal
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.tools.errors import DuetError
-from pipeline.tools.processes import Crash, LocalPool, call_isolated
+from pipeline.tools.processes import Crash, LocalPool, call_isolated, limit_memory
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,11 @@ def _signal_self(number: int) -> None:
 
 def _raise() -> None:
     raise ValueError
+
+
+def test_memory_beyond_a_limit_is_an_error_and_not_the_end_of_the_machine():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with limit_memory(64 << 20), pytest.raises(MemoryError):
+        np.empty(4 << 30, np.uint8)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert np.empty(4 << 30, np.uint8).nbytes == 4 << 30

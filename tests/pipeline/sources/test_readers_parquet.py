@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.remote.filesystem import Unreachable
-from pipeline.sources import listing, readers
-from pipeline.sources.listing import Container, Unreadable
+from pipeline.sources import listing, parquet, readers
+from pipeline.sources.listing import Container, ListingWriter, Unreadable
+from pipeline.sources.parquet import scan_parquet
 from pipeline.sources.readers import open_reader
+from pipeline.tools.errors import UsageError
 from tests.helpers.http_servers import QUICK
 from tests.helpers.range_servers import RangeServer
 
@@ -127,3 +129,17 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     small, many, one = map(int, text.split())
     assert many - small < 12, text  # MiB; the file has 57 more
     assert one - small < 24, text  # all of it in one row group: 86 MiB
+
+
+def test_a_row_group_of_thousands_of_times_its_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "LARGEST_GROUP", 8 << 20)
+    monkeypatch.setattr(parquet, "MOST_TIMES", 10)  # snappy does not pack zeros to nothing
+    row = {"bytes": bytes(16 << 20), "path": None}
+    path = write_parquet(tmp_path / "b.parquet", [row], 1)
+    with pytest.raises(OSError, match=r"decompression bomb: a row group of 16,.* bytes in a file"):
+        open_reader(Container("parquet", path))
+    with pytest.raises(UsageError, match="decompression bomb") as caught:
+        scan_parquet(path, ListingWriter(tmp_path, path), "train", None)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(parquet, "LARGEST_GROUP", 32 << 20)
+    assert open_reader(Container("parquet", path)).read("x", 0, 0) == bytes(16 << 20)
