@@ -17,8 +17,6 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 
-import tyro
-
 from cluster.launch.session import refuse_relative
 from cluster.launch.task_pool import RayPool
 from pipeline.build_shards import report_build
@@ -26,7 +24,8 @@ from pipeline.packing.build import build
 from pipeline.packing.plan import BuildConfig
 from pipeline.remote.filesystem import is_remote
 from pipeline.remote.target import is_finished, open_target
-from pipeline.tools.errors import UsageError, run
+from pipeline.tools.arguments import parse_options, require_range
+from pipeline.tools.errors import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    asked = tyro.cli(
-        ClusterBuild, args=argv, prog="python -m cluster.build_shards", description=__doc__
-    )
+    asked = parse_options(ClusterBuild, argv, "python -m cluster.build_shards", __doc__)
     workers = asked.workers
-    if not 0 <= workers <= 100_000:
-        raise UsageError(f"--workers {workers} is out of range; give 0 (all) to 100000")
+    require_range("workers", workers, 0, 100_000, "0 (all) to 100000")
     given = {field.name: getattr(asked, field.name) for field in fields(BuildConfig)}
     options = BuildConfig(
         **given | {"workers": 1}

@@ -40,6 +40,7 @@ from model.metrics import average_views, sum_metrics
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = tyro.cli(Evaluate, args=argv, prog="python -m cluster.evaluate")
+    options = parse_options(Evaluate, argv, "python -m cluster.evaluate")
     for name, path in (("RUN", options.run), ("DATA", options.data)):
         refuse_relative(name, path, missing=True)
     read_run_config(options.run / CONFIG)

@@ -39,6 +39,7 @@ from model.norm import BatchNorm
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import atomic_write
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = tyro.cli(Export, args=argv, prog="python -m cluster.export")
+    options = parse_options(Export, argv, "python -m cluster.export")
     if options.best and options.checkpoint is not None:
         raise UsageError(f"give --best or --checkpoint {options.checkpoint}, not both")
     config, trained_on = read_run_config(options.run / CONFIG)

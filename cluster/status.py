@@ -28,6 +28,7 @@ from cluster.run.console import MOST_WORKERS, format_duration
 from cluster.run.jsonl import WAITS
 from cluster.run.state import RunState, read_state
 from pipeline.remote.filesystem import is_remote
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.terminal import Terminal
 from pipeline.tools.text import human_bytes
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         UsageError: RUN holds no run, or --watch is given with an address.
         SetupError, StoreError: the store cannot be reached.
     """
-    options = tyro.cli(Status, args=argv, prog="python -m cluster.status")
+    options = parse_options(Status, argv, "python -m cluster.status")
     if is_remote(options.run):
         if options.watch:
             raise UsageError(

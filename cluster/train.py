@@ -35,6 +35,7 @@ from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import Dataset, open_dataset
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.stream.shard_reader import ShardReader
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import DataError, UsageError, run
 from pipeline.tools.text import hide_credentials
 
@@ -115,9 +116,7 @@ def _parse(words: list[str]) -> Command:
         if word.startswith("--") and name in MEANT:
             meant = MEANT[name].replace("_", "-")
             raise UsageError(f"no flag {word.partition('=')[0]}; did you mean --{meant}?")
-    return tyro.cli(
-        _UncheckedCommand, args=words, prog="python -m cluster.train", description=Command.__doc__
-    )
+    return parse_options(_UncheckedCommand, words, "python -m cluster.train", Command.__doc__)
 
 
 def _format_flags(table: dict[str, Any]) -> list[str]:

@@ -19,8 +19,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import tyro
-
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tar import escape
 from pipeline.packing.build import build
@@ -29,6 +27,7 @@ from pipeline.packing.plan import BuildConfig
 from pipeline.packing.shards import REJECTS
 from pipeline.remote.target import Target, is_finished, open_target
 from pipeline.sources import find_other_split
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import run
 from pipeline.tools.jsonl import parse_rows
 from pipeline.tools.text import human_bytes
@@ -103,9 +102,9 @@ def _count_groups(count: int) -> str:
     return "1 group" if count == 1 else f"{count:,} groups"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Build, then report the data set."""
-    options = tyro.cli(BuildConfig, prog="python -m pipeline.build_shards", description=__doc__)
+    options = parse_options(BuildConfig, argv, "python -m pipeline.build_shards", __doc__)
     started = time.monotonic()
     target = open_target(options.out)
     known = is_finished(target)

@@ -36,6 +36,7 @@ import numpy.typing as npt
 import tyro
 from PIL import Image, ImageDraw
 
+from pipeline.tools.arguments import MOST_PROCESSES, MOST_SEED, parse_options, require_range
 from pipeline.tools.errors import DuetError, UsageError, run
 from pipeline.tools.processes import tie_to_parent
 from pipeline.tools.progress import Progress
@@ -293,6 +294,8 @@ class DemoOptions:
     """Number of processes; 0: one per usable core."""
 
 
+MOST_IMAGES = 10_000_000
+"""Most images of a split: a day of work for a hundred cores."""
 DrawingTask = tuple[str, str, range]
 """Split, class, and numbers of the images to draw."""
 
@@ -376,18 +379,17 @@ def _run_tasks(folder: Path, options: DemoOptions) -> Iterator[int]:
 
 
 def _check(options: DemoOptions) -> None:
-    for name in ("seed", "train", "val", "workers"):
-        if (value := getattr(options, name)) < 0:
-            raise UsageError(f"--{name} {value}: give 0 or more")
-    if options.train < len(FIGURES):
-        raise UsageError(f"--train {options.train}: give {len(FIGURES)} or more, one a class")
+    require_range("seed", options.seed, 0, MOST_SEED)
+    require_range("train", options.train, len(FIGURES), MOST_IMAGES)  # one a class
+    require_range("val", options.val, 0, MOST_IMAGES)
+    require_range("workers", options.workers, 0, MOST_PROCESSES)
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"{options.out} is a file: name a folder")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    options = tyro.cli(DemoOptions, prog="python -m pipeline.demo_images")
+    options = parse_options(DemoOptions, argv, "python -m pipeline.demo_images")
     state = "drawn" if draw_set(options) else "already complete"
     sys.stderr.write(
         f"{options.train} training and {options.val} validation images of "

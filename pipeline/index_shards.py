@@ -51,6 +51,7 @@ from pipeline.dataset.samples import (
 from pipeline.dataset.shards import format_idx, locate_files, parse_idx
 from pipeline.dataset.tar import escape, extract_fault, read_members
 from pipeline.sources.listing import Reject, summarize_rejects
+from pipeline.tools.arguments import MOST_PROCESSES, parse_options, require_range
 from pipeline.tools.errors import DataError, UsageError, run
 from pipeline.tools.files import HashedFile, atomic_write, ensure_writable, sha256
 from pipeline.tools.processes import map_in_order
@@ -100,8 +101,7 @@ class IndexConfig:
 
     def check(self) -> None:
         """Refuse values that cannot work, each in one line (UsageError)."""
-        if not 1 <= self.workers <= 1024:
-            raise UsageError(f"--workers {self.workers} is out of range; give 1 to 1024")
+        require_range("workers", self.workers, 1, MOST_PROCESSES)
         for flag, glob in (("--train", self.train), ("--val", self.val)):
             if glob is not None and "/" in glob:
                 raise UsageError(f"{flag} {glob} has a /; give names of files in {self.folder}")
@@ -451,9 +451,9 @@ def _refuse_other_files(
             raise UsageError(f"{path} is there and would be written over; move it away")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Index a folder, and report what was written or why nothing was."""
-    config = tyro.cli(IndexConfig, prog="python -m pipeline.index_shards", description=__doc__)
+    config = parse_options(IndexConfig, argv, "python -m pipeline.index_shards", __doc__)
     config.check()
     started = time.monotonic()
     outcome = index_folder(config)

@@ -39,6 +39,7 @@ from pipeline.dataset.samples import Classes
 from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.stream.ledger.proof import prove
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import REBUILD, DamagedFile, DataError, UsageError, run
 from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
@@ -155,9 +156,9 @@ def verify(data: Path, *, decode: bool = False) -> list[DamageRow]:
     return check(data, decode=decode).damage
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Check, name all damage, and return 0 or 4."""
-    options = tyro.cli(Verify, prog="python -m pipeline.verify", description=__doc__)
+    options = parse_options(Verify, argv, "python -m pipeline.verify", __doc__)
     if is_remote(options.data):
         raise UsageError(f"verify reads local folders, and {options.data} is an address")
     folder = local_path(options.data)

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from cluster.config import Config, load_settings
 from cluster.doctor.finding import Finding, fail
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import SetupError, UsageError, summarize_error
 from pipeline.tools.terminal import Terminal
 
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UsageError: CONFIG is missing or wrong.
     """
-    options = tyro.cli(DoctorOptions, args=argv, prog="python -m cluster.doctor")
+    options = parse_options(DoctorOptions, argv, "python -m cluster.doctor")
     try:
         config = Config.from_settings(load_settings(options.config)) if options.config else None
     except ValueError as error:

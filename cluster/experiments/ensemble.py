@@ -31,6 +31,7 @@ from cluster.checkpoint.storage import find_last_step
 from cluster.run.folder import read_store
 from cluster.run.probabilities import SavedProbabilities
 from model.metrics import count_errors, sum_metrics
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.units import cpu_count
@@ -433,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = tyro.cli(EnsembleOptions, args=argv, prog="python -m cluster.experiments.ensemble")
+    options = parse_options(EnsembleOptions, argv, "python -m cluster.experiments.ensemble")
     _check(options)
     torch.set_num_threads(cpu_count())
     result = average_runs(options)

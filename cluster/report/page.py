@@ -29,6 +29,7 @@ from cluster.run.folder import KERNELS, METRICS
 from cluster.run.kernels import read_kernels
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.charts import page_templates
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.files import atomic_write
@@ -165,6 +166,6 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UsageError: as `write_report`.
     """
-    options = tyro.cli(ReportOptions, args=argv, prog="python -m cluster.report")
+    options = parse_options(ReportOptions, argv, "python -m cluster.report")
     sys.stdout.write(f"{write_report(options.run, options.data, options.answers, options.each)}\n")
     return 0

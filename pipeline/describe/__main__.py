@@ -30,6 +30,7 @@ from pipeline.describe.facts import (
 )
 from pipeline.remote.dataset import CACHE_SIZE, Dataset, open_dataset
 from pipeline.remote.filesystem import is_remote
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.charts import encode_image, page_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
@@ -141,9 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: as `describe_dataset`.
     """
-    options = tyro.cli(
-        DescribeOptions, args=argv, prog="python -m pipeline.describe", description=__doc__
-    )
+    options = parse_options(DescribeOptions, argv, "python -m pipeline.describe", __doc__)
     facts, page = describe_dataset(options)
     if options.json:
         sys.stdout.write(json.dumps(to_json(facts, str(page))) + "\n")

@@ -20,6 +20,7 @@ from pipeline.packing.resize import Chroma
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.sources import Listing, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
+from pipeline.tools.arguments import MOST_PROCESSES, MOST_SEED, require_range
 from pipeline.tools.errors import UsageError
 from pipeline.tools.text import hide_credentials
 from pipeline.tools.units import cpu_count
@@ -64,22 +65,13 @@ class BuildConfig:
 
     def check(self) -> None:
         """Refuse values that cannot work, each in one line (UsageError)."""
-        for name, low, high in (
-            ("samples_per_shard", 1, 100_000),
-            ("quality", 1, 100),
-            ("min_side", 1, 256),
-            ("workers", 1, 1024),
-            ("seed", 0, 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UsageError(
-                    f"{_format_flag(name)} {value} is out of range; give {low} to {high}"
-                )
-        if not 0 <= self.holdout < 1:
-            raise UsageError(f"--holdout {self.holdout} is out of range; give 0 to below 1")
-        if not 0 <= self.max_rejects <= 1:
-            raise UsageError(f"--max-rejects {self.max_rejects} is out of range; give 0 to 1")
+        require_range("samples_per_shard", self.samples_per_shard, 1, 100_000)
+        require_range("quality", self.quality, 1, 100)
+        require_range("min_side", self.min_side, 1, 256)
+        require_range("workers", self.workers, 1, MOST_PROCESSES)
+        require_range("seed", self.seed, 0, MOST_SEED)
+        require_range("holdout", self.holdout, 0, 1 - 2**-53, "0 to below 1")
+        require_range("max_rejects", self.max_rejects, 0, 1)
         for name in ("quality", "chroma"):
             value = getattr(self, name)
             if self.encoding == "raw" and value != getattr(BuildConfig, name):

@@ -41,6 +41,7 @@ from pipeline.throughput.report import (
 from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.throughput.tune import TuningTrial, tune, write_tuning
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run
 from pipeline.tools.terminal import Terminal
 from pipeline.tools.units import cpu_count, parse_size
@@ -153,9 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = tyro.cli(
-        ThroughputOptions, prog="python -m pipeline.throughput", description=__doc__, args=argv
-    )
+    options = parse_options(ThroughputOptions, argv, "python -m pipeline.throughput", __doc__)
     options.check()
     console = Terminal(sys.stderr)
     try:

@@ -1,5 +1,6 @@
 """Tools that know nothing of images.
 
+arguments   command lines: parsing, ranges
 charts      charts of the pages
 errors      errors that the user can act on, and exit codes
 files       atomic writes, hashes, page cache, locks between processes

@@ -125,6 +125,16 @@ def _call(main: Callable[[], int | None]) -> tuple[int, str]:
         return 130, "\ninterrupted\n"
     except BrokenPipeError:
         return 141, ""
+    except OSError as error:  # of a file or disk that no other place has named better
+        is_name = error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+        named = f"{clean(str(error.filename))}: " if error.filename is not None else ""
+        code = UsageError.exit_code if is_name else SetupError.exit_code
+        return code, f"error: {named}{summarize_error(error)}; mend it, or name another\n"
+    except MemoryError as error:
+        return SetupError.exit_code, (
+            f"error: out of memory ({summarize_error(error)}); ask for less, or use a larger "
+            "machine\n"
+        )
     except Exception:
         return 1, traceback.format_exc()
     return code, ""

@@ -43,7 +43,12 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         path: the final name.
         durable: whether bytes and rename are on the disk after the block, so that they survive a
             loss of power.
+
+    Raises:
+        UsageError: `path` is a device, a pipe or a socket, which a rename would remove.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{path} is a device or a pipe, not a file; name another")
     # The process number alone is not unique: processes of two nodes may write the same file.
     unique = f"{secrets.token_hex(4)}.{os.getpid()}"
     partial = path.with_name(f"{path.name}.{unique}{PARTIAL}")

@@ -29,6 +29,7 @@ from cluster.experiments.evidence.runs import (
     gather_evidence,
 )
 from cluster.report.page import load_templates
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
 
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: as `make_page`.
         UsageError: the file cannot be written.
     """
-    options = tyro.cli(EvidenceOptions, args=argv, prog="python -m cluster.experiments.evidence")
+    options = parse_options(EvidenceOptions, argv, "python -m cluster.experiments.evidence")
     if options.out is not None and options.out.is_dir():
         raise UsageError(f"--out {options.out} is a folder; name a file")
     page = make_page(options.runs, options.data)

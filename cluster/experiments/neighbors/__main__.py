@@ -49,10 +49,19 @@ from cluster.experiments.neighbors.summary import SUMMARY, describe_search, writ
 from cluster.run.folder import CONFIG
 from cluster.training.precision import choose_device
 from pipeline.remote.dataset import open_dataset
+from pipeline.tools.arguments import (
+    MOST_PROCESSES,
+    MOST_SEED,
+    parse_options,
+    require_range,
+)
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
 from pipeline.tools.units import cpu_count, parse_size
+
+MOST_SHOWN = 1000
+"""Most neighbors of an image, and most queries on the sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,15 +231,11 @@ def _draw_sheet(
 
 def _check(options: NeighborsOptions) -> None:
     """Refuse numbers out of range."""
-    for name, value, least in (
-        ("-k", options.k, 1),
-        ("--workers", options.workers, 0),
-        ("--show", options.show, 1),
-        ("--pairs", options.pairs, 1),
-        ("--seed", options.seed, 0),
-    ):
-        if value < least:
-            raise UsageError(f"{name} is {value}; give {least} or more")
+    require_range("k", options.k, 1, MOST_SHOWN)
+    require_range("workers", options.workers, 0, MOST_PROCESSES)
+    require_range("show", options.show, 1, MOST_SHOWN)
+    require_range("pairs", options.pairs, 1, 10**8)
+    require_range("seed", options.seed, 0, MOST_SEED)
     if parse_size(options.memory) < LEAST_MEMORY:
         raise UsageError(f"--memory {options.memory} is too little; give 64MiB or more")
 
@@ -285,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = tyro.cli(NeighborsOptions, args=argv, prog="python -m cluster.experiments.neighbors")
+    options = parse_options(NeighborsOptions, argv, "python -m cluster.experiments.neighbors")
     read_run_config(options.run / CONFIG)
     _check(options)
     folder = ensure_writable(options.run / FOLDER, "the run's folder")

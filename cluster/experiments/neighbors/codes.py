@@ -59,6 +59,7 @@ from cluster.experiments.neighbors.features import (
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
 from cluster.experiments.neighbors.summary import SUMMARY, describe_search, write_summary
 from cluster.run.folder import CONFIG
+from pipeline.tools.arguments import parse_options, require_range
 from pipeline.tools.errors import DataError, DuetError, UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.progress import Progress
@@ -308,10 +309,10 @@ def _check(options: CodesOptions, queries: Features, base: Features) -> None:
         raise DataError(f"features {queries.path} and {base.path} are not of one run and data set")
     _check_run(options, base)
     images = int(base.sound.sum()) - (options.queries == options.base)
-    for name, value in (("-k", options.k), ("--asked", options.asked), ("--steps", options.steps),
-                        ("--hidden", options.hidden)):  # fmt: skip
-        if value < 1:
-            raise UsageError(f"{name} is {value}; give 1 or more")
+    require_range("k", options.k, 1, SHORTLIST)
+    require_range("asked", options.asked, 1, 10**9)
+    require_range("steps", options.steps, 1, 10**9)
+    require_range("hidden", options.hidden, 1, 2**16)
     if options.k > min(images, SHORTLIST):
         raise UsageError(
             f"{options.k} neighbours asked for; there are {images:,} images to find, and "
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     prog = "python -m cluster.experiments.neighbors.codes"
-    options = tyro.cli(CodesOptions, args=argv, prog=prog)
+    options = parse_options(CodesOptions, argv, prog)
     read_run_config(options.run / CONFIG)
     kept = options.features or options.run / FOLDER
     if not kept.is_dir():

@@ -27,6 +27,7 @@ from cluster.experiments.study.plot import draw_plot
 from cluster.experiments.study.results import Result, has_reached_goal, is_at_goal, read_result
 from cluster.experiments.study.runner import StudyRun, list_gpus, make_slots, run_side_by_side
 from cluster.experiments.study.subsets import make_subset
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, hint_resume
 from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import ensure_writable
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = tyro.cli(StudyOptions, args=argv, prog="python -m cluster.experiments.study")
+    options = parse_options(StudyOptions, argv, "python -m cluster.experiments.study")
     if options.at_once < 0:
         raise UsageError(f"--at-once is {options.at_once}; give a number of runs, or 0")
     study = read_study(options.study)
