@@ -30,8 +30,8 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
-from pipeline.remote.filesystem import hide_credentials
 from pipeline.tools.errors import DataError
+from pipeline.tools.text import hide_credentials
 
 
 @dataclass(frozen=True, kw_only=True)
