@@ -26,7 +26,6 @@ from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.plan import BuildConfig
 from pipeline.packing.shards import REJECTS
 from pipeline.remote.target import Target, is_finished, open_target
-from pipeline.sources import find_other_split
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import run
 from pipeline.tools.jsonl import parse_rows
@@ -43,8 +42,6 @@ def report_build(
     if options.json:
         sys.stdout.write(json.dumps(build_facts(options, manifest, seconds)) + "\n")
     report = [*summary_lines(options, manifest, seconds), *leak_lines(manifest, target)]
-    if "val" not in manifest.splits and (other := find_other_split(options.train)):
-        report.append(f"note: {escape(other)} was left alone; --val packs it, in another OUT")
     sys.stderr.write("".join(f"{line}\n" for line in report))
 
 

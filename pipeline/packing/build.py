@@ -52,7 +52,7 @@ from pipeline.remote.target import WORK, Target, is_finished, open_target
 from pipeline.sources.listing import read_rejects, summarize_rejects
 from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool, Pool, read_ahead
-from pipeline.tools.progress import Progress, announce
+from pipeline.tools.progress import Progress, announce, write_line
 from pipeline.tools.text import hide_credentials
 
 STATE = f"{WORK}/build.json"
@@ -86,6 +86,7 @@ def build(options: BuildConfig, target: Target | None = None, pool: Pool | None 
     with _disk_errors_in_one_line(target), target.reserve(), target.scratch() as scratch:
         with announce(f"listing the images of {escape(hide_credentials(options.train))}"):
             plan = make_plan(options, scratch)
+        _tell_notes(plan)
         _check_state(options, plan, target)
         kept = f"{hide_credentials(target.address)} keeps what is packed"
         with (
@@ -100,6 +101,11 @@ def build(options: BuildConfig, target: Target | None = None, pool: Pool | None 
                     target.remove(map(chunk_facts_name, error.numbers))
                     damaged.update(error.numbers)
     raise DuetError(f"{target.address} gives back other bytes than were written; replace the disk")
+
+
+def _tell_notes(plan: BuildPlan) -> None:
+    for note in plan.notes:
+        write_line(f"note: {note}")
 
 
 def _build_once(
@@ -197,8 +203,8 @@ def _check_finished(options: BuildConfig, target: Target) -> Manifest:
     """Return the manifest of a finished set of the same plan; refuse one of another plan."""
     manifest = Manifest.parse(target.read(MANIFEST), f"{target.address}/{MANIFEST}")
     with tempfile.TemporaryDirectory() as scratch:
-        fingerprint = make_plan(options, Path(scratch)).fingerprint
-    if manifest.plan != fingerprint:
+        plan = make_plan(options, Path(scratch))
+    if manifest.plan != plan.fingerprint:
         theirs, ours = _known_settings(manifest, options)
         what = _describe_difference({"settings": theirs}, {"settings": ours})
         raise UsageError(
@@ -208,6 +214,7 @@ def _check_finished(options: BuildConfig, target: Target) -> Manifest:
     for shard, size in zip(shards, read_ahead(lambda s: target.size(s.name), shards), strict=True):
         if size != shard.bytes:
             raise DataError(f"{target.address}/{shard.name} is missing or not whole; {REBUILD}")
+    _tell_notes(plan)
     target.clear(WORK)  # left by a build that was killed after sealing
     return manifest
 

@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +16,10 @@ import numpy.typing as npt
 import tyro
 
 from pipeline.dataset.images import Encoding
+from pipeline.dataset.tar import escape
 from pipeline.packing.resize import Chroma
 from pipeline.remote.filesystem import is_remote, local_path
-from pipeline.sources import Listing, scan
+from pipeline.sources import Listing, find_other_split, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.arguments import MOST_PROCESSES, MOST_SEED, require_range
 from pipeline.tools.errors import UsageError
@@ -137,6 +138,8 @@ class BuildPlan:
     """bool [n]: True for each row of the training source that went to validation (--holdout)."""
     fingerprint: str
     """SHA-256 over everything that decides the bytes of the set but the content of the images."""
+    notes: tuple[str, ...]
+    """Sentences about what is not used, or read otherwise than a user may expect."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -212,7 +215,18 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
         },
         held_out=held,
         fingerprint=_compute_fingerprint(options, listings),
+        notes=tuple(_collect_notes(options, listings)),
     )
+
+
+def _collect_notes(options: BuildConfig, listings: Iterable[Listing]) -> Iterator[str]:
+    for listing in listings:
+        yield from listing.notes
+    if options.val is None and not options.holdout and (other := find_other_split(options.train)):
+        yield (
+            f"{escape(hide_credentials(other))} is not packed; give --val "
+            f"{escape(hide_credentials(options.train))}, too, to pack it for validation"
+        )
 
 
 def _refuse_empty_class(listing: Listing) -> None:

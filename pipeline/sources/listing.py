@@ -7,6 +7,7 @@ mapped back, so that neither the scan nor the plan grows with the set.
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,9 @@ ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), 
 
 `place` is an offset in a tar, a row of a parquet file, and 0 for a file in a folder. `size` is
 `WHOLE_FILE` where only the container knows it."""
+
+_HASH_DTYPE = np.dtype([("hash", "<i8"), ("row", "<u8")])
+"""Hash of the container and the name of an image, and its row."""
 
 WHOLE_FILE = -1
 
@@ -133,6 +137,8 @@ class Listing:
     rejects_file: Path
     rejected: int
     """Number of files that the scan rejected; `rejects` reads them back."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what was read otherwise than a user may expect, or not used."""
     numbered: bool = False
     """True if the source numbers its classes itself, by its labels or in a list."""
 
@@ -164,7 +170,12 @@ class ListingWriter:
         self._rows = (scratch / "rows.bin").open("w+b")
         self._text = (scratch / "names.bin").open("w+b")
         self._ends = (scratch / "ends.bin").open("w+b")
+        self._hashes = (scratch / "hashes.bin").open("w+b")
         self._rejects = (scratch / "rejects.jsonl").open("w", encoding="utf-8")
+        self._ignored: Counter[str] = Counter()
+        self._ignored_example = ""
+        self.notes: list[str] = []
+        """Sentences for `Listing.notes`."""
         self._end = self.images = self.rejected = 0
         self.kind: str | None = None
         """Kind that the source was taken for, for messages; None if it is not known yet."""
@@ -183,6 +194,7 @@ class ListingWriter:
         names: Sequence[str],
         places: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
+        replace: bool = False,
     ) -> None:
         """Add images of one container, in the order in which they lie there.
 
@@ -192,7 +204,14 @@ class ListingWriter:
             names: names of the images, unique inside the container.
             places: offsets or row numbers; None for files of a folder.
             sizes: bytes of each; None where only the container knows them.
+            replace: whether a later image of the same name in the container replaces an earlier
+                one; else all names are unique.
         """
+        if replace:
+            hashes = np.zeros(len(names), _HASH_DTYPE)
+            hashes["hash"] = [hash((container, _plain_path(name))) for name in names]
+            hashes["row"] = np.arange(self.images, self.images + len(names))
+            self._hashes.write(hashes.tobytes())
         rows = np.zeros(len(names), ROW_DTYPE)
         rows["container"] = container
         if isinstance(classes, str):
@@ -224,6 +243,11 @@ class ListingWriter:
             one for one in rejects if not marks or any(mark in one.name for mark in marks)
         )
 
+    def ignore(self, endings: Counter[str], example: str) -> None:
+        """Count files beside images that are not used, by the endings of their names."""
+        self._ignored.update(endings)
+        self._ignored_example = self._ignored_example or example
+
     def need_class(self, name: str) -> int:
         """Add a class, which `finish` refuses without images; return its number."""
         return self._classes.setdefault(name, len(self._classes))
@@ -242,8 +266,9 @@ class ListingWriter:
             UsageError: no images, fewer than two classes, an unknown class, one without
                 images (unless `classes` is given), or one whose name is no text.
         """
-        for file in (self._rows, self._text, self._ends, self._rejects):
+        for file in (self._rows, self._text, self._ends, self._hashes, self._rejects):
             file.close()
+        self._drop_replaced()
         found = sort_classes(self._classes)
         names = tuple(classes) if classes is not None else tuple(found)
         known = Classes(names)
@@ -270,7 +295,48 @@ class ListingWriter:
             titles=None if titles is None else tuple(titles),
             rejects_file=self._scratch / "rejects.jsonl",
             rejected=self.rejected,
+            notes=(*self.notes, *self._describe_ignored()),
         )
+
+    def _describe_ignored(self) -> Iterator[str]:
+        if total := self._ignored.total():
+            some = [f"{count:,} {escape(end)}" for end, count in self._ignored.most_common(5)]
+            more = ", ..." if len(self._ignored) > len(some) else ""
+            yield (
+                f"{total:,} files beside the images of {self._source} are not packed: "
+                f"{', '.join(some)}{more} (as {self._ignored_example})"
+            )
+
+    def _drop_replaced(self) -> None:
+        """Drop the images that a later one replaces, as when the tar is unpacked."""
+        paths = [self._scratch / name for name in ("rows.bin", "names.bin", "ends.bin")]
+        found = np.fromfile(self._scratch / "hashes.bin", _HASH_DTYPE)
+        order = np.sort(found["hash"])
+        twice = order[1:][order[1:] == order[:-1]]
+        if not len(twice):
+            return
+        rows, text, ends = map(np.fromfile, paths, (ROW_DTYPE, np.uint8, np.uint64))
+        names, last = Names(text, ends), dict[tuple[int, str], int]()
+        keep = np.ones(len(rows), np.bool_)
+        for row in found["row"][np.isin(found["hash"], twice)].tolist():
+            key = int(rows[row]["container"]), _plain_path(names[row])
+            if key in last:
+                keep[last[key]] = False
+            last[key] = row
+        count = len(rows) - int(keep.sum())
+        if not count:  # two names of one hash
+            return
+        dropped = int(np.argmin(keep))
+        example = f"{self._containers[rows[dropped]['container']].address}/{names[dropped]}"
+        self.notes.append(
+            f"{count:,} {'member' if count == 1 else 'members'} of tars count as replaced by a "
+            f"later one of the same name, as when they are unpacked (as {escape(example)})"
+        )
+        sizes = np.diff(ends, prepend=np.uint64(0)).astype(np.int64)
+        rows[keep].tofile(paths[0])
+        text[np.repeat(keep, sizes)].tofile(paths[1])
+        np.cumsum(sizes[keep]).astype(np.uint64).tofile(paths[2])
+        self.images -= count
 
     def _check(self, known: Classes, found: list[str]) -> None:
         if not found:
@@ -296,6 +362,11 @@ class ListingWriter:
             raise UsageError(
                 f"source {self._source} has one class, {known.names[0]!r}; it needs two or more"
             )
+
+
+def _plain_path(name: str) -> str:
+    """Return the name of a tar's member as it is unpacked: `a/1.jpg` for `./a//1.jpg`."""
+    return posixpath.normpath(name) if "./" in name or "//" in name else name
 
 
 def _loosely(name: str) -> str:

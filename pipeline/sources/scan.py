@@ -125,10 +125,17 @@ def _scan_any(
 
 def find_other_split(source: str) -> str | None:
     """Return the validation part of a training source, for a hint; None if it has none."""
-    path = Path(source.removeprefix("file://"))
+    source = source.removeprefix("file://")
     try:
-        train, val = find_split(path, "train"), find_split(path, "val")
-    except (UsageError, OSError):
+        for ending in (TAR, PARQUET):
+            files = find_files(source, ending)
+            for address in files.addresses if files is not None and files.folder else ():
+                if detect_split(address[len(files.folder) + 1 :]) == "val":
+                    return address
+        if is_remote(source):
+            return None
+        train, val = find_split(Path(source), "train"), find_split(Path(source), "val")
+    except (DuetError, OSError):
         return None
     return None if train == val else str(val)
 

@@ -47,7 +47,8 @@ class ImageBuffer:
     def flush(self) -> None:
         """Add the buffered images to the listing."""
         if self._images:
-            self.writer.add(self._container, *zip(*self._images, strict=True))
+            columns = zip(*self._images, strict=True)
+            self.writer.add(self._container, *columns, replace=True)
             self._images.clear()
 
     def reject(self, name: str, reason: str) -> None:

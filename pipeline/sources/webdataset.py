@@ -6,7 +6,8 @@ SRC.tar    SRC/*.tar    SRC/train-{000000..001280}.tar    s3://bucket/train-{000
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from pipeline.dataset.samples import (
     TORN,
     Read,
     Sample,
+    SampleFile,
     SampleLabel,
     UnfitSample,
     find_label,
@@ -77,6 +79,13 @@ class _ShardPart:
     address: str
     images: list[_LabelledImage] = field(default_factory=list)
     rejects: list[tuple[str, str]] = field(default_factory=list)
+    repeated: int = 0
+    """Number of images whose name occurred before in the shard."""
+    repeated_example: str = ""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Number of files that are not used, by ending."""
+    example: str = ""
+    """Name of such a file."""
 
     def reject(self, name: str, reason: str) -> None:
         """Add a member or a sample that cannot be packed."""
@@ -87,6 +96,12 @@ class _ShardPart:
         torn = find_torn((key, error) for _, key, error in unfit)
         for name, key, error in unfit:
             self.reject(name, TORN if key in torn else str(error))
+
+    def ignore(self, files: Iterable[SampleFile]) -> None:
+        """Count files that are not used."""
+        for file in files:
+            self.ignored[f".{file.ending.lower()}"] += 1
+            self.example = self.example or f"{self.address}/{escape(file.name)}"
 
     def skip(self, member: Member) -> None:
         """Take note of a member that belongs to no sample."""
@@ -187,8 +202,16 @@ def scan_webdataset(
         raise UsageError(f"source {hide_credentials(source)} names no shards")
     addresses, labels = _select_shards(files, source, split, classes, numbered, writer)
     titles: dict[int, str] = {}
+    repeated, example = 0, ""
     for part in scan_each(addresses, _scan_shard, is_remote(source)):
         _add_part(part, writer, labels, titles)
+        writer.ignore(part.ignored, part.example)
+        repeated, example = repeated + part.repeated, example or part.repeated_example
+    if repeated:
+        writer.notes.append(
+            f"{repeated:,} {'image has' if repeated == 1 else 'images have'} the name of one "
+            f"before in the same shard; each is a sample of its own (as {example})"
+        )
     return labels.finish(writer, titles)
 
 
@@ -280,16 +303,23 @@ def _scan_shard(address: str) -> Iterator[_ShardPart]:
             try:
                 image, found = sample.find_image(), find_label(sample, read)
             except UnfitSample as error:
-                unfit += [(name, sample.key, error) for name in _name_unfit(sample, error, read)]
+                names = _name_unfit(sample, read)
+                unfit += [(name, sample.key, error) for name in names]
+                part.ignore(() if names else sample.parts)
                 if len(unfit) >= SAMPLES * 16:
                     part.reject_unfit(unfit)
                     unfit = []
                 continue
-            title = found.title
+            title, used = found.title, [image, found.file]
             if titled and title is None:
-                title, titled = _read_title(sample, found, read)
+                title, record = _read_title(sample, found, read)
+                titled = record is None or title is not None
+                used += [record] if record and title else []
+            part.ignore(file for file in sample.parts if file not in used)
             name = image.name
             if hash(name) in seen:
+                part.repeated += 1
+                part.repeated_example = part.repeated_example or f"{address}/{escape(name)}"
                 name = f"{name} (at byte {image.offset})"
             seen.add(hash(name))
             part.images.append(_LabelledImage(name, image.offset, image.size, found.label, title))
@@ -300,7 +330,7 @@ def _scan_shard(address: str) -> Iterator[_ShardPart]:
     yield part
 
 
-def _name_unfit(sample: Sample, error: UnfitSample, read: Read) -> list[str]:
+def _name_unfit(sample: Sample, read: Read) -> list[str]:
     """Return the names under which an unfit sample is rejected; none if it is not meant as one."""
     images = [part.name for part in sample.parts if part.kind in IMAGE_KINDS]
     if images or is_meant(sample):
@@ -312,10 +342,11 @@ def _name_unfit(sample: Sample, error: UnfitSample, read: Read) -> list[str]:
     return [sample.key]
 
 
-def _read_title(sample: Sample, found: SampleLabel, read: Read) -> tuple[str | None, bool]:
-    """Return the class name in the record beside a label; and False if there is none in it."""
+def _read_title(
+    sample: Sample, found: SampleLabel, read: Read
+) -> tuple[str | None, SampleFile | None]:
+    """Return the class name in the record beside a label, and the record if there is one."""
     for part in sample.parts:
         if part.kind == "json" and part != found.file and part.size <= MAX_LABEL_BYTES:
-            title = read_member_label(part, read).title
-            return title, title is not None
-    return None, True
+            return read_member_label(part, read).title, part
+    return None, None

@@ -61,14 +61,15 @@ def announce(what: str) -> Iterator[None]:
     def tick() -> None:
         nonlocal due
         if (now := time.monotonic()) >= due:
-            _write_line(f"{what}: {now - begun:,.0f} s so far")
+            write_line(f"{what}: {now - begun:,.0f} s so far")
             due = now + EVERY
 
     with Ticker(tick):
         yield
 
 
-def _write_line(text: str) -> None:
+def write_line(text: str) -> None:
+    """Write a line to stderr, if somebody reads it."""
     with suppress(OSError, ValueError):  # nobody reads: no reason to end the work
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -116,7 +117,7 @@ class Progress:
 
     def _print_line(self) -> None:
         self._printed = time.monotonic()
-        _write_line(self._line())
+        write_line(self._line())
 
     def skip(self, count: int) -> None:
         """Count `count` more units as done, without an effect on the rate."""

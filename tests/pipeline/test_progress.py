@@ -77,4 +77,4 @@ def test_short_work_and_a_closed_stderr_are_silent(monkeypatch):
         bar.advance(1)
     assert sys.stderr.getvalue() == ""
     sys.stderr.close()
-    progress._write_line("nobody reads it")
+    progress.write_line("nobody reads it")

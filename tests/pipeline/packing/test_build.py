@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
+from pipeline.packing.plan import BuildConfig, make_plan
 from pipeline.remote.target import WORK, FolderTarget
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify
@@ -21,6 +23,7 @@ from tests.helpers.images import CLASSES, folder_per_class, jpeg, packed, rows_o
 from tests.helpers.processes import run_command
 from tests.helpers.resealed_data import edit_manifest
 from tests.helpers.tars import tar_of
+from tests.helpers.webdatasets import write_shards
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -282,3 +285,21 @@ def test_max_rejects_may_be_reached_but_not_exceeded(tmp_path):
     assert packed(tmp_path / "d", train=source, max_rejects=0.29).rejected == 29
     with pytest.raises(DuetError, match="29 of 100 files"):
         packed(tmp_path / "e", train=source, max_rejects=0.28)
+
+
+@pytest.mark.parametrize("kind", ["folders", "shards"])
+def test_validation_images_that_are_not_packed_are_told_before_packing(
+    kind, image_folder, tmp_path
+):
+    source = image_folder
+    if kind == "shards":
+        source = write_shards(tmp_path / "s", cls=lambda place: place % 4)
+        write_shards(tmp_path / "s", "val-%06d.tar", cls=lambda place: place % 4)
+    options = BuildConfig(out=str(tmp_path / "out"), train=str(source))
+    (note,) = make_plan(options, tmp_path / "1").notes
+    assert note.startswith(f"{source}/val")
+    assert f"give --val {source}, too" in note
+    for number, other in enumerate(
+        (replace(options, val=str(source)), replace(options, holdout=0.1))
+    ):
+        assert make_plan(other, tmp_path / f"{number + 2}").notes == ()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.sources import Listing, ListingWriter, Unreadable, scan
 from pipeline.sources.names import HIDDEN
@@ -220,6 +222,30 @@ def test_hidden_members_of_tars_are_told_but_those_of_systems(tmp_path, listed):
     assert listing.classes == ("a", "b")
     assert [item.name.partition(".tar/")[2] for item in listing.rejects()] == hidden
     assert {item.reason for item in listing.rejects()} == {HIDDEN}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a/1", "./a/1", "a//1", "b/1", "b/2", "./b/2", "c/1"]), max_size=9)
+)
+def test_a_member_appended_under_its_old_name_replaces_it(tmp_path_factory, names):
+    """A dictionary is the oracle: the last one wins, as when a tar is unpacked."""
+    folder = tmp_path_factory.mktemp("twice")
+    names = ["a/0", "b/0", *names]
+    members = [(f"{name}.jpg", str(place).encode()) for place, name in enumerate(names)]
+    last = {os.path.normpath(name): (name[-3], data) for name, data in members}
+    outer = tar_of(folder / "all.tar", members)
+    inner = tar_of(folder / "c/one.tar", [("0.jpg", b"x"), ("0.jpg", b"y"), ("1.jpg", b"z")])
+    tar_of(folder / "c/two.tar", {"0.jpg": b"w"})
+    listing = scan(str(outer), folder / "s1", split="train")
+    assert sorted(data for _, data in read_contents(listing)) == sorted(
+        data for _, data in last.values()
+    )
+    count = len(names) - len(last)
+    assert [note.split()[0] for note in listing.notes] == ([str(count)] if count else [])
+    listing = scan(str(inner.parent), folder / "s2", split="train")
+    assert read_contents(listing) == [("one", b"y"), ("one", b"z"), ("two", b"w")]
+    assert f"as {inner}/0.jpg" in listing.notes[0]
 
 
 def test_a_tar_of_many_images_in_two_batches(tmp_path, listed):

@@ -183,6 +183,26 @@ def test_names_that_occur_twice_are_told_apart(tmp_path):
     members = [("a.cls", b"0"), ("a.jpg", b"x"), ("b.cls", b"1"), ("b.jpg", b"x")]
     listing = scan(tar_of(tmp_path / "a.tar", members + members), tmp_path / "scratch")
     assert len(set(listing.names)) == 4
+    (note,) = listing.notes
+    assert note.startswith("2 images have the name of one before in the same shard")
+    assert note.endswith("a.tar/a.jpg)")
+
+
+def test_files_that_are_not_used_are_counted_and_named(tmp_path):
+    def record(place):
+        return {"label": place % 4, "class_name": f"class {place % 4}"}
+
+    shards = write_shards(tmp_path / "used", cls=lambda place: place % 4, json=record)
+    listing = scan(shards, tmp_path / "1")
+    assert listing.notes == ()  # the records name the classes
+    write = {"seg.png": lambda place: b"x", "txt": lambda place: "a cat"}
+    shards = write_shards(tmp_path / "s", cls=lambda place: place % 4, **write)
+    tar_of(tmp_path / "s/train-9.tar", [("r.md", b""), ("._0.jpg", b""), ("__m__/x.gz", b"")])
+    listing = scan(shards, tmp_path / "2")
+    (note,) = listing.notes
+    assert "41 files beside the images" in note
+    assert ": 20 .seg.png, 20 .txt, 1 .md (as " in note
+    assert note.endswith("train-000000.tar/00000.seg.png)")
 
 
 KEYS = st.sampled_from(["a", "b", "x/a", "x.y/a", "./a", "", ".a", "x/", "x.y/", "x/."])
