@@ -38,6 +38,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.tools.arguments import MOST_PROCESSES, MOST_SEED, parse_options, require_range
 from pipeline.tools.errors import DuetError, UsageError, run
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.processes import tie_to_parent
 from pipeline.tools.progress import Progress
 from pipeline.tools.units import cpu_count
@@ -332,7 +333,7 @@ def draw_set(options: DemoOptions) -> bool:
     record = {"version": VERSION, **arguments, "classes": list(FIGURES)}
     if out.is_dir() and any(out.iterdir()):
         with suppress(OSError, ValueError):
-            if json.loads((out / RECORD).read_text()) == record:
+            if parse_json((out / RECORD).read_text()) == record:
                 return False
         raise UsageError(
             f"{options.out} holds something else than this demo set: "

@@ -32,6 +32,7 @@ from model.optimizer import Sgd2012
 from pipeline.remote.filesystem import StoreError
 from pipeline.tools.errors import DataError, DuetError, UsageError, summarize_error
 from pipeline.tools.files import sha256
+from pipeline.tools.jsonl import parse_json
 
 VERSION = 1
 DIGEST = "sha256"
@@ -131,10 +132,7 @@ def read_table(storage: CheckpointStorage, name: str) -> dict[str, Any]:
     Raises:
         ValueError, KeyError, TypeError, OSError, DuetError: it is damaged, or not there.
     """
-    try:
-        table = json.loads(storage.read(name, JSON))
-    except RecursionError as error:
-        raise ValueError(f"{JSON} is nested too deeply") from error
+    table = parse_json(storage.read(name, JSON))
     if not isinstance(table, dict):
         raise ValueError(f"{JSON} holds no table")
     if table["version"] != VERSION:

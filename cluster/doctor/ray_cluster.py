@@ -30,6 +30,7 @@ from cluster.launch.session import IN_JOB, REPOSITORY
 from pipeline.remote.filesystem import is_remote
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.files import read_text
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials, human_bytes
 
 CONNECT_SECONDS = 5
@@ -204,7 +205,7 @@ def run_probe(request: dict[str, str]) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"why": f"no answer for {NODE_SECONDS} s"}
         if out.exists():
-            answer: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+            answer: dict[str, Any] = parse_json(out.read_text(encoding="utf-8"))
             return answer
         return {"why": find_error(done.stderr) or f"the driver ended with code {done.returncode}"}
 

@@ -5,7 +5,6 @@ A run of ImageNet has about a million rows, so `Series` keeps columns of numbers
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from array import array
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from cluster.run.folder import CONFIG, LAYERS, MACHINE, METRICS, RATES, VALIDATION
 from cluster.run.jsonl import WAITS
 from pipeline.tools.errors import UsageError
-from pipeline.tools.jsonl import Row, parse_rows
+from pipeline.tools.jsonl import Row, parse_json, parse_rows
 
 Floats = npt.NDArray[np.float64]
 
@@ -184,10 +183,10 @@ def _read_table(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        table = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
         if not isinstance(table, dict):
             raise ValueError("it is no table")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
         return {}
     return table

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import atomic_write
+from pipeline.tools.jsonl import parse_json
 
 VERSION = 1
 ALIGNMENT = 8
@@ -59,7 +60,7 @@ class ProbabilityInfo:
         Raises:
             ValueError: the text is something else; the message says why.
         """
-        facts = json.loads(text)
+        facts = parse_json(text)
         if not isinstance(facts, dict) or facts.get("version") != VERSION:
             raise ValueError(f"it is not of version {VERSION}")
         try:

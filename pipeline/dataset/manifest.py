@@ -23,6 +23,7 @@ from typing import Any, get_args
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.tools.errors import DamagedFile, UsageError, summarize_error
 from pipeline.tools.files import atomic_write, is_plain_name, sha256
+from pipeline.tools.jsonl import parse_json
 
 VERSION = 1
 NAME = "manifest.json"
@@ -140,9 +141,7 @@ class Manifest:
         try:
             if len(text) > LARGEST:
                 raise ValueError(f"it has more than {LARGEST:,} bytes")
-            return cls._from_table(json.loads(text))
-        except RecursionError as error:
-            raise DamagedFile(where, "its lists are nested too deep") from error
+            return cls._from_table(parse_json(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFile(where, summarize_error(error)) from error
 

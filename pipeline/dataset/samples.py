@@ -8,7 +8,6 @@ endings (`.JPG`, `.image.jpeg`) do not matter. The label is in a `.cls`, a field
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Literal, NamedTuple
 
 from pipeline.dataset.tar import Member, escape
 from pipeline.tools.errors import UsageError
+from pipeline.tools.jsonl import parse_json
 
 JPEG_ENDINGS = ("jpg", "jpeg")
 """Endings of the images that are read from shards as they are."""
@@ -238,9 +238,9 @@ def parse_label(ending: str, body: bytes) -> MemberLabel:
     """Return the label in the content of a `.cls`, `.json` or `.txt` member."""
     try:
         if ending == "json":
-            return _from_table(json.loads(body))
+            return _from_table(parse_json(body))
         label = parse_text(body.decode())
-    except (ValueError, RecursionError):  # no JSON, or no UTF-8
+    except ValueError:  # no JSON, or no UTF-8
         return MemberLabel(None)
     # A text may be a caption: only a number is a label.
     return MemberLabel(None if ending == "txt" and isinstance(label, str) else label)
@@ -389,7 +389,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     """
     try:
         text = path.read_text("utf-8")
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        names = parse_json(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "no UTF-8 text or JSON list"
         raise UsageError(f"--classes {path} cannot be read ({why}); name another file") from error

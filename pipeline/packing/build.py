@@ -51,6 +51,7 @@ from pipeline.packing.shards import (
 from pipeline.remote.target import WORK, Target, is_finished, open_target
 from pipeline.sources.listing import read_rejects, summarize_rejects
 from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError, hint_resume
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.processes import LocalPool, Pool, read_ahead
 from pipeline.tools.progress import Progress, announce, write_line
 from pipeline.tools.text import hide_credentials
@@ -242,7 +243,7 @@ def _check_state(options: BuildConfig, plan: BuildPlan, target: Target) -> None:
         "libraries": library_versions(),
     }
     try:
-        theirs = json.loads(target.read(STATE))
+        theirs = parse_json(target.read(STATE))
     except FileNotFoundError:
         target.clear(chunks.FOLDER)  # left by a build whose state file was deleted
         target.clear(SHARDS)

@@ -35,6 +35,7 @@ from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader
 from pipeline.tools.errors import DuetError
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.processes import Crash, call_isolated
 
 FOLDER = f"{WORK}/chunks"
@@ -166,7 +167,7 @@ def parse_chunk(fetched: FetchedFacts, number: int, images: int) -> PackedChunk:
             sums.image_sum, sums.outer = arrays["picture"], arrays["outer"]
             chunk = PackedChunk(
                 packed=arrays["packed"],
-                reasons=dict(json.loads(arrays["reasons"].tobytes())),
+                reasons=dict(parse_json(arrays["reasons"].tobytes())),
                 sums=sums,
             )
         whole = chunk.packed.dtype == PACKED_DTYPE and len(chunk.packed) == images

@@ -52,6 +52,7 @@ from pipeline.sources import Reject
 from pipeline.sources.listing import map_file, read_rejects, summarize_rejects
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import sha256
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.processes import read_ahead
 
 FOLDER = f"{WORK}/shards"
@@ -132,7 +133,7 @@ def parse_shard(
     """
     try:
         with np.load(io.BytesIO(fetched.content)) as arrays:
-            shard = Shard(**json.loads(arrays["shard"].item()))
+            shard = Shard(**parse_json(arrays["shard"].item()))
             rows, held = arrays["rows"], arrays["content"].item()
     except Exception:  # NumPy's reader raises anything on a damaged header
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from pipeline.remote.filesystem import Mismatch, is_remote, local_path
 from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
 from pipeline.tools.errors import REBUILD, DamagedFile, DataError, UsageError
 from pipeline.tools.files import sha256
+from pipeline.tools.jsonl import parse_json
 
 CACHE_SIZE = 100 * 10**9
 """Default size limit of the cache in bytes."""
@@ -392,8 +392,8 @@ os.register_at_fork(after_in_child=_reset_open_sets)
 
 def _check_json(downloaded: Path) -> None:
     try:
-        json.loads(downloaded.read_bytes())
-    except (ValueError, RecursionError) as error:
+        parse_json(downloaded.read_bytes())
+    except ValueError as error:
         raise Mismatch("it is not a manifest (no JSON)") from error
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from pipeline.remote.filesystem import StoreError, StoreFolder
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import NoLocks, try_lock, unlock
+from pipeline.tools.jsonl import parse_json
 
 BEAT = 20.0
 """Seconds between two writes of the lease."""
@@ -89,8 +90,8 @@ def _describe_process(owner: str) -> Holder:
 
 def _parse_holder(text: bytes) -> Holder:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = {}
     return found if isinstance(found, dict) else {}
 

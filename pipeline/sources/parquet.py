@@ -8,7 +8,6 @@ whose names the schema's metadata may hold (`ClassLabel`), or text.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.paths import find_files, open_file, scan_each, select_split
 from pipeline.tools.errors import UsageError, summarize_error
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     """Return Hugging Face's metadata of each column; an empty table if they cannot be read."""
     try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        found = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
         return {}
     if not isinstance(found, dict):
         return {}
@@ -210,7 +210,7 @@ def _has_images(address: str) -> bool | None:
     import pyarrow as pa
 
     try:
-        file = open_parquet(address)
+        file, _ = open_parquet(address)
     except Unreachable:
         raise
     except (pa.ArrowException, *DAMAGE):

@@ -5,7 +5,6 @@ SRC.tar    SRC/*.tar    SRC/train-{000000..001280}.tar    s3://bucket/train-{000
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +51,7 @@ from pipeline.sources.paths import (
     sibling_address,
 )
 from pipeline.tools.errors import UsageError
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials
 
 SAMPLES = 4096
@@ -227,7 +227,7 @@ def _select_shards(
     first = files.addresses[0]
     text = read_small(sibling_address(first, "manifest.json"), LARGEST_MANIFEST)
     try:
-        table = json.loads(text or b"{}")
+        table = parse_json(text or b"{}")
         names, titles = table["classes"], table.get("titles")
         if table.get("encoding", "jpeg") != "jpeg":
             raise UsageError(

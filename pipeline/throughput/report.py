@@ -26,6 +26,7 @@ from pipeline.throughput.model import Remedy
 from pipeline.tools import charts
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import atomic_write
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials, human_bytes
 
 
@@ -255,7 +256,7 @@ def load_report(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, no report, or of another version.
     """
     try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         version = table["version"]
         if version == VERSION:
             _check_table(table)
@@ -263,7 +264,7 @@ def load_report(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}); name a throughput.json"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is no report of pipeline.throughput; name a throughput.json"
         ) from error

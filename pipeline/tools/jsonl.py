@@ -1,4 +1,4 @@
-"""JSON lines: reads files of one JSON object a line."""
+"""JSON of a file, and JSON lines: files of one JSON object a line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ from typing import Any
 Row = dict[str, Any]
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON from outside holds.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def parse_rows(lines: Iterable[bytes]) -> Iterator[Row | None]:
     """Yield the object of each line; None for a line without one (half a row, other JSON)."""
     for line in lines:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             row = None
         yield row if isinstance(row, dict) else None
 

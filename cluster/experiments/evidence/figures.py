@@ -6,7 +6,6 @@ The last two come from RUN/neighbours/summary.json (`cluster.experiments.neighbo
 from __future__ import annotations
 
 import base64
-import json
 import mimetypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from cluster.report.kernels import FirstLayer, describe_first_layer
 from cluster.report.tables import format_probability
 from cluster.run.folder import KERNELS as KERNEL_ROWS
 from cluster.run.kernels import read_kernels
+from pipeline.tools.jsonl import parse_json
 
 MOST_IMAGES = 4
 MOST_BYTES = 6_000_000
@@ -177,7 +177,7 @@ def _add_summary(
 ) -> None:
     path = run.path / FOLDER / SUMMARY
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8"))
         step = table["step"]
         found = [
             list(_compare_neighbors(table.get("neighbours"), run, group)),

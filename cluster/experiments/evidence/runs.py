@@ -19,6 +19,7 @@ from cluster.run.folder import CONFIG, METRICS
 from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DataError, UsageError
+from pipeline.tools.jsonl import parse_json
 
 STUDY = "study.json"
 COUNTED = ("top1_error", "top5_error", "samples")
@@ -265,7 +266,7 @@ def _add_result(evidence: Evidence, path: Path) -> None:
         UsageError: it is neither.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
     table = table if isinstance(table, dict) else {}

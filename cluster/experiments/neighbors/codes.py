@@ -62,6 +62,7 @@ from cluster.run.folder import CONFIG
 from pipeline.tools.arguments import parse_options, require_range
 from pipeline.tools.errors import DataError, DuetError, UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.progress import Progress
 from pipeline.tools.units import cpu_count, parse_size
 
@@ -265,7 +266,7 @@ def _load_autoencoder(path: Path, net: AutoEncoder, about: dict[str, Any]) -> fl
     with suppress(OSError, SafetensorError, ValueError, KeyError, RuntimeError):
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
-            if json.loads(facts["about"]) != about:
+            if parse_json(facts["about"]) != about:
                 return None
             names = [name for name in file.keys() if name.startswith("net/")]  # noqa: SIM118
             net.load_state_dict({name[4:]: file.get_tensor(name) for name in names})

@@ -42,6 +42,7 @@ from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DataError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import atomic_write, sha256, sync_path
+from pipeline.tools.jsonl import parse_json
 
 FOLDER = "neighbours"
 """Folder in RUN for all files of both commands."""
@@ -206,7 +207,7 @@ class Features:
         self.path = locate_features(folder, split, "json")
         npy, rows_npy = (locate_features(folder, split, ending) for ending in ("npy", "rows.npy"))
         try:
-            table = json.loads(self.path.read_bytes())
+            table = parse_json(self.path.read_bytes())
             self.about = FeatureInfo.from_table(table)
             self._crc: list[int] = table["crc32"]
             if sha256(rows_npy) != table["rows_sha256"]:
@@ -354,7 +355,7 @@ def begin_features(folder: Path, info: FeatureInfo) -> None:
     is_same = False
     with suppress(FileNotFoundError):
         with suppress(ValueError):
-            is_same = json.loads(plan.read_bytes()) == info.to_table()
+            is_same = parse_json(plan.read_bytes()) == info.to_table()
         if is_same and state.stat().st_size == state_size:
             if not locate_features(folder, info.split, "json").exists() and not growing.exists():
                 # Killed between the last two renames.

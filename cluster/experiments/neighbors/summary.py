@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from cluster.experiments.neighbors.features import FeatureInfo
 from pipeline.tools.files import atomic_write
+from pipeline.tools.jsonl import parse_json
 
 SUMMARY = "summary.json"
 VERSION = 1
@@ -39,7 +40,7 @@ def write_summary(
         "data_sha256": about.data_sha256,
     }
     try:
-        old = json.loads((folder / SUMMARY).read_bytes())
+        old = parse_json((folder / SUMMARY).read_bytes())
     except (OSError, ValueError):
         old = {}
     is_same = isinstance(old, dict) and all(

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cluster.run.probabilities import SavedProbabilities, probability_path
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.files import atomic_write
+from pipeline.tools.jsonl import parse_json
 
 RESULT, TABLE, PLOT = "study.json", "study.md", "study.png"
 VIEWS = 10
@@ -160,8 +162,10 @@ def _measure_train_error(run: StudyRun) -> float:
     units dropped. It is counted once, and kept in OUT/NAME.train.json.
     """
     path = run.out / f"{run.name}.train.json"
-    found = json.loads(path.read_bytes()) if path.is_file() else {"step": 0}
-    if found["step"] != run.steps:
+    found: dict[str, Any] = {}
+    with suppress(FileNotFoundError, ValueError, TypeError):
+        found = dict(parse_json(path.read_bytes()))
+    if found.get("step") != run.steps or "top1_error" not in found:
         found = _evaluate(run, split="train")
         with atomic_write(path) as file:
             file.write((json.dumps(found) + "\n").encode())

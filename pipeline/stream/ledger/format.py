@@ -25,6 +25,7 @@ from isal import isal_zlib
 
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import Ids, split_batch
+from pipeline.tools.jsonl import parse_json
 
 VERSION = 1
 ENDING = ".ledger"
@@ -102,7 +103,7 @@ class LedgerHeader:
         Raises:
             ValueError: the line is not a header; the message says why.
         """
-        facts = json.loads(line)
+        facts = parse_json(line)
         if not isinstance(facts, dict) or facts.get("ledger") != VERSION:
             raise ValueError(f"its first line is not that of a ledger of version {VERSION}")
         facts = {f.name: f.default for f in fields(cls) if f.default is not MISSING} | facts

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.tools.jsonl import parse_rows, read_all_rows
+from pipeline.tools.jsonl import parse_json, parse_rows, read_all_rows
 
 OTHER = [b"\n", b"{\n", b"[1]\n", b"3\n", b"null\n", b'"\xff"\n', b"\0\0\n", b"[" * 100_000 + b"\n"]
 
@@ -30,3 +30,10 @@ def test_all_rows_of_a_sound_file(tmp_path):
     assert list(read_all_rows(path)) == rows
     with pytest.raises(OSError, match="rows"):
         next(read_all_rows(path.parent / "rows"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", b"\xff", "9" * 5000])
+def test_json_that_is_none_is_one_kind_of_error_however_deep(text):
+    with pytest.raises(ValueError, match=r"."):
+        parse_json(text)
+    assert list(parse_rows([text if isinstance(text, bytes) else text.encode()])) == [None]
