@@ -71,7 +71,12 @@ def try_store(address: str) -> str:
         try:
             import fsspec
 
-            system, root = fsspec.core.url_to_fs(address)
+            open_address: Any = fsspec.core.url_to_fs
+            with suppress(ImportError):  # as the workers do, where this repository is
+                from pipeline.remote import filesystem
+
+                open_address = filesystem.open_filesystem
+            system, root = open_address(address)
             system.info(f"{root.rstrip('/')}/manifest.json")
             errors.append("")
         except BaseException as error:

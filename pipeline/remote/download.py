@@ -21,6 +21,7 @@ from pipeline.remote.filesystem import (
     Stopped,
     TransferError,
     check_address,
+    join_name,
     open_filesystem,
     retry,
 )
@@ -134,7 +135,7 @@ class Store:
 
         def copy() -> None:
             system, root = open_filesystem(self._address, self.policy, reports_bytes=True)
-            system.get_file(f"{root.rstrip('/')}/{name}", str(path), callback=progress)
+            system.get_file(join_name(root, name), str(path), callback=progress)
 
         call = BackgroundCall(copy)
         try:

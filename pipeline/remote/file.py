@@ -19,6 +19,7 @@ from pipeline.remote.filesystem import (
     TransferError,
     Unreachable,
     check_address,
+    is_web,
     open_filesystem,
     retry,
     temporary_space,
@@ -160,7 +161,7 @@ class RemoteFile(io.RawIOBase):
 
     def _request_size(self) -> int | None:
         """Return the size, or None if the server has no range requests."""
-        if not self._path.startswith(("http://", "https://")):
+        if not is_web(self._path):
             return int(self._system.info(self._path)["size"])
         try:
             file = self._system.open(self._path, "rb", cache_type="none")

@@ -17,20 +17,22 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError
+from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import explain_full_disk
-from pipeline.tools.text import clean, hide_credentials
+from pipeline.tools.text import first_line, hide_credentials
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Schemes of stores where a file appears only when all of it has been uploaded."""
@@ -40,6 +42,8 @@ SLOWEST_TRANSFER = 100_000
 """Bytes per second: a transfer without progress reports may take as long as this rate needs."""
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+_LINK = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]+(?:://|::))")
+"""The sign between the schemes of a chain, not the one in `[::1]` or in the name of a file."""
 _PERMANENT = (
     *(FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError),
     *(ImportError, NotImplementedError, TypeError, ValueError),
@@ -113,6 +117,22 @@ def local_path(address: str) -> Path:
     return Path(unquote(urlsplit(address).path) if is_url else address)
 
 
+def is_web(address: str) -> bool:
+    """Return whether `address` is one of a web server, which has no list of its files."""
+    return address.startswith(("http://", "https://"))
+
+
+def join_name(folder: str, name: str) -> str:
+    """Return the path of a file below a folder, as file systems have it; the folder's if empty."""
+    # In a web address `%20`, `#` and `?` of a name would mean something else.
+    return f"{folder.rstrip('/')}/{quote(name) if is_web(folder) else name}".rstrip("/")
+
+
+def split_chain(address: str) -> list[str]:
+    """Return the links of a chain of schemes (`simplecache::s3://...`); of others, the address."""
+    return _LINK.split(address)
+
+
 def check_address(address: str, what: str, *, chain: bool = True) -> None:
     """Check that this program can talk to the store of an address; nothing is sent.
 
@@ -126,9 +146,14 @@ def check_address(address: str, what: str, *, chain: bool = True) -> None:
         SetupError: the package for the scheme is not installed.
     """
     named = f"{what} {hide_credentials(address).partition('?')[0]}"
-    if "::" in address and not chain:
+    links = split_chain(address)
+    if len(links) > 1 and not chain:
         raise UsageError(f"{named}: lists with '::' are not read; name one set at a time")
-    for link in address.split("::"):
+    if len(links) > 1 and any("::" in link for link in links):
+        raise UsageError(
+            f"{named}: fsspec takes '::' of a host or a name for a chain; use no chain"
+        )
+    for link in links:
         scheme = link.partition("://")[0]
         try:
             fsspec.get_filesystem_class(scheme)
@@ -141,7 +166,14 @@ def check_address(address: str, what: str, *, chain: bool = True) -> None:
             extra = EXTRAS.get(scheme)
             way = f"pip install 'duet[{extra}]'" if extra else str(error).splitlines()[0]
             raise SetupError(f"{named}: no package for {scheme}:// is installed; {way}") from error
-    if "?" in address and address.startswith("http"):
+        try:
+            _ = urlsplit(link).port if is_web(link) else 0
+        except ValueError as error:
+            raise UsageError(
+                f"{named}: {summarize_error(error)}; give an address such as https://host/folder, "
+                "https://host:8080/folder, http://[::1]:8080/folder"
+            ) from error
+    if "?" in address and is_web(links[-1]):
         raise UsageError(
             f"{named}: an address with a query has no files below it, and would stand in the "
             "manifest; give the address of the folder without one, or download the files"
@@ -160,24 +192,47 @@ def open_filesystem(
             in a thread that does not last.
     """
     policy = policy or RetryPolicy()
-    scheme = address.partition("://")[0]
-    options: dict[str, Any] = {}
-    if scheme in ("http", "https"):
+    links = split_chain(address)
+    schemes = [link.partition("://")[0] for link in links]
+    options = {name: _client_options(name, policy, reports_bytes) for name in schemes}
+    kind = fsspec.get_filesystem_class(schemes[0])
+    if reports_bytes and not getattr(kind, "async_impl", True):
+        options[schemes[0]]["skip_instance_cache"] = True  # else an instance for each thread
+    if "::" in address and len(links) == 1:
+        # fsspec would take this `::`, of a host or a name, for a chain.
+        options = kind._get_kwargs_from_urls(address) | options[schemes[0]]
+        return fsspec.filesystem(schemes[0], **options), kind._strip_protocol(address)
+    system, path = url_to_fs(address, **options)
+    return system, path
+
+
+def _client_options(scheme: str, policy: RetryPolicy, reports_bytes: bool) -> dict[str, Any]:
+    """Return the options of a file system; the user's own of fsspec's configuration win."""
+    if is_web(f"{scheme}://"):
         import aiohttp
 
         # By default aiohttp ends any transfer after five minutes, however well it goes. A download
         # watches its bytes itself: there these timeouts only clean up behind it.
         stall = 2 * policy.stall if reports_bytes else policy.stall
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
-        options["client_kwargs"] = {"timeout": timeout}
-    elif reports_bytes and scheme in ("s3", "s3a"):
-        options["max_concurrency"] = 1  # in parts, the first report comes after 500 MB
-    elif reports_bytes:
-        kind = fsspec.get_filesystem_class(re.split("::|://", address)[0])
-        if not getattr(kind, "async_impl", True):
-            options["skip_instance_cache"] = True  # it would keep one instance for each thread
-    system, path = url_to_fs(address, **options)
-    return system, path
+        # As curl: heed http_proxy, no_proxy and .netrc, and leave a redirect's signature alone.
+        own = {"timeout": timeout, "trust_env": True, "requote_redirect_url": False}
+        return {"client_kwargs": own | _read_settings(("http", "https"), "client_kwargs")}
+    if scheme in ("gs", "gcs"):
+        own = {"trust_env": True}
+        return {"session_kwargs": own | _read_settings(("gs", "gcs"), "session_kwargs")}
+    if reports_bytes and scheme in ("s3", "s3a"):
+        return {"max_concurrency": 1}  # in parts, the first report comes after 500 MB
+    return {}
+
+
+def _read_settings(schemes: Iterable[str], name: str) -> dict[str, Any]:
+    """Return the user's settings of this name for a file system, which ours would replace."""
+    found: dict[str, Any] = {}
+    for scheme in schemes:
+        one = fsspec.config.conf.get(scheme, {}).get(name)
+        found |= one if isinstance(one, Mapping) else {}
+    return found
 
 
 def retry(
@@ -222,14 +277,18 @@ def retry(
             failure = caught
         if attempt == policy.attempts or (attempt >= 2 and is_permanent(failure)):
             break
-        pause = policy.delay(attempt) * _jitter.uniform(0.75, 1.25)
+        asked = min(read_retry_after(failure), policy.request_timeout())
+        pause = max(asked, policy.delay(attempt) * _jitter.uniform(0.75, 1.25))
         if stop is None:
             time.sleep(pause)
         elif stop.wait(pause):
             raise Stopped(hide_credentials(f"{address} was not {done}: the data set was closed"))
     times = "once" if attempt == 1 else f"{attempt} times in {time.monotonic() - began:.0f} s"
     what = f"{address} could not be {done}, tried {times}: {describe_error(failure)}"
-    way = "check the address and the credentials" if is_permanent(failure) else "try again later"
+    asked = read_retry_after(failure)
+    way = f"try again in {asked:.0f} s, as it asks" if asked else "try again later"
+    if is_permanent(failure):
+        way = "check the address and the credentials"
     if isinstance(failure, Mismatch):
         error, way = DataError, "repair the data set in the store"
     raise error(f"{hide_credentials(what)}; {way}") from failure
@@ -278,7 +337,7 @@ def describe_error(error: BaseException) -> str:
     status = _http_status(error)
     answer = f" (HTTP {status})" if status else ""
     # The whole first line: of an `OSError`, the system's words alone would lack the host.
-    words = clean(next(iter(str(error).splitlines()), "no reason given"))
+    words = first_line(str(error)) or "no reason given"
     if isinstance(error, FileNotFoundError):
         return f"it is not there{answer}"
     if isinstance(error, PermissionError):
@@ -299,6 +358,26 @@ def _http_status(error: BaseException) -> int | None:
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status if isinstance(status, int) else None
     return None
+
+
+def read_retry_after(error: BaseException) -> float:
+    """Return the seconds that a server asks to wait (`Retry-After`); 0 if it does not."""
+    headers = getattr(error, "headers", None)  # aiohttp's
+    answer = getattr(error.__cause__, "response", None)  # botocore's
+    if isinstance(answer, Mapping):
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders")
+    if not isinstance(headers, Mapping):
+        return 0.0
+    found = {str(name).lower(): str(value).strip() for name, value in headers.items()}
+    asked = found.get("retry-after", "")
+    if asked.isdecimal():
+        return float(asked)
+    try:
+        until = parsedate_to_datetime(asked)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    until = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
 @dataclass(frozen=True)
@@ -344,7 +423,7 @@ class StoreFolder:
             StoreError: the store failed at each try.
         """
         system, root = open_filesystem(self.url, self.policy)
-        path = f"{root.rstrip('/')}/{name}".rstrip("/")
+        path = join_name(root, name)
 
         def send() -> T:
             system.invalidate_cache()  # other processes write here, too

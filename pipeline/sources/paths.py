@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import braceexpand
 
@@ -26,6 +26,9 @@ from pipeline.remote.filesystem import (
     Unreachable,
     check_address,
     is_remote,
+    is_web,
+    join_name,
+    local_path,
     open_filesystem,
     retry,
 )
@@ -71,7 +74,12 @@ def base_name(address: str) -> str:
 
 def sibling_address(address: str, name: str) -> str:
     """Return the path or address of file `name` in the same folder as the file at `address`."""
-    return f"{address.rstrip('/').rpartition('/')[0]}/{name}"
+    return join_name(address.rstrip("/").rpartition("/")[0], name)
+
+
+def strip_file_scheme(source: str) -> str:
+    """Return the path that `file:///folder` names; any other source as it is."""
+    return str(local_path(source)) if source.lower().startswith("file://") else source
 
 
 def find_files(source: str, ending: str) -> SourceFiles | None:
@@ -85,7 +93,7 @@ def find_files(source: str, ending: str) -> SourceFiles | None:
             with nothing there.
         StoreError: the store does not answer.
     """
-    source = source.removeprefix("file://")
+    source = strip_file_scheme(source)
     pattern = any(mark in source for mark in "{*?[")
     if is_remote(source):
         return _find_remote(source, ending, pattern)
@@ -98,8 +106,8 @@ def find_files(source: str, ending: str) -> SourceFiles | None:
         return None
     found = []
     for name in _expand_braces(source):
-        if any(mark in name for mark in "*?["):
-            found += sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - any root
+        if (mask := _escape_existing(name, os.path.exists)) is not None:
+            found += sorted(glob.glob(mask, recursive=True))  # noqa: PTH207 - any root
         elif os.path.exists(name) or not name.lower().endswith(ending):  # noqa: PTH110
             found.append(name)
         else:
@@ -198,24 +206,11 @@ def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     check_address(source, "source", chain=False)
     system, path = open_filesystem(source)
     safe = hide_credentials(source)
-    web = source.startswith(("http://", "https://"))
-    if pattern:
-        found: list[str] = []
-        for name in _expand_braces(source):
-            if any(mark in name for mark in "*?["):
-                if web:
-                    raise UsageError(
-                        f"source {safe}: a web server cannot be searched; name the files with a "
-                        "brace range such as train-{000..146}.tar"
-                    )
-                hits = retry(partial(system.glob, name), safe, RetryPolicy(), error=Unreachable)
-                found += [system.unstrip_protocol(hit) for hit in sorted(hits)]
-            else:
-                found.append(name)
+    if pattern and (found := _expand_remote(source, system)) != [source]:
         return _select_files(found, ending, None)
     if path.lower().endswith(ending):
         return SourceFiles((source,), None)
-    if web or Path(path).suffix:  # a file of another kind
+    if is_web(source) or Path(path).suffix:  # a file of another kind
         return None
 
     def list_store(folder: str) -> list[str]:
@@ -230,6 +225,53 @@ def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     if not list_names(source.rstrip("/")):
         raise UsageError(f"source {safe} is not there, or is empty; look for a slip in the address")
     return _find_in_folders(source.rstrip("/"), ending, list_names)
+
+
+def _expand_remote(source: str, system: Any) -> list[str]:
+    """Return the addresses that a pattern names; the source alone if it is none after all."""
+    safe, found = hide_credentials(source), []
+
+    @cache
+    def exists(name: str) -> bool:
+        if is_web(source):  # it cannot be searched: brackets are part of a name
+            return "*" not in base_name(name)
+        return bool(retry(partial(system.exists, name), safe, RetryPolicy(), error=Unreachable))
+
+    for name in _expand_braces(source):
+        mask = _escape_existing(name, exists)
+        if mask is not None and is_web(source):
+            raise UsageError(
+                f"source {safe}: a web server cannot be searched; name the files with a brace "
+                "range such as train-{000..146}.tar"
+            )
+        if mask is None:
+            found.append(name)
+            continue
+        hits = retry(partial(system.glob, mask), safe, RetryPolicy(), error=Unreachable)
+        found += [system.unstrip_protocol(hit) for hit in sorted(hits)]
+    return found
+
+
+def _escape_existing(name: str, exists: Callable[[str], bool]) -> str | None:
+    """Return a glob pattern in which names that exist as they are stand for themselves.
+
+    Args:
+        name: path or address; brackets of its host (`[::1]`) are no pattern.
+        exists: tells whether there is a file or a folder of that very name.
+
+    Returns:
+        None if nothing in it is a pattern.
+    """
+    host = re.match(r"[^/]*://[^/]*/?", name)
+    place = host[0] if host else ""
+    parts, is_pattern = [place], False
+    for part in re.split("(/)", name[len(place) :]):
+        place += part
+        if any(mark in part for mark in "*?["):
+            is_pattern = is_pattern or not exists(place)
+            part = part if is_pattern else glob.escape(part)
+        parts.append(part)
+    return "".join(parts) if is_pattern else None
 
 
 def _list_local(folder: str) -> list[str]:

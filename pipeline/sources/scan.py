@@ -37,7 +37,13 @@ from pipeline.sources.names import (
     is_tar,
 )
 from pipeline.sources.parquet import is_parquet, scan_parquet
-from pipeline.sources.paths import SourceFiles, base_name, detect_split, find_files
+from pipeline.sources.paths import (
+    SourceFiles,
+    base_name,
+    detect_split,
+    find_files,
+    strip_file_scheme,
+)
 from pipeline.sources.tars import add_class_tar, add_tar
 from pipeline.sources.webdataset import is_webdataset, scan_webdataset
 from pipeline.tools.errors import DuetError, UsageError
@@ -76,7 +82,7 @@ def scan(
         UsageError: nothing there, no classes, a class without images, an unknown class, no
             labels where some are needed, or an archive that cannot be read.
     """
-    source = source.removeprefix("file://")
+    source = strip_file_scheme(source)
     writer = ListingWriter(scratch, source)
     try:
         return _scan_any(source, writer, split, classes, labels, numbered)
@@ -125,7 +131,7 @@ def _scan_any(
 
 def find_other_split(source: str) -> str | None:
     """Return the validation part of a training source, for a hint; None if it has none."""
-    source = source.removeprefix("file://")
+    source = strip_file_scheme(source)
     try:
         for ending in (TAR, PARQUET):
             files = find_files(source, ending)

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.tools.stdio import OutputError, standard_streams
-from pipeline.tools.text import clean
+from pipeline.tools.text import clean, first_line
 
 REBUILD = "delete the data set's folder and build it again"
 """Advice for damage that cannot be repaired in place."""
@@ -65,7 +65,7 @@ def summarize_error(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or errno.errorcode.get(error.errno, str(error))
-    line = clean(next(iter(str(error).strip().splitlines()), type(error).__name__))
+    line = first_line(str(error)) or type(error).__name__
     return f"no {line}" if isinstance(error, KeyError) else line
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+LONGEST = 500
+"""Characters of a foreign message: a server that speaks no HTTP is quoted with all its bytes."""
 _PASSWORD = re.compile(r"://(?:[^/\s?#]*|[^/\s:\[]*:(?!\d+(?:/|$))[^\s?#]*)@")
 """The last `@` of the host ends a password; one with a `/` in it follows a colon."""
 _END = r"""(?=[]'")}>,;.:]*(?:\s|$))"""
@@ -18,6 +20,11 @@ _QUERIES = (
 def clean(text: str) -> str:
     """Return a message without credentials of addresses and without control characters."""
     return escape_controls(hide_credentials(text))
+
+
+def first_line(text: str) -> str:
+    """Return the first line of what a library or a server says, `clean` and not endless."""
+    return clean(next(iter(text.strip().splitlines()), "")[:LONGEST])
 
 
 def hide_credentials(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 import unicodedata
 
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,3 +102,54 @@ def test_a_class_of_nearly_the_same_name_is_pointed_out(tmp_path):
         (tmp_path / "s" / name / "1.jpg").write_bytes(b"x")
     with pytest.raises(UsageError, match=r"class 'Cat', which .* lacks \(it has 'cat'\)"):
         scan(str(tmp_path / "s"), tmp_path / "a", split="val", classes=("cat", "dog"))
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request, tmp_path):
+    """A folder `set [1]` of shards, and one that its name would mean as a pattern."""
+    names = ("set [1]/train-00.tar", "set [1]/train-[1].tar", "set 1/train-00.tar")
+    if request.param == "memory":
+        memory = fsspec.filesystem("memory")
+        for name in names:
+            memory.pipe_file(f"/brackets/{name}", b"")
+        return "memory://brackets"
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("set [1]", ["set [1]/train-00.tar", "set [1]/train-[1].tar"]),
+        ("set [1]/train-00.tar", ["set [1]/train-00.tar"]),
+        ("set [1]/train-[1].tar", ["set [1]/train-[1].tar"]),
+        ("set [1]/*0.tar", ["set [1]/train-00.tar"]),
+        ("set [1]/train-{00..00}.tar", ["set [1]/train-00.tar"]),
+        ("set [1-9]/train-0?.tar", ["set 1/train-00.tar"]),
+        ("set [2]/train-0?.tar", None),
+    ],
+)
+def test_brackets_of_a_name_are_no_pattern(source, found, place):
+    files = find_files(f"{place}/{source}", ".tar")
+    names = files and [name.removeprefix("memory://").lstrip("/") for name in files.addresses]
+    root = place.removeprefix("memory://").lstrip("/")
+    assert names == (found and [f"{root}/{name}" for name in found])
+
+
+def test_the_host_of_an_address_is_no_pattern():
+    for address in ("http://[::1]:80/a.tar", "http://[::1]/set [1]/a[2].tar"):
+        assert find_files(address, ".tar").addresses == (address,)
+    many = find_files("http://[::1]:80/set/train-{0..2}.tar", ".tar")
+    assert many.addresses == tuple(f"http://[::1]:80/set/train-{n}.tar" for n in range(3))
+    with pytest.raises(UsageError, match="cannot be searched"):
+        find_files("http://[::1]:80/set/train-*.tar", ".tar")
+
+
+def test_a_file_address_is_unquoted(tmp_path):
+    (tmp_path / "my set").mkdir()
+    (tmp_path / "my set" / "train-0.tar").touch()
+    for start in ("file://", "FILE://", "file://localhost"):
+        files = find_files(f"{start}{tmp_path}/my%20set", ".tar")
+        assert files.addresses == (f"{tmp_path}/my set/train-0.tar",)
