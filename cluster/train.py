@@ -9,7 +9,6 @@ Starts a Ray on this machine, reachable from this machine only, unless RAY_ADDRE
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
@@ -23,7 +22,7 @@ from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import identify_run, resolve_init
 from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
 from cluster.config import LENGTH, MEANT, Config, load_settings
-from cluster.launch.session import ray_session, refuse_relative
+from cluster.launch.session import is_attached, ray_session, refuse_relative
 from cluster.run.console import RunConsole
 from cluster.run.exporters import require_tensorboard
 from cluster.run.folder import QUARANTINE, lock_run, read_run_id, write_run_config
@@ -332,7 +331,7 @@ def start_ray(config: Config, screen: RunConsole) -> Iterator[Callable[[], str]]
     from cluster.launch.placement import check_this_machine
 
     workers = config.size * config.replica_sizes[-1]
-    if "RAY_ADDRESS" in os.environ:
+    if is_attached():
         screen.wait("attaching to Ray and starting the workers")
     else:
         workers, warning = check_this_machine(config, torch.cuda.device_count())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import stat
 import subprocess
 import sys
@@ -26,18 +25,21 @@ from cluster.doctor.hardware import MIN_FILES, MIN_SHARED
 from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
 from cluster.launch.placement import Node
-from cluster.launch.session import IN_JOB, REPOSITORY
+from cluster.launch.session import (
+    CONNECT_SECONDS,
+    IN_JOB,
+    REPOSITORY,
+    examine_address,
+    suggest_mend,
+    try_connection,
+)
 from pipeline.remote.filesystem import is_remote
-from pipeline.tools.errors import summarize_error
 from pipeline.tools.files import read_text
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials, human_bytes
 
-CONNECT_SECONDS = 5
-"""Timeout of a connection to a port."""
 NODE_SECONDS = 90
 """Timeout of joining the cluster and asking its nodes."""
-GCS_PORT = 6379
 
 
 def judge(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -105,38 +107,10 @@ def judge_job_server(address: str) -> Finding:
 
 def judge_address(address: str) -> Finding:
     """Judge whether RAY_ADDRESS is well formed, and whether a process listens there."""
-    if address.startswith(("http://", "https://")):
-        mend = f"export RAY_API_SERVER_ADDRESS={address}; unset RAY_ADDRESS"
-        return fail("RAY_ADDRESS", f"{address} is a job server's address", mend)
-    if address.startswith("ray://"):
-        text = f"{address} is for Ray's client, which Ray Train does not support"
-        return fail("RAY_ADDRESS", text, "ray job submit, or RAY_ADDRESS=HEAD:6379 on the head")
-    if address in ("auto", "local"):
-        return ok("RAY_ADDRESS", address)
-    host, port = split_address(address)
-    if not port:
-        mend = f"export RAY_ADDRESS={host}:{GCS_PORT}"
-        return fail("RAY_ADDRESS", f"{address} has no port", mend)
-    if error := try_connection(address):
-        mend = "ray start --head --dashboard-host 127.0.0.1   # on the head; then export "
-        mend += f"RAY_ADDRESS=HEAD:{GCS_PORT}; or unset RAY_ADDRESS"
-        return fail("RAY_ADDRESS", f"{address} does not answer ({error})", mend)
-    return ok("RAY_ADDRESS", f"{address} answers")
-
-
-def try_connection(address: str) -> str:
-    """Connect to HOST:PORT; return the error message, empty if that works."""
-    try:
-        socket.create_connection(split_address(address), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        return getattr(error, "strerror", None) or summarize_error(error)
-    return ""
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Split HOST:PORT; the port of anything else is 0."""
-    host, _, port = address.rpartition(":")
-    return (host.strip("[]"), int(port)) if host and port.isdecimal() else (address, 0)
+    if found := examine_address(address):
+        return fail("RAY_ADDRESS", *found)
+    is_word = address in ("auto", "local")
+    return ok("RAY_ADDRESS", address if is_word else f"{address} answers")
 
 
 def judge_old_address(path: Path) -> Iterator[Finding]:
@@ -215,22 +189,6 @@ def find_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line]
     return (errors or lines or [""])[-1][:300]
-
-
-def suggest_mend(why: str) -> str:
-    """Return a remedy for a process that could not join the cluster."""
-    low = why.lower()
-    if "version mismatch" in low:
-        install = "pip install -c constraints.txt 'ray[default,train]'"
-        return f"the same Python on both sides, and {install}"
-    # "Failed to connect" is all that Ray says of a token that is not the cluster's.
-    signs = ("failed to connect", "token", "authenticat", "unauthorized")
-    if any(sign in low for sign in signs):
-        return (
-            "export RAY_AUTH_MODE=token; the head's ~/.ray/auth_token belongs here, too, mode 600; "
-            "`ray status` on the head says whether it is well"
-        )
-    return "ray status   # on the head; or unset RAY_ADDRESS"
 
 
 def judge_node(

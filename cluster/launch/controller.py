@@ -40,6 +40,7 @@ from cluster.launch.placement import (
     place_workers,
     uses_gpus,
 )
+from cluster.launch.session import is_attached
 from cluster.launch.worker import FAKE_GPUS, WorkerJob, run_worker
 from cluster.run.console import RunConsole
 from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started, Worker
@@ -436,7 +437,7 @@ def create_trainer(job: WorkerJob, scratch: str) -> Any:
     return TorchTrainer(
         run_worker,
         train_loop_config={"job": job},
-        torch_config=(TorchConfig if "RAY_ADDRESS" in os.environ else LoopbackConfig)(
+        torch_config=(TorchConfig if is_attached() else LoopbackConfig)(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout_s=job.config.collective_timeout,
         ),

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import stat
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 
 from pipeline.remote.filesystem import is_remote
 from pipeline.tools.errors import SetupError, UsageError, handle_end, summarize_error
-from pipeline.tools.files import NoLocks, try_lock, unlock
+from pipeline.tools.files import NoLocks, read_text, try_lock, unlock
 from pipeline.tools.processes import defer_signals
 from pipeline.tools.units import cpu_count
 
@@ -27,6 +28,9 @@ LONGEST = 26
 """Most characters of the folder above Ray's: the paths of its sockets may have 107."""
 STARTING = 60.0
 """Seconds after which a session's folder without a holder is one that was left behind."""
+CONNECT_SECONDS = 5
+"""Timeout of a connection to a port."""
+GCS_PORT = 6379
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Keeps Ray's own lines off the terminal.
 QUIET = {
@@ -82,7 +86,9 @@ def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterat
     Raises:
         SetupError: Ray cannot be started or reached.
     """
-    attached = "RAY_ADDRESS" in os.environ
+    attached = is_attached()
+    if attached and (found := examine_address(os.environ["RAY_ADDRESS"])):
+        raise SetupError(f"RAY_ADDRESS: {found[0]}; {found[1]}")
     everywhere = {name: QUIET[name] for name in EVERYWHERE if name not in os.environ}
     for name, value in (QUIET if attached else QUIET | OWN).items():
         os.environ.setdefault(name, value)
@@ -103,6 +109,70 @@ def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterat
         ray.shutdown()
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_attached() -> bool:
+    """Return whether RAY_ADDRESS names a Ray, rather than this command starting its own."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def examine_address(address: str) -> tuple[str, str] | None:
+    """Ask whether a process listens at RAY_ADDRESS; Ray itself would try for minutes, in silence.
+
+    Returns:
+        What is wrong with it, and what mends that; None if nothing is.
+    """
+    if address.startswith(("http://", "https://")):
+        mend = f"export RAY_API_SERVER_ADDRESS={address}; unset RAY_ADDRESS"
+        return f"{address} is a job server's address", mend
+    if address.startswith("ray://"):
+        text = f"{address} is for Ray's client, which Ray Train does not support"
+        return text, "ray job submit, or RAY_ADDRESS=HEAD:6379 on the head"
+    named = address
+    if address == "auto":  # the address that the last `ray start` of this machine has left
+        path = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+        address, named = read_text(path), f"auto, which is {read_text(path)} in {path},"
+    if address in ("", "local"):
+        return None
+    host, port = split_address(address)
+    if not port:
+        return f"{named} has no port", f"export RAY_ADDRESS={host}:{GCS_PORT}"
+    if error := try_connection(address):
+        mend = "ray start --head --dashboard-host 127.0.0.1   # on the head; then export "
+        mend += f"RAY_ADDRESS=HEAD:{GCS_PORT}; or unset RAY_ADDRESS"
+        return f"{named} does not answer ({error})", mend
+    return None
+
+
+def try_connection(address: str) -> str:
+    """Connect to HOST:PORT; return the error message, empty if that works."""
+    try:
+        socket.create_connection(split_address(address), CONNECT_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or summarize_error(error)
+    return ""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split HOST:PORT; the port of anything else is 0."""
+    host, _, port = address.rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdecimal() else (address, 0)
+
+
+def suggest_mend(why: str) -> str:
+    """Return a remedy for a process that could not join the cluster."""
+    low = why.lower()
+    if "version mismatch" in low:
+        install = "pip install -c constraints.txt 'ray[default,train]'"
+        return f"the same Python on both sides, and {install}"
+    # "Failed to connect" is all that Ray says of a token that is not the cluster's.
+    signs = ("failed to connect", "token", "authenticat", "unauthorized")
+    if any(sign in low for sign in signs):
+        return (
+            "export RAY_AUTH_MODE=token; the head's ~/.ray/auth_token belongs here, too, mode 600; "
+            "`ray status` on the head says whether it is well"
+        )
+    return "ray status   # on the head; or unset RAY_ADDRESS"
 
 
 def make_session_folder() -> Path:
@@ -148,7 +218,6 @@ def guard_token() -> None:
 
 def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str]) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    where, way_out = "on this machine", "try again when less runs here"
     if scratch is not None:
         # Inherited by every process of this Ray, so that workers can import this repository.
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
@@ -160,12 +229,15 @@ def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, s
             "_temp_dir": str(scratch / "r"),  # Ray opens it to all users: the one above is private
         }
     else:
-        where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-        way_out = "start one, or unset RAY_ADDRESS"
         if IN_JOB not in os.environ:
             everywhere = {"PYTHONPATH": str(REPOSITORY), **everywhere}
         options["runtime_env"] = {"env_vars": everywhere}
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises a bare one when its processes start too slowly
-        raise SetupError(f"no Ray {where} ({summarize_error(error)}); {way_out}") from error
+        why = summarize_error(error)
+        if scratch is not None:
+            text = f"no Ray on this machine ({why}); try again when less runs here"
+            raise SetupError(text) from error
+        where = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"  # something answers there
+        raise SetupError(f"{where} does not take us ({why}); {suggest_mend(str(error))}") from error

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,3 +120,52 @@ def test_a_lost_connection_ends_a_run_as_sigterm_does_but_for_nohup(ignored):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", ["127.0.0.1:1 does not answer (Connection refused)", "unset RAY_ADDRESS"]),
+        ("[::1]:1", ["[::1]:1 does not answer", "unset RAY_ADDRESS"]),
+        ("auto", ["auto, which is 127.0.0.1:1 in ", "ray_current_cluster, does not answer"]),
+        ("head", ["head has no port", "export RAY_ADDRESS=head:6379"]),
+        ("http://head:8265", ["RAY_API_SERVER_ADDRESS=http://head:8265"]),
+        (f"{'x' * 70}.:6379", ["does not answer"]),
+    ],
+)
+def test_a_ray_that_is_gone_is_told_before_ray_is_asked(address, words, tmp_path, monkeypatch):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(session, "_start", None)
+    with pytest.raises(SetupError) as caught, session.ray_session(1):
+        pass
+    for word in ("RAY_ADDRESS: ", *words):
+        assert word in str(caught.value)
+
+
+def test_an_empty_address_is_none(monkeypatch):
+    for value, is_attached in (("", False), ("auto", True)):
+        monkeypatch.setenv("RAY_ADDRESS", value)
+        assert session.is_attached() is is_attached
+
+
+@pytest.mark.parametrize(
+    ("says", "mend"),
+    [
+        ("Failed to connect to Ray cluster at 127.0.0.1:6379", "auth_token belongs here, too"),
+        ("Version mismatch: The cluster was started with: Ray: 2.59", "pip install -c constraints"),
+        ("something else", "ray status"),
+    ],
+)
+def test_a_ray_that_does_not_take_us_is_not_told_as_none(says, mend, monkeypatch):
+    def init(**_: object) -> None:
+        raise ConnectionError(f"{says}\nand more")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with pytest.raises(SetupError) as caught:
+        session._start(SimpleNamespace(init=init), None, 1, {})
+    assert f"RAY_ADDRESS=127.0.0.1:6379 does not take us ({says})" in str(caught.value)
+    assert mend in str(caught.value)
+    assert "start one" not in str(caught.value)

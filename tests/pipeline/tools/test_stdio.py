@@ -33,10 +33,11 @@ class Streams:
 
     def run(self, main: Callable[[], int | None]) -> tuple[object, str, str]:
         """Run a command; return exit code, output and error output."""
-        before = signal.getsignal(signal.SIGTERM)
+        before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
         with pytest.raises(SystemExit) as ended:
             run(main)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         return ended.value.code, self.out.getvalue().decode(), self.err.getvalue().decode()
 
 
