@@ -218,6 +218,21 @@ def test_a_class_of_unreadable_images_is_refused(tmp_path):
     assert not (tmp_path / "d/manifest.json").exists()
 
 
+def test_class_folders_named_by_numbers(tmp_path):
+    """Labels of the shards are places, whatever the names; verify and packing anew read them so."""
+    for number, name in enumerate(("1", "2", "10")):
+        (tmp_path / "s" / name).mkdir(parents=True)
+        for place in range(2):
+            (tmp_path / "s" / name / f"{place}.jpg").write_bytes(jpeg(10 * number + place))
+    first = packed(tmp_path / "d", train=tmp_path / "s")
+    assert first.classes == ("1", "2", "10")
+    assert verify(tmp_path / "d") == []
+    again = packed(tmp_path / "e", train=tmp_path / "d", val=tmp_path / "d/train-000000.tar")
+    assert again.classes == first.classes
+    labels = {split: sorted(rows_of(tmp_path / "e", split)["label"]) for split in ("train", "val")}
+    assert labels == {"train": [0, 0, 1, 1, 2, 2], "val": [0, 0, 1, 1, 2, 2]}
+
+
 def test_classes_without_images_are_refused_before_packing(tmp_path):
     members = [(f"{n}.{ending}", body) for n in (0, 1, 3) for ending, body in
                (("jpg", jpeg(n)), ("cls", b"%d" % n))]  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.dataset.samples import Classes, number_classes, sort_classes
 from pipeline.sources import scan
-from pipeline.sources.classes import make_distinct
+from pipeline.sources.classes import LabelMapper, make_distinct
 from pipeline.sources.paths import detect_split, find_files, select_split
 from pipeline.tools.errors import UsageError
 
@@ -75,6 +75,22 @@ def test_names_of_digits_sort_as_numbers(numbers, padded):
 )
 def test_what_a_number_means_among_names(names, places):
     assert number_classes(names) == places
+
+
+NAMES = st.sampled_from(["0", "1", "2", "3", "10", "01", "1.0", "cat", "dog", "2x"])
+
+
+@given(st.sets(NAMES, min_size=2), st.integers(0, 11), st.booleans())
+def test_a_number_never_means_another_class_than_the_one_of_its_name(names, label, numbered):
+    classes = sort_classes(names)
+    try:
+        found = LabelMapper("s", None, classes, numbered=numbered).find_class(label, "x")
+    except UsageError:
+        return
+    there = classes[label : label + 1]
+    assert found in {str(label), f"0{label}", f"{label}.0", *there}
+    assert found == str(label) or str(label) not in classes
+    assert not numbered or [found] == there
 
 
 def test_unicode_forms_of_a_name_are_one_class(tmp_path):
