@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 
 from pipeline.dataset.tar import Member, escape
 from pipeline.tools.errors import UsageError
+from pipeline.tools.files import read_document
 from pipeline.tools.jsonl import parse_json
 
 JPEG_ENDINGS = ("jpg", "jpeg")
@@ -388,7 +389,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         UsageError: it cannot be read, is empty, or has a name twice.
     """
     try:
-        text = path.read_text("utf-8")
+        text = read_document(path)
         names = parse_json(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "no UTF-8 text or JSON list"

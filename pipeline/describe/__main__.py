@@ -30,7 +30,7 @@ from pipeline.describe.facts import (
 )
 from pipeline.remote.dataset import CACHE_SIZE, Dataset, open_dataset
 from pipeline.remote.filesystem import is_remote
-from pipeline.tools.arguments import parse_options
+from pipeline.tools.arguments import MOST_SEED, parse_options, require_range
 from pipeline.tools.charts import encode_image, page_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
@@ -67,6 +67,7 @@ def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path]:
         DataError: the data set differs from its manifest.
         StoreError: the store does not answer.
     """
+    require_range("seed", options.seed, 0, MOST_SEED)
     size = parse_size(options.cache_size)
     with closing(open_dataset(options.data, cache=options.cache, cache_size=size)) as dataset:
         page = _choose_page(options, dataset)

@@ -26,6 +26,8 @@ from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
 from pipeline.tools.errors import REBUILD, DamagedFile, DataError, UsageError
 from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import parse_json
+from pipeline.tools.progress import announce
+from pipeline.tools.text import hide_credentials
 
 CACHE_SIZE = 100 * 10**9
 """Default size limit of the cache in bytes."""
@@ -67,7 +69,8 @@ def open_dataset(
         return LocalDataset(local_path(address))
     store = Store(address)
     folder = default_cache() if cache is None else Path(cache)
-    return RemoteDataset(store, Cache(folder.absolute(), cache_size, store.policy.lock_timeout))
+    with announce(f"opening {hide_credentials(address)}"):
+        return RemoteDataset(store, Cache(folder.absolute(), cache_size, store.policy.lock_timeout))
 
 
 def fetch_metadata(

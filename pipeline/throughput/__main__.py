@@ -41,12 +41,14 @@ from pipeline.throughput.report import (
 from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.throughput.tune import TuningTrial, tune, write_tuning
-from pipeline.tools.arguments import parse_options
+from pipeline.tools.arguments import parse_options, require_range
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run
 from pipeline.tools.terminal import Terminal
 from pipeline.tools.units import cpu_count, parse_size
 
 NAME = "throughput.json"
+MOST_IMAGES, MOST_GPUS = 10**12, 10**6
+"""Most images of an epoch, and GPUs of a job, that a plan is made for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,8 @@ class ThroughputOptions:
                      "gpus_per_node"):  # fmt: skip
             if (value := getattr(self, name)) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        require_range("images", self.images, 0, MOST_IMAGES)
+        require_range("gpus", self.gpus, 1, MOST_GPUS)
         if self.img_s is not None and not 0 < self.img_s < float("inf"):
             raise UsageError(f"--img-s is {self.img_s}; it must be above 0")
         if not 0 < self.seconds < 3600:

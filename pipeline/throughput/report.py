@@ -25,7 +25,7 @@ from pipeline.throughput.hardware import Machine, describe_machine
 from pipeline.throughput.model import Remedy
 from pipeline.tools import charts
 from pipeline.tools.errors import UsageError
-from pipeline.tools.files import atomic_write
+from pipeline.tools.files import atomic_write, read_document
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials, human_bytes
 
@@ -256,7 +256,7 @@ def load_report(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, no report, or of another version.
     """
     try:
-        table: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = parse_json(read_document(path))
         version = table["version"]
         if version == VERSION:
             _check_table(table)

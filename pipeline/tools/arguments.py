@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
@@ -16,6 +18,8 @@ T = TypeVar("T")
 MOST_PROCESSES = 1024
 """Most helper processes of a command."""
 MOST_SEED = 2**63 - 1
+ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
+"""Beginning of an address, also after `Path` has made one slash of two."""
 
 
 def parse_options(
@@ -30,7 +34,8 @@ def parse_options(
         description: text of --help, instead of the docstring of `kind`.
 
     Raises:
-        UsageError: a word is empty, such as that of a variable of the shell which is not set.
+        UsageError: a word is empty, such as that of a variable of the shell which is not set, or
+            a local file or folder is an address.
         SystemExit: code 2 for a wrong flag, 0 for --help (tyro has printed the text).
     """
     words = sys.argv[1:] if argv is None else list(argv)
@@ -45,7 +50,14 @@ def parse_options(
             continue
         if name.replace("_", "-") not in may_be_empty:
             raise UsageError(f"{name} is empty (a variable that is not set?); give a value")
-    return tyro.cli(kind, args=words, prog=prog, description=description)
+    options = tyro.cli(kind, args=words, prog=prog, description=description)
+    for name, value in vars(options).items():
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and ADDRESS.match(str(path)):
+                raise UsageError(
+                    f"{name} {str(path).replace(':/', '://', 1)} is an address; name a local one"
+                )
+    return options
 
 
 def _list_empty_flags(kind: Any) -> Iterator[str]:

@@ -136,6 +136,18 @@ def read_text(path: Path) -> str:
         return ""
 
 
+def read_document(path: Path) -> str:
+    """Return the UTF-8 text of a file that the user names.
+
+    Raises:
+        OSError: it cannot be read, or is a device, which may have no end.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    if path.is_char_device() or path.is_block_device():
+        raise OSError(errno.EINVAL, "a device, not a file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
     with path.open("rb") as file:

@@ -14,9 +14,11 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.dataset.samples import read_classes
+from pipeline.throughput.report import load_report
 from pipeline.tools.arguments import parse_options, require_range
 from pipeline.tools.errors import UsageError, run
-from pipeline.tools.files import atomic_write
+from pipeline.tools.files import atomic_write, read_document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,14 @@ def test_an_empty_word_is_an_unset_variable_and_not_this_folder(words, name):
 @pytest.mark.parametrize("words", [["d", "--store", ""], ["d", "--store="]])
 def test_a_setting_that_is_empty_by_default_may_be_empty(words):
     assert parse_options(Sample, words, "x") == Sample(data=Path("d"), inner=Inner())
+
+
+@pytest.mark.parametrize("flag", ["--out", ""])
+def test_a_local_folder_is_no_address(flag):
+    words = ["s3://bucket/run"] if not flag else ["d", flag, "s3://bucket/run"]
+    with pytest.raises(UsageError, match="s3://bucket/run is an address; name a local one"):
+        parse_options(Sample, words, prog="x")
+    assert parse_options(Sample, ["a:b/c"], prog="x").data == Path("a:b/c")
 
 
 @given(st.one_of(st.floats(), st.integers()), st.integers(-5, 5), st.integers(0, 9))
@@ -105,3 +115,9 @@ def test_a_device_or_a_pipe_is_never_replaced_by_a_file(tmp_path):
             raise AssertionError
     assert pipe.is_fifo()
     assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_device_is_no_document():
+    for read in (read_document, read_classes, load_report):
+        with pytest.raises((OSError, UsageError), match="a device"):
+            read(Path("/dev/zero"))
