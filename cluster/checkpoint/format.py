@@ -140,7 +140,8 @@ def read_table(storage: CheckpointStorage, name: str) -> dict[str, Any]:
     if DIGEST in table and table[DIGEST] != hash_table(table):
         raise ValueError(f"{JSON} does not have the SHA-256 it was written with")
     if table["step"] != parse_step(name):
-        raise ValueError(f"it is of step {table['step']!r}")
+        raise ValueError(f"it is of step {table['step']!r:.80}")
+    _require(table, "step", _is_count(table["step"]))
     _require(table, "position", _is_count(table["position"]))
     top1_error = table.get("top1_error")
     _require(table, "top1_error", top1_error is None or _is_number(top1_error))

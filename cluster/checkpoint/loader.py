@@ -305,7 +305,7 @@ def pin_init(config: Config, run: Path, before: str = "") -> Config:
     if not config.init:
         return config
     init = config.init if is_remote(config.init) else str(local_path(config.init).resolve())
-    config = replace(config, init=init)
+    config = _replace_init(config, init)
     if (run / CONFIG).is_file():
         before = read_run_config(run / CONFIG)[0].init
     base = before.rpartition("/")[0]
@@ -314,6 +314,13 @@ def pin_init(config: Config, run: Path, before: str = "") -> Config:
     ):
         return replace(config, init=before)
     return config
+
+
+def _replace_init(config: Config, init: str) -> Config:
+    try:
+        return replace(config, init=init)
+    except ValueError as error:  # a folder whose name is no text
+        raise UsageError(str(error)) from error
 
 
 def _find_base(init: str) -> str:
@@ -351,7 +358,7 @@ def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]
         f"starts from {hide_credentials(address)} ({len(found.classes)} classes); "
         f"new: {', '.join(new)}"
     )
-    return replace(config, init=address), said
+    return _replace_init(config, address), said
 
 
 def load_init(init: str, net: AlexNet, mesh: ProcessMesh, tell: Tell) -> None:

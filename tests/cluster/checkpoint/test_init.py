@@ -185,6 +185,13 @@ def test_an_init_of_before_holds_though_its_run_has_gone(tmp_path):
     assert pin_init(CONFIG, tmp_path) == CONFIG
 
 
+def test_an_init_below_a_folder_whose_name_is_no_text_is_a_line(tmp_path, monkeypatch):
+    (folder := tmp_path / "\udcff").mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match=r"^init is .* UTF-8 text"):
+        pin_init(replace(CONFIG, init="run"), tmp_path)
+
+
 def test_a_store_can_be_started_from(s3_bucket, source, tiny_data, tmp_path):
     import fsspec
 
