@@ -70,7 +70,7 @@ ALIASES = {
 }
 """Names that other trainers give to a setting: an unknown one of these has a sure suggestion."""
 LARGEST = 10**9
-"""Largest number that a setting takes, unless `LARGEST_OF` has another."""
+"""Largest whole number that a setting takes, unless `LARGEST_OF` has another limit."""
 LARGEST_OF = {"seed": 2**63 - 1, "lr_drops": 1000, "bias_drops": 1000, "epochs": 10**6}
 CHANGEABLE = (
     "replicas", "device", "columns_per_worker", "microbatch", "threads", "prefetch",
@@ -238,9 +238,10 @@ class Config:
         self._require("batch_size", bool(self.replica_sizes), self._format_batch_hint())
 
     def _check_sizes(self) -> None:
-        """Refuse numbers with which a run would fail or be busy for ever; a NaN is none here."""
+        """Refuse numbers with which a run would fail or be busy for ever."""
         for one in fields(self):
-            value, largest = getattr(self, one.name), LARGEST_OF.get(one.name, LARGEST)
+            value = getattr(self, one.name)
+            largest = LARGEST_OF.get(one.name, LARGEST if isinstance(value, int) else math.inf)
             if isinstance(value, int | float) and math.inf > abs(value) > largest:
                 raise ValueError(f"{one.name} is {value!r:.40}; it must be at most {largest}")
 
