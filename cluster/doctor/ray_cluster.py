@@ -38,6 +38,10 @@ from pipeline.tools.files import read_text
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials, human_bytes
 
+UPLOAD = 100 * 2**20
+"""Bytes that a job server takes at most."""
+UPLOADED = (".py", ".j2", ".css", ".c", ".inc", ".toml")
+"""Endings of the files in the packages that `.rayignore` lets through."""
 NODE_SECONDS = 90
 """Timeout of joining the cluster and asking its nodes."""
 
@@ -49,6 +53,7 @@ def judge(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     yield from judge_token(environment, is_client=bool(address or jobs))
     if jobs:
         yield judge_job_server(jobs)
+        yield judge_upload(REPOSITORY)
     if address:
         yield judge_address(address)
         return
@@ -103,6 +108,23 @@ def judge_job_server(address: str) -> Finding:
         reason = getattr(error, "reason", error)
         return fail("job server", f"{address} does not answer ({reason})", mend)
     return ok("job server", f"{address} answers")
+
+
+def judge_upload(root: Path) -> Finding:
+    """Judge the size of what `ray job submit --working-dir .` sends from a checkout."""
+    sizes = {
+        path: path.stat().st_size
+        for package in ("pipeline", "model", "cluster")
+        for path in (root / package).rglob("*")
+        if path.suffix in UPLOADED and path.is_file()
+    }
+    total = sum(sizes.values())
+    if total < UPLOAD:
+        return ok("upload", f"{human_bytes(total)} of code go with a job")
+    largest = max(sizes, key=lambda path: sizes[path])
+    text = f"{human_bytes(total)} would go with a job, more than a job server takes; the largest "
+    text += f"file is {largest} ({human_bytes(sizes[largest])})"
+    return fail("upload", text, "move it out of the packages, or name it in .rayignore")
 
 
 def judge_address(address: str) -> Finding:

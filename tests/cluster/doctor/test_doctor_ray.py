@@ -69,6 +69,17 @@ def test_a_job_server_is_asked_whether_it_is_there():
     assert "no http://" in ray_cluster.judge_job_server("127.0.0.1:8265").value
 
 
+def test_a_huge_file_in_the_upload_of_a_job_is_named(tmp_path):
+    (tmp_path / "cluster" / "run").mkdir(parents=True)
+    (tmp_path / "cluster" / "run" / "a.py").write_bytes(b"x")
+    for name in ("weights.safetensors", "huge.py"):
+        assert ray_cluster.judge_upload(tmp_path).status == "ok"
+        with (tmp_path / "cluster" / "run" / name).open("wb") as file:
+            file.truncate(ray_cluster.UPLOAD)
+    found = ray_cluster.judge_upload(tmp_path)
+    assert (found.status, "huge.py (105 MB)" in found.value) == ("FAIL", True)
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [
