@@ -51,6 +51,7 @@ from pipeline.dataset.samples import (
 from pipeline.dataset.shards import format_idx, locate_files, parse_idx
 from pipeline.dataset.tar import escape, extract_fault, read_members
 from pipeline.sources.listing import Reject, summarize_rejects
+from pipeline.sources.names import TAR, is_archive
 from pipeline.tools.arguments import MOST_PROCESSES, parse_options, require_range
 from pipeline.tools.errors import DataError, UsageError, run
 from pipeline.tools.files import HashedFile, atomic_write, ensure_writable, sha256
@@ -117,7 +118,7 @@ class IndexOutcome:
     """False if there is no good training sample."""
     bad: list[BadSample] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-    """Tars of the folder that are in no split."""
+    """Tars and other archives of the folder that are in no split."""
     empty: list[str] = field(default_factory=list)
     """Classes without a training sample."""
 
@@ -206,11 +207,11 @@ def _check_folder(folder: Path) -> None:
 
 
 def _find_shards(config: IndexConfig) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the names of the tars of each split, and of those in no split."""
+    """Return the names of the archives of each split, and of those in no split."""
     names = sorted(
         path.name
-        for path in Path(config.folder).glob("*.tar")
-        if path.is_file() and not path.name.startswith(".")
+        for path in Path(config.folder).iterdir()
+        if is_archive(path.name) and path.is_file() and not path.name.startswith(".")
     )
     splits: dict[str, list[str]] = {}
     for split, glob in (("train", config.train), ("val", config.val)):
@@ -281,6 +282,10 @@ def _number_labels(one: ExaminedShard, known: Classes) -> list[BadSample]:
 def examine_shard(job: ExamineJob) -> ExaminedShard:
     """Decode the image and read the label of every sample of a shard."""
     found = ExaminedShard(job.path.name)
+    if not found.name.endswith(TAR):
+        reason = "by its name no plain tar, which ends in .tar; unpack or rename it"
+        found.bad.append(BadSample(found.name, "", reason))
+        return found
     try:
         with HashedFile(job.path) as file:
             found.bytes = file.size
@@ -468,7 +473,9 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(_describe_failure(config.folder, outcome))
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     left_out = f", {manifest.rejected:,} left out ({REJECTS})" if manifest.rejected else ""
-    unused = f"; {len(outcome.unused)} tars are in no split" if outcome.unused else ""
+    unused = ""
+    if outcome.unused:
+        unused = f"; {len(outcome.unused)} archives are in no split ({_name_some(outcome.unused)})"
     count = sum(split.samples for split in manifest.splits.values())
     sys.stderr.write(
         f"data set {config.folder}: {parts} images of {len(manifest.classes)} classes"

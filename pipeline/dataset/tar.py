@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from pipeline.tools.errors import UsageError
+from pipeline.tools.files import describe_foreign
 
 ENCODING = ("utf-8", "surrogateescape")
 """Encoding of names, and its error handler: bytes that are no UTF-8 survive a round trip."""
@@ -28,14 +29,6 @@ _WITHOUT_DATA = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})
 """Links, devices, folders and pipes: no data follow, whatever their size field says."""
 _ZEROS = bytes(BLOCK)
 _SMALLEST, _LARGEST, _NEAR = 8 * BLOCK, 1 << 20, 1 << 16
-_PACKERS = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\x04\x22\x4d\x18": "lz4",
-    b"PK\x03\x04": "zip",
-}
 
 
 class Member(NamedTuple):
@@ -210,9 +203,8 @@ class _TarWindow:
         )
 
     def _header_error(self, header: bytes, place: int, what: str) -> UsageError:
-        packers = (packer for magic, packer in _PACKERS.items() if header.startswith(magic))
-        if place == self._start and (packer := next(packers, None)):
-            what = f"it is compressed with {packer}"
+        if place == self._start and (foreign := describe_foreign(header)):
+            what = f"it is {foreign}"
         return self.damage(what)
 
     def _check_end(self, place: int) -> None:

@@ -35,6 +35,7 @@ from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader
 from pipeline.tools.errors import DuetError
+from pipeline.tools.files import describe_foreign
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.processes import Crash, call_isolated
 
@@ -261,6 +262,8 @@ def _read_images(job: ChunkJob) -> Iterator[bytes | str]:
         with closing(open_reader(job.containers[number])) as reader:
             for name, row in group:
                 try:
-                    yield reader.read(name, int(row["place"]), int(row["size"]))
+                    data = reader.read(name, int(row["place"]), int(row["size"]))
+                    foreign = describe_foreign(data)
+                    yield data if foreign is None else f"no image: it is {foreign}"
                 except Unreadable as error:
                     yield str(error)

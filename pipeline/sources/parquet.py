@@ -19,8 +19,9 @@ from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import RetryPolicy, Unreachable, is_remote
 from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import Listing, ListingWriter
-from pipeline.sources.paths import find_files, open_file, scan_each, select_split
+from pipeline.sources.paths import find_files, open_file, read_small, scan_each, select_split
 from pipeline.tools.errors import UsageError, summarize_error
+from pipeline.tools.files import describe_foreign
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials
 
@@ -279,9 +280,10 @@ def _scan_file(address: str) -> Iterator[_LabelRows]:
     except Unreachable:
         raise
     except (pa.ArrowException, *DAMAGE) as error:
+        foreign = describe_foreign(read_small(address, 1 << 20) or b"")
+        what = summarize_error(error)[:200] if foreign is None else f"it is {foreign}"
         raise UsageError(
-            f"parquet file {hide_credentials(address)} cannot be read "
-            f"({summarize_error(error)[:200]}); it must be whole"
+            f"parquet file {hide_credentials(address)} cannot be read ({what}); it must be whole"
         ) from error
 
 

@@ -289,3 +289,24 @@ def unlock(descriptor: int) -> None:
         with suppress(OSError):  # closing releases it, too
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+_FOREIGN = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"PK\x03\x04": "compressed with zip",
+    b"version https://git-lfs.": "a pointer of Git LFS, and the file itself is fetched by "
+    "`git lfs pull`",
+    b"<!DOCTYPE html": "a web page",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+}
+"""First bytes of files that lie where images and archives are expected."""
+
+
+def describe_foreign(head: bytes) -> str | None:
+    """Return what a file is by its first bytes, if it is surely no image, tar or table."""
+    return next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), None)

@@ -143,6 +143,13 @@ def test_a_damaged_or_compressed_tar_is_named(folder):
         (bad,) = index(folder, skip_bad=True).bad
         assert (bad.shard, bad.key) == ("in1k-train-01.tar", "")
         assert words in bad.reason
+    for ending in (".tar.gz", ".TAR", ".zip"):
+        more = folder / f"in1k-train-02{ending}"
+        more.write_bytes(whole)
+        assert [bad.shard for bad in index(folder).bad] == ["in1k-train-01.tar", more.name]
+        assert "no plain tar" in index(folder).bad[1].reason
+        assert index(folder, train="*.tar").unused == [more.name]
+        more.unlink()
     done = run(folder)
     assert done.returncode == 4
     assert done.stderr.startswith("in1k-train-01.tar: it is empty\n")

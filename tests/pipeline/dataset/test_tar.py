@@ -240,6 +240,7 @@ DAMAGED = {
     "sparse": (header(kind=b"S") + END, r"a\.jpg is stored sparsely"),
     "joined": (header() + END + header("b.jpg") + END, "goes on after its end mark, at byte 1,536"),
     "gzip": (gzip.compress(header() + END), "compressed with gzip"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "bzip2": (bz2.compress(header() + END), "compressed with bzip2"),
     "xz": (lzma.compress(header() + END), "compressed with xz"),
     "escape": (header("\x1b[2J.jpg", size=9999), r"\\x1b\[2J\.jpg goes on"),

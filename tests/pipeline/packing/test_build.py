@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import shutil
@@ -182,30 +183,39 @@ def test_unreadable_images_are_left_out_counted_and_listed(tmp_path):
     source = folder_per_class(tmp_path / "s", 3)
     (source / "cat/bad.jpg").write_bytes(b"no picture at all")
     (source / "cat/cut.jpg").write_bytes(jpeg(3)[:-300])
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    foreign = {"lfs": pointer, "gz": gzip.compress(jpeg(4)), "page": b"<!DOCTYPE html>\n"}
+    for name, content in foreign.items():
+        (source / f"dog/{name}.jpg").write_bytes(content)
     (source / "dog/notes.txt").write_text("hello")
     (source / "dog/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     done = run(tmp_path / "d", "--train", source, "--json")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "4 of 16 files (25.00%) cannot be packed" in done.stderr
+    assert "7 of 19 files (36.84%) cannot be packed" in done.stderr
     assert "most often: no " in done.stderr
-    assert "go on without them: --max-rejects 0.26" in done.stderr
-    assert len((tmp_path / "d/rejects.jsonl").read_text().splitlines()) == 4
+    assert "go on without them: --max-rejects 0.37" in done.stderr
+    assert len((tmp_path / "d/rejects.jsonl").read_text().splitlines()) == 7
     assert not (tmp_path / "d/manifest.json").exists()
-    done = run(tmp_path / "d", "--train", source, "--json", "--max-rejects", "0.3")
+    done = run(tmp_path / "d", "--train", source, "--json", "--max-rejects", "0.4")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["samples"] == {"train": 12}
-    assert facts["rejected"] == 4
+    assert facts["rejected"] == 7
     listed = [json.loads(line) for line in (tmp_path / "d/rejects.jsonl").read_text().splitlines()]
     assert {Path(row["name"]).name for row in listed} == {
         "bad.jpg",
         "cut.jpg",
         "gone.jpg",
         "notes.txt",
+        *(f"{name}.jpg" for name in foreign),
     }
-    assert all(row["reason"] for row in listed)
-    assert "4 left out" in done.stderr
+    reasons = {Path(row["name"]).stem: row["reason"] for row in listed}
+    assert all(reasons.values())
+    assert "`git lfs pull`" in reasons["lfs"]
+    assert reasons["gz"] == "no image: it is compressed with gzip"
+    assert reasons["page"] == "no image: it is a web page"
+    assert "7 left out" in done.stderr
 
 
 def test_a_class_of_unreadable_images_is_refused(tmp_path):
