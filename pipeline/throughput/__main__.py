@@ -125,6 +125,7 @@ class ThroughputOptions:
             raise UsageError(f"--img-s is {self.img_s}; it must be above 0")
         if not 0 < self.seconds < 3600:
             raise UsageError(f"--seconds is {self.seconds}; it must be above 0")
+        self._check_form()
         if self.plan and self.img_s is None:
             raise UsageError("--plan needs --img-s: the images a second that the job takes")
         if self.data is None and not self.plan:
@@ -135,6 +136,17 @@ class ThroughputOptions:
             raise UsageError(f"--out {self.out} is no folder; make it, or name another")
         if not os.access(self.out, os.W_OK):
             raise UsageError(f"--out {self.out} cannot be written to; name another folder")
+
+    def _check_form(self) -> None:
+        """Refuse flags of two forms of the command, of which one would have no effect."""
+        forms = [f"--{name}" for name in ("plan", "rate", "tune") if getattr(self, name)]
+        if len(forms) > 1:
+            raise UsageError(f"{' and '.join(forms)} exclude each other; give one of them")
+        if self.compare is not None and forms:
+            raise UsageError(f"--compare goes with a whole report, not with {forms[0]}")
+        for name, form in (("measured", "--plan"), ("ledger", "--rate")):
+            if getattr(self, name) is not None and form not in forms:
+                raise UsageError(f"--{name} goes with {form} only; give both, or neither")
 
     @property
     def setting(self) -> Setting:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 MOST_PROCESSES = 1024
 """Most helper processes of a command."""
 MOST_SEED = 2**63 - 1
-ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
+ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:(/|$)")
 """Beginning of an address, also after `Path` has made one slash of two."""
 
 

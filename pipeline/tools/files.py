@@ -18,6 +18,8 @@ from typing import IO, Any, BinaryIO
 
 from pipeline.tools.errors import SetupError, UsageError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk that is full, or on which the user may write no more."""
 PARTIAL = ".partial"
 """Ending of a file that is being written; such a file may be deleted."""
 HELD = 64 * 2**20
@@ -61,6 +63,10 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         partial.replace(path)
         if durable:
             sync_path(path.parent)
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(path)  # of a write, the system names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -123,7 +129,7 @@ def explain_full_disk(message: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise SetupError(message) from error
         raise
 

@@ -108,6 +108,11 @@ def test_bad_input_is_one_line(tiny_data, tmp_path):
         ((tiny_data, "--reader", "native"), "goes with --rate"),
         ((tiny_data, "--split", "test"), "no split 'test'"),
         (("--plan",), "--plan needs --img-s"),
+        ((tiny_data, "--rate", "--tune"), "--rate and --tune exclude each other"),
+        ((tiny_data, "--rate", "--compare", "x.json"), "not with --rate"),
+        ((tiny_data, "--measured", "x.json"), "--measured goes with --plan only"),
+        ((tiny_data, "--ledger", tmp_path / "l"), "--ledger goes with --rate only"),
+        (("--plan", "--img-s", 5, "--images", "-1"), "--images -1 is out of range"),
         (("--plan", "--img-s", "-3"), "--img-s is -3.0; it must be above 0"),
     ):
         with pytest.raises(UsageError) as refused:

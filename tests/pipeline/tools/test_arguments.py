@@ -64,6 +64,8 @@ def test_a_local_folder_is_no_address(flag):
     words = ["s3://bucket/run"] if not flag else ["d", flag, "s3://bucket/run"]
     with pytest.raises(UsageError, match="s3://bucket/run is an address; name a local one"):
         parse_options(Sample, words, prog="x")
+    with pytest.raises(UsageError, match="is an address"):
+        parse_options(Sample, ["file://"], prog="x")
     assert parse_options(Sample, ["a:b/c"], prog="x").data == Path("a:b/c")
 
 
@@ -115,6 +117,19 @@ def test_a_device_or_a_pipe_is_never_replaced_by_a_file(tmp_path):
             raise AssertionError
     assert pipe.is_fifo()
     assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_full_disk_names_the_file(tmp_path, capsys):
+    def fill() -> int:
+        with atomic_write(tmp_path / "index.npy"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit):
+        run(fill)
+    told = capsys.readouterr().err
+    assert (
+        told == f"error: {tmp_path}/index.npy: No space left on device; mend it, or name another\n"
+    )
 
 
 def test_a_device_is_no_document():
