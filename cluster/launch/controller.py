@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +38,7 @@ from cluster.launch.placement import (
     place_workers,
     uses_gpus,
 )
-from cluster.launch.session import is_attached
+from cluster.launch.session import is_attached, make_session_folder
 from cluster.launch.worker import FAKE_GPUS, WorkerJob, run_worker
 from cluster.run.console import RunConsole
 from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started, Worker
@@ -316,13 +314,11 @@ class WorkerGroup:
 
     def _fit(self, job: WorkerJob) -> None:
         # Storage of Ray Train's own state; only the driver's node reads it.
-        scratch = tempfile.mkdtemp(prefix="duet-train-")
         try:
-            create_trainer(job, scratch).fit()
+            with make_session_folder() as scratch:
+                create_trainer(job, str(scratch)).fit()
         except BaseException as error:
             self.failure.raised = error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
     def events(self) -> Iterator[Event | None]:
         """Yield the workers' events until they have ended, and None after each read."""

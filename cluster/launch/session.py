@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +96,17 @@ def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterat
 
     if preload is not None:
         threading.Thread(target=importlib.import_module, args=(preload,), daemon=True).start()
-    scratch = None if attached else make_session_folder()
-    try:
-        # A terminal that goes sends SIGHUP to all: Ray's processes must live until all is saved.
-        with defer_signals(signal.SIGHUP):
-            _start(ray, scratch, workers, everywhere)
-        guard_token()
-        # Raises KeyboardInterrupt; replaces Ray's handler, which aborts.
-        handle_end(signal.default_int_handler)
-        yield
-    finally:
-        ray.shutdown()
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with nullcontext() if attached else make_session_folder() as scratch:
+        try:
+            # A terminal that goes sends SIGHUP to all: Ray's processes must live until the end.
+            with defer_signals(signal.SIGHUP):
+                _start(ray, scratch, workers, everywhere)
+            guard_token()
+            # Raises KeyboardInterrupt; replaces Ray's handler, which aborts.
+            handle_end(signal.default_int_handler)
+            yield
+        finally:
+            ray.shutdown()
 
 
 def is_attached() -> bool:
@@ -175,8 +173,9 @@ def suggest_mend(why: str) -> str:
     return "ray status   # on the head; or unset RAY_ADDRESS"
 
 
-def make_session_folder() -> Path:
-    """Create a private folder for the files of a Ray, and remove those of sessions that died.
+@contextmanager
+def make_session_folder() -> Iterator[Path]:
+    """Create a private folder for Ray's files during the block; remove those of dead processes.
 
     Raises:
         SetupError: there is no place for it whose path is short enough.
@@ -185,10 +184,16 @@ def make_session_folder() -> Path:
     for place in (wanted, "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR", "")):
         if place and len(place) <= LONGEST and os.access(place, os.W_OK | os.X_OK):
             sweep_sessions(Path(place))
-            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
-            with suppress(NoLocks):
-                try_lock(folder / LOCK)  # until this process ends
-            return folder
+            folder, lock = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place)), None
+            try:
+                with suppress(NoLocks):
+                    lock = try_lock(folder / LOCK)
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                if lock is not None:
+                    unlock(lock)
+            return
     raise SetupError(
         f"TMPDIR {wanted} has more than {LONGEST} characters, too many for the paths of Ray's "
         "sockets, and /tmp cannot be written; set TMPDIR to a shorter one"

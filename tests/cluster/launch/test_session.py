@@ -60,18 +60,14 @@ def test_rays_folder_is_in_a_private_one_of_a_short_path(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 90)))
     (tmp_path / ("x" * 90)).mkdir()
     monkeypatch.setattr(session, "PREFIX", prefix := f"duet-test-{os.getpid()}-")
-    folder = session.make_session_folder()
-    try:
+    with session.make_session_folder() as folder:
         assert len(str(folder)) < 26 + len(prefix) + 10
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert try_lock(folder / session.LOCK) is None
-    finally:
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+    assert not folder.exists()
     monkeypatch.setattr(session, "LONGEST", 0)
     with pytest.raises(SetupError, match=r"TMPDIR .*xxx has more than 0 characters, too many for"):
-        session.make_session_folder()
+        session.make_session_folder().__enter__()
 
 
 def test_folders_of_dead_sessions_are_removed_and_no_others(tmp_path, monkeypatch):
