@@ -208,11 +208,8 @@ def _check_folder(folder: Path) -> None:
 
 def _find_shards(config: IndexConfig) -> tuple[dict[str, list[str]], list[str]]:
     """Return the names of the archives of each split, and of those in no split."""
-    names = sorted(
-        path.name
-        for path in Path(config.folder).iterdir()
-        if is_archive(path.name) and path.is_file() and not path.name.startswith(".")
-    )
+    files = filter(Path.is_file, Path(config.folder).glob("[!.]*"))
+    names = sorted(path.name for path in files if is_archive(path.name))
     splits: dict[str, list[str]] = {}
     for split, glob in (("train", config.train), ("val", config.val)):
         if glob is None and config.train is not None:
@@ -473,9 +470,7 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(_describe_failure(config.folder, outcome))
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     left_out = f", {manifest.rejected:,} left out ({REJECTS})" if manifest.rejected else ""
-    unused = ""
-    if outcome.unused:
-        unused = f"; {len(outcome.unused)} archives are in no split ({_name_some(outcome.unused)})"
+    unused = f"; of no split: {_name_some(outcome.unused)}" if outcome.unused else ""
     count = sum(split.samples for split in manifest.splits.values())
     sys.stderr.write(
         f"data set {config.folder}: {parts} images of {len(manifest.classes)} classes"

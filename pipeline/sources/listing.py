@@ -315,7 +315,8 @@ class ListingWriter:
         twice = order[1:][order[1:] == order[:-1]]
         if not len(twice):
             return
-        rows, text, ends = map(np.fromfile, paths, (ROW_DTYPE, np.uint8, np.uint64))
+        rows = np.fromfile(paths[0], ROW_DTYPE)
+        text, ends = np.fromfile(paths[1], np.uint8), np.fromfile(paths[2], np.uint64)
         names, last = Names(text, ends), dict[tuple[int, str], int]()
         keep = np.ones(len(rows), np.bool_)
         for row in found["row"][np.isin(found["hash"], twice)].tolist():

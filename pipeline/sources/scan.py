@@ -135,9 +135,11 @@ def find_other_split(source: str) -> str | None:
     try:
         for ending in (TAR, PARQUET):
             files = find_files(source, ending)
-            for address in files.addresses if files is not None and files.folder else ():
-                if detect_split(address[len(files.folder) + 1 :]) == "val":
-                    return address
+            if files is not None and files.folder is not None:
+                inside = len(files.folder) + 1
+                for address in files.addresses:
+                    if detect_split(address[inside:]) == "val":
+                        return address
         if is_remote(source):
             return None
         train, val = find_split(Path(source), "train"), find_split(Path(source), "val")

@@ -47,8 +47,8 @@ class ImageBuffer:
     def flush(self) -> None:
         """Add the buffered images to the listing."""
         if self._images:
-            columns = zip(*self._images, strict=True)
-            self.writer.add(self._container, *columns, replace=True)
+            classes, names, places, sizes = zip(*self._images, strict=True)
+            self.writer.add(self._container, classes, names, places, sizes, replace=True)
             self._images.clear()
 
     def reject(self, name: str, reason: str) -> None:
