@@ -114,8 +114,8 @@ class IndexOutcome:
 
     manifest: Manifest | None = None
     """None: nothing was written, because of the samples in `bad`."""
-    usable: bool = True
-    """False if there is no good training sample."""
+    rest: str = "leave them out with --skip-bad, or"
+    """Advice about the samples that are not in `bad`."""
     bad: list[BadSample] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     """Tars and other archives of the folder that are in no split."""
@@ -169,20 +169,18 @@ def index_folder(config: IndexConfig) -> IndexOutcome:
     outcome = IndexOutcome(bad=[bad for one in shards for bad in one.bad], unused=unused)
     if any(not bad.key for bad in outcome.bad):
         return outcome
-    outcome.usable = any(one.labels for one in examined["train"])
-    if outcome.bad and not outcome.usable:
+    try:
+        known = given or Classes.from_labels([one.labels for one in examined["train"]])
+    except UsageError as error:
+        if not outcome.bad:
+            raise
+        outcome.rest = f"without them {error};"
         return outcome
-    known = given or Classes.from_labels([one.labels for one in examined["train"]])
     for one in shards:
         outcome.bad += _number_labels(one, known)
     used = {label for one in examined["train"] for label in one.rows["label"].tolist()}
     outcome.empty = [name for number, name in enumerate(known.names) if number not in used]
-    count = len(known.names)
-    if 0 not in used and any(bad.reason == known.find_number(count) for bad in outcome.bad):
-        raise UsageError(
-            f"labels of {folder} run to {count}, and none is 0: Duet counts the {count} classes "
-            "from 0; subtract 1 from each label, or give --classes FILE a first line for 0"
-        )
+    known.refuse_shift(used, (bad.reason for bad in outcome.bad))
     if outcome.bad and not config.skip_bad:
         return outcome
     kept = {name: [one for one in split if len(one.rows)] for name, split in examined.items()}
@@ -470,15 +468,20 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(_describe_failure(config.folder, outcome))
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     left_out = f", {manifest.rejected:,} left out ({REJECTS})" if manifest.rejected else ""
+<<<<<<< HEAD
     unused = f"; of no split: {_name_some(outcome.unused)}" if outcome.unused else ""
+=======
+    unused = ""
+    if outcome.unused:
+        unused = f"; {len(outcome.unused)} archives are in no split ({_name_some(outcome.unused)})"
+    empty = f"; no training image of class {_name_some(outcome.empty)}" if outcome.empty else ""
+>>>>>>> e2fb806 (index_shards: where bad samples leave no classes, the reasons of the bad ones are told; one module less than its limit)
     count = sum(split.samples for split in manifest.splits.values())
     sys.stderr.write(
         f"data set {config.folder}: {parts} images of {len(manifest.classes)} classes"
-        f"{left_out}{unused}, indexed in {seconds:.1f} s "
+        f"{left_out}{unused}{empty}, indexed in {seconds:.1f} s "
         f"({count / max(seconds, 1e-9):,.0f} images/s)\n"
     )
-    if outcome.empty:
-        sys.stderr.write(f"note: no training image of class {_name_some(outcome.empty)}\n")
     return 0
 
 
@@ -501,12 +504,10 @@ def _index_facts(folder: str, outcome: IndexOutcome, seconds: float) -> dict[str
 def _describe_failure(folder: str, outcome: IndexOutcome) -> str:
     if any(not bad.key for bad in outcome.bad):
         return f"{folder} cannot be indexed, nothing was written; mend or move what is named above"
-    count = len(outcome.bad)
-    what = "sample" if count == 1 else "samples"
-    way_out = "leave them out with --skip-bad, or " if outcome.usable else ""
+    what = "sample" if len(outcome.bad) == 1 else "samples"
     return (
-        f"{count:,} {what} of {folder} cannot be trained from as they are, and nothing was "
-        f"written; most often: {_summarize(outcome.bad)}; {way_out}repack with "
+        f"{len(outcome.bad):,} {what} of {folder} cannot be trained from as they are, and nothing "
+        f"was written; most often: {_summarize(outcome.bad)}; {outcome.rest} repack with "
         f"`python -m pipeline.build_shards OUT --train {folder}`"
     )
 

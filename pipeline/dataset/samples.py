@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -340,6 +340,8 @@ class Classes:
                 f"labels run from {min(numbers)} to {max(numbers)}, and Duet counts from 0; if "
                 "they do, too, give the list of all classes with --classes FILE, else repack"
             )
+        if not seen:
+            raise UsageError("there is no training sample")
         if max(numbers, default=0) < 1:
             raise UsageError("the training samples are of one class; it needs two or more")
         return cls(tuple(map(str, range(max(numbers) + 1))))
@@ -354,6 +356,23 @@ class Classes:
         if 0 <= label < len(self.names):
             return label
         return f"label {str(label)[:40]} is outside the classes, 0 to {len(self.names) - 1}"
+
+    def refuse_shift(self, used: Container[int], reasons: Iterable[str]) -> None:
+        """Refuse labels that count from 1: each would be that of the next class.
+
+        Args:
+            used: labels of the samples.
+            reasons: reasons why other samples have no number.
+
+        Raises:
+            UsageError: no label is 0, and one is the number of classes.
+        """
+        count = len(self.names)
+        if 0 not in used and self.find_number(count) in set(reasons):
+            raise UsageError(
+                f"labels run to {count}, and none is 0: Duet counts the {count} classes from 0; "
+                "subtract 1 from each label, or give --classes FILE a first line for 0"
+            )
 
     @cached_property
     def _places(self) -> dict[str, int]:

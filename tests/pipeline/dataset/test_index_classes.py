@@ -61,7 +61,7 @@ def test_classes_come_from_a_list_or_from_the_labels(tmp_path):
         ([b"0", b"dog"], None, "some labels are numbers"),
         ([b"0", b"0"], None, "of one class"),
         ([b"dog", b"dog"], None, "of one class"),
-        ([b"1", b"2"], "a\nb\n", "labels of .* run to 2, and none is 0"),
+        ([b"1", b"2"], "a\nb\n", "labels run to 2, and none is 0"),
         ([b"0", b"1"], "a\n", "names 1 classes"),
         ([b"0", b"1"], "a\na\n", "'a' more than once"),
         ([b"0", b"1"], '["a", 1]', "has 1, which is no name"),
@@ -98,11 +98,17 @@ def test_nothing_usable_is_told_with_the_reason(tmp_path):
     files = [(f"{n}.jpg", jpeg(n, 96, 80)) for n in range(3)]
     tar_of(tmp_path / "train-0.tar", [*files, ("x.cls", b"1")])
     outcome = index(tmp_path)
-    assert (outcome.manifest, outcome.usable, len(outcome.bad)) == (None, False, 4)
+    assert (outcome.manifest, len(outcome.bad)) == (None, 4)
     done = run(tmp_path, "--skip-bad")
     assert done.returncode == 4
-    words = "most often: it has no label (.cls or .json) (3 times, as train-0.tar key 0); repack"
-    assert words in done.stderr
+    words = "most often: it has no label (.cls or .json) (3 times, as train-0.tar key 0); without"
+    assert f"{words} them there is no training sample; repack with" in done.stderr
+    files += [("y.jpg", make_image(1)), ("y.cls", b"1"), ("z.jpg", make_image(2)), ("z.cls", b"1")]
+    tar_of(tmp_path / "train-0.tar", files)
+    done = run(tmp_path)
+    assert done.returncode == 4
+    assert "3 samples of" in done.stderr
+    assert "without them labels run from 1 to 1" in done.stderr
 
 
 def test_classes_without_a_training_image_are_told(tmp_path):
@@ -128,7 +134,7 @@ def test_the_command_ends_with_one_line_and_the_right_code(folder, tmp_path, mon
         assert "\n" not in str(refusal.value)
     done = run(folder, "--train", "*train*0[01].tar", "--workers", "2")
     assert done.returncode == 0, done.stderr
-    assert "16 train images of 4 classes; 2 tars are in no split, indexed in" in done.stderr
+    assert "16 train images of 4 classes; 2 archives are in no split (" in done.stderr
     assert (Manifest.load(folder).splits.keys(), done.stdout) == ({"train"}, "")
     done = run(folder)
     assert done.returncode == 2
