@@ -135,11 +135,14 @@ def find_other_split(source: str) -> str | None:
     try:
         for ending in (TAR, PARQUET):
             files = find_files(source, ending)
-            if files is not None and files.folder is not None:
-                inside = len(files.folder) + 1
-                for address in files.addresses:
-                    if detect_split(address[inside:]) == "val":
-                        return address
+            if files is None:
+                continue
+            split_of = {}
+            for address in reversed(files.addresses):
+                inside = address.rfind("/") if files.folder is None else len(files.folder)
+                split_of[detect_split(address[inside + 1 :])] = address
+            if "train" in split_of and "val" in split_of:
+                return split_of["val"]
         if is_remote(source):
             return None
         train, val = find_split(Path(source), "train"), find_split(Path(source), "val")

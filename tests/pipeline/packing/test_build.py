@@ -312,7 +312,7 @@ def test_max_rejects_may_be_reached_but_not_exceeded(tmp_path):
         packed(tmp_path / "e", train=source, max_rejects=0.28)
 
 
-@pytest.mark.parametrize("kind", ["folders", "shards"])
+@pytest.mark.parametrize("kind", ["folders", "shards", "range"])
 def test_validation_images_that_are_not_packed_are_told_before_packing(
     kind, image_folder, tmp_path
 ):
@@ -320,9 +320,14 @@ def test_validation_images_that_are_not_packed_are_told_before_packing(
     if kind == "shards":
         source = write_shards(tmp_path / "s", cls=lambda place: place % 4)
         write_shards(tmp_path / "s", "val-%06d.tar", cls=lambda place: place % 4)
+    if kind == "range":
+        source = (
+            f"{write_shards(tmp_path / 's', cls=lambda place: place % 4)}/{{train,val}}-000000.tar"
+        )
+        write_shards(tmp_path / "s", "val-%06d.tar", cls=lambda place: place % 4)
     options = BuildConfig(out=str(tmp_path / "out"), train=str(source))
     (note,) = make_plan(options, tmp_path / "1").notes
-    assert note.startswith(f"{source}/val")
+    assert note.startswith(f"{source}/val" if kind != "range" else f"{tmp_path}/s/val-000000.tar")
     assert f"give --val {source}, too" in note
     for number, other in enumerate(
         (replace(options, val=str(source)), replace(options, holdout=0.1))
