@@ -10,11 +10,14 @@ direction, a to b; as many go the other way.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
+import os
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -232,10 +235,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    if options.json:
-        sys.stdout.write(json.dumps(to_json(rows, design, options)) + "\n")
-    else:
-        print_table(rows, design, options)
+    with _check_output():
+        if options.json:
+            sys.stdout.write(json.dumps(to_json(rows, design, options)) + "\n")
+        else:
+            print_table(rows, design, options)
+
+
+@contextmanager
+def _check_output() -> Iterator[None]:
+    """End the command with one line where standard output is closed or full, in any encoding."""
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is not None:  # Python flushes once more on exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(141) from None
+        sys.stderr.write(f"error: standard output cannot be written ({error.strerror})\n")
+        raise SystemExit(1) from None
 
 
 def read_design(path: Path) -> Design:

@@ -72,7 +72,7 @@ def write_report(
     page = render_page(records, data, choices, each)
     try:
         with atomic_write(run / NAME) as file:
-            file.write(page.encode())
+            file.write(page.encode(errors="replace"))
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"{run / NAME} cannot be written ({reason}); mend the folder") from error

@@ -49,7 +49,7 @@ def write_page(
         charts=[chart for chart in (draw_queue(table), draw_threads(table)) if chart],
     )  # fmt: skip
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))
 
 
 def make_stage_bars(table: Mapping[str, Any]) -> list[charts.Bar]:

@@ -53,8 +53,11 @@ class DamagedFile(DataError):
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path} cannot be read ({reason}); {REBUILD}")
-        self.reason = reason
-        """The damage in words, without the name of the file and the way out."""
+        self.path, self.reason = str(path), reason
+        """The file, and the damage in words."""
+
+    def __reduce__(self) -> tuple[type[DamagedFile], tuple[str, str]]:
+        return type(self), (self.path, self.reason)  # or no helper process could hand it over
 
 
 def summarize_error(error: BaseException) -> str:

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or choose_file(options.runs)
     try:
         with atomic_write(out) as file:
-            file.write(render(page).encode())
+            file.write(render(page).encode(errors="replace"))
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"{out} cannot be written ({reason}); name another --out") from error

@@ -299,7 +299,7 @@ def write_results(study: Study, found: dict[str, Any], out: Path) -> str:
     text = "\n".join([*head, *body, "", f"Here: {found['scale']}. {noise}"]) + "\n"
     for name, content in ((TABLE, text), (RESULT, json.dumps(found) + "\n")):
         with atomic_write(out / name) as file:
-            file.write(content.encode())
+            file.write(content.encode(errors="replace"))
     return text
 
 

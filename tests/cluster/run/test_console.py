@@ -11,7 +11,18 @@ import pytest
 from rich.console import Console
 
 from cluster.run.console import RunConsole, format_duration
-from cluster.run.events import Finished, Rated, Saved, Started, Stepped, Validated, Warned
+from cluster.run.events import (
+    Finished,
+    Rated,
+    Saved,
+    Started,
+    Stepped,
+    Validated,
+    Warned,
+    Worker,
+)
+from pipeline.tools.stdio import standard_streams
+from pipeline.tools.terminal import Terminal
 
 ROW = {
     "step": 5,
@@ -111,3 +122,24 @@ with standard_streams(), count_interrupts() as count, RunConsole() as screen:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert (done.stdout, done.returncode) == (b"%d interrupts" % interrupts, 0)
+
+
+def test_a_run_goes_on_where_its_output_cannot_be_written(monkeypatch, capsys):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with standard_streams(), RunConsole() as screen:
+            for number in range(3):
+                screen.say(f"line {number}")
+        monkeypatch.undo()
+    told = capsys.readouterr().err
+    assert told == "warning: standard output cannot be written (No space left on device)\n"
+
+
+def test_a_node_of_any_name_is_shown_as_it_is():
+    out = io.StringIO()
+    with RunConsole(Terminal(out, width=60)) as screen:
+        screen.table([Worker(0, 0, "a", "[/x] \x1b[2J:bee:", None)])
+        screen.say("see s3://b/x?sig=secret")
+    assert "[/x] \\x1b[2J:bee:" in out.getvalue()
+    assert "secret" not in out.getvalue()
+    assert "\x1b" not in out.getvalue()

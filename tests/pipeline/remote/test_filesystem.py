@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
+from pipeline.remote import filesystem
 from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import (
     RetryPolicy,
@@ -122,6 +123,13 @@ def test_settings_of_the_user_are_merged_with_ours(signing, monkeypatch):
     system, _ = open_filesystem("https://host/x", QUICK)
     assert system.client_kwargs["trust_env"] is False
     assert system.client_kwargs["headers"] == {"X-Key": "mine"}
+
+
+def test_google_cloud_gets_the_proxy_and_keeps_the_users_settings(monkeypatch):
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"session_kwargs": {"read_bufsize": 9}})
+    assert filesystem._client_options("gcs", QUICK, False) == {
+        "session_kwargs": {"trust_env": True, "read_bufsize": 9}
+    }
 
 
 def answer(headers: dict[str, str], status: int = 503) -> aiohttp.ClientResponseError:

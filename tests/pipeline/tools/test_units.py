@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 
-from pipeline.tools.errors import DataError, summarize_error
+from pipeline.tools.errors import DamagedFile, DataError, summarize_error
 from pipeline.tools.text import human_bytes
 from pipeline.tools.units import cpu_count, parse_size, read_cpu_quota, read_memory_left
 
@@ -81,3 +82,10 @@ def test_as_many_cores_are_kept_busy_as_affinity_and_quota_allow(
     )
     monkeypatch.setattr("pipeline.tools.units.OWN_CGROUPS", tmp_path / "own")
     assert cpu_count() == count
+
+
+def test_an_error_is_the_same_in_another_process():
+    for error in (DataError("x \x1b"), DamagedFile("/d/x\x1b", "it is short")):
+        same = pickle.loads(pickle.dumps(error))
+        assert (type(same), str(same)) == (type(error), str(error))
+        assert "\x1b" not in str(same)
