@@ -468,14 +468,10 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(_describe_failure(config.folder, outcome))
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     left_out = f", {manifest.rejected:,} left out ({REJECTS})" if manifest.rejected else ""
-<<<<<<< HEAD
-    unused = f"; of no split: {_name_some(outcome.unused)}" if outcome.unused else ""
-=======
     unused = ""
     if outcome.unused:
         unused = f"; {len(outcome.unused)} archives are in no split ({_name_some(outcome.unused)})"
     empty = f"; no training image of class {_name_some(outcome.empty)}" if outcome.empty else ""
->>>>>>> e2fb806 (index_shards: where bad samples leave no classes, the reasons of the bad ones are told; one module less than its limit)
     count = sum(split.samples for split in manifest.splits.values())
     sys.stderr.write(
         f"data set {config.folder}: {parts} images of {len(manifest.classes)} classes"
