@@ -12,8 +12,6 @@ one each, so a run can be resumed in the other layout.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -32,7 +30,7 @@ from model.optimizer import Sgd2012
 from pipeline.remote.filesystem import StoreError
 from pipeline.tools.errors import DataError, DuetError, UsageError, summarize_error
 from pipeline.tools.files import sha256
-from pipeline.tools.jsonl import parse_json
+from pipeline.tools.jsonl import hash_json, parse_json
 
 VERSION = 1
 DIGEST = "sha256"
@@ -187,9 +185,8 @@ def _is_text(value: object) -> bool:
 
 
 def hash_table(table: dict[str, Any]) -> str:
-    """Return the SHA-256 of the content of checkpoint.json, however it is laid out."""
-    content = {key: value for key, value in table.items() if key != DIGEST}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of the content of checkpoint.json."""
+    return hash_json({key: value for key, value in table.items() if key != DIGEST})
 
 
 def read_newest_table(storage: CheckpointStorage) -> dict[str, Any] | None:

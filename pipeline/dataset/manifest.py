@@ -11,7 +11,6 @@ DATA/duplicates.jsonl       images that are the same or nearly so, within and ac
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from typing import Any, get_args
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.tools.errors import DamagedFile, UsageError, summarize_error
 from pipeline.tools.files import atomic_write, is_plain_name, sha256
-from pipeline.tools.jsonl import parse_json
+from pipeline.tools.jsonl import hash_json, parse_json
 
 VERSION = 1
 NAME = "manifest.json"
@@ -108,7 +107,7 @@ class Manifest:
     def text(self) -> bytes:
         """Return the bytes of `manifest.json`."""
         table = asdict(self)
-        return (json.dumps(table | {SEAL: _digest(table)}, indent=1) + "\n").encode()
+        return (json.dumps(table | {SEAL: hash_json(table)}, indent=1) + "\n").encode()
 
     def save(self, data: Path) -> None:
         """Write `DATA/manifest.json`, which completes the data set."""
@@ -151,7 +150,7 @@ class Manifest:
             raise ValueError("it is no table")
         if (version := table.get("version")) != VERSION:
             raise ValueError(f"version {version!r:.40}, this program reads {VERSION}")
-        if table.pop(SEAL, None) not in (None, _digest(table)):
+        if table.pop(SEAL, None) not in (None, hash_json(table)):
             raise ValueError("its bytes are not those that were written")
         _check_keys(table, cls, "it")
         for name, split in _check_type(table["splits"], dict, "splits").items():
@@ -191,11 +190,6 @@ class Manifest:
 def identity(data: Path) -> str:
     """Return the SHA-256 of the manifest file, which identifies the data set and its bytes."""
     return sha256(data / NAME)
-
-
-def _digest(table: dict[str, Any]) -> str:
-    """Return the SHA-256 of a manifest's table, whatever the order of its keys and its blanks."""
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def _check_type(value: Any, kind: type, what: str) -> Any:
