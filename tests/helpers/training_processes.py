@@ -105,7 +105,7 @@ def marked(**more: str) -> tuple[str, dict[str, str]]:
 
 OURS = re.compile(
     r"\S+tiny\.toml -> |48 images, |starting: |going on from |restarted, going on|stopped; "
-    r"|(still )?starting Ray and the workers"
+    r"|(still )?(starting Ray and|attaching to Ray and starting) the workers"
     r"|replica  column   node |0        [ab]        |stopping: saving first|interrupted"
     r"|the worker of replica 0, column [ab] \(node \S+\) died: .*; starting again from step \d+$"
     r"|1 damaged image|\S+ is finished"

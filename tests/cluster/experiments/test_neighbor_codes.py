@@ -225,11 +225,11 @@ def test_product_quantisation_finds_more_than_signs(run, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["-k", "101"], "101 neighbours asked for"),
-        (["-k", "0"], "-k is 0"),
+        (["-k", "101"], "--k 101 is out of range; give 1 to 100"),
+        (["-k", "0"], "--k 0 is out of range; give 1 to 100"),
         (["--bits", "12"], "--bits 12: give multiples of 8 up to 64"),
         (["--bits", "128"], "--bits 128: give multiples of 8 up to 64"),
-        (["--steps", "0"], "--steps is 0"),
+        (["--steps", "0"], "--steps 0 is out of range"),
     ],
 )
 def test_what_cannot_be_is_refused(run, words, said):
@@ -253,7 +253,8 @@ def test_features_that_do_not_go_together_are_refused(run, tmp_path):
 def test_features_of_another_run_are_refused(run):
     there = run / "checkpoints" / "step-00000007"
     there.mkdir(parents=True)
-    table = {"version": 1, "files": {"column-a.safetensors": {"sha256": "0"}}}
+    files = {f"column-{column}.safetensors": {"bytes": 1, "sha256": "0"} for column in "ab"}
+    table = {"version": 1, "step": 7, "position": 0, "classes": [], "files": files}
     (there / "checkpoint.json").write_text(json.dumps(table))
     with pytest.raises(DataError, match="are of another run than"):
         main([str(run)])

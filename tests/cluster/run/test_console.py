@@ -106,7 +106,8 @@ def test_time_left(seconds, text):
 def test_a_run_whose_reader_has_gone_is_saved_and_ends(opening, interrupts):
     """A terminal that has gone sends SIGHUP itself; a pipe only refuses what is written."""
     script = f"""
-import os, pty
+import os, pty, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
 from cluster.run.console import RunConsole
 from cluster.launch.controller import count_interrupts
 from pipeline.tools.stdio import standard_streams
