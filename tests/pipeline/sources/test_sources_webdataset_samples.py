@@ -53,7 +53,7 @@ def test_a_damaged_shard_is_named(tmp_path):
         scan(folder, tmp_path / "scratch")
 
 
-def test_samples_that_cannot_be_used(tmp_path):
+def test_labels_that_cannot_be_used(tmp_path):
     image = IMAGES[0]
     shard = tar_of(
         tmp_path / "a.tar",
@@ -72,6 +72,34 @@ def test_samples_that_cannot_be_used(tmp_path):
             *(("digits.json", b'{"label": ' + b"9" * 5000 + b"}"), ("digits.jpg", image)),
             *(("caption.txt", b"a cat"), ("caption.jpg", image)),
             ("bare.jpg", image),
+        ],
+    )
+    listing = scan(shard, tmp_path / "scratch")
+    assert (list(listing.names), listing.rows["label"].tolist()) == (["ok.jpg"], [1])
+    fields = " (in one of label, cls, class, class_id, class_index, target)"
+    assert rejects(listing) == {
+        "binary.jpg": "its .cls of 3 bytes holds no label",
+        "empty.jpg": "its .cls of 0 bytes holds no label",
+        "minus.jpg": "its .cls of 2 bytes holds no label",
+        "word.jpg": "no label: 'cat' is a word, but others are numbers, as 1",
+        "long.jpg": "its .cls of 70,000 bytes holds no label",
+        "large.jpg": "its .cls of 10 bytes holds no label",
+        "json.jpg": f"its .json of 1,000 bytes holds no label{fields}",
+        "deep.jpg": f"its .json of 60,000 bytes holds no label{fields}",
+        "list.jpg": f"its .json of 3 bytes holds no label{fields}",
+        "true.jpg": f"its .json of 15 bytes holds no label{fields}",
+        "digits.jpg": f"its .json of 5,011 bytes holds no label{fields}",
+        "caption.jpg": "it has no label (.cls or .json)",
+        "bare.jpg": "it has no label (.cls or .json)",
+    }
+
+
+def test_the_image_of_a_sample_is_chosen_or_the_sample_rejected(tmp_path):
+    image = IMAGES[0]
+    shard = tar_of(
+        tmp_path / "a.tar",
+        [
+            *(("ok.cls", b"1"), ("ok.jpg", image)),
             ("label.cls", b"1"),
             *(("two.cls", b"1"), ("two.jpg", image), ("two.jpeg", image)),
             *(("views.cls", b"1"), ("views.left.png", image), ("views.right.png", image)),
@@ -90,21 +118,7 @@ def test_samples_that_cannot_be_used(tmp_path):
         *("ok.jpg", "both.jpg", "dot.input.jpg", "mask.JPEG", "dir.v1/ok.webp"),
     ]
     assert listing.rows["label"].tolist() == [1, 1, 1, 0, 0]
-    fields = " (in one of label, cls, class, class_id, class_index, target)"
     assert rejects(listing) == {
-        "binary.jpg": "its .cls of 3 bytes holds no label",
-        "empty.jpg": "its .cls of 0 bytes holds no label",
-        "minus.jpg": "its .cls of 2 bytes holds no label",
-        "word.jpg": "no label: 'cat' is a word, but others are numbers, as 1",
-        "long.jpg": "its .cls of 70,000 bytes holds no label",
-        "large.jpg": "its .cls of 10 bytes holds no label",
-        "json.jpg": f"its .json of 1,000 bytes holds no label{fields}",
-        "deep.jpg": f"its .json of 60,000 bytes holds no label{fields}",
-        "list.jpg": f"its .json of 3 bytes holds no label{fields}",
-        "true.jpg": f"its .json of 15 bytes holds no label{fields}",
-        "digits.jpg": f"its .json of 5,011 bytes holds no label{fields}",
-        "caption.jpg": "it has no label (.cls or .json)",
-        "bare.jpg": "it has no label (.cls or .json)",
         "label": "it has no image",
         "two.jpg": "it has several images, .jpg and .jpeg; repack with one",
         "two.jpeg": "it has several images, .jpg and .jpeg; repack with one",
