@@ -42,11 +42,11 @@ from pipeline.dataset.samples import (
     Classes,
     Sample,
     UnfitSample,
+    find_label,
     find_torn,
     group_samples,
     is_meant,
     read_classes,
-    read_label,
 )
 from pipeline.dataset.shards import format_idx, locate_files, parse_idx
 from pipeline.dataset.tar import escape, extract_fault, read_members
@@ -332,7 +332,7 @@ def _examine_sample(
         raise UnfitSample(f"its image is a .{escape(image.ending)}, no .jpg or .jpeg")
     if image.size > MOST_IMAGE_BYTES:
         raise UnfitSample(f"its image has {image.size:,} bytes")
-    label = read_label(sample, file.read)
+    label = find_label(sample, file.read).label
     number = label if job.classes is None else job.classes.find_number(label)
     if isinstance(number, int) and not 0 <= number < MAX_CLASSES:
         raise UnfitSample(f"label {str(label)[:40]} is no class number")

@@ -34,8 +34,8 @@ from pipeline.dataset.samples import (
     Sample,
     SampleFile,
     UnfitSample,
+    find_label,
     group_samples,
-    read_label,
 )
 from pipeline.dataset.shards import format_idx, parse_idx
 from pipeline.dataset.tar import Member, escape, extract_fault, read_members
@@ -277,7 +277,7 @@ class _ShardCheck:
                 names = ", ".join(escape(part.name) for part in sample.parts)
                 return f"its members are {names}, not .cls and .{ENDINGS[job.encoding]}"
         try:
-            found = job.classes.find_number(read_label(sample, self._file.read))
+            found = job.classes.find_number(find_label(sample, self._file.read).label)
         except UnfitSample as error:
             return str(error)
         if found != label:
@@ -316,7 +316,7 @@ class _ShardCheck:
 
     def _check_without_row(self, place: int, sample: Sample) -> str | None:
         try:
-            label = self._job.classes.find_number(read_label(sample, self._file.read))
+            label = self._job.classes.find_number(find_label(sample, self._file.read).label)
             if (part := _find_image(sample)) is None:
                 return "it has no image"
             offset, size = self._payload(part)

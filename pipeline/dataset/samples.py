@@ -55,8 +55,6 @@ _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key and ending of a member, `webdataset`'s pattern."""
 _DECIMAL = re.compile(r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 """A number as programs write it: `3`, `3.0`, `3.000e+00`."""
-
-
 _META = re.compile(r"__[^/]*__($|/)")
 """Names of members that webdataset skips."""
 TORN = (
@@ -212,11 +210,6 @@ def find_label(sample: Sample, read: Read) -> SampleLabel:
         raise UnfitSample("it has no label (.cls or .json)", "label")
     where = f" (in one of {', '.join(NUMBER_FIELDS)})" if first == "json" else ""
     raise UnfitSample(f"its .{first} of {there[first].size:,} bytes holds no label{where}")
-
-
-def read_label(sample: Sample, read: Read) -> int | str:
-    """Return a number from 0, or the name of a class; see `find_label`."""
-    return find_label(sample, read).label
 
 
 class MemberLabel(NamedTuple):

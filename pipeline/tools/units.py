@@ -16,6 +16,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 """Mount point of control groups: version 2, or 1 with a folder for each controller."""
 OWN_CGROUPS = Path("/proc/self/cgroup")
 """File that lists the control groups of this process."""
+MAX_SIZE = 2**63
+"""Bytes that no size reaches."""
 _SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<prefix>[kmgtp]?)(?P<binary>i?)b?\s*", re.I)
 
 
@@ -99,10 +101,6 @@ def cpu_name() -> str:
         if found := [line for line in lines if line.startswith("model name")]:
             return found[0].partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-MAX_SIZE = 2**63
-"""Bytes that no size reaches."""
 
 
 def parse_size(text: str) -> int:

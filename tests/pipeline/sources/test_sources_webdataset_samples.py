@@ -59,6 +59,7 @@ def test_labels_that_cannot_be_used(tmp_path):
         tmp_path / "a.tar",
         [
             *(("ok.cls", b"1"), ("ok.jpg", image)),
+            *(("first.cls", b"0"), ("first.jpg", image)),
             *(("binary.cls", b"\xff\xfe\0"), ("binary.jpg", image)),
             *(("empty.cls", b""), ("empty.jpg", image)),
             *(("minus.cls", b"-1"), ("minus.jpg", image)),
@@ -75,7 +76,8 @@ def test_labels_that_cannot_be_used(tmp_path):
         ],
     )
     listing = scan(shard, tmp_path / "scratch")
-    assert (list(listing.names), listing.rows["label"].tolist()) == (["ok.jpg"], [1])
+    assert list(listing.names) == ["ok.jpg", "first.jpg"]
+    assert listing.rows["label"].tolist() == [1, 0]
     fields = " (in one of label, cls, class, class_id, class_index, target)"
     assert rejects(listing) == {
         "binary.jpg": "its .cls of 3 bytes holds no label",
