@@ -31,6 +31,8 @@ ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), 
 
 _HASH_DTYPE = np.dtype([("hash", "<i8"), ("row", "<u8")])
 """Hash of the container and the name of an image, and its row."""
+_VALUE = re.compile(r"'[^']*'|[0-9][0-9,.]*")
+"""Parts in which reasons of one kind differ."""
 
 WHOLE_FILE = -1
 
@@ -74,10 +76,6 @@ def summarize_rejects(rejects: Iterable[Reject]) -> str:
     ((kind, count),) = counts.most_common(1)
     name, reason = first[kind]
     return f"{escape(reason)} ({count:,} {'time' if count == 1 else 'times'}, as {escape(name)})"
-
-
-_VALUE = re.compile(r"'[^']*'|[0-9][0-9,.]*")
-"""Parts in which reasons of one kind differ."""
 
 
 class Unreadable(Exception):
