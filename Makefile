@@ -54,7 +54,7 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
-	@echo 'installing into $(VENV) (once; a minute or two)'
+	@echo 'installing into $(VENV) (once; some minutes)'
 	@$(install) torch
 	@$(install) -e '.[cuda$(CUDA)]'
 	@touch $@

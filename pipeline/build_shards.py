@@ -66,10 +66,10 @@ def summary_lines(options: BuildConfig, manifest: Manifest, seconds: float | Non
     out = options.out
     size = human_bytes(sum(split.bytes for split in manifest.splits.values()))
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
-    left_out = f", {manifest.rejected:,} left out ({out}/{REJECTS})" if manifest.rejected else ""
+    skipped = f", {manifest.rejected:,} skipped ({out}/{REJECTS})" if manifest.rejected else ""
     time_taken = "built before" if seconds is None else f"{seconds:.0f} s"
     yield (
-        f"data set {out}: {parts} images of {len(manifest.classes):,} classes{left_out}, "
+        f"data set {out}: {parts} images of {len(manifest.classes):,} classes{skipped}, "
         f"{size} of {manifest.encoding} shards, {time_taken}"
     )
     if manifest.duplicates:

@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(DemoOptions, argv, "python -m pipeline.demo_images")
     state = "drawn" if draw_set(options) else "already complete"
     sys.stderr.write(
-        f"{options.train} training and {options.val} validation images of "
+        f"{options.train:,} training and {options.val:,} validation images of "
         f"{len(FIGURES)} classes {state} in {options.out}\n"
     )
 

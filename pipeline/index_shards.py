@@ -467,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     if (manifest := outcome.manifest) is None:
         raise DataError(_describe_failure(config.folder, outcome))
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
-    left_out = f", {manifest.rejected:,} left out ({REJECTS})" if manifest.rejected else ""
+    skipped = f", {manifest.rejected:,} skipped ({REJECTS})" if manifest.rejected else ""
     unused = ""
     if outcome.unused:
         unused = f"; {len(outcome.unused)} archives are in no split ({_name_some(outcome.unused)})"
@@ -475,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     count = sum(split.samples for split in manifest.splits.values())
     sys.stderr.write(
         f"data set {config.folder}: {parts} images of {len(manifest.classes)} classes"
-        f"{left_out}{unused}{empty}, indexed in {seconds:.1f} s "
+        f"{skipped}{unused}{empty}, indexed in {seconds:.1f} s "
         f"({count / max(seconds, 1e-9):,.0f} images/s)\n"
     )
     return 0

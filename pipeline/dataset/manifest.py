@@ -78,7 +78,7 @@ class Manifest:
     stats_sha256: str
     """SHA-256 of `stats.npz`."""
     rejected: int = 0
-    """Number of images that were left out; `rejects.jsonl` lists them."""
+    """Number of images that were skipped; `rejects.jsonl` lists them."""
     image_size: int = 256
     """Height and width of every stored image, in pixels."""
     quality: int | None = None

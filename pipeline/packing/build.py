@@ -141,7 +141,7 @@ def _pack_chunks(options: BuildConfig, plan: BuildPlan, target: Target, pool: Po
         for done in pool.run(pack_chunk, jobs):
             rejects += done.rejected
             progress.advance(done.images)
-            progress.note(f"{rejects} left out")
+            progress.note(f"{rejects} skipped")
 
 
 def _write_shards(

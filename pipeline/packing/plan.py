@@ -56,9 +56,9 @@ class BuildConfig:
     chroma: Chroma = "4:2:0"
     """Colour of stored JPEGs at half resolution, or at full; only for --encoding jpeg."""
     min_side: int = 8
-    """Images with a side shorter than this many pixels are left out."""
+    """Images with a side shorter than this many pixels are skipped."""
     max_rejects: float = 0.001
-    """Share of all images that may be left out; with more of them the build fails."""
+    """Share of all images that may be skipped; with more of them the build fails."""
     workers: int = cpu_count()
     """Processes that decode and encode."""
     json: bool = False
@@ -173,7 +173,7 @@ class BuildPlan:
 
     @property
     def rejected(self) -> int:
-        """Number of files left out by the scans."""
+        """Number of files skipped by the scans."""
         return sum(listing.rejected for listing in self.listings)
 
 

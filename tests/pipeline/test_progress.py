@@ -19,11 +19,11 @@ def test_a_plain_line_every_half_minute(monkeypatch):
     with Progress("packing", total=20_000, unit="img", already=2_000) as bar:
         for second in (10, 29, 30, 45, 61):
             now = 100.0 + second
-            bar.note("3 left out")
+            bar.note("3 skipped")
             bar.advance(1_000)
     assert sys.stderr.getvalue().splitlines() == [
-        "packing: 5,000 of 20,000 img, 100 img/s, 0:02:30 left, 3 left out",
-        "packing: 7,000 of 20,000 img, 82 img/s, 0:02:39 left, 3 left out",
+        "packing: 5,000 of 20,000 img, 100 img/s, 0:02:30 left, 3 skipped",
+        "packing: 7,000 of 20,000 img, 82 img/s, 0:02:39 left, 3 skipped",
     ]
 
 
@@ -57,8 +57,8 @@ def test_a_line_comes_soon_and_then_even_if_nothing_advances(monkeypatch):
     hurry(monkeypatch)
     with Progress("packing", total=20_000, unit="img") as bar:
         assert wait_for_lines(2)[:2] == ["packing: 0 of 20,000 img"] * 2
-        bar.note("3 left out")
-        assert wait_for_lines(3)[2] == "packing: 0 of 20,000 img, 3 left out"
+        bar.note("3 skipped")
+        assert wait_for_lines(3)[2] == "packing: 0 of 20,000 img, 3 skipped"
 
 
 def test_work_without_an_amount_is_named_with_its_time(monkeypatch):

@@ -215,7 +215,7 @@ def test_unreadable_images_are_left_out_counted_and_listed(tmp_path):
     assert "`git lfs pull`" in reasons["lfs"]
     assert reasons["gz"] == "no image: it is compressed with gzip"
     assert reasons["page"] == "no image: it is a web page"
-    assert "7 left out" in done.stderr
+    assert "7 skipped" in done.stderr
 
 
 def test_a_class_of_unreadable_images_is_refused(tmp_path):
