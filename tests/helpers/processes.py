@@ -11,6 +11,7 @@ import atexit
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -131,6 +132,13 @@ def run_command(
     if check and code:
         raise subprocess.CalledProcessError(code, words, done.stdout, done.stderr)
     return done
+
+
+def drop_progress(errors: str) -> str:
+    """Return what a command wrote to stderr without the progress that a slow machine adds."""
+    return re.sub(
+        r"(?m)^(?!error|note)[^:\n]+: (?:[\d,]+ of [\d,]+ |[\d,]+ s so far$).*\n", "", errors
+    )
 
 
 def _run(out: Path, err: Path, words: list[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from pipeline import verify
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.ledgers import attempt, ledgers, sixty, three_attempts  # noqa: F401 - fixtures
+from tests.helpers.processes import drop_progress
 
 
 def command(*arguments: object) -> int | None:
@@ -23,7 +24,9 @@ def test_the_command_proves_or_names(run, data, capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)["sound"] is True
     assert json.loads(out)["epochs"] == [0, 1, 2, 3]
-    assert err.startswith("epochs 0-3 exactly once (4 x 60 samples), epoch 4 to 18; 3 attempts")
+    assert drop_progress(err).startswith(
+        "epochs 0-3 exactly once (4 x 60 samples), epoch 4 to 18; 3 attempts"
+    )
     ledgers(run)[3].unlink()
     with pytest.raises(DataError, match="do not prove") as error:
         command(data, "--ledger", run, "--json")
@@ -39,6 +42,6 @@ def test_several_folders_are_one_run(tmp_path, data, capsys):
     attempt(tmp_path / "a", data, 0, 12, 2, 5)
     attempt(tmp_path / "b", data, 60, 6, 3, 10)
     assert command(data, "--ledger", tmp_path / "a", tmp_path / "b") == 0
-    assert capsys.readouterr().err == (
+    assert drop_progress(capsys.readouterr().err) == (
         "epochs 0-1 exactly once (2 x 60 samples); 2 attempts on 2 and 3 ranks\n"
     )
