@@ -1,7 +1,6 @@
 """Local response normalization, alone or fused with the ReLU and the pooling around it.
 
 alternatives  local contrast normalization and batch normalization
-gpu_kernels   Triton kernels for a GPU
 kernels.c     C kernels for a CPU; kernels.inc is their body, included once per number type
 native        compiles the C kernels once, loads and calls them
 reference     the same in torch's own operations: fallback, and oracle of the tests

@@ -1,7 +1,7 @@
 """Response normalizations as the network calls them: each picks the fastest form for its tensor.
 
-On a CPU that is a C kernel (`native`), on a GPU a Triton kernel (`gpu_kernels`; triton comes with
-CUDA builds of torch), elsewhere torch's operations (`reference`). All forms compute the same
+On a CPU that is a C kernel (`native`), on a GPU a Triton kernel (`model.gpu_kernels`; triton comes
+with CUDA builds of torch), elsewhere torch's operations (`reference`). All forms compute the same
 numbers, within rounding.
 """
 
@@ -30,7 +30,7 @@ from model.norm.reference import (
 
 GPU_BLOCK = 1024
 """Numbers that one program of a GPU kernel computes; they are adjacent in memory."""
-_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tensor:
@@ -63,7 +63,7 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
     kernel = reference.normalize
     if native.prepare_kernels(x):
         kernel = native.normalize
-    elif x.device.type == "cuda" and x.dtype in _GPU_DTYPES and _has_triton():
+    elif x.device.type == "cuda" and x.dtype in GPU_DTYPES and _has_triton():
         kernel = launch_gpu_kernel
     return NormKernel.apply(x, kernel, columns, relu)
 
@@ -165,15 +165,15 @@ def launch_gpu_kernel(x: Tensor, gradient: Tensor | None, columns: int, relu: bo
         columns: number of columns whose maps x holds.
         relu: whether max(x, 0) is normalized instead of x.
     """
-    from model.norm import gpu_kernels
+    from model import gpu_kernels
 
     y = torch.empty_like(x)
     step = 1 if is_channels_last(x) else x.shape[2] * x.shape[3]
     settings = (x.numel(), step, x.shape[1] // columns, LRN_K, LRN_ALPHA / LRN_SIZE)
-    kernel = gpu_kernels.forward if gradient is None else gpu_kernels.backward
+    kernel = gpu_kernels.norm_forward if gradient is None else gpu_kernels.norm_backward
     given = (x,) if gradient is None else (x, gradient)
     if grid := -(-x.numel() // GPU_BLOCK):
-        kernel[(grid,)](*given, y, *settings, relu=relu, BLOCK=GPU_BLOCK)
+        kernel[(grid,)](*given, y, *settings, relu=relu, BLOCK=GPU_BLOCK, enable_fp_fusion=True)
     return y
 
 

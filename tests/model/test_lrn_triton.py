@@ -1,4 +1,4 @@
-"""The GPU's kernels: on a GPU, and where triton is installed without one, in its interpreter."""
+"""The GPU's kernels: on a GPU; without one in Triton's interpreter, and compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
 
 from model.norm import describe_backend, local_response_norm, norm_pool
+from model.norm.response import GPU_DTYPES, launch_gpu_kernel
+from tests.helpers.gpu_compiler import ARCHITECTURES, compile_launches, meta_maps
 from tests.helpers.lrn import LAYOUTS, by_hand, maps
 
 INTERPRETED = """
@@ -45,6 +48,17 @@ def test_the_kernels_are_the_formula_in_the_interpreter() -> None:
                           env=environment, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_launch_compiles_for_a_gpu(architecture: int) -> None:
+    pytest.importorskip("triton")
+    with compile_launches(architecture) as compiled:
+        for layout, dtype in product(LAYOUTS, GPU_DTYPES):
+            x = meta_maps(2, 96, 55, 55, dtype=dtype, layout=layout)
+            for gradient in (None, x):
+                launch_gpu_kernel(x, gradient, 2, True)
+    assert len(compiled) == 2 * 2 * len(GPU_DTYPES)
 
 
 @pytest.mark.gpu

@@ -1,18 +1,15 @@
-"""Triton kernels that `response` launches; importing this needs triton."""
+"""Triton kernels for a GPU, launched by the modules whose work they do; needs triton at import.
+
+Only `tl.constexpr` may annotate an argument: Triton evaluates annotations when it compiles.
+"""
 # mypy: ignore-errors
-
-from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def load_map(
-    pointer: Any, at: Any, index: Any, inside: Any, step: Any, maps: Any, away: Any
-) -> Any:
+def load_map(pointer, at, index, inside, step, maps, away):
     """Load the numbers `away` maps from those at `at`; 0 beyond the first and the last map."""
     other = index + away
     return tl.load(
@@ -21,7 +18,7 @@ def load_map(
 
 
 @triton.jit
-def widen(x: Any, wide: tl.constexpr, relu: tl.constexpr) -> Any:
+def widen(x, wide: tl.constexpr, relu: tl.constexpr):
     """Convert x to the type to compute in, and take max(x, 0) if `relu`; NaN stays."""
     x = x.to(wide)
     if relu:
@@ -30,10 +27,7 @@ def widen(x: Any, wide: tl.constexpr, relu: tl.constexpr) -> Any:
 
 
 @triton.jit
-def forward(
-    x: Any, y: Any, n: Any, step: Any, maps: Any, k: Any, alpha: Any,
-    relu: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+def norm_forward(x, y, n, step, maps, k, alpha, relu: tl.constexpr, BLOCK: tl.constexpr):
     """y_i = x_i s_i^-.75 with s_i = k + alpha * (sum of x_j^2, |i - j| <= 2)."""
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -50,10 +44,7 @@ def forward(
 
 
 @triton.jit
-def backward(
-    x: Any, dy: Any, dx: Any, n: Any, step: Any, maps: Any, k: Any, alpha: Any,
-    relu: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+def norm_backward(x, dy, dx, n, step, maps, k, alpha, relu: tl.constexpr, BLOCK: tl.constexpr):
     """dx_i = g_i s_i^-.75 - 1.5 alpha x_i * (sum of g_j x_j s_j^-1.75, |i - j| <= 2)."""
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
