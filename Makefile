@@ -8,7 +8,7 @@ CUDA   ?= 13
 TRAIN  ?=
 VAL    ?=
 HOLDOUT ?= 0.1
-# More flags for cluster.train, for example --columns-per-worker 2 on a machine with one GPU.
+# More flags for cluster.train, for example --replicas 2.
 FLAGS  ?=
 # Times that `make soak` kills something.
 KILLS  ?= 50
@@ -39,7 +39,7 @@ help:
 	@echo 'make train                        draw a demo set, pack, train, evaluate, report'
 	@echo 'make train TRAIN=DIR [VAL=DIR]    the same on your own images (VAL, or HOLDOUT=0.1)'
 	@echo '           [CONFIG=narrow] [DATA=data/NAME] [RUN=runs/NAME]'
-	@echo '           [FLAGS="flags of cluster.train"], for example --columns-per-worker 2 with a single GPU'
+	@echo '           [FLAGS="flags of cluster.train"], for example --replicas 2'
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
 	@echo 'make test                         lint, types, import rules, tests'

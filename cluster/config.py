@@ -161,8 +161,9 @@ class Config:
     replicas: int | str = 1
     """Copies of the network, each with its share of the batch; "1:4": as many of these as there is
     room for, fewer when a node goes, more when one comes."""
-    columns_per_worker: Literal[1, 2] = 1
-    """1: a worker for each column; 2: both columns in one, for a single GPU."""
+    columns_per_worker: Literal["auto", 1, 2] = "auto"
+    """1: a worker for each column; 2: both columns in one; auto: 2 on GPUs where no node has two of
+    them, else 1."""
     microbatch: int = 0
     """Most images that a replica computes on at once, the gradients added up; 0: its share of the
     batch when there are the most replicas."""
@@ -337,11 +338,6 @@ class Config:
         most = min(most, self.batch_size // columns)
         counts = range(least, most + 1)
         return tuple(count for count in counts if self.batch_size % (count * columns) == 0)
-
-    @property
-    def size(self) -> int:
-        """Workers per replica: 2 (a pair), or 1 that holds all columns."""
-        return 2 if self.columns_per_worker == 1 and self.design.columns == 2 else 1
 
     @property
     def has_constant_rates(self) -> bool:

@@ -330,7 +330,7 @@ def start_ray(config: Config, screen: RunConsole) -> Iterator[Callable[[], str]]
 
     from cluster.launch.placement import check_this_machine
 
-    workers = config.size * config.replica_sizes[-1]
+    workers = 1
     if is_attached():
         screen.wait("attaching to Ray and starting the workers")
     else:

@@ -142,13 +142,13 @@ def judge_gpus(gpus: list[Gpu], needs_gpu: bool) -> Iterator[Finding]:
         why = ', and the config says device = "gpu"' if needs_gpu else ": training runs on the CPU"
         yield fail("GPUs", f"none that torch sees{why}", mend, unless=not needs_gpu)
         return
-    is_odd = len(gpus) % 2 == 1
+    is_odd = len(gpus) % 2 == 1 and len(gpus) > 1
     names = ", ".join(sorted({gpu.name for gpu in gpus}))
     text = f"{len(gpus)} ({names}){': one has no partner' * is_odd}"
     mend = "--columns-per-worker 2 uses them all, a whole network on each"
     yield warn("GPUs", text, mend, unless=not is_odd)
     for index, gpu in enumerate(gpus):
-        yield from _judge_gpu(f"GPU {index}", gpu)
+        yield from _judge_gpu(f"GPU {index}", gpu, len(gpus))
     pairs = list(enumerate(gpus))[:-1:2]
     if apart := [index for index, gpu in pairs if gpu.has_peer_access is False]:
         yield warn(
@@ -161,12 +161,12 @@ def judge_gpus(gpus: list[Gpu], needs_gpu: bool) -> Iterator[Finding]:
         yield ok("peer access", f"within {'all ' if len(pairs) > 1 else ''}{len(pairs)} pair(s)")
 
 
-def _judge_gpu(name: str, gpu: Gpu) -> Iterator[Finding]:
+def _judge_gpu(name: str, gpu: Gpu, count: int) -> Iterator[Finding]:
     if not gpu.is_built_for:
         major, minor = gpu.capability
         mend = "make install CUDA=12   # its torch knows older GPUs"
         yield fail(name, f"this torch has no code for {gpu.name} ({major}.{minor})", mend)
-    if gpu.is_mig:
+    if gpu.is_mig and count > 1:
         text = f"{gpu.name} is split into instances (MIG); NCCL does not join two of one GPU"
         mend = "--columns-per-worker 2, or, as root, when nothing runs there: nvidia-smi -mig 0"
         yield warn(name, text, mend)

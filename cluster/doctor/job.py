@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from cluster.config import Config
 from cluster.doctor.finding import Finding, fail, ok, warn
@@ -12,8 +13,10 @@ from cluster.launch.placement import (
     PROCESS_BYTES,
     Node,
     NoRoom,
+    choose_size,
     describe_crowd,
-    place_workers,
+    describe_layout,
+    place_run,
     uses_gpus,
 )
 from model.architecture import build_stages
@@ -47,7 +50,7 @@ def checkpoint_bytes(config: Config | None, classes: int | None) -> int:
     return 2 * sum_rows(build_table(classes or CLASSES, design)).parameter_bytes
 
 
-def worker_bytes(config: Config, classes: int | None) -> int:
+def worker_bytes(config: Config, classes: int | None, size: int) -> int:
     """Return the bytes of parameters and activations in a worker, without those of its process.
 
     The paper's M = X(W + B + A + Z), with gradient and velocity for each W and B; all in float32,
@@ -56,9 +59,10 @@ def worker_bytes(config: Config, classes: int | None) -> int:
     Args:
         config: settings of the training.
         classes: number of classes; None: not known.
+        size: workers of a replica, 2 or 1.
     """
     rows = build_table(classes or CLASSES, config.design)
-    if config.size == 2:
+    if size == 2:
         rows = [row for row in rows if row.column == "a"]  # b's are as large
     sums = sum_rows(rows)
     batch = config.microbatch_size(config.replica_sizes[0])
@@ -69,15 +73,17 @@ def judge_room(config: Config, nodes: Sequence[Node]) -> Finding:
     """Judge whether the job fits the free resources of a cluster."""
     gpu = uses_gpus(config, any(node.gpus + node.busy_gpus for node in nodes))
     try:
-        placement = place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=gpu)
+        placement = place_run(config, nodes, gpu)
     except NoRoom as error:
         text, _, mend = str(error).rpartition("; use ")
         return fail("room", text, mend)
     replicas, size, used = placement.replicas, placement.size, len(set(placement.nodes))
+    layout = describe_layout(config, placement)
     return ok(
         "room",
         f"{replicas} replica{'s' * (replicas > 1)} of {size} {'GPU' if gpu else 'CPU'} "
-        f"worker{'s' * (size > 1)} on {used} of {len(nodes)} node{'s' * (len(nodes) > 1)}",
+        f"worker{'s' * (size > 1)} on {used} of {len(nodes)} node{'s' * (len(nodes) > 1)}"
+        f"{'; ' * bool(layout)}{layout}",
     )
 
 
@@ -85,20 +91,22 @@ def judge_local_job(
     config: Config, classes: int | None, have: Hardware, gpus: Sequence[Gpu]
 ) -> Iterator[Finding]:
     """Judge whether the job fits this machine, if it starts a Ray of its own."""
-    least = config.replica_sizes[0] * config.size
-    need = worker_bytes(config, classes)
+    gpu = uses_gpus(config, bool(gpus))
+    node = Node(id="", name=platform.node(), cpus=have.cores, gpus=float(len(gpus)))
+    size = choose_size(config, [node], gpu)
+    least = config.replica_sizes[0] * size
+    need = worker_bytes(config, classes, size)
     microbatch = max(1, config.microbatch_size(config.replica_sizes[0]) // 4)
     smaller = f"--microbatch {microbatch}, or a smaller --width"
-    if uses_gpus(config, bool(gpus)):
-        node = Node(id="", name=platform.node(), cpus=max(have.cores, least), gpus=float(len(gpus)))
-        room = judge_room(config, [node])
+    if gpu:
+        room = judge_room(config, [replace(node, cpus=max(have.cores, least))])
         yield room
         if room.status == "ok" and gpus:
             free = min(gpu.free for gpu in gpus)
             text = f"{human_bytes(need)} of {human_bytes(free)} free on the fullest GPU"
             yield fail("worker memory", text, smaller, unless=need <= free)
         return
-    if crowd := describe_crowd(least, have.cores, config.size):  # they start all the same
+    if crowd := describe_crowd(least, have.cores, size):  # they start all the same
         text, _, mend = crowd.rpartition("; use ")
         yield warn("room", text, mend)
     else:

@@ -24,7 +24,7 @@ from cluster.doctor.finding import Finding, fail, ok, warn
 from cluster.doctor.hardware import MIN_FILES, MIN_SHARED
 from cluster.doctor.job import checkpoint_bytes, judge_room
 from cluster.doctor.ray_probe import list_releases
-from cluster.launch.placement import Node
+from cluster.launch.placement import Node, choose_size
 from cluster.launch.session import (
     CONNECT_SECONDS,
     IN_JOB,
@@ -178,8 +178,9 @@ def judge_nodes(config: Config | None, data: str, run: Path | None) -> Iterator[
     if config is not None:
         yield judge_room(config, room)
     need = checkpoint_bytes(config, None) if folder else 0
+    size = choose_size(config or Config(), room, True)
     for node in answer["nodes"]:
-        yield judge_node(node, list_releases(), request, marks, need)
+        yield judge_node(node, list_releases(), request, marks, need, size)
 
 
 def run_probe(request: dict[str, str]) -> dict[str, Any]:
@@ -214,8 +215,9 @@ def find_error(text: str) -> str:
 
 
 def judge_node(
-    node: dict[str, Any], own: dict[str, str], request: dict[str, str], marks: set[str], need: int
-) -> Finding:
+    node: dict[str, Any], own: dict[str, str], request: dict[str, str], marks: set[str],
+    need: int, size: int,
+) -> Finding:  # fmt: skip
     """Judge the answer of a node.
 
     Args:
@@ -224,6 +226,7 @@ def judge_node(
         request: request that the node answered.
         marks: names of the marker files in the run's folder, as this machine sees them.
         need: bytes of a checkpoint.
+        size: workers of a replica on GPUs, 2 or 1.
     """
     name = f"node {node['name']} ({node['id'][:6]})"
     if "why" in node:
@@ -250,7 +253,7 @@ def judge_node(
         text = hide_credentials(f"{request['address']}: {has['address']}")
         mend = "the store's credentials in that node's environment, or ray job submit "
         return fail(name, text, mend + "--runtime-env-json '{\"env_vars\": {...}}'")
-    if weakness := _find_weakness(node, has, need):
+    if weakness := _find_weakness(node, has, need, size):
         return warn(name, *weakness)
     places = ["RUN"] if has.get("run") else []
     places += ["DATA"] if has.get("data") or has.get("address") == "" else []
@@ -258,7 +261,9 @@ def judge_node(
     return ok(name, f"same packages{sees}")
 
 
-def _find_weakness(node: dict[str, Any], has: dict[str, Any], need: int) -> tuple[str, str] | None:
+def _find_weakness(
+    node: dict[str, Any], has: dict[str, Any], need: int, size: int
+) -> tuple[str, str] | None:
     """Return a weakness of a node where the training can run, and its remedy; None: no weakness."""
     gpus, devices = node["gpus"], has["devices"]
     if devices < gpus and not os.environ.get("DUET_FAKE_GPUS"):
@@ -267,7 +272,7 @@ def _find_weakness(node: dict[str, Any], has: dict[str, Any], need: int) -> tupl
     if has.get("code") is False:
         mend = "ray job submit --working-dir . -- python -m cluster.train ..."
         return "does not have this repository; workers need it", mend
-    if gpus % 2:
+    if gpus % size:
         mend = "--columns-per-worker 2 uses it, or start its Ray with an even --num-gpus"
         return f"{gpus} GPUs: one has no partner", mend
     if has.get("disk", need) < need:

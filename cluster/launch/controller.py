@@ -31,11 +31,12 @@ from cluster.launch.placement import (
     Node,
     NoRoom,
     Placement,
+    describe_layout,
     find_draining_nodes,
     get_node_name,
     has_gpus,
     list_nodes,
-    place_workers,
+    place_run,
     uses_gpus,
 )
 from cluster.launch.session import is_attached, make_session_folder
@@ -112,6 +113,8 @@ class Controller:
         """
         failures, begun = 0, self._last_step()
         placement = self._place_first()
+        if layout := describe_layout(self._config, placement):
+            self._screen.say(layout)
         with count_interrupts() as interrupts:
             while True:
                 group = self._run_group(placement, interrupts)
@@ -197,8 +200,7 @@ class Controller:
         return f"there is room for {more} replicas" if more > now.replicas else ""
 
     def _place(self, nodes: list[Node]) -> Placement:
-        config = self._config
-        return place_workers(nodes, sizes=config.replica_sizes, size=config.size, gpu=self._gpu)
+        return place_run(self._config, nodes, self._gpu)
 
     def _wait_for_room(self, before: Placement, interrupts: Callable[[], int]) -> Placement:
         """Place the next start, with the room there is once the last one's resources are free.

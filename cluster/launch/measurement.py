@@ -12,7 +12,13 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.launch.controller import WorkerGroup
-from cluster.launch.placement import has_gpus, list_nodes, place_workers, uses_gpus
+from cluster.launch.placement import (
+    describe_layout,
+    has_gpus,
+    list_nodes,
+    place_run,
+    uses_gpus,
+)
 from cluster.run.console import RunConsole
 from cluster.run.events import Measured, Placed
 from cluster.run.folder import MEASURE
@@ -41,7 +47,9 @@ def measure_with_ray(
         KeyboardInterrupt: the user ended it.
     """
     gpu = uses_gpus(config, has_gpus())
-    placement = place_workers(list_nodes(), sizes=config.replica_sizes, size=config.size, gpu=gpu)
+    placement = place_run(config, list_nodes(), gpu)
+    if layout := describe_layout(config, placement):
+        screen.say(layout)
     group = WorkerGroup(config, data, folder, placement, measure=True)
     found: Mapping[str, Any] | None = None
     for event in group.events():

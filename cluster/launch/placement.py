@@ -1,7 +1,8 @@
 """Placement of replicas and columns on nodes, and the free resources of the cluster's nodes.
 
 A replica is one copy of the network, held by a pair of workers, one per column, that share a node
-and have neighbouring GPUs; or, without pairing, by one worker with both columns.
+and have neighbouring GPUs; or, without pairing, by one worker with both columns. `place_run`
+decides which, at each start.
 
     job rank   0  1  2  3          rank = replica * 2 + column
     replica    0  0  1  1          so the halves of a replica's batch are adjacent
@@ -14,7 +15,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.config import Config
 from cluster.run.events import Worker
@@ -98,6 +99,34 @@ def place_workers(
     return Placement(nodes=order, cpus=max(1, int(cpus)), gpus=int(gpu), size=size)
 
 
+def place_run(config: Config, nodes: Sequence[Node], gpu: bool) -> Placement:
+    """Place the replicas of a run on the live nodes; `gpu`: each worker needs one.
+
+    Raises:
+        NoRoom: as `place_workers` does.
+    """
+    size = choose_size(config, nodes, gpu)
+    return place_workers(nodes, sizes=config.replica_sizes, size=size, gpu=gpu)
+
+
+def choose_size(config: Config, nodes: Sequence[Node], gpu: bool) -> int:
+    """Return the workers of a replica: 2 (a pair), or 1 that holds all columns."""
+    columns = config.columns_per_worker
+    if columns == "auto":
+        has_pair = any(node.gpus + node.busy_gpus >= 2 for node in nodes)
+        columns = 2 if gpu and not has_pair else 1
+    return 1 if columns == 2 or config.design.columns == 1 else 2
+
+
+def describe_layout(config: Config, placement: Placement) -> str:
+    """Return a line about both columns on one GPU, if that was not asked for; else ""."""
+    if config.columns_per_worker != "auto" or config.design.columns == 1 or placement.size == 2:
+        return ""
+    if placement.replicas == 1:
+        return "one GPU here: both columns on it"
+    return "no node has two GPUs: both columns on each"
+
+
 def check_this_machine(config: Config, gpus: int) -> tuple[int, str]:
     """Check, before a run starts a Ray of its own, whether this machine has room for its workers.
 
@@ -111,11 +140,13 @@ def check_this_machine(config: Config, gpus: int) -> tuple[int, str]:
     Raises:
         NoRoom: it has too few GPUs, or too little memory for the processes alone.
     """
-    sizes, size, gpu = config.replica_sizes, config.size, uses_gpus(config, gpus > 0)
-    cores, least = cpu_count(), sizes[0] * size
-    offered = sizes[-1] * size if gpu else least  # of CPUs, no more than there must be
-    node = Node(id="", name=platform.node(), cpus=max(cores, offered), gpus=gpus)
-    workers = len(place_workers([node], sizes=sizes, size=size, gpu=gpu).nodes)
+    sizes, gpu, cores = config.replica_sizes, uses_gpus(config, gpus > 0), cpu_count()
+    node = Node(id="", name=platform.node(), cpus=cores, gpus=gpus)
+    size = choose_size(config, [node], gpu)
+    # Of CPUs, no more than there must be.
+    offered = (sizes[-1] if gpu else sizes[0]) * size
+    placement = place_run(config, [replace(node, cpus=max(cores, offered))], gpu)
+    workers = len(placement.nodes)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if workers * PROCESS_BYTES > memory:
         raise NoRoom(
@@ -146,8 +177,9 @@ def _explain_no_room(nodes: Sequence[Node], replicas: int, size: int, gpu: bool)
         ways.append("--columns-per-worker 2 (both columns on one GPU)")
     ways += ["--device cpu", "more nodes"] if gpu else ["more nodes"]
     return (
-        f"{replicas} replica{'s' * (replicas > 1)} of {size} worker{'s' * (size > 1)} need "
-        f"{replicas * size} {kind}s{together}; free are {there or 'no nodes'}; {most}; "
+        f"{replicas} replica{'s' * (replicas > 1)} of {size} worker{'s' * (size > 1)} "
+        f"need{'s' * (replicas == 1)} {replicas * size} {kind}{'s' * (replicas * size > 1)}"
+        f"{together}; free are {there or 'no nodes'}; {most}; "
         f"use {' or '.join(ways)}"
     )
 

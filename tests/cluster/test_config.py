@@ -239,7 +239,7 @@ configs = st.builds(
     colour=st.floats(0, 10),
     dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
     replicas=st.sampled_from([1, "1", "1:4"]),
-    columns_per_worker=st.sampled_from([1, 2]),
+    columns_per_worker=st.sampled_from(["auto", 1, 2]),
     shuffle=st.sampled_from(["full", "block"]),
     strict=st.booleans(),
     cache=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)

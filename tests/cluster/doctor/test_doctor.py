@@ -71,7 +71,7 @@ def test_one_that_fails_is_code_3_and_has_its_way_out_below(tmp_path, capsys, no
     assert all(told[place + 1].startswith("      -> ") for place in failed)
     (room,) = (line for line in told if line[5:].startswith("room "))
     assert room.startswith("FAIL")
-    assert "4 replicas of 2 workers need 8 GPUs" in room
+    assert "4 replicas of 1 worker need 4 GPUs" in room
     assert told[-1].startswith(f"{len(failed)} problems")
 
 

@@ -139,6 +139,18 @@ def test_what_is_wrong_with_a_gpu_is_named(cards, status, words):
     assert lacks(found, words) == []
 
 
+def test_one_gpu_is_a_good_machine_too():
+    """MIG is no matter there: nothing has to join two instances."""
+    alone = [replace(H100, has_peer_access=None, is_mig=True)]
+    found = [
+        *hardware.judge_gpus(alone, needs_gpu=True),
+        *job.judge_local_job(Config(), 1000, MACHINE, alone),
+    ]
+    assert {finding.status for finding in found} == {"ok"}
+    (room,) = (finding.value for finding in found if finding.name == "room")
+    assert room == "1 replica of 1 GPU worker on 1 of 1 node; one GPU here: both columns on it"
+
+
 def test_no_gpus_are_no_matter_where_none_are_wanted():
     assert [finding.status for finding in hardware.judge_gpus([], needs_gpu=False)] == ["ok"]
 
@@ -202,7 +214,8 @@ def test_the_longest_temporary_folder_is_the_one_in_which_sockets_can_be():
     ("settings", "cards", "status", "words"),
     [
         ({"replicas": 2}, PAIR, "FAIL", ["need 4 GPUs", "1 replica would fit", "--replicas 1"]),
-        ({"device": "gpu"}, [], "FAIL", ["2 GPUs", "--device cpu"]),
+        ({"device": "gpu"}, [], "FAIL", ["needs 1 GPU;", "--device cpu"]),
+        ({"columns_per_worker": 1}, [H100], "FAIL", ["2 GPUs", "--columns-per-worker 2"]),
         ({"replicas": 16}, [], "warn", ["32 workers take turns on 16", "--replicas"]),
         ({"batch_size": 65536}, [], "FAIL", ["worker memory", "--microbatch"]),
         ({"batch_size": 65536}, PAIR, "FAIL", ["worker memory", "of 79 GB free", "--microbatch"]),
@@ -217,10 +230,10 @@ def test_a_job_that_does_not_fit_this_machine_is_told_with_what_would(
 
 
 def test_the_memory_of_a_worker_is_that_of_the_paper_with_gradient_and_velocity():
-    both = job.worker_bytes(Config(columns_per_worker=2), 1000)
+    both = job.worker_bytes(Config(), 1000, size=1)
     parameters, neurons = 60_965_224, 659_272  # of the paper's network, as facts/alexnet.md has it
     assert both == 4 * (3 * parameters + 2 * neurons * 128)
-    half = job.worker_bytes(Config(), 1000)
+    half = job.worker_bytes(Config(), 1000, size=2)
     assert half == pytest.approx(both / 2, rel=1e-3)
 
 

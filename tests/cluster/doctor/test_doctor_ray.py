@@ -143,7 +143,7 @@ SEES = {
 def test_what_is_wrong_with_a_node_is_told(changes, status, words, monkeypatch):
     monkeypatch.delenv("DUET_FAKE_GPUS", raising=False)
     node = {"id": "0123456789", "name": "b", "gpus": 4, "answer": SEES | changes}
-    found = ray_cluster.judge_node(node, MINE, REQUEST, {".m", ".m.1"}, 5 * 10**8)
+    found = ray_cluster.judge_node(node, MINE, REQUEST, {".m", ".m.1"}, 5 * 10**8, 2)
     assert found.status == status
     assert found.name == "node b (012345)"
     assert lacks(found, words) == []
@@ -153,13 +153,14 @@ def test_what_is_wrong_with_a_node_is_told(changes, status, words, monkeypatch):
 def test_good_nodes_odd_ones_and_silent_ones(monkeypatch):
     monkeypatch.delenv("DUET_FAKE_GPUS", raising=False)
 
-    def judged(**node: object) -> tuple[str, str]:
+    def judged(size: int = 2, **node: object) -> tuple[str, str]:
         whole = {"id": "0123456789", "name": "b", "gpus": 4} | node
-        found = ray_cluster.judge_node(whole, MINE, REQUEST, {".m.1"}, 0)
+        found = ray_cluster.judge_node(whole, MINE, REQUEST, {".m.1"}, 0, size)
         return found.status, found.value
 
     assert judged(answer=SEES) == ("ok", "same packages, sees RUN and DATA")
     assert judged(answer=SEES, gpus=3) == ("warn", "3 GPUs: one has no partner")
+    assert judged(answer=SEES, gpus=1, size=1) == ("ok", "same packages, sees RUN and DATA")
     assert judged(why="no answer for 40 s") == ("FAIL", "no answer for 40 s")
 
 

@@ -12,8 +12,11 @@ from cluster.launch.placement import (
     NoRoom,
     WorkerLocation,
     check_this_machine,
+    choose_size,
+    describe_layout,
     group_ranks,
     list_workers,
+    place_run,
     place_workers,
 )
 from pipeline.tools.errors import SetupError
@@ -37,6 +40,45 @@ def test_two_machines_with_three_gpus_each_get_a_pair_each():
 
 def test_a_single_gpu_can_hold_both_columns():
     assert place_workers([node("m", gpus=1)], sizes=[1], size=1, gpu=True).nodes == ("id-m",)
+
+
+ONE, PAIR = "one GPU here: both columns on it", ""
+EACH = "no node has two GPUs: both columns on each"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "gpu", "size", "told"),
+    [
+        ({}, [0], False, 2, PAIR),  # on CPUs a worker for each column, as ever
+        ({}, [1], False, 2, PAIR),
+        ({}, [1], True, 1, ONE),
+        ({}, [2], True, 2, PAIR),
+        ({}, [1, 3, 0], True, 2, PAIR),
+        ({"replicas": 2}, [1, 1], True, 1, EACH),
+        ({"replicas": "1:4"}, [1, 0], True, 1, ONE),
+        ({"columns": 1}, [1], True, 1, ""),  # it has one column, and nobody asked for two
+        ({"columns": 1}, [0], False, 1, ""),
+        ({"columns_per_worker": 2}, [2], True, 1, ""),
+        ({"columns_per_worker": 1}, [2], True, 2, ""),
+    ],
+)
+def test_both_columns_share_a_gpu_where_no_node_has_two(settings, gpus, gpu, size, told):
+    config = Config.from_settings(settings)
+    nodes = [node(str(number), gpus=count) for number, count in enumerate(gpus)]
+    placement = place_run(config, nodes, gpu)
+    assert placement.size == size
+    assert describe_layout(config, placement) == told
+
+
+def test_a_pair_waits_for_its_second_gpu_while_another_job_holds_it():
+    with pytest.raises(NoRoom, match=r"b: 1 GPUs \(3 more in use\)"):
+        place_run(Config(), [BUSY], True)
+
+
+def test_a_worker_for_each_column_is_refused_on_one_gpu_with_the_way_out():
+    with pytest.raises(NoRoom, match="columns-per-worker 2"):
+        place_run(Config(columns_per_worker=1), [node("m", gpus=1)], True)
+    assert choose_size(Config(columns_per_worker=1), [node("m", gpus=1)], True) == 2
 
 
 def test_a_worker_with_a_gpu_needs_a_cpu_too():
@@ -147,6 +189,8 @@ def test_a_split_pair_is_refused_with_the_table_of_ranks():
         ({"replicas": "1:4"}, 0, 2, ""),  # as many as there is room for
         ({"replicas": "2:4"}, 0, 4, "4 workers take turns"),
         ({"replicas": "1:4"}, 8, 8, ""),
+        ({}, 1, 1, ""),
+        ({"replicas": "1:4"}, 1, 4, ""),
         ({"device": "cpu"}, 8, 2, ""),
     ],
 )
@@ -162,7 +206,8 @@ def test_what_this_machine_has_room_for_is_known_before_ray_starts(
 
 def test_an_impossible_number_of_replicas_is_refused_before_ray_starts(monkeypatch):
     for settings, gpus, words in (
-        ({"device": "gpu"}, 0, "need 2 GPUs, 2 of them on one node"),
+        ({"device": "gpu"}, 0, "1 replica of 1 worker needs 1 GPU;"),
+        ({"columns_per_worker": 1}, 1, "needs 2 GPUs, 2 of them on one node"),
         ({"replicas": 4}, 2, "1 replica would fit; use --replicas 1"),
     ):
         with pytest.raises(NoRoom, match=words):
