@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.run.console import MOST_WORKERS, format_duration
+from cluster.run.console import MOST_WORKERS, format_device, format_duration
 from cluster.run.jsonl import WAITS
 from cluster.run.state import RunState, read_state
 from pipeline.remote.filesystem import is_remote
@@ -195,7 +195,7 @@ def _build_worker_table(state: RunState) -> RenderableType:
     for name in ("replica", "column", "node", "device"):
         table.add_column(name)
     for worker in state.workers[:MOST_WORKERS]:
-        device = "CPU" if worker.get("gpu") is None else f"GPU {worker['gpu']}"
+        device = format_device(worker.get("gpu"))
         table.add_row(str(worker["replica"]), worker["column"], worker["node"], device)
     if len(state.workers) > MOST_WORKERS:
         table.add_row(f"... {len(state.workers) - MOST_WORKERS} more")

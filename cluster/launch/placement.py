@@ -202,8 +202,34 @@ class WorkerLocation:
     """Ray's id of its node."""
     name: str
     """Host name of its node."""
-    gpu: int | None = None
-    """Number of its GPU on that node."""
+    gpu: int | str | None = None
+    """Number of its GPU on that node, or the id by which CUDA_VISIBLE_DEVICES names it."""
+    seat: int = 0
+    """Place of its GPU among those of that node (`find_seat`)."""
+
+
+def read_gpu(ids: Sequence[int | str]) -> int | str | None:
+    """Return the number of the GPU that Ray has assigned to a worker, or its id.
+
+    Args:
+        ids: `ray.get_gpu_ids()`; numbers may come as text.
+    """
+    if not ids:
+        return None
+    return int(ids[0]) if str(ids[0]).isdecimal() else ids[0]
+
+
+def find_seat(gpu: int | str | None, visible: str) -> int:
+    """Return the place of a GPU on its node.
+
+    Args:
+        gpu: result of `read_gpu`.
+        visible: CUDA_VISIBLE_DEVICES, which lists the GPUs of all workers that the job has there.
+    """
+    if isinstance(gpu, str):
+        listed = visible.split(",")
+        return listed.index(gpu) if gpu in listed else 0
+    return gpu or 0
 
 
 def group_ranks(started: Sequence[WorkerLocation], size: int) -> tuple[tuple[int, ...], ...]:
@@ -231,7 +257,7 @@ def group_ranks(started: Sequence[WorkerLocation], size: int) -> tuple[tuple[int
         )
     found = []
     for ranks in by_node.values():
-        ranks.sort(key=lambda rank: (started[rank].gpu or 0, rank))
+        ranks.sort(key=lambda rank: (started[rank].seat, rank))
         found += [tuple(ranks[i : i + size]) for i in range(0, len(ranks), size)]
     return tuple(sorted(found, key=min))
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config
 from cluster.launch.channel import DriverAddress, DriverWatch
-from cluster.launch.placement import Placement, WorkerLocation, group_ranks, list_workers
+from cluster.launch.placement import (
+    Placement,
+    WorkerLocation,
+    find_seat,
+    group_ranks,
+    list_workers,
+    read_gpu,
+)
 from cluster.run.events import Failed, Placed
 from cluster.run.folder import RunIdentity
 from pipeline.tools.errors import DuetError, SetupError
@@ -104,10 +111,10 @@ def find_mesh(placement: Placement, config: Config) -> Any:
 
     from cluster.mesh import create_mesh
 
-    gpus = [int(number) for number in ray.get_gpu_ids()] if placement.gpus else []
-    mine = WorkerLocation(
-        ray.get_runtime_context().get_node_id(), platform.node(), gpus[0] if gpus else None
-    )
+    gpu = read_gpu(ray.get_gpu_ids()) if placement.gpus else None
+    seat = find_seat(gpu, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    here = ray.get_runtime_context().get_node_id()
+    mine = WorkerLocation(here, platform.node(), gpu, seat)
     started: list[WorkerLocation] = [mine] * dist.get_world_size()
     dist.all_gather_object(started, mine)
     found = group_ranks(started, placement.size)

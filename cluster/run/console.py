@@ -112,7 +112,7 @@ class RunConsole:
         width = max(len("node"), *(len(worker.node) for worker in workers))
         self.say(f"replica  column   {'node':<{width}}  device")
         for worker in workers[:MOST_WORKERS]:
-            device = "CPU" if worker.gpu is None else f"GPU {worker.gpu}"
+            device = format_device(worker.gpu)
             self.say(f"{worker.replica:<9}{worker.column:<9}{worker.node:<{width}}  {device}")
         if len(workers) > MOST_WORKERS:
             self.say(f"... {len(workers) - MOST_WORKERS} more; RUN/attempts.jsonl has them all")
@@ -151,6 +151,13 @@ def print_warning(event: Event) -> None:
     """Print a warning to stderr; ignores other events."""
     if isinstance(event, Warned):
         sys.stderr.write(f"warning: {event.text}\n")
+
+
+def format_device(gpu: int | str | None) -> str:
+    """Format the GPU of a worker as GPU 3, or by its id; None: CPU."""
+    if isinstance(gpu, str):
+        return gpu
+    return "CPU" if gpu is None else f"GPU {gpu}"
 
 
 def format_duration(seconds: float) -> str:

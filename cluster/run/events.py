@@ -18,8 +18,8 @@ class Worker:
     """a, b, or `a and b`."""
     node: str
     """Host name of its node."""
-    gpu: int | None
-    """Number of its GPU on that node; None on a CPU."""
+    gpu: int | str | None
+    """Number or id of its GPU on that node; None on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from cluster.launch.placement import (
     check_this_machine,
     choose_size,
     describe_layout,
+    find_seat,
     group_ranks,
     list_workers,
     place_run,
     place_workers,
+    read_gpu,
 )
 from pipeline.tools.errors import SetupError
 
@@ -150,7 +152,8 @@ def test_a_plan_keeps_replicas_together_and_within_each_node(gpus, replicas, siz
 def test_seats_take_every_rank_once_and_never_split_a_replica(nodes, size, random):
     """GPUs come in any order; pairs have neighbours among those that the job has on a node."""
     free = {name: random.sample(range(16), 16) for name in "mno"}
-    started = [WorkerLocation(name, name, free[name].pop()) for name in nodes]
+    gpus = [free[name].pop() for name in nodes]
+    started = [WorkerLocation(*at, gpu, gpu) for *at, gpu in zip(nodes, nodes, gpus, strict=True)]
     if any(nodes.count(name) % size for name in nodes):
         with pytest.raises(SetupError):
             group_ranks(started, size)
@@ -171,6 +174,37 @@ def test_seats_take_every_rank_once_and_never_split_a_replica(nodes, size, rando
     assert {row.column for row in rows} == ({"a", "b"} if size == 2 else {"a and b"})
     assert [(row.node, row.gpu) for row in rows] == [
         (started[rank].name, started[rank].gpu) for ranks in found for rank in ranks
+    ]
+
+
+IDS = ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-1/7/0", "MIG-b7f8"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "visible", "gpu", "seat"),
+    [
+        ([], "", None, 0),
+        ([3], "1,3", 3, 3),
+        (["10"], "10,9", 10, 10),  # Ray sorts them as text
+        (IDS[:1], ",".join(reversed(IDS)), IDS[0], 2),
+        (IDS[1:2], ",".join(IDS), IDS[1], 1),
+        (IDS[2:], "", IDS[2], 0),
+    ],
+)
+def test_a_gpu_is_named_by_number_or_id_and_has_a_place_on_its_node(ids, visible, gpu, seat):
+    found = read_gpu(ids)
+    assert (found, find_seat(found, visible)) == (gpu, seat)
+
+
+def test_pairs_of_gpus_that_have_ids_are_neighbours_in_the_order_of_their_places():
+    visible = "GPU-a,GPU-b,MIG-c,MIG-d"
+    taken = ["MIG-d", "GPU-a", "MIG-c", "GPU-b"]
+    started = [WorkerLocation("n", "n", gpu, find_seat(gpu, visible)) for gpu in taken]
+    found = group_ranks(started, 2)
+    pairs = [[started[rank].gpu for rank in ranks] for ranks in found]
+    assert sorted(map(tuple, pairs)) == [("GPU-a", "GPU-b"), ("MIG-c", "MIG-d")]
+    assert [worker.gpu for worker in list_workers(started, found, 2)] == [
+        started[rank].gpu for ranks in found for rank in ranks
     ]
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from cluster.run.console import RunConsole, format_duration
+from cluster.run.console import RunConsole, format_device, format_duration
 from cluster.run.events import (
     Finished,
     Rated,
@@ -144,3 +144,10 @@ def test_a_node_of_any_name_is_shown_as_it_is():
     assert "[/x] \\x1b[2J:bee:" in out.getvalue()
     assert "secret" not in out.getvalue()
     assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "shown"), [(None, "CPU"), (0, "GPU 0"), ("MIG-1/7/0", "MIG-1/7/0")]
+)
+def test_a_device_is_shown_by_its_number_or_id(gpu, shown):
+    assert format_device(gpu) == shown
