@@ -2,7 +2,16 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-CUDA   ?= 13
+# Major release of CUDA for torch and DALI: 13 needs a driver from 580 on, 12 one from 525 on. The
+# default is what .venv was made for; another one replaces both packages there.
+present := $(if $(wildcard $(VENV)/.cuda12),12,13)
+CUDA   ?= $(present)
+ifeq ($(filter 12 13,$(CUDA)),)
+$(error CUDA=$(CUDA): torch and DALI have builds for CUDA 12 and 13)
+endif
+# The registry's torch is built for CUDA 13; PyTorch's own index has the others. Of torch 2.13 there
+# is one for CUDA 12, cu126. A mirror of it, or another build: make TORCH_INDEX=ADDRESS.
+TORCH_INDEX ?= $(if $(filter 12,$(CUDA)),https://download.pytorch.org/whl/cu126)
 
 # Your own images: a folder per class, a tar per class, or one tar of either.
 TRAIN  ?=
@@ -41,7 +50,7 @@ help:
 	@echo '           [CONFIG=narrow] [DATA=data/NAME] [RUN=runs/NAME]'
 	@echo '           [FLAGS="flags of cluster.train"], for example --replicas 2'
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
-	@echo 'make install                      only make $(VENV) (CUDA=12 for DALI on CUDA 12)'
+	@echo 'make install                      only make $(VENV) (CUDA=12 for a driver before 580)'
 	@echo 'make test                         lint, types, import rules, tests'
 	@echo 'make quick                        lint, types, and the tests that start no process'
 	@echo 'make soak                         kill a training [KILLS=50] times; half an hour'
@@ -53,9 +62,14 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
-	@echo 'installing into $(VENV) (once; some minutes)'
-	@$(install) torch
+switch := $(if $(wildcard $(VENV)/.installed),$(if $(filter-out $(present),$(CUDA)),switch))
+.PHONY: switch
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt $(switch)
+	@echo 'installing into $(VENV) for CUDA $(CUDA) (once; some minutes)'
+	@$(if $(switch),rm -f $@ && $(py) -m pip uninstall -qq -y torch nvidia-dali-cuda130 nvidia-dali-cuda120)
+	@$(if $(filter 12,$(CUDA)),touch,rm -f) $(VENV)/.cuda12
+	@$(install) $(if $(strip $(TORCH_INDEX)),--index-url $(TORCH_INDEX)) torch
 	@$(install) -e '.[cuda$(CUDA)]'
 	@touch $@
 

@@ -137,7 +137,10 @@ def _judge_torch(have: Software) -> Finding:
     if have.driver is None:
         return ok("torch", f"{release}, no NVIDIA driver here: computes on the CPU")
     if have.cuda is None:
+        newest = max(OLDEST_DRIVER)
         mend = f"pip uninstall -y torch; {_suggest_install('torch')}   # a CUDA build"
+        if find_cuda(have.driver) != newest:
+            mend = _suggest_older(have.driver)
         return fail("torch", f"{release} is a CPU build, and there is a driver {have.driver}", mend)
     found = _judge_driver("torch", f"{release} for CUDA {have.cuda}", have.cuda, have)
     if found.status != "ok" or not have.gpu_error:
@@ -173,10 +176,24 @@ def _judge_driver(name: str, what: str, cuda: str, have: Software) -> Finding:
     if have.driver is None or oldest is None:
         return ok(name, what)
     if int(have.driver.split(".")[0]) < oldest:
-        older = "install a build for CUDA 12 (make install CUDA=12), or " if major > 12 else ""
         text = f"{what} needs a driver from {oldest} on, here is {have.driver}"
-        return fail(name, text, f"{older}update the driver")
+        return fail(name, text, _suggest_older(have.driver))
     return ok(name, f"{what}, driver {have.driver}")
+
+
+def find_cuda(driver: str) -> int | None:
+    """Return the newest major release of CUDA whose builds run on a driver; None: no such build."""
+    fitting = [
+        cuda for cuda, oldest in OLDEST_DRIVER.items() if int(driver.split(".")[0]) >= oldest
+    ]
+    return max(fitting, default=None)
+
+
+def _suggest_older(driver: str) -> str:
+    """Return what makes GPUs work whose driver is too old for the newest CUDA."""
+    cuda = find_cuda(driver)
+    least = f"update the driver, to {OLDEST_DRIVER[min(OLDEST_DRIVER)]} at least"
+    return f"make install CUDA={cuda}   # or update the driver" if cuda else least
 
 
 def _judge_dali(have: Software) -> Finding:

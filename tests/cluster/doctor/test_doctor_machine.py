@@ -101,10 +101,16 @@ def test_a_driver_that_is_too_old_fails_both_torch_and_dali():
     assert [finding.name for finding in bad] == ["torch", "DALI"]
     for finding in bad:
         assert "needs a driver from 580 on, here is 535.104.05" in finding.value
-        assert "CUDA=12" in finding.mend
+        assert finding.mend.startswith("make install CUDA=12 ")
     older = without("nvidia-dali-cuda130") | {"nvidia-dali-cuda120": "2.4.0"}
     for_12 = replace(GOOD, driver="535.104.05", cuda="12.8", packages=older)
     assert {finding.status for finding in software.judge(for_12)} == {"ok"}
+    cpu = only(list(software.judge(replace(for_12, cuda=None))))
+    assert cpu.mend.startswith("make install CUDA=12 ")
+    for finding in software.judge(replace(for_12, driver="470.223.02")):
+        if finding.name in ("torch", "DALI"):
+            assert "needs a driver from 525 on, here is 470.223.02" in finding.value
+            assert finding.mend == "update the driver, to 525 at least"
 
 
 def test_the_driver_tells_its_release(tmp_path):
