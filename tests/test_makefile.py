@@ -1,4 +1,4 @@
-"""What `make install` would run: torch and DALI of one CUDA, also where another was installed."""
+"""Commands of `make install`: torch and DALI of one CUDA, also where another was installed."""
 
 from __future__ import annotations
 
