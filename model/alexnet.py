@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,7 @@ from torch import Tensor, nn
 
 from model.architecture import COLUMN_NAMES, Design, Stage, build_stages
 from model.exchange import Exchange
-from model.layers import (
-    ImageConv,
-    ShrunkConv,
-    derive_seed,
-    draw_dropout_mask,
-    dropout,
-    group_operations,
-)
+from model.layers import Dropout, ImageConv, ShrunkConv, derive_seed, group_operations
 from model.norm import (
     BatchNorm,
     local_contrast_norm,
@@ -28,8 +22,8 @@ from model.norm import (
 )
 
 Watch = Callable[[str, Tensor], None]
-NORM = "norm"
-"""Name of a layer's batch normalization as a submodule: `conv1.norm.weight`."""
+NORM, DROPOUT = "norm", "dropout"
+"""Names of a layer's batch normalization and dropout as submodules: `conv1.norm.weight`."""
 RUNNING = ("running_mean", "running_var")
 """Buffers that are part of the network, but learned by no gradient."""
 
@@ -78,7 +72,9 @@ class AlexNet(nn.Module):
         self.stages = build_stages(classes, self.design)
         self.exchange = exchange
         self._check_columns()
-        self._position: int | None = None
+        self._position: Tensor
+        self.register_buffer("_position", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._has_position = False
         self._following = {s.layer.name: group_operations(s.layer.then) for s in self.stages}
         for stage in self.stages:
             self.add_module(stage.layer.name, self._make_module(stage))
@@ -109,9 +105,10 @@ class AlexNet(nn.Module):
         layer, columns = stage.layer, len(self.columns)
         inputs, maps = stage.inputs, columns * stage.outputs
         build = nn.utils.skip_init
+        module: Any  # torch annotates no memory_format of Module.to
         if not layer.kernel:
-            return build(nn.Linear, inputs, maps)
-        if layer.shrink > 1:
+            module = build(nn.Linear, inputs, maps)
+        elif layer.shrink > 1:
             module = build(ShrunkConv, inputs, maps, layer.kernel, layer.pad, layer.shrink)
         elif layer.reads == "picture":
             module = build(ImageConv, inputs, maps, layer.kernel, layer.stride, layer.edge)
@@ -121,6 +118,9 @@ class AlexNet(nn.Module):
             module = build(nn.Conv2d, *sizes, groups=groups)
         if "batch_norm" in layer.then:
             module.add_module(NORM, BatchNorm(maps))
+        if "dropout" in layer.then:
+            seeds = [derive_seed("dropout", self.seed, c, layer.name) for c in self.columns]
+            module.add_module(DROPOUT, Dropout(seeds))
         # Channels last throughout: a third off the time of a step on a CPU; tensor cores want it.
         return module.to(memory_format=torch.channels_last)
 
@@ -140,13 +140,15 @@ class AlexNet(nn.Module):
         """Set which samples the next forward passes compute; required before training.
 
         A dropout mask is a function of (seed, position, column, layer): a sample has the same mask
-        in any number of replicas, in any micro-batch, and after a restart.
+        in any number of replicas, in any micro-batch, and after a restart. The position is kept in
+        a tensor: compiled forms of the network and CUDA graphs read the new one.
 
         Args:
             position: samples that the whole job consumed before the first row; row i is
-                position + i.
+                position + i. Below 2**63.
         """
-        self._position = position
+        self._position.fill_(position)
+        self._has_position = True
 
     def forward(self, images: Tensor, watch: Watch | None = None) -> Tensor:
         """The logits, [b, classes], of images [b, 3, 224, 224] (float, mean subtracted).
@@ -173,7 +175,7 @@ class AlexNet(nn.Module):
             if watch is not None:
                 watch(layer.name, x)
             if "dropout" in layer.then:
-                x = dropout(x, self._draw_mask(x, stage) if self.training else None)
+                x = self._drop(x, module)
         if self.exchange is not None:
             x = self.exchange.gather_replicated(x, "logits")
         return x[:, : self.classes]
@@ -200,6 +202,11 @@ class AlexNet(nn.Module):
             case _:
                 return F.relu(x)
 
+    def _drop(self, x: Tensor, module: nn.Module) -> Tensor:
+        if self.training and not self._has_position:
+            raise RuntimeError("call set_position(position) before a forward pass in training mode")
+        return module.get_submodule(DROPOUT)(x, self._position)
+
     def update_running_stats(
         self, average: Callable[[Tensor], Tensor] = lambda values: values
     ) -> None:
@@ -218,13 +225,6 @@ class AlexNet(nn.Module):
         parts = means.split([found.numel() for found in statistics])
         for norm, part in zip(norms, parts, strict=True):
             norm.update_running_stats(part.view(2, -1))
-
-    def _draw_mask(self, x: Tensor, stage: Stage) -> Tensor:
-        if self._position is None:
-            raise RuntimeError("call set_position(position) before a forward pass in training mode")
-        keys = [derive_seed("dropout", self.seed, c, stage.layer.name) for c in self.columns]
-        sizes = self._position, len(x), stage.outputs
-        return torch.cat([draw_dropout_mask(*sizes, x.device, key) for key in keys], dim=1)
 
     def split(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Split tensors named and shaped like the parameters into columns: "a.conv1.weight", ...

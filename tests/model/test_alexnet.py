@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from model.alexnet import AlexNet
 from model.architecture import LAYERS, Design, build_stages
@@ -223,8 +224,41 @@ def test_masks_belong_to_samples_however_they_are_batched() -> None:
 
 
 def test_training_needs_a_position() -> None:
+    net = narrow().train()
     with pytest.raises(RuntimeError, match="set_position"):
-        narrow().train()(images())
+        net(images())
+    net.set_position(0)
+    net(images())
+
+
+def test_the_network_compiles_once_whatever_the_position() -> None:
+    """No graph breaks, and a change of the position compiles nothing."""
+    net, x = narrow().double().train(), images().double()
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    seen = set()
+    for position in (0, 1, 2, 3, 64, 255, 256, 1000, 2**31, 2**32 + 1, 2**40, 2**62):
+        results = []
+        for form in (compiled, net):
+            net.zero_grad()
+            net.set_position(position)
+            logits = form(x)
+            logits.logsumexp(1).sum().backward()
+            gradients = {name: value.grad for name, value in net.named_parameters()}
+            results.append((logits.detach(), gradients))
+        (found, slopes), (expected, exact) = results
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(slopes, exact, rtol=1e-8, atol=1e-10)
+        seen.add(float(found.sum()))
+    assert counter.frame_count == 1
+    assert len(seen) == 12
+
+
+def test_the_position_is_no_part_of_the_state() -> None:
+    net = narrow()
+    names = set(net.state_dict())
+    net.set_position(5)
+    assert names == set(net.state_dict()) == set(net.values()) == set(dict(net.named_parameters()))
 
 
 def test_layouts_and_images_that_need_gradients_agree() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from model.layers import derive_seed, draw_dropout_mask, dropout
+from model.layers import Dropout, derive_seed, draw_dropout_mask
 
-CPU = torch.device("cpu")
 KEY = derive_seed("a key")
+
+
+def keys(*numbers: int) -> Tensor:
+    return Dropout(numbers or (KEY,)).keys
 
 
 def by_hand(position: int, unit: int, key: int) -> int:
@@ -27,22 +31,25 @@ def by_hand(position: int, unit: int, key: int) -> int:
 @pytest.mark.parametrize("position", [0, 5, 2**31 - 3, 14_000_000 * 90, 2**62])
 @pytest.mark.parametrize("key", [0, KEY, 2**64 - 1])
 def test_bits_are_those_of_splitmix(position: int, key: int) -> None:
-    mask = draw_dropout_mask(position, 7, 150, CPU, key)
-    assert mask.tolist() == [
-        [by_hand(position + row, unit, key) for unit in range(150)] for row in range(7)
-    ]
+    drawn = [by_hand(position + row, unit, k) for row in range(7) for k in (key, 3)
+             for unit in range(150)]  # fmt: skip
+    for given in (position, torch.tensor(position)):
+        mask = draw_dropout_mask(given, 7, 150, keys(key, 3))
+        assert mask.dtype == torch.uint8
+        assert mask.shape == (7, 300)
+        assert mask.flatten().tolist() == drawn
 
 
 def test_a_sample_has_its_mask_in_any_batch() -> None:
-    whole = draw_dropout_mask(1000, 16, 48, CPU, KEY)
+    whole = draw_dropout_mask(1000, 16, 48, keys())
     for cut in (1, 5, 8):
-        parts = [draw_dropout_mask(1000 + row, min(cut, 16 - row), 48, CPU, KEY) for row in
-                 range(0, 16, cut)]  # fmt: skip
+        parts = [draw_dropout_mask(1000 + row, min(cut, 16 - row), 48, keys())
+                 for row in range(0, 16, cut)]  # fmt: skip
         assert torch.equal(torch.cat(parts), whole)
 
 
 def test_masks_are_half_ones_and_no_two_have_to_do_with_each_other() -> None:
-    mask = draw_dropout_mask(0, 512, 2048, CPU, KEY).double()
+    mask = draw_dropout_mask(0, 512, 2048, keys()).double()
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     bound = 5  # standard deviations
     assert (mask.mean() - 0.5).abs() < bound * 0.5 / mask.numel() ** 0.5
@@ -51,7 +58,7 @@ def test_masks_are_half_ones_and_no_two_have_to_do_with_each_other() -> None:
     signs = 2 * mask - 1
     neighbours = [(signs[1:] * signs[:-1]), (signs[:, 1:] * signs[:, :-1])]
     neighbours += [signs[:, 64:] * signs[:, :-64], signs[64:] * signs[:-64]]
-    other = draw_dropout_mask(0, 512, 2048, CPU, derive_seed("another"))
+    other = draw_dropout_mask(0, 512, 2048, keys(derive_seed("another")))
     neighbours.append(signs * (2.0 * other - 1))
     for products in neighbours:
         assert products.mean().abs() < bound / products.numel() ** 0.5
@@ -60,17 +67,19 @@ def test_masks_are_half_ones_and_no_two_have_to_do_with_each_other() -> None:
 def test_masks_do_not_touch_the_global_generator() -> None:
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    draw_dropout_mask(3, 128, 1024, CPU, KEY)
+    draw_dropout_mask(3, 128, 1024, keys())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same() -> None:
-    on_gpu = draw_dropout_mask(2**40, 128, 2048, torch.device("cuda"), KEY)
-    assert torch.equal(on_gpu.cpu(), draw_dropout_mask(2**40, 128, 2048, CPU, KEY))
+    on_gpu = draw_dropout_mask(2**40, 128, 2048, keys().cuda())
+    assert torch.equal(on_gpu.cpu(), draw_dropout_mask(2**40, 128, 2048, keys()))
 
 
 def test_dropout_is_not_inverted() -> None:
-    x = torch.tensor([[2.0, 4.0, 6.0]])
-    assert dropout(x, torch.tensor([[1, 0, 1]], dtype=torch.uint8)).tolist() == [[2.0, 0.0, 6.0]]
-    assert dropout(x, None).tolist() == [[1.0, 2.0, 3.0]]
+    x, layer = torch.arange(1.0, 301.0).expand(2, 300), Dropout([KEY, 3])
+    mask = draw_dropout_mask(9, 2, 150, layer.keys)
+    assert torch.equal(layer(x, torch.tensor(9)), x * mask)
+    assert torch.equal(layer.eval()(x, torch.tensor(9)), x / 2)
+    assert not layer.state_dict()
