@@ -1,5 +1,6 @@
 """Pipeline and model, driven: from a config file and a data set to a trained network.
 
+cli             command `duet`: the commands of all packages as verbs
 train           command: train a network on a data set; begin reading at `training.loop`
 evaluate        command: error rates on a split, with one view or ten
 status          command: the state of a run
