@@ -32,6 +32,7 @@ import tyro
 from cluster.training.precision import autocast, keep_memory
 from model.alexnet import AlexNet
 from model.exchange import Exchange
+from model.timing import Stopwatch, sum_seconds
 from pipeline.tools.errors import run
 from pipeline.tools.units import cpu_count
 
@@ -101,6 +102,7 @@ def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
     labels = torch.randint(0, setup.classes, (setup.batch_size,), generator=generator)
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
     traffic = {} if net.exchange is None else net.exchange.traffic
+    waits = Stopwatch() if net.exchange is None else net.exchange.waits
     step = 0
     while True:
         traffic.clear()
@@ -116,7 +118,7 @@ def training(net: AlexNet, setup: Setup, dtype: torch.dtype) -> Iterator[Step]:
         optimizer.step()
         marks.append(time.perf_counter())
         parts = [later - sooner for sooner, later in itertools.pairwise(marks)]
-        waited = sum(place.waited for place in traffic.values())
+        waited = sum_seconds(waits.take())
         sent = sum(place.forward + place.backward for place in traffic.values())
         yield Step(marks[-1] - marks[0], *parts, waited, sent)
 

@@ -73,7 +73,7 @@ LARGEST = 10**9
 """Largest whole number that a setting takes, unless `LARGEST_OF` has another limit."""
 LARGEST_OF = {"seed": 2**63 - 1, "lr_drops": 1000, "bias_drops": 1000, "epochs": 10**6}
 CHANGEABLE = (
-    "replicas", "device", "columns_per_worker", "microbatch", "threads", "prefetch",
+    "replicas", "device", "cuda_graph", "columns_per_worker", "microbatch", "threads", "prefetch",
     "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
     "max_failures", "node_wait", "collective_timeout", "strict", "ledger", "tensorboard", "cache",
     "cache_size",
@@ -169,6 +169,9 @@ class Config:
     batch when there are the most replicas."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs if the cluster has any."""
+    cuda_graph: bool = True
+    """Record the passes of a step on a GPU and launch each as one, where one worker computes the
+    whole batch at once; --no-cuda-graph: launch every operation."""
     threads: int = 0
     """Decoding threads of each worker; 0: as many as the worker has cores."""
     prefetch: int = StreamConfig.prefetch

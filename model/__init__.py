@@ -9,5 +9,6 @@ metrics       ten views, averaged probabilities, top-1 and top-5 errors
 norm          response normalization fused with ReLU and pooling; local contrast, batch
 optimizer     the update rule of the original, and the means of each layer
 schedule      learning rates, and the settings that change them
+timing        times of a device's work, and values read without waiting for it
 summary       command: the layer table with sizes, parameters, multiply-adds, memory, exchange
 """

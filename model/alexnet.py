@@ -207,24 +207,32 @@ class AlexNet(nn.Module):
             raise RuntimeError("call set_position(position) before a forward pass in training mode")
         return module.get_submodule(DROPOUT)(x, self._position)
 
-    def update_running_stats(
-        self, average: Callable[[Tensor], Tensor] = lambda values: values
-    ) -> None:
+    def take_statistics(self) -> Tensor | None:
+        """Statistics of batch normalization over the forward passes since the last call.
+
+        Returns:
+            float32 [2 * maps of all normalized layers], to be averaged over the replicas; None
+            without batch normalization, or a forward pass in training mode before.
+        """
+        taken = [norm.take_statistics() for norm in self._batch_norms()]
+        found = [statistics.flatten() for statistics in taken if statistics is not None]
+        return torch.cat(found) if found else None
+
+    def update_running_stats(self, statistics: Tensor | None) -> None:
         """Update the running statistics of batch normalization; call it once after each step.
 
-        Without batch normalization, or a forward pass in training mode before, this does nothing.
-
         Args:
-            average: function that averages a float tensor over the replicas; may work in place.
+            statistics: from `take_statistics`, averaged over the replicas; None does nothing.
         """
-        norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
-        statistics = [found for norm in norms if (found := norm.take_statistics()) is not None]
-        if not statistics:
+        if statistics is None:
             return
-        means = average(torch.cat([found.flatten() for found in statistics]))
-        parts = means.split([found.numel() for found in statistics])
+        norms = self._batch_norms()
+        parts = statistics.split([2 * norm.num_features for norm in norms])
         for norm, part in zip(norms, parts, strict=True):
             norm.update_running_stats(part.view(2, -1))
+
+    def _batch_norms(self) -> list[BatchNorm]:
+        return [module for module in self.modules() if isinstance(module, BatchNorm)]
 
     def split(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Split tensors named and shaped like the parameters into columns: "a.conv1.weight", ...

@@ -22,7 +22,6 @@ within 2 %; but conv3 forward in bfloat16 3 ms more, in a step of 780).
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +29,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.timing import Stopwatch
 
 
 class _SplitLinear:
@@ -120,8 +121,6 @@ class Traffic:
     """Bytes of gradients."""
     swaps: int = 0
     """Number of messages sent, forward and backward."""
-    waited: float = 0.0
-    """Seconds this process waited for the peer or the network. On a GPU the host never waits."""
 
 
 class Exchange:
@@ -159,6 +158,9 @@ class Exchange:
         self._peer = dist.get_global_rank(whole, 1 - self.index)
         self.traffic: dict[str, Traffic] = {}
         """Traffic by the `name` that the caller gave; whoever reads it empties it."""
+        self.waits = Stopwatch()
+        """Spans that layers waited for the peer or the network. The host never waits for a GPU's:
+        there they are spans of its work."""
 
     def apply_layer(self, layer: nn.Module, x: Tensor, name: str = "") -> Tensor:
         """The output of a layer that reads both columns.
@@ -211,7 +213,7 @@ class Exchange:
     def _send(self, x: Tensor, name: str, back: bool = False, exact: bool = False) -> _Swap:
         """Start to send activations, or gradients if `back`; rounded to `wire` unless `exact`."""
         traffic = self.traffic.setdefault(name, Traffic())
-        swap = _Swap(self, x, None if exact else self.wire, traffic)
+        swap = _Swap(self, x, None if exact else self.wire, self.waits)
         traffic.swaps += 1
         if back:
             traffic.backward += swap.bytes
@@ -241,12 +243,12 @@ class _Swap:
         exchange: Exchange,
         x: Tensor,
         wire: torch.dtype | None = None,
-        traffic: Traffic | None = None,
+        waits: Stopwatch | None = None,
     ) -> None:
         self._dtype = x.dtype
         # By strides, not is_contiguous: half of the maps is not contiguous in any format.
         self._is_channels_last = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1
-        self._traffic = traffic or Traffic()
+        self._waits = waits or Stopwatch()
         sent = x.to(wire) if wire and x.dtype == torch.float32 else x
         self._sent = (sent.permute(0, 2, 3, 1) if self._is_channels_last else sent).contiguous()
         self._received = torch.empty_like(self._sent)
@@ -261,10 +263,9 @@ class _Swap:
 
     def wait(self) -> Tensor:
         """The peer's tensor, in the dtype and memory format of the own."""
-        start = time.perf_counter()
-        for work in self._works:
-            work.wait()
-        self._traffic.waited += time.perf_counter() - start
+        with self._waits.running(self._sent.device):
+            for work in self._works:
+                work.wait()
         received = self._received.permute(0, 3, 1, 2) if self._is_channels_last else self._received
         return received.to(self._dtype)
 

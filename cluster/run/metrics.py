@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cluster.run.kernels import encode_kernels
 from model.exchange import Exchange
 from model.optimizer import Means
 from model.schedule import Rates
+from model.timing import HostCopy, Instant, Span, Stopwatch, mark_time, sum_seconds
 from pipeline.stream.timing import WaitTimes
 
 TELL_EVERY = 0.25
@@ -34,11 +36,37 @@ MEANS = (
 RESULTS = ("loss", "top1_error", "top5_error")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A step that was launched; a GPU may still compute it."""
+
+    mark: Mark
+    rates: Rates
+    batch_size: int
+    values: HostCopy
+    start: Instant
+    end: Instant
+    waited: list[Span]
+    """The stream was not ready."""
+    computed: list[Span]
+    exchanged: list[Span]
+    """The other column was not ready."""
+    sent: int
+    """Bytes sent to the other column."""
+    waits: WaitTimes
+    """Seconds that the host waited for the stream, by cause."""
+    host_waited: float
+    """Seconds that the host waited for the stream."""
+    saved: float
+    """Seconds that a checkpoint blocked training."""
+
+
 class MetricsLog:
     """Times the steps and writes their rows; only the leader of the job writes.
 
     A row is written while the next step is running, so that a GPU never waits for the host to read
-    the loss. `flush` writes the row of the last step.
+    the loss. `flush` writes the row of the last step. Times of a step are those of the device: a
+    GPU that is busy with the step before does not wait for data, though the host may.
     """
 
     def __init__(
@@ -62,31 +90,33 @@ class MetricsLog:
             name: Rows(run / name, step, lambda text: tell(Warned(text)))
             for name in ((METRICS, VALIDATION, LAYERS, KERNELS) if mesh.is_leader else ())
         }
-        self._pending: tuple[dict[str, Any], Tensor] | None = None
+        self._pending: _Pending | None = None
         self._unsent: list[dict[str, Any]] = []
         self._unpublished: list[dict[str, Any]] = []
         self._sent_at = self._published = time.monotonic()
         self._replaced = self._total = 0
-        self._waited = self._saved = self._exchanged = self._computed = 0.0
+        self._waiting, self._computing = Stopwatch(), Stopwatch()
+        self._exchanged: list[Span] = []
         self._waits = WaitTimes()
+        self._host_waited = self._saved = 0.0
         self._sent = 0
         self._exchange: Exchange | None = None
-        self._start = time.perf_counter()
+        self._start = mark_time(mesh.device)
 
     @contextmanager
     def waiting(self, waits: WaitTimes) -> Iterator[None]:
         """Count the block as waiting for data; `waits` are the wait times of its stream."""
         before, start = waits.copy(), time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+        with self._waiting.running(self._mesh.device):
+            yield
+        self._host_waited += time.perf_counter() - start
         self._waits = waits.since(before)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Count the block as computing, except its waits for the other column."""
-        start = time.perf_counter()
-        yield
-        self._computed += time.perf_counter() - start
+        with self._computing.running(self._mesh.device):
+            yield
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -100,13 +130,15 @@ class MetricsLog:
     def paused(self) -> Iterator[None]:
         """Exclude the block (validation, checkpoint) from the time of the steps."""
         self.flush()
-        exchanged, sent = _sum_traffic(self._exchange)
+        exchanged, sent = _take_waits(self._exchange), _sum_bytes(self._exchange)
         yield
-        self._start = time.perf_counter()
-        self._waited = self._computed = 0.0
-        after = _sum_traffic(self._exchange)
-        self._exchanged += after[0] - exchanged
-        self._sent += after[1] - sent
+        self._start = mark_time(self._mesh.device)
+        self._waiting.take()
+        self._computing.take()
+        self._host_waited = 0.0
+        _take_waits(self._exchange)
+        self._exchanged += exchanged
+        self._sent += _sum_bytes(self._exchange) - sent
 
     def step(
         self, mark: Mark, config: Config, rates: Rates, values: Tensor,
@@ -123,39 +155,31 @@ class MetricsLog:
             exchange: exchange with the other column, if there is one.
         """
         self.flush()
-        now = time.perf_counter()
-        seconds, self._start = now - self._start, now
-        waited, saved, computed = self._waited, self._saved, self._computed
-        self._waited = self._saved = self._computed = 0.0
-        exchanged, sent = _sum_traffic(exchange)
-        row = self._begin_row(mark) | {
-            "loss": 0.0,
-            "top1_error": 0.0,
-            "replaced": 0,
-            "lr": rates.weights,
-            "lr_bias": rates.biases,
-            "img_s": round(config.batch_size / seconds, 2),
-            "data_wait": round(waited / seconds, 4),
-            **split_wait(waited, self._waits),
-            "compute": round(computed - (exchanged - self._exchanged), 5),
-            "stall": round((waited + saved) / (seconds + saved), 4),
-            "exchange": round(exchanged - self._exchanged, 5),
-            "exchange_bytes": sent - self._sent,
-            "saving": round(saved, 5),
-            "seconds": round(seconds, 5),
-            "replicas": self._mesh.replicas,
-        }
-        self._exchange, self._exchanged, self._sent = exchange, exchanged, sent
-        self._pending, self._total = (row, values), config.total_steps(self._samples)
+        end, sent = mark_time(self._mesh.device), _sum_bytes(exchange)
+        self._pending = _Pending(
+            mark=mark,
+            rates=rates,
+            batch_size=config.batch_size,
+            values=HostCopy(values),
+            start=self._start,
+            end=end,
+            waited=self._waiting.take(),
+            computed=self._computing.take(),
+            exchanged=self._exchanged + _take_waits(exchange),
+            sent=sent - self._sent,
+            waits=self._waits,
+            host_waited=self._host_waited,
+            saved=self._saved,
+        )
+        self._start, self._exchanged, self._host_waited, self._saved = end, [], 0.0, 0.0
+        self._exchange, self._sent = exchange, sent
+        self._total = config.total_steps(self._samples)
 
     def flush(self) -> None:
-        """Write the row of the last step, unless it is written."""
+        """Write the row of the last step, unless it is written; waits for the device to end it."""
         if self._pending is None:
             return
-        row, values = self._pending
-        self._pending = None
-        row["loss"], row["top1_error"], replaced = (round(value, 6) for value in values.tolist())
-        row["replaced"] = round(replaced * self._mesh.replicas)
+        row, self._pending = self._finish_row(self._pending), None
         self._replaced += row["replaced"]
         if self._keep is not None:
             self._keep.append(row)
@@ -172,6 +196,30 @@ class MetricsLog:
             if now - self._published >= PUBLISH_EVERY:
                 self._publish_rows()
                 self._published = now
+
+    def _finish_row(self, step: _Pending) -> dict[str, Any]:
+        """Return the row of a step that was launched, when the device has computed it."""
+        # Its values were copied after all that is timed: when they are here, so are the events.
+        loss, top1_error, replaced = (round(value, 6) for value in step.values.read())
+        seconds, saved = sum_seconds([(step.start, step.end)]), step.saved
+        waited, exchanged = sum_seconds(step.waited), sum_seconds(step.exchanged)
+        return self._begin_row(step.mark) | {
+            "loss": loss,
+            "top1_error": top1_error,
+            "replaced": round(replaced * self._mesh.replicas),
+            "lr": step.rates.weights,
+            "lr_bias": step.rates.biases,
+            "img_s": round(step.batch_size / seconds, 2),
+            "data_wait": round(waited / seconds, 4),
+            **split_wait(waited, step.waits, step.host_waited),
+            "compute": round(sum_seconds(step.computed) - exchanged, 5),
+            "stall": round((waited + saved) / (seconds + saved), 4),
+            "exchange": round(exchanged, 5),
+            "exchange_bytes": step.sent,
+            "saving": round(saved, 5),
+            "seconds": round(seconds, 5),
+            "replicas": self._mesh.replicas,
+        }
 
     def _publish_rows(self) -> None:
         """Publish the means of the rows since the last call."""
@@ -259,10 +307,19 @@ class MetricsLog:
                 file.close()
 
 
-def split_wait(waited: float, waits: WaitTimes) -> dict[str, float]:
-    """Split the seconds waited for data by cause; see `WAITS`. They add up to `waited`."""
-    storage, feed = waits.fetch + waits.storage, waits.checksum + waits.feed
-    causes = (storage, feed, waits.decode, max(0.0, waited - storage - feed - waits.decode))
+def split_wait(waited: float, waits: WaitTimes, host_waited: float) -> dict[str, float]:
+    """Split the seconds waited for data by cause; see `WAITS`. They add up to `waited`.
+
+    Args:
+        waited: seconds that the device waited.
+        waits: seconds that the host waited, by cause.
+        host_waited: seconds that the host waited, by its clock. The same as `waited` on a CPU; a
+            GPU waits as long or less, for the same causes.
+    """
+    part = min(1.0, waited / host_waited) if host_waited else 0.0
+    storage, feed = part * (waits.fetch + waits.storage), part * (waits.checksum + waits.feed)
+    decode = part * waits.decode
+    causes = (storage, feed, decode, max(0.0, waited - storage - feed - decode))
     return {name: round(value, 5) for name, value in zip(WAITS, causes, strict=True)}
 
 
@@ -271,7 +328,12 @@ def _average_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return rows[-1] | {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
 
 
-def _sum_traffic(exchange: Exchange | None) -> tuple[float, int]:
-    """Return total seconds waited for the other column, and total bytes sent to it."""
+def _take_waits(exchange: Exchange | None) -> list[Span]:
+    """Return when the device waited for the other column since the last call."""
+    return exchange.waits.take() if exchange else []
+
+
+def _sum_bytes(exchange: Exchange | None) -> int:
+    """Return the bytes sent to the other column so far."""
     places = exchange.traffic.values() if exchange else ()
-    return sum(one.waited for one in places), sum(one.forward + one.backward for one in places)
+    return sum(one.forward + one.backward for one in places)

@@ -14,7 +14,7 @@ from cluster.checkpoint.loader import load_init
 from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
-from cluster.run.events import Publish, Tell
+from cluster.run.events import Publish, Tell, Warned
 from cluster.run.exporters import TensorBoardWriter
 from cluster.run.folder import LEDGER, QUARANTINE, UNKNOWN, Mark, RunIdentity
 from cluster.run.metrics import MetricsLog
@@ -22,7 +22,9 @@ from cluster.run.sync import open_mirror
 from cluster.training.gradients import GradientAverage
 from cluster.training.learning_rate import RateControl, RateSettings
 from cluster.training.pair_batches import PairBatches
+from cluster.training.passes import CudaGraph
 from cluster.training.precision import compute_dtype
+from cluster.training.step import TrainStep
 from model.alexnet import AlexNet
 from model.exchange import Exchange
 from model.optimizer import Sgd2012
@@ -47,7 +49,8 @@ class Training:
     net: AlexNet
     """The columns of this process."""
     optimizer: Sgd2012
-    average: GradientAverage
+    train_step: TrainStep
+    """Computes and updates with the three above."""
     rates: RateControl
     feed: PairBatches
     """The remaining batches of the run."""
@@ -95,6 +98,12 @@ def prepare_training(
         )
         feed = parts.enter_context(PairBatches(stream, mesh, batches=total - mark.step))
         average = parts.enter_context(GradientAverage(net, mesh))
+        train_step = TrainStep(
+            net, optimizer, compute_dtype(config.dtype, mesh.device),
+            microbatch=config.microbatch_size(mesh.replicas), average=average, mean=mesh.mean,
+            graph=CudaGraph if can_record(config, mesh) else None,
+            warn=lambda line: tell(Warned(line)),
+        )  # fmt: skip
         parts.enter_context(closing(checkpoints))
         if config.tensorboard and mesh.is_leader:
             publish = [*publish, parts.enter_context(TensorBoardWriter(run, mark.step))]
@@ -106,7 +115,7 @@ def prepare_training(
             checkpoints.alongside = mirror.push
         yield Training(
             config=config, data=data, data_sha256=data_sha256, run=run, mesh=mesh, net=net,
-            optimizer=optimizer, average=average, rates=rates, feed=feed, log=log,
+            optimizer=optimizer, train_step=train_step, rates=rates, feed=feed, log=log,
             checkpoints=checkpoints, mark=mark, total=total,
         )  # fmt: skip
 
@@ -133,6 +142,12 @@ def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
         exchange=Exchange(mesh.pair, wire) if mesh.pair else None,
         seed=config.seed,
     ).to(mesh.device)
+
+
+def can_record(config: Config, mesh: ProcessMesh) -> bool:
+    """Return whether steps may be recorded as CUDA graphs: all of a step is on one GPU, at once."""
+    whole = mesh.world_size == 1 and config.microbatch_size(1) >= config.batch_size
+    return config.cuda_graph and mesh.device.type == "cuda" and whole
 
 
 def refuse_other_data(data: str, expected: str, found: str) -> None:

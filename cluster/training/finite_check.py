@@ -1,13 +1,13 @@
 """Finds the layer that made a loss non-finite, and the checkpoint to resume from.
 
-The loss is read after the backward pass was launched and before the update: the weights are still
-those that produced it, so the forward pass can be repeated and watched. On a GPU the host waits for
-the forward pass only, and the backward pass runs meanwhile.
+The loss is looked at after the backward pass was launched and before the update: the weights are
+still those that produced it, so the forward pass can be repeated and watched.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cluster.run.folder import CHECKPOINTS, list_checkpoints
 from cluster.training.components import Training
-from cluster.training.precision import autocast, compute_dtype
+from cluster.training.passes import compute_logits
+from cluster.training.precision import compute_dtype
 from model.alexnet import AlexNet
 from pipeline.tools.errors import DuetError
 
@@ -28,20 +29,19 @@ class NotFinite(DuetError):
     """A study recognizes a run that diverged by this in its log."""
 
 
-def check_finite(t: Training, loss: Tensor, images: Tensor, step: int) -> None:
+def check_finite(t: Training, loss: float, images: Tensor, step: int) -> None:
     """Raise if the loss of a step is not finite; both columns of a pair call this together.
 
     Args:
         t: the training; its network is as it was when it computed the loss, in mode and weights.
-        loss: scalar, on the device.
+        loss: the loss.
         images: floating [b, 3, h, w]; images that the loss was computed from.
         step: number of the step.
 
     Raises:
         NotFinite: the loss is not; the message names step, layer, and the checkpoint.
     """
-    value = float(loss.detach())
-    if math.isfinite(value):
+    if math.isfinite(loss):
         return
     found = find_first_not_finite(t, images)
     if t.mesh.pair is not None:  # name the column whose layer broke first
@@ -51,7 +51,7 @@ def check_finite(t: Training, loss: Tensor, images: Tensor, step: int) -> None:
     good = next(iter(list_checkpoints(t.run / CHECKPOINTS)), None)
     last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     raise NotFinite(
-        f"{NotFinite.START}{step} is {value}: {found[1]}; {last}; "
+        f"{NotFinite.START}{step} is {loss}: {found[1]}; {last}; "
         "lower the rate (--lr with a new --run, or RUN/rates.toml from that checkpoint on)"
     )
 
@@ -71,9 +71,10 @@ def find_first_not_finite(t: Training, images: Tensor) -> tuple[int, str]:
         if not seen and not x.isfinite().all():
             seen.append((names.index(name), _describe_layer(t.net, name, x)))
 
-    device = t.mesh.device
-    with torch.no_grad(), autocast(compute_dtype(t.config.dtype, device), device):
-        t.net(images.float(), watch)
+    with torch.no_grad():
+        compute_logits(
+            partial(t.net, watch=watch), images, compute_dtype(t.config.dtype, t.mesh.device)
+        )
     return seen[0] if seen else (len(names), "all layers are finite, but their logits too large")
 
 

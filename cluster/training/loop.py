@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from cluster.run.folder import UNKNOWN, Mark, RunIdentity
 from cluster.run.kernels import copy_first_kernels, is_snapshot_step
 from cluster.training.components import Training, describe_workers, open_stream, prepare_training
 from cluster.training.finite_check import check_finite
-from cluster.training.pair_batches import PairBatches, ReplicaBatch
-from cluster.training.precision import autocast, compute_dtype, keep_memory
+from cluster.training.pair_batches import PairBatches
+from cluster.training.passes import compute_logits
+from cluster.training.precision import compute_dtype, prepare_device
 from model.metrics import count_errors
 from model.optimizer import compute_layer_statistics
+from model.timing import HostCopy
 
 
 def train(
@@ -47,8 +50,7 @@ def train(
         NotFinite: the loss is NaN or infinite; all processes raise it.
         DataError, SetupError: from the stream, or the last checkpoint cannot be written.
     """
-    keep_memory()
-    torch.set_num_threads(mesh.cores)
+    prepare_device(mesh.device, mesh.cores)
     with prepare_training(config, data, run, mesh, tell, publish, identity) as training:
         if mesh.is_leader:
             tell(Started(training.mark.step, training.total, describe_workers(config, mesh)))
@@ -71,11 +73,8 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
         flags = mesh.reduce_max(is_stopping(), t.checkpoints.is_busy)
         t.rates.note(step - 1)
         with t.log.computing():
-            t.optimizer.zero_grad()
-            values = accumulate_gradients(t, step, batch)
-            t.average.finish()
-            t.optimizer.step(t.rates.at(step))
-            t.net.update_running_stats(mesh.mean)
+            first = batch.position - config.batch_size + mesh.replica * len(batch.labels)
+            values = t.train_step(batch, first, t.rates.at(step), partial(review_loss, t, step))
 
         mark = Mark(step=step, position=batch.position)
         t.log.step(mark, config, t.rates.at(step), mesh.mean(values), t.net.exchange)
@@ -102,35 +101,20 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
     return mark
 
 
-def accumulate_gradients(t: Training, step: int, batch: ReplicaBatch) -> Tensor:
-    """Compute the gradient of the batch's mean loss, one micro-batch after the other.
+def review_loss(t: Training, step: int, values: HostCopy, images: Tensor) -> None:
+    """Write the row of the step before, then look at the loss of this one.
 
-    Returns:
-        float [3]: mean loss and top-1 error of this replica's share of the batch, and the number of
-        its images that replace damaged ones.
+    The backward pass is launched, and the weights are not yet updated.
     """
-    config, mesh = t.config, t.mesh
-    own, most = len(batch.labels), config.microbatch_size(mesh.replicas)
-    first = batch.position - config.batch_size + mesh.replica * own
-    values = torch.zeros(2, device=mesh.device)
-    for row, part in batch.split(most):
-        t.net.set_position(first + row)
-        share = len(part.labels) / own
-        logits = compute_logits(t, part)
-        loss = F.cross_entropy(logits, part.labels)
-        wrong, _ = count_errors(logits.detach(), part.labels, part.weights)
-        with t.average.hold(row + most < own):
-            (loss * share).backward()
-        t.log.flush()  # writes the row of the step before
-        check_finite(t, loss, part.images, step)
-        values += torch.stack((loss.detach(), wrong / len(part.labels))) * share
-    return torch.cat((values, batch.replaced.sum()[None]))
+    t.log.flush()
+    check_finite(t, values.read()[0], images, step)
 
 
 @torch.no_grad()
 def validate(t: Training) -> dict[str, float]:
     """Return mean loss and errors over all sound validation images, centre view, once each."""
     start, mesh = time.perf_counter(), t.mesh
+    dtype = compute_dtype(t.config.dtype, mesh.device)
     sums = torch.zeros(4, device=mesh.device, dtype=torch.float64)
     t.net.eval()
     stream = open_stream(
@@ -139,7 +123,7 @@ def validate(t: Training) -> dict[str, float]:
     )  # fmt: skip
     with stream, PairBatches(stream, mesh) as feed:
         for batch in feed:
-            logits = compute_logits(t, batch)
+            logits = compute_logits(t.net, batch.images, dtype)
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             top1, top5 = count_errors(logits, batch.labels, batch.weights)
             sums += torch.stack(((losses * batch.weights).sum(), top1, top5, batch.weights.sum()))
@@ -152,13 +136,6 @@ def validate(t: Training) -> dict[str, float]:
         "samples": round(samples * mesh.replicas),
         "seconds": round(time.perf_counter() - start, 3),
     }
-
-
-def compute_logits(t: Training, batch: ReplicaBatch) -> Tensor:
-    """Compute the logits, float32 [b, classes]."""
-    device = t.mesh.device
-    with autocast(compute_dtype(t.config.dtype, device), device):
-        return t.net(batch.images.float()).float()
 
 
 def is_due(step: int, every: int, total: int) -> bool:

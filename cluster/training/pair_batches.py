@@ -13,43 +13,18 @@ import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cluster.mesh import ProcessMesh
+from cluster.training.step import ReplicaBatch
 from model.exchange import Exchange
 from pipeline.batches import Batch, Stream
 
 # Batch k+1 is written before batch k is computed, when the other column may still use k-1.
 SLOTS = 3
-
-
-@dataclass(frozen=True)
-class ReplicaBatch:
-    """The batch of a replica, both halves."""
-
-    images: Tensor
-    """Floating [b, 3, h, w] on the device of this process; valid until the next batch is taken."""
-    labels: Tensor
-    """int64 [b]."""
-    weights: Tensor
-    """float32 [b], loss weight: 0 for padding, else 1."""
-    replaced: Tensor
-    """float32 [b], 1 for samples that replace damaged ones."""
-    position: int
-    """Number of samples consumed by the whole job after this batch."""
-
-    def split(self, most: int) -> Iterator[tuple[int, ReplicaBatch]]:
-        """Yield micro-batches of at most `most` images, each with its first row."""
-        for row in range(0, len(self.labels), most):
-            part = slice(row, row + most)
-            yield row, replace(
-                self, images=self.images[part], labels=self.labels[part],
-                weights=self.weights[part], replaced=self.replaced[part],
-            )  # fmt: skip
 
 
 PendingBatch = Callable[[], ReplicaBatch]
@@ -104,7 +79,7 @@ class BatchJoin:
 
     def start(self, half: Batch) -> PendingBatch:
         """Start to send the own half; returns at once."""
-        replaced = half.replaced.to(half.weights)
+        replaced = _like_weights(half)
         return lambda: ReplicaBatch(half.images, half.labels, half.weights, replaced, half.position)
 
     def close(self) -> None:
@@ -121,7 +96,7 @@ class CudaJoin(BatchJoin):
     def start(self, half: Batch) -> PendingBatch:
         """Launch the exchange without waiting for it on the host."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        halves = (half.images, half.labels, half.weights, half.replaced.to(half.weights))
+        halves = (half.images, half.labels, half.weights, _like_weights(half))
         with torch.cuda.stream(self._stream):
             joined = self._exchange.join_batch(*halves)
         for tensor in halves:
@@ -204,3 +179,8 @@ class SharedMemoryJoin(BatchJoin):
     def close(self) -> None:
         """Drop the mapping; the kernel frees the memory after the last user."""
         self._slots = None
+
+
+def _like_weights(half: Batch) -> Tensor:
+    """Return which samples were replaced in the type of the weights, on their device."""
+    return half.replaced.to(half.weights, non_blocking=True)

@@ -1,15 +1,16 @@
-"""Device and compute dtype by hardware, autocast, and malloc settings."""
+"""Device and compute dtype by hardware, autocast, and settings of a device and of malloc."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from cluster.config import Dtype
+if TYPE_CHECKING:
+    from cluster.config import Dtype
 
 # glibc, malloc.h: numbers of the parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
@@ -50,13 +51,34 @@ def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def prepare_device(device: torch.device, cores: int, tf32: bool = False) -> None:
+    """Choose torch's settings for computing on a device; call it before the first large tensor.
+
+    Args:
+        device: device of the network.
+        cores: CPU threads that torch may use.
+        tf32: whether a GPU may round factors of float32 products to 10 bits, on tensor cores. No
+            training does: float32 means float32, in convolutions, too, where torch's default is to
+            round; bfloat16 is the faster choice.
+    """
+    torch.set_num_threads(cores)
+    if device.type == "cpu":
+        keep_memory()
+        return
+    # Shapes stay the same: cuDNN tries its algorithms once for each, and keeps the fastest.
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
 @lru_cache(maxsize=1)
 def keep_memory() -> None:
     """Have malloc keep freed memory; call it before the first large tensor.
 
     The activations of a step are tens of megabytes each. By default glibc hands such blocks back
     to the kernel at once and maps new pages in the next layer, page by page: a quarter of the CPU
-    time of an evaluation, measured. Without glibc this does nothing.
+    time of an evaluation, measured. Without glibc this does nothing. It is not for a process whose
+    network is on a GPU: all threads, DALI's too, would share one arena, with no such tensor in it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

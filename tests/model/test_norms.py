@@ -130,10 +130,11 @@ def test_the_statistics_of_a_network_travel_with_its_weights_under_the_columns_n
     net, images = AlexNet(classes=4, design=design), torch.randn(3, 3, 224, 224) * 60
     net.set_position(0)
     net(images).sum().backward()
-    sent = []
-    net.update_running_stats(lambda values: sent.append(values.clone()) or values)
-    assert [len(values) for values in sent] == [2 * (6 + 16)]  # one message: both layers' maps
-    net.update_running_stats()
+    statistics = net.take_statistics()
+    assert statistics is not None
+    assert statistics.shape == (2 * (6 + 16),)  # one message: both layers' maps
+    net.update_running_stats(statistics)
+    assert net.take_statistics() is None
     state = net.column_state()
     assert state["a.conv1.norm.running_mean"].shape == (3,)
     assert state["b.conv2.norm.running_var"].shape == (8,)

@@ -87,7 +87,7 @@ def outcome(case: Case, columns: tuple[int, ...], exchange: Exchange | None) -> 
             gradients = {name: value.grad for name, value in net.named_parameters()}
             result["gradients"] = copied(net.split(gradients))
         optimizer.step(Rates(0.003, 0.006))
-        net.update_running_stats()
+        net.update_running_stats(net.take_statistics())
     result["parameters"] = copied(net.column_state())
     result["velocities"] = copied(optimizer.column_state(net))
     net.eval()

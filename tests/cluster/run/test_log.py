@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 import time
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 
 from cluster.config import Config
-from cluster.mesh import ProcessMesh
+from cluster.mesh import CPU, ProcessMesh
 from cluster.run.folder import Mark
 from cluster.run.jsonl import WAITS
 from cluster.run.metrics import METRICS, MetricsLog
 from model.exchange import Traffic
 from model.schedule import Rates
+from model.timing import Stopwatch
 from pipeline.stream.timing import WaitTimes
+from tests.helpers.fake_cuda import FakeDevice
 
 MARK = Mark(step=1, position=8)
 RATES = Rates(0.1, 0.2)
+CUDA = torch.device("cuda")
 VALUES = torch.tensor([1.5, 0.25, 0.0])
+
+
+def take_all(spans: list) -> list:
+    taken = spans.copy()
+    spans.clear()
+    return taken
 
 
 def slow_validation() -> dict[str, float]:
@@ -63,20 +72,23 @@ def test_only_the_leader_writes(tmp_path):
 
 
 def test_a_step_says_what_training_stood_still_for(tmp_path):
-    traffic = {"conv3": Traffic(waited=0.5, forward=10), "fc6": Traffic(waited=0.25, backward=5)}
-    link: Any = SimpleNamespace(traffic=traffic)
+    traffic = {"conv3": Traffic(forward=10), "fc6": Traffic(backward=5)}
+    waits: list[tuple[float, float]] = [(0.0, 0.5), (1.0, 1.25)]
+    link: Any = SimpleNamespace(
+        traffic=traffic, waits=SimpleNamespace(take=lambda: take_all(waits))
+    )
     with MetricsLog(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
         for _ in range(2):
             with log.waiting(WaitTimes()):
                 time.sleep(0.05)
             time.sleep(0.05)
             log.step(MARK, Config(), RATES, VALUES, link)
-            traffic["fc6"].waited += 1.0
+            waits.append((2.0, 3.0))
             traffic["fc6"].forward += 7
             with log.saving():
                 time.sleep(0.1)
             with log.paused():  # what crosses in a validation is not the next step's
-                traffic["conv3"].waited += 100.0
+                waits.append((3.0, 103.0))
                 traffic["conv3"].forward += 1000
     first, second = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
     assert (first["exchange"], second["exchange"]) == (0.75, 1.0)
@@ -126,9 +138,7 @@ def test_the_last_numbers_are_published_however_short_the_run(tmp_path):
 
 
 def test_waiting_is_told_apart_and_computing_is_without_the_other_column(tmp_path):
-    class Link:
-        traffic: ClassVar = {"conv3": Traffic(waited=0.0)}
-
+    link: Any = SimpleNamespace(traffic={"conv3": Traffic()}, waits=Stopwatch())
     waits = WaitTimes()
     with MetricsLog(tmp_path, ProcessMesh(), lambda event: None, samples=40, step=0) as log:
         with log.waiting(waits):
@@ -137,13 +147,73 @@ def test_waiting_is_told_apart_and_computing_is_without_the_other_column(tmp_pat
             )  # fmt: skip
             time.sleep(0.1)
         with log.computing():
-            time.sleep(0.05)
-            Link.traffic["conv3"].waited = 0.04
-        log.step(MARK, Config(), RATES, VALUES, Link())
+            time.sleep(0.01)
+            with link.waits.running(CPU):
+                time.sleep(0.04)
+        log.step(MARK, Config(), RATES, VALUES, link)
     row = json.loads((tmp_path / METRICS).read_text())
-    assert (row["wait_storage"], row["wait_feed"], row["wait_decode"]) == (0.03, 0.007, 0.03)
+    causes = [row["wait_storage"], row["wait_feed"], row["wait_decode"]]
+    assert causes == pytest.approx([0.03, 0.007, 0.03], rel=0.01)
     waited = sum(row[name] for name in WAITS)
     assert waited == pytest.approx(row["data_wait"] * row["seconds"], rel=0.01)
-    assert 0.01 <= row["compute"] < 0.05
-    assert row["exchange"] == 0.04
+    assert 0.01 <= row["compute"] < row["seconds"] - 0.139
+    assert 0.04 <= row["exchange"] < row["seconds"] - 0.1
     assert row["compute"] + row["exchange"] + waited == pytest.approx(row["seconds"], rel=0.03)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """A GPU with clocks that the test sets."""
+    device = FakeDevice()
+    monkeypatch.setattr(torch.cuda, "Event", device.make_event)
+    clock = SimpleNamespace(perf_counter=lambda: device.now, monotonic=lambda: device.now)
+    monkeypatch.setattr("cluster.run.metrics.time", clock)
+    return device
+
+
+@pytest.mark.parametrize(
+    ("decoding", "stalled"), [(0.0, 0.0), (0.004, 0.0), (0.014, 0.008)],
+    ids=["ready", "in time for the GPU", "too late"],
+)  # fmt: skip
+def test_a_gpu_waits_for_data_only_when_it_has_nothing_to_compute(tmp_path, gpu, decoding, stalled):
+    """A step takes the GPU 10 ms; the host launches it in 1 and runs ahead."""
+    link: Any = SimpleNamespace(traffic={}, waits=Stopwatch())
+    mesh, waits = ProcessMesh(device=CUDA), WaitTimes()
+    with MetricsLog(tmp_path, mesh, lambda event: None, samples=40, step=0) as log:
+        for step in (1, 2, 3):
+            with log.waiting(waits):
+                gpu.now += decoding
+                waits.decode += decoding
+            with log.computing():
+                gpu.now += 0.001
+                gpu.launch(0.004)
+                with link.waits.running(CUDA):
+                    gpu.launch(0.002)
+                gpu.launch(0.004)
+                if step > 1:  # as the loop does: the forward pass of this step follows that row
+                    gpu.now = max(gpu.now, gpu.busy_until - 0.006)
+                    log.flush()
+            log.step(Mark(step=step, position=8 * step), Config(), RATES, VALUES, link)
+        gpu.synchronize()
+    row = json.loads((tmp_path / METRICS).read_text().splitlines()[-1])
+    assert row["compute"] == pytest.approx(0.009 if stalled else 0.008, abs=1e-5)  # 1 ms to launch
+    assert row["exchange"] == pytest.approx(0.002, abs=1e-5)
+    assert row["seconds"] == pytest.approx(0.019 if stalled else 0.010, abs=1e-5)
+    assert row["data_wait"] * row["seconds"] == pytest.approx(stalled, abs=2e-6)
+    assert {name: row[name] for name in WAITS} == dict.fromkeys(WAITS, 0.0) | {
+        "wait_decode": pytest.approx(stalled, abs=1e-5)
+    }
+
+
+def test_a_row_is_no_sooner_than_the_gpu_has_computed_its_step(tmp_path, gpu):
+    log = MetricsLog(tmp_path, ProcessMesh(device=CUDA), lambda event: None, samples=40, step=0)
+    with log.waiting(WaitTimes()):
+        pass
+    with log.computing():
+        gpu.launch(1.0)
+    log.step(MARK, Config(), RATES, VALUES)
+    with pytest.raises(RuntimeError, match="not ready"):
+        log.flush()
+    gpu.synchronize()
+    log.flush()
+    assert json.loads((tmp_path / METRICS).read_text())["compute"] == 1.0

@@ -45,7 +45,7 @@ def read_message(
     """Return the message about a loss that is not finite."""
     pixels = make_images() if pixels is None else pixels
     with pytest.raises(NotFinite) as caught:
-        check_finite(make_training(net, run, mesh), torch.tensor(torch.nan), pixels, 7)
+        check_finite(make_training(net, run, mesh), float("nan"), pixels, 7)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -89,7 +89,7 @@ def test_images_and_logits_have_their_own_words(tmp_path: Path) -> None:
 def test_a_finite_loss_passes_without_a_second_look(tmp_path: Path) -> None:
     net = build_network(ProcessMesh())
     net.forward = None  # type: ignore[method-assign, assignment]
-    check_finite(make_training(net, tmp_path, ProcessMesh()), torch.tensor(2.5), make_images(), 7)
+    check_finite(make_training(net, tmp_path, ProcessMesh()), 2.5, make_images(), 7)
 
 
 def run_rank(rank: int, folder: str) -> None:

@@ -1,0 +1,192 @@
+"""A step of the training: what the host waits for, and passes that are recorded and replayed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.config import Config
+from cluster.mesh import ProcessMesh
+from cluster.run.folder import LAYERS, VALIDATION
+from cluster.training import components, step
+from cluster.training.components import can_record
+from cluster.training.passes import CudaGraph, Graph, Passes
+from cluster.training.step import ReplicaBatch, TrainStep
+from model.alexnet import AlexNet
+from model.architecture import Design
+from model.norm import native
+from model.optimizer import Sgd2012
+from model.schedule import Rates
+from tests.helpers.host_reads import HostReads
+from tests.helpers.op_graph import OperationGraph
+from tests.helpers.training_processes import REPOSITORY
+from tests.helpers.training_runs import CONFIG, alone, learned, rows, weights
+
+# Four stretches of three steps with a rate of their own.
+TWELVE = replace(CONFIG, steps=12, checkpoint_every=6, validate_every=6, statistics_every=4)
+
+
+class UnsupportedGraph(OperationGraph):
+    """Graph of a device that cannot record the work."""
+
+    def capture(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+        work()
+        try:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("the capture is invalid") from None
+
+
+@pytest.fixture
+def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch's operations do all the work: those are what an `OperationGraph` sees."""
+    monkeypatch.setattr(native, "prepare_kernels", lambda x: False)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have `train` record its steps."""
+    monkeypatch.setattr(components, "can_record", lambda config, mesh: True)
+    monkeypatch.setattr(components, "CudaGraph", OperationGraph)
+    monkeypatch.setattr(OperationGraph, "replays", 0)
+    return
+
+
+def assert_equal_runs(found: Path, wanted: Path) -> None:
+    """Compare all that was learned, to the bit."""
+    assert learned(found) == learned(wanted)
+    assert learned(found, VALIDATION) == learned(wanted, VALIDATION)
+    assert rows(found, LAYERS) == rows(wanted, LAYERS)
+    ours, theirs = weights(found, 12), weights(wanted, 12)
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+def make_batch(images: int, device: str = "cpu") -> ReplicaBatch:
+    generator = torch.Generator().manual_seed(images)
+    return ReplicaBatch(
+        (60 * torch.randn(images, 3, 224, 224, generator=generator)).to(device),
+        torch.arange(images, device=device) % 4,
+        torch.ones(images, device=device),
+        torch.zeros(images, device=device),
+        images,
+    )
+
+
+def make_step(
+    graph: type[Graph] | None, warn: Callable[[str], None] = pytest.fail, device: str = "cpu"
+) -> TrainStep:
+    net = AlexNet(classes=4, design=Design(width=1 / 16)).to(device)
+    optimizer = Sgd2012(net.named_parameters())
+    return TrainStep(net, optimizer, torch.float32, graph=graph, warn=warn)
+
+
+def test_the_loss_is_copied_before_the_backward_pass_and_read_before_the_update(monkeypatch):
+    """The host then waits for the forward pass only, and the weights are those of the loss."""
+    order: list[str] = []
+
+    def note(owner: type, method: str, name: str) -> None:
+        plain = getattr(owner, method)
+
+        def noted(*args: object) -> object:
+            order.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(owner, method, noted)
+
+    note(Passes, "forward", "forward")
+    note(step.HostCopy, "__init__", "copy")
+    note(Passes, "backward", "backward")
+    note(step.HostCopy, "read", "read")
+    note(Sgd2012, "step", "update")
+    make_step(None)(make_batch(2), 0, Rates(0.01, 0.02))
+    assert order == ["forward", "copy", "backward", "read", "update"]
+
+
+@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16"}, {"norm": "batch"}],
+                         ids=["lrn", "bfloat16", "batch norm"])  # fmt: skip
+def test_no_step_waits_for_a_device_but_for_two_copies_that_were_launched_early(
+    change, tiny_data, tmp_path
+):
+    settings = CONFIG.to_settings() | {"validate_every": 0, "statistics_every": 0} | change
+    config = Config.from_settings(settings | {"checkpoint_every": 100})
+    counts = []
+    for steps in (4, 12):
+        with HostReads() as reads:
+            alone(replace(config, steps=steps), tiny_data, tmp_path / str(steps))
+        counts.append(reads.seen)
+    few, many = counts
+    del many["to in pipeline.batches.Stream.__next__"]  # is being mended beside this
+    # The loss before the update, and the row of the step before.
+    assert many - few == {"tolist in model.timing.HostCopy.read": 2 * 8}
+
+
+def test_reads_are_noticed():
+    values = torch.tensor([1.0, 2.0])
+    with HostReads() as reads:
+        float(values[0])
+        values.to("cpu")
+        values[values > 1]
+        values.to("cpu", non_blocking=True)
+        values.to(torch.float64)
+        torch.tensor([1.0], device="cpu")
+    assert sum(reads.seen.values()) == 4
+    assert set(reads.seen) == {
+        f"{name} in {__name__}.test_reads_are_noticed"
+        for name in ("__float__", "to", "__getitem__", "tensor")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "mesh", "may"),
+    [
+        ({}, {}, True),
+        ({"cuda_graph": False}, {}, False),
+        ({"microbatch": 4}, {}, False),
+        ({"replicas": 2}, {"replicas": 2}, False),
+        ({}, {"device": torch.device("cpu")}, False),
+    ],
+    ids=["whole", "switched off", "micro-batches", "replicas", "cpu"],
+)
+def test_steps_are_recorded_where_one_gpu_computes_all_of_a_batch_at_once(change, mesh, may):
+    there = ProcessMesh(**({"device": torch.device("cuda")} | mesh))
+    assert can_record(replace(CONFIG, **change), there) is may
+
+
+def test_the_step_needs_torch_alone():
+    """The benchmark on a GPU makes it on machines without DALI, Ray, and the rest."""
+    others = (
+        "nvidia", "ray", "tyro", "isal", "webdataset", "rich", "safetensors", "PIL", "scipy",
+        "fsspec", "pyarrow", "jinja2", "simplejpeg",
+    )  # fmt: skip
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import cluster.training.step"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+@pytest.mark.gpu
+def test_replays_of_a_cuda_graph_learn_the_same():
+    eager, graph = (make_step(kind, device="cuda") for kind in (None, CudaGraph))
+    for number in range(12):
+        rates = Rates(0.01 if number < 8 else 0.001, 0.02)
+        found, wanted = (one(make_batch(8, "cuda"), 8 * number, rates) for one in (graph, eager))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, CudaGraph])
+def test_a_step_on_a_gpu_never_waits_for_all_of_its_work(kind):
+    train_step = make_step(kind, device="cuda")
+    batch = make_batch(8, "cuda")
+    for number in range(step.WARM_UP + 1):
+        train_step(batch, 8 * number, Rates(0.01, 0.02))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(batch, 800, Rates(0.01, 0.02))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
