@@ -155,7 +155,7 @@ class Config:
     crop) as in 2012."""
     dtype: Dtype = "auto"
     """Data type that layers compute in (weights stay float32); auto: bfloat16 where the hardware
-    multiplies it."""
+    multiplies it; float32: a GPU does not round to TF32 either."""
     exchange_dtype: Literal["auto", "bfloat16"] = "auto"
     """Data type of what crosses between columns; auto: the one that layers compute in."""
     replicas: int | str = 1

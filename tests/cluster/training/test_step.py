@@ -14,9 +14,11 @@ from torch import Tensor
 
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
+from cluster.run.events import Warned
 from cluster.run.folder import LAYERS, VALIDATION
 from cluster.training import components, step
 from cluster.training.components import can_record
+from cluster.training.finite_check import NotFinite
 from cluster.training.passes import CudaGraph, Graph, Passes
 from cluster.training.step import ReplicaBatch, TrainStep
 from model.alexnet import AlexNet
@@ -27,7 +29,7 @@ from model.schedule import Rates
 from tests.helpers.host_reads import HostReads
 from tests.helpers.op_graph import OperationGraph
 from tests.helpers.training_processes import REPOSITORY
-from tests.helpers.training_runs import CONFIG, alone, learned, rows, weights
+from tests.helpers.training_runs import CONFIG, alone, cut_at, learned, rows, weights
 
 # Four stretches of three steps with a rate of their own.
 TWELVE = replace(CONFIG, steps=12, checkpoint_every=6, validate_every=6, statistics_every=4)
@@ -68,6 +70,53 @@ def assert_equal_runs(found: Path, wanted: Path) -> None:
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
+@pytest.mark.parametrize("norm", ["lrn", "batch"])
+def test_recorded_steps_learn_the_same_through_changes_of_rate_and_a_resume(
+    norm, torch_kernels, tiny_data, tmp_path, request
+):
+    config = replace(TWELVE, design=replace(CONFIG.design, norm=norm))
+    alone(config, tiny_data, tmp_path / "eager")
+    request.getfixturevalue("recorded")
+    alone(config, tiny_data, tmp_path / "graph")
+    assert OperationGraph.replays == 2 * (12 - step.WARM_UP)
+    assert_equal_runs(tmp_path / "graph", tmp_path / "eager")
+    cut_at(6, tmp_path / "eager", tmp_path / "again")
+    alone(config, tiny_data, tmp_path / "again")
+    assert learned(tmp_path / "again", first=7) == learned(tmp_path / "eager", first=7)
+    ours, theirs = weights(tmp_path / "again", 12), weights(tmp_path / "eager", 12)
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_without(recorded, tiny_data, tmp_path, monkeypatch):
+    config = replace(TWELVE, steps=5, design=replace(CONFIG.design, norm="batch"))
+    alone(replace(config, cuda_graph=False), tiny_data, tmp_path / "graph")
+    monkeypatch.setattr(components, "CudaGraph", UnsupportedGraph)
+    told = alone(config, tiny_data, tmp_path / "eager")
+    assert [event.text for event in told if isinstance(event, Warned)] == [
+        "steps are launched one operation at a time, without a CUDA graph "
+        "(RuntimeError: operation not permitted when stream is capturing)"
+    ]
+    assert learned(tmp_path / "eager") == learned(tmp_path / "graph")
+    assert weights(tmp_path / "eager", 5)["weights/a.conv1.norm.running_mean"].isfinite().all()
+
+
+def test_a_loss_that_is_no_number_is_found_before_the_update_of_a_recorded_step(
+    torch_kernels, tiny_data, tmp_path, request, monkeypatch
+):
+    """The layer that broke can only be named as long as the weights are those that broke it."""
+    monkeypatch.setattr(step, "WARM_UP", 1)
+    config, messages = replace(TWELVE, lr=1e6, validate_every=0), []
+    for name in ("eager", "graph"):
+        if name == "graph":
+            request.getfixturevalue("recorded")
+        with pytest.raises(NotFinite) as caught:
+            alone(config, tiny_data, tmp_path / name)
+        messages.append(str(caught.value))
+    assert OperationGraph.replays > 0
+    assert messages[0] == messages[1]
+    assert "is the first layer whose output is not finite" in messages[0]
+
+
 def make_batch(images: int, device: str = "cpu") -> ReplicaBatch:
     generator = torch.Generator().manual_seed(images)
     return ReplicaBatch(
@@ -85,6 +134,19 @@ def make_step(
     net = AlexNet(classes=4, design=Design(width=1 / 16)).to(device)
     optimizer = Sgd2012(net.named_parameters())
     return TrainStep(net, optimizer, torch.float32, graph=graph, warn=warn)
+
+
+def test_a_batch_of_another_shape_ends_the_replays(torch_kernels):
+    told: list[str] = []
+    eager, graph = make_step(None), make_step(OperationGraph, told.append)
+    for number, images in enumerate((2, 2, 2, 2, 2, 3, 2)):
+        assert told == [] or number > 4
+        found, wanted = (
+            one(make_batch(images), 2 * number, Rates(0.01, 0.02)) for one in (graph, eager)
+        )
+        assert torch.equal(found, wanted), number
+    (line,) = told
+    assert "a batch has another shape than those before" in line
 
 
 def test_the_loss_is_copied_before_the_backward_pass_and_read_before_the_update(monkeypatch):
