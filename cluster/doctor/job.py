@@ -10,23 +10,20 @@ from cluster.config import Config
 from cluster.doctor.finding import Finding, fail, ok, warn
 from cluster.doctor.hardware import Gpu, Hardware
 from cluster.launch.placement import (
+    CLASSES,
     PROCESS_BYTES,
     Node,
     NoRoom,
     choose_size,
     describe_crowd,
     describe_layout,
+    estimate_memory,
     place_run,
     uses_gpus,
 )
 from model.architecture import build_stages
-from model.summary import FLOAT32_BYTES, build_table, sum_rows
+from model.summary import build_table, sum_rows
 from pipeline.tools.text import human_bytes
-
-PARAMETER_COPIES = 3
-"""float32 numbers for each parameter: value, gradient and velocity."""
-CLASSES = 1000
-"""Number of classes assumed without a data set."""
 
 
 def judge_network(config: Config, classes: int | None) -> Finding:
@@ -48,25 +45,6 @@ def checkpoint_bytes(config: Config | None, classes: int | None) -> int:
     """Return the size of a checkpoint in bytes: value and velocity, float32, of each parameter."""
     design = (config or Config()).design
     return 2 * sum_rows(build_table(classes or CLASSES, design)).parameter_bytes
-
-
-def worker_bytes(config: Config, classes: int | None, size: int) -> int:
-    """Return the bytes of parameters and activations in a worker, without those of its process.
-
-    The paper's M = X(W + B + A + Z), with gradient and velocity for each W and B; all in float32,
-    so that it is an upper bound in bfloat16. The least number of replicas divides the batch.
-
-    Args:
-        config: settings of the training.
-        classes: number of classes; None: not known.
-        size: workers of a replica, 2 or 1.
-    """
-    rows = build_table(classes or CLASSES, config.design)
-    if size == 2:
-        rows = [row for row in rows if row.column == "a"]  # b's are as large
-    sums = sum_rows(rows)
-    batch = config.microbatch_size(config.replica_sizes[0])
-    return FLOAT32_BYTES * (PARAMETER_COPIES * sums.parameters + 2 * sums.neurons * batch)
 
 
 def judge_room(config: Config, nodes: Sequence[Node]) -> Finding:
@@ -95,8 +73,9 @@ def judge_local_job(
     node = Node(id="", name=platform.node(), cpus=have.cores, gpus=float(len(gpus)))
     size = choose_size(config, [node], gpu)
     least = config.replica_sizes[0] * size
-    need = worker_bytes(config, classes, size)
-    microbatch = max(1, config.microbatch_size(config.replica_sizes[0]) // 4)
+    images = config.microbatch_size(config.replica_sizes[0])  # of the fewest replicas
+    need = estimate_memory(config, classes, size).count_bytes(images)
+    microbatch = max(1, images // 4)
     smaller = f"--microbatch {microbatch}, or a smaller --width"
     if gpu:
         room = judge_room(config, [replace(node, cpus=max(have.cores, least))])

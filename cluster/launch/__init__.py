@@ -3,6 +3,7 @@
 controller   keeps a run going until its last step
 placement    columns and replicas on nodes
 worker       entry point of a worker
+failure      what the error of a worker means
 rendezvous   workers of one machine meet on 127.0.0.1
 channel      events to the driver, stop requests to the workers
 session      attached or own Ray

@@ -20,13 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint.storage import find_last_step
 from cluster.config import Config
 from cluster.launch.channel import Channel
+from cluster.launch.failure import Failure
 from cluster.launch.placement import (
     Node,
     NoRoom,
@@ -42,10 +43,9 @@ from cluster.launch.placement import (
 from cluster.launch.session import is_attached, make_session_folder
 from cluster.launch.worker import FAKE_GPUS, WorkerJob, run_worker
 from cluster.run.console import RunConsole
-from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started, Worker
+from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started
 from cluster.run.folder import (
     ATTEMPTS,
-    ERRORS,
     RunIdentity,
     read_identity,
     read_last_attempt,
@@ -70,9 +70,12 @@ SAY_EVERY = 30.0
 """Seconds between lines about a wait for nodes."""
 STOPPED = "stopped"
 """Reason, in RUN/attempts.jsonl, of an end that the user wanted."""
-DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
-"""Ray Train's error types for a worker that died; one that raised is reported with its error."""
-FORWARDED = ("OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_GPUS)
+ABORT_ONLY = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
+"""NCCL's watchdog shall abort an operation that takes too long, and not also end the process, which
+then names the worker that is late (torch: ErrorHandlingMode in ProcessGroupNCCL.hpp)."""
+FORWARDED = (
+    "OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_GPUS, *ABORT_ONLY,
+)  # fmt: skip
 """Variables that workers need before they load torch, or that Ray does not forward."""
 
 
@@ -102,6 +105,8 @@ class Controller:
         self._gpu = uses_gpus(config, has_gpus())
         self._mirror = open_mirror(run, config.store)
         self._number = read_last_attempt(run)
+        self._broken: set[str] = set()
+        """Host names of the nodes where a GPU has failed."""
 
     def train(self) -> None:
         """Train to the last step.
@@ -123,7 +128,9 @@ class Controller:
                 if interrupts():
                     raise KeyboardInterrupt
                 if group.has_failed:
-                    step = self._last_step()
+                    step, event = self._last_step(), group.failure.event
+                    if event is not None and event.broken_node:
+                        self._broken.add(event.broken_node)
                     failures, begun = (failures + 1 if step == begun else 1), step
                     if failures > self._config.max_failures or group.failure.is_final:
                         raise group.failure.build_error(self._run, self._read_output())
@@ -200,6 +207,11 @@ class Controller:
         return f"there is room for {more} replicas" if more > now.replicas else ""
 
     def _place(self, nodes: list[Node]) -> Placement:
+        """Place the workers, on nodes where no GPU has failed, if those have room."""
+        sound = [node for node in nodes if node.name not in self._broken]
+        if len(sound) < len(nodes):
+            with suppress(NoRoom):
+                return place_run(self._config, sound, self._gpu)
         return place_run(self._config, nodes, self._gpu)
 
     def _wait_for_room(self, before: Placement, interrupts: Callable[[], int]) -> Placement:
@@ -353,72 +365,6 @@ class WorkerGroup:
         return self.failure.event is not None or self.failure.raised is not None
 
 
-@dataclass
-class Failure:
-    """Causes of the failure of a group: the workers that died, and the error that came first."""
-
-    workers: tuple[Worker, ...] = ()
-    """Workers in job order; empty if they were not placed yet."""
-    event: Failed | None = None
-    """Event of the first worker that failed."""
-    raised: BaseException | None = None
-    """Error that Ray Train raised."""
-
-    @property
-    def deaths(self) -> list[str]:
-        """Names of the workers that died without an error of their own."""
-        errors = getattr(self.raised, "worker_failures", {})
-        dead = [rank for rank, error in errors.items() if type(error).__name__ in DEATHS]
-        return [self._name_worker(rank) for rank in sorted(dead)]
-
-    def _name_worker(self, rank: int) -> str:
-        for worker in self.workers:
-            if worker.rank == rank:
-                columns = f"column{'s' if ' ' in worker.column else ''} {worker.column}"
-                return f"replica {worker.replica}, {columns} (node {worker.node})"
-        return f"rank {rank}"
-
-    @property
-    def is_final(self) -> bool:
-        """True if a restart would fail in the same way."""
-        return self.event is not None and self.event.final
-
-    @property
-    def why(self) -> str:
-        """The cause in a line; errors of workers that lost a dead one are consequences."""
-        if self.event is not None and (self.event.final or not self.deaths):
-            return f"{self.event.worker}: {self.event.text}"
-        if self.deaths:
-            others = f" and {len(self.deaths) - 1} more" if len(self.deaths) > 1 else ""
-            return f"the worker of {self.deaths[0]}{others} died: killed, or out of memory"
-        # Ray's own errors begin with lines that only announce the next.
-        lines = [line.strip() for line in str(self.raised).splitlines() if line.strip()]
-        lines = [line for line in lines if not line.endswith(":")]
-        return (lines or [repr(self.raised)])[0].split(". ")[0]
-
-    def build_error(self, run: Path, output: str = "") -> DuetError:
-        """Build the error to exit with, and write all that is known to RUN/error.log.
-
-        Args:
-            run: run folder.
-            output: what Ray has printed, which nobody was shown.
-        """
-        trace = [self.event.trace] if self.event else []
-        if not self.is_final:
-            trace += [str(self.raised), output]
-        text, log = self.why, run / ERRORS
-        try:
-            body = "\n".join([time.strftime("%F %T"), text, *trace]) + "\n"
-            log.write_text(body, encoding="utf-8")
-            text = f"{text} (traceback in {os.path.relpath(log)})"
-        except OSError:
-            pass  # the disk may be what is wrong
-        error = DuetError(text)
-        if self.event is not None and (self.is_final or not self.deaths):
-            error.exit_code = self.event.exit_code
-        return error
-
-
 def create_trainer(job: WorkerJob, scratch: str) -> Any:
     """Create the Ray Train trainer of a job."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -452,11 +398,14 @@ def create_trainer(job: WorkerJob, scratch: str) -> Any:
             # Duet's controller restarts the workers, after it has looked where there is room.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={
-                "env_vars": {name: os.environ[name] for name in FORWARDED if name in os.environ}
-            },
+            worker_runtime_env={"env_vars": build_environment()},
         ),
     )
+
+
+def build_environment() -> dict[str, str]:
+    """Return the variables of the workers; the user's own values win."""
+    return ABORT_ONLY | {name: os.environ[name] for name in FORWARDED if name in os.environ}
 
 
 @contextmanager

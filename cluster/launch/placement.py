@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from cluster.config import Config
 from cluster.run.events import Worker
+from model.summary import FLOAT32_BYTES, build_table, sum_rows
 from pipeline.tools.errors import SetupError
 from pipeline.tools.text import human_bytes
 from pipeline.tools.units import cpu_count
@@ -65,8 +66,46 @@ class NoRoom(SetupError):
     """The cluster has no room for the job at present."""
 
 
+CLASSES = 1000
+"""Number of classes assumed where it is not known."""
+PARAMETER_COPIES = 3
+"""float32 numbers for each parameter: value, gradient and velocity."""
 PROCESS_BYTES = 0.7e9
 """Memory of a worker before any image: torch, DALI, Ray (measured: 0.61 to 0.65 GB resident)."""
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes of parameters and activations in a worker, without those of its process.
+
+    The paper's M = X(W + B + A + Z), with gradient and velocity for each W and B; all in float32,
+    so that it is an upper bound in bfloat16.
+    """
+
+    parameters: int
+    image: int
+    """Bytes of the activations of an image, and of their gradients."""
+
+    def count_bytes(self, images: int) -> int:
+        """Return the bytes for so many images at once."""
+        return self.parameters + images * self.image
+
+
+def estimate_memory(config: Config, classes: int | None, size: int) -> WorkerMemory:
+    """Estimate the memory of a worker.
+
+    Args:
+        config: settings of the run.
+        classes: number of classes; None: not known.
+        size: workers of a replica, 2 or 1.
+    """
+    rows = build_table(classes or CLASSES, config.design)
+    if size == 2:
+        rows = [row for row in rows if row.column == "a"]  # b's are as large
+    sums = sum_rows(rows)
+    return WorkerMemory(
+        FLOAT32_BYTES * PARAMETER_COPIES * sums.parameters, FLOAT32_BYTES * 2 * sums.neurons
+    )
 
 
 def place_workers(

@@ -70,7 +70,6 @@ def join_process_group(rank: int, size: int, port: int, backend: str, timeout_s:
     """Initialise torch.distributed in this worker."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray's own does
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(HOST, port, size, is_master=False, timeout=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-import traceback
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config
 from cluster.launch.channel import DriverAddress, DriverWatch
+from cluster.launch.failure import WorkerGpu, describe_failure
 from cluster.launch.placement import (
     Placement,
     WorkerLocation,
+    estimate_memory,
     find_seat,
     group_ranks,
     list_workers,
     read_gpu,
 )
-from cluster.run.events import Failed, Placed
+from cluster.run.console import format_device
+from cluster.run.events import Placed
 from cluster.run.folder import RunIdentity
-from pipeline.tools.errors import DuetError, SetupError
+from pipeline.tools.errors import SetupError
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +81,24 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                     publish=[PrometheusGauges(job.run.name, mesh)],
                 )  # fmt: skip
         except Exception as error:
-            job.driver.tell_now(describe_failure(error, name))
+            job.driver.tell_now(describe_failure(error, name, describe_gpu(job)))
             raise
+
+
+def describe_gpu(job: WorkerJob) -> WorkerGpu | None:
+    """Describe this worker's GPU for a message about its failure; None: it has none."""
+    import ray
+
+    placement, config = job.placement, job.config
+    if not placement.gpus:
+        return None
+    return WorkerGpu(
+        name=format_device(read_gpu(ray.get_gpu_ids())),
+        node=platform.node(),
+        images=config.microbatch_size(placement.replicas),
+        memory=estimate_memory(config, None, placement.size),
+        is_fixed=config.design.norm == "batch",
+    )
 
 
 def prepare_folder(job: WorkerJob) -> None:
@@ -137,31 +154,3 @@ def _choose_device(placement: Placement) -> torch.device:
     device = get_device()
     torch.cuda.set_device(device)
     return device
-
-
-LOST = re.compile(r"gloo|nccl|socket|store|timed? ?out|connection", re.IGNORECASE)
-"""Errors of torch.distributed, as opposed to those of other libraries."""
-GONE = re.compile(r"Connection [a-z ]*(?:reset|closed|refused)[a-z ]*|Broken pipe", re.IGNORECASE)
-"""Errors of torch.distributed about a worker that has died."""
-LATE = re.compile(r"timed? ?out", re.IGNORECASE)
-"""Errors of torch.distributed about a worker that does not answer."""
-
-
-def describe_failure(error: Exception, worker: str) -> Failed:
-    """Return the event for an exception of a worker."""
-    text, is_known = str(error), isinstance(error, DuetError)
-    if not is_known:
-        is_lost = isinstance(error, RuntimeError) and LOST.search(text)
-        if is_lost and (found := GONE.search(text)):
-            text = f"lost another worker ({found[0].strip()})"
-        elif is_lost and LATE.search(text):
-            text = "another worker does not answer (frozen?)"
-        else:
-            text = f"{type(error).__name__}: {error}"
-    return Failed(
-        text=text.strip().splitlines()[0],
-        trace="".join(traceback.format_exception(error)),
-        worker=worker,
-        exit_code=error.exit_code if isinstance(error, DuetError) else 1,
-        final=is_known,
-    )

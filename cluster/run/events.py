@@ -106,6 +106,8 @@ class Failed:
     exit_code: int
     final: bool
     """True if a restart would fail in the same way."""
+    broken_node: str = ""
+    """Host name of the node whose GPU has failed; empty if none has."""
 
 
 @dataclass(frozen=True)

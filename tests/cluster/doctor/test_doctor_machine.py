@@ -13,6 +13,7 @@ from cluster.doctor import hardware, job, network, software
 from cluster.doctor.finding import Finding
 from cluster.doctor.hardware import Gpu, Hardware
 from cluster.doctor.software import Software
+from cluster.launch.placement import estimate_memory
 from tests.helpers.training_processes import REPOSITORY
 
 RANGES = software.read_ranges(REPOSITORY / "pyproject.toml")
@@ -236,10 +237,10 @@ def test_a_job_that_does_not_fit_this_machine_is_told_with_what_would(
 
 
 def test_the_memory_of_a_worker_is_that_of_the_paper_with_gradient_and_velocity():
-    both = job.worker_bytes(Config(), 1000, size=1)
+    both = estimate_memory(Config(), 1000, size=1).count_bytes(128)
     parameters, neurons = 60_965_224, 659_272  # of the paper's network, as facts/alexnet.md has it
     assert both == 4 * (3 * parameters + 2 * neurons * 128)
-    half = job.worker_bytes(Config(), 1000, size=2)
+    half = estimate_memory(Config(), 1000, size=2).count_bytes(128)
     assert half == pytest.approx(both / 2, rel=1e-3)
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from cluster.launch.controller import Failure
-from cluster.launch.worker import describe_failure
+from cluster.config import Config
+from cluster.launch import controller
+from cluster.launch.controller import Controller, build_environment
+from cluster.launch.failure import Failure, WorkerGpu, describe_failure, suggest_images
+from cluster.launch.placement import Node, Placement, WorkerMemory, estimate_memory
+from cluster.run.console import RunConsole
 from cluster.run.events import Failed, Worker
-from pipeline.tools.errors import DataError
+from pipeline.tools.errors import DataError, DuetError
 
 
 class WorkerHealthCheckFailedError(Exception):
@@ -69,6 +75,19 @@ def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
     assert "said aside" in log
 
 
+# As torch 2.11 to 2.13 write them (ProcessGroupNCCL.cpp, NCCLUtils.cpp).
+WATCHDOG = (
+    "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=78, OpType=ALLREDUCE, "
+    "NumelIn=80, NumelOut=80, Timeout(ms)=300000) ran for 300096 milliseconds before timing out."
+)
+ABORTED = f"NCCL communicator was aborted on rank 0.  Original reason for failure was: {WATCHDOG}"
+REMOTE = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, remote process "
+    "exited or there was a network error, NCCL version 2.27.5\nncclRemoteError: A call failed "
+    "possibly due to a network error or a remote process exiting prematurely."
+)
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -77,6 +96,11 @@ def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
         (RuntimeError("gloo write: Broken pipe"), "lost another worker (Broken pipe)"),
         (RuntimeError("Timed out waiting 300000ms for recv operation to complete"),
          "another worker does not answer (frozen?)"),
+        (dist.DistBackendError(ABORTED), "another worker does not answer (frozen?)"),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 0. "),
+         "another worker does not answer (frozen?)"),
+        (dist.DistBackendError(WATCHDOG), "another worker does not answer (frozen?)"),
+        (dist.DistBackendError(REMOTE), "lost another worker (remote process exited)"),
         # Errors of other libraries, or of other types, are not about another worker.
         (RuntimeError("flush failed: Broken pipe"), "RuntimeError: flush failed: Broken pipe"),
         (OSError("Connection refused"), "OSError: Connection refused"),
@@ -100,3 +124,152 @@ def test_a_log_that_cannot_be_written_hides_nothing(tmp_path: Path):
     assert str(Failure(event=make_failed("disk full", True)).build_error(tmp_path / "gone")) == (
         "replica 0, column b: disk full"
     )
+
+
+GB = 10**9
+MEMORY = WorkerMemory(parameters=GB, image=30 * 10**6)
+GPU = WorkerGpu(name="GPU 3", node="n2", images=512, memory=MEMORY)
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB. GPU 0 has a total")
+
+
+def fail_twice(error: Exception) -> Exception:
+    """Raise an error of a GPU in code whose cleaning up fails by it, too; return what comes out."""
+    try:
+        try:
+            raise error
+        finally:
+            raise RuntimeError("the pipeline cannot be closed")
+    except RuntimeError as second:
+        return second
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with `TORCH_USE_C"),
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory"),
+        RuntimeError("Unable to determine the device handle for GPU0000: GPU is lost."),
+    ],
+)
+def test_a_gpu_that_fails_is_named_with_its_node_and_the_run_goes_on(error):
+    first = str(error).splitlines()[0]
+    for raised in (error, fail_twice(error)):
+        failed = describe_failure(raised, "replica 0, column a", GPU)
+        assert failed.text == f"GPU 3 of node n2 failed ({first})"
+        assert (failed.exit_code, failed.final, failed.broken_node) == (1, False, "n2")
+        assert str(error) in failed.trace
+
+
+def test_a_gpu_that_torch_has_no_code_for_is_a_matter_of_the_installation():
+    error = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the")
+    failed = describe_failure(error, "replica 0, column a", GPU)
+    assert "no code for GPU 3 of node n2; make install CUDA=12" in failed.text
+    assert (failed.exit_code, failed.final, failed.broken_node) == (3, True, "")
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "fixed", "code", "words"),
+    [
+        (1, 15, False, 3, ["512 images at once do not fit in 16 GB; use --microbatch 256"]),
+        (1, 3, False, 1, ["of which others take 12 GB; end those, or use --microbatch 64"]),
+        (1, 15, True, 3, ["--microbatch 256 in a new run (batch normalization"]),
+    ],
+)
+def test_a_batch_that_is_too_large_for_a_gpu_is_told_with_one_that_fits(
+    free, reserved, fixed, code, words, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 16 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved * GB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: reserved * GB)
+    gpu = WorkerGpu(name="GPU 3", node="n2", images=512, memory=MEMORY, is_fixed=fixed)
+    for error in (FULL, torch.AcceleratorError("CUDA error: out of memory")):
+        failed = describe_failure(error, "replica 0, column a", gpu)
+        assert failed.text.startswith("the memory of GPU 3 of node n2 is too small: ")
+        assert [word for word in words if word not in failed.text] == []
+        assert (failed.exit_code, failed.final, failed.broken_node) == (code, code == 3, "")
+
+
+def test_the_images_that_fit_follow_from_the_estimate_or_from_what_was_taken():
+    assert suggest_images(MEMORY, 512, room=10 * GB, taken=0) == 256
+    # It took 32 GB where 16 were estimated, so that 128 images take 9.6.
+    assert suggest_images(MEMORY, 512, room=11 * GB, taken=2 * MEMORY.count_bytes(512)) == 128
+    assert suggest_images(MEMORY, 512, room=0, taken=0) == 256  # nothing is known
+    assert suggest_images(MEMORY, 512, room=GB, taken=0) == 0
+    paper = estimate_memory(Config(), None, size=1)
+    assert suggest_images(paper, 4096, room=16 * GB, taken=0) == 2048
+
+
+def test_errors_of_gpus_are_others_on_a_cpu():
+    failed = describe_failure(RuntimeError("CUDA error: no device"), "replica 0, column a")
+    assert failed.text == "RuntimeError: CUDA error: no device"
+
+
+def test_the_users_own_handling_of_nccls_errors_wins(monkeypatch):
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.delenv(name, raising=False)
+    assert build_environment()[name] == "2"
+    monkeypatch.setenv(name, "1")
+    assert build_environment()[name] == "1"
+
+
+class Group:
+    """Workers that fail on node m by an error of a GPU, and finish on any other."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.placement = arguments[-1]
+        assert isinstance(self.placement, Placement)
+        self.started = self.ended = False
+        self.failure = Failure()
+        try:
+            if "m" in self.placement.nodes:
+                raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        except RuntimeError as error:
+            gpu = WorkerGpu(name="GPU 1", node="m", images=8, memory=MEMORY)
+            self.failure.event = describe_failure(error, "replica 0, column b", gpu)
+        self.has_failed = self.failure.event is not None
+        self.finished = not self.has_failed
+
+    def events(self) -> list[None]:
+        return [None]
+
+
+def make_controller(
+    run: Path, nodes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Controller, list[tuple[str, ...]]]:
+    """Return a controller on nodes with two GPUs each, and where it starts workers."""
+    starts: list[tuple[str, ...]] = []
+
+    def start(*arguments: object) -> Group:
+        group = Group(*arguments)
+        starts.append(group.placement.nodes)
+        return group
+
+    free = [Node(id=name, name=name, cpus=4, gpus=2) for name in nodes]
+    monkeypatch.setattr(controller, "WorkerGroup", start)
+    monkeypatch.setattr(controller, "list_nodes", lambda mine=None: free)
+    monkeypatch.setattr(controller, "filter_reachable", lambda nodes: nodes)
+    monkeypatch.setattr(controller, "has_gpus", lambda: True)
+    config = Config.from_settings({"max_failures": 1})
+    return Controller(config, "data", run, RunConsole(), str), starts
+
+
+def test_after_the_failure_of_a_gpu_the_run_goes_on_elsewhere(tmp_path, monkeypatch, capsys):
+    one, starts = make_controller(tmp_path, ["m", "n"], monkeypatch)
+    one.train()
+    assert starts == [("m", "m"), ("n", "n")]
+    assert "GPU 1 of node m failed (CUDA error: unspecified launch failure); starting again" in (
+        capsys.readouterr().out
+    )
+
+
+def test_without_another_node_it_is_tried_there_again_and_fails_with_the_gpus_name(
+    tmp_path, monkeypatch
+):
+    one, starts = make_controller(tmp_path, ["m"], monkeypatch)
+    with pytest.raises(DuetError, match=r"column b: GPU 1 of node m failed .*error\.log") as caught:
+        one.train()
+    assert caught.value.exit_code == 1
+    assert starts == [("m", "m")] * 2
