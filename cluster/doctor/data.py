@@ -37,7 +37,7 @@ from pipeline.remote.filesystem import (
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError
 from pipeline.tools.files import drop_page_cache, ensure_writable
-from pipeline.tools.text import hide_credentials, human_bytes
+from pipeline.tools.text import hide_credentials, human_bytes, suggest_extra
 
 READ_BYTES = 64 * 2**20
 """Most bytes that one measurement of a speed reads."""
@@ -294,7 +294,7 @@ class DatasetCheck:
         if not is_remote(self.data):
             return f"python -m pipeline.build_shards {self.data} --train SRC, or another --data"
         if "pip install" in text:
-            return f"pip install 'duet[{EXTRAS.get(scheme, scheme)}]'"
+            return suggest_extra(EXTRAS.get(scheme, scheme))
         if scheme in CREDENTIALS and ("redential" in text or "denied" in text or "40" in text):
             return CREDENTIALS[scheme]
         return "look at the address, and whether this machine reaches it (curl, aws s3 ls)"

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.mesh import ProcessMesh
 from pipeline.tools.errors import SetupError
+from pipeline.tools.text import suggest_extra
 
 GAUGES = {
     "img_s": ("duet_images_per_second", "Images per second, of the whole job."),
@@ -135,6 +136,5 @@ def require_tensorboard() -> None:
         SetupError: it is not.
     """
     if find_spec("tensorboard") is None:
-        raise SetupError(
-            "--tensorboard needs the package tensorboard; pip install 'duet[tensorboard]'"
-        )
+        way = suggest_extra("tensorboard")
+        raise SetupError(f"--tensorboard needs the package tensorboard; {way}")

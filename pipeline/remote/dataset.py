@@ -46,7 +46,7 @@ def open_dataset(
     """Open the data set in a folder or at an address.
 
     An address is anything that fsspec knows: `https://host/folder`, `s3://bucket/folder`,
-    `gs://bucket/folder`; the last two need `duet[s3]` and `duet[gs]`. Credentials and endpoints
+    `gs://bucket/folder`; the last two need the extras `s3` and `gs`. Credentials and endpoints
     come from the environment; see `pipeline.remote.filesystem`.
 
     Args:

@@ -32,7 +32,7 @@ from fsspec.core import url_to_fs
 
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import explain_full_disk
-from pipeline.tools.text import first_line, hide_credentials
+from pipeline.tools.text import first_line, hide_credentials, suggest_extra
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Schemes of stores where a file appears only when all of it has been uploaded."""
@@ -164,7 +164,7 @@ def check_address(address: str, what: str, *, chain: bool = True) -> None:
             ) from error
         except ImportError as error:
             extra = EXTRAS.get(scheme)
-            way = f"pip install 'duet[{extra}]'" if extra else str(error).splitlines()[0]
+            way = suggest_extra(extra) if extra else str(error).splitlines()[0]
             raise SetupError(f"{named}: no package for {scheme}:// is installed; {way}") from error
         try:
             _ = urlsplit(link).port if is_web(link) else 0

@@ -64,11 +64,12 @@ from pipeline.tools.errors import DataError, DuetError, UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.progress import Progress
+from pipeline.tools.text import suggest_extra
 from pipeline.tools.units import cpu_count, parse_size
 
 SHORTLIST = 100
 """Images found by code among which the exact neighbors are looked for."""
-NO_FAISS = "not measured: faiss is not installed (pip install -e '.[faiss]')"
+NO_FAISS = f"not measured: faiss is not installed ({suggest_extra('faiss')})"
 
 
 def load_faiss() -> Any:

@@ -44,7 +44,7 @@ def test_a_run_that_was_cut_shows_every_step_once(tiny_data, tmp_path, monkeypat
 
 def test_without_the_package_it_is_a_line(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.run.exporters.find_spec", lambda name: None)
-    with pytest.raises(SetupError, match=r"pip install 'duet\[tensorboard\]'"):
+    with pytest.raises(SetupError, match=r"pip install -e '.\[tensorboard\]'"):
         alone(CONFIG, tiny_data, tmp_path / "run")
 
 

@@ -144,7 +144,7 @@ def test_no_bucket_is_one_line(bucket):
 )
 def test_where_out_is(out, expected):
     if out.startswith("gs:"):
-        pytest.importorskip("gcsfs", reason="duet[gs] is not installed")
+        pytest.importorskip("gcsfs", reason="the extra gs is not installed")
     assert open_target(out) == expected
     assert pickle.loads(pickle.dumps(expected)) == expected  # workers are sent it
 
