@@ -24,6 +24,7 @@ from pipeline.stream.normalization import crop_mean_image
 from pipeline.stream.quarantine import UNDECODABLE
 from pipeline.stream.shard_reader import Damage
 from pipeline.stream.timing import WaitTimes
+from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import UsageError
 
 __all__ = ["Batch", "Stream", "StreamConfig", "View"]
@@ -126,7 +127,6 @@ class Stream:
         fast enough has next to none, because it prefetches."""
         self.data_sha256 = identity(self._dataset.folder)
         """Identity of the data set: the SHA-256 of its manifest."""
-        self._device = torch.device("cuda" if config.device == "gpu" else "cpu")
         self._loader: Loader | None = Loader(reader, config.position, self.waits)
         self._ledger: Ledger | None = None
         if config.ledger:
@@ -181,13 +181,21 @@ class Stream:
         batch = Batch(
             ids=torch.from_numpy(encoded.ids),
             images=images,
-            labels=torch.from_numpy(encoded.labels).to(self._device),
-            weights=torch.from_numpy(encoded.weights).to(self._device),
+            labels=to_device(torch.from_numpy(encoded.labels), images.device),
+            weights=to_device(torch.from_numpy(encoded.weights), images.device),
             replaced=torch.from_numpy(encoded.ids != encoded.due),
             position=encoded.position,
         )
         self.waits.handover += perf_counter() - start
         return batch
+
+    def flush(self) -> None:
+        """Write what the ledger still holds back: call it before a checkpoint names a position.
+
+        On a GPU it waits until the checksums of the batches taken so far are computed.
+        """
+        if self._ledger is not None:
+            self._ledger.flush()
 
     def close(self) -> None:
         """Stop reading and decoding, and let files and memory go. Batches stay valid."""

@@ -93,6 +93,7 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
             t.checkpoints.finish()
         if saves:
             with t.log.saving():
+                t.feed.flush()
                 t.checkpoints.begin(mark, t.net, t.optimizer, error)
         if stops:
             break

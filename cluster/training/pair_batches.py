@@ -22,6 +22,7 @@ from cluster.mesh import ProcessMesh
 from cluster.training.step import ReplicaBatch
 from model.exchange import Exchange
 from pipeline.batches import Batch, Stream
+from pipeline.stream.transfer import to_device
 
 # Batch k+1 is written before batch k is computed, when the other column may still use k-1.
 SLOTS = 3
@@ -37,6 +38,8 @@ class PairBatches:
     def __init__(self, stream: Stream, mesh: ProcessMesh, batches: int | None = None) -> None:
         """Start the first exchange; `batches` limits the number of batches."""
         self._stream = itertools.islice(stream, batches)
+        self.flush = stream.flush
+        """Writes the stream's ledger; call it before a checkpoint is begun."""
         self.waits = stream.waits
         """Wait times of the stream; the rest of the time in `next` is the exchange."""
         self._join = create_join(mesh)
@@ -183,4 +186,4 @@ class SharedMemoryJoin(BatchJoin):
 
 def _like_weights(half: Batch) -> Tensor:
     """Return which samples were replaced in the type of the weights, on their device."""
-    return half.replaced.to(half.weights, non_blocking=True)
+    return to_device(half.replaced, half.weights.device).to(half.weights.dtype)

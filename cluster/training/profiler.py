@@ -182,6 +182,9 @@ class _Replay:
     def __next__(self) -> ReplicaBatch:
         return next(self._turns)
 
+    def flush(self) -> None:
+        """Do nothing: there is no ledger."""
+
 
 def _average_timings(loops: Sequence[LoopTiming]) -> LoopTiming:
     return LoopTiming(

@@ -9,6 +9,7 @@ quarantine       list of damaged samples; check of JPEG headers
 decode           DALI graphs, and DALI's own reader
 prefetch         an iterator run in a thread
 loader           batches, read and decoded ahead of need
+transfer         copies to a GPU that the host does not wait for
 timing           seconds spent and waited, by stage
 ledger           record of what was delivered, and the proof of exactly once
 """

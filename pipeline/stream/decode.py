@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from torch.utils.dlpack import from_dlpack
 
 from pipeline.dataset.image_stats import Statistics
@@ -103,25 +104,26 @@ class Decoder:
             RuntimeError: most likely an image cannot be decoded (`TrialDecoder` finds it); its
                 whole batch is lost, and this decoder with it.
         """
-        return run_on_current_stream(self._pipe)
+        return run_to_tensor(self._pipe)
 
 
 class TrialDecoder:
-    """Decodes one image at a time, to find those that cannot be decoded."""
+    """Decodes one image at a time on the CPU, to find those that cannot be decoded.
 
-    def __init__(self, device: Device) -> None:
-        self._gpu = select_gpu(device)  # here, because each thread has its own current device
+    It judges for GPUs as well: what none of their decoders takes, DALI gives to libjpeg-turbo on
+    the host in the end, which is what decodes here.
+    """
+
+    def __init__(self) -> None:
         self._pipe: Pipeline | None = None
 
     def can_decode(self, image: npt.NDArray[np.uint8]) -> bool:
         """Return whether a JPEG (uint8 [size]) decodes to 256x256 pixels."""
         if self._pipe is None:
-            self._pipe = Pipeline(1, 1, self._gpu, prefetch_queue_depth=1)
+            self._pipe = Pipeline(1, 1, None, prefetch_queue_depth=1)
             with self._pipe:
                 jpeg = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-                where = "cpu" if self._gpu is None else "mixed"
-                pixels = fn.decoders.image(jpeg, device=where, output_type=types.RGB)
-                self._pipe.set_outputs(pixels)
+                self._pipe.set_outputs(fn.decoders.image(jpeg, output_type=types.RGB))
             self._pipe.build()
         self._pipe.feed_input("image", [image])
         try:
@@ -145,16 +147,51 @@ def select_gpu(device: Device) -> int | None:
     return torch.cuda.current_device()
 
 
-def run_on_current_stream(pipe: Pipeline) -> torch.Tensor:
-    """Run a pipeline of one output and return it without a copy.
+def run_on_current_stream(pipe: Pipeline) -> Any:
+    """Run a pipeline of one output and return it, a list of tensors of DALI's.
 
-    GPU memory goes back to DALI when the tensor dies, while kernels that read it may still be
-    queued: DALI waits for those because it gets torch's current stream here.
+    On a GPU it may still be in the making: torch's current stream of that GPU waits for it, and the
+    host only until DALI's threads have launched their work.
     """
-    stream = None if pipe.device_id is None else torch.cuda.current_stream()
-    (output,) = pipe.run(stream)  # positional only
-    tensor: torch.Tensor = from_dlpack(output.as_tensor())
+    (output,) = pipe.run(_current_stream(pipe.device_id))  # positional only
+    return output
+
+
+def run_to_tensor(pipe: Pipeline) -> torch.Tensor:
+    """Run a pipeline of one dense output and return that as a tensor, on the pipeline's device."""
+    return to_tensor(run_on_current_stream(pipe), pipe.device_id)
+
+
+def to_tensor(output: Any, gpu: int | None) -> torch.Tensor:
+    """Return a dense output of DALI as a tensor whose memory nobody else uses while it lives.
+
+    On the CPU it is DALI's memory, without a copy: DALI makes each output in memory of its own, to
+    which the tensor then holds the last reference.
+
+    On a GPU it is a copy in torch's memory, made in the order of torch's current stream without a
+    wait of the host. DALI frees an output in the order of its own stream, as soon as Python lets go
+    of it: an alias could be overwritten while kernels that read it are still queued in torch's. A
+    copy is safe because DALI's stream waits for it (`CopyToExternalImplGPU` in its
+    backend_impl.cc), and torch frees its own memory in the order of the stream that uses it.
+
+    Args:
+        output: a list of tensors of one shape, as `run_on_current_stream` returns it.
+        gpu: number of the GPU that it is on; None for the CPU.
+    """
+    pixels = output.as_tensor()
+    if gpu is None:
+        tensor: torch.Tensor = from_dlpack(pixels)
+        return tensor
+    tensor = torch.empty(
+        pixels.shape(), dtype=to_torch_type[pixels.dtype], device=torch.device("cuda", gpu)
+    )
+    # A stream makes it a copy that is not waited for.
+    feed_ndarray(pixels, tensor, cuda_stream=_current_stream(gpu))
     return tensor
+
+
+def _current_stream(gpu: int | None) -> torch.cuda.Stream | None:
+    return None if gpu is None else torch.cuda.current_stream(gpu)
 
 
 def open_pipeline(config: StreamConfig, **options: Any) -> Pipeline:
@@ -201,6 +238,9 @@ def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any) -> Any:
         # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
         jpeg_fancy_upsampling=True,
         hw_decoder_load=config.hw_decoder_load,
+        # True, DALI's default, ties its GPU decoder's threads to cores near the GPU of this number
+        # in the driver's count: another one wherever CUDA_VISIBLE_DEVICES leaves some out.
+        affine=False,
         **_crop(config, x, y),
     )
 
@@ -270,7 +310,7 @@ class DaliReader:
 
     def __next__(self) -> torch.Tensor:
         """Return the next batch of pixels, [b, 3, 224, 224]."""
-        return run_on_current_stream(self._pipe)
+        return run_to_tensor(self._pipe)
 
 
 def _skip_header(npy: Any) -> Any:

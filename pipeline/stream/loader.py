@@ -24,6 +24,7 @@ from pipeline.stream.prefetch import Prefetcher
 from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine
 from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
 from pipeline.stream.timing import Spent, WaitTimes
+from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import REBUILD, DataError
 
 LOOKAHEAD = 4
@@ -70,7 +71,8 @@ class BatchReader:
         """
         self.config = config
         self.dataset = dataset
-        self.shard_reader = ShardReader(dataset, config.split)
+        gpu = config.device == "gpu"
+        self.shard_reader = ShardReader(dataset, config.split, maps=not gpu)
         self.statistics = Statistics.load(dataset.folder, self.shard_reader.manifest.stats_sha256)
         self.normalization = Normalization.of(self.statistics, config)
         self.order = make_order(config, [shard.samples for shard in self.shard_reader.shards])
@@ -80,6 +82,8 @@ class BatchReader:
         """Samples found damaged."""
         is_jpeg = self.shard_reader.encoding == "jpeg"
         self._header_check = HeaderCheck(len(self.shard_reader)) if is_jpeg else None
+        # Of page-locked memory a GPU takes raw images by itself. JPEGs go to its decoders' hosts.
+        self._pins = gpu and not is_jpeg
         self._needs: tuple[int, ...] = ()
         self._free: deque[Bytes] = deque()
 
@@ -206,7 +210,12 @@ class BatchReader:
     def _take_buffer(self, size: int) -> Bytes:
         """Return memory of at least `size` bytes; recycled memory needs no page faults."""
         memory = self._free.popleft() if self._free else np.empty(0, np.uint8)
-        return memory if len(memory) >= size else np.empty(size + size // 4, np.uint8)
+        if len(memory) >= size:
+            return memory
+        size += size // 4
+        if self._pins:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        return np.empty(size, np.uint8)
 
     def _make_input(self, slots: Slots, images: list[Bytes]) -> DecoderInput:
         """Return what DALI takes for the samples of `slots`, whose stored bytes are `images`."""
@@ -265,7 +274,9 @@ class Loader:
         config = reader.config
         self._prefetcher = Prefetcher(reader.read_batches(position), depth=config.prefetch)
         self._decoding: deque[EncodedBatch] = deque()
-        self._done: deque[EncodedBatch] = deque()
+        self._done: deque[tuple[EncodedBatch, torch.cuda.Event | None]] = deque()
+        # Memory of batches that a GPU still copies must not find another user before it has.
+        self._finalizer = weakref.finalize(self, _wait_for_copies, self._done)
         self._error: BaseException | None = None
         self._read_wait = 0.0
         # DALI's graph is a tangle of cycles: if it knew `self`, all of this would stay until a
@@ -298,25 +309,41 @@ class Loader:
                 raise failure from error
             raise
         batch = self._decoding.popleft()
-        # A GPU may still be reading the bytes of the last few batches.
-        self._done.append(batch)
-        if len(self._done) > self._reader.config.prefetch + 1:
-            self._reader.recycle(self._done.popleft())
+        self._recycle(batch, images)
         if self._mean_image is not None:
             subtract_image(images, self._mean_image, batch.input.divisor)
         self._waits.decode += perf_counter() - start - (self._read_wait - read_wait)
         return batch, images
 
     def close(self) -> None:
-        """Stop reading and decoding."""
+        """Stop reading and decoding. On a GPU it waits until no batch that came out is copied."""
         self._prefetcher.close()
         del self._decoder
+        self._finalizer()
+
+    def _recycle(self, batch: EncodedBatch, images: torch.Tensor) -> None:
+        """Keep the bytes of a batch whose pixels have come out; hand older ones back to the reader.
+
+        A GPU may copy page-locked bytes long after `run` has returned. It has done so when torch's
+        stream, which waits for the pixels, has come to where it is now.
+        """
+        copied = None
+        if images.is_cuda:
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(torch.cuda.current_stream(images.device))
+        self._done.append((batch, copied))
+        while len(self._done) > self._reader.config.prefetch + 1:
+            oldest, copied = self._done[0]
+            if copied is not None and not copied.query():  # type: ignore[no-untyped-call]
+                break  # the reader takes new memory meanwhile
+            self._done.popleft()
+            self._reader.recycle(oldest)
 
     def _find_failure(self) -> DecodeFailure | None:
         """Return the images that made DALI fail; None where something else did, such as memory."""
         if self._reader.shard_reader.encoding == "raw":
             return None
-        batch, trial = self._decoding[0], TrialDecoder(self._reader.config.device)
+        batch, trial = self._decoding[0], TrialDecoder()
         # DALI names at most the first bad one.
         failed = [i for i, jpeg in enumerate(batch.input.images) if not trial.can_decode(jpeg)]
         is_all = len(failed) == len(batch.ids) > 1
@@ -339,6 +366,13 @@ class Loader:
         return batch.input
 
 
+def _wait_for_copies(done: deque[tuple[EncodedBatch, torch.cuda.Event | None]]) -> None:
+    """Wait until a GPU has copied the bytes of batches that came out."""
+    for _, copied in done:
+        if copied is not None:
+            copied.synchronize()
+
+
 def subtract_image(images: torch.Tensor, image: torch.Tensor, divisor: Floats | None) -> None:
     """Subtract an image from pixels that were divided already, in place.
 
@@ -348,5 +382,6 @@ def subtract_image(images: torch.Tensor, image: torch.Tensor, divisor: Floats | 
     if divisor is None:
         images.sub_(image)
     else:
-        share = torch.from_numpy(1 / divisor).to(images).view(-1, 1, 1, 1)
+        share = to_device(torch.from_numpy(1 / divisor), images.device).to(images.dtype)
+        share = share.view(-1, 1, 1, 1)
         images.addcmul_(image, share, value=-1)

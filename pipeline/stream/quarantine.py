@@ -48,7 +48,7 @@ class HeaderCheck:
         self._passed = np.zeros(samples, bool)
         self._headers: set[bytes] = set()
         self._lengths: set[int] = set()
-        self._trial = TrialDecoder("cpu")  # on any device: the parser is the same
+        self._trial = TrialDecoder()
 
     def find_undecodable(self, ids: Ids, images: list[Bytes]) -> list[int]:
         """Return the places in `ids` (int64 [b]) of JPEGs that must not go into a batch."""

@@ -39,6 +39,11 @@ class WaitTimes:
     """Seconds that `next` has waited, by the stage that was not ready.
 
     The wait for a batch that is not read yet is divided in the proportions of its `Spent`.
+
+    On a GPU nothing in `next` waits for what the trainer has launched: pixels, labels and weights
+    are copies in the order of its stream. `decode` is then the wait for DALI's threads, which
+    themselves wait for their GPU decoder: a GPU that is busy with the network decodes later, and
+    that part of the wait is the stream's and the trainer's together.
     """
 
     fetch: float = 0.0
@@ -46,7 +51,7 @@ class WaitTimes:
     checksum: float = 0.0
     feed: float = 0.0
     decode: float = 0.0
-    """Making pixels: decode, crop, mirror, normalize, and on a GPU the copy to it."""
+    """Making pixels: decode, crop, mirror, normalize; on a GPU, until DALI has launched that."""
     handover: float = 0.0
     """Making tensors of a decoded batch, and recording it in the ledger."""
 

@@ -20,7 +20,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.dataset.images import SIZE
-from pipeline.stream.decode import select_gpu
+from pipeline.stream.decode import run_on_current_stream, select_gpu
 from pipeline.stream.shard_reader import Bytes
 from pipeline.throughput.clock import Rate, count_items, measure
 from pipeline.tools.files import drop_page_cache
@@ -165,13 +165,14 @@ def measure_nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: 
             source=batches, cycle=True, batch=True, dtype=types.UINT8, ndim=1
         )
         pipe.set_outputs(
-            fn.decoders.image(stored, device="mixed", output_type=types.RGB, hw_decoder_load=load)
+            fn.decoders.image(
+                stored, device="mixed", output_type=types.RGB, hw_decoder_load=load, affine=False
+            )
         )
     pipe.build()
 
     def step() -> int:
-        (images,) = pipe.run()
-        return len(images)
+        return len(run_on_current_stream(pipe))
 
     return measure(step, seconds, torch.cuda.synchronize)
 

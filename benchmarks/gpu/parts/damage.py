@@ -80,7 +80,7 @@ def main() -> None:
             damaged = damage_sample(data, Path(folder) / str(number), SAMPLES, BAD, edit)
             _print(case=name, way="stream", **_replaced(damaged, device, load, sound))
             bad = read_samples(damaged, SAMPLES)[BAD]
-            _print(case=name, way="alone", raises=not TrialDecoder(device).can_decode(bad))
+            _print(case=name, way="alone", raises=not TrialDecoder().can_decode(bad))
     # Last what our stream avoids, because it may be the end of this process.
     for name, edit in EDITS.items():
         _print(case=name, way="in a batch, not screened", **_bare(data, edit, device, load))

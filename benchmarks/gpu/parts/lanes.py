@@ -31,7 +31,7 @@ from pipeline.stream.decode import (
     Decoder,
     DecoderInput,
     open_pipeline,
-    run_on_current_stream,
+    run_to_tensor,
     select_gpu,
 )
 from pipeline.stream.loader import BatchReader
@@ -202,7 +202,7 @@ def _config(device: Device, setting: Setting) -> StreamConfig:
 def _run(pipe: Pipeline) -> Generator[torch.Tensor]:
     pipe.build()
     while True:
-        yield run_on_current_stream(pipe)
+        yield run_to_tensor(pipe)
 
 
 def _from_memory(data: Path, setting: Setting) -> Any:

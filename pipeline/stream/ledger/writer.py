@@ -15,6 +15,7 @@ import os
 import secrets
 import time
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from isal import isal_zlib
 
 from pipeline.stream.ledger.format import ENDING, LedgerHeader, encode_frame
 from pipeline.stream.order import Ids
+from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import SetupError, UsageError
 
 _AT_ONCE = 16
@@ -67,7 +69,7 @@ def compute_weighted_sums(images: torch.Tensor) -> torch.Tensor:
 def _weights(count: int, device: torch.device) -> torch.Tensor:
     """Return `count` fixed odd numbers, int64; PCG64's raw words are the same in every NumPy."""
     words = np.random.PCG64(0).random_raw(count) | np.uint64(1)
-    return torch.from_numpy(words.view(np.int64)).to(device)
+    return to_device(torch.from_numpy(words.view(np.int64)), device)
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,18 @@ class _PendingFrame:
     sums: torch.Tensor
     ready: torch.cuda.Event
 
+    @property
+    def is_ready(self) -> bool:
+        return bool(self.ready.query())  # type: ignore[no-untyped-call]
+
 
 class Ledger:
     """Writes one file: what this rank delivers from now on.
 
     A frame goes out with one `write` when its batch is recorded: a process that is killed loses
-    nothing of what it recorded. On a GPU the frame of a batch is written when the next one is
-    recorded, so that nothing waits for the device; call `flush` before a checkpoint is sealed.
+    nothing of what it recorded. On a GPU the frame of a batch is written at the first `record` that
+    finds its checksums ready, so that nothing waits for the device; call `flush` before a
+    checkpoint is begun.
 
         with Ledger(RUN / "ledger", header) as ledger:
             ledger.record(position, due, delivered, images)
@@ -106,7 +113,7 @@ class Ledger:
         self.path = folder / _make_name(header)
         """The file."""
         self._header = header
-        self._pending: _PendingFrame | None = None
+        self._pending: deque[_PendingFrame] = deque()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +143,8 @@ class Ledger:
             raise ValueError(f"{len(due)} ids, {len(delivered)} delivered, {len(images)} images")
         if self._file is None:
             raise ValueError(f"ledger {self.path} is closed")
-        self.flush()
+        while self._pending and self._pending[0].is_ready:
+            self._write_pending()
         if self._header.checksum == "crc32":
             self._write_frame(position, due, delivered, compute_crc32s(images))
             return
@@ -147,19 +155,17 @@ class Ledger:
         host = sums.to("cpu", non_blocking=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record(torch.cuda.current_stream(sums.device))
-        self._pending = _PendingFrame(position, due.copy(), delivered.copy(), host, ready)
+        self._pending.append(_PendingFrame(position, due.copy(), delivered.copy(), host, ready))
 
     def flush(self) -> None:
-        """Write the batch that is pending, if there is one; waits for its checksums.
+        """Write the batches that are pending; waits for their checksums.
 
         Raises:
             SetupError: the file cannot be written.
         """
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.ready.synchronize()
-            sums = pending.sums.numpy()
-            self._write_frame(pending.position, pending.due, pending.delivered, sums)
+        while self._pending:
+            self._pending[0].ready.synchronize()
+            self._write_pending()
 
     def close(self) -> None:
         """Write what is pending and close the file; a second call does nothing."""
@@ -173,6 +179,10 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write_pending(self) -> None:
+        frame = self._pending.popleft()
+        self._write_frame(frame.position, frame.due, frame.delivered, frame.sums.numpy())
 
     def _write_frame(
         self, position: int, due: Ids, delivered: Ids, checksums: npt.NDArray[np.integer[Any]]

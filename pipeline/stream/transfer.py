@@ -1,0 +1,23 @@
+"""Copies from host memory to a GPU that the host does not wait for."""
+
+from __future__ import annotations
+
+import torch
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device, without waiting for what the device still computes.
+
+    For a CPU it is the tensor itself. To a GPU it crosses from page-locked memory, in the order of
+    the current stream; `values` may be changed at once. torch keeps that memory from its next user
+    until the copy has ended (`pin_memory` caches blocks, each with the events of its copies), so
+    there is nothing to wait for here. A plain `.to(device)` of pageable memory returns only when
+    the stream has done all that was launched before.
+
+    Args:
+        values: any shape and dtype, on the host.
+        device: a CPU or a GPU.
+    """
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
