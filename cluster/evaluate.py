@@ -34,7 +34,7 @@ from cluster.run.probabilities import (
     open_writer,
     probability_path,
 )
-from cluster.training.precision import autocast, choose_device, compute_dtype, keep_memory
+from cluster.training.precision import autocast, choose_device, compute_dtype, prepare_device
 from model.alexnet import AlexNet
 from model.metrics import average_views, sum_metrics
 from pipeline.batches import Stream
@@ -116,8 +116,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         text = f"{options.data} is not the data set of the training; its own mean is subtracted"
         print_warning(Warned(text))
     device = choose_device(options.device)
-    keep_memory()
-    torch.set_num_threads(cpu_count())
+    prepare_device(device, cpu_count())
     net = AlexNet(classes=_count_classes(found, manifest, options), design=config.design).to(device)
     load_checkpoint(found.path, net)
     stream = _open_stream(options, config, device)
