@@ -106,7 +106,7 @@ class Controller:
         self._mirror = open_mirror(run, config.store)
         self._number = read_last_attempt(run)
         self._broken: set[str] = set()
-        """Host names of the nodes where a GPU has failed."""
+        """Ray's ids of the nodes where a GPU has failed."""
 
     def train(self) -> None:
         """Train to the last step.
@@ -208,7 +208,7 @@ class Controller:
 
     def _place(self, nodes: list[Node]) -> Placement:
         """Place the workers, on nodes where no GPU has failed, if those have room."""
-        sound = [node for node in nodes if node.name not in self._broken]
+        sound = [node for node in nodes if node.id not in self._broken]
         if len(sound) < len(nodes):
             with suppress(NoRoom):
                 return place_run(self._config, sound, self._gpu)

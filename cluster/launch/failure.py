@@ -49,6 +49,8 @@ class WorkerGpu:
     """GPU 3, or its id."""
     node: str
     """Host name of its node."""
+    node_id: str
+    """Ray's id of its node."""
     images: int
     """Images that are computed at once."""
     memory: WorkerMemory
@@ -70,7 +72,7 @@ def describe_failure(error: Exception, worker: str, gpu: WorkerGpu | None = None
     if gpu and root:
         text, code = _describe_gpu_error(root, gpu)
         is_final = code == SetupError.exit_code
-        node = gpu.node if code == 1 and not _is_full(root) else ""
+        node = gpu.node_id if code == 1 and not _is_full(root) else ""
     elif isinstance(error, DuetError):
         text, code = str(error), error.exit_code
     else:

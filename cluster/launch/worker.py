@@ -95,6 +95,7 @@ def describe_gpu(job: WorkerJob) -> WorkerGpu | None:
     return WorkerGpu(
         name=format_device(read_gpu(ray.get_gpu_ids())),
         node=platform.node(),
+        node_id=ray.get_runtime_context().get_node_id(),
         images=config.microbatch_size(placement.replicas),
         memory=estimate_memory(config, None, placement.size),
         is_fixed=config.design.norm == "batch",

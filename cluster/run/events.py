@@ -107,7 +107,7 @@ class Failed:
     final: bool
     """True if a restart would fail in the same way."""
     broken_node: str = ""
-    """Host name of the node whose GPU has failed; empty if none has."""
+    """Ray's id of the node whose GPU has failed; empty if none has."""
 
 
 @dataclass(frozen=True)

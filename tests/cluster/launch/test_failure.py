@@ -128,7 +128,7 @@ def test_a_log_that_cannot_be_written_hides_nothing(tmp_path: Path):
 
 GB = 10**9
 MEMORY = WorkerMemory(parameters=GB, image=30 * 10**6)
-GPU = WorkerGpu(name="GPU 3", node="n2", images=512, memory=MEMORY)
+GPU = WorkerGpu(name="GPU 3", node="n2", node_id="2f", images=512, memory=MEMORY)
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB. GPU 0 has a total")
 
 
@@ -159,7 +159,7 @@ def test_a_gpu_that_fails_is_named_with_its_node_and_the_run_goes_on(error):
     for raised in (error, fail_twice(error)):
         failed = describe_failure(raised, "replica 0, column a", GPU)
         assert failed.text == f"GPU 3 of node n2 failed ({first})"
-        assert (failed.exit_code, failed.final, failed.broken_node) == (1, False, "n2")
+        assert (failed.exit_code, failed.final, failed.broken_node) == (1, False, "2f")
         assert str(error) in failed.trace
 
 
@@ -184,7 +184,7 @@ def test_a_batch_that_is_too_large_for_a_gpu_is_told_with_one_that_fits(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 16 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved * GB)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: reserved * GB)
-    gpu = WorkerGpu(name="GPU 3", node="n2", images=512, memory=MEMORY, is_fixed=fixed)
+    gpu = WorkerGpu(name="GPU 3", node="n2", node_id="2f", images=512, memory=MEMORY, is_fixed=fixed)
     for error in (FULL, torch.AcceleratorError("CUDA error: out of memory")):
         failed = describe_failure(error, "replica 0, column a", gpu)
         assert failed.text.startswith("the memory of GPU 3 of node n2 is too small: ")
@@ -227,7 +227,7 @@ class Group:
             if "m" in self.placement.nodes:
                 raise torch.AcceleratorError("CUDA error: unspecified launch failure")
         except RuntimeError as error:
-            gpu = WorkerGpu(name="GPU 1", node="m", images=8, memory=MEMORY)
+            gpu = WorkerGpu(name="GPU 1", node="m", node_id="m", images=8, memory=MEMORY)
             self.failure.event = describe_failure(error, "replica 0, column b", gpu)
         self.has_failed = self.failure.event is not None
         self.finished = not self.has_failed
