@@ -17,20 +17,23 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from cluster.checkpoint.storage import JSON, CheckpointStorage, open_storage, parse_step
 from cluster.run.events import Tell, Warned
 from cluster.run.folder import Mark, is_run_id, read_run_id
-from model.alexnet import AlexNet
-from model.optimizer import Sgd2012
 from pipeline.remote.filesystem import StoreError
 from pipeline.tools.errors import DataError, DuetError, UsageError, summarize_error
 from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import hash_json, parse_json
+
+if TYPE_CHECKING:  # commands that only look at a run start faster without torch
+    from torch import Tensor
+
+    from model.alexnet import AlexNet
+    from model.optimizer import Sgd2012
 
 VERSION = 1
 DIGEST = "sha256"

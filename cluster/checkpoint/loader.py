@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoint.format import (
     UNSOUND,
@@ -44,7 +42,6 @@ from cluster.config import (
     is_of_type,
     read_run_config,
 )
-from cluster.mesh import ProcessMesh
 from cluster.run.events import Tell
 from cluster.run.folder import (
     CHECKPOINTS,
@@ -55,12 +52,17 @@ from cluster.run.folder import (
     read_last_step,
     read_run_id,
 )
-from model.alexnet import AlexNet
-from model.optimizer import Sgd2012
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 from pipeline.tools.text import hide_credentials
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cluster.mesh import ProcessMesh
+    from model.alexnet import AlexNet
+    from model.optimizer import Sgd2012
 
 NEW = "conv6"
 """Name of the layer that may be new, besides the last."""
@@ -345,6 +347,8 @@ def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]
     Raises:
         UsageError, DataError, StoreError: as `parse_init` and `choose_init`, or it does not fit.
     """
+    from model.alexnet import AlexNet  # here: it brings torch
+
     source = parse_init(config.init)
     found = choose_init(source, tell)
     address = f"{source.base}/{found.name}"

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.mesh import ProcessMesh
 from pipeline.tools.errors import SetupError
 from pipeline.tools.text import suggest_extra
+
+if TYPE_CHECKING:
+    from cluster.mesh import ProcessMesh
 
 GAUGES = {
     "img_s": ("duet_images_per_second", "Images per second, of the whole job."),

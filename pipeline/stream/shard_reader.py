@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from isal import isal_zlib
 
 from pipeline.dataset.images import Pixels, Undecodable, decode_image
@@ -255,6 +254,8 @@ class _ShardFile:
     @cached_property
     def mapped(self) -> Bytes:
         """Memory-mapped bytes of the shard, uint8 [size]; they live as long as a reference."""
+        import torch  # here: commands that only read indices start faster without it
+
         # `mmap` would hold a file descriptor for each map, for as long as a sample refers to it.
         name, size = f"/proc/self/fd/{self.number}", os.fstat(self.number).st_size
         mapped: Bytes = torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy()

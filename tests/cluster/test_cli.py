@@ -56,6 +56,20 @@ def test_help_and_errors_come_at_once_and_without_the_libraries_of_the_verbs(cap
     assert find_verb("build_shards") == "build-shards"
 
 
+def test_verbs_that_need_no_tensors_are_imported_without_torch():
+    """The first line of a command, or its help, comes seconds earlier."""
+    names = ["build-shards", "index-shards", "verify", "describe", "demo-images", "train",
+             "presets", "status", "doctor", "summary"]  # fmt: skip
+    modules = [VERBS[name].module for name in names]
+    script = f"import sys, {', '.join(modules)}; " + (
+        "sys.exit(', '.join(n for n in ('torch', 'ray', 'nvidia.dali') if n in sys.modules) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_verb_is_the_command(tmp_path):
     """Same help under another name, same error, same exit code."""
     as_verb, as_module = (
