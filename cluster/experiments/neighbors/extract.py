@@ -33,7 +33,7 @@ from cluster.experiments.neighbors.features import (
     remove_features,
 )
 from cluster.run.folder import CONFIG
-from cluster.training.precision import autocast, compute_dtype, keep_memory
+from cluster.training.precision import autocast, compute_dtype, prepare_device
 from model.alexnet import AlexNet
 from pipeline.batches import Batch, Stream
 from pipeline.remote.dataset import open_dataset
@@ -178,9 +178,7 @@ def extract(job: FeatureJob) -> int:
     device = torch.device(job.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        keep_memory()
-        torch.set_num_threads(job.threads)
+    prepare_device(device, job.threads)
     source, about = job.source, job.about
     net = _load_network(source.checkpoint.path, source.run, job.device, len(about.classes))
     first, stop = job.blocks.start * BLOCK, about.rows(job.blocks[-1]).stop

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from cluster.training import precision
-from cluster.training.precision import autocast, compute_dtype
+from cluster.training.precision import autocast, compute_dtype, prepare_device
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,39 @@ def test_autocast_with_float32_changes_nothing():
         assert (a @ b).dtype == torch.float32
     with autocast(torch.bfloat16, CPU):
         assert (a @ b).dtype == torch.bfloat16
+
+
+FLAGS = (
+    (torch.backends.cuda.matmul, "allow_tf32"),
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cudnn, "benchmark"),
+)
+
+
+@pytest.fixture
+def flags() -> Iterator[Callable[[], list[bool]]]:
+    """A function that reads torch's settings of a GPU, which are as they were afterwards."""
+    before = [getattr(owner, name) for owner, name in FLAGS]
+    yield lambda: [getattr(owner, name) for owner, name in FLAGS]
+    for (owner, name), value in zip(FLAGS, before, strict=True):
+        setattr(owner, name, value)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_on_a_gpu_is_rounded_to_tf32_only_where_asked(tf32, flags, monkeypatch):
+    monkeypatch.setattr(precision, "keep_memory", pytest.fail)  # no large tensors in host memory
+    for owner, name in FLAGS:
+        setattr(owner, name, not tf32)
+    prepare_device(torch.device("cuda"), torch.get_num_threads(), tf32)
+    assert flags() == [tf32, tf32, True]
+
+
+def test_a_network_on_a_cpu_keeps_its_memory_and_its_share_of_the_cores(monkeypatch):
+    called = []
+    monkeypatch.setattr(precision, "keep_memory", lambda: called.append("memory"))
+    monkeypatch.setattr(torch, "set_num_threads", called.append)
+    prepare_device(CPU, 3)
+    assert called == [3, "memory"]
 
 
 FAULTS = """
