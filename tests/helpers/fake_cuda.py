@@ -38,9 +38,13 @@ class FakeEvent:
         self.device, self.enable_timing, self.blocking = device, enable_timing, blocking
         self.reached = float("nan")
 
-    def record(self) -> None:
+    def record(self, stream: Any = None) -> None:
         """Mark the work launched so far."""
         self.reached = max(self.device.now, self.device.busy_until)
+
+    def query(self) -> bool:
+        """Return whether the work before the event is done."""
+        return self.reached <= self.device.now
 
     def synchronize(self) -> None:
         """Have the host wait until the work before the event is done."""
