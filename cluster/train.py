@@ -324,22 +324,22 @@ def start_ray(config: Config, screen: RunConsole) -> Iterator[Callable[[], str]]
 
     Raises:
         NoRoom: there is no RAY_ADDRESS, and this machine has no room for the workers.
-        SetupError: Ray cannot be started or reached.
+        SetupError: Ray cannot be started or reached, or torch cannot use this machine's GPUs.
     """
-    import torch
-
+    from cluster.launch.gpus import count_gpus
     from cluster.launch.placement import check_this_machine
 
-    workers = 1
+    workers, gpus = 1, None
     if is_attached():
         screen.wait("attaching to Ray and starting the workers")
     else:
-        workers, warning = check_this_machine(config, torch.cuda.device_count())
+        gpus = count_gpus(config.device)
+        workers, warning = check_this_machine(config, gpus)
         if warning:
             screen.say(f"warning: {warning}")
         screen.wait("starting Ray and the workers")
     output = io.StringIO()
-    with redirect_stdout(output), ray_session(workers):
+    with redirect_stdout(output), ray_session(workers, gpus):
         yield output.getvalue
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import sys
 import tomllib
@@ -16,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from cluster.doctor.finding import Finding, fail, ok, warn
+from cluster.launch.gpus import GpuState, find_driver_fault, find_gpu_fault, gather_gpu_state
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.files import read_text
 
@@ -23,14 +23,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 OWN_LINES = ("torch", "ray", *DALI)
 """Packages with a finding of their own; the others share one."""
-OLDEST_DRIVER = {12: 525, 13: 580}
-"""Major release of CUDA -> oldest driver for its minor releases (CUDA Compatibility, table 2)."""
 INSTALL = "make install   # CUDA=12 for a driver before 580"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Software:
-    """Facts about the software on this machine."""
+class Software(GpuState):
+    """Facts about the software on this machine, and about its GPUs."""
 
     python: tuple[int, ...] = sys.version_info[:3]
     packages: dict[str, str] = field(default_factory=dict)
@@ -39,16 +37,6 @@ class Software:
     """Version ranges of pyproject.toml, such as {"numpy": ">=2"}."""
     pins: dict[str, str] = field(default_factory=dict)
     """Releases in constraints.txt; empty if there is no such file."""
-    cuda: str | None = None
-    """Release of CUDA that torch was built for; None: a CPU build."""
-    driver: str | None = None
-    """Release of NVIDIA's driver; None: there is none."""
-    devices: int = 0
-    """Number of GPUs with device files."""
-    are_gpus_hidden: bool = False
-    """True if CUDA_VISIBLE_DEVICES hides all GPUs from this process."""
-    gpu_error: str = ""
-    """Reason why torch sees no GPU; empty if it does, or if there is no driver."""
     broken: dict[str, str] = field(default_factory=dict)
     """Modules that are installed but cannot be imported -> error message."""
 
@@ -60,30 +48,14 @@ def gather() -> Software:
         with suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     broken = {name: why for name in ("torch", "nvidia.dali") if (why := _try_import(name))}
-    cuda, driver = None, read_driver_release(Path("/proc/driver/nvidia/version"))
-    gpu_error = ""
-    if "torch" not in broken:
-        import torch
-
-        cuda = torch.version.cuda
-        if driver and cuda and not torch.cuda.is_available():
-            gpu_error = "it does not say why"
-            try:
-                torch.cuda.init()
-            except Exception as error:
-                gpu_error = summarize_error(error)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = GpuState() if "torch" in broken else gather_gpu_state()
     pins = re.findall(r"^([\w-]+)==(\S+)$", read_text(REPOSITORY / "constraints.txt"), re.MULTILINE)
     return Software(
         packages=packages,
         ranges=ranges,
         pins=dict(pins),
-        cuda=cuda,
-        driver=driver,
-        devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
-        are_gpus_hidden=visible is not None and visible.strip() in ("", "-1", "NoDevFiles"),
-        gpu_error=gpu_error,
         broken=broken,
+        **vars(gpus),
     )
 
 
@@ -108,12 +80,6 @@ def read_ranges(path: Path) -> dict[str, str]:
     return {found.name: str(found.specifier) for found in map(Requirement, lines)}
 
 
-def read_driver_release(path: Path) -> str | None:
-    """Read the release of NVIDIA's driver from its file in /proc; None without one."""
-    found = re.search(r"Module[^\n]*?\s(\d+\.\d+[.\d]*)", read_text(path))
-    return found[1] if found else None
-
-
 def judge(have: Software) -> Iterator[Finding]:
     """Judge Python, torch, DALI, Ray and the other packages."""
     version = ".".join(map(str, have.python))
@@ -132,28 +98,15 @@ def judge(have: Software) -> Iterator[Finding]:
 
 def _judge_torch(have: Software) -> Finding:
     release = have.packages.get("torch", "")
-    if fault := _find_fault(have, "torch", "torch", release, "torch"):
-        return fault
+    if found := _find_fault(have, "torch", "torch", release, "torch"):
+        return found
     if have.driver is None:
         return ok("torch", f"{release}, no NVIDIA driver here: computes on the CPU")
-    if have.cuda is None:
-        newest = max(OLDEST_DRIVER)
-        mend = f"pip uninstall -y torch; {_suggest_install('torch')}   # a CUDA build"
-        if find_cuda(have.driver) != newest:
-            mend = _suggest_older(have.driver)
-        return fail("torch", f"{release} is a CPU build, and there is a driver {have.driver}", mend)
-    found = _judge_driver("torch", f"{release} for CUDA {have.cuda}", have.cuda, have)
-    if found.status != "ok" or not have.gpu_error:
-        return found
-    if have.are_gpus_hidden:
-        text = f"{found.value}; CUDA_VISIBLE_DEVICES hides all GPUs"
-        return warn("torch", text, "unset CUDA_VISIBLE_DEVICES")
-    if not have.devices:
-        text = f"{found.value}; this process has no access to the GPUs"
-        return warn("torch", text, "docker run --gpus all, or nvidia.com/gpu in the pod's limits")
-    mend = "nvidia-smi   # and `dmesg | grep -i nvrm`; on NVSwitch machines: "
-    mend += "systemctl start nvidia-fabricmanager"
-    return fail("torch", f"{found.value}; sees no GPU: {have.gpu_error}", mend)
+    text = f"{release} for CUDA {have.cuda}, driver {have.driver}" if have.cuda else release
+    if fault := find_gpu_fault(have):
+        status = fail if fault.is_broken else warn
+        return status("torch", f"{text}; {fault.text}", fault.mend)
+    return ok("torch", text)
 
 
 def _find_fault(have: Software, package: str, label: str, text: str, module: str) -> Finding | None:
@@ -169,33 +122,6 @@ def _find_fault(have: Software, package: str, label: str, text: str, module: str
     return None
 
 
-def _judge_driver(name: str, what: str, cuda: str, have: Software) -> Finding:
-    """Judge whether the driver is new enough for a release of CUDA."""
-    major = int(cuda.split(".")[0])
-    oldest = OLDEST_DRIVER.get(major)
-    if have.driver is None or oldest is None:
-        return ok(name, what)
-    if int(have.driver.split(".")[0]) < oldest:
-        text = f"{what} needs a driver from {oldest} on, here is {have.driver}"
-        return fail(name, text, _suggest_older(have.driver))
-    return ok(name, f"{what}, driver {have.driver}")
-
-
-def find_cuda(driver: str) -> int | None:
-    """Return the newest major release of CUDA whose builds run on a driver; None: no such build."""
-    fitting = [
-        cuda for cuda, oldest in OLDEST_DRIVER.items() if int(driver.split(".")[0]) >= oldest
-    ]
-    return max(fitting, default=None)
-
-
-def _suggest_older(driver: str) -> str:
-    """Return what makes GPUs work whose driver is too old for the newest CUDA."""
-    cuda = find_cuda(driver)
-    least = f"update the driver, to {OLDEST_DRIVER[min(OLDEST_DRIVER)]} at least"
-    return f"make install CUDA={cuda}   # or update the driver" if cuda else least
-
-
 def _judge_dali(have: Software) -> Finding:
     installed = [name for name in DALI if name in have.packages]
     if len(installed) > 1:
@@ -204,8 +130,14 @@ def _judge_dali(have: Software) -> Finding:
     name = installed[0] if installed else DALI[0]
     cuda = name[-3:-1]
     text = f"{have.packages.get(name)} for CUDA {cuda}"
-    fault = _find_fault(have, name, "DALI", text, "nvidia.dali")
-    return fault or _judge_driver("DALI", text, cuda, have)
+    if found := _find_fault(have, name, "DALI", text, "nvidia.dali"):
+        return found
+    if have.driver is None:
+        return ok("DALI", text)
+    text = f"{text}, driver {have.driver}"
+    if fault := find_driver_fault(cuda, have.driver):
+        return fail("DALI", f"{text}; {fault.text}", fault.mend)
+    return ok("DALI", text)
 
 
 def _judge_others(have: Software) -> Finding:

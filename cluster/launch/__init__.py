@@ -2,6 +2,7 @@
 
 controller   keeps a run going until its last step
 placement    columns and replicas on nodes
+gpus         whether torch can use this machine's GPUs
 worker       entry point of a worker
 failure      what the error of a worker means
 rendezvous   workers of one machine meet on 127.0.0.1

@@ -76,11 +76,14 @@ def refuse_relative(name: str, path: str | Path, *, missing: bool = False) -> No
 
 
 @contextmanager
-def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterator[None]:
+def ray_session(
+    workers: int, gpus: int | None = None, *, preload: str | None = "ray.train.torch"
+) -> Iterator[None]:
     """Attach to the Ray that RAY_ADDRESS names, or start one and stop it after the block.
 
     Args:
         workers: processes of the run; a Ray started here has room for them on any machine.
+        gpus: GPUs that a Ray started here offers; None: all that it finds.
         preload: module to import in a thread while Ray's processes start.
 
     Raises:
@@ -100,7 +103,7 @@ def ray_session(workers: int, preload: str | None = "ray.train.torch") -> Iterat
         try:
             # A terminal that goes sends SIGHUP to all: Ray's processes must live until the end.
             with defer_signals(signal.SIGHUP):
-                _start(ray, scratch, workers, everywhere)
+                _start(ray, scratch, workers, everywhere, gpus)
             guard_token()
             # Raises KeyboardInterrupt; replaces Ray's handler, which aborts.
             handle_end(signal.default_int_handler)
@@ -221,7 +224,10 @@ def guard_token() -> None:
             path.chmod(0o600)
 
 
-def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str]) -> None:
+def _start(
+    ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str],
+    gpus: int | None = None,
+) -> None:  # fmt: skip
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if scratch is not None:
         # Inherited by every process of this Ray, so that workers can import this repository.
@@ -230,6 +236,7 @@ def _start(ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, s
         options |= {
             "address": "local",
             "num_cpus": max(workers, cpu_count()),
+            "num_gpus": gpus,
             "include_dashboard": False,
             "_temp_dir": str(scratch / "r"),  # Ray opens it to all users: the one above is private
         }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import Config
 from cluster.launch.channel import DriverAddress, DriverWatch
 from cluster.launch.failure import WorkerGpu, describe_failure
+from cluster.launch.gpus import GpuFault, describe_fault, find_gpu_fault, gather_gpu_state
 from cluster.launch.placement import (
     Placement,
     WorkerLocation,
@@ -143,15 +144,18 @@ def find_mesh(placement: Placement, config: Config) -> Any:
 
 def _choose_device(placement: Placement) -> torch.device:
     import torch
-    from ray.train.torch import get_device
 
     if not placement.gpus or os.environ.get(FAKE_GPUS):
         return torch.device("cpu")
     if not torch.cuda.is_available():
+        fault = find_gpu_fault(gather_gpu_state())
+        why = describe_fault(fault or GpuFault("no driver", "install one there"))
         raise SetupError(
             f"node {platform.node()} offers GPUs to Ray, but its torch {torch.__version__} sees "
-            "none; install a CUDA build and driver there, or use --device cpu"
+            f"none: {why}"
         )
+    from ray.train.torch import get_device
+
     device = get_device()
     torch.cuda.set_device(device)
     return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,7 @@ def test_a_batch_that_is_too_large_for_a_gpu_is_told_with_one_that_fits(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GB, 16 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved * GB)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: reserved * GB)
-    gpu = WorkerGpu(name="GPU 3", node="n2", node_id="2f", images=512, memory=MEMORY, is_fixed=fixed)
+    gpu = replace(GPU, is_fixed=fixed)
     for error in (FULL, torch.AcceleratorError("CUDA error: out of memory")):
         failed = describe_failure(error, "replica 0, column a", gpu)
         assert failed.text.startswith("the memory of GPU 3 of node n2 is too small: ")
