@@ -82,9 +82,10 @@ class ShardReader:
         self._index = load_index(dataset.folder, split, manifest)
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
         self._finalizer = weakref.finalize(self, _close_all, self._files)
-        self._maps = maps and self.encoding == "raw"
+        self.maps = maps and self.encoding == "raw"
+        """True if images are mapped from their second read on."""
         self._opening = self._reading = self._checking = 0.0
-        self._read_before = np.zeros(len(self._index) if self._maps else 0, bool)
+        self._read_before = np.zeros(len(self._index) if self.maps else 0, bool)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -95,7 +96,7 @@ class ShardReader:
 
     def buffer_size(self, ids: Ids) -> int:
         """Return the number of bytes that `read` copies for samples `ids` (int64 [b])."""
-        if self._maps:
+        if self.maps:
             ids = ids[~self._read_before[ids]]
         return int(self._index["size"][ids].sum(dtype=np.int64))
 
@@ -131,7 +132,7 @@ class ShardReader:
         start = 0
         columns = (rows[name].tolist() for name in ("shard", "offset", "size", "crc"))
         for place, (shard, offset, size, crc) in enumerate(zip(*columns, strict=True)):
-            if self._maps and self._read_before[ids[place]]:
+            if self.maps and self._read_before[ids[place]]:
                 file = self._file(shard)
                 # Touching what was cut off since the shard was mapped would raise SIGBUS.
                 whole = os.fstat(file.number).st_size >= offset + size
@@ -148,7 +149,7 @@ class ShardReader:
             if reason:
                 damaged[place] = self.make_damage(int(ids[place]), reason)
             views.append(view)
-        if self._maps:
+        if self.maps:
             self._read_before[ids] = True
         return views, damaged
 

@@ -340,7 +340,7 @@ def _reader_stages(
     parts: Parts, warm: ReaderRate, paths: Sequence[Path], seconds: float
 ) -> Iterator[StageRow]:
     each = parts.bytes_each
-    if parts.encoding == "jpeg":  # raw ones are mapped: the checksum is the first to read them
+    if not parts.shard_reader.maps:  # of mapped ones the checksum is the first to read them
         yield make_row(
             "storage, page cache", warm.rate("storage"), each,
             limit=hardware.measure_page_cache(paths, seconds / 2).best / each,

@@ -204,6 +204,7 @@ class Ledger:
             ) from error
 
     def _close_file(self) -> None:
+        self._pending.clear()  # after an error: nothing may follow a torn frame
         if self._file is not None:
             self._finalizer()
             self._file = None
