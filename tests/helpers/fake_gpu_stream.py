@@ -52,7 +52,7 @@ class GpuTensor(torch.Tensor):
 
 
 class DaliPixels(TensorGPU):  # type: ignore[misc]
-    """What looks like pixels that DALI has made on a GPU: float16, in memory of DALI's."""
+    """Pixels that seem to be on a GPU: float16, in memory of DALI's."""
 
     values: np.ndarray
     gpu: FakeGpu
@@ -71,7 +71,7 @@ class DaliPixels(TensorGPU):  # type: ignore[misc]
 
 
 class DaliOutput:
-    """What looks like a list of tensors of a DALI pipeline on a GPU."""
+    """List of tensors that seems to come from a DALI pipeline on a GPU."""
 
     def __init__(self, pixels: np.ndarray, gpu: FakeGpu) -> None:
         self._made = DaliPixels.__new__(DaliPixels)  # its __init__ wants a GPU

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.mesh import create_mesh
 from cluster.training.pair_batches import PairBatches
 from pipeline.batches import Stream
+from pipeline.stream.ledger.writer import Ledger
 from tests.helpers.processes import run_ranks
+from tests.helpers.training_runs import CONFIG, alone
 
 
 def run_rank(rank: int, folder: Path, data: Path) -> None:
@@ -32,6 +36,23 @@ def run_rank(rank: int, folder: Path, data: Path) -> None:
             assert batch.position == 8
             next(feed)
     dist.destroy_process_group()
+
+
+def test_the_ledger_is_written_before_a_checkpoint_is_begun(tiny_data, tmp_path, monkeypatch):
+    """A GPU's last frames may be pending; a checkpoint names their position."""
+    order = []
+
+    def note(kind, name):
+        real = getattr(kind, name)
+        monkeypatch.setattr(
+            kind, name, lambda self, *given: (order.append(name), real(self, *given))[1]
+        )
+
+    note(Ledger, "flush")
+    note(CheckpointManager, "begin")
+    config = replace(CONFIG, steps=4, checkpoint_every=2, validate_every=0, ledger=True)
+    alone(config, tiny_data, tmp_path / "run")
+    assert order == ["flush", "begin", "flush", "begin", "flush"]  # the last closes it
 
 
 def test_a_batch_stays_while_the_other_column_runs_ahead(tiny_data, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from pipeline.batches import Batch, Stream
 from pipeline.stream import decode
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import TrialDecoder, decode_crops
+from pipeline.stream.ledger import writer
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.loader import BatchReader
 from pipeline.stream.quarantine import HeaderCheck
 from pipeline.throughput.stages import Setting, measure_pixel_seconds, open_parts
+from pipeline.tools.errors import SetupError
 from tests.helpers.damage import taken, undecodable
 from tests.helpers.fake_gpu_stream import FakeGpu, on_host, one_fake_gpu  # noqa: F401 - a fixture
 from tests.helpers.host_reads import HostReads
@@ -118,6 +121,23 @@ def test_a_stream_ends_when_the_gpu_has_copied_what_came_out(raw_data, end, fake
     gc.collect()
     assert fake_gpu.device.now > 1000
     assert torch.equal(on_host(kept), before)
+
+
+def test_a_full_disk_is_told_once_though_more_batches_are_pending(
+    tiny_data, tmp_path, monkeypatch, fake_gpu: FakeGpu
+):
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Stream(tiny_data, batch_size=8, threads=1, device="gpu", ledger=tmp_path) as stream:
+        for _ in range(4):
+            fake_gpu.device.launch(1000)
+            next(stream)
+        fake_gpu.device.synchronize()
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.os, "write", fail)
+            with pytest.raises(SetupError, match="No space left"):
+                next(stream)
 
 
 def test_an_evaluation_ends_and_pads_as_on_a_cpu(tiny_data, fake_gpu: FakeGpu):
