@@ -141,7 +141,8 @@ class AlexNet(nn.Module):
 
         A dropout mask is a function of (seed, position, column, layer): a sample has the same mask
         in any number of replicas, in any micro-batch, and after a restart. The position is kept in
-        a tensor: compiled forms of the network and CUDA graphs read the new one.
+        a tensor: compiled forms of the network and CUDA graphs read the new one, and so does a
+        backward pass on a GPU: compute that of a batch before the next position is set.
 
         Args:
             position: samples that the whole job consumed before the first row; row i is

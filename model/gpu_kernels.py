@@ -69,3 +69,39 @@ def norm_backward(x, dy, dx, n, step, maps, k, alpha, relu: tl.constexpr, BLOCK:
     if relu:
         result = tl.where(own <= 0, 0.0, result)
     tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mix(word):
+    """SplitMix64's finalizer of uint64 words, as in `model.layers`."""
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB
+    return word ^ (word >> 31)
+
+
+@triton.jit(do_not_specialize=["n"])
+def dropout(
+    x, y, position, keys, n, UNITS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """y = x times the bits of `draw_dropout_mask`; n words of 64 bits, one after the other.
+
+    A thread draws a word for the few units of it that it loads together: [BLOCK, 64] is divided
+    among the threads along the units.
+    """
+    WORDS: tl.constexpr = (UNITS + 63) // 64
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, word = at // WORDS, at % WORDS  # one column of one sample, one after the other
+    key = tl.load(keys + row % COLUMNS)
+    sample = tl.load(position) + row // COLUMNS
+    start = mix((sample + key).to(tl.uint64))
+    bits = mix(start + (word + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+    shift = tl.arange(0, 64)[None, :]
+    unit = word[:, None] * 64 + shift
+    inside = (at < n)[:, None]
+    if UNITS % 64:
+        inside = inside & (unit < UNITS)
+    here = row.to(tl.int64)[:, None] * UNITS + unit
+    value = tl.load(x + here, mask=inside, other=0.0)
+    kept = ((bits[:, None] >> shift.to(tl.uint64)) & 1) != 0
+    wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    tl.store(y + here, (value.to(wide) * kept.to(wide)).to(value.dtype), mask=inside)

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from model.norm import pad_images
+from model.norm import pad_images, prepare_gpu_kernels
 
 # Operations that one kernel computes faster, in one pass over memory, than one by one.
 FUSED = (("relu", "norm", "pool"), ("norm", "pool"), ("relu", "pool"), ("relu", "norm"))
 _BITS = 64  # units that share a random word
+_GPU_WORDS = 32  # random words of a program on a GPU
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -148,9 +151,49 @@ class Dropout(nn.Module):
         """
         if not self.training:
             return x * 0.5
+        if prepare_gpu_kernels(x) and not torch.compiler.is_compiling():
+            return DropoutKernel.apply(x, position, self.keys)
         batch, units = x.shape
         mask = draw_dropout_mask(position, batch, units // len(self.keys), self.keys)
         return x * mask.to(x.dtype)
+
+
+class DropoutKernel(torch.autograd.Function):
+    """Dropout in training on a GPU, which draws a mask where it needs it, and stores none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, position: Tensor, keys: Tensor) -> Tensor:
+        """Multiply x by its mask."""
+        ctx.save_for_backward(position, keys)
+        return launch_dropout(x, position, keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Multiply the gradient by the same mask."""
+        return launch_dropout(gradient, *ctx.saved_tensors), None, None
+
+
+def launch_dropout(x: Tensor, position: Tensor, keys: Tensor) -> Tensor:
+    """Multiply x by `draw_dropout_mask` of the same position and keys, in one pass on a GPU.
+
+    Args:
+        x: float [b, columns * units].
+        position: int64 scalar.
+        keys: int64 [columns].
+    """
+    from model import gpu_kernels
+
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    batch, units = x.shape[0], x.shape[1] // len(keys)
+    words = batch * len(keys) * -(-units // _BITS)
+    if words:
+        gpu_kernels.dropout[(-(-words // _GPU_WORDS),)](
+            x, y, position, keys, words,
+            UNITS=units, COLUMNS=len(keys), BLOCK=_GPU_WORDS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y
 
 
 def draw_dropout_mask(position: Tensor | int, batch: int, units: int, keys: Tensor) -> Tensor:

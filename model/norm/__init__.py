@@ -13,6 +13,7 @@ from model.norm.response import (
     describe_backend,
     local_response_norm,
     norm_pool,
+    prepare_gpu_kernels,
     spatial_response_norm,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "local_response_norm",
     "norm_pool",
     "pad_images",
+    "prepare_gpu_kernels",
     "spatial_response_norm",
 ]

@@ -63,7 +63,7 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
     kernel = reference.normalize
     if native.prepare_kernels(x):
         kernel = native.normalize
-    elif x.device.type == "cuda" and x.dtype in GPU_DTYPES and _has_triton():
+    elif prepare_gpu_kernels(x):
         kernel = launch_gpu_kernel
     return NormKernel.apply(x, kernel, columns, relu)
 
@@ -146,6 +146,11 @@ def describe_backend(device: torch.device | str = "cpu") -> str:
     if kind != "cuda":
         return "torch operations"
     return "Triton kernels" if _has_triton() else "torch operations, as triton is not installed"
+
+
+def prepare_gpu_kernels(x: Tensor) -> bool:
+    """Return whether the kernels of `model.gpu_kernels` can work on x."""
+    return x.device.type == "cuda" and x.dtype in GPU_DTYPES and _has_triton()
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.layers import Dropout, derive_seed, draw_dropout_mask
+from model.layers import Dropout, derive_seed, draw_dropout_mask, launch_dropout
+from model.norm.response import GPU_DTYPES
+from tests.helpers.gpu_compiler import ARCHITECTURES, compile_launches
+from tests.helpers.gpu_interpreter import interpret_kernels
 
 KEY = derive_seed("a key")
 
@@ -74,7 +77,60 @@ def test_masks_do_not_touch_the_global_generator() -> None:
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same() -> None:
     on_gpu = draw_dropout_mask(2**40, 128, 2048, keys().cuda())
-    assert torch.equal(on_gpu.cpu(), draw_dropout_mask(2**40, 128, 2048, keys()))
+    mask = draw_dropout_mask(2**40, 128, 2048, keys())
+    assert torch.equal(on_gpu.cpu(), mask)
+    for dtype in GPU_DTYPES:
+        x = torch.randn(128, 2048).to(dtype)
+        y = launch_dropout(x.cuda(), torch.tensor(2**40).cuda(), keys().cuda())
+        assert torch.equal(y.cpu(), x * mask)
+
+
+@pytest.mark.parametrize("units", [1, 64, 150])
+@pytest.mark.parametrize("position", [0, 2**31 - 3, 14_000_000 * 90, 2**62, 2**63 - 4])
+def test_the_kernel_multiplies_by_the_same_bits(position: int, units: int) -> None:
+    """Zeros have the sign that they have on a CPU, and NaN stays."""
+    generator = torch.Generator().manual_seed(units)
+    with interpret_kernels() as launched:
+        for numbers, dtype in (((2**64 - 1,), torch.bfloat16), ((0, KEY), torch.float64)):
+            x = torch.randn(40, units * len(numbers), generator=generator).to(dtype)
+            y = launch_dropout(x, torch.tensor(position), keys(*numbers))
+            expected = x * draw_dropout_mask(position, 40, units, keys(*numbers))
+            assert torch.equal(y.view(torch.uint8), expected.view(torch.uint8))
+        assert launched == ["dropout", "dropout"]
+        nothing = torch.full((2, 70), torch.nan)
+        assert launch_dropout(nothing, torch.tensor(position), keys()).isnan().all()
+
+
+def test_the_kernel_masks_the_gradient_again_and_stores_no_mask() -> None:
+    x, position, layer = torch.ones(5, 140, requires_grad=True), torch.tensor(9), Dropout([KEY, 3])
+    with interpret_kernels():
+        y = layer(x, position)
+        assert y.grad_fn is not None
+        assert [saved.shape for saved in y.grad_fn.saved_tensors] == [(), (2,)]  # type: ignore[attr-defined]
+        (y * torch.arange(140.0)).sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad, y * torch.arange(140.0))
+        assert layer(x[:0], position).shape == (0, 140)
+        late = layer(x, position).sum()
+        position.fill_(10)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kernel_compiles_for_a_gpu(architecture: int) -> None:
+    position, numbers = torch.zeros((), dtype=torch.int64), keys(KEY, 3)
+    position, numbers = position.to("meta"), numbers.to("meta")
+    pytest.importorskip("triton")
+    with compile_launches(architecture) as compiled:
+        for dtype, most in ((torch.bfloat16, 16), (torch.float32, 22)):
+            x = torch.empty(128, 2 * 2048, dtype=dtype, device="meta")
+            launch_dropout(x, position, numbers)
+            # To draw a word takes some 60 instructions: it must serve several units.
+            assert compiled[-1].count_instructions(x.numel()) < most
+        launch_dropout(torch.empty(7, 2 * 150, device="meta"), position, numbers)
+    assert [kernel.spills for kernel in compiled] == [0] * 3
+    assert max(kernel.registers for kernel in compiled) <= 64
 
 
 def test_dropout_is_not_inverted() -> None:
