@@ -1,4 +1,4 @@
-"""The networks of the step benchmarks: torch only, Duet is imported by `duet_step` alone."""
+"""The networks of the step benchmarks, and a step of each. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cluster.training.passes import Graph
+from cluster.training.step import ReplicaBatch, TrainStep
+from model.alexnet import AlexNet
+from model.optimizer import Sgd2012
+from model.schedule import Rates
 
 Step = Callable[[int, Tensor, Tensor, torch.dtype], None]
 """Take training step number n on images [b, 3, 224, 224] and labels [b], computing in a dtype."""
@@ -87,26 +93,35 @@ def eager_step(net: nn.Module) -> Step:
     return step
 
 
-def duet_step(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Step:
-    """Return the step of `cluster.training.loop`.
+def duet_step(
+    net: AlexNet,
+    call: Callable[[Tensor], Tensor] | None = None,
+    graph: Callable[..., Graph] | None = None,
+) -> Step:
+    """Return the trainer's own step, at a low rate.
 
     Args:
-        net: a `model.alexnet.AlexNet`.
+        net: the network.
         call: what to call for its forward pass, if not the network itself: a compiled form.
+        graph: `CudaGraph`, if steps are to be replayed; if they cannot be, the step raises.
     """
-    from model.optimizer import Sgd2012
-    from model.schedule import Rates
-
     optimizer, rates = Sgd2012(net.named_parameters()), Rates(1e-3, 2e-3)
-    forward = call or net
+    made: dict[torch.dtype, TrainStep] = {}
 
     def step(number: int, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        net.set_position(number)  # type: ignore[operator]
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits = forward(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step(rates)
+        if dtype not in made:
+            made[dtype] = TrainStep(net, optimizer, dtype, call=call, graph=graph, warn=refuse)
+        whole = torch.ones(len(labels), device=images.device)
+        batch = ReplicaBatch(images, labels, whole, torch.zeros_like(whole), len(labels))
+        made[dtype](batch, number * len(labels), rates)
 
     return step
+
+
+def refuse(line: str) -> None:
+    """Raise an error for a warning of the trainer's step.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(line)

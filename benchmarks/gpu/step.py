@@ -3,19 +3,20 @@
     python benchmarks/gpu/step.py [--out benchmarks/gpu/results] [--minutes 8]
 
 The limits of the device (large matrix products, a large copy); local response normalization alone,
-in each of its forms; steps in turn of our network and of the plain PyTorch one, in fp32, tf32 and
-bf16, eager and compiled; the operations of our best lane. Everything is written to a JSON file and
-a table in OUT as soon as it is measured. README.md beside this file says how to read them. Needs
-torch and nothing else. `--device cpu --width 0.0625 --batch 8` tries it out.
+in each of its forms; steps in turn of our network, by the trainer's own step, and of the plain
+PyTorch one, in fp32, tf32 and bf16; launches and operations of our lanes. Everything is written to
+a JSON file and a table in OUT as soon as it is measured. README.md beside this file says how to
+read them. Needs torch and nothing else. `--device cpu --width 0.0625 --batch 8` tries it out. Exits
+with 1 if a lane of ours broke off.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import re
+import itertools
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +32,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from nets import Step, duet_step, eager_step, plain_alexnet  # noqa: E402
 from parts.machine import facts  # noqa: E402
-from parts.step_table import best, goals, markdown  # noqa: E402
+from parts.record import Record  # noqa: E402
+from parts.step_profile import StepProfile  # noqa: E402
+from parts.step_table import best, figure, goals, markdown  # noqa: E402
 
+from cluster.training.passes import CudaGraph  # noqa: E402
+from cluster.training.precision import prepare_device  # noqa: E402
 from model.alexnet import AlexNet  # noqa: E402
 from model.norm import describe_backend, local_response_norm, reference  # noqa: E402
 from model.norm.response import NormKernel  # noqa: E402
@@ -40,11 +45,18 @@ from model.norm.response import NormKernel  # noqa: E402
 MODES = ("fp32", "tf32", "bf16")
 NORM_SHAPES = ((96, 55, 55), (256, 27, 27))
 WARM_UP = 5
+PROFILED = 5
+"""Steps that are profiled, of each lane."""
+
+
+FORMS = {"duet": ("graph", "fused", "compiled"), "plain": ("eager", "compiled")}
+"""How each network's step is launched: replayed as CUDA graphs; one operation after the other, with
+our kernels (fused) or torch's layers (eager); after `torch.compile`."""
 
 
 @dataclass(frozen=True)
 class Lane:
-    """A network in one data type, eager or compiled."""
+    """A network in one data type and one of its `FORMS`."""
 
     net: str
     mode: str
@@ -80,22 +92,14 @@ class Bench:
         """Describe the machine, and name the files of the results."""
         self.options = options
         self.device = torch.device("cuda" if options.device == "gpu" else "cpu")
+        self.cores = torch.get_num_threads()
         self.end = time.monotonic() + 60 * options.minutes
+        self.skipped = options.skip.split(",")
         machine = facts(options.device) | {"norm": describe_backend(self.device)}
-        options.out.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "cpu")).lower()).strip("-")
-        self.path = (
-            options.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-step-{name}.json"
-        )
         command = shlex.join(["python", "benchmarks/gpu/step.py", *sys.argv[1:]])
-        self.found: dict[str, Any] = {"command": command, "machine": machine, "finished": False}
-        self.found["setup"] = {"batch": options.batch, "width": options.width}
-
-    def put(self, key: str, value: Any) -> None:
-        """Add a result, and write the files."""
-        self.found[key] = value
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        self.path.with_suffix(".md").write_text(markdown(self.found), encoding="utf-8")
+        self.record = Record(options.out, machine, command, markdown, "step")
+        self.found, self.put = self.record.found, self.record.put
+        self.put("setup", {"batch": options.batch, "width": options.width})
 
     def seconds(self, work: Callable[[], object], at_least: float = 0.3) -> float:
         """Return the seconds of one call of `work`, the GPU's part included."""
@@ -121,7 +125,7 @@ class Bench:
         side = self.options.matrix
         found = {}
         for mode in MODES:
-            set_precision(mode)
+            self.set_precision(mode)
             dtype = torch.bfloat16 if mode == "bf16" else torch.float32
             a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
             found[f"{mode}_tflops"] = 2e-12 * side**3 / self.seconds(partial(torch.matmul, a, b))
@@ -137,7 +141,7 @@ class Bench:
             "torch operations": lambda x, c, r: NormKernel.apply(x, reference.normalize, c, r),
             "torch.nn.LocalResponseNorm": plain_norm,
         }
-        if "compiled" not in self.options.skip:
+        if "compiled" not in self.skipped:
             forms["torch.compile"] = torch.compile(reference.traceable_norm)
         rows: list[dict[str, Any]] = []
         for maps, height, width in NORM_SHAPES:
@@ -159,13 +163,16 @@ class Bench:
                 self.put("norm", rows := [*rows, row])
 
     def lanes(self) -> list[Lane]:
-        """Return all lanes, the ones that matter most first."""
-        forms = ("eager",) if "compiled" in self.options.skip else ("eager", "compiled")
+        """Return all lanes, those that matter most first."""
+        without = {"compiled"} & {*self.skipped}
+        if self.device.type != "cuda":
+            without |= {"graph", "tf32"}
         return [
             Lane(net, mode, form)
-            for form in forms
-            for net in ("duet", "plain")
             for mode in reversed(MODES)
+            for net, forms in FORMS.items()
+            for form in forms
+            if not {mode, form} & without
         ]
 
     def steps(self) -> None:
@@ -200,50 +207,50 @@ class Bench:
     def turn(self, lane: Lane, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
         """Return a function that takes one step of a lane."""
         torch.manual_seed(0)
+        self.set_precision(lane.mode)
+        compiles = lane.form == "compiled"
         step: Step
         if lane.net == "plain":
             plain = plain_alexnet(width=self.options.width).to(self.device)
-            step = eager_step(torch.compile(plain) if lane.form == "compiled" else plain)
+            step = eager_step(torch.compile(plain) if compiles else plain)
         else:
             net = AlexNet(width=self.options.width).to(self.device)
-            step = duet_step(net, torch.compile(net) if lane.form == "compiled" else None)
+            graph = CudaGraph if lane.form == "graph" else None
+            step = duet_step(net, torch.compile(net) if compiles else None, graph)
+            if self.device.type == "cuda":
+                images = images.half()  # as the stream delivers them
         dtype = torch.bfloat16 if lane.mode == "bf16" else torch.float32
+        numbers = itertools.count()
 
         def turn() -> None:
-            set_precision(lane.mode)
-            step(0, images, labels, dtype)
+            self.set_precision(lane.mode)
+            step(next(numbers), images, labels, dtype)
 
         return turn
 
-    def profile(self) -> None:
-        """List the operations of our fastest lane."""
-        from torch.profiler import ProfilerActivity, profile
+    def set_precision(self, mode: str) -> None:
+        """Choose the trainer's settings of torch, with tensor cores for float32, or without."""
+        prepare_device(self.device, self.cores, tf32=mode != "fp32")
 
-        lane = best(self.found.get("steps", {}), "duet")
-        if lane is None:
-            return
+    def profile(self) -> None:
+        """Profile some steps of our fastest lane of each form."""
         images = 60 * torch.randn(self.options.batch, 3, 224, 224, device=self.device)
         labels = torch.randint(0, 1000, (self.options.batch,), device=self.device)
-        turn = self.turn(Lane(lane["net"], lane["mode"], lane["form"]), images, labels)
-        for _ in range(WARM_UP):
-            turn()
-        cuda = self.device.type == "cuda"
-        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-        with profile(activities=kinds) as seen:
-            for _ in range(3):
+        for form in FORMS["duet"]:
+            lane = best(self.found.get("steps", {}), "duet", form)
+            if lane is None:
+                continue
+            turn = self.turn(Lane(lane["net"], lane["mode"], form), images, labels)
+            for _ in range(WARM_UP):
                 turn()
-            self.wait()
-        attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
-        rows = sorted(((getattr(r, attribute), r.key) for r in seen.key_averages()), reverse=True)
-        total = sum(spent for spent, _ in rows) or 1.0
-        top = [{"share": spent / total, "operation": key[:90]} for spent, key in rows[:20]]
-        self.put("profile", top)
-
-
-def set_precision(mode: str) -> None:
-    """Allow tensor cores for float32 matrices, or not."""
-    torch.backends.cuda.matmul.allow_tf32 = mode != "fp32"
-    torch.backends.cudnn.allow_tf32 = mode != "fp32"
+            profiler = StepProfile(self.device)
+            profiler.start()
+            for _ in range(PROFILED):
+                turn()
+            profiler.stop()
+            seconds = self.options.batch / statistics.median(lane["img_s"])
+            row = {"lane": f"duet {lane['mode']} {form}"} | profiler.summarize(PROFILED, seconds)
+            self.record.add("profile", row)
 
 
 def plain_norm(x: torch.Tensor, columns: int, relu: bool) -> torch.Tensor:
@@ -264,17 +271,18 @@ def main() -> int:
     if options.device == "gpu" and not torch.cuda.is_available():
         sys.stderr.write("error: torch sees no GPU; --device cpu tries the script out\n")
         return 3
-    torch.backends.cudnn.benchmark = True
     bench = Bench(options)
-    sys.stderr.write(f"results: {bench.path.with_suffix('.md')}\n")
-    skipped = options.skip.split(",")
+    page = bench.record.path.with_suffix(".md")
+    sys.stderr.write(f"results: {page}\n")
     for step in ("limits", "norm", "steps", "profile"):
-        if step not in skipped and time.monotonic() < bench.end:
+        if step not in bench.skipped and time.monotonic() < bench.end:
             getattr(bench, step)()
             gc.collect()
     bench.put("finished", True)
-    sys.stderr.write(bench.path.with_suffix(".md").read_text(encoding="utf-8"))
-    return 0
+    sys.stderr.write(page.read_text(encoding="utf-8"))
+    print(f"figure: batch {options.batch}: {figure(bench.found)}")
+    rows = bench.found.get("steps", {}).values()
+    return 1 if any(row["net"] == "duet" and "failed" in row for row in rows) else 0
 
 
 if __name__ == "__main__":

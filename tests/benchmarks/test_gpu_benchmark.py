@@ -132,7 +132,8 @@ def test_a_lane_that_fails_leaves_a_row(tiny_data):
 
 
 def test_a_run_that_is_cut_off_has_said_so(tmp_path):
-    record = Record(tmp_path, {"gpu": "NVIDIA H100", "date": "today", "cpu": "x"}, "command")
+    machine = {"gpu": "NVIDIA H100", "date": "today", "cpu": "x"}
+    record = Record(tmp_path, machine, "command", table.markdown)
     record.add("sweep", {"lane": "ours", "error": "out of memory"} | vars(START))
     record.add("sweep", {"lane": "ours", "img_s": 31234.5, "cores": 9.5} | vars(START))
     assert len(json.loads(record.path.read_text())["sweep"]) == 2
@@ -175,7 +176,7 @@ def test_on_a_gpu_each_load_is_judged(script, tiny_data, tmp_path, monkeypatch):
         data=tiny_data, device="cpu", samples=48, checked=8, threads=1, batch=8, rounds=1,
         seconds=0.02, minutes=0.1,
     )  # fmt: skip
-    record = Record(tmp_path / "out", machine.facts("cpu"), "")
+    record = Record(tmp_path / "out", machine.facts("cpu"), "", table.markdown)
     bench = script.Bench(options, record, tmp_path)
     bench._gauge = machine.Gauge()
     bench.pixels()

@@ -17,13 +17,16 @@ import torch
 from torch import nn
 
 from model.alexnet import AlexNet
+from model.norm import native
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS / "gpu"), str(BENCHMARKS)]
 
-from nets import plain_alexnet  # noqa: E402
+from nets import duet_step, plain_alexnet  # noqa: E402
 from parts import step_table  # noqa: E402
 
+from cluster.training.step import WARM_UP  # noqa: E402
+from tests.helpers.op_graph import OperationGraph  # noqa: E402
 from tests.helpers.processes import run_command  # noqa: E402
 
 
@@ -59,6 +62,32 @@ def test_the_plain_network_is_the_same_network() -> None:
             theirs.bias.copy_(own.get_parameter("bias"))
         images = 60 * torch.randn(2, 3, 224, 224)
         torch.testing.assert_close(plain(images), ours(images), rtol=1e-4, atol=1e-4)
+
+
+def test_our_step_is_the_trainers_and_replays_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(OperationGraph):
+        def capture(self, work: Any) -> Any:
+            raise RuntimeError("no graphs here")
+
+    # An `OperationGraph` sees torch's operations alone.
+    monkeypatch.setattr(native, "prepare_kernels", lambda x: False)
+    images, labels = 60 * torch.randn(2, 3, 224, 224), torch.tensor([1, 2])
+    width, replays = {"width": 1 / 32, "classes": 4}, OperationGraph.replays
+    nets = [AlexNet(**width), AlexNet(**width)]
+    for net, graph in zip(nets, (None, OperationGraph), strict=True):
+        step = duet_step(net, graph=graph)
+        for number in range(WARM_UP + 2):
+            step(number, images, labels, torch.float32)
+    assert OperationGraph.replays - replays == 2 * 2  # both passes of two steps
+    moved, still = nets[0].state_dict(), AlexNet(**width).state_dict()
+    for key, value in nets[1].state_dict().items():
+        torch.testing.assert_close(value, moved[key], rtol=1e-5, atol=1e-6)
+    assert not any(torch.equal(moved[key], still[key]) for key in moved if "fc8" in key)
+    step = duet_step(nets[0], graph=Refused)
+    for number in range(WARM_UP):
+        step(number, images, labels, torch.float32)
+    with pytest.raises(RuntimeError, match="no graphs here"):
+        step(WARM_UP, images, labels, torch.float32)
 
 
 def test_ratios_are_taken_within_rounds() -> None:
@@ -119,8 +148,26 @@ def test_goals_are_judged_on_a_gpu_by_the_eager_plain_network() -> None:
     assert times["found"] == 5.0
     assert share["found"] == pytest.approx(5e4 * 6 * 724_406_816 / 700e12)
     assert share["met"]
-    assert step_table.goals(gpu_found(machine={"cpu": "some CPU"})) == []
-    assert step_table.goals(gpu_found(setup={"batch": 8, "width": 0.5})) == []
+    times, share = step_table.goals(gpu_found(setup={"batch": 1024, "width": 1.0}))
+    assert times["met"]
+    assert share["goal"] == "45% of the bf16 matrix limit"
+    assert share["met"] is False
+    assert len(step_table.goals(gpu_found(setup={"batch": 96, "width": 1.0}))) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"machine": {"cpu": "some CPU"}},
+        {"setup": {"batch": 128, "width": 0.5}},
+        {"steps": {}, "limits": {}},
+    ],
+)
+def test_a_goal_that_was_not_measured_is_neither_met_nor_missed(change) -> None:
+    rows = step_table.goals(gpu_found(**change))
+    assert [(row["found"], row["met"]) for row in rows] == [(None, None), (None, None)]
+    page = step_table.markdown(gpu_found(goals=rows))
+    assert "| 3 times plain eager PyTorch |  | not measured |" in page
 
 
 def test_the_page_tells_what_is_missing() -> None:
@@ -132,7 +179,20 @@ def test_the_page_tells_what_is_missing() -> None:
     assert "**Cut off" in page
     assert "| duet bf16 compiled | 50,000 | 40,000 60,000 | 5.00 | 31.0% | 1.0 |" in page
     assert "| duet fp32 eager | OutOfMemoryError: so |" in page
-    assert "Where our fastest" not in page
+    assert "Launches of a step" not in page
+
+
+def test_one_line_tells_the_fastest_lane_of_each_form() -> None:
+    found = gpu_found()
+    found["steps"] |= {
+        "duet bf16 graph": {"net": "duet", "mode": "bf16", "form": "graph", "failed": "no graph"},
+        "duet tf32 fused": {"net": "duet", "mode": "tf32", "form": "fused", "img_s": [2e4] * 3},
+        "duet fp32 fused": {"net": "duet", "mode": "fp32", "form": "fused", "img_s": [1e4] * 3},
+    }
+    assert step_table.figure(found) == (
+        "duet tf32 fused 20,000 img/s, duet bf16 compiled 50,000 img/s, plain tf32 eager "
+        "10,000 img/s, duet bf16 graph: no graph, 31.0% of the bf16 limit, 5.00 times plain eager"
+    )
 
 
 def test_a_small_run_on_the_cpu_leaves_its_results(tmp_path: Path) -> None:
@@ -142,12 +202,19 @@ def test_a_small_run_on_the_cpu_leaves_its_results(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert found["finished"]
     assert found["limits"].keys() == {"fp32_tflops", "tf32_tflops", "bf16_tflops", "copy_gb_s"}
-    assert len(found["steps"]) == 6
+    # There are no graphs and no tf32 on a CPU.
+    assert list(found["steps"]) == [
+        f"{net} {mode} {form}"
+        for mode in ("bf16", "fp32")
+        for net, form in (("duet", "fused"), ("plain", "eager"))
+    ]
     assert all(row["img_s"][0] > 0 for row in found["steps"].values())
     ours = [row for row in found["norm"] if row["form"] == found["machine"]["norm"]]
     assert [row["error"] < 2**-7 for row in ours] == [True, True]
-    assert found["profile"]
-    assert found["goals"] == []  # a CPU proves nothing
+    (profile,) = found["profile"]
+    assert profile["launches"] > 50
+    assert any(row["operation"] == "NormKernelBackward" for row in profile["top"])
+    assert [row["met"] for row in found["goals"]] == [None]  # a CPU proves nothing
     assert path.with_suffix(".md").read_text() in done.stderr
 
 

@@ -1,15 +1,22 @@
-"""Facts about the machine, and readings of its GPU."""
+"""Facts about the machine, and readings of its GPU.
+
+python -m parts.machine [gpu|cpu]      in benchmarks/gpu: prints the facts
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +26,9 @@ from pipeline.tools.units import cpu_count
 
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 CODEC = ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg")
-LIBRARIES = (*DALI, *CODEC, "isal", "numpy")
+LIBRARIES = (*DALI, *CODEC, "isal", "numpy", "triton", "pytest")
+LATER = ("nvidia.dali", "isal", "tyro", "safetensors", "fsspec", "rich", "hypothesis", "xdist")
+"""Modules that phases 4 to 7 of `first.sh` import and the phases before them do not."""
 COPIED = 256 * 2**20
 """Bytes that are copied to see how fast the way to the GPU is."""
 LOOKS = 0.25
@@ -121,3 +130,36 @@ def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def main() -> int:
+    """Print the facts, what `nvidia-smi` says, and what is missing here."""
+    device = sys.argv[1] if len(sys.argv) > 1 else "gpu"
+    if device == "gpu":
+        with suppress(OSError):  # there is none
+            subprocess.run(["nvidia-smi"], timeout=20, check=False)
+    if device == "gpu" and not torch.cuda.is_available():
+        print(f"error: torch {torch.__version__} sees no GPU")
+        return 3
+    found = facts(device) | {
+        "C compiler, for Triton": shutil.which("cc") or shutil.which("gcc") or "none",
+        "missing for phases 4 to 7": ", ".join(filter(_is_missing, LATER)) or "nothing",
+    }
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    if device == "gpu":
+        print(f"figure: {found['gpu']}, {found['driver, clock, power']}, torch {found['torch']}")
+    else:
+        print(f"figure: {found['cpu']}, {found['cores']} cores, torch {found['torch']}")
+    return 0
+
+
+def _is_missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ImportError:  # nor is its package there
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

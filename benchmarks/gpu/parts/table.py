@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from parts.clock import median, ratio
+from parts.record import Found, format_page, format_table
 
 SETTING = ("threads", "load", "prefetch", "batch")
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(found: Found) -> str:
     """Return all that was found; what was not measured is left out."""
-    machine = found["machine"]
-    lines = [
-        f"# {machine.get('gpu', machine['cpu'])}, {machine['date']}",
+    return format_page(
+        found,
         "",
-        f"`{found['command']}`",
-        "",
-        *(f"- {name}: {value}" for name, value in machine.items()),
-    ]
-    if not found["finished"]:
-        lines += ["", "**Cut off: what is missing below was not measured.**"]
-    for step, title in STEPS.items():
-        if step in found:
-            lines += ["", f"## {title}", "", *SECTIONS[step](found[step])]
-    return "\n".join(lines) + "\n"
+        ((title, SECTIONS[step](found[step])) for step, title in STEPS.items() if step in found),
+    )
 
 
 def _goals(rows: list[dict[str, Any]]) -> list[str]:
-    return _table(
+    return format_table(
         ("goal", "found", "met"),
         ((row["goal"], row["found"], "yes" if row["met"] else "**no**") for row in rows),
     )
@@ -37,7 +28,7 @@ def _goals(rows: list[dict[str, Any]]) -> list[str]:
 
 def _pixels(rows: list[dict[str, Any]]) -> list[str]:
     head = ("set", "load", "against", "samples", "differ", "mean", "bias", "99 %", "99.9 %", "max")
-    return _table(
+    return format_table(
         head,
         (
             (
@@ -63,7 +54,7 @@ def _damage(rows: list[dict[str, Any]]) -> list[str]:
         rest = {k: v for k, v in row.items() if k not in ("load", "case", "way")}
         said = ", ".join(f"{name} {value}" for name, value in rest.items())
         cells.append((row["load"], row["case"], row.get("way", ""), said.replace("|", "/")))
-    return _table(("load", "case", "way", "what happened"), cells)
+    return format_table(("load", "case", "way", "what happened"), cells)
 
 
 def _points(rows: list[dict[str, Any]]) -> list[str]:
@@ -81,7 +72,7 @@ def _points(rows: list[dict[str, Any]]) -> list[str]:
                 row.get("jpeg_percent", ""),
             ]
         )
-    return _table(("lane", *SETTING, "img/s", "cores busy", "GPU %", "JPEG engines %"), cells)
+    return format_table(("lane", *SETTING, "img/s", "cores busy", "GPU %", "JPEG engines %"), cells)
 
 
 def _turns(found: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -101,12 +92,7 @@ def _turns(found: dict[str, list[dict[str, Any]]]) -> list[str]:
             ]
         )
     head = ("lane", *SETTING, "img/s", "from", "rounds", "cores busy", "first over this")
-    return _table(head, cells)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    cells = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+    return format_table(head, cells)
 
 
 STEPS = {
