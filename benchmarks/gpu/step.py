@@ -50,7 +50,7 @@ PROFILED = 5
 
 
 FORMS = {"duet": ("graph", "fused", "compiled"), "plain": ("eager", "compiled")}
-"""How each network's step is launched: replayed as CUDA graphs; one operation after the other, with
+"""Ways in which a step is launched: replayed as CUDA graphs; one operation after the other, with
 our kernels (fused) or torch's layers (eager); after `torch.compile`."""
 
 
