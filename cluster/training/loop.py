@@ -72,7 +72,7 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
         # The all-reduce runs while we compute.
         flags = mesh.reduce_max(is_stopping(), t.checkpoints.is_busy)
         t.rates.note(step - 1)
-        with t.log.computing():
+        with t.log.computing():  # forward pass, backward pass, update: see step.py
             first = batch.position - config.batch_size + mesh.replica * len(batch.labels)
             values = t.train_step(batch, first, t.rates.at(step), partial(review_loss, t, step))
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from model.optimizer import Sgd2012
 
 
+WARM_UP = 3
+"""Forward and backward passes before a recording."""
 Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Images, labels and weights of a micro-batch."""
 
@@ -84,6 +86,9 @@ class Passes:
 class Graph(Protocol):
     """Recorded work of a GPU."""
 
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Do `work` some times, so that all that it needs is compiled, chosen and allocated."""
+
     def capture(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Record what `work` launches, without computing it; return the tensors it will write."""
 
@@ -92,26 +97,42 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """Graph of a CUDA device. Graphs that are replayed one after the other share memory."""
+    """Graph of a CUDA device, recorded on a stream of its own as torch's notes on CUDA ask.
+
+    Work that ran on the default stream before leaves traces, in autograd and in cuDNN, that a
+    capture cannot have: the warm-up is on the stream of the capture, too.
+    """
 
     def __init__(self, before: CudaGraph | None = None) -> None:
         """Create an empty graph.
 
         Args:
-            before: graph whose memory it shares.
+            before: graph that is always replayed before this one: they share memory.
         """
         self._graph = torch.cuda.CUDAGraph()
+        self._stream: torch.cuda.Stream = before._stream if before else torch.cuda.Stream()
         self._pool = before._graph.pool() if before else None
 
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Do the work on the stream of the capture."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UP):
+                work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
     def capture(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Record the work on a stream of its own."""
-        stream = torch.cuda.current_stream()
+        """Record the work."""
+        current = torch.cuda.current_stream()
+        # By default a call of another thread, such as DALI's for memory, would end the capture.
+        capture = torch.cuda.graph(
+            self._graph, self._pool, self._stream, capture_error_mode="thread_local"
+        )
         try:
-            # By default a call of another thread, such as DALI's for memory, would end the capture.
-            with torch.cuda.graph(self._graph, self._pool, capture_error_mode="thread_local"):
+            with capture:
                 return work()
         finally:
-            torch.cuda.set_stream(stream)  # a capture that failed leaves its own in place
+            torch.cuda.set_stream(current)  # a capture that failed leaves its own in place
 
     def replay(self) -> None:
         """Launch the recorded work on the current stream."""
@@ -126,12 +147,11 @@ class GraphedPasses(Passes):
     step. The two passes are apart so that the host can read the loss while the backward pass runs.
     Learning rates are no part of them, and the position is a tensor of the network.
 
-    Recording computes nothing: the batch must still be computed by `forward` and `backward`.
+    Recording computes no step: the batch must still be computed by `forward` and `backward`.
 
     Args:
-        eager: passes to record; they have computed some batches of this shape, so that kernels are
-            compiled and chosen.
-        inputs: images, labels and weights that give the shapes.
+        eager: passes to record.
+        inputs: images, labels and weights that give the shapes; the warm-up computes with them.
         make_graph: `CudaGraph`, or what stands in for it.
     """
 
@@ -142,6 +162,8 @@ class GraphedPasses(Passes):
         self._inputs = tuple(one.clone() for one in inputs)
         self._forward = make_graph()
         self._backward = make_graph(self._forward)
+        self._forward.warm_up(lambda: (self._record_forward(), self._record_backward()))
+        super().zero_grad()
         self._values, *statistics = self._forward.capture(self._record_forward)
         self._statistics = statistics[0] if statistics else None
         gradients = self._backward.capture(self._record_backward)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from model.optimizer import Sgd2012
     from model.schedule import Rates
 
-WARM_UP = 3
-"""Steps launched operation by operation before a step is recorded as a CUDA graph."""
 Check = Callable[[HostCopy, Tensor], object]
 """Receives loss and error of a micro-batch on their way to the host, and its images."""
 
@@ -80,7 +78,7 @@ class TrainStep:
         average: averages the gradients over the replicas; None: one replica.
         mean: averages a tensor over the replicas; may work in place.
         graph: `CudaGraph` on a CUDA device, with the whole network and the whole batch in this
-            process: passes are recorded after `WARM_UP` steps, and then replayed. None: never.
+            process: passes are recorded in the first step, and replayed in all. None: never.
         warn: receives a line if they cannot be, and the step goes on without.
         call: function that computes the logits, if not the network: a compiled form.
     """
@@ -97,7 +95,6 @@ class TrainStep:
         self._mean = mean or (lambda values: values)
         self._passes = Passes(net, optimizer, dtype, call)
         self._graph, self._warn = graph, warn
-        self._made = 0
 
     def __call__(
         self, batch: ReplicaBatch, position: int, rates: Rates, check: Check = read_loss
@@ -120,7 +117,6 @@ class TrainStep:
         self.optimizer.step(rates)
         if (statistics := self._passes.take_statistics()) is not None:
             self.net.update_running_stats(self._mean(statistics))
-        self._made += 1
         return values
 
     def _compute_gradients(self, batch: ReplicaBatch, position: int, check: Check) -> Tensor:
@@ -128,7 +124,7 @@ class TrainStep:
         own = len(batch.labels)
         most = self._microbatch or own
         values = torch.zeros(2, device=batch.images.device)
-        passes = self._choose_passes(batch)
+        passes = self._choose_passes(batch, position)
         passes.zero_grad()
         for row, part in batch.split(most):
             self.net.set_position(position + row)
@@ -141,13 +137,14 @@ class TrainStep:
             values += found * share
         return torch.cat((values, batch.replaced.sum()[None]))
 
-    def _choose_passes(self, batch: ReplicaBatch) -> Passes:
-        """Return the passes for a batch; recorded ones after the warm-up, if they can be."""
+    def _choose_passes(self, batch: ReplicaBatch, position: int) -> Passes:
+        """Return the passes for a batch; recorded ones, if they can be."""
         passes = self._passes
         if isinstance(passes, GraphedPasses):
             if not passes.fits(batch.inputs):
                 self._launch_singly(passes, "a batch has another shape than those before")
-        elif self._graph is not None and self._made >= WARM_UP:
+        elif self._graph is not None:
+            self.net.set_position(position)  # forward passes need one; the warm-up is some
             try:
                 self._passes = GraphedPasses(passes, batch.inputs, self._graph)
             except Exception as error:

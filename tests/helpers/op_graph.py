@@ -40,6 +40,9 @@ class OperationGraph:
     def __init__(self, before: OperationGraph | None = None) -> None:
         self._recorder = _Recorder()
 
+    def warm_up(self, work: Callable[[], object]) -> None:
+        work()
+
     def capture(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
         with self._recorder:
             written = work()

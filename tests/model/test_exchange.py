@@ -104,6 +104,7 @@ def counted(link: Exchange) -> dict[str, tuple[int, int, int]]:
     """Bytes forward and backward and messages, by place; begins anew."""
     found = {name: (t.forward, t.backward, t.swaps) for name, t in link.traffic.items()}
     link.traffic.clear()
+    assert len(link.waits.take()) == sum(swaps for _, _, swaps in found.values())
     return found
 
 

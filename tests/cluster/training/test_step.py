@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from cluster.run.folder import LAYERS, VALIDATION
 from cluster.training import components, step
 from cluster.training.components import can_record
 from cluster.training.finite_check import NotFinite
-from cluster.training.passes import CudaGraph, Graph, Passes
+from cluster.training.passes import WARM_UP, CudaGraph, Graph, Passes
 from cluster.training.step import ReplicaBatch, TrainStep
 from model.alexnet import AlexNet
 from model.architecture import Design
@@ -78,7 +80,7 @@ def test_recorded_steps_learn_the_same_through_changes_of_rate_and_a_resume(
     alone(config, tiny_data, tmp_path / "eager")
     request.getfixturevalue("recorded")
     alone(config, tiny_data, tmp_path / "graph")
-    assert OperationGraph.replays == 2 * (12 - step.WARM_UP)
+    assert OperationGraph.replays == 2 * 12
     assert_equal_runs(tmp_path / "graph", tmp_path / "eager")
     cut_at(6, tmp_path / "eager", tmp_path / "again")
     alone(config, tiny_data, tmp_path / "again")
@@ -103,10 +105,9 @@ def test_a_step_that_cannot_be_recorded_goes_on_without(tiny_data, tmp_path, req
 
 
 def test_a_loss_that_is_no_number_is_found_before_the_update_of_a_recorded_step(
-    torch_kernels, tiny_data, tmp_path, request, monkeypatch
+    torch_kernels, tiny_data, tmp_path, request
 ):
     """The layer that broke can only be named as long as the weights are those that broke it."""
-    monkeypatch.setattr(step, "WARM_UP", 1)
     config, messages = replace(TWELVE, lr=1e6, validate_every=0), []
     for name in ("eager", "graph"):
         if name == "graph":
@@ -232,6 +233,45 @@ def test_the_step_needs_torch_alone():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
+def test_graphs_share_memory_and_a_stream_and_a_failed_capture_leaves_none_in_place(monkeypatch):
+    current, calls = MagicMock(name="current"), list[Any]()
+
+    class Capture:
+        """Stand-in for `torch.cuda.graph`, whose end raises, too, when the work has failed."""
+
+        def __init__(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> None:
+            calls.append((graph, pool, stream, capture_error_mode))
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, kind: object, *_: object) -> None:
+            if kind:
+                raise RuntimeError("the capture is invalid")
+
+    cuda = {"CUDAGraph": MagicMock, "Stream": MagicMock, "stream": MagicMock(), "graph": Capture}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    set_stream = MagicMock()
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    first = CudaGraph()
+    second = CudaGraph(first)
+    done: list[int] = []
+    first.warm_up(lambda: done.append(1))
+    assert len(done) == WARM_UP
+    torch.cuda.stream.assert_called_once_with(first._stream)  # type: ignore[attr-defined]
+    current.wait_stream.assert_called_once_with(first._stream)
+    assert first.capture(list) == []
+    with pytest.raises(RuntimeError, match="invalid"):
+        second.capture(lambda: [torch.ones(1)[3]])
+    assert set_stream.call_args_list[-1].args == (current,)
+    (one, other) = calls
+    assert one == (first._graph, None, first._stream, "thread_local")
+    assert other == (second._graph, first._graph.pool(), first._stream, "thread_local")
+
+
 @pytest.mark.gpu
 def test_replays_of_a_cuda_graph_learn_the_same():
     eager, graph = (make_step(kind, device="cuda") for kind in (None, CudaGraph))
@@ -246,8 +286,7 @@ def test_replays_of_a_cuda_graph_learn_the_same():
 def test_a_step_on_a_gpu_never_waits_for_all_of_its_work(kind):
     train_step = make_step(kind, device="cuda")
     batch = make_batch(8, "cuda")
-    for number in range(step.WARM_UP + 1):
-        train_step(batch, 8 * number, Rates(0.01, 0.02))
+    train_step(batch, 0, Rates(0.01, 0.02))
     torch.cuda.set_sync_debug_mode("error")
     try:
         train_step(batch, 800, Rates(0.01, 0.02))
