@@ -45,7 +45,7 @@ class GpuTensor(torch.Tensor):
     def __torch_function__(
         cls, function: Any, kinds: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        for one in args:
+        for one in args if function is not torch.Tensor.copy_ else ():
             if isinstance(one, torch.Tensor) and not isinstance(one, cls) and one.dim():
                 raise RuntimeError("expected all tensors to be on the same device")
         return super().__torch_function__(function, kinds, args, kwargs or {})
@@ -123,7 +123,7 @@ class FakeGpu:
         """Stand in for `torch.empty`."""
         self.pinned += pin_memory
         made = real(*shape, **rest)
-        return made.as_subclass(GpuTensor) if device == GPU else made
+        return made.as_subclass(GpuTensor) if device in (GPU, "cuda") else made
 
     def _make_to(self, real: Any) -> Any:
         """Return what stands in for `Tensor.to`."""

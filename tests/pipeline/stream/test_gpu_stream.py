@@ -18,6 +18,8 @@ from pipeline.stream.ledger import writer
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.loader import BatchReader
 from pipeline.stream.quarantine import HeaderCheck
+from pipeline.throughput import hardware
+from pipeline.throughput.clock import FEWEST
 from pipeline.throughput.stages import Setting, measure_pixel_seconds, open_parts
 from pipeline.tools.errors import SetupError
 from tests.helpers.damage import taken, undecodable
@@ -195,6 +197,16 @@ def test_seconds_of_a_batch_are_measured_without_waiting_for_the_next_ones(
         assert len(measure_pixel_seconds(parts, parts.load_batches(2), 3)) == 3
     assert fake_gpu.stream.waits == 3 + 2 * setting.prefetch
     assert fake_gpu.waits == []
+
+
+def test_a_host_that_only_launches_copies_waits_for_them_now_and_then(
+    monkeypatch, fake_gpu: FakeGpu
+):
+    monkeypatch.setattr(hardware, "LARGE", 2**20)
+    rate = hardware.measure_upload(0.01)
+    assert rate.median > 0
+    assert fake_gpu.stream.waits > FEWEST
+    assert set(fake_gpu.waits) == {"synchronize"}  # around the windows
 
 
 def busy(milliseconds: float) -> torch.cuda.Event:
