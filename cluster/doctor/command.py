@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -102,7 +103,9 @@ class Examination:
         needs_gpu = own_ray and self.config is not None and self.config.device == "gpu"
         yield from hardware.judge_gpus(gpus, needs_gpu)
         if gpus:
-            yield hardware.judge_gpu_kernels()
+            headers = Path(sysconfig.get_path("include"))
+            yield hardware.judge_compiler(hardware.find_compiler(), headers)
+            yield hardware.judge_gpu_kernels(*hardware.try_gpu_kernels())
         facts = hardware.gather(len(gpus))
         yield from hardware.judge(facts, own_ray)
         if own_ray and self.config:

@@ -1,4 +1,4 @@
-"""Checks of this machine: GPUs, cores, memory, limits, temporary folder, compiler.
+"""Checks of this machine: GPUs, cores, memory, limits, temporary folder, compiler, kernels.
 
 `gather_gpus` and `gather` collect facts; the judging functions are pure.
 """
@@ -180,8 +180,28 @@ def _judge_gpu(name: str, gpu: Gpu, count: int) -> Iterator[Finding]:
         yield warn(name, f"{gpu.name} has no bfloat16: slower", mend)
 
 
-def judge_gpu_kernels() -> Finding:
-    """Run the normalization on a GPU, and judge what computed it."""
+def find_compiler() -> str:
+    """Return the C compiler that Triton would call; empty if there is none."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
+
+
+def judge_compiler(compiler: str, headers: Path) -> Finding:
+    """Judge whether Triton can compile the launcher of its kernels.
+
+    Args:
+        compiler: command of a C compiler; empty: there is none.
+        headers: folder where Python.h should be.
+    """
+    mend = "apt install gcc python3-dev   # Triton compiles the launcher of its kernels in C"
+    if not compiler or not shutil.which(compiler.split()[0]):
+        return warn("compiler", f"no C compiler ({compiler or 'CC, gcc, clang'})", mend)
+    if not (headers / "Python.h").exists():
+        return warn("compiler", f"{compiler}, but {headers} has no Python.h", mend)
+    return ok("compiler", f"{compiler}, with Python.h")
+
+
+def try_gpu_kernels() -> tuple[str, str]:
+    """Run the normalization on a GPU; return what computed it, and the error, empty if it works."""
     import torch
 
     from model.norm.response import describe_backend, local_response_norm
@@ -189,10 +209,19 @@ def judge_gpu_kernels() -> Finding:
     try:
         local_response_norm(torch.ones(1, 4, 2, 2, device="cuda")).sum().item()
     except Exception as error:
-        mend = "apt install gcc python3-dev   # Triton compiles its launcher in C"
-        return fail("kernels", f"Triton's do not work: {summarize_error(error)}", mend)
-    backend = describe_backend("cuda")
+        return "", summarize_error(error)
+    return describe_backend("cuda"), ""
+
+
+def judge_gpu_kernels(backend: str, error: str) -> Finding:
+    """Judge the result of `try_gpu_kernels`."""
+    if error:
+        mend = "TRITON_CACHE_DIR=$(mktemp -d) python -m cluster.doctor   # a new cache; else "
+        mend += 'as the line "compiler" says'
+        return fail("kernels", f"Triton's do not work: {error}", mend)
     mend = "pip install -c constraints.txt triton"
+    if "installed" not in backend:
+        mend = 'as the line "compiler" says, or make room in ~/.triton'
     return warn("kernels", backend, mend, unless=not backend.startswith("torch"))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from cluster.config import Config
 from cluster.doctor import hardware, job, network, software
@@ -15,6 +17,7 @@ from cluster.doctor.hardware import Gpu, Hardware
 from cluster.doctor.software import Software
 from cluster.launch import gpus
 from cluster.launch.placement import estimate_memory
+from model.norm import response
 from tests.helpers.training_processes import REPOSITORY
 
 RANGES = software.read_ranges(REPOSITORY / "pyproject.toml")
@@ -159,6 +162,40 @@ def test_one_gpu_is_a_good_machine_too():
     assert {finding.status for finding in found} == {"ok"}
     (room,) = (finding.value for finding in found if finding.name == "room")
     assert room == "1 replica of 1 GPU worker on 1 of 1 node; one GPU here: both columns on it"
+
+
+def test_the_kernels_of_a_gpu_need_a_compiler_and_pythons_headers(tmp_path, monkeypatch):
+    none = hardware.judge_compiler("", tmp_path)
+    gone = hardware.judge_compiler("icc -O2", tmp_path)
+    bare = hardware.judge_compiler(sys.executable, tmp_path)
+    for finding, words in (
+        (none, ["no C compiler (CC, gcc, clang)"]),
+        (gone, ["no C compiler (icc -O2)"]),
+        (bare, [f"{tmp_path} has no Python.h"]),
+    ):
+        assert finding.status == "warn"
+        assert lacks(finding, [*words, "apt install gcc python3-dev"]) == []
+    (tmp_path / "Python.h").touch()
+    assert hardware.judge_compiler(sys.executable, tmp_path).status == "ok"
+    monkeypatch.setenv("CC", "icc -O2")
+    assert hardware.find_compiler() == "icc -O2"
+
+
+def test_kernels_that_do_not_run_on_the_gpu_are_told(monkeypatch):
+    def refuse(x: object) -> None:
+        raise RuntimeError("gcc: exit status 1\nmore")
+
+    judge = hardware.judge_gpu_kernels
+    assert judge("Triton kernels", "").status == "ok"
+    missing = judge("torch operations, as triton is not installed", "")
+    assert (missing.status, missing.mend) == ("warn", "pip install -c constraints.txt triton")
+    slow = judge("torch operations, as Triton does not launch: no gcc", "")
+    assert (slow.status, slow.mend.startswith('as the line "compiler" says')) == ("warn", True)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1, 4, 2, 2))
+    monkeypatch.setattr(response, "local_response_norm", refuse)
+    broken = judge(*hardware.try_gpu_kernels())
+    assert broken.status == "FAIL"
+    assert lacks(broken, ["Triton's do not work: gcc: exit status 1", "TRITON_CACHE_DIR"]) == []
 
 
 def test_no_gpus_are_no_matter_where_none_are_wanted():
