@@ -152,7 +152,7 @@ class AlexNet(nn.Module):
         self._has_position = True
 
     def forward(self, images: Tensor, watch: Watch | None = None) -> Tensor:
-        """The logits, [b, classes], of images [b, 3, 224, 224] (float, mean subtracted).
+        """The logits, [b, classes], of images [b, 3, 224, 224] (any float, mean subtracted).
 
         In a pair both ranks pass the same images and get the same logits.
 

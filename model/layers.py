@@ -56,7 +56,7 @@ class ImageConv(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """[b, inputs, h, w] -> [b, maps, (h + edge - kernel) // stride + 1, the same of w]."""
         kernel, stride = self.kernel_size[0], self.stride[0]
-        dtype = _find_autocast_dtype(images)
+        dtype = _find_compute_dtype(images, self.weight)
         if dtype not in (torch.bfloat16, torch.float16):
             return F.conv2d(self._pad(images, dtype, 0), self.weight, self.bias, stride)
         # The matrix units that bfloat16 is for (AMX, tensor cores) idle on 3 input maps. Here
@@ -105,15 +105,17 @@ class ShrunkConv(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """[b, inputs, h, w] -> [b, maps, ...], channels last."""
-        small = F.avg_pool2d(images, self.shrink)
+        wide = images.to(torch.promote_types(images.dtype, self.weight.dtype))
+        small = F.avg_pool2d(wide, self.shrink)
         return super().forward(small.contiguous(memory_format=torch.channels_last))
 
 
-def _find_autocast_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+def _find_compute_dtype(images: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype or else that of the weights: what images are cast to, in the first pass."""
+    device = images.device.type
+    if torch.is_autocast_enabled(device) and images.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return x.dtype
+    return weight.dtype
 
 
 def group_operations(operations: Sequence[str]) -> list[tuple[str, ...]]:

@@ -103,6 +103,19 @@ def count_errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tupl
     return count_wrong(1), count_wrong(min(5, probabilities.shape[1]))
 
 
+def count_top1_errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The first count of `count_errors`, which is all that a training logs, in ten operations.
+
+    A third of what both counts take: each is a launch on a GPU, in every step. Arguments as there.
+    """
+    is_first = probabilities == probabilities.amax(1, keepdim=True)  # nowhere in a row with a NaN
+    level = is_first.sum(1, dtype=torch.float64).clamp(min=1.0)
+    right = is_first.gather(1, labels[:, None])[:, 0] / level
+    # float64 has no finer steps than 2**-30 up there: the sum is rounded as in `count_errors`.
+    far = 2.0**52 / _SHARE
+    return ((1.0 + far - (right + far)) * weights).sum()
+
+
 def sum_metrics(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Loss, errors and number of images of a batch, to be added over batches and divided once.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.training.precision import autocast
-from model.metrics import count_errors
+from model.metrics import count_top1_errors
 
 if TYPE_CHECKING:
     from model.alexnet import AlexNet
@@ -27,9 +27,9 @@ Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def compute_logits(net: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the logits, float32 [b, classes], of images [b, 3, h, w], in layers of a dtype."""
+    """Compute the logits, float32 [b, classes], of floating images [b, 3, h, w], in a dtype."""
     with autocast(dtype, images.device):
-        logits: Tensor = net(images.float())
+        logits: Tensor = net(images)
     return logits.float()
 
 
@@ -68,15 +68,15 @@ class Passes:
         """
         logits = compute_logits(self._call, images, self.dtype)
         self._loss = F.cross_entropy(logits, labels)
-        wrong, _ = count_errors(logits.detach(), labels, weights)
+        wrong = count_top1_errors(logits.detach(), labels, weights)
         return torch.stack((self._loss.detach(), wrong / len(labels)))
 
     def backward(self, share: float) -> None:
         """Add the gradient of `share` times the loss of the last forward pass."""
         if self._loss is None:
             raise RuntimeError("a backward pass follows a forward pass")
-        loss, self._loss = self._loss * share, None
-        loss.backward()
+        loss, self._loss = self._loss, None
+        loss.backward(torch.full_like(loss, share))  # one operation; a product would take three
 
     def take_statistics(self) -> Tensor | None:
         """Return the statistics of batch normalization since the last call; see `AlexNet`."""

@@ -20,8 +20,11 @@ from model.norm.response import GPU_DTYPES
 
 
 @contextmanager
-def interpret_kernels() -> Iterator[list[str]]:
+def interpret_kernels(runs: bool = True) -> Iterator[list[str]]:
     """Have the network take the way of a GPU, and Triton's interpreter run its kernels.
+
+    Args:
+        runs: False: kernels are recorded only, and leave their results undefined.
 
     Yields:
         Names of the kernels launched so far, in their order.
@@ -37,7 +40,7 @@ def interpret_kernels() -> Iterator[list[str]]:
     class RecordedKernel(InterpretedFunction):
         def run(self, *args: Any, **kwargs: Any) -> Any:
             launched.append(self.__name__)
-            return super().run(*args, **kwargs)
+            return super().run(*args, **kwargs) if runs else None
 
     def is_launched(x: Tensor) -> bool:
         return x.device.type == "cpu" and x.dtype in GPU_DTYPES

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.metrics import average_views, count_errors, sum_metrics
+from model.metrics import average_views, count_errors, count_top1_errors, sum_metrics
 
 
 def position_images(b: int = 2) -> Tensor:
@@ -148,3 +148,16 @@ def test_nan_is_wrong() -> None:
     rows[1] = torch.tensor([0.5, float("nan"), 0.1, 0.1, 0.1, 0.1])
     counts = count_errors(rows, torch.tensor([0, 0]), torch.ones(2))
     assert [count.item() for count in counts] == [2.0, 2.0]
+
+
+def test_the_first_count_alone_is_equal_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for classes, values in ((2, 2), (7, 3), (1000, 4), (1000, 10**6)):
+        scores = torch.randint(0, values, (300, classes), generator=generator) / values - 0.5
+        scores[:3, classes // 2] = torch.nan
+        scores[3:6, 0], scores[6:9, 1] = torch.inf, -torch.inf
+        labels = torch.randint(0, classes, (300,), generator=generator)
+        weights = (torch.arange(300) % 5 > 0).float()
+        for rows in (*(slice(row, row + 1) for row in range(40)), slice(None)):
+            given = scores[rows], labels[rows], weights[rows]
+            assert torch.equal(count_top1_errors(*given), count_errors(*given)[0])

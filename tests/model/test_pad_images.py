@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.layers import ImageConv
+from model.layers import ImageConv, ShrunkConv
 from model.norm import native, pad_images
 from tests.helpers.lrn import each_form  # noqa: F401 - a fixture
 
@@ -144,3 +144,12 @@ def test_the_convolution_reads_zeros_right_and_below(size: int, edge: int) -> No
         narrow = layer(images)
     assert narrow.dtype == torch.bfloat16
     assert float(((narrow - wanted).norm() / wanted.norm()).detach()) < 0.01
+
+
+@pytest.mark.parametrize("layer", [ImageConv(3, 8, 11, 4, 3), ShrunkConv(3, 8, 5, 2, 8)])
+def test_images_of_half_precision_are_read_as_they_come(layer: ImageConv | ShrunkConv) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        images = drawn(2, 3, 64, 64).to(dtype)
+        assert torch.equal(layer(images), layer(images.float()))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(images), layer(images.float()))
