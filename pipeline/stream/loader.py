@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -367,10 +368,11 @@ class Loader:
 
 
 def _wait_for_copies(done: deque[tuple[EncodedBatch, torch.cuda.Event | None]]) -> None:
-    """Wait until a GPU has copied the bytes of batches that came out."""
-    for _, copied in done:
-        if copied is not None:
-            copied.synchronize()
+    """Wait until a GPU has copied the bytes of batches that came out, or has failed."""
+    with contextlib.suppress(RuntimeError):  # the user of its results was told
+        for _, copied in done:
+            if copied is not None:
+                copied.synchronize()
 
 
 def subtract_image(images: torch.Tensor, image: torch.Tensor, divisor: Floats | None) -> None:

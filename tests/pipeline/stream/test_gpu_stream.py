@@ -23,6 +23,7 @@ from pipeline.throughput.clock import FEWEST
 from pipeline.throughput.stages import Setting, measure_pixel_seconds, open_parts
 from pipeline.tools.errors import SetupError
 from tests.helpers.damage import taken, undecodable
+from tests.helpers.fake_cuda import FakeEvent
 from tests.helpers.fake_gpu_stream import FakeGpu, on_host, one_fake_gpu  # noqa: F401 - a fixture
 from tests.helpers.host_reads import HostReads
 from tests.helpers.images import packed
@@ -123,6 +124,18 @@ def test_a_stream_ends_when_the_gpu_has_copied_what_came_out(raw_data, end, fake
     gc.collect()
     assert fake_gpu.device.now > 1000
     assert torch.equal(on_host(kept), before)
+
+
+def test_a_stream_closes_on_a_gpu_that_has_failed(tiny_data, monkeypatch, fake_gpu: FakeGpu):
+    def fail(event: FakeEvent) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    stream = Stream(tiny_data, batch_size=8, threads=1, device="gpu")
+    next(stream)
+    monkeypatch.setattr(FakeEvent, "synchronize", fail)
+    stream.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
 
 
 def test_a_full_disk_is_told_once_though_more_batches_are_pending(
