@@ -3,7 +3,8 @@
 alexnet       the network, in one process or one column per process
 architecture  the table of layers: the paper's network, and those it was compared with
 exchange      activations and gradients that cross between the two columns of a pair
-gpu_kernels   Triton kernels for a GPU: normalization and dropout
+gpu_kernels   Triton kernels for a GPU: normalization, pooling, dropout
+gpu_support   whether these kernels run here, and why not
 layers        first convolutions, dropout, grouping of the operations after a layer
 metrics       ten views, averaged probabilities, top-1 and top-5 errors
 norm          response normalization fused with ReLU and pooling; local contrast, batch

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.norm import pad_images, prepare_gpu_kernels
+from model.gpu_support import prepare_gpu_kernels
+from model.norm import pad_images
 
 # Operations that one kernel computes faster, in one pass over memory, than one by one.
 FUSED = (("relu", "norm", "pool"), ("norm", "pool"), ("relu", "pool"), ("relu", "norm"))

@@ -1,6 +1,7 @@
 """Local response normalization, alone or fused with the ReLU and the pooling around it.
 
 alternatives  local contrast normalization and batch normalization
+gpu           launches the Triton kernels of a GPU on tensors
 kernels.c     C kernels for a CPU; kernels.inc is their body, included once per number type
 native        compiles the C kernels once, loads and calls them
 reference     the same in torch's own operations: fallback, and oracle of the tests
@@ -13,7 +14,6 @@ from model.norm.response import (
     describe_backend,
     local_response_norm,
     norm_pool,
-    prepare_gpu_kernels,
     spatial_response_norm,
 )
 
@@ -24,6 +24,5 @@ __all__ = [
     "local_response_norm",
     "norm_pool",
     "pad_images",
-    "prepare_gpu_kernels",
     "spatial_response_norm",
 ]

@@ -1,15 +1,13 @@
 """Response normalizations as the network calls them: each picks the fastest form for its tensor.
 
-On a CPU that is a C kernel (`native`), on a GPU a Triton kernel (`model.gpu_kernels`; triton comes
-with CUDA builds of torch), elsewhere torch's operations (`reference`). All forms compute the same
-numbers, within rounding.
+On a CPU that is a C kernel (`native`), on a GPU a Triton kernel (`gpu`; triton comes with CUDA
+builds of torch), elsewhere torch's operations (`reference`). All forms compute the same numbers,
+within rounding.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,20 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.norm import native, reference
+from model.gpu_support import explain_no_kernels, prepare_gpu_kernels
+from model.norm import gpu, native, reference
 from model.norm.reference import (
-    LRN_ALPHA,
-    LRN_K,
-    LRN_SIZE,
     check_shape,
     is_channels_last,
     match_layout,
     to_dense,
 )
-
-GPU_BLOCK = 1024
-"""Numbers that one program of a GPU kernel computes; they are adjacent in memory."""
-GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tensor:
@@ -64,7 +56,7 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
     if native.prepare_kernels(x):
         kernel = native.normalize
     elif prepare_gpu_kernels(x):
-        kernel = launch_gpu_kernel
+        kernel = gpu.normalize
     return NormKernel.apply(x, kernel, columns, relu)
 
 
@@ -76,7 +68,9 @@ def norm_pool(
     window: int = 3,
     stride: int = 2,
 ) -> Tensor:
-    """Max pooling of `local_response_norm(x, columns, relu)`, on a CPU without storing the latter.
+    """Max pooling of `local_response_norm(x, columns, relu)`, where possible without storing that.
+
+    Where x is channels last, one pass over memory each way on a CPU and on a GPU.
 
     Windows that stick out on the right or at the bottom are cut off, as in the original (layer.py
     rounds the number of windows up). The gradient of a window goes to the first of its largest
@@ -104,9 +98,11 @@ def norm_pool(
             f"window {window} with stride {stride} on maps of {x.shape[2]}x{x.shape[3]}: the "
             f"stride is at most the window, the window at most the maps"
         )
-    fits = window <= native.MOST_WINDOW and is_channels_last(x)
-    if fits and not torch.compiler.is_compiling() and native.prepare_kernels(x):
-        return NormKernel.apply(x, native.pool, columns, relu, norm, window, stride)
+    if is_channels_last(x) and not torch.compiler.is_compiling():
+        if window <= native.MOST_WINDOW and native.prepare_kernels(x):
+            return NormKernel.apply(x, native.pool, columns, relu, norm, window, stride)
+        if window <= gpu.MOST_WINDOW and prepare_gpu_kernels(x):
+            return PoolKernel.apply(x, columns, relu, norm, window, stride)
     if norm:
         x = local_response_norm(x, columns, relu)
     elif relu:
@@ -145,41 +141,8 @@ def describe_backend(device: torch.device | str = "cpu") -> str:
         return native.describe()
     if kind != "cuda":
         return "torch operations"
-    return "Triton kernels" if _has_triton() else "torch operations, as triton is not installed"
-
-
-def prepare_gpu_kernels(x: Tensor) -> bool:
-    """Return whether the kernels of `model.gpu_kernels` can work on x."""
-    return x.device.type == "cuda" and x.dtype in GPU_DTYPES and _has_triton()
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def launch_gpu_kernel(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
-    """Response-normalize x on a GPU; with `gradient`, return the gradient of x instead.
-
-    One program computes GPU_BLOCK numbers that are adjacent in memory, whichever format that is:
-    the same pixel of the next map is `step` elements away. Neighbors are read again from the cache.
-
-    Args:
-        x: float [b, columns * maps, h, w], contiguous in one of the two memory formats.
-        gradient: gradient of the output, in the shape, dtype and memory format of x; or None.
-        columns: number of columns whose maps x holds.
-        relu: whether max(x, 0) is normalized instead of x.
-    """
-    from model import gpu_kernels
-
-    y = torch.empty_like(x)
-    step = 1 if is_channels_last(x) else x.shape[2] * x.shape[3]
-    settings = (x.numel(), step, x.shape[1] // columns, LRN_K, LRN_ALPHA / LRN_SIZE)
-    kernel = gpu_kernels.norm_forward if gradient is None else gpu_kernels.norm_backward
-    given = (x,) if gradient is None else (x, gradient)
-    if grid := -(-x.numel() // GPU_BLOCK):
-        kernel[(grid,)](*given, y, *settings, relu=relu, BLOCK=GPU_BLOCK, enable_fp_fusion=True)
-    return y
+    reason = explain_no_kernels()
+    return f"torch operations, as {reason}" if reason else "Triton kernels"
 
 
 class NormKernel(torch.autograd.Function):
@@ -200,3 +163,27 @@ class NormKernel(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = ctx.kernel(x, match_layout(x, gradient), *ctx.settings)
         return dx, None, *(None for _ in ctx.settings)
+
+
+class PoolKernel(torch.autograd.Function):
+    """Pooling on a GPU: keeps a byte for each window, and x if it was normalized."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, columns: int, relu: bool, norm: bool, window: int, stride: int
+    ) -> Tensor:
+        """Compute `gpu.pool`; x is channels last."""
+        keep = ctx.needs_input_grad[0]
+        y, origin = gpu.pool(x, columns, relu, norm, window, stride, keep)
+        ctx.save_for_backward(x if norm else None, origin)
+        ctx.sides, ctx.settings = x.shape[2:], (columns, relu, norm, window, stride)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute `gpu.pool_gradient`, channels last."""
+        x, origin = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        dx = gpu.pool_gradient(x, gradient, origin, ctx.sides, *ctx.settings)
+        return dx, *(None for _ in ctx.settings)

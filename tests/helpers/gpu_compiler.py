@@ -4,7 +4,7 @@ A test launches a kernel as the network does, on tensors without storage:
 
     with compile_launches(90) as compiled:
         x = torch.empty(2, 96, 55, 55, dtype=torch.bfloat16, device="meta")
-        launch_gpu_kernel(x, None, 2, True)
+        gpu.normalize(x, None, 2, True)
     (kernel,) = compiled
     assert kernel.spills == 0
     assert kernel.count_instructions(x.numel()) < 60
@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +41,8 @@ class CompiledLaunch:
     """Name of the kernel."""
     types: tuple[str, ...]
     """Triton's types of the arguments that are no constants."""
+    constants: dict[str, Any]
+    """Values of the arguments that are, by name."""
     architecture: int
     programs: int
     """Number of programs in the grid."""
@@ -54,6 +56,8 @@ class CompiledLaunch:
     """Bytes of shared memory of a program."""
     instructions: int
     """Machine instructions of the kernel; padding after its end is left out."""
+    ptx: str = field(repr=False)
+    """The code that ptxas turned into them."""
 
     def count_instructions(self, numbers: int) -> float:
         """Return the instructions of all threads divided by `numbers`, for a kernel without loops.
@@ -139,6 +143,9 @@ def _describe(kernel: Any, programs: int, architecture: int) -> CompiledLaunch:
     return CompiledLaunch(
         name=kernel.name,
         types=tuple(str(kind) for kind in kernel.src.signature.values() if kind != "constexpr"),
+        constants={
+            kernel.src.fn.arg_names[at[0]]: value for at, value in kernel.src.constants.items()
+        },
         architecture=architecture,
         programs=programs,
         threads=32 * kernel.metadata.num_warps,
@@ -146,6 +153,7 @@ def _describe(kernel: Any, programs: int, architecture: int) -> CompiledLaunch:
         spills=int(usage["STACK"]) + int(usage["LOCAL"]),
         shared=kernel.metadata.shared,
         instructions=len(operations),
+        ptx=kernel.asm["ptx"],
     )
 
 

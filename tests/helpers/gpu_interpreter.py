@@ -15,8 +15,8 @@ import pytest
 from torch import Tensor
 
 from model import layers
+from model.gpu_support import GPU_DTYPES
 from model.norm import native, response
-from model.norm.response import GPU_DTYPES
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.gpu_support import GPU_DTYPES
 from model.layers import Dropout, derive_seed, draw_dropout_mask, launch_dropout
-from model.norm.response import GPU_DTYPES
 from tests.helpers.gpu_compiler import ARCHITECTURES, compile_launches
 from tests.helpers.gpu_interpreter import interpret_kernels
 
