@@ -249,7 +249,10 @@ def test_graphs_share_memory_and_a_stream_and_a_failed_capture_leaves_none_in_pl
             if kind:
                 raise RuntimeError("the capture is invalid")
 
-    cuda = {"CUDAGraph": MagicMock, "Stream": MagicMock, "stream": MagicMock(), "graph": Capture}
+    cuda = {
+        "CUDAGraph": object, "Stream": MagicMock, "stream": MagicMock(), "graph": Capture,
+        "graph_pool_handle": object,
+    }  # fmt: skip
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     set_stream = MagicMock()
     monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
@@ -268,8 +271,8 @@ def test_graphs_share_memory_and_a_stream_and_a_failed_capture_leaves_none_in_pl
         second.capture(lambda: [torch.ones(1)[3]])
     assert set_stream.call_args_list[-1].args == (current,)
     (one, other) = calls
-    assert one == (first._graph, None, first._stream, "thread_local")
-    assert other == (second._graph, first._graph.pool(), first._stream, "thread_local")
+    assert one == (first._graph, first._pool, first._stream, "thread_local")
+    assert other == (second._graph, first._pool, first._stream, "thread_local")
 
 
 @pytest.mark.gpu
