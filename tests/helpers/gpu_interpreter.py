@@ -23,6 +23,9 @@ from model.norm import native, response
 def interpret_kernels(runs: bool = True) -> Iterator[list[str]]:
     """Have the network take the way of a GPU, and Triton's interpreter run its kernels.
 
+    Kernels that call functions of Triton's own library (`tl.zeros`, `tl.sum`) can only be recorded:
+    to run them takes a process with TRITON_INTERPRET=1.
+
     Args:
         runs: False: kernels are recorded only, and leave their results undefined.
 

@@ -14,8 +14,8 @@ from model.optimizer import Sgd2012
 from model.schedule import Rates
 from tests.helpers.gpu_interpreter import interpret_kernels
 
-MOST_OPERATIONS = 112
-MOST_KERNELS = 133
+MOST_OPERATIONS = 106
+MOST_KERNELS = 128
 IMAGES = 2
 NO_LAUNCH = {
     "_local_scalar_dense", "_unsafe_view", "alias", "detach", "empty", "empty_like",
@@ -63,7 +63,7 @@ def test_a_step_has_few_operations() -> None:
         batch = ReplicaBatch(images, rows.long(), rows, rows, IMAGES * (number + 1))
         with interpret_kernels(runs=False) as ours, LaunchedOperations() as theirs:
             step(batch, IMAGES * number, Rates(0.01, 0.02), check)
-    assert ours.count("dropout") == 4
+    assert sorted(ours) == ["dropout"] * 4 + ["pool_backward"] * 3 + ["pool_forward"] * 3
     operations = [*ours, *theirs.names]
     assert len(operations) <= MOST_OPERATIONS, operations
     assert sum(KERNELS.get(name, 1) for name in operations) <= MOST_KERNELS, operations
