@@ -101,6 +101,8 @@ class DriverWatch:
 
         self._address = address
         self._stopping = threading.Event()
+        self.steps = 0
+        """Number of calls of `is_stopping`: the loop makes one in each step."""
         # Another node may have a process with the same id.
         near = ray.get_runtime_context().get_node_id() == address.node
         self._driver = Path(f"/proc/{address.pid}") if near else None
@@ -110,6 +112,7 @@ class DriverWatch:
 
     def is_stopping(self) -> bool:
         """Return whether the driver has requested to save and stop."""
+        self.steps += 1
         return self._stopping.is_set()
 
     def close(self) -> None:

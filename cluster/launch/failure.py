@@ -35,6 +35,9 @@ GPU_ERRORS = re.compile(
     r"CUDA (?:error|runtime API error|driver API error)|CUBLAS_STATUS_|CUDNN_STATUS_|GPU is lost"
 )
 """Errors of CUDA, in the words of torch, DALI, cuBLAS, cuDNN and the driver."""
+FIRST_STEPS = 3
+"""Steps in which a batch that is too large for a GPU shows itself; a later one has met something
+else, so that a restart may help."""
 MOST_MEMORY = 0.9
 """Share of a GPU's memory that the estimate for a smaller batch may take."""
 DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
@@ -55,6 +58,8 @@ class WorkerGpu:
     """Images that are computed at once."""
     memory: WorkerMemory
     """Estimate of the memory that the worker takes."""
+    steps: int = 0
+    """Steps made since the start, with the one that failed."""
     is_fixed: bool = False
     """True if the number of images may not change within a run, as batch normalization has it."""
 
@@ -137,7 +142,7 @@ def _describe_full_gpu(where: str, gpu: WorkerGpu) -> tuple[str, int]:
         mend += " in a new run (batch normalization takes its means over them)"
     if 2 * others > total:  # it may have room again at the next start
         return f"{text}, of which others take {human_bytes(others)}; end those, or use {mend}", 1
-    return f"{text}; use {mend}", SetupError.exit_code
+    return f"{text}; use {mend}", SetupError.exit_code if gpu.steps <= FIRST_STEPS else 1
 
 
 def suggest_images(memory: WorkerMemory, images: int, room: int, taken: int) -> int:

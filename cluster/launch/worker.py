@@ -82,12 +82,17 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                     publish=[PrometheusGauges(job.run.name, mesh)],
                 )  # fmt: skip
         except Exception as error:
-            job.driver.tell_now(describe_failure(error, name, describe_gpu(job)))
+            job.driver.tell_now(describe_failure(error, name, describe_gpu(job, watch.steps)))
             raise
 
 
-def describe_gpu(job: WorkerJob) -> WorkerGpu | None:
-    """Describe this worker's GPU for a message about its failure; None: it has none."""
+def describe_gpu(job: WorkerJob, steps: int) -> WorkerGpu | None:
+    """Describe this worker's GPU for a message about its failure; None: it has none.
+
+    Args:
+        job: arguments of the worker.
+        steps: steps made since the start, with the one that failed.
+    """
     import ray
 
     placement, config = job.placement, job.config
@@ -99,6 +104,7 @@ def describe_gpu(job: WorkerJob) -> WorkerGpu | None:
         node_id=ray.get_runtime_context().get_node_id(),
         images=config.microbatch_size(placement.replicas),
         memory=estimate_memory(config, None, placement.size),
+        steps=steps,
         is_fixed=config.design.norm == "batch",
     )
 

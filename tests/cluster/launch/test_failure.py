@@ -191,6 +191,8 @@ def test_a_batch_that_is_too_large_for_a_gpu_is_told_with_one_that_fits(
         assert failed.text.startswith("the memory of GPU 3 of node n2 is too small: ")
         assert [word for word in words if word not in failed.text] == []
         assert (failed.exit_code, failed.final, failed.broken_node) == (code, code == 3, "")
+        later = describe_failure(error, "replica 0, column a", replace(gpu, steps=500))
+        assert (later.text, later.exit_code, later.final) == (failed.text, 1, False)
 
 
 def test_the_images_that_fit_follow_from_the_estimate_or_from_what_was_taken():
