@@ -112,7 +112,7 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._stream: torch.cuda.Stream = before._stream if before else torch.cuda.Stream()
         # Not `before._graph.pool()`, which there is only after its capture.
-        self._pool = before._pool if before else torch.cuda.graph_pool_handle()
+        self._pool: Any = before._pool if before else torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], object]) -> None:
         """Do the work on the stream of the capture."""
