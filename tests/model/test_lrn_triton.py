@@ -64,12 +64,15 @@ def check_resources(kernel: CompiledLaunch) -> None:
     assert kernel.registers <= MOST_REGISTERS, kernel
 
 
+def list_types(architecture: int) -> tuple[torch.dtype, ...]:
+    """Return the types to compile for: those that a training launches; on one GPU, all."""
+    return GPU_DTYPES if architecture == 90 else (torch.bfloat16, torch.float32)
+
+
 @without_triton
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_normalization_compiles_to_few_instructions(architecture: int) -> None:
-    # The network is channels last; the other layout differs in addresses only.
-    layouts = LAYOUTS if architecture == 90 else [torch.channels_last]
-    for layout, dtype in product(layouts, GPU_DTYPES):
+    for layout, dtype in product(LAYOUTS, list_types(architecture)):
         x = meta_maps(2, 96, 55, 55, dtype=dtype, layout=layout)
         with compile_launches(architecture) as kernels:
             gpu.normalize(x, None, 2, True)
@@ -84,8 +87,7 @@ def test_normalization_compiles_to_few_instructions(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("norm", [False, True])
 def test_pooling_compiles_to_few_instructions(norm: bool, architecture: int) -> None:
-    # Types differ in what they load and store; the arithmetic, of float32, is the same.
-    for dtype in GPU_DTYPES if norm and architecture == 90 else (torch.bfloat16,):
+    for dtype in list_types(architecture):
         x = meta_maps(2, 96, 55, 55, dtype=dtype, layout=torch.channels_last)
         with compile_launches(architecture) as kernels:
             y, origin = gpu.pool(x, 2, True, norm, 3, 2, True)
