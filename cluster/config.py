@@ -169,9 +169,9 @@ class Config:
     batch when there are the most replicas."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs if the cluster has any."""
-    cuda_graph: bool = True
-    """Record the passes of a step on a GPU and launch each as one, where one worker computes the
-    whole batch at once; --no-cuda-graph: launch every operation."""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """auto: record the passes of a step on a GPU and launch each as one, where one worker computes
+    the whole batch at once; off: launch every operation."""
     threads: int = 0
     """Decoding threads of each worker; 0: as many as the worker has cores."""
     prefetch: int = StreamConfig.prefetch

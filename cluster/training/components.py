@@ -147,7 +147,7 @@ def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
 def can_record(config: Config, mesh: ProcessMesh) -> bool:
     """Return whether steps may be recorded as CUDA graphs: all of a step is on one GPU, at once."""
     whole = mesh.world_size == 1 and config.microbatch_size(1) >= config.batch_size
-    return config.cuda_graph and mesh.device.type == "cuda" and whole
+    return config.cuda_graph == "auto" and mesh.device.type == "cuda" and whole
 
 
 def refuse_other_data(data: str, expected: str, found: str) -> None:

@@ -43,7 +43,7 @@ def test_what_a_run_learns_cannot_change_under_way(field):
 def test_how_a_run_is_carried_out_may_change():
     old = Config()
     free = {
-        "replicas": "1:2", "device": "cpu", "cuda_graph": False, "columns_per_worker": 2,
+        "replicas": "1:2", "device": "cpu", "cuda_graph": "off", "columns_per_worker": 2,
         "microbatch": 16, "threads": 3, "prefetch": 4, "checkpoint_every": 7, "keep": 9,
         "keep_best": 0, "store": "s3://b/x",
         "validate_every": 0, "statistics_every": 0, "max_failures": 0, "node_wait": 0,

@@ -211,7 +211,7 @@ def test_reads_are_noticed():
     ("change", "mesh", "may"),
     [
         ({}, {}, True),
-        ({"cuda_graph": False}, {}, False),
+        ({"cuda_graph": "off"}, {}, False),
         ({"microbatch": 4}, {}, False),
         ({"replicas": 2}, {"replicas": 2}, False),
         ({}, {"device": torch.device("cpu")}, False),
