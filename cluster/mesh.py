@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -94,6 +94,15 @@ class ProcessMesh:
             dist.all_reduce(values, group=self.peers)
             values /= self.replicas
         return values
+
+    @property
+    def peer_name(self) -> str:
+        """Name of the only other process of the job; "another worker" if there are several."""
+        if self.world_size != 2:
+            return "another worker"
+        if self.pair:
+            return str(replace(self, columns=(1 - self.columns[0],)))
+        return str(replace(self, replica=1 - self.replica))
 
     def __str__(self) -> str:
         columns = " and ".join("ab"[column] for column in self.columns)

@@ -64,13 +64,16 @@ class WorkerGpu:
     """True if the number of images may not change within a run, as batch normalization has it."""
 
 
-def describe_failure(error: Exception, worker: str, gpu: WorkerGpu | None = None) -> Failed:
+def describe_failure(
+    error: Exception, worker: str, gpu: WorkerGpu | None = None, peer: str = "another worker"
+) -> Failed:
     """Return the event for an exception of a worker.
 
     Args:
         error: the exception.
         worker: name of the worker.
         gpu: GPU of the worker; None: it computes on a CPU.
+        peer: name of the worker that it waits for, if there is only one.
     """
     root = _find_gpu_error(error)
     node, code, is_final = "", 1, isinstance(error, DuetError)
@@ -81,7 +84,7 @@ def describe_failure(error: Exception, worker: str, gpu: WorkerGpu | None = None
     elif isinstance(error, DuetError):
         text, code = str(error), error.exit_code
     else:
-        text = _describe_lost_worker(error) or f"{type(error).__name__}: {error}"
+        text = _describe_lost_worker(error, peer) or f"{type(error).__name__}: {error}"
     return Failed(
         text=text.strip().splitlines()[0],
         trace="".join(traceback.format_exception(error)),
@@ -92,14 +95,14 @@ def describe_failure(error: Exception, worker: str, gpu: WorkerGpu | None = None
     )
 
 
-def _describe_lost_worker(error: Exception) -> str:
+def _describe_lost_worker(error: Exception, peer: str) -> str:
     """Describe an error of torch.distributed; "" if it is not one."""
     text = str(error)
     if not isinstance(error, RuntimeError) or not LOST.search(text):
         return ""
     if found := GONE.search(text):
-        return f"lost another worker ({found[0].strip()})"
-    return "another worker does not answer (frozen?)" if LATE.search(text) else ""
+        return f"lost {peer} ({found[0].strip()})"
+    return f"{peer} does not answer (frozen?)" if LATE.search(text) else ""
 
 
 def _find_gpu_error(error: BaseException) -> BaseException | None:

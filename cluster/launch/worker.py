@@ -57,11 +57,11 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     from cluster.training.loop import train
 
     job: WorkerJob = loop_config["job"]
-    name = "a worker"
+    name, peer = "a worker", "another worker"
     with closing(DriverWatch(job.driver)) as watch:
         try:
             mesh, workers = find_mesh(job.placement, job.config)
-            name = str(mesh)
+            name, peer = str(mesh), mesh.peer_name
             if job.measure:
                 from cluster.training.profiler import measure
 
@@ -82,7 +82,8 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                     publish=[PrometheusGauges(job.run.name, mesh)],
                 )  # fmt: skip
         except Exception as error:
-            job.driver.tell_now(describe_failure(error, name, describe_gpu(job, watch.steps)))
+            gpu = describe_gpu(job, watch.steps)
+            job.driver.tell_now(describe_failure(error, name, gpu, peer))
             raise
 
 

@@ -195,7 +195,7 @@ QUOTED = {
         "of them on one node each time",
         "is not on node",
         "is in use by another",
-        "another worker does not answer",
+        "does not answer (frozen?)",
         "offers GPUs to Ray, but its torch",
     ],
     "faq.md": ["has no split 'val'", "holds a run at step", "with other settings"],

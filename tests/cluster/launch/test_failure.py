@@ -109,6 +109,8 @@ REMOTE = (
     ],
 )  # fmt: skip
 def test_a_worker_tells_lost_ones_from_its_own_errors(error: Exception, text: str):
+    named = describe_failure(error, "replica 0, column a", peer="replica 0, column b")
+    assert named.text == text.replace("another worker", "replica 0, column b")
     failed = describe_failure(error, "replica 0, column a")
     assert (failed.text, failed.exit_code, failed.final) == (text, 1, False)
     assert str(error) in failed.trace

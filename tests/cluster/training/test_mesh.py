@@ -294,3 +294,11 @@ def test_one_replica_has_nothing_to_average() -> None:
         average.finish()
     assert same_bits(split_gradients(net), before)
     assert all(not p._post_accumulate_grad_hooks for p in net.parameters())  # type: ignore[attr-defined]
+
+
+def test_a_worker_names_the_other_one_if_there_is_but_one() -> None:
+    pair: Any = object()  # stands for a group
+    assert ProcessMesh(columns=(0,), pair=pair).peer_name == "replica 0, column b"
+    assert ProcessMesh(columns=(1,), pair=pair).peer_name == "replica 0, column a"
+    assert ProcessMesh(replica=1, replicas=2, peers=pair).peer_name == "replica 0, columns a and b"
+    assert ProcessMesh(columns=(0,), replicas=2, pair=pair).peer_name == "another worker"
