@@ -74,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if words[0] in ("-V", "--version"):
         sys.stdout.write(f"duet {find_version()}\n")
         return 0
-    if words[0] == "presets":
-        return show_presets(words[1:])
     name = find_verb(words[0])
-    from pipeline.tools.arguments import call_as
+    if name == "presets":
+        return show_presets(words[1:])
+    from pipeline.tools.arguments import set_command_name
 
-    call_as(f"duet {name}")
+    set_command_name(f"duet {name}")
     result: int | None = importlib.import_module(VERBS[name].module).main(words[1:])
     return result
 

@@ -243,8 +243,8 @@ class WorkerLocation:
     """Host name of its node."""
     gpu: int | str | None = None
     """Number of its GPU on that node, or the id by which CUDA_VISIBLE_DEVICES names it."""
-    seat: int = 0
-    """Place of its GPU among those of that node (`find_seat`)."""
+    gpu_index: int = 0
+    """Index of its GPU among those of that node (`find_gpu_index`)."""
 
 
 def read_gpu(ids: Sequence[int | str]) -> int | str | None:
@@ -258,8 +258,8 @@ def read_gpu(ids: Sequence[int | str]) -> int | str | None:
     return int(ids[0]) if str(ids[0]).isdecimal() else ids[0]
 
 
-def find_seat(gpu: int | str | None, visible: str) -> int:
-    """Return the place of a GPU on its node.
+def find_gpu_index(gpu: int | str | None, visible: str) -> int:
+    """Return the index of a GPU on its node.
 
     Args:
         gpu: result of `read_gpu`.
@@ -287,8 +287,8 @@ def group_ranks(started: Sequence[WorkerLocation], size: int) -> tuple[tuple[int
         SetupError: the ranks of a node cannot be grouped; names the node of every rank.
     """
     by_node: dict[str, list[int]] = {}
-    for rank, seat in enumerate(started):
-        by_node.setdefault(seat.node, []).append(rank)
+    for rank, location in enumerate(started):
+        by_node.setdefault(location.node, []).append(rank)
     if any(len(ranks) % size for ranks in by_node.values()):
         table = "; ".join(f"{started[r[0]].name}: ranks {r}" for r in by_node.values())
         raise SetupError(
@@ -296,7 +296,7 @@ def group_ranks(started: Sequence[WorkerLocation], size: int) -> tuple[tuple[int
         )
     found = []
     for ranks in by_node.values():
-        ranks.sort(key=lambda rank: (started[rank].seat, rank))
+        ranks.sort(key=lambda rank: (started[rank].gpu_index, rank))
         found += [tuple(ranks[i : i + size]) for i in range(0, len(ranks), size)]
     return tuple(sorted(found, key=min))
 
@@ -315,8 +315,8 @@ def list_workers(
     for replica, ranks in enumerate(replicas):
         names = ["a", "b"] if len(ranks) == 2 else ["a and b" if columns == 2 else "a"]
         for column, rank in zip(names, ranks, strict=True):
-            seat = started[rank]
-            workers.append(Worker(len(workers), replica, column, seat.name, seat.gpu))
+            here = started[rank]
+            workers.append(Worker(len(workers), replica, column, here.name, here.gpu))
     return workers
 
 

@@ -18,7 +18,7 @@ from cluster.launch.placement import (
     Placement,
     WorkerLocation,
     estimate_memory,
-    find_seat,
+    find_gpu_index,
     group_ranks,
     list_workers,
     read_gpu,
@@ -138,9 +138,9 @@ def find_mesh(placement: Placement, config: Config) -> Any:
     from cluster.mesh import create_mesh
 
     gpu = read_gpu(ray.get_gpu_ids()) if placement.gpus else None
-    seat = find_seat(gpu, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    index = find_gpu_index(gpu, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     here = ray.get_runtime_context().get_node_id()
-    mine = WorkerLocation(here, platform.node(), gpu, seat)
+    mine = WorkerLocation(here, platform.node(), gpu, index)
     started: list[WorkerLocation] = [mine] * dist.get_world_size()
     dist.all_gather_object(started, mine)
     found = group_ranks(started, placement.size)

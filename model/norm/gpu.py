@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.norm.reference import LRN_ALPHA, LRN_K, LRN_SIZE, is_channels_last
+from model.norm.reference import (
+    LRN_ALPHA,
+    LRN_K,
+    LRN_SIZE,
+    count_windows,
+    is_channels_last,
+)
 
 LANES = 128
 """Lanes of a program, one to each thread of four warps."""
@@ -90,7 +96,7 @@ def pool(
     from model import gpu_kernels
 
     images, maps, *sides = x.shape
-    pooled = [-(-(side - window) // stride) + 1 for side in sides]
+    pooled = [count_windows(side, window, stride) for side in sides]
     y = x.new_empty((images, *pooled, maps))
     origin = x.new_empty(y.shape if keep else 0, dtype=torch.uint8)
     settings = _describe_pool(x, columns, relu, norm, window, stride)
@@ -149,8 +155,8 @@ def _describe_pool(
         "CHANNELS": maps,
         "HEIGHT": height,
         "WIDTH": width,
-        "POOLED_HEIGHT": -(-(height - window) // stride) + 1,
-        "POOLED_WIDTH": -(-(width - window) // stride) + 1,
+        "POOLED_HEIGHT": count_windows(height, window, stride),
+        "POOLED_WIDTH": count_windows(width, window, stride),
         "WINDOW": window,
         "STRIDE": stride,
     }

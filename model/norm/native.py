@@ -34,6 +34,7 @@ from model.norm.reference import (
     LRN_SIZE,
     SPATIAL_SCALE,
     SPATIAL_SIZE,
+    count_windows,
     is_channels_last,
 )
 
@@ -114,7 +115,7 @@ def pool(
     images, maps, *sides = x.shape
     y = torch.empty_like(x)
     if gradient is None:
-        pooled = [-(-(side - window) // stride) + 1 for side in sides]
+        pooled = [count_windows(side, window, stride) for side in sides]
         y = x.new_empty((images, *pooled, maps)).permute(0, 3, 1, 2)
     sizes = (images, *sides, columns, maps // columns, window, stride)
     _call("pool", x, gradient, y, *sizes, LRN_K, LRN_ALPHA / LRN_SIZE, relu, norm)

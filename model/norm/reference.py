@@ -23,6 +23,11 @@ _CHUNK = 150_000
 _CHUNK_PER_THREAD = 600_000
 
 
+def count_windows(side: int, window: int, stride: int) -> int:
+    """Number of pooling windows along a side; the last one may stick out (layer.py rounds up)."""
+    return -(-(side - window) // stride) + 1
+
+
 def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
     """Arguments and result as in `model.norm.native.normalize`, on any device, in any float dtype.
 

@@ -20,13 +20,13 @@ MOST_PROCESSES = 1024
 MOST_SEED = 2**63 - 1
 ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:(/|$)")
 """Beginning of an address, also after `Path` has made one slash of two."""
-_called_as = ""
+_command_name = ""
 
 
-def call_as(name: str) -> None:
+def set_command_name(name: str) -> None:
     """Set the name under which this process's command was called, for its --help."""
-    global _called_as
-    _called_as = name
+    global _command_name
+    _command_name = name
 
 
 def parse_options(
@@ -37,7 +37,7 @@ def parse_options(
     Args:
         kind: the dataclass.
         argv: words after the command's name; None: those of this process.
-        prog: name of the command, unless `call_as` has set another.
+        prog: name of the command, unless `set_command_name` has set another.
         description: text of --help, instead of the docstring of `kind`.
 
     Raises:
@@ -57,7 +57,7 @@ def parse_options(
             continue
         if name.replace("_", "-") not in may_be_empty:
             raise UsageError(f"{name} is empty (a variable that is not set?); give a value")
-    name = _called_as or prog
+    name = _command_name or prog
     description = description and description.replace(prog, name)
     options = tyro.cli(kind, args=words, prog=name, description=description)
     for name, value in vars(options).items():

@@ -96,7 +96,7 @@ def test_presets_are_listed_with_their_claims_and_copied_to_be_edited(
     monkeypatch.chdir(tmp_path)
     assert main(["presets", "copy", "dexp"]) == 0
     assert load_settings(tmp_path / "dexp.toml") == load_settings(PRESETS / "dexp.toml")
-    assert main(["presets", "copy", "dexp.toml", "mine.toml"]) == 0
+    assert main(["Presets", "copy", "dexp.toml", "mine.toml"]) == 0
     for words, message in (
         (["copy", "dexp"], r"dexp\.toml is there already; name another"),
         (["copy", "dxep", "new.toml"], "did you mean dexp"),

@@ -14,7 +14,7 @@ from cluster.launch.placement import (
     check_this_machine,
     choose_size,
     describe_layout,
-    find_seat,
+    find_gpu_index,
     group_ranks,
     list_workers,
     place_run,
@@ -164,7 +164,7 @@ def test_seats_take_every_rank_once_and_never_split_a_replica(nodes, size, rando
     for ranks in found:
         assert len({nodes[rank] for rank in ranks}) == 1
         mine = [started[rank].gpu for rank in ranks]
-        others = [seat.gpu for seat in started if seat.node == nodes[ranks[0]]]
+        others = [one.gpu for one in started if one.node == nodes[ranks[0]]]
         assert [gpu for gpu in others if min(mine) < gpu < max(mine)] == []
         assert mine == sorted(mine)
     rows = list_workers(started, found, 2)
@@ -181,7 +181,7 @@ IDS = ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-1/7/0", "MIG-b7f8"]
 
 
 @pytest.mark.parametrize(
-    ("ids", "visible", "gpu", "seat"),
+    ("ids", "visible", "gpu", "index"),
     [
         ([], "", None, 0),
         ([3], "1,3", 3, 3),
@@ -191,15 +191,15 @@ IDS = ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-1/7/0", "MIG-b7f8"]
         (IDS[2:], "", IDS[2], 0),
     ],
 )
-def test_a_gpu_is_named_by_number_or_id_and_has_a_place_on_its_node(ids, visible, gpu, seat):
+def test_a_gpu_is_named_by_number_or_id_and_has_a_place_on_its_node(ids, visible, gpu, index):
     found = read_gpu(ids)
-    assert (found, find_seat(found, visible)) == (gpu, seat)
+    assert (found, find_gpu_index(found, visible)) == (gpu, index)
 
 
 def test_pairs_of_gpus_that_have_ids_are_neighbours_in_the_order_of_their_places():
     visible = "GPU-a,GPU-b,MIG-c,MIG-d"
     taken = ["MIG-d", "GPU-a", "MIG-c", "GPU-b"]
-    started = [WorkerLocation("n", "n", gpu, find_seat(gpu, visible)) for gpu in taken]
+    started = [WorkerLocation("n", "n", gpu, find_gpu_index(gpu, visible)) for gpu in taken]
     found = group_ranks(started, 2)
     pairs = [[started[rank].gpu for rank in ranks] for ranks in found]
     assert sorted(map(tuple, pairs)) == [("GPU-a", "GPU-b"), ("MIG-c", "MIG-d")]
