@@ -392,6 +392,9 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
 DATA_KEY, RUN_KEY = "data_sha256", "run_id"
 """Keys of RUN/config.toml that are no settings: SHA-256 of the data set's manifest, and the name
 that tells the run from all others; older files lack the second."""
+ORIGIN_KEYS = ("config", "command", "commit")
+"""Keys of RUN/config.toml that say how the last start of the run came about: the CONFIG that was
+named, the command line, and the commit of Duet's source; older files lack them."""
 KINDS: dict[object, str] = {
     int: "a whole number",
     float: "a number",
@@ -447,7 +450,7 @@ def load_settings(config: Path) -> dict[str, Any]:
         raise UsageError(f"config file {path} cannot be read ({reason})") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"config file {path} is not TOML: {error}") from error
-    for key in (DATA_KEY, RUN_KEY):
+    for key in (DATA_KEY, RUN_KEY, *ORIGIN_KEYS):
         table.pop(key, None)
     for key, value in table.items():
         if key not in TYPES:
@@ -476,14 +479,26 @@ def is_of_type(value: object, kind: Any) -> bool:
     return type(value) in (get_args(kind) or (kind,))
 
 
-def format_toml(config: Config, data_sha256: str, run_id: str = "") -> str:
-    """Format the effective config as the file RUN/config.toml; `read_run_config` reads it back."""
+def format_toml(
+    config: Config, data_sha256: str, run_id: str = "", origin: Mapping[str, str] | None = None
+) -> str:
+    """Format the effective config as the file RUN/config.toml; `read_run_config` reads it back.
+
+    Args:
+        config: every setting of the run.
+        data_sha256: identity of the data set.
+        run_id: name of the run.
+        origin: texts by their names in `ORIGIN_KEYS`; empty ones are left out.
+    """
     lines = ["# Written by cluster.train: every setting of this run, as it was used."]
     lines += [f"{name} = {format_value(value)}" for name, value in config.to_settings().items()]
     lines.append("# The data set: SHA-256 of its manifest.json.")
     lines.append(f'{DATA_KEY} = "{data_sha256}"')
     if run_id:
         lines += ["# The run, which its checkpoints name, too.", f'{RUN_KEY} = "{run_id}"']
+    if known := {key: origin[key] for key in ORIGIN_KEYS if origin and origin.get(key)}:
+        lines.append("# The last start: CONFIG as it was named, the command, the source's commit.")
+        lines += [f"{key} = {format_value(value)}" for key, value in known.items()]
     return "\n".join(lines) + "\n"
 
 

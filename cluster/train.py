@@ -25,7 +25,13 @@ from cluster.config import LENGTH, MEANT, Config, load_settings
 from cluster.launch.session import is_attached, ray_session, refuse_relative
 from cluster.run.console import RunConsole
 from cluster.run.exporters import require_tensorboard
-from cluster.run.folder import QUARANTINE, lock_run, read_run_id, write_run_config
+from cluster.run.folder import (
+    QUARANTINE,
+    find_commit,
+    lock_run,
+    read_run_id,
+    write_run_config,
+)
 from cluster.run.jsonl import count_rows
 from cluster.run.sync import open_mirror
 from model.architecture import Design, build_stages
@@ -34,9 +40,9 @@ from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import Dataset, open_dataset
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.stream.shard_reader import ShardReader
-from pipeline.tools.arguments import parse_options
+from pipeline.tools.arguments import format_command, parse_options
 from pipeline.tools.errors import DataError, UsageError, run
-from pipeline.tools.text import hide_credentials
+from pipeline.tools.text import clean, hide_credentials
 
 Trainer = Callable[[Config, str, Path, RunConsole], None]
 
@@ -58,6 +64,8 @@ class Command:
     """Do not train: measure where a step's time goes, into RUN/measure.json and
     RUN/throughput.html."""
     settings: Annotated[Config, tyro.conf.OmitArgPrefixes]
+    words: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """The words that it was parsed from."""
 
 
 # Read without the checks: a value that cannot work gets a one-line message, not tyro's box.
@@ -106,7 +114,7 @@ def parse_command(argv: Sequence[str]) -> Command:
         settings = Config.from_settings(raw.settings.to_settings())
     except ValueError as error:
         raise UsageError(f"{error} ({raw.config} and the flags given)") from error
-    return replace(raw, settings=settings)
+    return replace(raw, settings=settings, words=tuple(user))
 
 
 def _parse(words: list[str]) -> Command:
@@ -253,7 +261,12 @@ def prepare_run(
     if config.init and not step:
         config, said = resolve_init(config, len(manifest.classes), screen.show)
         screen.say(said)
-    write_run_config(folder, config, data_sha256, samples, step, name)
+    origin = {
+        "config": clean(str(command.config)),
+        "command": format_command("python -m cluster.train", command.words),
+        "commit": find_commit(),
+    }
+    write_run_config(folder, config, data_sha256, samples, step, name, origin)
     if step >= total and has_sound_checkpoint(folder, config.store, total, screen):
         screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
         return None

@@ -55,6 +55,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     from cluster.run.folder import lock_leader, write_machine
     from cluster.run.sync import open_mirror
     from cluster.training.loop import train
+    from cluster.training.precision import compute_dtype
 
     job: WorkerJob = loop_config["job"]
     name, peer = "a worker", "another worker"
@@ -74,7 +75,8 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                 if mesh.is_leader:
                     if mirror := open_mirror(job.run, job.config.store):
                         mirror.restore()  # the last leader may have been on another node
-                    write_machine(job.run, mesh.world_size)
+                    dtype = compute_dtype(job.config.dtype, mesh.device)
+                    write_machine(job.run, mesh.world_size, str(dtype).removeprefix("torch."))
                     job.driver.tell(Placed(tuple(workers)))
                 train(
                     job.config, job.data, job.run, mesh, job.driver.tell,

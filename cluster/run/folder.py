@@ -1,7 +1,8 @@
 """Layout of RUN, its locks, and the check whether the run in it may be resumed.
 
-RUN/config.toml          every setting as used, the hash of the data set's manifest, the run's name
-RUN/machine.json         processor, memory, GPUs, versions
+RUN/config.toml          every setting as used, the hash of the data set's manifest, the run's name,
+                         the command that started it and the commit of the source
+RUN/machine.json         processor, memory, GPUs, versions, the dtype that layers compute in
 RUN/metrics.jsonl        a row per step                               (run/metrics.py)
 RUN/validation.jsonl     a row per validation                         (run/metrics.py)
 RUN/layers.jsonl         means of each layer, every 50 steps          (run/metrics.py)
@@ -29,9 +30,10 @@ import os
 import platform
 import re
 import secrets
+import subprocess
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +163,9 @@ def find_data_conflicts(old_sha256: str, new_sha256: str) -> list[str]:
 
 
 def write_run_config(
-    run: Path, config: Config, data_sha256: str, samples: int, step: int, run_id: str = ""
-) -> None:
+    run: Path, config: Config, data_sha256: str, samples: int, step: int, run_id: str = "",
+    origin: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write RUN/config.toml, unless its checkpoints were made with conflicting settings.
 
     Args:
@@ -172,6 +175,7 @@ def write_run_config(
         samples: number of its training images.
         step: step of the newest checkpoint, 0 if there is none.
         run_id: name of the run.
+        origin: how it was started; see `cluster.config.format_toml`.
 
     Raises:
         UsageError: the checkpoints were made with other settings or other data; names both.
@@ -189,7 +193,7 @@ def write_run_config(
     if path.exists() and step >= config.total_steps(samples):
         return  # nothing will be trained with these settings
     with atomic_write(path) as file:
-        file.write(format_toml(config, data_sha256, run_id).encode())
+        file.write(format_toml(config, data_sha256, run_id, origin).encode())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -230,8 +234,14 @@ def parse_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def write_machine(run: Path, workers: int) -> None:
-    """Write RUN/machine.json: processor, cores, memory, GPUs and versions of this machine."""
+def write_machine(run: Path, workers: int, dtype: str) -> None:
+    """Write RUN/machine.json: processor, cores, memory, GPUs and versions of this machine.
+
+    Args:
+        run: run folder.
+        workers: number of processes that train.
+        dtype: name of the dtype that layers compute in, such as bfloat16.
+    """
     import torch  # here: commands that only read a run start faster without it
 
     machine = {
@@ -245,9 +255,29 @@ def write_machine(run: Path, workers: int) -> None:
         "dali": _find_version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "ray": _find_version("ray"),
         "workers": workers,
+        "dtype": dtype,
     }
     with atomic_write(run / MACHINE) as file:
         file.write((json.dumps(machine, indent=1) + "\n").encode())
+
+
+def find_commit() -> str:
+    """Return the commit of Duet's source, with a `+` if files differ from it.
+
+    "" outside a clone of the repository: in a package that pip installed.
+    """
+    source = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(source), "-c", "safe.directory=*"]
+    if not (source / ".git").exists():  # git would find a repository around it
+        return ""
+    try:
+        found, changed = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=5)
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _find_version(*distributions: str) -> str | None:

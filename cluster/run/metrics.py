@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from cluster.config import Config
@@ -28,7 +30,7 @@ from pipeline.stream.timing import WaitTimes
 TELL_EVERY = 0.25
 """Seconds between `Stepped` events; the file has every step."""
 PUBLISH_EVERY = 1.0
-"""Seconds between calls of the publishers."""
+"""Seconds between calls of the publishers, and between looks at the memory in use."""
 MEANS = (
     "loss", "top1_error", "img_s", "data_wait", *WAITS, "compute", "stall", "exchange",
     "exchange_bytes", "saving", "seconds",
@@ -100,6 +102,8 @@ class MetricsLog:
         self._waits = WaitTimes()
         self._host_waited = self._saved = 0.0
         self._sent = 0
+        self._memory: int | None = None
+        self._looked = -PUBLISH_EVERY
         self._exchange: Exchange | None = None
         self._start = mark_time(mesh.device)
 
@@ -219,7 +223,15 @@ class MetricsLog:
             "saving": round(saved, 5),
             "seconds": round(seconds, 5),
             "replicas": self._mesh.replicas,
+            "memory": self._look_at_memory(),
         }
+
+    def _look_at_memory(self) -> int | None:
+        """Return the bytes of memory in use when it was last looked at, about a second ago."""
+        now = time.monotonic()
+        if now - self._looked >= PUBLISH_EVERY:
+            self._memory, self._looked = read_memory(self._mesh.device), now
+        return self._memory
 
     def _publish_rows(self) -> None:
         """Publish the means of the rows since the last call."""
@@ -305,6 +317,21 @@ class MetricsLog:
         finally:
             for file in self._files.values():
                 file.close()
+
+
+def read_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory in use; None where the system does not say.
+
+    Of a GPU: by all that runs on it, decoder and collectives too. Without one: by this process.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def split_wait(waited: float, waits: WaitTimes, host_waited: float) -> dict[str, float]:

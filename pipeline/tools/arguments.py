@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 
 from pipeline.tools.errors import UsageError
+from pipeline.tools.text import clean
 
 T = TypeVar("T")
 
@@ -27,6 +29,16 @@ def set_command_name(name: str) -> None:
     """Set the name under which this process's command was called, for its --help."""
     global _command_name
     _command_name = name
+
+
+def format_command(prog: str, words: Sequence[str]) -> str:
+    """Return a command as one would type it, without the credentials of addresses.
+
+    Args:
+        prog: its name, unless `set_command_name` has set another.
+        words: the words after it.
+    """
+    return clean(shlex.join([*(_command_name or prog).split(), *words]))
 
 
 def parse_options(

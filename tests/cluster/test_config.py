@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,15 @@ def test_the_effective_config_reads_back_to_itself(tmp_path_factory, config):
     assert read_run_config(path) == (config, "abc")
     if not config.cache.startswith("-"):
         assert parse_command([str(path), "--data", "d", "--run", "r"]).settings == config
+
+
+def test_what_started_a_run_is_no_setting_of_it(tmp_path):
+    path = tmp_path / "config.toml"
+    origin = {"config": 'a "b".toml', "command": "duet train 'a \"b\".toml' --seed 3", "commit": ""}
+    path.write_text(format_toml(Config(seed=3), "abc", "name", origin), encoding="utf-8")
+    assert read_run_config(path) == (Config(seed=3), "abc")
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert {key: table.get(key, "") for key in origin} == origin
 
 
 @pytest.mark.parametrize("value", ["a\udcff", "\ud83d", "a\0b"])

@@ -33,7 +33,7 @@ from cluster.run.folder import CONFIG, METRICS, lock_leader, read_identity, writ
 from cluster.run.jsonl import read_tail
 from cluster.training.finite_check import NotFinite
 from cluster.training.loop import train as make_run
-from cluster.training.precision import choose_device
+from cluster.training.precision import choose_device, compute_dtype
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DuetError, UsageError, run
@@ -285,7 +285,8 @@ def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> N
     """
     mesh = ProcessMesh(device=choose_device(config.device), cores=cpu_count())
     with lock_leader(folder), count_interrupts() as end:
-        write_machine(folder, mesh.world_size)
+        dtype = compute_dtype(config.dtype, mesh.device)
+        write_machine(folder, mesh.world_size, str(dtype).removeprefix("torch."))
         make_run(
             config, data, folder, mesh, screen.show,
             identity=read_identity(folder), is_stopping=lambda: end() > 0,

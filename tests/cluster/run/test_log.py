@@ -57,6 +57,7 @@ def test_time_for_validation_and_checkpoints_is_not_time_of_a_step(tmp_path):
     for row in (first, second):
         assert 0.04 <= row["seconds"] < 0.3
         assert 0.1 < row["data_wait"] < 0.9
+        assert 1e7 < row["memory"] < 1e11  # a process that has loaded torch
     assert (second["loss"], second["top1_error"], second["epoch"]) == (1.5, 0.25, 0.4)
     assert (second["lr"], second["lr_bias"], second["position"]) == (0.1, 0.2, 16)
 
@@ -169,6 +170,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     monkeypatch.setattr(torch.cuda, "Event", device.make_event)
     clock = SimpleNamespace(perf_counter=lambda: device.now, monotonic=lambda: device.now)
     monkeypatch.setattr("cluster.run.metrics.time", clock)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_000, 10_000))
     return device
 
 
@@ -217,4 +219,5 @@ def test_a_row_is_no_sooner_than_the_gpu_has_computed_its_step(tmp_path, gpu):
         log.flush()
     gpu.synchronize()
     log.flush()
-    assert json.loads((tmp_path / METRICS).read_text())["compute"] == 1.0
+    row = json.loads((tmp_path / METRICS).read_text())
+    assert (row["compute"], row["memory"]) == (1.0, 4_000), "all that is in use on the GPU"
