@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cluster import cli as duet
 from cluster import train
 from cluster.config import Config
 from cluster.experiments.neighbors import extract
@@ -24,11 +25,11 @@ from tests.helpers.foreign_shards import made_by_webdataset as made  # noqa: F40
 from tests.helpers.training_runs import alone
 
 SHORTER = {
-    "cluster.train": "--steps 2 --batch-size 8 --width 0.125 --dtype float32 --threads 1 --ledger",
-    "cluster.experiments.neighbors": "--workers 1 --pairs 100",
+    "train": "--steps 2 --batch-size 8 --width 0.125 --dtype float32 --threads 1 --ledger",
+    "neighbors": "--workers 1 --pairs 100",
 }
 """Flags that are appended to the commands of the pages."""
-EXPORT = "python -m cluster.export runs/mine --best --out weights.safetensors"
+EXPORT = "duet export runs/mine --best --out weights.safetensors"
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
@@ -65,15 +66,17 @@ class World:
         command = shlex.join(words)
         if command in self.done:
             return
-        assert words[0] == "python", f"no test knows how to run {command}"
+        assert words[0] in ("python", "duet"), f"no test knows how to run {command}"
         target, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
         rest += shlex.split(SHORTER.get(target, ""))
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [target, *rest])
             try:
-                if target == "cluster.train":
-                    assert train.main(trainer=train_here) == 0
+                if words[:2] == ["duet", "train"]:
+                    assert train.main(rest, trainer=train_here) == 0
+                elif words[0] == "duet":
+                    assert duet.main([target, *rest]) in (0, None), command
                 elif words[1] == "-m" and not is_package(target):
                     assert importlib.import_module(target).main() in (0, None), command
                 elif words[1] == "-m":
@@ -114,7 +117,7 @@ def world(
             if block.mark == "run" and block.language == "bash":
                 for words in block.commands:
                     world.run(words)
-        train_command = "python -m cluster.train narrow --data data/mine --run runs"
+        train_command = "duet train narrow --data data/mine --run runs"
         for name in ("a", "b"):
             world.run(shlex.split(f"{train_command}/{name} --seed {ord(name)}"))
         yield world
@@ -155,8 +158,9 @@ def test_each_block_says_whether_it_is_run(block: Block):
         other = REPOSITORY / block.mark.removeprefix("run by ")
         text = other.read_text("utf-8")
         for words in block.commands:
-            assert words[:2] == ["python", "-m"], block.place
-            assert words[2] in text, f"{block.place}: {other} does not run {words[2]}"
+            module = duet.VERBS[words[1]].module if words[0] == "duet" else words[2]
+            module = module.removesuffix(".__main__")
+            assert module in text, f"{block.place}: {other} does not run {module}"
     else:
         assert block.mark == "run" or re.fullmatch(r"not run: .{5,}", block.mark), (
             f"{block.place}: on the line above, put <!-- run -->, <!-- run by tests/... --> or "
@@ -166,7 +170,7 @@ def test_each_block_says_whether_it_is_run(block: Block):
 
 @fenced("")
 def test_blocks_without_a_language_are_no_commands(block: Block):
-    assert not re.search(r"^\s*(\$ |python |make |ray |pip )", block.text, re.MULTILINE)
+    assert not re.search(r"^\s*(\$ |duet [a-z]|python |make |ray |pip )", block.text, re.MULTILINE)
 
 
 def test_blocks_are_found():

@@ -9,23 +9,25 @@ import runpy
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from cluster import cli as duet
 from tests.docs.pages import DOCS, PAGES, README, REPOSITORY, blocks
 
 OURS = ("pipeline", "model", "cluster", "benchmarks", "tests")
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every `python -m OURS ...` and `python benchmarks/...`, in blocks and in running text."""
+    """Every `duet VERB ...`, `python -m OURS ...` and `python benchmarks/...`, in text, too."""
     found = []
     text = re.sub(r"[ \t]*\\\n[ \t]*", " ", text)  # continued lines
-    for match in re.finditer(r"python (?:-m )?(?=[a-z_]+[./])([^`\n]*)", text):
+    started = r"(?:python (?:-m )?(?=[a-z_]+[./])|(?:(?<=`)|(?<=\n))duet (?=[a-z]))([^`\n]*)"
+    for match in re.finditer(started, text):
         words: list[str] = []
         splitter = shlex.shlex(match[0].replace("…", "..."), posix=True, punctuation_chars="|&;><")
         splitter.whitespace_split = True
@@ -34,7 +36,7 @@ def commands(text: str) -> list[list[str]]:
                 break
             words.append(word)
         name = words[2] if words[1] == "-m" else words[1]
-        if re.split(r"[./]", name)[0] in OURS:
+        if words[0] == "duet" or re.split(r"[./]", name)[0] in OURS:
             found.append(words)
     return found
 
@@ -57,32 +59,40 @@ def tree(text: str) -> Iterator[tuple[str, bool]]:
 
 def test_commands_are_found():
     text = "```\npython -m cluster.train a.toml \\\n    --data b --run c  # d\n```\n`python -m x.y`"
-    assert commands(text) == [
-        ["python", "-m", "cluster.train", "a.toml", "--data", "b", "--run", "c"]
+    assert commands(text + " a duet of two, `duet verify DATA`") == [
+        ["python", "-m", "cluster.train", "a.toml", "--data", "b", "--run", "c"],
+        ["duet", "verify", "DATA"],
     ]
     assert len(typed()) > 30
 
 
 def flags(target: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Flags that the help of a module, or of a script, lists."""
+    """Flags that the help of a verb, of a module, or of a script lists."""
     monkeypatch.setattr(sys, "argv", [target, "--help"])
     monkeypatch.setenv("COLUMNS", "200")
-    if "/" in target:
+    if target.startswith("duet "):
+        run: Callable[[], object] = partial(duet.main, [target.removeprefix("duet "), "--help"])
+    elif "/" in target:
         monkeypatch.syspath_prepend(str((REPOSITORY / target).parent))
         run = partial(runpy.run_path, str(REPOSITORY / target), run_name="__main__")
     else:
         run = partial(runpy.run_module, target, run_name="__main__", alter_sys=True)
     out, handler = io.StringIO(), signal.getsignal(signal.SIGTERM)
-    with redirect_stdout(out), pytest.raises(SystemExit) as end:
-        run()
+    with redirect_stdout(out):
+        try:
+            code = run()
+        except SystemExit as end:
+            code = end.code
     signal.signal(signal.SIGTERM, handler)  # entry points set their own
-    assert end.value.code in (0, None)
+    assert code in (0, None)
     return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", out.getvalue()))
 
 
 def test_every_module_exists():
     for page, words in typed():
-        if words[1] == "-m":
+        if words[0] == "duet":
+            assert duet.find_verb(words[1]), f"{page}: {shlex.join(words)}"
+        elif words[1] == "-m":
             assert importlib.util.find_spec(words[2]), f"{page}: {shlex.join(words)}"
         else:
             assert (REPOSITORY / words[1]).is_file(), f"{page}: {shlex.join(words)}"
@@ -92,8 +102,9 @@ def test_every_module_exists():
 def test_every_flag_exists(monkeypatch):
     wanted: dict[str, dict[str, str]] = {}
     for page, words in typed():
-        target, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
-        for word in rest:
+        first = 3 if words[1] == "-m" else 2
+        target = " ".join(words[:2]) if words[0] == "duet" else words[first - 1]
+        for word in words[first:]:
             flag = re.match(r"\[?(--[a-z][a-z0-9-]*)", word)
             if flag:
                 wanted.setdefault(target, {})[flag[1]] = f"{page}: {shlex.join(words)}"
