@@ -20,6 +20,7 @@ import tyro
 
 from model.architecture import Design
 from model.schedule import list_color_steps, parse_changes, parse_layer_rates, suggest_name
+from pipeline.dataset.record import ADDRESS_KEY, SHA256_KEY
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
 from pipeline.tools.units import parse_size
@@ -70,7 +71,7 @@ ALIASES = {
 }
 """Names that other trainers give to a setting: an unknown one of these has a sure suggestion."""
 LARGEST = 10**9
-"""Largest whole number that a setting takes, unless `LARGEST_OF` has another limit."""
+"""Largest whole number of a setting that is not in `LARGEST_OF`."""
 LARGEST_OF = {"seed": 2**63 - 1, "lr_drops": 1000, "bias_drops": 1000, "epochs": 10**6}
 CHANGEABLE = (
     "replicas", "device", "cuda_graph", "columns_per_worker", "microbatch", "threads", "prefetch",
@@ -213,9 +214,7 @@ class Config:
     def __post_init__(self) -> None:
         self._check_sizes()
         if self.steps == 0 and self.epochs <= 0:
-            raise ValueError(
-                f"epochs is {self.epochs:g} and steps is 0; one of them must be above 0"
-            )
+            raise ValueError(f"epochs is {self.epochs:g}, steps is 0; one must be above 0")
         self._require("epochs", math.isfinite(self.epochs), "must be finite")
         for name, value in self.to_settings().items():
             for text in value if isinstance(value, tuple) else (value,):
@@ -389,12 +388,11 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
     return found
 
 
-DATA_KEY, RUN_KEY = "data_sha256", "run_id"
-"""Keys of RUN/config.toml that are no settings: SHA-256 of the data set's manifest, and the name
-that tells the run from all others; older files lack the second."""
-ORIGIN_KEYS = ("config", "command", "commit")
-"""Keys of RUN/config.toml that say how the last start of the run came about: the CONFIG that was
-named, the command line, and the commit of Duet's source; older files lack them."""
+RUN_KEY = "run_id"
+"""Key of RUN/config.toml, as `SHA256_KEY`: the name that tells the run from all others."""
+ORIGIN_KEYS = (ADDRESS_KEY, "config", "command", "commit")
+"""Keys of RUN/config.toml about the last start of the run, which older files lack: address of the
+data set without credentials, CONFIG as it was named, command line, commit of Duet's source."""
 KINDS: dict[object, str] = {
     int: "a whole number",
     float: "a number",
@@ -450,7 +448,7 @@ def load_settings(config: Path) -> dict[str, Any]:
         raise UsageError(f"config file {path} cannot be read ({reason})") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"config file {path} is not TOML: {error}") from error
-    for key in (DATA_KEY, RUN_KEY, *ORIGIN_KEYS):
+    for key in (SHA256_KEY, RUN_KEY, *ORIGIN_KEYS):
         table.pop(key, None)
     for key, value in table.items():
         if key not in TYPES:
@@ -486,18 +484,16 @@ def format_toml(
 
     Args:
         config: every setting of the run.
-        data_sha256: identity of the data set.
-        run_id: name of the run.
+        data_sha256, run_id: identity of the data set, name of the run.
         origin: texts by their names in `ORIGIN_KEYS`; empty ones are left out.
     """
     lines = ["# Written by cluster.train: every setting of this run, as it was used."]
     lines += [f"{name} = {format_value(value)}" for name, value in config.to_settings().items()]
-    lines.append("# The data set: SHA-256 of its manifest.json.")
-    lines.append(f'{DATA_KEY} = "{data_sha256}"')
+    lines += ["# The data set: SHA-256 of its manifest.json.", f'{SHA256_KEY} = "{data_sha256}"']
     if run_id:
         lines += ["# The run, which its checkpoints name, too.", f'{RUN_KEY} = "{run_id}"']
     if known := {key: origin[key] for key in ORIGIN_KEYS if origin and origin.get(key)}:
-        lines.append("# The last start: CONFIG as it was named, the command, the source's commit.")
+        lines.append("# The last start: data set, CONFIG, command, and the source's commit.")
         lines += [f"{key} = {format_value(value)}" for key, value in known.items()]
     return "\n".join(lines) + "\n"
 
@@ -514,11 +510,10 @@ def read_run_config(path: Path) -> tuple[Config, str]:
         UsageError: there is no such file, or it cannot be read.
     """
     if not path.is_file():
-        raise UsageError(
-            f"{path.parent} holds no run ({path.name} is missing); name the --run of a training"
-        )
+        missing = f"{path.parent} holds no run ({path.name} is missing)"
+        raise UsageError(f"{missing}; name the --run of a training")
     table = load_settings(path)
-    data = tomllib.loads(path.read_text(encoding="utf-8")).get(DATA_KEY, "")
+    data = tomllib.loads(path.read_text(encoding="utf-8")).get(SHA256_KEY, "")
     try:
         return Config.from_settings(table), str(data)
     except ValueError as error:

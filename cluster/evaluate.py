@@ -1,11 +1,11 @@
 """Error rates of a trained network on a split, every image once.
 
-    python -m cluster.evaluate RUN --data DATA [--views 1|10] [--save-probabilities] [--json]
+    python -m cluster.evaluate RUN [--views 1|10] [--best | --checkpoint STEP] [--json]
 
-One process with both columns, on the newest complete checkpoint. Views as in the paper (section
-4.1): the centre crop, or the mean over four corners, centre and their mirror images. Writes
-RUN/evaluation-1.json or RUN/evaluation-10.json and, for `cluster.experiments.ensemble`,
-RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
+One process with both columns, on the newest complete checkpoint unless another is named. Views as
+in the paper (section 4.1): the centre crop, or the mean over four corners, centre and their mirror
+images. Writes RUN/evaluation-1.json or RUN/evaluation-10.json and, for
+`cluster.experiments.ensemble`, RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +39,7 @@ from model.alexnet import AlexNet
 from model.metrics import average_views, sum_metrics
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import fetch_metadata
+from pipeline.remote.dataset import locate_dataset
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
@@ -56,9 +56,13 @@ class Evaluate:
     """Measure a trained network on every image of a split, once each."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run; its newest complete checkpoint is used."""
-    data: str
-    """Data set (folder or address); its classes must be those of training."""
+    """Folder of the run."""
+    best: bool = False
+    """The checkpoint with the lowest validation error instead of the newest."""
+    checkpoint: int | None = None
+    """The checkpoint of this step instead."""
+    data: str = ""
+    """Data set (folder or address) with the classes of the training; default: that of the run."""
     views: Literal[1, 10] = 1
     """1: centre crop; 10: corners, centre and their mirror images, averaged."""
     split: str = "val"
@@ -79,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = parse_options(Evaluate, argv, "python -m cluster.evaluate")
     for name, path in (("RUN", options.run), ("DATA", options.data)):
-        refuse_relative(name, path, missing=True)
+        if path:
+            refuse_relative(name, path, missing=True)
     read_run_config(options.run / CONFIG)
     ensure_writable(options.run, "run folder")
     result = evaluate(options)
@@ -89,9 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     out = sys.stderr if options.json else sys.stdout
     views = "centre view" if options.views == 1 else "ten views"
     out.write(
-        f"{options.split}, {result['samples']:,} images, {views}, step {result['step']}: "
-        f"top-1 error {result['top1_error']:.2%}, top-5 error {result['top5_error']:.2%}, "
-        f"loss {result['loss']:.4f} ({result['img_s']:,.0f} img/s) -> {path}\n"
+        f"{options.split}, {result['samples']:,} images, {views}, "
+        f"step {result['step']} ({result['chosen']}): top-1 error {result['top1_error']:.2%}, "
+        f"top-5 error {result['top5_error']:.2%}, loss {result['loss']:.4f} "
+        f"({result['img_s']:,.0f} img/s) -> {path}\n"
     )
     if options.save_probabilities:
         out.write(f"probabilities -> {probability_path(options.run, options.views)}\n")
@@ -107,8 +113,11 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         UsageError: no run, no checkpoint, or a data set that does not fit.
     """
     config, trained_on = read_run_config(options.run / CONFIG)
-    found = choose_checkpoint(options.run, config.store, print_warning)
-    folder = fetch_metadata(options.data, **config.cached)
+    found = choose_checkpoint(
+        options.run, config.store, print_warning, options.checkpoint, options.best
+    )
+    data, folder = locate_dataset(options.run, options.data, **config.cached)
+    options = replace(options, data=data)
     manifest = Manifest.load(folder)
     samples = manifest.split(options.split, folder).samples
     data_sha256 = identity(folder)
@@ -136,11 +145,17 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         "views": options.views,
         "split": options.split,
         "step": found.mark.step,
+        "chosen": _name_choice(options),
         "position": found.mark.position,
         **_summarize(counts, manifest.classes),
         "img_s": round(stream.samples / seconds, 1),
         "seconds": round(seconds, 2),
     }
+
+
+def _name_choice(options: Evaluate) -> str:
+    """Return in a word why the checkpoint is the one: best, named or newest."""
+    return "best" if options.best else "newest" if options.checkpoint is None else "named"
 
 
 def _open_stream(options: Evaluate, config: Config, device: torch.device) -> Stream:

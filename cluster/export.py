@@ -38,7 +38,7 @@ from model.architecture import Design
 from model.norm import BatchNorm
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import fetch_metadata
+from pipeline.remote.dataset import locate_dataset
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
@@ -61,7 +61,8 @@ class Export:
     checkpoint: int | None = None
     """The checkpoint of this step instead."""
     data: str = ""
-    """Data set of the training; only runs with mean = 'picture', or older ones, need it."""
+    """Data set of the training, if that has moved; only runs with mean = 'picture', or older ones,
+    need it."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""
 
@@ -73,15 +74,13 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     options = parse_options(Export, argv, "python -m cluster.export")
-    if options.best and options.checkpoint is not None:
-        raise UsageError(f"give --best or --checkpoint {options.checkpoint}, not both")
     config, trained_on = read_run_config(options.run / CONFIG)
     found = choose_checkpoint(
         options.run, config.store, print_warning, options.checkpoint, options.best
     )
     table = read_table(open_storage(options.run, config.store), found.name)
     tensors = merge_columns(config, found)
-    tensors["mean"] = read_mean(config, table.get("channel_mean"), options.data, trained_on)
+    tensors["mean"] = read_mean(options, config, table.get("channel_mean"), trained_on)
     out = options.out or options.run / "weights.safetensors"
     try:
         with atomic_write(out) as file:
@@ -124,18 +123,18 @@ def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def read_mean(config: Config, known: Sequence[float] | None, data: str, trained_on: str) -> Tensor:
+def read_mean(
+    options: Export, config: Config, known: Sequence[float] | None, trained_on: str
+) -> Tensor:
     """Return the mean to subtract: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
 
     Raises:
-        UsageError: the mean is in the data set, and `data` is empty or names another.
+        UsageError: the mean is in the data set, and that is not to be found, or another.
         DataError: the data set's statistics are damaged.
     """
     if config.mean == "channel" and known:
         return torch.tensor(known, dtype=torch.float32)[:, None, None]
-    if not data:
-        raise UsageError("what is subtracted from images is in the data set; name it by --data")
-    folder = fetch_metadata(data, **config.cached)
+    data, folder = locate_dataset(options.run, options.data, **config.cached)
     if identity(folder) != trained_on:
         raise UsageError(f"{data} is not the data set of the training; name that one by --data")
     manifest = Manifest.load(folder)

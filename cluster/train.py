@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from cluster.launch.session import is_attached, ray_session, refuse_relative
 from cluster.run.console import RunConsole
 from cluster.run.exporters import require_tensorboard
 from cluster.run.folder import (
+    CONFIG,
     QUARANTINE,
     find_commit,
     lock_run,
@@ -37,7 +39,8 @@ from cluster.run.sync import open_mirror
 from model.architecture import Design, build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import Dataset, open_dataset
+from pipeline.dataset.record import ADDRESS_KEY
+from pipeline.remote.dataset import Dataset, format_address, locate_dataset, open_dataset
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.arguments import format_command, parse_options
@@ -54,8 +57,9 @@ class Command:
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """TOML file with any of the settings below, or the name of a preset, such as dexp; flags given
     here win over it."""
-    data: str
-    """Data set, made by pipeline.build_shards: a folder, or an address such as s3://bucket/folder."""
+    data: str = ""
+    """Data set, made by pipeline.build_shards: a folder, or an address such as s3://bucket/folder;
+    a run that is resumed knows its own, and needs it only if that has moved."""
     run: Path
     """Folder for checkpoints and numbers; created if need be."""
     tuning: Path | None = None
@@ -155,31 +159,51 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     _check_paths(command)
     command = replace(command, settings=resolve_paths(command.settings))
     config, folder = command.settings, command.run.resolve()
+    command = replace(command, data=command.data or find_data(command))
     dataset = open_dataset(command.data, **config.cached)
-    data = command.data if is_remote(command.data) else str(dataset.folder.resolve())
     manifest = Manifest.load(dataset.folder)
     manifest.split("train", dataset.folder)
     with closing(dataset):
         check_data(command, manifest, dataset)
+    if not is_remote(command.data):
+        command = replace(command, data=str(dataset.folder.resolve()))
     with lock_run(folder), RunConsole() as screen:
         if command.measure:
             from cluster.launch.measurement import measure_with_ray
 
             with start_ray(config, screen) as read_output:
-                measure_with_ray(config, data, folder, screen, read_output)
+                measure_with_ray(config, command.data, folder, screen, read_output)
         else:
             data_sha256 = identity(dataset.folder)
-            train_run(command, data, data_sha256, manifest, screen, trainer or train_with_ray)
+            train_run(command, data_sha256, manifest, screen, trainer or train_with_ray)
     return 0
 
 
 def _check_paths(command: Command) -> None:
     """Refuse paths that a submitted job would not find, or would lose with its copy of the code."""
     settings = command.settings
-    refuse_relative("DATA", command.data, missing=True)
+    if command.data:
+        refuse_relative("DATA", command.data, missing=True)
     refuse_relative("--store" if settings.store else "--run", settings.store or command.run)
     if settings.init:
         refuse_relative("--init", settings.init, missing=True)
+
+
+def find_data(command: Command) -> str:
+    """Return the data set of the run that is resumed, as RUN or the copy of it in its store has it.
+
+    Raises:
+        UsageError: there is no run yet, or its data set is not known or not where it was.
+        StoreError: a store does not answer.
+    """
+    config = command.settings
+    if (command.run / CONFIG).is_file():
+        return locate_dataset(command.run, **config.cached)[0]
+    with tempfile.TemporaryDirectory(prefix="duet-run-") as scratch:
+        mirror = open_mirror(Path(scratch), config.store)
+        if mirror is None or not mirror.fetch(CONFIG):
+            raise UsageError(f"{command.run} holds no run yet; give its data set by --data")
+        return locate_dataset(command.run, record=Path(scratch), **config.cached)[0]
 
 
 def resolve_paths(config: Config) -> Config:
@@ -196,14 +220,12 @@ def resolve_paths(config: Config) -> Config:
 
 
 def train_run(
-    command: Command, data: str, data_sha256: str, manifest: Manifest, screen: RunConsole,
-    trainer: Trainer,
-) -> None:  # fmt: skip
+    command: Command, data_sha256: str, manifest: Manifest, screen: RunConsole, trainer: Trainer
+) -> None:
     """Train the run in RUN to its end, unless it is finished.
 
     Args:
-        command: checked command, with absolute paths in the settings.
-        data: absolute folder, or address, of the data set.
+        command: checked command, with absolute paths in the settings and of the data set.
         data_sha256: identity of the data set.
         manifest: manifest of the data set.
         screen: prints lines and events.
@@ -221,7 +243,7 @@ def train_run(
         if ready is None:
             return
         try:
-            trainer(ready, data, folder, screen)
+            trainer(ready, command.data, folder, screen)
         except KeyboardInterrupt:
             step = find_last_step(folder, config.store)
             screen.say(f"stopped; the same command goes on from step {step}")
@@ -262,6 +284,7 @@ def prepare_run(
         config, said = resolve_init(config, len(manifest.classes), screen.show)
         screen.say(said)
     origin = {
+        ADDRESS_KEY: format_address(command.data),
         "config": clean(str(command.config)),
         "command": format_command("python -m cluster.train", command.words),
         "commit": find_commit(),

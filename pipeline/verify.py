@@ -2,7 +2,7 @@
 
     python -m pipeline.verify DATA
     python -m pipeline.verify DATA --decode
-    python -m pipeline.verify DATA --ledger RUN
+    python -m pipeline.verify --ledger RUN
 
 Every shard is read once: its SHA-256, every member of the tar, every row of the index, every label
 and every image's CRC-32 are checked, and damage is named by shard, sample and key. --decode
@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +37,7 @@ from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import Classes
 from pipeline.dataset.tar import escape
+from pipeline.remote.dataset import locate_dataset
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.stream.ledger.proof import prove
 from pipeline.tools.arguments import parse_options
@@ -136,8 +137,8 @@ def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) ->
 class Verify:
     """Check every byte of a dataset, or prove that a run was given each sample once an epoch."""
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of the dataset."""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = ""
+    """Folder of the dataset; with --ledger by default that of the first RUN."""
     decode: bool = False
     """Decode every image, too; an image that DALI might refuse is named."""
     json: bool = False
@@ -159,6 +160,11 @@ def verify(data: Path, *, decode: bool = False) -> list[DamageRow]:
 def main(argv: list[str] | None = None) -> int:
     """Check, name all damage, and return 0 or 4."""
     options = parse_options(Verify, argv, "python -m pipeline.verify", __doc__)
+    if not options.data:
+        if not options.ledger:
+            raise UsageError("name the folder of a dataset: python -m pipeline.verify DATA")
+        data, _ = locate_dataset(options.ledger[0], flag="DATA")
+        options = replace(options, data=data)
     if is_remote(options.data):
         raise UsageError(f"verify reads local folders, and {options.data} is an address")
     folder = local_path(options.data)

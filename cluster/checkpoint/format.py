@@ -277,10 +277,12 @@ def choose_checkpoint(
         best: choose the one with the lowest validation error instead.
 
     Raises:
-        UsageError: there is none, or none like this.
+        UsageError: there is none, or none like this, or `step` and `best` are both given.
         DataError: it is damaged.
         StoreError: the store does not answer.
     """
+    if best and step is not None:
+        raise UsageError(f"give --best or --checkpoint {step}, not both")
     found = choose_from_storage(open_storage(run, store), str(run), tell, step, best)
     if words := describe_stranger(found.run, read_run_id(run)):
         raise UsageError(

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from cluster.config import Config, load_settings
 from cluster.doctor.finding import Finding, fail
+from pipeline.dataset.record import read_address
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import SetupError, UsageError, summarize_error
 from pipeline.tools.terminal import Terminal
@@ -36,7 +37,7 @@ class DoctorOptions:
     config: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = None
     """Config of the training, or the name of a preset."""
     data: str = ""
-    """Its data set: a folder or an address."""
+    """Its data set: a folder or an address; default: that of the run in RUN, if there is one."""
     run: Path | None = None
     """Its run folder; made if need be."""
     json: bool = False
@@ -146,9 +147,10 @@ def main(argv: list[str] | None = None) -> int:
         config = Config.from_settings(load_settings(options.config)) if options.config else None
     except ValueError as error:
         raise UsageError(f"{error} ({options.config})") from error
+    data = options.data or (read_address(options.run) if options.run else "")
     console = Terminal(sys.stderr if options.json else sys.stdout)
     found = []
-    examination = Examination(options.data, options.run, config)
+    examination = Examination(data, options.run, config)
     with redirect_stdout(sys.stderr), console.status("") as status:  # shows on a terminal only
         for finding in examination.findings(lambda what: status.update(f"looking at {what}")):
             found.append(finding)

@@ -1,6 +1,6 @@
 """Command: class probabilities of several networks averaged, and the errors of the average.
 
-    python -m cluster.evaluate RUN --data DATA --views 10 --save-probabilities      # for each RUN
+    python -m cluster.evaluate RUN --views 10 --save-probabilities     # for each RUN
     python -m cluster.experiments.ensemble RUN RUN ... [--weights 1 1 2 | --search] [--views 10]
     python -m cluster.experiments.ensemble RUN RUN RUN RUN RUN --sizes 1 3 5     # table 2
 

@@ -26,7 +26,7 @@ from cluster.run.kernels import Kernel
 from cluster.run.probabilities import SavedProbabilities, probability_path
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import CACHE_SIZE, fetch_metadata, open_dataset
+from pipeline.remote.dataset import CACHE_SIZE, locate_dataset, open_dataset
 from pipeline.stream.shard_reader import Damage, ShardReader
 from pipeline.tools.charts import encode_image
 from pipeline.tools.errors import DuetError
@@ -51,20 +51,24 @@ class TrainingImage:
     uri: str
 
 
-def load_training_images(data: str | None, config: dict[str, Any]) -> list[TrainingImage]:
+def load_training_images(run: Path, data: str, config: dict[str, Any]) -> list[TrainingImage]:
     """Return the first training images of a run, with its crops, flips and color shifts.
 
+    Args:
+        run: folder of the run.
+        data: its data set; "": the one that it recorded.
+        config: content of config.toml.
+
     Raises:
-        MissingFigure: the data set is not given, or cannot be read here.
+        MissingFigure: the data set is not known, or cannot be read here.
     """
-    if data is None:
-        raise MissingFigure("No images: no data folder was given (--data).")
     try:
         # DALI takes seconds to load and may be missing where only a report is wanted.
         from pipeline.batches import Stream
 
         cached = read_cache_settings(config)
-        classes = Manifest.load(fetch_metadata(data, **cached)).classes
+        data, folder = locate_dataset(run, data, **cached)
+        classes = Manifest.load(folder).classes
         count = min(MOST_IMAGES, int(config.get("batch_size", MOST_IMAGES)))
         with Stream(
             data,
@@ -229,7 +233,7 @@ class Answers:
 
 def collect_answers(
     run: Path,
-    data: str | None,
+    data: str,
     config: dict[str, Any],
     choices: Sequence[Choice] = CHOICES,
     each: int = EACH,
@@ -238,7 +242,7 @@ def collect_answers(
 
     Args:
         run: folder of the run, with probabilities of ten views or of one.
-        data: the data set that was evaluated.
+        data: the data set that was evaluated; "": the one that the run recorded.
         config: content of config.toml, for the cache.
         choices: rules by which images are chosen.
         each: images of each choice.
@@ -251,11 +255,10 @@ def collect_answers(
         raise MissingFigure(
             "No answers: the probabilities were not kept (cluster.evaluate --save-probabilities)."
         )
-    if data is None:
-        raise MissingFigure("No answers: no data folder was given (--data).")
     try:
         saved, cached = SavedProbabilities(run, views), read_cache_settings(config)
-        if identity(fetch_metadata(data, **cached)) != saved.about.data_sha256:
+        data, folder = locate_dataset(run, data, **cached)
+        if identity(folder) != saved.about.data_sha256:
             raise MissingFigure(f"No answers: {data} is not the data set that was evaluated.")
         chosen = choose_images(saved, choices, each)
         with (

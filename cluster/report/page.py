@@ -28,7 +28,7 @@ from cluster.report.records import Records, read_records
 from cluster.run.folder import KERNELS, METRICS
 from cluster.run.kernels import read_kernels
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import fetch_metadata
+from pipeline.remote.dataset import locate_dataset
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.charts import page_templates
 from pipeline.tools.errors import DuetError, UsageError
@@ -44,8 +44,8 @@ class ReportOptions:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
-    data: str | None = None
-    """Its data set (folder or address), for images and class names."""
+    data: str = ""
+    """Its data set (folder or address), for images and class names, if that has moved."""
     answers: tuple[Choice, ...] = CHOICES
     """Choices of images to show with the network's answers."""
     each: int = EACH
@@ -53,13 +53,13 @@ class ReportOptions:
 
 
 def write_report(
-    run: Path, data: str | None, choices: Sequence[Choice] = CHOICES, each: int = EACH
+    run: Path, data: str = "", choices: Sequence[Choice] = CHOICES, each: int = EACH
 ) -> Path:
     """Write RUN/report.html and return its path.
 
     Args:
         run: folder of the run.
-        data: its data set, None if it is not here.
+        data: its data set; "": the one that it recorded.
         choices: rules by which images are shown with the network's answers.
         each: images of each choice.
 
@@ -80,7 +80,7 @@ def write_report(
 
 
 def render_page(
-    records: Records, data: str | None, choices: Sequence[Choice] = CHOICES, each: int = EACH
+    records: Records, data: str = "", choices: Sequence[Choice] = CHOICES, each: int = EACH
 ) -> str:
     """Return the page as HTML text; the arguments are those of `write_report`."""
     run, config = records.run, records.config
@@ -88,7 +88,7 @@ def render_page(
     found, no_checkpoint = _try_figure(lambda: images.find_newest_checkpoint(run))
     names = _find_class_names(records, manifest, found)
     sections = {
-        "samples": _try_figure(lambda: images.load_training_images(data, config)),
+        "samples": _try_figure(lambda: images.load_training_images(run, data, config)),
         "kernels": _try_figure(lambda: describe_first_layer(found, read_kernels(run / KERNELS)))
         if found is not None
         else (None, no_checkpoint),
@@ -125,12 +125,11 @@ def load_templates(*folders: Path) -> jinja2.Environment:
     return environment
 
 
-def _load_manifest(data: str | None, records: Records) -> tuple[Manifest | None, str]:
+def _load_manifest(data: str, records: Records) -> tuple[Manifest | None, str]:
     """Return the manifest of the data set, and a note if it is missing or not of the run."""
-    if data is None:
-        return None, "No data folder was given (--data), so nothing is known of the data set."
     try:
-        folder = fetch_metadata(data, **images.read_cache_settings(records.config))
+        cached = images.read_cache_settings(records.config)
+        data, folder = locate_dataset(records.run, data, **cached)
         manifest = Manifest.load(folder)
         known = records.config.get("data_sha256")
         other = known is not None and known != identity(folder)

@@ -1,7 +1,8 @@
 """Layout of RUN, its locks, and the check whether the run in it may be resumed.
 
 RUN/config.toml          every setting as used, the hash of the data set's manifest, the run's name,
-                         the command that started it and the commit of the source
+                         the data set's address, the command that started the run, and the commit of
+                         the source
 RUN/machine.json         processor, memory, GPUs, versions, the dtype that layers compute in
 RUN/metrics.jsonl        a row per step                               (run/metrics.py)
 RUN/validation.jsonl     a row per validation                         (run/metrics.py)
@@ -39,6 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import (
+    ORIGIN_KEYS,
     RUN_KEY,
     Config,
     find_conflicts,
@@ -46,6 +48,7 @@ from cluster.config import (
     read_run_config,
 )
 from cluster.run.jsonl import read_tail
+from pipeline.dataset.record import ADDRESS_KEY
 from pipeline.remote.lease import lock_folder
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import NoLocks, atomic_write, ensure_writable, flock
@@ -191,9 +194,18 @@ def write_run_config(
                 f"({'; '.join(differ)}); use these again, or another --run"
             )
     if path.exists() and step >= config.total_steps(samples):
-        return  # nothing will be trained with these settings
+        # Nothing will be trained with these settings, but the data set may have moved.
+        known, address = _read_origin(path), (origin or {}).get(ADDRESS_KEY, "")
+        if address in ("", known.get(ADDRESS_KEY)):
+            return
+        config, origin = old, known | {ADDRESS_KEY: address}
     with atomic_write(path) as file:
         file.write(format_toml(config, data_sha256, run_id, origin).encode())
+
+
+def _read_origin(path: Path) -> dict[str, str]:
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {key: str(table[key]) for key in ORIGIN_KEYS if key in table}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

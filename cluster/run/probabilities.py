@@ -81,10 +81,7 @@ def probability_path(run: Path, views: int) -> Path:
 
 def format_command(run: Path, views: int) -> str:
     """Return the hint that names the command which makes them."""
-    return (
-        f"python -m cluster.evaluate {run} --data DATA --views {views} --save-probabilities"
-        " makes it"
-    )
+    return f"python -m cluster.evaluate {run} --views {views} --save-probabilities makes it"
 
 
 class ProbabilityWriter:

@@ -116,7 +116,7 @@ class RunMirror:
         for name in sorted(self._target.list_files()):
             # A store is not to be trusted with any other name in RUN.
             if _is_whole_file(name) and not (self._run / name).exists():
-                self._write(name, [self._target.read(name)])
+                self.fetch(name)
                 fetched.append(name)
         for name in GROWING_FILES:
             segments = select_contiguous(self._list_segments(name))
@@ -126,6 +126,18 @@ class RunMirror:
                 )
                 fetched.append(name)
         return fetched
+
+    def fetch(self, name: str) -> bool:
+        """Download a whole file; return whether the store has it.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        try:
+            self._write(name, [self._target.read(name)])
+        except FileNotFoundError:
+            return False
+        return True
 
     def _write(self, name: str, segments: Iterable[bytes]) -> None:
         with atomic_write(self._run / name) as file:

@@ -14,20 +14,21 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.index import index_name
 from pipeline.dataset.manifest import LARGEST, NAME, Manifest, Shard
+from pipeline.dataset.record import read_address
 from pipeline.remote.cache import AS_STORED, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
-from pipeline.remote.filesystem import Mismatch, is_remote, local_path
+from pipeline.remote.filesystem import Mismatch, StoreError, is_remote, local_path
 from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
 from pipeline.tools.errors import REBUILD, DamagedFile, DataError, UsageError
 from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.progress import announce
-from pipeline.tools.text import hide_credentials
+from pipeline.tools.text import HIDDEN, hide_credentials
 
 CACHE_SIZE = 100 * 10**9
 """Default size limit of the cache in bytes."""
@@ -86,6 +87,48 @@ def fetch_metadata(
     dataset = open_dataset(data, cache=cache, cache_size=cache_size)
     dataset.close()
     return dataset.folder
+
+
+def format_address(data: str) -> str:
+    """Return the address of a data set as a run records it: absolute, credentials hidden."""
+    return hide_credentials(data) if is_remote(data) else str(local_path(data).resolve())
+
+
+def locate_dataset(
+    run: Path, given: str = "", *, flag: str = "--data", record: Path | None = None, **cached: Any
+) -> tuple[str, Path]:
+    """Find the data set of a run: the one that is given, else the one that the run recorded.
+
+    Args:
+        run: folder of the run.
+        given: folder or address that the user gave; "": none.
+        flag: argument that names another, for messages.
+        record: folder that has the run's config.toml; None: `run` itself.
+        cached: cache arguments of `open_dataset`.
+
+    Returns:
+        Its folder or address, and a local folder with its metadata (see `fetch_metadata`).
+
+    Raises:
+        UsageError: the run recorded none, or without the credentials that it takes, or it is not
+            there any more; also the errors of `open_dataset`.
+    """
+    if given:
+        return given, fetch_metadata(given, **cached)
+    address = read_address(record or run)
+    if not address:
+        raise UsageError(
+            f"{run} does not say where its data set is (older runs do not); give {flag}"
+        )
+    where = f"the data set of {run} was at {address}"
+    if is_remote(address) and HIDDEN in address:
+        raise UsageError(f"{where}, whose credentials are not kept; give its address by {flag}")
+    if not is_remote(address) and not (local_path(address) / NAME).is_file():
+        raise UsageError(f"{where} and is not there on this machine; give its new place by {flag}")
+    try:
+        return address, fetch_metadata(address, **cached)
+    except StoreError as error:
+        raise StoreError(f"{error}; {where}; if it has moved, give {flag}") from error
 
 
 def default_cache() -> Path:

@@ -7,6 +7,8 @@ import re
 
 LONGEST = 500
 """Characters of a foreign message: a server that speaks no HTTP is quoted with all its bytes."""
+HIDDEN = "***"
+"""Text in place of the credentials of an address."""
 _PASSWORD = re.compile(r"://(?:[^/\s?#]*|[^/\s:\[]*:(?!\d+(?:/|$))[^\s?#]*)@")
 """The last `@` of the host ends a password; one with a `/` in it follows a colon."""
 _END = r"""(?=[]'")}>,;.:]*(?:\s|$))"""
@@ -37,9 +39,9 @@ def first_line(text: str) -> str:
 
 def hide_credentials(text: str) -> str:
     """Return a text with `user:password@` and the query of any address in it replaced by stars."""
-    text = _PASSWORD.sub("://***@", text)
+    text = _PASSWORD.sub(f"://{HIDDEN}@", text)
     for query in _QUERIES:
-        text = query.sub(r"\1***", text)
+        text = query.sub(rf"\1{HIDDEN}", text)
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +40,8 @@ CONFIG = Config(
     design=Design(width=0.125),
     batch_size=8,
     steps=4,
-    checkpoint_every=4,
-    validate_every=4,
+    checkpoint_every=2,
+    validate_every=2,
 )
 
 
@@ -48,7 +49,8 @@ PICTURE = replace(CONFIG, mean="picture", seed=1)
 
 
 def make_run(run: Path, config: Config, data: Path) -> Path:
-    write_run_config(run, config, identity(data), samples=48, step=0)
+    origin = {"data": str(data)}
+    write_run_config(run, config, identity(data), samples=48, step=0, origin=origin)
     train(config, data, run, ProcessMesh(), lambda event: None)
     return run
 
@@ -127,8 +129,8 @@ def test_memory_grows_with_the_classes_and_not_with_their_square(classes):
         assert counts.confusion.nonzero().tolist() == [[2, 2], [2, 3]]
 
 
-def test_one_view_agrees_with_the_validation_during_training(trained, tiny_data, capsys):
-    main([str(trained), "--data", str(tiny_data)])
+def test_one_view_agrees_with_the_validation_during_training(trained, capsys):
+    main([str(trained)])  # on the data set that the run has recorded
     row = json.loads((trained / "validation.jsonl").read_text().splitlines()[-1])
     written = json.loads((trained / "evaluation-1.json").read_text())
     assert written["top1_error"] == pytest.approx(row["top1_error"])
@@ -222,6 +224,40 @@ def test_without_a_run_or_a_checkpoint_the_message_says_what_to_do(trained, tiny
     shutil.copy(trained / "config.toml", tmp_path)
     with pytest.raises(UsageError, match="has no complete checkpoint yet"):
         main([str(tmp_path), "--data", str(tiny_data)])
+
+
+def test_the_checkpoint_may_be_chosen(trained, capsys):
+    rows = [json.loads(line) for line in (trained / "validation.jsonl").read_text().splitlines()]
+    best = min(rows, key=lambda row: (row["top1_error"], -row["step"]))["step"]
+    for words, step, chosen in (
+        (["--checkpoint", "2"], 2, "named"),
+        (["--best"], best, "best"),
+        ([], 4, "newest"),
+    ):
+        assert main([str(trained), *words]) == 0
+        assert f"step {step} ({chosen}): top-1 error" in capsys.readouterr().out
+        written = json.loads((trained / "evaluation-1.json").read_text())
+        assert (written["step"], written["chosen"]) == (step, chosen)
+        (row,) = [row for row in rows if row["step"] == step]
+        assert written["loss"] == pytest.approx(row["loss"], rel=1e-4)
+    with pytest.raises(UsageError, match="give --best or --checkpoint 2, not both"):
+        main([str(trained), "--best", "--checkpoint", "2"])
+    with pytest.raises(UsageError, match="no checkpoint of step 5; there are 4, 2"):
+        main([str(trained), "--checkpoint", "5"])
+
+
+def test_a_data_set_that_has_moved_is_named_by_data(trained, data, tmp_path, capsys):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(trained, run)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(re.sub("(?m)^data = .*", f'data = "{data}"', text))
+    before = (run / "config.toml").read_bytes()
+    data.rename(moved)
+    with pytest.raises(UsageError, match=rf"was at {data} and is not there .* by --data"):
+        main([str(run)])
+    assert main([str(run), "--data", str(moved)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (run / "config.toml").read_bytes() == before, "an evaluation writes no record"
 
 
 def test_a_data_set_with_other_classes_is_refused(trained, tiny_data, tmp_path, capsys):

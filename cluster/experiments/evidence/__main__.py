@@ -40,15 +40,16 @@ class EvidenceOptions:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
     """Runs, folders of runs, folders of studies, results of cluster.experiments.ensemble --out."""
-    data: str | None = None
-    """Data set of the runs (folder or address), for images with their answers."""
+    data: str = ""
+    """Data set of the runs (folder or address), for images with their answers; default: their
+    own."""
     out: Path | None = None
     """File to write; default: evidence.html in the folder that holds all that was named."""
     json: bool = False
     """Print the rows as one JSON object to stdout, everything else to stderr."""
 
 
-def make_page(paths: Sequence[Path], data: str | None = None) -> Evidence:
+def make_page(paths: Sequence[Path], data: str = "") -> Evidence:
     """Compare the paper's claims with the runs and results in `paths`.
 
     Raises:

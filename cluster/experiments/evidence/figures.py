@@ -114,10 +114,9 @@ def show_answers(evidence: Evidence) -> Iterator[Item]:
             return
     if evidence.runs:
         run = evidence.runs[0]
-        data = evidence.quote_data(run)
         command = (
-            f"python -m cluster.evaluate {quote_path(run.path)} --data {data} --views 10 "
-            f"--save-probabilities, then this page with --data {data}"
+            f"python -m cluster.evaluate {quote_path(run.path)} --views 10 --save-probabilities, "
+            "then this page again"
         )
         evidence.add_missing(ANSWERS.title, command, why=reason.rstrip("."))
 
@@ -161,14 +160,14 @@ def make_neighbors(evidence: Evidence) -> Iterator[Item]:
             if (run.path / FOLDER / SUMMARY).is_file():
                 _add_summary(evidence, near, codes, run, group)
     for item, command in (
-        (near, "python -m cluster.experiments.neighbors {} --data {}"),
+        (near, "python -m cluster.experiments.neighbors {}"),
         (codes, "python -m cluster.experiments.neighbors.codes {}"),
     ):
         if item.rows:
             yield item
         elif evidence.runs:
             run = evidence.runs[0]
-            words = command.format(quote_path(run.path), evidence.quote_data(run))
+            words = command.format(quote_path(run.path))
             evidence.add_missing(item.claim.title, words)
 
 

@@ -54,10 +54,9 @@ def make_results(evidence: Evidence) -> Iterator[Item]:
         for views in (1, 10):
             if run.find_errors(views) is None:
                 old = run.records.evaluations.get(views, {}).get("step")
-                data = evidence.quote_data(run)
                 evidence.add_missing(
                     f"Errors of {run.name} with {VIEW_WORDS[views]}",
-                    f"python -m cluster.evaluate {quote_path(run.path)} --data {data} "
+                    f"python -m cluster.evaluate {quote_path(run.path)} "
                     f"--views {views} --save-probabilities",
                     "" if old in (None, run.step) else f"its evaluation is of step {old}",
                 )

@@ -17,6 +17,7 @@ from cluster.experiments.evidence.claims import Claim
 from cluster.report.records import Records, read_records
 from cluster.run.folder import CONFIG, METRICS
 from pipeline.dataset.manifest import identity
+from pipeline.dataset.record import read_address
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.jsonl import parse_json
@@ -146,8 +147,8 @@ class Evidence:
     ensembles: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """Results that were found but cannot be used, and why: a sentence each."""
-    data: str | None = None
-    """The data set that was named."""
+    data: str = ""
+    """The data set that was named; "": none, so that each run has its own."""
     data_sha256: str = ""
     items: list[Item] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)
@@ -159,9 +160,9 @@ class Evidence:
         return [run for group in self.groups for run in group.runs]
 
     def quote_data(self, run: TrainedRun) -> str:
-        """The data set of a run as an argument of a command: the one named, if it is that."""
-        is_named = self.data is not None and self.data_sha256 == run.data_sha256
-        return shlex.quote(str(self.data)) if is_named else "DATA"
+        """The data set of a run as an argument of a command: the one named, or recorded."""
+        is_named = self.data and self.data_sha256 == run.data_sha256
+        return shlex.quote(self.data if is_named else read_address(run.path) or "DATA")
 
     def add_missing(self, title: str, command: str, why: str = "") -> None:
         """List a result as missing, with the command that makes it."""
@@ -187,12 +188,12 @@ class Evidence:
         }
 
 
-def gather_evidence(paths: Sequence[Path], data: str | None = None) -> Evidence:
+def gather_evidence(paths: Sequence[Path], data: str = "") -> Evidence:
     """Read runs, folders of runs or studies, and result files.
 
     Args:
         paths: the runs, folders and files.
-        data: a data set of the runs, if one is at hand.
+        data: a data set of the runs; "": those that they recorded.
 
     Raises:
         UsageError: a path is none of these, a run that was named has no checkpoint, or there is
@@ -211,7 +212,7 @@ def gather_evidence(paths: Sequence[Path], data: str | None = None) -> Evidence:
         else:
             _add_folder(evidence, runs, path)
     evidence.groups = group_by_settings(runs.values())
-    if data is not None:
+    if data:
         evidence.data, evidence.data_sha256 = data, identity(fetch_metadata(data))
         hashes = {run.data_sha256 for run in evidence.runs}
         if hashes and evidence.data_sha256 not in hashes:

@@ -1,6 +1,6 @@
 """Command: nearest neighbors in the features of a trained network, figure 4 (right) of the paper.
 
-    python -m cluster.experiments.neighbors RUN --data DATA [-k 6] [--queries val] [--base train]
+    python -m cluster.experiments.neighbors RUN [-k 6] [--queries val] [--base train]
 
 Passes every image of both splits through the network once and keeps its fc7 features (4096
 numbers at width 1) in RUN/neighbours; a call that was killed resumes, and a later one uses what is
@@ -70,8 +70,8 @@ class NeighborsOptions:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run; its newest complete checkpoint is used."""
-    data: str
-    """Data set (folder or address); its classes must be those of training."""
+    data: str = ""
+    """Data set (folder or address) with the classes of the training; default: that of the run."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 6
     """Neighbors of each image."""
     queries: str = "val"

@@ -1,6 +1,6 @@
 """Command: short binary codes for images, which section 6.1 of the paper proposes and did not do.
 
-    python -m cluster.experiments.neighbors RUN --data DATA          # makes the features, once
+    python -m cluster.experiments.neighbors RUN                      # makes the features, once
     python -m cluster.experiments.neighbors.codes RUN [--bits 64 128 256] [-k 10] [--json]
 
 "... could be made efficient by training an auto-encoder to compress these vectors to short binary

@@ -39,7 +39,7 @@ from cluster.config import Config, read_run_config
 from cluster.run.console import print_warning
 from cluster.run.folder import CONFIG, QUARANTINE
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import fetch_metadata
+from pipeline.remote.dataset import locate_dataset
 from pipeline.tools.errors import DataError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import atomic_write, sha256, sync_path
 from pipeline.tools.jsonl import parse_json
@@ -52,7 +52,7 @@ BLOCK = 512
 ROWS = np.dtype([("label", "<i4"), ("sound", "u1")])
 MISSING, SOUND, DAMAGED = 0, 1, 2
 ENDINGS = ("json", "npy", "rows.npy", "growing", "state", "plan.json")
-COMMAND = "python -m cluster.experiments.neighbors RUN --data DATA"
+COMMAND = "python -m cluster.experiments.neighbors RUN"
 MAKE = f"make them with {COMMAND}"
 REMAKE = f"make them again with {COMMAND} --anew"
 
@@ -86,7 +86,7 @@ def open_source(run: Path, data: str, step: int | None = None) -> FeatureSource:
 
     Args:
         run: folder of the run.
-        data: data set, a folder or an address.
+        data: data set, a folder or an address; "": that of the run.
         step: step of the checkpoint; None: the newest sound one.
 
     Raises:
@@ -96,7 +96,7 @@ def open_source(run: Path, data: str, step: int | None = None) -> FeatureSource:
     """
     config, trained_on = read_run_config(run / CONFIG)
     checkpoint = choose_checkpoint(run, config.store, print_warning, step)
-    folder = fetch_metadata(data, **config.cached)
+    data, folder = locate_dataset(run, data, **config.cached)
     manifest = Manifest.load(folder)
     if manifest.classes != checkpoint.classes:
         raise UsageError(

@@ -184,7 +184,7 @@ def test_an_old_evaluation_is_not_taken_for_the_newest(make):
     assert rows(page, "errors") == []
     (one,) = [one for one in page.missing if "one view" in one["title"]]
     assert one["why"] == "its evaluation is of step 60"
-    assert f"cluster.evaluate {run} --data DATA --views 1" in one["command"]
+    assert f"cluster.evaluate {run} --views 1" in one["command"]
 
 
 def test_the_last_validation_stands_in_for_one_view(make):

@@ -61,7 +61,8 @@ def one_worker_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(run: Path, config: Config, data: Path) -> Path:
     run.mkdir(exist_ok=True)
-    write_run_config(run, config, identity(data), samples=48, step=0)
+    origin = {"data": str(data)}
+    write_run_config(run, config, identity(data), samples=48, step=0, origin=origin)
     train(config, data, run, ProcessMesh(), lambda event: None)
     return run
 
@@ -89,8 +90,9 @@ def by_hand(run: Path, data: Path, split: str) -> np.ndarray:
     return torch.cat(rows).numpy()
 
 
-def called(capsys, run: Path, data: Path, *more: str):
-    assert main([str(run), "--data", str(data), "--json", "-k", "3", "--pairs", "500", *more]) == 0
+def called(capsys, run: Path, data: Path | None, *more: str):
+    words = [] if data is None else ["--data", str(data)]
+    assert main([str(run), *words, "--json", "-k", "3", "--pairs", "500", *more]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -130,7 +132,7 @@ def test_numbers_are_those_of_brute_force(run, tiny_data, capsys):
 
 
 def test_the_sheet_frames_neighbours_by_whether_their_class_is_right(run, tiny_data, capsys):
-    facts = called(capsys, run, tiny_data, "--show", "5")["neighbours"]
+    facts = called(capsys, run, None, "--show", "5")["neighbours"]
     sheet = np.asarray(Image.open(run / "neighbours" / "sheet.png").convert("RGB"))
     frames = {"right": (0x12, 0x80, 0x6A), "wrong": (0xB5, 0x44, 0x1C)}
     rows = facts["sheet"]

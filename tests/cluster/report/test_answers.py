@@ -105,8 +105,8 @@ def test_the_page_has_the_groups_that_were_asked_for(run, tiny_data):
 
 
 def test_what_is_missing_is_said(run, tiny_data, tmp_path):
-    with pytest.raises(MissingFigure, match="no data folder was given"):
-        collect_answers(run, None, {})
+    with pytest.raises(MissingFigure, match="does not say where its data set is"):
+        collect_answers(run, "", {})
     save_probabilities(run, tiny_data, sha256="0" * 64)
     with pytest.raises(MissingFigure, match="is not the data set that was evaluated"):
         collect_answers(run, str(tiny_data), {})
@@ -117,4 +117,4 @@ def test_what_is_missing_is_said(run, tiny_data, tmp_path):
     with pytest.raises(MissingFigure, match="--save-probabilities"):
         collect_answers(run, str(tiny_data), {})
     with pytest.raises(UsageError, match="--each is 0"):
-        write_report(run, None, each=0)
+        write_report(run, each=0)

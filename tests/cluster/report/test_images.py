@@ -24,8 +24,8 @@ def test_tile_places_and_stretches() -> None:
     assert sheet[11, 0].tolist() == [0, 0, 0, 0], "gaps are clear"
 
 
-def test_mosaic_is_the_first_batch_in_its_own_colours(tiny_data: Path) -> None:
-    samples = load_training_images(tiny_data, {"batch_size": 48, "seed": 5})
+def test_mosaic_is_the_first_batch_in_its_own_colours(tiny_data: Path, tmp_path: Path) -> None:
+    samples = load_training_images(tmp_path, str(tiny_data), {"batch_size": 48, "seed": 5})
     with Stream(tiny_data, batch_size=48, seed=5) as stream:
         labels = next(stream).labels.tolist()
     names = Manifest.load(tiny_data).classes

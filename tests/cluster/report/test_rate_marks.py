@@ -80,7 +80,7 @@ def test_updates_are_drawn_by_layer_on_powers_of_ten(run: Path) -> None:
     right, top, _, bottom = 440 - MARGINS[1], MARGINS[2], MARGINS[0], 250 - MARGINS[3]
     assert [float(y) for _, y in (*conv1, *fc6)] == [top, bottom]
     assert {float(x) for x, _ in (*conv1, *fc6)} == {(MARGINS[0] + right) / 2}
-    page = render_page(records, None)
+    page = render_page(records)
     assert "Update against weight" in page
     assert "conv1 1e-05, colour 0" in page
 
@@ -104,7 +104,7 @@ def test_a_network_of_one_column_has_one_in_its_report(run: Path) -> None:
     assert found["both"].parameters == 59_798_312
     assert found["b"] is None
     assert all(row.b is None for row in found["rows"])
-    page = render_page(records, None)
+    page = render_page(records)
     assert "one column" in page
     assert "column b" not in page
     assert "both columns" not in page

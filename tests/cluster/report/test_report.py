@@ -123,7 +123,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_page_of_a_whole_run(run: Path, tiny_data: Path) -> None:
-    path = write_report(run, tiny_data)
+    path = write_report(run, str(tiny_data))
     assert path == run / "report.html"
     page = Page(path)
     for number in ("32.2", "29.2", "1.2", "1.0", "7,680", "256", "6.2", "60 steps"):
@@ -141,7 +141,7 @@ def test_page_of_a_whole_run(run: Path, tiny_data: Path) -> None:
 
 
 def test_page_stands_alone(run: Path, tiny_data: Path) -> None:
-    page = Page(write_report(run, tiny_data))
+    page = Page(write_report(run, str(tiny_data)))
     assert page.links
     assert all(link.startswith("data:image/") for link in page.links)
     assert "http" not in page.source
@@ -152,7 +152,7 @@ def test_page_stands_alone(run: Path, tiny_data: Path) -> None:
 
 
 def test_names_are_text_not_markup(run: Path, tiny_data: Path) -> None:
-    page = Page(write_report(run, tiny_data))
+    page = Page(write_report(run, str(tiny_data)))
     assert CLASSES[0] in page.text
     assert CLASSES[0] not in page.source
     assert "a run & <more>" in page.text
@@ -160,7 +160,7 @@ def test_names_are_text_not_markup(run: Path, tiny_data: Path) -> None:
 
 
 def test_confusion_matrix_has_its_counts_in_order(run: Path) -> None:
-    page = Page(write_report(run, None))
+    page = Page(write_report(run))
     table = page.source[page.source.index("<tbody>") : page.source.index("</tbody>")]
     cells = [cell.split(">")[1].split("<")[0] for cell in table.split("<td")[1:]]
     assert cells == ["4", "3", "1", "1", "6", "1", "", "1", "7"]
@@ -169,7 +169,7 @@ def test_confusion_matrix_has_its_counts_in_order(run: Path) -> None:
 
 
 def test_kernels_are_those_of_the_checkpoint(run: Path) -> None:
-    page = Page(write_report(run, None))
+    page = Page(write_report(run))
     for column in "ab":
         uri = page.images[f"conv1 kernels of column {column}"]
         png = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
@@ -183,12 +183,12 @@ def test_kernels_are_those_of_the_checkpoint(run: Path) -> None:
 
 def test_run_with_nothing_but_steps(tmp_path: Path) -> None:
     metrics(tmp_path, 5)
-    page = Page(write_report(tmp_path, None))
+    page = Page(write_report(tmp_path))
     for words in (
         "not evaluated (cluster.evaluate --views 1)",
         "not evaluated (cluster.evaluate --views 10)",
         "No validation rows yet.",
-        "No images: no data folder was given (--data).",
+        "No images: " + f"{tmp_path} does not say where its data set is (older runs do not)",
         "No kernels: the run has no complete checkpoint yet.",
         "No errors by class: run cluster.evaluate first.",
         "No table: it needs the width",
@@ -200,7 +200,7 @@ def test_run_with_nothing_but_steps(tmp_path: Path) -> None:
 
 def test_run_without_a_readable_step(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"posi')
-    page = Page(write_report(tmp_path, None))
+    page = Page(write_report(tmp_path))
     assert "No curves: metrics.jsonl has no readable row yet." in page.text
     assert "1 line of metrics.jsonl could not be read" in page.text
 
@@ -208,20 +208,20 @@ def test_run_without_a_readable_step(tmp_path: Path) -> None:
 def test_rows_that_lack_numbers(tmp_path: Path) -> None:
     rows = ({"position": 128 * step, "step": step, "loss": None} for step in range(1, 9))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = Page(write_report(tmp_path, None))
+    page = Page(write_report(tmp_path))
     assert "1,024" in page.text
     assert "nan" not in page.text.lower()
 
 
 def test_last_validation_stands_in_for_the_evaluation(run: Path) -> None:
     (run / "evaluation-1.json").unlink()
-    page = Page(write_report(run, None))
+    page = Page(write_report(run))
     assert "43.2" in page.text
     assert "validation at step 60" in page.text
 
 
 def test_data_set_that_is_gone(run: Path, tmp_path: Path) -> None:
-    page = Page(write_report(run, tmp_path / "gone"))
+    page = Page(write_report(run, str(tmp_path / "gone")))
     assert "No images: data set" in page.text
     assert "is not a folder" in page.text
 
@@ -230,9 +230,9 @@ def test_data_set_of_another_run_is_noticed(run: Path, tiny_data: Path) -> None:
     said = "is not the data set that the run was trained on"
     config = run / "config.toml"
     config.write_text(config.read_text() + f'data_sha256 = "{identity(tiny_data)}"\n')
-    assert said not in Page(write_report(run, tiny_data)).text
+    assert said not in Page(write_report(run, str(tiny_data))).text
     config.write_text(config.read_text().replace(identity(tiny_data), "0" * 64))
-    assert said in Page(write_report(run, tiny_data)).text
+    assert said in Page(write_report(run, str(tiny_data))).text
 
 
 def test_damaged_checkpoint_is_named(run: Path) -> None:
@@ -240,7 +240,7 @@ def test_damaged_checkpoint_is_named(run: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    page = Page(write_report(run, None))
+    page = Page(write_report(run))
     assert "is damaged" in page.text
     assert "column-b.safetensors" in page.text
 
@@ -248,7 +248,7 @@ def test_damaged_checkpoint_is_named(run: Path) -> None:
 def test_restart_is_said(tmp_path: Path) -> None:
     metrics(tmp_path, 1500)
     metrics(tmp_path, 1600, first=1001)
-    page = Page(write_report(tmp_path, None))
+    page = Page(write_report(tmp_path))
     assert "had reached step 1,500, went on from step 1,000" in page.text
 
 
@@ -260,7 +260,7 @@ def test_long_run_of_many_classes_stays_small(run: Path) -> None:
             file.write(line.replace('"position": 128, "epoch": 0.032, "step": 1', numbers) + "\n")
     classes = {f"class {number}": number / 1000 for number in range(1000)}
     evaluation(run, 10, top1_error=0.4, top5_error=0.18, classes=classes)
-    path = write_report(run, None)
+    path = write_report(run)
     assert path.stat().st_size < 500_000
     page = Page(path)
     assert "25,600,000" in page.text
@@ -273,14 +273,14 @@ def test_long_run_of_many_classes_stays_small(run: Path) -> None:
 def test_again_replaces_and_leaves_nothing_else(run: Path) -> None:
     (run / "report.html").write_text("old")
     before = {path.name for path in run.iterdir()}
-    write_report(run, None)
+    write_report(run)
     assert {path.name for path in run.iterdir()} == before
     assert (run / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no metrics\.jsonl"):
-        write_report(tmp_path, None)
+        write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -300,7 +300,7 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
 
 
 def test_parameters_in_the_table_are_those_of_the_network(run: Path) -> None:
-    page = Page(write_report(run, None))
+    page = Page(write_report(run))
     net = AlexNet(classes=len(CLASSES), width=0.0625)
     # With an odd number of classes column b holds one unit that is cut off; it is counted.
     count = sum(parameter.numel() for parameter in net.parameters())

@@ -38,6 +38,16 @@ def test_the_command_proves_or_names(run, data, capsys):
         command(data, "--ledger", data)
 
 
+def test_a_run_knows_its_data_set(run, data, capsys):
+    with pytest.raises(UsageError, match=r"does not say where its data set is .* give DATA"):
+        command("--ledger", run)
+    (run / "config.toml").write_text(f'data = "{data}"\n')
+    assert command("--ledger", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["data"] == str(data)
+    with pytest.raises(UsageError, match="name the folder of a dataset"):
+        command()
+
+
 def test_several_folders_are_one_run(tmp_path, data, capsys):
     attempt(tmp_path / "a", data, 0, 12, 2, 5)
     attempt(tmp_path / "b", data, 60, 6, 3, 10)

@@ -1,0 +1,125 @@
+"""The command `train` without Ray: a run knows its data set."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cluster.train as driver
+from cluster.config import Config
+from cluster.run.folder import read_run_id
+from cluster.run.sync import DRIVER_FILES, open_mirror
+from pipeline.dataset.record import read_address
+from pipeline.remote.filesystem import StoreError
+from pipeline.tools.errors import UsageError
+from tests.helpers.http_servers import Server
+from tests.helpers.resealed_data import edit_manifest
+from tests.helpers.training_runs import alone, rows
+
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Train in this process, for two steps: `command(FLAGS...)`; the run is tmp_path/run."""
+
+    def train_here(config: Config, data: str, run: Path, _: object) -> None:
+        if mirror := open_mirror(run, config.store):
+            mirror.push_whole(DRIVER_FILES)  # as the controller does
+        alone(config, Path(data), run)
+
+    monkeypatch.setattr(driver, "train_with_ray", train_here)
+    monkeypatch.chdir(tmp_path)
+    toml = tmp_path / "some.toml"
+    toml.write_text(
+        'dtype = "float32"\nwidth = 0.0625\nbatch_size = 8\nsteps = 2\nthreads = 1\n'
+        "validate_every = 0\nschedule = 'manual'\nlr_drops = 1\n"
+    )
+    return lambda *words: driver.main([str(toml), "--run", str(tmp_path / "run"), *map(str, words)])
+
+
+def refused(command: Command, *words: object, kind: type[Exception] = UsageError) -> str:
+    """Return the one line with which a command is refused."""
+    with pytest.raises(kind) as caught:
+        command(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_resumed_run_needs_no_data(command, data, tmp_path, capsys):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    assert refused(command).endswith("run holds no run yet; give its data set by --data")
+    assert not run.exists()
+    assert command("--data", "data") == 0, "a relative folder"
+    assert read_address(run) == str(data)
+    assert command("--steps", "3") == 0
+    assert [row["step"] for row in rows(run)] == [1, 2, 3]
+    data.rename(moved)
+    said = refused(command, "--steps", "4")
+    assert f"was at {data} and is not there" in said
+    assert "give its new place by --data" in said
+    assert command("--steps", "4", "--data", moved) == 0
+    assert read_address(run) == str(moved)
+    assert command("--steps", "5") == 0
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5]
+    moved.rename(data)  # a finished run notes the new place, too, and else keeps its file
+    before = (run / "config.toml").read_text()
+    assert command("--steps", "5", "--keep", "7", "--data", data) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (run / "config.toml").read_text() == before.replace(str(moved), str(data))
+
+
+def test_the_hash_is_checked_wherever_the_data_set_is(command, data, tmp_path):
+    command("--data", data)
+    edit_manifest(data, lambda table: table.update(seed=9))
+    assert "data set (manifest)" in refused(command, "--steps", "3")
+    assert "data set (manifest)" in refused(command, "--steps", "3", "--data", data)
+
+
+def test_an_older_run_is_told_to_name_its_data(command, data, tmp_path):
+    command("--data", data)
+    path = tmp_path / "run/config.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("data =")))
+    said = refused(command, "--steps", "3")
+    assert "does not say where its data set is (older runs do not); give --data" in said
+    assert command("--steps", "3", "--data", data) == 0
+    assert read_address(tmp_path / "run") == str(data)
+
+
+def test_the_record_travels_with_the_run_in_its_store(command, data, tmp_path):
+    run, store = tmp_path / "run", f"memory://{uuid.uuid4()}/a"
+    assert "holds no run yet" in refused(command, "--store", store)
+    command("--store", store, "--data", data)
+    name = read_run_id(run)
+    shutil.rmtree(run)
+    assert command("--store", store, "--steps", "3") == 0, "on a machine that has no RUN"
+    assert read_address(run) == str(data)
+    assert read_run_id(run) == name
+    shutil.rmtree(run)
+    data.rename(tmp_path / "moved")
+    said = refused(command, "--store", store, "--steps", "4")
+    assert f"the data set of {run} was at {data}" in said
+
+
+def test_an_address_is_kept_without_its_password(command, server: Server, tmp_path, monkeypatch):
+    """The server takes any password; the run keeps none."""
+    run = tmp_path / "run"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(driver, "train_with_ray", lambda *_: None)
+    command("--data", server.address.replace("://", "://me:secret@"))
+    assert "secret" not in (run / "config.toml").read_text()
+    said = refused(command)
+    assert "***@127.0.0.1" in said
+    assert "whose credentials are not kept; give its address by --data" in said
+    command("--data", server.address)
+    assert read_address(run) == server.address
+    command()
+    server.fail("manifest.json", iter(["404"] * 9))
+    said = refused(command, kind=StoreError)
+    assert "it is not there" in said
+    assert f"was at {server.address}; if it has moved, give --data" in said
