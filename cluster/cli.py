@@ -78,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if name == "presets":
         return show_presets(words[1:])
     from pipeline.tools.arguments import set_command_name
+    from pipeline.tools.startup import install_first_line
 
     set_command_name(f"duet {name}")
+    install_first_line(name, words[1:])
     result: int | None = importlib.import_module(VERBS[name].module).main(words[1:])
     return result
 

@@ -19,6 +19,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pipeline.tools.renames import Renames
+from pipeline.tools.startup import install_for_module
 
 if TYPE_CHECKING:
     from pipeline.batches import Batch, Stream, StreamConfig
@@ -35,6 +36,8 @@ sys.meta_path.insert(
         }
     ),
 )
+
+install_for_module()
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,7 @@ from pipeline.tools.arguments import MOST_SEED, parse_options, require_range
 from pipeline.tools.charts import encode_image, page_templates
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
+from pipeline.tools.progress import announce
 from pipeline.tools.terminal import Terminal
 from pipeline.tools.units import parse_size
 
@@ -71,8 +72,9 @@ def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path]:
     size = parse_size(options.cache_size)
     with closing(open_dataset(options.data, cache=options.cache, cache_size=size)) as dataset:
         page = _choose_page(options, dataset)
-        facts = gather_facts(options.data, dataset)
-        text = render_page(facts, dataset, options.seed)
+        with announce(f"reading {options.data}"):
+            facts = gather_facts(options.data, dataset)
+            text = render_page(facts, dataset, options.seed)
     try:
         with atomic_write(page) as file:
             file.write(text.encode(errors="replace"))

@@ -8,6 +8,7 @@ jsonl       reader of JSON lines
 processes   worker pools, isolated calls
 progress    progress bar
 renames     commands under their former names
+startup     first line of a command, before slow imports
 stdio       standard output and error of a command
 terminal    rich's console for text that comes from elsewhere
 text        numbers and messages as people read them

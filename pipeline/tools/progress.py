@@ -1,6 +1,6 @@
 """Progress bar on stderr; without a terminal (a job, a log file) plain lines, 30 s apart at most.
 
-Work that is over within five seconds leaves no line there.
+Work that is over within a second leaves no line there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.tools.terminal import Terminal
 
 EVERY = 30.0
 """Seconds between plain lines."""
-FIRST = 5.0
+FIRST = 1.0
 """Seconds until the first plain line."""
 TICK = 0.5
 """Seconds between calls of a `Ticker`."""

@@ -46,6 +46,9 @@ codecs.register_error("duet", _replace_characters)
 class _Output:
     """A standard stream that cleans text and fails at most once, from then on into nothing."""
 
+    has_written = False
+    """True once any of these streams was written to."""
+
     def __init__(self, stream: TextIO, clean: Callable[[str], str], is_vital: bool) -> None:
         self._stream, self._clean, self._is_vital = stream, clean, is_vital
 
@@ -56,6 +59,7 @@ class _Output:
 
     def write(self, text: str) -> int:
         """Write a text."""
+        _Output.has_written = True
         with self._fail_once():
             self._stream.write(self._clean(text))
         return len(text)
@@ -92,6 +96,11 @@ class _Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def has_written() -> bool:
+    """Return whether this process has written to the streams of `standard_streams`."""
+    return _Output.has_written
 
 
 @contextmanager
