@@ -14,11 +14,11 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.tools.errors import UsageError, run
+from pipeline.tools.packages import DISTRIBUTION, find_version
 
 
 class Verb(NamedTuple):
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         sys.stdout.write(format_help())
         return 0 if words else UsageError.exit_code
     if words[0] in ("-V", "--version"):
-        sys.stdout.write(f"duet {find_version()}\n")
+        sys.stdout.write(f"duet {find_version(DISTRIBUTION) or 'unknown'}\n")
         return 0
     name = find_verb(words[0])
     if name == "presets":
@@ -98,14 +98,6 @@ def find_verb(word: str) -> str:
     near = difflib.get_close_matches(name, VERBS, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "duet --help lists them"
     raise UsageError(f"duet has no verb {word!r}; {hint}")
-
-
-def find_version() -> str:
-    """Return the version of the installed package; "unknown" where it is not installed."""
-    try:
-        return version("duet")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def format_help() -> str:

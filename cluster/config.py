@@ -76,8 +76,8 @@ LARGEST_OF = {"seed": 2**63 - 1, "lr_drops": 1000, "bias_drops": 1000, "epochs":
 CHANGEABLE = (
     "replicas", "device", "cuda_graph", "columns_per_worker", "microbatch", "threads", "prefetch",
     "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
-    "max_failures", "node_wait", "collective_timeout", "strict", "ledger", "tensorboard", "cache",
-    "cache_size",
+    "max_failures", "node_wait", "collective_timeout", "strict", "ledger", "tensorboard", "wandb",
+    "mlflow", "cache", "cache_size",
 )  # fmt: skip
 """Settings that may change when a run is resumed. None changes the images, their order or the
 dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums."""
@@ -206,6 +206,10 @@ class Config:
     """Record every image delivered, for pipeline.verify --ledger; 8 bytes each."""
     tensorboard: bool = False
     """Also write the numbers for TensorBoard, into RUN/tensorboard."""
+    wandb: bool = False
+    """Also send the numbers to Weights & Biases, where WANDB_... says."""
+    mlflow: bool = False
+    """Also send the numbers to MLflow, where MLFLOW_TRACKING_URI says; else into RUN/mlruns."""
     cache: str = ""
     """Folder on each node for the shards of a remote data set; "": duet in the user's cache."""
     cache_size: str = "100GB"

@@ -25,7 +25,6 @@ from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
 from cluster.config import LENGTH, MEANT, Config, load_settings
 from cluster.launch.session import is_attached, ray_session, refuse_relative
 from cluster.run.console import RunConsole
-from cluster.run.exporters import require_tensorboard
 from cluster.run.folder import (
     CONFIG,
     QUARANTINE,
@@ -36,12 +35,14 @@ from cluster.run.folder import (
 )
 from cluster.run.jsonl import count_rows
 from cluster.run.sync import open_mirror
+from cluster.run.trackers import require_trackers
 from model.architecture import Design, build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.dataset.record import ADDRESS_KEY
 from pipeline.remote.dataset import Dataset, format_address, locate_dataset, open_dataset
 from pipeline.remote.filesystem import is_remote, local_path
+from pipeline.stream.operators import require_dali
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.arguments import format_command, parse_options
 from pipeline.tools.errors import DataError, UsageError, run
@@ -313,8 +314,9 @@ def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
     for split in ("train", "val") if command.settings.validate_every else ("train",):
         ShardReader(dataset, split)
     open_storage(command.run, command.settings.store)
-    if command.settings.tensorboard:
-        require_tensorboard()
+    require_trackers(command.settings)
+    if not is_attached():
+        require_dali()
     Statistics.load(dataset.folder, manifest.stats_sha256)
     try:
         build_stages(len(manifest.classes), command.settings.design)

@@ -41,9 +41,19 @@ install_for_module()
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Stream`, `Batch` and `StreamConfig` at their first use: they bring torch and DALI."""
+    """Import `Stream`, `Batch` and `StreamConfig` at their first use: they bring torch and DALI.
+
+    Raises:
+        SetupError: this is not Linux, or DALI is missing.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline.tools.errors import check_platform
+
+    check_platform()
     from pipeline import batches
+    from pipeline.stream.operators import import_dali
+
+    import_dali()
 
     return getattr(batches, name)

@@ -21,6 +21,7 @@ from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
 from pipeline.stream.loader import BatchReader, DecodeFailure, Loader
 from pipeline.stream.normalization import crop_mean_image
+from pipeline.stream.operators import import_dali
 from pipeline.stream.quarantine import UNDECODABLE
 from pipeline.stream.shard_reader import Damage
 from pipeline.stream.timing import WaitTimes
@@ -100,7 +101,8 @@ class Stream:
     Raises:
         UsageError: no dataset, no such split, or a cache that cannot work.
         DataError: the dataset is not what its manifest says.
-        SetupError: device `gpu` without a CUDA device, or a package for the store is missing.
+        SetupError: device `gpu` without a CUDA device, or DALI or a package for the store is
+            missing.
         StoreError: the store does not answer.
         TypeError: a setting that does not exist.
         ValueError: a setting out of range.
@@ -109,6 +111,7 @@ class Stream:
     @_take_settings(StreamConfig)
     def __init__(self, data: DataPath, config: StreamConfig) -> None:
         """Open a split of a dataset; the arguments are explained above."""
+        import_dali()
         self._dataset = open_dataset(data, cache=config.cache, cache_size=config.cache_size)
         self._reader = reader = BatchReader(self._dataset, config)
         if is_remote(os.fspath(data)):

@@ -37,7 +37,8 @@ from pipeline.remote.filesystem import (
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError
 from pipeline.tools.files import drop_page_cache, ensure_writable
-from pipeline.tools.text import hide_credentials, human_bytes, suggest_extra
+from pipeline.tools.packages import suggest_extra
+from pipeline.tools.text import hide_credentials, human_bytes
 
 READ_BYTES = 64 * 2**20
 """Most bytes that one measurement of a speed reads."""

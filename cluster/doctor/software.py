@@ -7,7 +7,6 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from cluster.doctor.finding import Finding, fail, ok, warn
 from cluster.launch.gpus import GpuState, find_driver_fault, find_gpu_fault, gather_gpu_state
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.files import read_text
+from pipeline.tools.packages import DALI, DISTRIBUTION, find_version, suggest_extra
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 OWN_LINES = ("torch", "ray", *DALI)
 """Packages with a finding of their own; the others share one."""
 INSTALL = "make install   # CUDA=12 for a driver before 580"
@@ -43,10 +42,8 @@ class Software(GpuState):
 
 def gather() -> Software:
     """Collect facts; imports torch and DALI."""
-    ranges, packages = read_ranges(REPOSITORY / "pyproject.toml"), {}
-    for name in ranges:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
+    ranges = read_ranges(REPOSITORY / "pyproject.toml")
+    packages = {name: release for name in ranges if (release := find_version(name))}
     broken = {name: why for name in ("torch", "nvidia.dali") if (why := _try_import(name))}
     gpus = GpuState() if "torch" in broken else gather_gpu_state()
     pins = re.findall(r"^([\w-]+)==(\S+)$", read_text(REPOSITORY / "constraints.txt"), re.MULTILINE)
@@ -71,13 +68,20 @@ def _try_import(name: str) -> str:
 
 
 def read_ranges(path: Path) -> dict[str, str]:
-    """Read the version ranges of a pyproject.toml, including both builds of DALI."""
-    if not (text := read_text(path)):  # installed as a wheel
-        return dict.fromkeys(OWN_LINES, "")
-    project = tomllib.loads(text)["project"]
-    extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["cuda13"], *extras["cuda12"]]
-    return {found.name: str(found.specifier) for found in map(Requirement, lines)}
+    """Read the version ranges of a pyproject.toml, including both builds of DALI.
+
+    Without such a file, as in a wheel, they are those of the installed package.
+    """
+    if text := read_text(path):
+        project = tomllib.loads(text)["project"]
+        extras = project["optional-dependencies"]
+        lines = [*project["dependencies"], *extras["cuda13"], *extras["cuda12"]]
+    elif find_version(DISTRIBUTION):
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    else:
+        lines = list(OWN_LINES)
+    found = map(Requirement, lines)
+    return {one.name: str(one.specifier) for one in found if not one.marker or one.name in DALI}
 
 
 def judge(have: Software) -> Iterator[Finding]:
@@ -112,20 +116,20 @@ def _judge_torch(have: Software) -> Finding:
 def _find_fault(have: Software, package: str, label: str, text: str, module: str) -> Finding | None:
     """Judge whether a package is there, loads and fits; None: it does."""
     if package not in have.packages:
-        return fail(label, "is missing", INSTALL)
+        return fail(label, "is missing", _suggest_all(have))
     if module in have.broken:
-        mend = f"pip install --force-reinstall --no-deps -c constraints.txt {package}"
+        mend = _suggest_install(have, "--force-reinstall", "--no-deps", package)
         return fail(label, f"{text} does not load: {have.broken[module]}", mend)
     if not _is_in_range(have, package):
         needed = f"{text}; {have.ranges[package]} is needed"
-        return fail(label, needed, _suggest_install(package))
+        return fail(label, needed, _suggest_install(have, package))
     return None
 
 
 def _judge_dali(have: Software) -> Finding:
     installed = [name for name in DALI if name in have.packages]
     if len(installed) > 1:
-        mend = f"pip uninstall -y {' '.join(installed)}; make install"
+        mend = f"pip uninstall -y {' '.join(installed)}; {_suggest_all(have)}"
         return fail("DALI", f"{' and '.join(installed)} overwrite each other", mend)
     name = installed[0] if installed else DALI[0]
     cuda = name[-3:-1]
@@ -143,15 +147,17 @@ def _judge_dali(have: Software) -> Finding:
 def _judge_others(have: Software) -> Finding:
     names = [name for name in have.ranges if name not in OWN_LINES]
     if missing := [name for name in names if name not in have.packages]:
-        return fail("packages", f"missing: {', '.join(missing)}", INSTALL)
+        return fail("packages", f"missing: {', '.join(missing)}", _suggest_all(have))
     if old := [name for name in names if not _is_in_range(have, name)]:
         text = ", ".join(f"{name} {have.packages[name]} ({have.ranges[name]})" for name in old)
-        return fail("packages", f"not what pyproject.toml asks for: {text}", _suggest_install(*old))
+        return fail(
+            "packages", f"not what pyproject.toml asks for: {text}", _suggest_install(have, *old)
+        )
     packages = have.packages
     drifted = [n for n, pin in have.pins.items() if packages.get(n, pin).split("+")[0] != pin]
     if drifted:
         text = ", ".join(f"{n} {packages[n]} (tested with {have.pins[n]})" for n in drifted)
-        return warn("packages", f"not as tested: {text}", _suggest_install(*drifted))
+        return warn("packages", f"not as tested: {text}", _suggest_install(have, *drifted))
     tested = "as constraints.txt has them" if have.pins else "no constraints.txt to compare with"
     return ok("packages", f"{len(names)} there, {tested}")
 
@@ -161,6 +167,12 @@ def _is_in_range(have: Software, name: str) -> bool:
     return allowed.contains(have.packages[name], prereleases=True)
 
 
-def _suggest_install(*names: str) -> str:
+def _suggest_all(have: Software) -> str:
+    """Return the command that installs all that is needed: in a checkout, make's."""
+    return INSTALL if have.pins else f"{suggest_extra('cuda13')}   # cuda12 for a driver before 580"
+
+
+def _suggest_install(have: Software, *words: str) -> str:
     parts = {"ray": "'ray[default,train]'"}
-    return f"pip install -c constraints.txt {' '.join(parts.get(name, name) for name in names)}"
+    pins = ["-c", "constraints.txt"] if have.pins else []
+    return " ".join(["pip", "install", *pins, *(parts.get(word, word) for word in words)])

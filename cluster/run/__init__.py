@@ -6,7 +6,8 @@ events         events that workers send to the driver
 metrics        times steps; rows of steps and validations
 kernels        snapshots of conv1
 probabilities  class probabilities of every image
-exporters      TensorBoard and Prometheus
+exporters      Prometheus
+trackers       TensorBoard, Weights & Biases, MLflow
 console        terminal output
 state          state of a run, from its files
 sync           copy of the files in a store

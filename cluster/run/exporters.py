@@ -1,4 +1,4 @@
-"""Exporters of metrics: Prometheus gauges through Ray, and TensorBoard in RUN/tensorboard.
+"""Exporter of metrics: Prometheus gauges, through Ray.
 
 Every node of a Ray cluster has a Prometheus endpoint (`ray start --metrics-export-port`); Ray
 prefixes the names with `ray_`. `cluster/deploy/duet.json` is a Grafana dashboard of them.
@@ -7,13 +7,7 @@ prefixes the names with `ray_`. `cluster/deploy/duet.json` is a Grafana dashboar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pipeline.tools.errors import SetupError
-from pipeline.tools.text import suggest_extra
 
 if TYPE_CHECKING:
     from cluster.mesh import ProcessMesh
@@ -73,70 +67,3 @@ class PrometheusGauges:
         """Publish the numbers of a row."""
         for key in self._gauges.keys() & numbers.keys():
             self._gauges[key].set(float(numbers[key]))
-
-
-FOLDER = "tensorboard"
-SCALARS = {
-    "loss": "train/loss",
-    "top1_error": "train/top1_error",
-    "lr": "rates/weights",
-    "lr_bias": "rates/biases",
-    "img_s": "speed/img_s",
-    "data_wait": "speed/data_wait",
-    "stall": "speed/stall",
-    "exchange": "speed/exchange_s",
-    "replicas": "speed/replicas",
-    "validation_loss": "validation/loss",
-    "validation_top1_error": "validation/top1_error",
-    "validation_top5_error": "validation/top5_error",
-}
-"""TensorBoard name by the field of the rows."""
-
-
-class TensorBoardWriter:
-    """Writes scalars into RUN/tensorboard; used by the leader of the job."""
-
-    def __init__(self, run: Path, step: int) -> None:
-        """Open RUN/tensorboard; entries of steps after `step` are hidden.
-
-        Raises:
-            SetupError: the package is missing, or the folder cannot be written.
-        """
-        require_tensorboard()
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = run / FOLDER
-        try:
-            self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
-        except OSError as error:
-            raise SetupError(
-                f"{folder} cannot be written ({error.strerror}); make room, or train with "
-                "--no-tensorboard"
-            ) from error
-
-    def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write the numbers of a row.
-
-        Raises:
-            OSError: a write failed, now or some calls ago; the writer is unusable from then on.
-        """
-        for key in SCALARS.keys() & numbers.keys():
-            self._writer.add_scalar(SCALARS[key], float(numbers[key]), step)
-
-    def __enter__(self) -> TensorBoardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # no reason to fail a training: the rows have all numbers
-            self._writer.close()
-
-
-def require_tensorboard() -> None:
-    """Raise unless the package tensorboard is installed.
-
-    Raises:
-        SetupError: it is not.
-    """
-    if find_spec("tensorboard") is None:
-        way = suggest_extra("tensorboard")
-        raise SetupError(f"--tensorboard needs the package tensorboard; {way}")

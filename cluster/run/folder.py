@@ -15,7 +15,7 @@ RUN/ledger/              delivered samples, with --ledger             (pipeline/
 RUN/checkpoints/         step-NNNNNNNN/                               (checkpoint/format.py)
 RUN/evaluation-*.json    errors with 1 or 10 views                    (evaluate.py)
 RUN/probabilities-*      of every image, with --save-probabilities    (run/probabilities.py)
-RUN/tensorboard/         the rows for TensorBoard, with --tensorboard (run/exporters.py)
+RUN/tensorboard/, wandb/, mlruns/   the rows for a tracker            (run/trackers.py)
 RUN/report.html          the report                                   (report)
 RUN/measure.json         split of a step's time, with --measure       (launch/measurement.py)
 RUN/attempts.jsonl       a row per start and end of the workers       (launch/controller.py)
@@ -25,7 +25,6 @@ RUN/.lock, RUN/.leader   locked by the driver and by the writing worker while a 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -52,6 +51,7 @@ from pipeline.dataset.record import ADDRESS_KEY
 from pipeline.remote.lease import lock_folder
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import NoLocks, atomic_write, ensure_writable, flock
+from pipeline.tools.packages import DALI, find_version
 from pipeline.tools.units import cpu_count, cpu_name
 
 LOCK = ".lock"
@@ -264,8 +264,8 @@ def write_machine(run: Path, workers: int, dtype: str) -> None:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "dali": _find_version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-        "ray": _find_version("ray"),
+        "dali": find_version(*DALI),
+        "ray": find_version("ray"),
         "workers": workers,
         "dtype": dtype,
     }
@@ -290,12 +290,3 @@ def find_commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def _find_version(*distributions: str) -> str | None:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None

@@ -15,10 +15,10 @@ from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Tell, Warned
-from cluster.run.exporters import TensorBoardWriter
 from cluster.run.folder import LEDGER, QUARANTINE, UNKNOWN, Mark, RunIdentity
 from cluster.run.metrics import MetricsLog
 from cluster.run.sync import open_mirror
+from cluster.run.trackers import open_trackers
 from cluster.training.gradients import GradientAverage
 from cluster.training.learning_rate import RateControl, RateSettings
 from cluster.training.pair_batches import PairBatches
@@ -105,8 +105,9 @@ def prepare_training(
             warn=lambda line: tell(Warned(line)),
         )  # fmt: skip
         parts.enter_context(closing(checkpoints))
-        if config.tensorboard and mesh.is_leader:
-            publish = [*publish, parts.enter_context(TensorBoardWriter(run, mark.step))]
+        if mesh.is_leader:
+            trackers = open_trackers(config, run, identity.run, mark.step, tell)
+            publish = [*publish, *parts.enter_context(trackers)]
         log = parts.enter_context(MetricsLog(run, mesh, tell, samples, mark.step, publish))
         # Rows are on disk, and in the store, before a checkpoint of their step counts.
         checkpoints.before = log.sync

@@ -93,6 +93,7 @@ def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
     # A rate near 0: so many steps on the same few batches could end in a loss that is NaN.
     config = replace(
         config, validate_every=0, statistics_every=0, store="", ledger=False, tensorboard=False,
+        wandb=False, mlflow=False,
         schedule="dexp", changes=(), layer_rates=(), lr=1e-9, steps=10**7, epochs=1.0, init="",
     )  # fmt: skip
     samples, _ = read_origin(config, data)

@@ -11,9 +11,8 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.dataset.manifest import NAME as MANIFEST
@@ -52,6 +51,7 @@ from pipeline.remote.target import WORK, Target, is_finished, open_target
 from pipeline.sources.listing import read_rejects, summarize_rejects
 from pipeline.tools.errors import REBUILD, DataError, DuetError, UsageError, hint_resume
 from pipeline.tools.jsonl import parse_json
+from pipeline.tools.packages import find_version
 from pipeline.tools.processes import LocalPool, Pool, read_ahead
 from pipeline.tools.progress import Progress, announce, write_line
 from pipeline.tools.text import hide_credentials
@@ -274,11 +274,7 @@ def _describe_difference(theirs: Mapping[str, object], ours: Mapping[str, object
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the packages that decide the bytes of a shard."""
-    found = dict.fromkeys(LIBRARIES, "unknown")
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return {name: find_version(name) or "unknown" for name in LIBRARIES}
 
 
 @contextmanager

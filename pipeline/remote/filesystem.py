@@ -32,7 +32,8 @@ from fsspec.core import url_to_fs
 
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import explain_full_disk
-from pipeline.tools.text import first_line, hide_credentials, suggest_extra
+from pipeline.tools.packages import suggest_extra
+from pipeline.tools.text import first_line, hide_credentials
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Schemes of stores where a file appears only when all of it has been uploaded."""

@@ -6,6 +6,7 @@ augment          random draws of crop, flip and colour
 normalization    mean, colour shift and divisor of pixels
 shard_reader     bytes and labels of samples, checked
 quarantine       list of damaged samples; check of JPEG headers
+operators        DALI's operators, imported at their first use
 decode           DALI graphs, and DALI's own reader
 prefetch         an iterator run in a thread
 loader           batches, read and decoded ahead of need

@@ -21,14 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from torch.utils.dlpack import from_dlpack
 
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, SIZE, Encoding
 from pipeline.dataset.manifest import Manifest
+from pipeline.stream import operators as dali
 from pipeline.stream.config import Device, StreamConfig
 from pipeline.tools.errors import SetupError
 from pipeline.tools.units import cpu_count
@@ -76,15 +74,15 @@ class Decoder:
         Raises:
             SetupError: device `gpu` without a CUDA device.
         """
-        stored = (types.UINT8, 3, "HWC") if encoding == "raw" else (types.UINT8, 1, "")
-        number, numbers = (types.FLOAT, 0, ""), (types.FLOAT, 1, "")
-        inputs = [stored, number, number, (types.INT32, 0, ""), numbers]
+        stored = (dali.types.UINT8, 3, "HWC") if encoding == "raw" else (dali.types.UINT8, 1, "")
+        number, numbers = (dali.types.FLOAT, 0, ""), (dali.types.FLOAT, 1, "")
+        inputs = [stored, number, number, (dali.types.INT32, 0, ""), numbers]
         if config.divides:
             inputs.append(number)
         kinds, dimensions, layouts = zip(*inputs, strict=True)
         self._pipe = open_pipeline(config)
         with self._pipe:
-            nodes = fn.external_source(
+            nodes = dali.fn.external_source(
                 source=lambda: source()[: len(inputs)],
                 num_outputs=len(inputs),
                 batch=True,
@@ -115,15 +113,15 @@ class TrialDecoder:
     """
 
     def __init__(self) -> None:
-        self._pipe: Pipeline | None = None
+        self._pipe: dali.Pipeline | None = None
 
     def can_decode(self, image: npt.NDArray[np.uint8]) -> bool:
         """Return whether a JPEG (uint8 [size]) decodes to 256x256 pixels."""
         if self._pipe is None:
-            self._pipe = Pipeline(1, 1, None, prefetch_queue_depth=1)
+            self._pipe = dali.Pipeline(1, 1, None, prefetch_queue_depth=1)
             with self._pipe:
-                jpeg = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-                self._pipe.set_outputs(fn.decoders.image(jpeg, output_type=types.RGB))
+                jpeg = dali.fn.external_source(name="image", dtype=dali.types.UINT8, ndim=1)
+                self._pipe.set_outputs(dali.fn.decoders.image(jpeg, output_type=dali.types.RGB))
             self._pipe.build()
         self._pipe.feed_input("image", [image])
         try:
@@ -147,7 +145,7 @@ def select_gpu(device: Device) -> int | None:
     return torch.cuda.current_device()
 
 
-def run_on_current_stream(pipe: Pipeline) -> Any:
+def run_on_current_stream(pipe: dali.Pipeline) -> Any:
     """Run a pipeline of one output and return it, a list of tensors of DALI's.
 
     On a GPU it may still be in the making: torch's current stream of that GPU waits for it, and the
@@ -157,7 +155,7 @@ def run_on_current_stream(pipe: Pipeline) -> Any:
     return output
 
 
-def run_to_tensor(pipe: Pipeline) -> torch.Tensor:
+def run_to_tensor(pipe: dali.Pipeline) -> torch.Tensor:
     """Run a pipeline of one dense output and return that as a tensor, on the pipeline's device."""
     return to_tensor(run_on_current_stream(pipe), pipe.device_id)
 
@@ -183,10 +181,10 @@ def to_tensor(output: Any, gpu: int | None) -> torch.Tensor:
         tensor: torch.Tensor = from_dlpack(pixels)
         return tensor
     tensor = torch.empty(
-        pixels.shape(), dtype=to_torch_type[pixels.dtype], device=torch.device("cuda", gpu)
+        pixels.shape(), dtype=dali.to_torch_type[pixels.dtype], device=torch.device("cuda", gpu)
     )
     # A stream makes it a copy that is not waited for.
-    feed_ndarray(pixels, tensor, cuda_stream=_current_stream(gpu))
+    dali.feed_ndarray(pixels, tensor, cuda_stream=_current_stream(gpu))
     return tensor
 
 
@@ -194,13 +192,13 @@ def _current_stream(gpu: int | None) -> torch.cuda.Stream | None:
     return None if gpu is None else torch.cuda.current_stream(gpu)
 
 
-def open_pipeline(config: StreamConfig, **options: Any) -> Pipeline:
+def open_pipeline(config: StreamConfig, **options: Any) -> dali.Pipeline:
     """Return an empty DALI pipeline with the batch, threads, device and prefetch of a config.
 
     Raises:
         SetupError: device `gpu` without a CUDA device.
     """
-    return Pipeline(
+    return dali.Pipeline(
         config.slice_size,
         config.threads or cpu_count(),
         select_gpu(config.device),
@@ -231,10 +229,10 @@ def make_pixels(
 
 def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any) -> Any:
     """Return the first half of the graph: JPEGs -> the crop, uint8 [size, size, 3]."""
-    return fn.decoders.image_crop(
+    return dali.fn.decoders.image_crop(
         jpegs,
         device="mixed" if config.device == "gpu" else "cpu",
-        output_type=types.RGB,
+        output_type=dali.types.RGB,
         # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
         jpeg_fancy_upsampling=True,
         hw_decoder_load=config.hw_decoder_load,
@@ -255,11 +253,11 @@ def normalize_crops(
 ) -> Any:
     """Add the second half of `make_pixels`: flip, mean, divisor and layout; cut raw images."""
     more = {} if divisor is None else {"std": divisor}
-    return fn.crop_mirror_normalize(
+    return dali.fn.crop_mirror_normalize(
         pixels,
         mirror=flip,
         mean=mean,
-        dtype=types.FLOAT16 if config.device == "gpu" else types.FLOAT,
+        dtype=dali.types.FLOAT16 if config.device == "gpu" else dali.types.FLOAT,
         output_layout="CHW",
         **more,
         **(crop or {}),
@@ -295,15 +293,15 @@ class DaliReader:
         mean = [float(value) for value in Statistics.load(data, manifest.stats_sha256).channel_mean]
         self._pipe = open_pipeline(config, seed=0)
         with self._pipe:
-            parts: Any = fn.readers.webdataset(
+            parts: Any = dali.fn.readers.webdataset(
                 paths=list(map(str, shards)),
                 index_paths=[str(path.with_suffix(".idx")) for path in shards],
                 ext=[_ENDINGS[manifest.encoding], "cls"],
                 random_shuffle=True,
                 name="reader",
             )
-            x, y = (fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
-            flip = fn.random.coin_flip()
+            x, y = (dali.fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
+            flip = dali.fn.random.coin_flip()
             stored = parts[0] if manifest.encoding == "jpeg" else _skip_header(parts[0])
             self._pipe.set_outputs(make_pixels(config, manifest.encoding, stored, x, y, flip, mean))
         self._pipe.build()
@@ -317,4 +315,4 @@ def _skip_header(npy: Any) -> Any:
     """Return the graph from the files of raw images to their pixels, uint8 [256, 256, 3]."""
     shape = (SIZE, SIZE, 3)
     # The pixels are the end of the file, however long the header before them is.
-    return fn.reshape(npy[-math.prod(shape) :], shape=shape, layout="HWC")
+    return dali.fn.reshape(npy[-math.prod(shape) :], shape=shape, layout="HWC")

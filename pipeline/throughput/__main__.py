@@ -26,6 +26,7 @@ from rich.text import Text
 
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import Device, Shuffle, StreamConfig
+from pipeline.stream.operators import require_dali
 from pipeline.throughput.capacity import StoreKind, plan_capacity, print_plan
 from pipeline.throughput.diagnosis import SECONDS, examine
 from pipeline.throughput.report import (
@@ -173,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(ThroughputOptions, argv, "python -m pipeline.throughput", __doc__)
     options.check()
     console = Terminal(sys.stderr)
+    if not options.plan:
+        require_dali()
     try:
         if options.plan:
             _plan(options, console)

@@ -16,14 +16,14 @@ import numpy as np
 import simplejpeg
 import torch
 from isal import isal_zlib
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline
 
 from pipeline.dataset.images import SIZE
+from pipeline.stream import operators as dali
 from pipeline.stream.decode import run_on_current_stream, select_gpu
 from pipeline.stream.shard_reader import Bytes
 from pipeline.throughput.clock import Rate, count_items, measure
 from pipeline.tools.files import drop_page_cache
+from pipeline.tools.packages import DALI, find_version
 from pipeline.tools.units import cpu_count, cpu_name
 
 
@@ -44,15 +44,13 @@ class Machine:
 
 def describe_machine(gpu: bool) -> Machine:
     """Describe this machine."""
-    import nvidia.dali
-
     return Machine(
         processor=cpu_name(),
         cores=cpu_count(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpu=torch.cuda.get_device_name() if gpu else "",
         torch=torch.__version__,
-        dali=nvidia.dali.__version__,
+        dali=find_version(*DALI) or "",
     )
 
 
@@ -160,13 +158,17 @@ def measure_nvjpeg(jpegs: Sequence[Bytes], batch_size: int, threads: int, load: 
            seconds: float) -> Rate:  # fmt: skip
     """Measure the images per second that a DALI pipeline of nvJPEG alone decodes to RGB."""
     batches = [list(jpegs[at : at + batch_size]) for at in range(0, len(jpegs), batch_size)]
-    with Pipeline(batch_size, threads, select_gpu("gpu"), prefetch_queue_depth=3) as pipe:
-        stored = fn.external_source(
-            source=batches, cycle=True, batch=True, dtype=types.UINT8, ndim=1
+    with dali.Pipeline(batch_size, threads, select_gpu("gpu"), prefetch_queue_depth=3) as pipe:
+        stored = dali.fn.external_source(
+            source=batches, cycle=True, batch=True, dtype=dali.types.UINT8, ndim=1
         )
         pipe.set_outputs(
-            fn.decoders.image(
-                stored, device="mixed", output_type=types.RGB, hw_decoder_load=load, affine=False
+            dali.fn.decoders.image(
+                stored,
+                device="mixed",
+                output_type=dali.types.RGB,
+                hw_decoder_load=load,
+                affine=False,
             )
         )
     pipe.build()

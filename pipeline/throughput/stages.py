@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline
 
 from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.remote.dataset import Dataset, open_dataset
+from pipeline.stream import operators as dali
 from pipeline.stream.augment import CROP
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import (
@@ -239,9 +238,10 @@ def measure_pixel_seconds(
 def measure_decoding(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
     """Measure JPEG -> crop, uint8."""
     with open_pipeline(parts.setting) as pipe:
-        jpegs, x, y = fn.external_source(
+        jpegs, x, y = dali.fn.external_source(
             source=[one.input[:3] for one in loaded], cycle=True, num_outputs=3, batch=True,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 0], no_copy=True,
+            dtype=[dali.types.UINT8, dali.types.FLOAT, dali.types.FLOAT], ndim=[1, 0, 0],
+            no_copy=True,
         )  # fmt: skip
         pipe.set_outputs(decode_crops(parts.setting, jpegs, x, y))
     return _measure_pipeline(parts, pipe, seconds)
@@ -259,10 +259,10 @@ def measure_normalizing(parts: Parts, loaded: Sequence[EncodedBatch], seconds: f
         for one in loaded[:4]
     ]  # fmt: skip
     with open_pipeline(parts.setting) as pipe:
-        images, flip, mean = fn.external_source(
+        images, flip, mean = dali.fn.external_source(
             source=feeds, cycle=True, num_outputs=3, batch=True,
-            dtype=[types.UINT8, types.INT32, types.FLOAT], ndim=[3, 0, 1], layout=["HWC", "", ""],
-            no_copy=True,
+            dtype=[dali.types.UINT8, dali.types.INT32, dali.types.FLOAT], ndim=[3, 0, 1],
+            layout=["HWC", "", ""], no_copy=True,
         )  # fmt: skip
         if parts.setting.device == "gpu":
             images = images.gpu()
@@ -277,7 +277,7 @@ def measure_hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: flo
     # On a GPU the pixels are copied once.
     pixels = np.zeros((size, 3 * CROP * CROP if gpu else 1), np.float16)
     with open_pipeline(parts.setting) as pipe:
-        ready = fn.external_source(source=lambda: pixels, dtype=types.FLOAT16, ndim=1)
+        ready = dali.fn.external_source(source=lambda: pixels, dtype=dali.types.FLOAT16, ndim=1)
         pipe.set_outputs(ready.gpu() if gpu else ready)
     pipe.build()
     output = run_on_current_stream(pipe)
@@ -293,7 +293,7 @@ def measure_hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: flo
     return measure(step, seconds, parts.setting.synchronize)
 
 
-def _measure_pipeline(parts: Parts, pipe: Pipeline, seconds: float) -> Rate:
+def _measure_pipeline(parts: Parts, pipe: dali.Pipeline, seconds: float) -> Rate:
     pipe.build()
     for _ in range(parts.setting.prefetch):
         run_on_current_stream(pipe)
@@ -398,9 +398,9 @@ def measure_copying(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float
     """Measure the copy of a batch's stored bytes to the GPU."""
     raw = parts.encoding == "raw"
     with open_pipeline(parts.setting) as pipe:
-        stored = fn.external_source(
-            source=[one.input.images for one in loaded], cycle=True, batch=True, dtype=types.UINT8,
-            ndim=3 if raw else 1, layout="HWC" if raw else "", no_copy=True,
+        stored = dali.fn.external_source(
+            source=[one.input.images for one in loaded], cycle=True, batch=True,
+            dtype=dali.types.UINT8, ndim=3 if raw else 1, layout="HWC" if raw else "", no_copy=True,
         )  # fmt: skip
         pipe.set_outputs(stored.gpu())
     return _measure_pipeline(parts, pipe, seconds)

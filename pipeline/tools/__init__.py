@@ -5,6 +5,7 @@ charts      charts of the pages
 errors      errors that the user can act on, and exit codes
 files       atomic writes, hashes, page cache, locks between processes
 jsonl       reader of JSON lines
+packages    releases of installed packages, and what brings a missing one
 processes   worker pools, isolated calls
 progress    progress bar
 renames     commands under their former names

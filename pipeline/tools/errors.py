@@ -60,6 +60,19 @@ class DamagedFile(DataError):
         return type(self), (self.path, self.reason)  # or no helper process could hand it over
 
 
+def check_platform() -> None:
+    """Raise unless this is Linux: DALI has builds for no other system.
+
+    Raises:
+        SetupError: it is not; names what would do.
+    """
+    if sys.platform != "linux":
+        raise SetupError(
+            "Duet runs on Linux (x86-64 or aarch64), and on Windows in WSL 2; "
+            f"this is {sys.platform}"
+        )
+
+
 def summarize_error(error: BaseException) -> str:
     """Return one line that says what an exception says.
 
@@ -102,7 +115,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     A `DuetError` becomes one line on stderr, Ctrl-C, SIGTERM and SIGHUP become exit code 130. If
     the reader of standard output has gone (`| head`), the process ends with 141 and no message.
     """
-    handle_end(signal.default_int_handler)  # cleans up as Ctrl-C does
+    if sys.platform == "linux":
+        handle_end(signal.default_int_handler)  # cleans up as Ctrl-C does
     with standard_streams():
         code, said = _call(main)
         with suppress(BrokenPipeError):
@@ -114,6 +128,7 @@ def _call(main: Callable[[], int | None]) -> tuple[int, str]:
     """Return the exit code of an entry point, and what is to be said on stderr."""
     try:
         try:
+            check_platform()
             code = main() or 0
         except SystemExit as error:  # tyro's, for --help or a wrong flag
             said = "" if isinstance(error.code, int | None) else f"{error.code}\n"

@@ -19,14 +19,6 @@ _QUERIES = (
 """Text behind the `?` of a web address; `?name=value` or `&name=value` in any other text."""
 
 
-def suggest_extra(extra: str) -> str:
-    """Return the command that installs an extra of pyproject.toml.
-
-    Not by the project's name: the package registry's `duet` is another project.
-    """
-    return f"pip install -e '.[{extra}]' in the folder of Duet's pyproject.toml"
-
-
 def clean(text: str) -> str:
     """Return a message without credentials of addresses and without control characters."""
     return escape_controls(hide_credentials(text))

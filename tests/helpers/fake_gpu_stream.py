@@ -15,7 +15,7 @@ from nvidia.dali import types
 from nvidia.dali.backend import TensorGPU
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.stream import decode
+from pipeline.stream import decode, operators
 from pipeline.stream.ledger import writer
 from tests.helpers.fake_cuda import FakeDevice
 
@@ -100,7 +100,7 @@ class FakeGpu:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Have torch, DALI and the stream's code believe that it is there."""
         real = decode.make_pixels
-        patch.setattr(decode, "Pipeline", partial(FakePipeline, self))
+        patch.setattr(operators, "Pipeline", partial(FakePipeline, self))
         patch.setattr(
             decode, "make_pixels",
             lambda config, *nodes: real(replace(config, device="cpu"), *nodes),

@@ -63,8 +63,8 @@ from pipeline.tools.arguments import parse_options, require_range
 from pipeline.tools.errors import DataError, DuetError, UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
 from pipeline.tools.jsonl import parse_json
+from pipeline.tools.packages import suggest_extra
 from pipeline.tools.progress import Progress
-from pipeline.tools.text import suggest_extra
 from pipeline.tools.units import cpu_count, parse_size
 
 SHORTLIST = 100

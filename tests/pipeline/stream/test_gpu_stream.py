@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.batches import Batch, Stream
-from pipeline.stream import decode
+from pipeline.stream import operators
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import TrialDecoder, decode_crops
 from pipeline.stream.ledger import writer
@@ -195,7 +195,9 @@ def test_a_trial_decoder_takes_no_gpu(fake_gpu: FakeGpu):
 
 def test_no_thread_of_a_decoder_is_tied_to_a_core(monkeypatch):
     calls = []
-    monkeypatch.setattr(decode.fn.decoders, "image_crop", lambda *_, **given: calls.append(given))
+    monkeypatch.setattr(
+        operators.fn.decoders, "image_crop", lambda *_, **given: calls.append(given)
+    )
     for device in ("cpu", "gpu"):
         decode_crops(StreamConfig(device=device), None, 0.5, 0.5)
     assert [call["device"] for call in calls] == ["cpu", "mixed"]
