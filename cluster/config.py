@@ -41,9 +41,8 @@ POSITIVE = (
     "checkpoint_every", "keep", "collective_timeout",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "steps", "weight_decay", "colour", "validate_every", "max_failures", "patience",
+    "steps", "weight_decay", "colour", "validate_every", "max_failures", "patience", "node_wait",
     "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best",
-    "node_wait",
 )  # fmt: skip
 ALIASES = {
     "lr": ("learning_rate", "base_lr", "init_lr", "initial_lr", "rate"),
@@ -341,8 +340,7 @@ class Config:
         """Numbers of replicas that divide the batch evenly, ascending."""
         least, most = self.replica_range
         columns = self.design.columns
-        most = min(most, self.batch_size // columns)
-        counts = range(least, most + 1)
+        counts = range(least, min(most, self.batch_size // columns) + 1)
         return tuple(count for count in counts if self.batch_size % (count * columns) == 0)
 
     @property
@@ -381,10 +379,8 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
     ]
     sizes = old.microbatch_size(1), new.microbatch_size(1)
     if old.design.norm == new.design.norm == "batch" and sizes[0] != sizes[1]:
-        found.append(
-            f"images that are normalised together: {sizes[0]} -> {sizes[1]} "
-            "(--microbatch, --replicas)"
-        )
+        together = f"images that are normalised together: {sizes[0]} -> {sizes[1]}"
+        found.append(f"{together} (--microbatch, --replicas)")
     lengths = old.total_steps(samples), new.total_steps(samples)
     constant = old.has_constant_rates and new.has_constant_rates
     if lengths[0] != lengths[1] and not constant:

@@ -24,7 +24,7 @@ from tests.helpers.training_processes import REPOSITORY
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PACKAGES = ("pipeline", "model", "cluster")
 SITE = Path(pytest.__file__).parent.parent
-"""Where the packages lie that Duet needs."""
+"""Folder of the packages that Duet needs."""
 
 WALK = """
 import json, sys
