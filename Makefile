@@ -41,7 +41,7 @@ py      = $(VENV)/bin/python
 install = (while sleep 30 > /dev/null 2>&1 && kill -0 $$$$ 2> /dev/null; do echo 'still installing'; done) & \
 	trap "kill $$!" EXIT INT TERM; $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install train test quick check soak format clean
+.PHONY: help install train test test-all quick check soak format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +52,7 @@ help:
 	@echo '           [PACK="flags of pipeline.build_shards"], for example --max-rejects 0.02'
 	@echo 'make install                      only make $(VENV) (CUDA=12 for a driver before 580)'
 	@echo 'make test                         lint, types, import rules, tests'
+	@echo 'make test-all                     that, and the long tests; half an hour'
 	@echo 'make quick                        lint, types, and the tests that start no process'
 	@echo 'make soak                         kill a training [KILLS=50] times; half an hour'
 	@echo 'make format                       let ruff format and fix'
@@ -100,11 +101,15 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 test: check
+	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --no-loadscope-reorder -m "not slow"
+
+# With the tests that are marked slow: CONTRIBUTING lists them.
+test-all: check
 	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --no-loadscope-reorder
 
 # Everything below Ray and below the start of a process: the loop while one writes.
 quick: check
-	OMP_WAIT_POLICY=passive $(py) -m pytest -n 2 -m "not ray" --quick -q
+	OMP_WAIT_POLICY=passive $(py) -m pytest -n 2 -m "not ray and not slow" --quick -q
 
 # Not part of `make test`: half an hour, and it wants a quiet machine.
 soak: $(VENV)/.dev

@@ -66,6 +66,7 @@ def run_first(
     return done, rows
 
 
+@pytest.mark.slow
 def test_the_first_phases_run_with_torch_alone(tiny_data: Path, tmp_path: Path) -> None:
     done, rows = run_first(tiny_data, tmp_path / "out", BLOCK, TO="4")
     log = (tmp_path / "out/log.txt").read_text()
@@ -84,6 +85,7 @@ def test_the_first_phases_run_with_torch_alone(tiny_data: Path, tmp_path: Path) 
     assert sum(name.endswith(".json") for name in names) == 2
 
 
+@pytest.mark.slow
 def test_the_other_phases_run_with_what_is_packed(tiny_data: Path, tmp_path: Path) -> None:
     done, rows = run_first(
         tiny_data, tmp_path / "out", TRACE, FROM="4", TRACE=str(tmp_path / "imports")

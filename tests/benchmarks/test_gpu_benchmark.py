@@ -145,6 +145,7 @@ def test_a_run_that_is_cut_off_has_said_so(tmp_path):
     assert "Cut off" not in record.path.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_every_step_runs_on_a_cpu(tiny_data, tmp_path):
     flags = "--device cpu --minutes 0.05 --seconds 0.05 --rounds 1 --samples 48 --checked 24"
     small = "--threads 1 --batch 8"

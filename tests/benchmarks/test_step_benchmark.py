@@ -192,6 +192,7 @@ def test_one_line_tells_the_fastest_lane_of_each_form() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_small_run_on_the_cpu_leaves_its_results(tmp_path: Path) -> None:
     options = "--device cpu --width 0.03125 --batch 2 --rounds 1 --seconds 0.01 --matrix 64"
     done = run("gpu/step.py", *options.split(), "--skip", "compiled", "--out", str(tmp_path))

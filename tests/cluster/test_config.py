@@ -5,8 +5,9 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import hypothesis
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cluster.config import (
@@ -254,8 +255,15 @@ def test_the_effective_config_reads_back_to_itself(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(format_toml(config, "abc"), encoding="utf-8")
     assert read_run_config(path) == (config, "abc")
-    if not config.cache.startswith("-"):
-        assert parse_command([str(path), "--data", "d", "--run", "r"]).settings == config
+
+
+@hypothesis.settings(max_examples=8)
+@given(configs)
+def test_a_command_reads_the_effective_config_back(tmp_path_factory, config):
+    assume(not config.cache.startswith("-"))
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(format_toml(config, "abc"), encoding="utf-8")
+    assert parse_command([str(path), "--data", "d", "--run", "r"]).settings == config
 
 
 def test_what_started_a_run_is_no_setting_of_it(tmp_path):

@@ -30,6 +30,8 @@ from tests.helpers.build_targets import Here
 from tests.helpers.images import folder_per_class
 from tests.helpers.training_processes import end_processes
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SimpleNamespace]:
@@ -129,7 +131,6 @@ def sleeps(job: Job) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.ray
 def test_results_errors_and_deaths_come_to_the_driver(cluster, tmp_path, monkeypatch):
     from cluster.launch import task_pool
 
@@ -173,7 +174,6 @@ def test_results_errors_and_deaths_come_to_the_driver(cluster, tmp_path, monkeyp
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # no mark is left
 
 
-@pytest.mark.ray
 def test_a_node_that_is_unlike_the_driver_is_named(cluster, tmp_path, monkeypatch):
     with (
         cluster.pool() as pool,
@@ -211,7 +211,6 @@ class Killing:
             yield result
 
 
-@pytest.mark.ray
 def test_the_bytes_are_those_of_a_local_build_though_a_node_and_a_worker_die(
     cluster, tmp_path, monkeypatch
 ):

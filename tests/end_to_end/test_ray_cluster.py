@@ -32,7 +32,7 @@ from tests.helpers.training_processes import (  # noqa: F401 - a fixture
 )
 from tests.helpers.training_runs import Call, learned, together
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

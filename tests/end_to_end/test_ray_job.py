@@ -84,6 +84,7 @@ class Jobs:
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_submitted_job_trains_passes_its_exit_code_on_and_saves_when_it_is_stopped(
     cluster, config, tiny_data, tmp_path

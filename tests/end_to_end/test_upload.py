@@ -97,6 +97,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_the_jobs_start_from_it_alone(upload):
     environment = {**os.environ, "PYTHONPATH": str(upload)}
     subprocess.run(

@@ -108,7 +108,7 @@ def run_command(
     timeout: float = 120,
     check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Do as `subprocess.run` with captured text does, for `python -m MODULE …` and `python FILE …`.
+    """Do as `subprocess.run` with captured text does, for `python -m`, `-c`, and a file.
 
     Raises:
         TimeoutExpired: it takes longer than `timeout` seconds; it is killed.
@@ -116,7 +116,7 @@ def run_command(
     """
     python, *words = map(str, command)
     assert python == sys.executable, python
-    assert words[0] == "-m" or words[0].endswith(".py"), words
+    assert words[0] in ("-m", "-c") or words[0].endswith(".py"), words
     with tempfile.TemporaryDirectory() as work:
         out, err = Path(work, "out"), Path(work, "err")
         process = start(_run, out, err, words, env=env, cwd=cwd)
@@ -152,6 +152,10 @@ def _run(out: Path, err: Path, words: list[str]) -> None:
             sys.argv = words[1:]
             sys.path[0] = str(Path.cwd())
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            sys.path[0] = ""
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = words
             sys.path[0] = str(Path(words[0]).parent)

@@ -117,7 +117,10 @@ def test_the_kernel_masks_the_gradient_again_and_stores_no_mask() -> None:
             late.backward()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(number, marks=[pytest.mark.slow] * (number != 90)) for number in ARCHITECTURES],
+)
 def test_the_kernel_compiles_for_a_gpu(architecture: int) -> None:
     position, numbers = torch.zeros((), dtype=torch.int64), keys(KEY, 3)
     position, numbers = position.to("meta"), numbers.to("meta")

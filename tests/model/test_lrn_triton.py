@@ -28,7 +28,6 @@ from model.norm import (
 from model.norm.reference import LRN_ALPHA, LRN_SIZE
 from model.norm.response import NormKernel
 from tests.helpers.gpu_compiler import (
-    ARCHITECTURES,
     CompiledLaunch,
     compile_launches,
     meta_maps,
@@ -64,15 +63,28 @@ def check_resources(kernel: CompiledLaunch) -> None:
     assert kernel.registers <= MOST_REGISTERS, kernel
 
 
-def list_types(architecture: int) -> tuple[torch.dtype, ...]:
-    """Return the types to compile for: those that a training launches; on one GPU, all."""
-    return GPU_DTYPES if architecture == 90 else (torch.bfloat16, torch.float32)
+TRAINED = (torch.bfloat16, torch.float32)
+"""The types that a training launches."""
+COMPILED = [
+    (90, TRAINED),
+    *(
+        pytest.param(architecture, types, marks=pytest.mark.slow)
+        for architecture, types in (
+            (90, tuple(dtype for dtype in GPU_DTYPES if dtype not in TRAINED)),
+            (80, TRAINED),
+            (100, TRAINED),
+        )
+    ),
+]
+"""Architectures and types to compile for: one takes ten seconds."""
 
 
 @without_triton
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_normalization_compiles_to_few_instructions(architecture: int) -> None:
-    for layout, dtype in product(LAYOUTS, list_types(architecture)):
+@pytest.mark.parametrize(("architecture", "types"), COMPILED)
+def test_normalization_compiles_to_few_instructions(
+    architecture: int, types: tuple[torch.dtype, ...]
+) -> None:
+    for layout, dtype in product(LAYOUTS, types):
         x = meta_maps(2, 96, 55, 55, dtype=dtype, layout=layout)
         with compile_launches(architecture) as kernels:
             gpu.normalize(x, None, 2, True)
@@ -84,10 +96,12 @@ def test_normalization_compiles_to_few_instructions(architecture: int) -> None:
 
 
 @without_triton
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("norm", [False, True])
-def test_pooling_compiles_to_few_instructions(norm: bool, architecture: int) -> None:
-    for dtype in list_types(architecture):
+@pytest.mark.parametrize(("architecture", "types"), COMPILED)
+@pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_pooling_compiles_to_few_instructions(
+    norm: bool, architecture: int, types: tuple[torch.dtype, ...]
+) -> None:
+    for dtype in types:
         x = meta_maps(2, 96, 55, 55, dtype=dtype, layout=torch.channels_last)
         with compile_launches(architecture) as kernels:
             y, origin = gpu.pool(x, 2, True, norm, 3, 2, True)

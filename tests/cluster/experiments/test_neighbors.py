@@ -256,6 +256,7 @@ def test_two_workers_make_what_one_makes(run, tiny_data, tmp_path):
     assert one.about == two.about
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(run, tiny_data):
     command = [
         sys.executable,

@@ -235,6 +235,7 @@ def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path):
     assert learned(run) == learned(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_runs_end_with_a_study_that_is_killed(tiny_data, tmp_path):
     process, mark, _ = started(tmp_path, tiny_data, 5000)
     process.kill()

@@ -10,13 +10,11 @@ import torch
 import torch.distributed as dist
 
 from cluster.config import Config
-from cluster.launch import controller
-from cluster.launch.controller import Controller, build_environment
+from cluster.launch.controller import build_environment
 from cluster.launch.failure import Failure, WorkerGpu, describe_failure, suggest_images
-from cluster.launch.placement import Node, Placement, WorkerMemory, estimate_memory
-from cluster.run.console import RunConsole
+from cluster.launch.placement import WorkerMemory, estimate_memory
 from cluster.run.events import Failed, Worker
-from pipeline.tools.errors import DataError, DuetError
+from pipeline.tools.errors import DataError
 
 
 class WorkerHealthCheckFailedError(Exception):
@@ -218,63 +216,3 @@ def test_the_users_own_handling_of_nccls_errors_wins(monkeypatch):
     assert build_environment()[name] == "2"
     monkeypatch.setenv(name, "1")
     assert build_environment()[name] == "1"
-
-
-class Group:
-    """Workers that fail on node m by an error of a GPU, and finish on any other."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.placement = arguments[-1]
-        assert isinstance(self.placement, Placement)
-        self.started = self.ended = False
-        self.failure = Failure()
-        try:
-            if "m" in self.placement.nodes:
-                raise torch.AcceleratorError("CUDA error: unspecified launch failure")
-        except RuntimeError as error:
-            gpu = WorkerGpu(name="GPU 1", node="m", node_id="m", images=8, memory=MEMORY)
-            self.failure.event = describe_failure(error, "replica 0, column b", gpu)
-        self.has_failed = self.failure.event is not None
-        self.finished = not self.has_failed
-
-    def events(self) -> list[None]:
-        return [None]
-
-
-def make_controller(
-    run: Path, nodes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[Controller, list[tuple[str, ...]]]:
-    """Return a controller on nodes with two GPUs each, and where it starts workers."""
-    starts: list[tuple[str, ...]] = []
-
-    def start(*arguments: object) -> Group:
-        group = Group(*arguments)
-        starts.append(group.placement.nodes)
-        return group
-
-    free = [Node(id=name, name=name, cpus=4, gpus=2) for name in nodes]
-    monkeypatch.setattr(controller, "WorkerGroup", start)
-    monkeypatch.setattr(controller, "list_nodes", lambda mine=None: free)
-    monkeypatch.setattr(controller, "filter_reachable", lambda nodes: nodes)
-    monkeypatch.setattr(controller, "has_gpus", lambda: True)
-    config = Config.from_settings({"max_failures": 1})
-    return Controller(config, "data", run, RunConsole(), str), starts
-
-
-def test_after_the_failure_of_a_gpu_the_run_goes_on_elsewhere(tmp_path, monkeypatch, capsys):
-    one, starts = make_controller(tmp_path, ["m", "n"], monkeypatch)
-    one.train()
-    assert starts == [("m", "m"), ("n", "n")]
-    assert "GPU 1 of node m failed (CUDA error: unspecified launch failure); starting again" in (
-        capsys.readouterr().out
-    )
-
-
-def test_without_another_node_it_is_tried_there_again_and_fails_with_the_gpus_name(
-    tmp_path, monkeypatch
-):
-    one, starts = make_controller(tmp_path, ["m"], monkeypatch)
-    with pytest.raises(DuetError, match=r"column b: GPU 1 of node m failed .*error\.log") as caught:
-        one.train()
-    assert caught.value.exit_code == 1
-    assert starts == [("m", "m")] * 2

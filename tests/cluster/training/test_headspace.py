@@ -49,6 +49,7 @@ def measure_with(config, data, mesh) -> dict:
     return event.found
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypatch):
     read = ShardReader.read
 

@@ -24,8 +24,6 @@ from pipeline.verify import verify
 from tests.helpers.images import folder_per_class, packed
 from tests.helpers.processes import drop_progress, run_command
 
-KILLS = 20
-
 
 class Cut(Exception):
     """The build ends here, as if it had been killed."""
@@ -56,15 +54,16 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_twenty_kills_at_random_moments(source, undisturbed, tmp_path):
+@pytest.mark.parametrize("many", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(source, undisturbed, tmp_path, many):
     """Forks build; each is killed after a random time, and the next goes on where it was."""
     out, draw = tmp_path / "data", random.Random(0)
     begun = time.monotonic()
     packed(tmp_path / "clock", train=source, **SETTINGS)
     whole = time.monotonic() - begun
-    kills, progress = 0, set()
+    kills, progress, places = 0, set(), many // 4
     # On a busy machine many find nothing done yet: then there are more of them.
-    while kills < KILLS or (len(progress) <= 5 and kills < 10 * KILLS):
+    while kills < many or (len(progress) <= places and kills < 10 * many):
         child = os.fork()
         if child == 0:
             try:
@@ -83,7 +82,7 @@ def test_twenty_kills_at_random_moments(source, undisturbed, tmp_path):
     packed(out, train=source, **SETTINGS)
     assert everything(out) == undisturbed
     assert verify(out) == []
-    assert len(progress) > 5  # they were killed in many places, and went on
+    assert len(progress) > places  # they were killed in many places, and went on
 
 
 def test_what_is_done_is_not_done_again(source, undisturbed, tmp_path):

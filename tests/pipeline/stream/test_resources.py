@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.batches import Stream
 from pipeline.stream.prefetch import Prefetcher
+from tests.helpers.processes import run_command
 
 SECONDS = 20  # within which a process ends; most of it is for the imports of a busy machine
 
@@ -58,9 +59,9 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def output(code: str, data: Path, folder: Path) -> dict:
     """The JSON that `code` prints and nothing else, here or on stderr."""
-    status, out, err = ended(started(code, data, folder))
-    assert (status, err) == (0, "")
-    return json.loads(out)
+    done = run_command([sys.executable, "-c", HEAD + textwrap.dedent(code), data, folder])
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("options", ["shuffle='full', ledger=folder", "shuffle='block', window=2"])
