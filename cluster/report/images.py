@@ -23,7 +23,7 @@ from cluster.checkpoint.format import Checkpoint, choose_checkpoint, column_file
 from cluster.run.events import Warned
 from cluster.run.folder import read_store
 from cluster.run.kernels import Kernel
-from cluster.run.probabilities import SavedProbabilities, probability_path
+from cluster.run.probabilities import SavedProbabilities, format_command, probability_path
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import CACHE_SIZE, locate_dataset, open_dataset
@@ -175,16 +175,18 @@ def shorten_error(error: Exception) -> str:
 
 Choice = Literal["best", "worst", "random"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
-EACH = 8
+EACH = 6
 """Images shown of each choice."""
 ANSWERS = 5
+MOST_PAIRS = 12
+"""Pairs of confused classes that are listed."""
 BORDER = 16
 """Pixels around the center view, 224x224 of 256x256."""
 ROWS = 4096
 """Images whose probabilities are read at a time."""
 TITLES = {
-    "best": "Surest of the truth",
-    "worst": "Furthest from the truth",
+    "best": "Best: surest of the truth",
+    "worst": "Worst: furthest from the truth",
     "random": "Randomly sampled",
 }
 
@@ -220,6 +222,17 @@ class AnsweredImage:
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """Images of a class that got another answer."""
+
+    truth: str
+    answer: str
+    count: int
+    images: int
+    """Images of the class in all."""
+
+
+@dataclass(frozen=True)
 class Answers:
     """Images by choice, and the evaluation that the probabilities are from."""
 
@@ -229,6 +242,8 @@ class Answers:
     split: str
     samples: int
     step: int
+    confusions: tuple[Confusion, ...] = ()
+    """The pairs of classes that are confused most often, the most frequent first."""
 
 
 def collect_answers(
@@ -253,14 +268,14 @@ def collect_answers(
     views = next((views for views in (10, 1) if probability_path(run, views).is_file()), 0)
     if not views:
         raise MissingFigure(
-            "No answers: the probabilities were not kept (cluster.evaluate --save-probabilities)."
+            f"No answers: the probabilities were not kept; {format_command(run, 10)}."
         )
     try:
         saved, cached = SavedProbabilities(run, views), read_cache_settings(config)
         data, folder = locate_dataset(run, data, **cached)
         if identity(folder) != saved.about.data_sha256:
             raise MissingFigure(f"No answers: {data} is not the data set that was evaluated.")
-        chosen = choose_images(saved, choices, each)
+        chosen, confusions = choose_images(saved, choices, each), count_confusions(saved)
         with (
             closing(open_dataset(data, **cached)) as dataset,
             closing(ShardReader(dataset, saved.about.split)) as storage,
@@ -272,7 +287,9 @@ def collect_answers(
     except (DuetError, OSError, ValueError) as error:
         raise MissingFigure(f"No answers: {shorten_error(error)}.") from error
     about = saved.about
-    return Answers(groups, views, about.split, int((saved.weights > 0).sum()), about.step)
+    return Answers(
+        groups, views, about.split, int((saved.weights > 0).sum()), about.step, confusions
+    )
 
 
 def choose_images(
@@ -292,6 +309,25 @@ def choose_images(
         "random": sound[torch.from_numpy(lot[:each])].tolist(),
     }
     return {choice: found[choice] for choice in choices}
+
+
+def count_confusions(saved: SavedProbabilities) -> tuple[Confusion, ...]:
+    """Return the `MOST_PAIRS` most frequent pairs of a class and a wrong answer to it."""
+    names, first, found = saved.about.classes, 0, []
+    for labels, weights in zip(saved.labels.split(ROWS), saved.weights.split(ROWS), strict=True):
+        answers = saved.rows(first, first + len(labels)).argmax(1)
+        is_wrong = (answers != labels) & (weights > 0)
+        found.append(labels[is_wrong] * len(names) + answers[is_wrong])
+        first += len(labels)
+    pairs, counts = torch.cat(found).unique(return_counts=True)
+    images = saved.labels[saved.weights > 0].bincount(minlength=len(names)).tolist()
+    order = counts.argsort(descending=True, stable=True)[:MOST_PAIRS]
+    rows = zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
+    return tuple(
+        Confusion(names[pair // len(names)], names[pair % len(names)], count,
+                  images[pair // len(names)])
+        for pair, count in rows
+    )  # fmt: skip
 
 
 def _load_answers(

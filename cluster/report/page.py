@@ -1,6 +1,7 @@
-"""The page about a run, RUN/report.html, made from files only.
+"""The page about a run, RUN/report.html, or about several, made from files only.
 
     python -m cluster.report RUN [--data DATA]
+    python -m cluster.report RUN RUN ... [--out PAGE]
 
 The page needs no network, no script and no other file; it can be sent by mail or printed. A
 section that cannot be made (no evaluation, checkpoint or data set) says why, so a report can be
@@ -9,7 +10,6 @@ made at any time, also of a running or failed run.
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,13 @@ import tyro
 
 from cluster.checkpoint.format import Checkpoint
 from cluster.report import images, tables
-from cluster.report.curves import draw_curves
+from cluster.report.comparison import describe_comparison, read_runs
+from cluster.report.curves import draw_curves, draw_updates, list_missing_curves
 from cluster.report.images import CHOICES, EACH, Choice
 from cluster.report.kernels import compute_noise_limit, describe_first_layer
 from cluster.report.records import Records, read_records
-from cluster.run.folder import KERNELS, METRICS
+from cluster.report.settings import describe_settings, format_setting
+from cluster.run.folder import KERNELS
 from cluster.run.kernels import read_kernels
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import locate_dataset
@@ -34,18 +36,20 @@ from pipeline.tools.charts import page_templates
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.files import atomic_write
 
-NAME = "report.html"
+NAME, COMPARISON = "report.html", "comparison.html"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write RUN/report.html, one page about a run."""
+    """Write one page about a run, RUN/report.html, or about several runs side by side."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folder of the run; several are compared side by side."""
     data: str = ""
-    """Its data set (folder or address), for images and class names, if that has moved."""
+    """Data set (folder or address) of a single run, for images and class names, if it has moved."""
+    out: Path | None = None
+    """Page to write; by default RUN/report.html, or comparison.html here for several runs."""
     answers: tuple[Choice, ...] = CHOICES
     """Choices of images to show with the network's answers."""
     each: int = EACH
@@ -53,30 +57,39 @@ class ReportOptions:
 
 
 def write_report(
-    run: Path, data: str = "", choices: Sequence[Choice] = CHOICES, each: int = EACH
-) -> Path:
-    """Write RUN/report.html and return its path.
+    run: Path, data: str = "", choices: Sequence[Choice] = CHOICES, each: int = EACH,
+    out: Path | None = None,
+) -> Path:  # fmt: skip
+    """Write the page about a run and return its path.
 
     Args:
         run: folder of the run.
         data: its data set; "": the one that it recorded.
         choices: rules by which images are shown with the network's answers.
         each: images of each choice.
+        out: path of the page; None: RUN/report.html.
 
     Raises:
-        UsageError: RUN is not the folder of a run, or cannot be written.
+        UsageError: RUN is not the folder of a run, or the page cannot be written.
     """
     if each < 1:
         raise UsageError(f"--each is {each}; it must be above 0")
-    records = read_records(run)
-    page = render_page(records, data, choices, each)
+    return write_page(out or run / NAME, render_page(read_records(run), data, choices, each))
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page and return its path.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
-        with atomic_write(run / NAME) as file:
+        with atomic_write(path) as file:
             file.write(page.encode(errors="replace"))
     except OSError as error:
         reason = error.strerror or error
-        raise UsageError(f"{run / NAME} cannot be written ({reason}); mend the folder") from error
-    return run / NAME
+        raise UsageError(f"{path} cannot be written ({reason}); mend the folder") from error
+    return path
 
 
 def render_page(
@@ -87,40 +100,59 @@ def render_page(
     manifest, data_note = _load_manifest(data, records)
     found, no_checkpoint = _try_figure(lambda: images.find_newest_checkpoint(run))
     names = _find_class_names(records, manifest, found)
-    sections = {
+    answers, answers_note = _try_figure(
+        lambda: images.collect_answers(run, data, config, choices, each)
+    )
+    figures = {
         "samples": _try_figure(lambda: images.load_training_images(run, data, config)),
         "kernels": _try_figure(lambda: describe_first_layer(found, read_kernels(run / KERNELS)))
         if found is not None
         else (None, no_checkpoint),
-        "answers": _try_figure(lambda: images.collect_answers(run, data, config, choices, each)),
     }
-    changed = datetime.datetime.fromtimestamp((run / METRICS).stat().st_mtime, datetime.UTC)
-    template = load_templates().get_template("page.html.j2")
-    return template.render(
+    has_steps = len(records.metrics) > 0
+    tiles = tables.make_error_tiles(records) + tables.make_run_tiles(records)
+    pairs = tables.list_confusions(records, names) or (answers.confusions if answers else ())
+    return load_templates().get_template("page.html.j2").render(
         title=run.resolve().name,
-        lead=tables.write_lead(records, manifest),
-        errors=tables.make_error_tiles(records),
-        tiles=tables.make_run_tiles(records),
-        charts=draw_curves(records) if len(records.metrics) else [],
+        lead=tables.write_lead(records, manifest, find_name(data or str(config.get("data", "")))),
+        state=records.state,
+        progress=tables.write_progress(records),
+        verdict=tables.write_verdict(records, len(names)),
+        settings=describe_settings(config) if config else None,
+        big=tiles[:4],
+        small=tiles[4:],
+        answers=answers,
+        answers_note=answers_note,
+        charts=draw_curves(records) if has_steps else [],
+        missing_curves=list_missing_curves(records),
+        updates=draw_updates(records),
         layers=tables.make_layer_table(records, len(names)),
         classes=tables.rank_class_errors(records),
         confusion=tables.make_confusion_table(records, names),
+        pairs=tables.make_confusion_bars(pairs),
         config=config,
         machine=records.machine,
         manifest=manifest,
         data_note=data_note,
+        attempts=tables.list_attempts(records),
+        checkpoints=tables.list_saved_checkpoints(records),
         restarts=records.metrics.restarts,
         notes=records.notes,
-        made=f"{changed:%Y-%m-%d %H:%M UTC}",
-        **{name: figure for name, (figure, _) in sections.items()},
-        **{f"{name}_note": note for name, (_, note) in sections.items()},
-    )
+        made=tables.format_time(records),
+        **{name: figure for name, (figure, _) in figures.items()},
+        **{f"{name}_note": note for name, (_, note) in figures.items()},
+    )  # fmt: skip
+
+
+def find_name(data: str) -> str:
+    """Return the last part of the path or address of a data set."""
+    return data.rstrip("/").rpartition("/")[2] or data
 
 
 def load_templates(*folders: Path) -> jinja2.Environment:
     """Return the templates in `folders` and of this package, with their filters."""
     environment = page_templates(*folders, Path(__file__).parent)
-    environment.filters |= {"plain": tables.format_setting, "p": tables.format_probability}
+    environment.filters |= {"plain": format_setting, "p": tables.format_probability}
     environment.globals["noise_limit"] = compute_noise_limit()
     return environment
 
@@ -166,5 +198,15 @@ def main(argv: list[str] | None = None) -> int:
         UsageError: as `write_report`.
     """
     options = parse_options(ReportOptions, argv, "python -m cluster.report")
-    sys.stdout.write(f"{write_report(options.run, options.data, options.answers, options.each)}\n")
+    if not options.runs:
+        raise UsageError("no RUN is named; name the --run of a training, or several to compare")
+    if len(options.runs) == 1:
+        found = write_report(
+            options.runs[0], options.data, options.answers, options.each, options.out
+        )
+    else:
+        template = load_templates().get_template("comparison.html.j2")
+        page = template.render(describe_comparison(read_runs(options.runs)))
+        found = write_page(options.out or Path(COMPARISON), page)
+    sys.stdout.write(f"{found}\n")
     return 0

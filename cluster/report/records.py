@@ -16,8 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.run.folder import CONFIG, LAYERS, MACHINE, METRICS, RATES, VALIDATION
-from cluster.run.jsonl import WAITS
+from cluster.run.folder import (
+    ATTEMPTS,
+    CONFIG,
+    LAYERS,
+    MACHINE,
+    METRICS,
+    RATES,
+    VALIDATION,
+)
+from cluster.run.jsonl import WAITS, read_tail
+from cluster.run.state import RunState, read_state
 from pipeline.tools.errors import UsageError
 from pipeline.tools.jsonl import Row, parse_json, parse_rows
 
@@ -25,7 +34,10 @@ Floats = npt.NDArray[np.float64]
 
 STEP_NUMBERS = (
     "epoch", "loss", "top1_error", "lr", "img_s", "data_wait", *WAITS, "seconds", "replaced",
+    "lr_bias", "memory",
 )  # fmt: skip
+MOST_ATTEMPTS = 200
+"""Number of starts and ends that are read, the newest ones."""
 VALIDATION_NUMBERS = ("loss", "top1_error", "top5_error", "samples")
 EVALUATION_PARTS: dict[str, type | tuple[type, ...]] = {
     "top1_error": (int, float),
@@ -72,6 +84,10 @@ class Records:
     """Rows of rates.jsonl, one for every change of the learning rates."""
     updates: dict[str, Floats] = field(default_factory=dict)
     """Mean |update| over mean |weight| by layer, and "position", all of one length."""
+    attempts: tuple[dict[str, Any], ...] = ()
+    """Rows of attempts.jsonl, one for every start and end of the workers."""
+    state: RunState | None = None
+    """State of the run; None if its config.toml cannot be read."""
     notes: tuple[str, ...] = ()
     """A sentence for everything that was damaged or missing."""
 
@@ -80,10 +96,13 @@ def read_records(run: Path) -> Records:
     """Read the files of RUN.
 
     Raises:
-        UsageError: RUN has no metrics.jsonl.
+        UsageError: RUN has neither metrics.jsonl nor config.toml.
     """
-    if not (run / METRICS).is_file():
-        raise UsageError(f"{run} has no {METRICS}: it is not the folder of a run; give --run's RUN")
+    if not (run / METRICS).is_file() and not (run / CONFIG).is_file():
+        raise UsageError(
+            f"{run} has neither {METRICS} nor {CONFIG}: it is not the folder of a run; "
+            "name the --run of a training"
+        )
     notes: list[str] = []
     metrics = read_series(run / METRICS, STEP_NUMBERS)
     validation = read_series(run / VALIDATION, VALIDATION_NUMBERS)
@@ -107,8 +126,17 @@ def read_records(run: Path) -> Records:
             row for row in _iterate_rows(run / RATES) if row and isinstance(row.get("set"), dict)
         ),
         updates=read_updates(run / LAYERS),
+        attempts=tuple(read_tail(run / ATTEMPTS, MOST_ATTEMPTS)),
+        state=_read_state(run),
         notes=tuple(notes),
     )
+
+
+def _read_state(run: Path) -> RunState | None:
+    try:
+        return read_state(run)
+    except UsageError:
+        return None
 
 
 def read_series(path: Path, names: tuple[str, ...]) -> Series:

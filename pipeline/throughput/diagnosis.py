@@ -16,6 +16,7 @@ from pipeline.throughput import stages
 from pipeline.throughput.clock import OTHERS, Rate, StageRow, make_row
 from pipeline.throughput.hardware import describe_machine
 from pipeline.throughput.model import (
+    MEANING,
     Bound,
     Costs,
     Remedy,
@@ -34,13 +35,6 @@ from pipeline.tools.units import available_memory
 
 ENOUGH = 1.1
 """Stream over trainer, in images per second, above which the trainer never waits (AU >= 90 %)."""
-
-MEANING = {
-    "the reading thread": "one Python thread that reads, checks and feeds",
-    "the pixels": "DALI's threads, which decode and normalise",
-    "the processors": "processor time: reading and pixels together want more cores than there are",
-    "the store": "the store, which does not deliver images any faster",
-}
 
 
 def write_verdict(

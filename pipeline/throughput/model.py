@@ -51,6 +51,15 @@ class Costs:
     """DALI's threads."""
 
 
+MEANING = {
+    "the reading thread": "one Python thread that reads, checks and feeds",
+    "the pixels": "DALI's threads, which decode and normalise",
+    "the processors": "processor time: reading and pixels together want more cores than there are",
+    "the store": "the store, which does not deliver images any faster",
+}
+"""Meaning of a bound, by its name."""
+
+
 @dataclass(frozen=True)
 class Bound:
     """An upper bound of the rate of the stream, in images per second."""
@@ -122,6 +131,8 @@ def simulate_queue(read: Sequence[float], pixels: Sequence[float], depth: int) -
 
 WORTH = 1.03
 """Smallest gain that is shown as one: the timers are no more exact than that."""
+UNSTEADY = "not sure: what it is from was not steady"
+"""Remark on a gain that comes from rates which were not steady."""
 DEPTHS = (1, 2, 3, 4, 6)
 """Prefetch depths that are simulated."""
 
@@ -157,7 +168,7 @@ class Remedy:
         steady = steady and all(rate.is_steady for rate in rates)
         if not self.is_worth or (steady and (self.gain or 0) - 1 > noise):
             return self
-        why = "no more than noise" if steady else "not sure: what it is from was not steady"
+        why = "no more than noise" if steady else UNSTEADY
         return replace(self, sure=False, note="; ".join(filter(None, (self.note, why))))
 
 

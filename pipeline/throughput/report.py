@@ -22,7 +22,7 @@ from pipeline.remote.dataset import fetch_metadata
 from pipeline.remote.filesystem import is_remote
 from pipeline.throughput.clock import SURE, StageRow
 from pipeline.throughput.hardware import Machine, describe_machine
-from pipeline.throughput.model import Remedy
+from pipeline.throughput.model import MEANING, UNSTEADY, WORTH, Remedy
 from pipeline.tools import charts
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import atomic_write, read_document
@@ -43,13 +43,41 @@ def write_page(
     rows = {row["name"]: row for row in table["stages"]}
     names = ("storage, page cache", "checksum", "feed", "decode", "normalise", "hand-over")
     image = {name: rows[name]["cores"] / rows[name]["img_s"] for name in names if name in rows}
-    text = charts.page_templates(Path(__file__).parent).get_template("page.html.j2").render(
-        r=table, stages=make_stage_bars(table), image=make_waterfall(image, 1e6, "µs"),
+    templates = charts.page_templates(Path(__file__).parent)
+    templates.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    text = templates.get_template("page.html.j2").render(
+        r=table, short=summarize(table, image), stages=make_stage_bars(table),
+        image=make_waterfall(image, 1e6, "µs"),
         step=make_waterfall(step, 1e3, "ms") if step else [],
         charts=[chart for chart in (draw_queue(table), draw_threads(table)) if chart],
     )  # fmt: skip
     with atomic_write(path) as file:
         file.write(text.encode(errors="replace"))
+
+
+def summarize(table: Mapping[str, Any], image: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the head of the page says: limit, next bound, best remedy, cost of an image.
+
+    Args:
+        table: `ThroughputReport.to_table()`.
+        image: seconds of a core by stage.
+    """
+    (first, img_s, detail), *others = table["bounds"]
+    worth = [one for one in table["remedies"] if (one["gain"] or 0) >= WORTH]
+    best = next((one for one in worth if one["sure"]), worth[0] if worth else None)
+    total, most = sum(image.values()), max(image, key=lambda name: image[name], default="")
+    share = table["img_s"] / table["needed"] if table["needed"] else None
+    return {
+        "limit": MEANING[first],
+        "detail": f"{img_s:,.0f} img/s, {detail or 'measured'}",
+        "trainer": "" if share is None else
+        f"A trainer that takes {table['needed']:,.0f} img/s gets {share:.2f} times that.",
+        "next": (MEANING[others[0][0]], others[0][1]) if others else None,
+        "remedy": best and {
+            **best, "doubt": "not steady" if UNSTEADY in best["note"] else "no more than noise",
+        },
+        "cost": (total * 1e6, most, image[most] / total) if total else None,
+    }  # fmt: skip
 
 
 def make_stage_bars(table: Mapping[str, Any]) -> list[charts.Bar]:
@@ -81,7 +109,7 @@ def make_waterfall(parts: Mapping[str, float], scale: float, unit: str) -> list[
     for number, (name, value) in enumerate(parts.items()):
         share = value / total
         figure = f"{value * scale:,.1f} {unit} · {share:.1%}"
-        color = charts.SERIES[-1 - number % 8]
+        color, _ = charts.pick_series(number % len(charts.SERIES))
         found.append(charts.Bar(name, figure, share, start=start, color=color))
         start += share
     return found

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 INK, SOFT, LINE = "#1d1c1a", "#6b675f", "#e3dfd6"
 COLUMN_A, COLUMN_B, CHECK = "#b5441c", "#1e5f9e", "#12806a"
+SERIES = ("#0b5fa5", "#c96a12", "#8c2f5b", "#1aa08a", "#4a3418", "#9a7fd6")
+"""Colors of lines or bars beside each other: they stay apart for eyes that lack a kind of cones."""
 PALETTE = {
     INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)",
     COLUMN_A: "var(--a)", COLUMN_B: "var(--b)", CHECK: "var(--check)",
+    **{color: f"var(--s{number})" for number, color in enumerate(SERIES, 1)},
 }  # fmt: skip
-"""Colors that a page sets for light and dark mode; all others are the same in both."""
-SERIES = ("#8c2d04", "#cc4c02", "#ec7014", "#d6a21a", "#6aa84f", "#2a9d8f", "#3b7dd8", "#7b52c4")
-"""Colors of eight lines or bars that belong together."""
+"""Colors that a page sets for light and dark mode (`page.css`)."""
 
 MOST_POINTS = 500
 """Points of a line and dots of a series: a chart stays a few tens of kilobytes."""
@@ -55,6 +56,8 @@ class Chart:
     legend: tuple[tuple[str, str, bool], ...]
     """(name, CSS color, whether it is dashed) of every named line."""
     caption: str = ""
+    unit: str = ""
+    """Unit of the y axis, in words or as a sign."""
 
     def __html__(self) -> str:
         """Return the figure as HTML."""
@@ -62,9 +65,13 @@ class Chart:
         key = [entry.format("dashed" if dashed else "", color, name)
                for name, color, dashed in self.legend]  # fmt: skip
         return Markup(
-            '<figure class="chart"><header><h3>{}</h3><div class="key">{}</div></header>'
-            "{}<figcaption>{}</figcaption></figure>"
-        ).format(self.title, Markup().join(key), self.svg, self.caption)
+            '<figure class="chart"><header><h3>{}{}</h3><div class="key">{}</div></header>{}{}'
+            "</figure>"
+        ).format(
+            self.title, Markup(" <small>{}</small>").format(self.unit) if self.unit else "",
+            Markup().join(key), self.svg,
+            Markup("<figcaption>{}</figcaption>").format(self.caption) if self.caption else "",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,14 +239,20 @@ def _finite_places(x: Floats, y: Floats) -> npt.NDArray[np.int64]:
     return places
 
 
-def as_chart(axes: Axes, title: str, caption: str = "") -> Chart:
+def pick_series(number: int) -> tuple[str, str]:
+    """Return color and dashes of line `number`, from 0; the colors come again dashed."""
+    return SERIES[number % len(SERIES)], "-" if number < len(SERIES) else "--"
+
+
+def as_chart(axes: Axes, title: str, caption: str = "", unit: str = "") -> Chart:
     """Return the chart that was drawn on `new_axes`; its legend lists the named lines."""
     legend = tuple(
         (name, css_color(line.get_color()), line.get_linestyle() != "-")
         for line in axes.get_lines()
         if not (name := str(line.get_label())).startswith("_")
     )
-    return Chart(title, _inline_svg(axes.figure, title), legend, caption)
+    spoken = "; ".join([title, *(name for name, _, _ in legend)])
+    return Chart(title, _inline_svg(axes.figure, spoken), legend, caption, unit)
 
 
 def css_color(color: object) -> str:

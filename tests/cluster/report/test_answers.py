@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.report.images import MissingFigure, choose_images, collect_answers
+from cluster.report.images import (
+    MissingFigure,
+    choose_images,
+    collect_answers,
+    count_confusions,
+)
 from cluster.report.page import write_report
 from cluster.run.probabilities import (
     ProbabilityInfo,
@@ -72,7 +78,7 @@ def test_best_and_worst_are_by_the_probability_of_the_truth(run, tiny_data):
 def test_images_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny_data):
     found = collect_answers(run, str(tiny_data), {}, ("worst",), 6)
     ((title, images),) = found.groups
-    assert (title, len(images)) == ("Furthest from the truth", 6)
+    assert (title, len(images)) == ("Worst: furthest from the truth", 6)
     assert (found.samples, found.step, found.split) == (19, 7, "val")
     file, names = SavedProbabilities(run, VIEWS), Manifest.load(tiny_data).classes
     with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
@@ -99,9 +105,25 @@ def test_the_verdict_is_how_the_error_counts_it(run, tiny_data):
 def test_the_page_has_the_groups_that_were_asked_for(run, tiny_data):
     page = Page(write_report(run, str(tiny_data), ("best", "random"), 3))
     assert sum(alt.startswith("val sample") for alt in page.images) <= 6
-    assert "Surest of the truth" in page.text
+    assert "Best: surest of the truth" in page.text
     assert "Randomly sampled" in page.text
-    assert "Furthest from the truth" not in page.text
+    assert "Worst: furthest from the truth" not in page.text
+
+
+def test_the_pairs_most_confused_are_counted_without_damaged_images(run, tiny_data):
+    file, names = SavedProbabilities(run, VIEWS), Manifest.load(tiny_data).classes
+    answers = file.rows(0, 20).argmax(1).tolist()
+    wrong = Counter(
+        (names[label], names[answer])
+        for number, (label, answer) in enumerate(zip(file.labels.tolist(), answers, strict=True))
+        if label != answer and number != DAMAGED
+    )
+    found = count_confusions(file)
+    assert {(one.truth, one.answer): one.count for one in found} == wrong
+    assert [one.count for one in found] == sorted(wrong.values(), reverse=True)
+    assert found == collect_answers(run, str(tiny_data), {}).confusions
+    page = Page(write_report(run, str(tiny_data)))
+    assert f"{found[0].truth} → {found[0].answer}" in page.text, "without a confusion matrix"
 
 
 def test_what_is_missing_is_said(run, tiny_data, tmp_path):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config, format_toml
-from cluster.report.curves import draw_curves, list_rate_marks
+from cluster.report.curves import draw_curves, draw_updates, list_rate_marks
 from cluster.report.page import render_page
 from cluster.report.records import read_records
 from cluster.report.tables import make_layer_table
 from model.architecture import Design
-from pipeline.tools.charts import MARGINS, SERIES
+from pipeline.tools.charts import MARGINS, PALETTE, SERIES
 
 
 def written(run: Path, name: str, rows: list[dict]) -> None:
@@ -71,12 +71,13 @@ def test_updates_are_drawn_by_layer_on_powers_of_ten(run: Path) -> None:
     records = read_records(run)
     assert list(records.updates) == ["position", "conv1", "fc6"]
     assert records.updates["conv1"].tolist() == pytest.approx([1e-2, 1e-2])
-    chart = draw_curves(records)[-1]
+    chart = draw_updates(records)
+    assert chart is not None
     assert chart.title == "Update against weight"
     assert re.findall(">(1e-.)<", chart.svg) == ["1e-4", "1e-3", "1e-2"]
     assert [name for name, _, _ in chart.legend] == ["conv1", "fc6"]
-    conv1, fc6 = (re.findall(rf'<path d="M ([\d.]+) ([\d.]+) [^"]*" style="[^"]*{color}', chart.svg)
-                  for color in SERIES[:2])  # fmt: skip
+    start = r'<path d="M ([\d.]+) ([\d.]+) [^"]*" style="[^"]*'
+    conv1, fc6 = (re.findall(start + re.escape(PALETTE[one]), chart.svg) for one in SERIES[:2])
     right, top, _, bottom = 440 - MARGINS[1], MARGINS[2], MARGINS[0], 250 - MARGINS[3]
     assert [float(y) for _, y in (*conv1, *fc6)] == [top, bottom]
     assert {float(x) for x, _ in (*conv1, *fc6)} == {(MARGINS[0] + right) / 2}
@@ -91,9 +92,11 @@ def test_damaged_and_missing_means_are_passed_over(run: Path) -> None:
     updates = read_records(run).updates
     assert len(updates["fc6"]) == len(updates["position"]) == 3
     assert math.isnan(updates["fc6"][2])
-    draw_curves(read_records(run))
+    assert draw_updates(read_records(run)) is not None
     (run / "layers.jsonl").unlink()
-    assert len(draw_curves(read_records(run))) == 4
+    assert draw_updates(read_records(run)) is None
+    titles = [chart.title for chart in draw_curves(read_records(run))]
+    assert titles[-1] == "Waiting for data", "a run of before has no memory"
 
 
 def test_a_network_of_one_column_has_one_in_its_report(run: Path) -> None:

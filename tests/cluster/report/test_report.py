@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,11 +17,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from cluster.checkpoint.writer import CheckpointManager
+from cluster.config import Config, format_toml
 from cluster.mesh import ProcessMesh
+from cluster.report.curves import draw_curves
 from cluster.report.images import KERNEL_SCALE
 from cluster.report.page import write_report
 from cluster.report.records import read_records
-from cluster.report.tables import make_run_tiles
+from cluster.report.tables import make_run_tiles, write_verdict
 from cluster.run.folder import Mark
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
@@ -41,6 +45,8 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.images: dict[str, str] = {}
         self.tags: list[str] = []
+        self.headings: list[tuple[int, str]] = []
+        """(level, text) of every heading."""
         self.paths = 0
         self._open: list[str] = []
         self.feed(self.source)
@@ -52,7 +58,10 @@ class Page(HTMLParser):
         table = dict(attrs)
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
         if tag == "img":
-            self.images[table["alt"] or ""] = table["src"] or ""
+            assert table["alt"], "an image without a text in its place"
+            self.images[table["alt"]] = table["src"] or ""
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append((int(tag[1]), ""))
         self.paths += tag == "path"
         if tag not in VOID:
             self._open.append(tag)
@@ -65,6 +74,8 @@ class Page(HTMLParser):
         assert self._open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
+        if heading := [tag for tag in self._open if re.fullmatch("h[1-6]", tag)]:
+            self.headings[-1] = (int(heading[-1][1]), self.headings[-1][1] + data.strip())
         if self._open[-1:] != ["style"]:
             self.text += " ".join(data.split()) + "\n" if data.strip() else ""
 
@@ -84,6 +95,7 @@ def metrics(run: Path, steps: int, first: int = 1) -> None:
                 "img_s": 256.0,
                 "data_wait": 0.0625,
                 "seconds": 0.5,
+                "memory": 1_500_000_000,
             }
             file.write(json.dumps(numbers) + "\n")
 
@@ -112,8 +124,14 @@ def run(tmp_path: Path) -> Path:
     (folder / "validation.jsonl").write_text(
         json.dumps(validation | {"top1_error": 0.4321, "top5_error": 0.111}) + "\n"
     )
-    (folder / "config.toml").write_text('width = 0.0625\nseed = 3\npair = true\ndtype = "auto"\n')
-    (folder / "machine.json").write_text('{"cpu": "Motorola 68000", "memory_bytes": 8000000}')
+    origin = {"config": "demo", "command": "duet train demo --seed '<3>'", "commit": "0123456789ab"}
+    (folder / "config.toml").write_text(
+        'width = 0.0625\nseed = 3\npair = true\ndtype = "auto"\n'
+        + "".join(f'{name} = "{text}"\n' for name, text in origin.items())
+    )
+    (folder / "machine.json").write_text(
+        '{"cpu": "Motorola 68000", "memory_bytes": 8000000, "dtype": "bfloat16"}'
+    )
     errors = dict(zip(CLASSES, (0.5, 0.25, 0.125), strict=True))
     counts = [[4, 3, 1], [1, 6, 1], [0, 1, 7]]
     evaluation(folder, 1, top1_error=0.3217, top5_error=0.0123, classes=errors)
@@ -126,18 +144,89 @@ def test_page_of_a_whole_run(run: Path, tiny_data: Path) -> None:
     path = write_report(run, str(tiny_data))
     assert path == run / "report.html"
     page = Page(path)
-    for number in ("32.2", "29.2", "1.2", "1.0", "7,680", "256", "6.2", "60 steps"):
+    for number in ("32.2", "29.2", "1.2", "1.0", "7,680", "256", "6.2", "step 60", "1.5"):
         assert number in page.text, number
-    for fact in ("Motorola 68000", "8 MB", "0.0625", "48 images", "50.0 %", "12.5 %", "lr 0.001"):
+    for fact in (
+        "Motorola 68000",
+        "8 MB",
+        "0.0625",
+        "48 images",
+        "50.0 %",
+        "12.5 %",
+        "lr 0.001",
+        "bfloat16",
+        "duet train demo --seed '<3>'",
+        "0123456789ab",
+        "29.2 % top-1 error",
+        "66.7 %",
+    ):
         assert fact in page.text, fact
-    for title in ("Loss", "Top-1 error", "Images per second", "Waiting for data"):
-        assert title in page.text
     missing = [part.split("<")[0] for part in page.source.split('class="missing">')[1:]]
     assert [words.split(":")[0] for words in missing] == [
-        "No kernels over time", "No answers",
+        "No answers", "No kernels over time", "No attempts.jsonl",
     ]  # fmt: skip
     assert {"conv1 kernels of column a", "conv1 kernels of column b"} <= set(page.images)
     assert page.text.count("conv") >= 5  # the table of layers
+
+
+def test_what_people_ask_comes_first_and_details_are_folded(run: Path, tiny_data: Path) -> None:
+    page = Page(write_report(run, str(tiny_data)))
+    assert [words for level, words in page.headings if level == 2] == [
+        "What it answers", "How it learned", "What it confuses", "How it was run",
+        "What the first layer looks for", "The two columns", "What the network sees",
+        "Starts and checkpoints", "Environment",
+    ]  # fmt: skip
+    levels = [level for level, _ in page.headings]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    folded = page.source[page.source.index('class="folds"') :]
+    assert folded.count("<summary><h2>") == 5
+    assert "<details open" not in folded
+    charts = page.source[page.source.index("How it learned") : page.source.index("What it conf")]
+    titles = ("Loss", "Error", "Learning rate", "Images per second", "Waiting for data", "Memory")
+    assert re.findall("<h3>([^<]*?) ?<", charts) == list(titles)
+    changed = page.source[page.source.index("Settings that differ from demo") :]
+    changed = changed[: changed.index("other settings")]
+    assert re.findall(r'scope="row">([^<]*)', changed) == ["width", "seed"]
+    assert re.findall(r'class="ours">([^<]*)</td><td>([^<]*)', changed) == [
+        ("0.0625", "0.25"), ("3", "0"),
+    ]  # fmt: skip
+
+
+def test_a_run_that_has_just_begun_has_a_page_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(format_toml(Config(), "abc"))
+    page = Page(write_report(tmp_path))
+    for words in ("not started", "no step is recorded yet", "There is no result yet.",
+                  "No curves: metrics.jsonl has no readable row yet.",
+                  "last step written never"):  # fmt: skip
+        assert words in page.text, words
+    (tmp_path / "attempts.jsonl").write_text('{"time": 5.0, "event": "end", "why": "stopped"}\n')
+    assert "stopped" in Page(write_report(tmp_path)).text
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_curves_of_a_few_steps_have_dots(tmp_path: Path, steps: int) -> None:
+    metrics(tmp_path, steps)
+    first = draw_curves(read_records(tmp_path))[0]
+    dots = re.findall('stroke-width: 5[;"]', first.svg)
+    assert len(dots) == steps
+
+
+def test_the_verdict_says_what_guessing_would_have(run: Path) -> None:
+    records = read_records(run)
+    assert write_verdict(records, 3) == (
+        "29.2 % top-1 error (800 images, ten views, step 60); guessing would have 66.7 %."
+    )
+    assert "and 1.0 % top-5 error" in write_verdict(records, 1000)
+    assert "99.9 % and 99.5 %." in write_verdict(records, 1000)
+    evaluation(run, 10, top1_error=0.655, top5_error=0.0)
+    assert write_verdict(read_records(run), 3).endswith("This cannot be told from guessing.")
+    for path in run.glob("evaluation-*"):
+        path.unlink()
+    assert "(one view, step 60 (validation))" in write_verdict(read_records(run), 3)
+    (run / "validation.jsonl").unlink()
+    assert "Not validated yet. The last training batches: " in write_verdict(read_records(run), 3)
 
 
 def test_page_stands_alone(run: Path, tiny_data: Path) -> None:
@@ -185,10 +274,13 @@ def test_run_with_nothing_but_steps(tmp_path: Path) -> None:
     metrics(tmp_path, 5)
     page = Page(write_report(tmp_path))
     for words in (
-        "not evaluated (cluster.evaluate --views 1)",
-        "not evaluated (cluster.evaluate --views 10)",
+        "not evaluated with --views 10 and --views 1",
+        "Not recorded yet: validation loss",
         "No validation rows yet.",
         "No images: " + f"{tmp_path} does not say where its data set is (older runs do not)",
+        "--save-probabilities",
+        "No attempts.jsonl",
+        "No checkpoint in this folder.",
         "No kernels: the run has no complete checkpoint yet.",
         "No errors by class: run cluster.evaluate first.",
         "No table: it needs the width",
@@ -217,7 +309,9 @@ def test_last_validation_stands_in_for_the_evaluation(run: Path) -> None:
     (run / "evaluation-1.json").unlink()
     page = Page(write_report(run))
     assert "43.2" in page.text
-    assert "validation at step 60" in page.text
+    assert "one view 43.2 %" in page.text
+    (run / "evaluation-10.json").unlink()
+    assert "one view, step 60 (validation)" in Page(write_report(run)).text
 
 
 def test_data_set_that_is_gone(run: Path, tmp_path: Path) -> None:
@@ -264,7 +358,7 @@ def test_long_run_of_many_classes_stays_small(run: Path) -> None:
     assert path.stat().st_size < 500_000
     page = Page(path)
     assert "25,600,000" in page.text
-    assert "200,000 steps" in page.text
+    assert "step 200,000" in page.text
     assert "class 999\n" in page.text, "the worst is shown"
     assert "class 0\n" in page.text, "the best too"
     assert "class 500\n" not in page.text, "what lies between is not"
@@ -279,7 +373,7 @@ def test_again_replaces_and_leaves_nothing_else(run: Path) -> None:
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"has no metrics\.jsonl"):
+    with pytest.raises(UsageError, match=r"neither metrics\.jsonl nor config\.toml"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from cluster.report.records import read_records
-from cluster.report.tables import format_setting, make_run_tiles
+from cluster.report.settings import format_setting
+from cluster.report.tables import make_run_tiles
 
 
 def test_damage_is_a_tile_and_no_damage_is_none(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.tools import charts
 from pipeline.tools.charts import (
     CHECK,
     INK,
     MOST_POINTS,
+    SERIES,
     Bar,
     as_chart,
     bar_list,
@@ -118,6 +122,68 @@ def test_a_chart_is_one_element_without_links_names_or_fonts() -> None:
     assert 'class="dashed" style="--k:var(--ink)"' in html
     for unwanted in ("href", "url(", " id=", "<style", "font-family", "http", INK, CHECK):
         assert unwanted not in html
+
+
+def read_colors() -> tuple[dict[str, str], dict[str, str]]:
+    """The variables of page.css that are a color, in light and in dark mode."""
+    text = (Path(charts.__file__).parent / "page.css").read_text(encoding="utf-8")
+    light, dark = text.split("prefers-color-scheme: dark", 1)
+    found = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part)) for part in (light, dark)]
+    assert found[0].keys() == found[1].keys() >= {"paper", "ink", "soft", "a", "b", "s1", "s6"}
+    return found[0], found[1]
+
+
+def linear(color: str) -> np.ndarray:
+    """Linear light of a color in sRGB (IEC 61966-2-1), float [3]."""
+    values = np.array([int(color[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of WCAG 2.2."""
+    low, high = sorted(float(linear(color) @ [0.2126, 0.7152, 0.0722]) for color in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+EYES = (
+    np.eye(3),
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+     [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+     [-0.011820, 0.042940, 0.968881]],
+    [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+     [0.004733, 0.691367, 0.303900]],
+)  # fmt: skip
+"""What eyes see of linear light: with all cones, or without one kind (Machado and others 2009)."""
+
+
+def oklab(light: np.ndarray) -> np.ndarray:
+    """Linear light in Oklab (Ottosson 2020), where distances are about what eyes see."""
+    cones = np.cbrt(
+        [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+         [0.0883024619, 0.2817188376, 0.6299787005]] @ light.clip(0, 1)
+    )  # fmt: skip
+    return (
+        [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+         [0.0259040371, 0.7827717662, -0.8086757660]] @ cones
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_colors_of_pages_can_be_read_and_told_apart(mode: int) -> None:
+    colors = read_colors()[mode]
+    for name in ("ink", "soft", "a", "b", "check", "alarm"):  # text: AA wants 4.5
+        for paper in ("paper", "sheet", "faint") if name != "soft" else ("paper", "sheet"):
+            assert contrast(colors[name], colors[paper]) >= 4.5, (name, paper)
+    series = [colors[f"s{number}"] for number in range(1, len(SERIES) + 1)]
+    for color in [*series, colors["bar"]]:  # lines and bars: AA wants 3
+        assert contrast(color, colors["paper"]) >= 3, color
+    for one, other in itertools.combinations(series, 2):
+        apart = [np.linalg.norm(oklab(eye @ linear(one)) - oklab(eye @ linear(other)))
+                 for eye in EYES]  # fmt: skip
+        assert min(apart) > 0.09, (one, other)
+    if mode == 0:
+        assert tuple(series) == SERIES, "the colors that charts are drawn with"
 
 
 def test_bars_have_their_lengths_names_and_marks() -> None:
