@@ -237,17 +237,21 @@ def list_attempts(records: Records) -> list[tuple[str, str, str, str]]:
     """Return (time, event, step, detail) of every start and end of the workers."""
     rows = []
     for row in records.attempts:
-        moment = row.get("time")
-        when = (
-            f"{datetime.datetime.fromtimestamp(moment, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
-            if isinstance(moment, int | float) else "–"
-        )  # fmt: skip
-        workers = row.get("workers")
+        workers, step = row.get("workers"), row.get("step")
         detail = row.get("why") or (f"{len(workers)} workers" if isinstance(workers, list) else "")
-        step = row.get("step")
-        rows.append((when, str(row.get("event", "")), f"{step:,}" if isinstance(step, int) else "",
-                     str(detail)))  # fmt: skip
+        rows.append((
+            _format_moment(row.get("time")), str(row.get("event", "")),
+            f"{step:,}" if isinstance(step, int) else "", str(detail),
+        ))  # fmt: skip
     return rows
+
+
+def _format_moment(seconds: Any) -> str:
+    """Return seconds since 1970 as a date; a dash for anything else."""
+    try:
+        return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "–"
 
 
 def list_saved_checkpoints(records: Records) -> list[tuple[str, str, str]]:

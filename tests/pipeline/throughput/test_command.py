@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from html import unescape
 
 import pytest
 
 from pipeline.throughput.__main__ import main
-from pipeline.throughput.report import load_report
+from pipeline.throughput.model import MEANING, UNSTEADY
+from pipeline.throughput.report import load_report, write_page
 from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.tools.errors import DuetError, UsageError
@@ -73,6 +75,32 @@ def test_the_page_needs_nothing_else_and_shows_all_of_it(examined):
         assert row["name"] in page
     assert page.count("<svg") == 2
     assert json.loads((out / "throughput.json").read_text())["whole"] == table["whole"]
+
+
+def test_the_page_has_one_headline_and_three_points(examined, tmp_path):
+    _, table, _ = examined
+    first, second = table["bounds"][:2]
+    remedy = {"name": "threads", "change": "2 -> 3", "img_s": 200.0, "gain": 2.0, "note": "x"}
+    for sure, note in ((True, "x"), (False, f"x; {UNSTEADY}"), (False, "no more than noise")):
+        given = {**table, "remedies": [remedy | {"sure": sure, "note": note}], "state": "From <s>,"}
+        write_page(tmp_path / "x.html", given)
+        page = (tmp_path / "x.html").read_text(encoding="utf-8")
+        head = page[page.index("<header>") : page.index("</header>")]
+        assert f"{table['img_s']:,.0f} <small>img/s, limited by {MEANING[first[0]]}" in unescape(
+            head
+        )
+        assert "From &lt;s&gt;: " in head
+        points = re.findall("<li[^>]*>.*?</li>", head, re.DOTALL)
+        assert len(points) == 3
+        assert f"{second[1]:,.0f} img/s" in points[0]
+        assert "threads, 2 -&gt; 3" in points[1]
+        assert ('class="unsure"' in points[1]) == (not sure)
+        assert ("not steady, so it is no promise" in points[1]) == (UNSTEADY in note)
+        assert "µs of a core" in points[2]
+        assert ('<tr class="unsure">' in page) == (not sure)
+        assert page.count("<summary>") == 4
+    write_page(tmp_path / "x.html", {**table, "remedies": []})
+    assert "none of the settings would change it" in (tmp_path / "x.html").read_text()
 
 
 def test_a_comparison_tells_noise_from_a_regression(
