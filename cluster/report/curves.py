@@ -23,6 +23,8 @@ SHORT = 190.0
 """Height of the smaller charts in CSS pixels."""
 FEW_POINTS = 12
 """Lines of up to so many points have dots: one point alone is no line."""
+MANY_POINTS = 24
+"""More validations than these have smaller dots."""
 WIDE = 3.0
 """Learning rates that differ by more than this factor are drawn on powers of ten."""
 SMOOTHING = 50
@@ -80,9 +82,9 @@ TIMINGS = (
 )  # fmt: skip
 VALIDATIONS = (
     Quantity(title="Validation loss", field="loss", most=8, is_validation=True, is_noisy=False),
-    Quantity(title="Top-1 error, validation", field="top1_error", unit="%", scale=100, most=100,
+    Quantity(title="Validation top-1 error", field="top1_error", unit="%", scale=100, most=100,
              is_validation=True, is_noisy=False),
-    Quantity(title="Top-5 error, validation", field="top5_error", unit="%", scale=100, most=100,
+    Quantity(title="Validation top-5 error", field="top5_error", unit="%", scale=100, most=100,
              is_validation=True, is_noisy=False),
 )  # fmt: skip
 QUANTITIES = (
@@ -181,7 +183,8 @@ def _draw_learning(
             f"step {step:,.0f}: {value:.3g}{unit and ' ' + unit}"
             for step, value in zip(series["step"], values, strict=True)
         ]
-        charts.draw_dots(axes, series["position"], values, color, hints, size=6)
+        size = 6 if len(series) <= MANY_POINTS else 3.5
+        charts.draw_dots(axes, series["position"], values, color, hints, size)
     for position, label in list_rate_marks(records):
         charts.draw_mark(axes, position, label)
     missing = "" if len(records.validation) else " No validation rows yet."

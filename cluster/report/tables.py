@@ -163,7 +163,7 @@ def make_error_tiles(records: Records) -> list[Tile]:
         errors = [getattr(one, f"top{rank}") for one in results]
         notes = [one.source for one in results[:1]]
         notes += [
-            f"{'ten views' if one.views == 10 else 'one view'} {percent(error)} %"
+            f"{'one view' if one.is_evaluation else 'validation'} {percent(error)} %"
             for one, error in zip(results[1:], errors[1:], strict=True)
         ]
         if missing:
@@ -183,14 +183,15 @@ def make_run_tiles(records: Records) -> list[Tile]:
     seconds, tiles = float(lasted[timed].sum()), []
     if seconds > 0:
         wait = float((waited[timed] * lasted[timed]).sum()) / seconds
-        elapsed = records.state.elapsed_s if records.state else None
-        since = "" if elapsed is None else " ".join(human_duration(elapsed))
+        note = "without validation and checkpoints"
+        if records.state and records.state.elapsed_s is not None:
+            is_over = records.state.state in ("finished", "stopped", "failed")
+            end = "from the first start to the end" if is_over else "since the first start"
+            note = f"{' '.join(human_duration(records.state.elapsed_s))} {end}"
         tiles += [
             Tile("images per second", f"{float(np.median(speeds[timed])):,.0f}",
                  note="median step, whole job"),
-            Tile("time in steps", *human_duration(seconds),
-                 f"{since} from first start to end" if since else
-                 "without validation and checkpoints"),
+            Tile("time in steps", *human_duration(seconds), note),
             Tile("waiting for data", percent(wait), "%",
                  f"of the time in steps{_describe_waits(records)}"),
         ]  # fmt: skip

@@ -309,7 +309,7 @@ def test_last_validation_stands_in_for_the_evaluation(run: Path) -> None:
     (run / "evaluation-1.json").unlink()
     page = Page(write_report(run))
     assert "43.2" in page.text
-    assert "one view 43.2 %" in page.text
+    assert "validation 43.2 %" in page.text
     (run / "evaluation-10.json").unlink()
     assert "one view, step 60 (validation)" in Page(write_report(run)).text
 
