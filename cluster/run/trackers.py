@@ -153,12 +153,12 @@ class MlflowTracker:
 
         self._client: Any = MlflowClient(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            with suppress(MlflowException):  # another run may have made it this moment
-                self._client.create_experiment(name)
-            experiment = self._client.get_experiment_by_name(name)
-        place = experiment.experiment_id
+        try:
+            place = self._client.create_experiment(name)
+        except MlflowException:
+            if (experiment := self._client.get_experiment_by_name(name)) is None:
+                raise
+            place = experiment.experiment_id
         found = self._client.search_runs([place], f"tags.`{RUN_TAG}` = '{run.name}'")
         self._last = 0
         if found:
