@@ -116,6 +116,7 @@ class WandbTracker:
 
     def __init__(self, run: TrackedRun) -> None:
         """Start or continue the run; raises whatever wandb raises."""
+        os.environ.setdefault("WANDB_SILENT", "true")  # or it tells whose key it has found
         import wandb
 
         self._run: Any = wandb.init(
@@ -125,7 +126,7 @@ class WandbTracker:
             dir=str(run.folder),
             resume="allow",
             config=dict(run.settings),
-            settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
+            settings=wandb.Settings(console="off", save_code=False, disable_git=True),
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -201,6 +202,7 @@ class BackgroundTracker:
             tell: receives the warning.
         """
         self._name, self._create, self._tell = name, create, tell
+        self._has_warned = False
         self._rows: SimpleQueue[tuple[int, Mapping[str, float]] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -227,6 +229,9 @@ class BackgroundTracker:
             self._warn(summarize_error(error))
 
     def _warn(self, reason: str) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
         text = f"--{self._name} gets no more numbers ({reason}); the rows in RUN have them all"
         self._tell(Warned(text))
 

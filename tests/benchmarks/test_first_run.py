@@ -43,7 +43,7 @@ def note():
 """
 WITH_TORCH = {"torch", "triton", "numpy", "pillow", "sympy", "mpmath", "torchgen", "jinja2"}
 """Distributions that are there wherever torch and numpy are."""
-NOT_NEEDED = {"setuptools", "py", "platformdirs", "import-linter", "duet"}
+NOT_NEEDED = {"setuptools", "py", "platformdirs", "import-linter", "duet-stream"}
 """Distributions that are imported where they are installed, by others, and not missed elsewhere."""
 
 
