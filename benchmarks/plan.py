@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.options import BuildConfig
 from pipeline.packing import plan
-from pipeline.packing.plan import BuildConfig
 from pipeline.sources import Listing, ListingWriter
 
 FOLDER = 1000

@@ -20,8 +20,8 @@ from dataclasses import dataclass, fields
 from cluster.launch.session import refuse_relative
 from cluster.launch.task_pool import RayPool
 from pipeline.build_shards import report_build
+from pipeline.options import BuildConfig
 from pipeline.packing.build import build
-from pipeline.packing.plan import BuildConfig
 from pipeline.remote.filesystem import is_remote
 from pipeline.remote.target import is_finished, open_target
 from pipeline.tools.arguments import parse_options, require_range
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    asked = parse_options(ClusterBuild, argv, "python -m cluster.build_shards", __doc__)
+    asked = parse_options(ClusterBuild, argv, "python -m cluster.build_shards")
     workers = asked.workers
     require_range("workers", workers, 0, 100_000, "0 (all) to 100000")
     given = {field.name: getattr(asked, field.name) for field in fields(BuildConfig)}

@@ -3,60 +3,86 @@
     duet VERB [arguments]        as python -m MODULE [arguments] does
     duet presets                 configs that come with Duet, and what each is for
     duet presets copy NAME [TO]  write one to edit
+    duet --print-completion bash the script that completes verbs, flags and presets; zsh, fish, tcsh
 
 A verb's module is imported when the verb is called: the list of verbs is there at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.tools.errors import UsageError, run
-from pipeline.tools.packages import DISTRIBUTION, find_version
+
+if TYPE_CHECKING:
+    from pipeline.tools.arguments import Options
 
 
 class Verb(NamedTuple):
-    """A verb: its module, which has `main(argv)`, and what it does, in one line."""
+    """A verb: its module, which has `main(argv)`; its flags; and what it does, in one line."""
 
     module: str
+    options: str
+    """Module and name of the dataclass of its flags; "": it has none."""
     help: str
 
 
 GROUPS: dict[str, dict[str, Verb]] = {
     "data": {
-        "build-shards": Verb("pipeline.build_shards", "pack images into shards, and seal the set"),
-        "index-shards": Verb("pipeline.index_shards", "use another tool's WebDataset shards"),
-        "verify": Verb("pipeline.verify", "check a set, or what a run has read of it"),
-        "describe": Verb("pipeline.describe.__main__", "what a set holds, as a table and a page"),
-        "demo-images": Verb("pipeline.demo_images", "draw a small set to try everything on"),
-        "throughput": Verb("pipeline.throughput.__main__", "how fast the stream is, and why"),
+        "build-shards": Verb("pipeline.build_shards", "pipeline.options:BuildConfig",
+                             "pack images into shards, and seal the set"),
+        "index-shards": Verb("pipeline.index_shards", "pipeline.options:IndexConfig",
+                             "use another tool's WebDataset shards"),
+        "verify": Verb("pipeline.verify", "pipeline.options:Verify",
+                       "check a set, or what a run has read of it"),
+        "describe": Verb("pipeline.describe.__main__", "pipeline.options:DescribeOptions",
+                         "what a set holds, as a table and a page"),
+        "demo-images": Verb("pipeline.demo_images", "pipeline.options:DemoOptions",
+                            "draw a small set to try everything on"),
+        "throughput": Verb("pipeline.throughput.__main__", "pipeline.options:ThroughputOptions",
+                           "how fast the stream is, and why"),
     },
     "training": {
-        "train": Verb("cluster.train", "train a network, or resume a run"),
-        "evaluate": Verb("cluster.evaluate", "error rates of a run, with one view or ten"),
-        "export": Verb("cluster.export", "the merged weights as one file"),
-        "presets": Verb("cluster.cli", "list the configs that come with Duet, or copy one"),
+        "train": Verb("cluster.train", "cluster.options:TrainOptions",
+                      "train a network, or resume a run"),
+        "evaluate": Verb("cluster.evaluate", "cluster.options:Evaluate",
+                         "error rates of a run, with one view or ten"),
+        "export": Verb("cluster.export", "cluster.options:Export",
+                       "the merged weights as one file"),
+        "presets": Verb("cluster.cli", "", "list the configs that come with Duet, or copy one"),
     },
     "looking": {
-        "status": Verb("cluster.status", "the state of a run"),
-        "report": Verb("cluster.report.page", "a run as one page"),
-        "doctor": Verb("cluster.doctor.command", "check machine, data, and cluster"),
-        "summary": Verb("model.summary", "layers, parameters, and operations of a network"),
+        "status": Verb("cluster.status", "cluster.options:Status", "the state of a run"),
+        "report": Verb("cluster.report.page", "cluster.options:ReportOptions", "a run as one page"),
+        "doctor": Verb("cluster.doctor.command", "cluster.options:DoctorOptions",
+                       "check machine, data, and cluster"),
+        "summary": Verb("model.summary", "cluster.options:NetworkOptions",
+                        "layers, parameters, and operations of a network"),
     },
     "paper": {
-        "study": Verb("cluster.experiments.study.__main__", "many runs, compared"),
-        "evidence": Verb("cluster.experiments.evidence.__main__", "the paper's claims, judged"),
-        "neighbors": Verb("cluster.experiments.neighbors.__main__", "images that look alike"),
-        "codes": Verb("cluster.experiments.neighbors.codes", "short codes for neighbors"),
-        "ensemble": Verb("cluster.experiments.ensemble", "error rates of several runs together"),
+        "study": Verb("cluster.experiments.study.__main__", "cluster.options:StudyOptions",
+                      "many runs, compared"),
+        "evidence": Verb("cluster.experiments.evidence.__main__", "cluster.options:EvidenceOptions",
+                         "the paper's claims, judged"),
+        "neighbors": Verb("cluster.experiments.neighbors.__main__",
+                          "cluster.options:NeighborsOptions", "images that look alike"),
+        "codes": Verb("cluster.experiments.neighbors.codes", "cluster.options:CodesOptions",
+                      "short codes for neighbors"),
+        "ensemble": Verb("cluster.experiments.ensemble", "cluster.options:EnsembleOptions",
+                         "error rates of several runs together"),
     },
 }  # fmt: skip
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+"""Shells for which there is a script of completions."""
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}
 
 
@@ -72,18 +98,63 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         sys.stdout.write(format_help())
         return 0 if words else UsageError.exit_code
     if words[0] in ("-V", "--version"):
+        from pipeline.tools.packages import DISTRIBUTION, find_version
+
         sys.stdout.write(f"duet {find_version(DISTRIBUTION) or 'unknown'}\n")
+        return 0
+    if words[0].startswith("--print-completion"):
+        shell = "".join(words).removeprefix("--print-completion").removeprefix("=")
+        sys.stdout.write(format_completion(shell))
         return 0
     name = find_verb(words[0])
     if name == "presets":
         return show_presets(words[1:])
-    from pipeline.tools.arguments import set_command_name
+    return run_verb(name, words[1:])
+
+
+def run_verb(name: str, words: Sequence[str]) -> int | None:
+    """Run a verb with the words after it; nothing slow is imported for --help or a wrong flag.
+
+    Raises:
+        DuetError: from the verb, or a flag is unknown or empty.
+    """
+    from pipeline.tools.arguments import check_flags, format_options, set_command_name
     from pipeline.tools.startup import install_first_line
 
-    set_command_name(f"duet {name}")
-    install_first_line(name, words[1:])
-    result: int | None = importlib.import_module(VERBS[name].module).main(words[1:])
+    command, kind = f"duet {name}", load_options(VERBS[name])
+    set_command_name(command)
+    if {"-h", "--help"} & set(words):
+        sys.stdout.write(format_options(kind, command))
+        return 0
+    check_flags(kind, words, command)
+    install_first_line(name, words)
+    if name == "summary":
+        show_network(words)
+        return 0
+    result: int | None = importlib.import_module(VERBS[name].module).main(list(words))
     return result
+
+
+def load_options(verb: Verb) -> type[Options]:
+    """Return the dataclass of a verb's flags."""
+    module, _, kind = verb.options.partition(":")
+    found: type[Options] = getattr(importlib.import_module(module), kind)
+    return found
+
+
+def show_network(words: Sequence[str]) -> None:
+    """Print the layer table of a config, which may be the bare name of a preset.
+
+    Raises:
+        UsageError: a flag is wrong, or there is no such config.
+    """
+    from cluster.config import find_config
+    from cluster.options import NetworkOptions
+    from model.summary import show_summary
+    from pipeline.tools.arguments import parse_options
+
+    options = parse_options(NetworkOptions, words, "duet summary")
+    show_summary(replace(options, config=find_config(options.config)))
 
 
 def find_verb(word: str) -> str:
@@ -105,8 +176,51 @@ def format_help() -> str:
     lines = ["usage: duet VERB [arguments]        duet VERB --help says more", ""]
     for group, verbs in GROUPS.items():
         lines += [group, *(f"  {name:<14}{verb.help}" for name, verb in verbs.items()), ""]
-    lines += ["duet --version", ""]
+    lines += ["duet --version", "duet --print-completion bash|zsh|fish|tcsh", ""]
     return "\n".join(lines)
+
+
+def format_completion(shell: str) -> str:
+    """Return the script that completes verbs, their flags, choices and presets in a shell.
+
+    The script holds all words: no Python runs when they are asked for.
+
+    Raises:
+        UsageError: a shell that shtab has no script for.
+    """
+    import shtab
+
+    from cluster.config import PRESETS
+    from pipeline.tools.help import list_flags
+
+    if shell not in SHELLS:
+        raise UsageError(f"--print-completion is {shell!r}; it takes {' or '.join(SHELLS)}")
+    parser = argparse.ArgumentParser("duet")
+    parser.add_argument("-V", "--version", action="store_true", help="show the version")
+    parser.add_argument("--print-completion", choices=SHELLS, help="print this script")
+    verbs = parser.add_subparsers(dest="verb")
+    names = {"study": list_presets(PRESETS / "studies"), "presets": ["copy"]}
+    for name, verb in VERBS.items():
+        one = verbs.add_parser(name, help=verb.help)
+        if name == "presets":
+            one.add_argument("action", choices=["copy"])
+            one.add_argument("name", choices=list_presets(PRESETS))
+        for flag in list_flags(load_options(verb), with_text=True) if verb.options else ():
+            text = re.split(r"[.;:] ", flag.text, maxsplit=1)[0].rstrip(".").replace("%", "%%")
+            if flag.field in ("config", "study"):
+                one.add_argument(
+                    flag.field, choices=names.get(name) or list_presets(PRESETS), help=text
+                )
+            elif flag.is_positional:
+                one.add_argument(flag.field, help=text).complete = shtab.FILE  # type: ignore[attr-defined]
+            elif flag.is_switch:
+                one.add_argument(*flag.spellings, action="store_true", help=text)
+            else:
+                added = one.add_argument(*flag.names, choices=flag.choices or None, help=text)
+                if flag.kind == "PATH" or flag.field == "data":
+                    added.complete = shtab.FILE  # type: ignore[attr-defined]
+    script: str = shtab.complete(parser, shell)
+    return script
 
 
 def show_presets(words: Sequence[str]) -> int:
@@ -119,6 +233,7 @@ def show_presets(words: Sequence[str]) -> int:
         UsageError: other words, no such preset, or a file of that name is there.
     """
     from cluster.config import PRESETS, find_config
+    from pipeline.tools.help import NAMES, WIDEST
 
     if list(words[:1]) == ["copy"] and len(words) in (2, 3):
         source = find_config(Path(words[1]))
@@ -136,10 +251,24 @@ def show_presets(words: Sequence[str]) -> int:
         return 0
     if words:
         raise UsageError(f"presets {' '.join(words)}; use duet presets, or presets copy NAME [TO]")
-    paths = {str(one.relative_to(PRESETS).with_suffix("")): one for one in PRESETS.rglob("*.toml")}
-    for name in sorted(paths, key=lambda name: (name.count("/"), name)):
-        sys.stdout.write(f"{name:<28}{read_claim(paths[name])}\n")
+    for name in list_presets(PRESETS):
+        claim = shorten_claim(read_claim(PRESETS / f"{name}.toml"), WIDEST - NAMES)
+        sys.stdout.write(f"{name:<{NAMES}}{claim}\n")
     return 0
+
+
+def list_presets(folder: Path) -> list[str]:
+    """List the names of the presets in a folder; those in folders of it last, as folder/name."""
+    names = [str(one.relative_to(folder).with_suffix("")) for one in folder.rglob("*.toml")]
+    return sorted(names, key=lambda name: (name.count("/"), name))
+
+
+def shorten_claim(claim: str, most: int) -> str:
+    """Return a claim of at most `most` characters: cut where a clause ends, or a word."""
+    if len(claim) <= most:
+        return claim
+    end = max(claim.rfind(mark, 0, most + 1) for mark in ":;,")
+    return claim[:end] if end > 0 else textwrap.shorten(claim, most, placeholder=" …")
 
 
 def read_claim(path: Path) -> str:

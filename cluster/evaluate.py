@@ -15,16 +15,15 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
 from cluster.config import Config, read_run_config
 from cluster.launch.session import refuse_relative
+from cluster.options import Evaluate
 from cluster.run.console import print_warning
 from cluster.run.events import Warned
 from cluster.run.folder import CONFIG, QUARANTINE
@@ -49,30 +48,6 @@ from pipeline.tools.units import cpu_count
 MOST_CONFUSED = 50
 """Most classes for which the confusion matrix is counted and written: its size is their square."""
 BATCH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Measure a trained network on every image of a split, once each."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
-    best: bool = False
-    """The checkpoint with the lowest validation error instead of the newest."""
-    checkpoint: int | None = None
-    """The checkpoint of this step instead."""
-    data: str = ""
-    """Data set (folder or address) with the classes of the training; default: that of the run."""
-    views: Literal[1, 10] = 1
-    """1: centre crop; 10: corners, centre and their mirror images, averaged."""
-    split: str = "val"
-    """Split of the data set."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: a GPU if there is one."""
-    save_probabilities: bool = False
-    """Write each image's class probabilities, for cluster.experiments.ensemble."""
-    json: bool = False
-    """Print one JSON object to stdout, everything else to stderr."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,18 +19,16 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from safetensors.torch import save
 from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint, read_table
 from cluster.checkpoint.storage import open_storage
 from cluster.config import Config, read_run_config
+from cluster.options import Export
 from cluster.run.console import print_warning
 from cluster.run.folder import CONFIG
 from model.alexnet import AlexNet
@@ -46,25 +44,6 @@ from pipeline.tools.files import atomic_write
 
 EDGE = 16
 """Pixels on each side of the centre of 224 in an image of 256."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Write the merged weights of a run as one plain state_dict."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
-    out: Path | None = None
-    """File to write; default RUN/weights.safetensors."""
-    best: bool = False
-    """The checkpoint with the lowest validation error instead of the newest."""
-    checkpoint: int | None = None
-    """The checkpoint of this step instead."""
-    data: str = ""
-    """Data set of the training, if that has moved; only runs with mean = 'picture', or older ones,
-    need it."""
-    json: bool = False
-    """Print one JSON object to stdout, everything else to stderr."""
 
 
 def main(argv: list[str] | None = None) -> int:

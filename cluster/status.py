@@ -13,17 +13,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.options import Status
 from cluster.run.console import MOST_WORKERS, format_device, format_duration
 from cluster.run.jsonl import WAITS
 from cluster.run.state import RunState, read_state
@@ -37,18 +37,6 @@ EVERY = 2.0
 """Seconds between refreshes with --watch."""
 COLORS = {"running": "green", "finished": "green", "stalled": "yellow", "failed": "red"}
 BARS = "▁▂▃▄▅▆▇█"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """Show the state of a run, from its files."""
-
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run, or its --store."""
-    watch: bool = False
-    """Refresh every 2 seconds, until the run has ended or Ctrl-C."""
-    json: bool = False
-    """Print one JSON object to stdout."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,8 +22,9 @@ import tyro
 from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import identify_run, resolve_init
 from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
-from cluster.config import LENGTH, MEANT, Config, load_settings
+from cluster.config import LENGTH, Config, load_settings
 from cluster.launch.session import is_attached, ray_session, refuse_relative
+from cluster.options import TrainOptions
 from cluster.run.console import RunConsole
 from cluster.run.folder import (
     CONFIG,
@@ -51,28 +52,6 @@ from pipeline.tools.text import clean, hide_credentials
 Trainer = Callable[[Config, str, Path, RunConsole], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """Train both columns from a sealed data set; the same command again resumes the run."""
-
-    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """TOML file with any of the settings below, or the name of a preset, such as dexp; flags given
-    here win over it."""
-    data: str = ""
-    """Data set, made by pipeline.build_shards: a folder, or an address such as s3://bucket/folder;
-    a run that is resumed knows its own, and needs it only if that has moved."""
-    run: Path
-    """Folder for checkpoints and numbers; created if need be."""
-    tuning: Path | None = None
-    """A file of pipeline.throughput --tune; its settings win over CONFIG's, flags over both."""
-    measure: bool = False
-    """Do not train: measure where a step's time goes, into RUN/measure.json and
-    RUN/throughput.html."""
-    settings: Annotated[Config, tyro.conf.OmitArgPrefixes]
-    words: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """The words that it was parsed from."""
-
-
 # Read without the checks: a value that cannot work gets a one-line message, not tyro's box.
 @dataclass(frozen=True, kw_only=True)
 class _UncheckedDesign(Design):
@@ -95,16 +74,17 @@ class _UncheckedConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _UncheckedCommand(Command):
+class _UncheckedOptions(TrainOptions):
+    __doc__ = TrainOptions.__doc__
     settings: Annotated[_UncheckedConfig, tyro.conf.OmitArgPrefixes]
 
 
-def parse_command(argv: Sequence[str]) -> Command:
+def parse_command(argv: Sequence[str]) -> TrainOptions:
     """Read the command line and the config file it names.
 
     Raises:
         UsageError: the file is missing or wrong, or a setting is; one line.
-        SystemExit: code 2 for a wrong flag, 0 for --help (tyro has printed the text).
+        SystemExit: code 0 after --help.
     """
     user = list(argv)
     first = _parse(user)
@@ -122,13 +102,8 @@ def parse_command(argv: Sequence[str]) -> Command:
     return replace(raw, settings=settings, words=tuple(user))
 
 
-def _parse(words: list[str]) -> Command:
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in MEANT:
-            meant = MEANT[name].replace("_", "-")
-            raise UsageError(f"no flag {word.partition('=')[0]}; did you mean --{meant}?")
-    return parse_options(_UncheckedCommand, words, "python -m cluster.train", Command.__doc__)
+def _parse(words: list[str]) -> TrainOptions:
+    return parse_options(_UncheckedOptions, words, "python -m cluster.train")
 
 
 def _format_flags(table: dict[str, Any]) -> list[str]:
@@ -180,7 +155,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     return 0
 
 
-def _check_paths(command: Command) -> None:
+def _check_paths(command: TrainOptions) -> None:
     """Refuse paths that a submitted job would not find, or would lose with its copy of the code."""
     settings = command.settings
     if command.data:
@@ -190,7 +165,7 @@ def _check_paths(command: Command) -> None:
         refuse_relative("--init", settings.init, missing=True)
 
 
-def find_data(command: Command) -> str:
+def find_data(command: TrainOptions) -> str:
     """Return the data set of the run that is resumed, as RUN or the copy of it in its store has it.
 
     Raises:
@@ -221,7 +196,11 @@ def resolve_paths(config: Config) -> Config:
 
 
 def train_run(
-    command: Command, data_sha256: str, manifest: Manifest, screen: RunConsole, trainer: Trainer
+    command: TrainOptions,
+    data_sha256: str,
+    manifest: Manifest,
+    screen: RunConsole,
+    trainer: Trainer,
 ) -> None:
     """Train the run in RUN to its end, unless it is finished.
 
@@ -259,7 +238,7 @@ def train_run(
 
 
 def prepare_run(
-    command: Command, data_sha256: str, manifest: Manifest, screen: RunConsole, name: str
+    command: TrainOptions, data_sha256: str, manifest: Manifest, screen: RunConsole, name: str
 ) -> Config | None:
     """Bring RUN to the state of its store, and write its settings.
 
@@ -298,7 +277,7 @@ def prepare_run(
     return config
 
 
-def check_data(command: Command, manifest: Manifest, dataset: Dataset) -> None:
+def check_data(command: TrainOptions, manifest: Manifest, dataset: Dataset) -> None:
     """Check the data set and settings, which the workers would refuse half a minute later.
 
     Raises:
@@ -332,7 +311,7 @@ def has_sound_checkpoint(folder: Path, store: str, total: int, screen: RunConsol
         return False  # the workers report it
 
 
-def summarize(command: Command, manifest: Manifest, total: int) -> str:
+def summarize(command: TrainOptions, manifest: Manifest, total: int) -> str:
     """Describe the run in two lines."""
     config = command.settings
     images = manifest.splits["train"].samples

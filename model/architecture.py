@@ -108,6 +108,7 @@ class Design:
     """Side and stride of the max-pooling windows. 2/2 as in layers-147.cfg: conv2 padded by 1 and
     conv5 by 0, so that fc6 still reads 6x6."""
     activation: Activation = "relu"
+    """Function after each layer but the last: ReLU, or tanh as networks had before."""
     without: Without = "none"
     """A layer left out. Without conv3, conv4 reads both columns; without conv5, conv4 has its 128
     maps, so that fc6 stays as it is."""

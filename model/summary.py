@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from model.architecture import COLUMN_NAMES, IMAGE_SIZE, POOLS, Design, Stage, build_stages
 
@@ -226,7 +224,11 @@ class SummaryOptions:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; wrong input ends it with exit code 2 and one line."""
-    options = tyro.cli(SummaryOptions, args=argv, prog="python -m model.summary")
+    show_summary(tyro.cli(SummaryOptions, args=argv, prog="python -m model.summary"))
+
+
+def show_summary(options: SummaryOptions) -> None:
+    """Print the table; wrong input ends the process with exit code 2 and one line."""
     try:
         if options.batch_size < 1:
             raise ValueError(f"--batch-size is {options.batch_size}; it takes 1 or more")
@@ -316,6 +318,9 @@ def to_json(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> d
 
 def print_table(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> None:
     """Print the table and its sums."""
+    from rich.console import Console  # here: they take longer than all the rest of --help
+    from rich.table import Table
+
     size = options.batch_size * DTYPE_BYTES[options.dtype]
     grid = Table(
         title=_format_title(design, options), title_justify="left", pad_edge=False, box=None

@@ -7,6 +7,7 @@ verify          command: a data set against its manifest, ledgers against the or
 describe        command: what a data set holds, as a table and a page
 throughput      command: how fast the stream is, and what limits it
 demo_images     command: draw a small data set to try everything on
+options         flags of the commands
 sources         where images come from
 packing         images to chunks to shards
 stream          stored bytes to batches

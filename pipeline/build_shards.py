@@ -21,9 +21,9 @@ from typing import Any
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tar import escape
+from pipeline.options import BuildConfig
 from pipeline.packing.build import build
 from pipeline.packing.duplicates import NAME as DUPLICATES
-from pipeline.packing.plan import BuildConfig
 from pipeline.packing.shards import REJECTS
 from pipeline.remote.target import Target, is_finished, open_target
 from pipeline.tools.arguments import parse_options
@@ -101,7 +101,7 @@ def _count_groups(count: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Build, then report the data set."""
-    options = parse_options(BuildConfig, argv, "python -m pipeline.build_shards", __doc__)
+    options = parse_options(BuildConfig, argv, "python -m pipeline.build_shards")
     started = time.monotonic()
     target = open_target(options.out)
     known = is_finished(target)

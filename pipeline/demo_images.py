@@ -24,18 +24,17 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import TimeoutError as MultiprocessingTimeout
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tyro
 from PIL import Image, ImageDraw
 
+from pipeline.options import DemoOptions
 from pipeline.tools.arguments import MOST_PROCESSES, MOST_SEED, parse_options, require_range
 from pipeline.tools.errors import DuetError, UsageError, run
 from pipeline.tools.jsonl import parse_json
@@ -277,22 +276,6 @@ TASK_IMAGES = 40
 """Images of a task of the pool: about a quarter of a second."""
 TIMEOUT = 120
 """Seconds without a finished task after which a process is taken for dead."""
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Draw a small data set of ten shapes and textures."""
-
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to create."""
-    seed: int = 0
-    """Other seeds give other images (0 or more)."""
-    train: int = 4000
-    """Number of training images; classes differ by one at most."""
-    val: int = 800
-    """Number of validation images."""
-    workers: int = 0
-    """Number of processes; 0: one per usable core."""
 
 
 MOST_IMAGES = 10_000_000

@@ -23,10 +23,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tyro
 from isal import isal_zlib
 
 from pipeline.dataset.image_stats import NAME as STATS
@@ -50,14 +49,14 @@ from pipeline.dataset.samples import (
 )
 from pipeline.dataset.shards import format_idx, locate_files, parse_idx
 from pipeline.dataset.tar import escape, extract_fault, read_members
+from pipeline.options import IndexConfig
 from pipeline.sources.listing import Reject, summarize_rejects
 from pipeline.sources.names import TAR, is_archive
-from pipeline.tools.arguments import MOST_PROCESSES, parse_options, require_range
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import DataError, UsageError, run
 from pipeline.tools.files import HashedFile, atomic_write, ensure_writable, sha256
 from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
-from pipeline.tools.units import cpu_count
 
 REJECTS = "rejects.jsonl"
 BAD_SHOWN = 20
@@ -79,33 +78,6 @@ class BadSample(NamedTuple):
     def __str__(self) -> str:
         key = f" key {escape(self.key)}" if self.key else ""
         return f"{escape(self.shard)}{key}: {self.reason}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexConfig:
-    """Index shards that another tool made, where they lie."""
-
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of the shards (.tar, not compressed); files are added to it, none is changed."""
-    train: str | None = None
-    """Names of the training shards, with * and ?; else those with `train` in their name."""
-    val: str | None = None
-    """Names of the validation shards; else those with `val` or `validation`."""
-    classes: Path | None = None
-    """Class names in the order of their labels: a line each, or a JSON list."""
-    skip_bad: bool = False
-    """Leave out samples that cannot be used, and list them in DIR/rejects.jsonl."""
-    workers: int = cpu_count()
-    """Processes that read and decode."""
-    json: bool = False
-    """Print one JSON object on stdout."""
-
-    def check(self) -> None:
-        """Refuse values that cannot work, each in one line (UsageError)."""
-        require_range("workers", self.workers, 1, MOST_PROCESSES)
-        for flag, glob in (("--train", self.train), ("--val", self.val)):
-            if glob is not None and "/" in glob:
-                raise UsageError(f"{flag} {glob} has a /; give names of files in {self.folder}")
 
 
 @dataclass
@@ -453,7 +425,7 @@ def _refuse_other_files(
 
 def main(argv: list[str] | None = None) -> int:
     """Index a folder, and report what was written or why nothing was."""
-    config = parse_options(IndexConfig, argv, "python -m pipeline.index_shards", __doc__)
+    config = parse_options(IndexConfig, argv, "python -m pipeline.index_shards")
     config.check()
     started = time.monotonic()
     outcome = index_folder(config)

@@ -19,9 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from pipeline.dataset.check import (
     CheckJob,
@@ -37,6 +34,7 @@ from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import Classes
 from pipeline.dataset.tar import escape
+from pipeline.options import Verify
 from pipeline.remote.dataset import locate_dataset
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.stream.ledger.proof import prove
@@ -133,21 +131,6 @@ def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) ->
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Check every byte of a dataset, or prove that a run was given each sample once an epoch."""
-
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = ""
-    """Folder of the dataset; with --ledger by default that of the first RUN."""
-    decode: bool = False
-    """Decode every image, too; an image that DALI might refuse is named."""
-    json: bool = False
-    """Print one JSON object on stdout."""
-    ledger: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
-    """Runs trained with --ledger, or folders with ledgers: prove from them that each epoch was
-    delivered exactly once. No byte of the data is hashed then; for that, run without."""
-
-
 def verify(data: Path, *, decode: bool = False) -> list[DamageRow]:
     """Return all damage found in a dataset; an empty list means it is sound.
 
@@ -159,10 +142,10 @@ def verify(data: Path, *, decode: bool = False) -> list[DamageRow]:
 
 def main(argv: list[str] | None = None) -> int:
     """Check, name all damage, and return 0 or 4."""
-    options = parse_options(Verify, argv, "python -m pipeline.verify", __doc__)
+    options = parse_options(Verify, argv, "python -m pipeline.verify")
     if not options.data:
         if not options.ledger:
-            raise UsageError("name the folder of a dataset: python -m pipeline.verify DATA")
+            raise UsageError("name the folder of a dataset: duet verify DATA")
         data, _ = locate_dataset(options.ledger[0], flag="DATA")
         options = replace(options, data=data)
     if is_remote(options.data):

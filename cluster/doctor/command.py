@@ -13,35 +13,20 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.text import Text
 
 from cluster.config import Config, load_settings
 from cluster.doctor.finding import Finding, fail
+from cluster.options import DoctorOptions
 from pipeline.dataset.record import read_address
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import SetupError, UsageError, summarize_error
 from pipeline.tools.terminal import Terminal
 
 COLORS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorOptions:
-    """Look for what would keep a training from running, and say what mends it."""
-
-    config: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = None
-    """Config of the training, or the name of a preset."""
-    data: str = ""
-    """Its data set: a folder or an address; default: that of the run in RUN, if there is one."""
-    run: Path | None = None
-    """Its run folder; made if need be."""
-    json: bool = False
-    """Print one JSON object to stdout, everything else to stderr."""
 
 
 class Examination:

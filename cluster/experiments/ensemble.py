@@ -19,15 +19,13 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 
 from cluster.checkpoint.storage import find_last_step
+from cluster.options import EnsembleOptions
 from cluster.run.folder import read_store
 from cluster.run.probabilities import SavedProbabilities
 from model.metrics import count_errors, sum_metrics
@@ -317,26 +315,6 @@ def _count_held_out(ensemble: Ensemble) -> dict[str, float]:
         for name in ERRORS:
             totals[name] += share * errors[name]
     return totals
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnsembleOptions:
-    """Average the saved probabilities of runs, and count the errors of the average."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
-    """Folders of runs with probabilities that cluster.evaluate --save-probabilities saved."""
-    views: Literal[1, 10] = 10
-    """Views of the probabilities: the center view, or ten."""
-    weights: tuple[float, ...] = ()
-    """Weight of each run; default: all equal."""
-    search: bool = False
-    """Search the weights with the fewest top-5 errors on these images."""
-    sizes: tuple[int, ...] = ()
-    """Numbers of runs to average; prints a table with a line for each instead."""
-    out: Path | None = None
-    """File for the object that --json prints; default: none."""
-    json: bool = False
-    """Print one JSON object to stdout, everything else to stderr."""
 
 
 def average_runs(options: EnsembleOptions) -> dict[str, Any]:

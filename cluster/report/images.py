@@ -13,24 +13,25 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, column_file
+from cluster.options import CHOICES, Choice, ReportOptions
 from cluster.run.events import Warned
 from cluster.run.folder import read_store
 from cluster.run.kernels import Kernel
 from cluster.run.probabilities import SavedProbabilities, format_command, probability_path
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import CACHE_SIZE, locate_dataset, open_dataset
+from pipeline.remote.dataset import locate_dataset, open_dataset
 from pipeline.stream.shard_reader import Damage, ShardReader
 from pipeline.tools.charts import encode_image
 from pipeline.tools.errors import DuetError
-from pipeline.tools.units import parse_size
+from pipeline.tools.units import CACHE_SIZE, parse_size
 
 MOST_IMAGES = 32
 SHOWN_SIDE = 144  # pixels; shown at about half of that, sharp on dense screens
@@ -173,10 +174,6 @@ def shorten_error(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
-Choice = Literal["best", "worst", "random"]
-CHOICES: tuple[Choice, ...] = get_args(Choice)
-EACH = 6
-"""Images shown of each choice."""
 ANSWERS = 5
 MOST_PAIRS = 12
 """Pairs of confused classes that are listed."""
@@ -251,7 +248,7 @@ def collect_answers(
     data: str,
     config: dict[str, Any],
     choices: Sequence[Choice] = CHOICES,
-    each: int = EACH,
+    each: int = ReportOptions.each,
 ) -> Answers:
     """Return images of the evaluated split with their five most probable classes.
 

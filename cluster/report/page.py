@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import jinja2
-import tyro
 
 from cluster.checkpoint.format import Checkpoint
+from cluster.options import CHOICES, Choice, ReportOptions
 from cluster.report import images, tables
 from cluster.report.comparison import describe_comparison, read_runs
 from cluster.report.curves import draw_curves, draw_updates, list_missing_curves
-from cluster.report.images import CHOICES, EACH, Choice
 from cluster.report.kernels import compute_noise_limit, describe_first_layer
 from cluster.report.records import Records, read_records
 from cluster.report.settings import describe_settings, format_setting
@@ -40,24 +38,8 @@ NAME, COMPARISON = "report.html", "comparison.html"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """Write one page about a run, RUN/report.html, or about several runs side by side."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folder of the run; several are compared side by side."""
-    data: str = ""
-    """Data set (folder or address) of a single run, for images and class names, if it has moved."""
-    out: Path | None = None
-    """Page to write; by default RUN/report.html, or comparison.html here for several runs."""
-    answers: tuple[Choice, ...] = CHOICES
-    """Choices of images to show with the network's answers."""
-    each: int = EACH
-    """Number of images of each choice."""
-
-
 def write_report(
-    run: Path, data: str = "", choices: Sequence[Choice] = CHOICES, each: int = EACH,
+    run: Path, data: str = "", choices: Sequence[Choice] = CHOICES, each: int = ReportOptions.each,
     out: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write the page about a run and return its path.
@@ -93,7 +75,10 @@ def write_page(path: Path, page: str) -> Path:
 
 
 def render_page(
-    records: Records, data: str = "", choices: Sequence[Choice] = CHOICES, each: int = EACH
+    records: Records,
+    data: str = "",
+    choices: Sequence[Choice] = CHOICES,
+    each: int = ReportOptions.each,
 ) -> str:
     """Return the page as HTML text; the arguments are those of `write_report`."""
     run, config = records.run, records.config

@@ -11,12 +11,8 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import unquote, urlsplit
-
-import tyro
 
 from pipeline.describe import figures
 from pipeline.describe.facts import (
@@ -28,7 +24,8 @@ from pipeline.describe.facts import (
     print_tables,
     to_json,
 )
-from pipeline.remote.dataset import CACHE_SIZE, Dataset, open_dataset
+from pipeline.options import DescribeOptions
+from pipeline.remote.dataset import Dataset, open_dataset
 from pipeline.remote.filesystem import is_remote
 from pipeline.tools.arguments import MOST_SEED, parse_options, require_range
 from pipeline.tools.charts import encode_image, page_templates
@@ -40,24 +37,6 @@ from pipeline.tools.units import parse_size
 
 ENDS = 12
 """Classes named at each end where there are too many for a list."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DescribeOptions:
-    """Show what a data set holds: a table, and a page with its images."""
-
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder or address of the data set."""
-    out: Path | None = None
-    """Page to write; default: NAME-inspect.html in the current folder."""
-    seed: int = 0
-    """Seed of the random sample of images."""
-    cache: Path | None = None
-    """Folder for shards of a remote data set, as for training."""
-    cache_size: str = f"{CACHE_SIZE // 10**9}GB"
-    """Most bytes in the cache."""
-    json: bool = False
-    """Print one JSON object on stdout instead of the table."""
 
 
 def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path]:
@@ -145,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: as `describe_dataset`.
     """
-    options = parse_options(DescribeOptions, argv, "python -m pipeline.describe", __doc__)
+    options = parse_options(DescribeOptions, argv, "python -m pipeline.describe")
     facts, page = describe_dataset(options)
     if options.json:
         sys.stdout.write(json.dumps(to_json(facts, str(page))) + "\n")

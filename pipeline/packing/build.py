@@ -18,6 +18,7 @@ from pathlib import Path
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tar import escape
+from pipeline.options import BuildConfig
 from pipeline.packing import chunks
 from pipeline.packing.chunks import (
     ChunkError,
@@ -27,7 +28,6 @@ from pipeline.packing.chunks import (
     pack_chunk,
 )
 from pipeline.packing.plan import (
-    BuildConfig,
     BuildPlan,
     describe_format,
     make_plan,

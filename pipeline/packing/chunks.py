@@ -28,8 +28,9 @@ from pipeline.dataset.jpeg_header import (
     limit_process,
     to_one_line,
 )
+from pipeline.options import BuildConfig
 from pipeline.packing.duplicates import perceptual_hash
-from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan
+from pipeline.packing.plan import BuildPlan, ChunkPlan
 from pipeline.packing.resize import decode_square, encode
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target

@@ -9,94 +9,18 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tyro
 
-from pipeline.dataset.images import Encoding
 from pipeline.dataset.tar import escape
-from pipeline.packing.resize import Chroma
-from pipeline.remote.filesystem import is_remote, local_path
+from pipeline.options import BuildConfig
+from pipeline.remote.filesystem import is_remote
 from pipeline.sources import Listing, find_other_split, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
-from pipeline.tools.arguments import MOST_PROCESSES, MOST_SEED, require_range
 from pipeline.tools.errors import UsageError
 from pipeline.tools.text import hide_credentials
-from pipeline.tools.units import cpu_count
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildConfig:
-    """Pack images into WebDataset tar shards that Duet, DALI and webdataset all read."""
-
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder of the data set; created if need be."""
-    train: Annotated[str, tyro.conf.arg(metavar="SRC")]
-    """Training images: a folder per class, ILSVRC's or any tars of classes, Kaggle's tree, a
-    folder (or addresses) of parquet files or of WebDataset shards."""
-    val: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """Validation images, in any of these forms; also ILSVRC's flat tar or folder."""
-    val_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Labels of flat validation images: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or a
-    list of synsets; without it they are looked for beside the images."""
-    holdout: float = 0.0
-    """Share of each class's training images to keep for validation; only without --val."""
-    seed: int = 0
-    """Seed of the shuffle over each split (and of what is held out)."""
-    samples_per_shard: int = 1000
-    """Samples in each shard but the last; 1000 raw ones are a tar of 199 MB."""
-    encoding: Encoding = "jpeg"
-    """Storage of the 256x256 images: `jpeg`, or `raw` uint8 pixels (KEY.npy), which need no
-    decoding and about six times the space (197 kB an image; ImageNet: 255 GB)."""
-    quality: int = 96
-    """JPEG quality of the stored images, 1..100; only for --encoding jpeg. From 96 on the encoder
-    uses its accurate cosine transform: 39.2 dB where 95 has 38.6 and 90 has 36.4."""
-    chroma: Chroma = "4:2:0"
-    """Colour of stored JPEGs at half resolution, or at full; only for --encoding jpeg."""
-    min_side: int = 8
-    """Images with a side shorter than this many pixels are skipped."""
-    max_rejects: float = 0.001
-    """Share of all images that may be skipped; with more of them the build fails."""
-    workers: int = cpu_count()
-    """Processes that decode and encode."""
-    json: bool = False
-    """Print one JSON object about the finished set on stdout."""
-
-    def check(self) -> None:
-        """Refuse values that cannot work, each in one line (UsageError)."""
-        require_range("samples_per_shard", self.samples_per_shard, 1, 100_000)
-        require_range("quality", self.quality, 1, 100)
-        require_range("min_side", self.min_side, 1, 256)
-        require_range("workers", self.workers, 1, MOST_PROCESSES)
-        require_range("seed", self.seed, 0, MOST_SEED)
-        require_range("holdout", self.holdout, 0, 1 - 2**-53, "0 to below 1")
-        require_range("max_rejects", self.max_rejects, 0, 1)
-        for name in ("quality", "chroma"):
-            value = getattr(self, name)
-            if self.encoding == "raw" and value != getattr(BuildConfig, name):
-                raise UsageError(
-                    f"{_format_flag(name)} {value} says nothing about --encoding raw; leave it out"
-                )
-        if self.val is not None and self.holdout:
-            raise UsageError("--val and --holdout exclude each other; give one of them")
-        if self.val is None and self.val_labels is not None:
-            raise UsageError("--val-labels goes with --val; name the validation images too")
-        self._refuse_out_in_source()
-
-    def _refuse_out_in_source(self) -> None:
-        if is_remote(self.out):
-            return
-        out = local_path(self.out).resolve()
-        for source in filter(None, (self.train, self.val)):
-            if not is_remote(source) and out.is_relative_to(local_path(source).resolve()):
-                raise UsageError(f"{self.out} lies inside the source {source}; name another OUT")
-
-
-def _format_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
 
 CHUNKS = 32
 """Number of chunks of a small set: enough to keep all workers busy."""

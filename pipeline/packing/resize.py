@@ -31,7 +31,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -47,9 +47,8 @@ from pipeline.dataset.jpeg_header import (
     limit_time,
     read_header,
 )
+from pipeline.options import Chroma
 
-Chroma = Literal["4:2:0", "4:4:4"]
-"""Color resolution of a stored JPEG: half the width and height, or full."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that Pillow may detect."""
 JPEG = b"\xff\xd8"

@@ -29,6 +29,7 @@ from pipeline.dataset.index import INDEX_DTYPE, Index, index_name
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.shards import shard_name, to_shard, write_tar
+from pipeline.options import BuildConfig
 from pipeline.packing.chunks import (
     HASH_BYTES,
     ChunkError,
@@ -46,7 +47,7 @@ from pipeline.packing.duplicates import (
     find_duplicates,
     write_duplicates,
 )
-from pipeline.packing.plan import BuildConfig, BuildPlan, ChunkPlan, Places
+from pipeline.packing.plan import BuildPlan, ChunkPlan, Places
 from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
 from pipeline.sources.listing import map_file, read_rejects, summarize_rejects

@@ -29,9 +29,8 @@ from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.progress import announce
 from pipeline.tools.text import HIDDEN, hide_credentials
+from pipeline.tools.units import CACHE_SIZE
 
-CACHE_SIZE = 100 * 10**9
-"""Default size limit of the cache in bytes."""
 THREADS = 4
 """Shards that one process prefetches at a time."""
 PREFETCH_ATTEMPTS = 3

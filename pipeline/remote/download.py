@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-
-from fsspec.callbacks import Callback
+from typing import Any
 
 from pipeline.dataset.manifest import Shard
 from pipeline.remote.filesystem import (
@@ -131,7 +130,7 @@ class Store:
 
     def _transfer(self, name: str, path: Path, limit: int, stop: threading.Event) -> None:
         """Copy once, in a thread that is abandoned when it is stuck."""
-        progress, stall = _ByteCounter(limit), self.policy.stall
+        progress, stall = _make_byte_counter(limit), self.policy.stall
 
         def copy() -> None:
             system, root = open_filesystem(self._address, self.policy, reports_bytes=True)
@@ -153,32 +152,37 @@ class Store:
         call.result()
 
 
-class _ByteCounter(Callback):  # type: ignore[misc]
-    """Counts downloaded bytes; ends a transfer that nobody waits for or that is too long."""
+def _make_byte_counter(limit: int) -> Any:
+    """Return what counts the bytes of a download of at most `limit` bytes, for fsspec."""
+    from fsspec.callbacks import Callback
 
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.received = 0
-        self.stopped = False
-        self._limit = limit
+    class ByteCounter(Callback):  # type: ignore[misc]
+        """Counts downloaded bytes; ends a transfer that nobody waits for or that is too long."""
 
-    def set_size(self, size: int | None) -> None:
-        # File systems call this before they open the local file: a transfer that was given up by
-        # then must not create it again.
-        self._check()
+        def __init__(self) -> None:
+            super().__init__()
+            self.received = 0
+            self.stopped = False
 
-    def relative_update(self, inc: int = 1) -> None:
-        self.absolute_update(self.received + inc)
+        def set_size(self, size: int | None) -> None:
+            # File systems call this before they open the local file: a transfer that was given up
+            # by then must not create it again.
+            self._check()
 
-    def absolute_update(self, value: int) -> None:
-        self.received = value
-        self._check()
+        def relative_update(self, inc: int = 1) -> None:
+            self.absolute_update(self.received + inc)
 
-    def _check(self) -> None:
-        if self.stopped:
-            raise TransferError("given up")
-        if self.received > self._limit:
-            raise TransferError(f"more bytes than the {self._limit} that belong there")
+        def absolute_update(self, value: int) -> None:
+            self.received = value
+            self._check()
+
+        def _check(self) -> None:
+            if self.stopped:
+                raise TransferError("given up")
+            if self.received > limit:
+                raise TransferError(f"more bytes than the {limit} that belong there")
+
+    return ByteCounter()
 
 
 @contextlib.contextmanager

@@ -27,9 +27,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-import fsspec
-from fsspec.core import url_to_fs
-
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import explain_full_disk
 from pipeline.tools.packages import suggest_extra
@@ -146,6 +143,8 @@ def check_address(address: str, what: str, *, chain: bool = True) -> None:
         UsageError: an unknown scheme, a chain that is not allowed, or an address with a query.
         SetupError: the package for the scheme is not installed.
     """
+    import fsspec  # here: what reads no store waits no tenth of a second for it
+
     named = f"{what} {hide_credentials(address).partition('?')[0]}"
     links = split_chain(address)
     if len(links) > 1 and not chain:
@@ -192,6 +191,9 @@ def open_filesystem(
         reports_bytes: whether each block of a download must be reported as it comes, to a callback
             in a thread that does not last.
     """
+    import fsspec
+    from fsspec.core import url_to_fs
+
     policy = policy or RetryPolicy()
     links = split_chain(address)
     schemes = [link.partition("://")[0] for link in links]
@@ -229,6 +231,8 @@ def _client_options(scheme: str, policy: RetryPolicy, reports_bytes: bool) -> di
 
 def _read_settings(schemes: Iterable[str], name: str) -> dict[str, Any]:
     """Return the user's settings of this name for a file system, which ours would replace."""
+    import fsspec
+
     found: dict[str, Any] = {}
     for scheme in schemes:
         one = fsspec.config.conf.get(scheme, {}).get(name)

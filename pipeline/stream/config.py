@@ -7,15 +7,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
+from pipeline.tools.units import CACHE_SIZE
 
-from pipeline.dataset.images import SIZE
-from pipeline.remote.dataset import CACHE_SIZE
-from pipeline.stream.augment import CROP
-from pipeline.stream.order import split_batch
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 View = Literal["random", "centre", "whole"]
 Shuffle = Literal["full", "block"]
@@ -86,6 +84,8 @@ class ColorPlan:
 
     def find_stretches(self, epochs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the number of the stretch, from 0, that each of `epochs` (int64 [b]) lies in."""
+        import numpy as np  # here: the settings are read where no pixel is
+
         return np.searchsorted(self.starts, epochs, side="right") - 1
 
 
@@ -203,4 +203,18 @@ class StreamConfig:
     @property
     def image_size(self) -> int:
         """Height and width of the delivered images in pixels: 224, or 256 for whole images."""
+        from pipeline.dataset.images import SIZE
+        from pipeline.stream.augment import CROP
+
         return SIZE if self.view == "whole" else CROP
+
+
+def split_batch(count: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return the half-open range of a global batch of `count` that rank `rank` gets.
+
+    The ranges of all ranks are disjoint, in rank order, cover the batch, and differ in length by
+    at most one.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in a world of {world_size}")
+    return count * rank // world_size, count * (rank + 1) // world_size

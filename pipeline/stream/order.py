@@ -264,14 +264,3 @@ def _make_generator(*key: int) -> np.random.Generator:
 @lru_cache(maxsize=4)
 def _make_range(start: int, stop: int) -> tuple[int, ...]:
     return tuple(range(start, stop))
-
-
-def split_batch(count: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return the half-open range of a global batch of `count` that rank `rank` gets.
-
-    The ranges of all ranks are disjoint, in rank order, cover the batch, and differ in length by
-    at most one.
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in a world of {world_size}")
-    return count * rank // world_size, count * (rank + 1) // world_size

@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import rich.console
-import tyro
 from rich.text import Text
 
+from pipeline.options import ThroughputOptions
 from pipeline.remote.filesystem import is_remote
-from pipeline.stream.config import Device, Shuffle, StreamConfig
 from pipeline.stream.operators import require_dali
-from pipeline.throughput.capacity import StoreKind, plan_capacity, print_plan
-from pipeline.throughput.diagnosis import SECONDS, examine
+from pipeline.throughput.capacity import plan_capacity, print_plan
+from pipeline.throughput.diagnosis import examine
 from pipeline.throughput.report import (
     compare_reports,
     find_other_origin,
@@ -42,127 +39,31 @@ from pipeline.throughput.report import (
 from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.throughput.tune import TuningTrial, tune, write_tuning
-from pipeline.tools.arguments import parse_options, require_range
+from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import DuetError, SetupError, UsageError, run
 from pipeline.tools.terminal import Terminal
-from pipeline.tools.units import cpu_count, parse_size
+from pipeline.tools.units import parse_size
 
 NAME = "throughput.json"
-MOST_IMAGES, MOST_GPUS = 10**12, 10**6
-"""Most images of an epoch, and GPUs of a job, that a plan is made for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ThroughputOptions:
-    """Measure the stream of a data set on this machine."""
+def make_setting(options: ThroughputOptions) -> Setting:
+    """Return the stream that is measured.
 
-    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
-    """Data set: a folder, or an address such as s3://bucket/folder."""
-    device: Device = "cpu"
-    """Device that decodes and holds the images."""
-    split: str = "train"
-    """Split to read."""
-    shuffle: Shuffle | None = None
-    """Order of the stream; default: full, or block for a data set in a store."""
-    window: int = StreamConfig.window
-    """Shards in a window of the block shuffle."""
-    cache: str | None = None
-    """Folder for the shards of a remote data set; default: duet in the user's cache folder."""
-    cache_size: str = "100GB"
-    """Most bytes in the cache."""
-    batch_size: int = StreamConfig.batch_size
-    """Images in a batch."""
-    threads: int = cpu_count()
-    """Host threads that decode."""
-    prefetch: int = StreamConfig.prefetch
-    """Batches in flight."""
-    hw_decoder_load: float = StreamConfig.hw_decoder_load
-    """Share of a batch that the JPEG engines of a GPU decode."""
-    img_s: float | None = None
-    """Images per second that the trainer takes; with --plan: that the whole job takes."""
-    seconds: float = SECONDS
-    """Least measuring time of each stage, in seconds."""
-    out: Path = Path()
-    """Folder for throughput.json, throughput.html and tuning.toml."""
-    compare: Path | None = None
-    """An earlier throughput.json; exit code 1 if the stream is slower now, beyond noise."""
-    tune: bool = False
-    """Search threads, prefetch depth (and decoder load) by measuring; writes tuning.toml."""
-    rate: bool = False
-    """Measure the stream's rate only."""
-    reader: Literal["stream", "native"] = "stream"
-    """Reader: `native` is DALI's own for WebDataset shards; only with --rate."""
-    ledger: Path | None = None
-    """Folder for a ledger, to measure the cost of writing one; only with --rate."""
-    windows: int = 5
-    """Windows of time, of whose rates the median is the result; only with --rate."""
-    batches: int = 40
-    """Batches in each window; only with --rate."""
-    plan: bool = False
-    """Compute what a job needs, from a measured report."""
-    measured: Path | None = None
-    """Measured report; default: throughput.json here, if there is one that is of this machine and
-    of DATA; only with --plan."""
-    gpus: int = 2
-    """GPUs of the job; only with --plan."""
-    gpus_per_node: int = 8
-    """GPUs of a node; only with --plan."""
-    store: StoreKind = "disk"
-    """Store of the data set; only with --plan."""
-    images: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 0
-    """Images in an epoch; default: as measured, or ImageNet's; only with --plan."""
-    json: bool = False
-    """Print one JSON object on stdout."""
-
-    def check(self) -> None:
-        """Raise UsageError for arguments that cannot work."""
-        for name in ("batch_size", "threads", "prefetch", "windows", "batches", "window", "gpus",
-                     "gpus_per_node"):  # fmt: skip
-            if (value := getattr(self, name)) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        require_range("images", self.images, 0, MOST_IMAGES)
-        require_range("gpus", self.gpus, 1, MOST_GPUS)
-        if self.img_s is not None and not 0 < self.img_s < float("inf"):
-            raise UsageError(f"--img-s is {self.img_s}; it must be above 0")
-        if not 0 < self.seconds < 3600:
-            raise UsageError(f"--seconds is {self.seconds}; it must be above 0")
-        self._check_form()
-        if self.plan and self.img_s is None:
-            raise UsageError("--plan needs --img-s: the images a second that the job takes")
-        if self.data is None and not self.plan:
-            raise UsageError("name a data set: python -m pipeline.throughput DATA")
-        if self.reader == "native" and not self.rate:
-            raise UsageError("--reader native goes with --rate: it has no stages to measure")
-        if not self.out.is_dir():
-            raise UsageError(f"--out {self.out} is no folder; make it, or name another")
-        if not os.access(self.out, os.W_OK):
-            raise UsageError(f"--out {self.out} cannot be written to; name another folder")
-
-    def _check_form(self) -> None:
-        """Refuse flags of two forms of the command, of which one would have no effect."""
-        forms = [f"--{name}" for name in ("plan", "rate", "tune") if getattr(self, name)]
-        if len(forms) > 1:
-            raise UsageError(f"{' and '.join(forms)} exclude each other; give one of them")
-        if self.compare is not None and forms:
-            raise UsageError(f"--compare goes with a whole report, not with {forms[0]}")
-        for name, form in (("measured", "--plan"), ("ledger", "--rate")):
-            if getattr(self, name) is not None and form not in forms:
-                raise UsageError(f"--{name} goes with {form} only; give both, or neither")
-
-    @property
-    def setting(self) -> Setting:
-        """The stream that is measured."""
-        data = self.data or ""
-        try:
-            return Setting(
-                data=data, split=self.split, device=self.device, window=self.window,
-                shuffle=self.shuffle or ("block" if is_remote(data) else "full"),
-                batch_size=self.batch_size, threads=self.threads, prefetch=self.prefetch,
-                hw_decoder_load=self.hw_decoder_load, cache=self.cache,
-                cache_size=parse_size(self.cache_size),
-            )  # fmt: skip
-        except ValueError as error:
-            raise UsageError(f"{error}") from None
+    Raises:
+        UsageError: a setting is out of range.
+    """
+    data = options.data or ""
+    try:
+        return Setting(
+            data=data, split=options.split, device=options.device, window=options.window,
+            shuffle=options.shuffle or ("block" if is_remote(data) else "full"),
+            batch_size=options.batch_size, threads=options.threads, prefetch=options.prefetch,
+            hw_decoder_load=options.hw_decoder_load, cache=options.cache,
+            cache_size=parse_size(options.cache_size),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(f"{error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = parse_options(ThroughputOptions, argv, "python -m pipeline.throughput", __doc__)
+    options = parse_options(ThroughputOptions, argv, "python -m pipeline.throughput")
     options.check()
     console = Terminal(sys.stderr)
     if not options.plan:
@@ -193,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure_rate(options: ThroughputOptions) -> None:
-    setting, reader = options.setting, options.reader
+    setting, reader = make_setting(options), options.reader
     rates = measure_rate(setting, reader=reader, windows=options.windows, batches=options.batches,
                          ledger=options.ledger)  # fmt: skip
     median, low, high = statistics.median(rates), min(rates), max(rates)
@@ -212,7 +113,7 @@ def _measure_rate(options: ThroughputOptions) -> None:
 
 def _examine(options: ThroughputOptions, console: rich.console.Console) -> None:
     old = load_report(options.compare) if options.compare else None
-    report = examine(options.setting, options.img_s, options.seconds)
+    report = examine(make_setting(options), options.img_s, options.seconds)
     table = report.to_table()
     print_report(report, console)
     differences = compare_reports(old, table) if old else []
@@ -243,9 +144,9 @@ def _tune(options: ThroughputOptions, console: rich.console.Console) -> None:
         console.print(f"{what}: {trial.img_s.median:,.0f} img/s, {trial.ratio:.3f} times "
                       f"{trial.best.median:,.0f}{better}")  # fmt: skip
 
-    tuned = tune(options.setting, print_trial)
+    tuned = tune(make_setting(options), print_trial)
     path = options.out / "tuning.toml"
-    write_tuning(path, options.setting, tuned)
+    write_tuning(path, make_setting(options), tuned)
     change = ", ".join(f"{name} = {value}" for name, value in tuned.change.items())
     console.print(
         (f"{change}: {tuned.gain:.2f} times the default" if change else "the default is best")
@@ -272,7 +173,7 @@ def _plan(options: ThroughputOptions, console: rich.console.Console) -> None:
             "measure anew: python -m pipeline.throughput DATA"
         )
     if options.data is not None and report is None:
-        examined = examine(options.setting, seconds=options.seconds)
+        examined = examine(make_setting(options), seconds=options.seconds)
         examined.save(options.out / NAME)
         report = examined.to_table()
     answer = plan_capacity(

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import rich.box
 import rich.console
 from rich.table import Column, Table
 from rich.text import Text
 
+from pipeline.options import StoreKind
+
 HEADROOM = 1.1
 """Rate of the stream over the trainer's at which accelerators are 90 % busy (MLPerf Storage)."""
-
-StoreKind = Literal["disk", "nfs", "s3", "gs", "http"]
 
 ASSUMED_STORES: Mapping[str, tuple[float, str]] = {
     "disk": (2e9, "a local NVMe disk, read end to end"),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from pipeline.dataset.manifest import identity
+from pipeline.options import ThroughputOptions
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import MAX_THREADS
 from pipeline.stream.timing import WaitTimes
@@ -101,14 +102,12 @@ def list_warnings(rows: Sequence[StageRow]) -> list[str]:
     return found
 
 
-SECONDS = 1.5
-"""Seconds a stage is measured; all of it takes about a minute."""
 POINTS = 400
 """Most points of the chart of the queue."""
 
 
 def examine(
-    setting: Setting, needed: float | None = None, seconds: float = SECONDS,
+    setting: Setting, needed: float | None = None, seconds: float = ThroughputOptions.seconds,
     extra: Sequence[StageRow] = (),
 ) -> ThroughputReport:  # fmt: skip
     """Measure the stream of a setting, stage by stage and as a whole.

@@ -4,6 +4,7 @@ arguments   command lines: parsing, ranges
 charts      charts of the pages
 errors      errors that the user can act on, and exit codes
 files       atomic writes, hashes, page cache, locks between processes
+help        the flags of a command, and its --help
 jsonl       reader of JSON lines
 packages    releases of installed packages, and what brings a missing one
 processes   worker pools, isolated calls

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+import io
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import ClassVar, TypeVar
 
 import tyro
 
 from pipeline.tools.errors import UsageError
+from pipeline.tools.help import Flag, format_help, list_flags
 from pipeline.tools.text import clean
-
-T = TypeVar("T")
 
 MOST_PROCESSES = 1024
 """Most helper processes of a command."""
@@ -25,8 +26,24 @@ ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:(/|$)")
 _command_name = ""
 
 
+class Options:
+    """Base class of the flags of a command: a frozen dataclass, whose docstring begins its help."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ()
+    """Calls that the help shows: the words after the name of the command."""
+    SECTIONS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Groups of flags in the help: title, and names of the fields. The others come first."""
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """Old spellings of flags, which still work, and the new ones."""
+    MEANT: ClassVar[Mapping[str, str]] = {}
+    """Names that other programs give to a field, and the field: the way out of a wrong flag."""
+
+
+T = TypeVar("T", bound=Options)
+
+
 def set_command_name(name: str) -> None:
-    """Set the name under which this process's command was called, for its --help."""
+    """Set the name under which this process's command was called, for its help and its errors."""
     global _command_name
     _command_name = name
 
@@ -41,55 +58,129 @@ def format_command(prog: str, words: Sequence[str]) -> str:
     return clean(shlex.join([*(_command_name or prog).split(), *words]))
 
 
-def parse_options(
-    kind: type[T], argv: Sequence[str] | None, prog: str, description: str | None = None
-) -> T:
+def parse_options(kind: type[T], argv: Sequence[str] | None, prog: str) -> T:
     """Parse the words of a command into a dataclass.
 
     Args:
         kind: the dataclass.
         argv: words after the command's name; None: those of this process.
         prog: name of the command, unless `set_command_name` has set another.
-        description: text of --help, instead of the docstring of `kind`.
 
     Raises:
-        UsageError: a word is empty, such as that of a variable of the shell which is not set, or
-            a local file or folder is an address.
-        SystemExit: code 2 for a wrong flag, 0 for --help (tyro has printed the text).
+        UsageError: a flag is unknown, missing, empty or has a value that it does not take, or a
+            local file or folder is an address; one line.
+        SystemExit: code 0 after --help.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
-    may_be_empty = set(_list_empty_flags(kind))
-    for before, word in zip(["", *words], words, strict=False):
-        flag, equals, value = word.partition("=")
-        if word.startswith("--") and equals and not value:
-            name = flag
-        elif not word:
-            name = before if before.startswith("--") else "an argument"
-        else:
-            continue
-        if name.replace("_", "-") not in may_be_empty:
-            raise UsageError(f"{name} is empty (a variable that is not set?); give a value")
+    words = rename_flags(kind, sys.argv[1:] if argv is None else argv)
     name = _command_name or prog
-    description = description and description.replace(prog, name)
-    options = tyro.cli(kind, args=words, prog=name, description=description)
-    for name, value in vars(options).items():
+    if {"-h", "--help"} & set(words):
+        sys.stdout.write(format_options(kind, name))
+        raise SystemExit(0)
+    check_flags(kind, words, name)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            options = tyro.cli(kind, args=words, prog=name)
+    except SystemExit as error:
+        raise UsageError(f"{summarize_box(said.getvalue())}; {name} --help says more") from error
+    for field, value in vars(options).items():
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path) and ADDRESS.match(str(path)):
                 raise UsageError(
-                    f"{name} {str(path).replace(':/', '://', 1)} is an address; name a local one"
+                    f"{field} {str(path).replace(':/', '://', 1)} is an address; name a local one"
                 )
     return options
 
 
-def _list_empty_flags(kind: Any) -> Iterator[str]:
-    """Yield the flags of texts that are empty by default, in nested dataclasses too."""
-    hints = get_type_hints(kind)
-    for field in fields(kind):
-        inner = hints[field.name]
-        if is_dataclass(inner):
-            yield from _list_empty_flags(inner)
-        elif field.default == "":
-            yield "--" + field.name.replace("_", "-")
+def rename_flags(kind: type[Options], words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the new spelling of each flag."""
+    found = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        found.append(kind.RENAMED.get(flag.replace("_", "-"), flag) + equals + value)
+    return found
+
+
+def format_options(kind: type[Options], name: str, width: int | None = None) -> str:
+    """Return the help of a command called `name`, in `width` columns or the terminal's."""
+    return format_help(
+        kind, name, description=kind.__doc__ or "", examples=kind.EXAMPLES,
+        sections=kind.SECTIONS, width=width,
+    )  # fmt: skip
+
+
+def check_flags(kind: type[Options], words: Sequence[str], name: str) -> None:
+    """Check that all flags are known and have a value that they take, each fault in one line.
+
+    Args:
+        kind: the dataclass.
+        words: words of the command line; an old spelling is known, too.
+        name: name of the command.
+
+    Raises:
+        UsageError: names the flag, and the nearest, what it takes, or the way to all flags.
+    """
+    known = {word: flag for flag in list_flags(kind) for word in flag.spellings}
+    asking: Flag | None = None
+    """The flag that the next word is a value of."""
+    for word in rename_flags(kind, words):
+        if word == "--":
+            break
+        name_of, equals, value = word.partition("=")
+        if not word.startswith("--") and word not in known:
+            _check_value(asking, word)
+            asking = asking if asking and asking.is_list else None
+            continue
+        _refuse_no_value(asking)
+        asking = known.get(name_of.replace("_", "-"))
+        if asking is None:
+            raise UsageError(_describe_unknown(kind, name_of.replace("_", "-"), known, name))
+        if equals:
+            _check_value(asking, value)
+        if equals or asking.is_switch:
+            asking = None
+    _refuse_no_value(asking)
+
+
+def _refuse_no_value(flag: Flag | None) -> None:
+    if flag is not None and not flag.is_list:
+        raise UsageError(f"{flag.names[-1]} has no value; give {flag.takes}")
+
+
+def _check_value(flag: Flag | None, value: str) -> None:
+    """Refuse an empty value, and one that is not of the flag's type; None: an argument's value."""
+    if not value and (flag is None or not flag.may_be_empty):
+        what = flag.names[-1] if flag else "an argument"
+        raise UsageError(f"{what} is empty (a variable that is not set?); give a value")
+    if flag is not None and not flag.accepts(value):
+        raise UsageError(f"{flag.names[-1]} is {value!r}; it takes {flag.takes}")
+
+
+def _describe_unknown(kind: type[Options], flag: str, known: Iterable[str], name: str) -> str:
+    meant = kind.MEANT.get(flag[2:].replace("-", "_"))
+    near = difflib.get_close_matches(flag, known, n=2)
+    near = [f"--{meant.replace('_', '-')}"] if meant else near
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{name} --help lists them"
+    return f"{name} has no flag {flag}; {hint}"
+
+
+def summarize_box(text: str) -> str:
+    """Return what a box of tyro's says about a wrong command line, in one line."""
+    lines: list[str] = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()[1:]:  # the first is a title
+        if re.search(r"\w", line):
+            lines.append(line.strip("│"))
+        elif lines:
+            break  # a rule; tyro's advice is below it
+    if lines and lines[0].lstrip().startswith("Missing from"):
+        margins = [len(line) - len(line.lstrip()) for line in lines[1:]]  # texts are further right
+        missing = [
+            line.split()[0]
+            for line, margin in zip(lines[1:], margins, strict=True)
+            if margin == min(margins)
+        ]
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    return " ".join(" ".join(lines).split()).rstrip(".")
 
 
 def require_range(flag: str, value: float, low: float, high: float, hint: str = "") -> None:

@@ -16,6 +16,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 """Mount point of control groups: version 2, or 1 with a folder for each controller."""
 OWN_CGROUPS = Path("/proc/self/cgroup")
 """File that lists the control groups of this process."""
+CACHE_SIZE = 100 * 10**9
+"""Default size limit in bytes of the cache of data sets in a store."""
 MAX_SIZE = 2**63
 """Bytes that no size reaches."""
 _SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<prefix>[kmgtp]?)(?P<binary>i?)b?\s*", re.I)

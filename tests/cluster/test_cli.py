@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
+import shlex
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from cluster.cli import VERBS, find_verb, main
-from cluster.config import PRESETS, load_settings
+from cluster.cli import VERBS, find_verb, load_options, main
+from cluster.config import PRESETS, Config, load_settings
+from pipeline.tools.arguments import format_options, parse_options
 from pipeline.tools.errors import UsageError
+from pipeline.tools.help import list_flags
 from tests.helpers.processes import run_command
 from tests.helpers.training_processes import REPOSITORY
 
@@ -32,7 +39,7 @@ def test_every_command_of_the_packages_is_a_verb():
         for package in ("pipeline", "model", "cluster")
         for path in (REPOSITORY / package).rglob("*.py")
         if "parse_options(" in (text := path.read_text()) or "tyro.cli(Summary" in text
-    } - {"pipeline.tools.arguments", "cluster.build_shards"}
+    } - {"pipeline.tools.arguments", "cluster.build_shards", "cluster.cli"}
     assert commands == {verb.module for verb in VERBS.values()} - {"cluster.cli"}
 
 
@@ -56,18 +63,80 @@ def test_help_and_errors_come_at_once_and_without_the_libraries_of_the_verbs(cap
     assert find_verb("build_shards") == "build-shards"
 
 
-def test_verbs_that_need_no_tensors_are_imported_without_torch():
-    """The first line of a command, or its help, comes seconds earlier."""
-    names = ["build-shards", "index-shards", "verify", "describe", "demo-images", "train",
-             "presets", "status", "doctor", "summary"]  # fmt: skip
-    modules = [VERBS[name].module for name in names]
-    script = f"import sys, {', '.join(modules)}; " + (
-        "sys.exit(', '.join(n for n in ('torch', 'ray', 'nvidia.dali') if n in sys.modules) or 0)"
-    )
+HEAVY = (
+    "torch", "ray", "scipy", "pyarrow", "matplotlib", "nvidia.dali", "fsspec", "numpy",
+    "safetensors", "PIL", "jinja2", "rich",
+)  # fmt: skip
+
+
+def test_no_help_and_no_wrong_flag_waits_for_a_library():
+    """All verbs in one process: tyro's import is half of the time."""
+    script = f"""
+import resource, sys
+from cluster.cli import VERBS, main
+for verb in VERBS:
+    assert main([verb, "--help"]) == 0, verb
+    try:
+        main([verb, "--xyz"])
+    except Exception as error:
+        print(error, file=sys.stderr)
+    loaded = [name for name in {HEAVY} if name in sys.modules]
+    assert not loaded, (verb, loaded)
+spent = resource.getrusage(resource.RUSAGE_SELF)
+print("CPU", spent.ru_utime + spent.ru_stime)
+"""
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    for name in VERBS:
+        assert re.search(rf"^usage: duet {name}\b", done.stdout, re.MULTILINE)
+        assert name == "presets" or f"duet {name} has no flag --xyz" in done.stderr
+    assert float(done.stdout.split()[-1]) < 6
+
+
+def list_pages(width: int) -> Iterator[tuple[str, str]]:
+    """Yield each verb that has flags, and its help at a width."""
+    for name, verb in VERBS.items():
+        if verb.options:
+            yield name, format_options(load_options(verb), f"duet {name}", width)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_help_has_no_orphans_and_fits_the_terminal(width):
+    for name, text in list_pages(width):
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= min(width, 100), name
+        alone = [
+            line
+            for before, line in pairwise(lines)
+            if len(line.split()) == 1 and line.startswith(" " * 20) and len(before.split()) > 2
+        ]
+        assert alone == [], name
+        assert "examples:" in lines, name
+        flags = list_flags(load_options(VERBS[name]), with_text=True)
+        assert [flag.field for flag in flags if not flag.text] == []
+
+
+def test_help_of_train_is_in_groups():
+    text = dict(list_pages(80))["train"]
+    titles = re.findall("^([a-z ]+):$", text, re.MULTILINE)
+    assert titles == [
+        "flags", "network", "schedule", "data", "machines", "checkpoints and measurements",
+        "examples",
+    ]  # fmt: skip
+    assert text.count("\n  duet train ") == 3
+    kind = load_options(VERBS["train"])
+    grouped = [name for names in kind.SECTIONS.values() for name in names]
+    assert sorted(grouped) == sorted(Config().to_settings())
+
+
+def test_examples_are_words_that_the_command_takes():
+    for name, verb in VERBS.items():
+        if verb.options:
+            kind = load_options(verb)
+            for example in kind.EXAMPLES:
+                parse_options(kind, shlex.split(example), f"duet {name}")
 
 
 def test_a_verb_is_the_command(tmp_path):
@@ -85,6 +154,85 @@ def test_a_verb_is_the_command(tmp_path):
     assert failed.stderr.startswith(f"error: data set {tmp_path} has no manifest")
 
 
+def test_a_flag_has_one_kind_of_value_in_all_commands():
+    homes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, verb in VERBS.items():
+        for flag in list_flags(load_options(verb)) if verb.options else ():
+            if not flag.is_positional:
+                kind = "switch" if flag.is_switch else flag.kind or "choice"
+                homes[flag.names[-1]][kind].append(name)
+    various = {word: dict(kinds) for word, kinds in homes.items() if len(kinds) > 1}
+    # A run that was trained with --ledger is what the others read.
+    assert various == {"--ledger": {"switch": ["train"], "PATH": ["verify", "throughput"]}}
+
+
+def test_an_old_spelling_of_a_flag_works():
+    kind = load_options(VERBS["neighbors"])
+    words = ["runs/a", "--data", "d", "--step", "4", "--queries=train", "--base", "val"]
+    options = parse_options(kind, words, "x")
+    assert (options.checkpoint, options.queries, options.base) == (4, "train", "val")
+    for verb in VERBS.values():
+        if verb.options:
+            kind = load_options(verb)
+            known = {word for flag in list_flags(kind) for word in flag.spellings}
+            assert set(kind.RENAMED.values()) <= known
+            assert not set(kind.RENAMED) & known
+
+
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Script of completions, as `duet --print-completion bash` prints it, without heavy modules."""
+    check = f"loaded = [n for n in {HEAVY} if n in sys.modules]; assert not loaded, loaded"
+    script = (
+        f"import sys; from cluster.cli import main; main(['--print-completion', 'bash']); {check}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    path = tmp_path_factory.mktemp("completion") / "duet.bash"
+    path.write_text(done.stdout)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "some"),
+    [
+        ("tr", {"train"}),
+        ("train --rep", {"--replicas"}),
+        ("train d", {"demo", "dexp"}),
+        ("train dexp --dtype b", {"bfloat16"}),
+        ("evaluate runs/a --be", {"--best"}),
+        ("study small/f", {"small/figure1", "small/finetune"}),
+        ("presets copy pap", {"paper"}),
+    ],
+)
+def test_bash_completes_verbs_flags_choices_and_presets(bash_script, words, some):
+    asked = ["duet", *words.split()]
+    quoted = " ".join(map(shlex.quote, asked))
+    done = subprocess.run(
+        ["bash", "--norc", "-c",
+         f'source {bash_script}; COMP_WORDS=({quoted}); COMP_CWORD={len(asked) - 1}; '
+         '"$(complete -p duet | sed "s/.*-F \\([^ ]*\\) .*/\\1/")"; '
+         'printf "%s\\n" "${COMPREPLY[@]}"'],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == some, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish", "tcsh"])
+def test_other_shells_have_a_script_with_every_verb(shell, capsys):
+    assert main([f"--print-completion={shell}"]) == 0
+    script = capsys.readouterr().out
+    assert [name for name in VERBS if name not in script] == []
+    assert "checkpoint-every" in script
+    assert "finetune" in script
+
+
+def test_an_unknown_shell_is_refused():
+    with pytest.raises(UsageError, match="'cmd'; it takes bash or zsh or fish or tcsh"):
+        main(["--print-completion", "cmd"])
+
+
 def test_presets_are_listed_with_their_claims_and_copied_to_be_edited(
     tmp_path, capsys, monkeypatch
 ):
@@ -92,7 +240,7 @@ def test_presets_are_listed_with_their_claims_and_copied_to_be_edited(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list(PRESETS.rglob("*.toml")))
     assert "no_conv3                    Without conv3: is depth needed?" in lines
-    assert all(len(line.split()) > 2 for line in lines)
+    assert all(len(line.split()) > 2 and len(line) <= 100 for line in lines)
     monkeypatch.chdir(tmp_path)
     assert main(["presets", "copy", "dexp"]) == 0
     assert load_settings(tmp_path / "dexp.toml") == load_settings(PRESETS / "dexp.toml")

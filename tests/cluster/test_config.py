@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -189,12 +190,23 @@ def test_a_missing_file_is_named():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--data", "d", "--run", "r"], ["x.yaml", "--widht", "1"]], ids=["none", "flag"]
+    ("argv", "line"),
+    [
+        (["--data", "d", "--run", "r"], "CONFIG is missing; python -m cluster.train --help says"),
+        ([], "CONFIG, --data, --run are missing"),
+        (["x.yaml", "--widht", "1"], "has no flag --widht; did you mean --width or --window?"),
+        (["dexp", "--data", "d", "--run"], "--run has no value; give one"),
+        (["dexp", "two", "--data", "d", "--run", "r"], "Unrecognized options: two"),
+        (["dexp", "--steps", "many"], "--steps is 'many'; it takes a whole number"),
+        (["dexp", "--lr=fast"], "--lr is 'fast'; it takes a number"),
+        (["dexp", "--dtype", "half"], "--dtype is 'half'; it takes auto or float32 or bfloat16"),
+    ],
 )
-def test_wrong_usage_exits_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_wrong_usage_is_one_line_with_the_way_out(argv, line, capsys):
+    with pytest.raises(UsageError, match=re.escape(line)) as caught:
         parse_command(argv)
-    assert caught.value.code == 2
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_help_explains_every_setting(capsys):

@@ -16,10 +16,10 @@ from typing import IO, Any
 
 import pytest
 
+from pipeline.options import BuildConfig
 from pipeline.packing import plan
 from pipeline.packing.build import build
 from pipeline.packing.chunks import ChunkError, pack_chunk
-from pipeline.packing.plan import BuildConfig
 from pipeline.packing.shards import write_shard
 from pipeline.remote.target import FolderTarget, Target
 from pipeline.sources import Container

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.packing.plan import BuildConfig
+from pipeline.options import BuildConfig
 from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import WORK, StoreTarget
 

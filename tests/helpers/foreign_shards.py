@@ -13,7 +13,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.index_shards import IndexConfig, IndexOutcome, index_folder
+from pipeline.index_shards import IndexOutcome, index_folder
+from pipeline.options import IndexConfig
 from tests.helpers.images import jpeg, rows_of
 
 KINDS = [{}, {"subsampling": 0}, {"mode": "L"}, {"progressive": True}, {"quality": 60}]

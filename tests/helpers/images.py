@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipeline.dataset.index import Index, load_index
 from pipeline.dataset.manifest import Manifest
+from pipeline.options import BuildConfig
 from pipeline.packing.build import build
-from pipeline.packing.plan import BuildConfig
 
 CLASSES = ("apple", "bird", "cat", "dog")
 

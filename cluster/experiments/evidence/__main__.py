@@ -14,11 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from cluster.experiments.evidence.figures import make_neighbors, show_answers, show_kernels
 from cluster.experiments.evidence.items import make_results, make_studies
@@ -28,25 +24,11 @@ from cluster.experiments.evidence.runs import (
     format_count,
     gather_evidence,
 )
+from cluster.options import EvidenceOptions
 from cluster.report.page import load_templates
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvidenceOptions:
-    """Put the paper's claims beside what runs here have found, on one page."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
-    """Runs, folders of runs, folders of studies, results of cluster.experiments.ensemble --out."""
-    data: str = ""
-    """Data set of the runs (folder or address), for images with their answers; default: their
-    own."""
-    out: Path | None = None
-    """File to write; default: evidence.html in the folder that holds all that was named."""
-    json: bool = False
-    """Print the rows as one JSON object to stdout, everything else to stderr."""
 
 
 def make_page(paths: Sequence[Path], data: str = "") -> Evidence:

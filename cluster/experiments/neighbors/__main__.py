@@ -20,13 +20,11 @@ import math
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from cluster.config import read_run_config
 from cluster.experiments.neighbors.extract import make_features
@@ -46,6 +44,7 @@ from cluster.experiments.neighbors.figures import (
 )
 from cluster.experiments.neighbors.search import LEAST_MEMORY, Nearest, SearchBase, find_nearest
 from cluster.experiments.neighbors.summary import SUMMARY, describe_search, write_summary
+from cluster.options import NeighborsOptions
 from cluster.run.folder import CONFIG
 from cluster.training.precision import choose_device
 from pipeline.remote.dataset import open_dataset
@@ -64,44 +63,6 @@ MOST_SHOWN = 1000
 """Most neighbors of an image, and most queries on the sheet."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NeighborsOptions:
-    """Find the images that a trained network finds most similar."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run; its newest complete checkpoint is used."""
-    data: str = ""
-    """Data set (folder or address) with the classes of the training; default: that of the run."""
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 6
-    """Neighbors of each image."""
-    queries: str = "val"
-    """Split of the query images."""
-    base: str = "train"
-    """Split that is searched; if it is the same, an image is not its own neighbor."""
-    step: int | None = None
-    """Use the checkpoint of this step."""
-    features: Path | None = None
-    """Folder for the features (10 GB for 1.28 million images); default: RUN/neighbours."""
-    anew: bool = False
-    """Compute the features even if they exist."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """Type of the features in their file."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: GPUs if there are any."""
-    workers: int = 0
-    """Processes that compute features; 0: one a GPU, or one for every four cores."""
-    memory: str = "2GB"
-    """Most memory for the search, beside the queries."""
-    show: int = 10
-    """Queries on the contact sheet."""
-    pairs: int = 50_000
-    """Random pairs of either kind, same class and different ones, for the distances."""
-    seed: int = 0
-    """Seed of the draws of pairs and of the queries on the sheet."""
-    json: bool = False
-    """Print one JSON object to stdout, everything else to stderr."""
-
-
 def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
     """Compute features, search, draw, and return the content of summary.json.
 
@@ -114,7 +75,7 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
         DataError: existing features are of another run, step or data set, or damaged.
     """
     torch.set_num_threads(cpu_count())
-    source = open_source(options.run, options.data, options.step)
+    source = open_source(options.run, options.data, options.checkpoint)
     _check_k(options, source)
     devices = _choose_devices(options)
     kept = ensure_writable(options.features, "--features") if options.features else folder

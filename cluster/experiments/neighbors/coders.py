@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cluster.experiments.neighbors.features import Flags, Rows
 from cluster.experiments.neighbors.search import Advance, CodeBytes
+from cluster.options import CodesOptions
 
 SAMPLE = 20_000
 """Most rows that linear codes and product quantisation are fitted to."""
@@ -79,9 +80,9 @@ class AutoEncoderConfig:
     """Sizes and training of an auto-encoder; it is stored beside the codes."""
 
     bits: int
-    hidden: int = 512
+    hidden: int = CodesOptions.hidden
     """Units between features and bits, and between bits and features."""
-    steps: int = 600
+    steps: int = CodesOptions.steps
     batch: int = 256
     lr: float = 3e-4
     """First rate of Adam; it falls to 0 along half a cosine. With a higher rate or more steps,

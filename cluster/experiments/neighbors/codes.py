@@ -23,14 +23,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -58,6 +57,7 @@ from cluster.experiments.neighbors.features import (
 )
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
 from cluster.experiments.neighbors.summary import SUMMARY, describe_search, write_summary
+from cluster.options import CodesOptions
 from cluster.run.folder import CONFIG
 from pipeline.tools.arguments import parse_options, require_range
 from pipeline.tools.errors import DataError, DuetError, UsageError, run
@@ -111,36 +111,6 @@ def search_by_quantisation(
     started = time.perf_counter()
     _, found = index.search(asked, k)
     return rows[found], train_seconds, time.perf_counter() - started
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodesOptions:
-    """Train auto-encoders to short binary codes and measure searches by them."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run, with the features that cluster.experiments.neighbors computed."""
-    bits: tuple[int, ...] = (64, 128, 256)
-    """Lengths of the codes, multiples of 8."""
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
-    """Number of exact neighbors that the codes should find."""
-    queries: str = "val"
-    """Split of the query images."""
-    base: str = "train"
-    """Split that is coded and searched."""
-    asked: int = 1000
-    """Most queries, drawn at random."""
-    features: Path | None = None
-    """Folder of the features; default: RUN/neighbours."""
-    hidden: int = AutoEncoderConfig.hidden
-    """Units of the auto-encoder's hidden layers."""
-    steps: int = AutoEncoderConfig.steps
-    """Training steps, 256 images each."""
-    memory: str = "2GB"
-    """Most memory for the exact search."""
-    seed: int = 0
-    """Seed of the training and of all draws."""
-    json: bool = False
-    """Print one JSON object to stdout, everything else to stderr."""
 
 
 class CodeComparison:

@@ -13,13 +13,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from cluster.experiments.study import results
 from cluster.experiments.study.config import WHOLE, Study, Variant, read_study
@@ -27,31 +24,12 @@ from cluster.experiments.study.plot import draw_plot
 from cluster.experiments.study.results import Result, has_reached_goal, is_at_goal, read_result
 from cluster.experiments.study.runner import StudyRun, list_gpus, make_slots, run_side_by_side
 from cluster.experiments.study.subsets import make_subset
+from cluster.options import StudyOptions
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, hint_resume
 from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import ensure_writable
 from pipeline.tools.progress import Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """Make the runs of a study and compare them; the same command again resumes."""
-
-    study: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
-    """Study file, or the name of one in cluster/configs/studies, such as small/figure1."""
-    data: str
-    """Data set (folder or address) with train and val."""
-    out: Path
-    """Folder of the runs, study.json, study.md and study.png."""
-    at_once: int = 0
-    """Runs at a time, which share cores and GPUs; 0: one for each GPU, or for each core."""
-    ray: bool = False
-    """Make each run with cluster.train, one after the other: with columns and replicas as the
-    configs say. Otherwise each is one process with both columns."""
-    json: bool = False
-    """Print study.json to stdout, everything else to stderr."""
-
 
 ResultsByVariant = dict[str, list[Result]]
 """Results by the name of their variant."""

@@ -23,8 +23,8 @@ from PIL import Image
 
 from cluster.experiments.study.config import DataSubset
 from pipeline.dataset.manifest import NAME, identity
+from pipeline.options import BuildConfig
 from pipeline.packing.build import build
-from pipeline.packing.plan import BuildConfig
 from pipeline.remote.dataset import Dataset, fetch_metadata, open_dataset
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import ShardReader

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.dataset.manifest import Manifest, identity
+from pipeline.stream.config import split_batch
 from pipeline.stream.ledger.findings import LISTED, LedgerFinding, find_runs, format_runs, pluralize
 from pipeline.stream.ledger.format import ENDING, LedgerFile, scan_ledger
-from pipeline.stream.order import Ids, split_batch
+from pipeline.stream.order import Ids
 from pipeline.tools.errors import UsageError
 
 FOLDER = "ledger"

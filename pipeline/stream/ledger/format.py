@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
-from pipeline.stream.config import StreamConfig
-from pipeline.stream.order import Ids, split_batch
+from pipeline.stream.config import StreamConfig, split_batch
+from pipeline.stream.order import Ids
 from pipeline.tools.jsonl import parse_json
 
 VERSION = 1

@@ -16,7 +16,8 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
-from pipeline.packing.plan import BuildConfig, make_plan
+from pipeline.options import BuildConfig
+from pipeline.packing.plan import make_plan
 from pipeline.remote.target import WORK, FolderTarget
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify

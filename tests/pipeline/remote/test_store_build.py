@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pipeline.batches import Stream
+from pipeline.options import BuildConfig
 from pipeline.packing import plan
 from pipeline.packing.build import build
-from pipeline.packing.plan import BuildConfig
 from pipeline.remote.filesystem import RetryPolicy
 from pipeline.remote.target import StoreTarget
 from pipeline.tools.errors import DuetError, UsageError

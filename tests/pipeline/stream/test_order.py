@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.stream import order as order_module
-from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder, split_batch
+from pipeline.stream.config import split_batch
+from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder
 
 seeds = st.integers(0, 2**63 - 1)
 shards = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)

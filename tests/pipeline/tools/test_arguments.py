@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.dataset.samples import read_classes
 from pipeline.throughput.report import load_report
-from pipeline.tools.arguments import parse_options, require_range
+from pipeline.tools.arguments import Options, parse_options, require_range
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, read_document
 
@@ -28,7 +28,7 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(Options):
     data: Annotated[Path, tyro.conf.Positional]
     """A folder."""
     out: Path | None = None

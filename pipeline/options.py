@@ -1,0 +1,332 @@
+"""The flags of the pipeline's commands, one dataclass each, with the texts of their --help.
+
+They lie here, without what the commands import, so that `duet VERB --help` comes at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from pipeline.stream.config import Device, Shuffle, StreamConfig
+from pipeline.tools.arguments import MOST_PROCESSES, MOST_SEED, Options, require_range
+from pipeline.tools.errors import UsageError
+from pipeline.tools.units import CACHE_SIZE, cpu_count
+
+Chroma = Literal["4:2:0", "4:4:4"]
+"""Color resolution of a stored JPEG: half the width and height, or full."""
+StoreKind = Literal["disk", "nfs", "s3", "gs", "http"]
+"""Kinds of stores that a job may read a data set from."""
+MOST_IMAGES, MOST_GPUS = 10**12, 10**6
+"""Most images of an epoch, and GPUs of a job, that a plan is made for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(Options):
+    """Pack images into a sealed data set of WebDataset shards.
+
+    The kind of SRC is detected. Every image is cut to 256x256, shuffled over its whole split by the
+    seed, and packed: as a JPEG, or with --encoding raw as its pixels, which need no decoding and
+    about six times the space. Images that cannot be read are skipped, counted, and listed in
+    OUT/rejects.jsonl; too many of them, and the build fails. A killed build resumes when the same
+    command is run again; on a finished set the command does nothing. While packing, OUT takes twice
+    the room of the finished set.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "data/flowers --train pictures/flowers --holdout 0.1",
+        "/data/imagenet --train train.tar --val val.tar",
+    )
+
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder of the data set; created if need be."""
+    train: Annotated[str, tyro.conf.arg(metavar="SRC")]
+    """Training images: a folder per class, ILSVRC's or any tars of classes, Kaggle's tree, a
+    folder (or addresses) of parquet files or of WebDataset shards."""
+    val: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """Validation images, in any of these forms; also ILSVRC's flat tar or folder."""
+    val_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Labels of flat validation images: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or a
+    list of synsets; without it they are looked for beside the images."""
+    holdout: float = 0.0
+    """Share of each class's training images to keep for validation; only without --val."""
+    seed: int = 0
+    """Seed of the shuffle over each split (and of what is held out)."""
+    samples_per_shard: int = 1000
+    """Samples in each shard but the last; 1000 raw ones are a tar of 199 MB."""
+    encoding: Literal["jpeg", "raw"] = "jpeg"
+    """Storage of the 256x256 images: `jpeg`, or `raw` uint8 pixels (KEY.npy), which need no
+    decoding and about six times the space (197 kB an image; ImageNet: 255 GB)."""
+    quality: int = 96
+    """JPEG quality of the stored images, 1..100; only for --encoding jpeg. From 96 on the encoder
+    uses its accurate cosine transform: 39.2 dB where 95 has 38.6 and 90 has 36.4."""
+    chroma: Chroma = "4:2:0"
+    """Colour of stored JPEGs at half resolution, or at full; only for --encoding jpeg."""
+    min_side: int = 8
+    """Images with a side shorter than this many pixels are skipped."""
+    max_rejects: float = 0.001
+    """Share of all images that may be skipped; with more of them the build fails."""
+    workers: int = cpu_count()
+    """Processes that decode and encode."""
+    json: bool = False
+    """Print one JSON object about the finished set on stdout."""
+
+    def check(self) -> None:
+        """Refuse values that cannot work, each in one line (UsageError)."""
+        require_range("samples_per_shard", self.samples_per_shard, 1, 100_000)
+        require_range("quality", self.quality, 1, 100)
+        require_range("min_side", self.min_side, 1, 256)
+        require_range("workers", self.workers, 1, MOST_PROCESSES)
+        require_range("seed", self.seed, 0, MOST_SEED)
+        require_range("holdout", self.holdout, 0, 1 - 2**-53, "0 to below 1")
+        require_range("max_rejects", self.max_rejects, 0, 1)
+        for name in ("quality", "chroma"):
+            value = getattr(self, name)
+            if self.encoding == "raw" and value != getattr(BuildConfig, name):
+                raise UsageError(
+                    f"--{name} {value} says nothing about --encoding raw; leave it out"
+                )
+        if self.val is not None and self.holdout:
+            raise UsageError("--val and --holdout exclude each other; give one of them")
+        if self.val is None and self.val_labels is not None:
+            raise UsageError("--val-labels goes with --val; name the validation images too")
+        self._refuse_out_in_source()
+
+    def _refuse_out_in_source(self) -> None:
+        from pipeline.remote.filesystem import is_remote, local_path
+
+        if is_remote(self.out):
+            return
+        out = local_path(self.out).resolve()
+        for source in filter(None, (self.train, self.val)):
+            if not is_remote(source) and out.is_relative_to(local_path(source).resolve()):
+                raise UsageError(f"{self.out} lies inside the source {source}; name another OUT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig(Options):
+    """Give a folder of WebDataset shards an index and a manifest, so that they train as they are.
+
+    For shards that another tool made of 256x256 JPEGs (.jpg or .jpeg, with the label in .cls or
+    .json). Every image is decoded once, and samples that cannot be trained from are named by shard
+    and key; then nothing is written, unless --skip-bad skips them. Images of other sizes or kinds
+    need `duet build-shards OUT --train DIR`. No file of DIR is changed. Added are an .idx for each
+    tar that has none, SPLIT.index.npy, stats.npz, rejects.jsonl and, last, manifest.json.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("/data/shards --train 'train-*.tar' --val 'val-*.tar'",)
+    RENAMED: ClassVar[Mapping[str, str]] = {"--classes": "--class-names"}
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of the shards (.tar, not compressed); files are added to it, none is changed."""
+    train: str | None = None
+    """Names of the training shards, with * and ?; else those with `train` in their name."""
+    val: str | None = None
+    """Names of the validation shards; else those with `val` or `validation`."""
+    classes: Annotated[Path | None, tyro.conf.arg(name="class-names", metavar="FILE")] = None
+    """Class names in the order of their labels: a line each, or a JSON list."""
+    skip_bad: bool = False
+    """Leave out samples that cannot be used, and list them in DIR/rejects.jsonl."""
+    workers: int = cpu_count()
+    """Processes that read and decode."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def check(self) -> None:
+        """Refuse values that cannot work, each in one line (UsageError)."""
+        require_range("workers", self.workers, 1, MOST_PROCESSES)
+        for flag, glob in (("--train", self.train), ("--val", self.val)):
+            if glob is not None and "/" in glob:
+                raise UsageError(f"{flag} {glob} has a /; give names of files in {self.folder}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Options):
+    """Check a sealed data set against its manifest, byte for byte, or what was delivered of it.
+
+    Every shard is read once: its SHA-256, every member of the tar, every row of the index, every
+    label and every image's CRC-32 are checked, and damage is named by shard, sample and key. With
+    --ledger, the ledgers of a run are read instead: was each epoch delivered exactly once? Exit
+    code 0: sound. 4: damaged, or not exactly once.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "data/flowers --decode",
+        "--ledger runs/first",
+    )
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = ""
+    """Folder of the dataset; with --ledger by default that of the first RUN."""
+    decode: bool = False
+    """Decode every image, too; an image that DALI might refuse is named."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+    ledger: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+    """Runs trained with --ledger, or folders with ledgers: prove from them that each epoch was
+    delivered exactly once. No byte of the data is hashed then; for that, run without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribeOptions(Options):
+    """Show what a data set holds, as a table and on one page.
+
+    The page needs no network, no script and no other file. It shows the images as they are stored,
+    each checked against its CRC-32, and the effect of the random color shifts of training.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("data/flowers --out flowers.html",)
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder or address of the data set."""
+    out: Path | None = None
+    """Page to write; default: NAME-inspect.html in the current folder."""
+    seed: int = 0
+    """Seed of the random sample of images."""
+    cache: str | None = None
+    """Folder for shards of a remote data set, as for training."""
+    cache_size: str = f"{CACHE_SIZE // 10**9}GB"
+    """Most bytes in the cache."""
+    json: bool = False
+    """Print one JSON object on stdout instead of the table."""
+
+
+@dataclass(frozen=True)
+class DemoOptions(Options):
+    """Draw a small data set of ten shapes and textures, so that nothing has to be downloaded.
+
+    The images are the same for any number of workers. OUT appears whole or not at all.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("pictures/shapes",)
+    RENAMED: ClassVar[Mapping[str, str]] = {"--train": "--train-images", "--val": "--val-images"}
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder to create."""
+    seed: int = 0
+    """Other seeds give other images (0 or more)."""
+    train: Annotated[int, tyro.conf.arg(name="train-images")] = 4000
+    """Number of training images; classes differ by one at most."""
+    val: Annotated[int, tyro.conf.arg(name="val-images")] = 800
+    """Number of validation images."""
+    workers: int = 0
+    """Number of processes; 0: one per usable core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputOptions(Options):
+    """Find the bottleneck of the stream, each stage's distance from its limit, and what would help.
+
+    Measures every stage alone against the limits of this machine, then the stream, names its
+    bottleneck and the gain of each change, and writes throughput.json and throughput.html. With
+    --rate only the stream is measured, or DALI's own reader as the yardstick; with --tune settings
+    are tried; with --plan a job is computed.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "/data/imagenet --device gpu",
+        "/data/imagenet --compare throughput.json",
+        "--plan --gpus 64 --img-s 500000 --store-kind s3",
+    )
+    SECTIONS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "with --rate": ("reader", "ledger", "windows", "batches"),
+        "with --plan": ("measured", "gpus", "gpus_per_node", "store", "images"),
+    }
+    RENAMED: ClassVar[Mapping[str, str]] = {"--store": "--store-kind", "--pictures": "--images"}
+
+    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
+    """Data set: a folder, or an address such as s3://bucket/folder."""
+    device: Device = "cpu"
+    """Device that decodes and holds the images."""
+    split: str = "train"
+    """Split to read."""
+    shuffle: Shuffle | None = None
+    """Order of the stream; default: full, or block for a data set in a store."""
+    window: int = StreamConfig.window
+    """Shards in a window of the block shuffle."""
+    cache: str | None = None
+    """Folder for the shards of a remote data set; default: duet in the user's cache folder."""
+    cache_size: str = "100GB"
+    """Most bytes in the cache."""
+    batch_size: int = StreamConfig.batch_size
+    """Images in a batch."""
+    threads: int = cpu_count()
+    """Host threads that decode."""
+    prefetch: int = StreamConfig.prefetch
+    """Batches in flight."""
+    hw_decoder_load: float = StreamConfig.hw_decoder_load
+    """Share of a batch that the JPEG engines of a GPU decode."""
+    img_s: float | None = None
+    """Images per second that the trainer takes; with --plan: that the whole job takes."""
+    seconds: float = 1.5
+    """Least measuring time of each stage, in seconds."""
+    out: Path = Path()
+    """Folder for throughput.json, throughput.html and tuning.toml."""
+    compare: Path | None = None
+    """An earlier throughput.json; exit code 1 if the stream is slower now, beyond noise."""
+    tune: bool = False
+    """Search threads, prefetch depth (and decoder load) by measuring; writes tuning.toml."""
+    rate: bool = False
+    """Measure the stream's rate only."""
+    reader: Literal["stream", "native"] = "stream"
+    """Reader: `native` is DALI's own for WebDataset shards; only with --rate."""
+    ledger: Path | None = None
+    """Folder for a ledger, to measure the cost of writing one; only with --rate."""
+    windows: int = 5
+    """Windows of time, of whose rates the median is the result; only with --rate."""
+    batches: int = 40
+    """Batches in each window; only with --rate."""
+    plan: bool = False
+    """Compute what a job needs, from a measured report."""
+    measured: Path | None = None
+    """Measured report; default: throughput.json here, if there is one that is of this machine and
+    of DATA; only with --plan."""
+    gpus: int = 2
+    """GPUs of the job; only with --plan."""
+    gpus_per_node: int = 8
+    """GPUs of a node; only with --plan."""
+    store: Annotated[StoreKind, tyro.conf.arg(name="store-kind")] = "disk"
+    """Store of the data set; only with --plan."""
+    images: int = 0
+    """Images in an epoch; default: as measured, or ImageNet's; only with --plan."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def check(self) -> None:
+        """Raise UsageError for arguments that cannot work."""
+        for name in ("batch_size", "threads", "prefetch", "windows", "batches", "window", "gpus",
+                     "gpus_per_node"):  # fmt: skip
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        require_range("images", self.images, 0, MOST_IMAGES)
+        require_range("gpus", self.gpus, 1, MOST_GPUS)
+        if self.img_s is not None and not 0 < self.img_s < float("inf"):
+            raise UsageError(f"--img-s is {self.img_s}; it must be above 0")
+        if not 0 < self.seconds < 3600:
+            raise UsageError(f"--seconds is {self.seconds}; it must be above 0")
+        self._check_form()
+        if self.plan and self.img_s is None:
+            raise UsageError("--plan needs --img-s: the images a second that the job takes")
+        if self.data is None and not self.plan:
+            raise UsageError("name a data set: duet throughput DATA")
+        if self.reader == "native" and not self.rate:
+            raise UsageError("--reader native goes with --rate: it has no stages to measure")
+        if not self.out.is_dir():
+            raise UsageError(f"--out {self.out} is no folder; make it, or name another")
+        if not os.access(self.out, os.W_OK):
+            raise UsageError(f"--out {self.out} cannot be written to; name another folder")
+
+    def _check_form(self) -> None:
+        """Refuse flags of two forms of the command, of which one would have no effect."""
+        forms = [f"--{name}" for name in ("plan", "rate", "tune") if getattr(self, name)]
+        if len(forms) > 1:
+            raise UsageError(f"{' and '.join(forms)} exclude each other; give one of them")
+        if self.compare is not None and forms:
+            raise UsageError(f"--compare goes with a whole report, not with {forms[0]}")
+        for name, form in (("measured", "--plan"), ("ledger", "--rate")):
+            if getattr(self, name) is not None and form not in forms:
+                raise UsageError(f"--{name} goes with {form} only; give both, or neither")
