@@ -1,6 +1,6 @@
 """Draw a small data set of ten shapes and textures, so that nothing has to be downloaded.
 
-    python -m pipeline.demo_images OUT [--seed 0] [--train 4000] [--val 800] [--workers N]
+    python -m pipeline.demo_images OUT [--seed 0] [--train-images 4000] [--val-images 800]
 
 OUT/train/<class>/00000.jpg ... and OUT/val/<class>/00000.jpg ..., the layout of ImageNet's
 folders. Each image is a pure function of (seed, split, class, number), so the set is the same

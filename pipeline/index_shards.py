@@ -1,6 +1,6 @@
 """Give a folder of WebDataset shards an index and a manifest, so that they train as they are.
 
-    python -m pipeline.index_shards DIR [--train GLOB] [--val GLOB] [--classes FILE]
+    python -m pipeline.index_shards DIR [--train GLOB] [--val GLOB] [--class-names FILE]
 
 For shards that another tool made of 256x256 JPEGs (`.jpg` or `.jpeg`, with the label in `.cls` or
 `.json`). Every image is decoded once, and samples that cannot be trained from are named by shard

@@ -52,7 +52,7 @@ def import_stream():
     from pipeline import Stream
 
 codes = [duet(line) for line in (
-    "demo-images pictures --train 40 --val 20 --workers 1",
+    "demo-images pictures --train-images 40 --val-images 20 --workers 1",
     "build-shards data --train pictures/train --val pictures/val --workers 1",
     "verify data", "verify data --decode", "describe data",
     "throughput --plan --gpus 2 --img-s 1000 --store s3",

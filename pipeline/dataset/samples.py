@@ -323,7 +323,7 @@ class Classes:
         if words and numbers:
             raise UsageError(
                 f"some labels are numbers ({min(numbers)}) and some names ({words[0]!r}); "
-                "give the list of all classes with --classes FILE"
+                "give the list of all classes with --class-names FILE"
             )
         refuse_same_names(words, "the shards")
         if len(words) > 1:
@@ -331,7 +331,7 @@ class Classes:
         if numbers and min(numbers) > 0:
             raise UsageError(
                 f"labels run from {min(numbers)} to {max(numbers)}, and Duet counts from 0; if "
-                "they do, too, give the list of all classes with --classes FILE, else repack"
+                "they do, too, give the list of all classes with --class-names FILE, else repack"
             )
         if not seen:
             raise UsageError("there is no training sample")
@@ -364,7 +364,7 @@ class Classes:
         if 0 not in used and self.find_number(count) in set(reasons):
             raise UsageError(
                 f"labels run to {count}, and none is 0: Duet counts the {count} classes from 0; "
-                "subtract 1 from each label, or give --classes FILE a first line for 0"
+                "subtract 1 from each label, or give --class-names FILE a first line for 0"
             )
 
     @cached_property
@@ -405,16 +405,20 @@ def read_classes(path: Path) -> tuple[str, ...]:
         names = parse_json(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "no UTF-8 text or JSON list"
-        raise UsageError(f"--classes {path} cannot be read ({why}); name another file") from error
+        raise UsageError(
+            f"--class-names {path} cannot be read ({why}); name another file"
+        ) from error
     names = [name.strip() if isinstance(name, str) else name for name in names]
     while names and names[-1] == "":
         names.pop()
     for name in names:
         if not isinstance(name, str) or not name or not name.isprintable():
-            raise UsageError(f"--classes {path} has {name!r}, which is no name; one a line")
+            raise UsageError(f"--class-names {path} has {name!r}, which is no name; one a line")
     if len(names) < 2:
-        raise UsageError(f"--classes {path} names {len(names)} classes; it needs two or more")
+        raise UsageError(f"--class-names {path} names {len(names)} classes; it needs two or more")
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
-        raise UsageError(f"--classes {path} has {twice!r} more than once; a label needs one name")
+        raise UsageError(
+            f"--class-names {path} has {twice!r} more than once; a label needs one name"
+        )
     return tuple(names)

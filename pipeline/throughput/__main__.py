@@ -2,7 +2,7 @@
 
     python -m pipeline.throughput DATA [--device cpu|gpu] [--img-s N] [--tune] [--compare OLD.json]
     python -m pipeline.throughput DATA --rate [--reader stream|native]
-    python -m pipeline.throughput --plan --gpus N --img-s N --store s3 [--measured FILE.json]
+    python -m pipeline.throughput --plan --gpus N --img-s N --store-kind s3 [--measured FILE.json]
 
 The first form measures every stage alone against the limits of this machine, then the stream,
 names its bottleneck and the gain of each change, and writes throughput.json and throughput.html.

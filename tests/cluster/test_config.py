@@ -193,7 +193,7 @@ def test_a_missing_file_is_named():
     ("argv", "line"),
     [
         (["--data", "d", "--run", "r"], "CONFIG is missing; python -m cluster.train --help says"),
-        ([], "CONFIG, --data, --run are missing"),
+        ([], "CONFIG, --run are missing"),
         (["x.yaml", "--widht", "1"], "has no flag --widht; did you mean --width or --window?"),
         (["dexp", "--data", "d", "--run"], "--run has no value; give one"),
         (["dexp", "two", "--data", "d", "--run", "r"], "Unrecognized options: two"),
