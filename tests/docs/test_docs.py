@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import io
 import re
@@ -236,3 +237,34 @@ def test_quoted_messages_are_those_of_the_program():
         for message in messages:
             assert message in text, f"{page}: {message}"
             assert message in code, f"{page} quotes what no command says: {message}"
+
+
+def templates() -> list[str]:
+    """Every text of the packages that has words, with `…` where a value is filled in."""
+
+    def render(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(render, node.values))
+        return str(node.value) if isinstance(node, ast.Constant) else "…"
+
+    return [
+        render(node)
+        for package in ("pipeline", "model", "cluster")
+        for path in (REPOSITORY / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+
+
+def test_the_table_of_messages_quotes_the_program():
+    """Each message is one text of the program: its fixed parts, in order."""
+    page = (REPOSITORY / "docs" / "messages.md").read_text("utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(messages) > 25
+    known = templates()
+    unknown = []
+    for message in messages:
+        parts = ".*".join(re.escape(part.strip()) for part in re.split("…+", message))
+        if not any(re.search(parts, text, re.S) for text in known):
+            unknown.append(message)
+    assert "\n".join(unknown) == ""
