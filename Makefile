@@ -41,7 +41,7 @@ py      = $(VENV)/bin/python
 install = (while sleep 30 > /dev/null 2>&1 && kill -0 $$$$ 2> /dev/null; do echo 'still installing'; done) & \
 	trap "kill $$!" EXIT INT TERM; $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install train test test-all quick check soak format clean
+.PHONY: help install train test test-all quick check docs soak format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,6 +54,7 @@ help:
 	@echo 'make test                         lint, types, import rules, tests'
 	@echo 'make test-all                     that, and the long tests; half an hour'
 	@echo 'make quick                        lint, types, and the tests that start no process'
+	@echo 'make docs                         build the pages of docs/ as a site, site/index.html'
 	@echo 'make soak                         kill a training [KILLS=50] times; half an hour'
 	@echo 'make format                       let ruff format and fix'
 	@echo 'make clean                        remove caches (data/, runs/ and .venv stay)'
@@ -100,6 +101,15 @@ check: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/hadolint Dockerfile
+	$(site) --site-dir $(VENV)/site
+
+# Warnings, such as a link that leads nowhere, are errors.
+site = NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+docs: $(VENV)/.installed
+	@$(install) -e '.[cuda$(CUDA),docs]'
+	@$(site)
+	@echo 'site/index.html'
 
 test: check
 	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --no-loadscope-reorder -m "not slow"

@@ -1,6 +1,6 @@
 """MkDocs hook: what pages link to outside docs/ comes into the site, so that links work in both.
 
-Pages of the repository's root become pages (README.md is index.md), other files are copied below
+Some of these are pages there (README.md is index.md), other files are copied below
 `source/`. Links are rewritten by where their targets lie in the site.
 """
 
@@ -15,10 +15,10 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs/"
-ROOT_PAGES = {"README.md": "index.md"} | {
+ROOT_PAGES = {"README.md": "index.md", "examples/README.md": "examples.md"} | {
     name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "AGENTS.md")
 }
-"""Pages of the root, and where they are in the site."""
+"""Pages outside docs/, and where they are in the site."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]+)(?=[#)])")
 
 

@@ -55,7 +55,7 @@ def load_network(run: Path, step: int = CONFIG.steps) -> AlexNet:
 
 def run_script(weights: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     monkeypatch.setattr(sys, "argv", ["classify", str(weights), str(path)])
-    found: Tensor = runpy.run_path(str(REPOSITORY / "docs" / "classify.py"))["x"]
+    found: Tensor = runpy.run_path(str(REPOSITORY / "examples" / "classify.py"))["x"]
     return found[0]
 
 
@@ -127,7 +127,7 @@ def test_the_ten_lines_of_the_page_do_the_same_for_the_papers_network(
     found: dict[str, Any] = {}
     exec(script, found)
     monkeypatch.setattr(sys, "argv", ["classify", "weights.safetensors", "image.jpg"])
-    x = runpy.run_path(str(REPOSITORY / "docs" / "classify.py"))["x"]
+    x = runpy.run_path(str(REPOSITORY / "examples" / "classify.py"))["x"]
     torch.testing.assert_close(found["p"], x.softmax(1), rtol=1e-4, atol=1e-5)
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
-DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+DOCS = sorted((REPOSITORY / "docs").rglob("*.md"))
+ROOT_PAGES = [
+    REPOSITORY / f"{name}.md" for name in ("AGENTS", "CHANGELOG", "CONTRIBUTING", "SECURITY")
+]
 PAGES = [README, *DOCS]
 
 _FENCED = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cluster import cli as duet
-from tests.docs.pages import DOCS, PAGES, README, REPOSITORY, blocks
+from tests.docs.pages import DOCS, PAGES, README, REPOSITORY, ROOT_PAGES, blocks
 
 OURS = ("pipeline", "model", "cluster", "benchmarks", "tests")
 
@@ -125,9 +125,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, REPOSITORY / "CONTRIBUTING.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT_PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
     for link in links:
@@ -144,7 +142,7 @@ def test_links_lead_somewhere(page):
 def test_files_that_are_named_exist(page):
     """Paths of the repository in running text and blocks, `tests/cluster/test_export.py`."""
     text = page.read_text("utf-8")
-    named = set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(OURS)}|docs)(?:/[\w.-]+)+/?", text))
+    named = set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(OURS)}|docs|examples)(?:/[\w.-]+)+/?", text))
     missing = {path for path in named if not (REPOSITORY / path.rstrip(".")).exists()}
     assert missing == set()
 
@@ -157,7 +155,25 @@ def test_the_readme_is_short():
 
 def test_the_readme_leads_to_every_page():
     text = README.read_text("utf-8")
-    assert [page.name for page in DOCS if f"(docs/{page.name})" not in text] == []
+    pages = [page.relative_to(REPOSITORY).as_posix() for page in [*DOCS, *ROOT_PAGES]]
+    assert [page for page in pages if f"({page})" not in text] == []
+
+
+def test_the_site_has_every_page():
+    text = (REPOSITORY / "mkdocs.yml").read_text("utf-8")
+    listed = re.findall(r"^ +- [^:]+: ([\w/]+\.md)$", text, re.M)
+    docs = [page.relative_to(REPOSITORY / "docs").as_posix() for page in DOCS]
+    others = ["examples.md" if page.name == "README.md" else page.name for page in ROOT_PAGES]
+    assert sorted(listed) == sorted([*docs, "index.md", *others])
+
+
+def test_the_commands_are_those_of_duet():
+    page = (REPOSITORY / "docs" / "reference" / "commands.md").read_text("utf-8")
+    rows = re.findall(r"^\| `duet ([a-z-]+)` \| `([a-z_.]+)` \| (.+) \|$", page, re.M)
+    verbs = {name: verb.help for group in duet.GROUPS.values() for name, verb in group.items()}
+    assert {name: text for name, _, text in rows} == verbs
+    for name, module, _ in rows:
+        assert duet.VERBS[name].module.startswith(module), name
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

@@ -1,7 +1,7 @@
 """Classify an image with an exported network: torch, safetensors and Pillow, no Duet.
 
 python -m cluster.export RUN --out weights.safetensors
-python docs/classify.py weights.safetensors image.jpg
+python examples/classify.py weights.safetensors image.jpg
 """
 
 import json
