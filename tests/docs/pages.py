@@ -11,8 +11,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
 DOCS = sorted((REPOSITORY / "docs").rglob("*.md"))
 ROOT_PAGES = [
-    REPOSITORY / f"{name}.md" for name in ("AGENTS", "CHANGELOG", "CONTRIBUTING", "SECURITY")
+    REPOSITORY / f"{name}.md"
+    for name in ("AGENTS", "CHANGELOG", "CONTRIBUTING", "SECURITY", "examples/README")
 ]
+"""Pages outside docs/ that are pages of the site, too."""
 PAGES = [README, *DOCS]
 
 _FENCED = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
