@@ -9,8 +9,8 @@ and fc7 at test time (section 4.2); here the weights of fc7 and fc8 are halved i
 exact: the network runs without dropout, or with PyTorch's. Batch normalisation in a test is a
 factor and a shift for each map: `conv1.scale`, `conv1.shift`.
 
-The header lists the operations before the first layer and after each, so that examples/classify.py runs
-any design, ablations too.
+The header lists the operations before the first layer and after each, so that
+examples/classify.py runs any design, ablations too.
 """
 
 from __future__ import annotations
