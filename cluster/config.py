@@ -151,7 +151,7 @@ class Config:
     colour_divide: bool = False
     """Divide training images by 1 + colour, as the released source does."""
     mean: Mean = "channel"
-    """Mean to subtract: channel: of each channel; picture: the mean image (its centre, from every
+    """Mean to subtract: channel: of each channel; image: the mean image (its centre, from every
     crop) as in 2012."""
     dtype: Dtype = "auto"
     """Data type that layers compute in (weights stay float32); auto: bfloat16 where the hardware
@@ -287,6 +287,7 @@ class Config:
             ValueError: a setting cannot work; names it, its value and what would do.
             TypeError: there is no setting of that name.
         """
+        table = translate_values(table)
         own = {key: value for key, value in table.items() if key not in DESIGN_TYPES}
         return cls(design=Design.from_settings(table), **own)
 
@@ -310,7 +311,7 @@ class Config:
         return StreamConfig(
             batch_size=self.batch_size,
             seed=self.seed,
-            view="random" if self.augment else "centre",
+            crop="random" if self.augment else "center",
             shuffle=self.shuffle,
             window=self.window,
             colour=self.colours,
@@ -361,31 +362,6 @@ class Config:
     def total_steps(self, samples: int) -> int:
         """Return the steps of the whole run over `samples` training images; at least 1."""
         return self.steps or max(1, math.ceil(self.epochs * samples / self.batch_size))
-
-
-def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
-    """List what keeps `new` from resuming a run of `old`, as `name: old -> new`.
-
-    Settings in `CHANGEABLE` may differ, except `validate_every` where `plateau` counts validations,
-    and those that decide how many images batch normalisation sees at once. The length may differ if
-    no learning rate depends on it.
-    """
-    before, after = old.to_settings(), new.to_settings()
-    free = {*CHANGEABLE, *LENGTH} - ({"validate_every"} if old.schedule == "plateau" else set())
-    found = [
-        f"{name}: {before[name]} -> {after[name]}"
-        for name in before
-        if before[name] != after[name] and name not in free
-    ]
-    sizes = old.microbatch_size(1), new.microbatch_size(1)
-    if old.design.norm == new.design.norm == "batch" and sizes[0] != sizes[1]:
-        together = f"images that are normalised together: {sizes[0]} -> {sizes[1]}"
-        found.append(f"{together} (--microbatch, --replicas)")
-    lengths = old.total_steps(samples), new.total_steps(samples)
-    constant = old.has_constant_rates and new.has_constant_rates
-    if lengths[0] != lengths[1] and not constant:
-        found.append(f"length in steps: {lengths[0]} -> {lengths[1]} (learning rates drop by it)")
-    return found
 
 
 RUN_KEY = "run_id"
@@ -450,6 +426,7 @@ def load_settings(config: Path) -> dict[str, Any]:
         raise UsageError(f"config file {path} is not TOML: {error}") from error
     for key in (SHA256_KEY, RUN_KEY, *ORIGIN_KEYS):
         table.pop(key, None)
+    table = translate_values(table)
     for key, value in table.items():
         if key not in TYPES:
             raise UsageError(f"config file {path}: no setting {key!r}; {suggest_setting(key)}")
@@ -457,6 +434,12 @@ def load_settings(config: Path) -> dict[str, Any]:
             takes = KINDS.get(TYPES[key]) or " or ".join(map(repr, get_args(TYPES[key])))
             raise UsageError(f"config file {path}: {key} is {value!r}; it takes {takes}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+def translate_values(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table in which values of earlier versions are those of today."""
+    return {key: "image" if (key, value) == ("mean", "picture") else value
+            for key, value in table.items()}  # fmt: skip
 
 
 def suggest_setting(name: str) -> str:

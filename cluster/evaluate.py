@@ -134,13 +134,13 @@ def _name_choice(options: Evaluate) -> str:
 
 
 def _open_stream(options: Evaluate, config: Config, device: torch.device) -> Stream:
-    view: Literal["centre", "whole"] = "centre" if options.views == 1 else "whole"
+    crop: Literal["center", "whole"] = "center" if options.views == 1 else "whole"
     return Stream(
         options.data,
         split=options.split,
         batch_size=BATCH,
         device="gpu" if device.type == "cuda" else "cpu",
-        view=view,
+        crop=crop,
         mean=config.mean,
         once=True,
         quarantine=options.run / QUARANTINE,

@@ -124,7 +124,7 @@ class Export(Options):
     checkpoint: int | None = None
     """The checkpoint of this step instead."""
     data: str = ""
-    """Data set of the training, if that has moved; only runs with mean = 'picture', or older ones,
+    """Data set of the training, if that has moved; only runs with mean = 'image', or older ones,
     need it."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""

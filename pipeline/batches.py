@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Concatenate, ParamSpec, TypeAlias
+from typing import Any, Concatenate, ParamSpec, TypeAlias
 
 import torch
 
 from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import open_dataset
 from pipeline.remote.filesystem import is_remote
-from pipeline.stream.config import StreamConfig, View
+from pipeline.stream.config import CROP, Crop, StreamConfig
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
 from pipeline.stream.loader import BatchReader, DecodeFailure, Loader
@@ -28,7 +29,7 @@ from pipeline.stream.timing import WaitTimes
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import UsageError
 
-__all__ = ["Batch", "Stream", "StreamConfig", "View"]
+__all__ = ["Batch", "Crop", "Stream", "StreamConfig"]
 
 P = ParamSpec("P")
 DataPath: TypeAlias = str | os.PathLike[str]
@@ -42,8 +43,8 @@ class Batch:
     ids: torch.Tensor
     """int64 [b], on the host: sample ids, indices in the stored order of the split."""
     images: torch.Tensor
-    """[b, 3, 224, 224] (view "whole": 256x256) on the device; float32 on the CPU, float16 on a
-    GPU; RGB, 0..255 minus the training set's mean and the sample's colour shift."""
+    """[b, 3, height, width] on the device: RGB, grey levels 0..255 minus the mean and the sample's
+    colour shift, divided by `std`; 224x224 float32 (on a GPU float16) unless settings say other."""
     labels: torch.Tensor
     """int64 [b], on the device: indices in the manifest's class list."""
     weights: torch.Tensor
@@ -66,6 +67,8 @@ def _take_settings(
     def decorate(init: _Init) -> Callable[Concatenate[Stream, DataPath, P], None]:
         @functools.wraps(init)
         def accept(stream: Stream, data: DataPath, *args: P.args, **settings: P.kwargs) -> None:
+            if "view" in settings:
+                raise TypeError("Stream has no setting 'view' any more; it is called crop")
             init(stream, data, make_config(*args, **settings))
 
         own, path, _ = inspect.signature(init).parameters.values()
@@ -119,21 +122,22 @@ class Stream:
         self.channel_mean = reader.statistics.channel_mean
         """float64 [3]: the mean of each channel over the training set."""
         self.mean = reader.normalization.subtracted
-        """float32 [3, 1, 1] or [3, 224, 224]: mean that was subtracted, for showing images."""
+        """float32 [3, 1, 1] or [3, height, width]: mean that was subtracted, for showing images."""
         self.view_mean: torch.Tensor | None = None
         """float32 [3, 224, 224] on the host: the mean image that is yet to be subtracted from each
         view cut out of a whole image; None where nothing is left to subtract."""
-        if config.mean == "picture" and config.view == "whole":
-            self.view_mean = torch.from_numpy(crop_mean_image(reader.statistics))
+        if config.mean == "image" and config.crop == "whole":
+            self.view_mean = torch.from_numpy(crop_mean_image(reader.statistics, (CROP, CROP)))
         self.waits = WaitTimes()
         """Seconds that `next` has waited so far, by the stage that was not ready. A stream that is
         fast enough has next to none, because it prefetches."""
         self.data_sha256 = identity(self._dataset.folder)
         """Identity of the data set: the SHA-256 of its manifest."""
+        self._position = config.position
         self._loader: Loader | None = Loader(reader, config.position, self.waits)
         self._ledger: Ledger | None = None
         if config.ledger:
-            self._ledger = self._open_ledger(config.ledger)
+            self._ledger = self._open_ledger(config)
 
     @classmethod
     def from_config(cls, data: DataPath, config: StreamConfig) -> Stream:
@@ -144,6 +148,68 @@ class Stream:
     def samples(self) -> int:
         """Samples in the split, N."""
         return len(self._reader.shard_reader)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; a label is a place in it."""
+        return tuple(self._reader.shard_reader.manifest.classes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold every sample once: N / `batch_size`, rounded up."""
+        return math.ceil(self.samples / self._reader.config.batch_size)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __repr__(self) -> str:
+        config, (height, width) = self._reader.config, self._reader.config.image_size
+        return (
+            f"Stream({config.split}: {self.samples:,} samples of {len(self.classes)} classes, "
+            f"{config.crop} {height}x{width} {config.pixel_dtype} on {config.device}, batch "
+            f"{config.batch_size}, rank {config.rank} of {config.world_size}, "
+            f"position {self._position:,})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold: position, and what decides the samples from there on.
+
+        It is the same on every rank: plain numbers and words, fit for JSON.
+        """
+        return {"position": self._position, **self._identify()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the stream was that gave `state`, on any rank of any world.
+
+        Batch size, ranks, device and everything else about pixels may differ.
+
+        Raises:
+            ValueError: it is the state of other samples or another order (names what differs), or
+                the stream was closed.
+        """
+        if self._loader is None:
+            raise ValueError("this stream was closed")
+        for name, here in self._identify().items():
+            if (there := state.get(name)) != here:
+                raise ValueError(f"a state of another stream: {name} was {there!r}, is {here!r}")
+        config = replace(self._reader.config, position=state["position"])
+        self._loader.close()
+        self._position = config.position
+        self._loader = Loader(self._reader, config.position, self.waits)
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = self._open_ledger(config)
+
+    def _identify(self) -> dict[str, Any]:
+        """Return what the samples and their order follow from, besides the position."""
+        config = self._reader.config
+        order = "stored" if config.once else config.shuffle
+        return {
+            "data_sha256": self.data_sha256,
+            "split": config.split,
+            "seed": config.seed,
+            "shuffle": f"block {config.window}" if order == "block" else order,
+        }
 
     @property
     def damaged(self) -> Mapping[int, Damage]:
@@ -189,6 +255,7 @@ class Stream:
             replaced=torch.from_numpy(encoded.ids != encoded.due),
             position=encoded.position,
         )
+        self._position = encoded.position
         self.waits.handover += perf_counter() - start
         return batch
 
@@ -216,11 +283,12 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_ledger(self, folder: str | os.PathLike[str]) -> Ledger:
-        """Open the ledger, or close the stream and raise."""
+    def _open_ledger(self, config: StreamConfig) -> Ledger:
+        """Open the ledger that a config names, or close the stream and raise."""
+        assert config.ledger
         try:
-            header = LedgerHeader.of(self._reader.config, self.data_sha256, self.samples)
-            return Ledger(Path(folder), header)
+            header = LedgerHeader.of(config, self.data_sha256, self.samples)
+            return Ledger(Path(config.ledger), header)
         except BaseException:
             self.close()
             raise

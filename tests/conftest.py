@@ -115,6 +115,15 @@ def tiny_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+@pytest.fixture(scope="session")
+def raw_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_data`, but raw: the same images in the same places of the same shards."""
+    out = tmp_path_factory.mktemp("raw") / "data"
+    train, val = image_folder / "train", image_folder / "val"
+    packed(out, train=train, val=val, samples_per_shard=10, encoding="raw")
+    return out
+
+
 @pytest.fixture
 def data(tiny_data: Path, tmp_path: Path) -> Path:
     """A copy of `tiny_data` to do damage to."""

@@ -38,7 +38,6 @@ from cluster.checkpoint.storage import (
 from cluster.config import (
     TYPES,
     Config,
-    find_conflicts,
     is_of_type,
     read_run_config,
 )
@@ -47,6 +46,7 @@ from cluster.run.folder import (
     CHECKPOINTS,
     CONFIG,
     Mark,
+    find_conflicts,
     find_data_conflicts,
     make_run_id,
     read_last_step,

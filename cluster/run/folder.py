@@ -39,10 +39,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import (
+    CHANGEABLE,
+    LENGTH,
     ORIGIN_KEYS,
     RUN_KEY,
     Config,
-    find_conflicts,
     format_toml,
     read_run_config,
 )
@@ -156,6 +157,31 @@ def is_run_id(value: object) -> bool:
 def make_run_id(run: Path) -> str:
     """Return a name for a new run: that of its folder, and random digits."""
     return f"{re.sub('[^A-Za-z0-9_.-]', '', run.name)[:40]}-{secrets.token_hex(4)}"
+
+
+def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
+    """List what keeps `new` from resuming a run of `old`, as `name: old -> new`.
+
+    Settings in `CHANGEABLE` may differ, except `validate_every` where `plateau` counts validations,
+    and those that decide how many images batch normalisation sees at once. The length may differ if
+    no learning rate depends on it.
+    """
+    before, after = old.to_settings(), new.to_settings()
+    free = {*CHANGEABLE, *LENGTH} - ({"validate_every"} if old.schedule == "plateau" else set())
+    found = [
+        f"{name}: {before[name]} -> {after[name]}"
+        for name in before
+        if before[name] != after[name] and name not in free
+    ]
+    sizes = old.microbatch_size(1), new.microbatch_size(1)
+    if old.design.norm == new.design.norm == "batch" and sizes[0] != sizes[1]:
+        together = f"images that are normalised together: {sizes[0]} -> {sizes[1]}"
+        found.append(f"{together} (--microbatch, --replicas)")
+    lengths = old.total_steps(samples), new.total_steps(samples)
+    constant = old.has_constant_rates and new.has_constant_rates
+    if lengths[0] != lengths[1] and not constant:
+        found.append(f"length in steps: {lengths[0]} -> {lengths[1]} (learning rates drop by it)")
+    return found
 
 
 def find_data_conflicts(old_sha256: str, new_sha256: str) -> list[str]:

@@ -120,7 +120,7 @@ def validate(t: Training) -> dict[str, float]:
     t.net.eval()
     stream = open_stream(
         t.config, t.data, t.run, mesh, t.data_sha256,
-        split="val", view="centre", once=True, ledger=None,
+        split="val", crop="center", once=True, ledger=None,
     )  # fmt: skip
     with stream, PairBatches(stream, mesh) as feed:
         for batch in feed:

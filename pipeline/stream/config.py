@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pipeline.tools.units import CACHE_SIZE
 
@@ -15,15 +15,26 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-View = Literal["random", "centre", "whole"]
+    from pipeline.stream.augment import Draw
+
+Crop = Literal["random", "resized", "center", "whole"]
 Shuffle = Literal["full", "block"]
-Mean = Literal["channel", "picture"]
+Mean = Literal["channel", "image"]
 Device = Literal["cpu", "gpu"]
+Dtype = Literal["float32", "float16", "bfloat16", "uint8"]
+Layout = Literal["NCHW", "NHWC"]
+Triple = tuple[float, float, float]
+Range = tuple[float, float]
+Augmentation = Callable[[Any, "Draw"], Any]
+"""Graph of DALI nodes: from images, uint8 [height, width, 3], and random draws to images of the
+same shape, uint8 or float32."""
 Color = float | Sequence[tuple[int, float]]
 """Standard deviation of the colour draws, in those of the training images, 0 or more: one for all
 epochs, or pairs (first epoch, deviation) whose epochs rise from 0."""
 
-CHOICES = {"view": View, "shuffle": Shuffle, "mean": Mean, "device": Device}
+CHOICES = {"crop": Crop, "shuffle": Shuffle, "dtype": Dtype, "layout": Layout}
+CROP = 224
+"""Height and width of a training crop in the paper, in pixels."""
 MAX_THREADS = 1024
 """Largest number of host threads a stream accepts."""
 MAX_BATCH = 2**20
@@ -36,6 +47,8 @@ MAX_POSITION = 2**62
 """Largest position of a stream."""
 MAX_COLOR = 1000.0
 """Largest standard deviation of the colour draws."""
+MAX_SIZE = 4096
+"""Largest height and width of a delivered image, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class StreamConfig:
     The mean image, the colours by epoch and `colour_divide` follow the released source of 2012
     (convdata_jpeg.py); the defaults are those that cost nothing. The source's own are
 
-        mean="picture", colour=((0, 0.1), (67, 0.0)), colour_divide=True
+        mean="image", colour=((0, 0.1), (67, 0.0)), colour_divide=True
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -114,11 +127,30 @@ class StreamConfig:
     """This rank, 0..world_size-1."""
     world_size: int = 1
     """Ranks that share each batch."""
-    device: Device = "cpu"
-    """Device on which pixels are made and left: `cpu`, or `gpu` for the current CUDA device."""
-    view: View = "random"
-    """`random` crop, flip and colour (training); `centre` crop (evaluation); `whole` 256x256 image
-    (for ten views)."""
+    device: str = "cpu"
+    """Device on which pixels are made and left: `cpu`; `gpu` or `cuda` for the current CUDA device,
+    `cuda:1` for that one; or a `torch.device`."""
+    crop: Crop = "random"
+    """Part of an image that is delivered.
+
+    random    a square anywhere, flipped and coloured (training, as in the paper)
+    resized   a part of random area and aspect ratio, resized to `size`; flipped and coloured
+              (training, as in torchvision's RandomResizedCrop)
+    center    the middle (evaluation)
+    whole     all of the stored image, 256x256 (for ten views); `size` does not matter
+    """
+    size: int | tuple[int, int] = CROP
+    """Height and width of a delivered image in pixels, or one number for both."""
+    scale: Range = (0.08, 1.0)
+    """Smallest and largest share of an image's area in crop `resized`, above 0 and at most 1."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Smallest and largest width of a crop `resized` by its height, before it is resized."""
+    flip: float = 0.5
+    """Probability of a mirrored image in crops `random` and `resized`."""
+    augment: Augmentation | None = None
+    """Augmentation of your own: a function of DALI nodes that gets the crop, uint8 [height, width,
+    3], before it is flipped and normalized, and a `Draw` of random numbers by name. Python's `if`
+    on a node acts on each sample (DALI's conditional execution)."""
     once: bool = False
     """Deliver each sample exactly once in stored order, pad the last batch with rows of weight 0,
     then end. Otherwise the stream is shuffled and endless, and every batch is full."""
@@ -130,15 +162,26 @@ class StreamConfig:
     """Shards in a window of the block shuffle, at least 1."""
     colour: Color = 0.1
     """Standard deviation of the paper's PCA colour draws (0 turns them off), or pairs (first epoch,
-    deviation): the source draws colours in epochs 0..66 only. Used in view `random` only."""
+    deviation): the source draws colours in epochs 0..66 only. Used in crops `random` and `resized`
+    only."""
     colour_divide: bool = False
     """Divide pixels by 1 + colour at the end, which keeps their scale near that of test images.
-    Used in view `random` only."""
-    mean: Mean = "channel"
-    """Mean that is subtracted: the training set's of each `channel`, or its mean `picture` (paper,
-    section 2: "the mean activity over the training set from each pixel"). The mean image's center
-    is subtracted from every crop, wherever it was cut and whether flipped or not. In view `whole`
-    nothing is subtracted: subtract `Stream.view_mean` from each 224x224 view that is cut out."""
+    Used in crops `random` and `resized` only."""
+    mean: Mean | Triple | None = "channel"
+    """Mean that is subtracted: the training set's of each `channel`; three numbers, in grey levels
+    0..255; None for nothing; or the training set's mean `image` (paper, section 2: "the mean
+    activity over the training set from each pixel"). The mean image's center is subtracted from
+    every crop, wherever it was cut and whether flipped or not. With crop `whole` nothing is
+    subtracted then: subtract `Stream.view_mean` from each view that is cut out."""
+    std: Literal["channel"] | Triple | None = None
+    """Divisor of what the mean leaves: the training set's standard deviation of each
+    `channel`; three numbers, in grey levels; None for nothing."""
+    dtype: Dtype | None = None
+    """Type of the pixels, also as a `torch.dtype`; None: float32 on a CPU, float16 on a GPU.
+    `uint8` needs mean=None, std=None and colour=0: pixels as they were stored."""
+    layout: Layout = "NCHW"
+    """Order of the pixels in memory: NHWC is torch's `channels_last`. The shape of a batch is
+    [b, 3, height, width] in either."""
     threads: int | None = None
     """Host threads that decode; None: one per core this process may use."""
     prefetch: int = 2
@@ -162,9 +205,17 @@ class StreamConfig:
     """Largest size of the cache in bytes."""
 
     def __post_init__(self) -> None:
-        """Check every setting that has a range or a choice."""
+        """Bring settings to one spelling, and check every one that has a range or a choice."""
+        self._set("device", {"cuda": "gpu"}.get(str(self.device), str(self.device)))
+        if self.device not in ("cpu", "gpu") and not self.device.removeprefix("cuda:").isdigit():
+            raise ValueError(f"device is {self.device!r}; it takes cpu, gpu, cuda, or cuda:NUMBER")
+        self._set("dtype", self.dtype and str(self.dtype).removeprefix("torch."))
+        for name in ("mean", "std", "scale", "ratio", "size"):
+            if isinstance(value := getattr(self, name), Sequence) and not isinstance(value, str):
+                self._set(name, tuple(value))
         for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in (words := get_args(choices)):
+            value = getattr(self, name)
+            if value not in (words := get_args(choices)) and (name, value) != ("dtype", None):
                 raise ValueError(f"{name} is {value!r}; it takes {', '.join(words)}")
         for name, value, low, high in (
             ("batch_size", self.batch_size, self.world_size, MAX_BATCH),
@@ -174,10 +225,83 @@ class StreamConfig:
             ("threads", self.threads or 0, 0, MAX_THREADS),
             ("window", self.window, 1, MAX_WINDOW),
             ("seed", self.seed, 0, 2**63 - 1),
+            ("flip", self.flip, 0, 1),
         ):
             if not low <= value <= high:  # a NaN is in no range
                 raise ValueError(f"{name} is {value!r:.40}; it must be from {low} to {high}")
         _ = self.color_plan, self.span
+        self._check_shape()
+        self._check_normalization()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # only while it is being made
+
+    def _check_shape(self) -> None:
+        """Check the settings that say which part of an image is delivered, and how large.
+
+        Raises:
+            ValueError: one is out of range; the message names it.
+        """
+        sides = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        if len(sides) != 2 or not all(type(n) is int and 1 <= n <= MAX_SIZE for n in sides):
+            raise ValueError(
+                f"size is {self.size!r}; it takes one number of pixels, or height and width, "
+                f"from 1 to {MAX_SIZE}"
+            )
+        for name, (low, high), most in (
+            ("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf),
+        ):  # fmt: skip
+            if not 0 < low <= high <= most or math.isinf(high):
+                raise ValueError(
+                    f"{name} is {(low, high)}; it takes two rising numbers above 0"
+                    + (f", up to {most:g}" if most < math.inf else "")
+                )
+        if self.mean == "image" and self.crop == "resized":
+            raise ValueError(
+                "mean is 'image', which does not fit parts of other sizes: crop resized takes "
+                "mean='channel', three numbers or None"
+            )
+
+    def _check_normalization(self) -> None:
+        """Check mean and divisor, and that they go with the type of the pixels.
+
+        Raises:
+            ValueError: one is out of range; the message names it.
+        """
+        for name, words in (("mean", ("channel", "image")), ("std", ("channel",))):
+            value = getattr(self, name)
+            if value is None or value in words:
+                continue
+            numbers = isinstance(value, tuple) and all(isinstance(n, int | float) for n in value)
+            if not numbers or len(value) != 3 or not all(map(math.isfinite, value)):
+                known = " or ".join(map(repr, words))
+                raise ValueError(f"{name} is {value!r}; it takes {known}, three numbers, or None")
+            if name == "std" and min(value) <= 0:
+                raise ValueError(f"std is {value}; it takes numbers above 0")
+            if name == "mean" and 0 < max(value) <= 1:
+                levels = ", ".join(f"{255 * one:.2f}" for one in value)
+                raise ValueError(f"mean is {value}; it is in grey levels 0..255: ({levels})?")
+        color = self.augments and max(self.color_plan.values) > 0
+        if self.pixel_dtype == "uint8" and (self.mean, self.std, color) != (None, None, False):
+            raise ValueError(
+                "dtype uint8 holds pixels as they were stored: it goes with mean=None, std=None "
+                "and colour=0"
+            )
+
+    @property
+    def on_gpu(self) -> bool:
+        """True if pixels are made on a GPU."""
+        return self.device != "cpu"
+
+    @property
+    def pixel_dtype(self) -> Dtype:
+        """Type of the delivered pixels."""
+        return self.dtype or ("float16" if self.on_gpu else "float32")
+
+    @property
+    def augments(self) -> bool:
+        """True if crops are random, flipped and coloured."""
+        return self.crop in ("random", "resized")
 
     @property
     def span(self) -> tuple[int, int]:
@@ -198,15 +322,31 @@ class StreamConfig:
     @property
     def divides(self) -> bool:
         """True if pixels are divided by 1 + colour."""
-        return self.colour_divide and self.view == "random"
+        return self.colour_divide and self.augments
 
     @property
-    def image_size(self) -> int:
-        """Height and width of the delivered images in pixels: 224, or 256 for whole images."""
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the delivered images in pixels."""
         from pipeline.dataset.images import SIZE
-        from pipeline.stream.augment import CROP
 
-        return SIZE if self.view == "whole" else CROP
+        if self.crop == "whole":
+            return SIZE, SIZE
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+    @property
+    def pixels(self) -> str:
+        """Settings that change pixels besides crop, colour and mean, where they are no defaults.
+
+        An augmentation is known by its name alone.
+        """
+        names = ("size", "scale", "ratio", "flip", "augment", "std", "dtype", "layout")
+        defaults = {one.name: one.default for one in fields(self)}
+        values = {name: getattr(self, name) for name in names}
+        return " ".join(
+            f"{name}={getattr(value, '__qualname__', value)}"
+            for name, value in values.items()
+            if value != defaults[name]
+        )
 
 
 def split_batch(count: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -1,10 +1,11 @@
 """The DALI graphs: stored images and random draws -> pixels.
 
-CPU and GPU graphs are the same two operators; `device` chooses where each runs:
+CPU and GPU graphs are the same operators; `device` chooses where each runs:
 
-    decode (only the 224x224 region of the crop) -> crop_mirror_normalize
+    decode (only the region of the crop) [-> resize] [-> augment] -> crop_mirror_normalize
 
-Raw images need the second alone, which then crops as well.
+Raw images need the last alone, which then crops as well; they are sliced first for what stands in
+brackets: a crop that is resized, and an augmentation of the user's.
 
 The colour shift is folded into the mean that `crop_mirror_normalize` subtracts anyway (a mean of
 its own for each sample), so the paper's PCA colour costs no pass over the pixels.
@@ -14,9 +15,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,9 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, SIZE, Encoding
 from pipeline.dataset.manifest import Manifest
 from pipeline.stream import operators as dali
-from pipeline.stream.config import Device, StreamConfig
-from pipeline.tools.errors import SetupError
+from pipeline.stream.augment import Draw, NamedDraw
+from pipeline.stream.config import StreamConfig
+from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.units import cpu_count
 
 # Small host buffers come from a pool of DALI's own instead of malloc: what is left to malloc, a few
@@ -53,7 +55,13 @@ class DecoderInput(NamedTuple):
     mean: npt.NDArray[np.float32]
     """[b, 3] what to subtract from each channel."""
     divisor: npt.NDArray[np.float32] | None = None
-    """[b] what to divide by in the end; only read where the config divides."""
+    """[b], or [b, 3] for each channel: what to divide by in the end; only read where the config
+    divides."""
+    region: npt.NDArray[np.int32] | None = None
+    """[b, 4] upper edge, left edge, height and width in pixels of a crop that is resized, where `x`
+    and `y` are not read; only read there."""
+    draws: Sequence[npt.NDArray[Any]] = ()
+    """[b] or [b, count] each: the draws of the augmentation, in the order of `list_draws`."""
 
 
 class Decoder:
@@ -66,32 +74,56 @@ class Decoder:
 
         Args:
             source: called ahead of need, once a batch; raises StopIteration at the end.
-            config: device, threads, prefetch and what is done to pixels. Pixels are float32 in
-                host memory, or float16 on the current GPU; an input has at most `slice_size`
-                samples.
+            config: device, threads, prefetch and what is done to pixels; an input has at most
+                `slice_size` samples.
             encoding: of the images.
 
         Raises:
             SetupError: device `gpu` without a CUDA device.
+            UsageError: the augmentation does not return an image.
         """
-        stored = (dali.types.UINT8, 3, "HWC") if encoding == "raw" else (dali.types.UINT8, 1, "")
-        number, numbers = (dali.types.FLOAT, 0, ""), (dali.types.FLOAT, 1, "")
-        inputs = [stored, number, number, (dali.types.INT32, 0, ""), numbers]
-        if config.divides:
-            inputs.append(number)
-        kinds, dimensions, layouts = zip(*inputs, strict=True)
-        self._pipe = open_pipeline(config)
-        with self._pipe:
+        inputs, draws = _list_inputs(config, encoding), list_draws(config)
+        kinds, dimensions, layouts = zip(
+            *inputs.values(), *(_draw_type(one) for one in draws), strict=True
+        )
+
+        def take() -> list[Any]:
+            given = source()
+            return [*(getattr(given, name) for name in inputs), *given.draws]
+
+        def open_source() -> list[Any]:
             nodes = dali.fn.external_source(
-                source=lambda: source()[: len(inputs)],
-                num_outputs=len(inputs),
+                source=take,
+                num_outputs=len(kinds),
                 batch=True,
                 dtype=list(kinds),
                 ndim=list(dimensions),
                 layout=list(layouts),
                 no_copy=True,
             )
-            self._pipe.set_outputs(make_pixels(config, encoding, *nodes))
+            return list(nodes)
+
+        self._config = config
+        if config.augment is None:
+            self._pipe = open_pipeline(config)
+            with self._pipe:
+                known = dict(zip(inputs, open_source(), strict=True))
+                self._pipe.set_outputs(make_pixels(config, encoding, **known))
+        else:
+
+            def begin() -> tuple[Any, Draw, Callable[[Any], Any]]:
+                nodes = open_source()
+                known = dict(zip(inputs, nodes[: len(inputs)], strict=True))
+                drawn = dict(zip((one.name for one in draws), nodes[len(inputs) :], strict=True))
+                where = {name: known.pop(name, None) for name in ("images", "x", "y", "region")}
+                crops = cut_crops(config, encoding, **where)
+                return (
+                    crops,
+                    Draw(lambda one: drawn[one.name]),
+                    lambda made: normalize_crops(config, made, **known),
+                )
+
+            self._pipe = _build_augmented(config, begin)
         self._pipe.build()
 
     def run(self) -> torch.Tensor:
@@ -99,10 +131,14 @@ class Decoder:
 
         Raises:
             StopIteration: the source has ended.
+            UsageError: the augmentation has changed the shape of an image.
             RuntimeError: most likely an image cannot be decoded (`TrialDecoder` finds it); its
                 whole batch is lost, and this decoder with it.
         """
-        return run_to_tensor(self._pipe)
+        output = run_on_current_stream(self._pipe)
+        if self._config.augment is not None:
+            _check_shapes(self._config, output)
+        return to_batch(self._config, to_tensor(output, self._pipe.device_id))
 
 
 class TrialDecoder:
@@ -118,7 +154,7 @@ class TrialDecoder:
     def can_decode(self, image: npt.NDArray[np.uint8]) -> bool:
         """Return whether a JPEG (uint8 [size]) decodes to 256x256 pixels."""
         if self._pipe is None:
-            self._pipe = dali.Pipeline(1, 1, None, prefetch_queue_depth=1)
+            self._pipe = dali.Pipeline(batch_size=1, num_threads=1, prefetch_queue_depth=1)
             with self._pipe:
                 jpeg = dali.fn.external_source(name="image", dtype=dali.types.UINT8, ndim=1)
                 self._pipe.set_outputs(dali.fn.decoders.image(jpeg, output_type=dali.types.RGB))
@@ -132,17 +168,25 @@ class TrialDecoder:
         return tuple(pixels[0].shape()) == (SIZE, SIZE, 3)
 
 
-def select_gpu(device: Device) -> int | None:
-    """Return the number of the GPU to decode on, the current one; None for the CPU.
+def select_gpu(device: str) -> int | None:
+    """Return the number of the GPU to decode on; None for the CPU.
+
+    Args:
+        device: `cpu`; `gpu` for the current GPU; or `cuda:` and a number.
 
     Raises:
-        SetupError: device `gpu` without a CUDA device.
+        SetupError: there is no such CUDA device.
     """
     if device == "cpu":
         return None
     if not torch.cuda.is_available():
-        raise SetupError("device gpu needs a CUDA device, and torch sees none; use cpu")
-    return torch.cuda.current_device()
+        raise SetupError(f"device {device} needs a CUDA device, and torch sees none; use cpu")
+    if device == "gpu":
+        return torch.cuda.current_device()
+    number, count = int(device.removeprefix("cuda:")), torch.cuda.device_count()
+    if number >= count:
+        raise SetupError(f"device {device}: torch sees {count} CUDA devices, counted from 0")
+    return number
 
 
 def run_on_current_stream(pipe: dali.Pipeline) -> Any:
@@ -188,6 +232,14 @@ def to_tensor(output: Any, gpu: int | None) -> torch.Tensor:
     return tensor
 
 
+def to_batch(config: StreamConfig, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the pixels that DALI made as [b, 3, height, width] of the config's type."""
+    if config.layout == "NHWC":
+        pixels = pixels.permute(0, 3, 1, 2)
+    # DALI makes all types but this one.
+    return pixels.to(torch.bfloat16) if config.pixel_dtype == "bfloat16" else pixels
+
+
 def _current_stream(gpu: int | None) -> torch.cuda.Stream | None:
     return None if gpu is None else torch.cuda.current_stream(gpu)
 
@@ -198,48 +250,78 @@ def open_pipeline(config: StreamConfig, **options: Any) -> dali.Pipeline:
     Raises:
         SetupError: device `gpu` without a CUDA device.
     """
-    return dali.Pipeline(
-        config.slice_size,
-        config.threads or cpu_count(),
-        select_gpu(config.device),
-        prefetch_queue_depth=config.prefetch,
-        **options,
-    )
+    return dali.Pipeline(**_pipeline_options(config), **options)
+
+
+def _pipeline_options(config: StreamConfig) -> dict[str, Any]:
+    return {
+        "batch_size": config.slice_size,
+        "num_threads": config.threads or cpu_count(),
+        "device_id": select_gpu(config.device),
+        "prefetch_queue_depth": config.prefetch,
+    }
 
 
 def make_pixels(
     config: StreamConfig,
     encoding: Encoding,
+    *,
     images: Any,
-    x: Any,
-    y: Any,
     flip: Any,
     mean: Any,
+    x: Any = None,
+    y: Any = None,
+    region: Any = None,
     divisor: Any = None,
 ) -> Any:
-    """Return the whole graph: stored images -> [3, size, size] pixels.
+    """Return the whole graph without an augmentation: stored images -> [3, height, width] pixels.
 
     `images` and what follows are DALI nodes (or constants) as in `DecoderInput`; the result is one.
     """
-    if encoding == "raw":
-        pixels = images.gpu() if config.device == "gpu" else images
+    if encoding == "raw" and region is None:
+        pixels = images.gpu() if config.on_gpu else images
         return normalize_crops(config, pixels, flip, mean, divisor, _crop(config, x, y))
-    return normalize_crops(config, decode_crops(config, images, x, y), flip, mean, divisor)
+    crops = cut_crops(config, encoding, images, x, y, region)
+    return normalize_crops(config, crops, flip, mean, divisor)
 
 
-def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any) -> Any:
-    """Return the first half of the graph: JPEGs -> the crop, uint8 [size, size, 3]."""
-    return dali.fn.decoders.image_crop(
-        jpegs,
-        device="mixed" if config.device == "gpu" else "cpu",
-        output_type=dali.types.RGB,
+def cut_crops(
+    config: StreamConfig, encoding: Encoding, images: Any, x: Any, y: Any, region: Any = None
+) -> Any:
+    """Return the first half of the graph: stored images -> the crop, uint8 [height, width, 3]."""
+    if encoding == "jpeg":
+        return decode_crops(config, images, x, y, region)
+    pixels = images.gpu() if config.on_gpu else images
+    if region is not None:
+        return _resize(config, dali.fn.slice(pixels, **_slice(region)))
+    return dali.fn.crop(pixels, **_crop(config, x, y))
+
+
+def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any, region: Any = None) -> Any:
+    """Return the crop of JPEGs, uint8 [height, width, 3]."""
+    options: dict[str, Any] = {
+        "device": "mixed" if config.on_gpu else "cpu",
+        "output_type": dali.types.RGB,
         # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
-        jpeg_fancy_upsampling=True,
-        hw_decoder_load=config.hw_decoder_load,
+        "jpeg_fancy_upsampling": True,
+        "hw_decoder_load": config.hw_decoder_load,
         # True, DALI's default, ties its GPU decoder's threads to cores near the GPU of this number
         # in the driver's count: another one wherever CUDA_VISIBLE_DEVICES leaves some out.
-        affine=False,
-        **_crop(config, x, y),
+        "affine": False,
+    }
+    if region is not None:
+        return _resize(config, dali.fn.decoders.image_slice(jpegs, **_slice(region), **options))
+    return dali.fn.decoders.image_crop(jpegs, **_crop(config, x, y), **options)
+
+
+def _slice(region: Any) -> dict[str, Any]:
+    return {"start": region[:2], "shape": region[2:], "axis_names": "HW"}
+
+
+def _resize(config: StreamConfig, crops: Any) -> Any:
+    """Resize to the config's size as Pillow does: linear, with a wider filter to shrink."""
+    return dali.fn.resize(
+        crops, size=list(config.image_size), interp_type=dali.types.INTERP_LINEAR, antialias=True
     )
 
 
@@ -257,16 +339,122 @@ def normalize_crops(
         pixels,
         mirror=flip,
         mean=mean,
-        dtype=dali.types.FLOAT16 if config.device == "gpu" else dali.types.FLOAT,
-        output_layout="CHW",
+        dtype=getattr(dali.types, _DALI_TYPES[config.pixel_dtype]),
+        output_layout=config.layout[1:],
         **more,
         **(crop or {}),
     )
 
 
+_DALI_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "FLOAT", "uint8": "UINT8"}
+
+
 def _crop(config: StreamConfig, x: Any, y: Any) -> dict[str, Any]:
-    size = config.image_size
-    return {"crop_pos_x": x, "crop_pos_y": y, "crop": (size, size), "rounding": "round"}
+    return {"crop_pos_x": x, "crop_pos_y": y, "crop": config.image_size, "rounding": "round"}
+
+
+_InputType: TypeAlias = tuple[Any, int, str]
+"""Type, dimensions and layout of an input of the graph."""
+
+
+def _list_inputs(config: StreamConfig, encoding: Encoding) -> dict[str, _InputType]:
+    """Return the fields of a `DecoderInput` that the graph of a config takes, besides the draws."""
+    number, numbers = (dali.types.FLOAT, 0, ""), (dali.types.FLOAT, 1, "")
+    inputs = {
+        "images": (dali.types.UINT8, 3, "HWC") if encoding == "raw" else (dali.types.UINT8, 1, "")
+    }
+    if config.crop == "resized":
+        inputs["region"] = dali.types.INT32, 1, ""
+    else:
+        inputs |= {"x": number, "y": number}
+    inputs |= {"flip": (dali.types.INT32, 0, ""), "mean": numbers}
+    if config.divides or config.std is not None:
+        inputs["divisor"] = number if config.std is None else numbers
+    return inputs
+
+
+def _draw_type(draw: NamedDraw) -> _InputType:
+    dtypes = {np.float32: dali.types.FLOAT, np.int32: dali.types.INT32, np.bool_: dali.types.BOOL}
+    return dtypes[draw.dtype], int(draw.count is not None), ""
+
+
+def list_draws(config: StreamConfig) -> list[NamedDraw]:
+    """Return the draws that the augmentation of a config asks for, in its order.
+
+    It is called once for this, in a graph that never runs.
+
+    Raises:
+        UsageError: it returns no image.
+    """
+    if config.augment is None:
+        return []
+
+    def make_node(one: NamedDraw) -> Any:
+        dtype, dimensions, _ = _draw_type(one)
+        return dali.fn.external_source(dtype=dtype, ndim=dimensions)
+
+    draw = Draw(make_node)
+
+    returned = []
+
+    def begin() -> tuple[Any, Draw, Callable[[Any], Any]]:
+        images = dali.fn.external_source(dtype=dali.types.UINT8, ndim=3, layout="HWC")
+
+        def finish(made: Any) -> Any:
+            returned.append(made)
+            return images
+
+        return (images.gpu() if config.on_gpu else images), draw, finish
+
+    _build_augmented(config, begin)
+    if not isinstance(returned[0], dali.DataNode):
+        raise UsageError(
+            f"augment {_name(config)} returns {type(returned[0]).__name__}, no DALI node; "
+            "it takes and returns images"
+        )
+    return [one for one, _ in draw.drawn.values()]
+
+
+def _name(config: StreamConfig) -> str:
+    return str(getattr(config.augment, "__qualname__", config.augment))
+
+
+def _build_augmented(
+    config: StreamConfig, begin: Callable[[], tuple[Any, Draw, Callable[[Any], Any]]]
+) -> dali.Pipeline:
+    """Return the pipeline of a graph with an augmentation, in which `if` acts on each sample.
+
+    Args:
+        config: with an augmentation.
+        begin: makes the crops, the draws, and what becomes of the augmented crops.
+    """
+    augment = config.augment
+    assert augment
+
+    # DALI rewrites this function and all that it calls, for its `if`: ours need not be.
+    @dali.pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
+    def build() -> Any:
+        crops, draw, finish = dali.do_not_convert(begin)()
+        return dali.do_not_convert(finish)(augment(crops, draw))
+
+    return build(**_pipeline_options(config))
+
+
+def _check_shapes(config: StreamConfig, output: Any) -> None:
+    """Refuse an augmentation that has changed the shape of an image.
+
+    Raises:
+        UsageError: names the augmentation and the two shapes.
+    """
+    height, width = config.image_size
+    expected = [3, height, width] if config.layout == "NCHW" else [height, width, 3]
+    for shape in output.shape():
+        if list(shape) != expected:
+            raise UsageError(
+                f"augment {_name(config)} returns an image of {'x'.join(map(str, shape))} "
+                f"({config.layout[1:]}), not {'x'.join(map(str, expected))}; "
+                "resize or crop it to the size it came in"
+            )
 
 
 _ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
@@ -291,6 +479,7 @@ class DaliReader:
         manifest = Manifest.load(data)
         shards = [data / s.name for s in manifest.split(config.split, data).shards]
         mean = [float(value) for value in Statistics.load(data, manifest.stats_sha256).channel_mean]
+        self._config = config
         self._pipe = open_pipeline(config, seed=0)
         with self._pipe:
             parts: Any = dali.fn.readers.webdataset(
@@ -303,12 +492,16 @@ class DaliReader:
             x, y = (dali.fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
             flip = dali.fn.random.coin_flip()
             stored = parts[0] if manifest.encoding == "jpeg" else _skip_header(parts[0])
-            self._pipe.set_outputs(make_pixels(config, manifest.encoding, stored, x, y, flip, mean))
+            self._pipe.set_outputs(
+                make_pixels(
+                    config, manifest.encoding, images=stored, x=x, y=y, flip=flip, mean=mean
+                )
+            )
         self._pipe.build()
 
     def __next__(self) -> torch.Tensor:
-        """Return the next batch of pixels, [b, 3, 224, 224]."""
-        return run_to_tensor(self._pipe)
+        """Return the next batch of pixels, [b, 3, height, width]."""
+        return to_batch(self._config, run_to_tensor(self._pipe))
 
 
 def _skip_header(npy: Any) -> Any:

@@ -16,9 +16,9 @@ import torch
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import SIZE
 from pipeline.remote.dataset import Dataset
-from pipeline.stream.augment import BORDER, draw
+from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder
+from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder, list_draws, select_gpu
 from pipeline.stream.normalization import Floats, Normalization
 from pipeline.stream.order import BlockShuffle, FullShuffle, Ids, Order, Slots, StoredOrder
 from pipeline.stream.prefetch import Prefetcher
@@ -26,7 +26,7 @@ from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine
 from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
 from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.stream.transfer import to_device
-from pipeline.tools.errors import REBUILD, DataError
+from pipeline.tools.errors import REBUILD, DataError, UsageError
 
 LOOKAHEAD = 4
 """Batches whose bytes the kernel is told to read from the disk before they are needed."""
@@ -67,12 +67,19 @@ class BatchReader:
         """Open shards, statistics, order and quarantine.
 
         Raises:
-            UsageError: no such split, or the quarantine file cannot be used.
+            UsageError: no such split, a crop larger than the stored images, an augmentation that
+                returns no image, or the quarantine file cannot be used.
             DataError: the dataset is not what its manifest says.
         """
         self.config = config
         self.dataset = dataset
-        gpu = config.device == "gpu"
+        height, width = config.image_size
+        if config.crop in ("random", "center") and max(height, width) > SIZE:
+            raise UsageError(
+                f"size {height}x{width} does not fit into the stored images of {SIZE}x{SIZE}; "
+                "give a smaller one, or crop='resized'"
+            )
+        gpu = config.on_gpu
         self.shard_reader = ShardReader(dataset, config.split, maps=not gpu)
         self.statistics = Statistics.load(dataset.folder, self.shard_reader.manifest.stats_sha256)
         self.normalization = Normalization.of(self.statistics, config)
@@ -81,6 +88,7 @@ class BatchReader:
             config.split, Path(config.quarantine) if config.quarantine else None
         )
         """Samples found damaged."""
+        self._draws = list_draws(config)
         is_jpeg = self.shard_reader.encoding == "jpeg"
         self._header_check = HeaderCheck(len(self.shard_reader)) if is_jpeg else None
         # Of page-locked memory a GPU takes raw images by itself. JPEGs go to its decoders' hosts.
@@ -219,24 +227,44 @@ class BatchReader:
         return np.empty(size, np.uint8)
 
     def _make_input(self, slots: Slots, images: list[Bytes]) -> DecoderInput:
-        """Return what DALI takes for the samples of `slots`, whose stored bytes are `images`."""
+        """Return what DALI takes for the samples of `slots`, whose stored bytes are `images`.
+
+        A substitute gets the draws of the sample that is due: it has its own place as well.
+        """
+        config, normalization, count = self.config, self.normalization, len(images)
         if self.shard_reader.encoding == "raw":
             images = [image.reshape(SIZE, SIZE, 3) for image in images]
-        divisor = None
-        if self.config.view == "random":
-            # A substitute gets the draws of the sample that is due: it has its own place as well.
-            draws = draw(self.order.seed, slots.epochs, slots.ids)
+        seed, epochs, ids = self.order.seed, slots.epochs, slots.ids
+        height, width = config.image_size
+        border = SIZE - height, SIZE - width
+        region = None
+        if config.crop == "resized":
+            stored = SIZE, SIZE
+            border = 0, 0
+            parts = draw_regions(seed, epochs, ids, stored, config.scale, config.ratio)
+            region = np.concatenate(parts, axis=1)
+        if config.augments:
+            draws = draw(seed, epochs, ids, border, config.flip)
             x, y, flip = draws.x, draws.y, draws.flip
-            mean = self.normalization.compute_means(draws.color, slots.epochs)
-            if self.config.divides:
-                divisor = self.normalization.compute_divisors(slots.epochs).astype(np.float32)
+            mean = normalization.compute_means(draws.color, epochs)
         else:
-            x = y = np.full(len(images), BORDER // 2)
-            flip = np.zeros(len(images), bool)
-            mean = np.tile(self.normalization.channel_mean, (len(images), 1))
-        left, top = ((corner / BORDER).astype(np.float32) for corner in (x, y))
-        subtracted = mean.astype(np.float32)
-        return DecoderInput(images, left, top, flip.astype(np.int32), subtracted, divisor)
+            x, y = np.full(count, border[1] // 2), np.full(count, border[0] // 2)
+            flip = np.zeros(count, bool)
+            mean = np.tile(normalization.channel_mean, (count, 1))
+        divisor = normalization.compute_divisors(epochs) if config.divides else None
+        if normalization.std is not None:
+            scale = 1 if divisor is None else divisor[:, None]
+            divisor = np.tile(normalization.std, (count, 1)) * scale
+        return DecoderInput(
+            images=images,
+            x=(x / max(border[1], 1)).astype(np.float32),
+            y=(y / max(border[0], 1)).astype(np.float32),
+            flip=flip.astype(np.int32),
+            mean=mean.astype(np.float32),
+            divisor=None if divisor is None else divisor.astype(np.float32),
+            region=region,
+            draws=[one.compute(seed, epochs, ids) for one in self._draws],
+        )
 
 
 def make_order(config: StreamConfig, shards: list[int]) -> Order:
@@ -287,8 +315,11 @@ class Loader:
         self._decoder = Decoder(lambda: source()(), config, encoding)  # type: ignore[misc]
         self._mean_image: torch.Tensor | None = None
         if (image := reader.normalization.mean_image) is not None:
-            where = ("cuda", torch.float16) if config.device == "gpu" else ("cpu", torch.float32)
-            self._mean_image = torch.from_numpy(image).to(*where)
+            if (std := reader.normalization.std) is not None and not config.divides:
+                image = (image / std.reshape(3, 1, 1)).astype(np.float32)
+            where = "cpu" if (gpu := select_gpu(config.device)) is None else f"cuda:{gpu}"
+            dtype = getattr(torch, config.pixel_dtype)
+            self._mean_image = torch.from_numpy(image).to(where, dtype)
 
     def run(self) -> tuple[EncodedBatch, torch.Tensor]:
         """Return the next batch and its pixels.
@@ -312,7 +343,8 @@ class Loader:
         batch = self._decoding.popleft()
         self._recycle(batch, images)
         if self._mean_image is not None:
-            subtract_image(images, self._mean_image, batch.input.divisor)
+            divisor = batch.input.divisor if self._reader.config.divides else None
+            subtract_image(images, self._mean_image, divisor)
         self._waits.decode += perf_counter() - start - (self._read_wait - read_wait)
         return batch, images
 
@@ -385,5 +417,5 @@ def subtract_image(images: torch.Tensor, image: torch.Tensor, divisor: Floats | 
         images.sub_(image)
     else:
         share = to_device(torch.from_numpy(1 / divisor), images.device).to(images.dtype)
-        share = share.view(-1, 1, 1, 1)
+        share = share.view(len(divisor), -1, 1, 1)
         images.addcmul_(image, share, value=-1)

@@ -1,7 +1,7 @@
 """Operators of DALI, imported at their first use: commands that decode nothing run without DALI.
 
 `from pipeline.stream import operators as dali`, then `dali.fn`, `dali.types`, `dali.Pipeline`,
-`dali.feed_ndarray`, `dali.to_torch_type`.
+`dali.feed_ndarray`, and what else `__all__` lists.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from pipeline.tools.packages import suggest_extra
 
 if TYPE_CHECKING:
     from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import Pipeline
+    from nvidia.dali.data_node import DataNode
+    from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
     from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
-__all__ = ["Pipeline", "feed_ndarray", "fn", "to_torch_type", "types"]
+__all__ = [
+    "DataNode", "Pipeline", "do_not_convert", "feed_ndarray", "fn", "pipeline_def", "to_torch_type",
+    "types",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -52,16 +56,20 @@ def import_dali() -> None:
     require_dali()
     try:
         from nvidia.dali import fn, types
-        from nvidia.dali.pipeline import Pipeline
+        from nvidia.dali.data_node import DataNode
+        from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
         from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
     except (ImportError, OSError) as error:  # a library of the system is missing
         raise SetupError(
             f"NVIDIA DALI does not load ({summarize_error(error)}); duet doctor says more"
         ) from error
     globals().update(
-        fn=fn,
-        types=types,
+        DataNode=DataNode,
         Pipeline=Pipeline,
+        do_not_convert=do_not_convert,
         feed_ndarray=feed_ndarray,
+        fn=fn,
+        pipeline_def=pipeline_def,
         to_torch_type=to_torch_type,
+        types=types,
     )

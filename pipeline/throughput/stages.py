@@ -29,8 +29,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.remote.dataset import Dataset, open_dataset
 from pipeline.stream import operators as dali
-from pipeline.stream.augment import CROP
-from pipeline.stream.config import StreamConfig
+from pipeline.stream.config import CROP, StreamConfig
 from pipeline.stream.decode import (
     Decoder,
     decode_crops,

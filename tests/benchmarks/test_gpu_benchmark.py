@@ -94,7 +94,7 @@ def test_a_raw_set_holds_what_pillow_decodes(tiny_data, tmp_path):
     wanted = torch.stack(
         [torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg.tobytes())))) for jpeg in jpegs]
     ).permute(0, 3, 1, 2)
-    with Stream(data, batch_size=48, once=True, view="whole") as stream:
+    with Stream(data, batch_size=48, once=True, crop="whole") as stream:
         found = next(stream).images + torch.tensor(stream.channel_mean)[:, None, None]
     assert (found - wanted).abs().max() < 1e-3
 

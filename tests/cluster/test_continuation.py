@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.config import CHANGEABLE, Config, find_conflicts
+from cluster.config import CHANGEABLE, Config
+from cluster.run.folder import find_conflicts
 from model.architecture import Design
 
 OTHER = {
@@ -18,7 +19,7 @@ OTHER = {
     "net": "four", "conv6": True, "dropout": False, "init": "runs/other", "augment": False,
     "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
     "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
-    "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "picture",
+    "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "image",
     "exchange_dtype": "bfloat16", "hw_decoder_load": 0.5,
 }  # fmt: skip
 

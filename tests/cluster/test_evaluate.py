@@ -45,7 +45,7 @@ CONFIG = Config(
 )
 
 
-PICTURE = replace(CONFIG, mean="picture", seed=1)
+PICTURE = replace(CONFIG, mean="image", seed=1)
 
 
 def make_run(run: Path, config: Config, data: Path) -> Path:
@@ -80,7 +80,7 @@ def one_by_one(
     found = []
     with (
         torch.no_grad(),
-        Stream(data, split="val", batch_size=1, view="whole", once=True, threads=1) as stream,
+        Stream(data, split="val", batch_size=1, crop="whole", once=True, threads=1) as stream,
     ):
         back = torch.tensor(stream.mean) if isinstance(mean, torch.Tensor) else 0.0
         for batch in stream:

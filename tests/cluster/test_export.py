@@ -164,7 +164,7 @@ def test_the_best_or_any_one_can_be_had(run, capsys):
 
 
 def test_a_mean_image_comes_from_the_data_set_of_the_training(tiny_data, tmp_path):
-    run = trained(tiny_data, tmp_path / "run", mean="picture", steps=2)
+    run = trained(tiny_data, tmp_path / "run", mean="image", steps=2)
     assert main([str(run)]) == 0
     mean = load_file(run / "weights.safetensors")["mean"]
     wanted = Statistics.load(tiny_data).mean_picture[16:240, 16:240].transpose(2, 0, 1)

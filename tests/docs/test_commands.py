@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import linecache
 import re
 import runpy
 import shlex
@@ -141,6 +142,8 @@ def test_python_runs(block: Block, world: World):
     if "weights.safetensors" in block.text:
         world.run(shlex.split(EXPORT))
     names: dict[str, Any] = {}
+    # As from a file: DALI reads the source of an augmentation.
+    linecache.cache[block.place] = len(block.text), None, block.text.splitlines(True), block.place
     exec(compile(block.text, block.place, "exec"), names)
     if "state" in names:
         assert names["state"] == {"position": 1280}

@@ -103,7 +103,9 @@ class FakeGpu:
         patch.setattr(operators, "Pipeline", partial(FakePipeline, self))
         patch.setattr(
             decode, "make_pixels",
-            lambda config, *nodes: real(replace(config, device="cpu"), *nodes),
+            lambda config, encoding, **nodes: real(
+                replace(config, device="cpu"), encoding, **nodes
+            ),
         )  # fmt: skip
         patch.setattr(torch, "empty", partial(self._empty, torch.empty))
         patch.setattr(torch.Tensor, "pin_memory", _pin)
@@ -161,11 +163,11 @@ class FakePipeline(Pipeline):  # type: ignore[misc]
     """Pipeline on the CPU whose output looks as if it were on a GPU."""
 
     def __init__(
-        self, gpu: FakeGpu, size: int, threads: int, number: int | None, **rest: Any
+        self, gpu: FakeGpu, *sizes: int | None, device_id: int | None = None, **rest: Any
     ) -> None:
-        super().__init__(size, threads, None, **rest)
-        self._gpu, self._number = gpu, number
-        gpu.trials += number is None
+        super().__init__(*sizes, device_id=None, **rest)
+        self._gpu, self._number = gpu, device_id
+        gpu.trials += device_id is None
 
     @property
     def device_id(self) -> int | None:

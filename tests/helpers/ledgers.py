@@ -40,7 +40,7 @@ def data_set(folder: Path, samples: int, shard: int = 20) -> Path:
 
 def about(data: Path, position: int, batch: int, rank: int, world: int, **other) -> LedgerHeader:
     samples = Manifest.load(data).splits["train"].samples
-    fixed = {"split": "train", "seed": 7, "shuffle": "full", "view": "random", "colour": 0.1}
+    fixed = {"split": "train", "seed": 7, "shuffle": "full", "crop": "random", "colour": 0.1}
     facts = {"data_sha256": identity(data), "samples": samples, "device": "cpu", **fixed, **other}
     return LedgerHeader(position=position, batch_size=batch, rank=rank, world_size=world, **facts)
 

@@ -24,8 +24,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import LocalDataset
-from pipeline.stream.augment import CROP
-from pipeline.stream.config import Device, StreamConfig
+from pipeline.stream.config import CROP, Device, StreamConfig
 from pipeline.stream.decode import (
     DaliReader,
     Decoder,

@@ -189,7 +189,7 @@ def extract(job: FeatureJob) -> int:
         batch_size=BATCH,
         position=first,
         device="gpu" if device.type == "cuda" else "cpu",
-        view="centre",
+        crop="center",
         mean=source.config.mean,
         once=True,
         threads=job.threads,

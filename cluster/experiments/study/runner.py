@@ -25,11 +25,18 @@ import torch
 from cluster import train
 from cluster.checkpoint.loader import pin_init
 from cluster.checkpoint.storage import find_last_step
-from cluster.config import Config, find_conflicts, format_value, read_run_config
+from cluster.config import Config, format_value, read_run_config
 from cluster.launch.controller import count_interrupts
 from cluster.mesh import ProcessMesh
 from cluster.run.console import RunConsole
-from cluster.run.folder import CONFIG, METRICS, lock_leader, read_identity, write_machine
+from cluster.run.folder import (
+    CONFIG,
+    METRICS,
+    find_conflicts,
+    lock_leader,
+    read_identity,
+    write_machine,
+)
 from cluster.run.jsonl import read_tail
 from cluster.training.finite_check import NotFinite
 from cluster.training.loop import train as make_run

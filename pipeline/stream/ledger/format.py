@@ -47,14 +47,17 @@ class LedgerHeader:
     """Seed of order and augmentation."""
     shuffle: str
     """Name of the order with its settings: `full`, `block 16`."""
-    view: str
-    """Cut of an image: `random`, `centre`, `whole`."""
+    crop: str
+    """Part of an image: `random`, `resized`, `center`, `whole`. Older files call it `view`."""
     colour: float | tuple[tuple[int, float], ...]
     """Standard deviation of the colour draws, or pairs (first epoch, deviation)."""
     colour_divide: bool = False
     """True if pixels were divided by 1 + colour. Older files lack it."""
-    mean: str = "channel"
-    """Mean that was subtracted: of each `channel`, or the mean `picture`. Older files lack it."""
+    mean: str | tuple[float, ...] | None = "channel"
+    """Mean that was subtracted: of each `channel`, the mean `image`, three numbers, or none. Older
+    files lack it."""
+    pixels: str = ""
+    """Other settings that change pixels, `StreamConfig.pixels`. Older files lack it."""
     position: int
     """Samples that the whole job had consumed when the attempt began."""
     batch_size: int
@@ -79,6 +82,7 @@ class LedgerHeader:
         facts = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
         facts["shuffle"] = "stored" if config.once else shuffle
         facts["colour"] = config.color_plan.given
+        facts["device"] = "gpu" if config.on_gpu else "cpu"
         return cls(data_sha256=data_sha256, samples=samples, **facts)
 
     @property
@@ -107,6 +111,12 @@ class LedgerHeader:
         if not isinstance(facts, dict) or facts.get("ledger") != VERSION:
             raise ValueError(f"its first line is not that of a ledger of version {VERSION}")
         facts = {f.name: f.default for f in fields(cls) if f.default is not MISSING} | facts
+        if "view" in facts:  # as it was called, in the words it had
+            facts["crop"] = {"centre": "center"}.get(facts["view"], facts["view"])
+        if facts["mean"] == "picture":
+            facts["mean"] = "image"
+        if isinstance(facts["mean"], list):
+            facts["mean"] = tuple(facts["mean"])
         if isinstance(facts["colour"], list):
             facts["colour"] = tuple((start, value) for start, value in facts["colour"])
         try:

@@ -107,7 +107,7 @@ class _Replays:
         self._record("ids", number, deliveries, other_ids, owner, window)
         # Pixels differ between devices, crops, means and colours: those are not compared.
         color = header.colour, header.colour_divide
-        kind = header.checksum, header.device, header.view, header.mean, color
+        kind = header.checksum, header.device, header.crop, header.mean, color, header.pixels
         other_pixels, owner = window.add_pixels(number, kind, deliveries)
         self._record("pixels", number, deliveries, other_pixels & ~other_ids, owner, window)
 

@@ -3,10 +3,10 @@
 FOLDER/20261121T003012.123456789Z-r0003of0008-5f0c9a1e.ledger    one rank in one attempt
 
 A 32-bit checksum of each sample's pixels lets deliveries be compared without keeping them. On the
-host it is the CRC-32 of the sample's bytes. A GPU computes no CRC in parallel: there it is
-a sum of the float16 bit patterns, each times an odd 64-bit number of its own place, folded to 32
-bits. Integer sums do not depend on the order in which a GPU makes them, and a change of any one
-value changes the sum before folding for certain.
+host it is the CRC-32 of the sample's bytes. A GPU computes no CRC in parallel: there it is a sum of
+the bit patterns of the values, each times an odd 64-bit number of its own place, folded to 32 bits.
+Integer sums do not depend on the order in which a GPU makes them, and a change of any one value
+changes the sum before folding for certain.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def compute_crc32s(images: torch.Tensor) -> npt.NDArray[np.uint32]:
     Args:
         images: [b, ...] on the host, any dtype that NumPy knows; not copied when contiguous.
     """
-    rows = images.detach().contiguous().numpy().reshape(len(images), -1).view(np.uint8)
+    rows = _flatten(images.detach()).view(torch.uint8).numpy()
     return np.fromiter((isal_zlib.crc32(row) for row in rows), np.uint32, len(rows))
 
 
@@ -51,18 +51,21 @@ def compute_weighted_sums(images: torch.Tensor) -> torch.Tensor:
     Nothing here waits for the device.
 
     Args:
-        images: float16 [b, ...].
-
-    Raises:
-        ValueError: another dtype.
+        images: [b, ...], any dtype.
     """
-    if images.dtype != torch.float16:
-        raise ValueError(f"checksums are of float16 bits, not {images.dtype}")
-    bits = images.detach().contiguous().view(torch.int16).flatten(1)
+    rows = _flatten(images.detach())
+    bits = rows.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[rows.element_size()])
     weights = _weights(bits.shape[1], bits.device)
     parts = [(part * weights).sum(1) for part in torch.split(bits, _AT_ONCE)]
     sums = torch.cat(parts)
     return (sums ^ (sums >> 32)) & 0xFFFFFFFF
+
+
+def _flatten(images: torch.Tensor) -> torch.Tensor:
+    """Return images as [b, values of each]; dense ones are not copied, in either layout."""
+    if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
+        images = images.permute(0, 2, 3, 1)
+    return images.contiguous().flatten(1)
 
 
 @lru_cache(maxsize=4)
@@ -132,8 +135,7 @@ class Ledger:
             position: position of the first sample of this rank's slice.
             due: ids that are due there by the order, int64 [b].
             delivered: ids that were delivered, other ones where a sample is damaged; int64 [b].
-            images: [b, 3, h, w]; float32 on the host, or float16 on the device. Contiguous images
-                are not copied.
+            images: [b, 3, h, w], on the host or the device. Dense images are not copied.
 
         Raises:
             SetupError: the file cannot be written (a full disk).

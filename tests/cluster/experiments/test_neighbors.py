@@ -80,7 +80,7 @@ def by_hand(run: Path, data: Path, split: str) -> np.ndarray:
     rows = []
     with (
         torch.no_grad(),
-        Stream(data, split=split, batch_size=1, view="centre", once=True, threads=1) as stream,
+        Stream(data, split=split, batch_size=1, crop="center", once=True, threads=1) as stream,
     ):
         for batch in stream:
             seen = {}
@@ -104,7 +104,7 @@ def test_features_are_what_fc8_reads(run, tiny_data, capsys):
         expected = by_hand(run, tiny_data, split)
         assert np.abs(expected).max() > 0
         np.testing.assert_allclose(found.values, expected, rtol=1e-4, atol=1e-6)
-        with Stream(tiny_data, split=split, batch_size=count, once=True, view="centre") as stream:
+        with Stream(tiny_data, split=split, batch_size=count, once=True, crop="center") as stream:
             assert found.labels.tolist() == next(stream).labels.tolist()
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import PRESETS, find_conflicts, load_settings
+from cluster.config import PRESETS, load_settings
 from cluster.experiments.study.__main__ import sort_stages
 from cluster.experiments.study.config import DataSubset, read_study
+from cluster.run.folder import find_conflicts
 from pipeline.tools.errors import UsageError
 
 STUDIES_FOLDER = PRESETS / "studies"

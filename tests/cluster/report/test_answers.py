@@ -45,7 +45,7 @@ def run(tmp_path: Path, tiny_data: Path) -> Path:
 
 
 def read_truth(data: Path) -> torch.Tensor:
-    with Stream(data, split="val", batch_size=20, view="centre", once=True) as stream:
+    with Stream(data, split="val", batch_size=20, crop="center", once=True) as stream:
         return next(stream).labels
 
 
@@ -81,7 +81,7 @@ def test_images_are_shown_with_their_truth_and_the_likeliest_classes(run, tiny_d
     assert (title, len(images)) == ("Worst: furthest from the truth", 6)
     assert (found.samples, found.step, found.split) == (19, 7, "val")
     file, names = SavedProbabilities(run, VIEWS), Manifest.load(tiny_data).classes
-    with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
+    with Stream(tiny_data, split="val", batch_size=20, crop="center", once=True) as stream:
         batch, mean = next(stream), np.asarray(stream.channel_mean)
     for one in images:
         row = file.rows(one.sample, one.sample + 1)[0]

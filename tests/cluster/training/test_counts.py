@@ -25,7 +25,7 @@ def count_over_ranks(data, world: int, batch_size: int) -> Tensor:
     total = torch.zeros(4, dtype=torch.float64)
     for rank in range(world):
         with Stream(
-            data, split="val", view="centre", once=True,
+            data, split="val", crop="center", once=True,
             batch_size=batch_size, rank=rank, world_size=world,
         ) as stream:  # fmt: skip
             for batch in stream:
@@ -49,7 +49,7 @@ def test_counts_do_not_depend_on_the_number_of_ranks(data, damaged):
 
 
 def test_that_network_is_level_where_it_matters(tiny_data):
-    with Stream(tiny_data, split="val", view="centre", once=True, batch_size=IMAGES) as stream:
+    with Stream(tiny_data, split="val", crop="center", once=True, batch_size=IMAGES) as stream:
         batch = next(stream)
     answers = score_images(batch.images).softmax(1)
     shares = [

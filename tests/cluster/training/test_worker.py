@@ -126,7 +126,7 @@ def test_a_pass_over_the_validation_images_counts_each_once(runs):
         {"pool": "2/2"},
         {"activation": "tanh"},
         {"without": "conv4"},
-        {"mean": "picture"},
+        {"mean": "image"},
         {"colour_divide": True},
         {"layer_rates": ("conv3=0",)},
         {"rate_scaling": "sqrt"},

@@ -65,7 +65,7 @@ def test_two_replicas_of_two_columns_average_their_gradients(tiny_data, tmp_path
     net = AlexNet(classes=4, width=config.design.width)
     net.load_column_state({key: trained[f"weights/{key}"] for key in state})
     net.eval()
-    with Stream(tiny_data, split="val", batch_size=20, view="centre", once=True) as stream:
+    with Stream(tiny_data, split="val", batch_size=20, crop="center", once=True) as stream:
         batch = next(stream)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(net(batch.images), batch.labels).item()
@@ -88,7 +88,7 @@ def test_designs_train_and_go_on_from_their_checkpoints(tiny_data, tmp_path):
         "source": {
             "relu_first": False,
             "spatial_norm": True,
-            "mean": "picture",
+            "mean": "image",
             "colour_divide": True,
             "schedule": "manual",
             "changes": ("0.5 lr 0.005", "0.5 lr.conv1 0", "1 colour 0"),

@@ -98,7 +98,7 @@ def test_other_networks_train_and_go_on(changes, tiny_data, tmp_path):
 
 def test_without_augmentation_images_are_what_a_test_sees_in_the_same_order(tiny_data, tmp_path):
     plain = replace(CONFIG, augment=False)
-    with Stream(tiny_data, view="centre", once=True, batch_size=48, threads=1) as stream:
+    with Stream(tiny_data, crop="center", once=True, batch_size=48, threads=1) as stream:
         centre = next(stream)
     seen = {int(i): image for i, image in zip(centre.ids, centre.images, strict=True)}
     with (

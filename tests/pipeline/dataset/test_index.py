@@ -44,7 +44,7 @@ def test_the_stream_gives_the_images_that_pillow_decodes(made, folder):
     assert manifest.classes == ("0", "1", "2", "3")
     for split, first, count in (("train", 0, 20), ("val", 100, 6)):
         expected = [decoded(make_image(first + n)) for n in range(count)]
-        with Stream(folder, split=split, view="whole", once=True, batch_size=count) as stream:
+        with Stream(folder, split=split, crop="whole", once=True, batch_size=count) as stream:
             batch = next(stream)
             images = batch.images.numpy().transpose(0, 2, 3, 1) + stream.channel_mean
         assert batch.weights.tolist() == [1] * count

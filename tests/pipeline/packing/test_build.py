@@ -132,7 +132,7 @@ def test_sets_from_before_there_were_encodings_hold_jpegs(image_folder, tmp_path
     edit_manifest(out, lambda table: [table.pop(name) for name in later])
     old = Manifest.load(out)
     assert (old.encoding, old.splits, old.plan) == ("jpeg", made.splits, made.plan)
-    assert [batch.ids.tolist() for batch in Stream(out, batch_size=20, view="centre", once=True)]
+    assert [batch.ids.tolist() for batch in Stream(out, batch_size=20, crop="center", once=True)]
 
 
 def test_strangers_in_the_folder_stay(image_folder, tmp_path):

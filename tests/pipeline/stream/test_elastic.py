@@ -137,7 +137,7 @@ def test_the_ledgers_of_a_job_cut_and_resized_prove_exactly_once(tiny_data, jour
 def test_the_ledger_of_an_evaluation_proves_exactly_once(tiny_data, tmp_path, world):
     """Batches of 20: the last one is padded, beyond the end of the epoch."""
     for rank in range(world):
-        options = {"view": "centre", "once": True, "ledger": tmp_path, "batch_size": 20}
+        options = {"crop": "center", "once": True, "ledger": tmp_path, "batch_size": 20}
         with Stream(tiny_data, rank=rank, world_size=world, **options) as stream:
             list(stream)
     proof = prove(tiny_data, [tmp_path])

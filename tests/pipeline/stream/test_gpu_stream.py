@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,14 +25,6 @@ from tests.helpers.damage import taken, undecodable
 from tests.helpers.fake_cuda import FakeEvent
 from tests.helpers.fake_gpu_stream import FakeGpu, on_host, one_fake_gpu  # noqa: F401 - a fixture
 from tests.helpers.host_reads import HostReads
-from tests.helpers.images import packed
-
-
-@pytest.fixture(scope="module")
-def raw_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("raw") / "data"
-    packed(out, train=image_folder / "train", samples_per_shard=10, encoding="raw")
-    return out
 
 
 def assert_same(found: Batch, host: Batch) -> None:
@@ -50,7 +41,7 @@ def assert_same(found: Batch, host: Batch) -> None:
     torch.testing.assert_close(pixels, host.images, rtol=2e-3, atol=0.25)
 
 
-RELEASED = {"mean": "picture", "colour_divide": True}
+RELEASED = {"mean": "image", "colour_divide": True}
 
 
 @pytest.mark.parametrize("settings", [{}, RELEASED, {"prefetch": 1}, {"prefetch": 4}])
@@ -156,7 +147,7 @@ def test_a_full_disk_is_told_once_though_more_batches_are_pending(
 
 
 def test_an_evaluation_ends_and_pads_as_on_a_cpu(tiny_data, fake_gpu: FakeGpu):
-    options = {"split": "val", "view": "centre", "once": True, "batch_size": 9, "threads": 1}
+    options = {"split": "val", "crop": "center", "once": True, "batch_size": 9, "threads": 1}
     with (
         Stream(tiny_data, **options) as host,
         Stream(tiny_data, **options, device="gpu") as stream,

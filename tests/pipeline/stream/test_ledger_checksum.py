@@ -28,8 +28,19 @@ def test_device_checksums_are_the_sum_they_say():
         bits = image.numpy().view(np.int16).ravel().tolist()
         total = sum(bit * weight for bit, weight in zip(bits, weights, strict=True)) % 2**64
         assert found == (total ^ (total >> 32)) % 2**32
-    with pytest.raises(ValueError, match="float32"):
-        compute_weighted_sums(images.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_checksums_take_every_type_in_the_order_of_memory(dtype):
+    images = (torch.rand(3, 5, 7, 3) * 200).to(dtype)
+    views = images.permute(0, 3, 1, 2)
+    assert compute_weighted_sums(views).tolist() == compute_weighted_sums(images).tolist()
+    raw = images.view(torch.uint8).reshape(3, -1).numpy()
+    assert compute_crc32s(views).tolist() == [zlib.crc32(row.tobytes()) for row in raw]
+    changed = images.clone()
+    changed[1, 2, 3, 1] += 1
+    differ = compute_weighted_sums(changed) != compute_weighted_sums(images)
+    assert differ.tolist() == [False, True, False]
 
 
 def test_device_checksums_see_a_single_bit_and_two_swapped_values():

@@ -37,14 +37,14 @@ def expected(data, seed, position, count, *, plan, mean, divide):
         pixels = stored(data, sample)[y : y + 224, x : x + 224]
         if draws.flip[place]:
             pixels = pixels[:, ::-1]
-        pixels = pixels - (centre if mean == "picture" else stats.channel_mean)
+        pixels = pixels - (centre if mean == "image" else stats.channel_mean)
         colour = next(value for start, value in reversed(plan) if start <= epoch)
         pixels = pixels + compute_color_shift(colour * draws.color, deviations)[place]
         yield pixels / (1 + colour) if divide else pixels
 
 
 @pytest.mark.parametrize("divide", [False, True])
-@pytest.mark.parametrize("mean", ["channel", "picture"])
+@pytest.mark.parametrize("mean", ["channel", "image"])
 def test_pixels_are_pillows_less_the_mean_tinted_and_divided(tiny_data, mean, divide):
     with Stream(
         tiny_data, batch_size=70, seed=5, position=20, colour=PLAN, mean=mean, colour_divide=divide
@@ -63,7 +63,7 @@ def test_raw_images_have_the_same_options(image_folder, tmp_path):
     options = {"batch_size": 20, "seed": 1, "colour": 0.1}
     with (
         Stream(data, **options) as plain,
-        Stream(data, mean="picture", colour_divide=True, **options) as other,
+        Stream(data, mean="image", colour_divide=True, **options) as other,
     ):
         images = next(plain).images + torch.from_numpy(stats.channel_mean)[:, None, None]
         torch.testing.assert_close(
@@ -74,10 +74,10 @@ def test_raw_images_have_the_same_options(image_folder, tmp_path):
 def test_what_is_evaluated_is_neither_tinted_nor_divided(tiny_data):
     stats = Statistics.load(tiny_data)
     centre = stats.mean_picture[16:240, 16:240].astype(np.float64)
-    options = {"batch_size": 8, "once": True, "mean": "picture", "colour_divide": True}
+    options = {"batch_size": 8, "once": True, "mean": "image", "colour_divide": True}
     with (
-        Stream(tiny_data, view="centre", **options) as middle,
-        Stream(tiny_data, view="whole", **options) as whole,
+        Stream(tiny_data, crop="center", **options) as middle,
+        Stream(tiny_data, crop="whole", **options) as whole,
     ):
         cut, all_of_it = next(middle).images, next(whole).images
         assert middle.view_mean is None
@@ -94,9 +94,9 @@ def test_what_is_evaluated_is_neither_tinted_nor_divided(tiny_data):
     torch.testing.assert_close(views, cut, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("mean", ["channel", "picture"])
+@pytest.mark.parametrize("mean", ["channel", "image"])
 def test_what_was_subtracted_gives_the_image_back(tiny_data, mean):
-    with Stream(tiny_data, batch_size=6, view="centre", once=True, mean=mean) as stream:
+    with Stream(tiny_data, batch_size=6, crop="center", once=True, mean=mean) as stream:
         images = next(stream).images.numpy() + stream.mean
     for place in range(6):
         np.testing.assert_allclose(
@@ -106,7 +106,7 @@ def test_what_was_subtracted_gives_the_image_back(tiny_data, mean):
 
 @pytest.mark.parametrize("divide", [False, True])
 def test_each_epoch_has_the_pixels_of_its_own_colour_to_the_bit(tiny_data, divide):
-    options = {"seed": 3, "colour_divide": divide, "mean": "picture" if divide else "channel"}
+    options = {"seed": 3, "colour_divide": divide, "mean": "image" if divide else "channel"}
     steps = 6  # of 36 over four epochs of 48: borders within batches
     with Stream(tiny_data, batch_size=36, colour=PLAN, **options) as stream:
         got = joined(taken(stream, steps), "images")
@@ -121,7 +121,7 @@ def test_each_epoch_has_the_pixels_of_its_own_colour_to_the_bit(tiny_data, divid
 
 
 def test_all_options_together_depend_on_neither_world_nor_restart(tiny_data):
-    options = {"seed": 2, "colour": PLAN, "colour_divide": True, "mean": "picture"}
+    options = {"seed": 2, "colour": PLAN, "colour_divide": True, "mean": "image"}
     with Stream(tiny_data, batch_size=20, threads=1, **options) as stream:
         whole = joined(taken(stream, 4), "images")
     ranks = []
@@ -157,7 +157,9 @@ def test_colours_that_mean_nothing_are_refused(tiny_data, colour, message):
 
 
 def test_a_mean_that_there_is_not_is_refused(tiny_data):
-    with pytest.raises(ValueError, match="mean is 'pixel'; it takes channel, picture"):
+    with pytest.raises(
+        ValueError, match="mean is 'pixel'; it takes 'channel' or 'image', three numbers, or None"
+    ):
         Stream(tiny_data, mean="pixel")
 
 
@@ -170,12 +172,12 @@ def test_the_value_of_an_epoch():
 
 
 def test_the_ledger_says_what_the_pixels_were(tiny_data, tmp_path):
-    options = {"colour": PLAN, "colour_divide": True, "mean": "picture"}
+    options = {"colour": PLAN, "colour_divide": True, "mean": "image"}
     with Stream(tiny_data, batch_size=8, ledger=tmp_path, **options) as stream:
         next(stream)
     (path,) = tmp_path.iterdir()
     about = scan_ledger(path).header
-    assert (about.colour, about.colour_divide, about.mean) == (PLAN, True, "picture")
+    assert (about.colour, about.colour_divide, about.mean) == (PLAN, True, "image")
     assert LedgerHeader.parse(about.to_line()) == about
     assert prove(tiny_data, [tmp_path]).findings == ()
 
@@ -183,15 +185,21 @@ def test_the_ledger_says_what_the_pixels_were(tiny_data, tmp_path):
 def test_ledgers_of_before_these_options_are_read(data):
     now = facts_of(data, 0, 12, 0, 1)
     old = json.loads(now.to_line())
-    for name in ("colour_divide", "mean"):
+    for name in ("colour_divide", "mean", "pixels"):
         del old[name]
+    old["view"] = old.pop("crop")
     assert LedgerHeader.parse(json.dumps(old).encode()) == now
+    words = {"view": "centre", "mean": "picture"}
+    found = LedgerHeader.parse(json.dumps(old | words).encode())
+    assert (found.crop, found.mean) == ("center", "image")
     del old["view"]
-    with pytest.raises(ValueError, match="does not say all: 'view'"):
+    with pytest.raises(ValueError, match="does not say all: 'crop'"):
         LedgerHeader.parse(json.dumps(old).encode())
 
 
-@pytest.mark.parametrize("other", [{"mean": "picture"}, {"colour_divide": True}, {"colour": PLAN}])
+@pytest.mark.parametrize("other", [
+    {"mean": "image"}, {"colour_divide": True}, {"colour": PLAN}, {"pixels": "std=channel"},
+])  # fmt: skip
 def test_pixels_of_another_recipe_are_not_compared(data, tmp_path, other, monkeypatch):
     folder = tmp_path / "run" / "ledger"
     attempt(folder, data, 0, 12, 1, 5)
@@ -205,7 +213,7 @@ def test_pixels_of_another_recipe_are_not_compared(data, tmp_path, other, monkey
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mean", ["channel", "picture"])
+@pytest.mark.parametrize("mean", ["channel", "image"])
 def test_gpu_pixels_are_the_cpu_graphs(tiny_data, mean):
     options = {"seed": 3, "batch_size": SAMPLES, "colour": PLAN, "colour_divide": True}
     with (

@@ -32,12 +32,6 @@ JPEG_LOSS = 1.2
 seen at quality 90, while a crop that is one pixel off makes 1.45 or more."""
 
 
-@pytest.fixture(scope="module")
-def raw_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_data`, but raw: the same images in the same places of the same shards."""
-    return built(image_folder, tmp_path_factory.mktemp("raw") / "data")
-
-
 def built(image_folder: Path, out: Path, **settings) -> Path:
     train, val = image_folder / "train", image_folder / "val"
     packed(out, train=train, val=val, samples_per_shard=10, encoding="raw", **settings)
@@ -145,10 +139,10 @@ def test_batches_are_crops_of_the_stored_pixels(raw_data):
         np.testing.assert_allclose(got, expected - mean, atol=1e-3)
 
 
-@pytest.mark.parametrize(("view", "border"), [("centre", 16), ("whole", 0)])
-def test_evaluation_views_are_the_stored_pixels(raw_data, view, border):
+@pytest.mark.parametrize(("crop", "border"), [("center", 16), ("whole", 0)])
+def test_evaluation_views_are_the_stored_pixels(raw_data, crop, border):
     pixels, mean = stored(raw_data, "val"), Statistics.load(raw_data).channel_mean
-    with Stream(raw_data, split="val", view=view, once=True, batch_size=8) as stream:
+    with Stream(raw_data, split="val", crop=crop, once=True, batch_size=8) as stream:
         batches = list(stream)
     assert [batch.images.shape[2:] for batch in batches] == 3 * [(256 - 2 * border,) * 2]
     for batch in batches:
@@ -175,8 +169,8 @@ def test_the_stream_is_that_of_the_jpegs_but_for_their_loss(raw_data, tiny_data)
 def test_the_jpegs_are_made_of_the_raw_pixels(raw_data, tiny_data):
     """Pillow's JPEG of what the one stream gives is what the other gives, to the last digit."""
     with (
-        Stream(raw_data, split="val", view="whole", once=True, batch_size=20) as raw,
-        Stream(tiny_data, split="val", view="whole", once=True, batch_size=20) as jpeg,
+        Stream(raw_data, split="val", crop="whole", once=True, batch_size=20) as raw,
+        Stream(tiny_data, split="val", crop="whole", once=True, batch_size=20) as jpeg,
     ):
         mean = raw.channel_mean
         a, b = (next(one).images.numpy().transpose(0, 2, 3, 1) + mean for one in (raw, jpeg))

@@ -120,7 +120,7 @@ def test_evaluation_gives_each_sample_once(tiny_data, world):
     for rank in range(world):
         options = {
             "split": "val",
-            "view": "centre",
+            "crop": "center",
             "once": True,
             "rank": rank,
             "world_size": world,
@@ -138,8 +138,8 @@ def test_evaluation_gives_each_sample_once(tiny_data, world):
 def test_centre_and_whole_views(tiny_data):
     mean = Statistics.load(tiny_data).channel_mean
     with (
-        Stream(tiny_data, batch_size=8, view="whole", once=True) as whole,
-        Stream(tiny_data, batch_size=8, view="centre", once=True) as centre,
+        Stream(tiny_data, batch_size=8, crop="whole", once=True) as whole,
+        Stream(tiny_data, batch_size=8, crop="center", once=True) as centre,
     ):
         a, b = next(whole), next(centre)
     assert a.images.shape == (8, 3, 256, 256)
@@ -175,7 +175,7 @@ def test_wrong_use_is_refused(tiny_data, tmp_path):
     with pytest.raises(ValueError, match="rank 2"):
         Stream(tiny_data, batch_size=8, rank=2, world_size=2)
     for wrong in (
-        {"view": "center"}, {"shuffle": "blok"}, {"device": "cuda"}, {"colour": float("nan")},
+        {"crop": "centre"}, {"shuffle": "blok"}, {"device": "cuda:x"}, {"colour": float("nan")},
         {"hw_decoder_load": 2.0}, {"threads": -1}, {"window": 0}, {"seed": 2**64},
         {"batch_size": 10**14}, {"prefetch": 10**9}, {"position": 2**63}, {"window": 10**20},
         {"colour": 10**400}, {"colour": 1e300}, {"colour": ((0, 0.1), (10**20, 0.0))},

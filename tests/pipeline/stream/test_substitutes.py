@@ -97,7 +97,7 @@ def test_a_restart_goes_on_with_the_same_substitutes(damaged):
 
 
 def test_an_evaluation_leaves_damaged_samples_out(damaged):
-    with Stream(damaged, batch_size=10, view="centre", once=True) as stream:
+    with Stream(damaged, batch_size=10, crop="center", once=True) as stream:
         batches = list(stream)
     counted = joined(batches, "ids")[joined(batches, "weights") == 1].tolist()
     assert sorted(counted) == sorted(set(range(SAMPLES)) - BAD)
@@ -132,7 +132,7 @@ def test_png_bytes_with_a_good_checksum_are_an_image_too(data):
         jpeg[:] = file.getvalue().ljust(len(jpeg), b"\0")
 
     undecodable(data, 3, edit=png)
-    with Stream(data, batch_size=8, once=True, view="centre") as stream:
+    with Stream(data, batch_size=8, once=True, crop="center") as stream:
         batch = next(stream)
     assert not batch.replaced.any()
     assert batch.images[3].flatten(1).std(1).max() == 0
