@@ -154,7 +154,7 @@ EYES = (
     [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
      [0.004733, 0.691367, 0.303900]],
 )  # fmt: skip
-"""Share of linear light that eyes see: with all cones, or without one kind (Machado and others 2009)."""
+"""Linear light as eyes see it: with all cones, or without one kind (Machado and others 2009)."""
 
 
 def oklab(light: np.ndarray) -> np.ndarray:
