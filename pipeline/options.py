@@ -209,9 +209,9 @@ class DemoOptions(Options):
     """Folder to create."""
     seed: int = 0
     """Other seeds give other images (0 or more)."""
-    train: Annotated[int, tyro.conf.arg(name="train-images")] = 4000
+    train: Annotated[int, tyro.conf.arg(name="train-images")] = 2000
     """Number of training images; classes differ by one at most."""
-    val: Annotated[int, tyro.conf.arg(name="val-images")] = 800
+    val: Annotated[int, tyro.conf.arg(name="val-images")] = 400
     """Number of validation images."""
     workers: int = 0
     """Number of processes; 0: one per usable core."""

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pipeline.tools.stdio import has_written
 from pipeline.tools.text import clean
 
-SLOW = frozenset({"torch", "nvidia", "ray"})
-"""Top-level packages that are announced."""
+SLOW = frozenset({"torch", "ray"})
+"""Top-level packages that are announced; where DALI is used, torch comes before it."""
 
 
 class FirstLine:
