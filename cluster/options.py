@@ -226,7 +226,11 @@ class NeighborsOptions(Options):
     }  # fmt: skip
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run; its newest complete checkpoint is used."""
+    """Folder of the run."""
+    best: bool = False
+    """The checkpoint with the lowest validation error instead of the newest."""
+    checkpoint: int | None = None
+    """The checkpoint of this step instead."""
     data: str = ""
     """Data set (folder or address) with the classes of the training; default: that of the run."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 6
@@ -235,8 +239,6 @@ class NeighborsOptions(Options):
     """Split of the query images."""
     base: Annotated[str, tyro.conf.arg(name="base-split")] = "train"
     """Split that is searched; if it is the same, an image is not its own neighbor."""
-    checkpoint: int | None = None
-    """The checkpoint of this step instead of the newest."""
     features: Path | None = None
     """Folder for the features (10 GB for 1.28 million images); default: RUN/neighbours."""
     anew: bool = False

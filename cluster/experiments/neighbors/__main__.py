@@ -75,7 +75,7 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
         DataError: existing features are of another run, step or data set, or damaged.
     """
     torch.set_num_threads(cpu_count())
-    source = open_source(options.run, options.data, options.checkpoint)
+    source = open_source(options.run, options.data, options.checkpoint, options.best)
     _check_k(options, source)
     devices = _choose_devices(options)
     kept = ensure_writable(options.features, "--features") if options.features else folder

@@ -152,7 +152,7 @@ def test_a_second_call_takes_what_is_there(run, tiny_data, capsys):
     before = file.stat()
     shutil.move(tiny_data / "train-000000.tar", tiny_data / "away")  # no image is read again
     try:
-        second = called(capsys, run, tiny_data, "--queries", "val", "--show", "1")
+        second = called(capsys, run, tiny_data, "--split", "val", "--show", "1")
     except DataError:
         second = None  # the sheet may want an image of that shard
     finally:
@@ -163,7 +163,7 @@ def test_a_second_call_takes_what_is_there(run, tiny_data, capsys):
 
 
 def test_an_image_is_not_its_own_neighbour(run, tiny_data, capsys):
-    called(capsys, run, tiny_data, "--queries", "train")
+    called(capsys, run, tiny_data, "--split", "train")
     saved = np.load(run / "neighbours" / "nearest.npz")
     assert not (saved["ids"] == saved["queries"][:, None]).any()
     assert saved["distances"].shape == (48, 3)
@@ -329,6 +329,11 @@ def test_data_of_other_classes_are_refused(run, data):
     edit_manifest(data, lambda table: table["classes"].__setitem__(0, "another"))
     code, line = refused(run, data)
     assert (code, "not in that order" in line) == (2, True)
+
+
+def test_the_best_checkpoint_and_one_of_a_step_are_not_both_taken(run, tiny_data):
+    code, line = refused(run, tiny_data, "--best", "--checkpoint", "2")
+    assert (code, "give --best or --checkpoint 2, not both" in line) == (2, True)
 
 
 def test_more_neighbours_than_images_are_refused(run, tiny_data):
