@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.stream.augment import compute_color_shift, draw
+from pipeline.stream.augment import NamedDraw, compute_color_shift, draw, random_uint64
 
 MANY = np.arange(40_000)
 EPOCHS = np.zeros_like(MANY)
@@ -94,3 +94,11 @@ GOLDEN = {
     "flip": [True, False],
     "colour": [[1.622606, -0.1943, -0.517103], [0.844629, 0.825953, 0.484936]],
 }
+
+
+def test_the_words_of_a_name_are_those_of_the_page_on_the_format():
+    """docs/format.md, "Draws of a sample"."""
+    (word,) = random_uint64(7, np.array([1]), np.array([5]), 1, name="augment x")
+    assert int(word[0]) == 0xD18D37A65CF19F07
+    value = NamedDraw("x", "uniform", (0.0, 1.0), None).compute(7, np.array([1]), np.array([5]))
+    assert value[0] == np.float32((0xD18D37A65CF19F07 >> 11) / 2**53)
