@@ -118,21 +118,21 @@ def run_verb(name: str, words: Sequence[str]) -> int | None:
     Raises:
         DuetError: from the verb, or a flag is unknown or empty.
     """
-    from pipeline.tools.arguments import check_flags, format_options, set_command_name
+    from pipeline.tools.arguments import check_flags, format_options, use_command_name
     from pipeline.tools.startup import install_first_line
 
     command, kind = f"duet {name}", load_options(VERBS[name])
-    set_command_name(command)
     if {"-h", "--help"} & set(words):
         sys.stdout.write(format_options(kind, command))
         return 0
-    check_flags(kind, words, command)
-    install_first_line(name, words)
-    if name == "summary":
-        show_network(words)
-        return 0
-    result: int | None = importlib.import_module(VERBS[name].module).main(list(words))
-    return result
+    with use_command_name(command):
+        check_flags(kind, words, command)
+        install_first_line(name, words)
+        if name == "summary":
+            show_network(words)
+            return 0
+        result: int | None = importlib.import_module(VERBS[name].module).main(list(words))
+        return result
 
 
 def load_options(verb: Verb) -> type[Options]:

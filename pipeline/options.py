@@ -39,7 +39,7 @@ class BuildConfig(Options):
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
-        "data/flowers --train pictures/flowers --holdout 0.1",
+        "data/flowers --train images/flowers --holdout 0.1",
         "/data/imagenet --train train.tar --val val.tar",
     )
 
@@ -202,7 +202,7 @@ class DemoOptions(Options):
     The images are the same for any number of workers. OUT appears whole or not at all.
     """
 
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("pictures/shapes",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("images/shapes",)
     RENAMED: ClassVar[Mapping[str, str]] = {"--train": "--train-images", "--val": "--val-images"}
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]

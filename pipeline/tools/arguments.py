@@ -7,8 +7,8 @@ import io
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -42,17 +42,22 @@ class Options:
 T = TypeVar("T", bound=Options)
 
 
-def set_command_name(name: str) -> None:
-    """Set the name under which this process's command was called, for its help and its errors."""
+@contextmanager
+def use_command_name(name: str) -> Iterator[None]:
+    """Have a command be called `name` in its help and its errors, for as long as it runs."""
     global _command_name
-    _command_name = name
+    before, _command_name = _command_name, name
+    try:
+        yield
+    finally:
+        _command_name = before
 
 
 def format_command(prog: str, words: Sequence[str]) -> str:
     """Return a command as one would type it, without the credentials of addresses.
 
     Args:
-        prog: its name, unless `set_command_name` has set another.
+        prog: its name, unless `use_command_name` names another.
         words: the words after it.
     """
     return clean(shlex.join([*(_command_name or prog).split(), *words]))
@@ -64,7 +69,7 @@ def parse_options(kind: type[T], argv: Sequence[str] | None, prog: str) -> T:
     Args:
         kind: the dataclass.
         argv: words after the command's name; None: those of this process.
-        prog: name of the command, unless `set_command_name` has set another.
+        prog: name of the command, unless `use_command_name` names another.
 
     Raises:
         UsageError: a flag is unknown, missing, empty or has a value that it does not take, or a
