@@ -20,7 +20,7 @@ import tyro
 
 from model.architecture import Design
 from model.schedule import list_color_steps, parse_changes, parse_layer_rates, suggest_name
-from pipeline.dataset.record import ADDRESS_KEY, SHA256_KEY
+from pipeline.dataset.record import ADDRESS_KEY, SHA256_KEY, require_run
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
 from pipeline.tools.units import parse_size
@@ -421,7 +421,7 @@ def load_settings(config: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UsageError(f"config file {path} cannot be read ({reason})") from error
+        raise UsageError(f"config file {path} cannot be read ({reason}); mend it") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"config file {path} is not TOML: {error}") from error
     for key in (SHA256_KEY, RUN_KEY, *ORIGIN_KEYS):
@@ -492,9 +492,7 @@ def read_run_config(path: Path) -> tuple[Config, str]:
     Raises:
         UsageError: there is no such file, or it cannot be read.
     """
-    if not path.is_file():
-        missing = f"{path.parent} holds no run ({path.name} is missing)"
-        raise UsageError(f"{missing}; name the --run of a training")
+    require_run(path.parent)
     table = load_settings(path)
     data = tomllib.loads(path.read_text(encoding="utf-8")).get(SHA256_KEY, "")
     try:

@@ -186,8 +186,8 @@ class StudyOptions(Options):
 
     study: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
     """Study file, or the name of one in cluster/configs/studies, such as small/figure1."""
-    data: str
-    """Data set (folder or address) with train and val."""
+    data: str = ""
+    """Data set (folder or address) with train and val; default: that of the runs in OUT."""
     out: Path
     """Folder of the runs, study.json, study.md and study.png."""
     at_once: int = 0

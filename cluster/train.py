@@ -22,7 +22,7 @@ import tyro
 from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import identify_run, resolve_init
 from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
-from cluster.config import LENGTH, Config, load_settings
+from cluster.config import DESIGN_TYPES, LENGTH, TYPES, Config, load_settings
 from cluster.launch.session import is_attached, ray_session, refuse_relative
 from cluster.options import TrainOptions
 from cluster.run.console import RunConsole
@@ -94,7 +94,7 @@ def parse_command(argv: Sequence[str]) -> TrainOptions:
     given = {word.split("=")[0] for word in user}
     if given & {f"--{name}" for name in LENGTH}:  # the file's other length must not win
         table = {key: value for key, value in table.items() if key not in LENGTH}
-    raw = _parse([*_format_flags(table), *user])
+    raw = _parse(user, replace(first, settings=_fill_settings(table)))
     try:
         settings = Config.from_settings(raw.settings.to_settings())
     except ValueError as error:
@@ -102,23 +102,15 @@ def parse_command(argv: Sequence[str]) -> TrainOptions:
     return replace(raw, settings=settings, words=tuple(user))
 
 
-def _parse(words: list[str]) -> TrainOptions:
-    return parse_options(_UncheckedOptions, words, "python -m cluster.train")
+def _parse(words: list[str], default: TrainOptions | None = None) -> TrainOptions:
+    return parse_options(_UncheckedOptions, words, "python -m cluster.train", default)
 
 
-def _format_flags(table: dict[str, Any]) -> list[str]:
-    """Format settings as flags that any word may follow: a list takes all words up to a flag."""
-    lists: list[str] = []
-    singles = ["--width", str(Design.width)]
-    for key, value in table.items():
-        name = key.replace("_", "-")
-        if isinstance(value, tuple):
-            lists += [f"--{name}", *value]
-        elif isinstance(value, bool):
-            singles.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            singles += [f"--{name}", str(value)]
-    return lists + singles
+def _fill_settings(table: dict[str, Any]) -> _UncheckedConfig:
+    """Return the settings of a file, unchecked: the defaults of the flags."""
+    table = {key: float(one) if TYPES[key] is float else one for key, one in table.items()}
+    design = {key: table.pop(key) for key in list(table) if key in DESIGN_TYPES}
+    return _UncheckedConfig(design=_UncheckedDesign(**design), **table)
 
 
 def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:

@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from cluster.run.folder import CHECKPOINTS, LOCK, list_checkpoints, read_last_step
+from cluster.run.folder import CHECKPOINTS, list_checkpoints, read_last_step
+from pipeline.dataset.record import LOCK
 from pipeline.remote.filesystem import RetryPolicy, is_remote, local_path
 from pipeline.remote.lease import Lease, lock_folder
 from pipeline.remote.target import StoreTarget, open_store

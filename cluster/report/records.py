@@ -27,7 +27,8 @@ from cluster.run.folder import (
 )
 from cluster.run.jsonl import WAITS, read_tail
 from cluster.run.state import RunState, read_state
-from pipeline.tools.errors import UsageError
+from pipeline.dataset.record import require_run
+from pipeline.tools.errors import UsageError, refuse_forbidden
 from pipeline.tools.jsonl import Row, parse_json, parse_rows
 
 Floats = npt.NDArray[np.float64]
@@ -96,13 +97,10 @@ def read_records(run: Path) -> Records:
     """Read the files of RUN.
 
     Raises:
-        UsageError: RUN has neither metrics.jsonl nor config.toml.
+        UsageError: RUN is no run: it has neither metrics.jsonl nor config.toml.
     """
-    if not (run / METRICS).is_file() and not (run / CONFIG).is_file():
-        raise UsageError(
-            f"{run} has neither {METRICS} nor {CONFIG}: it is not the folder of a run; "
-            "name the --run of a training"
-        )
+    if not (run / METRICS).is_file():
+        require_run(run)
     notes: list[str] = []
     metrics = read_series(run / METRICS, STEP_NUMBERS)
     validation = read_series(run / VALIDATION, VALIDATION_NUMBERS)
@@ -187,10 +185,15 @@ def read_updates(path: Path) -> dict[str, Floats]:
 
 
 def _iterate_rows(path: Path) -> Iterator[Row | None]:
-    """Yield each line as a row with a position and a step; None for any other line."""
+    """Yield each line as a row with a position and a step; None for any other line.
+
+    Raises:
+        SetupError: the file is there and may not be read.
+    """
     try:
         file = path.open("rb")
-    except OSError:
+    except OSError as error:
+        refuse_forbidden(error)
         return
     with file:
         for row in parse_rows(file):

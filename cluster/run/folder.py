@@ -48,16 +48,15 @@ from cluster.config import (
     read_run_config,
 )
 from cluster.run.jsonl import read_tail
-from pipeline.dataset.record import ADDRESS_KEY
+from pipeline.dataset.record import ADDRESS_KEY, LOCK, RECORD
 from pipeline.remote.lease import lock_folder
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import NoLocks, atomic_write, ensure_writable, flock
 from pipeline.tools.packages import DALI, find_version
 from pipeline.tools.units import cpu_count, cpu_name
 
-LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
-CONFIG = "config.toml"
+CONFIG = RECORD
 MACHINE = "machine.json"
 ERRORS = "error.log"
 MEASURE = "measure.json"

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.tools.errors import SetupError
+from pipeline.tools.errors import SetupError, refuse_forbidden
 from pipeline.tools.files import atomic_write, sync_path
 from pipeline.tools.jsonl import Row, parse_rows
 
@@ -235,13 +235,18 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_tail(path: Path, most: int) -> Iterator[Row]:
-    """Yield the last rows of a file, oldest first; skips half-written ones. No file: no rows."""
+    """Yield the last rows of a file, oldest first; skips half-written ones. No file: no rows.
+
+    Raises:
+        SetupError: the file is there and may not be read.
+    """
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - most * 600))
             lines = file.read().splitlines()
-    except OSError:
+    except OSError as error:
+        refuse_forbidden(error)
         return
     yield from _drop_none(parse_rows(lines[-most:]))
 

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.config import Config, read_run_config
 from cluster.run import folder
 from cluster.run.jsonl import WAITS, count_rows, read_tail
+from pipeline.tools.jsonl import parse_json
 
 TAIL = 400
 """Number of rows to read from the end of metrics.jsonl."""
@@ -215,13 +216,27 @@ def _find_total(
     return None
 
 
+def _read_maker(checkpoint: Path) -> str:
+    """Return the name of the run that made a checkpoint; "" if that is not known."""
+    try:
+        table = parse_json((checkpoint / "checkpoint.json").read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(table.get("run", "")) if isinstance(table, dict) else ""
+
+
 def _find_checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
-    """Return step, age and size of the newest checkpoint, if it lies in a folder."""
+    """Return step, age and size of the newest own checkpoint, if it lies in a folder."""
     from pipeline.remote.filesystem import is_remote
 
     if config.store and is_remote(config.store):
         return {"where": config.store}
-    found = folder.list_checkpoints(Path(config.store or run) / folder.CHECKPOINTS)
+    own = folder.read_run_id(run)
+    there = folder.list_checkpoints(Path(config.store or run) / folder.CHECKPOINTS)
+    makers = {path: _read_maker(path) for path in there}
+    found = [path for path in there if not own or makers[path] in (own, "")]
+    if there and not found:
+        return {"where": f"none; {config.store or run} has those of run {makers[there[0]]}"}
     if not found:
         return {}
     try:

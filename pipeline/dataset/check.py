@@ -39,7 +39,7 @@ from pipeline.dataset.samples import (
 )
 from pipeline.dataset.shards import format_idx, parse_idx
 from pipeline.dataset.tar import Member, escape, extract_fault, read_members
-from pipeline.tools.errors import DamagedFile, UsageError
+from pipeline.tools.errors import DamagedFile, UsageError, refuse_forbidden
 from pipeline.tools.files import HashedFile, sha256
 from pipeline.tools.jsonl import parse_rows
 
@@ -60,8 +60,10 @@ def make_damage_row(
 
 
 def _describe(error: OSError) -> str:
+    """Describe why a file cannot be read; raises as `refuse_forbidden`."""
     if isinstance(error, FileNotFoundError):
         return "missing"
+    refuse_forbidden(error)
     return f"cannot be read ({error.strerror})"
 
 

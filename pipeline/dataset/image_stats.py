@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.images import SIZE, Pixels
-from pipeline.tools.errors import DamagedFile, summarize_error
+from pipeline.tools.errors import DamagedFile, refuse_forbidden, summarize_error
 from pipeline.tools.files import atomic_write, sha256
 
 NAME = "stats.npz"
@@ -130,6 +130,7 @@ class Statistics:
 
         Raises:
             DamagedFile: it is missing, damaged, that of another data set, or its numbers cannot be.
+            SetupError: it may not be read.
         """
         path = data / NAME
         try:
@@ -142,6 +143,7 @@ class Statistics:
                     raise ValueError(f"unpacked, it has more than {LARGEST:,} bytes")
                 statistics = cls(**_check_arrays(dict(arrays)))
         except Exception as error:  # NumPy raises many kinds for a damaged header
+            refuse_forbidden(error)
             raise DamagedFile(path, summarize_error(error)) from error
         for fault in statistics.find_faults():
             raise DamagedFile(path, fault)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.dataset.images import SIZE, Encoding
 from pipeline.dataset.manifest import Manifest
-from pipeline.tools.errors import DamagedFile, summarize_error
+from pipeline.tools.errors import DamagedFile, refuse_forbidden, summarize_error
 from pipeline.tools.files import atomic_write, sha256
 
 INDEX_DTYPE = np.dtype(
@@ -72,6 +72,7 @@ def load_index(data: Path, name: str, manifest: Manifest) -> Index:
 
     Raises:
         DamagedFile: it is missing, damaged, that of another data set, or has a row that cannot be.
+        SetupError: it may not be read.
     """
     rows, shards = map_index(data, name, manifest), manifest.splits[name].shards
     ends = np.cumsum([shard.samples for shard in shards])
@@ -93,12 +94,14 @@ def map_index(data: Path, name: str, manifest: Manifest) -> Index:
 
     Raises:
         DamagedFile: it is missing, damaged, or that of another data set.
+        SetupError: it may not be read.
     """
     path, split = data / index_name(name), manifest.splits[name]
     try:
         is_known = sha256(path) == split.index_sha256
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy raises many kinds for a damaged header
+        refuse_forbidden(error)
         raise DamagedFile(path, summarize_error(error)) from error
     # NumPy opens an archive of arrays, too.
     fits = isinstance(rows, np.ndarray) and rows.dtype == INDEX_DTYPE and rows.ndim == 1

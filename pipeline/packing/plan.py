@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pipeline.dataset.tar import escape
 from pipeline.options import BuildConfig
 from pipeline.remote.filesystem import is_remote
-from pipeline.sources import Listing, find_other_split, scan
+from pipeline.sources import Listing, find_other_splits, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
 from pipeline.tools.text import hide_credentials
@@ -146,11 +146,16 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
 def _collect_notes(options: BuildConfig, listings: Iterable[Listing]) -> Iterator[str]:
     for listing in listings:
         yield from listing.notes
-    if options.val is None and not options.holdout and (other := find_other_split(options.train)):
+    others = find_other_splits(options.train)
+    named = {name: escape(hide_credentials(address)) for name, address in others.items()}
+    if options.val is None and not options.holdout and "val" in named:
         yield (
-            f"{escape(hide_credentials(other))} is not packed; give --val "
+            f"{named['val']} is not packed; give --val "
             f"{escape(hide_credentials(options.train))}, too, to pack it for validation"
         )
+    # Shards of a source without "val" are validated on its "test".
+    if "test" in named and not ("val" not in named and options.val == options.train):
+        yield f"{named['test']} is not packed; to evaluate on it, name it by --val"
 
 
 def _refuse_empty_class(listing: Listing) -> None:

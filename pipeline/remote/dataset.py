@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.index import index_name
 from pipeline.dataset.manifest import LARGEST, NAME, Manifest, Shard
-from pipeline.dataset.record import read_address
+from pipeline.dataset.record import RECORD, read_address
 from pipeline.remote.cache import AS_STORED, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
 from pipeline.remote.filesystem import Mismatch, StoreError, is_remote, local_path
@@ -116,9 +116,8 @@ def locate_dataset(
         return given, fetch_metadata(given, **cached)
     address = read_address(record or run)
     if not address:
-        raise UsageError(
-            f"{run} does not say where its data set is (older runs do not); give {flag}"
-        )
+        why = "older runs do not" if (run / RECORD).is_file() else f"it has no {RECORD}"
+        raise UsageError(f"{run} does not say where its data set is ({why}); give {flag}")
     where = f"the data set of {run} was at {address}"
     if is_remote(address) and HIDDEN in address:
         raise UsageError(f"{where}, whose credentials are not kept; give its address by {flag}")

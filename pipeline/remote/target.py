@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -162,6 +162,7 @@ class FolderTarget:
     @contextmanager
     def reserve(self) -> Iterator[None]:
         """See `Target`."""
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         ensure_writable(self.path, "data set folder")
         work = self.path / WORK
         if not work.is_dir() and (strangers := sorted(os.listdir(self.path))):
@@ -178,6 +179,9 @@ class FolderTarget:
                 self._remove_partial()
                 if work.is_dir() and set(os.listdir(work)) <= _LOCKS:  # nothing was begun
                     self.clear(WORK)
+                    with suppress(OSError):  # what was not there before, and holds nothing
+                        for path in made:
+                            path.rmdir()
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -35,7 +35,7 @@ from pipeline.sources.listing import (
     Unreadable,
 )
 from pipeline.sources.readers import open_reader
-from pipeline.sources.scan import find_other_split, scan
+from pipeline.sources.scan import find_other_splits, scan
 
 __all__ = [
     "Container",
@@ -43,7 +43,7 @@ __all__ = [
     "ListingWriter",
     "Reject",
     "Unreadable",
-    "find_other_split",
+    "find_other_splits",
     "open_reader",
     "scan",
 ]

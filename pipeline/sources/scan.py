@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -129,9 +130,9 @@ def _scan_any(
     return _scan_local(path, writer, classes, labels)
 
 
-def find_other_split(source: str) -> str | None:
-    """Return the validation part of a training source, for a hint; None if it has none."""
-    source = strip_file_scheme(source)
+def find_other_splits(source: str) -> dict[str, str]:
+    """Return a file or folder of the "val" and "test" part beside a source's "train", for hints."""
+    source, others = strip_file_scheme(source), ("val", "test")
     try:
         for ending in (TAR, PARQUET):
             files = find_files(source, ending)
@@ -141,14 +142,19 @@ def find_other_split(source: str) -> str | None:
             for address in reversed(files.addresses):
                 inside = address.rfind("/") if files.folder is None else len(files.folder)
                 split_of[detect_split(address[inside + 1 :])] = address
-            if "train" in split_of and "val" in split_of:
-                return split_of["val"]
-        if is_remote(source):
-            return None
-        train, val = find_split(Path(source), "train"), find_split(Path(source), "val")
+            if "train" in split_of and not split_of.keys().isdisjoint(others):
+                return {name: split_of[name] for name in others if name in split_of}
+        if is_remote(source) or (train := find_split(Path(source), "train")) == Path(source):
+            return {}
+        beside = list_folder(train.parent)
     except (DuetError, OSError):
-        return None
-    return None if train == val else str(val)
+        return {}
+    tests = [name for name in beside.files if name.startswith("ILSVRC2012_img_test")]
+    tests += [name for name in beside.folders if name == "test"]
+    found = {"test": str(train.parent / tests[0])} if tests else {}
+    with suppress(UsageError):
+        found["val"] = str(find_split(Path(source), "val"))
+    return found
 
 
 def find_split(source: Path, split: SplitName) -> Path:

@@ -63,13 +63,16 @@ def format_command(prog: str, words: Sequence[str]) -> str:
     return clean(shlex.join([*(_command_name or prog).split(), *words]))
 
 
-def parse_options(kind: type[T], argv: Sequence[str] | None, prog: str) -> T:
+def parse_options(
+    kind: type[T], argv: Sequence[str] | None, prog: str, default: T | None = None
+) -> T:
     """Parse the words of a command into a dataclass.
 
     Args:
         kind: the dataclass.
         argv: words after the command's name; None: those of this process.
         prog: name of the command, unless `use_command_name` names another.
+        default: values of what is not given; None: those of `kind`.
 
     Raises:
         UsageError: a flag is unknown, missing, empty or has a value that it does not take, or a
@@ -85,7 +88,7 @@ def parse_options(kind: type[T], argv: Sequence[str] | None, prog: str) -> T:
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            options = tyro.cli(kind, args=words, prog=name)
+            options = tyro.cli(kind, args=words, prog=name, default=default)
     except SystemExit as error:
         raise UsageError(f"{summarize_box(said.getvalue())}; {name} --help says more") from error
     for field, value in vars(options).items():

@@ -73,6 +73,18 @@ def check_platform() -> None:
         )
 
 
+def refuse_forbidden(error: BaseException) -> None:
+    """Refuse a file that may not be read, which says nothing about its content.
+
+    Raises:
+        SetupError: `error` is of a lack of permission.
+    """
+    if isinstance(error, PermissionError):
+        raise SetupError(
+            f"{error.filename} cannot be read ({error.strerror}); mend its permissions"
+        ) from error
+
+
 def summarize_error(error: BaseException) -> str:
     """Return one line that says what an exception says.
 

@@ -19,7 +19,7 @@ from cluster.run.folder import CONFIG, METRICS
 from pipeline.dataset.manifest import identity
 from pipeline.dataset.record import read_address
 from pipeline.remote.dataset import fetch_metadata
-from pipeline.tools.errors import DataError, UsageError
+from pipeline.tools.errors import DataError, UsageError, summarize_error
 from pipeline.tools.jsonl import parse_json
 
 STUDY = "study.json"
@@ -269,7 +269,8 @@ def _add_result(evidence: Evidence, path: Path) -> None:
     try:
         table = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+        reason = summarize_error(error)
+        raise UsageError(f"{path} cannot be read ({reason}); name runs, or results") from error
     table = table if isinstance(table, dict) else {}
     is_study = isinstance(table.get("study"), str)
     if is_study and isinstance(table.get("nets"), list):

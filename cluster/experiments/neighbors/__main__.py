@@ -77,6 +77,7 @@ def find_neighbors(options: NeighborsOptions, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(cpu_count())
     source = open_source(options.run, options.data, options.checkpoint, options.best)
     _check_k(options, source)
+    ensure_writable(folder, "the run's folder")
     devices = _choose_devices(options)
     kept = ensure_writable(options.features, "--features") if options.features else folder
     started = time.perf_counter()
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(NeighborsOptions, argv, "python -m cluster.experiments.neighbors")
     read_run_config(options.run / CONFIG)
     _check(options)
-    folder = ensure_writable(options.run / FOLDER, "the run's folder")
+    folder = options.run / FOLDER
     result = find_neighbors(options, folder)
     out = sys.stderr if options.json else sys.stdout
     out.write("\n".join(_format_summary(result["neighbours"], folder)) + "\n")

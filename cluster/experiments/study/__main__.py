@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from cluster.experiments.study import results
@@ -25,6 +26,9 @@ from cluster.experiments.study.results import Result, has_reached_goal, is_at_go
 from cluster.experiments.study.runner import StudyRun, list_gpus, make_slots, run_side_by_side
 from cluster.experiments.study.subsets import make_subset
 from cluster.options import StudyOptions
+from cluster.run.folder import CONFIG
+from pipeline.dataset.record import read_address
+from pipeline.remote.dataset import locate_dataset
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, hint_resume
 from pipeline.tools.errors import run as run_command
@@ -130,6 +134,20 @@ class StudyMaker:
         )
 
 
+def find_data(out: Path) -> str:
+    """Return the data set of the runs in a study's folder, as they have recorded it.
+
+    Raises:
+        UsageError: there is no run on the whole data set yet, or that has moved.
+        StoreError: its store does not answer.
+    """
+    for run in sorted(path.parent for path in out.glob(f"*/{CONFIG}")):
+        address = read_address(run)
+        if address and not Path(address).is_relative_to(out.resolve()):  # no part of it
+            return locate_dataset(run)[0]
+    raise UsageError(f"{out} holds no run that says where its data set is; give --data")
+
+
 def sort_stages(variants: Sequence[Variant]) -> list[list[Variant]]:
     """Sort variants so that each comes in a later stage than the one it starts from."""
     level: dict[str, int] = {}
@@ -151,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.at_once < 0:
         raise UsageError(f"--at-once is {options.at_once}; give a number of runs, or 0")
     study = read_study(options.study)
+    options = replace(options, data=options.data or find_data(options.out))
     ensure_writable(options.out, "folder of the study")
     with hint_resume(f"{options.out} keeps the runs"):
         counted, others = StudyMaker(options, study).make()

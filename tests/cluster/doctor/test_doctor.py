@@ -64,7 +64,10 @@ def test_the_command_tells_people_and_machines_and_leaves_with_the_right_code(
 def test_one_that_fails_is_code_3_and_has_its_way_out_below(tmp_path, capsys, no_exchange):
     large = tmp_path / "large.toml"
     large.write_text('replicas = 4\nbatch_size = 8\ndevice = "gpu"\n')
-    assert main([str(large), "--data", str(tmp_path / "nowhere")]) == 3
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(f'data = "{tmp_path}/nowhere"\n')  # the data set of the run
+    assert main([str(large), "--run", str(run)]) == 3
     told = capsys.readouterr().out.splitlines()
     failed = [place for place, line in enumerate(told) if line.startswith("FAIL ")]
     assert {told[place].split()[1] for place in failed} >= {"data"}

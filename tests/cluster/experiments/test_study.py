@@ -144,12 +144,18 @@ def test_nothing_is_made_twice_and_a_half_run_goes_on(
     before = {path: path.stat().st_mtime_ns for path in again.rglob("metrics.jsonl")}
     study = str(written(tmp_path))
     capsys.readouterr()
-    main([study, "--data", str(tiny_data), "--out", str(again), "--json"])
+    main([study, "--out", str(again), "--json"])  # the runs know their data set
     told = json.loads(capsys.readouterr().out.splitlines()[-1])  # runs made here talk, too
     changed = {p.parent.name for p, time_ in before.items() if p.stat().st_mtime_ns != time_}
     assert changed == {half}
     assert learned(again / half) == learned(out / half)
     assert [row["value"] for row in told["rows"]] == [row["value"] for row in found(out)["rows"]]
+
+
+def test_a_new_study_is_told_to_name_its_data(tmp_path):
+    with pytest.raises(UsageError, match=r"holds no run that says where .* give --data"):
+        main([str(written(tmp_path)), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_made_with_other_settings_are_refused(out, tiny_data, tmp_path):

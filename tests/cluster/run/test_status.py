@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -186,6 +187,20 @@ def test_the_numbers_are_those_of_the_last_rows(run):
     assert (found.replaced, found.starts) == (2, 2)
     assert found.workers == WORKERS
     json.dumps(asdict(found))
+
+
+def test_checkpoints_of_another_run_in_the_same_store_are_not_its_own(run, tmp_path):
+    store = tmp_path / "store"
+    text = format_toml(Config(steps=1000, store=str(store)), "abc", "mine-01")
+    (run.folder / "config.toml").write_text(text)
+    for step, name in ((30, "mine-01"), (60, "other-02")):
+        checkpoint = store / f"checkpoints/step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"run": name}))
+    assert read_state(run.folder, NOW).checkpoint["step"] == 30
+    shutil.rmtree(store / "checkpoints/step-00000030")
+    wanted = {"where": f"none; {store} has those of run other-02"}
+    assert read_state(run.folder, NOW).checkpoint == wanted
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])

@@ -17,7 +17,8 @@ import pytest
 from pipeline.batches import Stream
 from pipeline.dataset.index import save_index
 from pipeline.dataset.manifest import Manifest
-from pipeline.tools.errors import DataError
+from pipeline.tools.errors import DataError, SetupError
+from pipeline.tools.files import HashedFile, sha256
 from pipeline.verify import check, verify
 from tests.helpers.images import flip_bit, jpeg, packed, rows_of
 from tests.helpers.processes import run_command
@@ -71,6 +72,30 @@ def test_damage_to_the_small_files_is_found(data, name, harm):
     assert [one["file"] for one in verify(data)] == [name]
     if harm != "flip" and not name.endswith(".idx"):
         with pytest.raises(DataError, match=f"{name} cannot be read"):
+            Stream(data)
+
+
+@pytest.mark.parametrize("name", ["stats.npz", "train.index.npy", "train-000000.tar"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(data, name, monkeypatch):
+    """To build the set again would not help."""
+
+    def open_forbidden(path: Path) -> HashedFile:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return HashedFile(path)
+
+    def hash_forbidden(path: Path) -> str:
+        with open_forbidden(path):
+            return sha256(path)
+
+    monkeypatch.setattr("pipeline.dataset.check.HashedFile", open_forbidden)
+    for module in ("check", "index", "image_stats"):
+        monkeypatch.setattr(f"pipeline.dataset.{module}.sha256", hash_forbidden)
+    wanted = rf"{name} cannot be read \(Permission denied\); mend its permissions"
+    with pytest.raises(SetupError, match=wanted):
+        check(data, workers=1)
+    if not name.endswith(".tar"):
+        with pytest.raises(SetupError, match=wanted):
             Stream(data)
 
 

@@ -251,7 +251,7 @@ def test_classes_without_images_are_refused_before_packing(tmp_path):
     for settings in ({}, {"holdout": 0.5}):
         with pytest.raises(UsageError, match=r"class '2' \(number 2\) of source .* has no images"):
             packed(tmp_path / "d", train=shard, **settings)
-    assert not (tmp_path / "d").exists() or not [*(tmp_path / "d").glob("**/*.bin")]
+    assert not (tmp_path / "d").exists()
     source = folder_per_class(tmp_path / "s", 1)
     with pytest.raises(
         UsageError, match=r"'apple' .* has 1: add images, remove .* or give .*--val"
@@ -264,7 +264,8 @@ def test_the_command_ends_with_one_line_and_the_right_code(image_folder, tmp_pat
     (tmp_path / "file").write_text("")
     train = image_folder / "train"
     for arguments, words in (
-        ([tmp_path / "d", "--train", tmp_path / "empty"], "is empty"),
+        ([tmp_path / "d/e", "--train", tmp_path / "empty"], "is empty"),
+        ([tmp_path / "d/e", "--train", tmp_path / "nowhere"], "does not exist"),
         ([tmp_path / "file", "--train", train], "cannot be written"),
         ([tmp_path / "d", "--train", train, "--quality", "0"], "--quality 0 is out of range"),
         ([tmp_path / "d", "--train", train, "--val", train, "--holdout", "0.5"], "exclude"),
@@ -279,6 +280,7 @@ def test_the_command_ends_with_one_line_and_the_right_code(image_folder, tmp_pat
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
+        assert not (tmp_path / "d").exists()
 
 
 def test_an_image_of_both_splits_is_told_loudly(image_folder, tmp_path):
@@ -334,3 +336,25 @@ def test_validation_images_that_are_not_packed_are_told_before_packing(
         (replace(options, val=str(source)), replace(options, holdout=0.1))
     ):
         assert make_plan(other, tmp_path / f"{number + 2}").notes == ()
+
+
+@pytest.mark.parametrize("kind", ["folders", "shards"])
+def test_a_test_part_that_is_not_packed_is_told(kind, tmp_path):
+    source = tmp_path / "s"
+    if kind == "folders":
+        for split in ("train", "val", "test"):
+            folder_per_class(source / split, 2)
+        test = source / "test"
+    else:
+        for split in ("train", "val", "test"):
+            write_shards(source, f"{split}-%06d.tar", cls=lambda place: place % 4)
+        test = source / "test-000000.tar"
+    options = BuildConfig(out=str(tmp_path / "out"), train=str(source), val=str(source))
+    wanted = (f"{test} is not packed; to evaluate on it, name it by --val",)
+    assert make_plan(options, tmp_path / "1").notes == wanted
+    assert make_plan(replace(options, val=None, holdout=0.5), tmp_path / "2").notes == wanted
+    for name in [*source.glob("val*")]:
+        shutil.move(name, tmp_path)
+    if kind == "shards":  # which are validated on "test" then
+        assert make_plan(options, tmp_path / "3").notes == ()
+    assert make_plan(replace(options, val=None), tmp_path / "4").notes == wanted
