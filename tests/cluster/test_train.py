@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,24 @@ def test_a_resumed_run_needs_no_data(command, data, tmp_path, capsys):
     assert command("--steps", "5", "--keep", "7", "--data", data) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert (run / "config.toml").read_text() == before.replace(str(moved), str(data))
+
+
+def test_a_second_training_is_refused_until_the_first_is_killed(command, data, tmp_path):
+    command("--data", data)
+    lock = tmp_path / "run/.lock"
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        said = refused(command, "--steps", "3")
+        assert f"{lock.parent} is in use by another training (process " in said
+        assert "wait for it, or name another" in said
+        first.kill()
+    assert command("--steps", "3") == 0, "at once"
 
 
 def test_the_hash_is_checked_wherever_the_data_set_is(command, data, tmp_path):
