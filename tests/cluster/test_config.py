@@ -60,7 +60,7 @@ def test_a_whole_number_will_do_for_a_float(settings):
 
 
 def test_a_text_of_a_file_may_begin_with_a_dash(settings):
-    found = settings('cache = "-x"\ninit = "--seed"\nchanges = ["0 colour 0"]', "--seed", "3")
+    found = settings('cache = "-x"\ninit = "--seed"\nchanges = ["1 colour 0"]', "--seed", "3")
     assert (found.cache, found.init, found.seed) == ("-x", "--seed", 3)
     with pytest.raises(UsageError, match="layer_rates"):
         settings('layer_rates = ["-conv1=0"]')

@@ -87,7 +87,7 @@ def test_a_second_training_is_refused_until_the_first_is_killed(command, data, t
         assert first.stdout is not None
         first.stdout.readline()
         said = refused(command, "--steps", "3")
-        assert f"{lock.parent} is in use by another training (process " in said
+        assert f"{lock.parent} is in use by another training (" in said
         assert "wait for it, or name another" in said
         first.kill()
     assert command("--steps", "3") == 0, "at once"

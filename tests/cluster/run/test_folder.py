@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,11 +73,14 @@ def test_rows_that_may_not_be_read_are_not_taken_for_none(tmp_path, monkeypatch)
     run = begin(tmp_path / "run")
     (run / "metrics.jsonl").write_text('{"step": 1, "position": 8}\n')
 
-    def forbid(path: Path, *_: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+    opened = Path.open
 
+    def forbid(path: Path, *words: Any, **named: Any) -> Any:
+        if path.name == "metrics.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *words, **named)
+
+    monkeypatch.setattr(Path, "open", forbid)
     for look in (read_state, read_records):
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "open", forbid)
-            with pytest.raises(SetupError, match=r"metrics\.jsonl cannot be read .*permissions"):
-                look(run)
+        with pytest.raises(SetupError, match=r"metrics\.jsonl cannot be read .*permissions"):
+            look(run)
