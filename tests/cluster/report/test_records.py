@@ -76,7 +76,7 @@ def test_missing_file_is_no_rows(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"neither metrics\.jsonl nor config\.toml"):
+    with pytest.raises(UsageError, match=r"holds no run \(config\.toml is missing\)"):
         read_records(tmp_path)
 
 

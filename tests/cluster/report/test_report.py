@@ -373,7 +373,7 @@ def test_again_replaces_and_leaves_nothing_else(run: Path) -> None:
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"neither metrics\.jsonl nor config\.toml"):
+    with pytest.raises(UsageError, match=r"holds no run \(config\.toml is missing\)"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
