@@ -108,7 +108,8 @@ def _parse(words: list[str], default: TrainOptions | None = None) -> TrainOption
 
 def _fill_settings(table: dict[str, Any]) -> _UncheckedConfig:
     """Return the settings of a file, unchecked: the defaults of the flags."""
-    table = {key: float(one) if TYPES[key] is float else one for key, one in table.items()}
+    # A number of hundreds of digits is infinite as a text, and an error as a whole number.
+    table = {key: float(str(one)) if TYPES[key] is float else one for key, one in table.items()}
     design = {key: table.pop(key) for key in list(table) if key in DESIGN_TYPES}
     return _UncheckedConfig(design=_UncheckedDesign(**design), **table)
 

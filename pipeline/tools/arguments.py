@@ -91,6 +91,7 @@ def parse_options(
             options = tyro.cli(kind, args=words, prog=name, default=default)
     except SystemExit as error:
         raise UsageError(f"{summarize_box(said.getvalue())}; {name} --help says more") from error
+    assert options is not None
     for field, value in vars(options).items():
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path) and ADDRESS.match(str(path)):

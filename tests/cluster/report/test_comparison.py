@@ -78,7 +78,7 @@ def test_bad_comparisons_are_one_line(tmp_path: Path, monkeypatch) -> None:
         ([], "no RUN is named"),
         (["run", "./run"], "run is named twice"),
         (["run", str(run)], "is named twice, as run too"),
-        (["run", "nowhere"], "it is not the folder of a run"),
+        (["run", "nowhere"], "nowhere holds no run"),
         ([str(number) for number in range(MOST_RUNS + 1)], f"compares {MOST_RUNS} at most"),
     ):
         with pytest.raises(UsageError, match=text) as refused:

@@ -277,7 +277,7 @@ def test_run_with_nothing_but_steps(tmp_path: Path) -> None:
         "not evaluated with --views 10 and --views 1",
         "Not recorded yet: validation loss",
         "No validation rows yet.",
-        "No images: " + f"{tmp_path} does not say where its data set is (older runs do not)",
+        "No images: " + f"{tmp_path} does not say where its data set is (it has no config.toml)",
         "--save-probabilities",
         "No attempts.jsonl",
         "No checkpoint in this folder.",

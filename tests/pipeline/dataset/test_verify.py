@@ -77,7 +77,7 @@ def test_damage_to_the_small_files_is_found(data, name, harm):
 
 @pytest.mark.parametrize("name", ["stats.npz", "train.index.npy", "train-000000.tar"])
 def test_a_file_that_may_not_be_read_is_not_called_damaged(data, name, monkeypatch):
-    """To build the set again would not help."""
+    """A new build would not help."""
 
     def open_forbidden(path: Path) -> HashedFile:
         if path.name == name:
