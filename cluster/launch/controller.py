@@ -371,14 +371,15 @@ def create_trainer(job: WorkerJob, scratch: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from cluster.launch.rendezvous import LoopbackConfig
+    from cluster.launch.rendezvous import LoopbackConfig, LoopbackTrainer
 
     placement = job.placement
     resources: dict[str, float] = {"CPU": placement.cpus}
     if placement.gpus:
         resources["GPU"] = placement.gpus
     cuda = placement.gpus and not os.environ.get(FAKE_GPUS)
-    return TorchTrainer(
+    trainer = TorchTrainer if is_attached() else LoopbackTrainer
+    return trainer(
         run_worker,
         train_loop_config={"job": job},
         torch_config=(TorchConfig if is_attached() else LoopbackConfig)(
