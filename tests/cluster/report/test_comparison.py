@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config, format_toml
+from cluster.config import Config, format_toml, load_settings
 from cluster.report.comparison import MOST_RUNS
 from cluster.report.page import main
 from cluster.report.settings import describe_settings, list_differences, read_expected
@@ -91,12 +91,13 @@ def test_bad_comparisons_are_one_line(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_settings_that_differ_from_the_preset_come_first() -> None:
-    config = Config.from_settings({"width": 0.25, "lr": 0.02, "steps": 400, "layer_rates": ()})
+    preset = load_settings(Path("demo"))
+    config = Config.from_settings({**preset, "lr": 0.5})
     table = {**config.to_settings(), "layer_rates": [], "config": "demo", "command": "x"}
     found = describe_settings(table)
-    changed = {row.name: row.values for row in found.changed}
-    assert changed["lr"] == ("0.02", "0.01")
-    assert "width" not in changed
+    assert [(row.name, row.values) for row in found.changed] == [
+        ("lr", ("0.5", f"{preset['lr']:g}"))
+    ]
     assert "command" not in {row.name for row in found.rest}
     assert "epochs" not in {row.name for row in found.rest}, "steps decide"
     assert "top-1" in found.expected
