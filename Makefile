@@ -112,7 +112,7 @@ docs: $(VENV)/.installed
 	@echo 'site/index.html'
 
 test: check
-	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(py) -m pytest -n 3 --no-loadscope-reorder -m "not slow"
 
 # With the tests that are marked slow: CONTRIBUTING lists them.
 test-all: check

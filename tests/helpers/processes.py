@@ -8,11 +8,15 @@ that was started from a shell; only module-level code of what is loaded before h
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib
+import io
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing
+
+from pipeline.tools.errors import run
 
 
 class _Fork(multiprocessing.context.ForkServerProcess):
@@ -100,6 +106,21 @@ def _call(
     target(*arguments)
 
 
+def start_command(
+    command: Sequence[object],
+    out: Path,
+    err: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> multiprocessing.process.BaseProcess:
+    """Start `python -m …`, `python -c …` or `python FILE …`; its output goes to two files."""
+    python, *words = map(str, command)
+    assert python == sys.executable, python
+    assert words[0] in ("-m", "-c") or words[0].endswith(".py"), words
+    return start(_run, out, err, words, env=env, cwd=cwd)
+
+
 def run_command(
     command: Sequence[object],
     *,
@@ -108,18 +129,16 @@ def run_command(
     timeout: float = 120,
     check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Do as `subprocess.run` with captured text does, for `python -m`, `-c`, and a file.
+    """Do as `subprocess.run` with captured text does, for what `start_command` starts.
 
     Raises:
         TimeoutExpired: it takes longer than `timeout` seconds; it is killed.
         CalledProcessError: with `check`, its exit code is not 0.
     """
-    python, *words = map(str, command)
-    assert python == sys.executable, python
-    assert words[0] in ("-m", "-c") or words[0].endswith(".py"), words
+    words = list(map(str, command))
     with tempfile.TemporaryDirectory() as work:
         out, err = Path(work, "out"), Path(work, "err")
-        process = start(_run, out, err, words, env=env, cwd=cwd)
+        process = start_command(command, out, err, env=env, cwd=cwd)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -132,6 +151,29 @@ def run_command(
     if check and code:
         raise subprocess.CalledProcessError(code, words, done.stdout, done.stderr)
     return done
+
+
+def call_command(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """Do what `python -m MODULE …` does, exit code and messages included, in this process.
+
+    It takes no time beyond the work: for all that does not test the process itself.
+    """
+    python, flag, name, *words = map(str, command)
+    assert (python, flag) == (sys.executable, "-m"), command
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
+    out, err = io.StringIO(), io.StringIO()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(lambda: module.main(words))
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def drop_progress(errors: str) -> str:

@@ -6,9 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from model.norm import (
     spatial_response_norm,
 )
 from tests.helpers.lrn import by_hand, maps
+from tests.helpers.processes import run_command
 
 FAST = ("-std=gnu11", "-O0", "-march=native")
 """Flags with which the kernels compile in half a second instead of six."""
@@ -52,13 +54,11 @@ def works() -> bool:
     return native.prepare_kernels(x)
 
 
-def said_elsewhere(script: str) -> str:
+def said_elsewhere(script: str, run: Callable[..., Any] = run_command) -> str:
     """Run a script in a process of its own, which prints no warning, and return its output."""
     flags = f"native.FLAGS, native.FLAGS_X86 = {native.FLAGS}, {native.FLAGS_X86}"
     script = f"from model.norm import describe_backend, native\n{flags}\n{script}"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    done = run([sys.executable, "-c", script])
     assert done.stderr == ""
     return done.stdout
 
@@ -72,7 +72,10 @@ def test_they_are_compiled_once_in_silence_and_bring_no_openmp(
     made = kept.stat().st_mtime_ns
     # A new process only reads them.
     never = "def never(*arguments): raise AssertionError('compiled again')\n"
-    said = said_elsewhere(f"{never}native._compile = never\nprint(describe_backend())\n{COUNT}")
+    python = partial(subprocess.run, capture_output=True, text=True, check=True)  # no DALI in it
+    said = said_elsewhere(
+        f"{never}native._compile = never\nprint(describe_backend())\n{COUNT}", python
+    )
     assert said.startswith("kernels compiled by")
     assert kept.stat().st_mtime_ns == made
     assert capfd.readouterr() == ("", "")

@@ -31,7 +31,7 @@ from model.architecture import Design
 from model.optimizer import Sgd2012
 from pipeline.tools.errors import DataError, UsageError
 from tests.cluster.report.test_report import Page as Html
-from tests.helpers.processes import run_command
+from tests.helpers.processes import call_command
 
 CLASSES = tuple("abcdefgh")
 BASE = Config(design=Design(width=0.0625), steps=60, batch_size=128)
@@ -358,7 +358,7 @@ def test_bad_input_is_one_line_with_its_exit_code(make, tmp_path):
         make_page([broken])
     for path, words in ((tmp_path, "is no run"), (young, "has no complete checkpoint yet"),
                         (tmp_path / "gone", "is no run")):  # fmt: skip
-        found = run_command(
+        found = call_command(
             [sys.executable, "-m", "cluster.experiments.evidence", str(path)],
         )
         assert (found.returncode, found.stdout) == (2, "")

@@ -33,7 +33,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.manifest import identity
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import flip_bit
-from tests.helpers.processes import run_command
+from tests.helpers.processes import call_command, run_command
 from tests.helpers.resealed_data import edit_manifest
 
 CONFIG = Config(
@@ -300,17 +300,8 @@ def test_damaged_images_have_no_features_and_are_no_neighbours(run, data, capsys
 
 
 def refused(run: Path, data: Path, *more: str) -> tuple[int, str]:
-    done = run_command(
-        [
-            sys.executable,
-            "-m",
-            "cluster.experiments.neighbors",
-            str(run),
-            "--data",
-            str(data),
-            *more,
-        ],
-    )
+    module = "cluster.experiments.neighbors"
+    done = call_command([sys.executable, "-m", module, run, "--data", data, *more])
     assert done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert line.startswith("error: ")

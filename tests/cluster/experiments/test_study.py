@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from cluster.config import Config
 from cluster.experiments.study import runner
 from cluster.experiments.study.__main__ import main
 from pipeline.tools.errors import UsageError
+from tests.helpers.processes import start_command
 from tests.helpers.training_processes import REPOSITORY, marked, processes
 from tests.helpers.training_runs import alone, cut_at, learned, rows
 
@@ -201,37 +203,38 @@ after = "before"
     assert learned(tmp_path / "scratch") != learned(tmp_path / "finetuned")
 
 
-def started(folder: Path, data: Path, steps: int) -> tuple[subprocess.Popen, str, Path]:
+def started(folder: Path, data: Path, steps: int) -> tuple[BaseProcess, str, Path]:
     """A study of one run in a process, its mark, and the run, which has made steps."""
     text = TEXT.replace("steps = 6", f"steps = {steps}").replace("[0, 1]", "[0]")
     text = text[: text.index("[grid]")] + "[variants.relu]\n"
     mark, environment = marked()
-    with (folder / "said").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.experiments.study", str(written(folder, text)),
-             "--data",
-             str(data), "--out", str(folder / "out")],
-            cwd=REPOSITORY, env=environment, stdout=said, stderr=said,
-        )  # fmt: skip
+    said = folder / "said"
+    process = start_command(
+        [sys.executable, "-m", "cluster.experiments.study", written(folder, text),
+         "--data", data, "--out", folder / "out"],
+        said, said, cwd=REPOSITORY, env=environment,
+    )  # fmt: skip
     run = folder / "out" / "relu-0"
     deadline = time.monotonic() + 90
     while not (run / "checkpoints").is_dir() or not any((run / "checkpoints").glob("step-*")):
-        assert process.poll() is None, (folder / "said").read_text()
+        assert process.exitcode is None, said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return process, mark, run
 
 
-def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path):
+def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path, monkeypatch):
     process, mark, run = started(tmp_path, tiny_data, 30)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, (tmp_path / "said").read_text()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130, (tmp_path / "said").read_text()
     assert processes(mark) == []
     last = rows(run)[-1]["step"]
     assert 0 < last < 30
     assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
     assert "the same command goes on" in run.with_name("relu-0.log").read_text()
     study = tmp_path / "units.toml"
+    monkeypatch.setattr("cluster.experiments.study.__main__.run_side_by_side", run_here)
     assert main([str(study), "--data", str(tiny_data), "--out", str(tmp_path / "out")]) == 0
     alone(
         Config.from_settings(SETTINGS | {"steps": 30, "momentum": 0.8}),
@@ -245,7 +248,7 @@ def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path):
 def test_runs_end_with_a_study_that_is_killed(tiny_data, tmp_path):
     process, mark, _ = started(tmp_path, tiny_data, 5000)
     process.kill()
-    process.wait()
+    process.join()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and processes(mark):
         time.sleep(0.2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from cluster.launch.session import refuse_relative
 from pipeline.tools.errors import SetupError, UsageError, handle_end
 from pipeline.tools.files import try_lock, unlock
 from pipeline.tools.processes import defer_signals
+from tests.helpers.processes import run_command
 from tests.helpers.training_processes import REPOSITORY
 
 
@@ -31,7 +31,7 @@ def test_the_driver_imports_no_ray_before_it_has_said_where_ray_may_listen():
         "import sys, cluster.train, cluster.launch.controller, cluster.launch.measurement\n"
         "sys.exit('ray' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 0
+    assert run_command([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 0
 
 
 def test_in_a_job_relative_folders_are_refused_with_a_way_out(tmp_path, monkeypatch):

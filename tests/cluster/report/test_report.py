@@ -349,7 +349,7 @@ def test_restart_is_said(tmp_path: Path) -> None:
 def test_long_run_of_many_classes_stays_small(run: Path) -> None:
     line = (run / "metrics.jsonl").read_text().splitlines()[0]
     with (run / "metrics.jsonl").open("w") as file:
-        for step in range(1, 200_001):
+        for step in range(1, 50_001):
             numbers = f'"position": {128 * step}, "epoch": {step / 1e4}, "step": {step}'
             file.write(line.replace('"position": 128, "epoch": 0.032, "step": 1', numbers) + "\n")
     classes = {f"class {number}": number / 1000 for number in range(1000)}
@@ -357,8 +357,8 @@ def test_long_run_of_many_classes_stays_small(run: Path) -> None:
     path = write_report(run)
     assert path.stat().st_size < 500_000
     page = Page(path)
-    assert "25,600,000" in page.text
-    assert "step 200,000" in page.text
+    assert "6,400,000" in page.text
+    assert "step 50,000" in page.text
     assert "class 999\n" in page.text, "the worst is shown"
     assert "class 0\n" in page.text, "the best too"
     assert "class 500\n" not in page.text, "what lies between is not"

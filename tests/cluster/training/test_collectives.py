@@ -29,7 +29,7 @@ SEATS = ((0, 1), (2, 3))
 GROUPS = {"pair": SEATS, "images": SEATS, "peers": ((0, 2), (1, 3)), "world": ((0, 1, 2, 3),)}
 """Ranks that share a group, by its role."""
 SETTINGS = replace(
-    CONFIG, replicas=2, steps=4, validate_every=2, statistics_every=1, checkpoint_every=2
+    CONFIG, replicas=2, steps=2, validate_every=2, statistics_every=1, checkpoint_every=1
 )
 Operation = tuple[str, str, Any]
 """Role of the group, name, and shapes: of a swap [sent, received]."""

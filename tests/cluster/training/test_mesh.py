@@ -24,9 +24,9 @@ from tests.helpers.processes import run_ranks
 
 SEATS = ((0, 1), (2, 3))
 REPLICAS = len(SEATS)
-BATCH = 3
+BATCH = 2
 """Images of a replica."""
-STEPS = 3
+STEPS = 2
 CLASSES = 10
 
 

@@ -174,8 +174,14 @@ def test_the_loss_is_copied_before_the_backward_pass_and_read_before_the_update(
     assert order == ["forward", "copy", "backward", "read", "update"]
 
 
-@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16"}, {"norm": "batch"}],
-                         ids=["lrn", "bfloat16", "batch norm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({}, id="lrn"),
+        pytest.param({"dtype": "bfloat16"}, id="bfloat16", marks=pytest.mark.slow),
+        pytest.param({"norm": "batch"}, id="batch norm", marks=pytest.mark.slow),
+    ],
+)
 def test_no_step_waits_for_a_device_but_for_two_copies_that_were_launched_early(
     change, tiny_data, tmp_path
 ):

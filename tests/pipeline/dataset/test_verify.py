@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 import zlib
 from contextlib import suppress
@@ -21,7 +20,7 @@ from pipeline.tools.errors import DataError, SetupError
 from pipeline.tools.files import HashedFile, sha256
 from pipeline.verify import check, verify
 from tests.helpers.images import flip_bit, jpeg, packed, rows_of
-from tests.helpers.processes import run_command
+from tests.helpers.processes import call_command
 from tests.helpers.resealed_data import SHARD, overwrite, reseal
 
 
@@ -46,7 +45,7 @@ def test_verify_names_shard_sample_and_key(data):
         {"file": "train-000003.tar", "reason": "missing"},
     ]
     command = [sys.executable, "-m", "pipeline.verify", str(data), "--json"]
-    done = run_command(command)
+    done = call_command(command)
     facts = json.loads(done.stdout)
     assert done.returncode == 4
     assert facts["damage"] == found
@@ -176,15 +175,14 @@ def test_processes_find_what_one_finds(data):
     assert [one.get("sample") for one in alone.damage if "sample" in one][:2] == [3, 17]
 
 
-def test_the_terminal_gets_some_lines_and_the_json_all(data):
+def test_the_terminal_gets_some_lines_and_the_json_all(data, monkeypatch):
     rows = np.array(rows_of(data, "train"))
     rows["crc"] ^= 1
     save_index(data, "train", rows)
     reseal(data)
     (data / "old.partial").write_text("left")
-    program = "import pipeline.verify as v; from pipeline.tools.errors import run; v.LISTED = 5; "
-    command = [sys.executable, "-c", f"{program} run(v.main)", str(data), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    monkeypatch.setattr("pipeline.verify.LISTED", 5)
+    done = call_command([sys.executable, "-m", "pipeline.verify", data, "--json"])
     assert done.returncode == 4
     lines = done.stderr.splitlines()
     assert lines[5] == "... and 43 more; --json lists them all"

@@ -22,7 +22,7 @@ from pipeline.remote.target import WORK, FolderTarget
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, jpeg, packed, rows_of
-from tests.helpers.processes import run_command
+from tests.helpers.processes import call_command
 from tests.helpers.resealed_data import edit_manifest
 from tests.helpers.tars import tar_of
 from tests.helpers.webdatasets import write_shards
@@ -30,7 +30,7 @@ from tests.helpers.webdatasets import write_shards
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.build_shards", *map(str, arguments)]
-    return run_command(command)
+    return call_command(command)
 
 
 def everything(folder: Path) -> dict[str, bytes]:

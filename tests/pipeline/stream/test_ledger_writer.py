@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from unittest import mock
@@ -32,6 +31,7 @@ from tests.helpers.ledgers import (  # noqa: F401
     sixty,
     three_attempts,
 )
+from tests.helpers.processes import run_command
 
 
 def test_a_torn_end_is_left_out_and_counted(run, data):
@@ -72,7 +72,7 @@ def test_killing_the_writer_loses_nothing_it_recorded(tmp_path, data):
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     ).replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
     facts = str(vars(about(data, 0, 4, 0, 1)))
-    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "run", facts], check=False)
+    killed = run_command([sys.executable, "-c", code, tmp_path / "run", facts])
     assert killed.returncode == -signal.SIGKILL
     proof = prove(data, [tmp_path / "run"])
     assert (proof.findings, proof.position, proof.torn) == ((), 36, 0)

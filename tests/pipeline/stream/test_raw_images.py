@@ -24,7 +24,7 @@ from pipeline.stream.decode import DaliReader, Decoder
 from pipeline.tools.text import human_bytes
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, packed, rows_of
-from tests.helpers.processes import run_command
+from tests.helpers.processes import call_command
 
 SHAPE = (256, 256, 3)
 JPEG_LOSS = 1.2
@@ -93,7 +93,7 @@ def test_unreadable_images_are_left_out_and_the_command_tells(tmp_path):
     source = folder_per_class(tmp_path / "s", 2)
     (source / "cat/bad.jpg").write_bytes(b"no picture at all")
     command = [sys.executable, "-m", "pipeline.build_shards", tmp_path / "d", "--train", source]
-    done = run_command(
+    done = call_command(
         [*map(str, command), "--encoding", "raw", "--json", "--max-rejects", "0.2"],
     )
     assert done.returncode == 0, done.stderr

@@ -15,14 +15,14 @@ from pipeline.throughput.report import load_report, write_page
 from pipeline.throughput.stages import Setting
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.tools.errors import DuetError, UsageError
-from tests.helpers.processes import run_command
+from tests.helpers.processes import call_command
 
 COMMAND = [sys.executable, "-m", "pipeline.throughput"]
 QUICK = ("--batch-size", 8, "--seconds", 0.1)
 
 
-def call(*arguments, **more):
-    return run_command([*COMMAND, *map(str, arguments)], **more)
+def call(*arguments):
+    return call_command([*COMMAND, *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_dalis_reader_reads_no_store():
 
 def test_verify_refuses_an_address_in_one_line():
     command = [sys.executable, "-m", "pipeline.verify", "https://host/set"]
-    done = run_command(command)
+    done = call_command(command)
     assert done.returncode == 2
     assert done.stderr == (
         "error: verify reads local folders, and https://host/set is an address\n"
