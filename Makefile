@@ -41,7 +41,7 @@ py      = $(VENV)/bin/python
 install = (while sleep 30 > /dev/null 2>&1 && kill -0 $$$$ 2> /dev/null; do echo 'still installing'; done) & \
 	trap "kill $$!" EXIT INT TERM; $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install train test test-all quick check docs soak format clean
+.PHONY: help install train test test-all run-tests quick check lint types pages docs soak format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -95,12 +95,18 @@ endif
 	@$(py) -m cluster.evaluate $(RUN) --views 10 --save-probabilities
 	@$(py) -m cluster.report $(RUN)
 
-check: $(VENV)/.dev
+check: lint types pages
+
+lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/hadolint Dockerfile
+
+types: $(VENV)/.dev
+	$(VENV)/bin/mypy
+
+pages: $(VENV)/.dev
 	$(site) --site-dir $(VENV)/site
 
 # Warnings, such as a link that leads nowhere, are errors.
@@ -111,12 +117,17 @@ docs: $(VENV)/.installed
 	@$(site)
 	@echo 'site/index.html'
 
-test: check
-	OMP_NUM_THREADS=1 $(py) -m pytest -n 3 --no-loadscope-reorder -m "not slow"
+# mypy takes a core for more than a minute: the tests run meanwhile.
+test: lint
+	@$(MAKE) --no-print-directory -j3 types pages run-tests SELECT='-m "not slow"' THREADS=OMP_NUM_THREADS=1
 
 # With the tests that are marked slow: CONTRIBUTING lists them.
-test-all: check
-	OMP_WAIT_POLICY=passive $(py) -m pytest -n 3 --no-loadscope-reorder
+test-all: lint
+	@$(MAKE) --no-print-directory -j3 types pages run-tests
+
+THREADS ?= OMP_WAIT_POLICY=passive
+run-tests: $(VENV)/.dev
+	$(THREADS) $(py) -m pytest -n 3 --no-loadscope-reorder $(SELECT)
 
 # Everything below Ray and below the start of a process: the loop while one writes.
 quick: check
