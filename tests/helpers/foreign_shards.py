@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.index_shards import IndexOutcome, index_folder
 from pipeline.options import IndexConfig
 from tests.helpers.images import jpeg, rows_of
+from tests.helpers.processes import call_command
 
 KINDS = [{}, {"subsampling": 0}, {"mode": "L"}, {"progressive": True}, {"quality": 60}]
 """JPEGs that people have: 4:2:0, 4:4:4, grey, progressive, small."""
@@ -48,9 +49,7 @@ def index(folder: Path, **settings) -> IndexOutcome:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.index_shards", *map(str, arguments)]
-    # Python itself: the jobs of its pool are classes of `__main__`, which a fork cannot find.
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return call_command([sys.executable, "-m", "pipeline.index_shards", *arguments])
 
 
 def decoded(data: bytes) -> np.ndarray:
