@@ -119,7 +119,7 @@ docs: $(VENV)/.installed
 
 # mypy takes a core for more than a minute: the tests run meanwhile.
 test: lint
-	@$(MAKE) --no-print-directory -j3 types pages run-tests SELECT='-m "not slow"' THREADS=OMP_NUM_THREADS=1
+	@$(MAKE) --no-print-directory -j3 types pages run-tests SELECT='-m "not slow" --hypothesis-profile short' THREADS=OMP_NUM_THREADS=1
 
 # With the tests that are marked slow: CONTRIBUTING lists them.
 test-all: lint

@@ -32,7 +32,7 @@ class Case:
     dtype: torch.dtype
     classes: int
     layout: torch.memory_format
-    steps: int = 20
+    steps: int = 5
     autocast: bool = False
     design: Design = PAPER
 

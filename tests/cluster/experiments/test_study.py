@@ -223,6 +223,7 @@ def started(folder: Path, data: Path, steps: int) -> tuple[BaseProcess, str, Pat
     return process, mark, run
 
 
+@pytest.mark.slow
 def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path, monkeypatch):
     process, mark, run = started(tmp_path, tiny_data, 30)
     os.kill(process.pid, signal.SIGINT)

@@ -117,6 +117,7 @@ def run_rank(rank: int, folder: Path, data: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_pair_measures_its_exchange(tiny_data, tmp_path):
     run_ranks(run_rank, (tmp_path, tiny_data), 2)
     found = json.loads((tmp_path / "found.json").read_text())

@@ -241,6 +241,7 @@ def test_room_for_what_is_mapped_is_taken_first(tmp_path):
     assert (tmp_path / "taken.bin").stat().st_blocks * 512 >= mapped.nbytes > 2_000_000
 
 
+@pytest.mark.slow
 def test_kill_of_the_command_leaves_nobody_behind(source, tmp_path):
     """kill -9 of the command: its workers end too, and the same command finishes the set."""
     out = tmp_path / "data"

@@ -68,14 +68,14 @@ families = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(families, st.integers(0, 40))
 def test_finds_what_comparing_all_pairs_finds(hashes: np.ndarray, threshold: int) -> None:
     found = [rows.tolist() for rows in find_clusters(hashes, threshold, workers=1)]
     assert found == brute_force(hashes, threshold)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(families, st.integers(1, 40), st.sampled_from([1, 2, 5]))
 def test_so_does_the_way_for_crowded_keys(hashes: np.ndarray, threshold: int, long: int) -> None:
     """Runs count as long at once, and any gain is worth sifting bits."""
