@@ -133,7 +133,7 @@ def test_an_exception_in_the_block_comes_out_and_leaves_nothing(tiny_data, tmp_p
 
 
 def test_an_interpreter_that_exits_with_open_streams_is_silent(tiny_data, tmp_path):
-    """Of one that still has a name, and one that only a collection of cycles would find."""
+    """A stream that still has a name, and one that only a collection of cycles would find."""
     code = """
     stream, lost = (Stream(data, batch_size=16) for _ in range(2))
     take(stream, 4)
