@@ -119,7 +119,7 @@ def run_verb(name: str, words: Sequence[str]) -> int | None:
         DuetError: from the verb, or a flag is unknown or empty.
     """
     from pipeline.tools.arguments import check_flags, format_options, use_command_name
-    from pipeline.tools.startup import install_first_line
+    from pipeline.tools.startup import install_first_line, remove_first_line
 
     command, kind = f"duet {name}", load_options(VERBS[name])
     if {"-h", "--help"} & set(words):
@@ -128,11 +128,14 @@ def run_verb(name: str, words: Sequence[str]) -> int | None:
     with use_command_name(command):
         check_flags(kind, words, command)
         install_first_line(name, words)
-        if name == "summary":
-            show_network(words)
-            return 0
-        result: int | None = importlib.import_module(VERBS[name].module).main(list(words))
-        return result
+        try:
+            if name == "summary":
+                show_network(words)
+                return 0
+            result: int | None = importlib.import_module(VERBS[name].module).main(list(words))
+            return result
+        finally:
+            remove_first_line()
 
 
 def load_options(verb: Verb) -> type[Options]:

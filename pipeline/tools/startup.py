@@ -43,9 +43,14 @@ class FirstLine:
 
 def install_first_line(name: str, words: Sequence[str]) -> None:
     """Install the hook for a command, in place of one before; not if its help is wanted."""
-    sys.meta_path[:] = [hook for hook in sys.meta_path if not isinstance(hook, FirstLine)]
+    remove_first_line()
     if not {"-h", "--help"} & set(words):
         sys.meta_path.insert(0, FirstLine(name, words))
+
+
+def remove_first_line() -> None:
+    """Remove the hook, if there is one."""
+    sys.meta_path[:] = [hook for hook in sys.meta_path if not isinstance(hook, FirstLine)]
 
 
 def install_for_module() -> None:

@@ -16,7 +16,8 @@ from pipeline.tools.stdio import _Output, standard_streams
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Import hooks of this process, put back afterwards; nothing counts as printed."""
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    others = [hook for hook in sys.meta_path if not isinstance(hook, FirstLine)]
+    monkeypatch.setattr(sys, "meta_path", others)
     monkeypatch.setattr(_Output, "has_written", False)
     return sys.meta_path
 
