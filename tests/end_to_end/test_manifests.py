@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cluster.config import load_settings
 from cluster.train import parse_command
 from tests.helpers.training_processes import REPOSITORY
 
@@ -149,7 +150,8 @@ def test_its_training_command_is_one(path, monkeypatch):
     assert commands
     for command in commands:
         words = shlex.split(command)
-        assert parse_command(words).settings.batch_size == 128
+        preset = load_settings(Path(words[0])).get("batch_size", 128)
+        assert parse_command(words).settings.batch_size == preset
 
 
 def test_the_launcher_file_passes_rays_own_checks(launcher):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
@@ -8,7 +9,6 @@ import torch
 
 from cluster.training import precision
 from cluster.training.precision import autocast, compute_dtype, prepare_device
-from tests.helpers.processes import run_command
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is what is set here")
 def test_kept_memory_is_not_fetched_again_from_the_kernel():
     def faults(mode: str) -> int:
-        return int(run_command([sys.executable, "-c", FAULTS, mode], check=True).stdout)
+        # In a process from its beginning: the heap of a forked one has another history.
+        command = [sys.executable, "-c", FAULTS, mode]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     # 16 tensors of 80 MB have 312,500 pages. In one run of four the heap grows once more, by a
     # whole tensor, when a small object comes to lie behind it; not in eight runs one after another.
