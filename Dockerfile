@@ -4,7 +4,7 @@
 #   docker build -t duet .
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" -u "$(id -u):$(id -g)" duet train dexp --data data --run run
 #   docker build -t duet --build-arg EXTRAS=cuda12 --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 .
-#   docker build -t REGISTRY/duet:0.1 --target ray .     # for cluster/deploy/rayjob.yaml
+#   docker build -t REGISTRY/duet:0.1 --target ray .     # for examples/deploy/rayjob.yaml
 #
 # torch and DALI bring the libraries of CUDA; the host has the driver, and NVIDIA's container toolkit.
 ARG PYTHON=3.11
@@ -19,16 +19,14 @@ ARG TORCH_INDEX=
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-WORKDIR /opt/duet
+WORKDIR /usr/src/duet
 COPY constraints.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY pipeline pipeline
 COPY model model
 COPY cluster cluster
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt ".[$EXTRAS]"
+RUN pip install --no-cache-dir -c constraints.txt ".[$EXTRAS]"
 
 # A job brings its code with it (working_dir), which must win over any that is installed: so none is.
 # Rebuild only when pyproject.toml changes. wget is for the probes of KubeRay.

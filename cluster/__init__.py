@@ -9,7 +9,6 @@ build_shards    command: pack on Ray
 report          command: RUN/report.html
 doctor          command: check machine, data, and cluster
 experiments     commands: the paper's claims put to the test
-options         flags of the commands
 config          every setting; configs/ has the presets
 training        one process's training, without Ray
 launch          all that knows Ray: places, starts, and restarts the workers

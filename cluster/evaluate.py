@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
+from cluster.cli.options import Evaluate
 from cluster.config import Config, read_run_config
 from cluster.launch.session import refuse_relative
-from cluster.options import Evaluate
 from cluster.run.console import print_warning
 from cluster.run.events import Warned
 from cluster.run.folder import CONFIG, QUARANTINE

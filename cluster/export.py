@@ -27,8 +27,8 @@ from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint, read_table
 from cluster.checkpoint.storage import open_storage
+from cluster.cli.options import Export
 from cluster.config import Config, read_run_config
-from cluster.options import Export
 from cluster.run.console import print_warning
 from cluster.run.folder import CONFIG
 from model.alexnet import AlexNet

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.options import Status
+from cluster.cli.options import Status
 from cluster.run.console import MOST_WORKERS, format_device, format_duration
 from cluster.run.jsonl import WAITS
 from cluster.run.state import RunState, read_state

@@ -22,9 +22,9 @@ import tyro
 from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import identify_run, resolve_init
 from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
+from cluster.cli.options import TrainOptions
 from cluster.config import DESIGN_TYPES, LENGTH, TYPES, Config, load_settings
 from cluster.launch.session import is_attached, ray_session, refuse_relative
-from cluster.options import TrainOptions
 from cluster.run.console import RunConsole
 from cluster.run.folder import (
     CONFIG,

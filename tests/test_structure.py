@@ -14,6 +14,7 @@ import pytest
 from tests.helpers.training_processes import REPOSITORY
 
 PACKAGES = ("pipeline", "model", "cluster")
+BESIDE = ("docs", "examples", "benchmarks")
 WELL_KNOWN = {
     "attr", "click", "dali", "datasets", "fsspec", "hydra", "jax", "jinja2", "matplotlib", "numpy",
     "nvidia", "pandas", "pytest", "ray", "requests", "rich", "scipy", "sklearn", "tensorboard",
@@ -37,7 +38,8 @@ def modules() -> list[Path]:
 def test_no_module_has_the_name_of_a_library():
     taken = sys.stdlib_module_names | WELL_KNOWN
     # Inside a package an absolute import never meets them, but a reader and a search do.
-    assert [str(path) for path in modules() if path.stem in taken] == []
+    beside = [path for name in BESIDE for path in (REPOSITORY / name).rglob("*.py")]
+    assert [str(path) for path in modules() + beside if path.stem in taken] == []
 
 
 def test_no_class_name_stands_for_two_things():

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from rich.text import Text
 
+from cluster.cli.options import DoctorOptions
 from cluster.config import Config, load_settings
 from cluster.doctor.finding import Finding, fail
-from cluster.options import DoctorOptions
 from pipeline.dataset.record import read_address
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import SetupError, UsageError, summarize_error

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint.storage import find_last_step
-from cluster.options import EnsembleOptions
+from cluster.cli.options import EnsembleOptions
 from cluster.run.folder import read_store
 from cluster.run.probabilities import SavedProbabilities
 from model.metrics import count_errors, sum_metrics

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, column_file
-from cluster.options import CHOICES, Choice, ReportOptions
+from cluster.cli.options import CHOICES, Choice, ReportOptions
 from cluster.run.events import Warned
 from cluster.run.folder import read_store
 from cluster.run.kernels import Kernel

@@ -18,7 +18,7 @@ from typing import TypeVar
 import jinja2
 
 from cluster.checkpoint.format import Checkpoint
-from cluster.options import CHOICES, Choice, ReportOptions
+from cluster.cli.options import CHOICES, Choice, ReportOptions
 from cluster.report import images, tables
 from cluster.report.comparison import describe_comparison, read_runs
 from cluster.report.curves import draw_curves, draw_updates, list_missing_curves

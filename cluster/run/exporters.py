@@ -1,7 +1,7 @@
 """Exporter of metrics: Prometheus gauges, through Ray.
 
 Every node of a Ray cluster has a Prometheus endpoint (`ray start --metrics-export-port`); Ray
-prefixes the names with `ray_`. `cluster/deploy/duet.json` is a Grafana dashboard of them.
+prefixes the names with `ray_`. `examples/deploy/duet.json` is a Grafana dashboard of them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import VERBS, find_verb, load_options, main
+from cluster.cli.__main__ import VERBS, find_verb, load_options, main
 from cluster.config import PRESETS, Config, load_settings
 from pipeline.tools.arguments import format_options, parse_options
 from pipeline.tools.errors import UsageError
@@ -39,12 +39,12 @@ def test_every_command_of_the_packages_is_a_verb():
         for package in ("pipeline", "model", "cluster")
         for path in (REPOSITORY / package).rglob("*.py")
         if "parse_options(" in (text := path.read_text()) or "tyro.cli(Summary" in text
-    } - {"pipeline.tools.arguments", "cluster.build_shards", "cluster.cli"}
-    assert commands == {verb.module for verb in VERBS.values()} - {"cluster.cli"}
+    } - {"pipeline.tools.arguments", "cluster.build_shards", "cluster.cli.__main__"}
+    assert commands == {verb.module for verb in VERBS.values()} - {"cluster.cli.__main__"}
 
 
 def test_help_and_errors_come_at_once_and_without_the_libraries_of_the_verbs(capsys):
-    script = "import sys; from cluster.cli import main; main(['--help']); " + (
+    script = "import sys; from cluster.cli.__main__ import main; main(['--help']); " + (
         "sys.exit(any(name in sys.modules for name in ('torch', 'tyro', 'numpy', 'ray')))"
     )
     done = subprocess.run(
@@ -73,7 +73,7 @@ def test_no_help_and_no_wrong_flag_waits_for_a_library():
     """All verbs in one process: tyro's import is half of the time."""
     script = f"""
 import resource, sys
-from cluster.cli import VERBS, main
+from cluster.cli.__main__ import VERBS, main
 for verb in VERBS:
     assert main([verb, "--help"]) == 0, verb
     try:
@@ -183,9 +183,8 @@ def test_an_old_spelling_of_a_flag_works():
 def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Script of completions, as `duet --print-completion bash` prints it, without heavy modules."""
     check = f"loaded = [n for n in {HEAVY} if n in sys.modules]; assert not loaded, loaded"
-    script = (
-        f"import sys; from cluster.cli import main; main(['--print-completion', 'bash']); {check}"
-    )
+    call = "main(['--print-completion', 'bash'])"
+    script = f"import sys; from cluster.cli.__main__ import main; {call}; {check}"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from cluster import cli as duet
 from cluster import train
+from cluster.cli import __main__ as duet
 from cluster.config import Config
 from cluster.experiments.neighbors import extract
 from tests.docs.pages import PAGES, README, REPOSITORY, Block, blocks

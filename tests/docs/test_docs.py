@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli as duet
+from cluster.cli import __main__ as duet
 from tests.docs.pages import DOCS, PAGES, README, REPOSITORY, ROOT_PAGES, blocks
 
 OURS = ("pipeline", "model", "cluster", "benchmarks", "tests")

@@ -17,8 +17,8 @@ from cluster.train import parse_command
 from tests.helpers.training_processes import REPOSITORY
 
 yaml = pytest.importorskip("yaml")
-KUBERAY = REPOSITORY / "cluster" / "deploy" / "rayjob.yaml"
-LAUNCHER = REPOSITORY / "cluster" / "deploy" / "aws.yaml"
+KUBERAY = REPOSITORY / "examples" / "deploy" / "rayjob.yaml"
+LAUNCHER = REPOSITORY / "examples" / "deploy" / "aws.yaml"
 
 
 def release(package: str) -> str:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.cli.options import EvidenceOptions
 from cluster.experiments.evidence.figures import make_neighbors, show_answers, show_kernels
 from cluster.experiments.evidence.items import make_results, make_studies
 from cluster.experiments.evidence.runs import (
@@ -24,7 +25,6 @@ from cluster.experiments.evidence.runs import (
     format_count,
     gather_evidence,
 )
-from cluster.options import EvidenceOptions
 from cluster.report.page import load_templates
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run

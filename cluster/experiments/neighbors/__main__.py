@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.cli.options import NeighborsOptions
 from cluster.config import read_run_config
 from cluster.experiments.neighbors.extract import make_features
 from cluster.experiments.neighbors.features import (
@@ -44,7 +45,6 @@ from cluster.experiments.neighbors.figures import (
 )
 from cluster.experiments.neighbors.search import LEAST_MEMORY, Nearest, SearchBase, find_nearest
 from cluster.experiments.neighbors.summary import SUMMARY, describe_search, write_summary
-from cluster.options import NeighborsOptions
 from cluster.run.folder import CONFIG
 from cluster.training.precision import choose_device
 from pipeline.remote.dataset import open_dataset

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.cli.options import CodesOptions
 from cluster.experiments.neighbors.features import Flags, Rows
 from cluster.experiments.neighbors.search import Advance, CodeBytes
-from cluster.options import CodesOptions
 
 SAMPLE = 20_000
 """Most rows that linear codes and product quantisation are fitted to."""

@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cluster.cli.options import CodesOptions
 from cluster.config import read_run_config
 from cluster.experiments.neighbors.coders import (
     CHUNK,
@@ -57,7 +58,6 @@ from cluster.experiments.neighbors.features import (
 )
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
 from cluster.experiments.neighbors.summary import SUMMARY, describe_search, write_summary
-from cluster.options import CodesOptions
 from cluster.run.folder import CONFIG
 from pipeline.tools.arguments import parse_options, require_range
 from pipeline.tools.errors import DataError, DuetError, UsageError, run

@@ -19,13 +19,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.options import StudyOptions
 from cluster.experiments.study import results
 from cluster.experiments.study.config import WHOLE, Study, Variant, read_study
 from cluster.experiments.study.plot import draw_plot
 from cluster.experiments.study.results import Result, has_reached_goal, is_at_goal, read_result
 from cluster.experiments.study.runner import StudyRun, list_gpus, make_slots, run_side_by_side
 from cluster.experiments.study.subsets import make_subset
-from cluster.options import StudyOptions
 from cluster.run.folder import CONFIG
 from pipeline.dataset.record import read_address
 from pipeline.remote.dataset import locate_dataset

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from cluster.cli.options import Evaluate
 from cluster.evaluate import evaluate
 from cluster.experiments.ensemble import ERRORS, KINDS, Ensemble, make_table
 from cluster.experiments.study.config import Study
 from cluster.experiments.study.runner import StudyRun
-from cluster.options import Evaluate
 from cluster.report.records import Floats, read_series
 from cluster.run.folder import METRICS, VALIDATION
 from cluster.run.jsonl import read_tail

@@ -8,7 +8,7 @@ import re
 from cluster.run.exporters import GAUGES, TAGS
 from tests.helpers.training_processes import REPOSITORY
 
-DASHBOARD = json.loads((REPOSITORY / "cluster" / "deploy" / "duet.json").read_text())
+DASHBOARD = json.loads((REPOSITORY / "examples" / "deploy" / "duet.json").read_text())
 NAMES = {f"ray_{name}" for name, _ in GAUGES.values()}
 
 

@@ -52,32 +52,34 @@ GROUPS: dict[str, dict[str, Verb]] = {
                            "how fast the stream is, and why"),
     },
     "training": {
-        "train": Verb("cluster.train", "cluster.options:TrainOptions",
+        "train": Verb("cluster.train", "cluster.cli.options:TrainOptions",
                       "train a network, or resume a run"),
-        "evaluate": Verb("cluster.evaluate", "cluster.options:Evaluate",
+        "evaluate": Verb("cluster.evaluate", "cluster.cli.options:Evaluate",
                          "error rates of a run, with one view or ten"),
-        "export": Verb("cluster.export", "cluster.options:Export",
+        "export": Verb("cluster.export", "cluster.cli.options:Export",
                        "the merged weights as one file"),
-        "presets": Verb("cluster.cli", "", "list the configs that come with Duet, or copy one"),
+        "presets": Verb("cluster.cli.__main__", "",
+                        "list the configs that come with Duet, or copy one"),
     },
     "looking": {
-        "status": Verb("cluster.status", "cluster.options:Status", "the state of a run"),
-        "report": Verb("cluster.report.page", "cluster.options:ReportOptions", "a run as one page"),
-        "doctor": Verb("cluster.doctor.command", "cluster.options:DoctorOptions",
+        "status": Verb("cluster.status", "cluster.cli.options:Status", "the state of a run"),
+        "report": Verb("cluster.report.page", "cluster.cli.options:ReportOptions",
+                       "a run as one page"),
+        "doctor": Verb("cluster.doctor.command", "cluster.cli.options:DoctorOptions",
                        "check machine, data, and cluster"),
-        "summary": Verb("model.summary", "cluster.options:NetworkOptions",
+        "summary": Verb("model.summary", "cluster.cli.options:NetworkOptions",
                         "layers, parameters, and operations of a network"),
     },
     "paper": {
-        "study": Verb("cluster.experiments.study.__main__", "cluster.options:StudyOptions",
+        "study": Verb("cluster.experiments.study.__main__", "cluster.cli.options:StudyOptions",
                       "many runs, compared"),
-        "evidence": Verb("cluster.experiments.evidence.__main__", "cluster.options:EvidenceOptions",
-                         "the paper's claims, judged"),
+        "evidence": Verb("cluster.experiments.evidence.__main__",
+                         "cluster.cli.options:EvidenceOptions", "the paper's claims, judged"),
         "neighbors": Verb("cluster.experiments.neighbors.__main__",
-                          "cluster.options:NeighborsOptions", "images that look alike"),
-        "codes": Verb("cluster.experiments.neighbors.codes", "cluster.options:CodesOptions",
+                          "cluster.cli.options:NeighborsOptions", "images that look alike"),
+        "codes": Verb("cluster.experiments.neighbors.codes", "cluster.cli.options:CodesOptions",
                       "short codes for neighbors"),
-        "ensemble": Verb("cluster.experiments.ensemble", "cluster.options:EnsembleOptions",
+        "ensemble": Verb("cluster.experiments.ensemble", "cluster.cli.options:EnsembleOptions",
                          "error rates of several runs together"),
     },
 }  # fmt: skip
@@ -151,8 +153,8 @@ def show_network(words: Sequence[str]) -> None:
     Raises:
         UsageError: a flag is wrong, or there is no such config.
     """
+    from cluster.cli.options import NetworkOptions
     from cluster.config import find_config
-    from cluster.options import NetworkOptions
     from model.summary import show_summary
     from pipeline.tools.arguments import parse_options
 
