@@ -68,7 +68,11 @@ class Decoder:
     """A running DALI pipeline over a source of `DecoderInput`s."""
 
     def __init__(
-        self, source: Callable[[], DecoderInput], config: StreamConfig, encoding: Encoding = "jpeg"
+        self,
+        source: Callable[[], DecoderInput],
+        config: StreamConfig,
+        encoding: Encoding = "jpeg",
+        draws: Sequence[NamedDraw] = (),
     ) -> None:
         """Build the graph.
 
@@ -77,12 +81,12 @@ class Decoder:
             config: device, threads, prefetch and what is done to pixels; an input has at most
                 `slice_size` samples.
             encoding: of the images.
+            draws: what `list_draws` returns for the config.
 
         Raises:
             SetupError: device `gpu` without a CUDA device.
-            UsageError: the augmentation does not return an image.
         """
-        inputs, draws = _list_inputs(config, encoding), list_draws(config)
+        inputs = _list_inputs(config, encoding)
         kinds, dimensions, layouts = zip(
             *inputs.values(), *(_draw_type(one) for one in draws), strict=True
         )

@@ -88,7 +88,8 @@ class BatchReader:
             config.split, Path(config.quarantine) if config.quarantine else None
         )
         """Samples found damaged."""
-        self._draws = list_draws(config)
+        self.draws = list_draws(config)
+        """Draws that the augmentation asks for."""
         is_jpeg = self.shard_reader.encoding == "jpeg"
         self._header_check = HeaderCheck(len(self.shard_reader)) if is_jpeg else None
         # Of page-locked memory a GPU takes raw images by itself. JPEGs go to its decoders' hosts.
@@ -263,7 +264,7 @@ class BatchReader:
             mean=mean.astype(np.float32),
             divisor=None if divisor is None else divisor.astype(np.float32),
             region=region,
-            draws=[one.compute(seed, epochs, ids) for one in self._draws],
+            draws=[one.compute(seed, epochs, ids) for one in self.draws],
         )
 
 
@@ -312,7 +313,12 @@ class Loader:
         # garbage collection.
         source = weakref.WeakMethod(self._next_input)
         encoding = reader.shard_reader.encoding
-        self._decoder = Decoder(lambda: source()(), config, encoding)  # type: ignore[misc]
+        self._decoder = Decoder(
+            lambda: source()(),  # type: ignore[misc]
+            config,
+            encoding,
+            reader.draws,
+        )
         self._mean_image: torch.Tensor | None = None
         if (image := reader.normalization.mean_image) is not None:
             if (std := reader.normalization.std) is not None and not config.divides:
