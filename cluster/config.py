@@ -429,6 +429,8 @@ def load_settings(config: Path) -> dict[str, Any]:
     table = translate_values(table)
     for key, value in table.items():
         if key not in TYPES:
+            if {"title", "measure"} <= set(table):
+                raise UsageError(f"config file {path} is a study; duet study runs it")
             raise UsageError(f"config file {path}: no setting {key!r}; {suggest_setting(key)}")
         if not is_of_type(value, TYPES[key]):
             takes = KINDS.get(TYPES[key]) or " or ".join(map(repr, get_args(TYPES[key])))

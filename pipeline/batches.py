@@ -234,6 +234,7 @@ class Stream:
             StopIteration: the one pass has ended.
             DataError: a sample is damaged and `strict`, or more than replacing can mend.
             StoreError: a shard could not be fetched.
+            UsageError: the augmentation has changed the shape of an image; the stream is closed.
             ValueError: the stream was closed.
         """
         while True:
@@ -244,6 +245,9 @@ class Stream:
                 break
             except DecodeFailure as failure:
                 self._restart_without(self._loader, failure)
+            except UsageError:  # that batch is lost: the next pixels would get its ids
+                self.close()
+                raise
         start = perf_counter()
         if self._ledger is not None:
             self._ledger.record(encoded.first, encoded.due, encoded.ids, images)

@@ -40,6 +40,7 @@ from cluster.config import (
     Config,
     is_of_type,
     read_run_config,
+    translate_values,
 )
 from cluster.run.events import Tell
 from cluster.run.folder import (
@@ -137,8 +138,8 @@ def parse_settings(table: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: a setting is not known, or cannot work.
     """
-    settings = dict(table)
-    for key, value in table.items():
+    settings = translate_values(table)
+    for key, value in settings.items():
         if key not in TYPES or not is_of_type(value, TYPES[key]):
             raise ValueError(f"{key} is {value!r:.80}")
         if isinstance(value, list):

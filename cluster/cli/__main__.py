@@ -204,18 +204,18 @@ def format_completion(shell: str) -> str:
     parser.add_argument("-V", "--version", action="store_true", help="show the version")
     parser.add_argument("--print-completion", choices=SHELLS, help="print this script")
     verbs = parser.add_subparsers(dest="verb")
-    names = {"study": list_presets(PRESETS / "studies"), "presets": ["copy"]}
+    presets, studies = list_presets(PRESETS), list_presets(PRESETS / "studies")
+    configs = [name for name in presets if "/" not in name]
     for name, verb in VERBS.items():
         one = verbs.add_parser(name, help=verb.help)
         if name == "presets":
             one.add_argument("action", choices=["copy"])
-            one.add_argument("name", choices=list_presets(PRESETS))
+            one.add_argument("name", choices=presets)
         for flag in list_flags(load_options(verb), with_text=True) if verb.options else ():
             text = re.split(r"[.;:] ", flag.text, maxsplit=1)[0].rstrip(".").replace("%", "%%")
             if flag.field in ("config", "study"):
-                one.add_argument(
-                    flag.field, choices=names.get(name) or list_presets(PRESETS), help=text
-                )
+                known = studies if flag.field == "study" else configs
+                one.add_argument(flag.field, choices=known, help=text)
             elif flag.is_positional:
                 one.add_argument(flag.field, help=text).complete = shtab.FILE  # type: ignore[attr-defined]
             elif flag.is_switch:
@@ -249,13 +249,22 @@ def show_presets(words: Sequence[str]) -> int:
                 file.write(source.read_text(encoding="utf-8"))
         except FileExistsError:
             raise UsageError(f"{target} is there already; name another file") from None
-        sys.stderr.write(f"{target}: edit it, then duet train {target} --data DATA --run RUN\n")
+        is_study = PRESETS / "studies" in source.parents
+        use = (
+            f"study {target} --data DATA --out OUT"
+            if is_study
+            else f"train {target} --data DATA --run RUN"
+        )
+        sys.stderr.write(f"{target}: edit it, then duet {use}\n")
         return 0
     if words and words[0] in ("-h", "--help"):
         sys.stdout.write("usage: duet presets\n       duet presets copy NAME [TO]\n")
         return 0
     if words:
-        raise UsageError(f"presets {' '.join(words)}; use duet presets, or presets copy NAME [TO]")
+        raise UsageError(
+            f"duet presets takes no {' '.join(words)!r}; use duet presets, or duet presets copy "
+            "NAME [TO]"
+        )
     for name in list_presets(PRESETS):
         claim = shorten_claim(read_claim(PRESETS / f"{name}.toml"), WIDEST - NAMES)
         sys.stdout.write(f"{name:<{NAMES}}{claim}\n")

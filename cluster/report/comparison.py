@@ -99,9 +99,10 @@ def describe_run(records: Records, number: int) -> ComparedRun:
 def _format_cells(records: Records) -> tuple[str, ...]:
     metrics, results = records.metrics, list_results(records)
     errors = [percent(results[0].top1), percent(results[0].top5)] if results else ["–", "–"]
-    source = results[0].source if results else "not validated yet"
+    nothing = "not validated yet" if len(metrics) else write_progress(records)
+    source = results[0].source if results else nothing
     if not len(metrics):
-        return (*errors, write_progress(records), *["–"] * 6)
+        return (*errors, source, *["–"] * 6)
     seconds, waited = metrics["seconds"], metrics["data_wait"]
     total = float(np.nansum(seconds))
     memory = metrics["memory"][np.isfinite(metrics["memory"])]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cluster.config import translate_values
 from cluster.run.folder import (
     ATTEMPTS,
     CONFIG,
@@ -117,7 +118,7 @@ def read_records(run: Path) -> Records:
         run=run,
         metrics=metrics,
         validation=validation,
-        config=_read_table(run / CONFIG, notes),
+        config=translate_values(_read_table(run / CONFIG, notes)),
         machine=_read_table(run / MACHINE, notes),
         evaluations=evaluations,
         rates=tuple(

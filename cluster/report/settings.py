@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,16 @@ def describe_settings(config: Mapping[str, Any]) -> RunSettings:
         except DuetError:
             name, note = "", f"{name}, with which the run began, cannot be read here"
     changed, rest = [], []
-    for key, value in _list_settings(config):
+    for key, value in config.items():
+        # The length in epochs is shown only where it decides.
+        if key in NO_SETTINGS or (key == "epochs" and config.get("steps")):
+            continue
         text, usual = format_setting(value), format_setting(base.get(key, defaults.get(key)))
         if key in base and text != usual:
             changed.append(SettingRow(key.replace("_", " "), (text, usual)))
         else:
             rest.append(SettingRow(key.replace("_", " "), (text,)))
     return RunSettings(Path(name).stem, tuple(changed), tuple(rest), expected, note)
-
-
-def _list_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the settings; the length in epochs only where it decides."""
-    for key, value in config.items():
-        if key not in NO_SETTINGS and not (key == "epochs" and config.get("steps")):
-            yield key, value
 
 
 def read_expected(path: Path) -> str:
@@ -90,7 +86,7 @@ def read_expected(path: Path) -> str:
 
 def list_differences(configs: Sequence[Mapping[str, Any]]) -> list[SettingRow]:
     """Return the settings in which runs differ, with the value of each."""
-    tables = [dict(_list_settings(config)) for config in configs]
+    tables = [{key: one[key] for key in one if key not in NO_SETTINGS} for one in configs]
     names = dict.fromkeys(name for table in tables for name in table)
     rows = [
         SettingRow(

@@ -121,7 +121,7 @@ class RunConsole:
         self._waiting = ""
         self._starts += 1
         self._total = event.total
-        self._first = time.monotonic(), event.step
+        self._first = None
         again = "restarted, " if self._starts > 1 else ""
         come_from = f"going on from step {event.step}" if event.step else "starting"
         self.say(f"{again}{come_from}: {event.total - event.step:,} steps on {event.place}")
@@ -131,12 +131,15 @@ class RunConsole:
 
     def _show_step(self, row: dict[str, Any]) -> None:
         now = time.monotonic()
-        start, first = self._first or (now, row["step"])
-        left = (self._total - row["step"]) * (now - start) / max(1, row["step"] - first)
+        # Counted from the first step on: what it waits for does not come again.
+        start, first = self._first = self._first or (now, row["step"])
+        done = row["step"] - first
+        seconds = (self._total - row["step"]) * (now - start) / max(1, done)
+        left = f"  {format_duration(seconds)} left" if done else ""
         # The most important numbers first: a narrow terminal cuts off the end.
         numbers = (
             f"loss {row['loss']:.3f}  top-1 error {row['top1_error']:.1%}"
-            f"  {row['img_s']:,.0f} img/s  {format_duration(left)} left"
+            f"  {row['img_s']:,.0f} img/s{left}"
             f"  waiting for data {row['data_wait']:.0%}  epoch {row['epoch']:.2f}"
         )
         if self._live:

@@ -221,10 +221,9 @@ class BackgroundTracker:
 
     def _run(self) -> None:
         try:
-            tracker = self._create()
-            while (row := self._rows.get()) is not None:
-                tracker.log(*row)
-            tracker.close()
+            with closing(self._create()) as tracker:
+                while (row := self._rows.get()) is not None:
+                    tracker.log(*row)
         except Exception as error:  # whatever a foreign library raises must not end the training
             self._warn(summarize_error(error))
 

@@ -7,7 +7,8 @@ normalization    mean, colour shift and divisor of pixels
 shard_reader     bytes and labels of samples, checked
 quarantine       list of damaged samples; check of JPEG headers
 operators        DALI's operators, imported at their first use
-decode           DALI graphs, and DALI's own reader
+decode           DALI graphs
+dali_reader      DALI's own reader, as a yardstick
 prefetch         an iterator run in a thread
 loader           batches, read and decoded ahead of need
 transfer         copies to a GPU that the host does not wait for

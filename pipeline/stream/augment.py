@@ -181,9 +181,10 @@ class NamedDraw:
     name: str
     kind: Literal["uniform", "normal", "choice", "index", "boolean"]
     values: tuple[float, ...]
-    """Lowest and highest value; mean and deviation; what is chosen from; probability of true."""
-    count: int | None
-    """Numbers of a sample; None: one number, not a vector."""
+    """Lowest and highest value; mean and deviation; what is chosen from; number of places; or
+    probability of true."""
+    count: int = 0
+    """Numbers of a sample; 0: one number, not a vector."""
 
     @property
     def dtype(self) -> type[np.float32 | np.int32 | np.bool_]:
@@ -202,7 +203,9 @@ class NamedDraw:
         elif self.kind == "uniform":
             low, high = self.values
             columns = [low + (high - low) * to_unit(word) for word in words[0::2]]
-        elif self.kind in ("choice", "index"):
+        elif self.kind == "index":
+            columns = [scale_to_range(word, int(self.values[0])) for word in words[0::2]]
+        elif self.kind == "choice":
             among = np.array(self.values)
             columns = [among[scale_to_range(word, len(among))] for word in words[0::2]]
         else:
@@ -241,10 +244,13 @@ class Draw:
 
     def choice(self, name: str, options: Sequence[float] | int, *, count: int = 0) -> Any:
         """Return one of `options`, float32, each as likely; of a number n, 0..n-1, int32."""
-        values = tuple(range(options)) if isinstance(options, int) else tuple(options)
-        if not values:
+        values: tuple[float, ...]
+        if isinstance(options, int | np.integer):
+            kind, values, places = "index", (float(options),), int(options)
+        else:
+            kind, values, places = "choice", tuple(map(float, options)), len(options)
+        if places < 1:
             raise ValueError(f"draw {name!r} has nothing to choose from")
-        kind = "index" if isinstance(options, int) else "choice"
         return self._find(name, kind, values, count)
 
     def boolean(self, name: str, probability: float = 0.5, *, count: int = 0) -> Any:
@@ -255,7 +261,11 @@ class Draw:
 
     def _find(self, name: str, kind: Any, values: tuple[float, ...], count: int) -> Any:
         """Return the node of a name."""
-        new = NamedDraw(name, kind, values, count or None)
+        if type(count) is not int or count < 0:
+            raise ValueError(
+                f"draw {name!r} has count {count!r}; it is a whole number, 0 for a scalar"
+            )
+        new = NamedDraw(name, kind, values, count)
         known, node = self.drawn.get(name, (None, None))
         if known is None:
             node = self._make_node(new)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pipeline.tools.units import CACHE_SIZE
@@ -207,12 +209,18 @@ class StreamConfig:
     def __post_init__(self) -> None:
         """Bring settings to one spelling, and check every one that has a range or a choice."""
         self._set("device", {"cuda": "gpu"}.get(str(self.device), str(self.device)))
-        if self.device not in ("cpu", "gpu") and not self.device.removeprefix("cuda:").isdigit():
+        if not re.fullmatch("cpu|gpu|cuda:[0-9]+", self.device):
             raise ValueError(f"device is {self.device!r}; it takes cpu, gpu, cuda, or cuda:NUMBER")
         self._set("dtype", self.dtype and str(self.dtype).removeprefix("torch."))
         for name in ("mean", "std", "scale", "ratio", "size"):
-            if isinstance(value := getattr(self, name), Sequence) and not isinstance(value, str):
+            value = getattr(self, name)
+            value = value.tolist() if hasattr(value, "tolist") else value  # an array
+            if isinstance(value, Sequence) and not isinstance(value, str):
                 self._set(name, tuple(value))
+        if isinstance(self.size, tuple) and len(set(self.size)) == 1 and len(self.size) == 2:
+            self._set("size", self.size[0])
+        if self.dtype == ("float16" if self.on_gpu else "float32"):
+            self._set("dtype", None)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in (words := get_args(choices)) and (name, value) != ("dtype", None):
@@ -248,12 +256,11 @@ class StreamConfig:
                 f"size is {self.size!r}; it takes one number of pixels, or height and width, "
                 f"from 1 to {MAX_SIZE}"
             )
-        for name, (low, high), most in (
-            ("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf),
-        ):  # fmt: skip
+        for name, given, most in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
+            low, high = given if isinstance(given, tuple) and len(given) == 2 else (0, 0)
             if not 0 < low <= high <= most or math.isinf(high):
                 raise ValueError(
-                    f"{name} is {(low, high)}; it takes two rising numbers above 0"
+                    f"{name} is {given!r}; it takes two rising numbers above 0"
                     + (f", up to {most:g}" if most < math.inf else "")
                 )
         if self.mean == "image" and self.crop == "resized":
@@ -272,7 +279,7 @@ class StreamConfig:
             value = getattr(self, name)
             if value is None or value in words:
                 continue
-            numbers = isinstance(value, tuple) and all(isinstance(n, int | float) for n in value)
+            numbers = isinstance(value, tuple) and all(isinstance(n, Real) for n in value)
             if not numbers or len(value) != 3 or not all(map(math.isfinite, value)):
                 known = " or ".join(map(repr, words))
                 raise ValueError(f"{name} is {value!r}; it takes {known}, three numbers, or None")

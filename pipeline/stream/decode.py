@@ -13,10 +13,9 @@ its own for each sample), so the paper's PCA colour costs no pass over the pixel
 
 from __future__ import annotations
 
-import math
+import inspect
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,9 +23,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.images import ENDINGS, SIZE, Encoding
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.images import SIZE, Encoding
 from pipeline.stream import operators as dali
 from pipeline.stream.augment import Draw, NamedDraw
 from pipeline.stream.config import StreamConfig
@@ -379,7 +376,7 @@ def _list_inputs(config: StreamConfig, encoding: Encoding) -> dict[str, _InputTy
 
 def _draw_type(draw: NamedDraw) -> _InputType:
     dtypes = {np.float32: dali.types.FLOAT, np.int32: dali.types.INT32, np.bool_: dali.types.BOOL}
-    return dtypes[draw.dtype], int(draw.count is not None), ""
+    return dtypes[draw.dtype], int(draw.count > 0), ""
 
 
 def list_draws(config: StreamConfig) -> list[NamedDraw]:
@@ -410,13 +407,29 @@ def list_draws(config: StreamConfig) -> list[NamedDraw]:
 
         return (images.gpu() if config.on_gpu else images), draw, finish
 
-    _build_augmented(config, begin)
+    try:
+        _build_augmented(config, begin)
+    except Exception as error:  # of any kind: the function is the user's
+        if _has_source(config):
+            raise
+        raise UsageError(
+            f"augment {_name(config)}: its source cannot be read; define it in a .py file"
+        ) from error
     if not isinstance(returned[0], dali.DataNode):
         raise UsageError(
             f"augment {_name(config)} returns {type(returned[0]).__name__}, no DALI node; "
             "it takes and returns images"
         )
     return [one for one, _ in draw.drawn.values()]
+
+
+def _has_source(config: StreamConfig) -> bool:
+    """Return whether DALI can read the source of the augmentation, as it must for an `if`."""
+    try:
+        inspect.getsource(config.augment)  # type: ignore[arg-type]  # TypeError is expected
+    except (OSError, TypeError):
+        return False
+    return True
 
 
 def _name(config: StreamConfig) -> str:
@@ -459,57 +472,3 @@ def _check_shapes(config: StreamConfig, output: Any) -> None:
                 f"({config.layout[1:]}), not {'x'.join(map(str, expected))}; "
                 "resize or crop it to the size it came in"
             )
-
-
-_ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
-"""Member name endings in DALI's syntax; shards of other tools may have any of these."""
-
-
-class DaliReader:
-    """Endless batches from `fn.readers.webdataset`: the yardstick for `pipeline.batches.Stream`.
-
-    DALI's reader has an order of its own (a shuffle buffer), its own random crops and no checks.
-    """
-
-    def __init__(self, data: Path, config: StreamConfig) -> None:
-        """Open the split of a local dataset.
-
-        Batch, device, threads, prefetch and decoder load are the config's, as in `Stream`.
-
-        Raises:
-            UsageError: no dataset, or no such split.
-            SetupError: device `gpu` without a CUDA device.
-        """
-        manifest = Manifest.load(data)
-        shards = [data / s.name for s in manifest.split(config.split, data).shards]
-        mean = [float(value) for value in Statistics.load(data, manifest.stats_sha256).channel_mean]
-        self._config = config
-        self._pipe = open_pipeline(config, seed=0)
-        with self._pipe:
-            parts: Any = dali.fn.readers.webdataset(
-                paths=list(map(str, shards)),
-                index_paths=[str(path.with_suffix(".idx")) for path in shards],
-                ext=[_ENDINGS[manifest.encoding], "cls"],
-                random_shuffle=True,
-                name="reader",
-            )
-            x, y = (dali.fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
-            flip = dali.fn.random.coin_flip()
-            stored = parts[0] if manifest.encoding == "jpeg" else _skip_header(parts[0])
-            self._pipe.set_outputs(
-                make_pixels(
-                    config, manifest.encoding, images=stored, x=x, y=y, flip=flip, mean=mean
-                )
-            )
-        self._pipe.build()
-
-    def __next__(self) -> torch.Tensor:
-        """Return the next batch of pixels, [b, 3, height, width]."""
-        return to_batch(self._config, run_to_tensor(self._pipe))
-
-
-def _skip_header(npy: Any) -> Any:
-    """Return the graph from the files of raw images to their pixels, uint8 [256, 256, 3]."""
-    shape = (SIZE, SIZE, 3)
-    # The pixels are the end of the file, however long the header before them is.
-    return dali.fn.reshape(npy[-math.prod(shape) :], shape=shape, layout="HWC")

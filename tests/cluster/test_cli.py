@@ -249,7 +249,7 @@ def test_presets_are_listed_with_their_claims_and_copied_to_be_edited(
         (["copy", "dxep", "new.toml"], "did you mean dexp"),
         (["copy"], r"presets copy NAME \[TO\]"),
         (["copy", "a", "b", "c"], r"presets copy NAME \[TO\]"),
-        (["--json"], "use duet presets"),
+        (["--json"], "takes no '--json'; use duet presets"),
     ):
         with pytest.raises(UsageError, match=message):
             main(["presets", *words])

@@ -25,8 +25,8 @@ from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.config import CROP, Device, StreamConfig
+from pipeline.stream.dali_reader import DaliReader
 from pipeline.stream.decode import (
-    DaliReader,
     Decoder,
     DecoderInput,
     open_pipeline,

@@ -1,6 +1,6 @@
 """Command: nearest neighbors in the features of a trained network, figure 4 (right) of the paper.
 
-    python -m cluster.experiments.neighbors RUN [-k 6] [--queries val] [--base train]
+    python -m cluster.experiments.neighbors RUN [-k 6] [--split val] [--base-split train]
 
 Passes every image of both splits through the network once and keeps its fc7 features (4096
 numbers at width 1) in RUN/neighbours; a call that was killed resumes, and a later one uses what is

@@ -53,13 +53,30 @@ def test_without_a_terminal_every_event_is_one_line_and_steps_are_rare():
     )
     assert lines[0] == "starting: 10 steps on 2 workers"
     assert lines[1].startswith("step      5  loss 2.250  top-1 error 75.0%  1,234 img/s  ")
-    assert lines[1].endswith("left  waiting for data 4%  epoch 0.50")
+    assert lines[1].endswith("1,234 img/s  waiting for data 4%  epoch 0.50")
     assert lines[2:] == [
         "step     10  validation: loss 1.500  top-1 error 40.0%  top-5 error 12.5%"
         "  (2,000 images, 3.0 s)",
         "step     10  checkpoint (0.5 s)",
         "step     10  done",
     ]
+
+
+def test_the_time_left_is_counted_from_the_first_step(monkeypatch):
+    """What the first step waits for, such as compilation, does not come again."""
+    out, clock = io.StringIO(), [100.0]
+    monkeypatch.setattr("cluster.run.console.time.monotonic", lambda: clock[0])
+    with RunConsole(Console(file=out, width=60, highlight=False)) as screen:
+        for now, event in (
+            (100.0, Started(0, 21, "x")),
+            (160.0, Stepped({**ROW, "step": 1})),
+            (180.0, Stepped({**ROW, "step": 11})),
+        ):
+            clock[0] = now
+            screen.show(event)
+    first, second = (line for line in out.getvalue().splitlines() if "img/s" in line)
+    assert " left" not in first
+    assert f"  {format_duration(20.0)} left  " in second
 
 
 def test_until_the_run_starts_a_wait_is_told_again_and_again(monkeypatch):

@@ -100,5 +100,5 @@ def test_the_words_of_a_name_are_those_of_the_page_on_the_format():
     """docs/format.md, "Draws of a sample"."""
     (word,) = random_uint64(7, np.array([1]), np.array([5]), 1, name="augment x")
     assert int(word[0]) == 0xD18D37A65CF19F07
-    value = NamedDraw("x", "uniform", (0.0, 1.0), None).compute(7, np.array([1]), np.array([5]))
+    value = NamedDraw("x", "uniform", (0.0, 1.0)).compute(7, np.array([1]), np.array([5]))
     assert value[0] == np.float32((0xD18D37A65CF19F07 >> 11) / 2**53)

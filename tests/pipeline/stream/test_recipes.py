@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import Draw, NamedDraw, draw, draw_regions
 from pipeline.stream.config import StreamConfig
@@ -139,8 +141,8 @@ def test_the_mean_is_the_one_that_is_given(tiny_data):
     options = {"colour": 0, "threads": 1, "crop": "center"}
     mean = (120.0, 110.0, 100.0)
     plain = first_batch(tiny_data, **options, mean=None).images
-    assert torch.equal(plain, plain.round())
-    assert 0 <= plain.min() < 50 < 200 < plain.max() <= 255
+    stored = first_batch(tiny_data, **options, mean=None, dtype="uint8").images
+    assert torch.equal(plain, stored.float())
     found = first_batch(tiny_data, **options, mean=mean).images
     torch.testing.assert_close(found, plain - torch.tensor(mean).view(1, 3, 1, 1))
 
@@ -197,6 +199,21 @@ def test_an_augmentation_gives_the_same_bits_in_every_world(data, request):
         assert not torch.equal(next(stream).images, whole[:24])
 
 
+def test_a_condition_without_its_source_is_refused_in_one_line(tiny_data):
+    names: dict = {"fn": fn}
+    code = """
+def unread(images, draw):
+    if draw.boolean("turned", 0.5):
+        images = fn.flip(images, vertical=1)
+    return images
+"""
+    exec(code, names)
+    with pytest.raises(
+        UsageError, match=r"augment unread: its source cannot be read; .* \.py file"
+    ):
+        Stream(tiny_data, batch_size=8, threads=1, augment=names["unread"])
+
+
 def test_an_augmentation_does_what_its_draws_say(raw_data):
     def turn(images, draw):
         if draw.boolean("turn", 0.5):
@@ -206,7 +223,7 @@ def test_an_augmentation_does_what_its_draws_say(raw_data):
     options = PLAIN | {"dtype": "uint8", "flip": 0, "size": 256}
     batch, other = (first_batch(raw_data, **options, augment=one) for one in (turn, None))
     slots = FullShuffle([48], 4).list_slots(0, COUNT)
-    turned = NamedDraw("turn", "boolean", (0.5,), None).compute(4, *slots)
+    turned = NamedDraw("turn", "boolean", (0.5,)).compute(4, *slots)
     assert 0 < turned.sum() < COUNT
     for place in range(COUNT):
         expected = other.images[place].flip(1) if turned[place] else other.images[place]
@@ -216,11 +233,11 @@ def test_an_augmentation_does_what_its_draws_say(raw_data):
 def test_named_draws_have_the_distribution_they_say_and_are_independent():
     ids = np.arange(40_000)
     epochs = np.zeros_like(ids)
-    uniform = NamedDraw("a", "uniform", (2.0, 6.0), None).compute(1, epochs, ids)
-    other = NamedDraw("b", "uniform", (2.0, 6.0), None).compute(1, epochs, ids)
+    uniform = NamedDraw("a", "uniform", (2.0, 6.0)).compute(1, epochs, ids)
+    other = NamedDraw("b", "uniform", (2.0, 6.0)).compute(1, epochs, ids)
     normal = NamedDraw("a", "normal", (1.0, 2.0), 2).compute(1, epochs, ids)
-    choice = NamedDraw("c", "index", (3, 5, 9), None).compute(1, epochs, ids)
-    flags = NamedDraw("d", "boolean", (0.2,), None).compute(1, epochs, ids)
+    choice = NamedDraw("c", "index", (3,)).compute(1, epochs, ids)
+    flags = NamedDraw("d", "boolean", (0.2,)).compute(1, epochs, ids)
     assert (uniform.dtype, normal.shape, choice.dtype) == (np.float32, (40_000, 2), np.int32)
     assert uniform.min() >= 2
     assert uniform.max() <= 6
@@ -228,7 +245,7 @@ def test_named_draws_have_the_distribution_they_say_and_are_independent():
     assert abs(uniform.std() - 4 / math.sqrt(12)) < 0.02
     assert np.abs(normal.mean(0) - 1).max() < 0.05
     assert np.abs(normal.std(0) - 2).max() < 0.05
-    assert np.abs(np.bincount(choice)[[3, 5, 9]] / 40_000 - 1 / 3).max() < 0.01
+    assert np.abs(np.bincount(choice, minlength=3) / 40_000 - 1 / 3).max() < 0.01
     assert flags.dtype == bool
     assert abs(flags.mean() - 0.2) < 0.01
     table = np.corrcoef([uniform, other, *normal.T, choice, flags])
@@ -261,6 +278,8 @@ def other_shape(images, draw):
         ({"mean": (1, 2)}, r"mean is \(1, 2\); it takes 'channel' or 'image', three numbers"),
         ({"std": (0, 1, 1)}, r"std is \(0, 1, 1\); it takes numbers above 0"),
         ({"flip": 1.5}, "flip is 1.5"),
+        ({"scale": 0.5}, "scale is 0.5; it takes two rising numbers above 0, up to 1"),
+        ({"ratio": (1, 2, 3)}, r"ratio is \(1, 2, 3\); it takes two rising numbers above 0"),
         ({"view": "whole"}, "Stream has no setting 'view' any more; it is called crop"),
     ],
 )
@@ -279,6 +298,9 @@ def test_what_cannot_be_is_refused_in_one_line(tiny_data, settings, message):
         (lambda draw: draw.uniform("a", 2, 1), "draw 'a' is from 2 to 1"),
         (lambda draw: draw.normal("a", 0, -1), "std is 0 or more"),
         (lambda draw: draw.choice("a", []), "nothing to choose from"),
+        (lambda draw: draw.choice("a", 0), "nothing to choose from"),
+        (lambda draw: draw.uniform("a", count=-1), "draw 'a' has count -1"),
+        (lambda draw: draw.uniform("a", count=2.0), "draw 'a' has count 2.0"),
         (lambda draw: draw.boolean("a", 2), "probability 2"),
         (lambda draw: (draw.uniform("a"), draw.normal("a")), "asked for twice, and differently"),
     ],
@@ -296,14 +318,11 @@ def test_the_same_name_gives_the_same_draw():
 
 def test_a_state_is_taken_up_by_any_world(tiny_data, tmp_path):
     with Stream(tiny_data, batch_size=10, seed=1) as stream:
-        assert (
-            repr(stream)
-            == (
-                "Stream(train: 48 samples of 3 classes, random 224x224 float32 on cpu, batch 10, "
-                "rank 0 of 1, position 0)"
-            )
-            or stream.classes
+        assert repr(stream) == (
+            f"Stream(train: 48 samples of {len(stream.classes)} classes, random 224x224 float32 "
+            "on cpu, batch 10, rank 0 of 1, position 0)"
         )
+        assert stream.classes == Manifest.load(tiny_data).classes
         assert (len(stream), stream.steps_per_epoch) == (5, 5)
         next(stream), next(stream)
         state = stream.state_dict()
@@ -323,6 +342,12 @@ def test_a_state_is_taken_up_by_any_world(tiny_data, tmp_path):
             stream.load_state_dict(state)
         with pytest.raises(ValueError, match="data_sha256 was None"):
             stream.load_state_dict({"position": 3})
+    for name, other in (("shuffle", {"shuffle": "block"}), ("split", {"split": "val"})):
+        with (
+            Stream(tiny_data, batch_size=5, seed=1, **other) as stream,
+            pytest.raises(ValueError, match=f"another stream: {name} was"),
+        ):
+            stream.load_state_dict(state)
     with pytest.raises(ValueError, match="this stream was closed"):
         stream.load_state_dict(state)
 
@@ -333,3 +358,32 @@ def test_devices_have_one_spelling():
     assert [one.device for one in found] == ["cpu", "gpu", "gpu", "gpu", "cuda:1", "cuda:0"]
     assert [one.pixel_dtype for one in found] == ["float32", *["float16"] * 5]
     assert replace(found[1], device="cpu").pixel_dtype == "float32"
+    for name in ("1", "cuda:", "cuda:²"):
+        with pytest.raises(ValueError, match="device is"):
+            StreamConfig(device=name)
+
+
+def test_settings_that_change_pixels_are_told_in_one_spelling():
+    same = {"size": (224, 224), "dtype": torch.float32, "flip": 0.5, "scale": [0.08, 1.0]}
+    assert StreamConfig(**same).pixels == StreamConfig().pixels == ""
+    changes = {
+        "size": 100, "scale": (0.1, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "augment": jitter,
+        "std": np.array([1.0, 2.0, 3.0]), "dtype": "float16", "layout": "NHWC",
+    }  # fmt: skip
+    for name, value in changes.items():
+        assert StreamConfig(**{name: value}).pixels.startswith(f"{name}=")
+    assert StreamConfig(augment=jitter).pixels == "augment=jitter"
+    assert StreamConfig(std=changes["std"]).pixels == "std=(1.0, 2.0, 3.0)"
+
+
+def test_a_stream_ends_where_an_augmentation_has_failed(tiny_data):
+    def shrink_some(images, draw):
+        if draw.boolean("shrunk", 0.02):
+            images = fn.resize(images, size=[50, 60])
+        return images
+
+    with Stream(tiny_data, batch_size=8, seed=0, threads=1, augment=shrink_some) as stream:
+        with pytest.raises(UsageError, match="returns an image of"):
+            deque(itertools.islice(stream, 50), maxlen=0)
+        with pytest.raises(ValueError, match="this stream was closed"):
+            next(stream)

@@ -1,0 +1,69 @@
+"""`DaliReader`: DALI's own reader of WebDataset shards, the yardstick of the stream."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.images import ENDINGS, SIZE
+from pipeline.dataset.manifest import Manifest
+from pipeline.stream import operators as dali
+from pipeline.stream.config import StreamConfig
+from pipeline.stream.decode import make_pixels, open_pipeline, run_to_tensor, to_batch
+
+_ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
+"""Member name endings in DALI's syntax; shards of other tools may have any of these."""
+
+
+class DaliReader:
+    """Endless batches from `fn.readers.webdataset`: the yardstick for `pipeline.batches.Stream`.
+
+    DALI's reader has an order of its own (a shuffle buffer), its own random crops and no checks.
+    """
+
+    def __init__(self, data: Path, config: StreamConfig) -> None:
+        """Open the split of a local dataset.
+
+        Batch, device, threads, prefetch and decoder load are the config's, as in `Stream`.
+
+        Raises:
+            UsageError: no dataset, or no such split.
+            SetupError: device `gpu` without a CUDA device.
+        """
+        manifest = Manifest.load(data)
+        shards = [data / s.name for s in manifest.split(config.split, data).shards]
+        mean = [float(value) for value in Statistics.load(data, manifest.stats_sha256).channel_mean]
+        self._config = config
+        self._pipe = open_pipeline(config, seed=0)
+        with self._pipe:
+            parts: Any = dali.fn.readers.webdataset(
+                paths=list(map(str, shards)),
+                index_paths=[str(path.with_suffix(".idx")) for path in shards],
+                ext=[_ENDINGS[manifest.encoding], "cls"],
+                random_shuffle=True,
+                name="reader",
+            )
+            x, y = (dali.fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
+            flip = dali.fn.random.coin_flip()
+            stored = parts[0] if manifest.encoding == "jpeg" else _skip_header(parts[0])
+            self._pipe.set_outputs(
+                make_pixels(
+                    config, manifest.encoding, images=stored, x=x, y=y, flip=flip, mean=mean
+                )
+            )
+        self._pipe.build()
+
+    def __next__(self) -> torch.Tensor:
+        """Return the next batch of pixels, [b, 3, height, width]."""
+        return to_batch(self._config, run_to_tensor(self._pipe))
+
+
+def _skip_header(npy: Any) -> Any:
+    """Return the graph from the files of raw images to their pixels, uint8 [256, 256, 3]."""
+    shape = (SIZE, SIZE, 3)
+    # The pixels are the end of the file, however long the header before them is.
+    return dali.fn.reshape(npy[-math.prod(shape) :], shape=shape, layout="HWC")
