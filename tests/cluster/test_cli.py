@@ -232,6 +232,14 @@ def test_an_unknown_shell_is_refused():
         main(["--print-completion", "cmd"])
 
 
+def test_a_study_is_not_offered_as_a_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["presets", "copy", "studies/norms"]) == 0
+    assert "duet study norms.toml --data DATA --out OUT" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"norms\.toml is a study; duet study runs it"):
+        main(["train", "norms.toml", "--run", "r"])
+
+
 def test_presets_are_listed_with_their_claims_and_copied_to_be_edited(
     tmp_path, capsys, monkeypatch
 ):

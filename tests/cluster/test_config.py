@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.checkpoint.loader import parse_settings
 from cluster.config import (
     ALIASES,
     MEANT,
@@ -333,3 +335,13 @@ def test_a_batch_is_shared_out_evenly_whatever_the_number_of_replicas(
     assert found.replica_sizes == sizes
     assert {count: found.microbatch_size(count) for count in micro} == micro
     assert Config(batch_size=batch, replicas=replicas, microbatch=1).microbatch_size(sizes[0]) == 1
+
+
+def test_values_of_earlier_versions_are_read(tmp_path):
+    """The mean image was called `picture`, in files and in checkpoints."""
+    old = Config(mean="image").to_settings() | {"mean": "picture"}
+    stored = json.loads(json.dumps(old))  # as a checkpoint holds it
+    assert parse_settings(stored) == Config.from_settings(old) == Config(mean="image")
+    path = tmp_path / "old.toml"
+    path.write_text('mean = "picture"\n')
+    assert load_settings(path) == {"mean": "image"}

@@ -63,7 +63,7 @@ def test_without_a_terminal_every_event_is_one_line_and_steps_are_rare():
 
 
 def test_the_time_left_is_counted_from_the_first_step(monkeypatch):
-    """What the first step waits for, such as compilation, does not come again."""
+    """The wait of the first step, such as for compilation, does not come again."""
     out, clock = io.StringIO(), [100.0]
     monkeypatch.setattr("cluster.run.console.time.monotonic", lambda: clock[0])
     with RunConsole(Console(file=out, width=60, highlight=False)) as screen:

@@ -24,7 +24,14 @@ from cluster.mesh import ProcessMesh
 from cluster.run.events import Finished, Warned
 from cluster.run.folder import Mark, write_run_config
 from cluster.run.metrics import MetricsLog
-from cluster.run.trackers import SCALARS, TRACKERS, TensorBoardTracker, TrackedRun, _publish
+from cluster.run.trackers import (
+    SCALARS,
+    TRACKERS,
+    BackgroundTracker,
+    TensorBoardTracker,
+    TrackedRun,
+    _publish,
+)
 from cluster.train import main
 from model.schedule import Rates
 from pipeline.tools.errors import SetupError
@@ -190,3 +197,20 @@ def test_a_tracker_that_fails_does_not_end_the_training(wandb, tiny_data, tmp_pa
     ]  # fmt: skip
     assert "no answer for 5 s" in lines[1]
     assert len(rows(tmp_path / "run")) == STEPS
+
+
+def test_a_tracker_that_fails_is_closed():
+    told, done = [], []
+
+    class Failing:
+        def log(self, step, values):
+            raise OSError("no route")
+
+        def close(self):
+            done.append("closed")
+
+    tracker = BackgroundTracker("wandb", Failing, told.append)
+    tracker.log(1, {"loss": 1.0})
+    tracker.close()
+    assert done == ["closed"]
+    assert ["no route" in warning.text for warning in told] == [True]
