@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Concatenate, ParamSpec, TypeAlias
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
 
 import torch
+from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import open_dataset
@@ -29,7 +31,7 @@ from pipeline.stream.timing import WaitTimes
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import UsageError
 
-__all__ = ["Batch", "Crop", "Stream", "StreamConfig"]
+__all__ = ["Batch", "Crop", "EpochIterable", "Stream", "StreamConfig"]
 
 P = ParamSpec("P")
 DataPath: TypeAlias = str | os.PathLike[str]
@@ -54,6 +56,17 @@ class Batch:
     """bool [b], on the host: whether a damaged sample was replaced by another here."""
     position: int
     """Samples consumed by the whole job after this batch: the `position` to resume from."""
+
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
+        """Return the batch with what is on the device moved to another; the rest stays.
+
+        Lightning and accelerate call it.
+        """
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("images", "labels", "weights")
+        }
+        return replace(self, **moved)
 
 
 def _take_settings(
@@ -170,6 +183,10 @@ class Stream:
             f"{config.batch_size}, rank {config.rank} of {config.world_size}, "
             f"position {self._position:,})"
         )
+
+    def as_iterable(self) -> EpochIterable:
+        """Return the stream cut into epochs, for frameworks that want an end and a `len`."""
+        return EpochIterable(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold: position, and what decides the samples from there on.
@@ -304,6 +321,81 @@ class Stream:
         self._reader.add_damage(damages)
         loader.close()
         self._loader = Loader(self._reader, failure.batch.start, self.waits)
+
+
+class EpochIterable(IterableDataset[Batch]):
+    """A stream cut into epochs of `stream.steps_per_epoch` batches each, as frameworks want it.
+
+        for epoch in range(90):
+            for batch in iterable:
+
+    Each `for` begins where the one before has ended, even if that was left early; the first
+    after a resume delivers the rest of the epoch that was cut. Batches cross the borders between
+    two passes over the data, so an epoch here is up to a batch longer than a pass, and drifts
+    against it: `batch.position // stream.samples` counts the passes. A stream with `once` starts
+    again from its first sample with each `for`.
+
+    `torch.utils.data.DataLoader(iterable, batch_size=None)` takes it without workers: a stream has
+    threads of its own, which neither a fork nor a pickle can hold.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        """Args: the stream; who opened it closes it."""
+        self.stream = stream
+        self._first: int | None = None  # position at which the epoch began
+        self._resumes = True
+
+    def __len__(self) -> int:
+        return self.stream.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Deliver the next epoch, or the rest of one that was resumed.
+
+        Raises:
+            UsageError: in a worker process of a `DataLoader`.
+            DuetError, ValueError: as `Stream.__next__`.
+        """
+        if get_worker_info() is not None:
+            self._refuse_to_leave()
+        stream, batch_size = self.stream, self.stream._reader.config.batch_size
+        left = self._count_left()
+        if not self._resumes or left <= 0:
+            if stream._reader.config.once and stream._position > 0:
+                stream.load_state_dict(stream.state_dict() | {"position": 0})
+            self._first, left = stream._position, len(self) * batch_size
+        self._resumes = False
+        yield from itertools.islice(stream, math.ceil(left / batch_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the stream, and where its epoch began; the same on every rank."""
+        return self.stream.state_dict() | {"epoch_start": self._start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as `Stream.load_state_dict`; it takes the state of a stream, too."""
+        self.stream.load_state_dict(state)
+        self._first, self._resumes = state.get("epoch_start"), True
+
+    @property
+    def _start(self) -> int:
+        """Position at which the epoch began; unknown, that of equal epochs from position 0 on."""
+        length = len(self) * self.stream._reader.config.batch_size
+        return self.stream._position // length * length if self._first is None else self._first
+
+    def _count_left(self) -> int:
+        """Return the number of samples that the epoch lacks, 0 or less at its end."""
+        if self.stream._reader.config.once:
+            return self.stream.samples - self.stream._position
+        length = len(self) * self.stream._reader.config.batch_size
+        return self._start + length - self.stream._position
+
+    def __reduce__(self) -> NoReturn:
+        self._refuse_to_leave()
+
+    def _refuse_to_leave(self) -> NoReturn:
+        raise UsageError(
+            "a Stream cannot be used in another process than the one that opened it: it has "
+            "threads of its own; give DataLoader num_workers=0 (settings threads, prefetch)"
+        )
 
 
 def _check_cache(reader: BatchReader) -> None:

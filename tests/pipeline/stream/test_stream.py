@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
+import pickle
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
@@ -133,6 +137,89 @@ def test_evaluation_gives_each_sample_once(tiny_data, world):
             seen += batch.ids[batch.weights == 1].tolist()
     assert sorted(seen) == list(range(20))
     assert lengths == {3}
+
+
+def read_ids(batches) -> list[list[int]]:
+    return [batch.ids.tolist() for batch in batches]
+
+
+def test_an_iterable_has_equal_epochs_and_loses_no_batch(tiny_data):
+    options = {"batch_size": 10, "seed": 3, "threads": 1}
+    with Stream(tiny_data, **options) as stream:
+        uncut = read_ids(taken(stream, 15))
+    with Stream(tiny_data, **options) as stream:
+        loader = DataLoader(stream.as_iterable(), batch_size=None)
+        assert len(loader) == 5
+        epochs = [read_ids(loader) for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [5, 5, 5]
+    assert list(chain(*epochs)) == uncut
+    flat = list(chain(*uncut))
+    assert all(sorted(flat[p : p + SAMPLES]) == list(range(SAMPLES)) for p in (0, 48, 96))
+    with Stream(tiny_data, **options) as stream:
+        iterable = stream.as_iterable()
+        assert read_ids(islice(iterable, 2)) == uncut[:2]
+        assert read_ids(iterable) == uncut[2:7]
+
+
+@pytest.mark.parametrize("taken_before", [3, 5, 7])
+def test_an_iterable_resumes_within_its_epoch_in_any_world(tiny_data, taken_before):
+    options = {"seed": 3, "threads": 1}
+    with Stream(tiny_data, batch_size=10, **options) as stream:
+        iterable = stream.as_iterable()
+        batches = (batch for _ in range(3) for batch in iterable)
+        for _ in range(taken_before):
+            next(batches)
+        states = [json.loads(json.dumps(one.state_dict())) for one in (iterable, stream)]
+        rest = joined(list(batches), "images")
+    for state in states:  # that of the stream has no start of the epoch: it follows from 0 on
+        halves = []
+        for rank in range(2):
+            with Stream(tiny_data, batch_size=10, rank=rank, world_size=2, **options) as stream:
+                iterable = stream.as_iterable()
+                next(iter(iterable))
+                iterable.load_state_dict(state)
+                epochs = [list(iterable) for _ in range(3 - taken_before // 5)]
+            assert [len(epoch) for epoch in epochs] == [5 - taken_before % 5, 5, 5][: len(epochs)]
+            halves.append(chain(*epochs))
+        again = [half.images for pair in zip(*halves, strict=True) for half in pair]
+        assert torch.equal(torch.cat(again), rest)
+
+
+def test_an_iterable_over_one_pass_starts_again_each_time(tiny_data):
+    with Stream(tiny_data, split="val", batch_size=8, once=True, crop="center") as stream:
+        iterable = stream.as_iterable()
+        next(iter(iterable))  # as Lightning's sanity check leaves it
+        for _ in range(2):
+            batches = list(iterable)
+            assert len(batches) == len(iterable) == 3
+            counted = joined(batches, "weights") == 1
+            assert joined(batches, "ids")[counted].tolist() == list(range(20))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_an_iterable_is_refused_in_another_process(tiny_data):
+    message = "cannot be used in another process .* give DataLoader num_workers=0"
+    with Stream(tiny_data, batch_size=8) as stream:
+        iterable = stream.as_iterable()
+        with pytest.raises(UsageError, match=message) as caught:
+            pickle.dumps(iterable)  # as a spawned worker gets it
+        assert "\n" not in str(caught.value)
+        forks = DataLoader(iterable, batch_size=None, num_workers=1, multiprocessing_context="fork")
+        with pytest.raises(UsageError, match=message):
+            next(iter(forks))
+        assert next(iter(iterable)).ids.shape == (8,)
+
+
+def test_a_batch_moves_to_a_device_as_frameworks_ask(tiny_data):
+    with Stream(tiny_data, batch_size=8) as stream:
+        batch = next(stream)
+    moved = batch.to(torch.device("meta"), non_blocking=True)
+    assert {moved.images.device.type, moved.labels.device.type, moved.weights.device.type} == {
+        "meta"
+    }
+    assert moved.images.shape == batch.images.shape
+    assert torch.equal(moved.ids, batch.ids)
+    assert moved.position == batch.position == 8
 
 
 def test_centre_and_whole_views(tiny_data):
