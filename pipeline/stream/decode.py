@@ -4,8 +4,10 @@ CPU and GPU graphs are the same operators; `device` chooses where each runs:
 
     decode (only the region of the crop) [-> resize] [-> augment] -> crop_mirror_normalize
 
-Raw images need the last alone, which then crops as well; they are sliced first for what stands in
-brackets: a crop that is resized, and an augmentation of the user's.
+Bytes that stay as they lie (uint8, NHWC, no augmentation) are only flipped in the end, which costs
+less than `crop_mirror_normalize`. Other raw images need that alone, which then crops as well; they
+are sliced first for what stands in brackets: a crop that is resized, and an augmentation of the
+user's.
 
 The colour shift is folded into the mean that `crop_mirror_normalize` subtracts anyway (a mean of
 its own for each sample), so the paper's PCA colour costs no pass over the pixels.
@@ -269,7 +271,7 @@ def make_pixels(
     *,
     images: Any,
     flip: Any,
-    mean: Any,
+    mean: Any = None,
     x: Any = None,
     y: Any = None,
     region: Any = None,
@@ -279,7 +281,7 @@ def make_pixels(
 
     `images` and what follows are DALI nodes (or constants) as in `DecoderInput`; the result is one.
     """
-    if encoding == "raw" and region is None:
+    if encoding == "raw" and region is None and not _is_stored(config):
         pixels = images.gpu() if config.on_gpu else images
         return normalize_crops(config, pixels, flip, mean, divisor, _crop(config, x, y))
     crops = cut_crops(config, encoding, images, x, y, region)
@@ -330,11 +332,13 @@ def normalize_crops(
     config: StreamConfig,
     pixels: Any,
     flip: Any,
-    mean: Any,
+    mean: Any = None,
     divisor: Any = None,
     crop: dict[str, Any] | None = None,
 ) -> Any:
     """Add the second half of `make_pixels`: flip, mean, divisor and layout; cut raw images."""
+    if _is_stored(config):
+        return dali.fn.flip(pixels, horizontal=flip)
     more = {} if divisor is None else {"std": divisor}
     return dali.fn.crop_mirror_normalize(
         pixels,
@@ -345,6 +349,12 @@ def normalize_crops(
         **more,
         **(crop or {}),
     )
+
+
+def _is_stored(config: StreamConfig) -> bool:
+    """Return whether pixels keep the type and the layout in which they are decoded."""
+    # An augmentation may return floats.
+    return (config.pixel_dtype, config.layout, config.augment) == ("uint8", "NHWC", None)
 
 
 _DALI_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "FLOAT", "uint8": "UINT8"}
@@ -368,7 +378,9 @@ def _list_inputs(config: StreamConfig, encoding: Encoding) -> dict[str, _InputTy
         inputs["region"] = dali.types.INT32, 1, ""
     else:
         inputs |= {"x": number, "y": number}
-    inputs |= {"flip": (dali.types.INT32, 0, ""), "mean": numbers}
+    inputs["flip"] = dali.types.INT32, 0, ""
+    if not _is_stored(config):
+        inputs["mean"] = numbers
     if config.divides or config.std is not None:
         inputs["divisor"] = number if config.std is None else numbers
     return inputs

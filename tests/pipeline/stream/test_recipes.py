@@ -104,9 +104,11 @@ def test_regions_are_distributed_as_torchvisions(stored, scale, ratio):
     assert min(heights.min(), widths.min()) > 0
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("crop", ["random", "center"])
-def test_crops_of_other_sizes_are_cut_out_of_the_stored_pixels(raw_data, crop):
-    batch = first_batch(raw_data, **PLAIN, crop=crop, size=(100, 256), dtype="uint8")
+def test_crops_of_other_sizes_are_cut_out_of_the_stored_pixels(raw_data, crop, layout):
+    options = PLAIN | {"dtype": "uint8", "layout": layout}
+    batch = first_batch(raw_data, **options, crop=crop, size=(100, 256))
     draws = draw(4, *FullShuffle([48], 4).list_slots(0, COUNT), border=(156, 0))
     assert len(set(draws.y.tolist())) > 5
     for place, image in enumerate(stored_images(raw_data, batch.ids.tolist())):
