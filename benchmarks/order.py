@@ -144,7 +144,7 @@ def measure_order(shuffle: str, samples: int, number: int) -> Cost:
     before = read_memory("VmRSS")
     start = time.perf_counter()
     while place < samples:
-        place += len(order.list_ids(0, place, samples - place))
+        place += len(order.list_places(0, place, samples - place))
     return Cost(time.perf_counter() - start, slots, read_memory("VmHWM") - before)
 
 

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
@@ -16,8 +16,7 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.dataset.manifest import identity
-from pipeline.remote.dataset import open_dataset
+from pipeline.remote.dataset import Dataset, open_dataset
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.config import CROP, Crop, StreamConfig
 from pipeline.stream.ledger.format import LedgerHeader
@@ -35,7 +34,8 @@ __all__ = ["Batch", "Crop", "EpochIterable", "Stream", "StreamConfig"]
 
 P = ParamSpec("P")
 DataPath: TypeAlias = str | os.PathLike[str]
-_Init: TypeAlias = Callable[["Stream", DataPath, StreamConfig], None]
+Data: TypeAlias = DataPath | Mapping[DataPath, float]
+_Init: TypeAlias = Callable[["Stream", Data, StreamConfig], None]
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,15 @@ class Batch:
 
 def _take_settings(
     make_config: Callable[P, StreamConfig],
-) -> Callable[[_Init], Callable[Concatenate[Stream, DataPath, P], None]]:
+) -> Callable[[_Init], Callable[Concatenate[Stream, Data, P], None]]:
     """Decorate a constructor that takes a config: its callers give the settings as keywords.
 
     Type checkers and `help` see the settings of `make_config` with their types and defaults.
     """
 
-    def decorate(init: _Init) -> Callable[Concatenate[Stream, DataPath, P], None]:
+    def decorate(init: _Init) -> Callable[Concatenate[Stream, Data, P], None]:
         @functools.wraps(init)
-        def accept(stream: Stream, data: DataPath, *args: P.args, **settings: P.kwargs) -> None:
+        def accept(stream: Stream, data: Data, *args: P.args, **settings: P.kwargs) -> None:
             if "view" in settings:
                 raise TypeError("Stream has no setting 'view' any more; it is called crop")
             init(stream, data, make_config(*args, **settings))
@@ -110,7 +110,9 @@ class Stream:
 
     Args:
         data: folder that `pipeline.build_shards` sealed, or the address of one in a store
-            (`https://`, `s3://`, `gs://`, anything fsspec knows).
+            (`https://`, `s3://`, `gs://`, anything fsspec knows); or several with their shares:
+            {"a": 0.7, "s3://bucket/b": 0.3}. Each 1,000 positions hold each dataset as often as its
+            share says; each has epochs of its own, and ids count on from one to the next.
         settings: keywords, the fields of `StreamConfig`, which documents them all (`split`,
             `batch_size`, ...).
 
@@ -125,13 +127,16 @@ class Stream:
     """
 
     @_take_settings(StreamConfig)
-    def __init__(self, data: DataPath, config: StreamConfig) -> None:
+    def __init__(self, data: Data, config: StreamConfig) -> None:
         """Open a split of a dataset; the arguments are explained above."""
         import_dali()
-        self._dataset = open_dataset(data, cache=config.cache, cache_size=config.cache_size)
-        self._reader = reader = BatchReader(self._dataset, config)
-        if is_remote(os.fspath(data)):
-            _check_cache(reader)
+        shares = _check_shares(data)
+        self._datasets = [
+            open_dataset(one, cache=config.cache, cache_size=config.cache_size) for one in shares
+        ]
+        self._reader = reader = BatchReader(self._datasets, config, tuple(shares.values()))
+        if any(is_remote(os.fspath(one)) for one in shares):
+            _check_cache(reader, self._datasets)
         self.channel_mean = reader.statistics.channel_mean
         """float64 [3]: the mean of each channel over the training set."""
         self.mean = reader.normalization.subtracted
@@ -144,8 +149,8 @@ class Stream:
         self.waits = WaitTimes()
         """Seconds that `next` has waited so far, by the stage that was not ready. A stream that is
         fast enough has next to none, because it prefetches."""
-        self.data_sha256 = identity(self._dataset.folder)
-        """Identity of the data set: the SHA-256 of its manifest."""
+        self.data_sha256 = reader.selection.identity
+        """Identity of the data set: the SHA-256 of its manifest; of a mixture, of all manifests."""
         self._position = config.position
         self._loader: Loader | None = Loader(reader, config.position, self.waits)
         self._ledger: Ledger | None = None
@@ -153,14 +158,14 @@ class Stream:
             self._ledger = self._open_ledger(config)
 
     @classmethod
-    def from_config(cls, data: DataPath, config: StreamConfig) -> Stream:
+    def from_config(cls, data: Data, config: StreamConfig) -> Stream:
         """Open a split of a dataset with the settings of a config."""
         return cls(data, **{one.name: getattr(config, one.name) for one in fields(StreamConfig)})
 
     @property
     def samples(self) -> int:
-        """Samples in the split, N."""
-        return len(self._reader.shard_reader)
+        """Samples of an epoch, N: those of the split that were selected."""
+        return self._reader.order.samples
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -206,8 +211,10 @@ class Stream:
         """
         if self._loader is None:
             raise ValueError("this stream was closed")
-        for name, here in self._identify().items():
-            if (there := state.get(name)) != here:
+        own = self._identify()
+        for name in {**own, "selection": None}:
+            here, there = own.get(name), state.get(name)
+            if there != here:
                 raise ValueError(f"a state of another stream: {name} was {there!r}, is {here!r}")
         config = replace(self._reader.config, position=state["position"])
         self._loader.close()
@@ -220,13 +227,14 @@ class Stream:
     def _identify(self) -> dict[str, Any]:
         """Return what the samples and their order follow from, besides the position."""
         config = self._reader.config
-        order = "stored" if config.once else config.shuffle
-        return {
+        facts = {
             "data_sha256": self.data_sha256,
-            "split": config.split,
+            "split": config.stored_split,
             "seed": config.seed,
-            "shuffle": f"block {config.window}" if order == "block" else order,
+            "shuffle": config.order_name,
         }
+        selection = self._reader.selection.digest
+        return facts | ({"selection": selection} if selection else {})
 
     @property
     def damaged(self) -> Mapping[int, Damage]:
@@ -291,7 +299,8 @@ class Stream:
     def close(self) -> None:
         """Stop reading and decoding, and let files and memory go. Batches stay valid."""
         if self._loader is not None:
-            self._dataset.close()  # first: the reader may be waiting for a shard
+            for dataset in self._datasets:  # first: the reader may be waiting for a shard
+                dataset.close()
             self._loader.close()
             self._loader = None
             if self._ledger is not None:
@@ -308,8 +317,9 @@ class Stream:
         """Open the ledger that a config names, or close the stream and raise."""
         assert config.ledger
         try:
-            header = LedgerHeader.of(config, self.data_sha256, self.samples)
-            return Ledger(Path(config.ledger), header)
+            selection = self._reader.selection
+            header = LedgerHeader.of(config, selection)
+            return Ledger(Path(config.ledger), header, selection)
         except BaseException:
             self.close()
             raise
@@ -398,7 +408,21 @@ class EpochIterable(IterableDataset[Batch]):
         )
 
 
-def _check_cache(reader: BatchReader) -> None:
+def _check_shares(data: Data) -> Mapping[DataPath, float]:
+    """Return each dataset with its share in what is delivered.
+
+    Raises:
+        ValueError: no dataset, or a share that is no number above 0.
+    """
+    if not isinstance(data, Mapping):
+        return {data: 1.0}
+    shares = data.values()
+    if not data or not all(isinstance(x, int | float) and 0 < x < math.inf for x in shares):
+        raise ValueError(f"data is {data!r:.200}; a mixture takes datasets with shares above 0")
+    return data
+
+
+def _check_cache(reader: BatchReader, datasets: Sequence[Dataset]) -> None:
     """Refuse a cache so small that shards would be downloaded again and again.
 
     Raises:
@@ -411,7 +435,8 @@ def _check_cache(reader: BatchReader) -> None:
     size = sum(shards[number].bytes for number in needed)
     metadata = sum(  # not *.partial: another process's, gone the next moment
         path.stat().st_size
-        for path in reader.dataset.folder.iterdir()
+        for dataset in datasets
+        for path in dataset.folder.iterdir()
         if path.suffix in (".json", ".npy", ".npz")
     )
     if size + metadata > config.cache_size:

@@ -6,7 +6,7 @@ shards are added.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,18 @@ class Statistics:
         """Return the statistics of at least one image."""
         pixels = sums.images * SIZE * SIZE
         mean = sums.image_sum.sum((0, 1)) / pixels
-        covariance = sums.outer / pixels - np.outer(mean, mean)
+        image = (sums.image_sum / sums.images).astype(np.float32)
+        return cls._from_moments(image, mean, sums.outer / pixels - np.outer(mean, mean))
+
+    @classmethod
+    def _from_moments(
+        cls, image: npt.NDArray[np.float32], mean: Floats, covariance: Floats
+    ) -> Statistics:
         values, vectors = np.linalg.eigh(covariance)
         values, vectors = values[::-1], vectors[:, ::-1]
         signs = np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
         return cls(
-            mean_picture=(sums.image_sum / sums.images).astype(np.float32),
+            mean_picture=image,
             channel_mean=mean,
             covariance=covariance,
             eigenvalues=values.clip(0),  # of images of one color it may be -1e-12
@@ -162,6 +168,16 @@ class Statistics:
         close = 1e-6 * max(1.0, float(values.max()))
         if not np.allclose(vectors @ np.diag(values) @ vectors.T, self.covariance, atol=close):
             yield "eigenvalues and eigenvectors are not those of covariance"
+
+
+def pool_statistics(parts: Sequence[Statistics], shares: Sequence[float]) -> Statistics:
+    """Return the statistics of a mixture of training sets, which have these shares in it."""
+    weights = np.array(shares) / sum(shares)
+    mean = np.tensordot(weights, [one.channel_mean for one in parts], 1)
+    moments = [one.covariance + np.outer(one.channel_mean, one.channel_mean) for one in parts]
+    covariance = np.tensordot(weights, moments, 1) - np.outer(mean, mean)
+    image = np.tensordot(weights, [one.mean_picture for one in parts], 1)
+    return Statistics._from_moments(image.astype(np.float32), mean, covariance)
 
 
 def _check_arrays(arrays: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -118,7 +118,29 @@ class StreamConfig:
     """
 
     split: str = "train"
-    """`train` or `val`."""
+    """Split that is delivered: `train`, `val`, or a part that `split_by` names."""
+    where: Mapping[str, Any] | npt.NDArray[np.bool_] | None = None
+    """Samples that take part: a mask, bool [N] in stored order; or what all of them have, each one
+    value, several, or a function that gets the values of all N samples and returns bool [N]:
+
+        {"class": ["tench", "goldfish"]}        names or titles of classes
+        {"label": [0, 1]}                       or labels
+        {"key": "00001*"}                       keys, by patterns of `fnmatch`
+        {"year": lambda year: year > 2010}      any other name is a column of `table`
+    """
+    table: str | os.PathLike[str] | None = None
+    """Table with columns for `where` and `group`: CSV, TSV, JSON lines or Parquet, with a row for
+    each sample, which is found by the column `id`, `key` or `name`."""
+    split_by: Mapping[str, float] | None = None
+    """Parts drawn from the stored split `train`, with their shares: {"train": 0.9, "val": 0.1};
+    `split` then names one of them. A sample's part follows from `split_seed` and the sample."""
+    split_seed: int = 0
+    """Seed of `split_by`, apart from `seed`: runs with other seeds keep their parts."""
+    group: str | None = None
+    """Column of `table`: samples with the same value get the same part of `split_by`."""
+    weights: Literal["balanced"] | npt.ArrayLike | None = None
+    """Draw samples with replacement, N to an epoch: by numbers, 0 or more, [N] in stored order; or
+    `balanced`: each class as likely as any other. None: each sample once an epoch."""
     batch_size: int = 128
     """Samples in a batch of the whole job; each rank gets its contiguous slice of every batch."""
     seed: int = 0
@@ -233,6 +255,7 @@ class StreamConfig:
             ("threads", self.threads or 0, 0, MAX_THREADS),
             ("window", self.window, 1, MAX_WINDOW),
             ("seed", self.seed, 0, 2**63 - 1),
+            ("split_seed", self.split_seed, 0, 2**63 - 1),
             ("flip", self.flip, 0, 1),
         ):
             if not low <= value <= high:  # a NaN is in no range
@@ -240,6 +263,7 @@ class StreamConfig:
         _ = self.color_plan, self.span
         self._check_shape()
         self._check_normalization()
+        self._check_selection()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # only while it is being made
@@ -294,6 +318,44 @@ class StreamConfig:
                 "dtype uint8 holds pixels as they were stored: it goes with mean=None, std=None "
                 "and colour=0"
             )
+
+    def _check_selection(self) -> None:
+        """Check which samples are asked for, as far as that goes without a dataset.
+
+        Raises:
+            ValueError: a setting that is none, or two that do not go together.
+        """
+        if isinstance(self.weights, str) and self.weights != "balanced":
+            raise ValueError(f"weights is {self.weights!r}; it takes 'balanced', or an array")
+        for name, value in (("shuffle", self.shuffle == "block"), ("once", self.once)):
+            if self.weights is not None and value:
+                raise ValueError(
+                    f"weights draws any sample at any time: it does not go with {name}="
+                    f"{getattr(self, name)!r}"
+                )
+        if self.split_by is None:
+            for name in ("group", "split_seed"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}, and split_by is not set")
+            return
+        shares = list(self.split_by.values())
+        if not all(isinstance(share, Real) and 0 < share < math.inf for share in shares):
+            raise ValueError(f"split_by is {self.split_by!r}; it takes names with shares above 0")
+        if self.split not in self.split_by:
+            names = ", ".join(map(repr, self.split_by))
+            raise ValueError(f"split is {self.split!r}, and split_by names {names}")
+
+    @property
+    def stored_split(self) -> str:
+        """Split of the dataset that is read."""
+        return self.split if self.split_by is None else "train"
+
+    @property
+    def order_name(self) -> str:
+        """Name of the order with its settings: `full`, `block 16`, or `stored` for one pass."""
+        if self.once:
+            return "stored"
+        return f"block {self.window}" if self.shuffle == "block" else "full"
 
     @property
     def on_gpu(self) -> bool:

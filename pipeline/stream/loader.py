@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,17 +13,19 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import SIZE
+from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder, list_draws, select_gpu
+from pipeline.stream.mixture import load_statistics, open_reader
 from pipeline.stream.normalization import Floats, Normalization
-from pipeline.stream.order import BlockShuffle, FullShuffle, Ids, Order, Slots, StoredOrder
+from pipeline.stream.order import Ids, Slots
 from pipeline.stream.prefetch import Prefetcher
 from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine
-from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
+from pipeline.stream.selection import make_order, select
+from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import REBUILD, DataError, UsageError
@@ -63,16 +65,23 @@ class EncodedBatch:
 class BatchReader:
     """Reads and checks one rank's slice of each batch; opens the split that a config names."""
 
-    def __init__(self, dataset: Dataset, config: StreamConfig) -> None:
+    def __init__(
+        self, datasets: Sequence[Dataset], config: StreamConfig, shares: Sequence[float] = (1.0,)
+    ) -> None:
         """Open shards, statistics, order and quarantine.
+
+        Args:
+            datasets: one, or those of a mixture.
+            config: settings of the stream.
+            shares: of the datasets in what is delivered, above 0.
 
         Raises:
             UsageError: no such split, a crop larger than the stored images, an augmentation that
-                returns no image, or the quarantine file cannot be used.
-            DataError: the dataset is not what its manifest says.
+                returns no image, a selection that leaves nothing, datasets that do not fit each
+                other, or the quarantine file cannot be used.
+            DataError: a dataset is not what its manifest says.
         """
         self.config = config
-        self.dataset = dataset
         height, width = config.image_size
         if config.crop in ("random", "center") and max(height, width) > SIZE:
             raise UsageError(
@@ -80,12 +89,15 @@ class BatchReader:
                 "give a smaller one, or crop='resized'"
             )
         gpu = config.on_gpu
-        self.shard_reader = ShardReader(dataset, config.split, maps=not gpu)
-        self.statistics = Statistics.load(dataset.folder, self.shard_reader.manifest.stats_sha256)
+        self.shard_reader = open_reader(datasets, config.stored_split, maps=not gpu)
+        self.statistics = load_statistics(datasets, shares)
         self.normalization = Normalization.of(self.statistics, config)
-        self.order = make_order(config, [shard.samples for shard in self.shard_reader.shards])
+        identities = [identity(dataset.folder) for dataset in datasets]
+        self.selection = select(config, self.shard_reader, identities, shares)
+        """Samples that take part."""
+        self.order = make_order(self.selection, config.seed, config.order_name)
         self.quarantine = Quarantine(
-            config.split, Path(config.quarantine) if config.quarantine else None
+            config.stored_split, Path(config.quarantine) if config.quarantine else None
         )
         """Samples found damaged."""
         self.draws = list_draws(config)
@@ -134,8 +146,9 @@ class BatchReader:
         if not self.config.once:
             return slots
         # Rows past the end repeat the last sample; their weight of 0 keeps them out of every sum.
-        ids = np.where(slots.epochs == 0, slots.ids, self.order.samples - 1)
-        return Slots(np.zeros_like(ids), ids)
+        last_id = self.order.list_slots(self.order.samples - 1, 1).ids
+        ids = np.where(slots.epochs == 0, slots.ids, last_id)
+        return Slots(np.zeros_like(ids), ids, np.zeros_like(ids))
 
     def _load(self, start: int, slots: Slots, begun: float) -> EncodedBatch:
         needs = self.order.list_shards(start)
@@ -235,24 +248,24 @@ class BatchReader:
         config, normalization, count = self.config, self.normalization, len(images)
         if self.shard_reader.encoding == "raw":
             images = [image.reshape(SIZE, SIZE, 3) for image in images]
-        seed, epochs, ids = self.order.seed, slots.epochs, slots.ids
+        seed, turns, ids = self.order.seed, slots.turns, slots.ids
         height, width = config.image_size
         border = SIZE - height, SIZE - width
         region = None
         if config.crop == "resized":
             stored = SIZE, SIZE
             border = 0, 0
-            parts = draw_regions(seed, epochs, ids, stored, config.scale, config.ratio)
+            parts = draw_regions(seed, turns, ids, stored, config.scale, config.ratio)
             region = np.concatenate(parts, axis=1)
         if config.augments:
-            draws = draw(seed, epochs, ids, border, config.flip)
+            draws = draw(seed, turns, ids, border, config.flip)
             x, y, flip = draws.x, draws.y, draws.flip
-            mean = normalization.compute_means(draws.color, epochs)
+            mean = normalization.compute_means(draws.color, slots.epochs)
         else:
             x, y = np.full(count, border[1] // 2), np.full(count, border[0] // 2)
             flip = np.zeros(count, bool)
             mean = np.tile(normalization.channel_mean, (count, 1))
-        divisor = normalization.compute_divisors(epochs) if config.divides else None
+        divisor = normalization.compute_divisors(slots.epochs) if config.divides else None
         if normalization.std is not None:
             scale = 1 if divisor is None else divisor[:, None]
             divisor = np.tile(normalization.std, (count, 1)) * scale
@@ -264,17 +277,8 @@ class BatchReader:
             mean=mean.astype(np.float32),
             divisor=None if divisor is None else divisor.astype(np.float32),
             region=region,
-            draws=[one.compute(seed, epochs, ids) for one in self.draws],
+            draws=[one.compute(seed, turns, ids) for one in self.draws],
         )
-
-
-def make_order(config: StreamConfig, shards: list[int]) -> Order:
-    """Return the order of the samples; `shards` is the number of samples of each shard."""
-    if config.once:
-        return StoredOrder(shards, config.seed)
-    if config.shuffle == "full":
-        return FullShuffle(shards, config.seed)
-    return BlockShuffle(shards, config.seed, config.window)
 
 
 class DecodeFailure(Exception):

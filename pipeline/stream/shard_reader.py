@@ -90,6 +90,11 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def parts(self) -> tuple[ShardReader, ...]:
+        """Reader of each dataset: itself; `MixedReader` has several."""
+        return (self,)
+
     def read_labels(self, ids: Ids) -> Ids:
         """Return the labels of samples `ids`, both int64 [b]."""
         return self._index["label"][ids].astype(np.int64)

@@ -83,7 +83,8 @@ class Parts(BatchReader):
 
     def __init__(self, setting: Setting, dataset: Dataset) -> None:
         """Open them, as `BatchReader` does."""
-        super().__init__(dataset, setting)
+        super().__init__([dataset], setting)
+        self.dataset = dataset
         self.setting = setting
         self.encoding: Encoding = self.shard_reader.encoding
 

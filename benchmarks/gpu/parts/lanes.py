@@ -74,7 +74,7 @@ def native(data: Path, device: Device, setting: Setting) -> Generator[torch.Tens
 def feed_alone(data: Path, setting: Setting) -> Generator[DecoderInput]:
     """Yield what our reader gives the graph: ordered, read, checked, drawn, and not decoded."""
     config = replace(_config("cpu", setting), strict=True)
-    with closing(BatchReader(LocalDataset(data), config)) as reader:
+    with closing(BatchReader([LocalDataset(data)], config)) as reader:
         prefetcher = Prefetcher(reader.read_batches(0), depth=setting.prefetch)
         with closing(prefetcher):
             while True:

@@ -14,6 +14,7 @@ from pipeline.stream.config import split_batch
 from pipeline.stream.ledger.findings import LISTED, LedgerFinding, find_runs, format_runs, pluralize
 from pipeline.stream.ledger.format import ENDING, LedgerFile, scan_ledger
 from pipeline.stream.order import Ids
+from pipeline.stream.selection import Selection
 from pipeline.tools.errors import UsageError
 
 FOLDER = "ledger"
@@ -69,6 +70,8 @@ class RunLedgers(NamedTuple):
     """Number of files whose last frame or first line is incomplete."""
     unreadable: dict[Path, str]
     """Reason why the first line cannot be read, of each damaged file."""
+    selection: Selection | None
+    """The samples that took part; None: all of the split, each once an epoch."""
 
 
 def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> RunLedgers:
@@ -80,8 +83,9 @@ def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> RunLed
         runs: folders of runs (RUN with RUN/ledger in it), or folders with ledgers.
 
     Raises:
-        UsageError: a folder without ledgers, or a ledger of another dataset, split, seed or
-            shuffle, or no ledger that can be read.
+        UsageError: a folder without ledgers, or a ledger of another dataset, split, seed,
+            shuffle or selection, or no ledger that can be read.
+        DamagedFile: the selection beside the ledgers is missing or damaged.
     """
     files, torn, unreadable = [], 0, {}
     for path in _list_ledgers(runs):
@@ -97,10 +101,13 @@ def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> RunLed
         reasons = [f"{path}: {reason}" for path, reason in unreadable.items()]
         raise UsageError(f"no ledger can be read ({reasons[0] if reasons else 'all are empty'})")
     known = identity(data)
+    selections: dict[str, Selection | None] = {"": None}
     for file in files:
-        _check_dataset(file, data, manifest, known)
+        if (digest := file.header.selection) not in selections:
+            selections[digest] = Selection.load(file.path.parent, digest)
+        _check_dataset(file, data, manifest, known, selections[digest])
         _check_run(file, files[0])
-    return RunLedgers(files, torn, unreadable)
+    return RunLedgers(files, torn, unreadable, selections[files[0].header.selection])
 
 
 def _list_ledgers(runs: Sequence[Path]) -> list[Path]:
@@ -117,14 +124,20 @@ def _list_ledgers(runs: Sequence[Path]) -> list[Path]:
     return sorted(found.values(), key=lambda path: path.name)
 
 
-def _check_dataset(file: LedgerFile, data: Path, manifest: Manifest, known: str) -> None:
+def _check_dataset(
+    file: LedgerFile, data: Path, manifest: Manifest, known: str, selection: Selection | None
+) -> None:
     header = file.header
-    if header.data_sha256 != known:
+    identities = selection.identities if selection else (header.data_sha256,)
+    if known not in identities:
+        named = "any of its mixture" if len(identities) > 1 else f"manifest {identities[0][:12]}"
         raise UsageError(
-            f"ledger {file.path} is of another data set (manifest {header.data_sha256[:12]}, that "
-            f"of {data} is {known[:12]}); name the set it was trained on"
+            f"ledger {file.path} is of another data set ({named}, that of {data} is "
+            f"{known[:12]}); name the set it was trained on"
         )
     samples = manifest.split(header.split, data).samples
+    if selection is not None and len(identities) > 1:
+        samples = selection.stored
     if header.samples != samples:
         raise UsageError(
             f"ledger {file.path} counts {header.samples} samples, split {header.split!r} of {data} "
@@ -133,7 +146,7 @@ def _check_dataset(file: LedgerFile, data: Path, manifest: Manifest, known: str)
 
 
 def _check_run(file: LedgerFile, first: LedgerFile) -> None:
-    for name in ("split", "seed", "shuffle"):
+    for name in ("split", "seed", "shuffle", "selection"):
         mine, others = getattr(file.header, name), getattr(first.header, name)
         if mine != others:
             raise UsageError(

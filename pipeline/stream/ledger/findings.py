@@ -13,7 +13,9 @@ from pipeline.stream.order import Ids
 LISTED = 10
 """Ids or ranges listed in a finding, and findings listed of a kind; the rest is counted."""
 
-KINDS = ("unreadable", "out of line", "missing", "replay", "unknown id", "twice", "never")
+KINDS = (
+    "unreadable", "out of line", "missing", "replay", "unknown id", "not due", "twice", "never",
+)  # fmt: skip
 """Kinds of errors of files, positions and ids: causes before their consequences."""
 
 
@@ -43,7 +45,10 @@ class Proof:
     findings: tuple[LedgerFinding, ...]
     """Errors; if empty, each epoch was delivered exactly once."""
     samples: int
-    """Number of samples in the split, N."""
+    """Number of samples in an epoch, N."""
+    replaces: bool = False
+    """True if samples were drawn by weight or from several datasets: then each delivery was the one
+    that was due, and an epoch is N of them."""
     epochs: tuple[int, ...]
     """Epochs delivered completely, each sample once."""
     position: int
@@ -76,7 +81,7 @@ class Proof:
         if self.epochs:
             times = f"{len(self.epochs)} x {self.samples:,} samples"
             epochs = format_runs("epoch", find_runs(np.array(self.epochs)))
-            parts.append(f"{epochs} exactly once ({times})")
+            parts.append(f"{epochs} {'as drawn' if self.replaces else 'exactly once'} ({times})")
         if place or not self.epochs:
             parts.append(f"epoch {epoch} to {place:,}")
         *most, last = map(str, dict.fromkeys(self.worlds))

@@ -25,6 +25,7 @@ from isal import isal_zlib
 
 from pipeline.stream.config import StreamConfig, split_batch
 from pipeline.stream.order import Ids
+from pipeline.stream.selection import Selection
 from pipeline.tools.jsonl import parse_json
 
 VERSION = 1
@@ -42,7 +43,10 @@ class LedgerHeader:
     """`manifest.identity` of the dataset."""
     split: str
     samples: int
-    """Number of samples in the split, N."""
+    """Number of samples in the split, N; of a mixture, in the splits of all datasets."""
+    selection: str = ""
+    """`Selection.digest`; the file beside the ledger has its name. Empty: all samples of a split,
+    each once an epoch. Older files lack it."""
     seed: int
     """Seed of order and augmentation."""
     shuffle: str
@@ -76,14 +80,19 @@ class LedgerHeader:
             )
 
     @classmethod
-    def of(cls, config: StreamConfig, data_sha256: str, samples: int) -> LedgerHeader:
-        """Return the header of a stream's ledger, given the dataset and the samples in it."""
-        shuffle = f"block {config.window}" if config.shuffle == "block" else "full"
+    def of(cls, config: StreamConfig, selection: Selection) -> LedgerHeader:
+        """Return the header of a stream's ledger, given the samples that take part."""
         facts = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
-        facts["shuffle"] = "stored" if config.once else shuffle
+        facts["shuffle"] = config.order_name
+        facts["split"] = config.stored_split
         facts["colour"] = config.color_plan.given
         facts["device"] = "gpu" if config.on_gpu else "cpu"
-        return cls(data_sha256=data_sha256, samples=samples, **facts)
+        return cls(
+            data_sha256=selection.identity,
+            samples=selection.stored,
+            selection=selection.digest,
+            **facts,
+        )
 
     @property
     def checksum(self) -> str:

@@ -2,7 +2,8 @@
 
 Every position must have been delivered; the ids that were due within an epoch must be each of
 0..N-1 once; and what was delivered again after a restart must be what was delivered before, ids
-and pixels. The order itself is not consulted: any permutation will do.
+and pixels. The order itself is not consulted: any permutation will do. Where a stream selected,
+weighted or mixed samples, the order decides: each id must be the one that was due at its position.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pipeline.stream.ledger.attempts import (
 )
 from pipeline.stream.ledger.findings import LISTED, LedgerFinding, Proof, limit_findings, pluralize
 from pipeline.stream.ledger.format import Deliveries, LedgerFile
-from pipeline.stream.order import Ids
+from pipeline.stream.order import Ids, Mixture, Order
+from pipeline.stream.selection import Selection, make_order
 from pipeline.tools.progress import Progress
 
 Flags = npt.NDArray[np.bool_]
@@ -180,7 +182,8 @@ def prove(data: Path, runs: Sequence[Path]) -> Proof:
     manifest = Manifest.load(data)
     ledgers = open_ledgers(data, manifest, runs)
     shards = manifest.splits[ledgers.files[0].header.split].shards
-    prover = _Prover(ledgers.files, shards, data if manifest.foreign else None)
+    foreign = data if manifest.foreign else None
+    prover = _Prover(ledgers.files, shards, foreign, ledgers.selection)
     for path, reason in ledgers.unreadable.items():
         prover.add_finding("unreadable", f"{path}: {reason}", files=(path.name,))
     prover.run()
@@ -191,14 +194,28 @@ class _Prover:
     """Checks all positions, some epochs at a time, and collects findings."""
 
     def __init__(
-        self, files: Sequence[LedgerFile], shards: Sequence[Shard], foreign: Path | None
+        self,
+        files: Sequence[LedgerFile],
+        shards: Sequence[Shard],
+        foreign: Path | None,
+        selection: Selection | None,
     ) -> None:
-        """Args: ledgers, shards of the split, their folder if the shards have keys of their own."""
+        """Args: ledgers, shards of the split, their folder if the shards have keys of their own;
+        the samples that took part, None for all.
+        """
         self.findings: list[LedgerFinding] = []
         self._foreign = foreign
         self._files = files
         self._attempts = group_attempts(files)
-        self._samples = files[0].header.samples
+        header = files[0].header
+        self._stored = self._samples = header.samples
+        self._order = None
+        self._replaces = False
+        if selection is not None:
+            self._order = make_order(selection, header.seed, header.shuffle)
+            self._samples = self._order.samples
+            self._replaces = selection.replaces
+        self._mixed = selection is not None and len(selection.shards) > 1
         self._shards = shards
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
         self._gaps = Gaps(self._attempts, self._samples)
@@ -234,6 +251,7 @@ class _Prover:
         return Proof(
             findings=tuple(limit_findings(findings)),
             samples=self._samples,
+            replaces=self._replaces,
             epochs=tuple(self._whole),
             position=self._frontier,
             unfinished=self._unfinished,
@@ -280,7 +298,7 @@ class _Prover:
 
     def _check_window(self, first: int, last: int, progress: Progress) -> None:
         """Find positions that are missing in a window, and ids that are due twice or never."""
-        window = _DeliveryWindow(first, last, self._samples)
+        window = _DeliveryWindow(first, last, self._stored)
         total = 0
         for number, file in enumerate(self._files):
             if file.start < last and file.end > first:
@@ -301,6 +319,9 @@ class _Prover:
 
     def _check_epochs(self, window: _DeliveryWindow, owned: Flags, open_epochs: set[int]) -> None:
         """Check each epoch of a window; in open epochs, missing ids may be due later."""
+        if self._order is not None:
+            self._check_order(window, owned, self._order)
+            return
         times = self._count_due(window, owned)
         filled = owned.reshape(-1, self._samples).sum(axis=1)
         once = (times == 1).sum(axis=1)
@@ -313,6 +334,29 @@ class _Prover:
             self._add_ids(epoch, "twice", np.flatnonzero(times[row] > 1), order)
             if filled[row] == self._samples or epoch not in open_epochs:
                 self._add_ids(epoch, "never", np.flatnonzero(times[row] == 0), order)
+
+    def _check_order(self, window: _DeliveryWindow, owned: Flags, order: Order | Mixture) -> None:
+        """Check that each id of a window is the one that was due there."""
+        due = order.list_slots(window.first, window.last - window.first).ids
+        wrong = owned & (window.due != due)
+        files = window.owner[wrong]
+        for number in np.unique(files).tolist():
+            slots = np.flatnonzero(wrong & (window.owner == number))
+            slot = int(slots[0])
+            position = window.first + slot
+            self.add_finding(
+                "not due",
+                f"{self._files[number].path.name} has {pluralize(len(slots), 'sample')} that were "
+                f"not due: at position {position:,} {self._name_sample(int(window.due[slot]))}, "
+                f"where seed, order and selection have {self._name_sample(int(due[slot]))}",
+                epoch=position // self._samples,
+                position=position,
+                count=len(slots),
+                ids=tuple(window.due[slots[:LISTED]].tolist()),
+                files=(self._files[number].path.name,),
+            )
+        whole = (owned & ~wrong).reshape(-1, self._samples).all(axis=1)
+        self._whole.extend((window.first // self._samples + np.flatnonzero(whole)).tolist())
 
     def _count_due(self, window: _DeliveryWindow, owned: Flags) -> Ids:
         """Return how often each id was due in each epoch of a window, [epochs, N]."""
@@ -354,6 +398,8 @@ class _Prover:
         )
 
     def _name_sample(self, sample: int) -> str:
+        if self._mixed or not 0 <= sample < self._stored:
+            return f"sample {sample}"
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         place = sample - int(self._starts[shard])
         if self._foreign is None:

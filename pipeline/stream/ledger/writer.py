@@ -28,6 +28,7 @@ from isal import isal_zlib
 
 from pipeline.stream.ledger.format import ENDING, LedgerHeader, encode_frame
 from pipeline.stream.order import Ids
+from pipeline.stream.selection import Selection
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import SetupError, UsageError
 
@@ -102,12 +103,15 @@ class Ledger:
             ledger.record(position, due, delivered, images)
     """
 
-    def __init__(self, folder: Path, header: LedgerHeader) -> None:
+    def __init__(
+        self, folder: Path, header: LedgerHeader, selection: Selection | None = None
+    ) -> None:
         """Create `folder` if need be, and a file of its own in it; other files are not touched.
 
         Args:
             folder: folder for the ledgers of all ranks and attempts of a run.
             header: first line of the file.
+            selection: what the header's digest stands for; it is saved beside the file.
 
         Raises:
             UsageError: the folder cannot be written.
@@ -120,6 +124,8 @@ class Ledger:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if selection is not None and selection.digest:
+                selection.save(folder)
             self._file: int | None = os.open(self.path, flags, 0o666)
         except OSError as error:
             raise UsageError(

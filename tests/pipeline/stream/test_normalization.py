@@ -31,8 +31,8 @@ def expected(data, seed, position, count, *, plan, mean, divide):
     centre = stats.mean_picture[16:240, 16:240].astype(np.float64)
     deviations = stats.eigenvectors * np.sqrt(stats.eigenvalues)
     slots = FullShuffle([SAMPLES], seed).list_slots(position, count)
-    draws = draw(seed, *slots)
-    for place, (epoch, sample) in enumerate(zip(*slots, strict=True)):
+    draws = draw(seed, *slots[:2])
+    for place, (epoch, sample) in enumerate(zip(*slots[:2], strict=True)):
         y, x = draws.y[place], draws.x[place]
         pixels = stored(data, sample)[y : y + 224, x : x + 224]
         if draws.flip[place]:

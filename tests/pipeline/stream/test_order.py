@@ -175,7 +175,7 @@ def test_a_shuffle_in_parts_is_as_good(monkeypatch):
 
 def test_the_cached_order_cannot_be_spoilt():
     with pytest.raises(ValueError, match="read-only"):
-        FullShuffle([10]).list_ids(0, 0, 10)[0] = 3
+        FullShuffle([10]).list_places(0, 0, 10)[0] = 3
 
 
 @pytest.mark.parametrize(("position", "count"), [(-1, 1), (0, -1)])

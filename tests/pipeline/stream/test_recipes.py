@@ -46,8 +46,8 @@ def test_resized_crops_are_pillows_within_one_level(data, request):
     assert batch.images.shape == (COUNT, 3, 96, 160)
     slots = FullShuffle([48], 4).list_slots(0, COUNT)
     assert batch.ids.tolist() == slots.ids.tolist()
-    regions = draw_regions(4, *slots, (256, 256), (0.05, 1.0), (3 / 4, 4 / 3))
-    flips = draw(4, *slots).flip
+    regions = draw_regions(4, *slots[:2], (256, 256), (0.05, 1.0), (3 / 4, 4 / 3))
+    flips = draw(4, *slots[:2]).flip
     assert 0 < flips.sum() < COUNT
     for place, image in enumerate(stored_images(data, batch.ids.tolist())):
         top, left = regions.start[place]
@@ -109,7 +109,7 @@ def test_regions_are_distributed_as_torchvisions(stored, scale, ratio):
 def test_crops_of_other_sizes_are_cut_out_of_the_stored_pixels(raw_data, crop, layout):
     options = PLAIN | {"dtype": "uint8", "layout": layout}
     batch = first_batch(raw_data, **options, crop=crop, size=(100, 256))
-    draws = draw(4, *FullShuffle([48], 4).list_slots(0, COUNT), border=(156, 0))
+    draws = draw(4, *FullShuffle([48], 4).list_slots(0, COUNT)[:2], border=(156, 0))
     assert len(set(draws.y.tolist())) > 5
     for place, image in enumerate(stored_images(raw_data, batch.ids.tolist())):
         top = draws.y[place] if crop == "random" else 78
@@ -225,7 +225,7 @@ def test_an_augmentation_does_what_its_draws_say(raw_data):
     options = PLAIN | {"dtype": "uint8", "flip": 0, "size": 256}
     batch, other = (first_batch(raw_data, **options, augment=one) for one in (turn, None))
     slots = FullShuffle([48], 4).list_slots(0, COUNT)
-    turned = NamedDraw("turn", "boolean", (0.5,)).compute(4, *slots)
+    turned = NamedDraw("turn", "boolean", (0.5,)).compute(4, *slots[:2])
     assert 0 < turned.sum() < COUNT
     for place in range(COUNT):
         expected = other.images[place].flip(1) if turned[place] else other.images[place]

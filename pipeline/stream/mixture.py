@@ -1,0 +1,166 @@
+"""Several datasets read as one: `MixedReader`, whose sample ids count on from one to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.dataset.image_stats import Statistics, pool_statistics
+from pipeline.dataset.images import Pixels
+from pipeline.dataset.manifest import Manifest
+from pipeline.remote.dataset import Dataset
+from pipeline.stream.order import Ids
+from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
+from pipeline.stream.timing import Spent
+from pipeline.tools.errors import UsageError
+
+
+def open_reader(
+    datasets: Sequence[Dataset], split: str, *, maps: bool = True
+) -> ShardReader | MixedReader:
+    """Open a split of one dataset, or of several as one.
+
+    Args:
+        datasets: one or more.
+        split: name of the split.
+        maps: as in `ShardReader`.
+
+    Raises:
+        UsageError: no such split, or datasets that do not fit each other.
+        DataError: an index is damaged, or a shard of a local set is missing.
+    """
+    readers = [ShardReader(dataset, split, maps=maps) for dataset in datasets]
+    return readers[0] if len(readers) == 1 else MixedReader(readers)
+
+
+def load_statistics(datasets: Sequence[Dataset], shares: Sequence[float]) -> Statistics:
+    """Return the statistics of the training images; of several datasets, those of the mixture."""
+    found = [
+        Statistics.load(dataset.folder, Manifest.load(dataset.folder).stats_sha256)
+        for dataset in datasets
+    ]
+    return found[0] if len(found) == 1 else pool_statistics(found, shares)
+
+
+class MixedReader:
+    """Random access to the samples of several datasets, by ids that count on; see `ShardReader`."""
+
+    def __init__(self, readers: Sequence[ShardReader]) -> None:
+        """Take open readers of two datasets or more, which the mixture closes.
+
+        Raises:
+            UsageError: their classes, encodings or image sizes differ.
+        """
+        self.parts = readers
+        """Reader of each dataset."""
+        self._firsts = np.cumsum([0, *map(len, readers)])
+        self.shards = [shard for reader in readers for shard in reader.shards]
+        """Shards of all datasets, one after the other."""
+        self.split = readers[0].split
+        self.manifest = readers[0].manifest
+        """Manifest of the first dataset: classes, encoding and sizes are those of all."""
+        self.encoding = self.manifest.encoding
+        self.maps = readers[0].maps
+        for reader in readers[1:]:
+            _check_alike(self.manifest, reader.manifest)
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def read_labels(self, ids: Ids) -> Ids:
+        """Return the labels of samples `ids`, both int64 [b]."""
+        return self._gather(ids, lambda reader, own: reader.read_labels(own))
+
+    def buffer_size(self, ids: Ids) -> int:
+        """Return the number of bytes that `read` copies for samples `ids` (int64 [b])."""
+        return sum(reader.buffer_size(own) for reader, _, own in self._divide(ids))
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to fetch the shards that will be read soon, in this order."""
+        first = 0
+        for reader in self.parts:
+            last = first + len(reader.shards)
+            reader.prefetch([number - first for number in numbers if first <= number < last])
+            first = last
+
+    def advise(self, ids: Ids) -> None:
+        """Tell the kernel to read samples `ids` (int64 [b]) from the disk; does not wait."""
+        for reader, _, own in self._divide(ids):
+            reader.advise(own)
+
+    def read(self, ids: Ids, buffer: Bytes | None = None) -> tuple[list[Bytes], dict[int, Damage]]:
+        """Read and check samples; see `ShardReader.read`."""
+        if buffer is None:
+            buffer = np.empty(self.buffer_size(ids), np.uint8)
+        views: list[Bytes] = [buffer[:0]] * len(ids)
+        damaged: dict[int, Damage] = {}
+        start = 0
+        for reader, places, own in self._divide(ids):
+            size = reader.buffer_size(own)
+            found, damages = reader.read(own, buffer[start : start + size])
+            start += size
+            for place, view in zip(places, found, strict=True):
+                views[place] = view
+            for number, damage in damages.items():
+                sample = int(ids[places[number]])
+                damaged[places[number]] = damage._replace(sample=sample)
+        return views, damaged
+
+    def decode(self, ids: Sequence[int]) -> list[Pixels | Damage]:
+        """Read, check and decode samples: the pixels of each, or its damage."""
+        found: dict[int, Pixels | Damage] = {}
+        for reader, places, own in self._divide(np.array(ids, np.int64)):
+            found.update(zip(places, reader.decode(own.tolist()), strict=True))
+        return [found[place] for place in range(len(ids))]
+
+    def take_spent(self) -> Spent:
+        """Return the seconds spent in `read` since the last call; `feed` is 0."""
+        columns = zip(*(reader.take_spent() for reader in self.parts), strict=True)
+        return Spent(*map(sum, columns))
+
+    def make_damage(self, sample: int, reason: str) -> Damage:
+        """Return where a sample is and why it cannot be used."""
+        ((reader, _, own),) = self._divide(np.array([sample]))
+        return reader.make_damage(int(own[0]), reason)._replace(sample=sample)
+
+    def close(self) -> None:
+        """Close all files."""
+        for reader in self.parts:
+            reader.close()
+
+    def _divide(self, ids: Ids) -> list[tuple[ShardReader, list[int], Ids]]:
+        """Return each dataset that has some of `ids`: their places in it, and its own ids."""
+        owners = np.searchsorted(self._firsts, ids, side="right") - 1
+        found = []
+        for number in np.unique(owners).tolist():
+            (places,) = np.nonzero(owners == number)
+            found.append((self.parts[number], places.tolist(), ids[places] - self._firsts[number]))
+        return found
+
+    def _gather(
+        self, ids: Ids, read: Callable[[ShardReader, Ids], npt.NDArray[np.int64]]
+    ) -> npt.NDArray[np.int64]:
+        """Return what `read` says of the samples of each dataset, in the order of `ids`."""
+        found = np.empty(len(ids), np.int64)
+        for reader, places, own in self._divide(ids):
+            found[places] = read(reader, own)
+        return found
+
+
+def _check_alike(first: Manifest, other: Manifest) -> None:
+    """Raise `UsageError` where two datasets cannot be mixed."""
+    if first.classes != other.classes:
+        differ = sorted(set(first.classes) ^ set(other.classes))
+        what = f"{differ[0]!r} is a class of one alone" if differ else "they are in another order"
+        raise UsageError(
+            f"data sets of {len(first.classes)} and {len(other.classes)} classes cannot be mixed: "
+            f"{what}; a label must mean the same in both"
+        )
+    for name in ("encoding", "image_size"):
+        mine, others = getattr(first, name), getattr(other, name)
+        if mine != others:
+            raise UsageError(
+                f"data sets with {name} {mine} and {others} cannot be mixed; pack them alike"
+            )

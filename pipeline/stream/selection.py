@@ -1,0 +1,503 @@
+"""Which samples a stream delivers, of which datasets: what its order follows from besides the seed.
+
+    where      labels, classes, keys, columns of a table by key, or a mask
+    split_by   parts drawn from the stored training split
+    weights    draws with replacement instead of epochs without
+    mixtures   several datasets in fixed shares
+
+All of it is known when a stream is opened, and none of it changes afterwards: `make_order` is a
+pure function of a `Selection`, the seed and the name of the shuffle.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import fnmatch
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.dataset.index import sample_key
+from pipeline.stream.augment import random_uint64, to_unit
+from pipeline.stream.config import StreamConfig
+from pipeline.stream.order import (
+    BlockShuffle,
+    FullShuffle,
+    Ids,
+    Mixture,
+    Order,
+    StoredOrder,
+    WeightedOrder,
+    Weights,
+)
+from pipeline.tools.errors import DamagedFile, UsageError
+from pipeline.tools.files import atomic_write
+from pipeline.tools.jsonl import hash_json, read_all_rows
+from pipeline.tools.packages import require_package
+
+if TYPE_CHECKING:
+    from pipeline.stream.mixture import MixedReader
+    from pipeline.stream.shard_reader import ShardReader
+
+Flags = npt.NDArray[np.bool_]
+JOINS = ("id", "key", "name")
+"""Columns of a table by which its rows are those of samples; the first that it has counts."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Selection:
+    """The samples that take part, of one dataset or several."""
+
+    identities: tuple[str, ...]
+    """`manifest.identity` of each dataset."""
+    shards: tuple[tuple[int, ...], ...]
+    """Samples in each shard of the split, for each dataset; ids count on from one to the next."""
+    shares: tuple[float, ...] = (1.0,)
+    """Share of each dataset in what is delivered, above 0."""
+    kept: Flags | None = None
+    """bool [N] by sample id: whether it takes part; None: all do."""
+    weights: Weights | None = None
+    """float64 [N] by sample id: weight in draws with replacement, 0 or more; None: no such draws,
+    each sample that takes part comes once an epoch."""
+
+    @property
+    def stored(self) -> int:
+        """Samples in all shards, N."""
+        return sum(map(sum, self.shards))
+
+    @property
+    def replaces(self) -> bool:
+        """True if a sample may come several times in an epoch."""
+        return self.weights is not None or len(self.shards) > 1
+
+    @property
+    def identity(self) -> str:
+        """Identity of the dataset; of several, a SHA-256 over theirs and their shares."""
+        if len(self.identities) == 1:
+            return self.identities[0]
+        return hash_json([self.identities, self.shares])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all of it; empty where every sample of one dataset takes part alike."""
+        if not self.replaces and self.kept is None:
+            return ""
+        digest = hashlib.sha256(json.dumps([self.identities, self.shards, self.shares]).encode())
+        for array in (self.kept, self.weights):
+            digest.update(b"none" if array is None else array.tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write it into `folder`, where `load` finds it by its digest; twice is no harm."""
+        path = folder / _file_name(self.digest)
+        if not path.exists():
+            table = json.dumps([self.identities, self.shards, self.shares])
+            empty = np.zeros(0)
+            with atomic_write(path) as file:
+                np.savez_compressed(
+                    file,
+                    table=np.array(table),
+                    kept=empty.astype(np.uint8) if self.kept is None else np.packbits(self.kept),
+                    weights=empty if self.weights is None else self.weights,
+                )
+
+    @classmethod
+    def load(cls, folder: Path, digest: str) -> Selection:
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedFile: it is missing, or not what was saved.
+        """
+        path = folder / _file_name(digest)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                identities, shards, shares = json.loads(str(arrays["table"]))
+                kept, weights = arrays["kept"], arrays["weights"]
+            shards = tuple(map(tuple, shards))
+            stored = sum(map(sum, shards))
+            selection = cls(
+                identities=tuple(identities),
+                shards=shards,
+                shares=tuple(shares),
+                kept=np.unpackbits(kept, count=stored).astype(bool) if len(kept) else None,
+                weights=weights if len(weights) else None,
+            )
+        except Exception as error:  # NumPy raises many kinds for a damaged file
+            raise DamagedFile(path, f"the selection of a ledger cannot be read: {error}") from error
+        if selection.digest != digest:
+            raise DamagedFile(path, "it is not the selection that was saved")
+        return selection
+
+
+def _file_name(digest: str) -> str:
+    return f"selection-{digest[:16]}.npz"
+
+
+def make_order(selection: Selection, seed: int, name: str) -> Order | Mixture:
+    """Return the order of the samples.
+
+    Args:
+        selection: the samples.
+        seed: 0 or more.
+        name: `StreamConfig.order_name`: `full`, `block 16` or `stored`.
+    """
+    ends = np.cumsum([sum(sizes) for sizes in selection.shards])
+    if name == "stored":  # one pass over all, one dataset after the other: shares do not matter
+        every = [size for one in selection.shards for size in one]
+        return StoredOrder(every, seed, selected=_select_ids(selection.kept))
+    orders: list[Order] = []
+    for number, sizes in enumerate(selection.shards):
+        here = slice(int(ends[number]) - sum(sizes), int(ends[number]))
+        selected = _select_ids(None if selection.kept is None else selection.kept[here])
+        mine = seed if number == 0 else _derive_seed(seed, number)
+        if selection.weights is not None:
+            weights = selection.weights[here]
+            weights = weights if selected is None else weights[selected]
+            orders.append(WeightedOrder(sizes, mine, weights, selected=selected))
+        elif name == "full":
+            orders.append(FullShuffle(sizes, mine, selected=selected))
+        else:
+            window = int(name.removeprefix("block "))
+            orders.append(BlockShuffle(sizes, mine, window, selected=selected))
+    if len(orders) == 1:
+        return orders[0]
+    return Mixture(orders, selection.shares, np.array([sum(sizes) for sizes in selection.shards]))
+
+
+def _select_ids(kept: Flags | None) -> Ids | None:
+    return None if kept is None else np.flatnonzero(kept)
+
+
+def _derive_seed(seed: int, number: int) -> int:
+    """Return a seed of dataset `number`'s own: the datasets' orders have nothing in common."""
+    (word,) = random_uint64(seed, np.array([number]), np.zeros(1, np.int64), 1, name="mixture")
+    return int(word[0]) >> 1
+
+
+def select(
+    config: StreamConfig,
+    reader: ShardReader | MixedReader,
+    identities: Sequence[str],
+    shares: Sequence[float],
+) -> Selection:
+    """Return the samples that a config names, among those of a reader.
+
+    Args:
+        config: its `where`, `table`, `split_by` and `weights`.
+        reader: of one dataset, or of several.
+        identities: of the datasets.
+        shares: of the datasets.
+
+    Raises:
+        UsageError: a class, key or column that does not exist, a mask or weights of another length,
+            nothing that is left, or nothing that has a weight; one line says which.
+    """
+    samples = _Samples(reader, config)
+    kept = None if config.where is None else samples.apply(config.where)
+    if kept is not None and not kept.any():
+        raise UsageError(
+            f"where={_shorten(config.where)} leaves none of the {samples.count:,} samples of split "
+            f"{config.stored_split!r}; describe lists classes and their samples"
+        )
+    if config.split_by is not None:
+        part = samples.draw_part(config.split_by, config.split)
+        kept = part if kept is None else kept & part
+        if not kept.any():
+            raise UsageError(
+                f"split_by={dict(config.split_by)} leaves no sample to {config.split!r}; "
+                "give it a larger share"
+            )
+    weights = None if config.weights is None else samples.weigh(config.weights, kept)
+    shards = tuple(tuple(shard.samples for shard in part.shards) for part in reader.parts)
+    selection = Selection(
+        identities=tuple(identities),
+        shards=shards,
+        shares=tuple(shares),
+        kept=kept if kept is not None and not kept.all() else None,
+        weights=weights,
+    )
+    _check_parts(selection)
+    return selection
+
+
+def _check_parts(selection: Selection) -> None:
+    """Refuse a dataset of a mixture of which nothing is left, or nothing has a weight."""
+    start = 0
+    for number, sizes in enumerate(selection.shards):
+        here = slice(start, start + sum(sizes))
+        start = here.stop
+        for name, flags in (("where", selection.kept), ("weights", selection.weights)):
+            if flags is not None and not flags[here].any():
+                raise UsageError(f"{name} leaves nothing of data set {number + 1} of the mixture")
+
+
+class _Samples:
+    """The samples of a split, by id, and what is known of them."""
+
+    def __init__(self, reader: ShardReader | MixedReader, config: StreamConfig) -> None:
+        self.count = len(reader)
+        self._reader = reader
+        self._config = config
+
+    @functools.cached_property
+    def labels(self) -> Ids:
+        """int64 [N]: labels."""
+        return self._reader.read_labels(np.arange(self.count))
+
+    def apply(self, where: Mapping[str, Any] | Flags) -> Flags:
+        """Return which samples pass a filter, bool [N]."""
+        if not isinstance(where, Mapping):
+            mask = np.asarray(where)
+            self._check_length("where", mask)
+            return mask.astype(bool)
+        kept = np.ones(self.count, bool)
+        for name, wanted in where.items():
+            kept &= self._match(name, wanted)
+        return kept
+
+    def draw_part(self, shares: Mapping[str, float], part: str) -> Flags:
+        """Return which samples a part of the split gets, bool [N].
+
+        The number that decides follows from `split_seed` and the sample alone, or with `group` from
+        its value in that column.
+        """
+        ids = np.arange(self.count)
+        if self._config.group is not None:
+            values = self._find_column(self._config.group).astype(str)
+            known, ids = np.unique(values, return_inverse=True)
+            words = [hashlib.sha256(str(one).encode()).digest()[:7] for one in known]
+            ids = np.array([int.from_bytes(word, "little") for word in words], np.int64)[ids]
+        seed = self._config.split_seed
+        (drawn,) = random_uint64(seed, np.zeros_like(ids), ids, 1, name="split_by")
+        ends = np.cumsum(list(shares.values())) / sum(shares.values())
+        number = np.searchsorted(ends[:-1], to_unit(drawn), side="right")
+        flags: Flags = number == list(shares).index(part)
+        return flags
+
+    def weigh(self, weights: str | npt.ArrayLike, kept: Flags | None) -> Weights:
+        """Return the weight of each sample, float64 [N]; 0 for one that is not kept."""
+        kept = np.ones(self.count, bool) if kept is None else kept
+        if isinstance(weights, str):  # balanced
+            counts = np.bincount(self.labels[kept], minlength=len(self._reader.manifest.classes))
+            found = 1 / np.maximum(counts, 1)[self.labels]
+        else:
+            found = np.asarray(weights, np.float64)
+            self._check_length("weights", found)
+        wrong = np.flatnonzero(~((found >= 0) & np.isfinite(found)))
+        if len(wrong):
+            sample = int(wrong[0])
+            raise UsageError(
+                f"weights has {found[sample]} for sample {sample}; it takes finite numbers, "
+                "0 or more"
+            )
+        found = np.where(kept, found, 0.0)
+        if not found.any():
+            raise UsageError("weights sum to 0: no sample could be drawn; give one a weight")
+        return found
+
+    def _check_length(self, name: str, array: npt.NDArray[Any]) -> None:
+        if array.shape != (self.count,):
+            shape = "x".join(map(str, array.shape)) or "one"
+            raise UsageError(
+                f"{name} has {shape} values, and split {self._config.stored_split!r} "
+                f"{self.count:,} samples; it takes one for each, in stored order"
+            )
+
+    def _match(self, name: str, wanted: Any) -> Flags:
+        """Return which samples have one of the wanted values, bool [N]."""
+        if name == "class":
+            table = np.zeros(len(self._reader.manifest.classes), bool)
+            table[[self._find_class(one) for one in _as_list(wanted)]] = True
+            return table[self.labels]
+        if name == "key" and not callable(wanted):
+            patterns = [str(one) for one in _as_list(wanted)]
+            return np.concatenate([match_keys(part, patterns) for part in self._reader.parts])
+        column = self.labels if name == "label" else self._find_column(name)
+        if callable(wanted):
+            return self._ask(name, wanted, column)
+        return np.isin(column, np.array(_as_list(wanted)))
+
+    def _ask(self, name: str, wanted: Callable[[Any], Any], column: npt.NDArray[Any]) -> Flags:
+        found = np.asarray(wanted(column))
+        if found.dtype != bool or found.shape != column.shape:
+            raise UsageError(
+                f"the function of where[{name!r}] returns {found.dtype} {list(found.shape)}; it "
+                f"takes a column of {len(column):,} values and returns true or false for each"
+            )
+        return found
+
+    def _find_class(self, name: str) -> int:
+        """Return the label of a class, by its name or its readable title."""
+        manifest = self._reader.manifest
+        for names in (manifest.classes, manifest.titles or ()):
+            if name in names:
+                return names.index(name)
+        near = difflib.get_close_matches(str(name), [*manifest.classes, *(manifest.titles or ())])
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "describe lists them"
+        raise UsageError(
+            f"class {name!r} is none of the {len(manifest.classes)} of this set; {hint}"
+        )
+
+    def _find_column(self, name: str) -> npt.NDArray[Any]:
+        """Return a column of the table, one value a sample: [N]."""
+        if self._config.table is None:
+            raise UsageError(
+                f"{name!r} is no label, class or key: name the table with this column "
+                "(table='FILE.csv')"
+            )
+        if name not in self._table:
+            near = difflib.get_close_matches(name, self._table)
+            there = ", ".join(map(repr, near or self._table))
+            raise UsageError(f"table {self._config.table} has no column {name!r}; it has {there}")
+        return self._table[name][self._rows]
+
+    @functools.cached_property
+    def _table(self) -> dict[str, npt.NDArray[Any]]:
+        assert self._config.table is not None
+        return read_table(Path(self._config.table))
+
+    @functools.cached_property
+    def _rows(self) -> Ids:
+        """int64 [N]: row of the table for each sample."""
+        table, path = self._table, self._config.table
+        join = next((name for name in JOINS if name in table), None)
+        if join is None:
+            raise UsageError(
+                f"table {path} has no column 'id', 'key' or 'name' to find a sample by; it has "
+                f"{', '.join(map(repr, table))}"
+            )
+        keys = table[join]
+        if join == "id":
+            wanted = np.arange(self.count)
+        else:
+            read = "read_keys" if join == "key" else "read_names"
+            ids = np.arange(self.count)
+            wanted = np.array(getattr(self._reader, read)(ids))
+        order = np.argsort(keys, kind="stable")
+        at = np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)
+        rows = order[at] if len(keys) else np.zeros(self.count, np.int64)
+        missing = np.flatnonzero(keys[rows] != wanted) if len(keys) else np.arange(self.count)
+        if len(missing):
+            raise UsageError(
+                f"table {path} has no row for {len(missing):,} of the {self.count:,} samples, the "
+                f"first with {join} {wanted[missing[0]]}; add them, or give a mask"
+            )
+        return rows.astype(np.int64)
+
+
+def match_keys(reader: ShardReader, patterns: Sequence[str]) -> Flags:
+    """Return which samples of a split have a key that one of the patterns matches, bool [N].
+
+    Patterns are those of `fnmatch`: `*`, `?`, `[seq]`. The keys of our own shards, `SHARD_PLACE`,
+    are never all written out: a pattern is cut at each of its tokens that may be the `_`.
+    """
+    sizes = np.array([shard.samples for shard in reader.shards])
+    found = np.zeros(int(sizes.sum()), bool)
+    if reader.manifest.foreign:
+        matches = [re.compile(fnmatch.translate(one)).match for one in patterns]
+        keys = reader.read_keys(np.arange(len(found)))
+        return np.array([any(match(key) for match in matches) for key in keys], bool)
+    starts, most = np.cumsum(sizes) - sizes, int(sizes.max())
+    numbers = {sample_key(number, 0).partition("_")[0]: number for number in range(len(sizes))}
+    places = {sample_key(0, place).partition("_")[2]: place for place in range(most)}
+    for one in patterns:
+        if not re.search("[*?[]", one):
+            name, _, last = one.partition("_")
+            shard, place = numbers.get(name, -1), places.get(last, most)
+            if shard >= 0 and place < sizes[shard]:
+                found[starts[shard] + place] = True
+            continue
+        for token in re.finditer(r"\[!?\]?[^]]*\]|.", one):
+            if not fnmatch.fnmatchcase("_", token.group()):
+                continue
+            rest = "*" if token.group() == "*" else ""
+            left, right = one[: token.start()] + rest, rest + one[token.end() :]
+            shards = np.flatnonzero([fnmatch.fnmatchcase(name, left) for name in numbers])
+            within = np.array([fnmatch.fnmatchcase(name, right) for name in places])
+            for shard in shards.tolist() if within.any() else ():
+                here = slice(starts[shard], starts[shard] + sizes[shard])
+                found[here] |= within[: sizes[shard]]
+    return found
+
+
+def read_table(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Read the columns of a table: CSV or TSV with a first line of names, JSON lines, or Parquet.
+
+    Columns of numbers become int64 or float64, all others text.
+
+    Raises:
+        UsageError: it cannot be read, or has no row.
+        SetupError: a package for it is missing.
+    """
+    try:
+        columns = dict(_READERS.get(path.suffix, _read_csv)(path))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(f"table {path} cannot be read ({error}); name another file") from error
+    if not columns or not all(map(len, columns.values())):
+        raise UsageError(f"table {path} has no row; name another file")
+    return {name: _to_array(column) for name, column in columns.items()}
+
+
+def _read_csv(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"line {number} has {len(row)} values, the first {len(rows[0])}")
+    return zip(rows[0], zip(*rows[1:], strict=True), strict=False) if rows else ()
+
+
+def _read_jsonl(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
+    rows = list(read_all_rows(path))
+    for number, row in enumerate(rows, 1):
+        if row.keys() != rows[0].keys():
+            raise ValueError(f"line {number} has other names than the first")
+    return ((name, [row[name] for row in rows]) for name in (rows[0] if rows else ()))
+
+
+def _read_parquet(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
+    require_package("pyarrow", "parquet", f"table {path}")
+    import pyarrow as pa  # here: an optional package
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        return ((name, table[name].to_numpy()) for name in table.column_names)
+    except pa.ArrowException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _to_array(column: Sequence[Any]) -> npt.NDArray[Any]:
+    """Return a column as int64, float64 or text."""
+    array = np.asarray(column)
+    if array.dtype.kind == "b":
+        return array.astype(np.int64)
+    for kind in (np.int64, np.float64):
+        try:
+            if array.dtype.kind in "USO" or array.dtype.kind in "iuf":
+                converted = array.astype(kind)
+                if array.dtype.kind in "USO" or (converted == array).all():
+                    return converted
+        except (ValueError, TypeError, OverflowError):
+            continue
+    return array.astype(str)
+
+
+def _as_list(wanted: Any) -> list[Any]:
+    return [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
+
+
+def _shorten(where: Any) -> str:
+    return repr(where) if isinstance(where, Mapping) else "the mask"
