@@ -130,7 +130,7 @@ def make_work(peer: Peer, options: LoaderOptions, folder: Path) -> Work:
     passes = -(-EPOCH // split.samples)
     if peer.copies:
         _check_room(folder.parent, split.bytes * (passes if peer.lane == "jpeg" else 1), peer)
-    red, green, blue = map(float, Statistics.load(data).channel_mean)
+    red, green, blue = map(float, Statistics.load(data, manifest).channel_mean)
     folder.mkdir()
     return Work(
         data=data.resolve(),

@@ -117,7 +117,7 @@ def read_mean(
     if identity(folder) != trained_on:
         raise UsageError(f"{data} is not the data set of the training; name that one by --data")
     manifest = Manifest.load(folder)
-    statistics = Statistics.load(folder, manifest.stats_sha256)
+    statistics = Statistics.load(folder, manifest)
     if config.mean == "channel":
         return torch.tensor(statistics.channel_mean, dtype=torch.float32)[:, None, None]
     mean = torch.from_numpy(statistics.mean_picture)[EDGE:-EDGE, EDGE:-EDGE]

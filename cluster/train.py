@@ -289,7 +289,7 @@ def check_data(command: TrainOptions, manifest: Manifest, dataset: Dataset) -> N
     require_trackers(command.settings)
     if not is_attached():
         require_dali()
-    Statistics.load(dataset.folder, manifest.stats_sha256)
+    Statistics.load(dataset.folder, manifest)
     try:
         build_stages(len(manifest.classes), command.settings.design)
     except ValueError as error:

@@ -30,12 +30,12 @@ MOST_IMAGES, MOST_GPUS = 10**12, 10**6
 class BuildConfig(Options):
     """Pack images into a sealed data set of WebDataset shards.
 
-    The kind of SRC is detected. Every image is cut to 256x256, shuffled over its whole split by the
-    seed, and packed: as a JPEG, or with --encoding raw as its pixels, which need no decoding and
-    about six times the space. Images that cannot be read are skipped, counted, and listed in
-    OUT/rejects.jsonl; too many of them, and the build fails. A killed build resumes when the same
-    command is run again; on a finished set the command does nothing. While packing, OUT takes twice
-    the room of the finished set.
+    The kind of SRC is detected. Every image is cut to 256x256, or as --size and --fit say, shuffled
+    over its whole split by the seed, and packed: as a JPEG, or with --encoding raw as its pixels,
+    which need no decoding and about six times the space. Images that cannot be read are skipped,
+    counted, and listed in OUT/rejects.jsonl; too many of them, and the build fails. A killed build
+    resumes when the same command is run again; on a finished set the command does nothing. While
+    packing, OUT takes twice the room of the finished set.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -59,9 +59,16 @@ class BuildConfig(Options):
     """Seed of the shuffle over each split (and of what is held out)."""
     samples_per_shard: int = 1000
     """Samples in each shard but the last; 1000 raw ones are a tar of 199 MB."""
+    size: int = 256
+    """Side of the stored squares in pixels, 32 to 4096; with --fit shorter, of the shorter side."""
+    fit: Literal["square", "shorter", "none"] = "square"
+    """square: the shorter side resampled to --size, and the central square kept; shorter: resampled
+    so, and nothing cut; none: nothing resampled, and JPEGs stay byte for byte as they are, so far
+    as every decoder reads them alike."""
     encoding: Literal["jpeg", "raw"] = "jpeg"
-    """Storage of the 256x256 images: `jpeg`, or `raw` uint8 pixels (KEY.npy), which need no
-    decoding and about six times the space (197 kB an image; ImageNet: 255 GB)."""
+    """Storage of the images: `jpeg`, or `raw` uint8 pixels (KEY.npy), which need no
+    decoding and about six times the space (197 kB an image; ImageNet: 255 GB); only for --fit
+    square."""
     quality: int = 96
     """JPEG quality of the stored images, 1..100; only for --encoding jpeg. From 96 on the encoder
     uses its accurate cosine transform: 39.2 dB where 95 has 38.6 and 90 has 36.4."""
@@ -78,8 +85,11 @@ class BuildConfig(Options):
 
     def check(self) -> None:
         """Refuse values that cannot work, each in one line (UsageError)."""
+        from pipeline.dataset.images import LEAST_SIZE, MOST_SIZE
+
         require_range("samples_per_shard", self.samples_per_shard, 1, 100_000)
         require_range("quality", self.quality, 1, 100)
+        require_range("size", self.size, LEAST_SIZE, MOST_SIZE)
         require_range("min_side", self.min_side, 1, 256)
         require_range("workers", self.workers, 1, MOST_PROCESSES)
         require_range("seed", self.seed, 0, MOST_SEED)
@@ -91,11 +101,20 @@ class BuildConfig(Options):
                 raise UsageError(
                     f"--{name} {value} says nothing about --encoding raw; leave it out"
                 )
+        if self.fit == "none" and self.size != BuildConfig.size:
+            raise UsageError(f"--size {self.size} says nothing about --fit none; leave it out")
+        if self.fit != "square" and self.encoding == "raw":
+            raise UsageError(f"--encoding raw stores squares, not --fit {self.fit}; use jpeg")
         if self.val is not None and self.holdout:
             raise UsageError("--val and --holdout exclude each other; give one of them")
         if self.val is None and self.val_labels is not None:
             raise UsageError("--val-labels goes with --val; name the validation images too")
         self._refuse_out_in_source()
+
+    @property
+    def mean_side(self) -> int:
+        """Height and width in pixels of the mean image: 256 where images differ in size."""
+        return self.size if self.fit == "square" else BuildConfig.size
 
     def _refuse_out_in_source(self) -> None:
         from pipeline.remote.filesystem import is_remote, local_path

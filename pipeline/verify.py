@@ -114,6 +114,7 @@ def _choose_workers(manifest: Manifest, total: int, decode: bool) -> int:
 
 def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[CheckJob]:
     classes = Classes(manifest.classes, decimals=manifest.foreign)
+    facts = replace(manifest, splits={})  # each job goes to a process, and there may be a million
     for name, split in manifest.splits.items():
         starts = accumulate((shard.samples for shard in split.shards[:-1]), initial=0)
         for number, (shard, start) in enumerate(zip(split.shards, starts, strict=True)):
@@ -125,8 +126,7 @@ def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) ->
                 start=start,
                 indexed=name in sound,
                 classes=classes,
-                encoding=manifest.encoding,
-                foreign=manifest.foreign,
+                manifest=facts,
                 decode=decode,
             )
 

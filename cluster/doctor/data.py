@@ -279,7 +279,7 @@ class DatasetCheck:
         manifest = Manifest.load(dataset.folder)
         for split in manifest.splits:
             ShardReader(dataset, split).close()
-        Statistics.load(dataset.folder, manifest.stats_sha256)
+        Statistics.load(dataset.folder, manifest)
         if not is_remote(self.data):
             for shard in chain.from_iterable(s.shards for s in manifest.splits.values()):
                 size = dataset.fetch_shard(shard).stat().st_size

@@ -129,7 +129,7 @@ def read_origin(config: Config, data: str) -> tuple[int, dict[str, Any]]:
         "config": config.to_settings(),
         "data_sha256": identity(folder),
         "classes": manifest.classes,
-        "channel_mean": Statistics.load(folder, manifest.stats_sha256).channel_mean.tolist(),
+        "channel_mean": Statistics.load(folder, manifest).channel_mean.tolist(),
     }
 
 

@@ -17,9 +17,8 @@ from isal import isal_zlib
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.images import ENDINGS, SIZE, Encoding, Undecodable, decode_image, encode_npy
+from pipeline.dataset.images import ENDINGS, Size, Undecodable, decode_image, encode_npy
 from pipeline.dataset.index import (
-    RAW_BYTES,
     Index,
     find_row_faults,
     index_name,
@@ -93,7 +92,7 @@ def check_stats(data: Path, manifest: Manifest) -> list[DamageRow]:
     if found := check_file(data / STATS, manifest.stats_sha256):
         return found
     try:
-        Statistics.load(data)
+        Statistics.load(data, manifest)
     except DamagedFile as error:
         return [make_damage_row(STATS, error.reason)]
     return []
@@ -150,9 +149,8 @@ class CheckJob(NamedTuple):
     indexed: bool
     """True if the split's index file is sound."""
     classes: Classes
-    encoding: Encoding
-    foreign: bool
-    """True if another tool chose keys and members."""
+    manifest: Manifest
+    """Manifest of the data set, which may lack its splits."""
     decode: bool
     """True if each image is decoded."""
 
@@ -201,7 +199,7 @@ class _ShardCheck:
             self._check_rows(rows)
         else:
             self._check_without_index()
-        if not self._job.foreign:
+        if not self._job.manifest.foreign:
             known = {part.name for sample in self._samples for part in sample.parts}
             for entry in self._entries:
                 if entry.name not in known:
@@ -234,19 +232,17 @@ class _ShardCheck:
         images = ((_find_image(sample), sample) for sample in self._samples)
         there = {self._payload(part)[0]: sample for part, sample in images if part is not None}
         job, fault = self._job, self._fault
-        wrong = dict(
-            find_row_faults(rows, job.number, job.shard.bytes, len(job.classes.names), job.encoding)
-        )
+        wrong = dict(find_row_faults(rows, job.number, job.shard.bytes, job.manifest))
         for place, row in enumerate(rows.tolist()):
             sample = there.pop(row[2], None)
             reason = wrong.get(place) or self._check_row(place, row, sample, fault)
             if reason is not None:
                 key = None if sample is None else sample.key
-                key = key if self._job.foreign else sample_key(self._job.number, place)
+                key = key if job.manifest.foreign else sample_key(self._job.number, place)
                 self._add(reason, place, key)
             if sample is None:
                 fault = None  # it is reported for the first sample only
-        if self._fault is None and not self._job.foreign:
+        if self._fault is None and not job.manifest.foreign:
             for sample in there.values():
                 self._add("it is in the tar and not in the index", key=sample.key)
 
@@ -254,7 +250,7 @@ class _ShardCheck:
         self, place: int, row: tuple[int, ...], sample: Sample | None, fault: str | None
     ) -> str | None:
         """Return the first fault of a sample, None if it has none."""
-        _, label, offset, size, crc = row
+        _, label, offset, size, crc, *sides = row
         if sample is None and self._fault is None:
             return f"the index has its image at byte {offset:,}, where none begins"
         try:
@@ -267,17 +263,19 @@ class _ShardCheck:
             return "CRC-32 of the image differs"
         if sample is None:  # its bytes are sound, its header is not
             return fault
-        return self._check_sample(place, sample, label, size) or self._check_image(data)
+        shape = (sides[1], sides[0]) if sides else None
+        return self._check_sample(place, sample, label, size) or self._check_image(data, shape)
 
     def _check_sample(self, place: int, sample: Sample, label: int, size: int) -> str | None:
         """Return the first fault of a sample's members, None if they have none."""
-        job = self._job
-        if not job.foreign:
+        job, manifest = self._job, self._job.manifest
+        if not manifest.foreign:
             if sample.key != sample_key(job.number, place):
                 return f"its key in the tar is {escape(sample.key)}"
-            if [part.ending for part in sample.parts] != ["cls", ENDINGS[job.encoding]]:
+            ending = ENDINGS[manifest.encoding]
+            if [part.ending for part in sample.parts] != ["cls", ending]:
                 names = ", ".join(escape(part.name) for part in sample.parts)
-                return f"its members are {names}, not .cls and .{ENDINGS[job.encoding]}"
+                return f"its members are {names}, not .cls and .{ending}"
         try:
             found = job.classes.find_number(find_label(sample, self._file.read).label)
         except UnfitSample as error:
@@ -289,21 +287,30 @@ class _ShardCheck:
         length = self._payload(image)[1]
         if length != size:
             return f"its image has {length:,} bytes in the tar and {size:,} in the index"
-        if job.encoding == "raw":
-            header = bytes(self._file.read(image.offset, image.size - RAW_BYTES))
-            if header != _npy_header():
+        if self._raw_bytes:
+            header = bytes(self._file.read(image.offset, image.size - self._raw_bytes))
+            if header != _npy_header(manifest.mean_side):
                 return "the header of its .npy is damaged"
         return None
 
     def _payload(self, part: SampleFile) -> tuple[int, int]:
         """Return offset and size of the image's bytes; of a `.npy`, those of the pixels."""
-        skip = max(0, part.size - RAW_BYTES) if self._job.encoding == "raw" else 0
+        skip = max(0, part.size - self._raw_bytes) if self._raw_bytes else 0
         return part.offset + skip, part.size - skip
 
-    def _check_image(self, data: bytes | memoryview) -> str | None:
+    @property
+    def _raw_bytes(self) -> int:
+        """Bytes of the pixels of an image, 0 for JPEGs."""
+        manifest = self._job.manifest
+        return 3 * manifest.mean_side**2 if manifest.encoding == "raw" else 0
+
+    def _check_image(self, data: bytes | memoryview, size: Size | None = None) -> str | None:
+        """Return the fault of an image; `size` is that of the index, where images differ."""
         if self._job.decode:
+            if side := self._job.manifest.side:
+                size = side, side
             try:
-                decode_image(data, self._job.encoding)
+                decode_image(data, self._job.manifest.encoding, size)
             except Undecodable as error:
                 return str(error)
         return None
@@ -324,7 +331,7 @@ class _ShardCheck:
             offset, size = self._payload(part)
             data = self._file.read(offset, size)
         except UnfitSample as error:
-            return None if self._job.foreign else str(error)
+            return None if self._job.manifest.foreign else str(error)
         except OSError as error:
             return _describe(error)
         if isinstance(label, str):
@@ -334,7 +341,7 @@ class _ShardCheck:
     def _check_idx(self, path: Path, rows: Index | None) -> list[DamageRow]:
         """Compare an `.idx` with a sound tar: byte for byte, or place by place if it is foreign."""
         content = path.read_bytes()
-        if not self._job.foreign:
+        if not self._job.manifest.foreign:
             expected = format_idx(self._samples)
             if content == expected:
                 return []
@@ -359,5 +366,5 @@ def _find_image(sample: Sample) -> SampleFile | None:
 
 
 @cache
-def _npy_header() -> bytes:
-    return encode_npy(np.zeros((SIZE, SIZE, 3), np.uint8))[:-RAW_BYTES]
+def _npy_header(side: int) -> bytes:
+    return encode_npy(np.zeros((side, side, 3), np.uint8))[: -3 * side**2]

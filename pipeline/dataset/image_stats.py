@@ -15,17 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.images import SIZE, Pixels
+from pipeline.dataset.manifest import Manifest
 from pipeline.tools.errors import DamagedFile, refuse_forbidden, summarize_error
 from pipeline.tools.files import atomic_write, sha256
 
 NAME = "stats.npz"
-LARGEST = 4 * 2**20
-"""Size limit of the file in bytes, also unpacked."""
+LARGEST = 2**20
+"""Size limit of the file in bytes, also unpacked, without the mean image."""
 
 Floats = npt.NDArray[np.float64]
 
-_SHAPES = {
-    "mean_picture": (SIZE, SIZE, 3),
+_SHAPES: dict[str, tuple[int, ...]] = {
     "channel_mean": (3,),
     "covariance": (3, 3),
     "eigenvalues": (3,),
@@ -33,36 +33,36 @@ _SHAPES = {
 }
 _RECENT = 257
 """Number of images whose sum fits 16 bits, which add up twice as fast."""
-_WIDE, _RUN = 12, 256
-_RUNS = SIZE * SIZE * 3 // (_WIDE * _RUN) // 2
+_WIDE, _RUN, _RUNS = 12, 256, 32
 
 
 class Sums:
     """Sums over images; `images` is their number. Two can be added, exactly and in any order."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int = SIZE) -> None:
+        """Start at 0 for square images of `side` pixels."""
         self.images = 0
         self.outer: npt.NDArray[np.int64] = np.zeros((3, 3), np.int64)
         """int64 [3, 3]: sum over images and pixels of the products of two channels."""
-        self._image_sum: npt.NDArray[np.uint64] = np.zeros((SIZE, SIZE, 3), np.uint64)
-        self._recent: npt.NDArray[np.uint16] = np.zeros((SIZE, SIZE, 3), np.uint16)
+        self._image_sum: npt.NDArray[np.uint64] = np.zeros((side, side, 3), np.uint64)
+        self._recent: npt.NDArray[np.uint16] = np.zeros((side, side, 3), np.uint16)
         self._recent_images = 0
         self._floats: npt.NDArray[np.float32] = np.empty((_RUNS, _RUN, _WIDE), np.float32)
 
     @property
     def image_sum(self) -> npt.NDArray[np.uint64]:
-        """uint64 [256, 256, 3]: sum over images."""
+        """uint64 [side, side, 3]: sum over images."""
         self._image_sum += self._recent
         self._recent[...] = self._recent_images = 0
         return self._image_sum
 
     @image_sum.setter
     def image_sum(self, value: npt.NDArray[np.unsignedinteger]) -> None:
-        self._recent[...] = self._recent_images = 0
+        self._recent, self._recent_images = np.zeros(value.shape, np.uint16), 0
         self._image_sum = value.astype(np.uint64)
 
     def add(self, pixels: Pixels) -> None:
-        """Add one image, uint8 [256, 256, 3]."""
+        """Add one image, uint8 [side, side, 3]."""
         if self._recent_images == _RECENT:
             self.image_sum  # noqa: B018 - flushes the recent sum
         self._recent += pixels
@@ -70,10 +70,15 @@ class Sums:
         self.images += 1
         # Four neighboring pixels make a row of 12 values: matrix products of that width are several
         # times faster than those of width 3, though three quarters of their entries are unused. The
-        # sum of 256 rows is below 2**24, so float32 is exact. Half an image fits the CPU cache.
+        # sum of 256 rows is below 2**24, so float32 is exact. A part, half of 256x256 pixels, fits
+        # the CPU cache; zeros fill the last one, and add nothing.
         total = np.zeros((_WIDE, _WIDE))
-        for half in pixels.reshape(2, *self._floats.shape):
-            np.copyto(self._floats, half)
+        values, part = pixels.reshape(-1), self._floats.size
+        for start in range(0, len(values), part):
+            some = values[start : start + part]
+            if len(some) < part:
+                some = np.concatenate([some, np.zeros(part - len(some), np.uint8)])
+            np.copyto(self._floats, some.reshape(self._floats.shape))
             products = np.matmul(self._floats.transpose(0, 2, 1), self._floats)
             total += np.add.reduce(products, axis=0, dtype=np.float64)
         blocks = total.reshape(_WIDE // 3, 3, _WIDE // 3, 3)
@@ -91,7 +96,8 @@ class Statistics:
     """Content of `stats.npz`; pixel values are 0..255, channels are R, G, B."""
 
     mean_picture: npt.NDArray[np.float32]
-    """float32 [256, 256, 3]: mean over images."""
+    """float32 [side, side, 3]: mean over images; where they differ in size, over the central square
+    of each, resampled to 256x256."""
     channel_mean: Floats
     """float64 [3]: mean over images and pixels."""
     covariance: Floats
@@ -104,7 +110,8 @@ class Statistics:
     @classmethod
     def from_sums(cls, sums: Sums) -> Statistics:
         """Return the statistics of at least one image."""
-        pixels = sums.images * SIZE * SIZE
+        side = len(sums.image_sum)
+        pixels = sums.images * side * side
         mean = sums.image_sum.sum((0, 1)) / pixels
         image = (sums.image_sum / sums.images).astype(np.float32)
         return cls._from_moments(image, mean, sums.outer / pixels - np.outer(mean, mean))
@@ -131,23 +138,30 @@ class Statistics:
         return sha256(data / NAME)
 
     @classmethod
-    def load(cls, data: Path, expected: str | None = None) -> Statistics:
-        """Read `DATA/stats.npz`; `expected` is its SHA-256 (hexadecimal), if that is known.
+    def load(cls, data: Path, manifest: Manifest | None = None) -> Statistics:
+        """Read `DATA/stats.npz`.
+
+        Args:
+            data: folder of the data set.
+            manifest: of the data set, whose hash and size the file must have; None: any of 256x256.
 
         Raises:
             DamagedFile: it is missing, damaged, that of another data set, or its numbers cannot be.
             SetupError: it may not be read.
         """
         path = data / NAME
+        expected = None if manifest is None else manifest.stats_sha256
+        side = SIZE if manifest is None else manifest.mean_side
         try:
-            if path.stat().st_size > LARGEST:
-                raise ValueError(f"it has more than {LARGEST:,} bytes")
+            most = LARGEST + 12 * side**2
+            if path.stat().st_size > most:
+                raise ValueError(f"it has more than {most:,} bytes")
             if expected is not None and sha256(path) != expected:
                 raise ValueError("it is not the one that was built")
             with np.load(path) as arrays:
-                if sum(member.file_size for member in arrays.zip.infolist()) > LARGEST:
-                    raise ValueError(f"unpacked, it has more than {LARGEST:,} bytes")
-                statistics = cls(**_check_arrays(dict(arrays)))
+                if sum(member.file_size for member in arrays.zip.infolist()) > most:
+                    raise ValueError(f"unpacked, it has more than {most:,} bytes")
+                statistics = cls(**_check_arrays(dict(arrays), side))
         except Exception as error:  # NumPy raises many kinds for a damaged header
             refuse_forbidden(error)
             raise DamagedFile(path, summarize_error(error)) from error
@@ -180,11 +194,12 @@ def pool_statistics(parts: Sequence[Statistics], shares: Sequence[float]) -> Sta
     return Statistics._from_moments(image.astype(np.float32), mean, covariance)
 
 
-def _check_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
+def _check_arrays(arrays: dict[str, Any], side: int) -> dict[str, Any]:
     """Return the arrays of the file, if they are the ones it should hold, of finite numbers."""
-    if arrays.keys() != _SHAPES.keys():
+    shapes = {"mean_picture": (side, side, 3)} | _SHAPES
+    if arrays.keys() != shapes.keys():
         raise ValueError("it holds no statistics")
-    for name, shape in _SHAPES.items():
+    for name, shape in shapes.items():
         array = arrays[name]
         if array.shape != shape or array.dtype.kind != "f":
             found = f"{array.dtype} {list(array.shape)}"

@@ -7,15 +7,14 @@ stray bytes) is an error. An image that passes decodes everywhere.
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipeline.dataset.jpeg_header import JpegHeader, read_header, to_one_line
+from pipeline.dataset.jpeg_header import JpegHeader, check_size, read_header, to_one_line
 from pipeline.tools.errors import summarize_error
 
 try:
@@ -24,29 +23,36 @@ except ImportError:  # Pillow decodes at half the speed
     simplejpeg = None
 
 SIZE = 256
-"""Height and width of a stored image, in pixels."""
+"""Height and width of a stored image in pixels, where a data set has no other."""
+LEAST_SIZE, MOST_SIZE = 32, 4096
+"""Smallest and largest size to which images are packed, in pixels."""
 
 Pixels = npt.NDArray[np.uint8]
 
 Encoding = Literal["jpeg", "raw"]
 """Encoding of a data set's images: JPEGs, or raw pixels."""
 
+Fit = Literal["square", "shorter", "none"]
+"""Size of a data set's images: squares of one size; one shorter side; or each its own."""
+
+Size = tuple[int, int]
+"""Height and width of an image in pixels."""
+
 ENDINGS: dict[Encoding, str] = {"jpeg": "jpg", "raw": "npy"}
 """Ending of an image's tar member."""
 
 JPEG = b"\xff\xd8"
 """First bytes of every JPEG."""
-SHAPE = (SIZE, SIZE, 3)
 COLORS = ("YCbCr", "RGB", "Gray", "L")
 """Color spaces that JPEGs may have, in the names of simplejpeg and Pillow."""
 OTHER_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Formats besides JPEG that DALI decodes too, in Pillow's names."""
-EXIF_WITHIN = 65_536
-"""Bytes at the head of a JPEG that are searched for an orientation."""
+ORIENTATION = 0x0112
+"""Number of the Exif tag."""
 
 
 class Undecodable(Exception):
-    """The bytes are no image of 256x256; the message is the reason, one line."""
+    """The bytes are no image of the size they should be; the message is the reason, one line."""
 
 
 def encode_npy(pixels: Pixels) -> bytes:
@@ -59,58 +65,119 @@ def encode_npy(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def decode_image(data: bytes | memoryview, encoding: Encoding = "jpeg") -> Pixels:
+def decode_image(
+    data: bytes | memoryview, encoding: Encoding = "jpeg", size: Size | None = (SIZE, SIZE)
+) -> Pixels:
     """Decode a stored image.
 
     Args:
         data: a JPEG, gray or RGB, or the pixels of a raw image.
         encoding: which of the two.
+        size: height and width that it must have; None, for JPEGs only: any within the limits of
+            `jpeg_header`.
 
     Returns:
-        uint8 [256, 256, 3], RGB, as DALI returns it (an EXIF orientation is applied).
+        uint8 [height, width, 3], RGB, as DALI returns it (an EXIF orientation is applied).
 
     Raises:
         Undecodable: it cannot be decoded without an error, or has another shape.
     """
     if encoding == "raw":
         flat = np.frombuffer(data, np.uint8)
-        if flat.size != math.prod(SHAPE):
-            raise Undecodable(f"it has {flat.size:,} bytes, not 256x256x3")
-        return flat.reshape(SHAPE)
+        assert size is not None
+        if flat.size != 3 * size[0] * size[1]:
+            raise Undecodable(f"it has {flat.size:,} bytes, not {size[0]}x{size[1]}x3")
+        return flat.reshape(*size, 3)
     data = bytes(data)
     if not data.startswith(JPEG):
         raise Undecodable("it is no JPEG at all")
-    check_header(data)
+    header = check_header(data, size)
     try:
         colors = _read_colors(data)
     except Exception as error:  # as above
         raise Undecodable(f"it is no JPEG ({summarize_error(error)})") from error
     if colors not in COLORS:
         raise Undecodable(f"its colours are {colors}, neither RGB nor grey")
-    if simplejpeg is None or b"Exif\0\0" in data[:EXIF_WITHIN]:
-        return _decode_with_pillow(data)
-    try:
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    except (ValueError, RuntimeError) as error:
-        raise Undecodable(f"it cannot be decoded ({summarize_error(error)})") from error
+    if simplejpeg is None:
+        pixels = _decode_with_pillow(data)
+    else:
+        try:
+            pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        except (ValueError, RuntimeError) as error:
+            raise Undecodable(f"it cannot be decoded ({summarize_error(error)})") from error
+    if header is not None and header.exif:
+        pixels = turn_upright(pixels, read_exif_orientation(header.exif))
+    if size is not None and pixels.shape[:2] != size:  # it is turned by its EXIF orientation
+        raise Undecodable(_describe_size(pixels.shape[1], pixels.shape[0], size))
     return pixels
 
 
-def check_header(data: bytes) -> JpegHeader | None:
+def check_header(data: bytes, size: Size | None = (SIZE, SIZE)) -> JpegHeader | None:
     """Return the header of a stored image, None if it is no JPEG; nothing is decoded.
 
+    Args:
+        data: the image.
+        size: height and width that it must have, or the other way round where an EXIF orientation
+            may turn it; None: any within the limits of `jpeg_header`.
+
     Raises:
-        Undecodable: it is no image, of another size than 256x256, or has more scans than any.
+        Undecodable: it is no image, of another size, or has more scans than any.
     """
     try:
         header = read_header(data)
         width, height = (header.width, header.height) if header else _read_other_size(data)
+        if size is None:
+            check_size(width, height, 1)
     except Exception as error:  # parsers raise many kinds of exception on damaged input
         kind = "JPEG" if data.startswith(JPEG) else "image"
         raise Undecodable(f"it is no {kind} ({to_one_line(error)})") from error
-    if (width, height) != (SIZE, SIZE):
-        raise Undecodable(f"it is {width}x{height}, not {SIZE}x{SIZE}")
+    may_turn = header is None or header.exif
+    if size is not None and (height, width) != size and not (may_turn and (width, height) == size):
+        raise Undecodable(_describe_size(width, height, size))
     return header
+
+
+def _describe_size(width: int, height: int, size: Size) -> str:
+    return f"it is {width}x{height}, not {size[1]}x{size[0]}"
+
+
+def npy_header_size(npy: bytes) -> int:
+    """Return the number of bytes before the pixels of what `encode_npy` returned."""
+    return 10 + int.from_bytes(npy[8:10], "little")
+
+
+def read_exif_orientation(exif: bytes) -> int:
+    """Return 1..8 from the Exif data of a JPEG, without the name before it; 1 is upright.
+
+    Raises:
+        Undecodable: they are damaged; decoders may read another orientation then.
+    """
+    tags = Image.Exif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tags.load(exif)
+            return valid_orientation(tags.get(ORIENTATION))
+    except Exception as error:  # Pillow's reader raises what it pleases on damaged data
+        raise Undecodable(f"its EXIF data are damaged ({summarize_error(error)})") from error
+
+
+def valid_orientation(value: object) -> int:
+    """Return an orientation that exists: 1..8, else 1."""
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Return [h, w, 3] as the camera was held, by the numbers of Exif."""
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _read_other_size(data: bytes) -> tuple[int, int]:
@@ -133,8 +200,7 @@ def _decode_with_pillow(data: bytes) -> Pixels:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             warnings.simplefilter("ignore")  # damaged EXIF
-            image.load()
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            pixels = np.asarray(image.convert("RGB"))
     except Exception as error:  # as above
         raise Undecodable(f"it cannot be decoded ({summarize_error(error)})") from error
     return pixels

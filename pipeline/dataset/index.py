@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.images import SIZE, Encoding
+from pipeline.dataset.jpeg_header import MAX_BYTES, MAX_PIXELS
 from pipeline.dataset.manifest import Manifest
 from pipeline.tools.errors import DamagedFile, refuse_forbidden, summarize_error
 from pipeline.tools.files import atomic_write, sha256
@@ -20,12 +20,14 @@ INDEX_DTYPE = np.dtype(
 CRC-32 of those bytes. They are a whole JPEG, or the pixels of a raw image (uint8 [256, 256, 3])
 without the header of their `.npy`. Row i describes sample i of the split."""
 
+SIZED_DTYPE = np.dtype([*INDEX_DTYPE.descr, ("width", "<u2"), ("height", "<u2")])
+"""A row where images differ in size, 28 bytes: their width and height in pixels besides, as they
+are shown (an EXIF orientation is applied)."""
+
 Index = npt.NDArray[np.void]
 
 MOST_IMAGE_BYTES = 1 << 24
-"""Bytes of a stored image; 256x256 pixels never come near."""
-RAW_BYTES = SIZE * SIZE * 3
-"""Bytes of the pixels of a raw image."""
+"""Bytes of a stored image; 256x256 pixels never come near. Larger ones may have more."""
 BLOCK = 1 << 18
 """Rows that are checked at a time."""
 
@@ -33,6 +35,11 @@ BLOCK = 1 << 18
 def index_name(split: str) -> str:
     """Return the name of the index file of a split."""
     return f"{split}.index.npy"
+
+
+def index_dtype(manifest: Manifest) -> np.dtype[np.void]:
+    """Return the type of the index rows of a data set."""
+    return INDEX_DTYPE if manifest.side else SIZED_DTYPE
 
 
 def sample_key(number: int, place: int) -> str:
@@ -77,13 +84,12 @@ def load_index(data: Path, name: str, manifest: Manifest) -> Index:
     rows, shards = map_index(data, name, manifest), manifest.splits[name].shards
     ends = np.cumsum([shard.samples for shard in shards])
     sizes = np.array([shard.bytes for shard in shards], np.uint64)
-    classes = len(manifest.classes)
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         first, last = np.searchsorted(ends, [start, start + len(block) - 1], side="right")
         inside = ends[first : last + 1].clip(max=start + len(block))
         numbers = np.repeat(np.arange(first, last + 1), np.diff(inside, prepend=start))
-        found = find_row_faults(block, numbers, sizes[numbers], classes, manifest.encoding)
+        found = find_row_faults(block, numbers, sizes[numbers], manifest)
         for place, fault in found:
             raise DamagedFile(data / index_name(name), f"sample {start + place}: {fault}")
     return rows
@@ -104,7 +110,7 @@ def map_index(data: Path, name: str, manifest: Manifest) -> Index:
         refuse_forbidden(error)
         raise DamagedFile(path, summarize_error(error)) from error
     # NumPy opens an archive of arrays, too.
-    fits = isinstance(rows, np.ndarray) and rows.dtype == INDEX_DTYPE and rows.ndim == 1
+    fits = isinstance(rows, np.ndarray) and rows.dtype == index_dtype(manifest) and rows.ndim == 1
     if not is_known or not fits:
         raise DamagedFile(path, "it is not the index that was built")
     if len(rows) != split.samples:
@@ -117,32 +123,41 @@ def find_row_faults(
     rows: Index,
     numbers: npt.NDArray[np.int64] | int,
     ends: npt.NDArray[np.uint64] | int,
-    classes: int,
-    encoding: Encoding,
+    manifest: Manifest,
 ) -> Iterator[tuple[int, str]]:
     """Yield place and fault of each row that cannot be, whatever the bytes of its shard.
 
     Args:
-        rows: `INDEX_DTYPE` [n].
+        rows: [n] of the data set's `index_dtype`.
         numbers: of the shard in which each row should be, from 0; or one for all.
         ends: size of this shard in bytes.
-        classes: number of classes.
-        encoding: of the images.
+        manifest: of the data set; its index may be damaged, `rows` are of the right type.
     """
+    classes, side = len(manifest.classes), manifest.side
     offsets, sizes, ends = rows["offset"], rows["size"], np.asarray(ends, np.uint64)
-    raw = encoding == "raw"
-    smallest, largest = (RAW_BYTES, RAW_BYTES) if raw else (1, MOST_IMAGE_BYTES)
+    smallest, largest = 1, MAX_BYTES
+    if side is not None:
+        raw = manifest.encoding == "raw"
+        smallest = 3 * side**2 if raw else 1
+        largest = smallest if raw else max(MOST_IMAGE_BYTES, 4 * side**2)
     wrong = (rows["shard"] != numbers) | (rows["label"] < 0) | (rows["label"] >= classes)
     wrong |= (sizes < smallest) | (sizes > largest)
     # Offset and size may add up to more than 64 bits hold.
     wrong |= (offsets > ends) | (sizes > ends - np.minimum(offsets, ends))
+    if side is None:
+        widths, heights = rows["width"], rows["height"]
+        shorter = np.minimum(widths, heights)
+        wrong |= widths.astype(np.uint32) * heights > MAX_PIXELS
+        wrong |= (shorter != manifest.image_size) if manifest.image_size else (shorter < 1)
     for place in np.flatnonzero(wrong).tolist():
-        shard, label, offset, size, _ = rows[place].tolist()
+        shard, label, offset, size, _, *sides = rows[place].tolist()
         if shard != np.broadcast_to(numbers, len(rows))[place]:
             yield place, f"the index has it in shard {shard}"
         elif not 0 <= label < classes:
             yield place, f"its label {label} is outside the classes, 0 to {classes - 1}"
         elif offset + size > int(np.broadcast_to(ends, len(rows))[place]):
             yield place, "the shard ends before it does"
-        else:
+        elif not smallest <= size <= largest:
             yield place, f"its image has {size:,} bytes"
+        else:
+            yield place, f"its image has {sides[0]}x{sides[1]} pixels"

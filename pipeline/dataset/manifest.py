@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline.dataset.images import SIZE, Encoding
+from pipeline.dataset.images import LEAST_SIZE, MOST_SIZE, SIZE, Encoding, Fit
 from pipeline.tools.errors import DamagedFile, UsageError, summarize_error
 from pipeline.tools.files import atomic_write, is_plain_name, sha256
 from pipeline.tools.jsonl import hash_json, parse_json
@@ -79,8 +79,12 @@ class Manifest:
     """SHA-256 of `stats.npz`."""
     rejected: int = 0
     """Number of images that were skipped; `rejects.jsonl` lists them."""
-    image_size: int = 256
-    """Height and width of every stored image, in pixels."""
+    image_size: int | None = SIZE
+    """Height and width of every stored image in pixels; with `fit` "shorter", the shorter of them;
+    with "none", None."""
+    fit: Fit = "square"
+    """Size of the images: "square", one height and width; "shorter", one shorter side; "none", each
+    has its own. Only sets of the last two have the key."""
     quality: int | None = None
     """JPEG quality of the stored images, 1..100; None where they are raw."""
     encoding: Encoding = "jpeg"
@@ -104,9 +108,21 @@ class Manifest:
     `pipeline.index_shards` indexed them in place."""
     version: int = field(default=VERSION)
 
+    @property
+    def side(self) -> int | None:
+        """Height and width of every stored image in pixels; None where images differ."""
+        return self.image_size if self.fit == "square" else None
+
+    @property
+    def mean_side(self) -> int:
+        """Height and width in pixels of the mean image in `stats.npz`."""
+        return self.side or SIZE
+
     def text(self) -> bytes:
         """Return the bytes of `manifest.json`."""
         table = asdict(self)
+        if self.fit == "square":
+            del table["fit"]  # a set of squares can be read by programs that know no other
         return (json.dumps(table | {SEAL: hash_json(table)}, indent=1) + "\n").encode()
 
     def save(self, data: Path) -> None:
@@ -220,6 +236,7 @@ def _find_faults(manifest: Manifest) -> Iterator[str]:
     if not manifest.splits:
         yield "it names no split"
     yield from _find_class_faults(manifest)
+    yield from _find_size_faults(manifest)
     for name, split in manifest.splits.items():
         if not is_plain_name(name):
             yield f"split {name!r:.60} has a name that leaves the folder"
@@ -245,6 +262,18 @@ def _find_class_faults(manifest: Manifest) -> Iterator[str]:
         yield "it has a class twice"
     if titles is not None and not (_are_texts(titles) and len(titles) >= len(classes)):
         yield "its titles are not a text for each class"
+
+
+def _find_size_faults(manifest: Manifest) -> Iterator[str]:
+    size, fit = manifest.image_size, manifest.fit
+    if fit not in get_args(Fit):
+        yield f"fit is {fit!r:.80}, not {' or '.join(get_args(Fit))}"
+    elif fit == "none" and size is not None:
+        yield f"image_size is {size!r:.80}, not null, and fit is 'none'"
+    elif fit != "none" and not (type(size) is int and LEAST_SIZE <= size <= MOST_SIZE):
+        yield f"image_size is {size!r:.80}, not {LEAST_SIZE} to {MOST_SIZE}"
+    if fit != "square" and manifest.encoding == "raw":
+        yield f"fit is {fit!r:.80}, and raw images are squares"
 
 
 def _find_shard_faults(shard: Shard) -> Iterator[str]:
@@ -289,7 +318,6 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "plan": (lambda value: isinstance(value, str), "a text"),
     "stats_sha256": (_is_hash, "a SHA-256"),
     "rejected": _COUNT,
-    "image_size": (lambda value: type(value) is int and value == SIZE, f"{SIZE}"),
     "quality": (_is_quality, "a JPEG quality"),
     "encoding": (lambda value: value in get_args(Encoding), " or ".join(get_args(Encoding))),
     "chroma": (lambda value: isinstance(value, str | None), "a text"),

@@ -19,8 +19,8 @@ from typing import IO
 import numpy as np
 from isal import isal_zlib
 
-from pipeline.dataset.images import ENDINGS, SIZE, Encoding
-from pipeline.dataset.index import INDEX_DTYPE, Index, sample_key
+from pipeline.dataset.images import ENDINGS, Encoding, Size, npy_header_size
+from pipeline.dataset.index import INDEX_DTYPE, SIZED_DTYPE, Index, sample_key
 from pipeline.dataset.manifest import Shard
 from pipeline.dataset.samples import Sample
 
@@ -88,7 +88,7 @@ class WrittenTar:
     """Result of `write_tar`."""
 
     rows: Index
-    """`INDEX_DTYPE` [n]: one row for each sample."""
+    """`INDEX_DTYPE` [n], or `SIZED_DTYPE` if sizes were given: one row for each sample."""
     listing: bytes
     """Content of the tar's `.idx`."""
     bytes: int
@@ -96,7 +96,11 @@ class WrittenTar:
 
 
 def write_tar(
-    file: IO[bytes], number: int, samples: Iterable[tuple[bytes, int]], encoding: Encoding
+    file: IO[bytes],
+    number: int,
+    samples: Iterable[tuple[bytes, int]],
+    encoding: Encoding,
+    sizes: Sequence[Size] | None = None,
 ) -> WrittenTar:
     """Write a tar of samples in one pass; the same samples give the same bytes.
 
@@ -106,6 +110,7 @@ def write_tar(
         samples: image file (a JPEG, or a `.npy` when raw) and label (0..) of each sample, in stored
             order.
         encoding: of the image files.
+        sizes: height and width of each image, where the index is to have them.
     """
     import webdataset  # takes half a second: it imports torch, which readers do not need
 
@@ -122,7 +127,7 @@ def write_tar(
             cls, start = place + RECORD, place + 2 * RECORD + _pad(len(text))
             place = start + _pad(len(image))
             # The index points at the pixels of a raw image, behind the header of its `.npy`.
-            skip = len(image) - SIZE * SIZE * 3 if encoding == "raw" else 0
+            skip = npy_header_size(image) if encoding == "raw" else 0
             crc = isal_zlib.crc32(memoryview(image)[skip:])  # zlib's, several times faster
             rows.append((number, label, start + skip, len(image) - skip, crc))
             lines.append(
@@ -133,8 +138,14 @@ def write_tar(
         raise
     finally:
         writer.close()
+    index = np.array(rows, INDEX_DTYPE)
+    if sizes is not None:
+        index = np.array(
+            [(*row, width, height) for row, (height, width) in zip(rows, sizes, strict=True)],
+            SIZED_DTYPE,
+        )
     return WrittenTar(
-        rows=np.array(rows, INDEX_DTYPE),
+        rows=index,
         listing="".join([f"v1.2 {len(rows)}\n", *lines]).encode(),
         bytes=out.size,
         sha256=out.digest.hexdigest(),

@@ -121,7 +121,7 @@ def gather_facts(data: str, dataset: Dataset) -> Facts:
         DataError: index, statistics or a list differ from the manifest.
     """
     manifest = Manifest.load(dataset.folder)
-    statistics = Statistics.load(dataset.folder, manifest.stats_sha256)
+    statistics = Statistics.load(dataset.folder, manifest)
     return Facts(
         data=data,
         manifest=manifest,

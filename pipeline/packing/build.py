@@ -114,7 +114,7 @@ def _build_once(
 ) -> Manifest:
     """Make the missing files; raises ChunkError if a chunk must be packed again."""
     _pack_chunks(options, plan, target, pool)
-    collected = collect_chunks(plan, target, scratch)
+    collected = collect_chunks(options, plan, target, scratch)
     _check_rejects(options, plan, target, collected)
     check_classes(plan, collected, target)
     shards = _write_shards(options, plan, target, pool, collected)
@@ -167,7 +167,14 @@ def _write_shards(
         jobs += [(split, n, some) for n, some in enumerate(rows) if n not in done]
     already = total - sum(len(rows) for *_, rows in jobs)
     todo = (
-        ShardJob(target, split, number, options.encoding, collected.taken[rows])
+        ShardJob(
+            target,
+            split,
+            number,
+            options.encoding,
+            collected.taken[rows],
+            sized=options.fit != "square",
+        )
         for split, number, rows in jobs
     )
     with Progress("writing shards", total=total, unit="img", already=already) as progress:
@@ -226,9 +233,11 @@ def _known_settings(
     """Return the settings that a manifest tells of, and those of this build."""
     theirs: dict[str, object] = {
         name: value
-        for name in ("seed", "encoding", "quality", "chroma")
+        for name in ("seed", "encoding", "quality", "chroma", "fit")
         if (value := getattr(manifest, name)) is not None
     }
+    if manifest.image_size is not None:
+        theirs["size"] = manifest.image_size
     if len(shards := manifest.splits["train"].shards) > 1:
         theirs["samples_per_shard"] = shards[0].samples
     return theirs, {name: getattr(options, name) for name in theirs}

@@ -1,4 +1,4 @@
-"""Stage one: a run of source images -> 256x256 images, encoded, checked, hashed and counted.
+"""Stage one: a run of source images -> images of their size, encoded, hashed and counted.
 
 A chunk is two files in the build's work folder: `NNNNNN.bin`, the encoded images end to end, and
 `NNNNNN.npz`, their places, hashes, rejects and pixel sums. The `.npz` is written last and marks the
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from pipeline.dataset.image_stats import Sums
-from pipeline.dataset.images import Pixels, encode_npy
+from pipeline.dataset.images import SIZE, encode_npy
 from pipeline.dataset.jpeg_header import (
     MAX_CPU_SECONDS,
     ImageError,
@@ -31,7 +31,7 @@ from pipeline.dataset.jpeg_header import (
 from pipeline.options import BuildConfig
 from pipeline.packing.duplicates import perceptual_hash
 from pipeline.packing.plan import BuildPlan, ChunkPlan
-from pipeline.packing.resize import decode_square, encode
+from pipeline.packing.resize import PreparedImage, Sizing, encode, prepare_image, resample
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader
@@ -51,10 +51,12 @@ PACKED_DTYPE = np.dtype(
         ("size", "<u4"),
         ("crc", "<u4"),
         ("hash", "u1", HASH_BYTES),
+        ("width", "<u2"),
+        ("height", "<u2"),
     ]
 )
 """An image of a chunk: whether it could be packed, and then its byte range in the `.bin`, the
-CRC-32 of those bytes, and its perceptual hash."""
+CRC-32 of those bytes, its perceptual hash, and its size in pixels."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def parse_chunk(fetched: FetchedFacts, number: int, images: int) -> PackedChunk:
     """
     try:
         with np.load(io.BytesIO(fetched.content)) as arrays:
-            sums = Sums()
+            sums = Sums(0)
             sums.images = int(arrays["pictures"])
             sums.image_sum, sums.outer = arrays["picture"], arrays["outer"]
             chunk = PackedChunk(
@@ -192,21 +194,26 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
     torch.set_num_threads(1)  # a core for each worker of the pool
     packed = np.zeros(len(job.rows), PACKED_DTYPE)
     reasons: dict[int, str] = {}
-    sums, offset = Sums(), 0
+    options, offset = job.options, 0
+    sums = Sums(options.mean_side)
     with job.target.create(chunk_data_name(job.number), durable=False) as file:
         for place, found in enumerate(_read_pixels(job)):
             if isinstance(found, str):
                 reasons[place] = found
                 continue
+            pixels = found.pixels
+            height, width = pixels.shape[:2]
+            square = pixels if (height, width) == (SIZE, SIZE) else resample(pixels)
             if job.trains[place]:
-                sums.add(found)
-            if job.options.encoding == "raw":
-                data = encode_npy(found)
+                sums.add(pixels if options.fit == "square" else square)
+            if options.encoding == "raw":
+                data = encode_npy(pixels)
             else:
-                data = encode(found, job.options.quality, job.options.chroma)
+                data = found.jpeg or encode(pixels, options.quality, options.chroma)
             file.write(data)
-            image_hash = np.frombuffer(perceptual_hash(found), np.uint8)
-            packed[place] = (True, offset, len(data), isal_zlib.crc32(data), image_hash)
+            image_hash = np.frombuffer(perceptual_hash(square), np.uint8)
+            crc = isal_zlib.crc32(data)
+            packed[place] = (True, offset, len(data), crc, image_hash, width, height)
             offset += len(data)
     with job.target.create(chunk_facts_name(job.number), durable=False) as file:
         np.savez(
@@ -220,31 +227,31 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
     return ChunkDone(len(packed), len(reasons))
 
 
-def _read_pixels(job: ChunkJob) -> Iterator[Pixels | str]:
-    """Yield the pixels of each image of a chunk, or the reason why it is rejected."""
+def _read_pixels(job: ChunkJob) -> Iterator[PreparedImage | str]:
+    """Yield each image of a chunk, or the reason why it is rejected."""
     for data in _read_images(job):
         if isinstance(data, str):
             yield data
         elif job.careful:
             yield _decode_isolated(data, job)
         else:
-            yield _decode(data, job.options.min_side)
+            yield _decode(data, job.options)
 
 
-def _decode(data: bytes, min_side: int) -> Pixels | str:
+def _decode(data: bytes, options: BuildConfig) -> PreparedImage | str:
     try:
         with limit_process():
-            return decode_square(data, min_side)
+            return prepare_image(data, Sizing(options.fit, options.size), options.min_side)
     except ImageError as error:
         return str(error)
     except Exception as error:  # any error of a decoder rejects this image only
         return f"cannot be decoded: {to_one_line(error) or type(error).__name__}"
 
 
-def _decode_isolated(data: bytes, job: ChunkJob) -> Pixels | str:
+def _decode_isolated(data: bytes, job: ChunkJob) -> PreparedImage | str:
     """Decode an image in a process of its own, which may crash."""
     try:
-        return call_isolated(_decode, data, job.options.min_side)
+        return call_isolated(_decode, data, job.options)
     except Crash as crash:
         if crash.from_outside:
             raise DuetError(

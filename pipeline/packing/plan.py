@@ -213,7 +213,11 @@ def describe_format() -> list[int]:
 
 def output_settings(options: BuildConfig) -> dict[str, Any]:
     """Return the settings on which the bytes of the set depend."""
-    return {key: value for key, value in asdict(options).items() if key not in UNLIKE_OUTPUT}
+    settings = {key: value for key, value in asdict(options).items() if key not in UNLIKE_OUTPUT}
+    for name in ("size", "fit"):  # a build that has none of them is what it was before them
+        if settings[name] == getattr(BuildConfig, name):
+            del settings[name]
+    return settings
 
 
 def _relative_address(address: str, source: str) -> str:

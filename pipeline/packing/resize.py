@@ -1,4 +1,4 @@
-"""One encoded image of any kind -> 256x256 RGB pixels -> a JPEG.
+"""One encoded image of any kind -> 256x256 RGB pixels, or of another size -> a JPEG.
 
 Prepared as the paper's section 2 says: "Given a rectangular image, we first rescaled the image such
 that the shorter side was of length 256, and then cropped out the central 256x256 patch from the
@@ -8,7 +8,7 @@ also enlarges. In order:
     read_header     `jpeg_header`: size and kind; limits are checked before anything is decoded
     jpeg_path       plain JPEGs: libjpeg-turbo, then torch's resampling on bytes
     pillow_path     every other format, and JPEGs that libjpeg-turbo refuses or warns about
-    to_srgb         color profile -> sRGB; on the small square, where it costs a fraction
+    to_srgb         color profile -> sRGB; on the small image, where it costs a fraction
     turn_upright    EXIF orientation
     encode          pixels -> JPEG
 
@@ -37,10 +37,22 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from pipeline.dataset.images import SIZE, Pixels
+from pipeline.dataset.images import (
+    ORIENTATION,
+    SIZE,
+    Fit,
+    Pixels,
+    Size,
+    Undecodable,
+    decode_image,
+    read_exif_orientation,
+    turn_upright,
+    valid_orientation,
+)
 from pipeline.dataset.jpeg_header import (
     MAX_BYTES,
     MAX_OTHER_BYTES,
+    MAX_PIXELS,
     ImageError,
     JpegHeader,
     check_size,
@@ -52,11 +64,10 @@ from pipeline.options import Chroma
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that Pillow may detect."""
 JPEG = b"\xff\xd8"
-ORIENTATION = 0x0112
-"""Number of the Exif tag."""
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 LEAST_KEPT = 8
-"""JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times `SIZE` pixels remain.
+"""JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times the pixels of the side
+remain to which they are resampled.
 
 Below that the scaled transform is no antialiased bicubic any more: on ImageNet originals, with 2
 times as many pixels left, the image's PSNR falls from 58 to 37 dB, with 4 times to 42 dB.
@@ -85,6 +96,83 @@ _stderr = threading.Lock()
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what is wrong with an image is a reason
 
 
+LONGEST = 65_500
+"""Most pixels of a stored image's longer side, as of a JPEG."""
+
+
+class Sizing(NamedTuple):
+    """Size to which images are brought."""
+
+    fit: Fit = "square"
+    """square: the central square, `size` on a side; shorter: `size` on the shorter side; none: as
+    they are."""
+    size: int = SIZE
+
+    def resize(self, height: int, width: int) -> Size:
+        """Return height and width of what an image of this size becomes.
+
+        Raises:
+            ImageError: too large.
+        """
+        if self.fit == "square":
+            return self.size, self.size
+        new, shorter = (height, width), min(height, width)
+        if self.fit == "shorter":
+            new = round(height * self.size / shorter), round(width * self.size / shorter)
+        if max(new) > LONGEST or new[0] * new[1] > MAX_PIXELS:
+            raise ImageError(f"too long: {width}x{height} would be stored as {new[1]}x{new[0]}")
+        return new
+
+    def choose_reduction(self, side: int) -> int:
+        """Return the power of two by which a JPEG of this shorter side is decoded smaller."""
+        factor = 1
+        while self.fit != "none" and factor < 8 and side // (2 * factor) >= LEAST_KEPT * self.size:
+            factor *= 2
+        return factor
+
+
+SQUARE = Sizing()
+
+
+class PreparedImage(NamedTuple):
+    """An image as it is to be stored."""
+
+    pixels: Pixels
+    """uint8 [h, w, 3], RGB."""
+    jpeg: bytes | None = None
+    """The JPEG of these pixels, if the image was one and stays as it is."""
+
+
+def prepare_image(data: bytes, sizing: Sizing, min_side: int = 8) -> PreparedImage:
+    """Decode an image and bring it to size; arguments, steps and errors of `decode_square`.
+
+    With fit `none` a plain JPEG that decodes without a warning stays as it is: its profile is not
+    applied, and it is turned by whoever decodes it.
+    """
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{len(data)} bytes are more than an image may have ({MAX_BYTES})")
+    header = read_header(data)
+    if header is not None:
+        check_size(header.width, header.height, min_side)
+        sizing.resize(header.height, header.width)
+        if header.plain and sizing.fit == "none" and (kept := _keep_jpeg(data, header)):
+            return kept
+        if header.plain and (pixels := jpeg_path(data, header, sizing)) is not None:
+            return PreparedImage(pixels)
+    return PreparedImage(pillow_path(data, min_side, sizing))
+
+
+def _keep_jpeg(data: bytes, header: JpegHeader) -> PreparedImage | None:
+    """Return a plain JPEG as it is, or None where decoders may not agree on it."""
+    try:
+        exif = read_exif_orientation(header.exif) if header.exif else 1
+        if exif != read_orientation(header):  # XMP, which DALI does not read
+            return None
+        return PreparedImage(decode_image(data, size=None), data)
+    except (Undecodable, MemoryError):
+        return None
+
+
 def decode_square(data: bytes, min_side: int = 8) -> Pixels:
     """Decode an image and return its central square, 256x256.
 
@@ -101,14 +189,7 @@ def decode_square(data: bytes, min_side: int = 8) -> Pixels:
     Raises:
         ImageError: no image, truncated, too small, or beyond the limits in `jpeg_header`.
     """
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"{len(data)} bytes are more than an image may have ({MAX_BYTES})")
-    header = read_header(data)
-    if header is not None:
-        check_size(header.width, header.height, min_side)
-        if header.plain and (pixels := jpeg_path(data, header)) is not None:
-            return pixels
-    return pillow_path(data, min_side)
+    return prepare_image(data, SQUARE, min_side).pixels
 
 
 def encode(pixels: Pixels, quality: int, chroma: Chroma = "4:2:0") -> bytes:
@@ -132,15 +213,16 @@ def encode(pixels: Pixels, quality: int, chroma: Chroma = "4:2:0") -> bytes:
     )
 
 
-def jpeg_path(data: bytes, header: JpegHeader) -> Pixels | None:
-    """Return the central square of a plain JPEG, or None where its decoder refuses or warns.
+def jpeg_path(data: bytes, header: JpegHeader, sizing: Sizing = SQUARE) -> Pixels | None:
+    """Return a plain JPEG brought to size, or None where its decoder refuses or warns.
 
     Args:
         data: the JPEG.
         header: of it; `plain`, and of a size that may be decoded.
+        sizing: the size.
 
     Returns:
-        uint8 [256, 256, 3], sRGB.
+        uint8 [h, w, 3], sRGB.
 
     Raises:
         ImageError: its data ends before the image does.
@@ -148,7 +230,7 @@ def jpeg_path(data: bytes, header: JpegHeader) -> Pixels | None:
     profile = header.profile
     if profile is not None and header.components == 1:
         return None  # what a grey profile says of greys is lost in RGB
-    factor = choose_reduction(min(header.width, header.height))
+    factor = sizing.choose_reduction(min(header.width, header.height))
     height, width = -(-header.height // factor), -(-header.width // factor)
     try:
         pixels = simplejpeg.decode_jpeg(
@@ -164,15 +246,8 @@ def jpeg_path(data: bytes, header: JpegHeader) -> Pixels | None:
         return None
     except MemoryError:
         return None
-    return turn_upright(pixels_to_srgb(resample(pixels), profile), read_orientation(header))
-
-
-def choose_reduction(side: int) -> int:
-    """Return the power of two by which a JPEG of this shorter side is decoded smaller."""
-    factor = 1
-    while factor < 8 and side // (2 * factor) >= LEAST_KEPT * SIZE:
-        factor *= 2
-    return factor
+    small = resample(pixels, sizing)
+    return turn_upright(pixels_to_srgb(small, profile), read_orientation(header))
 
 
 class _Scratch(threading.local):
@@ -186,16 +261,19 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def resample(pixels: Pixels) -> Pixels:
-    """Return the central square of uint8 [h, w, 3], resampled to [256, 256, 3].
+def resample(pixels: Pixels, sizing: Sizing = SQUARE) -> Pixels:
+    """Return uint8 [h, w, 3] brought to size; by default the central square, [256, 256, 3].
 
-    The square is cut out first: what lies beside it is not resampled.
+    A square is cut out first: what lies beside it is not resampled.
     """
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[top : top + side, left : left + side]
-    if side == SIZE:
+    square = pixels
+    if sizing.fit == "square":
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = pixels[top : top + side, left : left + side]
+    size = sizing.resize(*square.shape[:2])
+    if size == square.shape[:2]:
         return square.copy()  # what is decoded next lies where this does
     if square.size > SCRATCH:
         square = np.ascontiguousarray(square)
@@ -205,14 +283,14 @@ def resample(pixels: Pixels) -> Pixels:
         square = copy
     import torch  # here: the process that plans a build does without it
 
-    # [1, 3, side, side] in channels-last order without a copy: torch has a path of its own for it.
+    # [1, 3, h, w] in channels-last order without a copy: torch has a path of its own for it.
     planes = torch.from_numpy(square)[None].permute(0, 3, 1, 2)
-    small = torch.nn.functional.interpolate(planes, (SIZE, SIZE), mode="bicubic", antialias=True)
+    small = torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True)
     return small[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def pillow_path(data: bytes, min_side: int) -> Pixels:
-    """Return the central square of an image (the first frame), uint8 [256, 256, 3], sRGB.
+def pillow_path(data: bytes, min_side: int, sizing: Sizing = SQUARE) -> Pixels:
+    """Return an image (the first frame) brought to size, uint8 [h, w, 3], sRGB.
 
     Raises:
         ImageError: no image, truncated, too small, or too large to be one.
@@ -228,7 +306,7 @@ def pillow_path(data: bytes, min_side: int) -> Pixels:
                 check_size(*image.size, min_side)
                 _check_tiles(image)
                 with _silence_stderr() if image.format == "TIFF" else nullcontext():
-                    return _crop_and_resample(image)
+                    return _crop_and_resample(image, sizing)
     except ImageError:
         raise
     # Pillow's decoders raise what they please on damaged input; whatever it is, it is this file.
@@ -304,18 +382,22 @@ def _silence_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def _crop_and_resample(image: Image.Image) -> Pixels:
-    factor = choose_reduction(min(image.size))
+def _crop_and_resample(image: Image.Image, sizing: Sizing) -> Pixels:
+    height, width = sizing.resize(image.height, image.width)
+    factor = sizing.choose_reduction(min(image.size))
     if image.format == "JPEG" and factor > 1:
         image.draft(None, (image.width // factor, image.height // factor))
     scale = _read_scale(image)
     image.load()  # a TIFF is turned upright by it
     turned = _read_orientation(image)
     profile = image.info.get("icc_profile") or None
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    middle = image.crop((left, top, left + side, top + side))
-    small = _to_resamplable(middle, scale).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    if sizing.fit == "square":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    elif (image.width < image.height) != (width < height):  # a TIFF that was turned upright
+        height, width = width, height
+    small = _to_resamplable(image, scale).resize((width, height), Image.Resampling.BICUBIC)
     if small.mode != "RGBA":
         return turn_upright(np.asarray(to_srgb(small, profile)), turned)
     colours = to_srgb(small.convert("RGB"), profile)
@@ -470,21 +552,3 @@ def _read_orientation(image: Image.Image) -> int:
         raise  # the time is over
     except Exception:  # as above
         return 1
-
-
-def valid_orientation(value: object) -> int:
-    """Return an orientation that exists: 1..8, else 1."""
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Return [h, w, 3] as the camera was held, by the numbers of Exif."""
-    if orientation == 1:
-        return pixels
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)

@@ -25,7 +25,7 @@ from isal import isal_zlib
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics, Sums
 from pipeline.dataset.images import Encoding
-from pipeline.dataset.index import INDEX_DTYPE, Index, index_name
+from pipeline.dataset.index import INDEX_DTYPE, SIZED_DTYPE, Index, index_name
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.shards import shard_name, to_shard, write_tar
@@ -62,9 +62,10 @@ EXAMINED = 10_000
 """Rejects of a class that are looked at for the most frequent reason."""
 
 TAKEN_DTYPE = np.dtype(
-    [("chunk", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")]
-)
-"""An image to store: its chunk, byte range and CRC-32 there, and its label."""
+    [("chunk", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"),
+     ("width", "<u2"), ("height", "<u2")]
+)  # fmt: skip
+"""An image to store: its chunk, byte range and CRC-32 there, its label, and its size in pixels."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class ShardJob:
     encoding: Encoding
     taken: npt.NDArray[np.void]
     """`TAKEN_DTYPE`, in stored order."""
+    sized: bool = False
+    """True if the index is to have the sizes of the images."""
 
 
 def shard_facts_name(split: str, number: int) -> str:
@@ -96,7 +99,8 @@ def write_shard(job: ShardJob) -> int:
     """
     name = shard_name(job.split, job.number)
     with job.target.create(name) as file:
-        written = write_tar(file, job.number, _read_samples(job), job.encoding)
+        sizes = job.taken[["height", "width"]].tolist() if job.sized else None
+        written = write_tar(file, job.number, _read_samples(job), job.encoding, sizes)
     with job.target.create(name.removesuffix(".tar") + ".idx") as file:
         file.write(written.listing)
     with job.target.create(shard_facts_name(job.split, job.number)) as file:
@@ -147,7 +151,7 @@ def parse_shard(
 def _read_samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
     ranges = [
         ByteRange(chunk_data_name(chunk), offset, size)
-        for chunk, offset, size, _, _ in job.taken.tolist()
+        for chunk, offset, size, *_ in job.taken.tolist()
     ]
     found = job.target.read_ranges(ranges)
     for row in job.taken:
@@ -180,7 +184,9 @@ class CollectedChunks:
         return rows[self.packed[rows]]
 
 
-def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedChunks:
+def collect_chunks(
+    options: BuildConfig, plan: BuildPlan, target: Target, scratch: Path
+) -> CollectedChunks:
     """Read all chunks back, in their order.
 
     Raises:
@@ -189,7 +195,7 @@ def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedC
     count = plan.images
     taken = _allocate(scratch / "taken.bin", count)
     packed = np.zeros(count, np.bool_)
-    sums, rejected = Sums(), plan.rejected
+    sums, rejected = Sums(options.mean_side), plan.rejected
     with (
         (scratch / "hashes.bin").open("wb") as hashes,
         (scratch / REJECTS).open("w", encoding="utf-8") as rejects,
@@ -199,7 +205,7 @@ def collect_chunks(plan: BuildPlan, target: Target, scratch: Path) -> CollectedC
         for part, first, chunk in _read_chunks(plan, target):
             rows = slice(first, first + part.stop - part.start)
             packed[rows] = chunk.packed["packed"]
-            for name in ("offset", "size", "crc"):
+            for name in ("offset", "size", "crc", "width", "height"):
                 taken[name][rows] = chunk.packed[name]
             taken["chunk"][rows] = part.number
             labels = plan.listings[part.listing].rows["label"]
@@ -280,7 +286,8 @@ def seal(
     Raises:
         OSError: the target cannot be written.
     """
-    splits = {name: _write_index(name, count, target) for name, count in shards.items()}
+    dtype = INDEX_DTYPE if options.fit == "square" else SIZED_DTYPE
+    splits = {name: _write_index(name, count, target, dtype) for name, count in shards.items()}
     with (scratch / DUPLICATES).open("wb") as file:
         same = _write_duplicates(file, plan, collected)
     stats_sha256 = Statistics.from_sums(collected.sums).save(scratch)
@@ -299,6 +306,8 @@ def seal(
         plan=plan.fingerprint,
         stats_sha256=stats_sha256,
         rejected=collected.rejected,
+        image_size=None if options.fit == "none" else options.size,
+        fit=options.fit,
         quality=options.quality if options.encoding == "jpeg" else None,
         chroma=options.chroma if options.encoding == "jpeg" else None,
         encoding=options.encoding,
@@ -351,14 +360,14 @@ def _write_duplicates(
     )
 
 
-def _write_index(name: str, shards: int, target: Target) -> Split:
+def _write_index(name: str, shards: int, target: Target, dtype: np.dtype[np.void]) -> Split:
     """Join the rows of a split's shards into its index, one shard in memory at a time."""
     facts = tuple(shard for shard, _ in _read_shards(target, name, shards))
     header = io.BytesIO()  # the bytes that `np.save` would write
     np.lib.format.write_array_header_1_0(
         header,
         {
-            "descr": np.lib.format.dtype_to_descr(INDEX_DTYPE),
+            "descr": np.lib.format.dtype_to_descr(dtype),
             "fortran_order": False,
             "shape": (sum(shard.samples for shard in facts),),
         },

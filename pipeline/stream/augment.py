@@ -85,7 +85,11 @@ class Draws(NamedTuple):
 
 
 def draw(
-    seed: int, epochs: Ids, ids: Ids, border: tuple[int, int] = (32, 32), flip: float = 0.5
+    seed: int,
+    epochs: Ids,
+    ids: Ids,
+    border: tuple[int | Ids, int | Ids] = (32, 32),
+    flip: float = 0.5,
 ) -> Draws:
     """Return the draws of samples `ids` in `epochs` (both int64 [b]).
 
@@ -97,7 +101,8 @@ def draw(
         seed: 0 or more.
         epochs: int64 [b].
         ids: int64 [b].
-        border: height and width by which the stored image is larger than the crop.
+        border: height and width by which the stored image is larger than the crop, of all samples
+            or int64 [b].
         flip: probability of a reflection.
     """
     drawn = random_uint64(seed, epochs, ids, DRAW_WORDS)
@@ -126,7 +131,7 @@ def draw_regions(
     seed: int,
     epochs: Ids,
     ids: Ids,
-    stored: tuple[int, int],
+    stored: tuple[int | Ids, int | Ids],
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Regions:
@@ -140,38 +145,41 @@ def draw_regions(
         seed: 0 or more.
         epochs: int64 [b].
         ids: int64 [b].
-        stored: height and width of the stored images, in pixels.
+        stored: height and width of the stored images in pixels, of all samples or int64 [b].
         scale: smallest and largest share of the area, of 1.
         ratio: smallest and largest width of a region by its height; its logarithm is uniform.
     """
-    rows, columns = stored
+    rows, columns = (np.broadcast_to(np.asarray(side, np.int64), len(ids)) for side in stored)
     drawn = random_uint64(seed, epochs, ids, 2 * ATTEMPTS + 2, name="resized crop")
     units = np.stack([to_unit(word) for word in drawn[: 2 * ATTEMPTS]], axis=1)
-    area = rows * columns * (scale[0] + units[:, 0::2] * (scale[1] - scale[0]))
+    area = (rows * columns)[:, None] * (scale[0] + units[:, 0::2] * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     # exp differs in the last bit between processors: keep only bits that do not.
     aspect = _coarsen(np.exp(low + units[:, 1::2] * (high - low)))
     widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (widths > 0) & (widths <= columns) & (heights > 0) & (heights <= rows)
+    fits = (widths > 0) & (widths <= columns[:, None])
+    fits &= (heights > 0) & (heights <= rows[:, None])
     first, every = fits.argmax(1), np.arange(len(ids))
     width, height = widths[every, first], heights[every, first]
     top = scale_to_range(drawn[-2], rows - height + 1)
     left = scale_to_range(drawn[-1], columns - width + 1)
     if (lost := ~fits.any(1)).any():
+        rows, columns = rows[lost], columns[lost]
         width[lost], height[lost] = _fit_ratio(rows, columns, ratio)
         top[lost], left[lost] = (rows - height[lost]) // 2, (columns - width[lost]) // 2
     start, shape = np.stack([top, left], 1), np.stack([height, width], 1)
     return Regions(start.astype(np.int32), shape.astype(np.int32))
 
 
-def _fit_ratio(rows: int, columns: int, ratio: tuple[float, float]) -> tuple[int, int]:
-    """Return width and height of the largest region of an allowed ratio."""
-    if columns / rows < ratio[0]:
-        return columns, min(rows, round(columns / ratio[0]))
-    if columns / rows > ratio[1]:
-        return min(columns, round(rows * ratio[1])), rows
-    return columns, rows
+def _fit_ratio(rows: Ids, columns: Ids, ratio: tuple[float, float]) -> tuple[Ids, Ids]:
+    """Return width and height of the largest region of an allowed ratio, int64 [n] each."""
+    shape = columns / rows
+    widths = np.where(shape > ratio[1], np.rint(rows * ratio[1]), columns)
+    heights = np.where(shape < ratio[0], np.rint(columns / ratio[0]), rows)
+    # 1 at least: the largest region of an image one pixel high may round to none.
+    widths, heights = np.maximum(widths, 1), np.maximum(heights, 1)
+    return np.minimum(columns, widths).astype(np.int64), np.minimum(rows, heights).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ class StreamConfig:
     resized   a part of random area and aspect ratio, resized to `size`; flipped and coloured
               (training, as in torchvision's RandomResizedCrop)
     center    the middle (evaluation)
-    whole     all of the stored image, 256x256 (for ten views); `size` does not matter
+    whole     all of the stored image (for ten views), for which `size` does not matter; only where
+              images are squares of one size
     """
     size: int | tuple[int, int] = CROP
     """Height and width of a delivered image in pixels, or one number for both."""
@@ -395,11 +396,10 @@ class StreamConfig:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the delivered images in pixels."""
-        from pipeline.dataset.images import SIZE
+        """Height and width of the delivered images in pixels.
 
-        if self.crop == "whole":
-            return SIZE, SIZE
+        For crop `whole` the reader of a data set takes the size of its images in place of `size`.
+        """
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     @property
@@ -414,7 +414,7 @@ class StreamConfig:
         return " ".join(
             f"{name}={getattr(value, '__qualname__', value)}"
             for name, value in values.items()
-            if value != defaults[name]
+            if value != defaults[name] and (name, self.crop) != ("size", "whole")
         )
 
 

@@ -36,7 +36,7 @@ class DaliReader:
         """
         manifest = Manifest.load(data)
         shards = [data / s.name for s in manifest.split(config.split, data).shards]
-        mean = [float(value) for value in Statistics.load(data, manifest.stats_sha256).channel_mean]
+        mean = [float(value) for value in Statistics.load(data, manifest).channel_mean]
         self._config = config
         self._pipe = open_pipeline(config, seed=0)
         with self._pipe:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.dataset.images import SIZE, Encoding
+from pipeline.dataset.images import SIZE, Encoding, Size
 from pipeline.stream import operators as dali
 from pipeline.stream.augment import Draw, NamedDraw
 from pipeline.stream.config import StreamConfig
@@ -43,7 +43,7 @@ class DecoderInput(NamedTuple):
     """Input of one run of the graph: b samples."""
 
     images: list[npt.NDArray[np.uint8]]
-    """JPEGs, [size] each, or raw images, [256, 256, 3] each. DALI reads them where they lie: they
+    """JPEGs, [size] each, or raw images, [side, side, 3] each. DALI reads them where they lie: they
     stay untouched until the batch after next has come out."""
     x: npt.NDArray[np.float32]
     """[b] left edge of the crop, as a fraction 0..1 of the free border."""
@@ -154,8 +154,8 @@ class TrialDecoder:
     def __init__(self) -> None:
         self._pipe: dali.Pipeline | None = None
 
-    def can_decode(self, image: npt.NDArray[np.uint8]) -> bool:
-        """Return whether a JPEG (uint8 [size]) decodes to 256x256 pixels."""
+    def can_decode(self, image: npt.NDArray[np.uint8], size: Size = (SIZE, SIZE)) -> bool:
+        """Return whether a JPEG (uint8 [bytes]) decodes to pixels of this height and width."""
         if self._pipe is None:
             self._pipe = dali.Pipeline(batch_size=1, num_threads=1, prefetch_queue_depth=1)
             with self._pipe:
@@ -168,7 +168,7 @@ class TrialDecoder:
         except RuntimeError:
             self._pipe = None  # DALI calls it "no longer valid"
             return False
-        return tuple(pixels[0].shape()) == (SIZE, SIZE, 3)
+        return tuple(pixels[0].shape()) == (*size, 3)
 
 
 def select_gpu(device: str) -> int | None:

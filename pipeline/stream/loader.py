@@ -6,26 +6,25 @@ import contextlib
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
 
-from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder, list_draws, select_gpu
-from pipeline.stream.mixture import load_statistics, open_reader
+from pipeline.stream.mixture import MixedReader, load_statistics, open_reader
 from pipeline.stream.normalization import Floats, Normalization
 from pipeline.stream.order import Ids, Slots
 from pipeline.stream.prefetch import Prefetcher
 from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine
 from pipeline.stream.selection import make_order, select
-from pipeline.stream.shard_reader import Bytes, Damage
+from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
 from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import REBUILD, DataError, UsageError
@@ -81,15 +80,9 @@ class BatchReader:
                 other, or the quarantine file cannot be used.
             DataError: a dataset is not what its manifest says.
         """
-        self.config = config
-        height, width = config.image_size
-        if config.crop in ("random", "center") and max(height, width) > SIZE:
-            raise UsageError(
-                f"size {height}x{width} does not fit into the stored images of {SIZE}x{SIZE}; "
-                "give a smaller one, or crop='resized'"
-            )
         gpu = config.on_gpu
         self.shard_reader = open_reader(datasets, config.stored_split, maps=not gpu)
+        self.config = config = _fit_config(config, self.shard_reader)
         self.statistics = load_statistics(datasets, shares)
         self.normalization = Normalization.of(self.statistics, config)
         identities = [identity(dataset.folder) for dataset in datasets]
@@ -103,7 +96,12 @@ class BatchReader:
         self.draws = list_draws(config)
         """Draws that the augmentation asks for."""
         is_jpeg = self.shard_reader.encoding == "jpeg"
-        self._header_check = HeaderCheck(len(self.shard_reader)) if is_jpeg else None
+        self._header_check: HeaderCheck | None = None
+        if is_jpeg:
+            reader = self.shard_reader
+            self._header_check = HeaderCheck(
+                len(reader), reader.read_sizes, differ=reader.side is None
+            )
         # Of page-locked memory a GPU takes raw images by itself. JPEGs go to its decoders' hosts.
         self._pins = gpu and not is_jpeg
         self._needs: tuple[int, ...] = ()
@@ -163,7 +161,7 @@ class BatchReader:
             position = min(position, self.order.samples)
             counted = np.arange(first, first + len(ids)) < self.order.samples
             weights = (counted & (ids == slots.ids)).astype(np.float32)
-        decoder_input = self._make_input(slots, images)
+        decoder_input = self._make_input(slots, ids, images)
         spent = self.shard_reader.take_spent()
         return EncodedBatch(
             input=decoder_input,
@@ -240,29 +238,35 @@ class BatchReader:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
         return np.empty(size, np.uint8)
 
-    def _make_input(self, slots: Slots, images: list[Bytes]) -> DecoderInput:
-        """Return what DALI takes for the samples of `slots`, whose stored bytes are `images`.
+    def _make_input(self, slots: Slots, present: Ids, images: list[Bytes]) -> DecoderInput:
+        """Return what DALI takes for the samples of `slots`.
 
         A substitute gets the draws of the sample that is due: it has its own place as well.
+
+        Args:
+            slots: samples that are due.
+            present: int64 [b], those that are here.
+            images: stored bytes of the latter.
         """
         config, normalization, count = self.config, self.normalization, len(images)
         if self.shard_reader.encoding == "raw":
-            images = [image.reshape(SIZE, SIZE, 3) for image in images]
+            images = [image.reshape(self.shard_reader.side, -1, 3) for image in images]
         seed, turns, ids = self.order.seed, slots.turns, slots.ids
-        height, width = config.image_size
-        border = SIZE - height, SIZE - width
+        stored = self.shard_reader.read_sizes(present)
         region = None
         if config.crop == "resized":
-            stored = SIZE, SIZE
-            border = 0, 0
+            border = np.zeros_like(ids), np.zeros_like(ids)
             parts = draw_regions(seed, turns, ids, stored, config.scale, config.ratio)
             region = np.concatenate(parts, axis=1)
+        else:
+            height, width = config.image_size
+            border = stored[0] - height, stored[1] - width
         if config.augments:
             draws = draw(seed, turns, ids, border, config.flip)
             x, y, flip = draws.x, draws.y, draws.flip
             mean = normalization.compute_means(draws.color, slots.epochs)
         else:
-            x, y = np.full(count, border[1] // 2), np.full(count, border[0] // 2)
+            x, y = border[1] // 2, border[0] // 2
             flip = np.zeros(count, bool)
             mean = np.tile(normalization.channel_mean, (count, 1))
         divisor = normalization.compute_divisors(slots.epochs) if config.divides else None
@@ -271,14 +275,45 @@ class BatchReader:
             divisor = np.tile(normalization.std, (count, 1)) * scale
         return DecoderInput(
             images=images,
-            x=(x / max(border[1], 1)).astype(np.float32),
-            y=(y / max(border[0], 1)).astype(np.float32),
+            # DALI rounds fraction * border: exact in float32 for borders below millions of pixels.
+            x=(x / np.maximum(border[1], 1)).astype(np.float32),
+            y=(y / np.maximum(border[0], 1)).astype(np.float32),
             flip=flip.astype(np.int32),
             mean=mean.astype(np.float32),
             divisor=None if divisor is None else divisor.astype(np.float32),
             region=region,
             draws=[one.compute(seed, turns, ids) for one in self.draws],
         )
+
+
+def _fit_config(config: StreamConfig, reader: ShardReader | MixedReader) -> StreamConfig:
+    """Return the config with the size of what it delivers of the images of a reader.
+
+    Raises:
+        UsageError: the images are too small for it, or must be of one size.
+    """
+    side, (height, width) = reader.side, config.image_size
+    if side is None and (config.crop == "whole" or config.mean == "image"):
+        what, other = "mean='image'", "mean='channel'"
+        if config.crop == "whole":
+            what, other = "crop='whole'", "crop='center'"
+        raise UsageError(
+            f"{what} needs images of one size, and those of {reader.split} differ; give {other}, "
+            "or build the set with --fit square"
+        )
+    if config.crop == "whole":
+        assert side
+        return replace(config, size=side)
+    if config.crop != "resized" and (small := reader.find_smaller(height, width)) is not None:
+        rows, columns = reader.read_sizes(np.array([small]))
+        whose = f"stored images of {side}x{side}"
+        if side is None:
+            whose = f"{reader.split} sample {small} of {rows[0]}x{columns[0]}"
+        raise UsageError(
+            f"size {height}x{width} does not fit into the {whose}; "
+            "give a smaller one, or crop='resized'"
+        )
+    return config
 
 
 class DecodeFailure(Exception):
@@ -388,7 +423,14 @@ class Loader:
             return None
         batch, trial = self._decoding[0], TrialDecoder()
         # DALI names at most the first bad one.
-        failed = [i for i, jpeg in enumerate(batch.input.images) if not trial.can_decode(jpeg)]
+        sizes = self._reader.shard_reader.read_sizes(batch.ids)
+        rows, columns = (sides.tolist() for sides in sizes)
+        images = zip(batch.input.images, rows, columns, strict=True)
+        failed = [
+            place
+            for place, (jpeg, *size) in enumerate(images)
+            if not trial.can_decode(jpeg, tuple(size))
+        ]
         is_all = len(failed) == len(batch.ids) > 1
         return DecodeFailure(batch, failed) if failed and not is_all else None
 

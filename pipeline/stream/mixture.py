@@ -37,10 +37,7 @@ def open_reader(
 
 def load_statistics(datasets: Sequence[Dataset], shares: Sequence[float]) -> Statistics:
     """Return the statistics of the training images; of several datasets, those of the mixture."""
-    found = [
-        Statistics.load(dataset.folder, Manifest.load(dataset.folder).stats_sha256)
-        for dataset in datasets
-    ]
+    found = [Statistics.load(dataset.folder, Manifest.load(dataset.folder)) for dataset in datasets]
     return found[0] if len(found) == 1 else pool_statistics(found, shares)
 
 
@@ -62,7 +59,7 @@ class MixedReader:
         self.manifest = readers[0].manifest
         """Manifest of the first dataset: classes, encoding and sizes are those of all."""
         self.encoding = self.manifest.encoding
-        self.maps = readers[0].maps
+        self.side, self.maps = readers[0].side, readers[0].maps
         for reader in readers[1:]:
             _check_alike(self.manifest, reader.manifest)
 
@@ -72,6 +69,18 @@ class MixedReader:
     def read_labels(self, ids: Ids) -> Ids:
         """Return the labels of samples `ids`, both int64 [b]."""
         return self._gather(ids, lambda reader, own: reader.read_labels(own))
+
+    def read_sizes(self, ids: Ids) -> tuple[Ids, Ids]:
+        """Return heights and widths in pixels of samples `ids`, all int64 [b]."""
+        heights = self._gather(ids, lambda reader, own: reader.read_sizes(own)[0])
+        return heights, self._gather(ids, lambda reader, own: reader.read_sizes(own)[1])
+
+    def find_smaller(self, height: int, width: int) -> int | None:
+        """Return the first sample that is less high or wide than this in pixels; None: none is."""
+        for first, reader in zip(self._firsts.tolist(), self.parts, strict=False):
+            if (small := reader.find_smaller(height, width)) is not None:
+                return int(first) + small
+        return None
 
     def buffer_size(self, ids: Ids) -> int:
         """Return the number of bytes that `read` copies for samples `ids` (int64 [b])."""
@@ -158,9 +167,11 @@ def _check_alike(first: Manifest, other: Manifest) -> None:
             f"data sets of {len(first.classes)} and {len(other.classes)} classes cannot be mixed: "
             f"{what}; a label must mean the same in both"
         )
-    for name in ("encoding", "image_size"):
+    # Images that differ in size within a set may also differ from those of another.
+    sizes = {first.side, other.side}
+    for name in ("encoding", "fit" if None in sizes else "image_size"):
         mine, others = getattr(first, name), getattr(other, name)
-        if mine != others:
+        if mine != others and (name != "fit" or len(sizes) > 1):
             raise UsageError(
                 f"data sets with {name} {mine} and {others} cannot be mixed; pack them alike"
             )

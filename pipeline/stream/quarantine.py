@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from pipeline.dataset.images import Undecodable, check_header
+from pipeline.dataset.images import SIZE, Size, Undecodable, check_header
 from pipeline.dataset.jpeg_header import PROGRESSIVE
 from pipeline.stream.decode import TrialDecoder
 from pipeline.stream.order import Ids
@@ -37,14 +37,33 @@ class HeaderCheck:
     packer have the same one, and comparing it costs next to nothing. (Scan data that cannot be
     decoded behind a good header is an ordinary error, which `Loader` handles when it occurs.)
 
-    An image whose header says another size than 256x256, or a thousand scans, is not even tried.
+    An image whose header says another size than the index, or a thousand scans, is not even tried.
     One that is progressive has tables of its own, and scans behind its header: it is tried once.
+
+    Where images differ in size, so do their headers, and in JPEGs of other programs the tables too.
+    Then headers are compared without sizes, tables and the segments that decoders ignore. One with
+    an EXIF segment, from which DALI takes the orientation, is tried once.
 
     DALI decodes an image whose scan ends too early if only the crop lies before the end. An image
     that does not end as a JPEG does is tried as well, so that it is damaged in every crop or none.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(
+        self,
+        samples: int,
+        read_sizes: Callable[[Ids], tuple[Ids, Ids]] | None = None,
+        *,
+        differ: bool = False,
+    ) -> None:
+        """Start without any header.
+
+        Args:
+            samples: number of samples of the split.
+            read_sizes: returns heights and widths of samples, int64 [b] each; None: all are
+                256x256.
+            differ: True if sizes differ.
+        """
+        self._read_sizes, self._differ = read_sizes, differ
         self._passed = np.zeros(samples, bool)
         self._headers: set[bytes] = set()
         self._lengths: set[int] = set()
@@ -52,24 +71,38 @@ class HeaderCheck:
 
     def find_undecodable(self, ids: Ids, images: list[Bytes]) -> list[int]:
         """Return the places in `ids` (int64 [b]) of JPEGs that must not go into a batch."""
-        unknown = np.flatnonzero(~self._passed[ids]).tolist()
-        found = [place for place in unknown if not self._is_decodable(images[place])]
+        unknown = np.flatnonzero(~self._passed[ids])
+        rows, columns = np.full((2, len(unknown)), SIZE)
+        if self._read_sizes is not None and len(unknown):
+            rows, columns = self._read_sizes(ids[unknown])
+        sizes = zip(rows.tolist(), columns.tolist(), strict=True)
+        found = [
+            place
+            for place, size in zip(unknown.tolist(), sizes, strict=True)
+            if not self._is_decodable(images[place], size)
+        ]
         self._passed[ids] = True
         self._passed[ids[found]] = False
         return found
 
-    def _is_decodable(self, image: Bytes) -> bool:
+    def _is_decodable(self, image: Bytes, size: Size) -> bool:
         ended = image[-2:].tobytes() == EOI
         if ended and any(image[:length].tobytes() in self._headers for length in self._lengths):
             return True
+        data = image.tobytes()
         try:
-            header = check_header(image.tobytes())
+            header = check_header(data, size)
         except Undecodable:
             return False
-        if not self._trial.can_decode(image):
+        repeats = ended and header is not None and header.process not in PROGRESSIVE
+        kind = summarize_header(data) if self._differ and repeats else None
+        if kind is not None and kind in self._headers:
+            return True
+        if not self._trial.can_decode(image, size):
             return False
-        repeats = header is not None and header.process not in PROGRESSIVE
-        if ended and repeats and len(self._headers) < HEADERS:
+        if kind is not None:
+            self._headers.add(kind)
+        elif repeats and not self._differ and len(self._headers) < HEADERS:
             try:
                 length = find_scan(image)
             except IndexError:  # not a JPEG, or an unusual one, that DALI can read
@@ -77,6 +110,27 @@ class HeaderCheck:
             self._headers.add(image[:length].tobytes())
             self._lengths.add(length)
         return True
+
+
+def summarize_header(data: bytes) -> bytes | None:
+    """Return a JPEG's header without its size, its tables and the segments that decoders ignore.
+
+    None if it has an EXIF segment, or is not a plain sequence of segments (T.81, annex B).
+    """
+    place, kept = 2, b""
+    while data[place : place + 1] == b"\xff":
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        segment = data[place : place + 2 + length]
+        if marker == 0xE1 and segment[4:10] == b"Exif\0\0":
+            return None
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            kept += segment[:5] + segment[9:]
+        elif marker in (0xDA, 0xEE):  # a scan; colours, as Adobe's programs write them
+            kept += segment
+        if marker == 0xDA:
+            return kept
+        place += len(segment)
+    return None
 
 
 def find_scan(image: Bytes) -> int:

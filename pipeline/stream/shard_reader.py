@@ -17,7 +17,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from pipeline.dataset.images import Pixels, Undecodable, decode_image
-from pipeline.dataset.index import load_index, sample_key, split_member_name
+from pipeline.dataset.index import BLOCK, load_index, sample_key, split_member_name
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import Dataset, LocalDataset
 from pipeline.stream.order import Ids
@@ -77,7 +77,9 @@ class ShardReader:
         self.manifest = manifest
         """Manifest of the dataset."""
         self.encoding = manifest.encoding
-        """Encoding of the samples: JPEG, or raw pixels, uint8 256x256x3."""
+        """Encoding of the samples: JPEG, or raw pixels, uint8 [side, side, 3]."""
+        self.side = manifest.side
+        """Height and width of every image in pixels; None where they differ."""
         self._dataset = dataset
         self._index = load_index(dataset.folder, split, manifest)
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
@@ -98,6 +100,25 @@ class ShardReader:
     def read_labels(self, ids: Ids) -> Ids:
         """Return the labels of samples `ids`, both int64 [b]."""
         return self._index["label"][ids].astype(np.int64)
+
+    def read_sizes(self, ids: Ids) -> tuple[Ids, Ids]:
+        """Return heights and widths in pixels of samples `ids`, all int64 [b]."""
+        if self.side is not None:
+            sides = np.full(len(ids), self.side, np.int64)
+            return sides, sides
+        rows = self._index[ids]
+        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+
+    def find_smaller(self, height: int, width: int) -> int | None:
+        """Return the first sample that is less high or wide than this in pixels; None: none is."""
+        if self.side is not None:
+            return None if height <= self.side >= width else 0
+        for start in range(0, len(self._index), BLOCK):
+            rows = self._index[start : start + BLOCK]
+            smaller = (rows["height"] < height) | (rows["width"] < width)
+            if smaller.any():
+                return start + int(smaller.argmax())
+        return None
 
     def buffer_size(self, ids: Ids) -> int:
         """Return the number of bytes that `read` copies for samples `ids` (int64 [b])."""
@@ -166,10 +187,13 @@ class ShardReader:
         """
         places = np.array(ids, np.int64)
         views, damages = self.read(places)
+        sizes = list(zip(*(sides.tolist() for sides in self.read_sizes(places)), strict=True))
         found: list[Pixels | Damage] = []
         for place, view in enumerate(views):
             try:
-                found.append(damages.get(place) or decode_image(view.data, self.encoding))
+                found.append(
+                    damages.get(place) or decode_image(view.data, self.encoding, sizes[place])
+                )
             except Undecodable as error:
                 found.append(self.make_damage(int(ids[place]), str(error)))
         return found

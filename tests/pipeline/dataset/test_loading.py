@@ -42,7 +42,7 @@ def open_all(data: Path) -> list[np.ndarray]:
     """Load everything, as a stream does, and read every sample; return the labels of all splits."""
     open_dataset(data)
     manifest = Manifest.load(data)
-    statistics = Statistics.load(data, manifest.stats_sha256)
+    statistics = Statistics.load(data, manifest)
     assert all(np.isfinite(array).all() for array in vars(statistics).values())
     labels = []
     for split in manifest.splits:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.options import BuildConfig
 from pipeline.packing import resize
 from pipeline.packing.resize import ImageError, decode_square
 from pipeline.tools.processes import Crash, call_isolated
@@ -230,7 +231,7 @@ def test_a_decoder_in_python_is_stopped(monkeypatch):
     from pipeline.dataset import jpeg_header
     from pipeline.packing import resize as careful
 
-    def forever(image):
+    def forever(*_):
         while True:
             pass
 
@@ -248,11 +249,11 @@ def test_a_decoder_that_python_cannot_interrupt_ends_with_its_process(monkeypatc
         hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # native code that takes an hour
 
     monkeypatch.setattr("pipeline.dataset.jpeg_header.MAX_CPU_SECONDS", 0.1)
-    monkeypatch.setattr(chunks, "decode_square", busy)
+    monkeypatch.setattr(chunks, "prepare_image", busy)
+    job = SimpleNamespace(options=BuildConfig(out="out", train="in"), number=0)
     with pytest.raises(Crash, match="SIGVTALRM"):
-        call_isolated(chunks._decode, b"", 8)
-    job = SimpleNamespace(options=SimpleNamespace(min_side=8), number=0)
+        call_isolated(chunks._decode, b"", job.options)
     assert chunks._decode_isolated(b"", job) == "decoding it takes more than 75 s"
-    monkeypatch.setattr(chunks, "decode_square", lambda *_: "pixels")
+    monkeypatch.setattr(chunks, "prepare_image", lambda *_: "pixels")
     assert chunks._decode_isolated(b"", job) == "pixels"
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

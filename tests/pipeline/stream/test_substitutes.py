@@ -164,7 +164,9 @@ def endless() -> bytes:
 @pytest.mark.parametrize("make", [lambda: huge(jpeg(1, 256, 256)), huge_png, twice_framed, endless])
 def test_a_stored_image_that_would_cost_gigabytes_or_minutes_is_not_even_tried(make, monkeypatch):
     tried = []
-    monkeypatch.setattr(TrialDecoder, "can_decode", lambda self, image: tried.append(image) or True)
+    monkeypatch.setattr(
+        TrialDecoder, "can_decode", lambda self, image, _: tried.append(image) or True
+    )
     check, data = HeaderCheck(2), make()
     images = [np.frombuffer(one, np.uint8) for one in (data, jpeg(2, 256, 256))]
     assert check.find_undecodable(np.array([0, 1]), images) == [0]
