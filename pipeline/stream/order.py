@@ -337,7 +337,7 @@ class Mixture:
         self._orders = orders
         self._firsts = np.cumsum(stored) - stored
         self._shards = np.cumsum([len(order.starts) - 1 for order in orders])
-        exact = [Fraction(share) for share in shares]
+        exact = [Fraction(repr(float(share))) for share in shares]  # 0.7, not 0.69999999999999996
         self._ends = [total / sum(exact) for total in accumulate(exact)]
         if min(exact) * BLOCK < sum(exact):
             raise ValueError(f"a share of {min(shares):g} is too small; the least is 1 of {BLOCK}")
