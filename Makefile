@@ -91,9 +91,7 @@ else
 	@$(py) -m pipeline.build_shards $(DATA) --train $(TRAIN) $(if $(strip $(VAL)),--val $(VAL),--holdout $(HOLDOUT)) $(PACK)
 endif
 	@$(py) -m cluster.train $(CONFIG) --data $(DATA) --run $(RUN) $(FLAGS)
-	@$(py) -m cluster.evaluate $(RUN) --views 1
-	@$(py) -m cluster.evaluate $(RUN) --views 10 --save-probabilities
-	@$(py) -m cluster.report $(RUN)
+	@$(py) -m cluster.report $(RUN) --evaluate
 
 check: lint types pages
 

@@ -104,7 +104,7 @@ class Evaluate(Options):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
     save_probabilities: bool = False
-    """Write each image's class probabilities, for duet ensemble."""
+    """Write each image's class probabilities, for duet ensemble and the report's images."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""
 
@@ -148,7 +148,9 @@ class Status(Options):
 class ReportOptions(Options):
     """Write one page about a run, RUN/report.html, or about several runs side by side."""
 
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("runs/dexp", "runs/dexp runs/tanh --out both.html")
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "runs/dexp --evaluate", "runs/dexp runs/tanh --out both.html",
+    )  # fmt: skip
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folder of the run; several are compared side by side."""
@@ -160,6 +162,8 @@ class ReportOptions(Options):
     """Choices of images to show with the network's answers."""
     each: int = 6
     """Number of images of each choice."""
+    evaluate: bool = False
+    """First evaluate each run, as duet evaluate RUN --views 10 --save-probabilities does."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -368,24 +369,25 @@ class WorkerGroup:
 def create_trainer(job: WorkerJob, scratch: str) -> Any:
     """Create the Ray Train trainer of a job."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
-
-    from cluster.launch.rendezvous import LoopbackConfig, LoopbackTrainer
 
     placement = job.placement
     resources: dict[str, float] = {"CPU": placement.cpus}
     if placement.gpus:
         resources["GPU"] = placement.gpus
     cuda = placement.gpus and not os.environ.get(FAKE_GPUS)
-    trainer = TorchTrainer if is_attached() else LoopbackTrainer
+    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", job.config.collective_timeout
+    if is_attached():
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        trainer = partial(TorchTrainer, torch_config=TorchConfig(backend, timeout_s=timeout))
+    else:
+        from cluster.launch.rendezvous import LoopbackConfig, LoopbackTrainer
+
+        trainer = partial(LoopbackTrainer, backend_config=LoopbackConfig(backend, timeout))
     return trainer(
         run_worker,
         train_loop_config={"job": job},
-        torch_config=(TorchConfig if is_attached() else LoopbackConfig)(
-            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout_s=job.config.collective_timeout,
-        ),
         scaling_config=ScalingConfig(
             num_workers=len(placement.nodes),
             use_gpu=bool(placement.gpus),

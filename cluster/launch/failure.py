@@ -10,8 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from cluster.launch.placement import WorkerMemory
 from cluster.run.events import Failed, Worker
 from cluster.run.folder import ERRORS
@@ -107,6 +105,8 @@ def _describe_lost_worker(error: Exception, peer: str) -> str:
 
 def _find_gpu_error(error: BaseException) -> BaseException | None:
     """Return the error of a GPU that led to an exception: closing what used it fails, too."""
+    import torch  # here: the driver, which has this module for `Failure`, needs no torch
+
     chain: BaseException | None = error
     while chain is not None:
         is_cuda = isinstance(chain, RuntimeError) and GPU_ERRORS.search(str(chain))
@@ -117,6 +117,8 @@ def _find_gpu_error(error: BaseException) -> BaseException | None:
 
 
 def _is_full(error: BaseException) -> bool:
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
@@ -132,6 +134,8 @@ def _describe_gpu_error(error: BaseException, gpu: WorkerGpu) -> tuple[str, int]
 
 
 def _describe_full_gpu(where: str, gpu: WorkerGpu) -> tuple[str, int]:
+    import torch
+
     total = others = taken = 0
     with suppress(Exception):  # the GPU may not answer any more
         free, total = torch.cuda.mem_get_info()

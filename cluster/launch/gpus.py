@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from pipeline.tools.errors import SetupError, summarize_error
 from pipeline.tools.files import read_text
 
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 OLDEST_DRIVER = {12: 525, 13: 580}
 """Major release of CUDA -> oldest driver for its minor releases (CUDA Compatibility, table 2)."""
 HIDING = ("", "-1", "NoDevFiles")
@@ -49,7 +51,7 @@ def gather_gpu_state() -> GpuState:
     """Collect facts; imports torch."""
     import torch
 
-    driver, error = read_driver_release(Path("/proc/driver/nvidia/version")), ""
+    driver, error = read_driver_release(DRIVER_FILE), ""
     with warnings.catch_warnings():  # torch warns of what is told here
         warnings.simplefilter("ignore")
         if driver and torch.version.cuda and not torch.cuda.is_available():
@@ -65,6 +67,21 @@ def gather_gpu_state() -> GpuState:
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         gpu_error=error,
     )
+
+
+def has_driver() -> bool:
+    """Return whether NVIDIA's driver is here; without its library torch sees no GPU either.
+
+    It spares a machine without GPUs the seconds that torch takes to import. In WSL 2 the library
+    is there, and the file in /proc is not.
+    """
+    if DRIVER_FILE.exists():
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def read_driver_release(path: Path) -> str | None:
@@ -134,10 +151,10 @@ def count_gpus(device: str) -> int:
     Raises:
         SetupError: there are GPUs that the run may use, and torch cannot.
     """
+    if device == "cpu" or not has_driver():
+        return 0
     import torch
 
-    if device == "cpu":
-        return 0
     state = gather_gpu_state()
     fault = find_gpu_fault(state)
     if fault and (fault.is_broken or device == "gpu"):

@@ -50,6 +50,7 @@ IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for loopback only
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",  # a process for each core, of which one is needed
 }
 
 
@@ -76,15 +77,13 @@ def refuse_relative(name: str, path: str | Path, *, missing: bool = False) -> No
 
 
 @contextmanager
-def ray_session(
-    workers: int, gpus: int | None = None, *, preload: str | None = "ray.train.torch"
-) -> Iterator[None]:
+def ray_session(workers: int, gpus: int | None = None, *, preload: bool = True) -> Iterator[None]:
     """Attach to the Ray that RAY_ADDRESS names, or start one and stop it after the block.
 
     Args:
         workers: processes of the run; a Ray started here has room for them on any machine.
         gpus: GPUs that a Ray started here offers; None: all that it finds.
-        preload: module to import in a thread while Ray's processes start.
+        preload: whether Ray Train is imported in a thread while Ray's processes start.
 
     Raises:
         SetupError: Ray cannot be started or reached.
@@ -97,8 +96,9 @@ def ray_session(
         os.environ.setdefault(name, value)
     import ray
 
-    if preload is not None:
-        threading.Thread(target=importlib.import_module, args=(preload,), daemon=True).start()
+    if preload:
+        module = "ray.train.torch" if attached else "cluster.launch.rendezvous"
+        threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
     with nullcontext() if attached else make_session_folder() as scratch:
         try:
             # A terminal that goes sends SIGHUP to all: Ray's processes must live until the end.

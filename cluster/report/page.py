@@ -1,6 +1,6 @@
 """The page about a run, RUN/report.html, or about several, made from files only.
 
-    python -m cluster.report RUN [--data DATA]
+    python -m cluster.report RUN [--data DATA] [--evaluate]
     python -m cluster.report RUN RUN ... [--out PAGE]
 
 The page needs no network, no script and no other file; it can be sent by mail or printed. A
@@ -176,6 +176,19 @@ def _find_class_names(
     return next((list(classes) for classes in errors if classes), [])
 
 
+def evaluate_runs(options: ReportOptions) -> None:
+    """Evaluate the newest checkpoint of each run with ten views, and keep the probabilities.
+
+    Raises:
+        DuetError: from `cluster.evaluate`.
+    """
+    from cluster import evaluate  # here: a report alone may need no torch
+
+    data = ["--data", options.data] if options.data else []
+    for run in options.runs:
+        evaluate.main([str(run), "--views", "10", "--save-probabilities", *data])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command: write the report and print its path.
 
@@ -185,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(ReportOptions, argv, "python -m cluster.report")
     if not options.runs:
         raise UsageError("no RUN is named; name the --run of a training, or several to compare")
+    if options.evaluate:
+        evaluate_runs(options)
     if len(options.runs) == 1:
         found = write_report(
             options.runs[0], options.data, options.answers, options.each, options.out

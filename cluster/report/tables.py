@@ -156,7 +156,7 @@ def write_verdict(records: Records, classes: int) -> str:
 def make_error_tiles(records: Records) -> list[Tile]:
     """Return top-1 and top-5 error of the most views, with those of the others below."""
     results = list_results(records)
-    has = {one.views for one in results if one.is_evaluation}
+    has = {one.views for one in results}
     missing = [f"--views {views}" for views in (10, 1) if views not in has]
     tiles = []
     for rank in ("1", "5"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import signal
 import sys
 import traceback
@@ -133,6 +134,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code, said = _call(main)
         with suppress(BrokenPipeError):
             sys.stderr.write(said)
+    # The interpreter's last collections would visit all that torch made: 0.8 CPU seconds.
+    gc.freeze()
     sys.exit(code)
 
 

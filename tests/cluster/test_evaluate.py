@@ -17,6 +17,7 @@ from cluster.config import Config
 from cluster.evaluate import AnswerCounts, main
 from cluster.experiments.ensemble import main as ensemble
 from cluster.mesh import ProcessMesh
+from cluster.report.page import main as report
 from cluster.run.folder import write_run_config
 from cluster.run.probabilities import (
     ProbabilityInfo,
@@ -114,6 +115,18 @@ def test_errors_are_those_counted_one_image_at_a_time(trained, tiny_data, views,
     assert written["classes"] == {
         name: pytest.approx(1 - confusion[place][place] / 5) for place, name in enumerate(names)
     }
+
+
+def test_a_report_evaluates_first_where_it_is_asked_to(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("evaluation-*", "prob*"))
+    assert report([str(run), "--evaluate"]) == 0
+    first, _, last = capsys.readouterr().out.splitlines()
+    assert (first.split(", ")[2], last) == ("ten views", str(run / "report.html"))
+    assert json.loads((run / "evaluation-10.json").read_text())["samples"] == 20
+    page = (run / "report.html").read_text()
+    assert "Randomly sampled" in page
+    assert "not evaluated with" not in page
 
 
 @pytest.mark.parametrize("classes", [4, 100_000])

@@ -27,6 +27,7 @@ UNNAMED = {"gpu_error": "No CUDA GPUs are available"}
 @pytest.fixture
 def have(monkeypatch, request):
     """The state of the machine as torch would see it; two GPUs if torch can use them."""
+    monkeypatch.setattr(gpus, "has_driver", lambda: True)
     monkeypatch.setattr(gpus, "gather_gpu_state", lambda: request.param)
     count = 0 if request.param.gpu_error or not request.param.cuda else request.param.devices
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
