@@ -242,13 +242,14 @@ class ThroughputOptions(Options):
 
     Measures every stage alone against the limits of this machine, then the stream, names its
     bottleneck and the gain of each change, and writes throughput.json and throughput.html. With
-    --rate only the stream is measured, or DALI's own reader as the yardstick; with --tune settings
-    are tried; with --plan a job is computed.
+    --rate only the stream is measured, or DALI's own reader as the yardstick; with --loader a
+    loader of yours; with --tune settings are tried; with --plan a job is computed.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "/data/imagenet --device gpu",
         "/data/imagenet --compare throughput.json",
+        "--loader train:make_loader --img-s 2000",
         "--plan --gpus 64 --img-s 500000 --store-kind s3",
     )
     SECTIONS: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -293,6 +294,9 @@ class ThroughputOptions(Options):
     """Measure the stream's rate only."""
     reader: Literal["stream", "native"] = "stream"
     """Reader: `native` is DALI's own for WebDataset shards; only with --rate."""
+    loader: Annotated[str | None, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
+    """Function without arguments that returns an iterable of batches, which is measured; beside the
+    stream in turn if DATA is given."""
     ledger: Path | None = None
     """Folder for a ledger, to measure the cost of writing one; only with --rate."""
     windows: int = 5
@@ -330,7 +334,7 @@ class ThroughputOptions(Options):
         self._check_form()
         if self.plan and self.img_s is None:
             raise UsageError("--plan needs --img-s: the images a second that the job takes")
-        if self.data is None and not self.plan:
+        if self.data is None and not self.plan and self.loader is None:
             raise UsageError("name a data set: duet throughput DATA")
         if self.reader == "native" and not self.rate:
             raise UsageError("--reader native goes with --rate: it has no stages to measure")
@@ -341,7 +345,7 @@ class ThroughputOptions(Options):
 
     def _check_form(self) -> None:
         """Refuse flags of two forms of the command, of which one would have no effect."""
-        forms = [f"--{name}" for name in ("plan", "rate", "tune") if getattr(self, name)]
+        forms = [f"--{name}" for name in ("plan", "rate", "tune", "loader") if getattr(self, name)]
         if len(forms) > 1:
             raise UsageError(f"{' and '.join(forms)} exclude each other; give one of them")
         if self.compare is not None and forms:

@@ -2,11 +2,13 @@
 
     python -m pipeline.throughput DATA [--device cpu|gpu] [--img-s N] [--tune] [--compare OLD.json]
     python -m pipeline.throughput DATA --rate [--reader stream|native]
+    python -m pipeline.throughput [DATA] --loader MODULE:FUNCTION [--img-s N]
     python -m pipeline.throughput --plan --gpus N --img-s N --store-kind s3 [--measured FILE.json]
 
 The first form measures every stage alone against the limits of this machine, then the stream,
 names its bottleneck and the gain of each change, and writes throughput.json and throughput.html.
-`--rate` measures the stream alone, or DALI's own reader as the yardstick.
+`--rate` measures the stream alone, or DALI's own reader as the yardstick; `--loader` any iterable
+of batches.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pipeline.remote.filesystem import is_remote
 from pipeline.stream.operators import require_dali
 from pipeline.throughput.capacity import plan_capacity, print_plan
 from pipeline.throughput.diagnosis import examine
+from pipeline.throughput.foreign_loader import examine_loader, print_loader_report
 from pipeline.throughput.report import (
     compare_reports,
     find_other_origin,
@@ -75,11 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(ThroughputOptions, argv, "python -m pipeline.throughput")
     options.check()
     console = Terminal(sys.stderr)
-    if not options.plan:
+    if options.data or not (options.plan or options.loader):
         require_dali()
     try:
         if options.plan:
             _plan(options, console)
+        elif options.loader:
+            _measure_loader(options, options.loader, console)
         elif options.rate:
             _measure_rate(options)
         elif options.tune:
@@ -109,6 +114,14 @@ def _measure_rate(options: ThroughputOptions) -> None:
         f"{reader} reader, {setting.device}, {setting.threads} threads, batch "
         f"{setting.batch_size}: {median:,.0f} img/s (windows {low:,.0f} to {high:,.0f})\n"
     )
+
+
+def _measure_loader(options: ThroughputOptions, name: str, console: rich.console.Console) -> None:
+    setting = make_setting(options) if options.data else None
+    report = examine_loader(name, setting, options.img_s, options.seconds)
+    print_loader_report(report, console)
+    if options.json:
+        sys.stdout.write(json.dumps(round_floats(report.to_table())) + "\n")
 
 
 def _examine(options: ThroughputOptions, console: rich.console.Console) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.tools.files import read_text
+
 Key = TypeVar("Key", bound=Hashable)
 
 STEADY = 0.05
@@ -157,8 +159,29 @@ class CpuLoad:
         return min(1.0, max(0.0, now - before - own) / wall)
 
 
+def find_descendants() -> list[int]:
+    """Return the ids of this process and of all that it started, directly or not, and that run."""
+    return list(_read_ticks())
+
+
+def _read_ticks() -> dict[int, int]:
+    """Return the CPU ticks of this process, its descendants, and those of them that have ended."""
+    parents, ticks = dict[int, int](), dict[int, int]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        # The name of the command, in brackets, may hold anything.
+        fields = read_text(path).rpartition(")")[2].split()
+        if len(fields) > 14:  # it has not ended meanwhile
+            pid = int(path.parent.name)
+            parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+    found, new = set[int](), {os.getpid()}
+    while new:
+        found |= new
+        new = {pid for pid, parent in parents.items() if parent in new}
+    return {pid: ticks.get(pid, 0) for pid in sorted(found)}
+
+
 def _own_seconds() -> float:
-    return sum(os.times()[:4])
+    return max(sum(os.times()[:4]), sum(_read_ticks().values()) / os.sysconf("SC_CLK_TCK"))
 
 
 def _busy_seconds() -> float | None:
