@@ -24,7 +24,7 @@ from pipeline.stream.order import Ids, Slots
 from pipeline.stream.prefetch import Prefetcher
 from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine
 from pipeline.stream.selection import make_order, select
-from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
+from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader
 from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import REBUILD, DataError, UsageError
@@ -82,12 +82,13 @@ class BatchReader:
         """
         gpu = config.on_gpu
         self.shard_reader = open_reader(datasets, config.stored_split, maps=not gpu)
-        self.config = config = _fit_config(config, self.shard_reader)
-        self.statistics = load_statistics(datasets, shares)
-        self.normalization = Normalization.of(self.statistics, config)
         identities = [identity(dataset.folder) for dataset in datasets]
         self.selection = select(config, self.shard_reader, identities, shares)
         """Samples that take part."""
+        config = _fit_config(config, self.shard_reader, self.selection.kept)
+        self.config = config
+        self.statistics = load_statistics(datasets, shares)
+        self.normalization = Normalization.of(self.statistics, config)
         self.order = make_order(self.selection, config.seed, config.order_name)
         self.quarantine = Quarantine(
             config.stored_split, Path(config.quarantine) if config.quarantine else None
@@ -286,8 +287,12 @@ class BatchReader:
         )
 
 
-def _fit_config(config: StreamConfig, reader: ShardReader | MixedReader) -> StreamConfig:
+def _fit_config(
+    config: StreamConfig, reader: ShardReader | MixedReader, kept: Flags | None
+) -> StreamConfig:
     """Return the config with the size of what it delivers of the images of a reader.
+
+    `kept` (bool [N]) says which of them take part; None: all do.
 
     Raises:
         UsageError: the images are too small for it, or must be of one size.
@@ -304,7 +309,8 @@ def _fit_config(config: StreamConfig, reader: ShardReader | MixedReader) -> Stre
     if config.crop == "whole":
         assert side
         return replace(config, size=side)
-    if config.crop != "resized" and (small := reader.find_smaller(height, width)) is not None:
+    small = None if config.crop == "resized" else reader.find_smaller(height, width, kept)
+    if small is not None:
         rows, columns = reader.read_sizes(np.array([small]))
         whose = f"stored images of {side}x{side}"
         if side is None:
@@ -312,6 +318,7 @@ def _fit_config(config: StreamConfig, reader: ShardReader | MixedReader) -> Stre
         raise UsageError(
             f"size {height}x{width} does not fit into the {whose}; "
             "give a smaller one, or crop='resized'"
+            + ("" if side else ", or leave it out with where={'height': ...}")
         )
     return config
 

@@ -12,7 +12,7 @@ from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.order import Ids
-from pipeline.stream.shard_reader import Bytes, Damage, ShardReader
+from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader
 from pipeline.stream.timing import Spent
 from pipeline.tools.errors import UsageError
 
@@ -75,10 +75,11 @@ class MixedReader:
         heights = self._gather(ids, lambda reader, own: reader.read_sizes(own)[0])
         return heights, self._gather(ids, lambda reader, own: reader.read_sizes(own)[1])
 
-    def find_smaller(self, height: int, width: int) -> int | None:
-        """Return the first sample that is less high or wide than this in pixels; None: none is."""
+    def find_smaller(self, height: int, width: int, kept: Flags | None = None) -> int | None:
+        """Return the first sample that is less high or wide than this; see `ShardReader`."""
         for first, reader in zip(self._firsts.tolist(), self.parts, strict=False):
-            if (small := reader.find_smaller(height, width)) is not None:
+            mine = None if kept is None else kept[first : first + len(reader)]
+            if (small := reader.find_smaller(height, width, mine)) is not None:
                 return int(first) + small
         return None
 

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ import numpy.typing as npt
 from pipeline.dataset.index import sample_key
 from pipeline.stream.augment import random_uint64, to_unit
 from pipeline.stream.config import StreamConfig
+from pipeline.stream.mixture import MixedReader
 from pipeline.stream.order import (
     BlockShuffle,
     FullShuffle,
@@ -39,16 +40,12 @@ from pipeline.stream.order import (
     WeightedOrder,
     Weights,
 )
+from pipeline.stream.shard_reader import Flags, ShardReader
 from pipeline.tools.errors import DamagedFile, UsageError
 from pipeline.tools.files import atomic_write
 from pipeline.tools.jsonl import hash_json, read_all_rows
 from pipeline.tools.packages import require_package
 
-if TYPE_CHECKING:
-    from pipeline.stream.mixture import MixedReader
-    from pipeline.stream.shard_reader import ShardReader
-
-Flags = npt.NDArray[np.bool_]
 AT_ONCE = 1 << 15
 """Samples whose part is drawn together: their numbers stay in the cache of a CPU."""
 JOINS = ("id", "key", "name")
@@ -276,8 +273,8 @@ class _Samples:
         if self._config.group is not None:
             values = self._find_column(self._config.group).astype(str)
             known, ids = np.unique(values, return_inverse=True)
-            words = [hashlib.sha256(str(one).encode()).digest()[:7] for one in known]
-            ids = np.array([int.from_bytes(word, "little") for word in words], np.int64)[ids]
+            digests = [hashlib.sha256(str(one).encode()).digest()[:7] for one in known]
+            ids = np.array([int.from_bytes(one, "little") for one in digests], np.int64)[ids]
         ends = np.cumsum([0, *shares.values()]) / sum(shares.values())
         number = list(shares).index(part)
         low, high = ends[number], ends[number + 1] if number + 1 < len(shares) else 1.0
@@ -328,7 +325,7 @@ class _Samples:
         if name == "key" and not callable(wanted):
             patterns = [str(one) for one in _as_list(wanted)]
             return np.concatenate([match_keys(part, patterns) for part in self._reader.parts])
-        column = self.labels if name == "label" else self._find_column(name)
+        column = self._find_column(name)
         if callable(wanted):
             return self._ask(name, wanted, column)
         return np.isin(column, np.array(_as_list(wanted)))
@@ -355,10 +352,14 @@ class _Samples:
         )
 
     def _find_column(self, name: str) -> npt.NDArray[Any]:
-        """Return a column of the table, one value a sample: [N]."""
+        """Return labels, sizes, or a column of the table, one value a sample: [N]."""
+        if name == "label":
+            return self.labels
+        if name in ("height", "width"):
+            return self._reader.read_sizes(np.arange(self.count))[name == "width"]
         if self._config.table is None:
             raise UsageError(
-                f"{name!r} is no label, class or key: name the table with this column "
+                f"{name!r} is no label, class, key or size: name the table with this column "
                 "(table='FILE.csv')"
             )
         if name not in self._table:

@@ -25,6 +25,7 @@ from pipeline.stream.timing import Spent
 from pipeline.tools.errors import REBUILD, DataError, DuetError, SetupError
 
 Bytes = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
 
 OPEN_FILES = 256
 """Largest number of shards kept open; the least recently read one is closed beyond it."""
@@ -109,13 +110,19 @@ class ShardReader:
         rows = self._index[ids]
         return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
 
-    def find_smaller(self, height: int, width: int) -> int | None:
-        """Return the first sample that is less high or wide than this in pixels; None: none is."""
+    def find_smaller(self, height: int, width: int, kept: Flags | None = None) -> int | None:
+        """Return the first sample that is less high or wide than this in pixels; None: none is.
+
+        Of samples that are not `kept` (bool [N]; None: all are) the size does not matter, unless
+        all have the same.
+        """
         if self.side is not None:
             return None if height <= self.side >= width else 0
         for start in range(0, len(self._index), BLOCK):
             rows = self._index[start : start + BLOCK]
             smaller = (rows["height"] < height) | (rows["width"] < width)
+            if kept is not None:
+                smaller &= kept[start : start + BLOCK]
             if smaller.any():
                 return start + int(smaller.argmax())
         return None

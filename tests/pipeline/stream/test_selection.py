@@ -345,7 +345,7 @@ def test_a_saved_selection_is_the_same_again(tmp_path):
         ({"where": {"label": 9}}, r"where={'label': 9} leaves none of the 48 samples of split"),
         ({"where": np.zeros(48, bool)}, r"where=the mask leaves none of the 48 samples"),
         ({"where": np.ones(47, bool)}, r"where has 47 values, and split 'train' 48 samples"),
-        ({"where": {"year": 3}}, r"'year' is no label, class or key: name the table"),
+        ({"where": {"year": 3}}, r"'year' is no label, class, key or size: name the table"),
         ({"where": {"label": lambda column: 3}}, r"the function of where\['label'\] returns int"),
         ({"weights": np.zeros(48)}, r"weights sum to 0: no sample could be drawn"),
         ({"weights": [1.0] * 3}, r"weights has 3 values, and split 'train' 48 samples"),
@@ -412,3 +412,14 @@ def test_sets_that_do_not_fit_each_other_are_refused(tiny_data, raw_data, image_
             Stream(shares, **SMALL)
     with pytest.raises(ValueError, match=r"a share of 0\.0001 is too small"):
         Stream({tiny_data: 1, str(tiny_data): 0.0001}, **SMALL)
+
+
+def test_images_that_are_too_small_may_be_left_out(image_folder, tmp_path):
+    train = image_folder / "train"
+    packed(tmp_path / "data", train=train, holdout=0.1, size=64, fit="shorter", min_side=40)
+    with pytest.raises(UsageError, match=r"does not fit into the train sample .*where={'height'"):
+        Stream(tmp_path / "data", **SMALL | {"size": (80, 64)})
+    where = {"height": lambda height: height >= 80}
+    with Stream(tmp_path / "data", where=where, **SMALL | {"size": (80, 64)}) as stream:
+        assert 0 < stream.samples < 40
+        assert next(stream).images.shape == (12, 3, 80, 64)
