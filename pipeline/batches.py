@@ -16,8 +16,7 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.remote.dataset import Dataset, open_dataset
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.dataset import Dataset, LocalDataset, open_dataset
 from pipeline.stream.config import CROP, Crop, StreamConfig
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
@@ -135,8 +134,7 @@ class Stream:
             open_dataset(one, cache=config.cache, cache_size=config.cache_size) for one in shares
         ]
         self._reader = reader = BatchReader(self._datasets, config, tuple(shares.values()))
-        if any(is_remote(os.fspath(one)) for one in shares):
-            _check_cache(reader, self._datasets)
+        _check_cache(reader, self._datasets)
         self.channel_mean = reader.statistics.channel_mean
         """float64 [3]: the mean of each channel over the training set."""
         self.mean = reader.normalization.subtracted
@@ -428,15 +426,23 @@ def _check_cache(reader: BatchReader, datasets: Sequence[Dataset]) -> None:
     Raises:
         UsageError: says how much it should hold.
     """
-    config, shards = reader.config, reader.shard_reader.shards
-    needed = reader.order.list_shards(config.position)
+    remote = [not isinstance(dataset, LocalDataset) for dataset in datasets]
+    if not any(remote):
+        return
+    config, parts = reader.config, reader.shard_reader.parts
+    cached = [
+        shard.bytes if is_cached else 0
+        for part, is_cached in zip(parts, remote, strict=True)
+        for shard in part.shards
+    ]
+    needed = [shard for shard in reader.order.list_shards(config.position) if cached[shard]]
     # A pass in stored order reads shard after shard; the others are only prefetched.
     needed = needed[:1] if config.once else needed
-    size = sum(shards[number].bytes for number in needed)
+    size = sum(cached[shard] for shard in needed)
     metadata = sum(  # not *.partial: another process's, gone the next moment
         path.stat().st_size
-        for dataset in datasets
-        for path in dataset.folder.iterdir()
+        for dataset, is_cached in zip(datasets, remote, strict=True)
+        for path in (dataset.folder.iterdir() if is_cached else ())
         if path.suffix in (".json", ".npy", ".npz")
     )
     if size + metadata > config.cache_size:

@@ -213,6 +213,15 @@ def _channel_mean(data: Path) -> np.ndarray:
         return arrays["channel_mean"]
 
 
+def test_a_mixture_reads_a_store_through_the_cache(tiny_data, second_data, server, tmp_path):
+    settings = {"cache": tmp_path / "cache", "shuffle": "block", "window": 1}
+    local = read_ids({second_data: 0.5, tiny_data: 0.5}, 100, **settings)
+    assert read_ids({second_data: 0.5, server.address: 0.5}, 100, **settings) == local
+    size = sum(path.stat().st_size for path in tiny_data.glob("*.tar")) // 5
+    with pytest.raises(UsageError, match="cannot hold the 2 shards"):
+        read_ids({second_data: 0.5, server.address: 0.5}, 1, **settings, cache_size=size)
+
+
 shares = st.lists(st.floats(0.02, 5), min_size=2, max_size=4)
 
 
