@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
-from cluster.cli.options import Evaluate
+from cluster.cli.options import EvaluateOptions
 from cluster.config import Config, read_run_config
 from cluster.launch.session import refuse_relative
 from cluster.run.console import print_warning
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = parse_options(Evaluate, argv, "python -m cluster.evaluate")
+    options = parse_options(EvaluateOptions, argv, "python -m cluster.evaluate")
     for name, path in (("RUN", options.run), ("DATA", options.data)):
         if path:
             refuse_relative(name, path, missing=True)
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(options: Evaluate) -> dict[str, Any]:
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Return what goes into evaluation-<views>.json; errors are fractions.
 
     Raises:
@@ -128,12 +128,12 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     }
 
 
-def _name_choice(options: Evaluate) -> str:
+def _name_choice(options: EvaluateOptions) -> str:
     """Return in a word why the checkpoint is the one: best, named or newest."""
     return "best" if options.best else "newest" if options.checkpoint is None else "named"
 
 
-def _open_stream(options: Evaluate, config: Config, device: torch.device) -> Stream:
+def _open_stream(options: EvaluateOptions, config: Config, device: torch.device) -> Stream:
     crop: Literal["center", "whole"] = "center" if options.views == 1 else "whole"
     return Stream(
         options.data,
@@ -186,7 +186,7 @@ class AnswerCounts:
 
 
 def _count(
-    net: AlexNet, stream: Stream, options: Evaluate, writer: ProbabilityWriter | None
+    net: AlexNet, stream: Stream, options: EvaluateOptions, writer: ProbabilityWriter | None
 ) -> tuple[AnswerCounts, float]:
     """Return the counted answers, and the seconds they took."""
     counts = AnswerCounts.zeros(net.classes)
@@ -220,7 +220,7 @@ def _summarize(counts: AnswerCounts, names: tuple[str, ...]) -> dict[str, Any]:
     return result
 
 
-def _count_classes(found: Checkpoint, manifest: Manifest, options: Evaluate) -> int:
+def _count_classes(found: Checkpoint, manifest: Manifest, options: EvaluateOptions) -> int:
     trained = found.classes
     if manifest.classes != trained:
         raise UsageError(

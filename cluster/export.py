@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint, read_table
 from cluster.checkpoint.storage import open_storage
-from cluster.cli.options import Export
+from cluster.cli.options import ExportOptions
 from cluster.config import Config, read_run_config
 from cluster.run.console import print_warning
 from cluster.run.folder import CONFIG
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: one line, with the exit code to leave with.
     """
-    options = parse_options(Export, argv, "python -m cluster.export")
+    options = parse_options(ExportOptions, argv, "python -m cluster.export")
     config, trained_on = read_run_config(options.run / CONFIG)
     found = choose_checkpoint(
         options.run, config.store, print_warning, options.checkpoint, options.best
@@ -103,7 +103,7 @@ def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
 
 
 def read_mean(
-    options: Export, config: Config, known: Sequence[float] | None, trained_on: str
+    options: ExportOptions, config: Config, known: Sequence[float] | None, trained_on: str
 ) -> Tensor:
     """Return the mean to subtract: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
 

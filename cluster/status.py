@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.cli.options import Status
+from cluster.cli.options import StatusOptions
 from cluster.run.console import MOST_WORKERS, format_device, format_duration
 from cluster.run.jsonl import WAITS
 from cluster.run.state import RunState, read_state
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         UsageError: RUN holds no run, or --watch is given with an address.
         SetupError, StoreError: the store cannot be reached.
     """
-    options = parse_options(Status, argv, "python -m cluster.status")
+    options = parse_options(StatusOptions, argv, "python -m cluster.status")
     if is_remote(options.run):
         if options.watch:
             raise UsageError(

@@ -219,7 +219,7 @@ def train_run(
             trainer(ready, command.data, folder, screen)
         except KeyboardInterrupt:
             step = find_last_step(folder, config.store)
-            screen.say(f"stopped; the same command goes on from step {step}")
+            screen.say(f"stopped; the same command resumes from step {step}")
             raise
         finally:
             if count := count_rows(folder / QUARANTINE):

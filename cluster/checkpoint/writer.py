@@ -362,7 +362,7 @@ class CheckpointManager:
         if trouble and must:
             self._clean(None)
             raise SetupError(
-                f"{what}; free some space there, or bring the disk back: the same command goes on "
+                f"{what}; free some space there, or bring the disk back: the same command resumes "
                 f"from step {self._good}"
             )
         if self._mesh.is_leader:

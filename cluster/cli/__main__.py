@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 
 class Verb(NamedTuple):
-    """A verb: its module, which has `main(argv)`; its flags; and what it does, in one line."""
+    """A verb: the function that runs it, its flags, and what it does, in one line."""
 
     module: str
+    """Module with `main(argv)`, or module and name of another function of the words after it."""
     options: str
     """Module and name of the dataclass of its flags; "": it has none."""
     help: str
@@ -54,20 +55,21 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "training": {
         "train": Verb("cluster.train", "cluster.cli.options:TrainOptions",
                       "train a network, or resume a run"),
-        "evaluate": Verb("cluster.evaluate", "cluster.cli.options:Evaluate",
+        "evaluate": Verb("cluster.evaluate", "cluster.cli.options:EvaluateOptions",
                          "error rates of a run, with one view or ten"),
-        "export": Verb("cluster.export", "cluster.cli.options:Export",
+        "export": Verb("cluster.export", "cluster.cli.options:ExportOptions",
                        "the merged weights as one file"),
-        "presets": Verb("cluster.cli.__main__", "",
+        "presets": Verb("cluster.cli.__main__:show_presets", "",
                         "list the configs that come with Duet, or copy one"),
     },
     "looking": {
-        "status": Verb("cluster.status", "cluster.cli.options:Status", "the state of a run"),
+        "status": Verb("cluster.status", "cluster.cli.options:StatusOptions",
+                       "the state of a run"),
         "report": Verb("cluster.report.page", "cluster.cli.options:ReportOptions",
                        "a run as one page"),
         "doctor": Verb("cluster.doctor.command", "cluster.cli.options:DoctorOptions",
                        "check machine, data, and cluster"),
-        "summary": Verb("model.summary", "cluster.cli.options:NetworkOptions",
+        "summary": Verb("cluster.cli.__main__:show_network", "cluster.cli.options:NetworkOptions",
                         "layers, parameters, and operations of a network"),
     },
     "paper": {
@@ -108,10 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         shell = "".join(words).removeprefix("--print-completion").removeprefix("=")
         sys.stdout.write(format_completion(shell))
         return 0
-    name = find_verb(words[0])
-    if name == "presets":
-        return show_presets(words[1:])
-    return run_verb(name, words[1:])
+    return run_verb(find_verb(words[0]), words[1:])
 
 
 def run_verb(name: str, words: Sequence[str]) -> int | None:
@@ -123,18 +122,19 @@ def run_verb(name: str, words: Sequence[str]) -> int | None:
     from pipeline.tools.arguments import check_flags, format_options, use_command_name
     from pipeline.tools.startup import install_first_line, remove_first_line
 
-    command, kind = f"duet {name}", load_options(VERBS[name])
-    if {"-h", "--help"} & set(words):
+    command, verb = f"duet {name}", VERBS[name]
+    kind = load_options(verb) if verb.options else None
+    if kind is not None and {"-h", "--help"} & set(words):
         sys.stdout.write(format_options(kind, command))
         return 0
     with use_command_name(command):
-        check_flags(kind, words, command)
+        if kind is not None:
+            check_flags(kind, words, command)
         install_first_line(name, words)
         try:
-            if name == "summary":
-                show_network(words)
-                return 0
-            result: int | None = importlib.import_module(VERBS[name].module).main(list(words))
+            module, _, function = verb.module.partition(":")
+            run_it = getattr(importlib.import_module(module), function or "main")
+            result: int | None = run_it(list(words))
             return result
         finally:
             remove_first_line()
@@ -147,7 +147,7 @@ def load_options(verb: Verb) -> type[Options]:
     return found
 
 
-def show_network(words: Sequence[str]) -> None:
+def show_network(words: Sequence[str]) -> int:
     """Print the layer table of a config, which may be the bare name of a preset.
 
     Raises:
@@ -160,6 +160,7 @@ def show_network(words: Sequence[str]) -> None:
 
     options = parse_options(NetworkOptions, words, "duet summary")
     show_summary(replace(options, config=find_config(options.config)))
+    return 0
 
 
 def find_verb(word: str) -> str:

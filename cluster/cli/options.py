@@ -80,7 +80,19 @@ class TrainOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Options):
+class CheckpointOptions(Options):
+    """A checkpoint of a run; by default the newest one."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    best: bool = False
+    """The checkpoint with the lowest validation error instead of the newest."""
+    checkpoint: int | None = None
+    """The checkpoint of this step instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(CheckpointOptions):
     """Measure a trained network on every image of a split, once each.
 
     Views as in the paper (section 4.1): the center crop, or the mean over four corners, center and
@@ -89,12 +101,6 @@ class Evaluate(Options):
 
     EXAMPLES: ClassVar[tuple[str, ...]] = ("runs/dexp --best --views 10",)
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
-    best: bool = False
-    """The checkpoint with the lowest validation error instead of the newest."""
-    checkpoint: int | None = None
-    """The checkpoint of this step instead."""
     data: str = ""
     """Data set (folder or address) with the classes of the training; default: that of the run."""
     views: Literal[1, 10] = 1
@@ -110,19 +116,13 @@ class Evaluate(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Options):
+class ExportOptions(CheckpointOptions):
     """Write the merged weights of a run as one safetensors file, for plain PyTorch."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = ("runs/dexp --best --out alexnet.safetensors",)
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
     out: Path | None = None
     """File to write; default RUN/weights.safetensors."""
-    best: bool = False
-    """The checkpoint with the lowest validation error instead of the newest."""
-    checkpoint: int | None = None
-    """The checkpoint of this step instead."""
     data: str = ""
     """Data set of the training, if that has moved; only runs with mean = 'image', or older ones,
     need it."""
@@ -131,7 +131,7 @@ class Export(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Status(Options):
+class StatusOptions(Options):
     """Show the state of a run, from its files, also on another machine."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = ("runs/dexp --watch", "s3://bucket/dexp --json")
@@ -221,7 +221,7 @@ class EvidenceOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighborsOptions(Options):
+class NeighborsOptions(CheckpointOptions):
     """Find the images that a trained network finds most similar."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = ("runs/dexp -k 10",)
@@ -229,12 +229,6 @@ class NeighborsOptions(Options):
         "--step": "--checkpoint", "--queries": "--split", "--base": "--base-split",
     }  # fmt: skip
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
-    best: bool = False
-    """The checkpoint with the lowest validation error instead of the newest."""
-    checkpoint: int | None = None
-    """The checkpoint of this step instead."""
     data: str = ""
     """Data set (folder or address) with the classes of the training; default: that of the run."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 6

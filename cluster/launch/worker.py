@@ -76,7 +76,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
                     if mirror := open_mirror(job.run, job.config.store):
                         mirror.restore()  # the last leader may have been on another node
                     dtype = compute_dtype(job.config.dtype, mesh.device)
-                    write_machine(job.run, mesh.world_size, str(dtype).removeprefix("torch."))
+                    write_machine(job.run, mesh.world_size, dtype)
                     job.driver.tell(Placed(tuple(workers)))
                 train(
                     job.config, job.data, job.run, mesh, job.driver.tell,

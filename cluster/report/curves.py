@@ -54,13 +54,13 @@ class Quantity:
     is_noisy: bool = True
     """Its curve is a moving mean where several are compared."""
 
-    def series(self, records: Records) -> Series:
+    def find_series(self, records: Records) -> Series:
         """Return the rows that have it."""
         return records.validation if self.is_validation else records.metrics
 
     def read(self, records: Records) -> Floats:
         """Return its values in its unit; NaN where a row lacks it."""
-        return self.series(records)[self.field] * self.scale
+        return self.find_series(records)[self.field] * self.scale
 
     def choose_top(self, tracks: Sequence[Floats]) -> float:
         """Return the end of an axis that shows nearly all of the values."""
@@ -152,7 +152,7 @@ def draw_comparison(runs: Sequence[Records], letters: str) -> list[Chart]:
             if not np.isfinite(values).any():
                 missing.append(letters[number])
                 continue
-            series, (color, dashes) = quantity.series(records), charts.pick_series(number)
+            series, (color, dashes) = quantity.find_series(records), charts.pick_series(number)
             shown = values
             if quantity.is_noisy:
                 shown = smooth(values, choose_window(len(series)))

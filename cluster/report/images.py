@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, column_file
 from cluster.cli.options import CHOICES, Choice, ReportOptions
@@ -272,7 +273,9 @@ def collect_answers(
         data, folder = locate_dataset(run, data, **cached)
         if identity(folder) != saved.about.data_sha256:
             raise MissingFigure(f"No answers: {data} is not the data set that was evaluated.")
-        chosen, confusions = choose_images(saved, choices, each), count_confusions(saved)
+        truths, answers = read_rows(saved)
+        chosen = choose_images(saved, truths, choices, each)
+        confusions = count_confusions(saved, answers)
         with (
             closing(open_dataset(data, **cached)) as dataset,
             closing(ShardReader(dataset, saved.about.split)) as storage,
@@ -289,16 +292,23 @@ def collect_answers(
     )
 
 
-def choose_images(
-    saved: SavedProbabilities, choices: Sequence[Choice], each: int
-) -> dict[Choice, list[int]]:
-    """Return the ids of the images of each choice, without damaged ones."""
-    sound = torch.nonzero(saved.weights > 0).flatten()
-    shares, first = [], 0
-    for labels in saved.labels.split(ROWS):  # the probability of the true class in each row
-        shares.append(saved.rows(first, first + len(labels)).gather(1, labels[:, None]).flatten())
+def read_rows(saved: SavedProbabilities) -> tuple[Tensor, Tensor]:
+    """Return each image's probability of its true class, float32 [N], and answer, int64 [N]."""
+    truths, answers, first = [], [], 0
+    for labels in saved.labels.split(ROWS):
+        rows = saved.rows(first, first + len(labels))
+        truths.append(rows.gather(1, labels[:, None]).flatten())
+        answers.append(rows.argmax(1))
         first += len(labels)
-    order = torch.argsort(torch.cat(shares)[sound], stable=True)
+    return torch.cat(truths), torch.cat(answers)
+
+
+def choose_images(
+    saved: SavedProbabilities, truths: Tensor, choices: Sequence[Choice], each: int
+) -> dict[Choice, list[int]]:
+    """Return the ids of the images of each choice, without damaged ones; `truths`: `read_rows`."""
+    sound = torch.nonzero(saved.weights > 0).flatten()
+    order = torch.argsort(truths[sound], stable=True)
     lot = np.random.default_rng(0).permutation(len(sound))
     found = {
         "best": sound[order.flip(0)[:each]].tolist(),
@@ -308,15 +318,12 @@ def choose_images(
     return {choice: found[choice] for choice in choices}
 
 
-def count_confusions(saved: SavedProbabilities) -> tuple[Confusion, ...]:
-    """Return the `MOST_PAIRS` most frequent pairs of a class and a wrong answer to it."""
-    names, first, found = saved.about.classes, 0, []
-    for labels, weights in zip(saved.labels.split(ROWS), saved.weights.split(ROWS), strict=True):
-        answers = saved.rows(first, first + len(labels)).argmax(1)
-        is_wrong = (answers != labels) & (weights > 0)
-        found.append(labels[is_wrong] * len(names) + answers[is_wrong])
-        first += len(labels)
-    pairs, counts = torch.cat(found).unique(return_counts=True)
+def count_confusions(saved: SavedProbabilities, answers: Tensor) -> tuple[Confusion, ...]:
+    """Return the `MOST_PAIRS` most frequent pairs of a class and a wrong answer (`read_rows`)."""
+    names = saved.about.classes
+    is_wrong = (answers != saved.labels) & (saved.weights > 0)
+    wrong = saved.labels[is_wrong] * len(names) + answers[is_wrong]
+    pairs, counts = wrong.unique(return_counts=True)
     images = saved.labels[saved.weights > 0].bincount(minlength=len(names)).tolist()
     order = counts.argsort(descending=True, stable=True)[:MOST_PAIRS]
     rows = zip(pairs[order].tolist(), counts[order].tolist(), strict=True)

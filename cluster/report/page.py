@@ -29,6 +29,7 @@ from cluster.run.folder import KERNELS
 from cluster.run.kernels import read_kernels
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import locate_dataset
+from pipeline.sources.paths import base_name
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.charts import page_templates
 from pipeline.tools.errors import DuetError, UsageError
@@ -99,7 +100,7 @@ def render_page(
     pairs = tables.list_confusions(records, names) or (answers.confusions if answers else ())
     return load_templates().get_template("page.html.j2").render(
         title=run.resolve().name,
-        lead=tables.write_lead(records, manifest, find_name(data or str(config.get("data", "")))),
+        lead=tables.write_lead(records, manifest, base_name(data or str(config.get("data", "")))),
         state=records.state,
         progress=tables.write_progress(records),
         verdict=tables.write_verdict(records, len(names)),
@@ -127,11 +128,6 @@ def render_page(
         **{name: figure for name, (figure, _) in figures.items()},
         **{f"{name}_note": note for name, (_, note) in figures.items()},
     )  # fmt: skip
-
-
-def find_name(data: str) -> str:
-    """Return the last part of the path or address of a data set."""
-    return data.rstrip("/").rpartition("/")[2] or data
 
 
 def load_templates(*folders: Path) -> jinja2.Environment:

@@ -6,7 +6,6 @@ import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from cluster.report.images import MOST_PAIRS, Confusion
 from cluster.report.records import Records
 from cluster.report.settings import format_setting
-from cluster.run.folder import CHECKPOINTS, METRICS, list_checkpoints, parse_step
+from cluster.run.folder import METRICS, list_own_checkpoints, parse_step
 from cluster.run.jsonl import WAITS
 from model.architecture import Design
 from model.summary import ColumnRow, build_table, sum_rows
@@ -256,10 +255,10 @@ def _format_moment(seconds: Any) -> str:
 
 
 def list_saved_checkpoints(records: Records) -> list[tuple[str, str, str]]:
-    """Return (step, size, validation error then) of the checkpoints in the run's folder."""
-    place = Path(str(records.config.get("store") or records.run))
+    """Return (step, size, validation error then) of the checkpoints of the run."""
+    store = str(records.config.get("store") or "")
     validation, found = records.validation, []
-    for path in list_checkpoints(place / CHECKPOINTS):
+    for path in list_own_checkpoints(records.run, store):
         step = parse_step(path)
         try:
             size = human_bytes(sum(file.stat().st_size for file in path.iterdir()))

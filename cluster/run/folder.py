@@ -37,6 +37,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.config import (
     CHANGEABLE,
@@ -52,8 +53,12 @@ from pipeline.dataset.record import ADDRESS_KEY, LOCK, RECORD
 from pipeline.remote.lease import lock_folder
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import NoLocks, atomic_write, ensure_writable, flock
+from pipeline.tools.jsonl import parse_json
 from pipeline.tools.packages import DALI, find_version
 from pipeline.tools.units import cpu_count, cpu_name
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKPOINTS = "checkpoints"
 CONFIG = RECORD
@@ -242,6 +247,28 @@ def list_checkpoints(folder: Path) -> list[Path]:
     )
 
 
+def list_own_checkpoints(run: Path, store: str = "") -> list[Path]:
+    """List the complete checkpoints that the run in RUN made, newest first.
+
+    Args:
+        run: run folder.
+        store: setting of the run, which other runs may have filled; "": RUN itself. One at an
+            address is not listed.
+    """
+    own = read_run_id(run)
+    there = list_checkpoints(Path(store or run) / CHECKPOINTS)
+    return [path for path in there if not own or read_maker(path) in (own, "")]
+
+
+def read_maker(checkpoint: Path) -> str:
+    """Return the name of the run that made a checkpoint; "" if that is not known."""
+    try:
+        table = parse_json((checkpoint / "checkpoint.json").read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(table.get("run", "")) if isinstance(table, dict) else ""
+
+
 def read_store(run: Path) -> str:
     """Return the setting `store` of a run; "" if its config cannot be read."""
     try:
@@ -271,13 +298,13 @@ def parse_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def write_machine(run: Path, workers: int, dtype: str) -> None:
+def write_machine(run: Path, workers: int, dtype: torch.dtype) -> None:
     """Write RUN/machine.json: processor, cores, memory, GPUs and versions of this machine.
 
     Args:
         run: run folder.
         workers: number of processes that train.
-        dtype: name of the dtype that layers compute in, such as bfloat16.
+        dtype: dtype that layers compute in.
     """
     import torch  # here: commands that only read a run start faster without it
 
@@ -292,7 +319,7 @@ def write_machine(run: Path, workers: int, dtype: str) -> None:
         "dali": find_version(*DALI),
         "ray": find_version("ray"),
         "workers": workers,
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     with atomic_write(run / MACHINE) as file:
         file.write((json.dumps(machine, indent=1) + "\n").encode())

@@ -15,7 +15,6 @@ from typing import Any
 from cluster.config import Config, read_run_config
 from cluster.run import folder
 from cluster.run.jsonl import WAITS, count_rows, read_tail
-from pipeline.tools.jsonl import parse_json
 
 TAIL = 400
 """Number of rows to read from the end of metrics.jsonl."""
@@ -131,7 +130,7 @@ def _fill_attempts(
     state.state = why if why in ("finished", "stopped") else "running"
     ended = _read_time(final)
     if state.state == "stopped":
-        state.why = "by hand; the same command goes on"
+        state.why = "by hand; the same command resumes"
     elif over and state.state == "running" and (line := _read_error(Path(state.run), ended)):
         state.state, state.why = "failed", line
     elif over and state.state == "running" and now - ended < AGAIN:
@@ -157,7 +156,7 @@ def _judge_running(
     ended = final.get("event") == "end"
     if not ended and held is False and since > SOON:
         state.state = "stalled"
-        state.why = "its leading worker is gone; the same command goes on, if its driver is, too"
+        state.why = "its leading worker is gone; the same command resumes, if its driver is, too"
         state.evidence = "sure: nobody holds RUN/.leader on this machine"
     elif since > usual or (ended and since > AGAIN):
         state.state = "stalled"
@@ -216,29 +215,18 @@ def _find_total(
     return None
 
 
-def _read_maker(checkpoint: Path) -> str:
-    """Return the name of the run that made a checkpoint; "" if that is not known."""
-    try:
-        table = parse_json((checkpoint / "checkpoint.json").read_bytes())
-    except (OSError, ValueError):
-        return ""
-    return str(table.get("run", "")) if isinstance(table, dict) else ""
-
-
 def _find_checkpoint(run: Path, config: Config, now: float) -> dict[str, Any]:
     """Return step, age and size of the newest own checkpoint, if it lies in a folder."""
     from pipeline.remote.filesystem import is_remote
 
     if config.store and is_remote(config.store):
         return {"where": config.store}
-    own = folder.read_run_id(run)
-    there = folder.list_checkpoints(Path(config.store or run) / folder.CHECKPOINTS)
-    makers = {path: _read_maker(path) for path in there}
-    found = [path for path in there if not own or makers[path] in (own, "")]
-    if there and not found:
-        return {"where": f"none; {config.store or run} has those of run {makers[there[0]]}"}
+    found = folder.list_own_checkpoints(run, config.store)
     if not found:
-        return {}
+        place = Path(config.store or run)
+        others = folder.list_checkpoints(place / folder.CHECKPOINTS)[:1]
+        makers = [f"none; {place} has those of run {folder.read_maker(one)}" for one in others]
+        return {"where": makers[0]} if makers else {}
     try:
         size = sum(path.stat().st_size for path in found[0].iterdir())
         age = round(max(0.0, now - found[0].stat().st_mtime), 1)

@@ -155,19 +155,21 @@ class MlflowTracker:
         self._client: Any = MlflowClient(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         try:
-            place = self._client.create_experiment(name)
+            experiment_id = self._client.create_experiment(name)
         except MlflowException:
             if (experiment := self._client.get_experiment_by_name(name)) is None:
                 raise
-            place = experiment.experiment_id
-        found = self._client.search_runs([place], f"tags.`{RUN_TAG}` = '{run.name}'")
+            experiment_id = experiment.experiment_id
+        found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run.name}'")
         self._last = 0
         if found:
             self._id = found[0].info.run_id
             self._last = int(found[0].data.tags.get(STEP_TAG, 0))
             self._client.update_run(self._id, status="RUNNING")
             return
-        created = self._client.create_run(place, run_name=run.folder.name, tags={RUN_TAG: run.name})
+        created = self._client.create_run(
+            experiment_id, run_name=run.folder.name, tags={RUN_TAG: run.name}
+        )
         self._id = created.info.run_id
         params = [Param(key, str(value)[:500]) for key, value in run.settings.items()]
         self._client.log_batch(self._id, params=params)

@@ -299,4 +299,4 @@ def _disk_errors_in_one_line(target: Target) -> Iterator[None]:
             if error.strerror
             else str(error)  # raised by Duet; it names the file
         )
-        raise DuetError(f"{what}; mend it and run the same command again, it goes on") from error
+        raise DuetError(f"{what}; mend it and run the same command again, it resumes") from error

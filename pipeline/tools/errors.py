@@ -104,7 +104,7 @@ def hint_resume(kept: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nstopped; {kept}, and the same command goes on from there\n")
+        sys.stderr.write(f"\nstopped; {kept}, and the same command resumes there\n")
         raise
 
 

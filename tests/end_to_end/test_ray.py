@@ -159,7 +159,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(command, config, damaged, tmp
     assert time.monotonic() - saved_at < 8
     assert strangers(one.lines) == []
     saved = next(line.split()[1] for line in one.lines if line.endswith("saved, and ended"))
-    assert f"stopped; the same command goes on from step {saved}" in one.lines
+    assert f"stopped; the same command resumes from step {saved}" in one.lines
     assert losses(run)[-1][0] == int(saved) * SETTINGS["batch_size"]  # nothing is lost
     wait_until_gone(one.mark)
 

@@ -114,4 +114,4 @@ def test_a_submitted_job_trains_passes_its_exit_code_on_and_saves_when_it_is_sto
     assert saved.name == f"step-{len(losses(long)):08d}"
     log = jobs("logs", "long").stdout
     assert "stopping: saving first" in log
-    assert f"stopped; the same command goes on from step {len(losses(long))}" in log
+    assert f"stopped; the same command resumes from step {len(losses(long))}" in log

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.cli.options import Evaluate
+from cluster.cli.options import EvaluateOptions
 from cluster.evaluate import evaluate
 from cluster.experiments.ensemble import ERRORS, KINDS, Ensemble, make_table
 from cluster.experiments.study.config import Study
@@ -174,7 +174,9 @@ def _measure_train_error(run: StudyRun) -> float:
 
 
 def _evaluate(run: StudyRun, **options: Any) -> dict[str, Any]:
-    return evaluate(Evaluate(run=run.folder, data=run.data, device=run.config.device, **options))
+    return evaluate(
+        EvaluateOptions(run=run.folder, data=run.data, device=run.config.device, **options)
+    )
 
 
 def measure_averages(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:

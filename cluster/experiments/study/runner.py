@@ -293,7 +293,7 @@ def train_here(config: Config, data: str, folder: Path, screen: RunConsole) -> N
     mesh = ProcessMesh(device=choose_device(config.device), cores=cpu_count())
     with lock_leader(folder), count_interrupts() as end:
         dtype = compute_dtype(config.dtype, mesh.device)
-        write_machine(folder, mesh.world_size, str(dtype).removeprefix("torch."))
+        write_machine(folder, mesh.world_size, dtype)
         make_run(
             config, data, folder, mesh, screen.show,
             identity=read_identity(folder), is_stopping=lambda: end() > 0,

@@ -63,7 +63,7 @@ def test_a_full_disk_is_a_warning_and_the_next_save_is_made(run, monkeypatch, mo
         assert "No space left on device" in warning
         assert "the last one is of step 3" in warning
         run.begin(7, seed=2)
-        with pytest.raises(SetupError, match=r"step 7 .*No space left.* goes on from step 3"):
+        with pytest.raises(SetupError, match=r"step 7 .*No space left.* resumes from step 3"):
             run.checkpoints.finish(must=True)
     assert run.names() == steps(3)
     run.save(9, seed=3)

@@ -173,7 +173,7 @@ def test_a_full_disk_of_one_column_is_told_by_the_leader_and_fails_the_last_save
     (warning,) = leader["warnings"]
     assert "replica 0, column b: No space left on device" in warning
     assert leader["error"] == other["error"]
-    assert "goes on from step 3" in leader["error"]
+    assert "resumes from step 3" in leader["error"]
     assert leader["saved"] == [3, 12]
     assert sorted(path.name for path in (leader["folder"] / CHECKPOINTS).iterdir()) == steps(3, 12)
 

@@ -202,7 +202,7 @@ def test_a_store_that_fails_is_a_warning_and_the_next_save_is_made(run, monkeypa
         assert "Service Unavailable" in run.warnings[0]
         run.checkpoints.finish(must=True)  # waits until what was written of step 6 is removed
         run.begin(7, seed=2)
-        with pytest.raises(SetupError, match=r"step 7 .*goes on from step 3"):
+        with pytest.raises(SetupError, match=r"step 7 .*resumes from step 3"):
             run.checkpoints.finish(must=True)
     assert there(run) == {3: WHOLE}
     run.save(9, seed=3)

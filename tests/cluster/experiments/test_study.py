@@ -233,7 +233,7 @@ def test_a_study_that_is_stopped_saves_and_goes_on(tiny_data, tmp_path, monkeypa
     last = rows(run)[-1]["step"]
     assert 0 < last < 30
     assert (run / "checkpoints" / f"step-{last:08d}").is_dir()
-    assert "the same command goes on" in run.with_name("relu-0.log").read_text()
+    assert "the same command resumes" in run.with_name("relu-0.log").read_text()
     study = tmp_path / "units.toml"
     monkeypatch.setattr("cluster.experiments.study.__main__.run_side_by_side", run_here)
     assert main([str(study), "--data", str(tiny_data), "--out", str(tmp_path / "out")]) == 0

@@ -18,6 +18,7 @@ from cluster.report.images import (
     choose_images,
     collect_answers,
     count_confusions,
+    read_rows,
 )
 from cluster.report.page import write_report
 from cluster.run.probabilities import (
@@ -65,12 +66,13 @@ def save_probabilities(run: Path, data: Path, sha256: str = "") -> None:
 def test_best_and_worst_are_by_the_probability_of_the_truth(run, tiny_data):
     file = SavedProbabilities(run, VIEWS)
     true = file.rows(0, 20)[torch.arange(20), file.labels]
+    assert read_rows(file)[0].equal(true)
     order = [number for number in torch.argsort(true).tolist() if number != DAMAGED]
-    found = choose_images(file, ("worst", "best"), 5)
+    found = choose_images(file, true, ("worst", "best"), 5)
     assert found == {"worst": order[:5], "best": order[::-1][:5]}
-    lot = choose_images(file, ("random",), 30)["random"]
+    lot = choose_images(file, true, ("random",), 30)["random"]
     assert sorted(lot) == [number for number in range(20) if number != DAMAGED]
-    assert choose_images(file, ("random",), 4)["random"] == lot[:4], (
+    assert choose_images(file, true, ("random",), 4)["random"] == lot[:4], (
         "the lot is the same every time"
     )
 
@@ -118,7 +120,7 @@ def test_the_pairs_most_confused_are_counted_without_damaged_images(run, tiny_da
         for number, (label, answer) in enumerate(zip(file.labels.tolist(), answers, strict=True))
         if label != answer and number != DAMAGED
     )
-    found = count_confusions(file)
+    found = count_confusions(file, read_rows(file)[1])
     assert {(one.truth, one.answer): one.count for one in found} == wrong
     assert [one.count for one in found] == sorted(wrong.values(), reverse=True)
     assert found == collect_answers(run, str(tiny_data), {}).confusions

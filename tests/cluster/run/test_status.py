@@ -17,6 +17,8 @@ import pytest
 from rich.console import Console
 
 from cluster.config import Config, format_toml
+from cluster.report.records import read_records
+from cluster.report.tables import list_saved_checkpoints
 from cluster.run.state import read_state
 from cluster.run.sync import DRIVER_FILES, RunMirror
 from cluster.status import draw_sparkline, main, render
@@ -76,7 +78,7 @@ DIED = {"event": "end", "attempt": 1, "step": 90, "why": "the worker of replica 
         ([START | {"time": NOW - 900}, DIED, START], 600, None, "running", ""),
         ([START, DIED], 20, None, "running", "starting again: the worker of replica 0 died"),
         ([START, DIED], 20, "no room at all", "failed", "no room at all"),
-        ([START, DIED | {"why": "stopped"}], 20, None, "stopped", "the same command goes on"),
+        ([START, DIED | {"why": "stopped"}], 20, None, "stopped", "the same command resumes"),
         ([START, DIED | {"why": "finished", "code": 0}], 9999, None, "finished", ""),
     ],
 )
@@ -198,9 +200,11 @@ def test_checkpoints_of_another_run_in_the_same_store_are_not_its_own(run, tmp_p
         checkpoint.mkdir(parents=True)
         (checkpoint / "checkpoint.json").write_text(json.dumps({"run": name}))
     assert read_state(run.folder, NOW).checkpoint["step"] == 30
+    assert [step for step, *_ in list_saved_checkpoints(read_records(run.folder))] == ["30"]
     shutil.rmtree(store / "checkpoints/step-00000030")
     wanted = {"where": f"none; {store} has those of run other-02"}
     assert read_state(run.folder, NOW).checkpoint == wanted
+    assert list_saved_checkpoints(read_records(run.folder)) == []
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])

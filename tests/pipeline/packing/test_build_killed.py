@@ -149,7 +149,7 @@ def test_who_stops_a_build_is_told_how_it_goes_on(source, undisturbed, tmp_path,
             with pytest.raises(KeyboardInterrupt):
                 packed(out, train=source, **SETTINGS)
         assert drop_progress(capsys.readouterr().err) == (
-            f"\nstopped; {out} keeps what is packed, and the same command goes on from there\n"
+            f"\nstopped; {out} keeps what is packed, and the same command resumes there\n"
         )
     packed(out, train=source, **SETTINGS)
     assert everything(out) == undisturbed
