@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.stream.augment import DRAW_WORDS, random_uint64, to_unit
+from pipeline.stream.augment import DRAW_WORDS, Uint64s, random_uint64, to_unit
 
 Ids = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
@@ -306,6 +306,16 @@ class WeightedOrder(Order):
         place += epoch * self.samples
         positions = np.arange(place, place + most)
         (words,) = random_uint64(self.seed, positions, np.zeros_like(positions), 1, name="weights")
+        return self._draw_places(words)
+
+    def choose_substitute(self, position: int, due: int, turn: int) -> int:
+        """Return the sample that replaces a damaged one, drawn by weight as well."""
+        at, of = np.array([position]), np.array([due])
+        (word,) = random_uint64(self.seed, at, of, 1, skip=turn, name="substitute")
+        return self._find_id(int(self._draw_places(word)[0]))
+
+    def _draw_places(self, words: Uint64s) -> Ids:
+        """Return the sample that each random number means, int64 [b]."""
         drawn = to_unit(words) * self._cumulative[-1]
         # The product may be rounded up to the sum of all.
         places: Ids = np.searchsorted(self._cumulative, drawn, side="right").clip(max=self._last)

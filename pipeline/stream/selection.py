@@ -11,6 +11,7 @@ pure function of a `Selection`, the seed and the name of the shuffle.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import fnmatch
@@ -256,8 +257,10 @@ class _Samples:
         """Return which samples pass a filter, bool [N]."""
         if not isinstance(where, Mapping):
             mask = np.asarray(where)
+            if mask.dtype != bool:
+                raise UsageError(f"where is an array of {mask.dtype}; a mask is of true and false")
             self._check_length("where", mask)
-            return mask.astype(bool)
+            return mask
         kept = np.ones(self.count, bool)
         for name, wanted in where.items():
             kept &= self._match(name, wanted)
@@ -306,7 +309,7 @@ class _Samples:
         found = np.where(kept, found, 0.0)
         if not found.any():
             raise UsageError("weights sum to 0: no sample could be drawn; give one a weight")
-        return found
+        return found / found.max()
 
     def _check_length(self, name: str, array: npt.NDArray[Any]) -> None:
         if array.shape != (self.count,):
@@ -452,7 +455,10 @@ def read_table(path: Path) -> dict[str, npt.NDArray[Any]]:
         raise UsageError(f"table {path} cannot be read ({error}); name another file") from error
     if not columns or not all(map(len, columns.values())):
         raise UsageError(f"table {path} has no row; name another file")
-    return {name: _to_array(column) for name, column in columns.items()}
+    return {
+        name: np.asarray(column).astype(str) if name in ("key", "name") else _to_array(column)
+        for name, column in columns.items()
+    }
 
 
 def _read_csv(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
@@ -490,17 +496,16 @@ _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 def _to_array(column: Sequence[Any]) -> npt.NDArray[Any]:
     """Return a column as int64, float64 or text."""
     array = np.asarray(column)
-    if array.dtype.kind == "b":
+    if array.dtype.kind in "biu":
         return array.astype(np.int64)
-    for kind in (np.int64, np.float64):
-        try:
-            if array.dtype.kind in "USO" or array.dtype.kind in "iuf":
-                converted = array.astype(kind)
-                if array.dtype.kind in "USO" or (converted == array).all():
-                    return converted
-        except (ValueError, TypeError, OverflowError):
-            continue
-    return array.astype(str)
+    if array.dtype.kind == "f":
+        return array.astype(np.float64)
+    array = array.astype(str)
+    if not (np.char.find(array, "_") >= 0).any():  # Python takes 1_0 for a number
+        for kind in (np.int64, np.float64):
+            with contextlib.suppress(ValueError, OverflowError):
+                return array.astype(kind)
+    return array
 
 
 def _as_list(wanted: Any) -> list[Any]:

@@ -264,9 +264,12 @@ def test_orders_of_a_selection_are_those_of_its_samples(sizes, seed, data):
         assert shard in order.list_shards(n // 2)
         assert all(kept[starts[s] : starts[s + 1]].any() for s in order.list_shards(0))
         assert order.choose_substitute(1, int(selected[0]), 3) in selected
-    drawn = WeightedOrder(sizes, seed, np.ones(len(selected)), selected=selected)
+    weights = np.arange(len(selected)) % 2 + (len(selected) == 1)
+    drawn = WeightedOrder(sizes, seed, weights, selected=selected)
     slots = drawn.list_slots(5, 200)
-    assert set(slots.ids.tolist()) <= set(selected.tolist())
+    heavy = set(selected[weights > 0].tolist())
+    assert set(slots.ids.tolist()) <= heavy
+    assert {drawn.choose_substitute(7, int(selected[0]), turn) for turn in range(9)} <= heavy
     assert slots.turns.tolist() == list(range(5, 205))
 
 
@@ -353,6 +356,7 @@ def test_a_saved_selection_is_the_same_again(tmp_path):
         ({"where": {"class": "zzz"}}, r"class 'zzz' is none .*; describe lists them"),
         ({"where": {"label": 9}}, r"where={'label': 9} leaves none of the 48 samples of split"),
         ({"where": np.zeros(48, bool)}, r"where=the mask leaves none of the 48 samples"),
+        ({"where": np.arange(48)}, r"where is an array of int64; a mask is of true and false"),
         ({"where": np.ones(47, bool)}, r"where has 47 values, and split 'train' 48 samples"),
         ({"where": {"year": 3}}, r"'year' is no label, class, key or size: name the table"),
         ({"where": {"label": lambda column: 3}}, r"the function of where\['label'\] returns int"),
@@ -432,3 +436,18 @@ def test_images_that_are_too_small_may_be_left_out(image_folder, tmp_path):
     with Stream(tmp_path / "data", where=where, **SMALL | {"size": (80, 64)}) as stream:
         assert 0 < stream.samples < 40
         assert next(stream).images.shape == (12, 3, 80, 64)
+
+
+def test_columns_of_numbers_are_numbers_and_keys_stay_text(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(
+        "key,name,count,share,code\n000000_00001,7,3,0.5,1_0\n000000_00002,8,-4,1e3,2_0\n"
+    )
+    table = read_table(path)
+    assert {name: column.tolist() for name, column in table.items()} == {
+        "key": ["000000_00001", "000000_00002"],
+        "name": ["7", "8"],
+        "count": [3, -4],
+        "share": [0.5, 1000.0],
+        "code": ["1_0", "2_0"],
+    }
