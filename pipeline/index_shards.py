@@ -6,8 +6,8 @@ For shards that another tool made of 256x256 JPEGs (`.jpg` or `.jpeg`, with the 
 `.json`). Every image is decoded once, and samples that cannot be trained from are named by shard
 and key; then nothing is written, unless --skip-bad skips them. Images of other sizes or kinds need
 `python -m pipeline.build_shards OUT --train DIR`. No file of DIR is changed. Added are an `.idx`
-for each tar that has none, `SPLIT.index.npy`, `stats.npz`, `rejects.jsonl` and, last,
-`manifest.json`.
+for each tar that has none, `SPLIT.index.npy`, a table of the keys, one of each field (--fields),
+`stats.npz`, `rejects.jsonl` and, last, `manifest.json`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import compress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +36,14 @@ from pipeline.dataset.images import Undecodable, decode_image
 from pipeline.dataset.index import INDEX_DTYPE, MOST_IMAGE_BYTES, Index, index_name, save_index
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
+from pipeline.dataset.members import (
+    MEMBER_DTYPE,
+    Members,
+    escape_line,
+    locate_member,
+    save_tables,
+    unescape_line,
+)
 from pipeline.dataset.samples import (
     JPEG_ENDINGS,
     MAX_CLASSES,
@@ -47,7 +57,7 @@ from pipeline.dataset.samples import (
     is_meant,
     read_classes,
 )
-from pipeline.dataset.shards import format_idx, locate_files, parse_idx
+from pipeline.dataset.shards import locate_files, parse_idx, write_idx
 from pipeline.dataset.tar import escape, extract_fault, read_members
 from pipeline.options import IndexConfig
 from pipeline.sources.listing import Reject, summarize_rejects
@@ -103,6 +113,8 @@ class ExamineJob(NamedTuple):
     """True if the pixels of its images count in the statistics."""
     classes: Classes | None
     """Classes of the data set, where they are known beforehand."""
+    fields: tuple[str, ...] = ()
+    """Members besides the image that are listed."""
 
 
 @dataclass
@@ -118,8 +130,10 @@ class ExaminedShard:
     """Rows of its samples; a label is a place in `labels`, and the shard is number 0."""
     labels: list[int | str] = field(default_factory=list)
     """Distinct labels, as they are written."""
-    keys: list[str] = field(default_factory=list)
-    """Keys of the rows; only of validation shards, whose labels may turn out to be of no class."""
+    keys: bytes = b""
+    """Keys of the rows, as lines of the table of keys."""
+    members: dict[str, Members] = field(default_factory=dict)
+    """Rows of each field, `MEMBER_DTYPE`, one for each of `rows`."""
     sums: Sums = field(default_factory=Sums)
     bad: list[BadSample] = field(default_factory=list)
 
@@ -214,7 +228,7 @@ def _examine_shards(
 ) -> tuple[dict[str, list[ExaminedShard]], Sums]:
     """Examine every shard; return the contents of each, and the sums over all training images."""
     jobs = [
-        ExamineJob(Path(config.folder) / name, split == "train", classes)
+        ExamineJob(Path(config.folder) / name, split == "train", classes, config.fields)
         for split, names in splits.items()
         for name in names
     ]
@@ -235,14 +249,17 @@ def _examine_shards(
 def _number_labels(one: ExaminedShard, known: Classes) -> list[BadSample]:
     """Turn the labels of a shard into numbers; drop and return the samples that have none."""
     numbers = [known.find_number(label) for label in one.labels]
-    bad = []
+    bad, keys = [], one.keys.splitlines(keepends=True)
     for place, code in enumerate(one.rows["label"].tolist()):
         if isinstance(reason := numbers[code], str):
-            bad.append(BadSample(one.name, one.keys[place], reason))
+            bad.append(BadSample(one.name, unescape_line(keys[place]), reason))
     table = np.array([-1 if isinstance(number, str) else number for number in numbers], np.int32)
     if len(table):
         one.rows["label"] = table[one.rows["label"]]
-        one.rows = one.rows[one.rows["label"] >= 0]
+    if bad:
+        kept = one.rows["label"] >= 0
+        one.rows, one.keys = one.rows[kept], b"".join(compress(keys, kept))
+        one.members = {name: rows[kept] for name, rows in one.members.items()}
     return bad
 
 
@@ -273,10 +290,12 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
 
 def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) -> Iterator[Sample]:
     """Fill in rows and labels, or the bad samples; yield the samples that can be trained from."""
-    rows, codes = [], dict[int | str, int]()
+    rows, keys, codes = [], list[bytes](), dict[int | str, int]()
+    members = {name: list[tuple[int, int, int]]() for name in job.fields}
     unfit: list[tuple[str, UnfitSample]] = []
     for sample in filter(is_meant, group_samples(read_members(file.stream(), job.path.name))):
         try:
+            others = {name: locate_member(sample, name, file.read) for name in job.fields}
             offset, size, crc, label = _examine_sample(file, sample, job, found.sums)
         except (UnfitSample, Undecodable, OSError) as error:
             reason = str(error)
@@ -287,12 +306,15 @@ def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) ->
             found.bad.append(BadSample(found.name, sample.key, reason))
             continue
         rows.append((0, codes.setdefault(label, len(codes)), offset, size, crc))
-        if not job.is_training:
-            found.keys.append(sample.key)
+        keys.append(escape_line(sample.key))
+        for name, place in others.items():
+            members[name].append(place)
         yield sample
     if torn := find_torn(unfit):
         found.bad = [bad._replace(reason=TORN) if bad.key in torn else bad for bad in found.bad]
     found.rows, found.labels = np.array(rows, INDEX_DTYPE), list(codes)
+    found.keys = b"".join(keys)
+    found.members = {name: np.array(places, MEMBER_DTYPE) for name, places in members.items()}
 
 
 def _examine_sample(
@@ -348,15 +370,27 @@ def _seal(
         json.dumps({"name": f"{one.shard}/{one.key}", "reason": one.reason}) + "\n" for one in bad
     ).encode()
     indexes = {name: _join_rows(split) for name, split in used.items()}
-    _refuse_other_files(folder, indexes, statistics, rejects)
+    with TemporaryDirectory() as scratch:
+        tables = {
+            name: save_tables(
+                Path(scratch), name, [one.keys for one in split], [one.members for one in split]
+            )
+            for name, split in used.items()
+        }
+        _refuse_other_files(folder, indexes, statistics, rejects, Path(scratch))
+        for path in Path(scratch).iterdir():
+            with path.open("rb") as source, atomic_write(folder / path.name) as file:
+                shutil.copyfileobj(source, file, 1 << 20)
     missing = [one for split in used.values() for one in split if not one.idx_sha256]
-    written = map_in_order(partial(write_idx, folder), missing, config.workers)
+    places = [(folder / one.name, frozenset(one.rows["offset"].tolist())) for one in missing]
+    written = map_in_order(write_idx, places, config.workers)
     for one, digest in zip(missing, written, strict=True):
         one.idx_sha256 = digest
     splits = {
         name: Split(
             shards=tuple(map(_to_shard, split)),
             index_sha256=save_index(folder, name, indexes[name]),
+            tables=tables[name],
         )
         for name, split in used.items()
     }
@@ -394,32 +428,28 @@ def _to_shard(one: ExaminedShard) -> Shard:
     )
 
 
-def write_idx(folder: Path, shard: ExaminedShard) -> str:
-    """Write the `.idx` of a shard, and return its SHA-256."""
-    path, offsets = folder / shard.name, set(shard.rows["offset"].tolist())
-    with path.open("rb", buffering=0) as file:
-        samples = [
-            sample
-            for sample in group_samples(read_members(file, path.name))
-            if any(part.offset in offsets for part in sample.parts)
-        ]
-    content = format_idx(samples)
-    with atomic_write(path.with_suffix(".idx")) as out:
-        out.write(content)
-    return hashlib.sha256(content).hexdigest()
-
-
 def _refuse_other_files(
-    folder: Path, indexes: dict[str, Index], statistics: Statistics, rejects: bytes
+    folder: Path,
+    indexes: dict[str, Index],
+    statistics: Statistics,
+    rejects: bytes,
+    tables: Path,
 ) -> None:
-    """Refuse to overwrite files, unless a killed run left them with the same content."""
+    """Refuse to overwrite files, unless a killed run left them with the same content.
+
+    `tables` is the folder with the tables that would be written.
+    """
     planned = {STATS: io.BytesIO(), REJECTS: io.BytesIO(rejects)}
     np.savez(planned[STATS], allow_pickle=False, **vars(statistics))
     for split, rows in indexes.items():
         np.save(planned.setdefault(index_name(split), io.BytesIO()), rows, allow_pickle=False)
-    for name, content in planned.items():
+    digests = {
+        name: hashlib.sha256(content.getvalue()).hexdigest() for name, content in planned.items()
+    }
+    digests |= {path.name: sha256(path) for path in tables.iterdir()}
+    for name, digest in digests.items():
         path = folder / name
-        if path.exists() and sha256(path) != hashlib.sha256(content.getvalue()).hexdigest():
+        if path.exists() and sha256(path) != digest:
             raise UsageError(f"{path} is there and would be written over; move it away")
 
 

@@ -149,6 +149,9 @@ class IndexConfig(Options):
     """Names of the validation shards; else those with `val` or `validation`."""
     classes: Annotated[Path | None, tyro.conf.arg(name="class-names", metavar="FILE")] = None
     """Class names in the order of their labels: a line each, or a JSON list."""
+    fields: tuple[str, ...] = ()
+    """Endings of the other members of each sample that `Stream(fields=..., masks=...)` is to give:
+    json, txt, seg.png."""
     skip_bad: bool = False
     """Leave out samples that cannot be used, and list them in DIR/rejects.jsonl."""
     workers: int = cpu_count()
@@ -159,6 +162,10 @@ class IndexConfig(Options):
     def check(self) -> None:
         """Refuse values that cannot work, each in one line (UsageError)."""
         require_range("workers", self.workers, 1, MOST_PROCESSES)
+        from pipeline.dataset.samples import is_field
+
+        if wrong := [name for name in self.fields if not is_field(name)]:
+            raise UsageError(f"--fields {wrong[0]} is no ending in small letters, such as seg.png")
         for flag, glob in (("--train", self.train), ("--val", self.val)):
             if glob is not None and "/" in glob:
                 raise UsageError(f"{flag} {glob} has a /; give names of files in {self.folder}")

@@ -27,6 +27,7 @@ from pipeline.dataset.check import (
     check_lists,
     check_shard,
     check_stats,
+    check_tables,
     find_unknown_files,
     make_damage_row,
 )
@@ -89,7 +90,7 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Ve
     sound = set()
     for name in manifest.splits:
         found = check_index(data, name, manifest)
-        report.damage += found
+        report.damage += found + check_tables(data, name, manifest, indexed=not found)
         if not found:
             sound.add(name)
     jobs = list(_list_jobs(data, manifest, sound, decode))

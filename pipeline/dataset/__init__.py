@@ -6,6 +6,7 @@ images        a stored image, and its strict decoder
 index         SPLIT.index.npy: place, label and CRC-32 of each sample
 jpeg_header   header of a JPEG; limits on images
 manifest      manifest.json
+members       tables beside the index: names, keys, other members of each sample
 record        the data set of a run, as RUN/config.toml has it
 samples       tar members -> WebDataset samples, labels, classes
 shards        writes a shard and its DALI .idx

@@ -27,6 +27,13 @@ from pipeline.dataset.index import (
 )
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard
+from pipeline.dataset.members import (
+    TEXT_KINDS,
+    TextTable,
+    field_table,
+    list_fields,
+    map_members,
+)
 from pipeline.dataset.samples import (
     JPEG_ENDINGS,
     Classes,
@@ -87,6 +94,32 @@ def check_index(data: Path, name: str, manifest: Manifest) -> list[DamageRow]:
     return []
 
 
+def check_tables(data: Path, name: str, manifest: Manifest, indexed: bool) -> list[DamageRow]:
+    """Check the tables beside the index of a split; `check_shard` checks what they say.
+
+    Args:
+        data: folder of the data set.
+        name: of the split.
+        manifest: of the data set.
+        indexed: True if the split's index file is sound, so that its samples are counted right.
+    """
+    split = manifest.splits[name]
+    found = []
+    for table, digest in split.tables.items():
+        found += check_file(data / f"{name}.{table}", digest)
+    if found or not indexed:
+        return found
+    try:
+        for kind in TEXT_KINDS:
+            if f"{kind}.txt" in split.tables:
+                TextTable(data, name, kind, split.samples).check()
+        for field in list_fields(split.tables):
+            map_members(data, name, field, split.samples, split.tables[field_table(field)])
+    except DamagedFile as error:
+        return [make_damage_row(Path(error.path).name, error.reason)]
+    return []
+
+
 def check_stats(data: Path, manifest: Manifest) -> list[DamageRow]:
     """Check hash and numbers of the statistics."""
     if found := check_file(data / STATS, manifest.stats_sha256):
@@ -130,7 +163,8 @@ def _check_list(path: Path, manifest: Manifest, field: str, columns: set[str]) -
 def find_unknown_files(data: Path, manifest: Manifest) -> list[str]:
     """Return the names of files and folders that do not belong to the data set; they do no harm."""
     known = {MANIFEST, STATS, REJECTS, DUPLICATES, *map(index_name, manifest.splits)}
-    for split in manifest.splits.values():
+    for name, split in manifest.splits.items():
+        known |= {f"{name}.{table}" for table in split.tables}
         for shard in split.shards:
             known |= {shard.name, Path(shard.name).with_suffix(".idx").name}
     return sorted(path.name for path in data.iterdir() if path.name not in known)

@@ -4,6 +4,7 @@ DATA/manifest.json          `Manifest`, written last: without it there is no dat
 DATA/train-000000.tar       shards: WebDataset tars of `KEY.jpg` (raw: `KEY.npy`) and `KEY.cls`
 DATA/train-000000.idx       DALI's index of the same shard, for any other tool
 DATA/train.index.npy        place of each sample of the split (`index.INDEX_DTYPE`)
+DATA/train.names.txt ...    names, keys and other members of the samples (`members`)
 DATA/stats.npz              statistics of the training images (`image_stats.Statistics`)
 DATA/rejects.jsonl          every image that was not packed, and why
 DATA/duplicates.jsonl       images that are the same or nearly so, within and across splits
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipeline.dataset.images import LEAST_SIZE, MOST_SIZE, SIZE, Encoding, Fit
+from pipeline.dataset.members import is_table
 from pipeline.tools.errors import DamagedFile, UsageError, summarize_error
 from pipeline.tools.files import atomic_write, is_plain_name, sha256
 from pipeline.tools.jsonl import hash_json, parse_json
@@ -50,6 +52,9 @@ class Split:
 
     shards: tuple[Shard, ...]
     index_sha256: str
+    tables: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each further table of the split by its name (`names.txt`, see `members`); older
+    manifests have none."""
 
     @property
     def samples(self) -> int:
@@ -177,6 +182,7 @@ class Manifest:
             name: Split(
                 shards=tuple(Shard(**shard) for shard in split["shards"]),
                 index_sha256=split["index_sha256"],
+                tables=_check_type(split.get("tables", {}), dict, "tables"),
             )
             for name, split in table.pop("splits").items()
         }
@@ -238,20 +244,27 @@ def _find_faults(manifest: Manifest) -> Iterator[str]:
     yield from _find_class_faults(manifest)
     yield from _find_size_faults(manifest)
     for name, split in manifest.splits.items():
-        if not is_plain_name(name):
-            yield f"split {name!r:.60} has a name that leaves the folder"
-        if not split.shards:
-            yield f"split {name!r:.60} has no shards"
-        if not _is_hash(split.index_sha256):
-            yield f"split {name!r:.60} has no SHA-256 of its index"
-        for shard in split.shards:
-            yield from _find_shard_faults(shard)
+        yield from _find_split_faults(name, split)
     shards = [shard.name for split in manifest.splits.values() for shard in split.shards]
     if len(set(shards)) < len(shards):
         yield "it names a shard twice"
     for key, (is_right, words) in _VALUES.items():
         if not is_right(value := getattr(manifest, key)):
             yield f"{key} is {value!r:.80}, not {words}"
+
+
+def _find_split_faults(name: str, split: Split) -> Iterator[str]:
+    if not is_plain_name(name):
+        yield f"split {name!r:.60} has a name that leaves the folder"
+    if not split.shards:
+        yield f"split {name!r:.60} has no shards"
+    if not _is_hash(split.index_sha256):
+        yield f"split {name!r:.60} has no SHA-256 of its index"
+    for table, digest in split.tables.items():
+        if not is_table(table) or not _is_hash(digest):
+            yield f"split {name!r:.60} has a table {table!r:.60} that none can have"
+    for shard in split.shards:
+        yield from _find_shard_faults(shard)
 
 
 def _find_class_faults(manifest: Manifest) -> Iterator[str]:

@@ -53,6 +53,8 @@ MAX_CLASSES = 1_000_000
 
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key and ending of a member, `webdataset`'s pattern."""
+_FIELD = re.compile(r"[a-z0-9_-]+([.][a-z0-9_-]+)*")
+"""Ending of a member, in small letters."""
 _DECIMAL = re.compile(r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 """A number as programs write it: `3`, `3.0`, `3.000e+00`."""
 _META = re.compile(r"__[^/]*__($|/)")
@@ -62,6 +64,11 @@ TORN = (
     "(tar --sort=name)"
 )
 """Reason for rejecting both halves of a sample."""
+
+
+def is_field(name: object) -> bool:
+    """Return whether this can name a field: the ending of a member in lower case, `seg.png`."""
+    return isinstance(name, str) and len(name) <= 100 and _FIELD.fullmatch(name) is not None
 
 
 class UnfitSample(Exception):
@@ -116,6 +123,17 @@ class Sample(NamedTuple):
         if array is not None:
             raise UnfitSample(f"its image is a .{escape(array.ending)}, which is not read")
         raise UnfitSample("it has no image", "image")
+
+    def find_member(self, field: str) -> SampleFile:
+        """Return the file whose ending is `field` (`json`, `seg.png`) in any case of letters.
+
+        Raises:
+            UnfitSample: there is none.
+        """
+        for part in self.parts:
+            if part.ending.lower() == field:
+                return part
+        raise UnfitSample(f"it has no .{field}")
 
 
 def group_by_key(members: Iterable[Member]) -> Iterator[tuple[str, Iterator[SampleFile]]]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -22,7 +23,9 @@ from isal import isal_zlib
 from pipeline.dataset.images import ENDINGS, Encoding, Size, npy_header_size
 from pipeline.dataset.index import INDEX_DTYPE, SIZED_DTYPE, Index, sample_key
 from pipeline.dataset.manifest import Shard
-from pipeline.dataset.samples import Sample
+from pipeline.dataset.samples import Sample, group_samples
+from pipeline.dataset.tar import read_members
+from pipeline.tools.files import atomic_write
 
 _COLUMNS = {"v1.1": 3, "v1.2": 4}
 """Words for each file, by version; the fourth is its name."""
@@ -72,6 +75,25 @@ def parse_idx(content: bytes) -> list[Places]:
         except (IndexError, ValueError) as error:
             raise ValueError(f"line {number} is not of endings, offsets and sizes") from error
     return found
+
+
+def write_idx(job: tuple[Path, Set[int]]) -> str:
+    """Write the `.idx` of a shard, and return its SHA-256.
+
+    Args:
+        job: the shard's tar, and the offsets of the images whose samples are listed.
+    """
+    path, offsets = job
+    with path.open("rb", buffering=0) as file:
+        samples = [
+            sample
+            for sample in group_samples(read_members(file, path.name))
+            if any(part.offset in offsets for part in sample.parts)
+        ]
+    content = format_idx(samples)
+    with atomic_write(path.with_suffix(".idx")) as out:
+        out.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _word(text: str) -> str:

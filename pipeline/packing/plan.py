@@ -95,6 +95,18 @@ class BuildPlan:
         place = bisect.bisect_right(firsts, row) - 1
         return self.listings[place].full_name(row - firsts[place])
 
+    def list_names(self, rows: Places) -> Iterator[str]:
+        """Yield the names of images relative to their source: `cats/1.jpg`, `n0.tar/n0_1.JPEG`."""
+        firsts = self.first_rows
+        prefixes = [_prefix_containers(listing) for listing in self.listings]
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            some = rows[start : start + ROWS_AT_A_TIME]
+            of_listing = np.searchsorted(firsts, some, side="right") - 1
+            for number, row in zip(of_listing.tolist(), some.tolist(), strict=True):
+                listing, place = self.listings[number], row - firsts[number]
+                container = int(listing.rows["container"][place])
+                yield prefixes[number][container] + listing.names[place]
+
     @property
     def rejected(self) -> int:
         """Number of files skipped by the scans."""
@@ -218,6 +230,20 @@ def output_settings(options: BuildConfig) -> dict[str, Any]:
         if settings[name] == getattr(BuildConfig, name):
             del settings[name]
     return settings
+
+
+def _prefix_containers(listing: Listing) -> list[str]:
+    """Return what stands before the names of each container's images, relative to the source."""
+    local = [one.address for one in listing.containers if not is_remote(one.address)]
+    root = os.path.abspath(listing.source)
+    if local and not all(os.path.join(one, "").startswith(os.path.join(root, "")) for one in local):
+        root = os.path.commonpath(list(map(os.path.dirname, local)))  # of a glob
+    prefixes = []
+    for one in listing.containers:
+        name = hide_credentials(one.address)
+        name = name if is_remote(one.address) else os.path.relpath(one.address, root)
+        prefixes.append("" if name == "." else f"{name.rstrip('/')}/")
+    return prefixes
 
 
 def _relative_address(address: str, source: str) -> str:

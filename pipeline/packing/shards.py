@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipeline.dataset.images import Encoding
 from pipeline.dataset.index import INDEX_DTYPE, SIZED_DTYPE, Index, index_name
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
+from pipeline.dataset.members import escape_line, save_texts
 from pipeline.dataset.shards import shard_name, to_shard, write_tar
 from pipeline.options import BuildConfig
 from pipeline.packing.chunks import (
@@ -287,7 +288,13 @@ def seal(
         OSError: the target cannot be written.
     """
     dtype = INDEX_DTYPE if options.fit == "square" else SIZED_DTYPE
-    splits = {name: _write_index(name, count, target, dtype) for name, count in shards.items()}
+    splits = {
+        name: replace(
+            _write_index(name, count, target, dtype),
+            tables=_write_names(name, plan, target, collected, scratch),
+        )
+        for name, count in shards.items()
+    }
     with (scratch / DUPLICATES).open("wb") as file:
         same = _write_duplicates(file, plan, collected)
     stats_sha256 = Statistics.from_sums(collected.sums).save(scratch)
@@ -379,6 +386,17 @@ def _write_index(name: str, shards: int, target: Target, dtype: np.dtype[np.void
             file.write(data)
             digest.update(data)
     return Split(shards=facts, index_sha256=digest.hexdigest())
+
+
+def _write_names(
+    name: str, plan: BuildPlan, target: Target, collected: CollectedChunks, scratch: Path
+) -> dict[str, str]:
+    """Write the names of a split's images in stored order; return the SHA-256 of the tables."""
+    rows = collected.order(plan, name)
+    tables = save_texts(scratch, name, "names", len(rows), map(escape_line, plan.list_names(rows)))
+    for table in tables:
+        copy_file(scratch / f"{name}.{table}", target, f"{name}.{table}")
+    return tables
 
 
 def _read_shards(target: Target, name: str, shards: int) -> Iterator[tuple[Shard, Index]]:
