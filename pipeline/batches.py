@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
@@ -21,10 +21,11 @@ from pipeline.stream.config import CROP, Crop, StreamConfig
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
 from pipeline.stream.loader import BatchReader, DecodeFailure, Loader
+from pipeline.stream.mixture import MixedReader
 from pipeline.stream.normalization import crop_mean_image
 from pipeline.stream.operators import import_dali
 from pipeline.stream.quarantine import UNDECODABLE
-from pipeline.stream.shard_reader import Damage
+from pipeline.stream.shard_reader import Damage, ShardReader
 from pipeline.stream.timing import WaitTimes
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import UsageError
@@ -47,7 +48,8 @@ class Batch:
     """[b, 3, height, width] on the device: RGB, grey levels 0..255 minus the mean and the sample's
     colour shift, divided by `std`; 224x224 float32 (on a GPU float16) unless settings say other."""
     labels: torch.Tensor
-    """int64 [b], on the device: indices in the manifest's class list."""
+    """int64 [b], on the device: indices in the manifest's class list; with labels of your own,
+    rows of those, [b] or [b, k]."""
     weights: torch.Tensor
     """float32 [b], on the device: loss weight, 0 for padding and for replaced samples of an
     evaluation, else 1."""
@@ -55,6 +57,29 @@ class Batch:
     """bool [b], on the host: whether a damaged sample was replaced by another here."""
     position: int
     """Samples consumed by the whole job after this batch: the `position` to resume from."""
+    fields: dict[str, list[Any]] = field(default_factory=dict)
+    """Other members of the samples, b of each of the stream's `fields`: of `json` what it holds,
+    of `txt` a text, of `cls` a number or a text, of `npy` an array, else bytes."""
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    """uint8 [b, height, width] of each of the stream's `masks`, on the device."""
+    _reader: ShardReader | MixedReader | None = field(default=None, repr=False)
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """WebDataset keys of the samples, b of them; looked up when they are asked for."""
+        return [] if self._reader is None else self._reader.read_keys(self.ids.numpy())
+
+    @functools.cached_property
+    def names(self) -> list[str] | None:
+        """Original file names of the samples, relative to the source they were packed from.
+
+        None where the set has no table of names: it was packed before, or by another tool.
+        """
+        return None if self._reader is None else self._reader.read_names(self.ids.numpy())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process gets: keys and names, and no open files."""
+        return vars(self) | {"keys": self.keys, "names": self.names, "_reader": None}
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch with what is on the device moved to another; the rest stays.
@@ -65,7 +90,10 @@ class Batch:
             name: getattr(self, name).to(device, non_blocking=non_blocking)
             for name in ("images", "labels", "weights")
         }
-        return replace(self, **moved)
+        masks = {
+            name: mask.to(device, non_blocking=non_blocking) for name, mask in self.masks.items()
+        }
+        return replace(self, **moved, masks=masks)
 
 
 def _take_settings(
@@ -264,7 +292,7 @@ class Stream:
             if self._loader is None:
                 raise ValueError("this stream was closed")
             try:
-                encoded, images = self._loader.run()
+                encoded, (images, masks) = self._loader.run()
                 break
             except DecodeFailure as failure:
                 self._restart_without(self._loader, failure)
@@ -281,6 +309,9 @@ class Stream:
             weights=to_device(torch.from_numpy(encoded.weights), images.device),
             replaced=torch.from_numpy(encoded.ids != encoded.due),
             position=encoded.position,
+            fields=encoded.fields,
+            masks=dict(zip(self._reader.config.masks, masks, strict=True)),
+            _reader=self._reader.shard_reader,
         )
         self._position = encoded.position
         self.waits.handover += perf_counter() - start
@@ -443,7 +474,7 @@ def _check_cache(reader: BatchReader, datasets: Sequence[Dataset]) -> None:
         path.stat().st_size
         for dataset, is_cached in zip(datasets, remote, strict=True)
         for path in (dataset.folder.iterdir() if is_cached else ())
-        if path.suffix in (".json", ".npy", ".npz")
+        if path.suffix in (".json", ".npy", ".npz", ".txt")
     )
     if size + metadata > config.cache_size:
         raise UsageError(

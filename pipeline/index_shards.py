@@ -122,6 +122,8 @@ class ExaminedShard:
     """Contents of one shard."""
 
     name: str
+    keys: bytes = b""
+    """Keys of the rows, as lines of the table of keys."""
     bytes: int = 0
     sha256: str = ""
     idx_sha256: str = ""
@@ -130,8 +132,6 @@ class ExaminedShard:
     """Rows of its samples; a label is a place in `labels`, and the shard is number 0."""
     labels: list[int | str] = field(default_factory=list)
     """Distinct labels, as they are written."""
-    keys: bytes = b""
-    """Keys of the rows, as lines of the table of keys."""
     members: dict[str, Members] = field(default_factory=dict)
     """Rows of each field, `MEMBER_DTYPE`, one for each of `rows`."""
     sums: Sums = field(default_factory=Sums)

@@ -8,7 +8,7 @@ import torch
 
 from peers.work import Work
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.dali_reader import DaliReader
+from pipeline.throughput.dali_reader import DaliReader
 
 
 def prepare(work: Work) -> None:

@@ -119,7 +119,7 @@ def write_npy_header(file: IO[bytes], digest: Any, dtype: np.dtype[Any], count: 
     header = np.lib.format
     description = {"descr": header.dtype_to_descr(dtype), "fortran_order": False}
     out = _Tee(file, digest)
-    header.write_array_header_1_0(out, {**description, "shape": (count,)})  # type: ignore[arg-type]
+    header.write_array_header_1_0(out, {**description, "shape": (count,)})
 
 
 class _Tee:

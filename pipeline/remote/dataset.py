@@ -181,6 +181,17 @@ class Dataset(Protocol):
             As `fetch_shard`: the local copy is damaged, and the store does not give another.
         """
 
+    def fetch_table(self, name: str, digest: str) -> None:
+        """Bring a further table into `folder`: it is needed by few readers.
+
+        Args:
+            name: of the file.
+            digest: its SHA-256, as the manifest lists it.
+
+        Raises:
+            As `fetch_shard`.
+        """
+
     def close(self) -> None:
         """End all downloads, within seconds; no other method may be called afterwards."""
 
@@ -209,6 +220,9 @@ class LocalDataset:
     def recheck(self, shard: Shard) -> bool:
         """Return False: there is no other copy."""
         return False
+
+    def fetch_table(self, name: str, digest: str) -> None:
+        """Do nothing: all tables are local."""
 
     def close(self) -> None:
         """Do nothing."""
@@ -283,6 +297,11 @@ class RemoteDataset:
                 return _file_id(path) != given
             self._fetch(shard, wait=True, replace=_file_id(path))
             return self._as_stored(path) != found
+
+    def fetch_table(self, name: str, digest: str) -> None:
+        """See `Dataset`."""
+        with translate_disk_errors(self._cache.folder):
+            self._fetch_small(name, digest)
 
     def close(self) -> None:
         """See `Dataset`; returns within about two seconds."""

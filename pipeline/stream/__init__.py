@@ -5,10 +5,10 @@ order            order of the samples, as a function of seed and position
 augment          random draws of crop, flip and colour
 normalization    mean, colour shift and divisor of pixels
 shard_reader     bytes and labels of samples, checked
+fields           other members of samples, masks, labels of a user's own
 quarantine       list of damaged samples; check of JPEG headers
 operators        DALI's operators, imported at their first use
 decode           DALI graphs
-dali_reader      DALI's own reader, as a yardstick
 prefetch         an iterator run in a thread
 loader           batches, read and decoded ahead of need
 transfer         copies to a GPU that the host does not wait for

@@ -208,6 +208,15 @@ class StreamConfig:
     layout: Layout = "NCHW"
     """Order of the pixels in memory: NHWC is torch's `channels_last`. The shape of a batch is
     [b, 3, height, width] in either."""
+    fields: Sequence[str] = ()
+    """Other members of each sample that come with it, by their endings: `("json", "txt")`. The set
+    needs a table of each (`--fields` of the command that made it)."""
+    masks: Sequence[str] = ()
+    """Members that are masks, PNGs of one channel and 8 bits as large as the image, by their
+    endings: `("seg.png",)`. They are cut, resized (to the nearest pixel) and flipped with it."""
+    labels: Any = "class"
+    """Labels: `class`, places in the list of classes; an array float32 or int64, [N] or [N, k], by
+    sample id, or the path of a `.npy` with one; None for no labels (each is -1)."""
     threads: int | None = None
     """Host threads that decode; None: one per core this process may use."""
     prefetch: int = 2
@@ -236,7 +245,7 @@ class StreamConfig:
         if not re.fullmatch("cpu|gpu|cuda:[0-9]+", self.device):
             raise ValueError(f"device is {self.device!r}; it takes cpu, gpu, cuda, or cuda:NUMBER")
         self._set("dtype", self.dtype and str(self.dtype).removeprefix("torch."))
-        for name in ("mean", "std", "scale", "ratio", "size"):
+        for name in ("mean", "std", "scale", "ratio", "size", "fields", "masks"):
             value = getattr(self, name)
             value = value.tolist() if hasattr(value, "tolist") else value  # an array
             if isinstance(value, Sequence) and not isinstance(value, str):
@@ -263,6 +272,7 @@ class StreamConfig:
             if not low <= value <= high:  # a NaN is in no range
                 raise ValueError(f"{name} is {value!r:.40}; it must be from {low} to {high}")
         _ = self.color_plan, self.span
+        self._check_fields()
         self._check_shape()
         self._check_normalization()
         self._check_selection()
@@ -294,6 +304,23 @@ class StreamConfig:
                 "mean is 'image', which does not fit parts of other sizes: crop resized takes "
                 "mean='channel', three numbers or None"
             )
+
+    def _check_fields(self) -> None:
+        """Check the names of other members.
+
+        Raises:
+            ValueError: one is no ending; the message names it.
+        """
+        from pipeline.dataset.samples import is_field
+
+        for name in ("fields", "masks"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(map(is_field, value)):
+                raise ValueError(
+                    f"{name} is {value!r}; it takes endings in small letters, as ('json', 'txt')"
+                )
+        if wrong := [name for name in self.masks if not f".{name}".endswith(".png")]:
+            raise ValueError(f"masks has {wrong[0]!r}; a mask is a PNG, as 'seg.png'")
 
     def _check_normalization(self) -> None:
         """Check mean and divisor, and that they go with the type of the pixels.

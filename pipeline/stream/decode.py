@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.dataset.images import SIZE, Encoding, Size
+from pipeline.dataset.images import Encoding
 from pipeline.stream import operators as dali
 from pipeline.stream.augment import Draw, NamedDraw
 from pipeline.stream.config import StreamConfig
@@ -59,8 +59,19 @@ class DecoderInput(NamedTuple):
     region: npt.NDArray[np.int32] | None = None
     """[b, 4] upper edge, left edge, height and width in pixels of a crop that is resized, where `x`
     and `y` are not read; only read there."""
+    masks: Sequence[list[npt.NDArray[np.uint8]]] = ()
+    """Masks: for each of the config b arrays [height, width, 1], as large as their images."""
     draws: Sequence[npt.NDArray[Any]] = ()
     """[b] or [b, count] each: the draws of the augmentation, in the order of `list_draws`."""
+
+
+class DecodedBatch(NamedTuple):
+    """Output of one run of the graph: b samples, in memory of their own."""
+
+    images: torch.Tensor
+    """[b, 3, height, width] pixels."""
+    masks: list[torch.Tensor]
+    """uint8 [b, height, width] of each mask of the config."""
 
 
 class Decoder:
@@ -86,13 +97,15 @@ class Decoder:
             SetupError: device `gpu` without a CUDA device.
         """
         inputs = _list_inputs(config, encoding)
+        masks = [(dali.types.UINT8, 3, "HWC")] * len(config.masks)
         kinds, dimensions, layouts = zip(
-            *inputs.values(), *(_draw_type(one) for one in draws), strict=True
+            *inputs.values(), *masks, *(_draw_type(one) for one in draws), strict=True
         )
+        drawn = len(inputs) + len(masks)
 
         def take() -> list[Any]:
             given = source()
-            return [*(getattr(given, name) for name in inputs), *given.draws]
+            return [*(getattr(given, name) for name in inputs), *given.masks, *given.draws]
 
         def open_source() -> list[Any]:
             nodes = dali.fn.external_source(
@@ -110,65 +123,43 @@ class Decoder:
         if config.augment is None:
             self._pipe = open_pipeline(config)
             with self._pipe:
-                known = dict(zip(inputs, open_source(), strict=True))
-                self._pipe.set_outputs(make_pixels(config, encoding, **known))
+                nodes = open_source()
+                known = dict(zip(inputs, nodes, strict=False))
+                pixels = make_pixels(config, encoding, **known)
+                self._pipe.set_outputs(pixels, *cut_masks(config, nodes[len(inputs) :], **known))
         else:
 
             def begin() -> tuple[Any, Draw, Callable[[Any], Any]]:
                 nodes = open_source()
-                known = dict(zip(inputs, nodes[: len(inputs)], strict=True))
-                drawn = dict(zip((one.name for one in draws), nodes[len(inputs) :], strict=True))
+                known = dict(zip(inputs, nodes, strict=False))
+                cut = cut_masks(config, nodes[len(inputs) : drawn], **known)
+                named = dict(zip((one.name for one in draws), nodes[drawn:], strict=True))
                 where = {name: known.pop(name, None) for name in ("images", "x", "y", "region")}
                 crops = cut_crops(config, encoding, **where)
                 return (
                     crops,
-                    Draw(lambda one: drawn[one.name]),
-                    lambda made: normalize_crops(config, made, **known),
+                    Draw(lambda one: named[one.name]),
+                    lambda made: (normalize_crops(config, made, **known), *cut),
                 )
 
             self._pipe = _build_augmented(config, begin)
         self._pipe.build()
 
-    def run(self) -> torch.Tensor:
-        """Return the next batch of pixels, [b, 3, height, width], in memory of its own.
+    def run(self) -> DecodedBatch:
+        """Return the next batch.
 
         Raises:
             StopIteration: the source has ended.
             UsageError: the augmentation has changed the shape of an image.
-            RuntimeError: most likely an image cannot be decoded (`TrialDecoder` finds it); its
-                whole batch is lost, and this decoder with it.
+            RuntimeError: most likely an image cannot be decoded (`quarantine.TrialDecoder` finds
+                it); its whole batch is lost, and this decoder with it.
         """
-        output = run_on_current_stream(self._pipe)
+        gpu = self._pipe.device_id
+        output, *masks = self._pipe.run(_current_stream(gpu))  # as `run_on_current_stream`
         if self._config.augment is not None:
             _check_shapes(self._config, output)
-        return to_batch(self._config, to_tensor(output, self._pipe.device_id))
-
-
-class TrialDecoder:
-    """Decodes one image at a time on the CPU, to find those that cannot be decoded.
-
-    It judges for GPUs as well: what none of their decoders takes, DALI gives to libjpeg-turbo on
-    the host in the end, which is what decodes here.
-    """
-
-    def __init__(self) -> None:
-        self._pipe: dali.Pipeline | None = None
-
-    def can_decode(self, image: npt.NDArray[np.uint8], size: Size = (SIZE, SIZE)) -> bool:
-        """Return whether a JPEG (uint8 [bytes]) decodes to pixels of this height and width."""
-        if self._pipe is None:
-            self._pipe = dali.Pipeline(batch_size=1, num_threads=1, prefetch_queue_depth=1)
-            with self._pipe:
-                jpeg = dali.fn.external_source(name="image", dtype=dali.types.UINT8, ndim=1)
-                self._pipe.set_outputs(dali.fn.decoders.image(jpeg, output_type=dali.types.RGB))
-            self._pipe.build()
-        self._pipe.feed_input("image", [image])
-        try:
-            (pixels,) = self._pipe.run()
-        except RuntimeError:
-            self._pipe = None  # DALI calls it "no longer valid"
-            return False
-        return tuple(pixels[0].shape()) == (*size, 3)
+        images = to_batch(self._config, to_tensor(output, gpu))
+        return DecodedBatch(images, [to_tensor(one, gpu).squeeze(-1) for one in masks])
 
 
 def select_gpu(device: str) -> int | None:
@@ -315,6 +306,29 @@ def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any, region: Any =
     if region is not None:
         return _resize(config, dali.fn.decoders.image_slice(jpegs, **_slice(region), **options))
     return dali.fn.decoders.image_crop(jpegs, **_crop(config, x, y), **options)
+
+
+def cut_masks(
+    config: StreamConfig,
+    masks: Sequence[Any],
+    *,
+    flip: Any,
+    x: Any = None,
+    y: Any = None,
+    region: Any = None,
+    **_: Any,
+) -> list[Any]:
+    """Return masks, [height, width, 1], cut, resized and flipped as `make_pixels` does images."""
+    cut = []
+    for mask in masks:
+        node = mask.gpu() if config.on_gpu else mask
+        if region is None:
+            node = dali.fn.crop(node, **_crop(config, x, y))
+        else:
+            nearest = {"size": list(config.image_size), "interp_type": dali.types.INTERP_NN}
+            node = dali.fn.resize(dali.fn.slice(node, **_slice(region)), **nearest)
+        cut.append(dali.fn.flip(node, horizontal=flip))
+    return cut
 
 
 def _slice(region: Any) -> dict[str, Any]:

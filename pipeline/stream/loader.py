@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder, list_draws, select_gpu
+from pipeline.stream.decode import DecodedBatch, Decoder, DecoderInput, list_draws, select_gpu
+from pipeline.stream.fields import Labels, MemberReader, SampleMembers, load_labels
 from pipeline.stream.mixture import MixedReader, load_statistics, open_reader
 from pipeline.stream.normalization import Floats, Normalization
 from pipeline.stream.order import Ids, Slots
 from pipeline.stream.prefetch import Prefetcher
-from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine
+from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine, TrialDecoder
 from pipeline.stream.selection import make_order, select
 from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader
 from pipeline.stream.timing import Spent, WaitTimes
@@ -44,8 +46,10 @@ class EncodedBatch:
     """int64 [b]: ids of the samples that the order has here."""
     ids: Ids
     """int64 [b]: ids of the samples that are here; others only where those due are damaged."""
-    labels: Ids
-    """int64 [b]: labels of `ids`."""
+    labels: Labels
+    """[b] or [b, k]: labels of `ids`."""
+    fields: dict[str, list[Any]]
+    """Parsed members of `ids`, b of each field."""
     weights: Floats
     """[b]: loss weight of each row: 0 for padding and for samples replaced in an evaluation, else
     1."""
@@ -75,18 +79,22 @@ class BatchReader:
             shares: of the datasets in what is delivered, above 0.
 
         Raises:
-            UsageError: no such split, a crop larger than the stored images, an augmentation that
-                returns no image, a selection that leaves nothing, datasets that do not fit each
-                other, or the quarantine file cannot be used.
+            UsageError: no such split, no table of a field, labels of another number, a crop larger
+                than the stored images, an augmentation that returns no image, a selection that
+                leaves nothing, datasets that do not fit each other, or the quarantine file cannot
+                be used.
             DataError: a dataset is not what its manifest says.
         """
         gpu = config.on_gpu
-        self.shard_reader = open_reader(datasets, config.stored_split, maps=not gpu)
+        members = tuple(dict.fromkeys((*config.fields, *config.masks)))
+        self.shard_reader = open_reader(datasets, config.stored_split, maps=not gpu, fields=members)
+        self.labels = load_labels(config.labels, len(self.shard_reader))
         identities = [identity(dataset.folder) for dataset in datasets]
         self.selection = select(config, self.shard_reader, identities, shares)
         """Samples that take part."""
         config = _fit_config(config, self.shard_reader, self.selection.kept)
         self.config = config
+        self.members = MemberReader(self.shard_reader, config)
         self.statistics = load_statistics(datasets, shares)
         self.normalization = Normalization.of(self.statistics, config)
         self.order = make_order(self.selection, config.seed, config.order_name)
@@ -136,6 +144,7 @@ class BatchReader:
     def close(self) -> None:
         """Close the shards and the trial decoder; nothing may be read any more."""
         self._header_check = None
+        self.members.close()
         self.shard_reader.close()
 
     def _plan(self, position: int) -> Slots:
@@ -155,7 +164,7 @@ class BatchReader:
             self._needs = needs
             self.shard_reader.prefetch(needs)
         first = start + self.config.span[0]
-        ids, images, memory = self._read_sound(first, slots)
+        ids, images, members, memory = self._read_sound(first, slots)
         weights = np.ones(len(ids), np.float32)
         position = start + self.config.batch_size
         if self.config.once:
@@ -163,12 +172,16 @@ class BatchReader:
             counted = np.arange(first, first + len(ids)) < self.order.samples
             weights = (counted & (ids == slots.ids)).astype(np.float32)
         decoder_input = self._make_input(slots, ids, images)
+        decoder_input = decoder_input._replace(
+            masks=[[one.masks[name] for one in members] for name in self.config.masks]
+        )
         spent = self.shard_reader.take_spent()
         return EncodedBatch(
             input=decoder_input,
             due=slots.ids,
             ids=ids,
-            labels=self.shard_reader.read_labels(ids),
+            labels=self.read_labels(ids),
+            fields={name: [one.fields[name] for one in members] for name in self.config.fields},
             weights=weights,
             start=start,
             position=position,
@@ -177,7 +190,13 @@ class BatchReader:
             spent=spent._replace(feed=perf_counter() - begun - spent.total),
         )
 
-    def _read_sound(self, first: int, slots: Slots) -> tuple[Ids, list[Bytes], Bytes]:
+    def read_labels(self, ids: Ids) -> Labels:
+        """Return the labels of samples `ids` (int64 [b])."""
+        return self.shard_reader.read_labels(ids) if self.labels is None else self.labels[ids]
+
+    def _read_sound(
+        self, first: int, slots: Slots
+    ) -> tuple[Ids, list[Bytes], list[SampleMembers], Bytes]:
         """Read the samples of `slots`, or for damaged ones their substitutes."""
         ids = slots.ids.copy()
         for place in self.quarantine.find_damaged(ids):
@@ -185,29 +204,31 @@ class BatchReader:
                 self.add_damage([self.quarantine.known[int(ids[place])]])
             ids[place] = self._substitute(first + place, int(slots.ids[place]))
         memory = self._take_buffer(self.shard_reader.buffer_size(ids))
-        images, damaged = self._read_checked(ids, memory)
+        images, members, damaged = self._read_checked(ids, memory)
         while damaged:
             self.add_damage(damaged.values())
             places = list(damaged)
             for place in places:
                 ids[place] = self._substitute(first + place, int(slots.ids[place]))
-            views, again = self._read_checked(ids[places])
-            for place, view in zip(places, views, strict=True):
-                images[place] = view
+            views, others, again = self._read_checked(ids[places])
+            for place, view, other in zip(places, views, others, strict=True):
+                images[place], members[place] = view, other
             damaged = {places[index]: damage for index, damage in again.items()}
-        return ids, images, memory
+        return ids, images, members, memory
 
     def _read_checked(
         self, ids: Ids, memory: Bytes | None = None
-    ) -> tuple[list[Bytes], dict[int, Damage]]:
+    ) -> tuple[list[Bytes], list[SampleMembers], dict[int, Damage]]:
         """Return samples, and the damage by place in `ids` where there is some."""
         images, damaged = self.shard_reader.read(ids, memory)
+        members, others = self.members.read(ids)
+        damaged = others | damaged
         if self._header_check is not None:
             for place in self._header_check.find_undecodable(ids, images):
                 damaged.setdefault(
                     place, self.shard_reader.make_damage(int(ids[place]), UNDECODABLE)
                 )
-        return images, damaged
+        return images, members, damaged
 
     def add_damage(self, damages: Collection[Damage]) -> None:
         """Put samples into quarantine: from now on others take their places.
@@ -373,8 +394,8 @@ class Loader:
             dtype = getattr(torch, config.pixel_dtype)
             self._mean_image = torch.from_numpy(image).to(where, dtype)
 
-    def run(self) -> tuple[EncodedBatch, torch.Tensor]:
-        """Return the next batch and its pixels.
+    def run(self) -> tuple[EncodedBatch, DecodedBatch]:
+        """Return the next batch, and its pixels and masks.
 
         Raises:
             StopIteration: there are no more.
@@ -383,7 +404,7 @@ class Loader:
         """
         start, read_wait = perf_counter(), self._read_wait
         try:
-            images = self._decoder.run()
+            decoded = self._decoder.run()
         except StopIteration:
             if self._error is not None:
                 raise self._error from None
@@ -392,13 +413,13 @@ class Loader:
             if failure := self._find_failure():
                 raise failure from error
             raise
-        batch = self._decoding.popleft()
+        batch, images = self._decoding.popleft(), decoded.images
         self._recycle(batch, images)
         if self._mean_image is not None:
             divisor = batch.input.divisor if self._reader.config.divides else None
             subtract_image(images, self._mean_image, divisor)
         self._waits.decode += perf_counter() - start - (self._read_wait - read_wait)
-        return batch, images
+        return batch, decoded
 
     def close(self) -> None:
         """Stop reading and decoding. On a GPU it waits until no batch that came out is copied."""

@@ -18,7 +18,7 @@ from pipeline.tools.errors import UsageError
 
 
 def open_reader(
-    datasets: Sequence[Dataset], split: str, *, maps: bool = True
+    datasets: Sequence[Dataset], split: str, *, maps: bool = True, fields: Sequence[str] = ()
 ) -> ShardReader | MixedReader:
     """Open a split of one dataset, or of several as one.
 
@@ -26,12 +26,13 @@ def open_reader(
         datasets: one or more.
         split: name of the split.
         maps: as in `ShardReader`.
+        fields: as in `ShardReader`.
 
     Raises:
-        UsageError: no such split, or datasets that do not fit each other.
+        UsageError: no such split, no table of a field, or datasets that do not fit each other.
         DataError: an index is damaged, or a shard of a local set is missing.
     """
-    readers = [ShardReader(dataset, split, maps=maps) for dataset in datasets]
+    readers = [ShardReader(dataset, split, maps=maps, fields=fields) for dataset in datasets]
     return readers[0] if len(readers) == 1 else MixedReader(readers)
 
 
@@ -117,6 +118,48 @@ class MixedReader:
                 sample = int(ids[places[number]])
                 damaged[places[number]] = damage._replace(sample=sample)
         return views, damaged
+
+    def read_members(self, field: str, ids: Ids) -> tuple[list[bytes], dict[int, str]]:
+        """Read and check a member of samples; see `ShardReader.read_members`."""
+        contents, faults = [b""] * len(ids), dict[int, str]()
+        for reader, places, own in self._divide(ids):
+            found, broken = reader.read_members(field, own)
+            for place, content in zip(places, found, strict=True):
+                contents[place] = content
+            faults |= {places[number]: fault for number, fault in broken.items()}
+        return contents, faults
+
+    def read_keys(self, ids: Ids) -> list[str]:
+        """Return the WebDataset keys of samples `ids` (int64 [b]), each in its own dataset."""
+        keys = [""] * len(ids)
+        for reader, places, own in self._divide(ids):
+            for place, key in zip(places, reader.read_keys(own), strict=True):
+                keys[place] = key
+        return keys
+
+    def read_names(self, ids: Ids) -> list[str] | None:
+        """Return the original file names of samples `ids`; None if a dataset has none."""
+        names = [""] * len(ids)
+        for reader, places, own in self._divide(ids):
+            if (found := reader.read_names(own)) is None:
+                return None
+            for place, name in zip(places, found, strict=True):
+                names[place] = name
+        return names
+
+    def find_sample(self, key: str) -> int:
+        """Return the id of the sample with a key or name, of the first dataset that has it.
+
+        Raises:
+            KeyError: none has it, or one has it twice; the message is one line.
+        """
+        for reader, first in zip(self.parts, self._firsts, strict=False):
+            try:
+                return int(first) + reader.find_sample(key)
+            except KeyError as error:
+                if reader is self.parts[-1] or "more than once" in str(error):
+                    raise
+        raise KeyError(key)
 
     def decode(self, ids: Sequence[int]) -> list[Pixels | Damage]:
         """Read, check and decode samples: the pixels of each, or its damage."""

@@ -1,4 +1,5 @@
-"""`Quarantine`: the list of damaged samples; `HeaderCheck`: finds JPEGs that would crash DALI.
+"""`Quarantine`: the list of damaged samples; `HeaderCheck`: finds JPEGs that would crash DALI;
+`TrialDecoder`: decodes one image alone.
 
 QUARANTINE.jsonl     one row a sample: split, sample, shard, key, reason
 """
@@ -16,7 +17,7 @@ import numpy as np
 
 from pipeline.dataset.images import SIZE, Size, Undecodable, check_header
 from pipeline.dataset.jpeg_header import PROGRESSIVE
-from pipeline.stream.decode import TrialDecoder
+from pipeline.stream import operators as dali
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.tools.errors import UsageError
@@ -26,6 +27,33 @@ from pipeline.tools.jsonl import parse_rows
 EOI = b"\xff\xd9"
 HEADERS = 64
 """Largest number of headers remembered; with other headers each sample is tried once."""
+
+
+class TrialDecoder:
+    """Decodes one image at a time on the CPU, to find those that cannot be decoded.
+
+    It judges for GPUs as well: what none of their decoders takes, DALI gives to libjpeg-turbo on
+    the host in the end, which is what decodes here.
+    """
+
+    def __init__(self) -> None:
+        self._pipe: dali.Pipeline | None = None
+
+    def can_decode(self, image: Bytes, size: Size = (SIZE, SIZE)) -> bool:
+        """Return whether a JPEG (uint8 [bytes]) decodes to pixels of this height and width."""
+        if self._pipe is None:
+            self._pipe = dali.Pipeline(batch_size=1, num_threads=1, prefetch_queue_depth=1)
+            with self._pipe:
+                jpeg = dali.fn.external_source(name="image", dtype=dali.types.UINT8, ndim=1)
+                self._pipe.set_outputs(dali.fn.decoders.image(jpeg, output_type=dali.types.RGB))
+            self._pipe.build()
+        self._pipe.feed_input("image", [image])
+        try:
+            (pixels,) = self._pipe.run()
+        except RuntimeError:
+            self._pipe = None  # DALI calls it "no longer valid"
+            return False
+        return tuple(pixels[0].shape()) == (*size, 3)
 
 
 class HeaderCheck:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import tarfile
+import re
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
+from threading import RLock
 from time import perf_counter
 from typing import NamedTuple
 
@@ -17,16 +19,30 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from pipeline.dataset.images import Pixels, Undecodable, decode_image
-from pipeline.dataset.index import BLOCK, load_index, sample_key, split_member_name
+from pipeline.dataset.index import BLOCK, load_index, sample_key
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.members import (
+    Members,
+    TextKind,
+    TextTable,
+    field_table,
+    find_member_faults,
+    list_fields,
+    map_members,
+    text_files,
+)
+from pipeline.dataset.samples import group_samples
+from pipeline.dataset.tar import read_members
 from pipeline.remote.dataset import Dataset, LocalDataset
 from pipeline.stream.order import Ids
 from pipeline.stream.timing import Spent
-from pipeline.tools.errors import REBUILD, DataError, DuetError, SetupError
+from pipeline.tools.errors import REBUILD, DamagedFile, DataError, DuetError, SetupError, UsageError
 
 Bytes = npt.NDArray[np.uint8]
 Flags = npt.NDArray[np.bool_]
 
+_OUR_KEY = re.compile("([0-9]{6,})_([0-9]{5,})", re.ASCII)
+"""Number and place in a key that `sample_key` gives."""
 OPEN_FILES = 256
 """Largest number of shards kept open; the least recently read one is closed beyond it."""
 
@@ -55,7 +71,9 @@ class ShardReader:
     and copying them cost 25 % of the throughput of a CPU (measured).
     """
 
-    def __init__(self, dataset: Dataset, split: str, *, maps: bool = True) -> None:
+    def __init__(
+        self, dataset: Dataset, split: str, *, maps: bool = True, fields: Iterable[str] = ()
+    ) -> None:
         """Open the index of `split`.
 
         Args:
@@ -63,9 +81,10 @@ class ShardReader:
             split: name of the split.
             maps: whether raw images may be mapped. A GPU takes its copies from page-locked memory,
                 which a map is not: then every image is read into the caller's buffer.
+            fields: members besides the image that will be read.
 
         Raises:
-            UsageError: no such split.
+            UsageError: no such split, or no table of a field.
             DataError: the index is damaged, or a shard of a local set is missing.
         """
         manifest = Manifest.load(dataset.folder)
@@ -83,6 +102,12 @@ class ShardReader:
         """Height and width of every image in pixels; None where they differ."""
         self._dataset = dataset
         self._index = load_index(dataset.folder, split, manifest)
+        self._starts = np.cumsum([0, *(shard.samples for shard in found.shards)])
+        self._tables = found.tables
+        self._texts: dict[TextKind, TextTable] = {}
+        self._old_keys: dict[int, dict[int, str]] = {}
+        self._members = {field: self._open_members(field) for field in fields}
+        self._lock = RLock()  # of the files: `Stream[key]` reads beside the stream's thread
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
         self._finalizer = weakref.finalize(self, _close_all, self._files)
         self.maps = maps and self.encoding == "raw"
@@ -139,10 +164,12 @@ class ShardReader:
 
     def advise(self, ids: Ids) -> None:
         """Tell the kernel to read samples `ids` (int64 [b]) from the disk; does not wait."""
-        for row in self._index[ids]:
-            # A shard that is not open may have to be fetched first, which takes long.
-            if (file := self._files.get(int(row["shard"]))) is not None:
-                os.posix_fadvise(file.number, row["offset"], row["size"], os.POSIX_FADV_WILLNEED)
+        with self._lock:
+            for row in self._index[ids]:
+                # A shard that is not open may have to be fetched first, which takes long.
+                if (file := self._files.get(int(row["shard"]))) is not None:
+                    place = row["offset"], row["size"]
+                    os.posix_fadvise(file.number, *place, os.POSIX_FADV_WILLNEED)
 
     def read(self, ids: Ids, buffer: Bytes | None = None) -> tuple[list[Bytes], dict[int, Damage]]:
         """Read and check samples.
@@ -158,6 +185,10 @@ class ShardReader:
         Raises:
             DuetError: a whole shard cannot be read or fetched.
         """
+        with self._lock:
+            return self._read(ids, buffer)
+
+    def _read(self, ids: Ids, buffer: Bytes | None) -> tuple[list[Bytes], dict[int, Damage]]:
         if buffer is None:
             buffer = np.empty(self.buffer_size(ids), np.uint8)
         rows = self._index[ids]
@@ -185,6 +216,33 @@ class ShardReader:
         if self.maps:
             self._read_before[ids] = True
         return views, damaged
+
+    def read_members(self, field: str, ids: Ids) -> tuple[list[bytes], dict[int, str]]:
+        """Read and check a member of samples.
+
+        Args:
+            field: one of those that the reader was opened with.
+            ids: the samples, int64 [b].
+
+        Returns:
+            Their bytes, and what is wrong with them by place in `ids`.
+
+        Raises:
+            DuetError: a whole shard cannot be read or fetched.
+        """
+        contents, faults = [], {}
+        rows, shards = self._members[field][ids], self._index["shard"][ids].tolist()
+        with self._lock:
+            for place, (shard, row) in enumerate(zip(shards, rows.tolist(), strict=True)):
+                offset, size, crc = row
+                content = bytearray(size)
+                reason = self._fill(memoryview(content), shard, offset, crc)
+                if reason and self._recheck(shard):
+                    reason = self._fill(memoryview(content), shard, offset, crc)
+                if reason:
+                    faults[place] = reason
+                contents.append(bytes(content))
+        return contents, faults
 
     def decode(self, ids: Sequence[int]) -> list[Pixels | Damage]:
         """Read, check and decode samples: the pixels of each, or its damage.
@@ -214,11 +272,110 @@ class ShardReader:
     def make_damage(self, sample: int, reason: str) -> Damage:
         """Return where a sample is and why it cannot be used."""
         number = int(self._index["shard"][sample])
-        first = sum(shard.samples for shard in self.shards[:number])
-        key = sample_key(number, sample - first)
-        if self.manifest.foreign:
-            key = self._stored_key(number, int(self._index["offset"][sample])) or "unknown"
+        try:
+            (key,) = self.read_keys(np.array([sample]))
+        except (DuetError, OSError, KeyError):  # of a shard that is damaged, too
+            key = "unknown"
         return Damage(self.split, sample, self.shards[number].name, key, reason)
+
+    def read_keys(self, ids: Ids) -> list[str]:
+        """Return the WebDataset keys of samples `ids` (int64 [b]).
+
+        They cost next to nothing, but in shards of another tool that were indexed before there was
+        a table of keys: then the headers of a shard are read at its first key, and kept.
+
+        Raises:
+            DuetError: the table is damaged, or such a shard.
+        """
+        if (table := self._open_texts("keys")) is not None:
+            return table.read(ids)
+        numbers = np.searchsorted(self._starts, ids, side="right") - 1
+        if self.manifest.foreign:
+            offsets = self._index["offset"][ids].tolist()
+            places = zip(numbers.tolist(), offsets, strict=True)
+            return [self._list_keys(number)[offset] for number, offset in places]
+        places = zip(numbers.tolist(), (ids - self._starts[numbers]).tolist(), strict=True)
+        return [sample_key(*place) for place in places]
+
+    def read_names(self, ids: Ids) -> list[str] | None:
+        """Return the original file names of samples `ids` (int64 [b]), relative to their source.
+
+        None: the set was packed before there was a table of names, or another tool packed it.
+        """
+        table = self._open_texts("names")
+        return None if table is None else table.read(ids)
+
+    def find_sample(self, key: str) -> int:
+        """Return the id of the sample with a WebDataset key, or with an original file name.
+
+        Raises:
+            KeyError: there is none, or several; the message is one line.
+        """
+        found = list(islice(self._find_keys(key), 2))
+        if not found and (names := self._open_texts("names")) is not None:
+            found = list(islice(names.find(key), 2))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise KeyError(f"split {self.split} has {key!r} more than once; give an id, as {found}")
+        raise KeyError(f"split {self.split} of {self._dataset.folder} has no sample {key!r:.200}")
+
+    def _find_keys(self, key: str) -> Iterator[int]:
+        """Yield the samples with a key."""
+        if (table := self._open_texts("keys")) is not None:
+            yield from table.find(key)
+        elif self.manifest.foreign:
+            for number, start in enumerate(self._starts[:-1].tolist()):
+                keys = self._list_keys(number)
+                offsets = self._index["offset"][start : self._starts[number + 1]].tolist()
+                yield from (start + n for n, one in enumerate(offsets) if keys[one] == key)
+        elif found := _OUR_KEY.fullmatch(key):
+            number, place = map(int, found.groups())
+            if sample_key(number, place) != key:  # 0000001_00000
+                return
+            if number < len(self.shards) and place < self.shards[number].samples:
+                yield int(self._starts[number]) + place
+
+    def _open_texts(self, kind: TextKind) -> TextTable | None:
+        """Map a table of texts at its first use; None if the split has none."""
+        if kind not in self._texts:
+            if text_files(kind)[0] not in self._tables:
+                return None
+            for name in text_files(kind):
+                self._dataset.fetch_table(f"{self.split}.{name}", self._tables[name])
+            self._texts[kind] = TextTable(self._dataset.folder, self.split, kind, len(self))
+        return self._texts[kind]
+
+    def _open_members(self, field: str) -> Members:
+        """Map the table of a field, and check every row."""
+        name = field_table(field)
+        folder, count = self._dataset.folder, len(self._index)
+        if name not in self._tables:
+            there = ", ".join(list_fields(self._tables)) or "none"
+            how = "index" if self.manifest.foreign else "pack"
+            raise UsageError(
+                f"split {self.split} of {folder} has no field {field!r} (it has {there}); "
+                f"{how} it anew with --fields {field}"
+            )
+        self._dataset.fetch_table(f"{self.split}.{name}", self._tables[name])
+        rows = map_members(folder, self.split, field, count, self._tables[name])
+        sizes = np.array([shard.bytes for shard in self.shards], np.uint64)
+        for number, start in enumerate(self._starts[:-1].tolist()):
+            faults = find_member_faults(rows[start : self._starts[number + 1]], sizes[number])
+            if faults:
+                reason = f"sample {start + faults[0]}: the shard ends before it does"
+                raise DamagedFile(folder / f"{self.split}.{name}", reason)
+        return rows
+
+    def _list_keys(self, number: int) -> dict[int, str]:
+        """Return the keys of a shard of another tool, by the offset of each member."""
+        if number not in self._old_keys:
+            with self._lock, self._dataset.open(self.shards[number]) as file:
+                samples = list(group_samples(read_members(file, self.shards[number].name)))
+            self._old_keys[number] = {
+                part.offset: sample.key for sample in samples for part in sample.parts
+            }
+        return self._old_keys[number]
 
     def close(self) -> None:
         """Close all files."""
@@ -249,17 +406,6 @@ class ShardReader:
         crc: int = isal_zlib.crc32(view)
         self._checking += perf_counter() - start
         return crc
-
-    def _stored_key(self, number: int, offset: int) -> str | None:
-        """Return the key in the tar header of the image at `offset`; None if it cannot be read."""
-        try:
-            header = os.pread(
-                self._file(number).number, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE
-            )
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except (OSError, DuetError, tarfile.HeaderError):
-            return None
-        return split_member_name(member.name)[0]
 
     def _recheck(self, number: int) -> bool:
         """Return whether a better copy of a shard is there now; the old one is closed then."""

@@ -229,7 +229,7 @@ def measure_pixel_seconds(
     decoder, found = parts.open_decoder(loaded), []
     for _ in range(batches + 2 * parts.setting.prefetch):
         start = time.perf_counter()
-        if decoder.run().is_cuda:  # for this batch alone: DALI makes the next ones meanwhile
+        if decoder.run().images.is_cuda:  # for this batch alone: DALI makes the next ones meanwhile
             torch.cuda.current_stream().synchronize()
         found.append(time.perf_counter() - start)
     return found[2 * parts.setting.prefetch :]

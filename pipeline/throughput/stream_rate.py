@@ -19,10 +19,10 @@ from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import open_dataset
 from pipeline.remote.filesystem import is_remote
-from pipeline.stream.dali_reader import DaliReader
 from pipeline.stream.loader import EncodedBatch
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput.clock import FEWEST, CpuLoad, Rate, measure_until_steady
+from pipeline.throughput.dali_reader import DaliReader
 from pipeline.throughput.stages import Setting, open_parts
 from pipeline.tools.errors import UsageError
 from pipeline.tools.progress import Progress

@@ -21,7 +21,8 @@ import torch
 from parts.copies import damage_sample, read_samples
 from pipeline.batches import Stream
 from pipeline.stream.config import Device, StreamConfig
-from pipeline.stream.decode import Decoder, DecoderInput, TrialDecoder
+from pipeline.stream.decode import Decoder, DecoderInput
+from pipeline.stream.quarantine import TrialDecoder
 from pipeline.tools.processes import tie_to_parent
 
 SAMPLES, BAD, BATCH = 64, 37, 16
@@ -115,7 +116,7 @@ def _bare(data: Path, edit: Edit, device: Device, load: float) -> dict[str, Any]
     config = StreamConfig(batch_size=len(stored), device=device, threads=2, hw_decoder_load=load)
     decoder = Decoder(lambda: feed, config)
     try:
-        images = decoder.run()
+        images = decoder.run().images
         if device == "gpu":
             torch.cuda.synchronize()
     except RuntimeError as error:

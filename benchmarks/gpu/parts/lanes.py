@@ -25,7 +25,6 @@ from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.config import CROP, Device, StreamConfig
-from pipeline.stream.dali_reader import DaliReader
 from pipeline.stream.decode import (
     Decoder,
     DecoderInput,
@@ -35,6 +34,7 @@ from pipeline.stream.decode import (
 )
 from pipeline.stream.loader import BatchReader
 from pipeline.stream.prefetch import Prefetcher
+from pipeline.throughput.dali_reader import DaliReader
 
 MEMORY = 4096
 """Images that lanes over memory go round in, at most."""
@@ -89,7 +89,7 @@ def recipe(data: Path, device: Device, setting: Setting) -> Generator[torch.Tens
     decoder = Decoder(lambda: next(feeds), _config(device, setting), encoding)
     feeds = _feeds(data, setting)
     while True:
-        yield decoder.run()
+        yield decoder.run().images
 
 
 def decode_alone(

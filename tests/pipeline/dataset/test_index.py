@@ -16,7 +16,7 @@ from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import read_key_from_idx
 from pipeline.dataset.shards import parse_idx
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.dali_reader import DaliReader
+from pipeline.throughput.dali_reader import DaliReader
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     copy_of_made,

@@ -17,7 +17,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import TORN
 from pipeline.dataset.shards import parse_idx
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.dali_reader import DaliReader
+from pipeline.throughput.dali_reader import DaliReader
 from pipeline.tools.errors import DuetError
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import (  # noqa: F401

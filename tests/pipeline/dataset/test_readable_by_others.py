@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.dali_reader import DaliReader
+from pipeline.throughput.dali_reader import DaliReader
 from tests.helpers.images import CLASSES, packed, rows_of
 
 SPLITS = {"train": 48, "val": 20}

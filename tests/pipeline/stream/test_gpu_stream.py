@@ -12,11 +12,11 @@ import torch
 from pipeline.batches import Batch, Stream
 from pipeline.stream import operators
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import TrialDecoder, decode_crops
+from pipeline.stream.decode import decode_crops
 from pipeline.stream.ledger import writer
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.loader import BatchReader
-from pipeline.stream.quarantine import HeaderCheck
+from pipeline.stream.quarantine import HeaderCheck, TrialDecoder
 from pipeline.throughput import hardware
 from pipeline.throughput.clock import FEWEST
 from pipeline.throughput.stages import Setting, measure_pixel_seconds, open_parts

@@ -20,8 +20,8 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.packing.resize import decode_square
 from pipeline.stream.augment import draw
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.dali_reader import DaliReader
 from pipeline.stream.decode import Decoder
+from pipeline.throughput.dali_reader import DaliReader
 from pipeline.tools.text import human_bytes
 from pipeline.verify import verify
 from tests.helpers.images import CLASSES, folder_per_class, packed, rows_of

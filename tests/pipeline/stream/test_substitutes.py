@@ -14,8 +14,7 @@ from PIL import Image
 
 from pipeline.batches import Stream
 from pipeline.dataset.images import Undecodable, decode_image
-from pipeline.stream.decode import TrialDecoder
-from pipeline.stream.quarantine import HeaderCheck
+from pipeline.stream.quarantine import HeaderCheck, TrialDecoder
 from pipeline.tools.errors import DataError
 from tests.helpers.damage import BAD, BATCHES, SAMPLES, six_damaged, taken, undecodable  # noqa: F401 - a fixture
 from tests.helpers.images import jpeg, rows_of

@@ -1,0 +1,172 @@
+"""Members of a sample besides its image, masks among them, and labels of a user's own.
+
+A member is read by its byte range and checked by its CRC-32, as the image is. By the last part of
+its ending, `json` is parsed, `txt` is text, `cls` a number or a text, `npy` an array, and all else
+is bytes. A mask is a PNG of one channel and eight bits, decoded to its values: palette entries stay
+numbers. The DALI graph cuts, resizes and flips it with its image.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipeline.dataset.images import SIZE, Pixels
+from pipeline.stream.config import StreamConfig
+from pipeline.stream.mixture import MixedReader
+from pipeline.stream.order import Ids
+from pipeline.stream.shard_reader import Damage, ShardReader
+from pipeline.tools.errors import UsageError, summarize_error
+from pipeline.tools.jsonl import parse_json
+from pipeline.tools.units import cpu_count
+
+MASK_MODES = ("L", "P", "1")
+"""Pillow's names for one channel of at most eight bits: grey, palette, black and white."""
+
+Labels = npt.NDArray[Any]
+"""float32 or int64, [N] or [N, k]: the label of each sample, by id."""
+
+
+class SampleMembers(NamedTuple):
+    """Members of one sample, by field."""
+
+    fields: dict[str, Any]
+    """Parsed content of each of the stream's `fields`."""
+    masks: dict[str, Pixels]
+    """uint8 [height, width, 1] of each of the stream's `masks`, as large as the stored image."""
+
+
+class MemberReader:
+    """Reads, checks and parses the members of samples that a config asks for."""
+
+    def __init__(self, reader: ShardReader | MixedReader, config: StreamConfig) -> None:
+        """Args: a reader that was opened with the fields and masks of the config; the config."""
+        self._reader, self._config = reader, config
+        # Pillow unpacks without the interpreter's lock.
+        self._pool = ThreadPoolExecutor(config.threads or cpu_count()) if config.masks else None
+
+    def read(self, ids: Ids) -> tuple[list[SampleMembers], dict[int, Damage]]:
+        """Return the members of samples `ids` (int64 [b]), and the damage by place in `ids`.
+
+        Raises:
+            DuetError: a whole shard cannot be read or fetched.
+        """
+        found = [SampleMembers({}, {}) for _ in ids]
+        faults: dict[int, str] = {}
+        for is_mask, names in enumerate((self._config.fields, self._config.masks)):
+            for name in names:
+                contents, broken = self._reader.read_members(name, ids)
+                apply = self._pool.map if is_mask and self._pool is not None else map
+                parse = decode_mask if is_mask else find_parser(name)
+                parsed = apply(partial(_attempt, parse), contents)
+                for place, (value, fault) in enumerate(parsed):
+                    found[place][is_mask][name] = value
+                    if fault := broken.get(place, fault):
+                        faults.setdefault(place, f"its .{name}: {fault}")
+        return found, {
+            place: self._reader.make_damage(int(ids[place]), fault)
+            for place, fault in faults.items()
+        }
+
+    def close(self) -> None:
+        """End the threads that decode masks."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _attempt(parse: Callable[[bytes], Any], content: bytes) -> tuple[Any, str | None]:
+    """Return the parsed content of a member, and what is wrong with it."""
+    try:
+        return parse(content), None
+    except Exception as error:  # parsers raise many kinds of exception on damaged input
+        return None, f"it cannot be read ({summarize_error(error)})"
+
+
+def find_parser(field: str) -> Callable[[bytes], Any]:
+    """Return what makes the value of a field of its bytes, by the last part of its ending."""
+    return _PARSERS.get(field.rpartition(".")[2], bytes)
+
+
+def _parse_class(content: bytes) -> int | str:
+    text = content.decode().strip()
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def _parse_array(content: bytes) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    return array
+
+
+_PARSERS: dict[str, Callable[[bytes], Any]] = {
+    "json": parse_json,
+    "txt": bytes.decode,
+    "cls": _parse_class,
+    "npy": _parse_array,
+}
+
+
+def decode_mask(content: bytes, shape: tuple[int, int] = (SIZE, SIZE)) -> Pixels:
+    """Decode a mask without changing a value.
+
+    Args:
+        content: a PNG.
+        shape: height and width of its image.
+
+    Returns:
+        uint8 [height, width, 1].
+
+    Raises:
+        ValueError: it has another size, several channels, or 16 bits.
+        OSError: it is no PNG, or damaged.
+    """
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        if image.mode not in MASK_MODES:
+            raise ValueError(f"its pixels are {image.mode}; a mask has one channel of 8 bits")
+        if (image.height, image.width) != shape:
+            height, width = shape
+            raise ValueError(f"it is {image.width}x{image.height}, its image {width}x{height}")
+        return np.array(image, np.uint8)[:, :, None]
+
+
+def load_labels(given: Any, count: int) -> Labels | None:
+    """Return labels of a user's own; None where they are the classes.
+
+    Args:
+        given: `StreamConfig.labels`.
+        count: number of samples of the split, N.
+
+    Raises:
+        UsageError: of another type or number; or a file that cannot be read.
+    """
+    if isinstance(given, str) and given == "class":
+        return None
+    if given is None:
+        return np.broadcast_to(np.int64(-1), (count,))
+    what = "labels"
+    if isinstance(given, str | os.PathLike):
+        what = f"labels {os.fspath(given)}"
+        try:
+            given = np.load(given, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # NumPy raises many kinds for a damaged header
+            raise UsageError(
+                f"{what} cannot be read ({summarize_error(error)}); name a .npy file"
+            ) from error
+    labels = np.asarray(given)
+    if labels.dtype not in (np.float32, np.int64):
+        raise UsageError(
+            f"{what} are {labels.dtype}; give float32 or int64, as by .astype('float32')"
+        )
+    if labels.ndim not in (1, 2) or len(labels) != count:
+        raise UsageError(
+            f"{what} have the shape {list(labels.shape)}; the split has {count:,} samples, and "
+            f"takes [{count}] or [{count}, k], by sample id"
+        )
+    return labels
