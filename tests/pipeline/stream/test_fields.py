@@ -139,8 +139,8 @@ def test_masks_are_cut_and_flipped_with_their_images(made, crop):
     assert masks.dtype == torch.uint8
     assert masks.shape == (COUNT, *((256, 256) if crop == "whole" else size))
     slots = FullShuffle([8, 8, 4], 4).list_slots(0, COUNT)
-    regions = draw_regions(4, *slots, (256, 256), (0.08, 1.0), (3 / 4, 4 / 3))
-    draws = draw(4, *slots, border=(0, 0) if crop == "resized" else (160, 96))
+    regions = draw_regions(4, slots.turns, slots.ids, (256, 256), (0.08, 1.0), (3 / 4, 4 / 3))
+    draws = draw(4, slots.turns, slots.ids, border=(0, 0) if crop == "resized" else (160, 96))
     for place, sample in enumerate(batch.ids.tolist()):
         expected = make_mask(sample)
         top, left = (draws.y[place], draws.x[place]) if crop == "random" else (80, 48)
