@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.dataset.images import SIZE, Pixels
+from pipeline.dataset.images import Pixels, Size
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.mixture import MixedReader
 from pipeline.stream.order import Ids
@@ -61,16 +61,16 @@ class MemberReader:
         """
         found = [SampleMembers({}, {}) for _ in ids]
         faults: dict[int, str] = {}
-        for is_mask, names in enumerate((self._config.fields, self._config.masks)):
-            for name in names:
-                contents, broken = self._reader.read_members(name, ids)
-                apply = self._pool.map if is_mask and self._pool is not None else map
-                parse = decode_mask if is_mask else find_parser(name)
-                parsed = apply(partial(_attempt, parse), contents)
-                for place, (value, fault) in enumerate(parsed):
-                    found[place][is_mask][name] = value
-                    if fault := broken.get(place, fault):
-                        faults.setdefault(place, f"its .{name}: {fault}")
+        for name in self._config.fields:
+            contents, broken = self._reader.read_members(name, ids)
+            parsed = map(partial(_attempt, find_parser(name)), contents)
+            _collect(name, parsed, broken, [one.fields for one in found], faults)
+        for name in self._config.masks:
+            contents, broken = self._reader.read_members(name, ids)
+            sizes = zip(*(sides.tolist() for sides in self._reader.read_sizes(ids)), strict=True)
+            apply: Callable[..., Iterable[Any]] = map if self._pool is None else self._pool.map
+            parsed = apply(partial(_attempt, decode_mask), contents, sizes)
+            _collect(name, parsed, broken, [one.masks for one in found], faults)
         return found, {
             place: self._reader.make_damage(int(ids[place]), fault)
             for place, fault in faults.items()
@@ -82,12 +82,26 @@ class MemberReader:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _attempt(parse: Callable[[bytes], Any], content: bytes) -> tuple[Any, str | None]:
+def _attempt(parse: Callable[..., Any], *given: Any) -> tuple[Any, str | None]:
     """Return the parsed content of a member, and what is wrong with it."""
     try:
-        return parse(content), None
+        return parse(*given), None
     except Exception as error:  # parsers raise many kinds of exception on damaged input
-        return None, f"it cannot be read ({summarize_error(error)})"
+        return None, f"it cannot be used ({summarize_error(error)})"
+
+
+def _collect(
+    name: str,
+    parsed: Iterable[tuple[Any, str | None]],
+    broken: Mapping[int, str],
+    found: Sequence[dict[str, Any]],
+    faults: dict[int, str],
+) -> None:
+    """Put the parsed members of a field where they belong, and their faults by place."""
+    for place, (value, fault) in enumerate(parsed):
+        found[place][name] = value
+        if fault := broken.get(place, fault):
+            faults.setdefault(place, f"its .{name}: {fault}")
 
 
 def find_parser(field: str) -> Callable[[bytes], Any]:
@@ -113,12 +127,12 @@ _PARSERS: dict[str, Callable[[bytes], Any]] = {
 }
 
 
-def decode_mask(content: bytes, shape: tuple[int, int] = (SIZE, SIZE)) -> Pixels:
+def decode_mask(content: bytes, size: Size) -> Pixels:
     """Decode a mask without changing a value.
 
     Args:
         content: a PNG.
-        shape: height and width of its image.
+        size: height and width of its image.
 
     Returns:
         uint8 [height, width, 1].
@@ -130,8 +144,8 @@ def decode_mask(content: bytes, shape: tuple[int, int] = (SIZE, SIZE)) -> Pixels
     with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         if image.mode not in MASK_MODES:
             raise ValueError(f"its pixels are {image.mode}; a mask has one channel of 8 bits")
-        if (image.height, image.width) != shape:
-            height, width = shape
+        if (image.height, image.width) != size:
+            height, width = size
             raise ValueError(f"it is {image.width}x{image.height}, its image {width}x{height}")
         return np.array(image, np.uint8)[:, :, None]
 
