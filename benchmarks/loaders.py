@@ -1,9 +1,11 @@
 """Data loaders in turn on the same images: ours, DALI's own, and those of others.
 
     python benchmarks/loaders.py DATA [--raw RAWDATA] [--only ours,native,ffcv] [--device gpu]
+    python benchmarks/loaders.py DATA500 --crop resized      # --size 500 --fit shorter
 
 Every loader gives shuffled batches of random 224x224 crops, half of them mirrored, as float32
-[b, 3, 224, 224] minus the channel mean, from the same stored bytes; ours adds PCA color. Each
+[b, 3, 224, 224] minus the channel mean, from the same stored bytes; ours adds PCA color. With
+`--crop resized` a crop is a part of random area and aspect ratio, resized (RandomResizedCrop). Each
 runs in a process of its own with all cores (settings: `benchmarks/peers/`) and waits while another
 is measured. A round is one turn of each, every second round in reverse; ratios are taken within
 rounds. Most others read a copy in their own format in a temporary folder, and some hold all
@@ -58,6 +60,8 @@ class LoaderOptions:
     """Folder of a data set built with `--encoding raw`, for the loaders of raw pixels."""
     only: str = ""
     """Names with commas between; the default is all, with `--device gpu` all that can."""
+    crop: Literal["random", "resized"] = "random"
+    """Random squares of 224 pixels, or parts of random area and aspect ratio resized to that."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Device on which `ours` and `native` decode; the others know the CPU only."""
     rounds: int = 5
@@ -136,6 +140,7 @@ def make_work(peer: Peer, options: LoaderOptions, folder: Path) -> Work:
         data=data.resolve(),
         lane=peer.lane,
         folder=folder,
+        crop=options.crop,
         mean=(red, green, blue),
         samples=split.samples,
         passes=passes,
@@ -209,6 +214,7 @@ def collect_facts(rows: list[LoaderRow], options: LoaderOptions) -> dict[str, An
         "torch": torch.__version__,
         "dali": nvidia.dali.__version__,
         "device": options.device,
+        "crop": options.crop,
         "batch_size": options.batch_size,
         "seconds": options.seconds,
         "loaders": loaders,
@@ -238,7 +244,8 @@ def make_table(found: dict[str, Any]) -> rich.table.Table:
             "" if ratio is None else f"{ratio:.2f}x",
         )
     out.title = (
-        f"{found['cpu']}, {found['cores']} cores, {found['device']}; batch {found['batch_size']}, "
+        f"{found['cpu']}, {found['cores']} cores, {found['device']}; {found['crop']} crops, "
+        f"batch {found['batch_size']}, "
         f"turns of {found['seconds']:g} s\n{', '.join(versions.values())}"
     )
     out.title_justify = "left"

@@ -75,6 +75,22 @@ PEERS = {
         module="webdataset",
         library="webdataset",
     ),
+    "torchcodec": Peer(
+        title="TorchCodec + threads",
+        adapter="torchcodec_threads",
+        module="torchcodec",
+        library="torchcodec",
+        install="pip install torchcodec, beside a torch with CUDA",
+        copies=True,
+    ),
+    "spdl": Peer(
+        title="SPDL pipeline",
+        adapter="spdl_pipeline",
+        module="spdl",
+        library="spdl",
+        install="pip install spdl (Debian: apt install libavdevice59 libavfilter8)",
+        copies=True,
+    ),
     "ffcv": Peer(title="FFCV JPEG, channels last", **_FFCV),
     "ffcv-planes": Peer(title="FFCV JPEG, planes", planes=True, **_FFCV),
     "litdata": Peer(

@@ -1,4 +1,4 @@
-"""The limit: libjpeg-turbo decodes the whole 256x256 image to RGB, and does nothing else.
+"""The limit: libjpeg-turbo decodes the whole stored image to RGB, and does nothing else.
 
 simplejpeg lets go of Python's lock while it decodes, so there is one thread a core; each writes
 into one buffer again and again. No crop, no float, no batch in one piece, no order.
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from peers.work import STORED, Work, stored
+from peers.work import Work, stored
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -28,8 +28,11 @@ def prepare(work: Work) -> None:
 
 
 def batches(work: Work) -> Iterator[Pixels]:
-    """Yield, for every `batch_size` decoded images, the last of them; uint8 [256, 256, 3]."""
-    jpegs = itertools.cycle(list(stored(work)))
+    """Yield, for every `batch_size` decoded images, the last of them; uint8 [h, w, 3]."""
+    images = list(stored(work))
+    sizes = [simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in images]
+    largest = 3 * max(height * width for height, width in sizes)
+    jpegs = itertools.cycle(images)
     # As many images as are counted, whatever the batch.
     parts = [min(CHUNK, work.batch_size - done) for done in range(0, work.batch_size, CHUNK)]
     made = 0
@@ -38,13 +41,13 @@ def batches(work: Work) -> Iterator[Pixels]:
         while True:
             while len(pending) < 4 * work.cores + len(parts):
                 count = parts[made % len(parts)]
-                pending.append(pool.submit(_decode, list(itertools.islice(jpegs, count))))
+                pending.append(pool.submit(_decode, list(itertools.islice(jpegs, count)), largest))
                 made += 1
             yield [pending.popleft().result() for _ in parts][-1]
 
 
-def _decode(jpegs: list[bytes]) -> Pixels:
-    pixels = np.empty((STORED, STORED, 3), np.uint8)
+def _decode(jpegs: list[bytes], largest: int) -> Pixels:
+    buffer = np.empty(largest, np.uint8)
     for jpeg in jpegs:
-        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
+        pixels: Pixels = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=buffer)
     return pixels

@@ -1,4 +1,7 @@
-"""DALI's `readers.webdataset` on the same shards with the graph of our stream; a thread a core."""
+"""DALI's `readers.webdataset` on the same shards with the graph of our stream; a thread a core.
+
+A resized crop is drawn by DALI's own `decoders.image_random_crop`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ def prepare(work: Work) -> None:
 
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
-    config = StreamConfig(batch_size=work.batch_size, device=work.device, threads=work.cores)
+    config = StreamConfig(
+        batch_size=work.batch_size, device=work.device, threads=work.cores, crop=work.crop
+    )
     reader = DaliReader(work.data, config)
     while True:
         yield next(reader)

@@ -20,6 +20,8 @@ def prepare(work: Work) -> None:
 
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
-    with Stream(work.data, batch_size=work.batch_size, device=work.device) as stream:
+    with Stream(
+        work.data, batch_size=work.batch_size, device=work.device, crop=work.crop
+    ) as stream:
         for batch in stream:
             yield batch.images

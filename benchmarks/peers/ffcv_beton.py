@@ -1,15 +1,17 @@
 """FFCV 1.0.2: a .beton file of the stored JPEGs, or of the raw pixels; a thread a core.
 
 The JPEGs go in byte for byte; FFCV's own writer would compress them once more. The pipeline is that
-of its ImageNet example: decode with random crop (here of a fixed size, so that nothing is resized),
-flip, look-up table to float32, channels-last view. With `planes` the bytes are put into planes
-first and torch converts them into memory that is used again: of several ways to contiguous
-[b, 3, 224, 224] memory the fastest here. The file is read through the page cache. FFCV decodes with
-libjpeg-turbo's fast, less exact DCT.
+of its ImageNet example: decode with random resized crop (for `random` of a fixed size, so that
+nothing is resized), flip, look-up table to float32, channels-last view. With `planes` the bytes are
+put into planes first and torch converts them into memory that is used again: of several ways to
+contiguous [b, 3, 224, 224] memory the fastest here. The file is read through the page cache. FFCV
+decodes with libjpeg-turbo's fast, less exact DCT, the whole image, and resizes with OpenCV's
+`INTER_AREA`.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +22,9 @@ from ffcv.fields.rgb_image import IMAGE_MODES, RandomResizedCropRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
 from ffcv.writer import DatasetWriter
+from PIL import Image
 
-from peers.work import CROP, STORED, Work, stored
+from peers.work import CROP, RATIO, SCALE, STORED, Work, stored
 
 PREFETCH = 3
 """Batches prefetched (FFCV's default)."""
@@ -32,7 +35,10 @@ class _Stored(RGBImageField):  # type: ignore[misc]
 
     def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
         destination["mode"] = IMAGE_MODES[self.write_mode]
-        destination["height"] = destination["width"] = STORED
+        height = width = STORED
+        if self.write_mode == "jpg":
+            width, height = Image.open(io.BytesIO(image)).size
+        destination["height"], destination["width"] = height, width
         destination["data_ptr"], storage = malloc(len(image))
         storage[:] = np.frombuffer(image, np.uint8)
 
@@ -64,6 +70,7 @@ def prepare(work: Work) -> None:
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
     area = (CROP / STORED) ** 2
+    scale, ratio = (SCALE, RATIO) if work.crop == "resized" else ((area, area), (1.0, 1.0))
     loader = Loader(
         str(work.folder / "train.beton"),
         batch_size=work.batch_size,
@@ -76,9 +83,7 @@ def batches(work: Work) -> Iterator[torch.Tensor]:
         indices=np.tile(np.arange(work.samples), work.passes),
         pipelines={
             "image": [
-                RandomResizedCropRGBImageDecoder(
-                    (CROP, CROP), scale=(area, area), ratio=(1.0, 1.0)
-                ),
+                RandomResizedCropRGBImageDecoder((CROP, CROP), scale=scale, ratio=ratio),
                 RandomHorizontalFlip(),
                 *(_planes(work) if work.planes else _channels_last(work)),
             ]

@@ -16,8 +16,10 @@ from peers.work import Floats, Work, pillow_crop, stored
 
 
 class _Images(StreamingDataset):  # type: ignore[misc]
+    crop = ""
+
     def __getitem__(self, place: Any) -> torch.Tensor:
-        return pillow_crop(super().__getitem__(place))
+        return pillow_crop(super().__getitem__(place), self.crop)
 
 
 def _same(jpeg: bytes) -> bytes:
@@ -39,8 +41,10 @@ def prepare(work: Work) -> None:
 
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
+    images = _Images(str(work.folder / "chunks"), shuffle=True, drop_last=True)
+    images.crop = work.crop
     loader = StreamingDataLoader(
-        _Images(str(work.folder / "chunks"), shuffle=True, drop_last=True),
+        images,
         batch_size=work.batch_size,
         num_workers=work.cores,
         persistent_workers=True,

@@ -46,8 +46,10 @@ from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402
 
 
 class _Images(StreamingDataset):  # type: ignore[misc, unused-ignore]
+    crop = ""
+
     def __getitem__(self, place: Any) -> torch.Tensor:
-        return pillow_crop(super().__getitem__(place)["jpeg"])
+        return pillow_crop(super().__getitem__(place)["jpeg"], self.crop)
 
 
 def prepare(work: Work) -> None:
@@ -64,6 +66,7 @@ def batches(work: Work) -> Iterator[torch.Tensor]:
         batch_size=work.batch_size,
         shuffle=True,
     )
+    dataset.crop = work.crop
     loader: DataLoader[torch.Tensor] = DataLoader(
         dataset,
         work.batch_size,

@@ -12,29 +12,28 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from peers.work import Floats, Work, pillow_crop, stored
+from peers.work import Floats, Work, pillow_crop, write_files
 
 
 class _Files(Dataset[torch.Tensor]):
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths = paths
+    def __init__(self, paths: list[Path], crop: str) -> None:
+        self._paths, self._crop = paths, crop
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, place: int) -> torch.Tensor:
-        return pillow_crop(self._paths[place].read_bytes())
+        return pillow_crop(self._paths[place].read_bytes(), self._crop)
 
 
 def prepare(work: Work) -> None:
     """Write every image into a file of its own."""
-    for number, jpeg in enumerate(stored(work)):
-        (work.folder / f"{number:08}.jpg").write_bytes(jpeg)
+    write_files(work)
 
 
 def batches(work: Work) -> Iterator[torch.Tensor]:
     """Yield batches without end."""
-    files = _Files(sorted(work.folder.glob("*.jpg")))
+    files = _Files(sorted(work.folder.glob("*.jpg")), work.crop)
     loader = DataLoader(
         files,
         work.batch_size,

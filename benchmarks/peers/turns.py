@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from peers import Peer
-from peers.work import CROP, STORED, Work
+from peers.work import CROP, Work
 from pipeline.tools.errors import DataError, DuetError, SetupError
 from pipeline.tools.processes import tie_to_parent
 
@@ -121,14 +121,14 @@ def check_batches(batches: Iterator[Any], work: Work, *, decoded_only: bool = Fa
     Args:
         batches: of a loader.
         work: the job of the loader.
-        decoded_only: it yields uint8 [256, 256, 3] instead, one image of each batch.
+        decoded_only: it yields uint8 [height, width, 3] instead, one image of each batch.
 
     Raises:
         DataError: something else was delivered.
     """
     if decoded_only:
         image = next(batches)
-        _expect("shape", image.shape, (STORED, STORED, 3))
+        _expect("channels", image.shape[2:], (3,))
         _expect("dtype", image.dtype, np.dtype(np.uint8))
         return
     dtype = torch.float16 if work.device == "gpu" else torch.float32

@@ -7,6 +7,7 @@ manual advises for training (`resampled=True`), and a shuffle buffer of 1,000 sa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +28,12 @@ def batches(work: Work) -> Iterator[torch.Tensor]:
     samples = (
         wds.WebDataset([str(path) for path in shards(work)], resampled=True, shardshuffle=False)
         .shuffle(BUFFER)
-        .map(_crop)
+        .map(partial(_crop, work.crop))
         .batched(work.batch_size, collation_fn=default_collate)
     )
     loader = wds.WebLoader(samples, batch_size=None, num_workers=work.cores)
     yield from map(Floats(work.mean), loader)
 
 
-def _crop(sample: dict[str, Any]) -> torch.Tensor:
-    return pillow_crop(sample["jpg"])
+def _crop(crop: str, sample: dict[str, Any]) -> torch.Tensor:
+    return pillow_crop(sample["jpg"], crop)

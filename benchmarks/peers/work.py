@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 import tarfile
 from collections import deque
@@ -23,7 +24,7 @@ STORED = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Random 224x224 crops, half of them mirrored, float32 minus the mean, in shuffled batches."""
+    """224x224 crops, half of them mirrored, float32 minus the mean, in shuffled batches."""
 
     data: Path
     """Sealed Duet data set that all loaders read or are converted from."""
@@ -31,6 +32,8 @@ class Work:
     """Encoding of the data set: JPEG bytes or pixels."""
     folder: Path
     """Empty folder for the loader's own format."""
+    crop: Literal["random", "resized"] = "random"
+    """A random square of 224 pixels; or a part of random area and aspect ratio, resized to that."""
     mean: tuple[float, float, float]
     """Mean of red, green, blue in the training set; grey levels 0..255."""
     samples: int
@@ -56,8 +59,8 @@ def shards(work: Work) -> list[Path]:
 def stored(work: Work) -> Iterator[bytes]:
     """Yield the bytes of the samples of the train split, in stored order.
 
-    A sample is a JPEG file, or [256, 256, 3] pixels in C order. Only `tarfile` and NumPy read them,
-    so that nothing of ours stands between the shards and another loader.
+    A sample is a JPEG file, or [side, side, 3] pixels in C order. Only `tarfile` and NumPy read
+    them, so that nothing of ours stands between the shards and another loader.
     """
     for shard in shards(work):
         with tarfile.open(shard) as tar:
@@ -69,14 +72,49 @@ def stored(work: Work) -> Iterator[bytes]:
                     yield np.load(io.BytesIO(file.read())).tobytes() if raw else file.read()
 
 
-def pillow_crop(jpeg: bytes) -> torch.Tensor:
+def write_files(work: Work) -> None:
+    """Write every image into a file of its own, in the folder of the loader."""
+    for number, jpeg in enumerate(stored(work)):
+        (work.folder / f"{number:08}.jpg").write_bytes(jpeg)
+
+
+def shuffle_files(work: Work) -> Iterator[Path]:
+    """Yield the files of `write_files` without end, each pass in another random order."""
+    paths = sorted(work.folder.glob("*.jpg"))
+    while True:
+        yield from random.sample(paths, len(paths))
+
+
+SCALE, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+"""Share of the area and aspect ratio of a resized crop, and draws before the centre is taken:
+those of torchvision's RandomResizedCrop."""
+
+
+def draw_box(width: int, height: int, crop: str) -> tuple[int, int, int, int]:
+    """Return left and upper edge, width and height of a random crop of an image."""
+    if crop == "random":
+        return random.randint(0, width - CROP), random.randint(0, height - CROP), CROP, CROP
+    for _ in range(ATTEMPTS):
+        area = width * height * random.uniform(*SCALE)
+        ratio = math.exp(random.uniform(*map(math.log, RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, width - w), random.randint(0, height - h), w, h
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def pillow_crop(jpeg: bytes, crop: str) -> torch.Tensor:
     """Return a random crop of a JPEG file, every second one mirrored; uint8 [224, 224, 3].
 
-    Pillow decodes the whole image (it cannot do less); the crop is cut out before NumPy copies.
+    Pillow decodes the whole image (it cannot do less exactly); only the crop is copied or resized.
     """
     image = Image.open(io.BytesIO(jpeg))
-    x, y = random.randint(0, STORED - CROP), random.randint(0, STORED - CROP)
-    pixels = np.asarray(image.crop((x, y, x + CROP, y + CROP)))
+    x, y, width, height = draw_box(*image.size, crop)
+    image = image.crop((x, y, x + width, y + height))
+    if crop == "resized":
+        image = image.resize((CROP, CROP), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
     return torch.from_numpy(np.array(pixels[:, ::-1] if random.random() < 0.5 else pixels))
 
 

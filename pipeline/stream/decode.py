@@ -287,13 +287,22 @@ def cut_crops(
         return decode_crops(config, images, x, y, region)
     pixels = images.gpu() if config.on_gpu else images
     if region is not None:
-        return _resize(config, dali.fn.slice(pixels, **_slice(region)))
+        return resize_crops(config, dali.fn.slice(pixels, **_slice(region)))
     return dali.fn.crop(pixels, **_crop(config, x, y))
 
 
 def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any, region: Any = None) -> Any:
     """Return the crop of JPEGs, uint8 [height, width, 3]."""
-    options: dict[str, Any] = {
+    options = decoder_options(config)
+    if region is not None:
+        crops = dali.fn.decoders.image_slice(jpegs, **_slice(region), **options)
+        return resize_crops(config, crops)
+    return dali.fn.decoders.image_crop(jpegs, **_crop(config, x, y), **options)
+
+
+def decoder_options(config: StreamConfig) -> dict[str, Any]:
+    """Return the arguments of DALI's decoders that follow from a config."""
+    return {
         "device": "mixed" if config.on_gpu else "cpu",
         "output_type": dali.types.RGB,
         # GPU chroma upsampling then follows libjpeg-turbo's, which the CPU graph uses.
@@ -303,9 +312,6 @@ def decode_crops(config: StreamConfig, jpegs: Any, x: Any, y: Any, region: Any =
         # in the driver's count: another one wherever CUDA_VISIBLE_DEVICES leaves some out.
         "affine": False,
     }
-    if region is not None:
-        return _resize(config, dali.fn.decoders.image_slice(jpegs, **_slice(region), **options))
-    return dali.fn.decoders.image_crop(jpegs, **_crop(config, x, y), **options)
 
 
 def cut_masks(
@@ -335,7 +341,7 @@ def _slice(region: Any) -> dict[str, Any]:
     return {"start": region[:2], "shape": region[2:], "axis_names": "HW"}
 
 
-def _resize(config: StreamConfig, crops: Any) -> Any:
+def resize_crops(config: StreamConfig, crops: Any) -> Any:
     """Resize to the config's size as Pillow does: linear, with a wider filter to shrink."""
     return dali.fn.resize(
         crops, size=list(config.image_size), interp_type=dali.types.INTERP_LINEAR, antialias=True

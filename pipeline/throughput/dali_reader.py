@@ -13,7 +13,15 @@ from pipeline.dataset.images import ENDINGS, SIZE
 from pipeline.dataset.manifest import Manifest
 from pipeline.stream import operators as dali
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import make_pixels, open_pipeline, run_to_tensor, to_batch
+from pipeline.stream.decode import (
+    decoder_options,
+    make_pixels,
+    normalize_crops,
+    open_pipeline,
+    resize_crops,
+    run_to_tensor,
+    to_batch,
+)
 
 _ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
 """Member name endings in DALI's syntax; shards of other tools may have any of these."""
@@ -47,19 +55,31 @@ class DaliReader:
                 random_shuffle=True,
                 name="reader",
             )
-            x, y = (dali.fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
             flip = dali.fn.random.coin_flip()
             stored = parts[0] if manifest.encoding == "jpeg" else _skip_header(parts[0])
-            self._pipe.set_outputs(
-                make_pixels(
+            if config.crop == "resized":
+                pixels = normalize_crops(config, _cut_regions(config, manifest, stored), flip, mean)
+            else:
+                x, y = (dali.fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
+                pixels = make_pixels(
                     config, manifest.encoding, images=stored, x=x, y=y, flip=flip, mean=mean
                 )
-            )
+            self._pipe.set_outputs(pixels)
         self._pipe.build()
 
     def __next__(self) -> torch.Tensor:
         """Return the next batch of pixels, [b, 3, height, width]."""
         return to_batch(self._config, run_to_tensor(self._pipe))
+
+
+def _cut_regions(config: StreamConfig, manifest: Manifest, stored: Any) -> Any:
+    """Return the graph from stored images to parts that DALI draws, resized."""
+    drawn = {"random_area": config.scale, "random_aspect_ratio": config.ratio}
+    if manifest.encoding == "jpeg":
+        options = decoder_options(config)
+        return resize_crops(config, dali.fn.decoders.image_random_crop(stored, **drawn, **options))
+    pixels = stored.gpu() if config.on_gpu else stored
+    return dali.fn.random_resized_crop(pixels, size=list(config.image_size), **drawn)
 
 
 def _skip_header(npy: Any) -> Any:

@@ -21,7 +21,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import loaders  # noqa: E402
 from peers import PEERS  # noqa: E402
 from peers.turns import check_batches  # noqa: E402
-from peers.work import CROP, Floats, Work, pillow_crop, stored  # noqa: E402
+from peers.work import CROP, Floats, Work, draw_box, pillow_crop, stored  # noqa: E402
 
 from pipeline.tools.errors import DataError, UsageError  # noqa: E402
 from tests.helpers.processes import run_command  # noqa: E402
@@ -89,7 +89,7 @@ def test_a_crop_is_a_window_of_the_image(tiny_data: Path) -> None:
     windows = np.lib.stride_tricks.sliding_window_view(image, (CROP, CROP), (0, 1))
     seen = set()
     for _ in range(12):
-        crop = pillow_crop(jpeg).numpy()
+        crop = pillow_crop(jpeg, "random").numpy()
         for flip, pixels in ((False, crop), (True, crop[:, ::-1])):
             # The place is where the first row fits; then everything must.
             fits = (windows[:, :, :, 0] == pixels[0].T).all((2, 3))
@@ -100,6 +100,30 @@ def test_a_crop_is_a_window_of_the_image(tiny_data: Path) -> None:
             }
     assert len(seen) > 6, "crops do not vary, or are no windows of the image"
     assert {flip for *_, flip in seen} == {False, True}
+
+
+@pytest.mark.parametrize("crop", ["random", "resized"])
+def test_a_box_lies_inside_the_image_and_varies(crop: str) -> None:
+    for width, height in ((256, 256), (667, 500), (500, 1377), (2000, 300)):
+        boxes = [draw_box(width, height, crop) for _ in range(300)]
+        for x, y, w, h in boxes:
+            assert 0 <= x <= width - w
+            assert 0 <= y <= height - h
+            assert crop == "resized" or (w, h) == (CROP, CROP)
+        assert len(set(boxes)) > 200 or (width, height) == (2000, 300)
+        if crop == "resized":
+            areas = [w * h / (width * height) for _, _, w, h in boxes]
+            assert min(areas) > 0.07
+            assert all(0.74 < w / h < 1.35 for _, _, w, h in boxes)
+
+
+def test_a_resized_crop_is_pillows(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jpeg = next(stored(work(tiny_data)))
+    monkeypatch.setattr("peers.work.draw_box", lambda *_: (10, 20, 100, 120))
+    image = Image.open(io.BytesIO(jpeg)).crop((10, 20, 110, 140))
+    expected = np.asarray(image.resize((CROP, CROP), Image.Resampling.BILINEAR))
+    crop = pillow_crop(jpeg, "resized").numpy()
+    assert np.array_equal(crop, expected) or np.array_equal(crop[:, ::-1], expected)
 
 
 def test_stored_gives_every_image_of_the_tars(tiny_data: Path) -> None:
@@ -155,7 +179,8 @@ def test_a_missing_library_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_whole_comparison_in_json(tiny_data: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "loaders.py"), str(tiny_data)]
-    command += ["--only", "ours,torch", "--rounds", "2", "--seconds", "0.2"]
+    command += ["--only", "ours,native,torch", "--rounds", "2", "--seconds", "0.2"]
+    command += ["--crop", "resized"]
     done = run_command(
         [*command, "--batch-size", "8", "--json"],
         cwd=ROOT,
@@ -163,7 +188,7 @@ def test_the_whole_comparison_in_json(tiny_data: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["loaders"]
-    assert list(found) == ["ours", "torch"]
+    assert list(found) == ["ours", "native", "torch"]
     for row in found.values():
         assert len(row["rounds"]) == 2
         assert row["img_s"] > 0
