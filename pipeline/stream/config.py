@@ -241,7 +241,8 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         """Bring settings to one spelling, and check every one that has a range or a choice."""
-        self._set("device", {"cuda": "gpu"}.get(str(self.device), str(self.device)))
+        name = str(self.device)
+        self._set("device", {"cuda": "gpu", "cpu:0": "cpu"}.get(name, name))
         if not re.fullmatch("cpu|gpu|cuda:[0-9]+", self.device):
             raise ValueError(f"device is {self.device!r}; it takes cpu, gpu, cuda, or cuda:NUMBER")
         self._set("dtype", self.dtype and str(self.dtype).removeprefix("torch."))

@@ -357,6 +357,7 @@ def test_a_state_is_taken_up_by_any_world(tiny_data, tmp_path):
 def test_devices_have_one_spelling():
     names = ["cpu", "gpu", "cuda", torch.device("cuda"), torch.device("cuda", 1), "cuda:0"]
     found = [StreamConfig(device=name) for name in names]
+    assert StreamConfig(device=torch.device("cpu", 0)).device == "cpu"  # accelerate's
     assert [one.device for one in found] == ["cpu", "gpu", "gpu", "gpu", "cuda:1", "cuda:0"]
     assert [one.pixel_dtype for one in found] == ["float32", *["float16"] * 5]
     assert replace(found[1], device="cpu").pixel_dtype == "float32"
