@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing.process
 import os
 import shutil
@@ -23,6 +24,9 @@ from tests.helpers.images import folder_per_class, packed
 from tests.helpers.processes import fork_where_code_spawns
 
 fork_where_code_spawns()
+
+# A collection would visit all that is imported and collected, again and again.
+gc.disable()
 
 # What these helpers assert is to be told as fully as if a test had asserted it.
 pytest.register_assert_rewrite(
@@ -79,6 +83,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that start Rays first: together they take longest, and they often wait."""
     items.sort(key=lambda item: item.path.name not in STARTING_RAYS)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but only what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 class OneRayAtATime(LoadFileScheduling):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import io
 import multiprocessing.context
@@ -173,6 +174,7 @@ def call_command(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        gc.unfreeze()  # this process, whose end `run` takes it for, goes on
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from model.alexnet import AlexNet
 from model.architecture import LAYERS, Design, build_stages
@@ -234,6 +233,8 @@ def test_training_needs_a_position() -> None:
 def test_the_network_compiles_once_whatever_the_position() -> None:
     """No graph breaks, and a change of the position compiles nothing."""
     net, x = narrow().double().train(), images().double()
+    from torch._dynamo.testing import CompileCounter  # here: every process of the tests collects
+
     counter = CompileCounter()
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     seen = set()

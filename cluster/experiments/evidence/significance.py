@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from scipy import stats
 
 from cluster.run.probabilities import SavedProbabilities
 from pipeline.tools.errors import DuetError
 
-NORMAL_975 = float(stats.norm.ppf(0.975))
+NORMAL_975 = statistics.NormalDist().inv_cdf(0.975)
 """Quantile of the normal distribution that a two-sided 95 % interval needs."""
 ROWS = 4096
 """Images whose probabilities are compared at a time."""
@@ -85,7 +83,7 @@ def compare_groups(ours: Spread, theirs: Spread, images: float | None) -> Differ
     """
     margin = None
     if len(ours.values) + len(theirs.values) > 2:
-        margin = _compute_t_margin(stats.ttest_ind, ours.values, theirs.values)
+        margin = _compute_t_margin(ours.values, theirs.values, is_paired=False)
         if images is not None:
             margin = max(margin, compute_binomial_margin(ours.mean, theirs.mean, images))
     return Difference(ours.mean - theirs.mean, margin)
@@ -101,15 +99,16 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], margin: float)
             on the margin of the paired t test over the seeds replaces it where that is larger.
     """
     if len(ours) > 2:
-        margin = max(margin, _compute_t_margin(stats.ttest_rel, ours, theirs))
+        margin = max(margin, _compute_t_margin(ours, theirs, is_paired=True))
     changes = [one - other for one, other in zip(ours, theirs, strict=True)]
     return Difference(statistics.fmean(changes), margin)
 
 
-def _compute_t_margin(
-    test: Callable[..., Any], ours: Sequence[float], theirs: Sequence[float]
-) -> float:
+def _compute_t_margin(ours: Sequence[float], theirs: Sequence[float], *, is_paired: bool) -> float:
     """Half-width of the 95 % interval of a t test; 0 where the seeds do not differ."""
+    from scipy import stats  # here: three seconds of imports, for pages that have more than a seed
+
+    test = stats.ttest_rel if is_paired else stats.ttest_ind
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # SciPy warns of seeds that are all equal
         interval = test(ours, theirs).confidence_interval(0.95)

@@ -1,26 +1,22 @@
-"""Workers of one machine: what Ray Train starts for them."""
+"""Workers of one machine: what Ray Train starts for them.
+
+The tests import Ray Train, as that takes four seconds, in each process that collects them.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ResizeDecision
-from ray.train.v2.api.config import ScalingConfig
-
 from cluster.launch.gpus import has_driver
-from cluster.launch.rendezvous import (
-    UNUSED,
-    LoopbackBackend,
-    LoopbackConfig,
-    LoopbackScalingPolicy,
-    LoopbackTrainer,
-)
 
 
 def test_a_trainer_of_this_machine_starts_no_helper_that_it_does_not_use():
     """Fails where a release of Ray Train has other names for them: then they would start again."""
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.launch.rendezvous import UNUSED, LoopbackConfig, LoopbackTrainer
+
     common, own = (
         [type(one).__name__ for one in trainer._create_default_callbacks()]
         for trainer in (
@@ -34,6 +30,11 @@ def test_a_trainer_of_this_machine_starts_no_helper_that_it_does_not_use():
 
 
 def test_workers_of_this_machine_are_placed_without_an_autoscaler(monkeypatch):
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ResizeDecision
+    from ray.train.v2.api.config import ScalingConfig
+
+    from cluster.launch.rendezvous import LoopbackConfig, LoopbackScalingPolicy, LoopbackTrainer
+
     given = {}
     monkeypatch.setattr(
         LoopbackTrainer.__mro__[1], "_initialize_and_run_controller",
@@ -54,6 +55,10 @@ def test_workers_of_this_machine_are_placed_without_an_autoscaler(monkeypatch):
 
 
 def test_the_backend_shares_gpus_as_that_of_ray_does():
+    from ray.train.torch import TorchConfig
+
+    from cluster.launch.rendezvous import LoopbackBackend
+
     theirs = TorchConfig().backend_cls
     assert LoopbackBackend.share_cuda_visible_devices is theirs.share_cuda_visible_devices
 

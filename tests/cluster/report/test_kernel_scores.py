@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy  # it imports scipy.stats where that is used
 
 from cluster.report.kernels import (
     GREY_OF_NOISE,
