@@ -126,6 +126,7 @@ class StreamConfig:
         {"class": ["tench", "goldfish"]}        names or titles of classes
         {"label": [0, 1]}                       or labels
         {"key": "00001*"}                       keys, by patterns of `fnmatch`
+        {"name": "*/n01440764/*"}               original file names, by such patterns
         {"height": lambda height: height > 300} height or width of the stored image, in pixels
         {"year": lambda year: year > 2010}      any other name is a column of `table`
     """

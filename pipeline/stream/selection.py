@@ -253,6 +253,17 @@ class _Samples:
         """int64 [N]: labels."""
         return self._reader.read_labels(np.arange(self.count))
 
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        """Original file name of each sample."""
+        names = self._reader.read_names(np.arange(self.count))
+        if names is None:
+            raise UsageError(
+                "this set has no names of images: it was packed before there were any, or by "
+                "another tool; find samples by 'key' or 'id'"
+            )
+        return names
+
     def apply(self, where: Mapping[str, Any] | Flags) -> Flags:
         """Return which samples pass a filter, bool [N]."""
         if not isinstance(where, Mapping):
@@ -309,7 +320,8 @@ class _Samples:
         found = np.where(kept, found, 0.0)
         if not found.any():
             raise UsageError("weights sum to 0: no sample could be drawn; give one a weight")
-        return found / found.max()
+        shares: Weights = found / found.max()
+        return shares
 
     def _check_length(self, name: str, array: npt.NDArray[Any]) -> None:
         if array.shape != (self.count,):
@@ -328,6 +340,8 @@ class _Samples:
         if name == "key" and not callable(wanted):
             patterns = [str(one) for one in _as_list(wanted)]
             return np.concatenate([match_keys(part, patterns) for part in self._reader.parts])
+        if name == "name" and not callable(wanted):
+            return _match_texts(self._names, [str(one) for one in _as_list(wanted)])
         column = self._find_column(name)
         if callable(wanted):
             return self._ask(name, wanted, column)
@@ -386,23 +400,21 @@ class _Samples:
                 f"table {path} has no column 'id', 'key' or 'name' to find a sample by; it has "
                 f"{', '.join(map(repr, table))}"
             )
-        keys = table[join]
+        keys, ids = table[join], np.arange(self.count)
         if join == "id":
-            wanted = np.arange(self.count)
+            wanted = ids
         else:
-            read = "read_keys" if join == "key" else "read_names"
-            ids = np.arange(self.count)
-            wanted = np.array(getattr(self._reader, read)(ids))
+            wanted = np.array(self._reader.read_keys(ids) if join == "key" else self._names)
         order = np.argsort(keys, kind="stable")
         at = np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)
-        rows = order[at] if len(keys) else np.zeros(self.count, np.int64)
-        missing = np.flatnonzero(keys[rows] != wanted) if len(keys) else np.arange(self.count)
+        rows: Ids = order[at]
+        missing = np.flatnonzero(keys[rows] != wanted)
         if len(missing):
             raise UsageError(
                 f"table {path} has no row for {len(missing):,} of the {self.count:,} samples, the "
                 f"first with {join} {wanted[missing[0]]}; add them, or give a mask"
             )
-        return rows.astype(np.int64)
+        return rows
 
 
 def match_keys(reader: ShardReader, patterns: Sequence[str]) -> Flags:
@@ -414,9 +426,7 @@ def match_keys(reader: ShardReader, patterns: Sequence[str]) -> Flags:
     sizes = np.array([shard.samples for shard in reader.shards])
     found = np.zeros(int(sizes.sum()), bool)
     if reader.manifest.foreign:
-        matches = [re.compile(fnmatch.translate(one)).match for one in patterns]
-        keys = reader.read_keys(np.arange(len(found)))
-        return np.array([any(match(key) for match in matches) for key in keys], bool)
+        return _match_texts(reader.read_keys(np.arange(len(found))), patterns)
     starts, most = np.cumsum(sizes) - sizes, int(sizes.max())
     numbers = {sample_key(number, 0).partition("_")[0]: number for number in range(len(sizes))}
     places = {sample_key(0, place).partition("_")[2]: place for place in range(most)}
@@ -438,6 +448,12 @@ def match_keys(reader: ShardReader, patterns: Sequence[str]) -> Flags:
                 here = slice(starts[shard], starts[shard] + sizes[shard])
                 found[here] |= within[: sizes[shard]]
     return found
+
+
+def _match_texts(texts: Iterable[str], patterns: Sequence[str]) -> Flags:
+    """Return which texts one of the patterns of `fnmatch` matches, bool [n]."""
+    matches = [re.compile(fnmatch.translate(one)).match for one in patterns]
+    return np.array([any(match(text) for match in matches) for text in texts], bool)
 
 
 def read_table(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -109,6 +109,18 @@ def test_a_filter_reads_columns_of_a_table_by_key(tiny_data, tmp_path, ending):
     assert years[0] | years[1] == set(range(7))
 
 
+def test_samples_are_found_by_the_names_of_their_files(tiny_data, tmp_path):
+    with Stream(tiny_data, once=True, **SMALL) as stream:
+        names = [name for batch in stream for name in batch.names][:48]
+    assert len(set(names)) == 48
+    wanted = [place for place, name in enumerate(names) if name.endswith("3.jpg")]
+    assert read_ids(tiny_data, len(wanted), where={"name": "*3.jpg"}, once=True) == wanted
+    path = tmp_path / "table.csv"
+    path.write_text("name,good\n" + "".join(f"{name},{name[-5]}\n" for name in sorted(names)))
+    where = {"good": 3}
+    assert read_ids(tiny_data, len(wanted), where=where, table=path, once=True) == wanted
+
+
 def test_parts_are_disjoint_cover_the_split_and_keep_when_the_seed_changes(tiny_data):
     shares = {"train": 0.7, "val": 0.2, "test": 0.1}
     settings = {"split_by": shares, "split_seed": 2, "once": True}
