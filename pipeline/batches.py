@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.remote.dataset import Dataset, LocalDataset, open_dataset
 from pipeline.stream.config import CROP, Crop, StreamConfig
+from pipeline.stream.fields import StoredSample
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
 from pipeline.stream.loader import BatchReader, DecodeFailure, Loader
@@ -30,7 +31,7 @@ from pipeline.stream.timing import WaitTimes
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import UsageError
 
-__all__ = ["Batch", "Crop", "EpochIterable", "Stream", "StreamConfig"]
+__all__ = ["Batch", "Crop", "EpochIterable", "StoredSample", "Stream", "StreamConfig"]
 
 P = ParamSpec("P")
 DataPath: TypeAlias = str | os.PathLike[str]
@@ -205,6 +206,18 @@ class Stream:
 
     def __len__(self) -> int:
         return self.steps_per_epoch
+
+    def __getitem__(self, key: str | int) -> StoredSample:
+        """Return one sample as it is stored, by its WebDataset key, original file name or id.
+
+        Raises:
+            KeyError: there is no such sample, or several of that key; the message is one line.
+            DataError: the sample is damaged.
+            ValueError: the stream was closed.
+        """
+        if self._loader is None:
+            raise ValueError("this stream was closed")
+        return self._reader.members.read_sample(key, self._reader.labels)
 
     def __repr__(self) -> str:
         config, (height, width) = self._reader.config, self._reader.config.image_size

@@ -87,12 +87,13 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Ve
     report = VerificationReport()
     report.notes = find_unknown_files(data, manifest)
     report.damage += check_stats(data, manifest) + check_lists(data, manifest)
-    sound = set()
+    sound: dict[str, tuple[str, ...]] = {}
     for name in manifest.splits:
         found = check_index(data, name, manifest)
-        report.damage += found + check_tables(data, name, manifest, indexed=not found)
+        others = check_tables(data, name, manifest, indexed=not found)
+        report.damage += found + others
         if not found:
-            sound.add(name)
+            sound[name] = () if others else tuple(manifest.splits[name].tables)
     jobs = list(_list_jobs(data, manifest, sound, decode))
     total = sum(job.shard.bytes for job in jobs)
     if workers is None:
@@ -113,7 +114,10 @@ def _choose_workers(manifest: Manifest, total: int, decode: bool) -> int:
     return 1 if seconds < WORTH_HELPERS else cpu_count()
 
 
-def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) -> Iterator[CheckJob]:
+def _list_jobs(
+    data: Path, manifest: Manifest, sound: dict[str, tuple[str, ...]], decode: bool
+) -> Iterator[CheckJob]:
+    """Yield a job for each shard; `sound` has the splits with a sound index, and their tables."""
     classes = Classes(manifest.classes, decimals=manifest.foreign)
     facts = replace(manifest, splits={})  # each job goes to a process, and there may be a million
     for name, split in manifest.splits.items():
@@ -129,6 +133,7 @@ def _list_jobs(data: Path, manifest: Manifest, sound: set[str], decode: bool) ->
                 classes=classes,
                 manifest=facts,
                 decode=decode,
+                tables=sound.get(name, ()),
             )
 
 

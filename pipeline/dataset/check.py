@@ -29,10 +29,13 @@ from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.dataset.members import (
     TEXT_KINDS,
+    Members,
     TextTable,
     field_table,
     list_fields,
+    locate_member,
     map_members,
+    text_files,
 )
 from pipeline.dataset.samples import (
     JPEG_ENDINGS,
@@ -111,7 +114,7 @@ def check_tables(data: Path, name: str, manifest: Manifest, indexed: bool) -> li
         return found
     try:
         for kind in TEXT_KINDS:
-            if f"{kind}.txt" in split.tables:
+            if text_files(kind)[0] in split.tables:
                 TextTable(data, name, kind, split.samples).check()
         for field in list_fields(split.tables):
             map_members(data, name, field, split.samples, split.tables[field_table(field)])
@@ -187,6 +190,8 @@ class CheckJob(NamedTuple):
     """Manifest of the data set, which may lack its splits."""
     decode: bool
     """True if each image is decoded."""
+    tables: tuple[str, ...] = ()
+    """Names of the split's sound tables (`members`)."""
 
 
 class CheckResult(NamedTuple):
@@ -214,6 +219,8 @@ class _ShardCheck:
         self._job, self._file = job, file
         self._found: list[DamageRow] = []
         self._entries: list[Member] = []
+        self._keys: list[str] = []
+        self._members: dict[str, Members] = {}
         self._fault: str | None = None
         """Reason that the tar cannot be read to its end; None if it can."""
         try:
@@ -230,6 +237,7 @@ class _ShardCheck:
         if self._job.indexed:
             index = np.load(self._job.data / index_name(self._job.split), mmap_mode="r")
             rows = np.array(index[self._job.start :][: self._job.shard.samples])
+            self._open_tables(len(index))
             self._check_rows(rows)
         else:
             self._check_without_index()
@@ -298,7 +306,38 @@ class _ShardCheck:
         if sample is None:  # its bytes are sound, its header is not
             return fault
         shape = (sides[1], sides[0]) if sides else None
-        return self._check_sample(place, sample, label, size) or self._check_image(data, shape)
+        return (
+            self._check_sample(place, sample, label, size)
+            or self._check_members(place, sample)
+            or self._check_image(data, shape)
+        )
+
+    def _check_members(self, place: int, sample: Sample) -> str | None:
+        """Return the first difference between a sample's members and the tables, None if none."""
+        if self._keys and self._keys[place] != sample.key:
+            listed = escape(self._keys[place])
+            return f"its key is {escape(sample.key)} in the tar and {listed} in the table"
+        for field, rows in self._members.items():
+            try:
+                found = locate_member(sample, field, self._file.read)
+            except UnfitSample as error:
+                return str(error)
+            except OSError as error:
+                return _describe(error)
+            if found[:2] != rows[place].tolist()[:2]:
+                return f"its .{field} is not where the table has it"
+            if found != rows[place].tolist():
+                return f"CRC-32 of its .{field} differs"
+        return None
+
+    def _open_tables(self, samples: int) -> None:
+        """Read the keys of the shard's samples, and the rows of each field."""
+        job = self._job
+        ids = np.arange(job.start, job.start + job.shard.samples)
+        if text_files("keys")[0] in job.tables:
+            self._keys = TextTable(job.data, job.split, "keys", samples).read(ids)
+        for field in list_fields(job.tables):
+            self._members[field] = map_members(job.data, job.split, field, samples, None)[ids]
 
     def _check_sample(self, place: int, sample: Sample, label: int, size: int) -> str | None:
         """Return the first fault of a sample's members, None if they have none."""

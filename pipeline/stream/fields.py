@@ -9,9 +9,13 @@ numbers. The DALI graph cuts, resizes and flips it with its image.
 from __future__ import annotations
 
 import io
+import math
+import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +28,7 @@ from pipeline.stream.config import StreamConfig
 from pipeline.stream.mixture import MixedReader
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Damage, ShardReader
-from pipeline.tools.errors import UsageError, summarize_error
+from pipeline.tools.errors import DataError, UsageError, summarize_error
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.units import cpu_count
 
@@ -42,6 +46,26 @@ class SampleMembers(NamedTuple):
     """Parsed content of each of the stream's `fields`."""
     masks: dict[str, Pixels]
     """uint8 [height, width, 1] of each of the stream's `masks`, as large as the stored image."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSample:
+    """One sample as it is stored: neither cut nor normalized."""
+
+    id: int
+    """Place in the stored order of the split."""
+    key: str
+    """WebDataset key."""
+    name: str | None
+    """Original file name, where the set has a table of names."""
+    label: Any
+    """int, the place of its class, -1 without labels; with labels of a user's own its row."""
+    pixels: Pixels
+    """uint8 [height, width, 3], RGB."""
+    fields: dict[str, Any]
+    """Parsed content of each of the stream's `fields`."""
+    masks: dict[str, Pixels]
+    """uint8 [height, width] of each of the stream's `masks`."""
 
 
 class MemberReader:
@@ -75,6 +99,38 @@ class MemberReader:
             place: self._reader.make_damage(int(ids[place]), fault)
             for place, fault in faults.items()
         }
+
+    def read_sample(self, key: str | int, labels: Labels | None) -> StoredSample:
+        """Read, check and decode one sample.
+
+        Args:
+            key: its WebDataset key, original file name or id.
+            labels: of a user's own.
+
+        Raises:
+            KeyError: there is no such sample, or several; the message is one line.
+            DataError: it is damaged.
+            DuetError: its shard cannot be read or fetched.
+        """
+        reader = self._reader
+        sample = reader.find_sample(key) if isinstance(key, str) else operator.index(key)
+        if not 0 <= sample < len(reader):
+            raise KeyError(f"split {reader.split} has samples 0 to {len(reader) - 1}, no {sample}")
+        ids = np.array([sample])
+        (pixels,), ((fields, masks),), damaged = reader.decode([sample]), *self.read(ids)
+        for damage in (pixels, damaged.get(0)):
+            if isinstance(damage, Damage):
+                raise DataError(f"{damage}; python -m pipeline.verify lists all damage")
+        names = reader.read_names(ids)
+        return StoredSample(
+            id=sample,
+            key=reader.read_keys(ids)[0],
+            name=None if names is None else names[0],
+            label=int(reader.read_labels(ids)[0]) if labels is None else labels[sample],
+            pixels=np.array(pixels),
+            fields=fields,
+            masks={name: mask[:, :, 0] for name, mask in masks.items()},
+        )
 
     def close(self) -> None:
         """End the threads that decode masks."""
@@ -115,10 +171,26 @@ def _parse_class(content: bytes) -> int | str:
 
 
 def _parse_array(content: bytes) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-    return array
+    """Return the array of a NumPy file.
+
+    `np.load` parses a header as Python, and CPython 3.11 fails if two threads do so at a time:
+    whoever loads an array beside a stream would make its samples look damaged.
+    """
+    wide = content[6:7] != b"\1"  # versions 2 and 3 of the format
+    start = 12 if wide else 10
+    end = start + int.from_bytes(content[8:start], "little")
+    found = _NPY_HEADER.fullmatch(content[start:end].decode("latin-1"))
+    if not content.startswith(b"\x93NUMPY") or found is None:
+        raise ValueError("no .npy with an array of numbers")
+    shape = [int(one) for one in found[3].split(",") if one.strip()]
+    flat = np.frombuffer(content, np.dtype(found[1]), math.prod(shape), end)
+    return flat.reshape(shape, order="F" if found[2] == "True" else "C").copy(order="K")
 
 
+_NPY_HEADER = re.compile(
+    r"\{'descr': '([<>|=][biufcSU][0-9]+)', 'fortran_order': (True|False), "
+    r"'shape': \(([0-9, ]*)\), *\} *\n?"
+)
 _PARSERS: dict[str, Callable[[bytes], Any]] = {
     "json": parse_json,
     "txt": bytes.decode,

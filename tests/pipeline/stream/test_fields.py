@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -14,11 +15,15 @@ import webdataset
 from PIL import Image
 
 from pipeline.batches import Stream
+from pipeline.dataset.members import TextTable, escape_line, save_texts
 from pipeline.stream.augment import draw, draw_regions
+from pipeline.stream.fields import find_parser
 from pipeline.stream.order import FullShuffle
+from pipeline.tools.errors import DamagedFile, DataError, UsageError
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import index, make_image
 from tests.helpers.images import rows_of
+from tests.helpers.resealed_data import edit_manifest
 
 COUNT = 20  # in shards of 8
 FIELDS = ("json", "txt", "cls", "npy", "depth.bin")
@@ -164,3 +169,219 @@ def test_an_augmentation_has_masks_beside_it(made):
     )
     assert torch.equal(plain.masks["seg.png"], augmented.masks["seg.png"])
     assert not torch.equal(plain.images, augmented.images)
+
+
+def damage_member(folder: Path, sample: int, field: str) -> None:
+    """Flip a bit of a member of a training sample."""
+    row = np.load(folder / f"train.field-{field}.index.npy")[sample]
+    shard = folder / f"train-{rows_of(folder, 'train')['shard'][sample]:02d}.tar"
+    with shard.open("r+b") as file:
+        file.seek(int(row["offset"]))
+        (byte,) = file.read(1)
+        file.seek(int(row["offset"]))
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_damaged_member_replaces_its_sample(foreign, tmp_path):
+    damage_member(foreign, 5, "json")
+    damage_member(foreign, 11, "seg.png")
+    settings = {"fields": ("json", "txt"), "masks": ("seg.png",)}
+    (found,) = take(foreign, **settings, quarantine=tmp_path / "q.jsonl")
+    assert found.replaced.sum() == 2
+    assert not {5, 11} & set(found.ids.tolist())
+    for sample, table in zip(found.ids.tolist(), found.fields["json"], strict=True):
+        assert table["box"][0] == sample
+    listed = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert {(row["sample"], row["key"], row["reason"]) for row in listed} == {
+        (5, "train/n00005", "its .json: CRC-32 differs"),
+        (11, "train/n00011", "its .seg.png: CRC-32 differs"),
+    }
+    (plain,) = take(foreign)  # what is not asked for is not read
+    assert not plain.replaced.any()
+    with pytest.raises(DataError, match=r"train sample \d+ .*: its \.json: CRC-32 differs; python"):
+        take(foreign, fields=("json",), strict=True)
+    assert [(one["sample"], one["reason"]) for one in verify(foreign)] == [
+        (5, "CRC-32 of its .json differs"),
+        (11, "CRC-32 of its .seg.png differs"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (encode_mask(make_mask(0)[:100], palette=False), "it is 256x100, its image 256x256"),
+        (b"no PNG", "cannot identify image file"),
+        (encode_mask(np.zeros((256, 256, 3), np.uint8), palette=False), "its pixels are RGB"),
+    ],
+)
+def test_a_mask_that_is_none_replaces_its_sample(tmp_path, content, reason):
+    with webdataset.TarWriter(str(tmp_path / "train-0.tar"), encoder=False) as writer:
+        for n in range(4):
+            mask = content if n == 2 else encode_mask(make_mask(n), palette=False)
+            members = {"jpg": make_image(n), "cls": b"%d" % (n % 2), "seg.png": mask}
+            writer.write({"__key__": f"{n}", **members})
+    index(tmp_path, fields=("seg.png",))
+    with Stream(tmp_path, batch_size=4, masks=("seg.png",)) as stream:
+        assert 2 not in next(stream).ids.tolist()
+        assert reason in stream.damaged[2].reason
+        with pytest.raises(DataError, match="train sample 2"):
+            stream[2]
+
+
+def test_a_field_that_a_sample_lacks_is_refused_by_name(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "train-0.tar"), encoder=False) as writer:
+        for n in range(4):
+            members = {"jpg": make_image(n), "cls": b"%d" % (n % 2)}
+            writer.write({"__key__": f"k{n}", **members, **({"json": b"{}"} if n != 3 else {})})
+    outcome = index(tmp_path, fields=("json",))
+    assert outcome.manifest is None
+    assert [str(bad) for bad in outcome.bad] == ["train-0.tar key k3: it has no .json"]
+    assert index(tmp_path, fields=("json",), skip_bad=True).manifest.rejected == 1
+    assert take(tmp_path, batch_size=3, fields=("json",))[0].fields == {"json": [{}, {}, {}]}
+    with pytest.raises(UsageError, match=r"has no field 'txt' \(it has json\); index it anew with"):
+        Stream(tmp_path, fields=("txt",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"fields": "json"}, r"fields is 'json'; it takes endings"),
+        ({"fields": ("../x",)}, "it takes endings in small letters"),
+        ({"masks": ("seg.jpg",)}, "masks has 'seg.jpg'; a mask is a PNG"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused(made, settings, words):
+    with pytest.raises(ValueError, match=words):
+        Stream(made, **settings)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.float64(2.5),
+        np.arange(6, dtype=">i2").reshape(2, 3),
+        np.asfortranarray(np.arange(24, dtype="c8").reshape(2, 3, 4)),
+        np.array(["a\u00e4", "b"]),
+        np.zeros((0, 3), bool),
+        np.arange(3, dtype=np.uint8),
+    ],
+)
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), None])
+def test_arrays_are_numpys(array, version):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.asanyarray(array), version)
+    found = find_parser("box.npy")(file.getvalue())
+    assert found.dtype == np.asarray(array).dtype
+    np.testing.assert_array_equal(found, array)
+    for content in (b"", b"no array", file.getvalue()[:70], b"x" + file.getvalue()):
+        with pytest.raises(ValueError, match=r"no \.npy"):
+            find_parser("npy")(content)
+
+
+def test_labels_of_ones_own(tiny_data, tmp_path):
+    count = 48
+    values = np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)
+    np.save(tmp_path / "labels.npy", values)
+    for labels in (values, values[:, 0], torch.arange(count), tmp_path / "labels.npy"):
+        with Stream(tiny_data, batch_size=20, labels=labels) as stream:
+            batch = next(stream)
+            expected = np.load(labels) if isinstance(labels, Path) else np.asarray(labels)
+            assert np.array_equal(batch.labels.numpy(), expected[batch.ids.numpy()])
+            assert batch.labels.dtype == (
+                torch.int64 if expected.ndim == 1 and expected.dtype == np.int64 else torch.float32
+            )
+            assert np.array_equal(stream[7].label, expected[7])
+    (batch,) = take(tiny_data, labels=None)
+    assert batch.labels.tolist() == [-1] * COUNT
+    for labels, words in (
+        (values[:9], r"labels have the shape \[9, 3\]; the split has 48 samples, and takes \[48\]"),
+        (values > 0, r"labels are bool; give float32 or int64"),
+        (tmp_path / "none.npy", r"labels .*none\.npy cannot be read \(No such file"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            Stream(tiny_data, labels=labels)
+
+
+def test_one_sample_is_read_by_key_name_or_id(made, tiny_data):
+    with Stream(made, fields=FIELDS, masks=("seg.png",)) as stream:
+        for sample in (0, 3, 19):
+            key = webdatasets(made)[sample]["__key__"]
+            one = stream[key]
+            assert (one.id, one.key, one.name, one.label) == (sample, key, None, sample % 4)
+            assert one.pixels.shape == (256, 256, 3)
+            assert np.array_equal(one.masks["seg.png"], make_mask(sample))
+            assert one.fields["json"] == make_members(sample)["json"]
+            assert stream[sample].key == key
+        for key in ("n00003", "train/n0000", "", "a\nb", "\ud800", 20, -1):
+            with pytest.raises(KeyError) as caught:
+                stream[key]
+            assert "\n" not in str(caught.value)
+    with Stream(tiny_data) as stream:
+        next(stream)
+        one = stream["000002_00007"]
+        assert (one.id, one.key) == (27, "000002_00007")
+        assert stream[one.name].id == 27
+        for key in ("000002_00010", "000005_00000", "0000002_00007"):
+            with pytest.raises(KeyError, match="has no sample"):
+                stream[key]
+    with pytest.raises(ValueError, match="was closed"):
+        stream[0]
+
+
+def test_keys_of_sets_indexed_before_come_from_the_tars(foreign):
+    with Stream(foreign, once=True, batch_size=COUNT, crop="center") as stream:
+        expected = next(stream).keys
+    edit_manifest(foreign, lambda table: table["splits"]["train"].pop("tables"))
+    for path in foreign.glob("train.keys.*"):
+        path.unlink()
+    with Stream(foreign, once=True, batch_size=COUNT, crop="center") as stream:
+        assert next(stream).keys == expected
+        assert stream["train/n00007"].id == 7
+
+
+def test_a_key_that_two_samples_have_is_refused(tmp_path):
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"train-{shard}.tar"), encoder=False) as writer:
+            for n in range(2):
+                members = {"jpg": make_image(2 * shard + n), "cls": b"%d" % n}
+                writer.write({"__key__": f"{n}", **members})
+    index(tmp_path)
+    with Stream(tmp_path, batch_size=2) as stream, pytest.raises(KeyError, match=r"\[1, 3\]"):
+        stream["1"]
+
+
+def test_a_line_of_millions_is_found_without_reading_them(tmp_path, monkeypatch):
+    """A table is opened and asked for a line by a few pages, however many lines it has."""
+    count = 14_000_000
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    few = 1000
+    texts = [f"class/{n:07d}\n\\.jpg" for n in range(few)]
+    save_texts(folder, "train", "names", few, map(escape_line, texts))
+    table = TextTable(folder, "train", "names", few)
+    ids = np.array([0, 1, 999, 500, 0])
+    assert table.read(ids) == [texts[n] for n in ids]
+    assert list(table.find(texts[999])) == [999]
+    assert list(table.find(texts[0])) == [0]
+    assert list(table.find("class/")) == []
+    # Two sparse files of the size of 14 million lines: reading them through would show.
+    line = escape_line("x" * 30)
+    with (folder / "val.names.txt").open("wb") as file:
+        file.truncate(count * len(line))
+        for place in (0, 7_000_000, count - 1):
+            file.seek((place or 1) * len(line) - 1)
+            file.write(b"\n" + line if place else line[-1:])
+        file.seek(0)
+        file.write(line)
+    np.save(folder / "val.names.index.npy", np.arange(1, count + 1, dtype="<u8") * len(line))
+    before = resident_pages()
+    table = TextTable(folder, "val", "names", count)
+    assert table.read(np.array([0, 7_000_000, count - 1])) == ["x" * 30] * 3
+    assert resident_pages() - before < 1 << 22
+    with pytest.raises(DamagedFile, match="line 6 is not where it should be"):
+        table.read(np.array([5]))
+
+
+def resident_pages() -> int:
+    """Bytes of files that this process has mapped and read."""
+    return int(Path("/proc/self/statm").read_text().split()[2]) * 4096
