@@ -180,7 +180,7 @@ def _parse_array(content: bytes) -> npt.NDArray[Any]:
     start = 12 if wide else 10
     end = start + int.from_bytes(content[8:start], "little")
     found = _NPY_HEADER.fullmatch(content[start:end].decode("latin-1"))
-    if not content.startswith(b"\x93NUMPY") or found is None:
+    if not content.startswith(b"\x93NUMPY") or found is None or end > len(content):
         raise ValueError("no .npy with an array of numbers")
     shape = [int(one) for one in found[3].split(",") if one.strip()]
     flat = np.frombuffer(content, np.dtype(found[1]), math.prod(shape), end)
