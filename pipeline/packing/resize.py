@@ -276,8 +276,8 @@ def resample(pixels: Pixels, sizing: Sizing = SQUARE) -> Pixels:
     if size == square.shape[:2]:
         return square.copy()  # what is decoded next lies where this does
     if square.size > SCRATCH:
-        square = np.ascontiguousarray(square)
-    elif not square.flags.c_contiguous:
+        square = np.require(square, requirements=["C", "W"])  # torch warns of what is read-only
+    elif not (square.flags.c_contiguous and square.flags.writeable):
         copy = _scratch.cut[: square.size].reshape(square.shape)
         np.copyto(copy, square)
         square = copy

@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.dataset.images import SIZE, Size, Undecodable, check_header
-from pipeline.dataset.jpeg_header import PROGRESSIVE
+from pipeline.dataset.images import SIZE, Size, Undecodable, check_header, read_exif_orientation
+from pipeline.dataset.jpeg_header import PROGRESSIVE, JpegHeader
 from pipeline.stream import operators as dali
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage
@@ -70,7 +70,7 @@ class HeaderCheck:
 
     Where images differ in size, so do their headers, and in JPEGs of other programs the tables too.
     Then headers are compared without sizes, tables and the segments that decoders ignore. One with
-    an EXIF segment, from which DALI takes the orientation, is tried once.
+    damaged EXIF data, from which DALI may take another orientation than we do, is tried once.
 
     DALI decodes an image whose scan ends too early if only the crop lies before the end. An image
     that does not end as a JPEG does is tried as well, so that it is damaged in every crop or none.
@@ -123,7 +123,11 @@ class HeaderCheck:
         except Undecodable:
             return False
         repeats = ended and header is not None and header.process not in PROGRESSIVE
-        kind = summarize_header(data) if self._differ and repeats else None
+        kind = None
+        if self._differ and repeats and header is not None:
+            if not _has_size(header, size):
+                return False
+            kind = summarize_header(data, header)
         if kind is not None and kind in self._headers:
             return True
         if not self._trial.can_decode(image, size):
@@ -140,17 +144,31 @@ class HeaderCheck:
         return True
 
 
-def summarize_header(data: bytes) -> bytes | None:
+def _has_size(header: JpegHeader, size: Size) -> bool:
+    """Return whether a JPEG is so high and wide when it is turned by its EXIF orientation."""
+    if not header.exif:
+        return (header.height, header.width) == size
+    try:
+        turned = read_exif_orientation(header.exif) >= 5
+    except Undecodable:
+        return True  # DALI tells
+    return (header.height, header.width) == (size[::-1] if turned else size)
+
+
+def summarize_header(data: bytes, header: JpegHeader) -> bytes | None:
     """Return a JPEG's header without its size, its tables and the segments that decoders ignore.
 
-    None if it has an EXIF segment, or is not a plain sequence of segments (T.81, annex B).
+    None if it is not a plain sequence of segments (T.81, annex B), or its EXIF data are damaged.
     """
+    if header.exif:
+        try:
+            read_exif_orientation(header.exif)
+        except Undecodable:
+            return None
     place, kept = 2, b""
     while data[place : place + 1] == b"\xff":
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         segment = data[place : place + 2 + length]
-        if marker == 0xE1 and segment[4:10] == b"Exif\0\0":
-            return None
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             kept += segment[:5] + segment[9:]
         elif marker in (0xDA, 0xEE):  # a scan; colours, as Adobe's programs write them
