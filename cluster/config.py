@@ -312,6 +312,7 @@ class Config:
             batch_size=self.batch_size,
             seed=self.seed,
             crop="random" if self.augment else "center",
+            size=self.design.image_size,
             shuffle=self.shuffle,
             window=self.window,
             colour=self.colours,

@@ -33,6 +33,7 @@ from cluster.run.probabilities import (
     open_writer,
     probability_path,
 )
+from cluster.train import fit_network
 from cluster.training.precision import autocast, choose_device, compute_dtype, prepare_device
 from model.alexnet import AlexNet
 from model.metrics import average_views, sum_metrics
@@ -99,6 +100,13 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if data_sha256 != trained_on:
         text = f"{options.data} is not the data set of the training; its own mean is subtracted"
         print_warning(Warned(text))
+    if fit_network(config, manifest, options.data).design != config.design:
+        raise UsageError(
+            f"the network of {options.run} reads images of {config.design.image_size} pixels, "
+            f"and {options.data} holds others; name the data set of the training"
+        )
+    if options.views == 10 and manifest.side == config.design.image_size:
+        raise UsageError(f"ten views of {options.data} would all be the same; use --views 1")
     device = choose_device(options.device)
     prepare_device(device, cpu_count())
     net = AlexNet(classes=_count_classes(found, manifest, options), design=config.design).to(device)
@@ -141,6 +149,7 @@ def _open_stream(options: EvaluateOptions, config: Config, device: torch.device)
         batch_size=BATCH,
         device="gpu" if device.type == "cuda" else "cpu",
         crop=crop,
+        size=config.design.image_size,
         mean=config.mean,
         once=True,
         quarantine=options.run / QUARANTINE,
@@ -197,7 +206,8 @@ def _count(
         if mean is not None:
             mean = mean.to(next(net.parameters()).device)
         for batch in stream:
-            probabilities = average_views(net, batch.images.float(), options.views, mean)
+            images, crop = batch.images.float(), net.design.image_size
+            probabilities = average_views(net, images, options.views, mean, crop)
             counts.add(probabilities, batch.labels, batch.weights)
             if writer is not None:
                 writer.add(probabilities, batch.labels, batch.weights)

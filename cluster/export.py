@@ -37,13 +37,11 @@ from model.norm import BatchNorm
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import locate_dataset
+from pipeline.stream.normalization import crop_mean_image
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
 from pipeline.tools.files import atomic_write
-
-EDGE = 16
-"""Pixels on each side of the centre of 224 in an image of 256."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +103,7 @@ def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
 def read_mean(
     options: ExportOptions, config: Config, known: Sequence[float] | None, trained_on: str
 ) -> Tensor:
-    """Return the mean to subtract: float32 [3, 1, 1] or [3, 224, 224], RGB 0..255.
+    """Return the mean to subtract: float32 [3, 1, 1] or [3, side, side], RGB 0..255.
 
     Raises:
         UsageError: the mean is in the data set, and that is not to be found, or another.
@@ -120,8 +118,8 @@ def read_mean(
     statistics = Statistics.load(folder, manifest)
     if config.mean == "channel":
         return torch.tensor(statistics.channel_mean, dtype=torch.float32)[:, None, None]
-    mean = torch.from_numpy(statistics.mean_picture)[EDGE:-EDGE, EDGE:-EDGE]
-    return mean.permute(2, 0, 1).contiguous()
+    side = config.design.image_size
+    return torch.from_numpy(crop_mean_image(statistics, (side, side)))
 
 
 def describe_checkpoint(config: Config, found: Checkpoint, table: dict[str, Any]) -> dict[str, str]:

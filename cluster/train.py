@@ -37,12 +37,13 @@ from cluster.run.folder import (
 from cluster.run.jsonl import count_rows
 from cluster.run.sync import open_mirror
 from cluster.run.trackers import require_trackers
-from model.architecture import Design, build_stages
+from model.architecture import SMALL_IMAGE, Design, build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.dataset.record import ADDRESS_KEY
 from pipeline.remote.dataset import Dataset, format_address, locate_dataset, open_dataset
 from pipeline.remote.filesystem import is_remote, local_path
+from pipeline.stream.mixture import fit_config
 from pipeline.stream.operators import require_dali
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.arguments import format_command, parse_options
@@ -132,6 +133,8 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     dataset = open_dataset(command.data, **config.cached)
     manifest = Manifest.load(dataset.folder)
     manifest.split("train", dataset.folder)
+    config = fit_network(config, manifest, command.data)
+    command = replace(command, settings=config)
     with closing(dataset):
         check_data(command, manifest, dataset)
     if not is_remote(command.data):
@@ -146,6 +149,25 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
             data_sha256 = identity(dataset.folder)
             train_run(command, data_sha256, manifest, screen, trainer or train_with_ray)
     return 0
+
+
+def fit_network(config: Config, manifest: Manifest, data: str) -> Config:
+    """Return the config with a network that reads images of the data set's size.
+
+    Raises:
+        UsageError: there is none.
+    """
+    side, design = manifest.side, config.design
+    if design.net == "four" and side == SMALL_IMAGE:
+        return replace(config, design=replace(design, image_size=SMALL_IMAGE))
+    if design.image_size == SMALL_IMAGE or (side is not None and side < design.image_size):
+        stored = f"images of {side}x{side}" if side else "images of many sizes"
+        raise UsageError(
+            f"data set {data} holds {stored}, and net = {design.net!r} reads "
+            f"{design.image_size}x{design.image_size}; build it with --size "
+            + ("32 or 256" if design.net == "four" else "256, or train the preset four on 32x32")
+        )
+    return config
 
 
 def _check_paths(command: TrainOptions) -> None:
@@ -274,7 +296,7 @@ def check_data(command: TrainOptions, manifest: Manifest, dataset: Dataset) -> N
     """Check the data set and settings, which the workers would refuse half a minute later.
 
     Raises:
-        UsageError: there are no validation images, or the network cannot be.
+        UsageError: there are no validation images, some are too small, or the network cannot be.
         DataError: a file of the data set is missing or damaged.
         SetupError: a package is missing.
     """
@@ -284,7 +306,7 @@ def check_data(command: TrainOptions, manifest: Manifest, dataset: Dataset) -> N
             "or train with --validate-every 0"
         )
     for split in ("train", "val") if command.settings.validate_every else ("train",):
-        ShardReader(dataset, split)
+        fit_config(command.settings.stream, ShardReader(dataset, split))
     open_storage(command.run, command.settings.store)
     require_trackers(command.settings)
     if not is_attached():

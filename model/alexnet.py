@@ -108,7 +108,7 @@ class AlexNet(nn.Module):
         module: Any  # torch annotates no memory_format of Module.to
         if not layer.kernel:
             module = build(nn.Linear, inputs, maps)
-        elif layer.shrink > 1:
+        elif layer.reads == "picture" and layer.pad:
             module = build(ShrunkConv, inputs, maps, layer.kernel, layer.pad, layer.shrink)
         elif layer.reads == "picture":
             module = build(ImageConv, inputs, maps, layer.kernel, layer.stride, layer.edge)
@@ -152,7 +152,7 @@ class AlexNet(nn.Module):
         self._has_position = True
 
     def forward(self, images: Tensor, watch: Watch | None = None) -> Tensor:
-        """The logits, [b, classes], of images [b, 3, 224, 224] (any float, mean subtracted).
+        """The logits, [b, classes], of images [b, 3, side, side] (any float, mean subtracted).
 
         In a pair both ranks pass the same images and get the same logits.
 

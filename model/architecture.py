@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 COLUMN_NAMES = "ab"
-IMAGE_SIZE = 224
 IMAGE_MAPS = 3
+SMALL_IMAGE = 32
+"""Side of the images of CIFAR-10, which the network of figure 1 was made for, in pixels."""
 
 Net = Literal["paper", "four"]
 Norm = Literal["lrn", "spatial", "lcn", "batch", "none"]
@@ -59,8 +60,9 @@ LAYERS = (
 CONV6 = Layer("conv6", 128, kernel=3, pad=1, reads="both", deviation=0.03, bias=1.0)
 
 # The four-layer network of figure 1: layers-18pct.cfg (with norm = "none": layers-19pct.cfg), whose
-# 32, 32 and 64 maps are two columns' here. It was made for images of 32x32 pixels. The means of
-# squares of 8x8 take a crop of 224 out of 256 to what it was in such an image, 28x28.
+# 32, 32 and 64 maps are two columns' here. It was made for images of 32x32 pixels, which it reads
+# where they are stored so. The means of squares of 8x8 take a crop of 224 out of 256 to what it was
+# in such an image, 28x28.
 FOUR = (
     Layer("conv1", 16, 5, pad=2, reads="picture", shrink=8, deviation=1e-4,
           then=("pool", "relu", "norm")),
@@ -94,7 +96,10 @@ class Design:
     wide as one of two, except for 256 maps in conv5 and 4,096 units in fc6 and fc7)."""
     net: Net = "paper"
     """paper: eight layers; four: the network of figure 1, three convolutions of 5x5 and the output,
-    on the image shrunk by 8."""
+    on the image shrunk by 8, or on one of 32 pixels as it is."""
+    image_size: Literal[224, 32] = 224
+    """Side of the image that the network reads, in pixels; 32 only with net = "four", for which a
+    training on stored images of 32x32 sets it by itself."""
     norm: Norm = "lrn"
     """Normalization after conv1 and conv2. lrn: local response; spatial: the source's, over 5x5
     pixels of a map; lcn: local contrast (Jarrett et al. 2009); batch: over the batch (Ioffe and
@@ -138,11 +143,14 @@ class Design:
             )
         if self.norm != "lrn" and self.spatial_norm:
             raise ValueError(f"spatial_norm goes with norm = 'lrn'; norm is {self.norm!r}")
-        if self.net == "four":
-            self._check_four()
+        self._check_four()
 
     def _check_four(self) -> None:
-        """Refuse settings of the paper's network; the `ValueError` names one."""
+        """Refuse settings of the other network; the `ValueError` names one."""
+        if self.net != "four":
+            if self.image_size != Design.image_size:
+                raise ValueError(f"image_size is {self.image_size}; that goes with net = 'four'")
+            return
         for name in ("relu_first", "spatial_norm", "pool", "without", "conv6"):
             value, plain = getattr(self, name), getattr(Design, name)
             if value != plain:
@@ -162,6 +170,8 @@ class Design:
     def layers(self) -> tuple[Layer, ...]:
         """The rows of this network's table, from the image to the logits."""
         rows = [self._choose_operations(row) for row in self._join_columns(self._select_rows())]
+        if self.image_size == SMALL_IMAGE:
+            rows = [replace(row, shrink=1) for row in rows]
         if self.pool == "2/2":
             pads = {"conv2": 1, "conv5": 0}
             rows = [replace(row, pad=pads.get(row.name, row.pad)) for row in rows]
@@ -243,7 +253,7 @@ def build_stages(classes: int = 1000, design: Design | None = None) -> tuple[Sta
         raise ValueError(f"classes is {classes}; a classifier needs at least 2")
     window, step = design.pool_window
     found = []
-    maps, size = IMAGE_MAPS, IMAGE_SIZE
+    maps, size = IMAGE_MAPS, design.image_size
     for layer in design.layers():
         inputs = maps * (2 if layer.reads == "both" else 1)
         outputs = -(-classes // design.columns)

@@ -89,7 +89,8 @@ class ShrunkConv(nn.Conv2d):
         maps: output maps.
         kernel: side of the filters, in squares.
         pad: zeros added on all sides, in squares.
-        shrink: side of the squares, in pixels; what is left at the right and bottom is cut off.
+        shrink: side of the squares, in pixels, 1 for the pixels themselves; what is left at the
+            right and bottom is cut off.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class ShrunkConv(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """[b, inputs, h, w] -> [b, maps, ...], channels last."""
         wide = images.to(torch.promote_types(images.dtype, self.weight.dtype))
-        small = F.avg_pool2d(wide, self.shrink)
+        small = F.avg_pool2d(wide, self.shrink) if self.shrink > 1 else wide
         return super().forward(small.contiguous(memory_format=torch.channels_last))
 
 

@@ -9,49 +9,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CROP = 224
-# Corners (top, left) of the crops of a 256 x 256 image, in the original's order
+# Top and left of the crops, in halves of what an image is larger, in the original's order
 # (convdata_jpeg.py).
-_CORNERS = ((0, 0), (0, 32), (16, 16), (32, 0), (32, 32))
+_CORNERS = ((0, 0), (0, 2), (1, 1), (2, 0), (2, 2))
 _SHARE = 2.0**30
 
 
-def _cut_views(images: Tensor, views: int) -> Iterator[Tensor]:
-    """One view of all images after the other, each [b, 3, 224, 224].
+def _cut_views(images: Tensor, views: int, crop: int) -> Iterator[Tensor]:
+    """One view of all images after the other, each [b, 3, crop, crop].
 
     One view is the center; ten are the corners and the center, then the same five mirrored.
     """
     if views not in (1, 10):
         raise ValueError(f"views is {views}; it is 1 (centre) or 10 (corners, centre, mirrored)")
-    sizes = {(256, 256), (CROP, CROP)} if views == 1 else {(256, 256)}
-    if images.dim() != 4 or tuple(images.shape[2:]) not in sizes:
-        known = " or ".join(f"[b, 3, {h}, {w}]" for h, w in sorted(sizes))
-        raise ValueError(f"{views} views need images {known}, not {list(images.shape)}")
-    if views == 1:
-        edge = (images.shape[2] - CROP) // 2
-        yield images[:, :, edge : edge + CROP, edge : edge + CROP]
-        return
-    for is_mirrored in (False, True):
-        for top, left in _CORNERS:
-            crop = images[:, :, top : top + CROP, left : left + CROP]
-            yield crop.flip(-1) if is_mirrored else crop
+    side = images.shape[-1]
+    if images.dim() != 4 or images.shape[2] != side or side < crop + (views == 10):
+        least = f"more than {crop}" if views == 10 else f"at least {crop}"
+        raise ValueError(
+            f"{views} views need square images of {least} pixels, not {list(images.shape)}"
+        )
+    corners = _CORNERS if views == 10 else ((1, 1),)
+    for is_mirrored in (False, True)[: 1 + (views == 10)]:
+        for top, left in ([(side - crop) * half // 2 for half in one] for one in corners):
+            view = images[:, :, top : top + crop, left : left + crop]
+            yield view.flip(-1) if is_mirrored else view
 
 
 @torch.no_grad()
 def average_views(
-    net: nn.Module, images: Tensor, views: int = 1, mean: Tensor | None = None
+    net: nn.Module,
+    images: Tensor,
+    views: int = 1,
+    mean: Tensor | None = None,
+    crop: int = CROP,
 ) -> Tensor:
     """Class probabilities of images: the mean of the softmax outputs over the views.
 
     The network computes in evaluation mode and is left in the mode it was in.
 
     Args:
-        net: [b, 3, 224, 224] -> logits [b, classes]. In a pair both ranks call this, with the same
-            images.
-        images: [b, 3, 256, 256]; for one view also [b, 3, 224, 224], the center cut out already.
+        net: [b, 3, crop, crop] -> logits [b, classes]. In a pair both ranks call this, with the
+            same images.
+        images: [b, 3, side, side], 256 in the paper; for one view perhaps the center alone.
         views: 1 (the center) or 10 (four corners and the center, and those mirrored).
-        mean: [3, 224, 224] to subtract from every view: the mean image of the training set, if the
-            network was trained with it. The original subtracts its center from views of the corners
-            and mirrored views, too (convdata_jpeg.py).
+        mean: [3, crop, crop] to subtract from every view: the mean image of the training set, if
+            the network was trained with it. The original subtracts its center from views of the
+            corners and mirrored views, too (convdata_jpeg.py).
+        crop: side of a view in pixels.
 
     Returns:
         float32 [b, classes], rows sum to 1.
@@ -65,7 +69,7 @@ def average_views(
         # One view at a time: a tenth of the memory of all views in one batch, and no slower.
         outputs = [
             torch.softmax(net(view if mean is None else view - mean).float(), dim=1)
-            for view in _cut_views(images, views)
+            for view in _cut_views(images, views, crop)
         ]
     finally:
         net.train(was_training)

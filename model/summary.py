@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from model.architecture import COLUMN_NAMES, IMAGE_SIZE, POOLS, Design, Stage, build_stages
+from model.architecture import COLUMN_NAMES, POOLS, Design, Stage, build_stages
 
 FLOAT32_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -165,7 +165,7 @@ def compute_receptive_fields(stages: Iterable[Stage], design: Design) -> list[in
         jump *= layer.shrink
         side += (layer.kernel - 1) * jump if layer.kernel else 0
         jump *= layer.stride
-        sides.append(side if layer.kernel else IMAGE_SIZE)
+        sides.append(side if layer.kernel else design.image_size)
         for operation in layer.then:
             side += widening.get(operation, 0) * jump
             if operation in POOLS:

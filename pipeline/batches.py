@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.remote.dataset import Dataset, LocalDataset, open_dataset
-from pipeline.stream.config import CROP, Crop, StreamConfig
+from pipeline.stream.config import Crop, StreamConfig
 from pipeline.stream.fields import StoredSample
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
@@ -169,10 +169,10 @@ class Stream:
         self.mean = reader.normalization.subtracted
         """float32 [3, 1, 1] or [3, height, width]: mean that was subtracted, for showing images."""
         self.view_mean: torch.Tensor | None = None
-        """float32 [3, 224, 224] on the host: the mean image that is yet to be subtracted from each
+        """float32 [3, size, size] on the host: mean image that is yet to be subtracted from each
         view cut out of a whole image; None where nothing is left to subtract."""
         if config.mean == "image" and config.crop == "whole":
-            self.view_mean = torch.from_numpy(crop_mean_image(reader.statistics, (CROP, CROP)))
+            self.view_mean = torch.from_numpy(crop_mean_image(reader.statistics, config.image_size))
         self.waits = WaitTimes()
         """Seconds that `next` has waited so far, by the stage that was not ready. A stream that is
         fast enough has next to none, because it prefetches."""

@@ -2,12 +2,12 @@
 
     python -m pipeline.index_shards DIR [--train GLOB] [--val GLOB] [--class-names FILE]
 
-For shards that another tool made of 256x256 JPEGs (`.jpg` or `.jpeg`, with the label in `.cls` or
-`.json`). Every image is decoded once, and samples that cannot be trained from are named by shard
-and key; then nothing is written, unless --skip-bad skips them. Images of other sizes or kinds need
-`python -m pipeline.build_shards OUT --train DIR`. No file of DIR is changed. Added are an `.idx`
-for each tar that has none, `SPLIT.index.npy`, a table of the keys, one of each field (--fields),
-`stats.npz`, `rejects.jsonl` and, last, `manifest.json`.
+For shards that another tool made of JPEGs (`.jpg` or `.jpeg`, with the label in `.cls` or `.json`),
+squares of one size or images of many sizes. Every image is decoded once, and samples that cannot be
+trained from are named by shard and key; then nothing is written, unless --skip-bad skips them.
+Images of other kinds need `python -m pipeline.build_shards OUT --train DIR`. No file of DIR is
+changed. Added are an `.idx` for each tar that has none, `SPLIT.index.npy`, a table of the
+keys, one of each field (--fields), `stats.npz`, `rejects.jsonl` and, last, `manifest.json`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ import numpy as np
 from isal import isal_zlib
 
 from pipeline.dataset.image_stats import NAME as STATS
-from pipeline.dataset.image_stats import Statistics, Sums
-from pipeline.dataset.images import Undecodable, decode_image
-from pipeline.dataset.index import INDEX_DTYPE, MOST_IMAGE_BYTES, Index, index_name, save_index
+from pipeline.dataset.image_stats import SquareSums, Statistics
+from pipeline.dataset.images import SIZE, Undecodable, decode_image
+from pipeline.dataset.index import (
+    INDEX_DTYPE,
+    MOST_IMAGE_BYTES,
+    SIZED_DTYPE,
+    Index,
+    index_name,
+    save_index,
+)
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.members import (
@@ -57,9 +64,10 @@ from pipeline.dataset.samples import (
     is_meant,
     read_classes,
 )
-from pipeline.dataset.shards import locate_files, parse_idx, write_idx
+from pipeline.dataset.shards import find_idx_fault, write_idx
 from pipeline.dataset.tar import escape, extract_fault, read_members
 from pipeline.options import IndexConfig
+from pipeline.packing.resize import resample
 from pipeline.sources.listing import Reject, summarize_rejects
 from pipeline.sources.names import TAR, is_archive
 from pipeline.tools.arguments import parse_options
@@ -128,13 +136,13 @@ class ExaminedShard:
     sha256: str = ""
     idx_sha256: str = ""
     """SHA-256 of the `.idx` beside it, if there is one."""
-    rows: Index = field(default_factory=lambda: np.zeros(0, INDEX_DTYPE))
+    rows: Index = field(default_factory=lambda: np.zeros(0, SIZED_DTYPE))
     """Rows of its samples; a label is a place in `labels`, and the shard is number 0."""
     labels: list[int | str] = field(default_factory=list)
     """Distinct labels, as they are written."""
     members: dict[str, Members] = field(default_factory=dict)
     """Rows of each field, `MEMBER_DTYPE`, one for each of `rows`."""
-    sums: Sums = field(default_factory=Sums)
+    sums: SquareSums = field(default_factory=SquareSums)
     bad: list[BadSample] = field(default_factory=list)
 
 
@@ -173,7 +181,7 @@ def index_folder(config: IndexConfig) -> IndexOutcome:
     if empty := [name for name, split in kept.items() if not split]:
         why = _summarize(outcome.bad)
         raise DataError(f"split {empty[0]!r} of {folder} has no sample that can be used: {why}")
-    outcome.manifest = _seal(config, kept, Statistics.from_sums(sums), known.names, outcome.bad)
+    outcome.manifest = _seal(config, kept, sums, known.names, outcome.bad)
     return outcome
 
 
@@ -225,7 +233,7 @@ def _name_some(names: Sequence[str]) -> str:
 
 def _examine_shards(
     config: IndexConfig, splits: dict[str, list[str]], classes: Classes | None
-) -> tuple[dict[str, list[ExaminedShard]], Sums]:
+) -> tuple[dict[str, list[ExaminedShard]], SquareSums]:
     """Examine every shard; return the contents of each, and the sums over all training images."""
     jobs = [
         ExamineJob(Path(config.folder) / name, split == "train", classes, config.fields)
@@ -233,10 +241,10 @@ def _examine_shards(
         for name in names
     ]
     total = sum(job.path.stat().st_size for job in jobs) >> 20
-    results, sums, bad = [], Sums(), 0
+    results, sums, bad = [], SquareSums(), 0
     with Progress("examining", total=total, unit="MiB") as progress:
         for one in map_in_order(examine_shard, jobs, config.workers):
-            sums += one.sums
+            sums.merge(one.sums)
             del one.sums  # 786 kB each
             results.append(one)
             bad += len(one.bad)
@@ -284,7 +292,12 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
             reason = extract_fault(error)
         found.bad.append(BadSample(found.name, "", reason))
         return found
-    _check_idx(job.path.with_suffix(".idx"), good, found)
+    idx = job.path.with_suffix(".idx")
+    if idx.exists():
+        content = idx.read_bytes()
+        found.idx_sha256 = hashlib.sha256(content).hexdigest()
+        if fault := find_idx_fault(content, found.name, good):
+            found.bad.append(BadSample(idx.name, "", f"{fault}; move it away"))
     return found
 
 
@@ -296,7 +309,7 @@ def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) ->
     for sample in filter(is_meant, group_samples(read_members(file.stream(), job.path.name))):
         try:
             others = {name: locate_member(sample, name, file.read) for name in job.fields}
-            offset, size, crc, label = _examine_sample(file, sample, job, found.sums)
+            offset, size, crc, width, height, label = _examine_sample(file, sample, job, found.sums)
         except (UnfitSample, Undecodable, OSError) as error:
             reason = str(error)
             if isinstance(error, UnfitSample):
@@ -305,22 +318,22 @@ def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) ->
                 reason = f"it cannot be read ({error.strerror})"
             found.bad.append(BadSample(found.name, sample.key, reason))
             continue
-        rows.append((0, codes.setdefault(label, len(codes)), offset, size, crc))
+        rows.append((0, codes.setdefault(label, len(codes)), offset, size, crc, width, height))
         keys.append(escape_line(sample.key))
         for name, place in others.items():
             members[name].append(place)
         yield sample
     if torn := find_torn(unfit):
         found.bad = [bad._replace(reason=TORN) if bad.key in torn else bad for bad in found.bad]
-    found.rows, found.labels = np.array(rows, INDEX_DTYPE), list(codes)
+    found.rows, found.labels = np.array(rows, SIZED_DTYPE), list(codes)
     found.keys = b"".join(keys)
     found.members = {name: np.array(places, MEMBER_DTYPE) for name, places in members.items()}
 
 
 def _examine_sample(
-    file: HashedFile, sample: Sample, job: ExamineJob, sums: Sums
-) -> tuple[int, int, int, int | str]:
-    """Return offset, size and CRC-32 of an image, and the label as it is written."""
+    file: HashedFile, sample: Sample, job: ExamineJob, sums: SquareSums
+) -> tuple[int, int, int, int, int, int | str]:
+    """Return offset, size, CRC-32, width and height of an image, and the label as it is written."""
     image = sample.find_image()
     if image.kind not in JPEG_ENDINGS:
         raise UnfitSample(f"its image is a .{escape(image.ending)}, no .jpg or .jpeg")
@@ -333,34 +346,18 @@ def _examine_sample(
     if job.classes is not None and isinstance(number, str):
         raise UnfitSample(number)
     data = bytes(file.read(image.offset, image.size))
-    pixels = decode_image(data)
+    pixels = decode_image(data, size=None)
+    height, width = pixels.shape[:2]
+    sums.add_size(height, width)
     if job.is_training:
-        sums.add(pixels)
-    return image.offset, image.size, isal_zlib.crc32(data), label
-
-
-def _check_idx(path: Path, good: list[Sample], found: ExaminedShard) -> None:
-    """Check the `.idx` beside a shard, and note its SHA-256 or what is wrong with it."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    try:
-        places = parse_idx(content)
-    except ValueError as error:
-        found.bad.append(BadSample(path.name, "", f"is no index of DALI's ({error}); move it away"))
-        return
-    known = {tuple(one) for one in places}
-    if missing := [one for one in locate_files(good) if tuple(one) not in known]:
-        where = f"byte {missing[0][0][1]:,}"
-        reason = f"is not of {found.name}, where a sample begins at {where}; move it away"
-        found.bad.append(BadSample(path.name, "", reason))
-    found.idx_sha256 = hashlib.sha256(content).hexdigest()
+        sums.add(pixels, pixels if (height, width) == (SIZE, SIZE) else resample(pixels))
+    return image.offset, image.size, isal_zlib.crc32(data), width, height, label
 
 
 def _seal(
     config: IndexConfig,
     used: dict[str, list[ExaminedShard]],
-    statistics: Statistics,
+    sums: SquareSums,
     classes: tuple[str, ...],
     bad: Sequence[BadSample],
 ) -> Manifest:
@@ -369,7 +366,9 @@ def _seal(
     rejects = "".join(
         json.dumps({"name": f"{one.shard}/{one.key}", "reason": one.reason}) + "\n" for one in bad
     ).encode()
-    indexes = {name: _join_rows(split) for name, split in used.items()}
+    statistics = Statistics.from_sums(sums.sums)
+    dtype = INDEX_DTYPE if sums.side else SIZED_DTYPE
+    indexes = {name: _join_rows(split, dtype) for name, split in used.items()}
     with TemporaryDirectory() as scratch:
         tables = {
             name: save_tables(
@@ -405,6 +404,8 @@ def _seal(
         plan=hashlib.sha256(json.dumps([hashes, list(classes)]).encode()).hexdigest(),
         stats_sha256=statistics.save(folder),
         rejected=len(bad),
+        image_size=sums.side or None,
+        fit="square" if sums.side else "none",
         quality=None,
         foreign=True,
     )
@@ -412,10 +413,10 @@ def _seal(
     return manifest
 
 
-def _join_rows(split: Sequence[ExaminedShard]) -> Index:
+def _join_rows(split: Sequence[ExaminedShard], dtype: np.dtype[np.void]) -> Index:
     for number, one in enumerate(split):
         one.rows["shard"] = number
-    return np.concatenate([one.rows for one in split])
+    return np.concatenate([one.rows for one in split])[list(dtype.names or ())].astype(dtype)
 
 
 def _to_shard(one: ExaminedShard) -> Shard:

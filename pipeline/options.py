@@ -131,11 +131,12 @@ class BuildConfig(Options):
 class IndexConfig(Options):
     """Give a folder of WebDataset shards an index and a manifest, so that they train as they are.
 
-    For shards that another tool made of 256x256 JPEGs (.jpg or .jpeg, with the label in .cls or
-    .json). Every image is decoded once, and samples that cannot be trained from are named by shard
-    and key; then nothing is written, unless --skip-bad skips them. Images of other sizes or kinds
-    need `duet build-shards OUT --train DIR`. No file of DIR is changed. Added are an .idx for each
-    tar that has none, SPLIT.index.npy, stats.npz, rejects.jsonl and, last, manifest.json.
+    For shards that another tool made of JPEGs (.jpg or .jpeg, with the label in .cls or .json),
+    squares of one size or images of many sizes. Every image is decoded once, and samples that
+    cannot be trained from are named by shard and key; then nothing is written, unless --skip-bad
+    skips them. Images of other kinds need `duet build-shards OUT --train DIR`. No file of DIR is
+    changed. Added are an .idx for each tar that has none, SPLIT.index.npy, stats.npz, rejects.jsonl
+    and, last, manifest.json.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = ("/data/shards --train 'train-*.tar' --val 'val-*.tar'",)

@@ -36,8 +36,8 @@ class TrainOptions(Options):
 
     SECTIONS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "network": (
-            "width", "columns", "net", "without", "conv6", "norm", "relu_first", "spatial_norm",
-            "pool", "activation", "dropout", "init",
+            "width", "columns", "net", "image_size", "without", "conv6", "norm", "relu_first",
+            "spatial_norm", "pool", "activation", "dropout", "init",
         ),
         "schedule": (
             "epochs", "steps", "batch_size", "microbatch", "schedule", "rate_scaling", "lr",

@@ -78,6 +78,7 @@ class Examination:
             check = DatasetCheck(self.data, self.config)
             yield from check.judge()
             self.classes = check.classes
+            self.config = self.config and check.config
         if self.config:
             yield judge_network(self.config, self.classes)
 

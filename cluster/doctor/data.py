@@ -21,6 +21,7 @@ from pathlib import Path
 from cluster.config import Config
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.job import checkpoint_bytes
+from cluster.train import fit_network
 from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
 from pipeline.remote.dataset import Dataset, default_cache, open_dataset
 from pipeline.remote.filesystem import (
@@ -35,7 +36,7 @@ from pipeline.remote.filesystem import (
     open_filesystem,
 )
 from pipeline.remote.target import open_store
-from pipeline.tools.errors import DataError, DuetError
+from pipeline.tools.errors import DataError, DuetError, UsageError
 from pipeline.tools.files import drop_page_cache, ensure_writable
 from pipeline.tools.packages import suggest_extra
 from pipeline.tools.text import hide_credentials, human_bytes
@@ -227,7 +228,7 @@ class DatasetCheck:
 
     def __init__(self, data: str, config: Config | None) -> None:
         self.data = data
-        self.config = config or Config()
+        self.config, self._has_config = config or Config(), config is not None
         self.validates = config is not None and config.validate_every > 0
         self.classes: int | None = None
         """Number of classes; None: the data set cannot be read."""
@@ -262,6 +263,12 @@ class DatasetCheck:
             if self.validates and "val" not in splits:
                 mend = "--validate-every 0, or build the set with --val or --holdout"
                 yield fail("splits", "no val, and the config validates", mend)
+            try:
+                self.config = fit_network(self.config, manifest, self._safe)
+            except UsageError as error:
+                if self._has_config:
+                    yield fail("size", str(error), "another data set, or another network")
+                return
             if is_remote(self.data):
                 yield from self._judge_store(manifest)
             else:

@@ -29,6 +29,7 @@ from cluster.run.probabilities import SavedProbabilities, format_command, probab
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import locate_dataset, open_dataset
+from pipeline.stream.config import CROP
 from pipeline.stream.shard_reader import Damage, ShardReader
 from pipeline.tools.charts import encode_image
 from pipeline.tools.errors import DuetError
@@ -178,8 +179,6 @@ def shorten_error(error: Exception) -> str:
 ANSWERS = 5
 MOST_PAIRS = 12
 """Pairs of confused classes that are listed."""
-BORDER = 16
-"""Pixels around the center view, 224x224 of 256x256."""
 ROWS = 4096
 """Images whose probabilities are read at a time."""
 TITLES = {
@@ -347,7 +346,10 @@ def _load_answers(
         )
         if isinstance(pixels, Damage):
             pixels = np.full((256, 256, 3), 128, np.uint8)
-        seen = pixels[BORDER:-BORDER, BORDER:-BORDER] if views == 1 else pixels
+        height, width = pixels.shape[:2]
+        side = min(CROP, height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        seen = pixels[top : top + side, left : left + side] if views == 1 else pixels
         uri = encode_image(seen, SHOWN_SIDE, QUALITY)
         found.append(AnsweredImage(uri, sample, names[label], float(row[label]), guesses))
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.images import SIZE, Pixels
+from pipeline.dataset.images import LEAST_SIZE, MOST_SIZE, SIZE, Pixels
 from pipeline.dataset.manifest import Manifest
 from pipeline.tools.errors import DamagedFile, refuse_forbidden, summarize_error
 from pipeline.tools.files import atomic_write, sha256
@@ -89,6 +89,50 @@ class Sums:
         self.image_sum = self.image_sum + other.image_sum
         self.outer = self.outer + other.outer
         return self
+
+
+class SquareSums:
+    """Sums over the central squares of images, and over whole images while all are squares."""
+
+    def __init__(self) -> None:
+        self.side: int | None = None
+        """Height and width of all images so far; 0 where they differ, or no set of squares is of
+        this size; None before the first."""
+        self.central = Sums()
+        """Of each image's central square, resampled to 256x256; squares of 256 are in `whole`."""
+        self.whole: Sums | None = None
+        """Of the images as they are; None without any, and where they differ."""
+
+    def add_size(self, height: int, width: int) -> None:
+        """Take note of the size of an image; before its pixels are added, if they are."""
+        side = height if height == width and LEAST_SIZE <= height <= MOST_SIZE else 0
+        self._meet(side)
+
+    def add(self, pixels: Pixels, central: Pixels) -> None:
+        """Add an image whose size is known, uint8 [height, width, 3], and its central square."""
+        self.central.add(central)
+        if self.side not in (0, SIZE):
+            self.whole = self.whole or Sums(len(pixels))
+            self.whole.add(pixels)
+
+    def merge(self, other: SquareSums) -> None:
+        """Add the images of another shard."""
+        if other.side is not None:
+            self._meet(other.side)
+        self.central += other.central
+        if self.side and other.whole is not None:
+            self.whole = self.whole or Sums(self.side)
+            self.whole += other.whole
+
+    def _meet(self, side: int) -> None:
+        self.side = side if self.side in (None, side) else 0
+        if not self.side:
+            self.whole = None
+
+    @property
+    def sums(self) -> Sums:
+        """Sums from which the statistics of the set are made."""
+        return self.whole or self.central
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,13 @@ class Manifest:
         """Height and width in pixels of the mean image in `stats.npz`."""
         return self.side or SIZE
 
+    def describe_size(self) -> str:
+        """Return the size of the images in a few words."""
+        if self.fit == "none":
+            return "many sizes"
+        size = f"{self.image_size}×{self.image_size}"
+        return size if self.fit == "square" else f"shorter side {self.image_size}"
+
     def text(self) -> bytes:
         """Return the bytes of `manifest.json`."""
         table = asdict(self)

@@ -77,6 +77,18 @@ def parse_idx(content: bytes) -> list[Places]:
     return found
 
 
+def find_idx_fault(content: bytes, name: str, samples: Sequence[Sample]) -> str | None:
+    """Return what is wrong with the `.idx` of a shard of this name with these samples, or None."""
+    try:
+        known = {tuple(one) for one in parse_idx(content)}
+    except ValueError as error:
+        return f"is no index of DALI's ({error})"
+    for one in locate_files(samples):
+        if tuple(one) not in known:
+            return f"is not of {name}, where a sample begins at byte {one[0][1]:,}"
+    return None
+
+
 def write_idx(job: tuple[Path, Set[int]]) -> str:
     """Write the `.idx` of a shard, and return its SHA-256.
 

@@ -225,8 +225,9 @@ def describe_encoding(facts: Facts) -> str:
     """Return the encoding of the images in a few words."""
     manifest = facts.manifest
     if manifest.encoding == "raw":
-        return f"raw {manifest.image_size}×{manifest.image_size} pixels"
-    parts = [f"{manifest.image_size}×{manifest.image_size} JPEG"]
+        return f"raw {manifest.describe_size()} pixels"
+    size = manifest.describe_size()
+    parts = [f"{size} JPEG" if manifest.side else f"JPEG of {size}"]
     parts += [f"quality {manifest.quality}"] if manifest.quality is not None else []
     parts += [manifest.chroma] if manifest.chroma else []
     return ", ".join(parts)
@@ -254,6 +255,8 @@ def to_json(facts: Facts, page: str) -> dict[str, Any]:
         "data": facts.data,
         "page": page,
         "encoding": manifest.encoding,
+        "image_size": manifest.image_size,
+        "fit": manifest.fit,
         "quality": manifest.quality,
         "chroma": manifest.chroma,
         "seed": manifest.seed,

@@ -163,8 +163,8 @@ class StreamConfig:
     resized   a part of random area and aspect ratio, resized to `size`; flipped and coloured
               (training, as in torchvision's RandomResizedCrop)
     center    the middle (evaluation)
-    whole     all of the stored image (for ten views), for which `size` does not matter; only where
-              images are squares of one size
+    whole     all of the stored image (for ten views, of `size` each); only where images are squares
+              of one size
     """
     size: int | tuple[int, int] = CROP
     """Height and width of a delivered image in pixels, or one number for both."""

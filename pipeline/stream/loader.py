@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,16 +20,16 @@ from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import DecodedBatch, Decoder, DecoderInput, list_draws, select_gpu
 from pipeline.stream.fields import Labels, MemberReader, SampleMembers, load_labels
-from pipeline.stream.mixture import MixedReader, load_statistics, open_reader
+from pipeline.stream.mixture import fit_config, load_statistics, open_reader
 from pipeline.stream.normalization import Floats, Normalization
 from pipeline.stream.order import Ids, Slots
 from pipeline.stream.prefetch import Prefetcher
 from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine, TrialDecoder
 from pipeline.stream.selection import make_order, select
-from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader
+from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.stream.transfer import to_device
-from pipeline.tools.errors import REBUILD, DataError, UsageError
+from pipeline.tools.errors import REBUILD, DataError
 
 LOOKAHEAD = 4
 """Batches whose bytes the kernel is told to read from the disk before they are needed."""
@@ -92,7 +92,7 @@ class BatchReader:
         identities = [identity(dataset.folder) for dataset in datasets]
         self.selection = select(config, self.shard_reader, identities, shares)
         """Samples that take part."""
-        config = _fit_config(config, self.shard_reader, self.selection.kept)
+        config = fit_config(config, self.shard_reader, self.selection.kept)
         self.config = config
         self.members = MemberReader(self.shard_reader, config)
         self.statistics = load_statistics(datasets, shares)
@@ -306,42 +306,6 @@ class BatchReader:
             region=region,
             draws=[one.compute(seed, turns, ids) for one in self.draws],
         )
-
-
-def _fit_config(
-    config: StreamConfig, reader: ShardReader | MixedReader, kept: Flags | None
-) -> StreamConfig:
-    """Return the config with the size of what it delivers of the images of a reader.
-
-    `kept` (bool [N]) says which of them take part; None: all do.
-
-    Raises:
-        UsageError: the images are too small for it, or must be of one size.
-    """
-    side, (height, width) = reader.side, config.image_size
-    if side is None and (config.crop == "whole" or config.mean == "image"):
-        what, other = "mean='image'", "mean='channel'"
-        if config.crop == "whole":
-            what, other = "crop='whole'", "crop='center'"
-        raise UsageError(
-            f"{what} needs images of one size, and those of {reader.split} differ; give {other}, "
-            "or build the set with --fit square"
-        )
-    if config.crop == "whole":
-        assert side
-        return replace(config, size=side)
-    small = None if config.crop == "resized" else reader.find_smaller(height, width, kept)
-    if small is not None:
-        rows, columns = reader.read_sizes(np.array([small]))
-        whose = f"stored images of {side}x{side}"
-        if side is None:
-            whose = f"{reader.split} sample {small} of {rows[0]}x{columns[0]}"
-        raise UsageError(
-            f"size {height}x{width} does not fit into the {whose}; "
-            "give a smaller one, or crop='resized'"
-            + ("" if side else ", or leave it out with where={'height': ...}")
-        )
-    return config
 
 
 class DecodeFailure(Exception):

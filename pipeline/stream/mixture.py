@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from pipeline.dataset.image_stats import Statistics, pool_statistics
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import Dataset
+from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader
 from pipeline.stream.timing import Spent
@@ -40,6 +42,41 @@ def load_statistics(datasets: Sequence[Dataset], shares: Sequence[float]) -> Sta
     """Return the statistics of the training images; of several datasets, those of the mixture."""
     found = [Statistics.load(dataset.folder, Manifest.load(dataset.folder)) for dataset in datasets]
     return found[0] if len(found) == 1 else pool_statistics(found, shares)
+
+
+def fit_config(
+    config: StreamConfig, reader: ShardReader | MixedReader, kept: Flags | None = None
+) -> StreamConfig:
+    """Return the config with the size of what it delivers of the images of a reader.
+
+    `kept` (bool [N]) says which of them take part; None: all do.
+
+    Raises:
+        UsageError: the images are too small for it, or must be of one size.
+    """
+    side, (height, width) = reader.side, config.image_size
+    if side is None and (config.crop == "whole" or config.mean == "image"):
+        what, other = "mean='image'", "mean='channel'"
+        if config.crop == "whole":
+            what, other = "crop='whole'", "crop='center'"
+        raise UsageError(
+            f"{what} needs images of one size, and those of {reader.split} differ; give {other}, "
+            "or build the set with --fit square"
+        )
+    small = None
+    if config.crop in ("random", "center") or config.mean == "image":
+        small = reader.find_smaller(height, width, kept)
+    if small is not None:
+        rows, columns = reader.read_sizes(np.array([small]))
+        whose = f"stored images of {side}x{side}"
+        if side is None:
+            whose = f"{reader.split} sample {small} of {rows[0]}x{columns[0]}"
+        raise UsageError(
+            f"size {height}x{width} does not fit into the {whose}; "
+            "give a smaller one, or crop='resized'"
+            + ("" if side else ", or leave it out with where={'height': ...}")
+        )
+    return replace(config, size=side) if config.crop == "whole" and side else config
 
 
 class MixedReader:

@@ -64,7 +64,7 @@ def make_setting(options: ThroughputOptions) -> Setting:
             batch_size=options.batch_size, threads=options.threads, prefetch=options.prefetch,
             hw_decoder_load=options.hw_decoder_load, cache=options.cache,
             cache_size=parse_size(options.cache_size),
-        )  # fmt: skip
+        ).fit_crop()  # fmt: skip
     except ValueError as error:
         raise UsageError(f"{error}") from None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.images import ENDINGS, SIZE
+from pipeline.dataset.images import ENDINGS
 from pipeline.dataset.manifest import Manifest
 from pipeline.stream import operators as dali
 from pipeline.stream.config import StreamConfig
@@ -56,7 +56,9 @@ class DaliReader:
                 name="reader",
             )
             flip = dali.fn.random.coin_flip()
-            stored = parts[0] if manifest.encoding == "jpeg" else _skip_header(parts[0])
+            stored = parts[0]
+            if manifest.encoding == "raw":
+                stored = _skip_header(stored, manifest.mean_side)
             if config.crop == "resized":
                 pixels = normalize_crops(config, _cut_regions(config, manifest, stored), flip, mean)
             else:
@@ -82,8 +84,8 @@ def _cut_regions(config: StreamConfig, manifest: Manifest, stored: Any) -> Any:
     return dali.fn.random_resized_crop(pixels, size=list(config.image_size), **drawn)
 
 
-def _skip_header(npy: Any) -> Any:
-    """Return the graph from the files of raw images to their pixels, uint8 [256, 256, 3]."""
-    shape = (SIZE, SIZE, 3)
+def _skip_header(npy: Any, side: int) -> Any:
+    """Return the graph from the files of raw images to their pixels, uint8 [side, side, 3]."""
+    shape = (side, side, 3)
     # The pixels are the end of the file, however long the header before them is.
     return dali.fn.reshape(npy[-math.prod(shape) :], shape=shape, layout="HWC")

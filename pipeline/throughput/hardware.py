@@ -17,7 +17,6 @@ import simplejpeg
 import torch
 from isal import isal_zlib
 
-from pipeline.dataset.images import SIZE
 from pipeline.stream import operators as dali
 from pipeline.stream.decode import run_on_current_stream, select_gpu
 from pipeline.stream.shard_reader import Bytes
@@ -136,9 +135,11 @@ def measure_memory(threads: int, seconds: float) -> Rate:
 def measure_libjpeg(jpegs: Sequence[Bytes], threads: int, seconds: float) -> Rate:
     """Measure the images per second that libjpeg-turbo decodes whole, to RGB, into one buffer."""
     parts = itertools.cycle([jpegs[at : at + CHUNK] for at in range(0, len(jpegs), CHUNK)])
+    sizes = (simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in jpegs)
+    largest = max(3 * height * width for height, width in sizes)
 
     def decode(part: Sequence[Bytes]) -> int:
-        pixels = np.empty((SIZE, SIZE, 3), np.uint8)
+        pixels = np.empty(largest, np.uint8)
         for jpeg in part:
             simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
         return len(part)

@@ -276,7 +276,8 @@ def _change_encoding(now: StreamState, seconds: float) -> Remedy | None:
     need = -(-stream_rate.RAW_IMAGES // setting.batch_size)
     try:
         loaded = now.parts.load_batches(min(need, max(1, samples // setting.batch_size)))
-        rate, each = stream_rate.measure_raw(setting, loaded, seconds)
+        side = now.parts.shard_reader.manifest.mean_side
+        rate, each = stream_rate.measure_raw(setting, loaded, side, seconds)
     except (OSError, subprocess.CalledProcessError):
         return Remedy(name="raw encoding", change="jpeg -> raw", note="no disk space to try it")
     img_s = rate.median

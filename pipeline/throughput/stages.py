@@ -3,7 +3,7 @@
     storage    bytes of an image from the disk, or from the page cache
     checksum   their CRC-32
     feed       order, random draws, views: the Python part
-    decode     JPEG -> 224x224 crop                                    (not of raw images)
+    decode     JPEG -> crop                                            (not of raw images)
     normalise  crop of raw images, mirror, mean and color, float, CHW
     copy       host -> device                                          (GPU only)
     hand-over  tensors for torch
@@ -14,6 +14,7 @@ The first three run in one thread, one after the other; DALI's threads make the 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -26,10 +27,11 @@ import numpy as np
 import torch
 
 from pipeline.batches import Stream
-from pipeline.dataset.images import SIZE, Encoding
+from pipeline.dataset.images import Encoding
+from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import Dataset, open_dataset
 from pipeline.stream import operators as dali
-from pipeline.stream.config import CROP, StreamConfig
+from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import (
     Decoder,
     decode_crops,
@@ -64,6 +66,19 @@ class Setting(StreamConfig):
         """Return the setting of a stream that a config describes; `changes` are fields."""
         return cls(data=data, **{**vars(config), **changes})
 
+    def fit_crop(self) -> Setting:
+        """Return the setting with a crop for which all images of the data set have room.
+
+        Raises:
+            DuetError: as `open_dataset` does.
+        """
+        dataset = open_dataset(self.data, cache=self.cache, cache_size=self.cache_size)
+        with closing(dataset):
+            side = Manifest.load(dataset.folder).side
+        if side is None:
+            return replace(self, crop="resized")
+        return replace(self, size=min(*self.image_size, side))
+
     def open_stream(self, ledger: Path | None = None) -> Stream:
         """Open the stream.
 
@@ -87,6 +102,11 @@ class Parts(BatchReader):
         self.dataset = dataset
         self.setting = setting
         self.encoding: Encoding = self.shard_reader.encoding
+
+    @property
+    def crop_bytes(self) -> int:
+        """Bytes of a crop, uint8."""
+        return 3 * math.prod(self.setting.image_size)
 
     @property
     def bytes_each(self) -> float:
@@ -208,8 +228,6 @@ KEPT = 8
 """Batches that a stage gets in turn."""
 COLD = 0.5
 """Share of the pages in memory from which on a reading is not called cold."""
-CROPPED = 3 * CROP * CROP
-"""Bytes of a crop, uint8."""
 
 
 def make_pixel_step(
@@ -237,13 +255,24 @@ def measure_pixel_seconds(
 
 def measure_decoding(parts: Parts, loaded: Sequence[EncodedBatch], seconds: float) -> Rate:
     """Measure JPEG -> crop, uint8."""
+    kinds = {"images": (dali.types.UINT8, 1)}
+    if parts.setting.crop == "resized":
+        kinds["region"] = dali.types.INT32, 1
+    else:
+        kinds |= dict.fromkeys("xy", (dali.types.FLOAT, 0))
+    dtypes, dimensions = zip(*kinds.values(), strict=True)
     with open_pipeline(parts.setting) as pipe:
-        jpegs, x, y = dali.fn.external_source(
-            source=[one.input[:3] for one in loaded], cycle=True, num_outputs=3, batch=True,
-            dtype=[dali.types.UINT8, dali.types.FLOAT, dali.types.FLOAT], ndim=[1, 0, 0],
+        nodes = dali.fn.external_source(
+            source=[[getattr(one.input, name) for name in kinds] for one in loaded], cycle=True,
+            num_outputs=len(kinds), batch=True, dtype=list(dtypes), ndim=list(dimensions),
             no_copy=True,
         )  # fmt: skip
-        pipe.set_outputs(decode_crops(parts.setting, jpegs, x, y))
+        known = dict(zip(kinds, nodes, strict=True))
+        pipe.set_outputs(
+            decode_crops(
+                parts.setting, *(known.get(name) for name in ("images", "x", "y", "region"))
+            )
+        )
     return _measure_pipeline(parts, pipe, seconds)
 
 
@@ -251,10 +280,11 @@ def measure_normalizing(parts: Parts, loaded: Sequence[EncodedBatch], seconds: f
     """Measure crop -> pixels of the stream: [3, 224, 224], float32 or, on a GPU, float16."""
     size, raw = parts.setting.batch_size, parts.encoding == "raw"
     draws = np.random.default_rng(0)
-    side = SIZE if raw else CROP
-    where = {"crop_pos_x": 0.5, "crop_pos_y": 0.5, "crop": (CROP, CROP)} if raw else None
+    crop = parts.setting.image_size
+    shape = (parts.shard_reader.side,) * 2 if raw else crop
+    where = {"crop_pos_x": 0.5, "crop_pos_y": 0.5, "crop": crop} if raw else None
     feeds = [
-        (list(draws.integers(0, 256, (size, side, side, 3), np.uint8)), one.input.flip,
+        (list(draws.integers(0, 256, (size, *shape, 3), np.uint8)), one.input.flip,
          one.input.mean)
         for one in loaded[:4]
     ]  # fmt: skip
@@ -275,7 +305,7 @@ def measure_hand_over(parts: Parts, loaded: Sequence[EncodedBatch], seconds: flo
     size = parts.setting.batch_size
     gpu = parts.setting.device == "gpu"
     # On a GPU the pixels are copied once.
-    pixels = np.zeros((size, 3 * CROP * CROP if gpu else 1), np.float16)
+    pixels = np.zeros((size, parts.crop_bytes if gpu else 1), np.float16)
     with open_pipeline(parts.setting) as pipe:
         ready = dali.fn.external_source(source=lambda: pixels, dtype=dali.types.FLOAT16, ndim=1)
         pipe.set_outputs(ready.gpu() if gpu else ready)
@@ -369,11 +399,12 @@ def _pixel_stages(
         else:
             limit = hardware.measure_libjpeg(jpegs, setting.threads, half)
         yield make_row(
-            "decode", measure_decoding(parts, loaded, seconds), each + CROPPED, limit=limit.best,
+            "decode", measure_decoding(parts, loaded, seconds), each + parts.crop_bytes,
+            limit=limit.best,
             against="nvJPEG of whole images, nothing else" if gpu
             else f"bare libjpeg-turbo, whole images, {threads}",
         )  # fmt: skip
-    moved = CROPPED * (1 + (2 if gpu else 4))
+    moved = parts.crop_bytes * (1 + (2 if gpu else 4))
     memory = (hardware.measure_device_memory(half) if gpu
               else hardware.measure_memory(setting.threads, half))  # fmt: skip
     yield make_row(
@@ -383,7 +414,7 @@ def _pixel_stages(
         note="with the copy to the GPU" if gpu else "",
     )  # fmt: skip
     if gpu:
-        across = each if parts.encoding == "jpeg" else SIZE * SIZE * 3
+        across = each if parts.encoding == "jpeg" else 3 * parts.shard_reader.manifest.mean_side**2
         yield make_row(
             "copy to the GPU", measure_copying(parts, loaded, seconds), across,
             limit=hardware.measure_upload(half).best / across,

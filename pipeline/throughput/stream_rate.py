@@ -174,9 +174,9 @@ RAW_IMAGES = 1024
 
 
 def measure_raw(
-    setting: Setting, loaded: Sequence[EncodedBatch], seconds: float
+    setting: Setting, loaded: Sequence[EncodedBatch], side: int, seconds: float
 ) -> tuple[Rate, float]:
-    """Pack images raw in a temporary folder, and run the stream on them.
+    """Pack images raw, squares of `side` pixels, in a temporary folder, and run the stream on them.
 
     Returns:
         images per second, read from the page cache, and the bytes of an image.
@@ -189,7 +189,7 @@ def measure_raw(
         unpack_images(loaded, source, RAW_IMAGES)
         subprocess.run(
             [sys.executable, "-m", "pipeline.build_shards", str(packed), "--train", str(source),
-             "--encoding", "raw", "--samples-per-shard", "256"],
+             "--encoding", "raw", "--samples-per-shard", "256", "--size", str(side)],
             check=True, capture_output=True,
         )  # fmt: skip
         raw = replace(setting, data=str(packed), split="train", shuffle="full", cache=None)

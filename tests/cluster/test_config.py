@@ -229,9 +229,10 @@ def test_help_explains_every_setting(capsys):
 
 def test_the_public_settings_are_these():
     assert list(Config().to_settings()) == [
-        "width", "columns", "net", "norm", "relu_first", "spatial_norm", "pool", "activation",
-        "without", "conv6", "dropout", "init", "seed", "batch_size", "epochs", "steps", "schedule",
-        "rate_scaling", "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops",
+        "width", "columns", "net", "image_size", "norm", "relu_first", "spatial_norm", "pool",
+        "activation", "without", "conv6", "dropout", "init", "seed", "batch_size", "epochs",
+        "steps", "schedule", "rate_scaling", "lr", "bias_factor", "lr_drop", "lr_drops",
+        "bias_drop", "bias_drops",
         "changes", "patience", "plateau_drops", "plateau_factor", "plateau_biases",
         "plateau_threshold", "layer_rates", "momentum", "weight_decay", "shuffle", "window",
         "augment", "colour", "colour_divide", "mean", "dtype", "exchange_dtype", "replicas",

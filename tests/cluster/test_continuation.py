@@ -20,7 +20,7 @@ OTHER = {
     "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
     "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
     "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "image",
-    "exchange_dtype": "bfloat16", "hw_decoder_load": 0.5,
+    "exchange_dtype": "bfloat16", "hw_decoder_load": 0.5, "image_size": 32,
 }  # fmt: skip
 
 
@@ -28,7 +28,8 @@ OTHER = {
     "field", [name for name in Config().to_settings() if name not in CHANGEABLE]
 )
 def test_what_a_run_learns_cannot_change_under_way(field):
-    old = Config(steps=400)
+    net = "four" if field == "image_size" else "paper"
+    old = Config(steps=400, design=Design(net=net))
     new = Config.from_settings(old.to_settings() | {field: OTHER[field]})
     found = find_conflicts(old, new, samples=4000)
     if field == "epochs":  # steps decide, so nothing changes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,15 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import cluster.train as driver
 from cluster.config import Config
+from cluster.evaluate import main as evaluate
 from cluster.run.folder import read_run_id
 from cluster.run.sync import DRIVER_FILES, open_mirror
 from pipeline.dataset.record import read_address
 from pipeline.remote.filesystem import StoreError
 from pipeline.tools.errors import UsageError
 from tests.helpers.http_servers import Server
+from tests.helpers.images import packed
 from tests.helpers.resealed_data import edit_manifest
 from tests.helpers.training_runs import alone, rows
 
@@ -143,3 +148,34 @@ def test_an_address_is_kept_without_its_password(command, server: Server, tmp_pa
     said = refused(command, kind=StoreError)
     assert "it is not there" in said
     assert f"was at {server.address}; if it has moved, give --data" in said
+
+
+def test_the_network_of_figure_1_reads_images_of_32_pixels_as_they_are(
+    command, image_folder, tmp_path, capsys
+):
+    folders = {"train": image_folder / "train", "val": image_folder / "val"}
+    raw, large, varied = (tmp_path / name for name in ("raw", "large", "varied"))
+    packed(raw, **folders, size=32, encoding="raw")
+    packed(large, **folders, size=64)
+    packed(varied, **folders, fit="none")
+    flags = ("--net", "four", "--columns", "1", "--norm", "none", "--width", "0.5")
+    said = refused(command, "--data", raw)
+    assert "images of 32x32, and net = 'paper' reads 224x224; build it with --size 256" in said
+    said = refused(command, "--data", large, *flags)
+    assert "holds images of 64x64, and net = 'four' reads 224x224; build it with --size 32" in said
+    said = refused(command, "--data", varied)
+    assert re.search(r"224x224 does not fit into the train sample \d+ of \d+x\d+", said)
+    assert command("--data", raw, *flags) == 0
+    run = tmp_path / "run"
+    assert "image_size = 32" in (run / "config.toml").read_text()
+    weights = load_file(run / "checkpoints/step-00000002/column-a.safetensors")
+    shapes = {tuple(weights[name].shape) for name in weights if "fc4.weight" in name}
+    assert shapes == {(4, 32 * 4 * 4)}  # as in the release: 4x4 maps where 28 pixels leave 3x3
+    assert evaluate([str(run), "--views", "1"]) == 0
+    assert json.loads((run / "evaluation-1.json").read_text())["samples"] == 20
+    with pytest.raises(UsageError, match=r"ten views of .* would all be the same; use --views 1"):
+        evaluate([str(run), "--views", "10"])
+    with pytest.raises(UsageError, match="net = 'four' reads 32x32; build it with --size 32"):
+        evaluate([str(run), "--views", "1", "--data", str(large)])
+    assert command("--data", raw, *flags, "--steps", "3") == 0
+    assert [row["step"] for row in rows(run)] == [1, 2, 3]

@@ -190,6 +190,7 @@ def extract(job: FeatureJob) -> int:
         position=first,
         device="gpu" if device.type == "cuda" else "cpu",
         crop="center",
+        size=source.config.design.image_size,
         mean=source.config.mean,
         once=True,
         threads=job.threads,
