@@ -99,9 +99,9 @@ class SquareSums:
         """Height and width of all images so far; 0 where they differ, or no set of squares is of
         this size; None before the first."""
         self.central = Sums()
-        """Of each image's central square, resampled to 256x256; squares of 256 are in `whole`."""
+        """Sums over the central square of each image, resampled to 256x256."""
         self.whole: Sums | None = None
-        """Of the images as they are; None without any, and where they differ."""
+        """Sums over squares of another size as they are; None without any, or if sizes differ."""
 
     def add_size(self, height: int, width: int) -> None:
         """Take note of the size of an image; before its pixels are added, if they are."""

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from pipeline.dataset.image_stats import Sums
-from pipeline.dataset.images import SIZE, encode_npy
+from pipeline.dataset.images import SIZE, Sizing, encode_npy
 from pipeline.dataset.jpeg_header import (
     MAX_CPU_SECONDS,
     ImageError,
@@ -31,7 +31,7 @@ from pipeline.dataset.jpeg_header import (
 from pipeline.options import BuildConfig
 from pipeline.packing.duplicates import perceptual_hash
 from pipeline.packing.plan import BuildPlan, ChunkPlan
-from pipeline.packing.resize import PreparedImage, Sizing, encode, prepare_image, resample
+from pipeline.packing.resize import PreparedImage, encode, prepare_image, resample
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Container, Unreadable, open_reader

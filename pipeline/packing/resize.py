@@ -39,10 +39,9 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.dataset.images import (
     ORIENTATION,
-    SIZE,
-    Fit,
+    SQUARE,
     Pixels,
-    Size,
+    Sizing,
     Undecodable,
     decode_image,
     read_exif_orientation,
@@ -52,7 +51,6 @@ from pipeline.dataset.images import (
 from pipeline.dataset.jpeg_header import (
     MAX_BYTES,
     MAX_OTHER_BYTES,
-    MAX_PIXELS,
     ImageError,
     JpegHeader,
     check_size,
@@ -65,13 +63,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that Pillow may detect."""
 JPEG = b"\xff\xd8"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-LEAST_KEPT = 8
-"""JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times the pixels of the side
-remain to which they are resampled.
-
-Below that the scaled transform is no antialiased bicubic any more: on ImageNet originals, with 2
-times as many pixels left, the image's PSNR falls from 58 to 37 dB, with 4 times to 42 dB.
-"""
 SCRATCH = 4 * 2**20
 """Bytes of decoded images that are put in the same place each time, where the cache has them."""
 BAND = 2**20
@@ -94,44 +85,6 @@ _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 _stderr = threading.Lock()
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what is wrong with an image is a reason
-
-
-LONGEST = 65_500
-"""Most pixels of a stored image's longer side, as of a JPEG."""
-
-
-class Sizing(NamedTuple):
-    """Size to which images are brought."""
-
-    fit: Fit = "square"
-    """square: the central square, `size` on a side; shorter: `size` on the shorter side; none: as
-    they are."""
-    size: int = SIZE
-
-    def resize(self, height: int, width: int) -> Size:
-        """Return height and width of what an image of this size becomes.
-
-        Raises:
-            ImageError: too large.
-        """
-        if self.fit == "square":
-            return self.size, self.size
-        new, shorter = (height, width), min(height, width)
-        if self.fit == "shorter":
-            new = round(height * self.size / shorter), round(width * self.size / shorter)
-        if max(new) > LONGEST or new[0] * new[1] > MAX_PIXELS:
-            raise ImageError(f"too long: {width}x{height} would be stored as {new[1]}x{new[0]}")
-        return new
-
-    def choose_reduction(self, side: int) -> int:
-        """Return the power of two by which a JPEG of this shorter side is decoded smaller."""
-        factor = 1
-        while self.fit != "none" and factor < 8 and side // (2 * factor) >= LEAST_KEPT * self.size:
-            factor *= 2
-        return factor
-
-
-SQUARE = Sizing()
 
 
 class PreparedImage(NamedTuple):

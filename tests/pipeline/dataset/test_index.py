@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+from itertools import chain
 
 import numpy as np
+import pytest
 import torch
 import wds2idx  # a module of the DALI wheel
 from PIL import Image
@@ -15,6 +17,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import read_key_from_idx
 from pipeline.dataset.shards import parse_idx
+from pipeline.packing.resize import resample
 from pipeline.stream.config import StreamConfig
 from pipeline.throughput.dali_reader import DaliReader
 from pipeline.verify import verify
@@ -27,7 +30,7 @@ from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     make_image,
 )
 from tests.helpers.http_servers import Server
-from tests.helpers.images import rows_of
+from tests.helpers.images import jpeg, rows_of
 from tests.helpers.tars import tar_of
 
 
@@ -183,3 +186,47 @@ def test_a_set_of_a_store_may_have_any_names(folder, tmp_path):
     ):
         next(remote)
         assert remote.damaged[11].key == "train/n00011"
+
+
+def square_of(n: int, size: int) -> bytes:
+    return jpeg(n, size, size, quality=95)
+
+
+def test_squares_of_another_size_are_a_set_of_that_size(tmp_path):
+    """With statistics of the whole images, summed over shards."""
+    images = [square_of(n, 64) for n in range(10)]
+    for shard in (0, 1):
+        some = range(5 * shard, 5 * shard + 5)
+        pairs = [[(f"{n}.jpg", images[n]), (f"{n}.cls", str(n % 2).encode())] for n in some]
+        tar_of(tmp_path / f"train-{shard}.tar", chain(*pairs))
+    manifest = index(tmp_path).manifest
+    assert (manifest.image_size, manifest.fit) == (64, "square")
+    assert verify(tmp_path, decode=True) == []
+    values = np.stack([decoded(image) for image in images]).astype(np.float64)
+    found = Statistics.load(tmp_path, manifest)
+    np.testing.assert_allclose(found.mean_picture, values.mean(0), rtol=1e-6)
+    with Stream(tmp_path, crop="whole", once=True, batch_size=10, mean=None) as stream:
+        assert next(stream).images.shape == (10, 3, 64, 64)
+
+
+@pytest.mark.parametrize("odd", [0, 7])
+def test_images_of_many_sizes_are_a_set_of_many_sizes(tmp_path, odd):
+    """Whichever shard the first other size is in."""
+    images = [jpeg(n, 90, 70) if n == odd else square_of(n, 64) for n in range(10)]
+    for shard in (0, 1):
+        some = range(5 * shard, 5 * shard + 5)
+        pairs = [[(f"{n}.jpg", images[n]), (f"{n}.cls", str(n % 2).encode())] for n in some]
+        tar_of(tmp_path / f"train-{shard}.tar", chain(*pairs))
+    manifest = index(tmp_path).manifest
+    assert (manifest.image_size, manifest.fit) == (None, "none")
+    assert verify(tmp_path, decode=True) == []
+    rows = rows_of(tmp_path, "train")
+    assert (rows["width"][odd], rows["height"][odd]) == (90, 70)
+    squares = np.stack([resample(decoded(image).copy()) for image in images]).astype(np.float64)
+    found = Statistics.load(tmp_path, manifest)
+    np.testing.assert_allclose(found.mean_picture, squares.mean(0), rtol=1e-6)
+    with Stream(tmp_path, crop="resized", size=48, batch_size=20, threads=1) as stream:
+        assert next(stream).images.shape == (20, 3, 48, 48)
+        assert not stream.damaged
+    reader = DaliReader(tmp_path, StreamConfig(batch_size=4, threads=1, size=64))
+    assert next(reader).shape == (4, 3, 64, 64)

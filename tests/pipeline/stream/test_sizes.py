@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.images import SIZE
+from pipeline.dataset.images import LONGEST, SIZE, Sizing
 from pipeline.dataset.index import BLOCK, SIZED_DTYPE
 from pipeline.dataset.jpeg_header import ImageError
 from pipeline.dataset.manifest import Manifest
-from pipeline.packing.resize import LONGEST, Sizing, prepare_image, resample
+from pipeline.packing.resize import prepare_image, resample
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.decode import TrialDecoder
