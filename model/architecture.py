@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 COLUMN_NAMES = "ab"
 IMAGE_MAPS = 3
-SMALL_IMAGE = 32
+SMALL_IMAGE: Literal[32] = 32
 """Side of the images of CIFAR-10, which the network of figure 1 was made for, in pixels."""
 
 Net = Literal["paper", "four"]
@@ -253,7 +253,8 @@ def build_stages(classes: int = 1000, design: Design | None = None) -> tuple[Sta
         raise ValueError(f"classes is {classes}; a classifier needs at least 2")
     window, step = design.pool_window
     found = []
-    maps, size = IMAGE_MAPS, design.image_size
+    maps: int = IMAGE_MAPS
+    size: int = design.image_size
     for layer in design.layers():
         inputs = maps * (2 if layer.reads == "both" else 1)
         outputs = -(-classes // design.columns)

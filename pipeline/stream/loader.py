@@ -271,10 +271,11 @@ class BatchReader:
             images: stored bytes of the latter.
         """
         config, normalization, count = self.config, self.normalization, len(images)
-        if self.shard_reader.encoding == "raw":
-            images = [image.reshape(self.shard_reader.side, -1, 3) for image in images]
-        seed, turns, ids = self.order.seed, slots.turns, slots.ids
         stored = self.shard_reader.read_sizes(present)
+        if self.shard_reader.encoding == "raw":
+            sizes = zip(*(sides.tolist() for sides in stored), strict=True)
+            images = [one.reshape(*size, 3) for one, size in zip(images, sizes, strict=True)]
+        seed, turns, ids = self.order.seed, slots.turns, slots.ids
         region = None
         if config.crop == "resized":
             border = np.zeros_like(ids), np.zeros_like(ids)

@@ -281,7 +281,7 @@ def measure_normalizing(parts: Parts, loaded: Sequence[EncodedBatch], seconds: f
     size, raw = parts.setting.batch_size, parts.encoding == "raw"
     draws = np.random.default_rng(0)
     crop = parts.setting.image_size
-    shape = (parts.shard_reader.side,) * 2 if raw else crop
+    shape = (parts.shard_reader.manifest.mean_side,) * 2 if raw else crop
     where = {"crop_pos_x": 0.5, "crop_pos_y": 0.5, "crop": crop} if raw else None
     feeds = [
         (list(draws.integers(0, 256, (size, *shape, 3), np.uint8)), one.input.flip,

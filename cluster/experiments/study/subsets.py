@@ -113,7 +113,7 @@ def read_images(reader: ShardReader, chosen: Ids) -> Iterator[tuple[int, int, by
         for sample, label, view in zip(ids, reader.read_labels(ids), views, strict=True):
             content = view.tobytes()
             if reader.encoding == "raw":
-                png, side = io.BytesIO(), reader.manifest.image_size
+                png, side = io.BytesIO(), reader.manifest.mean_side
                 Image.frombytes("RGB", (side, side), content).save(png, "PNG", compress_level=1)
                 content = png.getvalue()
             yield int(sample), int(label), content

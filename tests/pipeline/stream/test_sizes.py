@@ -22,9 +22,9 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.packing.resize import prepare_image, resample
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.augment import draw, draw_regions
-from pipeline.stream.decode import TrialDecoder
 from pipeline.stream.mixture import open_reader
 from pipeline.stream.order import FullShuffle
+from pipeline.stream.quarantine import TrialDecoder
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DamagedFile, UsageError
 from pipeline.verify import check
