@@ -23,7 +23,7 @@ from model.schedule import list_color_steps, parse_changes, parse_layer_rates, s
 from pipeline.dataset.record import ADDRESS_KEY, SHA256_KEY, require_run
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
-from pipeline.tools.units import parse_size
+from pipeline.tools.units import CACHE_SIZE_FLAG, parse_size
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["dexp", "plateau", "manual"]
@@ -202,7 +202,7 @@ class Config:
     strict: bool = False
     """Stop at the first damaged image instead of replacing it by another."""
     ledger: bool = False
-    """Record every image delivered, for pipeline.verify --ledger; 8 bytes each."""
+    """Record every image delivered, for duet verify --ledger; 8 bytes each."""
     tensorboard: bool = False
     """Also write the numbers for TensorBoard, into RUN/tensorboard."""
     wandb: bool = False
@@ -211,7 +211,7 @@ class Config:
     """Also send the numbers to MLflow, where MLFLOW_TRACKING_URI says; else into RUN/mlruns."""
     cache: str = ""
     """Folder on each node for the shards of a remote data set; "": duet in the user's cache."""
-    cache_size: str = "100GB"
+    cache_size: str = CACHE_SIZE_FLAG
     """Size limit of the cache folder."""
 
     def __post_init__(self) -> None:

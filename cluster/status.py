@@ -160,12 +160,12 @@ def _format_waiting(last: dict[str, Any]) -> str:
     """Format the waits of a step, with the main cause of waiting for data if that is notable."""
     most = max(WAITS, key=lambda name: last.get(name, 0.0))
     is_known = last.get(most, 0.0) > 0.005 * last["seconds"]
-    cause = f" ({most.removeprefix('wait_')})" if is_known else ""
-    parts = [f"for data {last['data_wait']:.1%}{cause}"]
+    cause = f" (most: {most.removeprefix('wait_')})" if is_known else ""
+    parts = [f"{last['data_wait']:.1%} of a step for data{cause}"]
     if last.get("exchange"):
-        parts.append(f"other column {last['exchange'] / last['seconds']:.1%}")
+        parts.append(f"{last['exchange'] / last['seconds']:.1%} for the other column")
     if "stall" in last:
-        parts.append(f"data or saving {last['stall']:.1%}")
+        parts.append(f"{last['stall']:.1%} of all time for data or a save")
     return ", ".join(parts)
 
 

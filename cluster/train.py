@@ -47,7 +47,7 @@ from pipeline.stream.mixture import fit_config
 from pipeline.stream.operators import require_dali
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.arguments import format_command, parse_options
-from pipeline.tools.errors import DataError, UsageError, run
+from pipeline.tools.errors import DataError, Interrupted, UsageError, run
 from pipeline.tools.text import clean, hide_credentials
 
 Trainer = Callable[[Config, str, Path, RunConsole], None]
@@ -228,7 +228,7 @@ def train_run(
 
     Raises:
         DuetError: the run in RUN has other settings, or the training failed.
-        KeyboardInterrupt: the user ended it.
+        Interrupted: the user ended it.
     """
     config, folder = command.settings, command.run.resolve()
     samples = manifest.splits["train"].samples
@@ -239,10 +239,10 @@ def train_run(
             return
         try:
             trainer(ready, command.data, folder, screen)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             step = find_last_step(folder, config.store)
             screen.say(f"stopped; the same command resumes from step {step}")
-            raise
+            raise Interrupted from error
         finally:
             if count := count_rows(folder / QUARANTINE):
                 images = "image was" if count == 1 else "images were"

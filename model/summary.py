@@ -27,6 +27,8 @@ import tyro
 from model.architecture import COLUMN_NAMES, POOLS, Design, Stage, build_stages
 
 FLOAT32_BYTES = 4
+CLASSES = 1000
+"""Classes of ImageNet, where none are named."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIB = 2**20
 PRESETS = Path(__file__).resolve().parents[1] / "cluster" / "configs"
@@ -95,7 +97,7 @@ class Totals:
     """Numbers per image that the pair exchanges, forward and backward, in both directions."""
 
 
-def build_table(classes: int = 1000, design: Design | None = None) -> list[ColumnRow]:
+def build_table(classes: int = CLASSES, design: Design | None = None) -> list[ColumnRow]:
     """A row for each layer and column, column a first, from the image to the logits.
 
     With an odd number of classes column b's last layer has the unit that the network leaves out.
@@ -212,7 +214,7 @@ class SummaryOptions:
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A training config, or the name of a preset, for example paper."""
-    classes: int = 1000
+    classes: int = CLASSES
     """Number of classes."""
     batch_size: int = 128
     """Images in a step."""
@@ -397,7 +399,10 @@ def _format_title(design: Design, options: SummaryOptions) -> str:
     settings = [f"width {design.width:g}"] + [
         f"{name} {value}" for name, value in asdict(design).items() if value != getattr(plain, name)
     ]
-    return f"{', '.join(settings)}; batch {options.batch_size}, {options.dtype}; bytes are a step's"
+    # A config does not say how many; its data set does.
+    count = f"{options.classes:,} classes{' (--classes)' if options.classes == CLASSES else ''}"
+    form = f"batch {options.batch_size}, {options.dtype}"
+    return f"{', '.join([*settings, count])}; {form}; bytes are a step's"
 
 
 def _format_kernel(row: ColumnRow) -> str:

@@ -192,7 +192,7 @@ def _check_folder(folder: Path) -> None:
         )
     if (folder / MANIFEST).exists():
         raise UsageError(
-            f"{folder} is a data set already; `python -m pipeline.verify {folder}` checks it, and "
+            f"{folder} is a data set already; `duet verify {folder}` checks it, and "
             f"without its {MANIFEST} it can be indexed anew"
         )
     ensure_writable(folder, "data set folder")
@@ -507,7 +507,7 @@ def _describe_failure(folder: str, outcome: IndexOutcome) -> str:
     return (
         f"{len(outcome.bad):,} {what} of {folder} cannot be trained from as they are, and nothing "
         f"was written; most often: {_summarize(outcome.bad)}; {outcome.rest} repack with "
-        f"`python -m pipeline.build_shards OUT --train {folder}`"
+        f"`duet build-shards OUT --train {folder}`"
     )
 
 

@@ -16,7 +16,7 @@ import tyro
 from pipeline.stream.config import Device, Shuffle, StreamConfig
 from pipeline.tools.arguments import MOST_PROCESSES, MOST_SEED, Options, require_range
 from pipeline.tools.errors import UsageError
-from pipeline.tools.units import CACHE_SIZE, cpu_count
+from pipeline.tools.units import CACHE_SIZE_FLAG, cpu_count
 
 Chroma = Literal["4:2:0", "4:4:4"]
 """Color resolution of a stored JPEG: half the width and height, or full."""
@@ -211,12 +211,12 @@ class DescribeOptions(Options):
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder or address of the data set."""
     out: Path | None = None
-    """Page to write; default: NAME-inspect.html in the current folder."""
+    """Page to write; default: NAME-describe.html in the current folder."""
     seed: int = 0
     """Seed of the random sample of images."""
     cache: str | None = None
     """Folder for shards of a remote data set, as for training."""
-    cache_size: str = f"{CACHE_SIZE // 10**9}GB"
+    cache_size: str = CACHE_SIZE_FLAG
     """Most bytes in the cache."""
     json: bool = False
     """Print one JSON object on stdout instead of the table."""
@@ -278,7 +278,7 @@ class ThroughputOptions(Options):
     """Shards in a window of the block shuffle."""
     cache: str | None = None
     """Folder for the shards of a remote data set; default: duet in the user's cache folder."""
-    cache_size: str = "100GB"
+    cache_size: str = CACHE_SIZE_FLAG
     """Most bytes in the cache."""
     batch_size: int = StreamConfig.batch_size
     """Images in a batch."""
@@ -329,10 +329,10 @@ class ThroughputOptions(Options):
 
     def check(self) -> None:
         """Raise UsageError for arguments that cannot work."""
-        for name in ("batch_size", "threads", "prefetch", "windows", "batches", "window", "gpus",
-                     "gpus_per_node"):  # fmt: skip
-            if (value := getattr(self, name)) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        counts = ("batch_size", "threads", "prefetch", "windows", "batches", "window",
+                  "gpus_per_node")  # fmt: skip
+        for name in counts:
+            require_range(name, getattr(self, name), 1, float("inf"), "1 or more")
         require_range("images", self.images, 0, MOST_IMAGES)
         require_range("gpus", self.gpus, 1, MOST_GPUS)
         if self.img_s is not None and not 0 < self.img_s < float("inf"):

@@ -130,6 +130,7 @@ def run_verb(name: str, words: Sequence[str]) -> int | None:
     with use_command_name(command):
         if kind is not None:
             check_flags(kind, words, command)
+            require_named_run(kind, words, command)
         install_first_line(name, words)
         try:
             module, _, function = verb.module.partition(":")
@@ -138,6 +139,20 @@ def run_verb(name: str, words: Sequence[str]) -> int | None:
             return result
         finally:
             remove_first_line()
+
+
+def require_named_run(kind: type[Options], words: Sequence[str], command: str) -> None:
+    """Refuse a RUN that holds no run, before a verb that reads it has imported torch.
+
+    Raises:
+        UsageError: it holds none, or a flag is wrong.
+    """
+    from cluster.cli.options import CheckpointOptions
+    from pipeline.dataset.record import require_run
+    from pipeline.tools.arguments import parse_options
+
+    if issubclass(kind, CheckpointOptions):
+        require_run(parse_options(kind, words, command).run)
 
 
 def load_options(verb: Verb) -> type[Options]:

@@ -305,7 +305,7 @@ class EnsembleOptions(Options):
     )
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")]
-    """Folders of runs with probabilities that cluster.evaluate --save-probabilities saved."""
+    """Folders of runs with probabilities that duet evaluate --save-probabilities saved."""
     views: Literal[1, 10] = 10
     """Views of the probabilities: the center view, or ten."""
     weights: tuple[float, ...] = ()

@@ -247,7 +247,7 @@ class DatasetCheck:
             try:
                 manifest = self._check_files(dataset)
             except DuetError as error:
-                yield fail("data", str(error), f"python -m pipeline.verify {self._safe}")
+                yield fail("data", str(error), f"duet verify {self._safe}")
                 return
             self.classes = len(manifest.classes)
             splits = manifest.splits
@@ -255,10 +255,10 @@ class DatasetCheck:
             shards = sum(len(split.shards) for split in splits.values())
             sizes = "" if is_remote(self.data) else ", each of its size"
             text = f"{counts}; {self.classes} classes; {shards} shards{sizes}"
-            yield ok("data", f"{text} (pipeline.verify reads every byte)")
+            yield ok("data", f"{text} (duet verify reads every byte)")
             if "train" not in splits:
                 text = f"no train; there are {', '.join(splits)}"
-                yield fail("splits", text, "python -m pipeline.build_shards OUT --train SRC")
+                yield fail("splits", text, "duet build-shards OUT --train SRC")
                 return
             if self.validates and "val" not in splits:
                 mend = "--validate-every 0, or build the set with --val or --holdout"
@@ -300,7 +300,7 @@ class DatasetCheck:
         scheme = self.data.partition("://")[0]
         text = str(error)
         if not is_remote(self.data):
-            return f"python -m pipeline.build_shards {self.data} --train SRC, or another --data"
+            return f"duet build-shards {self.data} --train SRC, or another --data"
         if "pip install" in text:
             return suggest_extra(EXTRAS.get(scheme, scheme))
         if scheme in CREDENTIALS and ("redential" in text or "denied" in text or "40" in text):
@@ -312,7 +312,7 @@ class DatasetCheck:
             disk = measure_disk(dataset, manifest, self.config)
             rate = measure_stream(self.data, self.config)
         except (DuetError, OSError) as error:
-            yield fail("data speed", describe(error), f"python -m pipeline.verify {self.data}")
+            yield fail("data speed", describe(error), f"duet verify {self.data}")
             return
         disk_rate = disk.images / disk.seconds
         text = (

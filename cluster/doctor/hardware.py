@@ -216,7 +216,7 @@ def try_gpu_kernels() -> tuple[str, str]:
 def judge_gpu_kernels(backend: str, error: str) -> Finding:
     """Judge the result of `try_gpu_kernels`."""
     if error:
-        mend = "TRITON_CACHE_DIR=$(mktemp -d) python -m cluster.doctor   # a new cache; else "
+        mend = "TRITON_CACHE_DIR=$(mktemp -d) duet doctor   # a new cache; else "
         mend += 'as the line "compiler" says'
         return fail("kernels", f"Triton's do not work: {error}", mend)
     mend = "pip install -c constraints.txt triton"

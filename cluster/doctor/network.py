@@ -120,10 +120,10 @@ def judge_round_trip(backend: str, timed_out: bool, result: str, error: str) -> 
     if result and not timed_out and not error:
         return ok(backend, result)
     silence = f"no answer for {2 * SECONDS} s" if timed_out else "a process died without a message"
-    mend = "GLOO_SOCKET_IFNAME=lo python -m cluster.doctor   # if that works, mend this machine's "
+    mend = "GLOO_SOCKET_IFNAME=lo duet doctor   # if that works, mend this machine's "
     mend += "name in /etc/hosts"
     if backend == "nccl":
-        mend = "NCCL_DEBUG=INFO python -m cluster.doctor   # says why; with NCCL_P2P_DISABLE=1 or "
+        mend = "NCCL_DEBUG=INFO duet doctor   # says why; with NCCL_P2P_DISABLE=1 or "
         mend += "NCCL_SHM_DISABLE=1 it may take another way"
     return fail(backend, error or silence, mend)
 

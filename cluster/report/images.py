@@ -25,7 +25,7 @@ from cluster.cli.options import CHOICES, Choice, ReportOptions
 from cluster.run.events import Warned
 from cluster.run.folder import read_store
 from cluster.run.kernels import Kernel
-from cluster.run.probabilities import SavedProbabilities, format_command, probability_path
+from cluster.run.probabilities import SavedProbabilities, probability_path, suggest_evaluation
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import locate_dataset, open_dataset
@@ -265,7 +265,7 @@ def collect_answers(
     views = next((views for views in (10, 1) if probability_path(run, views).is_file()), 0)
     if not views:
         raise MissingFigure(
-            f"No answers: the probabilities were not kept; {format_command(run, 10)}."
+            f"No answers: the probabilities were not kept; {suggest_evaluation(run, 10)}."
         )
     try:
         saved, cached = SavedProbabilities(run, views), read_cache_settings(config)

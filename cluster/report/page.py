@@ -10,6 +10,7 @@ made at any time, also of a running or failed run.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,6 +131,7 @@ def render_page(
     )  # fmt: skip
 
 
+@functools.cache
 def load_templates(*folders: Path) -> jinja2.Environment:
     """Return the templates in `folders` and of this package, with their filters."""
     environment = page_templates(*folders, Path(__file__).parent)

@@ -79,9 +79,9 @@ def probability_path(run: Path, views: int) -> Path:
     return run / f"probabilities-{views}.safetensors"
 
 
-def format_command(run: Path, views: int) -> str:
+def suggest_evaluation(run: Path, views: int) -> str:
     """Return the hint that names the command which makes them."""
-    return f"python -m cluster.evaluate {run} --views {views} --save-probabilities makes it"
+    return f"duet evaluate {run} --views {views} --save-probabilities makes it"
 
 
 class ProbabilityWriter:
@@ -169,7 +169,7 @@ class SavedProbabilities:
         self.run = run
         path = probability_path(run, views)
         if not path.is_file():
-            raise UsageError(f"there is no {path}; {format_command(run, views)}")
+            raise UsageError(f"there is no {path}; {suggest_evaluation(run, views)}")
         try:
             self._file: Any = safe_open(path, framework="pt")
             self.about = ProbabilityInfo.parse((self._file.metadata() or {}).get("about", "null"))
@@ -183,7 +183,7 @@ class SavedProbabilities:
         except (SafetensorError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
-                f"{path} cannot be used ({reason}); {format_command(run, views)} anew"
+                f"{path} cannot be used ({reason}); {suggest_evaluation(run, views)} anew"
             ) from error
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -124,7 +124,8 @@ def _fill_attempts(
     final = attempts[-1]
     over = final.get("event") == "end"
     why = str(final.get("why", "")) if over else ""
-    state.starts = len(starts)
+    # A start that was cut before its first step has an end only.
+    state.starts = max(len(starts), len({row["attempt"] for row in attempts if "attempt" in row}))
     state.ends = [{key: row.get(key) for key in ("time", "step", "why")} for row in ends[-5:]]
     state.workers = list(starts[-1].get("workers", [])) if starts else []
     state.state = why if why in ("finished", "stopped") else "running"

@@ -351,4 +351,4 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Rule of each value beside splits and classes: a check, and what the value must be in words."""
 
 
-_HOW = "python -m pipeline.build_shards"
+_HOW = "duet build-shards"

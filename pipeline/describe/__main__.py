@@ -65,7 +65,7 @@ def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path]:
 
 def _choose_page(options: DescribeOptions, dataset: Dataset) -> Path:
     """Return the path of the page, which is never in the sealed data set."""
-    page = options.out or Path(f"{find_name(options.data)}-inspect.html")
+    page = options.out or Path(f"{find_name(options.data)}-describe.html")
     folder = page.resolve().parent
     if folder == dataset.folder.resolve():
         raise UsageError(f"page {page} would lie in the sealed data set; name another --out")

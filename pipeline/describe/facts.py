@@ -331,7 +331,9 @@ def _split_table(facts: Facts) -> Table:
             human_bytes(one.split.bytes),
             human_bytes(float(sizes.mean())) if len(sizes) else "–",
             f"{np.count_nonzero(counts):,}",
-            f"{counts.min():,}–{counts.max():,}",
+            f"{counts.min():,}–{counts.max():,}"
+            if counts.min() < counts.max()
+            else f"{counts.max():,} each",
         )
     return table
 

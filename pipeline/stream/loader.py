@@ -237,7 +237,7 @@ class BatchReader:
             DataError: `strict`.
         """
         if self.config.strict:
-            raise DataError(f"{next(iter(damages))}; python -m pipeline.verify lists all damage")
+            raise DataError(f"{next(iter(damages))}; duet verify lists all damage")
         self.quarantine.add(damages)
 
     def _substitute(self, position: int, due: int) -> int:

@@ -164,7 +164,7 @@ def _tune(options: ThroughputOptions, console: rich.console.Console) -> None:
     console.print(
         (f"{change}: {tuned.gain:.2f} times the default" if change else "the default is best")
         + f"; {len(tuned.trials)} trials in {tuned.seconds:.0f} s; written: {path}; "
-        f"python -m cluster.train ... --tuning {path}",
+        f"duet train ... --tuning {path}",
         markup=False,
     )
     if options.json:
@@ -183,7 +183,7 @@ def _plan(options: ThroughputOptions, console: rich.console.Console) -> None:
     if report and not options.measured and (origin := find_other_origin(report, options.data)):
         raise UsageError(
             f"{path} in this folder is of {origin}; use it all the same by --measured {path}, or "
-            "measure anew: python -m pipeline.throughput DATA"
+            "measure anew: duet throughput DATA"
         )
     if options.data is not None and report is None:
         examined = examine(make_setting(options), seconds=options.seconds)

@@ -132,7 +132,7 @@ def write_tuning(path: Path, setting: Setting, tuned: TuningResult) -> None:
     best = replace(setting, **tuned.change)
     gpu_only = ["hw_decoder_load"] if setting.device == "gpu" else []
     lines = [
-        f"# python -m pipeline.throughput {setting.data} --tune",
+        f"# duet throughput {setting.data} --tune",
         f"# {setting.device}, batch {setting.batch_size}: {tuned.gain:.2f} times the default "
         f"({len(tuned.trials)} trials, {tuned.seconds:.0f} s)",
         *(f"{name} = {getattr(best, name)}" for name in ("threads", "prefetch", *gpu_only)),

@@ -61,6 +61,10 @@ class DamagedFile(DataError):
         return type(self), (self.path, self.reason)  # or no helper process could hand it over
 
 
+class Interrupted(KeyboardInterrupt):
+    """An end that the user wanted, and of which a line has told what becomes of the work."""
+
+
 def check_platform() -> None:
     """Raise unless this is Linux: DALI has builds for no other system.
 
@@ -100,12 +104,16 @@ def summarize_error(error: BaseException) -> str:
 
 @contextmanager
 def hint_resume(kept: str) -> Iterator[None]:
-    """Say, where the user ends the block, that the same command resumes; `kept`: what stays."""
+    """Say, where the user ends the block, that the same command resumes; `kept`: what stays.
+
+    Raises:
+        Interrupted: the user has ended it.
+    """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write(f"\nstopped; {kept}, and the same command resumes there\n")
-        raise
+        raise Interrupted from error
 
 
 def handle_end(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
@@ -154,6 +162,8 @@ def _call(main: Callable[[], int | None]) -> tuple[int, str]:
         return error.exit_code, f"error: {error}\n"
     except OutputError as error:
         return 1, f"error: standard output cannot be written ({error}); name a file with room\n"
+    except Interrupted:
+        return 130, ""
     except KeyboardInterrupt:
         return 130, "\ninterrupted\n"
     except BrokenPipeError:

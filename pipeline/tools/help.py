@@ -158,8 +158,8 @@ def _describe_type(hint: Any) -> tuple[str, tuple[str, ...], bool]:
 
 
 def _format_default(value: object) -> str:
-    if value is MISSING or value in (None, False, "", ()):
-        return "" if value != 0 or value is False else "0"
+    if value is MISSING or value is None or value is False or value in ("", ()):
+        return ""
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

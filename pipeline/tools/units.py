@@ -18,6 +18,8 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 """File that lists the control groups of this process."""
 CACHE_SIZE = 100 * 10**9
 """Default size limit in bytes of the cache of data sets in a store."""
+CACHE_SIZE_FLAG = f"{CACHE_SIZE // 10**9}GB"
+"""The same as a flag has it."""
 MAX_SIZE = 2**63
 """Bytes that no size reaches."""
 _SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<prefix>[kmgtp]?)(?P<binary>i?)b?\s*", re.I)

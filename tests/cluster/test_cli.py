@@ -264,3 +264,18 @@ def test_presets_are_listed_with_their_claims_and_copied_to_be_edited(
         with pytest.raises(UsageError, match=message):
             main(["presets", *words])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dexp.toml", "mine.toml"]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export", "neighbors"])
+def test_a_run_that_is_not_there_is_told_before_torch_is_loaded(verb, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", _refuse_import(importlib.import_module))
+    with pytest.raises(UsageError, match=r"nope holds no run \(config.toml is missing\)"):
+        main([verb, str(tmp_path / "nope")])
+
+
+def _refuse_import(original):
+    def import_module(name, *more):
+        assert name.endswith("options"), f"{name} was imported"
+        return original(name, *more)
+
+    return import_module

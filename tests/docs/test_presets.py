@@ -23,7 +23,7 @@ def test_the_configs_of_the_repository_are_sound_and_say_what_they_are_for(path)
     preset = path.stem not in ("demo", "narrow")
     assert not preset or "source" in head
     assert all(line.startswith("#") for line in head.splitlines())
-    assert f"python -m cluster.train {path.stem} --data" in head
+    assert f"duet train {path.stem} --data" in head
     assert "hardware" in head
     assert "expected" in head
     assert tomllib.loads(text)

@@ -29,6 +29,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of a fifth of the pixels, where their size is nothing to the test."""
+    monkeypatch.setattr(demo_images, "SHORT_SIDE", (100, 180))
+
+
 def test_layout_counts_and_record(tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert draw_set(DemoOptions(out, train=23, val=11, workers=1))
@@ -43,11 +49,12 @@ def test_layout_counts_and_record(tmp_path: Path) -> None:
 
 def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    draw_set(DemoOptions(alone, train=30, val=10, workers=1))
-    draw_set(DemoOptions(together, train=30, val=10, workers=2))
+    draw_set(DemoOptions(alone, train=20, val=10, workers=1))
+    draw_set(DemoOptions(together, train=20, val=10, workers=2))
     assert contents(alone) == contents(together)
 
 
+@pytest.mark.usefixtures("small")
 def test_a_larger_set_starts_with_the_smaller_one(tmp_path: Path) -> None:
     draw_set(DemoOptions(tmp_path / "small", train=20, val=0, workers=1))
     draw_set(DemoOptions(tmp_path / "large", train=40, val=10, workers=1))
@@ -56,6 +63,7 @@ def test_a_larger_set_starts_with_the_smaller_one(tmp_path: Path) -> None:
     assert small.items() <= large.items()
 
 
+@pytest.mark.usefixtures("small")
 def test_no_image_twice_and_seed_matters(tmp_path: Path) -> None:
     draw_set(DemoOptions(tmp_path / "zero", train=60, val=60, workers=1))
     draw_set(DemoOptions(tmp_path / "one", seed=1, train=60, val=60, workers=1))
@@ -87,11 +95,12 @@ def test_the_files_are_as_various_as_real_ones() -> None:
     assert np.median(shorts) < 160, "mostly small, so that drawing is quick"
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", FIGURES)
 def test_orientation_makes_the_image_upright_again(name: str) -> None:
     """A viewer that follows the EXIF tag sees the image as drawn."""
     turned = 0
-    for number in range(60):
+    for number in range(40):
         upright = draw_image(name, np.random.default_rng(number))
         with Image.open(io.BytesIO(draw_jpeg(name, np.random.default_rng(number)))) as file:
             turned += EXIF_ORIENTATION in file.getexif()
@@ -99,9 +108,10 @@ def test_orientation_makes_the_image_upright_again(name: str) -> None:
         assert seen.size == upright.size
         error = np.abs(np.asarray(seen, float) - np.asarray(upright.convert("L"), float))
         assert error.mean() < 12, f"image {number} of {name}"
-    assert turned, "no turned file among sixty: the test saw nothing"
+    assert turned, "no turned file among forty: the test saw nothing"
 
 
+@pytest.mark.usefixtures("small")
 def test_figure_is_seen_in_the_centre_square() -> None:
     """Two luminances stand apart in the centre square: the figure survives the packer's crop."""
     for number in range(100):
@@ -111,6 +121,7 @@ def test_figure_is_seen_in_the_centre_square() -> None:
         assert np.percentile(square, 96) - np.percentile(square, 4) > 25, f"{name} {number}"
 
 
+@pytest.mark.usefixtures("small")
 def test_mean_colour_does_not_tell_the_class() -> None:
     """A nearest-mean-colour classifier stays near chance (0.9 wrong for ten classes)."""
     count = 40

@@ -144,7 +144,7 @@ def test_page_stands_alone_and_shows_everything(data: Path, here: Path, capsys) 
     page_path = here / capsys.readouterr().out.splitlines()[-1]
     source = page_path.read_text(encoding="utf-8")
     page = Page(source)
-    assert page_path.name == "a set & <more>-inspect.html"
+    assert page_path.name == "a set & <more>-describe.html"
     assert len(source) < 1_500_000
     assert not {"script", "link", "iframe", "object", "b"} & set(page.tags)
     for outside in ("http", "@import", "url("):

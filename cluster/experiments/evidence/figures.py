@@ -115,7 +115,7 @@ def show_answers(evidence: Evidence) -> Iterator[Item]:
     if evidence.runs:
         run = evidence.runs[0]
         command = (
-            f"python -m cluster.evaluate {quote_path(run.path)} --views 10 --save-probabilities, "
+            f"duet evaluate {quote_path(run.path)} --views 10 --save-probabilities, "
             "then this page again"
         )
         evidence.add_missing(ANSWERS.title, command, why=reason.rstrip("."))
@@ -160,8 +160,8 @@ def make_neighbors(evidence: Evidence) -> Iterator[Item]:
             if (run.path / FOLDER / SUMMARY).is_file():
                 _add_summary(evidence, near, codes, run, group)
     for item, command in (
-        (near, "python -m cluster.experiments.neighbors {}"),
-        (codes, "python -m cluster.experiments.neighbors.codes {}"),
+        (near, "duet neighbors {}"),
+        (codes, "duet codes {}"),
     ):
         if item.rows:
             yield item

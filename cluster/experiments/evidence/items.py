@@ -56,8 +56,7 @@ def make_results(evidence: Evidence) -> Iterator[Item]:
                 old = run.records.evaluations.get(views, {}).get("step")
                 evidence.add_missing(
                     f"Errors of {run.name} with {VIEW_WORDS[views]}",
-                    f"python -m cluster.evaluate {quote_path(run.path)} "
-                    f"--views {views} --save-probabilities",
+                    f"duet evaluate {quote_path(run.path)} --views {views} --save-probabilities",
                     "" if old in (None, run.step) else f"its evaluation is of step {old}",
                 )
     for item in (_show_errors(evidence.groups), _show_views(evidence.groups)):
@@ -209,7 +208,7 @@ def _ask_for_ablation(claim: Ablation, evidence: Evidence) -> None:
     run = next((one for one in runs if one.settings[claim.setting] == claim.paper_has), runs[0])
     evidence.add_missing(
         claim.title,
-        f"python -m cluster.train {quote_path(run.path / CONFIG)} "
+        f"duet train {quote_path(run.path / CONFIG)} "
         f"--data {evidence.quote_data(run)} "
         f"--run {quote_path(f'{run.path}-{claim.key}')} {claim.command}",
         f"no two groups of runs differ in {claim.setting} alone; for the spread repeat it "
@@ -268,8 +267,7 @@ def make_studies(evidence: Evidence) -> Iterator[Item]:
     if not evidence.studies:
         evidence.add_missing(
             "Studies: ReLU against tanh, normalisations, overfitting, pre-training",
-            "python -m cluster.experiments.study STUDY --data DATA --out OUT, "
-            "then this page with OUT",
+            "duet study STUDY --data DATA --out OUT, then this page with OUT",
         )
 
 
@@ -281,7 +279,7 @@ def _ask_for_ensemble(evidence: Evidence) -> None:
     if lacking:
         why += f"; {len(lacking)} without --save-probabilities of ten views"
     out = runs[0].path.parent / "ensemble.json"
-    command = f"python -m cluster.experiments.ensemble {names} --out {quote_path(out)}"
+    command = f"duet ensemble {names} --out {quote_path(out)}"
     evidence.add_missing(claims.ENSEMBLE.title, command, why)
 
 

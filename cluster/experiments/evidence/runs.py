@@ -281,8 +281,7 @@ def _add_result(evidence: Evidence, path: Path) -> None:
         evidence.ensembles.append((path, table))
     else:
         raise UsageError(
-            f"{path} is neither a run nor the result of a study or of "
-            "cluster.experiments.ensemble --out"
+            f"{path} is neither a run nor the result of a study or of duet ensemble --out"
         )
 
 

@@ -52,7 +52,7 @@ BLOCK = 512
 ROWS = np.dtype([("label", "<i4"), ("sound", "u1")])
 MISSING, SOUND, DAMAGED = 0, 1, 2
 ENDINGS = ("json", "npy", "rows.npy", "growing", "state", "plan.json")
-COMMAND = "python -m cluster.experiments.neighbors RUN"
+COMMAND = "duet neighbors RUN"
 MAKE = f"make them with {COMMAND}"
 REMAKE = f"make them again with {COMMAND} --anew"
 

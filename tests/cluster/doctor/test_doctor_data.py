@@ -33,7 +33,7 @@ def test_a_sound_set_is_described_and_its_speed_told(tiny_data):
     found = {finding.name: finding for finding in judged(tiny_data)}
     assert {finding.status for finding in found.values()} == {"ok"}
     assert "48 train, 20 val; 4 classes; 7 shards" in found["data"].value
-    assert "(pipeline.verify reads every byte)" in found["data"].value
+    assert "(duet verify reads every byte)" in found["data"].value
     assert "a batch of 16 in" in found["stream"].value
     assert "single images at random" in found["data speed"].value
     assert "kB were there to be read" in found["data speed"].value  # too few to believe
@@ -48,7 +48,7 @@ def test_a_sound_set_is_described_and_its_speed_told(tiny_data):
         (lambda data: (data / "val-000000.tar").write_bytes(b"short"), ["has 5 bytes instead of"]),
         (lambda data: (data / "stats.npz").unlink(), ["stats.npz"]),
         (lambda data: (data / "val.index.npy").write_bytes(b"?"), ["val.index.npy"]),
-        (lambda data: (data / "manifest.json").unlink(), ["manifest", "pipeline.build_shards"]),
+        (lambda data: (data / "manifest.json").unlink(), ["manifest", "duet build-shards"]),
     ],
 )
 def test_a_set_that_is_not_whole_is_told(data, harm: Callable[[Path], None], words):
@@ -56,7 +56,7 @@ def test_a_set_that_is_not_whole_is_told(data, harm: Callable[[Path], None], wor
     found = only(judged(data))
     assert found.status == "FAIL"
     assert lacks(found, words) == []
-    assert "pipeline." in found.mend
+    assert "duet " in found.mend
 
 
 def test_a_set_without_validation_images_does_not_fit_a_config_that_validates(

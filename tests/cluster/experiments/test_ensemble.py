@@ -258,7 +258,7 @@ def refused(*words: object, kind: type[Exception] = UsageError) -> str:
 def test_a_run_without_probabilities_is_told_how_to_make_them(runs, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
-    command = f"python -m cluster.evaluate {bare} --views 10 --save-probabilities"
+    command = f"duet evaluate {bare} --views 10 --save-probabilities"
     assert command in refused(*runs, bare)
     assert "--views 1 --save-probabilities" in refused(*runs, "--views", 1)
 

@@ -23,6 +23,7 @@ from cluster.experiments.evidence.__main__ import (
 from cluster.experiments.evidence.runs import Evidence
 from cluster.experiments.evidence.significance import compute_binomial_margin, compute_view_margins
 from cluster.mesh import ProcessMesh
+from cluster.report import kernels
 from cluster.run.folder import Mark
 from cluster.run.kernels import copy_first_kernels, encode_kernels
 from cluster.run.probabilities import ProbabilityInfo, open_writer, probability_path
@@ -39,8 +40,12 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Makes a run of 60 steps over 4,000 images: its name, its errors by views, settings."""
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes a run of 60 steps over 4,000 images: its name, its errors by views, settings.
+
+    Its page lacks the charts over time, which take a second a run; `test_report` looks at them.
+    """
+    monkeypatch.setattr(kernels, "_draw_over_time", lambda past: [])
 
     def made(
         name: str, errors: dict[int, float], step: int = 60, saved: bool = True, **settings: Any
@@ -184,7 +189,7 @@ def test_an_old_evaluation_is_not_taken_for_the_newest(make):
     assert rows(page, "errors") == []
     (one,) = [one for one in page.missing if "one view" in one["title"]]
     assert one["why"] == "its evaluation is of step 60"
-    assert f"cluster.evaluate {run} --views 1" in one["command"]
+    assert f"duet evaluate {run} --views 1" in one["command"]
 
 
 def test_the_last_validation_stands_in_for_one_view(make):
@@ -281,7 +286,7 @@ def test_neighbours_and_codes_where_a_run_has_them(make):
     assert (one.ours, one.verdict) == ("30.0 % / 40.0 %", "16 bytes an image, 1,000 queries/s")
     (item,) = [item for item in page.items if item.claim.key == "neighbours"]
     assert item.notes == ["s0: features of step 40, it has come to 60."]
-    assert "cluster.experiments.neighbors" not in " ".join(one["command"] for one in page.missing)
+    assert "duet neighbors" not in " ".join(one["command"] for one in page.missing)
 
 
 def html_of(page: Evidence, folder: Path) -> Html:
@@ -298,8 +303,8 @@ def test_page_stands_alone_and_says_what_is_missing(three, tmp_path):
     assert "http" not in page.source
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.source.startswith("<!doctype html>")
-    for words in ("What is missing", "cluster.experiments.neighbors",
-                  "cluster.experiments.ensemble", "cluster.experiments.study",
+    for words in ("What is missing", "duet neighbors",
+                  "duet ensemble", "duet study",
                   "A − B", "section 3.3", "instead of 1,281,167"):  # fmt: skip
         assert words in page.text, words
 

@@ -118,5 +118,5 @@ def test_every_study_can_be_run_and_its_variants_differ(path):
             assert not same_start or find_conflicts(config, one, 1000)
     assert load_settings(study.base)
     name = path.relative_to(STUDIES_FOLDER).with_suffix("")
-    assert f"python -m cluster.experiments.study {name} --data" in path.read_text()
+    assert f"duet study {name} --data" in path.read_text()
     assert read_study(name) == study

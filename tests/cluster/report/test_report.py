@@ -282,7 +282,7 @@ def test_run_with_nothing_but_steps(tmp_path: Path) -> None:
         "No attempts.jsonl",
         "No checkpoint in this folder.",
         "No kernels: the run has no complete checkpoint yet.",
-        "No errors by class: run cluster.evaluate first.",
+        "No errors by class: run duet evaluate first.",
         "No table: it needs the width",
         "No config.toml.",
         "No machine.json.",

@@ -207,14 +207,23 @@ def test_checkpoints_of_another_run_in_the_same_store_are_not_its_own(run, tmp_p
     assert list_saved_checkpoints(read_records(run.folder)) == []
 
 
+def test_a_start_that_was_cut_before_its_first_step_counts(run):
+    run.rows(3)
+    cut = DIED | {"why": "killed while it started"}
+    run.attempts(START | {"attempt": 1}, DIED | {"attempt": 1}, cut | {"attempt": 2},
+                 START | {"attempt": 3})  # fmt: skip
+    assert read_state(run.folder, NOW).starts == 3
+
+
 @pytest.mark.parametrize("width", [60, 80, 160])
 def test_the_screen_shows_them_within_its_width(run, width):
     full(run)
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(render(read_state(run.folder, NOW), width))
     text = console.export_text()
-    words = ["running", "100 of 1,000", "10.0%", "3:00 left", "640 img/s", "for data 2.0%",
-             "step 90", "best 60.00%", "2 damaged images", "the worker of", "GPU 3"]  # fmt: skip
+    words = ["running", "100 of 1,000", "10.0%", "3:00 left", "640 img/s",
+             "2.0% of a step for data", "step 90", "best 60.00%", "2 damaged images",
+             "the worker of", "GPU 3"]  # fmt: skip
     flat = " ".join(text.split())
     assert [word for word in words if word not in flat] == []
     assert max(map(len, text.splitlines())) <= width

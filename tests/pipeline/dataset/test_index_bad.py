@@ -92,7 +92,7 @@ def test_what_cannot_be_trained_from_is_named_and_nothing_is_written(spoilt):
     assert drop_progress(done.stderr).startswith("x-train.tar key torn: it cannot be decoded")
     assert done.stderr.splitlines()[-1].startswith(f"error: {len(BAD)} samples of {spoilt} cannot")
     assert "--skip-bad" in done.stderr
-    assert "build_shards OUT --train" in done.stderr
+    assert "duet build-shards OUT --train" in done.stderr
     assert names(spoilt) == before
 
 

@@ -128,7 +128,7 @@ def test_bad_input_is_one_line(tiny_data, tmp_path):
     for arguments, text in (
         ((), "name a data set"),
         ((tmp_path,), "has no manifest.json"),
-        ((tiny_data, "--threads", 0), "--threads is 0; it must be at least 1"),
+        ((tiny_data, "--threads", 0), "--threads 0 is out of range; give 1 or more"),
         ((tiny_data, "--threads", 5000), "threads is 5000; it must be from 0 to 1024"),
         ((tiny_data, "--out", tmp_path / "none"), "is no folder"),
         ((tiny_data, "--compare", tmp_path / "no.json"), "is no report"),

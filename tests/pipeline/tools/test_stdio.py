@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -15,7 +16,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.tools.errors import DataError, UsageError, run
+from pipeline.tools.errors import DataError, Interrupted, UsageError, run
 from pipeline.tools.stdio import OutputError, standard_streams
 from pipeline.tools.terminal import Terminal
 
@@ -162,3 +163,16 @@ def test_streams_that_are_closed_or_full(outputs, streams, code, said, tmp_path)
     assert out.read_text() == "whole"
     assert said in errors.read_text()
     assert len(errors.read_text().splitlines()) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(KeyboardInterrupt, "\ninterrupted\n"), (Interrupted, "")]
+)
+def test_an_end_that_has_been_told_is_not_told_again(kind, said, capsys):
+    def main():
+        raise kind
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    gc.unfreeze()
+    assert (ended.value.code, capsys.readouterr().err) == (130, said)
