@@ -93,8 +93,8 @@ class MemberReader:
             contents, broken = self._reader.read_members(name, ids)
             sizes = zip(*(sides.tolist() for sides in self._reader.read_sizes(ids)), strict=True)
             apply: Callable[..., Iterable[Any]] = map if self._pool is None else self._pool.map
-            parsed = apply(partial(_attempt, decode_mask), contents, sizes)
-            _collect(name, parsed, broken, [one.masks for one in found], faults)
+            decoded = apply(partial(_attempt, decode_mask), contents, sizes)
+            _collect(name, decoded, broken, [one.masks for one in found], faults)
         return found, {
             place: self._reader.make_damage(int(ids[place]), fault)
             for place, fault in faults.items()

@@ -138,6 +138,7 @@ def test_the_other_reader_delivers_what_the_stream_delivers(raw_data: Path, wind
         expected = slots[batch + first : batch + last]
         assert got.ids.tolist() == [sample for _, sample in expected]
         assert got.labels.tolist() == [reader.label(sample) for _, sample in expected]
+        assert got.names == [reader.name(sample) for _, sample in expected]
         pixels = np.stack([reader.pixels(sample, seed, epoch) for epoch, sample in expected])
         np.testing.assert_allclose(got.images.numpy(), pixels, rtol=0, atol=1e-4)
 

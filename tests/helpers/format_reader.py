@@ -171,6 +171,10 @@ class FormatReader:
             assert len(tar) == shard["bytes"]
             self._checked(shard["name"].replace(".tar", ".idx"), shard["idx_sha256"])
         self._checked(f"{split}.index.npy", table["splits"][split]["index_sha256"])
+        self.tables: dict[str, bytes] = {
+            name: self._checked(f"{split}.{name}", digest)
+            for name, digest in table["splits"][split].get("tables", {}).items()
+        }
         for name in ("stats.npz", "rejects.jsonl", "duplicates.jsonl"):
             self._checked(name, table[f"{name.split('.')[0]}_sha256"])
         self.rows = np.load(data / f"{split}.index.npy")
@@ -192,6 +196,15 @@ class FormatReader:
             content = tar.read(int(row["size"]))
         assert zlib.crc32(content) == row["crc"]
         return content
+
+    def name(self, sample: int) -> str:
+        """The original file name of a sample."""
+        ends = np.frombuffer(self.tables["names.index.npy"], "<u8")[-len(self.rows) :].tolist()
+        start = ends[sample - 1] if sample else 0
+        line = self.tables["names.txt"][start : ends[sample]].decode()
+        assert line.count("\n") == 1
+        assert "\\" not in line
+        return line.removesuffix("\n")
 
     def label(self, sample: int) -> int:
         return int(self.rows["label"][sample])

@@ -22,8 +22,9 @@ from pipeline.stream.order import FullShuffle
 from pipeline.tools.errors import DamagedFile, DataError, UsageError
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import index, make_image
+from tests.helpers.http_servers import Server
 from tests.helpers.images import rows_of
-from tests.helpers.resealed_data import edit_manifest
+from tests.helpers.resealed_data import edit_manifest, sha
 
 COUNT = 20  # in shards of 8
 FIELDS = ("json", "txt", "cls", "npy", "depth.bin")
@@ -385,3 +386,55 @@ def test_a_line_of_millions_is_found_without_reading_them(tmp_path, monkeypatch)
 def resident_pages() -> int:
     """Bytes of files that this process has mapped and read."""
     return int(Path("/proc/self/statm").read_text().split()[2]) * 4096
+
+
+def test_sets_of_a_mixture_have_members_of_their_own(made, foreign):
+    data = {made: 0.5, foreign: 0.5}
+    with Stream(data, batch_size=COUNT, fields=("json",), masks=("seg.png",)) as stream:
+        batch = next(stream)
+        assert max(batch.ids.tolist()) >= COUNT
+        for place, sample in enumerate(batch.ids.tolist()):
+            assert batch.fields["json"][place]["box"][0] == sample % COUNT
+            assert batch.keys[place].endswith(f"n{sample % COUNT:05d}")
+        assert batch.names is None
+        assert np.array_equal(stream[COUNT + 5].masks["seg.png"], make_mask(5))
+        assert stream["train/n00005"].id == 5
+        with pytest.raises(KeyError, match="has no sample 'none'"):
+            stream["none"]
+
+
+def test_a_store_gives_tables_when_they_are_asked_for(made, tmp_path):
+    cache = tmp_path / "cache"
+    with Server(made) as server:
+        with Stream(server.address, batch_size=COUNT, cache=cache) as stream:
+            batch = next(stream)
+            assert not list(cache.glob("*/train.keys.*"))
+            assert sorted(batch.keys) == sorted(one["__key__"] for one in webdatasets(made))
+            assert len(list(cache.glob("*/train.keys.*"))) == 2
+        assert not list(cache.glob("*/train.field-*"))
+        with Stream(server.address, batch_size=COUNT, cache=cache, fields=("txt",)) as stream:
+            batch = next(stream)
+            for sample, text in zip(batch.ids.tolist(), batch.fields["txt"], strict=True):
+                assert text == make_members(sample)["txt"]
+
+
+def test_tables_are_verified(foreign, tiny_data):
+    before = foreign.joinpath("train.keys.txt").read_bytes()
+    (foreign / "train.keys.txt").write_bytes(before.replace(b"n00004", b"n00044"))
+    assert [(one["file"], one["reason"]) for one in verify(foreign)] == [
+        ("train.keys.txt", "SHA-256 differs from the manifest")
+    ]
+    digest = sha(foreign / "train.keys.txt")
+    edit_manifest(
+        foreign,
+        lambda table: table["splits"]["train"]["tables"].update({"keys.txt": digest}),
+    )
+    assert [(one["sample"], one["reason"]) for one in verify(foreign)] == [
+        (4, "its key is train/n00004 in the tar and train/n00044 in the table")
+    ]
+    edit_manifest(
+        foreign,
+        lambda table: table["splits"]["train"]["tables"].update({"../x.txt": digest}),
+    )
+    with pytest.raises(DamagedFile, match=r"has a table '\.\./x\.txt' that none can have"):
+        Stream(foreign)
