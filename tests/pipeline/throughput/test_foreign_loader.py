@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -229,7 +228,5 @@ def test_a_broken_loader_is_one_line(loaders, name, text):
 def test_the_form_excludes_the_others(loaders):
     with pytest.raises(UsageError, match="--rate and --loader exclude each other"):
         main(["data", "--rate", "--loader", "a:b"])
-    start = time.perf_counter()
     with pytest.raises(UsageError, match="--compare goes with a whole report"):
         main(["--loader", "their_loaders:steady", "--compare", "x.json"])
-    assert time.perf_counter() - start < 5
