@@ -103,7 +103,7 @@ class LoopbackBackend(Backend):
 
 def start_store(size: int, timeout_s: int) -> int:
     """Start a store for `size` workers in this process; returns its port."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     with socket.socket() as listening:
         listening.bind((HOST, 0))
@@ -124,7 +124,7 @@ def join_process_group(rank: int, size: int, port: int, backend: str, timeout_s:
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
     timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(HOST, port, size, is_master=False, timeout=timeout)
+    store = dist.TCPStore(HOST, port, size, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
