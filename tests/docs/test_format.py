@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import itertools
 import re
 import tarfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline import Stream
 from pipeline.stream import order
@@ -159,3 +161,17 @@ def test_a_damaged_sample_is_replaced_as_the_page_says(raw_data: Path, tmp_path:
     assert got.ids[3] == chosen
     pixels = reader.pixels(chosen, seed, 0, due)
     np.testing.assert_allclose(got.images[3].numpy(), pixels, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"size": 40}, {"fit": "none"}, {"fit": "shorter", "size": 40}]
+)
+def test_sizes_are_where_the_page_has_them(image_folder: Path, tmp_path: Path, settings: Any):
+    packed(tmp_path / "data", train=image_folder / "val", **settings)
+    reader = other.FormatReader(tmp_path / "data", "train")
+    for sample in range(len(reader.rows)):
+        with Image.open(io.BytesIO(reader.image(sample))) as image:
+            assert reader.size(sample) == (image.height, image.width)
+    assert reader.rows.dtype.itemsize == (28 if "fit" in settings else 24)
+    side = 40 if settings == {"size": 40} else 256
+    assert reader.stats["mean_picture"].shape == (side, side, 3)

@@ -206,6 +206,12 @@ class FormatReader:
         assert "\\" not in line
         return line.removesuffix("\n")
 
+    def size(self, sample: int) -> tuple[int, int]:
+        """Height and width of a sample's image in pixels."""
+        if self.table.get("fit", "square") == "square":
+            return self.table["image_size"], self.table["image_size"]
+        return int(self.rows["height"][sample]), int(self.rows["width"][sample])
+
     def label(self, sample: int) -> int:
         return int(self.rows["label"][sample])
 
@@ -231,7 +237,7 @@ class FormatReader:
     def pixels(self, sample: int, seed: int, epoch: int, due: int | None = None) -> np.ndarray:
         """Training pixels of a raw image, float32 [3, 224, 224]; `due` is the damaged sample."""
         assert self.raw
-        image = np.frombuffer(self.image(sample), np.uint8).reshape(256, 256, 3)
+        image = np.frombuffer(self.image(sample), np.uint8).reshape(*self.size(sample), 3)
         drawn = sample if due is None else due
         left, top, mirrored = crop_of(seed, epoch, drawn)
         crop = image[top : top + 224, left : left + 224]
