@@ -201,7 +201,7 @@ def test_two_ranks_share_each_batch_and_one_that_is_killed_resumes(figures: Path
 
 
 def test_accelerate_leaves_a_stream_alone_unless_it_is_told_to_cut_it(figures: Path):
-    """What docs/stream.md says of `prepare`."""
+    """`prepare` does what docs/stream.md says of it."""
     accelerate = pytest.importorskip("accelerate")
     with mock.patch.dict(os.environ), Stream(figures, batch_size=12, threads=1) as stream:
         accelerator, iterable = accelerate.Accelerator(cpu=True), stream.as_iterable()
