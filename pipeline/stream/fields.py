@@ -87,7 +87,7 @@ class MemberReader:
         faults: dict[int, str] = {}
         for name in self._config.fields:
             contents, broken = self._reader.read_members(name, ids)
-            parsed = map(partial(_attempt, find_parser(name)), contents)
+            parsed: Iterable[Any] = map(partial(_attempt, find_parser(name)), contents)
             _collect(name, parsed, broken, [one.fields for one in found], faults)
         for name in self._config.masks:
             contents, broken = self._reader.read_members(name, ids)

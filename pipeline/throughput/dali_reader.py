@@ -76,7 +76,7 @@ class DaliReader:
 
 def _cut_regions(config: StreamConfig, manifest: Manifest, stored: Any) -> Any:
     """Return the graph from stored images to parts that DALI draws, resized."""
-    drawn = {"random_area": config.scale, "random_aspect_ratio": config.ratio}
+    drawn: dict[str, Any] = {"random_area": config.scale, "random_aspect_ratio": config.ratio}
     if manifest.encoding == "jpeg":
         options = decoder_options(config)
         return resize_crops(config, dali.fn.decoders.image_random_crop(stored, **drawn, **options))
