@@ -12,13 +12,13 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
-from model.architecture import Design
+from model.architecture import Design, fit_design
 from model.schedule import list_color_steps, parse_changes, parse_layer_rates, suggest_name
 from pipeline.dataset.record import ADDRESS_KEY, SHA256_KEY, require_run
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
@@ -482,6 +482,14 @@ def format_toml(
         lines.append("# The last start: data set, CONFIG, command, and the source's commit.")
         lines += [f"{key} = {format_value(value)}" for key, value in known.items()]
     return "\n".join(lines) + "\n"
+
+
+def fit_images(config: Config, side: int | None, data: str) -> Config:
+    """Return the config with a network for the images of data set `data`; see `fit_design`."""
+    try:
+        return replace(config, design=fit_design(config.design, side))
+    except ValueError as error:
+        raise UsageError(f"data set {data} holds {error}") from error
 
 
 def format_value(value: object) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
 from cluster.cli.options import EvaluateOptions
-from cluster.config import Config, read_run_config
+from cluster.config import Config, fit_images, read_run_config
 from cluster.launch.session import refuse_relative
 from cluster.run.console import print_warning
 from cluster.run.events import Warned
@@ -33,7 +33,6 @@ from cluster.run.probabilities import (
     open_writer,
     probability_path,
 )
-from cluster.train import fit_network
 from cluster.training.precision import autocast, choose_device, compute_dtype, prepare_device
 from model.alexnet import AlexNet
 from model.metrics import average_views, sum_metrics
@@ -100,7 +99,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if data_sha256 != trained_on:
         text = f"{options.data} is not the data set of the training; its own mean is subtracted"
         print_warning(Warned(text))
-    if fit_network(config, manifest, options.data).design != config.design:
+    if fit_images(config, manifest.side, options.data).design != config.design:
         raise UsageError(
             f"the network of {options.run} reads images of {config.design.image_size} pixels, "
             f"and {options.data} holds others; name the data set of the training"

@@ -23,7 +23,7 @@ from cluster.checkpoint.format import choose_checkpoint
 from cluster.checkpoint.loader import identify_run, resolve_init
 from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
 from cluster.cli.options import TrainOptions
-from cluster.config import DESIGN_TYPES, LENGTH, TYPES, Config, load_settings
+from cluster.config import DESIGN_TYPES, LENGTH, TYPES, Config, fit_images, load_settings
 from cluster.launch.session import is_attached, ray_session, refuse_relative
 from cluster.run.console import RunConsole
 from cluster.run.folder import (
@@ -37,7 +37,7 @@ from cluster.run.folder import (
 from cluster.run.jsonl import count_rows
 from cluster.run.sync import open_mirror
 from cluster.run.trackers import require_trackers
-from model.architecture import SMALL_IMAGE, Design, build_stages
+from model.architecture import Design, build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.dataset.record import ADDRESS_KEY
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     dataset = open_dataset(command.data, **config.cached)
     manifest = Manifest.load(dataset.folder)
     manifest.split("train", dataset.folder)
-    config = fit_network(config, manifest, command.data)
+    config = fit_images(config, manifest.side, command.data)
     command = replace(command, settings=config)
     with closing(dataset):
         check_data(command, manifest, dataset)
@@ -149,25 +149,6 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
             data_sha256 = identity(dataset.folder)
             train_run(command, data_sha256, manifest, screen, trainer or train_with_ray)
     return 0
-
-
-def fit_network(config: Config, manifest: Manifest, data: str) -> Config:
-    """Return the config with a network that reads images of the data set's size.
-
-    Raises:
-        UsageError: there is none.
-    """
-    side, design = manifest.side, config.design
-    if design.net == "four" and side == SMALL_IMAGE:
-        return replace(config, design=replace(design, image_size=SMALL_IMAGE))
-    if design.image_size == SMALL_IMAGE or (side is not None and side < design.image_size):
-        stored = f"images of {side}x{side}" if side else "images of many sizes"
-        raise UsageError(
-            f"data set {data} holds {stored}, and net = {design.net!r} reads "
-            f"{design.image_size}x{design.image_size}; build it with --size "
-            + ("32 or 256" if design.net == "four" else "256, or train the preset four on 32x32")
-        )
-    return config
 
 
 def _check_paths(command: TrainOptions) -> None:

@@ -273,3 +273,21 @@ def build_stages(classes: int = 1000, design: Design | None = None) -> tuple[Sta
         )
         maps, size = outputs, final_size
     return tuple(found)
+
+
+def fit_design(design: Design, side: int | None) -> Design:
+    """Return the design for stored images of a height and width in pixels; None: of many sizes.
+
+    Raises:
+        ValueError: it reads larger ones; the message begins with what is stored.
+    """
+    if design.net == "four" and side == SMALL_IMAGE:
+        return replace(design, image_size=SMALL_IMAGE)
+    if design.image_size == SMALL_IMAGE or (side is not None and side < design.image_size):
+        stored = f"images of {side}x{side}" if side else "images of many sizes"
+        raise ValueError(
+            f"{stored}, and net = {design.net!r} reads {design.image_size}x{design.image_size}; "
+            "build it with --size "
+            + ("32 or 256" if design.net == "four" else "256, or train the preset four on 32x32")
+        )
+    return design

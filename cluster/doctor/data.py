@@ -18,10 +18,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from cluster.config import Config
+from cluster.config import Config, fit_images
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.job import checkpoint_bytes
-from cluster.train import fit_network
 from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
 from pipeline.remote.dataset import Dataset, default_cache, open_dataset
 from pipeline.remote.filesystem import (
@@ -264,7 +263,7 @@ class DatasetCheck:
                 mend = "--validate-every 0, or build the set with --val or --holdout"
                 yield fail("splits", "no val, and the config validates", mend)
             try:
-                self.config = fit_network(self.config, manifest, self._safe)
+                self.config = fit_images(self.config, manifest.side, self._safe)
             except UsageError as error:
                 if self._has_config:
                     yield fail("size", str(error), "another data set, or another network")

@@ -4,6 +4,8 @@ config           `StreamConfig`: every setting of a stream
 order            order of the samples, as a function of seed and position
 augment          random draws of crop, flip and colour
 normalization    mean, colour shift and divisor of pixels
+selection        samples that take part: filters, drawn parts, weights
+mixture          several datasets read as one
 shard_reader     bytes and labels of samples, checked
 fields           other members of samples, masks, labels of a user's own
 quarantine       list of damaged samples; check of JPEG headers

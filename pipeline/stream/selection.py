@@ -1,4 +1,4 @@
-"""Which samples a stream delivers, of which datasets: what its order follows from besides the seed.
+"""Selection of the samples that a stream delivers: what its order follows from besides the seed.
 
     where      labels, classes, keys, columns of a table by key, or a mask
     split_by   parts drawn from the stored training split
@@ -40,10 +40,10 @@ from pipeline.stream.order import (
     Weights,
 )
 from pipeline.stream.shard_reader import Flags, ShardReader
-from pipeline.stream.tables import read_table
 from pipeline.tools.errors import DamagedFile, UsageError
 from pipeline.tools.files import atomic_write
 from pipeline.tools.jsonl import hash_json
+from pipeline.tools.tables import read_table
 
 AT_ONCE = 1 << 15
 """Samples whose part is drawn together: their numbers stay in the cache of a CPU."""

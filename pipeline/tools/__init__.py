@@ -12,6 +12,7 @@ progress    progress bar
 renames     commands under their former names
 startup     first line of a command, before slow imports
 stdio       standard output and error of a command
+tables      columns of CSV, JSON lines and Parquet
 terminal    rich's console for text that comes from elsewhere
 text        numbers and messages as people read them
 units       sizes as people write them, cores and memory that this process may use

@@ -81,7 +81,8 @@ class Proof:
         if self.epochs:
             times = f"{len(self.epochs)} x {self.samples:,} samples"
             epochs = format_runs("epoch", find_runs(np.array(self.epochs)))
-            parts.append(f"{epochs} {'as drawn' if self.replaces else 'exactly once'} ({times})")
+            how = f"as drawn ({times})" if self.replaces else f"exactly once ({times})"
+            parts.append(f"{epochs} {how}")
         if place or not self.epochs:
             parts.append(f"epoch {epoch} to {place:,}")
         *most, last = map(str, dict.fromkeys(self.worlds))

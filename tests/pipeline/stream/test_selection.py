@@ -1,4 +1,4 @@
-"""Which samples a stream delivers: filters, drawn parts, weights, mixtures, and their proof."""
+"""Selections of samples: filters, drawn parts, weights, mixtures, and their proof."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pipeline.stream.ledger.format import FRAME, scan_ledger
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.order import BlockShuffle, FullShuffle, Mixture, StoredOrder, WeightedOrder
 from pipeline.stream.selection import Selection, make_order, match_keys
-from pipeline.stream.tables import read_table
 from pipeline.tools.errors import DuetError, UsageError
+from pipeline.tools.tables import read_table
 from tests.helpers.images import CLASSES, packed
 
 SMALL = {"batch_size": 12, "seed": 3, "threads": 1, "size": 32}
@@ -378,7 +378,6 @@ def test_a_saved_selection_is_the_same_again(tmp_path):
         ({"weights": [1.0] * 47 + [-1]}, r"weights has -1.0 for sample 47; it takes finite"),
         ({"split_by": {"train": 1, "val": 1e-9}, "split": "val"}, r"split_by=.* leaves no sample"),
     ],
-    ids=repr,
 )
 def test_what_selects_nothing_or_is_no_selection_is_refused(tiny_data, settings, line):
     with pytest.raises(UsageError, match=line) as caught:
