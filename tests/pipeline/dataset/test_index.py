@@ -193,7 +193,7 @@ def square_of(n: int, size: int) -> bytes:
 
 
 def test_squares_of_another_size_are_a_set_of_that_size(tmp_path):
-    """With statistics of the whole images, summed over shards."""
+    """Statistics are of the whole images, summed over shards."""
     images = [square_of(n, 64) for n in range(10)]
     for shard in (0, 1):
         some = range(5 * shard, 5 * shard + 5)
