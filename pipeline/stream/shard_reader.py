@@ -352,10 +352,11 @@ class ShardReader:
         folder, count = self._dataset.folder, len(self._index)
         if name not in self._tables:
             there = ", ".join(list_fields(self._tables)) or "none"
-            how = "index" if self.manifest.foreign else "pack"
+            way = f"run duet index-shards on it anew with --fields {field}"
+            if not self.manifest.foreign:
+                way = "what build-shards packs has images and labels alone; index shards in place"
             raise UsageError(
-                f"split {self.split} of {folder} has no field {field!r} (it has {there}); "
-                f"{how} it anew with --fields {field}"
+                f"split {self.split} of {folder} has no field {field!r} (it has {there}); {way}"
             )
         self._dataset.fetch_table(f"{self.split}.{name}", self._tables[name])
         rows = map_members(folder, self.split, field, count, self._tables[name])

@@ -239,7 +239,7 @@ def test_a_field_that_a_sample_lacks_is_refused_by_name(tmp_path):
     assert [str(bad) for bad in outcome.bad] == ["train-0.tar key k3: it has no .json"]
     assert index(tmp_path, fields=("json",), skip_bad=True).manifest.rejected == 1
     assert take(tmp_path, batch_size=3, fields=("json",))[0].fields == {"json": [{}, {}, {}]}
-    with pytest.raises(UsageError, match=r"has no field 'txt' \(it has json\); index it anew with"):
+    with pytest.raises(UsageError, match=r"has no field 'txt' \(it has json\); run duet index-shards on it anew"):
         Stream(tmp_path, fields=("txt",))
 
 
